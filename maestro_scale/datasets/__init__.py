@@ -1,0 +1,49 @@
+"""Raw datasets as users download them: one module per dataset, with SPEC, open_raw and synth."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from pathlib import Path
+from types import ModuleType
+
+from maestro_scale.datasets.spec import DatasetSpec, RawDataset
+
+_MODULES = ("treesatai_ts",)
+
+
+def known() -> tuple[str, ...]:
+    """Names of the datasets that a reader is shipped for."""
+    return _MODULES
+
+
+def spec(name: str) -> DatasetSpec:
+    """The description of dataset ``name``; KeyError with the nearest known name if there is none."""
+    return _module(name).SPEC
+
+
+def open_raw(name: str, src: Path, split: str) -> RawDataset:
+    """Split ``split`` of dataset ``name`` in folder ``src``.
+
+    Raises KeyError for an unknown dataset, DatasetError (one line) for a missing folder, an empty split, or a
+    split that names absent files.
+    """
+    return _module(name).open_raw(Path(src), split)
+
+
+def synth(name: str, dst: Path, tiles: int, seed: int) -> None:
+    """Write ``tiles`` synthetic tiles into ``dst`` in the dataset's official raw layout.
+
+    A tile depends on (seed, its index) alone. The files that list the splits are written last, so that an
+    interrupted ``dst`` does not look whole; the same call again finishes it. Raises KeyError for an unknown
+    dataset, DatasetError if ``dst`` holds anything else.
+    """
+    _module(name).synth(Path(dst), tiles, seed)
+
+
+def _module(name: str) -> ModuleType:
+    if name not in _MODULES:
+        near = difflib.get_close_matches(name, _MODULES, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise KeyError(f"no dataset is called {name!r}; {hint}known: {', '.join(_MODULES)}")
+    return importlib.import_module(f"maestro_scale.datasets.{name}")

@@ -1,0 +1,165 @@
+"""What the data is: sensors, targets, datasets and tiles, described as frozen data.
+
+Nothing here reads a file. A :class:`DatasetSpec` is all that training needs to know of a dataset; it travels
+inside the shard manifest, so that a user's own dataset needs a manifest and no code of ours.
+
+Shapes: T dates stored, D dates seen by the model, C bands, H×W pixels (row 0 is north), M mask channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How raw values become network inputs; applied inside the model, so that batches keep native dtypes.
+
+    ``linear``: x / divisor.  ``log``: ln(max(x, 1e-10)) / divisor, for radar in linear power.
+    """
+
+    kind: Literal["linear", "log"] = "linear"
+    divisor: float = 1.0
+
+
+@dataclass(frozen=True)
+class Modality:
+    """One raster of a tile as it is stored: (T, C, size, size), aligned with every other modality of the tile."""
+
+    name: str
+    bands: tuple[str, ...]
+    resolution_m: float
+    size: int  # pixels per side; size * resolution_m is the tile's extent (up to the sensor's rounding)
+    dtype: str  # numpy name of the native dtype, e.g. "uint8"
+    series: bool = False  # True: T varies by tile and each date has an entry in Tile.dates
+    mask_bands: tuple[
+        str, ...
+    ] = ()  # e.g. ("snow", "cloud"), uint8 0-100 per pixel; empty: no mask is stored
+
+
+@dataclass(frozen=True)
+class Sensor:
+    """One input of the model: which modality feeds it and how it is cut into dates, pixels, patches and groups."""
+
+    name: str
+    source: str  # name of the Modality it reads
+    image_size: int  # pixels per side that the model sees (nearest resize of the crop)
+    patch: int  # pixels per patch side
+    num_dates: int  # dates drawn per tile, one from each of this many equal bins
+    bands: tuple[int, ...]  # indices into the modality's bands, in model order
+    band_groups: tuple[
+        int, ...
+    ]  # sizes of the consecutive groups the targets are normalised over; sums to len(bands)
+    scale: Scale
+    group: str  # sensors of one group share one sequence in the encoder
+    embed: str  # sensors of one embed share patch-embedding weights
+    mask_threshold: float = 0.0  # a pixel is marked where any mask band exceeds this (percent)
+    token_groups: tuple[int, ...] = ()  # bands per token under `spectral: token`; empty: one token for all bands
+    elevation: bool = False  # channel 1 becomes 30 * (channel 0 - channel 1), after scaling
+
+    @property
+    def grid(self) -> int:
+        """Patches per side."""
+        return self.image_size // self.patch
+
+    @property
+    def max_token_groups(self) -> int:
+        """Token groups under ``spectral: token``; the noise of a sample is laid out for this many."""
+        return max(len(self.token_groups), 1)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a benchmark predicts. ``multilabel``: (classes,) float32 shares, positive where share > threshold.
+
+    ``segmentation``: (H, W) uint8 class indices at ``resolution_m``; values in ``ignored`` count nowhere.
+    """
+
+    name: str
+    kind: Literal["multilabel", "segmentation"]
+    classes: tuple[str, ...]
+    ignored: tuple[int, ...] = ()
+    threshold: float = 0.0
+    resolution_m: float | None = None
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """Everything training needs to know of a dataset: what is stored and the preset the model sees it with."""
+
+    name: str
+    title: str
+    tile_m: float  # ground extent of a stored tile
+    crop_m: float  # ground extent of what the model sees
+    pos_grid: int  # cells per side of the fine ground grid that positions are averaged from
+    modalities: tuple[Modality, ...]
+    targets: tuple[Target, ...]
+    sensors: tuple[Sensor, ...]
+    ref_sensor: str | None = None  # the sensor whose token grid segmentation is predicted on
+
+    def modality(self, name: str) -> Modality:
+        """The modality called ``name``; KeyError with the known names if there is none."""
+        return _named(self.modalities, name, f"modality of {self.name}")
+
+    def sensor(self, name: str) -> Sensor:
+        """The sensor called ``name``; KeyError with the known names if there is none."""
+        return _named(self.sensors, name, f"sensor of {self.name}")
+
+    def target(self, name: str) -> Target:
+        """The target called ``name``; KeyError with the known names if there is none."""
+        return _named(self.targets, name, f"target of {self.name}")
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One place on Earth, every sensor, native dtypes.
+
+    ``arrays[modality]``: (T, C, H, W). ``dates[modality]``: (T, 3) int16 (year, day of year, hour).
+    ``masks[modality]``: (T, M, H, W) uint8 0-100, only where the modality has mask bands.
+    ``targets[name]``: as :class:`Target` says. ``ref_date``: (3,) int16, the date positions in time count from.
+    ``notes``: what a reader assumed or mended, in words; counted in the manifest.
+    """
+
+    key: str
+    arrays: Mapping[str, np.ndarray]
+    dates: Mapping[str, np.ndarray]
+    masks: Mapping[str, np.ndarray]
+    targets: Mapping[str, np.ndarray]
+    ref_date: np.ndarray
+    notes: tuple[str, ...] = field(default=())
+
+
+class RawDataset(Protocol):
+    """A raw dataset on disk: random access to the tiles of one split. Must pickle (it travels to writer processes)."""
+
+    spec: DatasetSpec
+
+    def keys(self) -> list[str]:
+        """Sorted tile keys of the split."""
+        ...
+
+    def read(self, key: str) -> Tile:
+        """One tile; raises :class:`DatasetError` that names file and cause."""
+        ...
+
+
+class DatasetError(Exception):
+    """Raw data is missing or malformed; the message says what, where and what to do, in one line."""
+
+
+def _named(items: Iterable, name: str, what: str):
+    items = tuple(items)
+    for item in items:
+        if item.name == name:
+            return item
+    raise KeyError(f"no {what} is called {name!r}; there are: {', '.join(i.name for i in items)}")
+
+
+def iter_tiles(dataset: RawDataset) -> Iterator[Tile]:
+    """Every tile of the split, in key order."""
+    for key in dataset.keys():
+        yield dataset.read(key)

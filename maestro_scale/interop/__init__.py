@@ -1,0 +1,1 @@
+"""Weights in and out: the authors' checkpoints, ours, and plain safetensors."""

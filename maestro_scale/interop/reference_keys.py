@@ -1,0 +1,74 @@
+"""Our parameter names beside the authors' (IGNF/MAESTRO), in both directions, exactly.
+
+Source: facts of the published checkpoints' state dicts. Only names and shapes differ: convolutions are stored there
+as (E, C, P, P) and (P*P*C, W, 1, 1), mask tokens as (1, G, 1, 1, W).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from torch import Tensor
+
+_BLOCK = {
+    "attn_norm": "0.norm",
+    "attn.qkv": "0.to_qkv",
+    "attn.out": "0.to_out.0",
+    "mlp_norm": "1.net.0",
+    "up": "1.net.1",
+    "down": "1.net.4",
+}
+_STACKS = {"encoders": "encoder", "inter": "encoder_inter", "decoders": "decoder"}
+
+# (pattern of our name, how theirs is spelled); \1, \2 … carry over.
+_RULES = (
+    (r"embed\.(\w+)\.(\d+)\.proj\.(\w+)", r"patch_embed.\1.patchify_bands.\2.conv.\3"),
+    (r"embed\.(\w+)\.(\d+)\.norm\.(\w+)", r"patch_embed.\1.patchify_bands.\2.norm.\3"),
+    (r"to_decoder\.(\w+)\.(\w+)", r"enc_to_dec.\1.\2"),
+    (r"to_pixels\.(\w+)\.(\d+)\.(\w+)", r"embed_to_rec.\1.pixelify_bands.\2.conv.\3"),
+    (r"mask_token\.(\w+)\.vectors", r"mask_token.\1"),
+    (r"heads\.(\w+)\.pool\.norm_out\.(\w+)", r"heads.\1.reduce.norm_fc.\2"),
+    (r"heads\.(\w+)\.pool\.([\w.]+)", r"heads.\1.reduce.\2"),
+)
+_HEAD_LINEAR = re.compile(r"heads\.(\w+)\.linear\.(\w+)")
+_STACK = re.compile(r"(encoders|decoders)\.(\w+)\.|inter\.")
+_IN_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)\.(weight|bias)")
+
+
+def reference_name(ours: str, segmentation_heads: frozenset[str] = frozenset()) -> str:
+    """The authors' name of one of our parameters. KeyError if we have no such parameter."""
+    for pattern, theirs in _RULES:
+        if match := re.fullmatch(pattern, ours):
+            return match.expand(theirs)
+    if match := _HEAD_LINEAR.fullmatch(ours):
+        last = "conv" if match[1] in segmentation_heads else "linear"
+        return f"heads.{match[1]}.{last}.{match[2]}"
+    if match := _STACK.match(ours):
+        prefix = f"{_STACKS[match[1]]}.{match[2]}" if match[1] else _STACKS["inter"]
+        rest = ours[match.end() :]
+        if inside := _IN_BLOCK.fullmatch(rest):
+            return f"{prefix}.layers.{inside[1]}.{_BLOCK[inside[2]]}.{inside[3]}"
+        return f"{prefix}.{rest}"
+    raise KeyError(f"no rule names the parameter {ours!r} in the authors' checkpoints")
+
+
+def from_reference(
+    theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor], segmentation_heads: frozenset[str] = frozenset()
+) -> tuple[dict[str, Tensor], list[str], list[str]]:
+    """Rename and reshape the authors' tensors to fit a state dict of ours.
+
+    Returns (state dict, our names missing there, their names unused here). ValueError, with both shapes, where a
+    tensor has another number of elements.
+    """
+    state, missing, used = {}, [], set()
+    for name, like in ours.items():
+        key = reference_name(name, segmentation_heads)
+        if key not in theirs:
+            missing.append(name)
+            continue
+        used.add(key)
+        if theirs[key].numel() != like.numel():
+            raise ValueError(f"{key} has shape {tuple(theirs[key].shape)}, the model's {name} {tuple(like.shape)}")
+        state[name] = theirs[key].reshape(like.shape)
+    return state, missing, sorted(set(theirs) - used)

@@ -1,0 +1,1 @@
+"""What is learned: MAESTRO's architecture, masking, targets and cost."""

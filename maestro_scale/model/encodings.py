@@ -1,0 +1,73 @@
+"""Where and when a token is: sine-cosine positions on a common ground grid, and dates relative to a reference.
+
+The first E-8 channels hold the position, the last 8 the date (facts: paper, section on encodings).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from maestro_scale.datasets.spec import Sensor
+
+DATE_CHANNELS = 8
+DAYS_PER_YEAR = 365.25
+
+
+def position_table(grid: int, pos_grid: int, width: int) -> Tensor:
+    """(grid*grid, width) float32, zeros in the last 8 channels.
+
+    Sine-cosine of the column, then of the row, on a ``pos_grid`` x ``pos_grid`` ground grid, averaged over each
+    token's footprint, so that tokens of different sensors over the same ground agree.
+    """
+    quarter = (width - DATE_CHANNELS) // 4
+    omega = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / max(quarter - 1, 1))
+    angles = torch.arange(pos_grid, dtype=torch.float64)[:, None] * omega
+    x = torch.cat([angles.sin(), angles.cos()], dim=1)  # (pos_grid, 2 * quarter)
+    fine = torch.cat(
+        [x[None, :, :].expand(pos_grid, -1, -1), x[:, None, :].expand(-1, pos_grid, -1)], dim=2
+    ).permute(2, 0, 1)[None]
+    if pos_grid % grid:
+        side = grid * max(round(pos_grid / grid), 1)
+        fine = F.interpolate(fine, size=(side, side), mode="bilinear")
+    pooled = F.avg_pool2d(fine, fine.shape[-1] // grid)[0]
+    return F.pad(pooled.flatten(1).T, (0, DATE_CHANNELS)).float()
+
+
+def date_encoding(dates: Tensor, ref_date: Tensor) -> Tensor:
+    """(B, D, 3) and (B, 3) of year, day of year, hour -> (B, D, 8) float32: years since the reference in the first
+    four channels, then sine and cosine of the day of the year and of the hour."""
+    dates, ref = dates.float(), ref_date.float()[:, None]
+    years = (dates[..., 0] - ref[..., 0]) + (dates[..., 1] - ref[..., 1]) / DAYS_PER_YEAR
+    day = 2 * torch.pi * dates[..., 1] / DAYS_PER_YEAR
+    hour = 2 * torch.pi * dates[..., 2] / 24
+    cycles = torch.stack([day.sin(), day.cos(), hour.sin(), hour.cos()], dim=-1)
+    return torch.cat([years[..., None].expand(*years.shape, 4), cycles], dim=-1)
+
+
+def encode(table: Tensor, dates: Tensor, ref_date: Tensor, token_groups: int) -> Tensor:
+    """(B, R, L, width): position plus date for every token of a sensor, repeated for each token group."""
+    when = date_encoding(dates, ref_date).repeat(1, token_groups, 1)[:, :, None, :]
+    when = F.pad(when, (table.shape[-1] - DATE_CHANNELS, 0))
+    return table + when
+
+
+class PositionTables:
+    """Position tables of all sensors for one width, made once per device.
+
+    Not module buffers: DeepSpeed casts those to bf16 with the weights, and positions would lose their last bits.
+    """
+
+    def __init__(self, sensors: tuple[Sensor, ...], pos_grid: int, width: int) -> None:
+        self._grids = {s.name: s.grid for s in sensors}
+        self._pos_grid, self._width = pos_grid, width
+        self._tables: dict[tuple[str, torch.device], Tensor] = {}
+
+    def of(self, sensor: Sensor, device: torch.device) -> Tensor:
+        """(L, width) float32 on ``device``."""
+        key = (sensor.name, device)
+        if key not in self._tables:
+            table = position_table(self._grids[sensor.name], self._pos_grid, self._width)
+            self._tables[key] = table.to(device)
+        return self._tables[key]

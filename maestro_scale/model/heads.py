@@ -1,0 +1,69 @@
+"""From encoded tokens to a benchmark's answer: pooling, then one linear map.
+
+Shapes: B batch, R token grids per sensor, L tokens per grid, E width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from maestro_scale.datasets.spec import Target
+
+POOL_HEADS = 8
+
+
+class AttentivePool(nn.Module):
+    """A learned query attends to a set of tokens; LayerNorm before and after."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.query = nn.Parameter(torch.empty(width))
+        self.to_kv = nn.Linear(width, 2 * width, bias=False)
+        self.norm_out = nn.LayerNorm(width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, N, E) -> (B, E)."""
+        k, v = self.to_kv(self.norm(tokens)).unflatten(-1, (2, POOL_HEADS, -1)).permute(2, 0, 3, 1, 4)
+        q = self.query.view(1, POOL_HEADS, 1, -1).expand(len(tokens), -1, -1, -1)
+        return self.norm_out(F.scaled_dot_product_attention(q, k, v).flatten(1))
+
+
+class ClassificationHead(nn.Module):
+    """Pools every token of every sensor; logits per class."""
+
+    def __init__(self, target: Target, width: int) -> None:
+        super().__init__()
+        self.pool = AttentivePool(width)
+        self.linear = nn.Linear(width, len(target.classes))
+
+    def forward(self, tokens: dict[str, Tensor]) -> Tensor:
+        """{sensor: (B, R, L, E)} -> (B, classes)."""
+        return self.linear(self.pool(torch.cat([t.flatten(1, 2) for t in tokens.values()], dim=1)))
+
+
+class SegmentationHead(nn.Module):
+    """Pools, at each place of the reference grid, over all sensors and dates; logits per pixel of the target."""
+
+    def __init__(self, target: Target, width: int, grid: int, pixels_per_token: int) -> None:
+        super().__init__()
+        self.pool = AttentivePool(width)
+        self.grid, self.side = grid, pixels_per_token
+        num_classes = len(target.classes) - sum(i < len(target.classes) for i in target.ignored)
+        self.linear = nn.Linear(width, pixels_per_token**2 * num_classes)
+
+    def forward(self, tokens: dict[str, Tensor]) -> Tensor:
+        """{sensor: (B, R, L, E)} -> (B, classes, grid*side, grid*side)."""
+        places = torch.cat([self._at_reference(t) for t in tokens.values()], dim=2)  # (B, grid*grid, R_all, E)
+        pooled = self.pool(places.flatten(0, 1))
+        logits = self.linear(pooled).view(len(places), self.grid, self.grid, self.side, self.side, -1)
+        return logits.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+    def _at_reference(self, tokens: Tensor) -> Tensor:
+        grid = round(tokens.shape[2] ** 0.5)
+        maps = tokens.flatten(0, 1).transpose(1, 2).unflatten(-1, (grid, grid))
+        if grid != self.grid:
+            maps = F.interpolate(maps, size=(self.grid, self.grid), mode="bilinear")
+        return maps.flatten(2).unflatten(0, tokens.shape[:2]).permute(0, 3, 1, 2)

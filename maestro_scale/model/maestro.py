@@ -1,0 +1,200 @@
+"""MAESTRO: a masked autoencoder over aerial, Sentinel-1/2, SPOT and elevation tiles (arXiv 2508.10894).
+
+The model is a pure function of its weights and the batch: all randomness lies in ``Batch.noise``.
+Shapes: B batch, D dates, G token groups, R = G*D token grids, L tokens per grid, E width, P patch side, C bands.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor, nn
+
+from maestro_scale.datasets.spec import Sensor, Target
+from maestro_scale.model.config import ModelConfig
+from maestro_scale.model.embed import MaskTokens, PatchEmbed, network_input, patchify
+from maestro_scale.model.encodings import PositionTables, encode
+from maestro_scale.model.heads import ClassificationHead, SegmentationHead
+from maestro_scale.model.masking import Mask, by_sensor
+from maestro_scale.model.sequences import Sequence, pack, sequences, unpack
+from maestro_scale.model.targets import combine, error_sum
+from maestro_scale.model.transformer import Transformer
+from maestro_scale.stream.batch import Batch
+
+
+class Maestro(nn.Module):
+    """The autoencoder. ``initialise(seed)`` must be called, or weights loaded, before use: parameters start as NaN."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.sequences = sequences(config)
+        size = config.size
+        recompute = config.checkpointing == "blocks"
+        encoders = dict.fromkeys(q.encoder for q in self.sequences)
+
+        def encoder(depth: int) -> Transformer:
+            return Transformer(
+                size.width, depth, size.heads, size.dim_head, size.width * size.mlp_ratio, recompute
+            )
+
+        def decoder() -> Transformer:
+            return Transformer(
+                size.decoder_width,
+                size.decoder_depth,
+                size.decoder_heads,
+                size.decoder_dim_head,
+                size.width * size.decoder_mlp_ratio,
+                recompute,
+            )
+
+        by_embed = {s.embed: s for s in config.sensors}
+        self.embed = nn.ModuleDict(
+            {
+                name: nn.ModuleList(
+                    PatchEmbed(c, s.patch, size.width, config.norm) for c in config.token_groups(s)
+                )
+                for name, s in by_embed.items()
+            }
+        )
+        self.encoders = nn.ModuleDict({name: encoder(size.depth - config.inter_depth) for name in encoders})
+        self.inter = encoder(config.inter_depth) if config.inter_depth else None
+        self.to_decoder = nn.ModuleDict({name: nn.Linear(size.width, size.decoder_width) for name in encoders})
+        self.mask_token = nn.ModuleDict(
+            {s.name: MaskTokens(len(config.token_groups(s)), size.decoder_width) for s in config.sensors}
+        )
+        self.decoders = nn.ModuleDict({name: decoder() for name in encoders})
+        self.to_pixels = nn.ModuleDict(
+            {
+                name: nn.ModuleList(
+                    nn.Linear(size.decoder_width, s.patch**2 * c) for c in config.token_groups(s)
+                )
+                for name, s in by_embed.items()
+            }
+        )
+        self.heads = nn.ModuleDict({t.name: self._head(t) for t in config.heads})
+        self.positions = {
+            "enc": PositionTables(config.sensors, config.pos_grid, size.width),
+            "dec": PositionTables(config.sensors, config.pos_grid, size.decoder_width),
+        }
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.fill_(math.nan)
+
+    # -- building ------------------------------------------------------------------------------------------------
+
+    def _head(self, target: Target) -> nn.Module:
+        if target.kind == "multilabel":
+            return ClassificationHead(target, self.config.size.width)
+        (ref,) = (s for s in self.config.sensors if s.name == self.config.ref_sensor)
+        return SegmentationHead(target, self.config.size.width, ref.grid, ref.patch)
+
+    @torch.no_grad()
+    def initialise(self, seed: int) -> Maestro:
+        """Fill every parameter from a generator keyed by (seed, parameter name): the same on every rank and world."""
+        for name, p in self.named_parameters():
+            digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+            if "norm" in name:
+                p.fill_(1.0 if name.endswith("weight") else 0.0)
+            elif name.endswith("bias"):
+                p.zero_()
+            elif p.dim() == 2 and name.endswith("weight"):
+                bound = math.sqrt(6.0 / (p.shape[0] + p.shape[1]))  # Xavier, as MAE does for linear layers
+                p.copy_(torch.empty(p.shape).uniform_(-bound, bound, generator=generator))
+            else:
+                p.copy_(torch.empty(p.shape).normal_(0.0, 0.02, generator=generator))
+        return self
+
+    # -- encoding ------------------------------------------------------------------------------------------------
+
+    def encode(self, batch: Batch, masks: dict[str, Mask] | None = None) -> dict[str, Tensor]:
+        """Encoded tokens. Without masks: {sensor: (B, R, L, E)}; with: {sequence: (rows, K, E)}, visible ones only."""
+        inputs = {s.name: self._patches(s, batch) for s in self.config.sensors}
+        return self._encode(inputs, batch, masks)
+
+    def _patches(self, sensor: Sensor, batch: Batch) -> Tensor:
+        return patchify(network_input(sensor, batch.pixels[sensor.name]), sensor.patch)
+
+    def _encode(self, patches: dict[str, Tensor], batch: Batch, masks: dict[str, Mask] | None) -> dict[str, Tensor]:
+        tokens = {s.name: self._embed(s, patches[s.name], batch) for s in self.config.sensors}
+        encoded = {}
+        for q in self.sequences:
+            x = pack(q, tokens)
+            if masks is not None:
+                visible = masks[q.name].visible
+                x = x.gather(1, visible[:, :, None].expand(-1, -1, x.shape[-1]))
+            encoded[q.name] = self.encoders[q.encoder](x)
+        if self.inter is not None:
+            joined = self.inter(torch.cat(list(encoded.values()), dim=1))
+            parts = joined.split([x.shape[1] for x in encoded.values()], dim=1)
+            encoded = dict(zip(encoded, parts, strict=True))
+        if masks is not None:
+            return encoded
+        return {k: v for q in self.sequences for k, v in unpack(self.config, q, encoded[q.name]).items()}
+
+    def _embed(self, sensor: Sensor, patches: Tensor, batch: Batch) -> Tensor:
+        groups = self.config.token_groups(sensor)
+        parts = patches.split(list(groups), dim=-1)
+        tokens = torch.cat([e(p) for e, p in zip(self.embed[sensor.embed], parts, strict=True)], dim=1)
+        return tokens + self._encoding("enc", sensor, batch).to(tokens.dtype)
+
+    def _encoding(self, role: str, sensor: Sensor, batch: Batch) -> Tensor:
+        dates = batch.dates[sensor.name]
+        table = self.positions[role].of(sensor, dates.device)
+        return encode(table, dates, batch.ref_date, len(self.config.token_groups(sensor)))
+
+    # -- reconstructing ------------------------------------------------------------------------------------------
+
+    def reconstruct(self, batch: Batch, masks: dict[str, Mask]) -> dict[str, Tensor]:
+        """{sensor: (B, D, L, P*P, C)}: the decoder's prediction for every patch, in the units of the target."""
+        inputs = {s.name: self._patches(s, batch) for s in self.config.sensors}
+        return self._decode(self._encode(inputs, batch, masks), batch, masks)
+
+    def _decode(self, encoded: dict[str, Tensor], batch: Batch, masks: dict[str, Mask]) -> dict[str, Tensor]:
+        predictions = {}
+        for q in self.sequences:
+            mask = masks[q.name]
+            visible = self.to_decoder[q.encoder](encoded[q.name])
+            blank = pack(q, {s.name: self.mask_token[s.name](len(batch), s.num_dates, s.grid**2) for s in q.sensors}).to(visible.dtype)
+            index = mask.visible[:, :, None].expand(-1, -1, visible.shape[-1])
+            x = blank.scatter(1, index, visible)
+            x = x + pack(q, {s.name: self._encoding("dec", s, batch) for s in q.sensors}).to(x.dtype)
+            for name, tokens in unpack(self.config, q, self.decoders[q.encoder](x)).items():
+                predictions[name] = self._to_pixels(next(s for s in q.sensors if s.name == name), tokens)
+        return {s.name: predictions[s.name] for s in self.config.sensors}
+
+    def _to_pixels(self, sensor: Sensor, tokens: Tensor) -> Tensor:
+        groups = self.config.token_groups(sensor)
+        parts = tokens.chunk(len(groups), dim=1)
+        pixels = [
+            linear(t).unflatten(-1, (sensor.patch**2, c))
+            for linear, t, c in zip(self.to_pixels[sensor.embed], parts, groups, strict=True)
+        ]
+        return torch.cat(pixels, dim=-1)
+
+    # -- learning ------------------------------------------------------------------------------------------------
+
+    def forward(self, batch: Batch, masks: dict[str, Mask], counts: Tensor) -> tuple[Tensor, Tensor]:
+        """This batch's share of the global loss, and its error sums (S,) per sensor, in fp32.
+
+        ``counts`` (S,): hidden pixels of each sensor in the whole *global* batch; shares of all its parts add up to
+        the loss, however it was cut.
+        """
+        patches = {s.name: self._patches(s, batch) for s in self.config.sensors}
+        predictions = self._decode(self._encode(patches, batch, masks), batch, masks)
+        hidden = by_sensor(self.config, masks)
+        sums = torch.stack(
+            [
+                error_sum(self.config, s, predictions[s.name], patches[s.name], hidden[s.name])
+                for s in self.config.sensors
+            ]
+        )
+        return combine(self.config, sums, counts), sums.detach()
+
+    def predict(self, batch: Batch) -> dict[str, Tensor]:
+        """{target: logits} from every token of every sensor."""
+        tokens = self.encode(batch)
+        return {name: head(tokens) for name, head in self.heads.items()}

@@ -1,0 +1,37 @@
+"""How large a MAESTRO is: widths, depths and heads by name (facts: paper, table of sizes; `huge` is ViT-H's)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Size:
+    """Encoder and decoder dimensions. ``depth`` counts the group blocks plus the inter-group blocks."""
+
+    width: int
+    depth: int
+    heads: int
+    dim_head: int
+    mlp_ratio: int
+    decoder_depth: int
+    decoder_width: int = 512
+    decoder_heads: int = 16
+    decoder_dim_head: int = 32
+    decoder_mlp_ratio: int = 4  # of the encoder's width, as the authors have it
+
+    def __post_init__(self) -> None:
+        if self.width <= 8 or (self.width - 8) % 4 or (self.decoder_width - 8) % 4:
+            raise ValueError(
+                f"width {self.width} and decoder_width {self.decoder_width} must be 8 plus a multiple of 4: "
+                "8 channels hold the date, the rest four equal sine-cosine blocks"
+            )
+
+
+SIZES = {
+    "tiny": Size(width=192, depth=12, heads=3, dim_head=64, mlp_ratio=2, decoder_depth=1),
+    "small": Size(width=384, depth=12, heads=6, dim_head=64, mlp_ratio=2, decoder_depth=2),
+    "base": Size(width=768, depth=12, heads=12, dim_head=64, mlp_ratio=4, decoder_depth=3),
+    "large": Size(width=1024, depth=24, heads=16, dim_head=64, mlp_ratio=4, decoder_depth=4),
+    "huge": Size(width=1280, depth=32, heads=16, dim_head=80, mlp_ratio=4, decoder_depth=4),
+}

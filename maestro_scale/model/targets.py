@@ -1,0 +1,78 @@
+"""What the decoder must predict, and how wrong it is: sums and counts, so that any cut of a batch adds up.
+
+Shapes: B batch, D dates, L tokens per date, P patch side, C bands, G token groups, R = G*D.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from maestro_scale.datasets.spec import Sensor
+from maestro_scale.model.config import ModelConfig
+
+VARIANCE_FLOOR = 1e-6
+
+
+def target_groups(config: ModelConfig, sensor: Sensor) -> tuple[int, ...]:
+    """Bands per normalisation group: the sensor's band groups, all bands together, or nothing to normalise."""
+    return {"patch_group": sensor.band_groups, "patch": (len(sensor.bands),), "none": ()}[config.target]
+
+
+def normalised(config: ModelConfig, sensor: Sensor, patches: Tensor) -> Tensor:
+    """(B, D, L, P*P, C) -> the same: (x - mean) / sqrt(unbiased variance + 1e-6) over each patch and group."""
+    groups = target_groups(config, sensor)
+    if not groups:
+        return patches
+    parts = []
+    for part in patches.split(list(groups), dim=-1):
+        variance, mean = torch.var_mean(part, dim=(-2, -1), keepdim=True)
+        parts.append((part - mean) * (variance + VARIANCE_FLOOR).rsqrt())
+    return torch.cat(parts, dim=-1)
+
+
+def restored(config: ModelConfig, sensor: Sensor, prediction: Tensor, patches: Tensor) -> Tensor:
+    """Predictions in the units of the pixels, for people to look at: the inverse of ``normalised``, with the true
+    patches' statistics; (B, D, L, P*P, C)."""
+    groups = target_groups(config, sensor)
+    if not groups:
+        return prediction
+    parts = []
+    for guess, part in zip(prediction.split(list(groups), -1), patches.split(list(groups), -1), strict=True):
+        variance, mean = torch.var_mean(part, dim=(-2, -1), keepdim=True)
+        parts.append(guess * (variance + VARIANCE_FLOOR).sqrt() + mean)
+    return torch.cat(parts, dim=-1)
+
+
+def hidden_bands(config: ModelConfig, sensor: Sensor, hidden: Tensor) -> Tensor:
+    """Token mask (B, R, L) -> (B, D, L, 1, C) bool: which bands of which patch are hidden."""
+    groups = config.token_groups(sensor)
+    per_group = hidden.unflatten(1, (len(groups), sensor.num_dates))  # group-major
+    repeats = torch.tensor(groups, device=hidden.device)
+    return per_group.repeat_interleave(repeats, dim=1, output_size=sum(groups)).permute(0, 2, 3, 1)[:, :, :, None]
+
+
+def error_sum(config: ModelConfig, sensor: Sensor, prediction: Tensor, patches: Tensor, hidden: Tensor) -> Tensor:
+    """Sum in fp32 of |error| (l1) or error**2 (l2) over hidden pixels; scalar."""
+    difference = prediction.float() - normalised(config, sensor, patches)
+    error = difference.abs() if config.loss == "l1" else difference.square()
+    return (error * hidden_bands(config, sensor, hidden)).sum()
+
+
+def hidden_pixels(config: ModelConfig, sensor: Sensor, hidden: Tensor) -> Tensor:
+    """Number of hidden pixel values behind a token mask (B, R, L); float64 scalar, exact below 2**53."""
+    bands = hidden_bands(config, sensor, hidden)
+    return bands.sum(dtype=torch.float64) * sensor.patch**2
+
+
+def combine(config: ModelConfig, sums: Tensor, counts: Tensor) -> Tensor:
+    """Error sums (S,) and global counts (S,) per sensor -> the loss: means weighted by D*L, in fp32.
+
+    A sensor without one hidden pixel in the whole global batch has no mean; its weight is left out.
+    """
+    weights = torch.tensor(
+        [s.num_dates * s.grid**2 for s in config.sensors], dtype=torch.float64, device=counts.device
+    )
+    weights = weights * (counts > 0)
+    share = weights / weights.sum() / counts.clamp_min(1)
+    return (sums * share.to(sums.dtype)).sum()

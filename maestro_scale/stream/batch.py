@@ -1,0 +1,75 @@
+"""The batch: what the model eats. All randomness is decided in it; the model adds none.
+
+Shapes: B samples, D dates, C bands, H×W pixels, L tokens per date, G token groups.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from maestro_scale.datasets.spec import Sensor
+
+NUM_REDRAWS = 8  # candidates of the structural mask per sample; one that hides everything is passed over
+
+
+def num_noise(sensor: Sensor) -> int:
+    """Uniform numbers a sample carries for one sensor: D·L·G ranks for its tokens, then, per candidate of the
+    structural mask, one for the modality, D for dates, L for locations and G for band groups."""
+    cells, groups = sensor.grid**2, sensor.max_token_groups
+    return sensor.num_dates * cells * groups + NUM_REDRAWS * (1 + sensor.num_dates + cells + groups)
+
+
+@dataclass
+class Batch:
+    """Samples of one dataset.
+
+    ``pixels[sensor]``: (B, D, C, H, W), native dtype, unscaled, cropped and flipped, before the model's resize.
+    ``dates[sensor]``: (B, D, 3) int16 of year, day of year, hour. ``ref_date``: (B, 3) int16.
+    ``noise[sensor]``: (B, num_noise(sensor)) float32 in [0, 1). ``targets[name]``: stacked labels.
+    ``keys``: replay key of each sample. ``filled``: dates that were repeated or imputed.
+    """
+
+    dataset: str
+    pixels: dict[str, Tensor]
+    dates: dict[str, Tensor]
+    ref_date: Tensor
+    noise: dict[str, Tensor]
+    targets: dict[str, Tensor]
+    keys: tuple[str, ...]
+    filled: int = 0
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The same batch with ``change`` applied to every tensor."""
+        named = {f: {k: change(v) for k, v in getattr(self, f).items()} for f in _NAMED}
+        return dataclasses.replace(self, **named, ref_date=change(self.ref_date))
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """Every tensor on ``device``, dtypes unchanged."""
+        return self.map(lambda t: t.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Batch:
+        """Every tensor in page-locked memory, so that copies to a GPU overlap with compute."""
+        return self.map(Tensor.pin_memory)
+
+
+_NAMED = ("pixels", "dates", "noise", "targets")
+
+
+def digest(batch: Batch) -> str:
+    """sha256 over every tensor and key of a batch, for audit files."""
+    sha = hashlib.sha256("\n".join(batch.keys).encode())
+    for part in _NAMED:
+        for name, tensor in sorted(getattr(batch, part).items()):
+            sha.update(f"{part}/{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            sha.update(tensor.contiguous().view(torch.uint8).numpy().data)
+    sha.update(batch.ref_date.contiguous().view(torch.uint8).numpy().data)
+    return sha.hexdigest()
