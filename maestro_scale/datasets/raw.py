@@ -1,0 +1,124 @@
+"""What raw readers share: files, dates and casts, with errors that name file and cause."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from maestro_scale.datasets.spec import DatasetError
+
+
+def list_folder(folder: Path) -> frozenset[str]:
+    """File names in ``folder``; DatasetError if it is no folder."""
+    try:
+        return frozenset(os.listdir(folder))
+    except OSError as error:
+        raise DatasetError(f"{folder}: cannot list the folder ({error.strerror}); check the path") from error
+
+
+def read_csv(path: Path) -> tuple[dict[str, int], list[list[str]]]:
+    """Column name → index, and the rows; DatasetError if unreadable or a row has not one value per column."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as stream:
+            header, *rows = [row for row in csv.reader(stream) if row] or [[]]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DatasetError(f"{path}: cannot be read as CSV ({error})") from error
+    for i, row in enumerate(rows):
+        if len(row) != len(header):
+            raise DatasetError(
+                f"{path}: row {i + 2} has {len(row)} values for {len(header)} columns; mend it"
+            )
+    return {name.strip(): i for i, name in enumerate(header)}, rows
+
+
+def calendar_dates(days: Sequence[bytes | str], where: str) -> np.ndarray:
+    """``YYYYMMDD`` strings → (T, 3) int16 (year, day of year, hour 0); DatasetError names a bad one."""
+    texts = [d.decode("ascii", "replace") if isinstance(d, bytes) else d for d in days]
+    for i, text in enumerate(texts):
+        if len(text) != 8 or not (text.isascii() and text.isdigit()):
+            raise DatasetError(f"{where}: entry {i} has {text!r} where a date YYYYMMDD is expected")
+    try:
+        stamps = np.array([f"{t[:4]}-{t[4:6]}-{t[6:]}" for t in texts], dtype="datetime64[D]")
+    except ValueError as error:
+        raise DatasetError(f"{where}: a date is not in the calendar ({error})") from error
+    years = stamps.astype("datetime64[Y]")
+    dates = np.zeros((len(texts), 3), np.int16)
+    dates[:, 0] = years.astype(np.int64) + 1970
+    dates[:, 1] = (stamps - years.astype("datetime64[D]")).astype(np.int64) + 1
+    return dates
+
+
+def product_dates(products: Sequence[bytes], part: int, where: str) -> np.ndarray:
+    """Acquisition dates from Copernicus product names, (T, 3) int16.
+
+    ``part``: which of the parts between underscores starts with YYYYMMDD, counted from the end (-5 for
+    Sentinel-1 and -2). DatasetError names the first product without one.
+    """
+    days = []
+    for i, product in enumerate(products):
+        parts = product.rsplit(b"_", -part)
+        if len(parts) < -part:
+            name = product.decode("ascii", "replace")
+            raise DatasetError(f"{where}: entry {i} is {name!r}, not a product name with a date")
+        days.append(parts[part][:8])
+    return calendar_dates(days, where)
+
+
+def read_tif(path: Path, shape: tuple[int, int, int], dtype: str) -> np.ndarray:
+    """All bands of a GeoTIFF, (C, H, W); DatasetError if unreadable or not of ``shape`` and ``dtype``."""
+    import rasterio
+    from rasterio.errors import RasterioError
+
+    try:
+        # Without this GDAL lists the whole folder at every open; raw folders hold 50,000 files and more.
+        with rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR"), rasterio.open(path) as raster:
+            found = (raster.count, raster.height, raster.width)
+            if found != shape or raster.dtypes[0] != dtype:
+                got = f"{raster.dtypes[0]} {_by(found)}"
+                raise DatasetError(f"{path}: is {got}, expected {dtype} {_by(shape)}; fetch the file again")
+            return raster.read()
+    except (RasterioError, OSError) as error:
+        raise DatasetError(f"{path}: cannot be read ({_one_line(error)}); fetch the file again") from error
+
+
+def read_h5(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Those of the datasets ``names`` that an HDF5 file has; DatasetError if it cannot be read."""
+    import h5py
+
+    try:
+        # No lock: raw data often lies on read-only or network file systems that have none.
+        with h5py.File(path, "r", locking=False) as file:
+            return {name: file[name][()] for name in names if name in file}
+    except (OSError, RuntimeError) as error:
+        raise DatasetError(f"{path}: cannot be read ({_one_line(error)}); fetch the file again") from error
+
+
+def to_integers(values: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray | None, bool]:
+    """Cast floats to an integer dtype: (integers, where they were not finite, whether any other was changed).
+
+    NaN and infinities become 0 (the second item is None if there were none); other values are rounded and
+    clipped to the dtype's range. Lossless, and fast, for what is already integral and in range.
+    """
+    if values.dtype == dtype:
+        return values, None, False
+    limits = np.iinfo(dtype)
+    with np.errstate(invalid="ignore"):
+        integers = values.astype(dtype)
+    if np.array_equal(integers, values):
+        return integers, None, False
+    bad = ~np.isfinite(values)
+    clean = np.where(bad, 0, values)
+    integers = np.clip(np.rint(clean), limits.min, limits.max).astype(dtype)
+    return integers, bad if bad.any() else None, not np.array_equal(integers, clean)
+
+
+def _by(shape: Sequence[int]) -> str:
+    return "×".join(str(n) for n in shape)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

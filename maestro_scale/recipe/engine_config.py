@@ -1,0 +1,210 @@
+"""The ``deepspeed:`` section: passed on as it is, with what the rest of the recipe decides filled in.
+
+Verified against DeepSpeed 0.19.8 (runtime/config.py, runtime/engine.py). Defaults that changed between its
+releases or that the training loop relies on are written out.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+DEFAULT_STAGE = 2
+
+# The loop scales the loss for this reduction and steps on this boundary; another value would train wrong.
+_PINNED = {"gradient_allreduce_op": "mean", "managed_gradient_accumulation": True}
+
+_REFUSED = {
+    "elasticity": "DeepSpeed 0.19 removed it; data.lanes lets a run continue on another number of ranks",
+    "amp": "DeepSpeed 0.19 removed it; use train.precision",
+    "optimizer": "the optimizer is AdamW with the values of the recipe's optim section; leave it out",
+    "scheduler": "the schedule is the recipe's optim.schedule; leave it out",
+}
+_ZERO_REFUSED = {
+    "mics_shard_size": "DeepSpeed 0.19 removed MiCS; use zero_hpz_partition_size",
+    "mics_hierarchical_params_gather": "DeepSpeed 0.19 removed MiCS; use zero_hpz_partition_size",
+}
+_MAPPINGS = ("zero_optimization", "bf16", "fp16", "torch_autocast", "data_types", "checkpoint")
+# DeepSpeed ignores a top-level key that it does not know: a misspelt one of these would go unnoticed.
+_KNOWN = (
+    "activation_checkpointing",
+    "aio",
+    "autotuning",
+    "bf16",
+    "checkpoint",
+    "comms_logger",
+    "communication_data_type",
+    "compile",
+    "csv_monitor",
+    "data_efficiency",
+    "data_types",
+    "dataloader_drop_last",
+    "disable_allgather",
+    "dump_state",
+    "flops_profiler",
+    "fp16",
+    "gradient_accumulation_steps",
+    "gradient_allreduce_op",
+    "gradient_clipping",
+    "gradient_predivide_factor",
+    "log_level",
+    "managed_gradient_accumulation",
+    "memory_breakdown",
+    "prescale_gradients",
+    "seq_parallel_communication_data_type",
+    "steps_per_print",
+    "tensor_parallel",
+    "tensorboard",
+    "timers",
+    "torch_autocast",
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "wall_clock_breakdown",
+    "wandb",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+    "zero_optimization",
+)
+
+
+@dataclass(frozen=True)
+class Derived:
+    """What the rest of the recipe decides. None: not known yet, so neither filled in nor checked."""
+
+    global_batch: int
+    micro_batch: int
+    clip: float
+    world_size: int | None = None
+    precision: str | None = None  # "bf16" or "fp32"
+
+
+def stage_of(section: Mapping[str, Any]) -> int:
+    """The ZeRO stage of a ``deepspeed:`` section (2 where it does not say)."""
+    return section.get("zero_optimization", {}).get("stage", DEFAULT_STAGE)
+
+
+def problems(section: Mapping[str, Any], derived: Derived) -> Iterator[tuple[tuple[str, ...], str]]:
+    """(key path within the section, reason) of everything in ``section`` that cannot be passed on."""
+    flat = [key for key in _MAPPINGS if not isinstance(section.get(key, {}), dict)]
+    if flat:
+        yield from (((key,), f"must be a mapping of keys to values, got {section[key]!r}") for key in flat)
+        return
+    zero = section.get("zero_optimization", {})
+    for key, reason in _REFUSED.items():
+        if key in section:
+            yield (key,), f"refused: {reason}"
+    for key, reason in _ZERO_REFUSED.items():
+        if key in zero:
+            yield ("zero_optimization", key), f"refused: {reason}"
+    for key in section:
+        close = difflib.get_close_matches(str(key), _KNOWN, n=1, cutoff=0.85)
+        if close and key not in _KNOWN and key not in _REFUSED:
+            yield (key,), f"DeepSpeed would ignore this key (did you mean {close[0]!r}?)"
+    stage = zero.get("stage", DEFAULT_STAGE)
+    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
+        yield ("zero_optimization", "stage"), f"must be 0, 1, 2 or 3, got {stage!r}"
+        return
+    for path, value, source in _decided(section, derived):
+        said = _get(section, path)
+        if said not in (None, "auto", value):
+            yield path, f"{said!r} contradicts {value!r}, which follows from {source}: leave it out"
+
+
+def filled(section: Mapping[str, Any], derived: Derived) -> dict[str, Any]:
+    """A complete DeepSpeed config: ``section``, the derived values, and every default relied on."""
+    config = copy.deepcopy(dict(section))
+    for path, value, _ in _decided(section, derived):
+        _put(config, path, value, over=True)
+    for path, value in _relied_on(config):
+        _put(config, path, value, over=False)
+    return config
+
+
+def _decided(section: Mapping[str, Any], d: Derived) -> Iterator[tuple[tuple[str, ...], Any, str]]:
+    yield ("train_batch_size",), d.global_batch, f"train.global_batch {d.global_batch}"
+    yield ("train_micro_batch_size_per_gpu",), d.micro_batch, f"train.micro_batch {d.micro_batch}"
+    yield ("gradient_clipping",), d.clip, f"optim.clip {d.clip}"
+    if d.world_size is not None:
+        steps = d.global_batch // (d.micro_batch * d.world_size)
+        source = f"train.global_batch {d.global_batch} on {d.world_size} ranks of micro_batch {d.micro_batch}"
+        yield ("gradient_accumulation_steps",), steps, source
+    yield ("fp16", "enabled"), False, "train.precision, bf16 or fp32"
+    for key, value in _PINNED.items():
+        yield (key,), value, "the training loop, which is written for it"
+    if d.precision is not None:
+        yield from _decided_precision(section, d.precision)
+
+
+def _decided_precision(
+    section: Mapping[str, Any], precision: str
+) -> Iterator[tuple[tuple[str, ...], Any, str]]:
+    """bf16 weights with fp32 masters under ZeRO, or autocast over fp32 weights where the recipe asks for it.
+
+    Without ZeRO it is always autocast: DeepSpeed's bf16 optimizer starts with a dummy Adam step there (its
+    issue #5104).
+    """
+    stage, low = stage_of(section), precision == "bf16"
+    autocast = low and (stage == 0 or bool(_get(section, ("torch_autocast", "enabled"))))
+    why = f"train.precision {precision}" + (
+        " under ZeRO-0, where it means torch_autocast" if low and not stage else ""
+    )
+    yield ("bf16", "enabled"), low and not autocast, why
+    yield ("torch_autocast", "enabled"), autocast, why
+    if autocast:
+        yield ("torch_autocast", "dtype"), "bfloat16", why
+
+
+def _relied_on(config: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    low = bool(_get(config, ("bf16", "enabled")))
+    yield (
+        ("bf16", "check_grad_overflow"),
+        True,
+    )  # the default changed in 0.19.3; a NaN gradient must skip its step
+    yield ("bf16", "immediate_grad_update"), False
+    yield (
+        ("data_types", "grad_accum_dtype"),
+        "fp32",
+    )  # the loss curve must not depend on the number of micro-batches
+    yield ("communication_data_type",), "bf16" if low else "fp32"
+    yield ("seq_parallel_communication_data_type",), "fp32"
+    yield ("prescale_gradients",), False
+    yield ("gradient_predivide_factor",), 1.0
+    yield ("steps_per_print",), 10**9  # the loop prints its own progress
+    yield ("wall_clock_breakdown",), False
+    yield ("dump_state",), False
+    yield ("zero_allow_untested_optimizer",), False
+    yield ("zero_force_ds_cpu_optimizer",), False  # torch's AdamW is used under offload too
+    yield (
+        ("checkpoint", "tag_validation"),
+        "Fail",
+    )  # ranks that disagree on the tag would write half a checkpoint
+    yield ("checkpoint", "load_universal"), False
+    zero = "zero_optimization"
+    yield (zero, "stage"), DEFAULT_STAGE
+    yield (zero, "contiguous_gradients"), True
+    yield (zero, "reduce_scatter"), True
+    yield (zero, "allgather_partitions"), True
+    yield (zero, "round_robin_gradients"), False
+    yield (zero, "overlap_comm"), stage_of(config) == 3
+    yield (zero, "ignore_unused_parameters"), True
+    if stage_of(config) == 3 and "gather_16bit_weights_on_model_save" not in config[zero]:
+        yield (
+            (zero, "stage3_gather_16bit_weights_on_model_save"),
+            True,
+        )  # without it saving returns False in silence
+
+
+def _get(node: Any, path: tuple[str, ...]) -> Any:
+    for key in path:
+        node = node.get(key) if isinstance(node, dict) else None
+    return node
+
+
+def _put(config: dict[str, Any], path: tuple[str, ...], value: Any, *, over: bool) -> None:
+    for key in path[:-1]:
+        config = config.setdefault(key, {})
+    if over or config.get(path[-1]) is None:
+        config[path[-1]] = value

@@ -1,0 +1,57 @@
+"""What every section is made of: the base class and the kinds of field."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+# a path or URL; ~ is the home folder
+Place = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
+
+
+def listed(value: Any) -> Any:
+    """One name where a list of them may stand is a list of one."""
+    if isinstance(value, list):  # pydantic's strict mode takes lists for tuples only straight from JSON
+        return tuple(value)
+    return (value,) if isinstance(value, str) else value
+
+
+def some(values: tuple) -> tuple:
+    """ValueError unless there is at least one value."""
+    if not values:
+        raise ValueError("must name at least one")
+    return values
+
+
+def distinct(values: tuple) -> tuple:
+    """ValueError unless there is at least one value and none is given twice."""
+    some(values)
+    twice = [str(v) for i, v in enumerate(values) if v in values[:i]]
+    if twice:
+        raise ValueError(f"{twice[0]} is given twice")
+    return values
+
+
+class Section(BaseModel):
+    """Frozen; a key that is not a field is an error; nothing is converted from text to number or back."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        validate_default=True,
+        use_attribute_docstrings=True,
+    )
+
+
+def nearest_divisors(wanted: int, number: int) -> str:
+    """The divisors of ``number`` next below and above ``wanted``, in words: ``8 or 12``."""
+    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    below = [d for d in divisors if d <= wanted][-1:]
+    above = [d for d in divisors if d > wanted][:1]
+    return " or ".join(str(d) for d in (*below, *above))

@@ -1,0 +1,220 @@
+"""From files and ``--set`` to one plain tree: YAML, ``extends``, overrides, environment. No meaning yet.
+
+Every layer (a file, then the files that extend it, then ``--set``) is merged over the ones before: mappings
+key by key, anything else replaced. ``origins`` remembers which layer said what, for the error messages.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from maestro_scale.recipe import environment
+from maestro_scale.recipe.errors import Loc, RecipeError, did_you_mean, dotted
+
+_SET = "--set"
+_RIVALS = {
+    "train": ("epochs", "steps")
+}  # exactly one of these holds: a later layer's choice drops an earlier one's
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A recipe before validation.
+
+    ``texts``: what stood in the environment, for values that were one whole ``${VAR}``: a field that wants
+    text gets it as written (a run called 0012), all others the YAML value.
+    """
+
+    data: dict[str, Any]
+    origins: Mapping[Loc, str]
+    texts: Mapping[Loc, str] = field(default_factory=dict)
+
+    def origin(self, loc: Loc) -> str:
+        """The file (or ``--set``) that said ``loc``, or the closest thing around it."""
+        while loc and loc not in self.origins:
+            loc = loc[:-1]
+        return self.origins[loc]
+
+
+def read_tree(path: str | Path, overrides: Sequence[str]) -> Tree:
+    """The file, what it extends, ``overrides`` and the environment; RecipeError if any is amiss."""
+    tree = _with_overrides(_read_chain(Path(path), ()), overrides)
+    texts: dict[Loc, str] = {}
+
+    def resolved(loc: Loc, text: str) -> Any:
+        try:
+            value = environment.substitute(text, os.environ)
+        except environment.Unresolved as error:
+            raise RecipeError(f"{tree.origin(loc)}: {dotted(loc)}: {error}") from None
+        if not environment.is_whole_reference(text):
+            return value
+        texts[loc] = value
+        return _scalar(value)
+
+    return Tree(environment.mapped(tree.data, resolved), tree.origins, texts)
+
+
+def parse_yaml(text: str) -> Any:
+    """YAML as people expect it: ``3e-5`` is a number, ``2024-01-01`` text, a key given twice an error."""
+    return yaml.load(text, Loader=_Loader)
+
+
+def _read_chain(path: Path, below: tuple[Path, ...]) -> Tree:
+    """``path`` merged over everything it extends. ``below``: the files that led here."""
+    here = path.resolve()
+    if here in below:
+        raise RecipeError(f"{below[-1]}: extends: a circle: {' → '.join(p.name for p in (*below, here))}")
+    data = _read_file(path)
+    parent = data.pop("extends", None)
+    layer = Tree({k: v for k, v in data.items() if v is not None}, dict(_origins(data, str(path))))
+    if parent is None:
+        return layer
+    if not isinstance(parent, str):
+        raise RecipeError(f"{path}: extends: must be the path of one recipe, got {parent!r}")
+    try:
+        target = path.parent / Path(environment.substitute(parent, os.environ)).expanduser()
+    except environment.Unresolved as error:
+        raise RecipeError(f"{path}: extends: {error}") from None
+    if not target.is_file():
+        there = [p.name for p in target.parent.glob("*.yaml")] if target.parent.is_dir() else []
+        raise RecipeError(f"{path}: extends: {target} does not exist{did_you_mean(target.name, there)}")
+    base = _read_chain(target, (*below, here))
+    return Tree(
+        _merged(_without_rivals(base.data, layer.data), layer.data), {**base.origins, **layer.origins}
+    )
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        data = parse_yaml(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        there = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+        hint = did_you_mean(path.name, there) if there else ""
+        raise RecipeError(f"{path}: cannot read the recipe: {error.strerror}{hint}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise RecipeError(
+            f"{path}: a recipe is a mapping of sections, this file holds a {type(data).__name__}"
+        )
+    return data
+
+
+def _merged(base: Any, layer: Any) -> Any:
+    if not (isinstance(base, dict) and isinstance(layer, dict)):
+        return copy.deepcopy(layer)
+    return {**base, **{key: _merged(base.get(key), value) for key, value in layer.items()}}
+
+
+def _without_rivals(base: dict[str, Any], layer: Mapping[str, Any]) -> dict[str, Any]:
+    for section, rivals in _RIVALS.items():
+        said, had = layer.get(section), base.get(section)
+        if isinstance(said, dict) and isinstance(had, dict) and any(said.get(r) is not None for r in rivals):
+            base = {**base, section: {k: v for k, v in had.items() if k not in rivals}}
+    return base
+
+
+def _origins(node: Any, source: str, loc: Loc = ()) -> Iterator[tuple[Loc, str]]:
+    yield loc, source
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from _origins(value, source, (*loc, str(key)))
+
+
+def _with_overrides(tree: Tree, overrides: Sequence[str]) -> Tree:
+    parsed = [_parse_override(text) for text in overrides]
+    said: dict[str, Any] = {}
+    for loc, value in parsed:
+        if not any(isinstance(part, int) for part in loc):
+            said = _merged(said, _nested(loc, value))
+    data, origins = copy.deepcopy(_without_rivals(tree.data, said)), dict(tree.origins)
+    for loc, value in parsed:
+        data = _assigned(data, loc, value, ())
+        for i in range(1, len(loc)):
+            if isinstance(loc[i], int):
+                break  # the list itself came from a file
+            origins.setdefault(loc[:i], _SET)
+        origins.update((loc + sub, source) for sub, source in _origins(value, _SET))
+    return Tree(data, origins)
+
+
+def _parse_override(text: str) -> tuple[Loc, Any]:
+    """``data.mixture[0].shards=x`` or ``data.mixture.0.shards=x`` → path and YAML value."""
+    key, equals, value = text.partition("=")
+    key = key.strip()
+    if not equals or not re.fullmatch(r"[^.\[\]\s]+(\.[^.\[\]\s]+|\[\d+\])*", key):
+        raise RecipeError(f"{_SET}: {text!r} is not section.key=value")
+    parts = re.findall(r"[^.\[\]]+", key)
+    try:
+        return tuple(int(p) if p.isdecimal() else p for p in parts), parse_yaml(value)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{_SET}: {key}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _nested(loc: Loc, value: Any) -> Any:
+    return {loc[0]: _nested(loc[1:], value)} if loc else value
+
+
+def _assigned(node: Any, loc: Loc, value: Any, done: Loc) -> Any:
+    """``node`` with ``value`` at ``loc``; mappings on the way are made where there is nothing."""
+    if not loc:
+        return _merged(node, value)
+    head, rest = loc[0], loc[1:]
+    if isinstance(node, list):
+        if not isinstance(head, int) or head >= len(node):
+            raise RecipeError(
+                f"{_SET}: {dotted((*done, head))}: {dotted(done)} is a list of {len(node)}: "
+                f"use {dotted(done)}[0]{f' to [{len(node) - 1}]' if len(node) > 1 else ''}"
+            )
+        return [_assigned(v, rest, value, (*done, i)) if i == head else v for i, v in enumerate(node)]
+    if isinstance(head, int) or not isinstance(node, dict | None):
+        what = "nothing yet" if node is None else f"{node!r}" if not isinstance(node, dict) else "a mapping"
+        raise RecipeError(f"{_SET}: {dotted((*done, *loc))}: {dotted(done)} is {what}, so it has no {head!r}")
+    node = node or {}
+    return {**node, head: _assigned(node.get(head), rest, value, (*done, head))}
+
+
+def _scalar(text: str) -> Any:
+    try:
+        return parse_yaml(text)
+    except yaml.YAMLError:
+        return text
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader with YAML 1.2 floats, without timestamps, refusing duplicate keys."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML's own class attribute
+        first: [(tag, regexp) for tag, regexp in resolvers if not tag.endswith((":timestamp", ":float"))]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [
+            self.construct_object(key, deep=True)
+            for key, _ in node.value
+            if key.tag != "tag:yaml.org,2002:merge"
+        ]
+        twice = sorted({str(key) for key in keys if keys.count(key) > 1})
+        if twice:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"key {twice[0]!r} is given twice", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^(?:[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"),
+    list("-+.0123456789"),
+)

@@ -1,0 +1,110 @@
+"""From a file and overrides to a Recipe, or to a message that says what to change."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from maestro_scale.recipe.errors import Disagreement, Loc, RecipeError, did_you_mean, dotted
+from maestro_scale.recipe.layers import Tree, read_tree
+from maestro_scale.recipe.schema import Recipe
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file, what it extends, ``section.key=value`` overrides and the environment.
+
+    Raises:
+        RecipeError: one line per mistake, each with its file, its key and the nearest valid name.
+    """
+    return validated(read_tree(path, overrides))
+
+
+def parse_recipe(data: Mapping[str, Any], source: str = "recipe") -> Recipe:
+    """A recipe from plain data, as ``load_recipe`` would validate it; no ``extends``, no environment."""
+    return validated(Tree(dict(data), {(): source}))
+
+
+def validated(tree: Tree) -> Recipe:
+    """The recipe in ``tree``; RecipeError if it is not one."""
+    try:
+        return _validate(tree.data)
+    except ValidationError as error:
+        first = error
+    # a value from the environment was read as YAML, but some fields want it as written
+    data = tree.data
+    for loc in (tuple(e["loc"]) for e in first.errors() if e["type"] == "string_type"):
+        if loc in tree.texts:
+            data = _replaced(data, loc, tree.texts[loc])
+    try:
+        return _validate(data)
+    except ValidationError as error:
+        raise RecipeError("\n".join(_lines(error, tree))) from None
+
+
+def _validate(data: Mapping[str, Any]) -> Recipe:
+    # from JSON, strict mode takes a list for a tuple and still no text for a number
+    return Recipe.model_validate_json(json.dumps(data, default=str))
+
+
+def _replaced(node: Any, loc: Loc, value: Any) -> Any:
+    if not loc:
+        return value
+    if isinstance(node, list):
+        return [_replaced(v, loc[1:], value) if i == loc[0] else v for i, v in enumerate(node)]
+    return {**node, loc[0]: _replaced(node[loc[0]], loc[1:], value)}
+
+
+def _lines(error: ValidationError, tree: Tree) -> Iterator[str]:
+    for e in error.errors():
+        loc, cause = tuple(e["loc"]), e.get("ctx", {}).get("error")
+        parts = cause.problems if isinstance(cause, Disagreement) else [((), _reason(e, loc))]
+        for sub, reason in parts:
+            where = (*loc, *sub)
+            yield f"{tree.origin(where)}: {dotted(where)}: {reason}"
+
+
+def _reason(error: Mapping[str, Any], loc: Loc) -> str:
+    kind, given, context = error["type"], error["input"], error.get("ctx", {})
+    if kind == "extra_forbidden":
+        return f"unknown key{did_you_mean(loc[-1], _keys_of(Recipe, loc[:-1]))}"
+    if kind == "missing":
+        return "is missing"
+    if kind == "value_error":
+        return str(context["error"])
+    if kind == "literal_error":
+        known = [part.strip("' ") for part in context["expected"].replace(" or ", ", ").split(", ")]
+        hint = did_you_mean(given, known).partition(" (there are")[0]
+        return f"must be {context['expected']}, got {given!r}{hint}"
+    if kind == "string_pattern_mismatch":
+        return f"must match {context['pattern']}, got {given!r}"
+    wanted = {
+        "int_type": "a whole number",
+        "int_from_float": "a whole number",
+        "float_type": "a number",
+        "bool_type": "true or false",
+        "string_type": "text",
+        "tuple_type": "a list",
+        "dict_type": "a mapping of keys to values",
+        "model_type": "a mapping of keys to values",
+    }.get(kind)
+    if wanted:
+        return f"must be {wanted}, got {given!r}"
+    return f"{error['msg'].removeprefix('Input ').removeprefix('Value ')}, got {given!r}"
+
+
+def _keys_of(model: type[BaseModel], loc: Loc) -> list[str]:
+    """The field names of the section that ``loc`` leads to."""
+    for part in loc:
+        if part in model.model_fields:
+            model = _model_in(model.model_fields[part].annotation) or model
+    return list(model.model_fields)
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((m for arg in get_args(annotation) if (m := _model_in(arg))), None)

@@ -1,0 +1,151 @@
+"""The recipe as one object, and what only the sections together decide."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import yaml
+from pydantic import Field, model_validator
+
+from maestro_scale.recipe import engine_config, environment
+from maestro_scale.recipe.errors import Disagreement, Loc, RecipeError, dotted
+from maestro_scale.recipe.fields import Section, nearest_divisors
+from maestro_scale.recipe.inputs import Data
+from maestro_scale.recipe.sections import (
+    Checkpoint,
+    Evaluation,
+    Masking,
+    Model,
+    Optim,
+    Tracking,
+    Train,
+)
+
+Scalar = str | int | float | bool
+
+
+class Recipe(Section):
+    """Everything that decides a run. Made by ``load_recipe``; equal recipes give equal runs."""
+
+    name: Annotated[str, Field(pattern=r"^\w[\w.\-]*$", max_length=200)]
+    """Names the run and its directory: letters, digits, ``_``, ``-`` and ``.``."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Of the weights, of the order of samples and of all that is drawn for them."""
+    data: Data
+    """Where the samples come from and how they are read."""
+    model: Model = Model()
+    """What is learned."""
+    masking: Masking = Masking()
+    """How much of the input is hidden."""
+    optim: Optim = Optim()
+    """AdamW and its schedule."""
+    train: Train = Field(default_factory=lambda: Train(epochs=100))
+    """How long, in what pieces, in what precision."""
+    deepspeed: dict[str, Any] = Field(
+        default_factory=lambda: {"zero_optimization": {"stage": engine_config.DEFAULT_STAGE}}
+    )
+    """DeepSpeed's own config; see ``deepspeed_config`` for what is filled in."""
+    checkpoint: Checkpoint = Checkpoint()
+    """What is kept for resuming."""
+    tracking: Tracking = Tracking()
+    """MLflow and pictures."""
+    evaluation: Evaluation = Evaluation()
+    """What is measured on frozen embeddings."""
+
+    @property
+    def lr(self) -> float:
+        """Peak learning rate: base_lr · sqrt(global_batch / 3) (MAESTRO, arXiv 2508.10894)."""
+        return self.optim.base_lr * math.sqrt(self.train.global_batch / 3)
+
+    @property
+    def zero_stage(self) -> int:
+        """DeepSpeed's ZeRO stage, 0 to 3."""
+        return engine_config.stage_of(self.deepspeed)
+
+    def deepspeed_config(self, world_size: int, device: str | None = None) -> dict[str, Any]:
+        """The config for ``deepspeed.initialize`` on ``world_size`` ranks.
+
+        ``device`` (``cpu``, ``cuda``, …) settles ``train.precision: auto`` and may be left out otherwise.
+
+        Raises:
+            RecipeError: the ranks do not fit the batch or the lanes, or the section contradicts the recipe.
+            ValueError: the precision is auto and no device is given.
+        """
+        check_world(self, world_size)
+        if device is None and self.train.precision == "auto":
+            raise ValueError("train.precision is auto: pass the device that it depends on")
+        derived = self._derived(world_size, self.train.precision_on(device or ""))
+        wrong = [
+            f"deepspeed.{dotted(at)}: {why}" for at, why in engine_config.problems(self.deepspeed, derived)
+        ]
+        if wrong:
+            raise RecipeError("\n".join(wrong))
+        return engine_config.filled(self.deepspeed, derived)
+
+    def to_yaml(self) -> str:
+        """The whole recipe, every default written out; loading it gives an equal recipe on any machine."""
+        return yaml.safe_dump(
+            environment.escape(self.model_dump(mode="json")), sort_keys=False, allow_unicode=True, width=110
+        )
+
+    def flat(self) -> dict[str, Scalar]:
+        """``{"optim.base_lr": 3e-05, "data.mixture[0].dataset": …}``; null is the text ``null``."""
+        return dict(_leaves(self.model_dump(mode="json"), ()))
+
+    def _derived(self, world_size: int | None, precision: str | None) -> engine_config.Derived:
+        train = self.train
+        return engine_config.Derived(
+            train.global_batch, train.micro_batch, self.optim.clip, world_size, precision
+        )
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Recipe:
+        wrong: list[tuple[Loc, str]] = []
+        lanes, batch = self.data.lanes, self.train.global_batch
+        if batch % lanes:
+            near = nearest_divisors(lanes, batch)
+            reason = f"{lanes} does not divide train.global_batch {batch}: use {near}"
+            wrong.append((("data", "lanes"), reason))
+        if self.masking.band_group and self.model.spectral == "joint":
+            reason = "needs model.spectral=token, a joint token holds all bands: set it to 0"
+            wrong.append((("masking", "band_group"), reason))
+        precision = None if self.train.precision == "auto" else self.train.precision
+        found = engine_config.problems(self.deepspeed, self._derived(None, precision))
+        wrong += [(("deepspeed", *loc), reason) for loc, reason in found]
+        if wrong:
+            raise Disagreement(*wrong)
+        return self
+
+
+def check_world(recipe: Recipe, world_size: int) -> None:
+    """RecipeError, with what would fit, unless ``world_size`` ranks can share the lanes and the batch."""
+    lanes, batch, micro = recipe.data.lanes, recipe.train.global_batch, recipe.train.micro_batch
+    if world_size < 1:
+        raise RecipeError(f"{world_size} ranks: a run needs at least one")
+    fits = [w for w in range(1, lanes + 1) if lanes % w == 0 and batch % (w * micro) == 0]
+    ranks = f"{recipe.name} runs on {', '.join(map(str, fits))} ranks" if fits else "no number of ranks fits"
+    if lanes % world_size:
+        shared = [n for n in range(world_size, batch + 1, world_size) if batch % n == 0]
+        hint = f", or set data.lanes={min(shared, key=lambda n: abs(n - lanes))}" if shared else ""
+        raise RecipeError(f"data.lanes: {lanes} cannot be shared evenly by {world_size} ranks: {ranks}{hint}")
+    if batch % (world_size * micro):
+        # lanes divide the batch and ranks divide the lanes, so the share of a rank is whole
+        share = batch // world_size
+        near = nearest_divisors(micro, share)
+        raise RecipeError(
+            f"train.micro_batch: {world_size} ranks share train.global_batch {batch}, {share} each, which "
+            f"micro_batch {micro} does not divide: set train.micro_batch to {near}; "
+            f"with {micro} {ranks}"
+        )
+
+
+def _leaves(node: Any, loc: Loc) -> Iterator[tuple[str, Scalar]]:
+    if isinstance(node, dict | list) and node:
+        items = node.items() if isinstance(node, dict) else enumerate(node)
+        for key, value in items:
+            yield from _leaves(value, (*loc, key))
+    else:
+        yield dotted(loc), node if isinstance(node, Scalar) else json.dumps(node)

@@ -1,0 +1,213 @@
+"""The reader of TreeSatAI-TS against a tile written by hand, against bad input, and against the real tile."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from testkit.treesatai_tile import S2_PRODUCTS, TILE, aerial_pixels, h5_content, write_csv
+
+from maestro_scale.datasets import open_raw
+from maestro_scale.datasets.spec import DatasetError
+from maestro_scale.datasets.treesatai_ts import SPEC
+from maestro_scale.datasets.treesatai_ts_splits import GENERA
+
+REAL = Path(
+    os.environ.get("MAESTRO_TREESATAI_DIR", Path(__file__).parents[2] / "../shared/data/treesatai_ts")
+)
+
+
+def read(src: Path, split: str = "train"):
+    reader = open_raw("treesatai_ts", src, split)
+    (key,) = reader.keys()
+    return reader.read(key)
+
+
+def test_pixels_bands_and_dates_are_those_of_the_files(write_tile):
+    tile = read(write_tile())
+    assert tile.key == TILE
+    np.testing.assert_array_equal(tile.arrays["aerial"], aerial_pixels()[None, :, 2:302, 2:302])
+    s2 = tile.arrays["s2"]
+    assert s2.dtype == np.int16
+    assert s2[2, 7, 4, 5] == 2745
+    s1 = tile.arrays["s1_asc"]
+    assert np.isnan(s1[0, 1, 2, 3])
+    assert s1[1, 0, 0, 0] == 0
+    np.testing.assert_array_equal(tile.arrays["s1_des"], s1 * 2)
+    assert tile.dates["s2"].tolist() == [[2020, 60, 0], [2020, 366, 0], [2021, 1, 0]]
+    assert tile.dates["s1_asc"].tolist() == [[2020, 3, 0], [2020, 3, 0]]
+    assert tile.ref_date.tolist() == [2020, 186, 0]
+    assert tile.dates["aerial"].tolist() == [[2020, 186, 0]]
+    assert tile.notes == ()
+
+
+def test_masks_are_snow_then_cloud_in_percent(write_tile):
+    mask = read(write_tile()).masks["s2"]
+    assert mask.dtype == np.uint8
+    assert mask.shape == (3, 2, 6, 6)
+    assert (mask[1, 0, 5, 0], mask[2, 1, 0, 5], int(mask.astype(int).sum())) == (40, 100, 140)
+
+
+def test_shares_follow_the_names_of_the_columns(write_tile):
+    shares = read(write_tile()).targets["species"]
+    assert shares.dtype == np.float32
+    assert {GENERA[i]: float(shares[i]) for i in np.flatnonzero(shares)} == {"Fagus": 0.75, "Picea": 0.125}
+
+
+def test_arrays_fit_the_spec_and_the_reader_pickles(write_tile):
+    reader = pickle.loads(pickle.dumps(open_raw("treesatai_ts", write_tile(), "train")))
+    tile = reader.read(TILE)
+    for m in SPEC.modalities:
+        array = tile.arrays[m.name]
+        assert array.shape[1:] == (len(m.bands), m.size, m.size)
+        assert array.dtype == m.dtype
+        assert array.flags.c_contiguous
+        assert tile.dates[m.name].shape == (len(array), 3)
+        assert tile.dates[m.name].dtype == np.int16
+
+
+def test_lists_and_json_labels_are_read_and_the_assumed_date_is_said(write_tile):
+    src = write_tile()
+    (src / "train.csv").unlink()
+    (src / "split").mkdir()
+    (src / "split" / "train_filenames.lst").write_text(f"{TILE}.tif\n")
+    (src / "labels").mkdir()
+    labels = {f"{TILE}.tif": [["Picea", 0.125], ["Fagus", 0.75]]}
+    (src / "labels" / "TreeSatBA_v9_60m_multi_labels.json").write_text(json.dumps(labels))
+    tile = read(src)
+    assert tile.targets["species"][GENERA.index("Fagus")] == 0.75
+    assert tile.targets["species"][GENERA.index("Picea")] == 0.125
+    assert tile.ref_date.tolist() == [2020, 183, 0]
+    assert tile.notes == ("aerial date not given: the first of July of the year in the h5 name is taken",)
+
+
+def test_a_filtered_split_is_a_split(write_tile):
+    src = write_tile()
+    (src / "train.csv").rename(src / "train_filtered_10.csv")
+    assert read(src, "train_filtered_10").key == TILE
+
+
+def test_ten_mask_channels_are_cut_to_two_and_said(write_tile):
+    content = h5_content()
+    content["sen-2-masks"] = np.concatenate([content["sen-2-masks"], np.full((3, 8, 6, 6), 7, np.float32)], 1)
+    tile = read(write_tile(content))
+    assert int(tile.masks["s2"].astype(int).sum()) == 140
+    assert tile.notes == ("sen-2-masks has 10 channels: the first two are taken as snow and cloud",)
+
+
+def test_an_h5_name_without_year_is_found_and_said(write_tile):
+    tile = read(write_tile(sen_name=f"{TILE}.h5"))
+    assert tile.notes == (
+        "the h5 name in the split and the one on disk differ in the year: taken as the same",
+    )
+
+
+def test_another_year_does_not_stand_for_the_listed_one(write_tile):
+    with pytest.raises(DatasetError, match="names 1 files that are not in"):
+        read(write_tile(sen_name=f"{TILE}_2019.h5"))
+
+
+def test_s2_values_that_do_not_fit_are_mended_and_said(write_tile):
+    content = h5_content()
+    content["sen-2-data"][0, 0, 0, :3] = (12.4, 70_000, np.nan)
+    tile = read(write_tile(content))
+    assert tile.arrays["s2"][0, 0, 0, :3].tolist() == [12, 32767, 0]
+    assert tile.masks["s2"][0, 1, 0].tolist() == [0, 0, 100, 0, 0, 0]
+    assert len(tile.notes) == 2
+
+
+def one_line(error: pytest.ExceptionInfo[DatasetError]) -> str:
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_a_missing_folder_and_a_missing_split_are_named(write_tile, tmp_path):
+    with pytest.raises(DatasetError) as error:
+        open_raw("treesatai_ts", tmp_path / "nowhere", "train")
+    assert "nowhere" in one_line(error)
+    with pytest.raises(DatasetError) as error:
+        open_raw("treesatai_ts", write_tile(), "trian")
+    assert "splits found: train" in one_line(error)
+
+
+def test_an_empty_split_is_an_error(write_tile):
+    src = write_tile()
+    write_csv(src / "val.csv", [])
+    with pytest.raises(DatasetError) as error:
+        open_raw("treesatai_ts", src, "val")
+    assert "val.csv: the split is empty" in one_line(error)
+
+
+def test_absent_files_are_counted_and_the_first_is_named(write_tile):
+    src = write_tile()
+    write_csv(
+        src / "train.csv",
+        [("a.tif", "a_2020.h5"), (f"{TILE}.tif", f"{TILE}_2020.h5"), ("b.tif", "b_2020.h5")],
+    )
+    with pytest.raises(DatasetError) as error:
+        open_raw("treesatai_ts", src, "train")
+    assert "names 4 files" in one_line(error)
+    assert "aerial/a.tif" in one_line(error)
+
+
+@pytest.mark.parametrize("name", [f"aerial/{TILE}.tif", f"sentinel-ts/{TILE}_2020.h5"])
+def test_a_truncated_file_is_named(write_tile, name):
+    src = write_tile()
+    content = (src / name).read_bytes()
+    (src / name).write_bytes(content[: len(content) // 2])
+    with pytest.raises(DatasetError) as error:
+        read(src)
+    assert name in one_line(error)
+
+
+def test_wrong_shapes_are_named(write_tile):
+    with pytest.raises(DatasetError) as error:
+        read(write_tile(pixels=aerial_pixels()[:, :300, :300]))
+    assert "4×300×300, expected uint8 4×304×304" in one_line(error)
+    content = h5_content()
+    content["sen-1-asc-data"] = content["sen-1-asc-data"][..., :5]
+    with pytest.raises(DatasetError) as error:
+        read(write_tile(content))
+    assert "sen-1-asc-data has shape (2, 2, 6, 5)" in one_line(error)
+
+
+@pytest.mark.parametrize(
+    "product", [b"S2A_20200229", S2_PRODUCTS[0].replace(b"20200229T", b"20200231T"), b"a_b_c_d_e_f"]
+)
+def test_a_product_name_without_date_is_named(write_tile, product):
+    content = h5_content()
+    content["sen-2-products"] = np.array([*S2_PRODUCTS[:2], product], h5py.string_dtype("ascii"))
+    with pytest.raises(DatasetError) as error:
+        read(write_tile(content))
+    assert "sen-2-products" in one_line(error)
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason=f"no real tile at {REAL}; set MAESTRO_TREESATAI_DIR")
+def test_the_real_tile():
+    tile = read(REAL)
+    assert {m: a.shape for m, a in tile.arrays.items()} == {
+        "aerial": (1, 4, 300, 300),
+        "s2": (146, 10, 6, 6),
+        "s1_asc": (115, 2, 6, 6),
+        "s1_des": (235, 2, 6, 6),
+    }
+    assert tile.notes == ()
+    assert tile.arrays["s2"].max() == 14088
+    assert np.isnan(tile.arrays["s1_des"]).sum() == 4
+    assert len(np.unique(tile.dates["s1_des"], axis=0)) == 121
+    prepared = np.load(REAL.parent / f"{REAL.name}_prepared.npz")
+    np.testing.assert_array_equal(tile.ref_date, prepared["ref_date"].reshape(-1))
+    np.testing.assert_array_equal(tile.arrays["aerial"] / np.float32(255), prepared["aerial"])
+    # Every prepared date is one of the tile's, with its pixels.
+    for modality in ("s2", "s1_asc", "s1_des"):
+        have = {tuple(d) for d in tile.dates[modality].tolist()}
+        assert {tuple(d) for d in prepared[f"{modality}_dates"].tolist()} <= have
+    at = [tile.dates["s2"].tolist().index(d) for d in prepared["s2_dates"].tolist()]
+    np.testing.assert_allclose(tile.arrays["s2"][at] / np.float32(5000), prepared["s2"], rtol=1e-6)
+    over = tile.targets["species"] > SPEC.target("species").threshold
+    np.testing.assert_array_equal(over, prepared["treesat_mlc_thresh"].reshape(-1).astype(bool))

@@ -1,0 +1,614 @@
+"""The recipe: what it accepts, what it refuses, and how it says so."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import string
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import BaseModel
+
+from maestro_scale import datasets
+from maestro_scale.datasets.spec import DatasetSpec, Modality, Scale, Sensor
+from maestro_scale.model.sizes import SIZES
+from maestro_scale.recipe import (
+    MixtureEntry,
+    Recipe,
+    RecipeError,
+    check_world,
+    load_recipe,
+    parse_recipe,
+    resolve_sensors,
+    resolve_spec,
+)
+from maestro_scale.recipe.inputs import SensorOverride
+from maestro_scale.recipe.layers import parse_yaml
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+MINIMAL = {"name": "run", "data": {"mixture": [{"dataset": "d", "shards": "/d"}]}}
+
+
+def write(folder: Path, name: str, text: str) -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+@pytest.fixture
+def minimal(tmp_path: Path) -> Path:
+    return write(tmp_path, "minimal.yaml", yaml.safe_dump(MINIMAL))
+
+
+def refusal(path: Path, *overrides: str) -> str:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, overrides)
+    return str(caught.value)
+
+
+# --- what stands in the house
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda p: p.stem)
+def test_shipped_recipes_load_without_data_and_run_on_one_and_two_ranks(path, monkeypatch):
+    monkeypatch.delenv("MAESTRO_DATA", raising=False)
+    recipe = load_recipe(path)
+    for world_size in (1, 2):
+        check_world(recipe, world_size)
+    for entry_ in recipe.data.mixture:
+        resolve_spec(datasets.spec(entry_.dataset), entry_)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("vitt", "tiny"), ("vits", "small"), ("vitb", "base"), ("vitl", "large"), ("vith", "huge")],
+)
+def test_vit_recipes_are_the_papers_setting_in_other_sizes(name, size):
+    recipe, paper = load_recipe(RECIPES / f"{name}.yaml"), load_recipe(RECIPES / "treesatai_ts.yaml")
+    assert recipe.model.dimensions == SIZES[size]
+    assert (recipe.data, recipe.masking, recipe.optim, recipe.train) == (
+        (paper.data, paper.masking, paper.optim, paper.train)
+    )
+
+
+def test_the_papers_setting():
+    recipe = load_recipe(RECIPES / "treesatai_ts.yaml")
+    assert recipe.data.mixture[0].split == ("train", "val")
+    assert (recipe.model.fusion, recipe.model.inter_depth, recipe.train.epochs) == ("group", 3, 100)
+    assert recipe.lr == pytest.approx(3e-5 * math.sqrt(32))
+
+
+def test_every_field_is_documented():
+    def check(model: type[BaseModel]) -> None:
+        assert model.__doc__
+        for name, field in model.model_fields.items():
+            assert field.description, f"{model.__name__}.{name}"
+            for part in (field.annotation, *getattr(field.annotation, "__args__", ())):
+                if isinstance(part, type) and issubclass(part, BaseModel):
+                    check(part)
+
+    check(Recipe)
+    check(MixtureEntry)
+    check(SensorOverride)
+
+
+def test_a_recipe_cannot_be_changed():
+    with pytest.raises(ValueError, match="frozen"):
+        parse_recipe(MINIMAL).train.epochs = 3
+
+
+# --- layers
+
+
+def test_extends_merges_mappings_and_replaces_lists(tmp_path):
+    write(tmp_path, "a.yaml", yaml.safe_dump({**MINIMAL, "model": {"size": "tiny", "loss": "l2"}, "seed": 3}))
+    write(tmp_path, "b.yaml", "extends: a.yaml\nmodel: {size: small}\noptim: {betas: [0.8, 0.95]}\n")
+    (tmp_path / "sub").mkdir()
+    path = write(tmp_path / "sub", "c.yaml", "extends: ../b.yaml\nname: third\ntracking:\n")
+    recipe = load_recipe(path)
+    assert (recipe.name, recipe.seed, recipe.model.size, recipe.model.loss) == ("third", 3, "small", "l2")
+    assert recipe.optim.betas == (0.8, 0.95)
+
+
+def test_extends_in_a_circle_or_to_nothing_is_refused(tmp_path):
+    write(tmp_path, "a.yaml", "extends: b.yaml\n")
+    b = write(tmp_path, "b.yaml", "extends: a.yaml\n")
+    assert "circle: b.yaml → a.yaml → b.yaml" in refusal(b)
+    c = write(tmp_path, "c.yaml", "extends: aa.yaml\n")
+    assert "aa.yaml does not exist (did you mean 'a.yaml'?)" in refusal(c)
+
+
+def test_a_later_choice_of_steps_or_epochs_drops_the_earlier_one(tmp_path):
+    paper = RECIPES / "treesatai_ts.yaml"
+    assert load_recipe(paper, ["train.steps=50"]).train.model_dump(include={"epochs", "steps"}) == {
+        "epochs": None,
+        "steps": 50,
+    }
+    assert load_recipe(paper, ["train={steps: 50}"]).train.epochs is None
+    a = write(tmp_path, "a.yaml", yaml.safe_dump({**MINIMAL, "train": {"steps": 7}}))
+    b = write(tmp_path, "b.yaml", f"extends: {a}\ntrain: {{epochs: 2}}\n")
+    assert (load_recipe(b).train.epochs, load_recipe(b).train.steps) == (2, None)
+    assert "both given" in refusal(paper, "train.steps=50", "train.epochs=2")
+    both = write(tmp_path, "both.yaml", yaml.safe_dump({**MINIMAL, "train": {"steps": 7, "epochs": 1}}))
+    assert "train.steps: epochs 1 and steps 7 are both given" in refusal(both)
+
+
+def test_without_a_length_it_is_100_epochs(minimal):
+    assert load_recipe(minimal).train.epochs == 100
+    assert load_recipe(minimal, ["train.log_every=1"]).train.epochs == 100
+
+
+@pytest.mark.parametrize("key", ["data.mixture[0].shards", "data.mixture.0.shards"])
+def test_set_reaches_into_lists(minimal, key):
+    assert load_recipe(minimal, [f"{key}=s3://bucket/x"]).data.mixture[0].shards == "s3://bucket/x"
+
+
+def test_set_takes_yaml_values_and_makes_sections(minimal):
+    recipe = load_recipe(
+        minimal,
+        [
+            "optim.base_lr=3e-4",
+            "deepspeed.zero_optimization.offload_optimizer.device=cpu",
+            "data.mixture[0].sensors={s1: null, s2: {num_dates: 8}}",
+            "evaluation.seeds=[0, 1]",
+            "tracking.experiment=a=b",
+        ],
+    )
+    assert recipe.optim.base_lr == 3e-4
+    assert recipe.deepspeed == {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+    assert recipe.zero_stage == 2
+    assert recipe.data.mixture[0].sensors["s1"] is None
+    assert recipe.evaluation.seeds == (0, 1)
+    assert recipe.tracking.experiment == "a=b"
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("train.steps", "is not section.key=value"),
+        ("=3", "is not section.key=value"),
+        ("train..steps=3", "is not section.key=value"),
+        ("data.mixture[1].shards=x", "data.mixture is a list of 1: use data.mixture[0]"),
+        ("data.mixture.shards=x", "data.mixture is a list of 1"),
+        ("name.x=3", "name is 'run', so it has no 'x'"),
+        ("model.size=[a", "model.size: not valid YAML"),
+        ("modle.size=tiny", "modle: unknown key (did you mean 'model'?)"),
+    ],
+)
+def test_a_wrong_override_is_refused(minimal, override, reason):
+    message = refusal(minimal, override)
+    assert message.startswith("--set: ")
+    assert reason in message
+    assert "\n" not in message
+
+
+# --- the environment
+
+
+def test_environment_values_and_defaults(minimal, monkeypatch):
+    monkeypatch.setenv("ROOT_OF_DATA", "/data")
+    monkeypatch.setenv("LANES", "16")
+    monkeypatch.setenv("RUN", "0012")
+    monkeypatch.setenv("EMPTY", "")
+    recipe = load_recipe(
+        minimal,
+        [
+            "data.mixture[0].shards=${ROOT_OF_DATA}/${UNSET_DATASET:-trees}",
+            "data.lanes=${LANES}",
+            "name=${RUN}",
+            "data.cache_gib=${UNSET_GIB:-1.5e1}",
+            "data.cache_dir=${EMPTY:-~/cache}",
+            "tracking.experiment=$${RUN}",
+        ],
+    )
+    assert recipe.data.mixture[0].shards == "/data/trees"
+    assert (recipe.data.lanes, recipe.name, recipe.data.cache_gib) == (16, "0012", 15.0)
+    assert recipe.data.cache_dir == os.path.expanduser("~/cache")
+    assert recipe.tracking.experiment == "${RUN}"
+    assert load_recipe(minimal).data.cache_dir == os.path.expanduser("~/.cache/maestro-scale")
+
+
+def test_a_missing_variable_names_itself_its_key_and_its_file(tmp_path, monkeypatch):
+    monkeypatch.delenv("NOT_HERE", raising=False)
+    data = {**MINIMAL, "data": {"mixture": [{"dataset": "d", "shards": "${NOT_HERE}/d"}]}}
+    path = write(tmp_path, "r.yaml", yaml.safe_dump(data))
+    message = refusal(path)
+    assert message.startswith(f"{path}: data.mixture[0].shards: environment variable NOT_HERE is not set")
+    assert load_recipe(path, ["data.mixture[0].shards=/x"]).data.mixture[0].shards == "/x"
+
+
+def test_a_broken_reference_is_refused(minimal):
+    assert "is not a reference" in refusal(minimal, "data.mixture[0].shards=${HOME")
+
+
+# --- refusals
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.sise=tiny"], "--set: model.sise: unknown key (did you mean 'size'?)"),
+        (["data.mixture[0].shard=x"], "--set: data.mixture[0].shard: unknown key (did you mean 'shards'?)"),
+        (
+            ["data.mixture[0].sensors.s2.patc=3"],
+            "--set: data.mixture[0].sensors.s2.patc: unknown key (did you mean 'patch'?)",
+        ),
+        (
+            ["data.mixture[0].sensors.s2.scale={divisr: 3}"],
+            "--set: data.mixture[0].sensors.s2.scale.divisr: unknown key (did you mean 'divisor'?)",
+        ),
+        (["model.size=bas"], "(did you mean 'base'?)"),
+        (["optim.base_lr=fast"], "--set: optim.base_lr: must be a number, got 'fast'"),
+        (["optim.base_lr=.inf"], "--set: optim.base_lr: "),
+        (["train.global_batch='96'"], "--set: train.global_batch: must be a whole number, got '96'"),
+        (["train.global_batch=96.0"], "--set: train.global_batch: must be a whole number, got 96.0"),
+        (["train.audit=1"], "--set: train.audit: must be true or false, got 1"),
+        (["train=3"], "--set: train: must be a mapping of keys to values, got 3"),
+        (["name=a/b"], "--set: name: must match"),
+        (["seed=-1"], "--set: seed: should be greater than or equal to 0, got -1"),
+        (["masking.ratio=1.0"], "--set: masking.ratio: should be less than 1, got 1.0"),
+        (["data.mixture=[]"], "--set: data.mixture: must name at least one"),
+        (["data.mixture[0].split=[]"], "--set: data.mixture[0].split: must name at least one"),
+        (["data.mixture[0].split=[a, a]"], "--set: data.mixture[0].split: a is given twice"),
+        (["data.lanes=7"], "--set: data.lanes: 7 does not divide train.global_batch 96: use 6 or 8"),
+        (
+            ["train.micro_batch=7"],
+            "--set: train.micro_batch: 7 does not divide train.global_batch 96: use 6 or 8",
+        ),
+        (["model.inter_depth=12"], "--set: model.inter_depth: 12 leaves no block to the groups: at most 11"),
+        (
+            ["model.fusion=shared"],
+            "model.inter_depth: 3, but fusion shared has no inter-group blocks: set it to 0",
+        ),
+        (["model.fusion=monotemp"], "model.inter_depth: 3, but fusion monotemp has no inter-group blocks"),
+        (["model.heads=7"], "--set: model.heads: 7 does not divide width 768"),
+        (["model.width=130", "model.heads=10"], "width 130"),
+        (
+            ["data.mixture[0].sensors.s2={image_size: 7, patch: 2}"],
+            "--set: data.mixture[0].sensors.s2.patch: 2 does not divide image_size 7",
+        ),
+        (
+            ["data.mixture[0].sensors.s2={bands: [0, 1], band_groups: [1, 2]}"],
+            "--set: data.mixture[0].sensors.s2.band_groups: [1, 2] do not add up to 2 bands",
+        ),
+        (["masking.band_group=0.2"], "--set: masking.band_group: needs model.spectral=token"),
+        (
+            ["data.mixture=[{dataset: d, shards: /d}, {dataset: d, shards: /d/, split: [val, train]}]"],
+            "--set: data.mixture[1]: /d is in the mixture already with split 'train'",
+        ),
+    ],
+)
+def test_a_wrong_recipe_is_refused_in_one_line(minimal, overrides, message):
+    said = refusal(minimal, *overrides)
+    assert message in said
+    assert "\n" not in said
+
+
+def test_every_mistake_is_named_with_the_file_that_made_it(tmp_path):
+    a = write(tmp_path, "a.yaml", yaml.safe_dump({**MINIMAL, "optim": {"base_rl": 1}}))
+    b = write(tmp_path, "b.yaml", "extends: a.yaml\nmodel: {sice: tiny}\n")
+    assert refusal(b, "train.log_evry=1").split("\n") == [
+        f"{b}: model.sice: unknown key (did you mean 'size'?)",
+        f"{a}: optim.base_rl: unknown key (did you mean 'base_lr'?)",
+        "--set: train.log_evry: unknown key (did you mean 'log_every'?)",
+    ]
+
+
+def test_what_is_missing_is_named(tmp_path):
+    said = refusal(write(tmp_path, "r.yaml", "data: {mixture: [{dataset: d}]}"))
+    assert "name: is missing" in said
+    assert "data.mixture[0].shards: is missing" in said
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("a: [", "not valid YAML"),
+        ("- a\n- b", "a recipe is a mapping of sections, this file holds a list"),
+        ("name: a\nname: b", "key 'name' is given twice"),
+        ("name: x\nextends: [a]", "extends: must be the path of one recipe"),
+        ("", "name: is missing"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_refused(tmp_path, text, reason):
+    path = write(tmp_path, "r.yaml", text)
+    assert str(path) in refusal(path)
+    assert reason in refusal(path)
+
+
+def test_a_file_that_is_not_there_is_refused_with_its_neighbour():
+    assert "No such file" in refusal(RECIPES / "vitz.yaml")
+    assert "did you mean 'vit" in refusal(RECIPES / "vitz.yaml")
+
+
+def test_yaml_numbers_are_numbers_and_dates_are_text():
+    read = parse_yaml("[3e-5, 1E3, .5, 1_000, 2024-01-01, 1.0.2, -2, +3.5]")
+    assert read == [3e-5, 1000.0, 0.5, 1000, "2024-01-01", "1.0.2", -2, 3.5]
+
+
+# --- round trip
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda p: p.stem)
+def test_the_resolved_recipe_reads_back_the_same(path, tmp_path):
+    recipe = load_recipe(path)
+    again = load_recipe(write(tmp_path, "resolved.yaml", recipe.to_yaml()))
+    assert again == recipe
+    assert again.to_yaml() == recipe.to_yaml()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    name=st.text(string.ascii_letters + string.digits + "_", min_size=1, max_size=8),
+    shards=st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs")), min_size=1).filter(
+        lambda s: not s.startswith("~")
+    ),
+    seed=st.integers(0, 2**63 - 1),
+    base_lr=st.floats(1e-12, 1e3),
+    lanes=st.sampled_from([1, 2, 3, 4, 8]),
+    per_lane=st.integers(1, 9),
+    steps=st.none() | st.integers(1, 10**9),
+    drop=st.booleans(),
+)
+def test_any_recipe_reads_back_the_same(
+    tmp_path_factory, name, shards, seed, base_lr, lanes, per_lane, steps, drop
+):
+    sensors = {"s1": None} if drop else {"s2": {"num_dates": 3, "scale": {"divisor": 2.5}}}
+    recipe = parse_recipe(
+        {
+            "name": name,
+            "seed": seed,
+            "data": {"mixture": [{"dataset": "d", "shards": shards, "sensors": sensors}], "lanes": lanes},
+            "optim": {"base_lr": base_lr},
+            "train": {"steps": steps, "global_batch": lanes * per_lane, "micro_batch": 1},
+        }
+    )
+    path = write(tmp_path_factory.getbasetemp(), "any.yaml", recipe.to_yaml())
+    assert load_recipe(path) == recipe
+
+
+def test_flat_is_scalars_by_dotted_path(minimal):
+    flat = load_recipe(minimal, ["data.mixture[0].sensors.s1=null"]).flat()
+    assert flat["data.mixture[0].shards"] == "/d"
+    assert flat["data.mixture[0].sensors.s1"] == "null"
+    assert flat["optim.betas[1]"] == 0.99
+    assert flat["deepspeed.zero_optimization.stage"] == 2
+    assert all(isinstance(value, str | int | float | bool) for value in flat.values())
+
+
+# --- model dimensions
+
+
+def test_dimensions_can_be_changed_one_by_one(minimal):
+    narrow = [
+        "model.size=tiny",
+        "model.width=128",
+        "model.depth=4",
+        "model.heads=4",
+        "model.decoder_width=128",
+    ]
+    size = load_recipe(minimal, narrow).model.dimensions
+    assert (size.width, size.heads, size.dim_head, size.depth) == (128, 4, 32, 4)
+    assert (size.decoder_width, size.decoder_heads, size.decoder_dim_head) == (128, 4, 32)
+    assert size.mlp_ratio == SIZES["tiny"].mlp_ratio
+    assert load_recipe(minimal, ["model.dim_head=16"]).model.dimensions.dim_head == 16
+
+
+# --- ranks
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 48), st.integers(1, 12), st.integers(1, 12), st.integers(1, 64))
+def test_ranks_fit_exactly_when_lanes_and_batch_can_be_shared(lanes, per_lane, micro, world_size):
+    batch = lanes * per_lane
+    if batch % micro:
+        return
+    recipe = parse_recipe(
+        {
+            **MINIMAL,
+            "data": {**MINIMAL["data"], "lanes": lanes},
+            "train": {"global_batch": batch, "micro_batch": micro},
+        }
+    )
+    fits = lanes % world_size == 0 and batch % (world_size * micro) == 0
+    if fits:
+        check_world(recipe, world_size)
+    else:
+        with pytest.raises(RecipeError, match=rf"^[^\n]*\b{world_size} ranks[^\n]*$"):
+            check_world(recipe, world_size)
+
+
+def test_a_wrong_number_of_ranks_is_told_what_fits():
+    recipe = load_recipe(RECIPES / "vitl.yaml")
+    with pytest.raises(
+        RecipeError, match=r"32 cannot be shared evenly by 3 ranks: .* on 1, 2, 4, 8, 16 ranks"
+    ):
+        check_world(recipe, 3)
+    with pytest.raises(RecipeError, match=r"32 ranks share .* 96, 3 each, .*set train.micro_batch to 3"):
+        check_world(recipe, 32)
+
+
+# --- DeepSpeed
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("train_batch_size=64", "64 contradicts 96, which follows from train.global_batch 96"),
+        ("train_micro_batch_size_per_gpu=4", "4 contradicts 8, which follows from train.micro_batch 8"),
+        ("gradient_clipping=0.5", "0.5 contradicts 1.0, which follows from optim.clip 1.0"),
+        ("fp16.enabled=true", "True contradicts False"),
+        ("gradient_allreduce_op=sum", "'sum' contradicts 'mean'"),
+        ("optimizer.type=Adam", "refused: the optimizer is AdamW"),
+        ("scheduler.type=WarmupLR", "refused: the schedule"),
+        ("elasticity.enabled=true", "refused: DeepSpeed 0.19 removed it"),
+        ("amp.enabled=true", "refused: DeepSpeed 0.19 removed it"),
+        ("zero_optimization.mics_shard_size=2", "refused: DeepSpeed 0.19 removed MiCS"),
+        ("zero_optimization.stage=4", "must be 0, 1, 2 or 3, got 4"),
+        ("zero_optimization=true", "must be a mapping"),
+        ("bf16=true", "must be a mapping"),
+        ("zero_optimisation.stage=2", "DeepSpeed would ignore this key (did you mean 'zero_optimization'?)"),
+    ],
+)
+def test_a_deepspeed_section_that_contradicts_the_recipe_is_refused(minimal, override, reason):
+    said = refusal(minimal, f"deepspeed.{override}")
+    assert said.startswith(f"--set: deepspeed.{override.partition('=')[0].partition('.')[0]}")
+    assert reason in said
+
+
+@pytest.mark.parametrize(("precision", "said"), [("bf16", "false"), ("fp32", "true")])
+def test_precision_is_decided_in_one_place(minimal, precision, said):
+    message = refusal(minimal, f"train.precision={precision}", f"deepspeed.bf16.enabled={said}")
+    assert f"follows from train.precision {precision}" in message
+
+
+def test_derived_values_may_be_repeated(minimal):
+    overrides = [
+        "deepspeed.train_batch_size=96",
+        "deepspeed.gradient_clipping=auto",
+        "deepspeed.wandb.enabled=true",
+    ]
+    config = load_recipe(minimal, overrides).deepspeed_config(4, "cuda")
+    assert (config["train_batch_size"], config["gradient_clipping"]) == (96, 1.0)
+    assert config["wandb"] == {"enabled": True}
+
+
+def test_accumulation_follows_from_the_ranks(minimal):
+    recipe = load_recipe(minimal)
+    for world_size in (1, 2, 4):
+        config = recipe.deepspeed_config(world_size, "cpu")
+        parts = config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"]
+        assert parts * world_size == 96
+    with pytest.raises(RecipeError, match="cannot be shared"):
+        recipe.deepspeed_config(5, "cpu")
+    wrong = load_recipe(minimal, ["deepspeed.gradient_accumulation_steps=3"])
+    assert wrong.deepspeed_config(4, "cpu")["gradient_accumulation_steps"] == 3
+    with pytest.raises(RecipeError, match=r"gradient_accumulation_steps: 3 contradicts 6"):
+        wrong.deepspeed_config(2, "cpu")
+
+
+def test_auto_precision_follows_the_device(minimal):
+    recipe = load_recipe(minimal)
+    assert recipe.deepspeed_config(1, "cpu")["bf16"]["enabled"] is False
+    assert recipe.deepspeed_config(1, "cuda")["bf16"]["enabled"] is True
+    with pytest.raises(ValueError, match="pass the device"):
+        recipe.deepspeed_config(1)
+    assert load_recipe(minimal, ["train.precision=fp32"]).deepspeed_config(1)["bf16"]["enabled"] is False
+
+
+def test_bf16_without_zero_or_on_request_is_autocast(minimal):
+    for overrides in (["deepspeed.zero_optimization.stage=0"], ["deepspeed.torch_autocast.enabled=true"]):
+        config = load_recipe(minimal, [*overrides, "train.precision=bf16"]).deepspeed_config(1)
+        assert config["bf16"]["enabled"] is False
+        assert config["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
+
+
+def test_the_section_itself_is_left_alone(minimal):
+    recipe = load_recipe(minimal)
+    before = recipe.to_yaml()
+    recipe.deepspeed_config(2, "cuda")["zero_optimization"]["stage"] = 0
+    assert recipe.to_yaml() == before
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_deepspeed_accepts_the_config(minimal, stage, device):
+    pytest.importorskip("deepspeed")
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    recipe = load_recipe(minimal, [f"deepspeed.zero_optimization.stage={stage}"])
+    accepted = DeepSpeedConfig(recipe.deepspeed_config(1, device))
+    assert (accepted.train_batch_size, accepted.train_micro_batch_size_per_gpu) == (96, 8)
+    assert accepted.gradient_accumulation_steps == 12
+    assert accepted.zero_optimization_stage == stage
+    assert accepted.gradient_clipping == 1.0
+    assert accepted.bfloat16_config.enabled == (device == "cuda" and stage > 0)
+    assert accepted.torch_autocast_enabled == (device == "cuda" and stage == 0)
+    assert accepted.zero_force_ds_cpu_optimizer is False
+
+
+# --- sensors
+
+SPEC = DatasetSpec(
+    name="toy",
+    title="Toy",
+    tile_m=60,
+    crop_m=60,
+    pos_grid=12,
+    modalities=(
+        Modality("aerial", ("nir", "r", "g", "b"), 0.2, 304, "uint8"),
+        Modality("s1_asc", ("vv", "vh"), 10, 6, "float32", series=True),
+        Modality("s1_des", ("vv", "vh"), 10, 6, "float32", series=True),
+    ),
+    targets=(),
+    sensors=(
+        Sensor(
+            "aerial", "aerial", 300, 20, 1, (0, 1, 2, 3), (1, 3), Scale("linear", 255), "aerial", "aerial"
+        ),
+        Sensor("s1_asc", "s1_asc", 6, 2, 4, (0, 1), (1, 1), Scale("log", 5), "s1", "s1"),
+        Sensor("s1_des", "s1_des", 6, 2, 4, (0, 1), (1, 1), Scale("log", 5), "s1", "s1"),
+    ),
+    ref_sensor="aerial",
+)
+
+
+def entry(**fields) -> MixtureEntry:
+    return parse_recipe(
+        {"name": "x", "data": {"mixture": [{"dataset": "toy", "shards": "/x", **fields}]}}
+    ).data.mixture[0]
+
+
+def test_every_sensor_field_can_be_overridden():
+    assert set(SensorOverride.model_fields) == {f.name for f in dataclasses.fields(Sensor)} - {"name"}
+
+
+def test_sensors_are_changed_kept_and_left_out():
+    sensors = resolve_sensors(
+        SPEC,
+        entry(sensors={"aerial": {"image_size": 60, "patch": 10, "scale": {"divisor": 100}}, "s1_des": None}),
+    )
+    assert [s.name for s in sensors] == ["aerial", "s1_asc"]
+    assert (sensors[0].image_size, sensors[0].grid, sensors[0].scale) == (60, 6, Scale("linear", 100))
+    assert sensors[1] == SPEC.sensor("s1_asc")
+    assert resolve_sensors(SPEC, entry()) == SPEC.sensors
+
+
+def test_bands_become_tuples():
+    sensors = resolve_sensors(SPEC, entry(sensors={"aerial": {"bands": [1, 2], "band_groups": [2]}}))
+    assert (sensors[0].bands, sensors[0].band_groups) == ((1, 2), (2,))
+
+
+@pytest.mark.parametrize(
+    ("sensors", "reason"),
+    [
+        ({"arial": {"patch": 10}}, "toy.sensors.arial: unknown sensor (did you mean 'aerial'?)"),
+        ({"aerial": {"patch": 7}}, "toy.sensors.aerial.patch: 7 does not divide image_size 300"),
+        ({"aerial": {"bands": [0]}}, "toy.sensors.aerial.band_groups: [1, 3] do not add up to 1 bands"),
+        ({"aerial": {"token_groups": [2, 3]}}, "aerial.token_groups: [2, 3] do not add up to 4 bands"),
+        ({"aerial": {"bands": [0, 4], "band_groups": [2]}}, "bands: 4 is beyond the 4 bands of aerial"),
+        ({"aerial": {"num_dates": 2}}, "num_dates: aerial is a single image, so 1, not 2"),
+        ({"aerial": {"source": "areal"}}, "unknown modality 'areal' (did you mean 'aerial'?)"),
+        ({"aerial": {"elevation": True}}, "elevation: needs 2 bands"),
+        (
+            {"s1_asc": {"patch": 3}},
+            "s1_des.embed: shared with s1_asc, but patch 2 of 2 bands differs from patch 3",
+        ),
+        ({"aerial": None}, "cannot be left out"),
+    ],
+)
+def test_changes_that_do_not_fit_are_refused(sensors, reason):
+    with pytest.raises(RecipeError) as caught:
+        resolve_sensors(SPEC, entry(sensors=sensors))
+    assert reason in str(caught.value)
+
+
+def test_the_crop_can_be_smaller_than_the_tile_but_not_larger():
+    assert resolve_spec(SPEC, entry(crop_m=30)).crop_m == 30
+    assert resolve_spec(SPEC, entry()) == SPEC
+    with pytest.raises(RecipeError, match=r"crop_m 61 is larger than a tile, 60 m"):
+        resolve_spec(SPEC, entry(crop_m=61))
