@@ -23,8 +23,8 @@ _STACKS = {"encoders": "encoder", "inter": "encoder_inter", "decoders": "decoder
 
 # (pattern of our name, how theirs is spelled); \1, \2 … carry over.
 _RULES = (
-    (r"embed\.(\w+)\.(\d+)\.proj\.(\w+)", r"patch_embed.\1.patchify_bands.\2.conv.\3"),
-    (r"embed\.(\w+)\.(\d+)\.norm\.(\w+)", r"patch_embed.\1.patchify_bands.\2.norm.\3"),
+    (r"patch_embed\.(\w+)\.(\d+)\.proj\.(\w+)", r"patch_embed.\1.patchify_bands.\2.conv.\3"),
+    (r"patch_embed\.(\w+)\.(\d+)\.norm\.(\w+)", r"patch_embed.\1.patchify_bands.\2.norm.\3"),
     (r"to_decoder\.(\w+)\.(\w+)", r"enc_to_dec.\1.\2"),
     (r"to_pixels\.(\w+)\.(\d+)\.(\w+)", r"embed_to_rec.\1.pixelify_bands.\2.conv.\3"),
     (r"mask_token\.(\w+)\.vectors", r"mask_token.\1"),

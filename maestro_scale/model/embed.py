@@ -22,13 +22,20 @@ def scale(how: Scale, pixels: Tensor) -> Tensor:
 
 
 def network_input(sensor: Sensor, pixels: Tensor) -> Tensor:
-    """(B, D, C, H, W) raw -> (B, D, C, image_size, image_size) float32: scaled, elevation differenced, resized."""
-    x = scale(sensor.scale, pixels)
+    """(B, D, C, H, W) raw -> (B, D, C, image_size, image_size) float32: resized, scaled, elevation differenced."""
+    # Nearest resizing commutes with what is done to single pixels: first, it handles small native values.
+    x = scale(sensor.scale, _nearest(_nearest(pixels, sensor.image_size, 3), sensor.image_size, 4))
     if sensor.elevation:
         x = torch.stack([x[:, :, 0], 30.0 * (x[:, :, 0] - x[:, :, 1])], dim=2)
-    if x.shape[-1] != sensor.image_size or x.shape[-2] != sensor.image_size:
-        x = F.interpolate(x.flatten(0, 1), size=(sensor.image_size,) * 2, mode="nearest").unflatten(0, x.shape[:2])
     return x
+
+
+def _nearest(pixels: Tensor, size: int, dim: int) -> Tensor:
+    """Nearest resize of one axis, in any dtype: pixel i comes from floor(i * old / new), as ``F.interpolate`` has it."""
+    old = pixels.shape[dim]
+    if old == size:
+        return pixels
+    return pixels.index_select(dim, torch.arange(size, device=pixels.device) * old // size)
 
 
 def patchify(x: Tensor, patch: int) -> Tensor:

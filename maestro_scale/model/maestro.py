@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,14 @@ from maestro_scale.model.sequences import Sequence, pack, sequences, unpack
 from maestro_scale.model.targets import combine, error_sum
 from maestro_scale.model.transformer import Transformer
 from maestro_scale.stream.batch import Batch
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """``tokens[sensor]``: (B, R, L, E). ``vector``: (B, S*E), the mean token of each of the S sensors, side by side."""
+
+    tokens: dict[str, Tensor]
+    vector: Tensor
 
 
 class Maestro(nn.Module):
@@ -51,7 +60,7 @@ class Maestro(nn.Module):
             )
 
         by_embed = {s.embed: s for s in config.sensors}
-        self.embed = nn.ModuleDict(
+        self.patch_embed = nn.ModuleDict(
             {
                 name: nn.ModuleList(
                     PatchEmbed(c, s.patch, size.width, config.norm) for c in config.token_groups(s)
@@ -138,7 +147,7 @@ class Maestro(nn.Module):
     def _embed(self, sensor: Sensor, patches: Tensor, batch: Batch) -> Tensor:
         groups = self.config.token_groups(sensor)
         parts = patches.split(list(groups), dim=-1)
-        tokens = torch.cat([e(p) for e, p in zip(self.embed[sensor.embed], parts, strict=True)], dim=1)
+        tokens = torch.cat([e(p) for e, p in zip(self.patch_embed[sensor.embed], parts, strict=True)], dim=1)
         return tokens + self._encoding("enc", sensor, batch).to(tokens.dtype)
 
     def _encoding(self, role: str, sensor: Sensor, batch: Batch) -> Tensor:
@@ -193,6 +202,11 @@ class Maestro(nn.Module):
             ]
         )
         return combine(self.config, sums, counts), sums.detach()
+
+    def embed(self, batch: Batch) -> Embedding:
+        """What the encoder makes of a batch, nothing masked: token grids per sensor and one vector per sample."""
+        tokens = self.encode(batch)
+        return Embedding(tokens, torch.cat([t.mean(dim=(1, 2)) for t in tokens.values()], dim=1))
 
     def predict(self, batch: Batch) -> dict[str, Tensor]:
         """{target: logits} from every token of every sensor."""

@@ -29,10 +29,12 @@ def num_noise(sensor: Sensor) -> int:
 class Batch:
     """Samples of one dataset.
 
-    ``pixels[sensor]``: (B, D, C, H, W), native dtype, unscaled, cropped and flipped, before the model's resize.
-    ``dates[sensor]``: (B, D, 3) int16 of year, day of year, hour. ``ref_date``: (B, 3) int16.
-    ``noise[sensor]``: (B, num_noise(sensor)) float32 in [0, 1). ``targets[name]``: stacked labels.
-    ``keys``: replay key of each sample. ``filled``: dates that were repeated or imputed.
+    ``pixels[sensor]``: (B, D, C, H, W), native dtype, unscaled, cropped and flipped, before the model's
+    resize. ``dates[sensor]``: (B, D, 3) int16 of year, day of year, hour. ``ref_date``: (B, 3) int16.
+    ``noise[sensor]``: (B, num_noise(sensor)) float32 in [0, 1). ``targets[name]``: stacked labels. ``keys``:
+    "epoch/dataset/sample" of each sample, enough to make it again (evaluation: "eval/dataset/sample/crop").
+    ``tiles``: the tiles' own names. ``filled``: dates that were repeated or imputed. ``replaced``: samples
+    that stand in for one in a bad shard.
     """
 
     dataset: str
@@ -42,7 +44,9 @@ class Batch:
     noise: dict[str, Tensor]
     targets: dict[str, Tensor]
     keys: tuple[str, ...]
+    tiles: tuple[str, ...] = ()
     filled: int = 0
+    replaced: int = 0
 
     def __len__(self) -> int:
         return len(self.keys)

@@ -1,0 +1,127 @@
+"""The ``maestro-scale`` command: data in, models out, and everything around a run."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="maestro-scale",
+    help="Pretrain MAESTRO on many machines: make shards, check them, try everything, export models.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def main() -> None:
+    """The console entry point: expected mistakes become one line and exit code 1."""
+    from maestro_scale.training.errors import EXPECTED
+
+    try:
+        app()
+    except EXPECTED as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+@app.command()
+def quickstart(
+    out: Annotated[Path, typer.Option(help="Folder for everything it makes; run again to continue.")] = Path("quickstart"),
+    seed: Annotated[int, typer.Option(help="Seed of the scenes, the weights and the order of samples.")] = 0,
+) -> None:
+    """Synthetic tiles to a pretrained encoder and its scores, in minutes on two cores."""
+    from maestro_scale.quickstart import quickstart as run
+
+    run(out, seed)
+
+
+@app.command()
+def synth(
+    dataset: Annotated[str, typer.Argument(help="Name of the dataset, e.g. treesatai_ts.")],
+    dst: Annotated[Path, typer.Argument(help="Folder to write; empty, or begun by the same command.")],
+    tiles: Annotated[int, typer.Option(min=3, help="Number of tiles, over all splits.")] = 100,
+    seed: Annotated[int, typer.Option(min=0, help="Tile i depends on (seed, i) alone.")] = 0,
+) -> None:
+    """Write a synthetic dataset in that dataset's official raw layout."""
+    from maestro_scale import datasets
+
+    _known(dataset)
+    datasets.synth(dataset, dst, tiles, seed)
+    print(f"{tiles} tiles of {dataset} in {dst}; next: maestro-scale shard {dataset} {dst} SHARDS --split train")
+
+
+@app.command()
+def shard(
+    dataset: Annotated[str, typer.Argument(help="Name of the dataset, e.g. treesatai_ts.")],
+    src: Annotated[Path, typer.Argument(help="Folder with the raw dataset.")],
+    dst: Annotated[str, typer.Argument(help="Folder or s3:// prefix for the shards.")],
+    split: Annotated[str, typer.Option(help="Split to write, e.g. train; run once per split.")],
+    workers: Annotated[int, typer.Option(min=1, help="Processes; the bytes written do not depend on it.")] = 2,
+    codec: Annotated[str, typer.Option(help="raw, zstd or delta-zstd (when the network is the limit).")] = "raw",
+    shard_mb: Annotated[int, typer.Option(min=1, help="Size of a shard in MB.")] = 128,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the order that samples are stored in.")] = 0,
+) -> None:
+    """Turn one split of a raw dataset into shards; finished shards are kept when it is run again."""
+    from maestro_scale import datasets
+    from maestro_scale.shards.writer import write_shards
+    from maestro_scale.tracking.terminal import progress
+
+    _known(dataset)
+    raw = datasets.open_raw(dataset, src, split)
+    with progress(f"shard {dataset} {split}", "samples") as update:
+        manifest = write_shards(
+            raw, dst, split, workers=workers, codec=codec, shard_mb=shard_mb, seed=seed, progress=update
+        )
+    mine = manifest.of([split])
+    total = sum(s.bytes for s in mine) / 1e6
+    print(f"{sum(s.samples for s in mine)} samples in {len(mine)} shards ({total:.0f} MB) at {dst}")
+    for note, count in sorted(manifest.notes.items()):
+        print(f"  note: {note} ({count} samples)")
+
+
+@app.command()
+def verify(
+    url: Annotated[str, typer.Argument(help="Folder or s3:// prefix that holds manifest.json.")],
+    workers: Annotated[int, typer.Option(min=1, help="Processes or connections.")] = 2,
+) -> None:
+    """Check every shard against the manifest: size, sha256, count, every sample. Exit 1 and names if anything is wrong."""
+    from maestro_scale.shards.manifest import Manifest
+    from maestro_scale.shards.verify import verify as check
+
+    problems = check(url, workers)
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    if problems:
+        raise typer.Exit(1)
+    manifest = Manifest.load(url)
+    print(f"{url}: {len(manifest.shards)} shards, {sum(s.samples for s in manifest.shards)} samples, all whole")
+
+
+@app.command()
+def export(
+    run_dir: Annotated[Path, typer.Argument(help="A run directory with at least one checkpoint.")],
+    out: Annotated[Path, typer.Argument(help="Folder for model.safetensors and config.json.")],
+) -> None:
+    """Write the newest checkpoint's weights as safetensors that ``load_model`` reads with torch alone."""
+    from maestro_scale.interop.export import export_model
+    from maestro_scale.training.checkpoint import newest
+
+    print(f"exported to {export_model(newest(run_dir), out)}")
+
+
+def _known(dataset: str) -> None:
+    from maestro_scale import datasets
+    from maestro_scale.datasets.spec import DatasetError
+
+    try:
+        datasets.spec(dataset)
+    except KeyError as error:
+        raise DatasetError(error.args[0]) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""Scores from exact integer counts, which add over tiles, batches and ranks before any score is taken.
+
+Shapes: N samples, C classes; ``…`` are leading axes, such as bootstrap resamples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class MultilabelCounts:
+    """True positives, false positives, false negatives per class, each (C,) int64. Adding merges samples."""
+
+    tp: np.ndarray
+    fp: np.ndarray
+    fn: np.ndarray
+
+    @classmethod
+    def of(cls, predicted: np.ndarray, target: np.ndarray) -> MultilabelCounts:
+        """Counts of predictions (N, C) bool against targets (N, C) bool. ValueError if the shapes differ."""
+        return cls.from_array(tile_counts(predicted, target).sum(axis=0))
+
+    @classmethod
+    def zeros(cls, num_classes: int) -> MultilabelCounts:
+        """The counts of no sample."""
+        return cls.from_array(np.zeros((3, num_classes), np.int64))
+
+    @classmethod
+    def from_array(cls, counts: np.ndarray) -> MultilabelCounts:
+        """From (3, C): rows tp, fp, fn."""
+        tp, fp, fn = np.asarray(counts, np.int64)
+        return cls(tp, fp, fn)
+
+    def as_array(self) -> np.ndarray:
+        """(3, C) int64: rows tp, fp, fn; one array to sum over ranks."""
+        return np.stack([self.tp, self.fp, self.fn])
+
+    def __add__(self, other: MultilabelCounts) -> MultilabelCounts:
+        return MultilabelCounts(self.tp + other.tp, self.fp + other.fp, self.fn + other.fn)
+
+    @property
+    def support(self) -> np.ndarray:
+        """Samples that carry each class, (C,) int64."""
+        return self.tp + self.fn
+
+    def f1(self, zero_division: float = 0.0) -> np.ndarray:
+        """F1 per class, (C,) float64; ``zero_division`` where a class is neither present nor predicted."""
+        return f1(self.as_array(), zero_division)
+
+    def wf1(self, zero_division: float = 0.0) -> float:
+        """F1 weighted by support (the benchmark's wF1); the plain mean if no class is present at all."""
+        return float(wf1(self.as_array(), zero_division))
+
+    def macro_f1(self, zero_division: float = 0.0) -> float:
+        """Mean F1 over classes; those at a NaN ``zero_division`` are left out."""
+        scores = self.f1(zero_division)
+        defined = scores[~np.isnan(scores)]
+        return float(defined.mean()) if defined.size else float("nan")
+
+
+def tile_counts(predicted: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Counts of every sample on its own, (N, 3, C) bool: rows tp, fp, fn. What bootstraps resample.
+
+    ``predicted``, ``target``: (N, C) bool. ValueError if the shapes differ or the dtypes are not bool.
+    """
+    predicted, target = np.asarray(predicted), np.asarray(target)
+    if predicted.shape != target.shape or predicted.ndim != 2:
+        raise ValueError(
+            f"predictions {predicted.shape} and targets {target.shape} must both be (samples, classes)"
+        )
+    if predicted.dtype != bool or target.dtype != bool:
+        raise ValueError(
+            f"predictions ({predicted.dtype}) and targets ({target.dtype}) must be bool: apply a threshold"
+        )
+    return np.stack([predicted & target, predicted & ~target, ~predicted & target], axis=1)
+
+
+def f1(counts: np.ndarray, zero_division: float = 0.0) -> np.ndarray:
+    """F1 = 2·tp / (2·tp + fp + fn) per class, (…, C) float64, of counts (…, 3, C)."""
+    tp, fp, fn = np.moveaxis(np.asarray(counts, np.float64), -2, 0)
+    whole = 2 * tp + fp + fn
+    return np.divide(2 * tp, whole, out=np.full_like(whole, zero_division), where=whole > 0)
+
+
+def wf1(counts: np.ndarray, zero_division: float = 0.0) -> np.ndarray:
+    """Support-weighted F1, (…) float64, of counts (…, 3, C); the plain mean where no class is present."""
+    scores = f1(counts, zero_division)
+    tp, _, fn = np.moveaxis(np.asarray(counts, np.float64), -2, 0)
+    support = tp + fn
+    total = support.sum(-1)
+    # A class of no support weighs nothing, also where its score is NaN.
+    weighted = np.where(support > 0, scores * support, 0.0).sum(-1)
+    return np.where(total > 0, weighted / np.maximum(total, 1), scores.mean(-1))
+
+
+def confusion(
+    predicted: np.ndarray, target: np.ndarray, num_classes: int, ignored: Collection[int] = ()
+) -> np.ndarray:
+    """Pixels by (target class, predicted class): (C, C) int64, which adds over tiles and ranks.
+
+    ``predicted``, ``target``: integers of one shape, in [0, num_classes); pixels whose target is in
+    ``ignored`` count nowhere, whatever was predicted. ValueError names a value outside both.
+    """
+    predicted, target = np.asarray(predicted), np.asarray(target)
+    if predicted.shape != target.shape:
+        raise ValueError(f"predictions have shape {predicted.shape}, targets {target.shape}: they must agree")
+    counted = ~np.isin(target, list(ignored))
+    rows, columns = target[counted].astype(np.int64), predicted[counted].astype(np.int64)
+    for what, values in (("target", rows), ("predicted", columns)):
+        outside = values[(values < 0) | (values >= num_classes)]
+        if outside.size:
+            raise ValueError(
+                f"{what} class {outside[0]} is outside the {num_classes} classes 0-{num_classes - 1} "
+                f"(ignored: {sorted(ignored) or 'none'})"
+            )
+    cells = np.bincount(rows * num_classes + columns, minlength=num_classes**2)
+    return cells.reshape(num_classes, num_classes)
+
+
+def iou(matrix: np.ndarray) -> np.ndarray:
+    """Intersection over union per class, (…, C), of confusions (…, C, C); NaN where no target has it."""
+    matrix = np.asarray(matrix, np.float64)
+    hits = np.diagonal(matrix, axis1=-2, axis2=-1)
+    present = matrix.sum(-1)
+    union = present + matrix.sum(-2) - hits
+    return np.divide(hits, union, out=np.full_like(hits, np.nan), where=present > 0)
+
+
+def mean_iou(matrix: np.ndarray) -> np.ndarray:
+    """Mean IoU over the classes present in the targets, (…) float64, of confusions (…, C, C).
+
+    ValueError if no pixel was counted: there is no score of nothing.
+    """
+    scores = iou(matrix)
+    present = ~np.isnan(scores)
+    if not present.any(-1).all():
+        raise ValueError("mean IoU of a confusion matrix without a counted pixel: every target was ignored")
+    return np.where(present, scores, 0.0).sum(-1) / present.sum(-1)

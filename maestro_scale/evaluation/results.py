@@ -1,0 +1,99 @@
+"""One score with everything needed to trust it, as ``results.json``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from maestro_scale.training.run_dir import write_atomically
+
+VERSION = 1
+
+
+class ResultsError(Exception):
+    """A results file cannot be used; the message says which, why and what to do."""
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """A score of one encoder on one benchmark. Scores are fractions of 1, not percent."""
+
+    benchmark: str
+    """Name of the dataset or benchmark, e.g. ``treesatai_ts``."""
+    metric: str
+    """``wf1`` or ``miou``."""
+    mode: str
+    """``knn``, ``probe``, ``finetune`` or ``scratch``."""
+    value: float
+    """The score; the mean over seeds where there are several."""
+    per_class: Mapping[str, float | None]
+    """Score per class name; None where the class is in no target."""
+    interval: tuple[float, float]
+    """Bootstrap interval (low, high) over tiles, at 95 %."""
+    num_tiles: int
+    """Samples that were scored."""
+    confusion: tuple[tuple[int, ...], ...] | None = None
+    """Pixels by (target, predicted) class, for segmentation."""
+    seeds: tuple[int, ...] = (0,)
+    """One fit per seed."""
+    checkpoint_step: int | None = None
+    """Optimizer steps the encoder was trained for; None where that is unknown, 0 for an untrained one."""
+    recipe: Mapping[str, Any] | None = None
+    """The resolved recipe, as plain values."""
+    chosen: Mapping[str, float] = field(default_factory=dict)
+    """Hyperparameters chosen on validation."""
+    timings: Mapping[str, float] = field(default_factory=dict)
+    """Seconds spent, by part."""
+    version: int = VERSION
+    """Version of this layout."""
+
+    def write(self, path: Path) -> None:
+        """Write as JSON: a reader sees the old file or the new one. ValueError if a number is not finite."""
+        for name, value in self._numbers().items():
+            if not math.isfinite(value):
+                raise ValueError(f"{self.benchmark} {self.mode}: {name} is {value}; undefined must be None")
+        write_atomically(path, json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> EvalResult:
+        """Read what ``write`` wrote. ResultsError if the file is missing, malformed or of another version."""
+        try:
+            values = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise ResultsError(f"{path} cannot be read ({error}); evaluate again to write it") from error
+        version = values.get("version") if isinstance(values, dict) else None
+        if version != VERSION:
+            raise ResultsError(
+                f"{path} has layout version {version!r}, this maestro-scale reads {VERSION}: "
+                "evaluate again, or read it with the maestro-scale that wrote it"
+            )
+        known = {f.name for f in dataclasses.fields(cls)}
+        required = {f.name for f in dataclasses.fields(cls) if _is_required(f)}
+        wrong = sorted((set(values) - known) | (required - set(values)))
+        if wrong:
+            raise ResultsError(
+                f"{path} lacks or does not know the fields: {', '.join(wrong)}; evaluate again"
+            )
+        matrix = values.get("confusion")
+        return cls(
+            **{
+                **values,
+                "interval": tuple(values["interval"]),
+                "seeds": tuple(values["seeds"]),
+                "confusion": None if matrix is None else tuple(tuple(row) for row in matrix),
+            }
+        )
+
+    def _numbers(self) -> dict[str, float]:
+        named = {"value": self.value, "interval low": self.interval[0], "interval high": self.interval[1]}
+        scores = {f"per-class score of {k}": v for k, v in self.per_class.items() if v is not None}
+        return named | scores
+
+
+def _is_required(f: dataclasses.Field) -> bool:
+    return f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING

@@ -1,0 +1,182 @@
+"""Everything once, small: scenes, shards, pretraining through the real launcher, and what the encoder learned.
+
+Each stage leaves its result in the output folder and is skipped when that is there, so running it again continues.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+DATASET = "treesatai_ts"
+NUM_TILES = 1000
+SPLITS = ("train", "val", "test")
+
+
+class QuickstartError(Exception):
+    """A stage failed; the message says which, and what its command was."""
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where quickstart keeps things."""
+
+    out: Path
+
+    @property
+    def raw(self) -> Path:
+        """The synthetic dataset in its raw layout."""
+        return self.out / "raw"
+
+    @property
+    def shards(self) -> Path:
+        """The same as shards."""
+        return self.out / "shards"
+
+    @property
+    def run(self) -> Path:
+        """The pretraining run."""
+        return self.out / "runs" / "quickstart"
+
+    @property
+    def results(self) -> Path:
+        """What the encoders scored."""
+        return self.out / "results"
+
+
+def quickstart(out: Path, seed: int = 0) -> None:
+    """Run, or continue, every stage and print the table. Raises QuickstartError, DatasetError, …"""
+    console = Console()
+    places = Places(out.resolve())
+    recipe = find_recipe("quickstart.yaml")
+    _synthesise(console, places, seed)
+    _shard(console, places, seed)
+    _pretrain(console, places, recipe, seed)
+    scores = _evaluate(console, places, seed)
+    _summary(console, places, scores)
+
+
+def find_recipe(name: str) -> Path:
+    """A recipe of this project, in the checkout or where pip installed it. QuickstartError if it is in neither."""
+    places = (Path(__file__).parents[1] / "recipes", Path(sysconfig.get_path("data")) / "share/maestro_scale/recipes")
+    for place in places:
+        if (place / name).exists():
+            return place / name
+    raise QuickstartError(f"no recipe {name} in {places[0]} or {places[1]}: reinstall maestro-scale, or use a checkout")
+
+
+def _synthesise(console: Console, places: Places, seed: int) -> None:
+    from maestro_scale import datasets
+
+    console.print(f"[bold]1/5[/bold] {NUM_TILES} synthetic tiles in {places.raw}")
+    datasets.synth(DATASET, places.raw, NUM_TILES, seed)
+
+
+def _shard(console: Console, places: Places, seed: int) -> None:
+    from maestro_scale import datasets
+    from maestro_scale.shards.manifest import Manifest
+    from maestro_scale.shards.verify import verify
+    from maestro_scale.shards.writer import write_shards
+
+    console.print(f"[bold]2/5[/bold] shards in {places.shards}")
+    for split in SPLITS:
+        raw = datasets.open_raw(DATASET, places.raw, split)
+        write_shards(raw, str(places.shards), split, workers=2, codec="raw", shard_mb=16, seed=seed)
+    problems = verify(str(places.shards))
+    if problems:
+        raise QuickstartError(f"the shards are not whole: {problems[0]}; remove {places.shards} and run again")
+    manifest = Manifest.load(str(places.shards))
+    console.print(f"      {len(manifest.shards)} shards, verified")
+
+
+def _pretrain(console: Console, places: Places, recipe: Path, seed: int) -> None:
+    console.print(f"[bold]3/5[/bold] pretraining, run directory {places.run}")
+    launcher = shutil.which("deepspeed", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    if launcher is None:
+        raise QuickstartError("the `deepspeed` command is not on PATH: reinstall with pip install deepspeed")
+    command = [
+        launcher,
+        "--num_gpus=1",
+        f"--master_port={_free_port()}",
+        str(Path(__file__).parent / "train.py"),
+        f"--recipe={recipe}",
+        f"--run-dir={places.run}",
+        "--set",
+        f"seed={seed}",
+        f"data.mixture[0].shards={json.dumps(str(places.shards))}",
+        f"data.cache_dir={json.dumps(str(places.out / 'cache'))}",
+    ]
+    log = places.out / "pretrain.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    code = _run(command, log)
+    if code:
+        raise QuickstartError(f"pretraining ended with exit code {code}; its output is in {log}")
+
+
+def _run(command: list[str], log: Path) -> int:
+    """Run a command; its standard error (progress) passes through, both go to the log."""
+    env = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(os.cpu_count() or 1))}
+    with log.open("ab") as sink, subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env
+    ) as process:
+        assert process.stdout is not None
+        while chunk := process.stdout.read1(1 << 16):
+            sink.write(chunk)
+            sys.stderr.buffer.write(chunk)
+            sys.stderr.buffer.flush()
+    return process.returncode
+
+
+def _evaluate(console: Console, places: Places, seed: int) -> dict[str, list]:
+    from maestro_scale.evaluation.frozen import Provenance, evaluate_frozen
+    from maestro_scale.interop.export import export_model
+    from maestro_scale.interop.pretrained import load_model
+    from maestro_scale.model.maestro import Maestro
+    from maestro_scale.training.checkpoint import load_position, newest
+
+    console.print("[bold]4/5[/bold] exporting the encoder")
+    pretrained = load_model(export_model(newest(places.run), places.out / "model"))
+    untrained = Maestro(pretrained.config).initialise(seed).eval()
+    console.print("[bold]5/5[/bold] scoring frozen embeddings on held-out tiles")
+    scores = {}
+    step = load_position(newest(places.run)).step
+    for name, model, trained in (("pretrained", pretrained, step), ("untrained", untrained, 0)):
+        provenance = Provenance(step=trained, seed=seed)
+        scores[name] = evaluate_frozen(model, str(places.shards), places.out / "cache", provenance=provenance)
+        for result in scores[name]:
+            result.write(places.results / name / f"{result.mode}.json")
+    return scores
+
+
+def _summary(console: Console, places: Places, scores: dict[str, list]) -> None:
+    metrics = [json.loads(line) for line in (places.run / "metrics.jsonl").read_text().splitlines()]
+    first, last = metrics[0]["loss"], metrics[-1]["loss"]
+    table = Table(title="Weighted F1 on held-out tiles, frozen encoder (95 % bootstrap interval)")
+    for column in ("encoder", *(r.mode for r in scores["pretrained"])):
+        table.add_column(column, justify="left" if column == "encoder" else "right")
+    for name, results in scores.items():
+        cells = [f"{100 * r.value:.1f} ({100 * r.interval[0]:.1f}-{100 * r.interval[1]:.1f})" for r in results]
+        table.add_row(name, *cells)
+    console.print(table)
+    console.print(f"masked loss: {first:.3f} -> {last:.3f} ({100 * (last / first - 1):+.0f} %)")
+    pictures = sorted((places.run / "pictures").glob("*.png"))
+    if pictures:
+        console.print(f"reconstruction: {pictures[-1]}", soft_wrap=True)
+    store = places.run.parent / "mlflow.db"
+    console.print(f"dashboard: mlflow ui --backend-store-uri sqlite:///{store}", soft_wrap=True)
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]

@@ -1,0 +1,1 @@
+"""How the data is stored: safetensors samples in tar shards, a manifest, and a store that verifies them."""

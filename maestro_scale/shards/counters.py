@@ -1,0 +1,52 @@
+"""What a store has done, in numbers, for the metrics."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, fields, replace
+
+
+@dataclass(frozen=True)
+class StoreCounters:
+    """Totals of one process since its store was made. Sums over processes with ``+``, ``-`` gives an
+    interval.
+    """
+
+    downloaded_bytes: int = 0
+    downloads: int = 0
+    hits: int = 0  # shards that were there already, verified
+    retries: int = 0
+    refetches: int = 0  # shards that came damaged and were fetched again
+    evictions: int = 0
+    wait_s: float = 0.0  # seconds that shard() took, downloads and checks included
+
+    def __add__(self, other: StoreCounters) -> StoreCounters:
+        return StoreCounters(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def __sub__(self, other: StoreCounters) -> StoreCounters:
+        return StoreCounters(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
+
+
+class Tally:
+    """Counters that threads add to. A pickled copy starts at zero."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._total = StoreCounters()
+
+    def __reduce__(self) -> tuple:
+        return Tally, ()
+
+    @property
+    def total(self) -> StoreCounters:
+        """The numbers so far."""
+        return self._total
+
+    def add(self, more: StoreCounters) -> None:
+        """Add ``more``."""
+        with self._lock:
+            self._total = replace(self._total + more)
+
+    def add_retry(self) -> None:
+        """Count one more attempt at a request."""
+        self.add(StoreCounters(retries=1))

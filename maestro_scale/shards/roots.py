@@ -1,0 +1,295 @@
+"""Where a dataset lies: a local folder, or a prefix in an object store behind fsspec. One set of verbs for
+both.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from maestro_scale.shards.errors import StoreError, WriteError, one_line
+from maestro_scale.shards.retry import Retry, Transient, retrying
+
+
+class LocalRoot:
+    """A folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def address(self, name: str = "") -> str:
+        """How errors name a file."""
+        return str(self.folder / name)
+
+    def read(self, name: str) -> bytes:
+        """A whole small file; FileNotFoundError if it is missing, StoreError if unreadable."""
+        try:
+            return (self.folder / name).read_bytes()
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise FileNotFoundError(self.address(name)) from error
+        except OSError as error:
+            raise StoreError(f"{self.address(name)}: cannot be read ({error.strerror})") from error
+
+    def size(self, name: str) -> int | None:
+        """Size in bytes; None if there is no such file."""
+        try:
+            return (self.folder / name).stat().st_size
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise StoreError(f"{self.address(name)}: cannot be read ({error.strerror})") from error
+
+    def names(self) -> list[str]:
+        """Sorted names of the files and folders directly inside; none if the folder is missing."""
+        try:
+            return sorted(os.listdir(self.folder))
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise StoreError(f"{self.address()}: cannot be listed ({error.strerror})") from error
+
+    def publish(self, source: Path, name: str) -> None:
+        """Move a complete local file to ``name``: readers see all of it or nothing. Call on the same file
+        system.
+        """
+        try:
+            _fsync(source)
+            os.replace(source, self.folder / name)
+            _fsync(self.folder)
+        except OSError as error:
+            raise WriteError(f"{self.address(name)}: cannot be written ({error.strerror})") from error
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a small file atomically."""
+        temporary = self.folder / f".{name}.{os.getpid()}.tmp"
+        try:
+            temporary.write_bytes(data)
+        except OSError as error:
+            raise WriteError(f"{self.address(name)}: cannot be written ({error.strerror})") from error
+        self.publish(temporary, name)
+
+    def remove(self, name: str) -> None:
+        """Remove a file if it is there."""
+        (self.folder / name).unlink(missing_ok=True)
+
+
+class RemoteRoot:
+    """A prefix in an object store. Pickles; every process makes its own client, since s3fs does not survive a
+    fork.
+    """
+
+    def __init__(self, url: str, retry: Retry, on_retry: Callable[[], None]) -> None:
+        self.url = url.rstrip("/")
+        self.retry = retry
+        self._on_retry = on_retry
+        self._lock = threading.Lock()
+        self._clients: dict[int, tuple[Any, str]] = {}
+
+    def __getstate__(self) -> dict:
+        return {"url": self.url, "retry": self.retry, "on_retry": self._on_retry}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__init__(state["url"], state["retry"], state["on_retry"])
+
+    def address(self, name: str = "") -> str:
+        """How errors name an object."""
+        return f"{self.url}/{name}" if name else self.url
+
+    def read(self, name: str) -> bytes:
+        """A whole small object; FileNotFoundError if it is missing, StoreError if unreadable."""
+        return self._call(name, "_cat_file", "cat_file", self._path(name))
+
+    def read_range(self, name: str, start: int, stop: int, give_up: threading.Event | None = None) -> bytes:
+        """Bytes [start, stop); shorter only if the object ends before. Errors as :meth:`read`."""
+        return self._call(name, "_cat_file", "cat_file", self._path(name), give_up, start=start, end=stop)
+
+    def size(self, name: str) -> int | None:
+        """Size in bytes; None if there is no such object."""
+        try:
+            return self._call(name, "_info", "info", self._path(name), refresh=True)["size"]
+        except FileNotFoundError:
+            return None
+
+    def names(self) -> list[str]:
+        """Sorted names of what lies directly below the prefix; none if it is empty or missing."""
+        path = self._path("").rstrip("/")
+        try:
+            entries = self._call("", "_ls", "ls", path, detail=False, refresh=True)
+        except FileNotFoundError:
+            return []
+        return sorted(
+            n for n in (e.rstrip("/").rsplit("/", 1)[-1] for e in entries if e.rstrip("/") != path) if n
+        )
+
+    def publish(self, source: Path, name: str) -> None:
+        """Upload a local file, in parts if large, and delete it. An object appears whole or not at all."""
+        self._write(name, "put_file", str(source), self._path(name))
+        source.unlink()
+
+    def write(self, name: str, data: bytes) -> None:
+        """Upload a small object."""
+        self._write(name, "pipe_file", self._path(name), data)
+
+    def remove(self, name: str) -> None:
+        """Remove an object if it is there."""
+        if self.size(name) is not None:
+            self._write(name, "rm_file", self._path(name))
+
+    def _write(self, name: str, method: str, *args: Any) -> None:
+        try:
+            # No limit for one attempt: a shard takes its time on a thin line; the client has timeouts too.
+            self._attempts(name, lambda fs: getattr(fs, method)(*args))
+        except FileNotFoundError as error:
+            raise WriteError(
+                f"{self.address(name)}: cannot be written: no such bucket; make it first"
+            ) from error
+        except StoreError as error:
+            raise WriteError(f"cannot write {one_line(error)}") from error
+
+    def _call(
+        self,
+        name: str,
+        coroutine: str,
+        method: str,
+        path: str,
+        give_up: threading.Event | None = None,
+        **options: Any,
+    ) -> Any:
+        def attempt(fs: Any) -> Any:
+            if not fs.async_impl:
+                return getattr(fs, method)(path, **options)
+            limited = asyncio.wait_for(getattr(fs, coroutine)(path, **options), self.retry.attempt_s)
+            return asyncio.run_coroutine_threadsafe(limited, fs.loop).result()
+
+        return self._attempts(name, attempt, give_up)
+
+    def _attempts(
+        self, name: str, action: Callable[[Any], Any], give_up: threading.Event | None = None
+    ) -> Any:
+        where = self.address(name)
+
+        def attempt() -> Any:
+            fs, _ = self._client()
+            try:
+                return action(fs)
+            except FileNotFoundError as error:
+                raise FileNotFoundError(where) from error
+            except (asyncio.TimeoutError, TimeoutError) as error:
+                raise Transient(f"no answer within {self.retry.attempt_s:.0f} s") from error
+            except _network_errors() as error:
+                if _is_final(error):
+                    raise StoreError(
+                        f"{where}: refused ({one_line(error)}); check credentials and address"
+                    ) from error
+                raise Transient(one_line(error)) from error
+
+        return retrying(attempt, self.retry, where, self._on_retry, give_up)
+
+    def _path(self, name: str) -> str:
+        return f"{self._client()[1]}/{name}"
+
+    def _client(self) -> tuple[Any, str]:
+        """This process's fsspec file system and the root's path in it."""
+        with self._lock:
+            if os.getpid() not in self._clients:
+                self._clients[os.getpid()] = _connect(self.url, self.retry)
+            # A parent's client stays referenced: its end in a child would wait for a thread that is gone.
+            return self._clients[os.getpid()]
+
+
+Root = LocalRoot | RemoteRoot
+
+
+def open_root(
+    url: str | os.PathLike, retry: Retry | None = None, on_retry: Callable[[], None] | None = None
+) -> Root:
+    """The folder or object-store prefix at ``url``. Nothing is read yet."""
+    folder = local_folder(url)
+    if folder is not None:
+        return LocalRoot(folder)
+    return RemoteRoot(os.fspath(url), retry or Retry(), on_retry or _ignore)
+
+
+def local_folder(url: str | os.PathLike) -> Path | None:
+    """The folder that ``url`` means; None if it is an address of another kind."""
+    text = os.fspath(url)
+    if text.startswith("file://"):
+        text = text.removeprefix("file://")
+    return None if "://" in text else Path(text).expanduser()
+
+
+def _ignore() -> None:
+    """Called at each retry where nobody counts them; a function, so that it pickles."""
+
+
+def _connect(url: str, retry: Retry) -> tuple[Any, str]:
+    import fsspec
+
+    protocol = url.split("://", 1)[0]
+    options = _s3_options(retry) if protocol in ("s3", "s3a") else {}
+    try:
+        fs = fsspec.filesystem(protocol, **options)
+        path = fs._strip_protocol(url)
+        if protocol in ("s3", "s3a"):
+            fs.retries = 1  # retries are ours: s3fs does not count them, nor end them at a deadline
+            fs.connect()  # now, by one thread: the range readers would each make a session
+    except (ImportError, ValueError, *_network_errors()) as error:
+        raise StoreError(f"{url}: cannot be opened ({one_line(error)})") from error
+    return fs, path
+
+
+def _s3_options(retry: Retry) -> dict[str, Any]:
+    from botocore.config import Config
+
+    config = {
+        "connect_timeout": min(10.0, retry.attempt_s),
+        "read_timeout": retry.attempt_s,
+        "retries": {"total_max_attempts": 1},
+    }
+    for name in ("request_checksum_calculation", "response_checksum_validation"):
+        # Shards have their own SHA-256; not every store knows Amazon's checksums, nor does older botocore.
+        if name in Config.OPTION_DEFAULTS:
+            config[name] = "when_required"
+    # fsspec shares clients with the same options in a process; the endpoint, spelled out, is one of them.
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    return {"config_kwargs": config, "use_listings_cache": False, "endpoint_url": endpoint}
+
+
+def _network_errors() -> tuple[type[BaseException], ...]:
+    import aiohttp
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    return (OSError, EOFError, BotoCoreError, ClientError, aiohttp.ClientError)
+
+
+def _is_final(error: BaseException) -> bool:
+    """Whether another attempt must fail too: no credentials, forbidden, malformed."""
+    from botocore.exceptions import (
+        ClientError,
+        NoCredentialsError,
+        ParamValidationError,
+        PartialCredentialsError,
+        ProfileNotFound,
+    )
+
+    if isinstance(error, (PermissionError, NoCredentialsError, ParamValidationError)):
+        return True
+    if isinstance(error, (PartialCredentialsError, ProfileNotFound)):
+        return True
+    answer = error if isinstance(error, ClientError) else error.__cause__
+    if isinstance(answer, ClientError):
+        status = answer.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        return 300 <= status < 500 and status not in (408, 429)
+    return False
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,215 @@
+"""Writes a split as shards: in parallel, resumable, the same bytes for any number of workers, the manifest
+last.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+
+from maestro_scale.datasets.spec import DatasetError, DatasetSpec, RawDataset, Tile
+from maestro_scale.shards.codec import encode
+from maestro_scale.shards.destination import Destination, staging_of
+from maestro_scale.shards.errors import WriteError, one_line
+from maestro_scale.shards.fields import check_tile
+from maestro_scale.shards.index import ShardIndex
+from maestro_scale.shards.jobs import Report, run_jobs
+from maestro_scale.shards.manifest import Manifest
+from maestro_scale.shards.packing import Packed, Plan, pack_shard, shard_bounds, shuffled
+from maestro_scale.shards.roots import open_root
+
+_PROBED_SAMPLES = 8  # their mean size decides how many samples a shard has
+Progress = Callable[[int, int, int], None]
+
+
+def write_shards(
+    dataset: RawDataset,
+    dst: str,
+    split: str,
+    *,
+    workers: int = 1,
+    codec: str = "raw",
+    shard_mb: int = 128,
+    seed: int = 0,
+    progress: Progress | None = None,
+    strict: bool = True,
+) -> Manifest:
+    """Write every tile of ``dataset`` as split ``split`` of the dataset in shards at ``dst`` (folder or
+    fsspec URL).
+
+    Shards that an earlier, interrupted call finished are kept. The manifest is published last, and joins a
+    manifest of other splits that is there. ``progress(samples done, samples in all, bytes written)`` is
+    called as it goes. With ``strict=False`` tiles that cannot be read are left out, counted in the
+    manifest's notes and listed with their causes in the index.
+
+    Raises DatasetError for a tile that cannot be read or does not match its spec, WriteError if ``dst``
+    cannot be written or holds something else.
+    """
+    keys = dataset.keys()
+    with Destination(dst, dataset.spec, split, codec, seed) as destination:
+        if len(set(keys)) < len(keys):
+            raise WriteError(
+                f"split {split}: {len(keys) - len(set(keys))} keys are there twice; make them unique"
+            )
+        order = shuffled(keys, seed)
+        mean_bytes = _mean_bytes(_encode_each(dataset, order, codec, strict), split)
+        bounds = shard_bounds(len(order), mean_bytes, shard_mb * 1_000_000)
+        plan = destination.plan(order, bounds)
+        finished = destination.finished(plan)
+        missing = [i for i in range(len(bounds)) if i not in finished]
+        tracker = Tracker(
+            sum(b - a for i, (a, b) in enumerate(bounds) if i in finished), len(order), progress
+        )
+        work = _WriteShard(dataset, destination.url, plan, codec, strict)
+        jobs = [(i, tuple(order[slice(*bounds[i])])) for i in missing]
+        for position, index in run_jobs(work, jobs, workers, tracker):
+            finished[missing[position]] = index
+        return destination.publish(plan, finished)
+
+
+class Writer:
+    """Writes tiles that you make yourself, one split at a time::
+
+        with Writer("shards/mine", spec, "train") as writer:
+            for tile in tiles:
+                writer.add(tile)
+
+    The order in which tiles are added does not matter: they are put aside in a temporary file and written,
+    shuffled, at the end, exactly as :func:`write_shards` would. Leaving the block by an exception writes
+    nothing.
+    """
+
+    def __init__(
+        self,
+        dst: str,
+        spec: DatasetSpec,
+        split: str,
+        *,
+        codec: str = "raw",
+        shard_mb: int = 128,
+        seed: int = 0,
+    ) -> None:
+        self._destination = Destination(dst, spec, split, codec, seed)
+        self._spec, self._codec, self._seed = spec, codec, seed
+        self._shard_bytes = shard_mb * 1_000_000
+        self._places: dict[str, tuple[int, int, tuple[str, ...]]] = {}
+
+    def __enter__(self) -> Writer:
+        self._destination.__enter__()
+        # Nameless, so that a kill leaves nothing behind.
+        self._spool = tempfile.TemporaryFile(dir=self._destination.staging)  # closed by __exit__
+        return self
+
+    def add(self, tile: Tile) -> None:
+        """Take one tile; DatasetError if it does not match the spec, WriteError for a key that was there."""
+        check_tile(tile, self._spec)
+        if tile.key in self._places:
+            raise WriteError(f"tile {tile.key} was added twice; keys are unique within a split")
+        payload = encode(tile, self._codec)
+        try:
+            start = self._spool.seek(0, os.SEEK_END)
+            self._spool.write(payload)
+            self._spool.flush()
+        except OSError as error:
+            raise WriteError(
+                f"{self._destination.staging}: tiles cannot be put aside ({error.strerror})"
+            ) from error
+        self._places[tile.key] = (start, len(payload), tile.notes)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self._write()
+        finally:
+            self._spool.close()
+            self._destination.__exit__(kind, error, trace)
+
+    def _write(self) -> None:
+        destination = self._destination
+        order = shuffled(list(self._places), self._seed)
+        bounds = shard_bounds(
+            len(order), _mean_bytes(self._read(order), destination.split), self._shard_bytes
+        )
+        plan = destination.plan(order, bounds)
+        shards = destination.finished(plan)
+        for number, (start, stop) in enumerate(bounds):
+            if number not in shards:
+                packed = self._read(order[start:stop])
+                shards[number] = pack_shard(
+                    destination.root, destination.staging, plan, number, packed, _no_report
+                )
+        destination.publish(plan, shards)
+
+    def _read(self, keys: Sequence[str]) -> Iterator[Packed]:
+        for key in keys:
+            start, size, notes = self._places[key]
+            self._spool.seek(start)
+            yield Packed(key, self._spool.read(size), notes)
+
+
+@dataclass(frozen=True)
+class _WriteShard:
+    """The work of a writer process; a job is a shard's number and keys."""
+
+    dataset: RawDataset
+    dst: str
+    plan: Plan
+    codec: str
+    strict: bool
+
+    def __call__(self, job: tuple[int, tuple[str, ...]], report: Report) -> ShardIndex:
+        number, keys = job
+        packed = _encode_each(self.dataset, keys, self.codec, self.strict)
+        with staging_of(self.dst) as staging:
+            return pack_shard(open_root(self.dst), staging, self.plan, number, packed, report)
+
+
+class Tracker:
+    """Adds up what workers report and tells the caller."""
+
+    def __init__(self, num_kept: int, num_samples: int, progress: Progress | None) -> None:
+        self._done, self._bytes, self._num_samples = num_kept, 0, num_samples
+        self._progress = progress
+        self(0, 0)
+
+    def __call__(self, samples: int, num_bytes: int) -> None:
+        self._done += samples
+        self._bytes += num_bytes
+        if self._progress is not None:
+            self._progress(self._done, self._num_samples, self._bytes)
+
+
+def _encode_each(dataset: RawDataset, keys: Sequence[str], codec: str, strict: bool) -> Iterator[Packed]:
+    for key in keys:
+        try:
+            tile = dataset.read(key)
+            if tile.key != key:
+                raise DatasetError(f"tile {key}: the reader gave tile {tile.key}; mend the reader")
+            check_tile(tile, dataset.spec)
+            yield Packed(key, encode(tile, codec), tile.notes)
+        except DatasetError as error:
+            if strict:
+                raise
+            yield Packed(key, None, cause=one_line(error))
+
+
+def _mean_bytes(packed: Iterator[Packed], split: str) -> float:
+    """Mean size in a tar of the first few samples that can be read."""
+    sizes = []
+    for item in packed:
+        if item.payload is not None:
+            sizes.append(len(item.payload) + 1024)
+        if len(sizes) == _PROBED_SAMPLES:
+            break
+    if not sizes:
+        raise WriteError(f"split {split}: has no tile that can be read, nothing is written")
+    return sum(sizes) / len(sizes)
+
+
+def _no_report(samples: int, num_bytes: int) -> None:
+    """For those who do not watch."""

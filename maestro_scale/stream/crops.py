@@ -1,0 +1,101 @@
+"""Where on a tile the model looks: one square of ground, cut out of every raster and oriented alike."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from maestro_scale.datasets.spec import DatasetSpec, Sensor
+
+_EPS = 1e-6  # metres; extents and resolutions are decimal fractions
+
+
+@dataclass(frozen=True)
+class Orientation:
+    """A symmetry of the square: first flipped, then transposed."""
+
+    flip_rows: bool = False
+    flip_columns: bool = False
+    transpose: bool = False
+
+    def apply(self, pixels: np.ndarray) -> np.ndarray:
+        """A view of (…, H, W), or of (…, W, H) if transposed."""
+        if self.flip_rows:
+            pixels = pixels[..., ::-1, :]
+        if self.flip_columns:
+            pixels = pixels[..., ::-1]
+        return pixels.swapaxes(-1, -2) if self.transpose else pixels
+
+
+UPRIGHT = Orientation()
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A square of ground by its upper left corner, in metres from the tile's, and how it is turned."""
+
+    row_m: float = 0.0
+    column_m: float = 0.0
+    orientation: Orientation = UPRIGHT
+
+
+class CropGrid:
+    """The crops of ``crop_m`` metres that a tile offers.
+
+    Offsets are multiples of ``step_m``, the coarsest sensor's pixel, so that the sensors of a crop cover the
+    same ground. ValueError if the crop does not fit into the tile, or is a part of it that cuts that pixel.
+    """
+
+    def __init__(self, spec: DatasetSpec, sensors: Sequence[Sensor], crop_m: float) -> None:
+        sources = [spec.modality(s.source) for s in sensors]
+        self.tile_m, self.crop_m = spec.tile_m, crop_m
+        self.step_m = max(m.resolution_m for m in sources)
+        if crop_m > self.tile_m + _EPS:
+            raise ValueError(f"{spec.name}: a crop of {crop_m} m does not fit into tiles of {self.tile_m} m")
+        self._whole = crop_m > self.tile_m - _EPS
+        steps = crop_m / self.step_m
+        if not self._whole and (round(steps) < 1 or abs(steps - round(steps)) > _EPS):
+            raise ValueError(
+                f"{spec.name}: a crop of {crop_m} m is no multiple of the coarsest sensor's pixel of "
+                f"{self.step_m} m"
+            )
+        # Places per axis for random crops, and for crops side by side, the last one moved inwards if need be.
+        self.num_offsets = int((self.tile_m - crop_m) / self.step_m + _EPS) + 1
+        self.num_per_side = math.ceil(self.tile_m / crop_m - _EPS)
+
+    @property
+    def num_crops(self) -> int:
+        """How many crops, side by side, cover a tile."""
+        return self.num_per_side**2
+
+    def at(self, row: int, column: int, orientation: Orientation = UPRIGHT) -> Crop:
+        """The crop at an offset of whole steps, each in [0, num_offsets)."""
+        return Crop(row * self.step_m, column * self.step_m, orientation)
+
+    def tiling(self, index: int) -> Crop:
+        """Crop ``index`` of ``num_crops``, row by row; the last overlap where the crop is no divisor."""
+        if not 0 <= index < self.num_crops:
+            raise ValueError(f"crop {index} of a tile with {self.num_crops} crops")
+        row, column = divmod(index, self.num_per_side)
+        return Crop(self._inside(row), self._inside(column))
+
+    def side(self, resolution_m: float, size: int) -> int:
+        """Pixels per side of a crop of a raster of ``size`` pixels per side."""
+        return size if self._whole else max(round(self.crop_m / resolution_m), 1)
+
+    def cut(self, pixels: np.ndarray, crop: Crop, resolution_m: float) -> np.ndarray:
+        """A view of (…, H, W): the crop's pixels, (…, side, side), not yet oriented."""
+        if self._whole:
+            return pixels
+        height, width = pixels.shape[-2:]
+        side = self.side(resolution_m, height)
+        top = min(round(crop.row_m / resolution_m), height - side)
+        left = min(round(crop.column_m / resolution_m), width - side)
+        return pixels[..., top : top + side, left : left + side]
+
+    def _inside(self, place: int) -> float:
+        offset = min(place * self.crop_m, self.tile_m - self.crop_m)
+        return int(offset / self.step_m + _EPS) * self.step_m

@@ -1,0 +1,137 @@
+"""Which dates of a series the model sees: one from each of ``num_dates`` equal bins.
+
+Shapes: T dates stored, D dates seen, n = floor(T / D) dates of a bin, C bands, H×W pixels.
+
+A date is *marked* if a pixel of it is marked by the mask. Drawn dates are unmarked and without NaN where
+their bin has such a date; else unmarked dates and marked ones count alike, dates without NaN first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from maestro_scale.stream.draws import Draws
+
+
+def repeated(stored: int, num_dates: int) -> np.ndarray:
+    """(D,) indices that spread T <= D stored dates evenly, in order; T = D takes each once."""
+    return np.arange(num_dates) * stored // num_dates
+
+
+def bins(stored: int, num_dates: int, skip: int = 0) -> np.ndarray:
+    """(D, n) indices of the dates in each bin, after the first ``skip`` dates are left out."""
+    size = stored // num_dates
+    return skip + np.arange(num_dates * size).reshape(num_dates, size)
+
+
+def is_marked(mask: np.ndarray, threshold: float) -> np.ndarray:
+    """(T,) bool from a mask (T, M, H, W) in percent: whether any pixel of a date exceeds ``threshold``."""
+    return mask.reshape(len(mask), -1).max(axis=1) > threshold
+
+
+def draw(
+    stored: int,
+    num_dates: int,
+    marked: np.ndarray | None,
+    read: Callable[[np.ndarray], np.ndarray],
+    draws: Draws,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Training: (D,) indices drawn at random for T > D stored dates, and their pixels (D, C, H, W).
+
+    ``marked``: (T,) bool or None. ``read``: indices to pixels; only candidates are read, and as a rule each
+    of the final dates once, so that a long series is not decoded. Within a bin every eligible date is equally
+    likely.
+    """
+    words = draws.words(stored + 1)
+    rest = stored % num_dates
+    bin_dates = bins(stored, num_dates, skip=rest if words[-1] >> np.uint64(63) else 0)
+    priority = words[:-1][bin_dates] >> np.uint64(1)
+    if marked is not None:
+        priority |= marked[bin_dates].astype(np.uint64) << np.uint64(63)
+    chosen = bin_dates[np.arange(num_dates), priority.argmin(axis=1)]
+    pixels = read(chosen)
+    if pixels.dtype.kind != "f":
+        return chosen, pixels
+    with_nan = _has_nan(pixels)
+    if with_nan.any():
+        pixels = np.array(pixels)
+        for i in np.flatnonzero(with_nan):
+            chosen[i], pixels[i] = _without_nan(bin_dates[i][priority[i].argsort(kind="stable")], read)
+    return chosen, pixels
+
+
+def nearest_to_median(
+    pixels: np.ndarray, mask: np.ndarray | None, num_dates: int, threshold: float
+) -> np.ndarray:
+    """Evaluation: (D,) indices for T > D dates, the one of each bin nearest to the bin's median image.
+
+    ``pixels``: (T, C, H, W) raw. ``mask``: (T, M, H, W) or None. Nearest is the smallest mean absolute
+    difference to the per-pixel median over the bin's dates, NaN and marked pixels left out of the median;
+    dates that have any are not taken. Where every date of a bin has one, its marks are ignored; where all
+    have NaN, the difference is the mean over what is finite. The first of equals is taken.
+    """
+    bin_dates = bins(len(pixels), num_dates)
+    values = pixels[bin_dates].astype(np.float32)  # (D, n, C, H, W)
+    if mask is not None:
+        hit = (mask > threshold).any(axis=1)[bin_dates][:, :, None]  # (D, n, 1, H, W)
+        hopeless = (hit | np.isnan(values)).any(axis=(2, 3, 4)).all(axis=1)
+        hit &= ~hopeless[:, None, None, None, None]
+        values = np.where(hit, np.float32(np.nan), values)
+    difference = np.abs(values - _nan_median(values)[:, None])
+    distance = difference.mean(axis=(2, 3, 4))  # NaN where a date has one
+    for i in np.flatnonzero(np.isnan(distance).all(axis=1)):
+        finite = np.isfinite(difference[i])
+        total = np.where(finite, difference[i], 0).sum(axis=(1, 2, 3))
+        distance[i] = total / np.maximum(finite.sum(axis=(1, 2, 3)), 1)
+        distance[i][~finite.any(axis=(1, 2, 3))] = np.inf
+    distance = np.where(np.isnan(distance), np.inf, distance)
+    return bin_dates[np.arange(num_dates), distance.argmin(axis=1)]
+
+
+def fill_nan(
+    pixels: np.ndarray, chosen: np.ndarray, whole: Callable[[], np.ndarray]
+) -> tuple[np.ndarray, int]:
+    """Pixels (D, C, H, W) of dates ``chosen`` without NaN, and how many dates had some.
+
+    A NaN takes the value of the nearest date (in the order of the series, the earlier of two) that has one
+    there; else the mean of its band over the series; else 0. ``whole``: gives the series (T, C, H, W), read
+    only if needed.
+    """
+    if pixels.dtype.kind != "f":
+        return pixels, 0
+    rows = np.flatnonzero(_has_nan(pixels))
+    if not len(rows):
+        return pixels, 0
+    pixels, series = np.array(pixels), whole()
+    finite = ~np.isnan(series)
+    sums = np.where(finite, series, 0).sum(axis=(0, 2, 3), dtype=np.float64)
+    means = (sums / np.maximum(finite.sum(axis=(0, 2, 3)), 1)).astype(pixels.dtype)
+    for i in rows:
+        order = np.abs(np.arange(len(series)) - chosen[i]).argsort(kind="stable")
+        first = finite[order].argmax(axis=0)
+        nearest = np.take_along_axis(series[order], first[None], axis=0)[0]
+        nearest = np.where(np.isnan(nearest), means[:, None, None], nearest)
+        pixels[i] = np.where(np.isnan(pixels[i]), nearest, pixels[i])
+    return pixels, len(rows)
+
+
+def _has_nan(pixels: np.ndarray) -> np.ndarray:
+    return np.isnan(pixels).reshape(len(pixels), -1).any(axis=1)
+
+
+def _without_nan(candidates: np.ndarray, read: Callable[[np.ndarray], np.ndarray]) -> tuple[int, np.ndarray]:
+    """The first candidate without NaN, and its pixels; the very first if all have some."""
+    pixels = read(candidates)
+    best = int(_has_nan(pixels).argmin())
+    return int(candidates[best]), pixels[best]
+
+
+def _nan_median(values: np.ndarray) -> np.ndarray:
+    """Median over axis 1 without NaN; NaN where nothing else is there."""
+    ordered = np.sort(values, axis=1)  # NaN last
+    count = (~np.isnan(ordered)).sum(axis=1, keepdims=True)
+    low = np.take_along_axis(ordered, np.maximum(count - 1, 0) // 2, axis=1)
+    high = np.take_along_axis(ordered, np.minimum(count // 2, ordered.shape[1] - 1), axis=1)
+    return ((low + high) / 2)[:, 0]

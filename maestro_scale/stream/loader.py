@@ -1,0 +1,227 @@
+"""Training data from any position: a rank's part of each global batch, cut into micro-batches."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from maestro_scale.shards.counters import StoreCounters
+from maestro_scale.stream.batch import Batch
+from maestro_scale.stream.mixture import Mixture
+from maestro_scale.stream.plan import Plan, PlanError
+from maestro_scale.stream.reading import Reading, Ref, Request, Settings
+from maestro_scale.stream.source import Source, labels
+from maestro_scale.stream.workers import LoaderError, Pipeline
+
+__all__ = ["LoaderError", "Source", "Step", "TrainLoader"]
+
+log = logging.getLogger(__name__)
+
+_KEY = re.compile(r"(?P<epoch>\d+)/(?P<label>.+)/(?P<number>\d+)(~(?P<stand_in>\d+))?")
+_MOST_RANKS_PER_NODE = 8
+_MOST_AHEAD = 256  # shards named in one request
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step's data on this rank. ``step``: counted from 1; ``epoch``: of the run, from 0.
+
+    ``samples``: consumed by all ranks once the step is done. ``dataset``: which one it draws from.
+    """
+
+    step: int
+    epoch: int
+    samples: int
+    dataset: str
+    batches: tuple[Batch, ...]
+
+
+class TrainLoader:
+    """The training data of a run, as one rank sees it.
+
+    ``lanes``, ``global_batch``, ``window`` and ``seed`` fix the order, see :mod:`maestro_scale.stream.plan`;
+    ``rank`` of ``world``, ``workers`` and ``micro_batch`` do not change which samples a step has. A step
+    draws from one source, by weight. With several sources an epoch is as many steps as their epochs have
+    together. PlanError or ValueError, one line, where numbers do not go together.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        seed: int,
+        lanes: int,
+        global_batch: int,
+        micro_batch: int,
+        rank: int = 0,
+        world: int = 1,
+        workers: int = 0,
+        window: int = 4096,
+        flips: bool = True,
+        on_bad_shard: Literal["fail", "replace"] = "fail",
+        pin: bool = False,
+    ) -> None:
+        self.sources, self.rank, self.world, self.workers = tuple(sources), rank, world, workers
+        self.global_batch, self.micro_batch, self.pin = global_batch, micro_batch, pin
+        self._mixture = Mixture([s.weight for s in self.sources])
+        self._labels = labels(self.sources)
+        self._plans = [
+            Plan(s.counts, seed, lanes, global_batch, window, dataset=i) for i, s in enumerate(self.sources)
+        ]
+        self._plans[0].lanes_of(rank, world)
+        local = global_batch // world
+        if micro_batch < 1 or local % micro_batch:
+            raise PlanError(
+                f"micro_batch {micro_batch} does not divide the {local} samples of a rank per step"
+            )
+        self._settings = Settings(
+            self.sources,
+            seed,
+            flips,
+            on_bad_shard == "replace",
+            max(workers, 1) * min(world, _MOST_RANKS_PER_NODE),
+        )
+        Reading(self._settings)  # refuses now what a worker would refuse later
+        self._pipelines: list[Pipeline] = []
+        self._store, self._filled, self._replaced = StoreCounters(), 0, 0
+        for label, plan in zip(self._labels, self._plans, strict=True):
+            if plan.num_copies > 1 and rank == 0:
+                log.warning(
+                    "%s has %d samples, fewer than the global batch %d: each is used up to %d times per step",
+                    *(label, plan.num_samples, global_batch, plan.num_copies),
+                )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps of an epoch: of the dataset's own, or the sum over all."""
+        return sum(p.steps_per_epoch for p in self._plans)
+
+    @property
+    def counters(self) -> dict[str, float]:
+        """Totals of this rank: dates ``filled``, samples ``replaced``, and what its stores did."""
+        return {"filled": self._filled, "replaced": self._replaced, **dataclasses.asdict(self._store)}
+
+    def steps(self, start_samples: int, num_steps: int) -> Iterator[Step]:
+        """The steps after ``start_samples`` consumed samples, up to and including the run's ``num_steps``-th.
+
+        ValueError if the position is not between two steps. Raises BadShard, StoreError or LoaderError on the
+        way.
+        """
+        start, rest = divmod(start_samples, self.global_batch)
+        if rest or start < 0:
+            raise ValueError(
+                f"{start_samples} samples are no whole number of steps of {self.global_batch}: the global "
+                "batch of a run cannot change"
+            )
+        return self._steps(start, num_steps)
+
+    def replay(self, keys: Sequence[str]) -> Batch:
+        """The samples with these keys (of one dataset), made again, from nothing but the keys."""
+        refs, origins = [], set()
+        for key in keys:
+            match = _KEY.fullmatch(key)
+            if match is None or match["label"] not in self._labels:
+                raise ValueError(f"{key!r} is no key of a sample of {', '.join(self._labels)}")
+            dataset, number = self._labels.index(match["label"]), int(match["number"])
+            origins.add((dataset, int(match["epoch"])))
+            shard, index = self._plans[dataset].locate(int(match["stand_in"] or number))
+            refs.append(Ref(number, int(shard), int(index)))
+        if len(origins) != 1:
+            raise ValueError("the keys of a batch must be of one dataset and one epoch")
+        reading = Reading(self._settings)
+        try:
+            batch = reading.make(Request(*origins.pop(), tuple(refs))).unpack()
+        finally:
+            reading.close()
+        return dataclasses.replace(batch, keys=tuple(keys))
+
+    def close(self) -> None:
+        """End the loader processes; iterators in use end too."""
+        while self._pipelines:
+            self._pipelines.pop().close()
+
+    def _steps(self, start: int, num_steps: int) -> Iterator[Step]:
+        per_step = self.global_batch // self.world // self.micro_batch
+        requests = self._requests(start, num_steps)
+        # While one step is computed, the next is made.
+        outstanding = per_step + self.workers
+        pipeline = Pipeline(
+            Reading(self._settings), requests, self.workers, outstanding, self.pin, self._count
+        )
+        self._pipelines.append(pipeline)
+        try:
+            for step in range(start, num_steps):
+                dataset, _ = self._mixture.at(step)
+                batches = tuple(next(pipeline) for _ in range(per_step))
+                self._filled += sum(b.filled for b in batches)
+                self._note_replaced(sum(b.replaced for b in batches), step + 1)
+                samples = (step + 1) * self.global_batch
+                yield Step(step + 1, step // self.steps_per_epoch, samples, self._labels[dataset], batches)
+        finally:
+            if pipeline in self._pipelines:
+                self._pipelines.remove(pipeline)
+                pipeline.close()
+
+    def _requests(self, start: int, num_steps: int) -> Iterator[Request]:
+        lookaheads: dict[int, _Lookahead] = {}
+        for step in range(start, num_steps):
+            dataset, turn = self._mixture.at(step)
+            plan = self._plans[dataset]
+            if dataset not in lookaheads:
+                lookaheads[dataset] = _Lookahead(plan, self.rank, self.world, turn, max(self.workers, 1))
+            epoch, within = divmod(turn, plan.steps_per_epoch)
+            ids = plan.at(epoch, within, self.rank, self.world)
+            refs = [
+                Ref(*ref) for ref in zip(ids.tolist(), *(a.tolist() for a in plan.locate(ids)), strict=True)
+            ]
+            for first in range(0, len(refs), self.micro_batch):
+                ahead = lookaheads[dataset].share(turn)
+                yield Request(dataset, epoch, tuple(refs[first : first + self.micro_batch]), ahead)
+
+    def _count(self, more: StoreCounters) -> None:
+        self._store += more
+
+    def _note_replaced(self, count: int, step: int) -> None:
+        if count and not self._replaced:
+            log.warning("step %d: samples of a bad shard are replaced; the counter 'replaced' goes on", step)
+        self._replaced += count
+
+
+class _Lookahead:
+    """Which shards a rank will need soon, told in shares to its workers, one with each request.
+
+    Workers are served in turn, so consecutive requests reach different ones.
+    """
+
+    def __init__(self, plan: Plan, rank: int, world: int, turn: int, workers: int) -> None:
+        self._plan, self._rank, self._world, self._workers = plan, rank, world, workers
+        # The lanes of a rank enter their windows one after the other; this many steps apart on average.
+        num_lanes = len(plan.lanes_of(rank, world))
+        self._reach = max(8, -(-plan.window // plan.per_lane // num_lanes))
+        self._entries = self._all(turn)
+        self._next = next(self._entries)
+        self._listed: list[tuple[int, int]] = []  # (turn, shard)
+        self._shares: list[tuple[int, ...]] = []
+
+    def share(self, turn: int) -> tuple[int, ...]:
+        """Shards to fetch, in the order of need; empty as long as there is nothing new to say."""
+        if self._next[0] <= turn + self._reach:
+            # What was entered before is in use by now, and was listed in time.
+            self._listed = [(t, s) for t, s in self._listed if t > turn]
+            while self._next[0] <= turn + self._reach and len(self._listed) < _MOST_AHEAD:
+                self._listed.append(self._next)
+                self._next = next(self._entries)
+            shards = list(dict.fromkeys(s for _, s in self._listed))
+            self._shares = [tuple(shards[i :: self._workers]) for i in range(self._workers)]
+        return self._shares.pop(0) if self._shares else ()
+
+    def _all(self, turn: int) -> Iterator[tuple[int, int]]:
+        epoch, step = divmod(turn, self._plan.steps_per_epoch)
+        while True:
+            before = epoch * self._plan.steps_per_epoch
+            for enters, shard in self._plan.shards_ahead(epoch, step, self._rank, self._world):
+                yield before + enters, shard
+            epoch, step = epoch + 1, 0

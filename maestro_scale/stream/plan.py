@@ -1,0 +1,163 @@
+"""The order of samples, as pure functions over integers: no I/O, no clock, no rank-dependent randomness.
+
+An epoch of a dataset of N samples: the shards in random order, the samples of each shard in random order, one
+after the other; the first ``steps_per_epoch`` · ``global_batch`` of this sequence are cut into ``lanes``
+equal contiguous lanes, the rest (fewer than a global batch) is left out, another rest every epoch. A lane is
+shuffled by windows, so that neighbours in it come from different shards, yet only a window's shards are
+needed at a time. The global batch at a step takes the next ``global_batch / lanes`` samples of every lane;
+rank r of R owns the lanes r, r + R, ….
+
+A dataset smaller than a global batch is repeated as virtual copies: sample ``copy · N + i`` is sample i once
+more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from itertools import groupby
+
+import numpy as np
+
+from maestro_scale.stream.draws import Draws, Purpose
+
+_SHARDS, _WITHIN, _WINDOW = range(3)  # streams of an epoch's draws
+
+
+class PlanError(ValueError):
+    """A plan cannot be made from these numbers; the message says which and what would do."""
+
+
+class Plan:
+    """The order of one dataset's samples.
+
+    ``counts``: samples per shard, in manifest order. ``dataset``: its place in the mixture. ``window``:
+    samples of a lane that are shuffled together. PlanError unless lanes divide the global batch and there are
+    samples.
+    """
+
+    def __init__(
+        self, counts: Sequence[int], seed: int, lanes: int, global_batch: int, window: int, dataset: int = 0
+    ) -> None:
+        if lanes < 1 or global_batch < 1 or global_batch % lanes:
+            raise PlanError(
+                f"lanes {lanes} do not divide the global batch {global_batch}; change one of them"
+            )
+        if window < 1:
+            raise PlanError(f"the shuffle window is {window} samples; at least 1 is needed")
+        self.num_samples = int(sum(counts))
+        if self.num_samples < 1:
+            raise PlanError("the dataset holds no samples")
+        self.lanes, self.global_batch, self.window = lanes, global_batch, window
+        self.per_lane = global_batch // lanes  # samples of a lane in one global batch
+        self.num_copies = -(-global_batch // self.num_samples)
+        self.steps_per_epoch = self.num_samples * self.num_copies // global_batch
+        self._counts = np.tile(np.asarray(counts, np.int64), self.num_copies)
+        self._starts = np.cumsum(self._counts) - self._counts
+        self._draws = Draws(seed, Purpose.ORDER, dataset)
+        self._shard_order = lru_cache(maxsize=2)(self._compute_shard_order)
+        self._within = lru_cache(maxsize=64)(self._compute_within)
+        # Lanes move through their windows side by side: two windows of each are in use around a boundary.
+        self._window_ids = lru_cache(maxsize=2 * lanes)(self._compute_window_ids)
+
+    @property
+    def lane_length(self) -> int:
+        """Samples of a lane in one epoch."""
+        return self.steps_per_epoch * self.per_lane
+
+    def at(self, epoch: int, step: int, rank: int = 0, world: int = 1) -> np.ndarray:
+        """(global_batch / world,) int64 virtual sample ids: a rank's part of a global batch, lane after lane.
+
+        ``step``: in the epoch, from 0. IndexError outside of it, PlanError unless world divides the lanes.
+        """
+        if not 0 <= step < self.steps_per_epoch:
+            raise IndexError(f"step {step} of an epoch of {self.steps_per_epoch} steps")
+        start = step * self.per_lane
+        return np.concatenate([self._lane(epoch, n, start) for n in self.lanes_of(rank, world)])
+
+    def lanes_of(self, rank: int, world: int) -> range:
+        """The lanes of a rank."""
+        if world < 1 or self.lanes % world:
+            raise PlanError(f"{world} ranks do not divide {self.lanes} lanes")
+        if not 0 <= rank < world:
+            raise PlanError(f"rank {rank} of {world} ranks")
+        return range(rank, self.lanes, world)
+
+    def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(shards, indices in the shards) of virtual sample ids; shards are numbered in manifest order."""
+        samples = np.asarray(samples) % self.num_samples
+        # From the right, so that of shards with the same start the last one, which is not empty, is found.
+        shards = np.searchsorted(self._starts, samples, side="right") - 1
+        return shards, samples - self._starts[shards]
+
+    def shards_ahead(self, epoch: int, step: int, rank: int, world: int) -> Iterator[tuple[int, int]]:
+        """(step in the epoch, shard) of the windows that a rank's lanes enter, in the order it enters them.
+
+        Begins with the windows in use at ``step`` (listed under it) and ends with the epoch. A shard is
+        listed again for every window that needs it; those of one step in the order of first use.
+        """
+        entries = []
+        for lane in self.lanes_of(rank, world):
+            first = self._window_of(lane, step * self.per_lane)
+            last = self._window_of(lane, self.lane_length - 1)
+            for window in range(first, last + 1):
+                position = max(self._bounds(lane, window)[0], step * self.per_lane)
+                entries.append((position // self.per_lane, lane, window, position))
+        entries.sort()
+        for enters, group in groupby(entries, key=lambda entry: entry[0]):
+            uses = [use for _, *place in group for use in self._first_uses(epoch, *place)]
+            yield from ((enters, shard) for shard in dict.fromkeys(shard for _, shard in sorted(uses)))
+
+    def _first_uses(self, epoch: int, lane: int, window: int, position: int) -> list[tuple[int, int]]:
+        """(step, shard) of the first use of every shard of a window, from a position in the lane on."""
+        ids = self._window_ids(epoch, lane, window)[position - self._bounds(lane, window)[0] :]
+        shards, first = np.unique(self.locate(ids)[0], return_index=True)
+        return list(zip(((position + first) // self.per_lane).tolist(), shards.tolist(), strict=True))
+
+    def _lane(self, epoch: int, lane: int, start: int) -> np.ndarray:
+        stop = start + self.per_lane
+        parts = []
+        while start < stop:
+            window = self._window_of(lane, start)
+            first, last = self._bounds(lane, window)
+            parts.append(self._window_ids(epoch, lane, window)[start - first : stop - first])
+            start = last
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _window_of(self, lane: int, position: int) -> int:
+        # Windows of different lanes begin at different steps, so that the shards they need are not all asked
+        # for at once.
+        return (position + lane * self.window // self.lanes) // self.window
+
+    def _bounds(self, lane: int, window: int) -> tuple[int, int]:
+        start = window * self.window - lane * self.window // self.lanes
+        return max(start, 0), min(start + self.window, self.lane_length)
+
+    def _compute_window_ids(self, epoch: int, lane: int, window: int) -> np.ndarray:
+        start, stop = self._bounds(lane, window)
+        parts = []
+        for slot, first, last in self._slices(epoch, lane, start, stop):
+            parts.append(self._starts[slot] + self._within(epoch, slot)[first:last])
+        ids = np.concatenate(parts)
+        return ids[self._draws.seek(epoch, _WINDOW + (lane << 32), window).permutation(len(ids))]
+
+    def _slices(self, epoch: int, lane: int, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """(shard of the copies, first, last) of the parts that lane positions [start, stop) are made of."""
+        order, ends = self._shard_order(epoch)
+        start, stop = start + lane * self.lane_length, stop + lane * self.lane_length
+        place = int(np.searchsorted(ends, start, side="right"))
+        while start < stop:
+            end = int(ends[place])
+            slot = int(order[place])
+            begin = end - int(self._counts[slot])
+            if end > start:
+                yield slot, start - begin, min(stop, end) - begin
+                start = end
+            place += 1
+
+    def _compute_shard_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        order = self._draws.seek(epoch, _SHARDS).permutation(len(self._counts))
+        return order, np.cumsum(self._counts[order])
+
+    def _compute_within(self, epoch: int, slot: int) -> np.ndarray:
+        return self._draws.seek(epoch, _WITHIN, slot).permutation(int(self._counts[slot]))

@@ -1,0 +1,191 @@
+"""The work of a loader process: from a request, which names samples, to a packed batch."""
+
+from __future__ import annotations
+
+import logging
+import os
+import traceback
+from dataclasses import dataclass, replace
+
+from maestro_scale.shards.counters import StoreCounters
+from maestro_scale.shards.errors import CodecError, ShardsError
+from maestro_scale.shards.store import BadShard
+from maestro_scale.stream.draws import Draws, Purpose
+from maestro_scale.stream.packing import Label, Packed, allocate
+from maestro_scale.stream.prepare import Preparer, View
+from maestro_scale.stream.source import OpenShards, Source, labels
+
+log = logging.getLogger(__name__)
+
+_MOST_REPLACEMENTS = 64
+
+
+@dataclass(frozen=True)
+class Ref:
+    """One sample: its number (of virtual copies, in training) and where it is stored; ``crop`` counts in
+    evaluation.
+    """
+
+    number: int
+    shard: int
+    index: int
+    crop: int = 0
+
+
+@dataclass(frozen=True)
+class Request:
+    """One batch to make. ``epoch``: None in evaluation. ``ahead``: shards to fetch meanwhile."""
+
+    dataset: int
+    epoch: int | None
+    refs: tuple[Ref, ...]
+    ahead: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Made:
+    """What came of a request: a packed batch, or the error and its traceback; and what the stores did
+    meanwhile.
+    """
+
+    packed: Packed | None
+    counters: StoreCounters
+    error: BaseException | None = None
+    trace: str = ""
+
+    def pin_memory(self) -> Made:
+        """The same with the batch in page-locked memory; called by torch's DataLoader."""
+        return self if self.packed is None else replace(self, packed=self.packed.pin_memory())
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What every loader process of a rank needs to know. ``processes``: how many share the node's cache."""
+
+    sources: tuple[Source, ...]
+    seed: int = 0
+    flips: bool = True
+    replace_bad: bool = False
+    processes: int = 1
+
+
+class Reading:
+    """Makes batches. Pickles; files and connections are opened in the process that uses it, at the first
+    request.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.labels = labels(settings.sources)
+        self._preparers = [
+            Preparer(View(s.spec, s.sensors, s.crop_m, settings.flips), settings.seed, i)
+            for i, s in enumerate(settings.sources)
+        ]
+        self._shards: list[OpenShards] = []
+        self._pid = 0
+        self._counted = StoreCounters()
+
+    def __reduce__(self) -> tuple:
+        return Reading, (self.settings,)
+
+    def preparer(self, dataset: int) -> Preparer:
+        """What prepares the samples of a dataset."""
+        return self._preparers[dataset]
+
+    def __getitem__(self, request: Request) -> Made:
+        """The batch in shared memory. Errors are returned, so that they cross between processes whole."""
+        return self.attempt(request, shared=True)
+
+    def attempt(self, request: Request, shared: bool = False) -> Made:
+        """The batch, or why it cannot be made."""
+        try:
+            return Made(self.make(request, shared), self._counters())
+        except ShardsError as error:
+            return Made(None, self._counters(), error)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the training process raises it
+            reason = RuntimeError(f"{type(error).__name__}: {error}")
+            return Made(None, self._counters(), reason, traceback.format_exc())
+
+    def make(self, request: Request, shared: bool = False) -> Packed:
+        """The batch. BadShard, StoreError, or CodecError for a sample that is no such thing."""
+        self._open()
+        shards, preparer = self._shards[request.dataset], self._preparers[request.dataset]
+        if request.ahead:
+            shards.prefetch(request.ahead)
+        block, arrays = allocate(preparer.fields, len(request.refs), shared)
+        keys, tiles, filled, replaced = [], [], 0, 0
+        for row, ref in enumerate(request.refs):
+            done = self._put(request, ref, ref, arrays, row)
+            key = self._key(request, ref)
+            if isinstance(done, BadShard):
+                done, stand_in = self._put_other(request, ref, done, arrays, row)
+                key, replaced = f"{key}~{stand_in}", replaced + 1
+            keys.append(key)
+            tiles.append(done[0])
+            filled += done[1]
+        label = Label(self.labels[request.dataset], tuple(keys), tuple(tiles), filled, replaced)
+        return Packed(block, preparer.fields, label)
+
+    def close(self) -> None:
+        """Close every shard and connection."""
+        for shards in self._shards:
+            shards.close()
+        self._shards = []
+
+    def _put(
+        self, request: Request, ref: Ref, place: Ref, arrays: dict, row: int
+    ) -> tuple[str, int] | BadShard:
+        """Prepare the sample at ``place`` with the randomness of ``ref``: (tile, filled), or why it cannot
+        be.
+        """
+        preparer, shards = self._preparers[request.dataset], self._shards[request.dataset]
+        try:
+            sample = shards.sample(place.shard, place.index)
+            if request.epoch is None:
+                return sample.key, preparer.evaluate(sample, ref.crop, arrays, row)
+            return sample.key, preparer.train(sample, request.epoch, ref.number, arrays, row)
+        except (BadShard, CodecError) as error:
+            if isinstance(error, CodecError):
+                error = BadShard(shards.source.shards[place.shard].path, str(error))
+            if not self.settings.replace_bad or request.epoch is None:
+                raise error from None
+            return error
+
+    def _put_other(
+        self, request: Request, ref: Ref, error: BadShard, arrays: dict, row: int
+    ) -> tuple[tuple[str, int], int]:
+        """Another sample in place of one in a bad shard: which one depends on (seed, epoch, sample) alone."""
+        shards = self._shards[request.dataset]
+        draws = Draws(self.settings.seed, Purpose.REPLACEMENT, request.dataset)
+        draws.seek(request.epoch, ref.number)
+        for _ in range(_MOST_REPLACEMENTS):
+            number = draws.below(shards.num_samples)
+            done = self._put(request, ref, Ref(number, *shards.locate(number)), arrays, row)
+            if not isinstance(done, BadShard):
+                log.debug("%s: sample %d stands in for %d", error, number, ref.number)
+                return done, number
+        raise BadShard(
+            error.path, f"{error.cause}; {_MOST_REPLACEMENTS} samples drawn in its place are bad too"
+        )
+
+    def _key(self, request: Request, ref: Ref) -> str:
+        label = self.labels[request.dataset]
+        if request.epoch is None:
+            return f"eval/{label}/{ref.number}/{ref.crop}"
+        return f"{request.epoch}/{label}/{ref.number}"
+
+    def _open(self) -> None:
+        if self._pid == os.getpid() and self._shards:
+            return
+        share = 2 * self.settings.processes
+        self._shards = [OpenShards(s, s.store.cache_bytes // share) for s in self.settings.sources]
+        self._pid, self._counted = os.getpid(), self._total()
+
+    def _counters(self) -> StoreCounters:
+        """What the stores did since this was last asked."""
+        total = self._total()
+        more, self._counted = total - self._counted, total
+        return more
+
+    def _total(self) -> StoreCounters:
+        return sum((s.store.counters for s in self.settings.sources), StoreCounters())

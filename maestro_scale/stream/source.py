@@ -1,0 +1,113 @@
+"""One dataset of a mixture, and its shards as a process has them open."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from maestro_scale.datasets.spec import DatasetSpec, Sensor
+from maestro_scale.shards.codec import Sample
+from maestro_scale.shards.manifest import ShardInfo
+from maestro_scale.shards.store import BadShard, Shard, Store
+
+_MOST_OPEN = 128  # each holds a file descriptor
+_MOST_TOUCHED_BYTES = 96 * 2**20  # pages of mapped shards count as the memory of the process
+
+
+@dataclass(frozen=True)
+class Source:
+    """A dataset as a run reads it: ``shards`` of the wanted splits, in manifest order, and how they are
+    looked at.
+
+    ``weight``: how often a mixture draws a step from it, relative to the others.
+    """
+
+    spec: DatasetSpec
+    sensors: tuple[Sensor, ...]
+    crop_m: float
+    shards: tuple[ShardInfo, ...]
+    store: Store
+    weight: float = 1.0
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Samples per shard."""
+        return tuple(s.samples for s in self.shards)
+
+
+def labels(sources: Sequence[Source]) -> tuple[str, ...]:
+    """A name for each source: the dataset's own, with its place in the mixture where two have the same."""
+    names = [s.spec.name for s in sources]
+    return tuple(n if names.count(n) == 1 else f"{n}#{i}" for i, n in enumerate(names))
+
+
+class OpenShards:
+    """The shards of one source that this process has open, the least recently used closed first.
+
+    ``most_bytes``: how much of the store's cache they may pin. A shard found bad is remembered, not tried
+    again.
+    """
+
+    def __init__(self, source: Source, most_bytes: int) -> None:
+        self.source = source
+        self._most_bytes = most_bytes
+        self._starts = np.cumsum((0, *source.counts))
+        self._open: OrderedDict[int, tuple[Shard, float]] = OrderedDict()  # shard → (handle, bytes touched)
+        self._bad: dict[int, BadShard] = {}
+
+    def sample(self, shard: int, index: int) -> Sample:
+        """A stored sample. BadShard, naming the shard, if it is not what the manifest says; StoreError."""
+        if shard in self._bad:
+            raise self._bad[shard]
+        info = self.source.shards[shard]
+        try:
+            handle, touched = self._open.pop(shard, None) or (self._opened(info), 0.0)
+            sample = handle[index]
+        except BadShard as error:
+            self._bad[shard] = error
+            raise
+        self._open[shard] = handle, touched + info.bytes / info.samples
+        self._trim()
+        return sample
+
+    def locate(self, number: int) -> tuple[int, int]:
+        """(shard, index) of sample ``number`` of the dataset."""
+        shard = int(np.searchsorted(self._starts, number, side="right")) - 1
+        return shard, number - int(self._starts[shard])
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of the dataset."""
+        return int(self._starts[-1])
+
+    def prefetch(self, shards: Sequence[int]) -> None:
+        """Have these fetched in the background, in this order."""
+        self.source.store.prefetch([self.source.shards[s] for s in shards if s not in self._bad])
+
+    def close(self) -> None:
+        """Close every shard and stop prefetching."""
+        while self._open:
+            self._close_oldest()
+        self.source.store.close()
+
+    def _opened(self, info: ShardInfo) -> Shard:
+        # Before, not after: the store may need the room that the oldest pin.
+        while self._open and self._pinned() + info.bytes > self._most_bytes:
+            self._close_oldest()
+        return self.source.store.shard(info)
+
+    def _pinned(self) -> int:
+        return sum(self.source.shards[s].bytes for s in self._open)
+
+    def _trim(self) -> None:
+        while len(self._open) > 1 and (
+            len(self._open) > _MOST_OPEN or sum(t for _, t in self._open.values()) > _MOST_TOUCHED_BYTES
+        ):
+            self._close_oldest()
+
+    def _close_oldest(self) -> None:
+        _, (handle, _) = self._open.popitem(last=False)
+        handle.close()

@@ -1,0 +1,256 @@
+"""An open MLflow run. What is here talks to the store, takes its time and may raise; see ``mlflow_tracker``.
+
+mlflow is imported by ``MlflowRun.open`` only: it takes seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from maestro_scale.tracking.secrets_filter import scrub, scrub_document, scrub_mapping
+from maestro_scale.training.run_dir import write_atomically
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+    from mlflow.tracking import MlflowClient
+
+STATUS = {"done": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
+RUN_FILE = "tracking.json"
+
+# MLflow's own limits.
+_MAX_METRICS, _MAX_PARAMS, _MAX_TAGS = 1000, 100, 100
+_MAX_PARAM, _MAX_TAG, _MAX_KEY, _MAX_DIGEST = 6000, 5000, 250, 36
+
+_DOCUMENTS = frozenset({".yaml", ".yml", ".json", ".jsonl", ".txt", ".md", ".log"})
+
+Numbers = Mapping[str, "float | None"]
+
+
+@dataclass(frozen=True)
+class DatasetInput:
+    """A dataset that a run reads: its name, the sha256 of its manifest, and where the shards are."""
+
+    name: str
+    manifest_sha256: str
+    url: str
+
+
+@dataclass(frozen=True)
+class RunCard:
+    """What is said of a run when it starts. ``history`` reads the (step, metrics) that were logged before."""
+
+    run_dir: Path
+    experiment: str
+    run_name: str
+    params: Mapping[str, object]
+    tags: Mapping[str, str]
+    artifacts: Sequence[Path] = ()
+    datasets: Sequence[DatasetInput] = ()
+    history: Callable[[], Iterable[tuple[int, Numbers]]] = field(default=tuple)
+
+
+@dataclass(frozen=True)
+class Point:
+    """The metrics of one step, measured at ``time_ms``; None values were not measured and are left out."""
+
+    step: int
+    time_ms: int
+    metrics: Numbers
+
+
+def tracking_uri(run_dir: Path) -> str:
+    """``MLFLOW_TRACKING_URI``, or the SQLite file beside the runs."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{run_dir.resolve().parent / 'mlflow.db'}"
+
+
+class MlflowRun:
+    """The MLflow run of a run directory. A (metric, step) that the store has is never sent again."""
+
+    def __init__(
+        self, client: MlflowClient, run: Run, card: RunCard, warn: Callable[[str, Exception], None]
+    ) -> None:
+        self._client = client
+        self._id: str = run.info.run_id
+        self._card = card
+        self._warn = warn
+        self._stored: dict[str, set[int]] = {}  # what the store had when the run was opened
+        self._last: dict[str, int] = {}  # last step sent since
+        self._describe(run)
+
+    @classmethod
+    def open(cls, card: RunCard, time_ms: int, warn: Callable[[str, Exception], None]) -> MlflowRun:
+        """Start the run, or continue the one in ``tracking.json``, and send the history that the store lacks.
+
+        ``warn`` is told of what could not be sent although the run is open. Raises whatever MLflow raises.
+        """
+        from mlflow.tracking import MlflowClient
+
+        logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # it announces every retry
+        uri = tracking_uri(card.run_dir)
+        client = MlflowClient(uri)
+        earlier = _earlier_run(client, card, uri)
+        if earlier is None:
+            run = client.create_run(_experiment_id(client, card), run_name=card.run_name)
+            record = {"tracking_uri": scrub(uri), "run_id": run.info.run_id}
+            write_atomically(card.run_dir / RUN_FILE, json.dumps(record, indent=1))
+        else:
+            run = earlier
+            client.update_run(run.info.run_id, status="RUNNING")
+        opened = cls(client, run, card, warn)
+        opened.catch_up(time_ms)
+        return opened
+
+    def catch_up(self, time_ms: int) -> None:
+        """Send what the history holds and the store does not."""
+        keys = self._client.get_run(self._id).data.metrics
+        self._stored = {k: {m.step for m in self._client.get_metric_history(self._id, k)} for k in keys}
+        self._last = {}
+        self.send(Point(step, time_ms, metrics) for step, metrics in self._card.history())
+        # Up to the history's last step all is settled; beyond it the store may have steps yet to be replayed.
+        self._stored = {k: {s for s in v if s > self._last.get(k, -1)} for k, v in self._stored.items()}
+
+    def send(self, points: Iterable[Point]) -> None:
+        """Log points, in order of step, leaving out what the store has."""
+        from mlflow.entities import Metric
+
+        pending = []
+        for point in points:
+            for name, value in point.metrics.items():
+                key = _key(name)
+                if value is None or not self._is_new(key, point.step):
+                    continue
+                self._last[key] = point.step
+                pending.append(Metric(key, float(value), point.time_ms, point.step))
+        for chunk in _chunks(pending, _MAX_METRICS):
+            self._client.log_batch(self._id, metrics=chunk)
+
+    def picture(self, path: Path) -> None:
+        """Store a picture under ``pictures/``; one of the same name is replaced."""
+        self._optional("a picture", lambda: self._client.log_artifact(self._id, str(path), "pictures"))
+
+    def close(self, reason: str) -> None:
+        """End the run: ``done``, ``stopped`` or ``failed``. Artifacts are stored again, as they are now."""
+        self._optional("artifacts", self._store_artifacts)
+        self._client.set_terminated(self._id, STATUS[reason])
+
+    def _is_new(self, key: str, step: int) -> bool:
+        return step > self._last.get(key, -1) and step not in self._stored.get(key, ())
+
+    def _describe(self, run: Run) -> None:
+        """Parameters, tags, datasets, artifacts: worth having, but no reason to go without metrics."""
+        self._optional("parameters", lambda: self._store_params(run.data.params))
+        self._optional("tags", self._store_tags)
+        self._optional("datasets", self._store_datasets)
+        self._optional("artifacts", self._store_artifacts)
+
+    def _optional(self, what: str, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception as error:  # noqa: BLE001 - MLflow, its artifact stores and their clients raise anything
+            self._warn(what, error)
+
+    def _store_params(self, stored: Mapping[str, str]) -> None:
+        from mlflow.entities import Param
+
+        wanted = {_key(k): _cut(v, _MAX_PARAM) for k, v in scrub_mapping(self._card.params).items()}
+        fresh = [Param(k, v) for k, v in wanted.items() if k not in stored]
+        for chunk in _chunks(fresh, _MAX_PARAMS):
+            self._client.log_batch(self._id, params=chunk)
+        # MLflow's parameters never change, a continued run's may (a longer run, more workers).
+        changed = {f"changed/{k}": v for k, v in wanted.items() if stored.get(k, v) != v}
+        self._set_tags(changed)
+
+    def _store_tags(self) -> None:
+        data = {f"data/{d.name}/manifest_sha256": d.manifest_sha256 for d in self._card.datasets}
+        self._set_tags(scrub_mapping(self._card.tags) | data)
+
+    def _set_tags(self, tags: Mapping[str, str]) -> None:
+        from mlflow.entities import RunTag
+
+        entities = [RunTag(_key(k), _cut(v, _MAX_TAG)) for k, v in tags.items()]
+        for chunk in _chunks(entities, _MAX_TAGS):
+            self._client.log_batch(self._id, tags=chunk)
+
+    def _store_datasets(self) -> None:
+        from mlflow.entities import Dataset, InputTag
+        from mlflow.entities import DatasetInput as Input
+
+        inputs = [
+            Input(
+                Dataset(
+                    name=d.name,
+                    digest=d.manifest_sha256[:_MAX_DIGEST],
+                    source_type="shards",
+                    source=json.dumps({"url": scrub(d.url)}),
+                ),
+                [InputTag("mlflow.data.context", "training")],
+            )
+            for d in self._card.datasets
+        ]
+        if inputs:
+            self._client.log_inputs(self._id, datasets=inputs)
+
+    def _store_artifacts(self) -> None:
+        for path in self._card.artifacts:
+            if not path.exists():
+                continue
+            if path.suffix in _DOCUMENTS:
+                self._client.log_text(self._id, scrub_document(path.read_text()), path.name)
+            else:
+                self._client.log_artifact(self._id, str(path))
+
+
+def _earlier_run(client: MlflowClient, card: RunCard, uri: str) -> Run | None:
+    """The run this directory already has in this store; None if there is none, or it was deleted."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        record = json.loads((card.run_dir / RUN_FILE).read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    if record.get("tracking_uri") != scrub(uri):
+        return None
+    try:
+        run = client.get_run(record["run_id"])
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return None
+        raise
+    return run if run.info.lifecycle_stage == "active" else None
+
+
+def _experiment_id(client: MlflowClient, card: RunCard) -> str:
+    from mlflow.exceptions import MlflowException
+
+    experiment = client.get_experiment_by_name(card.experiment)
+    if experiment is None:
+        # A server knows where its artifacts go; the default would be ./mlruns in whatever folder we run in.
+        beside = (card.run_dir.resolve().parent / "mlartifacts").as_uri()
+        location = None if os.environ.get("MLFLOW_TRACKING_URI") else beside
+        try:
+            return client.create_experiment(card.experiment, artifact_location=location)
+        except MlflowException:
+            experiment = client.get_experiment_by_name(card.experiment)  # another run was quicker
+            if experiment is None:
+                raise
+    return experiment.experiment_id
+
+
+def _key(name: str) -> str:
+    return re.sub(r"[^\w\-. :/]", "_", name)[:_MAX_KEY]
+
+
+def _cut(value: str, longest: int) -> str:
+    return value if len(value) <= longest else value[: longest - 1] + "…"
+
+
+def _chunks(items: list, size: int) -> Iterable[list]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

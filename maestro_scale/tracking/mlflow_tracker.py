@@ -1,0 +1,256 @@
+"""MLflow beside the training, never in its way.
+
+Calls put records on a bounded queue and return; a background thread imports mlflow, opens the run and sends
+batches. A store that is down costs a warning and is tried again later: metrics.jsonl stays the truth, and
+what it holds is sent when the store is back.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from maestro_scale.tracking.mlflow_run import (
+    STATUS,
+    DatasetInput,
+    MlflowRun,
+    Numbers,
+    Point,
+    RunCard,
+    tracking_uri,
+)
+from maestro_scale.tracking.secrets_filter import scrub
+
+log = logging.getLogger(__name__)
+
+# mlflow's defaults are made for scripts that wait: minutes of retries, telemetry, and news on standard error.
+_QUIET_MLFLOW = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "GIT_PYTHON_REFRESH": "quiet",
+}
+
+_MAX_BATCH = 500  # records collected before they are sent
+
+
+class OpenRun(Protocol):
+    """What the background thread needs of a run; any method may raise."""
+
+    def send(self, points: Iterable[Point]) -> None: ...
+
+    def picture(self, path: Path) -> None: ...
+
+    def catch_up(self, time_ms: int) -> None: ...
+
+    def close(self, reason: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class Rhythm:
+    """How the background thread works, in seconds and records."""
+
+    flush_s: float = 2.0
+    """Longest time that a record waits for company."""
+    retry_s: float = 60.0
+    """Time without attempts after a failure."""
+    capacity: int = 10_000
+    """Records held while the store is slow; more are dropped."""
+
+
+DEFAULT_RHYTHM = Rhythm()
+
+
+@dataclass(frozen=True)
+class _Picture:
+    path: Path
+
+
+@dataclass(frozen=True)
+class _Close:
+    reason: str
+
+
+class Tracker:
+    """One run in MLflow, for rank 0. All methods but ``finish`` return at once; MLflow's errors stay inside."""
+
+    def __init__(
+        self,
+        open_run: Callable[[Callable[[str, Exception], None]], OpenRun],
+        store: str,
+        rhythm: Rhythm = DEFAULT_RHYTHM,
+    ) -> None:
+        self._open_run = open_run
+        self._store = store
+        self._rhythm = rhythm
+        self._queue: queue.Queue[Point | _Picture | _Close] = queue.Queue(rhythm.capacity)
+        self._run: OpenRun | None = None
+        self._quiet_until = 0.0
+        self._warned: set[str] = set()
+        self._gaps = False
+        self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
+
+    @classmethod
+    def start(
+        cls,
+        run_dir: Path,
+        experiment: str,
+        run_name: str,
+        params: Mapping[str, object],
+        tags: Mapping[str, str],
+        artifacts: Sequence[Path] = (),
+        datasets: Sequence[DatasetInput] = (),
+        history: Callable[[], Iterable[tuple[int, Numbers]]] = tuple,
+    ) -> Tracker:
+        """Track the run in ``run_dir``, continuing the MLflow run it already has.
+
+        The store is ``MLFLOW_TRACKING_URI``, or ``mlflow.db`` beside the run directory. ``params``: dotted
+        names to plain values; credentials are removed from them, from tags and from text. ``artifacts``:
+        files, stored at the start (those that exist) and as they are at the end. ``history``: reads the
+        (step, metrics) of metrics.jsonl, in order; called on the background thread whenever the store is
+        connected, for what it missed.
+        """
+        for name, value in _QUIET_MLFLOW.items():
+            os.environ.setdefault(name, value)
+        card = RunCard(run_dir, experiment, run_name, params, tags, artifacts, datasets, history)
+        tracker = cls(lambda warn: MlflowRun.open(card, _now_ms(), warn), scrub(tracking_uri(run_dir)))
+        return tracker.begin()
+
+    def begin(self) -> Tracker:
+        """Start the background thread."""
+        self._thread.start()
+        return self
+
+    def log(self, step: int, metrics: Numbers) -> None:
+        """Log metrics of a step. Steps come in order; None values, and what the store has, are left out."""
+        self._put(Point(step, _now_ms(), dict(metrics)))
+
+    def picture(self, step: int, path: Path) -> None:
+        """Store a picture of a step; its name should tell the step, and it must stay until ``finish``."""
+        del step  # MLflow artifacts have none; kept so that a store with one can use it
+        self._put(_Picture(path))
+
+    def finish(self, status: str, wait_s: float = 30.0) -> None:
+        """Send what is left and end the run: ``done``, ``stopped`` or ``failed``. Waits ``wait_s`` at most.
+
+        ValueError for another status.
+        """
+        if status not in STATUS:
+            raise ValueError(f"status {status!r} must be one of {', '.join(STATUS)}")
+        deadline = time.monotonic() + wait_s
+        try:
+            self._queue.put(_Close(status), timeout=wait_s)
+        except queue.Full:
+            self._gaps = True
+        self._thread.join(max(0.0, deadline - time.monotonic()))
+        if self._thread.is_alive():
+            log.warning(
+                "MLflow at %s did not take everything within %.0f s; metrics.jsonl has it",
+                self._store,
+                wait_s,
+            )
+
+    # -- calling thread --------------------------------------------------------------------------------------
+
+    def _put(self, item: Point | _Picture) -> None:
+        try:
+            self._queue.put_nowait(item)
+        except queue.Full:
+            self._gaps = True
+            self._warn("all records", RuntimeError(f"more than {self._rhythm.capacity} are waiting"))
+
+    def _warn(self, what: str, error: Exception) -> None:
+        """Say once per kind of trouble that something is not sent."""
+        if what in self._warned:
+            return
+        self._warned.add(what)
+        reason = scrub(f"{type(error).__name__}: {error}".splitlines()[0])
+        log.warning(
+            "MLflow at %s does not take %s (%s); training goes on, metrics.jsonl has every metric",
+            self._store,
+            what,
+            reason,
+        )
+
+    # -- background thread -----------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        closing = None
+        self._deliver([])  # connect without waiting for a first record
+        while closing is None:
+            items, closing = self._collect()
+            self._deliver(items)
+        self._close(closing.reason)
+
+    def _collect(self) -> tuple[list[Point | _Picture], _Close | None]:
+        """Whatever arrives within ``flush_s`` of the first record, and the request to close if it came."""
+        items: list[Point | _Picture] = []
+        wait_s = None
+        while len(items) < _MAX_BATCH:
+            try:
+                item = self._queue.get(timeout=wait_s)
+            except queue.Empty:
+                break
+            if isinstance(item, _Close):
+                return items, item
+            if not items:
+                first = time.monotonic()
+            items.append(item)
+            wait_s = max(0.0, first + self._rhythm.flush_s - time.monotonic())
+        return items, None
+
+    def _deliver(self, items: Sequence[Point | _Picture]) -> None:
+        if time.monotonic() < self._quiet_until:
+            return  # dropped: history has the numbers
+        try:
+            if self._run is None:
+                self._run = self._open_run(self._warn)
+            self._run.send(i for i in items if isinstance(i, Point))
+            for item in items:
+                if isinstance(item, _Picture):
+                    self._run.picture(item.path)
+        except Exception as error:  # noqa: BLE001 - whatever MLflow raises, the training goes on
+            self._lose(error)
+
+    def _close(self, reason: str) -> None:
+        self._quiet_until = 0.0
+        self._deliver([])  # a last attempt, where the store is down
+        if self._run is None:
+            return
+        try:
+            if self._gaps:
+                self._run.catch_up(_now_ms())
+            self._run.close(reason)
+        except Exception as error:  # noqa: BLE001 - as above
+            self._lose(error)
+
+    def _lose(self, error: Exception) -> None:
+        self._run = None
+        self._quiet_until = time.monotonic() + self._rhythm.retry_s
+        self._warn("metrics", error)
+
+
+class NullTracker:
+    """Tracks nothing, with the methods of ``Tracker``."""
+
+    def log(self, step: int, metrics: Numbers) -> None:
+        """Nothing."""
+
+    def picture(self, step: int, path: Path) -> None:
+        """Nothing."""
+
+    def finish(self, status: str, wait_s: float = 30.0) -> None:
+        """Nothing."""
+
+
+def _now_ms() -> int:
+    return int(time.time() * 1000)

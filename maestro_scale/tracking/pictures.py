@@ -1,0 +1,228 @@
+"""What the model sees, what was hidden from it, and what it made of that, as one picture.
+
+Drawn off screen with matplotlib's object interface, so that threads and other figures are left alone.
+Shapes: D dates, C bands, H×W pixels; a strip is K dates side by side, (H, W', 3).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from maestro_scale.training.observer import SensorView
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+MAX_DATES = 4
+
+_COLUMNS = ("input", "seen (hidden in grey)", "reconstruction", "error where hidden")
+_GREY = np.array([0.80, 0.79, 0.77])
+_PAPER, _INK = np.array([0.985, 0.98, 0.972]), "#26241f"
+_GAP = 0.06  # between dates, as a share of one
+_REACH = 3.0  # interquartile ranges from the median that the stretch may span
+_WORST = 0.5  # the error, in units of the stretch, at the end of its colour scale
+_PANEL_INCHES = 2.9
+
+# Band names in the order red, green, blue; the first triple that a sensor has is shown.
+_TRIPLES = (
+    ("R", "G", "B"),
+    ("RED", "GREEN", "BLUE"),
+    ("B4", "B3", "B2"),
+    ("B04", "B03", "B02"),
+    ("NIR", "R", "G"),
+    ("B8", "B4", "B3"),
+)
+
+
+@dataclass(frozen=True)
+class Composite:
+    """How a sensor's bands become colours: three band indices, or two of a radar, or one."""
+
+    bands: tuple[int, ...]
+    label: str
+
+    def of(self, pixels: np.ndarray) -> np.ndarray:
+        """(D, C, H, W) → (D, H, W, 3) float32, unstretched."""
+        chosen = pixels[:, list(self.bands)].astype(np.float32)
+        if len(self.bands) == 2:
+            # Network inputs are logarithms (or dB) already, where a ratio is a difference.
+            chosen = np.concatenate([chosen, chosen[:, :1] - chosen[:, 1:]], axis=1)
+        elif len(self.bands) == 1:
+            chosen = np.repeat(chosen, 3, axis=1)
+        return np.moveaxis(chosen, 1, -1)
+
+
+def composite(bands: Sequence[str]) -> Composite:
+    """True colour where the bands allow it, else near infrared, else radar VV, VH, VV/VH, else grey."""
+    index = {name.upper(): i for i, name in reversed(list(enumerate(bands)))}
+    for triple in _TRIPLES:
+        if all(name in index for name in triple):
+            return Composite(tuple(index[n] for n in triple), " ".join(bands[index[n]] for n in triple))
+    if "VV" in index and "VH" in index:
+        return Composite((index["VV"], index["VH"]), "VV VH VV/VH")
+    if len(bands) >= 3 and "VV" not in index:
+        return Composite((0, 1, 2), " ".join(bands[:3]))
+    return Composite((0,), bands[0])
+
+
+def reconstruction_picture(path: Path, views: Sequence[SensorView], title: str) -> Path:
+    """Draw every sensor's input, what was visible, the reconstruction and its error; returns ``path``.
+
+    A row per sensor, up to four of its dates as a strip. The images of a row share one stretch, taken from
+    the input (see ``stretch_limits``); the error is the mean difference of the colours, as a share of it.
+    Visible pixels of the reconstruction are the input's. ValueError if there is no view.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    if not views:
+        raise ValueError("a reconstruction picture needs at least one sensor's view")
+    shown = [dates_shown(len(v.pixels)) for v in views]
+    heights = [_strip_height(v, d) for v, d in zip(views, shown, strict=True)]
+    width, height = 4 * _PANEL_INCHES + 0.9, _PANEL_INCHES * sum(heights) + 0.34 * len(views) + 1.1
+    figure = Figure(figsize=(width, height), facecolor=_PAPER)
+    FigureCanvasAgg(figure)  # savefig draws with it, whatever backend the process has chosen
+    grid = figure.add_gridspec(
+        len(views),
+        4,
+        height_ratios=[h * _PANEL_INCHES + 0.34 for h in heights],
+        left=0.02,
+        right=0.98,
+        top=1 - 0.62 / height,
+        bottom=0.58 / height,
+        wspace=0.04,
+        hspace=0.0,
+    )
+    figure.text(0.02, 1 - 0.20 / height, title, fontsize=12, color=_INK, weight="bold", va="center")
+    for row, (view, dates) in enumerate(zip(views, shown, strict=True)):
+        axes = [figure.add_subplot(grid[row, column]) for column in range(4)]
+        image = _draw_sensor(axes, view, dates)
+        if row == 0:
+            for a, name in zip(axes, _COLUMNS, strict=True):
+                a.set_title(name, fontsize=10, color=_INK, pad=5)
+    place = grid[0, 3].get_position(figure)
+    bar = figure.colorbar(
+        image,
+        cax=figure.add_axes((place.x0, 0.40 / height, place.width, 0.09 / height)),
+        orientation="horizontal",
+    )
+    _dress_bar(bar)
+    fresh = path.with_name(path.name + ".tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(fresh, format="png", dpi=110, facecolor=_PAPER)
+    os.replace(fresh, path)
+    return path
+
+
+def dates_shown(num_dates: int) -> np.ndarray:
+    """Indices of up to four dates, spread evenly from the first to the last."""
+    return np.unique(np.linspace(0, num_dates - 1, min(num_dates, MAX_DATES)).round().astype(int))
+
+
+def stretch_limits(colours: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Per channel of (…, 3): the values shown as black and white, (3,) each.
+
+    The 2nd and 98th percentile, but within three interquartile ranges of the median: a cloudy date must not
+    leave the others black. NaN pixels count nowhere; a channel of nothing else gets (0, 1).
+    """
+    limits = []
+    for channel in colours.reshape(-1, colours.shape[-1]).T:
+        values = channel[np.isfinite(channel)]
+        if not values.size:
+            limits.append((0.0, 1.0))
+            continue
+        low, quarter, median, three_quarters, high = np.percentile(values, (2, 25, 50, 75, 98))
+        reach = _REACH * (three_quarters - quarter) or np.inf
+        limits.append((max(low, median - reach), min(high, median + reach)))
+    low, high = np.array(limits).T
+    return low, np.maximum(high, low + 1e-6)
+
+
+def _draw_sensor(axes: Sequence[Axes], view: SensorView, dates: np.ndarray):
+    """Four panels of one sensor; returns the error's image, for the colour scale."""
+    mix = composite(view.bands)
+    pixels, hidden = view.pixels[dates], view.hidden[dates]
+    # What was visible is not the model's work.
+    guess = np.where(hidden[:, None], view.reconstruction[dates], pixels)
+    low, high = stretch_limits(mix.of(view.pixels))
+    seen, made = _stretched(mix.of(pixels), low, high), _stretched(mix.of(guess), low, high)
+    error = np.where(hidden, np.abs(made - seen).mean(-1), np.nan)
+    for a, colours in zip(axes, (seen, np.where(hidden[..., None], _GREY, seen), made), strict=False):
+        a.imshow(_strip(colours, _PAPER), interpolation="nearest")
+    image = axes[3].imshow(
+        _strip(error, np.array(np.nan)), cmap=_error_colours(), vmin=0, vmax=_WORST, interpolation="nearest"
+    )
+    for a in axes:
+        a.set_axis_off()
+        a.set_anchor("N")
+    which = (
+        ""
+        if len(view.pixels) == 1
+        else f"   dates {', '.join(str(d + 1) for d in dates)} of {len(view.pixels)}"
+    )
+    share = 100 * view.hidden.mean()
+    axes[0].annotate(
+        f"{view.name}   {mix.label}{which}   {share:.0f} % hidden",
+        (0, 0),
+        (0, -4),
+        xycoords="axes fraction",
+        textcoords="offset points",
+        fontsize=8.5,
+        color=_INK,
+        va="top",
+    )
+    return image
+
+
+def _caption(view: SensorView, mix: Composite, dates: np.ndarray) -> str:
+    which = f"dates {', '.join(str(d + 1) for d in dates)} of {len(view.pixels)}"
+    parts = [view.name, mix.label, *([which] if len(view.pixels) > 1 else [])]
+    return "   ".join([*parts, f"{100 * view.hidden.mean():.0f} % hidden"])
+
+
+def _stretched(colours: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    return np.clip(np.nan_to_num((colours - low) / (high - low), nan=0.0), 0.0, 1.0)
+
+
+def _strip(images: np.ndarray, blank: np.ndarray) -> np.ndarray:
+    """(K, H, W, …) → one image (H', W', …) of the dates side by side, with gaps of ``blank`` between them."""
+    # Repeating pixels makes room for a gap narrower than one: a Sentinel tile has six.
+    fine = int(np.ceil(64 / images.shape[2]))
+    images = images.repeat(fine, axis=1).repeat(fine, axis=2)
+    width = round(_GAP * images.shape[2])
+    gap = np.broadcast_to(blank, (images.shape[1], width, *images.shape[3:]))
+    parts = [images[0]]
+    for image in images[1:]:
+        parts += [gap, image]
+    return np.concatenate(parts, axis=1)
+
+
+def _strip_height(view: SensorView, dates: np.ndarray) -> float:
+    """Height of a sensor's strip, as a share of its width."""
+    num, (rows, columns) = len(dates), view.pixels.shape[-2:]
+    return rows / columns / (num + _GAP * (num - 1))
+
+
+def _error_colours():
+    from matplotlib import colormaps
+
+    colours = colormaps["magma"].copy()
+    colours.set_bad(alpha=0.0)
+    return colours
+
+
+def _dress_bar(bar) -> None:
+    ticks = (0, _WORST / 2, _WORST)
+    bar.set_ticks(ticks, labels=[f"{100 * t:.0f} %" for t in ticks[:-1]] + [f"≥ {100 * _WORST:.0f} %"])
+    bar.ax.tick_params(labelsize=8, length=0, colors=_INK)
+    first, *_, last = bar.ax.get_xticklabels()
+    first.set_horizontalalignment("left")
+    last.set_horizontalalignment("right")
+    bar.outline.set_visible(False)
+    bar.ax.set_title("of the input's range", fontsize=8, color=_INK, pad=3)

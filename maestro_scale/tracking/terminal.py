@@ -1,0 +1,98 @@
+"""What a person sees while it runs: a bar on a terminal, plain lines in a log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from maestro_scale.training.observer import RunInfo, SensorView
+
+_PLAIN_EVERY_S = 10.0
+
+
+class TerminalProgress:
+    """A training run's progress: loss, samples/s and remaining time, on standard error."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._console = Console(stderr=True)
+        self._bar: Progress | None = None
+        self._info: RunInfo | None = None
+        self._last_s = 0.0
+
+    def started(self, info: RunInfo) -> None:
+        """Show where the run stands."""
+        self._info = info
+        start = f"from step {info.step} " if info.step else ""
+        print(f"{self._name}: {start}to step {info.num_steps}, in {info.run_dir}", file=sys.stderr, flush=True)
+        if self._console.is_terminal and info.step < info.num_steps:
+            self._bar = _bar(self._console, TextColumn("{task.fields[state]}"))
+            self._bar.start()
+            self._bar.add_task(self._name, total=info.num_steps, completed=info.step, state="")
+
+    def logged(self, record: dict[str, Any]) -> None:
+        """Advance to a logged step."""
+        assert self._info is not None
+        state = f"loss {record['loss']:.4f}  {record['samples_per_s']:.1f} samples/s"
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=record["step"], state=state)
+            return
+        last = record["step"] == self._info.num_steps
+        if last or time.monotonic() - self._last_s >= _PLAIN_EVERY_S:
+            self._last_s = time.monotonic()
+            left_s = (self._info.num_steps - record["step"]) * record["step_s"]
+            where = f"step {record['step']}/{self._info.num_steps}"
+            print(f"{where}  {state}  {_clock(left_s)} left", file=sys.stderr, flush=True)
+
+    def pictured(self, step: int, views: list[SensorView]) -> None:
+        """Nothing to show here."""
+
+    def finished(self, reason: str) -> None:
+        """Take the bar down."""
+        if self._bar is not None:
+            self._bar.stop()
+
+
+@contextmanager
+def progress(title: str, unit: str) -> Iterator[Callable[[int, int, int], None]]:
+    """Progress of a long command; yields ``update(done, total, bytes)``."""
+    console = Console(stderr=True)
+    if console.is_terminal:
+        with _bar(console, TextColumn("{task.fields[state]}")) as bar:
+            task = bar.add_task(title, total=None, state="")
+
+            def update(done: int, total: int, num_bytes: int) -> None:
+                bar.update(task, completed=done, total=total, state=f"{unit}, {num_bytes / 1e6:.0f} MB")
+
+            yield update
+        return
+    started, last = time.monotonic(), [time.monotonic()]
+
+    def line(done: int, total: int, num_bytes: int) -> None:
+        now = time.monotonic()
+        if done < total and now - last[0] < _PLAIN_EVERY_S:
+            return
+        last[0] = now
+        rate = done / max(now - started, 1e-9)
+        left = _clock((total - done) / rate) if rate else "unknown time"
+        size = f"{num_bytes / 1e6:.0f} MB"
+        print(f"{title}: {done}/{total} {unit}, {size}, {rate:.0f}/s, {left} left", file=sys.stderr, flush=True)
+
+    yield line
+
+
+def _bar(console: Console, last: TextColumn) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), last, console=console)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

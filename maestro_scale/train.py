@@ -1,0 +1,82 @@
+"""Pretrain MAESTRO: ``deepspeed maestro_scale/train.py --recipe recipes/vitl.yaml [--run-dir DIR] [--set KEY=VALUE …]``.
+
+The same command run again resumes. Works under ``deepspeed``, ``torchrun``, ``srun`` and plain ``python``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="train.py", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--recipe", required=True, help="YAML recipe (see recipes/)")
+    parser.add_argument("--run-dir", type=Path, help="where the run lives; default runs/<name of the recipe>")
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        metavar="KEY=VALUE",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="change the recipe, e.g. --set train.steps=100 'data.mixture[0].shards=s3://bucket/treesatai_ts'",
+    )
+    parser.add_argument("--fresh", action="store_true", help="insist on starting anew: refuse a directory with a run")
+    parser.add_argument("--dry-run", action="store_true", help="print what would happen, without data, and exit")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit code. Expected mistakes become one line on standard error."""
+    args = parse(argv)
+    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
+    from maestro_scale.recipe import RecipeError, load_recipe
+
+    try:
+        recipe = load_recipe(args.recipe, args.overrides)
+        if args.dry_run:
+            from maestro_scale.training.dry_run import dry_run
+
+            if rank == 0:
+                dry_run(recipe, int(os.environ.get("WORLD_SIZE", 1)))
+            return 0
+        return _pretrain(recipe, args.run_dir or Path("runs") / recipe.name, args.fresh)
+    except RecipeError as error:
+        if rank == 0:  # every rank reads the same recipe
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+
+
+def _pretrain(recipe, run_dir: Path, fresh: bool) -> int:
+    from maestro_scale.tracking.observers import observers_for
+    from maestro_scale.training.distributed import join, leave
+    from maestro_scale.training.errors import EXPECTED
+    from maestro_scale.training.pretrain import pretrain
+
+    world = join()
+    try:
+        observers = observers_for(recipe) if world.is_main else []
+        outcome = pretrain(recipe, run_dir, world, observers, fresh)
+    except EXPECTED as error:
+        where = "" if world.is_main else f" (rank {world.rank} on {os.uname().nodename})"
+        print(f"error{where}: {error}", file=sys.stderr, flush=True)
+        # The other ranks may be waiting for this one: leave at once, the launcher ends them.
+        os._exit(2)
+    if world.is_main:
+        if outcome.reason == "stopped":
+            print(f"stopped by {outcome.why} after step {outcome.position.step}, resume with the same command")
+        else:
+            print(f"done: {outcome.position.step} steps, {outcome.position.samples} samples, in {run_dir}")
+    leave()
+    return 0
+
+
+if __name__ == "__main__":
+    # Launchers put this file's folder first on sys.path, where `datasets` or `recipe` would shadow other packages.
+    sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]
+    sys.exit(main())

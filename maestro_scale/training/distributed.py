@@ -1,0 +1,104 @@
+"""Who we are among the ranks, and the few collectives the loop needs. One rank alone goes the same way as many."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all: ``rank`` of ``size``, ``local_rank`` on its node, and the device it computes on."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+    control: dist.ProcessGroup | None = None  # a CPU group for flags and clocks, so that asking costs no GPU sync
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, the one that writes logs and pictures."""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum of every rank's tensor, on every rank; the argument is left alone."""
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    def maxima(self, values: Sequence[float]) -> list[float]:
+        """The largest over all ranks of each number."""
+        tensor = torch.tensor(list(values), dtype=torch.float64)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.control)
+        return tensor.tolist()
+
+    def sums(self, values: Sequence[float]) -> list[float]:
+        """The sum over all ranks of each number."""
+        tensor = torch.tensor(list(values), dtype=torch.float64)
+        dist.all_reduce(tensor, group=self.control)
+        return tensor.tolist()
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank; every rank gets the same answer."""
+        return self.maxima([float(flag)])[0] > 0
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        dist.barrier(group=self.control)
+
+
+def join(timeout_s: float = 600.0) -> World:
+    """Join the process group that the launcher describes (RANK …, else SLURM's variables, else one process alone)."""
+    rank, size, local_rank = _place(os.environ)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank))
+    if size == 1:
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    cuda = torch.cuda.is_available()
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")
+    import deepspeed
+
+    device = torch.device("cuda", local_rank % max(torch.cuda.device_count(), 1)) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    else:
+        # Its shared-memory collectives need a compiler and a minute on first use, and only bring something where
+        # CPUs train for real.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(
+        dist_backend="nccl" if cuda else "gloo",
+        auto_mpi_discovery=False,
+        verbose=False,
+        timeout=timedelta(seconds=timeout_s),
+    )
+    control = dist.new_group(backend="gloo") if cuda else None
+    return World(rank, size, local_rank, device, control)
+
+
+def leave() -> None:
+    """Leave the process group, so that the launcher sees a clean end."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _place(env: os._Environ[str] | dict[str, str]) -> tuple[int, int, int]:
+    """(rank, world size, local rank). Explicit variables win over SLURM's, which are only there under srun."""
+    if "RANK" in env:
+        return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0))
+    if int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in env:
+        return int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env["SLURM_LOCALID"])
+    return 0, 1, 0
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]

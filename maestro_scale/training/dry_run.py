@@ -1,0 +1,80 @@
+"""What a recipe would do, without data and without a GPU: sizes, tokens, FLOPs, memory, steps."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from maestro_scale import datasets
+from maestro_scale.datasets.spec import DatasetSpec, Sensor
+from maestro_scale.model.config import ModelConfig
+from maestro_scale.model.cost import GIB, Cost, cost, memory_by_stage
+from maestro_scale.recipe import MixtureEntry, Recipe, check_world, resolve_sensors
+from maestro_scale.shards.manifest import Manifest
+from maestro_scale.training.pretrain import build_model_config
+
+
+def dry_run(recipe: Recipe, world_size: int, console: Console | None = None) -> None:
+    """Print the plan of a run. RecipeError where the recipe cannot run on ``world_size`` ranks."""
+    console = console or Console(width=110)
+    check_world(recipe, world_size)
+    entry = recipe.data.mixture[0]
+    spec = _spec(entry)
+    sensors = resolve_sensors(spec, entry)
+    config = build_model_config(recipe, spec, sensors)
+    counted = cost(config, recipe.masking.ratio)
+    console.print(f"[bold]{recipe.name}[/bold]: MAESTRO {recipe.model.size} on {spec.title}")
+    console.print(f"parameters        {counted.parameters:,}")
+    console.print(_tokens(config, sensors, counted))
+    console.print(
+        f"FLOPs per sample  {counted.forward_flops / 1e9:.1f} GFLOP forward, "
+        f"{counted.step_flops / 1e9:.1f} GFLOP with backward"
+    )
+    console.print(_memory(recipe, counted, world_size))
+    console.print(_steps(recipe, counted))
+
+
+def _spec(entry: MixtureEntry) -> DatasetSpec:
+    if entry.dataset in datasets.known():
+        return datasets.spec(entry.dataset)
+    return Manifest.load(entry.shards).spec  # a user's own dataset is described by its manifest alone
+
+
+def _tokens(config: ModelConfig, sensors: tuple[Sensor, ...], counted: Cost) -> Table:
+    table = Table(title="Tokens per sample", title_justify="left")
+    for column in ("sensor", "group", "dates", "pixels", "patch", "bands", "tokens"):
+        table.add_column(column, justify="left" if column in ("sensor", "group") else "right")
+    for s in sensors:
+        numbers = (s.num_dates, s.image_size, s.patch, len(s.bands), counted.tokens[s.name])
+        table.add_row(s.name, s.group, *map(str, numbers))
+    table.add_section()
+    table.add_row("all", "", "", "", "", "", f"{sum(counted.tokens.values())}")
+    table.add_row("visible to the encoder", "", "", "", "", "", f"{counted.visible_tokens}")
+    return table
+
+
+def _memory(recipe: Recipe, counted: Cost, world_size: int) -> Table:
+    bf16 = recipe.train.precision != "fp32"
+    worlds = sorted({world_size, 8, 64})
+    table = Table(title=f"GiB per rank by ZeRO stage, AdamW, {'bf16' if bf16 else 'fp32'}", title_justify="left")
+    for column in ("stage", *(f"{n} rank{'s' * (n > 1)}" for n in worlds)):
+        table.add_column(column, justify="right")
+    asked = recipe.deepspeed.get("zero_optimization", {}).get("stage", 0)
+    by_world = [memory_by_stage(counted.parameters, n, bf16) for n in worlds]
+    for stage in range(4):
+        row = [f"{by[stage].total / GIB:.2f}" for by in by_world]
+        table.add_row(f"{stage}{' (recipe)' if stage == asked else ''}", *row)
+    activations = counted.activations * (2 if bf16 else 4) * recipe.train.micro_batch / GIB
+    table.caption = f"plus activations of a micro-batch of {recipe.train.micro_batch}: about {activations:.2f} GiB"
+    table.caption_justify = "left"
+    return table
+
+
+def _steps(recipe: Recipe, counted: Cost) -> str:
+    t = recipe.train
+    length = f"{t.steps:,} steps" if t.steps is not None else f"{t.epochs} epochs"
+    flops = counted.step_flops * t.global_batch
+    return (
+        f"length            {length} of {t.global_batch} samples ({flops / 1e12:.2f} TFLOP a step), "
+        f"peak learning rate {recipe.lr:.3g}"
+    )

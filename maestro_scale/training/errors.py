@@ -1,0 +1,23 @@
+"""The mistakes a user can make, which end a run with one line instead of a traceback."""
+
+from __future__ import annotations
+
+from maestro_scale.datasets.spec import DatasetError
+from maestro_scale.interop.export import ExportError
+from maestro_scale.recipe import RecipeError
+from maestro_scale.shards.errors import ShardsError
+from maestro_scale.stream.loader import LoaderError
+from maestro_scale.stream.plan import PlanError
+from maestro_scale.training.checkpoint import CheckpointError
+from maestro_scale.training.run_dir import RunDirError
+
+EXPECTED = (
+    CheckpointError,
+    DatasetError,
+    ExportError,
+    LoaderError,
+    PlanError,
+    RecipeError,
+    RunDirError,
+    ShardsError,
+)

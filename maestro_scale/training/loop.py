@@ -1,0 +1,158 @@
+"""The training loop: everything that happens in a step, in the order it happens."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maestro_scale.datasets.spec import Sensor
+from maestro_scale.model.config import ModelConfig
+from maestro_scale.model.masking import Mask, Masking, by_sensor, draw_masks
+from maestro_scale.model.targets import combine, hidden_pixels
+from maestro_scale.stream.batch import Batch, digest
+from maestro_scale.stream.loader import TrainLoader
+from maestro_scale.training.checkpoint import Checkpoints, Position
+from maestro_scale.training.distributed import World
+from maestro_scale.training.engine import Engine
+from maestro_scale.training.meter import Meter
+from maestro_scale.training.observer import Observer, SensorView
+from maestro_scale.training.run_dir import JsonLines
+from maestro_scale.training.snapshot import snapshot
+from maestro_scale.training.stop import StopRequest
+
+
+@dataclass(frozen=True)
+class Rhythm:
+    """When things happen, in steps; 0 means never."""
+
+    num_steps: int
+    global_batch: int
+    log_every: int
+    checkpoint_every: int
+    pictures_every: int
+
+    def at(self, every: int, step: int) -> bool:
+        """Whether something done ``every`` so many steps is due after ``step``."""
+        return every > 0 and step % every == 0
+
+
+@dataclass
+class Run:
+    """All parts of a run; built by ``pretrain.py``, driven by ``train``."""
+
+    world: World
+    engine: Engine
+    config: ModelConfig
+    masking: Masking
+    stream: TrainLoader
+    rhythm: Rhythm
+    checkpoints: Checkpoints
+    identity: dict[str, Any]
+    metrics: JsonLines
+    audit: JsonLines | None
+    meter: Meter
+    stop: StopRequest
+    bands: dict[str, tuple[str, ...]]
+    observers: list[Observer] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: ``done`` or ``stopped`` (then ``why`` says by what)."""
+
+    reason: str
+    position: Position
+    why: str = ""
+
+
+def train(run: Run, position: Position) -> Outcome:
+    """Take every step that is left. Leaves a committed checkpoint of the last one."""
+    rhythm = run.rhythm
+    steps = run.stream.steps(position.samples, rhythm.num_steps)
+    run.meter.restart()
+    while position.step < rhythm.num_steps:
+        before = time.perf_counter()
+        data = next(steps)
+        batches = [b.to(run.world.device, non_blocking=True) for b in data.batches]
+        wait_s = time.perf_counter() - before
+
+        masks = [draw_masks(run.config, run.masking, b) for b in batches]
+        counts = run.world.sum(hidden_counts(run.config, masks))
+        lr = run.engine.lr
+        sums = run.engine.step(batches, masks, counts)
+
+        position = Position(
+            samples=position.samples + rhythm.global_batch,
+            step=position.step + 1,
+            skipped_steps=position.skipped_steps + (not run.engine.applied),
+        )
+        run.meter.add(rhythm.global_batch, wait_s)
+        last = position.step == rhythm.num_steps
+        if run.audit is not None:
+            run.audit.append({"step": position.step, **_audit(data.batches)})
+        if last or position.step == 1 or rhythm.at(rhythm.log_every, position.step):
+            _log(run, position, data.epoch, lr, sums, counts)
+        if rhythm.at(rhythm.pictures_every, position.step) or (last and rhythm.pictures_every):
+            views = snapshot(run.engine.model, batches[0], masks[0], run.bands)
+            _tell_picture(run, position.step, views)
+        stopping = run.world.any(run.stop.requested())
+        if last or stopping or rhythm.at(rhythm.checkpoint_every, position.step):
+            run.checkpoints.save(run.engine.raw, position, run.identity)
+        if stopping and not last:
+            return Outcome("stopped", position, run.stop.reason or "another rank's request")
+    return Outcome("done", position)
+
+
+def hidden_counts(config: ModelConfig, masks: list[dict[str, Mask]]) -> Tensor:
+    """Hidden pixels per sensor (S,) over a rank's micro-batches; float64, known before any forward pass."""
+    per_batch = []
+    for mask in masks:
+        hidden = by_sensor(config, mask)
+        per_batch.append(torch.stack([hidden_pixels(config, s, hidden[s.name]) for s in config.sensors]))
+    return torch.stack(per_batch).sum(0)
+
+
+def _log(run: Run, position: Position, epoch: int, lr: float, sums: Tensor, counts: Tensor) -> None:
+    # Every rank takes part: the sums and the meter are collective. Only rank 0 writes.
+    total = run.world.sum(sums)
+    loss = combine(run.config, total, counts).item()
+    speeds = run.meter.read()
+    counters = run.stream.counters
+    counters = dict(zip(counters, run.world.sums(list(counters.values())), strict=True))
+    if not run.world.is_main:
+        return
+    record: dict[str, Any] = {
+        "step": position.step,
+        "epoch": epoch,
+        "samples": position.samples,
+        "loss": loss,
+        **_per_sensor(run.config.sensors, total, counts),
+        "lr": lr,
+        "grad_norm": run.engine.grad_norm,
+        **speeds,
+        "skipped_steps": position.skipped_steps,
+        **{f"data/{name}": total for name, total in counters.items()},
+    }
+    run.metrics.append(record)
+    for observer in run.observers:
+        observer.logged(record)
+
+
+def _per_sensor(sensors: tuple[Sensor, ...], sums: Tensor, counts: Tensor) -> dict[str, float | None]:
+    pairs = zip(sensors, sums.tolist(), counts.tolist(), strict=True)
+    return {f"loss/{s.name}": (total / count if count else None) for s, total, count in pairs}
+
+
+def _tell_picture(run: Run, step: int, views: list[SensorView]) -> None:
+    if run.world.is_main:
+        for observer in run.observers:
+            observer.pictured(step, views)
+
+
+def _audit(batches: Sequence[Batch]) -> dict[str, Any]:
+    return {"keys": [k for b in batches for k in b.keys], "digest": [digest(b) for b in batches]}

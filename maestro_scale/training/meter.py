@@ -1,0 +1,78 @@
+"""How fast it goes: what a run did between two log lines, the same on every rank."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from maestro_scale.training.distributed import World
+
+# Dense bf16 peaks by the vendors' datasheets; a device that is not here has no MFU rather than a guess.
+PEAK_TFLOPS = {
+    "H200": 989.0,
+    "H100 PCIe": 756.0,
+    "H100": 989.0,
+    "A100": 312.0,
+}
+
+
+def peak_tflops(device: torch.device) -> float | None:
+    """Dense bf16 TFLOP/s of a known accelerator, else None."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
+
+
+@dataclass
+class Meter:
+    """Accumulates between log lines. ``flops_per_sample``: forward and backward, from ``model.cost``."""
+
+    world: World
+    flops_per_sample: int
+    steps: int = 0
+    samples: int = 0
+    wait_s: float = 0.0
+    started: float = 0.0
+
+    def restart(self) -> None:
+        """Begin a new window now."""
+        self.steps, self.samples, self.wait_s, self.started = 0, 0, 0.0, time.perf_counter()
+        if self.world.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.world.device)
+
+    def add(self, global_samples: int, wait_s: float) -> None:
+        """One finished step."""
+        self.steps += 1
+        self.samples += global_samples
+        self.wait_s += wait_s
+
+    def read(self) -> dict[str, float | None]:
+        """The window's numbers (all ranks must call it), then a new window. Waits and memory are maxima over ranks."""
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize(self.world.device)
+        elapsed, wait_s, memory = self.world.maxima(
+            [time.perf_counter() - self.started, self.wait_s / self.steps, _memory_gib(self.world.device)]
+        )
+        tflops = self.samples * self.flops_per_sample / elapsed / self.world.size / 1e12
+        peak = peak_tflops(self.world.device)
+        numbers = {
+            "samples_per_s": self.samples / elapsed,
+            "data_wait_s": wait_s,
+            "step_s": elapsed / self.steps,
+            "tflops": tflops,
+            "mfu": tflops / peak if peak else None,
+            "peak_memory_gib": memory,
+        }
+        self.restart()
+        return numbers
+
+
+def _memory_gib(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB

@@ -1,0 +1,234 @@
+"""Pretraining, put together: from a recipe and a run directory to a finished or stopped run."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from maestro_scale.datasets.spec import DatasetSpec, Sensor
+from maestro_scale.model.config import ModelConfig
+from maestro_scale.model.cost import cost
+from maestro_scale.model.maestro import Maestro
+from maestro_scale.model.masking import Masking
+from maestro_scale.recipe import Recipe, RecipeError, check_world, resolve_sensors
+from maestro_scale.shards.manifest import Manifest
+from maestro_scale.shards.store import Store
+from maestro_scale.stream.loader import Source, TrainLoader
+from maestro_scale.training.checkpoint import CheckpointError, Checkpoints, Position
+from maestro_scale.training.distributed import World
+from maestro_scale.training.engine import Engine
+from maestro_scale.training.loop import Outcome, Rhythm, Run, train
+from maestro_scale.training.meter import Meter
+from maestro_scale.training.observer import Observer, RunInfo
+from maestro_scale.training.optimizer import SCHEDULES, build_optimizer
+from maestro_scale.training.run_dir import JsonLines, RunDirError, environment, lock, write_atomically
+from maestro_scale.training.stop import StopRequest
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """One entry of the mixture, opened: what is stored, and the sensors the model sees it with."""
+
+    manifest: Manifest
+    sensors: tuple[Sensor, ...]
+    source: Source
+
+
+def pretrain(recipe: Recipe, run_dir: Path, world: World, observers: list[Observer], fresh: bool = False) -> Outcome:
+    """Train, or continue, the run in ``run_dir``; every rank calls it with the same arguments.
+
+    Raises RecipeError, RunDirError, CheckpointError, ManifestError or BadShard, each with one clear line.
+    """
+    check_world(recipe, world.size)
+    held = lock(run_dir) if world.is_main else None
+    try:
+        _refuse_unsuitable(run_dir, fresh)
+        world.barrier()
+        run, position = _prepare(recipe, run_dir, world, observers)
+        reason = "failed"
+        try:
+            outcome = train(run, position)
+            reason = outcome.reason
+            return outcome
+        finally:
+            run.stream.close()
+            for observer in run.observers:
+                observer.finished(reason)
+    finally:
+        if held is not None:
+            held.release()
+
+
+def build_model_config(recipe: Recipe, spec: DatasetSpec, sensors: tuple[Sensor, ...]) -> ModelConfig:
+    """The model that a recipe describes for one dataset's sensors."""
+    m = recipe.model
+    return ModelConfig(
+        sensors=sensors,
+        size=m.dimensions,
+        pos_grid=spec.pos_grid,
+        fusion=m.fusion,
+        inter_depth=m.inter_depth,
+        spectral=m.spectral,
+        norm=m.norm,
+        target=m.target,
+        loss=m.loss,
+        checkpointing=m.checkpointing,
+        ref_sensor=spec.ref_sensor,
+    )
+
+
+def open_datasets(recipe: Recipe) -> list[Dataset]:
+    """Read every manifest of the mixture and settle its sensors. RecipeError where a name or a sensor disagrees."""
+    datasets = []
+    for i, entry in enumerate(recipe.data.mixture):
+        manifest = Manifest.load(entry.shards)
+        if manifest.spec.name != entry.dataset:
+            raise RecipeError(
+                f"data.mixture[{i}].dataset: {entry.dataset!r}, but {entry.shards} holds {manifest.spec.name!r}"
+            )
+        sensors = resolve_sensors(manifest.spec, entry)
+        store = Store(entry.shards, Path(recipe.data.cache_dir), int(recipe.data.cache_gib * 2**30))
+        source = Source(
+            spec=manifest.spec,
+            sensors=sensors,
+            crop_m=entry.crop_m or manifest.spec.crop_m,
+            shards=manifest.of(entry.split),
+            store=store,
+            weight=entry.weight,
+        )
+        datasets.append(Dataset(manifest, sensors, source))
+    first = datasets[0]
+    for i, other in enumerate(datasets[1:], start=1):
+        if other.sensors != first.sensors or other.manifest.spec.pos_grid != first.manifest.spec.pos_grid:
+            raise RecipeError(
+                f"data.mixture[{i}]: its sensors differ from those of data.mixture[0]; a mixture must present the "
+                "same sensors (change data.mixture[i].sensors so that they agree)"
+            )
+    return datasets
+
+
+def identity(recipe: Recipe, config: ModelConfig, datasets: list[Dataset]) -> dict[str, Any]:
+    """What must not change between a checkpoint and its resumption; ``model`` is enough to rebuild the model."""
+    model = {k: v for k, v in config.to_dict().items() if k != "checkpointing"}
+    data = {
+        "order": {
+            "lanes": recipe.data.lanes,
+            "shuffle_window": recipe.data.shuffle_window,
+            "flips": recipe.data.flips,
+        },
+        "manifests": [d.manifest.digest for d in datasets],
+        "splits": [list(e.split) for e in recipe.data.mixture],
+        "weights": [e.weight for e in recipe.data.mixture],
+        "crops_m": [d.source.crop_m for d in datasets],
+    }
+    train_section = {"global_batch": recipe.train.global_batch, "masking": recipe.masking.model_dump()}
+    return {"seed": recipe.seed, "model": model, "data": data, "train": train_section}
+
+
+def _refuse_unsuitable(run_dir: Path, fresh: bool) -> None:
+    # A lock file, a STOP file and what observers leave are no run.
+    if fresh and any((run_dir / name).exists() for name in ("metrics.jsonl", "recipe.yaml", "checkpoints")):
+        raise RunDirError(f"--fresh starts over only in an empty directory, and {run_dir} holds a run; use another")
+
+
+def _prepare(recipe: Recipe, run_dir: Path, world: World, observers: list[Observer]) -> tuple[Run, Position]:
+    _seed_everything(recipe.seed)
+    datasets = open_datasets(recipe)
+    config = build_model_config(recipe, datasets[0].manifest.spec, datasets[0].sensors)
+    t = recipe.train
+    stream = TrainLoader(
+        sources=tuple(d.source for d in datasets),
+        seed=recipe.seed,
+        lanes=recipe.data.lanes,
+        global_batch=t.global_batch,
+        micro_batch=t.micro_batch,
+        rank=world.rank,
+        world=world.size,
+        workers=recipe.data.workers,
+        window=recipe.data.shuffle_window,
+        flips=recipe.data.flips,
+        on_bad_shard=recipe.data.on_bad_shard,
+        pin=world.device.type == "cuda",
+    )
+    num_steps = t.steps if t.steps is not None else t.epochs * stream.steps_per_epoch
+    engine = _build_engine(recipe, config, num_steps, world)
+    checkpoints = Checkpoints(run_dir, world, recipe.checkpoint.keep)
+    ident = identity(recipe, config, datasets)
+    position = _resume(checkpoints, engine, ident)
+    metrics = JsonLines(run_dir / "metrics.jsonl")
+    audit = JsonLines(run_dir / "audit" / f"rank{world.rank:05d}.jsonl") if t.audit else None
+    if audit is not None:
+        audit.rewind(position.step)
+    run = Run(
+        world=world,
+        engine=engine,
+        config=config,
+        masking=Masking(**recipe.masking.model_dump()),
+        stream=stream,
+        rhythm=Rhythm(
+            num_steps=num_steps,
+            global_batch=t.global_batch,
+            log_every=t.log_every,
+            checkpoint_every=recipe.checkpoint.every_steps,
+            pictures_every=recipe.tracking.pictures_every,
+        ),
+        checkpoints=checkpoints,
+        identity=ident,
+        metrics=metrics,
+        audit=audit,
+        meter=Meter(world, cost(config, recipe.masking.ratio).step_flops),
+        stop=StopRequest(run_dir).install(),
+        bands=_band_names(datasets[0]),
+        observers=observers if world.is_main else [],
+    )
+    if world.is_main:
+        metrics.rewind(position.step)
+        write_atomically(run_dir / "recipe.yaml", recipe.to_yaml())
+        write_atomically(run_dir / "environment.json", json.dumps(environment(), indent=1))
+        info = RunInfo(run_dir, position.step, num_steps, t.global_batch)
+        for observer in run.observers:
+            observer.started(info)
+    return run, position
+
+
+def _build_engine(recipe: Recipe, config: ModelConfig, num_steps: int, world: World) -> Engine:
+    model = Maestro(config).initialise(recipe.seed).to(world.device)
+    o = recipe.optim
+    schedule = SCHEDULES[o.schedule](num_steps, o.warmup, 1 / o.start_div, 1 / o.final_div)
+    optimizer, scheduler = build_optimizer(model, recipe.lr, tuple(o.betas), o.eps, o.weight_decay, schedule)
+    return Engine(model, optimizer, scheduler, recipe.deepspeed_config(world.size, world.device.type), world)
+
+
+def _resume(checkpoints: Checkpoints, engine: Engine, ident: dict[str, Any]) -> Position:
+    latest, problems = checkpoints.latest()
+    for problem in problems:
+        log.warning("checkpoint passed over: %s", problem)
+    if latest is not None:
+        return checkpoints.load(engine.raw, latest, ident)
+    if problems:
+        raise CheckpointError(
+            f"{checkpoints.dir} holds no whole checkpoint ({problems[0]}); refusing to start over in it: "
+            "use another --run-dir, or remove this one"
+        )
+    return Position()
+
+
+def _band_names(dataset: Dataset) -> dict[str, tuple[str, ...]]:
+    spec = dataset.manifest.spec
+    return {s.name: tuple(spec.modality(s.source).bands[b] for b in s.bands) for s in dataset.sensors}
+
+
+def _seed_everything(seed: int) -> None:
+    # Nothing should draw from these; seeding them makes a slip show the same way in every run.
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)

@@ -1,0 +1,118 @@
+"""The run directory: what was asked, with what, and every logged number, as plain files.
+
+``recipe.yaml`` (resolved), ``environment.json``, ``metrics.jsonl``, ``audit/rankNNNNN.jsonl``, ``checkpoints/``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import socket
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+PACKAGES = ("maestro-scale", "torch", "deepspeed", "numpy", "safetensors", "mlflow", "webdataset", "s3fs")
+
+
+class RunDirError(Exception):
+    """The run directory cannot be used; the message says why and what to do."""
+
+
+class JsonLines:
+    """An append-only file of JSON lines that survives being killed and rewound."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def rewind(self, step: int) -> None:
+        """Drop every line past ``step`` (and a torn last line): those steps will be taken again."""
+        if not self.path.exists():
+            return
+        kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= step]
+        fresh = self.path.with_suffix(".tmp")
+        fresh.write_text("".join(line + "\n" for line in kept))
+        os.replace(fresh, self.path)
+
+    def append(self, record: dict[str, Any]) -> None:
+        """One line, written in one go."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def read(self) -> list[dict[str, Any]]:
+        """Every whole line."""
+        if not self.path.exists():
+            return []
+        return [json.loads(line) for line in self.path.read_text().splitlines() if _step_of(line) < _TORN]
+
+
+def lock(run_dir: Path) -> FileLock:
+    """Hold a run directory for this process (rank 0). RunDirError where another run holds it."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    held = FileLock(run_dir / ".lock")
+    try:
+        held.acquire(timeout=0)
+    except Timeout:
+        raise RunDirError(
+            f"{run_dir} is in use by another run; wait for it, stop it (touch {run_dir}/STOP) or use another --run-dir"
+        ) from None
+    return held
+
+
+def environment() -> dict[str, Any]:
+    """Versions, git revision, host and command of this process. Holds no environment variables: they hold secrets."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    return {
+        "command": shlex.join(sys.argv),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "host": socket.gethostname(),
+        "slurm_job": os.environ.get("SLURM_JOB_ID"),
+        "git_revision": git_revision(),
+        "versions": versions,
+    }
+
+
+def git_revision() -> str | None:
+    """Commit of the checkout this package runs from, with ``+`` where files are changed; None outside a checkout."""
+    here = Path(__file__).parent
+
+    def git(*args: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(here), *args], capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file's content in one go."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(path.name + ".tmp")
+    fresh.write_text(text)
+    os.replace(fresh, path)
+
+
+_TORN = 2**62
+
+
+def _step_of(line: str) -> int:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return _TORN

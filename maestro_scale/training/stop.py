@@ -1,0 +1,39 @@
+"""Asking a run to end: a signal or a file sets a flag, and all ranks agree on it between two steps."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from types import FrameType
+
+
+class StopRequest:
+    """Set by SIGTERM, SIGUSR1 or SIGINT, or by a file ``STOP`` in the run directory; ``reason`` says which.
+
+    Data workers ignore these signals themselves (see stream.loader). A second SIGINT interrupts at once.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self.reason: str | None = None
+        self._file = run_dir / "STOP"
+
+    def install(self) -> StopRequest:
+        """Take over the signals of this process."""
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+        return self
+
+    def requested(self) -> bool:
+        """Whether this rank was asked to stop; cheap enough for every step."""
+        if self.reason is None and self._file.exists():
+            self.reason = f"the file {self._file}"
+        return self.reason is not None
+
+    def clear_file(self) -> None:
+        """Remove the STOP file once it was obeyed, so that the next start does not stop again."""
+        self._file.unlink(missing_ok=True)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.reason = signal.Signals(number).name
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,0 +1,30 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def synthetic_raw(tmp_path_factory) -> Path:
+    """40 synthetic TreeSatAI-TS tiles in their raw layout (28 train, 4 val, 8 test)."""
+    from maestro_scale import datasets
+
+    folder = tmp_path_factory.mktemp("raw")
+    datasets.synth("treesatai_ts", folder, 40, 7)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def synthetic_shards(synthetic_raw, tmp_path_factory) -> Path:
+    """The same as shards of a few tiles each."""
+    from maestro_scale import datasets
+    from maestro_scale.shards.writer import write_shards
+
+    folder = tmp_path_factory.mktemp("shards")
+    for split in ("train", "val", "test"):
+        raw = datasets.open_raw("treesatai_ts", synthetic_raw, split)
+        write_shards(raw, str(folder), split, workers=1, codec="raw", shard_mb=4, seed=0)
+    return folder

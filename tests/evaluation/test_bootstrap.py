@@ -1,0 +1,66 @@
+"""Intervals say how far a score can be trusted."""
+
+import numpy as np
+import pytest
+
+from maestro_scale.evaluation import bootstrap
+from maestro_scale.evaluation.bootstrap import bootstrap_interval, paired_difference
+from maestro_scale.evaluation.metrics import MultilabelCounts, confusion, mean_iou, tile_counts, wf1
+
+
+def predictions(accuracy, tiles=200, seed=0):
+    rng = np.random.default_rng(seed)
+    target = rng.random((tiles, 5)) < 0.3
+    return target ^ (rng.random(target.shape) > accuracy), target
+
+
+def test_the_interval_holds_the_score_and_narrows_with_tiles():
+    widths = []
+    for tiles in (100, 1600):
+        predicted, target = predictions(0.9, tiles)
+        low, high = bootstrap_interval(wf1, tile_counts(predicted, target), resamples=300)
+        assert low < MultilabelCounts.of(predicted, target).wf1() < high
+        widths.append(high - low)
+    assert widths[1] == pytest.approx(widths[0] / 4, rel=0.3)
+
+
+def test_it_agrees_with_resampling_one_by_one():
+    counts = tile_counts(*predictions(0.8, tiles=60))
+    rng = np.random.default_rng(1)
+    drawn = [MultilabelCounts.from_array(counts[rng.integers(60, size=60)].sum(0)).wf1() for _ in range(2000)]
+    expected = np.quantile(drawn, [0.025, 0.975])
+    np.testing.assert_allclose(bootstrap_interval(wf1, counts, 2000), expected, atol=0.012)
+
+
+def test_it_is_reproducible_and_does_not_depend_on_chunks(monkeypatch):
+    counts = tile_counts(*predictions(0.8, tiles=50))
+    whole = bootstrap_interval(wf1, counts, 100, seed=3)
+    monkeypatch.setattr(bootstrap, "_CHUNK_CELLS", 350)
+    assert bootstrap_interval(wf1, counts, 100, seed=3) == whole
+    assert bootstrap_interval(wf1, counts, 100, seed=4) != whole
+
+
+def test_paired_tiles_separate_what_two_intervals_cannot():
+    predicted, target = predictions(0.85, tiles=400)
+    better = predicted.copy()
+    better[:60] = target[:60]
+    a, b = tile_counts(better, target), tile_counts(predicted, target)
+    difference = paired_difference(wf1, a, b, 300)
+    assert 0 < difference.low < difference.value < difference.high
+    assert paired_difference(wf1, b, b, 50).high == 0
+    with pytest.raises(ValueError, match="the same tiles"):
+        paired_difference(wf1, a, b[:-1])
+
+
+def test_confusions_of_tiles_can_be_drawn_too():
+    rng = np.random.default_rng(0)
+    target = rng.integers(0, 3, (40, 8, 8))
+    predicted = np.where(rng.random(target.shape) < 0.8, target, 0)
+    counts = np.stack([confusion(p, t, 3) for p, t in zip(predicted, target, strict=True)])
+    low, high = bootstrap_interval(mean_iou, counts, 100)
+    assert low < mean_iou(counts.sum(0)) < high
+
+
+def test_no_tiles_is_an_error():
+    with pytest.raises(ValueError, match="over no tiles"):
+        bootstrap_interval(wf1, np.zeros((0, 3, 2)))

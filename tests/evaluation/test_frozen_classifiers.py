@@ -1,0 +1,119 @@
+"""kNN and linear probe: they find what is in the features, in the way their papers say."""
+
+import time
+
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import NearestNeighbors
+
+from maestro_scale.evaluation.knn import knn
+from maestro_scale.evaluation.labelled import Labelled
+from maestro_scale.evaluation.metrics import MultilabelCounts
+from maestro_scale.evaluation.probe import linear_probe
+
+
+def data(num, num_features=32, num_classes=4, seed=0, noise=0.3):
+    """Labels that follow from directions in feature space; every call shares the directions."""
+    directions = np.random.default_rng(99).normal(size=(num_features, num_classes))
+    rng = np.random.default_rng(seed)
+    features = rng.normal(size=(num, num_features)).astype(np.float32)
+    scores = features @ directions / np.sqrt(num_features) + noise * rng.normal(size=(num, num_classes))
+    return Labelled(features, scores > 0.3)
+
+
+def clusters(num, seed):
+    """Each sample lies near one of six directions, at any length; its labels are the cluster's."""
+    rng = np.random.default_rng(seed)
+    shared = np.random.default_rng(7)
+    centres, labels = shared.normal(size=(6, 16)), shared.random((6, 3)) < 0.4
+    which = rng.integers(6, size=num)
+    features = (centres[which] + 0.2 * rng.normal(size=(num, 16))) * rng.uniform(0.1, 10, (num, 1))
+    return Labelled(features.astype(np.float32), labels[which])
+
+
+def score(fit, test):
+    return MultilabelCounts.of(fit.predicted, test.labels).wf1()
+
+
+def test_knn_finds_clusters_whatever_the_length_of_the_features():
+    test = clusters(80, 3)
+    fit = knn(clusters(200, 1), clusters(60, 2), test.features)
+    assert score(fit, test) > 0.98
+    assert fit.validation.wf1() > 0.98
+    assert set(fit.chosen) == {"k", "temperature"}
+
+
+def test_knn_scores_equal_the_formula():
+    train, validation, test = data(50, seed=1), data(20, seed=2), data(10, seed=3)
+    fit = knn(train, validation, test.features, neighbours=[7], temperatures=[0.1])
+    distance, nearest = (
+        NearestNeighbors(n_neighbors=7, metric="cosine").fit(train.features).kneighbors(test.features)
+    )
+    weights = np.exp((1 - distance) / 0.1)[..., None]
+    expected = (weights * train.labels[nearest]).sum(1) / weights.sum(1)
+    np.testing.assert_allclose(fit.scores, expected, atol=1e-4)
+    np.testing.assert_array_equal(fit.predicted, fit.scores > 0.5)
+
+
+def test_knn_with_fewer_samples_than_neighbours_uses_them_all():
+    fit = knn(clusters(4, 1), clusters(10, 2), clusters(10, 3).features, neighbours=[20])
+    assert fit.chosen["k"] == 4
+
+
+def test_hyperparameters_are_chosen_on_validation_not_on_test():
+    train, validation, test = data(120, seed=1), data(80, seed=2), data(60, seed=3)
+    grid = [(k, t) for k in (1, 5, 40) for t in (0.05, 0.5)]
+    fits = {(k, t): knn(train, validation, test.features, [k], [t]) for k, t in grid}
+    best = max(fits.values(), key=lambda f: f.validation.wf1())
+    chosen = knn(train, validation, test.features, (1, 5, 40), (0.05, 0.5))
+    assert chosen.chosen == best.chosen
+    np.testing.assert_array_equal(chosen.predicted, best.predicted)
+
+
+def test_the_probe_is_logistic_regression():
+    train, validation, test = data(150, seed=1), data(50, seed=2), data(40, seed=3)
+    fit = linear_probe(train, validation, test.features, l2=[0.01])
+    mean, scale = train.features.mean(0), train.features.std(0)
+    for c in range(train.labels.shape[1]):
+        model = LogisticRegression(C=1 / (0.01 * 150), tol=1e-10, max_iter=5000)
+        model.fit((train.features - mean) / scale, train.labels[:, c])
+        expected = model.predict_proba((test.features - mean) / scale)[:, 1]
+        np.testing.assert_allclose(fit.scores[:, c], expected, atol=1e-3)
+
+
+def test_the_probe_is_deterministic_fast_and_chooses_on_validation():
+    train, validation, test = (data(n, 256, 15, seed) for n, seed in ((400, 1), (120, 2), (200, 3)))
+    start = time.perf_counter()
+    first = linear_probe(train, validation, test.features)
+    assert time.perf_counter() - start < 10  # a second alone; room for a busy machine
+    second = linear_probe(train, validation, test.features)
+    np.testing.assert_array_equal(first.scores, second.scores)
+    each = {v: linear_probe(train, validation, test.features, [v]).validation.wf1() for v in (1.0, 0.0001)}
+    assert first.validation.wf1() >= max(each.values()) - 1e-9
+    assert score(first, test) > 0.6
+
+
+def test_the_probe_bears_absent_classes_and_dead_features():
+    train, validation, test = data(60, seed=1), data(30, seed=2), data(20, seed=3)
+    train.labels[:, 0] = False
+    train.labels[:, 1] = True
+    train.features[:, 5] = 3.0
+    test.features[:, 5] = 1e6
+    fit = linear_probe(train, validation, test.features)
+    assert np.isfinite(fit.scores).all()
+    assert not fit.predicted[:, 0].any()
+    assert fit.predicted[:, 1].all()
+
+
+@pytest.mark.parametrize("classify", [knn, linear_probe])
+def test_wrong_features_are_named(classify):
+    train, validation = data(20, seed=1), data(10, seed=2)
+    with pytest.raises(ValueError, match="differ in width"):
+        classify(train, validation, np.zeros((3, 31), np.float32))
+    bad = np.zeros((3, 32), np.float32)
+    bad[2, 4] = np.nan
+    with pytest.raises(ValueError, match="sample 2 are not finite"):
+        classify(train, validation, bad)
+    with pytest.raises(ValueError, match="there is no sample to fit on"):
+        Labelled(np.zeros((0, 4)), np.zeros((0, 2), bool))

@@ -1,0 +1,92 @@
+"""Scores equal scikit-learn's, and counts add up however the samples are cut."""
+
+import numpy as np
+import pytest
+import sklearn.metrics as reference
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as npst
+
+from maestro_scale.evaluation.metrics import MultilabelCounts, confusion, iou, mean_iou, tile_counts, wf1
+
+QUICK = settings(max_examples=40, deadline=None)
+BITS = npst.arrays(
+    bool, st.tuples(st.just(2), st.integers(1, 12), st.integers(2, 5))
+)  # two: one is binary to scikit-learn
+
+
+def labels(shape):
+    return npst.arrays(np.int64, shape, elements=st.integers(0, 5))
+
+
+@QUICK
+@given(BITS, st.sampled_from([0.0, 1.0]))
+def test_multilabel_scores_equal_scikit_learn(bits, zero_division):
+    predicted, target = bits
+    counts = MultilabelCounts.of(predicted, target)
+
+    def reference_f1(average):
+        return reference.f1_score(target, predicted, average=average, zero_division=zero_division)
+
+    matrices = reference.multilabel_confusion_matrix(target, predicted)
+    np.testing.assert_array_equal(counts.as_array().T, matrices[:, [1, 0, 1], [1, 1, 0]])
+    np.testing.assert_allclose(counts.f1(zero_division), reference_f1(None), rtol=1e-12)
+    assert counts.wf1(zero_division) == pytest.approx(reference_f1("weighted"))
+    assert counts.macro_f1(zero_division) == pytest.approx(reference_f1("macro"))
+
+
+@QUICK
+@given(BITS, st.integers(0, 12))
+def test_counts_do_not_depend_on_the_cut(bits, cut):
+    predicted, target = bits
+    parts = [MultilabelCounts.of(predicted[s], target[s]) for s in (slice(cut), slice(cut, None))]
+    whole = MultilabelCounts.of(predicted, target)
+    np.testing.assert_array_equal((parts[0] + parts[1]).as_array(), whole.as_array())
+    np.testing.assert_array_equal((MultilabelCounts.zeros(target.shape[1]) + whole).support, target.sum(0))
+    assert whole.tp.dtype == np.int64
+
+
+@QUICK
+@given(
+    st.integers(1, 30).flatmap(lambda n: st.tuples(labels(n), labels(n))),
+    st.sets(st.integers(0, 5), max_size=4),
+)
+def test_mean_iou_equals_scikit_learn_on_the_pixels_that_count(pair, ignored):
+    predicted, target = pair
+    keep = ~np.isin(target, list(ignored))
+    matrix = confusion(predicted, target, 6, ignored)
+    np.testing.assert_array_equal(
+        matrix,
+        reference.confusion_matrix(target[keep], predicted[keep], labels=range(6)) if keep.any() else 0,
+    )
+    present = np.unique(target[keep])
+    if not present.size:
+        with pytest.raises(ValueError, match="without a counted pixel"):
+            mean_iou(matrix)
+        return
+    expected = reference.jaccard_score(
+        target[keep], predicted[keep], labels=present, average=None, zero_division=0
+    )
+    np.testing.assert_allclose(iou(matrix)[present], expected)
+    assert np.isnan(np.delete(iou(matrix), present)).all()
+    assert mean_iou(matrix) == pytest.approx(expected.mean())
+
+
+def test_an_ignored_value_may_lie_outside_the_classes():
+    matrix = confusion(np.array([0, 1, 1]), np.array([0, 1, 255]), 2, ignored=(255,))
+    np.testing.assert_array_equal(matrix, np.eye(2))
+    with pytest.raises(ValueError, match="target class 255 is outside the 2 classes 0-1"):
+        confusion(np.array([0]), np.array([255]), 2)
+
+
+def test_scores_of_many_resamples_at_once_equal_those_one_by_one():
+    rng = np.random.default_rng(0)
+    counts = rng.integers(0, 9, (7, 3, 4))
+    np.testing.assert_allclose(wf1(counts), [MultilabelCounts.from_array(c).wf1() for c in counts])
+
+
+def test_probabilities_are_refused():
+    with pytest.raises(ValueError, match="apply a threshold"):
+        tile_counts(np.full((2, 3), 0.7), np.ones((2, 3), bool))
+    with pytest.raises(ValueError, match=r"\(2, 3\).*\(3, 2\)"):
+        tile_counts(np.ones((2, 3), bool), np.ones((3, 2), bool))

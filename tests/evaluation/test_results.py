@@ -1,0 +1,56 @@
+"""results.json: what is written is read, and nothing undefined or foreign gets through."""
+
+import dataclasses
+import json
+
+import pytest
+
+from maestro_scale.evaluation.results import VERSION, EvalResult, ResultsError
+
+RESULT = EvalResult(
+    benchmark="treesatai_ts",
+    metric="wf1",
+    mode="probe",
+    value=0.71,
+    per_class={"Abies": 0.5, "Acer": None},
+    interval=(0.68, 0.74),
+    num_tiles=70,
+    seeds=(0, 1),
+    checkpoint_step=300,
+    recipe={"name": "quickstart", "optim": {"betas": [0.9, 0.99]}},
+    chosen={"l2": 0.1},
+    timings={"encode_s": 3.5},
+)
+
+
+@pytest.mark.parametrize("confusion", [None, ((3, 1), (0, 2))])
+def test_round_trip(tmp_path, confusion):
+    result = dataclasses.replace(RESULT, confusion=confusion)
+    path = tmp_path / "new" / "results.json"
+    result.write(path)
+    assert EvalResult.load(path) == result
+    assert json.loads(path.read_text())["version"] == VERSION
+    assert [p.name for p in path.parent.iterdir()] == ["results.json"]
+
+
+def test_undefined_scores_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="per-class score of Acer is nan"):
+        dataclasses.replace(RESULT, per_class={"Acer": float("nan")}).write(tmp_path / "r.json")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "cannot be read"),
+        ("[]", "layout version None"),
+        ('{"version": 99}', "layout version 99, this maestro-scale reads 1"),
+        ('{"version": 1, "value": 2, "colour": 3}', "benchmark, colour"),
+    ],
+)
+def test_foreign_files_are_named(tmp_path, text, said):
+    path = tmp_path / "results.json"
+    path.write_text(text)
+    with pytest.raises(ResultsError, match=said) as error:
+        EvalResult.load(path)
+    assert str(path) in str(error.value)

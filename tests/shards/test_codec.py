@@ -1,0 +1,127 @@
+"""A sample survives encoding, in every codec, dtype and shape, and safetensors itself reads it."""
+
+from __future__ import annotations
+
+import hypothesis.extra.numpy as hnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from shards.kit import fields_equal, tile
+
+from maestro_scale.shards.codec import DTYPES, Sample, encode, encode_fields
+from maestro_scale.shards.compress import CODECS
+from maestro_scale.shards.errors import CodecError
+
+arrays = st.sampled_from(DTYPES).flatmap(
+    lambda dtype: hnp.arrays(dtype, hnp.array_shapes(min_dims=1, max_dims=4, min_side=1, max_side=40))
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(array=arrays, codec=st.sampled_from(CODECS), data=st.data())
+def test_every_array_comes_back(array, codec, data):
+    big = np.concatenate([array] * (1 + 5000 // max(array.nbytes, 1)))  # small fields are never compressed
+    sample = Sample(encode_fields("k", {"a": big, "b": array}, codec))
+    for name, wanted in (("a", big), ("b", array)):
+        assert sample.dtype(name) == wanted.dtype
+        assert sample.shape(name) == wanted.shape
+        assert sample.array(name).tobytes() == wanted.tobytes()
+        rows = np.array(data.draw(st.lists(st.integers(0, len(wanted) - 1), max_size=6)), dtype=np.int64)
+        assert sample.rows(name, rows).tobytes() == wanted[rows].tobytes()
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_rows_decode_only_the_chunks_they_are_in(codec, monkeypatch):
+    series = np.cumsum(np.ones((9, 4, 100, 100), np.int16), axis=0, dtype=np.int16)  # a chunk is one date
+    sample = Sample(encode_fields("k", {"s": series}, codec))
+    chunks = []
+    if codec != "raw":
+        from maestro_scale.shards import compress
+
+        whole = compress._chunk
+        monkeypatch.setattr(compress, "_chunk", lambda e, d, i, z: chunks.append(i) or whole(e, d, i, z))
+    rows = np.array([7, 2, 7])
+    assert np.array_equal(sample.rows("s", rows), series[rows])
+    assert chunks == ([] if codec == "raw" else [2, 7])
+    with pytest.raises(IndexError, match="s has 9 entries"):
+        sample.rows("s", np.array([9]))
+    with pytest.raises(IndexError):
+        sample.rows("s", np.array([-1]))
+
+
+def test_safetensors_reads_ours_and_we_read_theirs():
+    wanted = tile("T.1")
+    buffer = encode(wanted, "raw")
+    theirs = safetensors.numpy.load(buffer)
+    sample = Sample(buffer)
+    assert sample.key == "T.1"
+    assert set(theirs) == set(sample.names)
+    assert all(np.array_equal(theirs[n], sample.array(n)) for n in theirs)
+    back = Sample(safetensors.numpy.save(theirs, metadata={"key": "T.1"}))
+    assert fields_equal(back, wanted)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_compressed_sample_is_still_a_safetensors_file(codec):
+    buffer = encode(tile("a"), codec)
+    assert safetensors.numpy.load(buffer).keys() == set(Sample(buffer).names)
+    assert buffer == encode(tile("a"), codec)
+    assert fields_equal(Sample(buffer), tile("a"))
+
+
+def test_raw_fields_are_aligned_read_only_views():
+    buffer = bytearray(encode(tile("a"), "raw"))
+    array = Sample(memoryview(buffer)).array("s2")
+    assert array.flags.aligned
+    assert not array.flags.writeable
+    assert not array.flags.owndata
+    before = array.copy()
+    position = bytes(buffer).find(array.tobytes())
+    buffer[position] ^= 1
+    assert not np.array_equal(before, array)
+
+
+def test_delta_zstd_is_smaller():
+    sizes = [len(encode(tile("a"), codec)) for codec in CODECS]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[2] < 0.9 * sizes[0]
+
+
+@pytest.mark.parametrize("codec", ["raw", "delta-zstd"])
+def test_no_damage_passes_for_something_else_than_an_error_or_data(codec):
+    buffer = encode(tile("a"), codec)
+    for cut in (0, 7, 8, 100, len(buffer) // 2, len(buffer) - 1):
+        with pytest.raises(CodecError):
+            Sample(buffer[:cut])
+    rng = np.random.default_rng(0)
+    for position in rng.integers(0, 1500, 300):
+        damaged = bytearray(buffer)
+        damaged[position] ^= 1 << int(rng.integers(8))
+        try:
+            sample = Sample(bytes(damaged))
+            for name in sample.names:
+                sample.array(name)
+        except CodecError:
+            continue
+
+
+def test_errors_say_what_and_where():
+    sample = Sample(encode(tile("T.1"), "raw"))
+    with pytest.raises(KeyError, match=r"sample T.1 has no field 's3'; it has: .*aerial"):
+        sample.array("s3")
+    with pytest.raises(CodecError, match="no codec is called 'zip'; there are: raw, zstd, delta-zstd"):
+        encode(tile("a"), "zip")
+    with pytest.raises(CodecError, match="field x has dtype complex64"):
+        encode_fields("k", {"x": np.zeros(3, np.complex64)})
+    with pytest.raises(CodecError, match="metadata has no 'key'"):
+        Sample(safetensors.numpy.save({"x": np.zeros(3)}))
+
+
+def test_big_endian_and_strided_arrays_are_stored_as_their_values():
+    array = np.arange(24, dtype=">i2").reshape(4, 6)[:, ::2]
+    sample = Sample(encode_fields("k", {"x": array, "s": np.array(7.0)}))
+    assert np.array_equal(sample.array("x"), array)
+    assert sample.array("s") == 7.0
+    assert sample.shape("s") == ()

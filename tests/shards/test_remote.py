@@ -1,0 +1,319 @@
+"""Shards in an object store: moto's S3 over real sockets, with a proxy between that misbehaves."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+
+import pytest
+import s3fs
+from shards.kit import SPEC, TILE_BYTES, Toy, fields_equal, tile, toy_keys
+from shards.s3 import Fault, Proxy
+
+from maestro_scale.shards import store as store_module
+from maestro_scale.shards.cache import NoRoom
+from maestro_scale.shards.errors import BadShard, ManifestError, StoreError, WriteError
+from maestro_scale.shards.manifest import Manifest
+from maestro_scale.shards.retry import Retry
+from maestro_scale.shards.store import Store, StoreCounters
+from maestro_scale.shards.summary import summary
+from maestro_scale.shards.verify import verify
+from maestro_scale.shards.writer import Writer, write_shards
+
+SMALL = 4 * TILE_BYTES / 1e6
+QUICK = Retry(deadline_s=20, attempt_s=5, first_wait_s=0.01, max_wait_s=0.05)
+URL = "s3://shards/toy"
+
+
+@pytest.fixture(scope="module")
+def server():
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    yield server.get_host_and_port()[1]
+    server.stop()
+
+
+@pytest.fixture
+def s3(server, monkeypatch):
+    """An empty bucket behind a proxy, and the environment that leads there."""
+    with Proxy(server) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        s3fs.S3FileSystem.clear_instance_cache()
+        fs = s3fs.S3FileSystem()
+        if fs.exists("shards"):
+            fs.rm("shards", recursive=True)
+        fs.mkdir("shards")
+        proxy.fs = fs
+        yield proxy
+
+
+@pytest.fixture
+def dataset(s3):
+    return write_shards(Toy(12), URL, "train", shard_mb=SMALL)
+
+
+def make_store(tmp_path, shards=100, retry=QUICK):
+    return Store(URL, tmp_path / "cache", int(shards * 5 * TILE_BYTES), retry)
+
+
+def gets(s3, name):
+    return [path for method, path in s3.requests if method == "GET" and path.split("?")[0].endswith(name)]
+
+
+def test_round_trip_with_cache(s3, dataset, tmp_path):
+    assert Manifest.load(URL) == dataset
+    local = write_shards(Toy(12), str(tmp_path / "local"), "train", shard_mb=SMALL)
+    assert local == dataset
+    store = make_store(tmp_path)
+    for _ in range(2):
+        keys = []
+        for info in dataset.shards:
+            with store.shard(info) as shard:
+                assert all(fields_equal(s, tile(s.key)) for s in shard)
+                keys += shard.keys
+        assert sorted(keys) == toy_keys(12)
+    n = len(dataset.shards)
+    assert store.counters.downloads == store.counters.hits == n
+    assert store.counters.downloaded_bytes == sum(s.bytes for s in dataset.shards)
+    assert make_store(tmp_path).counters == StoreCounters()
+    before = len(s3.requests)
+    make_store(tmp_path).shard(info).close()
+    assert len(s3.requests) == before
+
+
+def test_writing_resumes_refuses_and_joins_like_on_disk(s3, tmp_path):
+    with pytest.raises(ManifestError, match=r"s3://shards/toy/manifest.json: not found"):
+        Manifest.load(URL)
+    first = write_shards(Toy(12), URL, "train", shard_mb=SMALL, workers=2)
+    s3.fs.rm("shards/toy/manifest.json")
+    s3.fs.rm(f"shards/toy/{first.shards[1].path}")
+    s3.requests.clear()
+    assert write_shards(Toy(12), URL, "train", shard_mb=SMALL) == first
+    written = [p.split("?")[0].rsplit("/", 1)[1] for m, p in s3.requests if m == "PUT"]
+    assert written == ["train-000001.index.json", "train-000001.tar", "manifest.json"]
+    with Writer(URL, SPEC, "val") as writer:
+        writer.add(tile("a"))
+    assert verify(URL, workers=2) == []
+    assert [s.num_samples for s in summary(URL).splits] == [12, 1]
+    with pytest.raises(WriteError, match=r"holds a dataset with codec raw, not zstd"):
+        write_shards(Toy(12), URL, "test", codec="zstd")
+
+
+def test_verify_names_what_is_wrong(s3, dataset):
+    a, b, *_ = dataset.shards
+    s3.fs.rm(f"shards/toy/{a.path}")
+    s3.fs.pipe(f"shards/toy/{b.path}", s3.fs.cat(f"shards/toy/{b.path}")[:-5] + b"12345")
+    s3.fs.pipe("shards/toy/stray.tar", b"x")
+    problems = verify(URL)
+    assert [p.split(":")[0] for p in problems] == ["stray.tar", a.path, b.path]
+    assert "is missing" in problems[1]
+
+
+@pytest.mark.parametrize("fault", [Fault(500), Fault(503), Fault(cut=True), Fault(429)], ids=str)
+def test_passing_failures_are_retried_and_counted(s3, dataset, tmp_path, fault, monkeypatch):
+    monkeypatch.setattr(store_module, "_RANGE_BYTES", 10_000)
+    left = [fault] * 6
+
+    def some(method, path, n):
+        return left.pop() if method == "GET" and path.endswith(".tar") and left else None
+
+    s3.faults = some
+    store = make_store(tmp_path)
+    for info in dataset.shards:
+        with store.shard(info) as shard:
+            assert all(fields_equal(s, tile(s.key)) for s in shard)
+    assert store.counters.retries >= 6
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "cause"), [(403, StoreError, "check credentials"), (404, BadShard, "missing")]
+)
+def test_final_answers_end_it_at_once(s3, dataset, tmp_path, status, error, cause):
+    s3.faults = lambda method, path, n: Fault(status) if path.endswith(".tar") else None
+    s3.requests.clear()
+    store = make_store(tmp_path, retry=Retry(deadline_s=60))
+    started = time.monotonic()
+    with pytest.raises(error, match=cause) as raised:
+        store.shard(dataset.shards[0])
+    assert f"{URL}/{dataset.shards[0].path}" in str(raised.value)
+    assert time.monotonic() - started < 5
+    assert store.counters.retries == 0
+    assert list((tmp_path / "cache" / "shards").iterdir()) == []
+
+
+def test_no_credentials(s3, dataset, tmp_path, monkeypatch):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    s3fs.S3FileSystem.clear_instance_cache()
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    s3.faults = lambda method, path, n: Fault(403)
+    with pytest.raises(StoreError, match="check credentials"):
+        make_store(tmp_path).shard(dataset.shards[0])
+    with pytest.raises(ManifestError, match="check credentials"):
+        Manifest.load(URL)
+
+
+def test_an_endpoint_that_hangs_or_is_gone_ends_at_the_deadline(s3, dataset, tmp_path, monkeypatch):
+    s3.faults = lambda method, path, n: Fault(hang_s=30)
+    with pytest.raises(StoreError, match=r"train-000000.tar: gave up after \d attempts .*no answer within"):
+        make_store(tmp_path, retry=Retry(deadline_s=1.5, attempt_s=0.5, first_wait_s=0.1)).shard(
+            dataset.shards[0]
+        )
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    with pytest.raises(StoreError, match=r"train-000000.tar: gave up after \d+ attempts"):
+        make_store(tmp_path, retry=Retry(deadline_s=1, attempt_s=0.5, first_wait_s=0.1)).shard(
+            dataset.shards[0]
+        )
+
+
+def test_a_flipped_bit_is_fetched_again_once_then_named(s3, dataset, tmp_path):
+    info = dataset.shards[0]
+    flips = [True]
+    s3.faults = lambda method, path, n: (
+        Fault(flip=True) if method == "GET" and flips and flips.pop() else None
+    )
+    store = make_store(tmp_path)
+    assert len(store.shard(info)) == info.samples
+    assert store.counters.refetches == 1
+    s3.faults = lambda method, path, n: (
+        Fault(flip=True) if path.endswith(".tar") and method == "GET" else None
+    )
+    with pytest.raises(BadShard, match=r"train-000001.tar: bad shard: has SHA-256 .*looked twice"):
+        store.shard(dataset.shards[1])
+    assert not list((tmp_path / "cache" / "shards").glob("*.part"))
+
+
+def test_a_shard_cut_short_in_the_store_is_named(s3, dataset, tmp_path):
+    info = dataset.shards[0]
+    s3.fs.pipe(f"shards/toy/{info.path}", s3.fs.cat(f"shards/toy/{info.path}")[:-512])
+    with pytest.raises(BadShard, match=f"has {info.bytes - 512} bytes, the manifest says {info.bytes}"):
+        make_store(tmp_path).shard(info)
+
+
+def test_a_damaged_file_in_the_cache_is_fetched_again(s3, dataset, tmp_path):
+    info = dataset.shards[0]
+    store = make_store(tmp_path)
+    store.shard(info).close()
+    (path,) = (tmp_path / "cache" / "shards").glob("*.tar")
+    data = bytearray(path.read_bytes())
+    data[5000] ^= 1
+    path.write_bytes(data)
+    with store.shard(info) as shard:
+        assert all(fields_equal(s, tile(s.key)) for s in shard)
+    assert store.counters.downloads == 2
+
+
+def test_the_budget_holds_and_the_least_recently_used_goes_first(s3, tmp_path):
+    shards = write_shards(Toy(15), URL, "train", shard_mb=SMALL).shards
+    room = 3 * max(s.bytes for s in shards) + 100
+    assert len(shards) == 4
+    store = Store(URL, tmp_path / "cache", room, QUICK)
+    cached = lambda: {p.stem for p in (tmp_path / "cache" / "shards").iterdir()}  # noqa: E731
+    pinned = store.shard(shards[0])
+    for info in shards[1:3]:
+        store.shard(info).close()
+    store.shard(shards[1]).close()  # now 2 is the oldest that is not in use
+    store.shard(shards[3]).close()
+    assert cached() == {shards[i].sha256 for i in (0, 1, 3)}
+    assert store.counters.evictions == 1
+    pinned.close()
+    store.shard(shards[2]).close()
+    assert cached() == {shards[i].sha256 for i in (1, 3, 2)}
+    with pytest.raises(NoRoom, match=r"the budget of .* is less than one shard"):
+        Store(URL, tmp_path / "tiny", 1000, QUICK).shard(shards[0])
+
+
+def test_shards_in_use_are_not_evicted_and_that_is_said(s3, dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(store_module, "_ROOM_WAIT_S", 0.2)
+    store = Store(URL, tmp_path / "cache", max(s.bytes for s in dataset.shards) + 100, QUICK)
+    monkeypatch.setattr(store, "ensure", lambda info: Store.ensure(store, info, room_wait_s=0.2))
+    shard = store.shard(dataset.shards[0])
+    with pytest.raises(NoRoom, match=r"shards in use fill the budget .* raise data.cache_gib"):
+        store.shard(dataset.shards[1])
+    assert fields_equal(shard[0], tile(shard.keys[0]))
+    shard.close()
+    assert len(store.shard(dataset.shards[1])) > 0
+
+
+def test_a_full_disk_is_said(s3, dataset, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(StoreError, match=r"no space left for a shard .* lower data.cache_gib"):
+        make_store(tmp_path).shard(dataset.shards[0])
+
+
+def test_prefetch_fetches_ahead(s3, dataset, tmp_path):
+    store = make_store(tmp_path)
+    store.prefetch(dataset.shards)
+    until = time.monotonic() + 20
+    while store.counters.downloads < len(dataset.shards) and time.monotonic() < until:
+        time.sleep(0.01)
+    before = len(s3.requests)
+    for info in dataset.shards:
+        store.shard(info).close()
+    assert len(s3.requests) == before
+    store.close()
+
+
+def fetch_all(cache, infos, forked_store, results):
+    store = forked_store or Store(URL, cache, 10**9, QUICK)
+    for info in infos:
+        with store.shard(info) as shard:
+            assert all(fields_equal(s, tile(s.key)) for s in shard)
+    results.put(store.counters.downloads)
+
+
+@pytest.mark.parametrize("method", ["spawn", "fork"])
+def test_two_processes_download_once(s3, dataset, tmp_path, method):
+    """Under fork the store has been used by the parent: its client must not be used by the child."""
+    s3.faults = lambda m, path, n: Fault(hang_s=0.05) if path.endswith(".tar") else None
+    parent = make_store(tmp_path)
+    infos = dataset.shards
+    if method == "fork":
+        parent.shard(infos[0]).close()
+    context = multiprocessing.get_context(method)
+    results = context.Queue()
+    store = parent if method == "fork" else None
+    processes = [
+        context.Process(target=fetch_all, args=(tmp_path / "cache", infos, store, results)) for _ in range(2)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [p.exitcode for p in processes] == [0, 0]
+    for info in infos:
+        assert len(gets(s3, info.path)) == 1
+    assert list((tmp_path / "cache" / "locks").iterdir()) == []
+
+
+def test_a_killed_download_leaves_nothing_that_counts(s3, dataset, tmp_path):
+    info, other, *_ = dataset.shards
+    s3.faults = lambda method, path, n: (
+        Fault(hang_s=20) if method == "GET" and path.endswith(".tar") else None
+    )
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    process = context.Process(target=fetch_all, args=(tmp_path / "cache", [info], None, results))
+    process.start()
+    until = time.monotonic() + 30
+    while not list((tmp_path / "cache").glob("shards/*.part")) and time.monotonic() < until:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    s3.faults = lambda method, path, n: None
+    assert list((tmp_path / "cache").glob("shards/*.part"))
+    store = Store(URL, tmp_path / "cache", max(info.bytes, other.bytes) + 10, QUICK)
+    store.shard(other).close()  # there is room for one: what the dead process reserved is free again
+    assert not list((tmp_path / "cache").glob("shards/*.part"))
+    assert len(store.shard(info)) == info.samples

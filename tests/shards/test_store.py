@@ -1,0 +1,162 @@
+"""The store: what it gives is what the manifest says, or one clear error names shard and cause."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import replace
+
+import pytest
+from shards.kit import TILE_BYTES, Toy, fields_equal, tile, toy_keys
+
+from maestro_scale.shards.errors import BadShard
+from maestro_scale.shards.manifest import Manifest
+from maestro_scale.shards.store import Store
+from maestro_scale.shards.verify import verify
+from maestro_scale.shards.writer import write_shards
+
+SMALL = 4 * TILE_BYTES / 1e6
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("toy")
+    write_shards(Toy(12), str(folder), "train", shard_mb=SMALL)
+    return folder
+
+
+@pytest.fixture
+def copy(dataset, tmp_path):
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    for path in dataset.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+def flip(path, position=3000):
+    data = bytearray(path.read_bytes())
+    data[position] ^= 4
+    path.write_bytes(data)
+
+
+def test_every_sample_is_there(dataset, tmp_path):
+    store = Store(str(dataset), tmp_path / "cache", 0)
+    seen = []
+    for info in Manifest.load(str(dataset)).shards:
+        shard = store.shard(info)
+        assert len(shard) == len(shard.keys) == info.samples
+        samples = list(shard)
+        shard.close()
+        assert all(fields_equal(s, tile(s.key)) for s in samples)  # samples outlive their shard
+        seen += [s.key for s in samples]
+    assert sorted(seen) == toy_keys(12)
+    with pytest.raises(IndexError):
+        store.shard(info)[info.samples]
+    with pytest.raises(ValueError, match="is closed"):
+        shard[0]
+
+
+def test_a_local_shard_is_hashed_once_per_state(dataset, copy, tmp_path, monkeypatch):
+    from maestro_scale.shards import store as module
+
+    hashed = []
+    whole = module._hash_file
+    monkeypatch.setattr(module, "_hash_file", lambda path: hashed.append(path) or whole(path))
+    (info, *_) = Manifest.load(str(copy)).shards
+    for _ in range(2):
+        Store(str(copy), tmp_path / "cache", 0).shard(info).close()
+    assert len(hashed) == 1
+    flip(copy / info.path)
+    with pytest.raises(BadShard, match="damaged"):
+        Store(str(copy), tmp_path / "cache", 0).shard(info)
+    store = pickle.loads(pickle.dumps(Store(str(dataset), tmp_path / "cache", 0)))
+    store.shard(info).close()
+    store.shard(info).close()
+    assert store.counters.hits == 1
+    assert store.counters.wait_s > 0
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder, path: path.unlink(), "is missing"),
+        (lambda folder, path: path.write_bytes(path.read_bytes()[:-2048]), "bytes, the manifest says"),
+        (lambda folder, path: flip(path), "damaged, or another shard"),
+        (
+            lambda folder, path: path.write_bytes((folder / "train-000001.tar").read_bytes()),
+            "the manifest says",
+        ),
+    ],
+)
+def test_a_bad_shard_is_named_with_its_cause(copy, tmp_path, damage, message):
+    (info, *_) = Manifest.load(str(copy)).shards
+    damage(copy, copy / info.path)
+    with pytest.raises(BadShard, match=message) as error:
+        Store(str(copy), tmp_path / "cache", 0).shard(info)
+    assert str(copy / info.path) in str(error.value)
+    assert "\n" not in str(error.value)
+    assert pickle.loads(pickle.dumps(error.value)).cause == error.value.cause
+    problems = verify(str(copy), workers=1)
+    assert len(problems) == 1
+    assert problems[0].startswith(info.path)
+    assert message in problems[0]
+
+
+def test_counts_are_checked(copy, tmp_path):
+    manifest = Manifest.load(str(copy))
+    wrong = replace(manifest.shards[0], samples=manifest.shards[0].samples + 1)
+    with pytest.raises(
+        BadShard, match=f"holds {wrong.samples - 1} samples, the manifest says {wrong.samples}"
+    ):
+        Store(str(copy), tmp_path / "cache", 0).shard(wrong)
+
+
+def test_a_file_that_shrinks_while_it_is_open_is_an_error_not_a_crash(copy, tmp_path):
+    (info, *_) = Manifest.load(str(copy)).shards
+    shard = Store(str(copy), tmp_path / "cache", 0).shard(info)
+    (copy / info.path).write_bytes(b"")
+    with pytest.raises(BadShard, match="changed while it was in use"):
+        shard[0]
+
+
+def test_verify_names_everything_else_too(copy):
+    assert verify(str(copy), workers=2) == []
+    (copy / "train-000009.tar").write_bytes(b"x")
+    (copy / "train-000000.index.json").write_text((copy / "train-000001.index.json").read_text())
+    (copy / "train-000001.index.json").unlink()
+    problems = verify(str(copy), workers=2)
+    assert [p.split(":")[0] for p in problems] == [
+        "train-000009.tar",
+        "train-000000.index.json",
+        "train-000001.index.json",
+    ]
+    (copy / "manifest.json").unlink()
+    assert "not found" in verify(str(copy))[0]
+
+
+def test_verify_reads_every_sample_against_the_spec(copy):
+    """A shard that was always wrong: its hash matches, its samples do not."""
+    import hashlib
+
+    from maestro_scale.shards.codec import encode, encode_fields
+    from maestro_scale.shards.fields import fields_of
+    from maestro_scale.shards.tar import TarWriter
+
+    tar = TarWriter(copy / "train-000000.tar")
+    tar.add("a", encode(tile("b")))
+    tar.add("c", b"nothing")
+    fields = fields_of(tile("d"))
+    tar.add("d", encode_fields("d", {**fields, "s2": fields["s2"][:, :1]}))
+    tar.add("e", encode(tile("e")))
+    tar.finish()
+    (copy / "train-000000.index.json").unlink()
+    manifest = Manifest.load(str(copy))
+    data = (copy / "train-000000.tar").read_bytes()
+    info = replace(manifest.shards[0], bytes=len(data), samples=4, sha256=hashlib.sha256(data).hexdigest())
+    (copy / "manifest.json").write_text(replace(manifest, shards=(info, *manifest.shards[1:])).dumps())
+    problems = verify(str(copy))
+    assert len(problems) == 4
+    assert "train-000000.index.json: is missing" in problems[0]
+    assert "member a holds the sample b" in problems[1]
+    assert "sample c: 7 bytes that do not start" in problems[2]
+    assert "tile d: s2 is int16" in problems[3]

@@ -1,0 +1,88 @@
+"""Crops: every sensor shows the same ground."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from maestro_scale.datasets.spec import DatasetSpec, Modality, Scale, Sensor
+from maestro_scale.stream.crops import CropGrid, Orientation
+
+
+def spec_of(tile_m: float, **resolution_m: float) -> DatasetSpec:
+    modalities = tuple(
+        Modality(name, ("x",), res, round(tile_m / res), "float32") for name, res in resolution_m.items()
+    )
+    sensors = tuple(Sensor(m.name, m.name, 4, 2, 1, (0,), (1,), Scale(), m.name, m.name) for m in modalities)
+    return DatasetSpec("toy", "Toy", tile_m, tile_m, 12, modalities, (), sensors)
+
+
+def ground(modality: Modality) -> np.ndarray:
+    """(2, size, size): the place in metres of every pixel's upper left corner."""
+    return np.stack(np.mgrid[: modality.size, : modality.size]) * modality.resolution_m
+
+
+SPECS = [
+    (spec_of(1280, spot=1.0, s2=10.0), 160.0),
+    (spec_of(640, aerial=1.25, s2=10.0), 120.0),
+    (spec_of(102.4, aerial=0.2, s2=10.24), 51.2),
+]
+
+
+@pytest.mark.parametrize(("spec", "crop_m"), SPECS)
+def test_all_sensors_of_a_crop_begin_and_end_within_half_a_pixel_of_the_same_place(
+    spec: DatasetSpec, crop_m: float
+):
+    grid = CropGrid(spec, spec.sensors, crop_m)
+    last = grid.num_offsets - 1
+    for row, column in ((0, 0), (1, 2), (last, 0), (last, last)):
+        for modality in spec.modalities:
+            cut = grid.cut(ground(modality), grid.at(row, column), modality.resolution_m)
+            corner = np.array([row, column]) * grid.step_m
+            np.testing.assert_allclose(cut[:, 0, 0], corner, atol=modality.resolution_m / 2)
+            end = cut[:, -1, -1] + modality.resolution_m
+            np.testing.assert_allclose(end, corner + crop_m, atol=modality.resolution_m / 2)
+    assert last * grid.step_m == pytest.approx(spec.tile_m - crop_m)
+
+
+@pytest.mark.parametrize(("spec", "crop_m"), SPECS)
+def test_the_crops_of_a_tile_cover_it(spec: DatasetSpec, crop_m: float):
+    grid = CropGrid(spec, spec.sensors, crop_m)
+    modality = spec.modalities[0]
+    seen = np.zeros((modality.size, modality.size), int)
+    for i in range(grid.num_crops):
+        grid.cut(seen, grid.tiling(i), modality.resolution_m)[...] += 1
+    assert seen.min() == 1
+    assert grid.num_crops == np.ceil(spec.tile_m / crop_m) ** 2
+    if spec.tile_m % crop_m == 0:
+        assert seen.max() == 1
+
+
+def test_a_crop_as_large_as_the_tile_is_the_whole_raster_even_if_the_sensor_rounds():
+    spec = spec_of(100.0, odd=0.3, s2=10.0)
+    grid = CropGrid(spec, spec.sensors, 100.0)
+    pixels = np.zeros((1, 333, 333))
+    assert grid.num_offsets == grid.num_crops == 1
+    assert grid.cut(pixels, grid.at(0, 0), 0.3) is pixels
+
+
+@pytest.mark.parametrize("crop_m", [0.0, 5.0, 25.0, 1290.0])
+def test_crops_that_cannot_be_are_refused(crop_m: float):
+    with pytest.raises(ValueError, match=f"a crop of {crop_m} m"):
+        CropGrid(SPECS[0][0], SPECS[0][0].sensors, crop_m)
+
+
+def test_only_the_sensors_in_use_limit_the_crop():
+    spec = SPECS[0][0]
+    fine = replace(spec, sensors=spec.sensors[:1]).sensors
+    assert CropGrid(spec, fine, 25.0).step_m == 1.0
+
+
+def test_there_are_eight_orientations():
+    square = np.arange(9).reshape(1, 3, 3)
+    turned = [Orientation(*bits).apply(square) for bits in itertools.product((False, True), repeat=3)]
+    assert len({t.tobytes() for t in turned}) == 8
+    assert turned[0].tolist() == square.tolist()

@@ -1,0 +1,135 @@
+"""Which dates are taken from a series, and what becomes of gaps."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from maestro_scale.stream import dates
+from maestro_scale.stream.draws import Draws, Purpose
+
+
+def series(num_dates: int) -> np.ndarray:
+    """(T, 1, 2, 2) float32, every pixel of a date being its number."""
+    return np.broadcast_to(
+        np.arange(num_dates, dtype=np.float32)[:, None, None, None], (num_dates, 1, 2, 2)
+    ).copy()
+
+
+def drawn(pixels: np.ndarray, num_dates: int, number: int, marked: np.ndarray | None = None) -> np.ndarray:
+    draws = Draws(0, Purpose.SAMPLE).seek(0, number)
+    chosen, seen = dates.draw(len(pixels), num_dates, marked, lambda i: pixels[i], draws)
+    np.testing.assert_array_equal(seen, pixels[chosen])
+    return chosen
+
+
+@given(st.integers(2, 40), st.data())
+def test_one_date_of_each_bin(stored: int, data: st.DataObject):
+    num_dates = data.draw(st.integers(1, stored - 1))
+    marked = np.array(data.draw(st.lists(st.booleans(), min_size=stored, max_size=stored)))
+    chosen = drawn(series(stored), num_dates, data.draw(st.integers(0, 99)), marked)
+    size, rest = stored // num_dates, stored % num_dates
+    possible = [dates.bins(stored, num_dates, skip) for skip in {0, rest}]
+    fitting = [b for b in possible if all(c in row for c, row in zip(chosen, b, strict=True))]
+    assert fitting
+    assert any(
+        all(not marked[c] or marked[row].all() for c, row in zip(chosen, b, strict=True)) for b in fitting
+    )
+    assert size == fitting[0].shape[1]
+
+
+def test_the_rest_is_left_out_at_either_end_and_all_else_is_equally_likely():
+    counts = Counter(int(c) for n in range(4000) for c in drawn(series(7), 2, n))
+    # Bins are {0,1,2},{3,4,5} or {1,2,3},{4,5,6}, each with probability 1/2.
+    expected = {0: 1 / 6, 1: 1 / 3, 2: 1 / 3, 3: 1 / 3, 4: 1 / 3, 5: 1 / 3, 6: 1 / 6}
+    for date, share in expected.items():
+        assert counts[date] / 4000 == pytest.approx(share, abs=0.03)
+
+
+def test_dates_with_clouds_or_nan_are_drawn_only_if_their_bin_has_no_other():
+    pixels = series(8)
+    pixels[1, 0, 0, 0] = np.nan  # bin 0: a cloud, a NaN, one clear date
+    pixels[4:, 0, 1, 1] = np.nan  # bin 1: nothing but NaN, half of it cloudy
+    marked = np.array([1, 0, 0, 1, 1, 1, 0, 0], bool)
+    chosen = np.array([drawn(pixels, 2, n, marked) for n in range(100)])
+    assert set(chosen[:, 0]) == {2}
+    assert set(chosen[:, 1]) == {6, 7}
+    pixels[2] = np.nan  # bin 0 has no clear date left: its marks no longer count
+    assert {drawn(pixels, 2, n, marked)[0] for n in range(100)} == {0, 3}
+
+
+def test_only_the_dates_that_are_used_are_read():
+    asked = []
+    pixels = series(146).astype(np.int16)
+
+    def read(indices: np.ndarray) -> np.ndarray:
+        asked.extend(indices.tolist())
+        return pixels[indices]
+
+    dates.draw(146, 16, np.zeros(146, bool), read, Draws(0, Purpose.SAMPLE))
+    assert len(asked) == 16
+
+
+def test_evaluation_takes_the_date_nearest_to_the_median():
+    pixels = np.array([9, 0, 5, 1, 7, 7], np.float32).reshape(6, 1, 1, 1)
+    assert dates.nearest_to_median(pixels, None, 2, 0).tolist() == [2, 4]  # the first of equals
+
+
+def test_evaluation_leaves_marked_pixels_out_of_the_median_and_their_dates_out_of_the_choice():
+    pixels = np.array([1, 2, 50, 60, 70], np.float32).reshape(5, 1, 1, 1)
+    mask = np.array([0, 0, 90, 90, 90], np.uint8).reshape(5, 1, 1, 1)
+    assert dates.nearest_to_median(pixels, None, 1, 0).tolist() == [2]
+    assert dates.nearest_to_median(pixels, mask, 1, 0).tolist() == [0]
+    assert dates.nearest_to_median(pixels, mask, 1, 95).tolist() == [2]
+    everywhere = np.full_like(mask, 10)
+    assert dates.nearest_to_median(pixels, everywhere, 1, 0).tolist() == [2]
+
+
+def test_evaluation_survives_a_bin_of_nothing_but_nan():
+    pixels = series(6)
+    pixels[:3] = np.nan
+    pixels[3:, 0, 0, 0] = np.nan
+    assert dates.nearest_to_median(pixels, None, 2, 0).tolist() == [0, 4]
+
+
+def test_the_median_is_numpys():
+    values = np.random.default_rng(0).random((3, 6, 2, 4, 4)).astype(np.float32)
+    values[np.random.default_rng(1).random(values.shape) < 0.3] = np.nan
+    np.testing.assert_array_equal(dates._nan_median(values), np.nanmedian(values, axis=1))
+
+
+@pytest.mark.parametrize(("stored", "expected"), [(1, [0, 0, 0, 0]), (3, [0, 0, 1, 2]), (4, [0, 1, 2, 3])])
+def test_too_few_dates_are_repeated_in_order(stored: int, expected: list[int]):
+    assert dates.repeated(stored, 4).tolist() == expected
+
+
+def test_a_gap_takes_the_nearest_date_then_the_mean_of_the_band():
+    pixels = series(4)
+    pixels[:, 0, 0, 0] = np.nan
+    pixels[1, 0, 1, 1] = np.nan
+    filled, count = dates.fill_nan(pixels[[1, 3]], np.array([1, 3]), lambda: pixels)
+    assert count == 2
+    finite_mean = np.nanmean(pixels)
+    np.testing.assert_allclose(
+        filled[:, 0], [[[finite_mean, 1], [1, 0]], [[finite_mean, 3], [3, 3]]], rtol=1e-6
+    )
+
+
+def test_a_series_of_nothing_becomes_zero():
+    pixels = np.full((2, 1, 2, 2), np.nan, np.float32)
+    filled, count = dates.fill_nan(pixels, np.arange(2), lambda: pixels)
+    assert count == 2
+    assert not filled.any()
+
+
+def test_whole_pixels_are_not_touched_and_the_series_is_not_read():
+    def never() -> np.ndarray:
+        raise AssertionError("read for nothing")
+
+    for dtype in ("uint8", "int16", "float32"):
+        pixels = series(2).astype(dtype)
+        assert dates.fill_nan(pixels, np.arange(2), never) == (pixels, 0)

@@ -1,0 +1,63 @@
+"""Evaluation data: invariant 7, every sample exactly once."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from maestro_scale.stream.batch import Batch, digest
+from maestro_scale.stream.evaluation import EvalLoader
+from maestro_scale.stream.plan import PlanError
+from maestro_scale.stream.source import Source
+
+
+def keys_of(batches: list[Batch]) -> list[str]:
+    return [k for b in batches for k in b.keys]
+
+
+@pytest.mark.parametrize(("world", "batch_size"), [(1, 7), (2, 16), (3, 100), (7, 1)])
+def test_every_crop_of_every_sample_once_in_order_over_all_ranks(toy: Source, world: int, batch_size: int):
+    loaders = [EvalLoader(toy, batch_size, rank, world) for rank in range(world)]
+    keys = [k for loader in loaders for k in keys_of(list(loader))]
+    assert keys == [f"eval/toy/{n}/{c}" for n in range(100) for c in range(4)]
+    items = np.concatenate([loader.items for loader in loaders]).tolist()
+    assert [f"eval/toy/{n}/{c}" for n, c in items] == keys
+    lengths = [len(loader.items) for loader in loaders]
+    assert max(lengths) - min(lengths) <= 1
+
+
+def test_batches_are_full_but_for_the_last(toy: Source):
+    loader = EvalLoader(toy, 32, rank=1, world=3, crops=1)
+    sizes = [len(b) for b in loader]
+    assert sizes == [32, 1]
+    assert len(loader) == 2
+
+
+def test_workers_and_passes_change_nothing(toy: Source):
+    loader = EvalLoader(toy, 30)
+    first = [digest(b) for b in loader]
+    assert first == [digest(b) for b in loader]
+    assert first == [digest(b) for b in EvalLoader(toy, 30, workers=2)]
+
+
+def test_tiles_and_labels_stay_together(toy: Source):
+    for batch in EvalLoader(toy, 32, crops=1):
+        assert batch.targets["kind"].argmax(1).tolist() == [int(t[-1]) % 2 for t in batch.tiles]
+        assert not any(bool(torch.any(n != 0)) for n in batch.noise.values())
+
+
+def test_more_ranks_than_samples_leave_some_with_nothing(write_toy):
+    few = write_toy(2)
+    assert [len(list(EvalLoader(few, 4, r, 5, workers=1, crops=1))) for r in range(5)] == [0, 0, 1, 0, 1]
+
+
+def test_a_loader_left_early_ends_its_workers(toy: Source):
+    batches = iter(EvalLoader(toy, 4, workers=1))
+    next(batches)
+    batches.close()
+
+
+def test_senseless_numbers_are_refused(toy: Source):
+    with pytest.raises(PlanError, match="batch_size 0"):
+        EvalLoader(toy, 0)

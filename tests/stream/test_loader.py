@@ -1,0 +1,218 @@
+"""The stream of a run: the same on any number of ranks and workers, from any position."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from maestro_scale.shards.store import BadShard, Store
+from maestro_scale.stream.batch import Batch, digest
+from maestro_scale.stream.loader import Source, TrainLoader
+from maestro_scale.stream.plan import PlanError
+
+ORDER = {"seed": 3, "lanes": 4, "global_batch": 16, "window": 12}
+
+
+def loader_of(*sources: Source, micro_batch: int = 4, **changes) -> TrainLoader:
+    return TrainLoader(sources, micro_batch=micro_batch, **{**ORDER, **changes})
+
+
+def digests(loader: TrainLoader, start: int, stop: int) -> list[list[str]]:
+    """Of every micro-batch of the steps start + 1 … stop."""
+    try:
+        return [[digest(b) for b in s.batches] for s in loader.steps(start * 16, stop)]
+    finally:
+        loader.close()
+
+
+def samples_of(batches: list[Batch]) -> dict[str, str]:
+    """{key: digest of the sample alone}."""
+    found = {}
+    for batch in batches:
+        for i, key in enumerate(batch.keys):
+            found[key] = digest(replace(batch.map(lambda t, i=i: t[i : i + 1]), keys=(key,)))
+    return found
+
+
+def test_workers_change_nothing(toy: Source):
+    alone = digests(loader_of(toy), 0, 8)
+    assert alone == digests(loader_of(toy, workers=1), 0, 8)
+    assert alone == digests(loader_of(toy, workers=2), 0, 8)
+
+
+def test_a_run_continues_where_it_was_without_replay(toy: Source):
+    whole = digests(loader_of(toy), 0, 15)
+    assert digests(loader_of(toy), 0, 4) == whole[:4]
+    for start in (4, 5, 6, 13):
+        assert digests(loader_of(toy, workers=start % 2), start, 15) == whole[start:]
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 4])
+def test_global_batches_are_the_same_samples_bit_by_bit_on_any_number_of_ranks(toy: Source, micro_batch: int):
+    alone = [samples_of(s.batches) for s in loader_of(toy, micro_batch=16).steps(0, 8)]
+    for world in (2, 4):
+        parts: list[dict[str, str]] = [{} for _ in alone]
+        for rank in range(world):
+            loader = loader_of(toy, rank=rank, world=world, micro_batch=micro_batch)
+            for i, step in enumerate(loader.steps(0, 8)):
+                assert {len(b) for b in step.batches} == {micro_batch}
+                assert len(step.batches) * micro_batch * world == 16
+                parts[i] |= samples_of(step.batches)
+        assert parts == alone
+
+
+def test_a_run_that_changes_its_ranks_midway_uses_every_sample_once_per_epoch(toy: Source):
+    seen: Counter[str] = Counter()
+    num_steps = loader_of(toy).steps_per_epoch
+    for start, stop, world in ((0, 2, 1), (2, 3, 4), (3, num_steps, 2)):
+        for rank in range(world):
+            for step in loader_of(toy, rank=rank, world=world).steps(start * 16, stop):
+                seen.update(k for b in step.batches for k in b.keys)
+    assert len(seen) == num_steps * 16 == 96
+    assert set(seen.values()) == {1}
+
+
+def test_steps_tell_where_they_are(toy: Source):
+    loader = loader_of(toy)
+    steps = list(loader.steps(5 * 16, 8))
+    assert loader.steps_per_epoch == 6
+    assert [(s.step, s.epoch, s.samples, s.dataset) for s in steps] == [
+        (6, 0, 96, "toy"),
+        (7, 1, 112, "toy"),
+        (8, 1, 128, "toy"),
+    ]
+    assert steps[1].batches[0].keys[0].startswith("1/toy/")
+
+
+def test_batches_are_what_the_interface_says(toy: Source):
+    batch = next(loader_of(toy).steps(0, 1)).batches[0]
+    assert {n: (t.dtype, tuple(t.shape)) for n, t in batch.pixels.items()} == {
+        "aerial": (torch.uint8, (4, 1, 3, 12, 12)),
+        "s2": (torch.int16, (4, 3, 2, 3, 3)),
+        "s1": (torch.float32, (4, 2, 2, 3, 3)),
+    }
+    assert batch.dates["s2"].shape == (4, 3, 3)
+    assert batch.ref_date.dtype == torch.int16
+    assert {n: tuple(t.shape) for n, t in batch.targets.items()} == {"kind": (4, 2), "cover": (4, 3, 3)}
+    # Labels belong to the tiles they came with.
+    assert batch.targets["kind"].argmax(1).tolist() == [int(t[-1]) % 2 for t in batch.tiles]
+
+
+def test_a_sample_is_made_again_from_its_key(toy: Source):
+    loader = loader_of(toy, rank=1, world=2)
+    batch = list(loader.steps(0, 8))[7].batches[1]
+    assert digest(loader.replay(batch.keys)) == digest(batch)
+    assert digest(loader_of(toy).replay(batch.keys)) == digest(batch)
+    for key in ("1/else/3", "1/toy/x", "eval/toy/1/0"):
+        with pytest.raises(ValueError, match="is no key"):
+            loader.replay([key])
+
+
+def test_few_samples_are_repeated_with_other_randomness(write_toy: Callable[..., Source], caplog):
+    few = write_toy(6)
+    loader = loader_of(few)
+    assert "has 6 samples, fewer than the global batch 16" in caplog.text
+    batches = next(loader.steps(0, 1)).batches
+    keys = [k for b in batches for k in b.keys]
+    assert len(set(keys)) == 16
+    assert Counter(t for b in batches for t in b.tiles).most_common(1)[0][1] <= 3
+    assert len(set(samples_of(batches).values())) == 16
+
+
+def test_a_mixture_gives_every_step_one_dataset_the_same_on_every_rank(write_toy: Callable[..., Source]):
+    first, second = write_toy(40, weight=3.0), write_toy(48)
+    names = {}
+    for rank in (0, 1):
+        loader = loader_of(first, second, rank=rank, world=2)
+        steps = list(loader.steps(0, 20))
+        names[rank] = [s.dataset for s in steps]
+        assert all(
+            b.dataset == s.dataset and b.keys[0].split("/")[1] == s.dataset for s in steps for b in s.batches
+        )
+    assert names[0] == names[1]
+    assert Counter(names[0]) == {"toy#0": 15, "toy#1": 5}
+    assert loader.steps_per_epoch == 2 + 3
+    assert [s.epoch for s in steps] == [i // 5 for i in range(20)]
+    resumed = [samples_of(s.batches) for s in loader.steps(7 * 16, 20)]
+    assert resumed == [samples_of(s.batches) for s in steps[7:]]
+    assert len({k for s in steps for b in s.batches for k in b.keys}) == 20 * 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "reason"),
+    [
+        ({"micro_batch": 3}, PlanError, "micro_batch 3 does not divide the 16 samples of a rank"),
+        ({"world": 3}, PlanError, "3 ranks do not divide 4 lanes"),
+        ({"lanes": 5}, PlanError, "lanes 5 do not divide the global batch 16"),
+        ({"global_batch": 0}, PlanError, "lanes 4 do not divide the global batch 0"),
+    ],
+)
+def test_numbers_that_do_not_go_together_are_refused(toy: Source, changes: dict, error: type, reason: str):
+    with pytest.raises(error, match=reason):
+        loader_of(toy, **changes)
+
+
+def test_another_global_batch_cannot_resume(toy: Source):
+    with pytest.raises(ValueError, match="24 samples are no whole number of steps of 16"):
+        loader_of(toy).steps(24, 8)
+
+
+@pytest.fixture
+def damaged(write_toy: Callable[..., Source], tmp_path: Path) -> Source:
+    """60 tiles, one byte of the second shard flipped."""
+    source = write_toy(60)
+    folder = tmp_path / "shards"
+    shutil.copytree(source.store.url, folder)
+    bad = folder / source.shards[1].path
+    content = bytearray(bad.read_bytes())
+    content[len(content) // 2] ^= 1
+    bad.write_bytes(content)
+    return replace(source, store=Store(str(folder), tmp_path / "cache", 2**30))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bad_shard_ends_the_run_with_its_name(damaged: Source, workers: int):
+    loader = loader_of(damaged, workers=workers)
+    with pytest.raises(BadShard, match=damaged.shards[1].path):
+        digests(loader, 0, 4)
+
+
+def test_a_bad_shard_is_replaced_the_same_way_everywhere_and_counted(damaged: Source):
+    def run(**changes) -> tuple[dict[str, str], float]:
+        loader = loader_of(damaged, on_bad_shard="replace", **changes)
+        samples = {}
+        for step in loader.steps(0, 3):
+            samples |= samples_of(step.batches)
+        replaced = loader.counters["replaced"]
+        loader.close()
+        return samples, replaced
+
+    whole, replaced = run()
+    assert len(whole) == 48
+    assert replaced == sum("~" in k for k in whole)
+    assert damaged.shards[1].samples - 12 <= replaced <= damaged.shards[1].samples
+    assert run(workers=2) == (whole, replaced)
+    halves = [run(rank=r, world=2) for r in (0, 1)]
+    assert halves[0][0] | halves[1][0] == whole
+    assert halves[0][1] + halves[1][1] == replaced
+    key = next(k for k in whole if "~" in k)
+    assert samples_of([loader_of(damaged).replay([key])]) == {key: whole[key]}
+
+
+def test_nothing_is_left_to_replace_with(damaged: Source):
+    only_bad = replace(damaged, shards=damaged.shards[1:2])
+    with pytest.raises(BadShard, match="samples drawn in its place are bad too"):
+        digests(loader_of(only_bad, on_bad_shard="replace"), 0, 1)
+
+
+def test_filled_dates_are_counted(toy: Source):
+    sensor = replace(toy.sensors[1], num_dates=12)
+    loader = loader_of(replace(toy, sensors=(sensor,)))
+    batches = next(loader.steps(0, 1)).batches
+    assert sum(b.filled for b in batches) == loader.counters["filled"] > 16

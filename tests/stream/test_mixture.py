@@ -1,0 +1,42 @@
+"""Which dataset a step draws from."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from maestro_scale.stream.mixture import Mixture
+
+WEIGHTS = st.lists(st.sampled_from([0.1, 0.25, 1.0, 1.5, 2.0, 3.0, 7.7, 100.0]), min_size=1, max_size=5)
+
+
+@given(WEIGHTS)
+def test_counts_are_what_counting_gives_and_never_a_step_off_per_dataset(weights: list[float]):
+    mixture = Mixture(weights)
+    used = [0] * len(weights)
+    exact = [Fraction(str(w)) for w in weights]
+    for step in range(200):
+        dataset, before = mixture.at(step)
+        assert before == used[dataset]
+        used[dataset] += 1
+        for count, weight in zip(used, exact, strict=True):
+            assert abs(count - (step + 1) * weight / sum(exact)) < len(weights)
+
+
+@given(WEIGHTS, st.integers(0, 10**18))
+def test_late_steps_count_on_exactly(weights: list[float], start: int):
+    mixture = Mixture(weights)
+    used: dict[int, int] = {}
+    for step in range(start, start + 50):
+        dataset, before = mixture.at(step)
+        assert used.get(dataset, before) == before
+        used[dataset] = before + 1
+
+
+@pytest.mark.parametrize("weights", [[], [1.0, 0.0], [-1.0]])
+def test_weights_must_be_positive(weights: list[float]):
+    with pytest.raises(ValueError, match="weights of a mixture"):
+        Mixture(weights)

@@ -1,0 +1,39 @@
+"""Batches as blocks of memory."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from maestro_scale.stream.batch import digest
+from maestro_scale.stream.packing import Field, Label, Packed, allocate, check_dtype
+
+DTYPES = ["uint8", "int8", "int16", "uint16", "int32", "uint32", "float16", "float32", "float64", "bool"]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_what_is_written_comes_out_in_its_own_dtype(shared: bool):
+    fields = (
+        *(Field("pixels", d, (3, 5), d) for d in DTYPES),
+        Field("ref_date", "", (3,), "int16"),
+    )
+    block, arrays = allocate(fields, 2, shared)
+    assert block.is_shared() == shared
+    for i, (field, array) in enumerate(arrays.items()):
+        assert array.shape == (2, *field.shape)
+        array[...] = i % 2
+    batch = Packed(block, fields, Label("d", ("0/d/1", "0/d/2"), ("a", "b"), 3, 1)).unpack()
+    for i, name in enumerate(DTYPES):
+        tensor = batch.pixels[name]
+        assert tensor.dtype == torch.from_numpy(np.zeros(1, name)).dtype
+        assert tensor.float().tolist() == [[[i % 2] * 5] * 3] * 2
+    assert (batch.filled, batch.replaced, batch.tiles) == (3, 1, ("a", "b"))
+    before = digest(batch)
+    arrays[fields[0]][1, 2, 4] += 1
+    assert digest(batch) != before
+
+
+def test_a_dtype_without_a_tensor_is_refused():
+    with pytest.raises(ValueError, match="modality x has dtype longdouble"):
+        check_dtype("longdouble", "modality x")

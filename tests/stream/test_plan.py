@@ -1,0 +1,148 @@
+"""The order of samples: invariants 2 and 3 of the design, for any dataset, batch and world."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from maestro_scale.stream.plan import Plan, PlanError
+
+
+@st.composite
+def plans(draw: st.DrawFn, whole_batches: bool = False) -> Plan:
+    """Plans of a few shards; at least one global batch of samples if ``whole_batches``."""
+    counts = draw(st.lists(st.integers(0, 60), min_size=1, max_size=8).filter(any))
+    lanes = draw(st.sampled_from([1, 2, 4, 6, 8]))
+    global_batch = lanes * draw(st.integers(1, 5))
+    if whole_batches and sum(counts) < global_batch:
+        counts = [*counts, global_batch]
+    window = draw(st.integers(1, 50))
+    return Plan(counts, draw(st.integers(0, 2**64 - 1)), lanes, global_batch, window, draw(st.integers(0, 3)))
+
+
+def worlds(plan: Plan) -> list[int]:
+    return [r for r in range(1, plan.lanes + 1) if plan.lanes % r == 0]
+
+
+def epoch_of(plan: Plan, epoch: int, rank: int = 0, world: int = 1) -> np.ndarray:
+    return np.concatenate([plan.at(epoch, step, rank, world) for step in range(plan.steps_per_epoch)])
+
+
+@given(plans(whole_batches=True), st.integers(0, 2**40))
+def test_an_epoch_uses_every_sample_at_most_once_and_leaves_out_less_than_a_batch(plan: Plan, epoch: int):
+    ids = epoch_of(plan, epoch)
+    assert len(ids) == len(set(ids.tolist())) == plan.steps_per_epoch * plan.global_batch
+    assert set(ids.tolist()) <= set(range(plan.num_samples))
+    assert plan.num_samples - len(ids) < plan.global_batch
+
+
+@given(plans(), st.integers(0, 100))
+def test_too_few_samples_are_repeated_as_often_as_needed_and_no_more(plan: Plan, epoch: int):
+    ids = epoch_of(plan, epoch)
+    assert len(ids) == len(set(ids.tolist()))
+    assert plan.steps_per_epoch >= 1
+    times = np.bincount(ids % plan.num_samples, minlength=plan.num_samples)
+    assert times.max() <= plan.num_copies
+    assert plan.num_copies == 1 or (plan.num_copies - 1) * plan.num_samples < plan.global_batch
+
+
+@given(plans(), st.integers(0, 100), st.data())
+def test_a_global_batch_is_the_same_set_on_any_number_of_ranks(plan: Plan, epoch: int, data: st.DataObject):
+    step = data.draw(st.integers(0, plan.steps_per_epoch - 1))
+    whole = plan.at(epoch, step)
+    for world in worlds(plan):
+        parts = [plan.at(epoch, step, rank, world) for rank in range(world)]
+        assert {len(p) for p in parts} == {plan.global_batch // world}
+        assert sorted(np.concatenate(parts).tolist()) == sorted(whole.tolist())
+
+
+@given(plans(), st.integers(0, 100), st.data())
+def test_any_step_is_found_without_those_before_it(plan: Plan, epoch: int, data: st.DataObject):
+    step = data.draw(st.integers(0, plan.steps_per_epoch - 1))
+    walked = epoch_of(plan, epoch)[step * plan.global_batch : (step + 1) * plan.global_batch]
+    for cache in (plan._window_ids, plan._within, plan._shard_order):
+        cache.cache_clear()
+    assert plan.at(epoch, step).tolist() == walked.tolist()
+
+
+@given(plans(), st.integers(0, 20), st.data())
+def test_the_shards_ahead_are_those_that_are_used_and_in_time(plan: Plan, epoch: int, data: st.DataObject):
+    world = data.draw(st.sampled_from(worlds(plan)))
+    rank = data.draw(st.integers(0, world - 1))
+    start = data.draw(st.integers(0, plan.steps_per_epoch - 1))
+    told = list(plan.shards_ahead(epoch, start, rank, world))
+    steps = [step for step, _ in told]
+    assert steps == sorted(steps)
+    used = set()
+    for step in range(start, plan.steps_per_epoch):
+        shards, _ = plan.locate(plan.at(epoch, step, rank, world))
+        used |= set(shards.tolist())
+        assert set(shards.tolist()) <= {shard for enters, shard in told if enters <= step}
+    assert used == {shard for _, shard in told}
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=9).filter(any), st.integers(1, 3))
+def test_locate_finds_shard_and_place_of_every_copy(counts: list[int], copies: int):
+    total = sum(counts)
+    plan = Plan(counts, 0, 1, copies * total, 4)
+    expected = [(s, i) for s, n in enumerate(counts) for i in range(n)] * copies
+    shards, indices = plan.locate(np.arange(copies * total))
+    assert list(zip(shards.tolist(), indices.tolist(), strict=True)) == expected
+
+
+@pytest.mark.parametrize("counts", [(67,), (20, 20, 27)])
+def test_another_rest_is_left_out_every_epoch(counts: tuple[int, ...]):
+    plan = Plan(counts, 5, 4, 16, 8)
+    rests = [frozenset(range(67)) - set(epoch_of(plan, e).tolist()) for e in range(60)]
+    assert {len(r) for r in rests} == {3}
+    assert len(set(rests)) > 30
+    assert len(frozenset().union(*rests)) > 50
+
+
+@pytest.mark.parametrize("counts", [(256,), (32,) * 8])
+def test_neighbours_are_torn_apart(counts: tuple[int, ...]):
+    plan = Plan(counts, 1, 4, 16, 64)
+    ids = epoch_of(plan, 0)
+    assert np.mean(np.abs(np.diff(ids)) == 1) < 0.05
+    assert ids.tolist() != epoch_of(plan, 1).tolist()
+    assert ids.tolist() != epoch_of(Plan(counts, 2, 4, 16, 64), 0).tolist()
+    assert ids.tolist() != epoch_of(Plan(counts, 1, 4, 16, 64, dataset=1), 0).tolist()
+
+
+def test_the_order_stays_what_it_was():
+    # A change here breaks the resumption of every run in progress.
+    assert Plan((5, 3, 4), 7, 2, 4, 3).at(2, 1).tolist() == [5, 3, 9, 11]
+
+
+def test_a_lane_needs_few_shards_at_a_time():
+    plan = Plan((10,) * 1000, 0, 8, 16, 40)
+    assert all(
+        len({s for _, s in plan._first_uses(0, lane, 3, plan._bounds(lane, 3)[0])}) <= 5 for lane in range(8)
+    )
+
+
+def test_the_middle_of_a_hundred_million_samples_needs_no_walk():
+    plan = Plan((2000,) * 50_000, 0, 256, 4096, 4096)
+    first = plan.at(3, plan.steps_per_epoch // 2, 5, 64)
+    assert len(first) == 64
+    assert plan._window_ids.cache_info().misses == 4  # one window for each lane of this rank
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (((10,), 0, 3, 8, 4), "lanes 3 do not divide the global batch 8"),
+        (((0, 0), 0, 1, 8, 4), "no samples"),
+        (((10,), 0, 1, 8, 0), "window is 0"),
+    ],
+)
+def test_numbers_that_do_not_go_together_are_refused(arguments: tuple, reason: str):
+    with pytest.raises(PlanError, match=reason):
+        Plan(*arguments)
+
+
+def test_a_world_that_does_not_divide_the_lanes_is_refused():
+    with pytest.raises(PlanError, match="3 ranks do not divide 4 lanes"):
+        Plan((10,), 0, 4, 8, 4).at(0, 0, 0, 3)

@@ -1,0 +1,184 @@
+"""One sample as the model sees it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from maestro_scale.datasets import open_raw
+from maestro_scale.datasets.spec import Sensor, Tile
+from maestro_scale.shards.codec import Sample, encode
+from maestro_scale.stream.packing import allocate
+from maestro_scale.stream.prepare import Preparer, View
+from maestro_scale.stream.source import Source
+
+REPO = Path(__file__).parents[2]
+REAL = Path(os.environ.get("MAESTRO_TREESATAI_DIR", REPO.parent / "shared" / "data" / "treesatai_ts"))
+
+Prepared = dict[tuple[str, str], np.ndarray]
+
+
+def view_of(toy: Source, **changes) -> View:
+    return replace(View(toy.spec, toy.sensors, toy.crop_m), **changes)
+
+
+def prepare(
+    view: View,
+    tile: Tile,
+    number: int | None = 0,
+    epoch: int = 0,
+    seed: int = 0,
+    dataset: int = 0,
+    crop: int = 0,
+) -> tuple[Prepared, int]:
+    """{(part, name): array} of one sample; evaluation if ``number`` is None."""
+    preparer = Preparer(view, seed, dataset)
+    _, arrays = allocate(preparer.fields, 1, shared=False)
+    sample = Sample(encode(tile, "raw"))
+    if number is None:
+        filled = preparer.evaluate(sample, crop, arrays, 0)
+    else:
+        filled = preparer.train(sample, epoch, number, arrays, 0)
+    return {(f.part, f.name): a[0] for f, a in arrays.items()}, filled
+
+
+def same(a: Prepared, b: Prepared) -> bool:
+    return a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
+
+
+def test_a_sample_depends_on_seed_epoch_number_and_dataset_alone(toy: Source, tile_of: Callable[[int], Tile]):
+    view, tile = view_of(toy), tile_of(3)
+    first, _ = prepare(view, tile)
+    assert same(first, prepare(view, tile)[0])
+    for change in ({"number": 1}, {"epoch": 1}, {"seed": 1}, {"dataset": 1}):
+        other, _ = prepare(view, tile, **change)
+        assert all(not np.array_equal(first[k], other[k]) for k in first if k[0] == "noise")
+
+
+def test_another_sensor_changes_nothing_for_the_others(toy: Source, tile_of: Callable[[int], Tile]):
+    whole, _ = prepare(view_of(toy), tile_of(3))
+    part, _ = prepare(view_of(toy, sensors=toy.sensors[1:]), tile_of(3))
+    assert all(np.array_equal(whole[k], v) for k, v in part.items())
+    assert part.keys() < whole.keys()
+
+
+def test_noise_is_uniform_and_of_the_models_length(toy: Source, tile_of: Callable[[int], Tile]):
+    noise = [prepare(view_of(toy), tile_of(0), n)[0]["noise", "s2"] for n in range(200)]
+    values = np.stack(noise)
+    assert values.dtype == np.float32
+    assert 0 <= values.min() < 0.01 < 0.99 < values.max() < 1
+    assert values.mean() == pytest.approx(0.5, abs=0.01)
+    assert abs(np.corrcoef(values[:, 0], values[:, 1])[0, 1]) < 0.25
+
+
+def test_all_sensors_and_targets_are_cut_and_turned_alike(toy: Source, tile_of: Callable[[int], Tile]):
+    # Rasters that tell where they are: the coarse pixel over each fine one must agree, whatever was drawn.
+    places = np.arange(36).reshape(6, 6)
+    tile = tile_of(0)
+    fine = np.kron(places, np.ones((4, 4))).astype(np.uint8)
+    tile = replace(
+        tile,
+        arrays={
+            "aerial": np.broadcast_to(fine, (1, 3, 24, 24)).copy(),
+            "s2": np.broadcast_to(places, (5, 2, 6, 6)).astype(np.int16),
+            "s1": np.broadcast_to(places, (7, 2, 6, 6)).astype(np.float32),
+        },
+        masks={"s2": np.zeros((5, 2, 6, 6), np.uint8)},
+        targets={**tile.targets, "cover": places.astype(np.uint8)},
+    )
+    seen = set()
+    for number in range(100):
+        out, _ = prepare(view_of(toy), tile, number)
+        cover = out["targets", "cover"]
+        assert cover.shape == (3, 3)
+        np.testing.assert_array_equal(out["pixels", "s2"][0, 0], cover)
+        np.testing.assert_array_equal(out["pixels", "s1"][1, 1], cover)
+        np.testing.assert_array_equal(out["pixels", "aerial"][0, 2], np.kron(cover, np.ones((4, 4))))
+        seen.add(cover.tobytes())
+    assert len(seen) > 64  # of 4 × 4 places in 8 orientations
+
+
+def test_flips_can_be_switched_off(toy: Source, tile_of: Callable[[int], Tile]):
+    aerial = [prepare(view_of(toy, flips=False), tile_of(0), n)[0]["pixels", "aerial"] for n in range(50)]
+    assert all((np.diff(a.astype(int), axis=-1) == 1).all() for a in aerial)
+
+
+def test_bands_are_taken_in_the_sensors_order(toy: Source, tile_of: Callable[[int], Tile]):
+    tile = tile_of(0)
+    for bands in ((2, 0), (1,), (1, 2), (0, 1, 2)):
+        sensor = replace(toy.sensors[0], bands=bands, band_groups=(len(bands),))
+        out, _ = prepare(view_of(toy, sensors=(sensor,), crop_m=60.0), tile, None)
+        np.testing.assert_array_equal(out["pixels", "aerial"], tile.arrays["aerial"][:, list(bands)])
+
+
+def test_native_dtypes_are_kept(toy: Source, tile_of: Callable[[int], Tile]):
+    out, _ = prepare(view_of(toy), tile_of(0))
+    dtypes = {name: a.dtype.name for (part, name), a in out.items() if part == "pixels"}
+    assert dtypes == {"aerial": "uint8", "s2": "int16", "s1": "float32"}
+
+
+def test_evaluation_draws_nothing_and_covers_the_tile(toy: Source, tile_of: Callable[[int], Tile]):
+    tile, view = tile_of(7), view_of(toy)
+    crops = [prepare(view, tile, None, crop=i)[0] for i in range(4)]
+    assert not any(c["noise", s.name].any() for c in crops for s in toy.sensors)
+    quarters = [c["pixels", "aerial"] for c in crops]
+    whole = np.concatenate([np.concatenate(quarters[i : i + 2], axis=-1) for i in (0, 2)], axis=-2)
+    np.testing.assert_array_equal(whole, tile.arrays["aerial"])
+
+
+def test_repeated_and_imputed_dates_are_counted(toy: Source, tile_of: Callable[[int], Tile]):
+    tile = tile_of(0)
+    short = replace(
+        tile,
+        arrays={**tile.arrays, "s1": np.full((1, 2, 6, 6), np.nan, np.float32)},
+        dates={**tile.dates, "s1": tile.dates["s1"][:1]},
+    )
+    for number in (0, None):
+        assert prepare(view_of(toy), tile, number)[1] == 0
+        out, filled = prepare(view_of(toy), short, number)
+        assert filled == 3  # one repeated, both filled
+        assert np.isfinite(out["pixels", "s1"]).all()
+
+
+def test_a_series_of_exactly_the_wanted_dates_is_taken_whole(toy: Source, tile_of: Callable[[int], Tile]):
+    sensor = replace(toy.sensors[1], num_dates=5)
+    out, _ = prepare(view_of(toy, sensors=(sensor,), crop_m=60.0, flips=False), tile_of(0))
+    np.testing.assert_array_equal(out["pixels", "s2"], tile_of(0).arrays["s2"])
+
+
+@pytest.mark.parametrize(
+    ("sensor", "reason"),
+    [({"bands": (0, 3)}, "takes bands .0, 3., but aerial has bands 0 to 2"), ({"bands": ()}, "takes bands")],
+)
+def test_a_sensor_that_asks_for_what_is_not_there_is_refused(toy: Source, sensor: dict, reason: str):
+    with pytest.raises(ValueError, match=reason):
+        Preparer(view_of(toy, sensors=(replace(toy.sensors[0], **sensor),)))
+
+
+def scaled(sensor: Sensor, pixels: np.ndarray) -> np.ndarray:
+    values = pixels.astype(np.float32)
+    if sensor.scale.kind == "log":
+        values = np.log(np.maximum(values, 1e-10))
+    return values / np.float32(sensor.scale.divisor)
+
+
+def test_evaluation_of_the_real_tile_is_what_the_reference_prepares():
+    expected_path = REAL.with_name(REAL.name + "_prepared.npz")
+    if not (REAL.is_dir() and expected_path.is_file()):
+        pytest.skip(f"no real TreeSatAI-TS tile at {REAL} (set MAESTRO_TREESATAI_DIR)")
+    dataset = open_raw("treesatai_ts", REAL, "train")
+    spec, expected = dataset.spec, np.load(expected_path)
+    out, filled = prepare(View(spec, spec.sensors, spec.crop_m), dataset.read(dataset.keys()[0]), None)
+    assert filled == 0
+    for sensor in spec.sensors:
+        pixels = scaled(sensor, out["pixels", sensor.name])
+        np.testing.assert_allclose(pixels, expected[sensor.name], rtol=1e-6, atol=1e-7)
+        np.testing.assert_array_equal(out["dates", sensor.name], expected[f"{sensor.name}_dates"])
+    np.testing.assert_array_equal(out["ref_date", ""], expected["ref_date"][0])
+    positive = out["targets", "species"] > spec.target("species").threshold
+    np.testing.assert_array_equal(positive, expected["treesat_mlc_thresh"].astype(bool))

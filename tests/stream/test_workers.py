@@ -1,0 +1,142 @@
+"""Loader processes as the system treats them: signals, deaths, exits."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from maestro_scale.stream.source import Source
+
+PROGRAM = """
+import logging, os, signal, sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from conftest import open_toy
+from maestro_scale.stream.loader import TrainLoader
+
+def main():
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda n, f: print("got", signal.Signals(n).name, flush=True))
+    shards, cache = Path(sys.argv[2]), Path(sys.argv[3])
+    loader = TrainLoader([open_toy(shards, cache)], 0, 4, 16, 4, workers=2)
+    steps = loader.steps(0, 10**9)
+    print("started", flush=True)
+    for line in sys.stdin:
+        if line.strip() == "workers":
+            print(*(w.pid for p in loader._pipelines for w in p._made._workers), flush=True)
+        elif line.strip() == "close":
+            loader.close()
+            print("closed", flush=True)
+        else:
+            print("step", next(steps).step, flush=True)
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+class Program:
+    """The program above, in a process group of its own; told what to do line by line."""
+
+    def __init__(self, path: Path, source: Source) -> None:
+        path.write_text(PROGRAM)
+        folders = [str(Path(__file__).parent), source.store.url, str(source.store.cache_dir)]
+        self.process = subprocess.Popen(
+            [sys.executable, str(path), *folders],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        assert self.read() == "started"
+
+    def read(self) -> str:
+        return self.process.stdout.readline().strip()
+
+    def ask(self, line: str) -> str:
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+        answer = self.read()
+        while answer.startswith("got"):
+            answer = self.read()
+        return answer
+
+    def workers(self) -> list[int]:
+        return [int(p) for p in self.ask("workers").split()]
+
+
+@pytest.fixture
+def program(toy: Source, tmp_path: Path) -> Iterator[Program]:
+    program = Program(tmp_path / "program.py", toy)
+    yield program
+    program.process.kill()
+    program.process.communicate()
+
+
+def members(group: int) -> list[int]:
+    """Processes of a group that still run."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            state, _, of = (entry / "stat").read_text().rsplit(")", 1)[1].split()[:3]
+        except (OSError, IndexError, ValueError):
+            continue
+        if entry.name.isdigit() and int(of) == group and state not in "ZX":
+            found.append(int(entry.name))
+    return found
+
+
+def wait_until(true: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, f"not so after {seconds} s"
+        time.sleep(0.05)
+
+
+def test_workers_ignore_what_a_scheduler_sends_and_end_with_their_parent(program: Program):
+    group = program.process.pid
+    assert program.ask("next") == "step 1"
+    workers = program.workers()
+    assert len(workers) == 2
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        os.killpg(group, number)
+    for step in range(2, 40):
+        assert program.ask("next") == f"step {step}"
+    assert program.workers() == workers
+    program.process.kill()
+    wait_until(lambda: not members(group), 10)
+
+
+def test_a_killed_worker_is_an_error_within_seconds_and_the_program_ends(program: Program):
+    program.ask("next")
+    os.kill(program.workers()[0], signal.SIGKILL)
+    started = time.monotonic()
+    answers = iter(lambda: program.ask("next"), "")
+    assert all(a.startswith("step") for a in answers)
+    _, errors = program.process.communicate(timeout=20)
+    assert time.monotonic() - started < 20
+    last = errors.strip().splitlines()[-1]
+    assert "LoaderError" in last
+    assert "a loader process died" in last
+    assert program.process.returncode == 1
+    wait_until(lambda: not members(program.process.pid), 10)
+
+
+def test_closing_and_leaving_end_quickly_even_if_a_worker_hangs(program: Program):
+    program.ask("next")
+    os.kill(program.workers()[1], signal.SIGSTOP)
+    started = time.monotonic()
+    assert program.ask("close") == "closed"
+    program.process.communicate(timeout=20)
+    assert program.process.returncode == 0
+    assert time.monotonic() - started < 10
+    wait_until(lambda: not members(program.process.pid), 10)

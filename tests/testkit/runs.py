@@ -1,0 +1,148 @@
+"""Real runs for tests: synthetic shards, a tiny recipe, and the trainer behind the real deepspeed launcher."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+REPO = Path(__file__).parents[2]
+TRAIN = REPO / "maestro_scale" / "train.py"
+RECIPE = """
+name: tiny
+seed: 3
+data:
+  mixture:
+    - dataset: treesatai_ts
+      shards: {shards}
+      split: train
+      sensors:
+        aerial: {{image_size: 60, patch: 20}}
+        s2: {{num_dates: 4, patch: 3}}
+        s1_asc: {{num_dates: 2, patch: 3}}
+        s1_des: {{num_dates: 2, patch: 3}}
+  lanes: 4
+  workers: 1
+  cache_dir: {cache}
+  shuffle_window: 8
+model: {{size: tiny, width: 32, depth: 2, heads: 2, decoder_depth: 1, decoder_width: 32, inter_depth: 1}}
+optim: {{base_lr: 1.0e-3}}
+train: {{steps: 6, global_batch: 8, micro_batch: 4, precision: fp32, log_every: 1, audit: true}}
+deepspeed: {{zero_optimization: {{stage: 2}}}}
+checkpoint: {{every_steps: 2, keep: 2}}
+tracking: {{enabled: false, pictures_every: 0}}
+"""
+
+
+def write_recipe(folder: Path, shards: Path) -> Path:
+    """The tiny recipe over ``shards``."""
+    path = folder / "tiny.yaml"
+    path.write_text(RECIPE.format(shards=json.dumps(str(shards)), cache=json.dumps(str(folder / "cache"))))
+    return path
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@dataclass
+class Trainer:
+    """Runs ``train.py`` on one recipe."""
+
+    recipe: Path
+    env: dict[str, str] = field(default_factory=dict)
+
+    def command(self, run_dir: Path | None, ranks: int, *args: str) -> list[str]:
+        launcher = shutil.which("deepspeed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+        assert launcher, "the deepspeed launcher is not installed"
+        where = [f"--run-dir={run_dir}"] if run_dir else []
+        start = [launcher, f"--num_gpus={ranks}", f"--master_port={free_port()}", str(TRAIN)]
+        return [*start, f"--recipe={self.recipe}", *where, *args]
+
+    def start(self, run_dir: Path, ranks: int, *args: str) -> subprocess.Popen:
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **self.env}
+        return subprocess.Popen(
+            self.command(run_dir, ranks, *args),
+            env=env,
+            cwd=REPO,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def run(self, run_dir: Path | None, ranks: int = 1, *args: str, timeout_s: float = 240) -> tuple[int, str]:
+        """(exit code, output) of a run to its end."""
+        process = self.start(run_dir, ranks, *args)
+        try:
+            output, _ = process.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            kill(process)
+            raise
+        return process.returncode, output
+
+    def train(self, run_dir: Path, ranks: int = 1, *args: str) -> list[dict]:
+        """Metrics of a run that must succeed."""
+        code, output = self.run(run_dir, ranks, *args)
+        assert code == 0, output[-4000:]
+        return metrics(run_dir)
+
+    def kill_at(self, run_dir: Path, ranks: int, step: int, *args: str) -> None:
+        """Start a run and SIGKILL all of it once ``step`` is logged."""
+        process = self.start(run_dir, ranks, *args)
+        deadline = time.monotonic() + 240
+        while not any(m["step"] >= step for m in metrics(run_dir)):
+            assert process.poll() is None, process.stdout.read()[-4000:]
+            assert time.monotonic() < deadline, f"step {step} was not reached"
+            time.sleep(0.02)
+        kill(process)
+
+
+def kill(process: subprocess.Popen) -> None:
+    """SIGKILL a launcher and everything it started."""
+    session = process.pid
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and _session(entry) == session:
+            os.kill(int(entry.name), signal.SIGKILL)
+    process.wait(timeout=30)
+
+
+def _session(entry: Path) -> int:
+    try:
+        return int((entry / "stat").read_text().rpartition(")")[2].split()[3])
+    except (OSError, IndexError):
+        return -1
+
+
+def metrics(run_dir: Path) -> list[dict]:
+    """Whole lines of metrics.jsonl."""
+    path = run_dir / "metrics.jsonl"
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1] if line]
+
+
+def curve(lines: list[dict]) -> list[float]:
+    """Loss by step."""
+    return [line["loss"] for line in lines]
+
+
+def audit(run_dir: Path) -> dict[int, set[str]]:
+    """Sample keys of each step, over all ranks."""
+    steps: dict[int, set[str]] = {}
+    for file in sorted((run_dir / "audit").glob("*.jsonl")):
+        for line in file.read_text().splitlines():
+            record = json.loads(line)
+            keys = steps.setdefault(record["step"], set())
+            assert not keys & set(record["keys"]), "two ranks trained on the same sample"
+            keys.update(record["keys"])
+    return steps

@@ -1,0 +1,327 @@
+"""MLflow gets every metric once, never a secret, and never holds up the training. The store is a real SQLite one."""
+
+import json
+import logging
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from maestro_scale.tracking.mlflow_run import DatasetInput, Point
+from maestro_scale.tracking.mlflow_tracker import NullTracker, Rhythm, Tracker
+
+SECRET = "hunter2-correct-horse"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A folder of runs that share one store: making the database takes seconds."""
+    return tmp_path_factory.mktemp("project") / "runs"
+
+
+@pytest.fixture
+def run_dir(runs, request, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    folder = runs / request.node.name
+    folder.mkdir(parents=True)
+    return folder
+
+
+def start(run_dir, params=None, tags=None, artifacts=(), datasets=(), history=tuple):
+    return Tracker.start(
+        run_dir, "maestro", run_dir.name, params or {}, tags or {}, artifacts, datasets, history=history
+    )
+
+
+class Store:
+    """What another program sees in the store of a run directory."""
+
+    def __init__(self, run_dir: Path) -> None:
+        from mlflow.tracking import MlflowClient
+
+        self.client = MlflowClient(f"sqlite:///{run_dir.parent / 'mlflow.db'}")
+        self.id = json.loads((run_dir / "tracking.json").read_text())["run_id"]
+        self.run = self.client.get_run(self.id)
+
+    def steps(self, name="loss"):
+        return [m.step for m in sorted(self.client.get_metric_history(self.id, name), key=lambda m: m.step)]
+
+    def artifacts(self, folder=None):
+        return {a.path for a in self.client.list_artifacts(self.id, folder)}
+
+
+def wait_until(condition):
+    """Poll for what the background thread does; fails after 30 s."""
+    for _ in range(600):
+        if condition():
+            return
+        time.sleep(0.05)
+    pytest.fail("the background thread did not get there within 30 s")
+
+
+def test_a_run_is_stored_whole(run_dir):
+    (run_dir / "recipe.yaml").write_text("name: tiny\n")
+    (run_dir / "step_00000010.png").write_bytes(b"png")
+    tracker = start(
+        run_dir,
+        params={"optim.base_lr": 3e-4, **{f"p{i}": i for i in range(250)}, "long": "x" * 7000},
+        tags={"size": "tiny"},
+        artifacts=[run_dir / "recipe.yaml", run_dir / "not_there.json"],
+        datasets=[DatasetInput("treesatai_ts", "a" * 64, "s3://bucket/treesatai_ts")],
+    )
+    for step in range(1, 21):
+        tracker.log(step, {"loss": 1 / step, "loss/s2": None if step == 3 else 0.5, "odd|name": math.nan})
+    tracker.picture(10, run_dir / "step_00000010.png")
+    tracker.finish("done")
+
+    store = Store(run_dir)
+    assert store.run.info.status == "FINISHED"
+    assert store.run.info.run_name == run_dir.name
+    assert store.steps() == list(range(1, 21))
+    assert store.steps("loss/s2") == [s for s in range(1, 21) if s != 3]
+    assert store.steps("odd_name") == list(range(1, 21))
+    params = store.run.data.params
+    assert params["optim.base_lr"] == "0.0003"
+    assert params["p249"] == "249"
+    assert len(params["long"]) == 6000
+    assert store.run.data.tags["size"] == "tiny"
+    assert store.run.data.tags["data/treesatai_ts/manifest_sha256"] == "a" * 64
+    (read,) = store.run.inputs.dataset_inputs
+    assert read.dataset.name == "treesatai_ts"
+    assert store.artifacts() == {"recipe.yaml", "pictures"}
+    assert store.artifacts("pictures") == {"pictures/step_00000010.png"}
+    assert (run_dir.parent / "mlartifacts").is_dir()
+
+
+def test_replayed_steps_are_stored_once(run_dir):
+    killed = start(run_dir, params={"train.steps": 10})
+    for step in range(1, 11):
+        killed.log(step, {"loss": step})
+    wait_until(lambda: (run_dir / "tracking.json").exists() and len(Store(run_dir).steps()) == 10)
+    first = Store(run_dir).id
+
+    # The checkpoint was of step 6, so 7 to 10 come again; the run was made longer.
+    resumed = start(run_dir, params={"train.steps": 15})
+    for step in range(7, 16):
+        resumed.log(step, {"loss": step, "lr": 0.1})
+    resumed.finish("stopped")
+    store = Store(run_dir)
+    assert store.id == first
+    assert store.steps() == list(range(1, 16))
+    assert store.steps("lr") == list(range(7, 16))
+    assert store.run.info.status == "KILLED"
+    assert store.run.data.params["train.steps"] == "10"
+    assert store.run.data.tags["changed/train.steps"] == "15"
+
+
+CHILD = """
+import json, os, signal, sys, time
+from pathlib import Path
+from maestro_scale.tracking.mlflow_tracker import Tracker
+run_dir = Path(sys.argv[1])
+begin = time.perf_counter()
+tracker = Tracker.start(run_dir, "maestro", run_dir.name, {}, {})
+assert time.perf_counter() - begin < 0.5, "start waited for mlflow"
+with (run_dir / "metrics.jsonl").open("a") as file:
+    for step in range(1, 31):
+        file.write(json.dumps({"step": step, "loss": step / 10}) + "\\n")
+        file.flush()
+        tracker.log(step, {"loss": step / 10})
+        while step == 15 and not (run_dir / "tracking.json").exists():
+            time.sleep(0.05)
+        time.sleep(0.01)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def read_history(run_dir):
+    for line in (run_dir / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        yield record.pop("step"), record
+
+
+def test_what_a_sigkill_took_from_the_queue_is_sent_by_the_next_process(run_dir):
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    child = subprocess.run(
+        [sys.executable, "-c", CHILD, str(run_dir)], env=env, capture_output=True, timeout=120
+    )
+    assert child.returncode == -signal.SIGKILL, child.stderr.decode()
+    resumed = start(run_dir, history=lambda: read_history(run_dir))
+    for step in range(25, 41):
+        resumed.log(step, {"loss": step / 10})
+    resumed.finish("done")
+    assert Store(run_dir).steps() == list(range(1, 41))
+
+
+def test_an_outage_in_the_middle_leaves_no_gap(run_dir, monkeypatch, caplog):
+    from mlflow.tracking import MlflowClient
+
+    down, real = [], MlflowClient.log_batch
+
+    def log_batch(self, *args, **named):
+        if down:
+            raise ConnectionError("the server is away")
+        return real(self, *args, **named)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", log_batch)
+    logged = []
+    tracker = start(run_dir, history=lambda: list(logged))
+    tracker._rhythm = Rhythm(flush_s=0.02, retry_s=0.1)
+    with caplog.at_level(logging.WARNING):
+        for step in range(1, 61):
+            if step == 21:
+                wait_until(lambda: (run_dir / "tracking.json").exists() and len(Store(run_dir).steps()) == 20)
+                down.append(True)
+            if step == 41:
+                wait_until(lambda: caplog.records)
+                down.clear()
+            logged.append((step, {"loss": 1.0}))
+            tracker.log(step, {"loss": 1.0})
+            time.sleep(0.01)
+        tracker.finish("done")
+    assert Store(run_dir).steps() == list(range(1, 61))
+    (record,) = [r for r in caplog.records if "metrics" in r.getMessage().split("(")[0]]
+    assert "the server is away" in record.getMessage()
+
+
+def test_a_server_that_is_not_there_costs_one_warning(run_dir, monkeypatch, caplog):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://someone:{SECRET}@127.0.0.1:9")
+    begin = time.perf_counter()
+    with caplog.at_level(logging.WARNING):
+        tracker = start(run_dir)
+        for step in range(1, 501):
+            tracker.log(step, {"loss": 1.0})
+        assert time.perf_counter() - begin < 0.5
+        tracker.finish("done")
+    assert time.perf_counter() - begin < 15
+    ours = [r.getMessage() for r in caplog.records if r.name.startswith("maestro_scale")]
+    assert len(ours) == 1
+    assert ours[0].startswith("MLflow at http://127.0.0.1:9 does not take metrics")
+    assert SECRET not in caplog.text
+    assert not (run_dir / "tracking.json").exists()
+
+
+class SlowRun:
+    """A store that takes its time, and keeps what it got."""
+
+    def __init__(self, wait_s: float) -> None:
+        self.wait_s, self.got, self.closed, self.caught_up = wait_s, [], None, 0
+
+    def send(self, points):
+        points = list(points)
+        time.sleep(self.wait_s if points else 0)
+        self.got += [p.step for p in points]
+
+    def picture(self, path: Path) -> None:
+        raise OSError("no space left")
+
+    def catch_up(self, time_ms: int) -> None:
+        self.caught_up += 1
+
+    def close(self, reason: str) -> None:
+        self.closed = reason
+
+
+def test_a_slow_store_does_not_slow_the_caller_and_the_queue_is_bounded(caplog):
+    run = SlowRun(0.3)
+    tracker = Tracker(lambda warn: run, "the store", Rhythm(flush_s=0.01, capacity=50)).begin()
+    begin = time.perf_counter()
+    for step in range(1, 2001):
+        tracker.log(step, {"loss": 1.0})
+    assert time.perf_counter() - begin < 0.25
+    tracker.finish("stopped")
+    assert len(run.got) < 2000
+    assert run.caught_up == 1  # from the history
+    assert run.closed == "stopped"
+    assert caplog.text.count("more than 50 are waiting") == 1
+
+
+def test_finish_does_not_wait_for_ever():
+    tracker = Tracker(lambda warn: SlowRun(30), "the store", Rhythm(flush_s=0.01)).begin()
+    tracker.log(1, {"loss": 1.0})
+    begin = time.perf_counter()
+    tracker.finish("done", wait_s=0.3)
+    assert time.perf_counter() - begin < 1
+    with pytest.raises(ValueError, match="'over' must be one of done, stopped, failed"):
+        tracker.finish("over")
+
+
+def test_artifacts_that_cannot_be_stored_do_not_cost_the_metrics(run_dir, monkeypatch, caplog):
+    from mlflow.tracking import MlflowClient
+
+    def refuse(*_args):
+        raise PermissionError("bucket says no")
+
+    monkeypatch.setattr(MlflowClient, "log_artifact", refuse)
+    tracker = start(run_dir)
+    for step in (1, 2, 3):
+        tracker.log(step, {"loss": 1.0})
+        tracker.picture(step, run_dir / f"{step}.png")
+    tracker.finish("done")
+    assert Store(run_dir).steps() == [1, 2, 3]
+    assert caplog.text.count("bucket says no") == 1
+
+
+def test_a_run_deleted_from_the_store_is_begun_anew(run_dir):
+    (run_dir / "tracking.json").write_text(
+        json.dumps({"tracking_uri": f"sqlite:///{run_dir.parent / 'mlflow.db'}", "run_id": "0" * 32})
+    )
+    tracker = start(run_dir)
+    tracker.log(1, {"loss": 1.0})
+    tracker.finish("failed")
+    store = Store(run_dir)
+    assert store.id != "0" * 32
+    assert store.run.info.status == "FAILED"
+
+
+def test_no_secret_reaches_the_store(run_dir, monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    url = f"s3://AKIAABCDEFGHIJKLMNOP:{SECRET}@bucket/treesatai_ts"
+    recipe = run_dir / "recipe.yaml"
+    recipe.write_text(f'name: tiny\ndata:\n  shards: "{url}"\n  secret_key: other-{SECRET[::-1]}\nlr: 0.1\n')
+    environment = run_dir / "environment.json"
+    environment.write_text(json.dumps({"command": f"train.py --set data.shards={url}"}))
+    tracker = start(
+        run_dir,
+        params={"data.mixture[0].shards": url, "data.s3.secret_key": SECRET[::-1], "note": f"key={SECRET}"},
+        tags={"command": f"--set x={SECRET}"},
+        artifacts=[recipe, environment],
+        datasets=[DatasetInput("treesatai_ts", "b" * 64, url)],
+    )
+    tracker.log(1, {"loss": 1.0})
+    tracker.finish("done")
+
+    params = Store(run_dir).run.data.params
+    assert params["data.mixture[0].shards".replace("[", "_").replace("]", "_")] == "s3://bucket/treesatai_ts"
+    everything = [p for p in run_dir.parent.rglob("*") if p.is_file() and p not in (recipe, environment)]
+    assert any(p.name == "recipe.yaml" for p in everything)
+    for path in everything:
+        content = path.read_bytes()
+        for secret in (SECRET, SECRET[::-1], "AKIAABCDEFGHIJKLMNOP"):
+            assert secret.encode() not in content, path
+
+
+def test_tracking_can_be_off():
+    tracker = NullTracker()
+    tracker.log(1, {"loss": 1.0})
+    tracker.picture(1, Path("nowhere.png"))
+    tracker.finish("done")
+
+
+def test_points_keep_the_time_they_were_measured():
+    run = SlowRun(0)
+    times = []
+    run.send = lambda points: times.extend(p.time_ms for p in points)
+    tracker = Tracker(lambda warn: run, "the store", Rhythm(flush_s=0.2)).begin()
+    before = time.time() * 1000
+    tracker.log(1, {"loss": 1.0})
+    time.sleep(0.05)
+    tracker.log(2, {"loss": 1.0})
+    tracker.finish("done")
+    assert before - 1 <= times[0] <= times[1] - 40
+    assert Point(1, 2, {}).step == 1

@@ -1,0 +1,90 @@
+"""Pictures show what the sensor saw, what was hidden and what the model made of it."""
+
+import dataclasses
+import sys
+
+import numpy as np
+import pytest
+
+from maestro_scale.tracking.pictures import composite, dates_shown, reconstruction_picture, stretch_limits
+from maestro_scale.training.observer import SensorView
+
+S2 = ("B2", "B3", "B4", "B5", "B6", "B7", "B8", "B8A", "B11", "B12")
+
+
+def view(name="s2", bands=S2, num_dates=6, size=6, seed=0):
+    rng = np.random.default_rng(seed)
+    pixels = rng.normal(size=(num_dates, len(bands), size, size)).astype(np.float32)
+    hidden = np.zeros((num_dates, size, size), bool)
+    hidden[:, :, : size // 2] = True
+    return SensorView(name, bands, pixels, hidden, pixels + 0.3)
+
+
+@pytest.mark.parametrize(
+    ("bands", "shown"),
+    [
+        (("R", "G", "B"), "R G B"),
+        (("NIR", "R", "G", "B"), "R G B"),
+        (("NIR", "R", "G"), "NIR R G"),
+        (S2, "B4 B3 B2"),
+        (("VV", "VH"), "VV VH VV/VH"),
+        (("VV", "VH", "ratio"), "VV VH VV/VH"),
+        (("DSM", "DTM"), "DSM"),
+        (("a", "b", "c", "d"), "a b c"),
+        (("pan",), "pan"),
+    ],
+)
+def test_colours_follow_from_band_names(bands, shown):
+    mix = composite(bands)
+    assert mix.label == shown
+    assert mix.of(np.zeros((2, len(bands), 4, 4), np.float32)).shape == (2, 4, 4, 3)
+
+
+def test_radar_shows_the_ratio_as_a_difference_of_logarithms():
+    pixels = np.stack([np.full((3, 3), 2.0), np.full((3, 3), 0.5)])[None]
+    assert composite(("VV", "VH")).of(pixels)[0, 0, 0].tolist() == [2.0, 0.5, 1.5]
+
+
+@pytest.mark.parametrize(
+    ("num", "shown"), [(1, [0]), (3, [0, 1, 2]), (4, [0, 1, 2, 3]), (16, [0, 5, 10, 15])]
+)
+def test_a_few_dates_are_shown(num, shown):
+    assert dates_shown(num).tolist() == shown
+
+
+def test_a_cloudy_date_does_not_darken_the_others():
+    rng = np.random.default_rng(0)
+    clear = rng.uniform(0.02, 0.06, (7, 6, 6, 3))
+    _, high = stretch_limits(np.concatenate([clear, np.full((1, 6, 6, 3), 0.9)]))
+    assert (high < 0.15).all()
+    low, high = stretch_limits(clear)
+    np.testing.assert_allclose([low.mean(), high.mean()], [0.02, 0.06], atol=0.003)
+    low, high = stretch_limits(np.full((1, 2, 2, 3), np.nan))
+    assert (low < high).all()
+
+
+def test_a_picture_of_every_sensor(tmp_path):
+    aerial, radar = view("aerial", ("NIR", "R", "G", "B"), 1, 40), view("s1_asc", ("VV", "VH"), 2)
+    radar.pixels[0] = np.nan
+    before = set(sys.modules)
+    path = reconstruction_picture(
+        tmp_path / "pictures" / "step_00000100.png", [aerial, view(), radar], "run, step 100"
+    )
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+    assert "matplotlib.pyplot" not in set(sys.modules) - before
+    with pytest.raises(ValueError, match="at least one"):
+        reconstruction_picture(path, [], "nothing")
+
+
+def test_only_hidden_pixels_show_the_models_work(tmp_path):
+    whole = view()
+    wild = np.where(whole.hidden[:, None], whole.reconstruction, 99.0).astype(np.float32)
+    pasted = dataclasses.replace(whole, reconstruction=wild)
+    other = dataclasses.replace(whole, reconstruction=whole.pixels)
+    first, same, different = (
+        reconstruction_picture(tmp_path / f"{i}.png", [v], "t").read_bytes()
+        for i, v in enumerate((whole, pasted, other))
+    )
+    assert first == same
+    assert first != different

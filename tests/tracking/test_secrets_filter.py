@@ -1,0 +1,55 @@
+"""Credentials are found where people put them; innocent settings stay readable."""
+
+import pytest
+
+from maestro_scale.tracking.secrets_filter import HIDDEN, is_secret_name, scrub, scrub_document, scrub_mapping
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("s3://key:secret@bucket/a", "s3://bucket/a"),
+        ("s3://key:sec/ret@bucket/a", "s3://bucket/a"),
+        ("https://user:p@ss@host:5000/x", "https://host:5000/x"),
+        ("https://token@host", "https://host"),
+        ("https://h/x?a=1&X-Amz-Signature=ab12&b=2", f"https://h/x?a=1&X-Amz-Signature={HIDDEN}&b=2"),
+        ("hf_abcdefghijklmnopqrstuvwxyz", HIDDEN),
+        ("Authorization: Bearer abc.def", f"Authorization: Bearer {HIDDEN}"),
+        # innocent
+        ("http://127.0.0.1:9000/path@2", "http://127.0.0.1:9000/path@2"),
+        ("s3://bucket/tiles/a@2x.tar", "s3://bucket/tiles/a@2x.tar"),
+        ("sqlite:////work/runs/mlflow.db", "sqlite:////work/runs/mlflow.db"),
+        ("mail someone@host", "mail someone@host"),
+    ],
+)
+def test_urls_and_tokens(text, left):
+    assert scrub(text) == left
+
+
+@pytest.mark.parametrize(
+    "name", ["HF_TOKEN", "aws_secret_access_key", "data.s3.secret_key", "a.password", "x.api_key"]
+)
+def test_secret_names(name):
+    assert is_secret_name(name)
+    assert scrub_mapping({name: "value"}) == {name: HIDDEN}
+
+
+@pytest.mark.parametrize(
+    "name", ["model.norm", "token_groups", "num_tokens", "checkpoint.keep", "train.audit", "key"]
+)
+def test_innocent_names(name):
+    assert scrub_mapping({name: 3}) == {name: "3"}
+
+
+def test_values_of_secret_variables_are_hidden_anywhere(monkeypatch):
+    monkeypatch.setenv("MY_API_KEY", "0123456789abc")
+    monkeypatch.setenv("SHORT_TOKEN", "true")
+    assert scrub("x=0123456789abc, enabled: true") == f"x={HIDDEN}, enabled: true"
+
+
+def test_documents_keep_their_form():
+    text = "name: run\nstore:\n  secret_key: abc\n  region: eu\ncredentials:\n  user: me\n"
+    assert scrub_document(text) == text.replace("abc", f'"{HIDDEN}"')
+    assert (
+        scrub_document('{\n "password": "abc",\n "n": 1\n}') == f'{{\n "password": "{HIDDEN}",\n "n": 1\n}}'
+    )

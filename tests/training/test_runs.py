@@ -1,0 +1,139 @@
+"""The promises of a run, with real processes: the same curve however it is cut, and after any kill."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from testkit.runs import REPO, Trainer, audit, curve, write_recipe
+
+from maestro_scale.interop.export import export_model
+from maestro_scale.interop.pretrained import load_model
+from maestro_scale.training.checkpoint import COMMIT, newest
+
+FIELDS = {
+    "step",
+    "epoch",
+    "samples",
+    "loss",
+    "loss/aerial",
+    "loss/s2",
+    "loss/s1_asc",
+    "loss/s1_des",
+    "lr",
+    "grad_norm",
+    "samples_per_s",
+    "data_wait_s",
+    "step_s",
+    "tflops",
+    "mfu",
+    "peak_memory_gib",
+    "skipped_steps",
+}
+
+
+@pytest.fixture(scope="module")
+def trainer(synthetic_shards, tmp_path_factory) -> Trainer:
+    return Trainer(write_recipe(tmp_path_factory.mktemp("recipe"), synthetic_shards))
+
+
+@pytest.fixture(scope="module")
+def quiet(trainer, tmp_path_factory):
+    """One rank, one micro-batch, uninterrupted: (run directory, metrics)."""
+    run_dir = tmp_path_factory.mktemp("quiet")
+    return run_dir, trainer.train(run_dir, 1, "--set", "train.micro_batch=8")
+
+
+def test_run_directory_is_complete(quiet):
+    run_dir, lines = quiet
+    assert [m["step"] for m in lines] == [1, 2, 3, 4, 5, 6]
+    assert all(set(m) == FIELDS for m in lines)
+    assert lines[-1]["samples"] == 48
+    assert json.loads((run_dir / "environment.json").read_text())["versions"]["torch"]
+    assert (run_dir / "recipe.yaml").exists()
+    assert [p.name for p in sorted((run_dir / "checkpoints").iterdir())] == ["step_00000004", "step_00000006"]
+    assert all((p / COMMIT).exists() for p in (run_dir / "checkpoints").iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "stage", "micro"), [(1, 0, 2), (2, 1, 4), (2, 2, 1), (2, 3, 2)])
+def test_the_curve_does_not_depend_on_ranks_micro_batches_or_stage(trainer, quiet, tmp_path, ranks, stage, micro):
+    changes = [f"train.micro_batch={micro}", f"deepspeed.zero_optimization.stage={stage}"]
+    lines = trainer.train(tmp_path, ranks, "--set", *changes)
+    assert curve(lines) == pytest.approx(curve(quiet[1]), rel=1e-5)
+    assert [m["grad_norm"] for m in lines] == pytest.approx([m["grad_norm"] for m in quiet[1]], rel=1e-3)
+    assert audit(tmp_path) == audit(quiet[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (2, 2), (2, 3)])
+def test_killed_and_started_again_equals_uninterrupted(trainer, tmp_path, ranks, stage):
+    changes = ["--set", f"deepspeed.zero_optimization.stage={stage}", "train.micro_batch=2"]
+    whole = trainer.train(tmp_path / "whole", ranks, *changes)
+    trainer.kill_at(tmp_path / "killed", ranks, 3, *changes)
+    resumed = trainer.train(tmp_path / "killed", ranks, *changes)
+    assert [m["step"] for m in resumed] == [1, 2, 3, 4, 5, 6]
+    assert curve(resumed) == curve(whole)
+    assert audit(tmp_path / "killed") == audit(tmp_path / "whole")
+    states = []
+    for run in ("whole", "killed"):
+        out = export_model(newest(tmp_path / run), tmp_path / f"{run}-model")
+        states.append(load_model(out).state_dict())
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+
+
+def test_running_again_says_done_and_changes_nothing(trainer, quiet):
+    run_dir, lines = quiet
+    code, output = trainer.run(run_dir, 1, "--set", "train.micro_batch=8")
+    assert code == 0
+    assert "done: 6 steps" in output
+    assert [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()] == lines
+
+
+def test_stop_file_ends_a_run_that_then_resumes(trainer, quiet, tmp_path):
+    (tmp_path / "STOP").touch()
+    code, output = trainer.run(tmp_path, 1, "--set", "train.micro_batch=8")
+    assert code == 0, output[-3000:]
+    assert "resume with the same command" in output
+    assert newest(tmp_path).name == "step_00000001"
+    assert curve(trainer.train(tmp_path, 1, "--set", "train.micro_batch=8")) == curve(quiet[1])
+
+
+@pytest.mark.parametrize(
+    ("ranks", "changes", "words"),
+    [
+        (1, ["train.global_bach=8"], ["train.global_bach", "global_batch"]),
+        (2, ["data.lanes=1"], ["lanes", "2 ranks"]),
+        (1, ["data.mixture[0].shards=/nowhere/at/all"], ["/nowhere/at/all"]),
+        (1, ["data.mixture[0].split=nope"], ["nope", "train"]),
+    ],
+)
+def test_mistakes_end_with_one_line(trainer, tmp_path, ranks, changes, words):
+    code, output = trainer.run(tmp_path / "run", ranks, "--set", *changes)
+    assert code != 0
+    errors = [line for line in output.splitlines() if line.startswith("error")]
+    assert len({e.split(": ", 1)[1] for e in errors}) == 1, output[-3000:]
+    assert all(word in errors[0] for word in words), errors
+    assert "Traceback" not in output, output[-3000:]
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_resuming_with_another_seed_is_refused(trainer, quiet):
+    run_dir, _ = quiet
+    code, output = trainer.run(run_dir, 1, "--set", "train.micro_batch=8", "seed=4")
+    assert code != 0
+    assert "seed: checkpoint 3, recipe 4" in output
+
+
+def test_fresh_refuses_a_directory_with_a_run(trainer, quiet):
+    code, output = trainer.run(quiet[0], 1, "--fresh", "--set", "train.micro_batch=8")
+    assert code != 0
+    assert "--fresh" in output
+
+
+def test_dry_run_needs_no_data(tmp_path):
+    code, output = Trainer(REPO / "recipes" / "vitl.yaml").run(None, 1, "--dry-run")
+    assert code == 0, output[-3000:]
+    for words in ("parameters", "898,", "aerial", "225", "GFLOP", "stage", "GiB per rank"):
+        assert words in output, output
