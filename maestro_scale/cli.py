@@ -30,7 +30,9 @@ def main() -> None:
 
 @app.command()
 def quickstart(
-    out: Annotated[Path, typer.Option(help="Folder for everything it makes; run again to continue.")] = Path("quickstart"),
+    out: Annotated[Path, typer.Option(help="Folder for everything it makes; run again to continue.")] = Path(
+        "quickstart"
+    ),
     seed: Annotated[int, typer.Option(help="Seed of the scenes, the weights and the order of samples.")] = 0,
 ) -> None:
     """Synthetic tiles to a pretrained encoder and its scores, in minutes on two cores."""
@@ -51,7 +53,9 @@ def synth(
 
     _known(dataset)
     datasets.synth(dataset, dst, tiles, seed)
-    print(f"{tiles} tiles of {dataset} in {dst}; next: maestro-scale shard {dataset} {dst} SHARDS --split train")
+    print(
+        f"{tiles} tiles of {dataset} in {dst}; next: maestro-scale shard {dataset} {dst} SHARDS --split train"
+    )
 
 
 @app.command()
@@ -60,8 +64,12 @@ def shard(
     src: Annotated[Path, typer.Argument(help="Folder with the raw dataset.")],
     dst: Annotated[str, typer.Argument(help="Folder or s3:// prefix for the shards.")],
     split: Annotated[str, typer.Option(help="Split to write, e.g. train; run once per split.")],
-    workers: Annotated[int, typer.Option(min=1, help="Processes; the bytes written do not depend on it.")] = 2,
-    codec: Annotated[str, typer.Option(help="raw, zstd or delta-zstd (when the network is the limit).")] = "raw",
+    workers: Annotated[
+        int, typer.Option(min=1, help="Processes; the bytes written do not depend on it.")
+    ] = 2,
+    codec: Annotated[
+        str, typer.Option(help="raw, zstd or delta-zstd (when the network is the limit).")
+    ] = "raw",
     shard_mb: Annotated[int, typer.Option(min=1, help="Size of a shard in MB.")] = 128,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the order that samples are stored in.")] = 0,
 ) -> None:
@@ -88,7 +96,7 @@ def verify(
     url: Annotated[str, typer.Argument(help="Folder or s3:// prefix that holds manifest.json.")],
     workers: Annotated[int, typer.Option(min=1, help="Processes or connections.")] = 2,
 ) -> None:
-    """Check every shard against the manifest: size, sha256, count, every sample. Exit 1 and names if anything is wrong."""
+    """Check every shard against the manifest: size, sha256, count, samples. Exit 1 and what is wrong, if anything."""
     from maestro_scale.shards.manifest import Manifest
     from maestro_scale.shards.verify import verify as check
 
@@ -98,7 +106,9 @@ def verify(
     if problems:
         raise typer.Exit(1)
     manifest = Manifest.load(url)
-    print(f"{url}: {len(manifest.shards)} shards, {sum(s.samples for s in manifest.shards)} samples, all whole")
+    print(
+        f"{url}: {len(manifest.shards)} shards, {sum(s.samples for s in manifest.shards)} samples, all whole"
+    )
 
 
 @app.command()

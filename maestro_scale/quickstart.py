@@ -68,11 +68,16 @@ def quickstart(out: Path, seed: int = 0) -> None:
 
 def find_recipe(name: str) -> Path:
     """A recipe of this project, in the checkout or where pip installed it. QuickstartError if it is in neither."""
-    places = (Path(__file__).parents[1] / "recipes", Path(sysconfig.get_path("data")) / "share/maestro_scale/recipes")
+    places = (
+        Path(__file__).parents[1] / "recipes",
+        Path(sysconfig.get_path("data")) / "share/maestro_scale/recipes",
+    )
     for place in places:
         if (place / name).exists():
             return place / name
-    raise QuickstartError(f"no recipe {name} in {places[0]} or {places[1]}: reinstall maestro-scale, or use a checkout")
+    raise QuickstartError(
+        f"no recipe {name} in {places[0]} or {places[1]}: reinstall maestro-scale, or use a checkout"
+    )
 
 
 def _synthesise(console: Console, places: Places, seed: int) -> None:
@@ -94,14 +99,18 @@ def _shard(console: Console, places: Places, seed: int) -> None:
         write_shards(raw, str(places.shards), split, workers=2, codec="raw", shard_mb=16, seed=seed)
     problems = verify(str(places.shards))
     if problems:
-        raise QuickstartError(f"the shards are not whole: {problems[0]}; remove {places.shards} and run again")
+        raise QuickstartError(
+            f"the shards are not whole: {problems[0]}; remove {places.shards} and run again"
+        )
     manifest = Manifest.load(str(places.shards))
     console.print(f"      {len(manifest.shards)} shards, verified")
 
 
 def _pretrain(console: Console, places: Places, recipe: Path, seed: int) -> None:
     console.print(f"[bold]3/5[/bold] pretraining, run directory {places.run}")
-    launcher = shutil.which("deepspeed", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    launcher = shutil.which(
+        "deepspeed", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    )
     if launcher is None:
         raise QuickstartError("the `deepspeed` command is not on PATH: reinstall with pip install deepspeed")
     command = [
@@ -126,9 +135,10 @@ def _pretrain(console: Console, places: Places, recipe: Path, seed: int) -> None
 def _run(command: list[str], log: Path) -> int:
     """Run a command; its standard error (progress) passes through, both go to the log."""
     env = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(os.cpu_count() or 1))}
-    with log.open("ab") as sink, subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env
-    ) as process:
+    with (
+        log.open("ab") as sink,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env) as process,
+    ):
         assert process.stdout is not None
         while chunk := process.stdout.read1(1 << 16):
             sink.write(chunk)
@@ -165,7 +175,9 @@ def _summary(console: Console, places: Places, scores: dict[str, list]) -> None:
     for column in ("encoder", *(r.mode for r in scores["pretrained"])):
         table.add_column(column, justify="left" if column == "encoder" else "right")
     for name, results in scores.items():
-        cells = [f"{100 * r.value:.1f} ({100 * r.interval[0]:.1f}-{100 * r.interval[1]:.1f})" for r in results]
+        cells = [
+            f"{100 * r.value:.1f} ({100 * r.interval[0]:.1f}-{100 * r.interval[1]:.1f})" for r in results
+        ]
         table.add_row(name, *cells)
     console.print(table)
     console.print(f"masked loss: {first:.3f} -> {last:.3f} ({100 * (last / first - 1):+.0f} %)")

@@ -1,4 +1,4 @@
-"""Pretrain MAESTRO: ``deepspeed maestro_scale/train.py --recipe recipes/vitl.yaml [--run-dir DIR] [--set KEY=VALUE …]``.
+"""Pretrain MAESTRO: ``deepspeed maestro_scale/train.py --recipe recipes/vitl.yaml [--run-dir DIR] [--set K=V …]``.
 
 The same command run again resumes. Works under ``deepspeed``, ``torchrun``, ``srun`` and plain ``python``.
 """
@@ -25,8 +25,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         default=[],
         help="change the recipe, e.g. --set train.steps=100 'data.mixture[0].shards=s3://bucket/treesatai_ts'",
     )
-    parser.add_argument("--fresh", action="store_true", help="insist on starting anew: refuse a directory with a run")
-    parser.add_argument("--dry-run", action="store_true", help="print what would happen, without data, and exit")
+    parser.add_argument(
+        "--fresh", action="store_true", help="insist on starting anew: refuse a directory with a run"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print what would happen, without data, and exit"
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     return parser.parse_args(argv)
 
@@ -69,7 +73,9 @@ def _pretrain(recipe, run_dir: Path, fresh: bool) -> int:
         os._exit(2)
     if world.is_main:
         if outcome.reason == "stopped":
-            print(f"stopped by {outcome.why} after step {outcome.position.step}, resume with the same command")
+            print(
+                f"stopped by {outcome.why} after step {outcome.position.step}, resume with the same command"
+            )
         else:
             print(f"done: {outcome.position.step} steps, {outcome.position.samples} samples, in {run_dir}")
     leave()

@@ -155,7 +155,7 @@ def test_set_takes_yaml_values_and_makes_sections(minimal):
             "optim.base_lr=3e-4",
             "deepspeed.zero_optimization.offload_optimizer.device=cpu",
             "data.mixture[0].sensors={s1: null, s2: {num_dates: 8}}",
-            "evaluation.seeds=[0, 1]",
+            "optim.betas=[0.8, 0.9]",
             "tracking.experiment=a=b",
         ],
     )
@@ -163,7 +163,7 @@ def test_set_takes_yaml_values_and_makes_sections(minimal):
     assert recipe.deepspeed == {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
     assert recipe.zero_stage == 2
     assert recipe.data.mixture[0].sensors["s1"] is None
-    assert recipe.evaluation.seeds == (0, 1)
+    assert recipe.optim.betas == (0.8, 0.9)
     assert recipe.tracking.experiment == "a=b"
 
 

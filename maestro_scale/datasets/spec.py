@@ -8,7 +8,7 @@ Shapes: T dates stored, D dates seen by the model, C bands, H×W pixels (row 0 i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -157,9 +157,3 @@ def _named(items: Iterable, name: str, what: str):
         if item.name == name:
             return item
     raise KeyError(f"no {what} is called {name!r}; there are: {', '.join(i.name for i in items)}")
-
-
-def iter_tiles(dataset: RawDataset) -> Iterator[Tile]:
-    """Every tile of the split, in key order."""
-    for key in dataset.keys():
-        yield dataset.read(key)

@@ -59,7 +59,9 @@ def evaluate_frozen(
     started = time.perf_counter()
     features = {}
     for split in SPLITS:
-        source = Source(manifest.spec, model.config.sensors, manifest.spec.crop_m, manifest.of([split]), store)
+        source = Source(
+            manifest.spec, model.config.sensors, manifest.spec.crop_m, manifest.of([split]), store
+        )
         # A tile larger than the crop is judged by its first crop; kNN and probe give one answer per tile.
         loader = EvalLoader(source, BATCH_SIZE, workers=workers, crops=1)
         features[split] = encode(model.eval().to(device), loader, device)
@@ -71,7 +73,9 @@ def evaluate_frozen(
         fit = MODES[mode](train, val, test.features)
         fit_s = time.perf_counter() - started
         results.append(
-            _result(manifest, mode, target, fit, test.labels, provenance, {"encode_s": encode_s, "fit_s": fit_s})
+            _result(
+                manifest, mode, target, fit, test.labels, provenance, {"encode_s": encode_s, "fit_s": fit_s}
+            )
         )
     return results
 

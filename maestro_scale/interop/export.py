@@ -55,4 +55,11 @@ def full_state(state_dir: Path) -> dict[str, Tensor]:
     if not plain.exists():
         raise ExportError(f"{state_dir} holds no model state")
     # DeepSpeed pickles more than tensors; the file is the run's own.
-    return {k: v.float() for k, v in torch.load(plain, map_location="cpu", weights_only=False)["module"].items()}
+    return {
+        k: v.float() for k, v in torch.load(plain, map_location="cpu", weights_only=False)["module"].items()
+    }
+
+
+def trained_step(folder: Path) -> int | None:
+    """Optimizer steps that an exported model was trained for; None where its config does not say."""
+    return json.loads((folder / CONFIG).read_text())["trained"].get("step")

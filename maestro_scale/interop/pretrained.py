@@ -21,11 +21,17 @@ def load_model(path: str | Path) -> Maestro:
     try:
         record = json.loads((folder / CONFIG).read_text())
     except (OSError, ValueError) as error:
-        raise ExportError(f"{folder} is no exported model ({error}); make one with `maestro-scale export`") from None
+        raise ExportError(
+            f"{folder} is no exported model ({error}); make one with `maestro-scale export`"
+        ) from None
     if record.get("format_version") != FORMAT_VERSION:
-        raise ExportError(f"{folder / CONFIG} has format {record.get('format_version')}, this version reads 1")
+        raise ExportError(
+            f"{folder / CONFIG} has format {record.get('format_version')}, this version reads 1"
+        )
     model = Maestro(ModelConfig.from_dict(record["model"]))
     missing, unexpected = model.load_state_dict(load_file(folder / WEIGHTS), strict=False)
     if missing or unexpected:
-        raise ExportError(f"{folder / WEIGHTS} does not fit: missing {missing[:3]}, unexpected {unexpected[:3]}")
+        raise ExportError(
+            f"{folder / WEIGHTS} does not fit: missing {missing[:3]}, unexpected {unexpected[:3]}"
+        )
     return model.eval()

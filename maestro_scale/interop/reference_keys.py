@@ -69,6 +69,8 @@ def from_reference(
             continue
         used.add(key)
         if theirs[key].numel() != like.numel():
-            raise ValueError(f"{key} has shape {tuple(theirs[key].shape)}, the model's {name} {tuple(like.shape)}")
+            raise ValueError(
+                f"{key} has shape {tuple(theirs[key].shape)}, the model's {name} {tuple(like.shape)}"
+            )
         state[name] = theirs[key].reshape(like.shape)
     return state, missing, sorted(set(theirs) - used)

@@ -40,9 +40,13 @@ class ModelConfig:
             )
         for s in self.sensors:
             if s.image_size % s.patch:
-                raise ValueError(f"sensor {s.name}: patch {s.patch} does not divide image_size {s.image_size}")
+                raise ValueError(
+                    f"sensor {s.name}: patch {s.patch} does not divide image_size {s.image_size}"
+                )
             if sum(s.band_groups) != len(s.bands):
-                raise ValueError(f"sensor {s.name}: band_groups {s.band_groups} do not add up to {len(s.bands)} bands")
+                raise ValueError(
+                    f"sensor {s.name}: band_groups {s.band_groups} do not add up to {len(s.bands)} bands"
+                )
             if s.token_groups and sum(s.token_groups) != len(s.bands):
                 raise ValueError(
                     f"sensor {s.name}: token_groups {s.token_groups} do not add up to {len(s.bands)} bands"
@@ -50,7 +54,9 @@ class ModelConfig:
 
     def token_groups(self, sensor: Sensor) -> tuple[int, ...]:
         """Bands per token: one entry when all bands share a token (joint), the sensor's token groups otherwise."""
-        return sensor.token_groups if self.spectral == "token" and sensor.token_groups else (len(sensor.bands),)
+        return (
+            sensor.token_groups if self.spectral == "token" and sensor.token_groups else (len(sensor.bands),)
+        )
 
     def rows(self, sensor: Sensor) -> int:
         """Token grids per tile: dates times token groups (group-major)."""
@@ -63,9 +69,7 @@ class ModelConfig:
     @staticmethod
     def from_dict(data: dict[str, Any]) -> ModelConfig:
         """The inverse of ``to_dict``; a TypeError names an unknown field."""
-        sensors = tuple(
-            Sensor(**{**_tuples(s), "scale": Scale(**s["scale"])}) for s in data["sensors"]
-        )
+        sensors = tuple(Sensor(**{**_tuples(s), "scale": Scale(**s["scale"])}) for s in data["sensors"])
         heads = tuple(Target(**_tuples(t)) for t in data.get("heads", ()))
         return ModelConfig(**{**data, "sensors": sensors, "size": Size(**data["size"]), "heads": heads})
 

@@ -31,7 +31,7 @@ def network_input(sensor: Sensor, pixels: Tensor) -> Tensor:
 
 
 def _nearest(pixels: Tensor, size: int, dim: int) -> Tensor:
-    """Nearest resize of one axis, in any dtype: pixel i comes from floor(i * old / new), as ``F.interpolate`` has it."""
+    """Nearest resize of one axis, in any dtype: pixel i from floor(i * old / new), as ``F.interpolate`` has it."""
     old = pixels.shape[dim]
     if old == size:
         return pixels
@@ -66,7 +66,7 @@ class DateNorm(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """One token group's patches -> tokens: a linear map, then ``norm="group"`` (DateNorm) or ``"token"`` (LayerNorm)."""
+    """Patches of one token group -> tokens: a linear map, then ``norm="group"`` (DateNorm) or ``"token"``."""
 
     def __init__(self, bands: int, patch: int, width: int, norm: str) -> None:
         super().__init__()

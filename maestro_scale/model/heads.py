@@ -56,7 +56,9 @@ class SegmentationHead(nn.Module):
 
     def forward(self, tokens: dict[str, Tensor]) -> Tensor:
         """{sensor: (B, R, L, E)} -> (B, classes, grid*side, grid*side)."""
-        places = torch.cat([self._at_reference(t) for t in tokens.values()], dim=2)  # (B, grid*grid, R_all, E)
+        places = torch.cat(
+            [self._at_reference(t) for t in tokens.values()], dim=2
+        )  # (B, grid*grid, R_all, E)
         pooled = self.pool(places.flatten(0, 1))
         logits = self.linear(pooled).view(len(places), self.grid, self.grid, self.side, self.side, -1)
         return logits.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)

@@ -19,7 +19,7 @@ from maestro_scale.model.embed import MaskTokens, PatchEmbed, network_input, pat
 from maestro_scale.model.encodings import PositionTables, encode
 from maestro_scale.model.heads import ClassificationHead, SegmentationHead
 from maestro_scale.model.masking import Mask, by_sensor
-from maestro_scale.model.sequences import Sequence, pack, sequences, unpack
+from maestro_scale.model.sequences import pack, sequences, unpack
 from maestro_scale.model.targets import combine, error_sum
 from maestro_scale.model.transformer import Transformer
 from maestro_scale.stream.batch import Batch
@@ -70,7 +70,9 @@ class Maestro(nn.Module):
         )
         self.encoders = nn.ModuleDict({name: encoder(size.depth - config.inter_depth) for name in encoders})
         self.inter = encoder(config.inter_depth) if config.inter_depth else None
-        self.to_decoder = nn.ModuleDict({name: nn.Linear(size.width, size.decoder_width) for name in encoders})
+        self.to_decoder = nn.ModuleDict(
+            {name: nn.Linear(size.width, size.decoder_width) for name in encoders}
+        )
         self.mask_token = nn.ModuleDict(
             {s.name: MaskTokens(len(config.token_groups(s)), size.decoder_width) for s in config.sensors}
         )
@@ -127,7 +129,9 @@ class Maestro(nn.Module):
     def _patches(self, sensor: Sensor, batch: Batch) -> Tensor:
         return patchify(network_input(sensor, batch.pixels[sensor.name]), sensor.patch)
 
-    def _encode(self, patches: dict[str, Tensor], batch: Batch, masks: dict[str, Mask] | None) -> dict[str, Tensor]:
+    def _encode(
+        self, patches: dict[str, Tensor], batch: Batch, masks: dict[str, Mask] | None
+    ) -> dict[str, Tensor]:
         tokens = {s.name: self._embed(s, patches[s.name], batch) for s in self.config.sensors}
         encoded = {}
         for q in self.sequences:
@@ -167,7 +171,9 @@ class Maestro(nn.Module):
         for q in self.sequences:
             mask = masks[q.name]
             visible = self.to_decoder[q.encoder](encoded[q.name])
-            blank = pack(q, {s.name: self.mask_token[s.name](len(batch), s.num_dates, s.grid**2) for s in q.sensors}).to(visible.dtype)
+            blank = pack(
+                q, {s.name: self.mask_token[s.name](len(batch), s.num_dates, s.grid**2) for s in q.sensors}
+            ).to(visible.dtype)
             index = mask.visible[:, :, None].expand(-1, -1, visible.shape[-1])
             x = blank.scatter(1, index, visible)
             x = x + pack(q, {s.name: self._encoding("dec", s, batch) for s in q.sensors}).to(x.dtype)

@@ -85,11 +85,18 @@ def _sensor_draws(
     masking: Masking, sensor: Sensor, groups: int, noise: Tensor, shares_group: bool
 ) -> tuple[Tensor, Tensor]:
     """Noise (B, R, L) and structural candidates (B, R, L, redraws) of one sensor; layout as ``num_noise`` says."""
-    batch, dates, cells, all_groups = noise.shape[0], sensor.num_dates, sensor.grid**2, sensor.max_token_groups
-    tokens, rest = noise.split([dates * cells * all_groups, noise.shape[1] - dates * cells * all_groups], dim=1)
+    batch, dates, cells, all_groups = (
+        noise.shape[0],
+        sensor.num_dates,
+        sensor.grid**2,
+        sensor.max_token_groups,
+    )
+    tokens, rest = noise.split(
+        [dates * cells * all_groups, noise.shape[1] - dates * cells * all_groups], dim=1
+    )
     ranks = tokens[:, : groups * dates * cells].reshape(batch, groups * dates, cells)
-    modality, date, location, band = rest.reshape(batch, NUM_REDRAWS, -1).transpose(1, 2).split(
-        [1, dates, cells, all_groups], dim=1
+    modality, date, location, band = (
+        rest.reshape(batch, NUM_REDRAWS, -1).transpose(1, 2).split([1, dates, cells, all_groups], dim=1)
     )
     hit = (band < masking.band_group * (groups > 1))[:, :groups, None, None]
     hit = hit | (date < masking.date * (dates > 1))[:, None, :, None]

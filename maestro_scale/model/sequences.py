@@ -34,7 +34,8 @@ def sequences(config: ModelConfig) -> tuple[Sequence, ...]:
         return tuple(Sequence(n, n, tuple(s for s in config.sensors if s.group == n)) for n in names)
     per_date = config.fusion != "mod"
     return tuple(
-        Sequence(s.name, "shared" if config.fusion == "shared" else s.name, (s,), per_date) for s in config.sensors
+        Sequence(s.name, "shared" if config.fusion == "shared" else s.name, (s,), per_date)
+        for s in config.sensors
     )
 
 
@@ -66,5 +67,6 @@ def unpack(config: ModelConfig, sequence: Sequence, packed: Tensor) -> dict[str,
     lengths = [config.rows(s) * s.grid**2 for s in sequence.sensors]
     parts = packed.split(lengths, dim=1)
     return {
-        s.name: p.unflatten(1, (config.rows(s), s.grid**2)) for s, p in zip(sequence.sensors, parts, strict=True)
+        s.name: p.unflatten(1, (config.rows(s), s.grid**2))
+        for s, p in zip(sequence.sensors, parts, strict=True)
     }

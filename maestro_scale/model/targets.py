@@ -49,10 +49,14 @@ def hidden_bands(config: ModelConfig, sensor: Sensor, hidden: Tensor) -> Tensor:
     groups = config.token_groups(sensor)
     per_group = hidden.unflatten(1, (len(groups), sensor.num_dates))  # group-major
     repeats = torch.tensor(groups, device=hidden.device)
-    return per_group.repeat_interleave(repeats, dim=1, output_size=sum(groups)).permute(0, 2, 3, 1)[:, :, :, None]
+    return per_group.repeat_interleave(repeats, dim=1, output_size=sum(groups)).permute(0, 2, 3, 1)[
+        :, :, :, None
+    ]
 
 
-def error_sum(config: ModelConfig, sensor: Sensor, prediction: Tensor, patches: Tensor, hidden: Tensor) -> Tensor:
+def error_sum(
+    config: ModelConfig, sensor: Sensor, prediction: Tensor, patches: Tensor, hidden: Tensor
+) -> Tensor:
     """Sum in fp32 of |error| (l1) or error**2 (l2) over hidden pixels; scalar."""
     difference = prediction.float() - normalised(config, sensor, patches)
     error = difference.abs() if config.loss == "l1" else difference.square()

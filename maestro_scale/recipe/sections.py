@@ -46,12 +46,8 @@ class Model(Section):
     """What pixels are normalised over before the loss: patch and band group, patch, or not at all."""
     loss: Literal["l1", "l2"] = "l1"
     """Distance between reconstruction and target."""
-    attention: Literal["auto", "flash", "efficient", "math"] = "auto"
-    """Backend of scaled_dot_product_attention; auto lets torch choose."""
     checkpointing: Literal["none", "blocks"] = "none"
     """blocks: keep only the input of each block and recompute backwards: less memory, a third more work."""
-    compile: bool = False
-    """Run the model through torch.compile."""
 
     @property
     def dimensions(self) -> Size:
@@ -208,9 +204,3 @@ class Evaluation(Section):
         "probe",
     )
     """Nearest neighbours, linear probe, or both."""
-    k: Count = 20
-    """Neighbours of the kNN."""
-    fractions: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], AfterValidator(distinct)] = (1.0,)
-    """Shares of the labelled training tiles to fit on."""
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], AfterValidator(distinct)] = (0,)
-    """One fit per seed; results give each and their mean."""

@@ -16,8 +16,9 @@ class Locked(Exception):
 
 @contextmanager
 def file_lock(path: Path, wait: bool = True) -> Iterator[None]:
-    """Hold the lock named ``path``; the file goes when it is released. Locked if it is taken and not
-    ``wait``.
+    """Hold the lock named ``path``; its file goes when it is released.
+
+    Locked if it is taken and not ``wait``; OSError if it cannot be made or locked (:func:`has_no_locks`).
     """
     descriptor = _acquire(path, wait)
     try:
@@ -28,9 +29,7 @@ def file_lock(path: Path, wait: bool = True) -> Iterator[None]:
 
 
 def share(path: Path) -> int | None:
-    """A descriptor that holds a shared lock on the file ``path`` until it is closed; None if the file is
-    gone.
-    """
+    """A descriptor that holds a shared lock on a file until it is closed; None if the file is gone."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:

@@ -14,6 +14,9 @@ from typing import Any
 from maestro_scale.shards.errors import StoreError, WriteError, one_line
 from maestro_scale.shards.retry import Retry, Transient, retrying
 
+_S3 = ("s3://", "s3a://")
+_PART_BYTES = 16 * 1024 * 1024
+
 
 class LocalRoot:
     """A folder."""
@@ -127,7 +130,9 @@ class RemoteRoot:
 
     def publish(self, source: Path, name: str) -> None:
         """Upload a local file, in parts if large, and delete it. An object appears whole or not at all."""
-        self._write(name, "put_file", str(source), self._path(name))
+        # The client holds up to ten parts in memory; its own parts are of 50 MiB.
+        options = {"chunksize": _PART_BYTES} if self.url.startswith(_S3) else {}
+        self._write(name, "put_file", str(source), self._path(name), **options)
         source.unlink()
 
     def write(self, name: str, data: bytes) -> None:
@@ -139,10 +144,10 @@ class RemoteRoot:
         if self.size(name) is not None:
             self._write(name, "rm_file", self._path(name))
 
-    def _write(self, name: str, method: str, *args: Any) -> None:
+    def _write(self, name: str, method: str, *args: Any, **options: Any) -> None:
         try:
             # No limit for one attempt: a shard takes its time on a thin line; the client has timeouts too.
-            self._attempts(name, lambda fs: getattr(fs, method)(*args))
+            self._attempts(name, lambda fs: getattr(fs, method)(*args, **options))
         except FileNotFoundError as error:
             raise WriteError(
                 f"{self.address(name)}: cannot be written: no such bucket; make it first"
@@ -229,12 +234,12 @@ def _ignore() -> None:
 def _connect(url: str, retry: Retry) -> tuple[Any, str]:
     import fsspec
 
-    protocol = url.split("://", 1)[0]
-    options = _s3_options(retry) if protocol in ("s3", "s3a") else {}
+    is_s3 = url.startswith(_S3)
+    options = _s3_options(retry) if is_s3 else {}
     try:
-        fs = fsspec.filesystem(protocol, **options)
+        fs = fsspec.filesystem(url.split("://", 1)[0], **options)
         path = fs._strip_protocol(url)
-        if protocol in ("s3", "s3a"):
+        if is_s3:
             fs.retries = 1  # retries are ours: s3fs does not count them, nor end them at a deadline
             fs.connect()  # now, by one thread: the range readers would each make a session
     except (ImportError, ValueError, *_network_errors()) as error:

@@ -13,9 +13,9 @@ from maestro_scale.shards.fields import check_fields
 from maestro_scale.shards.index import ShardIndex, index_name
 from maestro_scale.shards.jobs import Report, run_jobs
 from maestro_scale.shards.manifest import Manifest, ShardInfo
+from maestro_scale.shards.progress import Progress, Tracker
 from maestro_scale.shards.roots import Root, open_root
 from maestro_scale.shards.store import Store
-from maestro_scale.shards.writer import Progress, Tracker
 
 _SHOWN_SAMPLES = 5  # problems named per shard, and then how many more
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -19,10 +19,10 @@ from maestro_scale.shards.index import ShardIndex
 from maestro_scale.shards.jobs import Report, run_jobs
 from maestro_scale.shards.manifest import Manifest
 from maestro_scale.shards.packing import Packed, Plan, pack_shard, shard_bounds, shuffled
+from maestro_scale.shards.progress import Progress, Tracker
 from maestro_scale.shards.roots import open_root
 
 _PROBED_SAMPLES = 8  # their mean size decides how many samples a shard has
-Progress = Callable[[int, int, int], None]
 
 
 def write_shards(
@@ -167,21 +167,6 @@ class _WriteShard:
         packed = _encode_each(self.dataset, keys, self.codec, self.strict)
         with staging_of(self.dst) as staging:
             return pack_shard(open_root(self.dst), staging, self.plan, number, packed, report)
-
-
-class Tracker:
-    """Adds up what workers report and tells the caller."""
-
-    def __init__(self, num_kept: int, num_samples: int, progress: Progress | None) -> None:
-        self._done, self._bytes, self._num_samples = num_kept, 0, num_samples
-        self._progress = progress
-        self(0, 0)
-
-    def __call__(self, samples: int, num_bytes: int) -> None:
-        self._done += samples
-        self._bytes += num_bytes
-        if self._progress is not None:
-            self._progress(self._done, self._num_samples, self._bytes)
 
 
 def _encode_each(dataset: RawDataset, keys: Sequence[str], codec: str, strict: bool) -> Iterator[Packed]:

@@ -138,8 +138,8 @@ def _settle(worker: int) -> None:
 
 
 def _end_with_parent() -> None:
-    # DataLoader looks at the parent's pid for this, but here the parent is the fork server, which stays for as long
-    # as there are workers.
+    # DataLoader looks at the parent's pid for this, but here the parent is the fork server, which stays as long as
+    # there are workers.
     multiprocessing.parent_process().join()
     os._exit(1)
 

@@ -81,7 +81,7 @@ class _Close:
 
 
 class Tracker:
-    """One run in MLflow, for rank 0. All methods but ``finish`` return at once; MLflow's errors stay inside."""
+    """One run in MLflow, for rank 0. Every method but ``finish`` returns at once; MLflow's errors stay in."""
 
     def __init__(
         self,

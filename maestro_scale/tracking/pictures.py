@@ -212,9 +212,7 @@ def _strip_height(view: SensorView, dates: np.ndarray) -> float:
 def _error_colours():
     from matplotlib import colormaps
 
-    colours = colormaps["magma"].copy()
-    colours.set_bad(alpha=0.0)
-    return colours
+    return colormaps["magma"].with_extremes(bad=(0, 0, 0, 0))
 
 
 def _dress_bar(bar) -> None:

@@ -9,7 +9,14 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from maestro_scale.training.observer import RunInfo, SensorView
 
@@ -30,7 +37,9 @@ class TerminalProgress:
         """Show where the run stands."""
         self._info = info
         start = f"from step {info.step} " if info.step else ""
-        print(f"{self._name}: {start}to step {info.num_steps}, in {info.run_dir}", file=sys.stderr, flush=True)
+        print(
+            f"{self._name}: {start}to step {info.num_steps}, in {info.run_dir}", file=sys.stderr, flush=True
+        )
         if self._console.is_terminal and info.step < info.num_steps:
             self._bar = _bar(self._console, TextColumn("{task.fields[state]}"))
             self._bar.start()
@@ -82,7 +91,9 @@ def progress(title: str, unit: str) -> Iterator[Callable[[int, int, int], None]]
         rate = done / max(now - started, 1e-9)
         left = _clock((total - done) / rate) if rate else "unknown time"
         size = f"{num_bytes / 1e6:.0f} MB"
-        print(f"{title}: {done}/{total} {unit}, {size}, {rate:.0f}/s, {left} left", file=sys.stderr, flush=True)
+        print(
+            f"{title}: {done}/{total} {unit}, {size}, {rate:.0f}/s, {left} left", file=sys.stderr, flush=True
+        )
 
     yield line
 

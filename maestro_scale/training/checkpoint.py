@@ -54,7 +54,9 @@ class Checkpoints:
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir(parents=True)
         self._world.barrier()
-        engine.save_checkpoint(str(staging), tag=TAG, client_state={"position": vars(position)}, save_latest=False)
+        engine.save_checkpoint(
+            str(staging), tag=TAG, client_state={"position": vars(position)}, save_latest=False
+        )
         self._world.barrier()
         if self._world.is_main:
             self._commit(staging, final, position, identity)
@@ -98,7 +100,9 @@ class Checkpoints:
         (staging / COMMIT).write_text(json.dumps(record, indent=1))
         for path in [*staging.rglob("*"), staging]:
             _fsync(path)
-        if final.exists():  # damaged, or left by a run that was rewound: set aside, so that a kill loses neither
+        if (
+            final.exists()
+        ):  # damaged, or left by a run that was rewound: set aside, so that a kill loses neither
             os.replace(final, self.dir / f"{_STAGING}_replaced_{final.name}")
         os.replace(staging, final)
         _fsync(self.dir)

@@ -21,7 +21,9 @@ class World:
     size: int
     local_rank: int
     device: torch.device
-    control: dist.ProcessGroup | None = None  # a CPU group for flags and clocks, so that asking costs no GPU sync
+    control: dist.ProcessGroup | None = (
+        None  # a CPU group for flags and clocks, so that asking costs no GPU sync
+    )
 
     @property
     def is_main(self) -> bool:
@@ -66,7 +68,9 @@ def join(timeout_s: float = 600.0) -> World:
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")
     import deepspeed
 
-    device = torch.device("cuda", local_rank % max(torch.cuda.device_count(), 1)) if cuda else torch.device("cpu")
+    device = (
+        torch.device("cuda", local_rank % max(torch.cuda.device_count(), 1)) if cuda else torch.device("cpu")
+    )
     if cuda:
         torch.cuda.set_device(device)
     else:

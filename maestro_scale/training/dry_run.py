@@ -56,7 +56,9 @@ def _tokens(config: ModelConfig, sensors: tuple[Sensor, ...], counted: Cost) -> 
 def _memory(recipe: Recipe, counted: Cost, world_size: int) -> Table:
     bf16 = recipe.train.precision != "fp32"
     worlds = sorted({world_size, 8, 64})
-    table = Table(title=f"GiB per rank by ZeRO stage, AdamW, {'bf16' if bf16 else 'fp32'}", title_justify="left")
+    table = Table(
+        title=f"GiB per rank by ZeRO stage, AdamW, {'bf16' if bf16 else 'fp32'}", title_justify="left"
+    )
     for column in ("stage", *(f"{n} rank{'s' * (n > 1)}" for n in worlds)):
         table.add_column(column, justify="right")
     asked = recipe.deepspeed.get("zero_optimization", {}).get("stage", 0)
@@ -65,7 +67,9 @@ def _memory(recipe: Recipe, counted: Cost, world_size: int) -> Table:
         row = [f"{by[stage].total / GIB:.2f}" for by in by_world]
         table.add_row(f"{stage}{' (recipe)' if stage == asked else ''}", *row)
     activations = counted.activations * (2 if bf16 else 4) * recipe.train.micro_batch / GIB
-    table.caption = f"plus activations of a micro-batch of {recipe.train.micro_batch}: about {activations:.2f} GiB"
+    table.caption = (
+        f"plus activations of a micro-batch of {recipe.train.micro_batch}: about {activations:.2f} GiB"
+    )
     table.caption_justify = "left"
     return table
 

@@ -17,7 +17,9 @@ class Engine:
     ``raw`` is DeepSpeed's engine, for checkpoints.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Any, scheduler: Any, config: dict[str, Any], world: World) -> None:
+    def __init__(
+        self, model: nn.Module, optimizer: Any, scheduler: Any, config: dict[str, Any], world: World
+    ) -> None:
         import deepspeed
 
         self.raw, _, _, _ = deepspeed.initialize(

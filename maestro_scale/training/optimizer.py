@@ -41,11 +41,19 @@ def cosine(num_steps: int, warmup: float, start: float, final: float) -> Schedul
     return factor
 
 
-SCHEDULES: dict[str, Callable[[int, float, float, float], Schedule]] = {"one_cycle": one_cycle, "cosine": cosine}
+SCHEDULES: dict[str, Callable[[int, float, float, float], Schedule]] = {
+    "one_cycle": one_cycle,
+    "cosine": cosine,
+}
 
 
 def build_optimizer(
-    model: nn.Module, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, schedule: Schedule
+    model: nn.Module,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    schedule: Schedule,
 ) -> tuple[AdamW, LambdaLR]:
     """AdamW and its scheduler. Biases, norms, queries and mask tokens (anything but matrices of linear maps) do not
     decay."""

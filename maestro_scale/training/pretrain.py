@@ -43,7 +43,9 @@ class Dataset:
     source: Source
 
 
-def pretrain(recipe: Recipe, run_dir: Path, world: World, observers: list[Observer], fresh: bool = False) -> Outcome:
+def pretrain(
+    recipe: Recipe, run_dir: Path, world: World, observers: list[Observer], fresh: bool = False
+) -> Outcome:
     """Train, or continue, the run in ``run_dir``; every rank calls it with the same arguments.
 
     Raises RecipeError, RunDirError, CheckpointError, ManifestError or BadShard, each with one clear line.
@@ -137,7 +139,9 @@ def identity(recipe: Recipe, config: ModelConfig, datasets: list[Dataset]) -> di
 def _refuse_unsuitable(run_dir: Path, fresh: bool) -> None:
     # A lock file, a STOP file and what observers leave are no run.
     if fresh and any((run_dir / name).exists() for name in ("metrics.jsonl", "recipe.yaml", "checkpoints")):
-        raise RunDirError(f"--fresh starts over only in an empty directory, and {run_dir} holds a run; use another")
+        raise RunDirError(
+            f"--fresh starts over only in an empty directory, and {run_dir} holds a run; use another"
+        )
 
 
 def _prepare(recipe: Recipe, run_dir: Path, world: World, observers: list[Observer]) -> tuple[Run, Position]:

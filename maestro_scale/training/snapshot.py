@@ -22,7 +22,10 @@ def snapshot(
     """Views of the batch's first sample. ``bands``: names of each sensor's bands. Every rank must call it (ZeRO-3)."""
     predictions = model.reconstruct(batch, masks)
     hidden = by_sensor(model.config, masks)
-    return [_view(model.config, s, batch, predictions[s.name], hidden[s.name], bands) for s in model.config.sensors]
+    return [
+        _view(model.config, s, batch, predictions[s.name], hidden[s.name], bands)
+        for s in model.config.sensors
+    ]
 
 
 def _view(

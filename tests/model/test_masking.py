@@ -63,7 +63,9 @@ def test_without_structure_every_token_is_equally_likely():
 
 def test_modality_masks_only_where_a_group_is_shared():
     config = small_config()
-    hidden = by_sensor(config, draw_masks(config, Masking(modality=0.9, date=0, location=0), noise_batch(config, 256)))
+    hidden = by_sensor(
+        config, draw_masks(config, Masking(modality=0.9, date=0, location=0), noise_batch(config, 256))
+    )
     whole = {k: v.flatten(1).all(1).float().mean().item() for k, v in hidden.items()}
     assert whole["s1_asc"] > 0.3
     assert whole["s1_des"] > 0.3

@@ -44,7 +44,7 @@ def tile(key: str) -> Tile:
             [np.full(count, 2019), np.sort(rng.integers(1, 366, count)), np.zeros(count)], 1
         ).astype(np.int16)
 
-    smooth = np.cumsum(rng.integers(-3, 4, (1, 3, 40, 40)), axis=-1)
+    smooth = np.cumsum(rng.integers(-3, 4, (1, 3, 40, 40)), axis=-2)
     return Tile(
         key=key,
         arrays={

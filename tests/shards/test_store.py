@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from dataclasses import replace
 
 import pytest
 from shards.kit import TILE_BYTES, Toy, fields_equal, tile, toy_keys
 
-from maestro_scale.shards.errors import BadShard
+from maestro_scale.shards.errors import BadShard, StoreError
 from maestro_scale.shards.manifest import Manifest
 from maestro_scale.shards.store import Store
 from maestro_scale.shards.verify import verify
@@ -160,3 +161,50 @@ def test_verify_reads_every_sample_against_the_spec(copy):
     assert "member a holds the sample b" in problems[1]
     assert "sample c: 7 bytes that do not start" in problems[2]
     assert "tile d: s2 is int16" in problems[3]
+
+
+def test_pages_are_released_while_samples_stay_valid(dataset, tmp_path, monkeypatch):
+    from maestro_scale.shards import shard as module
+
+    monkeypatch.setattr(module, "_RESIDENT_BYTES", 1)
+    store = Store(str(dataset), tmp_path / "cache", 0)
+    with store.shard(Manifest.load(str(dataset)).shards[0]) as shard:
+        samples = list(shard)
+        assert all(fields_equal(s, tile(s.key)) for s in samples)
+
+
+def test_a_folder_without_locks_can_be_read_and_written(tmp_path, monkeypatch):
+    import errno
+    import fcntl
+
+    from maestro_scale.shards import locks
+
+    without = str(tmp_path / "shared")
+    flock = fcntl.flock
+
+    def refuse(descriptor, operation):
+        if os.readlink(f"/proc/self/fd/{descriptor}").startswith(without):
+            raise OSError(errno.ENOSYS, "Function not implemented")
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(locks.fcntl, "flock", refuse)
+    manifest = write_shards(Toy(3), without, "train")
+    with Store(without, tmp_path / "cache", 0).shard(manifest.shards[0]) as shard:
+        assert len(shard) == 3
+    with pytest.raises(StoreError, match=r"cannot be locked .* set data.cache_dir to a local disk"):
+        Store(without, tmp_path / "shared" / "cache", 0).shard(manifest.shards[0])
+
+
+def test_a_cache_that_cannot_be_made_is_said(dataset, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match=r"file: the cache cannot be made here .* set data.cache_dir"):
+        Store(str(dataset), tmp_path / "file", 0).shard(Manifest.load(str(dataset)).shards[0])
+
+
+def test_any_fsspec_address_will_do(tmp_path):
+    url = "memory://somewhere/toy"
+    manifest = write_shards(Toy(5), url, "train")
+    assert Manifest.load(url) == manifest
+    with Store(url, tmp_path / "cache", 10**9).shard(manifest.shards[0]) as shard:
+        assert all(fields_equal(s, tile(s.key)) for s in shard)
+    assert verify(url) == []

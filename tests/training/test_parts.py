@@ -104,7 +104,10 @@ def test_no_checkpoint_is_an_error(tmp_path):
         ({}, (0, 1, 0)),
         ({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, (3, 8, 1)),
         ({"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1"}, (5, 8, 1)),
-        ({"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "RANK": "0", "WORLD_SIZE": "1"}, (0, 1, 0)),
+        (
+            {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "RANK": "0", "WORLD_SIZE": "1"},
+            (0, 1, 0),
+        ),
     ],
 )
 def test_place_among_the_ranks(env, place):

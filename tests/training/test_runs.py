@@ -58,7 +58,9 @@ def test_run_directory_is_complete(quiet):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "stage", "micro"), [(1, 0, 2), (2, 1, 4), (2, 2, 1), (2, 3, 2)])
-def test_the_curve_does_not_depend_on_ranks_micro_batches_or_stage(trainer, quiet, tmp_path, ranks, stage, micro):
+def test_the_curve_does_not_depend_on_ranks_micro_batches_or_stage(
+    trainer, quiet, tmp_path, ranks, stage, micro
+):
     changes = [f"train.micro_batch={micro}", f"deepspeed.zero_optimization.stage={stage}"]
     lines = trainer.train(tmp_path, ranks, "--set", *changes)
     assert curve(lines) == pytest.approx(curve(quiet[1]), rel=1e-5)

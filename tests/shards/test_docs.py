@@ -1,0 +1,42 @@
+"""docs/shards.md is true: a dataset written by hand, as it says, is one."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from maestro_scale.shards.manifest import Manifest
+from maestro_scale.shards.store import Store
+from maestro_scale.shards.summary import summary
+from maestro_scale.shards.verify import verify
+
+PAGE = Path(__file__).parents[2] / "docs" / "shards.md"
+
+
+def block(name: str) -> str:
+    return re.search(rf"<!-- test: {name} -->\n```\w+\n(.*?)```", PAGE.read_text(), re.DOTALL)[1]
+
+
+def test_a_dataset_written_by_hand(tmp_path):
+    example = Manifest.loads(block("manifest"))
+    (tmp_path / "example.json").write_text(block("manifest"))
+    (tmp_path / "write.py").write_text(block("script"))
+    folder = tmp_path / "orchards"
+    folder.mkdir()
+    command = [sys.executable, str(tmp_path / "write.py"), str(folder), str(tmp_path / "example.json")]
+    subprocess.run(command, check=True)
+    assert verify(str(folder)) == []
+    manifest = Manifest.load(str(folder))
+    assert manifest.spec == example.spec
+    (split,) = summary(str(folder)).splits
+    assert split.classes["fruit"] == {"apple": 40, "pear": 40, "plum": 0}
+    assert split.months["s2"][0] == 2 * 40
+    with Store(str(folder), tmp_path / "cache", 0).shard(manifest.shards[0]) as shard:
+        assert sorted(shard.keys) == sorted(f"orchard.{i}" for i in range(40))
+        assert shard[0].array("s2").shape == (12, 2, 6, 6)
+    listed = json.loads(block("manifest"))["shards"][0]
+    assert listed["samples"] == manifest.shards[0].samples
+    assert listed["bytes"] == manifest.shards[0].bytes
