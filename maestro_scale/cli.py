@@ -19,11 +19,16 @@ app = typer.Typer(
 
 def main() -> None:
     """The console entry point: expected mistakes become one line and exit code 1."""
-    from maestro_scale.training.errors import EXPECTED
-
     try:
         app()
-    except EXPECTED as error:
+    except Exception as error:
+        # Imported here, so that --help does not wait for torch.
+        from maestro_scale.evaluation.results import ResultsError
+        from maestro_scale.quickstart import QuickstartError
+        from maestro_scale.training.errors import EXPECTED
+
+        if not isinstance(error, (*EXPECTED, QuickstartError, ResultsError)):
+            raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
 
@@ -33,12 +38,14 @@ def quickstart(
     out: Annotated[Path, typer.Option(help="Folder for everything it makes; run again to continue.")] = Path(
         "quickstart"
     ),
-    seed: Annotated[int, typer.Option(help="Seed of the scenes, the weights and the order of samples.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the scenes, the weights and the order.")] = 0,
+    tiles: Annotated[int, typer.Option(min=60, help="Synthetic tiles, over all splits.")] = 1000,
+    steps: Annotated[int | None, typer.Option(min=1, help="Pretraining steps, instead of the recipe's.")] = None,
 ) -> None:
     """Synthetic tiles to a pretrained encoder and its scores, in minutes on two cores."""
     from maestro_scale.quickstart import quickstart as run
 
-    run(out, seed)
+    run(out, seed, tiles, steps)
 
 
 @app.command()

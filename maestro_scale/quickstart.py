@@ -18,9 +18,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from maestro_scale.training.run_dir import JsonLines, write_atomically
+
 DATASET = "treesatai_ts"
 NUM_TILES = 1000
 SPLITS = ("train", "val", "test")
+ENCODERS = ("pretrained", "untrained")
+MODES = ("knn", "probe")
 
 
 class QuickstartError(Exception):
@@ -53,17 +57,33 @@ class Places:
         """What the encoders scored."""
         return self.out / "results"
 
+    @property
+    def done(self) -> Path:
+        """Written last, with what was asked."""
+        return self.out / "done.json"
 
-def quickstart(out: Path, seed: int = 0) -> None:
-    """Run, or continue, every stage and print the table. Raises QuickstartError, DatasetError, …"""
-    console = Console()
+
+def quickstart(out: Path, seed: int = 0, tiles: int = NUM_TILES, steps: int | None = None) -> None:
+    """Run, or continue, every stage and print the table; what is done already is not done again.
+
+    ``steps``: of pretraining, instead of the recipe's. Raises QuickstartError, DatasetError, …
+    """
+    console = Console(soft_wrap=True)
     places = Places(out.resolve())
-    recipe = find_recipe("quickstart.yaml")
-    _synthesise(console, places, seed)
-    _shard(console, places, seed)
-    _pretrain(console, places, recipe, seed)
-    scores = _evaluate(console, places, seed)
-    _summary(console, places, scores)
+    wanted = {"seed": seed, "tiles": tiles, "steps": steps}
+    if places.done.exists():
+        made = json.loads(places.done.read_text())
+        if made != wanted:
+            raise QuickstartError(f"{out} was made with {made}, not {wanted}: remove it, or use another --out")
+        console.print(f"all done before, in {places.out}; remove it to start over")
+    else:
+        recipe = find_recipe("quickstart.yaml")
+        _synthesise(console, places, seed, tiles)
+        _shard(console, places, seed)
+        _pretrain(console, places, recipe, seed, steps)
+        _evaluate(console, places, seed)
+        write_atomically(places.done, json.dumps(wanted))
+    _summary(console, places)
 
 
 def find_recipe(name: str) -> Path:
@@ -80,11 +100,16 @@ def find_recipe(name: str) -> Path:
     )
 
 
-def _synthesise(console: Console, places: Places, seed: int) -> None:
+def num_threads() -> int:
+    """Threads for compute: OMP_NUM_THREADS, else all cores but the one that the loader keeps busy."""
+    return int(os.environ.get("OMP_NUM_THREADS", 0)) or max((os.cpu_count() or 1) - 1, 1)
+
+
+def _synthesise(console: Console, places: Places, seed: int, tiles: int) -> None:
     from maestro_scale import datasets
 
-    console.print(f"[bold]1/5[/bold] {NUM_TILES} synthetic tiles in {places.raw}")
-    datasets.synth(DATASET, places.raw, NUM_TILES, seed)
+    console.print(f"[bold]1/5[/bold] {tiles} synthetic tiles in {places.raw}")
+    datasets.synth(DATASET, places.raw, tiles, seed)
 
 
 def _shard(console: Console, places: Places, seed: int) -> None:
@@ -106,7 +131,7 @@ def _shard(console: Console, places: Places, seed: int) -> None:
     console.print(f"      {len(manifest.shards)} shards, verified")
 
 
-def _pretrain(console: Console, places: Places, recipe: Path, seed: int) -> None:
+def _pretrain(console: Console, places: Places, recipe: Path, seed: int, steps: int | None) -> None:
     console.print(f"[bold]3/5[/bold] pretraining, run directory {places.run}")
     launcher = shutil.which(
         "deepspeed", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
@@ -124,6 +149,7 @@ def _pretrain(console: Console, places: Places, recipe: Path, seed: int) -> None
         f"seed={seed}",
         f"data.mixture[0].shards={json.dumps(str(places.shards))}",
         f"data.cache_dir={json.dumps(str(places.out / 'cache'))}",
+        *([f"train.steps={steps}"] if steps else []),
     ]
     log = places.out / "pretrain.log"
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -134,7 +160,7 @@ def _pretrain(console: Console, places: Places, recipe: Path, seed: int) -> None
 
 def _run(command: list[str], log: Path) -> int:
     """Run a command; its standard error (progress) passes through, both go to the log."""
-    env = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(os.cpu_count() or 1))}
+    env = {**os.environ, "OMP_NUM_THREADS": str(num_threads())}
     with (
         log.open("ab") as sink,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env) as process,
@@ -147,13 +173,16 @@ def _run(command: list[str], log: Path) -> int:
     return process.returncode
 
 
-def _evaluate(console: Console, places: Places, seed: int) -> dict[str, list]:
+def _evaluate(console: Console, places: Places, seed: int) -> None:
+    import torch
+
     from maestro_scale.evaluation.frozen import Provenance, evaluate_frozen
     from maestro_scale.interop.export import export_model
     from maestro_scale.interop.pretrained import load_model
     from maestro_scale.model.maestro import Maestro
     from maestro_scale.training.checkpoint import load_position, newest
 
+    torch.set_num_threads(num_threads())
     console.print("[bold]4/5[/bold] exporting the encoder")
     pretrained = load_model(export_model(newest(places.run), places.out / "model"))
     untrained = Maestro(pretrained.config).initialise(seed).eval()
@@ -168,24 +197,25 @@ def _evaluate(console: Console, places: Places, seed: int) -> dict[str, list]:
     return scores
 
 
-def _summary(console: Console, places: Places, scores: dict[str, list]) -> None:
-    metrics = [json.loads(line) for line in (places.run / "metrics.jsonl").read_text().splitlines()]
+def _summary(console: Console, places: Places) -> None:
+    from maestro_scale.evaluation.results import EvalResult
+
+    metrics = JsonLines(places.run / "metrics.jsonl").read()
     first, last = metrics[0]["loss"], metrics[-1]["loss"]
     table = Table(title="Weighted F1 on held-out tiles, frozen encoder (95 % bootstrap interval)")
-    for column in ("encoder", *(r.mode for r in scores["pretrained"])):
+    for column in ("encoder", *MODES):
         table.add_column(column, justify="left" if column == "encoder" else "right")
-    for name, results in scores.items():
-        cells = [
-            f"{100 * r.value:.1f} ({100 * r.interval[0]:.1f}-{100 * r.interval[1]:.1f})" for r in results
-        ]
+    for name in ENCODERS:
+        results = [EvalResult.load(places.results / name / mode / "results.json") for mode in MODES]
+        cells = [f"{100 * r.value:.1f} ({100 * r.interval[0]:.1f}-{100 * r.interval[1]:.1f})" for r in results]
         table.add_row(name, *cells)
     console.print(table)
     console.print(f"masked loss: {first:.3f} -> {last:.3f} ({100 * (last / first - 1):+.0f} %)")
     pictures = sorted((places.run / "pictures").glob("*.png"))
     if pictures:
-        console.print(f"reconstruction: {pictures[-1]}", soft_wrap=True)
+        console.print(f"reconstruction: {pictures[-1]}")
     store = places.run.parent / "mlflow.db"
-    console.print(f"dashboard: mlflow ui --backend-store-uri sqlite:///{store}", soft_wrap=True)
+    console.print(f"dashboard: mlflow ui --backend-store-uri sqlite:///{store}")
 
 
 def _free_port() -> int:

@@ -1,5 +1,4 @@
-"""The shards that a node keeps: files named by their SHA-256, within a byte budget, the least recently used
-first out.
+"""The shards that a node keeps: files named by their SHA-256, within a byte budget, least recently used out.
 
 shards/<sha256>.tar      verified before it got this name; pinned by a shared lock while it is open
 shards/<sha256>.part     being downloaded; its full size is taken from the budget (and the disk) at the start
@@ -18,7 +17,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from maestro_scale.shards.counters import StoreCounters, Tally
+from maestro_scale.shards.counters import RunningTotal, StoreCounters
 from maestro_scale.shards.errors import ManifestError, StoreError
 from maestro_scale.shards.index import ShardIndex
 from maestro_scale.shards.locks import Locked, file_lock, remove_unless_shared
@@ -36,7 +35,7 @@ class Cache:
 
     folder: Path
     budget_bytes: int
-    tally: Tally
+    total: RunningTotal
 
     def prepare(self) -> None:
         """Make the folders; StoreError if they cannot be made."""
@@ -66,9 +65,7 @@ class Cache:
             yield
 
     def verified(self, path: Path, sha256: str) -> ShardIndex | None:
-        """The index of the file at ``path`` if its present state was verified to be ``sha256``; notes the
-        use.
-        """
+        """The index of the file at ``path`` if its present state was verified as ``sha256``; notes the use."""
         marker = self._marker(path, sha256)
         try:
             index = ShardIndex.loads(marker.read_bytes(), str(marker))
@@ -102,8 +99,7 @@ class Cache:
 
     @contextmanager
     def part(self, sha256: str, num_bytes: int, wait_s: float) -> Iterator[Path]:
-        """A file of ``num_bytes`` to download into, within the budget; deleted at the end unless it was
-        renamed.
+        """A file of ``num_bytes`` to download into, within the budget; deleted at the end unless renamed.
 
         Hold :meth:`lock` of the shard. Waits ``wait_s`` for shards in use to be let go; then NoRoom.
         StoreError if the disk is full.
@@ -152,9 +148,7 @@ class Cache:
                 continue
 
     def _make_room(self, num_bytes: int) -> bool:
-        """Evict the least recently used shards that nobody has open, until ``num_bytes`` fit; whether they
-        do.
-        """
+        """Evict shards that nobody has open, least recently used first, until ``num_bytes`` fit; do they?"""
         sizes = {}
         for path in (self.folder / "shards").iterdir():
             try:
@@ -168,7 +162,7 @@ class Cache:
                 break
             if remove_unless_shared(path):
                 self._marker(path, path.stem).unlink(missing_ok=True)
-                self.tally.add(StoreCounters(evictions=1))
+                self.total.add(StoreCounters(evictions=1))
                 excess -= sizes[path]
         return excess <= 0
 

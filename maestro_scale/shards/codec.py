@@ -41,9 +41,7 @@ _MAX_HEADER_BYTES = 16 * 1024 * 1024
 
 
 def encode(tile: Tile, codec: str = "raw") -> bytes:
-    """One tile as a safetensors buffer; the same tile always gives the same bytes. CodecError if it cannot
-    be.
-    """
+    """One tile as a safetensors buffer; the same tile gives the same bytes. CodecError if it cannot be."""
     try:
         return encode_fields(tile.key, fields_of(tile), codec)
     except CodecError as error:

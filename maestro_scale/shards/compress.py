@@ -35,9 +35,7 @@ class Encoded:
         return self.shape[1:]
 
     def is_sound(self) -> bool:
-        """Whether this can be: for what is read from files. TypeError or ValueError where it is not even
-        close.
-        """
+        """Whether this can be, for what is read from files; may also raise TypeError or ValueError."""
         return (
             self.codec in CODECS
             and np.dtype(self.dtype).kind in "biuf"

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 
 @dataclass(frozen=True)
 class StoreCounters:
-    """Totals of one process since its store was made. Sums over processes with ``+``, ``-`` gives an
-    interval.
-    """
+    """Totals of one process since its store was made; ``+`` sums processes, ``-`` gives an interval."""
 
     downloaded_bytes: int = 0
     downloads: int = 0
@@ -27,7 +25,7 @@ class StoreCounters:
         return StoreCounters(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
 
 
-class Tally:
+class RunningTotal:
     """Counters that threads add to. A pickled copy starts at zero."""
 
     def __init__(self) -> None:
@@ -35,7 +33,7 @@ class Tally:
         self._total = StoreCounters()
 
     def __reduce__(self) -> tuple:
-        return Tally, ()
+        return RunningTotal, ()
 
     @property
     def total(self) -> StoreCounters:
@@ -45,7 +43,7 @@ class Tally:
     def add(self, more: StoreCounters) -> None:
         """Add ``more``."""
         with self._lock:
-            self._total = replace(self._total + more)
+            self._total = self._total + more
 
     def add_retry(self) -> None:
         """Count one more attempt at a request."""

@@ -30,9 +30,7 @@ _FILE = re.compile(r"(?P<split>[A-Za-z0-9_-]+)-(?P<number>\d{6})\.(tar|index\.js
 
 
 class Destination:
-    """A context in which one split is written to ``dst``. WriteError if ``dst`` is in use or holds something
-    else.
-    """
+    """A context to write one split to ``dst``. WriteError if ``dst`` is in use or holds something else."""
 
     def __init__(self, dst: str, spec: DatasetSpec, split: str, codec: str, seed: int) -> None:
         try:
@@ -70,8 +68,7 @@ class Destination:
         return Plan(self._spec, self.split, len(bounds), digest)
 
     def finished(self, plan: Plan) -> dict[int, ShardIndex]:
-        """The shards of ``plan`` that are there, by number; removes what another plan left of an unpublished
-        split.
+        """The shards of ``plan`` that are there, by number; removes what other plans left unpublished.
 
         WriteError if the split is published and is not this one.
         """
@@ -217,9 +214,7 @@ def _enter_lock(stack: ExitStack, path: Path, wait: bool) -> None:
 
 @contextmanager
 def staging_of(dst: str) -> Iterator[Path]:
-    """Where files that go to ``dst`` are made: inside a local folder, so that a rename suffices; else a
-    temporary one.
-    """
+    """Where files for ``dst`` are made: a local ``dst`` itself, so that a rename suffices, or a temporary folder."""
     folder = local_folder(dst)
     if folder is None:
         with TemporaryDirectory(prefix="maestro-scale-") as temporary:

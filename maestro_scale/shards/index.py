@@ -1,6 +1,4 @@
-"""The sidecar index of a shard: where each sample lies in the tar, for range reads; and how the shard came to
-be.
-"""
+"""The sidecar index of a shard: where each sample lies in the tar, and how the shard came to be."""
 
 from __future__ import annotations
 

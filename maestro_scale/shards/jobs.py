@@ -1,6 +1,4 @@
-"""Jobs on worker processes: results in any order, progress as it comes, and no worker that outlives its
-parent.
-"""
+"""Jobs on worker processes: results in any order, progress as it comes, no worker outlives its parent."""
 
 from __future__ import annotations
 
@@ -21,9 +19,7 @@ Report = Callable[[int, int], None]
 
 
 class Work(Protocol[Job, Result]):
-    """What a worker does with one job. Pickles. ``report(samples, bytes)`` says what was done since last
-    time.
-    """
+    """What a worker does with one job; pickles. ``report(samples, bytes)``: what was done since last time."""
 
     def __call__(self, job: Job, report: Report) -> Result: ...
 
@@ -33,8 +29,7 @@ class WorkerDied(ShardsError):
 
 
 def run_jobs(work: Work, jobs: Sequence[Any], workers: int, report: Report) -> Iterator[tuple[int, Any]]:
-    """``(index, work(jobs[index]))`` as they finish, on up to ``workers`` processes; one runs them here, in
-    order.
+    """``(index, work(jobs[index]))`` as they finish, on up to ``workers`` processes; one: here, in order.
 
     The first failure stops everything and is raised: DatasetError and ShardsError as they are, any other as
     WorkerDied with its traceback.

@@ -50,9 +50,7 @@ class Manifest:
 
     @classmethod
     def load(cls, url: str) -> Manifest:
-        """The manifest of the dataset at ``url`` (a folder or an fsspec URL). ManifestError says what is
-        wrong.
-        """
+        """The manifest of the dataset at ``url`` (a folder or fsspec URL); ManifestError says what is wrong."""
         root = open_root(url, FIRST_CONTACT)
         where = root.address(MANIFEST)
         try:

@@ -46,9 +46,10 @@ class Packed:
 
 
 def shuffled(keys: Iterable[str], seed: int) -> list[str]:
-    """The keys in the order they are written: neighbouring tiles have neighbouring keys and are alike, so
-    regions are mixed here. From the raw Philox stream, which numpy keeps the same for ever, unlike
-    ``permutation``.
+    """The keys in the order they are written.
+
+    Neighbouring tiles have neighbouring keys and are alike, so regions are mixed here; by the raw Philox stream,
+    which numpy keeps the same for ever, unlike ``permutation``.
     """
     ordered = sorted(keys)
     draws = np.random.Philox(key=seed).random_raw(len(ordered))

@@ -18,9 +18,7 @@ _SAY_AFTER_S = 5.0
 
 @dataclass(frozen=True)
 class Retry:
-    """How long a request is tried: waits double from ``first_wait_s``, with jitter, until ``deadline_s`` is
-    over.
-    """
+    """How long a request is tried: waits double from ``first_wait_s``, with jitter, until ``deadline_s``."""
 
     deadline_s: float = 120.0
     attempt_s: float = 30.0  # one attempt, body included
@@ -39,8 +37,7 @@ def retrying(
     on_retry: Callable[[], None] = lambda: None,
     stop: threading.Event | None = None,
 ) -> T:
-    """``attempt()`` again and again while it raises :class:`Transient`; StoreError, naming ``what``, at the
-    deadline.
+    """``attempt()`` again while it raises :class:`Transient`; StoreError, naming ``what``, at the deadline.
 
     Anything else that it raises passes at once. ``on_retry`` is called before each further attempt; ``stop``
     ends the waiting early.

@@ -1,6 +1,4 @@
-"""Where a dataset lies: a local folder, or a prefix in an object store behind fsspec. One set of verbs for
-both.
-"""
+"""Where a dataset lies: a local folder, or a prefix in an object store behind fsspec; the same verbs for both."""
 
 from __future__ import annotations
 
@@ -56,9 +54,7 @@ class LocalRoot:
             raise StoreError(f"{self.address()}: cannot be listed ({error.strerror})") from error
 
     def publish(self, source: Path, name: str) -> None:
-        """Move a complete local file to ``name``: readers see all of it or nothing. Call on the same file
-        system.
-        """
+        """Move a complete file of the same file system to ``name``: readers see all of it or nothing."""
         try:
             _fsync(source)
             os.replace(source, self.folder / name)
@@ -81,9 +77,7 @@ class LocalRoot:
 
 
 class RemoteRoot:
-    """A prefix in an object store. Pickles; every process makes its own client, since s3fs does not survive a
-    fork.
-    """
+    """A prefix in an object store. Pickles; each process makes its own client: s3fs does not survive a fork."""
 
     def __init__(self, url: str, retry: Retry, on_retry: Callable[[], None]) -> None:
         self.url = url.rstrip("/")

@@ -14,8 +14,7 @@ _RESIDENT_BYTES = 8 * 1024 * 1024
 
 
 class Shard:
-    """The samples of one tar. Close it, so that the cache may drop the file; samples taken from it stay
-    valid.
+    """The samples of one tar. Close it, so that the cache may drop the file; samples stay valid.
 
     ``descriptor``: an open descriptor of the file, which the shard closes; a lock on it pins the file.
     """
@@ -33,9 +32,7 @@ class Shard:
         return len(self.keys)
 
     def __getitem__(self, i: int) -> Sample:
-        """Sample ``i``. IndexError past the end; BadShard if the file changed under us or the sample is not
-        ``keys[i]``.
-        """
+        """Sample ``i``. IndexError past the end; BadShard if the file changed or holds another sample there."""
         key = self.keys[i]
         if self._descriptor is None:
             raise ValueError(f"{self.path}: the shard is closed")
@@ -74,9 +71,7 @@ class Shard:
             self.close()
 
     def _release_pages(self, size: int) -> None:
-        """Keep the process small: mapped pages count as its memory. They stay in the system's cache, and
-        valid.
-        """
+        """Keep the process small: mapped pages count as its memory. They stay valid, and in the page cache."""
         self._touched += size
         if self._touched > _RESIDENT_BYTES and hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED)

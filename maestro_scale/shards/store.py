@@ -1,6 +1,4 @@
-"""Verified shards for all processes of a node: mapped where the dataset is local, downloaded once where it is
-not.
-"""
+"""Verified shards for all processes of a node: mapped where they are local, downloaded once where not."""
 
 from __future__ import annotations
 
@@ -14,7 +12,7 @@ from pathlib import Path
 
 from maestro_scale.shards.ahead import Prefetcher, read_ahead
 from maestro_scale.shards.cache import Cache
-from maestro_scale.shards.counters import StoreCounters, Tally
+from maestro_scale.shards.counters import RunningTotal, StoreCounters
 from maestro_scale.shards.errors import BadShard, ManifestError, StoreError, one_line
 from maestro_scale.shards.index import ShardIndex
 from maestro_scale.shards.locks import share
@@ -46,9 +44,9 @@ class Store:
         self.cache_dir = Path(cache_dir).expanduser()
         self.cache_bytes = cache_bytes
         self.retry = retry or Retry()
-        self._tally = Tally()
-        self._root = open_root(self.url, self.retry, self._tally.add_retry)
-        self._cache = Cache(self.cache_dir, cache_bytes, self._tally)
+        self._total = RunningTotal()
+        self._root = open_root(self.url, self.retry, self._total.add_retry)
+        self._cache = Cache(self.cache_dir, cache_bytes, self._total)
         self._prefetcher: Prefetcher | None = None
 
     def __reduce__(self) -> tuple:
@@ -57,7 +55,7 @@ class Store:
     @property
     def counters(self) -> StoreCounters:
         """What this process has done through this store."""
-        return self._tally.total
+        return self._total.total
 
     def shard(self, info: ShardInfo) -> Shard:
         """The shard, verified (size, SHA-256, number of samples) and pinned until it is closed.
@@ -74,12 +72,13 @@ class Store:
                 if descriptor is not None:
                     return Shard(self._root.address(info.path), descriptor, index)
         finally:
-            self._tally.add(StoreCounters(wait_s=time.monotonic() - started))
+            self._total.add(StoreCounters(wait_s=time.monotonic() - started))
         raise StoreError(f"{self.cache_dir}: shards vanish as soon as they are fetched; raise data.cache_gib")
 
     def prefetch(self, infos: Iterable[ShardInfo]) -> None:
-        """Fetch and verify shards in the background, in this order, in place of those that were asked for
-        before and not begun. Their errors show when the shard is asked for.
+        """Fetch and verify shards in the background, in this order.
+
+        Replaces those that were asked for before and not begun. Errors show when the shard itself is asked for.
         """
         if self._prefetcher is None or self._prefetcher.pid != os.getpid():
             self._prefetcher = Prefetcher(self._fetch_ahead, _PREFETCH_THREADS)
@@ -94,15 +93,13 @@ class Store:
     def ensure(
         self, info: ShardInfo, give_up: threading.Event | None = None, room_wait_s: float = _ROOM_WAIT_S
     ) -> tuple[Path, ShardIndex]:
-        """The local path and the index of a shard, fetched and verified if it was not. Errors as
-        :meth:`shard`.
-        """
+        """The local path and the index of a shard, fetched and verified if need be. Errors as :meth:`shard`."""
         self._cache.prepare()
         local = isinstance(self._root, LocalRoot)
         path = self._root.folder / info.path if local else self._cache.path(info.sha256)
         index = self._cache.verified(path, info.sha256)
         if index is not None:
-            self._tally.add(StoreCounters(hits=1))
+            self._total.add(StoreCounters(hits=1))
             return path, self._counted(info, index)
         with self._cache.lock(info.sha256):
             index = self._cache.verified(path, info.sha256)
@@ -164,7 +161,7 @@ class Store:
         with self._cache.part(info.sha256, info.bytes, room_wait_s) as part, _set_after(give_up):
             for attempt in range(2):
                 if attempt:
-                    self._tally.add(StoreCounters(refetches=1))
+                    self._total.add(StoreCounters(refetches=1))
                 size = self._remote.size(info.path)
                 if size != info.bytes:
                     cause = _difference(info, size, "")
@@ -187,12 +184,12 @@ class Store:
                 for data in read_ahead(read, range(0, info.bytes, _RANGE_BYTES), _CONNECTIONS):
                     sha256.update(data)
                     file.write(data)
-                    self._tally.add(StoreCounters(downloaded_bytes=len(data)))
+                    self._total.add(StoreCounters(downloaded_bytes=len(data)))
         except FileNotFoundError as error:
             raise BadShard(self._root.address(info.path), "vanished while it was read") from error
         except OSError as error:
             raise StoreError(f"{part}: cannot be written ({error.strerror})") from error
-        self._tally.add(StoreCounters(downloads=1))
+        self._total.add(StoreCounters(downloads=1))
         return sha256.hexdigest()
 
     def _read_range(self, info: ShardInfo, start: int, stop: int, give_up: threading.Event) -> bytes:
@@ -202,7 +199,7 @@ class Store:
                 raise Transient(f"the answer ended after {len(data)} of {stop - start} bytes")
             return data
 
-        return retrying(attempt, self.retry, self._root.address(info.path), self._tally.add_retry, give_up)
+        return retrying(attempt, self.retry, self._root.address(info.path), self._total.add_retry, give_up)
 
     @property
     def _remote(self) -> RemoteRoot:

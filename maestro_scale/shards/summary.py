@@ -19,8 +19,7 @@ from maestro_scale.shards.tally import read_tally, tally_of
 
 @dataclass(frozen=True)
 class SplitSummary:
-    """One split. ``classes[target][name]``: samples with the class (multilabel) or pixels of it
-    (segmentation).
+    """One split. ``classes[target][name]``: samples with it (multilabel) or pixels of it (segmentation).
 
     ``months[modality]``: dates in January, …, December.
     """
@@ -42,8 +41,9 @@ class Summary:
 
 
 def summary(url: str) -> Summary:
-    """The summary of the dataset at ``url``. Our writer leaves the counts in the indices, so that only those
-    are read; shards without an index are read themselves. ManifestError or StoreError if it cannot be read.
+    """The summary of the dataset at ``url``; ManifestError or StoreError if it cannot be read.
+
+    Our writer leaves the counts in the indices, so that only those are read; shards without are read whole.
     """
     manifest = Manifest.load(url)
     root = open_root(url)

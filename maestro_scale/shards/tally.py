@@ -1,6 +1,4 @@
-"""Counts of classes and dates, from the small fields of samples. The writer leaves them in each shard's
-index.
-"""
+"""Counts of classes and dates, from the small fields of samples; the writer leaves them in the index."""
 
 from __future__ import annotations
 

@@ -16,9 +16,7 @@ _END = bytes(2 * _BLOCK)
 
 
 def member_name(key: str) -> str:
-    """File name of a sample in its tar: percent-encoded, dots too, since stock WebDataset groups by the first
-    dot.
-    """
+    """File name of a sample in its tar: percent-encoded, dots too: stock WebDataset groups by the first dot."""
     return quote(key, safe="").replace(".", "%2E") + SUFFIX
 
 

@@ -1,6 +1,4 @@
-"""Writes a split as shards: in parallel, resumable, the same bytes for any number of workers, the manifest
-last.
-"""
+"""Writes a split as shards: in parallel, resumable, the same bytes for any number of workers."""
 
 from __future__ import annotations
 
@@ -37,8 +35,7 @@ def write_shards(
     progress: Progress | None = None,
     strict: bool = True,
 ) -> Manifest:
-    """Write every tile of ``dataset`` as split ``split`` of the dataset in shards at ``dst`` (folder or
-    fsspec URL).
+    """Write every tile of ``dataset`` as split ``split`` of the shards at ``dst`` (folder or fsspec URL).
 
     Shards that an earlier, interrupted call finished are kept. The manifest is published last, and joins a
     manifest of other splits that is there. ``progress(samples done, samples in all, bytes written)`` is

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,6 +17,8 @@ from maestro_scale.tracking.pictures import reconstruction_picture
 from maestro_scale.tracking.terminal import TerminalProgress
 from maestro_scale.training.observer import Observer, RunInfo, SensorView
 from maestro_scale.training.run_dir import JsonLines
+
+log = logging.getLogger(__name__)
 
 _POSITION = frozenset({"step"})  # MLflow's axis, not a metric
 
@@ -64,8 +67,12 @@ class TrackingObserver:
     def pictured(self, step: int, views: list[SensorView]) -> None:
         """Draw a reconstruction."""
         path = self._pictures / f"step_{step:08d}.png"
-        reconstruction_picture(path, views, f"{self._recipe.name}, step {step}")
-        self._tracker.picture(step, path)
+        try:
+            reconstruction_picture(path, views, f"{self._recipe.name}, step {step}")
+        except (OSError, ValueError) as error:  # a full disk must not end a run for want of a picture
+            log.warning("no picture of step %d: %s", step, error)
+        else:
+            self._tracker.picture(step, path)
 
     def finished(self, reason: str) -> None:
         """Send what is left."""

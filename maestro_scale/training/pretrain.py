@@ -127,7 +127,10 @@ def identity(recipe: Recipe, config: ModelConfig, datasets: list[Dataset]) -> di
             "shuffle_window": recipe.data.shuffle_window,
             "flips": recipe.data.flips,
         },
-        "manifests": [d.manifest.digest for d in datasets],
+        # Of the splits in use: adding another split to the dataset does not change this run.
+        "manifests": [
+            d.manifest.digest_of(e.split) for d, e in zip(datasets, recipe.data.mixture, strict=True)
+        ],
         "splits": [list(e.split) for e in recipe.data.mixture],
         "weights": [e.weight for e in recipe.data.mixture],
         "crops_m": [d.source.crop_m for d in datasets],

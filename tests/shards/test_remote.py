@@ -15,6 +15,7 @@ from shards.s3 import Fault, Proxy
 from maestro_scale.shards import store as store_module
 from maestro_scale.shards.cache import NoRoom
 from maestro_scale.shards.errors import BadShard, ManifestError, StoreError, WriteError
+from maestro_scale.shards.index import index_name
 from maestro_scale.shards.manifest import Manifest
 from maestro_scale.shards.retry import Retry
 from maestro_scale.shards.store import Store, StoreCounters
@@ -29,38 +30,53 @@ URL = "s3://shards/toy"
 
 @pytest.fixture(scope="module")
 def server():
+    """The port of an S3 server with the bucket "shards"."""
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
-    yield server.get_host_and_port()[1]
+    port = server.get_host_and_port()[1]
+    with pytest.MonkeyPatch.context() as patch:
+        lead_to(patch, f"http://127.0.0.1:{port}")
+        s3fs.S3FileSystem().mkdir("shards")
+        yield port
     server.stop()
+
+
+@pytest.fixture(scope="module")
+def dataset(server):
+    """The manifest of a dataset at URL, which tests leave as it is."""
+    return write_shards(Toy(12), URL, "train", shard_mb=SMALL)
 
 
 @pytest.fixture
 def s3(server, monkeypatch):
-    """An empty bucket behind a proxy, and the environment that leads there."""
+    """A proxy before the server, to which the environment leads."""
     with Proxy(server) as proxy:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        s3fs.S3FileSystem.clear_instance_cache()
-        fs = s3fs.S3FileSystem()
-        if fs.exists("shards"):
-            fs.rm("shards", recursive=True)
-        fs.mkdir("shards")
-        proxy.fs = fs
+        lead_to(monkeypatch, proxy.url)
         yield proxy
 
 
 @pytest.fixture
-def dataset(s3):
-    return write_shards(Toy(12), URL, "train", shard_mb=SMALL)
+def own(dataset, s3, tmp_path):
+    """The address of a copy of the dataset, to be damaged."""
+    path = f"shards/{tmp_path.name}"
+    fs = s3fs.S3FileSystem()
+    for name in ("manifest.json", *(n for s in dataset.shards for n in (s.path, index_name(s.path)))):
+        fs.copy(f"shards/toy/{name}", f"{path}/{name}")
+    return f"s3://{path}"
 
 
-def make_store(tmp_path, shards=100, retry=QUICK):
-    return Store(URL, tmp_path / "cache", int(shards * 5 * TILE_BYTES), retry)
+def lead_to(monkeypatch, endpoint):
+    s3fs.S3FileSystem.clear_instance_cache()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+
+
+def make_store(tmp_path, url=URL, retry=QUICK):
+    return Store(url, tmp_path / "cache", 10**9, retry)
 
 
 def gets(s3, name):
@@ -88,30 +104,43 @@ def test_round_trip_with_cache(s3, dataset, tmp_path):
     assert len(s3.requests) == before
 
 
-def test_writing_resumes_refuses_and_joins_like_on_disk(s3, tmp_path):
-    with pytest.raises(ManifestError, match=r"s3://shards/toy/manifest.json: not found"):
-        Manifest.load(URL)
-    first = write_shards(Toy(12), URL, "train", shard_mb=SMALL, workers=2)
-    s3.fs.rm("shards/toy/manifest.json")
-    s3.fs.rm(f"shards/toy/{first.shards[1].path}")
+def test_writing_resumes_refuses_and_joins_like_on_disk(own, dataset, s3):
+    shard = dataset.shards[1].path
+    fs = s3fs.S3FileSystem()
+    fs.rm([f"{own}/manifest.json", f"{own}/{shard}"])
+    with pytest.raises(ManifestError, match=r"s3://shards/.*/manifest.json: not found"):
+        Manifest.load(own)
     s3.requests.clear()
-    assert write_shards(Toy(12), URL, "train", shard_mb=SMALL) == first
+    assert write_shards(Toy(12), own, "train", shard_mb=SMALL, workers=2) == dataset
     written = [p.split("?")[0].rsplit("/", 1)[1] for m, p in s3.requests if m == "PUT"]
-    assert written == ["train-000001.index.json", "train-000001.tar", "manifest.json"]
-    with Writer(URL, SPEC, "val") as writer:
+    assert written == [index_name(shard), shard, "manifest.json"]
+    with Writer(own, SPEC, "val") as writer:
         writer.add(tile("a"))
-    assert verify(URL, workers=2) == []
-    assert [s.num_samples for s in summary(URL).splits] == [12, 1]
-    with pytest.raises(WriteError, match=r"holds a dataset with codec raw, not zstd"):
-        write_shards(Toy(12), URL, "test", codec="zstd")
+    assert verify(own) == []
+    assert [s.num_samples for s in summary(own).splits] == [12, 1]
+    with pytest.raises(WriteError, match="holds a dataset with codec raw, not zstd"):
+        write_shards(Toy(12), own, "test", codec="zstd")
 
 
-def test_verify_names_what_is_wrong(s3, dataset):
+def test_two_writers_make_the_same(dataset, s3):
+    assert write_shards(Toy(12), "s3://shards/two", "train", shard_mb=SMALL, workers=2) == dataset
+
+
+def test_nowhere_to_write_is_said(s3, monkeypatch):
+    with pytest.raises(WriteError, match=r"s3://none/toy/.*: no such bucket"):
+        write_shards(Toy(2), "s3://none/toy", "train")
+    s3.faults = lambda method, path, n: Fault(403) if method == "PUT" else None
+    with pytest.raises(WriteError, match=r"cannot write s3://shards/new/.*: refused .* check credentials"):
+        write_shards(Toy(2), "s3://shards/new", "train")
+
+
+def test_verify_names_what_is_wrong(own, dataset):
     a, b, *_ = dataset.shards
-    s3.fs.rm(f"shards/toy/{a.path}")
-    s3.fs.pipe(f"shards/toy/{b.path}", s3.fs.cat(f"shards/toy/{b.path}")[:-5] + b"12345")
-    s3.fs.pipe("shards/toy/stray.tar", b"x")
-    problems = verify(URL)
+    fs = s3fs.S3FileSystem()
+    fs.rm(f"{own}/{a.path}")
+    fs.pipe(f"{own}/{b.path}", fs.cat(f"{own}/{b.path}")[:-5] + b"12345")
+    fs.pipe(f"{own}/stray.tar", b"x")
+    problems = verify(own)
     assert [p.split(":")[0] for p in problems] == ["stray.tar", a.path, b.path]
     assert "is missing" in problems[1]
 
@@ -151,7 +180,6 @@ def test_final_answers_end_it_at_once(s3, dataset, tmp_path, status, error, caus
 def test_no_credentials(s3, dataset, tmp_path, monkeypatch):
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
-    s3fs.S3FileSystem.clear_instance_cache()
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
     s3.faults = lambda method, path, n: Fault(403)
@@ -191,11 +219,12 @@ def test_a_flipped_bit_is_fetched_again_once_then_named(s3, dataset, tmp_path):
     assert not list((tmp_path / "cache" / "shards").glob("*.part"))
 
 
-def test_a_shard_cut_short_in_the_store_is_named(s3, dataset, tmp_path):
+def test_a_shard_cut_short_in_the_store_is_named(own, dataset, tmp_path):
     info = dataset.shards[0]
-    s3.fs.pipe(f"shards/toy/{info.path}", s3.fs.cat(f"shards/toy/{info.path}")[:-512])
+    fs = s3fs.S3FileSystem()
+    fs.pipe(f"{own}/{info.path}", fs.cat(f"{own}/{info.path}")[:-512])
     with pytest.raises(BadShard, match=f"has {info.bytes - 512} bytes, the manifest says {info.bytes}"):
-        make_store(tmp_path).shard(info)
+        make_store(tmp_path, own).shard(info)
 
 
 def test_a_damaged_file_in_the_cache_is_fetched_again(s3, dataset, tmp_path):
@@ -212,10 +241,11 @@ def test_a_damaged_file_in_the_cache_is_fetched_again(s3, dataset, tmp_path):
 
 
 def test_the_budget_holds_and_the_least_recently_used_goes_first(s3, tmp_path):
-    shards = write_shards(Toy(15), URL, "train", shard_mb=SMALL).shards
+    url = "s3://shards/four"
+    shards = write_shards(Toy(15), url, "train", shard_mb=SMALL).shards
     room = 3 * max(s.bytes for s in shards) + 100
     assert len(shards) == 4
-    store = Store(URL, tmp_path / "cache", room, QUICK)
+    store = Store(url, tmp_path / "cache", room, QUICK)
     cached = lambda: {p.stem for p in (tmp_path / "cache" / "shards").iterdir()}  # noqa: E731
     pinned = store.shard(shards[0])
     for info in shards[1:3]:
