@@ -46,7 +46,13 @@ def run(seed: int, out: Path) -> dict:
 def show(rows: list[dict]) -> None:
     """One table."""
     table = Table(title="quickstart, weighted F1 in % with 95 % bootstrap interval")
-    for column in ("seed", "seconds", "loss drop", *(k for k in rows[0] if "/" in k), "probe intervals apart"):
+    for column in (
+        "seed",
+        "seconds",
+        "loss drop",
+        *(k for k in rows[0] if "/" in k),
+        "probe intervals apart",
+    ):
         table.add_column(column, justify="right")
     for row in rows:
         scores = ["{:.1f} ({:.1f}-{:.1f})".format(*(100 * v for v in row[k])) for k in row if "/" in k]
@@ -57,7 +63,9 @@ def show(rows: list[dict]) -> None:
 
 def main() -> int:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--out", type=Path, required=True, help="folder for the runs")
     args = parser.parse_args()
@@ -65,7 +73,11 @@ def main() -> int:
     for seed in args.seeds:
         rows.append(run(seed, args.out / f"seed{seed}"))
         show(rows)
-    machine = {"processor": platform.machine(), "torch": torch.__version__, "threads": torch.get_num_threads()}
+    machine = {
+        "processor": platform.machine(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
     record = {"machine": machine, "revision": git_revision(), "rows": rows}
     path = Path(__file__).parent / "results" / "quickstart.json"
     path.parent.mkdir(exist_ok=True)

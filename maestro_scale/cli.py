@@ -40,7 +40,9 @@ def quickstart(
     ),
     seed: Annotated[int, typer.Option(min=0, help="Seed of the scenes, the weights and the order.")] = 0,
     tiles: Annotated[int, typer.Option(min=60, help="Synthetic tiles, over all splits.")] = 1000,
-    steps: Annotated[int | None, typer.Option(min=1, help="Pretraining steps, instead of the recipe's.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Pretraining steps, instead of the recipe's.")
+    ] = None,
 ) -> None:
     """Synthetic tiles to a pretrained encoder and its scores, in minutes on two cores."""
     from maestro_scale.quickstart import quickstart as run

@@ -74,7 +74,9 @@ def quickstart(out: Path, seed: int = 0, tiles: int = NUM_TILES, steps: int | No
     if places.done.exists():
         made = json.loads(places.done.read_text())
         if made != wanted:
-            raise QuickstartError(f"{out} was made with {made}, not {wanted}: remove it, or use another --out")
+            raise QuickstartError(
+                f"{out} was made with {made}, not {wanted}: remove it, or use another --out"
+            )
         console.print(f"all done before, in {places.out}; remove it to start over")
     else:
         recipe = find_recipe("quickstart.yaml")
@@ -207,7 +209,9 @@ def _summary(console: Console, places: Places) -> None:
         table.add_column(column, justify="left" if column == "encoder" else "right")
     for name in ENCODERS:
         results = [EvalResult.load(places.results / name / mode / "results.json") for mode in MODES]
-        cells = [f"{100 * r.value:.1f} ({100 * r.interval[0]:.1f}-{100 * r.interval[1]:.1f})" for r in results]
+        cells = [
+            f"{100 * r.value:.1f} ({100 * r.interval[0]:.1f}-{100 * r.interval[1]:.1f})" for r in results
+        ]
         table.add_row(name, *cells)
     console.print(table)
     console.print(f"masked loss: {first:.3f} -> {last:.3f} ({100 * (last / first - 1):+.0f} %)")

@@ -30,7 +30,9 @@ def test_quickstart(tmp_path):
     result = EvalResult.load(out / "results" / "pretrained" / "probe" / "results.json")
     assert (result.checkpoint_step, result.num_tiles, result.metric) == (8, 12, "wf1")
     assert EvalResult.load(out / "results" / "untrained" / "knn" / "results.json").checkpoint_step == 0
-    steps = [json.loads(line)["step"] for line in (out / "runs/quickstart/metrics.jsonl").read_text().splitlines()]
+    steps = [
+        json.loads(line)["step"] for line in (out / "runs/quickstart/metrics.jsonl").read_text().splitlines()
+    ]
     assert steps == [1, 8]
     assert (out / "runs" / "mlflow.db").exists()
 

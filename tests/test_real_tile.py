@@ -33,7 +33,7 @@ def test_shard_verify_train(tmp_path):
     checked = command("verify", str(shards))
     assert checked.returncode == 0, checked.stderr
 
-    lines = Trainer(REPO / "recipes" / "treesatai_ts.yaml").train(
+    lines = Trainer(REPO / "recipes" / "treesatai_ts.yaml", "deepspeed").train(
         tmp_path / "run",
         2,
         "--set",

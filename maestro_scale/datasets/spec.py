@@ -58,7 +58,9 @@ class Sensor:
     group: str  # sensors of one group share one sequence in the encoder
     embed: str  # sensors of one embed share patch-embedding weights
     mask_threshold: float = 0.0  # a pixel is marked where any mask band exceeds this (percent)
-    token_groups: tuple[int, ...] = ()  # bands per token under `spectral: token`; empty: one token for all bands
+    token_groups: tuple[
+        int, ...
+    ] = ()  # bands per token under `spectral: token`; empty: one token for all bands
     elevation: bool = False  # channel 1 becomes 30 * (channel 0 - channel 1), after scaling
 
     @property

@@ -61,7 +61,13 @@ class EvalLoader:
         """Batches with noise 0 and keys "eval/dataset/sample/crop". BadShard, StoreError or LoaderError."""
         workers = min(self.workers, len(self))
         pipeline = Pipeline(
-            Reading(self._settings), self._requests(), workers, 2 * workers, self.pin, self._count
+            Reading(self._settings),
+            self._requests(),
+            batch_size=self.batch_size,
+            workers=workers,
+            outstanding=2 * workers,
+            pin=self.pin,
+            counted=self._count,
         )
         try:
             yield from pipeline

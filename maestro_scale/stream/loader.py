@@ -131,12 +131,12 @@ class TrainLoader:
             refs.append(Ref(number, int(shard), int(index)))
         if len(origins) != 1:
             raise ValueError("the keys of a batch must be of one dataset and one epoch")
-        reading = Reading(self._settings)
+        requests = [Request(*origins.pop(), tuple(refs))]
+        pipeline = Pipeline(Reading(self._settings), requests, len(refs), 0, 0, False, self._count)
         try:
-            batch = reading.make(Request(*origins.pop(), tuple(refs))).unpack()
+            return dataclasses.replace(next(pipeline), keys=tuple(keys))
         finally:
-            reading.close()
-        return dataclasses.replace(batch, keys=tuple(keys))
+            pipeline.close()
 
     def close(self) -> None:
         """End the loader processes; iterators in use end too."""
@@ -149,7 +149,13 @@ class TrainLoader:
         # While one step is computed, the next is made.
         outstanding = per_step + self.workers
         pipeline = Pipeline(
-            Reading(self._settings), requests, self.workers, outstanding, self.pin, self._count
+            Reading(self._settings),
+            requests,
+            batch_size=self.micro_batch,
+            workers=self.workers,
+            outstanding=outstanding,
+            pin=self.pin,
+            counted=self._count,
         )
         self._pipelines.append(pipeline)
         try:

@@ -1,5 +1,4 @@
-"""A batch as one block of memory: workers write samples straight into it, and it crosses to the training
-process as one shared file instead of one per tensor.
+"""A batch as one block of memory, which samples are written straight into.
 
 Dtypes stay native. torch has no arithmetic for unsigned integers beyond uint8, but stores, copies, pins and
 casts them, which is all that a batch needs.
@@ -9,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -22,9 +21,7 @@ _ALIGN = 64  # bytes
 
 @dataclass(frozen=True)
 class Field:
-    """One tensor of a batch, without the batch axis. ``part`` is an attribute of Batch; ``name`` its key, if
-    a dict.
-    """
+    """One tensor of a batch, without the batch axis: ``part`` of a Batch and, if that is a dict, ``name``."""
 
     part: str
     name: str
@@ -43,45 +40,31 @@ class Label:
     replaced: int
 
 
-@dataclass(frozen=True)
-class Packed:
-    """A batch on its way between processes."""
-
-    block: Tensor  # (bytes,) uint8
-    fields: tuple[Field, ...]
-    label: Label
-
-    def pin_memory(self) -> Packed:
-        """The same in page-locked memory; called by torch's DataLoader."""
-        return replace(self, block=self.block.pin_memory())
-
-    def unpack(self) -> Batch:
-        """The batch, its tensors being views of the block."""
-        parts: dict[str, dict[str, Tensor]] = {p: {} for p in ("pixels", "dates", "noise", "targets")}
-        single: dict[str, Tensor] = {}
-        for field, start, stop, shape in _places(self.fields, len(self.label.keys)):
-            tensor = self.block[start:stop].view(_torch_dtype(field.dtype)).view(shape)
-            if field.part in parts:
-                parts[field.part][field.name] = tensor
-            else:
-                single[field.part] = tensor
-        return Batch(**parts, **single, **vars(self.label))
+def num_bytes(fields: tuple[Field, ...], size: int) -> int:
+    """Bytes that ``size`` samples take."""
+    *_, (_, _, stop, _) = _places(fields, size)
+    return stop
 
 
-def allocate(fields: tuple[Field, ...], size: int, shared: bool) -> tuple[Tensor, dict[Field, np.ndarray]]:
-    """A zeroed block for ``size`` samples, and {field: (size, *shape) array that writes into it}.
-
-    ``shared``: in shared memory, as a worker needs it to hand it on without a copy.
-    """
-    places = list(_places(fields, size))
-    num_bytes = places[-1][2] if places else 0
-    if shared:
-        block = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(num_bytes))
-    else:
-        block = torch.zeros(num_bytes, dtype=torch.uint8)
+def arrays_in(block: Tensor, fields: tuple[Field, ...], size: int) -> dict[Field, np.ndarray]:
+    """{field: (size, *shape) array} that read and write a block (bytes,) uint8."""
     memory = block.numpy()
-    arrays = {f: memory[start:stop].view(f.dtype).reshape(shape) for f, start, stop, shape in places}
-    return block, arrays
+    return {
+        f: memory[start:stop].view(f.dtype).reshape(shape) for f, start, stop, shape in _places(fields, size)
+    }
+
+
+def unpack(block: Tensor, fields: tuple[Field, ...], label: Label) -> Batch:
+    """The batch whose tensors are views of a block (bytes,) uint8."""
+    parts: dict[str, dict[str, Tensor]] = {p: {} for p in ("pixels", "dates", "noise", "targets")}
+    single: dict[str, Tensor] = {}
+    for field, start, stop, shape in _places(fields, len(label.keys)):
+        tensor = block[start:stop].view(_torch_dtype(field.dtype)).view(shape)
+        if field.part in parts:
+            parts[field.part][field.name] = tensor
+        else:
+            single[field.part] = tensor
+    return Batch(**parts, **single, **vars(label))
 
 
 def check_dtype(dtype: str, what: str) -> None:

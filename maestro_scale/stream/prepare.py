@@ -15,6 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from maestro_scale.datasets.spec import DatasetSpec, Modality, Sensor, Target
+from maestro_scale.shards.errors import CodecError
 from maestro_scale.stream import dates
 from maestro_scale.stream.batch import num_noise
 from maestro_scale.stream.crops import Crop, CropGrid, Orientation
@@ -27,6 +28,8 @@ _COMMON = 0  # stream of what all sensors of a sample share; stream_of never giv
 class Stored(Protocol):
     """What preparation asks of a sample (shards.codec.Sample)."""
 
+    key: str
+
     def array(self, name: str) -> np.ndarray:
         """A whole field."""
         ...
@@ -37,6 +40,10 @@ class Stored(Protocol):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a field."""
+        ...
+
+    def dtype(self, name: str) -> np.dtype:
+        """Dtype of a field."""
         ...
 
 
@@ -61,7 +68,7 @@ class Preparer:
         self.grid = CropGrid(view.spec, view.sensors, view.crop_m)
         self._inputs = [_Input(view.spec, s, self.grid) for s in view.sensors]
         self._targets = [
-            (Field("targets", t.name, *_target_layout(t, view, self.grid)), t) for t in view.spec.targets
+            (Field("targets", t.name, *_seen_layout(t, view.spec, self.grid)), t) for t in view.spec.targets
         ]
         self._ref_date = Field("ref_date", "", (3,), "int16")
         self._draws = Draws(seed, Purpose.SAMPLE, dataset)
@@ -75,8 +82,8 @@ class Preparer:
     def train(self, sample: Stored, epoch: int, number: int, out: dict[Field, np.ndarray], row: int) -> int:
         """Write sample ``number`` of the dataset, as epoch ``epoch`` sees it, into ``row`` of every array.
 
-        Returns how many dates were repeated or imputed. Draws, in order: crop row, crop column, the three
-        symmetries; per sensor the dates, then the noise.
+        Returns how many dates were repeated or imputed; CodecError if the sample is not as the spec says.
+        Draws, in order: crop row, crop column, the three symmetries; per sensor the dates, then the noise.
         """
         draws = self._draws.seek(epoch, number, _COMMON)
         row_offset, column_offset = draws.below(self.grid.num_offsets), draws.below(self.grid.num_offsets)
@@ -105,7 +112,9 @@ class Preparer:
     def _put_labels(self, sample: Stored, crop: Crop, out: dict[Field, np.ndarray], row: int) -> None:
         out[self._ref_date][row] = sample.array("ref_date")
         for field, target in self._targets:
-            label = sample.array(f"target.{target.name}")
+            name = f"target.{target.name}"
+            _check(sample, name, _stored_layout(target, self.view.spec))
+            label = sample.array(name)
             if target.kind == "segmentation":
                 label = crop.orientation.apply(self.grid.cut(label, crop, target.resolution_m))
             out[field][row] = label
@@ -146,6 +155,8 @@ class _Input:
             return self._seen(sample.array(name), crop)
 
         stored = sample.shape(name)[0]
+        size, num_bands = self.modality.size, len(self.modality.bands)
+        _check(sample, name, ((stored, num_bands, size, size), self.modality.dtype))
         if stored <= num_dates:
             chosen = dates.repeated(stored, num_dates)
             pixels = whole() if stored == num_dates else whole()[chosen]
@@ -170,7 +181,10 @@ class _Input:
     def _mask(self, sample: Stored, crop: Crop) -> np.ndarray | None:
         if not self.modality.mask_bands:
             return None
-        return self.grid.cut(sample.array(f"{self.modality.name}.mask"), crop, self.modality.resolution_m)
+        name, size = f"{self.modality.name}.mask", self.modality.size
+        stored = sample.shape(self.modality.name)[0]
+        _check(sample, name, ((stored, len(self.modality.mask_bands), size, size), "uint8"))
+        return self.grid.cut(sample.array(name), crop, self.modality.resolution_m)
 
     def _marked(self, sample: Stored, crop: Crop) -> np.ndarray | None:
         mask = self._mask(sample, crop)
@@ -185,12 +199,29 @@ def _band_index(bands: Sequence[int], modality: Modality) -> slice | list[int] |
     return list(bands)
 
 
-def _target_layout(target: Target, view: View, grid: CropGrid) -> tuple[tuple[int, ...], str]:
+def _stored_layout(target: Target, spec: DatasetSpec) -> tuple[tuple[int, ...], str]:
+    """Shape and dtype of a target as it is stored."""
     if target.kind == "multilabel":
         return (len(target.classes),), "float32"
     if target.resolution_m is None:
-        raise ValueError(
-            f"{view.spec.name}: segmentation target {target.name} needs resolution_m in the manifest"
-        )
-    side = grid.side(target.resolution_m, round(view.spec.tile_m / target.resolution_m))
+        raise ValueError(f"{spec.name}: segmentation target {target.name} needs resolution_m in the manifest")
+    side = round(spec.tile_m / target.resolution_m)
     return (side, side), "uint8"
+
+
+def _seen_layout(target: Target, spec: DatasetSpec, grid: CropGrid) -> tuple[tuple[int, ...], str]:
+    """Shape and dtype of a target as it is in a batch."""
+    shape, dtype = _stored_layout(target, spec)
+    if target.kind == "segmentation":
+        shape = (grid.side(target.resolution_m, shape[0]),) * 2
+    return shape, dtype
+
+
+def _check(sample: Stored, field: str, expected: tuple[tuple[int, ...], str]) -> None:
+    # numpy would stretch or cast what does not fit.
+    shape, dtype = sample.shape(field), sample.dtype(field)
+    if (shape, dtype) != expected:
+        raise CodecError(
+            f"sample {sample.key}: {field} is {dtype} {shape}, but by the manifest's spec {expected[1]} "
+            f"{expected[0]}"
+        )

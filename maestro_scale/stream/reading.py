@@ -1,17 +1,20 @@
-"""The work of a loader process: from a request, which names samples, to a packed batch."""
+"""The work of a loader process: from a request, which names samples, to a batch in a block of memory."""
 
 from __future__ import annotations
 
 import logging
 import os
 import traceback
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+
+from torch import Tensor
 
 from maestro_scale.shards.counters import StoreCounters
 from maestro_scale.shards.errors import CodecError, ShardsError
 from maestro_scale.shards.store import BadShard
+from maestro_scale.stream.batch import Batch
 from maestro_scale.stream.draws import Draws, Purpose
-from maestro_scale.stream.packing import Label, Packed, allocate
+from maestro_scale.stream.packing import Label, arrays_in, num_bytes, unpack
 from maestro_scale.stream.prepare import Preparer, View
 from maestro_scale.stream.source import OpenShards, Source, labels
 
@@ -44,18 +47,14 @@ class Request:
 
 @dataclass(frozen=True)
 class Made:
-    """What came of a request: a packed batch, or the error and its traceback; and what the stores did
-    meanwhile.
+    """What came of a request: the label of the batch that was made, or the error, with its traceback where it
+    is none of ours; and what the stores did meanwhile.
     """
 
-    packed: Packed | None
+    label: Label | None
     counters: StoreCounters
     error: BaseException | None = None
     trace: str = ""
-
-    def pin_memory(self) -> Made:
-        """The same with the batch in page-locked memory; called by torch's DataLoader."""
-        return self if self.packed is None else replace(self, packed=self.packed.pin_memory())
 
 
 @dataclass(frozen=True)
@@ -92,27 +91,35 @@ class Reading:
         """What prepares the samples of a dataset."""
         return self._preparers[dataset]
 
-    def __getitem__(self, request: Request) -> Made:
-        """The batch in shared memory. Errors are returned, so that they cross between processes whole."""
-        return self.attempt(request, shared=True)
+    def num_bytes(self, size: int) -> int:
+        """Bytes that a batch of ``size`` samples of any dataset may take."""
+        return max(num_bytes(p.fields, size) for p in self._preparers)
 
-    def attempt(self, request: Request, shared: bool = False) -> Made:
-        """The batch, or why it cannot be made."""
+    def num_bytes_of(self, request: Request) -> int:
+        """Bytes that the batch of a request takes."""
+        return num_bytes(self._preparers[request.dataset].fields, len(request.refs))
+
+    def unpack(self, block: Tensor, request: Request, label: Label) -> Batch:
+        """The batch that was made in a block."""
+        return unpack(block, self._preparers[request.dataset].fields, label)
+
+    def attempt(self, request: Request, block: Tensor) -> Made:
+        """As :meth:`make`, but errors are returned, so that they cross between processes whole."""
         try:
-            return Made(self.make(request, shared), self._counters())
+            return Made(self.make(request, block), self._counters())
         except ShardsError as error:
             return Made(None, self._counters(), error)
         except Exception as error:  # noqa: BLE001 - whatever it is, the training process raises it
             reason = RuntimeError(f"{type(error).__name__}: {error}")
             return Made(None, self._counters(), reason, traceback.format_exc())
 
-    def make(self, request: Request, shared: bool = False) -> Packed:
-        """The batch. BadShard, StoreError, or CodecError for a sample that is no such thing."""
+    def make(self, request: Request, block: Tensor) -> Label:
+        """Write a batch into a block (bytes,) uint8. BadShard or StoreError if a sample cannot be had."""
         self._open()
         shards, preparer = self._shards[request.dataset], self._preparers[request.dataset]
         if request.ahead:
             shards.prefetch(request.ahead)
-        block, arrays = allocate(preparer.fields, len(request.refs), shared)
+        arrays = arrays_in(block, preparer.fields, len(request.refs))
         keys, tiles, filled, replaced = [], [], 0, 0
         for row, ref in enumerate(request.refs):
             done = self._put(request, ref, ref, arrays, row)
@@ -123,8 +130,7 @@ class Reading:
             keys.append(key)
             tiles.append(done[0])
             filled += done[1]
-        label = Label(self.labels[request.dataset], tuple(keys), tuple(tiles), filled, replaced)
-        return Packed(block, preparer.fields, label)
+        return Label(self.labels[request.dataset], tuple(keys), tuple(tiles), filled, replaced)
 
     def close(self) -> None:
         """Close every shard and connection."""

@@ -8,12 +8,14 @@ import signal
 import socket
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.process import BaseProcess
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from maestro_scale.shards.counters import StoreCounters
@@ -23,6 +25,7 @@ from maestro_scale.stream.reading import Made, Reading, Request
 # What schedulers and people send to a whole process group; the training process decides what comes of it.
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _PATIENCE_S = 2.0
+_SHARED_MEMORY = "/dev/shm"
 
 
 class LoaderError(Exception):
@@ -37,63 +40,60 @@ class _WorkerTraceback(Exception):
 
 
 class Pipeline:
-    """Batches for a sequence of requests.
+    """Batches for a sequence of requests, of at most ``batch_size`` samples each.
 
     ``workers``: processes; 0 does the work here, when a batch is asked for. ``outstanding``: batches that may
     be made ahead. ``pin``: put them in page-locked memory. ``counted`` is told what the stores did for each
-    batch.
+    batch. LoaderError if the machine has too little shared memory.
     """
 
     def __init__(
         self,
         reading: Reading,
         requests: Iterable[Request],
+        batch_size: int,
         workers: int,
         outstanding: int,
         pin: bool,
         counted: Callable[[StoreCounters], None],
     ) -> None:
-        self._reading, self._workers, self._counted = reading, workers, counted
-        self._kill: Callable[[], None] | None = None
-        if workers == 0:
-            self._made: Iterator[Made] = (_pinned(reading.attempt(r), pin) for r in requests)
-            return
-        context = _context()
-        with _signals_blocked():
-            forkserver.ensure_running()
-            loader = DataLoader(
-                reading,
-                sampler=requests,
-                batch_size=None,
-                num_workers=workers,
-                collate_fn=_same,
-                pin_memory=pin,
-                multiprocessing_context=context,
-                worker_init_fn=_settle,
-                prefetch_factor=max(2, -(-outstanding // workers)),
-                generator=torch.Generator(),  # it draws a seed for the workers, which nothing here uses
-            )
-            self._made = iter(loader)
-        processes = tuple(getattr(self._made, "_workers", ()))
-        # Also at exit: multiprocessing would ask the workers to stop with a signal that they ignore, and
-        # wait.
-        self._kill = weakref.finalize(self, _kill, processes)
+        self._reading, self._requests, self._pin, self._counted = reading, iter(requests), pin, counted
+        self._under_way: deque[tuple[int, Request]] = deque()
+        self._results: Iterator[Made] | None = None
+        if workers:
+            each = max(2, -(-outstanding // workers))
+            # One more than may be under way, for the one that is being taken. Few blocks, written again and
+            # again: the first touch of fresh memory can cost more than reading and preparing together.
+            self._blocks = _shared_blocks(each * workers + 2, reading.num_bytes(batch_size))
+            self._results = self._start(workers, each)
+            processes = tuple(getattr(self._results, "_workers", ()))
+            # Also at exit: multiprocessing would ask the workers to end with a signal that they ignore.
+            self._kill = weakref.finalize(self, _kill, processes)
 
     def __iter__(self) -> Pipeline:
         return self
 
     def __next__(self) -> Batch:
         """The next batch. BadShard and other ShardsErrors as they are; LoaderError for all else."""
-        try:
-            made = next(self._made)
-        except (RuntimeError, OSError, EOFError) as error:  # the last two: it died while it handed a batch on
-            raise LoaderError(
-                f"{socket.gethostname()}: a loader process died ({error}); if the machine ran out of memory, "
-                "lower data.workers; the same command resumes"
-            ) from error
+        if self._results is None:
+            request = next(self._requests)
+            block = self._fresh_block(request)
+            made = self._reading.attempt(request, block)
+        else:
+            try:
+                made = next(self._results)
+            # OSError, EOFError: it died while it handed something on.
+            except (RuntimeError, OSError, EOFError) as error:
+                raise LoaderError(
+                    f"{socket.gethostname()}: a loader process died ({error}); if the machine ran out of "
+                    "memory, lower data.workers; the same command resumes"
+                ) from error
+            slot, request = self._under_way.popleft()
+            block = self._fresh_block(request)
+            block.copy_(self._blocks[slot, : len(block)])
         self._counted(made.counters)
         if made.error is None:
-            return made.packed.unpack()
+            return self._reading.unpack(block, request, made.label)
         if made.trace:
             cause = _WorkerTraceback(made.trace)
             raise LoaderError(f"{socket.gethostname()}: a batch cannot be made: {made.error}") from cause
@@ -101,15 +101,65 @@ class Pipeline:
 
     def close(self) -> None:
         """End the processes, within seconds, whatever they are doing; their work survives that."""
-        if self._kill is None:
+        if self._results is None:
             self._reading.close()
         elif self._kill.alive:
             impatience = threading.Timer(_PATIENCE_S, self._kill)
             impatience.start()
-            self._made._shutdown_workers()
+            self._results._shutdown_workers()
             impatience.cancel()
             self._kill()
-        self._made = iter(())
+
+    def _start(self, workers: int, each: int) -> Iterator[Made]:
+        context = _context()
+        with _signals_blocked():
+            forkserver.ensure_running()
+            loader = DataLoader(
+                _Bench(self._reading, self._blocks),
+                sampler=self._numbered(),
+                batch_size=None,
+                num_workers=workers,
+                collate_fn=_same,
+                multiprocessing_context=context,
+                worker_init_fn=_settle,
+                prefetch_factor=each,
+                generator=torch.Generator(),  # it draws a seed for the workers, which nothing here uses
+            )
+            return iter(loader)
+
+    def _numbered(self) -> Iterator[tuple[int, Request]]:
+        for i, request in enumerate(self._requests):
+            self._under_way.append((i % len(self._blocks), request))
+            yield self._under_way[-1]
+
+    def _fresh_block(self, request: Request) -> Tensor:
+        size = self._reading.num_bytes_of(request)
+        return torch.empty(size, dtype=torch.uint8, pin_memory=self._pin)
+
+
+class _Bench:
+    """Where a loader process works: it makes the batches, each in the block that comes with the request."""
+
+    def __init__(self, reading: Reading, blocks: Tensor) -> None:
+        self._reading, self._blocks = reading, blocks
+
+    def __getitem__(self, numbered: tuple[int, Request]) -> Made:
+        slot, request = numbered
+        return self._reading.attempt(request, self._blocks[slot])
+
+
+def _shared_blocks(count: int, size: int) -> Tensor:
+    """(count, size) uint8 in shared memory, multiples of a page so that blocks do not touch."""
+    size = -(-size // 4096) * 4096
+    if os.path.isdir(_SHARED_MEMORY):
+        status = os.statvfs(_SHARED_MEMORY)
+        if (free := status.f_bavail * status.f_frsize) < count * size:
+            raise LoaderError(
+                f"{socket.gethostname()}: {_SHARED_MEMORY} has {free >> 20} MiB left, the loader needs "
+                f"{count * size >> 20}; raise it (docker run --shm-size), or lower data.workers or "
+                "train.micro_batch"
+            )
+    return torch.empty(count, size, dtype=torch.uint8).share_memory_()
 
 
 def _context() -> multiprocessing.context.BaseContext:
@@ -138,8 +188,8 @@ def _settle(worker: int) -> None:
 
 
 def _end_with_parent() -> None:
-    # DataLoader looks at the parent's pid for this, but here the parent is the fork server, which stays as long as
-    # there are workers.
+    # DataLoader looks at the parent's pid for this, but here the parent is the fork server, which stays as
+    # long as there are workers.
     multiprocessing.parent_process().join()
     os._exit(1)
 
@@ -148,10 +198,6 @@ def _kill(processes: tuple[BaseProcess, ...]) -> None:
     for process in processes:
         if process.is_alive():
             process.kill()
-
-
-def _pinned(made: Made, pin: bool) -> Made:
-    return made.pin_memory() if pin else made
 
 
 def _same(made: Made) -> Made:

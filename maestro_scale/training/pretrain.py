@@ -60,6 +60,8 @@ def pretrain(
         try:
             outcome = train(run, position)
             reason = outcome.reason
+            if world.is_main and reason == "stopped":
+                run.stop.clear_file()  # obeyed; the next start shall not stop again
             return outcome
         finally:
             run.stream.close()

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from maestro_scale.datasets import open_raw
 from maestro_scale.datasets.spec import Sensor, Tile
 from maestro_scale.shards.codec import Sample, encode
-from maestro_scale.stream.packing import allocate
+from maestro_scale.shards.errors import CodecError
+from maestro_scale.stream.packing import arrays_in, num_bytes
 from maestro_scale.stream.prepare import Preparer, View
 from maestro_scale.stream.source import Source
 
@@ -38,7 +40,8 @@ def prepare(
 ) -> tuple[Prepared, int]:
     """{(part, name): array} of one sample; evaluation if ``number`` is None."""
     preparer = Preparer(view, seed, dataset)
-    _, arrays = allocate(preparer.fields, 1, shared=False)
+    block = torch.zeros(num_bytes(preparer.fields, 1), dtype=torch.uint8)
+    arrays = arrays_in(block, preparer.fields, 1)
     sample = Sample(encode(tile, "raw"))
     if number is None:
         filled = preparer.evaluate(sample, crop, arrays, 0)
@@ -158,6 +161,28 @@ def test_a_series_of_exactly_the_wanted_dates_is_taken_whole(toy: Source, tile_o
 def test_a_sensor_that_asks_for_what_is_not_there_is_refused(toy: Source, sensor: dict, reason: str):
     with pytest.raises(ValueError, match=reason):
         Preparer(view_of(toy, sensors=(replace(toy.sensors[0], **sensor),)))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("aerial", np.zeros((1, 1, 24, 24), np.uint8)),
+        ("aerial", np.zeros((1, 3, 24, 24), np.float32)),
+        ("aerial", np.zeros((1, 3, 12, 12), np.uint8)),
+        ("cover", np.zeros((6, 1), np.uint8)),
+        ("cover", np.zeros((6, 6), np.int32)),
+        ("kind", np.zeros(1, np.float32)),
+    ],
+)
+@pytest.mark.parametrize("number", [0, None])
+def test_a_sample_that_is_not_what_the_spec_says_is_refused(
+    toy: Source, tile_of: Callable[[int], Tile], field: str, value: np.ndarray, number: int | None
+):
+    tile = tile_of(0)
+    part = "arrays" if field == "aerial" else "targets"
+    wrong = replace(tile, **{part: {**getattr(tile, part), field: value}})
+    with pytest.raises(CodecError, match=f"sample tile-00000: (target.)?{field} is"):
+        prepare(view_of(toy), wrong, number)
 
 
 def scaled(sensor: Sensor, pixels: np.ndarray) -> np.ndarray:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,45 +55,81 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+class Job:
+    """The processes of one run, each the leader of a session, with one log."""
+
+    def __init__(self, commands: list[tuple[list[str], dict[str, str]]], log: Path) -> None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self._log = log
+        with log.open("wb") as sink:
+            self.processes = [
+                subprocess.Popen(
+                    c, env=e, cwd=REPO, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True
+                )
+                for c, e in commands
+            ]
+
+    @property
+    def output(self) -> str:
+        """What all of them printed."""
+        return self._log.read_text(errors="replace")
+
+    def wait(self, timeout_s: float) -> int:
+        """Exit code: 0 if every process ended well; the first that did not ends the others, as a launcher would."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            codes = [p.poll() for p in self.processes]
+            bad = [c for c in codes if c]
+            if bad or None not in codes:
+                self.kill()
+                return bad[0] if bad else 0
+            time.sleep(0.02)
+        self.kill()
+        raise AssertionError(f"not over after {timeout_s} s:\n{self.output[-4000:]}")
+
+    def kill(self) -> None:
+        """SIGKILL every process and everything it started."""
+        sessions = {p.pid for p in self.processes}
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit() and _session(entry) in sessions:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(entry.name), signal.SIGKILL)
+        for process in self.processes:
+            process.wait(timeout=30)
+
+
 @dataclass
 class Trainer:
-    """Runs ``train.py`` on one recipe."""
+    """Runs ``train.py`` on one recipe: ``launcher`` "deepspeed", or "env" for bare ranks with RANK and friends set."""
 
     recipe: Path
+    launcher: str = "env"
     env: dict[str, str] = field(default_factory=dict)
 
-    def command(self, run_dir: Path | None, ranks: int, *args: str) -> list[str]:
-        launcher = shutil.which(
-            "deepspeed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        )
-        assert launcher, "the deepspeed launcher is not installed"
+    def start(self, run_dir: Path | None, ranks: int, *args: str) -> Job:
         where = [f"--run-dir={run_dir}"] if run_dir else []
-        start = [launcher, f"--num_gpus={ranks}", f"--master_port={free_port()}", str(TRAIN)]
-        return [*start, f"--recipe={self.recipe}", *where, *args]
-
-    def start(self, run_dir: Path, ranks: int, *args: str) -> subprocess.Popen:
+        script = [str(TRAIN), f"--recipe={self.recipe}", *where, *args]
         env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **self.env}
-        return subprocess.Popen(
-            self.command(run_dir, ranks, *args),
-            env=env,
-            cwd=REPO,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
+        port = str(free_port())
+        log = (run_dir.parent if run_dir else self.recipe.parent) / f"log-{port}.txt"
+        if run_dir is None:
+            log = Path(tempfile.gettempdir()) / log.name
+        if self.launcher == "deepspeed":
+            program = Path(sys.executable).parent / "deepspeed"
+            return Job([([str(program), f"--num_gpus={ranks}", f"--master_port={port}", *script], env)], log)
+        rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks)}
+        commands = [
+            ([sys.executable, *script], {**env, **rendezvous, "RANK": str(r), "LOCAL_RANK": str(r)})
+            for r in range(ranks)
+        ]
+        return Job(commands, log)
 
     def run(
         self, run_dir: Path | None, ranks: int = 1, *args: str, timeout_s: float = 240
     ) -> tuple[int, str]:
         """(exit code, output) of a run to its end."""
-        process = self.start(run_dir, ranks, *args)
-        try:
-            output, _ = process.communicate(timeout=timeout_s)
-        except subprocess.TimeoutExpired:
-            kill(process)
-            raise
-        return process.returncode, output
+        job = self.start(run_dir, ranks, *args)
+        return job.wait(timeout_s), job.output
 
     def train(self, run_dir: Path, ranks: int = 1, *args: str) -> list[dict]:
         """Metrics of a run that must succeed."""
@@ -102,22 +139,13 @@ class Trainer:
 
     def kill_at(self, run_dir: Path, ranks: int, step: int, *args: str) -> None:
         """Start a run and SIGKILL all of it once ``step`` is logged."""
-        process = self.start(run_dir, ranks, *args)
+        job = self.start(run_dir, ranks, *args)
         deadline = time.monotonic() + 240
         while not any(m["step"] >= step for m in metrics(run_dir)):
-            assert process.poll() is None, process.stdout.read()[-4000:]
+            assert not any(p.poll() for p in job.processes), job.output[-4000:]
             assert time.monotonic() < deadline, f"step {step} was not reached"
-            time.sleep(0.02)
-        kill(process)
-
-
-def kill(process: subprocess.Popen) -> None:
-    """SIGKILL a launcher and everything it started."""
-    session = process.pid
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and _session(entry) == session:
-            os.kill(int(entry.name), signal.SIGKILL)
-    process.wait(timeout=30)
+            time.sleep(0.01)
+        job.kill()
 
 
 def _session(entry: Path) -> int:

@@ -38,17 +38,25 @@ def trainer(synthetic_shards, tmp_path_factory) -> Trainer:
     return Trainer(write_recipe(tmp_path_factory.mktemp("recipe"), synthetic_shards))
 
 
+@pytest.mark.slow
+def test_under_the_deepspeed_launcher(trainer, quiet, tmp_path):
+    launched = Trainer(trainer.recipe, "deepspeed")
+    lines = launched.train(tmp_path / "run", 2, "--set", "train.micro_batch=2")
+    assert curve(lines) == pytest.approx(curve(quiet[1]), rel=1e-5)
+
+
 @pytest.fixture(scope="module")
 def quiet(trainer, tmp_path_factory):
     """One rank, one micro-batch, uninterrupted: (run directory, metrics)."""
-    run_dir = tmp_path_factory.mktemp("quiet")
+    run_dir = tmp_path_factory.mktemp("quiet") / "run"
     return run_dir, trainer.train(run_dir, 1, "--set", "train.micro_batch=8")
 
 
 def test_run_directory_is_complete(quiet):
     run_dir, lines = quiet
     assert [m["step"] for m in lines] == [1, 2, 3, 4, 5, 6]
-    assert all(set(m) == FIELDS for m in lines)
+    assert all(set(m) >= FIELDS for m in lines)
+    assert lines[-1]["data/replaced"] == 0
     assert lines[-1]["samples"] == 48
     assert json.loads((run_dir / "environment.json").read_text())["versions"]["torch"]
     assert (run_dir / "recipe.yaml").exists()
@@ -62,10 +70,10 @@ def test_the_curve_does_not_depend_on_ranks_micro_batches_or_stage(
     trainer, quiet, tmp_path, ranks, stage, micro
 ):
     changes = [f"train.micro_batch={micro}", f"deepspeed.zero_optimization.stage={stage}"]
-    lines = trainer.train(tmp_path, ranks, "--set", *changes)
+    lines = trainer.train(tmp_path / "run", ranks, "--set", *changes)
     assert curve(lines) == pytest.approx(curve(quiet[1]), rel=1e-5)
     assert [m["grad_norm"] for m in lines] == pytest.approx([m["grad_norm"] for m in quiet[1]], rel=1e-3)
-    assert audit(tmp_path) == audit(quiet[0])
+    assert audit(tmp_path / "run") == audit(quiet[0])
 
 
 @pytest.mark.slow
@@ -94,12 +102,15 @@ def test_running_again_says_done_and_changes_nothing(trainer, quiet):
 
 
 def test_stop_file_ends_a_run_that_then_resumes(trainer, quiet, tmp_path):
-    (tmp_path / "STOP").touch()
-    code, output = trainer.run(tmp_path, 1, "--set", "train.micro_batch=8")
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "STOP").touch()
+    code, output = trainer.run(run_dir, 1, "--set", "train.micro_batch=8")
     assert code == 0, output[-3000:]
     assert "resume with the same command" in output
-    assert newest(tmp_path).name == "step_00000001"
-    assert curve(trainer.train(tmp_path, 1, "--set", "train.micro_batch=8")) == curve(quiet[1])
+    assert newest(run_dir).name == "step_00000001"
+    assert not (run_dir / "STOP").exists()
+    assert curve(trainer.train(run_dir, 1, "--set", "train.micro_batch=8")) == curve(quiet[1])
 
 
 @pytest.mark.parametrize(
@@ -135,7 +146,7 @@ def test_fresh_refuses_a_directory_with_a_run(trainer, quiet):
 
 
 def test_dry_run_needs_no_data(tmp_path):
-    code, output = Trainer(REPO / "recipes" / "vitl.yaml").run(None, 1, "--dry-run")
+    code, output = Trainer(REPO / "recipes" / "vitl.yaml", "deepspeed").run(None, 1, "--dry-run")
     assert code == 0, output[-3000:]
     for words in ("parameters", "898,", "aerial", "225", "GFLOP", "stage", "GiB per rank"):
         assert words in output, output
