@@ -57,6 +57,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _pretrain(recipe, run_dir: Path, fresh: bool) -> int:
+    from maestro_scale.recipe import RecipeError
     from maestro_scale.tracking.observers import observers_for
     from maestro_scale.training.distributed import join, leave
     from maestro_scale.training.errors import EXPECTED
@@ -68,7 +69,8 @@ def _pretrain(recipe, run_dir: Path, fresh: bool) -> int:
         outcome = pretrain(recipe, run_dir, world, observers, fresh)
     except EXPECTED as error:
         where = "" if world.is_main else f" (rank {world.rank} on {os.uname().nodename})"
-        print(f"error{where}: {error}", file=sys.stderr, flush=True)
+        if world.is_main or not isinstance(error, RecipeError):  # every rank reads the same recipe
+            print(f"error{where}: {error}", file=sys.stderr, flush=True)
         # The other ranks may be waiting for this one: leave at once, the launcher ends them.
         os._exit(2)
     if world.is_main:

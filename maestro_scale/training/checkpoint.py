@@ -76,9 +76,10 @@ class Checkpoints:
         theirs, ours = _flat(json.loads((path / COMMIT).read_text())["identity"]), _flat(identity)
         different = [k for k in sorted({*theirs, *ours}) if theirs.get(k) != ours.get(k)]
         if different:
-            lines = [f"{k}: checkpoint {theirs.get(k)!r}, recipe {ours.get(k)!r}" for k in different]
+            lines = [f"{k}: checkpoint {theirs.get(k)!r}, now {ours.get(k)!r}" for k in different]
             raise CheckpointError(
-                f"{path} belongs to another run: {'; '.join(lines)}. Use another --run-dir, or the run's own recipe"
+                f"{path} does not fit this run: {'; '.join(lines)}. Go on with what it was made with, or use another "
+                "--run-dir"
             )
         loaded, state = engine.load_checkpoint(str(path), tag=TAG)
         if loaded is None:
@@ -94,7 +95,6 @@ class Checkpoints:
         record = {
             "position": vars(position),
             "identity": identity,
-            "world_size": self._world.size,
             "files": files,
         }
         (staging / COMMIT).write_text(json.dumps(record, indent=1))

@@ -120,7 +120,7 @@ def open_datasets(recipe: Recipe) -> list[Dataset]:
     return datasets
 
 
-def identity(recipe: Recipe, config: ModelConfig, datasets: list[Dataset]) -> dict[str, Any]:
+def identity(recipe: Recipe, config: ModelConfig, datasets: list[Dataset], world: World) -> dict[str, Any]:
     """What must not change between a checkpoint and its resumption; ``model`` is enough to rebuild the model."""
     model = {k: v for k, v in config.to_dict().items() if k != "checkpointing"}
     data = {
@@ -138,7 +138,13 @@ def identity(recipe: Recipe, config: ModelConfig, datasets: list[Dataset]) -> di
         "crops_m": [d.source.crop_m for d in datasets],
     }
     train_section = {"global_batch": recipe.train.global_batch, "masking": recipe.masking.model_dump()}
-    return {"seed": recipe.seed, "model": model, "data": data, "train": train_section}
+    # DeepSpeed's partitioned state is read by the number of ranks and the stage that wrote it.
+    engine = {
+        "zero_stage": recipe.zero_stage,
+        "precision": recipe.train.precision_on(world.device.type),
+        "ranks": world.size if recipe.zero_stage else None,
+    }
+    return {"seed": recipe.seed, "model": model, "data": data, "train": train_section, "engine": engine}
 
 
 def _refuse_unsuitable(run_dir: Path, fresh: bool) -> None:
@@ -171,7 +177,7 @@ def _prepare(recipe: Recipe, run_dir: Path, world: World, observers: list[Observ
     num_steps = t.steps if t.steps is not None else t.epochs * stream.steps_per_epoch
     engine = _build_engine(recipe, config, num_steps, world)
     checkpoints = Checkpoints(run_dir, world, recipe.checkpoint.keep)
-    ident = identity(recipe, config, datasets)
+    ident = identity(recipe, config, datasets, world)
     position = _resume(checkpoints, engine, ident)
     metrics = JsonLines(run_dir / "metrics.jsonl")
     audit = JsonLines(run_dir / "audit" / f"rank{world.rank:05d}.jsonl") if t.audit else None

@@ -7,12 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from maestro_scale.datasets.spec import DatasetSpec, Modality, Scale, Sensor, Target, Tile
 from maestro_scale.shards.manifest import Manifest
 from maestro_scale.shards.store import Store
 from maestro_scale.shards.writer import Writer
 from maestro_scale.stream.source import Source
+
+# What a function returns is under test here, not how long a busy machine takes for it.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 
 
 def _sensor(name: str, size: int, patch: int, dates: int, bands: tuple[int, ...]) -> Sensor:

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from testkit.runs import REPO, Trainer, audit, curve, write_recipe
+from testkit.runs import REPO, Trainer, audit, curve, metrics, write_recipe
 
 from maestro_scale.interop.export import export_model
 from maestro_scale.interop.pretrained import load_model
@@ -79,11 +79,12 @@ def test_the_curve_does_not_depend_on_ranks_micro_batches_or_stage(
 @pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (2, 2), (2, 3)])
 def test_killed_and_started_again_equals_uninterrupted(trainer, tmp_path, ranks, stage):
-    changes = ["--set", f"deepspeed.zero_optimization.stage={stage}", "train.micro_batch=2"]
+    changes = ["--set", f"deepspeed.zero_optimization.stage={stage}", "train.micro_batch=2", "train.steps=16"]
     whole = trainer.train(tmp_path / "whole", ranks, *changes)
-    trainer.kill_at(tmp_path / "killed", ranks, 3, *changes)
+    trainer.kill_at(tmp_path / "killed", ranks, 5, *changes)
+    assert metrics(tmp_path / "killed")[-1]["step"] < 16, "the run was over before it was killed"
     resumed = trainer.train(tmp_path / "killed", ranks, *changes)
-    assert [m["step"] for m in resumed] == [1, 2, 3, 4, 5, 6]
+    assert [m["step"] for m in resumed] == list(range(1, 17))
     assert curve(resumed) == curve(whole)
     assert audit(tmp_path / "killed") == audit(tmp_path / "whole")
     states = []
@@ -136,7 +137,15 @@ def test_resuming_with_another_seed_is_refused(trainer, quiet):
     run_dir, _ = quiet
     code, output = trainer.run(run_dir, 1, "--set", "train.micro_batch=8", "seed=4")
     assert code != 0
-    assert "seed: checkpoint 3, recipe 4" in output
+    assert "seed: checkpoint 3, now 4" in output
+
+
+@pytest.mark.slow
+def test_resuming_partitioned_state_on_other_ranks_is_refused(trainer, quiet):
+    code, output = trainer.run(quiet[0], 2)
+    assert code != 0
+    assert "engine.ranks: checkpoint 1, now 2" in output
+    assert "Traceback" not in output, output[-3000:]
 
 
 def test_fresh_refuses_a_directory_with_a_run(trainer, quiet):
