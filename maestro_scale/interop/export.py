@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ def full_state(state_dir: Path) -> dict[str, Tensor]:
     if any(state_dir.glob("*optim_states.pt")):
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-        with redirect_stdout(io.StringIO()):  # it narrates
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # it narrates
             gathered = get_fp32_state_dict_from_zero_checkpoint(str(state_dir.parent), tag=state_dir.name)
         return {k: v.float() for k, v in gathered.items()}
     plain = state_dir / "mp_rank_00_model_states.pt"
