@@ -189,14 +189,11 @@ def _evaluate(console: Console, places: Places, seed: int) -> None:
     pretrained = load_model(export_model(newest(places.run), places.out / "model"))
     untrained = Maestro(pretrained.config).initialise(seed).eval()
     console.print("[bold]5/5[/bold] scoring frozen embeddings on held-out tiles")
-    scores = {}
     step = load_position(newest(places.run)).step
-    for name, model, trained in (("pretrained", pretrained, step), ("untrained", untrained, 0)):
+    for name, model, trained in zip(ENCODERS, (pretrained, untrained), (step, 0), strict=True):
         provenance = Provenance(step=trained, seed=seed)
-        scores[name] = evaluate_frozen(model, str(places.shards), places.out / "cache", provenance=provenance)
-        for result in scores[name]:
-            result.write(places.results / name / f"{result.mode}.json")
-    return scores
+        for result in evaluate_frozen(model, str(places.shards), places.out / "cache", MODES, provenance):
+            result.write(places.results / name / result.mode / "results.json")
 
 
 def _summary(console: Console, places: Places) -> None:

@@ -206,7 +206,7 @@ class _Lookahead:
         self._plan, self._rank, self._world, self._workers = plan, rank, world, workers
         # The lanes of a rank enter their windows one after the other; this many steps apart on average.
         num_lanes = len(plan.lanes_of(rank, world))
-        self._reach = max(8, -(-plan.window // plan.per_lane // num_lanes))
+        self._reach = min(max(8, -(-plan.window // plan.per_lane // num_lanes)), plan.steps_per_epoch)
         self._entries = self._all(turn)
         self._next = next(self._entries)
         self._listed: list[tuple[int, int]] = []  # (turn, shard)
@@ -214,14 +214,16 @@ class _Lookahead:
 
     def share(self, turn: int) -> tuple[int, ...]:
         """Shards to fetch, in the order of need; empty as long as there is nothing new to say."""
-        if self._next[0] <= turn + self._reach:
+        if not self._shares and self._next[0] <= turn + self._reach:
             # What was entered before is in use by now, and was listed in time.
             self._listed = [(t, s) for t, s in self._listed if t > turn]
+            known = len(self._listed)
             while self._next[0] <= turn + self._reach and len(self._listed) < _MOST_AHEAD:
                 self._listed.append(self._next)
                 self._next = next(self._entries)
-            shards = list(dict.fromkeys(s for _, s in self._listed))
-            self._shares = [tuple(shards[i :: self._workers]) for i in range(self._workers)]
+            if len(self._listed) > known:
+                shards = list(dict.fromkeys(s for _, s in self._listed))
+                self._shares = [tuple(shards[i :: self._workers]) for i in range(self._workers)]
         return self._shares.pop(0) if self._shares else ()
 
     def _all(self, turn: int) -> Iterator[tuple[int, int]]:

@@ -172,9 +172,10 @@ def _context() -> multiprocessing.context.BaseContext:
 @contextmanager
 def _signals_blocked() -> Iterator[None]:
     """Processes started meanwhile have the signals blocked from birth; here they arrive afterwards."""
-    resource_tracker.ensure_running()  # it would unblock some of them
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _IGNORED)
     try:
+        resource_tracker.ensure_running()  # unblocks some of them when it has started its process
+        signal.pthread_sigmask(signal.SIG_BLOCK, _IGNORED)
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

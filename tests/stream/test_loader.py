@@ -144,6 +144,19 @@ def test_a_mixture_gives_every_step_one_dataset_the_same_on_every_rank(write_toy
     assert len({k for s in steps for b in s.batches for k in b.keys}) == 20 * 8
 
 
+@pytest.mark.parametrize("workers", [1, 3])
+def test_every_shard_is_asked_for_before_it_is_needed_in_shares_for_all_workers(toy: Source, workers: int):
+    loader = loader_of(toy, rank=1, world=2)
+    loader.workers = workers
+    told: list[set[int]] = [set() for _ in range(workers)]
+    for i, request in enumerate(loader._requests(3, 20)):
+        told[i % workers] |= set(request.ahead)
+        # The first few requests may come before all shares were handed out.
+        if i >= workers:
+            assert {ref.shard for ref in request.refs} <= set().union(*told)
+    assert all(told)
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "reason"),
     [
