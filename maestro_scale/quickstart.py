@@ -18,6 +18,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from maestro_scale.evaluation.results import EvalResult, ResultsError
 from maestro_scale.training.run_dir import JsonLines, write_atomically
 
 DATASET = "treesatai_ts"
@@ -77,6 +78,7 @@ def quickstart(out: Path, seed: int = 0, tiles: int = NUM_TILES, steps: int | No
             raise QuickstartError(
                 f"{out} was made with {made}, not {wanted}: remove it, or use another --out"
             )
+    if places.done.exists() and _scores(places):
         console.print(f"all done before, in {places.out}; remove it to start over")
     else:
         recipe = find_recipe("quickstart.yaml")
@@ -84,8 +86,8 @@ def quickstart(out: Path, seed: int = 0, tiles: int = NUM_TILES, steps: int | No
         _shard(console, places, seed)
         _pretrain(console, places, recipe, seed, steps)
         _evaluate(console, places, seed)
-        write_atomically(places.done, json.dumps(wanted))
     _summary(console, places)
+    write_atomically(places.done, json.dumps(wanted))
 
 
 def find_recipe(name: str) -> Path:
@@ -196,16 +198,27 @@ def _evaluate(console: Console, places: Places, seed: int) -> None:
             result.write(places.results / name / result.mode / "results.json")
 
 
-def _summary(console: Console, places: Places) -> None:
-    from maestro_scale.evaluation.results import EvalResult
+def _scores(places: Places) -> dict[str, list[EvalResult]] | None:
+    """{encoder: a result per mode}, or None where one is missing or damaged."""
+    try:
+        return {
+            name: [EvalResult.load(places.results / name / mode / "results.json") for mode in MODES]
+            for name in ENCODERS
+        }
+    except ResultsError:
+        return None
 
+
+def _summary(console: Console, places: Places) -> None:
+    scores = _scores(places)
+    if scores is None:
+        raise QuickstartError(f"results are missing in {places.results}: run the same command again")
     metrics = JsonLines(places.run / "metrics.jsonl").read()
     first, last = metrics[0]["loss"], metrics[-1]["loss"]
     table = Table(title="Weighted F1 on held-out tiles, frozen encoder (95 % bootstrap interval)")
     for column in ("encoder", *MODES):
         table.add_column(column, justify="left" if column == "encoder" else "right")
-    for name in ENCODERS:
-        results = [EvalResult.load(places.results / name / mode / "results.json") for mode in MODES]
+    for name, results in scores.items():
         cells = [
             f"{100 * r.value:.1f} ({100 * r.interval[0]:.1f}-{100 * r.interval[1]:.1f})" for r in results
         ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -71,8 +72,9 @@ def product_dates(products: Sequence[bytes], part: int, where: str) -> np.ndarra
 def read_tif(path: Path, shape: tuple[int, int, int], dtype: str) -> np.ndarray:
     """All bands of a GeoTIFF, (C, H, W); DatasetError if unreadable or not of ``shape`` and ``dtype``."""
     import rasterio
-    from rasterio.errors import RasterioError
+    from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
+    warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)  # only pixels are read
     try:
         # Without this GDAL lists the whole folder at every open; raw folders hold 50,000 files and more.
         with rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR"), rasterio.open(path) as raster:

@@ -20,6 +20,7 @@ from maestro_scale.training.distributed import World
 COMMIT = "COMMIT.json"
 TAG = "state"
 _STAGING = ".staging"
+_STEP = re.compile(r"step_\d{8,}")
 
 
 class CheckpointError(Exception):
@@ -112,7 +113,8 @@ class Checkpoints:
             (old / COMMIT).unlink()  # first, so that a kill half-way leaves no checkpoint that looks whole
             shutil.rmtree(old)
         for stray in self.dir.iterdir():  # what a kill left behind
-            if stray.name.startswith(_STAGING) or not (stray / COMMIT).exists():
+            torn = _STEP.fullmatch(stray.name) and not (stray / COMMIT).exists()
+            if torn or stray.name.startswith(_STAGING):  # nothing that is not ours
                 shutil.rmtree(stray, ignore_errors=True)
 
 
@@ -142,7 +144,7 @@ def _newest(folder: Path) -> tuple[Path | None, list[str]]:
 def _committed(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
-    steps = (p for p in folder.iterdir() if re.fullmatch(r"step_\d{8,}", p.name))
+    steps = (p for p in folder.iterdir() if _STEP.fullmatch(p.name))
     return sorted((p for p in steps if (p / COMMIT).exists()), key=lambda p: int(p.name[5:]))
 
 

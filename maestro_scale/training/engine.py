@@ -62,6 +62,13 @@ class Engine:
         """Learning rate that the next step will use."""
         return float(self.raw.optimizer.param_groups[0]["lr"])
 
+    def apply_schedule(self) -> None:
+        """Set the learning rate that the schedule gives where it stands: after loading, it may be a longer one."""
+        scheduler = self.raw.lr_scheduler
+        pairs = zip(self.raw.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+        for group, base, factor in pairs:
+            group["lr"] = base * factor(scheduler.last_epoch)
+
     def _norm_of_plain_gradients(self) -> Tensor | None:
         # DeepSpeed reports no norm where it leaves the optimizer as it is (stage 0 in fp32).
         if self._zero > 0 or hasattr(self.raw.optimizer, "_global_grad_norm"):

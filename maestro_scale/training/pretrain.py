@@ -137,6 +137,7 @@ def identity(recipe: Recipe, config: ModelConfig, datasets: list[Dataset], world
         "weights": [e.weight for e in recipe.data.mixture],
         "crops_m": [d.source.crop_m for d in datasets],
     }
+    optim = recipe.optim.model_dump(mode="json")
     train_section = {"global_batch": recipe.train.global_batch, "masking": recipe.masking.model_dump()}
     # DeepSpeed's partitioned state is read by the number of ranks and the stage that wrote it.
     engine = {
@@ -144,7 +145,14 @@ def identity(recipe: Recipe, config: ModelConfig, datasets: list[Dataset], world
         "precision": recipe.train.precision_on(world.device.type),
         "ranks": world.size if recipe.zero_stage else None,
     }
-    return {"seed": recipe.seed, "model": model, "data": data, "train": train_section, "engine": engine}
+    return {
+        "seed": recipe.seed,
+        "model": model,
+        "data": data,
+        "optim": optim,
+        "train": train_section,
+        "engine": engine,
+    }
 
 
 def _refuse_unsuitable(run_dir: Path, fresh: bool) -> None:
@@ -179,6 +187,11 @@ def _prepare(recipe: Recipe, run_dir: Path, world: World, observers: list[Observ
     checkpoints = Checkpoints(run_dir, world, recipe.checkpoint.keep)
     ident = identity(recipe, config, datasets, world)
     position = _resume(checkpoints, engine, ident)
+    if position.step > num_steps:
+        raise RecipeError(
+            f"train: {run_dir} has taken {position.step} steps and the recipe asks for {num_steps}: ask for at least "
+            "that many, or use another --run-dir"
+        )
     metrics = JsonLines(run_dir / "metrics.jsonl")
     audit = JsonLines(run_dir / "audit" / f"rank{world.rank:05d}.jsonl") if t.audit else None
     if audit is not None:
@@ -228,7 +241,9 @@ def _resume(checkpoints: Checkpoints, engine: Engine, ident: dict[str, Any]) -> 
     for problem in problems:
         log.warning("checkpoint passed over: %s", problem)
     if latest is not None:
-        return checkpoints.load(engine.raw, latest, ident)
+        position = checkpoints.load(engine.raw, latest, ident)
+        engine.apply_schedule()
+        return position
     if problems:
         raise CheckpointError(
             f"{checkpoints.dir} holds no whole checkpoint ({problems[0]}); refusing to start over in it: "

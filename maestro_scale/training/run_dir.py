@@ -55,14 +55,16 @@ class JsonLines:
 
 def lock(run_dir: Path) -> FileLock:
     """Hold a run directory for this process (rank 0). RunDirError where another run holds it."""
-    run_dir.mkdir(parents=True, exist_ok=True)
     held = FileLock(run_dir / ".lock")
     try:
+        run_dir.mkdir(parents=True, exist_ok=True)
         held.acquire(timeout=0)
     except Timeout:
         raise RunDirError(
             f"{run_dir} is in use by another run; wait for it, stop it (touch {run_dir}/STOP) or use another --run-dir"
         ) from None
+    except OSError as error:
+        raise RunDirError(f"cannot use {run_dir} as --run-dir: {error.strerror or error}") from None
     return held
 
 

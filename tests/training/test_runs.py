@@ -138,6 +138,34 @@ def test_resuming_with_another_seed_is_refused(trainer, quiet):
     code, output = trainer.run(run_dir, 1, "--set", "train.micro_batch=8", "seed=4")
     assert code != 0
     assert "seed: checkpoint 3, now 4" in output
+    code, output = trainer.run(run_dir, 1, "--set", "train.micro_batch=8", "optim.base_lr=0.5")
+    assert code != 0
+    assert "optim.base_lr: checkpoint 0.001, now 0.5" in output
+
+
+def test_fewer_steps_than_taken_are_refused(trainer, quiet):
+    code, output = trainer.run(quiet[0], 1, "--set", "train.micro_batch=8", "train.steps=3")
+    assert code != 0
+    assert "has taken 6 steps and the recipe asks for 3" in output
+
+
+@pytest.mark.slow
+def test_a_longer_schedule_is_followed_after_resuming(trainer, quiet, tmp_path):
+    run_dir = tmp_path / "run"
+    trainer.train(run_dir, 1, "--set", "train.micro_batch=8")
+    (run_dir / "checkpoints" / "mine").mkdir()
+    longer = trainer.train(run_dir, 1, "--set", "train.micro_batch=8", "train.steps=12")
+    fresh = trainer.train(tmp_path / "fresh", 1, "--set", "train.micro_batch=8", "train.steps=12")
+    assert [m["lr"] for m in longer[6:]] == [m["lr"] for m in fresh[6:]]
+    assert (run_dir / "checkpoints" / "mine").exists(), "a folder that is not ours was removed"
+
+
+def test_a_run_directory_that_cannot_be_used_is_one_line(trainer, tmp_path):
+    (tmp_path / "file").touch()
+    code, output = trainer.run(tmp_path / "file")
+    assert code != 0
+    assert "--run-dir" in output
+    assert "Traceback" not in output
 
 
 @pytest.mark.slow
