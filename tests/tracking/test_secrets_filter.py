@@ -18,7 +18,7 @@ from maestro_scale.tracking.secrets_filter import HIDDEN, is_secret_name, scrub,
         # innocent
         ("http://127.0.0.1:9000/path@2", "http://127.0.0.1:9000/path@2"),
         ("s3://bucket/tiles/a@2x.tar", "s3://bucket/tiles/a@2x.tar"),
-        ("sqlite:////work/runs/mlflow.db", "sqlite:////work/runs/mlflow.db"),
+        ("sqlite:////data/runs/mlflow.db", "sqlite:////data/runs/mlflow.db"),
         ("mail someone@host", "mail someone@host"),
     ],
 )
