@@ -596,7 +596,7 @@ def test_bands_become_tuples():
         ({"aerial": {"elevation": True}}, "elevation: needs 2 bands"),
         (
             {"s1_asc": {"patch": 3}},
-            "s1_des.embed: shared with s1_asc, but patch 2 of 2 bands differs from patch 3",
+            "s1_des.embed: 's1' is shared with s1_asc, but patch 2 of 2 bands differs from patch 3",
         ),
         ({"aerial": None}, "cannot be left out"),
     ],

@@ -60,7 +60,11 @@ def evaluate_frozen(
     features = {}
     for split in SPLITS:
         source = Source(
-            manifest.spec, model.config.sensors, manifest.spec.crop_m, manifest.of([split]), store
+            manifest.spec,
+            model.view(manifest.spec.name).sensors,
+            manifest.spec.crop_m,
+            manifest.of([split]),
+            store,
         )
         # A tile larger than the crop is judged by its first crop; kNN and probe give one answer per tile.
         loader = EvalLoader(source, BATCH_SIZE, workers=workers, crops=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,8 +14,22 @@ Fusion = Literal["group", "mod", "monotemp", "shared"]
 
 
 @dataclass(frozen=True)
+class DatasetView:
+    """How one dataset is seen: its sensors, its ground grid, and the sensor that segmentation is predicted on."""
+
+    dataset: str
+    sensors: tuple[Sensor, ...]
+    pos_grid: int
+    ref_sensor: str | None = None
+
+
+@dataclass(frozen=True)
 class ModelConfig:
-    """Sensors in, architecture, targets out. Frozen, comparable, and plain JSON through ``to_dict``/``from_dict``."""
+    """Sensors in, architecture, targets out. Frozen, comparable, and plain JSON through ``to_dict``/``from_dict``.
+
+    ``others``: further datasets that the same weights serve, in a mixture. Weights are shared by name: patch embeddings
+    by ``Sensor.embed``, encoders by ``Sensor.group`` (or by sensor, as the fusion has it), mask tokens by sensor.
+    """
 
     sensors: tuple[Sensor, ...]
     size: Size
@@ -28,6 +43,8 @@ class ModelConfig:
     checkpointing: Literal["none", "blocks"] = "none"
     ref_sensor: str | None = None
     heads: tuple[Target, ...] = ()
+    dataset: str = ""
+    others: tuple[DatasetView, ...] = ()
 
     def __post_init__(self) -> None:
         if self.fusion in ("monotemp", "shared") and self.inter_depth:
@@ -38,7 +55,9 @@ class ModelConfig:
             raise ValueError(
                 f"inter_depth {self.inter_depth} must leave at least one of the {self.size.depth} blocks to the groups"
             )
-        for s in self.sensors:
+        if problems := conflicts(self.views):
+            raise ValueError(problems[0])
+        for s in self.all_sensors:
             if s.image_size % s.patch:
                 raise ValueError(
                     f"sensor {s.name}: patch {s.patch} does not divide image_size {s.image_size}"
@@ -51,6 +70,31 @@ class ModelConfig:
                 raise ValueError(
                     f"sensor {s.name}: token_groups {s.token_groups} do not add up to {len(s.bands)} bands"
                 )
+
+    @property
+    def views(self) -> tuple[DatasetView, ...]:
+        """Every dataset the weights serve."""
+        return (DatasetView(self.dataset, self.sensors, self.pos_grid, self.ref_sensor), *self.others)
+
+    @property
+    def all_sensors(self) -> tuple[Sensor, ...]:
+        """The sensors of every view, one after the other; a name may come more than once."""
+        return tuple(s for view in self.views for s in view.sensors)
+
+    def of(self, dataset: str) -> ModelConfig:
+        """The same model as it sees one dataset. A model with one view sees any dataset that way.
+
+        Raises:
+            KeyError: none of several views is called so; the message names them.
+        """
+        if not self.others:
+            return self
+        for view in self.views:
+            if dataset in (view.dataset, view.dataset.partition("#")[0]):
+                return dataclasses.replace(self, **vars(view), others=())
+        raise KeyError(
+            f"the model knows no dataset {dataset!r}; it knows: {', '.join(v.dataset for v in self.views)}"
+        )
 
     def token_groups(self, sensor: Sensor) -> tuple[int, ...]:
         """Bands per token: one entry when all bands share a token (joint), the sensor's token groups otherwise."""
@@ -69,9 +113,48 @@ class ModelConfig:
     @staticmethod
     def from_dict(data: dict[str, Any]) -> ModelConfig:
         """The inverse of ``to_dict``; a TypeError names an unknown field."""
-        sensors = tuple(Sensor(**{**_tuples(s), "scale": Scale(**s["scale"])}) for s in data["sensors"])
+        others = tuple(
+            DatasetView(**{**v, "sensors": _sensors(v["sensors"])}) for v in data.get("others", ())
+        )
         heads = tuple(Target(**_tuples(t)) for t in data.get("heads", ()))
-        return ModelConfig(**{**data, "sensors": sensors, "size": Size(**data["size"]), "heads": heads})
+        parsed = {"sensors": _sensors(data["sensors"]), "size": Size(**data["size"])}
+        return ModelConfig(**{**data, **parsed, "heads": heads, "others": others})
+
+
+def conflicts(views: Sequence[DatasetView]) -> list[str]:
+    """Why these views cannot share weights, a line each: sensors of one embed must feed it the same patch and bands,
+    and sensors of one name need the same number of mask tokens."""
+    embeds: dict[str, tuple[str, Sensor]] = {}
+    names: dict[str, tuple[str, Sensor]] = {}
+    found = []
+    for view in views:
+        for s in view.sensors:
+            where, other = embeds.setdefault(s.embed, (view.dataset, s))
+            if _input_of(s) != _input_of(other):
+                found.append(
+                    f"{_full(view.dataset, s)}.embed: {s.embed!r} is shared with {_full(where, other)}, but "
+                    f"{_input_of(s)} differs from {_input_of(other)}: change both alike, or give it its own embed"
+                )
+            where, other = names.setdefault(s.name, (view.dataset, s))
+            if s.max_token_groups != other.max_token_groups:
+                found.append(
+                    f"{_full(view.dataset, s)}.token_groups: {list(s.token_groups)}, but {_full(where, other)} has "
+                    f"{list(other.token_groups)}: sensors of one name share their mask tokens"
+                )
+    return found
+
+
+def _full(dataset: str, sensor: Sensor) -> str:
+    return f"{dataset}.sensors.{sensor.name}" if dataset else sensor.name
+
+
+def _input_of(sensor: Sensor) -> str:
+    groups = f" in token_groups {list(sensor.token_groups)}" if sensor.token_groups else ""
+    return f"patch {sensor.patch} of {len(sensor.bands)} bands{groups}"
+
+
+def _sensors(data: Iterable[dict[str, Any]]) -> tuple[Sensor, ...]:
+    return tuple(Sensor(**{**_tuples(s), "scale": Scale(**s["scale"])}) for s in data)
 
 
 def _tuples(fields: dict[str, Any]) -> dict[str, Any]:

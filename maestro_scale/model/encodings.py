@@ -9,8 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from maestro_scale.datasets.spec import Sensor
-
 DATE_CHANNELS = 8
 DAYS_PER_YEAR = 365.25
 
@@ -54,20 +52,18 @@ def encode(table: Tensor, dates: Tensor, ref_date: Tensor, token_groups: int) ->
 
 
 class PositionTables:
-    """Position tables of all sensors for one width, made once per device.
+    """Position tables for one width, made once per grid and device.
 
     Not module buffers: DeepSpeed casts those to bf16 with the weights, and positions would lose their last bits.
     """
 
-    def __init__(self, sensors: tuple[Sensor, ...], pos_grid: int, width: int) -> None:
-        self._grids = {s.name: s.grid for s in sensors}
-        self._pos_grid, self._width = pos_grid, width
-        self._tables: dict[tuple[str, torch.device], Tensor] = {}
+    def __init__(self, width: int) -> None:
+        self._width = width
+        self._tables: dict[tuple[int, int, torch.device], Tensor] = {}
 
-    def of(self, sensor: Sensor, device: torch.device) -> Tensor:
-        """(L, width) float32 on ``device``."""
-        key = (sensor.name, device)
+    def of(self, grid: int, pos_grid: int, device: torch.device) -> Tensor:
+        """(grid*grid, width) float32 on ``device``."""
+        key = (grid, pos_grid, device)
         if key not in self._tables:
-            table = position_table(self._grids[sensor.name], self._pos_grid, self._width)
-            self._tables[key] = table.to(device)
+            self._tables[key] = position_table(grid, pos_grid, self._width).to(device)
         return self._tables[key]

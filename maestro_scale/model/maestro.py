@@ -39,10 +39,10 @@ class Maestro(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.sequences = sequences(config)
+        self._views = {v.dataset: config.of(v.dataset) for v in config.views}
         size = config.size
         recompute = config.checkpointing == "blocks"
-        encoders = dict.fromkeys(q.encoder for q in self.sequences)
+        encoders = dict.fromkeys(q.encoder for view in self._views.values() for q in sequences(view))
 
         def encoder(depth: int) -> Transformer:
             return Transformer(
@@ -59,7 +59,8 @@ class Maestro(nn.Module):
                 recompute,
             )
 
-        by_embed = {s.embed: s for s in config.sensors}
+        by_embed = {s.embed: s for s in config.all_sensors}
+        by_name = {s.name: s for s in config.all_sensors}
         self.patch_embed = nn.ModuleDict(
             {
                 name: nn.ModuleList(
@@ -74,7 +75,7 @@ class Maestro(nn.Module):
             {name: nn.Linear(size.width, size.decoder_width) for name in encoders}
         )
         self.mask_token = nn.ModuleDict(
-            {s.name: MaskTokens(len(config.token_groups(s)), size.decoder_width) for s in config.sensors}
+            {n: MaskTokens(len(config.token_groups(s)), size.decoder_width) for n, s in by_name.items()}
         )
         self.decoders = nn.ModuleDict({name: decoder() for name in encoders})
         self.to_pixels = nn.ModuleDict(
@@ -87,8 +88,8 @@ class Maestro(nn.Module):
         )
         self.heads = nn.ModuleDict({t.name: self._head(t) for t in config.heads})
         self.positions = {
-            "enc": PositionTables(config.sensors, config.pos_grid, size.width),
-            "dec": PositionTables(config.sensors, config.pos_grid, size.decoder_width),
+            "enc": PositionTables(size.width),
+            "dec": PositionTables(size.decoder_width),
         }
         with torch.no_grad():
             for parameter in self.parameters():
@@ -123,18 +124,23 @@ class Maestro(nn.Module):
 
     def encode(self, batch: Batch, masks: dict[str, Mask] | None = None) -> dict[str, Tensor]:
         """Encoded tokens. Without masks: {sensor: (B, R, L, E)}; with: {sequence: (rows, K, E)}, visible ones only."""
-        inputs = {s.name: self._patches(s, batch) for s in self.config.sensors}
-        return self._encode(inputs, batch, masks)
+        view = self.view(batch.dataset)
+        inputs = {s.name: self._patches(s, batch) for s in view.sensors}
+        return self._encode(view, inputs, batch, masks)
+
+    def view(self, dataset: str) -> ModelConfig:
+        """The model as it sees ``dataset``; KeyError for one that a model of several datasets does not know."""
+        return self._views.get(dataset) or self.config.of(dataset)
 
     def _patches(self, sensor: Sensor, batch: Batch) -> Tensor:
         return patchify(network_input(sensor, batch.pixels[sensor.name]), sensor.patch)
 
     def _encode(
-        self, patches: dict[str, Tensor], batch: Batch, masks: dict[str, Mask] | None
+        self, view: ModelConfig, patches: dict[str, Tensor], batch: Batch, masks: dict[str, Mask] | None
     ) -> dict[str, Tensor]:
-        tokens = {s.name: self._embed(s, patches[s.name], batch) for s in self.config.sensors}
+        tokens = {s.name: self._embed(view, s, patches[s.name], batch) for s in view.sensors}
         encoded = {}
-        for q in self.sequences:
+        for q in sequences(view):
             x = pack(q, tokens)
             if masks is not None:
                 visible = masks[q.name].visible
@@ -146,29 +152,32 @@ class Maestro(nn.Module):
             encoded = dict(zip(encoded, parts, strict=True))
         if masks is not None:
             return encoded
-        return {k: v for q in self.sequences for k, v in unpack(self.config, q, encoded[q.name]).items()}
+        return {k: v for q in sequences(view) for k, v in unpack(view, q, encoded[q.name]).items()}
 
-    def _embed(self, sensor: Sensor, patches: Tensor, batch: Batch) -> Tensor:
-        groups = self.config.token_groups(sensor)
+    def _embed(self, view: ModelConfig, sensor: Sensor, patches: Tensor, batch: Batch) -> Tensor:
+        groups = view.token_groups(sensor)
         parts = patches.split(list(groups), dim=-1)
         tokens = torch.cat([e(p) for e, p in zip(self.patch_embed[sensor.embed], parts, strict=True)], dim=1)
-        return tokens + self._encoding("enc", sensor, batch).to(tokens.dtype)
+        return tokens + self._encoding("enc", view, sensor, batch).to(tokens.dtype)
 
-    def _encoding(self, role: str, sensor: Sensor, batch: Batch) -> Tensor:
+    def _encoding(self, role: str, view: ModelConfig, sensor: Sensor, batch: Batch) -> Tensor:
         dates = batch.dates[sensor.name]
-        table = self.positions[role].of(sensor, dates.device)
-        return encode(table, dates, batch.ref_date, len(self.config.token_groups(sensor)))
+        table = self.positions[role].of(sensor.grid, view.pos_grid, dates.device)
+        return encode(table, dates, batch.ref_date, len(view.token_groups(sensor)))
 
     # -- reconstructing ------------------------------------------------------------------------------------------
 
     def reconstruct(self, batch: Batch, masks: dict[str, Mask]) -> dict[str, Tensor]:
         """{sensor: (B, D, L, P*P, C)}: the decoder's prediction for every patch, in the units of the target."""
-        inputs = {s.name: self._patches(s, batch) for s in self.config.sensors}
-        return self._decode(self._encode(inputs, batch, masks), batch, masks)
+        view = self.view(batch.dataset)
+        inputs = {s.name: self._patches(s, batch) for s in view.sensors}
+        return self._decode(view, self._encode(view, inputs, batch, masks), batch, masks)
 
-    def _decode(self, encoded: dict[str, Tensor], batch: Batch, masks: dict[str, Mask]) -> dict[str, Tensor]:
+    def _decode(
+        self, view: ModelConfig, encoded: dict[str, Tensor], batch: Batch, masks: dict[str, Mask]
+    ) -> dict[str, Tensor]:
         predictions = {}
-        for q in self.sequences:
+        for q in sequences(view):
             mask = masks[q.name]
             visible = self.to_decoder[q.encoder](encoded[q.name])
             blank = pack(
@@ -176,10 +185,10 @@ class Maestro(nn.Module):
             ).to(visible.dtype)
             index = mask.visible[:, :, None].expand(-1, -1, visible.shape[-1])
             x = blank.scatter(1, index, visible)
-            x = x + pack(q, {s.name: self._encoding("dec", s, batch) for s in q.sensors}).to(x.dtype)
-            for name, tokens in unpack(self.config, q, self.decoders[q.encoder](x)).items():
+            x = x + pack(q, {s.name: self._encoding("dec", view, s, batch) for s in q.sensors}).to(x.dtype)
+            for name, tokens in unpack(view, q, self.decoders[q.encoder](x)).items():
                 predictions[name] = self._to_pixels(next(s for s in q.sensors if s.name == name), tokens)
-        return {s.name: predictions[s.name] for s in self.config.sensors}
+        return {s.name: predictions[s.name] for s in view.sensors}
 
     def _to_pixels(self, sensor: Sensor, tokens: Tensor) -> Tensor:
         groups = self.config.token_groups(sensor)
@@ -198,16 +207,14 @@ class Maestro(nn.Module):
         ``counts`` (S,): hidden pixels of each sensor in the whole *global* batch; shares of all its parts add up to
         the loss, however it was cut.
         """
-        patches = {s.name: self._patches(s, batch) for s in self.config.sensors}
-        predictions = self._decode(self._encode(patches, batch, masks), batch, masks)
-        hidden = by_sensor(self.config, masks)
+        view = self.view(batch.dataset)
+        patches = {s.name: self._patches(s, batch) for s in view.sensors}
+        predictions = self._decode(view, self._encode(view, patches, batch, masks), batch, masks)
+        hidden = by_sensor(view, masks)
         sums = torch.stack(
-            [
-                error_sum(self.config, s, predictions[s.name], patches[s.name], hidden[s.name])
-                for s in self.config.sensors
-            ]
+            [error_sum(view, s, predictions[s.name], patches[s.name], hidden[s.name]) for s in view.sensors]
         )
-        return combine(self.config, sums, counts), sums.detach()
+        return combine(view, sums, counts), sums.detach()
 
     def embed(self, batch: Batch) -> Embedding:
         """What the encoder makes of a batch, nothing masked: token grids per sensor and one vector per sample."""

@@ -145,7 +145,7 @@ class Train(Section):
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 on a GPU, fp32 on a CPU (bf16 is hundreds of times slower on most CPUs)."""
     log_every: Count = 10
-    """Steps between lines of metrics.jsonl."""
+    """Steps between lines of metrics.jsonl; in a mixture, each dataset's own steps."""
     audit: bool = False
     """Write every step's sample keys and a digest of them, per rank."""
 
@@ -189,7 +189,7 @@ class Tracking(Section):
     experiment: Annotated[str, Field(min_length=1)] = "maestro"
     """Name of the MLflow experiment."""
     pictures_every: Annotated[int, Field(ge=0)] = 500
-    """Steps between reconstruction pictures; 0 makes none."""
+    """Steps between reconstruction pictures, counted likewise; 0 makes none."""
     enabled: bool = True
     """Whether to log to MLflow at all; metrics.jsonl is written either way."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from maestro_scale.datasets.spec import DatasetSpec, Sensor
+from maestro_scale.model.config import DatasetView, conflicts
 from maestro_scale.recipe.errors import RecipeError, did_you_mean
 from maestro_scale.recipe.inputs import MixtureEntry, SensorOverride
 
@@ -36,7 +37,7 @@ def resolve_sensors(spec: DatasetSpec, entry: MixtureEntry) -> tuple[Sensor, ...
     kept = tuple(sensor for sensor in changed if sensor is not None)
     for sensor in kept:
         wrong += [f"{where}.{sensor.name}.{problem}" for problem in _problems(spec, sensor)]
-    wrong += [f"{where}.{problem}" for problem in _embed_problems(kept)]
+    wrong += [f"{where}.{problem}" for problem in conflicts([DatasetView("", kept, spec.pos_grid)])]
     if not kept:
         wrong.append(f"{where}: every sensor is left out")
     if spec.ref_sensor in known and spec.ref_sensor not in {s.name for s in kept}:
@@ -74,22 +75,3 @@ def _problems(spec: DatasetSpec, sensor: Sensor) -> list[str]:
     if not source.series and sensor.num_dates != 1:
         found.append(f"num_dates: {source.name} is a single image, so 1, not {sensor.num_dates}")
     return found
-
-
-def _embed_problems(sensors: tuple[Sensor, ...]) -> list[str]:
-    """Sensors that share patch-embedding weights must feed them the same patch and bands."""
-    first: dict[str, Sensor] = {}
-    found = []
-    for sensor in sensors:
-        other = first.setdefault(sensor.embed, sensor)
-        if _input_of(sensor) != _input_of(other):
-            found.append(
-                f"{sensor.name}.embed: shared with {other.name}, but {_input_of(sensor)} differs from "
-                f"{_input_of(other)}: change both alike, or give it its own embed"
-            )
-    return found
-
-
-def _input_of(sensor: Sensor) -> str:
-    groups = f" in token_groups {list(sensor.token_groups)}" if sensor.token_groups else ""
-    return f"patch {sensor.patch} of {len(sensor.bands)} bands{groups}"

@@ -30,13 +30,15 @@ _MOST_AHEAD = 256  # shards named in one request
 class Step:
     """One optimizer step's data on this rank. ``step``: counted from 1; ``epoch``: of the run, from 0.
 
-    ``samples``: consumed by all ranks once the step is done. ``dataset``: which one it draws from.
+    ``samples``: consumed by all ranks once the step is done. ``dataset``: label of the one it draws from;
+    ``turn``: how many steps have drawn from that one, this one included.
     """
 
     step: int
     epoch: int
     samples: int
     dataset: str
+    turn: int
     batches: tuple[Batch, ...]
 
 
@@ -67,7 +69,7 @@ class TrainLoader:
         self.sources, self.rank, self.world, self.workers = tuple(sources), rank, world, workers
         self.global_batch, self.micro_batch, self.pin = global_batch, micro_batch, pin
         self._mixture = Mixture([s.weight for s in self.sources])
-        self._labels = labels(self.sources)
+        self._labels = labels([s.spec.name for s in self.sources])
         self._plans = [
             Plan(s.counts, seed, lanes, global_batch, window, dataset=i) for i, s in enumerate(self.sources)
         ]
@@ -160,12 +162,18 @@ class TrainLoader:
         self._pipelines.append(pipeline)
         try:
             for step in range(start, num_steps):
-                dataset, _ = self._mixture.at(step)
+                dataset, turn = self._mixture.at(step)
                 batches = tuple(next(pipeline) for _ in range(per_step))
                 self._filled += sum(b.filled for b in batches)
                 self._note_replaced(sum(b.replaced for b in batches), step + 1)
-                samples = (step + 1) * self.global_batch
-                yield Step(step + 1, step // self.steps_per_epoch, samples, self._labels[dataset], batches)
+                yield Step(
+                    step=step + 1,
+                    epoch=step // self.steps_per_epoch,
+                    samples=(step + 1) * self.global_batch,
+                    dataset=self._labels[dataset],
+                    turn=turn + 1,
+                    batches=batches,
+                )
         finally:
             if pipeline in self._pipelines:
                 self._pipelines.remove(pipeline)

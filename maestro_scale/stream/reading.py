@@ -75,7 +75,7 @@ class Reading:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.labels = labels(settings.sources)
+        self.labels = labels([s.spec.name for s in settings.sources])
         self._preparers = [
             Preparer(View(s.spec, s.sensors, s.crop_m, settings.flips), settings.seed, i)
             for i, s in enumerate(settings.sources)

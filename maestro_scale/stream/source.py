@@ -38,9 +38,8 @@ class Source:
         return tuple(s.samples for s in self.shards)
 
 
-def labels(sources: Sequence[Source]) -> tuple[str, ...]:
-    """A name for each source: the dataset's own, with its place in the mixture where two have the same."""
-    names = [s.spec.name for s in sources]
+def labels(names: Sequence[str]) -> tuple[str, ...]:
+    """A name for each dataset of a mixture: its own, with its place in the mixture where two have the same."""
     return tuple(n if names.count(n) == 1 else f"{n}#{i}" for i, n in enumerate(names))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from maestro_scale.training.run_dir import JsonLines
 
 log = logging.getLogger(__name__)
 
-_POSITION = frozenset({"step"})  # MLflow's axis, not a metric
+_NO_METRICS = frozenset({"step", "dataset"})  # MLflow's axis, and what the losses' names say
 
 
 def observers_for(recipe: Recipe) -> list[Observer]:
@@ -44,7 +45,7 @@ class TrackingObserver:
         metrics = JsonLines(info.run_dir / "metrics.jsonl")
 
         def history() -> Iterable[tuple[int, Numbers]]:
-            return ((line["step"], _numbers(line)) for line in metrics.read())
+            return ((line["step"], self._numbers(line)) for line in metrics.read())
 
         self._tracker = Tracker.start(
             info.run_dir,
@@ -62,7 +63,7 @@ class TrackingObserver:
 
     def logged(self, record: dict[str, Any]) -> None:
         """Metrics of a step."""
-        self._tracker.log(record["step"], _numbers(record))
+        self._tracker.log(record["step"], self._numbers(record))
 
     def pictured(self, step: int, views: list[SensorView]) -> None:
         """Draw a reconstruction."""
@@ -78,9 +79,18 @@ class TrackingObserver:
         """Send what is left."""
         self._tracker.finish(reason)
 
+    def _numbers(self, record: dict[str, Any]) -> Numbers:
+        return metric_names(record, mixture=len(self._recipe.data.mixture) > 1)
 
-def _numbers(record: dict[str, Any]) -> Numbers:
-    return {k: v for k, v in record.items() if k not in _POSITION}
+
+def metric_names(record: dict[str, Any], mixture: bool) -> Numbers:
+    """The numbers of a line of metrics.jsonl under MLflow's names: in a mixture, ``loss/<dataset>/<sensor>`` and
+    ``loss/<dataset>``, so that no chart jumps between datasets."""
+    numbers = {k: v for k, v in record.items() if k not in _NO_METRICS}
+    if not mixture:
+        return numbers
+    loss = f"loss/{record['dataset'].replace('#', '.')}"  # MLflow allows no '#'
+    return {re.sub(r"^loss(?=/|$)", loss, name): value for name, value in numbers.items()}
 
 
 def _tags(recipe: Recipe, run_dir: Path) -> dict[str, str]:

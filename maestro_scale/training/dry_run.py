@@ -6,10 +6,10 @@ from rich.console import Console
 from rich.table import Table
 
 from maestro_scale import datasets
-from maestro_scale.datasets.spec import DatasetSpec, Sensor
-from maestro_scale.model.config import ModelConfig
-from maestro_scale.model.cost import GIB, Cost, cost, memory_by_stage
-from maestro_scale.recipe import MixtureEntry, Recipe, check_world, resolve_sensors
+from maestro_scale.datasets.spec import DatasetSpec
+from maestro_scale.model.config import DatasetView
+from maestro_scale.model.cost import GIB, Cost, cost, memory_by_stage, num_parameters
+from maestro_scale.recipe import MixtureEntry, Recipe, check_world
 from maestro_scale.shards.manifest import Manifest
 from maestro_scale.training.pretrain import build_model_config
 
@@ -18,20 +18,26 @@ def dry_run(recipe: Recipe, world_size: int, console: Console | None = None) -> 
     """Print the plan of a run. RecipeError where the recipe cannot run on ``world_size`` ranks."""
     console = console or Console(width=110)
     check_world(recipe, world_size)
-    entry = recipe.data.mixture[0]
-    spec = _spec(entry)
-    sensors = resolve_sensors(spec, entry)
-    config = build_model_config(recipe, spec, sensors)
-    counted = cost(config, recipe.masking.ratio)
-    console.print(f"[bold]{recipe.name}[/bold]: MAESTRO {recipe.model.size} on {spec.title}")
-    console.print(f"parameters        {counted.parameters:,}")
-    console.print(_tokens(config, sensors, counted))
-    console.print(
-        f"FLOPs per sample  {counted.forward_flops / 1e9:.1f} GFLOP forward, "
-        f"{counted.step_flops / 1e9:.1f} GFLOP with backward"
-    )
-    console.print(_memory(recipe, counted, world_size))
-    console.print(_steps(recipe, counted))
+    specs = [_spec(entry) for entry in recipe.data.mixture]
+    config = build_model_config(recipe, specs)
+    parameters = num_parameters(config)
+    by_dataset = {v.dataset: cost(config.of(v.dataset), recipe.masking.ratio) for v in config.views}
+    titles = " and ".join(dict.fromkeys(s.title for s in specs))
+    console.print(f"[bold]{recipe.name}[/bold]: MAESTRO {recipe.model.size} on {titles}")
+    console.print(f"parameters        {parameters:,}")
+    for view, entry in zip(config.views, recipe.data.mixture, strict=True):
+        counted = by_dataset[view.dataset]
+        console.print(_tokens(view, counted))
+        console.print(
+            f"FLOPs per sample  {counted.forward_flops / 1e9:.1f} GFLOP forward, "
+            f"{counted.step_flops / 1e9:.1f} GFLOP with backward"
+            + (f"; weight {entry.weight:g} in the mixture" if config.others else "")
+        )
+    largest = max(by_dataset.values(), key=lambda c: c.activations)
+    console.print(_memory(recipe, parameters, largest, world_size))
+    weights = [e.weight for e in recipe.data.mixture]
+    flops = sum(c.step_flops * w for c, w in zip(by_dataset.values(), weights, strict=True)) / sum(weights)
+    console.print(_steps(recipe, flops))
 
 
 def _spec(entry: MixtureEntry) -> DatasetSpec:
@@ -40,11 +46,11 @@ def _spec(entry: MixtureEntry) -> DatasetSpec:
     return Manifest.load(entry.shards).spec  # a user's own dataset is described by its manifest alone
 
 
-def _tokens(config: ModelConfig, sensors: tuple[Sensor, ...], counted: Cost) -> Table:
-    table = Table(title="Tokens per sample", title_justify="left")
+def _tokens(view: DatasetView, counted: Cost) -> Table:
+    table = Table(title=f"Tokens per sample, {view.dataset}", title_justify="left")
     for column in ("sensor", "group", "dates", "pixels", "patch", "bands", "tokens"):
         table.add_column(column, justify="left" if column in ("sensor", "group") else "right")
-    for s in sensors:
+    for s in view.sensors:
         numbers = (s.num_dates, s.image_size, s.patch, len(s.bands), counted.tokens[s.name])
         table.add_row(s.name, s.group, *map(str, numbers))
     table.add_section()
@@ -53,7 +59,7 @@ def _tokens(config: ModelConfig, sensors: tuple[Sensor, ...], counted: Cost) -> 
     return table
 
 
-def _memory(recipe: Recipe, counted: Cost, world_size: int) -> Table:
+def _memory(recipe: Recipe, parameters: int, counted: Cost, world_size: int) -> Table:
     bf16 = recipe.train.precision != "fp32"
     worlds = sorted({world_size, 8, 64})
     table = Table(
@@ -62,7 +68,7 @@ def _memory(recipe: Recipe, counted: Cost, world_size: int) -> Table:
     for column in ("stage", *(f"{n} rank{'s' * (n > 1)}" for n in worlds)):
         table.add_column(column, justify="right")
     asked = recipe.deepspeed.get("zero_optimization", {}).get("stage", 0)
-    by_world = [memory_by_stage(counted.parameters, n, bf16) for n in worlds]
+    by_world = [memory_by_stage(parameters, n, bf16) for n in worlds]
     for stage in range(4):
         row = [f"{by[stage].total / GIB:.2f}" for by in by_world]
         table.add_row(f"{stage}{' (recipe)' if stage == asked else ''}", *row)
@@ -74,10 +80,10 @@ def _memory(recipe: Recipe, counted: Cost, world_size: int) -> Table:
     return table
 
 
-def _steps(recipe: Recipe, counted: Cost) -> str:
+def _steps(recipe: Recipe, flops_per_sample: float) -> str:
     t = recipe.train
     length = f"{t.steps:,} steps" if t.steps is not None else f"{t.epochs} epochs"
-    flops = counted.step_flops * t.global_batch
+    flops = flops_per_sample * t.global_batch
     return (
         f"length            {length} of {t.global_batch} samples ({flops / 1e12:.2f} TFLOP a step), "
         f"peak learning rate {recipe.lr:.3g}"

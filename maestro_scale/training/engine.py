@@ -34,6 +34,8 @@ class Engine:
 
         ``counts`` (S,): hidden pixels per sensor of the whole global batch.
         """
+        if self._zero == 3 and self.model.config.others:
+            self._forget_gradients()
         total = None
         for batch, mask in zip(batches, masks, strict=True):
             share, sums = self.raw(batch, mask, counts)
@@ -68,6 +70,15 @@ class Engine:
         pairs = zip(self.raw.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
         for group, base, factor in pairs:
             group["lr"] = base * factor(scheduler.last_epoch)
+
+    def _forget_gradients(self) -> None:
+        # Stage 3 overwrites a parameter's gradient only where a step uses it: what another dataset of a mixture left
+        # would be applied again. The other stages start from zero.
+        optimizer = self.raw.optimizer
+        optimizer.grad_partitions_flat_buffer.zero_()
+        for partition in optimizer.fp32_partitioned_groups_flat:
+            if partition.grad is not None:
+                partition.grad.zero_()
 
     def _norm_of_plain_gradients(self) -> Tensor | None:
         # DeepSpeed reports no norm where it leaves the optimizer as it is (stage 0 in fp32).

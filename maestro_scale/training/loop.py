@@ -15,7 +15,7 @@ from maestro_scale.model.config import ModelConfig
 from maestro_scale.model.masking import Mask, Masking, by_sensor, draw_masks
 from maestro_scale.model.targets import combine, hidden_pixels
 from maestro_scale.stream.batch import Batch, digest
-from maestro_scale.stream.loader import TrainLoader
+from maestro_scale.stream.loader import Step, TrainLoader
 from maestro_scale.training.checkpoint import Checkpoints, Position
 from maestro_scale.training.distributed import World
 from maestro_scale.training.engine import Engine
@@ -41,13 +41,22 @@ class Rhythm:
         return every > 0 and step % every == 0
 
 
+@dataclass(frozen=True)
+class Seen:
+    """One dataset of the run: how the model sees it, the names of each sensor's bands, and what a sample costs."""
+
+    config: ModelConfig
+    bands: dict[str, tuple[str, ...]]
+    step_flops: int
+
+
 @dataclass
 class Run:
-    """All parts of a run; built by ``pretrain.py``, driven by ``train``."""
+    """All parts of a run; built by ``pretrain.py``, driven by ``train``. ``datasets``: by label in the mixture."""
 
     world: World
     engine: Engine
-    config: ModelConfig
+    datasets: dict[str, Seen]
     masking: Masking
     stream: TrainLoader
     rhythm: Rhythm
@@ -57,7 +66,6 @@ class Run:
     audit: JsonLines | None
     meter: Meter
     stop: StopRequest
-    bands: dict[str, tuple[str, ...]]
     observers: list[Observer] = field(default_factory=list)
 
 
@@ -81,8 +89,9 @@ def train(run: Run, position: Position) -> Outcome:
         batches = [b.to(run.world.device, non_blocking=True) for b in data.batches]
         wait_s = time.perf_counter() - before
 
-        masks = [draw_masks(run.config, run.masking, b) for b in batches]
-        counts = run.world.sum(hidden_counts(run.config, masks))
+        seen = run.datasets[data.dataset]
+        masks = [draw_masks(seen.config, run.masking, b) for b in batches]
+        counts = run.world.sum(hidden_counts(seen.config, masks))
         lr = run.engine.lr
         sums = run.engine.step(batches, masks, counts)
 
@@ -91,14 +100,15 @@ def train(run: Run, position: Position) -> Outcome:
             step=position.step + 1,
             skipped_steps=position.skipped_steps + (not run.engine.applied),
         )
-        run.meter.add(rhythm.global_batch, wait_s)
+        run.meter.add(rhythm.global_batch, seen.step_flops, wait_s)
         last = position.step == rhythm.num_steps
         if run.audit is not None:
             run.audit.append({"step": position.step, **_audit(data.batches)})
-        if last or position.step == 1 or rhythm.at(rhythm.log_every, position.step):
-            _log(run, position, data.epoch, lr, sums, counts)
-        if rhythm.at(rhythm.pictures_every, position.step) or (last and rhythm.pictures_every):
-            views = snapshot(run.engine.model, batches[0], masks[0], run.bands)
+        # By turns of a dataset, not by steps: in a mixture the same ones might never come at a multiple of steps.
+        if last or data.turn == 1 or rhythm.at(rhythm.log_every, data.turn):
+            _log(run, position, data, lr, sums, counts)
+        if rhythm.at(rhythm.pictures_every, data.turn) or (last and rhythm.pictures_every):
+            views = snapshot(run.engine.model, batches[0], masks[0], seen.bands)
             _tell_picture(run, position.step, views)
         stopping = run.world.any(run.stop.requested())
         if last or stopping or rhythm.at(rhythm.checkpoint_every, position.step):
@@ -117,10 +127,11 @@ def hidden_counts(config: ModelConfig, masks: list[dict[str, Mask]]) -> Tensor:
     return torch.stack(per_batch).sum(0)
 
 
-def _log(run: Run, position: Position, epoch: int, lr: float, sums: Tensor, counts: Tensor) -> None:
+def _log(run: Run, position: Position, data: Step, lr: float, sums: Tensor, counts: Tensor) -> None:
     # Every rank takes part: the sums and the meter are collective. Only rank 0 writes.
+    config = run.datasets[data.dataset].config
     total = run.world.sum(sums)
-    loss = combine(run.config, total, counts).item()
+    loss = combine(config, total, counts).item()
     speeds = run.meter.read()
     counters = run.stream.counters
     counters = dict(zip(counters, run.world.sums(list(counters.values())), strict=True))
@@ -128,10 +139,11 @@ def _log(run: Run, position: Position, epoch: int, lr: float, sums: Tensor, coun
         return
     record: dict[str, Any] = {
         "step": position.step,
-        "epoch": epoch,
+        "epoch": data.epoch,
         "samples": position.samples,
+        "dataset": data.dataset,
         "loss": loss,
-        **_per_sensor(run.config.sensors, total, counts),
+        **_per_sensor(config.sensors, total, counts),
         "lr": lr,
         "grad_norm": run.engine.grad_norm,
         **speeds,

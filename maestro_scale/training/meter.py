@@ -28,25 +28,27 @@ def peak_tflops(device: torch.device) -> float | None:
 
 @dataclass
 class Meter:
-    """Accumulates between log lines. ``flops_per_sample``: forward and backward, from ``model.cost``."""
+    """Accumulates between log lines."""
 
     world: World
-    flops_per_sample: int
     steps: int = 0
     samples: int = 0
+    flops: int = 0
     wait_s: float = 0.0
     started: float = 0.0
 
     def restart(self) -> None:
         """Begin a new window now."""
-        self.steps, self.samples, self.wait_s, self.started = 0, 0, 0.0, time.perf_counter()
+        self.steps, self.samples, self.flops, self.wait_s = 0, 0, 0, 0.0
+        self.started = time.perf_counter()
         if self.world.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.world.device)
 
-    def add(self, global_samples: int, wait_s: float) -> None:
-        """One finished step."""
+    def add(self, global_samples: int, flops_per_sample: int, wait_s: float) -> None:
+        """One finished step; FLOPs of forward and backward, from ``model.cost``."""
         self.steps += 1
         self.samples += global_samples
+        self.flops += global_samples * flops_per_sample
         self.wait_s += wait_s
 
     def read(self) -> dict[str, float | None]:
@@ -56,7 +58,7 @@ class Meter:
         elapsed, wait_s, memory = self.world.maxima(
             [time.perf_counter() - self.started, self.wait_s / self.steps, _memory_gib(self.world.device)]
         )
-        tflops = self.samples * self.flops_per_sample / elapsed / self.world.size / 1e12
+        tflops = self.flops / elapsed / self.world.size / 1e12
         peak = peak_tflops(self.world.device)
         numbers = {
             "samples_per_s": self.samples / elapsed,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,19 +13,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from maestro_scale.datasets.spec import DatasetSpec, Sensor
-from maestro_scale.model.config import ModelConfig
+from maestro_scale.datasets.spec import DatasetSpec
+from maestro_scale.model.config import DatasetView, ModelConfig, conflicts
 from maestro_scale.model.cost import cost
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.model.masking import Masking
 from maestro_scale.recipe import Recipe, RecipeError, check_world, resolve_sensors
 from maestro_scale.shards.manifest import Manifest
 from maestro_scale.shards.store import Store
-from maestro_scale.stream.loader import Source, TrainLoader
+from maestro_scale.stream.loader import TrainLoader
+from maestro_scale.stream.source import Source, labels
 from maestro_scale.training.checkpoint import CheckpointError, Checkpoints, Position
 from maestro_scale.training.distributed import World
 from maestro_scale.training.engine import Engine
-from maestro_scale.training.loop import Outcome, Rhythm, Run, train
+from maestro_scale.training.loop import Outcome, Rhythm, Run, Seen, train
 from maestro_scale.training.meter import Meter
 from maestro_scale.training.observer import Observer, RunInfo
 from maestro_scale.training.optimizer import SCHEDULES, build_optimizer
@@ -36,10 +38,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Dataset:
-    """One entry of the mixture, opened: what is stored, and the sensors the model sees it with."""
+    """One entry of the mixture, opened: what is stored, and how the run reads it."""
 
     manifest: Manifest
-    sensors: tuple[Sensor, ...]
     source: Source
 
 
@@ -72,13 +73,22 @@ def pretrain(
             held.release()
 
 
-def build_model_config(recipe: Recipe, spec: DatasetSpec, sensors: tuple[Sensor, ...]) -> ModelConfig:
-    """The model that a recipe describes for one dataset's sensors."""
-    m = recipe.model
+def build_model_config(recipe: Recipe, specs: Sequence[DatasetSpec]) -> ModelConfig:
+    """The model that a recipe describes for the datasets of its mixture, as they are stored.
+
+    RecipeError where a dataset's sensors do not fit it, the recipe, or those they share weights with.
+    """
+    m, entries = recipe.model, recipe.data.mixture
+    first, *others = (
+        DatasetView(label, resolve_sensors(spec, entry), spec.pos_grid, spec.ref_sensor)
+        for label, spec, entry in zip(labels([s.name for s in specs]), specs, entries, strict=True)
+    )
+    if problems := conflicts((first, *others)):
+        raise RecipeError("\n".join(f"data.mixture: {p}" for p in problems))
     return ModelConfig(
-        sensors=sensors,
+        **vars(first),
+        others=tuple(others),
         size=m.dimensions,
-        pos_grid=spec.pos_grid,
         fusion=m.fusion,
         inter_depth=m.inter_depth,
         spectral=m.spectral,
@@ -86,7 +96,6 @@ def build_model_config(recipe: Recipe, spec: DatasetSpec, sensors: tuple[Sensor,
         target=m.target,
         loss=m.loss,
         checkpointing=m.checkpointing,
-        ref_sensor=spec.ref_sensor,
     )
 
 
@@ -99,24 +108,16 @@ def open_datasets(recipe: Recipe) -> list[Dataset]:
             raise RecipeError(
                 f"data.mixture[{i}].dataset: {entry.dataset!r}, but {entry.shards} holds {manifest.spec.name!r}"
             )
-        sensors = resolve_sensors(manifest.spec, entry)
         store = Store(entry.shards, Path(recipe.data.cache_dir), int(recipe.data.cache_gib * 2**30))
         source = Source(
             spec=manifest.spec,
-            sensors=sensors,
+            sensors=resolve_sensors(manifest.spec, entry),
             crop_m=entry.crop_m or manifest.spec.crop_m,
             shards=manifest.of(entry.split),
             store=store,
             weight=entry.weight,
         )
-        datasets.append(Dataset(manifest, sensors, source))
-    first = datasets[0]
-    for i, other in enumerate(datasets[1:], start=1):
-        if other.sensors != first.sensors or other.manifest.spec.pos_grid != first.manifest.spec.pos_grid:
-            raise RecipeError(
-                f"data.mixture[{i}]: its sensors differ from those of data.mixture[0]; a mixture must present the "
-                "same sensors (change data.mixture[i].sensors so that they agree)"
-            )
+        datasets.append(Dataset(manifest, source))
     return datasets
 
 
@@ -166,7 +167,7 @@ def _refuse_unsuitable(run_dir: Path, fresh: bool) -> None:
 def _prepare(recipe: Recipe, run_dir: Path, world: World, observers: list[Observer]) -> tuple[Run, Position]:
     _seed_everything(recipe.seed)
     datasets = open_datasets(recipe)
-    config = build_model_config(recipe, datasets[0].manifest.spec, datasets[0].sensors)
+    config = build_model_config(recipe, [d.manifest.spec for d in datasets])
     t = recipe.train
     stream = TrainLoader(
         sources=tuple(d.source for d in datasets),
@@ -199,7 +200,7 @@ def _prepare(recipe: Recipe, run_dir: Path, world: World, observers: list[Observ
     run = Run(
         world=world,
         engine=engine,
-        config=config,
+        datasets=_seen(recipe, config, datasets),
         masking=Masking(**recipe.masking.model_dump()),
         stream=stream,
         rhythm=Rhythm(
@@ -213,9 +214,8 @@ def _prepare(recipe: Recipe, run_dir: Path, world: World, observers: list[Observ
         identity=ident,
         metrics=metrics,
         audit=audit,
-        meter=Meter(world, cost(config, recipe.masking.ratio).step_flops),
+        meter=Meter(world),
         stop=StopRequest(run_dir).install(),
-        bands=_band_names(datasets[0]),
         observers=observers if world.is_main else [],
     )
     if world.is_main:
@@ -252,9 +252,13 @@ def _resume(checkpoints: Checkpoints, engine: Engine, ident: dict[str, Any]) -> 
     return Position()
 
 
-def _band_names(dataset: Dataset) -> dict[str, tuple[str, ...]]:
-    spec = dataset.manifest.spec
-    return {s.name: tuple(spec.modality(s.source).bands[b] for b in s.bands) for s in dataset.sensors}
+def _seen(recipe: Recipe, config: ModelConfig, datasets: list[Dataset]) -> dict[str, Seen]:
+    seen = {}
+    for view, dataset in zip(config.views, datasets, strict=True):
+        spec, own = dataset.manifest.spec, config.of(view.dataset)
+        bands = {s.name: tuple(spec.modality(s.source).bands[b] for b in s.bands) for s in view.sensors}
+        seen[view.dataset] = Seen(own, bands, cost(own, recipe.masking.ratio).step_flops)
+    return seen
 
 
 def _seed_everything(seed: int) -> None:

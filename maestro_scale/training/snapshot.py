@@ -20,12 +20,10 @@ def snapshot(
     model: Maestro, batch: Batch, masks: dict[str, Mask], bands: dict[str, tuple[str, ...]]
 ) -> list[SensorView]:
     """Views of the batch's first sample. ``bands``: names of each sensor's bands. Every rank must call it (ZeRO-3)."""
+    config = model.view(batch.dataset)
     predictions = model.reconstruct(batch, masks)
-    hidden = by_sensor(model.config, masks)
-    return [
-        _view(model.config, s, batch, predictions[s.name], hidden[s.name], bands)
-        for s in model.config.sensors
-    ]
+    hidden = by_sensor(config, masks)
+    return [_view(config, s, batch, predictions[s.name], hidden[s.name], bands) for s in config.sensors]
 
 
 def _view(

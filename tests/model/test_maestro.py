@@ -13,6 +13,7 @@ from maestro_scale.model.config import ModelConfig
 from maestro_scale.model.cost import cost, memory_by_stage, num_parameters
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.model.masking import Masking, by_sensor, draw_masks
+from maestro_scale.model.sequences import sequences
 from maestro_scale.model.targets import hidden_pixels
 from maestro_scale.stream.batch import Batch
 
@@ -114,7 +115,7 @@ def test_flops_equal_a_count_of_the_products(fusion):
     # torch's counter misses fused attention on a CPU: add 4 * N^2 * heads * dim by hand.
     inner = TINY.heads * TINY.dim_head
     decoder_inner = TINY.decoder_heads * TINY.decoder_dim_head
-    lengths = {q.name: (q, masks[q.name]) for q in model.sequences}
+    lengths = {q.name: (q, masks[q.name]) for q in sequences(config)}
     attention = 0
     for _, mask in lengths.values():
         rows, total = mask.hidden.shape

@@ -1,0 +1,113 @@
+"""One model over datasets that are seen differently: other sensors, other grids, shared weights."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+import yaml
+from testkit.models import full_batch, small_config
+from testkit.runs import Trainer, audit, curve, write_recipe
+
+from maestro_scale.model.config import DatasetView, ModelConfig
+from maestro_scale.model.maestro import Maestro
+from maestro_scale.model.masking import Masking, draw_masks
+
+SECOND = {
+    "aerial": None,
+    "s2": {"image_size": 4, "patch": 2, "num_dates": 3},
+    "s1_asc": {"patch": 3, "num_dates": 2},
+    "s1_des": {"patch": 3, "num_dates": 2, "embed": "s1_des"},
+}
+
+
+@pytest.fixture(scope="module")
+def trainer(synthetic_shards, tmp_path_factory) -> Trainer:
+    path = write_recipe(tmp_path_factory.mktemp("recipe"), synthetic_shards)
+    recipe = yaml.safe_load(path.read_text())
+    (entry,) = recipe["data"]["mixture"]
+    entry["weight"] = 2
+    recipe["data"]["mixture"].append({**entry, "split": "val", "weight": 1, "sensors": SECOND})
+    recipe["data"]["mixture"][0]["sensors"]["s2"] = {"num_dates": 4, "patch": 2}
+    recipe["train"]["steps"] = 9
+    path.write_text(yaml.safe_dump(recipe))
+    return Trainer(path)
+
+
+@pytest.fixture(scope="module")
+def quiet(trainer, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("quiet") / "run"
+    return run_dir, trainer.train(run_dir, 1, "--set", "deepspeed.zero_optimization.stage=0")
+
+
+def test_steps_are_shared_out_by_weight_and_say_whose_they_are(quiet):
+    _, lines = quiet
+    names = [m["dataset"] for m in lines]
+    assert names.count("treesatai_ts#0") == 6
+    assert names.count("treesatai_ts#1") == 3
+    for m in lines:
+        assert ("loss/aerial" in m) == (m["dataset"] == "treesatai_ts#0")
+        assert m["loss"] > 0
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_two_ranks_and_any_stage_give_the_same_curve(trainer, quiet, tmp_path, stage):
+    # Steps that leave weights unused (the aerial encoder, here) must move them alike in every stage.
+    lines = trainer.train(tmp_path / "run", 2, "--set", f"deepspeed.zero_optimization.stage={stage}")
+    assert curve(lines) == pytest.approx(curve(quiet[1]), rel=1e-5)
+    assert [m["grad_norm"] for m in lines] == pytest.approx([m["grad_norm"] for m in quiet[1]], rel=1e-3)
+    assert audit(tmp_path / "run") == audit(quiet[0])
+
+
+def test_a_killed_mixture_goes_on_where_it_was(trainer, quiet, tmp_path):
+    changes = ["--set", "deepspeed.zero_optimization.stage=0"]
+    trainer.kill_at(tmp_path / "run", 1, 5, *changes)
+    assert curve(trainer.train(tmp_path / "run", 1, *changes)) == curve(quiet[1])
+
+
+def test_each_dataset_is_logged_however_the_steps_fall(trainer, tmp_path):
+    lines = trainer.train(tmp_path / "run", 1, "--set", "train.log_every=3", "data.workers=0")
+    # The 1st and every 3rd of a dataset's own steps, and the last of the run.
+    assert [m["dataset"] for m in lines].count("treesatai_ts#0") == 3
+    assert [m["dataset"] for m in lines].count("treesatai_ts#1") == 2
+
+
+def test_views_that_cannot_share_weights_are_refused(trainer):
+    code, output = trainer.run(None, 1, "--dry-run", "--set", "data.mixture[1].sensors.s2.patch=4")
+    assert code == 2
+    assert "treesatai_ts#1.sensors.s2.embed: 's2' is shared with treesatai_ts#0.sensors.s2" in output
+    assert "patch 4 of 10 bands differs from patch 2 of 10 bands" in output
+
+
+def test_dry_run_shows_every_dataset(trainer):
+    code, output = trainer.run(None, 1, "--dry-run")
+    assert code == 0, output
+    assert "treesatai_ts#0" in output
+    assert "weight 1 in the mixture" in output
+
+
+def two_views() -> ModelConfig:
+    one = small_config(dataset="one")
+    half = tuple(dataclasses.replace(s, image_size=s.image_size * 2, num_dates=1) for s in one.sensors[:2])
+    return dataclasses.replace(one, others=(DatasetView("two", half, one.pos_grid * 2),))
+
+
+def test_a_view_of_a_shared_model_is_the_model_of_that_dataset_alone():
+    both = two_views()
+    alone = both.of("two")
+    batch = dataclasses.replace(full_batch(alone, 2), dataset="two")
+    masks = draw_masks(alone, Masking(), batch)
+    counts = torch.ones(len(alone.sensors), dtype=torch.float64)
+    shared, single = Maestro(both).initialise(0), Maestro(alone).initialise(0)
+    assert set(single.state_dict()) < set(shared.state_dict())
+    with torch.no_grad():
+        assert torch.equal(shared(batch, masks, counts)[0], single(batch, masks, counts)[0])
+
+
+def test_a_model_of_several_datasets_names_those_it_knows():
+    both = two_views()
+    assert ModelConfig.from_dict(both.to_dict()) == both
+    batch = dataclasses.replace(full_batch(both.of("one"), 1), dataset="three")
+    with pytest.raises(KeyError, match="'three'; it knows: one, two"):
+        Maestro(both).initialise(0).encode(batch)
