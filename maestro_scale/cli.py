@@ -81,6 +81,12 @@ def shard(
     ] = "raw",
     shard_mb: Annotated[int, typer.Option(min=1, help="Size of a shard in MB.")] = 128,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the order that samples are stored in.")] = 0,
+    modalities: Annotated[
+        str, typer.Option(help="What to store, comma-separated, instead of what the preset needs.")
+    ] = "",
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Stop at a bad tile instead of leaving it out and counting it.")
+    ] = False,
 ) -> None:
     """Turn one split of a raw dataset into shards; finished shards are kept when it is run again."""
     from maestro_scale import datasets
@@ -88,16 +94,25 @@ def shard(
     from maestro_scale.tracking.terminal import progress
 
     _known(dataset)
-    raw = datasets.open_raw(dataset, src, split)
+    chosen = [name.strip() for name in modalities.split(",")] if modalities else None
+    raw = datasets.open_raw(dataset, src, split, chosen)
     with progress(f"shard {dataset} {split}", "samples") as update:
         manifest = write_shards(
-            raw, dst, split, workers=workers, codec=codec, shard_mb=shard_mb, seed=seed, progress=update
+            raw,
+            dst,
+            split,
+            workers=workers,
+            codec=codec,
+            shard_mb=shard_mb,
+            seed=seed,
+            progress=update,
+            strict=strict,
         )
     mine = manifest.of([split])
     total = sum(s.bytes for s in mine) / 1e6
     print(f"{sum(s.samples for s in mine)} samples in {len(mine)} shards ({total:.0f} MB) at {dst}")
     for note, count in sorted(manifest.notes.items()):
-        print(f"  note: {note} ({count} samples)")
+        print(f"  {count} tiles: {note} (first: {manifest.examples.get(note, 'not known')})")
 
 
 @app.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -22,13 +23,14 @@ def spec(name: str) -> DatasetSpec:
     return _module(name).SPEC
 
 
-def open_raw(name: str, src: Path, split: str) -> RawDataset:
-    """Split ``split`` of dataset ``name`` in folder ``src``.
+def open_raw(name: str, src: Path, split: str, modalities: Sequence[str] | None = None) -> RawDataset:
+    """Split ``split`` of dataset ``name`` in folder ``src``; ``modalities``: those to read, None: the preset's.
 
-    Raises KeyError for an unknown dataset, DatasetError (one line) for a missing folder, an empty split, or a
-    split that names absent files.
+    Raises KeyError for an unknown dataset, DatasetError (one line) for a missing folder, an empty split, an
+    unknown modality, or a split of which no tile has its files. A listed tile without files is an error of its
+    own, when it is read.
     """
-    return _module(name).open_raw(Path(src), split)
+    return _module(name).open_raw(Path(src), split, modalities)
 
 
 def synth(name: str, dst: Path, tiles: int, seed: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +34,30 @@ def read_csv(path: Path) -> tuple[dict[str, int], list[list[str]]]:
                 f"{path}: row {i + 2} has {len(row)} values for {len(header)} columns; mend it"
             )
     return {name.strip(): i for i, name in enumerate(header)}, rows
+
+
+class Absent:
+    """The tiles of a split that lack a file: ``files`` names one for each, relative to ``src``, by tile key.
+
+    DatasetError if that is every one of the ``num_tiles`` that ``listing`` has: then the folder is wrong.
+    """
+
+    def __init__(self, src: Path, listing: Path, files: Mapping[str, str], num_tiles: int) -> None:
+        self._src, self._listing, self._files, self._num_tiles = src, listing, dict(files), num_tiles
+        if files and len(files) == num_tiles:
+            first = next(iter(files.values()))
+            raise DatasetError(
+                f"{listing}: none of its {num_tiles} tiles has its files in {src}, first {first}; check the path"
+            )
+
+    def check(self, key: str) -> None:
+        """DatasetError if tile ``key`` lacks a file."""
+        if key in self._files:
+            raise DatasetError(
+                f"{self._src / self._files[key]}: is missing ({len(self._files)} of {self._num_tiles} tiles in "
+                f"{self._listing.name} lack files); fetch it, or take the tile off the list",
+                kind="a file is missing",
+            )
 
 
 def calendar_dates(days: Sequence[bytes | str], where: str) -> np.ndarray:
@@ -70,7 +94,7 @@ def product_dates(products: Sequence[bytes], part: int, where: str) -> np.ndarra
 
 
 def read_tif(path: Path, shape: tuple[int, int, int], dtype: str) -> np.ndarray:
-    """All bands of a GeoTIFF, (C, H, W); DatasetError if unreadable or not of ``shape`` and ``dtype``."""
+    """All bands of a GeoTIFF or PNG, (C, H, W); DatasetError if unreadable or not of ``shape`` and ``dtype``."""
     import rasterio
     from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
@@ -83,6 +107,28 @@ def read_tif(path: Path, shape: tuple[int, int, int], dtype: str) -> np.ndarray:
                 got = f"{raster.dtypes[0]} {_by(found)}"
                 raise DatasetError(f"{path}: is {got}, expected {dtype} {_by(shape)}; fetch the file again")
             return raster.read()
+    except (RasterioError, OSError) as error:
+        raise DatasetError(f"{path}: cannot be read ({_one_line(error)}); fetch the file again") from error
+
+
+def read_stack(path: Path, num_bands: int, size: int) -> np.ndarray:
+    """A series whose dates follow each other as bands of one GeoTIFF, (T, C, size, size) in the file's dtype.
+
+    DatasetError if unreadable, of another size, or if the bands do not divide into dates.
+    """
+    import rasterio
+    from rasterio.errors import NotGeoreferencedWarning, RasterioError
+
+    warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)
+    try:
+        with rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR"), rasterio.open(path) as raster:
+            found = (raster.count, raster.height, raster.width)
+            if found[1:] != (size, size) or found[0] % num_bands:
+                raise DatasetError(
+                    f"{path}: is {_by(found)}, expected a multiple of {num_bands} bands of {size}×{size}; "
+                    "fetch the file again"
+                )
+            return raster.read().reshape(-1, num_bands, size, size)
     except (RasterioError, OSError) as error:
         raise DatasetError(f"{path}: cannot be read ({_one_line(error)}); fetch the file again") from error
 

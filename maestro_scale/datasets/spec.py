@@ -8,8 +8,8 @@ Shapes: T dates stored, D dates seen by the model, C bands, H×W pixels (row 0 i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 import numpy as np
@@ -107,6 +107,24 @@ class DatasetSpec:
         """The modality called ``name``; KeyError with the known names if there is none."""
         return _named(self.modalities, name, f"modality of {self.name}")
 
+    def select(self, modalities: Sequence[str]) -> DatasetSpec:
+        """The same dataset with these modalities only, in the order here, and the sensors that read them.
+
+        DatasetError for a modality that the dataset does not have, or if none is named.
+        """
+        known = [m.name for m in self.modalities]
+        unknown = [name for name in modalities if name not in known]
+        if unknown or not modalities:
+            what = f"has no modality {unknown[0]!r}" if unknown else "needs at least one modality"
+            raise DatasetError(f"{self.name}: {what}; there are: {', '.join(known)}")
+        sensors = tuple(s for s in self.sensors if s.source in modalities)
+        return replace(
+            self,
+            modalities=tuple(m for m in self.modalities if m.name in modalities),
+            sensors=sensors,
+            ref_sensor=self.ref_sensor if self.ref_sensor in {s.name for s in sensors} else None,
+        )
+
     def sensor(self, name: str) -> Sensor:
         """The sensor called ``name``; KeyError with the known names if there is none."""
         return _named(self.sensors, name, f"sensor of {self.name}")
@@ -150,7 +168,14 @@ class RawDataset(Protocol):
 
 
 class DatasetError(Exception):
-    """Raw data is missing or malformed; the message says what, where and what to do, in one line."""
+    """Raw data is missing or malformed; the message says what, where and what to do, in one line.
+
+    ``kind``: a few words that many tiles may have in common; tiles left out are counted by it.
+    """
+
+    def __init__(self, message: str, kind: str = "cannot be read") -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 def _named(items: Iterable, name: str, what: str):

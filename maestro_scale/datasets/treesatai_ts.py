@@ -7,6 +7,7 @@ MAESTRO release; ``{split}_filtered_{percent}.csv`` is a split of its own) or as
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -64,11 +65,11 @@ _H5_NAMES = (*(name for pair in _SERIES.values() for name in pair), "sen-2-masks
 class Reader:
     """Random access to the tiles of one split (a :class:`~maestro_scale.datasets.spec.RawDataset`)."""
 
-    spec = SPEC
-
-    def __init__(self, src: Path, entries: dict[str, splits.Entry]) -> None:
-        self._src = src
-        self._entries = entries
+    def __init__(
+        self, src: Path, entries: dict[str, splits.Entry], absent: raw.Absent, spec: DatasetSpec = SPEC
+    ) -> None:
+        self.spec = spec
+        self._src, self._entries, self._absent = src, entries, absent
 
     def keys(self) -> list[str]:
         """Sorted tile keys: the aerial file names without suffix."""
@@ -77,30 +78,35 @@ class Reader:
     def read(self, key: str) -> Tile:
         """One tile; DatasetError that names file and cause, KeyError if the split has no such tile."""
         entry = self._entries[key]
+        self._absent.check(key)
         notes = list(entry.notes)
-        size = AERIAL_FILE_PIXELS
-        image = raw.read_tif(self._src / "aerial" / entry.aerial_name, (4, size, size), "uint8")
-        inside = slice(AERIAL_OFFSET, AERIAL_OFFSET + SPEC.modality("aerial").size)
-        arrays = {"aerial": np.ascontiguousarray(image[None, :, inside, inside])}
-        series, dates, mask = _read_series(self._src / "sentinel-ts" / entry.sen_name, notes)
+        wanted = {m.name for m in self.spec.modalities}
+        arrays, dates, mask = _read_series(self._src / "sentinel-ts" / entry.sen_name, notes)
         ref_date = _ref_date(entry, dates["s2"], notes)
+        dates["aerial"] = ref_date[None]
+        if "aerial" in wanted:
+            size = AERIAL_FILE_PIXELS
+            image = raw.read_tif(self._src / "aerial" / entry.aerial_name, (4, size, size), "uint8")
+            inside = slice(AERIAL_OFFSET, AERIAL_OFFSET + SPEC.modality("aerial").size)
+            arrays["aerial"] = np.ascontiguousarray(image[None, :, inside, inside])
         return Tile(
             key=key,
-            arrays=arrays | series,
-            dates={"aerial": ref_date[None]} | dates,
-            masks={"s2": mask},
+            arrays={m: a for m, a in arrays.items() if m in wanted},
+            dates={m: d for m, d in dates.items() if m in wanted},
+            masks={"s2": mask} if "s2" in wanted else {},
             targets={"species": np.array(entry.shares, np.float32)},
             ref_date=ref_date,
             notes=tuple(notes),
         )
 
 
-def open_raw(src: Path, split: str) -> Reader:
+def open_raw(src: Path, split: str, modalities: Sequence[str] | None = None) -> Reader:
     """The tiles of ``split`` ("train", "val", "test", "train_filtered_10", …) in folder ``src``.
 
-    Raises DatasetError if a folder or the split is missing, if the split is empty or malformed, or if it
-    names files that are not there (how many, and the first).
+    Raises DatasetError if a folder or the split is missing, if the split is empty or malformed, or if none of
+    the files it names is there.
     """
+    spec = SPEC if modalities is None else SPEC.select(modalities)
     src = Path(src)
     top = raw.list_folder(src)
     aerial = raw.list_folder(src / "aerial")
@@ -120,17 +126,16 @@ def open_raw(src: Path, split: str) -> Reader:
         )
     if not entries:
         raise DatasetError(f"{listing}: the split is empty; fetch the file again or choose another split")
-    absent = [f"aerial/{e.aerial_name}" for e in entries if e.aerial_name not in aerial]
-    absent += [f"sentinel-ts/{e.sen_name}" for e in entries if e.sen_name not in sentinel.files]
-    if absent:
-        raise DatasetError(
-            f"{listing}: names {len(absent)} files that are not in {src}, first {absent[0]}; "
-            "fetch them or take them off the list"
-        )
     by_key = {Path(e.aerial_name).stem: e for e in entries}
     if len(by_key) < len(entries):
         raise DatasetError(f"{listing}: names {len(entries) - len(by_key)} tiles twice; remove the repeats")
-    return Reader(src, by_key)
+    absent = {}
+    for key, entry in by_key.items():
+        if entry.aerial_name not in aerial:
+            absent[key] = f"aerial/{entry.aerial_name}"
+        elif entry.sen_name not in sentinel.files:
+            absent[key] = f"sentinel-ts/{entry.sen_name}"
+    return Reader(src, by_key, raw.Absent(src, listing, absent, len(by_key)), spec)
 
 
 def synth(dst: Path, tiles: int, seed: int) -> None:

@@ -104,7 +104,7 @@ class Destination:
                 _enter_lock(stack, self.root.folder / ".manifest.lock", wait=True)
             # Read again: another split may have been finished meanwhile.
             existing = self._read_existing()
-            manifest = self._with_split(existing, plan, filled, shards.values())
+            manifest = self._with_split(existing, plan, filled, [shards[i] for i in sorted(shards)])
             if manifest != existing:
                 self.root.write(MANIFEST, manifest.dumps().encode())
         return manifest
@@ -125,16 +125,17 @@ class Destination:
                 )
             return existing
         notes: Counter[str] = Counter(existing.notes if existing else {})
+        examples = dict(existing.examples if existing else {})
         for index in every:
             notes.update(index.notes)
-            if index.left_out:
-                notes["left out: cannot be read"] += len(index.left_out)
+            examples = {**index.examples, **examples}
         versions = {name: version(name) for name in ("numpy", "zstandard")}
         return Manifest(
             format_version=FORMAT_VERSION,
             spec=self._spec,
             shards=(*(existing.shards if existing else ()), *infos),
             notes=dict(sorted(notes.items())),
+            examples=dict(sorted(examples.items())),
             codec=self._codec,
             created_with={"maestro_scale": __version__, **versions},
             seed=self._seed,

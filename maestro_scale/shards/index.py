@@ -29,6 +29,7 @@ class ShardIndex:
     notes: Mapping[str, int] = field(default_factory=dict)
     left_out: Mapping[str, str] = field(default_factory=dict)  # key → why it could not be read
     tally: Mapping[str, int] = field(default_factory=dict)  # see maestro_scale.shards.summary
+    examples: Mapping[str, str] = field(default_factory=dict)  # note → the first tile, or cause, it counts
 
     @classmethod
     def loads(cls, text: str | bytes, where: str) -> ShardIndex:

@@ -43,10 +43,11 @@ class Manifest:
     format_version: int
     spec: DatasetSpec
     shards: tuple[ShardInfo, ...]
-    notes: Mapping[str, int] = field(default_factory=dict)  # what the reader assumed or mended → tiles
+    notes: Mapping[str, int] = field(default_factory=dict)  # what was assumed, mended, left out → tiles
     codec: str = "raw"
     created_with: Mapping[str, str] = field(default_factory=dict)  # package → version
     seed: int = 0  # of the order the samples were written in
+    examples: Mapping[str, str] = field(default_factory=dict)  # note → the first tile, or cause, it counts
 
     @classmethod
     def load(cls, url: str) -> Manifest:

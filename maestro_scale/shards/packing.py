@@ -43,6 +43,7 @@ class Packed:
     payload: bytes | None
     notes: tuple[str, ...] = ()
     cause: str = ""
+    kind: str = ""  # what causes are counted by
 
 
 def shuffled(keys: Iterable[str], seed: int) -> list[str]:
@@ -73,16 +74,22 @@ def pack_shard(
     notes: Counter[str] = Counter()
     tally: Counter[str] = Counter()
     left_out = {}
+    examples: dict[str, str] = {}
     try:
         for item in packed:
             if item.payload is None:
                 left_out[item.key] = item.cause
+                note = f"left out: {item.kind}"
+                notes[note] += 1
+                examples.setdefault(note, item.cause)
                 report(1, 0)
                 continue
             keys.append(item.key)
             offsets.append(tar.add(item.key, item.payload))
             sizes.append(len(item.payload))
             notes.update(set(item.notes))
+            for note in item.notes:
+                examples.setdefault(note, item.key)
             tally.update(tally_of(Sample(item.payload), plan.spec))
             report(1, len(item.payload))
         index = ShardIndex(
@@ -95,6 +102,7 @@ def pack_shard(
             dataset=plan.spec.name,
             plan=plan.digest,
             notes=_sorted(notes),
+            examples=dict(sorted(examples.items())),
             left_out=left_out,
             tally=_sorted(tally),
         )

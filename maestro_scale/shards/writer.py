@@ -39,8 +39,8 @@ def write_shards(
 
     Shards that an earlier, interrupted call finished are kept. The manifest is published last, and joins a
     manifest of other splits that is there. ``progress(samples done, samples in all, bytes written)`` is
-    called as it goes. With ``strict=False`` tiles that cannot be read are left out, counted in the
-    manifest's notes and listed with their causes in the index.
+    called as it goes. With ``strict=False`` tiles that cannot be read are left out, counted by kind in the
+    manifest's notes, with the first example of each, and listed with their causes in the index.
 
     Raises DatasetError for a tile that cannot be read or does not match its spec, WriteError if ``dst``
     cannot be written or holds something else.
@@ -177,19 +177,21 @@ def _encode_each(dataset: RawDataset, keys: Sequence[str], codec: str, strict: b
         except DatasetError as error:
             if strict:
                 raise
-            yield Packed(key, None, cause=one_line(error))
+            yield Packed(key, None, cause=one_line(error), kind=error.kind)
 
 
 def _mean_bytes(packed: Iterator[Packed], split: str) -> float:
     """Mean size in a tar of the first few samples that can be read."""
-    sizes = []
+    sizes, cause = [], ""
     for item in packed:
+        cause = cause or item.cause
         if item.payload is not None:
             sizes.append(len(item.payload) + 1024)
         if len(sizes) == _PROBED_SAMPLES:
             break
     if not sizes:
-        raise WriteError(f"split {split}: has no tile that can be read, nothing is written")
+        why = f"; the first: {cause}" if cause else ""
+        raise WriteError(f"split {split}: has no tile that can be read, nothing is written{why}")
     return sum(sizes) / len(sizes)
 
 

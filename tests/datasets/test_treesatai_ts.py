@@ -16,6 +16,7 @@ from maestro_scale.datasets import open_raw
 from maestro_scale.datasets.spec import DatasetError
 from maestro_scale.datasets.treesatai_ts import SPEC
 from maestro_scale.datasets.treesatai_ts_splits import GENERA
+from maestro_scale.shards.fields import check_tile
 
 REAL = Path(
     os.environ.get("MAESTRO_TREESATAI_DIR", Path(__file__).parents[2] / "../shared/data/treesatai_ts")
@@ -57,6 +58,16 @@ def test_shares_follow_the_names_of_the_columns(write_tile):
     shares = read(write_tile()).targets["species"]
     assert shares.dtype == np.float32
     assert {GENERA[i]: float(shares[i]) for i in np.flatnonzero(shares)} == {"Fagus": 0.75, "Picea": 0.125}
+
+
+def test_modalities_can_be_chosen(write_tile):
+    reader = open_raw("treesatai_ts", write_tile(), "train", ["s1_des", "s2"])
+    tile = reader.read(TILE)
+    assert [s.name for s in reader.spec.sensors] == ["s2", "s1_des"]
+    assert tile.arrays.keys() == tile.dates.keys() == {"s2", "s1_des"}
+    check_tile(tile, reader.spec)
+    with pytest.raises(DatasetError, match="has no modality 'spot'; there are: aerial, s2, s1_asc, s1_des"):
+        open_raw("treesatai_ts", write_tile(), "train", ["spot"])
 
 
 def test_arrays_fit_the_spec_and_the_reader_pickles(write_tile):
@@ -108,7 +119,7 @@ def test_an_h5_name_without_year_is_found_and_said(write_tile):
 
 
 def test_another_year_does_not_stand_for_the_listed_one(write_tile):
-    with pytest.raises(DatasetError, match="names 1 files that are not in"):
+    with pytest.raises(DatasetError, match="none of its 1 tiles has its files"):
         read(write_tile(sen_name=f"{TILE}_2019.h5"))
 
 
@@ -149,10 +160,12 @@ def test_absent_files_are_counted_and_the_first_is_named(write_tile):
         src / "train.csv",
         [("a.tif", "a_2020.h5"), (f"{TILE}.tif", f"{TILE}_2020.h5"), ("b.tif", "b_2020.h5")],
     )
+    reader = open_raw("treesatai_ts", src, "train")
+    assert reader.keys() == sorted(["a", TILE, "b"])
     with pytest.raises(DatasetError) as error:
-        open_raw("treesatai_ts", src, "train")
-    assert "names 4 files" in one_line(error)
-    assert "aerial/a.tif" in one_line(error)
+        reader.read("a")
+    assert "aerial/a.tif: is missing (2 of 3 tiles in train.csv lack files)" in one_line(error)
+    assert reader.read(TILE).key == TILE
 
 
 @pytest.mark.parametrize("name", [f"aerial/{TILE}.tif", f"sentinel-ts/{TILE}_2020.h5"])
