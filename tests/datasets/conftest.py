@@ -1,5 +1,6 @@
-"""The hand-written tile is a fixture of every test here."""
+"""The hand-written tiles are fixtures of every test here."""
 
+from testkit.s2_naip_tile import write_naip
 from testkit.treesatai_tile import write_tile
 
-__all__ = ["write_tile"]
+__all__ = ["write_naip", "write_tile"]
