@@ -23,6 +23,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--mode", choices=("knn", "probe"), action="append", help="default: evaluation.modes")
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--target", help="what to predict; default: the dataset's first target")
+    parser.add_argument(
+        "--features",
+        type=Path,
+        help="folder for encoded features, kept for later runs and other modes; all ranks must see it "
+        "(default: OUT/features)",
+    )
     parser.add_argument(
         "--set",
         dest="overrides",
@@ -39,8 +46,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit code. Expected mistakes become one line on standard error."""
     args = parse(argv)
-    if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) > 0:
-        return 0  # frozen features of a benchmark are few enough for one rank
     from maestro_scale.evaluation.results import ResultsError
     from maestro_scale.training.errors import EXPECTED
 
@@ -53,26 +58,47 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
+    from maestro_scale.evaluation.adopt import adopt
     from maestro_scale.evaluation.checkpoints import open_model
-    from maestro_scale.evaluation.frozen import Provenance, evaluate_frozen
-    from maestro_scale.recipe import load_recipe
+    from maestro_scale.evaluation.frozen import Benchmark, Provenance, evaluate_frozen
+    from maestro_scale.model.config import DatasetView
+    from maestro_scale.recipe import load_recipe, resolve_sensors
+    from maestro_scale.shards.manifest import Manifest
+    from maestro_scale.training.distributed import join, leave
 
     recipe = load_recipe(args.recipe, args.overrides)
+    entry = recipe.data.mixture[0]
+    spec = Manifest.load(entry.shards).spec
+    view = DatasetView(spec.name, resolve_sensors(spec, entry), spec.pos_grid, spec.ref_sensor)
     model, step = open_model(args.checkpoint)
+    model, notes = adopt(model, view)
+    ranks = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", 1)))
+    world = join() if ranks > 1 else None
+    if world is None or world.is_main:
+        print("\n".join(notes), end="\n" if notes else "", flush=True)
     results = evaluate_frozen(
         model,
-        recipe.data.mixture[0].shards,
-        Path(recipe.data.cache_dir),
+        Benchmark(
+            shards=entry.shards,
+            cache_dir=Path(recipe.data.cache_dir),
+            features_dir=args.features or args.out / "features",
+            cache_bytes=int(recipe.data.cache_gib * 2**30),
+            crop_m=entry.crop_m,
+            target=args.target,
+        ),
         modes=args.mode or recipe.evaluation.modes,
         provenance=Provenance(step, recipe.seed, recipe.model_dump(mode="json")),
         workers=recipe.data.workers,
-        cache_bytes=int(recipe.data.cache_gib * 2**30),
+        world=world,
     )
     for result in results:
         path = args.out / result.mode / "results.json"
         result.write(path)
         low, high = result.interval
-        print(f"{result.mode}: wF1 {100 * result.value:.1f} ({100 * low:.1f}-{100 * high:.1f}), {path}")
+        name = {"wf1": "wF1", "miou": "mIoU"}[result.metric]
+        print(f"{result.mode}: {name} {100 * result.value:.1f} ({100 * low:.1f}-{100 * high:.1f}), {path}")
+    if world is not None:
+        leave()
 
 
 if __name__ == "__main__":

@@ -180,7 +180,7 @@ def _run(command: list[str], log: Path) -> int:
 def _evaluate(console: Console, places: Places, seed: int) -> None:
     import torch
 
-    from maestro_scale.evaluation.frozen import Provenance, evaluate_frozen
+    from maestro_scale.evaluation.frozen import Benchmark, Provenance, evaluate_frozen
     from maestro_scale.interop.export import export_model
     from maestro_scale.interop.pretrained import load_model
     from maestro_scale.model.maestro import Maestro
@@ -192,9 +192,10 @@ def _evaluate(console: Console, places: Places, seed: int) -> None:
     untrained = Maestro(pretrained.config).initialise(seed).eval()
     console.print("[bold]5/5[/bold] scoring frozen embeddings on held-out tiles")
     step = load_position(newest(places.run)).step
+    benchmark = Benchmark(str(places.shards), places.out / "cache", places.out / "features")
     for name, model, trained in zip(ENCODERS, (pretrained, untrained), (step, 0), strict=True):
         provenance = Provenance(step=trained, seed=seed)
-        for result in evaluate_frozen(model, str(places.shards), places.out / "cache", MODES, provenance):
+        for result in evaluate_frozen(model, benchmark, MODES, provenance):
             result.write(places.results / name / result.mode / "results.json")
 
 

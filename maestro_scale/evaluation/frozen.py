@@ -3,8 +3,9 @@ val, scored once on test."""
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,21 +13,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from maestro_scale.datasets.spec import Target
 from maestro_scale.evaluation.bootstrap import bootstrap_interval
-from maestro_scale.evaluation.features import Features, encode
-from maestro_scale.evaluation.knn import knn
-from maestro_scale.evaluation.labelled import Fit, Labelled
-from maestro_scale.evaluation.metrics import MultilabelCounts, tile_counts, wf1
-from maestro_scale.evaluation.probe import linear_probe
-from maestro_scale.evaluation.results import EvalResult, ResultsError
+from maestro_scale.evaluation.encoded import Encoded, encoded, weights_digest
+from maestro_scale.evaluation.results import EvalResult
+from maestro_scale.evaluation.tasks import Answer, Task, task_for
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.shards.manifest import Manifest
 from maestro_scale.shards.store import Store
 from maestro_scale.stream.evaluation import EvalLoader
 from maestro_scale.stream.source import Source
+from maestro_scale.training.distributed import World
 
-MODES: dict[str, Callable[[Labelled, Labelled, np.ndarray], Fit]] = {"knn": knn, "probe": linear_probe}
 SPLITS = ("train", "val", "test")
 BATCH_SIZE = 32
 
@@ -40,87 +37,92 @@ class Provenance:
     recipe: Mapping[str, Any] | None = None
 
 
+@dataclass(frozen=True)
+class Benchmark:
+    """A dataset in shards as a benchmark: where it is, how much of each tile the model sees, what is asked.
+
+    ``crop_m``, ``target``: null for the dataset's own crop, and its first target.
+    """
+
+    shards: str
+    cache_dir: Path
+    features_dir: Path
+    cache_bytes: int = 100 * 2**30
+    crop_m: float | None = None
+    target: str | None = None
+
+
 def evaluate_frozen(
     model: Maestro,
-    shards: str,
-    cache_dir: Path,
+    benchmark: Benchmark,
     modes: Sequence[str] = ("knn", "probe"),
     provenance: Provenance | None = None,
     workers: int = 0,
-    cache_bytes: int = 100 * 2**30,
-    device: torch.device | None = None,
+    world: World | None = None,
 ) -> list[EvalResult]:
-    """One result per mode. ResultsError where the dataset has no multilabel target or a split is missing."""
+    """One result per mode, on rank 0; the other ranks help to encode and get none.
+
+    ResultsError where the dataset has no target to score, ManifestError where a split is missing.
+    """
     provenance = provenance or Provenance()
-    manifest = Manifest.load(shards)
-    target = _multilabel(manifest, shards)
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    store = Store(shards, cache_dir, cache_bytes)
+    manifest = Manifest.load(benchmark.shards)
+    view = model.view(manifest.spec.name)
+    crop_m = benchmark.crop_m or manifest.spec.crop_m
+    task = task_for(manifest.spec, view, crop_m, benchmark.target)
+    device = world.device if world else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    store = Store(benchmark.shards, benchmark.cache_dir, benchmark.cache_bytes)
+    model = model.eval().to(device)
+    weights = weights_digest(model)
     started = time.perf_counter()
-    features = {}
+    splits: dict[str, Encoded] = {}
     for split in SPLITS:
-        source = Source(
-            manifest.spec,
-            model.view(manifest.spec.name).sensors,
-            manifest.spec.crop_m,
-            manifest.of([split]),
-            store,
+        source = Source(manifest.spec, view.sensors, crop_m, manifest.of([split]), store)
+        rank, size = (world.rank, world.size) if world else (0, 1)
+        loader = EvalLoader(source, BATCH_SIZE, rank, size, workers=workers, crops=task.crops)
+        key = repr(
+            (weights, view.dataset, manifest.digest_of([split]), crop_m, task.crops, task.target, BATCH_SIZE)
         )
-        # A tile larger than the crop is judged by its first crop; kNN and probe give one answer per tile.
-        loader = EvalLoader(source, BATCH_SIZE, workers=workers, crops=1)
-        features[split] = encode(model.eval().to(device), loader, device)
+        folder = benchmark.features_dir / f"{split}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+        splits[split] = encoded(
+            folder,
+            loader,
+            lambda batch: task.features(model, batch),
+            task.labels,
+            task.feature_dtype,
+            device,
+            world,
+        )
+    if world is not None and not world.is_main:
+        return []
     encode_s = time.perf_counter() - started
-    train, val, test = (_labelled(features[s], target) for s in SPLITS)
     results = []
     for mode in modes:
         started = time.perf_counter()
-        fit = MODES[mode](train, val, test.features)
-        fit_s = time.perf_counter() - started
-        results.append(
-            _result(
-                manifest, mode, target, fit, test.labels, provenance, {"encode_s": encode_s, "fit_s": fit_s}
-            )
-        )
+        answer = task.modes[mode](splits["train"], splits["val"], splits["test"], provenance.seed)
+        timings = {"encode_s": encode_s, "fit_s": time.perf_counter() - started}
+        results.append(_result(manifest.spec.name, mode, task, answer, provenance, timings))
     return results
 
 
-def _multilabel(manifest: Manifest, shards: str) -> Target:
-    for target in manifest.spec.targets:
-        if target.kind == "multilabel":
-            return target
-    raise ResultsError(f"{shards}: {manifest.spec.name} has no multilabel target, which kNN and probe need")
-
-
-def _labelled(features: Features, target: Target) -> Labelled:
-    return Labelled(features.vectors, features.targets[target.name] > target.threshold)
-
-
 def _result(
-    manifest: Manifest,
-    mode: str,
-    target: Target,
-    fit: Fit,
-    truth: np.ndarray,
-    provenance: Provenance,
-    timings: dict[str, float],
+    benchmark: str, mode: str, task: Task, answer: Answer, provenance: Provenance, timings: dict[str, float]
 ) -> EvalResult:
-    counts = MultilabelCounts.of(fit.predicted, truth)
-    present = counts.support > 0
-    scores = counts.f1()
+    total = answer.counts.sum(axis=0, dtype=np.int64)
     return EvalResult(
-        benchmark=manifest.spec.name,
-        metric="wf1",
+        benchmark=benchmark,
+        metric=task.metric,
         mode=mode,
-        value=counts.wf1(),
+        value=float(task.statistic(total)),
         per_class={
-            name: float(score) if there else None
-            for name, score, there in zip(target.classes, scores, present, strict=True)
+            name: None if np.isnan(score) else float(score)
+            for name, score in zip(task.classes, task.per_class(total), strict=True)
         },
-        interval=bootstrap_interval(wf1, tile_counts(fit.predicted, truth)),
-        num_tiles=len(truth),
+        interval=bootstrap_interval(task.statistic, answer.counts),
+        num_tiles=len(answer.counts),
+        confusion=task.confusion(total),
         seeds=(provenance.seed,),
         checkpoint_step=provenance.step,
         recipe=provenance.recipe,
-        chosen=fit.chosen,
+        chosen=answer.chosen,
         timings=timings,
     )

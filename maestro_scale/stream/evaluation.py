@@ -20,8 +20,8 @@ class EvalLoader:
     """One pass over a source per iteration, in the order of the manifest, in batches of at most
     ``batch_size``.
 
-    Ranks own consecutive stretches whose lengths differ by at most one, so ranks may have unequally many
-    batches and the last of each may be small: sum counts over ranks, and call nothing collective per batch. A
+    The batches are the same whatever the number of ranks, which own consecutive stretches of them that differ
+    by at most one batch: sum counts over ranks, and call nothing collective per batch. A
     tile larger than the crop comes as crops side by side, row by row, all of them (``num_crops`` per sample);
     ``crops=1`` takes the first only.
     """
@@ -44,7 +44,10 @@ class EvalLoader:
         self.num_crops = available if crops is None else min(crops, available)
         self.num_samples = sum(source.counts)
         total = self.num_samples * self.num_crops
-        self._items = range(rank * total // world, (rank + 1) * total // world)
+        batches = -(-total // batch_size)
+        # Rounded up, so that rank 0 has a batch whenever there is one.
+        first, stop = (min(-(-r * batches // world) * batch_size, total) for r in (rank, rank + 1))
+        self._items = range(first, stop)
         self._starts = np.cumsum((0, *source.counts))
         self.counters = StoreCounters()
 
@@ -52,6 +55,11 @@ class EvalLoader:
     def items(self) -> np.ndarray:
         """(n, 2) int64: sample (numbered in manifest order) and crop of all that this rank yields."""
         return np.stack(np.divmod(np.asarray(self._items, np.int64), self.num_crops), axis=1)
+
+    @property
+    def first_row(self) -> int:
+        """Number, among the items of all ranks, of this rank's first."""
+        return self._items.start
 
     def __len__(self) -> int:
         """Batches of this rank."""

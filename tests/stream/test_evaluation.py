@@ -23,15 +23,18 @@ def test_every_crop_of_every_sample_once_in_order_over_all_ranks(toy: Source, wo
     assert keys == [f"eval/toy/{n}/{c}" for n in range(100) for c in range(4)]
     items = np.concatenate([loader.items for loader in loaders]).tolist()
     assert [f"eval/toy/{n}/{c}" for n, c in items] == keys
-    lengths = [len(loader.items) for loader in loaders]
+    assert [loader.first_row for loader in loaders] == np.cumsum([0] + [len(x.items) for x in loaders])[
+        :-1
+    ].tolist()
+    lengths = [len(loader) for loader in loaders]
     assert max(lengths) - min(lengths) <= 1
 
 
-def test_batches_are_full_but_for_the_last(toy: Source):
-    loader = EvalLoader(toy, 32, rank=1, world=3, crops=1)
-    sizes = [len(b) for b in loader]
-    assert sizes == [32, 1]
-    assert len(loader) == 2
+def test_the_batches_are_the_same_on_any_number_of_ranks(toy: Source):
+    alone = [b.keys for b in EvalLoader(toy, 32, crops=1)]
+    assert [len(keys) for keys in alone] == [32, 32, 32, 4]
+    for world in (2, 3, 5):
+        assert [b.keys for r in range(world) for b in EvalLoader(toy, 32, r, world, crops=1)] == alone
 
 
 def test_workers_and_passes_change_nothing(toy: Source):
@@ -49,7 +52,7 @@ def test_tiles_and_labels_stay_together(toy: Source):
 
 def test_more_ranks_than_samples_leave_some_with_nothing(write_toy):
     few = write_toy(2)
-    assert [len(list(EvalLoader(few, 4, r, 5, workers=1, crops=1))) for r in range(5)] == [0, 0, 1, 0, 1]
+    assert [len(list(EvalLoader(few, 4, r, 5, workers=1, crops=1))) for r in range(5)] == [1, 0, 0, 0, 0]
 
 
 def test_a_loader_left_early_ends_its_workers(toy: Source):

@@ -105,10 +105,11 @@ class Trainer:
     recipe: Path
     launcher: str = "env"
     env: dict[str, str] = field(default_factory=dict)
+    entry: Path = TRAIN
 
     def start(self, run_dir: Path | None, ranks: int, *args: str) -> Job:
         where = [f"--run-dir={run_dir}"] if run_dir else []
-        script = [str(TRAIN), f"--recipe={self.recipe}", *where, *args]
+        script = [str(self.entry), f"--recipe={self.recipe}", *where, *args]
         env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **self.env}
         port = str(free_port())
         log = (run_dir.parent if run_dir else self.recipe.parent) / f"log-{port}.txt"

@@ -1,0 +1,62 @@
+"""Encoders for datasets they were not trained on."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from maestro_scale.evaluation.adopt import adopt
+from maestro_scale.evaluation.results import ResultsError
+from maestro_scale.model.config import DatasetView
+from maestro_scale.model.maestro import Maestro
+from tests.testkit.models import full_batch, small_config, small_sensors
+
+MODEL = Maestro(small_config(dataset="here")).initialise(1).eval()
+
+
+def view(*sensors, name="there"):
+    return DatasetView(name, tuple(sensors), 12, None)
+
+
+def by_name(which, /, **changes):
+    (sensor,) = (s for s in small_sensors() if s.name == which)
+    return dataclasses.replace(sensor, **changes)
+
+
+def test_the_dataset_it_was_trained_on_needs_nothing():
+    adopted, notes = adopt(MODEL, view(*small_sensors(), name="here"))
+    assert adopted is MODEL
+    assert notes == []
+
+
+def test_a_sensor_of_another_name_is_read_by_shared_weights():
+    radar = by_name("s1_asc", name="s1", num_dates=3)
+    adopted, notes = adopt(MODEL, view(radar))
+    assert notes == ["there is seen through s1"]
+    batch = full_batch(adopted.config, 2)
+    with torch.no_grad():
+        seen = adopted.encode(batch)["s1"]
+        own = MODEL.patch_embed["s1_asc"]
+    assert seen.shape == (2, 3, 9, 32)
+    torch.testing.assert_close(adopted.patch_embed["s1_asc"].state_dict(), own.state_dict())
+    for name, tensor in adopted.encoders["s1"].state_dict().items():
+        torch.testing.assert_close(tensor, MODEL.encoders["s1"].state_dict()[name])
+
+
+def test_a_sensor_without_weights_is_left_out_and_said():
+    adopted, notes = adopt(
+        MODEL, view(by_name("aerial"), by_name("s2", name="landsat", embed="landsat", group="landsat"))
+    )
+    assert [s.name for s in adopted.config.sensors] == ["aerial"]
+    assert "landsat is left out: the checkpoint has no embedding 'landsat'" in notes[0]
+    assert notes[-1] == "there is seen through aerial"
+
+
+def test_no_sensor_left_is_refused():
+    with pytest.raises(ResultsError, match="weights for none of its sensors: dem is left out"):
+        adopt(MODEL, view(by_name("s2", name="dem", embed="dem", group="dem")))
+
+
+def test_a_shared_embedding_of_another_patch_is_refused():
+    with pytest.raises(ResultsError, match="does not fit"):
+        adopt(MODEL, view(by_name("aerial", patch=4)))

@@ -1,0 +1,133 @@
+"""kNN and the linear map over places: labels laid on tokens, each pixel counted once, formulas as written."""
+
+import numpy as np
+import pytest
+from sklearn.metrics import confusion_matrix
+from sklearn.neighbors import NearestNeighbors
+
+from maestro_scale.evaluation import dense
+from maestro_scale.evaluation.encoded import Encoded
+from maestro_scale.stream.crops import CropGrid
+from tests.evaluation.conftest import FIELDS
+
+GRID, SIDE, CLASSES, WIDTH = 2, 2, 3, 12
+
+
+def layout(crop_m=40.0, grid=GRID, side=SIDE):
+    return dense.Layout(grid, side, 10.0, CropGrid(FIELDS, FIELDS.sensors, crop_m))
+
+
+def split(num_tiles, seed, noise=0.05):
+    """Features from which a linear map, the same in every split, gives each pixel's class; a tenth is ignored."""
+    shared = np.random.default_rng(5).normal(size=(WIDTH, SIDE**2 * CLASSES))
+    rng = np.random.default_rng(seed)
+    features = rng.normal(size=(4 * num_tiles, GRID**2, WIDTH))
+    scores = (features @ shared + noise * rng.normal(size=(*features.shape[:2], SIDE**2 * CLASSES))).reshape(
+        4 * num_tiles, GRID**2, SIDE**2, CLASSES
+    )
+    labels = layout().per_pixel(scores.argmax(-1).astype(np.uint8))
+    labels[rng.random(labels.shape) < 0.1] = dense.IGNORED
+    return Encoded(features.astype(np.float16), labels, np.repeat(np.arange(num_tiles), 4))
+
+
+def miou(counts):
+    return float(dense.mean_iou(counts.sum(0)))
+
+
+def test_places_and_pixels_are_each_others_inverse():
+    places = np.random.default_rng(0).integers(0, 9, (3, GRID**2, SIDE**2))
+    np.testing.assert_array_equal(layout().per_place(layout().per_pixel(places)), places)
+    image = layout().per_pixel(np.arange(16).reshape(1, 4, 4))[0]
+    np.testing.assert_array_equal(image, [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]])
+
+
+def test_labels_finer_than_the_image_are_seen_by_their_middle():
+    coarse = layout(grid=2, side=1)
+    assert coarse.factor == 2
+    labels = np.arange(16).reshape(1, 4, 4)
+    np.testing.assert_array_equal(coarse.per_place(labels)[0, :, 0], [5, 7, 13, 15])
+    np.testing.assert_array_equal(coarse.per_pixel(np.array([[[1], [2], [3], [4]]]))[0, 0], [1, 1, 2, 2])
+
+
+def test_labels_that_do_not_fit_the_image_are_refused():
+    with pytest.raises(ValueError, match="labels of 4 pixels per side are no multiple of image_size 8"):
+        layout(grid=4)
+
+
+def test_each_pixel_of_a_tile_counts_once_however_crops_overlap():
+    rng = np.random.default_rng(1)
+    truth = rng.integers(0, CLASSES, (2, 6, 6)).astype(np.uint8)
+    truth[rng.random(truth.shape) < 0.2] = dense.IGNORED
+    answer = rng.integers(0, CLASSES, (2, 6, 6)).astype(np.uint8)
+    corners = [(0, 0), (0, 2), (2, 0), (2, 2)]
+
+    def crops(tiles):
+        return np.stack([t[r : r + 4, c : c + 4] for t in tiles for r, c in corners])
+
+    test = Encoded(np.zeros((8, GRID**2, 1)), crops(truth), np.repeat([0, 1], 4))
+    counts = dense.confusions(layout(), CLASSES, layout().per_place(crops(answer)), test)
+    for tile in range(2):
+        kept = truth[tile] != dense.IGNORED
+        expected = confusion_matrix(truth[tile][kept], answer[tile][kept], labels=range(CLASSES))
+        np.testing.assert_array_equal(counts[tile], expected)
+
+
+def test_probe_finds_a_linear_map_and_says_its_learning_rate():
+    train, val, test = split(60, 1), split(15, 2), split(15, 3)
+    answer, chosen = dense.probe(layout(), CLASSES, train, val, test, seed=0)
+    assert miou(dense.confusions(layout(), CLASSES, answer, test)) > 0.9
+    assert chosen["lr"] in dense.LEARNING_RATES
+    again, _ = dense.probe(layout(), CLASSES, train, val, test, seed=0)
+    np.testing.assert_array_equal(answer, again)
+
+
+def test_probe_does_not_mind_the_scale_of_features():
+    splits = [split(40, 1), split(10, 2), split(10, 3)]
+    moved = [Encoded(100 + 50 * s.features.astype(np.float32), s.labels, s.tiles) for s in splits]
+    scores = [
+        miou(dense.confusions(layout(), CLASSES, dense.probe(layout(), CLASSES, *s, seed=0)[0], s[2]))
+        for s in (splits, moved)
+    ]
+    assert abs(scores[0] - scores[1]) < 0.03
+
+
+def test_knn_votes_by_the_formula_and_ignored_pixels_have_no_vote(monkeypatch):
+    monkeypatch.setattr(dense, "NEIGHBOURS", (6,))
+    monkeypatch.setattr(dense, "TEMPERATURES", (0.1,))
+    train, val, test = split(10, 1), split(3, 2), split(4, 3)
+    answer, chosen = dense.knn(layout(), CLASSES, train, val, test, seed=0)
+    assert chosen == {"k": 6, "temperature": 0.1}
+    labels = layout().per_place(train.labels).reshape(-1, SIDE**2)
+    counted = (labels != dense.IGNORED).any(-1)
+    bank = train.features.reshape(-1, WIDTH).astype(np.float64)[counted]
+    away, near = (
+        NearestNeighbors(n_neighbors=6, metric="cosine")
+        .fit(bank)
+        .kneighbors(test.features.reshape(-1, WIDTH).astype(np.float64))
+    )
+    votes = np.exp((1 - away) / 0.1)[..., None, None] * np.eye(dense.IGNORED + 1)[labels[counted][near]]
+    expected = votes.sum(1)[..., :CLASSES].argmax(-1)
+    np.testing.assert_array_equal(answer.reshape(expected.shape), expected)
+
+
+def test_knn_finds_what_is_near():
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(CLASSES, WIDTH))
+
+    def clustered(num_tiles, seed):
+        rng = np.random.default_rng(seed)
+        labels = rng.integers(0, CLASSES, (4 * num_tiles, GRID**2))
+        features = centres[labels] + 0.1 * rng.normal(size=(*labels.shape, WIDTH))
+        pixels = layout().per_pixel(np.repeat(labels[..., None], SIDE**2, -1).astype(np.uint8))
+        return Encoded(features.astype(np.float16), pixels, np.repeat(np.arange(num_tiles), 4))
+
+    test = clustered(5, 3)
+    answer, _ = dense.knn(layout(), CLASSES, clustered(10, 1), clustered(5, 2), test, seed=0)
+    assert miou(dense.confusions(layout(), CLASSES, answer, test)) > 0.99
+
+
+def test_a_split_without_a_counted_pixel_is_refused():
+    empty = split(2, 1)
+    empty.labels[:] = dense.IGNORED
+    with pytest.raises(ValueError, match="every label is ignored"):
+        dense.probe(layout(), CLASSES, empty, empty, empty, seed=0)

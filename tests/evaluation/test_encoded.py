@@ -1,0 +1,97 @@
+"""Features on disk: one forward pass per crop and encoder, ever; a half-written split is written again."""
+
+import numpy as np
+import pytest
+import torch
+
+from maestro_scale.evaluation import encoded as module
+from maestro_scale.evaluation.frozen import Benchmark, evaluate_frozen
+from maestro_scale.evaluation.results import ResultsError
+from maestro_scale.interop.pretrained import load_model
+from maestro_scale.model.maestro import Maestro
+from tests.evaluation.conftest import SPLITS
+
+CROPS_PER_TILE = 4
+
+
+@pytest.fixture
+def encoder(fields):
+    """The untrained encoder, and a list that grows with the batch size of each forward pass."""
+    model, passes = load_model(fields.model), []
+    inner = model.encode
+
+    def counted(batch):
+        passes.append(len(batch))
+        return inner(batch)
+
+    model.encode = counted
+    return model, passes
+
+
+@pytest.fixture
+def benchmark(fields, tmp_path):
+    return Benchmark(str(fields.shards), tmp_path / "cache", tmp_path / "features")
+
+
+def numbers(result):
+    return result.value, result.per_class, result.confusion, result.interval, result.chosen
+
+
+def test_a_second_run_and_other_modes_make_no_forward_pass(encoder, benchmark):
+    model, passes = encoder
+    (first,) = evaluate_frozen(model, benchmark, ["probe"])
+    assert sum(passes) == CROPS_PER_TILE * sum(SPLITS.values())
+    passes.clear()
+    again, knn = evaluate_frozen(model, benchmark, ["probe", "knn"])
+    assert passes == []
+    assert numbers(again) == numbers(first)
+    assert knn.mode == "knn"
+
+
+def test_other_weights_are_encoded_again(encoder, benchmark):
+    model, passes = encoder
+    evaluate_frozen(model, benchmark, ["knn"])
+    passes.clear()
+    with torch.no_grad():
+        next(model.parameters()).add_(0.01)
+    evaluate_frozen(model, benchmark, ["knn"])
+    assert sum(passes) == CROPS_PER_TILE * sum(SPLITS.values())
+
+
+def test_a_split_that_was_half_written_is_encoded_again(encoder, benchmark):
+    model, passes = encoder
+    (first,) = evaluate_frozen(model, benchmark, ["knn"])
+    (test,) = benchmark.features_dir.glob("test-*")
+    (test / "meta.json").unlink()
+    np.load(test / "features.npy", mmap_mode="r+")[:] = 0
+    passes.clear()
+    (again,) = evaluate_frozen(model, benchmark, ["knn"])
+    assert sum(passes) == CROPS_PER_TILE * SPLITS["test"]
+    assert numbers(again) == numbers(first)
+
+
+def test_no_room_is_said_before_anything_is_written(encoder, benchmark, monkeypatch):
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 100})())
+    with pytest.raises(ResultsError, match="GiB are free: free some, point --features"):
+        evaluate_frozen(encoder[0], benchmark, ["knn"])
+    assert not list(benchmark.features_dir.rglob("*.npy"))
+
+
+def test_ignored_and_foreign_labels_count_nowhere(encoder, benchmark):
+    (result,) = evaluate_frozen(encoder[0], benchmark, ["probe"])
+    assert set(result.per_class) == {"wood", "meadow", "lake"}
+    assert np.array(result.confusion).shape == (3, 3)
+    assert np.array(result.confusion).sum() < 36 * SPLITS["test"]
+    assert result.num_tiles == SPLITS["test"]
+
+
+def test_an_untrained_encoder_already_tells_colours_apart(fields, benchmark):
+    (result,) = evaluate_frozen(load_model(fields.model), benchmark, ["probe"])
+    assert result.metric == "miou"
+    assert result.value > 0.85
+    blind = load_model(fields.model)
+    blind.encode = lambda batch: {k: torch.zeros_like(v) for k, v in Maestro.encode(blind, batch).items()}
+    (chance,) = evaluate_frozen(
+        blind, Benchmark(benchmark.shards, benchmark.cache_dir, benchmark.features_dir / "b")
+    )[:1]
+    assert chance.value < 0.35
