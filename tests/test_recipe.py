@@ -54,7 +54,7 @@ def refusal(path: Path, *overrides: str) -> str:
 # --- what stands in the house
 
 
-@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.yaml")), ids=lambda p: p.stem)
 def test_shipped_recipes_load_without_data_and_run_on_one_and_two_ranks(path, monkeypatch):
     monkeypatch.delenv("MAESTRO_DATA", raising=False)
     recipe = load_recipe(path)
@@ -334,7 +334,7 @@ def test_yaml_numbers_are_numbers_and_dates_are_text():
 # --- round trip
 
 
-@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.yaml")), ids=lambda p: p.stem)
 def test_the_resolved_recipe_reads_back_the_same(path, tmp_path):
     recipe = load_recipe(path)
     again = load_recipe(write(tmp_path, "resolved.yaml", recipe.to_yaml()))
