@@ -147,6 +147,50 @@ def export(
     print(f"exported to {export_model(newest(run_dir), out)}")
 
 
+@app.command("convert-ign")
+def convert_ign(
+    src: Annotated[
+        Path, typer.Argument(help="The authors' Lightning checkpoint; or a model of ours, to turn back.")
+    ],
+    out: Annotated[Path, typer.Argument(help="Folder for our model; or file for the authors' checkpoint.")],
+    weights: Annotated[str, typer.Option(help="raw, or ema: their moving average.")] = "raw",
+    dataset: Annotated[
+        str | None, typer.Option(help="Whose sensors it sees, where that is not plain from the file.")
+    ] = None,
+    like: Annotated[
+        Path | None, typer.Option(help="config.json that describes the model, instead of --dataset.")
+    ] = None,
+    heads: Annotated[int | None, typer.Option(min=1, help="Attention heads, for an unusual size.")] = None,
+    decoder_heads: Annotated[int | None, typer.Option(min=1, help="The same of the decoder.")] = None,
+    fusion: Annotated[str | None, typer.Option(help="group, mod, monotemp or shared.")] = None,
+    leave_out: Annotated[
+        list[str] | None, typer.Option(help="Sensor, or part such as heads.cosia, not to convert; repeat.")
+    ] = None,
+) -> None:
+    """Convert a checkpoint of IGNF/MAESTRO to safetensors that ``load_model`` reads, or such a model back."""
+    from rich.console import Console
+
+    from maestro_scale.interop import convert as interop
+    from maestro_scale.interop.export import ExportError
+    from maestro_scale.interop.parts import table
+    from maestro_scale.interop.reference_model import Asked
+
+    if interop.is_ours(src):
+        interop.convert_back(src, out)
+        print(f"{src} under the authors' names in {out}")
+        return
+    for option, value, valid in (
+        ("--weights", weights, tuple(interop.PREFIXES)),
+        ("--fusion", fusion, (None, "group", "mod", "monotemp", "shared")),
+    ):
+        if value not in valid:
+            raise ExportError(f"{option} {value}: use one of {', '.join(v for v in valid if v)}")
+    asked = Asked(heads, decoder_heads, fusion, tuple(leave_out or ()))
+    options = interop.Options(weights=weights, dataset=dataset, like=like, asked=asked)  # type: ignore[arg-type]
+    parts = interop.convert(src, out, options)
+    Console(width=110).print(table(parts, f"{src.name} to {out}"))
+
+
 def _known(dataset: str) -> None:
     from maestro_scale import datasets
     from maestro_scale.datasets.spec import DatasetError

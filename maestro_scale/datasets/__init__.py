@@ -23,6 +23,12 @@ def spec(name: str) -> DatasetSpec:
     return _module(name).SPEC
 
 
+def full_spec(name: str) -> DatasetSpec:
+    """The same with every sensor that the reader knows, also those the preset leaves out."""
+    module = _module(name)
+    return getattr(module, "FULL_SPEC", module.SPEC)
+
+
 def open_raw(name: str, src: Path, split: str, modalities: Sequence[str] | None = None) -> RawDataset:
     """Split ``split`` of dataset ``name`` in folder ``src``; ``modalities``: those to read, None: the preset's.
 

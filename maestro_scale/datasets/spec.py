@@ -88,6 +88,11 @@ class Target:
     threshold: float = 0.0
     resolution_m: float | None = None
 
+    @property
+    def num_outputs(self) -> int:
+        """Classes that are predicted: all but the ignored ones."""
+        return sum(i not in self.ignored for i in range(len(self.classes)))
+
 
 @dataclass(frozen=True)
 class DatasetSpec:

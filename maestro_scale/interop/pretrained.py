@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file
 
@@ -12,12 +13,8 @@ from maestro_scale.model.config import ModelConfig
 from maestro_scale.model.maestro import Maestro
 
 
-def load_model(path: str | Path) -> Maestro:
-    """A model exported by ``maestro-scale export``, on the CPU, in evaluation mode, its input scaling inside.
-
-    Raises ExportError where the folder is not such a model or its weights do not fit its configuration.
-    """
-    folder = Path(path)
+def read_record(folder: Path) -> dict[str, Any]:
+    """The content of an exported model's config.json; ExportError where there is none that this version reads."""
     try:
         record = json.loads((folder / CONFIG).read_text())
     except (OSError, ValueError) as error:
@@ -26,8 +23,18 @@ def load_model(path: str | Path) -> Maestro:
         ) from None
     if record.get("format_version") != FORMAT_VERSION:
         raise ExportError(
-            f"{folder / CONFIG} has format {record.get('format_version')}, this version reads 1"
+            f"{folder / CONFIG} has format {record.get('format_version')}, this version reads {FORMAT_VERSION}"
         )
+    return record
+
+
+def load_model(path: str | Path) -> Maestro:
+    """A model exported by ``maestro-scale export``, on the CPU, in evaluation mode, its input scaling inside.
+
+    Raises ExportError where the folder is not such a model or its weights do not fit its configuration.
+    """
+    folder = Path(path)
+    record = read_record(folder)
     model = Maestro(ModelConfig.from_dict(record["model"]))
     missing, unexpected = model.load_state_dict(load_file(folder / WEIGHTS), strict=False)
     if missing or unexpected:

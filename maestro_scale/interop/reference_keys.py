@@ -11,6 +11,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from maestro_scale.model.config import ModelConfig
+
 _BLOCK = {
     "attn_norm": "0.norm",
     "attn.qkv": "0.to_qkv",
@@ -74,3 +76,22 @@ def from_reference(
             )
         state[name] = theirs[key].reshape(like.shape)
     return state, missing, sorted(set(theirs) - used)
+
+
+def to_reference(ours: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """The inverse of ``from_reference`` for a whole state dict: the authors' names and shapes, values untouched."""
+    segmentation = frozenset(t.name for t in config.heads if t.kind == "segmentation")
+    embeds = {s.embed: s for s in config.all_sensors}
+    theirs = {}
+    for name, tensor in ours.items():
+        key = reference_name(name, segmentation)
+        kind, part = key.split(".")[:2]
+        if kind == "patch_embed" and key.endswith("conv.weight"):
+            patch = embeds[part].patch
+            tensor = tensor.reshape(len(tensor), -1, patch, patch)
+        elif key.endswith("conv.weight"):
+            tensor = tensor[..., None, None]
+        elif kind == "mask_token":
+            tensor = tensor[None, :, None, None]
+        theirs[key] = tensor.contiguous()
+    return theirs

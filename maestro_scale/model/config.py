@@ -15,12 +15,14 @@ Fusion = Literal["group", "mod", "monotemp", "shared"]
 
 @dataclass(frozen=True)
 class DatasetView:
-    """How one dataset is seen: its sensors, its ground grid, and the sensor that segmentation is predicted on."""
+    """How one dataset is seen: its sensors, its ground grid, the sensor that segmentation is predicted on, and the
+    ground extent that the sensors share (None: a segmentation target has the pixels of that sensor)."""
 
     dataset: str
     sensors: tuple[Sensor, ...]
     pos_grid: int
     ref_sensor: str | None = None
+    crop_m: float | None = None
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class ModelConfig:
     loss: Literal["l1", "l2"] = "l1"
     checkpointing: Literal["none", "blocks"] = "none"
     ref_sensor: str | None = None
+    crop_m: float | None = None
     heads: tuple[Target, ...] = ()
     dataset: str = ""
     others: tuple[DatasetView, ...] = ()
@@ -57,6 +60,9 @@ class ModelConfig:
             )
         if problems := conflicts(self.views):
             raise ValueError(problems[0])
+        for target in self.heads:
+            if target.kind == "segmentation":
+                self.target_side(target)
         for s in self.all_sensors:
             if s.image_size % s.patch:
                 raise ValueError(
@@ -74,7 +80,10 @@ class ModelConfig:
     @property
     def views(self) -> tuple[DatasetView, ...]:
         """Every dataset the weights serve."""
-        return (DatasetView(self.dataset, self.sensors, self.pos_grid, self.ref_sensor), *self.others)
+        return (
+            DatasetView(self.dataset, self.sensors, self.pos_grid, self.ref_sensor, self.crop_m),
+            *self.others,
+        )
 
     @property
     def all_sensors(self) -> tuple[Sensor, ...]:
@@ -105,6 +114,28 @@ class ModelConfig:
     def rows(self, sensor: Sensor) -> int:
         """Token grids per tile: dates times token groups (group-major)."""
         return sensor.num_dates * len(self.token_groups(sensor))
+
+    def target_side(self, target: Target) -> int:
+        """Pixels per side, per token of the reference sensor's grid, that a segmentation head predicts.
+
+        Raises:
+            ValueError: no sensor is the reference, or the target's pixels cannot be shared out over its tokens.
+        """
+        ref = next((s for s in self.sensors if s.name == self.ref_sensor), None)
+        if ref is None:
+            raise ValueError(
+                f"target {target.name}: segmentation is predicted on the tokens of ref_sensor, which is "
+                f"{self.ref_sensor!r}; set it to one of {', '.join(s.name for s in self.sensors)}"
+            )
+        if self.crop_m is None or target.resolution_m is None:
+            return ref.patch
+        pixels = round(self.crop_m / target.resolution_m)
+        if pixels % ref.grid:
+            raise ValueError(
+                f"target {target.name}: {pixels} pixels per side are not a multiple of the {ref.grid} tokens of "
+                f"{ref.name}: change its image_size or patch, or the crop"
+            )
+        return pixels // ref.grid
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""

@@ -70,7 +70,8 @@ def cost(config: ModelConfig, mask_ratio: float) -> Cost:
         rows, tokens = num_rows(config, q), num_tokens(config, q)
         visible = tokens - num_hidden(mask_ratio, tokens)
         visible_all += rows * visible
-        flops += 2 * rows * visible * size.width * size.decoder_width
+        if size.width != size.decoder_width:
+            flops += 2 * rows * visible * size.width * size.decoder_width
         for block, depth, n in (
             (encoder, size.depth - config.inter_depth, visible),
             (decoder, size.decoder_depth, tokens),

@@ -31,11 +31,13 @@ def network_input(sensor: Sensor, pixels: Tensor) -> Tensor:
 
 
 def _nearest(pixels: Tensor, size: int, dim: int) -> Tensor:
-    """Nearest resize of one axis, in any dtype: pixel i from floor(i * old / new), as ``F.interpolate`` has it."""
+    """Nearest resize of one axis, in any dtype: pixel i from floor(i * old / new)."""
     old = pixels.shape[dim]
     if old == size:
         return pixels
-    return pixels.index_select(dim, torch.arange(size, device=pixels.device) * old // size)
+    # Where i * old / new is whole, F.interpolate may round it down; it picks the indices, to agree with the authors.
+    places = torch.arange(old, dtype=torch.float32, device=pixels.device)
+    return pixels.index_select(dim, F.interpolate(places[None, None], size=size)[0, 0].long())
 
 
 def patchify(x: Tensor, patch: int) -> Tensor:

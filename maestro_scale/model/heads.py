@@ -51,8 +51,7 @@ class SegmentationHead(nn.Module):
         super().__init__()
         self.pool = AttentivePool(width)
         self.grid, self.side = grid, pixels_per_token
-        num_classes = len(target.classes) - sum(i < len(target.classes) for i in target.ignored)
-        self.linear = nn.Linear(width, pixels_per_token**2 * num_classes)
+        self.linear = nn.Linear(width, pixels_per_token**2 * target.num_outputs)
 
     def forward(self, tokens: dict[str, Tensor]) -> Tensor:
         """{sensor: (B, R, L, E)} -> (B, classes, grid*side, grid*side)."""

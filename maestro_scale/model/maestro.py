@@ -71,8 +71,9 @@ class Maestro(nn.Module):
         )
         self.encoders = nn.ModuleDict({name: encoder(size.depth - config.inter_depth) for name in encoders})
         self.inter = encoder(config.inter_depth) if config.inter_depth else None
+        same = size.width == size.decoder_width  # then the authors need no map between them
         self.to_decoder = nn.ModuleDict(
-            {name: nn.Linear(size.width, size.decoder_width) for name in encoders}
+            {name: nn.Identity() if same else nn.Linear(size.width, size.decoder_width) for name in encoders}
         )
         self.mask_token = nn.ModuleDict(
             {n: MaskTokens(len(config.token_groups(s)), size.decoder_width) for n, s in by_name.items()}
@@ -101,7 +102,7 @@ class Maestro(nn.Module):
         if target.kind == "multilabel":
             return ClassificationHead(target, self.config.size.width)
         (ref,) = (s for s in self.config.sensors if s.name == self.config.ref_sensor)
-        return SegmentationHead(target, self.config.size.width, ref.grid, ref.patch)
+        return SegmentationHead(target, self.config.size.width, ref.grid, self.config.target_side(target))
 
     @torch.no_grad()
     def initialise(self, seed: int) -> Maestro:

@@ -80,7 +80,13 @@ def build_model_config(recipe: Recipe, specs: Sequence[DatasetSpec]) -> ModelCon
     """
     m, entries = recipe.model, recipe.data.mixture
     first, *others = (
-        DatasetView(label, resolve_sensors(spec, entry), spec.pos_grid, spec.ref_sensor)
+        DatasetView(
+            label,
+            resolve_sensors(spec, entry),
+            spec.pos_grid,
+            spec.ref_sensor,
+            entry.crop_m or spec.crop_m,
+        )
         for label, spec, entry in zip(labels([s.name for s in specs]), specs, entries, strict=True)
     )
     if problems := conflicts((first, *others)):

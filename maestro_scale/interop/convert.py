@@ -1,0 +1,159 @@
+"""The authors' Lightning checkpoints (IGNF/MAESTRO) to ours, and ours back under their names, exactly both ways."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from maestro_scale import datasets
+from maestro_scale.datasets.spec import DatasetSpec
+from maestro_scale.interop.export import CONFIG, WEIGHTS, ExportError, write_model
+from maestro_scale.interop.parts import Part, summarise
+from maestro_scale.interop.pretrained import read_record
+from maestro_scale.interop.reference_keys import from_reference, to_reference
+from maestro_scale.interop.reference_model import Asked, fitting, model_config
+from maestro_scale.interop.restricted import load_pickled
+from maestro_scale.model.config import ModelConfig
+from maestro_scale.model.maestro import Maestro
+
+PREFIXES = {"raw": "model.", "ema": "ema_model."}
+_LOSSES = {("patch_group", "l1"): "l1_norm", ("patch_group", "l2"): "l2_norm"}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the file cannot say. ``weights``: ``raw`` or ``ema``. ``dataset``: whose preset describes the sensors; None:
+    the one that fits. ``like``: config.json of one of our models, instead of a dataset and of reading shapes."""
+
+    weights: Literal["raw", "ema"] = "raw"
+    dataset: str | None = None
+    like: Path | None = None
+    asked: Asked = dataclasses.field(default_factory=Asked)
+
+
+def convert(checkpoint: Path, out: Path, options: Options | None = None) -> tuple[Part, ...]:
+    """Write ``out/model.safetensors`` and ``out/config.json`` from a Lightning checkpoint; returns what became of it.
+
+    Raises:
+        ExportError: the file is no such checkpoint or would run code; a parameter is missing; or something in it has
+            no place in the model and was not left out explicitly. Nothing is written then.
+    """
+    options = options or Options()
+    content = load_pickled(checkpoint)
+    if not isinstance(content, Mapping) or not isinstance(content.get("state_dict"), Mapping):
+        raise ExportError(f"{checkpoint}: holds no state_dict, so it is no Lightning checkpoint")
+    hyper = content.get("hyper_parameters")
+    state = _chosen(checkpoint, content["state_dict"], options.weights)
+    config = _config(checkpoint, state, options, hyper if isinstance(hyper, Mapping) else {})
+    with torch.device("meta"):
+        like = Maestro(config).state_dict()
+    segmentation = frozenset(t.name for t in config.heads if t.kind == "segmentation")
+    try:
+        converted, missing, unused = from_reference(state, like, segmentation)
+    except ValueError as error:
+        raise ExportError(f"{checkpoint}: {error}") from None
+    unexplained = [k for k in unused if not _left_out(k, options.asked.leave_out)]
+    if missing or unexplained:
+        listed = "; ".join(
+            f"{what} {', '.join(names)}"
+            for what, names in (("it lacks", missing), ("no place for", unexplained))
+            if names
+        )
+        raise ExportError(
+            f"{checkpoint}: does not fit a {config.fusion} model of {config.dataset or 'these sensors'}: {listed}. "
+            "Name what may be left out with --leave-out, or describe the model with --like CONFIG.json"
+        )
+    trained = {"source": checkpoint.name, "weights": options.weights}
+    trained |= {"step": content.get("global_step"), "epoch": content.get("epoch")}
+    write_model(out, converted, config, trained)
+    fates = [(k, "taken", v.numel(), "") for k, v in converted.items()]
+    fates += [(k, "left behind", state[k].numel(), "left out as asked") for k in unused]
+    return summarise(fates)  # type: ignore[arg-type]
+
+
+def convert_back(folder: Path, out: Path) -> None:
+    """Write one of our models as a Lightning checkpoint with the authors' names and shapes, atomically."""
+    record = read_record(folder)
+    config = ModelConfig.from_dict(record["model"])
+    state = to_reference(load_file(folder / WEIGHTS), config)
+    content = {
+        "epoch": record["trained"].get("epoch") or 0,
+        "global_step": record["trained"].get("step") or 0,
+        "pytorch-lightning_version": "2.0.0",  # the oldest that their code accepts; loaders migrate from it
+        "state_dict": {f"{PREFIXES['raw']}{k}": v for k, v in state.items()},
+        "hyper_parameters": {
+            "model": "mae",
+            "fusion_mode": config.fusion,
+            "inter_depth": config.inter_depth,
+            "loss": _LOSSES.get((config.target, config.loss), config.loss),
+        },
+    }
+    temporary = out.with_name(out.name + ".tmp")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(content, temporary)
+    os.replace(temporary, out)
+
+
+def is_ours(path: Path) -> bool:
+    """Whether ``path`` is a folder that ``load_model`` reads."""
+    return (path / CONFIG).is_file()
+
+
+def _chosen(checkpoint: Path, state: Mapping[str, Any], weights: str) -> dict[str, Tensor]:
+    prefix = PREFIXES[weights]
+    chosen = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
+    if not chosen:
+        there = [f"--weights {name}" for name, p in PREFIXES.items() if any(k.startswith(p) for k in state)]
+        raise ExportError(
+            f"{checkpoint}: holds no {weights} weights (keys under {prefix}); "
+            f"{'use ' + there[0] if there else 'is it a MAESTRO checkpoint?'}"
+        )
+    if strangers := sorted(k for k in state if not k.startswith(tuple(PREFIXES.values()))):
+        raise ExportError(
+            f"{checkpoint}: its state_dict holds what no MAESTRO has: {', '.join(strangers[:5])}"
+        )
+    return chosen
+
+
+def _config(
+    checkpoint: Path, state: dict[str, Tensor], options: Options, hyper: Mapping[str, Any]
+) -> ModelConfig:
+    if options.like is not None:
+        try:
+            return ModelConfig.from_dict(json.loads(options.like.read_text())["model"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ExportError(f"{options.like}: is no config.json of one of our models ({error})") from None
+    try:
+        return model_config(state, _spec(state, options.dataset), options.asked, hyper)
+    except (ExportError, ValueError) as error:
+        raise ExportError(f"{checkpoint}: {error}") from None
+
+
+def _spec(state: dict[str, Tensor], dataset: str | None) -> DatasetSpec:
+    if dataset is not None:
+        try:
+            return datasets.full_spec(dataset)
+        except KeyError as error:
+            raise ExportError(error.args[0]) from None
+    found = fitting(state, [datasets.full_spec(name) for name in datasets.known()])
+    if len(found) != 1:
+        which = " and ".join(s.name for s in found) if found else "none"
+        raise ExportError(
+            f"of the datasets {', '.join(datasets.known())}, {which} fits its sensors: pass --dataset NAME"
+        )
+    return found[0]
+
+
+def _left_out(key: str, names: tuple[str, ...]) -> bool:
+    """Whether a key of theirs, unused by the model, belongs to a sensor or part that the user left out."""
+    kind, part = key.split(".")[:2]
+    return part in names or f"{kind}.{part}" in names
