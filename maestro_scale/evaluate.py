@@ -71,6 +71,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     spec = Manifest.load(entry.shards).spec
     view = DatasetView(spec.name, resolve_sensors(spec, entry), spec.pos_grid, spec.ref_sensor)
     model, step = open_model(args.checkpoint)
+    trained_on = tuple(v.dataset for v in model.config.views) if step != 0 else ()
     model, notes = adopt(model, view)
     ranks = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", 1)))
     world = join() if ranks > 1 else None
@@ -87,7 +88,9 @@ def _evaluate(args: argparse.Namespace) -> None:
             target=args.target,
         ),
         modes=args.mode or recipe.evaluation.modes,
-        provenance=Provenance(step, recipe.seed, recipe.model_dump(mode="json")),
+        provenance=Provenance(
+            step, recipe.seed, recipe.model_dump(mode="json"), str(args.checkpoint), trained_on
+        ),
         workers=recipe.data.workers,
         world=world,
     )

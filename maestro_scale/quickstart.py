@@ -194,7 +194,7 @@ def _evaluate(console: Console, places: Places, seed: int) -> None:
     step = load_position(newest(places.run)).step
     benchmark = Benchmark(str(places.shards), places.out / "cache", places.out / "features")
     for name, model, trained in zip(ENCODERS, (pretrained, untrained), (step, 0), strict=True):
-        provenance = Provenance(step=trained, seed=seed)
+        provenance = Provenance(trained, seed, encoder=name, trained_on=(DATASET,) if trained else ())
         for result in evaluate_frozen(model, benchmark, MODES, provenance):
             result.write(places.results / name / result.mode / "results.json")
 

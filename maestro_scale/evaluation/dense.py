@@ -85,19 +85,18 @@ class Layout:
 
 
 def confusions(layout: Layout, num_classes: int, predicted: np.ndarray, split: Encoded) -> np.ndarray:
-    """(tiles, C, C) int64 of predictions (M, P, Q): each pixel of each tile once, by (target, predicted) class."""
+    """(tiles, C + 1, C) int64 of predictions (M, P, Q): each pixel of each tile once, by (target, predicted) class.
+
+    Row C is of the pixels that are ignored.
+    """
     per_tile = layout.crops.num_crops
-    return np.stack(
-        [
-            confusion(
-                layout.whole(layout.per_pixel(predicted[first : first + per_tile])),
-                layout.whole(split.labels[first : first + per_tile]),
-                num_classes,
-                ignored=(IGNORED,),
-            )
-            for first in range(0, len(split), per_tile)
-        ]
-    )
+    counts = []
+    for first in range(0, len(split), per_tile):
+        answer = layout.whole(layout.per_pixel(predicted[first : first + per_tile]))
+        truth = layout.whole(split.labels[first : first + per_tile])
+        truth = np.where(truth == IGNORED, num_classes, truth)
+        counts.append(confusion(answer, truth, num_classes + 1)[:, :num_classes])
+    return np.stack(counts)
 
 
 def knn(
@@ -162,7 +161,8 @@ def probe(
             optimizer.step()
             schedule.step()
             step += 1
-    scores = [float(mean_iou(sum(confusions(layout, num_classes, p, val)))) for p in maps.answers(val)]
+    counts = [confusions(layout, num_classes, p, val).sum(0) for p in maps.answers(val)]
+    scores = [float(mean_iou(c[:num_classes])) for c in counts]
     best = int(np.argmax(scores))
     return maps.answers(test, only=best)[0], {"lr": LEARNING_RATES[best]}
 

@@ -30,11 +30,16 @@ BATCH_SIZE = 32
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where an encoder comes from; goes into every result. ``step``: 0 for an untrained one."""
+    """Where an encoder comes from; goes into every result. ``step``: 0 for an untrained one.
+
+    ``encoder``: its name; ``trained_on``: datasets it was pretrained on.
+    """
 
     step: int | None = None
     seed: int = 0
     recipe: Mapping[str, Any] | None = None
+    encoder: str = ""
+    trained_on: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -120,7 +125,10 @@ def _result(
         interval=bootstrap_interval(task.statistic, answer.counts),
         num_tiles=len(answer.counts),
         confusion=task.confusion(total),
+        scores={name: score for name, score in answer.scores.items() if np.isfinite(score)},
         seeds=(provenance.seed,),
+        encoder=provenance.encoder,
+        trained_on=provenance.trained_on,
         checkpoint_step=provenance.step,
         recipe=provenance.recipe,
         chosen=answer.chosen,

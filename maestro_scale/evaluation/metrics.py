@@ -9,6 +9,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
+from sklearn.metrics import average_precision_score
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,15 @@ def wf1(counts: np.ndarray, zero_division: float = 0.0) -> np.ndarray:
     return np.where(total > 0, weighted / np.maximum(total, 1), scores.mean(-1))
 
 
+def average_precision(scores: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Average precision per class, (C,), of ``scores`` (N, C) against ``target`` (N, C) bool; NaN without a positive.
+
+    Areas under steps, nothing interpolated (sklearn.metrics.average_precision_score).
+    """
+    pairs = zip(np.asarray(scores).T, np.asarray(target, bool).T, strict=True)
+    return np.array([average_precision_score(t, s) if t.any() else np.nan for s, t in pairs])
+
+
 def confusion(
     predicted: np.ndarray, target: np.ndarray, num_classes: int, ignored: Collection[int] = ()
 ) -> np.ndarray:
@@ -140,3 +150,23 @@ def mean_iou(matrix: np.ndarray) -> np.ndarray:
     if not present.any(-1).all():
         raise ValueError("mean IoU of a confusion matrix without a counted pixel: every target was ignored")
     return np.where(present, scores, 0.0).sum(-1) / present.sum(-1)
+
+
+def segmentation_scores(counts: np.ndarray) -> dict[str, float]:
+    """Other scores of counts (C + 1, C) by (target, predicted) class, where row C is of ignored pixels.
+
+    ``pixel_accuracy``; ``mean_f1`` over the classes present; ``miou_absent_as_zero``: a class in no target counts 0;
+    ``miou_with_other``: as FLAIR's challenge has it, an answer on an ignored pixel ("other") is a false positive of its
+    class, and "other" itself is no class of the mean.
+    """
+    counted, other = np.asarray(counts, np.float64)[:-1], np.asarray(counts, np.float64)[-1]
+    hits, present, answered = np.diagonal(counted), counted.sum(1), counted.sum(0)
+    some = present > 0
+    f1_scores = 2 * hits[some] / (present + answered)[some]
+    with_other = hits[some] / (present + answered + other - hits)[some]
+    return {
+        "pixel_accuracy": float(hits.sum() / present.sum()),
+        "mean_f1": float(f1_scores.mean()),
+        "miou_absent_as_zero": float(np.nan_to_num(iou(counted)).mean()),
+        "miou_with_other": float(with_other.mean()),
+    }

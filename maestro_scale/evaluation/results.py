@@ -39,8 +39,16 @@ class EvalResult:
     """Samples that were scored."""
     confusion: tuple[tuple[int, ...], ...] | None = None
     """Pixels by (target, predicted) class, for segmentation."""
+    scores: Mapping[str, float] = field(default_factory=dict)
+    """Other scores by name, fractions of 1: see ``metrics.segmentation_scores`` and ``tasks.Multilabel``."""
     seeds: tuple[int, ...] = (0,)
     """One fit per seed."""
+    encoder: str = ""
+    """What was evaluated, as it was named: a run, a checkpoint, an exported model or a baseline."""
+    trained_on: tuple[str, ...] = ()
+    """Datasets the encoder was pretrained on; empty for one that was not."""
+    fraction: float = 1.0
+    """Share of the training labels that were used."""
     checkpoint_step: int | None = None
     """Optimizer steps the encoder was trained for; None where that is unknown, 0 for an untrained one."""
     recipe: Mapping[str, Any] | None = None
@@ -85,6 +93,7 @@ class EvalResult:
                 **values,
                 "interval": tuple(values["interval"]),
                 "seeds": tuple(values["seeds"]),
+                "trained_on": tuple(values.get("trained_on", ())),
                 "confusion": None if matrix is None else tuple(tuple(row) for row in matrix),
             }
         )
@@ -92,7 +101,7 @@ class EvalResult:
     def _numbers(self) -> dict[str, float]:
         named = {"value": self.value, "interval low": self.interval[0], "interval high": self.interval[1]}
         scores = {f"per-class score of {k}": v for k, v in self.per_class.items() if v is not None}
-        return named | scores
+        return named | scores | {f"score {k}": v for k, v in self.scores.items()}
 
 
 def _is_required(f: dataclasses.Field) -> bool:

@@ -6,7 +6,7 @@ Shapes: B crops, P places of the reference grid, F features, C classes that coun
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
 import numpy as np
@@ -19,7 +19,16 @@ from maestro_scale.evaluation import dense
 from maestro_scale.evaluation.encoded import Encoded
 from maestro_scale.evaluation.knn import knn
 from maestro_scale.evaluation.labelled import Fit, Labelled
-from maestro_scale.evaluation.metrics import f1, iou, mean_iou, tile_counts, wf1
+from maestro_scale.evaluation.metrics import (
+    MultilabelCounts,
+    average_precision,
+    f1,
+    iou,
+    mean_iou,
+    segmentation_scores,
+    tile_counts,
+    wf1,
+)
 from maestro_scale.evaluation.probe import linear_probe
 from maestro_scale.evaluation.results import ResultsError
 from maestro_scale.model.config import ModelConfig
@@ -34,6 +43,7 @@ class Answer:
 
     counts: np.ndarray
     chosen: Mapping[str, float]
+    scores: Mapping[str, float] = field(default_factory=dict)  # other than the task's, by name
 
 
 Mode = Callable[[Encoded, Encoded, Encoded, int], Answer]
@@ -119,7 +129,13 @@ class Multilabel:
     def _answer(self, classify: Callable[[Labelled, Labelled, np.ndarray], Fit]) -> Mode:
         def mode(train: Encoded, val: Encoded, test: Encoded, seed: int) -> Answer:
             fit = classify(*(Labelled(np.asarray(e.features), e.labels) for e in (train, val)), test.features)
-            return Answer(tile_counts(fit.predicted, np.asarray(test.labels)), fit.chosen)
+            counts = MultilabelCounts.of(fit.predicted, np.asarray(test.labels))
+            precision = average_precision(fit.scores, test.labels)
+            scores = {
+                "macro_f1": counts.macro_f1(zero_division=np.nan),
+                "mean_average_precision": float(np.nanmean(precision)) if counts.support.any() else np.nan,
+            }
+            return Answer(tile_counts(fit.predicted, np.asarray(test.labels)), fit.chosen, scores)
 
         return mode
 
@@ -167,21 +183,25 @@ class Segmentation:
         return table[values]
 
     def statistic(self, counts: np.ndarray) -> np.ndarray:
-        """mIoU of (…, C, C) over the classes present."""
-        return mean_iou(counts)
+        """mIoU of (…, C + 1, C) over the classes present, whatever was answered where labels are ignored."""
+        return mean_iou(self._counted(counts))
 
     def per_class(self, counts: np.ndarray) -> np.ndarray:
         """IoU per class."""
-        return iou(counts)
+        return iou(self._counted(counts))
 
     def confusion(self, counts: np.ndarray) -> tuple[tuple[int, ...], ...]:
         """Rows are targets."""
-        return tuple(tuple(row) for row in counts.tolist())
+        return tuple(tuple(row) for row in self._counted(counts).tolist())
+
+    def _counted(self, counts: np.ndarray) -> np.ndarray:
+        return counts[..., : len(self.classes), :]
 
     def _answer(self, classify: Callable[..., tuple[np.ndarray, dict[str, float]]]) -> Mode:
         def mode(train: Encoded, val: Encoded, test: Encoded, seed: int) -> Answer:
             predicted, chosen = classify(self.layout, len(self.classes), train, val, test, seed)
-            return Answer(dense.confusions(self.layout, len(self.classes), predicted, test), chosen)
+            counts = dense.confusions(self.layout, len(self.classes), predicted, test)
+            return Answer(counts, chosen, segmentation_scores(counts.sum(0)))
 
         return mode
 

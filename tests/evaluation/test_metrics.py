@@ -7,7 +7,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from maestro_scale.evaluation.metrics import MultilabelCounts, confusion, iou, mean_iou, tile_counts, wf1
+from maestro_scale.evaluation.metrics import (
+    MultilabelCounts,
+    average_precision,
+    confusion,
+    iou,
+    mean_iou,
+    segmentation_scores,
+    tile_counts,
+    wf1,
+)
 
 QUICK = settings(max_examples=40, deadline=None)
 BITS = npst.arrays(
@@ -90,3 +99,30 @@ def test_probabilities_are_refused():
         tile_counts(np.full((2, 3), 0.7), np.ones((2, 3), bool))
     with pytest.raises(ValueError, match=r"\(2, 3\).*\(3, 2\)"):
         tile_counts(np.ones((2, 3), bool), np.ones((3, 2), bool))
+
+
+def test_average_precision_is_undefined_without_a_positive():
+    scores = np.array([[0.9, 0.1, 0.4], [0.8, 0.7, 0.3], [0.2, 0.6, 0.2]])
+    target = np.array([[1, 0, 0], [0, 1, 0], [1, 1, 0]], bool)
+    found = average_precision(scores, target)
+    np.testing.assert_allclose(found[:2], [(1 + 2 / 3) / 2, 1.0])
+    assert np.isnan(found[2])
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_other_segmentation_scores_equal_scikit_learn(seed):
+    rng = np.random.default_rng(seed)
+    target, answer = rng.integers(0, 5, 60), rng.integers(0, 4, 60)  # 4 is "other", class 3 sometimes absent
+    target[target == 3] = rng.choice([0, 3])
+    if not (target < 4).any():
+        target[0] = 0
+    scores = segmentation_scores(confusion(answer, target, 5)[:, :4])
+    kept = target < 4
+    present = np.unique(target[kept])
+    jaccard = reference.jaccard_score(target, answer, labels=present, average=None)
+    assert scores["miou_with_other"] == pytest.approx(jaccard.mean())
+    kept_jaccard = reference.jaccard_score(target[kept], answer[kept], labels=present, average=None)
+    assert scores["miou_absent_as_zero"] == pytest.approx(kept_jaccard.sum() / 4)
+    assert scores["pixel_accuracy"] == pytest.approx(reference.accuracy_score(target[kept], answer[kept]))
+    f1_scores = reference.f1_score(target[kept], answer[kept], labels=present, average="macro")
+    assert scores["mean_f1"] == pytest.approx(f1_scores)
