@@ -191,6 +191,64 @@ def convert_ign(
     Console(width=110).print(table(parts, f"{src.name} to {out}"))
 
 
+@app.command()
+def embed(
+    model: Annotated[
+        Path, typer.Argument(help="A run directory, one of its checkpoints, or an exported model.")
+    ],
+    shards: Annotated[str, typer.Argument(help="Folder or s3:// prefix that holds manifest.json.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the embeddings; run again to continue.")],
+    split: Annotated[str, typer.Option(help="Split to embed.")] = "test",
+    what: Annotated[
+        str, typer.Option(help="vector: one per crop; tokens: each sensor's token grid.")
+    ] = "vector",
+    format: Annotated[
+        str, typer.Option(help="parquet: a file per shard; tiff: an image per tile and sensor.")
+    ] = "parquet",
+    batch: Annotated[int, typer.Option(min=1, help="Crops per forward pass.")] = 32,
+    workers: Annotated[int, typer.Option(min=0, help="Loader processes.")] = 0,
+    cache_dir: Annotated[Path, typer.Option(help="Where downloaded shards are kept.")] = Path(
+        "~/.cache/maestro-scale"
+    ),
+) -> None:
+    """Write an encoder's embeddings of a split. Under torchrun, deepspeed or srun the ranks share the work."""
+    import torch
+
+    from maestro_scale.evaluation.adopt import adopt
+    from maestro_scale.evaluation.checkpoints import open_model
+    from maestro_scale.evaluation.embedding import Embedder
+    from maestro_scale.model.config import DatasetView
+    from maestro_scale.shards.manifest import Manifest
+    from maestro_scale.shards.store import Store
+    from maestro_scale.tracking.terminal import progress
+    from maestro_scale.training.distributed import place
+
+    _one_of("--what", what, ("vector", "tokens"))
+    _one_of("--format", format, ("parquet", "tiff"))
+    rank, world, local_rank = place()
+    manifest = Manifest.load(shards)
+    spec = manifest.spec
+    encoder, notes = open_model(model)[0], []
+    if spec.name not in {v.dataset for v in encoder.config.views}:
+        view = DatasetView(spec.name, spec.sensors, spec.pos_grid, spec.ref_sensor)
+        encoder, notes = adopt(encoder, view)
+    if torch.cuda.is_available():
+        encoder.to(f"cuda:{local_rank % torch.cuda.device_count()}")
+    embedder = Embedder(
+        encoder, Store(shards, cache_dir, 100 * 2**30), manifest, what, format, batch, workers
+    )
+    for note in notes if rank == 0 else ():
+        print(note)
+    with progress(f"embed {spec.name} {split}", "crops") as update:
+        written = embedder.write(out, split, rank, world, update if rank == 0 else None)
+    print(f"rank {rank}: {written} crops embedded, the rest was there; all in {out}")
+
+
+def _one_of(option: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise typer.BadParameter(f"{value!r} is none of {', '.join(choices)}", param_hint=option)
+
+
 def _known(dataset: str) -> None:
     from maestro_scale import datasets
     from maestro_scale.datasets.spec import DatasetError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -59,7 +59,7 @@ class World:
 
 def join(timeout_s: float = 600.0) -> World:
     """Join the process group that the launcher describes (RANK …, else SLURM's variables, else one process alone)."""
-    rank, size, local_rank = _place(os.environ)
+    rank, size, local_rank = place()
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank))
     if size == 1:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
@@ -93,7 +93,7 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def _place(env: os._Environ[str] | dict[str, str]) -> tuple[int, int, int]:
+def place(env: Mapping[str, str] = os.environ) -> tuple[int, int, int]:
     """(rank, world size, local rank). Explicit variables win over SLURM's, which are only there under srun."""
     if "RANK" in env:
         return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0))

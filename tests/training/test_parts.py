@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from maestro_scale.training.checkpoint import COMMIT, CheckpointError, check, newest
-from maestro_scale.training.distributed import _place
+from maestro_scale.training.distributed import place as distributed_place
 from maestro_scale.training.optimizer import build_optimizer, cosine, one_cycle
 from maestro_scale.training.run_dir import JsonLines, RunDirError, lock
 
@@ -111,4 +111,4 @@ def test_no_checkpoint_is_an_error(tmp_path):
     ],
 )
 def test_place_among_the_ranks(env, place):
-    assert _place(env) == place
+    assert distributed_place(env) == place

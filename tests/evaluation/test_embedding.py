@@ -1,0 +1,129 @@
+"""``maestro-scale embed``: every crop once, in the order of the shards, whoever does the work."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as parquet
+import pytest
+import rasterio
+import torch
+
+from maestro_scale.evaluation.embedding import Embedder
+from maestro_scale.evaluation.results import ResultsError
+from maestro_scale.interop.pretrained import load_model
+from maestro_scale.shards.errors import ManifestError
+from maestro_scale.shards.manifest import Manifest
+from maestro_scale.shards.store import Store
+from maestro_scale.shards.writer import Writer
+from maestro_scale.stream.evaluation import EvalLoader
+from maestro_scale.stream.source import Source
+from tests.evaluation.conftest import FIELDS, field_tile
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    """Seven tiles in three shards."""
+    folder = tmp_path_factory.mktemp("embed") / "shards"
+    with Writer(str(folder), FIELDS, "test") as writer:
+        writer._shard_bytes = 10_000
+        for number in range(7):
+            writer.add(field_tile(number))
+    assert len(Manifest.load(str(folder)).shards) == 3
+    return folder
+
+
+def embedder(fields, shards, cache, **options) -> Embedder:
+    store = Store(str(shards), cache, 2**30)
+    return Embedder(load_model(fields.model), store, Manifest.load(str(shards)), batch_size=5, **options)
+
+
+def tables(folder: Path) -> dict[str, dict]:
+    return {p.name: parquet.read_table(p).to_pydict() for p in sorted(folder.glob("*.parquet"))}
+
+
+def test_vectors_are_the_models_in_the_order_of_the_shards(fields, shards, tmp_path):
+    maker = embedder(fields, shards, tmp_path)
+    assert maker.write(tmp_path / "out", "test") == 28
+    found = tables(tmp_path / "out")
+    assert list(found) == [Path(s.path).stem + ".parquet" for s in maker.manifest.shards]
+    vectors = np.concatenate([t["vector"] for t in found.values()])
+    source = Source(FIELDS, FIELDS.sensors, FIELDS.crop_m, maker.manifest.shards, maker.store)
+    with torch.no_grad():
+        expected = torch.cat([maker.model.embed(b).vector for b in EvalLoader(source, 28)])
+    np.testing.assert_allclose(vectors, expected.numpy(), rtol=1e-4, atol=1e-5)
+    keys = [key for t in found.values() for key in t["key"]]
+    assert sorted(set(keys)) == [f"field-{n:03d}" for n in range(7)]
+    first = next(iter(found.values()))
+    assert first["crop"][:4] == [0, 1, 2, 3]
+    assert list(zip(first["north_m"], first["west_m"], strict=True))[:4] == [
+        (0, 0),
+        (0, 20),
+        (20, 0),
+        (20, 20),
+    ]
+
+
+def test_ranks_share_the_shards_and_a_missing_file_is_made_again(fields, shards, tmp_path):
+    maker = embedder(fields, shards, tmp_path)
+    maker.write(tmp_path / "alone", "test")
+    counts = [maker.write(tmp_path / "shared", "test", rank, 2) for rank in range(2)]
+    assert sum(counts) == 28
+    assert min(counts) > 0
+    # Batches are cut elsewhere, which moves the last bit.
+    alone, shared = tables(tmp_path / "alone"), tables(tmp_path / "shared")
+    assert {n: t["key"] for n, t in alone.items()} == {n: t["key"] for n, t in shared.items()}
+    for name in alone:
+        np.testing.assert_allclose(alone[name]["vector"], shared[name]["vector"], rtol=1e-4, atol=1e-5)
+    gone = sorted((tmp_path / "alone").glob("*.parquet"))[1]
+    gone.unlink()
+    assert 0 < maker.write(tmp_path / "alone", "test") < 28
+    assert tables(tmp_path / "alone")[gone.name]["key"] == alone[gone.name]["key"]
+    assert maker.write(tmp_path / "alone", "test") == 0
+
+
+def test_token_grids_as_columns_and_as_images(fields, shards, tmp_path):
+    embedder(fields, shards, tmp_path, what="tokens").write(tmp_path / "table", "test")
+    table = parquet.read_table(sorted((tmp_path / "table").glob("*.parquet"))[0])
+    assert table.schema.field("s2").metadata == {b"shape": b"2x16x32"}
+    tokens = np.array(table["s2"].to_pylist()).reshape(-1, 2, 16, 32)
+    embedder(fields, shards, tmp_path, what="tokens", format="tiff").write(tmp_path / "images", "test")
+    key, crop = table["key"][1].as_py(), table["crop"][1].as_py()
+    (path,) = (tmp_path / "images").rglob(f"{key}.{crop}.s2.tif")
+    with rasterio.open(path) as image:
+        np.testing.assert_allclose(image.read(), tokens[1].mean(0).T.reshape(32, 4, 4), rtol=1e-4, atol=1e-5)
+        assert (image.transform.a, image.transform.c, image.transform.f) == (10.0, 20.0, 0.0)
+
+
+def test_what_cannot_be_written_is_said(fields, shards, tmp_path):
+    with pytest.raises(ResultsError, match="needs --what tokens"):
+        embedder(fields, shards, tmp_path, format="tiff")
+    with pytest.raises(ManifestError, match="no split 'val'"):
+        embedder(fields, shards, tmp_path).write(tmp_path / "out", "val")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_the_command(fields, shards, tmp_path):
+    program = str(Path(sys.executable).parent / "maestro-scale")
+    command = [
+        program,
+        "embed",
+        str(fields.model),
+        str(shards),
+        str(tmp_path / "out"),
+        f"--cache-dir={tmp_path}",
+    ]
+    for rank in range(2):
+        env = {**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+    assert "crops embedded" in done.stdout
+    assert len(tables(tmp_path / "out")) == 3
+    wrong = subprocess.run([*command, "--what=pixels"], capture_output=True, text=True, timeout=120)
+    assert wrong.returncode == 2
+    assert "vector, tokens" in wrong.stderr
