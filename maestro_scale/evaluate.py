@@ -1,6 +1,6 @@
 """Score a checkpoint: ``deepspeed maestro_scale/evaluate.py --recipe R --checkpoint C --mode knn --out DIR``.
 
-Writes ``<out>/<mode>/results.json``.
+Writes ``<out>/<mode>/results.json``; with ``--fraction 0.1``, ``<out>/<mode>_10pct/results.json``.
 """
 
 from __future__ import annotations
@@ -24,6 +24,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--mode", choices=("knn", "probe"), action="append", help="default: evaluation.modes")
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument("--target", help="what to predict; default: the dataset's first target")
+    parser.add_argument(
+        "--fraction",
+        type=float,
+        default=1.0,
+        help="share of the training labels to use, e.g. 0.1: the release's own list where it was sharded (split "
+        "train_filtered_10), else drawn by class; smaller ones are part of larger ones",
+    )
     parser.add_argument(
         "--features",
         type=Path,
@@ -86,6 +93,7 @@ def _evaluate(args: argparse.Namespace) -> None:
             cache_bytes=int(recipe.data.cache_gib * 2**30),
             crop_m=entry.crop_m,
             target=args.target,
+            fraction=args.fraction,
         ),
         modes=args.mode or recipe.evaluation.modes,
         provenance=Provenance(
@@ -95,7 +103,8 @@ def _evaluate(args: argparse.Namespace) -> None:
         world=world,
     )
     for result in results:
-        path = args.out / result.mode / "results.json"
+        part = "" if args.fraction == 1 else f"_{100 * args.fraction:g}pct"
+        path = args.out / f"{result.mode}{part}" / "results.json"
         result.write(path)
         low, high = result.interval
         name = {"wf1": "wF1", "miou": "mIoU"}[result.metric]

@@ -16,6 +16,7 @@ import torch
 from maestro_scale.evaluation.bootstrap import bootstrap_interval
 from maestro_scale.evaluation.encoded import Encoded, encoded, weights_digest
 from maestro_scale.evaluation.results import EvalResult
+from maestro_scale.evaluation.subset import TRAIN, subset, train_split
 from maestro_scale.evaluation.tasks import Answer, Task, task_for
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.shards.manifest import Manifest
@@ -24,7 +25,6 @@ from maestro_scale.stream.evaluation import EvalLoader
 from maestro_scale.stream.source import Source
 from maestro_scale.training.distributed import World
 
-SPLITS = ("train", "val", "test")
 BATCH_SIZE = 32
 
 
@@ -46,7 +46,7 @@ class Provenance:
 class Benchmark:
     """A dataset in shards as a benchmark: where it is, how much of each tile the model sees, what is asked.
 
-    ``crop_m``, ``target``: null for the dataset's own crop, and its first target.
+    ``crop_m``, ``target``: null for the dataset's own crop, and its first target. ``fraction``: of the training labels.
     """
 
     shards: str
@@ -55,6 +55,7 @@ class Benchmark:
     cache_bytes: int = 100 * 2**30
     crop_m: float | None = None
     target: str | None = None
+    fraction: float = 1.0
 
 
 def evaluate_frozen(
@@ -79,8 +80,9 @@ def evaluate_frozen(
     model = model.eval().to(device)
     weights = weights_digest(model)
     started = time.perf_counter()
-    splits: dict[str, Encoded] = {}
-    for split in SPLITS:
+    train, fraction = train_split(manifest, benchmark.fraction)
+    splits: list[Encoded] = []
+    for split in (train, "val", "test"):
         source = Source(manifest.spec, view.sensors, crop_m, manifest.of([split]), store)
         rank, size = (world.rank, world.size) if world else (0, 1)
         loader = EvalLoader(source, BATCH_SIZE, rank, size, workers=workers, crops=task.crops)
@@ -88,7 +90,7 @@ def evaluate_frozen(
             (weights, view.dataset, manifest.digest_of([split]), crop_m, task.crops, task.target, BATCH_SIZE)
         )
         folder = benchmark.features_dir / f"{split}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-        splits[split] = encoded(
+        whole = encoded(
             folder,
             loader,
             lambda batch: task.features(model, batch),
@@ -97,21 +99,34 @@ def evaluate_frozen(
             device,
             world,
         )
+        if split == TRAIN and fraction < 1:  # encoded whole, for other fractions to share
+            used = subset(source, task.target, fraction, provenance.seed, world)
+            whole = whole.take(np.flatnonzero(np.isin(whole.tiles, used)))
+        splits.append(whole)
     if world is not None and not world.is_main:
         return []
     encode_s = time.perf_counter() - started
     results = []
     for mode in modes:
         started = time.perf_counter()
-        answer = task.modes[mode](splits["train"], splits["val"], splits["test"], provenance.seed)
+        answer = task.modes[mode](*splits, provenance.seed)
         timings = {"encode_s": encode_s, "fit_s": time.perf_counter() - started}
-        results.append(_result(manifest.spec.name, mode, task, answer, provenance, timings))
+        results.append(
+            result_of(manifest.spec.name, mode, task, answer, provenance, timings, benchmark.fraction)
+        )
     return results
 
 
-def _result(
-    benchmark: str, mode: str, task: Task, answer: Answer, provenance: Provenance, timings: dict[str, float]
+def result_of(
+    benchmark: str,
+    mode: str,
+    task: Task,
+    answer: Answer,
+    provenance: Provenance,
+    timings: dict[str, float],
+    fraction: float = 1.0,
 ) -> EvalResult:
+    """What is reported of a mode's answers on the test split."""
     total = answer.counts.sum(axis=0, dtype=np.int64)
     return EvalResult(
         benchmark=benchmark,
@@ -133,4 +148,5 @@ def _result(
         recipe=provenance.recipe,
         chosen=answer.chosen,
         timings=timings,
+        fraction=fraction,
     )

@@ -60,7 +60,7 @@ def knn(
 
 
 def _unit(features: np.ndarray) -> Tensor:
-    return torch.nn.functional.normalize(torch.from_numpy(np.ascontiguousarray(features, np.float32)), dim=1)
+    return torch.nn.functional.normalize(torch.from_numpy(np.array(features, np.float32)), dim=1)
 
 
 def _nearest(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -22,7 +22,8 @@ class Source:
     """A dataset as a run reads it: ``shards`` of the wanted splits, in manifest order, and how they are
     looked at.
 
-    ``weight``: how often a mixture draws a step from it, relative to the others.
+    ``weight``: how often a mixture draws a step from it, relative to the others. ``chosen``: of every shard, the
+    samples in use; None for all.
     """
 
     spec: DatasetSpec
@@ -31,11 +32,28 @@ class Source:
     shards: tuple[ShardInfo, ...]
     store: Store
     weight: float = 1.0
+    chosen: tuple[tuple[int, ...], ...] | None = None
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """Samples per shard."""
+        """Samples in use per shard."""
+        if self.chosen is not None:
+            return tuple(map(len, self.chosen))
         return tuple(s.samples for s in self.shards)
+
+    def only(self, samples: Sequence[int]) -> Source:
+        """The same with these samples alone, by their numbers in the order of the manifest."""
+        if self.chosen is not None:
+            raise ValueError(f"{self.spec.name}: samples were chosen already")
+        stops = np.cumsum([s.samples for s in self.shards])
+        shards = np.searchsorted(stops, np.sort(samples), side="right")
+        inside = np.sort(samples) - (stops - [s.samples for s in self.shards])[shards]
+        used = np.unique(shards)
+        return replace(
+            self,
+            shards=tuple(self.shards[s] for s in used),
+            chosen=tuple(tuple(inside[shards == s].tolist()) for s in used),
+        )
 
 
 def labels(names: Sequence[str]) -> tuple[str, ...]:
@@ -64,7 +82,8 @@ class OpenShards:
         info = self.source.shards[shard]
         try:
             handle, touched = self._open.pop(shard, None) or (self._opened(info), 0.0)
-            sample = handle[index]
+            chosen = self.source.chosen
+            sample = handle[index if chosen is None else chosen[shard][index]]
         except BadShard as error:
             self._bad[shard] = error
             raise

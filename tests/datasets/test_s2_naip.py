@@ -17,6 +17,8 @@ from maestro_scale import datasets
 from maestro_scale.cli import app
 from maestro_scale.datasets.s2_naip import FULL_SPEC, SPEC
 from maestro_scale.datasets.spec import DatasetError
+from maestro_scale.evaluate import main as evaluate
+from maestro_scale.evaluation.results import EvalResult
 from maestro_scale.shards.errors import WriteError
 from maestro_scale.shards.fields import check_tile
 from maestro_scale.shards.manifest import Manifest
@@ -220,8 +222,26 @@ tracking: {{enabled: false, pictures_every: 0}}
 """
 
 
+ELSEWHERE = """
+name: naip-to-treesatai
+data:
+  mixture:
+    - dataset: treesatai_ts
+      shards: {shards}
+      sensors:
+        aerial: {{image_size: 32, patch: 16}}
+        s2: {{num_dates: 4}}
+        s1_asc: {{embed: s1, num_dates: 2}}
+        s1_des: {{embed: s1, num_dates: 2}}
+  cache_dir: {cache}
+  workers: 0
+"""
+
+
 @pytest.mark.slow
-def test_from_synth_to_a_model_trained_on_two_ranks(tmp_path):
+def test_from_synth_to_a_model_trained_on_two_ranks_and_evaluated_elsewhere(
+    tmp_path, synthetic_shards, capsys
+):
     raw, shards = tmp_path / "raw", tmp_path / "shards"
     run = CliRunner().invoke
     assert run(app, ["synth", "s2_naip", str(raw), "--tiles", "6", "--seed", "1"]).exit_code == 0
@@ -241,6 +261,21 @@ def test_from_synth_to_a_model_trained_on_two_ranks(tmp_path):
     for sensor in ("aerial", "spot", "s2", "s1", "landsat"):
         assert np.isfinite(lines[-1][f"loss/{sensor}"]), sensor
     assert sum(len(keys) for keys in audit(tmp_path / "run").values()) == 12
+
+    def score(recipe: Path) -> tuple[int, str]:
+        code = evaluate(
+            [f"--recipe={recipe}", f"--checkpoint={tmp_path / 'run'}", f"--out={tmp_path}", "--mode=knn"]
+        )
+        return code, "".join(capsys.readouterr())
+
+    assert "s2_naip has no labels, so there is nothing to evaluate" in score(recipe)[1]
+    elsewhere = tmp_path / "elsewhere.yaml"
+    elsewhere.write_text(
+        ELSEWHERE.format(shards=json.dumps(str(synthetic_shards)), cache=json.dumps(str(tmp_path / "cache")))
+    )
+    code, output = score(elsewhere)
+    assert (code, "seen through aerial, s2, s1_asc, s1_des" in output) == (0, True), output
+    assert EvalResult.load(tmp_path / "knn" / "results.json").value > 0
 
 
 def test_synthetic_files_are_like_the_real_ones(tmp_path):
