@@ -244,6 +244,21 @@ def embed(
     print(f"rank {rank}: {written} crops embedded, the rest was there; all in {out}")
 
 
+@app.command()
+def report(
+    results: Annotated[list[Path], typer.Argument(help="results.json files, or folders to look through.")],
+    out: Annotated[
+        Path, typer.Option(help="HTML file to write; the tables also go to .md beside it.")
+    ] = Path("report.html"),
+) -> None:
+    """Lay results beside the published tables: one self-contained page with scores, classes, confusions and maps."""
+    from maestro_scale.evaluation.report import find_results, write_report
+
+    found = find_results(results)
+    page, text = write_report(found, out)
+    print(f"{len(found)} results in {page} and {text}")
+
+
 def _one_of(option: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise typer.BadParameter(f"{value!r} is none of {', '.join(choices)}", param_hint=option)

@@ -149,4 +149,5 @@ def result_of(
         chosen=answer.chosen,
         timings=timings,
         fraction=fraction,
+        maps=answer.maps,
     )

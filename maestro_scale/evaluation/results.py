@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 from collections.abc import Mapping
@@ -10,9 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from maestro_scale.training.run_dir import write_atomically
 
 VERSION = 1
+MAPS = "maps.npz"
 
 
 class ResultsError(Exception):
@@ -59,13 +63,22 @@ class EvalResult:
     """Seconds spent, by part."""
     version: int = VERSION
     """Version of this layout."""
+    maps: Mapping[str, np.ndarray] | None = field(default=None, compare=False, repr=False)
+    """``truth`` and ``answer`` of a few tiles, (n, H, W) uint8; in ``maps.npz`` beside the JSON, not read back."""
 
     def write(self, path: Path) -> None:
         """Write as JSON: a reader sees the old file or the new one. ValueError if a number is not finite."""
         for name, value in self._numbers().items():
             if not math.isfinite(value):
                 raise ValueError(f"{self.benchmark} {self.mode}: {name} is {value}; undefined must be None")
-        write_atomically(path, json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False) + "\n")
+        values = dataclasses.asdict(dataclasses.replace(self, maps=None))
+        values.pop("maps")
+        (path.parent / MAPS).unlink(missing_ok=True)
+        if self.maps is not None:
+            packed = io.BytesIO()
+            np.savez_compressed(packed, **self.maps)
+            write_atomically(path.parent / MAPS, packed.getvalue())
+        write_atomically(path, json.dumps(values, indent=1, allow_nan=False) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> EvalResult:
@@ -80,7 +93,7 @@ class EvalResult:
                 f"{path} has layout version {version!r}, this maestro-scale reads {VERSION}: "
                 "evaluate again, or read it with the maestro-scale that wrote it"
             )
-        known = {f.name for f in dataclasses.fields(cls)}
+        known = {f.name for f in dataclasses.fields(cls)} - {"maps"}
         required = {f.name for f in dataclasses.fields(cls) if _is_required(f)}
         wrong = sorted((set(values) - known) | (required - set(values)))
         if wrong:

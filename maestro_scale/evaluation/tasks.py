@@ -36,6 +36,8 @@ from maestro_scale.model.maestro import Maestro
 from maestro_scale.stream.batch import Batch
 from maestro_scale.stream.crops import CropGrid
 
+_NUM_MAPS = 4
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -44,6 +46,7 @@ class Answer:
     counts: np.ndarray
     chosen: Mapping[str, float]
     scores: Mapping[str, float] = field(default_factory=dict)  # other than the task's, by name
+    maps: Mapping[str, np.ndarray] | None = None  # label and answer of a few tiles, (n, H, W) uint8 each
 
 
 Mode = Callable[[Encoded, Encoded, Encoded, int], Answer]
@@ -194,6 +197,12 @@ class Segmentation:
         """Rows are targets."""
         return tuple(tuple(row) for row in self._counted(counts).tolist())
 
+    def _maps(self, crops: np.ndarray) -> np.ndarray:
+        """The first tiles, put together from their crops."""
+        per_tile = self.layout.crops.num_crops
+        firsts = range(0, min(len(crops), _NUM_MAPS * per_tile), per_tile)
+        return np.stack([self.layout.whole(crops[first : first + per_tile]) for first in firsts])
+
     def _counted(self, counts: np.ndarray) -> np.ndarray:
         return counts[..., : len(self.classes), :]
 
@@ -201,7 +210,8 @@ class Segmentation:
         def mode(train: Encoded, val: Encoded, test: Encoded, seed: int) -> Answer:
             predicted, chosen = classify(self.layout, len(self.classes), train, val, test, seed)
             counts = dense.confusions(self.layout, len(self.classes), predicted, test)
-            return Answer(counts, chosen, segmentation_scores(counts.sum(0)))
+            maps = {"truth": self._maps(test.labels), "answer": self._maps(self.layout.per_pixel(predicted))}
+            return Answer(counts, chosen, segmentation_scores(counts.sum(0)), maps)
 
         return mode
 

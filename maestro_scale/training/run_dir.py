@@ -102,11 +102,11 @@ def git_revision() -> str | None:
         return None
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, content: str | bytes) -> None:
     """Replace a file's content in one go."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(path.name + ".tmp")
-    fresh.write_text(text)
+    fresh.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(fresh, path)
 
 

@@ -1,0 +1,55 @@
+"""Numbers that others published, as data: MAESTRO's tables (arXiv 2508.10894). Percent; None where there is none."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Column:
+    """A benchmark of the tables."""
+
+    benchmark: str
+    title: str
+    metric: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method, and its score per column."""
+
+    method: str
+    scores: tuple[float | None, float | None, float | None, float | None]
+
+
+COLUMNS = (
+    Column("treesatai_ts", "TreeSatAI-TS", "wF1"),
+    Column("pastis_hd", "PASTIS-HD", "mIoU"),
+    Column("flair2", "FLAIR#2", "mIoU"),
+    Column("flair_hub", "FLAIR-HUB", "mIoU"),
+)
+
+INTRA = (
+    Row("MAESTRO, group, inter-group blocks", (78.8, 68.6, 62.6, 65.9)),
+    Row("the same, twice the epochs", (79.4, 69.0, 63.3, 65.8)),
+    Row("MAESTRO, group, no inter-group blocks", (78.5, 68.8, 63.8, 64.9)),
+    Row("the same, twice the epochs", (79.1, 68.8, 64.0, 64.8)),
+    Row("supervised ViT, same architecture", (75.6, 64.5, 58.2, 62.1)),
+    Row("AnySat", (75.1, 66.5, 55.1, None)),
+    Row("previous best", (75.1, 66.5, 64.1, 64.3)),
+)
+
+CROSS = (
+    Row("MAESTRO from FLAIR-HUB", (79.6, 68.0, None, None)),
+    Row("MAESTRO from S2-NAIP", (78.8, 67.4, 62.6, 64.6)),
+    Row("DINOv2", (76.7, 64.4, 64.2, 66.0)),
+    Row("DINOv2-sat", (76.3, 64.0, 63.5, 66.0)),
+    Row("DOFA", (76.0, 62.9, 62.3, 65.1)),
+    Row("CROMA", (70.5, 65.0, 39.0, 44.3)),
+    Row("Prithvi-EO-2.0", (75.6, 66.2, 41.8, 44.9)),
+    Row("SatMAE", (76.9, 66.6, 42.5, 45.0)),
+)
+
+# What a result is compared with: the row for finetuned encoders of the paper's own method.
+INTRA_REFERENCE = INTRA[0]
+CROSS_REFERENCE = {"flair_hub": CROSS[0], "s2_naip": CROSS[1]}

@@ -1,0 +1,166 @@
+"""The report: results beside the published tables, self-contained, and readable by a browser."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from maestro_scale.evaluation.report import find_results, write_report
+from maestro_scale.evaluation.results import EvalResult, ResultsError
+
+CLASSES = ("meadow", "corn", "vines")
+SEGMENTED = EvalResult(
+    benchmark="pastis_hd",
+    metric="miou",
+    mode="probe",
+    value=0.656,
+    per_class={"meadow": 0.7, "corn": 0.612, "vines": None},
+    interval=(0.64, 0.67),
+    num_tiles=482,
+    confusion=((80, 20, 0), (10, 90, 0), (0, 0, 0)),
+    scores={"pixel_accuracy": 0.85},
+    encoder="runs/<b>base</b>",
+    trained_on=("pastis_hd",),
+    checkpoint_step=1000,
+    recipe={"name": "<script>alert(1)</script>"},
+    chosen={"lr": 0.001},
+    maps={"truth": np.eye(8, dtype=np.uint8)[None] * 255, "answer": np.ones((1, 8, 8), np.uint8)},
+)
+LABELLED = EvalResult(
+    benchmark="treesatai_ts",
+    metric="wf1",
+    mode="knn",
+    value=0.70,
+    per_class={"Abies": 0.5, "Acer": 0.8},
+    interval=(0.69, 0.71),
+    num_tiles=500,
+    encoder="runs/naip",
+    trained_on=("s2_naip",),
+    checkpoint_step=500,
+)
+
+
+class Page(HTMLParser):
+    """Texts, images and links of a page, and whether every tag is closed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open, self.images, self.links, self.ids, self.text = [], [], [], [], []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        if tag == "img":
+            self.images.append(attrs)
+        if tag == "a":
+            self.links.append(attrs["href"])
+        if "id" in attrs:
+            self.ids.append(attrs["id"])
+        assert tag != "script"
+        if tag not in ("meta", "link", "br", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+@pytest.fixture
+def results(tmp_path) -> Path:
+    folder = tmp_path / "results"
+    SEGMENTED.write(folder / "a" / "results.json")
+    for seed, value in enumerate((0.70, 0.72, 0.74)):
+        one = dataclasses.replace(LABELLED, value=value, seeds=(seed,))
+        one.write(folder / f"seed{seed}" / "results.json")
+        tenth = dataclasses.replace(one, value=value - 0.2, interval=(0.45, 0.55), fraction=0.1)
+        tenth.write(folder / f"seed{seed}_10pct" / "results.json")
+    return folder
+
+
+def test_numbers_stand_beside_the_published_ones(results, tmp_path):
+    page, text = write_report(find_results([results]), tmp_path / "out" / "report.html")
+    read = Page(page.read_text())
+    words = " ".join(" ".join(read.text).split())
+    assert "65.6 (64.0-67.0) -3.0" in words  # to MAESTRO's 68.6
+    assert "72.0 ± 2.0 -6.8" in words  # to MAESTRO's from S2-NAIP, 78.8
+    assert "MAESTRO from FLAIR-HUB 79.6 68.0 – –" in words
+    assert "nan" not in words.lower()
+    assert "In no label of the test set, so without a score: vines." in words
+    assert "naip from s2_naip, step 500, knn" in words
+    markdown = text.read_text()
+    assert "| **naip from s2_naip, step 500, knn** | 72.0 ± 2.0 [-6.8] | – | – | – |" in markdown
+    assert "| AnySat | 75.1 | 66.5 | 55.1 | – |" in markdown
+    assert not re.search(r"\n\n\|[^\n]+\n\n\|", markdown), "a table is torn apart"
+
+
+def test_the_page_holds_everything_and_trusts_nothing(results, tmp_path):
+    page, _ = write_report(find_results([results]), tmp_path / "report.html")
+    read = Page(page.read_text())
+    assert len(read.images) == 5  # bars of two benchmarks, a curve, a confusion, maps
+    for image in read.images:
+        assert base64.b64decode(image["src"].removeprefix("data:image/png;base64,"))[:4] == b"\x89PNG"
+        assert image["alt"]
+    assert {link[1:] for link in read.links if link.startswith("#")} <= set(read.ids)
+    for link in read.links:
+        assert link.startswith("#") or (tmp_path / link).exists()
+    again, _ = write_report(find_results([results]), tmp_path / "again.html")
+    assert again.read_text() == page.read_text()
+
+
+def test_what_is_no_result_is_named(tmp_path):
+    with pytest.raises(ResultsError, match=r"no results\.json in there"):
+        find_results([tmp_path])
+    old = tmp_path / "results.json"
+    SEGMENTED.write(old)
+    old.write_text(old.read_text().replace('"version": 1', '"version": 0'))
+    with pytest.raises(ResultsError, match=r"layout version 0, this maestro-scale reads 1"):
+        find_results([tmp_path])
+
+
+@pytest.mark.slow
+def test_a_browser_draws_every_picture(results, tmp_path):
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no Chromium here; .ci/run installs it")
+    program = str(Path(sys.executable).parent / "maestro-scale")
+    page = tmp_path / "report.html"
+    made = subprocess.run(
+        [program, "report", str(results), f"--out={page}"], capture_output=True, text=True, timeout=120
+    )
+    assert made.returncode == 0, made.stderr
+    assert "7 results in" in made.stdout
+    # What the browser makes of the page, and a list of pictures it could not draw.
+    check = "<script>onload=()=>document.title=JSON.stringify([...document.images].map(i=>i.naturalWidth))</script>"
+    page.write_text(page.read_text().replace("</body>", check + "</body>"))
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--enable-logging=stderr",
+    ]
+    shown = subprocess.run(
+        [browser, *flags, "--virtual-time-budget=5000", "--dump-dom", page.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "HOME": str(tmp_path)},
+    )
+    widths = json.loads(re.search(r"<title>(.*?)</title>", shown.stdout).group(1))
+    assert len(widths) == 5
+    assert min(widths) > 100
+    assert "CONSOLE" not in shown.stderr, shown.stderr
