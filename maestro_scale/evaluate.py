@@ -15,11 +15,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__, allow_abbrev=False)
     parser.add_argument("--recipe", required=True, help="YAML recipe whose first dataset is the benchmark")
-    parser.add_argument(
-        "--checkpoint",
-        type=Path,
-        required=True,
-        help="a run directory, one of its checkpoints, or an exported model",
+    encoder = parser.add_mutually_exclusive_group(required=True)
+    encoder.add_argument(
+        "--checkpoint", type=Path, help="a run directory, one of its checkpoints, or an exported model"
+    )
+    encoder.add_argument(
+        "--baseline",
+        metavar="NAME",
+        help="instead: statistics (of the channels), random (the recipe's model, untrained), or image:WEIGHTS "
+        "(an image encoder that transformers can load, e.g. image:facebook/dinov2-base)",
     )
     parser.add_argument("--mode", choices=("knn", "probe"), action="append", help="default: evaluation.modes")
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
@@ -66,6 +70,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _evaluate(args: argparse.Namespace) -> None:
     from maestro_scale.evaluation.adopt import adopt
+    from maestro_scale.evaluation.baselines import baseline
     from maestro_scale.evaluation.checkpoints import open_model
     from maestro_scale.evaluation.frozen import Benchmark, Provenance, evaluate_frozen
     from maestro_scale.model.config import DatasetView
@@ -77,9 +82,15 @@ def _evaluate(args: argparse.Namespace) -> None:
     entry = recipe.data.mixture[0]
     spec = Manifest.load(entry.shards).spec
     view = DatasetView(spec.name, resolve_sensors(spec, entry), spec.pos_grid, spec.ref_sensor)
-    model, step = open_model(args.checkpoint)
-    trained_on = tuple(v.dataset for v in model.config.views) if step != 0 else ()
-    model, notes = adopt(model, view)
+    step: int | None = 0
+    notes: list[str] = []
+    trained_on: tuple[str, ...] = ()
+    if args.baseline:
+        model = baseline(args.baseline, recipe, spec, view)
+    else:
+        model, step = open_model(args.checkpoint)
+        trained_on = tuple(v.dataset for v in model.config.views) if step != 0 else ()
+        model, notes = adopt(model, view)
     ranks = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", 1)))
     world = join() if ranks > 1 else None
     if world is None or world.is_main:
@@ -97,7 +108,11 @@ def _evaluate(args: argparse.Namespace) -> None:
         ),
         modes=args.mode or recipe.evaluation.modes,
         provenance=Provenance(
-            step, recipe.seed, recipe.model_dump(mode="json"), str(args.checkpoint), trained_on
+            step,
+            recipe.seed,
+            recipe.model_dump(mode="json"),
+            args.baseline or str(args.checkpoint),
+            trained_on,
         ),
         workers=recipe.data.workers,
         world=world,

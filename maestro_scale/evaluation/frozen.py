@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from maestro_scale.evaluation.baselines import Baseline
 from maestro_scale.evaluation.bootstrap import bootstrap_interval
 from maestro_scale.evaluation.encoded import Encoded, encoded, weights_digest
 from maestro_scale.evaluation.results import EvalResult
@@ -59,7 +60,7 @@ class Benchmark:
 
 
 def evaluate_frozen(
-    model: Maestro,
+    model: Maestro | Baseline,
     benchmark: Benchmark,
     modes: Sequence[str] = ("knn", "probe"),
     provenance: Provenance | None = None,
