@@ -87,13 +87,18 @@ def shard(
     strict: Annotated[
         bool, typer.Option("--strict", help="Stop at a bad tile instead of leaving it out and counting it.")
     ] = False,
+    part: Annotated[
+        str, typer.Option(help="i/n: write only this share, beside n-1 other jobs; the last publishes.")
+    ] = "1/1",
 ) -> None:
     """Turn one split of a raw dataset into shards; finished shards are kept when it is run again."""
     from maestro_scale import datasets
+    from maestro_scale.shards.part import Part
     from maestro_scale.shards.writer import write_shards
     from maestro_scale.tracking.terminal import progress
 
     _known(dataset)
+    mine = Part.parse(part)
     chosen = [name.strip() for name in modalities.split(",")] if modalities else None
     raw = datasets.open_raw(dataset, src, split, chosen)
     with progress(f"shard {dataset} {split}", "samples") as update:
@@ -107,10 +112,14 @@ def shard(
             seed=seed,
             progress=update,
             strict=strict,
+            part=mine,
         )
-    mine = manifest.of([split])
-    total = sum(s.bytes for s in mine) / 1e6
-    print(f"{sum(s.samples for s in mine)} samples in {len(mine)} shards ({total:.0f} MB) at {dst}")
+    if manifest is None:
+        print(f"part {mine} of {split} is written; the part that is finished last writes {dst}/manifest.json")
+        return
+    written = manifest.of([split])
+    total = sum(s.bytes for s in written) / 1e6
+    print(f"{sum(s.samples for s in written)} samples in {len(written)} shards ({total:.0f} MB) at {dst}")
     for note, count in sorted(manifest.notes.items()):
         print(f"  {count} tiles: {note} (first: {manifest.examples.get(note, 'not known')})")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -22,17 +23,24 @@ from maestro_scale.shards.index import ShardIndex, index_name
 from maestro_scale.shards.locks import Locked, file_lock, has_no_locks
 from maestro_scale.shards.manifest import FORMAT_VERSION, MANIFEST, Manifest, check_split_name
 from maestro_scale.shards.packing import Plan
+from maestro_scale.shards.part import WHOLE, Part
 from maestro_scale.shards.plain import to_plain
 from maestro_scale.shards.roots import LocalRoot, local_folder, open_root
 from maestro_scale.shards.spec_check import check_spec
 
 _FILE = re.compile(r"(?P<split>[A-Za-z0-9_-]+)-(?P<number>\d{6})\.(tar|index\.json)")
+_CHECKS = 20
 
 
 class Destination:
-    """A context to write one split to ``dst``. WriteError if ``dst`` is in use or holds something else."""
+    """A context to write one split, or a part of it, to ``dst``.
 
-    def __init__(self, dst: str, spec: DatasetSpec, split: str, codec: str, seed: int) -> None:
+    WriteError if ``dst`` is in use or holds something else.
+    """
+
+    def __init__(
+        self, dst: str, spec: DatasetSpec, split: str, codec: str, seed: int, part: Part = WHOLE
+    ) -> None:
         try:
             check_split_name(split)
             check_spec(spec)
@@ -43,7 +51,7 @@ class Destination:
         self.url = str(dst)
         self.root = open_root(dst)
         self.split = split
-        self._spec, self._codec, self._seed = spec, codec, seed
+        self._spec, self._codec, self._seed, self._part = spec, codec, seed, part
         self._stack = ExitStack()
 
     def __enter__(self) -> Destination:
@@ -80,7 +88,8 @@ class Destination:
             index = self._index(name)
             if index is None or index.plan != plan.digest or number >= plan.num_shards:
                 foreign.append(name)
-            elif self.root.size(name) == index.bytes:
+            elif not index.keys or self.root.size(name) == index.bytes:
+                # Publishing removes the tar of a shard that every tile is left out of.
                 shards[number] = index
         if published and (foreign or not shards):
             raise WriteError(
@@ -183,10 +192,20 @@ class Destination:
                 )
 
     def _lock(self, stack: ExitStack, folder: Path) -> None:
+        whole = folder / f".{self.split}.lock"
+        part = f".{self.split}.part-{self._part.number}-of-{self._part.count}.lock"
         try:
-            _enter_lock(stack, folder / f".{self.split}.lock", wait=False)
+            if self._part.count > 1:
+                _enter_lock(stack, folder / part, wait=False)
+                _check_free(whole)
+            else:
+                _enter_lock(stack, whole, wait=False)
+                for other in folder.glob(f".{self.split}.part-*.lock"):
+                    _check_free(other)
             for leftover in folder.glob(f".{self.split}-*.tmp"):
-                leftover.unlink()
+                found = _FILE.match(leftover.name[1:])
+                if found and self._part.has(int(found["number"])):
+                    leftover.unlink(missing_ok=True)
         except Locked as error:
             raise WriteError(f"{folder}: another process writes split {self.split!r}; wait for it") from error
         except OSError as error:
@@ -211,6 +230,18 @@ def _enter_lock(stack: ExitStack, path: Path, wait: bool) -> None:
         if not has_no_locks(error):
             raise
         path.unlink(missing_ok=True)
+
+
+def _check_free(path: Path) -> None:
+    """Locked if another process holds this lock, and not just for such a check."""
+    for _ in range(_CHECKS):
+        try:
+            with ExitStack() as stack:
+                _enter_lock(stack, path, wait=False)
+            return
+        except Locked:
+            time.sleep(0.1)
+    raise Locked(str(path))
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from maestro_scale.shards.index import ShardIndex
 from maestro_scale.shards.jobs import Report, run_jobs
 from maestro_scale.shards.manifest import Manifest
 from maestro_scale.shards.packing import Packed, Plan, pack_shard, shard_bounds, shuffled
+from maestro_scale.shards.part import WHOLE, Part
 from maestro_scale.shards.progress import Progress, Tracker
 from maestro_scale.shards.roots import open_root
 
@@ -34,7 +35,8 @@ def write_shards(
     seed: int = 0,
     progress: Progress | None = None,
     strict: bool = True,
-) -> Manifest:
+    part: Part = WHOLE,
+) -> Manifest | None:
     """Write every tile of ``dataset`` as split ``split`` of the shards at ``dst`` (folder or fsspec URL).
 
     Shards that an earlier, interrupted call finished are kept. The manifest is published last, and joins a
@@ -42,11 +44,15 @@ def write_shards(
     called as it goes. With ``strict=False`` tiles that cannot be read are left out, counted by kind in the
     manifest's notes, with the first example of each, and listed with their causes in the index.
 
+    ``part``: write only its shards, as one of several jobs with the same arguments, on any machines. The one
+    that finds all shards finished publishes the manifest, the same as a single call would; the others, and
+    any part whose fellows have died, return None. A part called again writes what it lacks.
+
     Raises DatasetError for a tile that cannot be read or does not match its spec, WriteError if ``dst``
     cannot be written or holds something else.
     """
     keys = dataset.keys()
-    with Destination(dst, dataset.spec, split, codec, seed) as destination:
+    with Destination(dst, dataset.spec, split, codec, seed, part) as destination:
         if len(set(keys)) < len(keys):
             raise WriteError(
                 f"split {split}: {len(keys) - len(set(keys))} keys are there twice; make them unique"
@@ -56,15 +62,17 @@ def write_shards(
         bounds = shard_bounds(len(order), mean_bytes, shard_mb * 1_000_000)
         plan = destination.plan(order, bounds)
         finished = destination.finished(plan)
-        missing = [i for i in range(len(bounds)) if i not in finished]
-        tracker = Tracker(
-            sum(b - a for i, (a, b) in enumerate(bounds) if i in finished), len(order), progress
-        )
+        mine = {i: stop - start for i, (start, stop) in enumerate(bounds) if part.has(i)}
+        missing = [i for i in mine if i not in finished]
+        tracker = Tracker(sum(num for i, num in mine.items() if i in finished), sum(mine.values()), progress)
         work = _WriteShard(dataset, destination.url, plan, codec, strict)
         jobs = [(i, tuple(order[slice(*bounds[i])])) for i in missing]
         for position, index in run_jobs(work, jobs, workers, tracker):
             finished[missing[position]] = index
-        return destination.publish(plan, finished)
+        if part.count > 1:
+            # Again, since other parts have gone on meanwhile.
+            finished = destination.finished(plan)
+        return destination.publish(plan, finished) if len(finished) == len(bounds) else None
 
 
 class Writer:

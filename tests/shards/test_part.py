@@ -1,0 +1,122 @@
+"""Parts of a split, written by jobs that know nothing of each other, are the split that one call writes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from shards.kit import SPEC, TILE_BYTES, Toy, tile, toy_keys
+
+from maestro_scale.shards.errors import WriteError
+from maestro_scale.shards.manifest import Manifest
+from maestro_scale.shards.part import Part
+from maestro_scale.shards.verify import verify
+from maestro_scale.shards.writer import Writer, write_shards
+
+SMALL = 4 * TILE_BYTES / 1e6
+BROKEN = tuple(toy_keys(42)[5:30:3])
+DATASET = Toy(42, BROKEN)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def write(folder: Path, text: str = "1/1", dataset: Toy = DATASET) -> Manifest | None:
+    return write_shards(
+        dataset, str(folder), "train", shard_mb=SMALL, strict=False, part=Part.parse(text), workers=1
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    assert len(write(folder).shards) > 4
+    return folder
+
+
+@pytest.mark.parametrize("order", [(1, 2, 3), (3, 1, 2)])
+def test_parts_in_any_order_give_what_a_single_run_does(tmp_path, whole, order):
+    *first, last = (f"{i}/3" for i in order)
+    for text in first:
+        assert write(tmp_path, text) is None
+        assert not (tmp_path / "manifest.json").exists()
+    assert write(tmp_path, last) == Manifest.load(str(whole))
+    assert content(tmp_path) == content(whole)
+    assert verify(str(tmp_path)) == []
+
+
+def test_parts_at_the_same_time_give_it_too(tmp_path, whole):
+    threads = [threading.Thread(target=write, args=(tmp_path, f"{i}/4")) for i in range(1, 5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert content(tmp_path) == content(whole)
+
+
+def test_more_parts_than_shards(tmp_path, whole):
+    results = [write(tmp_path, f"{i}/20") for i in range(20, 0, -1)]
+    assert results[-1] is not None
+    assert content(tmp_path) == content(whole)
+
+
+DYING = """
+import os, signal, sys
+from shards.kit import Toy
+from maestro_scale.shards.part import Part
+from maestro_scale.shards.writer import write_shards
+def die(done, total, num_bytes):
+    if done >= 6:
+        os.kill(os.getpid(), signal.SIGKILL)
+if __name__ == "__main__":
+    broken = tuple(sys.argv[3:])
+    write_shards(Toy(42, broken), sys.argv[1], "train", shard_mb=float(sys.argv[2]), strict=False,
+                 part=Part(2, 3), progress=die)
+"""
+
+
+def test_a_part_that_died_is_redone_alone(tmp_path, whole):
+    script, out = tmp_path / "die.py", tmp_path / "out"
+    script.write_text(DYING)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    dead = subprocess.run(
+        [sys.executable, str(script), str(out), str(SMALL), *BROKEN], env=environment, check=False
+    )
+    assert dead.returncode == -signal.SIGKILL
+    assert list(out.glob(".*.tmp"))
+    assert write(out, "1/3") is None
+    assert write(out, "3/3") is None
+    kept = {p.name: p.stat().st_mtime_ns for p in out.glob("*.tar")}
+    assert write(out, "2/3") is not None
+    assert content(out) == content(whole)
+    assert {name: (out / name).stat().st_mtime_ns for name in kept} == kept
+
+
+def test_a_shard_without_one_good_tile_does_not_keep_the_parts_waiting(tmp_path):
+    from maestro_scale.shards.packing import shuffled
+
+    dataset = Toy(12, tuple(shuffled(toy_keys(12), 0)[8:]))  # its last shards
+    write(tmp_path / "whole", dataset=dataset)
+    assert write(tmp_path / "parts", "2/2", dataset) is None
+    published = write(tmp_path / "parts", "1/2", dataset)
+    assert published == write(tmp_path / "parts", "1/2", dataset) == write(tmp_path / "parts", "2/2", dataset)
+    assert content(tmp_path / "parts") == content(tmp_path / "whole")
+
+
+def test_a_part_is_written_by_one_and_not_beside_the_whole(tmp_path):
+    with Writer(str(tmp_path), SPEC, "train") as writer:
+        writer.add(tile("a"))
+        with pytest.raises(WriteError, match="another process writes split 'train'"):
+            write(tmp_path, "1/2")
+
+
+@pytest.mark.parametrize("text", ["0/3", "4/3", "3", "1/0", "-1/2", "a/b", "1/2/3", ""])
+def test_a_part_that_makes_no_sense_is_refused(text):
+    with pytest.raises(WriteError, match="is not i/n"):
+        Part.parse(text)
