@@ -133,6 +133,20 @@ def read_stack(path: Path, num_bands: int, size: int) -> np.ndarray:
         raise DatasetError(f"{path}: cannot be read ({_one_line(error)}); fetch the file again") from error
 
 
+def read_npy(path: Path, shape: tuple[int | None, ...], dtype: str) -> np.ndarray:
+    """An array; DatasetError if unreadable or not of ``dtype`` and ``shape``, where None stands for any length."""
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DatasetError(f"{path}: cannot be read ({_one_line(error)}); fetch the file again") from error
+    fits = isinstance(array, np.ndarray) and array.dtype == dtype and array.ndim == len(shape)
+    if not fits or any(n not in (None, m) for n, m in zip(shape, array.shape, strict=True)):
+        got = f"{array.dtype} {_by(array.shape)}" if isinstance(array, np.ndarray) else "an archive"
+        expected = "×".join("T" if n is None else str(n) for n in shape)
+        raise DatasetError(f"{path}: is {got}, expected {dtype} {expected}; fetch the file again")
+    return array
+
+
 def read_h5(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
     """Those of the datasets ``names`` that an HDF5 file has; DatasetError if it cannot be read."""
     import h5py

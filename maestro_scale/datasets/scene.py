@@ -61,6 +61,7 @@ _LOOKS = 5.0
 class Scene:
     """One place of ``extent_m`` metres a side with 1–3 dominant classes out of ``num_classes`` (at most 20).
 
+    ``num_parcels``: for large places, so many areas of a third as many classes instead.
     Every method is deterministic and independent of what was called before. Raises ValueError for more
     classes than there are signatures.
     """
@@ -69,6 +70,7 @@ class Scene:
     index: int
     extent_m: float
     num_classes: int
+    num_parcels: int = 0
 
     def __post_init__(self) -> None:
         most = len(_LEAVES) * NUM_PHENOLOGIES
@@ -93,8 +95,10 @@ class Scene:
     def _regions(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Sites (S, 2) in metres, their classes (S,), and waves (4, 4) that bend the borders."""
         rng = self.rng("regions")
-        present = rng.permutation(self.num_classes)[: rng.choice([1, 2, 3], p=[0.60, 0.30, 0.10])]
-        num_sites = len(present) + int(rng.integers(1, 4))
+        mixed = rng.permutation(self.num_classes)
+        few = rng.choice([1, 2, 3], p=[0.60, 0.30, 0.10])
+        present = mixed[: -(-self.num_parcels // 3) or few]
+        num_sites = max(len(present) + int(rng.integers(1, 4)), self.num_parcels)
         sites = rng.uniform(0, self.extent_m, (num_sites, 2))
         classes = np.concatenate([present, rng.choice(present, num_sites - len(present))])
         period = rng.uniform(0.25, 0.8, 4) * self.extent_m
@@ -114,8 +118,13 @@ class Scene:
             # Bent one way, then the other, so that borders are irregular at every resolution alike.
             wave = _plane_wave(row, col, fx, fy, phase) * np.float32(amplitude)
             x, y = (x + wave, y) if i % 2 else (x, y + wave)
-        distance = np.stack([(x - np.float32(sx)) ** 2 + (y - np.float32(sy)) ** 2 for sx, sy in sites])
-        return classes.astype(np.uint8)[distance.argmin(axis=0)]
+        nearest = np.full(x.shape, np.inf, np.float32)
+        cover = np.zeros(x.shape, np.uint8)
+        for (sx, sy), k in zip(sites, classes, strict=True):
+            distance = (x - np.float32(sx)) ** 2 + (y - np.float32(sy)) ** 2
+            cover[distance < nearest] = k
+            np.minimum(nearest, distance, out=nearest)
+        return cover
 
     def fractions(self, resolution_m: float) -> np.ndarray:
         """(K, H, W) share of every class in each pixel; sums to one over K."""

@@ -79,6 +79,8 @@ class Target:
     """What a benchmark predicts. ``multilabel``: (classes,) float32 shares, positive where share > threshold.
 
     ``segmentation``: (H, W) uint8 class indices at ``resolution_m``; values in ``ignored`` count nowhere.
+    ``of``: for shares, the segmentation target that they are counted from, by the names of the classes: then a crop of
+    a tile has shares of its own.
     """
 
     name: str
@@ -87,6 +89,7 @@ class Target:
     ignored: tuple[int, ...] = ()
     threshold: float = 0.0
     resolution_m: float | None = None
+    of: str | None = None
 
     @property
     def num_outputs(self) -> int:

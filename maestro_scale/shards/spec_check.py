@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from maestro_scale.datasets.spec import DatasetSpec, Modality, Sensor
+from maestro_scale.datasets.spec import DatasetSpec, Modality, Sensor, Target
 from maestro_scale.shards.codec import DTYPES
 from maestro_scale.shards.errors import ManifestError
 
@@ -28,10 +28,23 @@ def check_spec(spec: DatasetSpec, where: str = "spec") -> None:
     for i, target in enumerate(spec.targets):
         if not target.classes:
             raise ManifestError(f"{where}.targets[{i}].classes: is empty")
+        if target.of is not None:
+            _check_derived(target, spec, f"{where}.targets[{i}].of")
     for i, sensor in enumerate(spec.sensors):
         _check_sensor(sensor, modalities, f"{where}.sensors[{i}]")
     if spec.ref_sensor is not None and spec.ref_sensor not in {s.name for s in spec.sensors}:
         raise ManifestError(f"{where}.ref_sensor: {spec.ref_sensor!r} is none of the sensors")
+
+
+def _check_derived(target: Target, spec: DatasetSpec, where: str) -> None:
+    sources = {t.name: t for t in spec.targets if t.kind == "segmentation"}
+    if target.kind != "multilabel" or target.of not in sources:
+        raise ManifestError(
+            f"{where}: {target.of!r} is no segmentation target that shares can be counted from"
+        )
+    unknown = [c for c in target.classes if c not in sources[target.of].classes]
+    if unknown:
+        raise ManifestError(f"{where}: {target.of} has no class {unknown[0]!r}")
 
 
 def _check_name(name: str, where: str) -> None:

@@ -117,7 +117,18 @@ class Preparer:
             label = sample.array(name)
             if target.kind == "segmentation":
                 label = crop.orientation.apply(self.grid.cut(label, crop, target.resolution_m))
+            elif target.of is not None:
+                label = self._shares(sample, target, crop)
             out[field][row] = label
+
+    def _shares(self, sample: Stored, target: Target, crop: Crop) -> np.ndarray:
+        """(classes,) float32: what part of the crop each class covers."""
+        source = self.view.spec.target(target.of)
+        name = f"target.{source.name}"
+        _check(sample, name, _stored_layout(source, self.view.spec))
+        seen = self.grid.cut(sample.array(name), crop, source.resolution_m)
+        counts = np.bincount(seen.reshape(-1), minlength=256)
+        return counts[[source.classes.index(c) for c in target.classes]] / np.float32(seen.size)
 
 
 class _Input:
