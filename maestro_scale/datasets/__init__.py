@@ -10,7 +10,7 @@ from types import ModuleType
 
 from maestro_scale.datasets.spec import DatasetSpec, RawDataset
 
-_MODULES = ("treesatai_ts", "pastis_hd", "s2_naip")
+_MODULES = ("treesatai_ts", "pastis_hd", "flair_hub", "flair2", "s2_naip")
 
 
 def known() -> tuple[str, ...]:

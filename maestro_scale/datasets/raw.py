@@ -40,10 +40,19 @@ class Absent:
     """The tiles of a split that lack a file: ``files`` names one for each, relative to ``src``, by tile key.
 
     DatasetError if that is every one of the ``num_tiles`` that ``listing`` has: then the folder is wrong.
+    ``kind``: what tiles left out are counted by.
     """
 
-    def __init__(self, src: Path, listing: Path, files: Mapping[str, str], num_tiles: int) -> None:
+    def __init__(
+        self,
+        src: Path,
+        listing: Path,
+        files: Mapping[str, str],
+        num_tiles: int,
+        kind: str = "a file is missing",
+    ) -> None:
         self._src, self._listing, self._files, self._num_tiles = src, listing, dict(files), num_tiles
+        self._kind = kind
         if files and len(files) == num_tiles:
             first = next(iter(files.values()))
             raise DatasetError(
@@ -56,7 +65,7 @@ class Absent:
             raise DatasetError(
                 f"{self._src / self._files[key]}: is missing ({len(self._files)} of {self._num_tiles} tiles in "
                 f"{self._listing.name} lack files); fetch it, or take the tile off the list",
-                kind="a file is missing",
+                kind=self._kind,
             )
 
 
@@ -108,7 +117,7 @@ def read_tif(path: Path, shape: tuple[int, int, int], dtype: str) -> np.ndarray:
                 raise DatasetError(f"{path}: is {got}, expected {dtype} {_by(shape)}; fetch the file again")
             return raster.read()
     except (RasterioError, OSError) as error:
-        raise DatasetError(f"{path}: cannot be read ({_one_line(error)}); fetch the file again") from error
+        raise unreadable(path, error) from error
 
 
 def read_stack(path: Path, num_bands: int, size: int) -> np.ndarray:
@@ -130,7 +139,7 @@ def read_stack(path: Path, num_bands: int, size: int) -> np.ndarray:
                 )
             return raster.read().reshape(-1, num_bands, size, size)
     except (RasterioError, OSError) as error:
-        raise DatasetError(f"{path}: cannot be read ({_one_line(error)}); fetch the file again") from error
+        raise unreadable(path, error) from error
 
 
 def read_npy(path: Path, shape: tuple[int | None, ...], dtype: str) -> np.ndarray:
@@ -156,7 +165,16 @@ def read_h5(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
         with h5py.File(path, "r", locking=False) as file:
             return {name: file[name][()] for name in names if name in file}
     except (OSError, RuntimeError) as error:
-        raise DatasetError(f"{path}: cannot be read ({_one_line(error)}); fetch the file again") from error
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: Path, error: Exception) -> DatasetError:
+    """What to raise for a file that did not open: it may be missing, or damaged."""
+    if not path.exists():
+        return DatasetError(
+            f"{path}: is missing; fetch it, or take the tile off the list", "a file is missing"
+        )
+    return DatasetError(f"{path}: cannot be read ({_one_line(error)}); fetch the file again")
 
 
 def to_integers(values: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray | None, bool]:
