@@ -25,9 +25,11 @@ def main() -> None:
         # Imported here, so that --help does not wait for torch.
         from maestro_scale.evaluation.results import ResultsError
         from maestro_scale.quickstart import QuickstartError
+        from maestro_scale.tracking.dashboard import DashboardError
+        from maestro_scale.tracking.sync import SyncError
         from maestro_scale.training.errors import EXPECTED
 
-        if not isinstance(error, (*EXPECTED, QuickstartError, ResultsError)):
+        if not isinstance(error, (*EXPECTED, QuickstartError, ResultsError, SyncError, DashboardError)):
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
@@ -251,6 +253,35 @@ def embed(
     with progress(f"embed {spec.name} {split}", "crops") as update:
         written = embedder.write(out, split, rank, world, update if rank == 0 else None)
     print(f"rank {rank}: {written} crops embedded, the rest was there; all in {out}")
+
+
+@app.command()
+def sync(
+    run_dir: Annotated[Path, typer.Argument(help="A run directory, of a run that goes on or is over.")],
+) -> None:
+    """Send to MLflow what it misses of a run: after an outage, or from nodes without network."""
+    from maestro_scale.tracking.sync import sync as run
+
+    synced = run(run_dir)
+    state = "over" if synced.ended else "going on"
+    print(
+        f"{synced.store} has all {synced.num_lines} lines and {synced.num_pictures} more pictures of {run_dir} "
+        f"({state}), as run {synced.run_id}"
+    )
+
+
+@app.command()
+def dashboard(
+    runs: Annotated[Path, typer.Argument(help="Folder that holds run directories, and mlflow.db.")] = Path(
+        "runs"
+    ),
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 5000,
+) -> None:
+    """Start the MLflow pages on the store of these runs, and print their address."""
+    from maestro_scale.tracking.dashboard import dashboard as serve
+
+    raise typer.Exit(serve(runs, host, port))
 
 
 @app.command()

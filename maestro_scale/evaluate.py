@@ -76,6 +76,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     from maestro_scale.model.config import DatasetView
     from maestro_scale.recipe import load_recipe, resolve_sensors
     from maestro_scale.shards.manifest import Manifest
+    from maestro_scale.tracking.evaluations import record_evaluation
     from maestro_scale.training.distributed import join, leave
 
     recipe = load_recipe(args.recipe, args.overrides)
@@ -121,6 +122,8 @@ def _evaluate(args: argparse.Namespace) -> None:
         part = "" if args.fraction == 1 else f"_{100 * args.fraction:g}pct"
         path = args.out / f"{result.mode}{part}" / "results.json"
         result.write(path)
+        if args.checkpoint and recipe.tracking.enabled:
+            record_evaluation(args.checkpoint, result, path)
         low, high = result.interval
         name = {"wf1": "wF1", "miou": "mIoU"}[result.metric]
         print(f"{result.mode}: {name} {100 * result.value:.1f} ({100 * low:.1f}-{100 * high:.1f}), {path}")

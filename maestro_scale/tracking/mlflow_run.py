@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 STATUS = {"done": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 RUN_FILE = "tracking.json"
+ENDED_FILE = "ended"  # how the run ended, by the keys of STATUS
 
 # MLflow's own limits.
 _MAX_METRICS, _MAX_PARAMS, _MAX_TAGS = 1000, 100, 100
@@ -77,7 +78,7 @@ class MlflowRun:
         self, client: MlflowClient, run: Run, card: RunCard, warn: Callable[[str, Exception], None]
     ) -> None:
         self._client = client
-        self._id: str = run.info.run_id
+        self.id: str = run.info.run_id
         self._card = card
         self._warn = warn
         self._stored: dict[str, set[int]] = {}  # what the store had when the run was opened
@@ -109,8 +110,8 @@ class MlflowRun:
 
     def catch_up(self, time_ms: int) -> None:
         """Send what the history holds and the store does not."""
-        keys = self._client.get_run(self._id).data.metrics
-        self._stored = {k: {m.step for m in self._client.get_metric_history(self._id, k)} for k in keys}
+        keys = self._client.get_run(self.id).data.metrics
+        self._stored = {k: {m.step for m in self._client.get_metric_history(self.id, k)} for k in keys}
         self._last = {}
         self.send(Point(step, time_ms, metrics) for step, metrics in self._card.history())
         # Up to the history's last step all is settled; beyond it the store may have steps yet to be replayed.
@@ -129,16 +130,20 @@ class MlflowRun:
                 self._last[key] = point.step
                 pending.append(Metric(key, float(value), point.time_ms, point.step))
         for chunk in _chunks(pending, _MAX_METRICS):
-            self._client.log_batch(self._id, metrics=chunk)
+            self._client.log_batch(self.id, metrics=chunk)
 
     def picture(self, path: Path) -> None:
         """Store a picture under ``pictures/``; one of the same name is replaced."""
-        self._optional("a picture", lambda: self._client.log_artifact(self._id, str(path), "pictures"))
+        self._optional("a picture", lambda: self._client.log_artifact(self.id, str(path), "pictures"))
+
+    def stored_pictures(self) -> set[str]:
+        """Names of the pictures that the store has."""
+        return {Path(a.path).name for a in self._client.list_artifacts(self.id, "pictures")}
 
     def close(self, reason: str) -> None:
         """End the run: ``done``, ``stopped`` or ``failed``. Artifacts are stored again, as they are now."""
         self._optional("artifacts", self._store_artifacts)
-        self._client.set_terminated(self._id, STATUS[reason])
+        self._client.set_terminated(self.id, STATUS[reason])
 
     def _is_new(self, key: str, step: int) -> bool:
         return step > self._last.get(key, -1) and step not in self._stored.get(key, ())
@@ -162,7 +167,7 @@ class MlflowRun:
         wanted = {_key(k): _cut(v, _MAX_PARAM) for k, v in scrub_mapping(self._card.params).items()}
         fresh = [Param(k, v) for k, v in wanted.items() if k not in stored]
         for chunk in _chunks(fresh, _MAX_PARAMS):
-            self._client.log_batch(self._id, params=chunk)
+            self._client.log_batch(self.id, params=chunk)
         # MLflow's parameters never change, a continued run's may (a longer run, more workers).
         changed = {f"changed/{k}": v for k, v in wanted.items() if stored.get(k, v) != v}
         self._set_tags(changed)
@@ -176,7 +181,7 @@ class MlflowRun:
 
         entities = [RunTag(_key(k), _cut(v, _MAX_TAG)) for k, v in tags.items()]
         for chunk in _chunks(entities, _MAX_TAGS):
-            self._client.log_batch(self._id, tags=chunk)
+            self._client.log_batch(self.id, tags=chunk)
 
     def _store_datasets(self) -> None:
         from mlflow.entities import Dataset, InputTag
@@ -195,16 +200,16 @@ class MlflowRun:
             for d in self._card.datasets
         ]
         if inputs:
-            self._client.log_inputs(self._id, datasets=inputs)
+            self._client.log_inputs(self.id, datasets=inputs)
 
     def _store_artifacts(self) -> None:
         for path in self._card.artifacts:
             if not path.exists():
                 continue
             if path.suffix in _DOCUMENTS:
-                self._client.log_text(self._id, scrub_document(path.read_text()), path.name)
+                self._client.log_text(self.id, scrub_document(path.read_text()), path.name)
             else:
-                self._client.log_artifact(self._id, str(path))
+                self._client.log_artifact(self.id, str(path))
 
 
 def _earlier_run(client: MlflowClient, card: RunCard, uri: str) -> Run | None:

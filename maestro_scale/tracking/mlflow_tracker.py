@@ -12,14 +12,13 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from maestro_scale.tracking.mlflow_run import (
     STATUS,
-    DatasetInput,
     MlflowRun,
     Numbers,
     Point,
@@ -40,6 +39,14 @@ _QUIET_MLFLOW = {
     "GIT_PYTHON_REFRESH": "quiet",
 }
 
+
+def quiet_mlflow() -> None:
+    """Have mlflow fail fast and keep silent, where the user did not say otherwise. Before it is imported."""
+    for name, value in _QUIET_MLFLOW.items():
+        os.environ.setdefault(name, value)
+
+
+_LAST_TRIES_S = 1.0  # between attempts to reach a store that is away when the run ends
 _MAX_BATCH = 500  # records collected before they are sent
 
 
@@ -78,6 +85,7 @@ class _Picture:
 @dataclass(frozen=True)
 class _Close:
     reason: str
+    deadline: float
 
 
 class Tracker:
@@ -97,32 +105,18 @@ class Tracker:
         self._quiet_until = 0.0
         self._warned: set[str] = set()
         self._gaps = False
+        self._was_open = False
         self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
 
     @classmethod
-    def start(
-        cls,
-        run_dir: Path,
-        experiment: str,
-        run_name: str,
-        params: Mapping[str, object],
-        tags: Mapping[str, str],
-        artifacts: Sequence[Path] = (),
-        datasets: Sequence[DatasetInput] = (),
-        history: Callable[[], Iterable[tuple[int, Numbers]]] = tuple,
-    ) -> Tracker:
-        """Track the run in ``run_dir``, continuing the MLflow run it already has.
+    def start(cls, card: RunCard) -> Tracker:
+        """Track a run, continuing the MLflow run that its directory already has.
 
-        The store is ``MLFLOW_TRACKING_URI``, or ``mlflow.db`` beside the run directory. ``params``: dotted
-        names to plain values; credentials are removed from them, from tags and from text. ``artifacts``:
-        files, stored at the start (those that exist) and as they are at the end. ``history``: reads the
-        (step, metrics) of metrics.jsonl, in order; called on the background thread whenever the store is
-        connected, for what it missed.
+        The store is ``MLFLOW_TRACKING_URI``, or ``mlflow.db`` beside the run directory. The card's history is read on
+        the background thread whenever the store is connected, for what it missed.
         """
-        for name, value in _QUIET_MLFLOW.items():
-            os.environ.setdefault(name, value)
-        card = RunCard(run_dir, experiment, run_name, params, tags, artifacts, datasets, history)
-        tracker = cls(lambda warn: MlflowRun.open(card, _now_ms(), warn), scrub(tracking_uri(run_dir)))
+        quiet_mlflow()
+        tracker = cls(lambda warn: MlflowRun.open(card, _now_ms(), warn), scrub(tracking_uri(card.run_dir)))
         return tracker.begin()
 
     def begin(self) -> Tracker:
@@ -148,7 +142,7 @@ class Tracker:
             raise ValueError(f"status {status!r} must be one of {', '.join(STATUS)}")
         deadline = time.monotonic() + wait_s
         try:
-            self._queue.put(_Close(status), timeout=wait_s)
+            self._queue.put(_Close(status, deadline), timeout=wait_s)
         except queue.Full:
             self._gaps = True
         self._thread.join(max(0.0, deadline - time.monotonic()))
@@ -189,7 +183,7 @@ class Tracker:
         while closing is None:
             items, closing = self._collect()
             self._deliver(items)
-        self._close(closing.reason)
+        self._close(closing)
 
     def _collect(self) -> tuple[list[Point | _Picture], _Close | None]:
         """Whatever arrives within ``flush_s`` of the first record, and the request to close if it came."""
@@ -214,6 +208,7 @@ class Tracker:
         try:
             if self._run is None:
                 self._run = self._open_run(self._warn)
+                self._was_open = True
             self._run.send(i for i in items if isinstance(i, Point))
             for item in items:
                 if isinstance(item, _Picture):
@@ -221,15 +216,22 @@ class Tracker:
         except Exception as error:  # noqa: BLE001 - whatever MLflow raises, the training goes on
             self._lose(error)
 
-    def _close(self, reason: str) -> None:
-        self._quiet_until = 0.0
-        self._deliver([])  # a last attempt, where the store is down
+    def _close(self, closing: _Close) -> None:
+        while True:
+            self._quiet_until = 0.0
+            self._deliver([])
+            if self._run is not None or not self._was_open:
+                break
+            # A store that was there may come back while there is time; one that never was is not waited for.
+            if time.monotonic() + _LAST_TRIES_S > closing.deadline:
+                break
+            time.sleep(_LAST_TRIES_S)
         if self._run is None:
             return
         try:
             if self._gaps:
                 self._run.catch_up(_now_ms())
-            self._run.close(reason)
+            self._run.close(closing.reason)
         except Exception as error:  # noqa: BLE001 - as above
             self._lose(error)
 

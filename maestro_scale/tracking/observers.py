@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import os
-import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from maestro_scale.recipe import Recipe
-from maestro_scale.shards.manifest import Manifest
-from maestro_scale.tracking.mlflow_run import DatasetInput, Numbers
+from maestro_scale.tracking.card import run_card
+from maestro_scale.tracking.metric_names import metric_names
+from maestro_scale.tracking.mlflow_run import ENDED_FILE, Numbers
 from maestro_scale.tracking.mlflow_tracker import NullTracker, Tracker
 from maestro_scale.tracking.pictures import reconstruction_picture
 from maestro_scale.tracking.terminal import TerminalProgress
 from maestro_scale.training.observer import Observer, RunInfo, SensorView
-from maestro_scale.training.run_dir import JsonLines
+from maestro_scale.training.run_dir import write_atomically
 
 log = logging.getLogger(__name__)
-
-_NO_METRICS = frozenset({"step", "dataset"})  # MLflow's axis, and what the losses' names say
 
 
 def observers_for(recipe: Recipe) -> list[Observer]:
@@ -35,31 +30,16 @@ class TrackingObserver:
     def __init__(self, recipe: Recipe) -> None:
         self._recipe = recipe
         self._tracker: Tracker | NullTracker = NullTracker()
-        self._pictures = Path()
+        self._pictures, self._ended = Path(), Path()
 
     def started(self, info: RunInfo) -> None:
         """Open, or continue, the MLflow run of the run directory."""
         self._pictures = info.run_dir / "pictures"
+        self._ended = info.run_dir / ENDED_FILE
         if not self._recipe.tracking.enabled:
             return
-        metrics = JsonLines(info.run_dir / "metrics.jsonl")
-
-        def history() -> Iterable[tuple[int, Numbers]]:
-            return ((line["step"], self._numbers(line)) for line in metrics.read())
-
-        self._tracker = Tracker.start(
-            info.run_dir,
-            self._recipe.tracking.experiment,
-            self._recipe.name,
-            self._recipe.flat(),
-            _tags(self._recipe, info.run_dir),
-            [info.run_dir / "recipe.yaml", info.run_dir / "environment.json"],
-            [
-                DatasetInput(e.dataset, Manifest.load(e.shards).digest, e.shards)
-                for e in self._recipe.data.mixture
-            ],
-            history,
-        )
+        self._ended.unlink(missing_ok=True)
+        self._tracker = Tracker.start(run_card(self._recipe, info.run_dir))
 
     def logged(self, record: dict[str, Any]) -> None:
         """Metrics of a step."""
@@ -77,31 +57,9 @@ class TrackingObserver:
 
     def finished(self, reason: str) -> None:
         """Send what is left."""
+        if self._recipe.tracking.enabled:
+            write_atomically(self._ended, reason)
         self._tracker.finish(reason)
 
     def _numbers(self, record: dict[str, Any]) -> Numbers:
         return metric_names(record, mixture=len(self._recipe.data.mixture) > 1)
-
-
-def metric_names(record: dict[str, Any], mixture: bool) -> Numbers:
-    """The numbers of a line of metrics.jsonl under MLflow's names: in a mixture, ``loss/<dataset>/<sensor>`` and
-    ``loss/<dataset>``, so that no chart jumps between datasets."""
-    numbers = {k: v for k, v in record.items() if k not in _NO_METRICS}
-    if not mixture:
-        return numbers
-    loss = f"loss/{record['dataset'].replace('#', '.')}"  # MLflow allows no '#'
-    return {re.sub(r"^loss(?=/|$)", loss, name): value for name, value in numbers.items()}
-
-
-def _tags(recipe: Recipe, run_dir: Path) -> dict[str, str]:
-    environment = json.loads((run_dir / "environment.json").read_text())
-    tags = {
-        "dataset": ",".join(e.dataset for e in recipe.data.mixture),
-        "size": recipe.model.size,
-        "fusion": recipe.model.fusion,
-        "target": recipe.model.target,
-        "git_revision": environment["git_revision"],
-        "host": environment["host"],
-        "slurm_job": os.environ.get("SLURM_JOB_ID"),
-    }
-    return {k: v for k, v in tags.items() if v}

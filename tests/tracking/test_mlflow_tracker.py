@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from maestro_scale.tracking.mlflow_run import DatasetInput, Point
+from maestro_scale.tracking.mlflow_run import DatasetInput, Point, RunCard
 from maestro_scale.tracking.mlflow_tracker import NullTracker, Rhythm, Tracker
 
 SECRET = "hunter2-correct-horse"
@@ -35,7 +35,7 @@ def run_dir(runs, request, monkeypatch):
 
 def start(run_dir, params=None, tags=None, artifacts=(), datasets=(), history=tuple):
     return Tracker.start(
-        run_dir, "maestro", run_dir.name, params or {}, tags or {}, artifacts, datasets, history=history
+        RunCard(run_dir, "maestro", run_dir.name, params or {}, tags or {}, artifacts, datasets, history)
     )
 
 
@@ -123,10 +123,11 @@ def test_replayed_steps_are_stored_once(run_dir):
 CHILD = """
 import json, os, signal, sys, time
 from pathlib import Path
+from maestro_scale.tracking.mlflow_run import RunCard
 from maestro_scale.tracking.mlflow_tracker import Tracker
 run_dir = Path(sys.argv[1])
 begin = time.perf_counter()
-tracker = Tracker.start(run_dir, "maestro", run_dir.name, {}, {})
+tracker = Tracker.start(RunCard(run_dir, "maestro", run_dir.name, {}, {}))
 assert time.perf_counter() - begin < 1, "start waited for mlflow"
 with (run_dir / "metrics.jsonl").open("a") as file:
     for step in range(1, 31):
@@ -240,6 +241,28 @@ def test_a_slow_store_does_not_slow_the_caller_and_the_queue_is_bounded(caplog):
     assert run.caught_up == 1  # from the history
     assert run.closed == "stopped"
     assert caplog.text.count("more than 50 are waiting") == 1
+
+
+def test_a_store_that_is_away_at_the_end_is_waited_for(monkeypatch):
+    run, away = SlowRun(0), []
+
+    def open_run(warn):
+        if away:
+            away.pop()
+            raise ConnectionError("away")
+        return run
+
+    tracker = Tracker(open_run, "the store", Rhythm(flush_s=0.01, retry_s=60)).begin()
+    tracker.log(1, {"loss": 1.0})
+    wait_until(lambda: run.got == [1])
+    away += [1, 2]
+    monkeypatch.setattr(
+        run, "send", lambda points: (_ for _ in ()).throw(ConnectionError("away")) if away else None
+    )
+    tracker.log(2, {"loss": 1.0})
+    wait_until(lambda: tracker._run is None)
+    tracker.finish("done", wait_s=20)
+    assert run.closed == "done"
 
 
 def test_finish_does_not_wait_for_ever():

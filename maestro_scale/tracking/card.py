@@ -1,0 +1,48 @@
+"""What MLflow is told of a pretraining run, read from its recipe and its directory."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from maestro_scale.recipe import Recipe
+from maestro_scale.shards.manifest import Manifest
+from maestro_scale.tracking.metric_names import metric_names
+from maestro_scale.tracking.mlflow_run import DatasetInput, Numbers, RunCard
+from maestro_scale.training.run_dir import JsonLines
+
+
+def run_card(recipe: Recipe, run_dir: Path) -> RunCard:
+    """Parameters, tags, documents, datasets and the history in metrics.jsonl. Raises as Manifest.load."""
+    metrics = JsonLines(run_dir / "metrics.jsonl")
+    mixture = recipe.data.mixture
+
+    def history() -> Iterable[tuple[int, Numbers]]:
+        return ((line["step"], metric_names(line, len(mixture) > 1)) for line in metrics.read())
+
+    return RunCard(
+        run_dir=run_dir,
+        experiment=recipe.tracking.experiment,
+        run_name=recipe.name,
+        params=recipe.flat(),
+        tags=_tags(recipe, run_dir),
+        artifacts=[run_dir / "recipe.yaml", run_dir / "environment.json", run_dir / "metrics.jsonl"],
+        datasets=[DatasetInput(e.dataset, Manifest.load(e.shards).digest, e.shards) for e in mixture],
+        history=history,
+    )
+
+
+def _tags(recipe: Recipe, run_dir: Path) -> dict[str, str]:
+    environment = json.loads((run_dir / "environment.json").read_text())
+    tags = {
+        "dataset": ",".join(e.dataset for e in recipe.data.mixture),
+        "size": recipe.model.size,
+        "fusion": recipe.model.fusion,
+        "target": recipe.model.target,
+        "git_revision": environment["git_revision"],
+        "host": environment["host"],
+        "slurm_job": environment.get("slurm_job") or os.environ.get("SLURM_JOB_ID"),
+    }
+    return {k: v for k, v in tags.items() if v}

@@ -1,0 +1,77 @@
+"""Evaluations in MLflow: a run nested in the training run of the checkpoint, and its score on the training's axis."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import time
+from pathlib import Path
+
+from maestro_scale.evaluation.results import EvalResult
+from maestro_scale.tracking.mlflow_run import RUN_FILE, tracking_uri
+from maestro_scale.tracking.mlflow_tracker import quiet_mlflow
+from maestro_scale.tracking.secrets_filter import scrub, scrub_document, scrub_mapping
+
+log = logging.getLogger(__name__)
+
+
+def record_evaluation(checkpoint: Path, result: EvalResult, path: Path) -> str | None:
+    """Store a result under the run that ``checkpoint`` (a run directory, or within one) belongs to.
+
+    Returns the id of the nested run; None where the run was never tracked, or, with a warning, where the store does not
+    take it: ``path``, its results.json, stays the truth.
+    """
+    run_dir = next(
+        (p for p in (checkpoint, *checkpoint.resolve().parents[:2]) if (p / RUN_FILE).exists()), None
+    )
+    if run_dir is None:
+        return None
+    quiet_mlflow()
+    try:
+        return _record(run_dir, result, path)
+    except Exception as error:  # noqa: BLE001 - MLflow raises anything, and the result is on disk
+        log.warning(
+            "MLflow does not take the evaluation (%s); it is in %s", scrub(str(error).splitlines()[0]), path
+        )
+        return None
+
+
+def _record(run_dir: Path, result: EvalResult, path: Path) -> str:
+    from mlflow.entities import Metric, Param, RunTag
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(tracking_uri(run_dir))
+    parent = client.get_run(json.loads((run_dir / RUN_FILE).read_text())["run_id"])
+    name = f"{result.benchmark}/{result.mode}" + (
+        "" if result.fraction == 1 else f"/{100 * result.fraction:g}pct"
+    )
+    step, now = result.checkpoint_step or 0, int(time.time() * 1000)
+    tags = {"mlflow.parentRunId": parent.info.run_id, "benchmark": result.benchmark, "mode": result.mode}
+    nested = client.create_run(parent.info.experiment_id, run_name=f"{name} at step {step}", tags=tags)
+    run_id = nested.info.run_id
+    scores = {result.metric: result.value, **result.scores}
+    classes = {f"class/{_plain(k)}": v for k, v in result.per_class.items() if v is not None}
+    low, high = result.interval
+    interval = {f"{result.metric}_low": low, f"{result.metric}_high": high}
+    metrics = [
+        Metric(f"eval/{_plain(k)}", float(v), now, step) for k, v in {**scores, **interval, **classes}.items()
+    ]
+    settings = {"benchmark": result.benchmark, "mode": result.mode, "fraction": result.fraction, "step": step}
+    chosen = {f"chosen/{k}": v for k, v in result.chosen.items()}
+    params = [
+        Param(k, v) for k, v in scrub_mapping({**settings, "encoder": result.encoder, **chosen}).items()
+    ]
+    client.log_batch(
+        run_id, metrics=metrics, params=params, tags=[RunTag("num_tiles", str(result.num_tiles))]
+    )
+    client.log_text(run_id, scrub_document(path.read_text()), path.name)
+    client.set_terminated(run_id, "FINISHED")
+    client.log_batch(
+        parent.info.run_id, metrics=[Metric(f"eval/{name}/{result.metric}", result.value, now, step)]
+    )
+    return run_id
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^\w\-. :/]", "_", name)

@@ -1,0 +1,67 @@
+"""Sends to MLflow what a run's store is missing: after an outage, or from nodes that have no network."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from maestro_scale.recipe import load_recipe
+from maestro_scale.tracking.card import run_card
+from maestro_scale.tracking.mlflow_run import ENDED_FILE, MlflowRun, tracking_uri
+from maestro_scale.tracking.mlflow_tracker import quiet_mlflow
+from maestro_scale.tracking.secrets_filter import scrub
+
+
+class SyncError(Exception):
+    """The store did not take the run; the message says which and why."""
+
+
+@dataclass(frozen=True)
+class Synced:
+    """Where a run went. ``num_lines``: of metrics.jsonl; ``ended``: whether it is over."""
+
+    run_id: str
+    store: str
+    num_lines: int
+    num_pictures: int
+    ended: bool
+
+
+def sync(run_dir: Path) -> Synced:
+    """Bring the MLflow run of ``run_dir`` up to date with its files; what the store has is not sent again.
+
+    A run that goes on stays open. SyncError if the directory is no run's, or the store does not answer.
+    """
+    if not (run_dir / "recipe.yaml").exists():
+        raise SyncError(f"{run_dir} is no run directory: it has no recipe.yaml")
+    quiet_mlflow()
+    troubles: list[str] = []
+    store = scrub(tracking_uri(run_dir))
+    card = run_card(load_recipe(run_dir / "recipe.yaml"), run_dir)
+    live = _is_live(run_dir)
+    try:
+        run = MlflowRun.open(
+            card, int(time.time() * 1000), lambda what, error: troubles.append(f"{what}: {error}")
+        )
+        pictures = sorted((run_dir / "pictures").glob("*.png"))
+        missing = [p for p in pictures if p.name not in run.stored_pictures()]
+        for path in missing:
+            run.picture(path)
+        if not live:
+            run.close((run_dir / ENDED_FILE).read_text() if (run_dir / ENDED_FILE).exists() else "stopped")
+    except Exception as error:
+        raise SyncError(f"{store} does not take {run_dir}: {scrub(str(error).splitlines()[0])}") from error
+    if troubles:
+        raise SyncError(f"{store} did not take {scrub(troubles[0].splitlines()[0])}; the metrics are there")
+    return Synced(run.id, store, sum(1 for _ in card.history()), len(missing), not live)
+
+
+def _is_live(run_dir: Path) -> bool:
+    try:
+        with FileLock(run_dir / ".lock", timeout=0):
+            return False
+    except Timeout:
+        return True

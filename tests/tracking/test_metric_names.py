@@ -1,0 +1,25 @@
+"""What of a line of metrics.jsonl becomes which metric."""
+
+from __future__ import annotations
+
+from maestro_scale.tracking.metric_names import metric_names
+
+LINE = {
+    "step": 3,
+    "dataset": "treesatai_ts#1",
+    "loss": 1.0,
+    "loss/s2": 2.0,
+    "lr": 0.1,
+    "data/retries": 0,
+    "new": 5,
+}
+REST = {"optim/lr": 0.1, "data/retries": 0, "other/new": 5}
+
+
+def test_metrics_are_grouped_by_what_they_tell():
+    assert metric_names(LINE, mixture=False) == {"loss/total": 1.0, "loss/s2": 2.0, **REST}
+
+
+def test_in_a_mixture_every_dataset_has_charts_of_its_own():
+    losses = {"loss/treesatai_ts.1/total": 1.0, "loss/treesatai_ts.1/s2": 2.0}
+    assert metric_names(LINE, mixture=True) == {**losses, **REST}
