@@ -1,4 +1,4 @@
-"""A sample as bytes: one safetensors buffer per tile, read without a copy.
+"""A sample as bytes: one safetensors buffer per tile, of which nothing is decoded before it is asked for.
 
 The container is plain safetensors, so any safetensors library opens it. Its ``__metadata__`` holds ``key``
 and, if fields are compressed, ``encoded``: a JSON object from field name to
@@ -9,9 +9,9 @@ and, if fields are compressed, ``encoded``: a JSON object from field name to
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -38,6 +38,7 @@ _FROM_SAFETENSORS = {code: np.dtype(name) for name, code in _TO_SAFETENSORS.item
 DTYPES = tuple(_TO_SAFETENSORS)
 _SMALL_BYTES = 4096  # fields below stay raw: a frame would save nothing and cost a call
 _MAX_HEADER_BYTES = 16 * 1024 * 1024
+_HEADER_BYTES = 16 * 1024  # read at once; few headers are longer
 
 
 def encode(tile: Tile, codec: str = "raw") -> bytes:
@@ -88,18 +89,28 @@ def _pack(metadata: dict[str, str], stored: dict[str, tuple[str, list[int], byte
     return b"".join([len(text).to_bytes(8, "little"), text, *parts])
 
 
+class Span(Protocol):
+    """Bytes that are somewhere else, such as part of a file."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, begin: int, end: int) -> memoryview:
+        """Bytes [begin, end)."""
+        ...
+
+
 class Sample:
     """One tile in a buffer: nothing is decoded or copied until it is asked for.
 
-    ``buffer``: bytes, or a memoryview over them (a slice of a memory map). CodecError if it is no sample.
+    ``buffer``: bytes, a memoryview over them, or a :class:`Span`, of which only the fields, and of those only
+    the dates, that are asked for are read. CodecError if it is no sample.
     """
 
-    __slots__ = ("_data", "_encoded", "_entries", "key", "names")
+    __slots__ = ("_encoded", "_entries", "_span", "_start", "key", "names")
 
-    def __init__(self, buffer: bytes | memoryview) -> None:
-        view = memoryview(buffer)
-        metadata, self._entries, start = _read_header(view)
-        self._data = view[start:]
+    def __init__(self, buffer: bytes | memoryview | Span) -> None:
+        self._span = _Memory(buffer) if isinstance(buffer, (bytes, bytearray, memoryview)) else buffer
+        metadata, self._entries, self._start = _read_header(self._span)
         if not isinstance(metadata.get("key"), str):
             raise CodecError("the safetensors metadata has no 'key'; save with metadata={'key': …}")
         self.key: str = metadata["key"]
@@ -122,7 +133,7 @@ class Sample:
         """A whole field in its native dtype. Raw fields are read-only views of the buffer."""
         if name in self._encoded:
             try:
-                return decompress_all(self._encoded[name], self._bytes(name))
+                return decompress_all(self._encoded[name], self._reader(name))
             except CodecError as error:
                 raise CodecError(f"sample {self.key}, field {name}: {error}") from error
         return self._raw(name)
@@ -139,9 +150,11 @@ class Sample:
                 f"sample {self.key}: {name} has {num_rows} entries, asked for {indices.tolist()}"
             )
         if name not in self._encoded:
-            return self._raw(name)[indices]
+            return (
+                self._raw(name)[indices] if isinstance(self._span, _Memory) else self._raw_rows(name, indices)
+            )
         try:
-            return decompress_rows(self._encoded[name], self._bytes(name), indices)
+            return decompress_rows(self._encoded[name], self._reader(name), indices)
         except CodecError as error:
             raise CodecError(f"sample {self.key}, field {name}: {error}") from error
 
@@ -153,9 +166,14 @@ class Sample:
                 f"sample {self.key} has no field {name!r}; it has: {', '.join(self.names)}"
             ) from None
 
+    def _reader(self, name: str) -> Callable[[int, int], memoryview]:
+        """Reads bytes [begin, end) of a field as it is stored."""
+        first = self._start + self._entry(name).begin
+        return lambda begin, end: self._span.read(first + begin, first + end)
+
     def _bytes(self, name: str) -> memoryview:
         entry = self._entry(name)
-        return self._data[entry.begin : entry.end]
+        return self._span.read(self._start + entry.begin, self._start + entry.end)
 
     def _raw_dtype(self, name: str) -> np.dtype:
         code = self._entry(name).dtype
@@ -174,6 +192,34 @@ class Sample:
         array.flags.writeable = False
         return array
 
+    def _raw_rows(self, name: str, indices: np.ndarray) -> np.ndarray:
+        read, entry = self._reader(name), self._entry(name)
+        out = np.empty((len(indices), *entry.shape[1:]), self._raw_dtype(name))
+        row_bytes = out[:1].nbytes if len(out) else 0
+        if row_bytes * entry.shape[0] > entry.end - entry.begin:
+            raise CodecError(
+                f"sample {self.key}, field {name}: {entry.end - entry.begin} bytes for {entry.shape}"
+            )
+        for row, index in zip(out, indices.tolist(), strict=True):
+            data = read(index * row_bytes, (index + 1) * row_bytes)
+            row[...] = np.frombuffer(data, out.dtype).reshape(row.shape)
+        return out
+
+
+class _Memory:
+    """A :class:`Span` of bytes that are here."""
+
+    __slots__ = ("_view",)
+
+    def __init__(self, buffer: bytes | memoryview) -> None:
+        self._view = memoryview(buffer)
+
+    def __len__(self) -> int:
+        return len(self._view)
+
+    def read(self, begin: int, end: int) -> memoryview:
+        return self._view[begin:end]
+
 
 class _Entry(NamedTuple):
     """One tensor in a safetensors header."""
@@ -184,18 +230,21 @@ class _Entry(NamedTuple):
     end: int
 
 
-def _read_header(view: memoryview) -> tuple[dict, dict[str, _Entry], int]:
+def _read_header(span: Span) -> tuple[dict, dict[str, _Entry], int]:
     """Metadata and tensors of a safetensors header, and where the data starts."""
-    size = int.from_bytes(view[:8], "little") if len(view) >= 8 else -1
-    if not 0 < size <= min(len(view) - 8, _MAX_HEADER_BYTES):
-        raise CodecError(f"{len(view)} bytes that do not start with a safetensors header")
+    length = len(span)
+    first = span.read(0, min(length, _HEADER_BYTES))
+    size = int.from_bytes(first[:8], "little") if length >= 8 else -1
+    if not 0 < size <= min(length - 8, _MAX_HEADER_BYTES):
+        raise CodecError(f"{length} bytes that do not start with a safetensors header")
+    text = first[8 : 8 + size] if 8 + size <= len(first) else span.read(8, 8 + size)
     try:
-        header = json.loads(bytes(view[8 : 8 + size]))
+        header = json.loads(bytes(text))
         metadata = header.pop("__metadata__", {})
         entries = {
             name: _Entry(str(e["dtype"]), tuple(e["shape"]), *e["data_offsets"]) for name, e in header.items()
         }
-        last = len(view) - 8 - size
+        last = length - 8 - size
         sound = isinstance(metadata, dict) and all(
             0 <= e.begin <= e.end <= last and all(type(n) is int for n in e.shape) for e in entries.values()
         )

@@ -7,6 +7,7 @@ and the bytes of multi-byte values are grouped by significance. Differences betw
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,8 @@ from maestro_scale.shards.errors import CodecError
 CODECS = ("raw", "zstd", "delta-zstd")
 CHUNK_BYTES = 64 * 1024  # uncompressed; a date larger than this is a chunk of its own
 _LEVEL = 3
+
+Read = Callable[[int, int], memoryview]  # bytes [begin, end) of a stored field
 
 
 @dataclass(frozen=True)
@@ -62,36 +65,34 @@ def compress(array: np.ndarray, codec: str) -> tuple[Encoded, bytes]:
     return Encoded(codec, array.dtype.name, array.shape, rows, tuple(ends)), b"".join(frames)
 
 
-def decompress_all(encoded: Encoded, data: memoryview) -> np.ndarray:
+def decompress_all(encoded: Encoded, read: Read) -> np.ndarray:
     """The whole array; a fresh one, or read-only over a decompressed frame."""
     decompressor = zstandard.ZstdDecompressor()
     if len(encoded.ends) == 1:
-        return _chunk(encoded, data, 0, decompressor)
+        return _chunk(encoded, read, 0, decompressor)
     out = np.empty(encoded.shape, encoded.dtype)
     for i in range(len(encoded.ends)):
-        out[i * encoded.rows : (i + 1) * encoded.rows] = _chunk(encoded, data, i, decompressor)
+        out[i * encoded.rows : (i + 1) * encoded.rows] = _chunk(encoded, read, i, decompressor)
     return out
 
 
-def decompress_rows(encoded: Encoded, data: memoryview, indices: np.ndarray) -> np.ndarray:
-    """Entries ``indices`` (any order, repeats allowed) of axis 0; only their chunks are decoded."""
+def decompress_rows(encoded: Encoded, read: Read, indices: np.ndarray) -> np.ndarray:
+    """Entries ``indices`` (any order, repeats allowed) of axis 0; only their chunks are read."""
     decompressor = zstandard.ZstdDecompressor()
     out = np.empty((len(indices), *encoded.row_shape), encoded.dtype)
     chunk_of = indices // encoded.rows
     for i in np.unique(chunk_of):
         wanted = chunk_of == i
-        out[wanted] = _chunk(encoded, data, int(i), decompressor)[indices[wanted] - i * encoded.rows]
+        out[wanted] = _chunk(encoded, read, int(i), decompressor)[indices[wanted] - i * encoded.rows]
     return out
 
 
-def _chunk(
-    encoded: Encoded, data: memoryview, i: int, decompressor: zstandard.ZstdDecompressor
-) -> np.ndarray:
+def _chunk(encoded: Encoded, read: Read, i: int, decompressor: zstandard.ZstdDecompressor) -> np.ndarray:
     dtype = np.dtype(encoded.dtype)
     num_rows = min(encoded.rows, encoded.shape[0] - i * encoded.rows)
     shape = (num_rows, *encoded.row_shape)
     size = int(np.prod(shape)) * dtype.itemsize
-    frame = data[encoded.ends[i - 1] if i else 0 : encoded.ends[i]]
+    frame = read(encoded.ends[i - 1] if i else 0, encoded.ends[i])
     try:
         # Checked first: a damaged frame could ask for any amount of memory.
         if zstandard.frame_content_size(frame) != size:

@@ -1,8 +1,7 @@
-"""A verified shard, open: samples by number, straight from a memory map."""
+"""A verified shard, open: samples by number, read as they are asked for."""
 
 from __future__ import annotations
 
-import mmap
 import os
 from collections.abc import Iterator
 
@@ -10,7 +9,7 @@ from maestro_scale.shards.codec import Sample
 from maestro_scale.shards.errors import BadShard, CodecError
 from maestro_scale.shards.index import ShardIndex
 
-_RESIDENT_BYTES = 8 * 1024 * 1024
+_WHOLE_BYTES = 2 * 1024 * 1024  # larger samples are read field by field
 
 
 class Shard:
@@ -23,10 +22,7 @@ class Shard:
         self.path = path
         self.keys = index.keys
         self._index = index
-        self._descriptor: int | None = descriptor
-        self._map = mmap.mmap(descriptor, index.bytes, access=mmap.ACCESS_READ)
-        self._view = memoryview(self._map)
-        self._touched = 0
+        self._file: _File | None = _File(path, descriptor)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -34,15 +30,13 @@ class Shard:
     def __getitem__(self, i: int) -> Sample:
         """Sample ``i``. IndexError past the end; BadShard if the file changed or holds another sample there."""
         key = self.keys[i]
-        if self._descriptor is None:
+        if self._file is None:
             raise ValueError(f"{self.path}: the shard is closed")
-        # A map of a file that was cut short kills the process when it is touched.
-        if os.fstat(self._descriptor).st_size != self._index.bytes:
-            raise BadShard(self.path, "the file changed while it was in use")
         start, size = self._index.offsets[i], self._index.sizes[i]
-        self._release_pages(size)
         try:
-            sample = Sample(self._view[start : start + size])
+            # Not mapped: taking 100 pages of a map into a process costs more than copying them.
+            whole = size <= _WHOLE_BYTES
+            sample = Sample(self._file.read(start, size) if whole else _Span(self._file, start, size))
         except CodecError as error:
             raise BadShard(self.path, f"sample {key}: {error}") from error
         if sample.key != key:
@@ -53,12 +47,8 @@ class Shard:
         return (self[i] for i in range(len(self)))
 
     def close(self) -> None:
-        """Let go of the file."""
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
-            # The map goes when the last sample does.
-            del self._map, self._view
+        """Let go of the file; it is closed when the last large sample of it goes."""
+        self._file = None
 
     def __enter__(self) -> Shard:
         return self
@@ -66,13 +56,39 @@ class Shard:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        if getattr(self, "_descriptor", None) is not None:
-            self.close()
 
-    def _release_pages(self, size: int) -> None:
-        """Keep the process small: mapped pages count as its memory. They stay valid, and in the page cache."""
-        self._touched += size
-        if self._touched > _RESIDENT_BYTES and hasattr(mmap, "MADV_DONTNEED"):
-            self._map.madvise(mmap.MADV_DONTNEED)
-            self._touched = size
+class _File:
+    """An open file, closed with the last reference to it."""
+
+    def __init__(self, path: str, descriptor: int) -> None:
+        self._path, self._descriptor = path, descriptor
+
+    def read(self, start: int, size: int) -> bytes:
+        """Exactly ``size`` bytes. BadShard if they cannot be had."""
+        try:
+            data = os.pread(self._descriptor, size, start)
+            while 0 < len(data) < size and (
+                more := os.pread(self._descriptor, size - len(data), start + len(data))
+            ):
+                data += more
+        except OSError as error:
+            raise BadShard(self._path, f"cannot be read ({error.strerror})") from error
+        if len(data) != size:
+            raise BadShard(self._path, "the file changed while it was in use: it is shorter now")
+        return data
+
+    def __del__(self) -> None:
+        os.close(self._descriptor)
+
+
+class _Span:
+    """The bytes of one sample within a file, read when they are asked for."""
+
+    def __init__(self, file: _File, start: int, size: int) -> None:
+        self._file, self._start, self._size = file, start, size
+
+    def __len__(self) -> int:
+        return self._size
+
+    def read(self, begin: int, end: int) -> memoryview:
+        return memoryview(self._file.read(self._start + begin, end - begin))

@@ -1,4 +1,4 @@
-"""Verified shards for all processes of a node: mapped where they are local, downloaded once where not."""
+"""Verified shards for all processes of a node: read where they are, or downloaded once."""
 
 from __future__ import annotations
 

@@ -14,7 +14,6 @@ from maestro_scale.shards.manifest import ShardInfo
 from maestro_scale.shards.store import BadShard, Shard, Store
 
 _MOST_OPEN = 128  # each holds a file descriptor
-_MOST_TOUCHED_BYTES = 96 * 2**20  # pages of mapped shards count as the memory of the process
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ class OpenShards:
         self.source = source
         self._most_bytes = most_bytes
         self._starts = np.cumsum((0, *source.counts))
-        self._open: OrderedDict[int, tuple[Shard, float]] = OrderedDict()  # shard → (handle, bytes touched)
+        self._open: OrderedDict[int, Shard] = OrderedDict()
         self._bad: dict[int, BadShard] = {}
 
     def sample(self, shard: int, index: int) -> Sample:
@@ -81,14 +80,17 @@ class OpenShards:
             raise self._bad[shard]
         info = self.source.shards[shard]
         try:
-            handle, touched = self._open.pop(shard, None) or (self._opened(info), 0.0)
+            handle = self._open[shard] if shard in self._open else self._opened(info)
             chosen = self.source.chosen
             sample = handle[index if chosen is None else chosen[shard][index]]
         except BadShard as error:
             self._bad[shard] = error
+            self._open.pop(shard, None)
             raise
-        self._open[shard] = handle, touched + info.bytes / info.samples
-        self._trim()
+        self._open[shard] = handle
+        self._open.move_to_end(shard)
+        if len(self._open) > _MOST_OPEN:
+            self._close_oldest()
         return sample
 
     def locate(self, number: int) -> tuple[int, int]:
@@ -120,12 +122,6 @@ class OpenShards:
     def _pinned(self) -> int:
         return sum(self.source.shards[s].bytes for s in self._open)
 
-    def _trim(self) -> None:
-        while len(self._open) > 1 and (
-            len(self._open) > _MOST_OPEN or sum(t for _, t in self._open.values()) > _MOST_TOUCHED_BYTES
-        ):
-            self._close_oldest()
-
     def _close_oldest(self) -> None:
-        _, (handle, _) = self._open.popitem(last=False)
+        _, handle = self._open.popitem(last=False)
         handle.close()

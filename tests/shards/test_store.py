@@ -6,6 +6,7 @@ import os
 import pickle
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from shards.kit import TILE_BYTES, Toy, fields_equal, tile, toy_keys
 
@@ -163,14 +164,27 @@ def test_verify_reads_every_sample_against_the_spec(copy):
     assert "tile d: s2 is int16" in problems[3]
 
 
-def test_pages_are_released_while_samples_stay_valid(dataset, tmp_path, monkeypatch):
+def test_of_large_samples_only_what_is_asked_for_is_read(dataset, copy, tmp_path, monkeypatch):
     from maestro_scale.shards import shard as module
 
-    monkeypatch.setattr(module, "_RESIDENT_BYTES", 1)
-    store = Store(str(dataset), tmp_path / "cache", 0)
-    with store.shard(Manifest.load(str(dataset)).shards[0]) as shard:
+    monkeypatch.setattr(module, "_WHOLE_BYTES", 1)
+    taken = []
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda *args: taken.append(pread(*args)) or taken[-1])
+    info = Manifest.load(str(copy)).shards[0]
+    with Store(str(copy), tmp_path / "cache", 0).shard(info) as shard:
         samples = list(shard)
-        assert all(fields_equal(s, tile(s.key)) for s in samples)
+        taken.clear()
+        s2 = samples[0].rows("s2", np.array([1, 0]))
+        assert np.array_equal(s2, tile(samples[0].key).arrays["s2"][[1, 0]])
+        assert sum(map(len, taken)) == s2.nbytes
+    assert all(fields_equal(s, tile(s.key)) for s in samples)  # samples outlive their shard
+    (copy / info.path).write_bytes(b"")
+    with pytest.raises(BadShard, match="changed while it was in use"):
+        samples[0].array("s2")
+    open_files = len(os.listdir("/proc/self/fd"))
+    del samples
+    assert len(os.listdir("/proc/self/fd")) == open_files - 1
 
 
 def test_a_folder_without_locks_can_be_read_and_written(tmp_path, monkeypatch):
