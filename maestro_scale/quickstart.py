@@ -230,7 +230,7 @@ def _summary(console: Console, places: Places) -> None:
     if pictures:
         console.print(f"reconstruction: {pictures[-1]}")
     store = places.run.parent / "mlflow.db"
-    console.print(f"dashboard: mlflow ui --backend-store-uri sqlite:///{store}")
+    console.print(f"dashboard: maestro-scale dashboard {store.parent}")
 
 
 def _free_port() -> int:

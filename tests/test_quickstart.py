@@ -25,7 +25,14 @@ def test_quickstart(tmp_path):
     out.parent.mkdir()
     first = quickstart(out)
     assert first.returncode == 0, first.stdout + first.stderr[-4000:]
-    for words in ("5/5", "pretrained", "untrained", "masked loss", "reconstruction:", "mlflow ui"):
+    for words in (
+        "5/5",
+        "pretrained",
+        "untrained",
+        "masked loss",
+        "reconstruction:",
+        "maestro-scale dashboard",
+    ):
         assert words in first.stdout, first.stdout
     result = EvalResult.load(out / "results" / "pretrained" / "probe" / "results.json")
     assert (result.checkpoint_step, result.num_tiles, result.metric) == (8, 12, "wf1")

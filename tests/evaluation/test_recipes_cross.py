@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from maestro_scale import datasets
+from maestro_scale.datasets.flair_hub import FULL_SPEC
 from maestro_scale.evaluation.adopt import adopt
 from maestro_scale.model.config import DatasetView
 from maestro_scale.model.maestro import Maestro
@@ -12,20 +13,42 @@ from maestro_scale.recipe import load_recipe, resolve_sensors
 from maestro_scale.training.pretrain import build_model_config
 
 RECIPES = Path(__file__).parents[2] / "recipes"
+SPOT_TOO = ("aerial", "dem", "s2", "s1_asc", "s1_des", "spot")
 SMALL = ["model.size=tiny", "model.width=32", "model.depth=2", "model.heads=2", "model.inter_depth=1"]
+
+
+def stored_spec(pretraining, dataset):
+    """What the shards of a pretraining recipe hold."""
+    return FULL_SPEC.select(SPOT_TOO) if pretraining == "flair_hub_transfer" else datasets.spec(dataset)
+
+
+def test_one_model_learns_from_all_five():
+    joint = load_recipe(RECIPES / "joint.yaml", SMALL)
+    specs = [datasets.spec(entry.dataset) for entry in joint.data.mixture]
+    assert {spec.name for spec in specs} == {"treesatai_ts", "pastis_hd", "flair_hub", "flair2", "s2_naip"}
+    config = build_model_config(joint, specs)
+    assert {s.embed for s in config.all_sensors} == {"aerial", "spot", "dem", "s2", "s1"}
+    scales = {(s.embed, s.scale.divisor) for s in config.all_sensors if s.scale.kind == "linear"}
+    assert scales == {("aerial", 255), ("spot", 255), ("dem", 1000), ("s2", 5000), ("s1", 20)}
 
 
 @pytest.mark.parametrize(
     ("pretraining", "benchmark", "used", "left"),
     [
         ("s2_naip", "treesatai_ts", {"aerial", "s2", "s1_asc", "s1_des"}, set()),
+        ("s2_naip", "pastis_hd", {"spot", "s2", "s1_asc", "s1_des"}, set()),
+        ("s2_naip", "flair2", {"aerial", "s2"}, {"dem"}),
+        ("s2_naip", "flair_hub", {"aerial", "s2", "s1_asc", "s1_des"}, {"dem"}),
+        ("flair_hub", "treesatai_ts", {"aerial", "s2", "s1_asc", "s1_des"}, set()),
+        ("flair_hub_transfer", "pastis_hd", {"spot", "s2", "s1_asc", "s1_des"}, set()),
     ],
 )
 def test_an_encoder_from_elsewhere_serves_these_sensors(pretraining, benchmark, used, left):
     trained = load_recipe(RECIPES / f"{pretraining}.yaml", SMALL)
-    specs = [datasets.spec(entry.dataset) for entry in trained.data.mixture]
+    specs = [stored_spec(pretraining, entry.dataset) for entry in trained.data.mixture]
     model = Maestro(build_model_config(trained, specs)).initialise(0)
-    (entry,) = load_recipe(RECIPES / "cross" / f"{pretraining}_to_{benchmark}.yaml").data.mixture
+    cross = f"{pretraining.removesuffix('_transfer')}_to_{benchmark}.yaml"
+    (entry,) = load_recipe(RECIPES / "cross" / cross).data.mixture
     spec = datasets.spec(entry.dataset)
     view = DatasetView(spec.name, resolve_sensors(spec, entry), spec.pos_grid, spec.ref_sensor)
     adopted, notes = adopt(model, view)
@@ -35,5 +58,6 @@ def test_an_encoder_from_elsewhere_serves_these_sensors(pretraining, benchmark, 
         s.embed: s.scale.divisor for v in model.config.views for s in v.sensors if s.scale.kind == "linear"
     }
     for sensor in adopted.config.sensors:
-        if sensor.scale.kind == "linear":
+        # SPOT is bytes here and reflectance there; radar is decibels or linear, a fifth of the logarithm.
+        if sensor.name in ("aerial", "s2", "dem"):
             assert sensor.scale.divisor == own[sensor.embed], sensor.name
