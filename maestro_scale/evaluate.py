@@ -25,7 +25,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="instead: statistics (of the channels), random (the recipe's model, untrained), or image:WEIGHTS "
         "(an image encoder that transformers can load, e.g. image:facebook/dinov2-base)",
     )
-    parser.add_argument("--mode", choices=("knn", "probe"), action="append", help="default: evaluation.modes")
+    parser.add_argument(
+        "--mode",
+        choices=("knn", "probe", "finetune", "scratch"),
+        action="append",
+        help="default: evaluation.modes; finetune and scratch train by the recipe's optim and train, and continue "
+        "where they were interrupted",
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument("--target", help="what to predict; default: the dataset's first target")
     parser.add_argument(
@@ -69,66 +75,84 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    from maestro_scale.evaluation.adopt import adopt
-    from maestro_scale.evaluation.baselines import baseline
-    from maestro_scale.evaluation.checkpoints import open_model
+    from maestro_scale.evaluation.finetune import MODES, finetune
     from maestro_scale.evaluation.frozen import Benchmark, Provenance, evaluate_frozen
-    from maestro_scale.model.config import DatasetView
-    from maestro_scale.recipe import load_recipe, resolve_sensors
-    from maestro_scale.shards.manifest import Manifest
-    from maestro_scale.tracking.evaluations import record_evaluation
+    from maestro_scale.recipe import load_recipe
     from maestro_scale.training.distributed import join, leave
 
     recipe = load_recipe(args.recipe, args.overrides)
+    modes = tuple(dict.fromkeys(args.mode or recipe.evaluation.modes))
+    frozen, trained = [m for m in modes if m not in MODES], [m for m in modes if m in MODES]
+    model, step, trained_on, notes = _encoder(args, recipe, trained)
+    ranks = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", 1)))
+    world = join() if ranks > 1 or trained else None
+    is_main = world is None or world.is_main
+    if is_main:
+        print("\n".join(notes), end="\n" if notes else "", flush=True)
+    entry = recipe.data.mixture[0]
+    benchmark = Benchmark(
+        shards=entry.shards,
+        cache_dir=Path(recipe.data.cache_dir),
+        features_dir=args.features or args.out / "features",
+        cache_bytes=int(recipe.data.cache_gib * 2**30),
+        crop_m=entry.crop_m,
+        target=args.target,
+        fraction=args.fraction,
+    )
+    plain = recipe.model_dump(mode="json")
+    provenance = Provenance(step, recipe.seed, plain, args.baseline or str(args.checkpoint), trained_on)
+    part = "" if args.fraction == 1 else f"_{100 * args.fraction:g}pct"
+    if frozen:
+        for result in evaluate_frozen(model, benchmark, frozen, provenance, recipe.data.workers, world):
+            _keep(result, args.out / f"{result.mode}{part}", args, recipe)
+    for mode in trained:
+        origin = provenance if mode == "finetune" else Provenance(0, recipe.seed, plain)
+        folder = args.out / f"{mode}{part}"
+        result = finetune(model, benchmark, recipe, mode, folder, world, origin)
+        if result is not None:
+            _keep(result, folder, args, recipe)
+        elif is_main:
+            print(f"{mode}: stopped; the same command continues it", flush=True)
+    if world is not None:
+        leave()
+
+
+def _encoder(args: argparse.Namespace, recipe, trained: list[str]):
+    """(encoder that sees the benchmark as the recipe says, its steps, what it was trained on, what to tell)."""
+    from maestro_scale.evaluation.adopt import adopt
+    from maestro_scale.evaluation.baselines import baseline
+    from maestro_scale.evaluation.checkpoints import open_model
+    from maestro_scale.evaluation.results import ResultsError
+    from maestro_scale.model.config import DatasetView
+    from maestro_scale.model.maestro import Maestro
+    from maestro_scale.recipe import resolve_sensors
+    from maestro_scale.shards.manifest import Manifest
+
     entry = recipe.data.mixture[0]
     spec = Manifest.load(entry.shards).spec
     view = DatasetView(spec.name, resolve_sensors(spec, entry), spec.pos_grid, spec.ref_sensor)
-    step: int | None = 0
-    notes: list[str] = []
-    trained_on: tuple[str, ...] = ()
     if args.baseline:
         model = baseline(args.baseline, recipe, spec, view)
-    else:
-        model, step = open_model(args.checkpoint)
-        trained_on = tuple(v.dataset for v in model.config.views) if step != 0 else ()
-        model, notes = adopt(model, view)
-    ranks = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", 1)))
-    world = join() if ranks > 1 else None
-    if world is None or world.is_main:
-        print("\n".join(notes), end="\n" if notes else "", flush=True)
-    results = evaluate_frozen(
-        model,
-        Benchmark(
-            shards=entry.shards,
-            cache_dir=Path(recipe.data.cache_dir),
-            features_dir=args.features or args.out / "features",
-            cache_bytes=int(recipe.data.cache_gib * 2**30),
-            crop_m=entry.crop_m,
-            target=args.target,
-            fraction=args.fraction,
-        ),
-        modes=args.mode or recipe.evaluation.modes,
-        provenance=Provenance(
-            step,
-            recipe.seed,
-            recipe.model_dump(mode="json"),
-            args.baseline or str(args.checkpoint),
-            trained_on,
-        ),
-        workers=recipe.data.workers,
-        world=world,
-    )
-    for result in results:
-        part = "" if args.fraction == 1 else f"_{100 * args.fraction:g}pct"
-        path = args.out / f"{result.mode}{part}" / "results.json"
-        result.write(path)
-        if args.checkpoint and recipe.tracking.enabled:
-            record_evaluation(args.checkpoint, result, path)
-        low, high = result.interval
-        name = {"wf1": "wF1", "miou": "mIoU"}[result.metric]
-        print(f"{result.mode}: {name} {100 * result.value:.1f} ({100 * low:.1f}-{100 * high:.1f}), {path}")
-    if world is not None:
-        leave()
+        if trained and not isinstance(model, Maestro):
+            raise ResultsError(f"--baseline {args.baseline} is not trained here: use --mode knn or probe")
+        return model, 0, (), []
+    model, step = open_model(args.checkpoint)
+    trained_on = tuple(v.dataset for v in model.config.views) if step != 0 else ()
+    model, notes = adopt(model, view)
+    return model, step, trained_on, notes
+
+
+def _keep(result, folder: Path, args: argparse.Namespace, recipe) -> None:
+    from maestro_scale.tracking.evaluations import record_evaluation
+
+    path = folder / "results.json"
+    result.write(path)
+    if args.checkpoint and recipe.tracking.enabled and result.mode != "scratch":
+        record_evaluation(args.checkpoint, result, path)
+    low, high = result.interval
+    name = {"wf1": "wF1", "miou": "mIoU"}[result.metric]
+    scores = f"{100 * result.value:.1f} ({100 * low:.1f}-{100 * high:.1f})"
+    print(f"{result.mode}: {name} {scores}, {path}", flush=True)
 
 
 if __name__ == "__main__":

@@ -132,13 +132,7 @@ class Multilabel:
     def _answer(self, classify: Callable[[Labelled, Labelled, np.ndarray], Fit]) -> Mode:
         def mode(train: Encoded, val: Encoded, test: Encoded, seed: int) -> Answer:
             fit = classify(*(Labelled(np.asarray(e.features), e.labels) for e in (train, val)), test.features)
-            counts = MultilabelCounts.of(fit.predicted, np.asarray(test.labels))
-            precision = average_precision(fit.scores, test.labels)
-            scores = {
-                "macro_f1": counts.macro_f1(zero_division=np.nan),
-                "mean_average_precision": float(np.nanmean(precision)) if counts.support.any() else np.nan,
-            }
-            return Answer(tile_counts(fit.predicted, np.asarray(test.labels)), fit.chosen, scores)
+            return multilabel_answer(fit.predicted, fit.scores, np.asarray(test.labels), fit.chosen)
 
         return mode
 
@@ -197,8 +191,8 @@ class Segmentation:
         """Rows are targets."""
         return tuple(tuple(row) for row in self._counted(counts).tolist())
 
-    def _maps(self, crops: np.ndarray) -> np.ndarray:
-        """The first tiles, put together from their crops."""
+    def first_tiles(self, crops: np.ndarray) -> np.ndarray:
+        """(n, H, W): the first few tiles, put together from crops (M, h, w)."""
         per_tile = self.layout.crops.num_crops
         firsts = range(0, min(len(crops), _NUM_MAPS * per_tile), per_tile)
         return np.stack([self.layout.whole(crops[first : first + per_tile]) for first in firsts])
@@ -210,10 +204,26 @@ class Segmentation:
         def mode(train: Encoded, val: Encoded, test: Encoded, seed: int) -> Answer:
             predicted, chosen = classify(self.layout, len(self.classes), train, val, test, seed)
             counts = dense.confusions(self.layout, len(self.classes), predicted, test)
-            maps = {"truth": self._maps(test.labels), "answer": self._maps(self.layout.per_pixel(predicted))}
+            maps = {
+                "truth": self.first_tiles(test.labels),
+                "answer": self.first_tiles(self.layout.per_pixel(predicted)),
+            }
             return Answer(counts, chosen, segmentation_scores(counts.sum(0)), maps)
 
         return mode
+
+
+def multilabel_answer(
+    predicted: np.ndarray, probabilities: np.ndarray, labels: np.ndarray, chosen: Mapping[str, float]
+) -> Answer:
+    """Of predictions (N, C) bool, probabilities (N, C) and labels (N, C) bool of N tiles."""
+    counts = MultilabelCounts.of(predicted, labels)
+    precision = average_precision(probabilities, labels)
+    scores = {
+        "macro_f1": counts.macro_f1(zero_division=np.nan),
+        "mean_average_precision": float(np.nanmean(precision)) if counts.support.any() else np.nan,
+    }
+    return Answer(tile_counts(predicted, labels), chosen, scores)
 
 
 def _at(tokens: Tensor, grid: int) -> Tensor:

@@ -215,7 +215,11 @@ class Maestro(nn.Module):
         sums = torch.stack(
             [error_sum(view, s, predictions[s.name], patches[s.name], hidden[s.name]) for s in view.sensors]
         )
-        return combine(view, sums, counts), sums.detach()
+        return self.loss(batch.dataset, sums, counts), sums.detach()
+
+    def loss(self, dataset: str, sums: Tensor, counts: Tensor) -> Tensor:
+        """The loss, or a part's share of it, from error sums (S,) and the global batch's ``counts`` (S,); fp32."""
+        return combine(self.view(dataset), sums, counts)
 
     def embed(self, batch: Batch) -> Embedding:
         """What the encoder makes of a batch, nothing masked: token grids per sensor and one vector per sample."""

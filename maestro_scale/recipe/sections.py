@@ -195,12 +195,17 @@ class Tracking(Section):
 
 
 class Evaluation(Section):
-    """What evaluate.py and quickstart measure on frozen embeddings."""
+    """What evaluate.py measures. Finetuning follows ``optim`` and ``train``."""
 
     modes: Annotated[
-        tuple[Literal["knn", "probe"], ...], BeforeValidator(listed), AfterValidator(distinct)
-    ] = (
-        "knn",
-        "probe",
-    )
-    """Nearest neighbours, linear probe, or both."""
+        tuple[Literal["knn", "probe", "finetune", "scratch"], ...],
+        BeforeValidator(listed),
+        AfterValidator(distinct),
+    ] = ("knn", "probe")
+    """Nearest neighbours and linear probe on frozen features, finetuning, and the same without pretraining."""
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Decay per step of the moving average of finetuned weights, which is what is scored; 0: the last weights."""
+    validations: Count = 20
+    """How often a finetuning is validated, evenly spread; its best weights are tested."""
+    patience: Annotated[int, Field(ge=0)] = 5
+    """Validations in a row without a better score that end a finetuning; 0: none do."""

@@ -1,0 +1,33 @@
+"""When to stop and which weights to keep, from the scores on validation so far."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Validated:
+    """A score on the validation split of the weights after ``step``."""
+
+    step: int
+    score: float
+
+
+def best(history: Sequence[Validated]) -> Validated:
+    """The highest score; of equal ones the earliest."""
+    return max(history, key=lambda v: (v.score, -v.step))
+
+
+def exhausted(history: Sequence[Validated], patience: int) -> bool:
+    """Whether the last ``patience`` scores were all no better than one before them; never with patience 0."""
+    if not history or patience == 0:
+        return False
+    at = history.index(best(history))
+    return len(history) - 1 - at >= patience
+
+
+def due(step: int, num_steps: int, validations: int) -> bool:
+    """Whether validation follows ``step``: ``validations`` times at most, evenly spread, the last step's included."""
+    every = -(-num_steps // validations)
+    return step % every == 0 or step == num_steps

@@ -1,0 +1,308 @@
+"""Finetuning on a benchmark: the encoder and a head learn together from the training labels, in the same engine as
+pretraining; validation says which weights answer the test split, and when to stop.
+
+What is validated and tested is the moving average of the weights (``evaluation.ema``), as in the paper. ``scratch`` is
+the same network and the same course without pretraining.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from maestro_scale.evaluation import early_stop
+from maestro_scale.evaluation.average import Average
+from maestro_scale.evaluation.early_stop import Validated
+from maestro_scale.evaluation.encoded import weights_digest
+from maestro_scale.evaluation.frozen import BATCH_SIZE, Benchmark, Provenance, result_of
+from maestro_scale.evaluation.objectives import Objective, objective_for
+from maestro_scale.evaluation.predictor import Predictor, predictor
+from maestro_scale.evaluation.results import EvalResult
+from maestro_scale.evaluation.subset import subset, train_split
+from maestro_scale.evaluation.tasks import Answer, task_for
+from maestro_scale.model.maestro import Maestro
+from maestro_scale.recipe import Recipe, check_world
+from maestro_scale.shards.manifest import Manifest
+from maestro_scale.shards.store import Store
+from maestro_scale.stream.evaluation import EvalLoader
+from maestro_scale.stream.loader import Step, TrainLoader
+from maestro_scale.stream.source import Source
+from maestro_scale.training.checkpoint import CheckpointError, Checkpoints, Position
+from maestro_scale.training.distributed import World
+from maestro_scale.training.engine import Engine
+from maestro_scale.training.optimizer import SCHEDULES, build_optimizer
+from maestro_scale.training.run_dir import JsonLines, environment, lock, write_atomically
+from maestro_scale.training.stop import StopRequest
+
+MODES = ("finetune", "scratch")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Run:
+    """One finetuning; what is validated and tested is ``average``."""
+
+    objective: Objective
+    splits: dict[str, Source]
+    world: World
+    recipe: Recipe
+    dir: Path
+    num_steps: int
+    stream: TrainLoader
+    engine: Engine
+    average: Average
+    checkpoints: Checkpoints
+    identity: dict[str, Any]
+    stop: StopRequest
+    history: list[Validated] = field(default_factory=list)
+
+
+def finetune(
+    encoder: Maestro,
+    benchmark: Benchmark,
+    recipe: Recipe,
+    mode: str,
+    run_dir: Path,
+    world: World,
+    provenance: Provenance,
+) -> EvalResult | None:
+    """The result of ``mode`` on rank 0; None on the other ranks, and on all where the run was stopped.
+
+    The same call again continues after the last checkpoint in ``run_dir``. ResultsError, RecipeError, CheckpointError,
+    GuardError, ManifestError or BadShard, each with one clear line.
+    """
+    check_world(recipe, world.size)
+    held = lock(run_dir) if world.is_main else None
+    try:
+        started = time.perf_counter()
+        run, position = _prepare(encoder, benchmark, recipe, mode, run_dir, world)
+        try:
+            stopped = _train(run, position)
+        finally:
+            run.stream.close()
+        if stopped:
+            if world.is_main:
+                run.stop.clear_file()
+            return None
+        chosen = early_stop.best(run.history)
+        run.average.load(_weights(run.dir, "best", chosen.step))
+        answer = _answers(run, "test")
+        if not world.is_main:
+            return None
+        said = {"step": float(chosen.step), "validation": chosen.score}
+        answer = replace(answer, chosen=said)
+        timings = {"fit_s": time.perf_counter() - started}
+        name = run.splits["test"].spec.name
+        return result_of(name, mode, run.objective.task, answer, provenance, timings, benchmark.fraction)
+    finally:
+        if held is not None:
+            held.release()
+
+
+def _prepare(
+    encoder: Maestro, benchmark: Benchmark, recipe: Recipe, mode: str, run_dir: Path, world: World
+) -> tuple[Run, Position]:
+    manifest = Manifest.load(benchmark.shards)
+    view = encoder.view(manifest.spec.name)
+    crop_m = benchmark.crop_m or manifest.spec.crop_m
+    objective = objective_for(task_for(manifest.spec, view, crop_m, benchmark.target))
+    store = Store(benchmark.shards, benchmark.cache_dir, benchmark.cache_bytes)
+    train, fraction = train_split(manifest, benchmark.fraction)
+    splits = {
+        name: Source(manifest.spec, view.sensors, crop_m, manifest.of([split]), store)
+        for name, split in (("train", train), ("val", "val"), ("test", "test"))
+    }
+    if fraction < 1:
+        used = subset(splits["train"], objective.task.target, fraction, recipe.seed, world)
+        splits["train"] = splits["train"].only(used)
+    t = recipe.train
+    stream = TrainLoader(
+        sources=(splits["train"],),
+        seed=recipe.seed,
+        lanes=recipe.data.lanes,
+        global_batch=t.global_batch,
+        micro_batch=t.micro_batch,
+        rank=world.rank,
+        world=world.size,
+        workers=recipe.data.workers,
+        window=recipe.data.shuffle_window,
+        flips=recipe.data.flips,
+        on_bad_shard=recipe.data.on_bad_shard,
+        pin=world.device.type == "cuda",
+    )
+    num_steps = t.steps if t.steps is not None else t.epochs * stream.steps_per_epoch
+    network = predictor(encoder, manifest.spec.name, objective, recipe.seed, mode == "finetune")
+    identity = {
+        "seed": recipe.seed,
+        "weights": weights_digest(network),
+        "data": manifest.digest_of([train, "val"]),
+        "fraction": benchmark.fraction,
+        "target": objective.task.target.name,
+        "crop_m": crop_m,
+        "optim": recipe.optim.model_dump(mode="json"),
+        "global_batch": t.global_batch,
+        "lanes": recipe.data.lanes,
+        "flips": recipe.data.flips,
+        "num_steps": num_steps,
+        "validations": recipe.evaluation.validations,
+        "ema": recipe.evaluation.ema,
+        "precision": t.precision_on(world.device.type),
+        "zero_stage": recipe.zero_stage,
+        "ranks": world.size if recipe.zero_stage else None,
+    }
+    shadow = predictor(encoder, manifest.spec.name, objective, recipe.seed, mode == "finetune")
+    shadow = shadow.to(world.device).requires_grad_(False).eval()
+    run = Run(
+        objective=objective,
+        splits=splits,
+        world=world,
+        recipe=recipe,
+        dir=run_dir,
+        num_steps=num_steps,
+        stream=stream,
+        engine=_engine(recipe, network.to(world.device), num_steps, world),
+        average=Average(network, shadow, recipe.evaluation.ema),
+        checkpoints=Checkpoints(run_dir, world, keep=1),
+        identity=identity,
+        stop=StopRequest(run_dir).install(),
+    )
+    position = _resume(run)
+    if world.is_main:
+        for name in ("metrics", "validation"):
+            JsonLines(run_dir / f"{name}.jsonl").rewind(position.step)
+        write_atomically(run_dir / "recipe.yaml", recipe.to_yaml())
+        write_atomically(run_dir / "environment.json", json.dumps(environment(), indent=1))
+    world.barrier()
+    run.history = [Validated(**line) for line in JsonLines(run_dir / "validation.jsonl").read()]
+    return run, position
+
+
+def _engine(recipe: Recipe, network: Predictor, num_steps: int, world: World) -> Engine:
+    o = recipe.optim
+    schedule = SCHEDULES[o.schedule](num_steps, o.warmup, 1 / o.start_div, 1 / o.final_div)
+    optimizer, scheduler = build_optimizer(
+        network, recipe.lr, tuple(o.betas), o.eps, o.weight_decay, schedule
+    )
+    return Engine(
+        network, optimizer, scheduler, recipe.deepspeed_config(world.size, world.device.type), world
+    )
+
+
+def _resume(run: Run) -> Position:
+    latest, problems = run.checkpoints.latest()
+    for problem in problems:
+        log.warning("checkpoint passed over: %s", problem)
+    if problems and latest is None:
+        raise CheckpointError(
+            f"{run.checkpoints.dir} holds no whole checkpoint ({problems[0]}); remove {run.dir}, or use another --out"
+        )
+    if latest is None:
+        return Position()
+    position = run.checkpoints.load(run.engine.raw, latest, run.identity)
+    run.engine.apply_schedule()
+    run.average.load(_weights(run.dir, "average", position.step))
+    return position
+
+
+def _train(run: Run, position: Position) -> bool:
+    """Take the steps that are left, or until validation gets no better; whether the run was asked to stop before."""
+    recipe, world = run.recipe, run.world
+    metrics = JsonLines(run.dir / "metrics.jsonl")
+    steps = run.stream.steps(position.samples, run.num_steps)
+    while position.step < run.num_steps and not _is_over(run):
+        data = next(steps)
+        lr, loss = run.engine.lr, _step(run, data)
+        position = Position(
+            samples=data.samples,
+            step=data.step,
+            skipped_steps=position.skipped_steps + (not run.engine.applied),
+        )
+        last = position.step == run.num_steps
+        if last or position.step % recipe.train.log_every == 0:
+            record = {"step": data.step, "epoch": data.epoch, "samples": data.samples, "loss": float(loss)}
+            record |= {"lr": lr, "grad_norm": run.engine.grad_norm, "skipped_steps": position.skipped_steps}
+            if world.is_main:
+                metrics.append(record)
+        validated = early_stop.due(position.step, run.num_steps, recipe.evaluation.validations)
+        if validated:
+            _validate(run, position.step)
+        stopping = world.any(run.stop.requested())
+        if validated or stopping or position.step % recipe.checkpoint.every_steps == 0:
+            _save(run, position)
+        if stopping and not last:
+            return True
+    return False
+
+
+def _is_over(run: Run) -> bool:
+    return early_stop.exhausted(run.history, run.recipe.evaluation.patience)
+
+
+def _step(run: Run, data: Step) -> torch.Tensor:
+    """One optimizer step; the loss of the global batch before it."""
+    labels = [run.objective.labels(b) for b in data.batches]
+    num_counted = sum(run.objective.num_counted(x) for x in labels)
+    device = run.world.device
+    counts = run.world.sum(torch.tensor([num_counted], dtype=torch.float64, device=device))
+    batches = [b.to(device, non_blocking=True) for b in data.batches]
+    sums = run.world.sum(run.engine.step(batches, [x.to(device) for x in labels], counts))
+    if run.engine.applied:
+        run.average.update(data.step)
+    return run.average.network.loss(data.dataset, sums, counts)
+
+
+def _validate(run: Run, step: int) -> None:
+    """Score the average on validation, note it, and keep it if it is the best so far."""
+    task, answer = run.objective.task, _answers(run, "val")
+    score = float(task.statistic(answer.counts.sum(axis=0, dtype=np.int64)))
+    run.history.append(Validated(step, score))
+    if run.world.is_main:
+        if early_stop.best(run.history).step == step:
+            run.average.save(_weights(run.dir, "best", step))
+        JsonLines(run.dir / "validation.jsonl").append(asdict(run.history[-1]))
+
+
+def _save(run: Run, position: Position) -> None:
+    if run.world.is_main:
+        run.average.save(_weights(run.dir, "average", position.step))
+    run.checkpoints.save(run.engine.raw, position, run.identity)
+    if run.world.is_main:  # only now: a run that was killed before goes back to the checkpoint before
+        kept = {_weights(run.dir, "average", position.step)}
+        if run.history:
+            kept.add(_weights(run.dir, "best", early_stop.best(run.history).step))
+        for path in {*run.dir.glob("average/step_*"), *run.dir.glob("best/step_*")} - kept:
+            path.unlink()
+
+
+@torch.no_grad()
+def _answers(run: Run, split: str) -> Answer:
+    """What the shadow makes of a split, from whole tiles, each once; the same on all ranks, but for maps: rank 0's."""
+    objective, world, source = run.objective, run.world, run.splits[split]
+    # Whole tiles in a batch, as many as fit.
+    size = objective.crops * max(BATCH_SIZE // objective.crops, 1)
+    loader = EvalLoader(
+        source, size, world.rank, world.size, workers=run.recipe.data.workers, crops=objective.crops
+    )
+    tiles = np.zeros((loader.num_samples, *objective.shape))
+    at, maps = loader.first_row // objective.crops, None
+    for batch in loader:
+        logits = run.average.shadow.logits(batch.to(world.device))
+        part = objective.per_tile(logits, batch)
+        maps = maps or objective.maps(logits, batch)
+        tiles[at : at + len(part)] = part
+        at += len(part)
+    # Every tile is one rank's, and nothing is added to it.
+    answer = objective.answer(world.sum(torch.from_numpy(tiles).to(world.device)).cpu().numpy())
+    return replace(answer, maps=maps)
+
+
+def _weights(run_dir: Path, kind: str, step: int) -> Path:
+    return run_dir / kind / f"step_{step:08d}.safetensors"

@@ -1,0 +1,151 @@
+"""What a network with a head learns from labels and how its answers are counted, by kind of target.
+
+Shapes: B crops, T tiles of them, C classes that count, H×W label pixels, P places, Q pixels each (see ``dense``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from maestro_scale.evaluation import dense
+from maestro_scale.evaluation.encoded import Encoded
+from maestro_scale.evaluation.metrics import segmentation_scores
+from maestro_scale.evaluation.tasks import Answer, Multilabel, Segmentation, Task, multilabel_answer
+from maestro_scale.stream.batch import Batch
+
+
+class Objective(Protocol):
+    """``crops``: of a tile that are looked at. ``shape``: of what ``per_tile`` gives, without its first axis."""
+
+    task: Task
+    crops: int
+    shape: tuple[int, ...]
+
+    def labels(self, batch: Batch) -> Tensor:
+        """(B, …) what the logits of a batch are held against."""
+        ...
+
+    def num_counted(self, labels: Tensor) -> int:
+        """Terms of the loss: it is their sum over the global batch, divided by their number."""
+        ...
+
+    def error_sum(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Sum of the loss's terms, fp32."""
+        ...
+
+    def per_tile(self, logits: Tensor, batch: Batch) -> np.ndarray:
+        """(T, *shape): all that scoring needs to know of whole tiles; ``batch`` is on the CPU."""
+        ...
+
+    def maps(self, logits: Tensor, batch: Batch) -> dict[str, np.ndarray] | None:
+        """Label and answer of the first few tiles, (n, H, W) each, where there are such maps."""
+        ...
+
+    def answer(self, tiles: np.ndarray) -> Answer:
+        """The counts and scores of what ``per_tile`` gave for a split."""
+        ...
+
+
+@dataclass(frozen=True)
+class Presence:
+    """Each class is there or not: binary cross-entropy, the mean over samples and classes."""
+
+    task: Multilabel
+    crops: int = 1
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Scores and labels."""
+        return 2, len(self.task.classes)
+
+    def labels(self, batch: Batch) -> Tensor:
+        """(B, C) bool."""
+        return torch.from_numpy(self.task.labels(batch))
+
+    def num_counted(self, labels: Tensor) -> int:
+        """B·C."""
+        return labels.numel()
+
+    def error_sum(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Of logits (B, C)."""
+        return F.binary_cross_entropy_with_logits(logits.float(), labels.float(), reduction="sum")
+
+    def per_tile(self, logits: Tensor, batch: Batch) -> np.ndarray:
+        """(B, 2, C): probabilities, and labels as 0 and 1."""
+        return np.stack([logits.float().sigmoid().cpu().numpy(), self.task.labels(batch)], axis=1)
+
+    def maps(self, logits: Tensor, batch: Batch) -> None:
+        """There are none."""
+
+    def answer(self, tiles: np.ndarray) -> Answer:
+        """A class is answered where its probability is above one half."""
+        return multilabel_answer(tiles[:, 0] > 0.5, tiles[:, 0], tiles[:, 1] > 0.5, {})
+
+
+@dataclass(frozen=True)
+class Cover:
+    """Each pixel is of one class: cross-entropy, the mean over the pixels that count."""
+
+    task: Segmentation
+
+    @property
+    def crops(self) -> int:
+        """All of a tile's."""
+        return self.task.layout.crops.num_crops
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Pixels by (target, predicted) class; the last row is of the ignored ones."""
+        return len(self.task.classes) + 1, len(self.task.classes)
+
+    def labels(self, batch: Batch) -> Tensor:
+        """(B, P, Q) int64."""
+        return torch.from_numpy(self.task.layout.per_place(self.task.labels(batch))).long()
+
+    def num_counted(self, labels: Tensor) -> int:
+        """Pixels of the model's image that are not ignored."""
+        return int((labels != dense.IGNORED).sum())
+
+    def error_sum(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Of logits (B, C, grid·side, grid·side)."""
+        places = rearrange(logits.float(), "b c (h p) (w q) -> b c (h w) (p q)", h=self._grid, w=self._grid)
+        return F.cross_entropy(places, labels, ignore_index=dense.IGNORED, reduction="sum")
+
+    def per_tile(self, logits: Tensor, batch: Batch) -> np.ndarray:
+        """(T, C + 1, C): each label pixel of each tile once."""
+        answers, labels = self._places(logits), self.task.labels(batch)
+        return dense.confusions(
+            self.task.layout, len(self.task.classes), answers, Encoded(answers, labels, np.arange(len(batch)))
+        )
+
+    def maps(self, logits: Tensor, batch: Batch) -> dict[str, np.ndarray]:
+        """Class numbers as in ``task.labels``."""
+        answers = self.task.layout.per_pixel(self._places(logits))
+        return {
+            "truth": self.task.first_tiles(self.task.labels(batch)),
+            "answer": self.task.first_tiles(answers),
+        }
+
+    def answer(self, tiles: np.ndarray) -> Answer:
+        """The most probable class of each pixel is answered."""
+        return Answer(tiles, {}, segmentation_scores(tiles.sum(0)))
+
+    def _places(self, logits: Tensor) -> np.ndarray:
+        best = rearrange(logits.argmax(1), "b (h p) (w q) -> b (h w) (p q)", h=self._grid, w=self._grid)
+        return best.byte().cpu().numpy()
+
+    @property
+    def _grid(self) -> int:
+        return self.task.layout.grid
+
+
+def objective_for(task: Task) -> Objective:
+    """The objective of a benchmark's task."""
+    return Presence(task) if isinstance(task, Multilabel) else Cover(task)

@@ -1,0 +1,263 @@
+"""Finetuning from the command line: it learns, starts from what was pretrained, ends early, and survives a kill."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+
+import numpy as np
+import pytest
+import torch
+from testkit.models import TINY, noise_batch, small_config
+from testkit.runs import REPO, Trainer, metrics
+
+from maestro_scale.datasets.spec import Target
+from maestro_scale.evaluate import main as evaluate
+from maestro_scale.evaluation import early_stop
+from maestro_scale.evaluation.early_stop import Validated
+from maestro_scale.evaluation.objectives import Presence, objective_for
+from maestro_scale.evaluation.predictor import predictor
+from maestro_scale.evaluation.results import EvalResult
+from maestro_scale.evaluation.tasks import Multilabel, task_for
+from maestro_scale.interop.export import write_model
+from maestro_scale.interop.pretrained import load_model
+from maestro_scale.model.config import ModelConfig
+from maestro_scale.stream.evaluation import EvalLoader
+from maestro_scale.stream.loader import TrainLoader
+from tests.evaluation.conftest import FIELDS
+from tests.evaluation.test_fraction import source_of
+
+EVALUATE = REPO / "maestro_scale" / "evaluate.py"
+NUM_CLASSES = 3
+COURSE = [
+    "train.global_batch=8",
+    "train.micro_batch=4",
+    "train.precision=fp32",
+    "train.log_every=1",
+    "train.steps=12",
+    "data.lanes=2",
+    "optim.base_lr=2e-3",
+    "optim.final_div=2",
+    "evaluation.ema=0.9",
+    "evaluation.validations=6",
+    "evaluation.patience=0",
+    "checkpoint.every_steps=3",
+    "deepspeed.zero_optimization.stage=1",
+]
+
+
+def command(out, *args, course=()):
+    return [f"--out={out}", *args, "--set", *COURSE, *course]
+
+
+def evaluated(fields, tmp_path, out, *args, ranks=1, course=()):
+    """What a run that must succeed printed."""
+    trainer = Trainer(fields.recipe(tmp_path), entry=EVALUATE)
+    code, output = trainer.run(None, ranks, *command(out, *args, course=course))
+    assert code == 0, output[-4000:]
+    return output
+
+
+def numbers(folder):
+    result = dataclasses.asdict(EvalResult.load(folder / "results.json"))
+    return {k: v for k, v in result.items() if k not in ("timings", "recipe")}
+
+
+def validated(folder):
+    return [json.loads(line) for line in (folder / "validation.jsonl").read_text().splitlines()]
+
+
+def averages(folder):
+    """{file: bytes} of the averages that are kept."""
+    return {p.relative_to(folder): p.read_bytes() for p in sorted(folder.glob("*/step_*.safetensors"))}
+
+
+def losses(folder):
+    return [m["loss"] for m in metrics(folder)]
+
+
+@pytest.fixture(scope="module")
+def objective():
+    view = ModelConfig(
+        sensors=FIELDS.sensors, size=TINY, pos_grid=12, inter_depth=1, ref_sensor="s2", dataset="fields"
+    )
+    return objective_for(task_for(FIELDS, view, FIELDS.crop_m))
+
+
+@pytest.fixture(scope="module")
+def pretrained(fields, objective, tmp_path_factory):
+    """An encoder that has learned something: from labels, which is the quickest."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    model = load_model(fields.model)
+    network = predictor(model, "fields", objective, seed=0, pretrained=True)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
+    source = source_of(fields.shards, "train", folder)
+    stream = TrainLoader((source,), seed=1, lanes=1, global_batch=16, micro_batch=16)
+    for step in stream.steps(0, 30):
+        (batch,) = step.batches
+        labels = objective.labels(batch)
+        share, _ = network(batch, labels, torch.tensor([objective.num_counted(labels)], dtype=torch.float64))
+        optimizer.zero_grad()
+        share.backward()
+        optimizer.step()
+    model.load_state_dict({k: v for k, v in network.state_dict().items() if "heads" not in k}, strict=False)
+    write_model(folder / "model", model.state_dict(), model.config, {"step": 30})
+    return folder / "model"
+
+
+@pytest.fixture(scope="module")
+def alone(fields, pretrained, tmp_path_factory):
+    """Finetuning and scratch on half of the labels, on one rank."""
+    folder = tmp_path_factory.mktemp("alone")
+    modes = ["--mode=finetune", "--mode=scratch", "--fraction=0.5"]
+    output = evaluated(fields, folder, folder / "out", f"--checkpoint={pretrained}", *modes)
+    assert "finetune: mIoU" in output
+    return folder / "out"
+
+
+@pytest.mark.slow
+def test_finetuning_learns_and_does_better_than_from_scratch(alone):
+    tuned, scratch = alone / "finetune_50pct", alone / "scratch_50pct"
+    constant = math.log(NUM_CLASSES)
+    assert losses(tuned)[-1] < 0.3 * constant
+    assert sum(losses(tuned)) < 0.8 * sum(losses(scratch))
+    assert validated(tuned)[0]["score"] > validated(scratch)[0]["score"]
+    assert numbers(tuned)["value"] > 0.9
+    assert (numbers(tuned)["mode"], numbers(tuned)["checkpoint_step"]) == ("finetune", 30)
+    assert (numbers(scratch)["mode"], numbers(scratch)["checkpoint_step"]) == ("scratch", 0)
+    assert numbers(tuned)["fraction"] == 0.5
+    with np.load(tuned / "maps.npz") as maps:
+        assert maps["answer"].shape == maps["truth"].shape == (4, 6, 6)
+        counted = maps["truth"] < NUM_CLASSES
+        assert (maps["answer"] == maps["truth"])[counted].mean() > 0.9
+
+
+@pytest.mark.slow
+def test_two_ranks_killed_and_started_again_give_the_same_bits(fields, pretrained, alone, tmp_path):
+    args = [f"--checkpoint={pretrained}", "--mode=finetune", "--fraction=0.5"]
+    evaluated(fields, tmp_path, tmp_path / "quiet", *args, ranks=2)
+    quiet = tmp_path / "quiet" / "finetune_50pct"
+    trainer = Trainer(fields.recipe(tmp_path), entry=EVALUATE)
+    job = trainer.start(None, 2, *command(tmp_path / "killed", *args))
+    killed, deadline = tmp_path / "killed" / "finetune_50pct", time.monotonic() + 120
+    while not any(m["step"] >= 8 for m in metrics(killed)):
+        assert time.monotonic() < deadline, job.output[-4000:]
+        time.sleep(0.005)
+    job.kill()
+    assert not (killed / "results.json").exists()
+    evaluated(fields, tmp_path, tmp_path / "killed", *args, ranks=2)
+    assert losses(killed) == losses(quiet)
+    assert (killed / "validation.jsonl").read_text() == (quiet / "validation.jsonl").read_text()
+    assert numbers(killed) == numbers(quiet)
+    assert averages(killed) == averages(quiet)
+    # However it is cut into ranks, the loss is that of the global batch.
+    assert losses(quiet)[:4] == pytest.approx(losses(alone / "finetune_50pct")[:4], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_it_stops_when_asked_and_ends_where_validation_gets_no_better(fields, tmp_path):
+    course = ["evaluation.patience=2", "optim.base_lr=1e-12"]
+    args = [f"--checkpoint={fields.model}", "--mode=finetune"]
+    folder = tmp_path / "out" / "finetune"
+    folder.mkdir(parents=True)
+    (folder / "STOP").touch()
+    output = evaluated(fields, tmp_path, tmp_path / "out", *args, course=course)
+    assert "finetune: stopped; the same command continues it" in output
+    assert (len(losses(folder)), (folder / "results.json").exists()) == (1, False)
+    evaluated(fields, tmp_path, tmp_path / "out", *args, course=course)
+    assert [v["step"] for v in validated(folder)] == [2, 4, 6]
+    assert len(losses(folder)) == 6
+    assert numbers(folder)["chosen"] == {"step": 2.0, "validation": validated(folder)[0]["score"]}
+    assert [p.stem for p in (folder / "best").iterdir()] == ["step_00000002"]
+
+
+def test_what_is_no_maestro_is_not_finetuned(fields, tmp_path, capsys):
+    recipe = f"--recipe={fields.recipe(tmp_path)}"
+    assert evaluate([recipe, f"--out={tmp_path}", "--baseline=statistics", "--mode=finetune"]) == 2
+    assert "--baseline statistics is not trained here: use --mode knn or probe" in capsys.readouterr().err
+
+
+def test_right_logits_have_no_error_and_count_on_the_diagonal(fields, objective, tmp_path):
+    loader = EvalLoader(source_of(fields.shards, "val", tmp_path), 2 * objective.crops)
+    for batch in loader:
+        labels = torch.from_numpy(objective.task.labels(batch)).long()
+        known = labels.clamp_max(NUM_CLASSES) % NUM_CLASSES
+        logits = 50 * torch.nn.functional.one_hot(known, NUM_CLASSES).permute(0, 3, 1, 2).float()
+        held_against = objective.labels(batch)
+        assert objective.num_counted(held_against) == int((labels < NUM_CLASSES).sum())
+        assert float(objective.error_sum(logits, held_against)) == pytest.approx(0, abs=1e-3)
+        tiles = objective.per_tile(logits, batch)
+        assert tiles.shape == (len(batch) // objective.crops, *objective.shape)
+        answer = objective.answer(tiles)
+        assert objective.task.statistic(answer.counts.sum(0)) == 1
+        assert answer.counts[:, :NUM_CLASSES].sum() < 36 * len(tiles)
+        wrong = objective.answer(objective.per_tile(logits.roll(1, dims=1), batch))
+        assert objective.task.statistic(wrong.counts.sum(0)) == 0
+
+
+def test_multilabel_error_is_binary_cross_entropy_and_one_half_decides():
+    presence = Presence(Multilabel(Target("kind", "multilabel", ("a", "b", "c"), threshold=0.5)))
+    batch = noise_batch(small_config(), 2)
+    batch.targets["kind"] = torch.tensor([[0.9, 0.1, 0.6], [0.5, 0.7, 0.0]])
+    logits = torch.tensor([[2.0, -1.0, 0.7], [0.0, 3.0, -4.0]])
+    labels = presence.labels(batch)
+    assert labels.tolist() == [[True, False, True], [False, True, False]]
+    expected = sum(math.log1p(math.exp(x)) for x in (-2.0, -1.0, -0.7, 0.0, -3.0, -4.0))
+    assert float(presence.error_sum(logits, labels)) == pytest.approx(expected, rel=1e-5)
+    assert presence.num_counted(labels) == 6
+    answer = presence.answer(presence.per_tile(logits.roll(1, dims=0), batch).astype(float))
+    assert answer.counts[:, :, 0].tolist() == [[False, False, True], [False, True, False]]
+    assert presence.answer(presence.per_tile(logits, batch)).scores["mean_average_precision"] == 1
+
+
+def test_the_loss_of_a_batch_is_that_of_its_parts(fields, objective, tmp_path):
+    network = predictor(load_model(fields.model), "fields", objective, seed=0, pretrained=False)
+    (batch,) = EvalLoader(source_of(fields.shards, "val", tmp_path), 64, crops=2)
+    labels = objective.labels(batch)
+    counts = torch.tensor([objective.num_counted(labels)], dtype=torch.float64)
+    with torch.no_grad():
+        whole, sums = network(batch, labels, counts)
+        halves = [(batch.map(lambda t, r=r: t[r]), labels[r]) for r in (slice(5), slice(5, None))]
+        parts = [network(*half, counts) for half in halves]
+    assert float(sum(share for share, _ in parts)) == pytest.approx(float(whole), rel=1e-5)
+    assert float(sums) == pytest.approx(float(whole) * float(counts), rel=1e-5)
+
+
+def test_scratch_shares_nothing_with_the_encoder_and_neither_has_a_decoder(fields, objective):
+    encoder = load_model(fields.model)
+    tuned, scratch = (predictor(encoder, "fields", objective, 5, pretrained) for pretrained in (True, False))
+    state = encoder.state_dict()
+    for name, tensor in tuned.state_dict().items():
+        assert not name.startswith(("decoders", "to_pixels", "to_decoder", "mask_token"))
+        assert name.startswith("heads.") or torch.equal(tensor, state[name])
+    matrices = [n for n, p in scratch.named_parameters() if p.dim() > 1 and not n.startswith("heads.")]
+    assert matrices
+    assert not any(torch.equal(scratch.state_dict()[n], state[n]) for n in matrices)
+
+
+@pytest.mark.parametrize(
+    ("scores", "patience", "over"),
+    [
+        ([], 2, False),
+        ([0.3, 0.2], 2, False),
+        ([0.3, 0.2, 0.3], 2, True),
+        ([0.3, 0.2, 0.4], 2, False),
+        ([0.3, 0.2, 0.1, 0.1], 0, False),
+    ],
+)
+def test_patience_counts_validations_without_a_better_score(scores, patience, over):
+    history = [Validated(10 * i, s) for i, s in enumerate(scores)]
+    assert early_stop.exhausted(history, patience) is over
+    if scores:
+        assert early_stop.best(history).score == max(scores)
+        assert early_stop.best(history).step == 10 * scores.index(max(scores))
+
+
+@pytest.mark.parametrize(("num_steps", "validations"), [(1, 20), (7, 3), (100, 20), (101, 20), (5, 1)])
+def test_validations_are_spread_evenly_and_include_the_end(num_steps, validations):
+    due = [s for s in range(1, num_steps + 1) if early_stop.due(s, num_steps, validations)]
+    assert due[-1] == num_steps
+    assert len(due) <= validations
+    assert len(set(np.diff([0, *due[:-1]]).tolist())) <= 1
