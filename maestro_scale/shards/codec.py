@@ -9,6 +9,7 @@ and, if fields are compressed, ``encoded``: a JSON object from field name to
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import NamedTuple, Protocol
@@ -16,7 +17,15 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from maestro_scale.datasets.spec import Tile
-from maestro_scale.shards.compress import CODECS, Encoded, compress, decompress_all, decompress_rows
+from maestro_scale.shards.compress import (
+    CODECS,
+    Encoded,
+    Window,
+    compress,
+    decompress_all,
+    decompress_rows,
+    window_shape,
+)
 from maestro_scale.shards.errors import CodecError, one_line
 from maestro_scale.shards.fields import fields_of
 
@@ -39,6 +48,9 @@ DTYPES = tuple(_TO_SAFETENSORS)
 _SMALL_BYTES = 4096  # fields below stay raw: a frame would save nothing and cost a call
 _MAX_HEADER_BYTES = 16 * 1024 * 1024
 _HEADER_BYTES = 16 * 1024  # read at once; few headers are longer
+_GAP_BYTES = (
+    16 * 1024
+)  # between two images' windows; less is read along, as that takes no longer than another call
 
 
 def encode(tile: Tile, codec: str = "raw") -> bytes:
@@ -129,17 +141,24 @@ class Sample:
             return np.dtype(self._encoded[name].dtype)
         return self._raw_dtype(name)
 
-    def array(self, name: str) -> np.ndarray:
-        """A whole field in its native dtype. Raw fields are read-only views of the buffer."""
+    def array(self, name: str, window: Window | None = None) -> np.ndarray:
+        """A field in its native dtype, whole or, of its last two axes, a ``window``.
+
+        Raw fields of a buffer are read-only views of it.
+        """
         if name in self._encoded:
             try:
-                return decompress_all(self._encoded[name], self._reader(name))
+                return decompress_all(self._encoded[name], self._reader(name), window)
             except CodecError as error:
                 raise CodecError(f"sample {self.key}, field {name}: {error}") from error
-        return self._raw(name)
+        if window is None or self._in_memory or len(self.shape(name)) < 3:
+            whole = self._raw(name)
+            return whole if window is None else whole[(..., *window)]
+        return self._raw_rows(name, np.arange(self.shape(name)[0]), window)
 
-    def rows(self, name: str, indices: np.ndarray) -> np.ndarray:
-        """Entries ``indices`` (D,) of axis 0, (D, …), copied; nothing else of the field is decoded.
+    def rows(self, name: str, indices: np.ndarray, window: Window | None = None) -> np.ndarray:
+        """Entries ``indices`` (D,) of axis 0, (D, …), or of each a ``window``, copied; of the rest of the field as
+        little as can be is read or decoded.
 
         Repeats and any order are allowed. IndexError if an index is negative or past the end.
         """
@@ -150,11 +169,11 @@ class Sample:
                 f"sample {self.key}: {name} has {num_rows} entries, asked for {indices.tolist()}"
             )
         if name not in self._encoded:
-            return (
-                self._raw(name)[indices] if isinstance(self._span, _Memory) else self._raw_rows(name, indices)
-            )
+            if self._in_memory:
+                return self.array(name, window)[indices]
+            return self._raw_rows(name, indices, window)
         try:
-            return decompress_rows(self._encoded[name], self._reader(name), indices)
+            return decompress_rows(self._encoded[name], self._reader(name), indices, window)
         except CodecError as error:
             raise CodecError(f"sample {self.key}, field {name}: {error}") from error
 
@@ -192,17 +211,33 @@ class Sample:
         array.flags.writeable = False
         return array
 
-    def _raw_rows(self, name: str, indices: np.ndarray) -> np.ndarray:
-        read, entry = self._reader(name), self._entry(name)
-        out = np.empty((len(indices), *entry.shape[1:]), self._raw_dtype(name))
-        row_bytes = out[:1].nbytes if len(out) else 0
-        if row_bytes * entry.shape[0] > entry.end - entry.begin:
+    @property
+    def _in_memory(self) -> bool:
+        return isinstance(self._span, _Memory)
+
+    def _raw_rows(self, name: str, indices: np.ndarray, window: Window | None) -> np.ndarray:
+        read, shape, dtype = self._reader(name), self._entry(name).shape, self._raw_dtype(name)
+        row_bytes = math.prod(shape[1:]) * dtype.itemsize
+        if row_bytes * shape[0] > self._entry(name).end - self._entry(name).begin:
             raise CodecError(
-                f"sample {self.key}, field {name}: {entry.end - entry.begin} bytes for {entry.shape}"
+                f"sample {self.key}, field {name}: {len(self._bytes(name))} bytes for {dtype} {shape}"
             )
-        for row, index in zip(out, indices.tolist(), strict=True):
-            data = read(index * row_bytes, (index + 1) * row_bytes)
-            row[...] = np.frombuffer(data, out.dtype).reshape(row.shape)
+        out = np.empty((len(indices), *window_shape(shape[1:], window)), dtype)
+        if window is None or (shape[-2] - out.shape[-2]) * shape[-1] * dtype.itemsize < _GAP_BYTES:
+            inside = (...,) if window is None else (..., *window)
+            for row, index in zip(out, indices.tolist(), strict=True):
+                data = read(index * row_bytes, (index + 1) * row_bytes)
+                row[...] = np.frombuffer(data, dtype).reshape(shape[1:])[inside]
+            return out
+        # Of every image the rows of pixels that are seen: what lies between them is worth not reading.
+        first, stop, _ = window[0].indices(shape[-2])
+        line_bytes = shape[-1] * dtype.itemsize
+        images = out.reshape(-1, *out.shape[-2:])
+        per_row = len(images) // max(len(indices), 1)
+        starts = (indices[:, None] * row_bytes + np.arange(per_row) * shape[-2] * line_bytes).reshape(-1)
+        for image, start in zip(images, starts.tolist(), strict=True):
+            data = read(start + first * line_bytes, start + stop * line_bytes)
+            image[...] = np.frombuffer(data, dtype).reshape(-1, shape[-1])[:, window[1]]
         return out
 
 
@@ -258,7 +293,9 @@ def _read_header(span: Span) -> tuple[dict, dict[str, _Entry], int]:
 def _read_encoded(text: str) -> dict[str, Encoded]:
     try:
         encoded = {
-            name: Encoded(e["codec"], e["dtype"], tuple(e["shape"]), e["rows"], tuple(e["ends"]))
+            name: Encoded(
+                e["codec"], e["dtype"], tuple(e["shape"]), e["rows"], tuple(e["ends"]), e.get("strip", 0)
+            )
             for name, e in json.loads(text).items()
         }
         sound = all(e.is_sound() for e in encoded.values())

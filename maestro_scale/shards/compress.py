@@ -1,4 +1,5 @@
-"""Compression of one field: zstd frames, each over some dates, so that a few dates are decoded alone.
+"""Compression of one field: zstd frames, each over some dates, or over a strip of one large date, so that a few dates
+of a part of a tile are decoded alone.
 
 ``delta-zstd`` filters before it compresses: integers become differences between the rows of an image,
 and the bytes of multi-byte values are grouped by significance. Differences between dates are worse
@@ -7,7 +8,7 @@ and the bytes of multi-byte values are grouped by significance. Differences betw
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,21 +17,32 @@ import zstandard
 from maestro_scale.shards.errors import CodecError
 
 CODECS = ("raw", "zstd", "delta-zstd")
-CHUNK_BYTES = 64 * 1024  # uncompressed; a date larger than this is a chunk of its own
+CHUNK_BYTES = 64 * 1024  # uncompressed, at most, unless a row of pixels has more
 _LEVEL = 3
 
 Read = Callable[[int, int], memoryview]  # bytes [begin, end) of a stored field
+Window = tuple[slice, slice]  # rows and columns of pixels
+Place = tuple[slice, ...]
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """How a field is stored: ``ends[i]`` is where the zstd frame of rows [i·rows, (i+1)·rows) ends."""
+    """How a field is stored: chunk after chunk of ``rows`` entries of axis 0; ``ends[i]`` is where zstd frame i ends.
+
+    A frame is a chunk or, with ``strip``, so many rows of pixels of it, from the north, in all its bands.
+    """
 
     codec: str
     dtype: str
     shape: tuple[int, ...]
     rows: int
     ends: tuple[int, ...]
+    strip: int = 0  # 0: all rows of pixels
+
+    @property
+    def num_strips(self) -> int:
+        """Frames per chunk."""
+        return -(-self.shape[-2] // self.strip) if self.strip else 1
 
     @property
     def row_shape(self) -> tuple[int, ...]:
@@ -44,62 +56,121 @@ class Encoded:
             and np.dtype(self.dtype).kind in "biuf"
             and min(self.shape) > 0
             and self.rows > 0
-            and len(self.ends) == -(-self.shape[0] // self.rows)
+            and (self.strip == 0 or (self.strip > 0 and len(self.shape) > 2))
+            and len(self.ends) == -(-self.shape[0] // self.rows) * self.num_strips
             and self.ends[0] > 0
             and list(self.ends) == sorted(self.ends)
         )
+
+
+def window_shape(row_shape: tuple[int, ...], window: Window | None) -> tuple[int, ...]:
+    """Shape of a window of images (…, H, W), or of them whole."""
+    if window is None:
+        return row_shape
+    return (
+        *row_shape[:-2],
+        *(len(range(*w.indices(n))) for w, n in zip(window, row_shape[-2:], strict=True)),
+    )
 
 
 def compress(array: np.ndarray, codec: str) -> tuple[Encoded, bytes]:
     """Compress a C-contiguous array of one or more axes, a chunk of axis 0 at a time."""
     row_bytes = array.nbytes // len(array)
     rows = max(1, min(len(array), CHUNK_BYTES // max(row_bytes, 1)))
+    strip = _even_strip(array.shape[-2], row_bytes) if array.ndim > 2 and row_bytes > CHUNK_BYTES else 0
     compressor = zstandard.ZstdCompressor(level=_LEVEL, write_content_size=True, write_checksum=False)
     frames, ends, end = [], [], 0
     for start in range(0, len(array), rows):
         chunk = array[start : start + rows]
-        frame = compressor.compress(_filter(chunk) if codec == "delta-zstd" else chunk)
-        end += len(frame)
-        frames.append(frame)
-        ends.append(end)
-    return Encoded(codec, array.dtype.name, array.shape, rows, tuple(ends)), b"".join(frames)
+        strips = (
+            [chunk[..., i : i + strip, :] for i in range(0, array.shape[-2], strip)] if strip else [chunk]
+        )
+        for piece in strips:
+            piece = np.ascontiguousarray(piece)
+            frame = compressor.compress(_filter(piece) if codec == "delta-zstd" else piece)
+            end += len(frame)
+            frames.append(frame)
+            ends.append(end)
+    return Encoded(codec, array.dtype.name, array.shape, rows, tuple(ends), strip), b"".join(frames)
 
 
-def decompress_all(encoded: Encoded, read: Read) -> np.ndarray:
-    """The whole array; a fresh one, or read-only over a decompressed frame."""
+def decompress_all(encoded: Encoded, read: Read, window: Window | None = None) -> np.ndarray:
+    """The whole array, or of every image a window; a fresh one, or read-only over a decompressed frame."""
+    if window is not None and len(encoded.shape) == 2:  # a single image: axis 0 is its rows
+        rows, columns = window
+        return decompress_rows(encoded, read, np.arange(encoded.shape[0])[rows])[:, columns]
     decompressor = zstandard.ZstdDecompressor()
-    if len(encoded.ends) == 1:
-        return _chunk(encoded, read, 0, decompressor)
-    out = np.empty(encoded.shape, encoded.dtype)
-    for i in range(len(encoded.ends)):
-        out[i * encoded.rows : (i + 1) * encoded.rows] = _chunk(encoded, read, i, decompressor)
+    if len(encoded.ends) == 1 and window is None:
+        return _frame(encoded, read, 0, 0, decompressor)
+    out = np.empty((encoded.shape[0], *window_shape(encoded.row_shape, window)), encoded.dtype)
+    for i in range(-(-encoded.shape[0] // encoded.rows)):
+        chunk = out[i * encoded.rows : (i + 1) * encoded.rows]
+        for strip, source, place in _strips(encoded, window):
+            chunk[place] = _frame(encoded, read, i, strip, decompressor)[source]
     return out
 
 
-def decompress_rows(encoded: Encoded, read: Read, indices: np.ndarray) -> np.ndarray:
-    """Entries ``indices`` (any order, repeats allowed) of axis 0; only their chunks are read."""
+def decompress_rows(
+    encoded: Encoded, read: Read, indices: np.ndarray, window: Window | None = None
+) -> np.ndarray:
+    """Entries ``indices`` (any order, repeats allowed) of axis 0, or a window of each; no other frame is read."""
     decompressor = zstandard.ZstdDecompressor()
-    out = np.empty((len(indices), *encoded.row_shape), encoded.dtype)
+    out = np.empty((len(indices), *window_shape(encoded.row_shape, window)), encoded.dtype)
     chunk_of = indices // encoded.rows
     for i in np.unique(chunk_of):
-        wanted = chunk_of == i
-        out[wanted] = _chunk(encoded, read, int(i), decompressor)[indices[wanted] - i * encoded.rows]
+        wanted = np.flatnonzero(chunk_of == i)
+        within = indices[wanted] - i * encoded.rows
+        for strip, source, place in _strips(encoded, window):
+            frame = _frame(encoded, read, int(i), strip, decompressor)[source]
+            out[(wanted, *place[1:])] = frame[within]
     return out
 
 
-def _chunk(encoded: Encoded, read: Read, i: int, decompressor: zstandard.ZstdDecompressor) -> np.ndarray:
+def _even_strip(height: int, row_bytes: int) -> int:
+    """Rows of pixels per frame: as many as fit, in frames of one size."""
+    fit = max(1, CHUNK_BYTES * height // row_bytes)
+    return -(-height // -(-height // fit))
+
+
+def _strips(encoded: Encoded, window: Window | None) -> Iterator[tuple[int, Place, Place]]:
+    """The frames of a chunk that a window is in: strip, what of its pixels is seen, and where that belongs."""
+    if window is None and not encoded.strip:
+        yield 0, (slice(None),), (slice(None),)
+        return
+    height, width = encoded.shape[-2:]
+    rows, columns = window or (slice(0, height), slice(0, width))
+    first, stop, _ = rows.indices(height)
+    step = encoded.strip or height
+    other = (slice(None),) * (len(encoded.shape) - 2)
+    for strip in range(first // step, -(-stop // step)):
+        begin = strip * step
+        top, bottom = max(first, begin), min(stop, begin + step)
+        yield (
+            strip,
+            (*other, slice(top - begin, bottom - begin), columns),
+            (*other, slice(top - first, bottom - first)),
+        )
+
+
+def _frame(
+    encoded: Encoded, read: Read, i: int, strip: int, decompressor: zstandard.ZstdDecompressor
+) -> np.ndarray:
+    """Chunk ``i``, or a strip of it."""
     dtype = np.dtype(encoded.dtype)
-    num_rows = min(encoded.rows, encoded.shape[0] - i * encoded.rows)
-    shape = (num_rows, *encoded.row_shape)
+    shape = (min(encoded.rows, encoded.shape[0] - i * encoded.rows), *encoded.row_shape)
+    if encoded.strip:
+        left = encoded.shape[-2] - strip * encoded.strip
+        shape = (*shape[:-2], min(encoded.strip, left), shape[-1])
     size = int(np.prod(shape)) * dtype.itemsize
-    frame = read(encoded.ends[i - 1] if i else 0, encoded.ends[i])
+    number = i * encoded.num_strips + strip
+    frame = read(encoded.ends[number - 1] if number else 0, encoded.ends[number])
     try:
         # Checked first: a damaged frame could ask for any amount of memory.
         if zstandard.frame_content_size(frame) != size:
-            raise CodecError(f"chunk {i} does not hold the {size} bytes its shape {shape} needs")
+            raise CodecError(f"frame {number} does not hold the {size} bytes its shape {shape} needs")
         content = decompressor.decompress(frame)
     except zstandard.ZstdError as error:
-        raise CodecError(f"chunk {i} cannot be decompressed ({error})") from error
+        raise CodecError(f"frame {number} cannot be decompressed ({error})") from error
     if encoded.codec == "delta-zstd":
         return _unfilter(content, dtype, shape)
     return np.frombuffer(content, dtype).reshape(shape)

@@ -23,6 +23,9 @@ class Shard:
         self.keys = index.keys
         self._index = index
         self._file: _File | None = _File(path, descriptor)
+        if max(index.sizes) > _WHOLE_BYTES and hasattr(os, "posix_fadvise"):
+            # Of large samples little is read: what the system would read ahead is another date, or band.
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
 
     def __len__(self) -> int:
         return len(self.keys)

@@ -86,15 +86,18 @@ class CropGrid:
         """Pixels per side of a crop of a raster of ``size`` pixels per side."""
         return size if self._whole else max(round(self.crop_m / resolution_m), 1)
 
-    def cut(self, pixels: np.ndarray, crop: Crop, resolution_m: float) -> np.ndarray:
-        """A view of (…, H, W): the crop's pixels, (…, side, side), not yet oriented."""
+    def window(self, crop: Crop, resolution_m: float, size: int) -> tuple[slice, slice] | None:
+        """Rows and columns of the crop's pixels in a raster of ``size`` pixels per side; None for all of them."""
         if self._whole:
-            return pixels
-        height, width = pixels.shape[-2:]
-        side = self.side(resolution_m, height)
-        top = min(round(crop.row_m / resolution_m), height - side)
-        left = min(round(crop.column_m / resolution_m), width - side)
-        return pixels[..., top : top + side, left : left + side]
+            return None
+        side = self.side(resolution_m, size)
+        top, left = (min(round(m / resolution_m), size - side) for m in (crop.row_m, crop.column_m))
+        return slice(top, top + side), slice(left, left + side)
+
+    def cut(self, pixels: np.ndarray, crop: Crop, resolution_m: float) -> np.ndarray:
+        """A view of (…, size, size): the crop's pixels, (…, side, side), not yet oriented."""
+        window = self.window(crop, resolution_m, pixels.shape[-1])
+        return pixels if window is None else pixels[(..., *window)]
 
     def _inside(self, place: int) -> float:
         offset = min(place * self.crop_m, self.tile_m - self.crop_m)

@@ -15,6 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from maestro_scale.datasets.spec import DatasetSpec, Modality, Sensor, Target
+from maestro_scale.shards.compress import Window
 from maestro_scale.shards.errors import CodecError
 from maestro_scale.stream import dates
 from maestro_scale.stream.batch import num_noise
@@ -30,12 +31,12 @@ class Stored(Protocol):
 
     key: str
 
-    def array(self, name: str) -> np.ndarray:
-        """A whole field."""
+    def array(self, name: str, window: Window | None = None) -> np.ndarray:
+        """A field, or a window of its last two axes."""
         ...
 
-    def rows(self, name: str, indices: np.ndarray) -> np.ndarray:
-        """Some entries of a field's first axis."""
+    def rows(self, name: str, indices: np.ndarray, window: Window | None = None) -> np.ndarray:
+        """Some entries of a field's first axis, or a window of each."""
         ...
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -114,19 +115,22 @@ class Preparer:
         for field, target in self._targets:
             name = f"target.{target.name}"
             _check(sample, name, _stored_layout(target, self.view.spec))
-            label = sample.array(name)
             if target.kind == "segmentation":
-                label = crop.orientation.apply(self.grid.cut(label, crop, target.resolution_m))
-            elif target.of is not None:
-                label = self._shares(sample, target, crop)
+                label = crop.orientation.apply(self._labels(sample, target, crop))
+            else:
+                label = sample.array(name) if target.of is None else self._shares(sample, target, crop)
             out[field][row] = label
+
+    def _labels(self, sample: Stored, target: Target, crop: Crop) -> np.ndarray:
+        """(side, side) uint8, upright."""
+        (size, _), _ = _stored_layout(target, self.view.spec)
+        return sample.array(f"target.{target.name}", self.grid.window(crop, target.resolution_m, size))
 
     def _shares(self, sample: Stored, target: Target, crop: Crop) -> np.ndarray:
         """(classes,) float32: what part of the crop each class covers."""
         source = self.view.spec.target(target.of)
-        name = f"target.{source.name}"
-        _check(sample, name, _stored_layout(source, self.view.spec))
-        seen = self.grid.cut(sample.array(name), crop, source.resolution_m)
+        _check(sample, f"target.{source.name}", _stored_layout(source, self.view.spec))
+        seen = self._labels(sample, source, crop)
         counts = np.bincount(seen.reshape(-1), minlength=256)
         return counts[[source.classes.index(c) for c in target.classes]] / np.float32(seen.size)
 
@@ -159,25 +163,27 @@ class _Input:
         """
         name, num_dates = self.modality.name, self.sensor.num_dates
 
+        size, num_bands = self.modality.size, len(self.modality.bands)
+        window = self.grid.window(crop, self.modality.resolution_m, size)
+
         def read(indices: np.ndarray) -> np.ndarray:
-            return self._seen(sample.rows(name, indices), crop)
+            return self._seen(sample.rows(name, indices, window))
 
         def whole() -> np.ndarray:
-            return self._seen(sample.array(name), crop)
+            return self._seen(sample.array(name, window))
 
         stored = sample.shape(name)[0]
-        size, num_bands = self.modality.size, len(self.modality.bands)
         _check(sample, name, ((stored, num_bands, size, size), self.modality.dtype))
         if stored <= num_dates:
             chosen = dates.repeated(stored, num_dates)
             pixels = whole() if stored == num_dates else whole()[chosen]
         elif draws is not None:
-            marked = self._marked(sample, crop)
+            marked = self._marked(sample, window)
             chosen, pixels = dates.draw(stored, num_dates, marked, read, draws)
         else:
             series = whole()
             chosen = dates.nearest_to_median(
-                series, self._mask(sample, crop), num_dates, self.sensor.mask_threshold
+                series, self._mask(sample, window), num_dates, self.sensor.mask_threshold
             )
             pixels = series[chosen]
         pixels, imputed = dates.fill_nan(pixels, chosen, whole)
@@ -185,20 +191,19 @@ class _Input:
         out[self.dates][row] = sample.rows(f"{name}.dates", chosen)
         return imputed + max(num_dates - stored, 0)
 
-    def _seen(self, pixels: np.ndarray, crop: Crop) -> np.ndarray:
-        cut = self.grid.cut(pixels, crop, self.modality.resolution_m)
-        return cut if self._bands is None else cut[:, self._bands]
+    def _seen(self, pixels: np.ndarray) -> np.ndarray:
+        return pixels if self._bands is None else pixels[:, self._bands]
 
-    def _mask(self, sample: Stored, crop: Crop) -> np.ndarray | None:
+    def _mask(self, sample: Stored, window: Window | None) -> np.ndarray | None:
         if not self.modality.mask_bands:
             return None
         name, size = f"{self.modality.name}.mask", self.modality.size
         stored = sample.shape(self.modality.name)[0]
         _check(sample, name, ((stored, len(self.modality.mask_bands), size, size), "uint8"))
-        return self.grid.cut(sample.array(name), crop, self.modality.resolution_m)
+        return sample.array(name, window)
 
-    def _marked(self, sample: Stored, crop: Crop) -> np.ndarray | None:
-        mask = self._mask(sample, crop)
+    def _marked(self, sample: Stored, window: Window | None) -> np.ndarray | None:
+        mask = self._mask(sample, window)
         return None if mask is None else dates.is_marked(mask, self.sensor.mask_threshold)
 
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shards.kit import fields_equal, tile
 
+from maestro_scale.shards import compress
 from maestro_scale.shards.codec import DTYPES, Sample, encode, encode_fields
 from maestro_scale.shards.compress import CODECS
 from maestro_scale.shards.errors import CodecError
@@ -32,19 +33,46 @@ def test_every_array_comes_back(array, codec, data):
         assert sample.rows(name, rows).tobytes() == wanted[rows].tobytes()
 
 
-@pytest.mark.parametrize("codec", CODECS)
-def test_rows_decode_only_the_chunks_they_are_in(codec, monkeypatch):
-    series = np.cumsum(np.ones((9, 4, 100, 100), np.int16), axis=0, dtype=np.int16)  # a chunk is one date
-    sample = Sample(encode_fields("k", {"s": series}, codec))
-    chunks = []
-    if codec != "raw":
-        from maestro_scale.shards import compress
+images = st.sampled_from(("uint8", "int16", "float16", "float32")).flatmap(
+    lambda dtype: hnp.arrays(dtype, hnp.array_shapes(min_dims=2, max_dims=4, min_side=1, max_side=6))
+)
 
-        whole = compress._chunk
-        monkeypatch.setattr(compress, "_chunk", lambda e, d, i, z: chunks.append(i) or whole(e, d, i, z))
+
+@settings(max_examples=60, deadline=None)
+@given(image=images, codec=st.sampled_from(CODECS), zoom=st.sampled_from((1, 7, 40)), data=st.data())
+def test_a_window_is_what_numpy_would_cut_out(image, codec, zoom, data):
+    wanted = np.kron(image, np.ones((zoom, zoom), image.dtype)).astype(
+        image.dtype
+    )  # up to strips and many of them
+    wanted = np.concatenate([wanted] * (1 + 5000 // wanted.nbytes))
+    sample = Sample(encode_fields("k", {"a": wanted}, codec))
+    edges = [
+        sorted(data.draw(st.lists(st.integers(0, n), min_size=2, max_size=2))) for n in wanted.shape[-2:]
+    ]
+    window = tuple(slice(*e) for e in edges)
+    assert np.array_equal(sample.array("a", window), wanted[(..., *window)], equal_nan=True)
+    if wanted.ndim > 2:
+        rows = np.array(data.draw(st.lists(st.integers(0, len(wanted) - 1), max_size=6)), dtype=np.int64)
+        assert np.array_equal(sample.rows("a", rows, window), wanted[(rows, ..., *window)], equal_nan=True)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_rows_decode_only_the_frames_they_are_in(codec, monkeypatch):
+    series = np.random.default_rng(0).integers(0, 99, (9, 4, 100, 100), np.int16)  # two strips per date
+    sample = Sample(encode_fields("k", {"s": series}, codec))
+    frames = []
+    decode = compress._frame
+    monkeypatch.setattr(
+        compress, "_frame", lambda e, d, i, s, z: frames.append((i, s)) or decode(e, d, i, s, z)
+    )
     rows = np.array([7, 2, 7])
     assert np.array_equal(sample.rows("s", rows), series[rows])
-    assert chunks == ([] if codec == "raw" else [2, 7])
+    assert frames == ([] if codec == "raw" else [(2, 0), (2, 1), (7, 0), (7, 1)])
+    frames.clear()
+    south = (slice(50, 70), slice(3, 5))
+    assert np.array_equal(sample.rows("s", rows, south), series[rows, :, 50:70, 3:5])
+    assert np.array_equal(sample.array("s", south), series[..., 50:70, 3:5])
+    assert frames == ([] if codec == "raw" else [(2, 1), (7, 1), *((date, 1) for date in range(9))])
     with pytest.raises(IndexError, match="s has 9 entries"):
         sample.rows("s", np.array([9]))
     with pytest.raises(IndexError):
