@@ -28,7 +28,7 @@ from maestro_scale.recipe import (
     resolve_spec,
 )
 from maestro_scale.recipe.inputs import SensorOverride
-from maestro_scale.recipe.layers import parse_yaml
+from maestro_scale.recipe.layers import dump_yaml, parse_yaml
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 MINIMAL = {"name": "run", "data": {"mixture": [{"dataset": "d", "shards": "/d"}]}}
@@ -329,6 +329,11 @@ def test_a_file_that_is_not_there_is_refused_with_its_neighbour():
 def test_yaml_numbers_are_numbers_and_dates_are_text():
     read = parse_yaml("[3e-5, 1E3, .5, 1_000, 2024-01-01, 1.0.2, -2, +3.5]")
     assert read == [3e-5, 1000.0, 0.5, 1000, "2024-01-01", "1.0.2", -2, 3.5]
+
+
+@pytest.mark.parametrize("text", ["08", "1e5", "-.5", "1_000", "2024-01-01", "yes", ".inf", "12"])
+def test_text_that_looks_like_a_number_stays_text(text):
+    assert parse_yaml(dump_yaml({"name": text})) == {"name": text}
 
 
 # --- round trip

@@ -67,6 +67,11 @@ def parse_yaml(text: str) -> Any:
     return yaml.load(text, Loader=_Loader)
 
 
+def dump_yaml(data: Any) -> str:
+    """YAML that :func:`parse_yaml` reads back the same: what that takes for a number, and is text, is quoted."""
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+
+
 def _read_chain(path: Path, below: tuple[Path, ...]) -> Tree:
     """``path`` merged over everything it extends. ``below``: the files that led here."""
     here = path.resolve()
@@ -218,3 +223,7 @@ _Loader.add_implicit_resolver(
     re.compile(r"^(?:[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"),
     list("-+.0123456789"),
 )
+
+
+class _Dumper(yaml.SafeDumper):
+    yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers

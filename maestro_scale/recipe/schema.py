@@ -7,13 +7,13 @@ import math
 from collections.abc import Iterator
 from typing import Annotated, Any
 
-import yaml
 from pydantic import Field, model_validator
 
 from maestro_scale.recipe import engine_config, environment
 from maestro_scale.recipe.errors import Disagreement, Loc, RecipeError, dotted
 from maestro_scale.recipe.fields import Section, nearest_divisors
 from maestro_scale.recipe.inputs import Data
+from maestro_scale.recipe.layers import dump_yaml
 from maestro_scale.recipe.sections import (
     Checkpoint,
     Evaluation,
@@ -87,9 +87,7 @@ class Recipe(Section):
 
     def to_yaml(self) -> str:
         """The whole recipe, every default written out; loading it gives an equal recipe on any machine."""
-        return yaml.safe_dump(
-            environment.escape(self.model_dump(mode="json")), sort_keys=False, allow_unicode=True, width=110
-        )
+        return dump_yaml(environment.escape(self.model_dump(mode="json")))
 
     def flat(self) -> dict[str, Scalar]:
         """``{"optim.base_lr": 3e-05, "data.mixture[0].dataset": …}``; null is the text ``null``."""
