@@ -147,6 +147,31 @@ def verify(
 
 
 @app.command()
+def inspect(
+    url: Annotated[str, typer.Argument(help="Folder or s3:// prefix that holds manifest.json.")],
+    png: Annotated[
+        Path | None, typer.Option(help="Draw a tile, all its modalities and labels, here.")
+    ] = None,
+) -> None:
+    """Show what a dataset in shards holds: shards, modalities, class balance, dates by month."""
+    from rich.console import Console
+
+    from maestro_scale.shards.peek import first_sample
+    from maestro_scale.shards.summary import summary
+    from maestro_scale.tracking.inspection import tables
+    from maestro_scale.tracking.tile_picture import tile_picture
+
+    found = summary(url)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)  # for a log or a pipe, which have none of their own
+    console.print(tables(found))
+    if png is not None:
+        tile_picture(png, first_sample(url, found.manifest.shards[0]), found.manifest.spec)
+        print(f"{png}: one tile")
+
+
+@app.command()
 def export(
     run_dir: Annotated[Path, typer.Argument(help="A run directory with at least one checkpoint.")],
     out: Annotated[Path, typer.Argument(help="Folder for model.safetensors and config.json.")],

@@ -23,7 +23,7 @@ MAX_DATES = 4
 
 _COLUMNS = ("input", "seen (hidden in grey)", "reconstruction", "error where hidden")
 _GREY = np.array([0.80, 0.79, 0.77])
-_PAPER, _INK = np.array([0.985, 0.98, 0.972]), "#26241f"
+PAPER, INK = np.array([0.985, 0.98, 0.972]), "#26241f"
 _GAP = 0.06  # between dates, as a share of one
 _REACH = 3.0  # interquartile ranges from the median that the stretch may span
 _WORST = 0.5  # the error, in units of the stretch, at the end of its colour scale
@@ -86,7 +86,7 @@ def reconstruction_picture(path: Path, views: Sequence[SensorView], title: str) 
     shown = [dates_shown(len(v.pixels)) for v in views]
     heights = [_strip_height(v, d) for v, d in zip(views, shown, strict=True)]
     width, height = 4 * _PANEL_INCHES + 0.9, _PANEL_INCHES * sum(heights) + 0.34 * len(views) + 1.1
-    figure = Figure(figsize=(width, height), facecolor=_PAPER)
+    figure = Figure(figsize=(width, height), facecolor=PAPER)
     FigureCanvasAgg(figure)  # savefig draws with it, whatever backend the process has chosen
     grid = figure.add_gridspec(
         len(views),
@@ -99,13 +99,13 @@ def reconstruction_picture(path: Path, views: Sequence[SensorView], title: str) 
         wspace=0.04,
         hspace=0.0,
     )
-    figure.text(0.02, 1 - 0.20 / height, title, fontsize=12, color=_INK, weight="bold", va="center")
+    figure.text(0.02, 1 - 0.20 / height, title, fontsize=12, color=INK, weight="bold", va="center")
     for row, (view, dates) in enumerate(zip(views, shown, strict=True)):
         axes = [figure.add_subplot(grid[row, column]) for column in range(4)]
         image = _draw_sensor(axes, view, dates)
         if row == 0:
             for a, name in zip(axes, _COLUMNS, strict=True):
-                a.set_title(name, fontsize=10, color=_INK, pad=5)
+                a.set_title(name, fontsize=10, color=INK, pad=5)
     place = grid[0, 3].get_position(figure)
     bar = figure.colorbar(
         image,
@@ -115,7 +115,7 @@ def reconstruction_picture(path: Path, views: Sequence[SensorView], title: str) 
     _dress_bar(bar)
     fresh = path.with_name(path.name + ".tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(fresh, format="png", dpi=110, facecolor=_PAPER)
+    figure.savefig(fresh, format="png", dpi=110, facecolor=PAPER)
     os.replace(fresh, path)
     return path
 
@@ -144,6 +144,11 @@ def stretch_limits(colours: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return low, np.maximum(high, low + 1e-6)
 
 
+def stretched(colours: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Colours (…, 3) from the limits' values to [0, 1]; NaN becomes black."""
+    return np.clip(np.nan_to_num((colours - low) / (high - low), nan=0.0), 0.0, 1.0)
+
+
 def _draw_sensor(axes: Sequence[Axes], view: SensorView, dates: np.ndarray):
     """Four panels of one sensor; returns the error's image, for the colour scale."""
     mix = composite(view.bands)
@@ -151,30 +156,24 @@ def _draw_sensor(axes: Sequence[Axes], view: SensorView, dates: np.ndarray):
     # What was visible is not the model's work.
     guess = np.where(hidden[:, None], view.reconstruction[dates], pixels)
     low, high = stretch_limits(mix.of(view.pixels))
-    seen, made = _stretched(mix.of(pixels), low, high), _stretched(mix.of(guess), low, high)
+    seen, made = stretched(mix.of(pixels), low, high), stretched(mix.of(guess), low, high)
     error = np.where(hidden, np.abs(made - seen).mean(-1), np.nan)
     for a, colours in zip(axes, (seen, np.where(hidden[..., None], _GREY, seen), made), strict=False):
-        a.imshow(_strip(colours, _PAPER), interpolation="nearest")
+        a.imshow(_strip(colours, PAPER), interpolation="nearest")
     image = axes[3].imshow(
         _strip(error, np.array(np.nan)), cmap=_error_colours(), vmin=0, vmax=_WORST, interpolation="nearest"
     )
     for a in axes:
         a.set_axis_off()
         a.set_anchor("N")
-    which = (
-        ""
-        if len(view.pixels) == 1
-        else f"   dates {', '.join(str(d + 1) for d in dates)} of {len(view.pixels)}"
-    )
-    share = 100 * view.hidden.mean()
     axes[0].annotate(
-        f"{view.name}   {mix.label}{which}   {share:.0f} % hidden",
+        _caption(view, mix, dates),
         (0, 0),
         (0, -4),
         xycoords="axes fraction",
         textcoords="offset points",
         fontsize=8.5,
-        color=_INK,
+        color=INK,
         va="top",
     )
     return image
@@ -184,10 +183,6 @@ def _caption(view: SensorView, mix: Composite, dates: np.ndarray) -> str:
     which = f"dates {', '.join(str(d + 1) for d in dates)} of {len(view.pixels)}"
     parts = [view.name, mix.label, *([which] if len(view.pixels) > 1 else [])]
     return "   ".join([*parts, f"{100 * view.hidden.mean():.0f} % hidden"])
-
-
-def _stretched(colours: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    return np.clip(np.nan_to_num((colours - low) / (high - low), nan=0.0), 0.0, 1.0)
 
 
 def _strip(images: np.ndarray, blank: np.ndarray) -> np.ndarray:
@@ -218,9 +213,9 @@ def _error_colours():
 def _dress_bar(bar) -> None:
     ticks = (0, _WORST / 2, _WORST)
     bar.set_ticks(ticks, labels=[f"{100 * t:.0f} %" for t in ticks[:-1]] + [f"≥ {100 * _WORST:.0f} %"])
-    bar.ax.tick_params(labelsize=8, length=0, colors=_INK)
+    bar.ax.tick_params(labelsize=8, length=0, colors=INK)
     first, *_, last = bar.ax.get_xticklabels()
     first.set_horizontalalignment("left")
     last.set_horizontalalignment("right")
     bar.outline.set_visible(False)
-    bar.ax.set_title("of the input's range", fontsize=8, color=_INK, pad=3)
+    bar.ax.set_title("of the input's range", fontsize=8, color=INK, pad=3)

@@ -1,0 +1,143 @@
+"""What a dataset in shards holds, as tables for people: shards, modalities, classes, dates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from maestro_scale.shards.manifest import ShardInfo
+from maestro_scale.shards.summary import SplitSummary, Summary
+
+_MOST_SHARDS = 12  # listed in full; of more, the first and the last few
+_MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
+_BARS = " ▁▂▃▄▅▆▇█"
+_BAR_WIDTH = 20
+
+
+def tables(summary: Summary) -> RenderableType:
+    """Everything of a summary: splits and shards, modalities, class balance, dates by month, notes."""
+    parts = [_splits(summary), _shards(summary.manifest.shards), _modalities(summary)]
+    for target in summary.manifest.spec.targets:
+        parts.append(_classes(summary.splits, target.name, target.kind))
+    parts.append(_months(summary.splits))
+    if summary.manifest.notes:
+        parts.append(_notes(summary))
+    # The titles apart: rich would break them at the width of their table.
+    return Group(*(line for table in parts for line in (*_titled(table), "")))
+
+
+def _splits(summary: Summary) -> Table:
+    spec, codec = summary.manifest.spec, summary.manifest.codec
+    table = _table(f"{spec.title} ({spec.name}): tiles of {spec.tile_m:g} m, codec {codec}")
+    _columns(table, "split", "shards", "samples", "MB", "KB a sample")
+    for s in summary.splits:
+        size = f"{s.num_bytes / 1e6:,.1f}"
+        each = f"{s.num_bytes / s.num_samples / 1e3:,.1f}"
+        table.add_row(s.split, f"{s.num_shards:,}", f"{s.num_samples:,}", size, each)
+    return table
+
+
+def _shards(shards: Sequence[ShardInfo]) -> Table:
+    table = _table("shards")
+    _columns(table, "shard", "samples", "MB")
+    table.add_column("sha256")
+    half = _MOST_SHARDS // 2
+    listed = range(len(shards))
+    gap = len(shards) > _MOST_SHARDS
+    for i in [*listed[:half], *listed[-half:]] if gap else listed:
+        if gap and i == len(shards) - half:
+            table.add_row(f"… {len(shards) - 2 * half:,} more", "", "", "")
+        shard = shards[i]
+        table.add_row(shard.path, f"{shard.samples:,}", f"{shard.bytes / 1e6:,.1f}", f"{shard.sha256[:12]}…")
+    return table
+
+
+def _modalities(summary: Summary) -> Table:
+    table = _table("modalities")
+    table.add_column("modality")
+    table.add_column("bands")
+    for name in ("pixels", "m/pixel", "dtype", "dates a tile"):
+        table.add_column(name, justify="right")
+    num_samples = sum(s.num_samples for s in summary.splits)
+    for m in summary.manifest.spec.modalities:
+        dates = sum(sum(s.months[m.name]) for s in summary.splits) / num_samples
+        size = f"{m.size}x{m.size}"
+        table.add_row(m.name, " ".join(m.bands), size, f"{m.resolution_m:g}", m.dtype, f"{dates:.1f}")
+    return table
+
+
+def _classes(splits: Sequence[SplitSummary], target: str, kind: str) -> Table:
+    """Share of samples that have a class, or of pixels that are of it."""
+    of = "samples that have it" if kind == "multilabel" else "pixels"
+    table = _table(f"{target}: {of}")
+    table.add_column("class")
+    for split in splits:
+        table.add_column(split.split, justify="right")
+        table.add_column("", justify="left")
+    for name in splits[0].classes[target]:
+        cells = []
+        for split in splits:
+            counts = split.classes[target]
+            total = split.num_samples if kind == "multilabel" else max(sum(counts.values()), 1)
+            share = counts[name] / total
+            cells += [f"{counts[name]:,}", f"{100 * share:5.1f} % {'█' * round(_BAR_WIDTH * share)}"]
+        table.add_row(name, *cells)
+    return table
+
+
+def _months(splits: Sequence[SplitSummary]) -> Table:
+    table = _table("dates by month")
+    table.add_column("split")
+    table.add_column("modality", no_wrap=True)
+    table.add_column("", no_wrap=True, min_width=len(_MONTHS))
+    for name in _MONTHS:
+        table.add_column(name, justify="right")
+    for split in splits:
+        for modality, counts in split.months.items():
+            table.add_row(split.split, modality, histogram(counts), *map(_short, counts))
+    return table
+
+
+def _notes(summary: Summary) -> Table:
+    table = _table("notes")
+    table.add_column("tiles", justify="right")
+    table.add_column("what was assumed, mended or left out")
+    table.add_column("first")
+    for note, count in sorted(summary.manifest.notes.items()):
+        table.add_row(f"{count:,}", note, summary.manifest.examples.get(note, ""))
+    return table
+
+
+def histogram(counts: Sequence[int]) -> str:
+    """A bar of one character for each count; a blank for none."""
+    top = max(counts, default=0) or 1
+    # The lowest bar for little, so that little does not look like nothing.
+    return "".join(_BARS[-(-count * (len(_BARS) - 1) // top)] for count in counts)
+
+
+def _titled(table: Table) -> tuple[Text, Table]:
+    title, table.title = Text(str(table.title), style="bold"), None
+    return title, table
+
+
+def _short(count: int) -> str:
+    return (
+        f"{count}"
+        if count < 10_000
+        else f"{count / 1e3:.0f}k"
+        if count < 10_000_000
+        else f"{count / 1e6:.0f}M"
+    )
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, box=None, pad_edge=False)
+
+
+def _columns(table: Table, first: str, *others: str) -> None:
+    table.add_column(first)
+    for name in others:
+        table.add_column(name, justify="right")

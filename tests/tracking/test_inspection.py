@@ -1,0 +1,110 @@
+"""maestro-scale inspect: what the tables say is what was written, and the picture shows the tile."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+from shards.kit import Toy, tile, toy_keys
+from typer.testing import CliRunner
+
+from maestro_scale.cli import app
+from maestro_scale.shards.codec import Sample, encode
+from maestro_scale.shards.errors import BadShard
+from maestro_scale.shards.manifest import Manifest
+from maestro_scale.shards.peek import first_sample
+from maestro_scale.shards.writer import write_shards
+from maestro_scale.tracking.inspection import histogram
+from maestro_scale.tracking.tile_picture import panels
+
+TOY = Toy(40)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inspect")
+    for split in ("train", "val"):
+        write_shards(TOY, str(folder), split, shard_mb=0.02)
+    return folder
+
+
+def row(text: str, start: str) -> list[str]:
+    """The words of the first line that starts so."""
+    return next(line for line in text.splitlines() if line.startswith(start)).split()
+
+
+def test_the_tables(shards, tmp_path):
+    picture = tmp_path / "tile.png"
+    result = CliRunner().invoke(app, ["inspect", str(shards), "--png", str(picture)])
+    assert result.exit_code == 0, result.output
+    tiles = [tile(key) for key in toy_keys(40)]
+    manifest = Manifest.load(str(shards))
+    of_train = manifest.of(["train"])
+    size = sum(s.bytes for s in of_train) / 1e6
+    assert row(result.output, "val ")[1:3] == [str(len(of_train)), "40"]
+    assert row(result.output, "train ")[3] == f"{size:.1f}"
+    assert of_train[0].path in result.output
+    assert f"… {len(manifest.shards) - 12} more" in result.output
+    dates = sum(len(t.arrays["s2"]) for t in tiles)
+    assert row(result.output, "s2  ")[-1] == f"{dates / 40:.1f}"
+    with_oak = sum(t.targets["kinds"][0] > 0.1 for t in tiles)
+    assert row(result.output, "oak")[1:3] == [str(with_oak), f"{100 * with_oak / 40:.1f}"]
+    water = np.mean([np.mean(t.targets["cover"] == 1) for t in tiles])
+    assert row(result.output, "water")[2] == f"{100 * water:.1f}"
+    counts = [int(n) for n in row(result.output, "train  s2")[-12:]]
+    january = sum(int((t.dates["s2"][:, 1] <= 31).sum()) for t in tiles)
+    assert (counts[0], sum(counts)) == (january, dates)
+    assert str(sum(2 for t in tiles if t.notes)) in row(result.output, "   ")
+    assert imread(picture).std() > 0.1
+
+
+def test_bars():
+    assert histogram([0, 1, 50, 100]) == " ▁▄█"
+    assert histogram([0, 0]) == "  "
+
+
+def test_the_picture_shows_the_clearest_dates_and_the_classes():
+    made = tile("a")
+    mask = np.full((6, 2, 8, 8), 90, np.uint8)
+    mask[[1, 2, 4]] = 0
+    s2 = np.zeros((6, 2, 8, 8), np.int16) + np.arange(6, dtype=np.int16)[:, None, None, None]
+    days = np.array([[2019, 40 * i + 1, 0] for i in range(6)], np.int16)
+    cover = np.zeros((8, 8), np.uint8)
+    cover[0] = 1
+    cover[1:3] = 2
+    changed = dataclasses.replace(
+        made,
+        arrays={**made.arrays, "s2": s2},
+        masks={"s2": mask},
+        dates={**made.dates, "s2": days},
+        targets={**made.targets, "cover": cover},
+    )
+    (aerial, classes), s2_row, _ = panels(Sample(encode(changed)), TOY.spec)
+    assert aerial.image.shape == (40, 40, 3)
+    assert [p.caption.split()[0] for p in s2_row] == ["2019-02-10", "2019-03-22", "2019-06-10", "2019-07-20"]
+    assert s2_row[0].image.mean() < s2_row[3].image.mean()  # one stretch for all dates
+    assert classes.caption == "soil 62 %, water 12 %"
+    assert len(np.unique(classes.image.reshape(-1, 3), axis=0)) == 3
+
+
+def test_a_tile_is_had_with_an_index_or_without_and_a_wrong_one_is_named(shards, tmp_path):
+    info = Manifest.load(str(shards)).shards[0]
+    (tmp_path / info.path).write_bytes((shards / info.path).read_bytes())
+    assert first_sample(str(tmp_path), info).key == first_sample(str(shards), info).key
+    name = info.path.replace(".tar", ".index.json")
+    other = Manifest.load(str(shards)).shards[1].path.replace(".tar", ".index.json")
+    (tmp_path / name).write_text((shards / other).read_text())
+    with pytest.raises(BadShard, match=r"train-000000\.tar"):
+        first_sample(str(tmp_path), info)
+
+
+def test_no_dataset_is_one_line(tmp_path, capsys, monkeypatch):
+    from maestro_scale import cli
+
+    monkeypatch.setattr("sys.argv", ["maestro-scale", "inspect", str(tmp_path)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 1
+    assert "manifest.json: not found" in capsys.readouterr().err
