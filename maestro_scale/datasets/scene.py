@@ -128,6 +128,15 @@ class Scene:
 
     def fractions(self, resolution_m: float) -> np.ndarray:
         """(K, H, W) share of every class in each pixel; sums to one over K."""
+        if resolution_m not in self._known_fractions:
+            self._known_fractions[resolution_m] = self._fractions(resolution_m)
+        return self._known_fractions[resolution_m]
+
+    @cached_property
+    def _known_fractions(self) -> dict[float, np.ndarray]:
+        return {}
+
+    def _fractions(self, resolution_m: float) -> np.ndarray:
         fine = max(1, math.ceil(resolution_m))  # about one metre
         pixels = round(self.extent_m / resolution_m)
         cover = self.cover(resolution_m / fine).reshape(pixels, fine, pixels, fine)
