@@ -18,7 +18,8 @@ import numpy as np
 
 from maestro_scale.datasets import flair_hub_classes as classes
 from maestro_scale.datasets import raw
-from maestro_scale.datasets.flair_hub_mtd import FOLDER, Dates, Listing, list_split
+from maestro_scale.datasets.flair_hub_dates import Dates
+from maestro_scale.datasets.flair_hub_mtd import FOLDER, Listing, list_split
 from maestro_scale.datasets.spec import DatasetError, DatasetSpec, Modality, Scale, Sensor, Target, Tile
 
 S2_BANDS = ("B2", "B3", "B4", "B5", "B6", "B7", "B8", "B8A", "B11", "B12")

@@ -104,6 +104,11 @@ class Patch:
         return f"{date(self.year, 1, 1) + timedelta(days=int(day) - 1):%Y%m%d}"
 
 
+def patches(tiles: int, seed: int) -> list[Patch]:
+    """Those that :func:`write` writes."""
+    return [Patch(Scene(seed, index, _EXTENT_M, _NUM_CLASSES)) for index in range(tiles)]
+
+
 def write(dst: Path, tiles: int, seed: int, dataset: str, listing: str) -> None:
     """Write ``tiles`` tiles; ``listing``: what the CSV of a split is called.
 
@@ -112,30 +117,31 @@ def write(dst: Path, tiles: int, seed: int, dataset: str, listing: str) -> None:
     if tiles < 1 or seed < 0:
         raise DatasetError(f"cannot write {tiles} tiles with seed {seed}: tiles starts at 1, seed at 0")
     target = Destination(dst, {"dataset": dataset, "tiles": tiles, "seed": seed, "generator": 1})
-    patches = [Patch(Scene(seed, index, _EXTENT_M, _NUM_CLASSES)) for index in range(tiles)]
-    for patch in patches:
-        _write_patch(target, Patch(patch.scene))  # a fresh one, whose maps go with it
-    write_metadata(target, patches)
+    places = patches(tiles, seed)
+    for patch in patches(tiles, seed):
+        _write_patch(target, patch)
+    _write_metadata(target, places)
     column = "split_flairchallenge" if dataset == "flair2" else "split_1"
     for split, phase in (("train", "train"), ("val", "valid"), ("test", "test")):
-        keys = [patch.key for patch in patches if patch.phase(column) == phase]
+        keys = [patch.key for patch in places if patch.phase(column) == phase]
         target.write_text(listing.format(split), "".join(f"{line}\n" for line in ("patch_id", *keys)))
 
 
-def write_metadata(target: Destination, patches: Sequence[Patch]) -> None:
+def _write_metadata(target: Destination, places: Sequence[Patch]) -> None:
     """The GeoPackages of dates and splits."""
-    ids = np.array([patch.key for patch in patches], object)
+    ids = np.array([patch.key for patch in places], object)
+    outlines = [square(*patch.origin) for patch in places]
     for sensor, column in (
         *((s, "date") for s in ("AERIAL", "AERIAL-RLT", "SPOT")),
         *((s, "acquisition_dates") for s in ("SENTINEL2", "SENTINEL1-ASC", "SENTINEL1-DESC")),
     ):
-        texts = [_text(patch.dates[sensor], column) for patch in patches]
+        texts = [_text(patch.dates[sensor], column) for patch in places]
         columns = {"patch_id": ids, column: np.array(texts, object)}
         target.write(
-            f"{FOLDER}/GLOBAL_{sensor}_MTD_DATES.gpkg", lambda path, c=columns: write_gpkg(path, c, patches)
+            f"{FOLDER}/GLOBAL_{sensor}_MTD_DATES.gpkg", lambda path, c=columns: write_gpkg(path, c, outlines)
         )
-    phases = {c: np.array([patch.phase(c) for patch in patches], object) for c in SPLIT_COLUMNS}
-    target.write(f"{FOLDER}/{SPLITS}", lambda path: write_gpkg(path, {"patch_id": ids, **phases}, patches))
+    phases = {c: np.array([patch.phase(c) for patch in places], object) for c in SPLIT_COLUMNS}
+    target.write(f"{FOLDER}/{SPLITS}", lambda path: write_gpkg(path, {"patch_id": ids, **phases}, outlines))
 
 
 def _text(dates: Sequence[str], column: str) -> str:
@@ -144,8 +150,8 @@ def _text(dates: Sequence[str], column: str) -> str:
     return json.dumps({str(i): int(day) for i, day in enumerate(dates, start=1)})
 
 
-def write_gpkg(path: Path, columns: Mapping[str, np.ndarray], patches: Sequence[Patch]) -> None:
-    """A layer with the footprint of every patch."""
+def write_gpkg(path: Path, columns: Mapping[str, np.ndarray], outlines: Sequence[bytes]) -> None:
+    """A layer of patches with their outlines (:func:`square`)."""
     import pyogrio
 
     options = {"OGR_CURRENT_DATE": "2025-06-01T00:00:00.000Z"}  # the same bytes whenever it is written
@@ -154,7 +160,7 @@ def write_gpkg(path: Path, columns: Mapping[str, np.ndarray], patches: Sequence[
     try:
         pyogrio.raw.write(
             path,
-            geometry=np.array([_square(*patch.origin) for patch in patches], object),
+            geometry=np.array(outlines, object),
             field_data=list(columns.values()),
             fields=list(columns),
             layer=path.stem.split("GLOBAL_")[-1],
@@ -167,7 +173,7 @@ def write_gpkg(path: Path, columns: Mapping[str, np.ndarray], patches: Sequence[
         pyogrio.set_gdal_config_options(before)
 
 
-def _square(west: float, north: float) -> bytes:
+def square(west: float, north: float) -> bytes:
     """Well-known binary of a patch's outline."""
     east, south = west + _EXTENT_M, north - _EXTENT_M
     corners = ((west, north), (east, north), (east, south), (west, south), (west, north))

@@ -79,8 +79,13 @@ def calendar_dates(days: Sequence[bytes | str], where: str) -> np.ndarray:
         stamps = np.array([f"{t[:4]}-{t[4:6]}-{t[6:]}" for t in texts], dtype="datetime64[D]")
     except ValueError as error:
         raise DatasetError(f"{where}: a date is not in the calendar ({error})") from error
+    return day_dates(stamps)
+
+
+def day_dates(stamps: np.ndarray) -> np.ndarray:
+    """``datetime64[D]`` (T,) → (T, 3) int16 (year, day of year, hour 0)."""
     years = stamps.astype("datetime64[Y]")
-    dates = np.zeros((len(texts), 3), np.int16)
+    dates = np.zeros((len(stamps), 3), np.int16)
     dates[:, 0] = years.astype(np.int64) + 1970
     dates[:, 1] = (stamps - years.astype("datetime64[D]")).astype(np.int64) + 1
     return dates
