@@ -89,10 +89,11 @@ class Patch:
 
     def phase(self, column: str) -> str | None:
         """The patch's part in a split; None for those that the challenge did not have."""
-        shift = 3 * SPLIT_COLUMNS.index(column) if column != "split_flairchallenge" else 0
-        if column == "split_flairchallenge" and self.scene.index % 10 >= 8:
-            return None
-        return _PHASES[(self.scene.index + shift) % 10]
+        place = self.scene.index % 10
+        if column == "split_flairchallenge":
+            return _PHASES[place] if place < 8 else None
+        turn = SPLIT_COLUMNS.index(column)
+        return _PHASES[(place + turn) % 3 if place < 3 else 3 + (place - 3 + turn) % 7]
 
     @property
     def origin(self) -> tuple[float, float]:

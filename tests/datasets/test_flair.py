@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import shutil
+from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +18,7 @@ from typer.testing import CliRunner
 
 from maestro_scale import datasets
 from maestro_scale.cli import app
+from maestro_scale.datasets.flair_hub_dates import Dates
 from maestro_scale.datasets.spec import DatasetError
 from maestro_scale.evaluation.dense import IGNORED
 from maestro_scale.evaluation.tasks import Segmentation
@@ -361,3 +364,22 @@ def test_bad_tiles_are_left_out_and_counted_by_kind_or_stop_it(write_flair, tmp_
     assert "D033-2021_AERIAL_RGBI: is missing" in manifest.examples["left out: a modality folder is missing"]
     assert "1 tiles: left out: no dates (first: " in done.output
     assert verify(str(out)) == []
+
+
+def test_long_series_are_read_as_their_json_says(tmp_path):
+    """A quick way reads what is written as usual, another what is not; both must agree with plain JSON."""
+    days = [20190101 + 100 * month + day for month in range(12) for day in range(10)]
+    patches = ["a_b_0", "a_b_1", "a_b_2", "a_b_3"]
+    numbered = {str(i): day for i, day in enumerate(days, start=1)}
+    backwards = dict(reversed(numbered.items()))
+    texts = [
+        json.dumps(numbered),
+        json.dumps(backwards),
+        json.dumps(numbered, indent=1),
+        json.dumps(days[:99]),
+    ]
+    write_dates(tmp_path, "SENTINEL2", dict(zip(patches, texts, strict=True)), "acquisition_dates")
+    dates = Dates.load(tmp_path, "SENTINEL2", patches)
+    expected = [[2019, date(2019, d // 100 % 100, d % 100).timetuple().tm_yday, 0] for d in days]
+    for patch, count in zip(patches, (120, 120, 120, 99), strict=True):
+        assert dates.of(patch, []).tolist() == expected[:count], patch
