@@ -83,12 +83,10 @@ def _evaluate(args: argparse.Namespace) -> None:
     recipe = load_recipe(args.recipe, args.overrides)
     modes = tuple(dict.fromkeys(args.mode or recipe.evaluation.modes))
     frozen, trained = [m for m in modes if m not in MODES], [m for m in modes if m in MODES]
-    model, step, trained_on, notes = _encoder(args, recipe, trained)
+    encoder = _Encoder(args, recipe)
     ranks = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", 1)))
     world = join() if ranks > 1 or trained else None
     is_main = world is None or world.is_main
-    if is_main:
-        print("\n".join(notes), end="\n" if notes else "", flush=True)
     entry = recipe.data.mixture[0]
     benchmark = Benchmark(
         shards=entry.shards,
@@ -100,12 +98,15 @@ def _evaluate(args: argparse.Namespace) -> None:
         fraction=args.fraction,
     )
     plain = recipe.model_dump(mode="json")
-    provenance = Provenance(step, recipe.seed, plain, args.baseline or str(args.checkpoint), trained_on)
+    named = args.baseline or str(args.checkpoint)
+    provenance = Provenance(encoder.step, recipe.seed, plain, named, encoder.trained_on)
     part = "" if args.fraction == 1 else f"_{100 * args.fraction:g}pct"
     if frozen:
+        model = encoder.seen(learns=False, tells=is_main)
         for result in evaluate_frozen(model, benchmark, frozen, provenance, recipe.data.workers, world):
             _keep(result, args.out / f"{result.mode}{part}", args, recipe)
     for mode in trained:
+        model = encoder.seen(learns=True, tells=is_main and mode == "finetune")
         origin = provenance if mode == "finetune" else Provenance(0, recipe.seed, plain)
         folder = args.out / f"{mode}{part}"
         result = finetune(model, benchmark, recipe, mode, folder, world, origin)
@@ -117,29 +118,45 @@ def _evaluate(args: argparse.Namespace) -> None:
         leave()
 
 
-def _encoder(args: argparse.Namespace, recipe, trained: list[str]):
-    """(encoder that sees the benchmark as the recipe says, its steps, what it was trained on, what to tell)."""
-    from maestro_scale.evaluation.adopt import adopt
-    from maestro_scale.evaluation.baselines import baseline
-    from maestro_scale.evaluation.checkpoints import open_model
-    from maestro_scale.evaluation.results import ResultsError
-    from maestro_scale.model.config import DatasetView
-    from maestro_scale.model.maestro import Maestro
-    from maestro_scale.recipe import resolve_sensors
-    from maestro_scale.shards.manifest import Manifest
+class _Encoder:
+    """What is evaluated. ``step``: that it was trained for; ``trained_on``: datasets."""
 
-    entry = recipe.data.mixture[0]
-    spec = Manifest.load(entry.shards).spec
-    view = DatasetView(spec.name, resolve_sensors(spec, entry), spec.pos_grid, spec.ref_sensor)
-    if args.baseline:
-        model = baseline(args.baseline, recipe, spec, view)
-        if trained and not isinstance(model, Maestro):
-            raise ResultsError(f"--baseline {args.baseline} is not trained here: use --mode knn or probe")
-        return model, 0, (), []
-    model, step = open_model(args.checkpoint)
-    trained_on = tuple(v.dataset for v in model.config.views) if step != 0 else ()
-    model, notes = adopt(model, view)
-    return model, step, trained_on, notes
+    def __init__(self, args: argparse.Namespace, recipe) -> None:
+        from maestro_scale.evaluation.baselines import baseline
+        from maestro_scale.evaluation.checkpoints import open_model
+        from maestro_scale.model.config import DatasetView
+        from maestro_scale.recipe import resolve_sensors
+        from maestro_scale.shards.manifest import Manifest
+
+        entry = recipe.data.mixture[0]
+        spec = Manifest.load(entry.shards).spec
+        self._view = DatasetView(spec.name, resolve_sensors(spec, entry), spec.pos_grid, spec.ref_sensor)
+        self._baseline = args.baseline
+        self.step: int | None = 0
+        self.trained_on: tuple[str, ...] = ()
+        if args.baseline:
+            self._model = baseline(args.baseline, recipe, spec, self._view)
+            return
+        self._model, self.step = open_model(args.checkpoint)
+        if self.step != 0:
+            self.trained_on = tuple(v.dataset for v in self._model.config.views)
+
+    def seen(self, learns: bool, tells: bool):
+        """The encoder as it sees the benchmark; ``learns``: and is trained on it."""
+        from maestro_scale.evaluation.adopt import adopt
+        from maestro_scale.evaluation.results import ResultsError
+        from maestro_scale.model.maestro import Maestro
+
+        if self._baseline:
+            if learns and not isinstance(self._model, Maestro):
+                raise ResultsError(
+                    f"--baseline {self._baseline} is not trained here: use --mode knn or probe"
+                )
+            return self._model
+        model, notes = adopt(self._model, self._view, learns)
+        if tells and notes:
+            print("\n".join(notes), flush=True)
+        return model
 
 
 def _keep(result, folder: Path, args: argparse.Namespace, recipe) -> None:

@@ -10,23 +10,26 @@ from maestro_scale.model.maestro import Maestro
 from maestro_scale.model.sequences import sequences
 
 
-def adopt(model: Maestro, view: DatasetView) -> tuple[Maestro, list[str]]:
+def adopt(model: Maestro, view: DatasetView, learns: bool = False) -> tuple[Maestro, list[str]]:
     """(model, what to tell) that sees a dataset as ``view``, with the encoder of ``model``.
 
-    Weights go by name: patch embeddings by ``embed``, encoders by ``group``. A sensor without either is left out, and
-    the lines say so. The decoder is fresh: nothing of it is used where nothing is masked. ResultsError where not a
-    sensor is left, or a shared embedding would be fed another patch or number of bands.
+    Weights go by name: patch embeddings by ``embed``, encoders by ``group``. A sensor without either is left out, or,
+    where the encoder ``learns`` on, starts afresh; the lines say so. The decoder is fresh: nothing of it is used where
+    nothing is masked. ResultsError where the encoder has weights for no sensor, or a shared embedding would be fed
+    another patch or number of bands.
     """
     own = model.config
     if any(v.dataset == view.dataset and v.sensors == view.sensors for v in own.views):
         return model, []
     kept = tuple(s for s in view.sensors if _why_not(model, s.embed, s.group, s.name) is None)
-    left = [s for s in view.sensors if s not in kept]
-    notes = [f"{s.name} is left out: {_why_not(model, s.embed, s.group, s.name)}" for s in left]
+    left, fate = [s for s in view.sensors if s not in kept], "starts afresh" if learns else "is left out"
+    notes = [f"{s.name} {fate}: {_why_not(model, s.embed, s.group, s.name)}" for s in left]
     if not kept:
         raise ResultsError(
             f"{view.dataset}: the checkpoint has weights for none of its sensors: " + "; ".join(notes)
         )
+    if learns:
+        kept = view.sensors
     if problems := conflicts([*own.views, dataclasses.replace(view, sensors=kept)]):
         raise ResultsError(f"the checkpoint does not fit: {problems[0]}")
     config = dataclasses.replace(own, **vars(dataclasses.replace(view, sensors=kept)), others=(), heads=())

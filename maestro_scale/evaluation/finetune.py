@@ -154,6 +154,7 @@ def _prepare(
         "num_steps": num_steps,
         "validations": recipe.evaluation.validations,
         "ema": recipe.evaluation.ema,
+        "layer_decay": recipe.evaluation.layer_decay,
         "precision": t.precision_on(world.device.type),
         "zero_stage": recipe.zero_stage,
         "ranks": world.size if recipe.zero_stage else None,
@@ -168,7 +169,7 @@ def _prepare(
         dir=run_dir,
         num_steps=num_steps,
         stream=stream,
-        engine=_engine(recipe, network.to(world.device), num_steps, world),
+        engine=_engine(recipe, network.to(world.device), num_steps, mode, world),
         average=Average(network, shadow, recipe.evaluation.ema),
         checkpoints=Checkpoints(run_dir, world, keep=1),
         identity=identity,
@@ -185,11 +186,18 @@ def _prepare(
     return run, position
 
 
-def _engine(recipe: Recipe, network: Predictor, num_steps: int, world: World) -> Engine:
+def _engine(recipe: Recipe, network: Predictor, num_steps: int, mode: str, world: World) -> Engine:
     o = recipe.optim
     schedule = SCHEDULES[o.schedule](num_steps, o.warmup, 1 / o.start_div, 1 / o.final_div)
     optimizer, scheduler = build_optimizer(
-        network, recipe.lr, tuple(o.betas), o.eps, o.weight_decay, schedule
+        network,
+        recipe.lr,
+        tuple(o.betas),
+        o.eps,
+        o.weight_decay,
+        schedule,
+        # What has learned nothing yet has nothing to keep.
+        recipe.evaluation.layer_decay if mode == "finetune" else 1.0,
     )
     return Engine(
         network, optimizer, scheduler, recipe.deepspeed_config(world.size, world.device.type), world

@@ -205,6 +205,8 @@ class Evaluation(Section):
     """Nearest neighbours and linear probe on frozen features, finetuning, and the same without pretraining."""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.999
     """Decay per step of the moving average of finetuned weights, which is what is scored; 0: the last weights."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Finetuning: each encoder block learns by this factor slower than the one above it; 1: all alike."""
     validations: Count = 20
     """How often a finetuning is validated, evenly spread; its best weights are tested."""
     patience: Annotated[int, Field(ge=0)] = 5

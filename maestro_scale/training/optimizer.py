@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -54,15 +56,57 @@ def build_optimizer(
     eps: float,
     weight_decay: float,
     schedule: Schedule,
+    layer_decay: float = 1.0,
 ) -> tuple[AdamW, LambdaLR]:
     """AdamW and its scheduler. Biases, norms, queries and mask tokens (anything but matrices of linear maps) do not
-    decay."""
-    decayed, plain = [], []
+    decay.
+
+    ``layer_decay``: below 1, each encoder block learns by this factor slower than the one above it (BEiT,
+    arXiv 2106.08254, for finetuning); ``lr`` is that of the topmost layers.
+    """
+    depths = depths_below_top(model) if layer_decay != 1.0 else {}
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for name, p in model.named_parameters():
-        (decayed if p.dim() >= 2 and name.endswith("weight") else plain).append(p)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    optimizer = AdamW(groups, lr=lr, betas=betas, eps=eps, fused=torch.cuda.is_available() or None)
+        below = depths.get(name, 0)
+        decays = p.dim() >= 2 and name.endswith("weight")
+        fresh = {
+            "params": [],
+            "weight_decay": weight_decay if decays else 0.0,
+            "lr": lr * layer_decay**below,
+        }
+        groups.setdefault((below, not decays), fresh)["params"].append(p)
+    ordered = [groups[key] for key in sorted(groups)]
+    optimizer = AdamW(ordered, lr=lr, betas=betas, eps=eps, fused=torch.cuda.is_available() or None)
     return optimizer, LambdaLR(optimizer, schedule)
+
+
+def depths_below_top(model: nn.Module) -> dict[str, int]:
+    """{parameter: how many layers of the encoder lie above its own}; decoder and heads, above all of them, have 0.
+
+    From the top: blocks of ``inter``, blocks of ``encoders``, then ``patch_embed``.
+    """
+    inter = _num_blocks(model, r"inter\.blocks\.(\d+)\.")
+    encoder = _num_blocks(model, r"encoders\.[^.]+\.blocks\.(\d+)\.")
+    depths = {}
+    for name, _ in model.named_parameters():
+        if match := re.match(r"inter\.blocks\.(\d+)\.", name):
+            depths[name] = inter - int(match[1])
+        elif match := re.match(r"encoders\.[^.]+\.blocks\.(\d+)\.", name):
+            depths[name] = inter + encoder - int(match[1])
+        elif name.startswith("patch_embed."):
+            depths[name] = inter + encoder + 1
+        elif name.startswith("encoders."):
+            depths[name] = inter + 1
+        elif name.startswith("inter."):
+            depths[name] = 1
+        else:
+            depths[name] = 0
+    return depths
+
+
+def _num_blocks(model: nn.Module, pattern: str) -> int:
+    found = (re.match(pattern, name) for name, _ in model.named_parameters())
+    return max((int(m[1]) + 1 for m in found if m), default=0)
 
 
 def _cosine(start: float, end: float, progress: float) -> float:

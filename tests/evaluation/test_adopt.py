@@ -52,6 +52,17 @@ def test_a_sensor_without_weights_is_left_out_and_said():
     assert notes[-1] == "there is seen through aerial"
 
 
+def test_what_learns_on_keeps_every_sensor():
+    sensors = by_name("aerial"), by_name("s2", name="landsat", embed="landsat", group="landsat")
+    adopted, notes = adopt(MODEL, view(*sensors), learns=True)
+    assert adopted.config.sensors == sensors
+    assert "landsat starts afresh: the checkpoint has no embedding 'landsat'" in notes[0]
+    torch.testing.assert_close(
+        adopted.patch_embed["aerial"].state_dict(), MODEL.patch_embed["aerial"].state_dict()
+    )
+    assert not any(t.isnan().any() for t in adopted.patch_embed["landsat"].state_dict().values())
+
+
 def test_no_sensor_left_is_refused():
     with pytest.raises(ResultsError, match="weights for none of its sensors: dem is left out"):
         adopt(MODEL, view(by_name("s2", name="dem", embed="dem", group="dem")))

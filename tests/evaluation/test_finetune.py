@@ -26,6 +26,7 @@ from maestro_scale.interop.pretrained import load_model
 from maestro_scale.model.config import ModelConfig
 from maestro_scale.stream.evaluation import EvalLoader
 from maestro_scale.stream.loader import TrainLoader
+from maestro_scale.training.optimizer import build_optimizer
 from tests.evaluation.conftest import FIELDS
 from tests.evaluation.test_fraction import source_of
 
@@ -41,6 +42,7 @@ COURSE = [
     "optim.base_lr=2e-3",
     "optim.final_div=2",
     "evaluation.ema=0.9",
+    "evaluation.layer_decay=0.9",
     "evaluation.validations=6",
     "evaluation.patience=0",
     "checkpoint.every_steps=3",
@@ -235,6 +237,19 @@ def test_scratch_shares_nothing_with_the_encoder_and_neither_has_a_decoder(field
     matrices = [n for n, p in scratch.named_parameters() if p.dim() > 1 and not n.startswith("heads.")]
     assert matrices
     assert not any(torch.equal(scratch.state_dict()[n], state[n]) for n in matrices)
+
+
+def test_lower_layers_learn_slower(fields, objective):
+    network = predictor(load_model(fields.model), "fields", objective, 0, True)
+    optimizer, _ = build_optimizer(network, 1.0, (0.9, 0.99), 1e-8, 0.1, lambda step: 1.0, layer_decay=0.5)
+    rates = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
+    named = {name: rates[id(p)] for name, p in network.named_parameters()}
+    assert {r for n, r in named.items() if n.startswith("heads.")} == {1.0}
+    # Two blocks of the encoders lie below one over all groups.
+    assert {r for n, r in named.items() if n.startswith("inter.blocks.0.")} == {0.5}
+    assert {r for n, r in named.items() if n.startswith("encoders.s2.blocks.1.")} == {0.25}
+    assert {r for n, r in named.items() if n.startswith("encoders.s2.blocks.0.")} == {0.125}
+    assert {r for n, r in named.items() if n.startswith("patch_embed.")} == {0.0625}
 
 
 @pytest.mark.parametrize(
