@@ -43,7 +43,8 @@ class Predictor(Maestro):
 def predictor(encoder: Maestro, dataset: str, objective: Objective, seed: int, pretrained: bool) -> Predictor:
     """The network as it is before the first step: a fresh head on ``encoder``, or, unless ``pretrained``, on the same
     encoder drawn anew from ``seed``."""
-    config = dataclasses.replace(encoder.config.of(dataset), heads=(objective.task.target,))
+    # Without crop_m the head predicts the pixels of the reference image, as the objective has them.
+    config = dataclasses.replace(encoder.config.of(dataset), heads=(objective.task.target,), crop_m=None)
     made = Predictor(config, objective).initialise(seed)
     if pretrained:
         state = encoder.state_dict()
