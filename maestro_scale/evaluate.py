@@ -42,6 +42,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "train_filtered_10), else drawn by class; smaller ones are part of larger ones",
     )
     parser.add_argument(
+        "--split",
+        dest="splits",
+        metavar="ROLE=SPLITS",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="splits in shards that are train, val or test, e.g. train=fold_2,fold_3,fold_4 val=fold_5 test=fold_1",
+    )
+    parser.add_argument(
         "--features",
         type=Path,
         help="folder for encoded features, kept for later runs and other modes; all ranks must see it "
@@ -74,6 +83,19 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def _splits(given: list[str]) -> dict[str, tuple[str, ...]]:
+    """``["train=a,b"]`` as ``{"train": ("a", "b")}``; ResultsError if it is nothing of the kind."""
+    from maestro_scale.evaluation.results import ResultsError
+
+    splits = {}
+    for text in given:
+        role, _, names = text.partition("=")
+        if role not in ("train", "val", "test") or not all(names.split(",")):
+            raise ResultsError(f"--split {text}: expected train=NAME,NAME…, val=… or test=…")
+        splits[role] = tuple(names.split(","))
+    return splits
+
+
 def _evaluate(args: argparse.Namespace) -> None:
     from maestro_scale.evaluation.finetune import MODES, finetune
     from maestro_scale.evaluation.frozen import Benchmark, Provenance, evaluate_frozen
@@ -96,6 +118,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         crop_m=entry.crop_m,
         target=args.target,
         fraction=args.fraction,
+        splits=_splits(args.splits),
     )
     plain = recipe.model_dump(mode="json")
     named = args.baseline or str(args.checkpoint)

@@ -25,7 +25,7 @@ from maestro_scale.evaluation.frozen import BATCH_SIZE, Benchmark, Provenance, r
 from maestro_scale.evaluation.objectives import Objective, objective_for
 from maestro_scale.evaluation.predictor import Predictor, predictor
 from maestro_scale.evaluation.results import EvalResult
-from maestro_scale.evaluation.subset import subset, train_split
+from maestro_scale.evaluation.subset import subset
 from maestro_scale.evaluation.tasks import Answer, task_for
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.recipe import Recipe, check_world
@@ -115,9 +115,9 @@ def _prepare(
     crop_m = benchmark.crop_m or manifest.spec.crop_m
     objective = objective_for(task_for(manifest.spec, view, crop_m, benchmark.target))
     store = Store(benchmark.shards, benchmark.cache_dir, benchmark.cache_bytes)
-    train, fraction = train_split(manifest, benchmark.fraction)
+    train, fraction = benchmark.train_split(manifest)
     splits = {
-        name: Source(manifest.spec, view.sensors, crop_m, manifest.of([split]), store)
+        name: Source(manifest.spec, view.sensors, crop_m, manifest.of(benchmark.stored(split)), store)
         for name, split in (("train", train), ("val", "val"), ("test", "test"))
     }
     if fraction < 1:
@@ -143,7 +143,7 @@ def _prepare(
     identity = {
         "seed": recipe.seed,
         "weights": weights_digest(network),
-        "data": manifest.digest_of([train, "val"]),
+        "data": manifest.digest_of((*benchmark.stored(train), *benchmark.stored("val"))),
         "fraction": benchmark.fraction,
         "target": objective.task.target.name,
         "crop_m": crop_m,

@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ class Benchmark:
     """A dataset in shards as a benchmark: where it is, how much of each tile the model sees, what is asked.
 
     ``crop_m``, ``target``: null for the dataset's own crop, and its first target. ``fraction``: of the training labels.
+    ``splits``: for train, val and test the splits in shards that take the part, where those are not called so.
     """
 
     shards: str
@@ -57,6 +58,16 @@ class Benchmark:
     crop_m: float | None = None
     target: str | None = None
     fraction: float = 1.0
+    splits: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def stored(self, split: str) -> tuple[str, ...]:
+        """The splits in shards that train, val, test or another split is."""
+        return self.splits.get(split, (split,))
+
+    def train_split(self, manifest: Manifest) -> tuple[str, float]:
+        """As :func:`~maestro_scale.evaluation.subset.train_split`; a fraction is drawn where ``splits`` has train."""
+        split, fraction = train_split(manifest, self.fraction)
+        return (TRAIN, self.fraction) if TRAIN in self.splits else (split, fraction)
 
 
 def evaluate_frozen(
@@ -81,14 +92,22 @@ def evaluate_frozen(
     model = model.eval().to(device)
     weights = weights_digest(model)
     started = time.perf_counter()
-    train, fraction = train_split(manifest, benchmark.fraction)
+    train, fraction = benchmark.train_split(manifest)
     splits: list[Encoded] = []
     for split in (train, "val", "test"):
-        source = Source(manifest.spec, view.sensors, crop_m, manifest.of([split]), store)
+        source = Source(manifest.spec, view.sensors, crop_m, manifest.of(benchmark.stored(split)), store)
         rank, size = (world.rank, world.size) if world else (0, 1)
         loader = EvalLoader(source, BATCH_SIZE, rank, size, workers=workers, crops=task.crops)
         key = repr(
-            (weights, view.dataset, manifest.digest_of([split]), crop_m, task.crops, task.target, BATCH_SIZE)
+            (
+                weights,
+                view.dataset,
+                manifest.digest_of(benchmark.stored(split)),
+                crop_m,
+                task.crops,
+                task.target,
+                BATCH_SIZE,
+            )
         )
         folder = benchmark.features_dir / f"{split}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
         whole = encoded(

@@ -51,6 +51,13 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def pixels_of(raw: Path, split: str) -> np.ndarray:
+    """(19,) pixels of each class that counts, in a split of one tile."""
+    (key,) = datasets.open_raw("pastis_hd", raw, split).keys()
+    labels = np.load(raw / f"ANNOTATIONS/TARGET_{key}.npy")[0]
+    return np.bincount(labels.reshape(-1), minlength=20)[: CLASSES.index("void")]
+
+
 @pytest.mark.slow
 def test_from_synth_to_a_model_trained_on_two_ranks_and_evaluated(raw: Path, tmp_path: Path, capsys):
     shards, run = tmp_path / "shards", CliRunner().invoke
@@ -79,14 +86,16 @@ def test_from_synth_to_a_model_trained_on_two_ranks_and_evaluated(raw: Path, tmp
         result = EvalResult.load(tmp_path / "seg" / mode / "results.json")
         assert (result.benchmark, result.metric) == ("pastis_hd", "miou")
         # Every pixel of the test tile but void, once, though crops overlap.
-        (key,) = datasets.open_raw("pastis_hd", raw, "test").keys()
-        labels = np.load(raw / f"ANNOTATIONS/TARGET_{key}.npy")[0]
-        confusion = np.array(result.confusion)
-        assert confusion.sum() == (labels != CLASSES.index("void")).sum()
-        np.testing.assert_array_equal(confusion.sum(1), np.bincount(labels.reshape(-1), minlength=20)[:19])
+        assert np.array(result.confusion).sum(1).tolist() == pixels_of(raw, "test").tolist()
     code = evaluate([*common, f"--out={tmp_path / 'mlc'}", "--mode=knn", "--target=crops_present"])
     assert code == 0, "".join(capsys.readouterr())
     assert EvalResult.load(tmp_path / "mlc" / "knn" / "results.json").metric == "wf1"
+    turned = ["--split", "val=test", "test=val", f"--out={tmp_path / 'turned'}", "--mode=knn"]
+    assert evaluate([*common, *turned]) == 0, "".join(capsys.readouterr())
+    result = EvalResult.load(tmp_path / "turned" / "knn" / "results.json")
+    assert np.array(result.confusion).sum(1).tolist() == pixels_of(raw, "val").tolist()
+    assert evaluate([*common, "--split", "valid=test", f"--out={tmp_path}"]) == 2
+    assert "--split valid=test: expected train=" in capsys.readouterr().err
 
 
 def test_synthetic_files_are_like_the_real_ones(raw: Path):
