@@ -2,10 +2,11 @@
 
     python benchmarks/sharding.py --work /scratch/sharding --tiles 2000 --workers 2
 
-Synthesises the tiles (once; kept in --work), then measures, with files out of the page cache before every run:
-reading every file once with rasterio in as many processes, and `maestro-scale shard` from start to manifest;
-the memory of its processes at a quarter and at all of the tiles; and opening the metadata of 241,100 patches, once
-with dates shared by the patches of a zone, once with different dates for each. Prints one table and writes
+Synthesises --scenes tiles and copies their files under the names of the others (once; kept in --work). Then measures,
+with files out of the page cache before every run: reading every file once with rasterio in as many processes, and
+`maestro-scale shard` from start to manifest; the memory of its processes at a quarter and at all of the tiles; and
+opening the metadata of 241,100 patches, once with dates shared by the patches of a zone, once with different dates for
+each. On a machine that others use, compare processor times. Prints one table and writes
 benchmarks/results/sharding.json. Exit code 1 where sharding takes more than 1.5 times the reading, the metadata
 20 s or more, or a process of four times the tiles more than 1.1 times the memory.
 """
@@ -15,15 +16,18 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import pickle
 import platform
+import resource
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -36,15 +40,45 @@ from maestro_scale.training.run_dir import git_revision
 
 NUM_PATCHES, NUM_ZONES, NUM_DOMAINS = 241_100, 2_822, 74
 NUM_DATES = {"SENTINEL2": 91, "SENTINEL1-ASC": 94, "SENTINEL1-DESC": 94}  # the release's means per zone
+PRODUCTS = (
+    *(flair_hub.PRODUCTS[m.name] for m in flair_hub.SPEC.modalities),
+    flair_hub.S2_MASK,
+    flair_hub.COSIA,
+)
 MOST_TIMES, MOST_METADATA_S, MOST_GROWTH = 1.5, 20.0, 1.1
+
+
+def write_raw(src: Path, tiles: int, scenes: int) -> list[str]:
+    """``tiles`` tiles with the files of ``scenes`` synthetic ones each under their own name; returns the keys."""
+    pattern = src.parent / f"scenes-{scenes}"
+    datasets.synth("flair_hub", pattern, scenes, 0)
+    patches = flair_hub_synth.patches(tiles, 0)
+    target = Destination(src, {"dataset": "flair_hub", "tiles": tiles, "scenes": scenes})
+    given = flair_hub.Folders(pattern, frozenset(os.listdir(pattern)))
+    for i, patch in enumerate(patches):
+        domain, zone, position = patch.key.split("_")
+        for product in PRODUCTS:
+            folder = f"{domain}_{product.name}"
+            source = given.path(patches[i % scenes].key, product)
+            name = f"{folder}/{zone}/{folder}_{zone}_{position}.tif"
+            target.write(name, lambda path, s=source: shutil.copyfile(s, path) and None)
+    keys = [patch.key for patch in patches]
+    outlines = [flair_hub_synth.square(*patch.origin) for patch in patches]
+    for sensor in dict.fromkeys(product.dates for product in PRODUCTS):
+        days = [patches[i % scenes].dates[sensor] for i in range(tiles)]
+        texts = [json.dumps({str(n): int(d) for n, d in enumerate(of_patch, 1)}) for of_patch in days]
+        table = {"patch_id": np.array(keys, object), "acquisition_dates": np.array(texts, object)}
+        target.write(
+            f"{flair_hub.FOLDER}/GLOBAL_{sensor}_MTD_DATES.gpkg",
+            lambda path, t=table: flair_hub_synth.write_gpkg(path, t, outlines),
+        )
+    return keys
 
 
 def preset_files(src: Path, keys: list[str]) -> list[Path]:
     """Every file that the preset needs of these patches."""
     folders = flair_hub.Folders(src, frozenset(os.listdir(src)))
-    products = [flair_hub.PRODUCTS[m.name] for m in flair_hub.SPEC.modalities]
-    products += [flair_hub.S2_MASK, flair_hub.COSIA]
-    return [folders.path(key, product) for key in keys for product in products]
+    return [folders.path(key, product) for key in keys for product in PRODUCTS]
 
 
 def read_all(paths: list[Path]) -> None:
@@ -69,22 +103,45 @@ def evict(paths: list[Path]) -> int:
     return total
 
 
-def timed_read(paths: list[Path], workers: int) -> float:
-    """Seconds for ``workers`` fresh processes to read a share each."""
+class Cost(NamedTuple):
+    """What a run took: by the clock, on the processors, and the most memory of any of its processes."""
+
+    seconds: float
+    cpu_s: float
+    peak_bytes: int
+
+
+def cost_of(processes: Callable[[], list[int]], wait: Callable[[float], bool], started: float) -> Cost:
+    """Watch processes until ``wait(seconds)`` says that they are over."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    peak = 0
+    while not wait(0.1):
+        peak = max([peak, *(_peak_bytes(pid) for pid in processes())])
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return Cost(time.perf_counter() - started, cpu_s, peak)
+
+
+def timed_read(paths: list[Path], workers: int) -> Cost:
+    """``workers`` fresh processes read a share each."""
     context = multiprocessing.get_context("spawn")
     started = time.perf_counter()
     processes = [context.Process(target=read_all, args=(paths[i::workers],)) for i in range(workers)]
     for process in processes:
         process.start()
-    for process in processes:
-        process.join()
-        if process.exitcode:
-            raise SystemExit(f"a reading process ended with exit code {process.exitcode}")
-    return time.perf_counter() - started
+
+    def over(timeout_s: float) -> bool:
+        multiprocessing.connection.wait([p.sentinel for p in processes], timeout_s)
+        return not any(p.is_alive() for p in processes)
+
+    cost = cost_of(lambda: [p.pid for p in processes], over, started)
+    if any(p.exitcode for p in processes):
+        raise SystemExit("a reading process failed")
+    return cost
 
 
-def timed_shard(src: Path, dst: Path, split: str, workers: int) -> tuple[float, int]:
-    """Seconds for the command, and the most memory that any of its processes held, in bytes."""
+def timed_shard(src: Path, dst: Path, split: str, workers: int) -> Cost:
+    """The command, from start to manifest."""
     shutil.rmtree(dst, ignore_errors=True)
     program = Path(sys.executable).parent / "maestro-scale"
     command = [
@@ -98,13 +155,18 @@ def timed_shard(src: Path, dst: Path, split: str, workers: int) -> tuple[float, 
     ]
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    peak = 0
-    while process.poll() is None:
-        peak = max([peak, *(_peak_bytes(pid) for pid in (process.pid, *_children(process.pid)))])
-        time.sleep(0.1)
+
+    def over(timeout_s: float) -> bool:
+        try:
+            process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    cost = cost_of(lambda: [process.pid, *_children(process.pid)], over, started)
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} ended with exit code {process.returncode}")
-    return time.perf_counter() - started, peak
+    return cost
 
 
 def _children(pid: int) -> list[int]:
@@ -133,36 +195,36 @@ def write_metadata(src: Path, own_dates: bool) -> None:
         chosen = np.sort(rng.permutation(len(days))[:count])
         return json.dumps({str(n): days[i] for n, i in enumerate(chosen, start=1)})
 
-    target = Destination(src, {"dataset": "metadata", "own_dates": str(own_dates)})
-    square = flair_hub_synth.square(600_000.0, 6_800_000.0)
-    for sensor, count in ({"AERIAL": 0} | NUM_DATES).items():
-        if count == 0:
-            column, texts = "date", np.full(NUM_PATCHES, "20190704", object)
-        elif own_dates:
-            column, texts = "acquisition_dates", np.array([series(count) for _ in keys], object)
+    def write(path: Path, count: int) -> None:
+        if count == 1:
+            column, texts = "date", ["20190704"] * NUM_PATCHES
         else:
             column = "acquisition_dates"
-            of_zone = np.array([series(count) for _ in zones], object)
-            texts = of_zone[np.arange(NUM_PATCHES) % NUM_ZONES]
-        table = {"patch_id": keys, column: texts}
+            different = [series(count) for _ in (keys if own_dates else zones)]
+            texts = [different[i % len(different)] for i in range(NUM_PATCHES)]
+        table = {"patch_id": keys, column: np.array(texts, object)}
+        outline = flair_hub_synth.square(600_000.0, 6_800_000.0)
+        flair_hub_synth.write_gpkg(path, table, [outline] * NUM_PATCHES)
+
+    target = Destination(src, {"dataset": "metadata", "own_dates": str(own_dates)})
+    for sensor, count in ({"AERIAL": 1} | NUM_DATES).items():
         target.write(
-            f"{flair_hub.FOLDER}/GLOBAL_{sensor}_MTD_DATES.gpkg",
-            lambda path, t=table: flair_hub_synth.write_gpkg(path, t, [square] * NUM_PATCHES),
+            f"{flair_hub.FOLDER}/GLOBAL_{sensor}_MTD_DATES.gpkg", lambda path, n=count: write(path, n)
         )
-    for product in (*flair_hub.PRODUCTS.values(), flair_hub.S2_MASK, flair_hub.COSIA):
+    for product in PRODUCTS:
         for i in range(NUM_DOMAINS):
             (src / f"D{i:03d}-2019_{product.name}").mkdir(exist_ok=True)
     target.write_text("train.csv", "\n".join(["patch_id", *keys]) + "\n")
 
 
 def measure_metadata(src: Path, results: multiprocessing.SimpleQueue) -> None:
-    """Seconds to open all patches, the bytes sent to each worker, and the peak memory; puts them in ``results``."""
-    started = time.perf_counter()
+    """Puts in ``results``: seconds by clock and processor to open all patches, bytes sent to a worker, peak memory."""
+    started, started_cpu = time.perf_counter(), time.process_time()
     reader = datasets.open_raw("flair_hub", src, "train")
-    elapsed_s = time.perf_counter() - started
+    elapsed_s, cpu_s = time.perf_counter() - started, time.process_time() - started_cpu
     if len(reader.keys()) != NUM_PATCHES:
         raise SystemExit(f"{src}: {len(reader.keys())} patches were read")
-    results.put((elapsed_s, len(pickle.dumps(reader)), _peak_bytes(os.getpid())))
+    results.put((elapsed_s, cpu_s, len(pickle.dumps(reader)), _peak_bytes(os.getpid())))
 
 
 def in_fresh_process(work: Callable[..., None], *args: object) -> tuple:
@@ -184,15 +246,14 @@ def main() -> None:
     )
     parser.add_argument("--work", type=Path, required=True, help="folder on the disk to measure; 9 MB a tile")
     parser.add_argument("--tiles", type=int, default=2000)
+    parser.add_argument("--scenes", type=int, default=100, help="how many of them differ")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "sharding.json")
     args = parser.parse_args()
 
     raw, shards = args.work / f"raw-{args.tiles}", args.work / "shards"
-    datasets.synth("flair_hub", raw, args.tiles, 0)
-    patches = flair_hub_synth.patches(args.tiles, 0)
-    every = [patch.key for patch in patches]
+    every = write_raw(raw, args.tiles, min(args.scenes, args.tiles))
     quarter = every[: len(every) // 4]
     for name, keys in (("every", every), ("quarter", quarter)):
         (raw / f"{name}.csv").write_text("\n".join(["patch_id", *keys]) + "\n")
@@ -201,12 +262,12 @@ def main() -> None:
     rounds = []
     for _ in range(args.repeats):
         num_bytes = evict(paths)
-        read_s = timed_read(paths, args.workers)
+        reading = timed_read(paths, args.workers)
         evict(paths)
-        shard_s, peak = timed_shard(raw, shards, "every", args.workers)
-        rounds.append({"read_s": read_s, "shard_s": shard_s, "peak_bytes": peak})
-        print(f"read {read_s:.1f} s, shard {shard_s:.1f} s, peak {peak / 1e6:.0f} MB", flush=True)
-    _, quarter_peak = timed_shard(raw, shards, "quarter", args.workers)
+        sharding = timed_shard(raw, shards, "every", args.workers)
+        rounds.append({"read": reading._asdict(), "shard": sharding._asdict(), "load": os.getloadavg()[0]})
+        print(f"read {reading}, shard {sharding}, load {os.getloadavg()[0]:.1f}", flush=True)
+    quarter_peak = timed_shard(raw, shards, "quarter", args.workers).peak_bytes
     shutil.rmtree(shards)
 
     metadata = {}
@@ -216,20 +277,21 @@ def main() -> None:
         os.sync()
         files = sorted((src / flair_hub.FOLDER).iterdir())
         num_bytes_metadata = evict(files)
-        elapsed_s, sent, peak = in_fresh_process(measure_metadata, src)
+        elapsed_s, cpu_s, sent, peak_bytes = in_fresh_process(measure_metadata, src)
         metadata[name] = {
             "seconds": elapsed_s,
+            "cpu_s": cpu_s,
             "gpkg_bytes": num_bytes_metadata,
             "sent_to_worker_bytes": sent,
-            "peak_bytes": peak,
+            "peak_bytes": peak_bytes,
         }
-        print(f"metadata, {name}: {elapsed_s:.1f} s", flush=True)
+        print(f"metadata, {name}: {elapsed_s:.1f} s, {cpu_s:.1f} s of processor", flush=True)
 
-    read_s = float(np.median([r["read_s"] for r in rounds]))
-    shard_s = float(np.median([r["shard_s"] for r in rounds]))
-    peak = max(r["peak_bytes"] for r in rounds)
+    read_s, shard_s = (float(np.median([r[k]["seconds"] for r in rounds])) for k in ("read", "shard"))
+    read_cpu_s, shard_cpu_s = (float(np.median([r[k]["cpu_s"] for r in rounds])) for k in ("read", "shard"))
+    peak = max(r["shard"]["peak_bytes"] for r in rounds)
     results = {
-        "revision": git_revision(Path(__file__).parent),
+        "revision": git_revision(),
         "machine": {
             "cpus": os.cpu_count(),
             "python": platform.python_version(),
@@ -242,6 +304,7 @@ def main() -> None:
         "read_s": read_s,
         "shard_s": shard_s,
         "ratio": shard_s / read_s,
+        "cpu_ratio": shard_cpu_s / read_cpu_s,
         "peak_bytes": {str(len(quarter)): quarter_peak, str(len(every)): peak},
         "metadata": metadata,
     }
@@ -253,6 +316,8 @@ def main() -> None:
         table.add_column(column, justify="right")
     table.add_row("reading the files with rasterio", f"{read_s:.1f} s", "")
     table.add_row("sharding them", f"{shard_s:.1f} s", f"{MOST_TIMES * read_s:.1f} s")
+    table.add_row("processor time of reading", f"{read_cpu_s:.1f} s", "")
+    table.add_row("processor time of sharding", f"{shard_cpu_s:.1f} s", f"{MOST_TIMES * read_cpu_s:.1f} s")
     table.add_row(f"most memory of a process, {len(quarter)} tiles", f"{quarter_peak / 1e6:.0f} MB", "")
     table.add_row(
         f"most memory of a process, {len(every)} tiles",
