@@ -175,12 +175,13 @@ def inspect(
 def export(
     run_dir: Annotated[Path, typer.Argument(help="A run directory with at least one checkpoint.")],
     out: Annotated[Path, typer.Argument(help="Folder for model.safetensors and config.json.")],
+    ema: Annotated[bool, typer.Option(help="The moving average of the weights (optim.ema).")] = False,
 ) -> None:
     """Write the newest checkpoint's weights as safetensors that ``load_model`` reads with torch alone."""
     from maestro_scale.interop.export import export_model
     from maestro_scale.training.checkpoint import newest
 
-    print(f"exported to {export_model(newest(run_dir), out)}")
+    print(f"exported to {export_model(newest(run_dir), out, ema)}")
 
 
 @app.command("convert-ign")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 from pathlib import Path
 
 
@@ -61,18 +62,31 @@ def _pretrain(recipe, run_dir: Path, fresh: bool) -> int:
     from maestro_scale.tracking.observers import observers_for
     from maestro_scale.training.distributed import join, leave
     from maestro_scale.training.errors import EXPECTED
+    from maestro_scale.training.guard import GuardError
     from maestro_scale.training.pretrain import pretrain
+    from maestro_scale.training.watchdog import HUNG, Watchdog
 
-    world = join()
+    timeout_s = recipe.train.hang_timeout_s
+    world = join(max(600.0, 2 * timeout_s))  # the watchdog speaks first
+    watch = Watchdog(world, timeout_s, run_dir).start()
     try:
         observers = observers_for(recipe) if world.is_main else []
-        outcome = pretrain(recipe, run_dir, world, observers, fresh)
+        outcome = pretrain(recipe, run_dir, world, observers, watch, fresh)
     except EXPECTED as error:
         where = "" if world.is_main else f" (rank {world.rank} on {os.uname().nodename})"
-        if world.is_main or not isinstance(error, RecipeError):  # every rank reads the same recipe
+        if world.is_main or not isinstance(
+            error, (RecipeError, GuardError)
+        ):  # those are the same on all ranks
             print(f"error{where}: {error}", file=sys.stderr, flush=True)
         # The other ranks may be waiting for this one: leave at once, the launcher ends them.
         os._exit(2)
+    except RuntimeError:
+        if world.size > 1 and (missing := watch.missing()):
+            traceback.print_exc()
+            print(f"error (rank {world.rank}): {missing}", file=sys.stderr, flush=True)
+            os._exit(HUNG)
+        raise
+    watch.stop()
     if world.is_main:
         if outcome.reason == "stopped":
             print(

@@ -34,11 +34,13 @@ from maestro_scale.shards.store import Store
 from maestro_scale.stream.evaluation import EvalLoader
 from maestro_scale.stream.loader import Step, TrainLoader
 from maestro_scale.stream.source import Source
-from maestro_scale.training.checkpoint import CheckpointError, Checkpoints, Position
+from maestro_scale.training.checkpoint import CheckpointError, Checkpoints, Position, Retention
 from maestro_scale.training.distributed import World
-from maestro_scale.training.engine import Engine
+from maestro_scale.training.engine import Engine, Taken
+from maestro_scale.training.guard import Guard, GuardError
 from maestro_scale.training.optimizer import SCHEDULES, build_optimizer
-from maestro_scale.training.run_dir import JsonLines, environment, lock, write_atomically
+from maestro_scale.training.run_dir import JsonLines, environment, finite, lock, write_atomically
+from maestro_scale.training.state import TrainState
 from maestro_scale.training.stop import StopRequest
 
 MODES = ("finetune", "scratch")
@@ -58,6 +60,7 @@ class Run:
     num_steps: int
     stream: TrainLoader
     engine: Engine
+    state: TrainState
     average: Average
     checkpoints: Checkpoints
     identity: dict[str, Any]
@@ -156,11 +159,10 @@ def _prepare(
         "ema": recipe.evaluation.ema,
         "layer_decay": recipe.evaluation.layer_decay,
         "precision": t.precision_on(world.device.type),
-        "zero_stage": recipe.zero_stage,
-        "ranks": world.size if recipe.zero_stage else None,
     }
     shadow = predictor(encoder, manifest.spec.name, objective, recipe.seed, mode == "finetune")
     shadow = shadow.to(world.device).requires_grad_(False).eval()
+    engine = _engine(recipe, network.to(world.device), num_steps, mode, world)
     run = Run(
         objective=objective,
         splits=splits,
@@ -169,9 +171,10 @@ def _prepare(
         dir=run_dir,
         num_steps=num_steps,
         stream=stream,
-        engine=_engine(recipe, network.to(world.device), num_steps, mode, world),
+        engine=engine,
+        state=TrainState(engine.holdings, None),
         average=Average(network, shadow, recipe.evaluation.ema),
-        checkpoints=Checkpoints(run_dir, world, keep=1),
+        checkpoints=Checkpoints(run_dir, world, Retention(keep=1)),
         identity=identity,
         stop=StopRequest(run_dir).install(),
     )
@@ -189,19 +192,11 @@ def _prepare(
 def _engine(recipe: Recipe, network: Predictor, num_steps: int, mode: str, world: World) -> Engine:
     o = recipe.optim
     schedule = SCHEDULES[o.schedule](num_steps, o.warmup, 1 / o.start_div, 1 / o.final_div)
-    optimizer, scheduler = build_optimizer(
-        network,
-        recipe.lr,
-        tuple(o.betas),
-        o.eps,
-        o.weight_decay,
-        schedule,
-        # What has learned nothing yet has nothing to keep.
-        recipe.evaluation.layer_decay if mode == "finetune" else 1.0,
-    )
-    return Engine(
-        network, optimizer, scheduler, recipe.deepspeed_config(world.size, world.device.type), world
-    )
+    # What has learned nothing yet has nothing to keep.
+    layer_decay = recipe.evaluation.layer_decay if mode == "finetune" else 1.0
+    optimizer = build_optimizer(network, recipe.lr, tuple(o.betas), o.eps, o.weight_decay, layer_decay)
+    deepspeed = recipe.deepspeed_config(world.size, world.device.type)
+    return Engine(network, optimizer, schedule, deepspeed, world, Guard(recipe.train.spike))
 
 
 def _resume(run: Run) -> Position:
@@ -214,8 +209,8 @@ def _resume(run: Run) -> Position:
         )
     if latest is None:
         return Position()
-    position = run.checkpoints.load(run.engine.raw, latest, run.identity)
-    run.engine.apply_schedule()
+    position, memory = run.checkpoints.load(run.state, latest, run.identity)
+    run.engine.guard.recall(memory)
     run.average.load(_weights(run.dir, "average", position.step))
     return position
 
@@ -227,16 +222,17 @@ def _train(run: Run, position: Position) -> bool:
     steps = run.stream.steps(position.samples, run.num_steps)
     while position.step < run.num_steps and not _is_over(run):
         data = next(steps)
-        lr, loss = run.engine.lr, _step(run, data)
+        taken = _step(run, data, position.step)
         position = Position(
             samples=data.samples,
             step=data.step,
-            skipped_steps=position.skipped_steps + (not run.engine.applied),
+            skipped_steps=position.skipped_steps + (taken.skipped is not None),
         )
         last = position.step == run.num_steps
         if last or position.step % recipe.train.log_every == 0:
-            record = {"step": data.step, "epoch": data.epoch, "samples": data.samples, "loss": float(loss)}
-            record |= {"lr": lr, "grad_norm": run.engine.grad_norm, "skipped_steps": position.skipped_steps}
+            record = {"step": data.step, "epoch": data.epoch, "samples": data.samples}
+            record |= {"loss": finite(taken.loss), "lr": taken.lr, "grad_norm": finite(taken.norm)}
+            record["skipped_steps"] = position.skipped_steps
             if world.is_main:
                 metrics.append(record)
         validated = early_stop.due(position.step, run.num_steps, recipe.evaluation.validations)
@@ -254,17 +250,21 @@ def _is_over(run: Run) -> bool:
     return early_stop.exhausted(run.history, run.recipe.evaluation.patience)
 
 
-def _step(run: Run, data: Step) -> torch.Tensor:
-    """One optimizer step; the loss of the global batch before it."""
+def _step(run: Run, data: Step, finished: int) -> Taken:
+    """One optimizer step after ``finished`` ones."""
     labels = [run.objective.labels(b) for b in data.batches]
     num_counted = sum(run.objective.num_counted(x) for x in labels)
     device = run.world.device
     counts = run.world.sum(torch.tensor([num_counted], dtype=torch.float64, device=device))
     batches = [b.to(device, non_blocking=True) for b in data.batches]
-    sums = run.world.sum(run.engine.step(batches, [x.to(device) for x in labels], counts))
-    if run.engine.applied:
+    taken = run.engine.step(finished, batches, [x.to(device) for x in labels], counts)
+    if taken.skipped is None:
         run.average.update(data.step)
-    return run.average.network.loss(data.dataset, sums, counts)
+    elif run.engine.guard.in_a_row >= run.recipe.train.max_skipped:
+        raise GuardError(
+            f"{run.dir}: {run.engine.guard.in_a_row} steps in a row were skipped, the last as {taken.skipped}"
+        )
+    return taken
 
 
 def _validate(run: Run, step: int) -> None:
@@ -281,7 +281,8 @@ def _validate(run: Run, step: int) -> None:
 def _save(run: Run, position: Position) -> None:
     if run.world.is_main:
         run.average.save(_weights(run.dir, "average", position.step))
-    run.checkpoints.save(run.engine.raw, position, run.identity)
+    run.checkpoints.begin(run.state, position, run.identity, run.engine.guard.memory())
+    run.checkpoints.finish()
     if run.world.is_main:  # only now: a run that was killed before goes back to the checkpoint before
         kept = {_weights(run.dir, "average", position.step)}
         if run.history:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from maestro_scale.interop.sharded_state import INDEX, WEIGHT, StateReader
 from maestro_scale.model.config import ModelConfig
 
 CONFIG = "config.json"
@@ -24,12 +22,15 @@ class ExportError(Exception):
     """A checkpoint cannot be exported or loaded; the message says why."""
 
 
-def export_model(checkpoint: Path, out: Path) -> Path:
-    """Write ``out/model.safetensors`` (fp32) and ``out/config.json`` from one committed checkpoint directory."""
+def export_model(checkpoint: Path, out: Path, ema: bool = False) -> Path:
+    """Write ``out/model.safetensors`` (fp32) and ``out/config.json`` from one committed checkpoint directory.
+
+    ``ema``: the moving average of the weights instead of the last ones.
+    """
     commit = json.loads((checkpoint / "COMMIT.json").read_text())
     write_model(
         out,
-        full_state(checkpoint / "state"),
+        full_state(checkpoint / "state", "ema" if ema else WEIGHT),
         ModelConfig.from_dict(commit["identity"]["model"]),
         {"checkpoint": checkpoint.name, **commit["position"], "seed": commit["identity"]["seed"]},
     )
@@ -46,21 +47,14 @@ def write_model(out: Path, state: dict[str, Tensor], config: ModelConfig, traine
     os.replace(out / (CONFIG + ".tmp"), out / CONFIG)
 
 
-def full_state(state_dir: Path) -> dict[str, Tensor]:
-    """The fp32 weights behind DeepSpeed's state of any ZeRO stage, gathered on the CPU."""
-    if any(state_dir.glob("*optim_states.pt")):
-        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # it narrates
-            gathered = get_fp32_state_dict_from_zero_checkpoint(str(state_dir.parent), tag=state_dir.name)
-        return {k: v.float() for k, v in gathered.items()}
-    plain = state_dir / "mp_rank_00_model_states.pt"
-    if not plain.exists():
-        raise ExportError(f"{state_dir} holds no model state")
-    # DeepSpeed pickles more than tensors; the file is the run's own.
-    return {
-        k: v.float() for k, v in torch.load(plain, map_location="cpu", weights_only=False)["module"].items()
-    }
+def full_state(state_dir: Path, kind: str = WEIGHT) -> dict[str, Tensor]:
+    """The fp32 weights (or ``ema``, their moving average) of a checkpoint, whole, on the CPU."""
+    if not (state_dir / INDEX).exists():
+        raise ExportError(f"{state_dir} holds no model state that this version reads")
+    with StateReader(state_dir) as reader:
+        if kind not in reader.kinds:
+            raise ExportError(f"{state_dir} holds no {kind}: the run was not asked for it (optim.ema)")
+        return {name: reader.whole(kind, name) for name in reader.shapes}
 
 
 def trained_step(folder: Path) -> int | None:

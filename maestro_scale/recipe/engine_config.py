@@ -99,6 +99,15 @@ def problems(section: Mapping[str, Any], derived: Derived) -> Iterator[tuple[tup
     for key, reason in _ZERO_REFUSED.items():
         if key in zero:
             yield ("zero_optimization", key), f"refused: {reason}"
+    for part in ("offload_optimizer", "offload_param"):
+        offload = zero.get(part)
+        if isinstance(offload, dict) and offload.get("device") == "nvme":
+            yield ("zero_optimization", part, "device"), "'nvme' cannot be checkpointed: use 'cpu'"
+        if isinstance(offload, dict) and offload.get("ratio", 1.0) != 1.0:
+            yield (
+                ("zero_optimization", part, "ratio"),
+                "a part of the optimizer cannot be offloaded: leave it out",
+            )
     for key in section:
         close = difflib.get_close_matches(str(key), _KNOWN, n=1, cutoff=0.85)
         if close and key not in _KNOWN and key not in _REFUSED:

@@ -129,6 +129,8 @@ class Optim(Section):
     """The learning rate ends at lr / final_div."""
     clip: Annotated[float, Field(ge=0)] = 1.0
     """Largest norm of the global gradient; 0 does not clip."""
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Decay per step of an exponential moving average of the weights, e.g. 0.9999; 0 keeps none."""
 
 
 class Train(Section):
@@ -148,6 +150,16 @@ class Train(Section):
     """Steps between lines of metrics.jsonl; in a mixture, each dataset's own steps."""
     audit: bool = False
     """Write every step's sample keys and a digest of them, per rank."""
+    spike: Annotated[float, Field(ge=0)] = 10.0
+    """Skip a step whose loss or gradient norm is this many times its running mean (after 100 steps); 0: only
+    one that is not finite."""
+    max_skipped: Count = 3
+    """Skipped steps in a row that end the run."""
+    hang_timeout_s: Annotated[float, Field(ge=1)] = 600.0
+    """Seconds without progress after which a run ends itself, naming the rank that it waited for. Loading a
+    checkpoint and the slowest step must fit in."""
+    collect_every: Annotated[int, Field(ge=0)] = 500
+    """Steps between runs of Python's garbage collector, on all ranks at once; 0 leaves it to itself."""
 
     def precision_on(self, device: str) -> Precision:
         """The precision on ``device`` (``cpu``, ``cuda``, …)."""
@@ -181,6 +193,12 @@ class Checkpoint(Section):
     """Steps between checkpoints: the most that a kill can cost."""
     keep: Count = 3
     """Newest checkpoints that stay on disk."""
+    every_minutes: Annotated[float, Field(ge=0)] = 0.0
+    """Minutes after the last checkpoint at which the next one is due at the latest; 0: steps alone decide."""
+    keep_every: Annotated[int, Field(ge=0)] = 0
+    """Checkpoints of steps divisible by this stay for good; 0: none does."""
+    mirror: Annotated[str, Field(min_length=1)] | None = None
+    """URL, e.g. s3://bucket/runs, that every committed checkpoint is copied below, in the background."""
 
 
 class Tracking(Section):

@@ -48,7 +48,8 @@ class TerminalProgress:
     def logged(self, record: dict[str, Any]) -> None:
         """Advance to a logged step."""
         assert self._info is not None
-        state = f"loss {record['loss']:.4f}  {record['samples_per_s']:.1f} samples/s"
+        loss = "skipped" if record["loss"] is None else f"loss {record['loss']:.4f}"
+        state = f"{loss}  {record['samples_per_s']:.1f} samples/s"
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=record["step"], state=state)
             return

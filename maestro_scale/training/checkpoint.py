@@ -1,7 +1,8 @@
 """Checkpoints that are whole or not there: staged, listed with sizes and hashes, committed by one rename.
 
-Layout: ``checkpoints/step_00001234/`` holds DeepSpeed's sharded state under ``state/`` and ``COMMIT.json``, which
-names every file with its size and sha256. A directory without a valid COMMIT.json is never loaded.
+Layout: ``checkpoints/step_00001234/`` holds the sharded state under ``state/`` and ``COMMIT.json``, which names every
+file with its size and sha256. A directory without a valid COMMIT.json is never loaded. Every rank writes its own
+part from a copy, in the background; between two later steps, when all are done, rank 0 commits.
 """
 
 from __future__ import annotations
@@ -11,14 +12,19 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from maestro_scale.interop.sharded_state import INDEX, StateReader, write_index, write_pieces
 from maestro_scale.training.distributed import World
+from maestro_scale.training.mirror import Mirror
+from maestro_scale.training.state import TrainState
 
 COMMIT = "COMMIT.json"
-TAG = "state"
+STATE = "state"
 _STAGING = ".staging"
 _STEP = re.compile(r"step_\d{8,}")
 
@@ -29,52 +35,134 @@ class CheckpointError(Exception):
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands. ``samples`` (consumed) fixes the place in the data; the others follow the optimizer."""
+    """Where a run stands. ``samples`` (consumed) fixes the place in the data; ``step`` counts optimizer steps,
+    ``skipped_steps`` those of them that changed nothing."""
 
     samples: int = 0
     step: int = 0
     skipped_steps: int = 0
 
 
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints stay: the last ``keep``, and those of steps divisible by ``keep_every`` (0: none) for good."""
+
+    keep: int
+    keep_every: int = 0
+
+    def superseded(self, steps: Iterable[int]) -> list[int]:
+        """Of these steps, the ones whose checkpoints can go."""
+        passing = [s for s in sorted(steps) if not (self.keep_every and s % self.keep_every == 0)]
+        return passing[: -self.keep]
+
+
+@dataclass(frozen=True)
+class _Pending:
+    staging: Path
+    final: Path
+    record: dict[str, Any]
+    adam_step: int
+    written: Future[None]
+
+
 class Checkpoints:
-    """The checkpoints of one run directory."""
+    """The checkpoints of one run directory. All ranks call ``begin``, ``commit`` and ``finish`` together."""
 
-    def __init__(self, run_dir: Path, world: World, keep: int) -> None:
+    def __init__(
+        self, run_dir: Path, world: World, retention: Retention, mirror: Mirror | None = None
+    ) -> None:
         self.dir = run_dir / "checkpoints"
-        self._world = world
-        self._keep = keep
+        self._world, self._retention, self._mirror = world, retention, mirror
+        self._pending: _Pending | None = None
+        self._writer = ThreadPoolExecutor(1, "maestro-checkpoint")
 
-    def save(self, engine: Any, position: Position, identity: dict[str, Any]) -> Path:
-        """Write, then commit, on all ranks together. ``identity`` is checked on resume.
+    @property
+    def pending(self) -> bool:
+        """Whether a checkpoint was begun and is not committed; the same on all ranks."""
+        return self._pending is not None
+
+    @property
+    def busy(self) -> bool:
+        """Whether this rank is still writing."""
+        return self._pending is not None and not self._pending.written.done()
+
+    def begin(
+        self, state: TrainState, position: Position, identity: dict[str, Any], guard: dict[str, Any]
+    ) -> None:
+        """Copy the state and start to write it. ``identity`` is checked on resume, ``guard`` handed back.
 
         A kill at any moment leaves the previous checkpoint and, at worst, a staging directory that is swept later.
         """
+        self.finish()
         final = self.dir / f"step_{position.step:08d}"
         staging = self.dir / f"{_STAGING}_{final.name}"
         if self._world.is_main:
             shutil.rmtree(staging, ignore_errors=True)
-            staging.mkdir(parents=True)
+            (staging / STATE).mkdir(parents=True)
         self._world.barrier()
-        engine.save_checkpoint(
-            str(staging), tag=TAG, client_state={"position": vars(position)}, save_latest=False
-        )
-        self._world.barrier()
-        if self._world.is_main:
-            self._commit(staging, final, position, identity)
-            self._prune()
-        self._world.barrier()
-        return final
+        pieces, adam_step = state.pieces(), state.holdings.adam_step
+        record = {"position": vars(position), "guard": guard, "identity": identity}
+        written = self._writer.submit(self._write, staging / STATE, pieces)
+        self._pending = _Pending(staging, final, record, adam_step, written)
+
+    def commit(self) -> None:
+        """Publish the checkpoint under way, once no rank is ``busy``. CheckpointError where writing it failed."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        try:
+            pending.written.result()
+            if self._world.is_main:
+                self._commit(pending)
+                self._prune()
+        except OSError as error:
+            raise CheckpointError(
+                f"{pending.final} cannot be written: {error.strerror or error}; the last whole checkpoint stays, and "
+                "the same command resumes from it"
+            ) from error
+        if self._mirror is not None and self._world.is_main:
+            self._mirror.send(pending.final, [p.name for p in _committed(self.dir)])
+
+    def finish(self) -> None:
+        """Wait for the checkpoint under way and publish it."""
+        if self._pending is not None:
+            self._pending.written.exception()
+            self._world.barrier()
+            self.commit()
+            self._world.barrier()
+
+    def close(self) -> None:
+        """Publish what is under way and wait until it is mirrored."""
+        self.finish()
+        if self._mirror is not None:
+            self._mirror.wait()
 
     def latest(self) -> tuple[Path | None, list[str]]:
         """The newest whole checkpoint, or None if there is none; and what is wrong with newer ones, in words."""
         return _newest(self.dir)
 
-    def load(self, engine: Any, path: Path, identity: dict[str, Any]) -> Position:
-        """Load on all ranks together and return where the run stood.
+    def fetch(self) -> Path | None:
+        """The newest checkpoint of the mirror, copied here by rank 0 and checked; None where there is none."""
+        if self._mirror is None:
+            return None
+        if self._world.is_main and (name := self._mirror.newest()):
+            staging = self.dir / f"{_STAGING}_{name}"
+            self._mirror.fetch(name, staging)
+            if (problem := check(staging, hashes=True)) is not None:
+                raise CheckpointError(f"{self._mirror.url}/{name}: {problem}")
+            os.replace(staging, self.dir / name)
+        self._world.barrier()
+        return self.latest()[0]
+
+    def load(
+        self, state: TrainState, path: Path, identity: dict[str, Any]
+    ) -> tuple[Position, dict[str, Any]]:
+        """Load on all ranks together, on any number of them; returns where the run stood, and the guard's memory.
 
         Raises CheckpointError where the checkpoint belongs to another model, dataset or seed.
         """
-        theirs, ours = _flat(json.loads((path / COMMIT).read_text())["identity"]), _flat(identity)
+        record = json.loads((path / COMMIT).read_text())
+        theirs, ours = _flat(record["identity"]), _flat(identity)
         different = [k for k in sorted({*theirs, *ours}) if theirs.get(k) != ours.get(k)]
         if different:
             lines = [f"{k}: checkpoint {theirs.get(k)!r}, now {ours.get(k)!r}" for k in different]
@@ -82,36 +170,45 @@ class Checkpoints:
                 f"{path} does not fit this run: {'; '.join(lines)}. Go on with what it was made with, or use another "
                 "--run-dir"
             )
-        loaded, state = engine.load_checkpoint(str(path), tag=TAG)
-        if loaded is None:
-            raise CheckpointError(f"DeepSpeed found no state under {path / TAG}")
-        return Position(**state["position"])
+        with StateReader(path / STATE) as reader:
+            state.restore(reader)
+        return Position(**record["position"]), record["guard"]
 
-    def _commit(self, staging: Path, final: Path, position: Position, identity: dict[str, Any]) -> None:
-        files = {
-            str(p.relative_to(staging)): {"bytes": p.stat().st_size, "sha256": _sha256(p)}
-            for p in sorted(staging.rglob("*"))
-            if p.is_file()
-        }
-        record = {
-            "position": vars(position),
-            "identity": identity,
-            "files": files,
-        }
-        (staging / COMMIT).write_text(json.dumps(record, indent=1))
-        for path in [*staging.rglob("*"), staging]:
+    def _write(self, folder: Path, pieces: list[Any]) -> None:
+        file, entries = write_pieces(folder, self._world.rank, pieces)
+        part: dict[str, Any] = {"entries": entries, "kinds": [], "files": {}}
+        if file is not None:
+            part["kinds"] = list(pieces[0].values)
+            part["files"] = {f"{STATE}/{file.name}": {"bytes": file.stat().st_size, "sha256": _sha256(file)}}
+            _fsync(file)
+        _part(folder, self._world.rank).write_text(json.dumps(part))
+
+    def _commit(self, pending: _Pending) -> None:
+        folder = pending.staging / STATE
+        parts = [_part(folder, rank) for rank in range(self._world.size)]
+        written = [json.loads(part.read_text()) for part in parts]
+        kinds = next(w["kinds"] for w in written if w["kinds"])
+        index = write_index(folder, [e for w in written for e in w["entries"]], kinds, pending.adam_step)
+        files = {name: entry for w in written for name, entry in w["files"].items()}
+        files[f"{STATE}/{INDEX}"] = {"bytes": index.stat().st_size, "sha256": _sha256(index)}
+        for part in parts:
+            part.unlink()
+        commit = pending.staging / COMMIT
+        commit.write_text(json.dumps({**pending.record, "files": files}, indent=1))
+        for path in (index, commit, folder, pending.staging):
             _fsync(path)
         if (
-            final.exists()
+            pending.final.exists()
         ):  # damaged, or left by a run that was rewound: set aside, so that a kill loses neither
-            os.replace(final, self.dir / f"{_STAGING}_replaced_{final.name}")
-        os.replace(staging, final)
+            os.replace(pending.final, self.dir / f"{_STAGING}_replaced_{pending.final.name}")
+        os.replace(pending.staging, pending.final)
         _fsync(self.dir)
 
     def _prune(self) -> None:
-        for old in _committed(self.dir)[: -self._keep]:
-            (old / COMMIT).unlink()  # first, so that a kill half-way leaves no checkpoint that looks whole
-            shutil.rmtree(old)
+        found = {int(p.name[5:]): p for p in _committed(self.dir)}
+        for step in self._retention.superseded(found):
+            (found[step] / COMMIT).unlink()  # first, so that a kill half-way leaves nothing that looks whole
+            shutil.rmtree(found[step])
         for stray in self.dir.iterdir():  # what a kill left behind
             torn = _STEP.fullmatch(stray.name) and not (stray / COMMIT).exists()
             if torn or stray.name.startswith(_STAGING):  # nothing that is not ours
@@ -163,6 +260,10 @@ def check(path: Path, hashes: bool = False) -> str | None:
         if hashes and _sha256(file) != expected["sha256"]:
             return f"{name} has changed since it was written (sha256)"
     return None
+
+
+def _part(folder: Path, rank: int) -> Path:
+    return folder / f"rank{rank:05d}.part.json"
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

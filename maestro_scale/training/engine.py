@@ -2,88 +2,120 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
+from torch.nn.utils import get_total_norm
 
+from maestro_scale.model.maestro import Maestro
 from maestro_scale.model.masking import Mask
 from maestro_scale.stream.batch import Batch
 from maestro_scale.training.distributed import World
+from maestro_scale.training.fragments import Holdings
+from maestro_scale.training.guard import Guard
+from maestro_scale.training.optimizer import Schedule, set_lr
+
+
+@dataclass(frozen=True)
+class Taken:
+    """One step. ``sums`` (S,): error sums per sensor of the global batch, fp32. ``norm``: of its gradient, before
+    clipping. ``skipped``: why the optimizer was kept from it, else None. ``local_sums``: (micro-batches, S), this
+    rank's own error sums."""
+
+    loss: float
+    sums: Tensor
+    norm: float
+    lr: float
+    skipped: str | None
+    local_sums: Tensor
 
 
 class Engine:
-    """One optimizer step over the micro-batches of a rank; gradients are those of the *global* loss.
-
-    ``raw`` is DeepSpeed's engine, for checkpoints.
-    """
+    """One optimizer step over the micro-batches of a rank; gradients are those of the *global* loss."""
 
     def __init__(
-        self, model: nn.Module, optimizer: Any, scheduler: Any, config: dict[str, Any], world: World
+        self,
+        model: Maestro,
+        optimizer: torch.optim.Optimizer,
+        schedule: Schedule,
+        config: dict[str, Any],
+        world: World,
+        guard: Guard,
     ) -> None:
         import deepspeed
 
-        self.raw, _, _, _ = deepspeed.initialize(
-            model=model, optimizer=optimizer, lr_scheduler=scheduler, config=config, dist_init_required=False
+        self._raw, _, _, _ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=config, dist_init_required=False
         )
-        self.model = model
-        self._world = world
-        self._zero = config.get("zero_optimization", {}).get("stage", 0)
+        self.model, self.guard = model, guard
+        self.holdings = Holdings(self._raw, world.rank, world.size)
+        self._world, self._schedule = world, schedule
+        self._plain = self._raw.optimizer is self._raw.basic_optimizer
+        self._stage = config.get("zero_optimization", {}).get("stage", 0)
+        # DeepSpeed calls it, once per group, when it has the norm and has changed nothing yet.
+        self._update = self._raw.basic_optimizer.step
+        self._raw.basic_optimizer.step = self._update_unless_skipped
 
-    def step(self, batches: list[Batch], masks: list[dict[str, Mask]], counts: Tensor) -> Tensor:
-        """Forward, backward and one optimizer step; returns this rank's error sums (S,) in fp32.
+    def step(self, step: int, batches: list[Batch], masks: list[dict[str, Mask]], counts: Tensor) -> Taken:
+        """Forward, backward and, unless the guard objects, the optimizer's step number ``step`` (the first is 0).
 
         ``counts`` (S,): hidden pixels per sensor of the whole global batch.
         """
-        if self._zero == 3 and self.model.config.others:
+        lr = set_lr(self._raw.basic_optimizer, self._schedule(step))
+        if self._stage == 3 and self.model.config.others:
             self._forget_gradients()
-        total = None
+        local_sums = []
         for batch, mask in zip(batches, masks, strict=True):
-            share, sums = self.raw(batch, mask, counts)
+            share, sums = self._raw(batch, mask, counts)
             # The shares of all ranks and micro-batches add up to the loss, but DeepSpeed averages gradients over
             # ranks and would divide by the accumulation steps: undo the first, switch off the second.
-            self.raw.backward(share * self._world.size, scale_wrt_gas=False)
-            total = sums if total is None else total + sums
-            if self.raw.is_gradient_accumulation_boundary():
-                self._plain_norm = self._norm_of_plain_gradients()
-            self.raw.step()
-        return total
+            self._raw.backward(share * self._world.size, scale_wrt_gas=False)
+            local_sums.append(sums)
+            if self._raw.is_gradient_accumulation_boundary():
+                self._begin_judging(batch.dataset, torch.stack(local_sums), counts)
+            self._raw.step()
+        if not self._judged:  # DeepSpeed itself gave up on the step
+            self._judge()
+            if self._skipped is None:
+                raise RuntimeError("DeepSpeed skipped a step whose loss and gradient norm are finite")
+        if self._skipped is None:
+            self.guard.took(self._loss, self._norm)
+        else:
+            self.guard.skipped()
+        return Taken(self._loss, self._sums, self._norm, lr, self._skipped, torch.stack(local_sums))
 
-    @property
-    def applied(self) -> bool:
-        """Whether the last optimizer step was taken (False: gradients were not finite)."""
-        return self.raw.was_step_applied()
+    def _begin_judging(self, dataset: str, local_sums: Tensor, counts: Tensor) -> None:
+        self._sums = self._world.sum(local_sums.sum(0))
+        self._global_loss = self.model.loss(dataset, self._sums, counts)
+        self._plain_norm = self._norm_of_plain_gradients() if self._plain else None
+        self._judged, self._skipped = False, None
 
-    @property
-    def grad_norm(self) -> float:
-        """Norm of the last step's gradient before clipping."""
-        norm = self.raw.get_global_grad_norm()
-        return float(self._plain_norm if norm is None else norm)
+    def _judge(self) -> None:
+        norm = self._plain_norm if self._plain else self._raw.optimizer._global_grad_norm
+        self._judged, self._loss, self._norm = True, float(self._global_loss), float(norm)
+        self._skipped = self.guard.judge(self._loss, self._norm)
+        # The numbers are global already; asking makes sure that no rank goes on alone.
+        if self._world.any(self._skipped is not None) and self._skipped is None:
+            self._skipped = "another rank objects"
 
-    @property
-    def lr(self) -> float:
-        """Learning rate that the next step will use."""
-        return float(self.raw.optimizer.param_groups[0]["lr"])
-
-    def apply_schedule(self) -> None:
-        """Set the learning rate that the schedule gives where it stands: after loading, it may be a longer one."""
-        scheduler = self.raw.lr_scheduler
-        pairs = zip(self.raw.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
-        for group, base, factor in pairs:
-            group["lr"] = base * factor(scheduler.last_epoch)
+    def _update_unless_skipped(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._judged:
+            self._judge()
+        if self._skipped is None:
+            return self._update(*args, **kwargs)
+        return None
 
     def _forget_gradients(self) -> None:
         # Stage 3 overwrites a parameter's gradient only where a step uses it: what another dataset of a mixture left
         # would be applied again. The other stages start from zero.
-        optimizer = self.raw.optimizer
+        optimizer = self._raw.optimizer
         optimizer.grad_partitions_flat_buffer.zero_()
         for partition in optimizer.fp32_partitioned_groups_flat:
             if partition.grad is not None:
                 partition.grad.zero_()
 
-    def _norm_of_plain_gradients(self) -> Tensor | None:
-        # DeepSpeed reports no norm where it leaves the optimizer as it is (stage 0 in fp32).
-        if self._zero > 0 or hasattr(self.raw.optimizer, "_global_grad_norm"):
-            return None
-        from torch.nn.utils import get_total_norm
-
+    def _norm_of_plain_gradients(self) -> Tensor:
+        # DeepSpeed reports no norm where it leaves the optimizer as it is (stage 0).
         return get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])

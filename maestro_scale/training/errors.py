@@ -9,12 +9,14 @@ from maestro_scale.shards.errors import ShardsError
 from maestro_scale.stream.loader import LoaderError
 from maestro_scale.stream.plan import PlanError
 from maestro_scale.training.checkpoint import CheckpointError
+from maestro_scale.training.guard import GuardError
 from maestro_scale.training.run_dir import RunDirError
 
 EXPECTED = (
     CheckpointError,
     DatasetError,
     ExportError,
+    GuardError,
     LoaderError,
     PlanError,
     RecipeError,

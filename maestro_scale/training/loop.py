@@ -13,28 +13,34 @@ from torch import Tensor
 from maestro_scale.datasets.spec import Sensor
 from maestro_scale.model.config import ModelConfig
 from maestro_scale.model.masking import Mask, Masking, by_sensor, draw_masks
-from maestro_scale.model.targets import combine, hidden_pixels
+from maestro_scale.model.targets import hidden_pixels
 from maestro_scale.stream.batch import Batch, digest
 from maestro_scale.stream.loader import Step, TrainLoader
 from maestro_scale.training.checkpoint import Checkpoints, Position
 from maestro_scale.training.distributed import World
-from maestro_scale.training.engine import Engine
+from maestro_scale.training.engine import Engine, Taken
+from maestro_scale.training.garbage import collected_every
 from maestro_scale.training.meter import Meter
 from maestro_scale.training.observer import Observer, SensorView
-from maestro_scale.training.run_dir import JsonLines
+from maestro_scale.training.run_dir import JsonLines, finite
+from maestro_scale.training.skipped import SkippedSteps
 from maestro_scale.training.snapshot import snapshot
+from maestro_scale.training.state import TrainState
 from maestro_scale.training.stop import StopRequest
+from maestro_scale.training.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
 class Rhythm:
-    """When things happen, in steps; 0 means never."""
+    """When things happen, in steps (``checkpoint_s``: in seconds); 0 means never."""
 
     num_steps: int
     global_batch: int
     log_every: int
     checkpoint_every: int
+    checkpoint_s: float
     pictures_every: int
+    collect_every: int
 
     def at(self, every: int, step: int) -> bool:
         """Whether something done ``every`` so many steps is due after ``step``."""
@@ -56,6 +62,7 @@ class Run:
 
     world: World
     engine: Engine
+    state: TrainState
     datasets: dict[str, Seen]
     masking: Masking
     stream: TrainLoader
@@ -64,8 +71,10 @@ class Run:
     identity: dict[str, Any]
     metrics: JsonLines
     audit: JsonLines | None
+    skipped: SkippedSteps
     meter: Meter
     stop: StopRequest
+    watch: Watchdog
     observers: list[Observer] = field(default_factory=list)
 
 
@@ -79,42 +88,64 @@ class Outcome:
 
 
 def train(run: Run, position: Position) -> Outcome:
-    """Take every step that is left. Leaves a committed checkpoint of the last one."""
-    rhythm = run.rhythm
+    """Take every step that is left. Leaves a committed checkpoint of the last one.
+
+    Raises GuardError after too many skipped steps in a row.
+    """
+    rhythm, world, checkpoints = run.rhythm, run.world, run.checkpoints
     steps = run.stream.steps(position.samples, rhythm.num_steps)
+    last_checkpoint = time.monotonic()
     run.meter.restart()
-    while position.step < rhythm.num_steps:
-        before = time.perf_counter()
-        data = next(steps)
-        batches = [b.to(run.world.device, non_blocking=True) for b in data.batches]
-        wait_s = time.perf_counter() - before
+    with collected_every(rhythm.collect_every) as collect:
+        while position.step < rhythm.num_steps:
+            run.watch.note(position.step + 1, "waiting for data")
+            before = time.perf_counter()
+            data = next(steps)
+            batches = [b.to(world.device, non_blocking=True) for b in data.batches]
+            wait_s = time.perf_counter() - before
 
-        seen = run.datasets[data.dataset]
-        masks = [draw_masks(seen.config, run.masking, b) for b in batches]
-        counts = run.world.sum(hidden_counts(seen.config, masks))
-        lr = run.engine.lr
-        sums = run.engine.step(batches, masks, counts)
+            run.watch.note(position.step + 1, "computing")
+            seen = run.datasets[data.dataset]
+            masks = [draw_masks(seen.config, run.masking, b) for b in batches]
+            counts = world.sum(hidden_counts(seen.config, masks))
+            taken = run.engine.step(position.step, batches, masks, counts)
+            if run.state.ema is not None and taken.skipped is None:
+                run.state.ema.update()
 
-        position = Position(
-            samples=position.samples + rhythm.global_batch,
-            step=position.step + 1,
-            skipped_steps=position.skipped_steps + (not run.engine.applied),
-        )
-        run.meter.add(rhythm.global_batch, seen.step_flops, wait_s)
-        last = position.step == rhythm.num_steps
-        if run.audit is not None:
-            run.audit.append({"step": position.step, **_audit(data.batches)})
-        # By turns of a dataset, not by steps: in a mixture the same ones might never come at a multiple of steps.
-        if last or data.turn == 1 or rhythm.at(rhythm.log_every, data.turn):
-            _log(run, position, data, lr, sums, counts)
-        if rhythm.at(rhythm.pictures_every, data.turn) or (last and rhythm.pictures_every):
-            views = snapshot(run.engine.model, batches[0], masks[0], seen.bands)
-            _tell_picture(run, position.step, views)
-        stopping = run.world.any(run.stop.requested())
-        if last or stopping or rhythm.at(rhythm.checkpoint_every, position.step):
-            run.checkpoints.save(run.engine.raw, position, run.identity)
-        if stopping and not last:
-            return Outcome("stopped", position, run.stop.reason or "another rank's request")
+            position = Position(
+                samples=position.samples + rhythm.global_batch,
+                step=position.step + 1,
+                skipped_steps=position.skipped_steps + (taken.skipped is not None),
+            )
+            run.meter.add(rhythm.global_batch, seen.step_flops, wait_s)
+            last = position.step == rhythm.num_steps
+            if run.audit is not None:
+                run.audit.append({"step": position.step, **_audit(data.batches)})
+            # By turns of a dataset, not by steps: in a mixture the same ones might never come at a multiple of steps.
+            if last or data.turn == 1 or rhythm.at(rhythm.log_every, data.turn):
+                _log(run, position, data, taken, counts)
+            if rhythm.at(rhythm.pictures_every, data.turn) or (last and rhythm.pictures_every):
+                views = snapshot(run.engine.model, batches[0], masks[0], seen.bands)
+                _tell_picture(run, position.step, views)
+            if taken.skipped is not None:
+                run.skipped.note(position.step, taken, data.batches)
+
+            overdue = 0 < rhythm.checkpoint_s < time.monotonic() - last_checkpoint
+            stopping, overdue, busy = map(
+                bool, world.maxima([run.stop.requested(), overdue and world.is_main, checkpoints.busy])
+            )
+            run.watch.note(position.step, "writing")
+            if checkpoints.pending and not busy:
+                checkpoints.commit()
+            run.skipped.end_if_too_many(checkpoints)
+            if last or stopping or overdue or rhythm.at(rhythm.checkpoint_every, position.step):
+                checkpoints.begin(run.state, position, run.identity, run.engine.guard.memory())
+                last_checkpoint = time.monotonic()
+            collect(position.step)
+            if stopping and not last:
+                checkpoints.close()
+                return Outcome("stopped", position, run.stop.reason or "another rank's request")
+    checkpoints.close()
     return Outcome("done", position)
 
 
@@ -127,11 +158,8 @@ def hidden_counts(config: ModelConfig, masks: list[dict[str, Mask]]) -> Tensor:
     return torch.stack(per_batch).sum(0)
 
 
-def _log(run: Run, position: Position, data: Step, lr: float, sums: Tensor, counts: Tensor) -> None:
-    # Every rank takes part: the sums and the meter are collective. Only rank 0 writes.
-    config = run.datasets[data.dataset].config
-    total = run.world.sum(sums)
-    loss = combine(config, total, counts).item()
+def _log(run: Run, position: Position, data: Step, taken: Taken, counts: Tensor) -> None:
+    # Every rank takes part: the meter and the counters are collective. Only rank 0 writes.
     speeds = run.meter.read()
     counters = run.stream.counters
     counters = dict(zip(counters, run.world.sums(list(counters.values())), strict=True))
@@ -142,10 +170,10 @@ def _log(run: Run, position: Position, data: Step, lr: float, sums: Tensor, coun
         "epoch": data.epoch,
         "samples": position.samples,
         "dataset": data.dataset,
-        "loss": loss,
-        **_per_sensor(config.sensors, total, counts),
-        "lr": lr,
-        "grad_norm": run.engine.grad_norm,
+        "loss": finite(taken.loss),
+        **_per_sensor(run.datasets[data.dataset].config.sensors, taken.sums, counts),
+        "lr": taken.lr,
+        "grad_norm": finite(taken.norm),
         **speeds,
         "skipped_steps": position.skipped_steps,
         **{f"data/{name}": total for name, total in counters.items()},
@@ -157,7 +185,7 @@ def _log(run: Run, position: Position, data: Step, lr: float, sums: Tensor, coun
 
 def _per_sensor(sensors: tuple[Sensor, ...], sums: Tensor, counts: Tensor) -> dict[str, float | None]:
     pairs = zip(sensors, sums.tolist(), counts.tolist(), strict=True)
-    return {f"loss/{s.name}": (total / count if count else None) for s, total, count in pairs}
+    return {f"loss/{s.name}": (finite(total / count) if count else None) for s, total, count in pairs}
 
 
 def _tell_picture(run: Run, step: int, views: list[SensorView]) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import AdamW
-from torch.optim.lr_scheduler import LambdaLR
 
 Schedule = Callable[[int], float]
 
@@ -55,29 +54,33 @@ def build_optimizer(
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
-    schedule: Schedule,
     layer_decay: float = 1.0,
-) -> tuple[AdamW, LambdaLR]:
-    """AdamW and its scheduler. Biases, norms, queries and mask tokens (anything but matrices of linear maps) do not
-    decay.
+) -> AdamW:
+    """AdamW. Biases, norms, queries and mask tokens (anything but matrices of linear maps) do not decay.
 
     ``layer_decay``: below 1, each encoder block learns by this factor slower than the one above it (BEiT,
     arXiv 2106.08254, for finetuning); ``lr`` is that of the topmost layers.
     """
-    depths = depths_below_top(model) if layer_decay != 1.0 else {}
+    depths = depths_below_top(model)
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for name, p in model.named_parameters():
-        below = depths.get(name, 0)
+        below = depths.get(name, 0) if layer_decay != 1.0 else 0
         decays = p.dim() >= 2 and name.endswith("weight")
         fresh = {
             "params": [],
             "weight_decay": weight_decay if decays else 0.0,
-            "lr": lr * layer_decay**below,
+            "peak_lr": lr * layer_decay**below,
         }
         groups.setdefault((below, not decays), fresh)["params"].append(p)
     ordered = [groups[key] for key in sorted(groups)]
-    optimizer = AdamW(ordered, lr=lr, betas=betas, eps=eps, fused=torch.cuda.is_available() or None)
-    return optimizer, LambdaLR(optimizer, schedule)
+    return AdamW(ordered, lr=lr, betas=betas, eps=eps, fused=torch.cuda.is_available() or None)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> float:
+    """Set every group's learning rate to ``factor`` of its peak; returns the largest."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
+    return max(group["lr"] for group in optimizer.param_groups)
 
 
 def depths_below_top(model: nn.Module) -> dict[str, int]:

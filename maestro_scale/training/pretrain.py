@@ -23,15 +23,21 @@ from maestro_scale.shards.manifest import Manifest
 from maestro_scale.shards.store import Store
 from maestro_scale.stream.loader import TrainLoader
 from maestro_scale.stream.source import Source, labels
-from maestro_scale.training.checkpoint import CheckpointError, Checkpoints, Position
+from maestro_scale.training.checkpoint import CheckpointError, Checkpoints, Position, Retention
 from maestro_scale.training.distributed import World
+from maestro_scale.training.ema import Ema
 from maestro_scale.training.engine import Engine
+from maestro_scale.training.guard import Guard
 from maestro_scale.training.loop import Outcome, Rhythm, Run, Seen, train
 from maestro_scale.training.meter import Meter
+from maestro_scale.training.mirror import Mirror
 from maestro_scale.training.observer import Observer, RunInfo
 from maestro_scale.training.optimizer import SCHEDULES, build_optimizer
 from maestro_scale.training.run_dir import JsonLines, RunDirError, environment, lock, write_atomically
+from maestro_scale.training.skipped import SkippedSteps
+from maestro_scale.training.state import TrainState
 from maestro_scale.training.stop import StopRequest
+from maestro_scale.training.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -45,18 +51,23 @@ class Dataset:
 
 
 def pretrain(
-    recipe: Recipe, run_dir: Path, world: World, observers: list[Observer], fresh: bool = False
+    recipe: Recipe,
+    run_dir: Path,
+    world: World,
+    observers: list[Observer],
+    watch: Watchdog,
+    fresh: bool = False,
 ) -> Outcome:
     """Train, or continue, the run in ``run_dir``; every rank calls it with the same arguments.
 
-    Raises RecipeError, RunDirError, CheckpointError, ManifestError or BadShard, each with one clear line.
+    Raises RecipeError, RunDirError, CheckpointError, GuardError, ManifestError or BadShard, each with one clear line.
     """
     check_world(recipe, world.size)
     held = lock(run_dir) if world.is_main else None
     try:
         _refuse_unsuitable(run_dir, fresh)
         world.barrier()
-        run, position = _prepare(recipe, run_dir, world, observers)
+        run, position = _prepare(recipe, run_dir, world, observers, watch)
         reason = "failed"
         try:
             outcome = train(run, position)
@@ -65,6 +76,7 @@ def pretrain(
                 run.stop.clear_file()  # obeyed; the next start shall not stop again
             return outcome
         finally:
+            watch.note(position.step, "ending")
             run.stream.close()
             for observer in run.observers:
                 observer.finished(reason)
@@ -146,12 +158,8 @@ def identity(recipe: Recipe, config: ModelConfig, datasets: list[Dataset], world
     }
     optim = recipe.optim.model_dump(mode="json")
     train_section = {"global_batch": recipe.train.global_batch, "masking": recipe.masking.model_dump()}
-    # DeepSpeed's partitioned state is read by the number of ranks and the stage that wrote it.
-    engine = {
-        "zero_stage": recipe.zero_stage,
-        "precision": recipe.train.precision_on(world.device.type),
-        "ranks": world.size if recipe.zero_stage else None,
-    }
+    # Neither the ZeRO stage nor the number of ranks: the state on disk does not depend on them.
+    engine = {"precision": recipe.train.precision_on(world.device.type)}
     return {
         "seed": recipe.seed,
         "model": model,
@@ -170,7 +178,9 @@ def _refuse_unsuitable(run_dir: Path, fresh: bool) -> None:
         )
 
 
-def _prepare(recipe: Recipe, run_dir: Path, world: World, observers: list[Observer]) -> tuple[Run, Position]:
+def _prepare(
+    recipe: Recipe, run_dir: Path, world: World, observers: list[Observer], watch: Watchdog
+) -> tuple[Run, Position]:
     _seed_everything(recipe.seed)
     datasets = open_datasets(recipe)
     config = build_model_config(recipe, [d.manifest.spec for d in datasets])
@@ -191,21 +201,28 @@ def _prepare(recipe: Recipe, run_dir: Path, world: World, observers: list[Observ
     )
     num_steps = t.steps if t.steps is not None else t.epochs * stream.steps_per_epoch
     engine = _build_engine(recipe, config, num_steps, world)
-    checkpoints = Checkpoints(run_dir, world, recipe.checkpoint.keep)
+    ema = Ema(recipe.optim.ema, engine.holdings.fragments) if recipe.optim.ema else None
+    state = TrainState(engine.holdings, ema)
+    c = recipe.checkpoint
+    mirror = Mirror(f"{c.mirror.rstrip('/')}/{run_dir.resolve().name}") if c.mirror else None
+    checkpoints = Checkpoints(run_dir, world, Retention(c.keep, c.keep_every), mirror)
     ident = identity(recipe, config, datasets, world)
-    position = _resume(checkpoints, engine, ident)
+    position = _resume(run_dir, checkpoints, state, engine.guard, ident)
     if position.step > num_steps:
         raise RecipeError(
             f"train: {run_dir} has taken {position.step} steps and the recipe asks for {num_steps}: ask for at least "
             "that many, or use another --run-dir"
         )
+    for kind in ("audit", "skipped"):
+        _rewind_ranks(run_dir / kind, position.step, world)
+    world.barrier()
     metrics = JsonLines(run_dir / "metrics.jsonl")
-    audit = JsonLines(run_dir / "audit" / f"rank{world.rank:05d}.jsonl") if t.audit else None
-    if audit is not None:
-        audit.rewind(position.step)
+    own = f"rank{world.rank:05d}.jsonl"
+    skipped = SkippedSteps(JsonLines(run_dir / "skipped" / own), world, engine.guard, t.max_skipped)
     run = Run(
         world=world,
         engine=engine,
+        state=state,
         datasets=_seen(recipe, config, datasets),
         masking=Masking(**recipe.masking.model_dump()),
         stream=stream,
@@ -213,15 +230,19 @@ def _prepare(recipe: Recipe, run_dir: Path, world: World, observers: list[Observ
             num_steps=num_steps,
             global_batch=t.global_batch,
             log_every=t.log_every,
-            checkpoint_every=recipe.checkpoint.every_steps,
+            checkpoint_every=c.every_steps,
+            checkpoint_s=60 * c.every_minutes,
             pictures_every=recipe.tracking.pictures_every,
+            collect_every=t.collect_every,
         ),
         checkpoints=checkpoints,
         identity=ident,
         metrics=metrics,
-        audit=audit,
+        audit=JsonLines(run_dir / "audit" / own) if t.audit else None,
+        skipped=skipped,
         meter=Meter(world),
         stop=StopRequest(run_dir).install(),
+        watch=watch,
         observers=observers if world.is_main else [],
     )
     if world.is_main:
@@ -238,17 +259,23 @@ def _build_engine(recipe: Recipe, config: ModelConfig, num_steps: int, world: Wo
     model = Maestro(config).initialise(recipe.seed).to(world.device)
     o = recipe.optim
     schedule = SCHEDULES[o.schedule](num_steps, o.warmup, 1 / o.start_div, 1 / o.final_div)
-    optimizer, scheduler = build_optimizer(model, recipe.lr, tuple(o.betas), o.eps, o.weight_decay, schedule)
-    return Engine(model, optimizer, scheduler, recipe.deepspeed_config(world.size, world.device.type), world)
+    optimizer = build_optimizer(model, recipe.lr, tuple(o.betas), o.eps, o.weight_decay)
+    guard = Guard(recipe.train.spike)
+    deepspeed = recipe.deepspeed_config(world.size, world.device.type)
+    return Engine(model, optimizer, schedule, deepspeed, world, guard)
 
 
-def _resume(checkpoints: Checkpoints, engine: Engine, ident: dict[str, Any]) -> Position:
+def _resume(
+    run_dir: Path, checkpoints: Checkpoints, state: TrainState, guard: Guard, ident: dict[str, Any]
+) -> Position:
     latest, problems = checkpoints.latest()
     for problem in problems:
         log.warning("checkpoint passed over: %s", problem)
+    if latest is None and not problems:
+        latest = checkpoints.fetch()
     if latest is not None:
-        position = checkpoints.load(engine.raw, latest, ident)
-        engine.apply_schedule()
+        position, memory = checkpoints.load(state, latest, ident)
+        guard.recall(memory)
         return position
     if problems:
         raise CheckpointError(
@@ -256,6 +283,13 @@ def _resume(checkpoints: Checkpoints, engine: Engine, ident: dict[str, Any]) -> 
             "use another --run-dir, or remove this one"
         )
     return Position()
+
+
+def _rewind_ranks(folder: Path, step: int, world: World) -> None:
+    # Also of ranks that are no more: the run may go on with fewer of them.
+    for i, path in enumerate(sorted(folder.glob("rank*.jsonl"))):
+        if i % world.size == world.rank:
+            JsonLines(path).rewind(step)
 
 
 def _seen(recipe: Recipe, config: ModelConfig, datasets: list[Dataset]) -> dict[str, Seen]:

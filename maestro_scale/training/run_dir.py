@@ -1,11 +1,13 @@
 """The run directory: what was asked, with what, and every logged number, as plain files.
 
-``recipe.yaml`` (resolved), ``environment.json``, ``metrics.jsonl``, ``audit/rankNNNNN.jsonl``, ``checkpoints/``.
+``recipe.yaml`` (resolved), ``environment.json``, ``metrics.jsonl``, ``audit/rankNNNNN.jsonl``,
+``skipped/rankNNNNN.jsonl``, ``checkpoints/``; after a hang the stacks, ``hang/rankNNNNN.txt``.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import shlex
@@ -51,6 +53,11 @@ class JsonLines:
         if not self.path.exists():
             return []
         return [json.loads(line) for line in self.path.read_text().splitlines() if _step_of(line) < _TORN]
+
+
+def finite(number: float) -> float | None:
+    """A number that JSON can hold: None for NaN and infinities."""
+    return number if math.isfinite(number) else None
 
 
 def lock(run_dir: Path) -> FileLock:

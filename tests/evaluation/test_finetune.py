@@ -26,7 +26,7 @@ from maestro_scale.interop.pretrained import load_model
 from maestro_scale.model.config import ModelConfig
 from maestro_scale.stream.evaluation import EvalLoader
 from maestro_scale.stream.loader import TrainLoader
-from maestro_scale.training.optimizer import build_optimizer
+from maestro_scale.training.optimizer import build_optimizer, set_lr
 from tests.evaluation.conftest import FIELDS
 from tests.evaluation.test_fraction import source_of
 
@@ -241,7 +241,8 @@ def test_scratch_shares_nothing_with_the_encoder_and_neither_has_a_decoder(field
 
 def test_lower_layers_learn_slower(fields, objective):
     network = predictor(load_model(fields.model), "fields", objective, 0, True)
-    optimizer, _ = build_optimizer(network, 1.0, (0.9, 0.99), 1e-8, 0.1, lambda step: 1.0, layer_decay=0.5)
+    optimizer = build_optimizer(network, 2.0, (0.9, 0.99), 1e-8, 0.1, layer_decay=0.5)
+    assert set_lr(optimizer, 0.5) == 1.0
     rates = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
     named = {name: rates[id(p)] for name, p in network.named_parameters()}
     assert {r for n, r in named.items() if n.startswith("heads.")} == {1.0}

@@ -47,7 +47,7 @@ def test_schedules_survive_runs_of_few_steps(schedule):
 
 def test_only_matrices_decay():
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4))
-    optimizer, _ = build_optimizer(model, 1.0, (0.9, 0.99), 1e-8, 0.1, one_cycle(10, 0.2, 1e-3, 1e-7))
+    optimizer = build_optimizer(model, 1.0, (0.9, 0.99), 1e-8, 0.1)
     decayed, plain = optimizer.param_groups
     assert [tuple(p.shape) for p in decayed["params"]] == [(4, 3)]
     assert decayed["weight_decay"] == 0.1

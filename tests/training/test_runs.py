@@ -168,14 +168,6 @@ def test_a_run_directory_that_cannot_be_used_is_one_line(trainer, tmp_path):
     assert "Traceback" not in output
 
 
-@pytest.mark.slow
-def test_resuming_partitioned_state_on_other_ranks_is_refused(trainer, quiet):
-    code, output = trainer.run(quiet[0], 2)
-    assert code != 0
-    assert "engine.ranks: checkpoint 1, now 2" in output
-    assert "Traceback" not in output, output[-3000:]
-
-
 def test_fresh_refuses_a_directory_with_a_run(trainer, quiet):
     code, output = trainer.run(quiet[0], 1, "--fresh", "--set", "train.micro_batch=8")
     assert code != 0

@@ -1,0 +1,130 @@
+"""What this rank holds of the weights and of AdamW's state, by parameter name, whatever the ZeRO stage.
+
+DeepSpeed keeps flat fp32 buffers, cut differently for each stage and number of ranks. Seen as pieces of named,
+flattened parameters they are the same thing everywhere: what one layout wrote, another one reads.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Elements ``start`` to ``start + numel`` of the flattened parameter ``name``, as this rank holds them.
+
+    ``weights``: (numel,) fp32, a view of the master weights. ``owned``: the part of them, by offset and length,
+    that this rank writes down; every element of a parameter is owned by exactly one rank.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    weights: Tensor
+    owned: tuple[int, int]
+    flat: Tensor
+    offset: int
+
+    def view(self, buffer: Tensor) -> Tensor:
+        """This fragment of something that AdamW keeps for the whole flat buffer; (numel,)."""
+        return buffer.view(-1).narrow(0, self.offset, self.weights.numel())
+
+
+class Holdings:
+    """The fragments of one DeepSpeed engine."""
+
+    def __init__(self, raw: Any, rank: int, world: int) -> None:
+        self._raw, self._adam = raw, raw.basic_optimizer
+        if hasattr(raw.optimizer, "fp32_partitioned_groups_flat"):
+            self.fragments = _of_stage_3(raw)
+        elif raw.optimizer is raw.basic_optimizer:
+            self.fragments = _replicated(raw, rank, world)
+        else:
+            self.fragments = _of_stages_1_and_2(raw)
+
+    @property
+    def adam_step(self) -> int:
+        """Updates that AdamW has made; 0: it has no moments yet."""
+        steps = {int(s["step"]) for f in self.fragments if (s := self._adam.state.get(f.flat))}
+        if len(steps) > 1:
+            raise RuntimeError(f"AdamW's groups are not at the same step: {sorted(steps)}")
+        return steps.pop() if steps else 0
+
+    def moment(self, fragment: Fragment, key: str) -> Tensor:
+        """One of MOMENTS for a fragment; (numel,), a view."""
+        return fragment.view(self._adam.state[fragment.flat][key])
+
+    def begin_adam_at(self, step: int) -> None:
+        """Give AdamW the state it has after ``step`` updates, moments still to be filled in."""
+        groups = {id(p): g for g in self._adam.param_groups for p in g["params"]}
+        for fragment in self.fragments:
+            state = self._adam.state[fragment.flat]
+            if not state:
+                # As torch places it: beside the parameter only for the fused kernel.
+                group = groups.get(id(fragment.flat), self._adam.defaults)
+                device = fragment.flat.device if group.get("fused") or group.get("capturable") else "cpu"
+                state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+                for key in MOMENTS:
+                    state[key] = torch.zeros_like(fragment.flat, requires_grad=False)
+            state["step"].fill_(float(step))
+
+    @torch.no_grad()
+    def spread(self) -> None:
+        """Bring the weights that the model computes with up to date with the masters. All ranks together."""
+        zero = self._raw.optimizer
+        if zero is self._raw.basic_optimizer:
+            return
+        if not hasattr(zero, "fp32_partitioned_groups_flat"):
+            zero.update_lp_params()
+            return
+        zero._partition_all_parameters()
+        for i in range(len(zero.fp32_partitioned_groups_flat)):
+            zero._reassign_or_swap_out_partitioned_parameters(i)
+        if zero.persistent_parameters:
+            zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+        zero.invalidate_secondary_tensor()
+
+
+def _replicated(raw: Any, rank: int, world: int) -> list[Fragment]:
+    found = []
+    for name, p in raw.module.named_parameters():
+        first, end = (p.numel() * r // world for r in (rank, rank + 1))
+        found.append(
+            Fragment(name, tuple(p.shape), 0, p.detach().view(-1), (first, end - first), flat=p, offset=0)
+        )
+    return found
+
+
+def _of_stages_1_and_2(raw: Any) -> list[Fragment]:
+    zero = raw.optimizer
+    flats = getattr(zero, "single_partition_of_fp32_groups", None) or zero.fp32_groups_flat_partition
+    found = []
+    for name, p in raw.module.named_parameters():
+        if (mapping := p._hp_mapping) is None:
+            continue
+        there, here = mapping.lp_fragment_address, mapping.hp_fragment_address
+        flat = flats[mapping.param_group_index]
+        weights = flat.detach().narrow(0, here.start, here.numel)
+        found.append(Fragment(name, tuple(p.shape), there.start, weights, (0, here.numel), flat, here.start))
+    return found
+
+
+def _of_stage_3(raw: Any) -> list[Fragment]:
+    zero = raw.optimizer
+    found = []
+    for name, p in raw.module.named_parameters():
+        group, offset, held = zero.grad_position[zero.get_param_id(p)]
+        start = held * zero._get_param_partition_rank(p)
+        numel = min(held, math.prod(p.ds_shape) - start)  # the last ranks' parts are padded
+        if numel > 0:
+            flat = zero.fp32_partitioned_groups_flat[group]
+            weights = flat.detach().narrow(0, offset, numel)
+            found.append(Fragment(name, tuple(p.ds_shape), start, weights, (0, numel), flat, offset))
+    return found

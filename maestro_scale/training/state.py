@@ -1,0 +1,47 @@
+"""The whole of what training changes, as pieces that any layout can take up again: masters, moments, average."""
+
+from __future__ import annotations
+
+import torch
+
+from maestro_scale.interop.sharded_state import WEIGHT, Piece, StateReader
+from maestro_scale.training.ema import EMA, Ema
+from maestro_scale.training.fragments import MOMENTS, Holdings
+
+
+class TrainState:
+    """A rank's part of the training state. Restoring it is bitwise, on any number of ranks and any ZeRO stage."""
+
+    def __init__(self, holdings: Holdings, ema: Ema | None) -> None:
+        self.holdings, self.ema = holdings, ema
+
+    def pieces(self) -> list[Piece]:
+        """What this rank owns, copied to the CPU: training may go on at once."""
+        moments = MOMENTS if self.holdings.adam_step else ()
+        pieces = []
+        for i, f in enumerate(self.holdings.fragments):
+            first, numel = f.owned
+            if numel == 0:
+                continue
+            values = {WEIGHT: f.weights, **{key: self.holdings.moment(f, key) for key in moments}}
+            values = {key: v.narrow(0, first, numel) for key, v in values.items()}
+            if self.ema is not None:
+                values[EMA] = self.ema.averages[i]
+            copies = {key: v.detach().to("cpu", torch.float32, copy=True) for key, v in values.items()}
+            pieces.append(Piece(f.name, f.shape, f.start + first, copies))
+        return pieces
+
+    @torch.no_grad()
+    def restore(self, reader: StateReader) -> None:
+        """Take up a state that was written by any number of ranks. All ranks together."""
+        moments = MOMENTS if reader.adam_step else ()
+        if moments:
+            self.holdings.begin_adam_at(reader.adam_step)
+        for i, f in enumerate(self.holdings.fragments):
+            f.weights.copy_(reader.read(WEIGHT, f.name, f.start, f.weights.numel()))
+            for key in moments:
+                self.holdings.moment(f, key).copy_(reader.read(key, f.name, f.start, f.weights.numel()))
+            first, numel = f.owned
+            if self.ema is not None and numel:
+                self.ema.averages[i].copy_(reader.read(EMA, f.name, f.start + first, numel))
+        self.holdings.spread()

@@ -1,0 +1,112 @@
+"""Trains a small model on all ranks of a launch, once per task, each with its own ZeRO stage; run as a script.
+
+The one argument is a JSON file: {"out": folder, "tasks": [{"name", "stage", "steps", "start", "load", "save", …}]}.
+``out``/<task>-rank<r>.json gets its losses and learned weights' digests; only rank 0's is read.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from testkit.models import full_batch, small_config
+
+GLOBAL_BATCH = 8
+SETTINGS = {"lr": 2e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.05}
+CLIP = 0.3  # below the norms of the first steps, so that it acts
+SEED = 5
+
+
+def config_of(task: dict):
+    return small_config(checkpointing="blocks" if task.get("recompute") else "none")
+
+
+def global_batches(config, step: int, cuts: int):
+    """The global batch of a step, cut into equal parts, with their masks and the global counts."""
+    from maestro_scale.model.masking import Masking, draw_masks
+    from maestro_scale.training.loop import hidden_counts
+
+    whole = full_batch(config, GLOBAL_BATCH, seed=100 + 2 * step)
+    size = GLOBAL_BATCH // cuts
+    parts = [_rows(whole, slice(i * size, (i + 1) * size)) for i in range(cuts)]
+    masking = Masking(0.75, 0.25, 0.25, 0.25, 0.0)
+    masks = [draw_masks(config, masking, p) for p in parts]
+    return parts, masks, hidden_counts(config, masks)
+
+
+def _rows(batch, rows):
+    import dataclasses
+
+    part = batch.map(lambda t: t[rows])
+    return dataclasses.replace(part, keys=batch.keys[rows])
+
+
+def schedule(step: int) -> float:
+    return 1.0 / (1 + step)
+
+
+def run_task(task: dict, world) -> dict:
+    from maestro_scale.model.maestro import Maestro
+    from maestro_scale.recipe.engine_config import Derived, filled
+    from maestro_scale.training.checkpoint import Checkpoints, Position, Retention
+    from maestro_scale.training.ema import Ema
+    from maestro_scale.training.engine import Engine
+    from maestro_scale.training.guard import Guard
+    from maestro_scale.training.optimizer import build_optimizer
+    from maestro_scale.training.state import TrainState
+
+    accumulate = task.get("accumulate", 1)
+    config = config_of(task)
+    derived = Derived(
+        GLOBAL_BATCH,
+        GLOBAL_BATCH // world.size // accumulate,
+        CLIP,
+        world.size,
+        task.get("precision", "fp32"),
+    )
+    section = {"zero_optimization": {"stage": task["stage"], **task.get("zero", {})}}
+    model = Maestro(config).initialise(SEED)
+    engine = Engine(
+        model, build_optimizer(model, **SETTINGS), schedule, filled(section, derived), world, Guard(0.0)
+    )
+    state = TrainState(engine.holdings, Ema(0.8, engine.holdings.fragments))
+    result = {"losses": [], "norms": []}
+    if load := task.get("load"):
+        checkpoints = Checkpoints(Path(load), world, Retention(9))
+        position, _ = checkpoints.load(state, checkpoints.latest()[0], {})
+        assert position.step == task["start"]
+    for step in range(task["start"], task["start"] + task["steps"]):
+        parts, masks, counts = global_batches(config, step, world.size * accumulate)
+        mine = range(world.rank * accumulate, (world.rank + 1) * accumulate)
+        if [world.rank, step] in task.get("plant", []):
+            next(iter(parts[mine[-1]].pixels.values())).fill_(torch.nan)
+        taken = engine.step(step, [parts[i] for i in mine], [masks[i] for i in mine], counts)
+        if taken.skipped is None:
+            state.ema.update()
+        result["losses"].append(taken.loss)
+        result["norms"].append(taken.norm)
+        result.setdefault("skipped", []).append(taken.skipped)
+    if save := task.get("save"):
+        checkpoints = Checkpoints(Path(save), world, Retention(9))
+        checkpoints.begin(state, Position(0, task["start"] + task["steps"]), {}, {})
+        checkpoints.finish()
+    return result
+
+
+def main() -> None:
+    from maestro_scale.training.distributed import join, leave
+
+    torch.set_num_threads(1)
+    order = json.loads(Path(sys.argv[1]).read_text())
+    world = join()
+    for task in order["tasks"]:
+        result = run_task(task, world)
+        (Path(order["out"]) / f"{task['name']}-rank{world.rank}.json").write_text(json.dumps(result))
+    leave()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,237 @@
+"""Runs that nobody watches: killed at random moments, on changing numbers of ranks, frozen, fed with NaN, mirrored."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from testkit.runs import Trainer, audit, curve, metrics, write_recipe
+
+from maestro_scale import datasets
+from maestro_scale.interop.export import export_model
+from maestro_scale.interop.pretrained import load_model
+from maestro_scale.recipe import load_recipe
+from maestro_scale.shards.writer import Writer
+from maestro_scale.stream.loader import TrainLoader
+from maestro_scale.training.checkpoint import Retention, newest
+from maestro_scale.training.guard import Guard
+from maestro_scale.training.pretrain import open_datasets
+from maestro_scale.training.watchdog import Beat, blame
+
+pytestmark = pytest.mark.slow
+STEPS = 40
+LONG = ("--set", f"train.steps={STEPS}", "train.micro_batch=2", "checkpoint.every_steps=3", "optim.ema=0.9")
+
+
+@pytest.fixture(scope="module")
+def trainer(synthetic_shards, tmp_path_factory) -> Trainer:
+    return Trainer(write_recipe(tmp_path_factory.mktemp("recipe"), synthetic_shards))
+
+
+@pytest.fixture(scope="module")
+def quiet(trainer, tmp_path_factory) -> Path:
+    """Two ranks, never disturbed."""
+    run_dir = tmp_path_factory.mktemp("quiet") / "run"
+    trainer.train(run_dir, 2, *LONG)
+    return run_dir
+
+
+def weights(run_dir: Path, out: Path, ema: bool) -> dict[str, torch.Tensor]:
+    return load_model(export_model(newest(run_dir), out, ema)).state_dict()
+
+
+def last_step(run_dir: Path) -> int:
+    return max((m["step"] for m in metrics(run_dir)), default=0)
+
+
+def disturb(job, signal_number: int, after_s: float, lasting: Path) -> bool:
+    """Send a signal some time after the run's first new step; whether the run was still going on."""
+    begun, deadline = last_step(lasting), time.monotonic() + 200
+    while last_step(lasting) <= begun:
+        if job.processes[0].poll() is not None:
+            return False
+        assert time.monotonic() < deadline, job.output[-3000:]
+        time.sleep(0.01)
+    time.sleep(after_s)
+    going = job.processes[0].poll() is None
+    if signal_number == signal.SIGKILL:
+        job.kill()
+    else:
+        job.processes[0].send_signal(signal_number)
+        assert job.wait(200) == 0, job.output[-3000:]
+    return going
+
+
+def test_killed_at_random_moments_the_result_is_the_quiet_runs(trainer, quiet, tmp_path):
+    rng, run_dir, num_disturbed = random.Random(5), tmp_path / "run", 0
+    for i in range(10):
+        job = trainer.start(run_dir, 2, *LONG)
+        number = signal.SIGTERM if i % 4 == 3 else signal.SIGKILL
+        num_disturbed += disturb(job, number, rng.uniform(0, 0.25), run_dir)
+    assert num_disturbed >= 4, "the run was over before it was disturbed"
+    trainer.train(run_dir, 2, *LONG)
+    assert curve(metrics(run_dir)) == curve(metrics(quiet))
+    assert audit(run_dir) == audit(quiet)
+    for ema in (False, True):
+        theirs = weights(quiet, tmp_path / f"quiet-{ema}", ema)
+        ours = weights(run_dir, tmp_path / f"chaos-{ema}", ema)
+        assert all(torch.equal(tensor, ours[name]) for name, tensor in theirs.items())
+
+
+def test_from_two_ranks_to_one_to_two_and_other_stages(trainer, quiet, tmp_path):
+    run_dir = tmp_path / "run"
+    for ranks, stage in ((2, 2), (1, 0), (2, 3), (1, 1)):
+        job = trainer.start(run_dir, ranks, *LONG, f"deepspeed.zero_optimization.stage={stage}")
+        disturb(job, signal.SIGKILL, 0.2, run_dir)
+    lines = trainer.train(run_dir, 2, *LONG)
+    assert [m["step"] for m in lines] == list(range(1, STEPS + 1))
+    assert curve(lines) == pytest.approx(curve(metrics(quiet)), rel=1e-5)
+    assert audit(run_dir) == audit(quiet)
+
+
+def test_a_frozen_rank_ends_the_job_and_is_named(trainer, tmp_path):
+    run_dir = tmp_path / "run"
+    job = trainer.start(
+        run_dir, 2, *LONG, "train.steps=100000", "train.hang_timeout_s=8", "train.log_every=1"
+    )
+    deadline = time.monotonic() + 200
+    while last_step(run_dir) < 3:
+        assert time.monotonic() < deadline, job.output[-3000:]
+        time.sleep(0.02)
+    job.processes[1].send_signal(signal.SIGSTOP)
+    frozen = time.monotonic()
+    try:
+        while job.processes[0].poll() is None:
+            assert time.monotonic() - frozen < 90, job.output[-3000:]
+            time.sleep(0.1)
+    finally:
+        output = job.output
+        job.kill()
+    assert job.processes[0].returncode == 3
+    assert "no sign of life from rank 1 on" in output
+    assert "the same command resumes" in output
+    assert "File" in (run_dir / "hang" / "rank00000.txt").read_text()
+
+
+def poisoned_shards(raw: Path, out: Path, which: slice) -> set[str]:
+    """The training tiles as shards, some with radar that is infinite; returns the keys of those."""
+    reader = datasets.open_raw("treesatai_ts", raw, "train")
+    keys = reader.keys()
+    bad = set(keys[which])
+    with Writer(str(out), reader.spec, "train") as writer:
+        for key in keys:
+            tile = reader.read(key)
+            if key in bad:
+                arrays = {k: np.full_like(v, np.inf) if k == "s1_asc" else v for k, v in tile.arrays.items()}
+                tile = dataclasses.replace(tile, arrays=arrays)
+            writer.add(tile)
+    return bad
+
+
+def test_steps_with_a_bad_tile_are_skipped_and_can_be_replayed(synthetic_raw, tmp_path):
+    poisoned_shards(synthetic_raw, tmp_path / "shards", slice(3, 4))
+    trainer, run_dir = Trainer(write_recipe(tmp_path, tmp_path / "shards")), tmp_path / "run"
+    lines = trainer.train(run_dir, 2, "--set", "train.steps=12")
+    skipped = [
+        json.loads(line)
+        for path in sorted((run_dir / "skipped").glob("rank*.jsonl"))
+        for line in path.read_text().splitlines()
+    ]
+    steps = sorted({s["step"] for s in skipped})
+    assert 1 <= len(steps) < 12
+    assert lines[-1]["skipped_steps"] == len(steps)
+    assert [m["step"] for m in lines if m["loss"] is None] == steps
+    for step in steps:
+        ranks = [s for s in skipped if s["step"] == step]
+        assert len(ranks) == 2
+        assert {s["reason"] for s in ranks} == {"the loss is nan"}
+        bad = [b["keys"] for s in ranks for b in s["batches"] if not b["finite"]]
+        assert len(bad) == 1
+        recipe = load_recipe(run_dir / "recipe.yaml")
+        source = open_datasets(recipe)[0].source
+        loader = TrainLoader((source,), recipe.seed, 4, 8, 4, 0, 1, workers=0, window=8)
+        pixels = loader.replay(bad[0]).pixels["s1_asc"]
+        assert not torch.isfinite(pixels.float()).all()
+        loader.close()
+
+
+def test_three_bad_steps_in_a_row_end_the_run_with_the_last_good_checkpoint(synthetic_raw, tmp_path):
+    poisoned_shards(synthetic_raw, tmp_path / "shards", slice(None))
+    trainer = Trainer(write_recipe(tmp_path, tmp_path / "shards"))
+    code, output = trainer.run(tmp_path / "run", 2)
+    assert code == 2, output[-3000:]
+    assert "error: 3 steps in a row were skipped" in output
+    assert "Traceback" not in output
+    assert output.count("error") == 1
+
+
+def test_a_lost_run_comes_back_from_its_mirror(trainer, tmp_path):
+    mirrored = (
+        "--set",
+        "train.steps=6",
+        "checkpoint.every_steps=2",
+        f"checkpoint.mirror=file://{tmp_path}/mirror",
+    )
+    whole = trainer.train(tmp_path / "run", 1, *mirrored)
+    there = sorted(p.name for p in (tmp_path / "mirror" / "run").iterdir())
+    assert there == ["step_00000004", "step_00000006"]
+    shutil.rmtree(tmp_path / "mirror" / "run" / "step_00000006")
+    shutil.rmtree(tmp_path / "run")
+    again = trainer.train(tmp_path / "run", 1, *mirrored)
+    assert [m["step"] for m in again] == [5, 6]
+    assert curve(again) == curve(whole)[4:]
+
+
+def test_what_is_kept():
+    assert Retention(2).superseded([1, 2, 3, 4]) == [1, 2]
+    assert Retention(1, keep_every=4).superseded([2, 4, 6, 8, 10]) == [2, 6]
+    assert Retention(3).superseded([5]) == []
+
+
+def test_who_is_to_blame():
+    def beat(rank, count, step, doing):
+        return Beat(rank, f"node{rank}", count, step, doing)
+
+    before = [beat(0, 5, 7, "computing"), beat(1, 5, 7, "computing"), None]
+    after = [beat(0, 8, 7, "computing"), beat(1, 5, 7, "computing"), None]
+    assert blame(before, after) == (
+        "no sign of life from rank 1 on node1, last seen at step 7, computing; rank 2, which was never seen "
+        "(frozen, dead or cut off)"
+    )
+    slow = [beat(0, 8, 8, "computing"), beat(1, 8, 8, "waiting for data")]
+    assert (
+        blame(before[:2], slow)
+        == "the others wait for rank 1 on node1, last seen at step 8, waiting for data"
+    )
+    same = [beat(0, 8, 8, "computing"), beat(1, 8, 8, "computing")]
+    assert blame(before[:2], same) == "all 2 ranks are at step 8, computing"
+
+
+def test_spikes_are_judged_by_running_means():
+    guard = Guard(spike=10.0)
+    assert guard.judge(math.inf, 1.0) == "the loss is inf"
+    assert guard.judge(1.0, math.nan) == "the gradient norm is nan"
+    for _ in range(99):
+        guard.took(1.0, 2.0)
+    assert guard.judge(1000.0, 2.0) is None, "the means are not known yet"
+    guard.took(1.0, 2.0)
+    assert guard.judge(9.9, 19.9) is None
+    assert guard.judge(1.0, 20.1) == "the gradient norm 20.1 is over 10 times its running mean 2"
+    guard.skipped()
+    guard.skipped()
+    recalled = Guard(spike=10.0)
+    recalled.recall(guard.memory())
+    assert recalled == guard
+    assert recalled.in_a_row == 2
+    recalled.took(1.0, 2.0)
+    assert recalled.in_a_row == 0
+    assert Guard(spike=0.0, seen=1000, mean_loss=1.0, mean_norm=1.0).judge(1e9, 1e9) is None

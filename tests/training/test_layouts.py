@@ -1,0 +1,155 @@
+"""Every ZeRO stage, number of ranks and cut into micro-batches learns what a plain PyTorch loop learns, and each can go
+on from a checkpoint of any other."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from testkit import layouts
+from testkit.runs import Job, free_port
+
+from maestro_scale.interop.sharded_state import StateReader
+from maestro_scale.model.maestro import Maestro
+
+pytestmark = pytest.mark.slow
+STEPS = 20
+STAGES = (0, 1, 2, 3)
+DECAY = 0.8  # of layouts.run_task's average
+
+
+class Plain:
+    """The loop in plain PyTorch: one process, whole batches, no accumulation, no DeepSpeed."""
+
+    def __init__(self, skip: frozenset[int] = frozenset()) -> None:
+        config = layouts.config_of({})
+        model = Maestro(config).initialise(layouts.SEED)
+        matrices = [p for n, p in model.named_parameters() if p.dim() >= 2 and n.endswith("weight")]
+        rest = [p for n, p in model.named_parameters() if not (p.dim() >= 2 and n.endswith("weight"))]
+        settings = dict(layouts.SETTINGS)
+        decay = settings.pop("weight_decay")
+        groups = [{"params": matrices, "weight_decay": decay}, {"params": rest, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups, **settings)
+        self.average = {n: p.detach().clone() for n, p in model.named_parameters()}
+        self.losses, self.norms = [], []
+        for step in range(STEPS):
+            (batch,), (masks,), counts = layouts.global_batches(config, step, 1)
+            for group in optimizer.param_groups:
+                group["lr"] = settings["lr"] * layouts.schedule(step)
+            optimizer.zero_grad()
+            loss, _ = model(batch, masks, counts)
+            loss.backward()
+            self.losses.append(float(loss.detach()))
+            self.norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), layouts.CLIP)))
+            if step not in skip:
+                optimizer.step()
+                for name, p in model.named_parameters():
+                    self.average[name].lerp_(p.detach(), 1 - DECAY)
+        self.weights = {n: p.detach() for n, p in model.named_parameters()}
+
+
+@pytest.fixture(scope="module")
+def plain() -> Plain:
+    return Plain()
+
+
+def launch(folder: Path, ranks: int, tasks: list[dict]) -> dict[str, dict]:
+    """Run tasks on so many ranks; {task: what rank 0 found}."""
+    out = folder / f"out-{ranks}-{tasks[0]['name']}"
+    out.mkdir()
+    order = out / "order.json"
+    order.write_text(json.dumps({"out": str(out), "tasks": tasks}))
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "MASTER_ADDR": "127.0.0.1"}
+    env |= {"MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
+    env["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
+    commands = [
+        ([sys.executable, layouts.__file__, str(order)], {**env, "RANK": str(r), "LOCAL_RANK": str(r)})
+        for r in range(ranks)
+    ]
+    job = Job(commands, out / "log.txt")
+    assert job.wait(500) == 0, job.output[-4000:]
+    found = {
+        t["name"]: [json.loads((out / f"{t['name']}-rank{r}.json").read_text()) for r in range(ranks)]
+        for t in tasks
+    }
+    for name, results in found.items():
+        assert all(r == results[0] for r in results), f"{name}: ranks disagree"
+    return {name: results[0] for name, results in found.items()}
+
+
+def task(stage: int, name: str, steps: int = STEPS, start: int = 0, **more) -> dict:
+    return {"name": name, "stage": stage, "steps": steps, "start": start, **more}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_every_layout_follows_the_plain_loop(plain, tmp_path, ranks):
+    tasks = [
+        task(
+            stage,
+            f"s{stage}-a{cuts}-{'recomputed' if recompute else 'kept'}",
+            accumulate=cuts,
+            recompute=recompute,
+        )
+        for stage in STAGES
+        for cuts in (1, 4)
+        for recompute in (False, True)
+        if stage or (cuts, recompute) == (4, True)
+    ]
+    for t in tasks:
+        if t["name"].endswith("a4-kept"):
+            t["save"] = str(tmp_path / t["name"])
+    for name, found in launch(tmp_path, ranks, tasks).items():
+        assert found["losses"] == pytest.approx(plain.losses, rel=1e-5), name
+        assert found["norms"] == pytest.approx(plain.norms, rel=1e-4), name
+        assert found["skipped"] == [None] * STEPS
+    for t in tasks:
+        if "save" not in t:
+            continue
+        (checkpoint,) = Path(t["save"]).glob("checkpoints/step_*")
+        with StateReader(checkpoint / "state") as reader:
+            for kind, expected in (("weight", plain.weights), ("ema", plain.average)):
+                for name, tensor in expected.items():
+                    torch.testing.assert_close(reader.whole(kind, name), tensor, rtol=1e-4, atol=2e-6)
+
+
+def test_any_layout_goes_on_from_any_other(plain, tmp_path):
+    """0 on 1 rank → 3 on 2 → 1 on 1 → 2 on 2 → 3 on 1, four steps each."""
+    way = [(0, 1), (3, 2), (1, 1), (2, 2), (3, 1)]
+    losses = []
+    for i, (stage, ranks) in enumerate(way):
+        run_dir = str(tmp_path / "run")
+        t = task(stage, f"leg{i}", steps=4, start=4 * i, save=run_dir)
+        if i:
+            t["load"] = run_dir
+        losses += launch(tmp_path, ranks, [t])[f"leg{i}"]["losses"]
+    assert losses == pytest.approx(plain.losses, rel=1e-5)
+
+
+def test_a_batch_with_nan_on_one_rank_is_skipped_on_all(tmp_path):
+    planted = [[1, 3], [0, 7]]
+    tasks = [task(stage, f"nan{stage}", steps=10, plant=planted, accumulate=2) for stage in STAGES]
+    expected = Plain(skip=frozenset({3, 7}))
+    for name, found in launch(tmp_path, 2, tasks).items():
+        reasons = found["skipped"]
+        assert [i for i, reason in enumerate(reasons) if reason] == [3, 7], name
+        assert reasons[3] == "the loss is nan"
+        losses = [loss for i, loss in enumerate(found["losses"]) if i not in (3, 7)]
+        wanted = [loss for i, loss in enumerate(expected.losses[:10]) if i not in (3, 7)]
+        assert losses == pytest.approx(wanted, rel=1e-5), name
+
+
+def test_a_state_whose_pieces_do_not_meet_is_refused(tmp_path):
+    from maestro_scale.interop.sharded_state import write_index
+
+    entries = [
+        {"name": "w", "shape": [6], "file": "a", "start": 0, "numel": 3},
+        {"name": "w", "shape": [6], "file": "b", "start": 4, "numel": 2},
+    ]
+    with pytest.raises(ValueError, match="meet at element 3, but the next begins at 4"):
+        write_index(tmp_path, entries, ["weight"], 0)
+    with pytest.raises(ValueError, match="3 elements in pieces"):
+        write_index(tmp_path, entries[:1], ["weight"], 0)
