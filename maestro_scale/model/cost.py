@@ -72,13 +72,16 @@ def cost(config: ModelConfig, mask_ratio: float) -> Cost:
         visible_all += rows * visible
         if size.width != size.decoder_width:
             flops += 2 * rows * visible * size.width * size.decoder_width
-        for block, depth, n in (
-            (encoder, size.depth - config.inter_depth, visible),
-            (decoder, size.decoder_depth, tokens),
+        # The last block of a decoder computes what it says of hidden tokens only.
+        hidden = tokens - visible or tokens
+        for block, depth, n, wanted in (
+            (encoder, size.depth - config.inter_depth, visible, visible),
+            (decoder, size.decoder_depth - 1, tokens, tokens),
+            (decoder, 1, tokens, hidden),
         ):
-            block_flops += rows * depth * block.flops(n)
+            block_flops += rows * depth * block.flops(n, wanted)
             kept += rows * depth * n * block.kept(config.checkpointing == "blocks")
-    block_flops += config.inter_depth * encoder.flops(visible_all) if config.inter_depth else 0
+    block_flops += config.inter_depth * encoder.flops(visible_all, visible_all) if config.inter_depth else 0
     kept += config.inter_depth * visible_all * encoder.kept(config.checkpointing == "blocks")
     forward = flops + block_flops
     return Cost(
@@ -113,13 +116,15 @@ def memory_by_stage(parameters: int, world: int, bf16: bool) -> list[StageMemory
 
 @dataclass(frozen=True)
 class _Block:
-    flops: Callable[[int], int]  # of n tokens
+    flops: Callable[[int, int], int]  # of n tokens, of which so many are wanted
     kept: Callable[[bool], int]  # values kept per token, with or without recomputation
 
 
 def _block(width: int, attention: int, mlp: int) -> _Block:
     return _Block(
-        flops=lambda n: 2 * n * width * (4 * attention + 2 * mlp) + 4 * n * n * attention,
+        flops=lambda n, wanted: (
+            2 * width * (n * 3 * attention + wanted * (attention + 2 * mlp)) + 4 * wanted * n * attention
+        ),
         # Inputs of both norms and of what follows them, q, k, v and their mix, and the MLP before and after GELU.
         kept=lambda recompute: width if recompute else 4 * width + 4 * attention + 2 * mlp,
     )

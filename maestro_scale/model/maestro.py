@@ -21,7 +21,7 @@ from maestro_scale.model.heads import ClassificationHead, SegmentationHead
 from maestro_scale.model.masking import Mask, by_sensor
 from maestro_scale.model.sequences import pack, sequences, unpack
 from maestro_scale.model.targets import combine, error_sum
-from maestro_scale.model.transformer import Transformer
+from maestro_scale.model.transformer import Transformer, take
 from maestro_scale.stream.batch import Batch
 
 
@@ -144,8 +144,7 @@ class Maestro(nn.Module):
         for q in sequences(view):
             x = pack(q, tokens)
             if masks is not None:
-                visible = masks[q.name].visible
-                x = x.gather(1, visible[:, :, None].expand(-1, -1, x.shape[-1]))
+                x = take(x, masks[q.name].visible)
             encoded[q.name] = self.encoders[q.encoder](x)
         if self.inter is not None:
             joined = self.inter(torch.cat(list(encoded.values()), dim=1))
@@ -175,8 +174,14 @@ class Maestro(nn.Module):
         return self._decode(view, self._encode(view, inputs, batch, masks), batch, masks)
 
     def _decode(
-        self, view: ModelConfig, encoded: dict[str, Tensor], batch: Batch, masks: dict[str, Mask]
+        self,
+        view: ModelConfig,
+        encoded: dict[str, Tensor],
+        batch: Batch,
+        masks: dict[str, Mask],
+        hidden_only: bool = False,
     ) -> dict[str, Tensor]:
+        """``hidden_only``: predictions at visible places, which no loss looks at, are not computed but arbitrary."""
         predictions = {}
         for q in sequences(view):
             mask = masks[q.name]
@@ -187,7 +192,13 @@ class Maestro(nn.Module):
             index = mask.visible[:, :, None].expand(-1, -1, visible.shape[-1])
             x = blank.scatter(1, index, visible)
             x = x + pack(q, {s.name: self._encoding("dec", view, s, batch) for s in q.sensors}).to(x.dtype)
-            for name, tokens in unpack(view, q, self.decoders[q.encoder](x)).items():
+            if hidden_only and mask.masked.shape[1]:
+                decoded = self.decoders[q.encoder](x, mask.masked)
+                index = mask.masked[:, :, None].expand(-1, -1, decoded.shape[-1])
+                decoded = decoded.new_zeros(x.shape).scatter(1, index, decoded)
+            else:
+                decoded = self.decoders[q.encoder](x)
+            for name, tokens in unpack(view, q, decoded).items():
                 predictions[name] = self._to_pixels(next(s for s in q.sensors if s.name == name), tokens)
         return {s.name: predictions[s.name] for s in view.sensors}
 
@@ -210,7 +221,8 @@ class Maestro(nn.Module):
         """
         view = self.view(batch.dataset)
         patches = {s.name: self._patches(s, batch) for s in view.sensors}
-        predictions = self._decode(view, self._encode(view, patches, batch, masks), batch, masks)
+        encoded = self._encode(view, patches, batch, masks)
+        predictions = self._decode(view, encoded, batch, masks, hidden_only=True)
         hidden = by_sensor(view, masks)
         sums = torch.stack(
             [error_sum(view, s, predictions[s.name], patches[s.name], hidden[s.name]) for s in view.sensors]

@@ -30,10 +30,12 @@ class Masking:
 
 @dataclass(frozen=True)
 class Mask:
-    """One sequence's mask. ``hidden``: (rows, N) bool. ``visible``: (rows, K) int64, indices in ascending order."""
+    """One sequence's mask. ``hidden``: (rows, N) bool. ``visible`` (rows, K) and ``masked`` (rows, N - K): int64, the
+    indices of both kinds in ascending order."""
 
     hidden: Tensor
     visible: Tensor
+    masked: Tensor
 
     @staticmethod
     def of(hidden: Tensor) -> Mask:
@@ -42,7 +44,8 @@ class Mask:
         if bool((counts != counts[0]).any()):
             raise ValueError(f"every row must hide the same number of tokens; got {counts.unique().tolist()}")
         order = hidden.to(torch.uint8).argsort(dim=1, stable=True)
-        return Mask(hidden, order[:, : hidden.shape[1] - int(counts[0])])
+        num_visible = hidden.shape[1] - int(counts[0])
+        return Mask(hidden, order[:, :num_visible], order[:, num_visible:])
 
 
 def num_hidden(ratio: float, tokens: int) -> int:
@@ -78,7 +81,8 @@ def _draw(config: ModelConfig, masking: Masking, sequence: Sequence, batch: Batc
     order = (structural + pack(sequence, noise)).argsort(dim=1, descending=True, stable=True)
     quota = num_hidden(masking.ratio, num_tokens(config, sequence))
     hidden = torch.zeros_like(structural).scatter_(1, order[:, :quota], True)
-    return Mask(hidden, order[:, quota:].sort(dim=1).values)
+    masked, visible = (part.sort(dim=1).values for part in (order[:, :quota], order[:, quota:]))
+    return Mask(hidden, visible, masked)
 
 
 def _sensor_draws(

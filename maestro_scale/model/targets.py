@@ -57,8 +57,9 @@ def hidden_bands(config: ModelConfig, sensor: Sensor, hidden: Tensor) -> Tensor:
 def error_sum(
     config: ModelConfig, sensor: Sensor, prediction: Tensor, patches: Tensor, hidden: Tensor
 ) -> Tensor:
-    """Sum in fp32 of |error| (l1) or error**2 (l2) over hidden pixels; scalar."""
-    difference = prediction.float() - normalised(config, sensor, patches)
+    """Sum in fp32 (in double, of doubles) of |error| (l1) or error**2 (l2) over hidden pixels; scalar."""
+    precise = torch.promote_types(prediction.dtype, torch.float32)
+    difference = prediction.to(precise) - normalised(config, sensor, patches)
     error = difference.abs() if config.loss == "l1" else difference.square()
     return (error * hidden_bands(config, sensor, hidden)).sum()
 

@@ -18,10 +18,14 @@ class Attention(nn.Module):
         # As the authors have it: one head of full width needs no output projection.
         self.out = nn.Identity() if heads == 1 and dim_head == width else nn.Linear(heads * dim_head, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, E) -> (B, N, E)."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+    def forward(self, x: Tensor, wanted: Tensor | None = None) -> Tensor:
+        """(B, N, E) -> (B, N, E); with ``wanted`` (B, M), indices of tokens: the output at those only, (B, M, E)."""
+        # Unbound before heads are moved, so that their gradients are joined by one copy.
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)
+        if wanted is not None:
+            q = take(q.flatten(2), wanted).unflatten(-1, (self.heads, -1))
+        mixed = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        return self.out(mixed.transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
@@ -35,9 +39,10 @@ class Block(nn.Module):
         self.up = nn.Linear(width, mlp_width)
         self.down = nn.Linear(mlp_width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, E) -> (B, N, E)."""
-        x = x + self.attn(self.attn_norm(x))
+    def forward(self, x: Tensor, wanted: Tensor | None = None) -> Tensor:
+        """(B, N, E) -> (B, N, E), or (B, M, E) at the tokens of ``wanted`` (B, M)."""
+        mixed = self.attn(self.attn_norm(x), wanted)
+        x = mixed + (x if wanted is None else take(x, wanted))
         return x + self.down(F.gelu(self.up(self.mlp_norm(x))))
 
 
@@ -52,11 +57,17 @@ class Transformer(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.recompute = recompute
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, E) -> (B, N, E)."""
-        for block in self.blocks:
+    def forward(self, x: Tensor, wanted: Tensor | None = None) -> Tensor:
+        """(B, N, E) -> (B, N, E), or (B, M, E) at the tokens of ``wanted`` (B, M): the last block has no others."""
+        for i, block in enumerate(self.blocks):
+            only = wanted if i == len(self.blocks) - 1 else None
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
+                x = checkpoint(block, x, only, use_reentrant=False)
             else:
-                x = block(x)
+                x = block(x, only)
         return self.norm(x)
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """Tokens ``index`` (B, M) of ``x`` (B, N, E); (B, M, E)."""
+    return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[-1]))

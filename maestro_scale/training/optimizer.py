@@ -73,7 +73,7 @@ def build_optimizer(
         }
         groups.setdefault((below, not decays), fresh)["params"].append(p)
     ordered = [groups[key] for key in sorted(groups)]
-    return AdamW(ordered, lr=lr, betas=betas, eps=eps, fused=torch.cuda.is_available() or None)
+    return AdamW(ordered, lr=lr, betas=betas, eps=eps, fused=True)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> float:
