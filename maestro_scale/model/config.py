@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from maestro_scale.datasets.spec import Scale, Sensor, Target
 from maestro_scale.model.sizes import Size
 
 Fusion = Literal["group", "mod", "monotemp", "shared"]
+AttentionChoice = Literal["auto", "flash", "cudnn", "efficient", "math", "flash_attn"]
+CHECKPOINTING = r"none|blocks|every_([2-9]|[1-9]\d+)"
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,10 @@ class ModelConfig:
 
     ``others``: further datasets that the same weights serve, in a mixture. Weights are shared by name: patch embeddings
     by ``Sensor.embed``, encoders by ``Sensor.group`` (or by sensor, as the fusion has it), mask tokens by sensor.
+    ``HOW``: fields that change how it is computed, not what.
     """
+
+    HOW: ClassVar[tuple[str, ...]] = ("checkpointing", "attention")
 
     sensors: tuple[Sensor, ...]
     size: Size
@@ -42,7 +48,9 @@ class ModelConfig:
     norm: Literal["group", "token"] = "group"
     target: Literal["patch_group", "patch", "none"] = "patch_group"
     loss: Literal["l1", "l2"] = "l1"
-    checkpointing: Literal["none", "blocks"] = "none"
+    checkpointing: str = "none"
+    attention: AttentionChoice = "auto"
+    pool: Literal["attentive", "mean"] = "attentive"
     ref_sensor: str | None = None
     crop_m: float | None = None
     heads: tuple[Target, ...] = ()
@@ -57,6 +65,14 @@ class ModelConfig:
         if not 0 <= self.inter_depth < self.size.depth:
             raise ValueError(
                 f"inter_depth {self.inter_depth} must leave at least one of the {self.size.depth} blocks to the groups"
+            )
+        if not re.fullmatch(CHECKPOINTING, self.checkpointing):
+            raise ValueError(
+                f"checkpointing {self.checkpointing!r}: use none, blocks, or every_2, every_3, …"
+            )
+        if self.attention not in get_args(AttentionChoice):
+            raise ValueError(
+                f"attention {self.attention!r}: use one of {', '.join(get_args(AttentionChoice))}"
             )
         if problems := conflicts(self.views):
             raise ValueError(problems[0])
@@ -103,6 +119,16 @@ class ModelConfig:
                 return dataclasses.replace(self, **vars(view), others=())
         raise KeyError(
             f"the model knows no dataset {dataset!r}; it knows: {', '.join(v.dataset for v in self.views)}"
+        )
+
+    @property
+    def recompute_every(self) -> int:
+        """Every so-manieth block is computed again in backward; 0: none."""
+        named = {"none": 0, "blocks": 1}
+        return (
+            named[self.checkpointing]
+            if self.checkpointing in named
+            else int(self.checkpointing.split("_")[1])
         )
 
     def token_groups(self, sensor: Sensor) -> tuple[int, ...]:

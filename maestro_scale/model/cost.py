@@ -6,7 +6,6 @@ tokens that are computed: the encoder sees visible ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -56,9 +55,9 @@ def num_parameters(config: ModelConfig) -> int:
 def cost(config: ModelConfig, mask_ratio: float) -> Cost:
     """The cost of pretraining one sample."""
     size = config.size
-    flops, block_flops, kept, visible_all = 0, 0, 0, 0
-    encoder = _block(size.width, size.heads * size.dim_head, size.width * size.mlp_ratio)
-    decoder = _block(
+    flops, block_flops, again, kept, visible_all = 0, 0, 0, 0, 0
+    encoder = _Block(size.width, size.heads * size.dim_head, size.width * size.mlp_ratio)
+    decoder = _Block(
         size.decoder_width, size.decoder_heads * size.decoder_dim_head, size.width * size.decoder_mlp_ratio
     )
     for s in config.sensors:
@@ -66,6 +65,7 @@ def cost(config: ModelConfig, mask_ratio: float) -> Cost:
         values = patch_tokens * s.patch**2 * len(s.bands)
         flops += 2 * values * (size.width + size.decoder_width)
         kept += 3 * values + 2 * config.rows(s) * s.grid**2 * size.width
+    runs: list[_Run] = []
     for q in sequences(config):
         rows, tokens = num_rows(config, q), num_tokens(config, q)
         visible = tokens - num_hidden(mask_ratio, tokens)
@@ -73,23 +73,24 @@ def cost(config: ModelConfig, mask_ratio: float) -> Cost:
         if size.width != size.decoder_width:
             flops += 2 * rows * visible * size.width * size.decoder_width
         # The last block of a decoder computes what it says of hidden tokens only.
-        hidden = tokens - visible or tokens
-        for block, depth, n, wanted in (
-            (encoder, size.depth - config.inter_depth, visible, visible),
-            (decoder, size.decoder_depth - 1, tokens, tokens),
-            (decoder, 1, tokens, hidden),
-        ):
-            block_flops += rows * depth * block.flops(n, wanted)
-            kept += rows * depth * n * block.kept(config.checkpointing == "blocks")
-    block_flops += config.inter_depth * encoder.flops(visible_all, visible_all) if config.inter_depth else 0
-    kept += config.inter_depth * visible_all * encoder.kept(config.checkpointing == "blocks")
+        runs.append(_Run(encoder, size.depth - config.inter_depth, rows, visible, visible))
+        runs.append(_Run(decoder, size.decoder_depth, rows, tokens, tokens - visible or tokens))
+    if config.inter_depth:
+        runs.append(_Run(encoder, config.inter_depth, 1, visible_all, visible_all))
+    for run in runs:
+        for i in range(run.depth):
+            wanted = run.wanted if i == run.depth - 1 else run.tokens
+            recompute = bool(config.recompute_every) and i % config.recompute_every == 0
+            block_flops += run.rows * run.block.flops(run.tokens, wanted)
+            again += run.rows * run.block.flops(run.tokens, wanted) * recompute
+            kept += run.rows * run.block.kept(run.tokens, wanted, recompute)
     forward = flops + block_flops
     return Cost(
         parameters=num_parameters(config),
         tokens={s.name: config.rows(s) * s.grid**2 for s in config.sensors},
         visible_tokens=visible_all,
         forward_flops=forward,
-        step_flops=3 * forward + (block_flops if config.checkpointing == "blocks" else 0),
+        step_flops=3 * forward + again,
         activations=kept,
     )
 
@@ -116,15 +117,31 @@ def memory_by_stage(parameters: int, world: int, bf16: bool) -> list[StageMemory
 
 @dataclass(frozen=True)
 class _Block:
-    flops: Callable[[int, int], int]  # of n tokens, of which so many are wanted
-    kept: Callable[[bool], int]  # values kept per token, with or without recomputation
+    """FLOPs, and values kept for backward, of one block over n tokens, of which ``wanted`` are asked for."""
+
+    width: int
+    attention: int
+    mlp: int
+
+    def flops(self, n: int, wanted: int) -> int:
+        products = n * 3 * self.attention + wanted * (self.attention + 2 * self.mlp)
+        return 2 * self.width * products + 4 * wanted * n * self.attention
+
+    def kept(self, n: int, wanted: int, recompute: bool) -> int:
+        if recompute:
+            return n * self.width
+        # Both norms' inputs and outputs, q, k, v and their mix, and the MLP before and after GELU.
+        return n * (2 * self.width + 3 * self.attention) + wanted * (
+            2 * self.width + self.attention + 2 * self.mlp
+        )
 
 
-def _block(width: int, attention: int, mlp: int) -> _Block:
-    return _Block(
-        flops=lambda n, wanted: (
-            2 * width * (n * 3 * attention + wanted * (attention + 2 * mlp)) + 4 * wanted * n * attention
-        ),
-        # Inputs of both norms and of what follows them, q, k, v and their mix, and the MLP before and after GELU.
-        kept=lambda recompute: width if recompute else 4 * width + 4 * attention + 2 * mlp,
-    )
+@dataclass(frozen=True)
+class _Run:
+    """A stack of blocks over ``rows`` sequences of ``tokens`` tokens; the last block is asked for ``wanted``."""
+
+    block: _Block
+    depth: int
+    rows: int
+    tokens: int
+    wanted: int

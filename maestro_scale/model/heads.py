@@ -31,12 +31,27 @@ class AttentivePool(nn.Module):
         return self.norm_out(F.scaled_dot_product_attention(q, k, v).flatten(1))
 
 
+class MeanPool(nn.Module):
+    """The mean of a set of tokens, normalised."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm_out = nn.LayerNorm(width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, N, E) -> (B, E)."""
+        return self.norm_out(tokens.mean(dim=1))
+
+
+POOLS = {"attentive": AttentivePool, "mean": MeanPool}
+
+
 class ClassificationHead(nn.Module):
     """Pools every token of every sensor; logits per class."""
 
-    def __init__(self, target: Target, width: int) -> None:
+    def __init__(self, target: Target, width: int, pool: nn.Module) -> None:
         super().__init__()
-        self.pool = AttentivePool(width)
+        self.pool = pool
         self.linear = nn.Linear(width, len(target.classes))
 
     def forward(self, tokens: dict[str, Tensor]) -> Tensor:
@@ -47,9 +62,9 @@ class ClassificationHead(nn.Module):
 class SegmentationHead(nn.Module):
     """Pools, at each place of the reference grid, over all sensors and dates; logits per pixel of the target."""
 
-    def __init__(self, target: Target, width: int, grid: int, pixels_per_token: int) -> None:
+    def __init__(self, target: Target, width: int, pool: nn.Module, grid: int, pixels_per_token: int) -> None:
         super().__init__()
-        self.pool = AttentivePool(width)
+        self.pool = pool
         self.grid, self.side = grid, pixels_per_token
         self.linear = nn.Linear(width, pixels_per_token**2 * target.num_outputs)
 

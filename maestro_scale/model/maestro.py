@@ -17,7 +17,7 @@ from maestro_scale.datasets.spec import Sensor, Target
 from maestro_scale.model.config import ModelConfig
 from maestro_scale.model.embed import MaskTokens, PatchEmbed, network_input, patchify
 from maestro_scale.model.encodings import PositionTables, encode
-from maestro_scale.model.heads import ClassificationHead, SegmentationHead
+from maestro_scale.model.heads import POOLS, ClassificationHead, SegmentationHead
 from maestro_scale.model.masking import Mask, by_sensor
 from maestro_scale.model.sequences import pack, sequences, unpack
 from maestro_scale.model.targets import combine, error_sum
@@ -41,12 +41,12 @@ class Maestro(nn.Module):
         self.config = config
         self._views = {v.dataset: config.of(v.dataset) for v in config.views}
         size = config.size
-        recompute = config.checkpointing == "blocks"
+        how = {"recompute_every": config.recompute_every, "backend": config.attention}
         encoders = dict.fromkeys(q.encoder for view in self._views.values() for q in sequences(view))
 
         def encoder(depth: int) -> Transformer:
             return Transformer(
-                size.width, depth, size.heads, size.dim_head, size.width * size.mlp_ratio, recompute
+                size.width, depth, size.heads, size.dim_head, size.width * size.mlp_ratio, **how
             )
 
         def decoder() -> Transformer:
@@ -56,7 +56,7 @@ class Maestro(nn.Module):
                 size.decoder_heads,
                 size.decoder_dim_head,
                 size.width * size.decoder_mlp_ratio,
-                recompute,
+                **how,
             )
 
         by_embed = {s.embed: s for s in config.all_sensors}
@@ -99,10 +99,20 @@ class Maestro(nn.Module):
     # -- building ------------------------------------------------------------------------------------------------
 
     def _head(self, target: Target) -> nn.Module:
+        pool = POOLS[self.config.pool](self.config.size.width)
         if target.kind == "multilabel":
-            return ClassificationHead(target, self.config.size.width)
+            return ClassificationHead(target, self.config.size.width, pool)
         (ref,) = (s for s in self.config.sensors if s.name == self.config.ref_sensor)
-        return SegmentationHead(target, self.config.size.width, ref.grid, self.config.target_side(target))
+        side = self.config.target_side(target)
+        return SegmentationHead(target, self.config.size.width, pool, ref.grid, side)
+
+    def compile_blocks(self) -> Maestro:
+        """Have ``torch.compile`` make one kernel sequence per kind of block, at the first step; returns itself."""
+        for stack in self.modules():
+            if isinstance(stack, Transformer):
+                for block in stack.blocks:
+                    block.compile()
+        return self
 
     @torch.no_grad()
     def initialise(self, seed: int) -> Maestro:

@@ -1,4 +1,4 @@
-"""Pre-norm transformer blocks with fused attention."""
+"""Pre-norm transformer blocks with fused attention, each compiled or computed again in backward if so asked."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from maestro_scale.model.attention import attend_with
+
 
 class Attention(nn.Module):
-    """Multi-head self-attention through ``scaled_dot_product_attention``; qkv without bias."""
+    """Multi-head self-attention with the kernel ``backend`` (an AttentionChoice); qkv without bias."""
 
-    def __init__(self, width: int, heads: int, dim_head: int) -> None:
+    def __init__(self, width: int, heads: int, dim_head: int, backend: str = "auto") -> None:
         super().__init__()
         self.heads = heads
+        self.attend = attend_with(backend)
         self.qkv = nn.Linear(width, 3 * heads * dim_head, bias=False)
         # As the authors have it: one head of full width needs no output projection.
         self.out = nn.Identity() if heads == 1 and dim_head == width else nn.Linear(heads * dim_head, width)
@@ -24,17 +27,16 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)
         if wanted is not None:
             q = take(q.flatten(2), wanted).unflatten(-1, (self.heads, -1))
-        mixed = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-        return self.out(mixed.transpose(1, 2).flatten(2))
+        return self.out(self.attend(q, k, v).flatten(2))
 
 
 class Block(nn.Module):
     """x + Attn(LN(x)); x + MLP(LN(x))."""
 
-    def __init__(self, width: int, heads: int, dim_head: int, mlp_width: int) -> None:
+    def __init__(self, width: int, heads: int, dim_head: int, mlp_width: int, backend: str = "auto") -> None:
         super().__init__()
         self.attn_norm = nn.LayerNorm(width)
-        self.attn = Attention(width, heads, dim_head)
+        self.attn = Attention(width, heads, dim_head, backend)
         self.mlp_norm = nn.LayerNorm(width)
         self.up = nn.Linear(width, mlp_width)
         self.down = nn.Linear(mlp_width, width)
@@ -47,21 +49,29 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A stack of blocks and a final LayerNorm. ``recompute``: blocks keep no activations (non-reentrant)."""
+    """A stack of blocks and a final LayerNorm. ``recompute_every``: each so-manieth block keeps no activations but its
+    input (non-reentrant checkpointing); 0: none."""
 
     def __init__(
-        self, width: int, depth: int, heads: int, dim_head: int, mlp_width: int, recompute: bool = False
+        self,
+        width: int,
+        depth: int,
+        heads: int,
+        dim_head: int,
+        mlp_width: int,
+        recompute_every: int = 0,
+        backend: str = "auto",
     ) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(Block(width, heads, dim_head, mlp_width) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(width, heads, dim_head, mlp_width, backend) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
-        self.recompute = recompute
+        self.recompute_every = recompute_every
 
     def forward(self, x: Tensor, wanted: Tensor | None = None) -> Tensor:
         """(B, N, E) -> (B, N, E), or (B, M, E) at the tokens of ``wanted`` (B, M): the last block has no others."""
         for i, block in enumerate(self.blocks):
             only = wanted if i == len(self.blocks) - 1 else None
-            if self.recompute and torch.is_grad_enabled():
+            if self.recompute_every and i % self.recompute_every == 0 and torch.is_grad_enabled():
                 x = checkpoint(block, x, only, use_reentrant=False)
             else:
                 x = block(x, only)

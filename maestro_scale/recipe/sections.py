@@ -6,9 +6,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from maestro_scale.model.config import CHECKPOINTING, AttentionChoice
 from maestro_scale.model.sizes import SIZES, Size
 from maestro_scale.recipe.errors import Disagreement
-from maestro_scale.recipe.fields import Count, Probability, Section, distinct, listed, nearest_divisors
+from maestro_scale.recipe.fields import Count, Place, Probability, Section, distinct, listed, nearest_divisors
 
 Precision = Literal["bf16", "fp32"]
 
@@ -46,8 +47,16 @@ class Model(Section):
     """What pixels are normalised over before the loss: patch and band group, patch, or not at all."""
     loss: Literal["l1", "l2"] = "l1"
     """Distance between reconstruction and target."""
-    checkpointing: Literal["none", "blocks"] = "none"
-    """blocks: keep only the input of each block and recompute backwards: less memory, a third more work."""
+    checkpointing: Annotated[str, Field(pattern=f"^({CHECKPOINTING})$")] = "none"
+    """blocks: keep only the input of each block and recompute backwards: less memory, a third more work; every_2,
+    every_3, …: so with every second, third, … block."""
+    attention: AttentionChoice = "auto"
+    """The kernel: torch's choice, one of its backends, or the flash-attn package."""
+    compile: bool = False
+    """torch.compile, block by block; ZeRO stage 2 or below."""
+    init_from: Place | None = None
+    """A model to start from (a folder, s3:// or hf://): what fits is taken, the rest stays as drawn, and a table says
+    which; a run that resumes does not read it."""
 
     @property
     def dimensions(self) -> Size:

@@ -114,6 +114,7 @@ def build_model_config(recipe: Recipe, specs: Sequence[DatasetSpec]) -> ModelCon
         target=m.target,
         loss=m.loss,
         checkpointing=m.checkpointing,
+        attention=m.attention,
     )
 
 
@@ -141,7 +142,7 @@ def open_datasets(recipe: Recipe) -> list[Dataset]:
 
 def identity(recipe: Recipe, config: ModelConfig, datasets: list[Dataset], world: World) -> dict[str, Any]:
     """What must not change between a checkpoint and its resumption; ``model`` is enough to rebuild the model."""
-    model = {k: v for k, v in config.to_dict().items() if k != "checkpointing"}
+    model = {k: v for k, v in config.to_dict().items() if k not in ModelConfig.HOW}
     data = {
         "order": {
             "lanes": recipe.data.lanes,

@@ -1,0 +1,86 @@
+"""Which kernel computes attention: torch's choice, one of its backends by name, or the flash-attn package.
+
+Every backend computes softmax(q k' / sqrt(d)) v; they differ in speed, memory and where they run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def attend_with(choice: str) -> Attend:
+    """The function (q, k, v), each (B, N, heads, dim), -> (B, M, heads, dim) of an ``AttentionChoice``."""
+    if choice == "flash_attn":
+        return _flash_attn
+    backend = BACKENDS.get(choice)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if backend is None:
+            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        # Here, around each call, because a block that is computed again in backward must take the same kernel.
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+    return attend
+
+
+def possible(device: torch.device, dtype: torch.dtype, dim_head: int) -> tuple[str, ...]:
+    """The choices of model.config, ``auto`` aside, that run forward and backward on a device, found by trying."""
+    return tuple(c for c in (*BACKENDS, "flash_attn") if _runs(c, device, dtype, dim_head))
+
+
+def chosen(choice: str, device: torch.device, dtype: torch.dtype, dim_head: int) -> str:
+    """The backend behind a choice: itself, or what torch takes for ``auto``.
+
+    Raises:
+        ValueError: it does not run there; the message says what does.
+    """
+    if choice != "auto":
+        if not _runs(choice, device, dtype, dim_head):
+            fits = ", ".join(("auto", *possible(device, dtype, dim_head)))
+            raise ValueError(
+                f"model.attention: {choice!r} does not run on {device.type} in {_short(dtype)} with heads of "
+                f"{dim_head} channels; use one of {fits}"
+            )
+        return choice
+    q = _example(device, dtype, dim_head).transpose(1, 2)
+    number = torch._fused_sdp_choice(q, q, q)  # what scaled_dot_product_attention itself asks
+    return next((name for name, b in BACKENDS.items() if b.value == number), "math")
+
+
+def _runs(choice: str, device: torch.device, dtype: torch.dtype, dim_head: int) -> bool:
+    x = _example(device, dtype, dim_head).requires_grad_()
+    try:
+        attend_with(choice)(x, x, x).sum().backward()
+    except (RuntimeError, ImportError):
+        return False
+    return True
+
+
+def _example(device: torch.device, dtype: torch.dtype, dim_head: int) -> Tensor:
+    return torch.zeros(1, 16, 2, dim_head, device=device, dtype=dtype)
+
+
+def _flash_attn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from flash_attn import flash_attn_func  # an optional package, CUDA alone
+
+    return flash_attn_func(q, k, v)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
