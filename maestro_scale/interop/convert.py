@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from maestro_scale import datasets
 from maestro_scale.datasets.spec import DatasetSpec
-from maestro_scale.interop.export import CONFIG, WEIGHTS, ExportError, write_model
+from maestro_scale.interop.export import CONFIG, ExportError, write_model
 from maestro_scale.interop.parts import Part, summarise
-from maestro_scale.interop.pretrained import read_record
+from maestro_scale.interop.pretrained import read_model
 from maestro_scale.interop.reference_keys import from_reference, to_reference
 from maestro_scale.interop.reference_model import Asked, fitting, model_config
 from maestro_scale.interop.restricted import load_pickled
+from maestro_scale.interop.sources import ModelSource
 from maestro_scale.model.config import ModelConfig
 from maestro_scale.model.maestro import Maestro
 
@@ -82,12 +82,13 @@ def convert(checkpoint: Path, out: Path, options: Options | None = None) -> tupl
 
 def convert_back(folder: Path, out: Path) -> None:
     """Write one of our models as a Lightning checkpoint with the authors' names and shapes, atomically."""
-    record = read_record(folder)
-    config = ModelConfig.from_dict(record["model"])
-    state = to_reference(load_file(folder / WEIGHTS), config)
+    source = ModelSource(folder)
+    trained = source.record()["trained"]
+    config, weights = read_model(source)
+    state = to_reference(weights, config)
     content = {
-        "epoch": record["trained"].get("epoch") or 0,
-        "global_step": record["trained"].get("step") or 0,
+        "epoch": trained.get("epoch") or 0,
+        "global_step": trained.get("step") or 0,
         "pytorch-lightning_version": "2.0.0",  # the oldest that their code accepts; loaders migrate from it
         "state_dict": {f"{PREFIXES['raw']}{k}": v for k, v in state.items()},
         "hyper_parameters": {

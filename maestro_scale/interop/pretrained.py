@@ -2,43 +2,40 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
-from safetensors.torch import load_file
+from torch import Tensor
 
-from maestro_scale.interop.export import CONFIG, FORMAT_VERSION, WEIGHTS, ExportError
+from maestro_scale.interop.export import CONFIG, WEIGHTS, ExportError
+from maestro_scale.interop.sources import ModelSource
 from maestro_scale.model.config import ModelConfig
 from maestro_scale.model.maestro import Maestro
 
 
-def read_record(folder: Path) -> dict[str, Any]:
-    """The content of an exported model's config.json; ExportError where there is none that this version reads."""
-    try:
-        record = json.loads((folder / CONFIG).read_text())
-    except (OSError, ValueError) as error:
-        raise ExportError(
-            f"{folder} is no exported model ({error}); make one with `maestro-scale export`"
-        ) from None
-    if record.get("format_version") != FORMAT_VERSION:
-        raise ExportError(
-            f"{folder / CONFIG} has format {record.get('format_version')}, this version reads {FORMAT_VERSION}"
-        )
-    return record
-
-
 def load_model(path: str | Path) -> Maestro:
-    """A model exported by ``maestro-scale export``, on the CPU, in evaluation mode, its input scaling inside.
+    """A model that ``maestro-scale export`` or ``convert-ign`` wrote, on the CPU, in evaluation mode, scaling inside.
 
-    Raises ExportError where the folder is not such a model or its weights do not fit its configuration.
+    ``path``: a folder, ``s3://bucket/prefix``, or ``hf://owner/name[@revision][/folder]``. Raises ExportError where it
+    is no such model or its weights do not fit its configuration.
     """
-    folder = Path(path)
-    record = read_record(folder)
-    model = Maestro(ModelConfig.from_dict(record["model"]))
-    missing, unexpected = model.load_state_dict(load_file(folder / WEIGHTS), strict=False)
+    source = ModelSource(path)
+    config, state = read_model(source)
+    model = Maestro(config)
+    missing, unexpected = model.load_state_dict(state, strict=False)
     if missing or unexpected:
         raise ExportError(
-            f"{folder / WEIGHTS} does not fit: missing {missing[:3]}, unexpected {unexpected[:3]}"
+            f"{source.url}/{WEIGHTS} does not fit: missing {missing[:3]}, unexpected {unexpected[:3]}"
         )
     return model.eval()
+
+
+def read_model(source: ModelSource) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """(configuration, weights); ExportError where either is not to be had."""
+    record = source.record()
+    try:
+        config = ModelConfig.from_dict(record["model"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ExportError(
+            f"{source.url}/{CONFIG} describes no model of this version ({error}): update maestro_scale"
+        ) from None
+    return config, source.weights()

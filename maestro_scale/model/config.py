@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, get_args
 
 from maestro_scale.datasets.spec import Scale, Sensor, Target
@@ -106,6 +107,49 @@ class ModelConfig:
         """The sensors of every view, one after the other; a name may come more than once."""
         return tuple(s for view in self.views for s in view.sensors)
 
+    def seen(self, images: Mapping[str, tuple[int, ...]], crop_m: float | None = None) -> ModelConfig:
+        """The same model as it sees images (B, D, C, H, W) of some of its sensors, with any number of dates.
+
+        ``crop_m``: their ground extent, where it is not the model's: grids and positions grow or shrink with it.
+
+        Raises:
+            ValueError: a sensor that the model does not know, bands that it has not, or an extent that its patches
+                cannot divide; the message says what would do.
+        """
+        known = {s.name: s for s in self.sensors}
+        unknown = [name for name in images if name not in known]
+        if unknown or not images:
+            what = f"knows no sensor {unknown[0]!r}" if images else "was given no sensor"
+            raise ValueError(f"the model {what}; it knows: {', '.join(known)}")
+        scale = 1.0
+        if crop_m is not None and crop_m != self.crop_m:
+            if self.crop_m is None:
+                raise ValueError("the model does not say what ground it was trained on: crop_m cannot change")
+            scale = crop_m / self.crop_m
+        sensors = []
+        for s in self.sensors:
+            if s.name not in images:
+                continue
+            _, num_dates, bands, *_ = images[s.name]
+            if bands != len(s.bands):
+                raise ValueError(f"sensor {s.name}: {bands} bands were given, the model has {len(s.bands)}")
+            grid = s.grid * scale
+            if abs(grid - round(grid)) > 1e-6 or grid < 1:
+                raise ValueError(
+                    f"sensor {s.name}: {crop_m:g} m are {grid:g} patches; take a multiple of "
+                    f"{self.crop_m / math.gcd(*(x.grid for x in self.sensors)):g} m"
+                )
+            sensors.append(replace(s, num_dates=num_dates, image_size=round(grid) * s.patch))
+        names = {s.name for s in sensors}
+        return replace(
+            self,
+            sensors=tuple(sensors),
+            pos_grid=round(self.pos_grid * scale),
+            crop_m=crop_m or self.crop_m,
+            ref_sensor=self.ref_sensor if self.ref_sensor in names else None,
+            heads=(),
+        )
+
     def of(self, dataset: str) -> ModelConfig:
         """The same model as it sees one dataset. A model with one view sees any dataset that way.
 
@@ -116,7 +160,7 @@ class ModelConfig:
             return self
         for view in self.views:
             if dataset in (view.dataset, view.dataset.partition("#")[0]):
-                return dataclasses.replace(self, **vars(view), others=())
+                return replace(self, **vars(view), others=())
         raise KeyError(
             f"the model knows no dataset {dataset!r}; it knows: {', '.join(v.dataset for v in self.views)}"
         )

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from maestro_scale.datasets.spec import Sensor, Target
+from maestro_scale.datasets.spec import Sensor, Target, Tile
 from maestro_scale.model.config import ModelConfig
 from maestro_scale.model.embed import MaskTokens, PatchEmbed, network_input, patchify
 from maestro_scale.model.encodings import PositionTables, encode
@@ -23,11 +23,13 @@ from maestro_scale.model.sequences import pack, sequences, unpack
 from maestro_scale.model.targets import combine, error_sum
 from maestro_scale.model.transformer import Transformer, take
 from maestro_scale.stream.batch import Batch
+from maestro_scale.stream.tile import tile_batch
 
 
 @dataclass(frozen=True)
 class Embedding:
-    """``tokens[sensor]``: (B, R, L, E). ``vector``: (B, S*E), the mean token of each of the S sensors, side by side."""
+    """``tokens[sensor]``: (B, R, L, E). ``vector``: (B, S*E), the mean token of each of the S sensors given, side by
+    side, in the model's order."""
 
     tokens: dict[str, Tensor]
     vector: Tensor
@@ -106,12 +108,12 @@ class Maestro(nn.Module):
         side = self.config.target_side(target)
         return SegmentationHead(target, self.config.size.width, pool, ref.grid, side)
 
-    def compile_blocks(self) -> Maestro:
-        """Have ``torch.compile`` make one kernel sequence per kind of block, at the first step; returns itself."""
+    def compile_blocks(self, backend: str = "inductor") -> Maestro:
+        """Have ``torch.compile`` make its own code for each kind of block, at the first step; returns itself."""
         for stack in self.modules():
             if isinstance(stack, Transformer):
                 for block in stack.blocks:
-                    block.compile()
+                    block.compile(backend=backend)
         return self
 
     @torch.no_grad()
@@ -243,9 +245,27 @@ class Maestro(nn.Module):
         """The loss, or a part's share of it, from error sums (S,) and the global batch's ``counts`` (S,); fp32."""
         return combine(self.view(dataset), sums, counts)
 
-    def embed(self, batch: Batch) -> Embedding:
-        """What the encoder makes of a batch, nothing masked: token grids per sensor and one vector per sample."""
-        tokens = self.encode(batch)
+    def embed(
+        self, data: Batch | Tile, crop_m: float | None = None, tile_m: float | None = None
+    ) -> Embedding:
+        """What the encoder makes of a batch or a tile, nothing masked: token grids per sensor, one vector per sample.
+
+        Any of the model's sensors may be missing, and a sensor may have any number of dates. ``crop_m``: ground
+        extent of the images in metres, where it is not the one that the model was trained on. ``tile_m``: extent of a
+        tile, of which the middle ``crop_m`` are taken (None: the tile is what the model was trained on).
+
+        Raises:
+            ValueError: a sensor, bands or an extent that the model cannot see; the message says what it can.
+            DatasetError: the tile has no data for the model.
+        """
+        if isinstance(data, Tile):
+            view = self.view(self.config.dataset)
+            share = 1.0 if tile_m is None else (crop_m or view.crop_m or tile_m) / tile_m
+            data = tile_batch(data, view.sensors, self.config.dataset, min(share, 1.0))
+            data = data.to(next(self.parameters()).device)
+        view = self.view(data.dataset).seen({k: tuple(v.shape) for k, v in data.pixels.items()}, crop_m)
+        inputs = {s.name: self._patches(s, data) for s in view.sensors}
+        tokens = self._encode(view, inputs, data, None)
         return Embedding(tokens, torch.cat([t.mean(dim=(1, 2)) for t in tokens.values()], dim=1))
 
     def predict(self, batch: Batch) -> dict[str, Tensor]:

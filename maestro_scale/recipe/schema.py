@@ -113,6 +113,9 @@ class Recipe(Section):
         precision = None if self.train.precision == "auto" else self.train.precision
         found = engine_config.problems(self.deepspeed, self._derived(None, precision))
         wrong += [(("deepspeed", *loc), reason) for loc, reason in found]
+        if not wrong and self.model.compile and self.zero_stage == 3:
+            reason = "ZeRO stage 3 gathers weights inside of what would be compiled: set it to false, or use stage 2"
+            wrong.append((("model", "compile"), reason))
         if wrong:
             raise Disagreement(*wrong)
         return self

@@ -12,8 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
 
 from maestro_scale.datasets.spec import DatasetSpec
+from maestro_scale.interop.partial import start_from
+from maestro_scale.interop.parts import table
+from maestro_scale.model import attention
 from maestro_scale.model.config import DatasetView, ModelConfig, conflicts
 from maestro_scale.model.cost import cost
 from maestro_scale.model.maestro import Maestro
@@ -201,12 +205,12 @@ def _prepare(
         pin=world.device.type == "cuda",
     )
     num_steps = t.steps if t.steps is not None else t.epochs * stream.steps_per_epoch
-    engine = _build_engine(recipe, config, num_steps, world)
-    ema = Ema(recipe.optim.ema, engine.holdings.fragments) if recipe.optim.ema else None
-    state = TrainState(engine.holdings, ema)
     c = recipe.checkpoint
     mirror = Mirror(f"{c.mirror.rstrip('/')}/{run_dir.resolve().name}") if c.mirror else None
     checkpoints = Checkpoints(run_dir, world, Retention(c.keep, c.keep_every), mirror)
+    engine, kernel = _build_engine(recipe, config, num_steps, world, begins=checkpoints.latest()[0] is None)
+    ema = Ema(recipe.optim.ema, engine.holdings.fragments) if recipe.optim.ema else None
+    state = TrainState(engine.holdings, ema)
     ident = identity(recipe, config, datasets, world)
     position = _resume(run_dir, checkpoints, state, engine.guard, ident)
     if position.step > num_steps:
@@ -249,21 +253,49 @@ def _prepare(
     if world.is_main:
         metrics.rewind(position.step)
         write_atomically(run_dir / "recipe.yaml", recipe.to_yaml())
-        write_atomically(run_dir / "environment.json", json.dumps(environment(), indent=1))
+        about = {**environment(), "attention": kernel, "compile": recipe.model.compile}
+        write_atomically(run_dir / "environment.json", json.dumps(about, indent=1))
         info = RunInfo(run_dir, position.step, num_steps, t.global_batch)
         for observer in run.observers:
             observer.started(info)
     return run, position
 
 
-def _build_engine(recipe: Recipe, config: ModelConfig, num_steps: int, world: World) -> Engine:
-    model = Maestro(config).initialise(recipe.seed).to(world.device)
+def _build_engine(
+    recipe: Recipe, config: ModelConfig, num_steps: int, world: World, begins: bool
+) -> tuple[Engine, str]:
+    """The engine, and the attention kernel it will use. ``begins``: there is no checkpoint that it will load."""
+    kernel = _attention_kernel(recipe, config, world)
+    model = Maestro(config).initialise(recipe.seed)
+    if recipe.model.init_from is not None and begins:
+        parts = start_from(model, recipe.model.init_from)
+        if world.is_main:
+            Console(width=110).print(table(parts, f"{recipe.name} starts from {recipe.model.init_from}"))
+    model = model.to(world.device)
+    if recipe.model.compile:
+        model.compile_blocks()
     o = recipe.optim
     schedule = SCHEDULES[o.schedule](num_steps, o.warmup, 1 / o.start_div, 1 / o.final_div)
     optimizer = build_optimizer(model, recipe.lr, tuple(o.betas), o.eps, o.weight_decay)
     guard = Guard(recipe.train.spike)
     deepspeed = recipe.deepspeed_config(world.size, world.device.type)
-    return Engine(model, optimizer, schedule, deepspeed, world, guard)
+    return Engine(model, optimizer, schedule, deepspeed, world, guard), kernel
+
+
+def _attention_kernel(recipe: Recipe, config: ModelConfig, world: World) -> str:
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[recipe.train.precision_on(world.device.type)]
+    size = config.size
+    try:
+        kernels = [
+            attention.chosen(config.attention, world.device, dtype, dim)
+            for dim in dict.fromkeys((size.dim_head, size.decoder_dim_head))
+        ]
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
+    kernel = ", ".join(dict.fromkeys(kernels))
+    if world.is_main:
+        log.info("attention: %s (%s) on %s", kernel, config.attention, world.device.type)
+    return kernel
 
 
 def _resume(

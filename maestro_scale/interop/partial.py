@@ -1,0 +1,95 @@
+"""Starting from a model of other sensors, dates or patches: what fits is taken, the rest stays as it was drawn.
+
+A parameter is taken where the other model has one of the same name and shape; a mask token also from a sensor that
+shares the patch embedding. Patch embeddings and their inverses are resized to another patch size so that they agree
+with what they did on resized patches (the pseudo-inverse of bilinear resizing: FlexiViT, arXiv 2212.08013, section 3).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from maestro_scale.interop.parts import Fate, Part, summarise
+from maestro_scale.interop.pretrained import read_model
+from maestro_scale.interop.sources import ModelSource
+from maestro_scale.model.config import ModelConfig
+from maestro_scale.model.maestro import Maestro
+
+
+@torch.no_grad()
+def start_from(model: Maestro, url: str) -> tuple[Part, ...]:
+    """Overwrite what fits of ``model`` by the exported model at ``url``; returns what became of every part.
+
+    ExportError where there is no such model, or where nothing of it fits.
+    """
+    config, state = read_model(ModelSource(url))
+    fates: list[tuple[str, Fate, int, str]] = []
+    used = set()
+    for name, p in model.named_parameters():
+        source = _counterpart(name, model.config, config, state)
+        found = state.get(source)
+        fate, why = "fresh", "not in the other model"
+        if found is not None:
+            resized = _fit(name, found, p, model.config, config)
+            fate, why = "fresh", f"{tuple(found.shape)} there, {tuple(p.shape)} here"
+            if resized is not None:
+                p.copy_(resized)
+                used.add(source)
+                same = found.shape == p.shape
+                fate, why = ("taken", "") if same else ("resized", "another patch size")
+        fates.append((name, fate, p.numel(), why))
+    fates += [
+        (name, "left behind", t.numel(), "no place for it here")
+        for name, t in state.items()
+        if name not in used
+    ]
+    parts = summarise(fates)
+    if not used:
+        from maestro_scale.interop.export import ExportError
+
+        raise ExportError(f"{url}: nothing of it fits this model; they need the same width")
+    return parts
+
+
+def _counterpart(name: str, ours: ModelConfig, theirs: ModelConfig, state: dict[str, Tensor]) -> str:
+    """The name in ``state`` to take a parameter from."""
+    kind, *rest = name.split(".")
+    if kind != "mask_token" or name in state:
+        return name
+    embeds = {s.name: s.embed for s in ours.all_sensors}
+    same = [s.name for s in theirs.all_sensors if s.embed == embeds[rest[0]]]
+    return ".".join([kind, same[0], *rest[1:]]) if same else name
+
+
+def _fit(name: str, found: Tensor, like: Tensor, ours: ModelConfig, theirs: ModelConfig) -> Tensor | None:
+    """``found`` in the shape of ``like``; None where that makes no sense."""
+    if found.shape == like.shape:
+        return found
+    kind, embed, *_ = name.split(".")
+    if kind not in ("patch_embed", "to_pixels"):
+        return None
+    new, old = (
+        next((s.patch for s in config.all_sensors if s.embed == embed), 0) for config in (ours, theirs)
+    )
+    if new == old or not old:
+        return None
+    if kind == "patch_embed":  # (E, band, row, column)
+        bands = found.shape[1] // old**2
+        if like.shape != (found.shape[0], bands * new**2):
+            return None
+        kernels = found.unflatten(1, (bands, old * old)).double() @ torch.linalg.pinv(_resizing(old, new))
+        return kernels.flatten(1).to(like.dtype)
+    bands = found.shape[0] // old**2  # (row, column, band), E or nothing
+    if like.shape != (bands * new**2, *found.shape[1:]):
+        return None
+    pixels = found.unflatten(0, (old * old, bands)).double()
+    return torch.einsum("ij,j...->i...", _resizing(old, new), pixels).flatten(0, 1).to(like.dtype)
+
+
+def _resizing(old: int, new: int) -> Tensor:
+    """(new*new, old*old) double: bilinear resizing of a patch as a matrix."""
+    pixels = torch.eye(old * old, dtype=torch.float64).view(-1, 1, old, old)
+    resized = F.interpolate(pixels, size=(new, new), mode="bilinear", antialias=new < old)
+    return resized.flatten(1).T

@@ -1,0 +1,77 @@
+"""Where exported models lie: a folder, a prefix in an object store, or a repository of the Hugging Face hub."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load, load_file
+from torch import Tensor
+
+from maestro_scale.interop.export import CONFIG, FORMAT_VERSION, WEIGHTS, ExportError
+from maestro_scale.shards.errors import StoreError
+from maestro_scale.shards.roots import LocalRoot, open_root
+
+
+class ModelSource:
+    """One exported model: ``config.json`` beside ``model.safetensors``.
+
+    ``url``: a folder, ``s3://bucket/prefix`` (or another scheme that fsspec knows), or
+    ``hf://owner/name[@revision][/folder]``, which needs the ``hub`` extra and keeps to its cache.
+    """
+
+    def __init__(self, url: str | Path) -> None:
+        self.url = str(url).rstrip("/")
+        self._root = open_root(_fetched(self.url) if self.url.startswith("hf://") else self.url)
+
+    def record(self) -> dict[str, Any]:
+        """The content of config.json; ExportError where there is none that this version reads."""
+        try:
+            record = json.loads(self._root.read(CONFIG))
+        except (OSError, ValueError, StoreError) as error:
+            what = "there is no config.json" if isinstance(error, FileNotFoundError) else error
+            raise ExportError(
+                f"{self.url} is no exported model ({what}); make one with `maestro-scale export`, or with "
+                "`maestro-scale convert-ign` from a checkpoint of the authors"
+            ) from None
+        found = record.get("format_version") if isinstance(record, dict) else None
+        if found != FORMAT_VERSION:
+            raise ExportError(
+                f"{self.url}/{CONFIG} has format {found}, this version reads {FORMAT_VERSION}: update maestro_scale"
+            )
+        return record
+
+    def weights(self) -> dict[str, Tensor]:
+        """The content of model.safetensors, on the CPU; ExportError where it is missing or damaged."""
+        try:
+            if isinstance(self._root, LocalRoot):
+                return load_file(self._root.folder / WEIGHTS)
+            return load(self._root.read(WEIGHTS))
+        except (OSError, SafetensorError, StoreError) as error:
+            raise ExportError(f"{self.url}/{WEIGHTS} cannot be read ({error}): fetch it again") from None
+
+
+def _fetched(url: str) -> Path:
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError:
+        raise ExportError(
+            f"{url}: models on the Hugging Face hub need its client: pip install 'maestro-scale[hub]'"
+        ) from None
+    parts = url.removeprefix("hf://").split("/")
+    if len(parts) < 2 or not all(parts[:2]):
+        raise ExportError(f"{url}: write hf://owner/name, hf://owner/name@revision or hf://owner/name/folder")
+    name, _, revision = parts[1].partition("@")
+    folder = "/".join(parts[2:])
+    try:
+        paths = [
+            hf_hub_download(
+                f"{parts[0]}/{name}", filename, subfolder=folder or None, revision=revision or None
+            )
+            for filename in (WEIGHTS, CONFIG)
+        ]
+    except (OSError, ValueError) as error:  # the client's own errors are among them
+        raise ExportError(f"{url}: cannot be fetched ({str(error).strip().splitlines()[0]})") from None
+    return Path(paths[-1]).parent
