@@ -267,7 +267,7 @@ def embed(
     spec = manifest.spec
     encoder, notes = open_model(model)[0], []
     if spec.name not in {v.dataset for v in encoder.config.views}:
-        view = DatasetView(spec.name, spec.sensors, spec.pos_grid, spec.ref_sensor)
+        view = DatasetView(spec.name, spec.sensors, spec.pos_grid, spec.ref_sensor, spec.crop_m)
         encoder, notes = adopt(encoder, view)
     if torch.cuda.is_available():
         encoder.to(f"cuda:{local_rank % torch.cuda.device_count()}")

@@ -153,7 +153,9 @@ class _Encoder:
 
         entry = recipe.data.mixture[0]
         spec = Manifest.load(entry.shards).spec
-        self._view = DatasetView(spec.name, resolve_sensors(spec, entry), spec.pos_grid, spec.ref_sensor)
+        crop_m = entry.crop_m or spec.crop_m
+        sensors = resolve_sensors(spec, entry)
+        self._view = DatasetView(spec.name, sensors, spec.pos_grid, spec.ref_sensor, crop_m)
         self._baseline = args.baseline
         self.step: int | None = 0
         self.trained_on: tuple[str, ...] = ()

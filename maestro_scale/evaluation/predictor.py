@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from maestro_scale.evaluation.objectives import Objective
+from maestro_scale.evaluation.results import ResultsError
 from maestro_scale.model.config import ModelConfig
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.stream.batch import Batch
@@ -44,7 +45,10 @@ def predictor(encoder: Maestro, dataset: str, objective: Objective, seed: int, p
     """The network as it is before the first step: a fresh head on ``encoder``, or, unless ``pretrained``, on the same
     encoder drawn anew from ``seed``."""
     # Without crop_m the head predicts the pixels of the reference image, as the objective has them.
-    config = dataclasses.replace(encoder.config.of(dataset), heads=(objective.task.target,), crop_m=None)
+    try:
+        config = dataclasses.replace(encoder.config.of(dataset), heads=(objective.task.target,), crop_m=None)
+    except ValueError as error:
+        raise ResultsError(f"{dataset}: {error}") from None
     made = Predictor(config, objective).initialise(seed)
     if pretrained:
         state = encoder.state_dict()
