@@ -6,6 +6,7 @@ The same command run again resumes. Works under ``deepspeed``, ``torchrun``, ``s
 from __future__ import annotations
 
 import argparse
+import multiprocessing.util
 import os
 import sys
 import traceback
@@ -78,7 +79,9 @@ def _pretrain(recipe, run_dir: Path, fresh: bool) -> int:
             error, (RecipeError, GuardError)
         ):  # those are the same on all ranks
             print(f"error{where}: {error}", file=sys.stderr, flush=True)
-        # The other ranks may be waiting for this one: leave at once, the launcher ends them.
+        # The other ranks may be waiting for this one: leave at once, the launcher ends them. What multiprocessing has
+        # to give back it gives back first; its own process would complain of semaphores after the line that matters.
+        multiprocessing.util._run_finalizers(0)
         os._exit(2)
     except RuntimeError:
         if world.size > 1 and (missing := watch.missing()):

@@ -87,6 +87,8 @@ class Data(Section):
     """Local folder for shards read from elsewhere."""
     cache_gib: Annotated[float, Field(gt=0)] = 100
     """Most that the cache may hold."""
+    retry_s: Annotated[float, Field(gt=0)] = 120
+    """Seconds that a failing request to an object store is tried again before the run ends; never after 403 or 404."""
     on_bad_shard: Literal["fail", "replace"] = "fail"
     """After a second failed fetch: stop and name it, or replace its samples deterministically and count."""
     shuffle_window: Count = 4096

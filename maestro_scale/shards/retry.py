@@ -25,6 +25,11 @@ class Retry:
     first_wait_s: float = 0.2
     max_wait_s: float = 10.0
 
+    @classmethod
+    def within(cls, deadline_s: float) -> Retry:
+        """The usual waits, up to another deadline."""
+        return cls(deadline_s, min(cls.attempt_s, deadline_s))
+
 
 class Transient(Exception):
     """An attempt failed in a way that another may not."""

@@ -24,6 +24,7 @@ from maestro_scale.model.maestro import Maestro
 from maestro_scale.model.masking import Masking
 from maestro_scale.recipe import Recipe, RecipeError, check_world, resolve_sensors
 from maestro_scale.shards.manifest import Manifest
+from maestro_scale.shards.retry import Retry
 from maestro_scale.shards.store import Store
 from maestro_scale.stream.loader import TrainLoader
 from maestro_scale.stream.source import Source, labels
@@ -131,7 +132,12 @@ def open_datasets(recipe: Recipe) -> list[Dataset]:
             raise RecipeError(
                 f"data.mixture[{i}].dataset: {entry.dataset!r}, but {entry.shards} holds {manifest.spec.name!r}"
             )
-        store = Store(entry.shards, Path(recipe.data.cache_dir), int(recipe.data.cache_gib * 2**30))
+        store = Store(
+            entry.shards,
+            Path(recipe.data.cache_dir),
+            int(recipe.data.cache_gib * 2**30),
+            Retry.within(recipe.data.retry_s),
+        )
         source = Source(
             spec=manifest.spec,
             sensors=resolve_sensors(manifest.spec, entry),

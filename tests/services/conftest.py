@@ -1,0 +1,25 @@
+"""One S3 server for all tests of services."""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from services.s3.server import Server, why_not
+
+
+@pytest.fixture(scope="session")
+def ceph() -> Iterator[Server]:
+    """A running server with the bucket ``shards``."""
+    if reason := why_not():
+        pytest.skip(reason)
+    with Path("/tmp/s3.lock").open("w") as held:  # there can be one per machine
+        fcntl.flock(held, fcntl.LOCK_EX)
+        server = Server()
+        try:
+            server.up()
+            yield server
+        finally:
+            server.down()
