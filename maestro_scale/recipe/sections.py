@@ -153,6 +153,9 @@ class Train(Section):
     """Samples per optimizer step, over all ranks."""
     micro_batch: Count = 8
     """Samples per forward pass of one rank; the rest of its share is accumulated."""
+    warmup_check: bool = True
+    """Rehearse one step on made-up data of the largest shape at every start, so that what does not fit in memory
+    shows in the first minute. Changes nothing that is learned."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 on a GPU, fp32 on a CPU (bf16 is hundreds of times slower on most CPUs)."""
     log_every: Count = 10

@@ -17,6 +17,9 @@ from maestro_scale.training.fragments import Holdings
 from maestro_scale.training.guard import Guard
 from maestro_scale.training.optimizer import Schedule, set_lr
 
+# What DeepSpeed counts per step; its monitors and profiler go by them.
+_COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+
 
 @dataclass(frozen=True)
 class Taken:
@@ -64,6 +67,35 @@ class Engine:
         ``counts`` (S,): hidden pixels per sensor of the whole global batch.
         """
         lr = set_lr(self._raw.basic_optimizer, self._schedule(step))
+        local_sums = self._run(batches, masks, counts)
+        if not self._judged:  # DeepSpeed itself gave up on the step
+            self._judge()
+            if self._skipped is None:
+                raise RuntimeError("DeepSpeed skipped a step whose loss and gradient norm are finite")
+        if self._skipped is None:
+            self.guard.took(self._loss, self._norm)
+        else:
+            self.guard.skipped()
+        return Taken(self._loss, self._sums, self._norm, lr, self._skipped, local_sums)
+
+    def rehearse(self, batches: list[Batch], masks: list[dict[str, Mask]], counts: Tensor) -> None:
+        """Go through a step and change nothing: weights, moments, the guard and every counter stay, bit by bit.
+
+        AdamW's moments are allocated first, as zeros, which is how its own first step would begin: so the memory
+        that forward and backward find is what a step in the middle of a run finds.
+        """
+        raw = self._raw
+        self.holdings.begin_adam_at(self.holdings.adam_step)
+        before = {name: getattr(raw, name) for name in _COUNTERS}
+        update, self._update = self._update, lambda *args, **kwargs: None
+        try:
+            self._run(batches, masks, counts)
+        finally:
+            self._update = update
+            for name, value in before.items():
+                setattr(raw, name, value)
+
+    def _run(self, batches: list[Batch], masks: list[dict[str, Mask]], counts: Tensor) -> Tensor:
         if self._stage == 3 and self.model.config.others:
             self._forget_gradients()
         local_sums = []
@@ -76,15 +108,7 @@ class Engine:
             if self._raw.is_gradient_accumulation_boundary():
                 self._begin_judging(batch.dataset, torch.stack(local_sums), counts)
             self._raw.step()
-        if not self._judged:  # DeepSpeed itself gave up on the step
-            self._judge()
-            if self._skipped is None:
-                raise RuntimeError("DeepSpeed skipped a step whose loss and gradient norm are finite")
-        if self._skipped is None:
-            self.guard.took(self._loss, self._norm)
-        else:
-            self.guard.skipped()
-        return Taken(self._loss, self._sums, self._norm, lr, self._skipped, torch.stack(local_sums))
+        return torch.stack(local_sums)
 
     def _begin_judging(self, dataset: str, local_sums: Tensor, counts: Tensor) -> None:
         self._sums = self._world.sum(local_sums.sum(0))

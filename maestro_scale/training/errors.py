@@ -11,6 +11,7 @@ from maestro_scale.stream.plan import PlanError
 from maestro_scale.training.checkpoint import CheckpointError
 from maestro_scale.training.guard import GuardError
 from maestro_scale.training.run_dir import RunDirError
+from maestro_scale.training.warmup import WarmupError
 
 EXPECTED = (
     CheckpointError,
@@ -22,4 +23,5 @@ EXPECTED = (
     RecipeError,
     RunDirError,
     ShardsError,
+    WarmupError,
 )

@@ -27,6 +27,7 @@ from maestro_scale.shards.manifest import Manifest
 from maestro_scale.shards.retry import Retry
 from maestro_scale.shards.store import Store
 from maestro_scale.stream.loader import TrainLoader
+from maestro_scale.stream.mock import mock_batch
 from maestro_scale.stream.source import Source, labels
 from maestro_scale.training.checkpoint import CheckpointError, Checkpoints, Position, Retention
 from maestro_scale.training.distributed import World
@@ -42,6 +43,7 @@ from maestro_scale.training.run_dir import JsonLines, RunDirError, environment, 
 from maestro_scale.training.skipped import SkippedSteps
 from maestro_scale.training.state import TrainState
 from maestro_scale.training.stop import StopRequest
+from maestro_scale.training.warmup import warm_up
 from maestro_scale.training.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -224,6 +226,9 @@ def _prepare(
             f"train: {run_dir} has taken {position.step} steps and the recipe asks for {num_steps}: ask for at least "
             "that many, or use another --run-dir"
         )
+    if t.warmup_check and position.step < num_steps:
+        watch.note(position.step, "starting")
+        _rehearse(recipe, config, datasets, engine, world)
     for kind in ("audit", "skipped"):
         _rewind_ranks(run_dir / kind, position.step, world)
     world.barrier()
@@ -322,6 +327,21 @@ def _resume(
             "use another --run-dir, or remove this one"
         )
     return Position()
+
+
+def _rehearse(
+    recipe: Recipe, config: ModelConfig, datasets: list[Dataset], engine: Engine, world: World
+) -> None:
+    """A step on made-up data of the dataset that takes the most memory."""
+    t, ratio = recipe.train, recipe.masking.ratio
+    largest, dataset = max(
+        zip(config.views, datasets, strict=True),
+        key=lambda pair: cost(config.of(pair[0].dataset), ratio).activations,
+    )
+    batch = mock_batch(dataset.source, largest.dataset, t.micro_batch)
+    num_micro_batches = t.global_batch // (t.micro_batch * world.size)
+    own, masking = config.of(largest.dataset), Masking(**recipe.masking.model_dump())
+    warm_up(engine, world, own, masking, batch, num_micro_batches)
 
 
 def _rewind_ranks(folder: Path, step: int, world: World) -> None:

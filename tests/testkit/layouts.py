@@ -6,7 +6,9 @@ The one argument is a JSON file: {"out": folder, "tasks": [{"name", "stage", "st
 
 from __future__ import annotations
 
+import hashlib
 import json
+import resource
 import sys
 from pathlib import Path
 
@@ -54,10 +56,12 @@ def run_task(task: dict, world) -> dict:
     from maestro_scale.training.checkpoint import Checkpoints, Position, Retention
     from maestro_scale.training.ema import Ema
     from maestro_scale.training.engine import Engine
+    from maestro_scale.training.fragments import MOMENTS
     from maestro_scale.training.guard import Guard
     from maestro_scale.training.optimizer import build_optimizer
     from maestro_scale.training.state import TrainState
 
+    torch.manual_seed(0)
     accumulate = task.get("accumulate", 1)
     config = config_of(task)
     derived = Derived(
@@ -78,6 +82,8 @@ def run_task(task: dict, world) -> dict:
         checkpoints = Checkpoints(Path(load), world, Retention(9))
         position, _ = checkpoints.load(state, checkpoints.latest()[0], {})
         assert position.step == task["start"]
+    if task.get("rehearse"):
+        rehearse(task, engine, config, world)
     for step in range(task["start"], task["start"] + task["steps"]):
         parts, masks, counts = global_batches(config, step, world.size * accumulate)
         mine = range(world.rank * accumulate, (world.rank + 1) * accumulate)
@@ -89,6 +95,13 @@ def run_task(task: dict, world) -> dict:
         result["losses"].append(taken.loss)
         result["norms"].append(taken.norm)
         result.setdefault("skipped", []).append(taken.skipped)
+    result["rng"] = digest([torch.get_rng_state()])
+    result["guard"] = engine.guard.memory()
+    held = [f.weights for f in engine.holdings.fragments]
+    held += [engine.holdings.moment(f, m) for f in engine.holdings.fragments for m in MOMENTS]
+    digests = [None] * world.size
+    torch.distributed.all_gather_object(digests, digest([*held, *state.ema.averages]))
+    result["state"] = digests
     if save := task.get("save"):
         checkpoints = Checkpoints(Path(save), world, Retention(9))
         checkpoints.begin(state, Position(0, task["start"] + task["steps"]), {}, {})
@@ -96,14 +109,38 @@ def run_task(task: dict, world) -> dict:
     return result
 
 
+def rehearse(task: dict, engine, config, world) -> None:
+    """The warm-up; with ``room_mb`` it may not take more than that, and the error is what counts."""
+    from maestro_scale.model.masking import Masking
+    from maestro_scale.training.warmup import warm_up
+
+    if room_mb := task.get("room_mb"):
+        size_kb = int(Path("/proc/self/status").read_text().split("VmSize:")[1].split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (size_kb * 1024 + room_mb * 2**20,) * 2)
+    accumulate = task.get("accumulate", 1)
+    batch = full_batch(config, task.get("size", GLOBAL_BATCH // world.size // accumulate), seed=1)
+    warm_up(engine, world, config, Masking(), batch, accumulate)
+
+
+def digest(tensors) -> str:
+    sha = hashlib.sha256()
+    for tensor in tensors:
+        sha.update(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
+
+
 def main() -> None:
     from maestro_scale.training.distributed import join, leave
+    from maestro_scale.training.errors import EXPECTED
 
     torch.set_num_threads(1)
     order = json.loads(Path(sys.argv[1]).read_text())
     world = join()
     for task in order["tasks"]:
-        result = run_task(task, world)
+        try:
+            result = run_task(task, world)
+        except EXPECTED as error:
+            result = {"error": str(error)}
         (Path(order["out"]) / f"{task['name']}-rank{world.rank}.json").write_text(json.dumps(result))
     leave()
 

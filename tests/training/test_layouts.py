@@ -3,15 +3,12 @@ on from a checkpoint of any other."""
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from testkit import layouts
-from testkit.runs import Job, free_port
+from testkit.launch import launch, task
 
 from maestro_scale.interop.sharded_state import StateReader
 from maestro_scale.model.maestro import Maestro
@@ -55,34 +52,6 @@ class Plain:
 @pytest.fixture(scope="module")
 def plain() -> Plain:
     return Plain()
-
-
-def launch(folder: Path, ranks: int, tasks: list[dict]) -> dict[str, dict]:
-    """Run tasks on so many ranks; {task: what rank 0 found}."""
-    out = folder / f"out-{ranks}-{tasks[0]['name']}"
-    out.mkdir()
-    order = out / "order.json"
-    order.write_text(json.dumps({"out": str(out), "tasks": tasks}))
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "MASTER_ADDR": "127.0.0.1"}
-    env |= {"MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
-    env["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
-    commands = [
-        ([sys.executable, layouts.__file__, str(order)], {**env, "RANK": str(r), "LOCAL_RANK": str(r)})
-        for r in range(ranks)
-    ]
-    job = Job(commands, out / "log.txt")
-    assert job.wait(500) == 0, job.output[-4000:]
-    found = {
-        t["name"]: [json.loads((out / f"{t['name']}-rank{r}.json").read_text()) for r in range(ranks)]
-        for t in tasks
-    }
-    for name, results in found.items():
-        assert all(r == results[0] for r in results), f"{name}: ranks disagree"
-    return {name: results[0] for name, results in found.items()}
-
-
-def task(stage: int, name: str, steps: int = STEPS, start: int = 0, **more) -> dict:
-    return {"name": name, "stage": stage, "steps": steps, "start": start, **more}
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

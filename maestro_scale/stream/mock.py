@@ -1,0 +1,27 @@
+"""A batch of noise with the shapes and dtypes of a real one, without reading a sample."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from maestro_scale.stream.batch import Batch
+from maestro_scale.stream.packing import Label, arrays_in, num_bytes, unpack
+from maestro_scale.stream.prepare import Preparer, View
+from maestro_scale.stream.source import Source
+
+
+def mock_batch(source: Source, label: str, size: int) -> Batch:
+    """``size`` samples as ``source``, which the run calls ``label``, would give them. Draws from no shared state."""
+    fields = Preparer(View(source.spec, source.sensors, source.crop_m)).fields
+    block = torch.zeros(num_bytes(fields, size), dtype=torch.uint8)
+    rng = np.random.default_rng(0)
+    for field, array in arrays_in(block, fields, size).items():
+        if field.part == "noise":
+            array[:] = rng.random(array.shape, dtype=np.float32)
+        elif field.part == "pixels":
+            array[:] = rng.integers(0, 100, array.shape)  # within the range of every stored dtype
+        elif field.part == "dates":
+            array[:] = (2020, 180, 12)
+    keys = tuple(f"mock/{label}/{i}" for i in range(size))
+    return unpack(block, fields, Label(label, keys, keys, 0, 0))

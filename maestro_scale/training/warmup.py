@@ -1,0 +1,53 @@
+"""One step on made-up data before the first real one, so that what does not fit in memory shows in the first minute."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import torch
+
+from maestro_scale.model.config import ModelConfig
+from maestro_scale.model.masking import Masking, draw_masks
+from maestro_scale.stream.batch import Batch
+from maestro_scale.training.distributed import World
+from maestro_scale.training.engine import Engine
+from maestro_scale.training.loop import hidden_counts
+
+log = logging.getLogger(__name__)
+
+_CPU_ALLOCATOR = "DefaultCPUAllocator: "  # begins what torch says when the system refuses it memory
+
+
+class WarmupError(Exception):
+    """A step does not fit in memory; the message says what was tried and what takes less."""
+
+
+def warm_up(
+    engine: Engine, world: World, config: ModelConfig, masking: Masking, batch: Batch, num_micro_batches: int
+) -> None:
+    """Rehearse a step of ``num_micro_batches`` times ``batch`` on every rank; see ``Engine.rehearse``.
+
+    ``config``: the model as it sees the batch's dataset. WarmupError on a rank where memory runs out.
+    """
+    where = f"rank {world.rank} on {os.uname().nodename}"
+    try:
+        batch = batch.to(world.device)
+        masks = [draw_masks(config, masking, batch)] * num_micro_batches
+        counts = world.sum(hidden_counts(config, masks))
+        engine.rehearse([batch] * num_micro_batches, masks, counts)
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or _CPU_ALLOCATOR in str(error):
+            raise WarmupError(
+                f"out of memory on {where}, in a step on mock data with micro-batches of {len(batch)} samples of "
+                f"{batch.dataset} ({' '.join(str(error).split())[:300]}). Set a smaller train.micro_batch, "
+                "model.checkpointing=blocks or a higher deepspeed.zero_optimization.stage; maestro-scale plan "
+                "compares them"
+            ) from error
+        raise
+    if world.device.type == "cuda":
+        used = torch.cuda.max_memory_reserved(world.device)
+        room = torch.cuda.get_device_properties(world.device).total_memory
+        used, share = world.maxima([used / 2**30, used / room])
+        if world.is_main:
+            log.info("warm-up: a step takes up to %.1f GiB, %.0f %% of a device", used, 100 * share)
