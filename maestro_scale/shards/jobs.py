@@ -71,10 +71,7 @@ def _distribute(
             except (EOFError, ConnectionResetError):
                 process = pipes[pipe]
                 process.join()
-                raise WorkerDied(
-                    f"a worker process ended with exit code {process.exitcode}; -9 often means that memory "
-                    "ran out: use fewer workers"
-                ) from None
+                raise WorkerDied(_last_words(process.exitcode)) from None
             if kind == "report":
                 report(*content)
             elif kind == "failed":
@@ -104,3 +101,11 @@ def _serve(work: Work, pipe: Connection) -> None:
         pipe.send(("failed", error))
     except Exception:  # noqa: BLE001 # it is told to the parent, which raises it
         pipe.send(("failed", WorkerDied(f"a worker failed:\n{traceback.format_exc()}")))
+
+
+def _last_words(exitcode: int | None) -> str:
+    if exitcode == -signal.SIGKILL:
+        hint = "that is often the system, out of memory: use fewer workers"
+    else:
+        hint = "its own words are above; a script that starts workers must do so under `if __name__ == '__main__':`"
+    return f"a worker process ended with exit code {exitcode}; {hint}"

@@ -204,6 +204,24 @@ def test_only_one_writes_a_split(tmp_path):
     assert sorted(Manifest.load(str(tmp_path)).splits) == ["train", "val"]
 
 
+UNGUARDED = """
+import sys
+from shards.kit import Toy
+from maestro_scale.shards.writer import write_shards
+write_shards(Toy(12), sys.argv[1], "train", workers=2, shard_mb=0.03)
+"""
+
+
+def test_workers_of_an_unguarded_script_end_it(tmp_path):
+    script = tmp_path / "write.py"
+    script.write_text(UNGUARDED)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    command = [sys.executable, str(script), str(tmp_path / "shards")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "under `if __name__ == '__main__':`" in done.stderr.splitlines()[-1]
+
+
 KILLED = """
 import sys
 from shards.kit import Toy
