@@ -101,7 +101,7 @@ def test_from_two_ranks_to_one_to_two_and_other_stages(trainer, quiet, tmp_path)
 def test_a_frozen_rank_ends_the_job_and_is_named(trainer, tmp_path):
     run_dir = tmp_path / "run"
     job = trainer.start(
-        run_dir, 2, *LONG, "train.steps=100000", "train.hang_timeout_s=8", "train.log_every=1"
+        run_dir, 2, *LONG, "train.steps=100000", "train.hang_timeout_s=20", "train.log_every=1"
     )
     deadline = time.monotonic() + 200
     while last_step(run_dir) < 3:
