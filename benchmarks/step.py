@@ -118,7 +118,7 @@ def bench(spec: DatasetSpec, size: str, args: argparse.Namespace) -> Bench:
         checkpointing=args.checkpointing,
     )
     model = Maestro(config).initialise(0).to(device)
-    optimizer, _ = build_optimizer(model, 1e-6, (0.9, 0.99), 1e-8, 0.01, lambda _: 1.0)
+    optimizer = build_optimizer(model, 1e-6, (0.9, 0.99), 1e-8, 0.01)
     return Bench(
         model, optimizer, random_batch(spec, args.batch).to(device), device, args.precision == "bf16"
     )

@@ -69,6 +69,29 @@ def test_masked_pixels_do_not_reach_the_encoder_with_token_norm():
         assert torch.equal(before[name], after[name])
 
 
+def test_group_norm_lets_two_numbers_per_date_through():
+    """Mean and variance over a date: hidden patches may trade places, but not change together."""
+    config = small_config(norm="group")
+    model, batch = Maestro(config).initialise(0).double().eval(), full_batch(config, 2)
+    batch = dataclasses.replace(batch, pixels={k: v.double() for k, v in batch.pixels.items()})
+    masks = draw_masks(config, Masking(), batch)
+    hidden = by_sensor(config, masks)["aerial"][:, 0]  # (B, 16)
+
+    def encoded(change) -> dict[str, torch.Tensor]:
+        pixels = batch.pixels["aerial"].clone()
+        patches = (
+            pixels.unfold(3, 5, 5).unfold(4, 5, 5).permute(0, 3, 4, 1, 2, 5, 6)
+        )  # a view, B first, then 4 x 4
+        for image, where in zip(patches, hidden.view(-1, 4, 4), strict=True):
+            image[where] = change(image[where])
+        return model.encode(dataclasses.replace(batch, pixels={**batch.pixels, "aerial": pixels}), masks)
+
+    before, traded, changed = encoded(lambda x: x), encoded(lambda x: x.roll(1, 0)), encoded(lambda x: x + 9)
+    for name in before:
+        assert torch.allclose(before[name], traded[name], atol=1e-6)
+    assert not torch.allclose(before["aerial"], changed["aerial"], atol=1e-3)
+
+
 def test_initialisation_is_complete_and_keyed_by_name():
     config = small_config()
     one, two = Maestro(config), Maestro(config).initialise(3)

@@ -1,0 +1,99 @@
+"""How much the encoder learns of masked pixels through ``norm: group``, the authors' normalisation of patch embeddings.
+
+    python benchmarks/leak.py
+
+Hidden patches of synthetic TreeSatAI-TS tiles are replaced by those of another tile; visible tokens should not change.
+Under ``norm: token`` they do not, to the bit. Prints the relative change (root mean square) as they enter the encoder
+and as they leave it, for a model of size ``tiny`` at initialisation; writes benchmarks/results/leak.json.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from maestro_scale import datasets
+from maestro_scale.model.config import ModelConfig
+from maestro_scale.model.embed import patchify, unpatchify
+from maestro_scale.model.maestro import Maestro
+from maestro_scale.model.masking import Masking, by_sensor, draw_masks
+from maestro_scale.model.sizes import SIZES
+from maestro_scale.shards.manifest import Manifest
+from maestro_scale.shards.store import Store
+from maestro_scale.shards.writer import write_shards
+from maestro_scale.stream.batch import Batch
+from maestro_scale.stream.loader import TrainLoader
+from maestro_scale.stream.source import Source
+
+
+def tiles(folder: Path, count: int) -> Batch:
+    """A batch of synthetic tiles, as training sees them."""
+    datasets.synth("treesatai_ts", folder / "raw", 2 * count, 0)
+    raw = datasets.open_raw("treesatai_ts", folder / "raw", "train")
+    write_shards(raw, str(folder / "shards"), "train")
+    manifest = Manifest.load(str(folder / "shards"))
+    store = Store(str(folder / "shards"), folder / "cache", 2**30)
+    spec = manifest.spec
+    source = Source(spec, spec.sensors, spec.crop_m, manifest.of(["train"]), store)
+    loader = TrainLoader([source], 0, lanes=1, global_batch=count, micro_batch=count)
+    (batch,) = next(loader.steps(0, 1)).batches
+    loader.close()
+    return batch
+
+
+def with_others_hidden(config: ModelConfig, batch: Batch, hidden: dict[str, Tensor]) -> Batch:
+    """The batch, but hidden patches are those of the next tile."""
+    pixels = {}
+    for s in config.sensors:
+        size = batch.pixels[s.name].shape[-1]
+        patch = s.patch * size // s.image_size  # of stored pixels
+        patches = patchify(batch.pixels[s.name], patch)
+        where = hidden[s.name].view(*patches.shape[:3], 1, 1)
+        pixels[s.name] = unpatchify(torch.where(where, patches.roll(1, 0), patches), patch)
+    return replace(batch, pixels=pixels)
+
+
+def change(before: Tensor, after: Tensor) -> float:
+    """Root mean square of the difference, relative to the values."""
+    return ((after - before).pow(2).mean() / before.pow(2).mean()).sqrt().item()
+
+
+@torch.no_grad()
+def main() -> None:
+    """The command."""
+    spec = datasets.spec("treesatai_ts")
+    with tempfile.TemporaryDirectory() as folder:
+        batch = tiles(Path(folder), 16)
+    found = {}
+    for norm in ("group", "token"):
+        config = ModelConfig(
+            dataset=spec.name, sensors=spec.sensors, pos_grid=spec.pos_grid, size=SIZES["tiny"], norm=norm
+        )
+        model = Maestro(config).initialise(0).eval()
+        masks = draw_masks(config, Masking(), batch)
+        other = with_others_hidden(config, batch, by_sensor(config, masks))
+        entering = {}
+        for s in config.sensors:
+            visible = ~by_sensor(config, masks)[s.name]
+            before, after = (
+                model.patch_embed[s.embed][0](model._patches(s, b)).flatten(1, 2)[visible.flatten(1)]
+                for b in (batch, other)
+            )
+            entering[s.name] = change(before, after)
+        before, after = model.encode(batch, masks), model.encode(other, masks)
+        found[norm] = {
+            "entering": entering,
+            "leaving": {name: change(before[name], after[name]) for name in before},
+        }
+        print(norm, json.dumps(found[norm], indent=1))
+    path = Path(__file__).parent / "results" / "leak.json"
+    path.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
