@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from maestro_scale.secrets_filter import hide_secrets
+
 app = typer.Typer(
     name="maestro-scale",
     help="Pretrain MAESTRO on many machines: make shards, check them, try everything, export models.",
@@ -19,6 +21,7 @@ app = typer.Typer(
 
 def main() -> None:
     """The console entry point: expected mistakes become one line and exit code 1."""
+    hide_secrets()
     try:
         app()
     except Exception as error:
@@ -26,10 +29,12 @@ def main() -> None:
         from maestro_scale.evaluation.results import ResultsError
         from maestro_scale.quickstart import QuickstartError
         from maestro_scale.tracking.dashboard import DashboardError
+        from maestro_scale.tracking.registry import RegistryError
         from maestro_scale.tracking.sync import SyncError
         from maestro_scale.training.errors import EXPECTED
 
-        if not isinstance(error, (*EXPECTED, QuickstartError, ResultsError, SyncError, DashboardError)):
+        ours = (*EXPECTED, QuickstartError, ResultsError, SyncError, DashboardError, RegistryError)
+        if not isinstance(error, ours):
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
@@ -176,12 +181,19 @@ def export(
     run_dir: Annotated[Path, typer.Argument(help="A run directory with at least one checkpoint.")],
     out: Annotated[Path, typer.Argument(help="Folder for model.safetensors and config.json.")],
     ema: Annotated[bool, typer.Option(help="The moving average of the weights (optim.ema).")] = False,
+    register: Annotated[
+        str, typer.Option(help="Also make it a version of this model in MLflow's registry.")
+    ] = "",
 ) -> None:
     """Write the newest checkpoint's weights as safetensors that ``load_model`` reads with torch alone."""
     from maestro_scale.interop.export import export_model
+    from maestro_scale.tracking import registry
     from maestro_scale.training.checkpoint import newest
 
     print(f"exported to {export_model(newest(run_dir), out, ema)}")
+    if register:
+        made = registry.register(out, register, run_dir)
+        print(f"registered at {made.store}; load_model({made.uri!r}) loads it")
 
 
 @app.command("convert-ign")

@@ -73,8 +73,10 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit code. Expected mistakes become one line on standard error."""
     args = parse(argv)
     from maestro_scale.evaluation.results import ResultsError
+    from maestro_scale.secrets_filter import hide_secrets
     from maestro_scale.training.errors import EXPECTED
 
+    hide_secrets()
     try:
         _evaluate(args)
     except (*EXPECTED, ResultsError) as error:

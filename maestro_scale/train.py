@@ -42,7 +42,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
     from maestro_scale.recipe import RecipeError, load_recipe
+    from maestro_scale.secrets_filter import hide_secrets
 
+    hide_secrets()
     try:
         recipe = load_recipe(args.recipe, args.overrides)
         if args.dry_run:

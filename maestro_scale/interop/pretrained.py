@@ -15,8 +15,8 @@ from maestro_scale.model.maestro import Maestro
 def load_model(path: str | Path) -> Maestro:
     """A model that ``maestro-scale export`` or ``convert-ign`` wrote, on the CPU, in evaluation mode, scaling inside.
 
-    ``path``: a folder, ``s3://bucket/prefix``, or ``hf://owner/name[@revision][/folder]``. Raises ExportError where it
-    is no such model or its weights do not fit its configuration.
+    ``path``: a folder, ``s3://bucket/prefix``, ``hf://owner/name[@revision][/folder]``, or ``models:/name/version`` of
+    an MLflow registry. Raises ExportError where it is no such model or its weights do not fit its configuration.
     """
     source = ModelSource(path)
     config, state = read_model(source)

@@ -14,17 +14,21 @@ from maestro_scale.interop.export import CONFIG, FORMAT_VERSION, WEIGHTS, Export
 from maestro_scale.shards.errors import StoreError
 from maestro_scale.shards.roots import LocalRoot, open_root
 
+REGISTERED = "data/model"  # where MLflow puts what it only carries
+
 
 class ModelSource:
     """One exported model: ``config.json`` beside ``model.safetensors``.
 
-    ``url``: a folder, ``s3://bucket/prefix`` (or another scheme that fsspec knows), or
-    ``hf://owner/name[@revision][/folder]``, which needs the ``hub`` extra and keeps to its cache.
+    ``url``: a folder, ``s3://bucket/prefix`` (or another scheme that fsspec knows),
+    ``hf://owner/name[@revision][/folder]``, which needs the ``hub`` extra and keeps to its cache, or
+    ``models:/name/version`` of the MLflow registry at ``MLFLOW_TRACKING_URI``.
     """
 
     def __init__(self, url: str | Path) -> None:
         self.url = str(url).rstrip("/")
-        self._root = open_root(_fetched(self.url) if self.url.startswith("hf://") else self.url)
+        fetch = next((f for scheme, f in _FETCH.items() if self.url.startswith(scheme)), str)
+        self._root = open_root(fetch(self.url))
 
     def record(self) -> dict[str, Any]:
         """The content of config.json; ExportError where there is none that this version reads."""
@@ -53,7 +57,7 @@ class ModelSource:
             raise ExportError(f"{self.url}/{WEIGHTS} cannot be read ({error}): fetch it again") from None
 
 
-def _fetched(url: str) -> Path:
+def _from_hub(url: str) -> Path:
     try:
         from huggingface_hub import hf_hub_download
     except ImportError:
@@ -75,3 +79,19 @@ def _fetched(url: str) -> Path:
     except (OSError, ValueError) as error:  # the client's own errors are among them
         raise ExportError(f"{url}: cannot be fetched ({str(error).strip().splitlines()[0]})") from None
     return Path(paths[-1]).parent
+
+
+def _from_registry(url: str) -> Path:
+    import mlflow.artifacts
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return Path(mlflow.artifacts.download_artifacts(artifact_uri=url)) / REGISTERED
+    except (MlflowException, OSError) as error:
+        raise ExportError(
+            f"{url}: cannot be fetched from {mlflow.get_registry_uri().rpartition('@')[2]} "
+            f"({str(error).strip().splitlines()[0]}); is MLFLOW_TRACKING_URI set?"
+        ) from None
+
+
+_FETCH = {"hf://": _from_hub, "models:/": _from_registry}

@@ -7,8 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from maestro_scale.secrets_filter import scrub
 from maestro_scale.tracking.mlflow_tracker import quiet_mlflow
-from maestro_scale.tracking.secrets_filter import scrub
 
 
 class DashboardError(Exception):

@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 
 from maestro_scale.evaluation.results import EvalResult
+from maestro_scale.secrets_filter import scrub, scrub_document, scrub_mapping
 from maestro_scale.tracking.mlflow_run import RUN_FILE, tracking_uri
 from maestro_scale.tracking.mlflow_tracker import quiet_mlflow
-from maestro_scale.tracking.secrets_filter import scrub, scrub_document, scrub_mapping
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from maestro_scale.tracking.secrets_filter import scrub, scrub_document, scrub_mapping
+from maestro_scale.secrets_filter import scrub, scrub_document, scrub_mapping
 from maestro_scale.training.run_dir import write_atomically
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ class MlflowRun:
         client = MlflowClient(uri)
         earlier = _earlier_run(client, card, uri)
         if earlier is None:
-            run = client.create_run(_experiment_id(client, card), run_name=card.run_name)
+            run = client.create_run(_experiment_id(client, card), run_name=scrub(card.run_name))
             record = {"tracking_uri": scrub(uri), "run_id": run.info.run_id}
             write_atomically(card.run_dir / RUN_FILE, json.dumps(record, indent=1))
         else:

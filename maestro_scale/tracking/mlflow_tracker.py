@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from maestro_scale.secrets_filter import scrub
 from maestro_scale.tracking.mlflow_run import (
     STATUS,
     MlflowRun,
@@ -25,7 +26,6 @@ from maestro_scale.tracking.mlflow_run import (
     RunCard,
     tracking_uri,
 )
-from maestro_scale.tracking.secrets_filter import scrub
 
 log = logging.getLogger(__name__)
 

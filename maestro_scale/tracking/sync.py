@@ -9,10 +9,10 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from maestro_scale.recipe import load_recipe
+from maestro_scale.secrets_filter import scrub
 from maestro_scale.tracking.card import run_card
 from maestro_scale.tracking.mlflow_run import ENDED_FILE, MlflowRun, tracking_uri
 from maestro_scale.tracking.mlflow_tracker import quiet_mlflow
-from maestro_scale.tracking.secrets_filter import scrub
 
 
 class SyncError(Exception):

@@ -21,6 +21,7 @@ from maestro_scale.training.distributed import World
 from maestro_scale.training.engine import Engine, Taken
 from maestro_scale.training.garbage import collected_every
 from maestro_scale.training.meter import Meter
+from maestro_scale.training.nodes import Nodes
 from maestro_scale.training.observer import Observer, SensorView
 from maestro_scale.training.run_dir import JsonLines, finite
 from maestro_scale.training.skipped import SkippedSteps
@@ -73,6 +74,7 @@ class Run:
     audit: JsonLines | None
     skipped: SkippedSteps
     meter: Meter
+    nodes: Nodes
     stop: StopRequest
     watch: Watchdog
     observers: list[Observer] = field(default_factory=list)
@@ -161,6 +163,7 @@ def hidden_counts(config: ModelConfig, masks: list[dict[str, Mask]]) -> Tensor:
 def _log(run: Run, position: Position, data: Step, taken: Taken, counts: Tensor) -> None:
     # Every rank takes part: the meter and the counters are collective. Only rank 0 writes.
     speeds = run.meter.read()
+    nodes = run.nodes.read()
     counters = run.stream.counters
     counters = dict(zip(counters, run.world.sums(list(counters.values())), strict=True))
     if not run.world.is_main:
@@ -177,6 +180,7 @@ def _log(run: Run, position: Position, data: Step, taken: Taken, counts: Tensor)
         **speeds,
         "skipped_steps": position.skipped_steps,
         **{f"data/{name}": total for name, total in counters.items()},
+        **nodes,
     }
     run.metrics.append(record)
     for observer in run.observers:

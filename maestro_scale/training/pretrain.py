@@ -23,6 +23,7 @@ from maestro_scale.model.cost import cost
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.model.masking import Masking
 from maestro_scale.recipe import Recipe, RecipeError, check_world, resolve_sensors
+from maestro_scale.secrets_filter import scrub_document
 from maestro_scale.shards.manifest import Manifest
 from maestro_scale.shards.retry import Retry
 from maestro_scale.shards.store import Store
@@ -37,6 +38,7 @@ from maestro_scale.training.guard import Guard
 from maestro_scale.training.loop import Outcome, Rhythm, Run, Seen, train
 from maestro_scale.training.meter import Meter
 from maestro_scale.training.mirror import Mirror
+from maestro_scale.training.nodes import Nodes
 from maestro_scale.training.observer import Observer, RunInfo
 from maestro_scale.training.optimizer import SCHEDULES, build_optimizer
 from maestro_scale.training.run_dir import JsonLines, RunDirError, environment, lock, write_atomically
@@ -257,15 +259,16 @@ def _prepare(
         audit=JsonLines(run_dir / "audit" / own) if t.audit else None,
         skipped=skipped,
         meter=Meter(world),
+        nodes=Nodes(world),
         stop=StopRequest(run_dir).install(),
         watch=watch,
         observers=observers if world.is_main else [],
     )
     if world.is_main:
         metrics.rewind(position.step)
-        write_atomically(run_dir / "recipe.yaml", recipe.to_yaml())
+        write_atomically(run_dir / "recipe.yaml", scrub_document(recipe.to_yaml()))
         about = {**environment(), "attention": kernel, "compile": recipe.model.compile}
-        write_atomically(run_dir / "environment.json", json.dumps(about, indent=1))
+        write_atomically(run_dir / "environment.json", scrub_document(json.dumps(about, indent=1)))
         info = RunInfo(run_dir, position.step, num_steps, t.global_batch)
         for observer in run.observers:
             observer.started(info)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,15 +21,15 @@ from maestro_scale.tracking.evaluations import record_evaluation
 from maestro_scale.tracking.metric_names import metric_names
 from tests.testkit.runs import Trainer, free_port, metrics, write_recipe
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.root]
 TRACKED = ("--set", "tracking.enabled=true", "tracking.pictures_every=4")
 
 
 class Server:
-    """``mlflow server`` on a database and an artifact folder, which can be stopped and started again."""
+    """``mlflow server`` on a database, its artifacts in S3, which can be stopped and started again."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.port = folder, free_port()
+    def __init__(self, folder: Path, s3: dict[str, str]) -> None:
+        self.folder, self.port, self._s3 = folder, free_port(), s3
         self.uri = f"http://127.0.0.1:{self.port}"
         self._process: subprocess.Popen | None = None
 
@@ -36,9 +37,10 @@ class Server:
         """Returns once it answers."""
         store = f"sqlite:///{self.folder / 'mlflow.db'}"
         command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, "--workers", "1"]
-        command += ["--artifacts-destination", str(self.folder / "artifacts"), "--port", str(self.port)]
+        command += ["--artifacts-destination", "s3://shards/mlflow", "--port", str(self.port)]
         with (self.folder / "server.log").open("ab") as log:
-            self._process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+            env = {**os.environ, **self._s3, "MLFLOW_S3_ENDPOINT_URL": self._s3["AWS_ENDPOINT_URL"]}
+            self._process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=env)
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
             try:
@@ -58,8 +60,8 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    server = Server(tmp_path_factory.mktemp("mlflow"))
+def server(ceph, tmp_path_factory):
+    server = Server(tmp_path_factory.mktemp("mlflow"), ceph.env)
     server.start()
     yield server
     server.stop()
@@ -104,6 +106,11 @@ def test_a_run_and_its_evaluation(server, trainer, tmp_path):
     assert {a.path for a in stored.list_artifacts(run_id)} >= {"recipe.yaml", "metrics.jsonl", "pictures"}
     pictures = [a.path for a in stored.list_artifacts(run_id, "pictures")]
     assert pictures == ["pictures/step_00000004.png", "pictures/step_00000006.png"]
+
+    host = socket.gethostname()
+    memory = stored.get_metric_history(run_id, f"system/{host}/memory_gib")
+    assert [m.step for m in memory] == [1, 2, 3, 4, 5, 6]
+    assert all(0 < m.value < 10_000 for m in memory)
 
     result = EvalResult(
         "treesatai_ts", "wf1", "knn", 0.5, {"Abies": 0.25, "Acer": None}, (0.4, 0.6), 9, checkpoint_step=6
@@ -177,3 +184,91 @@ def test_a_run_without_network_is_sent_later(server, trainer, tmp_path):
     again = sync(server.uri)
     assert "0 more pictures" in again.stdout
     assert check_every_metric_is_there_once(server, run_dir) == "FINISHED"
+
+
+PLANTED = {
+    "environment": "plantedInTheEnvironment",
+    "url": "plantedInTheUrl",
+    "recipe": "hf_plantedInTheRecipe00",
+}
+
+
+def test_secrets_appear_nowhere(server, trainer, synthetic_shards, tmp_path):
+    odd = tmp_path / f"shards?token={PLANTED['url']}"
+    odd.symlink_to(synthetic_shards)
+    text = trainer.recipe.read_text().replace(json.dumps(str(synthetic_shards)), json.dumps(str(odd)))
+    trainer.recipe.write_text(text.replace("name: tiny", f"name: tiny-{PLANTED['recipe']}"))
+    trainer.env["SOME_API_KEY"] = PLANTED["environment"]
+    run_dir = tmp_path / "run"
+    said = ("--set", f"checkpoint.mirror={tmp_path}/mirror-{PLANTED['environment']}")
+    job = trainer.start(run_dir, 1, *TRACKED, *said[1:])
+    assert job.wait(240) == 0, job.output[-3000:]
+    code, complaint = trainer.run(
+        tmp_path / "other", 1, "--set", f"data.mixture[0].split={PLANTED['recipe']}"
+    )
+    assert code == 2
+    run_id = json.loads((run_dir / "tracking.json").read_text())["run_id"]
+    fetched = tmp_path / "fetched"
+    os.environ["MLFLOW_TRACKING_URI"] = server.uri
+    try:
+        client(server).download_artifacts(run_id, "", str(_made(fetched)))
+    finally:
+        del os.environ["MLFLOW_TRACKING_URI"]
+    seen = {"log": job.output.encode(), "complaint": complaint.encode()}
+    database = server.folder.glob("mlflow.db*")
+    for path in (*database, server.folder / "server.log", *run_dir.rglob("*"), *fetched.rglob("*")):
+        if path.is_file():
+            seen[str(path)] = path.read_bytes()
+    assert any(name.endswith("recipe.yaml") for name in seen)
+    for secret in PLANTED.values():
+        assert [name for name, content in seen.items() if secret.encode() in content] == []
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def test_a_model_is_registered_and_loaded(server, trainer, tmp_path):
+    run_dir = tmp_path / "run"
+    trainer.train(run_dir, 1, *TRACKED)
+    program = str(Path(sys.executable).parent / "maestro-scale")
+    env = {**os.environ, "MLFLOW_TRACKING_URI": server.uri}
+
+    def export(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [program, "export", *words]
+        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+
+    for version in "12":
+        done = export(str(run_dir), str(tmp_path / "model"), "--register", "tiny trees")
+        assert done.returncode == 0, done.stderr
+        assert f"load_model('models:/tiny trees/{version}')" in done.stdout
+    code = LOADED.format(exported=str(tmp_path / "model"))
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    version = client(server).get_model_version("tiny trees", "2")
+    assert version.run_id == json.loads((run_dir / "tracking.json").read_text())["run_id"]
+    (run_dir / "tracking.json").unlink()
+    refused = export(str(run_dir), str(tmp_path / "model"), "--register", "tiny trees")
+    assert refused.returncode == 1
+    assert "was not tracked" in refused.stderr
+
+
+LOADED = """
+import mlflow.pyfunc, numpy as np, torch
+from maestro_scale import load_model
+from maestro_scale.interop.sources import ModelSource
+mine, theirs = load_model({exported!r}), load_model("models:/tiny trees/2")
+for (name, a), (other, b) in zip(mine.state_dict().items(), theirs.state_dict().items(), strict=True):
+    assert name == other and torch.equal(a, b)
+wrapped = mlflow.pyfunc.load_model("models:/tiny trees/2")
+rng = np.random.default_rng(0)
+inputs = dict(ref_date=np.full((2, 3), (2020, 180, 0), np.int16))
+for s in mine.config.sensors:
+    shape = (2, s.num_dates, len(s.bands), s.image_size, s.image_size)
+    inputs[s.name] = rng.random(shape, np.float32)
+    inputs[s.name + ".dates"] = np.full((2, s.num_dates, 3), (2020, 100, 10), np.int16)
+assert set(inputs) == set(wrapped.metadata.signature.inputs.input_names())
+vector = wrapped.predict(inputs)
+assert vector.shape == (2, len(mine.config.sensors) * mine.config.size.width) and np.isfinite(vector).all()
+"""

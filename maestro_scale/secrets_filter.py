@@ -1,10 +1,12 @@
-"""Keeps credentials out of everything that is sent to a tracking store."""
+"""Keeps credentials out of whatever is printed, written to a run directory, or sent to a tracking store."""
 
 from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Mapping
+from typing import Any, TextIO
 
 HIDDEN = "(hidden)"
 
@@ -43,6 +45,23 @@ def scrub(text: str) -> str:
             text = text.replace(value, HIDDEN)
     text = _USERINFO.sub("", text)
     return _SHAPES.sub(HIDDEN, _QUERY.sub(rf"\g<1>{HIDDEN}", text))
+
+
+def hide_secrets() -> None:
+    """From here on this process prints no secrets: not in lines, warnings or tracebacks."""
+    sys.stdout, sys.stderr = _Scrubbed(sys.stdout), _Scrubbed(sys.stderr)
+
+
+class _Scrubbed:
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._stream.write(scrub(text))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def scrub_mapping(values: Mapping[str, object]) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from maestro_scale.tracking.secrets_filter import HIDDEN, is_secret_name, scrub, scrub_document, scrub_mapping
+from maestro_scale.secrets_filter import HIDDEN, is_secret_name, scrub, scrub_document, scrub_mapping
 
 
 @pytest.mark.parametrize(

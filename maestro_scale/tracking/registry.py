@@ -1,0 +1,140 @@
+"""Exported models in MLflow's registry: a version each, with a signature; ``load_model("models:/NAME/VERSION")``."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from maestro_scale.interop.export import CONFIG, WEIGHTS
+from maestro_scale.interop.pretrained import load_model, read_model
+from maestro_scale.interop.sources import REGISTERED, ModelSource
+from maestro_scale.model.config import ModelConfig
+from maestro_scale.secrets_filter import scrub
+from maestro_scale.tracking.mlflow_run import RUN_FILE, tracking_uri
+from maestro_scale.tracking.mlflow_tracker import quiet_mlflow
+
+if TYPE_CHECKING:
+    from mlflow.models import ModelSignature
+
+
+class RegistryError(Exception):
+    """The registry did not take a model; the message says why."""
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A version of a model in the registry of a store."""
+
+    name: str
+    version: str
+    store: str
+
+    @property
+    def uri(self) -> str:
+        """What ``load_model`` and MLflow take."""
+        return f"models:/{self.name}/{self.version}"
+
+
+def register(model: Path, name: str, run_dir: Path) -> Registered:
+    """Make an exported model a version of ``name``, an artifact of the MLflow run of ``run_dir``.
+
+    Raises:
+        ExportError: ``model`` is no exported model.
+        RegistryError: the run was not tracked, or the store does not answer.
+    """
+    source = ModelSource(model)
+    config, _ = read_model(source)
+    trained = source.record()["trained"]
+    quiet_mlflow()
+    import mlflow.pyfunc
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking import MlflowClient
+
+    uri = tracking_uri(run_dir)
+    try:
+        run_id = json.loads((run_dir / RUN_FILE).read_text())["run_id"]
+    except (OSError, ValueError, KeyError):
+        raise RegistryError(
+            f"{run_dir} was not tracked: there is no {RUN_FILE}; `maestro-scale sync {run_dir}` makes up for it"
+        ) from None
+    try:
+        client = MlflowClient(uri, uri)
+        place = f"models/step_{trained.get('step') or 0:08d}"
+        with tempfile.TemporaryDirectory() as folder:
+            made, plain = Path(folder) / "made", Path(folder) / Path(REGISTERED).name
+            plain.mkdir()
+            for name_of_file in (CONFIG, WEIGHTS):
+                shutil.copy(model / name_of_file, plain)
+            mlflow.pyfunc.save_model(
+                path=str(made),
+                loader_module=__name__,
+                data_path=str(plain),
+                signature=signature(config),
+                pip_requirements=["maestro-scale"],
+            )
+            client.log_artifacts(run_id, str(made), place)
+        if not client.search_registered_models(f"name = '{name}'"):
+            client.create_registered_model(name)
+        root = client.get_run(run_id).info.artifact_uri
+        tags = {"size": _size(config), "dataset": ",".join(v.dataset for v in config.views)}
+        version = client.create_model_version(name, f"{root}/{place}", run_id, tags=tags).version
+    except (MlflowException, OSError) as error:
+        raise RegistryError(
+            f"{scrub(uri)} does not take {model}: {scrub(str(error).splitlines()[0])}"
+        ) from None
+    return Registered(name, str(version), scrub(uri))
+
+
+def signature(config: ModelConfig) -> ModelSignature:
+    """Raw values of every sensor and their dates in, one vector per sample out. MLflow asks for all of them;
+    ``load_model`` takes any."""
+    from mlflow.models import ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    inputs = []
+    for s in config.sensors:
+        shape = (-1, -1, len(s.bands), -1, -1)
+        inputs.append(TensorSpec(np.dtype("float32"), shape, s.name))
+        inputs.append(TensorSpec(np.dtype("int16"), (-1, -1, 3), f"{s.name}.dates"))
+    inputs.append(TensorSpec(np.dtype("int16"), (-1, 3), "ref_date"))
+    return ModelSignature(Schema(inputs), Schema([TensorSpec(np.dtype("float32"), (-1, -1))]))
+
+
+class Embedder:
+    """What ``mlflow.pyfunc.load_model`` gives: vectors of arrays. ``unwrap``: the model of ``load_model``."""
+
+    def __init__(self, folder: str) -> None:
+        self.model = load_model(folder)
+
+    def predict(self, inputs: Mapping[str, np.ndarray], params: dict[str, Any] | None = None) -> np.ndarray:
+        """Arrays as the signature names them -> (B, S*E) float32, the mean tokens of the S sensors given."""
+        del params
+        import torch
+
+        from maestro_scale.stream.batch import Batch
+
+        given = {k: torch.as_tensor(np.asarray(v)) for k, v in inputs.items()}
+        ref_date = given.pop("ref_date")
+        dates = {k.removesuffix(".dates"): v for k, v in given.items() if k.endswith(".dates")}
+        pixels = {k: v for k, v in given.items() if not k.endswith(".dates")}
+        dataset = self.model.config.dataset
+        keys = tuple(map(str, range(len(ref_date))))
+        batch = Batch(dataset, pixels, dates, ref_date, {}, {}, keys)
+        with torch.no_grad():
+            return self.model.embed(batch).vector.float().numpy()
+
+
+def _load_pyfunc(path: str) -> Embedder:
+    """MLflow's hook."""
+    return Embedder(path)
+
+
+def _size(config: ModelConfig) -> str:
+    return f"{config.size.width}x{config.size.depth}"
