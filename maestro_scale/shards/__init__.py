@@ -1,1 +1,32 @@
-"""How the data is stored: safetensors samples in tar shards, a manifest, and a store that verifies them."""
+"""How the data is stored: safetensors samples in tar shards, a manifest, and a store that verifies them.
+
+For a dataset of one's own: ``from maestro_scale.shards import Raster, Target, Writer, describe``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from maestro_scale.datasets.spec import Target
+    from maestro_scale.shards.manifest import Manifest
+    from maestro_scale.shards.own import Raster, describe
+    from maestro_scale.shards.writer import Writer, write_shards
+
+__all__ = ["Manifest", "Raster", "Target", "Writer", "describe", "write_shards"]
+_HOMES = {
+    "Manifest": "maestro_scale.shards.manifest",
+    "Raster": "maestro_scale.shards.own",
+    "Target": "maestro_scale.datasets.spec",
+    "Writer": "maestro_scale.shards.writer",
+    "describe": "maestro_scale.shards.own",
+    "write_shards": "maestro_scale.shards.writer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Lazily: a model that is loaded needs nothing of this but one module.
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
+
+import numpy as np
 
 from maestro_scale.datasets.spec import DatasetError, DatasetSpec, RawDataset, Tile
 from maestro_scale.shards.codec import encode
@@ -16,6 +19,7 @@ from maestro_scale.shards.fields import check_tile
 from maestro_scale.shards.index import ShardIndex
 from maestro_scale.shards.jobs import Report, run_jobs
 from maestro_scale.shards.manifest import Manifest
+from maestro_scale.shards.own import When, tile_of
 from maestro_scale.shards.packing import Packed, Plan, pack_shard, shard_bounds, shuffled
 from maestro_scale.shards.part import WHOLE, Part
 from maestro_scale.shards.progress import Progress, Tracker
@@ -79,8 +83,8 @@ class Writer:
     """Writes tiles that you make yourself, one split at a time::
 
         with Writer("shards/mine", spec, "train") as writer:
-            for tile in tiles:
-                writer.add(tile)
+            for key, image, day in mine:
+                writer.add_arrays(key, {"s2": image}, {"s2": day})
 
     The order in which tiles are added does not matter: they are put aside in a temporary file and written,
     shuffled, at the end, exactly as :func:`write_shards` would. Leaving the block by an exception writes
@@ -123,6 +127,19 @@ class Writer:
                 f"{self._destination.staging}: tiles cannot be put aside ({error.strerror})"
             ) from error
         self._places[tile.key] = (start, len(payload), tile.notes)
+
+    def add_arrays(
+        self,
+        key: str,
+        arrays: Mapping[str, np.ndarray],
+        dates: Mapping[str, When | Sequence[When]],
+        *,
+        masks: Mapping[str, np.ndarray] | None = None,
+        targets: Mapping[str, Any] | None = None,
+        ref_date: When | None = None,
+    ) -> None:
+        """As :meth:`add`, for a tile as :func:`~maestro_scale.shards.own.tile_of` makes it of arrays by raster."""
+        self.add(tile_of(self._spec, key, arrays, dates, masks=masks, targets=targets, ref_date=ref_date))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
