@@ -1,6 +1,7 @@
 """Score a checkpoint: ``deepspeed maestro_scale/evaluate.py --recipe R --checkpoint C --mode knn --out DIR``.
 
-Writes ``<out>/<mode>/results.json``; with ``--fraction 0.1``, ``<out>/<mode>_10pct/results.json``.
+Writes ``<out>/<mode>/results.json``; with ``--fraction 0.1``, ``<out>/<mode>_10pct/results.json``. Of several seeds or
+folds that is the mean; each run's own lies in ``fold_<k>/seed_<s>/`` beside it.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 
@@ -17,7 +20,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--recipe", required=True, help="YAML recipe whose first dataset is the benchmark")
     encoder = parser.add_mutually_exclusive_group(required=True)
     encoder.add_argument(
-        "--checkpoint", type=Path, help="a run directory, one of its checkpoints, or an exported model"
+        "--checkpoint",
+        help="a run directory, one of its checkpoints, or an exported model; {fold} in it becomes the fold's number",
     )
     encoder.add_argument(
         "--baseline",
@@ -49,6 +53,16 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         action="extend",
         default=[],
         help="splits in shards that are train, val or test, e.g. train=fold_2,fold_3,fold_4 val=fold_5 test=fold_1",
+    )
+    parser.add_argument(
+        "--folds",
+        help="folds of cross-validation, e.g. 1,2,3, or all: fold k rotates the splits fold_1, fold_2, … (PASTIS-HD), "
+        "or is split_k_train, split_k_val, split_k_test (FLAIR-HUB); the result is mean and deviation",
+    )
+    parser.add_argument(
+        "--seeds",
+        type=_numbers,
+        help="fit once per seed, e.g. 0,1,2: mean and deviation (default: the recipe's seed)",
     )
     parser.add_argument(
         "--features",
@@ -98,19 +112,98 @@ def _splits(given: list[str]) -> dict[str, tuple[str, ...]]:
     return splits
 
 
+def _numbers(text: str) -> tuple[int, ...]:
+    """``"0,1,2"`` as numbers, each once."""
+    try:
+        numbers = tuple(dict.fromkeys(int(part) for part in text.split(",")))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers such as 0,1,2") from None
+    if min(numbers) < 0:
+        raise argparse.ArgumentTypeError(f"{text!r}: numbers start at 0")
+    return numbers
+
+
+def _folds(args: argparse.Namespace, shards: str) -> dict[int | None, dict[str, tuple[str, ...]]]:
+    """{fold: {role: splits}}; None is what is no fold."""
+    from maestro_scale.evaluation.folds import fold, folds_in
+    from maestro_scale.evaluation.results import ResultsError
+    from maestro_scale.shards.manifest import Manifest
+
+    if args.folds is None:
+        return {None: _splits(args.splits)}
+    if args.splits:
+        raise ResultsError("--folds says which splits are train, val and test: leave --split out")
+    splits = Manifest.load(shards).splits
+    try:
+        numbers = tuple(folds_in(splits)) or (1,) if args.folds == "all" else _numbers(args.folds)
+    except argparse.ArgumentTypeError as error:
+        raise ResultsError(f"--folds {error}, or all") from None
+    return {number: fold(splits, number) for number in numbers}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One fold (None: the splits are no fold) and seed. ``within``: its folder within the mode's."""
+
+    fold: int | None
+    splits: dict[str, tuple[str, ...]]
+    seed: int
+    within: Path
+
+
+def _parts(args: argparse.Namespace, recipe) -> list[Part]:
+    folds, seeds = _folds(args, recipe.data.mixture[0].shards), args.seeds or (recipe.seed,)
+    return [
+        Part(fold, splits, seed, Path(f"fold_{fold}" * (len(folds) > 1), f"seed_{seed}" * (len(seeds) > 1)))
+        for fold, splits in folds.items()
+        for seed in seeds
+    ]
+
+
 def _evaluate(args: argparse.Namespace) -> None:
-    from maestro_scale.evaluation.finetune import MODES, finetune
-    from maestro_scale.evaluation.frozen import Benchmark, Provenance, evaluate_frozen
+    from maestro_scale.evaluation.encoder import Encoder
+    from maestro_scale.evaluation.finetune import MODES, Stopped
+    from maestro_scale.evaluation.summary import summarise
     from maestro_scale.recipe import load_recipe
     from maestro_scale.training.distributed import join, leave
 
     recipe = load_recipe(args.recipe, args.overrides)
     modes = tuple(dict.fromkeys(args.mode or recipe.evaluation.modes))
-    frozen, trained = [m for m in modes if m not in MODES], [m for m in modes if m in MODES]
-    encoder = _Encoder(args, recipe)
+    parts = _parts(args, recipe)
+    encoder = Encoder(recipe, args.checkpoint, args.baseline, parts[0].fold)
     ranks = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", 1)))
-    world = join() if ranks > 1 or trained else None
-    is_main = world is None or world.is_main
+    world = join() if ranks > 1 or set(modes) & set(MODES) else None
+    runs: dict[str, list] = {mode: [] for mode in modes}
+    try:
+        for part in parts:
+            encoder = encoder.of(part.fold)
+            seeded = load_recipe(args.recipe, [*args.overrides, f"seed={part.seed}"])
+            for mode, result in _run(args, seeded, encoder, modes, part, world):
+                if len(parts) > 1:
+                    path = args.out / _folder(mode, args) / part.within / "results.json"
+                    result.write(path)
+                    if encoder.per_fold:
+                        _track(result, path, encoder, recipe)
+                runs[mode].append((str(part.within / "results.json"), result))
+    except Stopped as stopped:
+        if world is None or world.is_main:
+            print(f"{stopped.args[0]}: stopped; the same command continues it", flush=True)
+    for mode, of_mode in runs.items():
+        if len(of_mode) == len(parts):
+            result, path = summarise(of_mode), args.out / _folder(mode, args) / "results.json"
+            result.write(path)
+            if not encoder.per_fold:
+                _track(result, path, encoder, recipe)
+            print(f"{mode}: {_text(result)}, {path}", flush=True)
+    if world is not None:
+        leave()
+
+
+def _run(args: argparse.Namespace, recipe, encoder, modes: Sequence[str], part: Part, world):
+    """(mode, result) of a part, on rank 0."""
+    from maestro_scale.evaluation.finetune import MODES, finetune
+    from maestro_scale.evaluation.frozen import Benchmark, Provenance, evaluate_frozen
+
     entry = recipe.data.mixture[0]
     benchmark = Benchmark(
         shards=entry.shards,
@@ -120,83 +213,53 @@ def _evaluate(args: argparse.Namespace) -> None:
         crop_m=entry.crop_m,
         target=args.target,
         fraction=args.fraction,
-        splits=_splits(args.splits),
+        splits=part.splits,
+        fold=part.fold,
     )
     plain = recipe.model_dump(mode="json")
-    named = args.baseline or str(args.checkpoint)
-    provenance = Provenance(encoder.step, recipe.seed, plain, named, encoder.trained_on)
-    part = "" if args.fraction == 1 else f"_{100 * args.fraction:g}pct"
+    provenance = Provenance(encoder.step, recipe.seed, plain, encoder.named, encoder.trained_on)
+    tells = world is None or world.is_main
+    frozen = [m for m in modes if m not in MODES]
     if frozen:
-        model = encoder.seen(learns=False, tells=is_main)
+        model, notes = encoder.seen(learns=False)
+        _tell(notes if tells else ())
         for result in evaluate_frozen(model, benchmark, frozen, provenance, recipe.data.workers, world):
-            _keep(result, args.out / f"{result.mode}{part}", args, recipe)
-    for mode in trained:
-        model = encoder.seen(learns=True, tells=is_main and mode == "finetune")
+            yield result.mode, result
+    for mode in [m for m in modes if m in MODES]:
+        model, notes = encoder.seen(learns=True)
+        _tell(notes if tells and mode == "finetune" else ())
         origin = provenance if mode == "finetune" else Provenance(0, recipe.seed, plain)
-        folder = args.out / f"{mode}{part}"
+        folder = args.out / _folder(mode, args) / part.within
         result = finetune(model, benchmark, recipe, mode, folder, world, origin)
         if result is not None:
-            _keep(result, folder, args, recipe)
-        elif is_main:
-            print(f"{mode}: stopped; the same command continues it", flush=True)
-    if world is not None:
-        leave()
+            yield mode, result
 
 
-class _Encoder:
-    """What is evaluated. ``step``: that it was trained for; ``trained_on``: datasets."""
-
-    def __init__(self, args: argparse.Namespace, recipe) -> None:
-        from maestro_scale.evaluation.baselines import baseline
-        from maestro_scale.evaluation.checkpoints import open_model
-        from maestro_scale.model.config import DatasetView
-        from maestro_scale.recipe import resolve_sensors
-        from maestro_scale.shards.manifest import Manifest
-
-        entry = recipe.data.mixture[0]
-        spec = Manifest.load(entry.shards).spec
-        crop_m = entry.crop_m or spec.crop_m
-        sensors = resolve_sensors(spec, entry)
-        self._view = DatasetView(spec.name, sensors, spec.pos_grid, spec.ref_sensor, crop_m)
-        self._baseline = args.baseline
-        self.step: int | None = 0
-        self.trained_on: tuple[str, ...] = ()
-        if args.baseline:
-            self._model = baseline(args.baseline, recipe, spec, self._view)
-            return
-        self._model, self.step = open_model(args.checkpoint)
-        if self.step != 0:
-            self.trained_on = tuple(v.dataset for v in self._model.config.views)
-
-    def seen(self, learns: bool, tells: bool):
-        """The encoder as it sees the benchmark; ``learns``: and is trained on it."""
-        from maestro_scale.evaluation.adopt import adopt
-        from maestro_scale.evaluation.results import ResultsError
-        from maestro_scale.model.maestro import Maestro
-
-        if self._baseline:
-            if learns and not isinstance(self._model, Maestro):
-                raise ResultsError(
-                    f"--baseline {self._baseline} is not trained here: use --mode knn or probe"
-                )
-            return self._model
-        model, notes = adopt(self._model, self._view, learns)
-        if tells and notes:
-            print("\n".join(notes), flush=True)
-        return model
+def _folder(mode: str, args: argparse.Namespace) -> str:
+    return mode if args.fraction == 1 else f"{mode}_{100 * args.fraction:g}pct"
 
 
-def _keep(result, folder: Path, args: argparse.Namespace, recipe) -> None:
+def _tell(notes: Sequence[str]) -> None:
+    if notes:
+        print("\n".join(notes), flush=True)
+
+
+def _text(result) -> str:
+    """``mIoU 65.6 (64.0-67.0)``, or ``mIoU 65.6 ± 0.4 over 3 seeds, 5 folds``."""
+    name, score = {"wf1": "wF1", "miou": "mIoU"}[result.metric], f"{100 * result.value:.1f}"
+    if result.deviation is None:
+        low, high = result.interval
+        return f"{name} {score} ({100 * low:.1f}-{100 * high:.1f})"
+    counts = {"seeds": len(result.seeds), "folds": len(result.folds)}
+    over = ", ".join(f"{n} {what}" for what, n in counts.items() if n > 1)
+    return f"{name} {score} ± {100 * result.deviation:.1f} over {over}"
+
+
+def _track(result, path: Path, encoder, recipe) -> None:
     from maestro_scale.tracking.evaluations import record_evaluation
 
-    path = folder / "results.json"
-    result.write(path)
-    if args.checkpoint and recipe.tracking.enabled and result.mode != "scratch":
-        record_evaluation(args.checkpoint, result, path)
-    low, high = result.interval
-    name = {"wf1": "wF1", "miou": "mIoU"}[result.metric]
-    scores = f"{100 * result.value:.1f} ({100 * low:.1f}-{100 * high:.1f})"
-    print(f"{result.mode}: {name} {scores}, {path}", flush=True)
+    if encoder.path is not None and recipe.tracking.enabled and result.mode != "scratch":
+        record_evaluation(encoder.path, result, path)
 
 
 if __name__ == "__main__":

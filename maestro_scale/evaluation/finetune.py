@@ -48,6 +48,10 @@ MODES = ("finetune", "scratch")
 log = logging.getLogger(__name__)
 
 
+class Stopped(Exception):
+    """A run was asked to stop, and did so at a checkpoint; its argument is the run's folder."""
+
+
 @dataclass
 class Run:
     """One finetuning; what is validated and tested is ``average``."""
@@ -64,6 +68,7 @@ class Run:
     average: Average
     checkpoints: Checkpoints
     identity: dict[str, Any]
+    manifest: Manifest
     stop: StopRequest
     history: list[Validated] = field(default_factory=list)
 
@@ -77,10 +82,11 @@ def finetune(
     world: World,
     provenance: Provenance,
 ) -> EvalResult | None:
-    """The result of ``mode`` on rank 0; None on the other ranks, and on all where the run was stopped.
+    """The result of ``mode`` on rank 0; None on the other ranks.
 
-    The same call again continues after the last checkpoint in ``run_dir``. ResultsError, RecipeError, CheckpointError,
-    GuardError, ManifestError or BadShard, each with one clear line.
+    The same call again continues after the last checkpoint in ``run_dir``. Stopped, on all ranks, where the run was
+    asked to stop. ResultsError, RecipeError, CheckpointError, GuardError, ManifestError or BadShard, each with one
+    clear line.
     """
     check_world(recipe, world.size)
     held = lock(run_dir) if world.is_main else None
@@ -94,7 +100,7 @@ def finetune(
         if stopped:
             if world.is_main:
                 run.stop.clear_file()
-            return None
+            raise Stopped(run_dir)
         chosen = early_stop.best(run.history)
         run.average.load(_weights(run.dir, "best", chosen.step))
         answer = _answers(run, "test")
@@ -103,8 +109,7 @@ def finetune(
         said = {"step": float(chosen.step), "validation": chosen.score}
         answer = replace(answer, chosen=said)
         timings = {"fit_s": time.perf_counter() - started}
-        name = run.splits["test"].spec.name
-        return result_of(name, mode, run.objective.task, answer, provenance, timings, benchmark.fraction)
+        return result_of(benchmark, run.manifest, mode, run.objective.task, answer, provenance, timings)
     finally:
         if held is not None:
             held.release()
@@ -176,6 +181,7 @@ def _prepare(
         average=Average(network, shadow, recipe.evaluation.ema),
         checkpoints=Checkpoints(run_dir, world, Retention(keep=1)),
         identity=identity,
+        manifest=manifest,
         stop=StopRequest(run_dir).install(),
     )
     position = _resume(run)

@@ -48,7 +48,8 @@ class Benchmark:
     """A dataset in shards as a benchmark: where it is, how much of each tile the model sees, what is asked.
 
     ``crop_m``, ``target``: null for the dataset's own crop, and its first target. ``fraction``: of the training labels.
-    ``splits``: for train, val and test the splits in shards that take the part, where those are not called so.
+    ``splits``: for train, val and test the splits in shards that take the part, where those are not called so;
+    ``fold``: which one of a cross-validation these make up.
     """
 
     shards: str
@@ -59,6 +60,7 @@ class Benchmark:
     target: str | None = None
     fraction: float = 1.0
     splits: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    fold: int | None = None
 
     def stored(self, split: str) -> tuple[str, ...]:
         """The splits in shards that train, val, test or another split is."""
@@ -68,6 +70,11 @@ class Benchmark:
         """As :func:`~maestro_scale.evaluation.subset.train_split`; a fraction is drawn where ``splits`` has train."""
         split, fraction = train_split(manifest, self.fraction)
         return (TRAIN, self.fraction) if TRAIN in self.splits else (split, fraction)
+
+    def used(self, manifest: Manifest) -> dict[str, tuple[str, ...]]:
+        """{role: splits in shards} of training, validation and test."""
+        train, _ = self.train_split(manifest)
+        return {TRAIN: self.stored(train), **{role: self.stored(role) for role in ("val", "test")}}
 
 
 def evaluate_frozen(
@@ -131,25 +138,23 @@ def evaluate_frozen(
         started = time.perf_counter()
         answer = task.modes[mode](*splits, provenance.seed)
         timings = {"encode_s": encode_s, "fit_s": time.perf_counter() - started}
-        results.append(
-            result_of(manifest.spec.name, mode, task, answer, provenance, timings, benchmark.fraction)
-        )
+        results.append(result_of(benchmark, manifest, mode, task, answer, provenance, timings))
     return results
 
 
 def result_of(
-    benchmark: str,
+    benchmark: Benchmark,
+    manifest: Manifest,
     mode: str,
     task: Task,
     answer: Answer,
     provenance: Provenance,
     timings: dict[str, float],
-    fraction: float = 1.0,
 ) -> EvalResult:
     """What is reported of a mode's answers on the test split."""
     total = answer.counts.sum(axis=0, dtype=np.int64)
     return EvalResult(
-        benchmark=benchmark,
+        benchmark=manifest.spec.name,
         metric=task.metric,
         mode=mode,
         value=float(task.statistic(total)),
@@ -162,12 +167,14 @@ def result_of(
         confusion=task.confusion(total),
         scores={name: score for name, score in answer.scores.items() if np.isfinite(score)},
         seeds=(provenance.seed,),
+        folds=() if benchmark.fold is None else (benchmark.fold,),
+        splits=benchmark.used(manifest),
         encoder=provenance.encoder,
         trained_on=provenance.trained_on,
         checkpoint_step=provenance.step,
         recipe=provenance.recipe,
         chosen=answer.chosen,
         timings=timings,
-        fraction=fraction,
+        fraction=benchmark.fraction,
         maps=answer.maps,
     )

@@ -59,13 +59,52 @@ class Series:
 
     @property
     def value(self) -> float:
-        """Mean over seeds."""
-        return fmean(f.result.value for f in self.found)
+        """Mean over seeds and folds."""
+        return fmean(self._values)
+
+    @property
+    def _values(self) -> list[float]:
+        """A score per run."""
+        runs = [[r.value for r in f.result.runs] or [f.result.value] for f in self.found]
+        return [value for values in runs for value in values]
+
+    @property
+    def num_tiles(self) -> int:
+        """Tiles that were scored: those of another fold, or another split, are others."""
+        return sum(
+            {(f.result.folds, f.result.splits.get("test")): f.result.num_tiles for f in self.found}.values()
+        )
+
+    @property
+    def over(self) -> str:
+        """``3 seeds, 5 folds``; empty for a single run."""
+        if len(self._values) == 1:
+            return ""
+        results = [f.result for f in self.found]
+        counts = {
+            "seeds": {s for r in results for s in r.seeds},
+            "folds": {f for r in results for f in r.folds},
+        }
+        return ", ".join(f"{len(c)} {what}" for what, c in counts.items() if len(c) > 1) or "runs"
+
+    @property
+    def lines(self) -> list[tuple[str, str, Path]]:
+        """(which run, its score, its results file) of every run."""
+        lines = []
+        for f in self.found:
+            r = f.result
+            runs = [(run.fold, run.seed, run.value, f.path.parent / run.path) for run in r.runs]
+            for number, seed, value, path in runs or [
+                (r.folds[0] if r.folds else None, r.seeds[0], r.value, f.path)
+            ]:
+                which = f"seed {seed}" if number is None else f"fold {number}, seed {seed}"
+                lines.append((which, f"{100 * value:.1f}", path))
+        return lines
 
     @property
     def text(self) -> str:
-        """``78.8 ± 0.2`` over seeds, or ``78.8 (77.9-79.6)`` with the bootstrap interval of the only one."""
-        values = [100 * f.result.value for f in self.found]
+        """``78.8 ± 0.2`` over seeds and folds, or ``78.8 (77.9-79.6)`` with the bootstrap interval of the only run."""
+        values = [100 * value for value in self._values]
         if len(values) > 1:
             return f"{fmean(values):.1f} ± {stdev(values):.1f}"
         low, high = self.first.interval
@@ -119,7 +158,11 @@ def find_results(paths: Iterable[Path]) -> list[Found]:
         if not here:
             raise ResultsError(f"{path}: no {RESULTS} in there; make one with evaluate.py --out {path}")
         found += here
-    return [Found(p, EvalResult.load(p)) for p in dict.fromkeys(p.resolve() for p in found)]
+    unique = dict.fromkeys(p.resolve() for p in found)
+    loaded = [Found(p, EvalResult.load(p)) for p in unique]
+    # What lies in the folder of a mean is, or was, one of its runs.
+    means = {f.path.parent for f in loaded if f.result.runs}
+    return [f for f in loaded if not means & set(f.path.parent.parents)]
 
 
 def write_report(found: Sequence[Found], out: Path) -> tuple[Path, Path]:
@@ -154,7 +197,8 @@ def _series(found: Sequence[Found]) -> list[Series]:
     groups: dict[tuple, list[Found]] = defaultdict(list)
     for f in found:
         r = f.result
-        groups[r.benchmark, r.encoder, r.trained_on, r.checkpoint_step, r.mode, r.fraction].append(f)
+        key = (r.benchmark, r.encoder, r.trained_on, r.checkpoint_step, r.mode, r.fraction, bool(r.folds))
+        groups[key].append(f)
     return [Series(tuple(g)) for g in groups.values()]
 
 

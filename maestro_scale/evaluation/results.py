@@ -24,6 +24,18 @@ class ResultsError(Exception):
 
 
 @dataclass(frozen=True)
+class Run:
+    """One of the runs, over seeds and folds, whose mean a result is."""
+
+    value: float
+    interval: tuple[float, float]
+    seed: int
+    fold: int | None = None
+    path: str = ""
+    """Its own results.json, relative to that of the mean."""
+
+
+@dataclass(frozen=True)
 class EvalResult:
     """A score of one encoder on one benchmark. Scores are fractions of 1, not percent."""
 
@@ -34,19 +46,27 @@ class EvalResult:
     mode: str
     """``knn``, ``probe``, ``finetune`` or ``scratch``."""
     value: float
-    """The score; the mean over seeds where there are several."""
+    """The score; the mean over ``runs`` where there are several."""
     per_class: Mapping[str, float | None]
     """Score per class name; None where the class is in no target."""
     interval: tuple[float, float]
-    """Bootstrap interval (low, high) over tiles, at 95 %."""
+    """Bootstrap interval (low, high) over tiles, at 95 %; of several runs the mean of theirs."""
     num_tiles: int
-    """Samples that were scored."""
+    """Samples that were scored; of several folds all of them."""
     confusion: tuple[tuple[int, ...], ...] | None = None
-    """Pixels by (target, predicted) class, for segmentation."""
+    """Pixels by (target, predicted) class, for segmentation; summed over runs."""
     scores: Mapping[str, float] = field(default_factory=dict)
     """Other scores by name, fractions of 1: see ``metrics.segmentation_scores`` and ``tasks.Multilabel``."""
     seeds: tuple[int, ...] = (0,)
     """One fit per seed."""
+    folds: tuple[int, ...] = ()
+    """Folds of cross-validation, from 1; empty where the splits are no fold."""
+    splits: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Splits in shards by role: ``train``, ``val``, ``test``; of several folds all that took the role."""
+    deviation: float | None = None
+    """Standard deviation of ``value`` over ``runs`` (n - 1 in the denominator); None for a single run."""
+    runs: tuple[Run, ...] = ()
+    """The runs that ``value`` is the mean of; empty for a single one."""
     encoder: str = ""
     """What was evaluated, as it was named: a run, a checkpoint, an exported model or a baseline."""
     trained_on: tuple[str, ...] = ()
@@ -58,7 +78,7 @@ class EvalResult:
     recipe: Mapping[str, Any] | None = None
     """The resolved recipe, as plain values."""
     chosen: Mapping[str, float] = field(default_factory=dict)
-    """Hyperparameters chosen on validation."""
+    """Hyperparameters chosen on validation; empty for several runs."""
     timings: Mapping[str, float] = field(default_factory=dict)
     """Seconds spent, by part."""
     version: int = VERSION
@@ -101,15 +121,23 @@ class EvalResult:
                 f"{path} lacks or does not know the fields: {', '.join(wrong)}; evaluate again"
             )
         matrix = values.get("confusion")
-        return cls(
-            **{
-                **values,
-                "interval": tuple(values["interval"]),
-                "seeds": tuple(values["seeds"]),
-                "trained_on": tuple(values.get("trained_on", ())),
-                "confusion": None if matrix is None else tuple(tuple(row) for row in matrix),
-            }
-        )
+        try:
+            return cls(
+                **{
+                    **values,
+                    "interval": tuple(values["interval"]),
+                    "seeds": tuple(values.get("seeds", (0,))),
+                    "folds": tuple(values.get("folds", ())),
+                    "splits": {role: tuple(names) for role, names in values.get("splits", {}).items()},
+                    "runs": tuple(
+                        Run(**{**run, "interval": tuple(run["interval"])}) for run in values.get("runs", ())
+                    ),
+                    "trained_on": tuple(values.get("trained_on", ())),
+                    "confusion": None if matrix is None else tuple(tuple(row) for row in matrix),
+                }
+            )
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ResultsError(f"{path} is malformed ({error}); evaluate again") from error
 
     def _numbers(self) -> dict[str, float]:
         named = {"value": self.value, "interval low": self.interval[0], "interval high": self.interval[1]}

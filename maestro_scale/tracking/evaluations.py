@@ -54,10 +54,15 @@ def _record(run_dir: Path, result: EvalResult, path: Path) -> str:
     classes = {f"class/{_plain(k)}": v for k, v in result.per_class.items() if v is not None}
     low, high = result.interval
     interval = {f"{result.metric}_low": low, f"{result.metric}_high": high}
+    if result.deviation is not None:
+        interval[f"{result.metric}_deviation"] = result.deviation
     metrics = [
         Metric(f"eval/{_plain(k)}", float(v), now, step) for k, v in {**scores, **interval, **classes}.items()
     ]
     settings = {"benchmark": result.benchmark, "mode": result.mode, "fraction": result.fraction, "step": step}
+    settings["seeds"] = ",".join(map(str, result.seeds))
+    settings |= {"folds": ",".join(map(str, result.folds))} if result.folds else {}
+    settings |= {f"split/{role}": ",".join(names) for role, names in result.splits.items()}
     chosen = {f"chosen/{k}": v for k, v in result.chosen.items()}
     params = [
         Param(k, v) for k, v in scrub_mapping({**settings, "encoder": result.encoder, **chosen}).items()

@@ -137,6 +137,19 @@ def test_finetuning_learns_and_does_better_than_from_scratch(alone):
 
 
 @pytest.mark.slow
+def test_two_seeds_are_two_runs_and_their_mean(fields, pretrained, tmp_path):
+    args = [f"--checkpoint={pretrained}", "--mode=finetune", "--seeds=0,1"]
+    output = evaluated(fields, tmp_path, tmp_path / "out", *args, course=["train.steps=4"])
+    runs = [tmp_path / "out" / "finetune" / f"seed_{seed}" for seed in (0, 1)]
+    assert losses(runs[0]) != losses(runs[1])
+    mean = numbers(tmp_path / "out" / "finetune")
+    assert mean["value"] == pytest.approx(sum(numbers(r)["value"] for r in runs) / 2)
+    assert (mean["seeds"], mean["splits"]["test"]) == ((0, 1), ("test",))
+    assert [r["path"] for r in mean["runs"]] == ["seed_0/results.json", "seed_1/results.json"]
+    assert f"± {100 * mean['deviation']:.1f} over 2 seeds" in output
+
+
+@pytest.mark.slow
 def test_two_ranks_killed_and_started_again_give_the_same_bits(fields, pretrained, alone, tmp_path):
     args = [f"--checkpoint={pretrained}", "--mode=finetune", "--fraction=0.5"]
     evaluated(fields, tmp_path, tmp_path / "quiet", *args, ranks=2)
@@ -165,9 +178,10 @@ def test_it_stops_when_asked_and_ends_where_validation_gets_no_better(fields, tm
     folder = tmp_path / "out" / "finetune"
     folder.mkdir(parents=True)
     (folder / "STOP").touch()
-    output = evaluated(fields, tmp_path, tmp_path / "out", *args, course=course)
-    assert "finetune: stopped; the same command continues it" in output
+    output = evaluated(fields, tmp_path, tmp_path / "out", *args, "--mode=scratch", course=course)
+    assert f"{folder}: stopped; the same command continues it" in output
     assert (len(losses(folder)), (folder / "results.json").exists()) == (1, False)
+    assert not (tmp_path / "out" / "scratch").exists(), "what was to come after began"
     evaluated(fields, tmp_path, tmp_path / "out", *args, course=course)
     assert [v["step"] for v in validated(folder)] == [2, 4, 6]
     assert len(losses(folder)) == 6

@@ -1,0 +1,64 @@
+"""What is evaluated, as it was named on the command line: a checkpoint, one per fold, or a baseline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from maestro_scale.evaluation.adopt import adopt
+from maestro_scale.evaluation.baselines import Baseline, baseline
+from maestro_scale.evaluation.checkpoints import open_model
+from maestro_scale.evaluation.results import ResultsError
+from maestro_scale.model.config import DatasetView
+from maestro_scale.model.maestro import Maestro
+from maestro_scale.recipe import Recipe, resolve_sensors
+from maestro_scale.shards.manifest import Manifest
+
+FOLD = "{fold}"
+
+
+class Encoder:
+    """``named``: as results say it; ``path``: of the checkpoint, None for a baseline; ``step``: that it was trained
+    for; ``trained_on``: datasets."""
+
+    def __init__(
+        self, recipe: Recipe, checkpoint: str | None, named_baseline: str | None, fold: int | None
+    ) -> None:
+        """``checkpoint`` with ``{fold}`` in it is another one for every fold. ResultsError, ExportError …"""
+        entry = recipe.data.mixture[0]
+        spec = Manifest.load(entry.shards).spec
+        crop_m = entry.crop_m or spec.crop_m
+        sensors = resolve_sensors(spec, entry)
+        self._asked = recipe, checkpoint, named_baseline
+        self._view = DatasetView(spec.name, sensors, spec.pos_grid, spec.ref_sensor, crop_m)
+        self._baseline = named_baseline
+        self._fold = fold
+        self.named = named_baseline or str(checkpoint)
+        self.per_fold = checkpoint is not None and FOLD in checkpoint
+        self.path: Path | None = None
+        self.step: int | None = 0
+        self.trained_on: tuple[str, ...] = ()
+        if named_baseline is not None:
+            self._model: Maestro | Baseline = baseline(named_baseline, recipe, spec, self._view)
+            return
+        if self.per_fold and fold is None:
+            raise ResultsError(f"--checkpoint {checkpoint}: {FOLD} needs --folds")
+        self.path = Path(str(checkpoint).replace(FOLD, str(fold)))
+        self._model, self.step = open_model(self.path)
+        if self.step != 0:
+            self.trained_on = tuple(v.dataset for v in self._model.config.views)
+
+    def of(self, fold: int | None) -> Encoder:
+        """The encoder of a fold: this one, unless each has its own."""
+        if not self.per_fold or fold == self._fold:
+            return self
+        return Encoder(*self._asked, fold)
+
+    def seen(self, learns: bool) -> tuple[Maestro | Baseline, list[str]]:
+        """(the encoder as it sees the benchmark, what to tell); ``learns``: and is trained on it."""
+        if self._baseline is not None:
+            if learns and not isinstance(self._model, Maestro):
+                raise ResultsError(
+                    f"--baseline {self._baseline} is not trained here: use --mode knn or probe"
+                )
+            return self._model, []
+        return adopt(self._model, self._view, learns)

@@ -1,0 +1,54 @@
+"""Cross-validation: which splits in shards train, validate and test in each fold, told by the names of the splits."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from maestro_scale.evaluation.results import ResultsError
+
+ROLES = ("train", "val", "test")
+
+_PART = re.compile(r"fold_(\d+)")
+_NAMED = (re.compile(r"split_(\d+)_(train|val|test)"), re.compile(r"(train|val|test)_rotation_(\d+)"))
+
+Roles = Mapping[str, tuple[str, ...]]
+
+
+def folds_in(splits: Sequence[str]) -> dict[int, Roles]:
+    """{number: {role: splits}} of every fold that ``splits`` are complete for.
+
+    ``fold_1`` … ``fold_n`` are parts of the data, and a fold of cross-validation is a rotation of them: in fold k the
+    parts from k on, around the end, train, but for the last two, which validate and test (PASTIS-HD's protocol).
+    ``split_K_train`` (FLAIR-HUB) and ``train_rotation_K`` say themselves what they are; the first fold of those may
+    also be called ``train``, ``val``, ``test``.
+    """
+    numbers = sorted(int(m[1]) for s in splits if (m := _PART.fullmatch(s)))
+    if len(numbers) >= len(ROLES) and numbers == list(range(1, len(numbers) + 1)):
+        return {k: _rotation(numbers, k) for k in numbers}
+    found: dict[int, dict[str, tuple[str, ...]]] = {}
+    for split in splits:
+        for pattern in _NAMED:
+            if match := pattern.fullmatch(split):
+                role, number = sorted(match.groups(), key=str.isdigit)
+                found.setdefault(int(number), {})[role] = (split,)
+    if found and all(role in splits for role in ROLES):
+        found.setdefault(1, {role: (role,) for role in ROLES})
+    return {k: found[k] for k in sorted(found) if set(found[k]) == set(ROLES)}
+
+
+def fold(splits: Sequence[str], number: int) -> Roles:
+    """{role: splits} of fold ``number``. ResultsError, with what there is, if ``splits`` do not hold it."""
+    there = folds_in(splits)
+    if number not in there:
+        raise ResultsError(
+            f"no fold {number} in these shards (folds: {', '.join(map(str, there)) or 'none'}; splits: "
+            f"{', '.join(splits)}): shard fold_1, fold_2, … or split_{number}_train, split_{number}_val, "
+            f"split_{number}_test"
+        )
+    return there[number]
+
+
+def _rotation(parts: Sequence[int], number: int) -> Roles:
+    *train, val, test = (f"fold_{parts[(number - 1 + i) % len(parts)]}" for i in range(len(parts)))
+    return {"train": tuple(train), "val": (val,), "test": (test,)}
