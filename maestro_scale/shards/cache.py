@@ -95,6 +95,7 @@ class Cache:
             _touch(temporary)
             os.replace(temporary, marker)
         except OSError as error:
+            temporary.unlink(missing_ok=True)
             raise StoreError(f"{marker}: cannot be written ({error.strerror})") from error
 
     @contextmanager

@@ -68,6 +68,7 @@ class LocalRoot:
         try:
             temporary.write_bytes(data)
         except OSError as error:
+            temporary.unlink(missing_ok=True)
             raise WriteError(f"{self.address(name)}: cannot be written ({error.strerror})") from error
         self.publish(temporary, name)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import tarfile
@@ -61,9 +62,11 @@ class TarWriter:
         return self._sha256.hexdigest()
 
     def discard(self) -> None:
-        """Close and delete the file."""
-        self._file.close()
+        """Delete and close the file."""
         self.path.unlink(missing_ok=True)
+        # On a full disk closing fails as writing did, and would hide why.
+        with contextlib.suppress(OSError):
+            self._file.close()
 
     def _write(self, data: bytes) -> None:
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -124,7 +125,7 @@ class Writer:
             self._spool.flush()
         except OSError as error:
             raise WriteError(
-                f"{self._destination.staging}: tiles cannot be put aside ({error.strerror})"
+                f"{self._destination.staging}: tiles cannot be put aside ({error.strerror}); free some space"
             ) from error
         self._places[tile.key] = (start, len(payload), tile.notes)
 
@@ -148,7 +149,9 @@ class Writer:
             if kind is None:
                 self._write()
         finally:
-            self._spool.close()
+            # On a full disk closing fails as writing did, and would hide why.
+            with suppress(OSError):
+                self._spool.close()
             self._destination.__exit__(kind, error, trace)
 
     def _write(self) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from maestro_scale.shards.index import ShardIndex
 from maestro_scale.shards.manifest import Manifest
 from maestro_scale.shards.store import Store
 from maestro_scale.shards.summary import summary
@@ -37,6 +38,11 @@ def test_a_dataset_written_by_hand(tmp_path):
     with Store(str(folder), tmp_path / "cache", 0).shard(manifest.shards[0]) as shard:
         assert sorted(shard.keys) == sorted(f"orchard.{i}" for i in range(40))
         assert shard[0].array("s2").shape == (12, 2, 6, 6)
+    # verify has held the index against the tar; here that there is one to be held.
+    index = ShardIndex.loads((folder / "train-000000.index.json").read_text(), "index")
+    assert len(index.keys) == 40
+    (folder / "train-000000.index.json").unlink()
+    assert verify(str(folder)) == []
     listed = json.loads(block("manifest"))["shards"][0]
     assert listed["samples"] == manifest.shards[0].samples
     assert listed["bytes"] == manifest.shards[0].bytes
