@@ -222,6 +222,16 @@ def local_folder(url: str | os.PathLike) -> Path | None:
     return None if "://" in text else Path(text).expanduser()
 
 
+def client_module(url: str | os.PathLike) -> str | None:
+    """The module that a process imports to read from ``url``, which can take a second; None for a folder."""
+    if local_folder(url) is not None:
+        return None
+    from fsspec.registry import known_implementations
+
+    known = known_implementations.get(os.fspath(url).split("://", 1)[0])
+    return known["class"].rpartition(".")[0] if known else None
+
+
 def _ignore() -> None:
     """Called at each retry where nobody counts them; a function, so that it pickles."""
 

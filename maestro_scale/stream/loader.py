@@ -15,7 +15,7 @@ from maestro_scale.stream.mixture import Mixture
 from maestro_scale.stream.plan import Plan, PlanError
 from maestro_scale.stream.reading import Reading, Ref, Request, Settings
 from maestro_scale.stream.source import Source, labels
-from maestro_scale.stream.workers import LoaderError, Pipeline
+from maestro_scale.stream.workers import LoaderError, Pipeline, start_server
 
 __all__ = ["LoaderError", "Source", "Step", "TrainLoader"]
 
@@ -87,6 +87,8 @@ class TrainLoader:
             max(workers, 1) * min(world, _MOST_RANKS_PER_NODE),
         )
         Reading(self._settings)  # refuses now what a worker would refuse later
+        if workers:
+            start_server(self.sources)
         self._pipelines: list[Pipeline] = []
         self._store, self._filled, self._replaced = StoreCounters(), 0, 0
         for label, plan in zip(self._labels, self._plans, strict=True):

@@ -19,8 +19,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from maestro_scale.shards.counters import StoreCounters
+from maestro_scale.shards.roots import client_module
 from maestro_scale.stream.batch import Batch
 from maestro_scale.stream.reading import Made, Reading, Request
+from maestro_scale.stream.source import Source
 
 # What schedulers and people send to a whole process group; the training process decides what comes of it.
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -37,6 +39,18 @@ class _WorkerTraceback(Exception):
 
     def __str__(self) -> str:
         return "\n" + self.args[0]
+
+
+def start_server(sources: Iterable[Source]) -> None:
+    """Begin to start the process that loader processes are forked from, unless it runs; does not wait for it.
+
+    What they all need is imported there once, in seconds that the caller may use for something else. Forking the
+    training process itself, with its CUDA, gloo and S3 threads, would be unsafe.
+    """
+    clients = {client_module(s.store.url) for s in sources} - {None}
+    with _signals_blocked():
+        multiprocessing.get_context("forkserver").set_forkserver_preload([__name__, *sorted(clients)])
+        forkserver.ensure_running()
 
 
 class Pipeline:
@@ -111,16 +125,15 @@ class Pipeline:
             self._kill()
 
     def _start(self, workers: int, each: int) -> Iterator[Made]:
-        context = _context()
+        start_server(self._reading.settings.sources)
         with _signals_blocked():
-            forkserver.ensure_running()
             loader = DataLoader(
                 _Bench(self._reading, self._blocks),
                 sampler=self._numbered(),
                 batch_size=None,
                 num_workers=workers,
                 collate_fn=_same,
-                multiprocessing_context=context,
+                multiprocessing_context=multiprocessing.get_context("forkserver"),
                 worker_init_fn=_settle,
                 prefetch_factor=each,
                 generator=torch.Generator(),  # it draws a seed for the workers, which nothing here uses
@@ -160,13 +173,6 @@ def _shared_blocks(count: int, size: int) -> Tensor:
                 "train.micro_batch"
             )
     return torch.empty(count, size, dtype=torch.uint8).share_memory_()
-
-
-def _context() -> multiprocessing.context.BaseContext:
-    """Forkserver: forking a process with CUDA, gloo or S3 threads is unsafe, a fresh one takes seconds."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["maestro_scale.stream.workers"])
-    return context
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from shards.kit import TILE_BYTES, Toy, fields_equal, tile, toy_keys
 
 from maestro_scale.shards.errors import BadShard, StoreError
 from maestro_scale.shards.manifest import Manifest
+from maestro_scale.shards.roots import client_module
 from maestro_scale.shards.store import Store
 from maestro_scale.shards.verify import verify
 from maestro_scale.shards.writer import write_shards
@@ -222,3 +223,17 @@ def test_any_fsspec_address_will_do(tmp_path):
     with Store(url, tmp_path / "cache", 10**9).shard(manifest.shards[0]) as shard:
         assert all(fields_equal(s, tile(s.key)) for s in shard)
     assert verify(url) == []
+
+
+@pytest.mark.parametrize(
+    ("url", "module"),
+    [
+        ("/data/toy", None),
+        ("file:///data/toy", None),
+        ("s3://bucket/toy", "s3fs"),
+        ("memory://toy", "fsspec.implementations.memory"),
+        ("nothing://toy", None),
+    ],
+)
+def test_what_an_address_needs(url, module):
+    assert client_module(url) == module

@@ -135,3 +135,25 @@ def test_neither_a_hanging_nor_a_killed_worker_keeps_the_program(program: Progra
     assert "a loader process died" in last
     assert program.process.returncode == 1
     wait_until(lambda: not members(program.process.pid), 10)
+
+
+SERVER = """
+import multiprocessing
+from types import SimpleNamespace
+from maestro_scale.stream.workers import start_server
+
+if __name__ == "__main__":
+    start_server([SimpleNamespace(store=SimpleNamespace(url=u)) for u in ("/a/folder", "s3://bucket/shards")])
+    ask = "import sys; print('s3fs' in sys.modules, 'maestro_scale.stream.workers' in sys.modules)"
+    process = multiprocessing.get_context("forkserver").Process(target=exec, args=(ask,))
+    process.start()
+    process.join()
+"""
+
+
+def test_the_client_of_a_store_is_imported_once_for_all_workers(tmp_path: Path):
+    (tmp_path / "server.py").write_text(SERVER)
+    done = subprocess.run(
+        [sys.executable, tmp_path / "server.py"], capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout == "True True\n", done.stderr
