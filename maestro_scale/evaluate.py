@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+ORACLE = "oracle"
+
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
@@ -26,8 +28,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     encoder.add_argument(
         "--baseline",
         metavar="NAME",
-        help="instead: statistics (of the channels), random (the recipe's model, untrained), or image:WEIGHTS "
-        "(an image encoder that transformers can load, e.g. image:facebook/dinov2-base)",
+        help="instead: statistics (of the channels), random (the recipe's model, untrained), image:WEIGHTS "
+        "(an image encoder that transformers can load, e.g. image:facebook/dinov2-base), or oracle: what can be "
+        "reached on synthetic scenes by one who knows how they are made; it has no modes",
     )
     parser.add_argument(
         "--mode",
@@ -169,6 +172,8 @@ def _evaluate(args: argparse.Namespace) -> None:
 
     recipe = load_recipe(args.recipe, args.overrides)
     modes = tuple(dict.fromkeys(args.mode or recipe.evaluation.modes))
+    if args.baseline == ORACLE:
+        modes = (ORACLE,)
     parts = _parts(args, recipe)
     encoder = Encoder(recipe, args.checkpoint, args.baseline, parts[0].fold)
     ranks = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", 1)))
@@ -218,6 +223,13 @@ def _run(args: argparse.Namespace, recipe, encoder, modes: Sequence[str], part: 
     )
     plain = recipe.model_dump(mode="json")
     provenance = Provenance(encoder.step, recipe.seed, plain, encoder.named, encoder.trained_on)
+    if args.baseline == ORACLE:
+        from maestro_scale.evaluation.oracle import evaluate_oracle
+
+        result = evaluate_oracle(encoder.view, benchmark, provenance, recipe.data.workers, world)
+        if result is not None:
+            yield ORACLE, result
+        return
     tells = world is None or world.is_main
     frozen = [m for m in modes if m not in MODES]
     if frozen:

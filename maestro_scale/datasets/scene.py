@@ -88,8 +88,8 @@ class Scene:
     # ---- the map
 
     @cached_property
-    def _tile(self) -> _Nuisance:
-        return _Nuisance.draw(self.rng("nuisance"))
+    def _tile(self) -> Nuisance:
+        return Nuisance.draw(self.rng("nuisance"))
 
     @cached_property
     def _regions(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -225,13 +225,7 @@ class Scene:
 
     def _spectra(self, days: np.ndarray, nm: np.ndarray) -> np.ndarray:
         """(K, T, C) reflectance of pure classes under this tile's soil, vigour and season."""
-        tile = self._tile
-        soil = np.interp(nm, _NM, _SOIL) * tile.soil * (1 + tile.soil_tilt * np.log(nm / 800.0))
-        leaves = np.stack([np.interp(nm, _NM, leaf) for leaf in _LEAVES])
-        k = np.arange(self.num_classes)
-        green = tile.vigour * phenology(days - tile.delay_days)[k % NUM_PHENOLOGIES][:, :, None]
-        leaf = leaves[k // NUM_PHENOLOGIES][:, None, :]
-        return (green * leaf + (1 - green) * soil).astype(np.float32)
+        return signatures(self._tile, days, nm, self.num_classes)[0].astype(np.float32)
 
     # ---- radar
 
@@ -258,30 +252,53 @@ class Scene:
 
 
 @dataclass(frozen=True)
-class _Nuisance:
-    """What a tile's classes have in common and a label must not depend on."""
+class Nuisance:
+    """What a tile's classes have in common and a label must not depend on. Numbers, or arrays (P,) of candidates."""
 
-    gain: float
-    tilt: float
-    soil: float
-    soil_tilt: float
-    vigour: float
-    delay_days: float
-    radar_db: float
-    slope_db: float
+    gain: float | np.ndarray
+    tilt: float | np.ndarray
+    soil: float | np.ndarray
+    soil_tilt: float | np.ndarray
+    vigour: float | np.ndarray
+    delay_days: float | np.ndarray
+    radar_db: float | np.ndarray
+    slope_db: float | np.ndarray
 
     @classmethod
-    def draw(cls, rng: np.random.Generator) -> _Nuisance:
-        return cls(
-            gain=float(rng.uniform(0.65, 1.4)),
-            tilt=float(rng.uniform(-0.15, 0.15)),
-            soil=float(rng.uniform(0.6, 1.4)),
-            soil_tilt=float(rng.uniform(-0.3, 0.3)),
-            vigour=float(rng.uniform(0.75, 1.1)),
-            delay_days=float(rng.uniform(-8, 8)),
-            radar_db=float(rng.uniform(-2, 2)),
-            slope_db=float(rng.uniform(-1.5, 1.5)),
-        )
+    def draw(cls, rng: np.random.Generator) -> Nuisance:
+        """One tile's, uniform in ``NUISANCE``."""
+        return cls(**{name: float(rng.uniform(low, high)) for name, (low, high) in NUISANCE.items()})
+
+
+NUISANCE = {
+    "gain": (0.65, 1.4),
+    "tilt": (-0.15, 0.15),
+    "soil": (0.6, 1.4),
+    "soil_tilt": (-0.3, 0.3),
+    "vigour": (0.75, 1.1),
+    "delay_days": (-8, 8),
+    "radar_db": (-2, 2),
+    "slope_db": (-1.5, 1.5),
+}
+
+
+def signatures(tile: Nuisance, days: np.ndarray, nm: np.ndarray, num_classes: int) -> np.ndarray:
+    """(P, K, T, C) reflectance of pure classes on ``days`` (T,) at ``nm`` (C,), under a tile's soil, vigour and season.
+
+    P is 1 for a tile of numbers.
+    """
+    soil, soil_tilt, vigour, delay = (
+        np.atleast_1d(v) for v in (tile.soil, tile.soil_tilt, tile.vigour, tile.delay_days)
+    )
+    tilted = 1 + soil_tilt[:, None].astype(nm.dtype) * np.log(nm / 800.0)
+    ground = np.interp(nm, _NM, _SOIL) * soil[:, None] * tilted
+    leaves = np.stack([np.interp(nm, _NM, leaf) for leaf in _LEAVES])
+    k = np.arange(num_classes)
+    days = (days - delay[:, None]).ravel()
+    curves = phenology(days).reshape(NUM_PHENOLOGIES, len(delay), -1)
+    green = (vigour[:, None] * curves)[k % NUM_PHENOLOGIES].swapaxes(0, 1)[..., None]
+    leaf = leaves[k // NUM_PHENOLOGIES][:, None, :]
+    return green * leaf + (1 - green) * ground[:, None, None, :]
 
 
 def phenology(days: np.ndarray) -> np.ndarray:

@@ -94,9 +94,14 @@ def confusions(layout: Layout, num_classes: int, predicted: np.ndarray, split: E
     for first in range(0, len(split), per_tile):
         answer = layout.whole(layout.per_pixel(predicted[first : first + per_tile]))
         truth = layout.whole(split.labels[first : first + per_tile])
-        truth = np.where(truth == IGNORED, num_classes, truth)
-        counts.append(confusion(answer, truth, num_classes + 1)[:, :num_classes])
+        counts.append(tile_confusion(num_classes, answer, truth))
     return np.stack(counts)
+
+
+def tile_confusion(num_classes: int, answer: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """(C + 1, C) int64 of a tile's map and labels (H, W), by (target, predicted) class; row C: ignored pixels."""
+    truth = np.where(truth == IGNORED, num_classes, truth)
+    return confusion(answer, truth, num_classes + 1)[:, :num_classes]
 
 
 def knn(

@@ -14,11 +14,12 @@ from maestro_scale.recipe import Recipe, resolve_sensors
 from maestro_scale.shards.manifest import Manifest
 
 FOLD = "{fold}"
+ORACLE = "oracle"
 
 
 class Encoder:
     """``named``: as results say it; ``path``: of the checkpoint, None for a baseline; ``step``: that it was trained
-    for; ``trained_on``: datasets."""
+    for; ``trained_on``: datasets; ``view``: how the recipe sees the benchmark."""
 
     def __init__(
         self, recipe: Recipe, checkpoint: str | None, named_baseline: str | None, fold: int | None
@@ -29,7 +30,7 @@ class Encoder:
         crop_m = entry.crop_m or spec.crop_m
         sensors = resolve_sensors(spec, entry)
         self._asked = recipe, checkpoint, named_baseline
-        self._view = DatasetView(spec.name, sensors, spec.pos_grid, spec.ref_sensor, crop_m)
+        self.view = DatasetView(spec.name, sensors, spec.pos_grid, spec.ref_sensor, crop_m)
         self._baseline = named_baseline
         self._fold = fold
         self.named = named_baseline or str(checkpoint)
@@ -37,8 +38,10 @@ class Encoder:
         self.path: Path | None = None
         self.step: int | None = 0
         self.trained_on: tuple[str, ...] = ()
+        if named_baseline == ORACLE:
+            return  # it encodes nothing
         if named_baseline is not None:
-            self._model: Maestro | Baseline = baseline(named_baseline, recipe, spec, self._view)
+            self._model: Maestro | Baseline = baseline(named_baseline, recipe, spec, self.view)
             return
         if self.per_fold and fold is None:
             raise ResultsError(f"--checkpoint {checkpoint}: {FOLD} needs --folds")
@@ -61,4 +64,4 @@ class Encoder:
                     f"--baseline {self._baseline} is not trained here: use --mode knn or probe"
                 )
             return self._model, []
-        return adopt(self._model, self._view, learns)
+        return adopt(self._model, self.view, learns)

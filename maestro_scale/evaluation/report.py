@@ -28,6 +28,7 @@ from maestro_scale.evaluation.results import MAPS, EvalResult, ResultsError
 from maestro_scale.training.run_dir import write_atomically
 
 RESULTS = "results.json"
+ORACLE = "oracle"
 
 _METRIC = {"wf1": "wF1", "miou": "mIoU"}
 _MOST_BARS = 5
@@ -55,7 +56,14 @@ class Series:
     @property
     def name(self) -> str:
         """Encoder and mode, for legends."""
+        if self.is_oracle:
+            return "oracle"
         return f"{Path(self.first.encoder).name or 'encoder'}, {self.first.mode}"
+
+    @property
+    def is_oracle(self) -> bool:
+        """Not an encoder's score, but what can be reached."""
+        return self.first.mode == ORACLE
 
     @property
     def value(self) -> float:
@@ -125,11 +133,13 @@ class Series:
 
 @dataclass(frozen=True)
 class Cell:
-    """A number of a table. ``difference``: to the published reference, percent points; ``anchor``: its section."""
+    """A number of a table. ``difference``: to the published reference, percent points; ``anchor``: its section;
+    ``oracle``: what can be reached on the same, synthetic, tiles."""
 
     text: str
     difference: str = ""
     anchor: str = ""
+    oracle: str = ""
 
 
 @dataclass(frozen=True)
@@ -171,7 +181,7 @@ def write_report(found: Sequence[Found], out: Path) -> tuple[Path, Path]:
     content: dict[str, Any] = {
         "columns": COLUMNS,
         "tables": _tables(series),
-        "others": [s for s in series if s.first.benchmark not in {c.benchmark for c in COLUMNS}],
+        "oracle": lambda s: _oracle(s, series),
         "curves": _curves(series),
         "benchmarks": _benchmarks(series),
         "metric": _METRIC,
@@ -203,7 +213,7 @@ def _series(found: Sequence[Found]) -> list[Series]:
 
 
 def _tables(series: Sequence[Series]) -> list[Table]:
-    full = [s for s in series if s.first.fraction == 1]
+    full = [s for s in series if s.first.fraction == 1 and not s.is_oracle]
     known = [s for s in full if s.first.benchmark in {c.benchmark for c in COLUMNS}]
     intra = [s for s in known if s.kind in ("intra", "none")]
     cross = [s for s in known if s.kind == "cross"]
@@ -211,17 +221,27 @@ def _tables(series: Sequence[Series]) -> list[Table]:
         Table(
             "Pretrained on the benchmark's own data",
             INTRA_REFERENCE.method,
-            (*_ours(intra), *(_published(r) for r in INTRA)),
+            (*_ours(intra, series), *(_published(r) for r in INTRA)),
         ),
         Table(
             "Pretrained elsewhere",
             "MAESTRO from the same data",
-            (*_ours(cross), *(_published(r) for r in CROSS)),
+            (*_ours(cross, series), *(_published(r) for r in CROSS)),
         ),
     ]
 
 
-def _ours(series: Sequence[Series]) -> list[Line]:
+def _oracle(series: Series, among: Sequence[Series]) -> str:
+    """What the oracle reaches where ``series`` was scored; empty where it was not asked."""
+    first = series.first
+    for s in among:
+        tested = {s.first.splits.get("test"), first.splits.get("test")} - {None}
+        if s.is_oracle and not series.is_oracle and s.first.benchmark == first.benchmark and len(tested) < 2:
+            return f"{100 * s.value:.1f}"
+    return ""
+
+
+def _ours(series: Sequence[Series], every: Sequence[Series]) -> list[Line]:
     rows: dict[tuple, dict[str, Series]] = defaultdict(dict)
     for s in series:
         if s.first.benchmark in rows[key := (s.first.encoder, s.first.trained_on, s.first.mode)]:
@@ -233,18 +253,18 @@ def _ours(series: Sequence[Series]) -> list[Line]:
         steps = sorted({s.first.checkpoint_step for s in by_benchmark.values()} - {None})
         origin = f" from {' + '.join(trained_on)}" if trained_on else " (not pretrained)"
         at = f", step {steps[0]}" if len(steps) == 1 and trained_on else ""
-        cells = tuple(_cell(by_benchmark.get(c.benchmark), i) for i, c in enumerate(COLUMNS))
+        cells = tuple(_cell(by_benchmark.get(c.benchmark), i, every) for i, c in enumerate(COLUMNS))
         lines.append(Line(f"{Path(encoder).name or 'encoder'}{origin}{at}, {mode}", cells, True))
     return lines
 
 
-def _cell(series: Series | None, column: int) -> Cell:
+def _cell(series: Series | None, column: int, every: Sequence[Series]) -> Cell:
     if series is None:
         return Cell("–")
     reference = _reference(series)
     published = reference.scores[column] if reference else None
     difference = "" if published is None else f"{100 * series.value - published:+.1f}"
-    return Cell(series.text, difference, series.anchor)
+    return Cell(series.text, difference, series.anchor, _oracle(series, every))
 
 
 def _reference(series: Series) -> Row | None:

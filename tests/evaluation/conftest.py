@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from maestro_scale.datasets.pastis_hd import S2_BANDS
+from maestro_scale.datasets.scene import Scene
 from maestro_scale.datasets.spec import DatasetSpec, Modality, Scale, Sensor, Target, Tile
 from maestro_scale.interop.export import write_model
 from maestro_scale.model.config import ModelConfig
@@ -91,3 +93,48 @@ def fields(tmp_path_factory) -> Fields:
     )
     write_model(root / "model", Maestro(config).initialise(0).state_dict(), config, {"step": 0})
     return Fields(root / "shards", root / "model")
+
+
+NUM_DATES = 12
+SCENES = DatasetSpec(
+    name="scenes",
+    title="Synthetic scenes through Sentinel-2 alone",
+    tile_m=60.0,
+    crop_m=60.0,
+    pos_grid=12,
+    modalities=(Modality("s2", S2_BANDS, 10.0, 6, "int16", series=True),),
+    targets=(Target("species", "multilabel", tuple("abcdefghij"), threshold=0.07),),
+    sensors=(
+        Sensor("s2", "s2", 6, 3, NUM_DATES, tuple(range(10)), (4, 4, 2), Scale("linear", 5000.0), "s2", "s2"),
+    ),
+)
+
+
+def scene_tile(number: int) -> Tile:
+    """A scene of ten classes, two families with five phenologies each, on days without a cloud."""
+    scene = Scene(11, number, 60.0, 10)
+    step = 360 // NUM_DATES
+    days = 1 + step * np.arange(NUM_DATES) + scene.rng("days").integers(0, step, NUM_DATES)
+    clear = np.zeros((NUM_DATES, 6, 6), np.float32)
+    values = scene.optical(days, S2_BANDS, 10.0, clear, clear)
+    when = np.stack([np.full(NUM_DATES, 2020), days, np.full(NUM_DATES, 10)], axis=1).astype(np.int16)
+    return Tile(
+        key=f"scene-{number:04d}",
+        arrays={"s2": np.rint(values * 10_000).astype(np.int16)},
+        dates={"s2": when},
+        masks={},
+        targets={"species": scene.shares().astype(np.float32)},
+        ref_date=when[0],
+    )
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory) -> Path:
+    """Shards of scenes: what there is to learn is in the course of the year, hidden under light, soil and season."""
+    root, first = tmp_path_factory.mktemp("scenes"), 0
+    for split, count in {"train": 500, "val": 100, "test": 300}.items():
+        with Writer(str(root / "shards"), SCENES, split) as writer:
+            for number in range(first, first + count):
+                writer.add(scene_tile(number))
+        first += count
+    return root / "shards"

@@ -121,7 +121,7 @@ def test_the_command_over_folds_and_seeds(rotated, tmp_path, capsys):
 
     (found,) = find_results([out])  # its runs are no results of their own
     page, text = write_report([found], tmp_path / "report.html")
-    assert f"| mIoU {said} | 2 seeds, 3 folds | 20 | fold_3, fold_1, fold_2 |" in text.read_text()
+    assert f"| mIoU {said} | – | 2 seeds, 3 folds | 20 | fold_3, fold_1, fold_2 |" in text.read_text()
     assert "fold 2, seed 3" in page.read_text()
 
     # The same folds as jobs of their own are the same series.
