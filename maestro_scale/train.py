@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing.util
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -67,6 +68,7 @@ def _pretrain(recipe, run_dir: Path, fresh: bool) -> int:
     from maestro_scale.training.errors import EXPECTED
     from maestro_scale.training.guard import GuardError
     from maestro_scale.training.pretrain import pretrain
+    from maestro_scale.training.run_dir import write_outcome
     from maestro_scale.training.watchdog import HUNG, Watchdog
 
     timeout_s = recipe.train.hang_timeout_s
@@ -92,7 +94,9 @@ def _pretrain(recipe, run_dir: Path, fresh: bool) -> int:
             os._exit(HUNG)
         raise
     watch.stop()
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # on the way out; a repeated request must not kill it
     if world.is_main:
+        write_outcome(run_dir, outcome.reason, outcome.why, outcome.position.step)
         if outcome.reason == "stopped":
             print(
                 f"stopped by {outcome.why} after step {outcome.position.step}, resume with the same command"

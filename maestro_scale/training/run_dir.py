@@ -109,6 +109,11 @@ def git_revision() -> str | None:
         return None
 
 
+def write_outcome(run_dir: Path, reason: str, why: str, step: int) -> None:
+    """Leave ``outcome.json`` for whoever started the trainer: ``done``, or ``stopped`` and by what, after ``step``."""
+    write_atomically(run_dir / "outcome.json", json.dumps({"reason": reason, "why": why, "step": step}))
+
+
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Replace a file's content in one go."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,167 @@
+"""One task per node, before training: check the node, then the way to the others, and leave a report for all to see.
+
+``REPORTS/<node>.json``; ``verdict.py`` reads them. A node that hangs or dies leaves none, or one that is not finished.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from pathlib import Path
+
+from maestro_scale.cluster import checks
+
+
+@dataclass
+class Report:
+    """What a node says of itself. ``port``: where it listens; ``unreachable``: nodes it found no way to."""
+
+    node: str
+    port: int
+    problems: list[str] = field(default_factory=list)
+    unreachable: list[str] = field(default_factory=list)
+    collective: str = ""
+    all_reduce_ms: float | None = None
+    finished: bool = False
+
+    def write(self, folder: Path) -> None:
+        """Replace this node's report in one go."""
+        folder.mkdir(parents=True, exist_ok=True)
+        fresh = folder / f".{self.node}.json"
+        fresh.write_text(json.dumps(asdict(self)))
+        os.replace(fresh, folder / f"{self.node}.json")
+
+
+def read_reports(folder: Path) -> dict[str, Report]:
+    """The reports there are, by node."""
+    reports = (Report(**json.loads(p.read_text())) for p in sorted(folder.glob("[!.]*.json")))
+    return {r.node: r for r in reports}
+
+
+def local_problems(recipe_path: str, overrides: list[str], run_dir: Path) -> list[str]:
+    """Everything that one node can see for itself."""
+    from maestro_scale.recipe import load_recipe
+
+    recipe = load_recipe(recipe_path, overrides)
+    least_gib = float(os.environ.get("MAESTRO_MIN_FREE_GIB", 1))
+    mixture = recipe.data.mixture
+    return [
+        *checks.gpu_problems(int(os.environ.get("MAESTRO_GPUS_PER_NODE", 0))),
+        *checks.memory_problems(),
+        *checks.disk_problems(Path(recipe.data.cache_dir).expanduser(), least_gib, "cache"),
+        *checks.disk_problems(run_dir, least_gib, "run directory"),
+        *checks.data_problems([e.shards for e in mixture], [e.split for e in mixture]),
+    ]
+
+
+def unreachable(others: dict[str, int], timeout_s: float) -> list[str]:
+    """Which of these nodes (name -> port) do not answer a TCP connection."""
+    failed = []
+    for node, port in others.items():
+        try:
+            socket.create_connection((node, port), timeout=timeout_s).close()
+        except OSError:
+            failed.append(node)
+    return failed
+
+
+def all_reduce_ms(rank: int, size: int, timeout_s: float) -> float:
+    """Milliseconds of an all-reduce of 4 MiB over one task per node, by the trainer's backend; RuntimeError if wrong."""
+    import torch
+    import torch.distributed as dist
+
+    cuda = torch.cuda.is_available()
+    dist.init_process_group(
+        "nccl" if cuda else "gloo", rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s)
+    )
+    try:
+        vector = torch.full((2**20,), float(rank), device="cuda:0" if cuda else "cpu")
+        dist.all_reduce(vector.clone())  # connects
+        before = time.perf_counter()
+        dist.all_reduce(vector)
+        total = float(vector[-1])
+        taken = time.perf_counter() - before
+    finally:
+        dist.destroy_process_group()
+    if total != size * (size - 1) / 2:
+        raise RuntimeError(f"the sum of all ranks is {total}")
+    return 1e3 * taken
+
+
+def _listen() -> socket.socket:
+    server = socket.create_server(("", 0), backlog=256)
+
+    def answer() -> None:
+        while True:
+            try:
+                server.accept()[0].close()
+            except OSError:
+                return
+
+    threading.Thread(target=answer, daemon=True).start()
+    return server
+
+
+def _wait_for(
+    folder: Path, nodes: list[str], ready: Callable[[Report], bool], timeout_s: float
+) -> dict[str, Report]:
+    deadline = time.monotonic() + timeout_s
+    while True:
+        reports = read_reports(folder)
+        if all(n in reports and ready(reports[n]) for n in nodes) or time.monotonic() > deadline:
+            return reports
+        time.sleep(0.1)
+
+
+def examine(report: Report, folder: Path, nodes: list[str], timeout_s: float) -> None:
+    """The way to the others: TCP to each, then the all-reduce if nobody has a problem. Fills in the report."""
+    others = [n for n in nodes if n != report.node]
+    report.write(folder)
+    known = _wait_for(folder, nodes, lambda r: True, timeout_s / 3)
+    report.unreachable = unreachable({n: known[n].port for n in others if n in known}, 5.0)
+    if report.unreachable or len(known) < len(nodes) or any(r.problems for r in known.values()):
+        return
+    rank = int(os.environ.get("RANK", 0))
+    try:
+        report.all_reduce_ms = all_reduce_ms(rank, len(nodes), timeout_s / 3)
+    except (RuntimeError, OSError) as error:
+        report.collective = str(error).splitlines()[0]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; the exit code is 0 where a report was left."""
+    from maestro_scale.recipe import RecipeError
+
+    parser = argparse.ArgumentParser(prog="health", allow_abbrev=False)
+    parser.add_argument("--recipe", required=True)
+    parser.add_argument("--reports", type=Path, required=True)
+    parser.add_argument("--timeout_s", type=float, default=180)
+    parser.add_argument("--set", dest="overrides", nargs="+", action="extend", default=[])
+    args, _ = parser.parse_known_args(argv)  # the rest is the trainer's
+    node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
+    nodes = os.environ.get("MAESTRO_NODES", node).split()
+    server = _listen()
+    report = Report(node, server.getsockname()[1])
+    try:
+        report.problems = local_problems(args.recipe, args.overrides, args.reports)
+    except RecipeError as error:
+        report.problems = [f"recipe: {error}"]
+    examine(report, args.reports, nodes, args.timeout_s)
+    report.finished = True
+    report.write(args.reports)
+    # The others may still be knocking.
+    _wait_for(args.reports, nodes, lambda r: r.finished, 10.0)
+    server.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""Which nodes of a job are bad, from the reports that ``health.py`` left. Imports no torch.
+
+``python -m maestro_scale.cluster.verdict REPORTS NODE…``: exit 0 if all are good; 3 if some are bad, their names, with
+commas, on standard output; 2 if the job cannot run anywhere. What is wrong, and what to do, goes to standard error.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from maestro_scale.cluster.health import Report, read_reports
+
+GOOD, NOWHERE, SOME_BAD = 0, 2, 3
+
+
+def judge(nodes: list[str], reports: dict[str, Report]) -> dict[str, str]:
+    """Bad node -> what is wrong with it."""
+    bad = {}
+    for node in nodes:
+        report = reports.get(node)
+        if report is None:
+            bad[node] = (
+                "no answer: no task could start there, it hung, or it cannot write to the run directory"
+            )
+        elif report.problems:
+            bad[node] = "; ".join(report.problems)
+    if bad:
+        return bad  # what the others say of the network follows from it
+    for node in nodes:
+        blamed_by = [n for n in nodes if node in reports[n].unreachable]
+        # A node that cannot reach the others blames all of them; they agree on it.
+        if (
+            blamed_by
+            and len(blamed_by) * 2 >= len(nodes) - 1
+            and len(reports[node].unreachable) * 2 >= len(nodes) - 1
+        ):
+            bad[node] = (
+                f"{', '.join(blamed_by)} cannot reach it: check the network, firewall and MAESTRO_IFNAME"
+            )
+    if bad:
+        return bad
+    for node in nodes:
+        report = reports[node]
+        if report.unreachable:
+            bad[node] = (
+                f"cannot reach {', '.join(report.unreachable)}: check the network, firewall and MAESTRO_IFNAME"
+            )
+        elif report.collective or not report.finished:
+            said = report.collective or "it did not end in time"
+            bad[node] = f"all-reduce failed ({said}): set MAESTRO_IFNAME, or NCCL_DEBUG=INFO to see more"
+    return bad
+
+
+def main(argv: list[str]) -> int:
+    """The command line; see above."""
+    folder, nodes = Path(argv[0]), argv[1:]
+    reports = read_reports(folder)
+    bad = judge(nodes, reports)
+    for node, reason in bad.items():
+        print(f"bad node {node}: {reason}", file=sys.stderr)
+    if not bad:
+        slowest = max((r.all_reduce_ms or 0.0 for r in reports.values()), default=0.0)
+        print(f"all {len(nodes)} nodes are well; all-reduce of 4 MiB in {slowest:.1f} ms", file=sys.stderr)
+        return GOOD
+    if len(bad) == len(nodes):
+        print(
+            f"error: no good node among {', '.join(nodes)}: mend what is said above and submit again "
+            f"(or, with other nodes: sbatch --exclude={','.join(nodes)} …)",
+            file=sys.stderr,
+        )
+        return NOWHERE
+    print(",".join(bad))
+    return SOME_BAD
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,137 @@
+#!/usr/bin/env bash
+# Pretrain on any number of nodes:  sbatch [-N NODES --gpus-per-node=8] slurm/pretrain_multinode.sh RECIPE [--run-dir DIR] [--set K=V …]
+#
+# One task per GPU (without GPUs: --ntasks-per-node). Every node is checked first; a bad one is named and kept out.
+# At the time limit or before preemption the run is saved, and the job requeues itself and continues. It ends for good
+# when the recipe is done, or has failed three times without a new checkpoint. Settings: slurm/env.sh, docs/clusters.md.
+# MAESTRO_HEALTH=0 leaves the check out, MAESTRO_MAX_FAILURES (3), MAESTRO_HEALTH_TIMEOUT_S (180), MAESTRO_MIN_FREE_GIB (1).
+#SBATCH --job-name=maestro
+#SBATCH --nodes=2
+#SBATCH --exclusive
+#SBATCH --signal=B:USR1@180
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+set -uo pipefail
+
+MAESTRO_HOME=${MAESTRO_HOME:-${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}}
+if [ ! -f "$MAESTRO_HOME/slurm/env.sh" ] && [ -n "${SLURM_JOB_ID:-}" ]; then # submitted from elsewhere
+  MAESTRO_HOME=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=\(.*\)/slurm/pretrain_multinode\.sh.*|\1|p')
+fi
+[ -f "$MAESTRO_HOME/slurm/env.sh" ] || { echo "error: set MAESTRO_HOME to the checkout of maestro_scale" >&2; exit 2; }
+export MAESTRO_HOME
+# shellcheck source=slurm/env.sh
+. "$MAESTRO_HOME/slurm/env.sh"
+
+need_slurm slurm/pretrain_multinode.sh
+[ $# -gt 0 ] && [ "${1#-}" = "$1" ] || die 2 "no recipe: sbatch slurm/pretrain_multinode.sh recipes/vitb.yaml [--set section.key=value]"
+RECIPE=$1
+shift
+if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then # what was fresh at the first start is to be continued now
+  ARGS=()
+  for word in "$@"; do [ "$word" = --fresh ] || ARGS+=("$word"); done
+  set -- ${ARGS[@]+"${ARGS[@]}"}
+fi
+
+# From here on the signal that announces the end is ours: it is passed on until the tasks have saved and left.
+ASKED=0
+trap 'ASKED=1; AGAIN=1' USR1
+
+# supervise COMMAND…: run it, passing the signal on; its exit status.
+supervise() {
+  "$@" &
+  local pid=$! status=0 reminder=""
+  AGAIN=1
+  while [ "$AGAIN" = 1 ]; do
+    AGAIN=0 status=0
+    wait "$pid" || status=$?
+    # Tasks that are still starting ignore it, so it is repeated.
+    if [ "$ASKED" = 1 ] && [ -z "$reminder" ] && kill -0 "$pid" 2>/dev/null; then
+      say "asked to end: saving"
+      (trap - USR1; while kill -USR1 "$pid" 2>/dev/null; do sleep 3; done) &
+      reminder=$!
+      AGAIN=1
+    fi
+  done
+  [ -z "$reminder" ] || kill "$reminder" 2>/dev/null
+  return "$status"
+}
+
+# Not before the run is saved. SLURM ends this script too, so what follows must be quick, and TERM must not stop it.
+requeue() {
+  local excluded="${1:-}" before
+  clean
+  trap '' TERM
+  say "requeueing job $SLURM_JOB_ID"
+  if ! scontrol requeue "$SLURM_JOB_ID"; then
+    die 1 "this cluster does not let the job requeue itself: submit the same command again, it continues from the last checkpoint"
+  fi
+  if [ -n "$excluded" ]; then
+    before=$(squeue --noheader --job="$SLURM_JOB_ID" --Format=exc_nodes:4096 2>/dev/null | tr -d ' ')
+    [ "$before" = "(null)" ] && before=""
+    scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="${before:+$before,}$excluded" ||
+      say "could not exclude $excluded: scancel $SLURM_JOB_ID, and submit again with --exclude=$excluded"
+  fi
+  exit 0
+}
+
+# What prepare() put on the nodes.
+clean() {
+  [ "$CACHE_IS_OURS" = 1 ] || return 0
+  timeout 60 srun --overlap --quiet --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
+    rm -rf "$MAESTRO_CACHE" 2>/dev/null
+}
+
+prepare
+mapfile -t NODES < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+NUM_NODES=${#NODES[@]}
+PER_NODE=${SLURM_GPUS_ON_NODE:-${SLURM_NTASKS_PER_NODE:-1}}
+PER_NODE=${PER_NODE%%(*}
+CPUS=$((${SLURM_CPUS_ON_NODE:-1} / PER_NODE))
+[ "$CPUS" -ge 1 ] || die 2 "$PER_NODE tasks per node on ${SLURM_CPUS_ON_NODE:-1} CPUs: ask for fewer, or for more CPUs"
+export MAESTRO_NODES="${NODES[*]}" MASTER_ADDR=${NODES[0]} MASTER_PORT=${MAESTRO_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
+export MAESTRO_GPUS_PER_NODE=${SLURM_GPUS_ON_NODE:-0} OMP_NUM_THREADS=${OMP_NUM_THREADS:-$CPUS}
+[ "$NUM_NODES" -gt 1 ] || export MASTER_ADDR=127.0.0.1
+
+# The recipe is read before any task starts: a mistake in it is told at once, and not repeated.
+RUN_DIR=$(run_python -m maestro_scale.cluster.attempts run-dir "$((NUM_NODES * PER_NODE))" --recipe "$RECIPE" "$@") || die 2 "the recipe cannot be used; see the lines above"
+LOGS="$RUN_DIR/logs/$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"
+mkdir -p "$LOGS" || die 2 "cannot write to $RUN_DIR from $(uname -n): --run-dir must be on a disk that all nodes share, with room"
+say "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)): $NUM_NODES nodes (${NODES[*]}), $PER_NODE tasks each; run in $RUN_DIR, logs of ranks in $LOGS"
+
+# launch TASKS_PER_NODE CPUS LOG_NAME python arguments…: for `supervise`, whose signals srun must get itself.
+launch() {
+  local tasks=$1 cpus=$2 name=$3
+  shift 3
+  exec srun --nodes="$NUM_NODES" --ntasks="$((NUM_NODES * tasks))" --ntasks-per-node="$tasks" --cpus-per-task="$cpus" \
+    --kill-on-bad-exit=1 --wait=60 --overlap --quiet --open-mode=append --output="$LOGS/$name-%4t.log" \
+    ${STEP[@]+"${STEP[@]}"} ${CONTAINER[@]+"${CONTAINER[@]}"} "$PYTHON" -m maestro_scale.cluster.launch "$@"
+}
+
+if [ "${MAESTRO_HEALTH:-1}" = 1 ]; then
+  say "checking the nodes"
+  check() {
+    launch 1 "${SLURM_CPUS_ON_NODE:-1}" health -m maestro_scale.cluster.health \
+      --recipe "$RECIPE" --reports "$LOGS" --timeout_s "${MAESTRO_HEALTH_TIMEOUT_S:-180}" "$@"
+  }
+  supervise check "$@" || true # who reported what says more than srun's status
+  [ "$ASKED" = 0 ] || requeue
+  BAD=$(run_python -m maestro_scale.cluster.verdict "$LOGS" "${NODES[@]}")
+  case $? in
+    0) ;;
+    3) requeue "$BAD" ;;
+    *) clean; exit 2 ;;
+  esac
+fi
+
+say "training"
+rm -f "$RUN_DIR/outcome.json"
+supervise launch "$PER_NODE" "$CPUS" rank "$MAESTRO_HOME/maestro_scale/train.py" --recipe "$RECIPE" "$@"
+STATUS=$?
+run_python -m maestro_scale.cluster.attempts decide --run_dir "$RUN_DIR" --logs "$LOGS" --status "$STATUS" --asked "$ASKED" \
+  --max_failures "${MAESTRO_MAX_FAILURES:-3}"
+case $? in
+  0) clean ;;
+  10) requeue ;;
+  *) clean; exit 1 ;;
+esac

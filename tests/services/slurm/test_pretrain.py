@@ -1,0 +1,23 @@
+"""``sbatch slurm/pretrain_multinode.sh``, as it is, on a real SLURM."""
+
+from __future__ import annotations
+
+import pytest
+from services.slurm.cluster import REPO
+from testkit.runs import Trainer, curve, metrics
+
+pytestmark = [pytest.mark.root, pytest.mark.slow]
+SCRIPT = REPO / "slurm" / "pretrain_multinode.sh"
+SMALL = ("--set", "train.micro_batch=2")
+
+
+def test_two_nodes_of_two_tasks_train_the_curve_of_one(cluster, recipe, tmp_path):
+    run_dir = tmp_path / "run of four"
+    job = cluster.submit(SCRIPT, recipe, "--run-dir", run_dir, *SMALL, options=("--ntasks-per-node=2",))
+    alone = Trainer(recipe).train(tmp_path / "alone", 1, *SMALL)
+    assert job.end() == "COMPLETED", job.text + job.ranks()
+    assert curve(metrics(run_dir)) == pytest.approx(curve(alone), rel=1e-5)
+    assert "all 2 nodes are well" in job.text
+    assert len(list((run_dir / "logs").glob("*/rank-*.log"))) == 4
+    assert len(list((run_dir / "audit").glob("rank*.jsonl"))) == 4
+    assert job.text.splitlines()[-1].startswith("done: 6 steps")
