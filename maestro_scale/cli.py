@@ -50,11 +50,14 @@ def quickstart(
     steps: Annotated[
         int | None, typer.Option(min=1, help="Pretraining steps, instead of the recipe's.")
     ] = None,
+    shards: Annotated[
+        str, typer.Option(help="s3:// prefix for the shards, instead of a folder in OUT.")
+    ] = "",
 ) -> None:
     """Synthetic tiles to a pretrained encoder and its scores, in minutes on two cores."""
     from maestro_scale.quickstart import quickstart as run
 
-    run(out, seed, tiles, steps)
+    run(out, seed, tiles, steps, shards)
 
 
 @app.command()
@@ -350,6 +353,23 @@ def _known(dataset: str) -> None:
         datasets.spec(dataset)
     except KeyError as error:
         raise DatasetError(error.args[0]) from None
+
+
+@app.command()
+def doctor(
+    data: Annotated[
+        list[str] | None, typer.Option(help="Folder or s3:// prefix of a dataset in shards to reach; repeat.")
+    ] = None,
+    folder: Annotated[
+        list[Path] | None, typer.Option(help="Where runs or caches are to lie; default: here; repeat.")
+    ] = None,
+) -> None:
+    """Say what this machine has for training, with advice for each problem; exit code 1 if there is one."""
+    from maestro_scale.cluster.doctor import examine, tell
+
+    problems = tell(examine(data or (), folder or ()))
+    print(f"{problems} thing{'s' * (problems != 1)} to look at" if problems else "all is well")
+    sys.exit(1 if problems else 0)
 
 
 if __name__ == "__main__":

@@ -34,9 +34,10 @@ class QuickstartError(Exception):
 
 @dataclass(frozen=True)
 class Places:
-    """Where quickstart keeps things."""
+    """Where quickstart keeps things. ``elsewhere``: an s3:// prefix (or folder) for the shards."""
 
     out: Path
+    elsewhere: str = ""
 
     @property
     def raw(self) -> Path:
@@ -44,9 +45,9 @@ class Places:
         return self.out / "raw"
 
     @property
-    def shards(self) -> Path:
+    def shards(self) -> str:
         """The same as shards."""
-        return self.out / "shards"
+        return self.elsewhere or str(self.out / "shards")
 
     @property
     def run(self) -> Path:
@@ -64,14 +65,17 @@ class Places:
         return self.out / "done.json"
 
 
-def quickstart(out: Path, seed: int = 0, tiles: int = NUM_TILES, steps: int | None = None) -> None:
+def quickstart(
+    out: Path, seed: int = 0, tiles: int = NUM_TILES, steps: int | None = None, shards: str = ""
+) -> None:
     """Run, or continue, every stage and print the table; what is done already is not done again.
 
-    ``steps``: of pretraining, instead of the recipe's. Raises QuickstartError, DatasetError, …
+    ``steps``: of pretraining, instead of the recipe's; ``shards``: where to write them, instead of ``out``. Raises
+    QuickstartError, DatasetError, …
     """
     console = Console(soft_wrap=True)
-    places = Places(out.resolve())
-    wanted = {"seed": seed, "tiles": tiles, "steps": steps}
+    places = Places(out.resolve(), shards)
+    wanted = {"seed": seed, "tiles": tiles, "steps": steps, **({"shards": shards} if shards else {})}
     if places.done.exists():
         made = json.loads(places.done.read_text())
         if made != wanted:
@@ -125,13 +129,13 @@ def _shard(console: Console, places: Places, seed: int) -> None:
     console.print(f"[bold]2/5[/bold] shards in {places.shards}")
     for split in SPLITS:
         raw = datasets.open_raw(DATASET, places.raw, split)
-        write_shards(raw, str(places.shards), split, workers=2, codec="raw", shard_mb=16, seed=seed)
-    problems = verify(str(places.shards))
+        write_shards(raw, places.shards, split, workers=2, codec="raw", shard_mb=16, seed=seed)
+    problems = verify(places.shards)
     if problems:
         raise QuickstartError(
             f"the shards are not whole: {problems[0]}; remove {places.shards} and run again"
         )
-    manifest = Manifest.load(str(places.shards))
+    manifest = Manifest.load(places.shards)
     console.print(f"      {len(manifest.shards)} shards, verified")
 
 
@@ -151,7 +155,7 @@ def _pretrain(console: Console, places: Places, recipe: Path, seed: int, steps: 
         f"--run-dir={places.run}",
         "--set",
         f"seed={seed}",
-        f"data.mixture[0].shards={json.dumps(str(places.shards))}",
+        f"data.mixture[0].shards={json.dumps(places.shards)}",
         f"data.cache_dir={json.dumps(str(places.out / 'cache'))}",
         *([f"train.steps={steps}"] if steps else []),
     ]
@@ -192,7 +196,7 @@ def _evaluate(console: Console, places: Places, seed: int) -> None:
     untrained = Maestro(pretrained.config).initialise(seed).eval()
     console.print("[bold]5/5[/bold] scoring frozen embeddings on held-out tiles")
     step = load_position(newest(places.run)).step
-    benchmark = Benchmark(str(places.shards), places.out / "cache", places.out / "features")
+    benchmark = Benchmark(places.shards, places.out / "cache", places.out / "features")
     for name, model, trained in zip(ENCODERS, (pretrained, untrained), (step, 0), strict=True):
         provenance = Provenance(trained, seed, encoder=name, trained_on=(DATASET,) if trained else ())
         for result in evaluate_frozen(model, benchmark, MODES, provenance):

@@ -74,7 +74,10 @@ def unreachable(others: dict[str, int], timeout_s: float) -> list[str]:
 
 
 def all_reduce_ms(rank: int, size: int, timeout_s: float) -> float:
-    """Milliseconds of an all-reduce of 4 MiB over one task per node, by the trainer's backend; RuntimeError if wrong."""
+    """Milliseconds that an all-reduce of 4 MiB takes, one task per node, by the trainer's backend.
+
+    RuntimeError if the sum is wrong.
+    """
     import torch
     import torch.distributed as dist
 

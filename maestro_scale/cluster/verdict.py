@@ -29,12 +29,8 @@ def judge(nodes: list[str], reports: dict[str, Report]) -> dict[str, str]:
         return bad  # what the others say of the network follows from it
     for node in nodes:
         blamed_by = [n for n in nodes if node in reports[n].unreachable]
-        # A node that cannot reach the others blames all of them; they agree on it.
-        if (
-            blamed_by
-            and len(blamed_by) * 2 >= len(nodes) - 1
-            and len(reports[node].unreachable) * 2 >= len(nodes) - 1
-        ):
+        # A node that is cut off blames all the others; they agree on it.
+        if 2 * len(blamed_by) > len(nodes) - 1:
             bad[node] = (
                 f"{', '.join(blamed_by)} cannot reach it: check the network, firewall and MAESTRO_IFNAME"
             )

@@ -72,6 +72,7 @@ class Submitted:
         deadline = time.monotonic() + timeout_s
         while not true():
             if self.state == "PENDING" and self.show("Reason") == "BeginTime":
+                time.sleep(3)  # slurmd refuses a job that was ended in this second
                 command("scontrol", "update", f"JobId={self.id}", "StartTime=now", check=False)
             assert self.show("Reason") != "PartitionConfig", "the cluster cannot run what the job asks for"
             assert time.monotonic() < deadline, (

@@ -1,0 +1,229 @@
+"""What a machine has for training, and what is wrong with it: a line for each thing, advice for each problem."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import socket
+import sys
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from maestro_scale.cluster import checks
+
+_PACKAGES = (
+    "maestro-scale",
+    "torch",
+    "deepspeed",
+    "webdataset",
+    "s3fs",
+    "mlflow",
+    "safetensors",
+    "rasterio",
+    "h5py",
+)
+_SHARED_TYPES = (
+    "nfs",
+    "nfs4",
+    "lustre",
+    "gpfs",
+    "beegfs",
+    "ceph",
+    "cifs",
+    "fuse.sshfs",
+    "wekafs",
+    "pvfs2",
+    "smb3",
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at. ``advice``: what to do; empty where all is well."""
+
+    what: str
+    found: str
+    advice: str = ""
+
+
+def examine(urls: Sequence[str] = (), folders: Sequence[Path] = ()) -> Iterator[Finding]:
+    """Every check in turn. ``urls``: datasets in shards to reach; ``folders``: where runs and caches are to lie."""
+    for check in (_python, _packages, _processors, _accelerators, _kernels, _compiler, _slurm, _mlflow):
+        yield from check()
+    for url in urls:
+        yield from _data(url)
+    for folder in folders or (Path.cwd(),):
+        yield from _disk(folder)
+
+
+def _python() -> Iterator[Finding]:
+    version = platform.python_version()
+    good = (3, 10) <= sys.version_info[:2] <= (3, 12)
+    yield Finding(
+        "python", f"{version} on {platform.platform()}", "" if good else "use Python 3.10, 3.11 or 3.12"
+    )
+
+
+def _packages() -> Iterator[Finding]:
+    optional = ("rasterio", "h5py")
+    for name in _PACKAGES:
+        try:
+            yield Finding(name, metadata.version(name))
+        except metadata.PackageNotFoundError:
+            extra = "pip install 'maestro-scale[datasets]', to read raw datasets" if name in optional else ""
+            yield Finding(name, "not installed", extra or "pip install maestro-scale")
+
+
+def _processors() -> Iterator[Finding]:
+    usable = len(os.sched_getaffinity(0))
+    available = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())[
+        "MemAvailable"
+    ]
+    found = f"{usable} of {os.cpu_count()} cores usable, {int(available.split()[0]) / 2**20:.0f} GiB of memory free"
+    yield Finding("processor", found, "; ".join(checks.memory_problems(4.0)))
+
+
+def _accelerators() -> Iterator[Finding]:
+    import torch
+    import torch.distributed as dist
+
+    backends = [n for n in ("nccl", "gloo", "mpi") if getattr(dist, f"is_{n}_available")()]
+    if not torch.cuda.is_available():
+        built = torch.version.cuda or "no CUDA"
+        seen = shutil.which("nvidia-smi") is not None
+        advice = (
+            "there is an NVIDIA driver here: install a CUDA build of torch, or look at CUDA_VISIBLE_DEVICES"
+        )
+        yield Finding("accelerator", f"none (torch built for {built})", advice if seen else "")
+    for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        p = torch.cuda.get_device_properties(i)
+        bf16 = p.major >= 8
+        found = f"{p.name}, {p.total_memory / 2**30:.0f} GiB, compute {p.major}.{p.minor}"
+        yield Finding(f"GPU {i}", found, "" if bf16 else "no bf16 in hardware: set train.precision=fp32")
+    if torch.cuda.is_available():
+        for problem in checks.gpu_problems(torch.cuda.device_count()):
+            yield Finding("accelerator", "in trouble", problem)
+    yield Finding(
+        "collectives", ", ".join(backends), "" if "gloo" in backends else "torch without gloo cannot train"
+    )
+
+
+def _kernels() -> Iterator[Finding]:
+    import torch
+
+    from maestro_scale.model.attention import chosen, possible
+
+    cuda = torch.cuda.is_available()
+    device, dtype = torch.device("cuda" if cuda else "cpu"), torch.bfloat16 if cuda else torch.float32
+    auto = chosen("auto", device, dtype, 64)
+    advice = "" if not cuda or auto != "math" else "attention is not fused here: update torch or the driver"
+    yield Finding("attention", f"{auto} (can be: {', '.join(possible(device, dtype, 64))})", advice)
+
+
+def _compiler() -> Iterator[Finding]:
+    compilers = [c for c in ("g++", "clang++", "nvcc") if shutil.which(c)]
+    advice = "" if compilers else "model.compile and ZeRO offload build kernels: install g++ (or set CXX)"
+    yield Finding("compiler", ", ".join(compilers) or "none", advice)
+
+
+def _slurm() -> Iterator[Finding]:
+    if job := os.environ.get("SLURM_JOB_ID"):
+        yield Finding("SLURM", f"in job {job}, task {os.environ.get('SLURM_PROCID', '0')}")
+    elif shutil.which("sbatch"):
+        yield Finding("SLURM", "sbatch is here")
+    else:
+        yield Finding("SLURM", "none here (deepspeed and torchrun launch without it)")
+
+
+def _mlflow() -> Iterator[Finding]:
+    from maestro_scale.secrets_filter import scrub
+
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if not uri.startswith("http"):
+        yield Finding("MLflow", scrub(uri) or "a file beside the runs (MLFLOW_TRACKING_URI is not set)")
+        return
+    try:
+        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=5) as answer:
+            yield Finding("MLflow", f"{scrub(uri)} answers {answer.status}")
+    except (urllib.error.URLError, OSError, ValueError) as error:
+        advice = "training goes on without it; afterwards, from where it can be reached: maestro-scale sync RUN_DIR"
+        yield Finding("MLflow", f"{scrub(uri)} does not answer ({scrub(str(error))})", advice)
+
+
+def _data(url: str) -> Iterator[Finding]:
+    from maestro_scale.secrets_filter import scrub
+    from maestro_scale.shards.errors import ShardsError
+    from maestro_scale.shards.manifest import Manifest
+
+    try:
+        manifest = Manifest.load(url)
+    except ShardsError as error:
+        advice = (
+            "check the address and, for S3, AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        )
+        yield Finding("data", scrub(str(error)), advice)
+        return
+    total = sum(s.bytes for s in manifest.shards) / 1e9
+    names = ", ".join(sorted(manifest.splits))
+    problems = "; ".join(checks.data_problems([url], [sorted(manifest.splits)]))
+    yield Finding("data", f"{scrub(url)}: {manifest.spec.name}, {total:.1f} GB, splits {names}", problems)
+
+
+def _disk(folder: Path) -> Iterator[Finding]:
+    kind = _file_system(folder)
+    try:
+        free = shutil.disk_usage(folder).free / 2**30
+        with tempfile.TemporaryDirectory(dir=folder) as inside:
+            problem = "" if _links(Path(inside)) else "it has no file locks: use another disk for --run-dir"
+    except OSError as error:
+        yield Finding("disk", f"{folder}: {error.strerror}", "choose a folder that can be written to")
+        return
+    shared = kind in _SHARED_TYPES
+    sharing = (
+        "shared"
+        if shared
+        else "local, as far as its type tells: runs on several nodes need a shared --run-dir"
+    )
+    if not problem and free < 10:
+        problem = "less than 10 GiB free: checkpoints and cached shards need more"
+    yield Finding("disk", f"{folder}: {kind}, {sharing}, {free:.0f} GiB free", problem)
+
+
+def _links(folder: Path) -> bool:
+    from filelock import FileLock
+
+    try:
+        with FileLock(folder / "lock", timeout=5):
+            return True
+    except OSError:
+        return False
+
+
+def _file_system(folder: Path) -> str:
+    """Type of the file system, from the longest mount point above it."""
+    best, kind = "", "unknown"
+    place = str(folder.resolve())
+    for line in Path("/proc/mounts").read_text().splitlines():
+        _, mount, found, *_ = line.split(" ")
+        inside = place == mount or place.startswith(mount.rstrip("/") + "/")
+        if inside and len(mount) >= len(best):
+            best, kind = mount, found
+    return kind
+
+
+def tell(findings: Iterator[Finding], say: Callable[[str], None] = print) -> int:
+    """Print findings as they come; the number of problems."""
+    problems = 0
+    say(f"host {socket.gethostname()}")
+    for f in findings:
+        say(f"{'!' if f.advice else ' '} {f.what}: {f.found}")
+        if f.advice:
+            say(f"    -> {f.advice}")
+            problems += 1
+    return problems

@@ -1,0 +1,94 @@
+#!/usr/bin/env bash
+# Evaluate a model on benchmarks x modes x fractions x seeds, a task each, then write the report:
+#
+#   bash slurm/evaluate.sh --checkpoint RUN|MODEL --out RESULTS [options] [-- options of sbatch]
+#
+#   --recipes "A.yaml B.yaml"   benchmarks           default: recipes/eval/*.yaml
+#   --modes "knn probe"                              default: knn probe
+#   --fractions "1 0.1"         of the labels        default: 1
+#   --seeds "0 1 2"                                  default: 0
+#   --baseline NAME             instead of --checkpoint
+#
+# It submits one array and, after it, `maestro-scale report`; prints both job ids. A task that is requeued goes on where
+# it was. With more than one GPU or task per node (-- --gpus-per-node=8) an evaluation runs on all of them.
+# Settings: slurm/env.sh, docs/clusters.md.
+#SBATCH --job-name=maestro-eval
+#SBATCH --nodes=1
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%A_%a.log
+set -uo pipefail
+
+MAESTRO_HOME=${MAESTRO_HOME:-$(cd "$(dirname "$0")/.." && pwd)}
+[ -f "$MAESTRO_HOME/slurm/env.sh" ] || MAESTRO_HOME=${SLURM_SUBMIT_DIR:-}
+[ -f "$MAESTRO_HOME/slurm/env.sh" ] || { echo "error: set MAESTRO_HOME to the checkout of maestro_scale" >&2; exit 2; }
+export MAESTRO_HOME
+# shellcheck source=slurm/env.sh
+. "$MAESTRO_HOME/slurm/env.sh"
+
+RECIPES="" MODES="knn probe" FRACTIONS="1" SEEDS="0" OUT="" ENCODER=() REPORT=0
+WORDS=("$@")
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --checkpoint | --baseline) ENCODER=("$1" "${2:?}") ;;
+    --recipes) RECIPES=${2:?} ;;
+    --modes) MODES=${2:?} ;;
+    --fractions) FRACTIONS=${2:?} ;;
+    --seeds) SEEDS=${2:?} ;;
+    --out) OUT=${2:?} ;;
+    --report) REPORT=1; shift; continue ;; # how it starts itself after the array
+    --) shift; break ;;
+    *) die 2 "$1 is no option; see the head of slurm/evaluate.sh" ;;
+  esac
+  shift 2
+done
+[ ${#ENCODER[@]} -gt 0 ] || die 2 "which model? --checkpoint RUN_DIR, or an exported model; or --baseline NAME"
+[ -n "$OUT" ] || die 2 "where to? --out FOLDER, on a disk that all nodes share"
+[ -n "$RECIPES" ] || RECIPES=$(printf '%s\n' "$MAESTRO_HOME"/recipes/eval/*.yaml)
+
+# The table of tasks: a line each of recipe, mode, fraction, seed. Recipes are given one per line where names hold spaces.
+TASKS=()
+case "$RECIPES" in *$'\n'*) mapfile -t LIST <<<"$RECIPES" ;; *) read -r -a LIST <<<"$RECIPES" ;; esac
+[ ${#LIST[@]} -gt 1 ] || [ ! -f "$RECIPES" ] || LIST=("$RECIPES")
+for recipe in "${LIST[@]}"; do
+  [ -f "$recipe" ] || die 2 "there is no recipe $recipe"
+  for mode in $MODES; do for fraction in $FRACTIONS; do for seed in $SEEDS; do
+    TASKS+=("$recipe"$'\t'"$mode"$'\t'"$fraction"$'\t'"$seed")
+  done; done; done
+done
+
+if [ "$REPORT" = 1 ]; then
+  prepare
+  run_python -m maestro_scale.cli report "$OUT" --out "$OUT/report.html" || die 1 "no report: see the lines above"
+  say "report: $OUT/report.html"
+  exit 0
+fi
+
+if [ -z "${SLURM_ARRAY_TASK_ID:-}" ]; then
+  command -v sbatch >/dev/null || die 2 "this machine has no sbatch; without SLURM: deepspeed maestro_scale/evaluate.py --help"
+  mkdir -p "$OUT" || die 2 "cannot write to $OUT"
+  WORDS=("${WORDS[@]:0:${#WORDS[@]}-$#}")
+  [ $# = 0 ] || unset 'WORDS[-1]' # the --
+  LOG=(--output "$OUT/%x-%A_%a.log")
+  ARRAY=$(sbatch --parsable --array="0-$((${#TASKS[@]} - 1))" "${LOG[@]}" "$@" "$MAESTRO_HOME/slurm/evaluate.sh" "${WORDS[@]}") ||
+    die 1 "sbatch refused the array"
+  LAST=$(sbatch --parsable --dependency="afterany:$ARRAY" --job-name=maestro-report --output "$OUT/%x-%j.log" \
+    "$MAESTRO_HOME/slurm/evaluate.sh" "${WORDS[@]}" --report) || die 1 "sbatch refused the report"
+  say "array $ARRAY of ${#TASKS[@]} evaluations, then report $LAST: $OUT/report.html"
+  exit 0
+fi
+
+IFS=$'\t' read -r recipe mode fraction seed <<<"${TASKS[$SLURM_ARRAY_TASK_ID]}"
+prepare
+PER_NODE=${SLURM_GPUS_ON_NODE:-${SLURM_NTASKS_PER_NODE:-1}}
+PER_NODE=${PER_NODE%%(*}
+export MASTER_ADDR=127.0.0.1 MASTER_PORT=${MAESTRO_PORT:-$((20000 + SLURM_JOB_ID % 20000))} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+NAME=$(basename "$recipe" .yaml)
+FOLDER="$OUT/$NAME/$mode-$fraction-seed$seed"
+say "$NAME, $mode, $fraction of the labels, seed $seed, on $PER_NODE tasks -> $FOLDER"
+srun --nodes=1 --ntasks="$PER_NODE" --kill-on-bad-exit=1 --quiet ${STEP[@]+"${STEP[@]}"} ${CONTAINER[@]+"${CONTAINER[@]}"} \
+  "$PYTHON" -m maestro_scale.cluster.launch "$MAESTRO_HOME/maestro_scale/evaluate.py" --recipe "$recipe" "${ENCODER[@]}" \
+  --mode "$mode" --fraction "$fraction" --out "$FOLDER" --features "$OUT/features" --set "seed=$seed"
+STATUS=$?
+[ "$CACHE_IS_OURS" = 0 ] || rm -rf "$MAESTRO_CACHE"
+[ "$STATUS" = 0 ] || die 1 "$NAME, $mode, $fraction, seed $seed failed; again, alone: sbatch --array=$SLURM_ARRAY_TASK_ID slurm/evaluate.sh …same words…"

@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# Evaluate each new permanent checkpoint (checkpoint.keep_every) of a run that goes on, in jobs of its own:
+#
+#   sbatch slurm/follow.sh RUN_DIR [options of slurm/evaluate.sh, without --checkpoint and --out]
+#   bash slurm/follow.sh --once RUN_DIR …        what there is now, without waiting
+#
+# Results lie in RUN_DIR/evaluations/step_NNNNNNNN. Ends when the run is done and its last permanent checkpoint submitted.
+# MAESTRO_FOLLOW_S: seconds between looks (60).
+#SBATCH --job-name=maestro-follow
+#SBATCH --ntasks=1
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+set -uo pipefail
+
+MAESTRO_HOME=${MAESTRO_HOME:-$(cd "$(dirname "$0")/.." && pwd)}
+[ -f "$MAESTRO_HOME/slurm/env.sh" ] || MAESTRO_HOME=${SLURM_SUBMIT_DIR:-}
+[ -f "$MAESTRO_HOME/slurm/env.sh" ] || { echo "error: set MAESTRO_HOME to the checkout of maestro_scale" >&2; exit 2; }
+export MAESTRO_HOME
+# shellcheck source=slurm/env.sh
+. "$MAESTRO_HOME/slurm/env.sh"
+
+ONCE=0
+[ "${1:-}" != --once ] || { ONCE=1; shift; }
+[ $# -gt 0 ] && [ -d "$1" ] || die 2 "which run? slurm/follow.sh RUN_DIR"
+RUN_DIR=$1
+shift
+[ -z "${SLURM_JOB_ID:-}" ] || unset "${!SLURM_@}" # the jobs that it submits are not steps of this one
+prepare
+while :; do
+  # The order matters: a run that is done now has written all its checkpoints.
+  OVER=0
+  grep -qs '"reason": "done"' "$RUN_DIR/outcome.json" && OVER=1
+  FOUND=$(run_python -m maestro_scale.cluster.permanent "$RUN_DIR") || die 2 "$RUN_DIR cannot be followed; see the line above"
+  while IFS= read -r checkpoint; do
+    [ -n "$checkpoint" ] || continue
+    out="$RUN_DIR/evaluations/$(basename "$checkpoint")"
+    [ -e "$out/submitted" ] && continue
+    mkdir -p "$out"
+    bash "$MAESTRO_HOME/slurm/evaluate.sh" --checkpoint "$checkpoint" --out "$out" "$@" || die 1 "could not submit the evaluation of $checkpoint"
+    touch "$out/submitted"
+  done <<<"$FOUND"
+  [ "$OVER" = 0 ] && [ "$ONCE" = 0 ] || break
+  sleep "${MAESTRO_FOLLOW_S:-60}"
+done
+[ "$CACHE_IS_OURS" = 0 ] || rm -rf "$MAESTRO_CACHE"
+say "all permanent checkpoints of $RUN_DIR are submitted"

@@ -1,0 +1,90 @@
+"""Dockerfiles and compose.yaml: linted, whole, not root; built and run where there is an engine."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+REPO = Path(__file__).parents[2]
+DOCKER = REPO / "docker"
+DOCKERFILES = sorted(DOCKER.glob("Dockerfile*"))
+COMPOSE = yaml.safe_load((DOCKER / "compose.yaml").read_text())
+
+
+@pytest.mark.parametrize("file", DOCKERFILES, ids=lambda p: p.name)
+def test_a_dockerfile_is_clean(file):
+    done = subprocess.run(["hadolint", str(file)], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("file", DOCKERFILES, ids=lambda p: p.name)
+def test_it_copies_what_is_there_and_does_not_end_as_root(file):
+    lines = file.read_text().splitlines()
+    for line in lines:
+        if line.startswith("COPY"):
+            for source in line.split()[1:-1]:
+                assert (REPO / source).exists(), line
+    (user,) = (line.split()[1] for line in lines if line.startswith("USER"))
+    assert int(user) > 0
+    ignored = (REPO / ".dockerignore").read_text().split()
+    assert not {"maestro_scale", "recipes", "slurm", "pyproject.toml", "README.md"} & set(ignored)
+
+
+def test_the_cpu_image_installs_as_ci_does():
+    """The extras exist, and the pinned torch is one that pyproject.toml takes."""
+    text = (DOCKER / "Dockerfile.cpu").read_text()
+    project = (REPO / "pyproject.toml").read_text()
+    (extras,) = re.findall(r"pip install -e '\.\[([\w,]+)\]'", text)
+    for extra in extras.split(","):
+        assert re.search(rf"^{extra} = \[", project, re.MULTILINE), extra
+    (torch,) = re.findall(r"ARG TORCH=2\.(\d+)\.", text)
+    low, high = re.search(r'"torch>=2\.(\d+),<2\.(\d+)"', project).groups()
+    assert int(low) <= int(torch) < int(high)
+
+
+def test_compose_is_consistent():
+    services, volumes = COMPOSE["services"], COMPOSE["volumes"]
+    for name, service in services.items():
+        assert ("image" in service) != ("build" in service), name
+        if "image" in service:
+            assert re.search(r":[\w.-]*\d", service["image"]), f"{name}: pin {service['image']}"
+        else:
+            assert (DOCKER / service["build"]["context"] / service["build"]["dockerfile"]).exists()
+        for other, needs in service.get("depends_on", {}).items():
+            assert other in services, name
+            if needs["condition"] == "service_healthy":
+                assert "healthcheck" in services[other], other
+        for volume in service.get("volumes", ()):
+            assert volume.split(":")[0] in volumes, name
+        for port in service.get("ports", ()):
+            assert port.startswith("127.0.0.1:"), f"{name}: {port} is open to the world"
+
+
+def test_the_trainer_of_compose_runs_the_quickstart():
+    from typer.testing import CliRunner
+
+    from maestro_scale.cli import app
+
+    command, *options = COMPOSE["services"]["trainer"]["command"]
+    assert command == "quickstart"
+    told = CliRunner().invoke(app, ["quickstart", "--help"]).output
+    for option in options[::2]:
+        assert option in told
+
+
+@pytest.mark.slow
+def test_compose_runs():
+    if shutil.which("docker") is None or os.environ.get("MAESTRO_TEST_DOCKER") != "1":
+        pytest.skip("needs a Docker engine and network: MAESTRO_TEST_DOCKER=1")
+    command = ["docker", "compose", "-f", str(DOCKER / "compose.yaml")]
+    try:
+        up = [*command, "up", "--build", "--exit-code-from", "trainer"]
+        subprocess.run(up, check=True, timeout=3600)
+    finally:
+        subprocess.run([*command, "down", "--volumes"], check=False, timeout=300)
