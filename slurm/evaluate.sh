@@ -49,7 +49,7 @@ done
 # The table of tasks: a line each of recipe, mode, fraction, seed. Recipes are given one per line where names hold spaces.
 TASKS=()
 case "$RECIPES" in *$'\n'*) mapfile -t LIST <<<"$RECIPES" ;; *) read -r -a LIST <<<"$RECIPES" ;; esac
-[ ${#LIST[@]} -gt 1 ] || [ ! -f "$RECIPES" ] || LIST=("$RECIPES")
+[ ! -f "$RECIPES" ] || LIST=("$RECIPES") # one, whose name may hold spaces
 for recipe in "${LIST[@]}"; do
   [ -f "$recipe" ] || die 2 "there is no recipe $recipe"
   for mode in $MODES; do for fraction in $FRACTIONS; do for seed in $SEEDS; do
