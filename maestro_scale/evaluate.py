@@ -68,6 +68,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="fit once per seed, e.g. 0,1,2: mean and deviation (default: the recipe's seed)",
     )
     parser.add_argument(
+        "--maps",
+        action="store_true",
+        help="write what was predicted for whole test tiles as GeoTIFF, in maps/ beside the results",
+    )
+    parser.add_argument(
         "--features",
         type=Path,
         help="folder for encoded features, kept for later runs and other modes; all ranks must see it "
@@ -231,18 +236,26 @@ def _run(args: argparse.Namespace, recipe, encoder, modes: Sequence[str], part: 
             yield ORACLE, result
         return
     tells = world is None or world.is_main
+
+    def maps(mode: str) -> Path:
+        return args.out / _folder(mode, args) / part.within / "maps"
+
     frozen = [m for m in modes if m not in MODES]
     if frozen:
         model, notes = encoder.seen(learns=False)
         _tell(notes if tells else ())
-        for result in evaluate_frozen(model, benchmark, frozen, provenance, recipe.data.workers, world):
+        results = evaluate_frozen(
+            model, benchmark, frozen, provenance, recipe.data.workers, world, maps if args.maps else None
+        )
+        for result in results:
             yield result.mode, result
     for mode in [m for m in modes if m in MODES]:
         model, notes = encoder.seen(learns=True)
         _tell(notes if tells and mode == "finetune" else ())
         origin = provenance if mode == "finetune" else Provenance(0, recipe.seed, plain)
         folder = args.out / _folder(mode, args) / part.within
-        result = finetune(model, benchmark, recipe, mode, folder, world, origin)
+        maps_dir = maps(mode) if args.maps else None
+        result = finetune(model, benchmark, recipe, mode, folder, world, origin, maps_dir)
         if result is not None:
             yield mode, result
 

@@ -20,7 +20,16 @@ from maestro_scale.datasets import flair_hub_classes as classes
 from maestro_scale.datasets import raw
 from maestro_scale.datasets.flair_hub_dates import Dates
 from maestro_scale.datasets.flair_hub_mtd import FOLDER, Listing, list_split
-from maestro_scale.datasets.spec import DatasetError, DatasetSpec, Modality, Scale, Sensor, Target, Tile
+from maestro_scale.datasets.spec import (
+    DatasetError,
+    DatasetSpec,
+    Modality,
+    Place,
+    Scale,
+    Sensor,
+    Target,
+    Tile,
+)
 
 S2_BANDS = ("B2", "B3", "B4", "B5", "B6", "B7", "B8", "B8A", "B11", "B12")
 _BYTES = Scale("linear", 255)
@@ -184,7 +193,8 @@ class Reader:
         for sensor in self.spec.sensors:
             if len(dates[sensor.source]) < sensor.num_dates:
                 notes.append(f"{sensor.source} has fewer than {sensor.num_dates} dates: some are seen twice")
-        return Tile(key, arrays, dates, masks, self._labels(key), taken[0], tuple(notes))
+        labels, place = self._labels(key)
+        return Tile(key, arrays, dates, masks, labels, taken[0], tuple(notes), place)
 
     def _taken(self, key: str, notes: list[str]) -> np.ndarray:
         """(1, 3): when the aerial image was."""
@@ -236,16 +246,16 @@ class Reader:
             )
         return stack
 
-    def _labels(self, key: str) -> dict[str, np.ndarray]:
-        """(512, 512) uint8 by target."""
+    def _labels(self, key: str) -> tuple[dict[str, np.ndarray], Place | None]:
+        """(512, 512) uint8 by target, and where they lie."""
         images: dict[Product, np.ndarray] = {}
-        labels = {}
+        labels, place = {}, None
         for target in self.spec.targets:
             product, band = LABELS[target.name]
             path = self._folders.path(key, product)
             size = FULL_SPEC.modality("aerial").size
             if product not in images:
-                images[product] = raw.read_tif(path, (_NUM_BANDS[product], size, size), "uint8")
+                images[product], place = raw.read_placed_tif(path, (_NUM_BANDS[product], size, size), "uint8")
             label = labels[target.name] = images[product][band]
             if (highest := int(label.max())) >= len(target.classes):
                 raise DatasetError(
@@ -253,7 +263,7 @@ class Reader:
                     f"{len(target.classes) - 1}; fetch the file again",
                     kind="a label outside the list",
                 )
-        return labels
+        return labels, place
 
 
 def open_raw(

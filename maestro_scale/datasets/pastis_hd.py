@@ -88,14 +88,17 @@ class Reader:
         """One tile, each series in the order of time; DatasetError that names file and cause."""
         self._absent.check(key)
         notes: list[str] = []
-        arrays, dates = {}, {}
+        arrays, dates, place = {}, {}, None
         for modality in self.spec.modalities:
             name = modality.name
             if modality.series:
                 arrays[name], dates[name] = self._series(modality, key, notes)
             else:
                 shape = (len(modality.bands), modality.size, modality.size)
-                arrays[name] = raw.read_tif(self._src / IMAGES[name].format(key), shape, modality.dtype)[None]
+                image, place = raw.read_placed_tif(
+                    self._src / IMAGES[name].format(key), shape, modality.dtype
+                )
+                arrays[name] = image[None]
                 dates[name] = np.array([SPOT_DATE], np.int16)
         for sensor in self.spec.sensors:
             if len(dates[sensor.source]) < sensor.num_dates:
@@ -110,6 +113,7 @@ class Reader:
             targets={"crop_type": labels, "crops_present": present.astype(np.float32)},
             ref_date=np.array(SPOT_DATE, np.int16),
             notes=tuple(notes),
+            place=place,
         )
 
     def _labels(self, key: str) -> np.ndarray:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from maestro_scale.datasets.spec import DatasetError
+from maestro_scale.datasets.spec import DatasetError, Place
 
 
 def list_folder(folder: Path) -> frozenset[str]:
@@ -109,6 +109,11 @@ def product_dates(products: Sequence[bytes], part: int, where: str) -> np.ndarra
 
 def read_tif(path: Path, shape: tuple[int, int, int], dtype: str) -> np.ndarray:
     """All bands of a GeoTIFF or PNG, (C, H, W); DatasetError if unreadable or not of ``shape`` and ``dtype``."""
+    return read_placed_tif(path, shape, dtype)[0]
+
+
+def read_placed_tif(path: Path, shape: tuple[int, int, int], dtype: str) -> tuple[np.ndarray, Place | None]:
+    """As :func:`read_tif`, and where it lies; None where the file does not say, or is not north up in metres."""
     import rasterio
     from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
@@ -120,9 +125,16 @@ def read_tif(path: Path, shape: tuple[int, int, int], dtype: str) -> np.ndarray:
             if found != shape or raster.dtypes[0] != dtype:
                 got = f"{raster.dtypes[0]} {_by(found)}"
                 raise DatasetError(f"{path}: is {got}, expected {dtype} {_by(shape)}; fetch the file again")
-            return raster.read()
+            return raster.read(), _place(raster)
     except (RasterioError, OSError) as error:
         raise unreadable(path, error) from error
+
+
+def _place(raster) -> Place | None:
+    t, crs = raster.transform, raster.crs
+    if not crs or not crs.is_projected or t.b or t.d or t.e >= 0:
+        return None
+    return Place(crs.to_string(), t.c, t.f)
 
 
 def read_stack(path: Path, num_bands: int, size: int) -> np.ndarray:

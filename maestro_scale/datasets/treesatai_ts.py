@@ -84,9 +84,13 @@ class Reader:
         arrays, dates, mask = _read_series(self._src / "sentinel-ts" / entry.sen_name, notes)
         ref_date = _ref_date(entry, dates["s2"], notes)
         dates["aerial"] = ref_date[None]
+        place = None
         if "aerial" in wanted:
             size = AERIAL_FILE_PIXELS
-            image = raw.read_tif(self._src / "aerial" / entry.aerial_name, (4, size, size), "uint8")
+            path = self._src / "aerial" / entry.aerial_name
+            image, place = raw.read_placed_tif(path, (4, size, size), "uint8")
+            offset_m = AERIAL_OFFSET * SPEC.modality("aerial").resolution_m
+            place = place and place.moved(offset_m, offset_m)
             inside = slice(AERIAL_OFFSET, AERIAL_OFFSET + SPEC.modality("aerial").size)
             arrays["aerial"] = np.ascontiguousarray(image[None, :, inside, inside])
         return Tile(
@@ -97,6 +101,7 @@ class Reader:
             targets={"species": np.array(entry.shares, np.float32)},
             ref_date=ref_date,
             notes=tuple(notes),
+            place=place,
         )
 
 

@@ -27,6 +27,7 @@ from maestro_scale.evaluation.predictor import Predictor, predictor
 from maestro_scale.evaluation.results import EvalResult
 from maestro_scale.evaluation.subset import subset
 from maestro_scale.evaluation.tasks import Answer, task_for
+from maestro_scale.evaluation.tile_maps import TileMaps
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.recipe import Recipe, check_world
 from maestro_scale.shards.manifest import Manifest
@@ -81,8 +82,9 @@ def finetune(
     run_dir: Path,
     world: World,
     provenance: Provenance,
+    maps_dir: Path | None = None,
 ) -> EvalResult | None:
-    """The result of ``mode`` on rank 0; None on the other ranks.
+    """The result of ``mode`` on rank 0; None on the other ranks. ``maps_dir``: for predictions of whole test tiles.
 
     The same call again continues after the last checkpoint in ``run_dir``. Stopped, on all ranks, where the run was
     asked to stop. ResultsError, RecipeError, CheckpointError, GuardError, ManifestError or BadShard, each with one
@@ -103,7 +105,10 @@ def finetune(
             raise Stopped(run_dir)
         chosen = early_stop.best(run.history)
         run.average.load(_weights(run.dir, "best", chosen.step))
-        answer = _answers(run, "test")
+        maps = maps_dir and TileMaps(maps_dir, run.splits["test"], run.objective.task)
+        answer = _answers(run, "test", maps)
+        if maps:
+            maps.close()
         if not world.is_main:
             return None
         said = {"step": float(chosen.step), "validation": chosen.score}
@@ -298,7 +303,7 @@ def _save(run: Run, position: Position) -> None:
 
 
 @torch.no_grad()
-def _answers(run: Run, split: str) -> Answer:
+def _answers(run: Run, split: str, maps_of_all: TileMaps | None = None) -> Answer:
     """What the shadow makes of a split, from whole tiles, each once; the same on all ranks, but for maps: rank 0's."""
     objective, world, source = run.objective, run.world, run.splits[split]
     # Whole tiles in a batch, as many as fit.
@@ -313,6 +318,8 @@ def _answers(run: Run, split: str) -> Answer:
         part = objective.per_tile(logits, batch)
         maps = maps or objective.maps(logits, batch)
         tiles[at : at + len(part)] = part
+        for number, whole in enumerate(run.objective.whole_tiles(logits) if maps_of_all else (), at):
+            maps_of_all.write(number, whole)
         at += len(part)
     # Every tile is one rank's, and nothing is added to it.
     answer = objective.answer(world.sum(torch.from_numpy(tiles).to(world.device)).cpu().numpy())

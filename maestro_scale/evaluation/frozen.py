@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from maestro_scale.evaluation.encoded import Encoded, encoded, weights_digest
 from maestro_scale.evaluation.results import EvalResult
 from maestro_scale.evaluation.subset import TRAIN, subset, train_split
 from maestro_scale.evaluation.tasks import Answer, Task, task_for
+from maestro_scale.evaluation.tile_maps import TileMaps
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.shards.manifest import Manifest
 from maestro_scale.shards.store import Store
@@ -84,8 +85,11 @@ def evaluate_frozen(
     provenance: Provenance | None = None,
     workers: int = 0,
     world: World | None = None,
+    maps_dir: Callable[[str], Path] | None = None,
 ) -> list[EvalResult]:
     """One result per mode, on rank 0; the other ranks help to encode and get none.
+
+    ``maps_dir``: by mode, where predictions of whole test tiles go; None: nowhere.
 
     ResultsError where the dataset has no target to score, ManifestError where a split is missing.
     """
@@ -137,6 +141,11 @@ def evaluate_frozen(
     for mode in modes:
         started = time.perf_counter()
         answer = task.modes[mode](*splits, provenance.seed)
+        if maps_dir is not None:
+            maps = TileMaps(maps_dir(mode), source, task)  # of the last split, test
+            for number, whole in enumerate(answer.tiles() if answer.tiles else ()):
+                maps.write(number, whole)
+            maps.close()
         timings = {"encode_s": encode_s, "fit_s": time.perf_counter() - started}
         results.append(result_of(benchmark, manifest, mode, task, answer, provenance, timings))
     return results

@@ -5,6 +5,7 @@ Shapes: B crops, T tiles of them, C classes that count, H×W label pixels, P pla
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -48,6 +49,10 @@ class Objective(Protocol):
         """Label and answer of the first few tiles, (n, H, W) each, where there are such maps."""
         ...
 
+    def whole_tiles(self, logits: Tensor) -> Iterator[np.ndarray]:
+        """(H, W) answers of each tile of a batch, where there are maps."""
+        ...
+
     def answer(self, tiles: np.ndarray) -> Answer:
         """The counts and scores of what ``per_tile`` gave for a split."""
         ...
@@ -83,6 +88,10 @@ class Presence:
 
     def maps(self, logits: Tensor, batch: Batch) -> None:
         """There are none."""
+
+    def whole_tiles(self, logits: Tensor) -> Iterator[np.ndarray]:
+        """There are none."""
+        return iter(())
 
     def answer(self, tiles: np.ndarray) -> Answer:
         """A class is answered where its probability is above one half."""
@@ -132,6 +141,10 @@ class Cover:
             "truth": self.task.first_tiles(self.task.labels(batch)),
             "answer": self.task.first_tiles(answers),
         }
+
+    def whole_tiles(self, logits: Tensor) -> Iterator[np.ndarray]:
+        """Class numbers as in ``task.labels``."""
+        return self.task.whole_tiles(self._places(logits))
 
     def answer(self, tiles: np.ndarray) -> Answer:
         """The most probable class of each pixel is answered."""

@@ -5,7 +5,7 @@ Shapes: B crops, P places of the reference grid, F features, C classes that coun
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
@@ -47,6 +47,7 @@ class Answer:
     chosen: Mapping[str, float]
     scores: Mapping[str, float] = field(default_factory=dict)  # other than the task's, by name
     maps: Mapping[str, np.ndarray] | None = None  # label and answer of a few tiles, (n, H, W) uint8 each
+    tiles: Callable[[], Iterator[np.ndarray]] | None = None  # answers of all tiles in order, (H, W) each
 
 
 Mode = Callable[[Encoded, Encoded, Encoded, int], Answer]
@@ -197,6 +198,12 @@ class Segmentation:
         firsts = range(0, min(len(crops), _NUM_MAPS * per_tile), per_tile)
         return np.stack([self.layout.whole(crops[first : first + per_tile]) for first in firsts])
 
+    def whole_tiles(self, predicted: np.ndarray) -> Iterator[np.ndarray]:
+        """(H, W) uint8 of each tile, put together from predictions (M, P, Q) of its crops."""
+        per_tile = self.layout.crops.num_crops
+        for first in range(0, len(predicted), per_tile):
+            yield self.layout.whole(self.layout.per_pixel(predicted[first : first + per_tile]))
+
     def _counted(self, counts: np.ndarray) -> np.ndarray:
         return counts[..., : len(self.classes), :]
 
@@ -208,7 +215,9 @@ class Segmentation:
                 "truth": self.first_tiles(test.labels),
                 "answer": self.first_tiles(self.layout.per_pixel(predicted)),
             }
-            return Answer(counts, chosen, segmentation_scores(counts.sum(0)), maps)
+            return Answer(
+                counts, chosen, segmentation_scores(counts.sum(0)), maps, lambda: self.whole_tiles(predicted)
+            )
 
         return mode
 

@@ -1,9 +1,9 @@
 """A sample as bytes: one safetensors buffer per tile, of which nothing is decoded before it is asked for.
 
-The container is plain safetensors, so any safetensors library opens it. Its ``__metadata__`` holds ``key``
-and, if fields are compressed, ``encoded``: a JSON object from field name to
-:class:`~maestro_scale.shards.compress.Encoded`; such a field is a flat U8 tensor. Fields are named as
-:mod:`maestro_scale.shards.fields` says.
+The container is plain safetensors, so any safetensors library opens it. Its ``__metadata__`` holds ``key``,
+``place`` (JSON, where the source says where a tile lies) and, if fields are compressed, ``encoded``: a JSON object
+from field name to :class:`~maestro_scale.shards.compress.Encoded`; such a field is a flat U8 tensor. Fields are named
+as :mod:`maestro_scale.shards.fields` says.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from maestro_scale.datasets.spec import Tile
+from maestro_scale.datasets.spec import Place, Tile
 from maestro_scale.shards.compress import (
     CODECS,
     Encoded,
@@ -56,16 +56,20 @@ _GAP_BYTES = (
 def encode(tile: Tile, codec: str = "raw") -> bytes:
     """One tile as a safetensors buffer; the same tile gives the same bytes. CodecError if it cannot be."""
     try:
-        return encode_fields(tile.key, fields_of(tile), codec)
+        return encode_fields(tile.key, fields_of(tile), codec, tile.place)
     except CodecError as error:
         raise CodecError(f"tile {tile.key}: {error}") from error
 
 
-def encode_fields(key: str, fields: Mapping[str, np.ndarray], codec: str = "raw") -> bytes:
-    """Named arrays as a safetensors buffer whose metadata holds ``key``."""
+def encode_fields(
+    key: str, fields: Mapping[str, np.ndarray], codec: str = "raw", place: Place | None = None
+) -> bytes:
+    """Named arrays as a safetensors buffer whose metadata holds ``key`` and, where it is known, ``place``."""
     if codec not in CODECS:
         raise CodecError(f"no codec is called {codec!r}; there are: {', '.join(CODECS)}")
     metadata = {"key": key}
+    if place is not None:
+        metadata["place"] = json.dumps(asdict(place))
     encoded: dict[str, dict] = {}
     stored: dict[str, tuple[str, list[int], bytes | np.ndarray]] = {}
     for name, array in fields.items():
@@ -118,7 +122,7 @@ class Sample:
     the dates, that are asked for are read. CodecError if it is no sample.
     """
 
-    __slots__ = ("_encoded", "_entries", "_span", "_start", "key", "names")
+    __slots__ = ("_encoded", "_entries", "_place", "_span", "_start", "key", "names")
 
     def __init__(self, buffer: bytes | memoryview | Span) -> None:
         self._span = _Memory(buffer) if isinstance(buffer, (bytes, bytearray, memoryview)) else buffer
@@ -126,8 +130,19 @@ class Sample:
         if not isinstance(metadata.get("key"), str):
             raise CodecError("the safetensors metadata has no 'key'; save with metadata={'key': …}")
         self.key: str = metadata["key"]
+        self._place: str | None = metadata.get("place")
         self.names: tuple[str, ...] = tuple(self._entries)
         self._encoded = _read_encoded(metadata["encoded"]) if "encoded" in metadata else {}
+
+    @property
+    def place(self) -> Place | None:
+        """Where the tile lies, if that was stored. CodecError if it cannot be read."""
+        if self._place is None:
+            return None
+        try:
+            return Place(**json.loads(self._place))
+        except (TypeError, ValueError) as error:
+            raise CodecError(f"sample {self.key}: its place {self._place!r} cannot be read") from error
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a field, decoded."""

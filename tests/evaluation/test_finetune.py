@@ -9,6 +9,7 @@ import time
 
 import numpy as np
 import pytest
+import rasterio
 import torch
 from testkit.models import TINY, noise_batch, small_config
 from testkit.runs import REPO, Trainer, metrics
@@ -27,7 +28,7 @@ from maestro_scale.model.config import ModelConfig
 from maestro_scale.stream.evaluation import EvalLoader
 from maestro_scale.stream.loader import TrainLoader
 from maestro_scale.training.optimizer import build_optimizer, set_lr
-from tests.evaluation.conftest import FIELDS
+from tests.evaluation.conftest import FIELDS, SPLITS, field_tile
 from tests.evaluation.test_fraction import source_of
 
 EVALUATE = REPO / "maestro_scale" / "evaluate.py"
@@ -113,7 +114,7 @@ def pretrained(fields, objective, tmp_path_factory):
 def alone(fields, pretrained, tmp_path_factory):
     """Finetuning and scratch on half of the labels, on one rank."""
     folder = tmp_path_factory.mktemp("alone")
-    modes = ["--mode=finetune", "--mode=scratch", "--fraction=0.5"]
+    modes = ["--mode=finetune", "--mode=scratch", "--fraction=0.5", "--maps"]
     output = evaluated(fields, folder, folder / "out", f"--checkpoint={pretrained}", *modes)
     assert "finetune: mIoU" in output
     return folder / "out"
@@ -134,6 +135,14 @@ def test_finetuning_learns_and_does_better_than_from_scratch(alone):
         assert maps["answer"].shape == maps["truth"].shape == (4, 6, 6)
         counted = maps["truth"] < NUM_CLASSES
         assert (maps["answer"] == maps["truth"])[counted].mean() > 0.9
+    written = sorted((tuned / "maps").glob("field-*.tif"))
+    assert len(written) == SPLITS["test"]
+    agree = []
+    for path in written:
+        with rasterio.open(path) as image:
+            cover = field_tile(int(path.stem[-3:])).targets["cover"]
+            agree.append((image.read(1) == cover)[np.isin(cover, (0, 2, 3))].mean())
+    assert np.mean(agree) > 0.9
 
 
 @pytest.mark.slow
