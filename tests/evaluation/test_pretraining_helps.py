@@ -1,0 +1,77 @@
+"""What all of this is for: of few labels, a pretrained encoder makes more, frozen, than the same one untrained."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from testkit.models import TINY
+
+from maestro_scale.evaluate import main as evaluate
+from maestro_scale.evaluation.report import find_results, write_report
+from maestro_scale.evaluation.results import EvalResult
+from maestro_scale.interop.export import write_model
+from maestro_scale.model.config import ModelConfig
+from maestro_scale.model.maestro import Maestro
+from maestro_scale.model.masking import Masking, draw_masks
+from maestro_scale.shards.manifest import Manifest
+from maestro_scale.shards.store import Store
+from maestro_scale.stream.loader import TrainLoader
+from maestro_scale.stream.source import Source
+from maestro_scale.training.loop import hidden_counts
+from tests.evaluation.conftest import SCENES
+
+MODES = ("knn", "probe")
+STEPS = 300
+
+
+def pretrain(model: Maestro, source: Source) -> None:
+    """Masked reconstruction, no labels."""
+    stream = TrainLoader((source,), seed=1, lanes=1, global_batch=32, micro_batch=32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=STEPS, pct_start=0.2)
+    for step in stream.steps(0, STEPS):
+        (batch,) = step.batches
+        masks = draw_masks(model.config, Masking(ratio=0.75, modality=0.0), batch)
+        loss, _ = model(batch, masks, hidden_counts(model.config, [masks]))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+
+
+@pytest.mark.slow
+def test_with_a_tenth_of_the_labels_frozen(scenes, tmp_path):
+    size = dataclasses.replace(TINY, width=48, dim_head=24)
+    config = ModelConfig(sensors=SCENES.sensors, size=size, pos_grid=12, inter_depth=0, dataset="scenes")
+    model = Maestro(config).initialise(0)
+    write_model(tmp_path / "random", model.state_dict(), config, {"step": 0})
+    store = Store(str(scenes), tmp_path / "cache", 2**30)
+    pretrain(
+        model, Source(SCENES, SCENES.sensors, 60.0, Manifest.load(str(scenes)).of(["train", "val"]), store)
+    )
+    write_model(tmp_path / "pretrained", model.state_dict(), config, {"step": STEPS})
+
+    recipe = tmp_path / "scenes.yaml"
+    recipe.write_text(
+        f"name: scenes\ndata:\n  mixture: [{{dataset: scenes, shards: {str(scenes)!r}, split: train}}]\n"
+        f"  cache_dir: {str(tmp_path / 'cache')!r}\n  workers: 0\n"
+    )
+    scores = {}
+    for name in ("random", "pretrained"):
+        asked = [f"--recipe={recipe}", f"--checkpoint={tmp_path / name}", "--fraction=0.1"]
+        assert evaluate([*asked, f"--out={tmp_path / 'out' / name}", "--mode=knn", "--mode=probe"]) == 0
+        for mode in MODES:
+            scores[name, mode] = EvalResult.load(tmp_path / "out" / name / f"{mode}_10pct" / "results.json")
+    assert evaluate([f"--recipe={recipe}", "--baseline=oracle", f"--out={tmp_path / 'out' / 'oracle'}"]) == 0
+    oracle = EvalResult.load(tmp_path / "out" / "oracle" / "oracle" / "results.json")
+    said = {f"{name} {mode}": (round(r.value, 3), r.interval) for (name, mode), r in scores.items()}
+    for mode in MODES:
+        assert scores["pretrained", mode].interval[0] > scores["random", mode].interval[1], said
+        assert scores["pretrained", mode].value < oracle.value, said
+    _, text = write_report(find_results([tmp_path / "out"]), tmp_path / "report.html")
+    lines = [x for x in text.read_text().splitlines() if "| 10 % |" in x]
+    assert len(lines) == 4
+    assert all(f"| {100 * oracle.value:.1f} | one run |" in line for line in lines)
