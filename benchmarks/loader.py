@@ -1,0 +1,270 @@
+"""How fast samples come, by our shards and by other ways, from a local disk and from a slow object store.
+
+    python -m benchmarks.loader --work /tmp/loader [--mds-python VENV/bin/python] [--rounds 2] [--seconds 4]
+
+Makes synthetic TreeSatAI-TS and PASTIS-HD tiles once, in every layout, under --work; shards hold each several times,
+under other names, so that a pass over the network takes longer than starting to. Each measurement runs in a fresh
+process; rounds go through all of them, and the best round of each counts, so that a busy minute does not decide. Given
+an --out that is there, it adds rounds to it (--only s3/: of the measurements with this in their name). --mds-python: an
+environment with mosaicml-streaming (it pulls torchvision, hence its own) in which maestro_scale can be imported. Prints
+the tables; writes benchmarks/results/loader.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.loader_ways import Task
+from benchmarks.slow_store import serve
+from maestro_scale import datasets
+from maestro_scale.datasets.spec import DatasetSpec, RawDataset, Tile
+from maestro_scale.shards.codec import Sample
+from maestro_scale.shards.compress import CODECS
+from maestro_scale.shards.manifest import Manifest
+from maestro_scale.shards.store import Store
+from maestro_scale.shards.writer import write_shards
+from maestro_scale.training.run_dir import git_revision
+
+DELAY_S, BYTES_PER_S = 0.03, 40e6
+TILES = {"treesatai_ts": 300, "pastis_hd": 20}
+REPEATS = {"treesatai_ts": 6, "pastis_hd": 1}  # of a tile in the shards
+BATCH = {"treesatai_ts": 16, "pastis_hd": 4}
+SOAK = 20_000
+_WAYS = Path(__file__).with_name("loader_ways.py")
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """A raw dataset with each of its tiles several times, as tiles of their own."""
+
+    raw: RawDataset
+    times: int
+
+    @property
+    def spec(self) -> DatasetSpec:
+        return self.raw.spec
+
+    def keys(self) -> list[str]:
+        names = self.raw.keys()
+        return [f"{i}-{name}" for i in range(self.times) for name in names]
+
+    def read(self, key: str) -> Tile:
+        return replace(self.raw.read(key.partition("-")[2]), key=key)
+
+
+def build(work: Path, dataset: str, mds_python: str | None) -> Path:
+    """The dataset in every layout; what is there is kept."""
+    data = work / dataset
+    datasets.synth(dataset, data / "raw", TILES[dataset], seed=0)
+    raw = Repeated(datasets.open_raw(dataset, data / "raw", "train"), REPEATS[dataset])
+    for codec in CODECS:
+        write_shards(raw, str(data / f"{codec}-codec"), "train", workers=2, codec=codec, shard_mb=64)
+    if not (data / "webdataset").exists():
+        _write_webdataset(data, data / "webdataset")
+    if mds_python and not (data / "mds").exists():
+        script = "import sys; from benchmarks.loader import write_mds; write_mds(sys.argv[1])"
+        subprocess.run([mds_python, "-c", script, str(data)], check=True, env=_environment())
+    return data
+
+
+def write_mds(data: str) -> None:
+    """The same samples as MDS shards; runs where mosaicml-streaming is."""
+    from streaming import MDSWriter
+
+    out, partial = Path(data, "mds"), Path(data, "mds.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    samples = _samples(Path(data))
+    first = next(samples)
+    columns = {"key": "str", **dict.fromkeys(first.names, "ndarray")}
+    with MDSWriter(out=str(partial), columns=columns, size_limit=64_000_000) as writer:
+        for sample in (first, *samples):
+            writer.write({"key": sample.key, **{n: sample.array(n) for n in sample.names}})
+    partial.rename(out)
+
+
+def _write_webdataset(data: Path, out: Path) -> None:
+    partial = out.with_name("webdataset.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    tar, size, number = None, 0, 0
+    for sample in _samples(data):
+        if tar is None or size > 64_000_000:
+            if tar is not None:
+                tar.close()
+            tar, size = tarfile.open(partial / f"{number:06d}.tar", "w"), 0  # noqa: SIM115
+            number += 1
+        for name in sample.names:
+            file = io.BytesIO()
+            np.save(file, sample.array(name))
+            # webdataset cuts names at the first dot.
+            member = tarfile.TarInfo(f"{sample.key.replace('.', '_')}.{name.replace('.', '+')}.npy")
+            member.size = file.tell()
+            size += member.size
+            file.seek(0)
+            tar.addfile(member, file)
+    tar.close()
+    partial.rename(out)
+
+
+def _samples(data: Path) -> Iterator[Sample]:
+    url = str(data / "raw-codec")
+    for info in Manifest.load(url).of(["train"]):
+        with Store(url, data / "cache", 0).shard(info) as shard:
+            yield from shard
+
+
+def tasks(dataset: str, data: Path, store: str, mds: bool, seconds: float) -> dict[str, Task]:
+    """{name: measurement}; the names are ``place/stage/way/workers``."""
+    cache = str(data / "cache")
+    common = {"dataset": dataset, "data": str(data), "batch": BATCH[dataset], "seconds": seconds}
+    ways = {f"ours {c}": ("ours", f"{c}-codec") for c in CODECS}
+    ways |= {"per-file": ("per-file", "raw"), "webdataset": ("webdataset", "webdataset")}
+    ways |= {"mosaicml": ("mosaicml", "mds")} if mds else {}
+    found: dict[str, Task] = {}
+    for name, (way, folder) in ways.items():
+        task = Task(way=way, stage="decode", place=str(data / folder), cache=cache, **common)
+        found[f"local/decode/{name}/0"] = task
+        for workers in (0, 1, 2):
+            found[f"local/batches/{name}/{workers}"] = replace(task, stage="batches", workers=workers)
+        if way == "per-file":
+            continue
+        remote = {"ours": "s3://", "mosaicml": "s3://"}.get(way, f"{store}/") + f"{dataset}/{folder}"
+        found[f"s3/batches/{name}/1"] = replace(
+            task, stage="batches", workers=1, place=remote, cache=str(data / "cold"), once=True
+        )
+    base = Task(way="link", stage="", place=f"{store}/{dataset}/raw-codec", cache="", **common)
+    found["s3/link/link/0"] = base
+    local = replace(base, stage="batches", workers=1, place=str(data / "raw-codec"), seconds=0.5)
+    found["local/first/ours raw/1"] = replace(local, way="first", cache=cache)
+    found["s3/first/ours raw/1"] = replace(
+        local, way="first", place=f"s3://{dataset}/raw-codec", cache=str(data / "cold")
+    )
+    return found
+
+
+def run(task: Task, python: str, store: str) -> dict:
+    """A measurement in a fresh process, its own cache empty if it is a cold one."""
+    # What is measured is not this machine's disk: everything is read from memory, by every way.
+    local = Path(task.data, Path(task.place).name)
+    for file in local.rglob("*"):
+        if file.is_file():
+            file.read_bytes()
+    if task.cache.endswith("cold"):
+        shutil.rmtree(task.cache, ignore_errors=True)
+    command = [python, str(_WAYS), json.dumps(asdict(task))]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=_environment(store), timeout=600, check=False
+    )
+    for line in done.stdout.splitlines():
+        if line.startswith("RESULT "):
+            found = json.loads(line.removeprefix("RESULT "))
+            return {k: round(v, 3) if isinstance(v, float) else v for k, v in found.items()}
+    raise SystemExit(f"{task} ended with {done.returncode}:\n{done.stderr[-3000:]}")
+
+
+def _environment(store: str = "") -> dict[str, str]:
+    root = str(Path(__file__).parents[1])
+    keys = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
+    endpoint = {"AWS_ENDPOINT_URL": store, "S3_ENDPOINT_URL": store} if store else {}
+    return {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", **keys, **endpoint}
+
+
+_LOWER_IS_BETTER = ("first_s", "cold_s", "warm_s")
+
+
+def best(rounds: Sequence[dict]) -> dict:
+    """Of each number of a measurement the best of its rounds."""
+    return {k: (min if k in _LOWER_IS_BETTER else max)(r[k] for r in rounds) for k in rounds[0]}
+
+
+def show(dataset: str, results: dict[str, list[dict]]) -> Table:
+    """One table. Per core: per second of CPU time of a process without workers."""
+    columns = {
+        "decode, per core": ("local/decode/{}/0", "samples_per_cpu_s"),
+        "batches, per core": ("local/batches/{}/0", "samples_per_cpu_s"),
+        "1 worker": ("local/batches/{}/1", "samples_per_s"),
+        "2 workers": ("local/batches/{}/2", "samples_per_s"),
+        "S3, 1 worker": ("s3/batches/{}/1", "samples_per_s"),
+    }
+    table = Table(title=f"{dataset}: samples/s")
+    table.add_column("way")
+    for column in columns:
+        table.add_column(column, justify="right")
+    found = {name: best(rounds) for name, rounds in results.items()}
+    for way in dict.fromkeys(name.split("/")[2] for name in results if name.startswith("local/decode")):
+        cells = [found.get(name.format(way), {}).get(number) for name, number in columns.values()]
+        table.add_row(way, *("" if c is None else f"{c:,.0f}" if c >= 20 else f"{c:.1f}" for c in cells))
+    if link := found.get("s3/link/link/0"):
+        table.add_row("the bare link", "", "", "", "", f"{link['samples_per_s']:,.0f}")
+    return table
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--work", type=Path, required=True, help="folder for the data; about 8 GB")
+    parser.add_argument("--mds-python", help="Python of an environment with mosaicml-streaming")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=4.0, help="of each local measurement")
+    parser.add_argument("--datasets", nargs="+", default=list(TILES), choices=list(TILES))
+    parser.add_argument("--build-only", action="store_true", help="make the data and stop")
+    parser.add_argument("--only", default="", help="measurements whose name has this, e.g. s3/ or raw")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "loader.json")
+    args = parser.parse_args()
+    record: dict = {
+        "machine": {
+            "processor": platform.machine(),
+            "cores": os.cpu_count(),
+            "python": platform.python_version(),
+            "load": os.getloadavg(),  # what else the machine was doing
+        },
+        "revision": git_revision(),
+        "store": {"delay_s": DELAY_S, "bytes_per_s_per_connection": BYTES_PER_S},
+        "results": {},
+    }
+    if args.out.exists():
+        record = json.loads(args.out.read_text())
+    folders = {name: build(args.work, name, args.mds_python) for name in args.datasets}
+    if args.build_only:
+        return
+    with serve(args.work, DELAY_S, BYTES_PER_S) as store:
+        for dataset, data in folders.items():
+            results = record["results"].setdefault(dataset, {})
+            for _ in range(args.rounds):
+                for name, task in tasks(dataset, data, store, bool(args.mds_python), args.seconds).items():
+                    if args.only not in name:
+                        continue
+                    python = args.mds_python if task.way == "mosaicml" else sys.executable
+                    results.setdefault(name, []).append(run(task, python, store))
+                    print(name, results[name][-1], file=sys.stderr, flush=True)
+            Console(width=120).print(show(dataset, results))
+            args.out.write_text(json.dumps(record, indent=1) + "\n")
+        if "treesatai_ts" in folders and args.only in "memory":
+            data = folders["treesatai_ts"]
+            soak = Task(
+                "treesatai_ts", "memory", "", str(data / "raw-codec"), "", str(data / "cache"), 1, 16, SOAK
+            )
+            record["memory"] = run(soak, sys.executable, store)
+            print("memory of the worker", record["memory"])
+            args.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
