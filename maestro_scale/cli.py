@@ -27,13 +27,22 @@ def main() -> None:
     except Exception as error:
         # Imported here, so that --help does not wait for torch.
         from maestro_scale.evaluation.results import ResultsError
+        from maestro_scale.planning import PlanningError
         from maestro_scale.quickstart import QuickstartError
         from maestro_scale.tracking.dashboard import DashboardError
         from maestro_scale.tracking.registry import RegistryError
         from maestro_scale.tracking.sync import SyncError
         from maestro_scale.training.errors import EXPECTED
 
-        ours = (*EXPECTED, QuickstartError, ResultsError, SyncError, DashboardError, RegistryError)
+        ours = (
+            *EXPECTED,
+            PlanningError,
+            QuickstartError,
+            ResultsError,
+            SyncError,
+            DashboardError,
+            RegistryError,
+        )
         if not isinstance(error, ours):
             raise
         print(f"error: {error}", file=sys.stderr)
@@ -177,6 +186,30 @@ def inspect(
     if png is not None:
         tile_picture(png, first_sample(url, found.manifest.shards[0]), found.manifest.spec)
         print(f"{png}: one tile")
+
+
+@app.command()
+def plan(
+    recipe: Annotated[Path, typer.Option(help="YAML recipe (see recipes/).")],
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs, over all nodes.")],
+    gpu: Annotated[str, typer.Option(help="a100-40, a100, h100-pcie, h100 or h200.")] = "h100",
+    per_node: Annotated[int, typer.Option(min=1, help="GPUs of a node.")] = 8,
+    mfu: Annotated[float, typer.Option(help="Share of the GPUs' peak that a step reaches.")] = 0.4,
+    change: Annotated[list[str] | None, typer.Option("--set", help="section.key=value; repeat.")] = None,
+) -> None:
+    """Tell what a recipe needs on a cluster: memory by ZeRO stage, traffic, data rate, time; and what to submit."""
+    from rich.console import Console
+
+    from maestro_scale.planning import Cluster, make_plan
+    from maestro_scale.planning.report import show
+    from maestro_scale.recipe import load_recipe
+    from maestro_scale.training.dry_run import spec_and_size
+
+    cluster, overrides = Cluster(gpu, gpus, per_node, mfu), change or []
+    asked = load_recipe(str(recipe), overrides)
+    found = [spec_and_size(entry) for entry in asked.data.mixture]
+    planned = make_plan(asked, [spec for spec, _ in found], [size for _, size in found], cluster)
+    show(planned, cluster, str(recipe), overrides, Console(width=120))
 
 
 @app.command()

@@ -10,6 +10,7 @@ from maestro_scale.datasets.spec import DatasetSpec
 from maestro_scale.model.config import DatasetView
 from maestro_scale.model.cost import GIB, Cost, cost, memory_by_stage, num_parameters
 from maestro_scale.recipe import MixtureEntry, Recipe, check_world
+from maestro_scale.shards.errors import ShardsError
 from maestro_scale.shards.manifest import Manifest
 from maestro_scale.training.pretrain import build_model_config
 
@@ -38,6 +39,16 @@ def dry_run(recipe: Recipe, world_size: int, console: Console | None = None) -> 
     weights = [e.weight for e in recipe.data.mixture]
     flops = sum(c.step_flops * w for c, w in zip(by_dataset.values(), weights, strict=True)) / sum(weights)
     console.print(_steps(recipe, flops))
+
+
+def spec_and_size(entry: MixtureEntry) -> tuple[DatasetSpec, tuple[int, int] | None]:
+    """What is known of a dataset without reading samples; (samples, bytes) of its splits where shards are at hand."""
+    try:
+        manifest = Manifest.load(entry.shards)
+    except ShardsError:
+        return _spec(entry), None
+    shards = manifest.of(entry.split)
+    return manifest.spec, (sum(s.samples for s in shards), sum(s.bytes for s in shards))
 
 
 def _spec(entry: MixtureEntry) -> DatasetSpec:

@@ -1,0 +1,62 @@
+"""A plan in words, for a terminal; ends with the command that runs it."""
+
+from __future__ import annotations
+
+import shlex
+
+from rich.console import Console
+from rich.table import Table
+
+from maestro_scale.model.cost import GIB
+from maestro_scale.planning.plan import GPUS, Cluster, Plan
+
+
+def show(plan: Plan, cluster: Cluster, recipe_path: str, overrides: list[str], console: Console) -> None:
+    """Print it."""
+    console.print(f"parameters        {plan.parameters:,}")
+    table = Table(
+        title=f"GiB per rank on {cluster.num_gpus} {cluster.gpu} ({GPUS[cluster.gpu].memory_bytes / GIB:.0f} GiB each)",
+        title_justify="left",
+    )
+    heads = ("stage", "micro", "weights", "gradients", "optimizer", "buckets", "activations", "all")
+    for column in (*heads, "host", "sent a step", "fits"):
+        table.add_column(column, justify="right")
+    for x in plan.layouts:
+        f = x.footprint
+        sizes = (f.weights, f.gradients, f.optimizer, f.buckets, x.activations, x.device_bytes)
+        sizes += (f.host, x.traffic.total)
+        row = (f"{b / GIB:.2f}" for b in sizes)
+        table.add_row(str(x.stage), str(x.micro_batch), *row, "yes" if x.fits else "no")
+    console.print(table)
+    console.print(
+        f"data              {plan.bytes_per_sample / 1e6:.2f} MB a sample, "
+        f"{plan.node_bytes_per_s(cluster) / 1e6:.1f} MB/s to each of {cluster.num_nodes} nodes"
+    )
+    console.print(f"speed             {plan.samples_per_s:,.1f} samples/s at {cluster.mfu:.0%} MFU")
+    if plan.seconds is None:
+        console.print("time              not known: the shards that an epoch is counted from are not at hand")
+    else:
+        console.print(
+            f"time              {plan.seconds / 3600:,.1f} h for {plan.num_steps:,} steps, "
+            f"{plan.gpu_hours(cluster):,.0f} GPU-hours"
+        )
+    console.print("Activations, speed and time are estimates; nothing of this was measured on a GPU.")
+    if plan.best is None:
+        console.print(
+            "no layout fits: set model.checkpointing=blocks, take more GPUs, or offload the optimizer"
+        )
+        return
+    print(command(plan, cluster, recipe_path, overrides))  # in one line, to be copied
+
+
+def command(plan: Plan, cluster: Cluster, recipe_path: str, overrides: list[str]) -> str:
+    """The sbatch line of the recommended layout."""
+    assert plan.best is not None
+    changes = [
+        *overrides,
+        f"train.micro_batch={plan.best.micro_batch}",
+        f"deepspeed.zero_optimization.stage={plan.best.stage}",
+    ]
+    nodes = f"--nodes={cluster.num_nodes} --gpus-per-node={min(cluster.per_node, cluster.num_gpus)}"
+    script = f"slurm/pretrain_multinode.sh {shlex.quote(recipe_path)}"
+    return f"sbatch {nodes} {script} --set {shlex.join(changes)}"

@@ -1,0 +1,80 @@
+"""Plans: numbers that follow from each other, and advice that can be run."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+
+import pytest
+import typer.testing
+from testkit.runs import REPO
+
+from maestro_scale import datasets
+from maestro_scale.cli import app
+from maestro_scale.planning import GPUS, Cluster, PlanningError, make_plan
+from maestro_scale.recipe import load_recipe
+
+RECIPE = str(REPO / "recipes" / "vitb.yaml")
+SPEC = datasets.spec("treesatai_ts")
+
+
+@pytest.fixture(autouse=True)
+def _data(monkeypatch):
+    monkeypatch.setenv("MAESTRO_DATA", "/nowhere")
+
+
+def planned(*changes: str, gpus: int = 16, gpu: str = "h100", stored=(50_000, 50_000 * 400_000)):
+    cluster = Cluster(gpu, gpus, 8, 0.5)
+    return cluster, make_plan(load_recipe(RECIPE, list(changes)), [SPEC], [stored], cluster)
+
+
+def test_time_and_data_rate_follow_from_speed():
+    cluster, plan = planned("train.steps=1000")
+    assert plan.seconds == pytest.approx(1000 * 96 / plan.samples_per_s)
+    assert plan.gpu_hours(cluster) == pytest.approx(plan.seconds * 16 / 3600)
+    assert plan.node_bytes_per_s(cluster) == pytest.approx(plan.samples_per_s * 400_000 / 2)
+    _, halved = planned("train.steps=1000", gpus=8)
+    assert halved.samples_per_s == pytest.approx(plan.samples_per_s / 2)
+    _, epochs = planned("train.epochs=3")
+    assert epochs.num_steps == 3 * (50_000 // 96)
+    assert planned("train.epochs=3", stored=None)[1].seconds is None
+
+
+def test_what_is_recommended_fits_and_sends_the_least(monkeypatch):
+    _, plan = planned()
+    assert {x.stage for x in plan.layouts} == {0, 1, 2, 3}
+    assert {x.micro_batch for x in plan.layouts} == {1, 2, 3, 6}
+    assert all(x.fits for x in plan.layouts)
+    assert plan.best.traffic.total == min(x.traffic.total for x in plan.layouts)
+    # On a GPU with room for the smallest layout only, that one.
+    smallest = min(x.device_bytes for x in plan.layouts)
+    monkeypatch.setitem(GPUS, "h100", dataclasses.replace(GPUS["h100"], memory_bytes=smallest / 0.899))
+    _, tight = planned()
+    assert [x.fits for x in tight.layouts].count(True) >= 1
+    assert tight.best.device_bytes == smallest
+    monkeypatch.setitem(GPUS, "h100", dataclasses.replace(GPUS["h100"], memory_bytes=10**6))
+    assert planned()[1].best is None
+
+
+def test_clusters_that_cannot_be_are_refused():
+    with pytest.raises(PlanningError, match=r"h999.*h100"):
+        Cluster("h999", 8, 8, 0.4)
+    with pytest.raises(PlanningError, match="--gpus 12"):
+        Cluster("h100", 12, 8, 0.4)
+    with pytest.raises(PlanningError, match="--mfu"):
+        Cluster("h100", 8, 8, 40)
+    with pytest.raises(PlanningError, match=r"7 GPUs cannot share train.global_batch 96"):
+        planned(gpus=7)
+
+
+def test_the_printed_command_is_a_recipe_that_runs_on_these_ranks():
+    result = typer.testing.CliRunner().invoke(
+        app, ["plan", "--recipe", RECIPE, "--gpus", "16", "--set", "train.steps=10", "--set", "optim.ema=0.9"]
+    )
+    assert result.exit_code == 0, result.output
+    words = shlex.split(result.output.strip().splitlines()[-1])
+    assert words[:4] == ["sbatch", "--nodes=2", "--gpus-per-node=8", "slurm/pretrain_multinode.sh"]
+    assert words[4:6] == [RECIPE, "--set"]
+    recipe = load_recipe(words[4], words[6:])
+    assert recipe.train.steps == 10
+    recipe.deepspeed_config(16, "cuda")
