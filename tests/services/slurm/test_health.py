@@ -1,0 +1,51 @@
+"""Bad nodes and bad input, on a real SLURM: the batch log's last lines say which node, and what to do."""
+
+from __future__ import annotations
+
+import pytest
+from services.slurm.cluster import REPO, command
+from testkit.runs import metrics
+
+pytestmark = [pytest.mark.root, pytest.mark.slow]
+SCRIPT = REPO / "slurm" / "pretrain_multinode.sh"
+
+
+def test_a_node_that_is_cut_off_is_left_out(cluster, recipe, tmp_path):
+    """No way from node2 to node1; SLURM itself sees nothing of it."""
+    route = ("route", "add", "unreachable", "10.77.0.11")
+    command("ip", "-n", "node2", *route)
+    try:
+        run_dir = tmp_path / "run"
+        job = cluster.submit(SCRIPT, recipe, "--run-dir", run_dir, MAESTRO_HEALTH_TIMEOUT_S="20")
+        assert job.end(300) == "COMPLETED", job.text + job.ranks()
+    finally:
+        command("ip", "-n", "node2", "route", "del", *route[2:])
+    assert "bad node node2: " in job.text
+    assert sorted(command("scontrol", "show", "hostnames", job.show("NodeList")).split()) == [
+        "node1",
+        "node3",
+    ]
+    assert metrics(run_dir)[-1]["step"] == 6
+
+
+@pytest.mark.parametrize(
+    ("words", "env", "said"),
+    [
+        ((), {}, "no recipe: sbatch slurm/pretrain_multinode.sh"),
+        (("train.steps=none",), {}, "the recipe cannot be used"),
+        (("data.mixture[0].shards=/nowhere",), {}, "mend what is said above and submit again"),
+        ((), {"MAESTRO_MIN_FREE_GIB": "1e6"}, "mend what is said above and submit again"),
+        ((), {"MAESTRO_LOCAL": "/proc"}, "set MAESTRO_LOCAL to a folder on its local disk"),
+    ],
+    ids=["no recipe", "bad recipe", "no data", "full disk", "no local disk"],
+)
+def test_what_no_node_can_run_ends_with_advice(cluster, recipe, tmp_path, request, words, env, said):
+    arguments = [] if "no recipe" in request.node.callspec.id else [recipe, "--run-dir", tmp_path / "run"]
+    job = cluster.submit(
+        SCRIPT, *arguments, *(("--set", *words) if words else ()), options=("--nodes=1",), **env
+    )
+    assert job.end() == "FAILED"
+    assert said in job.text.splitlines()[-1]
+    if words and "shards" in words[0]:
+        assert "bad node node" in job.text
+        assert "/nowhere/manifest.json: not found" in job.text
