@@ -19,7 +19,7 @@ from maestro_scale.interop.partial import start_from
 from maestro_scale.interop.parts import table
 from maestro_scale.model import attention
 from maestro_scale.model.config import DatasetView, ModelConfig, conflicts
-from maestro_scale.model.cost import cost
+from maestro_scale.model.cost import cost, num_parameters
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.model.masking import Masking
 from maestro_scale.recipe import Recipe, RecipeError, check_world, resolve_sensors
@@ -40,6 +40,7 @@ from maestro_scale.training.meter import Meter
 from maestro_scale.training.mirror import Mirror
 from maestro_scale.training.nodes import Nodes
 from maestro_scale.training.observer import Observer, RunInfo
+from maestro_scale.training.offload_room import check_offload_room
 from maestro_scale.training.optimizer import SCHEDULES, build_optimizer
 from maestro_scale.training.run_dir import JsonLines, RunDirError, environment, lock, write_atomically
 from maestro_scale.training.skipped import SkippedSteps
@@ -218,6 +219,9 @@ def _prepare(
     c = recipe.checkpoint
     mirror = Mirror(f"{c.mirror.rstrip('/')}/{run_dir.resolve().name}") if c.mirror else None
     checkpoints = Checkpoints(run_dir, world, Retention(c.keep, c.keep_every), mirror)
+    deepspeed = recipe.deepspeed_config(world.size, world.device.type)
+    num_micro_batches = t.global_batch // (t.micro_batch * world.size)
+    check_offload_room(num_parameters(config), deepspeed, num_micro_batches, bool(recipe.optim.ema), world)
     engine, kernel = _build_engine(recipe, config, num_steps, world, begins=checkpoints.latest()[0] is None)
     ema = Ema(recipe.optim.ema, engine.holdings.fragments) if recipe.optim.ema else None
     state = TrainState(engine.holdings, ema)

@@ -68,8 +68,11 @@ def test_every_layout_follows_the_plain_loop(plain, tmp_path, ranks):
         for recompute in (False, True)
         if stage or (cuts, recompute) == (4, True)
     ]
+    for stage, parts in (2, ("optimizer",)), (3, ("optimizer", "param")):
+        offloaded = {f"offload_{part}": {"device": "cpu"} for part in parts}
+        tasks.append(task(stage, f"s{stage}-a4-offloaded", accumulate=4, zero=offloaded))
     for t in tasks:
-        if t["name"].endswith("a4-kept"):
+        if t["name"].endswith(("a4-kept", "offloaded")):
             t["save"] = str(tmp_path / t["name"])
     for name, found in launch(tmp_path, ranks, tasks).items():
         assert found["losses"] == pytest.approx(plain.losses, rel=1e-5), name

@@ -114,6 +114,10 @@ def test_stop_file_ends_a_run_that_then_resumes(trainer, quiet, tmp_path):
     assert curve(trainer.train(run_dir, 1, "--set", "train.micro_batch=8")) == curve(quiet[1])
 
 
+OFFLOADED = ["model.width=16384", "model.heads=128", "model.depth=90"]
+OFFLOADED += ["deepspeed.zero_optimization={stage: 2, offload_optimizer: {device: cpu}}"]
+
+
 @pytest.mark.parametrize(
     ("ranks", "changes", "words"),
     [
@@ -121,6 +125,7 @@ def test_stop_file_ends_a_run_that_then_resumes(trainer, quiet, tmp_path):
         (2, ["data.lanes=1"], ["lanes", "2 ranks"]),
         (1, ["data.mixture[0].shards=/nowhere/at/all"], ["/nowhere/at/all"]),
         (1, ["data.mixture[0].split=nope"], ["nope", "train"]),
+        (1, OFFLOADED, ["offload needs", "GiB of memory per node", "GiB free"]),
     ],
 )
 def test_mistakes_end_with_one_line(trainer, tmp_path, ranks, changes, words):

@@ -1,0 +1,39 @@
+"""Refuses offload that the node's memory cannot take, before anything is allocated."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping
+from typing import Any
+
+import psutil
+import torch.distributed as dist
+
+from maestro_scale.recipe import RecipeError
+from maestro_scale.training.distributed import World
+from maestro_scale.training.footprint import footprint
+
+GIB = 2**30
+
+
+def check_offload_room(
+    parameters: int, config: Mapping[str, Any], num_micro_batches: int, ema: bool, world: World
+) -> None:
+    """All ranks must call it.
+
+    Raises:
+        RecipeError: what the ranks of a node move to its memory is more than is free there; on all ranks.
+    """
+    each = footprint(parameters, world.size, config, num_micro_batches, ema).host
+    if not each:
+        return
+    hosts = [""] * world.size
+    dist.all_gather_object(hosts, socket.gethostname(), group=world.control)
+    num_here = hosts.count(hosts[world.rank])
+    needed, free = each * num_here, psutil.virtual_memory().available
+    needed_gib, free_gib = world.maxima([needed / GIB, -free / GIB])
+    if world.any(needed > free):
+        raise RecipeError(
+            f"deepspeed.zero_optimization: offload needs {needed_gib:.1f} GiB of memory per node, the fullest has "
+            f"{-free_gib:.1f} GiB free: use more nodes, a smaller model, or no offload_{{optimizer,param}}"
+        )
