@@ -7,14 +7,6 @@ from pathlib import Path
 import pytest
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where tests run in parallel (pytest-xdist), those of a file stay together, and all that start root services."""
-    for item in items:
-        services = item.path.is_relative_to(Path(__file__).parent / "services")
-        item.add_marker(pytest.mark.xdist_group("services" if services else str(item.path)))
-
-
 @pytest.fixture(scope="session")
 def synthetic_raw(tmp_path_factory) -> Path:
     """40 synthetic TreeSatAI-TS tiles in their raw layout (28 train, 4 val, 8 test)."""

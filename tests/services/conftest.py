@@ -1,4 +1,4 @@
-"""One S3 server for all tests of services."""
+"""An S3 server for the tests of a file."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import pytest
 from services.s3.server import Server, why_not
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ceph() -> Iterator[Server]:
-    """A running server with the bucket ``shards``."""
+    """A running server with the bucket ``shards``; other files wait for it, as there can be one per machine."""
     if reason := why_not():
         pytest.skip(reason)
-    with Path("/tmp/s3.lock").open("w") as held:  # there can be one per machine
+    with Path("/tmp/s3.lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         server = Server()
         try:

@@ -1,4 +1,4 @@
-"""One SLURM cluster for all tests of this folder."""
+"""A SLURM cluster for the tests of a file."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from services.slurm.cluster import Cluster, why_not
 from testkit.runs import write_recipe
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def cluster(tmp_path_factory) -> Iterator[Cluster]:
-    """Three nodes: a job of two has one to spare."""
+    """Three nodes: a job of two has one to spare. Other files wait for it, as there can be one per machine."""
     if reason := why_not():
         pytest.skip(reason)
-    with Path("/tmp/slurm.lock").open("w") as held:  # there can be one per machine
+    with Path("/tmp/slurm.lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         cluster = Cluster(3, tmp_path_factory.mktemp("jobs with spaces"))
         try:
