@@ -1,7 +1,7 @@
 """What a task of srun does before it becomes its program: ranks and network from SLURM's own variables.
 
-``srun … python -m maestro_scale.cluster.launch train.py --recipe …`` (or ``-m module …``). Variables that are set
-already win.
+``srun … python -m maestro_scale.cluster.launch train.py --recipe …`` (or ``-m module …``). Ranks are srun's, whatever
+RANK came along from the shell that submitted; interfaces that are named already stay.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def task_environment(
     env: Mapping[str, str], find_interface: Callable[[str], str | None] = interface_to
 ) -> dict[str, str]:
     """The variables to add. ``MAESTRO_NODES`` lists the nodes of the job, ``MAESTRO_IFNAME`` names the interface."""
-    added = {name: env[slurm] for name, slurm in _FROM_SLURM.items() if name not in env and slurm in env}
+    added = {name: env[slurm] for name, slurm in _FROM_SLURM.items() if slurm in env}
     interface = env.get("MAESTRO_IFNAME") or _interface(env, find_interface)
     if interface:
         added.update({name: interface for name in _SOCKETS if name not in env})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import signal
@@ -134,7 +135,7 @@ class Pipeline:
                 num_workers=workers,
                 collate_fn=_same,
                 multiprocessing_context=multiprocessing.get_context("forkserver"),
-                worker_init_fn=_settle,
+                worker_init_fn=functools.partial(_settle, dict(os.environ)),
                 prefetch_factor=each,
                 generator=torch.Generator(),  # it draws a seed for the workers, which nothing here uses
             )
@@ -187,8 +188,11 @@ def _signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _settle(worker: int) -> None:
-    """Runs first in a worker: ignore the signals, and watch over the training process, to end with it."""
+def _settle(environment: dict[str, str], worker: int) -> None:
+    """Runs first in a worker: the environment of the training process (the fork server has that of its own start), no
+    signals, and an eye on the training process, to end with it."""
+    os.environ.clear()
+    os.environ.update(environment)
     for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True, name="maestro-orphan").start()

@@ -88,13 +88,16 @@ def test_permanent_checkpoints(tmp_path):
     assert [p.name for p in permanent(tmp_path, 5)] == ["step_00000010", "step_00000020"]
 
 
-def test_ranks_and_interfaces_come_from_slurm_unless_they_are_set():
+def test_ranks_come_from_slurm_and_interfaces_too_unless_they_are_named():
     env = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1", "SLURMD_NODENAME": "b"}
     env |= {"MAESTRO_NODES": "a b"}
     made = task_environment(env, lambda host: f"to-{host}")
     assert made["RANK"] == "3"
     assert made["GLOO_SOCKET_IFNAME"] == made["NCCL_SOCKET_IFNAME"] == "to-a"
-    assert "RANK" not in task_environment({**env, "RANK": "0"}, lambda host: None)
+    submitted_from_a_task = {**env, "RANK": "0", "WORLD_SIZE": "1", "NCCL_SOCKET_IFNAME": "ib0"}
+    made = task_environment(submitted_from_a_task, lambda host: "eth0")
+    assert (made["RANK"], made["WORLD_SIZE"]) == ("3", "4")
+    assert "NCCL_SOCKET_IFNAME" not in made
     assert task_environment({**env, "MAESTRO_IFNAME": "ib0"})["NCCL_SOCKET_IFNAME"] == "ib0"
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from maestro_scale.shards.verify import verify
 from maestro_scale.shards.writer import write_shards
 from maestro_scale.stream.loader import TrainLoader
 from maestro_scale.stream.source import Source
+from maestro_scale.stream.workers import start_server
 
 pytestmark = [pytest.mark.root, pytest.mark.slow]
 URL = f"s3://{BUCKET}/trees"
@@ -263,6 +265,23 @@ def test_the_first_batch_waits_for_its_own_shards_alone(s3, tmp_path):
     needed = {manifest.shards[source_shard(source, key)].path for b in first.batches for key in b.keys}
     assert needed <= set(asked)
     assert len(asked) <= len(needed) + 4  # what was begun meanwhile, two at a time
+
+
+def test_loader_processes_have_the_credentials_of_now(s3, tmp_path, monkeypatch):
+    """The server that they are forked from may be older: a notebook, where they were set after a first attempt."""
+    url = f"s3://{BUCKET}/late"
+    manifest = write_shards(Toy(8), url, "train")
+    source = Source(SPEC, SPEC.sensors, SPEC.crop_m, manifest.of(["train"]), Store(url, tmp_path, 2**30))
+    forkserver._forkserver._stop()
+    with monkeypatch.context() as before:
+        for name in [n for n in os.environ if n.startswith("AWS_")]:
+            before.delenv(name)
+        start_server([source])
+    loader = TrainLoader(
+        [source], 0, lanes=2, global_batch=4, micro_batch=4, rank=0, world=1, workers=1, window=4
+    )
+    assert next(loader.steps(0, 2)).batches
+    loader.close()
 
 
 def source_shard(source: Source, key: str) -> int:

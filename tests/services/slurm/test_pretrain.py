@@ -13,7 +13,10 @@ SMALL = ("--set", "train.micro_batch=2")
 
 def test_two_nodes_of_two_tasks_train_the_curve_of_one(cluster, recipe, tmp_path):
     run_dir = tmp_path / "run of four"
-    job = cluster.submit(SCRIPT, recipe, "--run-dir", run_dir, *SMALL, options=("--ntasks-per-node=2",))
+    # As from a shell that is itself a rank of something.
+    stale = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    options = ("--ntasks-per-node=2",)
+    job = cluster.submit(SCRIPT, recipe, "--run-dir", run_dir, *SMALL, options=options, **stale)
     alone = Trainer(recipe).train(tmp_path / "alone", 1, *SMALL)
     assert job.end() == "COMPLETED", job.text + job.ranks()
     assert curve(metrics(run_dir)) == pytest.approx(curve(alone), rel=1e-5)
