@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import sysconfig
@@ -19,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from maestro_scale.evaluation.results import EvalResult, ResultsError
+from maestro_scale.training.distributed import free_port
 from maestro_scale.training.run_dir import JsonLines, write_atomically
 
 DATASET = "treesatai_ts"
@@ -149,7 +149,7 @@ def _pretrain(console: Console, places: Places, recipe: Path, seed: int, steps: 
     command = [
         launcher,
         "--num_gpus=1",
-        f"--master_port={_free_port()}",
+        f"--master_port={free_port()}",
         str(Path(__file__).parent / "train.py"),
         f"--recipe={recipe}",
         f"--run-dir={places.run}",
@@ -235,9 +235,3 @@ def _summary(console: Console, places: Places) -> None:
         console.print(f"reconstruction: {pictures[-1]}")
     store = places.run.parent / "mlflow.db"
     console.print(f"dashboard: maestro-scale dashboard {store.parent}")
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]

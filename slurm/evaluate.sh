@@ -82,7 +82,7 @@ IFS=$'\t' read -r recipe mode fraction seed <<<"${TASKS[$SLURM_ARRAY_TASK_ID]}"
 prepare
 PER_NODE=${SLURM_GPUS_ON_NODE:-${SLURM_NTASKS_PER_NODE:-1}}
 PER_NODE=${PER_NODE%%(*}
-export MASTER_ADDR=127.0.0.1 MASTER_PORT=${MAESTRO_PORT:-$((20000 + SLURM_JOB_ID % 20000))} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+export MASTER_ADDR=127.0.0.1 MASTER_PORT=${MAESTRO_PORT:-$((10000 + SLURM_JOB_ID % 20000))} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 NAME=$(basename "$recipe" .yaml)
 FOLDER="$OUT/$NAME/$mode-$fraction-seed$seed"
 say "$NAME, $mode, $fraction of the labels, seed $seed, on $PER_NODE tasks -> $FOLDER"

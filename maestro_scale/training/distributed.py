@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import random
 import socket
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+_PORTS = range(10_000, 30_000)  # Linux gives outgoing connections 32768 and above
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ def join(timeout_s: float = 600.0) -> World:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank))
     if size == 1:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+        os.environ.setdefault("MASTER_PORT", str(free_port()))
     cuda = torch.cuda.is_available()
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")
     import deepspeed
@@ -102,7 +106,16 @@ def place(env: Mapping[str, str] = os.environ) -> tuple[int, int, int]:
     return 0, 1, 0
 
 
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+def free_port() -> int:
+    """A TCP port that nothing on this machine uses, and that no outgoing connection will take before we listen on it.
+
+    Raises:
+        OSError: of 100 ports drawn at random, all are in use.
+    """
+    for port in random.SystemRandom().sample(_PORTS, k=100):
+        with socket.socket() as s, suppress(OSError):
+            s.bind(("", port))
+            return port
+    raise OSError(
+        f"100 ports from {_PORTS.start} to {_PORTS.stop} are all in use: name a free one in MASTER_PORT"
+    )

@@ -19,7 +19,8 @@ import pytest
 from maestro_scale.evaluation.results import EvalResult
 from maestro_scale.tracking.evaluations import record_evaluation
 from maestro_scale.tracking.metric_names import metric_names
-from tests.testkit.runs import Trainer, free_port, metrics, write_recipe
+from maestro_scale.training.distributed import free_port
+from tests.testkit.runs import Trainer, metrics, write_recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.root]
 TRACKED = ("--set", "tracking.enabled=true", "tracking.pictures_every=4")

@@ -7,8 +7,9 @@ import os
 import sys
 from pathlib import Path
 
+from maestro_scale.training.distributed import free_port
 from testkit import layouts
-from testkit.runs import Job, free_port
+from testkit.runs import Job
 
 
 def launch(folder: Path, ranks: int, tasks: list[dict]) -> dict[str, dict]:

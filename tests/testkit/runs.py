@@ -6,13 +6,14 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from maestro_scale.training.distributed import free_port
 
 REPO = Path(__file__).parents[2]
 TRAIN = REPO / "maestro_scale" / "train.py"
@@ -47,12 +48,6 @@ def write_recipe(folder: Path, shards: Path) -> Path:
     path = folder / "tiny.yaml"
     path.write_text(RECIPE.format(shards=json.dumps(str(shards)), cache=json.dumps(str(folder / "cache"))))
     return path
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 class Job:

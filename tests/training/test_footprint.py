@@ -8,9 +8,10 @@ import sys
 
 import pytest
 from testkit import held
-from testkit.runs import Job, free_port
+from testkit.runs import Job
 
 from maestro_scale.recipe.engine_config import Derived, filled
+from maestro_scale.training.distributed import free_port
 from maestro_scale.training.footprint import footprint, traffic
 
 RANKS, BUCKET = 2, 50_000
