@@ -31,21 +31,6 @@ class Cost:
     activations: int
 
 
-@dataclass(frozen=True)
-class StageMemory:
-    """Bytes a rank holds under one ZeRO stage, without activations and communication buckets."""
-
-    stage: int
-    weights: int
-    gradients: int
-    optimizer: int
-
-    @property
-    def total(self) -> int:
-        """Their sum in bytes."""
-        return self.weights + self.gradients + self.optimizer
-
-
 def num_parameters(config: ModelConfig) -> int:
     """Trainable parameters, counted on a model without storage."""
     with torch.device("meta"):
@@ -93,26 +78,6 @@ def cost(config: ModelConfig, mask_ratio: float) -> Cost:
         step_flops=3 * forward + again,
         activations=kept,
     )
-
-
-def memory_by_stage(parameters: int, world: int, bf16: bool) -> list[StageMemory]:
-    """Model states per rank for ZeRO 0-3 (ZeRO paper, section 3): AdamW keeps fp32 master weights and two moments.
-
-    In fp32 DeepSpeed's stages 1 and 2 hold a partitioned copy of the weights beside the weights themselves.
-    """
-    value = 2 if bf16 else 4
-    stages = []
-    for stage in range(4):
-        masters = 4 if bf16 or stage > 0 else 0
-        stages.append(
-            StageMemory(
-                stage,
-                weights=parameters * value // (world if stage == 3 else 1),
-                gradients=parameters * value // (world if stage >= 2 else 1),
-                optimizer=parameters * (8 + masters) // (world if stage >= 1 else 1),
-            )
-        )
-    return stages
 
 
 @dataclass(frozen=True)

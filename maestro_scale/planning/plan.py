@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from maestro_scale.datasets.spec import DatasetSpec
 from maestro_scale.model.cost import Cost, cost, num_parameters
 from maestro_scale.recipe import Recipe
-from maestro_scale.recipe.engine_config import DEFAULT_STAGE
 from maestro_scale.training.footprint import Footprint, Traffic, footprint, traffic
 from maestro_scale.training.meter import PEAK_TFLOPS
 from maestro_scale.training.pretrain import build_model_config
@@ -151,16 +149,7 @@ def _layout(
     recipe: Recipe, parameters: int, largest: Cost, gpu: Gpu, n: int, stage: int, micro: int
 ) -> Layout:
     num_micro_batches = recipe.train.global_batch // (n * micro)
-    said = dict(recipe.deepspeed.get("zero_optimization", {}))
-    if stage != said.get("stage", DEFAULT_STAGE):
-        said = {k: v for k, v in said.items() if not k.startswith(("stage3_", "offload_"))}
-    changed = recipe.model_copy(
-        update={
-            "train": recipe.train.model_copy(update={"micro_batch": micro}),
-            "deepspeed": {**recipe.deepspeed, "zero_optimization": {**said, "stage": stage}},
-        }
-    )
-    config: dict[str, Any] = changed.deepspeed_config(n, "cuda")
+    config = recipe.laid_out(stage, micro).deepspeed_config(n, "cuda")
     held = footprint(parameters, n, config, num_micro_batches, ema=recipe.optim.ema > 0)
     value = 2 if recipe.train.precision_on("cuda") == "bf16" else 4
     activations = micro * largest.activations * value

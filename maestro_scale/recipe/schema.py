@@ -85,6 +85,15 @@ class Recipe(Section):
             raise RecipeError("\n".join(wrong))
         return engine_config.filled(self.deepspeed, derived)
 
+    def laid_out(self, stage: int, micro_batch: int | None = None) -> Recipe:
+        """The same recipe under another ZeRO stage, without what its section says of another one, and micro-batch."""
+        said = dict(self.deepspeed.get("zero_optimization", {}))
+        if stage != self.zero_stage:
+            said = {k: v for k, v in said.items() if not k.startswith(("stage3_", "offload_"))}
+        train = self.train.model_copy(update={"micro_batch": micro_batch or self.train.micro_batch})
+        deepspeed = {**self.deepspeed, "zero_optimization": {**said, "stage": stage}}
+        return self.model_copy(update={"train": train, "deepspeed": deepspeed})
+
     def to_yaml(self) -> str:
         """The whole recipe, every default written out; loading it gives an equal recipe on any machine."""
         return dump_yaml(environment.escape(self.model_dump(mode="json")))

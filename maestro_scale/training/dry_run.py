@@ -8,10 +8,11 @@ from rich.table import Table
 from maestro_scale import datasets
 from maestro_scale.datasets.spec import DatasetSpec
 from maestro_scale.model.config import DatasetView
-from maestro_scale.model.cost import GIB, Cost, cost, memory_by_stage, num_parameters
-from maestro_scale.recipe import MixtureEntry, Recipe, check_world
+from maestro_scale.model.cost import GIB, Cost, cost, num_parameters
+from maestro_scale.recipe import MixtureEntry, Recipe, RecipeError, check_world
 from maestro_scale.shards.errors import ShardsError
 from maestro_scale.shards.manifest import Manifest
+from maestro_scale.training.footprint import footprint
 from maestro_scale.training.pretrain import build_model_config
 
 
@@ -71,24 +72,39 @@ def _tokens(view: DatasetView, counted: Cost) -> Table:
 
 
 def _memory(recipe: Recipe, parameters: int, counted: Cost, world_size: int) -> Table:
-    bf16 = recipe.train.precision != "fp32"
-    worlds = sorted({world_size, 8, 64})
+    t, worlds = recipe.train, [n for n in sorted({world_size, 8, 64}) if _holds(recipe, n)]
+    bf16 = t.precision_on("cuda") == "bf16"
     table = Table(
-        title=f"GiB per rank by ZeRO stage, AdamW, {'bf16' if bf16 else 'fp32'}", title_justify="left"
+        title=f"GiB per rank by ZeRO stage, AdamW, {'bf16' if bf16 else 'fp32'}, buffers included",
+        title_justify="left",
+        min_width=70,
     )
     for column in ("stage", *(f"{n} rank{'s' * (n > 1)}" for n in worlds)):
         table.add_column(column, justify="right")
-    asked = recipe.deepspeed.get("zero_optimization", {}).get("stage", 0)
-    by_world = [memory_by_stage(parameters, n, bf16) for n in worlds]
     for stage in range(4):
-        row = [f"{by[stage].total / GIB:.2f}" for by in by_world]
-        table.add_row(f"{stage}{' (recipe)' if stage == asked else ''}", *row)
-    activations = counted.activations * (2 if bf16 else 4) * recipe.train.micro_batch / GIB
-    table.caption = (
-        f"plus activations of a micro-batch of {recipe.train.micro_batch}: about {activations:.2f} GiB"
-    )
+        laid, row = recipe.laid_out(stage), []
+        for n in worlds:
+            held = footprint(
+                parameters,
+                n,
+                laid.deepspeed_config(n, "cuda"),
+                t.global_batch // (t.micro_batch * n),
+                ema=recipe.optim.ema > 0,
+            )
+            row.append(f"{held.device / GIB:.2f}")
+        table.add_row(f"{stage}{' (recipe)' if stage == recipe.zero_stage else ''}", *row)
+    activations = counted.activations * (2 if bf16 else 4) * t.micro_batch / GIB
+    table.caption = f"plus activations of a micro-batch of {t.micro_batch}: about {activations:.2f} GiB"
     table.caption_justify = "left"
     return table
+
+
+def _holds(recipe: Recipe, world_size: int) -> bool:
+    try:
+        check_world(recipe, world_size)
+    except RecipeError:
+        return False
+    return True
 
 
 def _steps(recipe: Recipe, flops_per_sample: float) -> str:

@@ -10,7 +10,7 @@ from testkit.models import TINY, full_batch, small_config
 from torch.utils.flop_counter import FlopCounterMode
 
 from maestro_scale.model.config import ModelConfig
-from maestro_scale.model.cost import cost, memory_by_stage, num_parameters
+from maestro_scale.model.cost import cost, num_parameters
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.model.masking import Masking, by_sensor, draw_masks
 from maestro_scale.model.sequences import sequences
@@ -158,8 +158,3 @@ def test_flops_equal_a_count_of_the_products(fusion):
 def test_parameters_are_counted_without_storage():
     config = small_config()
     assert num_parameters(config) == sum(p.numel() for p in Maestro(config).parameters())
-
-
-def test_memory_by_stage_follows_the_zero_paper():
-    stages = memory_by_stage(1_000_000, world=4, bf16=True)
-    assert [s.total for s in stages] == [16_000_000, 7_000_000, 5_500_000, 4_000_000]

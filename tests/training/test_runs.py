@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
 from testkit.runs import REPO, Trainer, audit, curve, metrics, write_recipe
 
+from maestro_scale import datasets
 from maestro_scale.interop.export import export_model
 from maestro_scale.interop.pretrained import load_model
+from maestro_scale.model.cost import num_parameters
+from maestro_scale.recipe import load_recipe
 from maestro_scale.training.checkpoint import COMMIT, newest
+from maestro_scale.training.footprint import footprint
+from maestro_scale.training.pretrain import build_model_config
 
 FIELDS = {
     "step",
@@ -184,3 +190,7 @@ def test_dry_run_needs_no_data(tmp_path):
     assert code == 0, output[-3000:]
     for words in ("parameters", "898,", "aerial", "225", "GFLOP", "stage", "GiB per rank"):
         assert words in output, output
+    recipe = load_recipe(REPO / "recipes" / "vitl.yaml")
+    parameters = num_parameters(build_model_config(recipe, [datasets.spec("treesatai_ts")]))
+    held = footprint(parameters, 8, recipe.deepspeed_config(8, "cuda"), 96 // (6 * 8), recipe.optim.ema > 0)
+    assert re.search(rf"2 \(recipe\) .* {held.device / 2**30:.2f} ", output), output
