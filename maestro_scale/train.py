@@ -63,6 +63,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _pretrain(recipe, run_dir: Path, fresh: bool) -> int:
     from maestro_scale.recipe import RecipeError
+    from maestro_scale.tracking.closing import REPORT, next_commands
     from maestro_scale.tracking.observers import observers_for
     from maestro_scale.training.distributed import join, leave
     from maestro_scale.training.errors import EXPECTED
@@ -103,6 +104,8 @@ def _pretrain(recipe, run_dir: Path, fresh: bool) -> int:
             )
         else:
             print(f"done: {outcome.position.step} steps, {outcome.position.samples} samples, in {run_dir}")
+            print(f"losses and speed are in {run_dir / REPORT}; next:")
+            print("\n".join(f"    {command}" for command in next_commands(run_dir, outcome.reason)))
     leave()
     return 0
 

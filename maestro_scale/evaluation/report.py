@@ -31,6 +31,7 @@ RESULTS = "results.json"
 ORACLE = "oracle"
 
 _METRIC = {"wf1": "wF1", "miou": "mIoU"}
+CLASS_METRIC = {"wf1": "F1", "miou": "IoU"}  # of one class
 _MOST_BARS = 5
 
 
@@ -316,7 +317,7 @@ def _benchmarks(series: Sequence[Series]) -> list[dict[str, Any]]:
         members = sorted(members, key=lambda s: -s.value)
         shown = [s for s in members if s.first.fraction == 1] or members
         best = {f"{s.name} ({s.text})": s.first.per_class for s in shown[:_MOST_BARS]}
-        metric = "F1" if members[0].first.metric == "wf1" else "IoU"
+        metric = CLASS_METRIC[members[0].first.metric]
         absent = sorted({c for s in members for c, v in s.first.per_class.items() if v is None})
         sections.append(
             {
@@ -329,16 +330,26 @@ def _benchmarks(series: Sequence[Series]) -> list[dict[str, Any]]:
     return sections
 
 
-def _details(series: Series) -> dict[str, Any]:
-    first = series.first
-    classes = list(first.per_class)
-    confusion = first.confusion and _data(charts.confusion_matrix(first.confusion, classes))
-    path = series.found[0].path.parent / MAPS
-    pictures = None
-    if path.exists():
+def pictures(found: Found) -> dict[str, bytes]:
+    """PNGs of one result, by name: ``confusion`` of a segmentation, and ``maps`` where it kept some."""
+    result, drawn = found.result, {}
+    classes = list(result.per_class)
+    if result.confusion:
+        drawn["confusion"] = charts.confusion_matrix(result.confusion, classes)
+    if (path := found.path.parent / MAPS).exists():
         with np.load(path) as stored:
-            pictures = _data(charts.maps(stored["truth"], stored["answer"], classes))
-    return {"series": series, "first": first, "confusion": confusion, "maps": pictures}
+            drawn["maps"] = charts.maps(stored["truth"], stored["answer"], classes)
+    return drawn
+
+
+def _details(series: Series) -> dict[str, Any]:
+    drawn = {name: _data(png) for name, png in pictures(series.found[0]).items()}
+    return {
+        "series": series,
+        "first": series.first,
+        "confusion": drawn.get("confusion"),
+        "maps": drawn.get("maps"),
+    }
 
 
 def _data(png: bytes) -> str:

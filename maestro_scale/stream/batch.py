@@ -56,6 +56,11 @@ class Batch:
         named = {f: {k: change(v) for k, v in getattr(self, f).items()} for f in _NAMED}
         return dataclasses.replace(self, **named, ref_date=change(self.ref_date))
 
+    def first(self) -> Batch:
+        """The first sample alone."""
+        alone = self.map(lambda t: t[:1])
+        return dataclasses.replace(alone, keys=self.keys[:1], tiles=self.tiles[:1])
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """Every tensor on ``device``, dtypes unchanged."""
         return self.map(lambda t: t.to(device, non_blocking=non_blocking))

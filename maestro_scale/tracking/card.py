@@ -9,9 +9,12 @@ from pathlib import Path
 
 from maestro_scale.recipe import Recipe
 from maestro_scale.shards.manifest import Manifest
+from maestro_scale.tracking.closing import REPORT
 from maestro_scale.tracking.metric_names import metric_names
 from maestro_scale.tracking.mlflow_run import DatasetInput, Numbers, RunCard
 from maestro_scale.training.run_dir import JsonLines
+
+_DOCUMENTS = ("recipe.yaml", "environment.json", "metrics.jsonl", REPORT)
 
 
 def run_card(recipe: Recipe, run_dir: Path) -> RunCard:
@@ -28,10 +31,15 @@ def run_card(recipe: Recipe, run_dir: Path) -> RunCard:
         run_name=recipe.name,
         params=recipe.flat(),
         tags=_tags(recipe, run_dir),
-        artifacts=[run_dir / "recipe.yaml", run_dir / "environment.json", run_dir / "metrics.jsonl"],
-        datasets=[DatasetInput(e.dataset, Manifest.load(e.shards).digest, e.shards) for e in mixture],
+        artifacts=[run_dir / name for name in _DOCUMENTS],
+        datasets=[_dataset(e.dataset, e.shards) for e in mixture],
         history=history,
     )
+
+
+def _dataset(name: str, shards: str) -> DatasetInput:
+    manifest = Manifest.load(shards)
+    return DatasetInput(name, manifest.digest, shards, manifest.dumps())
 
 
 def _tags(recipe: Recipe, run_dir: Path) -> dict[str, str]:

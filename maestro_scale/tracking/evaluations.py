@@ -5,13 +5,20 @@ from __future__ import annotations
 import json
 import logging
 import re
+import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from maestro_scale.evaluation.charts import class_bars
+from maestro_scale.evaluation.report import CLASS_METRIC, Found, pictures, write_report
 from maestro_scale.evaluation.results import EvalResult
 from maestro_scale.secrets_filter import scrub, scrub_document, scrub_mapping
 from maestro_scale.tracking.mlflow_run import RUN_FILE, tracking_uri
 from maestro_scale.tracking.mlflow_tracker import quiet_mlflow
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
 
 log = logging.getLogger(__name__)
 
@@ -71,11 +78,26 @@ def _record(run_dir: Path, result: EvalResult, path: Path) -> str:
         run_id, metrics=metrics, params=params, tags=[RunTag("num_tiles", str(result.num_tiles))]
     )
     client.log_text(run_id, scrub_document(path.read_text()), path.name)
+    _illustrate(client, run_id, Found(path, result))
     client.set_terminated(run_id, "FINISHED")
     client.log_batch(
         parent.info.run_id, metrics=[Metric(f"eval/{name}/{result.metric}", result.value, now, step)]
     )
     return run_id
+
+
+def _illustrate(client: MlflowClient, run_id: str, found: Found) -> None:
+    """The report of this result alone, and its pictures each by itself, which MLflow shows beside the metrics."""
+    result = found.result
+    bars = class_bars({result.mode: result.per_class}, CLASS_METRIC[result.metric])
+    with tempfile.TemporaryDirectory() as folder:
+        page, _ = write_report([found], Path(folder) / "report.html")
+        client.log_text(run_id, scrub(page.read_text()), page.name)
+        drawn = Path(folder) / "pictures"
+        drawn.mkdir()
+        for name, png in {"classes": bars, **pictures(found)}.items():
+            (drawn / f"{name}.png").write_bytes(png)
+        client.log_artifacts(run_id, str(drawn), drawn.name)
 
 
 def _plain(name: str) -> str:

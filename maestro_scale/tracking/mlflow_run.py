@@ -36,11 +36,12 @@ Numbers = Mapping[str, "float | None"]
 
 @dataclass(frozen=True)
 class DatasetInput:
-    """A dataset that a run reads: its name, the sha256 of its manifest, and where the shards are."""
+    """A dataset that a run reads: its name, the sha256 of its manifest, where the shards are, and the manifest."""
 
     name: str
     manifest_sha256: str
     url: str
+    manifest: str = ""
 
 
 @dataclass(frozen=True)
@@ -201,6 +202,11 @@ class MlflowRun:
         ]
         if inputs:
             self._client.log_inputs(self.id, datasets=inputs)
+        for i, d in enumerate(self._card.datasets):
+            if d.manifest:
+                self._client.log_text(
+                    self.id, scrub_document(d.manifest), f"manifests/{i}-{_key(d.name)}.json"
+                )
 
     def _store_artifacts(self) -> None:
         for path in self._card.artifacts:

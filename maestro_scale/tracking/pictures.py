@@ -1,4 +1,4 @@
-"""What the model sees, what was hidden from it, and what it made of that, as one picture.
+"""What the model sees, what was hidden from it, what it made of that, and what it thinks of the tile, as one picture.
 
 Drawn off screen with matplotlib's object interface, so that threads and other figures are left alone.
 Shapes: D dates, C bands, H×W pixels; a strip is K dates side by side, (H, W', 3).
@@ -21,7 +21,13 @@ if TYPE_CHECKING:
 
 MAX_DATES = 4
 
-_COLUMNS = ("input", "seen (hidden in grey)", "reconstruction", "error where hidden")
+_COLUMNS = (
+    "input",
+    "seen (hidden in grey)",
+    "reconstruction",
+    "error where hidden",
+    "embedding, nothing hidden",
+)
 _GREY = np.array([0.80, 0.79, 0.77])
 PAPER, INK = np.array([0.985, 0.98, 0.972]), "#26241f"
 _GAP = 0.06  # between dates, as a share of one
@@ -76,7 +82,8 @@ def reconstruction_picture(path: Path, views: Sequence[SensorView], title: str) 
 
     A row per sensor, up to four of its dates as a strip. The images of a row share one stretch, taken from
     the input (see ``stretch_limits``); the error is the mean difference of the colours, as a share of it.
-    Visible pixels of the reconstruction are the input's. ValueError if there is no view.
+    Visible pixels of the reconstruction are the input's. The embedding shows its three principal components over the
+    tile as red, green and blue. ValueError if there is no view.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -85,12 +92,15 @@ def reconstruction_picture(path: Path, views: Sequence[SensorView], title: str) 
         raise ValueError("a reconstruction picture needs at least one sensor's view")
     shown = [dates_shown(len(v.pixels)) for v in views]
     heights = [_strip_height(v, d) for v, d in zip(views, shown, strict=True)]
-    width, height = 4 * _PANEL_INCHES + 0.9, _PANEL_INCHES * sum(heights) + 0.34 * len(views) + 1.1
+    width, height = (
+        len(_COLUMNS) * _PANEL_INCHES + 0.9,
+        _PANEL_INCHES * sum(heights) + 0.34 * len(views) + 1.1,
+    )
     figure = Figure(figsize=(width, height), facecolor=PAPER)
     FigureCanvasAgg(figure)  # savefig draws with it, whatever backend the process has chosen
     grid = figure.add_gridspec(
         len(views),
-        4,
+        len(_COLUMNS),
         height_ratios=[h * _PANEL_INCHES + 0.34 for h in heights],
         left=0.02,
         right=0.98,
@@ -101,7 +111,7 @@ def reconstruction_picture(path: Path, views: Sequence[SensorView], title: str) 
     )
     figure.text(0.02, 1 - 0.20 / height, title, fontsize=12, color=INK, weight="bold", va="center")
     for row, (view, dates) in enumerate(zip(views, shown, strict=True)):
-        axes = [figure.add_subplot(grid[row, column]) for column in range(4)]
+        axes = [figure.add_subplot(grid[row, column]) for column in range(len(_COLUMNS))]
         image = _draw_sensor(axes, view, dates)
         if row == 0:
             for a, name in zip(axes, _COLUMNS, strict=True):
@@ -149,8 +159,24 @@ def stretched(colours: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndar
     return np.clip(np.nan_to_num((colours - low) / (high - low), nan=0.0), 0.0, 1.0)
 
 
+def principal_colours(embedding: np.ndarray) -> np.ndarray:
+    """(G, G, E) → (G, G, 3) in [0, 1]: projections on the first three principal axes, each stretched on its own.
+
+    An axis points where its largest weight is positive, so that pictures of successive steps can be compared. Axes that
+    there are not (fewer than three channels, or all tokens alike) are mid-grey.
+    """
+    flat = embedding.reshape(-1, embedding.shape[-1]).astype(np.float64)
+    _, spread, axes = np.linalg.svd(flat - flat.mean(axis=0), full_matrices=False)
+    colours = np.full((len(flat), 3), 0.5)
+    for i, axis in enumerate(axes[:3]):
+        if spread[i] > 1e-6 * np.linalg.norm(flat):
+            axis = axis * np.sign(axis[np.abs(axis).argmax()])
+            colours[:, i : i + 1] = stretched((flat @ axis)[:, None], *stretch_limits((flat @ axis)[:, None]))
+    return colours.reshape(*embedding.shape[:2], 3)
+
+
 def _draw_sensor(axes: Sequence[Axes], view: SensorView, dates: np.ndarray):
-    """Four panels of one sensor; returns the error's image, for the colour scale."""
+    """The panels of one sensor; returns the error's image, for the colour scale."""
     mix = composite(view.bands)
     pixels, hidden = view.pixels[dates], view.hidden[dates]
     # What was visible is not the model's work.
@@ -163,6 +189,7 @@ def _draw_sensor(axes: Sequence[Axes], view: SensorView, dates: np.ndarray):
     image = axes[3].imshow(
         _strip(error, np.array(np.nan)), cmap=_error_colours(), vmin=0, vmax=_WORST, interpolation="nearest"
     )
+    axes[4].imshow(_beside_a_strip(principal_colours(view.embedding), _strip_height(view, dates)))
     for a in axes:
         a.set_axis_off()
         a.set_anchor("N")
@@ -196,6 +223,15 @@ def _strip(images: np.ndarray, blank: np.ndarray) -> np.ndarray:
     for image in images[1:]:
         parts += [gap, image]
     return np.concatenate(parts, axis=1)
+
+
+def _beside_a_strip(image: np.ndarray, height: float) -> np.ndarray:
+    """A square image (G, G, 3) at the left of a panel of a strip's proportions, so that it gets the strip's height."""
+    fine = int(np.ceil(128 / len(image)))
+    image = image.repeat(fine, axis=0).repeat(fine, axis=1)
+    width = max(round(len(image) / height), image.shape[1])
+    blank = np.broadcast_to(PAPER, (len(image), width - image.shape[1], 3))
+    return np.concatenate([image, blank], axis=1)
 
 
 def _strip_height(view: SensorView, dates: np.ndarray) -> float:

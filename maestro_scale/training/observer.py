@@ -22,13 +22,15 @@ class RunInfo:
 @dataclass(frozen=True)
 class SensorView:
     """One tile through one sensor, in network units. ``pixels``, ``reconstruction``: (D, C, H, W) float32;
-    ``hidden``: (D, H, W) bool, where any band was masked."""
+    ``hidden``: (D, H, W) bool, where any band was masked; ``embedding``: (G, G, E) float32, the encoder's tokens with
+    nothing masked, averaged over dates and groups of bands."""
 
     name: str
     bands: tuple[str, ...]
     pixels: np.ndarray
     hidden: np.ndarray
     reconstruction: np.ndarray
+    embedding: np.ndarray
 
 
 class Observer(Protocol):

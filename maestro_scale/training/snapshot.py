@@ -22,8 +22,12 @@ def snapshot(
     """Views of the batch's first sample. ``bands``: names of each sensor's bands. Every rank must call it (ZeRO-3)."""
     config = model.view(batch.dataset)
     predictions = model.reconstruct(batch, masks)
+    tokens = model.encode(batch.first())
     hidden = by_sensor(config, masks)
-    return [_view(config, s, batch, predictions[s.name], hidden[s.name], bands) for s in config.sensors]
+    return [
+        _view(config, s, batch, predictions[s.name], hidden[s.name], tokens[s.name], bands)
+        for s in config.sensors
+    ]
 
 
 def _view(
@@ -32,6 +36,7 @@ def _view(
     batch: Batch,
     prediction: Tensor,
     hidden: Tensor,
+    tokens: Tensor,
     bands: dict[str, tuple[str, ...]],
 ) -> SensorView:
     pixels = network_input(sensor, batch.pixels[sensor.name][:1])
@@ -44,4 +49,5 @@ def _view(
         pixels=pixels[0].cpu().numpy(),
         hidden=unpatchify(mask, sensor.patch)[0].any(dim=1).cpu().numpy(),
         reconstruction=unpatchify(torch.where(mask, guess, patches), sensor.patch)[0].cpu().numpy(),
+        embedding=tokens[0].float().mean(dim=0).unflatten(0, (sensor.grid, sensor.grid)).cpu().numpy(),
     )

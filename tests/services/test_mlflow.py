@@ -104,7 +104,8 @@ def test_a_run_and_its_evaluation(server, trainer, tmp_path):
     assert check_every_metric_is_there_once(server, run_dir) == "FINISHED"
     run_id = json.loads((run_dir / "tracking.json").read_text())["run_id"]
     stored = client(server)
-    assert {a.path for a in stored.list_artifacts(run_id)} >= {"recipe.yaml", "metrics.jsonl", "pictures"}
+    documents = {"recipe.yaml", "environment.json", "metrics.jsonl", "report.md", "manifests", "pictures"}
+    assert {a.path for a in stored.list_artifacts(run_id)} == documents
     pictures = [a.path for a in stored.list_artifacts(run_id, "pictures")]
     assert pictures == ["pictures/step_00000004.png", "pictures/step_00000006.png"]
 
@@ -127,6 +128,8 @@ def test_a_run_and_its_evaluation(server, trainer, tmp_path):
     run = stored.get_run(nested)
     assert run.data.tags["mlflow.parentRunId"] == run_id
     assert run.data.metrics["eval/class/Abies"] == 0.25
+    assert {a.path for a in stored.list_artifacts(nested)} == {"results.json", "report.html", "pictures"}
+    assert [a.path for a in stored.list_artifacts(nested, "pictures")] == ["pictures/classes.png"]
     (point,) = stored.get_metric_history(run_id, "eval/treesatai_ts/knn/wf1")
     assert (point.step, point.value) == (6, 0.5)
 

@@ -6,7 +6,13 @@ import sys
 import numpy as np
 import pytest
 
-from maestro_scale.tracking.pictures import composite, dates_shown, reconstruction_picture, stretch_limits
+from maestro_scale.tracking.pictures import (
+    composite,
+    dates_shown,
+    principal_colours,
+    reconstruction_picture,
+    stretch_limits,
+)
 from maestro_scale.training.observer import SensorView
 
 S2 = ("B2", "B3", "B4", "B5", "B6", "B7", "B8", "B8A", "B11", "B12")
@@ -17,7 +23,8 @@ def view(name="s2", bands=S2, num_dates=6, size=6, seed=0):
     pixels = rng.normal(size=(num_dates, len(bands), size, size)).astype(np.float32)
     hidden = np.zeros((num_dates, size, size), bool)
     hidden[:, :, : size // 2] = True
-    return SensorView(name, bands, pixels, hidden, pixels + 0.3)
+    embedding = rng.normal(size=(3, 3, 8)).astype(np.float32)
+    return SensorView(name, bands, pixels, hidden, pixels + 0.3, embedding)
 
 
 @pytest.mark.parametrize(
@@ -88,3 +95,16 @@ def test_only_hidden_pixels_show_the_models_work(tmp_path):
     )
     assert first == same
     assert first != different
+
+
+def test_the_embedding_shows_its_principal_components():
+    north, east = np.meshgrid(np.linspace(-1, 1, 5), np.linspace(-1, 1, 5), indexing="ij")
+    axes = np.linalg.qr(np.random.default_rng(0).normal(size=(6, 6)))[0]
+    embedding = 7.0 + 3 * north[..., None] * axes[0] + east[..., None] * axes[1]
+    colours = principal_colours(embedding)
+    for channel, ramp in zip((0, 1), (north, east), strict=True):
+        slopes = np.polynomial.polynomial.polyfit(ramp.ravel(), colours[..., channel].ravel(), 1)[1]
+        assert abs(slopes) > 0.4, "each takes the whole range, however small its share of the variance"
+    assert (colours[..., 2] == 0.5).all(), "there is no third"
+    np.testing.assert_allclose(principal_colours(embedding * 2 + 1), colours, atol=1e-6)
+    assert (principal_colours(np.ones((4, 4, 2))) == 0.5).all()

@@ -86,7 +86,8 @@ def test_the_curve_does_not_depend_on_ranks_micro_batches_or_stage(
 @pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (2, 2), (2, 3)])
 def test_killed_and_started_again_equals_uninterrupted(trainer, tmp_path, ranks, stage):
     changes = ["--set", f"deepspeed.zero_optimization.stage={stage}", "train.micro_batch=2", "train.steps=16"]
-    whole = trainer.train(tmp_path / "whole", ranks, *changes)
+    whole = trainer.train(tmp_path / "whole", ranks, *changes, "tracking.pictures_every=8")
+    assert len(list((tmp_path / "whole" / "pictures").iterdir())) == 2, "and drawing them changes nothing"
     trainer.kill_at(tmp_path / "killed", ranks, 5, *changes)
     assert metrics(tmp_path / "killed")[-1]["step"] < 16, "the run was over before it was killed"
     resumed = trainer.train(tmp_path / "killed", ranks, *changes)

@@ -1,0 +1,83 @@
+"""What came of a pretraining run, on one page: ``report.md`` in the run directory."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from maestro_scale.recipe import Recipe
+from maestro_scale.training.run_dir import JsonLines
+
+REPORT = "report.md"
+
+
+def closing_report(recipe: Recipe, run_dir: Path, reason: str) -> str:
+    """Markdown, from ``metrics.jsonl``: losses of every dataset first and last, speed, what was skipped, and what to do
+    next. ``reason``: ``done``, ``stopped`` or ``failed``."""
+    lines = list(JsonLines(run_dir / "metrics.jsonl").read())
+    if not lines:
+        return f"# {recipe.name}: {reason} before the first log line\n"
+    last = lines[-1]
+    parts = [
+        f"# {recipe.name}: {reason} after {last['step']:,} steps",
+        f"MAESTRO {recipe.model.size} on {' and '.join(dict.fromkeys(e.dataset for e in recipe.data.mixture))}, "
+        f"{last['samples']:,} samples, {last['skipped_steps']} steps skipped.",
+        *(_losses(name, of_it) for name, of_it in _by_dataset(lines).items()),
+        _speed(lines),
+        "## Next",
+        "\n".join(f"    {command}" for command in next_commands(run_dir, reason)),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def next_commands(run_dir: Path, reason: str) -> tuple[str, ...]:
+    """What a person would run after a run that ended like this."""
+    if reason != "done":
+        return (f"deepspeed maestro_scale/train.py --recipe {run_dir}/recipe.yaml --run-dir {run_dir}",)
+    return (
+        f"maestro-scale export {run_dir} MODEL",
+        f"deepspeed maestro_scale/evaluate.py --recipe {run_dir}/recipe.yaml --checkpoint {run_dir} --out RESULTS",
+        f"maestro-scale dashboard {run_dir.parent}",
+    )
+
+
+def _by_dataset(lines: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = {}
+    for line in lines:
+        found.setdefault(line["dataset"], []).append(line)
+    return found
+
+
+def _losses(dataset: str, lines: Sequence[dict[str, Any]]) -> str:
+    first, last = lines[0], lines[-1]
+    names = ["loss", *(k for k in last if k.startswith("loss/"))]
+    rows = [
+        f"| {name.removeprefix('loss/')} | {_number(first.get(name))} | {_number(last[name])} |"
+        for name in names
+    ]
+    head = f"| {dataset} | step {first['step']:,} | step {last['step']:,} |\n|---|---:|---:|"
+    return "\n".join([head, *rows])
+
+
+def _speed(lines: Sequence[dict[str, Any]]) -> str:
+    rows = {
+        "samples/s": _median(lines, "samples_per_s"),
+        "seconds a step": _median(lines, "step_s"),
+        "of these waiting for data": _median(lines, "data_wait_s"),
+        "TFLOP/s a rank": _median(lines, "tflops"),
+        "MFU": _median(lines, "mfu"),
+        "peak memory, GiB": max((x["peak_memory_gib"] for x in lines), default=None),
+    }
+    shown = [f"| {name} | {_number(value)} |" for name, value in rows.items() if value is not None]
+    return "\n".join(["| median over log lines | |", "|---|---:|", *shown])
+
+
+def _median(lines: Sequence[dict[str, Any]], name: str) -> float | None:
+    values = [line[name] for line in lines if line.get(name) is not None]
+    return statistics.median(values) if values else None
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:,.4g}"
