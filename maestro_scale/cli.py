@@ -141,6 +141,7 @@ def shard(
     print(f"{sum(s.samples for s in written)} samples in {len(written)} shards ({total:.0f} MB) at {dst}")
     for note, count in sorted(manifest.notes.items()):
         print(f"  {count} tiles: {note} (first: {manifest.examples.get(note, 'not known')})")
+    print(f"next: the other splits, then maestro-scale verify {dst}")
 
 
 @app.command()
@@ -226,7 +227,10 @@ def export(
     from maestro_scale.tracking import registry
     from maestro_scale.training.checkpoint import newest
 
-    print(f"exported to {export_model(newest(run_dir), out, ema)}")
+    made_at = export_model(newest(run_dir), out, ema)
+    print(
+        f"exported to {made_at}; next: maestro-scale embed {made_at} SHARDS OUT, or load_model({str(made_at)!r})"
+    )
     if register:
         made = registry.register(out, register, run_dir)
         print(f"registered at {made.store}; load_model({made.uri!r}) loads it")

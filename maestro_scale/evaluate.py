@@ -205,6 +205,8 @@ def _evaluate(args: argparse.Namespace) -> None:
             if not encoder.per_fold:
                 _track(result, path, encoder, recipe)
             print(f"{mode}: {_text(result)}, {path}", flush=True)
+    if any(runs.values()):
+        print(f"next: maestro-scale report {args.out} --out report.html", flush=True)
     if world is not None:
         leave()
 

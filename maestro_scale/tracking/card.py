@@ -7,6 +7,8 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+import psutil
+
 from maestro_scale.recipe import Recipe
 from maestro_scale.shards.manifest import Manifest
 from maestro_scale.tracking.closing import REPORT
@@ -52,5 +54,10 @@ def _tags(recipe: Recipe, run_dir: Path) -> dict[str, str]:
         "git_revision": environment["git_revision"],
         "host": environment["host"],
         "slurm_job": environment.get("slurm_job") or os.environ.get("SLURM_JOB_ID"),
+        # MLflow's own columns
+        "mlflow.user": psutil.Process().username(),
+        "mlflow.source.type": "LOCAL",
+        "mlflow.source.name": environment["command"],
+        "mlflow.source.git.commit": environment["git_revision"],
     }
     return {k: v for k, v in tags.items() if v}

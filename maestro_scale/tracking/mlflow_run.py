@@ -29,6 +29,10 @@ ENDED_FILE = "ended"  # how the run ended, by the keys of STATUS
 _MAX_METRICS, _MAX_PARAMS, _MAX_TAGS = 1000, 100, 100
 _MAX_PARAM, _MAX_TAG, _MAX_KEY, _MAX_DIGEST = 6000, 5000, 250, 36
 
+_KIND = {
+    "mlflow.experimentKind": "custom_model_development"
+}  # else its pages ask for traces of language models
+
 _DOCUMENTS = frozenset({".yaml", ".yml", ".json", ".jsonl", ".txt", ".md", ".log"})
 
 Numbers = Mapping[str, "float | None"]
@@ -246,7 +250,7 @@ def _experiment_id(client: MlflowClient, card: RunCard) -> str:
         beside = (card.run_dir.resolve().parent / "mlartifacts").as_uri()
         location = None if os.environ.get("MLFLOW_TRACKING_URI") else beside
         try:
-            return client.create_experiment(card.experiment, artifact_location=location)
+            return client.create_experiment(card.experiment, artifact_location=location, tags=_KIND)
         except MlflowException:
             experiment = client.get_experiment_by_name(card.experiment)  # another run was quicker
             if experiment is None:
