@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +27,7 @@ _COMMIT = "meta.json"
 class Encoded:
     """``features`` (M, …, F) and ``labels`` (M, …) of M crops, memory-mapped; ``tiles`` (M,): sample of each crop."""
 
-    features: np.ndarray
+    features: np.ndarray | Joined
     labels: np.ndarray
     tiles: np.ndarray
 
@@ -37,6 +37,46 @@ class Encoded:
 
     def __len__(self) -> int:
         return len(self.tiles)
+
+
+class Joined:
+    """Arrays (M_i, …) as one (M, …), without copying: what is taken of it is copied, whole pieces and chosen rows."""
+
+    def __init__(self, parts: Sequence[np.ndarray]) -> None:
+        self._parts = tuple(parts)
+        self._ends = np.cumsum([len(p) for p in parts])
+        self.shape, self.dtype = (int(self._ends[-1]), *parts[0].shape[1:]), parts[0].dtype
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, key: slice | np.ndarray | tuple[np.ndarray, ...]) -> np.ndarray:
+        """A slice of crops, or crops by number, or (crops, places) as numpy pairs them."""
+        if isinstance(key, slice):
+            key = np.arange(len(self))[key]
+        rows, *rest = key if isinstance(key, tuple) else (key,)
+        which = np.searchsorted(self._ends, rows, side="right")
+        taken = np.empty((len(rows), *self.shape[1 + len(rest) :]), self.dtype)
+        for i, part in enumerate(self._parts):
+            mine = which == i
+            first = self._ends[i] - len(part)
+            taken[mine] = part[(rows[mine] - first, *(r[mine] for r in rest))]
+        return taken
+
+    def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
+        return np.concatenate(self._parts).astype(dtype or self.dtype, copy=False)
+
+
+def joined(parts: Sequence[Encoded]) -> Encoded:
+    """Splits one behind the other; features stay where they are, labels of several come into memory."""
+    if len(parts) == 1:
+        return parts[0]
+    firsts = np.cumsum([0, *(int(p.tiles[-1]) + 1 for p in parts[:-1])])
+    return Encoded(
+        Joined([p.features for p in parts]),
+        np.concatenate([p.labels for p in parts]),
+        np.concatenate([first + p.tiles for first, p in zip(firsts, parts, strict=True)]),
+    )
 
 
 def weights_digest(model: Maestro) -> str:

@@ -15,7 +15,7 @@ import torch
 
 from maestro_scale.evaluation.baselines import Baseline
 from maestro_scale.evaluation.bootstrap import bootstrap_interval
-from maestro_scale.evaluation.encoded import Encoded, encoded, weights_digest
+from maestro_scale.evaluation.encoded import Encoded, encoded, joined, weights_digest
 from maestro_scale.evaluation.results import EvalResult
 from maestro_scale.evaluation.subset import TRAIN, subset, train_split
 from maestro_scale.evaluation.tasks import Answer, Task, task_for
@@ -104,34 +104,31 @@ def evaluate_frozen(
     weights = weights_digest(model)
     started = time.perf_counter()
     train, fraction = benchmark.train_split(manifest)
-    splits: list[Encoded] = []
-    for split in (train, "val", "test"):
-        source = Source(manifest.spec, view.sensors, crop_m, manifest.of(benchmark.stored(split)), store)
+
+    def source(splits: Sequence[str]) -> Source:
+        return Source(manifest.spec, view.sensors, crop_m, manifest.of(splits), store)
+
+    def encode(name: str) -> Encoded:
+        # By split in shards, not by its part here: folds are made of the same ones.
+        data = manifest.digest_of((name,))
+        key = repr((weights, view.dataset, data, crop_m, task.crops, task.target, BATCH_SIZE))
         rank, size = (world.rank, world.size) if world else (0, 1)
-        loader = EvalLoader(source, BATCH_SIZE, rank, size, workers=workers, crops=task.crops)
-        key = repr(
-            (
-                weights,
-                view.dataset,
-                manifest.digest_of(benchmark.stored(split)),
-                crop_m,
-                task.crops,
-                task.target,
-                BATCH_SIZE,
-            )
-        )
-        folder = benchmark.features_dir / f"{split}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-        whole = encoded(
-            folder,
-            loader,
+        return encoded(
+            benchmark.features_dir / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}",
+            EvalLoader(source((name,)), BATCH_SIZE, rank, size, workers=workers, crops=task.crops),
             lambda batch: task.features(model, batch),
             task.labels,
             task.feature_dtype,
             device,
             world,
         )
-        if split == TRAIN and fraction < 1:  # encoded whole, for other fractions to share
-            used = subset(source, task.target, fraction, provenance.seed, world)
+
+    splits: list[Encoded] = []
+    for role in (train, "val", "test"):
+        stored = benchmark.stored(role)
+        whole = joined([encode(name) for name in dict.fromkeys(stored)])
+        if role == TRAIN and fraction < 1:  # encoded whole, for other fractions to share
+            used = subset(source(stored), task.target, fraction, provenance.seed, world)
             whole = whole.take(np.flatnonzero(np.isin(whole.tiles, used)))
         splits.append(whole)
     if world is not None and not world.is_main:
@@ -142,7 +139,7 @@ def evaluate_frozen(
         started = time.perf_counter()
         answer = task.modes[mode](*splits, provenance.seed)
         if maps_dir is not None:
-            maps = TileMaps(maps_dir(mode), source, task)  # of the last split, test
+            maps = TileMaps(maps_dir(mode), source(benchmark.stored("test")), task)
             for number, whole in enumerate(answer.tiles() if answer.tiles else ()):
                 maps.write(number, whole)
             maps.close()

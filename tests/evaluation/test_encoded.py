@@ -1,10 +1,13 @@
 """Features on disk: one forward pass per crop and encoder, ever; a half-written split is written again."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
 from maestro_scale.evaluation import encoded as module
+from maestro_scale.evaluation.encoded import Joined
 from maestro_scale.evaluation.frozen import Benchmark, evaluate_frozen
 from maestro_scale.evaluation.results import ResultsError
 from maestro_scale.interop.pretrained import load_model
@@ -46,6 +49,35 @@ def test_a_second_run_and_other_modes_make_no_forward_pass(encoder, benchmark):
     assert passes == []
     assert numbers(again) == numbers(first)
     assert knn.mode == "knn"
+
+
+def test_splits_that_take_other_parts_are_not_encoded_again(encoder, benchmark):
+    model, passes = encoder
+    evaluate_frozen(model, benchmark, ["probe"])
+    passes.clear()
+    turned = dataclasses.replace(
+        benchmark, splits={"train": ("test", "val"), "val": ("val",), "test": ("train", "test")}
+    )
+    probe, knn = evaluate_frozen(model, turned, ["probe", "knn"])
+    assert passes == []
+    assert probe.num_tiles == knn.num_tiles == SPLITS["train"] + SPLITS["test"]
+    alone = dataclasses.replace(turned, splits={**turned.splits, "test": ("test",)})
+    (of_test,) = evaluate_frozen(model, alone, ["probe"])
+    whole, part = np.array(probe.confusion), np.array(of_test.confusion)
+    assert (whole >= part).all()
+    assert whole.sum() > part.sum()
+
+
+def test_joined_arrays_are_what_concatenation_would_be():
+    rng = np.random.default_rng(0)
+    parts = [rng.normal(size=(n, 5, 3)) for n in (4, 1, 7)]
+    whole, seen = np.concatenate(parts), Joined(parts)
+    assert (seen.shape, len(seen), seen.dtype) == (whole.shape, 12, whole.dtype)
+    rows, places = rng.integers(0, 12, 40), rng.integers(0, 5, 40)
+    for key in (slice(3, 9), slice(0, 12), slice(11, 40), rows, (rows, places)):
+        np.testing.assert_array_equal(seen[key], whole[key])
+    np.testing.assert_array_equal(np.asarray(seen), whole)
+    np.testing.assert_array_equal(np.asarray(seen, np.float32), whole.astype(np.float32))
 
 
 def test_other_weights_are_encoded_again(encoder, benchmark):
