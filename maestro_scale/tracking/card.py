@@ -57,7 +57,7 @@ def _tags(recipe: Recipe, run_dir: Path) -> dict[str, str]:
         # MLflow's own columns
         "mlflow.user": psutil.Process().username(),
         "mlflow.source.type": "LOCAL",
-        "mlflow.source.name": environment["command"],
+        "mlflow.source.name": Path(environment["command"].split()[0]).name,
         "mlflow.source.git.commit": environment["git_revision"],
     }
     return {k: v for k, v in tags.items() if v}
