@@ -48,7 +48,7 @@ def _whole(network: nn.Module) -> Iterator[list[Tensor]]:
     if not any(hasattr(p, "ds_id") for p in parameters):
         yield [p.detach() for p in parameters]
         return
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
-    with GatheredParameters(parameters):
+    with deepspeed.zero.GatheredParameters(parameters):
         yield [p.detach() for p in parameters]

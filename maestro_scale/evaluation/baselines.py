@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -32,6 +34,8 @@ class BaselineConfig:
 
     kind: str
     view: DatasetView
+    others: tuple[DatasetView, ...] = ()
+    """Further datasets of the same model, of which a baseline has none."""
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values."""
@@ -86,7 +90,11 @@ class ImageEncoder(Baseline):
 
     def __init__(self, spec: DatasetSpec, view: DatasetView, backbone: nn.Module, name: str) -> None:
         super().__init__(f"image:{name}", view)
-        self.backbone = backbone
+        self.backbone = _without_unused(backbone)
+        self.width = int(backbone.config.hidden_size)
+        # Some interpolate their positions to other sizes by themselves, some when asked.
+        asked = inspect.signature(backbone.forward).parameters.keys() & {"interpolate_pos_encoding"}
+        self._options = dict.fromkeys(asked, True)
         self._patch = int(backbone.config.patch_size)
         self._bands = {s.name: tuple(spec.modality(s.source).bands[b] for b in s.bands) for s in view.sensors}
 
@@ -98,9 +106,28 @@ class ImageEncoder(Baseline):
         images = rearrange(torch.einsum("bdchw,kc->bdkhw", x, mixing), "b d k h w -> (b d) k h w")
         side = sensor.grid * self._patch
         images = F.interpolate(images, size=(side, side), mode="bicubic", antialias=True)
-        hidden = self.backbone(pixel_values=images).last_hidden_state
+        images = images.to(self.backbone.dtype)
+        hidden = self.backbone(pixel_values=images, **self._options).last_hidden_state
         # Class and register tokens come first.
         return rearrange(hidden[:, -(sensor.grid**2) :], "(b d) l e -> b d l e", b=len(x))
+
+    def drawn_anew(self, seed: int) -> ImageEncoder:
+        """The same encoder with the random weights that its class begins with."""
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(seed)
+            fresh = copy.deepcopy(self)
+            fresh.backbone = _without_unused(type(self.backbone)(self.backbone.config))
+        return fresh
+
+
+def _without_unused(backbone: nn.Module) -> nn.Module:
+    """What takes no part in the tokens, and so would get no gradient: tokens for masking, and the pooled answer."""
+    for module in backbone.modules():
+        if "mask_token" in module._parameters:
+            module.register_parameter("mask_token", None)
+        if module._modules.get("pooler") is not None:
+            module.pooler = None
+    return backbone
 
 
 def _standardised(x: Tensor, bands: tuple[str, ...]) -> Tensor:

@@ -7,6 +7,7 @@ from pathlib import Path
 from maestro_scale.evaluation.adopt import adopt
 from maestro_scale.evaluation.baselines import Baseline, baseline
 from maestro_scale.evaluation.checkpoints import open_model
+from maestro_scale.evaluation.predictor import LEARNERS
 from maestro_scale.evaluation.results import ResultsError
 from maestro_scale.model.config import DatasetView
 from maestro_scale.model.maestro import Maestro
@@ -59,7 +60,7 @@ class Encoder:
     def seen(self, learns: bool) -> tuple[Maestro | Baseline, list[str]]:
         """(the encoder as it sees the benchmark, what to tell); ``learns``: and is trained on it."""
         if self._baseline is not None:
-            if learns and not isinstance(self._model, Maestro):
+            if learns and not isinstance(self._model, LEARNERS):
                 raise ResultsError(
                     f"--baseline {self._baseline} is not trained here: use --mode knn or probe"
                 )

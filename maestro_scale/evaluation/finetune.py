@@ -19,6 +19,7 @@ import torch
 
 from maestro_scale.evaluation import early_stop
 from maestro_scale.evaluation.average import Average
+from maestro_scale.evaluation.baselines import ImageEncoder
 from maestro_scale.evaluation.early_stop import Validated
 from maestro_scale.evaluation.encoded import weights_digest
 from maestro_scale.evaluation.frozen import BATCH_SIZE, Benchmark, Provenance, result_of
@@ -75,7 +76,7 @@ class Run:
 
 
 def finetune(
-    encoder: Maestro,
+    encoder: Maestro | ImageEncoder,
     benchmark: Benchmark,
     recipe: Recipe,
     mode: str,
@@ -121,7 +122,12 @@ def finetune(
 
 
 def _prepare(
-    encoder: Maestro, benchmark: Benchmark, recipe: Recipe, mode: str, run_dir: Path, world: World
+    encoder: Maestro | ImageEncoder,
+    benchmark: Benchmark,
+    recipe: Recipe,
+    mode: str,
+    run_dir: Path,
+    world: World,
 ) -> tuple[Run, Position]:
     manifest = Manifest.load(benchmark.shards)
     view = encoder.view(manifest.spec.name)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maestro_scale.datasets.spec import Target
+from maestro_scale.datasets.spec import Sensor, Target
 
 POOL_HEADS = 8
 
@@ -83,3 +83,13 @@ class SegmentationHead(nn.Module):
         if grid != self.grid:
             maps = F.interpolate(maps, size=(self.grid, self.grid), mode="bilinear")
         return maps.flatten(2).unflatten(0, tokens.shape[:2]).permute(0, 3, 1, 2)
+
+
+def head(target: Target, width: int, pool: str, ref: Sensor | None, side: int) -> nn.Module:
+    """The head for a target. ``pool``: a name in ``POOLS``; ``ref``: the sensor on whose tokens a segmentation is
+    predicted, ``side`` pixels per side of each."""
+    pooling = POOLS[pool](width)
+    if target.kind == "multilabel":
+        return ClassificationHead(target, width, pooling)
+    assert ref is not None
+    return SegmentationHead(target, width, pooling, ref.grid, side)

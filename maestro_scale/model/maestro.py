@@ -6,7 +6,6 @@ Shapes: B batch, D dates, G token groups, R = G*D token grids, L tokens per grid
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import dataclass
 
@@ -17,7 +16,8 @@ from maestro_scale.datasets.spec import Sensor, Target, Tile
 from maestro_scale.model.config import ModelConfig
 from maestro_scale.model.embed import MaskTokens, PatchEmbed, network_input, patchify
 from maestro_scale.model.encodings import PositionTables, encode
-from maestro_scale.model.heads import POOLS, ClassificationHead, SegmentationHead
+from maestro_scale.model.heads import head
+from maestro_scale.model.initialise import initialise
 from maestro_scale.model.masking import Mask, by_sensor
 from maestro_scale.model.sequences import pack, sequences, unpack
 from maestro_scale.model.targets import combine, error_sum
@@ -101,12 +101,9 @@ class Maestro(nn.Module):
     # -- building ------------------------------------------------------------------------------------------------
 
     def _head(self, target: Target) -> nn.Module:
-        pool = POOLS[self.config.pool](self.config.size.width)
-        if target.kind == "multilabel":
-            return ClassificationHead(target, self.config.size.width, pool)
-        (ref,) = (s for s in self.config.sensors if s.name == self.config.ref_sensor)
-        side = self.config.target_side(target)
-        return SegmentationHead(target, self.config.size.width, pool, ref.grid, side)
+        ref = next((s for s in self.config.sensors if s.name == self.config.ref_sensor), None)
+        side = self.config.target_side(target) if target.kind == "segmentation" else 0
+        return head(target, self.config.size.width, self.config.pool, ref, side)
 
     def compile_blocks(self, backend: str = "inductor") -> Maestro:
         """Have ``torch.compile`` make its own code for each kind of block, at the first step; returns itself."""
@@ -116,21 +113,9 @@ class Maestro(nn.Module):
                     block.compile(backend=backend)
         return self
 
-    @torch.no_grad()
     def initialise(self, seed: int) -> Maestro:
-        """Fill every parameter from a generator keyed by (seed, parameter name): the same on every rank and world."""
-        for name, p in self.named_parameters():
-            digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-            if "norm" in name:
-                p.fill_(1.0 if name.endswith("weight") else 0.0)
-            elif name.endswith("bias"):
-                p.zero_()
-            elif p.dim() == 2 and name.endswith("weight"):
-                bound = math.sqrt(6.0 / (p.shape[0] + p.shape[1]))  # Xavier, as MAE does for linear layers
-                p.copy_(torch.empty(p.shape).uniform_(-bound, bound, generator=generator))
-            else:
-                p.copy_(torch.empty(p.shape).normal_(0.0, 0.02, generator=generator))
+        """Fill every parameter as :func:`maestro_scale.model.initialise.initialise` does; returns itself."""
+        initialise(self, seed)
         return self
 
     # -- encoding ------------------------------------------------------------------------------------------------

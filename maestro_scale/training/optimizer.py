@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -86,30 +86,32 @@ def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> float:
 def depths_below_top(model: nn.Module) -> dict[str, int]:
     """{parameter: how many layers of the encoder lie above its own}; decoder and heads, above all of them, have 0.
 
-    From the top: blocks of ``inter``, blocks of ``encoders``, then ``patch_embed``.
+    From the top: blocks of ``inter``, blocks of ``encoders`` (or of an image encoder's ``backbone``), then the patch
+    embedding. What an encoder has beside its blocks counts as its topmost one.
     """
-    inter = _num_blocks(model, r"inter\.blocks\.(\d+)\.")
-    encoder = _num_blocks(model, r"encoders\.[^.]+\.blocks\.(\d+)\.")
-    depths = {}
-    for name, _ in model.named_parameters():
-        if match := re.match(r"inter\.blocks\.(\d+)\.", name):
-            depths[name] = inter - int(match[1])
-        elif match := re.match(r"encoders\.[^.]+\.blocks\.(\d+)\.", name):
-            depths[name] = inter + encoder - int(match[1])
-        elif name.startswith("patch_embed."):
-            depths[name] = inter + encoder + 1
-        elif name.startswith("encoders."):
-            depths[name] = inter + 1
-        elif name.startswith("inter."):
-            depths[name] = 1
-        else:
-            depths[name] = 0
+    names = [name for name, _ in model.named_parameters()]
+    stacks = {part: _num_blocks(names, part) for part in _STACKS}
+    depths = dict.fromkeys(names, 0)
+    for name in names:
+        part = next((p for p in _STACKS if re.match(p, name)), None)
+        if part is not None:
+            above = sum(n for p, n in stacks.items() if _STACKS.index(p) < _STACKS.index(part))
+            block = _BLOCK.match(name)
+            depths[name] = above + (stacks[part] - int(block[1]) if block else 1)
+        if _EMBEDDING.match(name):
+            depths[name] = sum(stacks.values()) + 1
     return depths
 
 
-def _num_blocks(model: nn.Module, pattern: str) -> int:
-    found = (re.match(pattern, name) for name, _ in model.named_parameters())
-    return max((int(m[1]) + 1 for m in found if m), default=0)
+# From the top.
+_STACKS = (r"inter\.", r"encoders\.", r"encoder\.backbone\.")
+_BLOCK = re.compile(r".*?\.(?:blocks|layers?)\.(\d+)\.")
+_EMBEDDING = re.compile(r"patch_embed\.|encoder\.backbone\.embeddings\.")
+
+
+def _num_blocks(names: Iterable[str], part: str) -> int:
+    blocks = (_BLOCK.match(n) for n in names if re.match(part, n))
+    return max((int(b[1]) + 1 for b in blocks if b), default=0)
 
 
 def _cosine(start: float, end: float, progress: float) -> float:

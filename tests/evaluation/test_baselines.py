@@ -67,7 +67,7 @@ def test_a_photograph_reaches_the_backbone_as_it_expects_it():
     seen = []
 
     class Spy(torch.nn.Module):
-        config = type("Config", (), {"patch_size": 8})
+        config, dtype = type("Config", (), {"patch_size": 8, "hidden_size": 7}), torch.float32
 
         def forward(self, pixel_values):
             seen.append(pixel_values)
