@@ -29,7 +29,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--baseline",
         metavar="NAME",
         help="instead: statistics (of the channels), random (the recipe's model, untrained), image:WEIGHTS "
-        "(an image encoder that transformers can load, e.g. image:facebook/dinov2-base, in any mode), or oracle: what can be "
+        "(an image encoder that transformers can load: image:facebook/dinov2-base), or oracle: what can be "
         "reached on synthetic scenes by one who knows how they are made; it has no modes",
     )
     parser.add_argument(
