@@ -292,4 +292,7 @@ def _track(result, path: Path, encoder, recipe) -> None:
 if __name__ == "__main__":
     # Launchers put this file's folder first on sys.path, where `datasets` or `recipe` would shadow other packages.
     sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]
-    sys.exit(main())
+    status = main()
+    from maestro_scale.training.distributed import end
+
+    end(status)

@@ -6,7 +6,6 @@ The same command run again resumes. Works under ``deepspeed``, ``torchrun``, ``s
 from __future__ import annotations
 
 import argparse
-import multiprocessing.util
 import os
 import signal
 import sys
@@ -65,7 +64,7 @@ def _pretrain(recipe, run_dir: Path, fresh: bool) -> int:
     from maestro_scale.recipe import RecipeError
     from maestro_scale.tracking.closing import REPORT, next_commands
     from maestro_scale.tracking.observers import observers_for
-    from maestro_scale.training.distributed import join, leave
+    from maestro_scale.training.distributed import end, join, leave
     from maestro_scale.training.errors import EXPECTED
     from maestro_scale.training.guard import GuardError
     from maestro_scale.training.pretrain import pretrain
@@ -84,10 +83,7 @@ def _pretrain(recipe, run_dir: Path, fresh: bool) -> int:
             error, (RecipeError, GuardError)
         ):  # those are the same on all ranks
             print(f"error{where}: {error}", file=sys.stderr, flush=True)
-        # The other ranks may be waiting for this one: leave at once, the launcher ends them. What multiprocessing has
-        # to give back it gives back first; its own process would complain of semaphores after the line that matters.
-        multiprocessing.util._run_finalizers(0)
-        os._exit(2)
+        end(2)  # the other ranks may be waiting for this one: the launcher ends them
     except RuntimeError:
         if world.size > 1 and (missing := watch.missing()):
             traceback.print_exc()
@@ -113,4 +109,7 @@ def _pretrain(recipe, run_dir: Path, fresh: bool) -> int:
 if __name__ == "__main__":
     # Launchers put this file's folder first on sys.path, where `datasets` or `recipe` would shadow other packages.
     sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]
-    sys.exit(main())
+    status = main()
+    from maestro_scale.training.distributed import end
+
+    end(status)

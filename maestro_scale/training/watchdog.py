@@ -92,6 +92,7 @@ class Watchdog:
     def stop(self) -> None:
         """The job is over; nobody is late any more."""
         self._ended.set()
+        self._thread.join(4 * self._beat_s)
 
     def note(self, step: int, doing: str) -> None:
         """The main thread is at ``step`` and about to do one of: waiting for data, computing, writing, ending."""

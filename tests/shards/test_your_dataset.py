@@ -27,8 +27,12 @@ def block(name: str) -> str:
 
 
 def run(command: list[str], folder: Path) -> str:
+    # A test before this one in the same process may have been a rank.
+    ours = {
+        k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
+    }
     env = {
-        **os.environ,
+        **ours,
         "PYTHONPATH": str(REPO),
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",

@@ -126,7 +126,7 @@ def task_parameters(model) -> int:
 
 def main() -> None:
     sent = Sent()
-    from maestro_scale.training.distributed import join, leave
+    from maestro_scale.training.distributed import end, join, leave
 
     torch.set_num_threads(1)
     order = json.loads(Path(sys.argv[1]).read_text())
@@ -138,6 +138,7 @@ def main() -> None:
     if world.is_main:
         Path(order["out"]).write_text(json.dumps(results))
     leave()
+    end(0)
 
 
 if __name__ == "__main__":

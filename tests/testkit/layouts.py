@@ -130,7 +130,7 @@ def digest(tensors) -> str:
 
 
 def main() -> None:
-    from maestro_scale.training.distributed import join, leave
+    from maestro_scale.training.distributed import end, join, leave
     from maestro_scale.training.errors import EXPECTED
 
     torch.set_num_threads(1)
@@ -143,6 +143,7 @@ def main() -> None:
             result = {"error": str(error)}
         (Path(order["out"]) / f"{task['name']}-rank{world.rank}.json").write_text(json.dumps(result))
     leave()
+    end(0)
 
 
 if __name__ == "__main__":
