@@ -32,7 +32,7 @@ def main() -> None:
         from maestro_scale.tracking.dashboard import DashboardError
         from maestro_scale.tracking.registry import RegistryError
         from maestro_scale.tracking.sync import SyncError
-        from maestro_scale.training.errors import EXPECTED
+        from maestro_scale.training.errors import EXPECTED, place
 
         ours = (
             *EXPECTED,
@@ -43,9 +43,10 @@ def main() -> None:
             DashboardError,
             RegistryError,
         )
-        if not isinstance(error, ours):
+        line = str(error) if isinstance(error, ours) else place(error) if isinstance(error, OSError) else None
+        if line is None:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {line}", file=sys.stderr)
         sys.exit(1)
 
 

@@ -96,13 +96,18 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     from maestro_scale.evaluation.results import ResultsError
     from maestro_scale.secrets_filter import hide_secrets
-    from maestro_scale.training.errors import EXPECTED
+    from maestro_scale.training.errors import EXPECTED, place
 
     hide_secrets()
     try:
         _evaluate(args)
     except (*EXPECTED, ResultsError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except OSError as error:
+        if (line := place(error)) is None:
+            raise
+        print(f"error: {line}", file=sys.stderr, flush=True)
         return 2
     return 0
 

@@ -25,3 +25,12 @@ EXPECTED = (
     ShardsError,
     WarmupError,
 )
+
+
+def place(error: OSError) -> str | None:
+    """One line on a file or folder that cannot be used, and what to do; None where the error names none."""
+    if error.filename is None:
+        return None
+    return (
+        f"{error.filename}: {error.strerror or error}; choose another place, or see to rights and room there"
+    )

@@ -1,0 +1,27 @@
+"""A folder that cannot be written is one line, whichever command was to write it."""
+
+import sys
+
+import pytest
+
+from maestro_scale import cli
+from maestro_scale.evaluation.results import EvalResult
+
+RESULT = EvalResult("treesatai_ts", "wf1", "knn", 0.5, {"Abies": 0.25}, (0.4, 0.6), 9)
+
+
+@pytest.mark.parametrize(
+    "words", [("synth", "treesatai_ts", "{file}/raw"), ("report", "{results}", "--out={file}/r.html")]
+)
+def test_one_line_and_no_traceback(tmp_path, monkeypatch, capsys, words):
+    (tmp_path / "file").touch()
+    RESULT.write(tmp_path / "results" / "results.json")
+    places = {"file": tmp_path / "file", "results": tmp_path / "results"}
+    monkeypatch.setattr(sys, "argv", ["maestro-scale", *(w.format(**places) for w in words)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    said = capsys.readouterr().err
+    assert ended.value.code == 1
+    assert said.startswith(f"error: {tmp_path / 'file'}")
+    assert said.endswith("choose another place, or see to rights and room there\n")
+    assert said.count("\n") == 1
