@@ -217,7 +217,7 @@ def _engine(recipe: Recipe, network: Predictor, num_steps: int, mode: str, world
 
 
 def _resume(run: Run) -> Position:
-    latest, problems = run.checkpoints.latest()
+    latest, problems = run.checkpoints.soundest()
     for problem in problems:
         log.warning("checkpoint passed over: %s", problem)
     if problems and latest is None:

@@ -60,6 +60,12 @@ class World:
         """Whether the flag is set on any rank; every rank gets the same answer."""
         return self.maxima([float(flag)])[0] > 0
 
+    def gather(self, value: str | None) -> list[str | None]:
+        """The text of every rank, in order of rank; every rank gets the same answer."""
+        texts: list[str | None] = [None] * self.size
+        dist.all_gather_object(texts, value, group=self.control)
+        return texts
+
     def barrier(self) -> None:
         """Wait for every rank."""
         dist.barrier(group=self.control)

@@ -7,7 +7,6 @@ import time
 
 import psutil
 import torch
-import torch.distributed as dist
 
 from maestro_scale.training.distributed import World
 
@@ -19,8 +18,7 @@ class Nodes:
 
     def __init__(self, world: World) -> None:
         self._world = world
-        hosts = [""] * world.size
-        dist.all_gather_object(hosts, socket.gethostname(), group=world.control)
+        hosts = world.gather(socket.gethostname())
         self.hosts = tuple(dict.fromkeys(hosts))
         host = hosts[world.rank]
         self._mine = self.hosts.index(host) if hosts.index(host) == world.rank else None

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import psutil
-import torch.distributed as dist
 
 from maestro_scale.recipe import RecipeError
 from maestro_scale.training.distributed import World
@@ -27,8 +26,7 @@ def check_offload_room(
     each = footprint(parameters, world.size, config, num_micro_batches, ema).host
     if not each:
         return
-    hosts = [""] * world.size
-    dist.all_gather_object(hosts, socket.gethostname(), group=world.control)
+    hosts = world.gather(socket.gethostname())
     num_here = hosts.count(hosts[world.rank])
     needed, free = each * num_here, psutil.virtual_memory().available
     needed_gib, free_gib = world.maxima([needed / GIB, -free / GIB])

@@ -319,7 +319,7 @@ def _attention_kernel(recipe: Recipe, config: ModelConfig, world: World) -> str:
 def _resume(
     run_dir: Path, checkpoints: Checkpoints, state: TrainState, guard: Guard, ident: dict[str, Any]
 ) -> Position:
-    latest, problems = checkpoints.latest()
+    latest, problems = checkpoints.soundest()
     for problem in problems:
         log.warning("checkpoint passed over: %s", problem)
     if latest is None and not problems:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from maestro_scale.interop.export import export_model
 from maestro_scale.interop.pretrained import load_model
 from maestro_scale.model.cost import num_parameters
 from maestro_scale.recipe import load_recipe
-from maestro_scale.training.checkpoint import COMMIT, newest
+from maestro_scale.training.checkpoint import COMMIT, check, newest
 from maestro_scale.training.footprint import footprint
 from maestro_scale.training.pretrain import build_model_config
 
@@ -119,6 +120,20 @@ def test_stop_file_ends_a_run_that_then_resumes(trainer, quiet, tmp_path):
     assert newest(run_dir).name == "step_00000001"
     assert not (run_dir / "STOP").exists()
     assert curve(trainer.train(run_dir, 1, "--set", "train.micro_batch=8")) == curve(quiet[1])
+
+
+def test_a_checkpoint_whose_contents_changed_is_passed_over(trainer, quiet, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(quiet[0], run_dir)
+    (file,) = (newest(run_dir) / "state").glob("*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    code, output = trainer.run(run_dir, 2)
+    assert code == 0, output[-3000:]
+    assert f"{newest(run_dir).name}: state/{file.name} has changed since it was written" in output
+    assert curve(metrics(run_dir)) == pytest.approx(curve(quiet[1]), rel=1e-5)
+    assert check(newest(run_dir), hashes=True) is None
 
 
 OFFLOADED = ["model.width=16384", "model.heads=128", "model.depth=90"]
