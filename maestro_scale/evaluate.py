@@ -34,10 +34,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--mode",
-        choices=("knn", "probe", "finetune", "scratch"),
+        choices=("knn", "probe", "attentive", "finetune", "scratch"),
         action="append",
-        help="default: evaluation.modes; finetune and scratch train by the recipe's optim and train, and continue "
-        "where they were interrupted",
+        help="default: evaluation.modes; probe is linear, attentive has the head of a finetuning; finetune and "
+        "scratch train by the recipe's optim and train, and continue where they were interrupted",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument("--target", help="what to predict; default: the dataset's first target")

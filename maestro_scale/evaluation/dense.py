@@ -15,11 +15,13 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor
 
+from maestro_scale.evaluation.course import train_grid
 from maestro_scale.evaluation.encoded import Encoded
 from maestro_scale.evaluation.metrics import confusion, mean_iou
 from maestro_scale.stream.crops import CropGrid
 
 IGNORED = 255
+CPU = torch.device("cpu")
 
 NEIGHBOURS = (5, 10, 20, 50)
 TEMPERATURES = (0.03, 0.07, 0.2)
@@ -27,10 +29,7 @@ BANK_PLACES = 100_000  # training places that kNN compares with
 CHOICE_PLACES = 20_000  # validation places that k and the temperature are chosen on
 
 LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
-EPOCHS = 10
-MIN_STEPS = 300  # on a small split, epochs are too few updates
 BATCH_PLACES = 1024
-WARMUP = 0.2
 
 _CHUNK = 2048  # places that are compared, or predicted, at once
 
@@ -105,7 +104,13 @@ def tile_confusion(num_classes: int, answer: np.ndarray, truth: np.ndarray) -> n
 
 
 def knn(
-    layout: Layout, num_classes: int, train: Encoded, val: Encoded, test: Encoded, seed: int
+    layout: Layout,
+    num_classes: int,
+    train: Encoded,
+    val: Encoded,
+    test: Encoded,
+    seed: int,
+    device: torch.device = CPU,
 ) -> tuple[np.ndarray, dict[str, float]]:
     """Answers (M, P, Q) uint8 by the neighbours' labels, pixel by pixel, weighted by exp(cosine / temperature).
 
@@ -113,27 +118,33 @@ def knn(
     places a sample is used, drawn from ``seed``.
     """
     rows = _sample(_labelled(layout, train), BANK_PLACES, seed)
-    bank = _unit(_places(train.features, rows))
-    labels = torch.from_numpy(_places(layout.per_place(np.asarray(train.labels)), rows)).long()
+    bank = _unit(_places(train.features, rows), device)
+    labels = torch.from_numpy(_places(layout.per_place(np.asarray(train.labels)), rows)).long().to(device)
     chosen_on = _sample(_labelled(layout, val), CHOICE_PLACES, seed + 1)
     truth = _places(layout.per_place(np.asarray(val.labels)), chosen_on)
     ks = sorted({min(k, len(bank)) for k in NEIGHBOURS})
     counts = {(k, t): np.zeros((num_classes, num_classes), np.int64) for k in ks for t in TEMPERATURES}
     for piece in np.array_split(np.arange(len(truth)), -(-len(truth) // _CHUNK)):
-        near = torch.topk(_unit(_places(val.features, chosen_on[piece])) @ bank.T, ks[-1], dim=1)
+        near = torch.topk(_unit(_places(val.features, chosen_on[piece]), device) @ bank.T, ks[-1], dim=1)
         for k, t in counts:
             answer = _vote(near.values[:, :k] / t, labels[near.indices[:, :k]], num_classes)
             counts[k, t] += confusion(answer, truth[piece], num_classes, ignored=(IGNORED,))
     k, t = max(counts, key=lambda c: float(mean_iou(counts[c])))
     answers = []
     for features in _chunks(test.features):
-        near = torch.topk(_unit(features) @ bank.T, k, dim=1)
+        near = torch.topk(_unit(features, device) @ bank.T, k, dim=1)
         answers.append(_vote(near.values / t, labels[near.indices], num_classes))
     return _as_crops(answers, test), {"k": k, "temperature": t}
 
 
 def probe(
-    layout: Layout, num_classes: int, train: Encoded, val: Encoded, test: Encoded, seed: int
+    layout: Layout,
+    num_classes: int,
+    train: Encoded,
+    val: Encoded,
+    test: Encoded,
+    seed: int,
+    device: torch.device = CPU,
 ) -> tuple[np.ndarray, dict[str, float]]:
     """Answers (M, P, Q) uint8 of a linear map F → Q·C per place, on standardised features.
 
@@ -143,29 +154,14 @@ def probe(
     rows = _labelled(layout, train)
     labels = layout.per_place(np.asarray(train.labels))
     mean, scale = _moments(train.features)
-    maps = _Maps(train.features.shape[-1], layout.side**2, num_classes, mean, scale)
-    order = np.random.Generator(np.random.Philox(key=[seed, 0]))
-    per_epoch = -(-len(rows) // BATCH_PLACES)
-    steps = max(EPOCHS * per_epoch, MIN_STEPS)
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [w, b], "lr": lr}
-            for w, b, lr in zip(maps.weights, maps.biases, LEARNING_RATES, strict=True)
-        ]
-    )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, list(LEARNING_RATES), total_steps=steps, pct_start=WARMUP, cycle_momentum=False
-    )
-    step = 0
-    while step < steps:
-        for piece in np.array_split(order.permutation(rows), per_epoch)[: steps - step]:
-            truth = torch.from_numpy(_places(labels, np.sort(piece))).long()
-            optimizer.zero_grad()
-            with torch.enable_grad():
-                maps.loss(_places(train.features, np.sort(piece)), truth).backward()
-            optimizer.step()
-            schedule.step()
-            step += 1
+    maps = _Maps(train.features.shape[-1], layout.side**2, num_classes, mean, scale, device)
+
+    def backward(piece: np.ndarray) -> None:
+        truth = torch.from_numpy(_places(labels, piece)).long().to(device)
+        maps.loss(_places(train.features, piece), truth).backward()
+
+    learners = zip(maps.weights, maps.biases, strict=True)
+    train_grid(list(learners), LEARNING_RATES, rows, BATCH_PLACES, seed, backward)
     counts = [confusions(layout, num_classes, p, val).sum(0) for p in maps.answers(val)]
     scores = [float(mean_iou(c[:num_classes])) for c in counts]
     best = int(np.argmax(scores))
@@ -175,11 +171,22 @@ def probe(
 class _Maps:
     """A linear map per learning rate over the same standardised features."""
 
-    def __init__(self, width: int, pixels: int, classes: int, mean: np.ndarray, scale: np.ndarray) -> None:
+    def __init__(
+        self,
+        width: int,
+        pixels: int,
+        classes: int,
+        mean: np.ndarray,
+        scale: np.ndarray,
+        device: torch.device,
+    ) -> None:
         self.pixels, self.classes = pixels, classes
-        self._mean, self._scale = torch.from_numpy(mean).float(), torch.from_numpy(scale).float()
-        self.weights = [torch.zeros(width, pixels * classes, requires_grad=True) for _ in LEARNING_RATES]
-        self.biases = [torch.zeros(pixels * classes, requires_grad=True) for _ in LEARNING_RATES]
+        self._mean, self._scale = (torch.from_numpy(a).float().to(device) for a in (mean, scale))
+
+        def zeros(*shape: int) -> list[Tensor]:
+            return [torch.zeros(*shape, device=device, requires_grad=True) for _ in LEARNING_RATES]
+
+        self.weights, self.biases = zeros(width, pixels * classes), zeros(pixels * classes)
 
     def loss(self, features: np.ndarray, truth: Tensor) -> Tensor:
         """The sum over maps of the mean cross-entropy of (n, F) against (n, Q)."""
@@ -200,11 +207,11 @@ class _Maps:
             x = self._standard(features)
             for part, i in zip(parts, wanted, strict=True):
                 logits = (x @ self.weights[i] + self.biases[i]).view(len(x), self.pixels, self.classes)
-                part.append(logits.argmax(-1).byte().numpy())
+                part.append(logits.argmax(-1).byte().cpu().numpy())
         return [_as_crops(part, split) for part in parts]
 
     def _standard(self, features: np.ndarray) -> Tensor:
-        return (torch.from_numpy(features.astype(np.float32)) - self._mean) / self._scale
+        return (torch.from_numpy(features.astype(np.float32)).to(self._mean) - self._mean) / self._scale
 
 
 def _labelled(layout: Layout, split: Encoded) -> np.ndarray:
@@ -236,19 +243,19 @@ def _as_crops(parts: list[np.ndarray], split: Encoded) -> np.ndarray:
     return np.concatenate(parts).reshape(len(split), -1, parts[0].shape[-1])
 
 
-def _unit(features: np.ndarray) -> Tensor:
-    return F.normalize(torch.from_numpy(np.asarray(features, np.float32)), dim=1)
+def _unit(features: np.ndarray, device: torch.device) -> Tensor:
+    return F.normalize(torch.from_numpy(np.asarray(features, np.float32)).to(device), dim=1)
 
 
 def _vote(weights: Tensor, labels: Tensor, num_classes: int) -> np.ndarray:
     """(n, k) log-weights and (n, k, Q) labels -> (n, Q) uint8; a neighbour has no vote where its label is ignored."""
-    votes = torch.zeros(len(labels), labels.shape[2], num_classes + 1)
+    votes = torch.zeros(len(labels), labels.shape[2], num_classes + 1, device=labels.device)
     shares = torch.softmax(weights, dim=1)
     for share, label in zip(shares.unbind(1), labels.unbind(1), strict=True):
         votes.scatter_add_(
             2, label.clamp_max(num_classes)[..., None], share[:, None, None].expand(-1, labels.shape[2], 1)
         )
-    return votes[..., :num_classes].argmax(-1).byte().numpy()
+    return votes[..., :num_classes].argmax(-1).byte().cpu().numpy()
 
 
 def _moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -269,12 +269,12 @@ def _is_over(run: Run) -> bool:
 
 def _step(run: Run, data: Step, finished: int) -> Taken:
     """One optimizer step after ``finished`` ones."""
-    labels = [run.objective.labels(b) for b in data.batches]
-    num_counted = sum(run.objective.num_counted(x) for x in labels)
+    against = [run.objective.against(run.objective.task.labels(b)) for b in data.batches]
+    num_counted = sum(run.objective.num_counted(x) for x in against)
     device = run.world.device
     counts = run.world.sum(torch.tensor([num_counted], dtype=torch.float64, device=device))
     batches = [b.to(device, non_blocking=True) for b in data.batches]
-    taken = run.engine.step(finished, batches, [x.to(device) for x in labels], counts)
+    taken = run.engine.step(finished, batches, [x.to(device) for x in against], counts)
     if taken.skipped is None:
         run.average.update(data.step)
     elif run.engine.guard.in_a_row >= run.recipe.train.max_skipped:
@@ -320,9 +320,9 @@ def _answers(run: Run, split: str, maps_of_all: TileMaps | None = None) -> Answe
     tiles = np.zeros((loader.num_samples, *objective.shape))
     at, maps = loader.first_row // objective.crops, None
     for batch in loader:
-        logits = run.average.shadow.logits(batch.to(world.device))
-        part = objective.per_tile(logits, batch)
-        maps = maps or objective.maps(logits, batch)
+        logits, labels = run.average.shadow.logits(batch.to(world.device)), objective.task.labels(batch)
+        part = objective.per_tile(logits, labels)
+        maps = maps or objective.maps(logits, labels)
         tiles[at : at + len(part)] = part
         for number, whole in enumerate(run.objective.whole_tiles(logits) if maps_of_all else (), at):
             maps_of_all.write(number, whole)

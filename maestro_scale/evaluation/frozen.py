@@ -1,5 +1,5 @@
-"""Scores of a frozen encoder on a dataset in shards: nearest neighbours and a linear probe, fitted on train, chosen on
-val, scored once on test."""
+"""Scores of a frozen encoder on a dataset in shards: nearest neighbours, a linear and an attentive probe, fitted on
+train, chosen on val, scored once on test."""
 
 from __future__ import annotations
 
@@ -7,15 +7,19 @@ import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from maestro_scale.evaluation.attentive import all_tokens, attentive_probe
 from maestro_scale.evaluation.baselines import Baseline
 from maestro_scale.evaluation.bootstrap import bootstrap_interval
 from maestro_scale.evaluation.encoded import Encoded, encoded, joined, weights_digest
+from maestro_scale.evaluation.objectives import objective_for
 from maestro_scale.evaluation.results import EvalResult
 from maestro_scale.evaluation.subset import TRAIN, subset, train_split
 from maestro_scale.evaluation.tasks import Answer, Task, task_for
@@ -23,11 +27,13 @@ from maestro_scale.evaluation.tile_maps import TileMaps
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.shards.manifest import Manifest
 from maestro_scale.shards.store import Store
+from maestro_scale.stream.batch import Batch
 from maestro_scale.stream.evaluation import EvalLoader
 from maestro_scale.stream.source import Source
 from maestro_scale.training.distributed import World
 
 BATCH_SIZE = 32
+ATTENTIVE = "attentive"
 
 
 @dataclass(frozen=True)
@@ -108,36 +114,42 @@ def evaluate_frozen(
     def source(splits: Sequence[str]) -> Source:
         return Source(manifest.spec, view.sensors, crop_m, manifest.of(splits), store)
 
-    def encode(name: str) -> Encoded:
+    def encode(name: str, kept: Kept) -> Encoded:
         # By split in shards, not by its part here: folds are made of the same ones.
         data = manifest.digest_of((name,))
-        key = repr((weights, view.dataset, data, crop_m, task.crops, task.target, BATCH_SIZE))
+        key = repr((kept.name, weights, view.dataset, data, crop_m, task.crops, task.target, BATCH_SIZE))
         rank, size = (world.rank, world.size) if world else (0, 1)
         return encoded(
             benchmark.features_dir / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}",
             EvalLoader(source((name,)), BATCH_SIZE, rank, size, workers=workers, crops=task.crops),
-            lambda batch: task.features(model, batch),
+            lambda batch: kept.of(model, batch),
             task.labels,
-            task.feature_dtype,
+            kept.dtype,
             device,
             world,
         )
 
-    splits: list[Encoded] = []
-    for role in (train, "val", "test"):
-        stored = benchmark.stored(role)
-        whole = joined([encode(name) for name in dict.fromkeys(stored)])
-        if role == TRAIN and fraction < 1:  # encoded whole, for other fractions to share
-            used = subset(source(stored), task.target, fraction, provenance.seed, world)
-            whole = whole.take(np.flatnonzero(np.isin(whole.tiles, used)))
-        splits.append(whole)
+    def splits(kept: Kept) -> list[Encoded]:
+        found = []
+        for role in (train, "val", "test"):
+            stored = benchmark.stored(role)
+            whole = joined([encode(name, kept) for name in dict.fromkeys(stored)])
+            if role == TRAIN and fraction < 1:  # encoded whole, for other fractions to share
+                used = subset(source(stored), task.target, fraction, provenance.seed, world)
+                whole = whole.take(np.flatnonzero(np.isin(whole.tiles, used)))
+            found.append(whole)
+        return found
+
+    kept = {mode: _kept(mode, task) for mode in modes}
+    of_kind = {kind.name: splits(kind) for kind in {k.name: k for k in kept.values()}.values()}
     if world is not None and not world.is_main:
         return []
     encode_s = time.perf_counter() - started
     results = []
     for mode in modes:
         started = time.perf_counter()
-        answer = task.modes[mode](*splits, provenance.seed)
+        fit = partial(attentive_probe, objective_for(task), view) if mode == ATTENTIVE else task.modes[mode]
+        answer = fit(*of_kind[kept[mode].name], provenance.seed, device)
         if maps_dir is not None:
             maps = TileMaps(maps_dir(mode), source(benchmark.stored("test")), task)
             for number, whole in enumerate(answer.tiles() if answer.tiles else ()):
@@ -146,6 +158,21 @@ def evaluate_frozen(
         timings = {"encode_s": encode_s, "fit_s": time.perf_counter() - started}
         results.append(result_of(benchmark, manifest, mode, task, answer, provenance, timings))
     return results
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What is kept of every batch on disk: ``of`` (model, batch) as ``dtype``, under a ``name``."""
+
+    name: str
+    of: Callable[[Maestro | Baseline, Batch], Tensor]
+    dtype: str
+
+
+def _kept(mode: str, task: Task) -> Kept:
+    if mode == ATTENTIVE:
+        return Kept("tokens", all_tokens, "float16")
+    return Kept("pooled", task.features, task.feature_dtype)
 
 
 def result_of(

@@ -19,33 +19,35 @@ from maestro_scale.evaluation import dense
 from maestro_scale.evaluation.encoded import Encoded
 from maestro_scale.evaluation.metrics import segmentation_scores
 from maestro_scale.evaluation.tasks import Answer, Multilabel, Segmentation, Task, multilabel_answer
-from maestro_scale.stream.batch import Batch
 
 
 class Objective(Protocol):
-    """``crops``: of a tile that are looked at. ``shape``: of what ``per_tile`` gives, without its first axis."""
+    """``crops``: of a tile that are looked at. ``shape``: of what ``per_tile`` gives, without its first axis.
+
+    ``labels`` (B, …) are everywhere as the task has them.
+    """
 
     task: Task
     crops: int
     shape: tuple[int, ...]
 
-    def labels(self, batch: Batch) -> Tensor:
-        """(B, …) what the logits of a batch are held against."""
+    def against(self, labels: np.ndarray) -> Tensor:
+        """(B, …) what logits are held against."""
         ...
 
-    def num_counted(self, labels: Tensor) -> int:
+    def num_counted(self, against: Tensor) -> int:
         """Terms of the loss: it is their sum over the global batch, divided by their number."""
         ...
 
-    def error_sum(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def error_sum(self, logits: Tensor, against: Tensor) -> Tensor:
         """Sum of the loss's terms, fp32."""
         ...
 
-    def per_tile(self, logits: Tensor, batch: Batch) -> np.ndarray:
-        """(T, *shape): all that scoring needs to know of whole tiles; ``batch`` is on the CPU."""
+    def per_tile(self, logits: Tensor, labels: np.ndarray) -> np.ndarray:
+        """(T, *shape): all that scoring needs to know of whole tiles."""
         ...
 
-    def maps(self, logits: Tensor, batch: Batch) -> dict[str, np.ndarray] | None:
+    def maps(self, logits: Tensor, labels: np.ndarray) -> dict[str, np.ndarray] | None:
         """Label and answer of the first few tiles, (n, H, W) each, where there are such maps."""
         ...
 
@@ -70,23 +72,23 @@ class Presence:
         """Scores and labels."""
         return 2, len(self.task.classes)
 
-    def labels(self, batch: Batch) -> Tensor:
+    def against(self, labels: np.ndarray) -> Tensor:
         """(B, C) bool."""
-        return torch.from_numpy(self.task.labels(batch))
+        return torch.from_numpy(labels)
 
-    def num_counted(self, labels: Tensor) -> int:
+    def num_counted(self, against: Tensor) -> int:
         """B·C."""
-        return labels.numel()
+        return against.numel()
 
-    def error_sum(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def error_sum(self, logits: Tensor, against: Tensor) -> Tensor:
         """Of logits (B, C)."""
-        return F.binary_cross_entropy_with_logits(logits.float(), labels.float(), reduction="sum")
+        return F.binary_cross_entropy_with_logits(logits.float(), against.float(), reduction="sum")
 
-    def per_tile(self, logits: Tensor, batch: Batch) -> np.ndarray:
+    def per_tile(self, logits: Tensor, labels: np.ndarray) -> np.ndarray:
         """(B, 2, C): probabilities, and labels as 0 and 1."""
-        return np.stack([logits.float().sigmoid().cpu().numpy(), self.task.labels(batch)], axis=1)
+        return np.stack([logits.float().sigmoid().cpu().numpy(), labels], axis=1)
 
-    def maps(self, logits: Tensor, batch: Batch) -> None:
+    def maps(self, logits: Tensor, labels: np.ndarray) -> None:
         """There are none."""
 
     def whole_tiles(self, logits: Tensor) -> Iterator[np.ndarray]:
@@ -114,31 +116,34 @@ class Cover:
         """Pixels by (target, predicted) class; the last row is of the ignored ones."""
         return len(self.task.classes) + 1, len(self.task.classes)
 
-    def labels(self, batch: Batch) -> Tensor:
+    def against(self, labels: np.ndarray) -> Tensor:
         """(B, P, Q) int64."""
-        return torch.from_numpy(self.task.layout.per_place(self.task.labels(batch))).long()
+        return torch.from_numpy(self.task.layout.per_place(labels)).long()
 
-    def num_counted(self, labels: Tensor) -> int:
+    def num_counted(self, against: Tensor) -> int:
         """Pixels of the model's image that are not ignored."""
-        return int((labels != dense.IGNORED).sum())
+        return int((against != dense.IGNORED).sum())
 
-    def error_sum(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def error_sum(self, logits: Tensor, against: Tensor) -> Tensor:
         """Of logits (B, C, grid·side, grid·side)."""
         places = rearrange(logits.float(), "b c (h p) (w q) -> b c (h w) (p q)", h=self._grid, w=self._grid)
-        return F.cross_entropy(places, labels, ignore_index=dense.IGNORED, reduction="sum")
+        return F.cross_entropy(places, against, ignore_index=dense.IGNORED, reduction="sum")
 
-    def per_tile(self, logits: Tensor, batch: Batch) -> np.ndarray:
+    def per_tile(self, logits: Tensor, labels: np.ndarray) -> np.ndarray:
         """(T, C + 1, C): each label pixel of each tile once."""
-        answers, labels = self._places(logits), self.task.labels(batch)
+        answers = self._places(logits)
         return dense.confusions(
-            self.task.layout, len(self.task.classes), answers, Encoded(answers, labels, np.arange(len(batch)))
+            self.task.layout,
+            len(self.task.classes),
+            answers,
+            Encoded(answers, labels, np.arange(len(labels))),
         )
 
-    def maps(self, logits: Tensor, batch: Batch) -> dict[str, np.ndarray]:
+    def maps(self, logits: Tensor, labels: np.ndarray) -> dict[str, np.ndarray]:
         """Class numbers as in ``task.labels``."""
         answers = self.task.layout.per_pixel(self._places(logits))
         return {
-            "truth": self.task.first_tiles(self.task.labels(batch)),
+            "truth": self.task.first_tiles(labels),
             "answer": self.task.first_tiles(answers),
         }
 

@@ -50,11 +50,12 @@ class Answer:
     tiles: Callable[[], Iterator[np.ndarray]] | None = None  # answers of all tiles in order, (H, W) each
 
 
-Mode = Callable[[Encoded, Encoded, Encoded, int], Answer]
+Mode = Callable[[Encoded, Encoded, Encoded, int, torch.device], Answer]
 
 
 class Task(Protocol):
-    """A benchmark's question. ``modes``: classifiers by name; each fits on train, chooses on val, answers on test.
+    """A benchmark's question. ``modes``: classifiers of its ``features`` by name; each fits on train, chooses on val,
+    answers on test, given a seed and a device.
 
     ``crops``: how many of a large tile's crops are looked at; None for all.
     """
@@ -131,7 +132,7 @@ class Multilabel:
         """A pixel table has no meaning here."""
 
     def _answer(self, classify: Callable[[Labelled, Labelled, np.ndarray], Fit]) -> Mode:
-        def mode(train: Encoded, val: Encoded, test: Encoded, seed: int) -> Answer:
+        def mode(train: Encoded, val: Encoded, test: Encoded, seed: int, device: torch.device) -> Answer:
             fit = classify(*(Labelled(np.asarray(e.features), e.labels) for e in (train, val)), test.features)
             return multilabel_answer(fit.predicted, fit.scores, np.asarray(test.labels), fit.chosen)
 
@@ -208,8 +209,8 @@ class Segmentation:
         return counts[..., : len(self.classes), :]
 
     def _answer(self, classify: Callable[..., tuple[np.ndarray, dict[str, float]]]) -> Mode:
-        def mode(train: Encoded, val: Encoded, test: Encoded, seed: int) -> Answer:
-            predicted, chosen = classify(self.layout, len(self.classes), train, val, test, seed)
+        def mode(train: Encoded, val: Encoded, test: Encoded, seed: int, device: torch.device) -> Answer:
+            predicted, chosen = classify(self.layout, len(self.classes), train, val, test, seed, device)
             counts = dense.confusions(self.layout, len(self.classes), predicted, test)
             maps = {
                 "truth": self.first_tiles(test.labels),

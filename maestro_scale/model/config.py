@@ -28,6 +28,10 @@ class DatasetView:
     ref_sensor: str | None = None
     crop_m: float | None = None
 
+    def rows(self, sensor: Sensor) -> int:
+        """Token grids per tile of an encoder that knows of no token groups: dates."""
+        return sensor.num_dates
+
 
 @dataclass(frozen=True)
 class ModelConfig:

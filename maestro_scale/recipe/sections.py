@@ -228,11 +228,12 @@ class Evaluation(Section):
     """What evaluate.py measures. Finetuning follows ``optim`` and ``train``."""
 
     modes: Annotated[
-        tuple[Literal["knn", "probe", "finetune", "scratch"], ...],
+        tuple[Literal["knn", "probe", "attentive", "finetune", "scratch"], ...],
         BeforeValidator(listed),
         AfterValidator(distinct),
     ] = ("knn", "probe")
-    """Nearest neighbours and linear probe on frozen features, finetuning, and the same without pretraining."""
+    """On frozen features nearest neighbours, a linear probe and an attentive one; finetuning, and the same without
+    pretraining."""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.999
     """Decay per step of the moving average of finetuned weights, which is what is scored; 0: the last weights."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0

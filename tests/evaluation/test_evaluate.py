@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
 from maestro_scale.evaluation.results import EvalResult
+from maestro_scale.shards.writer import Writer
+from tests.evaluation.conftest import SCENES, SPLITS, scene_tile
+from tests.evaluation.test_oracle import recipe
 from tests.testkit.runs import REPO, Trainer
 
 EVALUATE = REPO / "maestro_scale" / "evaluate.py"
@@ -23,18 +27,39 @@ def numbers(path):
 
 @pytest.mark.slow
 def test_one_two_and_three_ranks_print_identical_numbers(fields, tmp_path):
-    results = []
+    results, maps, modes = [], [], ("knn", "probe", "attentive")
     for ranks in (1, 2, 3):
         out = tmp_path / f"out-{ranks}"
         launcher = "deepspeed" if ranks == 2 else "env"
-        code, output = evaluator(fields, tmp_path, launcher=launcher).run(
-            None, ranks, f"--checkpoint={fields.model}", f"--out={out}"
-        )
+        asked = [f"--checkpoint={fields.model}", f"--out={out}", "--maps", *(f"--mode={m}" for m in modes)]
+        code, output = evaluator(fields, tmp_path, launcher=launcher).run(None, ranks, *asked)
         assert code == 0, output[-4000:]
         assert output.count("probe: mIoU") == 1
-        results.append({mode: numbers(out / mode / "results.json") for mode in ("knn", "probe")})
+        results.append({mode: numbers(out / mode / "results.json") for mode in modes})
+        maps.append({p.relative_to(out): p.read_bytes() for p in sorted(out.rglob("*.tif"))})
     assert results[0] == results[1] == results[2]
+    assert len(maps[0]) == len(modes) * SPLITS["test"]
+    assert maps[0] == maps[1] == maps[2]
     assert EvalResult.load(tmp_path / "out-1" / "probe" / "results.json").value > 0.85
+
+
+@pytest.mark.slow
+def test_three_ranks_ask_the_oracle_what_one_asks(tmp_path):
+    with Writer(str(tmp_path / "shards"), SCENES, "test") as writer:
+        for number in range(7):
+            writer.add(scene_tile(number))
+    path = recipe(tmp_path, "scenes", tmp_path / "shards").removeprefix("--recipe=")
+    results = []
+    for ranks in (1, 3):
+        out = tmp_path / f"out-{ranks}"
+        code, output = Trainer(Path(path), entry=EVALUATE).run(
+            None, ranks, "--baseline=oracle", f"--out={out}"
+        )
+        assert code == 0, output[-4000:]
+        assert output.count("oracle: wF1") == 1
+        results.append(numbers(out / "oracle" / "results.json"))
+    assert results[0] == results[1]
+    assert results[0]["num_tiles"] == 7
 
 
 @pytest.mark.slow

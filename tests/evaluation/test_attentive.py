@@ -1,0 +1,136 @@
+"""The attentive probe: the head of a finetuning on frozen tokens, which are encoded once."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from maestro_scale.evaluation import attentive, course, dense
+from maestro_scale.evaluation.attentive import Heads, all_tokens, attentive_probe
+from maestro_scale.evaluation.baselines import ChannelStatistics
+from maestro_scale.evaluation.encoded import Encoded
+from maestro_scale.evaluation.frozen import Benchmark, evaluate_frozen
+from maestro_scale.evaluation.objectives import objective_for
+from maestro_scale.evaluation.predictor import predictor
+from maestro_scale.evaluation.results import ResultsError
+from maestro_scale.evaluation.tasks import task_for
+from maestro_scale.interop.pretrained import load_model
+from maestro_scale.model.config import DatasetView
+from maestro_scale.model.maestro import Maestro
+from maestro_scale.stream.evaluation import EvalLoader
+from tests.evaluation.conftest import FIELDS, SCENES, SPLITS
+from tests.evaluation.test_encoded import CROPS_PER_TILE, numbers
+from tests.evaluation.test_fraction import source_of
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(course, "MIN_STEPS", 60)
+
+
+@pytest.fixture
+def benchmark(fields, tmp_path):
+    return Benchmark(str(fields.shards), tmp_path / "cache", tmp_path / "features")
+
+
+def test_it_reads_places_and_dates_and_is_encoded_once(fields, benchmark, quick, tmp_path):
+    model, passes = load_model(fields.model), []
+    model.encode = lambda batch: (passes.append(len(batch)), Maestro.encode(model, batch))[1]
+    (first,) = evaluate_frozen(model, benchmark, ["attentive"], maps_dir=lambda mode: tmp_path / mode)
+    assert sum(passes) == CROPS_PER_TILE * sum(SPLITS.values())
+    assert first.value > 0.85
+    assert first.chosen["lr"] in attentive.LEARNING_RATES
+    assert len(list((tmp_path / "attentive").glob("*.tif"))) == SPLITS["test"]
+    assert first.maps["answer"].shape == first.maps["truth"].shape
+    passes.clear()
+    again, linear = evaluate_frozen(model, benchmark, ["attentive", "probe"])
+    assert sum(passes) == CROPS_PER_TILE * sum(SPLITS.values()), "pooled features are kept beside tokens"
+    assert numbers(again) == numbers(first)
+    assert linear.mode == "probe"
+
+
+def test_its_head_is_that_of_a_finetuning(fields, tmp_path):
+    model = load_model(fields.model)
+    objective = objective_for(task_for(FIELDS, model.view("fields"), FIELDS.crop_m))
+    network = predictor(model, "fields", objective, seed=3, pretrained=True).eval()
+    (batch,) = EvalLoader(source_of(fields.shards, "val", tmp_path), 64, crops=4)
+    with torch.no_grad():
+        tokens = all_tokens(model, batch).numpy()
+        split = Encoded(tokens, objective.task.labels(batch), np.arange(len(batch)))
+        heads = Heads(objective, model.view("fields"), tokens.shape[-1], 0, CPU)
+        (weights,) = [network.heads[name] for name in network.heads]
+        heads.heads[0].load_state_dict(weights.state_dict())
+        answers = torch.cat([logits for logits, _ in heads.logits(heads.heads[0], split)])
+        torch.testing.assert_close(answers, network.logits(batch), rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_are_those_of_the_mean_over_pixels_however_it_is_cut(fields, tmp_path, monkeypatch):
+    model = load_model(fields.model)
+    objective = objective_for(task_for(FIELDS, model.view("fields"), FIELDS.crop_m))
+    (batch,) = EvalLoader(source_of(fields.shards, "val", tmp_path), 64, crops=2)
+    with torch.no_grad():
+        tokens = all_tokens(model, batch).numpy()
+    split = Encoded(tokens, objective.task.labels(batch), np.arange(len(batch)))
+
+    def gradients(most_tokens):
+        monkeypatch.setattr(attentive, "_MOST_TOKENS", most_tokens)
+        heads = Heads(objective, model.view("fields"), tokens.shape[-1], 0, CPU)
+        heads.backward(split, np.arange(len(batch)))
+        return [p.grad for p in heads.heads[-1].parameters()], heads
+
+    (whole, heads), (cut, _) = gradients(2**17), gradients(1)
+    for a, b in zip(whole, cut, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    ((logits, labels),) = heads.logits(heads.heads[-1], split)
+    against = objective.against(labels)
+    parameters = list(heads.heads[-1].parameters())
+    logits = heads.heads[-1](heads._tokens(split, np.arange(len(batch))))
+    loss = objective.error_sum(logits, against) / (against != dense.IGNORED).sum()
+    for a, b in zip(whole, torch.autograd.grad(loss, parameters), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_classes_of_a_tile_are_found_by_the_one_token_that_tells():
+    """Of twelve tokens one, anywhere, carries the label: attention finds it, a mean over tokens hardly would."""
+    view = DatasetView(SCENES.name, SCENES.sensors, SCENES.pos_grid)
+    objective = objective_for(task_for(SCENES, view, SCENES.crop_m))
+    marks = np.random.default_rng(9).normal(size=(len(SCENES.targets[0].classes), 32))
+    num_tokens = SCENES.sensors[0].num_dates
+
+    def split(num_tiles, seed):
+        rng = np.random.default_rng(seed)
+        tokens = 0.3 * rng.normal(size=(num_tiles, num_tokens, 32))
+        kind = rng.integers(0, len(marks), num_tiles)
+        tokens[np.arange(num_tiles), rng.integers(0, num_tokens, num_tiles)] = marks[kind]
+        return Encoded(tokens.astype(np.float16), np.eye(len(marks), dtype=bool)[kind], np.arange(num_tiles))
+
+    train, val, test = split(600, 1), split(80, 2), split(80, 3)
+    answer = attentive_probe(objective, view, train, val, test, 0, CPU)
+    assert objective.task.statistic(answer.counts.sum(0)) > 0.9
+    again = attentive_probe(objective, view, train, val, test, 0, CPU)
+    np.testing.assert_array_equal(answer.counts, again.counts)
+
+
+def test_what_it_cannot_fit_is_said(fields, benchmark):
+    model = load_model(fields.model)
+    view = model.view("fields")
+    statistics = ChannelStatistics(DatasetView("fields", view.sensors, view.pos_grid, "s2", FIELDS.crop_m))
+    with pytest.raises(
+        ResultsError, match="tokens of one width, these have: aerial 6, s2 4; use --mode probe"
+    ):
+        evaluate_frozen(statistics, benchmark, ["attentive"])
+    objective = objective_for(task_for(FIELDS, view, FIELDS.crop_m))
+    grids = sum(view.rows(s) * s.grid**2 for s in view.sensors)
+    blank = Encoded(
+        np.zeros((4, grids, 8), np.float16), np.full((4, 4, 4), dense.IGNORED, np.uint8), np.arange(4)
+    )
+    with pytest.raises(ResultsError, match="every label of the training split is ignored"):
+        attentive_probe(objective, view, blank, blank, blank, 0, CPU)
+    broken = dataclasses.replace(blank, features=blank.features + np.inf, labels=blank.labels * 0)
+    with pytest.raises(ResultsError, match="tokens are not finite"):
+        attentive_probe(objective, view, broken, broken, broken, 0, CPU)
