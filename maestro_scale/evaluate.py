@@ -220,6 +220,7 @@ def _run(args: argparse.Namespace, recipe, encoder, modes: Sequence[str], part: 
     """(mode, result) of a part, on rank 0."""
     from maestro_scale.evaluation.finetune import MODES, finetune
     from maestro_scale.evaluation.frozen import Benchmark, Provenance, evaluate_frozen
+    from maestro_scale.secrets_filter import scrub_tree
 
     entry = recipe.data.mixture[0]
     benchmark = Benchmark(
@@ -233,7 +234,7 @@ def _run(args: argparse.Namespace, recipe, encoder, modes: Sequence[str], part: 
         splits=part.splits,
         fold=part.fold,
     )
-    plain = recipe.model_dump(mode="json")
+    plain = scrub_tree(recipe.model_dump(mode="json"))
     provenance = Provenance(encoder.step, recipe.seed, plain, encoder.named, encoder.trained_on)
     if args.baseline == ORACLE:
         from maestro_scale.evaluation.oracle import evaluate_oracle

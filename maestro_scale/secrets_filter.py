@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
 HIDDEN = "(hidden)"
@@ -72,6 +73,37 @@ def scrub_mapping(values: Mapping[str, object]) -> dict[str, str]:
 def scrub_document(text: str) -> str:
     """YAML, JSON or .env text, scrubbed, and values hidden on every line that sets a secret name."""
     return "\n".join(_scrub_line(line) for line in scrub(text).split("\n"))
+
+
+def scrub_tree(node: Any, name: str = "") -> Any:
+    """A copy of nested dicts and lists, every text in it scrubbed, values of secret names hidden."""
+    if isinstance(node, Mapping):
+        return {k: scrub_tree(v, str(k)) for k, v in node.items()}
+    if isinstance(node, (list, tuple)):
+        return [scrub_tree(v, name) for v in node]
+    if node is not None and is_secret_name(name):
+        return HIDDEN
+    return scrub(node) if isinstance(node, str) else node
+
+
+def scrub_command(words: Sequence[str]) -> str:
+    """A command line as one would type it, scrubbed, and what is given to secret names hidden: ``a.token=…``,
+    ``--token=…``, ``--token …``."""
+    said: list[str] = []
+    for word in words:
+        name, is_given, _ = word.partition("=")
+        if is_given and is_secret_name(name):
+            said.append(f"{name}={HIDDEN}")
+        elif said and said[-1].startswith("--") and "=" not in said[-1] and is_secret_name(said[-1]):
+            said.append(HIDDEN)
+        else:
+            said.append(scrub(word))
+    return shlex.join(said)
+
+
+def has_credentials(url: str) -> bool:
+    """Whether an address names a user or a password."""
+    return _USERINFO.search(url) is not None
 
 
 def _scrub_line(line: str) -> str:

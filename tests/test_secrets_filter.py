@@ -2,7 +2,15 @@
 
 import pytest
 
-from maestro_scale.secrets_filter import HIDDEN, is_secret_name, scrub, scrub_document, scrub_mapping
+from maestro_scale.secrets_filter import (
+    HIDDEN,
+    is_secret_name,
+    scrub,
+    scrub_command,
+    scrub_document,
+    scrub_mapping,
+    scrub_tree,
+)
 
 
 @pytest.mark.parametrize(
@@ -53,3 +61,34 @@ def test_documents_keep_their_form():
     assert (
         scrub_document('{\n "password": "abc",\n "n": 1\n}') == f'{{\n "password": "{HIDDEN}",\n "n": 1\n}}'
     )
+
+
+def test_trees_keep_their_form():
+    tree = {
+        "name": "run",
+        "comet": {"api_key": "abc", "n": 1, "token": None},
+        "shards": ["s3://k:s@b/x?token=1"],
+    }
+    assert scrub_tree(tree) == {
+        "name": "run",
+        "comet": {"api_key": HIDDEN, "n": 1, "token": None},
+        "shards": [f"s3://b/x?token={HIDDEN}"],
+    }
+
+
+def test_a_command_can_be_read_without_what_it_must_not_tell():
+    words = [
+        "train.py",
+        "--set",
+        "deepspeed.comet.api_key=abc",
+        "train.steps=3",
+        "--token",
+        "abc",
+        "--password=abc",
+    ]
+    said = scrub_command([*words, "--out", "a b"])
+    assert "abc" not in said
+    assert said.startswith("train.py --set")
+    assert "deepspeed.comet.api_key=" in said
+    assert said.endswith("'--password=(hidden)' --out 'a b'")
+    assert "train.steps=3" in said

@@ -12,6 +12,7 @@ from maestro_scale.evaluation.results import ResultsError
 from maestro_scale.model.config import DatasetView
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.recipe import Recipe, resolve_sensors
+from maestro_scale.secrets_filter import scrub
 from maestro_scale.shards.manifest import Manifest
 
 FOLD = "{fold}"
@@ -34,7 +35,7 @@ class Encoder:
         self.view = DatasetView(spec.name, sensors, spec.pos_grid, spec.ref_sensor, crop_m)
         self._baseline = named_baseline
         self._fold = fold
-        self.named = named_baseline or str(checkpoint)
+        self.named = scrub(named_baseline or str(checkpoint))
         self.per_fold = checkpoint is not None and FOLD in checkpoint
         self.path: Path | None = None
         self.step: int | None = 0

@@ -7,7 +7,6 @@ the same network and the same course without pretraining.
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from dataclasses import asdict, dataclass, field, replace
@@ -41,7 +40,7 @@ from maestro_scale.training.distributed import World
 from maestro_scale.training.engine import Engine, Taken
 from maestro_scale.training.guard import Guard, GuardError
 from maestro_scale.training.optimizer import SCHEDULES, build_optimizer
-from maestro_scale.training.run_dir import JsonLines, environment, finite, lock, write_atomically
+from maestro_scale.training.run_dir import JsonLines, finite, lock, write_about
 from maestro_scale.training.state import TrainState
 from maestro_scale.training.stop import StopRequest
 
@@ -199,8 +198,7 @@ def _prepare(
     if world.is_main:
         for name in ("metrics", "validation"):
             JsonLines(run_dir / f"{name}.jsonl").rewind(position.step)
-        write_atomically(run_dir / "recipe.yaml", recipe.to_yaml())
-        write_atomically(run_dir / "environment.json", json.dumps(environment(), indent=1))
+        write_about(run_dir, recipe.to_yaml())
     world.barrier()
     run.history = [Validated(**line) for line in JsonLines(run_dir / "validation.jsonl").read()]
     return run, position

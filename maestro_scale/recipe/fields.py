@@ -7,10 +7,22 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from maestro_scale.shards.roots import credentials_in
+
 Probability = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
+
+
+def _without_credentials(url: str) -> str:
+    if problem := credentials_in(url):
+        raise ValueError(problem)
+    return url
+
+
 # a path or URL; ~ is the home folder
-Place = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
+Place = Annotated[
+    str, Field(min_length=1), AfterValidator(os.path.expanduser), AfterValidator(_without_credentials)
+]
 
 
 def listed(value: Any) -> Any:

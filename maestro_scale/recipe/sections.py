@@ -209,7 +209,7 @@ class Checkpoint(Section):
     """Minutes after the last checkpoint at which the next one is due at the latest; 0: steps alone decide."""
     keep_every: Annotated[int, Field(ge=0)] = 0
     """Checkpoints of steps divisible by this stay for good; 0: none does."""
-    mirror: Annotated[str, Field(min_length=1)] | None = None
+    mirror: Place | None = None
     """URL, e.g. s3://bucket/runs, that every committed checkpoint is copied below, in the background."""
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from maestro_scale.secrets_filter import has_credentials, scrub
 from maestro_scale.shards.errors import StoreError, WriteError, one_line
 from maestro_scale.shards.retry import Retry, Transient, retrying
 
@@ -207,11 +208,23 @@ Root = LocalRoot | RemoteRoot
 def open_root(
     url: str | os.PathLike, retry: Retry | None = None, on_retry: Callable[[], None] | None = None
 ) -> Root:
-    """The folder or object-store prefix at ``url``. Nothing is read yet."""
+    """The folder or object-store prefix at ``url``. Nothing is read yet. StoreError where ``credentials_in`` objects."""
     folder = local_folder(url)
     if folder is not None:
         return LocalRoot(folder)
+    if problem := credentials_in(os.fspath(url)):
+        raise StoreError(problem)
     return RemoteRoot(os.fspath(url), retry or Retry(), on_retry or _ignore)
+
+
+def credentials_in(url: str) -> str | None:
+    """Why an s3:// address that names a user or a password is of no use, in words; None for any other."""
+    if not url.startswith(_S3) or not has_credentials(url):
+        return None
+    return (
+        f"{scrub(url)}: an s3:// address cannot carry credentials: leave them out of it, and put them in "
+        "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or in ~/.aws"
+    )
 
 
 def local_folder(url: str | os.PathLike) -> Path | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import random
 from collections.abc import Sequence
@@ -23,7 +22,6 @@ from maestro_scale.model.cost import cost, num_parameters
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.model.masking import Masking
 from maestro_scale.recipe import Recipe, RecipeError, check_world, resolve_sensors
-from maestro_scale.secrets_filter import scrub_document
 from maestro_scale.shards.manifest import Manifest
 from maestro_scale.shards.retry import Retry
 from maestro_scale.shards.store import Store
@@ -42,7 +40,7 @@ from maestro_scale.training.nodes import Nodes
 from maestro_scale.training.observer import Observer, RunInfo
 from maestro_scale.training.offload_room import check_offload_room
 from maestro_scale.training.optimizer import SCHEDULES, build_optimizer
-from maestro_scale.training.run_dir import JsonLines, RunDirError, environment, lock, write_atomically
+from maestro_scale.training.run_dir import JsonLines, RunDirError, lock, write_about
 from maestro_scale.training.skipped import SkippedSteps
 from maestro_scale.training.state import TrainState
 from maestro_scale.training.stop import StopRequest
@@ -270,9 +268,7 @@ def _prepare(
     )
     if world.is_main:
         metrics.rewind(position.step)
-        write_atomically(run_dir / "recipe.yaml", scrub_document(recipe.to_yaml()))
-        about = {**environment(), "attention": kernel, "compile": recipe.model.compile}
-        write_atomically(run_dir / "environment.json", scrub_document(json.dumps(about, indent=1)))
+        write_about(run_dir, recipe.to_yaml(), attention=kernel, compile=recipe.model.compile)
         info = RunInfo(run_dir, position.step, num_steps, t.global_batch)
         for observer in run.observers:
             observer.started(info)

@@ -10,7 +10,6 @@ import json
 import math
 import os
 import platform
-import shlex
 import socket
 import subprocess
 import sys
@@ -19,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+
+from maestro_scale.secrets_filter import scrub_command, scrub_document, scrub_tree
 
 PACKAGES = ("maestro-scale", "torch", "deepspeed", "numpy", "safetensors", "mlflow", "webdataset", "s3fs")
 
@@ -84,7 +85,7 @@ def environment() -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             versions[name] = None
     return {
-        "command": shlex.join(sys.argv),
+        "command": scrub_command(sys.argv),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "host": socket.gethostname(),
@@ -92,6 +93,14 @@ def environment() -> dict[str, Any]:
         "git_revision": git_revision(),
         "versions": versions,
     }
+
+
+def write_about(run_dir: Path, recipe_yaml: str, **more: Any) -> None:
+    """Leave ``recipe.yaml`` and ``environment.json`` (with ``more``) in a run directory, without secrets."""
+    write_atomically(run_dir / "recipe.yaml", scrub_document(recipe_yaml))
+    write_atomically(
+        run_dir / "environment.json", json.dumps(scrub_tree({**environment(), **more}), indent=1)
+    )
 
 
 def git_revision() -> str | None:

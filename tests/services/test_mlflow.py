@@ -20,9 +20,10 @@ from maestro_scale.evaluation.results import EvalResult
 from maestro_scale.tracking.evaluations import record_evaluation
 from maestro_scale.tracking.metric_names import metric_names
 from maestro_scale.training.distributed import free_port
-from tests.testkit.runs import Trainer, metrics, write_recipe
+from tests.testkit.runs import REPO, Trainer, metrics, write_recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.root]
+EVALUATE = REPO / "maestro_scale" / "evaluate.py"
 TRACKED = ("--set", "tracking.enabled=true", "tracking.pictures_every=4")
 
 
@@ -194,6 +195,8 @@ PLANTED = {
     "environment": "plantedInTheEnvironment",
     "url": "plantedInTheUrl",
     "recipe": "hf_plantedInTheRecipe00",
+    "section": "plantedInASection",
+    "command": "plantedOnTheCommandLine",
 }
 
 
@@ -201,26 +204,51 @@ def test_secrets_appear_nowhere(server, trainer, synthetic_shards, tmp_path):
     odd = tmp_path / f"shards?token={PLANTED['url']}"
     odd.symlink_to(synthetic_shards)
     text = trainer.recipe.read_text().replace(json.dumps(str(synthetic_shards)), json.dumps(str(odd)))
+    section = f"deepspeed:\n  comet: {{enabled: false, api_key: {PLANTED['section']}}}\n"
+    assert "\ndeepspeed:\n" in text
+    text = text.replace("deepspeed:\n", section, 1)
     trainer.recipe.write_text(text.replace("name: tiny", f"name: tiny-{PLANTED['recipe']}"))
     trainer.env["SOME_API_KEY"] = PLANTED["environment"]
     run_dir = tmp_path / "run"
-    said = ("--set", f"checkpoint.mirror={tmp_path}/mirror-{PLANTED['environment']}")
-    job = trainer.start(run_dir, 1, *TRACKED, *said[1:])
+    said = [f"checkpoint.mirror={tmp_path}/mirror-{PLANTED['environment']}"]
+    said += [
+        f"deepspeed.comet.workspace={PLANTED['environment']}",
+        f"deepspeed.wandb.api_key={PLANTED['command']}",
+    ]
+    job = trainer.start(run_dir, 1, *TRACKED, *said)
     assert job.wait(240) == 0, job.output[-3000:]
+    asked = [f"--checkpoint={run_dir}", f"--out={tmp_path / 'out'}", "--mode=knn"]
+    code, scored = Trainer(trainer.recipe, entry=EVALUATE, env=trainer.env).run(
+        None, 1, *asked, "--set", *said
+    )
+    assert code == 0, scored[-3000:]
+    reported = subprocess.run(
+        [str(Path(sys.executable).parent / "maestro-scale"), "report", str(tmp_path / "out")]
+        + ["--out", str(tmp_path / "out" / "report.html")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert reported.returncode == 0, reported.stderr
     code, complaint = trainer.run(
         tmp_path / "other", 1, "--set", f"data.mixture[0].split={PLANTED['recipe']}"
     )
     assert code == 2
     run_id = json.loads((run_dir / "tracking.json").read_text())["run_id"]
+    experiment = client(server).get_run(run_id).info.experiment_id
+    nested = client(server).search_runs([experiment], f"tags.`mlflow.parentRunId` = '{run_id}'")
+    assert len(nested) == 1
     fetched = tmp_path / "fetched"
     os.environ["MLFLOW_TRACKING_URI"] = server.uri
     try:
-        client(server).download_artifacts(run_id, "", str(_made(fetched)))
+        for number, run in enumerate((run_id, nested[0].info.run_id)):
+            client(server).download_artifacts(run, "", str(_made(fetched / str(number))))
     finally:
         del os.environ["MLFLOW_TRACKING_URI"]
-    seen = {"log": job.output.encode(), "complaint": complaint.encode()}
-    database = server.folder.glob("mlflow.db*")
-    for path in (*database, server.folder / "server.log", *run_dir.rglob("*"), *fetched.rglob("*")):
+    assert (fetched / "1" / "report.html").exists()
+    seen = {"log": job.output.encode(), "complaint": complaint.encode(), "scored": scored.encode()}
+    database, written = server.folder.glob("mlflow.db*"), (run_dir, fetched, tmp_path / "out")
+    for path in (*database, server.folder / "server.log", *(f for x in written for f in x.rglob("*"))):
         if path.is_file():
             seen[str(path)] = path.read_bytes()
     assert any(name.endswith("recipe.yaml") for name in seen)
@@ -229,7 +257,7 @@ def test_secrets_appear_nowhere(server, trainer, synthetic_shards, tmp_path):
 
 
 def _made(folder: Path) -> Path:
-    folder.mkdir()
+    folder.mkdir(parents=True)
     return folder
 
 
