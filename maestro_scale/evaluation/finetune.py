@@ -35,11 +35,12 @@ from maestro_scale.shards.store import Store
 from maestro_scale.stream.evaluation import EvalLoader
 from maestro_scale.stream.loader import Step, TrainLoader
 from maestro_scale.stream.source import Source
-from maestro_scale.training.checkpoint import CheckpointError, Checkpoints, Position, Retention
+from maestro_scale.training.checkpoint import Checkpoints, Position
 from maestro_scale.training.distributed import World
 from maestro_scale.training.engine import Engine, Taken
 from maestro_scale.training.guard import Guard, GuardError
 from maestro_scale.training.optimizer import SCHEDULES, build_optimizer
+from maestro_scale.training.retention import Retention
 from maestro_scale.training.run_dir import JsonLines, finite, lock, write_about
 from maestro_scale.training.state import TrainState
 from maestro_scale.training.stop import StopRequest
@@ -215,18 +216,10 @@ def _engine(recipe: Recipe, network: Predictor, num_steps: int, mode: str, world
 
 
 def _resume(run: Run) -> Position:
-    latest, problems = run.checkpoints.soundest()
-    for problem in problems:
-        log.warning("checkpoint passed over: %s", problem)
-    if problems and latest is None:
-        raise CheckpointError(
-            f"{run.checkpoints.dir} holds no whole checkpoint ({problems[0]}); remove {run.dir}, or use another --out"
-        )
-    if latest is None:
-        return Position()
-    position, memory = run.checkpoints.load(run.state, latest, run.identity)
-    run.engine.guard.recall(memory)
-    run.average.load(_weights(run.dir, "average", position.step))
+    position, memory = run.checkpoints.resume(run.state, run.identity)
+    if memory is not None:
+        run.engine.guard.recall(memory)
+        run.average.load(_weights(run.dir, "average", position.step))
     return position
 
 

@@ -208,7 +208,7 @@ Root = LocalRoot | RemoteRoot
 def open_root(
     url: str | os.PathLike, retry: Retry | None = None, on_retry: Callable[[], None] | None = None
 ) -> Root:
-    """The folder or object-store prefix at ``url``. Nothing is read yet. StoreError where ``credentials_in`` objects."""
+    """The folder or object-store prefix at ``url``. Nothing is read yet. StoreError if ``credentials_in`` objects."""
     folder = local_folder(url)
     if folder is not None:
         return LocalRoot(folder)

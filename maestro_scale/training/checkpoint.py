@@ -2,31 +2,40 @@
 
 Layout: ``checkpoints/step_00001234/`` holds the sharded state under ``state/`` and ``COMMIT.json``, which names every
 file with its size and sha256. A directory without a valid COMMIT.json is never loaded. Every rank writes its own
-part from a copy, in the background; between two later steps, when all are done, rank 0 commits.
+part from a copy, in the background; between two later steps, when all are done, rank 0 commits. The file ``latest`` in
+the run directory names the newest: a run that says it has checkpoints, and has none, does not start over.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
+import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from maestro_scale.interop.sharded_state import INDEX, StateReader, write_index, write_pieces
+from maestro_scale.training import committed
+from maestro_scale.training.committed import MARKER
 from maestro_scale.training.distributed import World
+from maestro_scale.training.identity import differences
 from maestro_scale.training.mirror import Mirror
+from maestro_scale.training.retention import Retention
+from maestro_scale.training.run_dir import write_atomically
 from maestro_scale.training.state import TrainState
 
-COMMIT = "COMMIT.json"
+LATEST = "latest"
 STATE = "state"
+_DAMAGED = "damaged"
 _STAGING = ".staging"
 _STEP = re.compile(r"step_\d{8,}")
+
+
+log = logging.getLogger(__name__)
 
 
 class CheckpointError(Exception):
@@ -41,19 +50,6 @@ class Position:
     samples: int = 0
     step: int = 0
     skipped_steps: int = 0
-
-
-@dataclass(frozen=True)
-class Retention:
-    """Which checkpoints stay: the last ``keep``, and those of steps divisible by ``keep_every`` (0: none) for good."""
-
-    keep: int
-    keep_every: int = 0
-
-    def superseded(self, steps: Iterable[int]) -> list[int]:
-        """Of these steps, the ones whose checkpoints can go."""
-        passing = [s for s in sorted(steps) if not (self.keep_every and s % self.keep_every == 0)]
-        return passing[: -self.keep]
 
 
 @dataclass(frozen=True)
@@ -121,7 +117,7 @@ class Checkpoints:
                 "the same command resumes from it"
             ) from error
         if self._mirror is not None and self._world.is_main:
-            self._mirror.send(pending.final, [p.name for p in _committed(self.dir)])
+            self._mirror.send(pending.final)
 
     def finish(self) -> None:
         """Wait for the checkpoint under way and publish it."""
@@ -141,57 +137,87 @@ class Checkpoints:
         """The newest whole checkpoint, or None if there is none; and what is wrong with newer ones, in words."""
         return _newest(self.dir)
 
-    def soundest(self) -> tuple[Path | None, list[str]]:
-        """As ``latest``, of checkpoints whose contents are what was written; all ranks together, each reads a share."""
+    def resume(self, state: TrainState, identity: dict[str, Any]) -> tuple[Position, dict[str, Any] | None]:
+        """Load the newest checkpoint whose contents are what was written, on all ranks together, on any number of them;
+        returns where the run stood and the guard's memory, or (the start, None) where nothing was ever saved.
+
+        Damaged ones are passed over, with a warning, and set aside. Where there is none here, the mirror's newest is
+        fetched. CheckpointError where the run had checkpoints and none is whole, where the checkpoint belongs to
+        another model, dataset or seed, or where the mirror holds another run.
+        """
+        path, problems = self._soundest()
+        for problem in problems:
+            log.warning("checkpoint passed over: %s", problem)
+        if self._mirror is not None and self._world.is_main:
+            self._mirror.claim(identity, required=path is None)
+        if path is None and not problems:
+            path = self._fetch()
+        if path is None:
+            self._refuse_to_start_over(problems)
+            return Position(), None
+        record = committed.read(path)
+        if difference := differences(record["identity"], identity):
+            raise CheckpointError(
+                f"{path} does not fit this run: {difference}. Go on with what it was made with, or use another "
+                "--run-dir"
+            )
+        with StateReader(path / STATE) as reader:
+            state.restore(reader)
+        if self._world.is_main:
+            self._set_damaged_aside(path)
+        return Position(**record["position"]), record["guard"]
+
+    def _soundest(self) -> tuple[Path | None, list[str]]:
+        # All ranks together, each reads a share of the files.
         problems = []
         for path in reversed(_committed(self.dir)):
-            mine = check(path) or check(path, hashes=True, share=(self._world.rank, self._world.size))
+            share = (self._world.rank, self._world.size)
+            mine = committed.problem(path) or committed.problem(path, hashes=True, share=share)
             problem = next(filter(None, self._world.gather(mine)), None)
             if problem is None:
                 return path, problems
             problems.append(f"{path.name}: {problem}")
         return None, problems
 
-    def fetch(self) -> Path | None:
+    def _fetch(self) -> Path | None:
         """The newest checkpoint of the mirror, copied here by rank 0 and checked; None where there is none."""
         if self._mirror is None:
             return None
         if self._world.is_main and (name := self._mirror.newest()):
             staging = self.dir / f"{_STAGING}_{name}"
             self._mirror.fetch(name, staging)
-            if (problem := check(staging, hashes=True)) is not None:
+            if (problem := committed.problem(staging, hashes=True)) is not None:
                 raise CheckpointError(f"{self._mirror.url}/{name}: {problem}")
             os.replace(staging, self.dir / name)
         self._world.barrier()
-        return self.latest()[0]
+        return _newest(self.dir)[0]
 
-    def load(
-        self, state: TrainState, path: Path, identity: dict[str, Any]
-    ) -> tuple[Position, dict[str, Any]]:
-        """Load on all ranks together, on any number of them; returns where the run stood, and the guard's memory.
+    def _refuse_to_start_over(self, problems: list[str]) -> None:
+        pointer = self.dir.parent / LATEST
+        if problems:
+            lost = f"{self.dir} holds no whole checkpoint ({problems[0]})"
+        elif pointer.exists():
+            lost = f"{pointer} says that there was a checkpoint {pointer.read_text().strip()}, {self.dir} holds none"
+        else:
+            return
+        raise CheckpointError(
+            f"{lost}; refusing to start over in it: bring it back, use another --run-dir, or remove this one"
+        )
 
-        Raises CheckpointError where the checkpoint belongs to another model, dataset or seed.
-        """
-        record = json.loads((path / COMMIT).read_text())
-        theirs, ours = _flat(record["identity"]), _flat(identity)
-        different = [k for k in sorted({*theirs, *ours}) if theirs.get(k) != ours.get(k)]
-        if different:
-            lines = [f"{k}: checkpoint {theirs.get(k)!r}, now {ours.get(k)!r}" for k in different]
-            raise CheckpointError(
-                f"{path} does not fit this run: {'; '.join(lines)}. Go on with what it was made with, or use another "
-                "--run-dir"
-            )
-        with StateReader(path / STATE) as reader:
-            state.restore(reader)
-        return Position(**record["position"]), record["guard"]
+    def _set_damaged_aside(self, loaded: Path) -> None:
+        # They would count among those to keep, and be the newest again.
+        for path in _committed(self.dir):
+            if _step(path) > _step(loaded):
+                aside = self.dir / f"{_DAMAGED}_{path.name}"
+                shutil.rmtree(aside, ignore_errors=True)
+                os.replace(path, aside)
 
     def _write(self, folder: Path, pieces: list[Any]) -> None:
         file, entries = write_pieces(folder, self._world.rank, pieces)
         part: dict[str, Any] = {"entries": entries, "kinds": [], "files": {}}
         if file is not None:
             part["kinds"] = list(pieces[0].values)
-            part["files"] = {f"{STATE}/{file.name}": {"bytes": file.stat().st_size, "sha256": _sha256(file)}}
-            _fsync(file)
+            part["files"] = {f"{STATE}/{file.name}": committed.entry(file)}
         _part(folder, self._world.rank).write_text(json.dumps(part))
 
     def _commit(self, pending: _Pending) -> None:
@@ -201,34 +227,30 @@ class Checkpoints:
         kinds = next(w["kinds"] for w in written if w["kinds"])
         index = write_index(folder, [e for w in written for e in w["entries"]], kinds, pending.adam_step)
         files = {name: entry for w in written for name, entry in w["files"].items()}
-        files[f"{STATE}/{INDEX}"] = {"bytes": index.stat().st_size, "sha256": _sha256(index)}
+        files[f"{STATE}/{INDEX}"] = committed.entry(index)
         for part in parts:
             part.unlink()
-        commit = pending.staging / COMMIT
-        commit.write_text(json.dumps({**pending.record, "files": files}, indent=1))
-        for path in (index, commit, folder, pending.staging):
-            _fsync(path)
-        if (
-            pending.final.exists()
-        ):  # damaged, or left by a run that was rewound: set aside, so that a kill loses neither
-            os.replace(pending.final, self.dir / f"{_STAGING}_replaced_{pending.final.name}")
-        os.replace(pending.staging, pending.final)
-        _fsync(self.dir)
+        committed.fsync(folder)
+        committed.commit(pending.staging, pending.record, files)
+        # There may be one of this step: damaged, or left by a run that was rewound.
+        aside = self.dir / f"{_STAGING}_replaced_{pending.final.name}"
+        committed.publish(pending.staging, pending.final, aside)
+        write_atomically(self.dir.parent / LATEST, f"{pending.final.name}\n")
 
     def _prune(self) -> None:
-        found = {int(p.name[5:]): p for p in _committed(self.dir)}
+        found = {_step(p): p for p in _committed(self.dir)}
         for step in self._retention.superseded(found):
-            (found[step] / COMMIT).unlink()  # first, so that a kill half-way leaves nothing that looks whole
+            (found[step] / MARKER).unlink()  # first, so that a kill half-way leaves nothing that looks whole
             shutil.rmtree(found[step])
         for stray in self.dir.iterdir():  # what a kill left behind
-            torn = _STEP.fullmatch(stray.name) and not (stray / COMMIT).exists()
+            torn = _STEP.fullmatch(stray.name) and not (stray / MARKER).exists()
             if torn or stray.name.startswith(_STAGING):  # nothing that is not ours
                 shutil.rmtree(stray, ignore_errors=True)
 
 
 def newest(run_dir: Path) -> Path:
-    """The newest whole checkpoint of a run; CheckpointError if there is none."""
-    path, problems = _newest(run_dir / "checkpoints")
+    """The newest checkpoint of a run whose contents are what was written; CheckpointError if there is none."""
+    path, problems = _newest(run_dir / "checkpoints", hashes=True)
     if path is None:
         raise CheckpointError(f"{run_dir} holds no whole checkpoint{': ' + problems[0] if problems else ''}")
     return path
@@ -236,13 +258,13 @@ def newest(run_dir: Path) -> Path:
 
 def load_position(path: Path) -> Position:
     """Where the run stood at a committed checkpoint."""
-    return Position(**json.loads((path / COMMIT).read_text())["position"])
+    return Position(**committed.read(path)["position"])
 
 
-def _newest(folder: Path) -> tuple[Path | None, list[str]]:
+def _newest(folder: Path, hashes: bool = False) -> tuple[Path | None, list[str]]:
     problems = []
     for path in reversed(_committed(folder)):
-        problem = check(path)
+        problem = committed.problem(path, hashes)
         if problem is None:
             return path, problems
         problems.append(f"{path.name}: {problem}")
@@ -253,54 +275,12 @@ def _committed(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     steps = (p for p in folder.iterdir() if _STEP.fullmatch(p.name))
-    return sorted((p for p in steps if (p / COMMIT).exists()), key=lambda p: int(p.name[5:]))
+    return sorted((p for p in steps if (p / MARKER).exists()), key=_step)
 
 
-def check(path: Path, hashes: bool = False, share: tuple[int, int] = (0, 1)) -> str | None:
-    """What is wrong with a checkpoint, in words, or None. Sizes always; contents only with ``hashes``, those of every
-    n-th file from the i-th on where ``share`` is (i, n)."""
-    try:
-        files = json.loads((path / COMMIT).read_text())["files"]
-    except (OSError, ValueError, KeyError) as error:
-        return f"unreadable {COMMIT} ({error})"
-    first, every = share
-    for number, (name, expected) in enumerate(sorted(files.items())):
-        file = path / name
-        if not file.exists():
-            return f"{name} is missing"
-        if file.stat().st_size != expected["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes instead of {expected['bytes']}"
-        if hashes and number % every == first and _sha256(file) != expected["sha256"]:
-            return f"{name} has changed since it was written (sha256)"
-    return None
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
 
 
 def _part(folder: Path, rank: int) -> Path:
     return folder / f"rank{rank:05d}.part.json"
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested dicts and lists -> {dotted name: plain value}."""
-    if isinstance(value, dict):
-        items = value.items()
-    elif isinstance(value, (list, tuple)):
-        items = ((str(i), v) for i, v in enumerate(value))
-    else:
-        return {prefix: value}
-    return {k: v for name, inner in items for k, v in _flat(inner, f"{prefix}.{name}".lstrip(".")).items()}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

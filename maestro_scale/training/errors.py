@@ -10,6 +10,7 @@ from maestro_scale.stream.loader import LoaderError
 from maestro_scale.stream.plan import PlanError
 from maestro_scale.training.checkpoint import CheckpointError
 from maestro_scale.training.guard import GuardError
+from maestro_scale.training.mirror import MirrorError
 from maestro_scale.training.run_dir import RunDirError
 from maestro_scale.training.warmup import WarmupError
 
@@ -19,6 +20,7 @@ EXPECTED = (
     ExportError,
     GuardError,
     LoaderError,
+    MirrorError,
     PlanError,
     RecipeError,
     RunDirError,

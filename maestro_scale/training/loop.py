@@ -21,6 +21,7 @@ from maestro_scale.training.distributed import World
 from maestro_scale.training.engine import Engine, Taken
 from maestro_scale.training.garbage import collected_every
 from maestro_scale.training.meter import Meter
+from maestro_scale.training.metrics_file import MetricsFile
 from maestro_scale.training.nodes import Nodes
 from maestro_scale.training.observer import Observer, SensorView
 from maestro_scale.training.run_dir import JsonLines, finite
@@ -70,7 +71,7 @@ class Run:
     rhythm: Rhythm
     checkpoints: Checkpoints
     identity: dict[str, Any]
-    metrics: JsonLines
+    metrics: MetricsFile
     audit: JsonLines | None
     skipped: SkippedSteps
     meter: Meter
@@ -182,7 +183,7 @@ def _log(run: Run, position: Position, data: Step, taken: Taken, counts: Tensor)
         **{f"data/{name}": total for name, total in counters.items()},
         **nodes,
     }
-    run.metrics.append(record)
+    record = run.metrics.note(record)
     for observer in run.observers:
         observer.logged(record)
 

@@ -28,19 +28,21 @@ from maestro_scale.shards.store import Store
 from maestro_scale.stream.loader import TrainLoader
 from maestro_scale.stream.mock import mock_batch
 from maestro_scale.stream.source import Source, labels
-from maestro_scale.training.checkpoint import CheckpointError, Checkpoints, Position, Retention
+from maestro_scale.training.checkpoint import Checkpoints, Position
 from maestro_scale.training.distributed import World
 from maestro_scale.training.ema import Ema
 from maestro_scale.training.engine import Engine
 from maestro_scale.training.guard import Guard
 from maestro_scale.training.loop import Outcome, Rhythm, Run, Seen, train
 from maestro_scale.training.meter import Meter
+from maestro_scale.training.metrics_file import MetricsFile
 from maestro_scale.training.mirror import Mirror
 from maestro_scale.training.nodes import Nodes
 from maestro_scale.training.observer import Observer, RunInfo
 from maestro_scale.training.offload_room import check_offload_room
 from maestro_scale.training.optimizer import SCHEDULES, build_optimizer
-from maestro_scale.training.run_dir import JsonLines, RunDirError, lock, write_about
+from maestro_scale.training.retention import Retention
+from maestro_scale.training.run_dir import JsonLines, RunDirError, is_resolved, lock, write_about
 from maestro_scale.training.skipped import SkippedSteps
 from maestro_scale.training.state import TrainState
 from maestro_scale.training.stop import StopRequest
@@ -73,7 +75,8 @@ def pretrain(
     check_world(recipe, world.size)
     held = lock(run_dir) if world.is_main else None
     try:
-        _refuse_unsuitable(run_dir, fresh)
+        if fresh:
+            _refuse_unless_new(recipe, run_dir, world)
         world.barrier()
         run, position = _prepare(recipe, run_dir, world, observers, watch)
         reason = "failed"
@@ -184,12 +187,27 @@ def identity(recipe: Recipe, config: ModelConfig, datasets: list[Dataset], world
     }
 
 
-def _refuse_unsuitable(run_dir: Path, fresh: bool) -> None:
+def _refuse_unless_new(recipe: Recipe, run_dir: Path, world: World) -> None:
     # A lock file, a STOP file and what observers leave are no run.
-    if fresh and any((run_dir / name).exists() for name in ("metrics.jsonl", "recipe.yaml", "checkpoints")):
+    if any((run_dir / name).exists() for name in ("metrics.jsonl", "recipe.yaml", "checkpoints")):
         raise RunDirError(
             f"--fresh starts over only in an empty directory, and {run_dir} holds a run; use another"
         )
+    mirror = _mirror(recipe, run_dir) if world.is_main else None
+    if mirror is not None and (name := mirror.newest()):
+        raise RunDirError(
+            f"--fresh starts over, and {mirror.url} holds {name} of a run of this name: use another --run-dir or "
+            "checkpoint.mirror"
+        )
+
+
+def _retention(recipe: Recipe) -> Retention:
+    return Retention(recipe.checkpoint.keep, recipe.checkpoint.keep_every)
+
+
+def _mirror(recipe: Recipe, run_dir: Path) -> Mirror | None:
+    url = recipe.checkpoint.mirror
+    return Mirror(f"{url.rstrip('/')}/{run_dir.resolve().name}", _retention(recipe)) if url else None
 
 
 def _prepare(
@@ -215,8 +233,7 @@ def _prepare(
     )
     num_steps = t.steps if t.steps is not None else t.epochs * stream.steps_per_epoch
     c = recipe.checkpoint
-    mirror = Mirror(f"{c.mirror.rstrip('/')}/{run_dir.resolve().name}") if c.mirror else None
-    checkpoints = Checkpoints(run_dir, world, Retention(c.keep, c.keep_every), mirror)
+    checkpoints = Checkpoints(run_dir, world, _retention(recipe), _mirror(recipe, run_dir))
     deepspeed = recipe.deepspeed_config(world.size, world.device.type)
     num_micro_batches = t.global_batch // (t.micro_batch * world.size)
     check_offload_room(num_parameters(config), deepspeed, num_micro_batches, bool(recipe.optim.ema), world)
@@ -224,7 +241,9 @@ def _prepare(
     ema = Ema(recipe.optim.ema, engine.holdings.fragments) if recipe.optim.ema else None
     state = TrainState(engine.holdings, ema)
     ident = identity(recipe, config, datasets, world)
-    position = _resume(run_dir, checkpoints, state, engine.guard, ident)
+    position, memory = checkpoints.resume(state, ident)
+    if memory is not None:
+        engine.guard.recall(memory)
     if position.step > num_steps:
         raise RecipeError(
             f"train: {run_dir} has taken {position.step} steps and the recipe asks for {num_steps}: ask for at least "
@@ -236,7 +255,7 @@ def _prepare(
     for kind in ("audit", "skipped"):
         _rewind_ranks(run_dir / kind, position.step, world)
     world.barrier()
-    metrics = JsonLines(run_dir / "metrics.jsonl")
+    metrics = MetricsFile(run_dir / "metrics.jsonl")
     own = f"rank{world.rank:05d}.jsonl"
     skipped = SkippedSteps(JsonLines(run_dir / "skipped" / own), world, engine.guard, t.max_skipped)
     run = Run(
@@ -267,7 +286,9 @@ def _prepare(
         observers=observers if world.is_main else [],
     )
     if world.is_main:
-        metrics.rewind(position.step)
+        if position.step == 0 and not is_resolved(run_dir, recipe.to_yaml()):
+            metrics.rewind(0)  # what another recipe did before its first checkpoint
+        metrics.go_on(position.step, num_steps)
         write_about(run_dir, recipe.to_yaml(), attention=kernel, compile=recipe.model.compile)
         info = RunInfo(run_dir, position.step, num_steps, t.global_batch)
         for observer in run.observers:
@@ -310,26 +331,6 @@ def _attention_kernel(recipe: Recipe, config: ModelConfig, world: World) -> str:
     if world.is_main:
         log.info("attention: %s (%s) on %s", kernel, config.attention, world.device.type)
     return kernel
-
-
-def _resume(
-    run_dir: Path, checkpoints: Checkpoints, state: TrainState, guard: Guard, ident: dict[str, Any]
-) -> Position:
-    latest, problems = checkpoints.soundest()
-    for problem in problems:
-        log.warning("checkpoint passed over: %s", problem)
-    if latest is None and not problems:
-        latest = checkpoints.fetch()
-    if latest is not None:
-        position, memory = checkpoints.load(state, latest, ident)
-        guard.recall(memory)
-        return position
-    if problems:
-        raise CheckpointError(
-            f"{checkpoints.dir} holds no whole checkpoint ({problems[0]}); refusing to start over in it: "
-            "use another --run-dir, or remove this one"
-        )
-    return Position()
 
 
 def _rehearse(

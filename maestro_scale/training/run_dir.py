@@ -35,10 +35,13 @@ class JsonLines:
         self.path = path
 
     def rewind(self, step: int) -> None:
-        """Drop every line past ``step`` (and a torn last line): those steps will be taken again."""
+        """Drop every line past ``step``, and a torn one."""
         if not self.path.exists():
             return
-        kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= step]
+        lines = self.path.read_text().splitlines()
+        kept = [line for line in lines if _step_of(line) <= step]
+        if len(kept) == len(lines):
+            return
         fresh = self.path.with_suffix(".tmp")
         fresh.write_text("".join(line + "\n" for line in kept))
         os.replace(fresh, self.path)
@@ -101,6 +104,12 @@ def write_about(run_dir: Path, recipe_yaml: str, **more: Any) -> None:
     write_atomically(
         run_dir / "environment.json", json.dumps(scrub_tree({**environment(), **more}), indent=1)
     )
+
+
+def is_resolved(run_dir: Path, recipe_yaml: str) -> bool:
+    """Whether the run in a directory was last started with this recipe."""
+    path = run_dir / "recipe.yaml"
+    return path.exists() and path.read_text() == scrub_document(recipe_yaml)
 
 
 def git_revision() -> str | None:

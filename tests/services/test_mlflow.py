@@ -222,12 +222,9 @@ def test_secrets_appear_nowhere(server, trainer, synthetic_shards, tmp_path):
         None, 1, *asked, "--set", *said
     )
     assert code == 0, scored[-3000:]
+    program, page = str(Path(sys.executable).parent / "maestro-scale"), str(tmp_path / "out" / "report.html")
     reported = subprocess.run(
-        [str(Path(sys.executable).parent / "maestro-scale"), "report", str(tmp_path / "out")]
-        + ["--out", str(tmp_path / "out" / "report.html")],
-        capture_output=True,
-        text=True,
-        timeout=120,
+        [program, "report", str(tmp_path / "out"), "--out", page], capture_output=True, text=True, timeout=120
     )
     assert reported.returncode == 0, reported.stderr
     code, complaint = trainer.run(

@@ -53,12 +53,13 @@ def schedule(step: int) -> float:
 def run_task(task: dict, world) -> dict:
     from maestro_scale.model.maestro import Maestro
     from maestro_scale.recipe.engine_config import Derived, filled
-    from maestro_scale.training.checkpoint import Checkpoints, Position, Retention
+    from maestro_scale.training.checkpoint import Checkpoints, Position
     from maestro_scale.training.ema import Ema
     from maestro_scale.training.engine import Engine
     from maestro_scale.training.fragments import MOMENTS
     from maestro_scale.training.guard import Guard
     from maestro_scale.training.optimizer import build_optimizer
+    from maestro_scale.training.retention import Retention
     from maestro_scale.training.state import TrainState
 
     torch.manual_seed(0)
@@ -80,7 +81,7 @@ def run_task(task: dict, world) -> dict:
     result = {"losses": [], "norms": []}
     if load := task.get("load"):
         checkpoints = Checkpoints(Path(load), world, Retention(9))
-        position, _ = checkpoints.load(state, checkpoints.latest()[0], {})
+        position, _ = checkpoints.resume(state, {})
         assert position.step == task["start"]
     if task.get("rehearse"):
         rehearse(task, engine, config, world)

@@ -22,9 +22,10 @@ from maestro_scale.interop.pretrained import load_model
 from maestro_scale.recipe import load_recipe
 from maestro_scale.shards.writer import Writer
 from maestro_scale.stream.loader import TrainLoader
-from maestro_scale.training.checkpoint import Retention, newest
+from maestro_scale.training.checkpoint import newest
 from maestro_scale.training.guard import Guard
 from maestro_scale.training.pretrain import open_datasets
+from maestro_scale.training.retention import Retention
 from maestro_scale.training.watchdog import Beat, blame
 
 pytestmark = pytest.mark.slow
@@ -77,6 +78,7 @@ def test_killed_at_random_moments_the_result_is_the_quiet_runs(trainer, quiet, t
         job = trainer.start(run_dir, 2, *LONG)
         number = signal.SIGTERM if i % 4 == 3 else signal.SIGKILL
         num_disturbed += disturb(job, number, rng.uniform(0, 0.25), run_dir)
+        assert "was taken again with" not in job.output, "a replayed step was another one"
     assert num_disturbed >= 4, "the run was over before it was disturbed"
     trainer.train(run_dir, 2, *LONG)
     assert curve(metrics(run_dir)) == curve(metrics(quiet))

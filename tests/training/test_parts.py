@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 
-from maestro_scale.training.checkpoint import COMMIT, CheckpointError, check, newest
+from maestro_scale.training import committed
+from maestro_scale.training.checkpoint import CheckpointError, newest
 from maestro_scale.training.distributed import place as distributed_place
 from maestro_scale.training.optimizer import build_optimizer, cosine, one_cycle
 from maestro_scale.training.run_dir import JsonLines, RunDirError, lock
@@ -74,23 +73,40 @@ def test_a_run_directory_has_one_owner(tmp_path):
     lock(tmp_path).release()
 
 
-def _checkpoint(run_dir, step, size=10):
+def _checkpoint(run_dir, step):
     folder = run_dir / "checkpoints" / f"step_{step:08d}"
     (folder / "state").mkdir(parents=True)
-    (folder / "state" / "weights").write_bytes(b"x" * 10)
-    files = {"state/weights": {"bytes": size, "sha256": "?"}}
-    (folder / COMMIT).write_text(json.dumps({"files": files}))
+    weights = folder / "state" / "weights"
+    weights.write_bytes(b"x" * 10)
+    committed.commit(folder, {"position": {"samples": 48}}, {"state/weights": committed.entry(weights)})
     return folder
 
 
 def test_half_written_checkpoints_are_never_chosen(tmp_path):
-    good = _checkpoint(tmp_path, 5)
-    truncated = _checkpoint(tmp_path, 9, size=11)
+    good, changed, truncated = (_checkpoint(tmp_path, step) for step in (5, 8, 9))
+    (truncated / "state" / "weights").write_bytes(b"x" * 9)
+    (changed / "state" / "weights").write_bytes(b"x" * 9 + b"y")
     (tmp_path / "checkpoints" / "step_00000012" / "state").mkdir(parents=True)  # no commit marker
     (tmp_path / "checkpoints" / ".staging_step_00000013").mkdir()
-    assert "10 bytes instead of 11" in check(truncated)
-    assert "sha256" in check(good, hashes=True)
+    assert "9 bytes instead of 10" in committed.problem(truncated)
+    assert committed.problem(changed) is None
+    assert "sha256" in committed.problem(changed, hashes=True)
+    assert committed.problem(good, hashes=True) is None
     assert newest(tmp_path) == good
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"files": {}}', "{", "null"])
+def test_a_marker_that_is_not_ours_is_a_damaged_checkpoint(tmp_path, text):
+    folder = _checkpoint(tmp_path, 5)
+    (folder / committed.MARKER).write_text(text)
+    assert "unreadable COMMIT.json" in committed.problem(folder)
+
+
+def test_what_a_marker_says_is_what_was_written(tmp_path):
+    marker = _checkpoint(tmp_path, 5) / committed.MARKER
+    marker.write_text(marker.read_text().replace('"samples": 48', '"samples": 40'))
+    with pytest.raises(CheckpointError, match="has changed since it was written"):
+        newest(tmp_path)
 
 
 def test_no_checkpoint_is_an_error(tmp_path):

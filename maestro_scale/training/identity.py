@@ -1,0 +1,26 @@
+"""Whether a checkpoint is of this run: its identity, nested plain values, must not change while a run goes on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
+    """In what a checkpoint's identity is not that of a run, both values side by side; empty where it is the same."""
+    left, right = _flat(theirs), _flat(ours)
+    return "; ".join(
+        f"{k}: checkpoint {left.get(k)!r}, now {right.get(k)!r}"
+        for k in sorted({*left, *right})
+        if left.get(k) != right.get(k)
+    )
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts and lists -> {dotted name: plain value}."""
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, (list, tuple)):
+        items = ((str(i), v) for i, v in enumerate(value))
+    else:
+        return {prefix: value}
+    return {k: v for name, inner in items for k, v in _flat(inner, f"{prefix}.{name}".lstrip(".")).items()}

@@ -1,0 +1,83 @@
+"""Checkpoints that are lost, damaged, or another run's: nothing starts over in silence, nothing good is removed."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+from testkit.runs import Trainer, metrics, write_recipe
+
+from maestro_scale.training import committed
+from maestro_scale.training.checkpoint import newest
+
+SHORT = ("--set", "train.micro_batch=8")
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def trainer(synthetic_shards, tmp_path_factory) -> Trainer:
+    return Trainer(write_recipe(tmp_path_factory.mktemp("recipe"), synthetic_shards))
+
+
+@pytest.fixture(scope="module")
+def mirror(tmp_path_factory):
+    return tmp_path_factory.mktemp("mirror")
+
+
+@pytest.fixture(scope="module")
+def done(trainer, mirror, tmp_path_factory):
+    """Six steps, checkpoints of 4 and 6, both mirrored."""
+    run_dir = tmp_path_factory.mktemp("done") / "run"
+    trainer.train(run_dir, 1, *SHORT, f"checkpoint.mirror=file://{mirror}")
+    return run_dir
+
+
+def refused(trainer, run_dir, *args):
+    code, output = trainer.run(run_dir, 1, *args)
+    assert code == 2, output[-3000:]
+    (line,) = [x for x in output.splitlines() if x.startswith("error")]
+    assert "Traceback" not in output
+    return line
+
+
+@pytest.mark.parametrize("lost", ["checkpoints", "markers"])
+def test_a_run_that_lost_its_checkpoints_does_not_start_over(trainer, done, tmp_path, lost):
+    run_dir = tmp_path / "copy"
+    shutil.copytree(done, run_dir)
+    for path in (run_dir / "checkpoints").iterdir():
+        shutil.rmtree(path) if lost == "checkpoints" else (path / committed.MARKER).unlink()
+    before = (run_dir / "metrics.jsonl").read_bytes()
+    line = refused(trainer, run_dir, *SHORT, "train.steps=8")
+    assert "says that there was a checkpoint step_00000006" in line
+    assert "refusing to start over" in line
+    assert (run_dir / "metrics.jsonl").read_bytes() == before
+    assert len(list((run_dir / "checkpoints").glob("*/state/*.safetensors"))) == 2 * (lost == "markers")
+
+
+def test_damaged_checkpoints_do_not_count_among_those_to_keep(trainer, done, tmp_path):
+    run_dir = tmp_path / "copy"
+    shutil.copytree(done, run_dir)
+    marker = newest(run_dir) / committed.MARKER
+    marker.write_text(marker.read_text().replace('"samples": 48', '"samples": 40'))
+    (run_dir / "STOP").touch()
+    code, output = trainer.run(run_dir, 1, *SHORT, "checkpoint.keep=1", "checkpoint.every_steps=100")
+    assert code == 0, output[-3000:]
+    assert "step_00000006: COMMIT.json has changed since it was written" in output
+    kept = sorted(p.name for p in (run_dir / "checkpoints").iterdir())
+    assert kept == ["damaged_step_00000006", "step_00000005"]
+    assert [m["step"] for m in metrics(run_dir)] == [1, 2, 3, 4, 5, 6], (
+        "lines of steps to be taken again stay"
+    )
+    assert trainer.train(run_dir, 1, *SHORT) == metrics(done)
+
+
+def test_a_mirror_is_asked_before_anything_begins(trainer, done, mirror, tmp_path):
+    said = f"checkpoint.mirror=file://{mirror}"
+    assert "--fresh starts over" in refused(trainer, tmp_path / "run", "--fresh", *SHORT, said)
+    line = refused(trainer, tmp_path / "run", *SHORT, said, "seed=4")
+    assert f"file://{mirror}/run/step_00000006 is of another run: seed: checkpoint 3, now 4" in line
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
+    away = refused(trainer, tmp_path / "run", *SHORT, "checkpoint.mirror=nowhere:///at/all")
+    assert "checkpoint.mirror: nowhere:///at/all/run cannot be read" in away
+    assert sorted(p.name for p in (mirror / "run").iterdir()) == ["step_00000004", "step_00000006"]

@@ -1,0 +1,49 @@
+"""metrics.jsonl across kills: a line per step, written once, unless a step turns out to be another one."""
+
+from __future__ import annotations
+
+import pytest
+
+from maestro_scale.training.metrics_file import MetricsFile
+
+
+def line(step, loss=1.0, **more):
+    return {"step": step, "loss": loss, "lr": 0.1, "samples_per_s": 5.0, **more}
+
+
+@pytest.fixture
+def killed(tmp_path):
+    """Six steps and a torn line, to go on after step 4 of 8."""
+    path = tmp_path / "metrics.jsonl"
+    before = MetricsFile(path)
+    before.go_on(0, 8)
+    for step in range(1, 7):
+        assert before.note(line(step, 1 / step)) == line(step, 1 / step)
+    with path.open("a") as file:
+        file.write('{"step": 7, "lo')
+    after = MetricsFile(path)
+    after.go_on(4, 8)
+    return after
+
+
+def test_a_step_taken_again_keeps_its_line_and_that_is_what_is_told(killed):
+    assert killed.note(line(5, 1 / 5, samples_per_s=9.0)) == line(5, 1 / 5)
+    assert killed.note(line(6, 1 / 6 * (1 + 1e-6), samples_per_s=9.0)) == line(6, 1 / 6)
+    assert killed.note(line(7, 1 / 7, samples_per_s=9.0)) == line(7, 1 / 7, samples_per_s=9.0)
+    assert [x["step"] for x in killed.read()] == [1, 2, 3, 4, 5, 6, 7]
+    assert [x["samples_per_s"] for x in killed.read()] == [5.0] * 6 + [9.0]
+
+
+@pytest.mark.parametrize("other", [{"loss": 0.3}, {"loss": None}, {"loss": 1 / 5, "lr": 0.05}])
+def test_another_course_is_said_and_replaces_the_lines(killed, caplog, other):
+    taken = {**line(5), **other}
+    assert killed.note(taken) == taken
+    assert "step 5 was taken again with" in caplog.text
+    killed.note(line(6, 0.2))
+    assert killed.read() == [*(line(s, 1 / s) for s in range(1, 5)), taken, line(6, 0.2)]
+
+
+def test_lines_past_the_end_of_a_shorter_run_go(killed):
+    shorter = MetricsFile(killed.path)
+    shorter.go_on(4, 5)
+    assert [x["step"] for x in shorter.read()] == [1, 2, 3, 4, 5]

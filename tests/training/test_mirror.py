@@ -1,0 +1,75 @@
+"""The second home of checkpoints: kept by the same policy, never another run's, never in the way."""
+
+from __future__ import annotations
+
+import pytest
+
+from maestro_scale.training import committed
+from maestro_scale.training.mirror import ForeignMirror, Mirror, MirrorError
+from maestro_scale.training.retention import Retention
+
+SEED_3 = {"seed": 3, "model": {"width": 32}}
+SEED_5 = {"seed": 5, "model": {"width": 32}}
+
+
+def checkpoint(folder, step, identity=SEED_3):
+    made = folder / f"step_{step:08d}"
+    (made / "state").mkdir(parents=True)
+    weights = made / "state" / "weights"
+    weights.write_bytes(bytes([step]) * 10)
+    committed.commit(made, {"identity": identity}, {"state/weights": committed.entry(weights)})
+    return made
+
+
+def mirror(tmp_path, keep=2, keep_every=0, identity=SEED_3):
+    made = Mirror(f"file://{tmp_path}/mirror/run", Retention(keep, keep_every))
+    made.claim(identity, required=True)
+    return made
+
+
+def there(tmp_path):
+    return sorted(int(p.name[5:]) for p in (tmp_path / "mirror" / "run").iterdir())
+
+
+def send(to, *checkpoints):
+    for one in checkpoints:
+        to.send(one)
+    to.wait()
+
+
+def test_what_is_there_goes_by_the_policy_whatever_is_here(tmp_path):
+    send(mirror(tmp_path, 1, 4), *(checkpoint(tmp_path / "here", step) for step in (4, 5, 6)))
+    assert there(tmp_path) == [4, 6]
+    # Fetched onto an empty disk, the run knows nothing of step 4, which is for good.
+    again = mirror(tmp_path, 1, 4)
+    assert again.newest() == "step_00000006"
+    again.fetch("step_00000006", tmp_path / "new" / "step_00000006")
+    assert committed.problem(tmp_path / "new" / "step_00000006", hashes=True) is None
+    send(again, checkpoint(tmp_path / "new", 7))
+    assert there(tmp_path) == [4, 7]
+
+
+def test_another_runs_checkpoints_are_neither_used_nor_removed(tmp_path, caplog):
+    send(mirror(tmp_path), checkpoint(tmp_path / "here", 4))
+    with pytest.raises(ForeignMirror, match="seed: checkpoint 3, now 5"):
+        mirror(tmp_path, identity=SEED_5)
+    late = Mirror(f"file://{tmp_path}/mirror/run", Retention(1))  # could not look when it began
+    late._identity = SEED_5
+    send(late, checkpoint(tmp_path / "other", 9, SEED_5))
+    assert "step_00000009 is not mirrored" in caplog.text
+    assert there(tmp_path) == [4]
+
+
+@pytest.mark.parametrize("url", ["foo:///x", "s3://nobody-has-this/x"])
+def test_one_that_cannot_be_read_is_one_line_where_it_matters(url, monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    away = Mirror(url, Retention(1))
+    with pytest.raises(MirrorError, match="cannot be read") as raised:
+        away.claim(SEED_3, required=True)
+    assert "\n" not in str(raised.value)
+    away.claim(SEED_3, required=False)
+    send(away, checkpoint(tmp_path, 4))
+    assert "is not mirrored" in caplog.text
