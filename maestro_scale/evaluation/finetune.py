@@ -36,6 +36,7 @@ from maestro_scale.stream.evaluation import EvalLoader
 from maestro_scale.stream.loader import Step, TrainLoader
 from maestro_scale.stream.source import Source
 from maestro_scale.training.checkpoint import Checkpoints, Position
+from maestro_scale.training.deepspeed_check import check_deepspeed
 from maestro_scale.training.distributed import World
 from maestro_scale.training.engine import Engine, Taken
 from maestro_scale.training.guard import Guard, GuardError
@@ -212,6 +213,7 @@ def _engine(recipe: Recipe, network: Predictor, num_steps: int, mode: str, world
     layer_decay = recipe.evaluation.layer_decay if mode == "finetune" else 1.0
     optimizer = build_optimizer(network, recipe.lr, tuple(o.betas), o.eps, o.weight_decay, layer_decay)
     deepspeed = recipe.deepspeed_config(world.size, world.device.type)
+    check_deepspeed(deepspeed)
     return Engine(network, optimizer, schedule, deepspeed, world, Guard(recipe.train.spike))
 
 

@@ -15,18 +15,25 @@ from typing import Any
 DEFAULT_STAGE = 2
 
 # The loop scales the loss for this reduction and steps on this boundary; another value would train wrong.
-_PINNED = {"gradient_allreduce_op": "mean", "managed_gradient_accumulation": True}
+_PINNED = {
+    "gradient_allreduce_op": "mean",
+    "managed_gradient_accumulation": True,
+    "prescale_gradients": False,
+    "gradient_predivide_factor": 1.0,
+}
 
 _REFUSED = {
     "elasticity": "DeepSpeed 0.19 removed it; data.lanes lets a run continue on another number of ranks",
     "amp": "DeepSpeed 0.19 removed it; use train.precision",
     "optimizer": "the optimizer is AdamW with the values of the recipe's optim section; leave it out",
+    "tensor_parallel": "ranks share the batch, not the layers: leave it out, and use a higher ZeRO stage for memory",
     "scheduler": "the schedule is the recipe's optim.schedule; leave it out",
 }
 _ZERO_REFUSED = {
     "mics_shard_size": "DeepSpeed 0.19 removed MiCS; use zero_hpz_partition_size",
     "mics_hierarchical_params_gather": "DeepSpeed 0.19 removed MiCS; use zero_hpz_partition_size",
 }
+_OFFLOAD_FROM = {"offload_optimizer": 1, "offload_param": 3}  # the first ZeRO stage that does it
 _MAPPINGS = ("zero_optimization", "bf16", "fp16", "torch_autocast", "data_types", "checkpoint")
 # DeepSpeed ignores a top-level key that it does not know: a misspelt one of these would go unnoticed.
 _KNOWN = (
@@ -116,6 +123,13 @@ def problems(section: Mapping[str, Any], derived: Derived) -> Iterator[tuple[tup
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
         yield ("zero_optimization", "stage"), f"must be 0, 1, 2 or 3, got {stage!r}"
         return
+    for part, first in _OFFLOAD_FROM.items():
+        offload = zero.get(part)
+        if isinstance(offload, dict) and offload.get("device", "none") != "none" and stage < first:
+            yield (
+                ("zero_optimization", part),
+                f"ZeRO stage {stage} would not do it: use stage {first}{' or higher' * (first < 3)}, or leave it out",
+            )
     for path, value, source in _decided(section, derived):
         said = _get(section, path)
         if said not in (None, "auto", value):
@@ -179,8 +193,6 @@ def _relied_on(config: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Any
     )  # the loss curve must not depend on the number of micro-batches
     yield ("communication_data_type",), "bf16" if low else "fp32"
     yield ("seq_parallel_communication_data_type",), "fp32"
-    yield ("prescale_gradients",), False
-    yield ("gradient_predivide_factor",), 1.0
     yield ("steps_per_print",), 10**9  # the loop prints its own progress
     yield ("wall_clock_breakdown",), False
     yield ("dump_state",), False

@@ -12,6 +12,7 @@ from maestro_scale.model.cost import GIB, Cost, cost, num_parameters
 from maestro_scale.recipe import MixtureEntry, Recipe, RecipeError, check_world
 from maestro_scale.shards.errors import ShardsError
 from maestro_scale.shards.manifest import Manifest
+from maestro_scale.training.deepspeed_check import check_deepspeed
 from maestro_scale.training.footprint import footprint
 from maestro_scale.training.pretrain import build_model_config
 
@@ -20,6 +21,7 @@ def dry_run(recipe: Recipe, world_size: int, console: Console | None = None) -> 
     """Print the plan of a run. RecipeError where the recipe cannot run on ``world_size`` ranks."""
     console = console or Console(width=110)
     check_world(recipe, world_size)
+    check_deepspeed(recipe.deepspeed_config(1, "cuda"))
     specs = [_spec(entry) for entry in recipe.data.mixture]
     config = build_model_config(recipe, specs)
     parameters = num_parameters(config)

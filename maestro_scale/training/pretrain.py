@@ -29,6 +29,7 @@ from maestro_scale.stream.loader import TrainLoader
 from maestro_scale.stream.mock import mock_batch
 from maestro_scale.stream.source import Source, labels
 from maestro_scale.training.checkpoint import Checkpoints, Position
+from maestro_scale.training.deepspeed_check import check_deepspeed
 from maestro_scale.training.distributed import World
 from maestro_scale.training.ema import Ema
 from maestro_scale.training.engine import Engine
@@ -235,6 +236,7 @@ def _prepare(
     c = recipe.checkpoint
     checkpoints = Checkpoints(run_dir, world, _retention(recipe), _mirror(recipe, run_dir))
     deepspeed = recipe.deepspeed_config(world.size, world.device.type)
+    check_deepspeed(deepspeed)
     num_micro_batches = t.global_batch // (t.micro_batch * world.size)
     check_offload_room(num_parameters(config), deepspeed, num_micro_batches, bool(recipe.optim.ema), world)
     engine, kernel = _build_engine(recipe, config, num_steps, world, begins=checkpoints.latest()[0] is None)

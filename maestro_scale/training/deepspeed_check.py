@@ -1,0 +1,32 @@
+"""What DeepSpeed itself has against its section of a recipe, said before anything starts."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pydantic
+import torch
+
+from maestro_scale.recipe import RecipeError
+
+_SECTION = {"DeepSpeedZeroConfig": "zero_optimization."}  # of the class that complains, where it names it not
+
+
+def check_deepspeed(config: dict[str, Any]) -> None:
+    """RecipeError, a line for each complaint, unless DeepSpeed takes the complete ``config``."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    try:
+        DeepSpeedConfig(config)
+    except pydantic.ValidationError as error:
+        at = _SECTION.get(error.title, "")
+        raise RecipeError(
+            "\n".join(
+                f"deepspeed.{at}{'.'.join(map(str, e['loc']))}: {e['input']!r}: {e['msg'].lower()}"
+                for e in error.errors()
+            )
+        ) from None
+    except (AssertionError, ValueError, KeyError, TypeError) as error:
+        raise RecipeError(f"deepspeed: {' '.join(str(error).split()) or type(error).__name__}") from None

@@ -1,0 +1,41 @@
+"""What DeepSpeed will not take is one line with the key and the value, before anything starts."""
+
+from __future__ import annotations
+
+import pytest
+
+from maestro_scale.recipe import RecipeError, load_recipe
+from maestro_scale.training.deepspeed_check import check_deepspeed
+from tests.testkit.runs import REPO
+
+RECIPE = REPO / "recipes" / "vitt.yaml"
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_what_recipes_ask_for_is_taken(stage):
+    check_deepspeed(
+        load_recipe(RECIPE, [f"deepspeed.zero_optimization.stage={stage}"]).deepspeed_config(1, "cpu")
+    )
+
+
+@pytest.mark.parametrize(
+    ("said", "line"),
+    [
+        ("zero_optimization.overlap_com=true", "deepspeed.zero_optimization.overlap_com: True: extra inputs"),
+        (
+            "zero_optimization.reduce_bucket_size=-1",
+            "deepspeed.zero_optimization.reduce_bucket_size: -1: input",
+        ),
+        (
+            "zero_optimization.offload_optimizer.device=disk",
+            "deepspeed.zero_optimization.offload_optimizer.device: 'disk': input should be 'none', 'cpu' or 'nvme'",
+        ),
+        ("comet.enabeld=true", "deepspeed.comet.enabeld: True: extra inputs"),
+    ],
+)
+def test_what_it_does_not_take_is_named(said, line):
+    config = load_recipe(RECIPE, [f"deepspeed.{said}"]).deepspeed_config(1, "cpu")
+    with pytest.raises(RecipeError) as raised:
+        check_deepspeed(config)
+    assert str(raised.value).startswith(line)
+    assert "\n" not in str(raised.value)
