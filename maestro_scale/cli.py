@@ -343,6 +343,8 @@ def sync(
 
     synced = run(run_dir)
     state = "over" if synced.ended else "going on"
+    if synced.num_unreadable:
+        print(f"{synced.num_unreadable} lines of {run_dir}/metrics.jsonl cannot be read and were not sent")
     print(
         f"{synced.store} has all {synced.num_lines} lines and {synced.num_pictures} more pictures of {run_dir} "
         f"({state}), as run {synced.run_id}"

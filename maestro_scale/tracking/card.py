@@ -14,13 +14,13 @@ from maestro_scale.shards.manifest import Manifest
 from maestro_scale.tracking.closing import REPORT
 from maestro_scale.tracking.metric_names import metric_names
 from maestro_scale.tracking.mlflow_run import DatasetInput, Numbers, RunCard
-from maestro_scale.training.run_dir import JsonLines
+from maestro_scale.training.run_dir import JsonLines, manifest_path
 
 _DOCUMENTS = ("recipe.yaml", "environment.json", "metrics.jsonl", REPORT)
 
 
 def run_card(recipe: Recipe, run_dir: Path) -> RunCard:
-    """Parameters, tags, documents, datasets and the history in metrics.jsonl. Raises as Manifest.load."""
+    """Parameters, tags, documents, datasets and the history in metrics.jsonl; all of it from the run directory."""
     metrics = JsonLines(run_dir / "metrics.jsonl")
     mixture = recipe.data.mixture
 
@@ -34,14 +34,20 @@ def run_card(recipe: Recipe, run_dir: Path) -> RunCard:
         params=recipe.flat(),
         tags=_tags(recipe, run_dir),
         artifacts=[run_dir / name for name in _DOCUMENTS],
-        datasets=[_dataset(e.dataset, e.shards) for e in mixture],
+        datasets=_datasets(recipe, run_dir),
         history=history,
     )
 
 
-def _dataset(name: str, shards: str) -> DatasetInput:
-    manifest = Manifest.load(shards)
-    return DatasetInput(name, manifest.digest, shards, manifest.dumps())
+def _datasets(recipe: Recipe, run_dir: Path) -> list[DatasetInput]:
+    found = []
+    for number, entry in enumerate(recipe.data.mixture):
+        path = manifest_path(run_dir, number, entry.dataset)
+        if path.exists():  # a run that was killed early may have none
+            text = path.read_text()
+            digest = Manifest.loads(text, str(path)).digest
+            found.append(DatasetInput(entry.dataset, digest, entry.shards, text))
+    return found
 
 
 def _tags(recipe: Recipe, run_dir: Path) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import re
@@ -14,13 +15,16 @@ from maestro_scale.evaluation.charts import class_bars
 from maestro_scale.evaluation.report import CLASS_METRIC, Found, pictures, write_report
 from maestro_scale.evaluation.results import EvalResult
 from maestro_scale.secrets_filter import scrub, scrub_document, scrub_mapping
-from maestro_scale.tracking.mlflow_run import RUN_FILE, tracking_uri
+from maestro_scale.tracking.mlflow_run import tracking_uri
 from maestro_scale.tracking.mlflow_tracker import quiet_mlflow
+from maestro_scale.tracking.run_file import find_run, run_directory_of
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 log = logging.getLogger(__name__)
+
+_CONTENT_TAG = "maestro.results"
 
 
 def record_evaluation(checkpoint: Path, result: EvalResult, path: Path) -> str | None:
@@ -29,9 +33,7 @@ def record_evaluation(checkpoint: Path, result: EvalResult, path: Path) -> str |
     Returns the id of the nested run; None where the run was never tracked, or, with a warning, where the store does not
     take it: ``path``, its results.json, stays the truth.
     """
-    run_dir = next(
-        (p for p in (checkpoint, *checkpoint.resolve().parents[:2]) if (p / RUN_FILE).exists()), None
-    )
+    run_dir = run_directory_of(checkpoint)
     if run_dir is None:
         return None
     quiet_mlflow()
@@ -49,12 +51,22 @@ def _record(run_dir: Path, result: EvalResult, path: Path) -> str:
     from mlflow.tracking import MlflowClient
 
     client = MlflowClient(tracking_uri(run_dir))
-    parent = client.get_run(json.loads((run_dir / RUN_FILE).read_text())["run_id"])
+    parent = find_run(client, run_dir)
+    if parent is None:
+        raise LookupError(f"it has no run of {run_dir}; `maestro-scale sync {run_dir}` makes one")
+    content = _content(path)
+    again = client.search_runs(
+        [parent.info.experiment_id],
+        f"tags.`mlflow.parentRunId` = '{parent.info.run_id}' and tags.`{_CONTENT_TAG}` = '{content}'",
+    )
+    if again:  # the same evaluation, given once more
+        return again[0].info.run_id
     name = f"{result.benchmark}/{result.mode}" + (
         "" if result.fraction == 1 else f"/{100 * result.fraction:g}pct"
     )
     step, now = result.checkpoint_step or 0, int(time.time() * 1000)
     tags = {"mlflow.parentRunId": parent.info.run_id, "benchmark": result.benchmark, "mode": result.mode}
+    tags[_CONTENT_TAG] = content
     nested = client.create_run(parent.info.experiment_id, run_name=f"{name} at step {step}", tags=tags)
     run_id = nested.info.run_id
     scores = {result.metric: result.value, **result.scores}
@@ -98,6 +110,13 @@ def _illustrate(client: MlflowClient, run_id: str, found: Found) -> None:
         for name, png in {"classes": bars, **pictures(found)}.items():
             (drawn / f"{name}.png").write_bytes(png)
         client.log_artifacts(run_id, str(drawn), drawn.name)
+
+
+def _content(path: Path) -> str:
+    """sha256 of a result but for how long it took."""
+    values = json.loads(path.read_text())
+    values.pop("timings", None)
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _plain(name: str) -> str:

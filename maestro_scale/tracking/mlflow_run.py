@@ -14,15 +14,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from filelock import FileLock, Timeout
+
 from maestro_scale.secrets_filter import scrub, scrub_document, scrub_mapping
-from maestro_scale.training.run_dir import write_atomically
+from maestro_scale.tracking.run_file import RUN_TAG, find_run, note, own_id, store_lock
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
     from mlflow.tracking import MlflowClient
 
 STATUS = {"done": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
-RUN_FILE = "tracking.json"
 ENDED_FILE = "ended"  # how the run ended, by the keys of STATUS
 
 # MLflow's own limits.
@@ -76,13 +77,23 @@ def tracking_uri(run_dir: Path) -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{run_dir.resolve().parent / 'mlflow.db'}"
 
 
+class BeingSent(Exception):
+    """Another process sends this run to this store."""
+
+
 class MlflowRun:
     """The MLflow run of a run directory. A (metric, step) that the store has is never sent again."""
 
     def __init__(
-        self, client: MlflowClient, run: Run, card: RunCard, warn: Callable[[str, Exception], None]
+        self,
+        client: MlflowClient,
+        run: Run,
+        card: RunCard,
+        warn: Callable[[str, Exception], None],
+        held: FileLock,
     ) -> None:
         self._client = client
+        self._held = held
         self.id: str = run.info.run_id
         self._card = card
         self._warn = warn
@@ -92,26 +103,36 @@ class MlflowRun:
 
     @classmethod
     def open(cls, card: RunCard, time_ms: int, warn: Callable[[str, Exception], None]) -> MlflowRun:
-        """Start the run, or continue the one in ``tracking.json``, and send the history that the store lacks.
+        """Start the run of the card's directory, or continue it, and send the history that the store lacks.
 
-        ``warn`` is told of what could not be sent although the run is open. Raises whatever MLflow raises.
+        ``warn`` is told of what could not be sent although the run is open. BeingSent where another process has it
+        open; else raises whatever MLflow raises.
         """
         from mlflow.tracking import MlflowClient
 
         logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # it announces every retry
         uri = tracking_uri(card.run_dir)
-        client = MlflowClient(uri)
-        earlier = _earlier_run(client, card, uri)
-        if earlier is None:
-            run = client.create_run(_experiment_id(client, card), run_name=scrub(card.run_name))
-            record = {"tracking_uri": scrub(uri), "run_id": run.info.run_id}
-            write_atomically(card.run_dir / RUN_FILE, json.dumps(record, indent=1))
-        else:
-            run = earlier
-            client.update_run(run.info.run_id, status="RUNNING")
-        opened = cls(client, run, card, warn)
-        opened.catch_up(time_ms)
-        return opened
+        held = store_lock(card.run_dir, uri)
+        try:
+            held.acquire(timeout=0)
+        except Timeout:
+            raise BeingSent(f"another process sends {card.run_dir} to {scrub(uri)}") from None
+        try:
+            client = MlflowClient(uri)
+            run = find_run(client, card.run_dir)
+            if run is None:
+                experiment = _experiment_id(client, card)  # first: what cannot be reached leaves no file
+                tags = {RUN_TAG: own_id(card.run_dir)}
+                run = client.create_run(experiment, run_name=scrub(card.run_name), tags=tags)
+            else:
+                client.update_run(run.info.run_id, status="RUNNING")
+            note(card.run_dir, run.info.run_id, uri)
+            opened = cls(client, run, card, warn, held)
+            opened.catch_up(time_ms)
+            return opened
+        except BaseException:
+            held.release()
+            raise
 
     def catch_up(self, time_ms: int) -> None:
         """Send what the history holds and the store does not."""
@@ -149,13 +170,18 @@ class MlflowRun:
         """End the run: ``done``, ``stopped`` or ``failed``. Artifacts are stored again, as they are now."""
         self._optional("artifacts", self._store_artifacts)
         self._client.set_terminated(self.id, STATUS[reason])
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Leave the run as it is, for whoever sends to it next."""
+        self._held.release()
 
     def _is_new(self, key: str, step: int) -> bool:
         return step > self._last.get(key, -1) and step not in self._stored.get(key, ())
 
     def _describe(self, run: Run) -> None:
         """Parameters, tags, datasets, artifacts: worth having, but no reason to go without metrics."""
-        self._optional("parameters", lambda: self._store_params(run.data.params))
+        self._optional("parameters", lambda: self._store_params(run.data.params, run.data.tags))
         self._optional("tags", self._store_tags)
         self._optional("datasets", self._store_datasets)
         self._optional("artifacts", self._store_artifacts)
@@ -166,7 +192,7 @@ class MlflowRun:
         except Exception as error:  # noqa: BLE001 - MLflow, its artifact stores and their clients raise anything
             self._warn(what, error)
 
-    def _store_params(self, stored: Mapping[str, str]) -> None:
+    def _store_params(self, stored: Mapping[str, str], tags: Mapping[str, str]) -> None:
         from mlflow.entities import Param
 
         wanted = {_key(k): _cut(v, _MAX_PARAM) for k, v in scrub_mapping(self._card.params).items()}
@@ -176,6 +202,8 @@ class MlflowRun:
         # MLflow's parameters never change, a continued run's may (a longer run, more workers).
         changed = {f"changed/{k}": v for k, v in wanted.items() if stored.get(k, v) != v}
         self._set_tags(changed)
+        for tag in [t for t in tags if t.startswith("changed/") and t not in changed]:
+            self._client.delete_tag(self.id, tag)
 
     def _store_tags(self) -> None:
         data = {f"data/{d.name}/manifest_sha256": d.manifest_sha256 for d in self._card.datasets}
@@ -220,25 +248,6 @@ class MlflowRun:
                 self._client.log_text(self.id, scrub_document(path.read_text()), path.name)
             else:
                 self._client.log_artifact(self.id, str(path))
-
-
-def _earlier_run(client: MlflowClient, card: RunCard, uri: str) -> Run | None:
-    """The run this directory already has in this store; None if there is none, or it was deleted."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        record = json.loads((card.run_dir / RUN_FILE).read_text())
-    except (FileNotFoundError, ValueError):
-        return None
-    if record.get("tracking_uri") != scrub(uri):
-        return None
-    try:
-        run = client.get_run(record["run_id"])
-    except MlflowException as error:
-        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-            return None
-        raise
-    return run if run.info.lifecycle_stage == "active" else None
 
 
 def _experiment_id(client: MlflowClient, card: RunCard) -> str:

@@ -61,6 +61,8 @@ class OpenRun(Protocol):
 
     def close(self, reason: str) -> None: ...
 
+    def let_go(self) -> None: ...
+
 
 @dataclass(frozen=True)
 class Rhythm:
@@ -96,9 +98,12 @@ class Tracker:
         open_run: Callable[[Callable[[str, Exception], None]], OpenRun],
         store: str,
         rhythm: Rhythm = DEFAULT_RHYTHM,
+        later: str = "",
     ) -> None:
+        """``later``: the command that sends what this one cannot, for warnings."""
         self._open_run = open_run
         self._store = store
+        self._later = later
         self._rhythm = rhythm
         self._queue: queue.Queue[Point | _Picture | _Close] = queue.Queue(rhythm.capacity)
         self._run: OpenRun | None = None
@@ -116,8 +121,11 @@ class Tracker:
         the background thread whenever the store is connected, for what it missed.
         """
         quiet_mlflow()
-        tracker = cls(lambda warn: MlflowRun.open(card, _now_ms(), warn), scrub(tracking_uri(card.run_dir)))
-        return tracker.begin()
+        return cls(
+            lambda warn: MlflowRun.open(card, _now_ms(), warn),
+            scrub(tracking_uri(card.run_dir)),
+            later=f"maestro-scale sync {card.run_dir}",
+        ).begin()
 
     def begin(self) -> Tracker:
         """Start the background thread."""
@@ -148,9 +156,10 @@ class Tracker:
         self._thread.join(max(0.0, deadline - time.monotonic()))
         if self._thread.is_alive():
             log.warning(
-                "MLflow at %s did not take everything within %.0f s; metrics.jsonl has it",
+                "MLflow at %s did not take everything within %.0f s; metrics.jsonl has it, `%s` sends it",
                 self._store,
                 wait_s,
+                self._later,
             )
 
     # -- calling thread --------------------------------------------------------------------------------------
@@ -169,10 +178,12 @@ class Tracker:
         self._warned.add(what)
         reason = scrub(f"{type(error).__name__}: {error}".splitlines()[0])
         log.warning(
-            "MLflow at %s does not take %s (%s); training goes on, metrics.jsonl has every metric",
+            "MLflow at %s does not take %s (%s); training goes on, metrics.jsonl has every metric, `%s` sends what is "
+            "missing then",
             self._store,
             what,
             reason,
+            self._later,
         )
 
     # -- background thread -----------------------------------------------------------------------------------
@@ -236,6 +247,8 @@ class Tracker:
             self._lose(error)
 
     def _lose(self, error: Exception) -> None:
+        if self._run is not None:
+            self._run.let_go()
         self._run = None
         self._quiet_until = time.monotonic() + self._rhythm.retry_s
         self._warn("metrics", error)

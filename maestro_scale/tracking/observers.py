@@ -44,9 +44,9 @@ class TrackingObserver:
         self._run_dir = info.run_dir
         self._pictures = info.run_dir / "pictures"
         self._ended = info.run_dir / ENDED_FILE
+        self._ended.unlink(missing_ok=True)
         if not self._recipe.tracking.enabled:
             return
-        self._ended.unlink(missing_ok=True)
         self._tracker = Tracker.start(run_card(self._recipe, info.run_dir))
 
     def logged(self, record: dict[str, Any]) -> None:
@@ -67,8 +67,7 @@ class TrackingObserver:
             write_atomically(self._run_dir / REPORT, scrub(text))
         except OSError as error:
             log.warning("no %s: %s", REPORT, error)
-        if self._recipe.tracking.enabled:
-            write_atomically(self._ended, reason)
+        write_atomically(self._ended, reason)
         self._tracker.finish(reason)
 
     def _draw(self, step: int, views: list[SensorView]) -> None:

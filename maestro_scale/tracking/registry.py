@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -17,8 +17,9 @@ from maestro_scale.interop.pretrained import load_model, read_model
 from maestro_scale.interop.sources import REGISTERED, ModelSource
 from maestro_scale.model.config import ModelConfig
 from maestro_scale.secrets_filter import scrub
-from maestro_scale.tracking.mlflow_run import RUN_FILE, tracking_uri
+from maestro_scale.tracking.mlflow_run import tracking_uri
 from maestro_scale.tracking.mlflow_tracker import quiet_mlflow
+from maestro_scale.tracking.run_file import find_run
 
 if TYPE_CHECKING:
     from mlflow.models import ModelSignature
@@ -58,15 +59,18 @@ def register(model: Path, name: str, run_dir: Path) -> Registered:
     from mlflow.tracking import MlflowClient
 
     uri = tracking_uri(run_dir)
-    try:
-        run_id = json.loads((run_dir / RUN_FILE).read_text())["run_id"]
-    except (OSError, ValueError, KeyError):
-        raise RegistryError(
-            f"{run_dir} was not tracked: there is no {RUN_FILE}; `maestro-scale sync {run_dir}` makes up for it"
-        ) from None
+    # Each content has a place of its own: another version must not change under those who use it.
+    content = hashlib.sha256((model / WEIGHTS).read_bytes() + (model / CONFIG).read_bytes()).hexdigest()
+    place = f"models/step_{trained.get('step') or 0:08d}-{content[:12]}"
     try:
         client = MlflowClient(uri, uri)
-        place = f"models/step_{trained.get('step') or 0:08d}"
+        run = find_run(client, run_dir)
+        if run is None:
+            raise RegistryError(
+                f"{scrub(uri)} has no run of {run_dir}, which was not tracked there: `maestro-scale sync {run_dir}` "
+                "makes up for it"
+            )
+        run_id = run.info.run_id
         with tempfile.TemporaryDirectory() as folder:
             made, plain = Path(folder) / "made", Path(folder) / Path(REGISTERED).name
             plain.mkdir()
@@ -82,7 +86,7 @@ def register(model: Path, name: str, run_dir: Path) -> Registered:
             client.log_artifacts(run_id, str(made), place)
         if not client.search_registered_models(f"name = '{name}'"):
             client.create_registered_model(name)
-        root = client.get_run(run_id).info.artifact_uri
+        root = run.info.artifact_uri
         tags = {"size": _size(config), "dataset": ",".join(v.dataset for v in config.views)}
         version = client.create_model_version(name, f"{root}/{place}", run_id, tags=tags).version
     except (MlflowException, OSError) as error:

@@ -10,8 +10,9 @@ from filelock import FileLock, Timeout
 
 from maestro_scale.recipe import load_recipe
 from maestro_scale.secrets_filter import scrub
+from maestro_scale.shards.errors import ShardsError
 from maestro_scale.tracking.card import run_card
-from maestro_scale.tracking.mlflow_run import ENDED_FILE, MlflowRun, tracking_uri
+from maestro_scale.tracking.mlflow_run import ENDED_FILE, BeingSent, MlflowRun, tracking_uri
 from maestro_scale.tracking.mlflow_tracker import quiet_mlflow
 
 
@@ -21,11 +22,13 @@ class SyncError(Exception):
 
 @dataclass(frozen=True)
 class Synced:
-    """Where a run went. ``num_lines``: of metrics.jsonl; ``ended``: whether it is over."""
+    """Where a run went. ``num_lines``: of metrics.jsonl that were read, ``num_unreadable``: that could not be;
+    ``ended``: whether it is over."""
 
     run_id: str
     store: str
     num_lines: int
+    num_unreadable: int
     num_pictures: int
     ended: bool
 
@@ -33,14 +36,20 @@ class Synced:
 def sync(run_dir: Path) -> Synced:
     """Bring the MLflow run of ``run_dir`` up to date with its files; what the store has is not sent again.
 
-    A run that goes on stays open. SyncError if the directory is no run's, or the store does not answer.
+    A run that goes on stays open. SyncError if the directory is no run's, the run sends to that store itself, or the
+    store does not answer.
     """
     if not (run_dir / "recipe.yaml").exists():
         raise SyncError(f"{run_dir} is no run directory: it has no recipe.yaml")
     quiet_mlflow()
     troubles: list[str] = []
     store = scrub(tracking_uri(run_dir))
-    card = run_card(load_recipe(run_dir / "recipe.yaml"), run_dir)
+    try:
+        card = run_card(load_recipe(run_dir / "recipe.yaml"), run_dir)
+        num_lines = sum(1 for _ in card.history())
+        num_unreadable = len((run_dir / "metrics.jsonl").read_text().splitlines()) - num_lines
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ShardsError) as error:
+        raise SyncError(f"{run_dir} cannot be read as a run directory ({scrub(str(error))})") from error
     live = _is_live(run_dir)
     try:
         run = MlflowRun.open(
@@ -50,13 +59,19 @@ def sync(run_dir: Path) -> Synced:
         missing = [p for p in pictures if p.name not in run.stored_pictures()]
         for path in missing:
             run.picture(path)
-        if not live:
+        if live:
+            run.let_go()
+        else:
             run.close((run_dir / ENDED_FILE).read_text() if (run_dir / ENDED_FILE).exists() else "stopped")
+    except BeingSent as error:
+        raise SyncError(
+            f"{error}: a run that goes on sends what the store misses by itself, when the store is back or at its end"
+        ) from error
     except Exception as error:
         raise SyncError(f"{store} does not take {run_dir}: {scrub(str(error).splitlines()[0])}") from error
     if troubles:
         raise SyncError(f"{store} did not take {scrub(troubles[0].splitlines()[0])}; the metrics are there")
-    return Synced(run.id, store, sum(1 for _ in card.history()), len(missing), not live)
+    return Synced(run.id, store, num_lines, num_unreadable, len(missing), not live)
 
 
 def _is_live(run_dir: Path) -> bool:

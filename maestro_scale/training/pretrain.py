@@ -22,6 +22,7 @@ from maestro_scale.model.cost import cost, num_parameters
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.model.masking import Masking
 from maestro_scale.recipe import Recipe, RecipeError, check_world, resolve_sensors
+from maestro_scale.secrets_filter import scrub_document
 from maestro_scale.shards.manifest import Manifest
 from maestro_scale.shards.retry import Retry
 from maestro_scale.shards.store import Store
@@ -43,7 +44,15 @@ from maestro_scale.training.observer import Observer, RunInfo
 from maestro_scale.training.offload_room import check_offload_room
 from maestro_scale.training.optimizer import SCHEDULES, build_optimizer
 from maestro_scale.training.retention import Retention
-from maestro_scale.training.run_dir import JsonLines, RunDirError, is_resolved, lock, write_about
+from maestro_scale.training.run_dir import (
+    JsonLines,
+    RunDirError,
+    is_resolved,
+    lock,
+    manifest_path,
+    write_about,
+    write_atomically,
+)
 from maestro_scale.training.skipped import SkippedSteps
 from maestro_scale.training.state import TrainState
 from maestro_scale.training.stop import StopRequest
@@ -292,6 +301,9 @@ def _prepare(
             metrics.rewind(0)  # what another recipe did before its first checkpoint
         metrics.go_on(position.step, num_steps)
         write_about(run_dir, recipe.to_yaml(), attention=kernel, compile=recipe.model.compile)
+        for number, dataset in enumerate(datasets):
+            path = manifest_path(run_dir, number, dataset.manifest.spec.name)
+            write_atomically(path, scrub_document(dataset.manifest.dumps()))
         info = RunInfo(run_dir, position.step, num_steps, t.global_batch)
         for observer in run.observers:
             observer.started(info)

@@ -1,6 +1,6 @@
 """The run directory: what was asked, with what, and every logged number, as plain files.
 
-``recipe.yaml`` (resolved), ``environment.json``, ``metrics.jsonl``, ``audit/rankNNNNN.jsonl``,
+``recipe.yaml`` (resolved), ``environment.json``, ``manifests/``, ``metrics.jsonl``, ``audit/rankNNNNN.jsonl``,
 ``skipped/rankNNNNN.jsonl``, ``checkpoints/``; after a hang the stacks, ``hang/rankNNNNN.txt``.
 """
 
@@ -104,6 +104,11 @@ def write_about(run_dir: Path, recipe_yaml: str, **more: Any) -> None:
     write_atomically(
         run_dir / "environment.json", json.dumps(scrub_tree({**environment(), **more}), indent=1)
     )
+
+
+def manifest_path(run_dir: Path, number: int, dataset: str) -> Path:
+    """Where a run keeps the manifest of the ``number``-th dataset of its mixture."""
+    return run_dir / "manifests" / f"{number}-{dataset}.json"
 
 
 def is_resolved(run_dir: Path, recipe_yaml: str) -> bool:

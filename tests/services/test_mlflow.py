@@ -121,9 +121,9 @@ def test_a_run_and_its_evaluation(server, trainer, tmp_path):
     result.write(tmp_path / "results.json")
     os.environ["MLFLOW_TRACKING_URI"] = server.uri
     try:
-        nested = record_evaluation(
-            run_dir / "checkpoints" / "step_00000006", result, tmp_path / "results.json"
-        )
+        checkpoint = run_dir / "checkpoints" / "step_00000006"
+        nested = record_evaluation(checkpoint, result, tmp_path / "results.json")
+        assert record_evaluation(checkpoint, result, tmp_path / "results.json") == nested
     finally:
         del os.environ["MLFLOW_TRACKING_URI"]
     run = stored.get_run(nested)
@@ -136,9 +136,22 @@ def test_a_run_and_its_evaluation(server, trainer, tmp_path):
 
 
 def test_after_a_kill_and_a_resume(server, trainer, tmp_path):
-    run_dir = tmp_path / "run"
-    trainer.kill_at(run_dir, 2, 4, *TRACKED, "train.steps=12")
-    trainer.train(run_dir, 2, *TRACKED, "train.steps=12")
+    """Killed when the server already has steps that are past the last checkpoint: they are taken again."""
+    run_dir, long = tmp_path / "run", ("train.steps=200", "checkpoint.every_steps=200")
+    job = trainer.start(run_dir, 2, *TRACKED, *long)
+    deadline, stored = time.monotonic() + 200, 0
+    while stored < 5:
+        assert time.monotonic() < deadline, job.output[-3000:]
+        assert not any(p.poll() for p in job.processes), job.output[-3000:]
+        time.sleep(0.05)
+        if (run_dir / "tracking.json").exists():
+            run_id = json.loads((run_dir / "tracking.json").read_text()).get("run_id")
+            stored = len(client(server).get_metric_history(run_id, "loss/total")) if run_id else 0
+    job.kill()
+    assert not (run_dir / "latest").exists(), "a checkpoint came in between"
+    before = metrics(run_dir)
+    trainer.train(run_dir, 2, *TRACKED, *long)
+    assert metrics(run_dir)[: len(before)] == before
     assert check_every_metric_is_there_once(server, run_dir) == "FINISHED"
 
 
@@ -186,7 +199,7 @@ def test_a_run_without_network_is_sent_later(server, trainer, tmp_path):
     assert sent.returncode == 0, sent.stderr
     assert "has all 6 lines and 2 more pictures" in sent.stdout
     assert check_every_metric_is_there_once(server, run_dir) == "FINISHED"
-    again = sync(server.uri)
+    again = sync(server.uri.replace("127.0.0.1", "localhost") + "/")
     assert "0 more pictures" in again.stdout
     assert check_every_metric_is_there_once(server, run_dir) == "FINISHED"
 
@@ -281,6 +294,32 @@ def test_a_model_is_registered_and_loaded(server, trainer, tmp_path):
     refused = export(str(run_dir), str(tmp_path / "model"), "--register", "tiny trees")
     assert refused.returncode == 1
     assert "was not tracked" in refused.stderr
+
+
+def test_versions_of_one_step_stay_what_they_were(server, trainer, tmp_path):
+    run_dir = tmp_path / "run"
+    trainer.train(run_dir, 1, *TRACKED, "optim.ema=0.5")
+    program = str(Path(sys.executable).parent / "maestro-scale")
+    env = {**os.environ, "MLFLOW_TRACKING_URI": server.uri}
+    for words in ([str(tmp_path / "raw")], [str(tmp_path / "ema"), "--ema"]):
+        command = [program, "export", str(run_dir), *words, "--register", "versions"]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+    for version, kind in enumerate(("raw", "ema"), 1):
+        client(server).get_model_version("versions", str(version))
+        code = SAME.format(exported=str(tmp_path / kind), version=version)
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+
+
+SAME = """
+import torch
+from maestro_scale import load_model
+mine, theirs = load_model({exported!r}).state_dict(), load_model("models:/versions/{version}").state_dict()
+assert all(torch.equal(tensor, theirs[name]) for name, tensor in mine.items())
+"""
 
 
 LOADED = """

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from maestro_scale.tracking.mlflow_run import DatasetInput, Point, RunCard
+from maestro_scale.tracking.mlflow_run import BeingSent, DatasetInput, MlflowRun, Point, RunCard
 from maestro_scale.tracking.mlflow_tracker import NullTracker, Rhythm, Tracker
 
 SECRET = "hunter2-correct-horse"
@@ -54,6 +54,12 @@ class Store:
 
     def artifacts(self, folder=None):
         return {a.path for a in self.client.list_artifacts(self.id, folder)}
+
+
+def sent(run_dir: Path) -> list[int]:
+    """Steps that the store has so far."""
+    path = run_dir / "tracking.json"
+    return Store(run_dir).steps() if path.exists() and "run_id" in json.loads(path.read_text()) else []
 
 
 def wait_until(condition):
@@ -103,8 +109,9 @@ def test_replayed_steps_are_stored_once(run_dir):
     killed = start(run_dir, params={"train.steps": 10})
     for step in range(1, 11):
         killed.log(step, {"loss": step})
-    wait_until(lambda: (run_dir / "tracking.json").exists() and len(Store(run_dir).steps()) == 10)
+    wait_until(lambda: len(sent(run_dir)) == 10)
     first = Store(run_dir).id
+    killed._run.let_go()  # as the kernel does for a process that is killed
 
     # The checkpoint was of step 6, so 7 to 10 come again; the run was made longer.
     resumed = start(run_dir, params={"train.steps": 15})
@@ -118,6 +125,9 @@ def test_replayed_steps_are_stored_once(run_dir):
     assert store.run.info.status == "KILLED"
     assert store.run.data.params["train.steps"] == "10"
     assert store.run.data.tags["changed/train.steps"] == "15"
+    again = start(run_dir, params={"train.steps": 10})
+    again.finish("done", PATIENCE_S)
+    assert "changed/train.steps" not in Store(run_dir).run.data.tags
 
 
 CHILD = """
@@ -177,7 +187,7 @@ def test_an_outage_in_the_middle_leaves_no_gap(run_dir, monkeypatch, caplog):
     with caplog.at_level(logging.WARNING):
         for step in range(1, 61):
             if step == 21:
-                wait_until(lambda: (run_dir / "tracking.json").exists() and len(Store(run_dir).steps()) == 20)
+                wait_until(lambda: len(sent(run_dir)) == 20)
                 down.append(True)
             if step == 41:
                 wait_until(lambda: caplog.records)
@@ -227,6 +237,9 @@ class SlowRun:
 
     def close(self, reason: str) -> None:
         self.closed = reason
+
+    def let_go(self) -> None:
+        self.wait_s = self.wait_s
 
 
 def test_a_slow_store_does_not_slow_the_caller_and_the_queue_is_bounded(caplog):
@@ -292,15 +305,50 @@ def test_artifacts_that_cannot_be_stored_do_not_cost_the_metrics(run_dir, monkey
 
 
 def test_a_run_deleted_from_the_store_is_begun_anew(run_dir):
-    (run_dir / "tracking.json").write_text(
-        json.dumps({"tracking_uri": f"sqlite:///{run_dir.parent / 'mlflow.db'}", "run_id": "0" * 32})
+    for number in range(2):
+        tracker = start(run_dir)
+        tracker.log(1, {"loss": 1.0})
+        tracker.finish("failed", PATIENCE_S)
+        store = Store(run_dir)
+        assert store.run.info.status == "FAILED"
+        if number == 0:
+            first = store.id
+            store.client.delete_run(first)
+    assert store.id != first
+
+
+def test_it_is_one_run_in_every_store_whatever_the_file_says(run_dir, monkeypatch, tmp_path):
+    def send(steps):
+        tracker = start(run_dir)
+        for step in steps:
+            tracker.log(step, {"loss": 1.0})
+        tracker.finish("done", PATIENCE_S)
+
+    send([1, 2])
+    first = Store(run_dir).id
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'other.db'}")
+    send([1, 2, 3])
+    elsewhere = json.loads((run_dir / "tracking.json").read_text())["run_id"]
+    monkeypatch.setenv(
+        "MLFLOW_TRACKING_URI", f"sqlite:///{run_dir.parent}/../{run_dir.parent.name}/mlflow.db"
     )
-    tracker = start(run_dir)
-    tracker.log(1, {"loss": 1.0})
-    tracker.finish("failed", PATIENCE_S)
+    send([3, 4])
     store = Store(run_dir)
-    assert store.id != "0" * 32
-    assert store.run.info.status == "FAILED"
+    assert (store.id, store.steps()) == (first, [1, 2, 3, 4])
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'other.db'}")
+    send([4])
+    assert json.loads((run_dir / "tracking.json").read_text())["run_id"] == elsewhere
+
+
+def test_two_processes_do_not_send_the_same_run_to_the_same_store(run_dir):
+    def card(warn=lambda *_: None):
+        return MlflowRun.open(RunCard(run_dir, "maestro", run_dir.name, {}, {}), 0, warn)
+
+    first = card()
+    with pytest.raises(BeingSent, match="another process sends"):
+        card()
+    first.close("done")
+    card().close("done")
 
 
 def test_no_secret_reaches_the_store(run_dir, monkeypatch):
