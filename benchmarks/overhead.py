@@ -39,6 +39,7 @@ from maestro_scale.training.distributed import World, join, leave
 from maestro_scale.training.engine import Engine
 from maestro_scale.training.pretrain import pretrain
 from maestro_scale.training.run_dir import git_revision
+from maestro_scale.training.stop import StopRequest
 from maestro_scale.training.watchdog import Watchdog
 
 MOST_LOOP_MS, MOST_LOG_SHARE = 2.0, 0.01
@@ -80,7 +81,7 @@ def step_times(recipe: Recipe, run_dir: Path, world: World, model: bool) -> list
             patched.enter_context(mock.patch.object(Engine, "step", once))
         watch = Watchdog(world, recipe.train.hang_timeout_s, run_dir).start()
         observers = observers_for(recipe) if world.is_main else []
-        pretrain(recipe, run_dir, world, observers, watch)
+        pretrain(recipe, run_dir, world, observers, watch, StopRequest(run_dir).install())
         watch.stop()
     return [b - a for a, b in itertools.pairwise(marks)][WARM:]
 

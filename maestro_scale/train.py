@@ -12,6 +12,8 @@ import sys
 import traceback
 from pathlib import Path
 
+from maestro_scale.training.stop import StopRequest
+
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
@@ -41,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit code. Expected mistakes become one line on standard error."""
     args = parse(argv)
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
+    stop = StopRequest().install()  # what follows takes seconds
     from maestro_scale.recipe import RecipeError, load_recipe
     from maestro_scale.secrets_filter import hide_secrets
 
@@ -53,14 +56,15 @@ def main(argv: list[str] | None = None) -> int:
             if rank == 0:
                 dry_run(recipe, int(os.environ.get("WORLD_SIZE", 1)))
             return 0
-        return _pretrain(recipe, args.run_dir or Path("runs") / recipe.name, args.fresh)
+        stop.run_dir = args.run_dir or Path("runs") / recipe.name
+        return _pretrain(recipe, stop.run_dir, stop, args.fresh)
     except RecipeError as error:
         if rank == 0:  # every rank reads the same recipe
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
 
 
-def _pretrain(recipe, run_dir: Path, fresh: bool) -> int:
+def _pretrain(recipe, run_dir: Path, stop: StopRequest, fresh: bool) -> int:
     from maestro_scale.recipe import RecipeError
     from maestro_scale.tracking.closing import REPORT, next_commands
     from maestro_scale.tracking.observers import observers_for
@@ -76,7 +80,7 @@ def _pretrain(recipe, run_dir: Path, fresh: bool) -> int:
     watch = Watchdog(world, timeout_s, run_dir).start()
     try:
         observers = observers_for(recipe) if world.is_main else []
-        outcome = pretrain(recipe, run_dir, world, observers, watch, fresh)
+        outcome = pretrain(recipe, run_dir, world, observers, watch, stop, fresh)
     except EXPECTED as error:
         where = "" if world.is_main else f" (rank {world.rank} on {os.uname().nodename})"
         if world.is_main or not isinstance(

@@ -21,7 +21,8 @@ GIB = 2**30
 @dataclass(frozen=True)
 class Cost:
     """Counts for one sample and one replica. ``forward_flops`` is pretraining's; ``step_flops`` adds backward (twice
-    the forward) and recomputation. ``activations``: values kept for backward per sample."""
+    the forward) and recomputation, which ``model_flops``, what MFU goes by, leaves out (arXiv 2204.02311, appendix B).
+    ``activations``: values kept for backward per sample."""
 
     parameters: int
     tokens: dict[str, int]
@@ -29,6 +30,11 @@ class Cost:
     forward_flops: int
     step_flops: int
     activations: int
+
+    @property
+    def model_flops(self) -> int:
+        """Forward and backward, whatever is computed twice to save memory."""
+        return 3 * self.forward_flops
 
 
 def num_parameters(config: ModelConfig) -> int:

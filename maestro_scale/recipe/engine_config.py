@@ -22,6 +22,8 @@ _PINNED = {
     "gradient_predivide_factor": 1.0,
 }
 
+FROM_MICRO_BATCH = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+
 _REFUSED = {
     "elasticity": "DeepSpeed 0.19 removed it; data.lanes lets a run continue on another number of ranks",
     "amp": "DeepSpeed 0.19 removed it; use train.precision",

@@ -91,7 +91,10 @@ class Recipe(Section):
         if stage != self.zero_stage:
             said = {k: v for k, v in said.items() if not k.startswith(("stage3_", "offload_"))}
         train = self.train.model_copy(update={"micro_batch": micro_batch or self.train.micro_batch})
-        deepspeed = {**self.deepspeed, "zero_optimization": {**said, "stage": stage}}
+        rest = self.deepspeed
+        if train.micro_batch != self.train.micro_batch:
+            rest = {k: v for k, v in rest.items() if k not in engine_config.FROM_MICRO_BATCH}
+        deepspeed = {**rest, "zero_optimization": {**said, "stage": stage}}
         return self.model_copy(update={"train": train, "deepspeed": deepspeed})
 
     def to_yaml(self) -> str:

@@ -64,6 +64,7 @@ def _losses(dataset: str, lines: Sequence[dict[str, Any]]) -> str:
 def _speed(lines: Sequence[dict[str, Any]]) -> str:
     rows = {
         "samples/s": _median(lines, "samples_per_s"),
+        "visible tokens/s": _median(lines, "tokens_per_s"),
         "seconds a step": _median(lines, "step_s"),
         "of these waiting for data": _median(lines, "data_wait_s"),
         "TFLOP/s a rank": _median(lines, "tflops"),

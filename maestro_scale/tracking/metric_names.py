@@ -8,7 +8,7 @@ from typing import Any
 
 _GROUPS = {
     "optim": ("lr", "grad_norm", "skipped_steps"),
-    "speed": ("samples_per_s", "step_s", "tflops", "mfu"),
+    "speed": ("samples_per_s", "tokens_per_s", "step_s", "tflops", "mfu"),
     "data": ("epoch", "samples", "data_wait_s"),
     "system": ("peak_memory_gib",),
 }

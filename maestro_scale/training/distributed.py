@@ -44,6 +44,13 @@ class World:
         dist.all_reduce(total)
         return total
 
+    def sum_with_flags(self, values: Tensor, flags: Sequence[bool]) -> tuple[Tensor, Tensor]:
+        """As ``sum``, of ``values`` (N,), and whether each flag is set on any rank, (F,) bool, in one go. Both stay on
+        the device of ``values``."""
+        raised = torch.tensor(flags, dtype=values.dtype).to(values.device, non_blocking=True)
+        total = self.sum(torch.cat([values, raised]))
+        return total[: len(values)], total[len(values) :] > 0
+
     def maxima(self, values: Sequence[float]) -> list[float]:
         """The largest over all ranks of each number."""
         tensor = torch.tensor(list(values), dtype=torch.float64)

@@ -70,6 +70,7 @@ class Engine:
         local_sums = self._run(batches, masks, counts)
         if not self._judged:  # DeepSpeed itself gave up on the step
             self._judge()
+            self._forget_partial_sums()
             if self._skipped is None:
                 raise RuntimeError("DeepSpeed skipped a step whose loss and gradient norm are finite")
         if self._skipped is None:
@@ -120,8 +121,10 @@ class Engine:
         norm = self._plain_norm if self._plain else self._raw.optimizer._global_grad_norm
         self._judged, self._loss, self._norm = True, float(self._global_loss), float(norm)
         self._skipped = self.guard.judge(self._loss, self._norm)
-        # The numbers are global already; asking makes sure that no rank goes on alone.
-        if self._world.any(self._skipped is not None) and self._skipped is None:
+        # The numbers are global already; asking makes sure that no rank goes on alone. By the network of the gradients:
+        # the device has been waited for just now.
+        objections = torch.tensor(float(self._skipped is not None), device=self._world.device)
+        if float(self._world.sum(objections)) and self._skipped is None:
             self._skipped = "another rank objects"
 
     def _update_unless_skipped(self, *args: Any, **kwargs: Any) -> Any:
@@ -139,6 +142,12 @@ class Engine:
         for partition in optimizer.fp32_partitioned_groups_flat:
             if partition.grad is not None:
                 partition.grad.zero_()
+
+    def _forget_partial_sums(self) -> None:
+        # With offload, stages 1 and 2 keep the sums of a step that they gave up (0.19.8): every later one would be NaN.
+        if self._stage in (1, 2):
+            sums = getattr(self._raw.optimizer, "averaged_gradients", {})
+            sums.update(dict.fromkeys(sums))
 
     def _norm_of_plain_gradients(self) -> Tensor:
         # DeepSpeed reports no norm where it leaves the optimizer as it is (stage 0).

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from maestro_scale.datasets.spec import Sensor
 from maestro_scale.model.config import ModelConfig
+from maestro_scale.model.cost import Cost
 from maestro_scale.model.masking import Mask, Masking, by_sensor, draw_masks
 from maestro_scale.model.targets import hidden_pixels
 from maestro_scale.stream.batch import Batch, digest
@@ -55,7 +56,7 @@ class Seen:
 
     config: ModelConfig
     bands: dict[str, tuple[str, ...]]
-    step_flops: int
+    cost: Cost
 
 
 @dataclass
@@ -110,7 +111,11 @@ def train(run: Run, position: Position) -> Outcome:
             run.watch.note(position.step + 1, "computing")
             seen = run.datasets[data.dataset]
             masks = [draw_masks(seen.config, run.masking, b) for b in batches]
-            counts = world.sum(hidden_counts(seen.config, masks))
+            # With what every rank must know, so that a step asks the others once; it is read when the step is over, and
+            # costs no waiting then.
+            overdue = 0 < rhythm.checkpoint_s < time.monotonic() - last_checkpoint
+            flags = [run.stop.requested(), overdue and world.is_main, checkpoints.busy]
+            counts, flags = world.sum_with_flags(hidden_counts(seen.config, masks), flags)
             taken = run.engine.step(position.step, batches, masks, counts)
             if run.state.ema is not None and taken.skipped is None:
                 run.state.ema.update()
@@ -120,7 +125,7 @@ def train(run: Run, position: Position) -> Outcome:
                 step=position.step + 1,
                 skipped_steps=position.skipped_steps + (taken.skipped is not None),
             )
-            run.meter.add(rhythm.global_batch, seen.step_flops, wait_s)
+            run.meter.add(rhythm.global_batch, seen.cost, wait_s)
             last = position.step == rhythm.num_steps
             if run.audit is not None:
                 run.audit.append({"step": position.step, **_audit(data.batches)})
@@ -133,10 +138,7 @@ def train(run: Run, position: Position) -> Outcome:
             if taken.skipped is not None:
                 run.skipped.note(position.step, taken, data.batches)
 
-            overdue = 0 < rhythm.checkpoint_s < time.monotonic() - last_checkpoint
-            stopping, overdue, busy = map(
-                bool, world.maxima([run.stop.requested(), overdue and world.is_main, checkpoints.busy])
-            )
+            stopping, overdue, busy = flags.tolist()
             run.watch.note(position.step, "writing")
             if checkpoints.pending and not busy:
                 checkpoints.commit()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from maestro_scale.model.cost import Cost
 from maestro_scale.training.distributed import World
 
 # Dense bf16 peaks by the vendors' datasheets; a device that is not here has no MFU rather than a guess.
@@ -33,26 +34,29 @@ class Meter:
     world: World
     steps: int = 0
     samples: int = 0
+    tokens: int = 0
     flops: int = 0
     wait_s: float = 0.0
     started: float = 0.0
 
     def restart(self) -> None:
         """Begin a new window now."""
-        self.steps, self.samples, self.flops, self.wait_s = 0, 0, 0, 0.0
+        self.steps, self.samples, self.tokens, self.flops, self.wait_s = 0, 0, 0, 0, 0.0
         self.started = time.perf_counter()
         if self.world.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.world.device)
 
-    def add(self, global_samples: int, flops_per_sample: int, wait_s: float) -> None:
-        """One finished step; FLOPs of forward and backward, from ``model.cost``."""
+    def add(self, global_samples: int, sample: Cost, wait_s: float) -> None:
+        """One finished step of so many samples, each of which costs ``sample``."""
         self.steps += 1
         self.samples += global_samples
-        self.flops += global_samples * flops_per_sample
+        self.tokens += global_samples * sample.visible_tokens
+        self.flops += global_samples * sample.model_flops
         self.wait_s += wait_s
 
     def read(self) -> dict[str, float | None]:
-        """The window's numbers (all ranks must call it), then a new window. Waits and memory are maxima over ranks."""
+        """The window's numbers (all ranks must call it), then a new window. Samples and visible tokens are of all ranks
+        together, TFLOP/s (forward and backward, nothing that is recomputed) of one; waits and memory are maxima."""
         if self.world.device.type == "cuda":
             torch.cuda.synchronize(self.world.device)
         elapsed, wait_s, memory = self.world.maxima(
@@ -62,6 +66,7 @@ class Meter:
         peak = peak_tflops(self.world.device)
         numbers = {
             "samples_per_s": self.samples / elapsed,
+            "tokens_per_s": self.tokens / elapsed,
             "data_wait_s": wait_s,
             "step_s": elapsed / self.steps,
             "tflops": tflops,

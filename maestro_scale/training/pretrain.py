@@ -76,6 +76,7 @@ def pretrain(
     world: World,
     observers: list[Observer],
     watch: Watchdog,
+    stop: StopRequest,
     fresh: bool = False,
 ) -> Outcome:
     """Train, or continue, the run in ``run_dir``; every rank calls it with the same arguments.
@@ -88,7 +89,7 @@ def pretrain(
         if fresh:
             _refuse_unless_new(recipe, run_dir, world)
         world.barrier()
-        run, position = _prepare(recipe, run_dir, world, observers, watch)
+        run, position = _prepare(recipe, run_dir, world, observers, watch, stop)
         reason = "failed"
         try:
             outcome = train(run, position)
@@ -221,7 +222,12 @@ def _mirror(recipe: Recipe, run_dir: Path) -> Mirror | None:
 
 
 def _prepare(
-    recipe: Recipe, run_dir: Path, world: World, observers: list[Observer], watch: Watchdog
+    recipe: Recipe,
+    run_dir: Path,
+    world: World,
+    observers: list[Observer],
+    watch: Watchdog,
+    stop: StopRequest,
 ) -> tuple[Run, Position]:
     _seed_everything(recipe.seed)
     datasets = open_datasets(recipe)
@@ -292,7 +298,7 @@ def _prepare(
         skipped=skipped,
         meter=Meter(world),
         nodes=Nodes(world),
-        stop=StopRequest(run_dir).install(),
+        stop=stop,
         watch=watch,
         observers=observers if world.is_main else [],
     )
@@ -374,7 +380,7 @@ def _seen(recipe: Recipe, config: ModelConfig, datasets: list[Dataset]) -> dict[
     for view, dataset in zip(config.views, datasets, strict=True):
         spec, own = dataset.manifest.spec, config.of(view.dataset)
         bands = {s.name: tuple(spec.modality(s.source).bands[b] for b in s.bands) for s in view.sensors}
-        seen[view.dataset] = Seen(own, bands, cost(own, recipe.masking.ratio).step_flops)
+        seen[view.dataset] = Seen(own, bands, cost(own, recipe.masking.ratio))
     return seen
 
 

@@ -47,10 +47,15 @@ class JsonLines:
         os.replace(fresh, self.path)
 
     def append(self, record: dict[str, Any]) -> None:
-        """One line, written in one go."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        """One line, written in one go. RunDirError where the disk does not take it."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise RunDirError(
+                f"{self.path} cannot be written: {error.strerror or error}; make room, then the same command goes on"
+            ) from None
 
     def read(self) -> list[dict[str, Any]]:
         """Every whole line."""

@@ -10,28 +10,34 @@ from types import FrameType
 class StopRequest:
     """Set by SIGTERM, SIGUSR1 or SIGINT, or by a file ``STOP`` in the run directory; ``reason`` says which.
 
-    Data workers ignore these signals themselves (see stream.loader). A second SIGINT interrupts at once.
+    Data workers ignore these signals themselves (see stream.loader). A second SIGINT interrupts at once. What is asked
+    for while a run is being prepared is done after its first step. ``run_dir``: may be told later.
     """
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path | None = None) -> None:
         self.reason: str | None = None
-        self._file = run_dir / "STOP"
+        self.run_dir = run_dir
 
     def install(self) -> StopRequest:
-        """Take over the signals of this process."""
+        """Take over the signals of this process: early, before what takes long."""
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._on_signal)
         return self
 
     def requested(self) -> bool:
         """Whether this rank was asked to stop; cheap enough for every step."""
-        if self.reason is None and self._file.exists():
-            self.reason = f"the file {self._file}"
+        file = self._file()
+        if self.reason is None and file is not None and file.exists():
+            self.reason = f"the file {file}"
         return self.reason is not None
 
     def clear_file(self) -> None:
         """Remove the STOP file once it was obeyed, so that the next start does not stop again."""
-        self._file.unlink(missing_ok=True)
+        if (file := self._file()) is not None:
+            file.unlink(missing_ok=True)
+
+    def _file(self) -> Path | None:
+        return self.run_dir / "STOP" if self.run_dir else None
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.reason = signal.Signals(number).name

@@ -1,8 +1,9 @@
-"""Ends a job that hangs, and names the rank it hangs on: every rank has a heart beside its main thread.
+"""Ends a job that hangs, and names the rank it hangs on: every rank has a heart and a watcher beside its main thread.
 
 Each rank's heart beats into the store that the ranks met through. A rank whose main thread makes no progress for
 ``timeout_s`` looks at the others: one without a heartbeat is frozen or dead; else the one that is furthest behind
-holds the rest up.
+holds the rest up. The store lives in rank 0: where that is frozen, whoever asks it waits for ever, so only threads that
+nobody waits for do.
 """
 
 from __future__ import annotations
@@ -72,7 +73,8 @@ class Watchdog:
         self._beat_s = min(_SLOWEST_BEAT_S, timeout_s / 8)
         self._noted, self._since = (0, _ORDER[0]), time.monotonic()
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True, name="maestro-watchdog")
+        self._heart = threading.Thread(target=self._live, daemon=True, name="maestro-heart")
+        self._watcher = threading.Thread(target=self._watch, daemon=True, name="maestro-watchdog")
         self._count = 0
         # A connection of its own: the process group's may be blocked in a wait.
         self._store = dist.TCPStore(
@@ -86,13 +88,15 @@ class Watchdog:
     def start(self) -> Watchdog:
         """Begin to beat and to watch."""
         self._beat()
-        self._thread.start()
+        self._heart.start()
+        self._watcher.start()
         return self
 
     def stop(self) -> None:
         """The job is over; nobody is late any more."""
         self._ended.set()
-        self._thread.join(4 * self._beat_s)
+        for thread in (self._heart, self._watcher):
+            thread.join(4 * self._beat_s)
 
     def note(self, step: int, doing: str) -> None:
         """The main thread is at ``step`` and about to do one of: waiting for data, computing, writing, ending."""
@@ -103,9 +107,12 @@ class Watchdog:
         found = self._look()
         return found if found.startswith("no sign") else None
 
-    def _watch(self) -> None:
+    def _live(self) -> None:
         while not self._ended.wait(self._beat_s):
             self._beat()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(self._beat_s):
             if time.monotonic() - self._since > self._timeout_s:
                 self._end()
 
@@ -116,15 +123,22 @@ class Watchdog:
             self._store.set(_key(self._world.rank), json.dumps({**beat, "doing": self._noted[1]}))
 
     def _look(self) -> str:
+        found: list[str] = []
+        looking = threading.Thread(target=lambda: found.append(self._asked()), daemon=True)
+        looking.start()
+        looking.join(8 * self._beat_s)
+        return found[0] if found else self._no_store()
+
+    def _asked(self) -> str:
         try:
             before = self._beats()
-            time.sleep(self._beat_s)
-            self._beat()
-            time.sleep(2 * self._beat_s)
-            self._beat()
+            time.sleep(3 * self._beat_s)
             return blame(before, self._beats())
         except (RuntimeError, OSError):
-            return f"no sign of life from rank 0 on {os.environ['MASTER_ADDR']}, through which the ranks met"
+            return self._no_store()
+
+    def _no_store(self) -> str:
+        return f"no sign of life from rank 0 on {os.environ['MASTER_ADDR']}, through which the ranks met"
 
     def _beats(self) -> list[Beat | None]:
         beats: list[Beat | None] = []

@@ -100,28 +100,29 @@ def test_from_two_ranks_to_one_to_two_and_other_stages(trainer, quiet, tmp_path)
     assert audit(run_dir) == audit(quiet)
 
 
-def test_a_frozen_rank_ends_the_job_and_is_named(trainer, tmp_path):
-    run_dir = tmp_path / "run"
+@pytest.mark.parametrize("frozen_rank", [0, 1])
+def test_a_frozen_rank_ends_the_job_and_is_named(trainer, tmp_path, frozen_rank):
+    run_dir, other = tmp_path / "run", 1 - frozen_rank
     job = trainer.start(
-        run_dir, 2, *LONG, "train.steps=100000", "train.hang_timeout_s=20", "train.log_every=1"
+        run_dir, 2, *LONG, "train.steps=100000", "train.hang_timeout_s=15", "train.log_every=1"
     )
     deadline = time.monotonic() + 200
     while last_step(run_dir) < 3:
         assert time.monotonic() < deadline, job.output[-3000:]
         time.sleep(0.02)
-    job.processes[1].send_signal(signal.SIGSTOP)
+    job.processes[frozen_rank].send_signal(signal.SIGSTOP)
     frozen = time.monotonic()
     try:
-        while job.processes[0].poll() is None:
+        while job.processes[other].poll() is None:
             assert time.monotonic() - frozen < 90, job.output[-3000:]
             time.sleep(0.1)
     finally:
         output = job.output
         job.kill()
-    assert job.processes[0].returncode == 3
-    assert "no sign of life from rank 1 on" in output
+    assert job.processes[other].returncode == 3
+    assert f"no sign of life from rank {frozen_rank} on" in output
     assert "the same command resumes" in output
-    assert "File" in (run_dir / "hang" / "rank00000.txt").read_text()
+    assert "File" in (run_dir / "hang" / f"rank{other:05d}.txt").read_text()
 
 
 def poisoned_shards(raw: Path, out: Path, which: slice) -> set[str]:

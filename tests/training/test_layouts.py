@@ -101,6 +101,11 @@ def test_any_layout_goes_on_from_any_other(plain, tmp_path):
 def test_a_batch_with_nan_on_one_rank_is_skipped_on_all(tmp_path):
     planted = [[1, 3], [0, 7]]
     tasks = [task(stage, f"nan{stage}", steps=10, plant=planted, accumulate=2) for stage in STAGES]
+    offloaded = {"offload_optimizer": {"device": "cpu"}}
+    for stage in (1, 2, 3):
+        more = {"precision": "bf16", "accumulate": 2, "plant": planted}
+        tasks.append(task(stage, f"nan{stage}-bf16", steps=10, **more))
+        tasks.append(task(stage, f"nan{stage}-bf16-offloaded", steps=10, zero=offloaded, **more))
     expected = Plain(skip=frozenset({3, 7}))
     for name, found in launch(tmp_path, 2, tasks).items():
         reasons = found["skipped"]
@@ -108,7 +113,7 @@ def test_a_batch_with_nan_on_one_rank_is_skipped_on_all(tmp_path):
         assert reasons[3] == "the loss is nan"
         losses = [loss for i, loss in enumerate(found["losses"]) if i not in (3, 7)]
         wanted = [loss for i, loss in enumerate(expected.losses[:10]) if i not in (3, 7)]
-        assert losses == pytest.approx(wanted, rel=1e-5), name
+        assert losses == pytest.approx(wanted, rel=2e-2 if "bf16" in name else 1e-5), name
 
 
 def test_a_state_whose_pieces_do_not_meet_is_refused(tmp_path):

@@ -34,6 +34,7 @@ FIELDS = {
     "samples_per_s",
     "data_wait_s",
     "step_s",
+    "tokens_per_s",
     "tflops",
     "mfu",
     "peak_memory_gib",
