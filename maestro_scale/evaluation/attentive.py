@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from maestro_scale.evaluation.baselines import Baseline
 from maestro_scale.evaluation.course import train_grid
 from maestro_scale.evaluation.encoded import Encoded
+from maestro_scale.evaluation.metrics import best
 from maestro_scale.evaluation.objectives import Objective
 from maestro_scale.evaluation.results import ResultsError
 from maestro_scale.evaluation.tasks import Answer, Segmentation
@@ -90,8 +91,6 @@ class Heads:
     def _tokens(self, split: Encoded, rows: np.ndarray) -> dict[str, Tensor]:
         """{sensor: (m, R, L, E)}."""
         tokens = torch.from_numpy(np.array(split.features[rows])).to(self._device).float()
-        if not tokens.isfinite().all():
-            raise ResultsError("tokens are not finite: the encoder overflowed, or saw NaN")
         parts = tokens.split([rows * cells for rows, cells in self._grids.values()], dim=1)
         return {name: p.unflatten(1, self._grids[name]) for name, p in zip(self._grids, parts, strict=True)}
 
@@ -128,11 +127,11 @@ def attentive_probe(
         return objective.answer(np.concatenate(tiles))
 
     counts = [answers(made, val).counts.sum(axis=0, dtype=np.int64) for made in heads.heads]
-    best = int(np.argmax([float(objective.task.statistic(c)) for c in counts]))
-    chosen = heads.heads[best]
+    which = best([float(objective.task.statistic(c)) for c in counts])
+    chosen = heads.heads[which]
     return replace(
         answers(chosen, test),
-        chosen={"lr": LEARNING_RATES[best]},
+        chosen={"lr": LEARNING_RATES[which]},
         maps=objective.maps(*next(heads.logits(chosen, test))),
         tiles=lambda: (m for logits, _ in heads.logits(chosen, test) for m in objective.whole_tiles(logits)),
     )

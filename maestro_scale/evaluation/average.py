@@ -8,8 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from maestro_scale.interop.tensors import write_tensors
 
 
 class Average:
@@ -33,7 +35,7 @@ class Average:
         """Write the average: a reader sees the whole file or none."""
         path.parent.mkdir(parents=True, exist_ok=True)
         fresh = path.with_suffix(".tmp")
-        save_file(self.shadow.state_dict(), fresh)
+        write_tensors(self.shadow.state_dict(), fresh)
         os.replace(fresh, path)
 
     def load(self, path: Path) -> None:

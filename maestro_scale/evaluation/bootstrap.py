@@ -32,7 +32,8 @@ def bootstrap_interval(
     """Percentile interval (low, high) of a statistic over tiles drawn with replacement.
 
     ``counts``: (tiles, …) counts of each tile on its own: ``metrics.tile_counts``, or per-tile confusions.
-    Deterministic in ``seed``. ValueError if there is no tile or ``level`` is not within (0, 1).
+    Deterministic in ``seed``. A resample of tiles without a counted pixel has no score, and is left out. ValueError if
+    there is no tile, no resample with a score, or ``level`` is not within (0, 1).
     """
     _check(counts, resamples, level)
     return _interval(_resampled(statistic, counts, resamples, seed), level)
@@ -90,5 +91,8 @@ def _weights(num_tiles: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
 
 
 def _interval(scores: np.ndarray, level: float) -> tuple[float, float]:
-    low, high = np.quantile(scores, [(1 - level) / 2, (1 + level) / 2])
+    defined = scores[~np.isnan(scores)]
+    if not len(defined):
+        raise ValueError("a bootstrap of tiles that have no score")
+    low, high = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from maestro_scale.evaluation.course import train_grid
 from maestro_scale.evaluation.encoded import Encoded
-from maestro_scale.evaluation.metrics import confusion, mean_iou
+from maestro_scale.evaluation.metrics import best, confusion, mean_iou
+from maestro_scale.evaluation.results import ResultsError
 from maestro_scale.stream.crops import CropGrid
 
 IGNORED = 255
@@ -117,10 +118,10 @@ def knn(
     k and the temperature are the best on validation mIoU; the first wins a tie. Of more than ``BANK_PLACES`` training
     places a sample is used, drawn from ``seed``.
     """
-    rows = _sample(_labelled(layout, train), BANK_PLACES, seed)
+    rows = _sample(_labelled(layout, train, "training"), BANK_PLACES, seed)
     bank = _unit(_places(train.features, rows), device)
     labels = torch.from_numpy(_places(layout.per_place(np.asarray(train.labels)), rows)).long().to(device)
-    chosen_on = _sample(_labelled(layout, val), CHOICE_PLACES, seed + 1)
+    chosen_on = _sample(_labelled(layout, val, "validation"), CHOICE_PLACES, seed + 1)
     truth = _places(layout.per_place(np.asarray(val.labels)), chosen_on)
     ks = sorted({min(k, len(bank)) for k in NEIGHBOURS})
     counts = {(k, t): np.zeros((num_classes, num_classes), np.int64) for k in ks for t in TEMPERATURES}
@@ -129,7 +130,7 @@ def knn(
         for k, t in counts:
             answer = _vote(near.values[:, :k] / t, labels[near.indices[:, :k]], num_classes)
             counts[k, t] += confusion(answer, truth[piece], num_classes, ignored=(IGNORED,))
-    k, t = max(counts, key=lambda c: float(mean_iou(counts[c])))
+    k, t = list(counts)[best([float(mean_iou(c)) for c in counts.values()])]
     answers = []
     for features in _chunks(test.features):
         near = torch.topk(_unit(features, device) @ bank.T, k, dim=1)
@@ -151,7 +152,7 @@ def probe(
     One map per learning rate, all trained in the same pass (AdamW, one-cycle cosine, cross-entropy over the pixels that
     count); the best on validation mIoU answers. Order and start are drawn from ``seed``.
     """
-    rows = _labelled(layout, train)
+    rows = _labelled(layout, train, "training")
     labels = layout.per_place(np.asarray(train.labels))
     mean, scale = _moments(train.features)
     maps = _Maps(train.features.shape[-1], layout.side**2, num_classes, mean, scale, device)
@@ -163,9 +164,8 @@ def probe(
     learners = zip(maps.weights, maps.biases, strict=True)
     train_grid(list(learners), LEARNING_RATES, rows, BATCH_PLACES, seed, backward)
     counts = [confusions(layout, num_classes, p, val).sum(0) for p in maps.answers(val)]
-    scores = [float(mean_iou(c[:num_classes])) for c in counts]
-    best = int(np.argmax(scores))
-    return maps.answers(test, only=best)[0], {"lr": LEARNING_RATES[best]}
+    chosen = best([float(mean_iou(c[:num_classes])) for c in counts])
+    return maps.answers(test, only=chosen)[0], {"lr": LEARNING_RATES[chosen]}
 
 
 class _Maps:
@@ -214,11 +214,11 @@ class _Maps:
         return (torch.from_numpy(features.astype(np.float32)).to(self._mean) - self._mean) / self._scale
 
 
-def _labelled(layout: Layout, split: Encoded) -> np.ndarray:
-    """Numbers of the places, among all M·P, with a pixel that counts. ValueError if there is none."""
+def _labelled(layout: Layout, split: Encoded, which: str) -> np.ndarray:
+    """Numbers of the places, among all M·P, with a pixel that counts. ResultsError if there is none."""
     rows = np.flatnonzero((layout.per_place(np.asarray(split.labels)) != IGNORED).any(-1))
     if not len(rows):
-        raise ValueError("not a pixel of the split counts: every label is ignored")
+        raise ResultsError(f"not a pixel of the {which} split counts: every label is ignored")
     return rows
 
 

@@ -22,6 +22,7 @@ from maestro_scale.evaluation.baselines import ImageEncoder
 from maestro_scale.evaluation.early_stop import Validated
 from maestro_scale.evaluation.encoded import weights_digest
 from maestro_scale.evaluation.frozen import BATCH_SIZE, Benchmark, Provenance, result_of
+from maestro_scale.evaluation.metrics import best
 from maestro_scale.evaluation.objectives import Objective, objective_for
 from maestro_scale.evaluation.predictor import Predictor, predictor
 from maestro_scale.evaluation.results import EvalResult
@@ -281,6 +282,7 @@ def _validate(run: Run, step: int) -> None:
     """Score the average on validation, note it, and keep it if it is the best so far."""
     task, answer = run.objective.task, _answers(run, "val")
     score = float(task.statistic(answer.counts.sum(axis=0, dtype=np.int64)))
+    best([score])
     run.history.append(Validated(step, score))
     if run.world.is_main:
         if early_stop.best(run.history).step == step:

@@ -19,6 +19,7 @@ from maestro_scale.evaluation.attentive import all_tokens, attentive_probe
 from maestro_scale.evaluation.baselines import Baseline
 from maestro_scale.evaluation.bootstrap import bootstrap_interval
 from maestro_scale.evaluation.encoded import Encoded, encoded, joined, weights_digest
+from maestro_scale.evaluation.metrics import best
 from maestro_scale.evaluation.objectives import objective_for
 from maestro_scale.evaluation.results import EvalResult
 from maestro_scale.evaluation.subset import TRAIN, subset, train_split
@@ -186,11 +187,14 @@ def result_of(
 ) -> EvalResult:
     """What is reported of a mode's answers on the test split."""
     total = answer.counts.sum(axis=0, dtype=np.int64)
+    value = float(task.statistic(total))
+    best([value], "test")
     return EvalResult(
         benchmark=manifest.spec.name,
         metric=task.metric,
         mode=mode,
-        value=float(task.statistic(total)),
+        target=task.target.name,
+        value=value,
         per_class={
             name: None if np.isnan(score) else float(score)
             for name, score in zip(task.classes, task.per_class(total), strict=True)

@@ -5,11 +5,13 @@ Shapes: N samples, C classes; ``…`` are leading axes, such as bootstrap resamp
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from sklearn.metrics import average_precision_score
+
+from maestro_scale.evaluation.results import ResultsError
 
 
 @dataclass(frozen=True)
@@ -141,15 +143,21 @@ def iou(matrix: np.ndarray) -> np.ndarray:
 
 
 def mean_iou(matrix: np.ndarray) -> np.ndarray:
-    """Mean IoU over the classes present in the targets, (…) float64, of confusions (…, C, C).
-
-    ValueError if no pixel was counted: there is no score of nothing.
-    """
+    """Mean IoU over the classes present in the targets, (…) float64, of confusions (…, C, C); NaN where no pixel was
+    counted: there is no score of nothing."""
     scores = iou(matrix)
     present = ~np.isnan(scores)
-    if not present.any(-1).all():
-        raise ValueError("mean IoU of a confusion matrix without a counted pixel: every target was ignored")
-    return np.where(present, scores, 0.0).sum(-1) / present.sum(-1)
+    total, count = np.where(present, scores, 0.0).sum(-1), present.sum(-1)
+    return np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
+
+
+def best(scores: Sequence[float], split: str = "validation") -> int:
+    """Which score is the highest, the first of equals. ResultsError where one is undefined."""
+    if np.isnan(scores).any():
+        raise ResultsError(
+            f"no label of the {split} split counts (every one is ignored), so nothing can be chosen by it: use another"
+        )
+    return int(np.argmax(scores))
 
 
 def segmentation_scores(counts: np.ndarray) -> dict[str, float]:

@@ -7,10 +7,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from maestro_scale.interop.sharded_state import INDEX, WEIGHT, StateReader
+from maestro_scale.interop.tensors import write_tensors
 from maestro_scale.model.config import ModelConfig
 
 CONFIG = "config.json"
@@ -41,7 +41,7 @@ def write_model(out: Path, state: dict[str, Tensor], config: ModelConfig, traine
     """Write weights, then the configuration that makes them readable, each in one go."""
     out.mkdir(parents=True, exist_ok=True)
     record = {"format_version": FORMAT_VERSION, "model": config.to_dict(), "trained": trained}
-    save_file({k: v.contiguous() for k, v in state.items()}, out / (WEIGHTS + ".tmp"))
+    write_tensors(state, out / (WEIGHTS + ".tmp"))
     os.replace(out / (WEIGHTS + ".tmp"), out / WEIGHTS)
     (out / (CONFIG + ".tmp")).write_text(json.dumps(record, indent=1))
     os.replace(out / (CONFIG + ".tmp"), out / CONFIG)

@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+from maestro_scale.interop.tensors import write_tensors
 
 INDEX = "index.json"
 WEIGHT = "weight"
@@ -43,7 +44,7 @@ def write_pieces(folder: Path, rank: int, pieces: list[Piece]) -> tuple[Path | N
     if not pieces:
         return None, []
     path = folder / f"rank{rank:05d}.safetensors"
-    save_file({f"{kind}/{p.name}": t for p in pieces for kind, t in p.values.items()}, path)
+    write_tensors({f"{kind}/{p.name}": t for p in pieces for kind, t in p.values.items()}, path)
     entries = [
         {"name": p.name, "shape": list(p.shape), "file": path.name, "start": p.start, "numel": p.numel}
         for p in pieces

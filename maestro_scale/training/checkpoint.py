@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,14 +111,14 @@ class Checkpoints:
             pending.written.result()
             if self._world.is_main:
                 self._commit(pending)
+                if self._mirror is not None:
+                    self._mirror.send(pending.final)
                 self._prune()
         except OSError as error:
             raise CheckpointError(
                 f"{pending.final} cannot be written: {error.strerror or error}; the last whole checkpoint stays, and "
                 "the same command resumes from it"
             ) from error
-        if self._mirror is not None and self._world.is_main:
-            self._mirror.send(pending.final)
 
     def finish(self) -> None:
         """Wait for the checkpoint under way and publish it."""
@@ -127,11 +128,11 @@ class Checkpoints:
             self.commit()
             self._world.barrier()
 
-    def close(self) -> None:
-        """Publish what is under way and wait until it is mirrored."""
+    def close(self, alive: Callable[[], None] = lambda: None) -> None:
+        """Publish what is under way and wait until it is mirrored, which may take long: ``alive`` is told meanwhile."""
         self.finish()
         if self._mirror is not None:
-            self._mirror.wait()
+            self._mirror.wait(alive)
 
     def latest(self) -> tuple[Path | None, list[str]]:
         """The newest whole checkpoint, or None if there is none; and what is wrong with newer ones, in words."""
@@ -150,7 +151,7 @@ class Checkpoints:
             log.warning("checkpoint passed over: %s", problem)
         if self._mirror is not None and self._world.is_main:
             self._mirror.claim(identity, required=path is None)
-        if path is None and not problems:
+        if path is None:
             path = self._fetch()
         if path is None:
             self._refuse_to_start_over(problems)
@@ -180,15 +181,18 @@ class Checkpoints:
         return None, problems
 
     def _fetch(self) -> Path | None:
-        """The newest checkpoint of the mirror, copied here by rank 0 and checked; None where there is none."""
+        """The newest whole checkpoint of the mirror, copied here by rank 0; None where there is none."""
         if self._mirror is None:
             return None
-        if self._world.is_main and (name := self._mirror.newest()):
+        for name in self._mirror.names() if self._world.is_main else ():
             staging = self.dir / f"{_STAGING}_{name}"
             self._mirror.fetch(name, staging)
-            if (problem := committed.problem(staging, hashes=True)) is not None:
-                raise CheckpointError(f"{self._mirror.url}/{name}: {problem}")
-            os.replace(staging, self.dir / name)
+            if (problem := committed.problem(staging, hashes=True)) is None:
+                final = self.dir / name
+                committed.publish(staging, final, self.dir / f"{_STAGING}_replaced_{name}")
+                log.warning("%s comes from %s", final, self._mirror.url)
+                break
+            log.warning("checkpoint passed over: %s/%s: %s", self._mirror.url, name, problem)
         self._world.barrier()
         return _newest(self.dir)[0]
 
@@ -239,7 +243,10 @@ class Checkpoints:
 
     def _prune(self) -> None:
         found = {_step(p): p for p in _committed(self.dir)}
+        held = self._mirror.holds if self._mirror is not None else set()
         for step in self._retention.superseded(found):
+            if found[step].name in held:
+                continue  # the next time
             (found[step] / MARKER).unlink()  # first, so that a kill half-way leaves nothing that looks whole
             shutil.rmtree(found[step])
         for stray in self.dir.iterdir():  # what a kill left behind

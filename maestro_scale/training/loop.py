@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -148,9 +149,9 @@ def train(run: Run, position: Position) -> Outcome:
                 last_checkpoint = time.monotonic()
             collect(position.step)
             if stopping and not last:
-                checkpoints.close()
+                checkpoints.close(partial(run.watch.note, position.step, "writing"))
                 return Outcome("stopped", position, run.stop.reason or "another rank's request")
-    checkpoints.close()
+    checkpoints.close(partial(run.watch.note, position.step, "writing"))
     return Outcome("done", position)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import shutil
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ class Mirror:
         self.url = url.rstrip("/")
         self._retention = retention
         self._thread = ThreadPoolExecutor(1, "maestro-mirror")
-        self._sending: list[Future[None]] = []
+        self._sending: list[tuple[Path, Future[None]]] = []
         self._identity: dict[str, Any] = {}
         self._is_ours = False
 
@@ -56,18 +57,28 @@ class Mirror:
             log.warning("%s", error)
 
     def send(self, checkpoint: Path) -> None:
-        """Copy a committed checkpoint, its marker last; then remove those that the retention lets go."""
-        self._sending = [f for f in self._sending if not f.done()]
-        self._sending.append(self._thread.submit(self._send, checkpoint))
+        """Copy a committed checkpoint, its marker last; then remove those that the retention lets go.
 
-    def wait(self) -> None:
-        """Wait for what is being sent."""
-        for sending in self._sending:
-            sending.result()
+        One that still waits for its turn is left out: where checkpoints come faster than they can be sent, the newest
+        are sent.
+        """
+        self._sending = [(p, f) for p, f in self._sending if not f.done() and not f.cancel()]
+        self._sending.append((checkpoint, self._thread.submit(self._send, checkpoint)))
 
-    def newest(self) -> str | None:
-        """Name of the newest whole checkpoint there, or None. MirrorError where that cannot be told."""
-        return self._read(lambda fs, root: max(_whole(fs, root), default=None))
+    @property
+    def holds(self) -> set[str]:
+        """Names of checkpoints that are being sent or will be, and must stay until then."""
+        return {path.name for path, future in self._sending if not future.done()}
+
+    def wait(self, alive: Callable[[], None] = lambda: None) -> None:
+        """Wait for what is being sent, and say every second that somebody is ``alive``."""
+        for _, sending in self._sending:
+            while not wait([sending], timeout=1).done:
+                alive()
+
+    def names(self) -> list[str]:
+        """Names of the checkpoints there, the newest first. MirrorError where that cannot be told."""
+        return self._read(lambda fs, root: sorted(_whole(fs, root), reverse=True))
 
     def fetch(self, name: str, into: Path) -> None:
         """Copy a mirrored checkpoint into a new directory ``into``. MirrorError where it cannot be read."""
@@ -84,17 +95,18 @@ class Mirror:
     def _make_sure(self) -> None:
         if self._is_ours:
             return
-        if name := self.newest():
-            marker = self._read(lambda fs, root: fs.cat_file(f"{root}/{name}/{MARKER}"))
+        for name in self.names():
+            marker = self._read(lambda fs, root, name=name: fs.cat_file(f"{root}/{name}/{MARKER}"))
             try:
                 theirs = committed.content(marker)["identity"]
-            except (ValueError, KeyError) as error:
-                raise MirrorError(f"checkpoint.mirror: {self.url}/{name}: {error}") from error
+            except (ValueError, KeyError):
+                continue  # damaged: the next one tells
             if difference := differences(theirs, self._identity):
                 raise ForeignMirror(
                     f"checkpoint.mirror: {self.url}/{name} is of another run: {difference}. Name another "
                     "checkpoint.mirror or another --run-dir: its last name is the mirror's folder"
                 )
+            break
         self._is_ours = True
 
     def _read(self, action: Any) -> Any:

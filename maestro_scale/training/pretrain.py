@@ -205,9 +205,9 @@ def _refuse_unless_new(recipe: Recipe, run_dir: Path, world: World) -> None:
             f"--fresh starts over only in an empty directory, and {run_dir} holds a run; use another"
         )
     mirror = _mirror(recipe, run_dir) if world.is_main else None
-    if mirror is not None and (name := mirror.newest()):
+    if mirror is not None and (names := mirror.names()):
         raise RunDirError(
-            f"--fresh starts over, and {mirror.url} holds {name} of a run of this name: use another --run-dir or "
+            f"--fresh starts over, and {mirror.url} holds {names[0]} of a run of this name: use another --run-dir or "
             "checkpoint.mirror"
         )
 

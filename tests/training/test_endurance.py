@@ -17,14 +17,15 @@ import torch
 from testkit.runs import Trainer, audit, curve, metrics, write_recipe
 
 from maestro_scale import datasets
-from maestro_scale.interop.export import export_model
+from maestro_scale.interop.export import export_model, full_state
 from maestro_scale.interop.pretrained import load_model
+from maestro_scale.model.maestro import Maestro
 from maestro_scale.recipe import load_recipe
 from maestro_scale.shards.writer import Writer
 from maestro_scale.stream.loader import TrainLoader
 from maestro_scale.training.checkpoint import newest
 from maestro_scale.training.guard import Guard
-from maestro_scale.training.pretrain import open_datasets
+from maestro_scale.training.pretrain import build_model_config, open_datasets
 from maestro_scale.training.retention import Retention
 from maestro_scale.training.watchdog import Beat, blame
 
@@ -143,7 +144,8 @@ def poisoned_shards(raw: Path, out: Path, which: slice) -> set[str]:
 def test_steps_with_a_bad_tile_are_skipped_and_can_be_replayed(synthetic_raw, tmp_path):
     poisoned_shards(synthetic_raw, tmp_path / "shards", slice(3, 4))
     trainer, run_dir = Trainer(write_recipe(tmp_path, tmp_path / "shards")), tmp_path / "run"
-    lines = trainer.train(run_dir, 2, "--set", "train.steps=12")
+    kept = ["optim.ema=0.5", "checkpoint.every_steps=1", "checkpoint.keep=99"]
+    lines = trainer.train(run_dir, 2, "--set", "train.steps=12", *kept)
     skipped = [
         json.loads(line)
         for path in sorted((run_dir / "skipped").glob("rank*.jsonl"))
@@ -165,6 +167,15 @@ def test_steps_with_a_bad_tile_are_skipped_and_can_be_replayed(synthetic_raw, tm
         pixels = loader.replay(bad[0]).pixels["s1_asc"]
         assert not torch.isfinite(pixels.float()).all()
         loader.close()
+
+    # The average takes in no skipped step: it is what the weights of the others make it.
+    states = [full_state(p / "state") for p in sorted((run_dir / "checkpoints").iterdir())]
+    average = Maestro(build_model_config(recipe, [source.spec])).initialise(recipe.seed).state_dict()
+    for step, state in enumerate(states, 1):
+        if step not in steps:
+            average = {name: torch.lerp(a, state[name], 0.5) for name, a in average.items()}
+    found = full_state(newest(run_dir) / "state", "ema")
+    assert all(torch.allclose(found[name], average[name], rtol=1e-5, atol=1e-7) for name in found)
 
 
 def test_three_bad_steps_in_a_row_end_the_run_with_the_last_good_checkpoint(synthetic_raw, tmp_path):

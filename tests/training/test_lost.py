@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import pytest
 from testkit.runs import Trainer, metrics, write_recipe
@@ -10,6 +11,7 @@ from testkit.runs import Trainer, metrics, write_recipe
 from maestro_scale.training import committed
 from maestro_scale.training.checkpoint import newest
 
+LIMITED = Path(__file__).parents[1] / "testkit" / "limited.py"
 SHORT = ("--set", "train.micro_batch=8")
 
 pytestmark = pytest.mark.slow
@@ -70,6 +72,33 @@ def test_damaged_checkpoints_do_not_count_among_those_to_keep(trainer, done, tmp
         "lines of steps to be taken again stay"
     )
     assert trainer.train(run_dir, 1, *SHORT) == metrics(done)
+
+
+def test_where_everything_here_is_damaged_the_mirrors_newest_whole_one_is_taken(
+    trainer, done, mirror, tmp_path
+):
+    run_dir, second = tmp_path / "run", tmp_path / "mirror"
+    shutil.copytree(done, run_dir)
+    shutil.copytree(mirror, second)
+    for path in (*run_dir.glob("checkpoints/*"), second / "run" / "step_00000006"):
+        next(path.glob("state/*.safetensors")).write_bytes(b"")
+    code, output = trainer.run(run_dir, 1, *SHORT, f"checkpoint.mirror=file://{second}")
+    assert code == 0, output[-3000:]
+    assert "step_00000004 comes from" in output
+    assert metrics(run_dir) == metrics(done)
+    assert committed.problem(newest(run_dir), hashes=True) is None
+
+
+def test_a_disk_that_is_full_is_one_line_and_the_last_checkpoint_stays(trainer, tmp_path):
+    code, output = trainer.run(tmp_path / "run", 1, *SHORT, "train.steps=2", "checkpoint.every_steps=1")
+    assert code == 0, output[-3000:]
+    # No file may grow past what a step leaves: the next state does not fit.
+    largest = max(p.stat().st_size for p in (tmp_path / "run" / "checkpoints").rglob("*") if p.is_file())
+    limited = Trainer(trainer.recipe, entry=LIMITED, env={"MOST_BYTES": str(largest - 1)})
+    more = ["train.steps=4", "checkpoint.every_steps=1", "data.workers=0"]
+    line = refused(limited, tmp_path / "run", *SHORT, *more)
+    assert "cannot be written: File too large; the last whole checkpoint stays" in line
+    assert newest(tmp_path / "run").name == "step_00000002"
 
 
 def test_a_mirror_is_asked_before_anything_begins(trainer, done, mirror, tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 
 from maestro_scale.training import committed
@@ -34,7 +36,7 @@ def there(tmp_path):
 def send(to, *checkpoints):
     for one in checkpoints:
         to.send(one)
-    to.wait()
+        to.wait()
 
 
 def test_what_is_there_goes_by_the_policy_whatever_is_here(tmp_path):
@@ -42,7 +44,7 @@ def test_what_is_there_goes_by_the_policy_whatever_is_here(tmp_path):
     assert there(tmp_path) == [4, 6]
     # Fetched onto an empty disk, the run knows nothing of step 4, which is for good.
     again = mirror(tmp_path, 1, 4)
-    assert again.newest() == "step_00000006"
+    assert again.names() == ["step_00000006", "step_00000004"]
     again.fetch("step_00000006", tmp_path / "new" / "step_00000006")
     assert committed.problem(tmp_path / "new" / "step_00000006", hashes=True) is None
     send(again, checkpoint(tmp_path / "new", 7))
@@ -58,6 +60,43 @@ def test_another_runs_checkpoints_are_neither_used_nor_removed(tmp_path, caplog)
     send(late, checkpoint(tmp_path / "other", 9, SEED_5))
     assert "step_00000009 is not mirrored" in caplog.text
     assert there(tmp_path) == [4]
+
+
+def test_the_marker_comes_last(tmp_path, monkeypatch):
+    from fsspec.implementations.local import LocalFileSystem
+
+    sent, put = [], LocalFileSystem.put_file
+
+    def put_file(self, path, *args, **named):
+        sent.append(path.rpartition("/")[2])
+        return put(self, path, *args, **named)
+
+    monkeypatch.setattr(LocalFileSystem, "put_file", put_file)
+    send(mirror(tmp_path), checkpoint(tmp_path / "here", 4))
+    assert sent == ["weights", committed.MARKER]
+
+
+def test_one_that_is_slower_than_checkpoints_come_gets_the_newest_and_holds_nothing_else(
+    tmp_path, monkeypatch
+):
+    slow, begun, go = mirror(tmp_path, keep=9), threading.Event(), threading.Event()
+    inner = slow._send
+
+    def wait_and_send(path):
+        begun.set()
+        assert go.wait(20)
+        inner(path)
+
+    monkeypatch.setattr(slow, "_send", wait_and_send)
+    for step in (1, 2, 3, 4):
+        slow.send(checkpoint(tmp_path / "here", step))
+        assert begun.wait(20)
+    assert slow.holds == {"step_00000001", "step_00000004"}, "these must not be pruned"
+    told = []
+    threading.Timer(1.5, go.set).start()
+    slow.wait(lambda: told.append(True))
+    assert told, "nobody would know that it is alive"
+    assert there(tmp_path) == [1, 4]
 
 
 @pytest.mark.parametrize("url", ["foo:///x", "s3://nobody-has-this/x"])

@@ -1,0 +1,15 @@
+"""The trainer in a process that may write no file of more than ``MOST_BYTES``: a disk that is full, for big files."""
+
+import os
+import resource
+import signal
+import sys
+
+from maestro_scale.train import main
+from maestro_scale.training.distributed import end
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # an error instead
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(os.environ["MOST_BYTES"]),) * 2)
+    sys.argv[0] = "train.py"
+    end(main())
