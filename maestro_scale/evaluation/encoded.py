@@ -1,11 +1,19 @@
-"""A split as a frozen encoder sees it, on disk: encoded once per (weights, view, data, task), then only read."""
+"""A split as a frozen encoder sees it, on disk: encoded once per (weights, view, data, task), then only read.
+
+A folder appears whole, with a marker of what is in it. Jobs that ask for the same one at once wait for the first; where
+they cannot see each other's locks, each encodes it, and the last one stays.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
+import time
+import uuid
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,12 +23,15 @@ from torch import Tensor
 
 from maestro_scale.evaluation.results import ResultsError
 from maestro_scale.model.maestro import Maestro
+from maestro_scale.shards.locks import Locked, file_lock, has_no_locks
 from maestro_scale.stream.batch import Batch
 from maestro_scale.stream.evaluation import EvalLoader
+from maestro_scale.training import committed
 from maestro_scale.training.distributed import World
-from maestro_scale.training.run_dir import write_atomically
 
-_COMMIT = "meta.json"
+log = logging.getLogger(__name__)
+
+_WAIT_S = 1.0  # between looks at what another job encodes
 
 
 @dataclass(frozen=True)
@@ -100,12 +111,61 @@ def encoded(
     """What ``features`` and ``labels`` make of every batch of ``loader``; read from ``folder`` if that is there whole.
 
     Every rank encodes its own batches and writes its own rows; all of them see the folder. ResultsError where the disk
-    has no room.
+    has no room, or a feature is not finite.
     """
-    if not (folder / _COMMIT).exists():
-        _encode(folder, loader, features, labels, dtype, device, world)
+    group = _Group(world)
+    while group.first(lambda: _lacks(folder)):
+        with ExitStack() as held:
+            if not group.first(lambda: _claimed(folder, held)):
+                time.sleep(_WAIT_S)  # another job is at it
+            elif group.first(lambda: _lacks(folder)):  # still: it may have ended just before
+                _encode(folder, loader, features, labels, dtype, device, group)
     arrays = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("features", "labels"))
     return Encoded(*arrays, tiles=np.repeat(np.arange(loader.num_samples), loader.num_crops))
+
+
+@dataclass(frozen=True)
+class _Group:
+    """The ranks that encode together; alone without ``world``."""
+
+    world: World | None
+
+    @property
+    def is_first(self) -> bool:
+        return self.world is None or self.world.is_main
+
+    def first(self, question: Callable[[], bool]) -> bool:
+        """What rank 0 answers, on all ranks."""
+        answer = self.is_first and question()
+        return answer if self.world is None else self.world.any(answer)
+
+    def same(self, text: str) -> str:
+        """Rank 0's text, on all ranks."""
+        return text if self.world is None else str(self.world.gather(text)[0])
+
+    def wait(self) -> None:
+        if self.world is not None:
+            self.world.barrier()
+
+
+def _lacks(folder: Path) -> bool:
+    """Whether there is nothing whole to read."""
+    problem = committed.problem(folder, hashes=True) if folder.exists() else ""
+    if problem:
+        log.warning("%s is encoded again: %s", folder, problem)
+    return problem is not None
+
+
+def _claimed(folder: Path, held: ExitStack) -> bool:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        held.enter_context(file_lock(folder.with_name(f".{folder.name}.lock"), wait=False))
+    except Locked:
+        return False
+    except OSError as error:
+        if not has_no_locks(error):
+            raise
+    return True
 
 
 @torch.no_grad()
@@ -116,50 +176,72 @@ def _encode(
     labels: Callable[[Batch], np.ndarray],
     dtype: str,
     device: torch.device,
-    world: World | None,
+    group: _Group,
 ) -> None:
-    main, rows = world is None or world.is_main, loader.num_samples * loader.num_crops
+    rows = loader.num_samples * loader.num_crops
     if rows == 0:
         raise ResultsError("there is no sample to encode: the split is empty")
-    made, at = None, loader.first_row
-    for batch in loader:
-        vectors = features(batch.to(device)).float().cpu().numpy().astype(dtype)
-        truth = labels(batch)
-        if made is None:
-            layout = {"features": vectors, "labels": truth}
-            made = _open(folder, {k: ((rows, *v.shape[1:]), v.dtype) for k, v in layout.items()}, main, world)
-        made["features"][at : at + len(batch)] = vectors
-        made["labels"][at : at + len(batch)] = truth
-        at += len(batch)
-    if made is None:  # more ranks than batches: this one only takes part in the waiting
-        _wait(world)
-    else:
-        for array in made.values():
-            array.flush()
-    _wait(world)
-    if main:
-        write_atomically(folder / _COMMIT, json.dumps({"rows": rows, "dtype": dtype}))
-    _wait(world)
+    # A name of its own: nobody else writes there, and nobody reads.
+    partial = folder.with_name(group.same(f".partial-{uuid.uuid4().hex[:12]}-{folder.name}"))
+    try:
+        made, at = None, loader.first_row
+        for batch in loader:
+            vectors = _stored(features(batch.to(device)), dtype, batch)
+            truth = labels(batch)
+            if made is None:
+                layout = {"features": vectors, "labels": truth}
+                made = _open(partial, {k: ((rows, *v.shape[1:]), v.dtype) for k, v in layout.items()}, group)
+            made["features"][at : at + len(batch)] = vectors
+            made["labels"][at : at + len(batch)] = truth
+            at += len(batch)
+        if made is None:  # more ranks than batches: this one only takes part in the waiting
+            group.wait()
+        else:
+            for array in made.values():
+                array.flush()
+        group.wait()
+        if group.is_first:
+            files = {
+                f"{name}.npy": committed.entry(partial / f"{name}.npy") for name in ("features", "labels")
+            }
+            committed.commit(partial, {"rows": rows}, files)
+            aside = folder.with_name(f".partial-{uuid.uuid4().hex[:12]}-{folder.name}")
+            committed.publish(partial, folder, aside)
+            shutil.rmtree(aside, ignore_errors=True)
+        group.wait()
+    finally:
+        if group.is_first:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _stored(features: Tensor, dtype: str, batch: Batch) -> np.ndarray:
+    values = features.float().cpu().numpy()
+    with np.errstate(over="ignore"):
+        stored = values.astype(dtype)
+    if not np.isfinite(stored).all():
+        row = int(np.argmin(np.isfinite(stored).reshape(len(stored), -1).all(axis=1)))
+        most = np.abs(values[row]).max()
+        raise ResultsError(
+            f"features of {batch.tiles[row] if batch.tiles else batch.keys[row]} "
+            + (f"reach {most:.3g}, more than {dtype} holds" if np.isfinite(most) else "are not finite")
+            + ": the encoder overflowed, or saw NaN; see to its weights"
+        )
+    return stored
 
 
 def _open(
-    folder: Path, layout: dict[str, tuple[tuple[int, ...], np.dtype]], main: bool, world: World | None
+    folder: Path, layout: dict[str, tuple[tuple[int, ...], np.dtype]], group: _Group
 ) -> dict[str, np.memmap]:
-    if main:
-        folder.mkdir(parents=True, exist_ok=True)
+    if group.is_first:
         needed = sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in layout.values())
-        free = shutil.disk_usage(folder).free
+        free = shutil.disk_usage(folder.parent).free
         if needed > free:
             raise ResultsError(
-                f"features need {needed / 2**30:.1f} GiB in {folder}, {free / 2**30:.1f} GiB are free: free some, "
-                "point --features at a larger disk, or shard fewer tiles"
+                f"features need {needed / 2**30:.1f} GiB in {folder.parent}, {free / 2**30:.1f} GiB are free: free "
+                "some, point --features at a larger disk, or shard fewer tiles"
             )
+        folder.mkdir()
         for name, (shape, dtype) in layout.items():
             np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, shape)
-    _wait(world)
+    group.wait()
     return {name: np.load(folder / f"{name}.npy", mmap_mode="r+") for name in layout}
-
-
-def _wait(world: World | None) -> None:
-    if world is not None:
-        world.barrier()

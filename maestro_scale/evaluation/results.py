@@ -6,7 +6,7 @@ import dataclasses
 import io
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from maestro_scale.training.run_dir import write_atomically
 
 VERSION = 1
 MAPS = "maps.npz"
+METRICS = ("wf1", "miou")
 
 
 class ResultsError(Exception):
@@ -44,7 +45,7 @@ class EvalResult:
     metric: str
     """``wf1`` or ``miou``."""
     mode: str
-    """``knn``, ``probe``, ``finetune`` or ``scratch``."""
+    """``knn``, ``probe``, ``attentive``, ``finetune``, ``scratch`` or ``oracle``."""
     value: float
     """The score; the mean over ``runs`` where there are several."""
     per_class: Mapping[str, float | None]
@@ -67,6 +68,8 @@ class EvalResult:
     """Standard deviation of ``value`` over ``runs`` (n - 1 in the denominator); None for a single run."""
     runs: tuple[Run, ...] = ()
     """The runs that ``value`` is the mean of; empty for a single one."""
+    target: str = ""
+    """What was predicted, by its name in the shards."""
     encoder: str = ""
     """What was evaluated, as it was named: a run, a checkpoint, an exported model or a baseline."""
     trained_on: tuple[str, ...] = ()
@@ -104,7 +107,7 @@ class EvalResult:
     def load(cls, path: Path) -> EvalResult:
         """Read what ``write`` wrote. ResultsError if the file is missing, malformed or of another version."""
         try:
-            values = json.loads(path.read_text())
+            values = json.loads(path.read_text(), parse_constant=_refuse)
         except (OSError, ValueError) as error:
             raise ResultsError(f"{path} cannot be read ({error}); evaluate again to write it") from error
         version = values.get("version") if isinstance(values, dict) else None
@@ -122,7 +125,7 @@ class EvalResult:
             )
         matrix = values.get("confusion")
         try:
-            return cls(
+            result = cls(
                 **{
                     **values,
                     "interval": tuple(values["interval"]),
@@ -136,13 +139,36 @@ class EvalResult:
                     "confusion": None if matrix is None else tuple(tuple(row) for row in matrix),
                 }
             )
-        except (TypeError, KeyError, AttributeError) as error:
+            problem = next(result._problems(), None)
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
             raise ResultsError(f"{path} is malformed ({error}); evaluate again") from error
+        if problem is not None:
+            raise ResultsError(f"{path} is malformed: {problem}; evaluate again")
+        return result
+
+    def _problems(self) -> Iterator[str]:
+        """What cannot be in a result, in words."""
+        if self.metric not in METRICS:
+            yield f"metric {self.metric!r} is none of {', '.join(METRICS)}"
+        if len(self.interval) != 2:
+            yield f"an interval of {len(self.interval)} numbers"
+        for name, value in self._numbers().items():
+            if not isinstance(value, (int, float)) or not 0 <= value <= 1:
+                yield f"{name} is {value!r}, no fraction of 1"
+        if not self.seeds:
+            yield "no seed"
+        num_classes = len(self.per_class)
+        if self.confusion is not None and {len(self.confusion), *map(len, self.confusion)} != {num_classes}:
+            yield f"a confusion of {len(self.confusion)} rows for {num_classes} classes"
 
     def _numbers(self) -> dict[str, float]:
         named = {"value": self.value, "interval low": self.interval[0], "interval high": self.interval[1]}
         scores = {f"per-class score of {k}": v for k, v in self.per_class.items() if v is not None}
         return named | scores | {f"score {k}": v for k, v in self.scores.items()}
+
+
+def _refuse(constant: str) -> float:
+    raise ValueError(f"it holds {constant}, which is no number")
 
 
 def _is_required(f: dataclasses.Field) -> bool:

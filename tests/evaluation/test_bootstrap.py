@@ -64,3 +64,13 @@ def test_confusions_of_tiles_can_be_drawn_too():
 def test_no_tiles_is_an_error():
     with pytest.raises(ValueError, match="over no tiles"):
         bootstrap_interval(wf1, np.zeros((0, 3, 2)))
+
+
+def test_a_tile_without_a_counted_pixel_leaves_the_interval_defined():
+    counts = np.zeros((3, 4, 4), np.int64)
+    counts[0] = np.diag([5, 5, 5, 5]) + 1
+    counts[1] = np.diag([9, 1, 4, 3]) + 2
+    low, high = bootstrap_interval(mean_iou, counts, 500)
+    assert 0 < low < high < 1
+    with pytest.raises(ValueError, match="no score"):
+        bootstrap_interval(mean_iou, counts[2:], 50)

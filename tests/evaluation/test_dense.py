@@ -7,6 +7,7 @@ from sklearn.neighbors import NearestNeighbors
 
 from maestro_scale.evaluation import dense
 from maestro_scale.evaluation.encoded import Encoded
+from maestro_scale.evaluation.results import ResultsError
 from maestro_scale.stream.crops import CropGrid
 from tests.evaluation.conftest import FIELDS
 
@@ -132,5 +133,27 @@ def test_knn_finds_what_is_near():
 def test_a_split_without_a_counted_pixel_is_refused():
     empty = split(2, 1)
     empty.labels[:] = dense.IGNORED
-    with pytest.raises(ValueError, match="every label is ignored"):
-        dense.probe(layout(), CLASSES, empty, empty, empty, seed=0)
+    for classify in (dense.probe, dense.knn):
+        with pytest.raises(ResultsError, match="not a pixel of the training split counts"):
+            classify(layout(), CLASSES, empty, empty, empty, seed=0)
+        with pytest.raises(ResultsError, match="of the validation split counts"):
+            classify(layout(), CLASSES, split(30, 1), empty, split(2, 2), seed=0)
+
+
+def test_knn_takes_the_k_and_temperature_that_are_best_on_validation(monkeypatch):
+    train, val, test = split(30, 1), split(10, 2), split(4, 3)
+    scores = {}
+    for k in dense.NEIGHBOURS:
+        for temperature in dense.TEMPERATURES:
+            with monkeypatch.context() as only:
+                only.setattr(dense, "NEIGHBOURS", (k,))
+                only.setattr(dense, "TEMPERATURES", (temperature,))
+                answer, _ = dense.knn(layout(), CLASSES, train, val, val, seed=0)
+            # As it chooses: pixel by pixel as the model's image has them.
+            truth = layout().per_place(np.asarray(val.labels))
+            counted = truth != dense.IGNORED
+            matrix = confusion_matrix(truth[counted], answer[counted], labels=range(CLASSES))
+            scores[k, temperature] = float(dense.mean_iou(matrix))
+    assert len(set(scores.values())) > 1
+    _, chosen = dense.knn(layout(), CLASSES, train, val, test, seed=0)
+    assert scores[chosen["k"], chosen["temperature"]] == max(scores.values())

@@ -1,6 +1,9 @@
 """Features on disk: one forward pass per crop and encoder, ever; a half-written split is written again."""
 
 import dataclasses
+import shutil
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -12,7 +15,9 @@ from maestro_scale.evaluation.frozen import Benchmark, evaluate_frozen
 from maestro_scale.evaluation.results import ResultsError
 from maestro_scale.interop.pretrained import load_model
 from maestro_scale.model.maestro import Maestro
-from tests.evaluation.conftest import SPLITS
+from maestro_scale.shards.writer import Writer
+from maestro_scale.training import committed
+from tests.evaluation.conftest import FIELDS, SPLITS, field_tile
 
 CROPS_PER_TILE = 4
 
@@ -90,16 +95,112 @@ def test_other_weights_are_encoded_again(encoder, benchmark):
     assert sum(passes) == CROPS_PER_TILE * sum(SPLITS.values())
 
 
-def test_a_split_that_was_half_written_is_encoded_again(encoder, benchmark):
+@pytest.mark.parametrize("damage", ["marker", "zeros", "short", "labels"])
+def test_a_split_that_is_not_what_was_written_is_encoded_again(encoder, benchmark, damage, caplog):
     model, passes = encoder
     (first,) = evaluate_frozen(model, benchmark, ["knn"])
     (test,) = benchmark.features_dir.glob("test-*")
-    (test / "meta.json").unlink()
-    np.load(test / "features.npy", mmap_mode="r+")[:] = 0
+    if damage == "marker":
+        (test / committed.MARKER).unlink()
+    elif damage == "zeros":
+        np.load(test / "features.npy", mmap_mode="r+")[:] = 0
+    elif damage == "short":
+        with (test / "features.npy").open("r+b") as file:
+            file.truncate(1000)
+    else:
+        (test / "labels.npy").unlink()
     passes.clear()
     (again,) = evaluate_frozen(model, benchmark, ["knn"])
     assert sum(passes) == CROPS_PER_TILE * SPLITS["test"]
+    assert "is encoded again" in caplog.text
     assert numbers(again) == numbers(first)
+    assert sorted(p.name.partition("-")[0] for p in benchmark.features_dir.iterdir()) == [
+        "test",
+        "train",
+        "val",
+    ]
+
+
+def test_jobs_that_want_the_same_features_at_once_encode_them_once(fields, benchmark):
+    """The second begins while the first is at it, and waits; it would not be waited for here were it not to."""
+    entered, go, passes, found = threading.Event(), threading.Event(), [], {}
+
+    def evaluate(name):
+        model = load_model(fields.model)
+        inner = model.encode
+
+        def encode(batch):
+            passes.append(name)
+            entered.set()
+            assert go.wait(60)
+            return inner(batch)
+
+        model.encode = encode
+        (found[name],) = evaluate_frozen(model, benchmark, ["probe"])
+
+    jobs = [threading.Thread(target=evaluate, args=(name,)) for name in "ab"]
+    jobs[0].start()
+    assert entered.wait(60)
+    jobs[1].start()
+    time.sleep(1)
+    go.set()
+    for job in jobs:
+        job.join(120)
+    assert set(passes) == {"a"}
+    assert numbers(found["a"]) == numbers(found["b"])
+
+
+def test_a_job_that_dies_over_features_leaves_no_trace_of_them(fields, benchmark):
+    model, calls = load_model(fields.model), []
+    inner = model.encode
+
+    def encode(batch):
+        calls.append(len(batch))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return inner(batch)
+
+    model.encode = encode
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_frozen(model, benchmark, ["knn"])
+    assert list(benchmark.features_dir.iterdir()) == []
+
+
+def test_other_data_crops_and_targets_have_features_of_their_own(fields, encoder, benchmark, tmp_path):
+    """Under one address, one after the other: the key of the features holds all that they depend on."""
+    model, passes = encoder
+    moved = dataclasses.replace(benchmark, shards=str(tmp_path / "shards"))
+    for seed in (0, 50):
+        shutil.rmtree(moved.shards, ignore_errors=True)
+        first = seed
+        for split, count in SPLITS.items():
+            with Writer(moved.shards, FIELDS, split) as writer:
+                for number in range(first, first + count):
+                    writer.add(field_tile(number))
+            first += count
+        passes.clear()
+        evaluate_frozen(model, moved, ["knn"])
+        assert sum(passes) == CROPS_PER_TILE * sum(SPLITS.values())
+    passes.clear()
+    evaluate_frozen(model, moved, ["attentive"])
+    assert sum(passes) == CROPS_PER_TILE * sum(SPLITS.values())
+    keys = {p.name for p in benchmark.features_dir.iterdir()}
+    config = dataclasses.replace(model.config, crop_m=20.0)
+    view = [dataclasses.replace(s, image_size=s.image_size // 2) for s in FIELDS.sensors]
+    smaller = Maestro(dataclasses.replace(config, sensors=tuple(view), pos_grid=6)).initialise(0).eval()
+    evaluate_frozen(smaller, dataclasses.replace(moved, crop_m=20.0), ["knn"])
+    assert len({p.name for p in benchmark.features_dir.iterdir()} - keys) == 3
+
+
+@pytest.mark.parametrize("factor", [float("nan"), 1e6])
+def test_features_that_cannot_be_kept_are_said(fields, benchmark, factor):
+    model = load_model(fields.model)
+    inner = model.encode
+    model.encode = lambda batch: {k: factor * v for k, v in inner(batch).items()}
+    why = "are not finite" if factor != factor else "more than float16 holds"
+    for mode in ("knn", "attentive"):
+        with pytest.raises(ResultsError, match=why):
+            evaluate_frozen(model, benchmark, [mode])
 
 
 def test_no_room_is_said_before_anything_is_written(encoder, benchmark, monkeypatch):

@@ -54,3 +54,29 @@ def test_foreign_files_are_named(tmp_path, text, said):
     with pytest.raises(ResultsError, match=said) as error:
         EvalResult.load(path)
     assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"value": float("nan")}, "holds NaN"),
+        ({"interval": [float("nan"), 0.3]}, "holds NaN"),
+        ({"value": None}, "value is None"),
+        ({"value": "0.5"}, "value is '0.5'"),
+        ({"value": 50.0}, "value is 50.0, no fraction of 1"),
+        ({"interval": [0.5]}, "an interval of 1 numbers"),
+        ({"metric": "acc"}, "metric 'acc' is none of wf1, miou"),
+        ({"seeds": []}, "no seed"),
+        ({"per_class": [1, 2]}, "is malformed"),
+        ({"per_class": {"a": 2}}, "per-class score of a is 2"),
+        ({"confusion": [[1, 2, 3]]}, "a confusion of 1 rows for 2 classes"),
+        ({"confusion": 3}, "is malformed"),
+    ],
+)
+def test_what_no_evaluation_writes_is_refused(tmp_path, change, said):
+    path = tmp_path / "results.json"
+    RESULT.write(path)
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(ResultsError, match=said) as error:
+        EvalResult.load(path)
+    assert "evaluate again" in str(error.value)
