@@ -373,7 +373,8 @@ def report(
     ] = Path("report.html"),
 ) -> None:
     """Lay results beside the published tables: one self-contained page with scores, classes, confusions and maps."""
-    from maestro_scale.evaluation.report import find_results, write_report
+    from maestro_scale.evaluation.report import write_report
+    from maestro_scale.evaluation.series import find_results
 
     found = find_results(results)
     page, text = write_report(found, out)

@@ -37,7 +37,7 @@ def knn(
     """
     check_splits(train, validation, test_features)
     ks = sorted({min(k, len(train.features)) for k in neighbours})
-    bank, labels = _unit(train.features), torch.from_numpy(train.labels)
+    bank, labels = _unit(train.features), torch.tensor(train.labels)
     similarity, nearest = _nearest(_unit(validation.features), bank, ks[-1])
     best: tuple[float, int, float, MultilabelCounts] | None = None
     for k in ks:

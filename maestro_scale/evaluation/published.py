@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from maestro_scale.evaluation.results import EvalResult
+
 
 @dataclass(frozen=True)
 class Column:
-    """A benchmark of the tables."""
+    """A benchmark of the tables: what of a dataset is predicted, and how it is scored."""
 
     benchmark: str
     title: str
     metric: str
+    target: str
+
+    def is_of(self, result: EvalResult) -> bool:
+        """Whether a result is a score of this benchmark."""
+        asked = result.benchmark, result.metric, result.target or self.target
+        return asked == (self.benchmark, self.metric.lower(), self.target)
 
 
 @dataclass(frozen=True)
@@ -23,10 +31,10 @@ class Row:
 
 
 COLUMNS = (
-    Column("treesatai_ts", "TreeSatAI-TS", "wF1"),
-    Column("pastis_hd", "PASTIS-HD", "mIoU"),
-    Column("flair2", "FLAIR#2", "mIoU"),
-    Column("flair_hub", "FLAIR-HUB", "mIoU"),
+    Column("treesatai_ts", "TreeSatAI-TS", "wF1", "species"),
+    Column("pastis_hd", "PASTIS-HD", "mIoU", "crop_type"),
+    Column("flair2", "FLAIR#2", "mIoU", "cosia"),
+    Column("flair_hub", "FLAIR-HUB", "mIoU", "cosia"),
 )
 
 INTRA = (
@@ -53,3 +61,4 @@ CROSS = (
 # What a result is compared with: the row for finetuned encoders of the paper's own method.
 INTRA_REFERENCE = INTRA[0]
 CROSS_REFERENCE = {"flair_hub": CROSS[0], "s2_naip": CROSS[1]}
+IMAGE_REFERENCE = {"dinov2": CROSS[2]}  # by what is in an image encoder's name

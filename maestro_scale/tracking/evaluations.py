@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from maestro_scale.evaluation.charts import class_bars
-from maestro_scale.evaluation.report import CLASS_METRIC, Found, pictures, write_report
+from maestro_scale.evaluation.report import CLASS_METRIC, pictures, write_report
 from maestro_scale.evaluation.results import EvalResult
+from maestro_scale.evaluation.series import Found
 from maestro_scale.secrets_filter import scrub, scrub_document, scrub_mapping
 from maestro_scale.tracking.mlflow_run import tracking_uri
 from maestro_scale.tracking.mlflow_tracker import quiet_mlflow

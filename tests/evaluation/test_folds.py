@@ -12,8 +12,9 @@ import pytest
 from maestro_scale.datasets.pastis_hd_splits import folds_of
 from maestro_scale.evaluate import main as evaluate
 from maestro_scale.evaluation.folds import fold, folds_in
-from maestro_scale.evaluation.report import find_results, write_report
+from maestro_scale.evaluation.report import write_report
 from maestro_scale.evaluation.results import EvalResult, ResultsError
+from maestro_scale.evaluation.series import find_results
 from maestro_scale.evaluation.summary import summarise
 from maestro_scale.shards.writer import Writer
 from tests.evaluation.conftest import FIELDS, Fields, field_tile

@@ -9,8 +9,9 @@ import torch
 from testkit.models import TINY
 
 from maestro_scale.evaluate import main as evaluate
-from maestro_scale.evaluation.report import find_results, write_report
+from maestro_scale.evaluation.report import write_report
 from maestro_scale.evaluation.results import EvalResult
+from maestro_scale.evaluation.series import find_results
 from maestro_scale.interop.export import write_model
 from maestro_scale.model.config import ModelConfig
 from maestro_scale.model.maestro import Maestro

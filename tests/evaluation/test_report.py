@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from maestro_scale.evaluation.report import find_results, write_report
+from maestro_scale.evaluation.report import write_report
 from maestro_scale.evaluation.results import EvalResult, ResultsError
+from maestro_scale.evaluation.series import find_results
 
 CLASSES = ("meadow", "corn", "vines")
 SEGMENTED = EvalResult(
@@ -164,3 +165,76 @@ def test_a_browser_draws_every_picture(results, tmp_path):
     assert len(widths) == 5
     assert min(widths) > 100
     assert "CONSOLE" not in shown.stderr, shown.stderr
+
+
+def listed(*results: EvalResult, tmp_path: Path) -> list[str]:
+    """Rows of ours in the Markdown of these results, each in a folder of its own."""
+    for i, result in enumerate(results):
+        result.write(tmp_path / "listed" / str(i) / "results.json")
+    _, text = write_report(find_results([tmp_path / "listed"]), tmp_path / "listed.html")
+    return [line for line in text.read_text().splitlines() if line.startswith("| **")]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"recipe": {"data": {"mixture": [{"crop_m": 80}]}}},
+        {"mode": "finetune", "recipe": {"optim": {"base_lr": 1.0}}},
+        {"mode": "finetune", "recipe": {"train": {"steps": 7}}},
+        {"splits": {"test": ("other",)}},
+        {"mode": "scratch", "encoder": "image:vit"},
+        {"value": 0.5},  # of the same seed: another run of it, whatever the reason
+    ],
+)
+def test_what_differs_in_more_than_seed_and_fold_is_not_averaged(tmp_path, change):
+    one = dataclasses.replace(LABELLED, **{k: v for k, v in change.items() if k == "mode"})
+    rows = listed(one, dataclasses.replace(one, **change), tmp_path=tmp_path)
+    assert len(rows) == 2
+    assert not any("±" in row for row in rows)
+
+
+def test_other_targets_and_metrics_are_no_scores_of_the_benchmark(tmp_path):
+    other = dataclasses.replace(
+        LABELLED, benchmark="pastis_hd", target="crops_present", value=0.2, trained_on=("pastis_hd",)
+    )
+    main = dataclasses.replace(SEGMENTED, target="crop_type")
+    (row,) = listed(main, other, tmp_path=tmp_path)
+    assert "65.6 (64.0-67.0) [-3.0]" in row
+    text = (tmp_path / "listed.md").read_text()
+    assert "| pastis_hd: crop_type |" in text
+    assert "| pastis_hd: crops_present |" in text
+
+
+def test_a_copy_counts_once_and_seeds_are_one_line(tmp_path):
+    seeds = [dataclasses.replace(LABELLED, seeds=(s,), value=0.7 + s / 100) for s in (0, 2)]
+    (row,) = listed(*seeds, seeds[0], tmp_path=tmp_path)
+    assert "71.0 ± 1.4" in row
+
+
+def test_encoders_of_images_stand_beside_the_published_ones(tmp_path):
+    image = dataclasses.replace(
+        SEGMENTED, encoder="image:facebook/dinov2-base", trained_on=(), checkpoint_step=0
+    )
+    listed(image, dataclasses.replace(image, mode="scratch"), tmp_path=tmp_path)
+    intra, cross = (tmp_path / "listed.md").read_text().split("## Pretrained elsewhere")
+    assert "| **dinov2-base, probe** | – | 65.6 (64.0-67.0) [+1.2] |" in cross
+    assert "| **dinov2-base (not pretrained), scratch** |" in intra
+
+
+def test_an_oracle_of_other_tiles_stands_beside_nothing(tmp_path):
+    score = dataclasses.replace(SEGMENTED, splits={"test": ("fold_5",)})
+    oracle = dataclasses.replace(
+        score, mode="oracle", encoder="oracle", value=0.9, splits={"test": ("fold_1",)}
+    )
+    (row,) = listed(score, oracle, tmp_path=tmp_path)
+    assert "oracle" not in row
+
+
+def test_where_a_report_cannot_be_written_is_said_by_its_name(results, tmp_path):
+    found = find_results([results])
+    for out in (tmp_path / "report.md", tmp_path):
+        with pytest.raises(ResultsError, match=re.escape(f"--out {out}: name an .html file")):
+            write_report(found, out)
+    (results / "a" / "maps.npz").write_bytes(b"no archive")
+    with pytest.raises(ResultsError, match=r"maps\.npz cannot be read"):
+        write_report(found, tmp_path / "report.html")
