@@ -173,6 +173,17 @@ def _parts(args: argparse.Namespace, recipe) -> list[Part]:
     ]
 
 
+def _shared(parts: Sequence[Part]) -> list[str]:
+    """What to tell of splits that take more than one part: a score on tiles that were trained on is none."""
+    return [
+        f"warning: {', '.join(both)}{f' of fold {p.fold}' if p.fold else ''} is both test and {role}: the score is of "
+        "tiles that were learned from"
+        for p in parts
+        for role in ("train", "val")
+        if (both := sorted({*p.splits.get("test", ("test",))} & {*p.splits.get(role, (role,))}))
+    ]
+
+
 def _evaluate(args: argparse.Namespace) -> None:
     from maestro_scale.evaluation.encoder import Encoder
     from maestro_scale.evaluation.finetune import MODES, Stopped
@@ -186,6 +197,8 @@ def _evaluate(args: argparse.Namespace) -> None:
         modes = (ORACLE,)
     parts = _parts(args, recipe)
     encoder = Encoder(recipe, args.checkpoint, args.baseline, parts[0].fold)
+    encoder.check([part.fold for part in parts], learns=bool(set(modes) & set(MODES)))
+    _tell(_shared(parts))
     ranks = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", 1)))
     world = join() if ranks > 1 or set(modes) & set(MODES) else None
     runs: dict[str, list] = {mode: [] for mode in modes}
@@ -194,11 +207,10 @@ def _evaluate(args: argparse.Namespace) -> None:
             encoder = encoder.of(part.fold)
             seeded = load_recipe(args.recipe, [*args.overrides, f"seed={part.seed}"])
             for mode, result in _run(args, seeded, encoder, modes, part, world):
-                if len(parts) > 1:
-                    path = args.out / _folder(mode, args) / part.within / "results.json"
-                    result.write(path)
-                    if encoder.per_fold:
-                        _track(result, path, encoder, recipe)
+                path = args.out / _folder(mode, args) / part.within / "results.json"
+                result.write(path)
+                if len(parts) > 1 and encoder.per_fold:
+                    _track(result, path, encoder, recipe)
                 runs[mode].append((str(part.within / "results.json"), result))
     except Stopped as stopped:
         if world is None or world.is_main:
@@ -206,7 +218,8 @@ def _evaluate(args: argparse.Namespace) -> None:
     for mode, of_mode in runs.items():
         if len(of_mode) == len(parts):
             result, path = summarise(of_mode), args.out / _folder(mode, args) / "results.json"
-            result.write(path)
+            if len(parts) > 1:
+                result.write(path)
             if not encoder.per_fold:
                 _track(result, path, encoder, recipe)
             print(f"{mode}: {_text(result)}, {path}", flush=True)
@@ -236,18 +249,19 @@ def _run(args: argparse.Namespace, recipe, encoder, modes: Sequence[str], part: 
     )
     plain = scrub_tree(recipe.model_dump(mode="json"))
     provenance = Provenance(encoder.step, recipe.seed, plain, encoder.named, encoder.trained_on)
-    if args.baseline == ORACLE:
-        from maestro_scale.evaluation.oracle import evaluate_oracle
-
-        result = evaluate_oracle(encoder.view, benchmark, provenance, recipe.data.workers, world)
-        if result is not None:
-            yield ORACLE, result
-        return
-    tells = world is None or world.is_main
 
     def maps(mode: str) -> Path:
         return args.out / _folder(mode, args) / part.within / "maps"
 
+    if args.baseline == ORACLE:
+        from maestro_scale.evaluation.oracle import evaluate_oracle
+
+        shown = maps(ORACLE) if args.maps else None
+        result = evaluate_oracle(encoder.view, benchmark, provenance, recipe.data.workers, world, shown)
+        if result is not None:
+            yield ORACLE, result
+        return
+    tells = world is None or world.is_main
     frozen = [m for m in modes if m not in MODES]
     if frozen:
         model, notes = encoder.seen(learns=False)
@@ -260,7 +274,7 @@ def _run(args: argparse.Namespace, recipe, encoder, modes: Sequence[str], part: 
     for mode in [m for m in modes if m in MODES]:
         model, notes = encoder.seen(learns=True)
         _tell(notes if tells and mode == "finetune" else ())
-        origin = provenance if mode == "finetune" else Provenance(0, recipe.seed, plain)
+        origin = provenance if mode == "finetune" else Provenance(0, recipe.seed, plain, encoder.named)
         folder = args.out / _folder(mode, args) / part.within
         maps_dir = maps(mode) if args.maps else None
         result = finetune(model, benchmark, recipe, mode, folder, world, origin, maps_dir)

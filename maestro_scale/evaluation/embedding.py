@@ -1,12 +1,15 @@
 """Embeddings of a whole split, written beside the shards they come from: a file per shard, or an image per tile.
 
 Files appear whole or not at all, so that the same command again does what is missing; ranks take shards in turn and say
-nothing to each other.
+nothing to each other. ``embedding.json`` says what the files are of: another model needs another folder.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +20,20 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import torch
 
+from maestro_scale.datasets.spec import Place
+from maestro_scale.evaluation.encoded import weights_digest
 from maestro_scale.evaluation.results import ResultsError
+from maestro_scale.evaluation.tile_maps import georeference
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.shards.manifest import Manifest, ShardInfo
 from maestro_scale.shards.store import Store
 from maestro_scale.stream.crops import CropGrid
 from maestro_scale.stream.evaluation import EvalLoader
 from maestro_scale.stream.source import Source
+from maestro_scale.training.run_dir import write_atomically
+
+ABOUT = "embedding.json"
+_SHARD = "maestro_scale.shard_sha256"
 
 What = Literal["vector", "tokens"]
 Format = Literal["parquet", "tiff"]
@@ -31,9 +41,11 @@ Format = Literal["parquet", "tiff"]
 
 @dataclass(frozen=True)
 class Rows:
-    """What the encoder makes of N crops. ``crops`` (N,): number of the crop on its tile; ``arrays`` (N, …) by name."""
+    """What the encoder makes of N crops. ``crops`` (N,): number of the crop on its tile; ``places``: where the tiles
+    lie, None where the shards do not know; ``arrays`` (N, …) by name."""
 
     keys: Sequence[str]
+    places: Sequence[Place | None]
     crops: np.ndarray
     arrays: dict[str, np.ndarray]
 
@@ -65,24 +77,55 @@ class Embedder:
         """Write what is missing of this rank's share under ``out``; how many crops that were.
 
         Parquet: ``<shard>.parquet`` with columns ``key``, ``crop``, ``north_m``, ``west_m`` (the crop's upper left
-        corner on its tile) and a fixed-size list of float32 per array, its shape in the field's metadata. TIFF:
+        corner on its tile), ``crs``, ``x_m``, ``y_m`` (the same corner on the ground, null where the shards know no
+        place) and a fixed-size list of float32 per array, its shape in the field's metadata. TIFF:
         ``<shard>/<key>.<crop>.<sensor>.tif``, a band per channel, the mean over dates. ManifestError where there is no
-        such split; BadShard, StoreError.
+        such split, ResultsError where ``out`` holds embeddings of something else; BadShard, StoreError.
         """
         mine = self.manifest.of([split])[rank::world]
-        todo = [shard for shard in mine if not self._path(out, shard).exists()]
+        self._claim(out)
+        todo = [shard for shard in mine if not self._is_there(self._path(out, shard), shard)]
         if not todo:
             return 0
-        out.mkdir(parents=True, exist_ok=True)
         source = self._source(todo)
         grid = CropGrid(source.spec, source.sensors, source.crop_m)
         done, total = 0, sum(s.samples for s in todo) * grid.num_crops
         for shard, rows in self._by_shard(source):
-            self._save(self._path(out, shard), rows, grid)
+            self._save(self._path(out, shard), shard, rows, grid)
             done += len(rows.keys)
             if progress:
                 progress(done, total, sum(a.nbytes for a in rows.arrays.values()))
         return done
+
+    def _claim(self, out: Path) -> None:
+        """Make the folder this embedder's. Every rank writes the same."""
+        own = {
+            "dataset": self.manifest.spec.name,
+            "what": self.what,
+            "format": self.format,
+            "weights": weights_digest(self.model),
+            "spec": hashlib.sha256(repr(self.manifest.spec).encode()).hexdigest(),
+        }
+        path = out / ABOUT
+        if path.exists():
+            theirs = json.loads(path.read_text())
+            other = [f"{k} {theirs.get(k)}, now {v}" for k, v in own.items() if theirs.get(k) != v]
+            if other:
+                raise ResultsError(
+                    f"{out} holds embeddings of something else ({'; '.join(other)}): use another folder"
+                )
+        else:
+            write_atomically(path, json.dumps(own, indent=1))
+
+    def _is_there(self, path: Path, shard: ShardInfo) -> bool:
+        """Whether a whole file of this very shard is there."""
+        try:
+            if self.format == "tiff":
+                return (path / _SHARD).read_text() == shard.sha256
+            about = parquet.read_metadata(path)  # its end says what is in it
+        except (OSError, pa.ArrowInvalid):
+            return False
+        return (about.metadata or {}).get(_SHARD.encode()) == shard.sha256.encode()
 
     def _path(self, out: Path, shard: ShardInfo) -> Path:
         stem = out / Path(shard.path).stem
@@ -105,9 +148,10 @@ class Embedder:
             while shard is not None and held >= (size := shard.samples * loader.num_crops):
                 whole = {name: np.concatenate([p[name] for p in pending]) for name in pending[0]}
                 with source.store.shard(shard) as opened:
-                    keys = np.repeat(opened.keys, loader.num_crops).tolist()
+                    of_crops = [(t.key, t.place) for t in opened for _ in range(loader.num_crops)]
+                    keys, places = zip(*of_crops, strict=True)
                 crops = np.tile(np.arange(loader.num_crops), shard.samples)
-                yield shard, Rows(keys, crops, {name: a[:size] for name, a in whole.items()})
+                yield shard, Rows(keys, places, crops, {name: a[:size] for name, a in whole.items()})
                 pending, held = [{name: a[size:] for name, a in whole.items()}], held - size
                 shard = next(shards, None)
 
@@ -119,12 +163,15 @@ class Embedder:
             chosen = {"vector": embedding.vector} if self.what == "vector" else embedding.tokens
             yield {name: t.float().cpu().numpy() for name, t in chosen.items()}
 
-    def _save(self, path: Path, rows: Rows, grid: CropGrid) -> None:
+    def _save(self, path: Path, shard: ShardInfo, rows: Rows, grid: CropGrid) -> None:
         partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
         if self.format == "parquet":
-            parquet.write_table(_table(rows, grid), partial)
+            table = _table(rows, grid)
+            parquet.write_table(table.replace_schema_metadata({_SHARD: shard.sha256}), partial)
         else:
             _write_images(partial, rows, grid)
+            (partial / _SHARD).write_text(shard.sha256)
+            shutil.rmtree(path, ignore_errors=True)
         os.replace(partial, path)
 
 
@@ -135,6 +182,13 @@ def _table(rows: Rows, grid: CropGrid) -> pa.Table:
         pa.field("crop", pa.int32()): pa.array(rows.crops.astype(np.int32)),
         pa.field("north_m", pa.float64()): pa.array([c.row_m for c in corners]),
         pa.field("west_m", pa.float64()): pa.array([c.column_m for c in corners]),
+        pa.field("crs", pa.string()): pa.array([p and p.crs for p in rows.places], pa.string()),
+        pa.field("x_m", pa.float64()): pa.array(
+            [p and p.west_m + c.column_m for p, c in zip(rows.places, corners, strict=True)], pa.float64()
+        ),
+        pa.field("y_m", pa.float64()): pa.array(
+            [p and p.north_m - c.row_m for p, c in zip(rows.places, corners, strict=True)], pa.float64()
+        ),
     }
     for name, values in rows.arrays.items():
         flat = pa.FixedSizeListArray.from_arrays(values.ravel(), int(np.prod(values.shape[1:])))
@@ -146,7 +200,6 @@ def _table(rows: Rows, grid: CropGrid) -> pa.Table:
 def _write_images(folder: Path, rows: Rows, grid: CropGrid) -> None:
     try:
         import rasterio
-        from rasterio.transform import from_origin
     except ImportError:
         raise ResultsError("--format tiff needs rasterio: pip install 'maestro-scale[datasets]'") from None
     folder.mkdir()
@@ -154,10 +207,8 @@ def _write_images(folder: Path, rows: Rows, grid: CropGrid) -> None:
         maps = tokens.mean(axis=1)  # (N, L, E)
         side = round(maps.shape[1] ** 0.5)
         cell_m = grid.crop_m / side
-        for key, number, values in zip(rows.keys, rows.crops, maps, strict=True):
+        for key, place, number, values in zip(rows.keys, rows.places, rows.crops, maps, strict=True):
             corner = grid.tiling(int(number))
-            # In metres from the tile's upper left corner: shards keep no coordinates.
-            transform = from_origin(corner.column_m, -corner.row_m, cell_m, cell_m)
             with rasterio.open(
                 folder / f"{key}.{number}.{name}.tif",
                 "w",
@@ -166,7 +217,7 @@ def _write_images(folder: Path, rows: Rows, grid: CropGrid) -> None:
                 height=side,
                 count=values.shape[1],
                 dtype="float32",
-                transform=transform,
                 compress="deflate",
+                **georeference(place, cell_m, corner.row_m, corner.column_m),
             ) as image:
                 image.write(values.T.reshape(-1, side, side))

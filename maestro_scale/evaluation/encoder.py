@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from maestro_scale.evaluation.adopt import adopt
@@ -47,7 +48,7 @@ class Encoder:
             return
         if self.per_fold and fold is None:
             raise ResultsError(f"--checkpoint {checkpoint}: {FOLD} needs --folds")
-        self.path = Path(str(checkpoint).replace(FOLD, str(fold)))
+        self.path = self._path(fold)
         self._model, self.step = open_model(self.path)
         if self.step != 0:
             self.trained_on = tuple(v.dataset for v in self._model.config.views)
@@ -58,12 +59,21 @@ class Encoder:
             return self
         return Encoder(*self._asked, fold)
 
+    def check(self, folds: Sequence[int | None], learns: bool) -> None:
+        """ResultsError, before anything is done, where a fold has no encoder, or one that is to learn cannot."""
+        if learns and self._baseline is not None and not isinstance(self._model, LEARNERS):
+            raise ResultsError(
+                f"--baseline {self._baseline} is not trained here: use --mode knn, probe or attentive"
+            )
+        missing = [p for fold in folds if self.path and not (p := self._path(fold)).exists()]
+        if missing:
+            raise ResultsError(f"--checkpoint: there is no {' and no '.join(map(str, missing))}")
+
+    def _path(self, fold: int | None) -> Path:
+        return Path(str(self._asked[1]).replace(FOLD, str(fold)))
+
     def seen(self, learns: bool) -> tuple[Maestro | Baseline, list[str]]:
         """(the encoder as it sees the benchmark, what to tell); ``learns``: and is trained on it."""
         if self._baseline is not None:
-            if learns and not isinstance(self._model, LEARNERS):
-                raise ResultsError(
-                    f"--baseline {self._baseline} is not trained here: use --mode knn or probe"
-                )
             return self._model, []
         return adopt(self._model, self.view, learns)

@@ -21,6 +21,7 @@ from maestro_scale.evaluation.average import Average
 from maestro_scale.evaluation.baselines import ImageEncoder
 from maestro_scale.evaluation.early_stop import Validated
 from maestro_scale.evaluation.encoded import weights_digest
+from maestro_scale.evaluation.first_maps import FirstMaps
 from maestro_scale.evaluation.frozen import BATCH_SIZE, Benchmark, Provenance, result_of
 from maestro_scale.evaluation.metrics import best
 from maestro_scale.evaluation.objectives import Objective, objective_for
@@ -98,6 +99,7 @@ def finetune(
     try:
         started = time.perf_counter()
         run, position = _prepare(encoder, benchmark, recipe, mode, run_dir, world)
+        maps = maps_dir and TileMaps(maps_dir, run.splits["test"], run.objective.task)
         try:
             stopped = _train(run, position)
         finally:
@@ -108,7 +110,6 @@ def finetune(
             raise Stopped(run_dir)
         chosen = early_stop.best(run.history)
         run.average.load(_weights(run.dir, "best", chosen.step))
-        maps = maps_dir and TileMaps(maps_dir, run.splits["test"], run.objective.task)
         answer = _answers(run, "test", maps)
         if maps:
             maps.close()
@@ -305,7 +306,7 @@ def _save(run: Run, position: Position) -> None:
 
 @torch.no_grad()
 def _answers(run: Run, split: str, maps_of_all: TileMaps | None = None) -> Answer:
-    """What the shadow makes of a split, from whole tiles, each once; the same on all ranks, but for maps: rank 0's."""
+    """What the shadow makes of a split, from whole tiles, each once; the same on all ranks."""
     objective, world, source = run.objective, run.world, run.splits[split]
     # Whole tiles in a batch, as many as fit.
     size = objective.crops * max(BATCH_SIZE // objective.crops, 1)
@@ -313,18 +314,18 @@ def _answers(run: Run, split: str, maps_of_all: TileMaps | None = None) -> Answe
         source, size, world.rank, world.size, workers=run.recipe.data.workers, crops=objective.crops
     )
     tiles = np.zeros((loader.num_samples, *objective.shape))
-    at, maps = loader.first_row // objective.crops, None
+    at, maps = loader.first_row // objective.crops, FirstMaps(loader.num_samples)
     for batch in loader:
         logits, labels = run.average.shadow.logits(batch.to(world.device)), objective.task.labels(batch)
         part = objective.per_tile(logits, labels)
-        maps = maps or objective.maps(logits, labels)
+        maps.take(at, objective.maps(logits, labels))
         tiles[at : at + len(part)] = part
         for number, whole in enumerate(run.objective.whole_tiles(logits) if maps_of_all else (), at):
             maps_of_all.write(number, whole)
         at += len(part)
     # Every tile is one rank's, and nothing is added to it.
     answer = objective.answer(world.sum(torch.from_numpy(tiles).to(world.device)).cpu().numpy())
-    return replace(answer, maps=maps)
+    return replace(answer, maps=maps.gathered(world))
 
 
 def _weights(run_dir: Path, kind: str, step: int) -> Path:

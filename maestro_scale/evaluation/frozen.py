@@ -141,6 +141,9 @@ def evaluate_frozen(
             found.append(whole)
         return found
 
+    maps = {
+        mode: TileMaps(maps_dir(mode), source(benchmark.stored("test")), task) for mode in modes if maps_dir
+    }
     kept = {mode: _kept(mode, task) for mode in modes}
     of_kind = {kind.name: splits(kind) for kind in {k.name: k for k in kept.values()}.values()}
     if world is not None and not world.is_main:
@@ -151,11 +154,10 @@ def evaluate_frozen(
         started = time.perf_counter()
         fit = partial(attentive_probe, objective_for(task), view) if mode == ATTENTIVE else task.modes[mode]
         answer = fit(*of_kind[kept[mode].name], provenance.seed, device)
-        if maps_dir is not None:
-            maps = TileMaps(maps_dir(mode), source(benchmark.stored("test")), task)
+        if mode in maps:
             for number, whole in enumerate(answer.tiles() if answer.tiles else ()):
-                maps.write(number, whole)
-            maps.close()
+                maps[mode].write(number, whole)
+            maps[mode].close()
         timings = {"encode_s": encode_s, "fit_s": time.perf_counter() - started}
         results.append(result_of(benchmark, manifest, mode, task, answer, provenance, timings))
     return results

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,11 +19,13 @@ from scipy.ndimage import uniform_filter, zoom
 from maestro_scale.datasets.scene import BAND_NM
 from maestro_scale.datasets.spec import DatasetSpec, Sensor
 from maestro_scale.evaluation import dense
+from maestro_scale.evaluation.first_maps import FirstMaps
 from maestro_scale.evaluation.frozen import Benchmark, Provenance, result_of
 from maestro_scale.evaluation.metrics import segmentation_scores
 from maestro_scale.evaluation.results import EvalResult, ResultsError
 from maestro_scale.evaluation.signatures import Series, unmix
 from maestro_scale.evaluation.tasks import Answer, Multilabel, Segmentation, multilabel_answer, task_for
+from maestro_scale.evaluation.tile_maps import TileMaps
 from maestro_scale.model.config import DatasetView
 from maestro_scale.shards.manifest import Manifest
 from maestro_scale.shards.store import Store
@@ -51,8 +54,10 @@ def evaluate_oracle(
     provenance: Provenance,
     workers: int = 0,
     world: World | None = None,
+    maps_dir: Path | None = None,
 ) -> EvalResult | None:
-    """The oracle's result on the test split, on rank 0; None on the other ranks.
+    """The oracle's result on the test split, on rank 0; None on the other ranks. ``maps_dir``: for its predictions of
+    whole tiles.
 
     ResultsError where the target is none of the scenes' classes, Sentinel-2 is not among the sensors in use, or the
     tiles are not the generator's.
@@ -64,14 +69,17 @@ def evaluate_oracle(
     store = Store(benchmark.shards, benchmark.cache_dir, benchmark.cache_bytes)
     source = Source(spec, view.sensors, crop_m, manifest.of(benchmark.stored("test")), store)
     oracle = Oracle(spec, view.sensors, task)
+    written = TileMaps(maps_dir, source, task) if maps_dir else None
     rank, size = (world.rank, world.size) if world else (0, 1)
     loader = EvalLoader(source, oracle.crops, rank, size, workers=workers, crops=task.crops)
     tiles = np.zeros((loader.num_samples, *oracle.shape))
     misfits = np.zeros(loader.num_samples)
-    at, maps = loader.first_row // oracle.crops, None
+    at, maps = loader.first_row // oracle.crops, FirstMaps(loader.num_samples)
     for batch in loader:  # a tile each
         tiles[at], misfits[at], seen = oracle.tile(batch)
-        maps = _joined(maps, seen)
+        maps.take(at, seen)
+        if written is not None:
+            written.write(at, seen["answer"][0])
         at += 1
     if world is not None:  # every tile is one rank's, and nothing is added to it
         device = world.device
@@ -81,11 +89,14 @@ def evaluate_oracle(
             f"{benchmark.shards}: the tiles are {np.median(misfits):.1f} deviations off the scenes that the oracle "
             "knows: it is for data of `maestro-scale synth`"
         )
+    shown = maps.gathered(world)
+    if written is not None:
+        written.close()
     if world is not None and not world.is_main:
         return None
     timings = {"fit_s": time.perf_counter() - started}
     return result_of(
-        benchmark, manifest, MODE, task, replace(oracle.answer(tiles), maps=maps), provenance, timings
+        benchmark, manifest, MODE, task, replace(oracle.answer(tiles), maps=shown), provenance, timings
     )
 
 
@@ -206,12 +217,3 @@ def _certainty(shares: np.ndarray, threshold: float) -> np.ndarray:
     return np.where(shares > threshold, 0.5 + shares / 2 + 1e-9, 0.5 * shares / max(threshold, 1e-9)).clip(
         0, 1
     )
-
-
-def _joined(
-    maps: dict[str, np.ndarray] | None, more: dict[str, np.ndarray] | None
-) -> dict[str, np.ndarray] | None:
-    """The maps of the first few tiles."""
-    if maps is None or more is None:
-        return more
-    return maps if len(maps["truth"]) >= 4 else {k: np.concatenate([maps[k], more[k]]) for k in maps}

@@ -36,7 +36,7 @@ from maestro_scale.model.maestro import Maestro
 from maestro_scale.stream.batch import Batch
 from maestro_scale.stream.crops import CropGrid
 
-_NUM_MAPS = 4
+NUM_MAPS = 4  # tiles whose maps are kept beside a result
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ class Segmentation:
     def first_tiles(self, crops: np.ndarray) -> np.ndarray:
         """(n, H, W): the first few tiles, put together from crops (M, h, w)."""
         per_tile = self.layout.crops.num_crops
-        firsts = range(0, min(len(crops), _NUM_MAPS * per_tile), per_tile)
+        firsts = range(0, min(len(crops), NUM_MAPS * per_tile), per_tile)
         return np.stack([self.layout.whole(crops[first : first + per_tile]) for first in firsts])
 
     def whole_tiles(self, predicted: np.ndarray) -> Iterator[np.ndarray]:

@@ -4,20 +4,33 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import numpy as np
 
+from maestro_scale.datasets.spec import Place
 from maestro_scale.evaluation.results import ResultsError
 from maestro_scale.evaluation.tasks import Segmentation, Task
 from maestro_scale.stream.source import OpenShards, Source
 
 
+def georeference(
+    place: Place | None, resolution_m: float, south_m: float = 0.0, east_m: float = 0.0
+) -> dict[str, Any]:
+    """``crs`` and ``transform`` for rasterio of an image whose upper left corner lies so far from the tile's. A tile
+    without a known place gets metres from its own corner, and no reference system."""
+    from rasterio.transform import from_origin
+
+    west_m, north_m = (place.west_m, place.north_m) if place else (0.0, 0.0)
+    transform = from_origin(west_m + east_m, north_m - south_m, resolution_m, resolution_m)
+    return {"crs": place.crs if place else None, "transform": transform}
+
+
 class TileMaps:
     """Writes ``<folder>/<key>.tif`` of samples by number: uint8 values as in the labels, their names in the tags.
 
-    A tile whose shards know no place gets metres from its own corner, and no reference system. ResultsError where the
-    task has no map to write.
+    ResultsError where the task has no map to write.
     """
 
     def __init__(self, folder: Path, source: Source, task: Task) -> None:
@@ -37,11 +50,8 @@ class TileMaps:
     def write(self, number: int, answer: np.ndarray) -> None:
         """Write the map (H, W) of sample ``number``: indices among the classes that count."""
         import rasterio
-        from rasterio.transform import from_origin
 
         sample = self._shards.sample(*self._shards.locate(number))
-        place = sample.place
-        west_m, north_m = (place.west_m, place.north_m) if place else (0.0, 0.0)
         path = self._folder / f"{quote(sample.key, safe='')}.tif"
         partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
         profile = {
@@ -50,9 +60,8 @@ class TileMaps:
             "height": answer.shape[0],
             "count": 1,
             "dtype": "uint8",
-            "crs": place.crs if place else None,
-            "transform": from_origin(west_m, north_m, self._resolution_m, self._resolution_m),
             "compress": "deflate",
+            **georeference(sample.place, self._resolution_m),
         }
         with rasterio.open(partial, "w", **profile) as image:
             image.write(self._values[answer][None])

@@ -160,7 +160,7 @@ class Checkpoints:
         if difference := differences(record["identity"], identity):
             raise CheckpointError(
                 f"{path} does not fit this run: {difference}. Go on with what it was made with, or use another "
-                "--run-dir"
+                "directory"
             )
         with StateReader(path / STATE) as reader:
             state.restore(reader)
@@ -205,7 +205,7 @@ class Checkpoints:
         else:
             return
         raise CheckpointError(
-            f"{lost}; refusing to start over in it: bring it back, use another --run-dir, or remove this one"
+            f"{lost}; refusing to start over in it: bring it back, use another directory, or remove this one"
         )
 
     def _set_damaged_aside(self, loaded: Path) -> None:

@@ -50,6 +50,13 @@ def test_all_four_modes(name, tmp_path):
     out = tmp_path / "out"
     code, output = Trainer(recipe, entry=EVALUATE).run(None, 1, "--baseline=random", f"--out={out}")
     assert code == 0, output[-4000:]
+    if name == "pastis_hd":
+        code, output = Trainer(recipe, entry=EVALUATE).run(
+            None, 1, "--baseline=oracle", "--maps", f"--out={out}"
+        )
+        assert code == 0, output[-4000:]
+        oracle = EvalResult.load(out / "oracle" / "results.json")
+        assert len(list((out / "oracle" / "maps").glob("*.tif"))) == oracle.num_tiles
     for mode in ("knn", "probe", "finetune", "scratch"):
         result = EvalResult.load(out / mode / "results.json")
         assert (result.benchmark, result.mode) == (name, mode)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import rasterio
 import torch
 
+from maestro_scale.datasets.spec import Place
 from maestro_scale.evaluation.embedding import Embedder
 from maestro_scale.evaluation.results import ResultsError
 from maestro_scale.interop.pretrained import load_model
@@ -97,6 +99,55 @@ def test_token_grids_as_columns_and_as_images(fields, shards, tmp_path):
     with rasterio.open(path) as image:
         np.testing.assert_allclose(image.read(), tokens[1].mean(0).T.reshape(32, 4, 4), rtol=1e-4, atol=1e-5)
         assert (image.transform.a, image.transform.c, image.transform.f) == (10.0, 20.0, 0.0)
+
+
+def test_a_file_that_is_not_this_ones_is_neither_kept_nor_mixed_in(fields, shards, tmp_path):
+    out = tmp_path / "out"
+    maker = embedder(fields, shards, tmp_path)
+    maker.write(out, "test")
+    first, second, _ = sorted(out.glob("*.parquet"))
+    before = tables(out)
+    first.write_bytes(first.read_bytes()[:100])
+    other = parquet.read_table(second)
+    parquet.write_table(other.replace_schema_metadata({"maestro_scale.shard_sha256": "another"}), second)
+    assert maker.write(out, "test") == sum(len(before[p.name]["key"]) for p in (first, second))
+    assert tables(out) == before
+    stranger = load_model(fields.model)
+    with torch.no_grad():
+        next(stranger.parameters()).add_(0.1)
+    for changed in (
+        dataclasses.replace(maker, model=stranger),
+        dataclasses.replace(maker, what="tokens"),
+        dataclasses.replace(maker, what="tokens", format="tiff"),
+    ):
+        with pytest.raises(ResultsError, match="holds embeddings of something else"):
+            changed.write(out, "test")
+    assert tables(out) == before
+
+
+def test_where_a_crop_lies_on_the_ground(fields, tmp_path):
+    with Writer(str(tmp_path / "shards"), FIELDS, "test") as writer:
+        writer.add(dataclasses.replace(field_tile(0), place=Place("EPSG:2154", 650_000.0, 6_700_000.0)))
+        writer.add(field_tile(1))
+    maker = embedder(fields, tmp_path / "shards", tmp_path, what="tokens")
+    maker.write(tmp_path / "table", "test")
+    (table,) = tables(tmp_path / "table").values()
+    rows = {(k, c): i for i, (k, c) in enumerate(zip(table["key"], table["crop"], strict=True))}
+    placed, lost = rows["field-000", 3], rows["field-001", 3]
+    assert [table[n][placed] for n in ("crs", "x_m", "y_m")] == ["EPSG:2154", 650_020.0, 6_699_980.0]
+    assert [table[n][lost] for n in ("crs", "x_m", "y_m", "west_m")] == [None, None, None, 20.0]
+    images = dataclasses.replace(maker, format="tiff")
+    assert images.write(tmp_path / "images", "test") == 8
+    assert images.write(tmp_path / "images", "test") == 0
+    (mark,) = (tmp_path / "images").rglob("maestro_scale.shard_sha256")
+    mark.write_text("another")
+    assert images.write(tmp_path / "images", "test") == 8
+    (path,) = (tmp_path / "images").rglob("field-000.3.s2.tif")
+    with rasterio.open(path) as image:
+        assert (image.crs.to_string(), image.bounds) == (
+            "EPSG:2154",
+            (650_020, 6_699_940, 650_060, 6_699_980),
+        )
 
 
 def test_what_cannot_be_written_is_said(fields, shards, tmp_path):

@@ -201,7 +201,10 @@ def test_it_stops_when_asked_and_ends_where_validation_gets_no_better(fields, tm
 def test_what_is_no_maestro_is_not_finetuned(fields, tmp_path, capsys):
     recipe = f"--recipe={fields.recipe(tmp_path)}"
     assert evaluate([recipe, f"--out={tmp_path}", "--baseline=statistics", "--mode=finetune"]) == 2
-    assert "--baseline statistics is not trained here: use --mode knn or probe" in capsys.readouterr().err
+    assert (
+        "--baseline statistics is not trained here: use --mode knn, probe or attentive"
+        in capsys.readouterr().err
+    )
 
 
 def test_right_logits_have_no_error_and_count_on_the_diagonal(fields, objective, tmp_path):

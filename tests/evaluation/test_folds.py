@@ -136,6 +136,18 @@ def test_the_command_over_folds_and_seeds(rotated, tmp_path, capsys):
     assert "| 2 folds | 15 |" in text.read_text()
 
 
+def test_what_cannot_end_well_is_said_before_it_begins(rotated, tmp_path, capsys):
+    recipe = f"--recipe={rotated.recipe(tmp_path)}"
+    (tmp_path / "part1").symlink_to(rotated.model)
+    asked = [recipe, f"--checkpoint={tmp_path}/part{{fold}}", f"--out={tmp_path / 'out'}", "--mode=knn"]
+    assert evaluate([*asked, "--folds=1,2,3"]) == 2
+    assert f"there is no {tmp_path}/part2 and no {tmp_path}/part3" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    asked[1] = f"--checkpoint={rotated.model}"
+    assert evaluate([*asked, "--split", "train=fold_1", "val=fold_2", "test=fold_1,fold_3"]) == 0
+    assert "warning: fold_1 is both test and train" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("asked", "said"),
     [

@@ -1,0 +1,52 @@
+"""The tiles whose maps are kept are the first of the split, whoever has them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from maestro_scale.evaluation.first_maps import FirstMaps
+
+TILES = np.arange(6 * 4, dtype=np.uint8).reshape(6, 2, 2)
+
+
+class Ranks:
+    """As many ranks as were asked so far; the last one hears what all gave."""
+
+    def __init__(self):
+        self.device, self.given = torch.device("cpu"), []
+
+    def maxima(self, values):
+        return [2.0]
+
+    def sum(self, values):
+        self.given.append(values)
+        return torch.stack(self.given).sum(0)
+
+
+def maps(tiles):
+    return {"truth": tiles, "answer": 255 - tiles}
+
+
+@pytest.mark.parametrize("cuts", [[], [1], [3], [1, 2], [5]])
+def test_any_number_of_ranks(cuts):
+    ranks = Ranks()
+    for part in np.split(np.arange(6), cuts):
+        mine = FirstMaps(6)
+        for number in part:
+            mine.take(int(number), maps(TILES[number : number + 1]))
+        found = mine.gathered(ranks if cuts else None)
+    assert set(found) == {"truth", "answer"}
+    np.testing.assert_array_equal(found["truth"], TILES[:4])
+    np.testing.assert_array_equal(found["answer"], 255 - TILES[:4])
+
+
+def test_several_at_once_and_none():
+    few = FirstMaps(3)
+    few.take(0, maps(TILES[:2]))
+    few.take(2, maps(TILES[2:]))
+    np.testing.assert_array_equal(few.gathered(None)["truth"], TILES[:3])
+    nothing = FirstMaps(3)
+    nothing.take(0, None)
+    assert nothing.gathered(None) is None
