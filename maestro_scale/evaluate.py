@@ -198,9 +198,10 @@ def _evaluate(args: argparse.Namespace) -> None:
     parts = _parts(args, recipe)
     encoder = Encoder(recipe, args.checkpoint, args.baseline, parts[0].fold)
     encoder.check([part.fold for part in parts], learns=bool(set(modes) & set(MODES)))
-    _tell(_shared(parts))
     ranks = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", 1)))
     world = join() if ranks > 1 or set(modes) & set(MODES) else None
+    if world is None or world.is_main:
+        _tell(_shared(parts))
     runs: dict[str, list] = {mode: [] for mode in modes}
     try:
         for part in parts:
@@ -233,7 +234,9 @@ def _run(args: argparse.Namespace, recipe, encoder, modes: Sequence[str], part: 
     """(mode, result) of a part, on rank 0."""
     from maestro_scale.evaluation.finetune import MODES, finetune
     from maestro_scale.evaluation.frozen import Benchmark, Provenance, evaluate_frozen
+    from maestro_scale.evaluation.watching import unwatched
     from maestro_scale.secrets_filter import scrub_tree
+    from maestro_scale.tracking.terminal import progress
 
     entry = recipe.data.mixture[0]
     benchmark = Benchmark(
@@ -253,21 +256,30 @@ def _run(args: argparse.Namespace, recipe, encoder, modes: Sequence[str], part: 
     def maps(mode: str) -> Path:
         return args.out / _folder(mode, args) / part.within / "maps"
 
+    tells = world is None or world.is_main
+    watching = progress if tells else unwatched
     if args.baseline == ORACLE:
         from maestro_scale.evaluation.oracle import evaluate_oracle
 
         shown = maps(ORACLE) if args.maps else None
-        result = evaluate_oracle(encoder.view, benchmark, provenance, recipe.data.workers, world, shown)
+        workers = recipe.data.workers
+        result = evaluate_oracle(encoder.view, benchmark, provenance, workers, world, shown, watching)
         if result is not None:
             yield ORACLE, result
         return
-    tells = world is None or world.is_main
     frozen = [m for m in modes if m not in MODES]
     if frozen:
         model, notes = encoder.seen(learns=False)
         _tell(notes if tells else ())
         results = evaluate_frozen(
-            model, benchmark, frozen, provenance, recipe.data.workers, world, maps if args.maps else None
+            model,
+            benchmark,
+            frozen,
+            provenance,
+            recipe.data.workers,
+            world,
+            maps if args.maps else None,
+            watching,
         )
         for result in results:
             yield result.mode, result
@@ -277,7 +289,7 @@ def _run(args: argparse.Namespace, recipe, encoder, modes: Sequence[str], part: 
         origin = provenance if mode == "finetune" else Provenance(0, recipe.seed, plain, encoder.named)
         folder = args.out / _folder(mode, args) / part.within
         maps_dir = maps(mode) if args.maps else None
-        result = finetune(model, benchmark, recipe, mode, folder, world, origin, maps_dir)
+        result = finetune(model, benchmark, recipe, mode, folder, world, origin, maps_dir, watching)
         if result is not None:
             yield mode, result
 

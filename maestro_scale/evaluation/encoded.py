@@ -22,8 +22,10 @@ import torch
 from torch import Tensor
 
 from maestro_scale.evaluation.results import ResultsError
+from maestro_scale.evaluation.watching import Watching, unwatched
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.shards.locks import Locked, file_lock, has_no_locks
+from maestro_scale.shards.progress import Progress
 from maestro_scale.stream.batch import Batch
 from maestro_scale.stream.evaluation import EvalLoader
 from maestro_scale.training import committed
@@ -107,6 +109,7 @@ def encoded(
     dtype: str,
     device: torch.device,
     world: World | None = None,
+    watching: Watching = unwatched,
 ) -> Encoded:
     """What ``features`` and ``labels`` make of every batch of ``loader``; read from ``folder`` if that is there whole.
 
@@ -119,7 +122,8 @@ def encoded(
             if not group.first(lambda: _claimed(folder, held)):
                 time.sleep(_WAIT_S)  # another job is at it
             elif group.first(lambda: _lacks(folder)):  # still: it may have ended just before
-                _encode(folder, loader, features, labels, dtype, device, group)
+                with watching(f"encode {folder.name.rpartition('-')[0]}", "batches") as tell:
+                    _encode(folder, loader, features, labels, dtype, device, group, tell)
     arrays = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("features", "labels"))
     return Encoded(*arrays, tiles=np.repeat(np.arange(loader.num_samples), loader.num_crops))
 
@@ -177,6 +181,7 @@ def _encode(
     dtype: str,
     device: torch.device,
     group: _Group,
+    tell: Progress,
 ) -> None:
     rows = loader.num_samples * loader.num_crops
     if rows == 0:
@@ -184,8 +189,8 @@ def _encode(
     # A name of its own: nobody else writes there, and nobody reads.
     partial = folder.with_name(group.same(f".partial-{uuid.uuid4().hex[:12]}-{folder.name}"))
     try:
-        made, at = None, loader.first_row
-        for batch in loader:
+        made, at, num_bytes = None, loader.first_row, 0
+        for number, batch in enumerate(loader, 1):
             vectors = _stored(features(batch.to(device)), dtype, batch)
             truth = labels(batch)
             if made is None:
@@ -194,6 +199,8 @@ def _encode(
             made["features"][at : at + len(batch)] = vectors
             made["labels"][at : at + len(batch)] = truth
             at += len(batch)
+            num_bytes += vectors.nbytes + truth.nbytes
+            tell(number, len(loader), num_bytes)
         if made is None:  # more ranks than batches: this one only takes part in the waiting
             group.wait()
         else:

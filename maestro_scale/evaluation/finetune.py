@@ -30,9 +30,11 @@ from maestro_scale.evaluation.results import EvalResult
 from maestro_scale.evaluation.subset import subset
 from maestro_scale.evaluation.tasks import Answer, task_for
 from maestro_scale.evaluation.tile_maps import TileMaps
+from maestro_scale.evaluation.watching import Watching, unwatched
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.recipe import Recipe, check_world
 from maestro_scale.shards.manifest import Manifest
+from maestro_scale.shards.progress import Progress
 from maestro_scale.shards.store import Store
 from maestro_scale.stream.evaluation import EvalLoader
 from maestro_scale.stream.loader import Step, TrainLoader
@@ -87,6 +89,7 @@ def finetune(
     world: World,
     provenance: Provenance,
     maps_dir: Path | None = None,
+    watching: Watching = unwatched,
 ) -> EvalResult | None:
     """The result of ``mode`` on rank 0; None on the other ranks. ``maps_dir``: for predictions of whole test tiles.
 
@@ -101,7 +104,8 @@ def finetune(
         run, position = _prepare(encoder, benchmark, recipe, mode, run_dir, world)
         maps = maps_dir and TileMaps(maps_dir, run.splits["test"], run.objective.task)
         try:
-            stopped = _train(run, position)
+            with watching(f"{mode} {run.manifest.spec.name}", "steps") as tell:
+                stopped = _train(run, position, tell)
         finally:
             run.stream.close()
         if stopped:
@@ -227,7 +231,7 @@ def _resume(run: Run) -> Position:
     return position
 
 
-def _train(run: Run, position: Position) -> bool:
+def _train(run: Run, position: Position, tell: Progress) -> bool:
     """Take the steps that are left, or until validation gets no better; whether the run was asked to stop before."""
     recipe, world = run.recipe, run.world
     metrics = JsonLines(run.dir / "metrics.jsonl")
@@ -240,6 +244,7 @@ def _train(run: Run, position: Position) -> bool:
             step=data.step,
             skipped_steps=position.skipped_steps + (taken.skipped is not None),
         )
+        tell(position.step, run.num_steps, 0)
         last = position.step == run.num_steps
         if last or position.step % recipe.train.log_every == 0:
             record = {"step": data.step, "epoch": data.epoch, "samples": data.samples}

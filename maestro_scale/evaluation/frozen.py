@@ -25,6 +25,7 @@ from maestro_scale.evaluation.results import EvalResult
 from maestro_scale.evaluation.subset import TRAIN, subset, train_split
 from maestro_scale.evaluation.tasks import Answer, Task, task_for
 from maestro_scale.evaluation.tile_maps import TileMaps
+from maestro_scale.evaluation.watching import Watching, unwatched
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.shards.manifest import Manifest
 from maestro_scale.shards.store import Store
@@ -93,6 +94,7 @@ def evaluate_frozen(
     workers: int = 0,
     world: World | None = None,
     maps_dir: Callable[[str], Path] | None = None,
+    watching: Watching = unwatched,
 ) -> list[EvalResult]:
     """One result per mode, on rank 0; the other ranks help to encode and get none.
 
@@ -128,6 +130,7 @@ def evaluate_frozen(
             kept.dtype,
             device,
             world,
+            watching,
         )
 
     def splits(kept: Kept) -> list[Encoded]:

@@ -26,6 +26,7 @@ from maestro_scale.evaluation.results import EvalResult, ResultsError
 from maestro_scale.evaluation.signatures import Series, unmix
 from maestro_scale.evaluation.tasks import Answer, Multilabel, Segmentation, multilabel_answer, task_for
 from maestro_scale.evaluation.tile_maps import TileMaps
+from maestro_scale.evaluation.watching import Watching, unwatched
 from maestro_scale.model.config import DatasetView
 from maestro_scale.shards.manifest import Manifest
 from maestro_scale.shards.store import Store
@@ -55,6 +56,7 @@ def evaluate_oracle(
     workers: int = 0,
     world: World | None = None,
     maps_dir: Path | None = None,
+    watching: Watching = unwatched,
 ) -> EvalResult | None:
     """The oracle's result on the test split, on rank 0; None on the other ranks. ``maps_dir``: for its predictions of
     whole tiles.
@@ -75,12 +77,14 @@ def evaluate_oracle(
     tiles = np.zeros((loader.num_samples, *oracle.shape))
     misfits = np.zeros(loader.num_samples)
     at, maps = loader.first_row // oracle.crops, FirstMaps(loader.num_samples)
-    for batch in loader:  # a tile each
-        tiles[at], misfits[at], seen = oracle.tile(batch)
-        maps.take(at, seen)
-        if written is not None:
-            written.write(at, seen["answer"][0])
-        at += 1
+    with watching(f"oracle {spec.name}", "tiles") as tell:
+        for number, batch in enumerate(loader, 1):  # a tile each
+            tiles[at], misfits[at], seen = oracle.tile(batch)
+            maps.take(at, seen)
+            if written is not None:
+                written.write(at, seen["answer"][0])
+            at += 1
+            tell(number, len(loader), 0)
     if world is not None:  # every tile is one rank's, and nothing is added to it
         device = world.device
         tiles, misfits = (world.sum(torch.from_numpy(a).to(device)).cpu().numpy() for a in (tiles, misfits))

@@ -78,7 +78,7 @@ def progress(title: str, unit: str) -> Iterator[Callable[[int, int, int], None]]
             task = bar.add_task(title, total=None, state="")
 
             def update(done: int, total: int, num_bytes: int) -> None:
-                bar.update(task, completed=done, total=total, state=f"{unit}, {num_bytes / 1e6:.0f} MB")
+                bar.update(task, completed=done, total=total, state=f"{unit}{_size(num_bytes)}")
 
             yield update
         return
@@ -91,9 +91,10 @@ def progress(title: str, unit: str) -> Iterator[Callable[[int, int, int], None]]
         last[0] = now
         rate = done / max(now - started, 1e-9)
         left = _clock((total - done) / rate) if rate else "unknown time"
-        size = f"{num_bytes / 1e6:.0f} MB"
         print(
-            f"{title}: {done}/{total} {unit}, {size}, {rate:.0f}/s, {left} left", file=sys.stderr, flush=True
+            f"{title}: {done}/{total} {unit}{_size(num_bytes)}, {rate:.3g}/s, {left} left",
+            file=sys.stderr,
+            flush=True,
         )
 
     yield line
@@ -102,6 +103,10 @@ def progress(title: str, unit: str) -> Iterator[Callable[[int, int, int], None]]
 def _bar(console: Console, last: TextColumn) -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), last, console=console)
+
+
+def _size(num_bytes: int) -> str:
+    return f", {num_bytes / 1e6:.0f} MB" if num_bytes else ""
 
 
 def _clock(seconds: float) -> str:
