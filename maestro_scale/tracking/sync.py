@@ -12,7 +12,7 @@ from maestro_scale.recipe import load_recipe
 from maestro_scale.secrets_filter import scrub
 from maestro_scale.shards.errors import ShardsError
 from maestro_scale.tracking.card import run_card
-from maestro_scale.tracking.mlflow_run import ENDED_FILE, BeingSent, MlflowRun, tracking_uri
+from maestro_scale.tracking.mlflow_run import ENDED_FILE, STATUS, BeingSent, MlflowRun, tracking_uri
 from maestro_scale.tracking.mlflow_tracker import quiet_mlflow
 
 
@@ -50,19 +50,19 @@ def sync(run_dir: Path) -> Synced:
         num_unreadable = len((run_dir / "metrics.jsonl").read_text().splitlines()) - num_lines
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ShardsError) as error:
         raise SyncError(f"{run_dir} cannot be read as a run directory ({scrub(str(error))})") from error
-    live = _is_live(run_dir)
+    ended = None if _is_live(run_dir) else _how_it_ended(run_dir)
     try:
         run = MlflowRun.open(
-            card, int(time.time() * 1000), lambda what, error: troubles.append(f"{what}: {error}")
+            card, int(time.time() * 1000), lambda what, error: troubles.append(f"{what}: {error}"), ended
         )
         pictures = sorted((run_dir / "pictures").glob("*.png"))
         missing = [p for p in pictures if p.name not in run.stored_pictures()]
         for path in missing:
             run.picture(path)
-        if live:
+        if ended is None:
             run.let_go()
         else:
-            run.close((run_dir / ENDED_FILE).read_text() if (run_dir / ENDED_FILE).exists() else "stopped")
+            run.close(ended)
     except BeingSent as error:
         raise SyncError(
             f"{error}: a run that goes on sends what the store misses by itself, when the store is back or at its end"
@@ -71,7 +71,14 @@ def sync(run_dir: Path) -> Synced:
         raise SyncError(f"{store} does not take {run_dir}: {scrub(str(error).splitlines()[0])}") from error
     if troubles:
         raise SyncError(f"{store} did not take {scrub(troubles[0].splitlines()[0])}; the metrics are there")
-    return Synced(run.id, store, num_lines, num_unreadable, len(missing), not live)
+    return Synced(run.id, store, num_lines, num_unreadable, len(missing), ended is not None)
+
+
+def _how_it_ended(run_dir: Path) -> str:
+    """By the keys of STATUS; a run that was killed says nothing."""
+    path = run_dir / ENDED_FILE
+    said = path.read_text() if path.exists() else ""
+    return said if said in STATUS else "stopped"
 
 
 def _is_live(run_dir: Path) -> bool:
