@@ -345,9 +345,12 @@ def sync(
     state = "over" if synced.ended else "going on"
     if synced.num_unreadable:
         print(f"{synced.num_unreadable} lines of {run_dir}/metrics.jsonl cannot be read and were not sent")
+    for line in synced.lost:
+        print(f"an evaluation was not sent: {line}")
+    evaluations = f", and {synced.num_evaluations} more evaluations" if synced.num_evaluations else ""
     print(
         f"{synced.store} has all {synced.num_lines} lines and {synced.num_pictures} more pictures of {run_dir} "
-        f"({state}), as run {synced.run_id}"
+        f"({state}), as run {synced.run_id}{evaluations}"
     )
 
 

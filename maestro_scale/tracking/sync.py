@@ -12,6 +12,7 @@ from maestro_scale.recipe import load_recipe
 from maestro_scale.secrets_filter import scrub
 from maestro_scale.shards.errors import ShardsError
 from maestro_scale.tracking.card import run_card
+from maestro_scale.tracking.evaluations import send_unsent
 from maestro_scale.tracking.mlflow_run import ENDED_FILE, STATUS, BeingSent, MlflowRun, tracking_uri
 from maestro_scale.tracking.mlflow_tracker import quiet_mlflow
 
@@ -23,13 +24,15 @@ class SyncError(Exception):
 @dataclass(frozen=True)
 class Synced:
     """Where a run went. ``num_lines``: of metrics.jsonl that were read, ``num_unreadable``: that could not be;
-    ``ended``: whether it is over."""
+    ``lost``: a line on each evaluation that was to be sent and is gone; ``ended``: whether it is over."""
 
     run_id: str
     store: str
     num_lines: int
     num_unreadable: int
     num_pictures: int
+    num_evaluations: int
+    lost: tuple[str, ...]
     ended: bool
 
 
@@ -63,6 +66,7 @@ def sync(run_dir: Path) -> Synced:
             run.let_go()
         else:
             run.close(ended)
+        num_evaluations, lost = send_unsent(run_dir)
     except BeingSent as error:
         raise SyncError(
             f"{error}: a run that goes on sends what the store misses by itself, when the store is back or at its end"
@@ -71,7 +75,16 @@ def sync(run_dir: Path) -> Synced:
         raise SyncError(f"{store} does not take {run_dir}: {scrub(str(error).splitlines()[0])}") from error
     if troubles:
         raise SyncError(f"{store} did not take {scrub(troubles[0].splitlines()[0])}; the metrics are there")
-    return Synced(run.id, store, num_lines, num_unreadable, len(missing), ended is not None)
+    return Synced(
+        run.id,
+        store,
+        num_lines,
+        num_unreadable,
+        len(missing),
+        num_evaluations,
+        tuple(lost),
+        ended is not None,
+    )
 
 
 def _how_it_ended(run_dir: Path) -> str:
