@@ -234,7 +234,7 @@ def export(
     )
     if register:
         made = registry.register(out, register, run_dir)
-        print(f"registered at {made.store}; load_model({made.uri!r}) loads it")
+        print(f"registered as {made.uri} at {made.store}; next: {made.loading}")
 
 
 @app.command("convert-ign")

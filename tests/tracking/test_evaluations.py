@@ -9,15 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from testkit.runs import REPO
+from testkit.tracked import finished_run
 from typer.testing import CliRunner
 
 from maestro_scale.cli import app
 from maestro_scale.evaluation.results import EvalResult
-from maestro_scale.recipe import load_recipe
 from maestro_scale.tracking.evaluations import record_evaluation
 from maestro_scale.tracking.unsent import UNSENT_FILE
-from maestro_scale.training.run_dir import write_about
 
 AWAY = "http://127.0.0.1:9"
 
@@ -27,13 +25,7 @@ def run_dir(tmp_path, monkeypatch):
     """Of a run that is over and was never sent."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setattr("sys.argv", ["/somewhere/evaluate.py", "--mode", "knn"])
-    run_dir = tmp_path / "runs" / "run"
-    write_about(run_dir, load_recipe(REPO / "recipes" / "vitt.yaml"))
-    (run_dir / "checkpoints" / "step_00000001").mkdir(parents=True)
-    line = {"step": 1, "dataset": "treesatai_ts", "loss": 0.5, "samples_per_s": 1.0}
-    (run_dir / "metrics.jsonl").write_text(json.dumps(line) + "\n")
-    (run_dir / "ended").write_text("done")
-    return run_dir
+    return finished_run(tmp_path / "runs" / "run")
 
 
 def result(folder: Path, mode: str, value: float) -> tuple[EvalResult, Path]:

@@ -6,26 +6,19 @@ import json
 import shutil
 
 import pytest
-from testkit.runs import REPO
+from testkit.tracked import finished_run
 
 from maestro_scale.recipe import load_recipe
 from maestro_scale.tracking.card import run_card
 from maestro_scale.tracking.sync import SyncError, sync
-from maestro_scale.training.run_dir import write_about
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A folder with a run directory in it and a store that has the run: making the database takes seconds."""
-    run_dir = tmp_path_factory.mktemp("runs") / "run"
+    run_dir = finished_run(tmp_path_factory.mktemp("runs") / "run")
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        recipe = load_recipe(REPO / "recipes" / "vitt.yaml")
-        write_about(run_dir, recipe)
-        (run_dir / "checkpoints").mkdir()
-        line = {"step": 1, "dataset": "treesatai_ts", "loss": 0.5, "samples_per_s": 1.0}
-        (run_dir / "metrics.jsonl").write_text(json.dumps(line) + "\n")
-        (run_dir / "ended").write_text("done")
         sync(run_dir)
     return run_dir.parent
 
