@@ -39,6 +39,7 @@ def test_the_tables(shards, tmp_path):
     picture = tmp_path / "tile.png"
     result = CliRunner().invoke(app, ["inspect", str(shards), "--png", str(picture)])
     assert result.exit_code == 0, result.output
+    assert f"{picture}: one tile; next: maestro-scale plan" in result.output
     tiles = [tile(key) for key in toy_keys(40)]
     manifest = Manifest.load(str(shards))
     of_train = manifest.of(["train"])
@@ -58,6 +59,15 @@ def test_the_tables(shards, tmp_path):
     assert (counts[0], sum(counts)) == (january, dates)
     assert str(sum(2 for t in tiles if t.notes)) in row(result.output, "   ")
     assert imread(picture).std() > 0.1
+
+
+def test_a_check_tells_how_far_it_is_and_what_comes_next(shards):
+    result = CliRunner().invoke(app, ["verify", str(shards)])
+    assert result.exit_code == 0, result.output
+    assert result.stderr.startswith(f"verify {shards}: 80/80 samples")
+    assert result.stdout.endswith(
+        f"80 samples, all whole; next: maestro-scale inspect {shards} --png tile.png\n"
+    )
 
 
 def test_bars():
