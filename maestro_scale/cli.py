@@ -38,6 +38,7 @@ def main() -> None:
         from maestro_scale.tracking.dashboard import DashboardError
         from maestro_scale.tracking.registry import RegistryError
         from maestro_scale.tracking.sync import SyncError
+        from maestro_scale.tracking.tile_picture import PictureError
         from maestro_scale.training.errors import EXPECTED, place
 
         ours = (
@@ -47,6 +48,7 @@ def main() -> None:
             ResultsError,
             SyncError,
             DashboardError,
+            PictureError,
             RegistryError,
         )
         line = str(error) if isinstance(error, ours) else place(error) if isinstance(error, OSError) else None
@@ -187,8 +189,10 @@ def inspect(
     from maestro_scale.shards.peek import first_sample
     from maestro_scale.shards.summary import summary
     from maestro_scale.tracking.inspection import tables
-    from maestro_scale.tracking.tile_picture import tile_picture
+    from maestro_scale.tracking.tile_picture import check_picture, tile_picture
 
+    if png is not None:
+        check_picture(png)
     found = summary(url)
     console = Console()
     if not console.is_terminal:

@@ -110,11 +110,34 @@ def test_a_tile_is_had_with_an_index_or_without_and_a_wrong_one_is_named(shards,
         first_sample(str(tmp_path), info)
 
 
-def test_no_dataset_is_one_line(tmp_path, capsys, monkeypatch):
+@pytest.fixture
+def refusal(capsys, monkeypatch):
+    """What the command says on standard error, in one line, when it refuses."""
     from maestro_scale import cli
 
-    monkeypatch.setattr("sys.argv", ["maestro-scale", "inspect", str(tmp_path)])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    assert end.value.code == 1
-    assert "manifest.json: not found" in capsys.readouterr().err
+    def refused(*words) -> str:
+        monkeypatch.setattr("sys.argv", ["maestro-scale", "inspect", *map(str, words)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        assert end.value.code == 1
+        said = capsys.readouterr()
+        assert said.out == ""
+        (line,) = said.err.splitlines()
+        return line
+
+    return refused
+
+
+def test_no_dataset_is_one_line(tmp_path, refusal):
+    assert "manifest.json: not found" in refusal(tmp_path)
+
+
+def test_a_picture_has_a_files_name_and_png(shards, tmp_path, refusal):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    assert refusal(shards, "--png", folder) == (
+        f"error: {folder} is a folder: name a file, such as {folder}/tile.png"
+    )
+    other = tmp_path / "tile.jpg"
+    assert refusal(shards, "--png", other) == f"error: {other}: pictures are PNG, name it {tmp_path}/tile.png"
+    assert [p.name for p in tmp_path.iterdir()] == ["pictures"]
