@@ -18,6 +18,12 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+LOOK = {
+    "parquet": "python -c \"import pyarrow.dataset as d; print(d.dataset('{}').to_table())\"",
+    "tiff": "rio info $(find {} -name '*.tif' | head -1)",
+}
+"""How to look at embeddings, by format."""
+
 
 def main() -> None:
     """The console entry point: expected mistakes become one line and exit code 1."""
@@ -32,6 +38,7 @@ def main() -> None:
         from maestro_scale.tracking.dashboard import DashboardError
         from maestro_scale.tracking.registry import RegistryError
         from maestro_scale.tracking.sync import SyncError
+        from maestro_scale.tracking.tile_picture import PictureError
         from maestro_scale.training.errors import EXPECTED, place
 
         ours = (
@@ -41,6 +48,7 @@ def main() -> None:
             ResultsError,
             SyncError,
             DashboardError,
+            PictureError,
             RegistryError,
         )
         line = str(error) if isinstance(error, ours) else place(error) if isinstance(error, OSError) else None
@@ -153,15 +161,18 @@ def verify(
     """Check every shard against the manifest: size, sha256, count, samples. Exit 1 and what is wrong, if anything."""
     from maestro_scale.shards.manifest import Manifest
     from maestro_scale.shards.verify import verify as check
+    from maestro_scale.tracking.terminal import progress
 
-    problems = check(url, workers)
+    with progress(f"verify {url}", "samples") as update:
+        problems = check(url, workers, update)
     for problem in problems:
         print(problem, file=sys.stderr)
     if problems:
         raise typer.Exit(1)
     manifest = Manifest.load(url)
     print(
-        f"{url}: {len(manifest.shards)} shards, {sum(s.samples for s in manifest.shards)} samples, all whole"
+        f"{url}: {len(manifest.shards)} shards, {sum(s.samples for s in manifest.shards)} samples, all whole; "
+        f"next: maestro-scale inspect {url} --png tile.png"
     )
 
 
@@ -178,8 +189,10 @@ def inspect(
     from maestro_scale.shards.peek import first_sample
     from maestro_scale.shards.summary import summary
     from maestro_scale.tracking.inspection import tables
-    from maestro_scale.tracking.tile_picture import tile_picture
+    from maestro_scale.tracking.tile_picture import check_picture, tile_picture
 
+    if png is not None:
+        check_picture(png)
     found = summary(url)
     console = Console()
     if not console.is_terminal:
@@ -187,7 +200,7 @@ def inspect(
     console.print(tables(found))
     if png is not None:
         tile_picture(png, first_sample(url, found.manifest.shards[0]), found.manifest.spec)
-        print(f"{png}: one tile")
+        print(f"{png}: one tile; next: maestro-scale plan --recipe RECIPE --gpus 8")
 
 
 @app.command()
@@ -234,7 +247,7 @@ def export(
     )
     if register:
         made = registry.register(out, register, run_dir)
-        print(f"registered at {made.store}; load_model({made.uri!r}) loads it")
+        print(f"registered as {made.uri} at {made.store}; next: {made.loading}")
 
 
 @app.command("convert-ign")
@@ -314,7 +327,7 @@ def embed(
     from maestro_scale.training.distributed import place
 
     _one_of("--what", what, ("vector", "tokens"))
-    _one_of("--format", format, ("parquet", "tiff"))
+    _one_of("--format", format, tuple(LOOK))
     rank, world, local_rank = place()
     manifest = Manifest.load(shards)
     spec = manifest.spec
@@ -329,9 +342,13 @@ def embed(
     )
     for note in notes if rank == 0 else ():
         print(note)
-    with progress(f"embed {spec.name} {split}", "crops") as update:
-        written = embedder.write(out, split, rank, world, update if rank == 0 else None)
-    print(f"rank {rank}: {written} crops embedded, the rest was there; all in {out}")
+    share = f", rank 0's share of {world}" if world > 1 else ""
+    with progress(f"embed {spec.name} {split}{share}", "crops", rank) as update:
+        written = embedder.write(out, split, rank, world, update)
+    if rank == 0:
+        print(
+            f"{written} crops embedded{share}, where not there already, in {out}; next: {LOOK[format].format(out)}"
+        )
 
 
 @app.command()
@@ -345,9 +362,12 @@ def sync(
     state = "over" if synced.ended else "going on"
     if synced.num_unreadable:
         print(f"{synced.num_unreadable} lines of {run_dir}/metrics.jsonl cannot be read and were not sent")
+    for line in synced.lost:
+        print(f"an evaluation was not sent: {line}")
+    evaluations = f", and {synced.num_evaluations} more evaluations" if synced.num_evaluations else ""
     print(
         f"{synced.store} has all {synced.num_lines} lines and {synced.num_pictures} more pictures of {run_dir} "
-        f"({state}), as run {synced.run_id}"
+        f"({state}), as run {synced.run_id}{evaluations}"
     )
 
 
@@ -378,7 +398,7 @@ def report(
 
     found = find_results(results)
     page, text = write_report(found, out)
-    print(f"{len(found)} results in {page} and {text}")
+    print(f"{len(found)} results in {page} and {text}; next: python -m webbrowser {page}")
 
 
 def _one_of(option: str, value: str, choices: tuple[str, ...]) -> None:

@@ -317,8 +317,8 @@ def _text(result) -> str:
 def _track(result, path: Path, encoder, recipe) -> None:
     from maestro_scale.tracking.evaluations import record_evaluation
 
-    if encoder.path is not None and recipe.tracking.enabled and result.mode != "scratch":
-        record_evaluation(encoder.path, result, path)
+    if recipe.tracking.enabled:
+        record_evaluation(None if result.mode == "scratch" else encoder.path, result, path)
 
 
 if __name__ == "__main__":

@@ -14,14 +14,15 @@ HIDDEN = "(hidden)"
 _SHORTEST_SECRET = 8  # a shorter value of a secret variable ("true", "1") would hide innocent text
 
 _SECRET_NAME = re.compile(
-    r"(passw(or)?d|secret|credential|api_?key|access_?key|private_?key|signature"
-    r"|([._/-]|^)(token|auth|authorization)$|[._-]key$)",
+    r"(passw(or)?d|passphrase|secret|credential|api_?key|access_?key|private_?key|signature"
+    r"|([._/-]|^)(token|auth|authorization)$|[._-](key|pass|pwd)$)",  # PWD itself is the working directory
     re.IGNORECASE,
 )
 # user:password@, also where the password holds a slash (AWS secrets do); host:port/…@ is none.
 _USERINFO = re.compile(r"""(?<=://)(?:[^/\s'"@:]+:(?!\d+[/\s])[^\s'"@]+@(?:[^/\s'"@]+@)?|[^/\s'"]+@)""")
 _QUERY = re.compile(
-    r"([?&][\w.-]*(?:signature|token|secret|credential|password|key)[\w.-]*=)[^&\s'\"]+", re.IGNORECASE
+    r"([?&](?:sig|[\w.-]*(?:signature|token|secret|credential|password|key)[\w.-]*)=)[^&\s'\"]+",
+    re.IGNORECASE,
 )
 # AWS access key ids, Hugging Face and GitHub tokens, HTTP authorization headers.
 _SHAPES = re.compile(

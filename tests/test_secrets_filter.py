@@ -21,6 +21,7 @@ from maestro_scale.secrets_filter import (
         ("https://user:p@ss@host:5000/x", "https://host:5000/x"),
         ("https://token@host", "https://host"),
         ("https://h/x?a=1&X-Amz-Signature=ab12&b=2", f"https://h/x?a=1&X-Amz-Signature={HIDDEN}&b=2"),
+        ("https://h/x?sv=1&sig=ab%2B&b=2", f"https://h/x?sv=1&sig={HIDDEN}&b=2"),
         ("hf_abcdefghijklmnopqrstuvwxyz", HIDDEN),
         ("Authorization: Bearer abc.def", f"Authorization: Bearer {HIDDEN}"),
         # innocent
@@ -35,7 +36,17 @@ def test_urls_and_tokens(text, left):
 
 
 @pytest.mark.parametrize(
-    "name", ["HF_TOKEN", "aws_secret_access_key", "data.s3.secret_key", "a.password", "x.api_key"]
+    "name",
+    [
+        "HF_TOKEN",
+        "aws_secret_access_key",
+        "data.s3.secret_key",
+        "a.password",
+        "x.api_key",
+        "DB_PASS",
+        "MYSQL_PWD",
+        "SSH_PASSPHRASE",
+    ],
 )
 def test_secret_names(name):
     assert is_secret_name(name)
@@ -43,7 +54,8 @@ def test_secret_names(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["model.norm", "token_groups", "num_tokens", "checkpoint.keep", "train.audit", "key"]
+    "name",
+    ["model.norm", "token_groups", "num_tokens", "checkpoint.keep", "train.audit", "key", "PWD", "OLDPWD"],
 )
 def test_innocent_names(name):
     assert scrub_mapping({name: 3}) == {name: "3"}

@@ -206,7 +206,7 @@ def _prepare(
     if world.is_main:
         for name in ("metrics", "validation"):
             JsonLines(run_dir / f"{name}.jsonl").rewind(position.step)
-        write_about(run_dir, recipe.to_yaml())
+        write_about(run_dir, recipe)
     world.barrier()
     run.history = [Validated(**line) for line in JsonLines(run_dir / "validation.jsonl").read()]
     return run, position

@@ -14,6 +14,7 @@ from maestro_scale.interop.export import CONFIG, FORMAT_VERSION, WEIGHTS, Export
 from maestro_scale.shards.errors import StoreError
 from maestro_scale.shards.roots import LocalRoot, open_root
 
+TRACKING_URI = "MLFLOW_TRACKING_URI"
 REGISTERED = "data/model"  # where MLflow puts what it only carries
 
 
@@ -85,12 +86,21 @@ def _from_registry(url: str) -> Path:
     import mlflow.artifacts
     from mlflow.exceptions import MlflowException
 
+    store = mlflow.get_registry_uri()
+    chosen_by_mlflow = not mlflow.is_tracking_uri_set() and store == mlflow.get_tracking_uri()
+    if (
+        chosen_by_mlflow and store.startswith("sqlite:") and not Path("mlflow.db").exists()
+    ):  # it would make one
+        raise ExportError(
+            f"{url}: set {TRACKING_URI} to the store that it is registered in, as `maestro-scale export --register` "
+            f"names it (sqlite:////…/mlflow.db, http://…); there is no mlflow.db in {Path.cwd()} either"
+        )
     try:
         return Path(mlflow.artifacts.download_artifacts(artifact_uri=url)) / REGISTERED
     except (MlflowException, OSError) as error:
         raise ExportError(
-            f"{url}: cannot be fetched from {mlflow.get_registry_uri().rpartition('@')[2]} "
-            f"({str(error).strip().splitlines()[0]}); is MLFLOW_TRACKING_URI set?"
+            f"{url}: cannot be fetched from {store.rpartition('@')[2]} "
+            f"({str(error).strip().splitlines()[0]}); is {TRACKING_URI} set?"
         ) from None
 
 

@@ -23,6 +23,7 @@ from maestro_scale.recipe.sections import (
     Tracking,
     Train,
 )
+from maestro_scale.secrets_filter import scrub_tree
 
 Scalar = str | int | float | bool
 
@@ -100,6 +101,10 @@ class Recipe(Section):
     def to_yaml(self) -> str:
         """The whole recipe, every default written out; loading it gives an equal recipe on any machine."""
         return dump_yaml(environment.escape(self.model_dump(mode="json")))
+
+    def to_shown_yaml(self) -> str:
+        """As ``to_yaml``, with secrets hidden: before it is YAML, which quotes and folds them beyond recognition."""
+        return dump_yaml(environment.escape(scrub_tree(self.model_dump(mode="json"))))
 
     def flat(self) -> dict[str, Scalar]:
         """``{"optim.base_lr": 3e-05, "data.mixture[0].dataset": …}``; null is the text ``null``."""

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
-
-import psutil
 
 from maestro_scale.recipe import Recipe
 from maestro_scale.shards.manifest import Manifest
 from maestro_scale.tracking.closing import REPORT
 from maestro_scale.tracking.metric_names import metric_names
 from maestro_scale.tracking.mlflow_run import DatasetInput, Numbers, RunCard
+from maestro_scale.tracking.origin import origin_tags
 from maestro_scale.training.run_dir import JsonLines, manifest_path
 
 _DOCUMENTS = ("recipe.yaml", "environment.json", "metrics.jsonl", REPORT)
@@ -52,18 +50,10 @@ def _datasets(recipe: Recipe, run_dir: Path) -> list[DatasetInput]:
 
 def _tags(recipe: Recipe, run_dir: Path) -> dict[str, str]:
     environment = json.loads((run_dir / "environment.json").read_text())
-    tags = {
+    return {
         "dataset": ",".join(e.dataset for e in recipe.data.mixture),
         "size": recipe.model.size,
         "fusion": recipe.model.fusion,
         "target": recipe.model.target,
-        "git_revision": environment["git_revision"],
-        "host": environment["host"],
-        "slurm_job": environment.get("slurm_job") or os.environ.get("SLURM_JOB_ID"),
-        # MLflow's own columns
-        "mlflow.user": psutil.Process().username(),
-        "mlflow.source.type": "LOCAL",
-        "mlflow.source.name": Path(environment["command"].split()[0]).name,
-        "mlflow.source.git.commit": environment["git_revision"],
+        **origin_tags(environment),
     }
-    return {k: v for k, v in tags.items() if v}

@@ -8,19 +8,24 @@ import logging
 import re
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from maestro_scale.evaluation.charts import class_bars
 from maestro_scale.evaluation.report import CLASS_METRIC, pictures, write_report
-from maestro_scale.evaluation.results import EvalResult
+from maestro_scale.evaluation.results import EvalResult, ResultsError
 from maestro_scale.evaluation.series import Found
 from maestro_scale.secrets_filter import scrub, scrub_document, scrub_mapping
 from maestro_scale.tracking.mlflow_run import tracking_uri
 from maestro_scale.tracking.mlflow_tracker import quiet_mlflow
-from maestro_scale.tracking.run_file import find_run, run_directory_of
+from maestro_scale.tracking.origin import origin_tags
+from maestro_scale.tracking.run_file import find_run, last_store, run_directory_of
+from maestro_scale.tracking.unsent import Unsent, drop, note, unsent
+from maestro_scale.training.run_dir import environment
 
 if TYPE_CHECKING:
+    from mlflow.entities import Run
     from mlflow.tracking import MlflowClient
 
 log = logging.getLogger(__name__)
@@ -28,46 +33,71 @@ log = logging.getLogger(__name__)
 _CONTENT_TAG = "maestro.results"
 
 
-def record_evaluation(checkpoint: Path, result: EvalResult, path: Path) -> str | None:
+def record_evaluation(checkpoint: Path | None, result: EvalResult, path: Path) -> str | None:
     """Store a result under the run that ``checkpoint`` (a run directory, or within one) belongs to.
 
-    Returns the id of the nested run; None where the run was never tracked, or, with a warning, where the store does not
-    take it: ``path``, its results.json, stays the truth.
+    ``checkpoint`` None: of a baseline. Returns the id of the nested run; None, with a warning, where there is no such
+    run, or where the store does not take it: ``path``, its results.json, stays the truth, and is noted in the run
+    directory for ``maestro-scale sync``.
     """
-    run_dir = run_directory_of(checkpoint)
+    run_dir = checkpoint and run_directory_of(checkpoint)
     if run_dir is None:
+        what = f"{checkpoint} lies in no run directory" if checkpoint else "a baseline has no training run"
+        log.warning("%s is not recorded in MLflow, which nests it in its training run: %s", path, what)
         return None
     quiet_mlflow()
+    tags = origin_tags(environment())
     try:
-        return _record(run_dir, result, path)
+        return _record(run_dir, result, path, tags)
     except Exception as error:  # noqa: BLE001 - MLflow raises anything, and the result is on disk
+        later = f"`maestro-scale sync {run_dir}` sends it"
+        try:
+            note(run_dir, Unsent(path.resolve(), scrub_mapping(tags)))
+        except OSError as unnoted:
+            later = f"and stays there alone: sync cannot be told of it in {run_dir} ({unnoted.strerror or unnoted})"
         log.warning(
-            "MLflow does not take the evaluation (%s); it is in %s", scrub(str(error).splitlines()[0]), path
+            "MLflow at %s does not take the evaluation (%s); it is in %s, %s",
+            scrub(tracking_uri(run_dir)),
+            scrub(str(error).splitlines()[0]),
+            path,
+            later,
         )
         return None
 
 
-def _record(run_dir: Path, result: EvalResult, path: Path) -> str:
-    from mlflow.entities import Metric, Param, RunTag
-    from mlflow.tracking import MlflowClient
+def send_unsent(run_dir: Path) -> tuple[int, list[str]]:
+    """Send what ``record_evaluation`` could not: (how many, a line on each that cannot be read any more and is given
+    up). Raises whatever MLflow raises; what is not sent then stays noted."""
+    sent, lost = 0, []
+    for waiting in unsent(run_dir):
+        try:
+            _record(run_dir, EvalResult.load(waiting.results), waiting.results, waiting.tags)
+            sent += 1
+        except ResultsError as error:
+            lost.append(str(error))
+        drop(run_dir, waiting)
+    return sent, lost
 
-    client = MlflowClient(tracking_uri(run_dir))
-    parent = find_run(client, run_dir)
-    if parent is None:
-        raise LookupError(f"it has no run of {run_dir}; `maestro-scale sync {run_dir}` makes one")
+
+def _record(run_dir: Path, result: EvalResult, path: Path, origin: Mapping[str, str]) -> str:
+    from mlflow.entities import Metric, Param, RunTag
+
+    client, parent = _parent_of(run_dir)
     content = _content(path)
     again = client.search_runs(
         [parent.info.experiment_id],
         f"tags.`mlflow.parentRunId` = '{parent.info.run_id}' and tags.`{_CONTENT_TAG}` = '{content}'",
     )
-    if again:  # the same evaluation, given once more
-        return again[0].info.run_id
+    for run in again:
+        if run.info.status == "FINISHED":  # the same evaluation, given once more
+            return run.info.run_id
+        client.delete_run(run.info.run_id)  # it was not sent to its end
     name = f"{result.benchmark}/{result.mode}" + (
         "" if result.fraction == 1 else f"/{100 * result.fraction:g}pct"
     )
     step, now = result.checkpoint_step or 0, int(time.time() * 1000)
     tags = {"mlflow.parentRunId": parent.info.run_id, "benchmark": result.benchmark, "mode": result.mode}
-    tags[_CONTENT_TAG] = content
+    tags |= {_CONTENT_TAG: content, "dataset": result.benchmark, **scrub_mapping(origin)}
     nested = client.create_run(parent.info.experiment_id, run_name=f"{name} at step {step}", tags=tags)
     run_id = nested.info.run_id
     scores = {result.metric: result.value, **result.scores}
@@ -92,11 +122,27 @@ def _record(run_dir: Path, result: EvalResult, path: Path) -> str:
     )
     client.log_text(run_id, scrub_document(path.read_text()), path.name)
     _illustrate(client, run_id, Found(path, result))
-    client.set_terminated(run_id, "FINISHED")
     client.log_batch(
         parent.info.run_id, metrics=[Metric(f"eval/{name}/{result.metric}", result.value, now, step)]
     )
+    client.set_terminated(run_id, "FINISHED")
     return run_id
+
+
+def _parent_of(run_dir: Path) -> tuple[MlflowClient, Run]:
+    """The store and the run that evaluations of a run directory are nested in. LookupError if there is none."""
+    from mlflow.tracking import MlflowClient
+
+    uri, last = tracking_uri(run_dir), last_store(run_dir)
+    file = Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+    # A client would make the file.
+    if last is not None and (file is None or file.exists()):
+        client = MlflowClient(uri)
+        parent = find_run(client, run_dir)
+        if parent is not None:
+            return client, parent
+    elsewhere = f", which was last sent to {last}" if last not in (None, scrub(uri)) else ""
+    raise LookupError(f"it has no run of {run_dir}{elsewhere}")
 
 
 def _illustrate(client: MlflowClient, run_id: str, found: Found) -> None:

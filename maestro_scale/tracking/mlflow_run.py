@@ -102,11 +102,14 @@ class MlflowRun:
         self._describe(run)
 
     @classmethod
-    def open(cls, card: RunCard, time_ms: int, warn: Callable[[str, Exception], None]) -> MlflowRun:
+    def open(
+        cls, card: RunCard, time_ms: int, warn: Callable[[str, Exception], None], ended: str | None = None
+    ) -> MlflowRun:
         """Start the run of the card's directory, or continue it, and send the history that the store lacks.
 
-        ``warn`` is told of what could not be sent although the run is open. BeingSent where another process has it
-        open; else raises whatever MLflow raises.
+        ``ended``: ``done``, ``stopped`` or ``failed``, of a run that is over, which never says that it is running:
+        what comes after may fail. ``warn`` is told of what could not be sent although the run is open. BeingSent where
+        another process has it open; else raises whatever MLflow raises.
         """
         from mlflow.tracking import MlflowClient
 
@@ -124,8 +127,10 @@ class MlflowRun:
                 experiment = _experiment_id(client, card)  # first: what cannot be reached leaves no file
                 tags = {RUN_TAG: own_id(card.run_dir)}
                 run = client.create_run(experiment, run_name=scrub(card.run_name), tags=tags)
-            else:
+            if ended is None:
                 client.update_run(run.info.run_id, status="RUNNING")
+            else:
+                client.set_terminated(run.info.run_id, STATUS[ended])
             note(card.run_dir, run.info.run_id, uri)
             opened = cls(client, run, card, warn, held)
             opened.catch_up(time_ms)

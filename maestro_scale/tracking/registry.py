@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import shlex
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -14,7 +16,7 @@ import numpy as np
 
 from maestro_scale.interop.export import CONFIG, WEIGHTS
 from maestro_scale.interop.pretrained import load_model, read_model
-from maestro_scale.interop.sources import REGISTERED, ModelSource
+from maestro_scale.interop.sources import REGISTERED, TRACKING_URI, ModelSource
 from maestro_scale.model.config import ModelConfig
 from maestro_scale.secrets_filter import scrub
 from maestro_scale.tracking.mlflow_run import tracking_uri
@@ -41,6 +43,12 @@ class Registered:
     def uri(self) -> str:
         """What ``load_model`` and MLflow take."""
         return f"models:/{self.name}/{self.version}"
+
+    @property
+    def loading(self) -> str:
+        """A shell command that loads it from anywhere, also where ``MLFLOW_TRACKING_URI`` is not set."""
+        store = "" if os.environ.get(TRACKING_URI) else f"{TRACKING_URI}={shlex.quote(self.store)} "
+        return f'{store}python -c "from maestro_scale import load_model; load_model({self.uri!r})"'
 
 
 def register(model: Path, name: str, run_dir: Path) -> Registered:

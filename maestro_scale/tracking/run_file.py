@@ -27,8 +27,13 @@ _PAGE = 1000
 
 
 def run_directory_of(path: Path) -> Path | None:
-    """The run directory that ``path`` is or lies in, if it was ever tracked: one of its checkpoints, say."""
-    return next((p for p in (path, *path.resolve().parents[:2]) if (p / RUN_FILE).exists()), None)
+    """The run directory that ``path`` is or lies in: one of its checkpoints, say. None where it lies in none."""
+    return next((p for p in (path, *path.resolve().parents[:2]) if _is_run(p)), None)
+
+
+def last_store(run_dir: Path) -> str | None:
+    """The address that a run was last sent to; None if it never was."""
+    return _read(run_dir).get("tracking_uri")
 
 
 def find_run(client: MlflowClient, run_dir: Path) -> Run | None:
@@ -61,6 +66,10 @@ def store_lock(run_dir: Path, uri: str) -> FileLock:
     """Held by the one process that sends a run to a store: two would send everything twice."""
     name = hashlib.sha256(uri.rstrip("/").encode()).hexdigest()[:12]
     return FileLock(run_dir / f".tracking-{name}.lock", thread_local=False)
+
+
+def _is_run(path: Path) -> bool:
+    return (path / RUN_FILE).exists() or ((path / "recipe.yaml").exists() and (path / "checkpoints").is_dir())
 
 
 def _read(run_dir: Path) -> dict[str, Any]:

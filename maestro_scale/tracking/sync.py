@@ -12,7 +12,8 @@ from maestro_scale.recipe import load_recipe
 from maestro_scale.secrets_filter import scrub
 from maestro_scale.shards.errors import ShardsError
 from maestro_scale.tracking.card import run_card
-from maestro_scale.tracking.mlflow_run import ENDED_FILE, BeingSent, MlflowRun, tracking_uri
+from maestro_scale.tracking.evaluations import send_unsent
+from maestro_scale.tracking.mlflow_run import ENDED_FILE, STATUS, BeingSent, MlflowRun, tracking_uri
 from maestro_scale.tracking.mlflow_tracker import quiet_mlflow
 
 
@@ -23,13 +24,15 @@ class SyncError(Exception):
 @dataclass(frozen=True)
 class Synced:
     """Where a run went. ``num_lines``: of metrics.jsonl that were read, ``num_unreadable``: that could not be;
-    ``ended``: whether it is over."""
+    ``lost``: a line on each evaluation that was to be sent and is gone; ``ended``: whether it is over."""
 
     run_id: str
     store: str
     num_lines: int
     num_unreadable: int
     num_pictures: int
+    num_evaluations: int
+    lost: tuple[str, ...]
     ended: bool
 
 
@@ -50,19 +53,20 @@ def sync(run_dir: Path) -> Synced:
         num_unreadable = len((run_dir / "metrics.jsonl").read_text().splitlines()) - num_lines
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ShardsError) as error:
         raise SyncError(f"{run_dir} cannot be read as a run directory ({scrub(str(error))})") from error
-    live = _is_live(run_dir)
+    ended = None if _is_live(run_dir) else _how_it_ended(run_dir)
     try:
         run = MlflowRun.open(
-            card, int(time.time() * 1000), lambda what, error: troubles.append(f"{what}: {error}")
+            card, int(time.time() * 1000), lambda what, error: troubles.append(f"{what}: {error}"), ended
         )
         pictures = sorted((run_dir / "pictures").glob("*.png"))
         missing = [p for p in pictures if p.name not in run.stored_pictures()]
         for path in missing:
             run.picture(path)
-        if live:
+        if ended is None:
             run.let_go()
         else:
-            run.close((run_dir / ENDED_FILE).read_text() if (run_dir / ENDED_FILE).exists() else "stopped")
+            run.close(ended)
+        num_evaluations, lost = send_unsent(run_dir)
     except BeingSent as error:
         raise SyncError(
             f"{error}: a run that goes on sends what the store misses by itself, when the store is back or at its end"
@@ -71,7 +75,23 @@ def sync(run_dir: Path) -> Synced:
         raise SyncError(f"{store} does not take {run_dir}: {scrub(str(error).splitlines()[0])}") from error
     if troubles:
         raise SyncError(f"{store} did not take {scrub(troubles[0].splitlines()[0])}; the metrics are there")
-    return Synced(run.id, store, num_lines, num_unreadable, len(missing), not live)
+    return Synced(
+        run.id,
+        store,
+        num_lines,
+        num_unreadable,
+        len(missing),
+        num_evaluations,
+        tuple(lost),
+        ended is not None,
+    )
+
+
+def _how_it_ended(run_dir: Path) -> str:
+    """By the keys of STATUS; a run that was killed says nothing."""
+    path = run_dir / ENDED_FILE
+    said = path.read_text() if path.exists() else ""
+    return said if said in STATUS else "stopped"
 
 
 def _is_live(run_dir: Path) -> bool:

@@ -1,7 +1,8 @@
-"""What a person sees while it runs: a bar on a terminal, plain lines in a log."""
+"""What a person sees while it runs: a bar on a terminal, plain lines in a log and under SLURM."""
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -40,7 +41,7 @@ class TerminalProgress:
         print(
             f"{self._name}: {start}to step {info.num_steps}, in {info.run_dir}", file=sys.stderr, flush=True
         )
-        if self._console.is_terminal and info.step < info.num_steps:
+        if _can_draw(self._console) and info.step < info.num_steps:
             self._bar = _bar(self._console, TextColumn("{task.fields[state]}"))
             self._bar.start()
             self._bar.add_task(self._name, total=info.num_steps, completed=info.step, state="")
@@ -70,10 +71,13 @@ class TerminalProgress:
 
 
 @contextmanager
-def progress(title: str, unit: str) -> Iterator[Callable[[int, int, int], None]]:
-    """Progress of a long command; yields ``update(done, total, bytes)``."""
+def progress(title: str, unit: str, rank: int = 0) -> Iterator[Callable[[int, int, int], None]]:
+    """Progress of a long command; yields ``update(done, total, bytes)``, which shows nothing but on rank 0."""
+    if rank:
+        yield lambda done, total, num_bytes: None
+        return
     console = Console(stderr=True)
-    if console.is_terminal:
+    if _can_draw(console):
         with _bar(console, TextColumn("{task.fields[state]}")) as bar:
             task = bar.add_task(title, total=None, state="")
 
@@ -98,6 +102,11 @@ def progress(title: str, unit: str) -> Iterator[Callable[[int, int, int], None]]
         )
 
     yield line
+
+
+def _can_draw(console: Console) -> bool:
+    """Whether a bar can be drawn: under SLURM a terminal is srun's, which mixes the lines of many processes."""
+    return console.is_terminal and "SLURM_JOB_ID" not in os.environ
 
 
 def _bar(console: Console, last: TextColumn) -> Progress:

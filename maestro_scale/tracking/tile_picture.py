@@ -31,6 +31,10 @@ _TEXT_INCHES = 0.42  # below a panel
 _MOST_NAMED = 6  # classes that a caption names
 
 
+class PictureError(Exception):
+    """A picture cannot be drawn where it was asked for; the message says why."""
+
+
 @dataclass(frozen=True)
 class Panel:
     """An image (H, W, 3) in [0, 1], and the lines below it."""
@@ -38,6 +42,14 @@ class Panel:
     image: np.ndarray
     title: str
     caption: str
+
+
+def check_picture(path: Path) -> None:
+    """PictureError unless a picture may be called so."""
+    if path.is_dir():
+        raise PictureError(f"{path} is a folder: name a file, such as {path / 'tile.png'}")
+    if path.suffix.lower() != ".png":
+        raise PictureError(f"{path}: pictures are PNG, name it {path.with_suffix('.png')}")
 
 
 def tile_picture(path: Path, sample: Sample, spec: DatasetSpec) -> Path:

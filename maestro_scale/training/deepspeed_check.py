@@ -9,6 +9,7 @@ import pydantic
 import torch
 
 from maestro_scale.recipe import RecipeError
+from maestro_scale.secrets_filter import scrub_tree
 
 _SECTION = {"DeepSpeedZeroConfig": "zero_optimization."}  # of the class that complains, where it names it not
 
@@ -22,10 +23,10 @@ def check_deepspeed(config: dict[str, Any]) -> None:
         DeepSpeedConfig(config)
     except pydantic.ValidationError as error:
         at = _SECTION.get(error.title, "")
+        wrong = {f"deepspeed.{at}{'.'.join(map(str, e['loc']))}": e for e in error.errors()}
         raise RecipeError(
             "\n".join(
-                f"deepspeed.{at}{'.'.join(map(str, e['loc']))}: {e['input']!r}: {e['msg'].lower()}"
-                for e in error.errors()
+                f"{key}: {scrub_tree(e['input'], key)!r}: {e['msg'].lower()}" for key, e in wrong.items()
             )
         ) from None
     except (AssertionError, ValueError, KeyError, TypeError) as error:

@@ -303,10 +303,10 @@ def _prepare(
         observers=observers if world.is_main else [],
     )
     if world.is_main:
-        if position.step == 0 and not is_resolved(run_dir, recipe.to_yaml()):
+        if position.step == 0 and not is_resolved(run_dir, recipe):
             metrics.rewind(0)  # what another recipe did before its first checkpoint
         metrics.go_on(position.step, num_steps)
-        write_about(run_dir, recipe.to_yaml(), attention=kernel, compile=recipe.model.compile)
+        write_about(run_dir, recipe, attention=kernel, compile=recipe.model.compile)
         for number, dataset in enumerate(datasets):
             path = manifest_path(run_dir, number, dataset.manifest.spec.name)
             write_atomically(path, scrub_document(dataset.manifest.dumps()))

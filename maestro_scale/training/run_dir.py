@@ -19,7 +19,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from maestro_scale.secrets_filter import scrub_command, scrub_document, scrub_tree
+from maestro_scale.recipe import Recipe
+from maestro_scale.secrets_filter import scrub_command, scrub_tree
 
 PACKAGES = ("maestro-scale", "torch", "deepspeed", "numpy", "safetensors", "mlflow", "webdataset", "s3fs")
 
@@ -103,9 +104,9 @@ def environment() -> dict[str, Any]:
     }
 
 
-def write_about(run_dir: Path, recipe_yaml: str, **more: Any) -> None:
+def write_about(run_dir: Path, recipe: Recipe, **more: Any) -> None:
     """Leave ``recipe.yaml`` and ``environment.json`` (with ``more``) in a run directory, without secrets."""
-    write_atomically(run_dir / "recipe.yaml", scrub_document(recipe_yaml))
+    write_atomically(run_dir / "recipe.yaml", recipe.to_shown_yaml())
     write_atomically(
         run_dir / "environment.json", json.dumps(scrub_tree({**environment(), **more}), indent=1)
     )
@@ -116,10 +117,10 @@ def manifest_path(run_dir: Path, number: int, dataset: str) -> Path:
     return run_dir / "manifests" / f"{number}-{dataset}.json"
 
 
-def is_resolved(run_dir: Path, recipe_yaml: str) -> bool:
+def is_resolved(run_dir: Path, recipe: Recipe) -> bool:
     """Whether the run in a directory was last started with this recipe."""
     path = run_dir / "recipe.yaml"
-    return path.exists() and path.read_text() == scrub_document(recipe_yaml)
+    return path.exists() and path.read_text() == recipe.to_shown_yaml()
 
 
 def git_revision() -> str | None:

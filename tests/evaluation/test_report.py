@@ -144,6 +144,7 @@ def test_a_browser_draws_every_picture(results, tmp_path):
     )
     assert made.returncode == 0, made.stderr
     assert "7 results in" in made.stdout
+    assert "; next: python -m webbrowser " in made.stdout
     # What the browser makes of the page, and a list of pictures it could not draw.
     check = "<script>onload=()=>document.title=JSON.stringify([...document.images].map(i=>i.naturalWidth))</script>"
     page.write_text(page.read_text().replace("</body>", check + "</body>"))

@@ -39,6 +39,7 @@ def test_the_tables(shards, tmp_path):
     picture = tmp_path / "tile.png"
     result = CliRunner().invoke(app, ["inspect", str(shards), "--png", str(picture)])
     assert result.exit_code == 0, result.output
+    assert f"{picture}: one tile; next: maestro-scale plan" in result.output
     tiles = [tile(key) for key in toy_keys(40)]
     manifest = Manifest.load(str(shards))
     of_train = manifest.of(["train"])
@@ -58,6 +59,15 @@ def test_the_tables(shards, tmp_path):
     assert (counts[0], sum(counts)) == (january, dates)
     assert str(sum(2 for t in tiles if t.notes)) in row(result.output, "   ")
     assert imread(picture).std() > 0.1
+
+
+def test_a_check_tells_how_far_it_is_and_what_comes_next(shards):
+    result = CliRunner().invoke(app, ["verify", str(shards)])
+    assert result.exit_code == 0, result.output
+    assert result.stderr.startswith(f"verify {shards}: 80/80 samples")
+    assert result.stdout.endswith(
+        f"80 samples, all whole; next: maestro-scale inspect {shards} --png tile.png\n"
+    )
 
 
 def test_bars():
@@ -100,11 +110,34 @@ def test_a_tile_is_had_with_an_index_or_without_and_a_wrong_one_is_named(shards,
         first_sample(str(tmp_path), info)
 
 
-def test_no_dataset_is_one_line(tmp_path, capsys, monkeypatch):
+@pytest.fixture
+def refusal(capsys, monkeypatch):
+    """What the command says on standard error, in one line, when it refuses."""
     from maestro_scale import cli
 
-    monkeypatch.setattr("sys.argv", ["maestro-scale", "inspect", str(tmp_path)])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    assert end.value.code == 1
-    assert "manifest.json: not found" in capsys.readouterr().err
+    def refused(*words) -> str:
+        monkeypatch.setattr("sys.argv", ["maestro-scale", "inspect", *map(str, words)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        assert end.value.code == 1
+        said = capsys.readouterr()
+        assert said.out == ""
+        (line,) = said.err.splitlines()
+        return line
+
+    return refused
+
+
+def test_no_dataset_is_one_line(tmp_path, refusal):
+    assert "manifest.json: not found" in refusal(tmp_path)
+
+
+def test_a_picture_has_a_files_name_and_png(shards, tmp_path, refusal):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    assert refusal(shards, "--png", folder) == (
+        f"error: {folder} is a folder: name a file, such as {folder}/tile.png"
+    )
+    other = tmp_path / "tile.jpg"
+    assert refusal(shards, "--png", other) == f"error: {other}: pictures are PNG, name it {tmp_path}/tile.png"
+    assert [p.name for p in tmp_path.iterdir()] == ["pictures"]

@@ -1,5 +1,6 @@
 """MLflow gets every metric once and no secret, and never holds up the training. The stores are real."""
 
+import itertools
 import json
 import logging
 import math
@@ -216,6 +217,21 @@ def test_a_server_that_is_not_there_costs_one_warning(run_dir, monkeypatch, capl
     assert ours[0].startswith("MLflow at http://127.0.0.1:9 does not take metrics")
     assert SECRET not in caplog.text
     assert not (run_dir / "tracking.json").exists()
+
+
+def test_a_store_that_refuses_is_left_alone_for_a_while():
+    tried = []
+
+    def open_run(warn):
+        tried.append(time.monotonic())
+        raise ConnectionError("away")
+
+    tracker = Tracker(open_run, "the store", Rhythm(flush_s=0.01, retry_s=0.5)).begin()
+    while len(tried) < 3:
+        tracker.log(len(tried), {"loss": 1.0})
+        time.sleep(0.01)
+    tracker.finish("done")
+    assert all(after - before >= 0.5 for before, after in itertools.pairwise(tried[:3]))
 
 
 class SlowRun:

@@ -5,6 +5,8 @@ import sys
 
 import numpy as np
 import pytest
+from matplotlib import colormaps
+from matplotlib.image import imread
 
 from maestro_scale.tracking.pictures import (
     composite,
@@ -95,6 +97,33 @@ def test_only_hidden_pixels_show_the_models_work(tmp_path):
     )
     assert first == same
     assert first != different
+
+
+def test_the_reconstruction_has_the_inputs_stretch(tmp_path):
+    """Too bright is white, however much too bright: a stretch of its own would show it like the input."""
+    bright = view()
+    pictures = [
+        reconstruction_picture(
+            tmp_path / "a.png", [dataclasses.replace(bright, reconstruction=made)], "t"
+        ).read_bytes()
+        for made in (bright.pixels + 50, bright.pixels * 2 + 80)
+    ]
+    assert pictures[0] == pictures[1]
+
+
+@pytest.mark.parametrize(("error", "colour"), [(0.0, 0.0), (0.125, 0.25), (0.25, 0.5), (0.75, 1.0)])
+def test_the_error_is_coloured_as_a_share_of_the_inputs_range(tmp_path, error, colour):
+    """Half of it and more is the end of the scale."""
+    pixels = (
+        np.random.default_rng(0).integers(0, 2, (1, 3, 40, 40)).astype(np.float32)
+    )  # stretched from 0 to 1
+    towards = np.where(pixels == 1, -error, error).astype(np.float32)
+    whole = np.ones((1, 40, 40), bool)
+    made = SensorView("aerial", ("R", "G", "B"), pixels, whole, pixels + towards, np.zeros((3, 3, 8)))
+    image = imread(reconstruction_picture(tmp_path / "a.png", [made], "t"))[..., :3]
+    panel = image[:, int(0.61 * image.shape[1]) : int(0.78 * image.shape[1])]  # the fourth of five
+    expected = colormaps["magma"](colour)[:3]
+    assert np.isclose(panel, expected, atol=0.02).all(-1).mean() > 0.4
 
 
 def test_the_embedding_shows_its_principal_components():

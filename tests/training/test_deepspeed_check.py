@@ -30,6 +30,7 @@ def test_what_recipes_ask_for_is_taken(stage):
             "zero_optimization.offload_optimizer.device=disk",
             "deepspeed.zero_optimization.offload_optimizer.device: 'disk': input should be 'none', 'cpu' or 'nvme'",
         ),
+        ("comet.secret_token=planted", "deepspeed.comet.secret_token: '(hidden)': extra inputs"),
         ("comet.enabeld=true", "deepspeed.comet.enabeld: True: extra inputs"),
     ],
 )

@@ -1,0 +1,79 @@
+"""maestro-scale sync: what it leaves in the store, also where it does not get far."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from testkit.tracked import finished_run
+
+from maestro_scale.recipe import load_recipe
+from maestro_scale.tracking.card import run_card
+from maestro_scale.tracking.sync import SyncError, sync
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with a run directory in it and a store that has the run: making the database takes seconds."""
+    run_dir = finished_run(tmp_path_factory.mktemp("runs") / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        sync(run_dir)
+    return run_dir.parent
+
+
+@pytest.fixture
+def run_dir(made, tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    shutil.copytree(made, tmp_path / "runs")
+    return tmp_path / "runs" / "run"
+
+
+def store(run_dir):
+    from mlflow.tracking import MlflowClient
+
+    return MlflowClient(f"sqlite:///{run_dir.parent / 'mlflow.db'}")
+
+
+def status(run_dir):
+    return store(run_dir).get_run(json.loads((run_dir / "tracking.json").read_text())["run_id"]).info.status
+
+
+def test_a_sync_that_fails_leaves_a_finished_run_finished(run_dir, monkeypatch):
+    from mlflow.tracking import MlflowClient
+
+    assert status(run_dir) == "FINISHED"
+
+    def refuse(*_):
+        raise ConnectionError("gone again")
+
+    monkeypatch.setattr(MlflowClient, "get_metric_history", refuse)
+    with pytest.raises(SyncError, match="gone again"):
+        sync(run_dir)
+    assert status(run_dir) == "FINISHED"
+
+
+def test_a_run_says_of_what_it_is_and_where_it_was_made(run_dir):
+    environment = json.loads((run_dir / "environment.json").read_text())
+    environment |= {
+        "slurm_job": "77",
+        "host": "node7",
+        "git_revision": "abc+",
+        "command": "train.py --x 'a b'",
+    }
+    (run_dir / "environment.json").write_text(json.dumps(environment))
+    tags = run_card(load_recipe(run_dir / "recipe.yaml"), run_dir).tags
+    assert tags.pop("mlflow.user")
+    assert tags == {
+        "dataset": "treesatai_ts",
+        "size": "tiny",
+        "fusion": "group",
+        "target": "patch_group",
+        "git_revision": "abc+",
+        "host": "node7",
+        "slurm_job": "77",
+        "mlflow.source.type": "LOCAL",
+        "mlflow.source.name": "train.py",
+        "mlflow.source.git.commit": "abc+",
+    }
