@@ -1,7 +1,7 @@
 """Embeddings of a whole split, written beside the shards they come from: a file per shard, or an image per tile.
 
 Files appear whole or not at all, so that the same command again does what is missing; ranks take shards in turn and say
-nothing to each other. ``embedding.json`` says what the files are of: another model needs another folder.
+nothing to each other. ``_embedding.json`` says what the files are of: another model needs another folder.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from maestro_scale.stream.evaluation import EvalLoader
 from maestro_scale.stream.source import Source
 from maestro_scale.training.run_dir import write_atomically
 
-ABOUT = "embedding.json"
+ABOUT = "_embedding.json"  # readers of Parquet folders pass over such a name
 _SHARD = "maestro_scale.shard_sha256"
 
 What = Literal["vector", "tokens"]
