@@ -18,7 +18,7 @@ from maestro_scale.evaluation.results import EvalResult, ResultsError
 from maestro_scale.evaluation.series import Found
 from maestro_scale.secrets_filter import scrub, scrub_document, scrub_mapping
 from maestro_scale.tracking.mlflow_run import tracking_uri
-from maestro_scale.tracking.mlflow_tracker import quiet_mlflow
+from maestro_scale.tracking.mlflow_tracker import one_line, quiet_mlflow
 from maestro_scale.tracking.origin import origin_tags
 from maestro_scale.tracking.run_file import find_run, last_store, run_directory_of
 from maestro_scale.tracking.unsent import Unsent, drop, note, unsent
@@ -58,7 +58,7 @@ def record_evaluation(checkpoint: Path | None, result: EvalResult, path: Path) -
         log.warning(
             "MLflow at %s does not take the evaluation (%s); it is in %s, %s",
             scrub(tracking_uri(run_dir)),
-            scrub(str(error).splitlines()[0]),
+            one_line(error),
             path,
             later,
         )

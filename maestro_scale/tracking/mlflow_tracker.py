@@ -38,6 +38,8 @@ _QUIET_MLFLOW = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "GIT_PYTHON_REFRESH": "quiet",
 }
+_LAST_TRIES_S = 1.0  # between attempts to reach a store that is away when the run ends
+_MAX_BATCH = 500  # records collected before they are sent
 
 
 def quiet_mlflow() -> None:
@@ -46,8 +48,9 @@ def quiet_mlflow() -> None:
         os.environ.setdefault(name, value)
 
 
-_LAST_TRIES_S = 1.0  # between attempts to reach a store that is away when the run ends
-_MAX_BATCH = 500  # records collected before they are sent
+def one_line(error: Exception) -> str:
+    """The kind of an error and the first line of what it says, which may be nothing, without secrets."""
+    return scrub(f"{type(error).__name__}: {error}".splitlines()[0])
 
 
 class OpenRun(Protocol):
@@ -176,13 +179,12 @@ class Tracker:
         if what in self._warned:
             return
         self._warned.add(what)
-        reason = scrub(f"{type(error).__name__}: {error}".splitlines()[0])
         log.warning(
             "MLflow at %s does not take %s (%s); training goes on, metrics.jsonl has every metric, `%s` sends what is "
             "missing then",
             self._store,
             what,
-            reason,
+            one_line(error),
             self._later,
         )
 

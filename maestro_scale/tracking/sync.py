@@ -14,7 +14,8 @@ from maestro_scale.shards.errors import ShardsError
 from maestro_scale.tracking.card import run_card
 from maestro_scale.tracking.evaluations import send_unsent
 from maestro_scale.tracking.mlflow_run import ENDED_FILE, STATUS, BeingSent, MlflowRun, tracking_uri
-from maestro_scale.tracking.mlflow_tracker import quiet_mlflow
+from maestro_scale.tracking.mlflow_tracker import one_line, quiet_mlflow
+from maestro_scale.tracking.unsent import unsent
 
 
 class SyncError(Exception):
@@ -68,11 +69,13 @@ def sync(run_dir: Path) -> Synced:
             run.close(ended)
         num_evaluations, lost = send_unsent(run_dir)
     except BeingSent as error:
+        waiting = len(unsent(run_dir))
         raise SyncError(
             f"{error}: a run that goes on sends what the store misses by itself, when the store is back or at its end"
+            + (f"; sync after it sends the {waiting} evaluations that wait" if waiting else "")
         ) from error
     except Exception as error:
-        raise SyncError(f"{store} does not take {run_dir}: {scrub(str(error).splitlines()[0])}") from error
+        raise SyncError(f"{store} does not take {run_dir}: {one_line(error)}") from error
     if troubles:
         raise SyncError(f"{store} did not take {scrub(troubles[0].splitlines()[0])}; the metrics are there")
     return Synced(

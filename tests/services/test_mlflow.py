@@ -217,22 +217,22 @@ def test_secrets_appear_nowhere(server, trainer, synthetic_shards, tmp_path):
     odd = tmp_path / f"shards?token={PLANTED['url']}"
     odd.symlink_to(synthetic_shards)
     text = trainer.recipe.read_text().replace(json.dumps(str(synthetic_shards)), json.dumps(str(odd)))
-    section = f"deepspeed:\n  comet: {{enabled: false, api_key: {PLANTED['section']}}}\n"
-    assert "\ndeepspeed:\n" in text
-    text = text.replace("deepspeed:\n", section, 1)
+    section = f"\ndeepspeed: {{comet: {{enabled: false, api_key: {PLANTED['section']}}}, "
+    assert "\ndeepspeed: {" in text
+    text = text.replace("\ndeepspeed: {", section, 1)
     trainer.recipe.write_text(text.replace("name: tiny", f"name: tiny-{PLANTED['recipe']}"))
     trainer.env["SOME_API_KEY"] = PLANTED["environment"]
     run_dir = tmp_path / "run"
     said = [f"checkpoint.mirror={tmp_path}/mirror-{PLANTED['environment']}"]
     said += [
         f"deepspeed.comet.workspace={PLANTED['environment']}",
-        f"deepspeed.wandb.api_key={PLANTED['command']}",
+        f"deepspeed.other.api_key={PLANTED['command']}",
     ]
     job = trainer.start(run_dir, 1, *TRACKED, *said)
     assert job.wait(240) == 0, job.output[-3000:]
     asked = [f"--checkpoint={run_dir}", f"--out={tmp_path / 'out'}", "--mode=knn"]
     code, scored = Trainer(trainer.recipe, entry=EVALUATE, env=trainer.env).run(
-        None, 1, *asked, "--set", *said
+        None, 1, *asked, "--set", "tracking.enabled=true", *said
     )
     assert code == 0, scored[-3000:]
     program, page = str(Path(sys.executable).parent / "maestro-scale"), str(tmp_path / "out" / "report.html")

@@ -10,7 +10,10 @@ from testkit.tracked import finished_run
 
 from maestro_scale.recipe import load_recipe
 from maestro_scale.tracking.card import run_card
+from maestro_scale.tracking.mlflow_run import tracking_uri
+from maestro_scale.tracking.run_file import store_lock
 from maestro_scale.tracking.sync import SyncError, sync
+from maestro_scale.tracking.unsent import Unsent, note, unsent
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +55,24 @@ def test_a_sync_that_fails_leaves_a_finished_run_finished(run_dir, monkeypatch):
     with pytest.raises(SyncError, match="gone again"):
         sync(run_dir)
     assert status(run_dir) == "FINISHED"
+
+
+def test_while_another_process_sends_the_run_evaluations_wait(run_dir):
+    note(run_dir, Unsent(run_dir / "results.json", {}))
+    with (
+        store_lock(run_dir, tracking_uri(run_dir)),
+        pytest.raises(SyncError, match=r"another process sends .*; sync after it sends the 1 evaluations"),
+    ):
+        sync(run_dir)
+    assert len(unsent(run_dir)) == 1
+
+
+def test_an_error_without_words_is_told_by_its_kind(run_dir, monkeypatch):
+    from mlflow.tracking import MlflowClient
+
+    monkeypatch.setattr(MlflowClient, "get_metric_history", lambda *_: (_ for _ in ()).throw(TimeoutError))
+    with pytest.raises(SyncError, match=r"does not take .*: TimeoutError"):
+        sync(run_dir)
 
 
 def test_a_run_says_of_what_it_is_and_where_it_was_made(run_dir):
