@@ -61,11 +61,16 @@ window.called = (selector, words) => [...document.querySelectorAll(selector)].fi
 }"""
 
 
-_UNFOLD = """(() => {
-    const folded = document.querySelector('.ag-row button[data-component-id*="runnamecellrenderer"]');
-    folded?.click();
-    return Boolean(folded);
-})()"""
+def _unfold(name: str) -> str:
+    """Unfold the first run that has others below it, until one of them is there by name."""
+    return f"""(async () => {{
+    const unfolded = () => document.body.innerText.includes({name!r});
+    if (!unfolded()) {{
+        document.querySelector('.ag-row button[data-component-id*="runnamecellrenderer"]')?.click();
+        await pause(2000);
+    }}
+    return unfolded();
+}})()"""
 
 
 def _search(pattern: str, shown: str, hidden: str) -> str:
@@ -104,19 +109,22 @@ _SCATTER = """(async () => {
 })()"""
 _COLUMNS = """(async () => {
     const columns = called('button', 'Columns');
-    const folded = document.querySelector('.ag-row button[data-component-id*="runnamecellrenderer"]');
-    if (!columns || !folded) return false;
-    folded.click();
+    if (!columns) return false;
     columns.click();
     await pause(1000);
+    const missing = [];
     for (const name of ['Dataset', 'Source', 'Models', 'fraction', 'eval/wf1']) {
-        type(document.querySelector('input[placeholder="Search columns"]'), name);
+        const field = document.querySelector('input[placeholder="Search columns"]');
+        if (field) type(field, name);
         await pause(1000);
-        called('[class*="tree-treenode"]', name)?.querySelector('[class*="tree-checkbox"]').click();
+        const box = called('[class*="tree-treenode"]', name)?.querySelector('[class*="tree-checkbox"]');
+        if (!box) missing.push(name);
+        else if (box.className.includes('-checked') === /[A-Z]/.test(name)) box.click();
         await pause(500);
     }
     columns.click();
-    return true;
+    await pause(1000);
+    return !missing.length;
 })()"""
 
 
@@ -165,10 +173,12 @@ class Browser:
         self._process.wait(20)
 
     def open(self, url: str, height: int = HEIGHT) -> None:
-        """Go to a page; from one to another of a single-page application too."""
+        """Go to a page as one who was never there; from one to another of a single-page application too."""
         size = {"width": WIDTH, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self._call("Emulation.setDeviceMetricsOverride", **size)
         self._call("Page.navigate", url="about:blank")
+        origin = "/".join(url.split("/")[:3])
+        self._call("Storage.clearDataForOrigin", origin=origin, storageTypes="local_storage")
         self._call("Page.navigate", url=url)
 
     def evaluate(self, expression: str) -> Any:
@@ -258,7 +268,7 @@ def pages(client: MlflowClient, model: str) -> Iterator[Page]:
         ids = json.dumps([r.info.run_id for r in chosen])
         return f"#/compare-runs?runs={quote(ids)}&experiments={quote(json.dumps([experiment]))}"
 
-    yield Page("runs", here, (run.info.run_name, nested.info.run_name), script=_UNFOLD)
+    yield Page("runs", here, (run.info.run_name, nested.info.run_name), script=_unfold(nested.info.run_name))
     losses = _search("loss", shown="aerial", hidden="downloaded_bytes")
     yield Page("charts", f"{here}/{run.info.run_id}/model-metrics", ("total", "aerial"), chart, losses)
     speed = _search("speed/|data_wait", shown="samples_per_s", hidden="downloaded_bytes")
@@ -269,7 +279,8 @@ def pages(client: MlflowClient, model: str) -> Iterator[Page]:
     probes = [r for r in evaluations if r.data.tags["mode"] == "probe"]
     filtered = f"{here}?searchFilter={quote(PROBES)}"
     shown = ("fraction", "eval/wf1", *(r.data.params["fraction"] for r in probes))
-    yield Page("labels", filtered, shown, script=_COLUMNS)
+    script = f"(async () => await {_COLUMNS} && await {_unfold(probes[0].info.run_name)})()"
+    yield Page("labels", filtered, shown, script=script)
     yield Page("scatter", compare(probes), ("fraction", "eval/wf1"), ".js-plotly-plot canvas", _SCATTER)
     yield Page("system", f"{here}/{run.info.run_id}/system-metrics", ("system",), chart)
     picture = client.list_artifacts(run.info.run_id, "pictures")[-1].path
