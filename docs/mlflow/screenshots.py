@@ -1,13 +1,12 @@
 """The pictures of docs/mlflow.md: MLflow's own pages on real runs, drawn by headless Chromium.
 
     maestro-scale quickstart --out /tmp/quickstart
-    cd /tmp/quickstart/runs
-    python MAESTRO_SCALE/evaluate.py --recipe quickstart/recipe.yaml --checkpoint quickstart --out ../results
-    maestro-scale export quickstart ../exported --register quickstart
     python docs/mlflow/screenshots.py /tmp/quickstart/runs
 
-Starts `maestro-scale dashboard` on the runs, opens each page, waits until what it must show is there, and writes
-docs/mlflow/*.png. Exit code 1 where a page does not show it, or the browser's console tells of an error.
+First runs what the pictures need beyond quickstart, in minutes, and not again: evaluations with shares of the labels, a
+training with another recipe, a registered model. Then starts `maestro-scale dashboard` on the runs, opens each page,
+waits until what it must show is there, and writes docs/mlflow/*.png. Exit code 1 where a page does not show it, or the
+browser's console tells of an error.
 """
 
 from __future__ import annotations
@@ -28,48 +27,118 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
-from mlflow.entities import ViewType
+from mlflow.entities import Run, ViewType
 from mlflow.tracking import MlflowClient
 from PIL import Image
 
+import maestro_scale
+from maestro_scale.quickstart import num_threads
 from maestro_scale.training.distributed import free_port
 
+RUN = "quickstart"
+OTHER, OTHER_SETTING = "by_sensor", "model.fusion=mod"
+FRACTIONS = (1, 0.3, 0.1)
+PROBES = 'tags.mode = "probe"'
 WIDTH, HEIGHT = 1440, 900
 WAIT_S = 60.0
-# Whoever comes first is asked about language models, with a chat panel over the page.
+# Whoever comes first is asked about language models, with a chat panel over the page; without a mouse the tools of a
+# chart, otherwise seen under it alone, stay on its lines.
 _SETTLE = """if (location.protocol === 'http:') {
 localStorage.setItem('mlflow.assistant.panelOpen_v1', 'false');
 localStorage.setItem('mlflow.workflowType_v1', '"machine_learning"');
 localStorage.setItem('mlflow.assistant.fab.autoOpenedOnFirstLoad_v1', 'true');
+document.addEventListener('DOMContentLoaded', () => {
+    document.head.appendChild(document.createElement('style')).textContent = '.modebar {display: none}';
+});
+window.pause = (ms) => new Promise((done) => setTimeout(done, ms));
+window.type = (field, words) => {
+    Object.getOwnPropertyDescriptor(HTMLInputElement.prototype, 'value').set.call(field, words);
+    field.dispatchEvent(new Event('input', {bubbles: true}));
+};
+window.called = (selector, words) => [...document.querySelectorAll(selector)].find((e) => e.innerText.trim() === words);
 }"""
 
 
-_UNFOLD = """(() => {
-    const folded = document.querySelector('button[aria-label="Expand"], .ag-cell [role="button"], .ag-row button');
-    folded?.click();
-    return Boolean(folded);
-})()"""
-_SEARCH = """(() => {
+def _unfold(name: str) -> str:
+    """Unfold the first run that has others below it, until one of them is there by name."""
+    return f"""(async () => {{
+    const unfolded = () => document.body.innerText.includes({name!r});
+    if (!unfolded()) {{
+        document.querySelector('.ag-row button[data-component-id*="runnamecellrenderer"]')?.click();
+        await pause(2000);
+    }}
+    return unfolded();
+}})()"""
+
+
+def _search(pattern: str, shown: str, hidden: str) -> str:
+    """Search the charts until one text is on the page and another is not."""
+    return f"""(() => {{
     const field = document.querySelector('input[placeholder="Search metric charts"]');
     if (!field) return false;
-    Object.getOwnPropertyDescriptor(HTMLInputElement.prototype, 'value').set.call(field, 'loss');
-    field.dispatchEvent(new Event('input', {bubbles: true}));
-    const shown = document.body.innerText;
-    return shown.includes('aerial') && !shown.includes('downloaded_bytes');
+    type(field, {pattern!r});
+    const text = document.body.innerText;
+    return text.includes({shown!r}) && !text.includes({hidden!r});
+}})()"""
+
+
+# The comparison begins with plots that take the whole page.
+_DIFFERENCES = """(() => {
+    const plots = called('[role="button"]', 'Visualizations');
+    const switches = document.querySelectorAll('button[role="switch"][aria-label$="Show diff only"]');
+    if (!plots || !switches.length) return false;
+    plots.click();
+    switches.forEach((s) => s.click());
+    return true;
+})()"""
+_SCATTER = """(async () => {
+    const tab = called('[role="tab"]', 'Scatter Plot');
+    if (!tab) return false;
+    tab.dispatchEvent(new MouseEvent('mousedown', {bubbles: true}));
+    await pause(1000);
+    for (const [axis, name] of [['x', 'fraction'], ['y', 'eval/wf1']]) {
+        document.querySelector(`#${axis}-axis-selector`)?.click();
+        await pause(1000);
+        called('[role="option"]', name)?.click();
+        await pause(1000);
+    }
+    const titles = [...document.querySelectorAll('.xtitle, .ytitle')].map((title) => title.textContent);
+    return titles.includes('fraction') && titles.includes('eval/wf1');
+})()"""
+_COLUMNS = """(async () => {
+    const columns = called('button', 'Columns');
+    if (!columns) return false;
+    columns.click();
+    await pause(1000);
+    const missing = [];
+    for (const name of ['Dataset', 'Source', 'Models', 'fraction', 'eval/wf1']) {
+        const field = document.querySelector('input[placeholder="Search columns"]');
+        if (field) type(field, name);
+        await pause(1000);
+        const box = called('[class*="tree-treenode"]', name)?.querySelector('[class*="tree-checkbox"]');
+        if (!box) missing.push(name);
+        else if (box.className.includes('-checked') === /[A-Z]/.test(name)) box.click();
+        await pause(500);
+    }
+    columns.click();
+    await pause(1000);
+    return !missing.length;
 })()"""
 
 
 @dataclass(frozen=True)
 class Page:
     """``path``: behind the address; ``shows``: texts that must be on it; ``selector``: what must be drawn on it.
-    ``script``: JavaScript that changes what is shown; tried until it is true."""
+    ``script``: JavaScript that changes what is shown; tried until it is true. ``height``: of the window."""
 
     name: str
     path: str
     shows: tuple[str, ...]
     selector: str = "body"
     script: str = "true"
+    height: int = HEIGHT
 
 
 class Browser:
@@ -103,16 +172,18 @@ class Browser:
         self._process.terminate()
         self._process.wait(20)
 
-    def open(self, url: str) -> None:
-        """Go to a page; from one to another of a single-page application too."""
-        size = {"width": WIDTH, "height": HEIGHT, "deviceScaleFactor": 1, "mobile": False}
+    def open(self, url: str, height: int = HEIGHT) -> None:
+        """Go to a page as one who was never there; from one to another of a single-page application too."""
+        size = {"width": WIDTH, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self._call("Emulation.setDeviceMetricsOverride", **size)
         self._call("Page.navigate", url="about:blank")
+        origin = "/".join(url.split("/")[:3])
+        self._call("Storage.clearDataForOrigin", origin=origin, storageTypes="local_storage")
         self._call("Page.navigate", url=url)
 
     def evaluate(self, expression: str) -> Any:
         """The value of a JavaScript expression on the page; None where it cannot be had yet."""
-        answer = self._call("Runtime.evaluate", expression=expression, returnByValue=True)
+        answer = self._call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         return answer.get("result", {}).get("value")
 
     def picture(self) -> bytes:
@@ -145,24 +216,74 @@ class Browser:
         return json.loads(message)
 
 
+def commands(client: MlflowClient, model: str) -> Iterator[list[str]]:
+    """What is still to be run, in the folder of the runs, for all pictures."""
+    programs, scripts = Path(sys.executable).parent, Path(maestro_scale.__file__).parent
+    runs = _runs(client)
+    scored = {float(r.data.params["fraction"]) for r in runs if r.data.tags.get("mode") == "probe"}
+    recipe = f"--recipe={RUN}/recipe.yaml"
+    for fraction in FRACTIONS:
+        if fraction not in scored:
+            evaluate = [sys.executable, str(scripts / "evaluate.py"), recipe, f"--checkpoint={RUN}"]
+            yield [*evaluate, f"--fraction={fraction}", "--out=../fractions"]
+    if len(_trainings(runs)) < 2:
+        launch = [str(programs / "deepspeed"), "--num_gpus=1", f"--master_port={free_port()}"]
+        train = [*launch, str(scripts / "train.py"), recipe, f"--run-dir={OTHER}"]
+        yield [*train, "--set", f"name={OTHER}", OTHER_SETTING]
+    if not client.search_registered_models(f"name = '{model}'"):
+        yield [str(programs / "maestro-scale"), "export", RUN, "../exported", "--register", model]
+
+
+def complete(runs: Path, client: MlflowClient, model: str) -> None:
+    """Run it. SystemExit where a command fails."""
+    env = {**os.environ, "OMP_NUM_THREADS": str(num_threads())}
+    for command in commands(client, model):
+        print(*command, flush=True)
+        if subprocess.run(command, cwd=runs, env=env, check=False).returncode:
+            raise SystemExit("this failed; run it in the folder of the runs to see why")
+
+
+def _runs(client: MlflowClient) -> list[Run]:
+    """Of the one experiment, newest first."""
+    (experiment,) = [e for e in client.search_experiments() if e.name != "Default"][:1]
+    return list(client.search_runs([experiment.experiment_id], "", ViewType.ACTIVE_ONLY, 100))
+
+
+def _trainings(runs: list[Run]) -> list[Run]:
+    return [r for r in runs if "mlflow.parentRunId" not in r.data.tags]
+
+
 def pages(client: MlflowClient, model: str) -> Iterator[Page]:
     """What to show, of the newest training run that was evaluated."""
-    (experiment,) = [e for e in client.search_experiments() if e.name != "Default"][:1]
-    runs = client.search_runs([experiment.experiment_id], "", ViewType.ACTIVE_ONLY, 100)
+    runs = _runs(client)
     parents = {r.data.tags.get("mlflow.parentRunId") for r in runs} - {None}
     run = next(r for r in runs if r.info.run_id in parents)
-    nested = next(r for r in runs if r.data.tags.get("mlflow.parentRunId") == run.info.run_id)
-    here = f"#/experiments/{experiment.experiment_id}/runs"
+    evaluations = [r for r in runs if r.data.tags.get("mlflow.parentRunId") == run.info.run_id]
+    nested = evaluations[0]
+    experiment = run.info.experiment_id
+    here = f"#/experiments/{experiment}/runs"
+    chart = ".js-plotly-plot .trace"
+
+    def compare(chosen: list[Run]) -> str:
+        ids = json.dumps([r.info.run_id for r in chosen])
+        return f"#/compare-runs?runs={quote(ids)}&experiments={quote(json.dumps([experiment]))}"
+
+    yield Page("runs", here, (run.info.run_name, nested.info.run_name), script=_unfold(nested.info.run_name))
+    losses = _search("loss", shown="aerial", hidden="downloaded_bytes")
+    yield Page("charts", f"{here}/{run.info.run_id}/model-metrics", ("total", "aerial"), chart, losses)
+    speed = _search("speed/|data_wait", shown="samples_per_s", hidden="downloaded_bytes")
+    shown = ("data_wait_s", "samples_per_s", "tokens_per_s", OTHER)
+    yield Page("throughput", f"{here}?compareRunsMode=CHART", shown, chart, speed, height=1480)
+    setting = OTHER_SETTING.split("=")[0]
+    yield Page("compare", compare(_trainings(runs)[:2]), (setting, RUN, OTHER), script=_DIFFERENCES)
+    probes = [r for r in evaluations if r.data.tags["mode"] == "probe"]
+    filtered = f"{here}?searchFilter={quote(PROBES)}"
+    shown = ("fraction", "eval/wf1", *(r.data.params["fraction"] for r in probes))
+    script = f"(async () => await {_COLUMNS} && await {_unfold(probes[0].info.run_name)})()"
+    yield Page("labels", filtered, shown, script=script)
+    yield Page("scatter", compare(probes), ("fraction", "eval/wf1"), ".js-plotly-plot canvas", _SCATTER)
+    yield Page("system", f"{here}/{run.info.run_id}/system-metrics", ("system",), chart)
     picture = client.list_artifacts(run.info.run_id, "pictures")[-1].path
-    yield Page("runs", here, (run.info.run_name, nested.info.run_name), script=_UNFOLD)
-    yield Page(
-        "charts",
-        f"{here}/{run.info.run_id}/model-metrics",
-        ("total", "aerial"),
-        ".js-plotly-plot .trace",
-        _SEARCH,
-    )
-    yield Page("system", f"{here}/{run.info.run_id}/system-metrics", ("system",), ".js-plotly-plot .trace")
     yield Page("pictures", f"{here}/{run.info.run_id}/artifacts/{picture}", (Path(picture).name,), "img[src]")
     classes = f"{here}/{nested.info.run_id}/artifacts/pictures/classes.png"
     yield Page("evaluation", classes, ("classes.png", "report.html"), "img[src]")
@@ -196,7 +317,7 @@ def dashboard(runs: Path) -> Iterator[str]:
 
 def draw(browser: Browser, address: str, page: Page) -> Image.Image:
     """The page's picture, once it shows what it must. SystemExit where it does not within a minute."""
-    browser.open(f"{address}/{page.path}")
+    browser.open(f"{address}/{page.path}", page.height)
     deadline = time.monotonic() + WAIT_S
     while not browser.evaluate(page.script) and time.monotonic() < deadline:
         time.sleep(0.5)
@@ -216,17 +337,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "runs", type=Path, help="folder with run directories, one of them evaluated and registered"
-    )
+    parser.add_argument("runs", type=Path, help="runs/ of what quickstart made")
     parser.add_argument("--model", default="quickstart", help="name in the registry")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--only", nargs="+", metavar="NAME", default=[], help="draw these alone")
     args = parser.parse_args()
     program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if program is None:
         raise SystemExit("no Chromium on PATH")
     client = MlflowClient(f"sqlite:///{args.runs.resolve() / 'mlflow.db'}")
-    wanted = list(pages(client, args.model))
+    complete(args.runs, client, args.model)
+    wanted = [page for page in pages(client, args.model) if page.name in args.only or not args.only]
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile, dashboard(args.runs) as address:
         browser = Browser(program, profile)
         try:
