@@ -30,7 +30,7 @@ from maestro_scale.training.retention import Retention
 from maestro_scale.training.watchdog import Beat, blame
 
 pytestmark = pytest.mark.slow
-STEPS = 40
+STEPS = 60
 LONG = ("--set", f"train.steps={STEPS}", "train.micro_batch=2", "checkpoint.every_steps=3", "optim.ema=0.9")
 
 
