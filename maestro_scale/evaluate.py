@@ -199,7 +199,8 @@ def _evaluate(args: argparse.Namespace) -> None:
     encoder = Encoder(recipe, args.checkpoint, args.baseline, parts[0].fold)
     encoder.check([part.fold for part in parts], learns=bool(set(modes) & set(MODES)))
     ranks = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", 1)))
-    world = join() if ranks > 1 or set(modes) & set(MODES) else None
+    # The others wait while rank 0 fits a classifier.
+    world = join(timeout_s=24 * 3600) if ranks > 1 or set(modes) & set(MODES) else None
     if world is None or world.is_main:
         _tell(_shared(parts))
     runs: dict[str, list] = {mode: [] for mode in modes}
@@ -210,7 +211,7 @@ def _evaluate(args: argparse.Namespace) -> None:
             for mode, result in _run(args, seeded, encoder, modes, part, world):
                 path = args.out / _folder(mode, args) / part.within / "results.json"
                 result.write(path)
-                if len(parts) > 1 and encoder.per_fold:
+                if encoder.per_fold:
                     _track(result, path, encoder, recipe)
                 runs[mode].append((str(part.within / "results.json"), result))
     except Stopped as stopped:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
+
+import yaml
 
 HIDDEN = "(hidden)"
 
@@ -77,9 +80,9 @@ def scrub_document(text: str) -> str:
 
 
 def scrub_tree(node: Any, name: str = "") -> Any:
-    """A copy of nested dicts and lists, every text in it scrubbed, values of secret names hidden."""
+    """A copy of nested dicts and lists, every text in it scrubbed, values of secret names and all below them hidden."""
     if isinstance(node, Mapping):
-        return {k: scrub_tree(v, str(k)) for k, v in node.items()}
+        return {k: scrub_tree(v, name if is_secret_name(name) else str(k)) for k, v in node.items()}
     if isinstance(node, (list, tuple)):
         return [scrub_tree(v, name) for v in node]
     if node is not None and is_secret_name(name):
@@ -92,14 +95,26 @@ def scrub_command(words: Sequence[str]) -> str:
     ``--token=…``, ``--token …``."""
     said: list[str] = []
     for word in words:
-        name, is_given, _ = word.partition("=")
+        name, is_given, value = word.partition("=")
         if is_given and is_secret_name(name):
             said.append(f"{name}={HIDDEN}")
+        elif is_given and (tree := _mapping(value)) is not None:
+            said.append(f"{name}={json.dumps(scrub_tree(tree), default=str)}")
         elif said and said[-1].startswith("--") and "=" not in said[-1] and is_secret_name(said[-1]):
             said.append(HIDDEN)
         else:
             said.append(scrub(word))
     return shlex.join(said)
+
+
+def _mapping(text: str) -> dict | list | None:
+    """A mapping or list written in YAML, as ``--set`` takes them; None for anything else."""
+    if not text.startswith(("{", "[")):
+        return None
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return None
 
 
 def has_credentials(url: str) -> bool:

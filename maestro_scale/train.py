@@ -69,7 +69,7 @@ def _pretrain(recipe, run_dir: Path, stop: StopRequest, fresh: bool) -> int:
     from maestro_scale.tracking.closing import REPORT, next_commands
     from maestro_scale.tracking.observers import observers_for
     from maestro_scale.training.distributed import end, join, leave
-    from maestro_scale.training.errors import EXPECTED
+    from maestro_scale.training.errors import EXPECTED, place
     from maestro_scale.training.guard import GuardError
     from maestro_scale.training.pretrain import pretrain
     from maestro_scale.training.run_dir import write_outcome
@@ -88,6 +88,11 @@ def _pretrain(recipe, run_dir: Path, stop: StopRequest, fresh: bool) -> int:
         ):  # those are the same on all ranks
             print(f"error{where}: {error}", file=sys.stderr, flush=True)
         end(2)  # the other ranks may be waiting for this one: the launcher ends them
+    except OSError as error:
+        if (line := place(error)) is None:
+            raise
+        print(f"error (rank {world.rank} on {os.uname().nodename}): {line}", file=sys.stderr, flush=True)
+        end(2)
     except RuntimeError:
         if world.size > 1 and (missing := watch.missing()):
             traceback.print_exc()

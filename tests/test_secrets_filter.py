@@ -98,9 +98,12 @@ def test_a_command_can_be_read_without_what_it_must_not_tell():
         "abc",
         "--password=abc",
     ]
+    words += ["deepspeed={comet: {enabled: false, api_key: abc}}", "data.mixture=[{token: abc}]"]
     said = scrub_command([*words, "--out", "a b"])
     assert "abc" not in said
     assert said.startswith("train.py --set")
     assert "deepspeed.comet.api_key=" in said
-    assert said.endswith("'--password=(hidden)' --out 'a b'")
+    assert " '--password=(hidden)' " in said
+    assert said.endswith(" --out 'a b'")
     assert "train.steps=3" in said
+    assert '"enabled": false' in said

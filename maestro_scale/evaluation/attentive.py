@@ -20,7 +20,7 @@ from maestro_scale.evaluation.objectives import Objective
 from maestro_scale.evaluation.results import ResultsError
 from maestro_scale.evaluation.tasks import Answer, Segmentation
 from maestro_scale.model.config import DatasetView, ModelConfig
-from maestro_scale.model.heads import head
+from maestro_scale.model.heads import POOL_HEADS, head
 from maestro_scale.model.initialise import initialise
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.stream.batch import Batch
@@ -28,19 +28,24 @@ from maestro_scale.stream.batch import Batch
 LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 BATCH_CROPS = 32
 
+_MOST_SETS = 2**16 - 1  # CUDA's attention kernels take no more at once
 _MOST_TOKENS = (
     2**17
 )  # that a head sees at once: 400 MB at a width of 768, and as much again for each of its layers
 
 
 def all_tokens(model: Maestro | Baseline, batch: Batch) -> Tensor:
-    """(B, N, E) in the order of the sensors. ResultsError where the sensors' tokens differ in width."""
+    """(B, N, E) in the order of the sensors. ResultsError where the tokens' width does not fit the head."""
     grids = model.encode(batch)
     widths = {s.name: grids[s.name].shape[-1] for s in model.view(batch.dataset).sensors}
     if len(set(widths.values())) > 1:
         listed = ", ".join(f"{name} {width}" for name, width in widths.items())
         raise ResultsError(
             f"an attentive head needs tokens of one width, these have: {listed}; use --mode probe"
+        )
+    if (width := next(iter(widths.values()))) % POOL_HEADS:
+        raise ResultsError(
+            f"an attentive head needs tokens whose width {POOL_HEADS} divides, these have {width}; use --mode probe"
         )
     return torch.cat([grids[name].flatten(1, 2) for name in widths], dim=1)
 
@@ -65,7 +70,8 @@ class Heads:
         for made in self.heads:
             initialise(made, seed)
         at_places = sum(rows * (ref.grid**2 if side else cells) for rows, cells in self._grids.values())
-        self._most_crops = max(_MOST_TOKENS // at_places, 1)
+        sets = ref.grid**2 if ref and side else 1  # that are pooled, per crop
+        self._most_crops = max(min(_MOST_TOKENS // at_places, _MOST_SETS // sets), 1)
 
     def backward(self, split: Encoded, rows: np.ndarray) -> None:
         """Add the gradients of the mean loss over these crops, of each head."""

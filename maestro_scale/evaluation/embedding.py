@@ -107,8 +107,11 @@ class Embedder:
             "spec": hashlib.sha256(repr(self.manifest.spec).encode()).hexdigest(),
         }
         path = out / ABOUT
-        if path.exists():
+        try:
             theirs = json.loads(path.read_text())
+        except (OSError, ValueError):
+            theirs = None
+        if theirs:
             other = [f"{k} {theirs.get(k)}, now {v}" for k, v in own.items() if theirs.get(k) != v]
             if other:
                 raise ResultsError(

@@ -33,6 +33,9 @@ from maestro_scale.training.distributed import World
 
 log = logging.getLogger(__name__)
 
+_ABANDONED_S = (
+    24 * 3600.0
+)  # since anything was written to it: where locks do not reach, another job may be at it
 _WAIT_S = 1.0  # between looks at what another job encodes
 
 
@@ -40,13 +43,13 @@ _WAIT_S = 1.0  # between looks at what another job encodes
 class Encoded:
     """``features`` (M, …, F) and ``labels`` (M, …) of M crops, memory-mapped; ``tiles`` (M,): sample of each crop."""
 
-    features: np.ndarray | Joined
+    features: np.ndarray | Joined | Chosen
     labels: np.ndarray
     tiles: np.ndarray
 
     def take(self, rows: np.ndarray) -> Encoded:
-        """These crops only, copied into memory."""
-        return Encoded(self.features[rows], self.labels[rows], self.tiles[rows])
+        """These crops only; features stay where they are, labels come into memory."""
+        return Encoded(Chosen(self.features, rows), self.labels[rows], self.tiles[rows])
 
     def __len__(self) -> int:
         return len(self.tiles)
@@ -78,6 +81,25 @@ class Joined:
 
     def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
         return np.concatenate(self._parts).astype(dtype or self.dtype, copy=False)
+
+
+class Chosen:
+    """Some rows of an array (M, …) as one, without copying; taken from as ``Joined`` is."""
+
+    def __init__(self, whole: np.ndarray | Joined, rows: np.ndarray) -> None:
+        self._whole, self._rows = whole, rows
+        self.shape, self.dtype = (len(rows), *whole.shape[1:]), whole.dtype
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, key: slice | np.ndarray | tuple[np.ndarray, ...]) -> np.ndarray:
+        """As of ``Joined``."""
+        rows, *rest = key if isinstance(key, tuple) else (key,)
+        return self._whole[(self._rows[rows], *rest)] if rest else self._whole[self._rows[rows]]
+
+    def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
+        return self._whole[self._rows].astype(dtype or self.dtype, copy=False)
 
 
 def joined(parts: Sequence[Encoded]) -> Encoded:
@@ -116,14 +138,15 @@ def encoded(
     Every rank encodes its own batches and writes its own rows; all of them see the folder. ResultsError where the disk
     has no room, or a feature is not finite.
     """
-    group = _Group(world)
-    while group.first(lambda: _lacks(folder)):
+    group, verdicts = _Group(world), {}
+    while group.first(lambda: _lacks(folder, verdicts)):
         with ExitStack() as held:
             if not group.first(lambda: _claimed(folder, held)):
                 time.sleep(_WAIT_S)  # another job is at it
-            elif group.first(lambda: _lacks(folder)):  # still: it may have ended just before
+            elif group.first(lambda: _lacks(folder, verdicts)):  # still: it may have ended just before
                 with watching(f"encode {folder.name.rpartition('-')[0]}", "batches") as tell:
                     _encode(folder, loader, features, labels, dtype, device, group, tell)
+                verdicts[_marker(folder)] = None  # hashed as it was written
     arrays = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("features", "labels"))
     return Encoded(*arrays, tiles=np.repeat(np.arange(loader.num_samples), loader.num_crops))
 
@@ -152,12 +175,23 @@ class _Group:
             self.world.barrier()
 
 
-def _lacks(folder: Path) -> bool:
-    """Whether there is nothing whole to read."""
-    problem = committed.problem(folder, hashes=True) if folder.exists() else ""
-    if problem:
-        log.warning("%s is encoded again: %s", folder, problem)
-    return problem is not None
+def _lacks(folder: Path, verdicts: dict[bytes, str | None]) -> bool:
+    """Whether there is nothing whole to read. ``verdicts``: by marker, so that each is held against its files once."""
+    if not folder.exists():
+        return True
+    marker = _marker(folder)
+    if marker not in verdicts:
+        verdicts[marker] = committed.problem(folder, hashes=True)
+        if verdicts[marker] is not None:
+            log.warning("%s is encoded again: %s", folder, verdicts[marker])
+    return verdicts[marker] is not None
+
+
+def _marker(folder: Path) -> bytes:
+    try:
+        return (folder / committed.MARKER).read_bytes()
+    except OSError:
+        return b""
 
 
 def _claimed(folder: Path, held: ExitStack) -> bool:
@@ -169,6 +203,9 @@ def _claimed(folder: Path, held: ExitStack) -> bool:
     except OSError as error:
         if not has_no_locks(error):
             raise
+    for left in folder.parent.glob(f".partial-*-{folder.name}"):
+        if time.time() - max(p.stat().st_mtime for p in (left, *left.iterdir())) > _ABANDONED_S:
+            shutil.rmtree(left, ignore_errors=True)  # of a job that was killed
     return True
 
 

@@ -65,9 +65,9 @@ class TrackingObserver:
         try:
             text = closing_report(self._recipe, self._run_dir, reason)
             write_atomically(self._run_dir / REPORT, scrub(text))
-        except OSError as error:
+            write_atomically(self._ended, reason)
+        except OSError as error:  # a full disk, say; what ended the run is told by others
             log.warning("no %s: %s", REPORT, error)
-        write_atomically(self._ended, reason)
         self._tracker.finish(reason)
 
     def _draw(self, step: int, views: list[SensorView]) -> None:

@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from maestro_scale.training import committed
 from maestro_scale.training.committed import MARKER
 from maestro_scale.training.distributed import World
 from maestro_scale.training.identity import differences
-from maestro_scale.training.mirror import Mirror
+from maestro_scale.training.mirror import Mirror, step_of
 from maestro_scale.training.retention import Retention
 from maestro_scale.training.run_dir import write_atomically
 from maestro_scale.training.state import TrainState
@@ -32,6 +33,7 @@ from maestro_scale.training.state import TrainState
 LATEST = "latest"
 STATE = "state"
 _DAMAGED = "damaged"
+_SEEN_S = 60.0  # until every node sees what one has written
 _STAGING = ".staging"
 _STEP = re.compile(r"step_\d{8,}")
 
@@ -95,7 +97,10 @@ class Checkpoints:
         staging = self.dir / f"{_STAGING}_{final.name}"
         if self._world.is_main:
             shutil.rmtree(staging, ignore_errors=True)
-            (staging / STATE).mkdir(parents=True)
+            try:
+                (staging / STATE).mkdir(parents=True)
+            except OSError as error:
+                raise self._unwritable(final, error) from error
         self._world.barrier()
         pieces, adam_step = state.pieces(), state.holdings.adam_step
         record = {"position": vars(position), "guard": guard, "identity": identity}
@@ -115,10 +120,13 @@ class Checkpoints:
                     self._mirror.send(pending.final)
                 self._prune()
         except OSError as error:
-            raise CheckpointError(
-                f"{pending.final} cannot be written: {error.strerror or error}; the last whole checkpoint stays, and "
-                "the same command resumes from it"
-            ) from error
+            raise self._unwritable(pending.final, error) from error
+
+    def _unwritable(self, final: Path, error: OSError) -> CheckpointError:
+        return CheckpointError(
+            f"{final} cannot be written: {error.strerror or error}; the last whole checkpoint stays, and the same "
+            "command resumes from it"
+        )
 
     def finish(self) -> None:
         """Wait for the checkpoint under way and publish it."""
@@ -169,21 +177,25 @@ class Checkpoints:
         return Position(**record["position"]), record["guard"]
 
     def _soundest(self) -> tuple[Path | None, list[str]]:
-        # All ranks together, each reads a share of the files.
+        # All ranks together, each reads a share of the files; which there are, rank 0 says: a shared file system may
+        # show each node another moment.
         problems = []
-        for path in reversed(_committed(self.dir)):
-            share = (self._world.rank, self._world.size)
+        names = ",".join(p.name for p in reversed(_committed(self.dir)))
+        for name in filter(None, str(self._world.gather(names)[0]).split(",")):
+            path, share = self.dir / name, (self._world.rank, self._world.size)
             mine = committed.problem(path) or committed.problem(path, hashes=True, share=share)
             problem = next(filter(None, self._world.gather(mine)), None)
             if problem is None:
                 return path, problems
-            problems.append(f"{path.name}: {problem}")
+            problems.append(f"{name}: {problem}")
         return None, problems
 
     def _fetch(self) -> Path | None:
-        """The newest whole checkpoint of the mirror, copied here by rank 0; None where there is none."""
+        """The newest whole checkpoint of the mirror, copied here by rank 0; None where there is none. CheckpointError
+        on a rank that cannot see it."""
         if self._mirror is None:
             return None
+        taken = ""
         for name in self._mirror.names() if self._world.is_main else ():
             staging = self.dir / f"{_STAGING}_{name}"
             self._mirror.fetch(name, staging)
@@ -191,10 +203,20 @@ class Checkpoints:
                 final = self.dir / name
                 committed.publish(staging, final, self.dir / f"{_STAGING}_replaced_{name}")
                 log.warning("%s comes from %s", final, self._mirror.url)
+                taken = name
                 break
             log.warning("checkpoint passed over: %s/%s: %s", self._mirror.url, name, problem)
-        self._world.barrier()
-        return _newest(self.dir)[0]
+        taken = str(self._world.gather(taken)[0])
+        if not taken:
+            return None
+        deadline = time.monotonic() + _SEEN_S
+        while (problem := committed.problem(self.dir / taken)) is not None:
+            if time.monotonic() > deadline:
+                raise CheckpointError(
+                    f"{self.dir / taken} cannot be seen here ({problem}): all nodes must share the run directory"
+                )
+            time.sleep(1)
+        return self.dir / taken
 
     def _refuse_to_start_over(self, problems: list[str]) -> None:
         pointer = self.dir.parent / LATEST
@@ -211,7 +233,7 @@ class Checkpoints:
     def _set_damaged_aside(self, loaded: Path) -> None:
         # They would count among those to keep, and be the newest again.
         for path in _committed(self.dir):
-            if _step(path) > _step(loaded):
+            if step_of(path) > step_of(loaded):
                 aside = self.dir / f"{_DAMAGED}_{path.name}"
                 shutil.rmtree(aside, ignore_errors=True)
                 os.replace(path, aside)
@@ -242,7 +264,7 @@ class Checkpoints:
         write_atomically(self.dir.parent / LATEST, f"{pending.final.name}\n")
 
     def _prune(self) -> None:
-        found = {_step(p): p for p in _committed(self.dir)}
+        found = {step_of(p): p for p in _committed(self.dir)}
         held = self._mirror.holds if self._mirror is not None else set()
         for step in self._retention.superseded(found):
             if found[step].name in held:
@@ -282,11 +304,7 @@ def _committed(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     steps = (p for p in folder.iterdir() if _STEP.fullmatch(p.name))
-    return sorted((p for p in steps if (p / MARKER).exists()), key=_step)
-
-
-def _step(path: Path) -> int:
-    return int(path.name.removeprefix("step_"))
+    return sorted((p for p in steps if (p / MARKER).exists()), key=step_of)
 
 
 def _part(folder: Path, rank: int) -> Path:

@@ -17,7 +17,7 @@ _SECTION = {"DeepSpeedZeroConfig": "zero_optimization."}  # of the class that co
 def check_deepspeed(config: dict[str, Any]) -> None:
     """RecipeError, a line for each complaint, unless DeepSpeed takes the complete ``config``."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-    from deepspeed.runtime.config import DeepSpeedConfig
+    from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 
     try:
         DeepSpeedConfig(config)
@@ -29,5 +29,5 @@ def check_deepspeed(config: dict[str, Any]) -> None:
                 f"{key}: {scrub_tree(e['input'], key)!r}: {e['msg'].lower()}" for key, e in wrong.items()
             )
         ) from None
-    except (AssertionError, ValueError, KeyError, TypeError) as error:
+    except (DeepSpeedConfigError, AssertionError, AttributeError, ValueError, KeyError, TypeError) as error:
         raise RecipeError(f"deepspeed: {' '.join(str(error).split()) or type(error).__name__}") from None

@@ -104,7 +104,7 @@ def join(timeout_s: float = 600.0) -> World:
         verbose=False,
         timeout=timedelta(seconds=timeout_s),
     )
-    control = dist.new_group(backend="gloo") if cuda else None
+    control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)) if cuda else None
     return World(rank, size, local_rank, device, control)
 
 

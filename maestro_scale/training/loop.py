@@ -186,7 +186,8 @@ def _log(run: Run, position: Position, data: Step, taken: Taken, counts: Tensor)
         **{f"data/{name}": total for name, total in counters.items()},
         **nodes,
     }
-    record = run.metrics.note(record)
+    if (record := run.metrics.note(record)) is None:
+        return
     for observer in run.observers:
         observer.logged(record)
 

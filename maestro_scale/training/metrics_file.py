@@ -27,20 +27,26 @@ class MetricsFile(JsonLines):
         self.rewind(num_steps)
         self._before = {line["step"]: line for line in self.read() if line["step"] > step}
 
-    def note(self, record: dict[str, Any]) -> dict[str, Any]:
-        """Append the line of a step, unless it has one; returns the line that stands."""
+    def note(self, record: dict[str, Any]) -> dict[str, Any] | None:
+        """Append the line of a step, unless it has one; returns the line that stands.
+
+        None, and no line, for a step that had none while later ones do: their rhythm goes on to their end.
+        """
         before = self._before.pop(record["step"], None)
         if before is not None and all(_same(before[name], record[name]) for name in ("loss", "lr")):
             return before
         if before is not None:
             log.warning(
-                "step %d was taken again with loss %s and lr %s, it had %s and %s: from here on %s has the new ones",
+                "step %d was taken again with loss %s and lr %s, it had %s and %s: from here on %s has the new ones; "
+                "MLflow keeps those it has",
                 *(record[name] for name in ("step", "loss", "lr")),
                 *(before[name] for name in ("loss", "lr")),
                 self.path,
             )
             self.rewind(record["step"] - 1)
             self._before = {}
+        elif any(step > record["step"] for step in self._before):
+            return None
         self.append(record)
         return record
 

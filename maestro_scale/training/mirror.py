@@ -59,10 +59,13 @@ class Mirror:
     def send(self, checkpoint: Path) -> None:
         """Copy a committed checkpoint, its marker last; then remove those that the retention lets go.
 
-        One that still waits for its turn is left out: where checkpoints come faster than they can be sent, the newest
-        are sent.
+        One that still waits for its turn, and is not permanent, is left out: where checkpoints come faster than they
+        can be sent, the newest and the permanent ones are.
         """
-        self._sending = [(p, f) for p, f in self._sending if not f.done() and not f.cancel()]
+        waiting = [(p, f) for p, f in self._sending if not f.done()]
+        self._sending = [
+            (p, f) for p, f in waiting if self._retention.is_permanent(step_of(p)) or not f.cancel()
+        ]
         self._sending.append((checkpoint, self._thread.submit(self._send, checkpoint)))
 
     @property
@@ -131,12 +134,17 @@ class Mirror:
                 fs.makedirs(remote.rsplit("/", 1)[0], exist_ok=True)
                 fs.put_file(str(path), remote)
             fs.invalidate_cache()
-            steps = {int(name.removeprefix("step_")): name for name in _whole(fs, root)}
+            steps = {step_of(Path(name)): name for name in _whole(fs, root)}
             for step in self._retention.superseded(steps):
                 fs.rm_file(f"{root}/{steps[step]}/{MARKER}")  # first: what is left is not whole
                 fs.rm(f"{root}/{steps[step]}", recursive=True)
         except Exception as error:  # noqa: BLE001 - whatever a remote store does, training goes on
             log.warning("%s is not mirrored to %s: %s", checkpoint.name, self.url, error)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(checkpoint.name.removeprefix("step_"))
 
 
 def _whole(fs: Any, root: str) -> list[str]:

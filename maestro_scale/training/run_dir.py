@@ -43,9 +43,10 @@ class JsonLines:
         kept = [line for line in lines if _step_of(line) <= step]
         if len(kept) == len(lines):
             return
-        fresh = self.path.with_suffix(".tmp")
-        fresh.write_text("".join(line + "\n" for line in kept))
-        os.replace(fresh, self.path)
+        try:
+            write_atomically(self.path, "".join(line + "\n" for line in kept))
+        except OSError as error:
+            raise self._unwritable(error) from None
 
     def append(self, record: dict[str, Any]) -> None:
         """One line, written in one go. RunDirError where the disk does not take it."""
@@ -54,9 +55,12 @@ class JsonLines:
             with self.path.open("a") as file:
                 file.write(json.dumps(record) + "\n")
         except OSError as error:
-            raise RunDirError(
-                f"{self.path} cannot be written: {error.strerror or error}; make room, then the same command goes on"
-            ) from None
+            raise self._unwritable(error) from None
+
+    def _unwritable(self, error: OSError) -> RunDirError:
+        return RunDirError(
+            f"{self.path} cannot be written: {error.strerror or error}; make room, then the same command goes on"
+        )
 
     def read(self) -> list[dict[str, Any]]:
         """Every whole line."""
@@ -146,7 +150,9 @@ def write_outcome(run_dir: Path, reason: str, why: str, step: int) -> None:
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Replace a file's content in one go."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(path.name + ".tmp")
+    fresh = path.with_name(
+        f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp"
+    )  # others may write the same
     fresh.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(fresh, path)
 

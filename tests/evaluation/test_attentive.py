@@ -122,6 +122,9 @@ def test_what_it_cannot_fit_is_said(fields, benchmark):
         ResultsError, match="tokens of one width, these have: aerial 6, s2 4; use --mode probe"
     ):
         evaluate_frozen(statistics, benchmark, ["attentive"])
+    alone = DatasetView("fields", view.sensors[1:], view.pos_grid, "s2", FIELDS.crop_m)
+    with pytest.raises(ResultsError, match="whose width 8 divides, these have 4; use --mode probe"):
+        evaluate_frozen(ChannelStatistics(alone), benchmark, ["attentive"])
     objective = objective_for(task_for(FIELDS, view, FIELDS.crop_m))
     grids = sum(view.rows(s) * s.grid**2 for s in view.sensors)
     blank = Encoded(

@@ -111,10 +111,10 @@ def test_a_fraction_is_taken_from_what_was_encoded_for_all(fields, tmp_path, mon
     model, fitted_on = load_model(fields.model), []
     knn = dense.knn
 
-    def noted(layout, num_classes, train, val, test, seed):
+    def noted(layout, num_classes, train, val, test, seed, device):
         fitted_on.append({int(tile) for tile in train.tiles})
         assert len(train) == CROPS_PER_TILE * len(fitted_on[-1])
-        return knn(layout, num_classes, train, val, test, seed)
+        return knn(layout, num_classes, train, val, test, seed, device)
 
     monkeypatch.setattr(dense, "knn", noted)
 

@@ -31,6 +31,8 @@ def test_what_recipes_ask_for_is_taken(stage):
             "deepspeed.zero_optimization.offload_optimizer.device: 'disk': input should be 'none', 'cpu' or 'nvme'",
         ),
         ("comet.secret_token=planted", "deepspeed.comet.secret_token: '(hidden)': extra inputs"),
+        ("checkpoint.tag_validation=foo", "deepspeed"),
+        ("data_types.keep_in_fp32_modules=3", "deepspeed"),
         ("comet.enabeld=true", "deepspeed.comet.enabeld: True: extra inputs"),
     ],
 )

@@ -47,3 +47,16 @@ def test_lines_past_the_end_of_a_shorter_run_go(killed):
     shorter = MetricsFile(killed.path)
     shorter.go_on(4, 5)
     assert [x["step"] for x in shorter.read()] == [1, 2, 3, 4, 5]
+
+
+def test_steps_between_lines_that_stand_have_none(killed):
+    killed.rewind(6)
+    other = MetricsFile(killed.path)
+    other.go_on(2, 9)
+    assert other.note(line(3, 1 / 3)) == line(3, 1 / 3)
+    other._before = {6: line(6, 1 / 6)}  # as if every third had been logged
+    assert other.note(line(5, 1 / 5, lr=0.2)) is None
+    assert other.note(line(6, 1 / 6)) == line(6, 1 / 6)
+    assert other.note(line(7, 1 / 7)) == line(7, 1 / 7)
+    steps = [x["step"] for x in other.read()]
+    assert steps == sorted(steps)

@@ -99,6 +99,24 @@ def test_one_that_is_slower_than_checkpoints_come_gets_the_newest_and_holds_noth
     assert there(tmp_path) == [1, 4]
 
 
+def test_a_permanent_one_is_sent_however_slow_it_is(tmp_path, monkeypatch):
+    slow, begun, go = mirror(tmp_path, keep=1, keep_every=2), threading.Event(), threading.Event()
+    inner = slow._send
+
+    def wait_and_send(path):
+        begun.set()
+        assert go.wait(20)
+        inner(path)
+
+    monkeypatch.setattr(slow, "_send", wait_and_send)
+    for step in (1, 2, 3, 5):
+        slow.send(checkpoint(tmp_path / "here", step))
+        assert begun.wait(20)
+    go.set()
+    slow.wait()
+    assert there(tmp_path) == [2, 5]
+
+
 @pytest.mark.parametrize("url", ["foo:///x", "s3://nobody-has-this/x"])
 def test_one_that_cannot_be_read_is_one_line_where_it_matters(url, monkeypatch, tmp_path, caplog):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
