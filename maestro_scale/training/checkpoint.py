@@ -27,7 +27,7 @@ from maestro_scale.training.distributed import World
 from maestro_scale.training.identity import differences
 from maestro_scale.training.mirror import Mirror, step_of
 from maestro_scale.training.retention import Retention
-from maestro_scale.training.run_dir import write_atomically
+from maestro_scale.training.run_dir import OUTCOME, write_atomically
 from maestro_scale.training.state import TrainState
 
 LATEST = "latest"
@@ -219,11 +219,13 @@ class Checkpoints:
         return self.dir / taken
 
     def _refuse_to_start_over(self, problems: list[str]) -> None:
-        pointer = self.dir.parent / LATEST
+        pointer, outcome = self.dir.parent / LATEST, self.dir.parent / OUTCOME
         if problems:
             lost = f"{self.dir} holds no whole checkpoint ({problems[0]})"
         elif pointer.exists():
             lost = f"{pointer} says that there was a checkpoint {pointer.read_text().strip()}, {self.dir} holds none"
+        elif outcome.exists():
+            lost = f"{outcome} says that the run came to an end, which leaves a checkpoint, and {self.dir} holds none"
         else:
             return
         raise CheckpointError(

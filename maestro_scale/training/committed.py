@@ -33,9 +33,11 @@ def content(text: str | bytes) -> dict[str, Any]:
     """What a marker holds. ValueError where it is not what was written."""
     try:
         whole = json.loads(text)
-        own = whole.pop(_OWN)
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except ValueError as error:
         raise ValueError(f"unreadable {MARKER} ({error})") from error
+    if not isinstance(whole, dict) or not {_OWN, "files"} <= set(whole):
+        raise ValueError(f"unreadable {MARKER} (it lists no files, or lacks its own hash)")
+    own = whole.pop(_OWN)
     if own != _digest(whole):
         raise ValueError(f"{MARKER} has changed since it was written")
     return whole

@@ -25,6 +25,9 @@ from maestro_scale.secrets_filter import scrub_command, scrub_tree
 PACKAGES = ("maestro-scale", "torch", "deepspeed", "numpy", "safetensors", "mlflow", "webdataset", "s3fs")
 
 
+OUTCOME = "outcome.json"
+
+
 class RunDirError(Exception):
     """The run directory cannot be used; the message says why and what to do."""
 
@@ -144,7 +147,7 @@ def git_revision() -> str | None:
 
 def write_outcome(run_dir: Path, reason: str, why: str, step: int) -> None:
     """Leave ``outcome.json`` for whoever started the trainer: ``done``, or ``stopped`` and by what, after ``step``."""
-    write_atomically(run_dir / "outcome.json", json.dumps({"reason": reason, "why": why, "step": step}))
+    write_atomically(run_dir / OUTCOME, json.dumps({"reason": reason, "why": why, "step": step}))
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

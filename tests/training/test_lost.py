@@ -43,15 +43,20 @@ def refused(trainer, run_dir, *args):
     return line
 
 
-@pytest.mark.parametrize("lost", ["checkpoints", "markers"])
+@pytest.mark.parametrize("lost", ["checkpoints", "markers", "all but the outcome"])
 def test_a_run_that_lost_its_checkpoints_does_not_start_over(trainer, done, tmp_path, lost):
     run_dir = tmp_path / "copy"
     shutil.copytree(done, run_dir)
     for path in (run_dir / "checkpoints").iterdir():
-        shutil.rmtree(path) if lost == "checkpoints" else (path / committed.MARKER).unlink()
+        (path / committed.MARKER).unlink() if lost == "markers" else shutil.rmtree(path)
+    if lost == "all but the outcome":
+        (run_dir / "latest").unlink()
     before = (run_dir / "metrics.jsonl").read_bytes()
     line = refused(trainer, run_dir, *SHORT, "train.steps=8")
-    assert "says that there was a checkpoint step_00000006" in line
+    told = (
+        "the run came to an end" if lost == "all but the outcome" else "there was a checkpoint step_00000006"
+    )
+    assert f"says that {told}" in line
     assert "refusing to start over" in line
     assert (run_dir / "metrics.jsonl").read_bytes() == before
     assert len(list((run_dir / "checkpoints").glob("*/state/*.safetensors"))) == 2 * (lost == "markers")
