@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -122,6 +125,25 @@ def test_stop_file_ends_a_run_that_then_resumes(trainer, quiet, tmp_path):
     assert newest(run_dir).name == "step_00000001"
     assert not (run_dir / "STOP").exists()
     assert curve(trainer.train(run_dir, 1, "--set", "train.micro_batch=8")) == curve(quiet[1])
+
+
+def test_a_signal_while_it_starts_stops_it_after_a_step(trainer, quiet, tmp_path):
+    job = trainer.start(tmp_path / "run", 1, "--set", "train.micro_batch=8")
+    deadline = time.monotonic() + 60
+    # Its handlers are there before torch is: the first thing that it does.
+    while not _catches_sigterm(job.processes[0].pid):
+        assert time.monotonic() < deadline, job.output[-3000:]
+        time.sleep(0.01)
+    assert not (tmp_path / "run").exists(), "it had begun already"
+    job.processes[0].send_signal(signal.SIGTERM)
+    assert job.wait(120) == 0, job.output[-3000:]
+    assert "stopped by SIGTERM after step 1" in job.output
+    assert newest(tmp_path / "run").name == "step_00000001"
+
+
+def _catches_sigterm(pid: int) -> bool:
+    caught = Path(f"/proc/{pid}/status").read_text().split("SigCgt:")[1].split()[0]
+    return bool(int(caught, 16) >> (signal.SIGTERM - 1) & 1)
 
 
 def test_a_checkpoint_whose_contents_changed_is_passed_over(trainer, quiet, tmp_path):
