@@ -49,6 +49,7 @@ from maestro_scale.training.retention import Retention
 from maestro_scale.training.run_dir import JsonLines, finite, lock, write_about
 from maestro_scale.training.state import TrainState
 from maestro_scale.training.stop import StopRequest
+from maestro_scale.training.streaming import train_stream
 
 MODES = ("finetune", "scratch")
 
@@ -150,21 +151,7 @@ def _prepare(
         used = subset(splits["train"], objective.task.target, fraction, recipe.seed, world)
         splits["train"] = splits["train"].only(used)
     t = recipe.train
-    stream = TrainLoader(
-        sources=(splits["train"],),
-        seed=recipe.seed,
-        lanes=recipe.data.lanes,
-        global_batch=t.global_batch,
-        micro_batch=t.micro_batch,
-        rank=world.rank,
-        world=world.size,
-        workers=recipe.data.workers,
-        window=recipe.data.shuffle_window,
-        flips=recipe.data.flips,
-        on_bad_shard=recipe.data.on_bad_shard,
-        pin=world.device.type == "cuda",
-    )
-    num_steps = t.steps if t.steps is not None else t.epochs * stream.steps_per_epoch
+    stream, num_steps = train_stream(recipe, [splits["train"]], world)
     network = predictor(encoder, manifest.spec.name, objective, recipe.seed, mode == "finetune")
     identity = {
         "seed": recipe.seed,

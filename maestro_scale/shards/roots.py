@@ -57,9 +57,9 @@ class LocalRoot:
     def publish(self, source: Path, name: str) -> None:
         """Move a complete file of the same file system to ``name``: readers see all of it or nothing."""
         try:
-            _fsync(source)
+            fsync(source)
             os.replace(source, self.folder / name)
-            _fsync(self.folder)
+            fsync(self.folder)
         except OSError as error:
             raise WriteError(f"{self.address(name)}: cannot be written ({error.strerror})") from error
 
@@ -310,7 +310,8 @@ def _is_final(error: BaseException) -> bool:
     return False
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Have the kernel write a file, or a folder's list of names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from maestro_scale.interop.sharded_state import INDEX, StateReader, write_index, write_pieces
+from maestro_scale.shards.roots import fsync
 from maestro_scale.training import committed
 from maestro_scale.training.committed import MARKER
 from maestro_scale.training.distributed import World
@@ -258,7 +259,7 @@ class Checkpoints:
         files[f"{STATE}/{INDEX}"] = committed.entry(index)
         for part in parts:
             part.unlink()
-        committed.fsync(folder)
+        fsync(folder)
         committed.commit(pending.staging, pending.record, files)
         # There may be one of this step: damaged, or left by a run that was rewound.
         aside = self.dir / f"{_STAGING}_replaced_{pending.final.name}"

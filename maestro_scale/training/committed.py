@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from maestro_scale.shards.roots import fsync
+
 MARKER = "COMMIT.json"
 
 _OWN = "sha256"  # of the rest of the marker
@@ -76,15 +78,6 @@ def publish(staging: Path, final: Path, aside: Path) -> None:
         os.replace(final, aside)
     os.replace(staging, final)
     fsync(final.parent)
-
-
-def fsync(path: Path) -> None:
-    """Have the kernel write a file, or a folder's list of names, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _digest(whole: Mapping[str, Any]) -> str:

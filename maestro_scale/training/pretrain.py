@@ -26,7 +26,6 @@ from maestro_scale.secrets_filter import scrub_document
 from maestro_scale.shards.manifest import Manifest
 from maestro_scale.shards.retry import Retry
 from maestro_scale.shards.store import Store
-from maestro_scale.stream.loader import TrainLoader
 from maestro_scale.stream.mock import mock_batch
 from maestro_scale.stream.source import Source, labels
 from maestro_scale.training.checkpoint import Checkpoints, Position
@@ -56,6 +55,7 @@ from maestro_scale.training.run_dir import (
 from maestro_scale.training.skipped import SkippedSteps
 from maestro_scale.training.state import TrainState
 from maestro_scale.training.stop import StopRequest
+from maestro_scale.training.streaming import train_stream
 from maestro_scale.training.warmup import warm_up
 from maestro_scale.training.watchdog import Watchdog
 
@@ -233,21 +233,7 @@ def _prepare(
     datasets = open_datasets(recipe)
     config = build_model_config(recipe, [d.manifest.spec for d in datasets])
     t = recipe.train
-    stream = TrainLoader(
-        sources=tuple(d.source for d in datasets),
-        seed=recipe.seed,
-        lanes=recipe.data.lanes,
-        global_batch=t.global_batch,
-        micro_batch=t.micro_batch,
-        rank=world.rank,
-        world=world.size,
-        workers=recipe.data.workers,
-        window=recipe.data.shuffle_window,
-        flips=recipe.data.flips,
-        on_bad_shard=recipe.data.on_bad_shard,
-        pin=world.device.type == "cuda",
-    )
-    num_steps = t.steps if t.steps is not None else t.epochs * stream.steps_per_epoch
+    stream, num_steps = train_stream(recipe, [d.source for d in datasets], world)
     c = recipe.checkpoint
     checkpoints = Checkpoints(run_dir, world, _retention(recipe), _mirror(recipe, run_dir))
     deepspeed = recipe.deepspeed_config(world.size, world.device.type)

@@ -76,10 +76,10 @@ def test_the_marker_comes_last(tmp_path, monkeypatch):
     assert sent == ["weights", committed.MARKER]
 
 
-def test_one_that_is_slower_than_checkpoints_come_gets_the_newest_and_holds_nothing_else(
-    tmp_path, monkeypatch
-):
-    slow, begun, go = mirror(tmp_path, keep=9), threading.Event(), threading.Event()
+def sent_slowly(tmp_path, monkeypatch, steps, **policy):
+    """(a mirror that has begun with the first of these checkpoints, and does no more until the event is set; the
+    event)."""
+    slow, begun, go = mirror(tmp_path, **policy), threading.Event(), threading.Event()
     inner = slow._send
 
     def wait_and_send(path):
@@ -88,9 +88,14 @@ def test_one_that_is_slower_than_checkpoints_come_gets_the_newest_and_holds_noth
         inner(path)
 
     monkeypatch.setattr(slow, "_send", wait_and_send)
-    for step in (1, 2, 3, 4):
+    for step in steps:
         slow.send(checkpoint(tmp_path / "here", step))
         assert begun.wait(20)
+    return slow, go
+
+
+def test_a_slow_one_gets_the_newest_and_holds_nothing_else(tmp_path, monkeypatch):
+    slow, go = sent_slowly(tmp_path, monkeypatch, (1, 2, 3, 4), keep=9)
     assert slow.holds == {"step_00000001", "step_00000004"}, "these must not be pruned"
     told = []
     threading.Timer(1.5, go.set).start()
@@ -100,18 +105,7 @@ def test_one_that_is_slower_than_checkpoints_come_gets_the_newest_and_holds_noth
 
 
 def test_a_permanent_one_is_sent_however_slow_it_is(tmp_path, monkeypatch):
-    slow, begun, go = mirror(tmp_path, keep=1, keep_every=2), threading.Event(), threading.Event()
-    inner = slow._send
-
-    def wait_and_send(path):
-        begun.set()
-        assert go.wait(20)
-        inner(path)
-
-    monkeypatch.setattr(slow, "_send", wait_and_send)
-    for step in (1, 2, 3, 5):
-        slow.send(checkpoint(tmp_path / "here", step))
-        assert begun.wait(20)
+    slow, go = sent_slowly(tmp_path, monkeypatch, (1, 2, 3, 5), keep=1, keep_every=2)
     go.set()
     slow.wait()
     assert there(tmp_path) == [2, 5]

@@ -1,0 +1,30 @@
+"""The stream of a training, as its recipe asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from maestro_scale.recipe import Recipe
+from maestro_scale.stream.loader import TrainLoader
+from maestro_scale.stream.source import Source
+from maestro_scale.training.distributed import World
+
+
+def train_stream(recipe: Recipe, sources: Sequence[Source], world: World) -> tuple[TrainLoader, int]:
+    """(this rank's share of the global batches of a mixture, steps that the recipe asks for)."""
+    data, train = recipe.data, recipe.train
+    stream = TrainLoader(
+        sources=tuple(sources),
+        seed=recipe.seed,
+        lanes=data.lanes,
+        global_batch=train.global_batch,
+        micro_batch=train.micro_batch,
+        rank=world.rank,
+        world=world.size,
+        workers=data.workers,
+        window=data.shuffle_window,
+        flips=data.flips,
+        on_bad_shard=data.on_bad_shard,
+        pin=world.device.type == "cuda",
+    )
+    return stream, train.steps if train.steps is not None else train.epochs * stream.steps_per_epoch
