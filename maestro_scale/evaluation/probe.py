@@ -35,7 +35,7 @@ def linear_probe(
     if not l2 or min(l2) <= 0:
         raise ValueError(f"l2 {tuple(l2)} must hold strengths, all above 0: without one there is no optimum")
     mean, scale = _moments(train.features)
-    x, y = _standard(train.features, mean, scale), torch.from_numpy(train.labels).double()
+    x, y = _standard(train.features, mean, scale), torch.tensor(train.labels).double()
     seen = _standard(validation.features, mean, scale)
     weights = _initial(y, x.shape[1])
     best: tuple[float, float, Tensor, MultilabelCounts] | None = None
