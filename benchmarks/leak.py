@@ -23,9 +23,9 @@ from maestro_scale.model.embed import patchify, unpatchify
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.model.masking import Masking, by_sensor, draw_masks
 from maestro_scale.model.sizes import SIZES
-from maestro_scale.shards.manifest import Manifest
-from maestro_scale.shards.store import Store
-from maestro_scale.shards.writer import write_shards
+from maestro_scale.shards.format.manifest import Manifest
+from maestro_scale.shards.read.store import Store
+from maestro_scale.shards.write.writer import write_shards
 from maestro_scale.stream.batch import Batch
 from maestro_scale.stream.loader import TrainLoader
 from maestro_scale.stream.source import Source

@@ -33,11 +33,11 @@ from benchmarks.loader_ways import Task
 from benchmarks.slow_store import serve
 from maestro_scale import datasets
 from maestro_scale.datasets.spec import DatasetSpec, RawDataset, Tile
-from maestro_scale.shards.codec import Sample
-from maestro_scale.shards.compress import CODECS
-from maestro_scale.shards.manifest import Manifest
-from maestro_scale.shards.store import Store
-from maestro_scale.shards.writer import write_shards
+from maestro_scale.shards.format.codec import Sample
+from maestro_scale.shards.format.compress import CODECS
+from maestro_scale.shards.format.manifest import Manifest
+from maestro_scale.shards.read.store import Store
+from maestro_scale.shards.write.writer import write_shards
 from maestro_scale.training.run_dir import git_revision
 
 DELAY_S, BYTES_PER_S = 0.03, 40e6

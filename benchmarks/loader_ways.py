@@ -21,13 +21,13 @@ import torch
 
 from benchmarks.slow_store import asked_first
 from maestro_scale import datasets
-from maestro_scale.shards.fields import fields_of
-from maestro_scale.shards.manifest import Manifest
-from maestro_scale.shards.store import Store
+from maestro_scale.shards.format.fields import fields_of
+from maestro_scale.shards.format.manifest import Manifest
+from maestro_scale.shards.read.store import Store
 from maestro_scale.stream.loader import TrainLoader
 from maestro_scale.stream.packing import arrays_in, num_bytes
-from maestro_scale.stream.prepare import Preparer, View
 from maestro_scale.stream.source import Source
+from maestro_scale.stream.transform import Preparer, View
 
 
 @dataclass(frozen=True)
@@ -251,7 +251,7 @@ def wire(task: Task) -> dict[str, float]:
     import threading
     from urllib.parse import urlsplit
 
-    from maestro_scale.shards import store as module
+    from maestro_scale.shards.read import store as module
 
     manifest = Manifest.load(str(Path(task.data, "raw-codec")))
     base = urlsplit(task.place)

@@ -34,8 +34,9 @@ from rich.console import Console
 from rich.table import Table
 
 from maestro_scale import datasets
-from maestro_scale.datasets import flair_hub, flair_hub_synth
-from maestro_scale.datasets.synthetic import Destination
+from maestro_scale.datasets.flair_hub import reader as flair_hub
+from maestro_scale.datasets.flair_hub import synth as flair_hub_synth
+from maestro_scale.datasets.synthetic.output import Destination
 from maestro_scale.training.run_dir import git_revision
 
 NUM_PATCHES, NUM_ZONES, NUM_DOMAINS = 241_100, 2_822, 74

@@ -121,8 +121,8 @@ def shard(
 ) -> None:
     """Turn one split of a raw dataset into shards; finished shards are kept when it is run again."""
     from maestro_scale import datasets
-    from maestro_scale.shards.part import Part
-    from maestro_scale.shards.writer import write_shards
+    from maestro_scale.shards.write.part import Part
+    from maestro_scale.shards.write.writer import write_shards
     from maestro_scale.tracking.terminal import progress
 
     _known(dataset)
@@ -159,8 +159,8 @@ def verify(
     workers: Annotated[int, typer.Option(min=1, help="Processes or connections.")] = 2,
 ) -> None:
     """Check every shard against the manifest: size, sha256, count, samples. Exit 1 and what is wrong, if anything."""
-    from maestro_scale.shards.manifest import Manifest
-    from maestro_scale.shards.verify import verify as check
+    from maestro_scale.shards.format.manifest import Manifest
+    from maestro_scale.shards.read.verify import verify as check
     from maestro_scale.tracking.terminal import progress
 
     with progress(f"verify {url}", "samples") as update:
@@ -186,8 +186,8 @@ def inspect(
     """Show what a dataset in shards holds: shards, modalities, class balance, dates by month."""
     from rich.console import Console
 
-    from maestro_scale.shards.peek import first_sample
-    from maestro_scale.shards.summary import summary
+    from maestro_scale.shards.read.preview import first_sample
+    from maestro_scale.shards.read.summary import summary
     from maestro_scale.tracking.inspection import tables
     from maestro_scale.tracking.tile_picture import check_picture, tile_picture
 
@@ -239,7 +239,7 @@ def export(
     """Write the newest checkpoint's weights as safetensors that ``load_model`` reads with torch alone."""
     from maestro_scale.interop.export import export_model
     from maestro_scale.tracking import registry
-    from maestro_scale.training.checkpoint import newest
+    from maestro_scale.training.checkpoint.checkpoints import newest
 
     made_at = export_model(newest(run_dir), out, ema)
     print(
@@ -317,12 +317,12 @@ def embed(
     """Write an encoder's embeddings of a split. Under torchrun, deepspeed or srun the ranks share the work."""
     import torch
 
-    from maestro_scale.evaluation.adopt import adopt
-    from maestro_scale.evaluation.checkpoints import open_model
     from maestro_scale.evaluation.embedding import Embedder
+    from maestro_scale.evaluation.features.adopt import adopt
+    from maestro_scale.evaluation.features.checkpoints import open_model
     from maestro_scale.model.config import DatasetView
-    from maestro_scale.shards.manifest import Manifest
-    from maestro_scale.shards.store import Store
+    from maestro_scale.shards.format.manifest import Manifest
+    from maestro_scale.shards.read.store import Store
     from maestro_scale.tracking.terminal import progress
     from maestro_scale.training.distributed import place
 
@@ -393,8 +393,8 @@ def report(
     ] = Path("report.html"),
 ) -> None:
     """Lay results beside the published tables: one self-contained page with scores, classes, confusions and maps."""
-    from maestro_scale.evaluation.report import write_report
-    from maestro_scale.evaluation.series import find_results
+    from maestro_scale.evaluation.report.groups import find_results
+    from maestro_scale.evaluation.report.report import write_report
 
     found = find_results(results)
     page, text = write_report(found, out)

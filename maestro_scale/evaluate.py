@@ -138,9 +138,9 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 def _folds(args: argparse.Namespace, shards: str) -> dict[int | None, dict[str, tuple[str, ...]]]:
     """{fold: {role: splits}}; None is what is no fold."""
-    from maestro_scale.evaluation.folds import fold, folds_in
     from maestro_scale.evaluation.results import ResultsError
-    from maestro_scale.shards.manifest import Manifest
+    from maestro_scale.evaluation.tasks.folds import fold, folds_in
+    from maestro_scale.shards.format.manifest import Manifest
 
     if args.folds is None:
         return {None: _splits(args.splits)}
@@ -186,8 +186,8 @@ def _shared(parts: Sequence[Part]) -> list[str]:
 
 def _evaluate(args: argparse.Namespace) -> None:
     from maestro_scale.evaluation.encoder import Encoder
-    from maestro_scale.evaluation.finetune import MODES, Stopped
-    from maestro_scale.evaluation.summary import summarise
+    from maestro_scale.evaluation.finetune.finetune import MODES, Stopped
+    from maestro_scale.evaluation.report.summary import summarise
     from maestro_scale.recipe import load_recipe
     from maestro_scale.training.distributed import join, leave
 
@@ -233,9 +233,9 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 def _run(args: argparse.Namespace, recipe, encoder, modes: Sequence[str], part: Part, world):
     """(mode, result) of a part, on rank 0."""
-    from maestro_scale.evaluation.finetune import MODES, finetune
-    from maestro_scale.evaluation.frozen import Benchmark, Provenance, evaluate_frozen
-    from maestro_scale.evaluation.watching import unwatched
+    from maestro_scale.evaluation.finetune.finetune import MODES, finetune
+    from maestro_scale.evaluation.frozen.evaluate import Benchmark, Provenance, evaluate_frozen
+    from maestro_scale.evaluation.progress import unwatched
     from maestro_scale.secrets_filter import scrub_tree
     from maestro_scale.tracking.terminal import progress
 
@@ -260,7 +260,7 @@ def _run(args: argparse.Namespace, recipe, encoder, modes: Sequence[str], part: 
     tells = world is None or world.is_main
     watching = progress if tells else unwatched
     if args.baseline == ORACLE:
-        from maestro_scale.evaluation.oracle import evaluate_oracle
+        from maestro_scale.evaluation.oracle.oracle import evaluate_oracle
 
         shown = maps(ORACLE) if args.maps else None
         workers = recipe.data.workers

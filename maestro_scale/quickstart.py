@@ -122,9 +122,9 @@ def _synthesise(console: Console, places: Places, seed: int, tiles: int) -> None
 
 def _shard(console: Console, places: Places, seed: int) -> None:
     from maestro_scale import datasets
-    from maestro_scale.shards.manifest import Manifest
-    from maestro_scale.shards.verify import verify
-    from maestro_scale.shards.writer import write_shards
+    from maestro_scale.shards.format.manifest import Manifest
+    from maestro_scale.shards.read.verify import verify
+    from maestro_scale.shards.write.writer import write_shards
 
     console.print(f"[bold]2/5[/bold] shards in {places.shards}")
     for split in SPLITS:
@@ -184,11 +184,11 @@ def _run(command: list[str], log: Path) -> int:
 def _evaluate(console: Console, places: Places, seed: int) -> None:
     import torch
 
-    from maestro_scale.evaluation.frozen import Benchmark, Provenance, evaluate_frozen
+    from maestro_scale.evaluation.frozen.evaluate import Benchmark, Provenance, evaluate_frozen
     from maestro_scale.interop.export import export_model
     from maestro_scale.interop.pretrained import load_model
     from maestro_scale.model.maestro import Maestro
-    from maestro_scale.training.checkpoint import load_position, newest
+    from maestro_scale.training.checkpoint.checkpoints import load_position, newest
 
     torch.set_num_threads(num_threads())
     console.print("[bold]4/5[/bold] exporting the encoder")

@@ -66,8 +66,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _pretrain(recipe, run_dir: Path, stop: StopRequest, fresh: bool) -> int:
     from maestro_scale.recipe import RecipeError
-    from maestro_scale.tracking.closing import REPORT, next_commands
     from maestro_scale.tracking.observers import observers_for
+    from maestro_scale.tracking.run_report import REPORT, next_commands
     from maestro_scale.training.distributed import end, join, leave
     from maestro_scale.training.errors import EXPECTED, place
     from maestro_scale.training.guard import GuardError

@@ -21,7 +21,7 @@ def synthetic_raw(tmp_path_factory) -> Path:
 def synthetic_shards(synthetic_raw, tmp_path_factory) -> Path:
     """The same as shards of a few tiles each."""
     from maestro_scale import datasets
-    from maestro_scale.shards.writer import write_shards
+    from maestro_scale.shards.write.writer import write_shards
 
     folder = tmp_path_factory.mktemp("shards")
     for split in ("train", "val", "test"):

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from maestro_scale.cli import app
 from maestro_scale.evaluation.results import EvalResult
-from maestro_scale.shards.manifest import Manifest
+from maestro_scale.shards.format.manifest import Manifest
 
 RECIPE = """
 name: tiny-{dataset}

@@ -27,8 +27,8 @@ from maestro_scale.recipe import (
     resolve_sensors,
     resolve_spec,
 )
-from maestro_scale.recipe.inputs import SensorOverride
-from maestro_scale.recipe.layers import dump_yaml, parse_yaml
+from maestro_scale.recipe.data import SensorOverride
+from maestro_scale.recipe.merge import dump_yaml, parse_yaml
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 MINIMAL = {"name": "run", "data": {"mixture": [{"dataset": "d", "shards": "/d"}]}}

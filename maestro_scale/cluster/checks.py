@@ -69,8 +69,8 @@ def disk_problems(folder: Path, least_gib: float, what: str) -> list[str]:
 def data_problems(urls: Sequence[str], splits: Sequence[Sequence[str]]) -> list[str]:
     """Each manifest can be read from here, and the first shard of its splits is there in full length."""
     from maestro_scale.shards.errors import ShardsError
-    from maestro_scale.shards.manifest import Manifest
-    from maestro_scale.shards.roots import open_root
+    from maestro_scale.shards.format.manifest import Manifest
+    from maestro_scale.shards.storage import open_root
 
     problems = []
     for url, names in zip(urls, splits, strict=True):

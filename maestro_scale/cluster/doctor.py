@@ -159,7 +159,7 @@ def _mlflow() -> Iterator[Finding]:
 def _data(url: str) -> Iterator[Finding]:
     from maestro_scale.secrets_filter import scrub
     from maestro_scale.shards.errors import ShardsError
-    from maestro_scale.shards.manifest import Manifest
+    from maestro_scale.shards.format.manifest import Manifest
 
     try:
         manifest = Manifest.load(url)

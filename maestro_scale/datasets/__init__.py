@@ -1,4 +1,4 @@
-"""Raw datasets as users download them: one module per dataset, with SPEC, open_raw and synth."""
+"""Raw datasets as users download them: a folder each, with a reader (SPEC, open_raw) and synthetic tiles."""
 
 from __future__ import annotations
 
@@ -10,22 +10,28 @@ from types import ModuleType
 
 from maestro_scale.datasets.spec import DatasetSpec, RawDataset
 
-_MODULES = ("treesatai_ts", "pastis_hd", "flair_hub", "flair2", "s2_naip")
+_DATASETS = {  # name: (module with SPEC and open_raw, function that writes synthetic tiles)
+    "treesatai_ts": ("treesatai_ts.reader", "treesatai_ts.synth:write"),
+    "pastis_hd": ("pastis_hd.reader", "pastis_hd.synth:write"),
+    "flair_hub": ("flair_hub.reader", "flair_hub.synth:write"),
+    "flair2": ("flair_hub.flair2", "flair_hub.synth:write_flair2"),
+    "s2_naip": ("s2_naip.reader", "s2_naip.synth:write"),
+}
 
 
 def known() -> tuple[str, ...]:
     """Names of the datasets that a reader is shipped for."""
-    return _MODULES
+    return tuple(_DATASETS)
 
 
 def spec(name: str) -> DatasetSpec:
     """The description of dataset ``name``; KeyError with the nearest known name if there is none."""
-    return _module(name).SPEC
+    return _reader(name).SPEC
 
 
 def full_spec(name: str) -> DatasetSpec:
     """The same with every sensor that the reader knows, also those the preset leaves out."""
-    module = _module(name)
+    module = _reader(name)
     return getattr(module, "FULL_SPEC", module.SPEC)
 
 
@@ -36,7 +42,7 @@ def open_raw(name: str, src: Path, split: str, modalities: Sequence[str] | None 
     unknown modality, or a split of which no tile has its files. A listed tile without files is an error of its
     own, when it is read.
     """
-    return _module(name).open_raw(Path(src), split, modalities)
+    return _reader(name).open_raw(Path(src), split, modalities)
 
 
 def synth(name: str, dst: Path, tiles: int, seed: int) -> None:
@@ -46,12 +52,22 @@ def synth(name: str, dst: Path, tiles: int, seed: int) -> None:
     interrupted ``dst`` does not look whole; the same call again finishes it. Raises KeyError for an unknown
     dataset, DatasetError if ``dst`` holds anything else.
     """
-    _module(name).synth(Path(dst), tiles, seed)
+    module, function = _known(name)[1].split(":")
+    getattr(_module(module), function)(Path(dst), tiles, seed)
+
+
+def _reader(name: str) -> ModuleType:
+    return _module(_known(name)[0])
+
+
+def _known(name: str) -> tuple[str, str]:
+    if name not in _DATASETS:
+        near = difflib.get_close_matches(name, _DATASETS, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise KeyError(f"no dataset is called {name!r}; {hint}known: {', '.join(_DATASETS)}")
+    return _DATASETS[name]
 
 
 def _module(name: str) -> ModuleType:
-    if name not in _MODULES:
-        near = difflib.get_close_matches(name, _MODULES, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise KeyError(f"no dataset is called {name!r}; {hint}known: {', '.join(_MODULES)}")
+    # On demand: the raw readers need packages that training does not.
     return importlib.import_module(f"maestro_scale.datasets.{name}")

@@ -21,14 +21,14 @@ import pyarrow.parquet as parquet
 import torch
 
 from maestro_scale.datasets.spec import Place
-from maestro_scale.evaluation.encoded import weights_digest
+from maestro_scale.evaluation.features.cache import weights_digest
 from maestro_scale.evaluation.results import ResultsError
-from maestro_scale.evaluation.tile_maps import georeference
+from maestro_scale.evaluation.tasks.tile_maps import georeference
 from maestro_scale.model.maestro import Maestro
-from maestro_scale.shards.manifest import Manifest, ShardInfo
-from maestro_scale.shards.store import Store
+from maestro_scale.shards.format.manifest import Manifest, ShardInfo
+from maestro_scale.shards.read.store import Store
 from maestro_scale.stream.crops import CropGrid
-from maestro_scale.stream.evaluation import EvalLoader
+from maestro_scale.stream.eval_loader import EvalLoader
 from maestro_scale.stream.source import Source
 from maestro_scale.training.run_dir import write_atomically
 

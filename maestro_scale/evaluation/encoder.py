@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from maestro_scale.evaluation.adopt import adopt
-from maestro_scale.evaluation.baselines import Baseline, baseline
-from maestro_scale.evaluation.checkpoints import open_model
-from maestro_scale.evaluation.predictor import LEARNERS
+from maestro_scale.evaluation.features.adopt import adopt
+from maestro_scale.evaluation.features.baselines import Baseline, baseline
+from maestro_scale.evaluation.features.checkpoints import open_model
+from maestro_scale.evaluation.finetune.predictor import LEARNERS
 from maestro_scale.evaluation.results import ResultsError
 from maestro_scale.model.config import DatasetView
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.recipe import Recipe, resolve_sensors
 from maestro_scale.secrets_filter import scrub
-from maestro_scale.shards.manifest import Manifest
+from maestro_scale.shards.format.manifest import Manifest
 
 FOLD = "{fold}"
 ORACLE = "oracle"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from maestro_scale.interop.export import CONFIG, FORMAT_VERSION, WEIGHTS, ExportError
 from maestro_scale.shards.errors import StoreError
-from maestro_scale.shards.roots import LocalRoot, open_root
+from maestro_scale.shards.storage import LocalRoot, open_root
 
 TRACKING_URI = "MLFLOW_TRACKING_URI"
 REGISTERED = "data/model"  # where MLflow puts what it only carries

@@ -10,7 +10,7 @@ from maestro_scale.datasets.spec import DatasetSpec
 from maestro_scale.model.cost import Cost, cost, num_parameters
 from maestro_scale.recipe import Recipe
 from maestro_scale.training.footprint import Footprint, Traffic, footprint, traffic
-from maestro_scale.training.meter import PEAK_TFLOPS
+from maestro_scale.training.metrics.meter import PEAK_TFLOPS
 from maestro_scale.training.pretrain import build_model_config
 
 _USABLE = 0.9  # of a device's memory; the rest is the CUDA context's and lost between blocks

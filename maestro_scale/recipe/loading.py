@@ -10,7 +10,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from maestro_scale.recipe.errors import Disagreement, Loc, RecipeError, did_you_mean, dotted
-from maestro_scale.recipe.layers import Tree, read_tree
+from maestro_scale.recipe.merge import Tree, read_tree
 from maestro_scale.recipe.schema import Recipe
 
 

@@ -10,10 +10,10 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from maestro_scale.recipe import engine_config, environment
+from maestro_scale.recipe.data import Data
 from maestro_scale.recipe.errors import Disagreement, Loc, RecipeError, dotted
 from maestro_scale.recipe.fields import Section, nearest_divisors
-from maestro_scale.recipe.inputs import Data
-from maestro_scale.recipe.layers import dump_yaml
+from maestro_scale.recipe.merge import dump_yaml
 from maestro_scale.recipe.sections import (
     Checkpoint,
     Evaluation,

@@ -6,8 +6,8 @@ import dataclasses
 
 from maestro_scale.datasets.spec import DatasetSpec, Sensor
 from maestro_scale.model.config import DatasetView, conflicts
+from maestro_scale.recipe.data import MixtureEntry, SensorOverride
 from maestro_scale.recipe.errors import RecipeError, did_you_mean
-from maestro_scale.recipe.inputs import MixtureEntry, SensorOverride
 
 
 def resolve_spec(spec: DatasetSpec, entry: MixtureEntry) -> DatasetSpec:

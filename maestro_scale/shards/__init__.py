@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from maestro_scale.datasets.spec import Target
-    from maestro_scale.shards.manifest import Manifest
-    from maestro_scale.shards.own import Raster, describe
-    from maestro_scale.shards.writer import Writer, write_shards
+    from maestro_scale.shards.format.manifest import Manifest
+    from maestro_scale.shards.write.from_arrays import Raster, describe
+    from maestro_scale.shards.write.writer import Writer, write_shards
 
 __all__ = ["Manifest", "Raster", "Target", "Writer", "describe", "write_shards"]
 _HOMES = {
-    "Manifest": "maestro_scale.shards.manifest",
-    "Raster": "maestro_scale.shards.own",
+    "Manifest": "maestro_scale.shards.format.manifest",
+    "Raster": "maestro_scale.shards.write.from_arrays",
     "Target": "maestro_scale.datasets.spec",
-    "Writer": "maestro_scale.shards.writer",
-    "describe": "maestro_scale.shards.own",
-    "write_shards": "maestro_scale.shards.writer",
+    "Writer": "maestro_scale.shards.write.writer",
+    "describe": "maestro_scale.shards.write.from_arrays",
+    "write_shards": "maestro_scale.shards.write.writer",
 }
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from maestro_scale.stream.draws import Draws
+from maestro_scale.stream.rng import Draws
 
 
 def repeated(stored: int, num_dates: int) -> np.ndarray:

@@ -9,11 +9,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from maestro_scale.shards.counters import StoreCounters
+from maestro_scale.shards.read.counters import StoreCounters
 from maestro_scale.stream.batch import Batch
+from maestro_scale.stream.batch_builder import Reading, Ref, Request, Settings
 from maestro_scale.stream.mixture import Mixture
 from maestro_scale.stream.plan import Plan, PlanError
-from maestro_scale.stream.reading import Reading, Ref, Request, Settings
 from maestro_scale.stream.source import Source, labels
 from maestro_scale.stream.workers import LoaderError, Pipeline, start_server
 

@@ -7,8 +7,8 @@ import torch
 
 from maestro_scale.stream.batch import Batch
 from maestro_scale.stream.packing import Label, arrays_in, num_bytes, unpack
-from maestro_scale.stream.prepare import Preparer, View
 from maestro_scale.stream.source import Source
+from maestro_scale.stream.transform import Preparer, View
 
 
 def mock_batch(source: Source, label: str, size: int) -> Batch:

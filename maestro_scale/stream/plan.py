@@ -19,7 +19,7 @@ from itertools import groupby
 
 import numpy as np
 
-from maestro_scale.stream.draws import Draws, Purpose
+from maestro_scale.stream.rng import Draws, Purpose
 
 _SHARDS, _WITHIN, _WINDOW = range(3)  # streams of an epoch's draws
 

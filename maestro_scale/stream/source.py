@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from maestro_scale.datasets.spec import DatasetSpec, Sensor
-from maestro_scale.shards.codec import Sample
-from maestro_scale.shards.manifest import ShardInfo
-from maestro_scale.shards.store import BadShard, Shard, Store
+from maestro_scale.shards.format.codec import Sample
+from maestro_scale.shards.format.manifest import ShardInfo
+from maestro_scale.shards.read.store import BadShard, Shard, Store
 
 _MOST_OPEN = 128  # each holds a file descriptor
 

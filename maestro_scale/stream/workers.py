@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from maestro_scale.shards.counters import StoreCounters
-from maestro_scale.shards.roots import client_module
+from maestro_scale.shards.read.counters import StoreCounters
+from maestro_scale.shards.storage import client_module
 from maestro_scale.stream.batch import Batch
-from maestro_scale.stream.reading import Made, Reading, Request
+from maestro_scale.stream.batch_builder import Made, Reading, Request
 from maestro_scale.stream.source import Source
 
 # What schedulers and people send to a whole process group; the training process decides what comes of it.

@@ -12,16 +12,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from maestro_scale.evaluation.charts import class_bars
-from maestro_scale.evaluation.report import CLASS_METRIC, pictures, write_report
+from maestro_scale.evaluation.report.charts import class_bars
+from maestro_scale.evaluation.report.groups import Found
+from maestro_scale.evaluation.report.report import CLASS_METRIC, pictures, write_report
 from maestro_scale.evaluation.results import EvalResult, ResultsError
-from maestro_scale.evaluation.series import Found
 from maestro_scale.secrets_filter import scrub, scrub_document, scrub_mapping
 from maestro_scale.tracking.mlflow_run import tracking_uri
 from maestro_scale.tracking.mlflow_tracker import one_line, quiet_mlflow
 from maestro_scale.tracking.origin import origin_tags
+from maestro_scale.tracking.outbox import Unsent, drop, note, unsent
 from maestro_scale.tracking.run_file import find_run, last_store, run_directory_of
-from maestro_scale.tracking.unsent import Unsent, drop, note, unsent
 from maestro_scale.training.run_dir import environment
 
 if TYPE_CHECKING:

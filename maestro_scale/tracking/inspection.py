@@ -8,8 +8,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from maestro_scale.shards.manifest import ShardInfo
-from maestro_scale.shards.summary import SplitSummary, Summary
+from maestro_scale.shards.format.manifest import ShardInfo
+from maestro_scale.shards.read.summary import SplitSummary, Summary
 
 _MOST_SHARDS = 12  # listed in full; of more, the first and the last few
 _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")

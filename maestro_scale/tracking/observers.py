@@ -9,12 +9,12 @@ from typing import Any
 
 from maestro_scale.recipe import Recipe
 from maestro_scale.secrets_filter import scrub
-from maestro_scale.tracking.card import run_card
-from maestro_scale.tracking.closing import REPORT, closing_report
 from maestro_scale.tracking.metric_names import metric_names
 from maestro_scale.tracking.mlflow_run import ENDED_FILE, Numbers
 from maestro_scale.tracking.mlflow_tracker import NullTracker, Tracker
 from maestro_scale.tracking.pictures import reconstruction_picture
+from maestro_scale.tracking.run_params import run_card
+from maestro_scale.tracking.run_report import REPORT, closing_report
 from maestro_scale.tracking.terminal import TerminalProgress
 from maestro_scale.training.observer import Observer, RunInfo, SensorView
 from maestro_scale.training.run_dir import write_atomically

@@ -11,11 +11,11 @@ from filelock import FileLock, Timeout
 from maestro_scale.recipe import load_recipe
 from maestro_scale.secrets_filter import scrub
 from maestro_scale.shards.errors import ShardsError
-from maestro_scale.tracking.card import run_card
 from maestro_scale.tracking.evaluations import send_unsent
 from maestro_scale.tracking.mlflow_run import ENDED_FILE, STATUS, BeingSent, MlflowRun, tracking_uri
 from maestro_scale.tracking.mlflow_tracker import one_line, quiet_mlflow
-from maestro_scale.tracking.unsent import unsent
+from maestro_scale.tracking.outbox import unsent
+from maestro_scale.tracking.run_params import run_card
 
 
 class SyncError(Exception):

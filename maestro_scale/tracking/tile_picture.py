@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from maestro_scale.datasets.spec import DatasetSpec, Modality, Scale, Target
-from maestro_scale.shards.codec import Sample
-from maestro_scale.shards.fields import dates_field, mask_field, target_field
+from maestro_scale.shards.format.codec import Sample
+from maestro_scale.shards.format.fields import dates_field, mask_field, target_field
 from maestro_scale.tracking.pictures import (
     INK,
     MAX_DATES,

@@ -1,1 +1,1 @@
-"""How it is learned: the engine, the loop and the parts around it, each with one job."""
+"""The training engine: trainer, objectives, hooks, checkpoints and metrics."""

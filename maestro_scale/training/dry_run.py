@@ -11,7 +11,7 @@ from maestro_scale.model.config import DatasetView
 from maestro_scale.model.cost import GIB, Cost, cost, num_parameters
 from maestro_scale.recipe import MixtureEntry, Recipe, RecipeError, check_world
 from maestro_scale.shards.errors import ShardsError
-from maestro_scale.shards.manifest import Manifest
+from maestro_scale.shards.format.manifest import Manifest
 from maestro_scale.training.deepspeed_check import check_deepspeed
 from maestro_scale.training.footprint import footprint
 from maestro_scale.training.pretrain import build_model_config

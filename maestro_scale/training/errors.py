@@ -8,9 +8,9 @@ from maestro_scale.recipe import RecipeError
 from maestro_scale.shards.errors import ShardsError
 from maestro_scale.stream.loader import LoaderError
 from maestro_scale.stream.plan import PlanError
-from maestro_scale.training.checkpoint import CheckpointError
+from maestro_scale.training.checkpoint.checkpoints import CheckpointError
+from maestro_scale.training.checkpoint.mirror import MirrorError
 from maestro_scale.training.guard import GuardError
-from maestro_scale.training.mirror import MirrorError
 from maestro_scale.training.run_dir import RunDirError
 from maestro_scale.training.warmup import WarmupError
 

@@ -18,18 +18,18 @@ from maestro_scale.model.masking import Mask, Masking, by_sensor, draw_masks
 from maestro_scale.model.targets import hidden_pixels
 from maestro_scale.stream.batch import Batch, digest
 from maestro_scale.stream.loader import Step, TrainLoader
-from maestro_scale.training.checkpoint import Checkpoints, Position
+from maestro_scale.training.checkpoint.checkpoints import Checkpoints, Position
+from maestro_scale.training.checkpoint.state import TrainState
 from maestro_scale.training.distributed import World
 from maestro_scale.training.engine import Engine, Taken
 from maestro_scale.training.garbage import collected_every
-from maestro_scale.training.meter import Meter
-from maestro_scale.training.metrics_file import MetricsFile
-from maestro_scale.training.nodes import Nodes
+from maestro_scale.training.metrics.meter import Meter
+from maestro_scale.training.metrics.metrics_file import MetricsFile
+from maestro_scale.training.metrics.nodes import Nodes
 from maestro_scale.training.observer import Observer, SensorView
 from maestro_scale.training.run_dir import JsonLines, finite
 from maestro_scale.training.skipped import SkippedSteps
 from maestro_scale.training.snapshot import snapshot
-from maestro_scale.training.state import TrainState
 from maestro_scale.training.stop import StopRequest
 from maestro_scale.training.watchdog import Watchdog
 

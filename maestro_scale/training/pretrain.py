@@ -23,26 +23,27 @@ from maestro_scale.model.maestro import Maestro
 from maestro_scale.model.masking import Masking
 from maestro_scale.recipe import Recipe, RecipeError, check_world, resolve_sensors
 from maestro_scale.secrets_filter import scrub_document
-from maestro_scale.shards.manifest import Manifest
+from maestro_scale.shards.format.manifest import Manifest
+from maestro_scale.shards.read.store import Store
 from maestro_scale.shards.retry import Retry
-from maestro_scale.shards.store import Store
 from maestro_scale.stream.mock import mock_batch
 from maestro_scale.stream.source import Source, labels
-from maestro_scale.training.checkpoint import Checkpoints, Position
+from maestro_scale.training.checkpoint.checkpoints import Checkpoints, Position
+from maestro_scale.training.checkpoint.mirror import Mirror
+from maestro_scale.training.checkpoint.retention import Retention
+from maestro_scale.training.checkpoint.state import TrainState
 from maestro_scale.training.deepspeed_check import check_deepspeed
 from maestro_scale.training.distributed import World
 from maestro_scale.training.ema import Ema
 from maestro_scale.training.engine import Engine
 from maestro_scale.training.guard import Guard
 from maestro_scale.training.loop import Outcome, Rhythm, Run, Seen, train
-from maestro_scale.training.meter import Meter
-from maestro_scale.training.metrics_file import MetricsFile
-from maestro_scale.training.mirror import Mirror
-from maestro_scale.training.nodes import Nodes
+from maestro_scale.training.metrics.meter import Meter
+from maestro_scale.training.metrics.metrics_file import MetricsFile
+from maestro_scale.training.metrics.nodes import Nodes
 from maestro_scale.training.observer import Observer, RunInfo
 from maestro_scale.training.offload_room import check_offload_room
 from maestro_scale.training.optimizer import SCHEDULES, build_optimizer
-from maestro_scale.training.retention import Retention
 from maestro_scale.training.run_dir import (
     JsonLines,
     RunDirError,
@@ -53,7 +54,6 @@ from maestro_scale.training.run_dir import (
     write_atomically,
 )
 from maestro_scale.training.skipped import SkippedSteps
-from maestro_scale.training.state import TrainState
 from maestro_scale.training.stop import StopRequest
 from maestro_scale.training.streaming import train_stream
 from maestro_scale.training.warmup import warm_up

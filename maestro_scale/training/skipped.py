@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 
 from maestro_scale.stream.batch import Batch
-from maestro_scale.training.checkpoint import Checkpoints
+from maestro_scale.training.checkpoint.checkpoints import Checkpoints
 from maestro_scale.training.distributed import World
 from maestro_scale.training.engine import Taken
 from maestro_scale.training.guard import Guard, GuardError

@@ -18,17 +18,17 @@ from typer.testing import CliRunner
 
 from maestro_scale import datasets
 from maestro_scale.cli import app
-from maestro_scale.datasets.flair_hub_dates import Dates
+from maestro_scale.datasets.flair_hub.dates import Dates
 from maestro_scale.datasets.spec import DatasetError
-from maestro_scale.evaluation.dense import IGNORED
-from maestro_scale.evaluation.tasks import Segmentation
+from maestro_scale.evaluation.probes.dense import IGNORED
+from maestro_scale.evaluation.tasks.task import Segmentation
 from maestro_scale.model.embed import network_input
-from maestro_scale.shards.fields import check_tile
-from maestro_scale.shards.manifest import Manifest
-from maestro_scale.shards.store import Store
-from maestro_scale.shards.verify import verify
-from maestro_scale.shards.writer import write_shards
-from maestro_scale.stream.evaluation import EvalLoader
+from maestro_scale.shards.format.fields import check_tile
+from maestro_scale.shards.format.manifest import Manifest
+from maestro_scale.shards.read.store import Store
+from maestro_scale.shards.read.verify import verify
+from maestro_scale.shards.write.writer import write_shards
+from maestro_scale.stream.eval_loader import EvalLoader
 from maestro_scale.stream.source import Source
 
 EVERYTHING = (

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from maestro_scale import datasets
 from maestro_scale.cli import app
-from maestro_scale.shards.fields import check_tile
+from maestro_scale.shards.format.fields import check_tile
 
 EVERYTHING = (
     "aerial",

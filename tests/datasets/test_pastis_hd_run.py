@@ -13,10 +13,10 @@ from typer.testing import CliRunner
 
 from maestro_scale import datasets
 from maestro_scale.cli import app
-from maestro_scale.datasets.pastis_hd import CLASSES
+from maestro_scale.datasets.pastis_hd.reader import CLASSES
 from maestro_scale.evaluate import main as evaluate
 from maestro_scale.evaluation.results import EvalResult
-from maestro_scale.shards.fields import check_tile
+from maestro_scale.shards.format.fields import check_tile
 
 # Crops of 240 m do not divide the tile: the last ones overlap.
 RECIPE = """

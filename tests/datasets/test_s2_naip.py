@@ -15,17 +15,17 @@ from typer.testing import CliRunner
 
 from maestro_scale import datasets
 from maestro_scale.cli import app
-from maestro_scale.datasets.s2_naip import FULL_SPEC, SPEC
+from maestro_scale.datasets.s2_naip.reader import FULL_SPEC, SPEC
 from maestro_scale.datasets.spec import DatasetError
 from maestro_scale.evaluate import main as evaluate
 from maestro_scale.evaluation.results import EvalResult
 from maestro_scale.shards.errors import WriteError
-from maestro_scale.shards.fields import check_tile
-from maestro_scale.shards.manifest import Manifest
-from maestro_scale.shards.store import Store
-from maestro_scale.shards.verify import verify
-from maestro_scale.shards.writer import write_shards
-from maestro_scale.stream.evaluation import EvalLoader
+from maestro_scale.shards.format.fields import check_tile
+from maestro_scale.shards.format.manifest import Manifest
+from maestro_scale.shards.read.store import Store
+from maestro_scale.shards.read.verify import verify
+from maestro_scale.shards.write.writer import write_shards
+from maestro_scale.stream.eval_loader import EvalLoader
 from maestro_scale.stream.source import Source
 
 EVERYTHING = ("naip", "s2", "s1", "landsat")

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
-from maestro_scale.datasets import scene as scenes
-from maestro_scale.datasets.scene import Scene
+from maestro_scale.datasets.synthetic import scene as scenes
+from maestro_scale.datasets.synthetic.scene import Scene
 
 BANDS = ("B2", "B3", "B4", "B5", "B6", "B7", "B8", "B8A", "B11", "B12")
 DAYS = np.arange(3, 365, 7)

@@ -75,7 +75,7 @@ def test_same_seed_same_bytes_and_a_tile_does_not_depend_on_their_number(synthet
 
 
 def test_an_interrupted_run_is_not_whole_and_is_finished_by_the_next(tmp_path, monkeypatch):
-    from maestro_scale.datasets import treesatai_ts_synth
+    from maestro_scale.datasets.treesatai_ts import synth as treesatai_ts_synth
 
     written = []
 

@@ -14,9 +14,9 @@ from testkit.treesatai_tile import S2_PRODUCTS, TILE, aerial_pixels, h5_content,
 
 from maestro_scale.datasets import open_raw
 from maestro_scale.datasets.spec import DatasetError
-from maestro_scale.datasets.treesatai_ts import SPEC
-from maestro_scale.datasets.treesatai_ts_splits import GENERA
-from maestro_scale.shards.fields import check_tile
+from maestro_scale.datasets.treesatai_ts.reader import SPEC
+from maestro_scale.datasets.treesatai_ts.splits import GENERA
+from maestro_scale.shards.format.fields import check_tile
 
 REAL = Path(
     os.environ.get("MAESTRO_TREESATAI_DIR", Path(__file__).parents[2] / "../shared/data/treesatai_ts")

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from maestro_scale.datasets.pastis_hd import S2_BANDS
-from maestro_scale.datasets.scene import Scene
+from maestro_scale.datasets.pastis_hd.reader import S2_BANDS
 from maestro_scale.datasets.spec import DatasetSpec, Modality, Scale, Sensor, Target, Tile
+from maestro_scale.datasets.synthetic.scene import Scene
 from maestro_scale.interop.export import write_model
 from maestro_scale.model.config import ModelConfig
 from maestro_scale.model.maestro import Maestro
-from maestro_scale.shards.writer import Writer
+from maestro_scale.shards.write.writer import Writer
 from tests.testkit.models import TINY
 
 FIELDS = DatasetSpec(

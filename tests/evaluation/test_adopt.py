@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from maestro_scale.evaluation.adopt import adopt
+from maestro_scale.evaluation.features.adopt import adopt
 from maestro_scale.evaluation.results import ResultsError
 from maestro_scale.model.config import DatasetView
 from maestro_scale.model.maestro import Maestro

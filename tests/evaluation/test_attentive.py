@@ -6,19 +6,21 @@ import numpy as np
 import pytest
 import torch
 
-from maestro_scale.evaluation import attentive, course, dense
-from maestro_scale.evaluation.attentive import Heads, all_tokens, attentive_probe
-from maestro_scale.evaluation.baselines import ChannelStatistics
-from maestro_scale.evaluation.encoded import Encoded
-from maestro_scale.evaluation.frozen import Benchmark, evaluate_frozen
-from maestro_scale.evaluation.objectives import objective_for
-from maestro_scale.evaluation.predictor import predictor
+from maestro_scale.evaluation.features.baselines import ChannelStatistics
+from maestro_scale.evaluation.features.cache import Encoded
+from maestro_scale.evaluation.finetune.predictor import predictor
+from maestro_scale.evaluation.frozen import attentive
+from maestro_scale.evaluation.frozen.attentive import Heads, all_tokens, attentive_probe
+from maestro_scale.evaluation.frozen.evaluate import Benchmark, evaluate_frozen
+from maestro_scale.evaluation.probes import dense
+from maestro_scale.evaluation.probes import lr_grid as course
 from maestro_scale.evaluation.results import ResultsError
-from maestro_scale.evaluation.tasks import task_for
+from maestro_scale.evaluation.tasks.losses import objective_for
+from maestro_scale.evaluation.tasks.task import task_for
 from maestro_scale.interop.pretrained import load_model
 from maestro_scale.model.config import DatasetView
 from maestro_scale.model.maestro import Maestro
-from maestro_scale.stream.evaluation import EvalLoader
+from maestro_scale.stream.eval_loader import EvalLoader
 from tests.evaluation.conftest import FIELDS, SCENES, SPLITS
 from tests.evaluation.test_encoded import CROPS_PER_TILE, numbers
 from tests.evaluation.test_fraction import source_of

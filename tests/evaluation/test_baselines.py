@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import Dinov2Config, Dinov2Model, DINOv3ViTConfig, DINOv3ViTModel
 
-from maestro_scale.evaluation.baselines import ChannelStatistics, ImageEncoder, baseline
-from maestro_scale.evaluation.frozen import Benchmark, evaluate_frozen
+from maestro_scale.evaluation.features.baselines import ChannelStatistics, ImageEncoder, baseline
+from maestro_scale.evaluation.frozen.evaluate import Benchmark, evaluate_frozen
 from maestro_scale.evaluation.results import EvalResult, ResultsError
 from maestro_scale.model.config import DatasetView
 from maestro_scale.recipe import load_recipe
@@ -83,7 +83,7 @@ def test_a_photograph_reaches_the_backbone_as_it_expects_it():
 
 
 def test_more_bands_keep_the_kernels_of_colours():
-    from maestro_scale.evaluation.baselines import _mixing
+    from maestro_scale.evaluation.features.baselines import _mixing
 
     torch.testing.assert_close(
         _mixing(("NIR", "R", "G", "B")),

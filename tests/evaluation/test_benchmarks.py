@@ -9,7 +9,7 @@ from testkit.runs import REPO, Trainer
 
 from maestro_scale import datasets
 from maestro_scale.evaluation.results import EvalResult
-from maestro_scale.shards.writer import write_shards
+from maestro_scale.shards.write.writer import write_shards
 
 EVALUATE = REPO / "maestro_scale" / "evaluate.py"
 SMALLER = {

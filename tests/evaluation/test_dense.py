@@ -5,8 +5,8 @@ import pytest
 from sklearn.metrics import confusion_matrix
 from sklearn.neighbors import NearestNeighbors
 
-from maestro_scale.evaluation import dense
-from maestro_scale.evaluation.encoded import Encoded
+from maestro_scale.evaluation.features.cache import Encoded
+from maestro_scale.evaluation.probes import dense
 from maestro_scale.evaluation.results import ResultsError
 from maestro_scale.stream.crops import CropGrid
 from tests.evaluation.conftest import FIELDS

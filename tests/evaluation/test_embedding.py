@@ -19,10 +19,10 @@ from maestro_scale.evaluation.embedding import Embedder
 from maestro_scale.evaluation.results import ResultsError
 from maestro_scale.interop.pretrained import load_model
 from maestro_scale.shards.errors import ManifestError
-from maestro_scale.shards.manifest import Manifest
-from maestro_scale.shards.store import Store
-from maestro_scale.shards.writer import Writer
-from maestro_scale.stream.evaluation import EvalLoader
+from maestro_scale.shards.format.manifest import Manifest
+from maestro_scale.shards.read.store import Store
+from maestro_scale.shards.write.writer import Writer
+from maestro_scale.stream.eval_loader import EvalLoader
 from maestro_scale.stream.source import Source
 from tests.evaluation.conftest import FIELDS, field_tile
 

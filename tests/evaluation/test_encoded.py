@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from maestro_scale.evaluation import encoded as module
-from maestro_scale.evaluation.encoded import Joined
-from maestro_scale.evaluation.frozen import Benchmark, evaluate_frozen
+from maestro_scale.evaluation.features import cache as module
+from maestro_scale.evaluation.features.cache import Joined
+from maestro_scale.evaluation.frozen.evaluate import Benchmark, evaluate_frozen
 from maestro_scale.evaluation.results import ResultsError
 from maestro_scale.interop.pretrained import load_model
 from maestro_scale.model.maestro import Maestro
-from maestro_scale.shards.writer import Writer
-from maestro_scale.training import committed
+from maestro_scale.shards.write.writer import Writer
+from maestro_scale.training.checkpoint import committed
 from tests.evaluation.conftest import FIELDS, SPLITS, field_tile
 
 CROPS_PER_TILE = 4

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from maestro_scale.evaluation.results import EvalResult
-from maestro_scale.shards.writer import Writer
+from maestro_scale.shards.write.writer import Writer
 from tests.evaluation.conftest import SCENES, SPLITS, scene_tile
 from tests.evaluation.test_oracle import recipe
 from tests.testkit.runs import REPO, Trainer

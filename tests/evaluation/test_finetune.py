@@ -16,16 +16,16 @@ from testkit.runs import REPO, Trainer, metrics
 
 from maestro_scale.datasets.spec import Target
 from maestro_scale.evaluate import main as evaluate
-from maestro_scale.evaluation import early_stop
-from maestro_scale.evaluation.early_stop import Validated
-from maestro_scale.evaluation.objectives import Presence, objective_for
-from maestro_scale.evaluation.predictor import predictor
+from maestro_scale.evaluation.finetune import early_stop
+from maestro_scale.evaluation.finetune.early_stop import Validated
+from maestro_scale.evaluation.finetune.predictor import predictor
 from maestro_scale.evaluation.results import EvalResult
-from maestro_scale.evaluation.tasks import Multilabel, task_for
+from maestro_scale.evaluation.tasks.losses import Presence, objective_for
+from maestro_scale.evaluation.tasks.task import Multilabel, task_for
 from maestro_scale.interop.export import write_model
 from maestro_scale.interop.pretrained import load_model
 from maestro_scale.model.config import ModelConfig
-from maestro_scale.stream.evaluation import EvalLoader
+from maestro_scale.stream.eval_loader import EvalLoader
 from maestro_scale.stream.loader import TrainLoader
 from maestro_scale.training.optimizer import build_optimizer, set_lr
 from tests.evaluation.conftest import FIELDS, SPLITS, field_tile

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from maestro_scale.evaluation.first_maps import FirstMaps
+from maestro_scale.evaluation.tasks.first_maps import FirstMaps
 
 TILES = np.arange(6 * 4, dtype=np.uint8).reshape(6, 2, 2)
 

@@ -9,14 +9,14 @@ from statistics import fmean, stdev
 import numpy as np
 import pytest
 
-from maestro_scale.datasets.pastis_hd_splits import folds_of
+from maestro_scale.datasets.pastis_hd.splits import folds_of
 from maestro_scale.evaluate import main as evaluate
-from maestro_scale.evaluation.folds import fold, folds_in
-from maestro_scale.evaluation.report import write_report
+from maestro_scale.evaluation.report.groups import find_results
+from maestro_scale.evaluation.report.report import write_report
+from maestro_scale.evaluation.report.summary import summarise
 from maestro_scale.evaluation.results import EvalResult, ResultsError
-from maestro_scale.evaluation.series import find_results
-from maestro_scale.evaluation.summary import summarise
-from maestro_scale.shards.writer import Writer
+from maestro_scale.evaluation.tasks.folds import fold, folds_in
+from maestro_scale.shards.write.writer import Writer
 from tests.evaluation.conftest import FIELDS, Fields, field_tile
 
 PASTIS = tuple(f"fold_{k}" for k in range(1, 6))

@@ -9,16 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maestro_scale.evaluation import dense
-from maestro_scale.evaluation.fraction import stratified
-from maestro_scale.evaluation.frozen import Benchmark, Provenance, evaluate_frozen
+from maestro_scale.evaluation.frozen.evaluate import Benchmark, Provenance, evaluate_frozen
+from maestro_scale.evaluation.probes import dense
 from maestro_scale.evaluation.results import ResultsError
-from maestro_scale.evaluation.subset import class_weights, subset
+from maestro_scale.evaluation.tasks.fraction import stratified
+from maestro_scale.evaluation.tasks.subset import class_weights, subset
 from maestro_scale.interop.pretrained import load_model
-from maestro_scale.shards.manifest import Manifest
-from maestro_scale.shards.store import Store
-from maestro_scale.shards.writer import Writer
-from maestro_scale.stream.evaluation import EvalLoader
+from maestro_scale.shards.format.manifest import Manifest
+from maestro_scale.shards.read.store import Store
+from maestro_scale.shards.write.writer import Writer
+from maestro_scale.stream.eval_loader import EvalLoader
 from maestro_scale.stream.loader import TrainLoader
 from maestro_scale.stream.source import Source
 from tests.evaluation.conftest import FIELDS, SPLITS, field_tile

@@ -7,10 +7,10 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import NearestNeighbors
 
-from maestro_scale.evaluation.knn import knn
-from maestro_scale.evaluation.labelled import Labelled
+from maestro_scale.evaluation.features.labelled import Labelled
 from maestro_scale.evaluation.metrics import MultilabelCounts
-from maestro_scale.evaluation.probe import linear_probe
+from maestro_scale.evaluation.probes.knn import knn
+from maestro_scale.evaluation.probes.linear import linear_probe
 
 
 def data(num, num_features=32, num_classes=4, seed=0, noise=0.3):

@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import Dinov2Config, Dinov2Model, DINOv3ViTConfig, DINOv3ViTModel, ViTConfig, ViTModel
 
-from maestro_scale.evaluation.baselines import ImageEncoder
-from maestro_scale.evaluation.objectives import objective_for
-from maestro_scale.evaluation.predictor import predictor
-from maestro_scale.evaluation.tasks import task_for
+from maestro_scale.evaluation.features.baselines import ImageEncoder
+from maestro_scale.evaluation.finetune.predictor import predictor
+from maestro_scale.evaluation.tasks.losses import objective_for
+from maestro_scale.evaluation.tasks.task import task_for
 from maestro_scale.model.config import DatasetView
 from maestro_scale.training.optimizer import build_optimizer, set_lr
 from tests.evaluation.conftest import FIELDS

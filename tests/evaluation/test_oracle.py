@@ -6,15 +6,15 @@ import dataclasses
 
 import numpy as np
 
-from maestro_scale.datasets.pastis_hd import S2_BANDS
-from maestro_scale.datasets.scene import BAND_NM, Scene
+from maestro_scale.datasets.pastis_hd.reader import S2_BANDS
+from maestro_scale.datasets.synthetic.scene import BAND_NM, Scene
 from maestro_scale.evaluate import main as evaluate
-from maestro_scale.evaluation.oracle import _bordered
-from maestro_scale.evaluation.report import write_report
+from maestro_scale.evaluation.oracle.oracle import _bordered
+from maestro_scale.evaluation.oracle.signatures import Series, unmix
+from maestro_scale.evaluation.report.groups import find_results
+from maestro_scale.evaluation.report.report import write_report
 from maestro_scale.evaluation.results import EvalResult
-from maestro_scale.evaluation.series import find_results
-from maestro_scale.evaluation.signatures import Series, unmix
-from maestro_scale.shards.writer import Writer
+from maestro_scale.shards.write.writer import Writer
 from tests.evaluation.conftest import FIELDS, SCENES, scene_tile
 
 NM = np.array([BAND_NM[b] for b in S2_BANDS], float)

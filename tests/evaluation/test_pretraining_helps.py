@@ -9,15 +9,15 @@ import torch
 from testkit.models import TINY
 
 from maestro_scale.evaluate import main as evaluate
-from maestro_scale.evaluation.report import write_report
+from maestro_scale.evaluation.report.groups import find_results
+from maestro_scale.evaluation.report.report import write_report
 from maestro_scale.evaluation.results import EvalResult
-from maestro_scale.evaluation.series import find_results
 from maestro_scale.interop.export import write_model
 from maestro_scale.model.config import ModelConfig
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.model.masking import Masking, draw_masks
-from maestro_scale.shards.manifest import Manifest
-from maestro_scale.shards.store import Store
+from maestro_scale.shards.format.manifest import Manifest
+from maestro_scale.shards.read.store import Store
 from maestro_scale.stream.loader import TrainLoader
 from maestro_scale.stream.source import Source
 from maestro_scale.training.loop import hidden_counts

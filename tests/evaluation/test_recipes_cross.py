@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from maestro_scale import datasets
-from maestro_scale.datasets.flair_hub import FULL_SPEC
-from maestro_scale.evaluation.adopt import adopt
+from maestro_scale.datasets.flair_hub.reader import FULL_SPEC
+from maestro_scale.evaluation.features.adopt import adopt
 from maestro_scale.model.config import DatasetView
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.recipe import load_recipe, resolve_sensors

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from maestro_scale.evaluation.report import write_report
+from maestro_scale.evaluation.report.groups import find_results
+from maestro_scale.evaluation.report.report import write_report
 from maestro_scale.evaluation.results import EvalResult, ResultsError
-from maestro_scale.evaluation.series import find_results
 
 CLASSES = ("meadow", "corn", "vines")
 SEGMENTED = EvalResult(

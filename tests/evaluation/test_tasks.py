@@ -7,8 +7,8 @@ import pytest
 from sklearn.metrics import f1_score
 
 from maestro_scale.datasets.spec import Target
-from maestro_scale.evaluation import dense
-from maestro_scale.evaluation.tasks import Multilabel, multilabel_answer, task_for
+from maestro_scale.evaluation.probes import dense
+from maestro_scale.evaluation.tasks.task import Multilabel, multilabel_answer, task_for
 from maestro_scale.model.config import DatasetView
 from tests.evaluation.conftest import FIELDS
 

@@ -14,8 +14,8 @@ from maestro_scale import datasets
 from maestro_scale.datasets.spec import Place
 from maestro_scale.evaluate import main as evaluate
 from maestro_scale.evaluation.results import EvalResult
-from maestro_scale.shards.codec import Sample, encode
-from maestro_scale.shards.writer import Writer
+from maestro_scale.shards.format.codec import Sample, encode
+from maestro_scale.shards.write.writer import Writer
 from tests.evaluation.conftest import FIELDS, SPLITS, Fields, field_tile
 
 

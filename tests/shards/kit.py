@@ -110,7 +110,7 @@ TILE_BYTES = 8_800  # about; raw
 
 def fields_equal(sample, wanted: Tile) -> bool:
     """Whether a sample holds exactly the arrays of a tile."""
-    from maestro_scale.shards.fields import fields_of
+    from maestro_scale.shards.format.fields import fields_of
 
     fields = fields_of(wanted)
     return set(sample.names) == set(fields) and all(

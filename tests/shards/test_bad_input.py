@@ -14,10 +14,10 @@ from testkit.runs import Trainer, metrics, write_recipe
 
 from maestro_scale import cli, datasets
 from maestro_scale.shards.errors import StoreError, WriteError
-from maestro_scale.shards.manifest import Manifest
-from maestro_scale.shards.store import Store
-from maestro_scale.shards.verify import verify
-from maestro_scale.shards.writer import Writer, write_shards
+from maestro_scale.shards.format.manifest import Manifest
+from maestro_scale.shards.read.store import Store
+from maestro_scale.shards.read.verify import verify
+from maestro_scale.shards.write.writer import Writer, write_shards
 from tests.shards.kit import SPEC, Toy, fields_equal, tile
 
 Command = Callable[..., tuple[int, str, str]]

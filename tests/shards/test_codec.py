@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shards.kit import fields_equal, tile
 
-from maestro_scale.shards import compress
-from maestro_scale.shards.codec import DTYPES, Sample, encode, encode_fields
-from maestro_scale.shards.compress import CODECS
 from maestro_scale.shards.errors import CodecError
+from maestro_scale.shards.format import compress
+from maestro_scale.shards.format.codec import DTYPES, Sample, encode, encode_fields
+from maestro_scale.shards.format.compress import CODECS
 
 arrays = st.sampled_from(DTYPES).flatmap(
     lambda dtype: hnp.arrays(dtype, hnp.array_shapes(min_dims=1, max_dims=4, min_side=1, max_side=40))

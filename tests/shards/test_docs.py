@@ -8,11 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from maestro_scale.shards.index import ShardIndex
-from maestro_scale.shards.manifest import Manifest
-from maestro_scale.shards.store import Store
-from maestro_scale.shards.summary import summary
-from maestro_scale.shards.verify import verify
+from maestro_scale.shards.format.index import ShardIndex
+from maestro_scale.shards.format.manifest import Manifest
+from maestro_scale.shards.read.store import Store
+from maestro_scale.shards.read.summary import summary
+from maestro_scale.shards.read.verify import verify
 
 PAGE = Path(__file__).parents[2] / "docs" / "shards.md"
 

@@ -9,8 +9,8 @@ from shards.kit import SPEC, Toy
 
 from maestro_scale import datasets
 from maestro_scale.shards.errors import ManifestError
-from maestro_scale.shards.manifest import Manifest, ShardInfo
-from maestro_scale.shards.writer import write_shards
+from maestro_scale.shards.format.manifest import Manifest, ShardInfo
+from maestro_scale.shards.write.writer import write_shards
 
 SHARD = ShardInfo("train-000000.tar", "train", 10, 1, "0" * 64)
 MANIFEST = Manifest(1, SPEC, (SHARD, ShardInfo("val-000000.tar", "val", 10, 2, "1" * 64)), {"odd": 3}, "zstd")

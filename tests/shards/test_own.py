@@ -11,9 +11,9 @@ import maestro_scale.shards as public
 from maestro_scale.datasets.spec import DatasetError
 from maestro_scale.shards import Raster, Target, Writer, describe
 from maestro_scale.shards.errors import ManifestError
-from maestro_scale.shards.manifest import Manifest
-from maestro_scale.shards.own import tile_of
-from maestro_scale.shards.store import Store
+from maestro_scale.shards.format.manifest import Manifest
+from maestro_scale.shards.read.store import Store
+from maestro_scale.shards.write.from_arrays import tile_of
 
 S2 = Raster("s2", ("B4", "B8"), 10, "int16", patch=2, divisor=5000, num_dates=4, mask_bands=("cloud",))
 RADAR = Raster("s1", ("VV",), 10, "float32", patch=3, scale="log", group="radar", embed="c-band")

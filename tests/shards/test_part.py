@@ -13,10 +13,10 @@ import pytest
 from shards.kit import SPEC, TILE_BYTES, Toy, tile, toy_keys
 
 from maestro_scale.shards.errors import WriteError
-from maestro_scale.shards.manifest import Manifest
-from maestro_scale.shards.part import Part
-from maestro_scale.shards.verify import verify
-from maestro_scale.shards.writer import Writer, write_shards
+from maestro_scale.shards.format.manifest import Manifest
+from maestro_scale.shards.read.verify import verify
+from maestro_scale.shards.write.part import Part
+from maestro_scale.shards.write.writer import Writer, write_shards
 
 SMALL = 4 * TILE_BYTES / 1e6
 BROKEN = tuple(toy_keys(42)[5:30:3])
@@ -69,8 +69,8 @@ def test_more_parts_than_shards(tmp_path, whole):
 DYING = """
 import os, signal, sys
 from shards.kit import Toy
-from maestro_scale.shards.part import Part
-from maestro_scale.shards.writer import write_shards
+from maestro_scale.shards.write.part import Part
+from maestro_scale.shards.write.writer import write_shards
 def die(done, total, num_bytes):
     if done >= 6:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -99,7 +99,7 @@ def test_a_part_that_died_is_redone_alone(tmp_path, whole):
 
 
 def test_a_shard_without_one_good_tile_does_not_keep_the_parts_waiting(tmp_path):
-    from maestro_scale.shards.packing import shuffled
+    from maestro_scale.shards.write.packing import shuffled
 
     dataset = Toy(12, tuple(shuffled(toy_keys(12), 0)[8:]))  # its last shards
     write(tmp_path / "whole", dataset=dataset)

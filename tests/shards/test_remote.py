@@ -12,16 +12,16 @@ import s3fs
 from shards.kit import SPEC, TILE_BYTES, Toy, fields_equal, tile, toy_keys
 from shards.s3 import Fault, Proxy
 
-from maestro_scale.shards import store as store_module
-from maestro_scale.shards.cache import NoRoom
 from maestro_scale.shards.errors import BadShard, ManifestError, StoreError, WriteError
-from maestro_scale.shards.index import index_name
-from maestro_scale.shards.manifest import Manifest
+from maestro_scale.shards.format.index import index_name
+from maestro_scale.shards.format.manifest import Manifest
+from maestro_scale.shards.read import store as store_module
+from maestro_scale.shards.read.cache import NoRoom
+from maestro_scale.shards.read.store import Store, StoreCounters
+from maestro_scale.shards.read.summary import summary
+from maestro_scale.shards.read.verify import verify
 from maestro_scale.shards.retry import Retry
-from maestro_scale.shards.store import Store, StoreCounters
-from maestro_scale.shards.summary import summary
-from maestro_scale.shards.verify import verify
-from maestro_scale.shards.writer import Writer, write_shards
+from maestro_scale.shards.write.writer import Writer, write_shards
 
 SMALL = 4 * TILE_BYTES / 1e6
 QUICK = Retry(deadline_s=20, attempt_s=5, first_wait_s=0.01, max_wait_s=0.05)

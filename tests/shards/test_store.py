@@ -11,11 +11,11 @@ import pytest
 from shards.kit import TILE_BYTES, Toy, fields_equal, tile, toy_keys
 
 from maestro_scale.shards.errors import BadShard, StoreError
-from maestro_scale.shards.manifest import Manifest
-from maestro_scale.shards.roots import client_module
-from maestro_scale.shards.store import Store
-from maestro_scale.shards.verify import verify
-from maestro_scale.shards.writer import write_shards
+from maestro_scale.shards.format.manifest import Manifest
+from maestro_scale.shards.read.store import Store
+from maestro_scale.shards.read.verify import verify
+from maestro_scale.shards.storage import client_module
+from maestro_scale.shards.write.writer import write_shards
 
 SMALL = 4 * TILE_BYTES / 1e6
 
@@ -60,7 +60,7 @@ def test_every_sample_is_there(dataset, tmp_path):
 
 
 def test_a_local_shard_is_hashed_once_per_state(dataset, copy, tmp_path, monkeypatch):
-    from maestro_scale.shards import store as module
+    from maestro_scale.shards.read import store as module
 
     hashed = []
     whole = module._hash_file
@@ -141,9 +141,9 @@ def test_verify_reads_every_sample_against_the_spec(copy):
     """A shard that was always wrong: its hash matches, its samples do not."""
     import hashlib
 
-    from maestro_scale.shards.codec import encode, encode_fields
-    from maestro_scale.shards.fields import fields_of
-    from maestro_scale.shards.tar import TarWriter
+    from maestro_scale.shards.format.codec import encode, encode_fields
+    from maestro_scale.shards.format.fields import fields_of
+    from maestro_scale.shards.format.tar import TarWriter
 
     tar = TarWriter(copy / "train-000000.tar")
     tar.add("a", encode(tile("b")))
@@ -166,7 +166,7 @@ def test_verify_reads_every_sample_against_the_spec(copy):
 
 
 def test_of_large_samples_only_what_is_asked_for_is_read(dataset, copy, tmp_path, monkeypatch):
-    from maestro_scale.shards import shard as module
+    from maestro_scale.shards.read import shard as module
 
     monkeypatch.setattr(module, "_WHOLE_BYTES", 1)
     taken = []

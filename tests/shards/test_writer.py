@@ -16,14 +16,14 @@ import webdataset
 from shards.kit import SPEC, TILE_BYTES, Toy, fields_equal, tile, toy_keys
 
 from maestro_scale.datasets.spec import DatasetError
-from maestro_scale.shards.codec import Sample
 from maestro_scale.shards.errors import ManifestError, WriteError
-from maestro_scale.shards.manifest import Manifest
-from maestro_scale.shards.packing import shuffled
-from maestro_scale.shards.store import Store
-from maestro_scale.shards.summary import summary
-from maestro_scale.shards.verify import verify
-from maestro_scale.shards.writer import Writer, write_shards
+from maestro_scale.shards.format.codec import Sample
+from maestro_scale.shards.format.manifest import Manifest
+from maestro_scale.shards.read.store import Store
+from maestro_scale.shards.read.summary import summary
+from maestro_scale.shards.read.verify import verify
+from maestro_scale.shards.write.packing import shuffled
+from maestro_scale.shards.write.writer import Writer, write_shards
 
 SMALL = 4 * TILE_BYTES / 1e6  # shard_mb for about four samples a shard
 
@@ -207,7 +207,7 @@ def test_only_one_writes_a_split(tmp_path):
 UNGUARDED = """
 import sys
 from shards.kit import Toy
-from maestro_scale.shards.writer import write_shards
+from maestro_scale.shards.write.writer import write_shards
 write_shards(Toy(12), sys.argv[1], "train", workers=2, shard_mb=0.03)
 """
 
@@ -225,7 +225,7 @@ def test_workers_of_an_unguarded_script_end_it(tmp_path):
 KILLED = """
 import sys
 from shards.kit import Toy
-from maestro_scale.shards.writer import write_shards
+from maestro_scale.shards.write.writer import write_shards
 if __name__ == "__main__":
     write_shards(Toy(40, pause_s=0.05), sys.argv[1], "train", workers=int(sys.argv[2]),
     shard_mb=float(sys.argv[3]))

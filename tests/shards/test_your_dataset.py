@@ -15,8 +15,8 @@ import pytest
 from matplotlib.image import imread
 from testkit.runs import REPO, curve, metrics
 
-from maestro_scale.shards.manifest import Manifest
-from maestro_scale.shards.store import Store
+from maestro_scale.shards.format.manifest import Manifest
+from maestro_scale.shards.read.store import Store
 
 PAGE = (REPO / "docs" / "your_dataset.md").read_text()
 BIN = Path(sys.executable).parent

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import settings
 
 from maestro_scale.datasets.spec import DatasetSpec, Modality, Scale, Sensor, Target, Tile
-from maestro_scale.shards.manifest import Manifest
-from maestro_scale.shards.store import Store
-from maestro_scale.shards.writer import Writer
+from maestro_scale.shards.format.manifest import Manifest
+from maestro_scale.shards.read.store import Store
+from maestro_scale.shards.write.writer import Writer
 from maestro_scale.stream.source import Source
 
 # What a function returns is under test here, not how long a busy machine takes for it.

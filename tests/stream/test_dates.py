@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from maestro_scale.stream import dates
-from maestro_scale.stream.draws import Draws, Purpose
+from maestro_scale.stream.rng import Draws, Purpose
 
 
 def series(num_dates: int) -> np.ndarray:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maestro_scale.stream.draws import Draws, Purpose, stream_of
+from maestro_scale.stream.rng import Draws, Purpose, stream_of
 
 WORD = st.integers(0, 2**64 - 1)
 

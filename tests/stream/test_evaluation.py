@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from maestro_scale.stream.batch import Batch, digest
-from maestro_scale.stream.evaluation import EvalLoader
+from maestro_scale.stream.eval_loader import EvalLoader
 from maestro_scale.stream.plan import PlanError
 from maestro_scale.stream.source import Source
 

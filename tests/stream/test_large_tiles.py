@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 import torch
 
-from maestro_scale.datasets.pastis_hd import SPEC
+from maestro_scale.datasets.pastis_hd.reader import SPEC
 from maestro_scale.datasets.spec import Tile
-from maestro_scale.shards import compress
-from maestro_scale.shards.codec import Sample, encode
-from maestro_scale.shards.compress import CODECS
-from maestro_scale.shards.manifest import Manifest
-from maestro_scale.shards.store import Store
-from maestro_scale.shards.writer import Writer
+from maestro_scale.shards.format import compress
+from maestro_scale.shards.format.codec import Sample, encode
+from maestro_scale.shards.format.compress import CODECS
+from maestro_scale.shards.format.manifest import Manifest
+from maestro_scale.shards.read.store import Store
+from maestro_scale.shards.write.writer import Writer
 from maestro_scale.stream.packing import arrays_in, num_bytes
-from maestro_scale.stream.prepare import Preparer, Stored, View
+from maestro_scale.stream.transform import Preparer, Stored, View
 
 VIEW = View(SPEC, SPEC.sensors, SPEC.crop_m)
 

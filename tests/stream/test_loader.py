@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from maestro_scale.shards.store import BadShard, Store
+from maestro_scale.shards.read.store import BadShard, Store
 from maestro_scale.stream.batch import Batch, digest
 from maestro_scale.stream.loader import Source, TrainLoader
 from maestro_scale.stream.plan import PlanError

@@ -13,11 +13,11 @@ import torch
 
 from maestro_scale.datasets import open_raw
 from maestro_scale.datasets.spec import Sensor, Tile
-from maestro_scale.shards.codec import Sample, encode
 from maestro_scale.shards.errors import CodecError
+from maestro_scale.shards.format.codec import Sample, encode
 from maestro_scale.stream.packing import arrays_in, num_bytes
-from maestro_scale.stream.prepare import Preparer, View
 from maestro_scale.stream.source import Source
+from maestro_scale.stream.transform import Preparer, View
 
 REPO = Path(__file__).parents[2]
 REAL = Path(os.environ.get("MAESTRO_TREESATAI_DIR", REPO.parent / "shared" / "data" / "treesatai_ts"))

@@ -53,14 +53,14 @@ def schedule(step: int) -> float:
 def run_task(task: dict, world) -> dict:
     from maestro_scale.model.maestro import Maestro
     from maestro_scale.recipe.engine_config import Derived, filled
-    from maestro_scale.training.checkpoint import Checkpoints, Position
+    from maestro_scale.training.checkpoint.checkpoints import Checkpoints, Position
+    from maestro_scale.training.checkpoint.retention import Retention
+    from maestro_scale.training.checkpoint.state import TrainState
     from maestro_scale.training.ema import Ema
     from maestro_scale.training.engine import Engine
     from maestro_scale.training.fragments import MOMENTS
     from maestro_scale.training.guard import Guard
     from maestro_scale.training.optimizer import build_optimizer
-    from maestro_scale.training.retention import Retention
-    from maestro_scale.training.state import TrainState
 
     torch.manual_seed(0)
     accumulate = task.get("accumulate", 1)

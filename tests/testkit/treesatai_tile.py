@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import rasterio
 
-from maestro_scale.datasets.treesatai_ts_splits import GENERA
+from maestro_scale.datasets.treesatai_ts.splits import GENERA
 
 TILE = "Fagus_spec._3_7_WEFL_NLF"
 S2_PRODUCTS = [

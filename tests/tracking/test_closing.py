@@ -5,7 +5,7 @@ import json
 from testkit.runs import REPO
 
 from maestro_scale.recipe import load_recipe
-from maestro_scale.tracking.closing import closing_report
+from maestro_scale.tracking.run_report import closing_report
 
 
 def line(step, dataset, loss, wait_s=0.5):

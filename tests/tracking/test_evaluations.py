@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from maestro_scale.cli import app
 from maestro_scale.evaluation.results import EvalResult
 from maestro_scale.tracking.evaluations import record_evaluation
-from maestro_scale.tracking.unsent import UNSENT_FILE
+from maestro_scale.tracking.outbox import UNSENT_FILE
 
 AWAY = "http://127.0.0.1:9"
 

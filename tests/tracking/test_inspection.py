@@ -11,11 +11,11 @@ from shards.kit import Toy, tile, toy_keys
 from typer.testing import CliRunner
 
 from maestro_scale.cli import app
-from maestro_scale.shards.codec import Sample, encode
 from maestro_scale.shards.errors import BadShard
-from maestro_scale.shards.manifest import Manifest
-from maestro_scale.shards.peek import first_sample
-from maestro_scale.shards.writer import write_shards
+from maestro_scale.shards.format.codec import Sample, encode
+from maestro_scale.shards.format.manifest import Manifest
+from maestro_scale.shards.read.preview import first_sample
+from maestro_scale.shards.write.writer import write_shards
 from maestro_scale.tracking.inspection import histogram
 from maestro_scale.tracking.tile_picture import panels
 

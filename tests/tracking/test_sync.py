@@ -9,11 +9,11 @@ import pytest
 from testkit.tracked import finished_run
 
 from maestro_scale.recipe import load_recipe
-from maestro_scale.tracking.card import run_card
 from maestro_scale.tracking.mlflow_run import tracking_uri
+from maestro_scale.tracking.outbox import Unsent, note, unsent
 from maestro_scale.tracking.run_file import store_lock
+from maestro_scale.tracking.run_params import run_card
 from maestro_scale.tracking.sync import SyncError, sync
-from maestro_scale.tracking.unsent import Unsent, note, unsent
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from testkit.runs import Trainer, metrics, write_recipe
 
-from maestro_scale.training import committed
-from maestro_scale.training.checkpoint import newest
+from maestro_scale.training.checkpoint import committed
+from maestro_scale.training.checkpoint.checkpoints import newest
 
 LIMITED = Path(__file__).parents[1] / "testkit" / "limited.py"
 SHORT = ("--set", "train.micro_batch=8")

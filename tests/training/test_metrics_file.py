@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from maestro_scale.training.metrics_file import MetricsFile
+from maestro_scale.training.metrics.metrics_file import MetricsFile
 
 
 def line(step, loss=1.0, **more):

@@ -6,9 +6,9 @@ import threading
 
 import pytest
 
-from maestro_scale.training import committed
-from maestro_scale.training.mirror import ForeignMirror, Mirror, MirrorError
-from maestro_scale.training.retention import Retention
+from maestro_scale.training.checkpoint import committed
+from maestro_scale.training.checkpoint.mirror import ForeignMirror, Mirror, MirrorError
+from maestro_scale.training.checkpoint.retention import Retention
 
 SEED_3 = {"seed": 3, "model": {"width": 32}}
 SEED_5 = {"seed": 5, "model": {"width": 32}}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from maestro_scale.training import committed
-from maestro_scale.training.checkpoint import CheckpointError, newest
+from maestro_scale.training.checkpoint import committed
+from maestro_scale.training.checkpoint.checkpoints import CheckpointError, newest
 from maestro_scale.training.distributed import place as distributed_place
 from maestro_scale.training.optimizer import build_optimizer, cosine, one_cycle
 from maestro_scale.training.run_dir import JsonLines, RunDirError, lock

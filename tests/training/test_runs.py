@@ -18,8 +18,8 @@ from maestro_scale.interop.export import export_model
 from maestro_scale.interop.pretrained import load_model
 from maestro_scale.model.cost import num_parameters
 from maestro_scale.recipe import load_recipe
-from maestro_scale.training import committed
-from maestro_scale.training.checkpoint import newest
+from maestro_scale.training.checkpoint import committed
+from maestro_scale.training.checkpoint.checkpoints import newest
 from maestro_scale.training.footprint import footprint
 from maestro_scale.training.pretrain import build_model_config
 

@@ -20,10 +20,10 @@ from shards.s3 import Fault, Proxy
 from testkit.runs import Trainer, audit, curve, metrics, write_recipe
 
 from maestro_scale import datasets
-from maestro_scale.shards.manifest import Manifest
-from maestro_scale.shards.store import Store
-from maestro_scale.shards.verify import verify
-from maestro_scale.shards.writer import write_shards
+from maestro_scale.shards.format.manifest import Manifest
+from maestro_scale.shards.read.store import Store
+from maestro_scale.shards.read.verify import verify
+from maestro_scale.shards.write.writer import write_shards
 from maestro_scale.stream.loader import TrainLoader
 from maestro_scale.stream.source import Source
 from maestro_scale.stream.workers import start_server
@@ -216,7 +216,7 @@ def test_damaged_datasets_are_named(own, trainer, tmp_path):
 WRITE = """
 import sys
 from shards.kit import Wide
-from maestro_scale.shards.writer import write_shards
+from maestro_scale.shards.write.writer import write_shards
 if __name__ == "__main__":
     write_shards(Wide(9), sys.argv[1], "train", shard_mb=40)
 """

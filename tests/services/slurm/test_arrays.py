@@ -12,7 +12,7 @@ import pytest
 from services.slurm.cluster import REPO, Cluster, Submitted
 from testkit.runs import Trainer
 
-from maestro_scale.shards.manifest import Manifest
+from maestro_scale.shards.format.manifest import Manifest
 
 pytestmark = [pytest.mark.root, pytest.mark.slow]
 SLURM = REPO / "slurm"

@@ -11,7 +11,7 @@ from services.s3.server import BUCKET
 from services.slurm.cluster import GATEWAY, REPO, Submitted, command
 from testkit.runs import Trainer, curve, metrics, write_recipe
 
-from maestro_scale.shards.writer import write_shards
+from maestro_scale.shards.write.writer import write_shards
 
 pytestmark = [pytest.mark.root, pytest.mark.slow]
 SCRIPT = REPO / "slurm" / "pretrain_multinode.sh"

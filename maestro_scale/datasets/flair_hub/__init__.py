@@ -1,0 +1,1 @@
+"""FLAIR-HUB and its variant FLAIR#2: reader, dates, metadata and synthetic tiles."""

@@ -1,0 +1,351 @@
+"""FLAIR-HUB: land cover and crops, France, 241,100 tiles of 102.4 m (hub: IGNF/FLAIR-HUB).
+
+Layout: a folder per domain and product, in it one per zone:
+``D012-2019_AERIAL_RGBI/AF-S1-27/D012-2019_AERIAL_RGBI_AF-S1-27_5-10.tif`` is the patch D012-2019_AF-S1-27_5-10.
+Dates and splits are in the GeoPackages of ``GLOBAL_ALL_MTD``; ``{split}.csv`` with a column ``patch_id`` goes
+before those. No folder is listed but the top: there are 2.5 million files.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from maestro_scale.datasets import raw
+from maestro_scale.datasets.flair_hub import classes
+from maestro_scale.datasets.flair_hub.dates import Dates
+from maestro_scale.datasets.flair_hub.metadata import FOLDER, Listing, list_split
+from maestro_scale.datasets.spec import (
+    DatasetError,
+    DatasetSpec,
+    Modality,
+    Place,
+    Scale,
+    Sensor,
+    Target,
+    Tile,
+)
+
+S2_BANDS = ("B2", "B3", "B4", "B5", "B6", "B7", "B8", "B8A", "B11", "B12")
+_BYTES = Scale("linear", 255)
+_S1 = {
+    "image_size": 10,
+    "patch": 2,
+    "num_dates": 4,
+    "bands": (0, 1),
+    "band_groups": (1, 1),
+    "scale": Scale("log", 5),
+    "group": "s1",
+}
+_NIR_R_G_B = (3, 0, 1, 2)
+
+FULL_SPEC = DatasetSpec(
+    name="flair_hub",
+    title="FLAIR-HUB",
+    tile_m=102.4,
+    crop_m=102.4,
+    pos_grid=160,
+    modalities=(
+        Modality("aerial", ("R", "G", "B", "NIR"), 0.2, 512, "uint8"),
+        Modality("dem", ("DSM", "DTM"), 0.2, 512, "float32"),
+        Modality("s2", S2_BANDS, 10.24, 10, "uint16", series=True, mask_bands=("snow", "cloud")),
+        Modality("s1_asc", ("VV", "VH"), 10.24, 10, "float32", series=True),
+        Modality("s1_des", ("VV", "VH"), 10.24, 10, "float32", series=True),
+        Modality("spot", ("R", "G", "B", "NIR"), 1.6, 64, "uint16"),
+        Modality("aerial_rlt", ("PAN",), 0.4, 256, "uint8"),
+    ),
+    targets=(
+        Target("cosia", "segmentation", classes.COSIA, ignored=classes.COSIA_IGNORED, resolution_m=0.2),
+        Target("lpis_1", "segmentation", classes.LPIS_1, resolution_m=0.2),
+        Target("lpis_2", "segmentation", classes.LPIS_2, resolution_m=0.2),
+        Target("lpis_3", "segmentation", classes.LPIS_3, resolution_m=0.2),
+    ),
+    sensors=(
+        Sensor("aerial", "aerial", 512, 16, 1, _NIR_R_G_B, (1, 3), _BYTES, "aerial", "aerial"),
+        Sensor("dem", "dem", 512, 32, 1, (0, 1), (2,), Scale("linear", 1000), "dem", "dem", elevation=True),
+        Sensor("s2", "s2", 10, 2, 16, tuple(range(10)), (4, 4, 2), Scale("linear", 5000), "s2", "s2"),
+        Sensor(name="s1_asc", source="s1_asc", embed="s1_asc", **_S1),
+        Sensor(name="s1_des", source="s1_des", embed="s1_des", **_S1),
+        Sensor("spot", "spot", 128, 16, 1, (0, 1, 2), (3,), Scale("linear", 1000), "spot", "spot"),
+        Sensor("aerial_rlt", "aerial_rlt", 256, 16, 1, (0,), (1,), _BYTES, "aerial_rlt", "aerial_rlt"),
+    ),
+    ref_sensor="aerial",
+)
+
+
+def select(full: DatasetSpec, names: Sequence[str]) -> DatasetSpec:
+    """``full`` with the modalities and targets of these names; its first target if no target is named."""
+    targets = tuple(t for t in full.targets if t.name in names) or full.targets[:1]
+    others = [name for name in names if name not in {t.name for t in full.targets}]
+    return replace(full.select(others), targets=targets)
+
+
+SPEC = select(FULL_SPEC, ("aerial", "dem", "s2", "s1_asc", "s1_des"))
+
+
+@dataclass(frozen=True)
+class Product:
+    """Files of one kind. ``dates``: the sensor that its metadata is called by. ``own_year``: not the domain's."""
+
+    name: str
+    dates: str
+    own_year: bool = False
+
+
+PRODUCTS = {
+    "aerial": Product("AERIAL_RGBI", "AERIAL"),
+    "dem": Product("DEM_ELEV", "AERIAL"),  # has no dates of its own
+    "s2": Product("SENTINEL2_TS", "SENTINEL2"),
+    "s1_asc": Product("SENTINEL1-ASC_TS", "SENTINEL1-ASC"),
+    "s1_des": Product("SENTINEL1-DESC_TS", "SENTINEL1-DESC"),
+    "spot": Product("SPOT_RGBI", "SPOT"),
+    "aerial_rlt": Product("AERIAL-RLT_PAN", "AERIAL-RLT", own_year=True),
+}
+S2_MASK = Product("SENTINEL2_MSK-SC", "SENTINEL2")
+COSIA = Product("AERIAL_LABEL-COSIA", "AERIAL")
+LPIS = Product("ALL_LABEL-LPIS", "AERIAL")
+LABELS = {"cosia": (COSIA, 0), "lpis_1": (LPIS, 0), "lpis_2": (LPIS, 1), "lpis_3": (LPIS, 2)}
+_NUM_BANDS = {COSIA: 1, LPIS: 3}
+_LOWEST_M = -500.0  # below any ground: what rasters write for nothing
+_ORIGINAL_FLAIR = re.compile(r"(?i)flair_(aerial|sen|labels)_.*|flair[-#_]?[12]([-_].*)?|D\d{3}_\d{4}")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A benchmark on these files. ``lists``: names of a split's CSV; ``column``: its splits in the metadata."""
+
+    full: DatasetSpec
+    preset: DatasetSpec
+    lists: tuple[str, ...]
+    column: str
+    assumed: str = ""
+
+
+FLAIR_HUB = Variant(FULL_SPEC, SPEC, ("{}.csv",), "split_1")
+
+
+class Folders:
+    """Where the products of each domain lie, from the names in ``src``."""
+
+    def __init__(self, src: Path, names: frozenset[str]) -> None:
+        self._src, self._names = src, names
+        self._own_year: dict[tuple[str, str], str] = {}
+        for name in sorted(names):
+            domain, _, product = name.partition("_")
+            self._own_year[domain.partition("-")[0], product] = name
+
+    def find(self, domain: str, product: Product) -> str | None:
+        """Folder name; None if there is none."""
+        if product.own_year:
+            return self._own_year.get((domain.partition("-")[0], product.name))
+        name = f"{domain}_{product.name}"
+        return name if name in self._names else None
+
+    def path(self, key: str, product: Product) -> Path:
+        """The file of patch ``key``."""
+        try:
+            domain, zone, position = key.split("_")
+        except ValueError:
+            raise DatasetError(
+                f"{key!r} is no patch id such as D012-2019_AF-S1-27_5-10; mend the list", "not a patch id"
+            ) from None
+        folder = self.find(domain, product) or f"{domain}_{product.name}"
+        return self._src / folder / zone / f"{folder}_{zone}_{position}.tif"
+
+
+class Reader:
+    """Random access to the tiles of one split (a :class:`~maestro_scale.datasets.spec.RawDataset`)."""
+
+    def __init__(
+        self,
+        listing: Listing,
+        folders: Folders,
+        dates: dict[str, Dates],
+        absent: raw.Absent,
+        spec: DatasetSpec,
+    ) -> None:
+        self.spec = spec
+        self._listing, self._folders, self._dates, self._absent = listing, folders, dates, absent
+
+    def keys(self) -> list[str]:
+        """Sorted patch ids: domain, zone and position."""
+        return list(self._listing.keys)
+
+    def read(self, key: str) -> Tile:
+        """One tile, each series in the order of time; DatasetError that names file and cause."""
+        self._absent.check(key)
+        notes = list(self._listing.notes)
+        taken = self._taken(key, notes)
+        arrays, dates, masks = {}, {}, {}
+        for modality in self.spec.modalities:
+            name = modality.name
+            if modality.series:
+                arrays[name], dates[name], mask = self._series(modality, key, notes)
+                masks |= {} if mask is None else {name: mask}
+            else:
+                arrays[name] = self._image(modality, key, notes)[None]
+                dates[name] = self._dates[PRODUCTS[name].dates].of(key, notes)[:1]
+        for sensor in self.spec.sensors:
+            if len(dates[sensor.source]) < sensor.num_dates:
+                notes.append(f"{sensor.source} has fewer than {sensor.num_dates} dates: some are seen twice")
+        labels, place = self._labels(key)
+        return Tile(key, arrays, dates, masks, labels, taken[0], tuple(notes), place)
+
+    def _taken(self, key: str, notes: list[str]) -> np.ndarray:
+        """(1, 3): when the aerial image was."""
+        try:
+            return self._dates["AERIAL"].of(key, notes)
+        except DatasetError as error:
+            # An id of nothing has no dates either; that nothing is there says more.
+            path = self._folders.path(key, PRODUCTS[self.spec.modalities[0].name])
+            if error.kind == "no dates" and not path.exists():
+                raise raw.unreadable(path, error) from error
+            raise
+
+    def _image(self, modality: Modality, key: str, notes: list[str]) -> np.ndarray:
+        """(C, size, size)."""
+        path = self._folders.path(key, PRODUCTS[modality.name])
+        shape = (len(modality.bands), modality.size, modality.size)
+        image = raw.read_tif(path, shape, modality.dtype)
+        return _elevation(image, path, notes) if modality.name == "dem" else image
+
+    def _series(
+        self, modality: Modality, key: str, notes: list[str]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """(T, C, size, size), (T, 3) and, for Sentinel-2, (T, 2, size, size), sorted by date."""
+        product = PRODUCTS[modality.name]
+        dates = self._dates[product.dates].of(key, notes)
+        path = self._folders.path(key, product)
+        stack = self._stack(path, len(modality.bands), modality.size, len(dates))
+        order = np.lexsort(dates.T[::-1])  # bins of dates are stretches of time only in the order of time
+        if not modality.mask_bands:
+            return _radar(stack, modality.name, notes)[order], dates[order], None
+        values, invalid, changed = raw.to_integers(stack, modality.dtype)
+        if changed:
+            notes.append(
+                f"s2 has values that are no whole numbers within {modality.dtype}: rounded and clipped"
+            )
+        path = self._folders.path(key, S2_MASK)
+        mask = _percent(self._stack(path, len(modality.mask_bands), modality.size, len(dates)))
+        if invalid is not None:
+            notes.append("s2 has NaN: stored as 0 and marked as cloud")
+            mask[:, 1][invalid.any(axis=1)] = 100
+        return values[order], dates[order], mask[order]
+
+    def _stack(self, path: Path, num_bands: int, size: int, num_dates: int) -> np.ndarray:
+        stack = raw.read_stack(path, num_bands, size)
+        if len(stack) != num_dates:
+            raise DatasetError(
+                f"{path}: has {len(stack)} dates, the metadata lists {num_dates}; fetch both again",
+                kind="dates do not fit",
+            )
+        return stack
+
+    def _labels(self, key: str) -> tuple[dict[str, np.ndarray], Place | None]:
+        """(512, 512) uint8 by target, and where they lie."""
+        images: dict[Product, np.ndarray] = {}
+        labels, place = {}, None
+        for target in self.spec.targets:
+            product, band = LABELS[target.name]
+            path = self._folders.path(key, product)
+            size = FULL_SPEC.modality("aerial").size
+            if product not in images:
+                images[product], place = raw.read_placed_tif(path, (_NUM_BANDS[product], size, size), "uint8")
+            label = labels[target.name] = images[product][band]
+            if (highest := int(label.max())) >= len(target.classes):
+                raise DatasetError(
+                    f"{path}: band {band + 1} holds {highest}, {target.name} has values 0 to "
+                    f"{len(target.classes) - 1}; fetch the file again",
+                    kind="a label outside the list",
+                )
+        return labels, place
+
+
+def open_raw(
+    src: Path, split: str, modalities: Sequence[str] | None = None, variant: Variant = FLAIR_HUB
+) -> Reader:
+    """The tiles of ``split`` in folder ``src``.
+
+    ``split``: of ``{split}.csv``, or from the metadata: "train", "val" and "test" of split_1, "split_2_train",
+    "split_flairchallenge_test", … ``modalities``: those to read, and targets ("lpis_1", … instead of "cosia");
+    None for the preset's. Raises DatasetError if the split, the metadata or every folder of a product is
+    missing, or if ``src`` is the original release of FLAIR#1 or FLAIR#2.
+    """
+    src = Path(src)
+    spec = variant.preset if modalities is None else select(variant.full, modalities)
+    names = raw.list_folder(src)
+    _refuse_original(src, names)
+    lists = [name.format(split) for name in variant.lists]
+    listing = list_split(src, split, lists, variant.column, variant.assumed)
+    products = [PRODUCTS[m.name] for m in spec.modalities]
+    products += [S2_MASK] if any(m.mask_bands for m in spec.modalities) else []
+    products += [LABELS[t.name][0] for t in spec.targets]
+    folders = Folders(src, names)
+    absent = _absent(src, listing, folders, list(dict.fromkeys(products)))
+    sensors = dict.fromkeys(["AERIAL", *(PRODUCTS[m.name].dates for m in spec.modalities)])
+    dates = {sensor: Dates.load(src, sensor, listing.keys) for sensor in sensors}
+    return Reader(listing, folders, dates, absent, spec)
+
+
+def _refuse_original(src: Path, names: frozenset[str]) -> None:
+    original = sorted(name for name in names if _ORIGINAL_FLAIR.fullmatch(name))
+    if original and FOLDER not in names:
+        raise DatasetError(
+            f"{src}: is an original release of FLAIR#1 or FLAIR#2 (it holds {original[0]}), whose folders and order "
+            "of labels differ; fetch IGNF/FLAIR-HUB, of which FLAIR#2 is a subset"
+        )
+
+
+def _absent(src: Path, listing: Listing, folders: Folders, products: Sequence[Product]) -> raw.Absent:
+    """The tiles of domains that lack a folder; DatasetError if a product has none at all."""
+    domains = Counter(key.partition("_")[0] for key in listing.keys)
+    lacking: dict[str, str] = {}
+    for product in products:
+        without = [domain for domain in domains if folders.find(domain, product) is None]
+        if len(without) == len(domains):
+            raise DatasetError(
+                f"{src}: has no folder of {product.name} for any domain of {listing.path.name}, first "
+                f"{without[0]}_{product.name}; check the path, or choose other modalities"
+            )
+        for domain in without:
+            lacking.setdefault(domain, f"{domain}_{product.name}")
+    files = {key: lacking[d] for key in listing.keys if (d := key.partition("_")[0]) in lacking}
+    return raw.Absent(src, listing.path, files, len(listing.keys), kind="a modality folder is missing")
+
+
+def _radar(stack: np.ndarray, name: str, notes: list[str]) -> np.ndarray:
+    """Linear power as float32, NaN where there is no measurement."""
+    values = stack.astype(np.float32, copy=False)
+    if not np.isfinite(values).all():
+        notes.append(f"{name} has NaN: filled in from other dates when read")
+        values[~np.isfinite(values)] = np.nan
+    empty = values == 0
+    if empty.any():
+        # No ground scatters nothing at all: it is how rasters write what was not seen.
+        notes.append(f"{name} has zeros, which in linear power are no measurement: stored as NaN")
+        values[empty] = np.nan
+    return values
+
+
+def _percent(mask: np.ndarray) -> np.ndarray:
+    if mask.dtype == np.uint8:
+        return mask
+    # Upwards, so that a pixel marked by less than one percent stays marked; so does one of unknown weather.
+    return np.clip(np.ceil(np.nan_to_num(mask, nan=100.0)), 0, 100).astype(np.uint8)
+
+
+def _elevation(image: np.ndarray, path: Path, notes: list[str]) -> np.ndarray:
+    void = ~(image > _LOWEST_M)
+    if not void.any():
+        return image
+    if void.all(axis=(1, 2)).any():
+        raise DatasetError(f"{path}: a band has no elevation at all; leave the tile out", "no elevation")
+    notes.append("dem has pixels without elevation: filled in with the band's mean")
+    for band, missing in zip(image, void, strict=True):
+        band[missing] = band[~missing].mean()
+    return image

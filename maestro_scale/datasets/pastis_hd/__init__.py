@@ -1,0 +1,1 @@
+"""PASTIS-HD: reader, splits and synthetic tiles."""

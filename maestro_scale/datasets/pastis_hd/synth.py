@@ -1,0 +1,148 @@
+"""Writes synthetic scenes in the raw layout of PASTIS-HD, file by file as the hub ships it."""
+
+from __future__ import annotations
+
+import json
+import struct
+from datetime import date, timedelta
+from pathlib import Path
+
+import numpy as np
+
+from maestro_scale.datasets.pastis_hd.reader import DATES, IMAGES, LABELS, S2_BANDS, SPEC, VOID
+from maestro_scale.datasets.pastis_hd.splits import METADATA, NUM_FOLDS
+from maestro_scale.datasets.spec import DatasetError
+from maestro_scale.datasets.synthetic.output import Destination
+from maestro_scale.datasets.synthetic.scene import Scene
+
+FIRST_ID = 10_000
+S2_TILES = ("t30uxv", "t31tfj", "t31tfm", "t32ulu")
+_CRS = "EPSG:2154"
+_SEASON = date(2018, 9, 17)  # the first day that is seen
+_S2_DAYS = (5, 81)  # a day between overpasses, and how many there are
+_S1_DAYS = (6, 67)
+_CLOUDY = 0.35  # of the Sentinel-2 dates are not in the release
+_SPOT_DAY = 182
+_RES_M = 10.0
+_NUM_PARCELS = 18
+_FOLDS = (1, 5, 4, 2, 3)  # by index: every split is taken within the first three tiles
+
+
+def write(dst: Path, tiles: int, seed: int) -> None:
+    """Write ``tiles`` tiles; DatasetError if ``dst`` holds anything but (a part of) the same dataset."""
+    if tiles < 1 or seed < 0:
+        raise DatasetError(f"cannot write {tiles} tiles with seed {seed}: tiles starts at 1, seed at 0")
+    target = Destination(dst, {"dataset": "pastis_hd", "tiles": tiles, "seed": seed, "generator": 1})
+    rows = []
+    for index in range(tiles):
+        scene = Scene(seed, index, SPEC.tile_m, VOID, _NUM_PARCELS)
+        name = str(FIRST_ID + index)
+        taken = {modality: _taken(scene, modality) for modality in DATES}
+        target.write(IMAGES["spot"].format(name), lambda path, s=scene: _write_spot(path, s))
+        for modality, make in (("s2", _sentinel2), ("s1_asc", _sentinel1), ("s1_des", _sentinel1)):
+            days = np.array([day.timetuple().tm_yday for day in taken[modality]])
+            target.write(
+                IMAGES[modality].format(name),
+                lambda path, s=scene, d=days, f=make, m=modality: _save(path, f(s, d, m)),
+            )
+        target.write(LABELS.format(name), lambda path, s=scene: _save(path, _labels(s)))
+        rows.append((name, index, taken))
+    target.write(METADATA, lambda path: _write_metadata(path, rows))
+
+
+def _taken(scene: Scene, modality: str) -> list[date]:
+    """The days a sensor saw the tile, over a season of thirteen months."""
+    rng = scene.rng(f"d-{modality}")
+    step, count = _S2_DAYS if modality == "s2" else _S1_DAYS
+    days = int(rng.integers(step)) + step * np.arange(count)
+    if modality == "s2":
+        days = days[rng.random(count) >= _CLOUDY]
+    return [_SEASON + timedelta(days=int(day)) for day in days]
+
+
+def _sentinel2(scene: Scene, days: np.ndarray, modality: str) -> np.ndarray:
+    """(T, 10, 128, 128) int16, reflectance times 10,000."""
+    snow, cloud = scene.weather(days, _RES_M)
+    values = scene.optical(days, S2_BANDS, _RES_M, snow, cloud * 0.7)  # the cloudiest dates are left out
+    return np.clip(np.rint(values * 10_000), 0, 32_767).astype(np.int16)
+
+
+def _sentinel1(scene: Scene, days: np.ndarray, modality: str) -> np.ndarray:
+    """(T, 3, 128, 128) float16 decibels: VV, VH and their difference."""
+    decibels = 10 * np.log10(np.maximum(scene.radar(days, modality[3:], _RES_M), 1e-6))
+    return np.concatenate([decibels, decibels[:, :1] - decibels[:, 1:]], axis=1).astype(np.float16)
+
+
+def _labels(scene: Scene) -> np.ndarray:
+    """(3, 128, 128) uint8: classes, void along one edge; the two channels of other tasks are left empty."""
+    rng = scene.rng("labels")
+    semantic = scene.fractions(_RES_M).argmax(axis=0).astype(np.uint8)
+    semantic[:, : int(rng.integers(0, 9))] = VOID
+    empty = np.zeros_like(semantic)
+    return np.stack([semantic, empty, empty])
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    with open(path, "wb") as file:
+        np.save(file, array)
+
+
+def _corner(index: int) -> tuple[float, float]:
+    """West and north of a tile, in Lambert-93."""
+    return 400_000.0 + 2_000.0 * (index % 200), 6_900_000.0 - 2_000.0 * (index // 200)
+
+
+def _write_spot(path: Path, scene: Scene) -> None:
+    import rasterio
+
+    spot = SPEC.modality("spot")
+    image = np.rint(scene.photo(_SPOT_DAY, spot.bands, spot.resolution_m) * 255).astype(np.uint8)
+    west, north = _corner(scene.index)
+    profile = {
+        "driver": "GTiff",
+        "dtype": "uint8",
+        "count": len(image),
+        "height": spot.size,
+        "width": spot.size,
+        "crs": _CRS,
+        "transform": rasterio.Affine(1, 0, west, 0, -1, north),
+        "interleave": "pixel",
+    }
+    with (
+        rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR"),
+        rasterio.open(path, "w", **profile) as raster,
+    ):
+        raster.write(image)
+
+
+def _write_metadata(path: Path, rows: list[tuple[str, int, dict[str, list[date]]]]) -> None:
+    import pyogrio
+
+    columns: dict[str, list] = {"id": [], "ID_PATCH": [], "TILE": [], "Fold": []}
+    columns |= {column: [] for column in DATES.values()}
+    for name, index, taken in rows:
+        columns["id"].append(name)
+        columns["ID_PATCH"].append(int(name))
+        columns["TILE"].append(S2_TILES[index // NUM_FOLDS % len(S2_TILES)])
+        columns["Fold"].append(_FOLDS[index % NUM_FOLDS])
+        for modality, column in DATES.items():
+            days = {str(i): int(f"{day:%Y%m%d}") for i, day in enumerate(taken[modality])}
+            columns[column].append(json.dumps(days))
+    pyogrio.raw.write(
+        path,
+        geometry=np.array([_outline(index) for _, index, _ in rows], object),
+        field_data=[np.array(v, None if isinstance(v[0], int) else object) for v in columns.values()],
+        fields=list(columns),
+        layer="metadata",
+        driver="GeoJSON",
+        geometry_type="Polygon",
+        crs=_CRS,
+    )
+
+
+def _outline(index: int) -> bytes:
+    """The tile's square as well-known binary."""
+    west, north = _corner(index)
+    east, south = west + SPEC.tile_m, north - SPEC.tile_m
+    ring = (west, north, east, north, east, south, west, south, west, north)
+    return struct.pack("<BIII10d", 1, 3, 1, 5, *ring)

@@ -1,0 +1,1 @@
+"""Synthetic scenes and where synthetic datasets are written."""

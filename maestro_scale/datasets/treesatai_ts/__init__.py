@@ -1,0 +1,1 @@
+"""TreeSatAI-TS: reader, splits and synthetic tiles."""

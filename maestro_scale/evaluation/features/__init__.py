@@ -1,0 +1,1 @@
+"""Frozen features: the encoders that make them and the folders that store them."""

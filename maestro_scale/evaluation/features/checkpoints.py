@@ -1,0 +1,27 @@
+"""The encoder behind whatever a user points at: a run, one of its checkpoints, or an exported model."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from maestro_scale.interop.export import CONFIG, ExportError, export_model, trained_step
+from maestro_scale.interop.pretrained import load_model
+from maestro_scale.model.maestro import Maestro
+from maestro_scale.training.checkpoint import committed
+from maestro_scale.training.checkpoint.checkpoints import newest
+
+
+def open_model(path: Path) -> tuple[Maestro, int | None]:
+    """(model, optimizer steps it was trained for). ExportError or CheckpointError where there is none."""
+    if (path / CONFIG).exists():
+        return load_model(path), trained_step(path)
+    if (path / "checkpoints").is_dir():
+        path = newest(path)
+    elif not (path / committed.MARKER).exists():
+        raise ExportError(f"{path} is neither a run directory, nor a checkpoint, nor an exported model")
+    elif problem := committed.problem(path, hashes=True):
+        raise ExportError(f"{path}: {problem}; use another checkpoint")
+    with tempfile.TemporaryDirectory() as folder:
+        exported = export_model(path, Path(folder))
+        return load_model(exported), trained_step(exported)

@@ -1,0 +1,1 @@
+"""Finetuning of an encoder with a head, and training of the same network from scratch."""

@@ -1,0 +1,116 @@
+"""The network that a benchmark finetunes: an encoder and a head, for MAESTRO and for encoders of ordinary images."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from functools import singledispatch
+
+import torch
+from torch import Tensor, nn
+
+from maestro_scale.evaluation.features.baselines import BaselineConfig, ImageEncoder
+from maestro_scale.evaluation.results import ResultsError
+from maestro_scale.evaluation.tasks.losses import Objective
+from maestro_scale.model.config import ModelConfig
+from maestro_scale.model.heads import head
+from maestro_scale.model.initialise import initialise
+from maestro_scale.model.maestro import Maestro
+from maestro_scale.stream.batch import Batch
+
+LEARNERS = (Maestro, ImageEncoder)  # what `predictor` takes
+
+
+class Predictor(nn.Module):
+    """A network that learns one target, ``objective``'s: whoever inherits adds ``config`` and ``logits``."""
+
+    config: ModelConfig | BaselineConfig
+    objective: Objective
+
+    def logits(self, batch: Batch) -> Tensor:
+        """(B, C) per crop, or (B, C, H, W) per pixel of the reference sensor's image."""
+        raise NotImplementedError
+
+    def forward(self, batch: Batch, labels: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """This batch's share of the global loss, and its error sum (1,), in fp32.
+
+        ``counts`` (1,): terms of the loss in the whole global batch; shares of all its parts add up to the loss.
+        """
+        error = self.objective.error_sum(self.logits(batch), labels)
+        return self.loss(batch.dataset, error[None], counts), error.detach()[None]
+
+    def loss(self, dataset: str, sums: Tensor, counts: Tensor) -> Tensor:
+        """The mean over all terms; 0 where there are none."""
+        return (sums / counts.clamp_min(1))[0].float()
+
+
+class MaestroPredictor(Predictor, Maestro):
+    """MAESTRO without its decoder. ``config`` names one head."""
+
+    def __init__(self, config: ModelConfig, objective: Objective) -> None:
+        super().__init__(config)
+        self.objective = objective
+        for unused in (self.to_decoder, self.mask_token, self.decoders, self.to_pixels):
+            unused.clear()
+
+    def logits(self, batch: Batch) -> Tensor:
+        """As a Predictor's."""
+        return self.predict(batch)[self.objective.task.target.name]
+
+
+class ImagePredictor(Predictor):
+    """An encoder of images, its dates and sensors pooled by the same head as MAESTRO's."""
+
+    def __init__(self, encoder: ImageEncoder, objective: Objective) -> None:
+        super().__init__()
+        self.config, self.objective, self.encoder = encoder.config, objective, encoder
+        view, target = encoder.config.view, objective.task.target
+        ref = next((s for s in view.sensors if s.name == view.ref_sensor), None)
+        if target.kind == "segmentation" and ref is None:
+            raise ResultsError(
+                f"{view.dataset}: {target.name} is predicted on the tokens of {view.ref_sensor!r}; keep it"
+            )
+        # Pixels of the reference image, as the objective has them.
+        self.head = head(target, encoder.width, "attentive", ref, ref.patch if ref else 0)
+
+    def logits(self, batch: Batch) -> Tensor:
+        """As a Predictor's."""
+        return self.head(self.encoder.encode(batch))
+
+
+@singledispatch
+def predictor(
+    encoder: nn.Module, dataset: str, objective: Objective, seed: int, pretrained: bool
+) -> Predictor:
+    """The network as it is before the first step: a fresh head on ``encoder``, or, unless ``pretrained``, on the same
+    encoder drawn anew from ``seed``. ResultsError where the encoder does not fit the objective."""
+    raise TypeError(
+        f"{type(encoder).__name__} does not learn: use one of {', '.join(c.__name__ for c in LEARNERS)}"
+    )
+
+
+@predictor.register
+@torch.no_grad()
+def _(encoder: Maestro, dataset: str, objective: Objective, seed: int, pretrained: bool) -> MaestroPredictor:
+    # Without crop_m the head predicts the pixels of the reference image, as the objective has them.
+    try:
+        config = dataclasses.replace(encoder.config.of(dataset), heads=(objective.task.target,), crop_m=None)
+    except ValueError as error:
+        raise ResultsError(f"{dataset}: {error}") from None
+    made = MaestroPredictor(config, objective)
+    made.initialise(seed)
+    if pretrained:
+        state = encoder.state_dict()
+        for name, tensor in made.state_dict().items():
+            if name in state:
+                tensor.copy_(state[name])
+    return made
+
+
+@predictor.register
+def _(
+    encoder: ImageEncoder, dataset: str, objective: Objective, seed: int, pretrained: bool
+) -> ImagePredictor:
+    made = ImagePredictor(copy.deepcopy(encoder) if pretrained else encoder.drawn_anew(seed), objective)
+    initialise(made.head, seed)
+    return made

@@ -1,0 +1,222 @@
+"""Scores of a frozen encoder on a dataset in shards: nearest neighbours, a linear and an attentive probe, fitted on
+train, chosen on val, scored once on test."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from maestro_scale.evaluation.bootstrap import bootstrap_interval
+from maestro_scale.evaluation.features.baselines import Baseline
+from maestro_scale.evaluation.features.cache import Encoded, encoded, joined, weights_digest
+from maestro_scale.evaluation.frozen.attentive import all_tokens, attentive_probe
+from maestro_scale.evaluation.metrics import best
+from maestro_scale.evaluation.progress import Watching, unwatched
+from maestro_scale.evaluation.results import EvalResult
+from maestro_scale.evaluation.tasks.losses import objective_for
+from maestro_scale.evaluation.tasks.subset import TRAIN, subset, train_split
+from maestro_scale.evaluation.tasks.task import Answer, Task, task_for
+from maestro_scale.evaluation.tasks.tile_maps import TileMaps
+from maestro_scale.model.maestro import Maestro
+from maestro_scale.shards.format.manifest import Manifest
+from maestro_scale.shards.read.store import Store
+from maestro_scale.stream.batch import Batch
+from maestro_scale.stream.eval_loader import EvalLoader
+from maestro_scale.stream.source import Source
+from maestro_scale.training.distributed import World
+
+BATCH_SIZE = 32
+ATTENTIVE = "attentive"
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where an encoder comes from; goes into every result. ``step``: 0 for an untrained one.
+
+    ``encoder``: its name; ``trained_on``: datasets it was pretrained on.
+    """
+
+    step: int | None = None
+    seed: int = 0
+    recipe: Mapping[str, Any] | None = None
+    encoder: str = ""
+    trained_on: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A dataset in shards as a benchmark: where it is, how much of each tile the model sees, what is asked.
+
+    ``crop_m``, ``target``: null for the dataset's own crop, and its first target. ``fraction``: of the training labels.
+    ``splits``: for train, val and test the splits in shards that take the part, where those are not called so;
+    ``fold``: which one of a cross-validation these make up.
+    """
+
+    shards: str
+    cache_dir: Path
+    features_dir: Path
+    cache_bytes: int = 100 * 2**30
+    crop_m: float | None = None
+    target: str | None = None
+    fraction: float = 1.0
+    splits: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    fold: int | None = None
+
+    def stored(self, split: str) -> tuple[str, ...]:
+        """The splits in shards that train, val, test or another split is."""
+        return self.splits.get(split, (split,))
+
+    def train_split(self, manifest: Manifest) -> tuple[str, float]:
+        """As :func:`subset.train_split`; a fraction is drawn where ``splits`` names the splits of train."""
+        split, fraction = train_split(manifest, self.fraction)
+        return (TRAIN, self.fraction) if TRAIN in self.splits else (split, fraction)
+
+    def used(self, manifest: Manifest) -> dict[str, tuple[str, ...]]:
+        """{role: splits in shards} of training, validation and test."""
+        train, _ = self.train_split(manifest)
+        return {TRAIN: self.stored(train), **{role: self.stored(role) for role in ("val", "test")}}
+
+
+def evaluate_frozen(
+    model: Maestro | Baseline,
+    benchmark: Benchmark,
+    modes: Sequence[str] = ("knn", "probe"),
+    provenance: Provenance | None = None,
+    workers: int = 0,
+    world: World | None = None,
+    maps_dir: Callable[[str], Path] | None = None,
+    watching: Watching = unwatched,
+) -> list[EvalResult]:
+    """One result per mode, on rank 0; the other ranks help to encode and get none.
+
+    ``maps_dir``: by mode, where predictions of whole test tiles go; None: nowhere.
+
+    ResultsError where the dataset has no target to score, ManifestError where a split is missing.
+    """
+    provenance = provenance or Provenance()
+    manifest = Manifest.load(benchmark.shards)
+    view = model.view(manifest.spec.name)
+    crop_m = benchmark.crop_m or manifest.spec.crop_m
+    task = task_for(manifest.spec, view, crop_m, benchmark.target)
+    device = world.device if world else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    store = Store(benchmark.shards, benchmark.cache_dir, benchmark.cache_bytes)
+    model = model.eval().to(device)
+    weights = weights_digest(model)
+    started = time.perf_counter()
+    train, fraction = benchmark.train_split(manifest)
+
+    def source(splits: Sequence[str]) -> Source:
+        return Source(manifest.spec, view.sensors, crop_m, manifest.of(splits), store)
+
+    def encode(name: str, kept: Kept) -> Encoded:
+        # By split in shards, not by its part here: folds are made of the same ones.
+        data = manifest.digest_of((name,))
+        key = repr((kept.name, weights, view.dataset, data, crop_m, task.crops, task.target, BATCH_SIZE))
+        rank, size = (world.rank, world.size) if world else (0, 1)
+        return encoded(
+            benchmark.features_dir / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}",
+            EvalLoader(source((name,)), BATCH_SIZE, rank, size, workers=workers, crops=task.crops),
+            lambda batch: kept.of(model, batch),
+            task.labels,
+            kept.dtype,
+            device,
+            world,
+            watching,
+        )
+
+    def splits(kept: Kept) -> list[Encoded]:
+        found = []
+        for role in (train, "val", "test"):
+            stored = benchmark.stored(role)
+            whole = joined([encode(name, kept) for name in dict.fromkeys(stored)])
+            if role == TRAIN and fraction < 1:  # encoded whole, for other fractions to share
+                used = subset(source(stored), task.target, fraction, provenance.seed, world)
+                whole = whole.take(np.flatnonzero(np.isin(whole.tiles, used)))
+            found.append(whole)
+        return found
+
+    maps = {
+        mode: TileMaps(maps_dir(mode), source(benchmark.stored("test")), task) for mode in modes if maps_dir
+    }
+    kept = {mode: _kept(mode, task) for mode in modes}
+    of_kind = {kind.name: splits(kind) for kind in {k.name: k for k in kept.values()}.values()}
+    if world is not None and not world.is_main:
+        return []
+    encode_s = time.perf_counter() - started
+    results = []
+    for mode in modes:
+        started = time.perf_counter()
+        fit = partial(attentive_probe, objective_for(task), view) if mode == ATTENTIVE else task.modes[mode]
+        answer = fit(*of_kind[kept[mode].name], provenance.seed, device)
+        if mode in maps:
+            for number, whole in enumerate(answer.tiles() if answer.tiles else ()):
+                maps[mode].write(number, whole)
+            maps[mode].close()
+        timings = {"encode_s": encode_s, "fit_s": time.perf_counter() - started}
+        results.append(result_of(benchmark, manifest, mode, task, answer, provenance, timings))
+    return results
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What is kept of every batch on disk: ``of`` (model, batch) as ``dtype``, under a ``name``."""
+
+    name: str
+    of: Callable[[Maestro | Baseline, Batch], Tensor]
+    dtype: str
+
+
+def _kept(mode: str, task: Task) -> Kept:
+    if mode == ATTENTIVE:
+        return Kept("tokens", all_tokens, "float16")
+    return Kept("pooled", task.features, task.feature_dtype)
+
+
+def result_of(
+    benchmark: Benchmark,
+    manifest: Manifest,
+    mode: str,
+    task: Task,
+    answer: Answer,
+    provenance: Provenance,
+    timings: dict[str, float],
+) -> EvalResult:
+    """What is reported of a mode's answers on the test split."""
+    total = answer.counts.sum(axis=0, dtype=np.int64)
+    value = float(task.statistic(total))
+    best([value], "test")
+    return EvalResult(
+        benchmark=manifest.spec.name,
+        metric=task.metric,
+        mode=mode,
+        target=task.target.name,
+        value=value,
+        per_class={
+            name: None if np.isnan(score) else float(score)
+            for name, score in zip(task.classes, task.per_class(total), strict=True)
+        },
+        interval=bootstrap_interval(task.statistic, answer.counts),
+        num_tiles=len(answer.counts),
+        confusion=task.confusion(total),
+        scores={name: score for name, score in answer.scores.items() if np.isfinite(score)},
+        seeds=(provenance.seed,),
+        folds=() if benchmark.fold is None else (benchmark.fold,),
+        splits=benchmark.used(manifest),
+        encoder=provenance.encoder,
+        trained_on=provenance.trained_on,
+        checkpoint_step=provenance.step,
+        recipe=provenance.recipe,
+        chosen=answer.chosen,
+        timings=timings,
+        fraction=benchmark.fraction,
+        maps=answer.maps,
+    )

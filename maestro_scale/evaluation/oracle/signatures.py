@@ -1,0 +1,163 @@
+"""What the generator of synthetic scenes knows, turned round: from a noisy time series back to shares of the classes.
+
+The oracle is told the classes' signatures and the ranges of what a tile's classes have in common (light, soil, vigour,
+season), and nothing of the tile. It finds those five numbers by search, then unmixes every pixel.
+Shapes: T dates, C bands, N pixels, K classes, P candidates.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import nnls
+
+from maestro_scale.datasets.synthetic.scene import NUISANCE, Nuisance, signatures
+
+_ROUNDS, _CANDIDATES, _KEPT = 5, 192, 16
+_SEARCHED = ("tilt", "soil", "soil_tilt", "vigour", "delay_days")
+_SEED = 0
+
+# Noise of the generator, relative and absolute, and its haze at 490 nm, falling with the square of the wavelength.
+_RELATIVE, _ABSOLUTE, _HAZE = 0.02, 0.003, 0.03
+# Clouds and snow are brighter at 705 than at 1610 nm; no ground is.
+_VEIL_NM, _VEIL_RATIO = (705, 1610), 0.75
+_HAZY_NM = 600
+_REFINED = 2
+
+
+@dataclass(frozen=True)
+class Series:
+    """``values`` (T, C, N) reflectance of N pixels on ``days`` (T,) of the year in bands at ``nm`` (C,)."""
+
+    values: np.ndarray
+    days: np.ndarray
+    nm: np.ndarray
+
+    @property
+    def clear(self) -> np.ndarray:
+        """(T, N): no cloud and no snow."""
+        red_edge, infrared = (int(np.abs(self.nm - nm).argmin()) for nm in _VEIL_NM)
+        return self.values[:, red_edge] < _VEIL_RATIO * self.values[:, infrared]
+
+    @property
+    def noise(self) -> np.ndarray:
+        """(C,): typical error of the logarithm of a value."""
+        level = np.maximum(np.median(self.values, axis=(0, 2)), 1e-3)
+        haze = _HAZE * (490 / self.nm) ** 2
+        return np.sqrt(_RELATIVE**2 + (_ABSOLUTE**2 + haze**2) / level**2)
+
+
+def unmix(series: Series, num_classes: int, least: float) -> tuple[np.ndarray, float]:
+    """(K, N) shares of the classes in each pixel, sums of one; and how far off the best match is, in deviations of the
+    noise (median over pixels): below 3 for a scene of the generator. A class of which the first unmixing
+    finds less than ``least`` in the tile is taken to be absent."""
+    clear, noise = series.clear, series.noise
+    if not clear.any():
+        return np.full((num_classes, series.values.shape[2]), 1 / num_classes), 0.0
+    tile, misfit = _search(series, clear, noise, num_classes)
+    pure = _under(tile, series, num_classes)[0]  # (K, T, C)
+    shares = np.eye(num_classes)[:, _nearest(series, clear, noise, pure)]
+    classes = np.arange(num_classes)
+    for _ in range(_REFINED):
+        light = _light(series, clear, noise, np.einsum("ktc,kn->tcn", pure, shares))
+        shares = np.zeros_like(shares)
+        shares[classes] = _shares(light, clear, noise, pure, classes)
+        means = shares.mean(axis=1)
+        classes = np.flatnonzero(means > min(least, means.max() / 2))
+    return shares, misfit
+
+
+def _nearest(series: Series, clear: np.ndarray, noise: np.ndarray, pure: np.ndarray) -> np.ndarray:
+    """(N,) the class that each pixel is most like."""
+    observed = _centred(_log(series.values).transpose(0, 2, 1), noise)
+    model = _centred(np.log(pure), noise)
+    chi2 = ((observed[None] - model[:, :, None]) ** 2).sum(axis=3)  # (K, T, N)
+    return (chi2 * clear).sum(axis=1).argmin(axis=0)
+
+
+def _search(series: Series, clear: np.ndarray, noise: np.ndarray, num_classes: int) -> tuple[Nuisance, float]:
+    """What the tile's classes have in common: candidates, redrawn around the best of them (cross-entropy method)."""
+    rng = np.random.Generator(np.random.Philox(key=[_SEED, 0]))
+    low, high = np.array([NUISANCE[name] for name in _SEARCHED]).T
+    drawn = rng.uniform(low, high, (_CANDIDATES, len(_SEARCHED)))
+    observed = _centred(_log(series.values).transpose(0, 2, 1), noise)  # (T, N, C)
+    observed = observed * clear[:, :, None]
+    count = np.maximum(clear.sum(axis=0) * (len(noise) - 1), 1)
+    for _ in range(_ROUNDS):
+        tile = _as_tile(drawn)
+        pure = np.log(_under(tile, series, num_classes))  # (P, K, T, C)
+        model = _centred(pure, noise)
+        flat = model.reshape(-1, model.shape[2] * model.shape[3])
+        cross = flat @ observed.transpose(0, 2, 1).reshape(flat.shape[1], -1)
+        own = (model**2).sum(axis=3).reshape(-1, len(clear)) @ clear
+        chi2 = ((observed**2).sum(axis=(0, 2)) - 2 * cross + own) / count
+        nearest = np.maximum(chi2.reshape(len(drawn), num_classes, -1).min(axis=1), 0)
+        score = np.log1p(nearest).mean(axis=1)  # mixed pixels fit no class: they must not decide
+        best = drawn[np.argsort(score)[:_KEPT]]
+        misfit = float(np.sqrt(np.median(nearest[score.argmin()])))
+        spread = np.maximum(best.std(axis=0), 1e-3 * (high - low))
+        around = rng.normal(best.mean(axis=0), 1.5 * spread, (_CANDIDATES - 1, len(low)))
+        drawn = np.clip(np.concatenate([best[:1], around]), low, high)
+    return _as_tile(best[:1]), misfit
+
+
+def _under(tile: Nuisance, series: Series, num_classes: int) -> np.ndarray:
+    """(P, K, T, C) reflectance of pure classes in the tile's light, but for its brightness."""
+    pure = signatures(tile, series.days, series.nm, num_classes)
+    return pure * (1 + np.atleast_1d(tile.tilt)[:, None] * np.log(series.nm / 800.0))[:, None, None]
+
+
+def _as_tile(drawn: np.ndarray) -> Nuisance:
+    given = dict(zip(_SEARCHED, drawn.T, strict=True))
+    return Nuisance(**{name: given.get(name, 0.0) for name in NUISANCE})
+
+
+def _centred(log_values: np.ndarray, noise: np.ndarray) -> np.ndarray:
+    """(…, C) without the brightness of each date and pixel, in deviations of the noise."""
+    weight = noise**-2 / (noise**-2).sum()
+    return (log_values - (log_values @ weight)[..., None]) / noise
+
+
+def _light(series: Series, clear: np.ndarray, noise: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    """(T, C, N) values in the light that ``expected`` is in: brightness and haze of a date are those of all pixels."""
+    weight = noise**-2 / (noise**-2).sum()
+    ratio = np.einsum("tcn,c->tn", _log(series.values) - _log(expected), weight)
+    light = series.values / np.exp(_median(ratio, clear))[:, None, None]
+    fall = (490 / series.nm) ** 2
+    short = series.nm < _HAZY_NM
+    if not short.any():
+        return light
+    excess = ((light - expected)[:, short] / fall[short, None]).mean(axis=1)
+    haze = np.maximum(_median(excess, clear), 0)
+    return np.maximum(light - haze[:, None, None] * fall[:, None], 1e-4)
+
+
+def _median(values: np.ndarray, clear: np.ndarray) -> np.ndarray:
+    """(T,) over the clear pixels of (T, N); 0 where there are none."""
+    return np.array([np.median(v[c]) if c.any() else 0.0 for v, c in zip(values, clear, strict=True)])
+
+
+def _log(values: np.ndarray) -> np.ndarray:
+    return np.log(np.maximum(values, 1e-4))
+
+
+def _shares(
+    light: np.ndarray, clear: np.ndarray, noise: np.ndarray, pure: np.ndarray, classes: np.ndarray
+) -> np.ndarray:
+    """(len(classes), N) by non-negative least squares, each value weighted by its noise."""
+    scale = 1 / (noise * np.median(light, axis=(0, 2)))
+    basis = (pure[classes] * scale).transpose(1, 2, 0)  # (T, C, K)
+    shares = np.empty((len(classes), light.shape[2]))
+    for n in range(light.shape[2]):
+        seen = clear[:, n]
+        solved = np.zeros(len(classes))
+        if seen.any():
+            solved, _ = nnls(
+                basis[seen].reshape(-1, len(classes)),
+                (light[seen, :, n] * scale).ravel(),
+                maxiter=30 * len(classes),
+            )
+        total = solved.sum()
+        shares[:, n] = solved / total if total else 1 / len(classes)
+    return shares

@@ -1,0 +1,156 @@
+"""The drawings of a report, each as PNG bytes: bars per class, confusions, scores over labels, maps beside labels.
+
+Drawn off screen with matplotlib's object interface, so that threads and other figures are left alone.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from maestro_scale.evaluation.probes.dense import IGNORED
+
+_INK, _PAPER, _GREY = "#26241f", "#fbfaf8", "#cbc9c4"
+_SERIES = ("#2c6e8f", "#c8702a", "#5a8a3c", "#8a4f7d", "#b3a125", "#7a6a58")
+_DPI = 110
+_MOST_CELLS_WITH_NUMBERS = 20
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Scores of one encoder over shares of the labels, with intervals; all of a length, fractions of 1."""
+
+    name: str
+    fractions: Sequence[float]
+    values: Sequence[float]
+    low: Sequence[float]
+    high: Sequence[float]
+
+
+def class_bars(scores: Mapping[str, Mapping[str, float | None]], metric: str) -> bytes:
+    """{encoder: {class: score}} as horizontal bars, classes in the order of the first encoder's scores."""
+    first = next(iter(scores.values()))
+    classes = sorted(first, key=lambda name: -1 if first[name] is None else first[name])
+    figure = Figure(figsize=(7.5, 0.6 + len(classes) * (0.12 + 0.14 * len(scores))), facecolor=_PAPER)
+    axes = figure.add_subplot(facecolor=_PAPER)
+    height = 0.8 / len(scores)
+    for i, (name, values) in enumerate(scores.items()):
+        at = np.arange(len(classes)) + 0.4 - (i + 0.5) * height
+        lengths = [100 * (values.get(c) or 0.0) for c in classes]
+        axes.barh(at, lengths, height=0.92 * height, color=_SERIES[i % len(_SERIES)], label=name)
+    axes.set_yticks(np.arange(len(classes)), classes)
+    axes.set_xlim(0, 100)
+    axes.set_xlabel(f"{metric} (%)")
+    _plain(axes)
+    if len(scores) > 1:
+        axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    return _png(figure)
+
+
+def confusion_matrix(counts: Sequence[Sequence[int]], classes: Sequence[str]) -> bytes:
+    """Pixels by (target, answered) class, (C, C), as shares of each target class."""
+    counts = np.asarray(counts, np.float64)
+    shares = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    side = 1.8 + 0.36 * len(classes)
+    figure = Figure(figsize=(side + 0.6, side), facecolor=_PAPER)
+    axes = figure.add_subplot()
+    axes.imshow(shares, cmap="YlGnBu", vmin=0, vmax=100)
+    axes.set_xticks(range(len(classes)), classes, rotation=90, fontsize=8)
+    axes.set_yticks(range(len(classes)), classes, fontsize=8)
+    axes.set_xlabel("answered")
+    axes.set_ylabel("label (share of its pixels, %)")
+    if len(classes) <= _MOST_CELLS_WITH_NUMBERS:
+        for row, column in np.ndindex(shares.shape):
+            if shares[row, column] >= 0.5:
+                colour = "white" if shares[row, column] > 55 else _INK
+                axes.text(
+                    column,
+                    row,
+                    f"{shares[row, column]:.0f}",
+                    ha="center",
+                    va="center",
+                    color=colour,
+                    fontsize=7,
+                )
+    return _png(figure)
+
+
+def label_curves(curves: Sequence[Curve], metric: str) -> bytes:
+    """Score over the share of labels, with intervals."""
+    figure = Figure(figsize=(6.5, 4), facecolor=_PAPER)
+    axes = figure.add_subplot(facecolor=_PAPER)
+    for i, curve in enumerate(curves):
+        shares, values = 100 * np.asarray(curve.fractions), 100 * np.asarray(curve.values)
+        spread = np.abs(100 * np.array([curve.low, curve.high]) - values)
+        axes.errorbar(
+            shares,
+            values,
+            yerr=spread,
+            marker="o",
+            ms=4,
+            capsize=3,
+            color=_SERIES[i % len(_SERIES)],
+            label=curve.name,
+        )
+    axes.set_xscale("log")
+    ticks = sorted({100 * f for curve in curves for f in curve.fractions})
+    axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel("labels used (%)")
+    axes.set_ylabel(f"{metric} (%)")
+    _plain(axes)
+    axes.legend(frameon=False, fontsize=8)
+    return _png(figure)
+
+
+def maps(truth: np.ndarray, answer: np.ndarray, classes: Sequence[str]) -> bytes:
+    """Labels (n, H, W) above answers (n, H, W), classes by colour, ``dense.IGNORED`` in grey."""
+    num = len(truth)
+    figure = Figure(figsize=(2.4 * num + 2.2, 5), facecolor=_PAPER)
+    grid = figure.subplots(2, num, squeeze=False)
+    colours = ListedColormap([*_palette(len(classes)), matplotlib.colors.to_rgb(_GREY)])
+    for row, (name, images) in enumerate((("label", truth), ("answer", answer))):
+        for axes, image in zip(grid[row], images, strict=True):
+            shown = np.where(image == IGNORED, len(classes), image)
+            axes.imshow(shown, cmap=colours, vmin=0, vmax=len(classes), interpolation="nearest")
+            axes.set_xticks([])
+            axes.set_yticks([])
+        grid[row][0].set_ylabel(name)
+    present = [c for c in np.union1d(truth, answer) if c != IGNORED]
+    handles = [Patch(color=colours(int(c)), label=classes[c]) for c in present]
+    if (truth == IGNORED).any():
+        handles.append(Patch(color=_GREY, label="ignored"))
+    left = 1 - 1.9 / (2.4 * num + 2.2)
+    figure.legend(handles=handles, frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(left, 0.5))
+    figure.subplots_adjust(
+        left=0.05, right=1 - 2.0 / (2.4 * num + 2.2), top=0.98, bottom=0.02, wspace=0.05, hspace=0.05
+    )
+    return _png(figure, tight=False)
+
+
+def _palette(count: int) -> list[tuple[float, ...]]:
+    tab = matplotlib.colormaps["tab20"].colors
+    return [tab[(2 * i) % 20 + (2 * i) // 20 % 2] for i in range(count)]
+
+
+def _plain(axes) -> None:
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.tick_params(labelsize=8, colors=_INK)
+    axes.grid(axis="x", color=_GREY, lw=0.4)
+    axes.set_axisbelow(True)
+
+
+def _png(figure: Figure, tight: bool = True) -> bytes:
+    FigureCanvasAgg(figure)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=_DPI, bbox_inches="tight" if tight else None)
+    return buffer.getvalue()

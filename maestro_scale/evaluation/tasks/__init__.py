@@ -1,0 +1,1 @@
+"""What a benchmark asks: targets, losses, label fractions, folds and prediction maps."""

@@ -1,0 +1,60 @@
+"""Which training samples a fraction of the labels is: the release's own list, or one drawn from the labels."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from maestro_scale.datasets.spec import Target
+from maestro_scale.evaluation.results import ResultsError
+from maestro_scale.evaluation.tasks.fraction import stratified
+from maestro_scale.shards.format.manifest import Manifest
+from maestro_scale.stream.source import OpenShards, Source
+from maestro_scale.training.distributed import World
+
+TRAIN = "train"
+
+
+def train_split(manifest: Manifest, fraction: float) -> tuple[str, float]:
+    """(split to train on, fraction of it to use): the release's ``train_filtered_<percent>`` whole, where the shards
+    hold it, else that fraction of ``train``. ResultsError unless 0 < fraction <= 1."""
+    if not 0 < fraction <= 1:
+        raise ResultsError(f"a fraction of {fraction:g}: give one above 0 and at most 1, 0.1 for 10 %")
+    official = f"{TRAIN}_filtered_{100 * fraction:g}"
+    return (official, 1.0) if official in manifest.splits else (TRAIN, fraction)
+
+
+def subset(
+    source: Source, target: Target, fraction: float, seed: int, world: World | None = None
+) -> np.ndarray:
+    """Ascending numbers, in manifest order, of the samples of a stratified fraction; the same on all ranks.
+
+    Rank 0 reads the labels of the whole split, and nothing else of it.
+    """
+    if fraction == 1:
+        return np.arange(sum(source.counts))
+    used = np.zeros(sum(source.counts))
+    if world is None or world.is_main:
+        used[stratified(class_weights(source, target), fraction, seed)] = 1
+    if world is not None:
+        used = np.array(world.sums(used.tolist()))
+    return np.flatnonzero(used)
+
+
+def class_weights(source: Source, target: Target) -> np.ndarray:
+    """(samples, classes): for a class per pixel its pixels in the tile, else whether its share is above the threshold.
+
+    Ignored values count nowhere.
+    """
+    shards = OpenShards(source, source.store.cache_bytes // 2)
+    counted = [i for i, _ in enumerate(target.classes) if i not in target.ignored]
+    try:
+        rows = []
+        for number in range(shards.num_samples):
+            label = shards.sample(*shards.locate(number)).array(f"target.{target.name}")
+            if target.kind == "multilabel":
+                rows.append(label > target.threshold)
+            else:
+                rows.append(np.bincount(label.reshape(-1), minlength=256)[counted])
+        return np.array(rows, np.float64)
+    finally:
+        shards.close()

@@ -1,0 +1,1 @@
+"""The storage format: samples, tar shards, sidecar indexes and the manifest."""

@@ -1,0 +1,321 @@
+"""A sample as bytes: one safetensors buffer per tile, of which nothing is decoded before it is asked for.
+
+The container is plain safetensors, so any safetensors library opens it. Its ``__metadata__`` holds ``key``,
+``place`` (JSON, where the source says where a tile lies) and, if fields are compressed, ``encoded``: a JSON object
+from field name to :class:`.compress.Encoded`; such a field is a flat U8 tensor. Fields are named
+as :mod:`.fields` says.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from maestro_scale.datasets.spec import Place, Tile
+from maestro_scale.shards.errors import CodecError, one_line
+from maestro_scale.shards.format.compress import (
+    CODECS,
+    Encoded,
+    Window,
+    compress,
+    decompress_all,
+    decompress_rows,
+    window_shape,
+)
+from maestro_scale.shards.format.fields import fields_of
+
+_TO_SAFETENSORS = {
+    "bool": "BOOL",
+    "uint8": "U8",
+    "int8": "I8",
+    "uint16": "U16",
+    "int16": "I16",
+    "float16": "F16",
+    "uint32": "U32",
+    "int32": "I32",
+    "float32": "F32",
+    "uint64": "U64",
+    "int64": "I64",
+    "float64": "F64",
+}
+_FROM_SAFETENSORS = {code: np.dtype(name) for name, code in _TO_SAFETENSORS.items()}
+DTYPES = tuple(_TO_SAFETENSORS)
+_SMALL_BYTES = 4096  # fields below stay raw: a frame would save nothing and cost a call
+_MAX_HEADER_BYTES = 16 * 1024 * 1024
+_HEADER_BYTES = 16 * 1024  # read at once; few headers are longer
+_GAP_BYTES = (
+    16 * 1024
+)  # between two images' windows; less is read along, as that takes no longer than another call
+
+
+def encode(tile: Tile, codec: str = "raw") -> bytes:
+    """One tile as a safetensors buffer; the same tile gives the same bytes. CodecError if it cannot be."""
+    try:
+        return encode_fields(tile.key, fields_of(tile), codec, tile.place)
+    except CodecError as error:
+        raise CodecError(f"tile {tile.key}: {error}") from error
+
+
+def encode_fields(
+    key: str, fields: Mapping[str, np.ndarray], codec: str = "raw", place: Place | None = None
+) -> bytes:
+    """Named arrays as a safetensors buffer whose metadata holds ``key`` and, where it is known, ``place``."""
+    if codec not in CODECS:
+        raise CodecError(f"no codec is called {codec!r}; there are: {', '.join(CODECS)}")
+    metadata = {"key": key}
+    if place is not None:
+        metadata["place"] = json.dumps(asdict(place))
+    encoded: dict[str, dict] = {}
+    stored: dict[str, tuple[str, list[int], bytes | np.ndarray]] = {}
+    for name, array in fields.items():
+        if array.dtype.name not in _TO_SAFETENSORS:
+            raise CodecError(f"field {name} has dtype {array.dtype}; storable are {', '.join(DTYPES)}")
+        # Big-endian input is stored as what safetensors has, little-endian.
+        array = np.asarray(array, array.dtype.newbyteorder("<"), order="C")
+        stored[name] = (_TO_SAFETENSORS[array.dtype.name], list(array.shape), array)
+        if codec != "raw" and array.nbytes >= _SMALL_BYTES and array.ndim:
+            how, data = compress(array, codec)
+            if len(data) < array.nbytes:
+                encoded[name] = asdict(how)
+                stored[name] = ("U8", [len(data)], data)
+    if encoded:
+        metadata["encoded"] = json.dumps(encoded, sort_keys=True, separators=(",", ":"))
+    return _pack(metadata, stored)
+
+
+def _pack(metadata: dict[str, str], stored: dict[str, tuple[str, list[int], bytes | np.ndarray]]) -> bytes:
+    # Wide dtypes first, as safetensors does: every tensor is then aligned to its own item size.
+    order = sorted(stored, key=lambda name: (-_FROM_SAFETENSORS[stored[name][0]].itemsize, name))
+    header: dict[str, object] = {"__metadata__": metadata}
+    parts: list[bytes | memoryview] = []
+    end = 0
+    for name in order:
+        code, shape, data = stored[name]
+        part = data if isinstance(data, bytes) else data.reshape(-1).view(np.uint8).data
+        header[name] = {"dtype": code, "shape": shape, "data_offsets": [end, end + len(part)]}
+        end += len(part)
+        parts.append(part)
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=True).encode()
+    text += b" " * (-len(text) % 8)
+    return b"".join([len(text).to_bytes(8, "little"), text, *parts])
+
+
+class Span(Protocol):
+    """Bytes that are somewhere else, such as part of a file."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, begin: int, end: int) -> memoryview:
+        """Bytes [begin, end)."""
+        ...
+
+
+class Sample:
+    """One tile in a buffer: nothing is decoded or copied until it is asked for.
+
+    ``buffer``: bytes, a memoryview over them, or a :class:`Span`, of which only the fields, and of those only
+    the dates, that are asked for are read. CodecError if it is no sample.
+    """
+
+    __slots__ = ("_encoded", "_entries", "_place", "_span", "_start", "key", "names")
+
+    def __init__(self, buffer: bytes | memoryview | Span) -> None:
+        self._span = _Memory(buffer) if isinstance(buffer, (bytes, bytearray, memoryview)) else buffer
+        metadata, self._entries, self._start = _read_header(self._span)
+        if not isinstance(metadata.get("key"), str):
+            raise CodecError("the safetensors metadata has no 'key'; save with metadata={'key': …}")
+        self.key: str = metadata["key"]
+        self._place: str | None = metadata.get("place")
+        self.names: tuple[str, ...] = tuple(self._entries)
+        self._encoded = _read_encoded(metadata["encoded"]) if "encoded" in metadata else {}
+
+    @property
+    def place(self) -> Place | None:
+        """Where the tile lies, if that was stored. CodecError if it cannot be read."""
+        if self._place is None:
+            return None
+        try:
+            return Place(**json.loads(self._place))
+        except (TypeError, ValueError) as error:
+            raise CodecError(f"sample {self.key}: its place {self._place!r} cannot be read") from error
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a field, decoded."""
+        if name in self._encoded:
+            return self._encoded[name].shape
+        return self._entry(name).shape
+
+    def dtype(self, name: str) -> np.dtype:
+        """Native dtype of a field, decoded."""
+        if name in self._encoded:
+            return np.dtype(self._encoded[name].dtype)
+        return self._raw_dtype(name)
+
+    def array(self, name: str, window: Window | None = None) -> np.ndarray:
+        """A field in its native dtype, whole or, of its last two axes, a ``window``.
+
+        Raw fields of a buffer are read-only views of it.
+        """
+        if name in self._encoded:
+            try:
+                return decompress_all(self._encoded[name], self._reader(name), window)
+            except CodecError as error:
+                raise CodecError(f"sample {self.key}, field {name}: {error}") from error
+        if window is None or self._in_memory or len(self.shape(name)) < 3:
+            whole = self._raw(name)
+            return whole if window is None else whole[(..., *window)]
+        return self._raw_rows(name, np.arange(self.shape(name)[0]), window)
+
+    def rows(self, name: str, indices: np.ndarray, window: Window | None = None) -> np.ndarray:
+        """Entries ``indices`` (D,) of axis 0, (D, …), or of each a ``window``, copied; of the rest of the field as
+        little as can be is read or decoded.
+
+        Repeats and any order are allowed. IndexError if an index is negative or past the end.
+        """
+        indices = np.asarray(indices)
+        num_rows = self.shape(name)[0]
+        if len(indices) and not (indices.min() >= 0 and indices.max() < num_rows):
+            raise IndexError(
+                f"sample {self.key}: {name} has {num_rows} entries, asked for {indices.tolist()}"
+            )
+        if name not in self._encoded:
+            if self._in_memory:
+                return self.array(name, window)[indices]
+            return self._raw_rows(name, indices, window)
+        try:
+            return decompress_rows(self._encoded[name], self._reader(name), indices, window)
+        except CodecError as error:
+            raise CodecError(f"sample {self.key}, field {name}: {error}") from error
+
+    def _entry(self, name: str) -> _Entry:
+        try:
+            return self._entries[name]
+        except KeyError:
+            raise KeyError(
+                f"sample {self.key} has no field {name!r}; it has: {', '.join(self.names)}"
+            ) from None
+
+    def _reader(self, name: str) -> Callable[[int, int], memoryview]:
+        """Reads bytes [begin, end) of a field as it is stored."""
+        first = self._start + self._entry(name).begin
+        return lambda begin, end: self._span.read(first + begin, first + end)
+
+    def _bytes(self, name: str) -> memoryview:
+        entry = self._entry(name)
+        return self._span.read(self._start + entry.begin, self._start + entry.end)
+
+    def _raw_dtype(self, name: str) -> np.dtype:
+        code = self._entry(name).dtype
+        if code not in _FROM_SAFETENSORS:
+            raise CodecError(f"sample {self.key}, field {name}: dtype {code} is not supported")
+        return _FROM_SAFETENSORS[code]
+
+    def _raw(self, name: str) -> np.ndarray:
+        dtype, shape, data = self._raw_dtype(name), self._entry(name).shape, self._bytes(name)
+        try:
+            array = np.frombuffer(data, dtype).reshape(shape)
+        except ValueError as error:
+            raise CodecError(
+                f"sample {self.key}, field {name}: {len(data)} bytes for {dtype} {shape}"
+            ) from error
+        array.flags.writeable = False
+        return array
+
+    @property
+    def _in_memory(self) -> bool:
+        return isinstance(self._span, _Memory)
+
+    def _raw_rows(self, name: str, indices: np.ndarray, window: Window | None) -> np.ndarray:
+        read, shape, dtype = self._reader(name), self._entry(name).shape, self._raw_dtype(name)
+        row_bytes = math.prod(shape[1:]) * dtype.itemsize
+        if row_bytes * shape[0] > self._entry(name).end - self._entry(name).begin:
+            raise CodecError(
+                f"sample {self.key}, field {name}: {len(self._bytes(name))} bytes for {dtype} {shape}"
+            )
+        out = np.empty((len(indices), *window_shape(shape[1:], window)), dtype)
+        if window is None or (shape[-2] - out.shape[-2]) * shape[-1] * dtype.itemsize < _GAP_BYTES:
+            inside = (...,) if window is None else (..., *window)
+            for row, index in zip(out, indices.tolist(), strict=True):
+                data = read(index * row_bytes, (index + 1) * row_bytes)
+                row[...] = np.frombuffer(data, dtype).reshape(shape[1:])[inside]
+            return out
+        # Of every image the rows of pixels that are seen: what lies between them is worth not reading.
+        first, stop, _ = window[0].indices(shape[-2])
+        line_bytes = shape[-1] * dtype.itemsize
+        images = out.reshape(-1, *out.shape[-2:])
+        per_row = len(images) // max(len(indices), 1)
+        starts = (indices[:, None] * row_bytes + np.arange(per_row) * shape[-2] * line_bytes).reshape(-1)
+        for image, start in zip(images, starts.tolist(), strict=True):
+            data = read(start + first * line_bytes, start + stop * line_bytes)
+            image[...] = np.frombuffer(data, dtype).reshape(-1, shape[-1])[:, window[1]]
+        return out
+
+
+class _Memory:
+    """A :class:`Span` of bytes that are here."""
+
+    __slots__ = ("_view",)
+
+    def __init__(self, buffer: bytes | memoryview) -> None:
+        self._view = memoryview(buffer)
+
+    def __len__(self) -> int:
+        return len(self._view)
+
+    def read(self, begin: int, end: int) -> memoryview:
+        return self._view[begin:end]
+
+
+class _Entry(NamedTuple):
+    """One tensor in a safetensors header."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def _read_header(span: Span) -> tuple[dict, dict[str, _Entry], int]:
+    """Metadata and tensors of a safetensors header, and where the data starts."""
+    length = len(span)
+    first = span.read(0, min(length, _HEADER_BYTES))
+    size = int.from_bytes(first[:8], "little") if length >= 8 else -1
+    if not 0 < size <= min(length - 8, _MAX_HEADER_BYTES):
+        raise CodecError(f"{length} bytes that do not start with a safetensors header")
+    text = first[8 : 8 + size] if 8 + size <= len(first) else span.read(8, 8 + size)
+    try:
+        header = json.loads(bytes(text))
+        metadata = header.pop("__metadata__", {})
+        entries = {
+            name: _Entry(str(e["dtype"]), tuple(e["shape"]), *e["data_offsets"]) for name, e in header.items()
+        }
+        last = length - 8 - size
+        sound = isinstance(metadata, dict) and all(
+            0 <= e.begin <= e.end <= last and all(type(n) is int for n in e.shape) for e in entries.values()
+        )
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CodecError(f"the safetensors header cannot be read ({one_line(error)})") from error
+    if not sound:
+        raise CodecError("the safetensors header points past the end: the sample is damaged or cut short")
+    return metadata, entries, 8 + size
+
+
+def _read_encoded(text: str) -> dict[str, Encoded]:
+    try:
+        encoded = {
+            name: Encoded(
+                e["codec"], e["dtype"], tuple(e["shape"]), e["rows"], tuple(e["ends"]), e.get("strip", 0)
+            )
+            for name, e in json.loads(text).items()
+        }
+        sound = all(e.is_sound() for e in encoded.values())
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CodecError(f"the metadata entry 'encoded' cannot be read ({one_line(error)})") from error
+    if not sound:
+        raise CodecError("the metadata entry 'encoded' contradicts itself")
+    return encoded

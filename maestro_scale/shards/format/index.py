@@ -1,0 +1,81 @@
+"""The sidecar index of a shard: where each sample lies in the tar, and how the shard came to be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from maestro_scale.shards.errors import ManifestError
+from maestro_scale.shards.format.manifest import FORMAT_VERSION, ShardInfo, read_versioned
+from maestro_scale.shards.format.serialization import dump, from_plain, to_plain
+from maestro_scale.shards.format.tar import member_key, scan
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """``<split>-000000.index.json``. The first six entries describe the tar; the writer adds the others."""
+
+    format_version: int
+    bytes: int
+    sha256: str
+    keys: tuple[str, ...]
+    offsets: tuple[int, ...]  # of the payloads, from the start of the tar
+    sizes: tuple[int, ...]
+    dataset: str = ""
+    plan: str = (
+        ""  # digest of all that decides the split's bytes: a finished shard of another plan is not kept
+    )
+    notes: Mapping[str, int] = field(default_factory=dict)
+    left_out: Mapping[str, str] = field(default_factory=dict)  # key → why it could not be read
+    tally: Mapping[str, int] = field(default_factory=dict)  # see maestro_scale.shards.read.summary
+    examples: Mapping[str, str] = field(default_factory=dict)  # note → the first tile, or cause, it counts
+
+    @classmethod
+    def loads(cls, text: str | bytes, where: str) -> ShardIndex:
+        """The index in ``text``. ManifestError, naming ``where``, if it makes no sense."""
+        data = read_versioned(text, where)
+        try:
+            index = from_plain(cls, data)
+            index._check()
+        except ManifestError as error:
+            raise ManifestError(f"{where}: {error}") from error
+        return index
+
+    @classmethod
+    def of_tar(cls, path: Path, sha256: str) -> ShardIndex:
+        """The index of a tar, made from its headers. ManifestError if a member is not named as ours are."""
+        members = scan(path)
+        keys = tuple(member_key(name) for name, _, _ in members)
+        offsets, sizes = tuple(m[1] for m in members), tuple(m[2] for m in members)
+        return cls(FORMAT_VERSION, path.stat().st_size, sha256, keys, offsets, sizes)
+
+    def dumps(self) -> str:
+        """As JSON, an entry a line."""
+        return dump(to_plain(self), depth=1) + "\n"
+
+    def shard(self, path: str, split: str) -> ShardInfo:
+        """The manifest's entry for this shard."""
+        return ShardInfo(path, split, self.bytes, len(self.keys), self.sha256)
+
+    def same_layout(self, other: ShardIndex) -> bool:
+        """Whether both describe the same samples at the same places of the same file."""
+        return (
+            (self.bytes, self.sha256) == (other.bytes, other.sha256)
+            and self.keys == other.keys
+            and self.offsets == other.offsets
+            and self.sizes == other.sizes
+        )
+
+    def _check(self) -> None:
+        if not len(self.keys) == len(self.offsets) == len(self.sizes):
+            counts = f"{len(self.keys)} keys, {len(self.offsets)} offsets, {len(self.sizes)} sizes"
+            raise ManifestError(f"lists differ in length ({counts})")
+        for key, offset, size in zip(self.keys, self.offsets, self.sizes, strict=True):
+            if offset < 0 or size < 0 or offset + size > self.bytes:
+                raise ManifestError(f"sample {key} ends at byte {offset + size} of {self.bytes}")
+
+
+def index_name(shard_path: str) -> str:
+    """The sidecar's path beside a shard's."""
+    return f"{shard_path.removesuffix('.tar')}.index.json"

@@ -1,0 +1,53 @@
+"""Counts of classes and dates, from the small fields of samples; the writer leaves them in the index."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+
+import numpy as np
+
+from maestro_scale.datasets.spec import DatasetSpec
+from maestro_scale.shards.format.codec import Sample
+from maestro_scale.shards.format.fields import dates_field, target_field
+
+_CLASS, _DATE = "class", "date"
+_DAYS_BEFORE_MONTH = np.array([0, 31, 59, 90, 120, 151, 181, 212, 243, 273, 304, 334])
+
+
+def tally_of(sample: Sample, spec: DatasetSpec) -> Counter[str]:
+    """Counts of one sample: ``class/<target>/<index>`` and ``date/<modality>/<month 1-12>``."""
+    tally: Counter[str] = Counter()
+    for target in spec.targets:
+        values = sample.array(target_field(target.name))
+        if target.kind == "multilabel":
+            for i in np.flatnonzero(values > target.threshold):
+                tally[f"{_CLASS}/{target.name}/{i}"] = 1
+        else:
+            for i, count in enumerate(np.bincount(values.reshape(-1))):
+                if count:
+                    tally[f"{_CLASS}/{target.name}/{i}"] = int(count)
+    for modality in spec.modalities:
+        days = sample.array(dates_field(modality.name))[:, 1]
+        months = np.searchsorted(_DAYS_BEFORE_MONTH, days, side="left")  # a leap day shifts one day a month
+        for month, count in enumerate(np.bincount(months, minlength=13)):
+            if count:
+                tally[f"{_DATE}/{modality.name}/{month}"] = int(count)
+    return tally
+
+
+def read_tally(
+    tally: Mapping[str, int], spec: DatasetSpec
+) -> tuple[dict[str, dict[str, int]], dict[str, tuple[int, ...]]]:
+    """``classes[target][class name]`` and ``months[modality]`` (January … December) from a tally."""
+    classes: dict[str, dict[str, int]] = {}
+    for target in spec.targets:
+        names = {**dict(enumerate(target.classes)), **{i: f"ignored {i}" for i in target.ignored}}
+        names |= {i: f"{n} (ignored)" for i, n in enumerate(target.classes) if i in target.ignored}
+        counts = {name: tally.get(f"{_CLASS}/{target.name}/{i}", 0) for i, name in sorted(names.items())}
+        classes[target.name] = counts
+    months = {
+        m.name: tuple(tally.get(f"{_DATE}/{m.name}/{month}", 0) for month in range(1, 13))
+        for m in spec.modalities
+    }
+    return classes, months

@@ -1,0 +1,1 @@
+"""Reading shards: download, verification, cache and previews."""

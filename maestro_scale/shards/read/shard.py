@@ -1,0 +1,97 @@
+"""A verified shard, open: samples by number, read as they are asked for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+from maestro_scale.shards.errors import BadShard, CodecError
+from maestro_scale.shards.format.codec import Sample
+from maestro_scale.shards.format.index import ShardIndex
+
+_WHOLE_BYTES = 2 * 1024 * 1024  # larger samples are read field by field
+
+
+class Shard:
+    """The samples of one tar. Close it, so that the cache may drop the file; samples stay valid.
+
+    ``descriptor``: an open descriptor of the file, which the shard closes; a lock on it pins the file.
+    """
+
+    def __init__(self, path: str, descriptor: int, index: ShardIndex) -> None:
+        self.path = path
+        self.keys = index.keys
+        self._index = index
+        self._file: _File | None = _File(path, descriptor)
+        if max(index.sizes) > _WHOLE_BYTES and hasattr(os, "posix_fadvise"):
+            # Of large samples little is read: what the system would read ahead is another date, or band.
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, i: int) -> Sample:
+        """Sample ``i``. IndexError past the end; BadShard if the file changed or holds another sample there."""
+        key = self.keys[i]
+        if self._file is None:
+            raise ValueError(f"{self.path}: the shard is closed")
+        start, size = self._index.offsets[i], self._index.sizes[i]
+        try:
+            # Not mapped: taking 100 pages of a map into a process costs more than copying them.
+            whole = size <= _WHOLE_BYTES
+            sample = Sample(self._file.read(start, size) if whole else _Span(self._file, start, size))
+        except CodecError as error:
+            raise BadShard(self.path, f"sample {key}: {error}") from error
+        if sample.key != key:
+            raise BadShard(self.path, f"member {key} holds the sample {sample.key}")
+        return sample
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (self[i] for i in range(len(self)))
+
+    def close(self) -> None:
+        """Let go of the file; it is closed when the last large sample of it goes."""
+        self._file = None
+
+    def __enter__(self) -> Shard:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+class _File:
+    """An open file, closed with the last reference to it."""
+
+    def __init__(self, path: str, descriptor: int) -> None:
+        self._path, self._descriptor = path, descriptor
+
+    def read(self, start: int, size: int) -> bytes:
+        """Exactly ``size`` bytes. BadShard if they cannot be had."""
+        try:
+            data = os.pread(self._descriptor, size, start)
+            while 0 < len(data) < size and (
+                more := os.pread(self._descriptor, size - len(data), start + len(data))
+            ):
+                data += more
+        except OSError as error:
+            raise BadShard(self._path, f"cannot be read ({error.strerror})") from error
+        if len(data) != size:
+            raise BadShard(self._path, "the file changed while it was in use: it is shorter now")
+        return data
+
+    def __del__(self) -> None:
+        os.close(self._descriptor)
+
+
+class _Span:
+    """The bytes of one sample within a file, read when they are asked for."""
+
+    def __init__(self, file: _File, start: int, size: int) -> None:
+        self._file, self._start, self._size = file, start, size
+
+    def __len__(self) -> int:
+        return self._size
+
+    def read(self, begin: int, end: int) -> memoryview:
+        return memoryview(self._file.read(self._start + begin, end - begin))

@@ -1,0 +1,114 @@
+"""Is a dataset in shards whole? Every file, every sample, every field."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from maestro_scale.datasets.spec import DatasetError, DatasetSpec
+from maestro_scale.shards.errors import BadShard, CodecError, ManifestError, ShardsError, StoreError, one_line
+from maestro_scale.shards.format.codec import Sample
+from maestro_scale.shards.format.fields import check_fields
+from maestro_scale.shards.format.index import ShardIndex, index_name
+from maestro_scale.shards.format.manifest import Manifest, ShardInfo
+from maestro_scale.shards.jobs import Report, run_jobs
+from maestro_scale.shards.progress import Progress, Tracker
+from maestro_scale.shards.read.store import Store
+from maestro_scale.shards.storage import Root, open_root
+
+_SHOWN_SAMPLES = 5  # problems named per shard, and then how many more
+
+
+def verify(url: str, workers: int = 1, progress: Progress | None = None) -> list[str]:
+    """What is wrong with the dataset at ``url``, a line each; empty if nothing is.
+
+    Checks the manifest; of each shard the size, SHA-256, number of samples and index; of each sample the key
+    and every field against the spec; that no key is there twice in a split and no shard besides the
+    manifest's. A remote shard is downloaded to a temporary folder. ``progress(samples done, in all,
+    bytes)``.
+    """
+    try:
+        manifest = Manifest.load(url)
+        problems = _strays(open_root(url), manifest)
+        indexed = [_has_index(open_root(url), info) for info in manifest.shards]
+    except ShardsError as error:
+        return [one_line(error)]
+    tracker = Tracker(0, sum(info.samples for info in manifest.shards), progress)
+    work = _CheckShard(str(url), manifest.spec, index_expected=any(indexed))
+    found: dict[int, tuple[list[str], tuple[str, ...]]] = {}
+    try:
+        found.update(run_jobs(work, manifest.shards, workers, tracker))
+    except StoreError as error:
+        return [*problems, one_line(error)]
+    split_keys: dict[str, dict[str, str]] = {}
+    for number, info in enumerate(manifest.shards):
+        shard_problems, keys = found[number]
+        problems += shard_problems
+        seen = split_keys.setdefault(info.split, {})
+        repeated = [key for key in keys if key in seen]
+        if repeated:
+            problems.append(
+                f"{info.path}: sample {repeated[0]} is in {seen[repeated[0]]} too ({len(repeated)} such)"
+            )
+        seen.update(dict.fromkeys(keys, info.path))
+    return problems
+
+
+@dataclass(frozen=True)
+class _CheckShard:
+    """The work of a verifying process: the problems of a shard, and its keys."""
+
+    url: str
+    spec: DatasetSpec
+    index_expected: bool
+
+    def __call__(self, info: ShardInfo, report: Report) -> tuple[list[str], tuple[str, ...]]:
+        # A cache of its own: nothing that was verified before is taken on trust.
+        with TemporaryDirectory(prefix="maestro-scale-") as cache:
+            store = Store(self.url, Path(cache), info.bytes)
+            try:
+                _, index = store.ensure(info)
+                with store.shard(info) as shard:
+                    problems = self._index_problems(info, index)
+                    samples = [p for i in range(len(shard)) for p in _sample_problems(shard, i, self.spec)]
+            except BadShard as error:
+                return [f"{info.path}: {error.cause}"], ()
+        report(info.samples, info.bytes)
+        problems += [f"{info.path}: {p}" for p in samples[:_SHOWN_SAMPLES]]
+        if len(samples) > _SHOWN_SAMPLES:
+            problems.append(f"{info.path}: and {len(samples) - _SHOWN_SAMPLES} more samples with problems")
+        return problems, index.keys
+
+    def _index_problems(self, info: ShardInfo, index: ShardIndex) -> list[str]:
+        name = index_name(info.path)
+        try:
+            sidecar = ShardIndex.loads(open_root(self.url).read(name), name)
+        except FileNotFoundError:
+            return [f"{name}: is missing, though other shards have theirs"] if self.index_expected else []
+        except ManifestError as error:
+            return [one_line(error)]
+        if not sidecar.same_layout(index):
+            return [f"{name}: does not describe {info.path} (its keys, places or SHA-256 differ)"]
+        return []
+
+
+def _sample_problems(shard, i: int, spec: DatasetSpec) -> list[str]:
+    try:
+        sample: Sample = shard[i]
+        check_fields(sample.key, {name: sample.array(name) for name in sample.names}, spec)
+    except BadShard as error:
+        return [error.cause]
+    except (CodecError, DatasetError) as error:
+        return [one_line(error)]
+    return []
+
+
+def _strays(root: Root, manifest: Manifest) -> list[str]:
+    known = {info.path for info in manifest.shards}
+    unfinished = "of no split in the manifest: unfinished, or to be removed"
+    return [f"{n}: a shard {unfinished}" for n in root.names() if n.endswith(".tar") and n not in known]
+
+
+def _has_index(root: Root, info: ShardInfo) -> bool:
+    return root.size(index_name(info.path)) is not None

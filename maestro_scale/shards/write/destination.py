@@ -1,0 +1,259 @@
+"""Where a split is written: what is there already, what of it can be kept, and the manifest at the end."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import TracebackType
+
+from maestro_scale import __version__
+from maestro_scale.datasets.spec import DatasetSpec
+from maestro_scale.shards.errors import ManifestError, WriteError
+from maestro_scale.shards.format.compress import CODECS
+from maestro_scale.shards.format.index import ShardIndex, index_name
+from maestro_scale.shards.format.manifest import FORMAT_VERSION, MANIFEST, Manifest, check_split_name
+from maestro_scale.shards.format.serialization import to_plain
+from maestro_scale.shards.format.spec_check import check_spec
+from maestro_scale.shards.locks import Locked, file_lock, has_no_locks
+from maestro_scale.shards.storage import LocalRoot, local_folder, open_root
+from maestro_scale.shards.write.packing import Plan
+from maestro_scale.shards.write.part import WHOLE, Part
+
+_FILE = re.compile(r"(?P<split>[A-Za-z0-9_-]+)-(?P<number>\d{6})\.(tar|index\.json)")
+_CHECKS = 20
+
+
+class Destination:
+    """A context to write one split, or a part of it, to ``dst``.
+
+    WriteError if ``dst`` is in use or holds something else.
+    """
+
+    def __init__(
+        self, dst: str, spec: DatasetSpec, split: str, codec: str, seed: int, part: Part = WHOLE
+    ) -> None:
+        try:
+            check_split_name(split)
+            check_spec(spec)
+        except ManifestError as error:
+            raise WriteError(str(error)) from error
+        if codec not in CODECS:
+            raise WriteError(f"no codec is called {codec!r}; there are: {', '.join(CODECS)}")
+        self.url = str(dst)
+        self.root = open_root(dst)
+        self.split = split
+        self._spec, self._codec, self._seed, self._part = spec, codec, seed, part
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Destination:
+        with ExitStack() as stack:
+            self.staging = stack.enter_context(staging_of(self.url))
+            if isinstance(self.root, LocalRoot):
+                self._lock(stack, self.root.folder)
+            self._existing = self._read_existing()
+            self._check_leftovers()
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def plan(self, order: Sequence[str], bounds: Sequence[tuple[int, int]]) -> Plan:
+        """The plan to write the samples ``order`` as shards ``bounds``."""
+        content = [FORMAT_VERSION, to_plain(self._spec), self.split, self._codec, self._seed, order, bounds]
+        digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        return Plan(self._spec, self.split, len(bounds), digest)
+
+    def finished(self, plan: Plan) -> dict[int, ShardIndex]:
+        """The shards of ``plan`` that are there, by number; removes what other plans left unpublished.
+
+        WriteError if the split is published and is not this one.
+        """
+        published = self._existing is not None and self.split in self._existing.splits
+        numbers = {int(m["number"]) for m in self._names() if m["split"] == self.split}
+        shards, foreign = {}, []
+        for number in sorted(numbers):
+            name = plan.shard_name(number)
+            index = self._index(name)
+            if index is None or index.plan != plan.digest or number >= plan.num_shards:
+                foreign.append(name)
+            elif not index.keys or self.root.size(name) == index.bytes:
+                # Publishing removes the tar of a shard that every tile is left out of.
+                shards[number] = index
+        if published and (foreign or not shards):
+            raise WriteError(
+                f"{self.root.address()}: holds split {self.split!r} already, with other tiles or settings; "
+                "choose another folder, or delete it"
+            )
+        for name in foreign:
+            self.root.remove(name)
+            self.root.remove(index_name(name))
+        return shards
+
+    def publish(self, plan: Plan, shards: dict[int, ShardIndex]) -> Manifest:
+        """Write the manifest with the finished split in it; readers see the old one until it is whole."""
+        filled = {i: shards[i] for i in range(plan.num_shards) if shards[i].keys}
+        if not filled:
+            raise WriteError(f"split {self.split}: none of its tiles can be read, nothing is written")
+        for number in shards.keys() - filled.keys():
+            self.root.remove(plan.shard_name(number))
+        with ExitStack() as stack:
+            if isinstance(self.root, LocalRoot):
+                _enter_lock(stack, self.root.folder / ".manifest.lock", wait=True)
+            # Read again: another split may have been finished meanwhile.
+            existing = self._read_existing()
+            manifest = self._with_split(existing, plan, filled, [shards[i] for i in sorted(shards)])
+            if manifest != existing:
+                self.root.write(MANIFEST, manifest.dumps().encode())
+        return manifest
+
+    def _with_split(
+        self,
+        existing: Manifest | None,
+        plan: Plan,
+        filled: dict[int, ShardIndex],
+        every: Sequence[ShardIndex],
+    ) -> Manifest:
+        infos = tuple(index.shard(plan.shard_name(i), self.split) for i, index in filled.items())
+        if existing is not None and self.split in existing.splits:
+            if existing.of([self.split]) != infos:
+                raise WriteError(
+                    f"{self.root.address()}: split {self.split!r} came out unlike the one it holds; "
+                    "the raw data has changed: choose another folder"
+                )
+            return existing
+        notes: Counter[str] = Counter(existing.notes if existing else {})
+        examples = dict(existing.examples if existing else {})
+        for index in every:
+            notes.update(index.notes)
+            examples = {**index.examples, **examples}
+        versions = {name: version(name) for name in ("numpy", "zstandard")}
+        return Manifest(
+            format_version=FORMAT_VERSION,
+            spec=self._spec,
+            shards=(*(existing.shards if existing else ()), *infos),
+            notes=dict(sorted(notes.items())),
+            examples=dict(sorted(examples.items())),
+            codec=self._codec,
+            created_with={"maestro_scale": __version__, **versions},
+            seed=self._seed,
+        )
+
+    def _read_existing(self) -> Manifest | None:
+        if self.root.size(MANIFEST) is None:
+            return None
+        try:
+            existing = Manifest.load(self.url)
+        except ManifestError as error:
+            raise WriteError(f"cannot add a split to what is there: {error}") from error
+        mine = replace(existing, spec=self._spec, codec=self._codec, seed=self._seed)
+        if mine != existing:
+            what = next(n for n in ("spec", "codec", "seed") if getattr(mine, n) != getattr(existing, n))
+            found, wanted = getattr(existing, what), getattr(mine, what)
+            if what == "spec":
+                found, wanted = (
+                    f"{found.name!r}",
+                    f"{wanted.name!r}" if found.name != wanted.name else "another one",
+                )
+            raise WriteError(
+                f"{self.root.address()}: holds a dataset with {what} {found}, not {wanted}; "
+                "choose another folder"
+            )
+        return existing
+
+    def _check_leftovers(self) -> None:
+        """Refuse a folder with files that are not ours: they might be overwritten or taken for shards."""
+        names = set(self.root.names())
+        if self._existing is None:
+            strange = [n for n in names if not n.startswith(".") and not n.endswith((".tar", ".index.json"))]
+            if strange:
+                raise WriteError(
+                    f"{self.root.address()}: is not empty and holds no dataset in shards (there is "
+                    f"{min(strange)}); choose an empty folder"
+                )
+        known = {shard.path for shard in self._existing.shards} if self._existing else set()
+        for name in sorted(n for n in names if n.endswith(".tar") and n not in known):
+            index = self._index(name)
+            if index is None or index.dataset != self._spec.name:
+                raise WriteError(
+                    f"{self.root.address(name)}: is in the way, and no shard of {self._spec.name} of ours; "
+                    "move it, or choose another folder"
+                )
+
+    def _lock(self, stack: ExitStack, folder: Path) -> None:
+        whole = folder / f".{self.split}.lock"
+        part = f".{self.split}.part-{self._part.number}-of-{self._part.count}.lock"
+        try:
+            if self._part.count > 1:
+                _enter_lock(stack, folder / part, wait=False)
+                _check_free(whole)
+            else:
+                _enter_lock(stack, whole, wait=False)
+                for other in folder.glob(f".{self.split}.part-*.lock"):
+                    _check_free(other)
+            for leftover in folder.glob(f".{self.split}-*.tmp"):
+                found = _FILE.match(leftover.name[1:])
+                if found and self._part.has(int(found["number"])):
+                    leftover.unlink(missing_ok=True)
+        except Locked as error:
+            raise WriteError(f"{folder}: another process writes split {self.split!r}; wait for it") from error
+        except OSError as error:
+            raise WriteError(f"{folder}: cannot be written ({error.strerror})") from error
+
+    def _names(self) -> Iterator[re.Match[str]]:
+        return (m for m in map(_FILE.fullmatch, self.root.names()) if m)
+
+    def _index(self, shard_name: str) -> ShardIndex | None:
+        name = index_name(shard_name)
+        try:
+            return ShardIndex.loads(self.root.read(name), self.root.address(name))
+        except (FileNotFoundError, ManifestError):
+            return None
+
+
+def _enter_lock(stack: ExitStack, path: Path, wait: bool) -> None:
+    try:
+        stack.enter_context(file_lock(path, wait))
+    except OSError as error:
+        # The lock keeps out a second writer, a mistake; it is no reason to refuse a whole file system.
+        if not has_no_locks(error):
+            raise
+        path.unlink(missing_ok=True)
+
+
+def _check_free(path: Path) -> None:
+    """Locked if another process holds this lock, and not just for such a check."""
+    for _ in range(_CHECKS):
+        try:
+            with ExitStack() as stack:
+                _enter_lock(stack, path, wait=False)
+            return
+        except Locked:
+            time.sleep(0.1)
+    raise Locked(str(path))
+
+
+@contextmanager
+def staging_of(dst: str) -> Iterator[Path]:
+    """Where files for ``dst`` are made: a local ``dst`` itself, so that a rename suffices, or a temporary folder."""
+    folder = local_folder(dst)
+    if folder is None:
+        with TemporaryDirectory(prefix="maestro-scale-") as temporary:
+            yield Path(temporary)
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise WriteError(f"{folder}: cannot be made a folder ({error.strerror})") from error
+    yield folder

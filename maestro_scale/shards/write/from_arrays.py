@@ -1,0 +1,178 @@
+"""A dataset of one's own: its description and its tiles, from what one has at hand: arrays, dates, names."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date, datetime
+from typing import Any, Literal
+
+import numpy as np
+
+from maestro_scale.datasets.spec import DatasetError, DatasetSpec, Modality, Scale, Sensor, Target, Tile
+from maestro_scale.shards.format.spec_check import check_spec
+
+_MAX_POS_GRID = 1024
+When = date | np.datetime64 | str  # a datetime is a date; a string is ISO 8601
+
+
+@dataclass(frozen=True)
+class Raster:
+    """One sensor of a dataset: how it is stored, and how the model sees it.
+
+    ``num_dates``: None for a single image; for a series how many of its dates the model sees at a time.
+    ``patch``: pixels a side of what becomes one token; it divides the crop. ``divisor`` and ``scale``: as in
+    :class:`~maestro_scale.datasets.spec.Scale`, so that most values come to lie in 0 to 1. ``mask_bands``: if each
+    date has a mask, what its channels are, e.g. ("snow", "cloud"), in percent. ``band_groups``: sizes of consecutive
+    groups of bands that are alike (visible, infrared); none: all bands are one. ``group`` and ``embed``: names shared
+    by rasters that are encoded as one sequence, or with the same patch embedding, also across datasets; none: its own.
+    """
+
+    name: str
+    bands: Sequence[str]
+    resolution_m: float
+    dtype: str
+    patch: int
+    divisor: float = 1.0
+    scale: Literal["linear", "log"] = "linear"
+    num_dates: int | None = None
+    mask_bands: Sequence[str] = ()
+    band_groups: Sequence[int] = ()
+    group: str = ""
+    embed: str = ""
+
+
+def describe(
+    name: str,
+    tile_m: float,
+    rasters: Sequence[Raster],
+    targets: Sequence[Target] = (),
+    *,
+    crop_m: float | None = None,
+    title: str = "",
+) -> DatasetSpec:
+    """The spec of a dataset of square tiles of ``tile_m`` metres, of which the model sees crops of ``crop_m``.
+
+    The first raster is the one on whose tokens segmentation is predicted. ManifestError for what cannot be.
+    """
+    crop_m = tile_m if crop_m is None else crop_m
+    modalities, sensors = [], []
+    for r in rasters:
+        size, image_size = (round(extent_m / r.resolution_m) for extent_m in (tile_m, crop_m))
+        series = r.num_dates is not None
+        modalities.append(
+            Modality(r.name, tuple(r.bands), r.resolution_m, size, r.dtype, series, tuple(r.mask_bands))
+        )
+        sensors.append(
+            Sensor(
+                name=r.name,
+                source=r.name,
+                image_size=image_size,
+                patch=r.patch,
+                num_dates=1 if r.num_dates is None else r.num_dates,
+                bands=tuple(range(len(r.bands))),
+                band_groups=tuple(r.band_groups) or (len(r.bands),),
+                scale=Scale(r.scale, r.divisor),
+                group=r.group or r.name,
+                embed=r.embed or r.name,
+            )
+        )
+    spec = DatasetSpec(
+        name=name,
+        title=title or name,
+        tile_m=tile_m,
+        crop_m=crop_m,
+        pos_grid=_pos_grid(sensors),
+        modalities=tuple(modalities),
+        targets=tuple(targets),
+        sensors=tuple(sensors),
+        ref_sensor=sensors[0].name if sensors else None,
+    )
+    check_spec(spec, name)
+    return spec
+
+
+def tile_of(
+    spec: DatasetSpec,
+    key: str,
+    arrays: Mapping[str, np.ndarray],
+    dates: Mapping[str, When | Sequence[When]],
+    *,
+    masks: Mapping[str, np.ndarray] | None = None,
+    targets: Mapping[str, Any] | None = None,
+    ref_date: When | None = None,
+) -> Tile:
+    """A tile of ``spec`` from arrays by raster.
+
+    ``arrays[raster]``: (T, C, H, W), or (C, H, W) for a single image, in the raster's dtype; row 0 is north.
+    ``dates[raster]``: T dates, times or ISO strings, or one for a single image. ``masks[raster]``: (T, M, H, W) uint8,
+    0-100. ``targets[name]``: (H, W) class indices, or shares, by class or in the order of the classes. ``ref_date``:
+    the date that positions in time count from; None: the first date of the first raster.
+
+    Raises DatasetError for dates, classes or labels that cannot be; the rest is checked where the tile is written.
+    """
+    stored = {name: _dates(key, name, when) for name, when in dates.items()}
+    first = spec.modalities[0].name
+    if ref_date is None and first not in stored:
+        raise DatasetError(f"tile {key}: {first} has no dates; give dates[{first!r}], or ref_date")
+    known = {t.name: t for t in spec.targets}
+    return Tile(
+        key=key,
+        arrays={name: _four_axes(array) for name, array in arrays.items()},
+        dates=stored,
+        masks={name: _four_axes(mask) for name, mask in (masks or {}).items()},
+        targets={n: _labels(key, known[n], v) if n in known else v for n, v in (targets or {}).items()},
+        ref_date=stored[first][0] if ref_date is None else _dates(key, "ref_date", ref_date)[0],
+    )
+
+
+def _pos_grid(sensors: Sequence[Sensor]) -> int:
+    """A ground grid that the token grid of each sensor divides, if one of sensible size does."""
+    # What check_spec is about to refuse must not divide by zero here.
+    grids = [max(s.image_size // max(s.patch, 1), 1) for s in sensors] or [1]
+    common = math.lcm(*grids)
+    return common if common <= _MAX_POS_GRID else max(grids)
+
+
+def _four_axes(array: np.ndarray) -> np.ndarray:
+    array = np.asarray(array)
+    return array[None] if array.ndim == 3 else array
+
+
+def _dates(key: str, name: str, when: When | Sequence[When]) -> np.ndarray:
+    """(T, 3) int16: year, day of year, hour."""
+    single = isinstance(when, (str, date, np.datetime64))
+    rows = []
+    for one in [when] if single else when:
+        try:
+            # Python 3.10 reads no "Z".
+            if isinstance(one, str):
+                one = datetime.fromisoformat(one.removesuffix("Z"))
+            elif isinstance(one, np.datetime64):
+                one = one.astype("datetime64[s]").item()
+            day = one.timetuple()
+            rows.append((day.tm_year, day.tm_yday, day.tm_hour))
+        except (AttributeError, ValueError) as error:
+            raise DatasetError(
+                f"tile {key}: {name} has the date {one!r}; give dates, datetimes, numpy.datetime64 or ISO strings"
+            ) from error
+    return np.array(rows, np.int16).reshape(-1, 3)
+
+
+def _labels(key: str, target: Target, value: Any) -> np.ndarray:
+    if target.kind == "segmentation":
+        array = np.asarray(value)
+        if array.dtype.kind not in "iu" or (array.size and not 0 <= array.min() <= array.max() <= 255):
+            raise DatasetError(
+                f"tile {key}: {target.name} is {array.dtype} {array.shape}; give class indices, 0 to 255"
+            )
+        return array.astype(np.uint8)
+    if isinstance(value, Mapping):
+        unknown = [name for name in value if name not in target.classes]
+        if unknown:
+            raise DatasetError(
+                f"tile {key}: {target.name} has no class {unknown[0]!r}; there are: {', '.join(target.classes)}"
+            )
+        value = [value.get(name, 0.0) for name in target.classes]
+    return np.asarray(value, np.float32)

@@ -1,0 +1,119 @@
+"""From encoded tiles to one finished shard; and which tiles go into which shard."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from maestro_scale.datasets.spec import DatasetSpec
+from maestro_scale.shards.format.codec import Sample
+from maestro_scale.shards.format.index import ShardIndex, index_name
+from maestro_scale.shards.format.manifest import FORMAT_VERSION
+from maestro_scale.shards.format.statistics import tally_of
+from maestro_scale.shards.format.tar import TarWriter
+from maestro_scale.shards.jobs import Report
+from maestro_scale.shards.storage import Root
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a split will be: ``digest`` changes whenever a shard's bytes could."""
+
+    spec: DatasetSpec
+    split: str
+    num_shards: int
+    digest: str
+
+    def shard_name(self, number: int) -> str:
+        """File name of shard ``number``."""
+        return f"{self.split}-{number:06d}.tar"
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A tile ready for its shard, or (``payload`` None) why it is left out."""
+
+    key: str
+    payload: bytes | None
+    notes: tuple[str, ...] = ()
+    cause: str = ""
+    kind: str = ""  # what causes are counted by
+
+
+def shuffled(keys: Iterable[str], seed: int) -> list[str]:
+    """The keys in the order they are written.
+
+    Neighbouring tiles have neighbouring keys and are alike, so regions are mixed here; by the raw Philox stream,
+    which numpy keeps the same for ever, unlike ``permutation``.
+    """
+    ordered = sorted(keys)
+    draws = np.random.Philox(key=seed).random_raw(len(ordered))
+    return [ordered[i] for i in np.argsort(draws, kind="stable")]
+
+
+def shard_bounds(num_samples: int, mean_bytes: float, shard_bytes: int) -> list[tuple[int, int]]:
+    """[start, stop) of each shard in the order of samples; sizes differ by one sample at most."""
+    num_shards = min(num_samples, max(1, round(num_samples * mean_bytes / shard_bytes)))
+    edges = [i * num_samples // num_shards for i in range(num_shards + 1)]
+    return list(itertools.pairwise(edges))
+
+
+def pack_shard(
+    root: Root, staging: Path, plan: Plan, number: int, packed: Iterable[Packed], report: Report
+) -> ShardIndex:
+    """Write shard ``number`` of ``plan`` with its index; neither shows under its name before it is whole."""
+    name = plan.shard_name(number)
+    tar = TarWriter(staging / f".{name}.{os.getpid()}.tmp")
+    keys, offsets, sizes = [], [], []
+    notes: Counter[str] = Counter()
+    tally: Counter[str] = Counter()
+    left_out = {}
+    examples: dict[str, str] = {}
+    try:
+        for item in packed:
+            if item.payload is None:
+                left_out[item.key] = item.cause
+                note = f"left out: {item.kind}"
+                notes[note] += 1
+                examples.setdefault(note, item.cause)
+                report(1, 0)
+                continue
+            keys.append(item.key)
+            offsets.append(tar.add(item.key, item.payload))
+            sizes.append(len(item.payload))
+            notes.update(set(item.notes))
+            for note in item.notes:
+                examples.setdefault(note, item.key)
+            tally.update(tally_of(Sample(item.payload), plan.spec))
+            report(1, len(item.payload))
+        index = ShardIndex(
+            format_version=FORMAT_VERSION,
+            sha256=tar.finish(),
+            bytes=tar.bytes,
+            keys=tuple(keys),
+            offsets=tuple(offsets),
+            sizes=tuple(sizes),
+            dataset=plan.spec.name,
+            plan=plan.digest,
+            notes=_sorted(notes),
+            examples=dict(sorted(examples.items())),
+            left_out=left_out,
+            tally=_sorted(tally),
+        )
+        # The index goes first: a tar that is there is finished and has its index.
+        root.write(index_name(name), index.dumps().encode())
+        root.publish(tar.path, name)
+    except BaseException:
+        tar.discard()
+        raise
+    return index
+
+
+def _sorted(counts: Counter[str]) -> dict[str, int]:
+    return dict(sorted(counts.items()))

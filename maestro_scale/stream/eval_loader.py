@@ -1,0 +1,102 @@
+"""Evaluation data: every sample exactly once over all ranks, nothing drawn, padded or left out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from maestro_scale.shards.read.counters import StoreCounters
+from maestro_scale.stream.batch import Batch
+from maestro_scale.stream.batch_builder import Reading, Ref, Request, Settings
+from maestro_scale.stream.plan import PlanError
+from maestro_scale.stream.source import Source
+from maestro_scale.stream.workers import Pipeline
+
+_AHEAD = 4  # shards fetched before they are needed
+
+
+class EvalLoader:
+    """One pass over a source per iteration, in the order of the manifest, in batches of at most
+    ``batch_size``.
+
+    The batches are the same whatever the number of ranks, which own consecutive stretches of them that differ
+    by at most one batch: sum counts over ranks, and call nothing collective per batch. A
+    tile larger than the crop comes as crops side by side, row by row, all of them (``num_crops`` per sample);
+    ``crops=1`` takes the first only.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        batch_size: int,
+        rank: int = 0,
+        world: int = 1,
+        workers: int = 0,
+        pin: bool = False,
+        crops: int | None = None,
+    ) -> None:
+        if batch_size < 1 or not 0 <= rank < world:
+            raise PlanError(f"batch_size {batch_size}, rank {rank} of {world}: make no evaluation")
+        self.source, self.batch_size, self.workers, self.pin = source, batch_size, workers, pin
+        self._settings = Settings((source,), processes=max(workers, 1) * min(world, 8))
+        available = Reading(self._settings).preparer(0).grid.num_crops
+        self.num_crops = available if crops is None else min(crops, available)
+        self.num_samples = sum(source.counts)
+        total = self.num_samples * self.num_crops
+        batches = -(-total // batch_size)
+        # Rounded up, so that rank 0 has a batch whenever there is one.
+        first, stop = (min(-(-r * batches // world) * batch_size, total) for r in (rank, rank + 1))
+        self._items = range(first, stop)
+        self._starts = np.cumsum((0, *source.counts))
+        self.counters = StoreCounters()
+
+    @property
+    def items(self) -> np.ndarray:
+        """(n, 2) int64: sample (numbered in manifest order) and crop of all that this rank yields."""
+        return np.stack(np.divmod(np.asarray(self._items, np.int64), self.num_crops), axis=1)
+
+    @property
+    def first_row(self) -> int:
+        """Number, among the items of all ranks, of this rank's first."""
+        return self._items.start
+
+    def __len__(self) -> int:
+        """Batches of this rank."""
+        return -(-len(self._items) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Batches with noise 0 and keys "eval/dataset/sample/crop". BadShard, StoreError or LoaderError."""
+        workers = min(self.workers, len(self))
+        pipeline = Pipeline(
+            Reading(self._settings),
+            self._requests(),
+            batch_size=self.batch_size,
+            workers=workers,
+            outstanding=2 * workers,
+            pin=self.pin,
+            counted=self._count,
+        )
+        try:
+            yield from pipeline
+        finally:
+            pipeline.close()
+
+    def _requests(self) -> Iterator[Request]:
+        items = self.items
+        shards = np.searchsorted(self._starts, items[:, 0], side="right") - 1
+        told = -1
+        for first in range(0, len(items), self.batch_size):
+            stop = min(first + self.batch_size, len(items))
+            refs = tuple(
+                Ref(int(n), int(s), int(n - self._starts[s]), int(c))
+                for (n, c), s in zip(items[first:stop], shards[first:stop], strict=True)
+            )
+            ahead: tuple[int, ...] = ()
+            if shards[first] != told:
+                told = shards[first]
+                ahead = tuple(range(told, min(told + _AHEAD, shards[-1] + 1)))
+            yield Request(0, None, refs, ahead)
+
+    def _count(self, more: StoreCounters) -> None:
+        self.counters += more

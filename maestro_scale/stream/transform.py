@@ -1,0 +1,243 @@
+"""From a stored sample to what the model sees of it: which ground, which dates, which way up, which masking
+noise.
+
+Training draws all of that at random, as a pure function of (seed, epoch, sample); evaluation draws nothing.
+Each sensor draws from a stream of its own, named after it, so another sensor in the recipe changes nothing
+for this one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from maestro_scale.datasets.spec import DatasetSpec, Modality, Sensor, Target
+from maestro_scale.shards.errors import CodecError
+from maestro_scale.shards.format.compress import Window
+from maestro_scale.stream import dates
+from maestro_scale.stream.batch import num_noise
+from maestro_scale.stream.crops import Crop, CropGrid, Orientation
+from maestro_scale.stream.packing import Field, check_dtype
+from maestro_scale.stream.rng import Draws, Purpose, stream_of
+
+_COMMON = 0  # stream of what all sensors of a sample share; stream_of never gives 0
+
+
+class Stored(Protocol):
+    """What preparation asks of a sample (shards.codec.Sample)."""
+
+    key: str
+
+    def array(self, name: str, window: Window | None = None) -> np.ndarray:
+        """A field, or a window of its last two axes."""
+        ...
+
+    def rows(self, name: str, indices: np.ndarray, window: Window | None = None) -> np.ndarray:
+        """Some entries of a field's first axis, or a window of each."""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a field."""
+        ...
+
+    def dtype(self, name: str) -> np.dtype:
+        """Dtype of a field."""
+        ...
+
+
+@dataclass(frozen=True)
+class View:
+    """How a dataset is looked at: sensors, ground; ``flips``: whether training turns samples."""
+
+    spec: DatasetSpec
+    sensors: tuple[Sensor, ...]
+    crop_m: float
+    flips: bool = True
+
+
+class Preparer:
+    """Prepares samples of one dataset into the rows of a batch's arrays.
+
+    ``dataset``: its place in the mixture. ValueError where a sensor or the crop does not go with the dataset.
+    """
+
+    def __init__(self, view: View, seed: int = 0, dataset: int = 0) -> None:
+        self.view = view
+        self.grid = CropGrid(view.spec, view.sensors, view.crop_m)
+        self._inputs = [_Input(view.spec, s, self.grid) for s in view.sensors]
+        self._targets = [
+            (Field("targets", t.name, *_seen_layout(t, view.spec, self.grid)), t) for t in view.spec.targets
+        ]
+        self._ref_date = Field("ref_date", "", (3,), "int16")
+        self._draws = Draws(seed, Purpose.SAMPLE, dataset)
+
+    @property
+    def fields(self) -> tuple[Field, ...]:
+        """Layout of a prepared sample."""
+        per_input = [f for i in self._inputs for f in (i.pixels, i.dates, i.noise)]
+        return (*per_input, self._ref_date, *(f for f, _ in self._targets))
+
+    def train(self, sample: Stored, epoch: int, number: int, out: dict[Field, np.ndarray], row: int) -> int:
+        """Write sample ``number`` of the dataset, as epoch ``epoch`` sees it, into ``row`` of every array.
+
+        Returns how many dates were repeated or imputed; CodecError if the sample is not as the spec says.
+        Draws, in order: crop row, crop column, the three symmetries; per sensor the dates, then the noise.
+        """
+        draws = self._draws.seek(epoch, number, _COMMON)
+        row_offset, column_offset = draws.below(self.grid.num_offsets), draws.below(self.grid.num_offsets)
+        turns = int(draws.words(1)[0]) >> 61 if self.view.flips else 0
+        orientation = Orientation(bool(turns & 1), bool(turns & 2), bool(turns & 4))
+        crop = self.grid.at(row_offset, column_offset, orientation)
+        filled = 0
+        for source in self._inputs:
+            draws.seek(epoch, number, source.stream)
+            filled += source.put(sample, crop, out, row, draws)
+            out[source.noise][row] = draws.uniforms(source.noise.shape[0])
+        self._put_labels(sample, crop, out, row)
+        return filled
+
+    def evaluate(self, sample: Stored, index: int, out: dict[Field, np.ndarray], row: int) -> int:
+        """Write crop ``index`` of ``grid.num_crops``, upright, its dates by the median rule, noise 0. Returns
+        as train.
+        """
+        crop = self.grid.tiling(index)
+        filled = sum(source.put(sample, crop, out, row, None) for source in self._inputs)
+        for source in self._inputs:
+            out[source.noise][row] = 0
+        self._put_labels(sample, crop, out, row)
+        return filled
+
+    def _put_labels(self, sample: Stored, crop: Crop, out: dict[Field, np.ndarray], row: int) -> None:
+        out[self._ref_date][row] = sample.array("ref_date")
+        for field, target in self._targets:
+            name = f"target.{target.name}"
+            _check(sample, name, _stored_layout(target, self.view.spec))
+            if target.kind == "segmentation":
+                label = crop.orientation.apply(self._labels(sample, target, crop))
+            else:
+                label = sample.array(name) if target.of is None else self._shares(sample, target, crop)
+            out[field][row] = label
+
+    def _labels(self, sample: Stored, target: Target, crop: Crop) -> np.ndarray:
+        """(side, side) uint8, upright."""
+        (size, _), _ = _stored_layout(target, self.view.spec)
+        return sample.array(f"target.{target.name}", self.grid.window(crop, target.resolution_m, size))
+
+    def _shares(self, sample: Stored, target: Target, crop: Crop) -> np.ndarray:
+        """(classes,) float32: what part of the crop each class covers."""
+        source = self.view.spec.target(target.of)
+        _check(sample, f"target.{source.name}", _stored_layout(source, self.view.spec))
+        seen = self._labels(sample, source, crop)
+        counts = np.bincount(seen.reshape(-1), minlength=256)
+        return counts[[source.classes.index(c) for c in target.classes]] / np.float32(seen.size)
+
+
+class _Input:
+    """One sensor's part of the work."""
+
+    def __init__(self, spec: DatasetSpec, sensor: Sensor, grid: CropGrid) -> None:
+        self.sensor, self.grid, self.modality = sensor, grid, spec.modality(sensor.source)
+        num_bands = len(self.modality.bands)
+        if not sensor.bands or not all(0 <= b < num_bands for b in sensor.bands):
+            raise ValueError(
+                f"{spec.name}: sensor {sensor.name} takes bands {list(sensor.bands)}, but "
+                f"{self.modality.name} has bands 0 to {num_bands - 1}"
+            )
+        check_dtype(self.modality.dtype, f"{spec.name}: modality {self.modality.name}")
+        side = grid.side(self.modality.resolution_m, self.modality.size)
+        shape = (sensor.num_dates, len(sensor.bands), side, side)
+        self.pixels = Field("pixels", sensor.name, shape, self.modality.dtype)
+        self.dates = Field("dates", sensor.name, (sensor.num_dates, 3), "int16")
+        self.noise = Field("noise", sensor.name, (num_noise(sensor),), "float32")
+        self.stream = stream_of(sensor.name)
+        self._bands = _band_index(sensor.bands, self.modality)
+
+    def put(
+        self, sample: Stored, crop: Crop, out: dict[Field, np.ndarray], row: int, draws: Draws | None
+    ) -> int:
+        """Write pixels and dates; dates are drawn, or found by the median rule if there is nothing to draw
+        from.
+        """
+        name, num_dates = self.modality.name, self.sensor.num_dates
+
+        size, num_bands = self.modality.size, len(self.modality.bands)
+        window = self.grid.window(crop, self.modality.resolution_m, size)
+
+        def read(indices: np.ndarray) -> np.ndarray:
+            return self._seen(sample.rows(name, indices, window))
+
+        def whole() -> np.ndarray:
+            return self._seen(sample.array(name, window))
+
+        stored = sample.shape(name)[0]
+        _check(sample, name, ((stored, num_bands, size, size), self.modality.dtype))
+        if stored <= num_dates:
+            chosen = dates.repeated(stored, num_dates)
+            pixels = whole() if stored == num_dates else whole()[chosen]
+        elif draws is not None:
+            marked = self._marked(sample, window)
+            chosen, pixels = dates.draw(stored, num_dates, marked, read, draws)
+        else:
+            series = whole()
+            chosen = dates.nearest_to_median(
+                series, self._mask(sample, window), num_dates, self.sensor.mask_threshold
+            )
+            pixels = series[chosen]
+        pixels, imputed = dates.fill_nan(pixels, chosen, whole)
+        out[self.pixels][row] = crop.orientation.apply(pixels)
+        out[self.dates][row] = sample.rows(f"{name}.dates", chosen)
+        return imputed + max(num_dates - stored, 0)
+
+    def _seen(self, pixels: np.ndarray) -> np.ndarray:
+        return pixels if self._bands is None else pixels[:, self._bands]
+
+    def _mask(self, sample: Stored, window: Window | None) -> np.ndarray | None:
+        if not self.modality.mask_bands:
+            return None
+        name, size = f"{self.modality.name}.mask", self.modality.size
+        stored = sample.shape(self.modality.name)[0]
+        _check(sample, name, ((stored, len(self.modality.mask_bands), size, size), "uint8"))
+        return sample.array(name, window)
+
+    def _marked(self, sample: Stored, window: Window | None) -> np.ndarray | None:
+        mask = self._mask(sample, window)
+        return None if mask is None else dates.is_marked(mask, self.sensor.mask_threshold)
+
+
+def _band_index(bands: Sequence[int], modality: Modality) -> slice | list[int] | None:
+    if tuple(bands) == tuple(range(len(modality.bands))):
+        return None
+    if tuple(bands) == tuple(range(bands[0], bands[-1] + 1)):
+        return slice(bands[0], bands[-1] + 1)  # a view instead of a copy
+    return list(bands)
+
+
+def _stored_layout(target: Target, spec: DatasetSpec) -> tuple[tuple[int, ...], str]:
+    """Shape and dtype of a target as it is stored."""
+    if target.kind == "multilabel":
+        return (len(target.classes),), "float32"
+    if target.resolution_m is None:
+        raise ValueError(f"{spec.name}: segmentation target {target.name} needs resolution_m in the manifest")
+    side = round(spec.tile_m / target.resolution_m)
+    return (side, side), "uint8"
+
+
+def _seen_layout(target: Target, spec: DatasetSpec, grid: CropGrid) -> tuple[tuple[int, ...], str]:
+    """Shape and dtype of a target as it is in a batch."""
+    shape, dtype = _stored_layout(target, spec)
+    if target.kind == "segmentation":
+        shape = (grid.side(target.resolution_m, shape[0]),) * 2
+    return shape, dtype
+
+
+def _check(sample: Stored, field: str, expected: tuple[tuple[int, ...], str]) -> None:
+    # numpy would stretch or cast what does not fit.
+    shape, dtype = sample.shape(field), sample.dtype(field)
+    if (shape, dtype) != expected:
+        raise CodecError(
+            f"sample {sample.key}: {field} is {dtype} {shape}, but by the manifest's spec {expected[1]} "
+            f"{expected[0]}"
+        )

@@ -1,0 +1,59 @@
+"""What MLflow is told of a pretraining run, read from its recipe and its directory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from maestro_scale.recipe import Recipe
+from maestro_scale.shards.format.manifest import Manifest
+from maestro_scale.tracking.metric_names import metric_names
+from maestro_scale.tracking.mlflow_run import DatasetInput, Numbers, RunCard
+from maestro_scale.tracking.origin import origin_tags
+from maestro_scale.tracking.run_report import REPORT
+from maestro_scale.training.run_dir import JsonLines, manifest_path
+
+_DOCUMENTS = ("recipe.yaml", "environment.json", "metrics.jsonl", REPORT)
+
+
+def run_card(recipe: Recipe, run_dir: Path) -> RunCard:
+    """Parameters, tags, documents, datasets and the history in metrics.jsonl; all of it from the run directory."""
+    metrics = JsonLines(run_dir / "metrics.jsonl")
+    mixture = recipe.data.mixture
+
+    def history() -> Iterable[tuple[int, Numbers]]:
+        return ((line["step"], metric_names(line, len(mixture) > 1)) for line in metrics.read())
+
+    return RunCard(
+        run_dir=run_dir,
+        experiment=recipe.tracking.experiment,
+        run_name=recipe.name,
+        params=recipe.flat(),
+        tags=_tags(recipe, run_dir),
+        artifacts=[run_dir / name for name in _DOCUMENTS],
+        datasets=_datasets(recipe, run_dir),
+        history=history,
+    )
+
+
+def _datasets(recipe: Recipe, run_dir: Path) -> list[DatasetInput]:
+    found = []
+    for number, entry in enumerate(recipe.data.mixture):
+        path = manifest_path(run_dir, number, entry.dataset)
+        if path.exists():  # a run that was killed early may have none
+            text = path.read_text()
+            digest = Manifest.loads(text, str(path)).digest
+            found.append(DatasetInput(entry.dataset, digest, entry.shards, text))
+    return found
+
+
+def _tags(recipe: Recipe, run_dir: Path) -> dict[str, str]:
+    environment = json.loads((run_dir / "environment.json").read_text())
+    return {
+        "dataset": ",".join(e.dataset for e in recipe.data.mixture),
+        "size": recipe.model.size,
+        "fusion": recipe.model.fusion,
+        "target": recipe.model.target,
+        **origin_tags(environment),
+    }

@@ -1,0 +1,314 @@
+"""Checkpoints that are whole or not there: staged, listed with sizes and hashes, committed by one rename.
+
+Layout: ``checkpoints/step_00001234/`` holds the sharded state under ``state/`` and ``COMMIT.json``, which names every
+file with its size and sha256. A directory without a valid COMMIT.json is never loaded. Every rank writes its own
+part from a copy, in the background; between two later steps, when all are done, rank 0 commits. The file ``latest`` in
+the run directory names the newest: a run that says it has checkpoints, and has none, does not start over.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from maestro_scale.interop.sharded_state import INDEX, StateReader, write_index, write_pieces
+from maestro_scale.shards.storage import fsync
+from maestro_scale.training.checkpoint import committed
+from maestro_scale.training.checkpoint.committed import MARKER
+from maestro_scale.training.checkpoint.identity import differences
+from maestro_scale.training.checkpoint.mirror import Mirror, step_of
+from maestro_scale.training.checkpoint.retention import Retention
+from maestro_scale.training.checkpoint.state import TrainState
+from maestro_scale.training.distributed import World
+from maestro_scale.training.run_dir import OUTCOME, write_atomically
+
+LATEST = "latest"
+STATE = "state"
+_DAMAGED = "damaged"
+_SEEN_S = 60.0  # until every node sees what one has written
+_STAGING = ".staging"
+_STEP = re.compile(r"step_\d{8,}")
+
+
+log = logging.getLogger(__name__)
+
+
+class CheckpointError(Exception):
+    """A checkpoint is missing, damaged or of another run; the message says which and what to do."""
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands. ``samples`` (consumed) fixes the place in the data; ``step`` counts optimizer steps,
+    ``skipped_steps`` those of them that changed nothing."""
+
+    samples: int = 0
+    step: int = 0
+    skipped_steps: int = 0
+
+
+@dataclass(frozen=True)
+class _Pending:
+    staging: Path
+    final: Path
+    record: dict[str, Any]
+    adam_step: int
+    written: Future[None]
+
+
+class Checkpoints:
+    """The checkpoints of one run directory. All ranks call ``begin``, ``commit`` and ``finish`` together."""
+
+    def __init__(
+        self, run_dir: Path, world: World, retention: Retention, mirror: Mirror | None = None
+    ) -> None:
+        self.dir = run_dir / "checkpoints"
+        self._world, self._retention, self._mirror = world, retention, mirror
+        self._pending: _Pending | None = None
+        self._writer = ThreadPoolExecutor(1, "maestro-checkpoint")
+
+    @property
+    def pending(self) -> bool:
+        """Whether a checkpoint was begun and is not committed; the same on all ranks."""
+        return self._pending is not None
+
+    @property
+    def busy(self) -> bool:
+        """Whether this rank is still writing."""
+        return self._pending is not None and not self._pending.written.done()
+
+    def begin(
+        self, state: TrainState, position: Position, identity: dict[str, Any], guard: dict[str, Any]
+    ) -> None:
+        """Copy the state and start to write it. ``identity`` is checked on resume, ``guard`` handed back.
+
+        A kill at any moment leaves the previous checkpoint and, at worst, a staging directory that is swept later.
+        """
+        self.finish()
+        final = self.dir / f"step_{position.step:08d}"
+        staging = self.dir / f"{_STAGING}_{final.name}"
+        if self._world.is_main:
+            shutil.rmtree(staging, ignore_errors=True)
+            try:
+                (staging / STATE).mkdir(parents=True)
+            except OSError as error:
+                raise self._unwritable(final, error) from error
+        self._world.barrier()
+        pieces, adam_step = state.pieces(), state.holdings.adam_step
+        record = {"position": vars(position), "guard": guard, "identity": identity}
+        written = self._writer.submit(self._write, staging / STATE, pieces)
+        self._pending = _Pending(staging, final, record, adam_step, written)
+
+    def commit(self) -> None:
+        """Publish the checkpoint under way, once no rank is ``busy``. CheckpointError where writing it failed."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        try:
+            pending.written.result()
+            if self._world.is_main:
+                self._commit(pending)
+                if self._mirror is not None:
+                    self._mirror.send(pending.final)
+                self._prune()
+        except OSError as error:
+            raise self._unwritable(pending.final, error) from error
+
+    def _unwritable(self, final: Path, error: OSError) -> CheckpointError:
+        return CheckpointError(
+            f"{final} cannot be written: {error.strerror or error}; the last whole checkpoint stays, and the same "
+            "command resumes from it"
+        )
+
+    def finish(self) -> None:
+        """Wait for the checkpoint under way and publish it."""
+        if self._pending is not None:
+            self._pending.written.exception()
+            self._world.barrier()
+            self.commit()
+            self._world.barrier()
+
+    def close(self, alive: Callable[[], None] = lambda: None) -> None:
+        """Publish what is under way and wait until it is mirrored, which may take long: ``alive`` is told meanwhile."""
+        self.finish()
+        if self._mirror is not None:
+            self._mirror.wait(alive)
+
+    def latest(self) -> tuple[Path | None, list[str]]:
+        """The newest whole checkpoint, or None if there is none; and what is wrong with newer ones, in words."""
+        return _newest(self.dir)
+
+    def resume(self, state: TrainState, identity: dict[str, Any]) -> tuple[Position, dict[str, Any] | None]:
+        """Load the newest checkpoint whose contents are what was written, on all ranks together, on any number of them;
+        returns where the run stood and the guard's memory, or (the start, None) where nothing was ever saved.
+
+        Damaged ones are passed over, with a warning, and set aside. Where there is none here, the mirror's newest is
+        fetched. CheckpointError where the run had checkpoints and none is whole, where the checkpoint belongs to
+        another model, dataset or seed, or where the mirror holds another run.
+        """
+        path, problems = self._soundest()
+        for problem in problems:
+            log.warning("checkpoint passed over: %s", problem)
+        if self._mirror is not None and self._world.is_main:
+            self._mirror.claim(identity, required=path is None)
+        if path is None:
+            path = self._fetch()
+        if path is None:
+            self._refuse_to_start_over(problems)
+            return Position(), None
+        record = committed.read(path)
+        if difference := differences(record["identity"], identity):
+            raise CheckpointError(
+                f"{path} does not fit this run: {difference}. Go on with what it was made with, or use another "
+                "directory"
+            )
+        with StateReader(path / STATE) as reader:
+            state.restore(reader)
+        if self._world.is_main:
+            self._set_damaged_aside(path)
+        return Position(**record["position"]), record["guard"]
+
+    def _soundest(self) -> tuple[Path | None, list[str]]:
+        # All ranks together, each reads a share of the files; which there are, rank 0 says: a shared file system may
+        # show each node another moment.
+        problems = []
+        names = ",".join(p.name for p in reversed(_committed(self.dir)))
+        for name in filter(None, str(self._world.gather(names)[0]).split(",")):
+            path, share = self.dir / name, (self._world.rank, self._world.size)
+            mine = committed.problem(path) or committed.problem(path, hashes=True, share=share)
+            problem = next(filter(None, self._world.gather(mine)), None)
+            if problem is None:
+                return path, problems
+            problems.append(f"{name}: {problem}")
+        return None, problems
+
+    def _fetch(self) -> Path | None:
+        """The newest whole checkpoint of the mirror, copied here by rank 0; None where there is none. CheckpointError
+        on a rank that cannot see it."""
+        if self._mirror is None:
+            return None
+        taken = ""
+        for name in self._mirror.names() if self._world.is_main else ():
+            staging = self.dir / f"{_STAGING}_{name}"
+            self._mirror.fetch(name, staging)
+            if (problem := committed.problem(staging, hashes=True)) is None:
+                final = self.dir / name
+                committed.publish(staging, final, self.dir / f"{_STAGING}_replaced_{name}")
+                log.warning("%s comes from %s", final, self._mirror.url)
+                taken = name
+                break
+            log.warning("checkpoint passed over: %s/%s: %s", self._mirror.url, name, problem)
+        taken = str(self._world.gather(taken)[0])
+        if not taken:
+            return None
+        deadline = time.monotonic() + _SEEN_S
+        while (problem := committed.problem(self.dir / taken)) is not None:
+            if time.monotonic() > deadline:
+                raise CheckpointError(
+                    f"{self.dir / taken} cannot be seen here ({problem}): all nodes must share the run directory"
+                )
+            time.sleep(1)
+        return self.dir / taken
+
+    def _refuse_to_start_over(self, problems: list[str]) -> None:
+        pointer, outcome = self.dir.parent / LATEST, self.dir.parent / OUTCOME
+        if problems:
+            lost = f"{self.dir} holds no whole checkpoint ({problems[0]})"
+        elif pointer.exists():
+            lost = f"{pointer} says that there was a checkpoint {pointer.read_text().strip()}, {self.dir} holds none"
+        elif outcome.exists():
+            lost = f"{outcome} says that the run came to an end, which leaves a checkpoint, and {self.dir} holds none"
+        else:
+            return
+        raise CheckpointError(
+            f"{lost}; refusing to start over in it: bring it back, use another directory, or remove this one"
+        )
+
+    def _set_damaged_aside(self, loaded: Path) -> None:
+        # They would count among those to keep, and be the newest again.
+        for path in _committed(self.dir):
+            if step_of(path) > step_of(loaded):
+                aside = self.dir / f"{_DAMAGED}_{path.name}"
+                shutil.rmtree(aside, ignore_errors=True)
+                os.replace(path, aside)
+
+    def _write(self, folder: Path, pieces: list[Any]) -> None:
+        file, entries = write_pieces(folder, self._world.rank, pieces)
+        part: dict[str, Any] = {"entries": entries, "kinds": [], "files": {}}
+        if file is not None:
+            part["kinds"] = list(pieces[0].values)
+            part["files"] = {f"{STATE}/{file.name}": committed.entry(file)}
+        _part(folder, self._world.rank).write_text(json.dumps(part))
+
+    def _commit(self, pending: _Pending) -> None:
+        folder = pending.staging / STATE
+        parts = [_part(folder, rank) for rank in range(self._world.size)]
+        written = [json.loads(part.read_text()) for part in parts]
+        kinds = next(w["kinds"] for w in written if w["kinds"])
+        index = write_index(folder, [e for w in written for e in w["entries"]], kinds, pending.adam_step)
+        files = {name: entry for w in written for name, entry in w["files"].items()}
+        files[f"{STATE}/{INDEX}"] = committed.entry(index)
+        for part in parts:
+            part.unlink()
+        fsync(folder)
+        committed.commit(pending.staging, pending.record, files)
+        # There may be one of this step: damaged, or left by a run that was rewound.
+        aside = self.dir / f"{_STAGING}_replaced_{pending.final.name}"
+        committed.publish(pending.staging, pending.final, aside)
+        write_atomically(self.dir.parent / LATEST, f"{pending.final.name}\n")
+
+    def _prune(self) -> None:
+        found = {step_of(p): p for p in _committed(self.dir)}
+        held = self._mirror.holds if self._mirror is not None else set()
+        for step in self._retention.superseded(found):
+            if found[step].name in held:
+                continue  # the next time
+            (found[step] / MARKER).unlink()  # first, so that a kill half-way leaves nothing that looks whole
+            shutil.rmtree(found[step])
+        for stray in self.dir.iterdir():  # what a kill left behind
+            torn = _STEP.fullmatch(stray.name) and not (stray / MARKER).exists()
+            if torn or stray.name.startswith(_STAGING):  # nothing that is not ours
+                shutil.rmtree(stray, ignore_errors=True)
+
+
+def newest(run_dir: Path) -> Path:
+    """The newest checkpoint of a run whose contents are what was written; CheckpointError if there is none."""
+    path, problems = _newest(run_dir / "checkpoints", hashes=True)
+    if path is None:
+        raise CheckpointError(f"{run_dir} holds no whole checkpoint{': ' + problems[0] if problems else ''}")
+    return path
+
+
+def load_position(path: Path) -> Position:
+    """Where the run stood at a committed checkpoint."""
+    return Position(**committed.read(path)["position"])
+
+
+def _newest(folder: Path, hashes: bool = False) -> tuple[Path | None, list[str]]:
+    problems = []
+    for path in reversed(_committed(folder)):
+        problem = committed.problem(path, hashes)
+        if problem is None:
+            return path, problems
+        problems.append(f"{path.name}: {problem}")
+    return None, problems
+
+
+def _committed(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    steps = (p for p in folder.iterdir() if _STEP.fullmatch(p.name))
+    return sorted((p for p in steps if (p / MARKER).exists()), key=step_of)
+
+
+def _part(folder: Path, rank: int) -> Path:
+    return folder / f"rank{rank:05d}.part.json"

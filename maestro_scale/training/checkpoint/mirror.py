@@ -1,0 +1,151 @@
+"""A second home for checkpoints, behind a URL: each is copied there after its commit, fetched if all else is lost."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from maestro_scale.training.checkpoint import committed
+from maestro_scale.training.checkpoint.committed import MARKER
+from maestro_scale.training.checkpoint.identity import differences
+from maestro_scale.training.checkpoint.retention import Retention
+
+log = logging.getLogger(__name__)
+
+
+class MirrorError(Exception):
+    """The mirror cannot be read, or holds another run's checkpoints; the message says which and what to do."""
+
+
+class ForeignMirror(MirrorError):
+    """The mirror holds another run's checkpoints."""
+
+
+class Mirror:
+    """``url``/<name of the checkpoint>. Copies in the background; a failure is a warning and never stops training.
+
+    ``retention``: of what is there, whatever the run directory still holds.
+    """
+
+    def __init__(self, url: str, retention: Retention) -> None:
+        self.url = url.rstrip("/")
+        self._retention = retention
+        self._thread = ThreadPoolExecutor(1, "maestro-mirror")
+        self._sending: list[tuple[Path, Future[None]]] = []
+        self._identity: dict[str, Any] = {}
+        self._is_ours = False
+
+    def claim(self, identity: dict[str, Any], required: bool) -> None:
+        """Say whose checkpoints come here. What is there, if anything, must be of the run with this identity.
+
+        MirrorError where it is another run's; where it cannot be read only if ``required``, else that is a warning.
+        """
+        self._identity = identity
+        try:
+            self._make_sure()
+        except ForeignMirror:
+            raise
+        except MirrorError as error:
+            if required:
+                raise
+            log.warning("%s", error)
+
+    def send(self, checkpoint: Path) -> None:
+        """Copy a committed checkpoint, its marker last; then remove those that the retention lets go.
+
+        One that still waits for its turn, and is not permanent, is left out: where checkpoints come faster than they
+        can be sent, the newest and the permanent ones are.
+        """
+        waiting = [(p, f) for p, f in self._sending if not f.done()]
+        self._sending = [
+            (p, f) for p, f in waiting if self._retention.is_permanent(step_of(p)) or not f.cancel()
+        ]
+        self._sending.append((checkpoint, self._thread.submit(self._send, checkpoint)))
+
+    @property
+    def holds(self) -> set[str]:
+        """Names of checkpoints that are being sent or will be, and must stay until then."""
+        return {path.name for path, future in self._sending if not future.done()}
+
+    def wait(self, alive: Callable[[], None] = lambda: None) -> None:
+        """Wait for what is being sent, and say every second that somebody is ``alive``."""
+        for _, sending in self._sending:
+            while not wait([sending], timeout=1).done:
+                alive()
+
+    def names(self) -> list[str]:
+        """Names of the checkpoints there, the newest first. MirrorError where that cannot be told."""
+        return self._read(lambda fs, root: sorted(_whole(fs, root), reverse=True))
+
+    def fetch(self, name: str, into: Path) -> None:
+        """Copy a mirrored checkpoint into a new directory ``into``. MirrorError where it cannot be read."""
+        shutil.rmtree(into, ignore_errors=True)
+
+        def copy(fs: Any, root: str) -> None:
+            for remote in fs.find(f"{root}/{name}"):
+                local = into / remote.split(f"/{name}/", 1)[1]
+                local.parent.mkdir(parents=True, exist_ok=True)
+                fs.get_file(remote, str(local))
+
+        self._read(copy)
+
+    def _make_sure(self) -> None:
+        if self._is_ours:
+            return
+        for name in self.names():
+            marker = self._read(lambda fs, root, name=name: fs.cat_file(f"{root}/{name}/{MARKER}"))
+            try:
+                theirs = committed.content(marker)["identity"]
+            except (ValueError, KeyError):
+                continue  # damaged: the next one tells
+            if difference := differences(theirs, self._identity):
+                raise ForeignMirror(
+                    f"checkpoint.mirror: {self.url}/{name} is of another run: {difference}. Name another "
+                    "checkpoint.mirror or another --run-dir: its last name is the mirror's folder"
+                )
+            break
+        self._is_ours = True
+
+    def _read(self, action: Any) -> Any:
+        try:
+            fs, root = fsspec.url_to_fs(self.url)
+            fs.invalidate_cache()
+            return action(fs, root)
+        except Exception as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise MirrorError(
+                f"checkpoint.mirror: {self.url} cannot be read ({reason}): see to the address, credentials and "
+                "network, or leave checkpoint.mirror out"
+            ) from error
+
+    def _send(self, checkpoint: Path) -> None:
+        try:
+            self._make_sure()
+            fs, root = fsspec.url_to_fs(self.url)
+            files = [p for p in sorted(checkpoint.rglob("*")) if p.is_file()]
+            for path in sorted(files, key=lambda p: p.name == MARKER):
+                remote = f"{root}/{checkpoint.name}/{path.relative_to(checkpoint)}"
+                fs.makedirs(remote.rsplit("/", 1)[0], exist_ok=True)
+                fs.put_file(str(path), remote)
+            fs.invalidate_cache()
+            steps = {step_of(Path(name)): name for name in _whole(fs, root)}
+            for step in self._retention.superseded(steps):
+                fs.rm_file(f"{root}/{steps[step]}/{MARKER}")  # first: what is left is not whole
+                fs.rm(f"{root}/{steps[step]}", recursive=True)
+        except Exception as error:  # noqa: BLE001 - whatever a remote store does, training goes on
+            log.warning("%s is not mirrored to %s: %s", checkpoint.name, self.url, error)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(checkpoint.name.removeprefix("step_"))
+
+
+def _whole(fs: Any, root: str) -> list[str]:
+    return [marker.split("/")[-2] for marker in fs.glob(f"{root}/step_*/{MARKER}")]
