@@ -18,7 +18,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-LOOK = {
+PREVIEW_COMMANDS = {
     "parquet": "python -c \"import pyarrow.dataset as d; print(d.dataset('{}').to_table())\"",
     "tiff": "rio info $(find {} -name '*.tif' | head -1)",
 }
@@ -88,7 +88,7 @@ def synth(
     """Write a synthetic dataset in that dataset's official raw layout."""
     from maestro_scale import datasets
 
-    _known(dataset)
+    _check_dataset(dataset)
     datasets.synth(dataset, dst, tiles, seed)
     print(
         f"{tiles} tiles of {dataset} in {dst}; next: maestro-scale shard {dataset} {dst} SHARDS --split train"
@@ -125,7 +125,7 @@ def shard(
     from maestro_scale.shards.write.writer import write_shards
     from maestro_scale.tracking.terminal import progress
 
-    _known(dataset)
+    _check_dataset(dataset)
     mine = Part.parse(part)
     chosen = [name.strip() for name in modalities.split(",")] if modalities else None
     raw = datasets.open_raw(dataset, src, split, chosen)
@@ -215,16 +215,16 @@ def plan(
     """Tell what a recipe needs on a cluster: memory by ZeRO stage, traffic, data rate, time; and what to submit."""
     from rich.console import Console
 
-    from maestro_scale.planning import Cluster, make_plan
-    from maestro_scale.planning.report import show
+    from maestro_scale.planning import Cluster, plan_cluster
+    from maestro_scale.planning.report import print_plan
     from maestro_scale.recipe import load_recipe
     from maestro_scale.training.dry_run import spec_and_size
 
     cluster, overrides = Cluster(gpu, gpus, per_node, mfu), change or []
     asked = load_recipe(str(recipe), overrides)
     found = [spec_and_size(entry) for entry in asked.data.mixture]
-    planned = make_plan(asked, [spec for spec, _ in found], [size for _, size in found], cluster)
-    show(planned, cluster, str(recipe), overrides, Console(width=120))
+    planned = plan_cluster(asked, [spec for spec, _ in found], [size for _, size in found], cluster)
+    print_plan(planned, cluster, str(recipe), overrides, Console(width=120))
 
 
 @app.command()
@@ -247,7 +247,7 @@ def export(
     )
     if register:
         made = registry.register(out, register, run_dir)
-        print(f"registered as {made.uri} at {made.store}; next: {made.loading}")
+        print(f"registered as {made.uri} at {made.store}; next: {made.load_command}")
 
 
 @app.command("convert-ign")
@@ -326,8 +326,8 @@ def embed(
     from maestro_scale.tracking.terminal import progress
     from maestro_scale.training.distributed import place
 
-    _one_of("--what", what, ("vector", "tokens"))
-    _one_of("--format", format, tuple(LOOK))
+    _check_choice("--what", what, ("vector", "tokens"))
+    _check_choice("--format", format, tuple(PREVIEW_COMMANDS))
     rank, world, local_rank = place()
     manifest = Manifest.load(shards)
     spec = manifest.spec
@@ -347,7 +347,8 @@ def embed(
         written = embedder.write(out, split, rank, world, update)
     if rank == 0:
         print(
-            f"{written} crops embedded{share}, where not there already, in {out}; next: {LOOK[format].format(out)}"
+            f"{written} crops embedded{share}, where not there already, in {out}; "
+            f"next: {PREVIEW_COMMANDS[format].format(out)}"
         )
 
 
@@ -401,12 +402,12 @@ def report(
     print(f"{len(found)} results in {page} and {text}; next: python -m webbrowser {page}")
 
 
-def _one_of(option: str, value: str, choices: tuple[str, ...]) -> None:
+def _check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise typer.BadParameter(f"{value!r} is none of {', '.join(choices)}", param_hint=option)
 
 
-def _known(dataset: str) -> None:
+def _check_dataset(dataset: str) -> None:
     from maestro_scale import datasets
     from maestro_scale.datasets.spec import DatasetError
 
@@ -426,9 +427,9 @@ def doctor(
     ] = None,
 ) -> None:
     """Say what this machine has for training, with advice for each problem; exit code 1 if there is one."""
-    from maestro_scale.cluster.doctor import examine, tell
+    from maestro_scale.cluster.doctor import print_findings, run_checks
 
-    problems = tell(examine(data or (), folder or ()))
+    problems = print_findings(run_checks(data or (), folder or ()))
     print(f"{problems} thing{'s' * (problems != 1)} to look at" if problems else "all is well")
     sys.exit(1 if problems else 0)
 

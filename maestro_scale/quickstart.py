@@ -33,11 +33,11 @@ class QuickstartError(Exception):
 
 
 @dataclass(frozen=True)
-class Places:
-    """Where quickstart keeps things. ``elsewhere``: an s3:// prefix (or folder) for the shards."""
+class QuickstartPaths:
+    """Where quickstart keeps things. ``shards_url``: an s3:// prefix (or folder) for the shards."""
 
     out: Path
-    elsewhere: str = ""
+    shards_url: str = ""
 
     @property
     def raw(self) -> Path:
@@ -47,7 +47,7 @@ class Places:
     @property
     def shards(self) -> str:
         """The same as shards."""
-        return self.elsewhere or str(self.out / "shards")
+        return self.shards_url or str(self.out / "shards")
 
     @property
     def run(self) -> Path:
@@ -74,37 +74,37 @@ def quickstart(
     QuickstartError, DatasetError, …
     """
     console = Console(soft_wrap=True)
-    places = Places(out.resolve(), shards)
+    paths = QuickstartPaths(out.resolve(), shards)
     wanted = {"seed": seed, "tiles": tiles, "steps": steps, **({"shards": shards} if shards else {})}
-    if places.done.exists():
-        made = json.loads(places.done.read_text())
+    if paths.done.exists():
+        made = json.loads(paths.done.read_text())
         if made != wanted:
             raise QuickstartError(
                 f"{out} was made with {made}, not {wanted}: remove it, or use another --out"
             )
-    if places.done.exists() and _scores(places):
-        console.print(f"all done before, in {places.out}; remove it to start over")
+    if paths.done.exists() and _scores(paths):
+        console.print(f"all done before, in {paths.out}; remove it to start over")
     else:
         recipe = find_recipe("quickstart.yaml")
-        _synthesise(console, places, seed, tiles)
-        _shard(console, places, seed)
-        _pretrain(console, places, recipe, seed, steps)
-        _evaluate(console, places, seed)
-    _summary(console, places)
-    write_atomically(places.done, json.dumps(wanted))
+        _synthesize(console, paths, seed, tiles)
+        _shard(console, paths, seed)
+        _pretrain(console, paths, recipe, seed, steps)
+        _evaluate(console, paths, seed)
+    _summary(console, paths)
+    write_atomically(paths.done, json.dumps(wanted))
 
 
 def find_recipe(name: str) -> Path:
     """A recipe of this project, in the checkout or where pip installed it. QuickstartError if it is in neither."""
-    places = (
+    paths = (
         Path(__file__).parents[1] / "recipes",
         Path(sysconfig.get_path("data")) / "share/maestro_scale/recipes",
     )
-    for place in places:
+    for place in paths:
         if (place / name).exists():
             return place / name
     raise QuickstartError(
-        f"no recipe {name} in {places[0]} or {places[1]}: reinstall maestro-scale, or use a checkout"
+        f"no recipe {name} in {paths[0]} or {paths[1]}: reinstall maestro-scale, or use a checkout"
     )
 
 
@@ -113,34 +113,32 @@ def num_threads() -> int:
     return int(os.environ.get("OMP_NUM_THREADS", 0)) or max((os.cpu_count() or 1) - 1, 1)
 
 
-def _synthesise(console: Console, places: Places, seed: int, tiles: int) -> None:
+def _synthesize(console: Console, paths: QuickstartPaths, seed: int, tiles: int) -> None:
     from maestro_scale import datasets
 
-    console.print(f"[bold]1/5[/bold] {tiles} synthetic tiles in {places.raw}")
-    datasets.synth(DATASET, places.raw, tiles, seed)
+    console.print(f"[bold]1/5[/bold] {tiles} synthetic tiles in {paths.raw}")
+    datasets.synth(DATASET, paths.raw, tiles, seed)
 
 
-def _shard(console: Console, places: Places, seed: int) -> None:
+def _shard(console: Console, paths: QuickstartPaths, seed: int) -> None:
     from maestro_scale import datasets
     from maestro_scale.shards.format.manifest import Manifest
     from maestro_scale.shards.read.verify import verify
     from maestro_scale.shards.write.writer import write_shards
 
-    console.print(f"[bold]2/5[/bold] shards in {places.shards}")
+    console.print(f"[bold]2/5[/bold] shards in {paths.shards}")
     for split in SPLITS:
-        raw = datasets.open_raw(DATASET, places.raw, split)
-        write_shards(raw, places.shards, split, workers=2, codec="raw", shard_mb=16, seed=seed)
-    problems = verify(places.shards)
+        raw = datasets.open_raw(DATASET, paths.raw, split)
+        write_shards(raw, paths.shards, split, workers=2, codec="raw", shard_mb=16, seed=seed)
+    problems = verify(paths.shards)
     if problems:
-        raise QuickstartError(
-            f"the shards are not whole: {problems[0]}; remove {places.shards} and run again"
-        )
-    manifest = Manifest.load(places.shards)
+        raise QuickstartError(f"the shards are not whole: {problems[0]}; remove {paths.shards} and run again")
+    manifest = Manifest.load(paths.shards)
     console.print(f"      {len(manifest.shards)} shards, verified")
 
 
-def _pretrain(console: Console, places: Places, recipe: Path, seed: int, steps: int | None) -> None:
-    console.print(f"[bold]3/5[/bold] pretraining, run directory {places.run}")
+def _pretrain(console: Console, paths: QuickstartPaths, recipe: Path, seed: int, steps: int | None) -> None:
+    console.print(f"[bold]3/5[/bold] pretraining, run directory {paths.run}")
     launcher = shutil.which(
         "deepspeed", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     )
@@ -152,14 +150,14 @@ def _pretrain(console: Console, places: Places, recipe: Path, seed: int, steps: 
         f"--master_port={free_port()}",
         str(Path(__file__).parent / "train.py"),
         f"--recipe={recipe}",
-        f"--run-dir={places.run}",
+        f"--run-dir={paths.run}",
         "--set",
         f"seed={seed}",
-        f"data.mixture[0].shards={json.dumps(places.shards)}",
-        f"data.cache_dir={json.dumps(str(places.out / 'cache'))}",
+        f"data.mixture[0].shards={json.dumps(paths.shards)}",
+        f"data.cache_dir={json.dumps(str(paths.out / 'cache'))}",
         *([f"train.steps={steps}"] if steps else []),
     ]
-    log = places.out / "pretrain.log"
+    log = paths.out / "pretrain.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     code = _run(command, log)
     if code:
@@ -181,7 +179,7 @@ def _run(command: list[str], log: Path) -> int:
     return process.returncode
 
 
-def _evaluate(console: Console, places: Places, seed: int) -> None:
+def _evaluate(console: Console, paths: QuickstartPaths, seed: int) -> None:
     import torch
 
     from maestro_scale.evaluation.frozen.evaluate import Benchmark, Provenance, evaluate_frozen
@@ -192,33 +190,33 @@ def _evaluate(console: Console, places: Places, seed: int) -> None:
 
     torch.set_num_threads(num_threads())
     console.print("[bold]4/5[/bold] exporting the encoder")
-    pretrained = load_model(export_model(newest(places.run), places.out / "model"))
+    pretrained = load_model(export_model(newest(paths.run), paths.out / "model"))
     untrained = Maestro(pretrained.config).initialise(seed).eval()
     console.print("[bold]5/5[/bold] scoring frozen embeddings on held-out tiles")
-    step = load_position(newest(places.run)).step
-    benchmark = Benchmark(places.shards, places.out / "cache", places.out / "features")
+    step = load_position(newest(paths.run)).step
+    benchmark = Benchmark(paths.shards, paths.out / "cache", paths.out / "features")
     for name, model, trained in zip(ENCODERS, (pretrained, untrained), (step, 0), strict=True):
         provenance = Provenance(trained, seed, encoder=name, trained_on=(DATASET,) if trained else ())
         for result in evaluate_frozen(model, benchmark, MODES, provenance):
-            result.write(places.results / name / result.mode / "results.json")
+            result.write(paths.results / name / result.mode / "results.json")
 
 
-def _scores(places: Places) -> dict[str, list[EvalResult]] | None:
+def _scores(paths: QuickstartPaths) -> dict[str, list[EvalResult]] | None:
     """{encoder: a result per mode}, or None where one is missing or damaged."""
     try:
         return {
-            name: [EvalResult.load(places.results / name / mode / "results.json") for mode in MODES]
+            name: [EvalResult.load(paths.results / name / mode / "results.json") for mode in MODES]
             for name in ENCODERS
         }
     except ResultsError:
         return None
 
 
-def _summary(console: Console, places: Places) -> None:
-    scores = _scores(places)
+def _summary(console: Console, paths: QuickstartPaths) -> None:
+    scores = _scores(paths)
     if scores is None:
-        raise QuickstartError(f"results are missing in {places.results}: run the same command again")
-    metrics = JsonLines(places.run / "metrics.jsonl").read()
+        raise QuickstartError(f"results are missing in {paths.results}: run the same command again")
+    metrics = JsonLines(paths.run / "metrics.jsonl").read()
     first, last = metrics[0]["loss"], metrics[-1]["loss"]
     table = Table(title="Weighted F1 on held-out tiles, frozen encoder (95 % bootstrap interval)")
     for column in ("encoder", *MODES):
@@ -230,8 +228,8 @@ def _summary(console: Console, places: Places) -> None:
         table.add_row(name, *cells)
     console.print(table)
     console.print(f"masked loss: {first:.3f} -> {last:.3f} ({100 * (last / first - 1):+.0f} %)")
-    pictures = sorted((places.run / "pictures").glob("*.png"))
+    pictures = sorted((paths.run / "pictures").glob("*.png"))
     if pictures:
         console.print(f"reconstruction: {pictures[-1]}")
-    store = places.run.parent / "mlflow.db"
+    store = paths.run.parent / "mlflow.db"
     console.print(f"dashboard: maestro-scale dashboard {store.parent}")

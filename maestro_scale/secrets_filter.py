@@ -14,7 +14,7 @@ import yaml
 
 HIDDEN = "(hidden)"
 
-_SHORTEST_SECRET = 8  # a shorter value of a secret variable ("true", "1") would hide innocent text
+_MIN_SECRET_LENGTH = 8  # a shorter value of a secret variable ("true", "1") would hide innocent text
 
 _SECRET_NAME = re.compile(
     r"(passw(or)?d|passphrase|secret|credential|api_?key|access_?key|private_?key|signature"
@@ -28,7 +28,7 @@ _QUERY = re.compile(
     re.IGNORECASE,
 )
 # AWS access key ids, Hugging Face and GitHub tokens, HTTP authorization headers.
-_SHAPES = re.compile(
+_TOKENS = re.compile(
     r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b|\bhf_[A-Za-z0-9]{20,}|\bgh[pousr]_[A-Za-z0-9]{20,}"
     r"|(?<=Bearer )[\w.~+/=-]+"
 )
@@ -46,18 +46,18 @@ def scrub(text: str) -> str:
     """``text`` without URL user names and passwords, signed query parameters, known shapes of tokens, and the
     values of secret environment variables."""
     for name, value in os.environ.items():
-        if is_secret_name(name) and len(value) >= _SHORTEST_SECRET:
+        if is_secret_name(name) and len(value) >= _MIN_SECRET_LENGTH:
             text = text.replace(value, HIDDEN)
     text = _USERINFO.sub("", text)
-    return _SHAPES.sub(HIDDEN, _QUERY.sub(rf"\g<1>{HIDDEN}", text))
+    return _TOKENS.sub(HIDDEN, _QUERY.sub(rf"\g<1>{HIDDEN}", text))
 
 
 def hide_secrets() -> None:
     """From here on this process prints no secrets: not in lines, warnings or tracebacks."""
-    sys.stdout, sys.stderr = _Scrubbed(sys.stdout), _Scrubbed(sys.stderr)
+    sys.stdout, sys.stderr = _ScrubbingStream(sys.stdout), _ScrubbingStream(sys.stderr)
 
 
-class _Scrubbed:
+class _ScrubbingStream:
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 

@@ -14,9 +14,9 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-OVER, GIVEN_UP, REQUEUE = 0, 1, 10
+FINISHED, GAVE_UP, REQUEUE = 0, 1, 10
 _STEP = re.compile(r"step_(\d{8,})")
-_NOTABLE = re.compile(r"^(error|\w*(Error|Exception)\b)|No space left|Killed|out of memory", re.IGNORECASE)
+_ERROR_LINE = re.compile(r"^(error|\w*(Error|Exception)\b)|No space left|Killed|out of memory", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def newest_step(run_dir: Path) -> int:
     return max((int(m[1]) for f in folders if (m := _STEP.fullmatch(f.parent.name))), default=0)
 
 
-def failures_in_place(attempts: list[Attempt], job: str, step: int) -> int:
+def consecutive_failures(attempts: list[Attempt], job: str, step: int) -> int:
     """How often in a row, lately, the job failed with no newer checkpoint than ``step``."""
     count = 0
     for attempt in reversed(attempts):
@@ -46,13 +46,13 @@ def failures_in_place(attempts: list[Attempt], job: str, step: int) -> int:
     return count
 
 
-def errors_in(logs: Path, most: int = 6) -> list[str]:
+def find_errors(logs: Path, most: int = 6) -> list[str]:
     """The telling lines of the ranks' logs, each with its log, those that say the most first."""
     found: dict[str, str] = {}
     for log in sorted(logs.glob("rank-*.log")):
         for line in log.read_text(errors="replace").splitlines():
             line = line.strip()
-            if _NOTABLE.search(line):
+            if _ERROR_LINE.search(line):
                 found.setdefault(line[:400], log.name)
     ours_first = sorted(found, key=lambda line: not line.startswith("error"))
     return [f"{found[line]}: {line}" for line in ours_first[:most]]
@@ -65,21 +65,21 @@ def decide(run_dir: Path, logs: Path, attempt: Attempt, max_failures: int) -> tu
     except (OSError, ValueError):
         outcome = {}
     if outcome.get("reason") == "done":
-        return OVER, f"done: {outcome['step']} steps, in {run_dir}"
+        return FINISHED, f"done: {outcome['step']} steps, in {run_dir}"
     file = run_dir / "attempts.jsonl"
     earlier = [Attempt(**json.loads(line)) for line in file.read_text().splitlines()] if file.exists() else []
     stopped = outcome.get("reason") == "stopped"
     if stopped and not attempt.asked and "STOP" in outcome["why"]:
-        return OVER, f"stopped by {outcome['why']} after step {outcome['step']}; submit again to go on"
+        return FINISHED, f"stopped by {outcome['why']} after step {outcome['step']}; submit again to go on"
     attempt = Attempt(**{**asdict(attempt), "asked": attempt.asked or stopped})
     with file.open("a") as sink:
         sink.write(json.dumps(asdict(attempt)) + "\n")
     if attempt.asked:
         return REQUEUE, f"saved at step {attempt.step}; to be continued"
-    told = "\n".join(f"  {line}" for line in errors_in(logs)) or f"  nothing was said; see {logs}"
-    failed = failures_in_place([*earlier, attempt], attempt.job, attempt.step)
+    told = "\n".join(f"  {line}" for line in find_errors(logs)) or f"  nothing was said; see {logs}"
+    failed = consecutive_failures([*earlier, attempt], attempt.job, attempt.step)
     if failed >= max_failures:
-        return GIVEN_UP, (
+        return GAVE_UP, (
             f"{told}\nerror: failed {failed} times with no checkpoint after step {attempt.step}: given up. "
             f"Mend what the lines above say (all of it: {logs}) and submit again; it goes on from step {attempt.step}"
         )

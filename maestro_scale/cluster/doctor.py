@@ -52,7 +52,7 @@ class Finding:
     advice: str = ""
 
 
-def examine(urls: Sequence[str] = (), folders: Sequence[Path] = ()) -> Iterator[Finding]:
+def run_checks(urls: Sequence[str] = (), folders: Sequence[Path] = ()) -> Iterator[Finding]:
     """Every check in turn. ``urls``: datasets in shards to reach; ``folders``: where runs and caches are to lie."""
     for check in (_python, _packages, _processors, _accelerators, _kernels, _compiler, _slurm, _mlflow):
         yield from check()
@@ -180,7 +180,11 @@ def _disk(folder: Path) -> Iterator[Finding]:
     try:
         free = shutil.disk_usage(folder).free / 2**30
         with tempfile.TemporaryDirectory(dir=folder) as inside:
-            problem = "" if _links(Path(inside)) else "it has no file locks: use another disk for --run-dir"
+            problem = (
+                ""
+                if _supports_locks(Path(inside))
+                else "it has no file locks: use another disk for --run-dir"
+            )
     except OSError as error:
         yield Finding("disk", f"{folder}: {error.strerror}", "choose a folder that can be written to")
         return
@@ -195,7 +199,7 @@ def _disk(folder: Path) -> Iterator[Finding]:
     yield Finding("disk", f"{folder}: {kind}, {sharing}, {free:.0f} GiB free", problem)
 
 
-def _links(folder: Path) -> bool:
+def _supports_locks(folder: Path) -> bool:
     from filelock import FileLock
 
     try:
@@ -217,7 +221,7 @@ def _file_system(folder: Path) -> str:
     return kind
 
 
-def tell(findings: Iterator[Finding], say: Callable[[str], None] = print) -> int:
+def print_findings(findings: Iterator[Finding], say: Callable[[str], None] = print) -> int:
     """Print findings as they come; the number of problems."""
     problems = 0
     say(f"host {socket.gethostname()}")

@@ -21,7 +21,7 @@ from maestro_scale.cluster import checks
 
 
 @dataclass
-class Report:
+class NodeReport:
     """What a node says of itself. ``port``: where it listens; ``unreachable``: nodes it found no way to."""
 
     node: str
@@ -40,9 +40,9 @@ class Report:
         os.replace(fresh, folder / f"{self.node}.json")
 
 
-def read_reports(folder: Path) -> dict[str, Report]:
+def read_reports(folder: Path) -> dict[str, NodeReport]:
     """The reports there are, by node."""
-    reports = (Report(**json.loads(p.read_text())) for p in sorted(folder.glob("[!.]*.json")))
+    reports = (NodeReport(**json.loads(p.read_text())) for p in sorted(folder.glob("[!.]*.json")))
     return {r.node: r for r in reports}
 
 
@@ -114,8 +114,8 @@ def _listen() -> socket.socket:
 
 
 def _wait_for(
-    folder: Path, nodes: list[str], ready: Callable[[Report], bool], timeout_s: float
-) -> dict[str, Report]:
+    folder: Path, nodes: list[str], ready: Callable[[NodeReport], bool], timeout_s: float
+) -> dict[str, NodeReport]:
     deadline = time.monotonic() + timeout_s
     while True:
         reports = read_reports(folder)
@@ -124,7 +124,7 @@ def _wait_for(
         time.sleep(0.1)
 
 
-def examine(report: Report, folder: Path, nodes: list[str], timeout_s: float) -> None:
+def check_network(report: NodeReport, folder: Path, nodes: list[str], timeout_s: float) -> None:
     """The way to the others: TCP to each, then the all-reduce if nobody has a problem. Fills in the report."""
     others = [n for n in nodes if n != report.node]
     report.write(folder)
@@ -152,12 +152,12 @@ def main(argv: list[str] | None = None) -> int:
     node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
     nodes = os.environ.get("MAESTRO_NODES", node).split()
     server = _listen()
-    report = Report(node, server.getsockname()[1])
+    report = NodeReport(node, server.getsockname()[1])
     try:
         report.problems = local_problems(args.recipe, args.overrides, args.reports)
     except RecipeError as error:
         report.problems = [f"recipe: {error}"]
-    examine(report, args.reports, nodes, args.timeout_s)
+    check_network(report, args.reports, nodes, args.timeout_s)
     report.finished = True
     report.write(args.reports)
     # The others may still be knocking.

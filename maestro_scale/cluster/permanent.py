@@ -12,7 +12,7 @@ from pathlib import Path
 _NAME = re.compile(r"step_(\d{8,})")
 
 
-def permanent(run_dir: Path, keep_every: int) -> list[Path]:
+def permanent_checkpoints(run_dir: Path, keep_every: int) -> list[Path]:
     """Committed checkpoints of steps that ``keep_every`` divides."""
     found = []
     for commit in (run_dir / "checkpoints").glob("step_*/COMMIT.json"):
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
             file=sys.stderr,
         )
         return 2
-    for path in permanent(run_dir, keep_every):
+    for path in permanent_checkpoints(run_dir, keep_every):
         print(path)
     return 0
 

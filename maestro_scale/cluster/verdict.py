@@ -9,12 +9,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from maestro_scale.cluster.health import Report, read_reports
+from maestro_scale.cluster.health import NodeReport, read_reports
 
-GOOD, NOWHERE, SOME_BAD = 0, 2, 3
+ALL_GOOD, NO_GOOD_NODE, SOME_BAD = 0, 2, 3
 
 
-def judge(nodes: list[str], reports: dict[str, Report]) -> dict[str, str]:
+def find_bad_nodes(nodes: list[str], reports: dict[str, NodeReport]) -> dict[str, str]:
     """Bad node -> what is wrong with it."""
     bad = {}
     for node in nodes:
@@ -52,20 +52,20 @@ def main(argv: list[str]) -> int:
     """The command line; see above."""
     folder, nodes = Path(argv[0]), argv[1:]
     reports = read_reports(folder)
-    bad = judge(nodes, reports)
+    bad = find_bad_nodes(nodes, reports)
     for node, reason in bad.items():
         print(f"bad node {node}: {reason}", file=sys.stderr)
     if not bad:
         slowest = max((r.all_reduce_ms or 0.0 for r in reports.values()), default=0.0)
         print(f"all {len(nodes)} nodes are well; all-reduce of 4 MiB in {slowest:.1f} ms", file=sys.stderr)
-        return GOOD
+        return ALL_GOOD
     if len(bad) == len(nodes):
         print(
             f"error: no good node among {', '.join(nodes)}: mend what is said above and submit again "
             f"(or, with other nodes: sbatch --exclude={','.join(nodes)} …)",
             file=sys.stderr,
         )
-        return NOWHERE
+        return NO_GOOD_NODE
     print(",".join(bad))
     return SOME_BAD
 

@@ -63,7 +63,7 @@ class Cluster:
 
 
 @dataclass(frozen=True)
-class Layout:
+class LayoutEstimate:
     """One ZeRO stage and micro-batch: what a rank holds and sends. ``activations``: bytes, an estimate."""
 
     stage: int
@@ -81,13 +81,13 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ClusterPlan:
     """``best``: the layout that is recommended, None where none fits. ``seconds``: None where the length of an epoch is
     not known. ``bytes_per_sample``: as stored, averaged over the mixture by weight."""
 
     parameters: int
-    layouts: tuple[Layout, ...]
-    best: Layout | None
+    layouts: tuple[LayoutEstimate, ...]
+    best: LayoutEstimate | None
     samples_per_s: float
     bytes_per_sample: float
     num_steps: int | None
@@ -102,9 +102,9 @@ class Plan:
         return None if self.seconds is None else self.seconds * cluster.num_gpus / 3600
 
 
-def make_plan(
+def plan_cluster(
     recipe: Recipe, specs: Sequence[DatasetSpec], stored: Sequence[tuple[int, int] | None], cluster: Cluster
-) -> Plan:
+) -> ClusterPlan:
     """``stored``: (samples, bytes) of each dataset of the mixture in shards, None where they are not at hand: then a
     sample counts as its spec has it, with as many dates as the model sees.
 
@@ -133,7 +133,7 @@ def make_plan(
     steps = recipe.train.steps
     if steps is None and all(stored):
         steps = recipe.train.epochs * sum(max(1, held[0] // batch) for held in stored if held)
-    return Plan(
+    return ClusterPlan(
         parameters=parameters,
         layouts=layouts,
         # At one MFU what differs is what is sent; then fewer, larger passes; then room.
@@ -147,7 +147,7 @@ def make_plan(
 
 def _layout(
     recipe: Recipe, parameters: int, largest: Cost, gpu: Gpu, n: int, stage: int, micro: int
-) -> Layout:
+) -> LayoutEstimate:
     num_micro_batches = recipe.train.global_batch // (n * micro)
     config = recipe.laid_out(stage, micro).deepspeed_config(n, "cuda")
     held = footprint(parameters, n, config, num_micro_batches, ema=recipe.optim.ema > 0)
@@ -155,7 +155,7 @@ def _layout(
     activations = micro * largest.activations * value
     fits = held.device + activations <= _USABLE * gpu.memory_bytes
     sends = traffic(parameters, n, config, num_micro_batches)
-    return Layout(stage, micro, num_micro_batches, held, activations, sends, fits)
+    return LayoutEstimate(stage, micro, num_micro_batches, held, activations, sends, fits)
 
 
 def _bytes_by_spec(spec: DatasetSpec) -> float:

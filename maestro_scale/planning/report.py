@@ -8,10 +8,12 @@ from rich.console import Console
 from rich.table import Table
 
 from maestro_scale.model.cost import GIB
-from maestro_scale.planning.plan import GPUS, Cluster, Plan
+from maestro_scale.planning.plan import GPUS, Cluster, ClusterPlan
 
 
-def show(plan: Plan, cluster: Cluster, recipe_path: str, overrides: list[str], console: Console) -> None:
+def print_plan(
+    plan: ClusterPlan, cluster: Cluster, recipe_path: str, overrides: list[str], console: Console
+) -> None:
     """Print it."""
     console.print(f"parameters        {plan.parameters:,}")
     table = Table(
@@ -46,10 +48,10 @@ def show(plan: Plan, cluster: Cluster, recipe_path: str, overrides: list[str], c
             "no layout fits: set model.checkpointing=blocks, take more GPUs, or offload the optimizer"
         )
         return
-    print(command(plan, cluster, recipe_path, overrides))  # in one line, to be copied
+    print(sbatch_command(plan, cluster, recipe_path, overrides))  # in one line, to be copied
 
 
-def command(plan: Plan, cluster: Cluster, recipe_path: str, overrides: list[str]) -> str:
+def sbatch_command(plan: ClusterPlan, cluster: Cluster, recipe_path: str, overrides: list[str]) -> str:
     """The sbatch line of the recommended layout."""
     assert plan.best is not None
     changes = [

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from maestro_scale.secrets_filter import scrub
-from maestro_scale.tracking.mlflow_tracker import quiet_mlflow
+from maestro_scale.tracking.mlflow_tracker import configure_mlflow
 
 _GRACE_S = 5.0  # that a server has to end by itself
 
@@ -37,7 +37,7 @@ def dashboard(runs: Path, host: str, port: int) -> int:
                 f"{store} is not there: point RUNS at the folder that holds the run directories"
             )
         uri = f"sqlite:///{store}"
-    quiet_mlflow()
+    configure_mlflow()
     print(f"http://{host}:{port} shows {scrub(uri)}; stop it with Ctrl-C", flush=True)
     command = [
         sys.executable,

@@ -18,10 +18,10 @@ from maestro_scale.evaluation.report.report import CLASS_METRIC, pictures, write
 from maestro_scale.evaluation.results import EvalResult, ResultsError
 from maestro_scale.secrets_filter import scrub, scrub_document, scrub_mapping
 from maestro_scale.tracking.mlflow_run import tracking_uri
-from maestro_scale.tracking.mlflow_tracker import one_line, quiet_mlflow
-from maestro_scale.tracking.origin import origin_tags
-from maestro_scale.tracking.outbox import Unsent, drop, note, unsent
-from maestro_scale.tracking.run_file import find_run, last_store, run_directory_of
+from maestro_scale.tracking.mlflow_tracker import configure_mlflow, error_summary
+from maestro_scale.tracking.origin import provenance_tags
+from maestro_scale.tracking.outbox import PendingEvaluation, add_pending, list_pending, remove_pending
+from maestro_scale.tracking.run_file import find_run, find_run_dir, last_store
 from maestro_scale.training.run_dir import environment
 
 if TYPE_CHECKING:
@@ -40,42 +40,42 @@ def record_evaluation(checkpoint: Path | None, result: EvalResult, path: Path) -
     run, or where the store does not take it: ``path``, its results.json, stays the truth, and is noted in the run
     directory for ``maestro-scale sync``.
     """
-    run_dir = checkpoint and run_directory_of(checkpoint)
+    run_dir = checkpoint and find_run_dir(checkpoint)
     if run_dir is None:
         what = f"{checkpoint} lies in no run directory" if checkpoint else "a baseline has no training run"
         log.warning("%s is not recorded in MLflow, which nests it in its training run: %s", path, what)
         return None
-    quiet_mlflow()
-    tags = origin_tags(environment())
+    configure_mlflow()
+    tags = provenance_tags(environment())
     try:
         return _record(run_dir, result, path, tags)
     except Exception as error:  # noqa: BLE001 - MLflow raises anything, and the result is on disk
         later = f"`maestro-scale sync {run_dir}` sends it"
         try:
-            note(run_dir, Unsent(path.resolve(), scrub_mapping(tags)))
+            add_pending(run_dir, PendingEvaluation(path.resolve(), scrub_mapping(tags)))
         except OSError as unnoted:
             later = f"and stays there alone: sync cannot be told of it in {run_dir} ({unnoted.strerror or unnoted})"
         log.warning(
             "MLflow at %s does not take the evaluation (%s); it is in %s, %s",
             scrub(tracking_uri(run_dir)),
-            one_line(error),
+            error_summary(error),
             path,
             later,
         )
         return None
 
 
-def send_unsent(run_dir: Path) -> tuple[int, list[str]]:
+def send_pending(run_dir: Path) -> tuple[int, list[str]]:
     """Send what ``record_evaluation`` could not: (how many, a line on each that cannot be read any more and is given
     up). Raises whatever MLflow raises; what is not sent then stays noted."""
     sent, lost = 0, []
-    for waiting in unsent(run_dir):
+    for waiting in list_pending(run_dir):
         try:
             _record(run_dir, EvalResult.load(waiting.results), waiting.results, waiting.tags)
             sent += 1
         except ResultsError as error:
             lost.append(str(error))
-        drop(run_dir, waiting)
+        remove_pending(run_dir, waiting)
     return sent, lost
 
 

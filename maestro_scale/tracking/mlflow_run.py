@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from filelock import FileLock, Timeout
 
 from maestro_scale.secrets_filter import scrub, scrub_document, scrub_mapping
-from maestro_scale.tracking.run_file import RUN_TAG, find_run, note, own_id, store_lock
+from maestro_scale.tracking.run_file import RUN_TAG, find_run, record_store, run_dir_id, store_lock
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -36,7 +36,7 @@ _KIND = {
 
 _DOCUMENTS = frozenset({".yaml", ".yml", ".json", ".jsonl", ".txt", ".md", ".log"})
 
-Numbers = Mapping[str, "float | None"]
+MetricValues = Mapping[str, "float | None"]
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class DatasetInput:
 
 
 @dataclass(frozen=True)
-class RunCard:
+class RunMetadata:
     """What is said of a run when it starts. ``history`` reads the (step, metrics) that were logged before."""
 
     run_dir: Path
@@ -60,16 +60,16 @@ class RunCard:
     tags: Mapping[str, str]
     artifacts: Sequence[Path] = ()
     datasets: Sequence[DatasetInput] = ()
-    history: Callable[[], Iterable[tuple[int, Numbers]]] = field(default=tuple)
+    history: Callable[[], Iterable[tuple[int, MetricValues]]] = field(default=tuple)
 
 
 @dataclass(frozen=True)
-class Point:
+class StepMetrics:
     """The metrics of one step, measured at ``time_ms``; None values were not measured and are left out."""
 
     step: int
     time_ms: int
-    metrics: Numbers
+    metrics: MetricValues
 
 
 def tracking_uri(run_dir: Path) -> str:
@@ -77,7 +77,7 @@ def tracking_uri(run_dir: Path) -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{run_dir.resolve().parent / 'mlflow.db'}"
 
 
-class BeingSent(Exception):
+class RunLockedError(Exception):
     """Another process sends this run to this store."""
 
 
@@ -88,7 +88,7 @@ class MlflowRun:
         self,
         client: MlflowClient,
         run: Run,
-        card: RunCard,
+        card: RunMetadata,
         warn: Callable[[str, Exception], None],
         held: FileLock,
     ) -> None:
@@ -103,13 +103,13 @@ class MlflowRun:
 
     @classmethod
     def open(
-        cls, card: RunCard, time_ms: int, warn: Callable[[str, Exception], None], ended: str | None = None
+        cls, card: RunMetadata, time_ms: int, warn: Callable[[str, Exception], None], ended: str | None = None
     ) -> MlflowRun:
         """Start the run of the card's directory, or continue it, and send the history that the store lacks.
 
         ``ended``: ``done``, ``stopped`` or ``failed``, of a run that is over, which never says that it is running:
-        what comes after may fail. ``warn`` is told of what could not be sent although the run is open. BeingSent where
-        another process has it open; else raises whatever MLflow raises.
+        what comes after may fail. ``warn`` is told of what could not be sent although the run is open. RunLockedError
+        where another process has it open; else raises whatever MLflow raises.
         """
         from mlflow.tracking import MlflowClient
 
@@ -119,36 +119,36 @@ class MlflowRun:
         try:
             held.acquire(timeout=0)
         except Timeout:
-            raise BeingSent(f"another process sends {card.run_dir} to {scrub(uri)}") from None
+            raise RunLockedError(f"another process sends {card.run_dir} to {scrub(uri)}") from None
         try:
             client = MlflowClient(uri)
             run = find_run(client, card.run_dir)
             if run is None:
                 experiment = _experiment_id(client, card)  # first: what cannot be reached leaves no file
-                tags = {RUN_TAG: own_id(card.run_dir)}
+                tags = {RUN_TAG: run_dir_id(card.run_dir)}
                 run = client.create_run(experiment, run_name=scrub(card.run_name), tags=tags)
             if ended is None:
                 client.update_run(run.info.run_id, status="RUNNING")
             else:
                 client.set_terminated(run.info.run_id, STATUS[ended])
-            note(card.run_dir, run.info.run_id, uri)
+            record_store(card.run_dir, run.info.run_id, uri)
             opened = cls(client, run, card, warn, held)
-            opened.catch_up(time_ms)
+            opened.backfill(time_ms)
             return opened
         except BaseException:
             held.release()
             raise
 
-    def catch_up(self, time_ms: int) -> None:
+    def backfill(self, time_ms: int) -> None:
         """Send what the history holds and the store does not."""
         keys = self._client.get_run(self.id).data.metrics
         self._stored = {k: {m.step for m in self._client.get_metric_history(self.id, k)} for k in keys}
         self._last = {}
-        self.send(Point(step, time_ms, metrics) for step, metrics in self._card.history())
+        self.send(StepMetrics(step, time_ms, metrics) for step, metrics in self._card.history())
         # Up to the history's last step all is settled; beyond it the store may have steps yet to be replayed.
         self._stored = {k: {s for s in v if s > self._last.get(k, -1)} for k, v in self._stored.items()}
 
-    def send(self, points: Iterable[Point]) -> None:
+    def send(self, points: Iterable[StepMetrics]) -> None:
         """Log points, in order of step, leaving out what the store has."""
         from mlflow.entities import Metric
 
@@ -163,7 +163,7 @@ class MlflowRun:
         for chunk in _chunks(pending, _MAX_METRICS):
             self._client.log_batch(self.id, metrics=chunk)
 
-    def picture(self, path: Path) -> None:
+    def log_picture(self, path: Path) -> None:
         """Store a picture under ``pictures/``; one of the same name is replaced."""
         self._optional("a picture", lambda: self._client.log_artifact(self.id, str(path), "pictures"))
 
@@ -175,9 +175,9 @@ class MlflowRun:
         """End the run: ``done``, ``stopped`` or ``failed``. Artifacts are stored again, as they are now."""
         self._optional("artifacts", self._store_artifacts)
         self._client.set_terminated(self.id, STATUS[reason])
-        self.let_go()
+        self.detach()
 
-    def let_go(self) -> None:
+    def detach(self) -> None:
         """Leave the run as it is, for whoever sends to it next."""
         self._held.release()
 
@@ -255,7 +255,7 @@ class MlflowRun:
                 self._client.log_artifact(self.id, str(path))
 
 
-def _experiment_id(client: MlflowClient, card: RunCard) -> str:
+def _experiment_id(client: MlflowClient, card: RunMetadata) -> str:
     from mlflow.exceptions import MlflowException
 
     experiment = client.get_experiment_by_name(card.experiment)

@@ -20,10 +20,10 @@ from typing import Protocol
 from maestro_scale.secrets_filter import scrub
 from maestro_scale.tracking.mlflow_run import (
     STATUS,
+    MetricValues,
     MlflowRun,
-    Numbers,
-    Point,
-    RunCard,
+    RunMetadata,
+    StepMetrics,
     tracking_uri,
 )
 
@@ -42,13 +42,13 @@ _LAST_TRIES_S = 1.0  # between attempts to reach a store that is away when the r
 _MAX_BATCH = 500  # records collected before they are sent
 
 
-def quiet_mlflow() -> None:
+def configure_mlflow() -> None:
     """Have mlflow fail fast and keep silent, where the user did not say otherwise. Before it is imported."""
     for name, value in _QUIET_MLFLOW.items():
         os.environ.setdefault(name, value)
 
 
-def one_line(error: Exception) -> str:
+def error_summary(error: Exception) -> str:
     """The kind of an error and the first line of what it says, which may be nothing, without secrets."""
     return scrub(f"{type(error).__name__}: {error}".splitlines()[0])
 
@@ -56,19 +56,19 @@ def one_line(error: Exception) -> str:
 class OpenRun(Protocol):
     """What the background thread needs of a run; any method may raise."""
 
-    def send(self, points: Iterable[Point]) -> None: ...
+    def send(self, points: Iterable[StepMetrics]) -> None: ...
 
-    def picture(self, path: Path) -> None: ...
+    def log_picture(self, path: Path) -> None: ...
 
-    def catch_up(self, time_ms: int) -> None: ...
+    def backfill(self, time_ms: int) -> None: ...
 
     def close(self, reason: str) -> None: ...
 
-    def let_go(self) -> None: ...
+    def detach(self) -> None: ...
 
 
 @dataclass(frozen=True)
-class Rhythm:
+class FlushPolicy:
     """How the background thread works, in seconds and records."""
 
     flush_s: float = 2.0
@@ -79,7 +79,7 @@ class Rhythm:
     """Records held while the store is slow; more are dropped."""
 
 
-DEFAULT_RHYTHM = Rhythm()
+DEFAULT_FLUSH_POLICY = FlushPolicy()
 
 
 @dataclass(frozen=True)
@@ -100,15 +100,15 @@ class Tracker:
         self,
         open_run: Callable[[Callable[[str, Exception], None]], OpenRun],
         store: str,
-        rhythm: Rhythm = DEFAULT_RHYTHM,
+        policy: FlushPolicy = DEFAULT_FLUSH_POLICY,
         later: str = "",
     ) -> None:
         """``later``: the command that sends what this one cannot, for warnings."""
         self._open_run = open_run
         self._store = store
         self._later = later
-        self._rhythm = rhythm
-        self._queue: queue.Queue[Point | _Picture | _Close] = queue.Queue(rhythm.capacity)
+        self._policy = policy
+        self._queue: queue.Queue[StepMetrics | _Picture | _Close] = queue.Queue(policy.capacity)
         self._run: OpenRun | None = None
         self._quiet_until = 0.0
         self._warned: set[str] = set()
@@ -117,29 +117,29 @@ class Tracker:
         self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
 
     @classmethod
-    def start(cls, card: RunCard) -> Tracker:
+    def start(cls, card: RunMetadata) -> Tracker:
         """Track a run, continuing the MLflow run that its directory already has.
 
         The store is ``MLFLOW_TRACKING_URI``, or ``mlflow.db`` beside the run directory. The card's history is read on
         the background thread whenever the store is connected, for what it missed.
         """
-        quiet_mlflow()
+        configure_mlflow()
         return cls(
             lambda warn: MlflowRun.open(card, _now_ms(), warn),
             scrub(tracking_uri(card.run_dir)),
             later=f"maestro-scale sync {card.run_dir}",
-        ).begin()
+        ).start_thread()
 
-    def begin(self) -> Tracker:
+    def start_thread(self) -> Tracker:
         """Start the background thread."""
         self._thread.start()
         return self
 
-    def log(self, step: int, metrics: Numbers) -> None:
+    def log(self, step: int, metrics: MetricValues) -> None:
         """Log metrics of a step. Steps come in order; None values, and what the store has, are left out."""
-        self._put(Point(step, _now_ms(), dict(metrics)))
+        self._put(StepMetrics(step, _now_ms(), dict(metrics)))
 
-    def picture(self, step: int, path: Path) -> None:
+    def log_picture(self, step: int, path: Path) -> None:
         """Store a picture of a step; its name should tell the step, and it must stay until ``finish``."""
         del step  # MLflow artifacts have none; kept so that a store with one can use it
         self._put(_Picture(path))
@@ -167,12 +167,12 @@ class Tracker:
 
     # -- calling thread --------------------------------------------------------------------------------------
 
-    def _put(self, item: Point | _Picture) -> None:
+    def _put(self, item: StepMetrics | _Picture) -> None:
         try:
             self._queue.put_nowait(item)
         except queue.Full:
             self._gaps = True
-            self._warn("all records", RuntimeError(f"more than {self._rhythm.capacity} are waiting"))
+            self._warn("all records", RuntimeError(f"more than {self._policy.capacity} are waiting"))
 
     def _warn(self, what: str, error: Exception) -> None:
         """Say once per kind of trouble that something is not sent."""
@@ -184,7 +184,7 @@ class Tracker:
             "missing then",
             self._store,
             what,
-            one_line(error),
+            error_summary(error),
             self._later,
         )
 
@@ -198,9 +198,9 @@ class Tracker:
             self._deliver(items)
         self._close(closing)
 
-    def _collect(self) -> tuple[list[Point | _Picture], _Close | None]:
+    def _collect(self) -> tuple[list[StepMetrics | _Picture], _Close | None]:
         """Whatever arrives within ``flush_s`` of the first record, and the request to close if it came."""
-        items: list[Point | _Picture] = []
+        items: list[StepMetrics | _Picture] = []
         wait_s = None
         while len(items) < _MAX_BATCH:
             try:
@@ -212,20 +212,20 @@ class Tracker:
             if not items:
                 first = time.monotonic()
             items.append(item)
-            wait_s = max(0.0, first + self._rhythm.flush_s - time.monotonic())
+            wait_s = max(0.0, first + self._policy.flush_s - time.monotonic())
         return items, None
 
-    def _deliver(self, items: Sequence[Point | _Picture]) -> None:
+    def _deliver(self, items: Sequence[StepMetrics | _Picture]) -> None:
         if time.monotonic() < self._quiet_until:
             return  # dropped: history has the numbers
         try:
             if self._run is None:
                 self._run = self._open_run(self._warn)
                 self._was_open = True
-            self._run.send(i for i in items if isinstance(i, Point))
+            self._run.send(i for i in items if isinstance(i, StepMetrics))
             for item in items:
                 if isinstance(item, _Picture):
-                    self._run.picture(item.path)
+                    self._run.log_picture(item.path)
         except Exception as error:  # noqa: BLE001 - whatever MLflow raises, the training goes on
             self._lose(error)
 
@@ -243,26 +243,26 @@ class Tracker:
             return
         try:
             if self._gaps:
-                self._run.catch_up(_now_ms())
+                self._run.backfill(_now_ms())
             self._run.close(closing.reason)
         except Exception as error:  # noqa: BLE001 - as above
             self._lose(error)
 
     def _lose(self, error: Exception) -> None:
         if self._run is not None:
-            self._run.let_go()
+            self._run.detach()
         self._run = None
-        self._quiet_until = time.monotonic() + self._rhythm.retry_s
+        self._quiet_until = time.monotonic() + self._policy.retry_s
         self._warn("metrics", error)
 
 
 class NullTracker:
     """Tracks nothing, with the methods of ``Tracker``."""
 
-    def log(self, step: int, metrics: Numbers) -> None:
+    def log(self, step: int, metrics: MetricValues) -> None:
         """Nothing."""
 
-    def picture(self, step: int, path: Path) -> None:
+    def log_picture(self, step: int, path: Path) -> None:
         """Nothing."""
 
     def finish(self, status: str, wait_s: float = 30.0) -> None:

@@ -10,11 +10,11 @@ from typing import Any
 from maestro_scale.recipe import Recipe
 from maestro_scale.secrets_filter import scrub
 from maestro_scale.tracking.metric_names import metric_names
-from maestro_scale.tracking.mlflow_run import ENDED_FILE, Numbers
+from maestro_scale.tracking.mlflow_run import ENDED_FILE, MetricValues
 from maestro_scale.tracking.mlflow_tracker import NullTracker, Tracker
 from maestro_scale.tracking.pictures import reconstruction_picture
-from maestro_scale.tracking.run_params import run_card
-from maestro_scale.tracking.run_report import REPORT, closing_report
+from maestro_scale.tracking.run_params import run_metadata
+from maestro_scale.tracking.run_report import REPORT, run_report
 from maestro_scale.tracking.terminal import TerminalProgress
 from maestro_scale.training.observer import Observer, RunInfo, SensorView
 from maestro_scale.training.run_dir import write_atomically
@@ -47,7 +47,7 @@ class TrackingObserver:
         self._ended.unlink(missing_ok=True)
         if not self._recipe.tracking.enabled:
             return
-        self._tracker = Tracker.start(run_card(self._recipe, info.run_dir))
+        self._tracker = Tracker.start(run_metadata(self._recipe, info.run_dir))
 
     def logged(self, record: dict[str, Any]) -> None:
         """Metrics of a step."""
@@ -63,7 +63,7 @@ class TrackingObserver:
         """Leave the closing report, and send what is left."""
         self._artist.shutdown()
         try:
-            text = closing_report(self._recipe, self._run_dir, reason)
+            text = run_report(self._recipe, self._run_dir, reason)
             write_atomically(self._run_dir / REPORT, scrub(text))
             write_atomically(self._ended, reason)
         except OSError as error:  # a full disk, say; what ended the run is told by others
@@ -77,7 +77,7 @@ class TrackingObserver:
         except Exception as error:  # noqa: BLE001 - a full disk, or whatever else, must not end a run for want of a picture
             log.warning("no picture of step %d: %s", step, error)
         else:
-            self._tracker.picture(step, path)
+            self._tracker.log_picture(step, path)
 
-    def _numbers(self, record: dict[str, Any]) -> Numbers:
+    def _numbers(self, record: dict[str, Any]) -> MetricValues:
         return metric_names(record, mixture=len(self._recipe.data.mixture) > 1)

@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 
 
-def origin_tags(environment: Mapping[str, Any]) -> dict[str, str]:
+def provenance_tags(environment: Mapping[str, Any]) -> dict[str, str]:
     """Tags of what ``run_dir.environment()`` told when it was made; those that are not known are left out."""
     tags = {
         "git_revision": environment["git_revision"],

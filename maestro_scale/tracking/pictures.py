@@ -29,7 +29,7 @@ _COLUMNS = (
     "embedding, nothing hidden",
 )
 _GREY = np.array([0.80, 0.79, 0.77])
-PAPER, INK = np.array([0.985, 0.98, 0.972]), "#26241f"
+BACKGROUND, FOREGROUND = np.array([0.985, 0.98, 0.972]), "#26241f"
 _GAP = 0.06  # between dates, as a share of one
 _REACH = 3.0  # interquartile ranges from the median that the stretch may span
 _WORST = 0.5  # the error, in units of the stretch, at the end of its colour scale
@@ -53,7 +53,7 @@ class Composite:
     bands: tuple[int, ...]
     label: str
 
-    def of(self, pixels: np.ndarray) -> np.ndarray:
+    def apply(self, pixels: np.ndarray) -> np.ndarray:
         """(D, C, H, W) → (D, H, W, 3) float32, unstretched."""
         chosen = pixels[:, list(self.bands)].astype(np.float32)
         if len(self.bands) == 2:
@@ -64,7 +64,7 @@ class Composite:
         return np.moveaxis(chosen, 1, -1)
 
 
-def composite(bands: Sequence[str]) -> Composite:
+def choose_composite(bands: Sequence[str]) -> Composite:
     """True colour where the bands allow it, else near infrared, else radar VV, VH, VV/VH, else grey."""
     index = {name.upper(): i for i, name in reversed(list(enumerate(bands)))}
     for triple in _TRIPLES:
@@ -90,13 +90,13 @@ def reconstruction_picture(path: Path, views: Sequence[SensorView], title: str) 
 
     if not views:
         raise ValueError("a reconstruction picture needs at least one sensor's view")
-    shown = [dates_shown(len(v.pixels)) for v in views]
+    shown = [select_dates(len(v.pixels)) for v in views]
     heights = [_strip_height(v, d) for v, d in zip(views, shown, strict=True)]
     width, height = (
         len(_COLUMNS) * _PANEL_INCHES + 0.9,
         _PANEL_INCHES * sum(heights) + 0.34 * len(views) + 1.1,
     )
-    figure = Figure(figsize=(width, height), facecolor=PAPER)
+    figure = Figure(figsize=(width, height), facecolor=BACKGROUND)
     FigureCanvasAgg(figure)  # savefig draws with it, whatever backend the process has chosen
     grid = figure.add_gridspec(
         len(views),
@@ -109,13 +109,13 @@ def reconstruction_picture(path: Path, views: Sequence[SensorView], title: str) 
         wspace=0.04,
         hspace=0.0,
     )
-    figure.text(0.02, 1 - 0.20 / height, title, fontsize=12, color=INK, weight="bold", va="center")
+    figure.text(0.02, 1 - 0.20 / height, title, fontsize=12, color=FOREGROUND, weight="bold", va="center")
     for row, (view, dates) in enumerate(zip(views, shown, strict=True)):
         axes = [figure.add_subplot(grid[row, column]) for column in range(len(_COLUMNS))]
         image = _draw_sensor(axes, view, dates)
         if row == 0:
             for a, name in zip(axes, _COLUMNS, strict=True):
-                a.set_title(name, fontsize=10, color=INK, pad=5)
+                a.set_title(name, fontsize=10, color=FOREGROUND, pad=5)
     place = grid[0, 3].get_position(figure)
     bar = figure.colorbar(
         image,
@@ -125,12 +125,12 @@ def reconstruction_picture(path: Path, views: Sequence[SensorView], title: str) 
     _dress_bar(bar)
     fresh = path.with_name(path.name + ".tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(fresh, format="png", dpi=110, facecolor=PAPER)
+    figure.savefig(fresh, format="png", dpi=110, facecolor=BACKGROUND)
     os.replace(fresh, path)
     return path
 
 
-def dates_shown(num_dates: int) -> np.ndarray:
+def select_dates(num_dates: int) -> np.ndarray:
     """Indices of up to four dates, spread evenly from the first to the last."""
     return np.unique(np.linspace(0, num_dates - 1, min(num_dates, MAX_DATES)).round().astype(int))
 
@@ -154,12 +154,12 @@ def stretch_limits(colours: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return low, np.maximum(high, low + 1e-6)
 
 
-def stretched(colours: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+def apply_stretch(colours: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
     """Colours (…, 3) from the limits' values to [0, 1]; NaN becomes black."""
     return np.clip(np.nan_to_num((colours - low) / (high - low), nan=0.0), 0.0, 1.0)
 
 
-def principal_colours(embedding: np.ndarray) -> np.ndarray:
+def pca_colours(embedding: np.ndarray) -> np.ndarray:
     """(G, G, E) → (G, G, 3) in [0, 1]: projections on the first three principal axes, each stretched on its own.
 
     An axis points where its largest weight is positive, so that pictures of successive steps can be compared. Axes that
@@ -171,25 +171,27 @@ def principal_colours(embedding: np.ndarray) -> np.ndarray:
     for i, axis in enumerate(axes[:3]):
         if spread[i] > 1e-6 * np.linalg.norm(flat):
             axis = axis * np.sign(axis[np.abs(axis).argmax()])
-            colours[:, i : i + 1] = stretched((flat @ axis)[:, None], *stretch_limits((flat @ axis)[:, None]))
+            colours[:, i : i + 1] = apply_stretch(
+                (flat @ axis)[:, None], *stretch_limits((flat @ axis)[:, None])
+            )
     return colours.reshape(*embedding.shape[:2], 3)
 
 
 def _draw_sensor(axes: Sequence[Axes], view: SensorView, dates: np.ndarray):
     """The panels of one sensor; returns the error's image, for the colour scale."""
-    mix = composite(view.bands)
+    mix = choose_composite(view.bands)
     pixels, hidden = view.pixels[dates], view.hidden[dates]
     # What was visible is not the model's work.
     guess = np.where(hidden[:, None], view.reconstruction[dates], pixels)
-    low, high = stretch_limits(mix.of(view.pixels))
-    seen, made = stretched(mix.of(pixels), low, high), stretched(mix.of(guess), low, high)
+    low, high = stretch_limits(mix.apply(view.pixels))
+    seen, made = apply_stretch(mix.apply(pixels), low, high), apply_stretch(mix.apply(guess), low, high)
     error = np.where(hidden, np.abs(made - seen).mean(-1), np.nan)
     for a, colours in zip(axes, (seen, np.where(hidden[..., None], _GREY, seen), made), strict=False):
-        a.imshow(_strip(colours, PAPER), interpolation="nearest")
+        a.imshow(_strip(colours, BACKGROUND), interpolation="nearest")
     image = axes[3].imshow(
         _strip(error, np.array(np.nan)), cmap=_error_colours(), vmin=0, vmax=_WORST, interpolation="nearest"
     )
-    axes[4].imshow(_beside_a_strip(principal_colours(view.embedding), _strip_height(view, dates)))
+    axes[4].imshow(_beside_a_strip(pca_colours(view.embedding), _strip_height(view, dates)))
     for a in axes:
         a.set_axis_off()
         a.set_anchor("N")
@@ -200,7 +202,7 @@ def _draw_sensor(axes: Sequence[Axes], view: SensorView, dates: np.ndarray):
         xycoords="axes fraction",
         textcoords="offset points",
         fontsize=8.5,
-        color=INK,
+        color=FOREGROUND,
         va="top",
     )
     return image
@@ -230,7 +232,7 @@ def _beside_a_strip(image: np.ndarray, height: float) -> np.ndarray:
     fine = int(np.ceil(128 / len(image)))
     image = image.repeat(fine, axis=0).repeat(fine, axis=1)
     width = max(round(len(image) / height), image.shape[1])
-    blank = np.broadcast_to(PAPER, (len(image), width - image.shape[1], 3))
+    blank = np.broadcast_to(BACKGROUND, (len(image), width - image.shape[1], 3))
     return np.concatenate([image, blank], axis=1)
 
 
@@ -249,9 +251,9 @@ def _error_colours():
 def _dress_bar(bar) -> None:
     ticks = (0, _WORST / 2, _WORST)
     bar.set_ticks(ticks, labels=[f"{100 * t:.0f} %" for t in ticks[:-1]] + [f"≥ {100 * _WORST:.0f} %"])
-    bar.ax.tick_params(labelsize=8, length=0, colors=INK)
+    bar.ax.tick_params(labelsize=8, length=0, colors=FOREGROUND)
     first, *_, last = bar.ax.get_xticklabels()
     first.set_horizontalalignment("left")
     last.set_horizontalalignment("right")
     bar.outline.set_visible(False)
-    bar.ax.set_title("of the input's range", fontsize=8, color=INK, pad=3)
+    bar.ax.set_title("of the input's range", fontsize=8, color=FOREGROUND, pad=3)

@@ -20,7 +20,7 @@ from maestro_scale.interop.sources import REGISTERED, TRACKING_URI, ModelSource
 from maestro_scale.model.config import ModelConfig
 from maestro_scale.secrets_filter import scrub
 from maestro_scale.tracking.mlflow_run import tracking_uri
-from maestro_scale.tracking.mlflow_tracker import quiet_mlflow
+from maestro_scale.tracking.mlflow_tracker import configure_mlflow
 from maestro_scale.tracking.run_file import find_run
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class RegistryError(Exception):
 
 
 @dataclass(frozen=True)
-class Registered:
+class ModelVersion:
     """A version of a model in the registry of a store."""
 
     name: str
@@ -45,13 +45,13 @@ class Registered:
         return f"models:/{self.name}/{self.version}"
 
     @property
-    def loading(self) -> str:
+    def load_command(self) -> str:
         """A shell command that loads it from anywhere, also where ``MLFLOW_TRACKING_URI`` is not set."""
         store = "" if os.environ.get(TRACKING_URI) else f"{TRACKING_URI}={shlex.quote(self.store)} "
         return f'{store}python -c "from maestro_scale import load_model; load_model({self.uri!r})"'
 
 
-def register(model: Path, name: str, run_dir: Path) -> Registered:
+def register(model: Path, name: str, run_dir: Path) -> ModelVersion:
     """Make an exported model a version of ``name``, an artifact of the MLflow run of ``run_dir``.
 
     Raises:
@@ -61,7 +61,7 @@ def register(model: Path, name: str, run_dir: Path) -> Registered:
     source = ModelSource(model)
     config, _ = read_model(source)
     trained = source.record()["trained"]
-    quiet_mlflow()
+    configure_mlflow()
     import mlflow.pyfunc
     from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
@@ -101,7 +101,7 @@ def register(model: Path, name: str, run_dir: Path) -> Registered:
         raise RegistryError(
             f"{scrub(uri)} does not take {model}: {scrub(str(error).splitlines()[0])}"
         ) from None
-    return Registered(name, str(version), scrub(uri))
+    return ModelVersion(name, str(version), scrub(uri))
 
 
 def signature(config: ModelConfig) -> ModelSignature:
@@ -119,7 +119,7 @@ def signature(config: ModelConfig) -> ModelSignature:
     return ModelSignature(Schema(inputs), Schema([TensorSpec(np.dtype("float32"), (-1, -1))]))
 
 
-class Embedder:
+class PyfuncModel:
     """What ``mlflow.pyfunc.load_model`` gives: vectors of arrays. ``unwrap``: the model of ``load_model``."""
 
     def __init__(self, folder: str) -> None:
@@ -143,9 +143,9 @@ class Embedder:
             return self.model.embed(batch).vector.float().numpy()
 
 
-def _load_pyfunc(path: str) -> Embedder:
+def _load_pyfunc(path: str) -> PyfuncModel:
     """MLflow's hook."""
-    return Embedder(path)
+    return PyfuncModel(path)
 
 
 def _size(config: ModelConfig) -> str:

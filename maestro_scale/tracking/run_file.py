@@ -26,7 +26,7 @@ RUN_TAG = "maestro.run_dir"
 _PAGE = 1000
 
 
-def run_directory_of(path: Path) -> Path | None:
+def find_run_dir(path: Path) -> Path | None:
     """The run directory that ``path`` is or lies in: one of its checkpoints, say. None where it lies in none."""
     return next((p for p in (path, *path.resolve().parents[:2]) if _is_run(p)), None)
 
@@ -46,7 +46,7 @@ def find_run(client: MlflowClient, run_dir: Path) -> Run | None:
     return found[0] if found else None
 
 
-def own_id(run_dir: Path) -> str:
+def run_dir_id(run_dir: Path) -> str:
     """The directory's id; one is made, and kept, where there is none."""
     own = _read(run_dir).get("id")
     if not isinstance(own, str):
@@ -55,9 +55,9 @@ def own_id(run_dir: Path) -> str:
     return own
 
 
-def note(run_dir: Path, run_id: str, uri: str) -> None:
+def record_store(run_dir: Path, run_id: str, uri: str) -> None:
     """Say in the file, for people, where the run was last sent."""
-    record = {"id": own_id(run_dir), "run_id": run_id, "tracking_uri": scrub(uri)}
+    record = {"id": run_dir_id(run_dir), "run_id": run_id, "tracking_uri": scrub(uri)}
     if _read(run_dir) != record:
         write_atomically(run_dir / RUN_FILE, json.dumps(record, indent=1))
 

@@ -9,23 +9,23 @@ from pathlib import Path
 from maestro_scale.recipe import Recipe
 from maestro_scale.shards.format.manifest import Manifest
 from maestro_scale.tracking.metric_names import metric_names
-from maestro_scale.tracking.mlflow_run import DatasetInput, Numbers, RunCard
-from maestro_scale.tracking.origin import origin_tags
+from maestro_scale.tracking.mlflow_run import DatasetInput, MetricValues, RunMetadata
+from maestro_scale.tracking.origin import provenance_tags
 from maestro_scale.tracking.run_report import REPORT
 from maestro_scale.training.run_dir import JsonLines, manifest_path
 
 _DOCUMENTS = ("recipe.yaml", "environment.json", "metrics.jsonl", REPORT)
 
 
-def run_card(recipe: Recipe, run_dir: Path) -> RunCard:
+def run_metadata(recipe: Recipe, run_dir: Path) -> RunMetadata:
     """Parameters, tags, documents, datasets and the history in metrics.jsonl; all of it from the run directory."""
     metrics = JsonLines(run_dir / "metrics.jsonl")
     mixture = recipe.data.mixture
 
-    def history() -> Iterable[tuple[int, Numbers]]:
+    def history() -> Iterable[tuple[int, MetricValues]]:
         return ((line["step"], metric_names(line, len(mixture) > 1)) for line in metrics.read())
 
-    return RunCard(
+    return RunMetadata(
         run_dir=run_dir,
         experiment=recipe.tracking.experiment,
         run_name=recipe.name,
@@ -55,5 +55,5 @@ def _tags(recipe: Recipe, run_dir: Path) -> dict[str, str]:
         "size": recipe.model.size,
         "fusion": recipe.model.fusion,
         "target": recipe.model.target,
-        **origin_tags(environment),
+        **provenance_tags(environment),
     }

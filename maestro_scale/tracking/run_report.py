@@ -13,7 +13,7 @@ from maestro_scale.training.run_dir import JsonLines
 REPORT = "report.md"
 
 
-def closing_report(recipe: Recipe, run_dir: Path, reason: str) -> str:
+def run_report(recipe: Recipe, run_dir: Path, reason: str) -> str:
     """Markdown, from ``metrics.jsonl``: losses of every dataset first and last, speed, what was skipped, and what to do
     next. ``reason``: ``done``, ``stopped`` or ``failed``."""
     lines = list(JsonLines(run_dir / "metrics.jsonl").read())

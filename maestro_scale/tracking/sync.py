@@ -11,11 +11,11 @@ from filelock import FileLock, Timeout
 from maestro_scale.recipe import load_recipe
 from maestro_scale.secrets_filter import scrub
 from maestro_scale.shards.errors import ShardsError
-from maestro_scale.tracking.evaluations import send_unsent
-from maestro_scale.tracking.mlflow_run import ENDED_FILE, STATUS, BeingSent, MlflowRun, tracking_uri
-from maestro_scale.tracking.mlflow_tracker import one_line, quiet_mlflow
-from maestro_scale.tracking.outbox import unsent
-from maestro_scale.tracking.run_params import run_card
+from maestro_scale.tracking.evaluations import send_pending
+from maestro_scale.tracking.mlflow_run import ENDED_FILE, STATUS, MlflowRun, RunLockedError, tracking_uri
+from maestro_scale.tracking.mlflow_tracker import configure_mlflow, error_summary
+from maestro_scale.tracking.outbox import list_pending
+from maestro_scale.tracking.run_params import run_metadata
 
 
 class SyncError(Exception):
@@ -23,7 +23,7 @@ class SyncError(Exception):
 
 
 @dataclass(frozen=True)
-class Synced:
+class SyncResult:
     """Where a run went. ``num_lines``: of metrics.jsonl that were read, ``num_unreadable``: that could not be;
     ``lost``: a line on each evaluation that was to be sent and is gone; ``ended``: whether it is over."""
 
@@ -37,7 +37,7 @@ class Synced:
     ended: bool
 
 
-def sync(run_dir: Path) -> Synced:
+def sync(run_dir: Path) -> SyncResult:
     """Bring the MLflow run of ``run_dir`` up to date with its files; what the store has is not sent again.
 
     A run that goes on stays open. SyncError if the directory is no run's, the run sends to that store itself, or the
@@ -45,11 +45,11 @@ def sync(run_dir: Path) -> Synced:
     """
     if not (run_dir / "recipe.yaml").exists():
         raise SyncError(f"{run_dir} is no run directory: it has no recipe.yaml")
-    quiet_mlflow()
+    configure_mlflow()
     troubles: list[str] = []
     store = scrub(tracking_uri(run_dir))
     try:
-        card = run_card(load_recipe(run_dir / "recipe.yaml"), run_dir)
+        card = run_metadata(load_recipe(run_dir / "recipe.yaml"), run_dir)
         num_lines = sum(1 for _ in card.history())
         num_unreadable = len((run_dir / "metrics.jsonl").read_text().splitlines()) - num_lines
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ShardsError) as error:
@@ -62,23 +62,23 @@ def sync(run_dir: Path) -> Synced:
         pictures = sorted((run_dir / "pictures").glob("*.png"))
         missing = [p for p in pictures if p.name not in run.stored_pictures()]
         for path in missing:
-            run.picture(path)
+            run.log_picture(path)
         if ended is None:
-            run.let_go()
+            run.detach()
         else:
             run.close(ended)
-        num_evaluations, lost = send_unsent(run_dir)
-    except BeingSent as error:
-        waiting = len(unsent(run_dir))
+        num_evaluations, lost = send_pending(run_dir)
+    except RunLockedError as error:
+        waiting = len(list_pending(run_dir))
         raise SyncError(
             f"{error}: a run that goes on sends what the store misses by itself, when the store is back or at its end"
             + (f"; sync after it sends the {waiting} evaluations that wait" if waiting else "")
         ) from error
     except Exception as error:
-        raise SyncError(f"{store} does not take {run_dir}: {one_line(error)}") from error
+        raise SyncError(f"{store} does not take {run_dir}: {error_summary(error)}") from error
     if troubles:
         raise SyncError(f"{store} did not take {scrub(troubles[0].splitlines()[0])}; the metrics are there")
-    return Synced(
+    return SyncResult(
         run.id,
         store,
         num_lines,

@@ -17,13 +17,13 @@ from maestro_scale.datasets.spec import DatasetSpec, Modality, Scale, Target
 from maestro_scale.shards.format.codec import Sample
 from maestro_scale.shards.format.fields import dates_field, mask_field, target_field
 from maestro_scale.tracking.pictures import (
-    INK,
+    BACKGROUND,
+    FOREGROUND,
     MAX_DATES,
-    PAPER,
-    composite,
-    dates_shown,
+    apply_stretch,
+    choose_composite,
+    select_dates,
     stretch_limits,
-    stretched,
 )
 
 _PANEL_INCHES = 2.6
@@ -59,18 +59,18 @@ def tile_picture(path: Path, sample: Sample, spec: DatasetSpec) -> Path:
 
     rows = panels(sample, spec)
     height = len(rows) * (_PANEL_INCHES + _TEXT_INCHES) + 0.7
-    figure = Figure(figsize=(MAX_DATES * (_PANEL_INCHES + 0.1) + 0.3, height), facecolor=PAPER)
+    figure = Figure(figsize=(MAX_DATES * (_PANEL_INCHES + 0.1) + 0.3, height), facecolor=BACKGROUND)
     FigureCanvasAgg(figure)
     figure.text(
         0.015,
         1 - 0.2 / height,
         f"{spec.title}   {sample.key}",
         fontsize=12,
-        color=INK,
+        color=FOREGROUND,
         weight="bold",
         va="center",
     )
-    figure.text(0.015, 1 - 0.45 / height, _facts(sample, spec), fontsize=8.5, color=INK, va="center")
+    figure.text(0.015, 1 - 0.45 / height, _facts(sample, spec), fontsize=8.5, color=FOREGROUND, va="center")
     grid = figure.add_gridspec(
         len(rows),
         MAX_DATES,
@@ -91,7 +91,7 @@ def tile_picture(path: Path, sample: Sample, spec: DatasetSpec) -> Path:
             _write_below(axes, panel.caption, -15, "normal")
     fresh = path.with_name(path.name + ".tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(fresh, format="png", dpi=110, facecolor=PAPER)
+    figure.savefig(fresh, format="png", dpi=110, facecolor=BACKGROUND)
     os.replace(fresh, path)
     return path
 
@@ -111,11 +111,11 @@ def panels(sample: Sample, spec: DatasetSpec) -> list[list[Panel]]:
 
 def _dates_of(sample: Sample, modality: Modality, spec: DatasetSpec) -> list[Panel]:
     num_dates = sample.shape(modality.name)[0]
-    shown = _clearest(sample, modality) if modality.mask_bands else dates_shown(num_dates)
-    mix = composite(modality.bands)
+    shown = _clearest(sample, modality) if modality.mask_bands else select_dates(num_dates)
+    mix = choose_composite(modality.bands)
     scale = next((s.scale for s in spec.sensors if s.source == modality.name), Scale())
-    colours = mix.of(_scaled(sample.rows(modality.name, shown), scale))
-    image = stretched(colours, *stretch_limits(colours))
+    colours = mix.apply(_scaled(sample.rows(modality.name, shown), scale))
+    image = apply_stretch(colours, *stretch_limits(colours))
     taken = sample.array(dates_field(modality.name))[shown]
     return [
         Panel(
@@ -140,7 +140,7 @@ def _classes_of(sample: Sample, target: Target) -> Panel:
     from matplotlib import colormaps
 
     labels = sample.array(target_field(target.name))
-    colours = np.tile(PAPER, (256, 1))
+    colours = np.tile(BACKGROUND, (256, 1))
     wheel = np.concatenate([np.array(colormaps[n].colors) for n in ("tab20", "tab20b", "tab20c")])
     for i in range(min(len(target.classes), 256)):
         if i not in target.ignored:
@@ -187,4 +187,4 @@ def _day(stored: Sequence[int]) -> str:
 
 def _write_below(axes, text: str, offset: float, weight: str) -> None:
     place = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "top"}
-    axes.annotate(text, (0, 0), (0, offset), fontsize=8, color=INK, weight=weight, **place)
+    axes.annotate(text, (0, 0), (0, offset), fontsize=8, color=FOREGROUND, weight=weight, **place)

@@ -12,44 +12,46 @@ from pathlib import Path
 import pytest
 
 from maestro_scale.cluster import checks
-from maestro_scale.cluster.attempts import GIVEN_UP, OVER, REQUEUE, Attempt, decide
-from maestro_scale.cluster.doctor import Finding, examine, tell
-from maestro_scale.cluster.health import Report
+from maestro_scale.cluster.attempts import FINISHED, GAVE_UP, REQUEUE, Attempt, decide
+from maestro_scale.cluster.doctor import Finding, print_findings, run_checks
+from maestro_scale.cluster.health import NodeReport
 from maestro_scale.cluster.launch import task_environment
-from maestro_scale.cluster.permanent import permanent
-from maestro_scale.cluster.verdict import judge
+from maestro_scale.cluster.permanent import permanent_checkpoints
+from maestro_scale.cluster.verdict import find_bad_nodes
 
 NODES = ["a", "b", "c"]
 REPO = Path(__file__).parents[2]
 
 
-def reports(**changes: dict) -> dict[str, Report]:
-    good = {n: Report(n, 1, finished=True) for n in NODES}
+def reports(**changes: dict) -> dict[str, NodeReport]:
+    good = {n: NodeReport(n, 1, finished=True) for n in NODES}
     return {n: dataclasses.replace(r, **changes.get(n, {})) for n, r in good.items()}
 
 
 def test_good_nodes_are_not_blamed():
-    assert judge(NODES, reports()) == {}
+    assert find_bad_nodes(NODES, reports()) == {}
 
 
 def test_a_silent_node_is_bad():
     silent = reports()
     del silent["b"]
-    assert list(judge(NODES, silent)) == ["b"]
+    assert list(find_bad_nodes(NODES, silent)) == ["b"]
 
 
 def test_a_node_with_a_problem_is_bad_whatever_the_network_says():
-    bad = judge(NODES, reports(a={"problems": ["3 GPUs of the 4 asked for"]}, b={"unreachable": ["c"]}))
+    bad = find_bad_nodes(
+        NODES, reports(a={"problems": ["3 GPUs of the 4 asked for"]}, b={"unreachable": ["c"]})
+    )
     assert bad == {"a": "3 GPUs of the 4 asked for"}
 
 
 def test_a_node_that_is_cut_off_is_told_from_those_that_miss_it():
     cut = reports(a={"unreachable": ["c"]}, b={"unreachable": ["c"]}, c={"unreachable": ["a", "b"]})
-    assert list(judge(NODES, cut)) == ["c"]
+    assert list(find_bad_nodes(NODES, cut)) == ["c"]
 
 
 def test_a_failing_collective_is_said():
-    bad = judge(NODES, reports(a={"collective": "timed out"}))
+    bad = find_bad_nodes(NODES, reports(a={"collective": "timed out"}))
     assert "all-reduce failed (timed out)" in bad["a"]
 
 
@@ -63,16 +65,16 @@ def test_what_follows_the_end_of_the_tasks(tmp_path):
     logs.mkdir()
     failed = Attempt("7", 0, step=10, status=1, asked=False)
     outcome(run, reason="done", why="", step=30)
-    assert decide(run, logs, failed, 3)[0] == OVER
+    assert decide(run, logs, failed, 3)[0] == FINISHED
     outcome(run, reason="stopped", why="the file STOP", step=20)
-    assert decide(run, logs, failed, 3)[0] == OVER
+    assert decide(run, logs, failed, 3)[0] == FINISHED
     (run / "outcome.json").unlink()
     assert decide(run, logs, dataclasses.replace(failed, asked=True), 3)[0] == REQUEUE
     (logs / "rank-0001.log").write_text("fine\nerror: s3://x: no such bucket\n")
     assert [decide(run, logs, failed, 3)[0] for _ in range(2)] == [REQUEUE, REQUEUE]
     further = dataclasses.replace(failed, step=20)  # a newer checkpoint: counting begins again
     codes = [decide(run, logs, further, 3) for _ in range(3)]
-    assert [c for c, _ in codes] == [REQUEUE, REQUEUE, GIVEN_UP]
+    assert [c for c, _ in codes] == [REQUEUE, REQUEUE, GAVE_UP]
     assert "rank-0001.log: error: s3://x: no such bucket" in codes[-1][1]
     other = dataclasses.replace(further, job="8")  # submitted again: a new start
     assert decide(run, logs, other, 3)[0] == REQUEUE
@@ -84,8 +86,8 @@ def test_permanent_checkpoints(tmp_path):
         folder.mkdir(parents=True)
         if step != 40:
             (folder / "COMMIT.json").touch()
-    assert [p.name for p in permanent(tmp_path, 20)] == ["step_00000020"]
-    assert [p.name for p in permanent(tmp_path, 5)] == ["step_00000010", "step_00000020"]
+    assert [p.name for p in permanent_checkpoints(tmp_path, 20)] == ["step_00000020"]
+    assert [p.name for p in permanent_checkpoints(tmp_path, 5)] == ["step_00000010", "step_00000020"]
 
 
 def test_ranks_come_from_slurm_and_interfaces_too_unless_they_are_named():
@@ -113,7 +115,7 @@ def test_disks_and_memory(tmp_path):
 
 def test_the_doctor_finds_and_advises(tmp_path, monkeypatch, synthetic_shards):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:planted-secret@127.0.0.1:9")
-    found = list(examine([str(synthetic_shards), str(tmp_path / "none")], [tmp_path]))
+    found = list(run_checks([str(synthetic_shards), str(tmp_path / "none")], [tmp_path]))
     by_name: dict[str, list[Finding]] = {}
     for f in found:
         by_name.setdefault(f.what, []).append(f)
@@ -121,7 +123,7 @@ def test_the_doctor_finds_and_advises(tmp_path, monkeypatch, synthetic_shards):
     assert "maestro-scale sync" in by_name["MLflow"][0].advice
     assert [bool(f.advice) for f in by_name["data"]] == [False, True]
     lines: list[str] = []
-    assert tell(iter(found), lines.append) == sum(bool(f.advice) for f in found)
+    assert print_findings(iter(found), lines.append) == sum(bool(f.advice) for f in found)
     assert "planted-secret" not in "\n".join(lines)
 
 

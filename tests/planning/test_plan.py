@@ -11,7 +11,7 @@ from testkit.runs import REPO
 
 from maestro_scale import datasets
 from maestro_scale.cli import app
-from maestro_scale.planning import GPUS, Cluster, PlanningError, make_plan
+from maestro_scale.planning import GPUS, Cluster, PlanningError, plan_cluster
 from maestro_scale.recipe import load_recipe
 
 RECIPE = str(REPO / "recipes" / "vitb.yaml")
@@ -25,7 +25,7 @@ def _data(monkeypatch):
 
 def planned(*changes: str, gpus: int = 16, gpu: str = "h100", stored=(50_000, 50_000 * 400_000)):
     cluster = Cluster(gpu, gpus, 8, 0.5)
-    return cluster, make_plan(load_recipe(RECIPE, list(changes)), [SPEC], [stored], cluster)
+    return cluster, plan_cluster(load_recipe(RECIPE, list(changes)), [SPEC], [stored], cluster)
 
 
 def test_time_and_data_rate_follow_from_speed():

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from maestro_scale.cli import app
 from maestro_scale.evaluation.results import EvalResult
 from maestro_scale.tracking.evaluations import record_evaluation
-from maestro_scale.tracking.outbox import UNSENT_FILE
+from maestro_scale.tracking.outbox import OUTBOX_FILE
 
 AWAY = "http://127.0.0.1:9"
 
@@ -77,7 +77,7 @@ def test_what_did_not_reach_the_store_is_sent_later(run_dir, tmp_path, monkeypat
     assert not (run_dir.parent / "mlflow.db").exists()
     monkeypatch.setenv("SLURM_JOB_ID", "78")
     assert "and 1 more evaluations" in sync(run_dir)
-    assert not (run_dir / UNSENT_FILE).exists()
+    assert not (run_dir / OUTBOX_FILE).exists()
 
     caplog.clear()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", AWAY)
@@ -135,7 +135,7 @@ def test_one_that_was_sent_in_part_is_sent_anew(run_dir, tmp_path, monkeypatch, 
 
 
 def test_a_run_directory_that_takes_no_note_is_told(run_dir, tmp_path, monkeypatch, caplog):
-    (run_dir / UNSENT_FILE).mkdir()  # what no rights would be, to root too
+    (run_dir / OUTBOX_FILE).mkdir()  # what no rights would be, to root too
     monkeypatch.setenv("MLFLOW_TRACKING_URI", AWAY)
     record_evaluation(run_dir, *result(tmp_path, "knn", 0.5))
     (record,) = caplog.records

@@ -13,8 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from maestro_scale.tracking.mlflow_run import BeingSent, DatasetInput, MlflowRun, Point, RunCard
-from maestro_scale.tracking.mlflow_tracker import NullTracker, Rhythm, Tracker
+from maestro_scale.tracking.mlflow_run import (
+    DatasetInput,
+    MlflowRun,
+    RunLockedError,
+    RunMetadata,
+    StepMetrics,
+)
+from maestro_scale.tracking.mlflow_tracker import FlushPolicy, NullTracker, Tracker
 
 SECRET = "hunter2-correct-horse"
 PATIENCE_S = 120  # making the database takes seconds alone, more on a busy machine
@@ -36,7 +42,7 @@ def run_dir(runs, request, monkeypatch):
 
 def start(run_dir, params=None, tags=None, artifacts=(), datasets=(), history=tuple):
     return Tracker.start(
-        RunCard(run_dir, "maestro", run_dir.name, params or {}, tags or {}, artifacts, datasets, history)
+        RunMetadata(run_dir, "maestro", run_dir.name, params or {}, tags or {}, artifacts, datasets, history)
     )
 
 
@@ -84,7 +90,7 @@ def test_a_run_is_stored_whole(run_dir):
     )
     for step in range(1, 21):
         tracker.log(step, {"loss": 1 / step, "loss/s2": None if step == 3 else 0.5, "odd|name": math.nan})
-    tracker.picture(10, run_dir / "step_00000010.png")
+    tracker.log_picture(10, run_dir / "step_00000010.png")
     tracker.finish("done", PATIENCE_S)
 
     store = Store(run_dir)
@@ -112,7 +118,7 @@ def test_replayed_steps_are_stored_once(run_dir):
         killed.log(step, {"loss": step})
     wait_until(lambda: len(sent(run_dir)) == 10)
     first = Store(run_dir).id
-    killed._run.let_go()  # as the kernel does for a process that is killed
+    killed._run.detach()  # as the kernel does for a process that is killed
 
     # The checkpoint was of step 6, so 7 to 10 come again; the run was made longer.
     resumed = start(run_dir, params={"train.steps": 15})
@@ -134,11 +140,11 @@ def test_replayed_steps_are_stored_once(run_dir):
 CHILD = """
 import json, os, signal, sys, time
 from pathlib import Path
-from maestro_scale.tracking.mlflow_run import RunCard
+from maestro_scale.tracking.mlflow_run import RunMetadata
 from maestro_scale.tracking.mlflow_tracker import Tracker
 run_dir = Path(sys.argv[1])
 begin = time.perf_counter()
-tracker = Tracker.start(RunCard(run_dir, "maestro", run_dir.name, {}, {}))
+tracker = Tracker.start(RunMetadata(run_dir, "maestro", run_dir.name, {}, {}))
 assert time.perf_counter() - begin < 1, "start waited for mlflow"
 with (run_dir / "metrics.jsonl").open("a") as file:
     for step in range(1, 31):
@@ -184,7 +190,7 @@ def test_an_outage_in_the_middle_leaves_no_gap(run_dir, monkeypatch, caplog):
     monkeypatch.setattr(MlflowClient, "log_batch", log_batch)
     logged = []
     tracker = start(run_dir, history=lambda: list(logged))
-    tracker._rhythm = Rhythm(flush_s=0.02, retry_s=0.1)
+    tracker._policy = FlushPolicy(flush_s=0.02, retry_s=0.1)
     with caplog.at_level(logging.WARNING):
         for step in range(1, 61):
             if step == 21:
@@ -226,7 +232,7 @@ def test_a_store_that_refuses_is_left_alone_for_a_while():
         tried.append(time.monotonic())
         raise ConnectionError("away")
 
-    tracker = Tracker(open_run, "the store", Rhythm(flush_s=0.01, retry_s=0.5)).begin()
+    tracker = Tracker(open_run, "the store", FlushPolicy(flush_s=0.01, retry_s=0.5)).start_thread()
     while len(tried) < 3:
         tracker.log(len(tried), {"loss": 1.0})
         time.sleep(0.01)
@@ -238,36 +244,36 @@ class SlowRun:
     """A store that takes its time, and keeps what it got."""
 
     def __init__(self, wait_s: float) -> None:
-        self.wait_s, self.got, self.closed, self.caught_up = wait_s, [], None, 0
+        self.wait_s, self.got, self.closed, self.num_backfills = wait_s, [], None, 0
 
     def send(self, points):
         points = list(points)
         time.sleep(self.wait_s if points else 0)
         self.got += [p.step for p in points]
 
-    def picture(self, path: Path) -> None:
+    def log_picture(self, path: Path) -> None:
         raise OSError("no space left")
 
-    def catch_up(self, time_ms: int) -> None:
-        self.caught_up += 1
+    def backfill(self, time_ms: int) -> None:
+        self.num_backfills += 1
 
     def close(self, reason: str) -> None:
         self.closed = reason
 
-    def let_go(self) -> None:
+    def detach(self) -> None:
         self.wait_s = self.wait_s
 
 
 def test_a_slow_store_does_not_slow_the_caller_and_the_queue_is_bounded(caplog):
     run = SlowRun(0.3)
-    tracker = Tracker(lambda warn: run, "the store", Rhythm(flush_s=0.01, capacity=50)).begin()
+    tracker = Tracker(lambda warn: run, "the store", FlushPolicy(flush_s=0.01, capacity=50)).start_thread()
     begin = time.perf_counter()
     for step in range(1, 2001):
         tracker.log(step, {"loss": 1.0})
     assert time.perf_counter() - begin < 2  # 40 batches of 0.3 s would be 12
     tracker.finish("stopped")
     assert len(run.got) < 2000
-    assert run.caught_up == 1  # from the history
+    assert run.num_backfills == 1  # from the history
     assert run.closed == "stopped"
     assert caplog.text.count("more than 50 are waiting") == 1
 
@@ -281,7 +287,7 @@ def test_a_store_that_is_away_at_the_end_is_waited_for(monkeypatch):
             raise ConnectionError("away")
         return run
 
-    tracker = Tracker(open_run, "the store", Rhythm(flush_s=0.01, retry_s=60)).begin()
+    tracker = Tracker(open_run, "the store", FlushPolicy(flush_s=0.01, retry_s=60)).start_thread()
     tracker.log(1, {"loss": 1.0})
     wait_until(lambda: run.got == [1])
     away += [1, 2]
@@ -295,7 +301,7 @@ def test_a_store_that_is_away_at_the_end_is_waited_for(monkeypatch):
 
 
 def test_finish_does_not_wait_for_ever():
-    tracker = Tracker(lambda warn: SlowRun(30), "the store", Rhythm(flush_s=0.01)).begin()
+    tracker = Tracker(lambda warn: SlowRun(30), "the store", FlushPolicy(flush_s=0.01)).start_thread()
     tracker.log(1, {"loss": 1.0})
     begin = time.perf_counter()
     tracker.finish("done", wait_s=0.3)
@@ -314,7 +320,7 @@ def test_artifacts_that_cannot_be_stored_do_not_cost_the_metrics(run_dir, monkey
     tracker = start(run_dir)
     for step in (1, 2, 3):
         tracker.log(step, {"loss": 1.0})
-        tracker.picture(step, run_dir / f"{step}.png")
+        tracker.log_picture(step, run_dir / f"{step}.png")
     tracker.finish("done", PATIENCE_S)
     assert Store(run_dir).steps() == [1, 2, 3]
     assert caplog.text.count("bucket says no") == 1
@@ -358,10 +364,10 @@ def test_it_is_one_run_in_every_store_whatever_the_file_says(run_dir, monkeypatc
 
 def test_two_processes_do_not_send_the_same_run_to_the_same_store(run_dir):
     def card(warn=lambda *_: None):
-        return MlflowRun.open(RunCard(run_dir, "maestro", run_dir.name, {}, {}), 0, warn)
+        return MlflowRun.open(RunMetadata(run_dir, "maestro", run_dir.name, {}, {}), 0, warn)
 
     first = card()
-    with pytest.raises(BeingSent, match="another process sends"):
+    with pytest.raises(RunLockedError, match="another process sends"):
         card()
     first.close("done")
     card().close("done")
@@ -397,7 +403,7 @@ def test_no_secret_reaches_the_store(run_dir, monkeypatch):
 def test_tracking_can_be_off():
     tracker = NullTracker()
     tracker.log(1, {"loss": 1.0})
-    tracker.picture(1, Path("nowhere.png"))
+    tracker.log_picture(1, Path("nowhere.png"))
     tracker.finish("done")
 
 
@@ -405,11 +411,11 @@ def test_points_keep_the_time_they_were_measured():
     run = SlowRun(0)
     times = []
     run.send = lambda points: times.extend(p.time_ms for p in points)
-    tracker = Tracker(lambda warn: run, "the store", Rhythm(flush_s=0.2)).begin()
+    tracker = Tracker(lambda warn: run, "the store", FlushPolicy(flush_s=0.2)).start_thread()
     before = time.time() * 1000
     tracker.log(1, {"loss": 1.0})
     time.sleep(0.05)
     tracker.log(2, {"loss": 1.0})
     tracker.finish("done")
     assert before - 1 <= times[0] <= times[1] - 40
-    assert Point(1, 2, {}).step == 1
+    assert StepMetrics(1, 2, {}).step == 1

@@ -9,10 +9,10 @@ from matplotlib import colormaps
 from matplotlib.image import imread
 
 from maestro_scale.tracking.pictures import (
-    composite,
-    dates_shown,
-    principal_colours,
+    choose_composite,
+    pca_colours,
     reconstruction_picture,
+    select_dates,
     stretch_limits,
 )
 from maestro_scale.training.observer import SensorView
@@ -44,21 +44,21 @@ def view(name="s2", bands=S2, num_dates=6, size=6, seed=0):
     ],
 )
 def test_colours_follow_from_band_names(bands, shown):
-    mix = composite(bands)
+    mix = choose_composite(bands)
     assert mix.label == shown
-    assert mix.of(np.zeros((2, len(bands), 4, 4), np.float32)).shape == (2, 4, 4, 3)
+    assert mix.apply(np.zeros((2, len(bands), 4, 4), np.float32)).shape == (2, 4, 4, 3)
 
 
 def test_radar_shows_the_ratio_as_a_difference_of_logarithms():
     pixels = np.stack([np.full((3, 3), 2.0), np.full((3, 3), 0.5)])[None]
-    assert composite(("VV", "VH")).of(pixels)[0, 0, 0].tolist() == [2.0, 0.5, 1.5]
+    assert choose_composite(("VV", "VH")).apply(pixels)[0, 0, 0].tolist() == [2.0, 0.5, 1.5]
 
 
 @pytest.mark.parametrize(
     ("num", "shown"), [(1, [0]), (3, [0, 1, 2]), (4, [0, 1, 2, 3]), (16, [0, 5, 10, 15])]
 )
 def test_a_few_dates_are_shown(num, shown):
-    assert dates_shown(num).tolist() == shown
+    assert select_dates(num).tolist() == shown
 
 
 def test_a_cloudy_date_does_not_darken_the_others():
@@ -130,10 +130,10 @@ def test_the_embedding_shows_its_principal_components():
     north, east = np.meshgrid(np.linspace(-1, 1, 5), np.linspace(-1, 1, 5), indexing="ij")
     axes = np.linalg.qr(np.random.default_rng(0).normal(size=(6, 6)))[0]
     embedding = 7.0 + 3 * north[..., None] * axes[0] + east[..., None] * axes[1]
-    colours = principal_colours(embedding)
+    colours = pca_colours(embedding)
     for channel, ramp in zip((0, 1), (north, east), strict=True):
         slopes = np.polynomial.polynomial.polyfit(ramp.ravel(), colours[..., channel].ravel(), 1)[1]
         assert abs(slopes) > 0.4, "each takes the whole range, however small its share of the variance"
     assert (colours[..., 2] == 0.5).all(), "there is no third"
-    np.testing.assert_allclose(principal_colours(embedding * 2 + 1), colours, atol=1e-6)
-    assert (principal_colours(np.ones((4, 4, 2))) == 0.5).all()
+    np.testing.assert_allclose(pca_colours(embedding * 2 + 1), colours, atol=1e-6)
+    assert (pca_colours(np.ones((4, 4, 2))) == 0.5).all()

@@ -34,9 +34,9 @@ def test_the_line_that_is_printed_loads_the_model(tmp_path, no_store):
     model = Maestro(small_config(norm="token", dataset="test", crop_m=60.0)).initialise(0)
     write_model(tmp_path / "model", model.state_dict(), model.config, {"step": 1})
     made = register(tmp_path / "model", "trees", run_dir)
-    assert made.loading.startswith("MLFLOW_TRACKING_URI=")
+    assert made.load_command.startswith("MLFLOW_TRACKING_URI=")
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    done = subprocess.run(made.loading, shell=True, env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(made.load_command, shell=True, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     assert list(no_store.iterdir()) == []
 

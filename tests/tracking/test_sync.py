@@ -10,9 +10,9 @@ from testkit.tracked import finished_run
 
 from maestro_scale.recipe import load_recipe
 from maestro_scale.tracking.mlflow_run import tracking_uri
-from maestro_scale.tracking.outbox import Unsent, note, unsent
+from maestro_scale.tracking.outbox import PendingEvaluation, add_pending, list_pending
 from maestro_scale.tracking.run_file import store_lock
-from maestro_scale.tracking.run_params import run_card
+from maestro_scale.tracking.run_params import run_metadata
 from maestro_scale.tracking.sync import SyncError, sync
 
 
@@ -58,13 +58,13 @@ def test_a_sync_that_fails_leaves_a_finished_run_finished(run_dir, monkeypatch):
 
 
 def test_while_another_process_sends_the_run_evaluations_wait(run_dir):
-    note(run_dir, Unsent(run_dir / "results.json", {}))
+    add_pending(run_dir, PendingEvaluation(run_dir / "results.json", {}))
     with (
         store_lock(run_dir, tracking_uri(run_dir)),
         pytest.raises(SyncError, match=r"another process sends .*; sync after it sends the 1 evaluations"),
     ):
         sync(run_dir)
-    assert len(unsent(run_dir)) == 1
+    assert len(list_pending(run_dir)) == 1
 
 
 def test_an_error_without_words_is_told_by_its_kind(run_dir, monkeypatch):
@@ -84,7 +84,7 @@ def test_a_run_says_of_what_it_is_and_where_it_was_made(run_dir):
         "command": "train.py --x 'a b'",
     }
     (run_dir / "environment.json").write_text(json.dumps(environment))
-    tags = run_card(load_recipe(run_dir / "recipe.yaml"), run_dir).tags
+    tags = run_metadata(load_recipe(run_dir / "recipe.yaml"), run_dir).tags
     assert tags.pop("mlflow.user")
     assert tags == {
         "dataset": "treesatai_ts",

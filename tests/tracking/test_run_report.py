@@ -5,7 +5,7 @@ import json
 from testkit.runs import REPO
 
 from maestro_scale.recipe import load_recipe
-from maestro_scale.tracking.run_report import closing_report
+from maestro_scale.tracking.run_report import run_report
 
 
 def line(step, dataset, loss, wait_s=0.5):
@@ -26,7 +26,7 @@ def test_losses_of_each_dataset_and_speeds(tmp_path):
     recipe = load_recipe(REPO / "recipes" / "vitt.yaml")
     lines = [line(1, "a", 0.9), line(2, "b", 0.8), line(10, "a", None, 0.1), line(11, "b", 0.25)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
-    text = closing_report(recipe, tmp_path, "done")
+    text = run_report(recipe, tmp_path, "done")
     assert text.startswith("# vitt: done after 11 steps\n")
     for words in (
         "1,056 samples, 1 steps skipped",
@@ -41,9 +41,9 @@ def test_losses_of_each_dataset_and_speeds(tmp_path):
     ):
         assert words in text, text
     assert "MFU" not in text
-    assert "train.py" in closing_report(recipe, tmp_path, "stopped")
+    assert "train.py" in run_report(recipe, tmp_path, "stopped")
 
 
 def test_a_run_without_a_log_line(tmp_path):
     recipe = load_recipe(REPO / "recipes" / "vitt.yaml")
-    assert "failed before the first log line" in closing_report(recipe, tmp_path, "failed")
+    assert "failed before the first log line" in run_report(recipe, tmp_path, "failed")
