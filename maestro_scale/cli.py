@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from maestro_scale.entry import run_command
 from maestro_scale.secrets_filter import hide_secrets
 
 app = typer.Typer(
@@ -26,36 +27,9 @@ PREVIEW_COMMANDS = {
 
 
 def main() -> None:
-    """The console entry point: expected mistakes become one line and exit code 1."""
+    """The console entry point: expected errors become one line and exit code 2."""
     hide_secrets()
-    try:
-        app()
-    except Exception as error:
-        # Imported here, so that --help does not wait for torch.
-        from maestro_scale.evaluation.results import ResultsError
-        from maestro_scale.planning import PlanningError
-        from maestro_scale.quickstart import QuickstartError
-        from maestro_scale.tracking.dashboard import DashboardError
-        from maestro_scale.tracking.registry import RegistryError
-        from maestro_scale.tracking.sync import SyncError
-        from maestro_scale.tracking.tile_picture import PictureError
-        from maestro_scale.training.errors import EXPECTED, place
-
-        ours = (
-            *EXPECTED,
-            PlanningError,
-            QuickstartError,
-            ResultsError,
-            SyncError,
-            DashboardError,
-            PictureError,
-            RegistryError,
-        )
-        line = str(error) if isinstance(error, ours) else place(error) if isinstance(error, OSError) else None
-        if line is None:
-            raise
-        print(f"error: {line}", file=sys.stderr)
-        sys.exit(1)
+    sys.exit(run_command(app))
 
 
 @app.command()

@@ -94,22 +94,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit code. Expected mistakes become one line on standard error."""
     args = parse(argv)
-    from maestro_scale.evaluation.results import ResultsError
+    from maestro_scale.entry import run_command
     from maestro_scale.secrets_filter import hide_secrets
-    from maestro_scale.training.errors import EXPECTED, place
 
     hide_secrets()
-    try:
-        _evaluate(args)
-    except (*EXPECTED, ResultsError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
-    except OSError as error:
-        if (line := place(error)) is None:
-            raise
-        print(f"error: {line}", file=sys.stderr, flush=True)
-        return 2
-    return 0
+    return run_command(lambda: _evaluate(args))
 
 
 def _splits(given: list[str]) -> dict[str, tuple[str, ...]]:

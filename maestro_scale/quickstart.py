@@ -17,6 +17,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from maestro_scale.errors import MaestroError
 from maestro_scale.evaluation.results import EvalResult, ResultsError
 from maestro_scale.training.distributed import free_port
 from maestro_scale.training.run_dir import JsonLines, write_atomically
@@ -28,7 +29,7 @@ ENCODERS = ("pretrained", "untrained")
 MODES = ("knn", "probe")
 
 
-class QuickstartError(Exception):
+class QuickstartError(MaestroError):
     """A stage failed; the message says which, and what its command was."""
 
 

@@ -65,11 +65,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _pretrain(recipe, run_dir: Path, stop: StopRequest, fresh: bool) -> int:
+    from maestro_scale.entry import USAGE, error_line, print_error
+    from maestro_scale.errors import MaestroError
     from maestro_scale.recipe import RecipeError
     from maestro_scale.tracking.observers import observers_for
     from maestro_scale.tracking.run_report import REPORT, next_commands
     from maestro_scale.training.distributed import end, join, leave
-    from maestro_scale.training.errors import EXPECTED, place
     from maestro_scale.training.guard import GuardError
     from maestro_scale.training.pretrain import pretrain
     from maestro_scale.training.run_dir import write_outcome
@@ -81,18 +82,14 @@ def _pretrain(recipe, run_dir: Path, stop: StopRequest, fresh: bool) -> int:
     try:
         observers = observers_for(recipe) if world.is_main else []
         outcome = pretrain(recipe, run_dir, world, observers, watch, stop, fresh)
-    except EXPECTED as error:
-        where = "" if world.is_main else f" (rank {world.rank} on {os.uname().nodename})"
-        if world.is_main or not isinstance(
-            error, (RecipeError, GuardError)
-        ):  # those are the same on all ranks
-            print(f"error{where}: {error}", file=sys.stderr, flush=True)
-        end(2)  # the other ranks may be waiting for this one: the launcher ends them
-    except OSError as error:
-        if (line := place(error)) is None:
+    except (MaestroError, OSError) as error:
+        if (line := error_line(error)) is None:
             raise
-        print(f"error (rank {world.rank} on {os.uname().nodename}): {line}", file=sys.stderr, flush=True)
-        end(2)
+        if world.is_main:
+            print_error(line)
+        elif not isinstance(error, (RecipeError, GuardError)):  # those are the same on all ranks
+            print_error(line, world.rank)
+        end(USAGE)  # the other ranks may be waiting for this one: the launcher ends them
     except RuntimeError:
         if world.size > 1 and (missing := watch.missing()):
             traceback.print_exc()

@@ -50,6 +50,6 @@ def test_quickstart(tmp_path):
     assert time.monotonic() - started < 60, "it did the work again"
 
     other = quickstart(out, "--seed=1")
-    assert other.returncode == 1
+    assert other.returncode == 2
     assert "seed" in other.stderr
     assert "Traceback" not in other.stderr

@@ -21,7 +21,7 @@ def test_one_line_and_no_traceback(tmp_path, monkeypatch, capsys, words):
     with pytest.raises(SystemExit) as ended:
         cli.main()
     said = capsys.readouterr().err
-    assert ended.value.code == 1
+    assert ended.value.code == 2
     assert said.startswith(f"error: {tmp_path / 'file'}")
-    assert said.endswith("choose another place, or see to rights and room there\n")
+    assert said.endswith("use another path, or fix its permissions and free space\n")
     assert said.count("\n") == 1

@@ -14,6 +14,8 @@ from typing import Literal, Protocol
 
 import numpy as np
 
+from maestro_scale.errors import MaestroError
+
 
 @dataclass(frozen=True)
 class Scale:
@@ -190,7 +192,7 @@ class RawDataset(Protocol):
         ...
 
 
-class DatasetError(Exception):
+class DatasetError(MaestroError):
     """Raw data is missing or malformed; the message says what, where and what to do, in one line.
 
     ``kind``: a few words that many tiles may have in common; tiles left out are counted by it.

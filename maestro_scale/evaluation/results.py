@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from maestro_scale.errors import MaestroError
 from maestro_scale.training.run_dir import write_atomically
 
 VERSION = 1
@@ -20,7 +21,7 @@ MAPS = "maps.npz"
 METRICS = ("wf1", "miou")
 
 
-class ResultsError(Exception):
+class ResultsError(MaestroError):
     """A results file cannot be used; the message says which, why and what to do."""
 
 

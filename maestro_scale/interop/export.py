@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from maestro_scale.errors import MaestroError
 from maestro_scale.interop.sharded_state import INDEX, WEIGHT, StateReader
 from maestro_scale.interop.tensors import write_tensors
 from maestro_scale.model.config import ModelConfig
@@ -18,7 +19,7 @@ WEIGHTS = "model.safetensors"
 FORMAT_VERSION = 1
 
 
-class ExportError(Exception):
+class ExportError(MaestroError):
     """A checkpoint cannot be exported or loaded; the message says why."""
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from maestro_scale.datasets.spec import DatasetSpec
+from maestro_scale.errors import MaestroError
 from maestro_scale.model.cost import Cost, cost, num_parameters
 from maestro_scale.recipe import Recipe
 from maestro_scale.training.footprint import Footprint, Traffic, footprint, traffic
@@ -16,7 +17,7 @@ from maestro_scale.training.pretrain import build_model_config
 _USABLE = 0.9  # of a device's memory; the rest is the CUDA context's and lost between blocks
 
 
-class PlanningError(Exception):
+class PlanningError(MaestroError):
     """A cluster that cannot be planned for; the message says what would do."""
 
 

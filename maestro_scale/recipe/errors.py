@@ -5,10 +5,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from maestro_scale.errors import MaestroError
+
 Loc = tuple[str | int, ...]  # ("data", "mixture", 0, "shards")
 
 
-class RecipeError(ValueError):
+class RecipeError(MaestroError, ValueError):
     """A recipe cannot be used. The message has one line per mistake: ``file: key.path: reason``."""
 
 

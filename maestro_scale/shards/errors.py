@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from maestro_scale.errors import MaestroError
 
-class ShardsError(Exception):
+
+class ShardsError(MaestroError):
     """A dataset in shards cannot be written or read."""
 
 

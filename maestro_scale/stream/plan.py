@@ -19,12 +19,13 @@ from itertools import groupby
 
 import numpy as np
 
+from maestro_scale.errors import MaestroError
 from maestro_scale.stream.rng import Draws, Purpose
 
 _SHARDS, _WITHIN, _WINDOW = range(3)  # streams of an epoch's draws
 
 
-class PlanError(ValueError):
+class PlanError(MaestroError, ValueError):
     """A plan cannot be made from these numbers; the message says which and what would do."""
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from maestro_scale.errors import MaestroError
 from maestro_scale.shards.read.counters import StoreCounters
 from maestro_scale.shards.storage import client_module
 from maestro_scale.stream.batch import Batch
@@ -31,7 +32,7 @@ _PATIENCE_S = 2.0
 _SHARED_MEMORY = "/dev/shm"
 
 
-class LoaderError(Exception):
+class LoaderError(MaestroError):
     """A loader process died or failed; the message says which, where and why, in one line."""
 
 

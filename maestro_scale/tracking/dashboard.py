@@ -10,13 +10,14 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from maestro_scale.errors import MaestroError
 from maestro_scale.secrets_filter import scrub
 from maestro_scale.tracking.mlflow_tracker import configure_mlflow
 
 _GRACE_S = 5.0  # that a server has to end by itself
 
 
-class DashboardError(Exception):
+class DashboardError(MaestroError):
     """There is no store to show; the message says where it was looked for."""
 
 

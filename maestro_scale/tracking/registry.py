@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from maestro_scale.errors import MaestroError
 from maestro_scale.interop.export import CONFIG, WEIGHTS
 from maestro_scale.interop.pretrained import load_model, read_model
 from maestro_scale.interop.sources import REGISTERED, TRACKING_URI, ModelSource
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from mlflow.models import ModelSignature
 
 
-class RegistryError(Exception):
+class RegistryError(MaestroError):
     """The registry did not take a model; the message says why."""
 
 

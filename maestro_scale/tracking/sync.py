@@ -8,6 +8,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from maestro_scale.errors import MaestroError
 from maestro_scale.recipe import load_recipe
 from maestro_scale.secrets_filter import scrub
 from maestro_scale.shards.errors import ShardsError
@@ -18,7 +19,7 @@ from maestro_scale.tracking.outbox import list_pending
 from maestro_scale.tracking.run_params import run_metadata
 
 
-class SyncError(Exception):
+class SyncError(MaestroError):
     """The store did not take the run; the message says which and why."""
 
 

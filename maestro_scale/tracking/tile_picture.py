@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from maestro_scale.datasets.spec import DatasetSpec, Modality, Scale, Target
+from maestro_scale.errors import MaestroError
 from maestro_scale.shards.format.codec import Sample
 from maestro_scale.shards.format.fields import dates_field, mask_field, target_field
 from maestro_scale.tracking.pictures import (
@@ -31,7 +32,7 @@ _TEXT_INCHES = 0.42  # below a panel
 _MOST_NAMED = 6  # classes that a caption names
 
 
-class PictureError(Exception):
+class PictureError(MaestroError):
     """A picture cannot be drawn where it was asked for; the message says why."""
 
 

@@ -6,11 +6,13 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
+from maestro_scale.errors import MaestroError
+
 _MEMORY = 0.99  # of the running means, per step
 _ARMED_AFTER = 100  # steps that the means are learned from before anything counts as a spike
 
 
-class GuardError(Exception):
+class GuardError(MaestroError):
     """Too many steps in a row were skipped; the message names the last good checkpoint."""
 
 

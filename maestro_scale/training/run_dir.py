@@ -19,6 +19,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from maestro_scale.errors import MaestroError
 from maestro_scale.recipe import Recipe
 from maestro_scale.secrets_filter import scrub_command, scrub_tree
 
@@ -28,7 +29,7 @@ PACKAGES = ("maestro-scale", "torch", "deepspeed", "numpy", "safetensors", "mlfl
 OUTCOME = "outcome.json"
 
 
-class RunDirError(Exception):
+class RunDirError(MaestroError):
     """The run directory cannot be used; the message says why and what to do."""
 
 

@@ -7,6 +7,7 @@ import os
 
 import torch
 
+from maestro_scale.errors import MaestroError
 from maestro_scale.model.config import ModelConfig
 from maestro_scale.model.masking import Masking, draw_masks
 from maestro_scale.stream.batch import Batch
@@ -19,7 +20,7 @@ log = logging.getLogger(__name__)
 _CPU_ALLOCATOR = "DefaultCPUAllocator: "  # begins what torch says when the system refuses it memory
 
 
-class WarmupError(Exception):
+class WarmupError(MaestroError):
     """A step does not fit in memory; the message says what was tried and what takes less."""
 
 

@@ -187,7 +187,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path, mask_config, capsys, monkeypa
     monkeypatch.setattr(sys, "argv", ["maestro-scale", "convert-ign", str(checkpoint), str(tmp_path / "out")])
     with pytest.raises(SystemExit) as exit_:
         main()
-    assert exit_.value.code == 1
+    assert exit_.value.code == 2
     error = capsys.readouterr().err
     assert "system" in error
     assert error.count("\n") == 1

@@ -193,7 +193,7 @@ def test_a_run_without_network_is_sent_later(server, trainer, tmp_path):
         )
 
     refused = sync(f"http://127.0.0.1:{free_port()}")
-    assert refused.returncode == 1
+    assert refused.returncode == 2
     assert refused.stderr.count("\n") == 1, refused.stderr
     sent = sync(server.uri)
     assert sent.returncode == 0, sent.stderr
@@ -292,7 +292,7 @@ def test_a_model_is_registered_and_loaded(server, trainer, tmp_path):
     assert version.run_id == json.loads((run_dir / "tracking.json").read_text())["run_id"]
     (run_dir / "tracking.json").unlink()
     refused = export(str(run_dir), str(tmp_path / "model"), "--register", "tiny trees")
-    assert refused.returncode == 1
+    assert refused.returncode == 2
     assert "was not tracked" in refused.stderr
 
 

@@ -131,8 +131,8 @@ def digest(tensors) -> str:
 
 
 def main() -> None:
+    from maestro_scale.errors import MaestroError
     from maestro_scale.training.distributed import end, join, leave
-    from maestro_scale.training.errors import EXPECTED
 
     torch.set_num_threads(1)
     order = json.loads(Path(sys.argv[1]).read_text())
@@ -140,7 +140,7 @@ def main() -> None:
     for task in order["tasks"]:
         try:
             result = run_task(task, world)
-        except EXPECTED as error:
+        except MaestroError as error:
             result = {"error": str(error)}
         (Path(order["out"]) / f"{task['name']}-rank{world.rank}.json").write_text(json.dumps(result))
     leave()

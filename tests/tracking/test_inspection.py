@@ -119,7 +119,7 @@ def refusal(capsys, monkeypatch):
         monkeypatch.setattr("sys.argv", ["maestro-scale", "inspect", *map(str, words)])
         with pytest.raises(SystemExit) as end:
             cli.main()
-        assert end.value.code == 1
+        assert end.value.code == 2
         said = capsys.readouterr()
         assert said.out == ""
         (line,) = said.err.splitlines()

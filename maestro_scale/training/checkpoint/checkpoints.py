@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from maestro_scale.errors import MaestroError
 from maestro_scale.interop.sharded_state import INDEX, StateReader, write_index, write_pieces
 from maestro_scale.shards.storage import fsync
 from maestro_scale.training.checkpoint import committed
@@ -42,7 +43,7 @@ _STEP = re.compile(r"step_\d{8,}")
 log = logging.getLogger(__name__)
 
 
-class CheckpointError(Exception):
+class CheckpointError(MaestroError):
     """A checkpoint is missing, damaged or of another run; the message says which and what to do."""
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import fsspec
 
+from maestro_scale.errors import MaestroError
 from maestro_scale.training.checkpoint import committed
 from maestro_scale.training.checkpoint.committed import MARKER
 from maestro_scale.training.checkpoint.identity import differences
@@ -19,7 +20,7 @@ from maestro_scale.training.checkpoint.retention import Retention
 log = logging.getLogger(__name__)
 
 
-class MirrorError(Exception):
+class MirrorError(MaestroError):
     """The mirror cannot be read, or holds another run's checkpoints; the message says which and what to do."""
 
 

@@ -1,0 +1,42 @@
+"""The error handler of all entry points: an expected error becomes one line on standard error and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+from maestro_scale.errors import MaestroError
+
+USAGE = 2
+"""Exit code of an expected error; argparse and typer use the same for a wrong command line."""
+
+
+def error_line(error: BaseException) -> str | None:
+    """The line that explains an expected error to a user; None where ``error`` is a bug.
+
+    An OSError that names a file is expected: a folder is missing, read-only or full.
+    """
+    if isinstance(error, MaestroError):
+        return str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        reason = error.strerror or error
+        return f"{error.filename}: {reason}; use another path, or fix its permissions and free space"
+    return None
+
+
+def print_error(line: str, rank: int | None = None) -> None:
+    """Print ``error: …`` to standard error; with ``rank``, also which rank on which host."""
+    where = "" if rank is None else f" (rank {rank} on {os.uname().nodename})"
+    print(f"error{where}: {line}", file=sys.stderr, flush=True)
+
+
+def run_command(command: Callable[[], int | None]) -> int:
+    """The exit code of ``command()``: its own, 0 for None, or ``USAGE`` after an expected error was printed."""
+    try:
+        return command() or 0
+    except Exception as error:
+        if (line := error_line(error)) is None:
+            raise
+        print_error(line)
+        return USAGE

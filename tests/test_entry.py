@@ -1,0 +1,60 @@
+"""The error handler of the entry points."""
+
+import errno
+import subprocess
+import sys
+
+import pytest
+from testkit.runs import REPO
+
+from maestro_scale.entry import run_command
+from maestro_scale.errors import MaestroError
+
+
+def test_an_expected_error_is_one_line_and_exit_code_2(capsys):
+    class Wrong(MaestroError):
+        pass
+
+    def fail():
+        raise Wrong("x.yaml: what is wrong; what to do")
+
+    assert run_command(fail) == 2
+    assert capsys.readouterr() == ("", "error: x.yaml: what is wrong; what to do\n")
+
+
+def test_a_file_that_cannot_be_used_is_named(capsys):
+    def fail():
+        raise OSError(errno.ENOSPC, "No space left on device", "/data/out")
+
+    assert run_command(fail) == 2
+    assert capsys.readouterr().err.startswith("error: /data/out: No space left on device; ")
+
+
+@pytest.mark.parametrize("bug", [ValueError("a bug"), OSError("without a file")])
+def test_a_bug_keeps_its_traceback(bug):
+    def fail():
+        raise bug
+
+    with pytest.raises(type(bug)):
+        run_command(fail)
+
+
+@pytest.mark.parametrize(("returned", "code"), [(None, 0), (0, 0), (3, 3)])
+def test_a_command_keeps_its_own_exit_code(returned, code):
+    assert run_command(lambda: returned) == code
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["maestro_scale/train.py", "--recipe", "missing.yaml"],
+        ["maestro_scale/evaluate.py", "--recipe", "missing.yaml", "--checkpoint", "x", "--out", "y"],
+        ["-m", "maestro_scale.cli", "plan", "--recipe", "missing.yaml", "--gpus", "8"],
+    ],
+)
+def test_every_entry_point_reports_alike(words, tmp_path):
+    words = [str(REPO / word) if word.endswith(".py") else word for word in words]
+    done = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: missing.yaml: ")
