@@ -441,11 +441,11 @@ def test_a_wrong_number_of_ranks_is_told_what_fits():
 # --- DeepSpeed
 
 
-def test_laid_out_otherwise_a_stated_micro_batch_does_not_contradict(minimal):
+def test_under_another_zero_stage_a_stated_micro_batch_does_not_contradict(minimal):
     said = ["deepspeed.train_micro_batch_size_per_gpu=8", "deepspeed.gradient_accumulation_steps=12"]
     recipe = load_recipe(minimal, said)
-    assert recipe.laid_out(2, 8).deepspeed["gradient_accumulation_steps"] == 12
-    config = recipe.laid_out(3, 4).deepspeed_config(1, "cpu")
+    assert recipe.with_zero_stage(2, 8).deepspeed["gradient_accumulation_steps"] == 12
+    config = recipe.with_zero_stage(3, 4).deepspeed_config(1, "cpu")
     assert (config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]) == (4, 24)
 
 

@@ -39,10 +39,10 @@ class ModelConfig:
 
     ``others``: further datasets that the same weights serve, in a mixture. Weights are shared by name: patch embeddings
     by ``Sensor.embed``, encoders by ``Sensor.group`` (or by sensor, as the fusion has it), mask tokens by sensor.
-    ``HOW``: fields that change how it is computed, not what.
+    ``RUNTIME_FIELDS``: fields that change how the model is computed, but not its result.
     """
 
-    HOW: ClassVar[tuple[str, ...]] = ("checkpointing", "attention")
+    RUNTIME_FIELDS: ClassVar[tuple[str, ...]] = ("checkpointing", "attention")
 
     sensors: tuple[Sensor, ...]
     size: Size
@@ -111,7 +111,7 @@ class ModelConfig:
         """The sensors of every view, one after the other; a name may come more than once."""
         return tuple(s for view in self.views for s in view.sensors)
 
-    def seen(self, images: Mapping[str, tuple[int, ...]], crop_m: float | None = None) -> ModelConfig:
+    def adapted_to(self, images: Mapping[str, tuple[int, ...]], crop_m: float | None = None) -> ModelConfig:
         """The same model as it sees images (B, D, C, H, W) of some of its sensors, with any number of dates.
 
         ``crop_m``: their ground extent, where it is not the model's: grids and positions grow or shrink with it.
@@ -154,7 +154,7 @@ class ModelConfig:
             heads=(),
         )
 
-    def of(self, dataset: str) -> ModelConfig:
+    def for_dataset(self, dataset: str) -> ModelConfig:
         """The same model as it sees one dataset. A model with one view sees any dataset that way.
 
         Raises:
@@ -171,7 +171,7 @@ class ModelConfig:
 
     @property
     def recompute_every(self) -> int:
-        """Every so-manieth block is computed again in backward; 0: none."""
+        """n: activation checkpointing of every n-th block; 0: of none."""
         named = {"none": 0, "blocks": 1}
         return (
             named[self.checkpointing]

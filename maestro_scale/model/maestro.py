@@ -41,7 +41,7 @@ class Maestro(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self._views = {v.dataset: config.of(v.dataset) for v in config.views}
+        self._views = {v.dataset: config.for_dataset(v.dataset) for v in config.views}
         size = config.size
         how = {"recompute_every": config.recompute_every, "backend": config.attention}
         encoders = dict.fromkeys(q.encoder for view in self._views.values() for q in sequences(view))
@@ -128,7 +128,7 @@ class Maestro(nn.Module):
 
     def view(self, dataset: str) -> ModelConfig:
         """The model as it sees ``dataset``; KeyError for one that a model of several datasets does not know."""
-        return self._views.get(dataset) or self.config.of(dataset)
+        return self._views.get(dataset) or self.config.for_dataset(dataset)
 
     def _patches(self, sensor: Sensor, batch: Batch) -> Tensor:
         return patchify(network_input(sensor, batch.pixels[sensor.name]), sensor.patch)
@@ -248,7 +248,7 @@ class Maestro(nn.Module):
             share = 1.0 if tile_m is None else (crop_m or view.crop_m or tile_m) / tile_m
             data = tile_batch(data, view.sensors, self.config.dataset, min(share, 1.0))
             data = data.to(next(self.parameters()).device)
-        view = self.view(data.dataset).seen({k: tuple(v.shape) for k, v in data.pixels.items()}, crop_m)
+        view = self.view(data.dataset).adapted_to({k: tuple(v.shape) for k, v in data.pixels.items()}, crop_m)
         inputs = {s.name: self._patches(s, data) for s in view.sensors}
         tokens = self._encode(view, inputs, data, None)
         return Embedding(tokens, torch.cat([t.mean(dim=(1, 2)) for t in tokens.values()], dim=1))

@@ -119,7 +119,7 @@ def plan_cluster(
         )
     config = build_model_config(recipe, specs)
     parameters, gpu = num_parameters(config), GPUS[cluster.gpu]
-    costs = [cost(config.of(v.dataset), recipe.masking.ratio) for v in config.views]
+    costs = [cost(config.for_dataset(v.dataset), recipe.masking.ratio) for v in config.views]
     largest = max(costs, key=lambda c: c.activations)
     layouts = tuple(
         _layout(recipe, parameters, largest, gpu, n, stage, micro)
@@ -150,7 +150,7 @@ def _layout(
     recipe: Recipe, parameters: int, largest: Cost, gpu: Gpu, n: int, stage: int, micro: int
 ) -> LayoutEstimate:
     num_micro_batches = recipe.train.global_batch // (n * micro)
-    config = recipe.laid_out(stage, micro).deepspeed_config(n, "cuda")
+    config = recipe.with_zero_stage(stage, micro).deepspeed_config(n, "cuda")
     held = footprint(parameters, n, config, num_micro_batches, ema=recipe.optim.ema > 0)
     value = 2 if recipe.train.precision_on("cuda") == "bf16" else 4
     activations = micro * largest.activations * value

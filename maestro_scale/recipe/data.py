@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from maestro_scale.recipe.errors import Disagreement
+from maestro_scale.recipe.errors import ConflictError
 from maestro_scale.recipe.fields import Count, Place, Section, distinct, listed, some
 
 
@@ -50,10 +50,10 @@ class SensorOverride(Section):
     @model_validator(mode="after")
     def _patch_divides(self) -> SensorOverride:
         if self.image_size and self.patch and self.image_size % self.patch:
-            raise Disagreement((("patch",), f"{self.patch} does not divide image_size {self.image_size}"))
+            raise ConflictError((("patch",), f"{self.patch} does not divide image_size {self.image_size}"))
         for name, groups in (("band_groups", self.band_groups), ("token_groups", self.token_groups)):
             if self.bands and groups and sum(groups) != len(self.bands):
-                raise Disagreement(((name,), f"{list(groups)} do not add up to {len(self.bands)} bands"))
+                raise ConflictError(((name,), f"{list(groups)} do not add up to {len(self.bands)} bands"))
         return self
 
 
@@ -106,6 +106,6 @@ class Data(Section):
                     reason = (
                         f"{where[0]} is in the mixture already with split {split!r}: raise its weight instead"
                     )
-                    raise Disagreement((("mixture", i), reason))
+                    raise ConflictError((("mixture", i), reason))
                 seen.add(where)
         return self

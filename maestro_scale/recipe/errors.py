@@ -14,7 +14,7 @@ class RecipeError(MaestroError, ValueError):
     """A recipe cannot be used. The message has one line per mistake: ``file: key.path: reason``."""
 
 
-class Disagreement(ValueError):
+class ConflictError(ValueError):
     """Values that are each valid but do not go together: (key path from here, reason) of each mistake."""
 
     def __init__(self, *problems: tuple[Loc, str]) -> None:

@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from maestro_scale.recipe.errors import Disagreement, Loc, RecipeError, did_you_mean, dotted
+from maestro_scale.recipe.errors import ConflictError, Loc, RecipeError, did_you_mean, dotted
 from maestro_scale.recipe.merge import Tree, read_tree
 from maestro_scale.recipe.schema import Recipe
 
@@ -61,7 +61,7 @@ def _replaced(node: Any, loc: Loc, value: Any) -> Any:
 def _lines(error: ValidationError, tree: Tree) -> Iterator[str]:
     for e in error.errors():
         loc, cause = tuple(e["loc"]), e.get("ctx", {}).get("error")
-        parts = cause.problems if isinstance(cause, Disagreement) else [((), _reason(e, loc))]
+        parts = cause.problems if isinstance(cause, ConflictError) else [((), _reason(e, loc))]
         for sub, reason in parts:
             where = (*loc, *sub)
             yield f"{tree.origin(where)}: {dotted(where)}: {reason}"

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from maestro_scale.recipe import engine_config, environment
 from maestro_scale.recipe.data import Data
-from maestro_scale.recipe.errors import Disagreement, Loc, RecipeError, dotted
+from maestro_scale.recipe.errors import ConflictError, Loc, RecipeError, dotted
 from maestro_scale.recipe.fields import Section, nearest_divisors
 from maestro_scale.recipe.merge import dump_yaml
 from maestro_scale.recipe.sections import (
@@ -86,7 +86,7 @@ class Recipe(Section):
             raise RecipeError("\n".join(wrong))
         return engine_config.filled(self.deepspeed, derived)
 
-    def laid_out(self, stage: int, micro_batch: int | None = None) -> Recipe:
+    def with_zero_stage(self, stage: int, micro_batch: int | None = None) -> Recipe:
         """The same recipe under another ZeRO stage, without what its section says of another one, and micro-batch."""
         said = dict(self.deepspeed.get("zero_optimization", {}))
         if stage != self.zero_stage:
@@ -134,7 +134,7 @@ class Recipe(Section):
             reason = "ZeRO stage 3 gathers weights inside of what would be compiled: set it to false, or use stage 2"
             wrong.append((("model", "compile"), reason))
         if wrong:
-            raise Disagreement(*wrong)
+            raise ConflictError(*wrong)
         return self
 
 

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from maestro_scale.model.config import CHECKPOINTING, AttentionChoice
 from maestro_scale.model.sizes import SIZES, Size
-from maestro_scale.recipe.errors import Disagreement
+from maestro_scale.recipe.errors import ConflictError
 from maestro_scale.recipe.fields import Count, Place, Probability, Section, distinct, listed, nearest_divisors
 
 Precision = Literal["bf16", "fp32"]
@@ -89,16 +89,16 @@ class Model(Section):
         depth = self.dimensions.depth
         if self.inter_depth and self.fusion in ("monotemp", "shared"):
             reason = f"{self.inter_depth}, but fusion {self.fusion} has no inter-group blocks: set it to 0"
-            raise Disagreement((("inter_depth",), reason))
+            raise ConflictError((("inter_depth",), reason))
         if self.inter_depth >= depth:
             reason = f"{self.inter_depth} leaves no block to the groups: at most {depth - 1} of depth {depth}"
-            raise Disagreement((("inter_depth",), reason))
+            raise ConflictError((("inter_depth",), reason))
         return self
 
 
 def _shared_out(what: str, total: int, among: str, parts: int) -> int:
     if total % parts:
-        raise Disagreement(((among,), f"{parts} does not divide {what} {total}"))
+        raise ConflictError(((among,), f"{parts} does not divide {what} {total}"))
     return total // parts
 
 
@@ -190,11 +190,11 @@ class Train(Section):
     def _fits_together(self) -> Train:
         if self.epochs is not None and self.steps is not None:
             reason = f"epochs {self.epochs} and steps {self.steps} are both given: keep one"
-            raise Disagreement((("steps",), reason))
+            raise ConflictError((("steps",), reason))
         if self.global_batch % self.micro_batch:
             near = nearest_divisors(self.micro_batch, self.global_batch)
             reason = f"{self.micro_batch} does not divide train.global_batch {self.global_batch}: use {near}"
-            raise Disagreement((("micro_batch",), reason))
+            raise ConflictError((("micro_batch",), reason))
         return self
 
 

@@ -15,7 +15,7 @@ from maestro_scale.shards.read.store import BadShard
 from maestro_scale.stream.batch import Batch
 from maestro_scale.stream.packing import Label, arrays_in, num_bytes, unpack
 from maestro_scale.stream.rng import Draws, Purpose
-from maestro_scale.stream.source import OpenShards, Source, labels
+from maestro_scale.stream.source import OpenShards, Source, mixture_names
 from maestro_scale.stream.transform import Preparer, View
 
 log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class Reading:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.labels = labels([s.spec.name for s in settings.sources])
+        self.labels = mixture_names([s.spec.name for s in settings.sources])
         self._preparers = [
             Preparer(View(s.spec, s.sensors, s.crop_m, settings.flips), settings.seed, i)
             for i, s in enumerate(settings.sources)

@@ -14,7 +14,7 @@ from maestro_scale.stream.batch import Batch
 from maestro_scale.stream.batch_builder import Reading, Ref, Request, Settings
 from maestro_scale.stream.mixture import Mixture
 from maestro_scale.stream.plan import Plan, PlanError
-from maestro_scale.stream.source import Source, labels
+from maestro_scale.stream.source import Source, mixture_names
 from maestro_scale.stream.workers import LoaderError, Pipeline, start_server
 
 __all__ = ["LoaderError", "Source", "Step", "TrainLoader"]
@@ -69,7 +69,7 @@ class TrainLoader:
         self.sources, self.rank, self.world, self.workers = tuple(sources), rank, world, workers
         self.global_batch, self.micro_batch, self.pin = global_batch, micro_batch, pin
         self._mixture = Mixture([s.weight for s in self.sources])
-        self._labels = labels([s.spec.name for s in self.sources])
+        self._labels = mixture_names([s.spec.name for s in self.sources])
         self._plans = [
             Plan(s.counts, seed, lanes, global_batch, window, dataset=i) for i, s in enumerate(self.sources)
         ]

@@ -21,7 +21,7 @@ class Source:
     """A dataset as a run reads it: ``shards`` of the wanted splits, in manifest order, and how they are
     looked at.
 
-    ``weight``: how often a mixture draws a step from it, relative to the others. ``chosen``: of every shard, the
+    ``weight``: how often a mixture draws a step from it, relative to the others. ``indices``: of every shard, the
     samples in use; None for all.
     """
 
@@ -31,19 +31,19 @@ class Source:
     shards: tuple[ShardInfo, ...]
     store: Store
     weight: float = 1.0
-    chosen: tuple[tuple[int, ...], ...] | None = None
+    indices: tuple[tuple[int, ...], ...] | None = None
 
     @property
     def counts(self) -> tuple[int, ...]:
         """Samples in use per shard."""
-        if self.chosen is not None:
-            return tuple(map(len, self.chosen))
+        if self.indices is not None:
+            return tuple(map(len, self.indices))
         return tuple(s.samples for s in self.shards)
 
-    def only(self, samples: Sequence[int]) -> Source:
+    def select_samples(self, samples: Sequence[int]) -> Source:
         """The same with these samples alone, by their numbers in the order of the manifest."""
-        if self.chosen is not None:
-            raise ValueError(f"{self.spec.name}: samples were chosen already")
+        if self.indices is not None:
+            raise ValueError(f"{self.spec.name}: samples were selected already")
         stops = np.cumsum([s.samples for s in self.shards])
         shards = np.searchsorted(stops, np.sort(samples), side="right")
         inside = np.sort(samples) - (stops - [s.samples for s in self.shards])[shards]
@@ -51,11 +51,11 @@ class Source:
         return replace(
             self,
             shards=tuple(self.shards[s] for s in used),
-            chosen=tuple(tuple(inside[shards == s].tolist()) for s in used),
+            indices=tuple(tuple(inside[shards == s].tolist()) for s in used),
         )
 
 
-def labels(names: Sequence[str]) -> tuple[str, ...]:
+def mixture_names(names: Sequence[str]) -> tuple[str, ...]:
     """A name for each dataset of a mixture: its own, with its place in the mixture where two have the same."""
     return tuple(n if names.count(n) == 1 else f"{n}#{i}" for i, n in enumerate(names))
 
@@ -81,8 +81,8 @@ class OpenShards:
         info = self.source.shards[shard]
         try:
             handle = self._open[shard] if shard in self._open else self._opened(info)
-            chosen = self.source.chosen
-            sample = handle[index if chosen is None else chosen[shard][index]]
+            indices = self.source.indices
+            sample = handle[index if indices is None else indices[shard][index]]
         except BadShard as error:
             self._bad[shard] = error
             self._open.pop(shard, None)

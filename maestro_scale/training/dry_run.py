@@ -25,7 +25,7 @@ def dry_run(recipe: Recipe, world_size: int, console: Console | None = None) -> 
     specs = [_spec(entry) for entry in recipe.data.mixture]
     config = build_model_config(recipe, specs)
     parameters = num_parameters(config)
-    by_dataset = {v.dataset: cost(config.of(v.dataset), recipe.masking.ratio) for v in config.views}
+    by_dataset = {v.dataset: cost(config.for_dataset(v.dataset), recipe.masking.ratio) for v in config.views}
     titles = " and ".join(dict.fromkeys(s.title for s in specs))
     console.print(f"[bold]{recipe.name}[/bold]: MAESTRO {recipe.model.size} on {titles}")
     console.print(f"parameters        {parameters:,}")
@@ -84,7 +84,7 @@ def _memory(recipe: Recipe, parameters: int, counted: Cost, world_size: int) -> 
     for column in ("stage", *(f"{n} rank{'s' * (n > 1)}" for n in worlds)):
         table.add_column(column, justify="right")
     for stage in range(4):
-        laid, row = recipe.laid_out(stage), []
+        laid, row = recipe.with_zero_stage(stage), []
         for n in worlds:
             held = footprint(
                 parameters,

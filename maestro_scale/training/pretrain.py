@@ -27,7 +27,7 @@ from maestro_scale.shards.format.manifest import Manifest
 from maestro_scale.shards.read.store import Store
 from maestro_scale.shards.retry import Retry
 from maestro_scale.stream.mock import mock_batch
-from maestro_scale.stream.source import Source, labels
+from maestro_scale.stream.source import Source, mixture_names
 from maestro_scale.training.checkpoint.checkpoints import Checkpoints, Position
 from maestro_scale.training.checkpoint.mirror import Mirror
 from maestro_scale.training.checkpoint.retention import Retention
@@ -121,7 +121,7 @@ def build_model_config(recipe: Recipe, specs: Sequence[DatasetSpec]) -> ModelCon
             spec.ref_sensor,
             entry.crop_m or spec.crop_m,
         )
-        for label, spec, entry in zip(labels([s.name for s in specs]), specs, entries, strict=True)
+        for label, spec, entry in zip(mixture_names([s.name for s in specs]), specs, entries, strict=True)
     )
     if problems := conflicts((first, *others)):
         raise RecipeError("\n".join(f"data.mixture: {p}" for p in problems))
@@ -169,7 +169,7 @@ def open_datasets(recipe: Recipe) -> list[Dataset]:
 
 def identity(recipe: Recipe, config: ModelConfig, datasets: list[Dataset], world: World) -> dict[str, Any]:
     """What must not change between a checkpoint and its resumption; ``model`` is enough to rebuild the model."""
-    model = {k: v for k, v in config.to_dict().items() if k not in ModelConfig.HOW}
+    model = {k: v for k, v in config.to_dict().items() if k not in ModelConfig.RUNTIME_FIELDS}
     data = {
         "order": {
             "lanes": recipe.data.lanes,
@@ -346,11 +346,11 @@ def _rehearse(
     t, ratio = recipe.train, recipe.masking.ratio
     largest, dataset = max(
         zip(config.views, datasets, strict=True),
-        key=lambda pair: cost(config.of(pair[0].dataset), ratio).activations,
+        key=lambda pair: cost(config.for_dataset(pair[0].dataset), ratio).activations,
     )
     batch = mock_batch(dataset.source, largest.dataset, t.micro_batch)
     num_micro_batches = t.global_batch // (t.micro_batch * world.size)
-    own, masking = config.of(largest.dataset), Masking(**recipe.masking.model_dump())
+    own, masking = config.for_dataset(largest.dataset), Masking(**recipe.masking.model_dump())
     warm_up(engine, world, own, masking, batch, num_micro_batches)
 
 
@@ -364,7 +364,7 @@ def _rewind_ranks(folder: Path, step: int, world: World) -> None:
 def _seen(recipe: Recipe, config: ModelConfig, datasets: list[Dataset]) -> dict[str, Seen]:
     seen = {}
     for view, dataset in zip(config.views, datasets, strict=True):
-        spec, own = dataset.manifest.spec, config.of(view.dataset)
+        spec, own = dataset.manifest.spec, config.for_dataset(view.dataset)
         bands = {s.name: tuple(spec.modality(s.source).bands[b] for b in s.bands) for s in view.sensors}
         seen[view.dataset] = Seen(own, bands, cost(own, recipe.masking.ratio))
     return seen

@@ -100,7 +100,7 @@ def test_both_loaders_read_the_chosen_samples_alone(fields, tmp_path):
     source = source_of(fields.shards, "train", tmp_path)
     whole = [b.tiles[0] for b in EvalLoader(source, 1, crops=1)]
     used = subset(source, FIELDS.target("cover"), 0.3, seed=0)
-    part = source.only(used)
+    part = source.select_samples(used)
     assert [b.tiles[0] for b in EvalLoader(part, 1, crops=1)] == [whole[i] for i in used]
     loader = TrainLoader((part,), seed=0, lanes=2, global_batch=6, micro_batch=3)
     seen = [t for step in loader.steps(0, 3) for b in step.batches for t in b.tiles]

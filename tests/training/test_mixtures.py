@@ -95,7 +95,7 @@ def two_views() -> ModelConfig:
 
 def test_a_view_of_a_shared_model_is_the_model_of_that_dataset_alone():
     both = two_views()
-    alone = both.of("two")
+    alone = both.for_dataset("two")
     batch = dataclasses.replace(full_batch(alone, 2), dataset="two")
     masks = draw_masks(alone, Masking(), batch)
     counts = torch.ones(len(alone.sensors), dtype=torch.float64)
@@ -108,6 +108,6 @@ def test_a_view_of_a_shared_model_is_the_model_of_that_dataset_alone():
 def test_a_model_of_several_datasets_names_those_it_knows():
     both = two_views()
     assert ModelConfig.from_dict(both.to_dict()) == both
-    batch = dataclasses.replace(full_batch(both.of("one"), 1), dataset="three")
+    batch = dataclasses.replace(full_batch(both.for_dataset("one"), 1), dataset="three")
     with pytest.raises(KeyError, match="'three'; it knows: one, two"):
         Maestro(both).initialise(0).encode(batch)

@@ -149,7 +149,7 @@ def _prepare(
     }
     if fraction < 1:
         used = subset(splits["train"], objective.task.target, fraction, recipe.seed, world)
-        splits["train"] = splits["train"].only(used)
+        splits["train"] = splits["train"].select_samples(used)
     t = recipe.train
     stream, num_steps = train_stream(recipe, [splits["train"]], world)
     network = predictor(encoder, manifest.spec.name, objective, recipe.seed, mode == "finetune")

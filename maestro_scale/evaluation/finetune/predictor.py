@@ -94,7 +94,9 @@ def predictor(
 def _(encoder: Maestro, dataset: str, objective: Objective, seed: int, pretrained: bool) -> MaestroPredictor:
     # Without crop_m the head predicts the pixels of the reference image, as the objective has them.
     try:
-        config = dataclasses.replace(encoder.config.of(dataset), heads=(objective.task.target,), crop_m=None)
+        config = dataclasses.replace(
+            encoder.config.for_dataset(dataset), heads=(objective.task.target,), crop_m=None
+        )
     except ValueError as error:
         raise ResultsError(f"{dataset}: {error}") from None
     made = MaestroPredictor(config, objective)
