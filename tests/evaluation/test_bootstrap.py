@@ -74,3 +74,45 @@ def test_a_tile_without_a_counted_pixel_leaves_the_interval_defined():
     assert 0 < low < high < 1
     with pytest.raises(ValueError, match="no score"):
         bootstrap_interval(mean_iou, counts[2:], 50)
+
+
+def test_a_resample_has_as_many_tiles_as_there_are():
+    # Every tile counts 1, so every resample sums to 7, and any interval is a point.
+    counts = np.ones((7, 1))
+    assert bootstrap_interval(lambda sums: sums[..., 0], counts, 200) == (7.0, 7.0)
+
+
+def test_every_tile_is_drawn_once_per_resample_on_average():
+    # Each of 5 tiles is drawn Binomial(5, 1 / 5) times: mean 1; over 4,000 resamples its standard error is 0.014.
+    drawn = []
+
+    def note(sums: np.ndarray) -> np.ndarray:
+        drawn.append(sums)
+        return sums[..., 0]
+
+    bootstrap_interval(note, np.eye(5), 4000)
+    (sums,) = drawn
+    assert sums.shape == (4000, 5)
+    assert (sums.sum(1) == 5).all()
+    np.testing.assert_allclose(sums.mean(0), 1, atol=0.06)
+    np.testing.assert_allclose((sums == 0).mean(0), 0.8**5, atol=0.03)
+
+
+def test_resamples_are_drawn_from_seed_and_number():
+    # Three resamples of four tiles under seed 3, as they were first drawn; saved intervals depend on them.
+    weights = next(bootstrap._weights(4, 3, 3))
+    assert weights.tolist() == [[1, 1, 0, 2], [0, 0, 2, 2], [0, 1, 1, 2]]
+
+
+def test_the_interval_leaves_out_the_same_share_at_both_ends():
+    # Of the scores 0, 1, …, 100 the level 0.9 leaves out 5 at each end.
+    assert bootstrap._interval(np.arange(101.0), 0.9) == (pytest.approx(5.0), pytest.approx(95.0))
+    scores = np.array([np.nan, 1.0, 3.0])
+    assert bootstrap._interval(scores, 0.5) == (pytest.approx(1.5), pytest.approx(2.5))
+
+
+@pytest.mark.parametrize(("level", "resamples"), [(0.0, 10), (1.0, 10), (0.95, 0)])
+def test_levels_and_numbers_that_make_no_interval_are_refused(level, resamples):
+    with pytest.raises(ValueError, match="must lie within"):
+        bootstrap_interval(wf1, np.ones((3, 3, 2)), resamples, level=level)
+    assert len(bootstrap_interval(wf1, np.ones((3, 3, 2)), 1, level=0.5)) == 2

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from sklearn.metrics import confusion_matrix
 from sklearn.neighbors import NearestNeighbors
 
@@ -157,3 +158,59 @@ def test_knn_takes_the_k_and_temperature_that_are_best_on_validation(monkeypatch
     assert len(set(scores.values())) > 1
     _, chosen = dense.knn(layout(), CLASSES, train, val, test, seed=0)
     assert scores[chosen["k"], chosen["temperature"]] == max(scores.values())
+
+
+def test_of_candidates_with_equal_scores_knn_takes_the_first(monkeypatch):
+    monkeypatch.setattr(dense, "NEIGHBOURS", (5, 2, 3))
+    monkeypatch.setattr(dense, "TEMPERATURES", (0.2, 0.07))
+    train, val, test = split(3, 1), split(2, 2), split(2, 3)
+    for part in (train, val, test):
+        part.labels[:] = 1
+    answer, chosen = dense.knn(layout(), CLASSES, train, val, test, seed=0)
+    assert (answer == 1).all()
+    assert chosen == {"k": 2, "temperature": 0.2}
+
+
+def test_votes_worked_out_by_hand():
+    # Three neighbours of weights 0.5, 0.3 and 0.2, two pixels each, three classes.
+    weights = torch.tensor([[0.5, 0.3, 0.2]]).log()
+
+    def vote(*labels: tuple[int, int]) -> list[int]:
+        return dense._vote(weights, torch.tensor([labels]), CLASSES)[0].tolist()
+
+    assert vote((2, 0), (1, 1), (1, 1)) == [1, 0]  # 0.5 : 0.5, the first class; 0.5 : 0.5 again
+    assert vote((2, 0), (1, 2), (0, 2)) == [2, 0]  # 0.5 : 0.3 : 0.2; 0.5 : 0.5, the first class
+    assert vote((dense.IGNORED, 2), (1, dense.IGNORED), (0, dense.IGNORED)) == [1, 2]  # 0.3 : 0.2; alone
+
+
+def test_the_middle_label_of_a_block_stands_for_it():
+    # Blocks of 4 x 4 labels: row and column 2 of each. 8 x 8 labels, 2 x 2 places of one pixel.
+    crops = CropGrid(FIELDS, FIELDS.sensors, 40.0)
+    fine = dense.Layout(2, 1, 5.0, crops)
+    assert (fine.tile_pixels, fine.crop_pixels, fine.factor) == (12, 8, 4)
+    labels = np.arange(64).reshape(1, 8, 8)
+    assert fine.per_place(labels)[0, :, 0].tolist() == [18, 22, 50, 54]  # 8 * 2 + 2, + 4, 8 * 6 + 2, + 4
+
+
+def test_where_crops_overlap_the_later_one_counts():
+    # Crops of 4 pixels at 0 and 2 of 6: each is filled with its number.
+    crops = np.arange(4)[:, None, None] * np.ones((4, 4, 4), int)
+    tile = layout().whole(crops)
+    assert tile.tolist() == [[0, 0, 1, 1, 1, 1]] * 2 + [[2, 2, 3, 3, 3, 3]] * 4
+
+
+def test_samples_of_places_are_drawn_only_from_too_many():
+    rows = np.arange(100, 200)
+    assert dense._sample(rows, 100, 0) is rows
+    some = dense._sample(rows, 99, 0)
+    assert len(some) == len(set(some.tolist())) == 99
+    assert (np.diff(some) > 0).all()
+    assert set(dense._sample(rows, 20, 0).tolist()) != set(dense._sample(rows, 20, 1).tolist())
+
+
+def test_moments_are_those_of_all_places_and_dead_features_are_left_out():
+    # Feature 0: 1, 3, 5, 7 has mean 4 and deviation sqrt(5); feature 1 never moves.
+    features = np.array([[[1, 9], [3, 9]], [[5, 9], [7, 9]]], np.float16)
+    mean, scale = dense._moments(features)
+    np.testing.assert_allclose(mean, [4, 9])
+    np.testing.assert_allclose(scale, [5**0.5, np.inf])

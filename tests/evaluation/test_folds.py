@@ -52,6 +52,24 @@ def test_named_folds_are_found_and_the_first_may_go_without():
         fold(PASTIS, 6)
 
 
+def test_folds_and_their_roles_by_hand():
+    assert folds_in(("fold_1", "fold_2")) == {}
+    assert folds_in(("fold_1", "fold_2", "fold_4")) == {}
+    assert folds_in(("fold_3", "fold_1", "fold_2")) == {
+        1: {"train": ("fold_1",), "val": ("fold_2",), "test": ("fold_3",)},
+        2: {"train": ("fold_2",), "val": ("fold_3",), "test": ("fold_1",)},
+        3: {"train": ("fold_3",), "val": ("fold_1",), "test": ("fold_2",)},
+    }
+    assert fold(PASTIS, 4) == {
+        "train": ("fold_4", "fold_5", "fold_1"),
+        "val": ("fold_2",),
+        "test": ("fold_3",),
+    }
+    # Ten and more are in the order of numbers, not of letters.
+    many = folds_in(tuple(f"fold_{k}" for k in range(1, 12)))
+    assert (many[1]["val"], many[1]["test"], many[11]["val"]) == (("fold_10",), ("fold_11",), ("fold_9",))
+
+
 RUN = EvalResult("b", "miou", "probe", 0.5, {"a": 0.5, "z": None}, (0.4, 0.6), 10, ((3, 1), (0, 2)))
 
 

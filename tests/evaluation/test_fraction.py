@@ -148,3 +148,32 @@ def test_the_list_of_the_release_is_used_where_there_is_one(fields, tmp_path):
         "val",
         "test",
     }
+
+
+@pytest.mark.parametrize(
+    ("samples", "fraction", "expected"),
+    [(10, 0.25, 2), (10, 0.35, 4), (10, 0.36, 4), (10, 0.34, 3), (3, 0.01, 1), (3, 1.0, 3)],
+)
+def test_the_number_of_samples_is_rounded_and_at_least_one(samples, fraction, expected):
+    assert len(stratified(np.ones((samples, 1)), fraction)) == expected
+
+
+def test_every_class_comes_at_an_even_pace():
+    # Three of four samples are of class 0: of two, one is of class 0, as its first is due after 1/6 of all samples and
+    # that of class 1 after 1/2.
+    weights = np.eye(2)[[0, 0, 1, 0]]
+    for seed in range(10):
+        (first,) = stratified(weights, 0.25, seed)
+        assert first != 2
+    shuffled = np.eye(2)[[0, 1] * 20]
+    for seed in range(5):
+        for count in range(2, 40, 2):
+            taken = stratified(shuffled, count / 40, seed)
+            assert shuffled[taken].sum(0).tolist() == [count / 2, count / 2]
+
+
+def test_the_samples_of_a_fraction_stay_what_they_were():
+    # A change here changes every published score with few labels.
+    weights = np.eye(3)[[0, 1, 2, 0, 0, 1, 2, 0, 1, 0, 0, 1]]
+    assert stratified(weights, 0.5, seed=1).tolist() == [0, 1, 2, 4, 10, 11]
+    assert stratified(weights, 0.5, seed=2).tolist() == [0, 1, 4, 6, 8, 9]

@@ -117,3 +117,52 @@ def test_wrong_features_are_named(classify):
         classify(train, validation, bad)
     with pytest.raises(ValueError, match="there is no sample to fit on"):
         Labelled(np.zeros((0, 4)), np.zeros((0, 2), bool))
+
+
+def test_of_candidates_with_equal_scores_knn_takes_the_first():
+    # One label for all: every k and temperature is right everywhere. k ascends whatever the order it is given in.
+    train, validation = (Labelled(np.eye(8, dtype=np.float32)[:n], np.ones((n, 1), bool)) for n in (8, 4))
+    fit = knn(train, validation, train.features, neighbours=(5, 2, 3), temperatures=(0.2, 0.07))
+    assert fit.validation.wf1() == 1.0
+    assert fit.chosen == {"k": 2, "temperature": 0.2}
+
+
+def test_of_strengths_with_equal_scores_the_probe_takes_the_strongest():
+    train, validation = (Labelled(np.eye(8, dtype=np.float32)[:n], np.ones((n, 1), bool)) for n in (8, 4))
+    fit = linear_probe(train, validation, train.features, l2=(0.01, 1.0, 0.1))
+    assert fit.validation.wf1() == 1.0
+    assert fit.chosen == {"l2": 1.0}
+
+
+def test_a_class_with_a_score_of_one_half_is_not_answered():
+    # Two training samples in the same direction, one of each label: their share is 1/2 for any query.
+    features, labels = np.ones((2, 3), np.float32), np.array([[True], [False]])
+    train = Labelled(features, labels)
+    fit = knn(train, train, features, neighbours=(2,), temperatures=(0.1,))
+    assert fit.scores.tolist() == [[0.5], [0.5]]
+    assert fit.predicted.tolist() == [[False], [False]]
+    assert (fit.validation.tp.tolist(), fit.validation.fp.tolist(), fit.validation.fn.tolist()) == (
+        [0],
+        [0],
+        [1],
+    )
+    # Features that never move say nothing: the log-odds of one in two are 0.
+    fit = linear_probe(train, train, features, l2=(0.1,))
+    assert fit.scores.tolist() == [[0.5], [0.5]]
+    assert fit.predicted.tolist() == [[False], [False]]
+    assert fit.validation.fn.tolist() == [1]
+
+
+def test_knn_weights_worked_out_by_hand():
+    # Similarities to the query (1, 0): 1, 0 and -1; at temperature 1 the weights are e, 1 and 1/e.
+    train = Labelled(
+        np.array([[2.0, 0.0], [0.0, 3.0], [-1.0, 0.0]], np.float32),
+        np.array([[True, False], [False, True], [True, False]]),
+    )
+    query = np.array([[5.0, 0.0]], np.float32)
+    fit = knn(train, train, query, neighbours=(3,), temperatures=(1.0,))
+    # e + 1 + 1/e = 4.086161; (e + 1/e) / 4.086161 = 0.755272 and 1 / 4.086161 = 0.244728.
+    np.testing.assert_allclose(fit.scores, [[0.755272, 0.244728]], atol=1e-6)
+    fit = knn(train, train, query, neighbours=(2,), temperatures=(0.5,))
+    # e**2 = 7.389056; 7.389056 / 8.389056 = 0.880797.
+    np.testing.assert_allclose(fit.scores, [[0.880797, 0.119203]], atol=1e-6)

@@ -133,3 +133,36 @@ def test_the_best_is_the_first_of_equals_and_there_is_none_without_a_score():
     assert best([0.2, 0.5, 0.5]) == 1
     with pytest.raises(ResultsError, match="no label of the test split counts"):
         best([0.2, float("nan")], "test")
+
+
+def test_segmentation_scores_worked_out_by_hand():
+    # Rows are targets. Class 0: 3 hits of 4 and answered 5 times; class 1: 2 of 4, answered 3; class 2: in no target.
+    # Two ignored pixels are answered 0 and 2.
+    counts = np.array([[3, 1, 0], [2, 2, 0], [0, 0, 0], [1, 0, 1]])
+    assert segmentation_scores(counts) == {
+        "pixel_accuracy": pytest.approx(5 / 8),
+        "mean_f1": pytest.approx((6 / 9 + 4 / 7) / 2),
+        "miou_absent_as_zero": pytest.approx((3 / 6 + 2 / 5 + 0) / 3),
+        "miou_with_other": pytest.approx((3 / 7 + 2 / 5) / 2),
+    }
+    np.testing.assert_allclose(iou(counts[:3]), [3 / 6, 2 / 5, np.nan])
+    assert mean_iou(counts[:3]) == pytest.approx((3 / 6 + 2 / 5) / 2)
+
+
+def test_multilabel_scores_worked_out_by_hand():
+    # a: 2 hits, 1 false, 1 missed: 4 / 6 over 3 labels. b: 0 of 1. c: neither there nor answered.
+    counts = MultilabelCounts.from_array([[2, 0, 0], [1, 0, 0], [1, 1, 0]])
+    assert counts.support.tolist() == [3, 1, 0]
+    np.testing.assert_allclose(counts.f1(), [4 / 6, 0, 0])
+    assert counts.wf1() == pytest.approx((3 * 4 / 6 + 1 * 0) / 4)
+    assert counts.macro_f1() == pytest.approx((4 / 6 + 0 + 0) / 3)
+    assert counts.macro_f1(zero_division=np.nan) == pytest.approx((4 / 6 + 0) / 2)
+    # Of no label at all wF1 is the plain mean.
+    assert MultilabelCounts.from_array([[0, 0], [1, 0], [0, 0]]).wf1(zero_division=1.0) == 0.5
+
+
+def test_the_least_value_that_is_no_class_is_refused():
+    assert confusion(np.array([2, 0]), np.array([0, 2]), 3).tolist() == [[0, 0, 1], [0, 0, 0], [1, 0, 0]]
+    for value in (3, -1):
+        with pytest.raises(ValueError, match=f"predicted class {value} is outside the 3 classes 0-2"):
+            confusion(np.array([value]), np.array([0]), 3)

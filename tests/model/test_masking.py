@@ -6,10 +6,15 @@ import dataclasses
 
 import pytest
 import torch
-from testkit.models import noise_batch, small_config
+from testkit.models import noise_batch, small_config, small_sensors
 
+from maestro_scale.datasets.spec import Sensor
+from maestro_scale.model.config import ModelConfig
 from maestro_scale.model.masking import Mask, Masking, by_sensor, draw_masks, num_hidden
 from maestro_scale.model.sequences import num_tokens, sequences
+from maestro_scale.stream.batch import Batch, num_noise
+
+HIGH = 0.99  # noise above every probability used here: nothing is masked by it
 
 
 @pytest.mark.parametrize("spectral", ["joint", "token"])
@@ -75,3 +80,149 @@ def test_modality_masks_only_where_a_group_is_shared():
 def test_unequal_rows_are_refused():
     with pytest.raises(ValueError, match="same number of tokens"):
         Mask.of(torch.tensor([[True, False], [False, False]]))
+
+
+@pytest.mark.parametrize(
+    ("ratio", "tokens", "expected"),
+    [
+        (0.75, 12, 9),
+        (0.7, 11, 8),  # 7.7
+        (0.6, 36, 22),  # 21.6
+        (0.6, 4, 2),  # 2.4
+        (0.75, 6, 4),  # 4.5: half to even
+        (0.75, 10, 8),  # 7.5: half to even
+        (0.99, 4, 3),  # 3.96 would hide all four
+        (1.0, 16, 15),
+        (0.0, 16, 0),
+    ],
+)
+def test_the_number_of_hidden_tokens_is_rounded_and_leaves_one_visible(ratio, tokens, expected):
+    assert num_hidden(ratio, tokens) == expected
+
+
+def test_masks_hide_the_rounded_number_of_tokens():
+    config = small_config()
+    masks = draw_masks(config, Masking(ratio=0.6), noise_batch(config, 2))
+    # aerial: 4 * 4 tokens, 9.6 -> 10. s2: 4 dates * 3 * 3, 21.6 -> 22. s1: two sensors of 2 dates * 3 * 3, the same.
+    hidden = {name: mask.hidden.sum(1).tolist() for name, mask in masks.items()}
+    assert hidden == {"aerial": [10, 10], "s2": [22, 22], "s1": [22, 22]}
+
+
+def noise_of(
+    sensor: Sensor, tokens: list[float], candidates: list[dict[str, list[float]]] | None = None
+) -> torch.Tensor:
+    """(num_noise,) noise of one sample: of each token; then per candidate "modality", "date", "location", "group".
+
+    What a candidate leaves out masks nothing; candidates left out are like the last one.
+    """
+    lengths = {"modality": 1, "date": sensor.num_dates, "location": sensor.grid**2}
+    lengths["group"] = sensor.max_token_groups
+    unused = sensor.num_dates * sensor.grid**2 * sensor.max_token_groups - len(tokens)
+    given = candidates or [{}]
+    values = [*tokens, *[HIGH] * unused]
+    for number in range(8):
+        candidate = given[min(number, len(given) - 1)]
+        for part, length in lengths.items():
+            values += candidate.get(part, [HIGH] * length)
+    assert len(values) == num_noise(sensor)
+    return torch.tensor(values)
+
+
+def hidden_by(config: ModelConfig, masking: Masking, noise: dict[str, torch.Tensor]) -> dict[str, list]:
+    """{sensor: hidden (R, L) as 0 and 1} of one sample."""
+    batch: Batch = dataclasses.replace(
+        noise_batch(config, 1), noise={name: values[None] for name, values in noise.items()}
+    )
+    found = by_sensor(config, draw_masks(config, masking, batch))
+    return {name: hidden[0].int().tolist() for name, hidden in found.items()}
+
+
+def tiny_sensor(template: Sensor, **changes) -> Sensor:
+    """Four tokens per date: 2 x 2 patches of 2 pixels."""
+    return dataclasses.replace(template, image_size=4, patch=2, **changes)
+
+
+def test_the_tokens_of_the_highest_noise_are_hidden():
+    sensor = tiny_sensor(small_sensors()[2], num_dates=1)
+    config = small_config(sensors=(sensor,))
+    noise = {sensor.name: noise_of(sensor, [0.4, 0.9, 0.1, 0.8])}
+    assert hidden_by(config, Masking(ratio=0.5), noise) == {sensor.name: [[0, 1, 0, 1]]}
+
+
+def test_the_date_mask_spares_sensors_of_one_date():
+    one, two = (
+        tiny_sensor(sensor, num_dates=dates)
+        for sensor, dates in zip(small_sensors()[2:], (1, 2), strict=True)
+    )
+    config = small_config(sensors=(one, two))
+    # The date of ``one`` draws 0.0, below the probability; 4 of the 12 tokens are hidden. If it were masked, its four
+    # would be hidden first; as it is the only date, the noise decides, and that of ``two`` is higher.
+    noise = {
+        one.name: noise_of(one, [0.1] * 4, [{"date": [0.0]}]),
+        two.name: noise_of(two, [0.2, 0.9, 0.3, 0.8, 0.7, 0.4, 0.6, 0.5]),
+    }
+    masking = Masking(ratio=1 / 3, modality=0.0, date=0.5, location=0.0)
+    assert hidden_by(config, masking, noise) == {
+        one.name: [[0, 0, 0, 0]],
+        two.name: [[0, 1, 0, 1], [1, 0, 1, 0]],
+    }
+    # The second date of ``two`` may be masked: its four tokens are hidden, whatever their noise.
+    noise[two.name] = noise_of(two, [0.9] * 4 + [0.2] * 4, [{"date": [HIGH, 0.0]}])
+    assert hidden_by(config, masking, noise)[two.name] == [[0, 0, 0, 0], [1, 1, 1, 1]]
+
+
+def test_noise_equal_to_a_probability_masks_nothing():
+    sensor = tiny_sensor(small_sensors()[2], num_dates=2)
+    config = small_config(sensors=(sensor,))
+    masking = Masking(ratio=0.5, modality=0.0, date=0.25, location=0.25)
+    tokens = [0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]  # the first date's are higher
+    at = noise_of(sensor, tokens, [{"date": [HIGH, 0.25], "location": [HIGH, HIGH, HIGH, 0.25]}])
+    below = noise_of(sensor, tokens, [{"date": [HIGH, 0.2499]}])
+    assert hidden_by(config, masking, {sensor.name: at}) == {sensor.name: [[1, 1, 1, 1], [0, 0, 0, 0]]}
+    assert hidden_by(config, masking, {sensor.name: below}) == {sensor.name: [[0, 0, 0, 0], [1, 1, 1, 1]]}
+
+
+def test_the_band_group_mask_spares_sensors_of_one_group():
+    grouped = tiny_sensor(small_sensors()[2], num_dates=1)
+    masking = Masking(ratio=0.5, modality=0.0, date=0.0, location=0.0, band_group=0.5)
+    drawn = [{"group": [0.0, HIGH]}]
+    # Two tokens per patch: those of the first group are masked, though the second group's noise is higher.
+    config = small_config(sensors=(grouped,), spectral="token")
+    noise = {grouped.name: noise_of(grouped, [0.1] * 4 + [0.9] * 4, drawn)}
+    assert hidden_by(config, masking, noise) == {grouped.name: [[1, 1, 1, 1], [0, 0, 0, 0]]}
+    # One token per patch, beside another sensor: there is only one group, so nothing is masked.
+    other = tiny_sensor(small_sensors()[3], num_dates=1)
+    config = small_config(sensors=(grouped, other))
+    noise = {grouped.name: noise_of(grouped, [0.1] * 4, drawn), other.name: noise_of(other, [0.9] * 4)}
+    assert hidden_by(config, masking, noise) == {grouped.name: [[0] * 4], other.name: [[1] * 4]}
+
+
+def test_the_modality_mask_spares_sensors_without_a_partner():
+    asc, des = (tiny_sensor(sensor, num_dates=1) for sensor in small_sensors()[2:])
+    masking = Masking(ratio=0.5, modality=0.5, date=0.0, location=0.0)
+    drawn = [{"modality": [0.0]}]
+    config = small_config(sensors=(asc, des))
+    noise = {asc.name: noise_of(asc, [0.1] * 4, drawn), des.name: noise_of(des, [0.9] * 4)}
+    assert hidden_by(config, masking, noise) == {asc.name: [[1] * 4], des.name: [[0] * 4]}
+    # In a sequence of its own it would be masked whole, and the location mask with it. It is not:
+    masking = dataclasses.replace(masking, ratio=0.25, location=0.5)
+    config = small_config(sensors=(asc,))
+    candidate = {"modality": [0.0], "location": [HIGH, HIGH, 0.0, HIGH]}
+    noise = {asc.name: noise_of(asc, [0.9, 0.5, 0.1, 0.5], [candidate])}
+    assert hidden_by(config, masking, noise) == {asc.name: [[0, 0, 1, 0]]}
+
+
+def test_a_structure_that_masks_everything_gives_way_to_the_next_candidate_or_to_none():
+    sensor = tiny_sensor(small_sensors()[2], num_dates=2)
+    config = small_config(sensors=(sensor,))
+    masking = Masking(ratio=0.5, modality=0.0, date=0.5, location=0.0)
+    tokens = [0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]
+    whole, second, first = ({"date": dates} for dates in ([0.0, 0.0], [HIGH, 0.0], [0.0, HIGH]))
+    for candidates, hidden in (
+        ([whole, second, first], [[0] * 4, [1] * 4]),
+        ([whole] * 7 + [second], [[0] * 4, [1] * 4]),
+        ([second, first], [[0] * 4, [1] * 4]),
+        ([whole], [[1] * 4, [0] * 4]),  # no structure: the higher noise
+    ):
+        noise = {sensor.name: noise_of(sensor, tokens, candidates)}
+        assert hidden_by(config, masking, noise) == {sensor.name: hidden}

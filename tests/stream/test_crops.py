@@ -86,3 +86,26 @@ def test_there_are_eight_orientations():
     turned = [Orientation(*bits).apply(square) for bits in itertools.product((False, True), repeat=3)]
     assert len({t.tobytes() for t in turned}) == 8
     assert turned[0].tolist() == square.tolist()
+
+
+def test_offsets_and_crops_of_a_tile_counted_by_hand():
+    # 1,280 m in steps of 10 m: a crop of 160 m begins at 0, 10, …, 1120 m. 8 x 8 of them cover the tile.
+    spec, crop_m = SPECS[0]
+    grid = CropGrid(spec, spec.sensors, crop_m)
+    assert (grid.num_offsets, grid.num_per_side, grid.num_crops) == (113, 8, 64)
+    # 640 m: 120 m five times is 600 m, the sixth is moved inwards to 520 m.
+    spec, crop_m = SPECS[1]
+    grid = CropGrid(spec, spec.sensors, crop_m)
+    assert (grid.num_offsets, grid.num_per_side) == (53, 6)
+    assert [grid.tiling(i).column_m for i in range(6)] == [0.0, 120.0, 240.0, 360.0, 480.0, 520.0]
+    assert (grid.tiling(35).row_m, grid.tiling(6).row_m, grid.tiling(6).column_m) == (520.0, 120.0, 0.0)
+    with pytest.raises(ValueError, match="crop 36 of a tile with 36 crops"):
+        grid.tiling(36)
+
+
+def test_an_orientation_flips_first_and_then_transposes():
+    square = np.array([[1, 2], [3, 4]])
+    assert Orientation(flip_rows=True).apply(square).tolist() == [[3, 4], [1, 2]]
+    assert Orientation(flip_columns=True).apply(square).tolist() == [[2, 1], [4, 3]]
+    assert Orientation(transpose=True).apply(square).tolist() == [[1, 3], [2, 4]]
+    assert Orientation(flip_rows=True, transpose=True).apply(square).tolist() == [[3, 1], [4, 2]]

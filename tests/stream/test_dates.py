@@ -133,3 +133,54 @@ def test_whole_pixels_are_not_touched_and_the_series_is_not_read():
     for dtype in ("uint8", "int16", "float32"):
         pixels = series(2).astype(dtype)
         assert dates.fill_nan(pixels, np.arange(2), never) == (pixels, 0)
+
+
+def test_a_date_is_marked_only_above_the_threshold():
+    mask = np.array([[49, 50], [51, 0], [50, 50]], np.uint8).reshape(3, 2, 1, 1)
+    assert dates.is_marked(mask, 50.0).tolist() == [False, True, False]
+    assert dates.is_marked(mask, 0.0).tolist() == [True, True, True]
+    assert dates.is_marked(np.zeros((1, 2, 1, 1), np.uint8), 0.0).tolist() == [False]
+
+
+def test_evaluation_leaves_out_only_pixels_above_the_threshold():
+    # The median of all is 50, the third date; of the first two alone 1.5, nearest to which the first of equals is.
+    pixels = np.array([1, 2, 50, 60, 70], np.float32).reshape(5, 1, 1, 1)
+    mask = np.array([0, 0, 90, 90, 90], np.uint8).reshape(5, 1, 1, 1)
+    assert dates.nearest_to_median(pixels, mask, 1, 90.0).tolist() == [2]
+    assert dates.nearest_to_median(pixels, mask, 1, 89.0).tolist() == [0]
+
+
+def test_bins_follow_the_dates_that_are_left_out():
+    assert dates.bins(7, 2).tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert dates.bins(7, 2, skip=1).tolist() == [[1, 2, 3], [4, 5, 6]]
+
+
+def test_the_dates_drawn_follow_from_the_words():
+    # Seed 0, sample 3: words below 2**63 leave the rest out at the end. Of each bin the lowest word is taken.
+    draws = Draws(0, Purpose.SAMPLE).seek(0, 3)
+    words = np.random.Philox(
+        key=np.array([0, 2 << 32], np.uint64), counter=np.array([0, 0, 3, 0], np.uint64)
+    ).random_raw(8)
+    skip = 1 if words[7] >= 2**63 else 0
+    expected = [
+        skip + int(np.argmin(words[skip : skip + 3])),
+        skip + 3 + int(np.argmin(words[skip + 3 : skip + 6])),
+    ]
+    pixels = series(7)
+    chosen, _ = dates.draw(7, 2, None, lambda i: pixels[i], draws)
+    assert chosen.tolist() == expected
+
+
+def test_a_gap_between_two_dates_as_near_takes_the_earlier_one():
+    pixels = series(3)
+    pixels[1, 0, 0, 0] = np.nan
+    filled, count = dates.fill_nan(pixels[[1]], np.array([1]), lambda: pixels)
+    assert (count, filled[0, 0].tolist()) == (1, [[0.0, 1.0], [1.0, 1.0]])
+
+
+def test_a_gap_in_the_whole_series_takes_the_mean_of_its_own_band():
+    # Band 0 holds 1, 2, 3 at its other pixel, band 1 holds 10, 20, 30: means 2 and 20.
+    pixels = np.array([[1, 10], [2, 20], [3, 30]], np.float32)[:, :, None, None].repeat(2, axis=3)
+    pixels[:, :, 0, 0] = np.nan
+    filled, count = dates.fill_nan(pixels[[2]], np.array([2]), lambda: pixels)
+    assert (count, filled[0, :, 0].tolist()) == (1, [[2.0, 3.0], [20.0, 30.0]])

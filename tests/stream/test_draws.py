@@ -62,3 +62,27 @@ def test_uniforms_are_floats_below_one(count: int):
 
 def test_names_have_streams_of_their_own_apart_from_the_common_one():
     assert len({0} | {stream_of(n) for n in ("aerial", "s2", "s1_asc", "s1_des", "")}) == 6
+
+
+def test_numbers_follow_from_words_as_worked_out_by_hand():
+    class Words(Draws):
+        def __init__(self, *words: int) -> None:
+            self._left = list(words)
+            self._philox = self
+
+        def random_raw(self, count: int | None = None) -> np.ndarray | int:
+            taken, self._left = self._left[: count or 1], self._left[count or 1 :]
+            return np.array(taken, np.uint64) if count is not None else taken[0]
+
+    # below: floor(word * limit / 2**64).
+    assert [Words(w).below(10) for w in (0, 2**64 - 1, 2**63, 2**63 - 1)] == [0, 9, 5, 4]
+    # uniforms: the low half of a word first, its 24 highest bits over 2**24.
+    assert Words((2**31) + (3 << 62), 2**40 - 1).uniforms(3).tolist() == [0.5, 0.75, 1 - 2.0**-24]
+    # permutation: the places of the words in ascending order, the earlier of equal ones first.
+    assert Words(30, 10, 20, 10).permutation(4).tolist() == [1, 3, 2, 0]
+
+
+def test_the_values_of_purposes_and_streams_stay_what_they_were():
+    assert [(p.name, p.value) for p in Purpose] == [("ORDER", 1), ("SAMPLE", 2), ("REPLACEMENT", 3)]
+    # The first 8 bytes of the name's sha256, little-endian, with the lowest bit set.
+    assert stream_of("s2") == 0x2AB318AA468832AD

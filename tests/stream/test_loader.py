@@ -218,6 +218,43 @@ def test_a_bad_shard_is_replaced_the_same_way_everywhere_and_counted(damaged: So
     assert samples_of([loader_of(damaged).replay([key])]) == {key: whole[key]}
 
 
+def test_a_stand_in_is_drawn_from_seed_epoch_dataset_and_sample(
+    damaged: Source, write_toy: Callable[..., Source]
+):
+    # Samples 12 to 23 are in the bad shard. The stand-in is word * 60 // 2**64 of Philox with the key (seed 3,
+    # 3 << 32 | dataset) and the counter (0, 0, sample, epoch): the first such number outside of the bad shard.
+    expected = {
+        0: [57, 59, 55, 1, 10, 33, 54, 5, 57, 47, 53, 0],
+        1: [35, 33, 42, 6, 26, 52, 7, 32, 36, 41, 3, 8],
+    }
+    keys = {f"{e}/toy/{12 + i}~{n}" for e, numbers in expected.items() for i, n in enumerate(numbers)}
+    loader = loader_of(damaged, on_bad_shard="replace")
+    batches = [b for step in loader.steps(0, 2 * 3) for b in step.batches]
+    found = {k for b in batches for k in b.keys if "~" in k}
+    assert {k.split("~")[0] for k in found} <= {k.split("~")[0] for k in keys}
+    assert len(found) > 12
+    assert found <= keys
+    # As the second dataset of a mixture it draws others.
+    loader = loader_of(write_toy(16), damaged, on_bad_shard="replace")
+    keys = {k for step in loader.steps(0, 8) for b in step.batches for k in b.keys if "~" in k}
+    assert keys == {"1/toy#1/14~42", "1/toy#1/22~51", "1/toy#1/23~51", "1/toy#1/17~28"}
+
+
+def test_a_stand_in_has_the_random_numbers_of_the_sample_that_it_replaces(
+    damaged: Source, write_toy: Callable[..., Source]
+):
+    def noise(source: Source) -> dict[str, list[float]]:
+        loader = loader_of(source, on_bad_shard="replace")
+        batches = [b for step in loader.steps(0, 3) for b in step.batches]
+        return {
+            k.split("~")[0]: row.tolist()
+            for b in batches
+            for k, row in zip(b.keys, b.noise["s1"], strict=True)
+        }
+
+    assert noise(damaged) == noise(write_toy(60))
+
+
 def test_nothing_is_left_to_replace_with(damaged: Source):
     only_bad = replace(damaged, shards=damaged.shards[1:2])
     with pytest.raises(BadShard, match="samples drawn in its place are bad too"):

@@ -40,3 +40,19 @@ def test_late_steps_count_on_exactly(weights: list[float], start: int):
 def test_weights_must_be_positive(weights: list[float]):
     with pytest.raises(ValueError, match="weights of a mixture"):
         Mixture(weights)
+
+
+def test_steps_go_to_datasets_as_counted_by_hand():
+    # Of s steps floor(s / 2) go to the first; of the others floor(2 / 3) to the second, the rest to the third.
+    mixture = Mixture([3.0, 2.0, 1.0])
+    assert [mixture.at(step) for step in range(8)] == [
+        (2, 0), (0, 0), (1, 0), (0, 1), (1, 1), (0, 2), (2, 1), (0, 3)
+    ]  # fmt: skip
+
+
+def test_weights_are_decimals():
+    # 0.7 and 0.1 as floats are not in the ratio of 7 to 1: the 8,000th step would go to the other dataset.
+    mixture = Mixture([0.7, 0.1])
+    assert mixture.at(8 * 10**18 - 1) == (0, 7 * 10**18 - 1)
+    with pytest.raises(ValueError, match="step -1 is negative"):
+        mixture.at(-1)

@@ -116,6 +116,77 @@ def test_the_order_stays_what_it_was():
     assert Plan((5, 3, 4), 7, 2, 4, 3).at(2, 1).tolist() == [5, 3, 9, 11]
 
 
+def test_a_rank_owns_every_lane_that_leaves_its_number_as_the_rest():
+    plan = Plan((50,), 0, 6, 12, 4)
+    assert [list(plan.lanes_of(rank, 3)) for rank in range(3)] == [[0, 3], [1, 4], [2, 5]]
+    assert [list(plan.lanes_of(rank, 2)) for rank in range(2)] == [[0, 2, 4], [1, 3, 5]]
+    assert list(plan.lanes_of(0, 1)) == [0, 1, 2, 3, 4, 5]
+    # The whole batch is lane after lane, two samples each: those of lanes 1 and 4 are at 2, 3, 8 and 9.
+    whole = plan.at(0, 1).tolist()
+    assert plan.at(0, 1, rank=1, world=3).tolist() == [whole[i] for i in (2, 3, 8, 9)]
+
+
+def test_a_lane_is_a_contiguous_part_of_the_shuffled_shards():
+    # 24 samples, one shard, no shuffling by windows of 1: 4 lanes of 6 follow each other in the shard's random order.
+    plan = Plan((24,), 3, 4, 8, 1)
+    order = plan._within(0, 0).tolist()
+    assert sorted(order) == list(range(24))
+    for lane in range(4):
+        mine = [sample for step in range(3) for sample in plan.at(0, step, lane, 4).tolist()]
+        assert mine == order[6 * lane : 6 * lane + 6]
+
+
+def test_windows_of_later_lanes_begin_earlier():
+    # Windows of 8 samples, 4 lanes of 24: lane n's first one is shorter by n * 8 / 4 samples.
+    plan = Plan((96,), 0, 4, 8, 8)
+    bounds = [[plan._bounds(lane, window) for window in range(4)] for lane in range(4)]
+    assert bounds[0] == [(0, 8), (8, 16), (16, 24), (24, 24)]
+    assert bounds[1] == [(0, 6), (6, 14), (14, 22), (22, 24)]
+    assert bounds[3] == [(0, 2), (2, 10), (10, 18), (18, 24)]
+    assert [plan._window_of(3, position) for position in (0, 1, 2, 9, 10)] == [0, 0, 1, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("num_samples", "global_batch", "copies", "steps"),
+    [(8, 8, 1, 1), (7, 8, 2, 1), (4, 8, 2, 1), (3, 8, 3, 1), (17, 8, 1, 2)],
+)
+def test_a_dataset_is_repeated_only_up_to_one_global_batch(num_samples, global_batch, copies, steps):
+    plan = Plan((num_samples,), 0, 1, global_batch, 4)
+    assert (plan.num_copies, plan.steps_per_epoch, plan.lane_length) == (copies, steps, steps * global_batch)
+
+
+def test_epochs_datasets_and_lanes_share_no_order():
+    # Six permutations of 30 samples each that could be alike by a forgotten part of a key.
+    def within(epoch: int, dataset: int, shard: int) -> tuple[int, ...]:
+        return tuple(Plan((30, 30), 0, 2, 20, 30, dataset)._within(epoch, shard).tolist())
+
+    assert len({within(e, d, s) for e in (0, 1) for d in (0, 1) for s in (0, 1)}) == 8
+
+    def shard_order(epoch: int, dataset: int) -> tuple[int, ...]:
+        return tuple(Plan((2,) * 30, 0, 2, 20, 30, dataset)._shard_order(epoch)[0].tolist())
+
+    assert len({shard_order(e, d) for e in (0, 1) for d in (0, 1)}) == 4
+
+    def place_of_first(epoch: int, lane: int, window: int) -> tuple[int, ...]:
+        # Where in its window the samples of a window go: the permutation alone.
+        plan = Plan((60,), 0, 2, 20, 10)
+        start, stop = plan._bounds(lane, window)
+        (part,) = plan._slices(epoch, lane, start, stop)
+        before = (plan._within(epoch, 0)[part[1] : part[2]]).tolist()
+        return tuple(before.index(sample) for sample in plan._window_ids(epoch, lane, window).tolist())
+
+    assert len({place_of_first(e, lane, w) for e in (0, 1) for lane, w in ((0, 0), (0, 1), (1, 1))}) == 6
+
+
+def test_a_position_outside_of_the_epoch_or_the_ranks_is_refused():
+    plan = Plan((17,), 0, 2, 8, 4)
+    assert len(plan.at(0, 1)) == 8
+    with pytest.raises(IndexError, match="step 2 of an epoch of 2 steps"):
+        plan.at(0, 2)
+    with pytest.raises(PlanError, match="rank 2 of 2 ranks"):
+        plan.lanes_of(2, 2)
+
+
 def test_a_lane_needs_few_shards_at_a_time():
     plan = Plan((10,) * 1000, 0, 8, 16, 40)
     assert all(
