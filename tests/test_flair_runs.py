@@ -63,7 +63,7 @@ def test_from_synth_to_scores_on_two_ranks(dataset, names, more, classes, tmp_pa
         done = run(app, command)
         assert f"{count} samples in" in done.output, done.output
     checked = run(app, ["verify", str(shards)])
-    assert "6 samples, all whole" in checked.output, checked.output
+    assert "6 samples, all valid" in checked.output, checked.output
     recipe = tmp_path / "tiny.yaml"
     places = {"shards": json.dumps(str(shards)), "cache": json.dumps(str(tmp_path / "cache"))}
     recipe.write_text(RECIPE.format(dataset=dataset, more=more, **places))

@@ -34,8 +34,8 @@ class SyncResult:
     num_unreadable: int
     num_pictures: int
     num_evaluations: int
-    lost: tuple[str, ...]
-    ended: bool
+    lost_evaluations: tuple[str, ...]
+    is_finished: bool
 
 
 def sync(run_dir: Path) -> SyncResult:

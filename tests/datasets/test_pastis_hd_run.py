@@ -68,7 +68,7 @@ def test_from_synth_to_a_model_trained_on_two_ranks_and_evaluated(raw: Path, tmp
         assert f"{count} samples in" in done.output, done.output
     checked = run(app, ["verify", str(shards)])
     assert checked.exit_code == 0
-    assert "5 samples, all whole" in checked.output
+    assert "5 samples, all valid" in checked.output
     recipe = tmp_path / "tiny.yaml"
     recipe.write_text(
         RECIPE.format(shards=json.dumps(str(shards)), cache=json.dumps(str(tmp_path / "cache")))

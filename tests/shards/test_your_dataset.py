@@ -88,7 +88,7 @@ def test_the_page_writes_what_it_was_given(written):
 
 def test_the_page_looks_at_it(written):
     verified, inspected = (run(command, written) for command in commands("look"))
-    assert "3 shards, 80 samples, all whole" in verified
+    assert "3 shards, 80 samples, all valid" in verified
     for word in ("train-000000.tar", "apple", "plum", "bare", "s2", "aerial", "Jan"):
         assert word in inspected
     assert imread(written / "orchard.png").std() > 0.1

@@ -66,7 +66,7 @@ def test_a_check_tells_how_far_it_is_and_what_comes_next(shards):
     assert result.exit_code == 0, result.output
     assert result.stderr.startswith(f"verify {shards}: 80/80 samples")
     assert result.stdout.endswith(
-        f"80 samples, all whole; next: maestro-scale inspect {shards} --png tile.png\n"
+        f"80 samples, all valid; next: maestro-scale inspect {shards} --png tile.png\n"
     )
 
 

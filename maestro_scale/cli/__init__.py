@@ -1,0 +1,46 @@
+"""The ``maestro-scale`` command line: registration of all commands and the console entry point.
+
+A command's function imports what it needs when it runs: ``maestro-scale --help`` must not import torch (seconds).
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from maestro_scale.cli import data, models, runs
+from maestro_scale.entry import run_command
+from maestro_scale.secrets_filter import hide_secrets
+
+app = typer.Typer(
+    name="maestro-scale",
+    help="Pretrain MAESTRO on clusters: write and verify shards, plan and track runs, export and evaluate models.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+# In the order of `maestro-scale --help`.
+for _command in (
+    runs.quickstart,
+    data.synth,
+    data.shard,
+    data.verify,
+    data.inspect,
+    runs.plan,
+    models.export,
+    models.convert_ign,
+    models.embed,
+    runs.sync,
+    runs.dashboard,
+    runs.report,
+    runs.doctor,
+):
+    app.command()(_command)
+
+
+def main() -> None:
+    """Run a command and exit. An expected error is printed in one line and gives exit code 2 (see ``entry``)."""
+    hide_secrets()
+    sys.exit(run_command(app))

@@ -1,0 +1,149 @@
+"""Commands on datasets: synthesize raw data, write shards, verify and inspect them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def synth(
+    dataset: Annotated[str, typer.Argument(help="Name of the dataset, e.g. treesatai_ts.")],
+    dst: Annotated[
+        Path, typer.Argument(help="Output folder: empty, or from an interrupted run of this command.")
+    ],
+    tiles: Annotated[int, typer.Option(min=3, help="Number of tiles, over all splits.")] = 100,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed. Tile i depends only on (seed, i).")] = 0,
+) -> None:
+    """Write a synthetic dataset in that dataset's official raw layout."""
+    from maestro_scale import datasets
+
+    _check_dataset(dataset)
+    datasets.synth(dataset, dst, tiles, seed)
+    print(
+        f"{tiles} tiles of {dataset} in {dst}; next: maestro-scale shard {dataset} {dst} SHARDS --split train"
+    )
+
+
+def shard(
+    dataset: Annotated[str, typer.Argument(help="Name of the dataset, e.g. treesatai_ts.")],
+    src: Annotated[Path, typer.Argument(help="Folder with the raw dataset.")],
+    dst: Annotated[str, typer.Argument(help="Folder or s3:// prefix for the shards.")],
+    split: Annotated[str, typer.Option(help="Split to write, e.g. train. Run the command once per split.")],
+    workers: Annotated[
+        int, typer.Option(min=1, help="Worker processes. The output does not depend on their number.")
+    ] = 2,
+    codec: Annotated[
+        str, typer.Option(help="raw, zstd or delta-zstd (use zstd if the network is the bottleneck).")
+    ] = "raw",
+    shard_mb: Annotated[int, typer.Option(min=1, help="Target size of a shard in MB.")] = 128,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Seed of the shuffle that sets the stored order of samples.")
+    ] = 0,
+    modalities: Annotated[
+        str, typer.Option(help="Modalities to store, comma-separated. Default: those that the preset uses.")
+    ] = "",
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Stop at an invalid tile instead of skipping and counting it.")
+    ] = False,
+    part: Annotated[
+        str,
+        typer.Option(
+            help="i/n: write only part i of n, for n parallel jobs. The job that finishes last writes the manifest."
+        ),
+    ] = "1/1",
+) -> None:
+    """Convert one split of a raw dataset to shards. An interrupted run resumes: finished shards are kept."""
+    from maestro_scale import datasets
+    from maestro_scale.shards.write.part import Part
+    from maestro_scale.shards.write.writer import write_shards
+    from maestro_scale.tracking.terminal import progress
+
+    _check_dataset(dataset)
+    writer_part = Part.parse(part)
+    selected = [name.strip() for name in modalities.split(",")] if modalities else None
+    raw = datasets.open_raw(dataset, src, split, selected)
+    with progress(f"shard {dataset} {split}", "samples") as update:
+        manifest = write_shards(
+            raw,
+            dst,
+            split,
+            workers=workers,
+            codec=codec,
+            shard_mb=shard_mb,
+            seed=seed,
+            progress=update,
+            strict=strict,
+            part=writer_part,
+        )
+    if manifest is None:
+        print(
+            f"part {writer_part} of {split} is written; the job that finishes last writes {dst}/manifest.json"
+        )
+        return
+    shards = manifest.of([split])
+    total_mb = sum(s.bytes for s in shards) / 1e6
+    print(f"{sum(s.samples for s in shards)} samples in {len(shards)} shards ({total_mb:.0f} MB) at {dst}")
+    for note, count in sorted(manifest.notes.items()):
+        print(f"  {count} tiles: {note} (first: {manifest.examples.get(note, 'unknown')})")
+    print(f"next: the other splits, then maestro-scale verify {dst}")
+
+
+def verify(
+    url: Annotated[str, typer.Argument(help="Folder or s3:// prefix that holds manifest.json.")],
+    workers: Annotated[int, typer.Option(min=1, help="Worker processes or connections.")] = 2,
+) -> None:
+    """Check every shard against the manifest: size, sha256, number of samples. Exit code 1 and a list if any is bad."""
+    from maestro_scale.shards.format.manifest import Manifest
+    from maestro_scale.shards.read.verify import verify as verify_shards
+    from maestro_scale.tracking.terminal import progress
+
+    with progress(f"verify {url}", "samples") as update:
+        problems = verify_shards(url, workers, update)
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    if problems:
+        raise typer.Exit(1)
+    manifest = Manifest.load(url)
+    print(
+        f"{url}: {len(manifest.shards)} shards, {sum(s.samples for s in manifest.shards)} samples, all valid; "
+        f"next: maestro-scale inspect {url} --png tile.png"
+    )
+
+
+def inspect(
+    url: Annotated[str, typer.Argument(help="Folder or s3:// prefix that holds manifest.json.")],
+    png: Annotated[
+        Path | None, typer.Option(help="PNG file to draw one tile to: all modalities and labels.")
+    ] = None,
+) -> None:
+    """Summarize a sharded dataset: shards, modalities, class balance, dates by month."""
+    from rich.console import Console
+
+    from maestro_scale.shards.read.preview import first_sample
+    from maestro_scale.shards.read.summary import summary
+    from maestro_scale.tracking.inspection import tables
+    from maestro_scale.tracking.tile_picture import check_picture, tile_picture
+
+    if png is not None:
+        check_picture(png)  # before the summary, which takes minutes on a large dataset
+    dataset = summary(url)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)  # a log or a pipe has no width; rich would assume 80 columns
+    console.print(tables(dataset))
+    if png is not None:
+        tile_picture(png, first_sample(url, dataset.manifest.shards[0]), dataset.manifest.spec)
+        print(f"{png}: one tile; next: maestro-scale plan --recipe RECIPE --gpus 8")
+
+
+def _check_dataset(dataset: str) -> None:
+    from maestro_scale import datasets
+    from maestro_scale.datasets.spec import DatasetError
+
+    try:
+        datasets.spec(dataset)
+    except KeyError as error:
+        raise DatasetError(error.args[0]) from None

@@ -1,0 +1,161 @@
+"""Commands on models: export a checkpoint, convert the authors' checkpoints, compute embeddings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+import typer
+
+Choice = TypeVar("Choice", bound=str)
+
+_EMBEDDINGS: tuple[Literal["vector", "tokens"], ...] = ("vector", "tokens")
+_FORMATS: tuple[Literal["parquet", "tiff"], ...] = ("parquet", "tiff")
+_PREVIEW_COMMANDS = {
+    "parquet": "python -c \"import pyarrow.dataset as d; print(d.dataset('{}').to_table())\"",
+    "tiff": "rio info $(find {} -name '*.tif' | head -1)",
+}
+"""How to look at written embeddings, by format."""
+
+
+def export(
+    run_dir: Annotated[Path, typer.Argument(help="A run directory with at least one checkpoint.")],
+    out: Annotated[Path, typer.Argument(help="Folder for model.safetensors and config.json.")],
+    ema: Annotated[
+        bool, typer.Option(help="Export the moving average of the weights (optim.ema) instead.")
+    ] = False,
+    register: Annotated[
+        str, typer.Option(help="Also register it as a new version of this model in MLflow's model registry.")
+    ] = "",
+) -> None:
+    """Export the newest checkpoint as safetensors. ``load_model`` needs only torch to load it."""
+    from maestro_scale.interop.export import export_model
+    from maestro_scale.tracking import registry
+    from maestro_scale.training.checkpoint.checkpoints import newest
+
+    model = export_model(newest(run_dir), out, ema)
+    print(f"exported to {model}; next: maestro-scale embed {model} SHARDS OUT, or load_model({str(model)!r})")
+    if register:
+        version = registry.register(out, register, run_dir)
+        print(f"registered as {version.uri} at {version.store}; next: {version.load_command}")
+
+
+def convert_ign(
+    src: Annotated[
+        Path,
+        typer.Argument(
+            help="The authors' Lightning checkpoint; or a model of this project, to convert it back."
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Argument(help="Folder for the converted model; or file for the authors' checkpoint.")
+    ],
+    weights: Annotated[str, typer.Option(help="raw, or ema: the moving average in the checkpoint.")] = "raw",
+    dataset: Annotated[
+        str | None,
+        typer.Option(help="Dataset whose sensors the model has, if the file does not determine it."),
+    ] = None,
+    like: Annotated[
+        Path | None, typer.Option(help="config.json that describes the model, instead of --dataset.")
+    ] = None,
+    heads: Annotated[
+        int | None, typer.Option(min=1, help="Number of attention heads, for a non-standard size.")
+    ] = None,
+    decoder_heads: Annotated[
+        int | None, typer.Option(min=1, help="Number of attention heads of the decoder.")
+    ] = None,
+    fusion: Annotated[str | None, typer.Option(help="group, mod, monotemp or shared.")] = None,
+    leave_out: Annotated[
+        list[str] | None,
+        typer.Option(help="Sensor, or part such as heads.cosia, not to convert. Can be repeated."),
+    ] = None,
+) -> None:
+    """Convert a checkpoint of IGNF/MAESTRO to safetensors that ``load_model`` reads, or such a model back."""
+    from rich.console import Console
+
+    from maestro_scale.interop import convert as interop
+    from maestro_scale.interop.export import ExportError
+    from maestro_scale.interop.parts import table
+    from maestro_scale.interop.reference_model import Asked
+
+    if interop.is_ours(src):
+        interop.convert_back(src, out)
+        print(f"{src} converted to the authors' format in {out}")
+        return
+    for option, value, valid in (
+        ("--weights", weights, tuple(interop.PREFIXES)),
+        ("--fusion", fusion, (None, "group", "mod", "monotemp", "shared")),
+    ):
+        if value not in valid:
+            raise ExportError(f"{option} {value}: use one of {', '.join(v for v in valid if v)}")
+    asked = Asked(heads, decoder_heads, fusion, tuple(leave_out or ()))
+    options = interop.Options("ema" if weights == "ema" else "raw", dataset, like, asked)
+    parts = interop.convert(src, out, options)
+    Console(width=110).print(table(parts, f"{src.name} to {out}"))
+
+
+def embed(
+    model: Annotated[
+        Path, typer.Argument(help="A run directory, one of its checkpoints, or an exported model.")
+    ],
+    shards: Annotated[str, typer.Argument(help="Folder or s3:// prefix that holds manifest.json.")],
+    out: Annotated[
+        Path, typer.Argument(help="Folder for the embeddings. An interrupted run resumes where it stopped.")
+    ],
+    split: Annotated[str, typer.Option(help="Split to embed.")] = "test",
+    what: Annotated[
+        str, typer.Option(help="vector: one per crop; tokens: the token grid of each sensor.")
+    ] = "vector",
+    format: Annotated[
+        str, typer.Option(help="parquet: one file per shard; tiff: one image per tile and sensor.")
+    ] = "parquet",
+    batch: Annotated[int, typer.Option(min=1, help="Crops per forward pass.")] = 32,
+    workers: Annotated[int, typer.Option(min=0, help="Loader processes.")] = 0,
+    cache_dir: Annotated[Path, typer.Option(help="Folder for downloaded shards.")] = Path(
+        "~/.cache/maestro-scale"
+    ),
+) -> None:
+    """Write an encoder's embeddings of a split. Under torchrun, deepspeed or srun the ranks share the work."""
+    import torch
+
+    from maestro_scale.evaluation.embedding import Embedder
+    from maestro_scale.evaluation.features.adopt import adopt
+    from maestro_scale.evaluation.features.checkpoints import open_model
+    from maestro_scale.model.config import DatasetView
+    from maestro_scale.shards.format.manifest import Manifest
+    from maestro_scale.shards.read.store import Store
+    from maestro_scale.tracking.terminal import progress
+    from maestro_scale.training.distributed import place
+
+    embeddings = _check_choice("--what", what, _EMBEDDINGS)
+    file_format = _check_choice("--format", format, _FORMATS)
+    rank, world, local_rank = place()
+    manifest = Manifest.load(shards)
+    spec = manifest.spec
+    encoder = open_model(model)[0]
+    notes: list[str] = []
+    if spec.name not in {v.dataset for v in encoder.config.views}:
+        view = DatasetView(spec.name, spec.sensors, spec.pos_grid, spec.ref_sensor, spec.crop_m)
+        encoder, notes = adopt(encoder, view)
+    if torch.cuda.is_available():
+        encoder.to(f"cuda:{local_rank % torch.cuda.device_count()}")
+    store = Store(shards, cache_dir, 100 * 2**30)
+    embedder = Embedder(encoder, store, manifest, embeddings, file_format, batch, workers)
+    for note in notes if rank == 0 else ():
+        print(note)
+    share = f", rank 0's share of {world}" if world > 1 else ""
+    with progress(f"embed {spec.name} {split}{share}", "crops", rank) as update:
+        num_written = embedder.write(out, split, rank, world, update)
+    if rank == 0:
+        print(
+            f"{num_written} crops embedded{share} (existing files are kept) in {out}; "
+            f"next: {_PREVIEW_COMMANDS[file_format].format(out)}"
+        )
+
+
+def _check_choice(option: str, value: str, choices: tuple[Choice, ...]) -> Choice:
+    """``value`` as one of ``choices``; BadParameter (exit code 2) if it is not."""
+    for choice in choices:
+        if choice == value:
+            return choice
+    raise typer.BadParameter(f"{value!r} is not one of {', '.join(choices)}", param_hint=option)
