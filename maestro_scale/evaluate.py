@@ -128,7 +128,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 def _folds(args: argparse.Namespace, shards: str) -> dict[int | None, dict[str, tuple[str, ...]]]:
     """{fold: {role: splits}}; None is what is no fold."""
     from maestro_scale.evaluation.results import ResultsError
-    from maestro_scale.evaluation.tasks.folds import fold, folds_in
+    from maestro_scale.evaluation.tasks.folds import find_folds, fold_splits
     from maestro_scale.shards.format.manifest import Manifest
 
     if args.folds is None:
@@ -137,14 +137,14 @@ def _folds(args: argparse.Namespace, shards: str) -> dict[int | None, dict[str, 
         raise ResultsError("--folds says which splits are train, val and test: leave --split out")
     splits = Manifest.load(shards).splits
     try:
-        numbers = tuple(folds_in(splits)) or (1,) if args.folds == "all" else _numbers(args.folds)
+        numbers = tuple(find_folds(splits)) or (1,) if args.folds == "all" else _numbers(args.folds)
     except argparse.ArgumentTypeError as error:
         raise ResultsError(f"--folds {error}, or all") from None
-    return {number: fold(splits, number) for number in numbers}
+    return {number: fold_splits(splits, number) for number in numbers}
 
 
 @dataclass(frozen=True)
-class Part:
+class EvalRun:
     """One fold (None: the splits are no fold) and seed. ``within``: its folder within the mode's."""
 
     fold: int | None
@@ -153,16 +153,18 @@ class Part:
     within: Path
 
 
-def _parts(args: argparse.Namespace, recipe) -> list[Part]:
+def _runs(args: argparse.Namespace, recipe) -> list[EvalRun]:
     folds, seeds = _folds(args, recipe.data.mixture[0].shards), args.seeds or (recipe.seed,)
     return [
-        Part(fold, splits, seed, Path(f"fold_{fold}" * (len(folds) > 1), f"seed_{seed}" * (len(seeds) > 1)))
+        EvalRun(
+            fold, splits, seed, Path(f"fold_{fold}" * (len(folds) > 1), f"seed_{seed}" * (len(seeds) > 1))
+        )
         for fold, splits in folds.items()
         for seed in seeds
     ]
 
 
-def _shared(parts: Sequence[Part]) -> list[str]:
+def _overlap_warnings(parts: Sequence[EvalRun]) -> list[str]:
     """What to tell of splits that take more than one part: a score on tiles that were trained on is none."""
     return [
         f"warning: {', '.join(both)}{f' of fold {p.fold}' if p.fold else ''} is both test and {role}: the score is of "
@@ -184,24 +186,24 @@ def _evaluate(args: argparse.Namespace) -> None:
     modes = tuple(dict.fromkeys(args.mode or recipe.evaluation.modes))
     if args.baseline == ORACLE:
         modes = (ORACLE,)
-    parts = _parts(args, recipe)
+    parts = _runs(args, recipe)
     encoder = Encoder(recipe, args.checkpoint, args.baseline, parts[0].fold)
-    encoder.check([part.fold for part in parts], learns=bool(set(modes) & set(MODES)))
+    encoder.check([part.fold for part in parts], trains=bool(set(modes) & set(MODES)))
     ranks = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", 1)))
     # The others wait while rank 0 fits a classifier.
     world = join(timeout_s=24 * 3600) if ranks > 1 or set(modes) & set(MODES) else None
     if world is None or world.is_main:
-        _tell(_shared(parts))
+        _print_notes(_overlap_warnings(parts))
     runs: dict[str, list] = {mode: [] for mode in modes}
     try:
         for part in parts:
-            encoder = encoder.of(part.fold)
+            encoder = encoder.for_fold(part.fold)
             seeded = load_recipe(args.recipe, [*args.overrides, f"seed={part.seed}"])
             for mode, result in _run(args, seeded, encoder, modes, part, world):
                 path = args.out / _folder(mode, args) / part.within / "results.json"
                 result.write(path)
                 if encoder.per_fold:
-                    _track(result, path, encoder, recipe)
+                    _record(result, path, encoder, recipe)
                 runs[mode].append((str(part.within / "results.json"), result))
     except Stopped as stopped:
         if world is None or world.is_main:
@@ -212,21 +214,21 @@ def _evaluate(args: argparse.Namespace) -> None:
             if len(parts) > 1:
                 result.write(path)
             if not encoder.per_fold:
-                _track(result, path, encoder, recipe)
-            print(f"{mode}: {_text(result)}, {path}", flush=True)
+                _record(result, path, encoder, recipe)
+            print(f"{mode}: {_score_text(result)}, {path}", flush=True)
     if any(runs.values()):
         print(f"next: maestro-scale report {args.out} --out report.html", flush=True)
     if world is not None:
         leave()
 
 
-def _run(args: argparse.Namespace, recipe, encoder, modes: Sequence[str], part: Part, world):
+def _run(args: argparse.Namespace, recipe, encoder, modes: Sequence[str], part: EvalRun, world):
     """(mode, result) of a part, on rank 0."""
     from maestro_scale.evaluation.finetune.finetune import MODES, finetune
     from maestro_scale.evaluation.frozen.evaluate import Benchmark, Provenance, evaluate_frozen
-    from maestro_scale.evaluation.progress import unwatched
+    from maestro_scale.evaluation.progress import no_progress
     from maestro_scale.secrets_filter import scrub_tree
-    from maestro_scale.tracking.terminal import progress
+    from maestro_scale.tracking import terminal
 
     entry = recipe.data.mixture[0]
     benchmark = Benchmark(
@@ -241,26 +243,26 @@ def _run(args: argparse.Namespace, recipe, encoder, modes: Sequence[str], part: 
         fold=part.fold,
     )
     plain = scrub_tree(recipe.model_dump(mode="json"))
-    provenance = Provenance(encoder.step, recipe.seed, plain, encoder.named, encoder.trained_on)
+    provenance = Provenance(encoder.step, recipe.seed, plain, encoder.name, encoder.trained_on)
 
     def maps(mode: str) -> Path:
         return args.out / _folder(mode, args) / part.within / "maps"
 
     tells = world is None or world.is_main
-    watching = progress if tells else unwatched
+    progress = terminal.progress if tells else no_progress
     if args.baseline == ORACLE:
         from maestro_scale.evaluation.oracle.oracle import evaluate_oracle
 
         shown = maps(ORACLE) if args.maps else None
         workers = recipe.data.workers
-        result = evaluate_oracle(encoder.view, benchmark, provenance, workers, world, shown, watching)
+        result = evaluate_oracle(encoder.view, benchmark, provenance, workers, world, shown, progress)
         if result is not None:
             yield ORACLE, result
         return
     frozen = [m for m in modes if m not in MODES]
     if frozen:
-        model, notes = encoder.seen(learns=False)
-        _tell(notes if tells else ())
+        model, notes = encoder.for_benchmark(trains=False)
+        _print_notes(notes if tells else ())
         results = evaluate_frozen(
             model,
             benchmark,
@@ -269,17 +271,17 @@ def _run(args: argparse.Namespace, recipe, encoder, modes: Sequence[str], part: 
             recipe.data.workers,
             world,
             maps if args.maps else None,
-            watching,
+            progress,
         )
         for result in results:
             yield result.mode, result
     for mode in [m for m in modes if m in MODES]:
-        model, notes = encoder.seen(learns=True)
-        _tell(notes if tells and mode == "finetune" else ())
-        origin = provenance if mode == "finetune" else Provenance(0, recipe.seed, plain, encoder.named)
+        model, notes = encoder.for_benchmark(trains=True)
+        _print_notes(notes if tells and mode == "finetune" else ())
+        origin = provenance if mode == "finetune" else Provenance(0, recipe.seed, plain, encoder.name)
         folder = args.out / _folder(mode, args) / part.within
         maps_dir = maps(mode) if args.maps else None
-        result = finetune(model, benchmark, recipe, mode, folder, world, origin, maps_dir, watching)
+        result = finetune(model, benchmark, recipe, mode, folder, world, origin, maps_dir, progress)
         if result is not None:
             yield mode, result
 
@@ -288,12 +290,12 @@ def _folder(mode: str, args: argparse.Namespace) -> str:
     return mode if args.fraction == 1 else f"{mode}_{100 * args.fraction:g}pct"
 
 
-def _tell(notes: Sequence[str]) -> None:
+def _print_notes(notes: Sequence[str]) -> None:
     if notes:
         print("\n".join(notes), flush=True)
 
 
-def _text(result) -> str:
+def _score_text(result) -> str:
     """``mIoU 65.6 (64.0-67.0)``, or ``mIoU 65.6 ± 0.4 over 3 seeds, 5 folds``."""
     name, score = {"wf1": "wF1", "miou": "mIoU"}[result.metric], f"{100 * result.value:.1f}"
     if result.deviation is None:
@@ -304,7 +306,7 @@ def _text(result) -> str:
     return f"{name} {score} ± {100 * result.deviation:.1f} over {over}"
 
 
-def _track(result, path: Path, encoder, recipe) -> None:
+def _record(result, path: Path, encoder, recipe) -> None:
     from maestro_scale.tracking.evaluations import record_evaluation
 
     if recipe.tracking.enabled:

@@ -118,9 +118,9 @@ def embed(
     """Write an encoder's embeddings of a split. Under torchrun, deepspeed or srun the ranks share the work."""
     import torch
 
-    from maestro_scale.evaluation.embedding import Embedder
-    from maestro_scale.evaluation.features.adopt import adopt
-    from maestro_scale.evaluation.features.checkpoints import open_model
+    from maestro_scale.evaluation.embedding import EmbeddingWriter
+    from maestro_scale.evaluation.features.adapt import adapt_encoder
+    from maestro_scale.evaluation.features.load_encoder import load_encoder
     from maestro_scale.model.config import DatasetView
     from maestro_scale.shards.format.manifest import Manifest
     from maestro_scale.shards.read.store import Store
@@ -132,20 +132,20 @@ def embed(
     rank, world, local_rank = place()
     manifest = Manifest.load(shards)
     spec = manifest.spec
-    encoder = open_model(model)[0]
+    encoder = load_encoder(model)[0]
     notes: list[str] = []
     if spec.name not in {v.dataset for v in encoder.config.views}:
         view = DatasetView(spec.name, spec.sensors, spec.pos_grid, spec.ref_sensor, spec.crop_m)
-        encoder, notes = adopt(encoder, view)
+        encoder, notes = adapt_encoder(encoder, view)
     if torch.cuda.is_available():
         encoder.to(f"cuda:{local_rank % torch.cuda.device_count()}")
     store = Store(shards, cache_dir, 100 * 2**30)
-    embedder = Embedder(encoder, store, manifest, embeddings, file_format, batch, workers)
+    writer = EmbeddingWriter(encoder, store, manifest, embeddings, file_format, batch, workers)
     for note in notes if rank == 0 else ():
         print(note)
     share = f", rank 0's share of {world}" if world > 1 else ""
     with progress(f"embed {spec.name} {split}{share}", "crops", rank) as update:
-        num_written = embedder.write(out, split, rank, world, update)
+        num_written = writer.write(out, split, rank, world, update)
     if rank == 0:
         print(
             f"{num_written} crops embedded{share} (existing files are kept) in {out}; "

@@ -32,7 +32,7 @@ from maestro_scale.stream.eval_loader import EvalLoader
 from maestro_scale.stream.source import Source
 from maestro_scale.training.run_dir import write_atomically
 
-ABOUT = "_embedding.json"  # readers of Parquet folders pass over such a name
+METADATA_FILE = "_embedding.json"  # readers of Parquet folders pass over such a name
 _SHARD = "maestro_scale.shard_sha256"
 
 What = Literal["vector", "tokens"]
@@ -40,7 +40,7 @@ Format = Literal["parquet", "tiff"]
 
 
 @dataclass(frozen=True)
-class Rows:
+class EmbeddingRows:
     """What the encoder makes of N crops. ``crops`` (N,): number of the crop on its tile; ``places``: where the tiles
     lie, None where the shards do not know; ``arrays`` (N, …) by name."""
 
@@ -51,7 +51,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Embedder:
+class EmbeddingWriter:
     """How a split is embedded. ``what``: a vector per crop, or each sensor's token grid; ``format``: of the files."""
 
     model: Maestro
@@ -83,8 +83,8 @@ class Embedder:
         such split, ResultsError where ``out`` holds embeddings of something else; BadShard, StoreError.
         """
         mine = self.manifest.of([split])[rank::world]
-        self._claim(out)
-        todo = [shard for shard in mine if not self._is_there(self._path(out, shard), shard)]
+        self._check_folder(out)
+        todo = [shard for shard in mine if not self._is_written(self._path(out, shard), shard)]
         if not todo:
             return 0
         source = self._source(todo)
@@ -97,7 +97,7 @@ class Embedder:
                 progress(done, total, sum(a.nbytes for a in rows.arrays.values()))
         return done
 
-    def _claim(self, out: Path) -> None:
+    def _check_folder(self, out: Path) -> None:
         """Make the folder this embedder's. Every rank writes the same."""
         own = {
             "dataset": self.manifest.spec.name,
@@ -106,7 +106,7 @@ class Embedder:
             "weights": weights_digest(self.model),
             "spec": hashlib.sha256(repr(self.manifest.spec).encode()).hexdigest(),
         }
-        path = out / ABOUT
+        path = out / METADATA_FILE
         try:
             theirs = json.loads(path.read_text())
         except (OSError, ValueError):
@@ -120,7 +120,7 @@ class Embedder:
         else:
             write_atomically(path, json.dumps(own, indent=1))
 
-    def _is_there(self, path: Path, shard: ShardInfo) -> bool:
+    def _is_written(self, path: Path, shard: ShardInfo) -> bool:
         """Whether a whole file of this very shard is there."""
         try:
             if self.format == "tiff":
@@ -138,14 +138,14 @@ class Embedder:
         spec = self.manifest.spec
         return Source(spec, self.model.view(spec.name).sensors, spec.crop_m, tuple(shards), self.store)
 
-    def _by_shard(self, source: Source) -> Iterator[tuple[ShardInfo, Rows]]:
+    def _by_shard(self, source: Source) -> Iterator[tuple[ShardInfo, EmbeddingRows]]:
         """Shards in order, each once all of its crops are embedded."""
         loader = EvalLoader(source, self.batch_size, workers=self.workers)
         pending: list[dict[str, np.ndarray]] = []
         held = 0
         shards = iter(source.shards)
         shard = next(shards)
-        for arrays in self._embedded(loader):
+        for arrays in self._embed_batches(loader):
             pending.append(arrays)
             held += len(next(iter(arrays.values())))
             while shard is not None and held >= (size := shard.samples * loader.num_crops):
@@ -154,19 +154,19 @@ class Embedder:
                     of_crops = [(t.key, t.place) for t in opened for _ in range(loader.num_crops)]
                     keys, places = zip(*of_crops, strict=True)
                 crops = np.tile(np.arange(loader.num_crops), shard.samples)
-                yield shard, Rows(keys, places, crops, {name: a[:size] for name, a in whole.items()})
+                yield shard, EmbeddingRows(keys, places, crops, {name: a[:size] for name, a in whole.items()})
                 pending, held = [{name: a[size:] for name, a in whole.items()}], held - size
                 shard = next(shards, None)
 
     @torch.no_grad()
-    def _embedded(self, loader: EvalLoader) -> Iterator[dict[str, np.ndarray]]:
+    def _embed_batches(self, loader: EvalLoader) -> Iterator[dict[str, np.ndarray]]:
         device = next(self.model.parameters()).device
         for batch in loader:
             embedding = self.model.embed(batch.to(device))
             chosen = {"vector": embedding.vector} if self.what == "vector" else embedding.tokens
             yield {name: t.float().cpu().numpy() for name, t in chosen.items()}
 
-    def _save(self, path: Path, shard: ShardInfo, rows: Rows, grid: CropGrid) -> None:
+    def _save(self, path: Path, shard: ShardInfo, rows: EmbeddingRows, grid: CropGrid) -> None:
         partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
         if self.format == "parquet":
             table = _table(rows, grid)
@@ -178,7 +178,7 @@ class Embedder:
         os.replace(partial, path)
 
 
-def _table(rows: Rows, grid: CropGrid) -> pa.Table:
+def _table(rows: EmbeddingRows, grid: CropGrid) -> pa.Table:
     corners = [grid.tiling(int(c)) for c in rows.crops]
     columns = {
         pa.field("key", pa.string()): pa.array(rows.keys),
@@ -200,7 +200,7 @@ def _table(rows: Rows, grid: CropGrid) -> pa.Table:
     return pa.Table.from_arrays(list(columns.values()), schema=pa.schema(list(columns)))
 
 
-def _write_images(folder: Path, rows: Rows, grid: CropGrid) -> None:
+def _write_images(folder: Path, rows: EmbeddingRows, grid: CropGrid) -> None:
     try:
         import rasterio
     except ImportError:

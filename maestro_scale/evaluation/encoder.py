@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from maestro_scale.evaluation.features.adopt import adopt
-from maestro_scale.evaluation.features.baselines import Baseline, baseline
-from maestro_scale.evaluation.features.checkpoints import open_model
+from maestro_scale.evaluation.features.adapt import adapt_encoder
+from maestro_scale.evaluation.features.baselines import Baseline, build_baseline
+from maestro_scale.evaluation.features.load_encoder import load_encoder
 from maestro_scale.evaluation.finetune.predictor import LEARNERS
 from maestro_scale.evaluation.results import ResultsError
 from maestro_scale.model.config import DatasetView
@@ -25,43 +25,43 @@ class Encoder:
     for; ``trained_on``: datasets; ``view``: how the recipe sees the benchmark."""
 
     def __init__(
-        self, recipe: Recipe, checkpoint: str | None, named_baseline: str | None, fold: int | None
+        self, recipe: Recipe, checkpoint: str | None, baseline_name: str | None, fold: int | None
     ) -> None:
         """``checkpoint`` with ``{fold}`` in it is another one for every fold. ResultsError, ExportError …"""
         entry = recipe.data.mixture[0]
         spec = Manifest.load(entry.shards).spec
         crop_m = entry.crop_m or spec.crop_m
         sensors = resolve_sensors(spec, entry)
-        self._asked = recipe, checkpoint, named_baseline
+        self._asked = recipe, checkpoint, baseline_name
         self.view = DatasetView(spec.name, sensors, spec.pos_grid, spec.ref_sensor, crop_m)
-        self._baseline = named_baseline
+        self._baseline = baseline_name
         self._fold = fold
-        self.named = scrub(named_baseline or str(checkpoint))
+        self.name = scrub(baseline_name or str(checkpoint))
         self.per_fold = checkpoint is not None and FOLD in checkpoint
         self.path: Path | None = None
         self.step: int | None = 0
         self.trained_on: tuple[str, ...] = ()
-        if named_baseline == ORACLE:
+        if baseline_name == ORACLE:
             return  # it encodes nothing
-        if named_baseline is not None:
-            self._model: Maestro | Baseline = baseline(named_baseline, recipe, spec, self.view)
+        if baseline_name is not None:
+            self._model: Maestro | Baseline = build_baseline(baseline_name, recipe, spec, self.view)
             return
         if self.per_fold and fold is None:
             raise ResultsError(f"--checkpoint {checkpoint}: {FOLD} needs --folds")
         self.path = self._path(fold)
-        self._model, self.step = open_model(self.path)
+        self._model, self.step = load_encoder(self.path)
         if self.step != 0:
             self.trained_on = tuple(v.dataset for v in self._model.config.views)
 
-    def of(self, fold: int | None) -> Encoder:
+    def for_fold(self, fold: int | None) -> Encoder:
         """The encoder of a fold: this one, unless each has its own."""
         if not self.per_fold or fold == self._fold:
             return self
         return Encoder(*self._asked, fold)
 
-    def check(self, folds: Sequence[int | None], learns: bool) -> None:
+    def check(self, folds: Sequence[int | None], trains: bool) -> None:
         """ResultsError, before anything is done, where a fold has no encoder, or one that is to learn cannot."""
-        if learns and self._baseline is not None and not isinstance(self._model, LEARNERS):
+        if trains and self._baseline is not None and not isinstance(self._model, LEARNERS):
             raise ResultsError(
                 f"--baseline {self._baseline} is not trained here: use --mode knn, probe or attentive"
             )
@@ -72,8 +72,8 @@ class Encoder:
     def _path(self, fold: int | None) -> Path:
         return Path(str(self._asked[1]).replace(FOLD, str(fold)))
 
-    def seen(self, learns: bool) -> tuple[Maestro | Baseline, list[str]]:
-        """(the encoder as it sees the benchmark, what to tell); ``learns``: and is trained on it."""
+    def for_benchmark(self, trains: bool) -> tuple[Maestro | Baseline, list[str]]:
+        """(the encoder as it sees the benchmark, what to report); ``trains``: and is trained on it."""
         if self._baseline is not None:
             return self._model, []
-        return adopt(self._model, self.view, learns)
+        return adapt_encoder(self._model, self.view, trains)

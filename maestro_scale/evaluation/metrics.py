@@ -151,7 +151,7 @@ def mean_iou(matrix: np.ndarray) -> np.ndarray:
     return np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
 
 
-def best(scores: Sequence[float], split: str = "validation") -> int:
+def best_index(scores: Sequence[float], split: str = "validation") -> int:
     """Which score is the highest, the first of equals. ResultsError where one is undefined."""
     if np.isnan(scores).any():
         raise ResultsError(

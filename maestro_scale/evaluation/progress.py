@@ -7,11 +7,11 @@ from contextlib import AbstractContextManager, contextmanager
 
 from maestro_scale.shards.progress import Progress
 
-Watching = Callable[[str, str], AbstractContextManager[Progress]]
+ProgressFactory = Callable[[str, str], AbstractContextManager[Progress]]
 """Given a title and a unit, and entered while that lasts; see ``tracking.terminal.progress``."""
 
 
 @contextmanager
-def unwatched(title: str, unit: str) -> Iterator[Progress]:
+def no_progress(title: str, unit: str) -> Iterator[Progress]:
     """Shows nothing."""
     yield lambda done, total, num_bytes: None

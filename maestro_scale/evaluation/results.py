@@ -26,7 +26,7 @@ class ResultsError(MaestroError):
 
 
 @dataclass(frozen=True)
-class Run:
+class RunScore:
     """One of the runs, over seeds and folds, whose mean a result is."""
 
     value: float
@@ -67,7 +67,7 @@ class EvalResult:
     """Splits in shards by role: ``train``, ``val``, ``test``; of several folds all that took the role."""
     deviation: float | None = None
     """Standard deviation of ``value`` over ``runs`` (n - 1 in the denominator); None for a single run."""
-    runs: tuple[Run, ...] = ()
+    runs: tuple[RunScore, ...] = ()
     """The runs that ``value`` is the mean of; empty for a single one."""
     target: str = ""
     """What was predicted, by its name in the shards."""
@@ -134,7 +134,8 @@ class EvalResult:
                     "folds": tuple(values.get("folds", ())),
                     "splits": {role: tuple(names) for role, names in values.get("splits", {}).items()},
                     "runs": tuple(
-                        Run(**{**run, "interval": tuple(run["interval"])}) for run in values.get("runs", ())
+                        RunScore(**{**run, "interval": tuple(run["interval"])})
+                        for run in values.get("runs", ())
                     ),
                     "trained_on": tuple(values.get("trained_on", ())),
                     "confusion": None if matrix is None else tuple(tuple(row) for row in matrix),

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from maestro_scale.evaluation.report.charts import class_bars
-from maestro_scale.evaluation.report.groups import Found
-from maestro_scale.evaluation.report.report import CLASS_METRIC, pictures, write_report
+from maestro_scale.evaluation.report.groups import ResultFile
+from maestro_scale.evaluation.report.report import CLASS_METRIC, draw_pictures, write_report
 from maestro_scale.evaluation.results import EvalResult, ResultsError
 from maestro_scale.secrets_filter import scrub, scrub_document, scrub_mapping
 from maestro_scale.tracking.mlflow_run import tracking_uri
@@ -121,7 +121,7 @@ def _record(run_dir: Path, result: EvalResult, path: Path, origin: Mapping[str, 
         run_id, metrics=metrics, params=params, tags=[RunTag("num_tiles", str(result.num_tiles))]
     )
     client.log_text(run_id, scrub_document(path.read_text()), path.name)
-    _illustrate(client, run_id, Found(path, result))
+    _illustrate(client, run_id, ResultFile(path, result))
     client.log_batch(
         parent.info.run_id, metrics=[Metric(f"eval/{name}/{result.metric}", result.value, now, step)]
     )
@@ -145,7 +145,7 @@ def _parent_of(run_dir: Path) -> tuple[MlflowClient, Run]:
     raise LookupError(f"it has no run of {run_dir}{elsewhere}")
 
 
-def _illustrate(client: MlflowClient, run_id: str, found: Found) -> None:
+def _illustrate(client: MlflowClient, run_id: str, found: ResultFile) -> None:
     """The report of this result alone, and its pictures each by itself, which MLflow shows beside the metrics."""
     result = found.result
     bars = class_bars({result.mode: result.per_class}, CLASS_METRIC[result.metric])
@@ -154,7 +154,7 @@ def _illustrate(client: MlflowClient, run_id: str, found: Found) -> None:
         client.log_text(run_id, scrub(page.read_text()), page.name)
         drawn = Path(folder) / "pictures"
         drawn.mkdir()
-        for name, png in {"classes": bars, **pictures(found)}.items():
+        for name, png in {"classes": bars, **draw_pictures(found)}.items():
             (drawn / f"{name}.png").write_bytes(png)
         client.log_artifacts(run_id, str(drawn), drawn.name)
 

@@ -21,7 +21,7 @@ from maestro_scale.cli import app
 from maestro_scale.datasets.flair_hub.dates import Dates
 from maestro_scale.datasets.spec import DatasetError
 from maestro_scale.evaluation.probes.dense import IGNORED
-from maestro_scale.evaluation.tasks.task import Segmentation
+from maestro_scale.evaluation.tasks.task import SegmentationTask
 from maestro_scale.model.embed import network_input
 from maestro_scale.shards.format.fields import check_tile
 from maestro_scale.shards.format.manifest import Manifest
@@ -147,7 +147,7 @@ NAMES = {
 @pytest.mark.parametrize("dataset", BENCHMARKS)
 def test_ignored_labels_count_nowhere(dataset, write_flair, tmp_path):
     spec, batch = batch_of(dataset, write_flair(), tmp_path)
-    task = Segmentation(spec.target("cosia"), SimpleNamespace(crop_pixels=512))
+    task = SegmentationTask(spec.target("cosia"), SimpleNamespace(crop_pixels=512))
     assert [c.replace(" ", "-") for c in task.classes] == NAMES[dataset].split()
     expected = [IGNORED if value is None else value for value in COUNTED[dataset]]
     stripes = np.repeat(expected, 27)[:512]

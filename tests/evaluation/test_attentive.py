@@ -7,22 +7,22 @@ import pytest
 import torch
 
 from maestro_scale.evaluation.features.baselines import ChannelStatistics
-from maestro_scale.evaluation.features.cache import Encoded
-from maestro_scale.evaluation.finetune.predictor import predictor
+from maestro_scale.evaluation.features.cache import FeatureCache
+from maestro_scale.evaluation.finetune.predictor import build_predictor
 from maestro_scale.evaluation.frozen import attentive
-from maestro_scale.evaluation.frozen.attentive import Heads, all_tokens, attentive_probe
+from maestro_scale.evaluation.frozen.attentive import HeadGrid, attentive_probe, concat_tokens
 from maestro_scale.evaluation.frozen.evaluate import Benchmark, evaluate_frozen
 from maestro_scale.evaluation.probes import dense
 from maestro_scale.evaluation.probes import lr_grid as course
 from maestro_scale.evaluation.results import ResultsError
-from maestro_scale.evaluation.tasks.losses import objective_for
+from maestro_scale.evaluation.tasks.losses import target_loss_for
 from maestro_scale.evaluation.tasks.task import task_for
 from maestro_scale.interop.pretrained import load_model
 from maestro_scale.model.config import DatasetView
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.stream.eval_loader import EvalLoader
 from tests.evaluation.conftest import FIELDS, SCENES, SPLITS
-from tests.evaluation.test_encoded import CROPS_PER_TILE, numbers
+from tests.evaluation.test_feature_cache import CROPS_PER_TILE, numbers
 from tests.evaluation.test_fraction import source_of
 
 CPU = torch.device("cpu")
@@ -56,13 +56,13 @@ def test_it_reads_places_and_dates_and_is_encoded_once(fields, benchmark, quick,
 
 def test_its_head_is_that_of_a_finetuning(fields, tmp_path):
     model = load_model(fields.model)
-    objective = objective_for(task_for(FIELDS, model.view("fields"), FIELDS.crop_m))
-    network = predictor(model, "fields", objective, seed=3, pretrained=True).eval()
+    objective = target_loss_for(task_for(FIELDS, model.view("fields"), FIELDS.crop_m))
+    network = build_predictor(model, "fields", objective, seed=3, pretrained=True).eval()
     (batch,) = EvalLoader(source_of(fields.shards, "val", tmp_path), 64, crops=4)
     with torch.no_grad():
-        tokens = all_tokens(model, batch).numpy()
-        split = Encoded(tokens, objective.task.labels(batch), np.arange(len(batch)))
-        heads = Heads(objective, model.view("fields"), tokens.shape[-1], 0, CPU)
+        tokens = concat_tokens(model, batch).numpy()
+        split = FeatureCache(tokens, objective.task.labels(batch), np.arange(len(batch)))
+        heads = HeadGrid(objective, model.view("fields"), tokens.shape[-1], 0, CPU)
         (weights,) = [network.heads[name] for name in network.heads]
         heads.heads[0].load_state_dict(weights.state_dict())
         answers = torch.cat([logits for logits, _ in heads.logits(heads.heads[0], split)])
@@ -71,15 +71,15 @@ def test_its_head_is_that_of_a_finetuning(fields, tmp_path):
 
 def test_gradients_are_those_of_the_mean_over_pixels_however_it_is_cut(fields, tmp_path, monkeypatch):
     model = load_model(fields.model)
-    objective = objective_for(task_for(FIELDS, model.view("fields"), FIELDS.crop_m))
+    objective = target_loss_for(task_for(FIELDS, model.view("fields"), FIELDS.crop_m))
     (batch,) = EvalLoader(source_of(fields.shards, "val", tmp_path), 64, crops=2)
     with torch.no_grad():
-        tokens = all_tokens(model, batch).numpy()
-    split = Encoded(tokens, objective.task.labels(batch), np.arange(len(batch)))
+        tokens = concat_tokens(model, batch).numpy()
+    split = FeatureCache(tokens, objective.task.labels(batch), np.arange(len(batch)))
 
     def gradients(most_tokens):
         monkeypatch.setattr(attentive, "_MOST_TOKENS", most_tokens)
-        heads = Heads(objective, model.view("fields"), tokens.shape[-1], 0, CPU)
+        heads = HeadGrid(objective, model.view("fields"), tokens.shape[-1], 0, CPU)
         heads.backward(split, np.arange(len(batch)))
         return [p.grad for p in heads.heads[-1].parameters()], heads
 
@@ -87,10 +87,10 @@ def test_gradients_are_those_of_the_mean_over_pixels_however_it_is_cut(fields, t
     for a, b in zip(whole, cut, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
     ((logits, labels),) = heads.logits(heads.heads[-1], split)
-    against = objective.against(labels)
+    targets = objective.loss_targets(labels)
     parameters = list(heads.heads[-1].parameters())
     logits = heads.heads[-1](heads._tokens(split, np.arange(len(batch))))
-    loss = objective.error_sum(logits, against) / (against != dense.IGNORED).sum()
+    loss = objective.loss_sum(logits, targets) / (targets != dense.IGNORED).sum()
     for a, b in zip(whole, torch.autograd.grad(loss, parameters), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
@@ -98,7 +98,7 @@ def test_gradients_are_those_of_the_mean_over_pixels_however_it_is_cut(fields, t
 def test_classes_of_a_tile_are_found_by_the_one_token_that_tells():
     """Of twelve tokens one, anywhere, carries the label: attention finds it, a mean over tokens hardly would."""
     view = DatasetView(SCENES.name, SCENES.sensors, SCENES.pos_grid)
-    objective = objective_for(task_for(SCENES, view, SCENES.crop_m))
+    objective = target_loss_for(task_for(SCENES, view, SCENES.crop_m))
     marks = np.random.default_rng(9).normal(size=(len(SCENES.targets[0].classes), 32))
     num_tokens = SCENES.sensors[0].num_dates
 
@@ -107,7 +107,9 @@ def test_classes_of_a_tile_are_found_by_the_one_token_that_tells():
         tokens = 0.3 * rng.normal(size=(num_tiles, num_tokens, 32))
         kind = rng.integers(0, len(marks), num_tiles)
         tokens[np.arange(num_tiles), rng.integers(0, num_tokens, num_tiles)] = marks[kind]
-        return Encoded(tokens.astype(np.float16), np.eye(len(marks), dtype=bool)[kind], np.arange(num_tiles))
+        return FeatureCache(
+            tokens.astype(np.float16), np.eye(len(marks), dtype=bool)[kind], np.arange(num_tiles)
+        )
 
     train, val, test = split(600, 1), split(80, 2), split(80, 3)
     answer = attentive_probe(objective, view, train, val, test, 0, CPU)
@@ -127,9 +129,9 @@ def test_what_it_cannot_fit_is_said(fields, benchmark):
     alone = DatasetView("fields", view.sensors[1:], view.pos_grid, "s2", FIELDS.crop_m)
     with pytest.raises(ResultsError, match="whose width 8 divides, these have 4; use --mode probe"):
         evaluate_frozen(ChannelStatistics(alone), benchmark, ["attentive"])
-    objective = objective_for(task_for(FIELDS, view, FIELDS.crop_m))
+    objective = target_loss_for(task_for(FIELDS, view, FIELDS.crop_m))
     grids = sum(view.rows(s) * s.grid**2 for s in view.sensors)
-    blank = Encoded(
+    blank = FeatureCache(
         np.zeros((4, grids, 8), np.float16), np.full((4, 4, 4), dense.IGNORED, np.uint8), np.arange(4)
     )
     with pytest.raises(ResultsError, match="every label of the training split is ignored"):

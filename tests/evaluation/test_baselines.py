@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import Dinov2Config, Dinov2Model, DINOv3ViTConfig, DINOv3ViTModel
 
-from maestro_scale.evaluation.features.baselines import ChannelStatistics, ImageEncoder, baseline
+from maestro_scale.evaluation.features.baselines import ChannelStatistics, ImageEncoder, build_baseline
 from maestro_scale.evaluation.frozen.evaluate import Benchmark, evaluate_frozen
 from maestro_scale.evaluation.results import EvalResult, ResultsError
 from maestro_scale.model.config import DatasetView
@@ -104,9 +104,9 @@ def test_baselines_are_scored_as_encoders_are(fields, tmp_path):
 def test_unknown_baselines_are_named(fields, tmp_path):
     recipe = load_recipe(fields.recipe(tmp_path))
     with pytest.raises(ResultsError, match="there are: statistics, random, image:WEIGHTS"):
-        baseline("resnet", recipe, FIELDS, VIEW)
+        build_baseline("resnet", recipe, FIELDS, VIEW)
     with pytest.raises(ResultsError, match="no image encoder can be loaded from there"):
-        baseline(f"image:{tmp_path}", recipe, FIELDS, VIEW)
+        build_baseline(f"image:{tmp_path}", recipe, FIELDS, VIEW)
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import torch
 from sklearn.metrics import confusion_matrix
 from sklearn.neighbors import NearestNeighbors
 
-from maestro_scale.evaluation.features.cache import Encoded
+from maestro_scale.evaluation.features.cache import FeatureCache
 from maestro_scale.evaluation.probes import dense
 from maestro_scale.evaluation.results import ResultsError
 from maestro_scale.stream.crops import CropGrid
@@ -16,7 +16,7 @@ GRID, SIDE, CLASSES, WIDTH = 2, 2, 3, 12
 
 
 def layout(crop_m=40.0, grid=GRID, side=SIDE):
-    return dense.Layout(grid, side, 10.0, CropGrid(FIELDS, FIELDS.sensors, crop_m))
+    return dense.PixelLayout(grid, side, 10.0, CropGrid(FIELDS, FIELDS.sensors, crop_m))
 
 
 def split(num_tiles, seed, noise=0.05):
@@ -29,7 +29,7 @@ def split(num_tiles, seed, noise=0.05):
     )
     labels = layout().per_pixel(scores.argmax(-1).astype(np.uint8))
     labels[rng.random(labels.shape) < 0.1] = dense.IGNORED
-    return Encoded(features.astype(np.float16), labels, np.repeat(np.arange(num_tiles), 4))
+    return FeatureCache(features.astype(np.float16), labels, np.repeat(np.arange(num_tiles), 4))
 
 
 def miou(counts):
@@ -38,7 +38,7 @@ def miou(counts):
 
 def test_places_and_pixels_are_each_others_inverse():
     places = np.random.default_rng(0).integers(0, 9, (3, GRID**2, SIDE**2))
-    np.testing.assert_array_equal(layout().per_place(layout().per_pixel(places)), places)
+    np.testing.assert_array_equal(layout().per_cell(layout().per_pixel(places)), places)
     image = layout().per_pixel(np.arange(16).reshape(1, 4, 4))[0]
     np.testing.assert_array_equal(image, [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]])
 
@@ -47,7 +47,7 @@ def test_labels_finer_than_the_image_are_seen_by_their_middle():
     coarse = layout(grid=2, side=1)
     assert coarse.factor == 2
     labels = np.arange(16).reshape(1, 4, 4)
-    np.testing.assert_array_equal(coarse.per_place(labels)[0, :, 0], [5, 7, 13, 15])
+    np.testing.assert_array_equal(coarse.per_cell(labels)[0, :, 0], [5, 7, 13, 15])
     np.testing.assert_array_equal(coarse.per_pixel(np.array([[[1], [2], [3], [4]]]))[0, 0], [1, 1, 2, 2])
 
 
@@ -66,8 +66,8 @@ def test_each_pixel_of_a_tile_counts_once_however_crops_overlap():
     def crops(tiles):
         return np.stack([t[r : r + 4, c : c + 4] for t in tiles for r, c in corners])
 
-    test = Encoded(np.zeros((8, GRID**2, 1)), crops(truth), np.repeat([0, 1], 4))
-    counts = dense.confusions(layout(), CLASSES, layout().per_place(crops(answer)), test)
+    test = FeatureCache(np.zeros((8, GRID**2, 1)), crops(truth), np.repeat([0, 1], 4))
+    counts = dense.confusions(layout(), CLASSES, layout().per_cell(crops(answer)), test)
     for tile in range(2):
         kept = truth[tile] != dense.IGNORED
         expected = confusion_matrix(truth[tile][kept], answer[tile][kept], labels=range(CLASSES))
@@ -88,7 +88,7 @@ def test_probe_finds_a_linear_map_and_says_its_learning_rate():
 
 def test_probe_does_not_mind_the_scale_of_features():
     splits = [split(40, 1), split(10, 2), split(10, 3)]
-    moved = [Encoded(100 + 50 * s.features.astype(np.float32), s.labels, s.tiles) for s in splits]
+    moved = [FeatureCache(100 + 50 * s.features.astype(np.float32), s.labels, s.tiles) for s in splits]
     scores = [
         miou(dense.confusions(layout(), CLASSES, dense.probe(layout(), CLASSES, *s, seed=0)[0], s[2]))
         for s in (splits, moved)
@@ -102,7 +102,7 @@ def test_knn_votes_by_the_formula_and_ignored_pixels_have_no_vote(monkeypatch):
     train, val, test = split(10, 1), split(3, 2), split(4, 3)
     answer, chosen = dense.knn(layout(), CLASSES, train, val, test, seed=0)
     assert chosen == {"k": 6, "temperature": 0.1}
-    labels = layout().per_place(train.labels).reshape(-1, SIDE**2)
+    labels = layout().per_cell(train.labels).reshape(-1, SIDE**2)
     counted = (labels != dense.IGNORED).any(-1)
     bank = train.features.reshape(-1, WIDTH).astype(np.float64)[counted]
     away, near = (
@@ -124,7 +124,7 @@ def test_knn_finds_what_is_near():
         labels = rng.integers(0, CLASSES, (4 * num_tiles, GRID**2))
         features = centres[labels] + 0.1 * rng.normal(size=(*labels.shape, WIDTH))
         pixels = layout().per_pixel(np.repeat(labels[..., None], SIDE**2, -1).astype(np.uint8))
-        return Encoded(features.astype(np.float16), pixels, np.repeat(np.arange(num_tiles), 4))
+        return FeatureCache(features.astype(np.float16), pixels, np.repeat(np.arange(num_tiles), 4))
 
     test = clustered(5, 3)
     answer, _ = dense.knn(layout(), CLASSES, clustered(10, 1), clustered(5, 2), test, seed=0)
@@ -151,7 +151,7 @@ def test_knn_takes_the_k_and_temperature_that_are_best_on_validation(monkeypatch
                 only.setattr(dense, "TEMPERATURES", (temperature,))
                 answer, _ = dense.knn(layout(), CLASSES, train, val, val, seed=0)
             # As it chooses: pixel by pixel as the model's image has them.
-            truth = layout().per_place(np.asarray(val.labels))
+            truth = layout().per_cell(np.asarray(val.labels))
             counted = truth != dense.IGNORED
             matrix = confusion_matrix(truth[counted], answer[counted], labels=range(CLASSES))
             scores[k, temperature] = float(dense.mean_iou(matrix))
@@ -186,10 +186,10 @@ def test_votes_worked_out_by_hand():
 def test_the_middle_label_of_a_block_stands_for_it():
     # Blocks of 4 x 4 labels: row and column 2 of each. 8 x 8 labels, 2 x 2 places of one pixel.
     crops = CropGrid(FIELDS, FIELDS.sensors, 40.0)
-    fine = dense.Layout(2, 1, 5.0, crops)
+    fine = dense.PixelLayout(2, 1, 5.0, crops)
     assert (fine.tile_pixels, fine.crop_pixels, fine.factor) == (12, 8, 4)
     labels = np.arange(64).reshape(1, 8, 8)
-    assert fine.per_place(labels)[0, :, 0].tolist() == [18, 22, 50, 54]  # 8 * 2 + 2, + 4, 8 * 6 + 2, + 4
+    assert fine.per_cell(labels)[0, :, 0].tolist() == [18, 22, 50, 54]  # 8 * 2 + 2, + 4, 8 * 6 + 2, + 4
 
 
 def test_where_crops_overlap_the_later_one_counts():

@@ -15,7 +15,7 @@ import rasterio
 import torch
 
 from maestro_scale.datasets.spec import Place
-from maestro_scale.evaluation.embedding import Embedder
+from maestro_scale.evaluation.embedding import EmbeddingWriter
 from maestro_scale.evaluation.results import ResultsError
 from maestro_scale.interop.pretrained import load_model
 from maestro_scale.shards.errors import ManifestError
@@ -39,9 +39,11 @@ def shards(tmp_path_factory) -> Path:
     return folder
 
 
-def embedder(fields, shards, cache, **options) -> Embedder:
+def embedder(fields, shards, cache, **options) -> EmbeddingWriter:
     store = Store(str(shards), cache, 2**30)
-    return Embedder(load_model(fields.model), store, Manifest.load(str(shards)), batch_size=5, **options)
+    return EmbeddingWriter(
+        load_model(fields.model), store, Manifest.load(str(shards)), batch_size=5, **options
+    )
 
 
 def tables(folder: Path) -> dict[str, dict]:

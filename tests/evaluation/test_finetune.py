@@ -18,10 +18,10 @@ from maestro_scale.datasets.spec import Target
 from maestro_scale.evaluate import main as evaluate
 from maestro_scale.evaluation.finetune import early_stop
 from maestro_scale.evaluation.finetune.early_stop import Validated
-from maestro_scale.evaluation.finetune.predictor import predictor
+from maestro_scale.evaluation.finetune.predictor import build_predictor
 from maestro_scale.evaluation.results import EvalResult
-from maestro_scale.evaluation.tasks.losses import Presence, objective_for
-from maestro_scale.evaluation.tasks.task import Multilabel, task_for
+from maestro_scale.evaluation.tasks.losses import MultilabelLoss, target_loss_for
+from maestro_scale.evaluation.tasks.task import MultilabelTask, task_for
 from maestro_scale.interop.export import write_model
 from maestro_scale.interop.pretrained import load_model
 from maestro_scale.model.config import ModelConfig
@@ -86,7 +86,7 @@ def objective():
     view = ModelConfig(
         sensors=FIELDS.sensors, size=TINY, pos_grid=12, inter_depth=1, ref_sensor="s2", dataset="fields"
     )
-    return objective_for(task_for(FIELDS, view, FIELDS.crop_m))
+    return target_loss_for(task_for(FIELDS, view, FIELDS.crop_m))
 
 
 @pytest.fixture(scope="module")
@@ -94,14 +94,14 @@ def pretrained(fields, objective, tmp_path_factory):
     """An encoder that has learned something: from labels, which is the quickest."""
     folder = tmp_path_factory.mktemp("pretrained")
     model = load_model(fields.model)
-    network = predictor(model, "fields", objective, seed=0, pretrained=True)
+    network = build_predictor(model, "fields", objective, seed=0, pretrained=True)
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
     source = source_of(fields.shards, "train", folder)
     stream = TrainLoader((source,), seed=1, lanes=1, global_batch=16, micro_batch=16)
     for step in stream.steps(0, 30):
         (batch,) = step.batches
-        labels = objective.against(objective.task.labels(batch))
-        share, _ = network(batch, labels, torch.tensor([objective.num_counted(labels)], dtype=torch.float64))
+        labels = objective.loss_targets(objective.task.labels(batch))
+        share, _ = network(batch, labels, torch.tensor([objective.num_terms(labels)], dtype=torch.float64))
         optimizer.zero_grad()
         share.backward()
         optimizer.step()
@@ -208,39 +208,41 @@ def test_what_is_no_maestro_is_not_finetuned(fields, tmp_path, capsys):
 
 
 def test_right_logits_have_no_error_and_count_on_the_diagonal(fields, objective, tmp_path):
-    loader = EvalLoader(source_of(fields.shards, "val", tmp_path), 2 * objective.crops)
+    loader = EvalLoader(source_of(fields.shards, "val", tmp_path), 2 * objective.num_crops)
     for batch in loader:
         labels = torch.from_numpy(objective.task.labels(batch)).long()
         known = labels.clamp_max(NUM_CLASSES) % NUM_CLASSES
         logits = 50 * torch.nn.functional.one_hot(known, NUM_CLASSES).permute(0, 3, 1, 2).float()
-        held_against = objective.against(objective.task.labels(batch))
-        assert objective.num_counted(held_against) == int((labels < NUM_CLASSES).sum())
-        assert float(objective.error_sum(logits, held_against)) == pytest.approx(0, abs=1e-3)
+        targets = objective.loss_targets(objective.task.labels(batch))
+        assert objective.num_terms(targets) == int((labels < NUM_CLASSES).sum())
+        assert float(objective.loss_sum(logits, targets)) == pytest.approx(0, abs=1e-3)
         tiles = objective.per_tile(logits, objective.task.labels(batch))
-        assert tiles.shape == (len(batch) // objective.crops, *objective.shape)
-        answer = objective.answer(tiles)
+        assert tiles.shape == (len(batch) // objective.num_crops, *objective.tile_shape)
+        answer = objective.predictions(tiles)
         assert objective.task.statistic(answer.counts.sum(0)) == 1
         assert answer.counts[:, :NUM_CLASSES].sum() < 36 * len(tiles)
-        wrong = objective.answer(objective.per_tile(logits.roll(1, dims=1), objective.task.labels(batch)))
+        wrong = objective.predictions(
+            objective.per_tile(logits.roll(1, dims=1), objective.task.labels(batch))
+        )
         assert objective.task.statistic(wrong.counts.sum(0)) == 0
 
 
 def test_multilabel_error_is_binary_cross_entropy_and_one_half_decides():
-    presence = Presence(Multilabel(Target("kind", "multilabel", ("a", "b", "c"), threshold=0.5)))
+    presence = MultilabelLoss(MultilabelTask(Target("kind", "multilabel", ("a", "b", "c"), threshold=0.5)))
     batch = noise_batch(small_config(), 2)
     batch.targets["kind"] = torch.tensor([[0.9, 0.1, 0.6], [0.5, 0.7, 0.0]])
     logits = torch.tensor([[2.0, -1.0, 0.7], [0.0, 3.0, -4.0]])
-    labels = presence.against(presence.task.labels(batch))
+    labels = presence.loss_targets(presence.task.labels(batch))
     assert labels.tolist() == [[True, False, True], [False, True, False]]
     expected = sum(math.log1p(math.exp(x)) for x in (-2.0, -1.0, -0.7, 0.0, -3.0, -4.0))
-    assert float(presence.error_sum(logits, labels)) == pytest.approx(expected, rel=1e-5)
-    assert presence.num_counted(labels) == 6
-    answer = presence.answer(
+    assert float(presence.loss_sum(logits, labels)) == pytest.approx(expected, rel=1e-5)
+    assert presence.num_terms(labels) == 6
+    answer = presence.predictions(
         presence.per_tile(logits.roll(1, dims=0), presence.task.labels(batch)).astype(float)
     )
     assert answer.counts[:, :, 0].tolist() == [[False, False, True], [False, True, False]]
     assert (
-        presence.answer(presence.per_tile(logits, presence.task.labels(batch))).scores[
+        presence.predictions(presence.per_tile(logits, presence.task.labels(batch))).scores[
             "mean_average_precision"
         ]
         == 1
@@ -248,10 +250,10 @@ def test_multilabel_error_is_binary_cross_entropy_and_one_half_decides():
 
 
 def test_the_loss_of_a_batch_is_that_of_its_parts(fields, objective, tmp_path):
-    network = predictor(load_model(fields.model), "fields", objective, seed=0, pretrained=False)
+    network = build_predictor(load_model(fields.model), "fields", objective, seed=0, pretrained=False)
     (batch,) = EvalLoader(source_of(fields.shards, "val", tmp_path), 64, crops=2)
-    labels = objective.against(objective.task.labels(batch))
-    counts = torch.tensor([objective.num_counted(labels)], dtype=torch.float64)
+    labels = objective.loss_targets(objective.task.labels(batch))
+    counts = torch.tensor([objective.num_terms(labels)], dtype=torch.float64)
     with torch.no_grad():
         whole, sums = network(batch, labels, counts)
         halves = [(batch.map(lambda t, r=r: t[r]), labels[r]) for r in (slice(5), slice(5, None))]
@@ -262,7 +264,9 @@ def test_the_loss_of_a_batch_is_that_of_its_parts(fields, objective, tmp_path):
 
 def test_scratch_shares_nothing_with_the_encoder_and_neither_has_a_decoder(fields, objective):
     encoder = load_model(fields.model)
-    tuned, scratch = (predictor(encoder, "fields", objective, 5, pretrained) for pretrained in (True, False))
+    tuned, scratch = (
+        build_predictor(encoder, "fields", objective, 5, pretrained) for pretrained in (True, False)
+    )
     state = encoder.state_dict()
     for name, tensor in tuned.state_dict().items():
         assert not name.startswith(("decoders", "to_pixels", "to_decoder", "mask_token"))
@@ -273,7 +277,7 @@ def test_scratch_shares_nothing_with_the_encoder_and_neither_has_a_decoder(field
 
 
 def test_lower_layers_learn_slower(fields, objective):
-    network = predictor(load_model(fields.model), "fields", objective, 0, True)
+    network = build_predictor(load_model(fields.model), "fields", objective, 0, True)
     optimizer = build_optimizer(network, 2.0, (0.9, 0.99), 1e-8, 0.1, layer_decay=0.5)
     assert set_lr(optimizer, 0.5) == 1.0
     rates = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}

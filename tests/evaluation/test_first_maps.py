@@ -35,8 +35,8 @@ def test_any_number_of_ranks(cuts):
     for part in np.split(np.arange(6), cuts):
         mine = FirstMaps(6)
         for number in part:
-            mine.take(int(number), maps(TILES[number : number + 1]))
-        found = mine.gathered(ranks if cuts else None)
+            mine.add(int(number), maps(TILES[number : number + 1]))
+        found = mine.gather(ranks if cuts else None)
     assert set(found) == {"truth", "answer"}
     np.testing.assert_array_equal(found["truth"], TILES[:4])
     np.testing.assert_array_equal(found["answer"], 255 - TILES[:4])
@@ -44,9 +44,9 @@ def test_any_number_of_ranks(cuts):
 
 def test_several_at_once_and_none():
     few = FirstMaps(3)
-    few.take(0, maps(TILES[:2]))
-    few.take(2, maps(TILES[2:]))
-    np.testing.assert_array_equal(few.gathered(None)["truth"], TILES[:3])
+    few.add(0, maps(TILES[:2]))
+    few.add(2, maps(TILES[2:]))
+    np.testing.assert_array_equal(few.gather(None)["truth"], TILES[:3])
     nothing = FirstMaps(3)
-    nothing.take(0, None)
-    assert nothing.gathered(None) is None
+    nothing.add(0, None)
+    assert nothing.gather(None) is None

@@ -15,7 +15,7 @@ from maestro_scale.evaluation.report.groups import find_results
 from maestro_scale.evaluation.report.report import write_report
 from maestro_scale.evaluation.report.summary import summarise
 from maestro_scale.evaluation.results import EvalResult, ResultsError
-from maestro_scale.evaluation.tasks.folds import fold, folds_in
+from maestro_scale.evaluation.tasks.folds import find_folds, fold_splits
 from maestro_scale.shards.write.writer import Writer
 from tests.evaluation.conftest import FIELDS, Fields, field_tile
 
@@ -25,48 +25,48 @@ TILES = {"fold_1": 8, "fold_2": 5, "fold_3": 7}
 
 @pytest.mark.parametrize("number", range(1, 6))
 def test_five_parts_rotate_as_pastis_has_them(number):
-    for role, names in fold(PASTIS, number).items():
+    for role, names in fold_splits(PASTIS, number).items():
         assert names == tuple(f"fold_{k}" for k in folds_of(f"{role}_rotation_{number}"))
 
 
 def test_every_part_is_tested_once():
-    assert sorted(f["test"] for f in folds_in(PASTIS).values()) == [(name,) for name in PASTIS]
+    assert sorted(f["test"] for f in find_folds(PASTIS).values()) == [(name,) for name in PASTIS]
 
 
 def test_named_folds_are_found_and_the_first_may_go_without():
     plain = ("train", "val", "test")
     second = tuple(f"split_2_{role}" for role in plain)
-    assert folds_in((*plain, *second, "split_3_train")) == {
+    assert find_folds((*plain, *second, "split_3_train")) == {
         1: {role: (role,) for role in plain},
         2: {role: (f"split_2_{role}",) for role in plain},
     }
     rotations = tuple(f"{role}_rotation_{k}" for k in (1, 4) for role in plain)
-    assert {k: roles["test"] for k, roles in folds_in(rotations).items()} == {
+    assert {k: roles["test"] for k, roles in find_folds(rotations).items()} == {
         1: ("test_rotation_1",),
         4: ("test_rotation_4",),
     }
-    assert folds_in(plain) == {}
+    assert find_folds(plain) == {}
     with pytest.raises(
         ResultsError, match=r"no fold 6 in these shards \(folds: 1, 2, 3, 4, 5; splits: fold_1"
     ):
-        fold(PASTIS, 6)
+        fold_splits(PASTIS, 6)
 
 
 def test_folds_and_their_roles_by_hand():
-    assert folds_in(("fold_1", "fold_2")) == {}
-    assert folds_in(("fold_1", "fold_2", "fold_4")) == {}
-    assert folds_in(("fold_3", "fold_1", "fold_2")) == {
+    assert find_folds(("fold_1", "fold_2")) == {}
+    assert find_folds(("fold_1", "fold_2", "fold_4")) == {}
+    assert find_folds(("fold_3", "fold_1", "fold_2")) == {
         1: {"train": ("fold_1",), "val": ("fold_2",), "test": ("fold_3",)},
         2: {"train": ("fold_2",), "val": ("fold_3",), "test": ("fold_1",)},
         3: {"train": ("fold_3",), "val": ("fold_1",), "test": ("fold_2",)},
     }
-    assert fold(PASTIS, 4) == {
+    assert fold_splits(PASTIS, 4) == {
         "train": ("fold_4", "fold_5", "fold_1"),
         "val": ("fold_2",),
         "test": ("fold_3",),
     }
     # Ten and more are in the order of numbers, not of letters.
-    many = folds_in(tuple(f"fold_{k}" for k in range(1, 12)))
+    many = find_folds(tuple(f"fold_{k}" for k in range(1, 12)))
     assert (many[1]["val"], many[1]["test"], many[11]["val"]) == (("fold_10",), ("fold_11",), ("fold_9",))
 
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from maestro_scale.evaluation.frozen.evaluate import Benchmark, Provenance, evaluate_frozen
 from maestro_scale.evaluation.probes import dense
 from maestro_scale.evaluation.results import ResultsError
-from maestro_scale.evaluation.tasks.fraction import stratified
-from maestro_scale.evaluation.tasks.subset import class_weights, subset
+from maestro_scale.evaluation.tasks.fraction import stratified_sample
+from maestro_scale.evaluation.tasks.subset import class_weights, labelled_subset
 from maestro_scale.interop.pretrained import load_model
 from maestro_scale.shards.format.manifest import Manifest
 from maestro_scale.shards.read.store import Store
@@ -36,7 +36,7 @@ def one_class_each(num_samples: int, num_classes: int, seed: int) -> np.ndarray:
 @given(st.integers(1, 300), st.integers(1, 12), st.integers(0, 9), st.floats(0.001, 1), st.floats(0.001, 1))
 def test_a_smaller_fraction_is_part_of_a_larger_one(num_samples, num_classes, seed, a, b):
     weights = one_class_each(num_samples, num_classes, seed)
-    small, large = stratified(weights, min(a, b), seed), stratified(weights, max(a, b), seed)
+    small, large = stratified_sample(weights, min(a, b), seed), stratified_sample(weights, max(a, b), seed)
     assert set(small) <= set(large)
     assert len(small) == max(round(min(a, b) * num_samples), 1)
     assert (np.diff(small) > 0).all()
@@ -45,7 +45,7 @@ def test_a_smaller_fraction_is_part_of_a_larger_one(num_samples, num_classes, se
 @pytest.mark.parametrize("fraction", [0.01, 0.1, 0.5])
 def test_every_class_has_its_share_to_one_sample(fraction):
     weights = one_class_each(2000, 15, 3)
-    used = stratified(weights, fraction)
+    used = stratified_sample(weights, fraction)
     assert np.abs(weights[used].sum(0) - fraction * weights.sum(0)).max() < 1.01
 
 
@@ -59,21 +59,21 @@ def test_several_labels_or_pixels_keep_their_shares_better_than_chance():
             return np.abs(weights[used].sum(0) / share - 0.1).mean()
 
         by_chance = np.mean([off(rng.choice(2000, 200, replace=False)) for _ in range(20)])
-        assert off(stratified(weights, 0.1)) < 0.7 * by_chance
+        assert off(stratified_sample(weights, 0.1)) < 0.7 * by_chance
 
 
 def test_samples_without_a_label_are_taken_too_and_another_seed_draws_others():
     weights = np.zeros((400, 3))
     weights[:100, 0] = 1
-    used = stratified(weights, 0.1, seed=1)
+    used = stratified_sample(weights, 0.1, seed=1)
     assert (used < 100).sum() == 10
-    assert set(used) != set(stratified(weights, 0.1, seed=2))
+    assert set(used) != set(stratified_sample(weights, 0.1, seed=2))
 
 
 @pytest.mark.parametrize("fraction", [0, -0.1, 1.01, float("nan")])
 def test_other_fractions_are_refused(fraction):
     with pytest.raises(ValueError, match="above 0 and at most 1"):
-        stratified(np.ones((3, 1)), fraction)
+        stratified_sample(np.ones((3, 1)), fraction)
 
 
 def pixels(rng: np.random.Generator) -> np.ndarray:
@@ -99,7 +99,7 @@ def test_labels_are_counted_as_they_are_stored(fields, tmp_path):
 def test_both_loaders_read_the_chosen_samples_alone(fields, tmp_path):
     source = source_of(fields.shards, "train", tmp_path)
     whole = [b.tiles[0] for b in EvalLoader(source, 1, crops=1)]
-    used = subset(source, FIELDS.target("cover"), 0.3, seed=0)
+    used = labelled_subset(source, FIELDS.target("cover"), 0.3, seed=0)
     part = source.select_samples(used)
     assert [b.tiles[0] for b in EvalLoader(part, 1, crops=1)] == [whole[i] for i in used]
     loader = TrainLoader((part,), seed=0, lanes=2, global_batch=6, micro_batch=3)
@@ -155,7 +155,7 @@ def test_the_list_of_the_release_is_used_where_there_is_one(fields, tmp_path):
     [(10, 0.25, 2), (10, 0.35, 4), (10, 0.36, 4), (10, 0.34, 3), (3, 0.01, 1), (3, 1.0, 3)],
 )
 def test_the_number_of_samples_is_rounded_and_at_least_one(samples, fraction, expected):
-    assert len(stratified(np.ones((samples, 1)), fraction)) == expected
+    assert len(stratified_sample(np.ones((samples, 1)), fraction)) == expected
 
 
 def test_every_class_comes_at_an_even_pace():
@@ -163,17 +163,17 @@ def test_every_class_comes_at_an_even_pace():
     # that of class 1 after 1/2.
     weights = np.eye(2)[[0, 0, 1, 0]]
     for seed in range(10):
-        (first,) = stratified(weights, 0.25, seed)
+        (first,) = stratified_sample(weights, 0.25, seed)
         assert first != 2
     shuffled = np.eye(2)[[0, 1] * 20]
     for seed in range(5):
         for count in range(2, 40, 2):
-            taken = stratified(shuffled, count / 40, seed)
+            taken = stratified_sample(shuffled, count / 40, seed)
             assert shuffled[taken].sum(0).tolist() == [count / 2, count / 2]
 
 
 def test_the_samples_of_a_fraction_stay_what_they_were():
     # A change here changes every published score with few labels.
     weights = np.eye(3)[[0, 1, 2, 0, 0, 1, 2, 0, 1, 0, 0, 1]]
-    assert stratified(weights, 0.5, seed=1).tolist() == [0, 1, 2, 4, 10, 11]
-    assert stratified(weights, 0.5, seed=2).tolist() == [0, 1, 4, 6, 8, 9]
+    assert stratified_sample(weights, 0.5, seed=1).tolist() == [0, 1, 2, 4, 10, 11]
+    assert stratified_sample(weights, 0.5, seed=2).tolist() == [0, 1, 4, 6, 8, 9]

@@ -7,7 +7,7 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import NearestNeighbors
 
-from maestro_scale.evaluation.features.labelled import Labelled
+from maestro_scale.evaluation.features.labelled_features import LabelledFeatures
 from maestro_scale.evaluation.metrics import MultilabelCounts
 from maestro_scale.evaluation.probes.knn import knn
 from maestro_scale.evaluation.probes.linear import linear_probe
@@ -19,7 +19,7 @@ def data(num, num_features=32, num_classes=4, seed=0, noise=0.3):
     rng = np.random.default_rng(seed)
     features = rng.normal(size=(num, num_features)).astype(np.float32)
     scores = features @ directions / np.sqrt(num_features) + noise * rng.normal(size=(num, num_classes))
-    return Labelled(features, scores > 0.3)
+    return LabelledFeatures(features, scores > 0.3)
 
 
 def clusters(num, seed):
@@ -29,7 +29,7 @@ def clusters(num, seed):
     centres, labels = shared.normal(size=(6, 16)), shared.random((6, 3)) < 0.4
     which = rng.integers(6, size=num)
     features = (centres[which] + 0.2 * rng.normal(size=(num, 16))) * rng.uniform(0.1, 10, (num, 1))
-    return Labelled(features.astype(np.float32), labels[which])
+    return LabelledFeatures(features.astype(np.float32), labels[which])
 
 
 def score(fit, test):
@@ -116,19 +116,23 @@ def test_wrong_features_are_named(classify):
     with pytest.raises(ValueError, match="sample 2 are not finite"):
         classify(train, validation, bad)
     with pytest.raises(ValueError, match="there is no sample to fit on"):
-        Labelled(np.zeros((0, 4)), np.zeros((0, 2), bool))
+        LabelledFeatures(np.zeros((0, 4)), np.zeros((0, 2), bool))
 
 
 def test_of_candidates_with_equal_scores_knn_takes_the_first():
     # One label for all: every k and temperature is right everywhere. k ascends whatever the order it is given in.
-    train, validation = (Labelled(np.eye(8, dtype=np.float32)[:n], np.ones((n, 1), bool)) for n in (8, 4))
+    train, validation = (
+        LabelledFeatures(np.eye(8, dtype=np.float32)[:n], np.ones((n, 1), bool)) for n in (8, 4)
+    )
     fit = knn(train, validation, train.features, neighbours=(5, 2, 3), temperatures=(0.2, 0.07))
     assert fit.validation.wf1() == 1.0
     assert fit.chosen == {"k": 2, "temperature": 0.2}
 
 
 def test_of_strengths_with_equal_scores_the_probe_takes_the_strongest():
-    train, validation = (Labelled(np.eye(8, dtype=np.float32)[:n], np.ones((n, 1), bool)) for n in (8, 4))
+    train, validation = (
+        LabelledFeatures(np.eye(8, dtype=np.float32)[:n], np.ones((n, 1), bool)) for n in (8, 4)
+    )
     fit = linear_probe(train, validation, train.features, l2=(0.01, 1.0, 0.1))
     assert fit.validation.wf1() == 1.0
     assert fit.chosen == {"l2": 1.0}
@@ -137,7 +141,7 @@ def test_of_strengths_with_equal_scores_the_probe_takes_the_strongest():
 def test_a_class_with_a_score_of_one_half_is_not_answered():
     # Two training samples in the same direction, one of each label: their share is 1/2 for any query.
     features, labels = np.ones((2, 3), np.float32), np.array([[True], [False]])
-    train = Labelled(features, labels)
+    train = LabelledFeatures(features, labels)
     fit = knn(train, train, features, neighbours=(2,), temperatures=(0.1,))
     assert fit.scores.tolist() == [[0.5], [0.5]]
     assert fit.predicted.tolist() == [[False], [False]]
@@ -155,7 +159,7 @@ def test_a_class_with_a_score_of_one_half_is_not_answered():
 
 def test_knn_weights_worked_out_by_hand():
     # Similarities to the query (1, 0): 1, 0 and -1; at temperature 1 the weights are e, 1 and 1/e.
-    train = Labelled(
+    train = LabelledFeatures(
         np.array([[2.0, 0.0], [0.0, 3.0], [-1.0, 0.0]], np.float32),
         np.array([[True, False], [False, True], [True, False]]),
     )

@@ -7,8 +7,8 @@ import torch
 from transformers import Dinov2Config, Dinov2Model, DINOv3ViTConfig, DINOv3ViTModel, ViTConfig, ViTModel
 
 from maestro_scale.evaluation.features.baselines import ImageEncoder
-from maestro_scale.evaluation.finetune.predictor import predictor
-from maestro_scale.evaluation.tasks.losses import objective_for
+from maestro_scale.evaluation.finetune.predictor import build_predictor
+from maestro_scale.evaluation.tasks.losses import target_loss_for
 from maestro_scale.evaluation.tasks.task import task_for
 from maestro_scale.model.config import DatasetView
 from maestro_scale.training.optimizer import build_optimizer, set_lr
@@ -32,12 +32,12 @@ def encoder(name: str) -> ImageEncoder:
 
 @pytest.fixture(scope="module")
 def objective():
-    return objective_for(task_for(FIELDS, VIEW, FIELDS.crop_m))
+    return target_loss_for(task_for(FIELDS, VIEW, FIELDS.crop_m))
 
 
 @pytest.mark.parametrize("name", ["dinov2", "dinov3"])
 def test_every_weight_learns_and_lower_layers_slower(objective, name):
-    network = predictor(encoder(name), "fields", objective, seed=1, pretrained=True)
+    network = build_predictor(encoder(name), "fields", objective, seed=1, pretrained=True)
     network.logits(batch()).square().sum().backward()
     assert [n for n, p in network.named_parameters() if p.grad is None] == []
     optimizer = build_optimizer(network, 1.0, (0.9, 0.99), 1e-8, 0.1, layer_decay=0.5)
@@ -53,7 +53,7 @@ def test_every_weight_learns_and_lower_layers_slower(objective, name):
 def test_scratch_shares_only_the_shape(objective):
     base = encoder("dinov2")
     tuned, scratch, again = (
-        predictor(base, "fields", objective, 5, pretrained).state_dict()
+        build_predictor(base, "fields", objective, 5, pretrained).state_dict()
         for pretrained in (True, False, False)
     )
     assert tuned.keys() == scratch.keys()
@@ -64,7 +64,7 @@ def test_scratch_shares_only_the_shape(objective):
     assert not torch.equal(scratch[kernel], tuned[kernel])
     assert torch.equal(scratch["head.linear.weight"], tuned["head.linear.weight"])
     # What the network learns, the encoder it was made of does not.
-    predictor(base, "fields", objective, 5, True).encoder.backbone.layernorm.weight.data.zero_()
+    build_predictor(base, "fields", objective, 5, True).encoder.backbone.layernorm.weight.data.zero_()
     assert base.backbone.layernorm.weight.abs().sum() > 0
 
 

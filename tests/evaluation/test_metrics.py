@@ -10,7 +10,7 @@ from hypothesis.extra import numpy as npst
 from maestro_scale.evaluation.metrics import (
     MultilabelCounts,
     average_precision,
-    best,
+    best_index,
     confusion,
     iou,
     mean_iou,
@@ -130,9 +130,9 @@ def test_other_segmentation_scores_equal_scikit_learn(seed):
 
 
 def test_the_best_is_the_first_of_equals_and_there_is_none_without_a_score():
-    assert best([0.2, 0.5, 0.5]) == 1
+    assert best_index([0.2, 0.5, 0.5]) == 1
     with pytest.raises(ResultsError, match="no label of the test split counts"):
-        best([0.2, float("nan")], "test")
+        best_index([0.2, float("nan")], "test")
 
 
 def test_segmentation_scores_worked_out_by_hand():

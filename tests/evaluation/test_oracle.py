@@ -9,8 +9,8 @@ import numpy as np
 from maestro_scale.datasets.pastis_hd.reader import S2_BANDS
 from maestro_scale.datasets.synthetic.scene import BAND_NM, Scene
 from maestro_scale.evaluate import main as evaluate
-from maestro_scale.evaluation.oracle.oracle import _bordered
-from maestro_scale.evaluation.oracle.signatures import Series, unmix
+from maestro_scale.evaluation.oracle.oracle import _refine_borders
+from maestro_scale.evaluation.oracle.signatures import ReflectanceSeries, unmix
 from maestro_scale.evaluation.report.groups import find_results
 from maestro_scale.evaluation.report.report import write_report
 from maestro_scale.evaluation.results import EvalResult
@@ -20,9 +20,11 @@ from tests.evaluation.conftest import FIELDS, SCENES, scene_tile
 NM = np.array([BAND_NM[b] for b in S2_BANDS], float)
 
 
-def observed(scene: Scene, days: np.ndarray) -> Series:
+def observed(scene: Scene, days: np.ndarray) -> ReflectanceSeries:
     snow, cloud = scene.weather(days, 10.0)
-    return Series(scene.optical(days, S2_BANDS, 10.0, snow, cloud).reshape(len(days), 10, -1), days, NM)
+    return ReflectanceSeries(
+        scene.optical(days, S2_BANDS, 10.0, snow, cloud).reshape(len(days), 10, -1), days, NM
+    )
 
 
 def test_shares_of_pixels_are_found_through_clouds_light_and_season():
@@ -51,7 +53,7 @@ def test_a_photograph_draws_the_border_that_shares_blur():
     blurred = np.clip((np.arange(40) - 20 + 8) / 16, 0, 1)[None].repeat(40, 0)  # 3 pixels off
     prior = np.stack([1 - blurred, blurred])
     assert (prior.argmax(axis=0) == truth).mean() < 0.95
-    assert (_bordered(logs, prior) == truth).mean() > 0.99
+    assert (_refine_borders(logs, prior) == truth).mean() > 0.99
 
 
 def recipe(folder, name, shards):
@@ -116,4 +118,4 @@ def test_data_that_no_scene_made_are_refused(fields, tmp_path, capsys):
     assert evaluate(asked) == 2
     assert "deviations off the scenes that the oracle knows" in capsys.readouterr().err
     assert evaluate([f"--recipe={fields.recipe(tmp_path)}", *asked[1:]]) == 2
-    assert f"{FIELDS.name}: cover is no map of a scene's classes" in capsys.readouterr().err
+    assert f"{FIELDS.name}: cover is not a map of a scene's classes" in capsys.readouterr().err

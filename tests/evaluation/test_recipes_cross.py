@@ -6,7 +6,7 @@ import pytest
 
 from maestro_scale import datasets
 from maestro_scale.datasets.flair_hub.reader import FULL_SPEC
-from maestro_scale.evaluation.features.adopt import adopt
+from maestro_scale.evaluation.features.adapt import adapt_encoder
 from maestro_scale.model.config import DatasetView
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.recipe import load_recipe, resolve_sensors
@@ -51,7 +51,7 @@ def test_an_encoder_from_elsewhere_serves_these_sensors(pretraining, benchmark, 
     (entry,) = load_recipe(RECIPES / "cross" / cross).data.mixture
     spec = datasets.spec(entry.dataset)
     view = DatasetView(spec.name, resolve_sensors(spec, entry), spec.pos_grid, spec.ref_sensor)
-    adopted, notes = adopt(model, view)
+    adopted, notes = adapt_encoder(model, view)
     assert {s.name for s in adopted.config.sensors} == used
     assert {note.split()[0] for note in notes if " is left out: " in note} == left
     own = {

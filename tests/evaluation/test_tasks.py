@@ -12,9 +12,9 @@ from testkit.models import noise_batch, small_config
 
 from maestro_scale.datasets.spec import Target
 from maestro_scale.evaluation.probes import dense
-from maestro_scale.evaluation.tasks.losses import Presence
+from maestro_scale.evaluation.tasks.losses import MultilabelLoss
 from maestro_scale.evaluation.tasks.subset import class_weights
-from maestro_scale.evaluation.tasks.task import Multilabel, _at, multilabel_answer, task_for
+from maestro_scale.evaluation.tasks.task import MultilabelTask, _at, multilabel_predictions, task_for
 from maestro_scale.model.config import DatasetView
 from maestro_scale.shards.format.manifest import Manifest
 from maestro_scale.shards.read.store import Store
@@ -37,10 +37,10 @@ def test_rows_of_a_confusion_are_labels_and_columns_answers():
 
 
 def test_a_class_that_no_tile_has_is_undefined_and_not_part_of_a_mean():
-    task = Multilabel(Target("kind", "multilabel", ("a", "b", "c"), threshold=0.5))
+    task = MultilabelTask(Target("kind", "multilabel", ("a", "b", "c"), threshold=0.5))
     truth = np.array([[1, 0, 0], [1, 1, 0], [0, 1, 0], [0, 0, 0]], bool)
     said = np.array([[1, 1, 0], [1, 0, 0], [0, 1, 0], [1, 0, 0]], bool)
-    answer = multilabel_answer(said, said * 0.9, truth, {})
+    answer = multilabel_predictions(said, said * 0.9, truth, {})
     per_class = task.per_class(answer.counts.sum(axis=0))
     expected = f1_score(truth, said, average=None, zero_division=0)
     np.testing.assert_allclose(per_class, [*expected[:2], np.nan])
@@ -48,7 +48,7 @@ def test_a_class_that_no_tile_has_is_undefined_and_not_part_of_a_mean():
     assert float(task.statistic(answer.counts.sum(axis=0))) == pytest.approx(
         f1_score(truth, said, average="weighted", zero_division=0)
     )
-    wrong = multilabel_answer(said | [False, False, True], said * 0.9, truth, {})
+    wrong = multilabel_predictions(said | [False, False, True], said * 0.9, truth, {})
     assert np.isnan(task.per_class(wrong.counts.sum(axis=0))[2])
     assert wrong.scores["macro_f1"] == pytest.approx((expected[:2].sum() + 0) / 3), "answered, so it counts"
 
@@ -58,7 +58,7 @@ def test_a_share_equal_to_the_threshold_is_no_label(tmp_path):
     shares = np.array([0.25, 0.2500001, 0.0], np.float32)
     batch = noise_batch(small_config(), 1)
     batch.targets["kind"] = torch.from_numpy(shares[None])
-    assert Multilabel(target).labels(batch).tolist() == [[False, True, False]]
+    assert MultilabelTask(target).labels(batch).tolist() == [[False, True, False]]
     # Nor is it where a fraction of the labels is drawn.
     spec = dataclasses.replace(FIELDS, targets=(target,))
     with Writer(str(tmp_path / "shards"), spec, "train") as writer:
@@ -70,10 +70,10 @@ def test_a_share_equal_to_the_threshold_is_no_label(tmp_path):
 
 
 def test_a_probability_of_one_half_is_no_answer():
-    presence = Presence(Multilabel(Target("kind", "multilabel", ("a", "b"), threshold=0.5)))
+    presence = MultilabelLoss(MultilabelTask(Target("kind", "multilabel", ("a", "b"), threshold=0.5)))
     tiles = np.array([[[0.5, 0.5000001], [0.0, 1.0]], [[0.6, 0.4], [1.0, 1.0]]])  # probabilities, then labels
     # Tile 1 answers b, which is there; tile 2 answers a and misses b.
-    assert presence.answer(tiles).counts.astype(int).tolist() == [
+    assert presence.predictions(tiles).counts.astype(int).tolist() == [
         [[0, 1], [0, 0], [0, 0]],
         [[1, 0], [0, 0], [0, 1]],
     ]
@@ -82,7 +82,7 @@ def test_a_probability_of_one_half_is_no_answer():
 def test_wf1_weights_classes_by_their_labels():
     # Class a: 3 hits, 1 false, 1 missed, F1 = 6 / 8 over 4 labels. Class b: 1 hit, 2 missed, F1 = 2 / 4 over 3.
     # Class c: no label, 2 false, F1 = 0. wF1 = (4 * 0.75 + 3 * 0.5) / 7 = 4.5 / 7.
-    task = Multilabel(Target("kind", "multilabel", ("a", "b", "c")))
+    task = MultilabelTask(Target("kind", "multilabel", ("a", "b", "c")))
     counts = np.array([[3, 1, 0], [1, 0, 2], [1, 2, 0]])
     assert float(task.statistic(counts)) == pytest.approx(4.5 / 7)
     np.testing.assert_allclose(task.per_class(counts), [0.75, 0.5, np.nan])

@@ -1,4 +1,4 @@
-"""Predictions of whole tiles as GeoTIFF: where the tile lies, crops put together, values as in the labels."""
+"""Predictions of whole tiles as GeoTIFF: where the tile lies, crops put group_results, values as in the labels."""
 
 from __future__ import annotations
 

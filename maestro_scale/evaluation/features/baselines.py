@@ -90,7 +90,7 @@ class ImageEncoder(Baseline):
 
     def __init__(self, spec: DatasetSpec, view: DatasetView, backbone: nn.Module, name: str) -> None:
         super().__init__(f"image:{name}", view)
-        self.backbone = _without_unused(backbone)
+        self.backbone = _drop_unused(backbone)
         self.width = int(backbone.config.hidden_size)
         # Some interpolate their positions to other sizes by themselves, some when asked.
         asked = inspect.signature(backbone.forward).parameters.keys() & {"interpolate_pos_encoding"}
@@ -101,7 +101,7 @@ class ImageEncoder(Baseline):
     def tokens(self, sensor: Sensor, pixels: Tensor) -> Tensor:
         """(B, D, L, E) of the backbone's last layer."""
         bands = self._bands[sensor.name]
-        x = _standardised(network_input(sensor, pixels), bands)
+        x = _standardise(network_input(sensor, pixels), bands)
         mixing = _mixing(bands).to(x)
         images = rearrange(torch.einsum("bdchw,kc->bdkhw", x, mixing), "b d k h w -> (b d) k h w")
         side = sensor.grid * self._patch
@@ -111,16 +111,16 @@ class ImageEncoder(Baseline):
         # Class and register tokens come first.
         return rearrange(hidden[:, -(sensor.grid**2) :], "(b d) l e -> b d l e", b=len(x))
 
-    def drawn_anew(self, seed: int) -> ImageEncoder:
+    def reinitialised(self, seed: int) -> ImageEncoder:
         """The same encoder with the random weights that its class begins with."""
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(seed)
             fresh = copy.deepcopy(self)
-            fresh.backbone = _without_unused(type(self.backbone)(self.backbone.config))
+            fresh.backbone = _drop_unused(type(self.backbone)(self.backbone.config))
         return fresh
 
 
-def _without_unused(backbone: nn.Module) -> nn.Module:
+def _drop_unused(backbone: nn.Module) -> nn.Module:
     """What takes no part in the tokens, and so would get no gradient: tokens for masking, and the pooled answer."""
     for module in backbone.modules():
         if "mask_token" in module._parameters:
@@ -130,7 +130,7 @@ def _without_unused(backbone: nn.Module) -> nn.Module:
     return backbone
 
 
-def _standardised(x: Tensor, bands: tuple[str, ...]) -> Tensor:
+def _standardise(x: Tensor, bands: tuple[str, ...]) -> Tensor:
     """Photographs as ImageNet's (near infrared as red); anything else to mean 0 and deviation 1 per date and band."""
     if set(_RGB) <= set(bands):
         at = [_RGB.index(b) if b in _RGB else 0 for b in bands]
@@ -149,7 +149,7 @@ def _mixing(bands: tuple[str, ...]) -> Tensor:
     return mixing * 3 / len(bands)
 
 
-def baseline(name: str, recipe: Recipe, spec: DatasetSpec, view: DatasetView) -> Maestro | Baseline:
+def build_baseline(name: str, recipe: Recipe, spec: DatasetSpec, view: DatasetView) -> Maestro | Baseline:
     """``statistics``; ``random``: the recipe's own model, untrained; ``image:WEIGHTS``: a folder or hub name.
 
     ResultsError for any other name, or where the weights cannot be had.

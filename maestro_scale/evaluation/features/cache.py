@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maestro_scale.evaluation.progress import Watching, unwatched
+from maestro_scale.evaluation.progress import ProgressFactory, no_progress
 from maestro_scale.evaluation.results import ResultsError
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.shards.locks import Locked, file_lock, has_no_locks
@@ -40,22 +40,22 @@ _WAIT_S = 1.0  # between looks at what another job encodes
 
 
 @dataclass(frozen=True)
-class Encoded:
+class FeatureCache:
     """``features`` (M, …, F) and ``labels`` (M, …) of M crops, memory-mapped; ``tiles`` (M,): sample of each crop."""
 
-    features: np.ndarray | Joined | Chosen
+    features: np.ndarray | ConcatArray | RowSubset
     labels: np.ndarray
     tiles: np.ndarray
 
-    def take(self, rows: np.ndarray) -> Encoded:
+    def take(self, rows: np.ndarray) -> FeatureCache:
         """These crops only; features stay where they are, labels come into memory."""
-        return Encoded(Chosen(self.features, rows), self.labels[rows], self.tiles[rows])
+        return FeatureCache(RowSubset(self.features, rows), self.labels[rows], self.tiles[rows])
 
     def __len__(self) -> int:
         return len(self.tiles)
 
 
-class Joined:
+class ConcatArray:
     """Arrays (M_i, …) as one (M, …), without copying: what is taken of it is copied, whole pieces and chosen rows."""
 
     def __init__(self, parts: Sequence[np.ndarray]) -> None:
@@ -83,10 +83,10 @@ class Joined:
         return np.concatenate(self._parts).astype(dtype or self.dtype, copy=False)
 
 
-class Chosen:
-    """Some rows of an array (M, …) as one, without copying; taken from as ``Joined`` is."""
+class RowSubset:
+    """Some rows of an array (M, …) as one, without copying; taken from as ``ConcatArray`` is."""
 
-    def __init__(self, whole: np.ndarray | Joined, rows: np.ndarray) -> None:
+    def __init__(self, whole: np.ndarray | ConcatArray, rows: np.ndarray) -> None:
         self._whole, self._rows = whole, rows
         self.shape, self.dtype = (len(rows), *whole.shape[1:]), whole.dtype
 
@@ -94,7 +94,7 @@ class Chosen:
         return self.shape[0]
 
     def __getitem__(self, key: slice | np.ndarray | tuple[np.ndarray, ...]) -> np.ndarray:
-        """As of ``Joined``."""
+        """As of ``ConcatArray``."""
         rows, *rest = key if isinstance(key, tuple) else (key,)
         return self._whole[(self._rows[rows], *rest)] if rest else self._whole[self._rows[rows]]
 
@@ -102,13 +102,13 @@ class Chosen:
         return self._whole[self._rows].astype(dtype or self.dtype, copy=False)
 
 
-def joined(parts: Sequence[Encoded]) -> Encoded:
+def concat_features(parts: Sequence[FeatureCache]) -> FeatureCache:
     """Splits one behind the other; features stay where they are, labels of several come into memory."""
     if len(parts) == 1:
         return parts[0]
     firsts = np.cumsum([0, *(int(p.tiles[-1]) + 1 for p in parts[:-1])])
-    return Encoded(
-        Joined([p.features for p in parts]),
+    return FeatureCache(
+        ConcatArray([p.features for p in parts]),
         np.concatenate([p.labels for p in parts]),
         np.concatenate([first + p.tiles for first, p in zip(firsts, parts, strict=True)]),
     )
@@ -123,7 +123,7 @@ def weights_digest(model: Maestro) -> str:
     return sha.hexdigest()
 
 
-def encoded(
+def cached_features(
     folder: Path,
     loader: EvalLoader,
     features: Callable[[Batch], Tensor],
@@ -131,24 +131,26 @@ def encoded(
     dtype: str,
     device: torch.device,
     world: World | None = None,
-    watching: Watching = unwatched,
-) -> Encoded:
+    progress: ProgressFactory = no_progress,
+) -> FeatureCache:
     """What ``features`` and ``labels`` make of every batch of ``loader``; read from ``folder`` if that is there whole.
 
     Every rank encodes its own batches and writes its own rows; all of them see the folder. ResultsError where the disk
     has no room, or a feature is not finite.
     """
     group, verdicts = _Group(world), {}
-    while group.first(lambda: _lacks(folder, verdicts)):
+    while group.ask_main(lambda: _is_missing(folder, verdicts)):
         with ExitStack() as held:
-            if not group.first(lambda: _claimed(folder, held)):
+            if not group.ask_main(lambda: _try_lock(folder, held)):
                 time.sleep(_WAIT_S)  # another job is at it
-            elif group.first(lambda: _lacks(folder, verdicts)):  # still: it may have ended just before
-                with watching(f"encode {folder.name.rpartition('-')[0]}", "batches") as tell:
-                    _encode(folder, loader, features, labels, dtype, device, group, tell)
+            elif group.ask_main(
+                lambda: _is_missing(folder, verdicts)
+            ):  # still: it may have ended just before
+                with progress(f"encode {folder.name.rpartition('-')[0]}", "batches") as report:
+                    _encode(folder, loader, features, labels, dtype, device, group, report)
                 verdicts[_marker(folder)] = None  # hashed as it was written
     arrays = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("features", "labels"))
-    return Encoded(*arrays, tiles=np.repeat(np.arange(loader.num_samples), loader.num_crops))
+    return FeatureCache(*arrays, tiles=np.repeat(np.arange(loader.num_samples), loader.num_crops))
 
 
 @dataclass(frozen=True)
@@ -158,15 +160,15 @@ class _Group:
     world: World | None
 
     @property
-    def is_first(self) -> bool:
+    def is_main(self) -> bool:
         return self.world is None or self.world.is_main
 
-    def first(self, question: Callable[[], bool]) -> bool:
+    def ask_main(self, question: Callable[[], bool]) -> bool:
         """What rank 0 answers, on all ranks."""
-        answer = self.is_first and question()
+        answer = self.is_main and question()
         return answer if self.world is None else self.world.any(answer)
 
-    def same(self, text: str) -> str:
+    def from_main(self, text: str) -> str:
         """Rank 0's text, on all ranks."""
         return text if self.world is None else str(self.world.gather(text)[0])
 
@@ -175,7 +177,7 @@ class _Group:
             self.world.barrier()
 
 
-def _lacks(folder: Path, verdicts: dict[bytes, str | None]) -> bool:
+def _is_missing(folder: Path, verdicts: dict[bytes, str | None]) -> bool:
     """Whether there is nothing whole to read. ``verdicts``: by marker, so that each is held against its files once."""
     if not folder.exists():
         return True
@@ -194,7 +196,7 @@ def _marker(folder: Path) -> bytes:
         return b""
 
 
-def _claimed(folder: Path, held: ExitStack) -> bool:
+def _try_lock(folder: Path, held: ExitStack) -> bool:
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
         held.enter_context(file_lock(folder.with_name(f".{folder.name}.lock"), wait=False))
@@ -218,33 +220,35 @@ def _encode(
     dtype: str,
     device: torch.device,
     group: _Group,
-    tell: Progress,
+    report: Progress,
 ) -> None:
     rows = loader.num_samples * loader.num_crops
     if rows == 0:
         raise ResultsError("there is no sample to encode: the split is empty")
     # A name of its own: nobody else writes there, and nobody reads.
-    partial = folder.with_name(group.same(f".partial-{uuid.uuid4().hex[:12]}-{folder.name}"))
+    partial = folder.with_name(group.from_main(f".partial-{uuid.uuid4().hex[:12]}-{folder.name}"))
     try:
         made, at, num_bytes = None, loader.first_row, 0
         for number, batch in enumerate(loader, 1):
-            vectors = _stored(features(batch.to(device)), dtype, batch)
+            vectors = _to_storage(features(batch.to(device)), dtype, batch)
             truth = labels(batch)
             if made is None:
                 layout = {"features": vectors, "labels": truth}
-                made = _open(partial, {k: ((rows, *v.shape[1:]), v.dtype) for k, v in layout.items()}, group)
+                made = _create_arrays(
+                    partial, {k: ((rows, *v.shape[1:]), v.dtype) for k, v in layout.items()}, group
+                )
             made["features"][at : at + len(batch)] = vectors
             made["labels"][at : at + len(batch)] = truth
             at += len(batch)
             num_bytes += vectors.nbytes + truth.nbytes
-            tell(number, len(loader), num_bytes)
+            report(number, len(loader), num_bytes)
         if made is None:  # more ranks than batches: this one only takes part in the waiting
             group.wait()
         else:
             for array in made.values():
                 array.flush()
         group.wait()
-        if group.is_first:
+        if group.is_main:
             files = {
                 f"{name}.npy": committed.entry(partial / f"{name}.npy") for name in ("features", "labels")
             }
@@ -254,11 +258,11 @@ def _encode(
             shutil.rmtree(aside, ignore_errors=True)
         group.wait()
     finally:
-        if group.is_first:
+        if group.is_main:
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def _stored(features: Tensor, dtype: str, batch: Batch) -> np.ndarray:
+def _to_storage(features: Tensor, dtype: str, batch: Batch) -> np.ndarray:
     values = features.float().cpu().numpy()
     with np.errstate(over="ignore"):
         stored = values.astype(dtype)
@@ -273,10 +277,10 @@ def _stored(features: Tensor, dtype: str, batch: Batch) -> np.ndarray:
     return stored
 
 
-def _open(
+def _create_arrays(
     folder: Path, layout: dict[str, tuple[tuple[int, ...], np.dtype]], group: _Group
 ) -> dict[str, np.memmap]:
-    if group.is_first:
+    if group.is_main:
         needed = sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in layout.values())
         free = shutil.disk_usage(folder.parent).free
         if needed > free:

@@ -21,16 +21,16 @@ from maestro_scale.evaluation.features.cache import weights_digest
 from maestro_scale.evaluation.finetune import early_stop
 from maestro_scale.evaluation.finetune.average import Average
 from maestro_scale.evaluation.finetune.early_stop import Validated
-from maestro_scale.evaluation.finetune.predictor import Predictor, predictor
+from maestro_scale.evaluation.finetune.predictor import Predictor, build_predictor
 from maestro_scale.evaluation.frozen.evaluate import BATCH_SIZE, Benchmark, Provenance, result_of
-from maestro_scale.evaluation.metrics import best
-from maestro_scale.evaluation.progress import Watching, unwatched
+from maestro_scale.evaluation.metrics import best_index
+from maestro_scale.evaluation.progress import ProgressFactory, no_progress
 from maestro_scale.evaluation.results import EvalResult
 from maestro_scale.evaluation.tasks.first_maps import FirstMaps
-from maestro_scale.evaluation.tasks.losses import Objective, objective_for
-from maestro_scale.evaluation.tasks.subset import subset
-from maestro_scale.evaluation.tasks.task import Answer, task_for
-from maestro_scale.evaluation.tasks.tile_maps import TileMaps
+from maestro_scale.evaluation.tasks.losses import TargetLoss, target_loss_for
+from maestro_scale.evaluation.tasks.subset import labelled_subset
+from maestro_scale.evaluation.tasks.task import Predictions, task_for
+from maestro_scale.evaluation.tasks.tile_maps import TileMapWriter
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.recipe import Recipe, check_world
 from maestro_scale.shards.format.manifest import Manifest
@@ -64,7 +64,7 @@ class Stopped(Exception):
 class Run:
     """One finetuning; what is validated and tested is ``average``."""
 
-    objective: Objective
+    objective: TargetLoss
     splits: dict[str, Source]
     world: World
     recipe: Recipe
@@ -90,7 +90,7 @@ def finetune(
     world: World,
     provenance: Provenance,
     maps_dir: Path | None = None,
-    watching: Watching = unwatched,
+    progress: ProgressFactory = no_progress,
 ) -> EvalResult | None:
     """The result of ``mode`` on rank 0; None on the other ranks. ``maps_dir``: for predictions of whole test tiles.
 
@@ -103,10 +103,10 @@ def finetune(
     try:
         started = time.perf_counter()
         run, position = _prepare(encoder, benchmark, recipe, mode, run_dir, world)
-        maps = maps_dir and TileMaps(maps_dir, run.splits["test"], run.objective.task)
+        maps = maps_dir and TileMapWriter(maps_dir, run.splits["test"], run.objective.task)
         try:
-            with watching(f"{mode} {run.manifest.spec.name}", "steps") as tell:
-                stopped = _train(run, position, tell)
+            with progress(f"{mode} {run.manifest.spec.name}", "steps") as report:
+                stopped = _train(run, position, report)
         finally:
             run.stream.close()
         if stopped:
@@ -140,23 +140,23 @@ def _prepare(
     manifest = Manifest.load(benchmark.shards)
     view = encoder.view(manifest.spec.name)
     crop_m = benchmark.crop_m or manifest.spec.crop_m
-    objective = objective_for(task_for(manifest.spec, view, crop_m, benchmark.target))
+    objective = target_loss_for(task_for(manifest.spec, view, crop_m, benchmark.target))
     store = Store(benchmark.shards, benchmark.cache_dir, benchmark.cache_bytes)
     train, fraction = benchmark.train_split(manifest)
     splits = {
-        name: Source(manifest.spec, view.sensors, crop_m, manifest.of(benchmark.stored(split)), store)
+        name: Source(manifest.spec, view.sensors, crop_m, manifest.of(benchmark.stored_splits(split)), store)
         for name, split in (("train", train), ("val", "val"), ("test", "test"))
     }
     if fraction < 1:
-        used = subset(splits["train"], objective.task.target, fraction, recipe.seed, world)
+        used = labelled_subset(splits["train"], objective.task.target, fraction, recipe.seed, world)
         splits["train"] = splits["train"].select_samples(used)
     t = recipe.train
     stream, num_steps = train_stream(recipe, [splits["train"]], world)
-    network = predictor(encoder, manifest.spec.name, objective, recipe.seed, mode == "finetune")
+    network = build_predictor(encoder, manifest.spec.name, objective, recipe.seed, mode == "finetune")
     identity = {
         "seed": recipe.seed,
         "weights": weights_digest(network),
-        "data": manifest.digest_of((*benchmark.stored(train), *benchmark.stored("val"))),
+        "data": manifest.digest_of((*benchmark.stored_splits(train), *benchmark.stored_splits("val"))),
         "fraction": benchmark.fraction,
         "target": objective.task.target.name,
         "crop_m": crop_m,
@@ -170,7 +170,7 @@ def _prepare(
         "layer_decay": recipe.evaluation.layer_decay,
         "precision": t.precision_on(world.device.type),
     }
-    shadow = predictor(encoder, manifest.spec.name, objective, recipe.seed, mode == "finetune")
+    shadow = build_predictor(encoder, manifest.spec.name, objective, recipe.seed, mode == "finetune")
     shadow = shadow.to(world.device).requires_grad_(False).eval()
     engine = _engine(recipe, network.to(world.device), num_steps, mode, world)
     run = Run(
@@ -218,7 +218,7 @@ def _resume(run: Run) -> Position:
     return position
 
 
-def _train(run: Run, position: Position, tell: Progress) -> bool:
+def _train(run: Run, position: Position, report: Progress) -> bool:
     """Take the steps that are left, or until validation gets no better; whether the run was asked to stop before."""
     recipe, world = run.recipe, run.world
     metrics = JsonLines(run.dir / "metrics.jsonl")
@@ -231,7 +231,7 @@ def _train(run: Run, position: Position, tell: Progress) -> bool:
             step=data.step,
             skipped_steps=position.skipped_steps + (taken.skipped is not None),
         )
-        tell(position.step, run.num_steps, 0)
+        report(position.step, run.num_steps, 0)
         last = position.step == run.num_steps
         if last or position.step % recipe.train.log_every == 0:
             record = {"step": data.step, "epoch": data.epoch, "samples": data.samples}
@@ -256,10 +256,10 @@ def _is_over(run: Run) -> bool:
 
 def _step(run: Run, data: Step, finished: int) -> Taken:
     """One optimizer step after ``finished`` ones."""
-    against = [run.objective.against(run.objective.task.labels(b)) for b in data.batches]
-    num_counted = sum(run.objective.num_counted(x) for x in against)
+    against = [run.objective.loss_targets(run.objective.task.labels(b)) for b in data.batches]
+    num_terms = sum(run.objective.num_terms(x) for x in against)
     device = run.world.device
-    counts = run.world.sum(torch.tensor([num_counted], dtype=torch.float64, device=device))
+    counts = run.world.sum(torch.tensor([num_terms], dtype=torch.float64, device=device))
     batches = [b.to(device, non_blocking=True) for b in data.batches]
     taken = run.engine.step(finished, batches, [x.to(device) for x in against], counts)
     if taken.skipped is None:
@@ -275,7 +275,7 @@ def _validate(run: Run, step: int) -> None:
     """Score the average on validation, note it, and keep it if it is the best so far."""
     task, answer = run.objective.task, _answers(run, "val")
     score = float(task.statistic(answer.counts.sum(axis=0, dtype=np.int64)))
-    best([score])
+    best_index([score])
     run.history.append(Validated(step, score))
     if run.world.is_main:
         if early_stop.best(run.history).step == step:
@@ -297,27 +297,27 @@ def _save(run: Run, position: Position) -> None:
 
 
 @torch.no_grad()
-def _answers(run: Run, split: str, maps_of_all: TileMaps | None = None) -> Answer:
+def _answers(run: Run, split: str, maps_of_all: TileMapWriter | None = None) -> Predictions:
     """What the shadow makes of a split, from whole tiles, each once; the same on all ranks."""
     objective, world, source = run.objective, run.world, run.splits[split]
     # Whole tiles in a batch, as many as fit.
-    size = objective.crops * max(BATCH_SIZE // objective.crops, 1)
+    size = objective.num_crops * max(BATCH_SIZE // objective.num_crops, 1)
     loader = EvalLoader(
-        source, size, world.rank, world.size, workers=run.recipe.data.workers, crops=objective.crops
+        source, size, world.rank, world.size, workers=run.recipe.data.workers, crops=objective.num_crops
     )
-    tiles = np.zeros((loader.num_samples, *objective.shape))
-    at, maps = loader.first_row // objective.crops, FirstMaps(loader.num_samples)
+    tiles = np.zeros((loader.num_samples, *objective.tile_shape))
+    at, maps = loader.first_row // objective.num_crops, FirstMaps(loader.num_samples)
     for batch in loader:
         logits, labels = run.average.shadow.logits(batch.to(world.device)), objective.task.labels(batch)
         part = objective.per_tile(logits, labels)
-        maps.take(at, objective.maps(logits, labels))
+        maps.add(at, objective.first_maps(logits, labels))
         tiles[at : at + len(part)] = part
-        for number, whole in enumerate(run.objective.whole_tiles(logits) if maps_of_all else (), at):
+        for number, whole in enumerate(run.objective.tile_maps(logits) if maps_of_all else (), at):
             maps_of_all.write(number, whole)
         at += len(part)
     # Every tile is one rank's, and nothing is added to it.
-    answer = objective.answer(world.sum(torch.from_numpy(tiles).to(world.device)).cpu().numpy())
-    return replace(answer, maps=maps.gathered(world))
+    answer = objective.predictions(world.sum(torch.from_numpy(tiles).to(world.device)).cpu().numpy())
+    return replace(answer, maps=maps.gather(world))
 
 
 def _weights(run_dir: Path, kind: str, step: int) -> Path:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from maestro_scale.evaluation.features.baselines import BaselineConfig, ImageEncoder
 from maestro_scale.evaluation.results import ResultsError
-from maestro_scale.evaluation.tasks.losses import Objective
+from maestro_scale.evaluation.tasks.losses import TargetLoss
 from maestro_scale.model.config import ModelConfig
 from maestro_scale.model.heads import head
 from maestro_scale.model.initialise import initialise
@@ -22,10 +22,10 @@ LEARNERS = (Maestro, ImageEncoder)  # what `predictor` takes
 
 
 class Predictor(nn.Module):
-    """A network that learns one target, ``objective``'s: whoever inherits adds ``config`` and ``logits``."""
+    """A network that learns one target, ``target_loss``'s: whoever inherits adds ``config`` and ``logits``."""
 
     config: ModelConfig | BaselineConfig
-    objective: Objective
+    target_loss: TargetLoss
 
     def logits(self, batch: Batch) -> Tensor:
         """(B, C) per crop, or (B, C, H, W) per pixel of the reference sensor's image."""
@@ -36,7 +36,7 @@ class Predictor(nn.Module):
 
         ``counts`` (1,): terms of the loss in the whole global batch; shares of all its parts add up to the loss.
         """
-        error = self.objective.error_sum(self.logits(batch), labels)
+        error = self.target_loss.loss_sum(self.logits(batch), labels)
         return self.loss(batch.dataset, error[None], counts), error.detach()[None]
 
     def loss(self, dataset: str, sums: Tensor, counts: Tensor) -> Tensor:
@@ -47,30 +47,30 @@ class Predictor(nn.Module):
 class MaestroPredictor(Predictor, Maestro):
     """MAESTRO without its decoder. ``config`` names one head."""
 
-    def __init__(self, config: ModelConfig, objective: Objective) -> None:
+    def __init__(self, config: ModelConfig, target_loss: TargetLoss) -> None:
         super().__init__(config)
-        self.objective = objective
+        self.target_loss = target_loss
         for unused in (self.to_decoder, self.mask_token, self.decoders, self.to_pixels):
             unused.clear()
 
     def logits(self, batch: Batch) -> Tensor:
         """As a Predictor's."""
-        return self.predict(batch)[self.objective.task.target.name]
+        return self.predict(batch)[self.target_loss.task.target.name]
 
 
 class ImagePredictor(Predictor):
     """An encoder of images, its dates and sensors pooled by the same head as MAESTRO's."""
 
-    def __init__(self, encoder: ImageEncoder, objective: Objective) -> None:
+    def __init__(self, encoder: ImageEncoder, target_loss: TargetLoss) -> None:
         super().__init__()
-        self.config, self.objective, self.encoder = encoder.config, objective, encoder
-        view, target = encoder.config.view, objective.task.target
+        self.config, self.target_loss, self.encoder = encoder.config, target_loss, encoder
+        view, target = encoder.config.view, target_loss.task.target
         ref = next((s for s in view.sensors if s.name == view.ref_sensor), None)
         if target.kind == "segmentation" and ref is None:
             raise ResultsError(
                 f"{view.dataset}: {target.name} is predicted on the tokens of {view.ref_sensor!r}; keep it"
             )
-        # Pixels of the reference image, as the objective has them.
+        # Pixels of the reference image, as the target loss has them.
         self.head = head(target, encoder.width, "attentive", ref, ref.patch if ref else 0)
 
     def logits(self, batch: Batch) -> Tensor:
@@ -79,27 +79,29 @@ class ImagePredictor(Predictor):
 
 
 @singledispatch
-def predictor(
-    encoder: nn.Module, dataset: str, objective: Objective, seed: int, pretrained: bool
+def build_predictor(
+    encoder: nn.Module, dataset: str, target_loss: TargetLoss, seed: int, pretrained: bool
 ) -> Predictor:
     """The network as it is before the first step: a fresh head on ``encoder``, or, unless ``pretrained``, on the same
-    encoder drawn anew from ``seed``. ResultsError where the encoder does not fit the objective."""
+    encoder drawn anew from ``seed``. ResultsError where the encoder does not fit the target_loss."""
     raise TypeError(
         f"{type(encoder).__name__} does not learn: use one of {', '.join(c.__name__ for c in LEARNERS)}"
     )
 
 
-@predictor.register
+@build_predictor.register
 @torch.no_grad()
-def _(encoder: Maestro, dataset: str, objective: Objective, seed: int, pretrained: bool) -> MaestroPredictor:
-    # Without crop_m the head predicts the pixels of the reference image, as the objective has them.
+def _(
+    encoder: Maestro, dataset: str, target_loss: TargetLoss, seed: int, pretrained: bool
+) -> MaestroPredictor:
+    # Without crop_m the head predicts the pixels of the reference image, as the target loss has them.
     try:
         config = dataclasses.replace(
-            encoder.config.for_dataset(dataset), heads=(objective.task.target,), crop_m=None
+            encoder.config.for_dataset(dataset), heads=(target_loss.task.target,), crop_m=None
         )
     except ValueError as error:
         raise ResultsError(f"{dataset}: {error}") from None
-    made = MaestroPredictor(config, objective)
+    made = MaestroPredictor(config, target_loss)
     made.initialise(seed)
     if pretrained:
         state = encoder.state_dict()
@@ -109,10 +111,10 @@ def _(encoder: Maestro, dataset: str, objective: Objective, seed: int, pretraine
     return made
 
 
-@predictor.register
+@build_predictor.register
 def _(
-    encoder: ImageEncoder, dataset: str, objective: Objective, seed: int, pretrained: bool
+    encoder: ImageEncoder, dataset: str, target_loss: TargetLoss, seed: int, pretrained: bool
 ) -> ImagePredictor:
-    made = ImagePredictor(copy.deepcopy(encoder) if pretrained else encoder.drawn_anew(seed), objective)
+    made = ImagePredictor(copy.deepcopy(encoder) if pretrained else encoder.reinitialised(seed), target_loss)
     initialise(made.head, seed)
     return made

@@ -17,15 +17,20 @@ from torch import Tensor
 
 from maestro_scale.evaluation.bootstrap import bootstrap_interval
 from maestro_scale.evaluation.features.baselines import Baseline
-from maestro_scale.evaluation.features.cache import Encoded, encoded, joined, weights_digest
-from maestro_scale.evaluation.frozen.attentive import all_tokens, attentive_probe
-from maestro_scale.evaluation.metrics import best
-from maestro_scale.evaluation.progress import Watching, unwatched
+from maestro_scale.evaluation.features.cache import (
+    FeatureCache,
+    cached_features,
+    concat_features,
+    weights_digest,
+)
+from maestro_scale.evaluation.frozen.attentive import attentive_probe, concat_tokens
+from maestro_scale.evaluation.metrics import best_index
+from maestro_scale.evaluation.progress import ProgressFactory, no_progress
 from maestro_scale.evaluation.results import EvalResult
-from maestro_scale.evaluation.tasks.losses import objective_for
-from maestro_scale.evaluation.tasks.subset import TRAIN, subset, train_split
-from maestro_scale.evaluation.tasks.task import Answer, Task, task_for
-from maestro_scale.evaluation.tasks.tile_maps import TileMaps
+from maestro_scale.evaluation.tasks.losses import target_loss_for
+from maestro_scale.evaluation.tasks.subset import TRAIN, labelled_subset, train_split
+from maestro_scale.evaluation.tasks.task import Predictions, Task, task_for
+from maestro_scale.evaluation.tasks.tile_maps import TileMapWriter
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.shards.format.manifest import Manifest
 from maestro_scale.shards.read.store import Store
@@ -71,7 +76,7 @@ class Benchmark:
     splits: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     fold: int | None = None
 
-    def stored(self, split: str) -> tuple[str, ...]:
+    def stored_splits(self, split: str) -> tuple[str, ...]:
         """The splits in shards that train, val, test or another split is."""
         return self.splits.get(split, (split,))
 
@@ -80,10 +85,13 @@ class Benchmark:
         split, fraction = train_split(manifest, self.fraction)
         return (TRAIN, self.fraction) if TRAIN in self.splits else (split, fraction)
 
-    def used(self, manifest: Manifest) -> dict[str, tuple[str, ...]]:
+    def splits_by_role(self, manifest: Manifest) -> dict[str, tuple[str, ...]]:
         """{role: splits in shards} of training, validation and test."""
         train, _ = self.train_split(manifest)
-        return {TRAIN: self.stored(train), **{role: self.stored(role) for role in ("val", "test")}}
+        return {
+            TRAIN: self.stored_splits(train),
+            **{role: self.stored_splits(role) for role in ("val", "test")},
+        }
 
 
 def evaluate_frozen(
@@ -94,7 +102,7 @@ def evaluate_frozen(
     workers: int = 0,
     world: World | None = None,
     maps_dir: Callable[[str], Path] | None = None,
-    watching: Watching = unwatched,
+    progress: ProgressFactory = no_progress,
 ) -> list[EvalResult]:
     """One result per mode, on rank 0; the other ranks help to encode and get none.
 
@@ -117,48 +125,54 @@ def evaluate_frozen(
     def source(splits: Sequence[str]) -> Source:
         return Source(manifest.spec, view.sensors, crop_m, manifest.of(splits), store)
 
-    def encode(name: str, kept: Kept) -> Encoded:
+    def encode(name: str, kind: FeatureKind) -> FeatureCache:
         # By split in shards, not by its part here: folds are made of the same ones.
         data = manifest.digest_of((name,))
-        key = repr((kept.name, weights, view.dataset, data, crop_m, task.crops, task.target, BATCH_SIZE))
+        key = repr((kind.name, weights, view.dataset, data, crop_m, task.num_crops, task.target, BATCH_SIZE))
         rank, size = (world.rank, world.size) if world else (0, 1)
-        return encoded(
+        return cached_features(
             benchmark.features_dir / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}",
-            EvalLoader(source((name,)), BATCH_SIZE, rank, size, workers=workers, crops=task.crops),
-            lambda batch: kept.of(model, batch),
+            EvalLoader(source((name,)), BATCH_SIZE, rank, size, workers=workers, crops=task.num_crops),
+            lambda batch: kind.extract(model, batch),
             task.labels,
-            kept.dtype,
+            kind.dtype,
             device,
             world,
-            watching,
+            progress,
         )
 
-    def splits(kept: Kept) -> list[Encoded]:
+    def splits(kind: FeatureKind) -> list[FeatureCache]:
         found = []
         for role in (train, "val", "test"):
-            stored = benchmark.stored(role)
-            whole = joined([encode(name, kept) for name in dict.fromkeys(stored)])
+            stored = benchmark.stored_splits(role)
+            whole = concat_features([encode(name, kind) for name in dict.fromkeys(stored)])
             if role == TRAIN and fraction < 1:  # encoded whole, for other fractions to share
-                used = subset(source(stored), task.target, fraction, provenance.seed, world)
+                used = labelled_subset(source(stored), task.target, fraction, provenance.seed, world)
                 whole = whole.take(np.flatnonzero(np.isin(whole.tiles, used)))
             found.append(whole)
         return found
 
     maps = {
-        mode: TileMaps(maps_dir(mode), source(benchmark.stored("test")), task) for mode in modes if maps_dir
+        mode: TileMapWriter(maps_dir(mode), source(benchmark.stored_splits("test")), task)
+        for mode in modes
+        if maps_dir
     }
-    kept = {mode: _kept(mode, task) for mode in modes}
-    of_kind = {kind.name: splits(kind) for kind in {k.name: k for k in kept.values()}.values()}
+    kinds = {mode: _feature_kind(mode, task) for mode in modes}
+    of_kind = {kind.name: splits(kind) for kind in {k.name: k for k in kinds.values()}.values()}
     if world is not None and not world.is_main:
         return []
     encode_s = time.perf_counter() - started
     results = []
     for mode in modes:
         started = time.perf_counter()
-        fit = partial(attentive_probe, objective_for(task), view) if mode == ATTENTIVE else task.modes[mode]
-        answer = fit(*of_kind[kept[mode].name], provenance.seed, device)
+        fit = (
+            partial(attentive_probe, target_loss_for(task), view)
+            if mode == ATTENTIVE
+            else task.classifiers[mode]
+        )
+        answer = fit(*of_kind[kinds[mode].name], provenance.seed, device)
         if mode in maps:
-            for number, whole in enumerate(answer.tiles() if answer.tiles else ()):
+            for number, whole in enumerate(answer.tile_maps() if answer.tile_maps else ()):
                 maps[mode].write(number, whole)
             maps[mode].close()
         timings = {"encode_s": encode_s, "fit_s": time.perf_counter() - started}
@@ -167,18 +181,18 @@ def evaluate_frozen(
 
 
 @dataclass(frozen=True)
-class Kept:
+class FeatureKind:
     """What is kept of every batch on disk: ``of`` (model, batch) as ``dtype``, under a ``name``."""
 
     name: str
-    of: Callable[[Maestro | Baseline, Batch], Tensor]
+    extract: Callable[[Maestro | Baseline, Batch], Tensor]
     dtype: str
 
 
-def _kept(mode: str, task: Task) -> Kept:
+def _feature_kind(mode: str, task: Task) -> FeatureKind:
     if mode == ATTENTIVE:
-        return Kept("tokens", all_tokens, "float16")
-    return Kept("pooled", task.features, task.feature_dtype)
+        return FeatureKind("tokens", concat_tokens, "float16")
+    return FeatureKind("pooled", task.features, task.feature_dtype)
 
 
 def result_of(
@@ -186,14 +200,14 @@ def result_of(
     manifest: Manifest,
     mode: str,
     task: Task,
-    answer: Answer,
+    answer: Predictions,
     provenance: Provenance,
     timings: dict[str, float],
 ) -> EvalResult:
     """What is reported of a mode's answers on the test split."""
     total = answer.counts.sum(axis=0, dtype=np.int64)
     value = float(task.statistic(total))
-    best([value], "test")
+    best_index([value], "test")
     return EvalResult(
         benchmark=manifest.spec.name,
         metric=task.metric,
@@ -210,7 +224,7 @@ def result_of(
         scores={name: score for name, score in answer.scores.items() if np.isfinite(score)},
         seeds=(provenance.seed,),
         folds=() if benchmark.fold is None else (benchmark.fold,),
-        splits=benchmark.used(manifest),
+        splits=benchmark.splits_by_role(manifest),
         encoder=provenance.encoder,
         trained_on=provenance.trained_on,
         checkpoint_step=provenance.step,

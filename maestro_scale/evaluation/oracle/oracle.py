@@ -20,13 +20,19 @@ from maestro_scale.datasets.spec import DatasetSpec, Sensor
 from maestro_scale.datasets.synthetic.scene import BAND_NM
 from maestro_scale.evaluation.frozen.evaluate import Benchmark, Provenance, result_of
 from maestro_scale.evaluation.metrics import segmentation_scores
-from maestro_scale.evaluation.oracle.signatures import Series, unmix
+from maestro_scale.evaluation.oracle.signatures import ReflectanceSeries, unmix
 from maestro_scale.evaluation.probes import dense
-from maestro_scale.evaluation.progress import Watching, unwatched
+from maestro_scale.evaluation.progress import ProgressFactory, no_progress
 from maestro_scale.evaluation.results import EvalResult, ResultsError
 from maestro_scale.evaluation.tasks.first_maps import FirstMaps
-from maestro_scale.evaluation.tasks.task import Answer, Multilabel, Segmentation, multilabel_answer, task_for
-from maestro_scale.evaluation.tasks.tile_maps import TileMaps
+from maestro_scale.evaluation.tasks.task import (
+    MultilabelTask,
+    Predictions,
+    SegmentationTask,
+    multilabel_predictions,
+    task_for,
+)
+from maestro_scale.evaluation.tasks.tile_maps import TileMapWriter
 from maestro_scale.model.config import DatasetView
 from maestro_scale.shards.format.manifest import Manifest
 from maestro_scale.shards.read.store import Store
@@ -38,11 +44,11 @@ from maestro_scale.training.distributed import World
 MODE = "oracle"
 
 # Targets whose classes are the scenes', in their order, and how many classes the scenes have (None: as many).
-SCENES = {"species": None, "crop_type": 19, "crops_present": 19, "cosia": 15}
+SCENE_TARGETS = {"species": None, "crop_type": 19, "crops_present": 19, "cosia": 15}
 
 _REFLECTANCE = 10_000
 _LEAST_SHARE = 0.01  # of a crop, for a class to be on its map
-_FOREIGN = 6.0  # deviations of the noise; scenes of the generator stay below 3, veiled ones
+_MAX_MISFIT = 6.0  # deviations of the noise; scenes of the generator stay below 3, veiled ones
 _SMOOTHED_M = 1.0
 _COLOUR_NOISE = 0.06  # of the logarithm of a band's part of the brightness, smoothed
 _LEAST_PRIOR = 1e-3
@@ -56,7 +62,7 @@ def evaluate_oracle(
     workers: int = 0,
     world: World | None = None,
     maps_dir: Path | None = None,
-    watching: Watching = unwatched,
+    progress: ProgressFactory = no_progress,
 ) -> EvalResult | None:
     """The oracle's result on the test split, on rank 0; None on the other ranks. ``maps_dir``: for its predictions of
     whole tiles.
@@ -69,38 +75,38 @@ def evaluate_oracle(
     task = task_for(spec, view, crop_m, benchmark.target)
     started = time.perf_counter()
     store = Store(benchmark.shards, benchmark.cache_dir, benchmark.cache_bytes)
-    source = Source(spec, view.sensors, crop_m, manifest.of(benchmark.stored("test")), store)
+    source = Source(spec, view.sensors, crop_m, manifest.of(benchmark.stored_splits("test")), store)
     oracle = Oracle(spec, view.sensors, task)
-    written = TileMaps(maps_dir, source, task) if maps_dir else None
+    written = TileMapWriter(maps_dir, source, task) if maps_dir else None
     rank, size = (world.rank, world.size) if world else (0, 1)
-    loader = EvalLoader(source, oracle.crops, rank, size, workers=workers, crops=task.crops)
+    loader = EvalLoader(source, oracle.crops, rank, size, workers=workers, crops=task.num_crops)
     tiles = np.zeros((loader.num_samples, *oracle.shape))
     misfits = np.zeros(loader.num_samples)
     at, maps = loader.first_row // oracle.crops, FirstMaps(loader.num_samples)
-    with watching(f"oracle {spec.name}", "tiles") as tell:
+    with progress(f"oracle {spec.name}", "tiles") as report:
         for number, batch in enumerate(loader, 1):  # a tile each
             tiles[at], misfits[at], seen = oracle.tile(batch)
-            maps.take(at, seen)
+            maps.add(at, seen)
             if written is not None:
                 written.write(at, seen["answer"][0])
             at += 1
-            tell(number, len(loader), 0)
+            report(number, len(loader), 0)
     if world is not None:  # every tile is one rank's, and nothing is added to it
         device = world.device
         tiles, misfits = (world.sum(torch.from_numpy(a).to(device)).cpu().numpy() for a in (tiles, misfits))
-    if np.median(misfits) > _FOREIGN:
+    if np.median(misfits) > _MAX_MISFIT:
         raise ResultsError(
             f"{benchmark.shards}: the tiles are {np.median(misfits):.1f} deviations off the scenes that the oracle "
             "knows: it is for data of `maestro-scale synth`"
         )
-    shown = maps.gathered(world)
+    shown = maps.gather(world)
     if written is not None:
         written.close()
     if world is not None and not world.is_main:
         return None
     timings = {"fit_s": time.perf_counter() - started}
     return result_of(
-        benchmark, manifest, MODE, task, replace(oracle.answer(tiles), maps=shown), provenance, timings
+        benchmark, manifest, MODE, task, replace(oracle.predictions(tiles), maps=shown), provenance, timings
     )
 
 
@@ -108,14 +114,15 @@ class Oracle:
     """Predictions of tiles, and how they are counted. ``crops``: of a tile; ``shape``: what is kept of a tile."""
 
     def __init__(
-        self, spec: DatasetSpec, sensors: tuple[Sensor, ...], task: Multilabel | Segmentation
+        self, spec: DatasetSpec, sensors: tuple[Sensor, ...], task: MultilabelTask | SegmentationTask
     ) -> None:
-        if task.target.name not in SCENES:
+        if task.target.name not in SCENE_TARGETS:
             raise ResultsError(
-                f"{spec.name}: {task.target.name} is no map of a scene's classes; the oracle knows {', '.join(SCENES)}"
+                f"{spec.name}: {task.target.name} is not a map of a scene's classes; the oracle knows "
+                f"{', '.join(SCENE_TARGETS)}"
             )
         self._task = task
-        self._num_classes = SCENES[task.target.name] or len(task.target.classes)
+        self._num_classes = SCENE_TARGETS[task.target.name] or len(task.target.classes)
         self._spec = spec
         series = [
             s for s in sensors if spec.modality(s.source).series and set(self._bands(s)) <= set(BAND_NM)
@@ -131,8 +138,8 @@ class Oracle:
             if not spec.modality(s.source).series and {"R", "G", "B"} <= set(self._bands(s))
         ]
         self._photo = min(photos, key=lambda s: spec.modality(s.source).resolution_m, default=None)
-        if isinstance(task, Segmentation):
-            self.crops = task.layout.crops.num_crops
+        if isinstance(task, SegmentationTask):
+            self.crops = task.layout.crop_grid.num_crops
             self.shape: tuple[int, ...] = (len(task.classes) + 1, len(task.classes))
             self._classes = [i for i, _ in enumerate(task.target.classes) if i not in task.target.ignored]
         else:
@@ -145,20 +152,20 @@ class Oracle:
         seen = [self._shares(batch, row) for row in range(len(batch))]
         misfit = float(np.median([m for _, m in seen]))
         labels = self._task.labels(batch)
-        if isinstance(self._task, Multilabel):
+        if isinstance(self._task, MultilabelTask):
             shares = seen[0][0].mean(axis=(1, 2))[self._classes]
-            return np.stack([_certainty(shares, self._task.target.threshold), labels[0]]), misfit, None
+            return np.stack([_class_scores(shares, self._task.target.threshold), labels[0]]), misfit, None
         answers = np.stack([self._map(batch, row, shares) for row, (shares, _) in enumerate(seen)])
         layout = self._task.layout
-        truth, answer = layout.whole(labels), layout.whole(answers)
+        truth, answer = layout.assemble(labels), layout.assemble(answers)
         counts = dense.tile_confusion(len(self._task.classes), answer, truth)
         return counts, misfit, {"truth": truth[None], "answer": answer[None]}
 
-    def answer(self, tiles: np.ndarray) -> Answer:
+    def predictions(self, tiles: np.ndarray) -> Predictions:
         """Counts and scores of all tiles."""
-        if isinstance(self._task, Multilabel):
-            return multilabel_answer(tiles[:, 0] > 0.5, tiles[:, 0], tiles[:, 1] > 0.5, {})
-        return Answer(tiles, {}, segmentation_scores(tiles.sum(0)))
+        if isinstance(self._task, MultilabelTask):
+            return multilabel_predictions(tiles[:, 0] > 0.5, tiles[:, 0], tiles[:, 1] > 0.5, {})
+        return Predictions(tiles, {}, segmentation_scores(tiles.sum(0)))
 
     def _bands(self, sensor: Sensor) -> list[str]:
         bands = self._spec.modality(sensor.source).bands
@@ -170,9 +177,11 @@ class Oracle:
         values = batch.pixels[name][row].numpy() / _REFLECTANCE
         nm = np.array([BAND_NM[b] for b in self._bands(self._series)], float)
         days = batch.dates[name][row, :, 1].numpy()
-        threshold = self._task.target.threshold if isinstance(self._task, Multilabel) else 0.0
+        threshold = self._task.target.threshold if isinstance(self._task, MultilabelTask) else 0.0
         flat = values.reshape(*values.shape[:2], -1)
-        shares, misfit = unmix(Series(flat, days, nm), self._num_classes, max(0.85 * threshold, _LEAST_SHARE))
+        shares, misfit = unmix(
+            ReflectanceSeries(flat, days, nm), self._num_classes, max(0.85 * threshold, _LEAST_SHARE)
+        )
         return shares.reshape(-1, *values.shape[2:]), misfit
 
     def _map(self, batch: Batch, row: int, shares: np.ndarray) -> np.ndarray:
@@ -188,16 +197,16 @@ class Oracle:
         if factor <= 1 or self._photo is None:
             return prior.argmax(axis=0).astype(np.uint8)
         photo = batch.pixels[self._photo.name][row, 0].numpy().astype(np.float32)
-        size = max(round(_SMOOTHED_M * photo.shape[-1] / self._task.layout.crops.crop_m), 1)
+        size = max(round(_SMOOTHED_M * photo.shape[-1] / self._task.layout.crop_grid.crop_m), 1)
         smooth = np.stack([uniform_filter(band, size, mode="nearest") for band in photo])
         if smooth.shape[-1] != side:
             smooth = zoom(
                 smooth, (1, side / smooth.shape[-1], side / smooth.shape[-1]), order=1, grid_mode=True
             )
-        return _bordered(np.log(np.maximum(smooth, 1.0)), prior).astype(np.uint8)
+        return _refine_borders(np.log(np.maximum(smooth, 1.0)), prior).astype(np.uint8)
 
 
-def _bordered(logs: np.ndarray, prior: np.ndarray) -> np.ndarray:
+def _refine_borders(logs: np.ndarray, prior: np.ndarray) -> np.ndarray:
     """(H, W) classes from the colours of a photograph (C, H, W), whose light varies, and blurred shares (K, H, W)."""
     colour = logs - logs.mean(axis=0)
     belief = np.log(np.maximum(prior, _LEAST_PRIOR))
@@ -216,7 +225,7 @@ def _bordered(logs: np.ndarray, prior: np.ndarray) -> np.ndarray:
     return answer
 
 
-def _certainty(shares: np.ndarray, threshold: float) -> np.ndarray:
+def _class_scores(shares: np.ndarray, threshold: float) -> np.ndarray:
     """Shares as scores in [0, 1] that are above one half where the share is above the threshold."""
     return np.where(shares > threshold, 0.5 + shares / 2 + 1e-9, 0.5 * shares / max(threshold, 1e-9)).clip(
         0, 1

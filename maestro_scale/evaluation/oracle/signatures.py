@@ -27,7 +27,7 @@ _REFINED = 2
 
 
 @dataclass(frozen=True)
-class Series:
+class ReflectanceSeries:
     """``values`` (T, C, N) reflectance of N pixels on ``days`` (T,) of the year in bands at ``nm`` (C,)."""
 
     values: np.ndarray
@@ -48,7 +48,7 @@ class Series:
         return np.sqrt(_RELATIVE**2 + (_ABSOLUTE**2 + haze**2) / level**2)
 
 
-def unmix(series: Series, num_classes: int, least: float) -> tuple[np.ndarray, float]:
+def unmix(series: ReflectanceSeries, num_classes: int, least: float) -> tuple[np.ndarray, float]:
     """(K, N) shares of the classes in each pixel, sums of one; and how far off the best match is, in deviations of the
     noise (median over pixels): below 3 for a scene of the generator. A class of which the first unmixing
     finds less than ``least`` in the tile is taken to be absent."""
@@ -68,7 +68,7 @@ def unmix(series: Series, num_classes: int, least: float) -> tuple[np.ndarray, f
     return shares, misfit
 
 
-def _nearest(series: Series, clear: np.ndarray, noise: np.ndarray, pure: np.ndarray) -> np.ndarray:
+def _nearest(series: ReflectanceSeries, clear: np.ndarray, noise: np.ndarray, pure: np.ndarray) -> np.ndarray:
     """(N,) the class that each pixel is most like."""
     observed = _centred(_log(series.values).transpose(0, 2, 1), noise)
     model = _centred(np.log(pure), noise)
@@ -76,7 +76,9 @@ def _nearest(series: Series, clear: np.ndarray, noise: np.ndarray, pure: np.ndar
     return (chi2 * clear).sum(axis=1).argmin(axis=0)
 
 
-def _search(series: Series, clear: np.ndarray, noise: np.ndarray, num_classes: int) -> tuple[Nuisance, float]:
+def _search(
+    series: ReflectanceSeries, clear: np.ndarray, noise: np.ndarray, num_classes: int
+) -> tuple[Nuisance, float]:
     """What the tile's classes have in common: candidates, redrawn around the best of them (cross-entropy method)."""
     rng = np.random.Generator(np.random.Philox(key=[_SEED, 0]))
     low, high = np.array([NUISANCE[name] for name in _SEARCHED]).T
@@ -102,7 +104,7 @@ def _search(series: Series, clear: np.ndarray, noise: np.ndarray, num_classes: i
     return _as_tile(best[:1]), misfit
 
 
-def _under(tile: Nuisance, series: Series, num_classes: int) -> np.ndarray:
+def _under(tile: Nuisance, series: ReflectanceSeries, num_classes: int) -> np.ndarray:
     """(P, K, T, C) reflectance of pure classes in the tile's light, but for its brightness."""
     pure = signatures(tile, series.days, series.nm, num_classes)
     return pure * (1 + np.atleast_1d(tile.tilt)[:, None] * np.log(series.nm / 800.0))[:, None, None]
@@ -119,7 +121,9 @@ def _centred(log_values: np.ndarray, noise: np.ndarray) -> np.ndarray:
     return (log_values - (log_values @ weight)[..., None]) / noise
 
 
-def _light(series: Series, clear: np.ndarray, noise: np.ndarray, expected: np.ndarray) -> np.ndarray:
+def _light(
+    series: ReflectanceSeries, clear: np.ndarray, noise: np.ndarray, expected: np.ndarray
+) -> np.ndarray:
     """(T, C, N) values in the light that ``expected`` is in: brightness and haze of a date are those of all pixels."""
     weight = noise**-2 / (noise**-2).sum()
     ratio = np.einsum("tcn,c->tn", _log(series.values) - _log(expected), weight)

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor
 
-from maestro_scale.evaluation.features.cache import Encoded
-from maestro_scale.evaluation.metrics import best, confusion, mean_iou
-from maestro_scale.evaluation.probes.lr_grid import train_grid
+from maestro_scale.evaluation.features.cache import FeatureCache
+from maestro_scale.evaluation.metrics import best_index, confusion, mean_iou
+from maestro_scale.evaluation.probes.lr_grid import lr_grid_search
 from maestro_scale.evaluation.results import ResultsError
 from maestro_scale.stream.crops import CropGrid
 
@@ -26,23 +26,23 @@ CPU = torch.device("cpu")
 
 NEIGHBOURS = (5, 10, 20, 50)
 TEMPERATURES = (0.03, 0.07, 0.2)
-BANK_PLACES = 100_000  # training places that kNN compares with
-CHOICE_PLACES = 20_000  # validation places that k and the temperature are chosen on
+BANK_CELLS = 100_000  # training places that kNN compares with
+SELECTION_CELLS = 20_000  # validation places that k and the temperature are chosen on
 
 LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
-BATCH_PLACES = 1024
+BATCH_CELLS = 1024
 
 _CHUNK = 2048  # places that are compared, or predicted, at once
 
 
 @dataclass(frozen=True)
-class Layout:
+class PixelLayout:
     """How places, pixels and labels lie on each other in a crop, and the crops on their tile."""
 
     grid: int
     side: int
     resolution_m: float
-    crops: CropGrid
+    crop_grid: CropGrid
 
     def __post_init__(self) -> None:
         if self.crop_pixels % (self.grid * self.side):
@@ -54,19 +54,19 @@ class Layout:
     @property
     def tile_pixels(self) -> int:
         """Label pixels per side of a tile."""
-        return round(self.crops.tile_m / self.resolution_m)
+        return round(self.crop_grid.tile_m / self.resolution_m)
 
     @property
     def crop_pixels(self) -> int:
         """Label pixels per side of a crop."""
-        return self.crops.side(self.resolution_m, self.tile_pixels)
+        return self.crop_grid.side(self.resolution_m, self.tile_pixels)
 
     @property
     def factor(self) -> int:
         """Label pixels per pixel of the image, per side."""
         return self.crop_pixels // (self.grid * self.side)
 
-    def per_place(self, labels: np.ndarray) -> np.ndarray:
+    def per_cell(self, labels: np.ndarray) -> np.ndarray:
         """(M, H, W) -> (M, P, Q): of each block of factor×factor labels the middle one."""
         middle = labels[:, self.factor // 2 :: self.factor, self.factor // 2 :: self.factor]
         return rearrange(middle, "m (h p) (w q) -> m (h w) (p q)", h=self.grid, w=self.grid)
@@ -76,24 +76,26 @@ class Layout:
         image = rearrange(places, "m (h w) (p q) -> m (h p) (w q)", h=self.grid, p=self.side)
         return repeat(image, "m h w -> m (h a) (w b)", a=self.factor, b=self.factor)
 
-    def whole(self, crops: np.ndarray) -> np.ndarray:
+    def assemble(self, crops: np.ndarray) -> np.ndarray:
         """(num_crops, H, W) -> the tile's map; where crops overlap the later one is seen."""
         tile = np.empty((self.tile_pixels, self.tile_pixels), crops.dtype)
         for number, crop in enumerate(crops):
-            self.crops.cut(tile, self.crops.tiling(number), self.resolution_m)[...] = crop
+            self.crop_grid.cut(tile, self.crop_grid.tiling(number), self.resolution_m)[...] = crop
         return tile
 
 
-def confusions(layout: Layout, num_classes: int, predicted: np.ndarray, split: Encoded) -> np.ndarray:
+def confusions(
+    layout: PixelLayout, num_classes: int, predicted: np.ndarray, split: FeatureCache
+) -> np.ndarray:
     """(tiles, C + 1, C) int64 of predictions (M, P, Q): each pixel of each tile once, by (target, predicted) class.
 
     Row C is of the pixels that are ignored.
     """
-    per_tile = layout.crops.num_crops
+    per_tile = layout.crop_grid.num_crops
     counts = []
     for first in range(0, len(split), per_tile):
-        answer = layout.whole(layout.per_pixel(predicted[first : first + per_tile]))
-        truth = layout.whole(split.labels[first : first + per_tile])
+        answer = layout.assemble(layout.per_pixel(predicted[first : first + per_tile]))
+        truth = layout.assemble(split.labels[first : first + per_tile])
         counts.append(tile_confusion(num_classes, answer, truth))
     return np.stack(counts)
 
@@ -105,32 +107,32 @@ def tile_confusion(num_classes: int, answer: np.ndarray, truth: np.ndarray) -> n
 
 
 def knn(
-    layout: Layout,
+    layout: PixelLayout,
     num_classes: int,
-    train: Encoded,
-    val: Encoded,
-    test: Encoded,
+    train: FeatureCache,
+    val: FeatureCache,
+    test: FeatureCache,
     seed: int,
     device: torch.device = CPU,
 ) -> tuple[np.ndarray, dict[str, float]]:
     """Answers (M, P, Q) uint8 by the neighbours' labels, pixel by pixel, weighted by exp(cosine / temperature).
 
-    k and the temperature are the best on validation mIoU; the first wins a tie. Of more than ``BANK_PLACES`` training
+    k and the temperature are the best on validation mIoU; the first wins a tie. Of more than ``BANK_CELLS`` training
     places a sample is used, drawn from ``seed``.
     """
-    rows = _sample(_labelled(layout, train, "training"), BANK_PLACES, seed)
-    bank = _unit(_places(train.features, rows), device)
-    labels = torch.from_numpy(_places(layout.per_place(np.asarray(train.labels)), rows)).long().to(device)
-    chosen_on = _sample(_labelled(layout, val, "validation"), CHOICE_PLACES, seed + 1)
-    truth = _places(layout.per_place(np.asarray(val.labels)), chosen_on)
+    rows = _sample(_labelled_cells(layout, train, "training"), BANK_CELLS, seed)
+    bank = _unit(_take_cells(train.features, rows), device)
+    labels = torch.from_numpy(_take_cells(layout.per_cell(np.asarray(train.labels)), rows)).long().to(device)
+    chosen_on = _sample(_labelled_cells(layout, val, "validation"), SELECTION_CELLS, seed + 1)
+    truth = _take_cells(layout.per_cell(np.asarray(val.labels)), chosen_on)
     ks = sorted({min(k, len(bank)) for k in NEIGHBOURS})
     counts = {(k, t): np.zeros((num_classes, num_classes), np.int64) for k in ks for t in TEMPERATURES}
     for piece in np.array_split(np.arange(len(truth)), -(-len(truth) // _CHUNK)):
-        near = torch.topk(_unit(_places(val.features, chosen_on[piece]), device) @ bank.T, ks[-1], dim=1)
+        near = torch.topk(_unit(_take_cells(val.features, chosen_on[piece]), device) @ bank.T, ks[-1], dim=1)
         for k, t in counts:
             answer = _vote(near.values[:, :k] / t, labels[near.indices[:, :k]], num_classes)
             counts[k, t] += confusion(answer, truth[piece], num_classes, ignored=(IGNORED,))
-    k, t = list(counts)[best([float(mean_iou(c)) for c in counts.values()])]
+    k, t = list(counts)[best_index([float(mean_iou(c)) for c in counts.values()])]
     answers = []
     for features in _chunks(test.features):
         near = torch.topk(_unit(features, device) @ bank.T, k, dim=1)
@@ -139,11 +141,11 @@ def knn(
 
 
 def probe(
-    layout: Layout,
+    layout: PixelLayout,
     num_classes: int,
-    train: Encoded,
-    val: Encoded,
-    test: Encoded,
+    train: FeatureCache,
+    val: FeatureCache,
+    test: FeatureCache,
     seed: int,
     device: torch.device = CPU,
 ) -> tuple[np.ndarray, dict[str, float]]:
@@ -152,23 +154,23 @@ def probe(
     One map per learning rate, all trained in the same pass (AdamW, one-cycle cosine, cross-entropy over the pixels that
     count); the best on validation mIoU answers. Order and start are drawn from ``seed``.
     """
-    rows = _labelled(layout, train, "training")
-    labels = layout.per_place(np.asarray(train.labels))
+    rows = _labelled_cells(layout, train, "training")
+    labels = layout.per_cell(np.asarray(train.labels))
     mean, scale = _moments(train.features)
-    maps = _Maps(train.features.shape[-1], layout.side**2, num_classes, mean, scale, device)
+    maps = _LinearMaps(train.features.shape[-1], layout.side**2, num_classes, mean, scale, device)
 
     def backward(piece: np.ndarray) -> None:
-        truth = torch.from_numpy(_places(labels, piece)).long().to(device)
-        maps.loss(_places(train.features, piece), truth).backward()
+        truth = torch.from_numpy(_take_cells(labels, piece)).long().to(device)
+        maps.loss(_take_cells(train.features, piece), truth).backward()
 
     learners = zip(maps.weights, maps.biases, strict=True)
-    train_grid(list(learners), LEARNING_RATES, rows, BATCH_PLACES, seed, backward)
+    lr_grid_search(list(learners), LEARNING_RATES, rows, BATCH_CELLS, seed, backward)
     counts = [confusions(layout, num_classes, p, val).sum(0) for p in maps.answers(val)]
-    chosen = best([float(mean_iou(c[:num_classes])) for c in counts])
+    chosen = best_index([float(mean_iou(c[:num_classes])) for c in counts])
     return maps.answers(test, only=chosen)[0], {"lr": LEARNING_RATES[chosen]}
 
 
-class _Maps:
+class _LinearMaps:
     """A linear map per learning rate over the same standardised features."""
 
     def __init__(
@@ -199,7 +201,7 @@ class _Maps:
         )
 
     @torch.no_grad()
-    def answers(self, split: Encoded, only: int | None = None) -> list[np.ndarray]:
+    def answers(self, split: FeatureCache, only: int | None = None) -> list[np.ndarray]:
         """(M, P, Q) uint8 of every map, or of one."""
         wanted = range(len(self.weights)) if only is None else [only]
         parts: list[list[np.ndarray]] = [[] for _ in wanted]
@@ -214,9 +216,9 @@ class _Maps:
         return (torch.from_numpy(features.astype(np.float32)).to(self._mean) - self._mean) / self._scale
 
 
-def _labelled(layout: Layout, split: Encoded, which: str) -> np.ndarray:
+def _labelled_cells(layout: PixelLayout, split: FeatureCache, which: str) -> np.ndarray:
     """Numbers of the places, among all M·P, with a pixel that counts. ResultsError if there is none."""
-    rows = np.flatnonzero((layout.per_place(np.asarray(split.labels)) != IGNORED).any(-1))
+    rows = np.flatnonzero((layout.per_cell(np.asarray(split.labels)) != IGNORED).any(-1))
     if not len(rows):
         raise ResultsError(f"not a pixel of the {which} split counts: every label is ignored")
     return rows
@@ -228,7 +230,7 @@ def _sample(rows: np.ndarray, most: int, seed: int) -> np.ndarray:
     return np.sort(np.random.Generator(np.random.Philox(key=[seed, 1])).choice(rows, most, replace=False))
 
 
-def _places(crops: np.ndarray, rows: np.ndarray) -> np.ndarray:
+def _take_cells(crops: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """Rows, among all M·P, of (M, P, …)."""
     return crops[np.divmod(rows, crops.shape[1])]
 
@@ -239,7 +241,7 @@ def _chunks(features: np.ndarray) -> Iterator[np.ndarray]:
         yield np.asarray(features[first : first + crops]).reshape(-1, features.shape[-1])
 
 
-def _as_crops(parts: list[np.ndarray], split: Encoded) -> np.ndarray:
+def _as_crops(parts: list[np.ndarray], split: FeatureCache) -> np.ndarray:
     return np.concatenate(parts).reshape(len(split), -1, parts[0].shape[-1])
 
 

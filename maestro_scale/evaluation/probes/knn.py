@@ -12,7 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maestro_scale.evaluation.features.labelled import Fit, Labelled, check_splits
+from maestro_scale.evaluation.features.labelled_features import (
+    ClassifierResult,
+    LabelledFeatures,
+    check_splits,
+)
 from maestro_scale.evaluation.metrics import MultilabelCounts
 
 NEIGHBOURS = (5, 10, 20, 50)
@@ -23,12 +27,12 @@ _CHUNK = 1024  # queries at once: their similarities to 50,000 tiles take 200 MB
 
 
 def knn(
-    train: Labelled,
-    validation: Labelled,
+    train: LabelledFeatures,
+    validation: LabelledFeatures,
     test_features: np.ndarray,
     neighbours: Sequence[int] = NEIGHBOURS,
     temperatures: Sequence[float] = TEMPERATURES,
-) -> Fit:
+) -> ClassifierResult:
     """Label test samples by their neighbours in ``train``; k and temperature are the best on validation wF1.
 
     ``test_features``: (N, F). A k above the number of training samples becomes that number; the first
@@ -51,7 +55,7 @@ def knn(
     _, k, temperature, counts = best
     similarity, nearest = _nearest(_unit(test_features), bank, k)
     scores = _shares(similarity, nearest, labels, k, temperature)
-    return Fit(
+    return ClassifierResult(
         predicted=(scores > THRESHOLD).numpy(),
         scores=scores.numpy(),
         chosen={"k": k, "temperature": temperature},

@@ -11,7 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maestro_scale.evaluation.features.labelled import Fit, Labelled, check_splits
+from maestro_scale.evaluation.features.labelled_features import (
+    ClassifierResult,
+    LabelledFeatures,
+    check_splits,
+)
 from maestro_scale.evaluation.metrics import MultilabelCounts
 
 L2 = (1.0, 0.1, 0.01, 0.001, 0.0001)
@@ -22,8 +26,8 @@ _TOLERANCE = 1e-6  # largest gradient entry of the mean loss
 
 
 def linear_probe(
-    train: Labelled, validation: Labelled, test_features: np.ndarray, l2: Sequence[float] = L2
-) -> Fit:
+    train: LabelledFeatures, validation: LabelledFeatures, test_features: np.ndarray, l2: Sequence[float] = L2
+) -> ClassifierResult:
     """Fit on ``train``, choose the L2 strength on validation wF1, answer on ``test_features`` (N, F).
 
     Minimises the mean over samples of the summed binary cross-entropies plus l2/2·|W|² (biases are free), on
@@ -47,7 +51,7 @@ def linear_probe(
     assert best is not None
     _, strength, weights, counts = best
     scores = _scores(_standard(test_features, mean, scale), weights)
-    return Fit(
+    return ClassifierResult(
         predicted=(scores > THRESHOLD).numpy(),
         scores=scores.float().numpy(),
         chosen={"l2": strength},

@@ -13,7 +13,7 @@ MIN_STEPS = 300  # on a small split, epochs are too few updates
 WARMUP = 0.2
 
 
-def train_grid(
+def lr_grid_search(
     learners: Sequence[Iterable[Tensor]],
     rates: Sequence[float],
     rows: np.ndarray,

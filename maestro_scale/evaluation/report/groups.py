@@ -18,12 +18,12 @@ ORACLE = "oracle"
 IMAGE = "image:"  # begins the name of a baseline that comes with weights of its own
 
 # What of a recipe's `train` changes what is learned.
-_COURSE = ("epochs", "steps", "global_batch", "precision")
+_TRAINING_KEYS = ("epochs", "steps", "global_batch", "precision")
 _FROZEN = ("knn", "probe", "attentive", ORACLE)
 
 
 @dataclass(frozen=True)
-class Found:
+class ResultFile:
     """A result and where it lies."""
 
     path: Path
@@ -31,15 +31,15 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Series:
+class ResultGroup:
     """Results that differ in nothing but the seed (or the fold): one number."""
 
-    found: tuple[Found, ...]
+    files: tuple[ResultFile, ...]
 
     @property
     def first(self) -> EvalResult:
         """A representative."""
-        return self.found[0].result
+        return self.files[0].result
 
     @property
     def name(self) -> str:
@@ -71,22 +71,22 @@ class Series:
     @property
     def _values(self) -> list[float]:
         """A score per run."""
-        runs = [[r.value for r in f.result.runs] or [f.result.value] for f in self.found]
+        runs = [[r.value for r in f.result.runs] or [f.result.value] for f in self.files]
         return [value for values in runs for value in values]
 
     @property
     def num_tiles(self) -> int:
         """Tiles that were scored: those of another fold, or another split, are others."""
         return sum(
-            {(f.result.folds, f.result.splits.get("test")): f.result.num_tiles for f in self.found}.values()
+            {(f.result.folds, f.result.splits.get("test")): f.result.num_tiles for f in self.files}.values()
         )
 
     @property
-    def over(self) -> str:
+    def runs_text(self) -> str:
         """``3 seeds, 5 folds``; empty for a single run."""
         if len(self._values) == 1:
             return ""
-        results = [f.result for f in self.found]
+        results = [f.result for f in self.files]
         counts = {
             "seeds": {s for r in results for s in r.seeds},
             "folds": {f for r in results for f in r.folds},
@@ -94,10 +94,10 @@ class Series:
         return ", ".join(f"{len(c)} {what}" for what, c in counts.items() if len(c) > 1) or "runs"
 
     @property
-    def lines(self) -> list[tuple[str, str, Path]]:
+    def run_lines(self) -> list[tuple[str, str, Path]]:
         """(which run, its score, its results file) of every run."""
         lines = []
-        for f in self.found:
+        for f in self.files:
             r = f.result
             runs = [(run.fold, run.seed, run.value, f.path.parent / run.path) for run in r.runs]
             for number, seed, value, path in runs or [
@@ -108,7 +108,7 @@ class Series:
         return lines
 
     @property
-    def text(self) -> str:
+    def score_text(self) -> str:
         """``78.8 ± 0.2`` over seeds and folds, or ``78.8 (77.9-79.6)`` with the bootstrap interval of the only run."""
         values = [100 * value for value in self._values]
         if len(values) > 1:
@@ -129,10 +129,10 @@ class Series:
     @property
     def anchor(self) -> str:
         """Where the report tells more of it."""
-        return "r" + hashlib.sha256(str(self.found[0].path).encode()).hexdigest()[:10]
+        return "r" + hashlib.sha256(str(self.files[0].path).encode()).hexdigest()[:10]
 
 
-def find_results(paths: Iterable[Path]) -> list[Found]:
+def find_results(paths: Iterable[Path]) -> list[ResultFile]:
     """Every ``results.json`` among the files and under the folders. ResultsError if a path has none, or one is bad."""
     found: list[Path] = []
     for path in paths:
@@ -141,36 +141,38 @@ def find_results(paths: Iterable[Path]) -> list[Found]:
             raise ResultsError(f"{path}: no {RESULTS} in there; make one with evaluate.py --out {path}")
         found += here
     unique = dict.fromkeys(p.resolve() for p in found)
-    loaded = [Found(p, EvalResult.load(p)) for p in unique]
+    loaded = [ResultFile(p, EvalResult.load(p)) for p in unique]
     # What lies in the folder of a mean is, or was, one of its runs.
     means = {f.path.parent for f in loaded if f.result.runs}
     return [f for f in loaded if not means & set(f.path.parent.parents)]
 
 
-def together(found: Sequence[Found]) -> list[Series]:
+def group_results(found: Sequence[ResultFile]) -> list[ResultGroup]:
     """Runs of one thing as one: what differs in more than the seed or the fold is another, and of copies one counts."""
-    groups: dict[tuple, list[list[Found]]] = defaultdict(lambda: [[]])
+    groups: dict[tuple, list[list[ResultFile]]] = defaultdict(lambda: [[]])
     for f in found:
-        parts = groups[_thing(f.result)]
+        parts = groups[_group_key(f.result)]
         if any(
-            _runs(f) == _runs(other) and _same(f.result, other.result) for part in parts for other in part
+            _run_ids(f) == _run_ids(other) and _is_copy(f.result, other.result)
+            for part in parts
+            for other in part
         ):
             continue
-        mine = _runs(f)
-        part = next((p for p in parts if not any(mine & _runs(other) for other in p)), None)
+        mine = _run_ids(f)
+        part = next((p for p in parts if not any(mine & _run_ids(other) for other in p)), None)
         if part is None:
             parts.append(part := [])
         part.append(f)
-    return [Series(tuple(part)) for parts in groups.values() for part in parts]
+    return [ResultGroup(tuple(part)) for parts in groups.values() for part in parts]
 
 
-def _thing(r: EvalResult) -> tuple:
+def _group_key(r: EvalResult) -> tuple:
     splits = None if r.folds else json.dumps(r.splits, sort_keys=True)
     asked = (r.benchmark, r.metric, r.target, r.fraction, bool(r.folds), splits)
-    return (*asked, r.encoder, r.trained_on, r.checkpoint_step, r.mode, _course(r))
+    return (*asked, r.encoder, r.trained_on, r.checkpoint_step, r.mode, _training_key(r))
 
 
-def _course(r: EvalResult) -> str:
+def _training_key(r: EvalResult) -> str:
     """What of the recipe makes a result, but for the seed: how the tiles are seen and, if it is trained, how."""
     recipe: dict[str, Any] = dict(r.recipe or {})
     seen = dict(next(iter((recipe.get("data") or {}).get("mixture") or [{}])))
@@ -178,15 +180,20 @@ def _course(r: EvalResult) -> str:
     if r.mode not in _FROZEN:
         train, evaluation = recipe.get("train") or {}, dict(recipe.get("evaluation") or {})
         evaluation.pop("modes", None)
-        parts += [recipe.get("model"), recipe.get("optim"), {k: train.get(k) for k in _COURSE}, evaluation]
+        parts += [
+            recipe.get("model"),
+            recipe.get("optim"),
+            {k: train.get(k) for k in _TRAINING_KEYS},
+            evaluation,
+        ]
     return json.dumps(parts, sort_keys=True, default=str)
 
 
-def _runs(f: Found) -> set[tuple[int | None, int]]:
+def _run_ids(f: ResultFile) -> set[tuple[int | None, int]]:
     """(fold, seed) of every run in a result."""
     r = f.result
     return {(run.fold, run.seed) for run in r.runs} or {(r.folds[0] if r.folds else None, r.seeds[0])}
 
 
-def _same(a: EvalResult, b: EvalResult) -> bool:
+def _is_copy(a: EvalResult, b: EvalResult) -> bool:
     return (a.value, a.per_class, a.interval, a.confusion) == (b.value, b.per_class, b.interval, b.confusion)

@@ -8,7 +8,7 @@ from maestro_scale.evaluation.results import EvalResult
 
 
 @dataclass(frozen=True)
-class Column:
+class BenchmarkColumn:
     """A benchmark of the tables: what of a dataset is predicted, and how it is scored."""
 
     benchmark: str
@@ -23,7 +23,7 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Row:
+class PublishedRow:
     """A method, and its score per column."""
 
     method: str
@@ -31,31 +31,31 @@ class Row:
 
 
 COLUMNS = (
-    Column("treesatai_ts", "TreeSatAI-TS", "wF1", "species"),
-    Column("pastis_hd", "PASTIS-HD", "mIoU", "crop_type"),
-    Column("flair2", "FLAIR#2", "mIoU", "cosia"),
-    Column("flair_hub", "FLAIR-HUB", "mIoU", "cosia"),
+    BenchmarkColumn("treesatai_ts", "TreeSatAI-TS", "wF1", "species"),
+    BenchmarkColumn("pastis_hd", "PASTIS-HD", "mIoU", "crop_type"),
+    BenchmarkColumn("flair2", "FLAIR#2", "mIoU", "cosia"),
+    BenchmarkColumn("flair_hub", "FLAIR-HUB", "mIoU", "cosia"),
 )
 
 INTRA = (
-    Row("MAESTRO, group, inter-group blocks", (78.8, 68.6, 62.6, 65.9)),
-    Row("the same, twice the epochs", (79.4, 69.0, 63.3, 65.8)),
-    Row("MAESTRO, group, no inter-group blocks", (78.5, 68.8, 63.8, 64.9)),
-    Row("the same, twice the epochs", (79.1, 68.8, 64.0, 64.8)),
-    Row("supervised ViT, same architecture", (75.6, 64.5, 58.2, 62.1)),
-    Row("AnySat", (75.1, 66.5, 55.1, None)),
-    Row("previous best", (75.1, 66.5, 64.1, 64.3)),
+    PublishedRow("MAESTRO, group, inter-group blocks", (78.8, 68.6, 62.6, 65.9)),
+    PublishedRow("the same, twice the epochs", (79.4, 69.0, 63.3, 65.8)),
+    PublishedRow("MAESTRO, group, no inter-group blocks", (78.5, 68.8, 63.8, 64.9)),
+    PublishedRow("the same, twice the epochs", (79.1, 68.8, 64.0, 64.8)),
+    PublishedRow("supervised ViT, same architecture", (75.6, 64.5, 58.2, 62.1)),
+    PublishedRow("AnySat", (75.1, 66.5, 55.1, None)),
+    PublishedRow("previous best", (75.1, 66.5, 64.1, 64.3)),
 )
 
 CROSS = (
-    Row("MAESTRO from FLAIR-HUB", (79.6, 68.0, None, None)),
-    Row("MAESTRO from S2-NAIP", (78.8, 67.4, 62.6, 64.6)),
-    Row("DINOv2", (76.7, 64.4, 64.2, 66.0)),
-    Row("DINOv2-sat", (76.3, 64.0, 63.5, 66.0)),
-    Row("DOFA", (76.0, 62.9, 62.3, 65.1)),
-    Row("CROMA", (70.5, 65.0, 39.0, 44.3)),
-    Row("Prithvi-EO-2.0", (75.6, 66.2, 41.8, 44.9)),
-    Row("SatMAE", (76.9, 66.6, 42.5, 45.0)),
+    PublishedRow("MAESTRO from FLAIR-HUB", (79.6, 68.0, None, None)),
+    PublishedRow("MAESTRO from S2-NAIP", (78.8, 67.4, 62.6, 64.6)),
+    PublishedRow("DINOv2", (76.7, 64.4, 64.2, 66.0)),
+    PublishedRow("DINOv2-sat", (76.3, 64.0, 63.5, 66.0)),
+    PublishedRow("DOFA", (76.0, 62.9, 62.3, 65.1)),
+    PublishedRow("CROMA", (70.5, 65.0, 39.0, 44.3)),
+    PublishedRow("Prithvi-EO-2.0", (75.6, 66.2, 41.8, 44.9)),
+    PublishedRow("SatMAE", (76.9, 66.6, 42.5, 45.0)),
 )
 
 # What a result is compared with: the row for finetuned encoders of the paper's own method.

@@ -15,7 +15,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from maestro_scale.evaluation.report import charts
-from maestro_scale.evaluation.report.groups import Found, Series, together
+from maestro_scale.evaluation.report.groups import ResultFile, ResultGroup, group_results
 from maestro_scale.evaluation.report.published import (
     COLUMNS,
     CROSS,
@@ -23,7 +23,7 @@ from maestro_scale.evaluation.report.published import (
     IMAGE_REFERENCE,
     INTRA,
     INTRA_REFERENCE,
-    Row,
+    PublishedRow,
 )
 from maestro_scale.evaluation.results import MAPS, ResultsError
 from maestro_scale.training.run_dir import write_atomically
@@ -45,7 +45,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Line:
+class TableRow:
     """A row of a table; ``ours`` or published."""
 
     method: str
@@ -59,15 +59,15 @@ class Table:
 
     title: str
     reference: str
-    lines: tuple[Line, ...]
+    lines: tuple[TableRow, ...]
 
 
-def write_report(found: Sequence[Found], out: Path) -> tuple[Path, Path]:
+def write_report(found: Sequence[ResultFile], out: Path) -> tuple[Path, Path]:
     """Write ``out`` (HTML, everything inside) and the tables as ``.md`` beside it; returns both. ResultsError where
     ``out`` is no name of an HTML file, or pictures beside a result cannot be read."""
     if out.suffix not in (".html", ".htm") or out.is_dir():
         raise ResultsError(f"--out {out}: name an .html file; its tables go to .md beside it")
-    series = together(found)
+    series = group_results(found)
     content: dict[str, Any] = {
         "columns": COLUMNS,
         "tables": _tables(series),
@@ -93,7 +93,7 @@ def write_report(found: Sequence[Found], out: Path) -> tuple[Path, Path]:
     return out, out.with_suffix(".md")
 
 
-def _tables(series: Sequence[Series]) -> list[Table]:
+def _tables(series: Sequence[ResultGroup]) -> list[Table]:
     full = [s for s in series if s.first.fraction == 1 and not s.is_oracle]
     known = [s for s in full if any(c.is_of(s.first) for c in COLUMNS)]
     intra = [s for s in known if s.kind in ("intra", "none")]
@@ -112,26 +112,31 @@ def _tables(series: Sequence[Series]) -> list[Table]:
     ]
 
 
-def _oracle(series: Series, among: Sequence[Series]) -> str:
+def _oracle(series: ResultGroup, among: Sequence[ResultGroup]) -> str:
     """What the oracle reaches where ``series`` was scored; empty where it was not asked."""
     first = series.first
     for s in among:
         tested = {s.first.splits.get("test"), first.splits.get("test")} - {None}
-        if s.is_oracle and not series.is_oracle and _question(s) == _question(series) and len(tested) < 2:
+        if (
+            s.is_oracle
+            and not series.is_oracle
+            and _benchmark_key(s) == _benchmark_key(series)
+            and len(tested) < 2
+        ):
             return f"{100 * s.value:.1f}"
     return ""
 
 
-def _question(series: Series) -> tuple[str, str, str]:
+def _benchmark_key(series: ResultGroup) -> tuple[str, str, str]:
     return series.first.benchmark, series.first.metric, series.first.target
 
 
-def _ours(series: Sequence[Series], every: Sequence[Series]) -> list[Line]:
+def _ours(series: Sequence[ResultGroup], every: Sequence[ResultGroup]) -> list[TableRow]:
     """A row per encoder and mode; several where it was scored in more than one way."""
-    rows: dict[tuple, dict[str, Series]] = defaultdict(dict)
+    rows: dict[tuple, dict[str, ResultGroup]] = defaultdict(dict)
     for s in series:
         key = (s.first.encoder, s.first.trained_on, s.first.mode)
-        for more in ((), (s.first.checkpoint_step,), (s.first.checkpoint_step, s.found[0].path.parent)):
+        for more in ((), (s.first.checkpoint_step,), (s.first.checkpoint_step, s.files[0].path.parent)):
             if s.first.benchmark not in rows[(*key, *more)]:
                 rows[(*key, *more)][s.first.benchmark] = s
                 break
@@ -144,20 +149,20 @@ def _ours(series: Sequence[Series], every: Sequence[Series]) -> list[Line]:
         where = f", in {key[4].name}" if len(key) > 4 else ""
         cells = tuple(_cell(by_benchmark.get(c.benchmark), i, every) for i, c in enumerate(COLUMNS))
         method = f"{first.encoder}{'' if first.is_image else origin}{at}, {mode}{where}"
-        lines.append(Line(method, cells, True))
+        lines.append(TableRow(method, cells, True))
     return lines
 
 
-def _cell(series: Series | None, column: int, every: Sequence[Series]) -> Cell:
+def _cell(series: ResultGroup | None, column: int, every: Sequence[ResultGroup]) -> Cell:
     if series is None:
         return Cell("–")
     reference = _reference(series)
     published = reference.scores[column] if reference else None
     difference = "" if published is None else f"{100 * series.value - published:+.1f}"
-    return Cell(series.text, difference, series.anchor, _oracle(series, every))
+    return Cell(series.score_text, difference, series.anchor, _oracle(series, every))
 
 
-def _reference(series: Series) -> Row | None:
+def _reference(series: ResultGroup) -> PublishedRow | None:
     if series.is_image:
         return next(
             (row for name, row in IMAGE_REFERENCE.items() if name in series.first.encoder.lower()), None
@@ -167,14 +172,14 @@ def _reference(series: Series) -> Row | None:
     return INTRA_REFERENCE
 
 
-def _published(row: Row) -> Line:
-    return Line(row.method, tuple(Cell("–" if s is None else f"{s:.1f}") for s in row.scores), False)
+def _published(row: PublishedRow) -> TableRow:
+    return TableRow(row.method, tuple(Cell("–" if s is None else f"{s:.1f}") for s in row.scores), False)
 
 
-def _curves(series: Sequence[Series]) -> dict[str, str]:
+def _curves(series: Sequence[ResultGroup]) -> dict[str, str]:
     """{benchmark: picture} where an encoder was scored on more than one share of the labels."""
-    groups: dict[str, dict[str, list[Series]]] = defaultdict(lambda: defaultdict(list))
-    for title, members in _by_question(series).items():
+    groups: dict[str, dict[str, list[ResultGroup]]] = defaultdict(lambda: defaultdict(list))
+    for title, members in _by_benchmark(series).items():
         for s in members:
             groups[title][s.name].append(s)
     pictures = {}
@@ -188,8 +193,8 @@ def _curves(series: Sequence[Series]) -> dict[str, str]:
                         name,
                         [m.first.fraction for m in members],
                         [m.value for m in members],
-                        [min(f.result.interval[0] for f in m.found) for m in members],
-                        [max(f.result.interval[1] for f in m.found) for m in members],
+                        [min(f.result.interval[0] for f in m.files) for m in members],
+                        [max(f.result.interval[1] for f in m.files) for m in members],
                     )
                 )
         if curves:
@@ -197,17 +202,17 @@ def _curves(series: Sequence[Series]) -> dict[str, str]:
     return pictures
 
 
-def _metric(by_name: Mapping[str, list[Series]]) -> str:
+def _metric(by_name: Mapping[str, list[ResultGroup]]) -> str:
     return _METRIC[next(iter(by_name.values()))[0].first.metric]
 
 
-def _benchmarks(series: Sequence[Series]) -> list[dict[str, Any]]:
+def _benchmarks(series: Sequence[ResultGroup]) -> list[dict[str, Any]]:
     """Per benchmark: bars of the best few, and of every series its confusion, maps and origin."""
     sections = []
-    for benchmark, members in _by_question(series).items():
+    for benchmark, members in _by_benchmark(series).items():
         members = sorted(members, key=lambda s: -s.value)
         shown = [s for s in members if s.first.fraction == 1] or members
-        best = {f"{s.name} ({s.text})": s.first.per_class for s in shown[:_MOST_BARS]}
+        best = {f"{s.name} ({s.score_text})": s.first.per_class for s in shown[:_MOST_BARS]}
         metric = CLASS_METRIC[members[0].first.metric]
         absent = sorted({c for s in members for c, v in s.first.per_class.items() if v is None})
         sections.append(
@@ -221,11 +226,11 @@ def _benchmarks(series: Sequence[Series]) -> list[dict[str, Any]]:
     return sections
 
 
-def _by_question(series: Sequence[Series]) -> dict[str, list[Series]]:
+def _by_benchmark(series: Sequence[ResultGroup]) -> dict[str, list[ResultGroup]]:
     """By benchmark; where it was asked more than one thing, by what was asked."""
-    groups: dict[tuple[str, str, str], list[Series]] = defaultdict(list)
+    groups: dict[tuple[str, str, str], list[ResultGroup]] = defaultdict(list)
     for s in series:
-        groups[_question(s)].append(s)
+        groups[_benchmark_key(s)].append(s)
     benchmarks = [benchmark for benchmark, _, _ in groups]
     return {
         benchmark
@@ -235,7 +240,7 @@ def _by_question(series: Sequence[Series]) -> dict[str, list[Series]]:
     }
 
 
-def pictures(found: Found) -> dict[str, bytes]:
+def draw_pictures(found: ResultFile) -> dict[str, bytes]:
     """PNGs of one result, by name: ``confusion`` of a segmentation, and ``maps`` where it kept some."""
     result, drawn = found.result, {}
     classes = list(result.per_class)
@@ -251,8 +256,8 @@ def pictures(found: Found) -> dict[str, bytes]:
     return drawn
 
 
-def _details(series: Series) -> dict[str, Any]:
-    drawn = {name: _data(png) for name, png in pictures(series.found[0]).items()}
+def _details(series: ResultGroup) -> dict[str, Any]:
+    drawn = {name: _data(png) for name, png in draw_pictures(series.files[0]).items()}
     return {
         "series": series,
         "first": series.first,

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from maestro_scale.evaluation.results import EvalResult, Run
+from maestro_scale.evaluation.results import EvalResult, RunScore
 
 _T = TypeVar("_T")
 
@@ -45,7 +45,8 @@ def summarise(runs: Sequence[tuple[str, EvalResult]]) -> EvalResult:
         chosen={},
         timings={name: sum(r.timings.get(name, 0.0) for r in results) for name in first.timings},
         runs=tuple(
-            Run(r.value, r.interval, r.seeds[0], r.folds[0] if r.folds else None, path) for path, r in runs
+            RunScore(r.value, r.interval, r.seeds[0], r.folds[0] if r.folds else None, path)
+            for path, r in runs
         ),
     )
 

@@ -18,14 +18,14 @@ class FirstMaps:
         self._num = min(num_tiles, NUM_MAPS)
         self._maps: dict[str, np.ndarray] = {}
 
-    def take(self, first: int, maps: Mapping[str, np.ndarray] | None) -> None:
+    def add(self, first: int, maps: Mapping[str, np.ndarray] | None) -> None:
         """Maps (k, H, W) of the tiles from number ``first`` on; None where the task has none."""
         for name, values in (maps or {}).items() if first < self._num else ():
             held = self._maps.setdefault(name, np.zeros((self._num, *values.shape[1:]), np.uint8))
             mine = held[first : first + len(values)]
             mine[:] = values[: len(mine)]
 
-    def gathered(self, world: World | None) -> dict[str, np.ndarray] | None:
+    def gather(self, world: World | None) -> dict[str, np.ndarray] | None:
         """All ranks must call it. None where there are no maps."""
         if world is None:
             return self._maps or None

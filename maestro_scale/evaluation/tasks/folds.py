@@ -15,7 +15,7 @@ _NAMED = (re.compile(r"split_(\d+)_(train|val|test)"), re.compile(r"(train|val|t
 Roles = Mapping[str, tuple[str, ...]]
 
 
-def folds_in(splits: Sequence[str]) -> dict[int, Roles]:
+def find_folds(splits: Sequence[str]) -> dict[int, Roles]:
     """{number: {role: splits}} of every fold that ``splits`` are complete for.
 
     ``fold_1`` … ``fold_n`` are parts of the data, and a fold of cross-validation is a rotation of them: in fold k the
@@ -37,9 +37,9 @@ def folds_in(splits: Sequence[str]) -> dict[int, Roles]:
     return {k: found[k] for k in sorted(found) if set(found[k]) == set(ROLES)}
 
 
-def fold(splits: Sequence[str], number: int) -> Roles:
+def fold_splits(splits: Sequence[str], number: int) -> Roles:
     """{role: splits} of fold ``number``. ResultsError, with what there is, if ``splits`` do not hold it."""
-    there = folds_in(splits)
+    there = find_folds(splits)
     if number not in there:
         raise ResultsError(
             f"no fold {number} in these shards (folds: {', '.join(map(str, there)) or 'none'}; splits: "

@@ -15,7 +15,7 @@ _CANDIDATES = 8  # samples of a class that are compared
 _STREAM = 2  # of the draws under a seed; others are used by the classifiers
 
 
-def stratified(weights: np.ndarray, fraction: float, seed: int = 0) -> np.ndarray:
+def stratified_sample(weights: np.ndarray, fraction: float, seed: int = 0) -> np.ndarray:
     """Numbers of round(fraction · N) samples, at least one; ascending.
 
     ``weights``: (N, C), how much of each class a sample holds: 0 or 1 per label, or pixels. ValueError unless

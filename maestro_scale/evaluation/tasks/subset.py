@@ -6,7 +6,7 @@ import numpy as np
 
 from maestro_scale.datasets.spec import Target
 from maestro_scale.evaluation.results import ResultsError
-from maestro_scale.evaluation.tasks.fraction import stratified
+from maestro_scale.evaluation.tasks.fraction import stratified_sample
 from maestro_scale.shards.format.manifest import Manifest
 from maestro_scale.stream.source import OpenShards, Source
 from maestro_scale.training.distributed import World
@@ -23,7 +23,7 @@ def train_split(manifest: Manifest, fraction: float) -> tuple[str, float]:
     return (official, 1.0) if official in manifest.splits else (TRAIN, fraction)
 
 
-def subset(
+def labelled_subset(
     source: Source, target: Target, fraction: float, seed: int, world: World | None = None
 ) -> np.ndarray:
     """Ascending numbers, in manifest order, of the samples of a stratified fraction; the same on all ranks.
@@ -34,7 +34,7 @@ def subset(
         return np.arange(sum(source.counts))
     used = np.zeros(sum(source.counts))
     if world is None or world.is_main:
-        used[stratified(class_weights(source, target), fraction, seed)] = 1
+        used[stratified_sample(class_weights(source, target), fraction, seed)] = 1
     if world is not None:
         used = np.array(world.sums(used.tolist()))
     return np.flatnonzero(used)

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from maestro_scale.datasets.spec import DatasetSpec, Target
-from maestro_scale.evaluation.features.cache import Encoded
-from maestro_scale.evaluation.features.labelled import Fit, Labelled
+from maestro_scale.evaluation.features.cache import FeatureCache
+from maestro_scale.evaluation.features.labelled_features import ClassifierResult, LabelledFeatures
 from maestro_scale.evaluation.metrics import (
     MultilabelCounts,
     average_precision,
@@ -40,17 +40,17 @@ NUM_MAPS = 4  # tiles whose maps are kept beside a result
 
 
 @dataclass(frozen=True)
-class Answer:
+class Predictions:
     """What a classifier made of the test split. ``counts`` (tiles, …): exact, of each tile on its own."""
 
     counts: np.ndarray
     chosen: Mapping[str, float]
     scores: Mapping[str, float] = field(default_factory=dict)  # other than the task's, by name
     maps: Mapping[str, np.ndarray] | None = None  # label and answer of a few tiles, (n, H, W) uint8 each
-    tiles: Callable[[], Iterator[np.ndarray]] | None = None  # answers of all tiles in order, (H, W) each
+    tile_maps: Callable[[], Iterator[np.ndarray]] | None = None  # answers of all tiles in order, (H, W) each
 
 
-Mode = Callable[[Encoded, Encoded, Encoded, int, torch.device], Answer]
+Classifier = Callable[[FeatureCache, FeatureCache, FeatureCache, int, torch.device], Predictions]
 
 
 class Task(Protocol):
@@ -63,8 +63,8 @@ class Task(Protocol):
     target: Target
     metric: str
     feature_dtype: str
-    crops: int | None
-    modes: Mapping[str, Mode]
+    num_crops: int | None
+    classifiers: Mapping[str, Classifier]
 
     def features(self, model: Maestro, batch: Batch) -> Tensor:
         """(B, …, F): what is kept of a batch."""
@@ -93,18 +93,18 @@ class Task(Protocol):
 
 
 @dataclass(frozen=True)
-class Multilabel:
+class MultilabelTask:
     """Several classes per tile, from one vector per tile; scored by wF1."""
 
     target: Target
     metric: ClassVar[str] = "wf1"
     feature_dtype: ClassVar[str] = "float32"
-    crops: ClassVar[int | None] = 1  # one answer per tile, from one crop of it
+    num_crops: ClassVar[int | None] = 1  # one answer per tile, from one crop of it
 
     @property
-    def modes(self) -> Mapping[str, Mode]:
+    def classifiers(self) -> Mapping[str, Classifier]:
         """kNN and logistic regression."""
-        return {"knn": self._answer(knn), "probe": self._answer(linear_probe)}
+        return {"knn": self._classifier(knn), "probe": self._classifier(linear_probe)}
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -131,28 +131,35 @@ class Multilabel:
     def confusion(self, counts: np.ndarray) -> None:
         """A pixel table has no meaning here."""
 
-    def _answer(self, classify: Callable[[Labelled, Labelled, np.ndarray], Fit]) -> Mode:
-        def mode(train: Encoded, val: Encoded, test: Encoded, seed: int, device: torch.device) -> Answer:
-            fit = classify(*(Labelled(np.asarray(e.features), e.labels) for e in (train, val)), test.features)
-            return multilabel_answer(fit.predicted, fit.scores, np.asarray(test.labels), fit.chosen)
+    def _classifier(
+        self, classify: Callable[[LabelledFeatures, LabelledFeatures, np.ndarray], ClassifierResult]
+    ) -> Classifier:
+        def fit(
+            train: FeatureCache, val: FeatureCache, test: FeatureCache, seed: int, device: torch.device
+        ) -> Predictions:
+            labelled = [LabelledFeatures(np.asarray(e.features), e.labels) for e in (train, val)]
+            result = classify(labelled[0], labelled[1], np.asarray(test.features))
+            return multilabel_predictions(
+                result.predicted, result.scores, np.asarray(test.labels), result.chosen
+            )
 
-        return mode
+        return fit
 
 
 @dataclass(frozen=True)
-class Segmentation:
+class SegmentationTask:
     """A class per pixel, from one vector per place of the reference sensor's token grid; scored by mIoU."""
 
     target: Target
-    layout: dense.Layout
+    layout: dense.PixelLayout
     metric: ClassVar[str] = "miou"
     feature_dtype: ClassVar[str] = "float16"
-    crops: ClassVar[int | None] = None
+    num_crops: ClassVar[int | None] = None
 
     @property
-    def modes(self) -> Mapping[str, Mode]:
+    def classifiers(self) -> Mapping[str, Classifier]:
         """kNN over places and a linear map per place."""
-        return {"knn": self._answer(dense.knn), "probe": self._answer(dense.probe)}
+        return {"knn": self._classifier(dense.knn), "probe": self._classifier(dense.probe)}
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -195,37 +202,39 @@ class Segmentation:
 
     def first_tiles(self, crops: np.ndarray) -> np.ndarray:
         """(n, H, W): the first few tiles, put together from crops (M, h, w)."""
-        per_tile = self.layout.crops.num_crops
+        per_tile = self.layout.crop_grid.num_crops
         firsts = range(0, min(len(crops), NUM_MAPS * per_tile), per_tile)
-        return np.stack([self.layout.whole(crops[first : first + per_tile]) for first in firsts])
+        return np.stack([self.layout.assemble(crops[first : first + per_tile]) for first in firsts])
 
-    def whole_tiles(self, predicted: np.ndarray) -> Iterator[np.ndarray]:
+    def tile_maps(self, predicted: np.ndarray) -> Iterator[np.ndarray]:
         """(H, W) uint8 of each tile, put together from predictions (M, P, Q) of its crops."""
-        per_tile = self.layout.crops.num_crops
+        per_tile = self.layout.crop_grid.num_crops
         for first in range(0, len(predicted), per_tile):
-            yield self.layout.whole(self.layout.per_pixel(predicted[first : first + per_tile]))
+            yield self.layout.assemble(self.layout.per_pixel(predicted[first : first + per_tile]))
 
     def _counted(self, counts: np.ndarray) -> np.ndarray:
         return counts[..., : len(self.classes), :]
 
-    def _answer(self, classify: Callable[..., tuple[np.ndarray, dict[str, float]]]) -> Mode:
-        def mode(train: Encoded, val: Encoded, test: Encoded, seed: int, device: torch.device) -> Answer:
+    def _classifier(self, classify: Callable[..., tuple[np.ndarray, dict[str, float]]]) -> Classifier:
+        def fit(
+            train: FeatureCache, val: FeatureCache, test: FeatureCache, seed: int, device: torch.device
+        ) -> Predictions:
             predicted, chosen = classify(self.layout, len(self.classes), train, val, test, seed, device)
             counts = dense.confusions(self.layout, len(self.classes), predicted, test)
             maps = {
                 "truth": self.first_tiles(test.labels),
                 "answer": self.first_tiles(self.layout.per_pixel(predicted)),
             }
-            return Answer(
-                counts, chosen, segmentation_scores(counts.sum(0)), maps, lambda: self.whole_tiles(predicted)
+            return Predictions(
+                counts, chosen, segmentation_scores(counts.sum(0)), maps, lambda: self.tile_maps(predicted)
             )
 
-        return mode
+        return fit
 
 
-def multilabel_answer(
+def multilabel_predictions(
     predicted: np.ndarray, probabilities: np.ndarray, labels: np.ndarray, chosen: Mapping[str, float]
-) -> Answer:
+) -> Predictions:
     """Of predictions (N, C) bool, probabilities (N, C) and labels (N, C) bool of N tiles."""
     counts = MultilabelCounts.of(predicted, labels)
     precision = average_precision(probabilities, labels)
@@ -233,7 +242,7 @@ def multilabel_answer(
         "macro_f1": counts.macro_f1(zero_division=np.nan),
         "mean_average_precision": float(np.nanmean(precision)) if counts.support.any() else np.nan,
     }
-    return Answer(tile_counts(predicted, labels), chosen, scores)
+    return Predictions(tile_counts(predicted, labels), chosen, scores)
 
 
 def _at(tokens: Tensor, grid: int) -> Tensor:
@@ -259,7 +268,7 @@ def task_for(spec: DatasetSpec, view: ModelConfig, crop_m: float, target: str | 
         raise ResultsError(f"{spec.name} has no target {target!r}; it has: {', '.join(names)}")
     chosen = spec.target(target or names[0])
     if chosen.kind == "multilabel":
-        return Multilabel(chosen)
+        return MultilabelTask(chosen)
     refs = [s for s in view.sensors if s.name == view.ref_sensor]
     if not refs:
         raise ResultsError(
@@ -268,7 +277,7 @@ def task_for(spec: DatasetSpec, view: ModelConfig, crop_m: float, target: str | 
         )
     try:
         crops = CropGrid(spec, view.sensors, crop_m)
-        layout = dense.Layout(refs[0].grid, refs[0].patch, chosen.resolution_m or crop_m, crops)
-        return Segmentation(chosen, layout)
+        layout = dense.PixelLayout(refs[0].grid, refs[0].patch, chosen.resolution_m or crop_m, crops)
+        return SegmentationTask(chosen, layout)
     except ValueError as error:
         raise ResultsError(f"{spec.name}: sensor {refs[0].name}: {error}") from None

@@ -11,7 +11,7 @@ import numpy as np
 
 from maestro_scale.datasets.spec import Place
 from maestro_scale.evaluation.results import ResultsError
-from maestro_scale.evaluation.tasks.task import Segmentation, Task
+from maestro_scale.evaluation.tasks.task import SegmentationTask, Task
 from maestro_scale.stream.source import OpenShards, Source
 
 
@@ -27,7 +27,7 @@ def georeference(
     return {"crs": place.crs if place else None, "transform": transform}
 
 
-class TileMaps:
+class TileMapWriter:
     """Writes ``<folder>/<key>.tif`` of samples by number: uint8 values as in the labels, their names in the tags.
 
     ResultsError where the task has no map to write.
@@ -38,7 +38,7 @@ class TileMaps:
             import rasterio  # noqa: F401
         except ImportError:
             raise ResultsError("--maps needs rasterio: pip install 'maestro-scale[datasets]'") from None
-        if not isinstance(task, Segmentation):
+        if not isinstance(task, SegmentationTask):
             raise ResultsError(f"--maps: {task.target.name} has labels for whole tiles, so there is no map")
         self._folder, self._resolution_m, self._names = folder, task.layout.resolution_m, task.target.classes
         self._values = np.array(

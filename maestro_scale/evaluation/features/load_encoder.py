@@ -12,7 +12,7 @@ from maestro_scale.training.checkpoint import committed
 from maestro_scale.training.checkpoint.checkpoints import newest
 
 
-def open_model(path: Path) -> tuple[Maestro, int | None]:
+def load_encoder(path: Path) -> tuple[Maestro, int | None]:
     """(model, optimizer steps it was trained for). ExportError or CheckpointError where there is none."""
     if (path / CONFIG).exists():
         return load_model(path), trained_step(path)

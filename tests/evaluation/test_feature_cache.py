@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from maestro_scale.evaluation.features import cache as module
-from maestro_scale.evaluation.features.cache import Joined
+from maestro_scale.evaluation.features.cache import ConcatArray
 from maestro_scale.evaluation.frozen.evaluate import Benchmark, evaluate_frozen
 from maestro_scale.evaluation.results import ResultsError
 from maestro_scale.interop.pretrained import load_model
@@ -76,7 +76,7 @@ def test_splits_that_take_other_parts_are_not_encoded_again(encoder, benchmark):
 def test_joined_arrays_are_what_concatenation_would_be():
     rng = np.random.default_rng(0)
     parts = [rng.normal(size=(n, 5, 3)) for n in (4, 1, 7)]
-    whole, seen = np.concatenate(parts), Joined(parts)
+    whole, seen = np.concatenate(parts), ConcatArray(parts)
     assert (seen.shape, len(seen), seen.dtype) == (whole.shape, 12, whole.dtype)
     rows, places = rng.integers(0, 12, 40), rng.integers(0, 5, 40)
     for key in (slice(3, 9), slice(0, 12), slice(11, 40), rows, (rows, places)):

@@ -10,8 +10,8 @@ from maestro_scale.model.maestro import Maestro
 from maestro_scale.model.sequences import sequences
 
 
-def adopt(model: Maestro, view: DatasetView, learns: bool = False) -> tuple[Maestro, list[str]]:
-    """(model, what to tell) that sees a dataset as ``view``, with the encoder of ``model``.
+def adapt_encoder(model: Maestro, view: DatasetView, trains: bool = False) -> tuple[Maestro, list[str]]:
+    """(model, what to report) that sees a dataset as ``view``, with the encoder of ``model``.
 
     Weights go by name: patch embeddings by ``embed``, encoders by ``group``. A sensor without either is left out, or,
     where the encoder ``learns`` on, starts afresh; the lines say so. The decoder is fresh: nothing of it is used where
@@ -22,13 +22,13 @@ def adopt(model: Maestro, view: DatasetView, learns: bool = False) -> tuple[Maes
     if any(v.dataset == view.dataset and v.sensors == view.sensors for v in own.views):
         return model, []
     kept = tuple(s for s in view.sensors if _why_not(model, s.embed, s.group, s.name) is None)
-    left, fate = [s for s in view.sensors if s not in kept], "starts afresh" if learns else "is left out"
+    left, fate = [s for s in view.sensors if s not in kept], "starts afresh" if trains else "is left out"
     notes = [f"{s.name} {fate}: {_why_not(model, s.embed, s.group, s.name)}" for s in left]
     if not kept:
         raise ResultsError(
             f"{view.dataset}: the checkpoint has weights for none of its sensors: " + "; ".join(notes)
         )
-    if learns:
+    if trains:
         kept = view.sensors
     if problems := conflicts([*own.views, dataclasses.replace(view, sensors=kept)]):
         raise ResultsError(f"the checkpoint does not fit: {problems[0]}")

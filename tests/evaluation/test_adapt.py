@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from maestro_scale.evaluation.features.adopt import adopt
+from maestro_scale.evaluation.features.adapt import adapt_encoder
 from maestro_scale.evaluation.results import ResultsError
 from maestro_scale.model.config import DatasetView
 from maestro_scale.model.maestro import Maestro
@@ -24,14 +24,14 @@ def by_name(which, /, **changes):
 
 
 def test_the_dataset_it_was_trained_on_needs_nothing():
-    adopted, notes = adopt(MODEL, view(*small_sensors(), name="here"))
+    adopted, notes = adapt_encoder(MODEL, view(*small_sensors(), name="here"))
     assert adopted is MODEL
     assert notes == []
 
 
 def test_a_sensor_of_another_name_is_read_by_shared_weights():
     radar = by_name("s1_asc", name="s1", num_dates=3)
-    adopted, notes = adopt(MODEL, view(radar))
+    adopted, notes = adapt_encoder(MODEL, view(radar))
     assert notes == ["there is seen through s1"]
     batch = full_batch(adopted.config, 2)
     with torch.no_grad():
@@ -44,7 +44,7 @@ def test_a_sensor_of_another_name_is_read_by_shared_weights():
 
 
 def test_a_sensor_without_weights_is_left_out_and_said():
-    adopted, notes = adopt(
+    adopted, notes = adapt_encoder(
         MODEL, view(by_name("aerial"), by_name("s2", name="landsat", embed="landsat", group="landsat"))
     )
     assert [s.name for s in adopted.config.sensors] == ["aerial"]
@@ -54,7 +54,7 @@ def test_a_sensor_without_weights_is_left_out_and_said():
 
 def test_what_learns_on_keeps_every_sensor():
     sensors = by_name("aerial"), by_name("s2", name="landsat", embed="landsat", group="landsat")
-    adopted, notes = adopt(MODEL, view(*sensors), learns=True)
+    adopted, notes = adapt_encoder(MODEL, view(*sensors), trains=True)
     assert adopted.config.sensors == sensors
     assert "landsat starts afresh: the checkpoint has no embedding 'landsat'" in notes[0]
     torch.testing.assert_close(
@@ -65,9 +65,9 @@ def test_what_learns_on_keeps_every_sensor():
 
 def test_no_sensor_left_is_refused():
     with pytest.raises(ResultsError, match="weights for none of its sensors: dem is left out"):
-        adopt(MODEL, view(by_name("s2", name="dem", embed="dem", group="dem")))
+        adapt_encoder(MODEL, view(by_name("s2", name="dem", embed="dem", group="dem")))
 
 
 def test_a_shared_embedding_of_another_patch_is_refused():
     with pytest.raises(ResultsError, match="does not fit"):
-        adopt(MODEL, view(by_name("aerial", patch=4)))
+        adapt_encoder(MODEL, view(by_name("aerial", patch=4)))

@@ -11,7 +11,7 @@ from maestro_scale.evaluation.metrics import MultilabelCounts
 
 
 @dataclass(frozen=True)
-class Labelled:
+class LabelledFeatures:
     """``features`` (N, F) float and multilabel ``labels`` (N, C) bool of the same samples.
 
     ValueError if there is no sample, the lengths differ, or a feature is not finite.
@@ -32,7 +32,7 @@ class Labelled:
 
 
 @dataclass(frozen=True)
-class Fit:
+class ClassifierResult:
     """A classifier's answers on N test samples and how it was chosen.
 
     ``scores`` (N, C) float32 in [0, 1]; ``predicted`` (N, C) bool: scores > 0.5. ``chosen``: hyperparameters.
@@ -45,7 +45,7 @@ class Fit:
     validation: MultilabelCounts
 
 
-def check_features(features: np.ndarray, like: Labelled | None = None) -> None:
+def check_features(features: np.ndarray, like: LabelledFeatures | None = None) -> None:
     """ValueError unless ``features`` is (N, F), finite, and as wide as those of ``like``."""
     if features.ndim != 2:
         raise ValueError(f"features {features.shape} must be (samples, features)")
@@ -58,7 +58,7 @@ def check_features(features: np.ndarray, like: Labelled | None = None) -> None:
         raise ValueError(f"features of sample {row} are not finite: the encoder overflowed, or saw NaN")
 
 
-def check_splits(train: Labelled, validation: Labelled, test_features: np.ndarray) -> None:
+def check_splits(train: LabelledFeatures, validation: LabelledFeatures, test_features: np.ndarray) -> None:
     """ValueError unless all three have the same features and classes."""
     check_features(validation.features, train)
     check_features(test_features, train)
