@@ -195,7 +195,7 @@ def test_the_middle_label_of_a_block_stands_for_it():
 def test_where_crops_overlap_the_later_one_counts():
     # Crops of 4 pixels at 0 and 2 of 6: each is filled with its number.
     crops = np.arange(4)[:, None, None] * np.ones((4, 4, 4), int)
-    tile = layout().whole(crops)
+    tile = layout().assemble(crops)
     assert tile.tolist() == [[0, 0, 1, 1, 1, 1]] * 2 + [[2, 2, 3, 3, 3, 3]] * 4
 
 
