@@ -224,8 +224,9 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 def _run(args: argparse.Namespace, recipe, encoder, modes: Sequence[str], part: EvalRun, world):
     """(mode, result) of a part, on rank 0."""
+    from maestro_scale.evaluation.benchmark import Benchmark, Provenance
     from maestro_scale.evaluation.finetune.finetune import MODES, finetune
-    from maestro_scale.evaluation.frozen.evaluate import Benchmark, Provenance, evaluate_frozen
+    from maestro_scale.evaluation.frozen.evaluate import evaluate_frozen
     from maestro_scale.evaluation.progress import no_progress
     from maestro_scale.secrets_filter import scrub_tree
     from maestro_scale.tracking import terminal

@@ -183,7 +183,8 @@ def _run(command: list[str], log: Path) -> int:
 def _evaluate(console: Console, paths: QuickstartPaths, seed: int) -> None:
     import torch
 
-    from maestro_scale.evaluation.frozen.evaluate import Benchmark, Provenance, evaluate_frozen
+    from maestro_scale.evaluation.benchmark import Benchmark, Provenance
+    from maestro_scale.evaluation.frozen.evaluate import evaluate_frozen
     from maestro_scale.interop.export import export_model
     from maestro_scale.interop.pretrained import load_model
     from maestro_scale.model.maestro import Maestro

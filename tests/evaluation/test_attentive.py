@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from maestro_scale.evaluation.benchmark import Benchmark
 from maestro_scale.evaluation.features.baselines import ChannelStatistics
 from maestro_scale.evaluation.features.cache import FeatureCache
 from maestro_scale.evaluation.finetune.predictor import build_predictor
 from maestro_scale.evaluation.frozen import attentive
 from maestro_scale.evaluation.frozen.attentive import HeadGrid, attentive_probe, concat_tokens
-from maestro_scale.evaluation.frozen.evaluate import Benchmark, evaluate_frozen
+from maestro_scale.evaluation.frozen.evaluate import evaluate_frozen
 from maestro_scale.evaluation.probes import dense
 from maestro_scale.evaluation.probes import lr_grid as course
 from maestro_scale.evaluation.results import ResultsError

@@ -7,8 +7,9 @@ import pytest
 import torch
 from transformers import Dinov2Config, Dinov2Model, DINOv3ViTConfig, DINOv3ViTModel
 
+from maestro_scale.evaluation.benchmark import Benchmark
 from maestro_scale.evaluation.features.baselines import ChannelStatistics, ImageEncoder, build_baseline
-from maestro_scale.evaluation.frozen.evaluate import Benchmark, evaluate_frozen
+from maestro_scale.evaluation.frozen.evaluate import evaluate_frozen
 from maestro_scale.evaluation.results import EvalResult, ResultsError
 from maestro_scale.model.config import DatasetView
 from maestro_scale.recipe import load_recipe

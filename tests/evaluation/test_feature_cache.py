@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from maestro_scale.evaluation.benchmark import Benchmark
 from maestro_scale.evaluation.features import cache as module
 from maestro_scale.evaluation.features.cache import ConcatArray
-from maestro_scale.evaluation.frozen.evaluate import Benchmark, evaluate_frozen
+from maestro_scale.evaluation.frozen.evaluate import evaluate_frozen
 from maestro_scale.evaluation.results import ResultsError
 from maestro_scale.interop.pretrained import load_model
 from maestro_scale.model.maestro import Maestro

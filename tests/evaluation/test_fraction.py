@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maestro_scale.evaluation.frozen.evaluate import Benchmark, Provenance, evaluate_frozen
+from maestro_scale.evaluation.benchmark import Benchmark, Provenance
+from maestro_scale.evaluation.frozen.evaluate import evaluate_frozen
 from maestro_scale.evaluation.probes import dense
 from maestro_scale.evaluation.results import ResultsError
 from maestro_scale.evaluation.tasks.fraction import stratified_sample

@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from maestro_scale.evaluation.benchmark import BATCH_SIZE, Benchmark, Provenance, build_result
 from maestro_scale.evaluation.features.baselines import ImageEncoder
 from maestro_scale.evaluation.features.cache import weights_digest
 from maestro_scale.evaluation.finetune import early_stop
 from maestro_scale.evaluation.finetune.average import Average
 from maestro_scale.evaluation.finetune.early_stop import Validated
 from maestro_scale.evaluation.finetune.predictor import Predictor, build_predictor
-from maestro_scale.evaluation.frozen.evaluate import BATCH_SIZE, Benchmark, Provenance, result_of
 from maestro_scale.evaluation.metrics import best_index
 from maestro_scale.evaluation.progress import ProgressFactory, no_progress
 from maestro_scale.evaluation.results import EvalResult
@@ -123,7 +123,7 @@ def finetune(
         said = {"step": float(chosen.step), "validation": chosen.score}
         answer = replace(answer, chosen=said)
         timings = {"fit_s": time.perf_counter() - started}
-        return result_of(benchmark, run.manifest, mode, run.objective.task, answer, provenance, timings)
+        return build_result(benchmark, run.manifest, mode, run.objective.task, answer, provenance, timings)
     finally:
         if held is not None:
             held.release()

@@ -5,17 +5,16 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from maestro_scale.evaluation.bootstrap import bootstrap_interval
+from maestro_scale.evaluation.benchmark import BATCH_SIZE, Benchmark, Provenance, build_result
 from maestro_scale.evaluation.features.baselines import Baseline
 from maestro_scale.evaluation.features.cache import (
     FeatureCache,
@@ -24,12 +23,11 @@ from maestro_scale.evaluation.features.cache import (
     weights_digest,
 )
 from maestro_scale.evaluation.frozen.attentive import attentive_probe, concat_tokens
-from maestro_scale.evaluation.metrics import best_index
 from maestro_scale.evaluation.progress import ProgressFactory, no_progress
 from maestro_scale.evaluation.results import EvalResult
 from maestro_scale.evaluation.tasks.losses import target_loss_for
-from maestro_scale.evaluation.tasks.subset import TRAIN, labelled_subset, train_split
-from maestro_scale.evaluation.tasks.task import Predictions, Task, task_for
+from maestro_scale.evaluation.tasks.subset import TRAIN, labelled_subset
+from maestro_scale.evaluation.tasks.task import Task, task_for
 from maestro_scale.evaluation.tasks.tile_maps import TileMapWriter
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.shards.format.manifest import Manifest
@@ -39,59 +37,7 @@ from maestro_scale.stream.eval_loader import EvalLoader
 from maestro_scale.stream.source import Source
 from maestro_scale.training.distributed import World
 
-BATCH_SIZE = 32
 ATTENTIVE = "attentive"
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """Where an encoder comes from; goes into every result. ``step``: 0 for an untrained one.
-
-    ``encoder``: its name; ``trained_on``: datasets it was pretrained on.
-    """
-
-    step: int | None = None
-    seed: int = 0
-    recipe: Mapping[str, Any] | None = None
-    encoder: str = ""
-    trained_on: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """A dataset in shards as a benchmark: where it is, how much of each tile the model sees, what is asked.
-
-    ``crop_m``, ``target``: null for the dataset's own crop, and its first target. ``fraction``: of the training labels.
-    ``splits``: for train, val and test the splits in shards that take the part, where those are not called so;
-    ``fold``: which one of a cross-validation these make up.
-    """
-
-    shards: str
-    cache_dir: Path
-    features_dir: Path
-    cache_bytes: int = 100 * 2**30
-    crop_m: float | None = None
-    target: str | None = None
-    fraction: float = 1.0
-    splits: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    fold: int | None = None
-
-    def stored_splits(self, split: str) -> tuple[str, ...]:
-        """The splits in shards that train, val, test or another split is."""
-        return self.splits.get(split, (split,))
-
-    def train_split(self, manifest: Manifest) -> tuple[str, float]:
-        """As :func:`subset.train_split`; a fraction is drawn where ``splits`` names the splits of train."""
-        split, fraction = train_split(manifest, self.fraction)
-        return (TRAIN, self.fraction) if TRAIN in self.splits else (split, fraction)
-
-    def splits_by_role(self, manifest: Manifest) -> dict[str, tuple[str, ...]]:
-        """{role: splits in shards} of training, validation and test."""
-        train, _ = self.train_split(manifest)
-        return {
-            TRAIN: self.stored_splits(train),
-            **{role: self.stored_splits(role) for role in ("val", "test")},
-        }
 
 
 def evaluate_frozen(
@@ -176,7 +122,7 @@ def evaluate_frozen(
                 maps[mode].write(number, whole)
             maps[mode].close()
         timings = {"encode_s": encode_s, "fit_s": time.perf_counter() - started}
-        results.append(result_of(benchmark, manifest, mode, task, answer, provenance, timings))
+        results.append(build_result(benchmark, manifest, mode, task, answer, provenance, timings))
     return results
 
 
@@ -193,44 +139,3 @@ def _feature_kind(mode: str, task: Task) -> FeatureKind:
     if mode == ATTENTIVE:
         return FeatureKind("tokens", concat_tokens, "float16")
     return FeatureKind("pooled", task.features, task.feature_dtype)
-
-
-def result_of(
-    benchmark: Benchmark,
-    manifest: Manifest,
-    mode: str,
-    task: Task,
-    answer: Predictions,
-    provenance: Provenance,
-    timings: dict[str, float],
-) -> EvalResult:
-    """What is reported of a mode's answers on the test split."""
-    total = answer.counts.sum(axis=0, dtype=np.int64)
-    value = float(task.statistic(total))
-    best_index([value], "test")
-    return EvalResult(
-        benchmark=manifest.spec.name,
-        metric=task.metric,
-        mode=mode,
-        target=task.target.name,
-        value=value,
-        per_class={
-            name: None if np.isnan(score) else float(score)
-            for name, score in zip(task.classes, task.per_class(total), strict=True)
-        },
-        interval=bootstrap_interval(task.statistic, answer.counts),
-        num_tiles=len(answer.counts),
-        confusion=task.confusion(total),
-        scores={name: score for name, score in answer.scores.items() if np.isfinite(score)},
-        seeds=(provenance.seed,),
-        folds=() if benchmark.fold is None else (benchmark.fold,),
-        splits=benchmark.splits_by_role(manifest),
-        encoder=provenance.encoder,
-        trained_on=provenance.trained_on,
-        checkpoint_step=provenance.step,
-        recipe=provenance.recipe,
-        chosen=answer.chosen,
-        timings=timings,
-        fraction=benchmark.fraction,
-        maps=answer.maps,
-    )

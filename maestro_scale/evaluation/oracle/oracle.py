@@ -18,7 +18,7 @@ from scipy.ndimage import uniform_filter, zoom
 
 from maestro_scale.datasets.spec import DatasetSpec, Sensor
 from maestro_scale.datasets.synthetic.scene import BAND_NM
-from maestro_scale.evaluation.frozen.evaluate import Benchmark, Provenance, result_of
+from maestro_scale.evaluation.benchmark import Benchmark, Provenance, build_result
 from maestro_scale.evaluation.metrics import segmentation_scores
 from maestro_scale.evaluation.oracle.signatures import ReflectanceSeries, unmix
 from maestro_scale.evaluation.probes import dense
@@ -105,7 +105,7 @@ def evaluate_oracle(
     if world is not None and not world.is_main:
         return None
     timings = {"fit_s": time.perf_counter() - started}
-    return result_of(
+    return build_result(
         benchmark, manifest, MODE, task, replace(oracle.predictions(tiles), maps=shown), provenance, timings
     )
 

@@ -1,0 +1,112 @@
+"""A benchmark (a dataset in shards with splits and a target), and the result of predictions on its test split."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from maestro_scale.evaluation.bootstrap import bootstrap_interval
+from maestro_scale.evaluation.metrics import best_index
+from maestro_scale.evaluation.results import EvalResult
+from maestro_scale.evaluation.tasks.subset import TRAIN, train_split
+from maestro_scale.evaluation.tasks.task import Predictions, Task
+from maestro_scale.shards.format.manifest import Manifest
+
+BATCH_SIZE = 32
+"""Crops per forward pass. It is part of the key of cached features: kernels may round differently at another size."""
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where an encoder comes from; stored in every result. ``step``: 0 for an untrained one.
+
+    ``encoder``: its name; ``trained_on``: datasets it was pretrained on.
+    """
+
+    step: int | None = None
+    seed: int = 0
+    recipe: Mapping[str, Any] | None = None
+    encoder: str = ""
+    trained_on: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A dataset in shards as a benchmark: where it is, how much of each tile the model sees, what is asked.
+
+    ``crop_m``, ``target``: null for the dataset's own crop, and its first target. ``fraction``: of the training labels.
+    ``splits``: for train, val and test the splits in shards that take the part, where those are not called so;
+    ``fold``: which one of a cross-validation these make up.
+    """
+
+    shards: str
+    cache_dir: Path
+    features_dir: Path
+    cache_bytes: int = 100 * 2**30
+    crop_m: float | None = None
+    target: str | None = None
+    fraction: float = 1.0
+    splits: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    fold: int | None = None
+
+    def stored_splits(self, split: str) -> tuple[str, ...]:
+        """The splits in shards that train, val, test or another split is."""
+        return self.splits.get(split, (split,))
+
+    def train_split(self, manifest: Manifest) -> tuple[str, float]:
+        """As :func:`subset.train_split`; a fraction is drawn where ``splits`` names the splits of train."""
+        split, fraction = train_split(manifest, self.fraction)
+        return (TRAIN, self.fraction) if TRAIN in self.splits else (split, fraction)
+
+    def splits_by_role(self, manifest: Manifest) -> dict[str, tuple[str, ...]]:
+        """{role: splits in shards} of training, validation and test."""
+        train, _ = self.train_split(manifest)
+        return {
+            TRAIN: self.stored_splits(train),
+            **{role: self.stored_splits(role) for role in ("val", "test")},
+        }
+
+
+def build_result(
+    benchmark: Benchmark,
+    manifest: Manifest,
+    mode: str,
+    task: Task,
+    answer: Predictions,
+    provenance: Provenance,
+    timings: dict[str, float],
+) -> EvalResult:
+    """What is reported of a mode's answers on the test split."""
+    total = answer.counts.sum(axis=0, dtype=np.int64)
+    value = float(task.statistic(total))
+    best_index([value], "test")
+    return EvalResult(
+        benchmark=manifest.spec.name,
+        metric=task.metric,
+        mode=mode,
+        target=task.target.name,
+        value=value,
+        per_class={
+            name: None if np.isnan(score) else float(score)
+            for name, score in zip(task.classes, task.per_class(total), strict=True)
+        },
+        interval=bootstrap_interval(task.statistic, answer.counts),
+        num_tiles=len(answer.counts),
+        confusion=task.confusion(total),
+        scores={name: score for name, score in answer.scores.items() if np.isfinite(score)},
+        seeds=(provenance.seed,),
+        folds=() if benchmark.fold is None else (benchmark.fold,),
+        splits=benchmark.splits_by_role(manifest),
+        encoder=provenance.encoder,
+        trained_on=provenance.trained_on,
+        checkpoint_step=provenance.step,
+        recipe=provenance.recipe,
+        chosen=answer.chosen,
+        timings=timings,
+        fraction=benchmark.fraction,
+        maps=answer.maps,
+    )
