@@ -314,3 +314,21 @@ def test_validations_are_spread_evenly_and_include_the_end(num_steps, validation
     assert due[-1] == num_steps
     assert len(due) <= validations
     assert len(set(np.diff([0, *due[:-1]]).tolist())) <= 1
+
+
+def test_validations_by_hand():
+    def due(num_steps: int, validations: int) -> list[int]:
+        return [s for s in range(1, num_steps + 1) if early_stop.due(s, num_steps, validations)]
+
+    assert due(10, 3) == [4, 8, 10]
+    assert due(9, 3) == [3, 6, 9]
+    assert due(3, 20) == [1, 2, 3]
+    assert due(5, 1) == [5]
+
+
+def test_patience_counts_from_the_first_of_the_best():
+    history = [Validated(10 * i, s) for i, s in enumerate((0.1, 0.5, 0.4, 0.5, 0.5))]
+    assert early_stop.best(history) == Validated(10, 0.5)
+    # Three scores follow the best one.
+    assert [early_stop.exhausted(history, patience) for patience in (1, 3, 4)] == [True, True, False]
+    assert not early_stop.exhausted(history[:2], 1)

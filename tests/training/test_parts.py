@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 
 from maestro_scale.training.checkpoint import committed
 from maestro_scale.training.checkpoint.checkpoints import CheckpointError, newest
+from maestro_scale.training.checkpoint.retention import Retention
 from maestro_scale.training.distributed import place as distributed_place
-from maestro_scale.training.optimizer import build_optimizer, cosine, one_cycle
+from maestro_scale.training.ema import Ema
+from maestro_scale.training.fragments import Fragment
+from maestro_scale.training.garbage import collected_every
+from maestro_scale.training.guard import Guard
+from maestro_scale.training.optimizer import build_optimizer, cosine, one_cycle, set_lr
 from maestro_scale.training.run_dir import JsonLines, RunDirError, lock
 
 
@@ -42,6 +49,126 @@ def test_schedules_survive_runs_of_few_steps(schedule):
     for steps in (1, 2, 3, 5):
         factor = schedule(steps, 0.2, 1e-3, 1e-7)
         assert all(0 < factor(s) <= 1 for s in range(steps + 1))
+
+
+def test_one_cycle_by_hand():
+    # 11 steps, a warm-up of 5 of them: the peak is at step 4, the end at step 10.
+    factor = one_cycle(11, 5 / 11, 0.01, 0.001)
+    assert factor(0) == pytest.approx(0.01)
+    assert factor(1) == pytest.approx(0.154982, abs=1e-6)  # 1 + (0.01 - 1) * (1 + cos(pi / 4)) / 2
+    assert factor(2) == pytest.approx((0.01 + 1) / 2)
+    assert factor(4) == pytest.approx(1.0)
+    assert factor(7) == pytest.approx((1 + 0.001) / 2)
+    assert factor(10) == pytest.approx(0.001)
+    assert factor(11) == factor(50) == pytest.approx(0.001)
+    # Without a warm-up the first step is the peak.
+    assert [one_cycle(5, 0.0, 0.01, 0.001)(s) for s in (0, 2, 4)] == pytest.approx([1.0, 0.5005, 0.001])
+
+
+def test_cosine_by_hand():
+    # 21 steps, a warm-up of 4 of them: linear to step 4, then cosine to step 20.
+    factor = cosine(21, 4 / 21, 0.2, 0.1)
+    assert [factor(s) for s in (0, 1, 2, 3, 4)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert factor(8) == pytest.approx(0.868198, abs=1e-6)  # 0.1 + 0.9 * (1 + cos(pi / 4)) / 2
+    assert factor(12) == pytest.approx(0.55)
+    assert [factor(s) for s in (20, 21, 99)] == pytest.approx([0.1, 0.1, 0.1])
+
+
+def test_learning_rates_of_groups_by_hand():
+    model = torch.nn.ModuleDict(
+        {
+            "patch_embed": torch.nn.Linear(2, 2),
+            "encoders": torch.nn.ModuleDict(
+                {"blocks": torch.nn.ModuleList([torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)])}
+            ),
+            "heads": torch.nn.Linear(2, 2),
+        }
+    )
+    optimizer = build_optimizer(model, 8.0, (0.9, 0.99), 1e-8, 0.1, layer_decay=0.5)
+    # The head learns at 8, the upper block at 4, the lower one at 2, the patch embedding at 1; each with a group of
+    # weights, which decay, and one of biases, which do not.
+    assert [(g["peak_lr"], g["weight_decay"]) for g in optimizer.param_groups] == [
+        (8.0, 0.1), (8.0, 0.0), (4.0, 0.1), (4.0, 0.0), (2.0, 0.1), (2.0, 0.0), (1.0, 0.1), (1.0, 0.0)
+    ]  # fmt: skip
+    assert set_lr(optimizer, 0.25) == 2.0
+    assert [g["lr"] for g in optimizer.param_groups] == [2.0, 2.0, 1.0, 1.0, 0.5, 0.5, 0.25, 0.25]
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert [[names[id(p)] for p in g["params"]] for g in optimizer.param_groups[2:6]] == [
+        ["encoders.blocks.1.weight"],
+        ["encoders.blocks.1.bias"],
+        ["encoders.blocks.0.weight"],
+        ["encoders.blocks.0.bias"],
+    ]
+
+
+def test_which_checkpoints_stay_by_hand():
+    assert Retention(2).superseded([10, 2, 4, 8]) == [2, 4]
+    assert Retention(2).superseded([8, 10]) == []
+    # Permanent ones do not count among the last ``keep``.
+    assert Retention(1, keep_every=4).superseded([2, 4, 6, 8]) == [2]
+    assert Retention(2, keep_every=5).superseded([3, 5, 6, 9, 10, 12]) == [3, 6]
+    assert [Retention(1, 4).is_permanent(step) for step in (4, 6, 8)] == [True, False, True]
+    assert not Retention(1).is_permanent(4)
+
+
+def test_garbage_is_collected_at_multiples_only_and_never_on_its_own(monkeypatch):
+    calls: list[tuple[int, bool]] = []
+    step = 0
+    monkeypatch.setattr(gc, "collect", lambda: calls.append((step, gc.isenabled())))
+    assert gc.isenabled()
+    with collected_every(3) as collect:
+        for step in range(1, 8):
+            collect(step)
+    assert calls == [(0, True), (3, False), (6, False)]
+    assert gc.isenabled()
+    with collected_every(0) as collect:
+        collect(6)
+        assert gc.isenabled()
+    assert len(calls) == 3
+
+
+def test_a_spike_is_more_than_so_many_times_the_mean_after_a_hundred_steps():
+    guard = Guard(spike=2.0)
+    for _ in range(99):
+        guard.took(1.0, 10.0)
+    assert guard.judge(2.1, 10.0) is None
+    guard.took(1.0, 10.0)
+    assert (guard.seen, guard.mean_loss, guard.mean_norm) == (100, pytest.approx(1.0), pytest.approx(10.0))
+    guard.mean_loss, guard.mean_norm = 1.0, 10.0
+    assert guard.judge(2.0, 20.0) is None
+    assert guard.judge(2.0001, 20.0) == "the loss 2 is over 2 times its running mean 1"
+    assert guard.judge(2.0, 20.01) == "the gradient norm 20.01 is over 2 times its running mean 10"
+    # From step 100 on a step moves the mean by a hundredth of its distance.
+    guard.took(3.0, 10.0)
+    assert guard.mean_loss == pytest.approx(1 + 0.01 * 2)
+
+
+def test_the_running_mean_is_a_plain_one_at_first():
+    guard = Guard(spike=2.0)
+    for loss in (1.0, 3.0, 8.0):
+        guard.took(loss, 1.0)
+    assert guard.mean_loss == pytest.approx(4.0)
+
+
+def test_spikes_have_no_limit_where_none_is_set():
+    guard = Guard(spike=0.0)
+    for _ in range(200):
+        guard.took(1.0, 1.0)
+    assert guard.judge(1e9, 1e9) is None
+    assert guard.judge(float("nan"), 1.0) == "the loss is nan"
+
+
+def test_the_average_moves_by_one_minus_the_decay():
+    weights = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    # Elements 1 and 2 of the fragment are this rank's.
+    fragment = Fragment("w", (4,), 0, weights, (1, 2), weights, 0)
+    ema = Ema(0.75, [fragment])
+    assert ema.averages[0].tolist() == [2.0, 3.0]
+    weights += 4.0
+    ema.update()
+    assert ema.averages[0].tolist() == [3.0, 4.0]  # 0.75 * 2 + 0.25 * 6, 0.75 * 3 + 0.25 * 7
+    ema.update()
+    assert ema.averages[0].tolist() == [3.75, 4.75]
 
 
 def test_only_matrices_decay():
