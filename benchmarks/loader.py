@@ -123,7 +123,7 @@ def _write_webdataset(data: Path, out: Path) -> None:
 
 def _samples(data: Path) -> Iterator[Sample]:
     url = str(data / "raw-codec")
-    for info in Manifest.load(url).of(["train"]):
+    for info in Manifest.load(url).shards_of(["train"]):
         with Store(url, data / "cache", 0).shard(info) as shard:
             yield from shard
 

@@ -21,7 +21,7 @@ import torch
 
 from benchmarks.slow_store import asked_first
 from maestro_scale import datasets
-from maestro_scale.shards.format.fields import fields_of
+from maestro_scale.shards.format.fields import tile_fields
 from maestro_scale.shards.format.manifest import Manifest
 from maestro_scale.shards.read.store import Store
 from maestro_scale.stream.loader import TrainLoader
@@ -98,7 +98,7 @@ def ours(task: Task) -> dict[str, float]:
     started = time.perf_counter()
     spec = datasets.spec(task.dataset)
     store = Store(task.place, Path(task.cache), 100 * 2**30)
-    shards = Manifest.load(task.place).of(["train"])
+    shards = Manifest.load(task.place).shards_of(["train"])
     if task.stage == "decode":
 
         def samples() -> Iterator[int]:
@@ -154,7 +154,7 @@ class _Tiles(torch.utils.data.Dataset):
 
     def __getitem__(self, i: int) -> list[torch.Tensor]:
         tile = self._raw.read(self._keys[i])
-        sample = Arrays(tile.key, fields_of(tile))
+        sample = Arrays(tile.key, tile_fields(tile))
         fields = self._preparer.fields
         block = torch.empty(num_bytes(fields, 1), dtype=torch.uint8)
         out = arrays_in(block, fields, 1)
@@ -220,7 +220,7 @@ def memory(task: Task) -> dict[str, Any]:
     """Memory of our loader process over 20,000 samples: its own (anonymous) and all that is resident, in MB."""
     spec = datasets.spec(task.dataset)
     store = Store(task.place, Path(task.cache), 100 * 2**30)
-    source = Source(spec, spec.sensors, spec.crop_m, Manifest.load(task.place).of(["train"]), store)
+    source = Source(spec, spec.sensors, spec.crop_m, Manifest.load(task.place).shards_of(["train"]), store)
     loader = TrainLoader([source], 0, lanes=1, global_batch=task.batch, micro_batch=task.batch, workers=1)
     wanted, every = int(task.seconds), max(int(task.seconds) // 8, task.batch)
     seen: list[tuple[int, float, float]] = []
@@ -257,7 +257,7 @@ def wire(task: Task) -> dict[str, float]:
     base = urlsplit(task.place)
     jobs = [
         (f"{base.path}/{s.path}", start, min(start + module._RANGE_BYTES, s.bytes))
-        for s in manifest.of(["train"])
+        for s in manifest.shards_of(["train"])
         for start in range(0, s.bytes, module._RANGE_BYTES)
     ]
     queue, lock = iter(jobs), threading.Lock()
@@ -279,7 +279,7 @@ def wire(task: Task) -> dict[str, float]:
     for thread in threads:
         thread.join()
     elapsed_s = time.perf_counter() - started
-    return {"samples_per_s": sum(s.samples for s in manifest.of(["train"])) / elapsed_s}
+    return {"samples_per_s": sum(s.samples for s in manifest.shards_of(["train"])) / elapsed_s}
 
 
 WAYS: dict[str, Callable[[Task], dict]] = {

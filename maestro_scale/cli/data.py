@@ -57,12 +57,12 @@ def shard(
 ) -> None:
     """Convert one split of a raw dataset to shards. An interrupted run resumes: finished shards are kept."""
     from maestro_scale import datasets
-    from maestro_scale.shards.write.part import Part
+    from maestro_scale.shards.write.part import WriterPart
     from maestro_scale.shards.write.writer import write_shards
     from maestro_scale.tracking.terminal import progress
 
     _check_dataset(dataset)
-    writer_part = Part.parse(part)
+    writer_part = WriterPart.parse(part)
     selected = [name.strip() for name in modalities.split(",")] if modalities else None
     raw = datasets.open_raw(dataset, src, split, selected)
     with progress(f"shard {dataset} {split}", "samples") as update:
@@ -83,7 +83,7 @@ def shard(
             f"part {writer_part} of {split} is written; the job that finishes last writes {dst}/manifest.json"
         )
         return
-    shards = manifest.of([split])
+    shards = manifest.shards_of([split])
     total_mb = sum(s.bytes for s in shards) / 1e6
     print(f"{sum(s.samples for s in shards)} samples in {len(shards)} shards ({total_mb:.0f} MB) at {dst}")
     for note, count in sorted(manifest.notes.items()):
@@ -122,20 +122,20 @@ def inspect(
     """Summarize a sharded dataset: shards, modalities, class balance, dates by month."""
     from rich.console import Console
 
-    from maestro_scale.shards.read.preview import first_sample
-    from maestro_scale.shards.read.summary import summary
+    from maestro_scale.shards.read.preview import read_first_sample
+    from maestro_scale.shards.read.summary import summarize
     from maestro_scale.tracking.inspection import tables
     from maestro_scale.tracking.tile_picture import check_picture, tile_picture
 
     if png is not None:
         check_picture(png)  # before the summary, which takes minutes on a large dataset
-    dataset = summary(url)
+    dataset = summarize(url)
     console = Console()
     if not console.is_terminal:
         console = Console(width=120)  # a log or a pipe has no width; rich would assume 80 columns
     console.print(tables(dataset))
     if png is not None:
-        tile_picture(png, first_sample(url, dataset.manifest.shards[0]), dataset.manifest.spec)
+        tile_picture(png, read_first_sample(url, dataset.manifest.shards[0]), dataset.manifest.spec)
         print(f"{png}: one tile; next: maestro-scale plan --recipe RECIPE --gpus 8")
 
 

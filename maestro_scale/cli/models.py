@@ -75,11 +75,11 @@ def convert_ign(
 
     from maestro_scale.interop import convert as interop
     from maestro_scale.interop.export import ExportError
-    from maestro_scale.interop.parts import table
-    from maestro_scale.interop.reference_model import Asked
+    from maestro_scale.interop.reference_model import ConversionHints
+    from maestro_scale.interop.transfer import transfer_table
 
-    if interop.is_ours(src):
-        interop.convert_back(src, out)
+    if interop.is_exported_model(src):
+        interop.convert_to_reference(src, out)
         print(f"{src} converted to the authors' format in {out}")
         return
     for option, value, valid in (
@@ -88,10 +88,10 @@ def convert_ign(
     ):
         if value not in valid:
             raise ExportError(f"{option} {value}: use one of {', '.join(v for v in valid if v)}")
-    asked = Asked(heads, decoder_heads, fusion, tuple(leave_out or ()))
-    options = interop.Options("ema" if weights == "ema" else "raw", dataset, like, asked)
+    hints = ConversionHints(heads, decoder_heads, fusion, tuple(leave_out or ()))
+    options = interop.ConvertOptions("ema" if weights == "ema" else "raw", dataset, like, hints)
     parts = interop.convert(src, out, options)
-    Console(width=110).print(table(parts, f"{src.name} to {out}"))
+    Console(width=110).print(transfer_table(parts, f"{src.name} to {out}"))
 
 
 def embed(

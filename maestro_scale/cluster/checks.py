@@ -70,13 +70,13 @@ def data_problems(urls: Sequence[str], splits: Sequence[Sequence[str]]) -> list[
     """Each manifest can be read from here, and the first shard of its splits is there in full length."""
     from maestro_scale.shards.errors import ShardsError
     from maestro_scale.shards.format.manifest import Manifest
-    from maestro_scale.shards.storage import open_root
+    from maestro_scale.shards.storage import open_storage
 
     problems = []
     for url, names in zip(urls, splits, strict=True):
         try:
-            shard = next(iter(Manifest.load(url).of(names)), None)
-            size = open_root(url).size(shard.path) if shard else None
+            shard = next(iter(Manifest.load(url).shards_of(names)), None)
+            size = open_storage(url).size(shard.path) if shard else None
         except ShardsError as error:
             problems.append(f"data: {error}")
             continue

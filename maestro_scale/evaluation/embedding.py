@@ -82,7 +82,7 @@ class EmbeddingWriter:
         ``<shard>/<key>.<crop>.<sensor>.tif``, a band per channel, the mean over dates. ManifestError where there is no
         such split, ResultsError where ``out`` holds embeddings of something else; BadShard, StoreError.
         """
-        mine = self.manifest.of([split])[rank::world]
+        mine = self.manifest.shards_of([split])[rank::world]
         self._check_folder(out)
         todo = [shard for shard in mine if not self._is_written(self._path(out, shard), shard)]
         if not todo:

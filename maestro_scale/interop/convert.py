@@ -16,12 +16,12 @@ from torch import Tensor
 from maestro_scale import datasets
 from maestro_scale.datasets.spec import DatasetSpec
 from maestro_scale.interop.export import CONFIG, ExportError, write_model
-from maestro_scale.interop.parts import Part, summarise
 from maestro_scale.interop.pretrained import read_model
 from maestro_scale.interop.reference_keys import from_reference, to_reference
-from maestro_scale.interop.reference_model import Asked, fitting, model_config
-from maestro_scale.interop.restricted import load_pickled
+from maestro_scale.interop.reference_model import ConversionHints, matching_specs, model_config
+from maestro_scale.interop.restricted import load_untrusted
 from maestro_scale.interop.sources import ModelSource
+from maestro_scale.interop.transfer import TransferredPart, summarize_transfer
 from maestro_scale.model.config import ModelConfig
 from maestro_scale.model.maestro import Maestro
 
@@ -30,29 +30,31 @@ _LOSSES = {("patch_group", "l1"): "l1_norm", ("patch_group", "l2"): "l2_norm"}
 
 
 @dataclass(frozen=True)
-class Options:
+class ConvertOptions:
     """What the file cannot say. ``weights``: ``raw`` or ``ema``. ``dataset``: whose preset describes the sensors; None:
     the one that fits. ``like``: config.json of one of our models, instead of a dataset and of reading shapes."""
 
     weights: Literal["raw", "ema"] = "raw"
     dataset: str | None = None
     like: Path | None = None
-    asked: Asked = dataclasses.field(default_factory=Asked)
+    hints: ConversionHints = dataclasses.field(default_factory=ConversionHints)
 
 
-def convert(checkpoint: Path, out: Path, options: Options | None = None) -> tuple[Part, ...]:
+def convert(
+    checkpoint: Path, out: Path, options: ConvertOptions | None = None
+) -> tuple[TransferredPart, ...]:
     """Write ``out/model.safetensors`` and ``out/config.json`` from a Lightning checkpoint; returns what became of it.
 
     Raises:
         ExportError: the file is no such checkpoint or would run code; a parameter is missing; or something in it has
             no place in the model and was not left out explicitly. Nothing is written then.
     """
-    options = options or Options()
-    content = load_pickled(checkpoint)
+    options = options or ConvertOptions()
+    content = load_untrusted(checkpoint)
     if not isinstance(content, Mapping) or not isinstance(content.get("state_dict"), Mapping):
         raise ExportError(f"{checkpoint}: holds no state_dict, so it is no Lightning checkpoint")
     hyper = content.get("hyper_parameters")
-    state = _chosen(checkpoint, content["state_dict"], options.weights)
+    state = _select_weights(checkpoint, content["state_dict"], options.weights)
     config = _config(checkpoint, state, options, hyper if isinstance(hyper, Mapping) else {})
     with torch.device("meta"):
         like = Maestro(config).state_dict()
@@ -61,7 +63,7 @@ def convert(checkpoint: Path, out: Path, options: Options | None = None) -> tupl
         converted, missing, unused = from_reference(state, like, segmentation)
     except ValueError as error:
         raise ExportError(f"{checkpoint}: {error}") from None
-    unexplained = [k for k in unused if not _left_out(k, options.asked.leave_out)]
+    unexplained = [k for k in unused if not _is_left_out(k, options.hints.leave_out)]
     if missing or unexplained:
         listed = "; ".join(
             f"{what} {', '.join(names)}"
@@ -75,15 +77,15 @@ def convert(checkpoint: Path, out: Path, options: Options | None = None) -> tupl
     trained = {"source": checkpoint.name, "weights": options.weights}
     trained |= {"step": content.get("global_step"), "epoch": content.get("epoch")}
     write_model(out, converted, config, trained)
-    fates = [(k, "taken", v.numel(), "") for k, v in converted.items()]
-    fates += [(k, "left behind", state[k].numel(), "left out as asked") for k in unused]
-    return summarise(fates)  # type: ignore[arg-type]
+    statuses = [(k, "loaded", v.numel(), "") for k, v in converted.items()]
+    statuses += [(k, "unused", state[k].numel(), "left out as asked") for k in unused]
+    return summarize_transfer(statuses)  # type: ignore[arg-type]
 
 
-def convert_back(folder: Path, out: Path) -> None:
+def convert_to_reference(folder: Path, out: Path) -> None:
     """Write one of our models as a Lightning checkpoint with the authors' names and shapes, atomically."""
     source = ModelSource(folder)
-    trained = source.record()["trained"]
+    trained = source.read_config()["trained"]
     config, weights = read_model(source)
     state = to_reference(weights, config)
     content = {
@@ -104,12 +106,12 @@ def convert_back(folder: Path, out: Path) -> None:
     os.replace(temporary, out)
 
 
-def is_ours(path: Path) -> bool:
+def is_exported_model(path: Path) -> bool:
     """Whether ``path`` is a folder that ``load_model`` reads."""
     return (path / CONFIG).is_file()
 
 
-def _chosen(checkpoint: Path, state: Mapping[str, Any], weights: str) -> dict[str, Tensor]:
+def _select_weights(checkpoint: Path, state: Mapping[str, Any], weights: str) -> dict[str, Tensor]:
     prefix = PREFIXES[weights]
     chosen = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
     if not chosen:
@@ -126,7 +128,7 @@ def _chosen(checkpoint: Path, state: Mapping[str, Any], weights: str) -> dict[st
 
 
 def _config(
-    checkpoint: Path, state: dict[str, Tensor], options: Options, hyper: Mapping[str, Any]
+    checkpoint: Path, state: dict[str, Tensor], options: ConvertOptions, hyper: Mapping[str, Any]
 ) -> ModelConfig:
     if options.like is not None:
         try:
@@ -134,7 +136,7 @@ def _config(
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ExportError(f"{options.like}: is no config.json of one of our models ({error})") from None
     try:
-        return model_config(state, _spec(state, options.dataset), options.asked, hyper)
+        return model_config(state, _spec(state, options.dataset), options.hints, hyper)
     except (ExportError, ValueError) as error:
         raise ExportError(f"{checkpoint}: {error}") from None
 
@@ -145,7 +147,7 @@ def _spec(state: dict[str, Tensor], dataset: str | None) -> DatasetSpec:
             return datasets.full_spec(dataset)
         except KeyError as error:
             raise ExportError(error.args[0]) from None
-    found = fitting(state, [datasets.full_spec(name) for name in datasets.known()])
+    found = matching_specs(state, [datasets.full_spec(name) for name in datasets.known()])
     if len(found) != 1:
         which = " and ".join(s.name for s in found) if found else "none"
         raise ExportError(
@@ -154,7 +156,7 @@ def _spec(state: dict[str, Tensor], dataset: str | None) -> DatasetSpec:
     return found[0]
 
 
-def _left_out(key: str, names: tuple[str, ...]) -> bool:
+def _is_left_out(key: str, names: tuple[str, ...]) -> bool:
     """Whether a key of theirs, unused by the model, belongs to a sensor or part that the user left out."""
     kind, part = key.split(".")[:2]
     return part in names or f"{kind}.{part}" in names

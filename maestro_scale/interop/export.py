@@ -55,7 +55,7 @@ def full_state(state_dir: Path, kind: str = WEIGHT) -> dict[str, Tensor]:
     with StateReader(state_dir) as reader:
         if kind not in reader.kinds:
             raise ExportError(f"{state_dir} holds no {kind}: the run was not asked for it (optim.ema)")
-        return {name: reader.whole(kind, name) for name in reader.shapes}
+        return {name: reader.read_full(kind, name) for name in reader.shapes}
 
 
 def trained_step(folder: Path) -> int | None:

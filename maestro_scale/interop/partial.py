@@ -11,41 +11,39 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from maestro_scale.interop.parts import Fate, Part, summarise
 from maestro_scale.interop.pretrained import read_model
 from maestro_scale.interop.sources import ModelSource
+from maestro_scale.interop.transfer import TransferredPart, TransferStatus, summarize_transfer
 from maestro_scale.model.config import ModelConfig
 from maestro_scale.model.maestro import Maestro
 
 
 @torch.no_grad()
-def start_from(model: Maestro, url: str) -> tuple[Part, ...]:
+def start_from(model: Maestro, url: str) -> tuple[TransferredPart, ...]:
     """Overwrite what fits of ``model`` by the exported model at ``url``; returns what became of every part.
 
     ExportError where there is no such model, or where nothing of it fits.
     """
     config, state = read_model(ModelSource(url))
-    fates: list[tuple[str, Fate, int, str]] = []
+    statuses: list[tuple[str, TransferStatus, int, str]] = []
     used = set()
     for name, p in model.named_parameters():
         source = _counterpart(name, model.config, config, state)
         found = state.get(source)
-        fate, why = "fresh", "not in the other model"
+        status, why = "initialised", "not in the other model"
         if found is not None:
             resized = _fit(name, found, p, model.config, config)
-            fate, why = "fresh", f"{tuple(found.shape)} there, {tuple(p.shape)} here"
+            status, why = "initialised", f"{tuple(found.shape)} there, {tuple(p.shape)} here"
             if resized is not None:
                 p.copy_(resized)
                 used.add(source)
                 same = found.shape == p.shape
-                fate, why = ("taken", "") if same else ("resized", "another patch size")
-        fates.append((name, fate, p.numel(), why))
-    fates += [
-        (name, "left behind", t.numel(), "no place for it here")
-        for name, t in state.items()
-        if name not in used
+                status, why = ("loaded", "") if same else ("resized", "another patch size")
+        statuses.append((name, status, p.numel(), why))
+    statuses += [
+        (name, "unused", t.numel(), "no place for it here") for name, t in state.items() if name not in used
     ]
-    parts = summarise(fates)
+    parts = summarize_transfer(statuses)
     if not used:
         from maestro_scale.interop.export import ExportError
 

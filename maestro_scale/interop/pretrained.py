@@ -31,11 +31,11 @@ def load_model(path: str | Path) -> Maestro:
 
 def read_model(source: ModelSource) -> tuple[ModelConfig, dict[str, Tensor]]:
     """(configuration, weights); ExportError where either is not to be had."""
-    record = source.record()
+    record = source.read_config()
     try:
         config = ModelConfig.from_dict(record["model"])
     except (KeyError, TypeError, ValueError) as error:
         raise ExportError(
             f"{source.url}/{CONFIG} describes no model of this version ({error}): update maestro_scale"
         ) from None
-    return config, source.weights()
+    return config, source.read_weights()

@@ -22,7 +22,7 @@ State = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Asked:
+class ConversionHints:
     """What a user says about a checkpoint beyond its file; None: find out, or ask."""
 
     heads: int | None = None
@@ -31,7 +31,7 @@ class Asked:
     leave_out: tuple[str, ...] = ()
 
 
-def modalities(state: State) -> tuple[str, ...]:
+def sensor_names(state: State) -> tuple[str, ...]:
     """Names of the sensors, in the order of the file."""
     names = tuple(k.removeprefix("mask_token.") for k in state if k.startswith("mask_token."))
     if not names:
@@ -39,25 +39,27 @@ def modalities(state: State) -> tuple[str, ...]:
     return names
 
 
-def model_config(state: State, spec: DatasetSpec, asked: Asked, hyper: Mapping[str, object]) -> ModelConfig:
+def model_config(
+    state: State, spec: DatasetSpec, hints: ConversionHints, hyper: Mapping[str, object]
+) -> ModelConfig:
     """The configuration behind ``state``, its sensors seen as in ``spec``.
 
     Raises:
         ExportError: a sensor is unknown to ``spec`` or differs from it, or shapes leave a choice; says what to pass.
     """
-    sensors = tuple(_sensor(state, spec, name) for name in modalities(state) if name not in asked.leave_out)
+    sensors = tuple(_sensor(state, spec, name) for name in sensor_names(state) if name not in hints.leave_out)
     order = {s.name: i for i, s in enumerate(spec.sensors)}
     sensors = tuple(sorted(sensors, key=lambda s: order[s.name]))
     if not sensors:
         raise ExportError("every sensor is left out: leave at least one")
-    fusion = _fusion(state, sensors, asked, hyper)
+    fusion = _fusion(state, sensors, hints, hyper)
     sensors = _with_group_names(state, sensors) if fusion == "group" else sensors
     inter_depth = _depth(state, "encoder_inter")
     target, loss = _loss(hyper)
     names = {s.name for s in sensors}
     config = ModelConfig(
         sensors=sensors,
-        size=_size(state, asked, inter_depth),
+        size=_size(state, hints, inter_depth),
         pos_grid=spec.pos_grid,
         fusion=fusion,
         inter_depth=inter_depth,
@@ -68,17 +70,17 @@ def model_config(state: State, spec: DatasetSpec, asked: Asked, hyper: Mapping[s
         crop_m=spec.crop_m,
         dataset=spec.name,
     )
-    wanted = [t for t in _parts(state, "heads") if f"heads.{t}" not in asked.leave_out]
+    wanted = [t for t in _parts(state, "heads") if f"heads.{t}" not in hints.leave_out]
     return dataclasses.replace(config, heads=tuple(_head(state, spec, t) for t in wanted))
 
 
-def fitting(state: State, specs: Iterable[DatasetSpec]) -> list[DatasetSpec]:
+def matching_specs(state: State, specs: Iterable[DatasetSpec]) -> list[DatasetSpec]:
     """Of ``specs``, those that most of the file's sensors agree with in name, patch and bands."""
     scored = []
     for spec in specs:
         own = {s.name: s for s in spec.sensors}
-        agree = [n for n in modalities(state) if n in own and _agrees(state, own[n])]
-        scored.append((len(agree) if len(agree) == len(own.keys() & set(modalities(state))) else 0, spec))
+        agree = [n for n in sensor_names(state) if n in own and _agrees(state, own[n])]
+        scored.append((len(agree) if len(agree) == len(own.keys() & set(sensor_names(state))) else 0, spec))
     best = max((n for n, _ in scored), default=0)
     return [spec for n, spec in scored if n == best and n > 0]
 
@@ -134,8 +136,10 @@ def _agrees(state: State, sensor: Sensor) -> bool:
 # -- sequences ---------------------------------------------------------------------------------------------------------
 
 
-def _fusion(state: State, sensors: tuple[Sensor, ...], asked: Asked, hyper: Mapping[str, object]) -> str:
-    told = asked.fusion or hyper.get("fusion_mode") or hyper.get("multimodal")
+def _fusion(
+    state: State, sensors: tuple[Sensor, ...], hints: ConversionHints, hyper: Mapping[str, object]
+) -> str:
+    told = hints.fusion or hyper.get("fusion_mode") or hyper.get("multimodal")
     if isinstance(told, str):
         return told
     encoders = set(_parts(state, "encoder"))
@@ -156,7 +160,7 @@ def _with_group_names(state: State, sensors: tuple[Sensor, ...]) -> tuple[Sensor
     encoders = set(_parts(state, "encoder"))
     groups = dict.fromkeys(s.group for s in sensors)
     absent = [g for g in groups if g not in encoders]
-    others = sorted(encoders - set(groups) - set(modalities(state)))
+    others = sorted(encoders - set(groups) - set(sensor_names(state)))
     if not absent:
         return sensors
     if len(absent) > 1 or len(others) != 1:
@@ -170,7 +174,7 @@ def _with_group_names(state: State, sensors: tuple[Sensor, ...]) -> tuple[Sensor
 # -- dimensions --------------------------------------------------------------------------------------------------------
 
 
-def _size(state: State, asked: Asked, inter_depth: int) -> Size:
+def _size(state: State, hints: ConversionHints, inter_depth: int) -> Size:
     encoder, decoder = f"encoder.{_parts(state, 'encoder')[0]}", f"decoder.{_parts(state, 'decoder')[0]}"
     width, inner, mlp = _widths(state, encoder)
     decoder_width, decoder_inner, decoder_mlp = _widths(state, decoder)
@@ -180,8 +184,8 @@ def _size(state: State, asked: Asked, inter_depth: int) -> Size:
     if not _has_projection(state, encoder):
         heads = 1
     else:
-        heads = asked.heads or (known[0].heads if known else None)
-    decoder_heads = asked.decoder_heads or (16 if decoder_known else None)
+        heads = hints.heads or (known[0].heads if known else None)
+    decoder_heads = hints.decoder_heads or (16 if decoder_known else None)
     for option, count, channels in (
         ("--heads", heads, inner),
         ("--decoder-heads", decoder_heads, decoder_inner),

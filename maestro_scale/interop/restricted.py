@@ -1,7 +1,7 @@
 """Pickled checkpoints of others, read without running anything of theirs.
 
 torch's own restricted unpickler reads them: tensors, numbers, text and plain containers. What else a training
-framework leaves in its checkpoints (configuration objects and the like) becomes an inert :class:`Record`; a file that
+framework leaves in its checkpoints (configuration objects and the like) becomes an :class:`InertRecord`; a file that
 names anything further is refused before a byte of it is unpickled.
 """
 
@@ -36,10 +36,10 @@ INERT_PACKAGES = frozenset(
 )
 
 
-class Record:
+class InertRecord:
     """Stands for an object of a class that is not loaded: ``args`` it was made with, ``fields`` it held."""
 
-    def __new__(cls, *args: Any) -> Record:
+    def __new__(cls, *args: Any) -> InertRecord:
         record = object.__new__(cls)
         record.__dict__.update(args=args, fields={})
         return record
@@ -54,7 +54,7 @@ class Record:
         return f"<{type(self).__module__}.{type(self).__qualname__} {self.fields or self.args}>"
 
 
-def load_pickled(path: Path) -> Any:
+def load_untrusted(path: Path) -> Any:
     """What ``torch.save`` wrote to ``path``, on the CPU, tensors mapped from the file.
 
     Raises:
@@ -80,6 +80,6 @@ def load_pickled(path: Path) -> Any:
         raise ExportError(f"{path}: cannot be read as a checkpoint ({str(error).splitlines()[0]})") from None
 
 
-def _record_class(name: str) -> type[Record]:
+def _record_class(name: str) -> type[InertRecord]:
     module, _, attribute = name.rpartition(".")
-    return type(attribute, (Record,), {"__module__": module, "__qualname__": attribute})
+    return type(attribute, (InertRecord,), {"__module__": module, "__qualname__": attribute})

@@ -25,7 +25,7 @@ WEIGHT = "weight"
 
 
 @dataclass(frozen=True)
-class Piece:
+class ParameterSlice:
     """Some elements of one flattened parameter, one tensor (numel,) per kind."""
 
     name: str
@@ -39,7 +39,9 @@ class Piece:
         return len(next(iter(self.values.values())))
 
 
-def write_pieces(folder: Path, rank: int, pieces: list[Piece]) -> tuple[Path | None, list[dict[str, Any]]]:
+def write_slices(
+    folder: Path, rank: int, pieces: list[ParameterSlice]
+) -> tuple[Path | None, list[dict[str, Any]]]:
     """Write one rank's pieces (at most one a parameter); (the file, None where there are none; its index entries)."""
     if not pieces:
         return None, []
@@ -102,7 +104,7 @@ class StateReader:
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def whole(self, kind: str, name: str) -> Tensor:
+    def read_full(self, kind: str, name: str) -> Tensor:
         """A parameter's ``kind`` in its own shape, fp32 on the CPU."""
         shape = self.shapes[name]
         return self.read(kind, name, 0, math.prod(shape)).reshape(shape)

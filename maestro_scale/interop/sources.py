@@ -12,10 +12,10 @@ from torch import Tensor
 
 from maestro_scale.interop.export import CONFIG, FORMAT_VERSION, WEIGHTS, ExportError
 from maestro_scale.shards.errors import StoreError
-from maestro_scale.shards.storage import LocalRoot, open_root
+from maestro_scale.shards.storage import LocalStorage, open_storage
 
 TRACKING_URI = "MLFLOW_TRACKING_URI"
-REGISTERED = "data/model"  # where MLflow puts what it only carries
+REGISTERED_FOLDER = "data/model"  # where MLflow puts what it only carries
 
 
 class ModelSource:
@@ -29,12 +29,12 @@ class ModelSource:
     def __init__(self, url: str | Path) -> None:
         self.url = str(url).rstrip("/")
         fetch = next((f for scheme, f in _FETCH.items() if self.url.startswith(scheme)), str)
-        self._root = open_root(fetch(self.url))
+        self._storage = open_storage(fetch(self.url))
 
-    def record(self) -> dict[str, Any]:
+    def read_config(self) -> dict[str, Any]:
         """The content of config.json; ExportError where there is none that this version reads."""
         try:
-            record = json.loads(self._root.read(CONFIG))
+            record = json.loads(self._storage.read(CONFIG))
         except (OSError, ValueError, StoreError) as error:
             what = "there is no config.json" if isinstance(error, FileNotFoundError) else error
             raise ExportError(
@@ -48,12 +48,12 @@ class ModelSource:
             )
         return record
 
-    def weights(self) -> dict[str, Tensor]:
+    def read_weights(self) -> dict[str, Tensor]:
         """The content of model.safetensors, on the CPU; ExportError where it is missing or damaged."""
         try:
-            if isinstance(self._root, LocalRoot):
-                return load_file(self._root.folder / WEIGHTS)
-            return load(self._root.read(WEIGHTS))
+            if isinstance(self._storage, LocalStorage):
+                return load_file(self._storage.folder / WEIGHTS)
+            return load(self._storage.read(WEIGHTS))
         except (OSError, SafetensorError, StoreError) as error:
             raise ExportError(f"{self.url}/{WEIGHTS} cannot be read ({error}): fetch it again") from None
 
@@ -96,7 +96,7 @@ def _from_registry(url: str) -> Path:
             f"names it (sqlite:////…/mlflow.db, http://…); there is no mlflow.db in {Path.cwd()} either"
         )
     try:
-        return Path(mlflow.artifacts.download_artifacts(artifact_uri=url)) / REGISTERED
+        return Path(mlflow.artifacts.download_artifacts(artifact_uri=url)) / REGISTERED_FOLDER
     except (MlflowException, OSError) as error:
         raise ExportError(
             f"{url}: cannot be fetched from {store.rpartition('@')[2]} "

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from maestro_scale.shards.write.writer import Writer, write_shards
 
 __all__ = ["Manifest", "Raster", "Target", "Writer", "describe", "write_shards"]
-_HOMES = {
+_MODULES = {
     "Manifest": "maestro_scale.shards.format.manifest",
     "Raster": "maestro_scale.shards.write.from_arrays",
     "Target": "maestro_scale.datasets.spec",
@@ -27,6 +27,6 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     # Lazily: a model that is loaded needs nothing of this but one module.
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
+    if name in _MODULES:
+        return getattr(importlib.import_module(_MODULES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

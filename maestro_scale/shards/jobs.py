@@ -15,24 +15,26 @@ from maestro_scale.shards.errors import ShardsError
 
 Job = TypeVar("Job", contravariant=True)
 Result = TypeVar("Result", covariant=True)
-Report = Callable[[int, int], None]
+ReportFunction = Callable[[int, int], None]
 
 
-class Work(Protocol[Job, Result]):
+class JobFunction(Protocol[Job, Result]):
     """What a worker does with one job; pickles. ``report(samples, bytes)``: what was done since last time."""
 
-    def __call__(self, job: Job, report: Report) -> Result: ...
+    def __call__(self, job: Job, report: ReportFunction) -> Result: ...
 
 
-class WorkerDied(ShardsError):
+class WorkerError(ShardsError):
     """A worker process was killed, or failed in a way that nobody foresaw."""
 
 
-def run_jobs(work: Work, jobs: Sequence[Any], workers: int, report: Report) -> Iterator[tuple[int, Any]]:
+def run_jobs(
+    work: JobFunction, jobs: Sequence[Any], workers: int, report: ReportFunction
+) -> Iterator[tuple[int, Any]]:
     """``(index, work(jobs[index]))`` as they finish, on up to ``workers`` processes; one: here, in order.
 
     The first failure stops everything and is raised: DatasetError and ShardsError as they are, any other as
-    WorkerDied with its traceback.
+    WorkerError with its traceback.
     """
     if min(workers, len(jobs)) <= 1:
         for index, job in enumerate(jobs):
@@ -44,7 +46,7 @@ def run_jobs(work: Work, jobs: Sequence[Any], workers: int, report: Report) -> I
     try:
         for _ in range(min(workers, len(jobs))):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(work, theirs), daemon=True)
+            process = context.Process(target=_worker_loop, args=(work, theirs), daemon=True)
             process.start()
             theirs.close()
             pipes[ours] = process
@@ -58,7 +60,7 @@ def run_jobs(work: Work, jobs: Sequence[Any], workers: int, report: Report) -> I
 
 
 def _distribute(
-    pipes: dict[Connection, BaseProcess], jobs: Sequence[Any], report: Report
+    pipes: dict[Connection, BaseProcess], jobs: Sequence[Any], report: ReportFunction
 ) -> Iterator[tuple[int, Any]]:
     queue = iter(enumerate(jobs))
     for pipe, item in zip(pipes, queue, strict=False):
@@ -71,7 +73,7 @@ def _distribute(
             except (EOFError, ConnectionResetError):
                 process = pipes[pipe]
                 process.join()
-                raise WorkerDied(_last_words(process.exitcode)) from None
+                raise WorkerError(_exit_message(process.exitcode)) from None
             if kind == "report":
                 report(*content)
             elif kind == "failed":
@@ -84,7 +86,7 @@ def _distribute(
                 yield content[0], content[1]
 
 
-def _serve(work: Work, pipe: Connection) -> None:
+def _worker_loop(work: JobFunction, pipe: Connection) -> None:
     # Ctrl-C reaches the whole group; the parent decides, and its end of the pipe closes when it dies.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -100,10 +102,10 @@ def _serve(work: Work, pipe: Connection) -> None:
     except (DatasetError, ShardsError) as error:
         pipe.send(("failed", error))
     except Exception:  # noqa: BLE001 # it is told to the parent, which raises it
-        pipe.send(("failed", WorkerDied(f"a worker failed:\n{traceback.format_exc()}")))
+        pipe.send(("failed", WorkerError(f"a worker failed:\n{traceback.format_exc()}")))
 
 
-def _last_words(exitcode: int | None) -> str:
+def _exit_message(exitcode: int | None) -> str:
     if exitcode == -signal.SIGKILL:
         hint = "that is often the system, out of memory: use fewer workers"
     else:

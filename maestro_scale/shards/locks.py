@@ -18,7 +18,7 @@ class Locked(Exception):
 def file_lock(path: Path, wait: bool = True) -> Iterator[None]:
     """Hold the lock named ``path``; its file goes when it is released.
 
-    Locked if it is taken and not ``wait``; OSError if it cannot be made or locked (:func:`has_no_locks`).
+    Locked if it is taken and not ``wait``; OSError if it cannot be made or locked (:func:`locks_unsupported`).
     """
     descriptor = _acquire(path, wait)
     try:
@@ -28,7 +28,7 @@ def file_lock(path: Path, wait: bool = True) -> Iterator[None]:
         os.close(descriptor)
 
 
-def share(path: Path) -> int | None:
+def open_shared(path: Path) -> int | None:
     """A descriptor that holds a shared lock on a file until it is closed; None if the file is gone."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -42,7 +42,7 @@ def share(path: Path) -> int | None:
 
 
 def remove_unless_shared(path: Path) -> bool:
-    """Delete the file ``path`` unless somebody holds it through :func:`share`; whether it was deleted."""
+    """Delete the file ``path`` unless somebody holds it through :func:`open_shared`; whether it was deleted."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -59,7 +59,7 @@ def remove_unless_shared(path: Path) -> bool:
     return True
 
 
-def has_no_locks(error: OSError) -> bool:
+def locks_unsupported(error: OSError) -> bool:
     """Whether ``error`` says that a file system has no locks, as some that clusters share."""
     return error.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 

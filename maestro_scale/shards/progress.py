@@ -8,7 +8,7 @@ Progress = Callable[[int, int, int], None]
 """Called with samples done, samples in all, and bytes handled by this call."""
 
 
-class Tracker:
+class ProgressCounter:
     """Adds up what workers report and tells the caller."""
 
     def __init__(self, num_kept: int, num_samples: int, progress: Progress | None) -> None:

@@ -11,13 +11,13 @@ from typing import Any
 
 from maestro_scale.secrets_filter import has_credentials, scrub
 from maestro_scale.shards.errors import StoreError, WriteError, one_line
-from maestro_scale.shards.retry import Retry, Transient, retrying
+from maestro_scale.shards.retry import RetryPolicy, TransientError, call_with_retries
 
 _S3 = ("s3://", "s3a://")
-_PART_BYTES = 16 * 1024 * 1024
+_UPLOAD_PART_BYTES = 16 * 1024 * 1024
 
 
-class LocalRoot:
+class LocalStorage:
     """A folder."""
 
     def __init__(self, folder: Path) -> None:
@@ -45,7 +45,7 @@ class LocalRoot:
         except OSError as error:
             raise StoreError(f"{self.address(name)}: cannot be read ({error.strerror})") from error
 
-    def names(self) -> list[str]:
+    def list_names(self) -> list[str]:
         """Sorted names of the files and folders directly inside; none if the folder is missing."""
         try:
             return sorted(os.listdir(self.folder))
@@ -78,10 +78,10 @@ class LocalRoot:
         (self.folder / name).unlink(missing_ok=True)
 
 
-class RemoteRoot:
+class RemoteStorage:
     """A prefix in an object store. Pickles; each process makes its own client: s3fs does not survive a fork."""
 
-    def __init__(self, url: str, retry: Retry, on_retry: Callable[[], None]) -> None:
+    def __init__(self, url: str, retry: RetryPolicy, on_retry: Callable[[], None]) -> None:
         self.url = url.rstrip("/")
         self.retry = retry
         self._on_retry = on_retry
@@ -102,9 +102,9 @@ class RemoteRoot:
         """A whole small object; FileNotFoundError if it is missing, StoreError if unreadable."""
         return self._call(name, "_cat_file", "cat_file", self._path(name))
 
-    def read_range(self, name: str, start: int, stop: int, give_up: threading.Event | None = None) -> bytes:
+    def read_range(self, name: str, start: int, stop: int, cancel: threading.Event | None = None) -> bytes:
         """Bytes [start, stop); shorter only if the object ends before. Errors as :meth:`read`."""
-        return self._call(name, "_cat_file", "cat_file", self._path(name), give_up, start=start, end=stop)
+        return self._call(name, "_cat_file", "cat_file", self._path(name), cancel, start=start, end=stop)
 
     def size(self, name: str) -> int | None:
         """Size in bytes; None if there is no such object."""
@@ -113,7 +113,7 @@ class RemoteRoot:
         except FileNotFoundError:
             return None
 
-    def names(self) -> list[str]:
+    def list_names(self) -> list[str]:
         """Sorted names of what lies directly below the prefix; none if it is empty or missing."""
         path = self._path("").rstrip("/")
         try:
@@ -127,7 +127,7 @@ class RemoteRoot:
     def publish(self, source: Path, name: str) -> None:
         """Upload a local file, in parts if large, and delete it. An object appears whole or not at all."""
         # The client holds up to ten parts in memory; its own parts are of 50 MiB.
-        options = {"chunksize": _PART_BYTES} if self.url.startswith(_S3) else {}
+        options = {"chunksize": _UPLOAD_PART_BYTES} if self.url.startswith(_S3) else {}
         self._write(name, "put_file", str(source), self._path(name), **options)
         source.unlink()
 
@@ -157,19 +157,19 @@ class RemoteRoot:
         coroutine: str,
         method: str,
         path: str,
-        give_up: threading.Event | None = None,
+        cancel: threading.Event | None = None,
         **options: Any,
     ) -> Any:
         def attempt(fs: Any) -> Any:
             if not fs.async_impl:
                 return getattr(fs, method)(path, **options)
-            limited = asyncio.wait_for(getattr(fs, coroutine)(path, **options), self.retry.attempt_s)
+            limited = asyncio.wait_for(getattr(fs, coroutine)(path, **options), self.retry.attempt_timeout_s)
             return asyncio.run_coroutine_threadsafe(limited, fs.loop).result()
 
-        return self._attempts(name, attempt, give_up)
+        return self._attempts(name, attempt, cancel)
 
     def _attempts(
-        self, name: str, action: Callable[[Any], Any], give_up: threading.Event | None = None
+        self, name: str, action: Callable[[Any], Any], cancel: threading.Event | None = None
     ) -> Any:
         where = self.address(name)
 
@@ -180,15 +180,15 @@ class RemoteRoot:
             except FileNotFoundError as error:
                 raise FileNotFoundError(where) from error
             except (asyncio.TimeoutError, TimeoutError) as error:
-                raise Transient(f"no answer within {self.retry.attempt_s:.0f} s") from error
+                raise TransientError(f"no answer within {self.retry.attempt_timeout_s:.0f} s") from error
             except _network_errors() as error:
-                if _is_final(error):
+                if _is_permanent(error):
                     raise StoreError(
                         f"{where}: refused ({one_line(error)}); check credentials and address"
                     ) from error
-                raise Transient(one_line(error)) from error
+                raise TransientError(one_line(error)) from error
 
-        return retrying(attempt, self.retry, where, self._on_retry, give_up)
+        return call_with_retries(attempt, self.retry, where, self._on_retry, cancel)
 
     def _path(self, name: str) -> str:
         return f"{self._client()[1]}/{name}"
@@ -202,19 +202,19 @@ class RemoteRoot:
             return self._clients[os.getpid()]
 
 
-Root = LocalRoot | RemoteRoot
+Storage = LocalStorage | RemoteStorage
 
 
-def open_root(
-    url: str | os.PathLike, retry: Retry | None = None, on_retry: Callable[[], None] | None = None
-) -> Root:
+def open_storage(
+    url: str | os.PathLike, retry: RetryPolicy | None = None, on_retry: Callable[[], None] | None = None
+) -> Storage:
     """The folder or object-store prefix at ``url``. Nothing is read yet. StoreError if ``credentials_in`` objects."""
     folder = local_folder(url)
     if folder is not None:
-        return LocalRoot(folder)
+        return LocalStorage(folder)
     if problem := credentials_in(os.fspath(url)):
         raise StoreError(problem)
-    return RemoteRoot(os.fspath(url), retry or Retry(), on_retry or _ignore)
+    return RemoteStorage(os.fspath(url), retry or RetryPolicy(), on_retry or _ignore)
 
 
 def credentials_in(url: str) -> str | None:
@@ -249,7 +249,7 @@ def _ignore() -> None:
     """Called at each retry where nobody counts them; a function, so that it pickles."""
 
 
-def _connect(url: str, retry: Retry) -> tuple[Any, str]:
+def _connect(url: str, retry: RetryPolicy) -> tuple[Any, str]:
     import fsspec
 
     is_s3 = url.startswith(_S3)
@@ -265,12 +265,12 @@ def _connect(url: str, retry: Retry) -> tuple[Any, str]:
     return fs, path
 
 
-def _s3_options(retry: Retry) -> dict[str, Any]:
+def _s3_options(retry: RetryPolicy) -> dict[str, Any]:
     from botocore.config import Config
 
     config = {
-        "connect_timeout": min(10.0, retry.attempt_s),
-        "read_timeout": retry.attempt_s,
+        "connect_timeout": min(10.0, retry.attempt_timeout_s),
+        "read_timeout": retry.attempt_timeout_s,
         "retries": {"total_max_attempts": 1},
     }
     for name in ("request_checksum_calculation", "response_checksum_validation"):
@@ -289,7 +289,7 @@ def _network_errors() -> tuple[type[BaseException], ...]:
     return (OSError, EOFError, BotoCoreError, ClientError, aiohttp.ClientError)
 
 
-def _is_final(error: BaseException) -> bool:
+def _is_permanent(error: BaseException) -> bool:
     """Whether another attempt must fail too: no credentials, forbidden, malformed."""
     from botocore.exceptions import (
         ClientError,

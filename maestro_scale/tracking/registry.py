@@ -17,7 +17,7 @@ import numpy as np
 from maestro_scale.errors import MaestroError
 from maestro_scale.interop.export import CONFIG, WEIGHTS
 from maestro_scale.interop.pretrained import load_model, read_model
-from maestro_scale.interop.sources import REGISTERED, TRACKING_URI, ModelSource
+from maestro_scale.interop.sources import REGISTERED_FOLDER, TRACKING_URI, ModelSource
 from maestro_scale.model.config import ModelConfig
 from maestro_scale.secrets_filter import scrub
 from maestro_scale.tracking.mlflow_run import tracking_uri
@@ -61,7 +61,7 @@ def register(model: Path, name: str, run_dir: Path) -> ModelVersion:
     """
     source = ModelSource(model)
     config, _ = read_model(source)
-    trained = source.record()["trained"]
+    trained = source.read_config()["trained"]
     configure_mlflow()
     import mlflow.pyfunc
     from mlflow.exceptions import MlflowException
@@ -81,7 +81,7 @@ def register(model: Path, name: str, run_dir: Path) -> ModelVersion:
             )
         run_id = run.info.run_id
         with tempfile.TemporaryDirectory() as folder:
-            made, plain = Path(folder) / "made", Path(folder) / Path(REGISTERED).name
+            made, plain = Path(folder) / "made", Path(folder) / Path(REGISTERED_FOLDER).name
             plain.mkdir()
             for name_of_file in (CONFIG, WEIGHTS):
                 shutil.copy(model / name_of_file, plain)

@@ -50,7 +50,7 @@ def spec_and_size(entry: MixtureEntry) -> tuple[DatasetSpec, tuple[int, int] | N
         manifest = Manifest.load(entry.shards)
     except ShardsError:
         return _spec(entry), None
-    shards = manifest.of(entry.split)
+    shards = manifest.shards_of(entry.split)
     return manifest.spec, (sum(s.samples for s in shards), sum(s.bytes for s in shards))
 
 

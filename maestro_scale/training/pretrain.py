@@ -15,7 +15,7 @@ from rich.console import Console
 
 from maestro_scale.datasets.spec import DatasetSpec
 from maestro_scale.interop.partial import start_from
-from maestro_scale.interop.parts import table
+from maestro_scale.interop.transfer import transfer_table
 from maestro_scale.model import attention
 from maestro_scale.model.config import DatasetView, ModelConfig, conflicts
 from maestro_scale.model.cost import cost, num_parameters
@@ -25,7 +25,7 @@ from maestro_scale.recipe import Recipe, RecipeError, check_world, resolve_senso
 from maestro_scale.secrets_filter import scrub_document
 from maestro_scale.shards.format.manifest import Manifest
 from maestro_scale.shards.read.store import Store
-from maestro_scale.shards.retry import Retry
+from maestro_scale.shards.retry import RetryPolicy
 from maestro_scale.stream.mock import mock_batch
 from maestro_scale.stream.source import Source, mixture_names
 from maestro_scale.training.checkpoint.checkpoints import Checkpoints, Position
@@ -153,13 +153,13 @@ def open_datasets(recipe: Recipe) -> list[Dataset]:
             entry.shards,
             Path(recipe.data.cache_dir),
             int(recipe.data.cache_gib * 2**30),
-            Retry.within(recipe.data.retry_s),
+            RetryPolicy.with_deadline(recipe.data.retry_s),
         )
         source = Source(
             spec=manifest.spec,
             sensors=resolve_sensors(manifest.spec, entry),
             crop_m=entry.crop_m or manifest.spec.crop_m,
-            shards=manifest.of(entry.split),
+            shards=manifest.shards_of(entry.split),
             store=store,
             weight=entry.weight,
         )
@@ -311,7 +311,9 @@ def _build_engine(
     if recipe.model.init_from is not None and begins:
         parts = start_from(model, recipe.model.init_from)
         if world.is_main:
-            Console(width=110).print(table(parts, f"{recipe.name} starts from {recipe.model.init_from}"))
+            Console(width=110).print(
+                transfer_table(parts, f"{recipe.name} starts from {recipe.model.init_from}")
+            )
     model = model.to(world.device)
     if recipe.model.compile:
         model.compile_blocks()

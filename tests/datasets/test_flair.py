@@ -104,7 +104,7 @@ def batch_of(dataset: str, src: Path, tmp_path: Path, names: tuple[str, ...] | N
         spec,
         spec.sensors,
         spec.crop_m,
-        manifest.of(["train"]),
+        manifest.shards_of(["train"]),
         Store(url, tmp_path / "c", 10**9),
         spec.targets,
     )

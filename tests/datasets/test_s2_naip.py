@@ -80,7 +80,11 @@ def test_the_model_sees_a_crop_in_its_order_of_bands_and_scale(write_naip, tmp_p
     reader = datasets.open_raw("s2_naip", write_naip(s1=-1 - stack(2, 2).astype(np.float32) / 1000), "train")
     manifest = write_shards(reader, url, "train")
     source = Source(
-        manifest.spec, SPEC.sensors, SPEC.crop_m, manifest.of(["train"]), Store(url, tmp_path / "c", 10**9)
+        manifest.spec,
+        SPEC.sensors,
+        SPEC.crop_m,
+        manifest.shards_of(["train"]),
+        Store(url, tmp_path / "c", 10**9),
     )
     batch = next(iter(EvalLoader(source, 1, crops=1)))
     naip = torch.from_numpy(naip_pixels()[:, :96, :96])

@@ -85,7 +85,7 @@ def pixels(rng: np.random.Generator) -> np.ndarray:
 
 def source_of(shards, split, tmp_path) -> Source:
     store = Store(str(shards), tmp_path / "cache", 2**30)
-    return Source(FIELDS, FIELDS.sensors, FIELDS.crop_m, Manifest.load(str(shards)).of([split]), store)
+    return Source(FIELDS, FIELDS.sensors, FIELDS.crop_m, Manifest.load(str(shards)).shards_of([split]), store)
 
 
 def test_labels_are_counted_as_they_are_stored(fields, tmp_path):

@@ -51,7 +51,8 @@ def test_with_a_tenth_of_the_labels_frozen(scenes, tmp_path):
     write_model(tmp_path / "random", model.state_dict(), config, {"step": 0})
     store = Store(str(scenes), tmp_path / "cache", 2**30)
     pretrain(
-        model, Source(SCENES, SCENES.sensors, 60.0, Manifest.load(str(scenes)).of(["train", "val"]), store)
+        model,
+        Source(SCENES, SCENES.sensors, 60.0, Manifest.load(str(scenes)).shards_of(["train", "val"]), store),
     )
     write_model(tmp_path / "pretrained", model.state_dict(), config, {"step": STEPS})
 

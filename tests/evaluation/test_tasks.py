@@ -64,7 +64,7 @@ def test_a_share_equal_to_the_threshold_is_no_label(tmp_path):
     with Writer(str(tmp_path / "shards"), spec, "train") as writer:
         writer.add(dataclasses.replace(field_tile(0), targets={"kind": shares}))
     store = Store(str(tmp_path / "shards"), tmp_path / "cache", 2**30)
-    shards = Manifest.load(str(tmp_path / "shards")).of(["train"])
+    shards = Manifest.load(str(tmp_path / "shards")).shards_of(["train"])
     source = Source(spec, spec.sensors, spec.crop_m, shards, store)
     assert class_weights(source, target).tolist() == [[0.0, 1.0, 0.0]]
 

@@ -16,11 +16,11 @@ from testkit.parity import FIXTURES, batch_of, build, close, load
 
 from maestro_scale import datasets, load_model
 from maestro_scale.cli import main
-from maestro_scale.interop.convert import Options, convert, convert_back
+from maestro_scale.interop.convert import ConvertOptions, convert, convert_to_reference
 from maestro_scale.interop.export import ExportError, write_model
 from maestro_scale.interop.reference_keys import to_reference
-from maestro_scale.interop.reference_model import Asked
-from maestro_scale.interop.restricted import load_pickled
+from maestro_scale.interop.reference_model import ConversionHints
+from maestro_scale.interop.restricted import load_untrusted
 from maestro_scale.model.config import ModelConfig
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.model.sizes import Size
@@ -37,7 +37,7 @@ SIZE = Size(
     decoder_heads=4,
     decoder_dim_head=4,
 )
-ASKED = Asked(heads=2, decoder_heads=4)
+HINTS = ConversionHints(heads=2, decoder_heads=4)
 
 
 def config(**changes) -> ModelConfig:
@@ -108,9 +108,9 @@ def test_a_checkpoint_converts_agrees_and_turns_back(tmp_path, mask_config, chan
     model = Maestro(config(**changes)).initialise(0).eval()
     content = lightning(model, fusion_mode=model.config.fusion)
     checkpoint = mask_config(tmp_path / "pretrain-epoch=99.ckpt", content)
-    asked = dataclasses.replace(ASKED, heads=None) if model.config.size.heads == 1 else ASKED
-    parts = convert(checkpoint, tmp_path / "ours", Options(asked=asked))
-    assert {p.fate for p in parts} == {"taken"}
+    hints = dataclasses.replace(HINTS, heads=None) if model.config.size.heads == 1 else HINTS
+    parts = convert(checkpoint, tmp_path / "ours", ConvertOptions(hints=hints))
+    assert {p.status for p in parts} == {"loaded"}
     ours = load_model(tmp_path / "ours")
     assert ours.config == model.config
     batch = full_batch(model.config, 2)
@@ -118,7 +118,7 @@ def test_a_checkpoint_converts_agrees_and_turns_back(tmp_path, mask_config, chan
         assert torch.equal(ours.embed(batch).vector, model.embed(batch).vector)
         for target, logits in model.predict(batch).items():
             assert torch.equal(ours.predict(batch)[target], logits)
-    convert_back(tmp_path / "ours", tmp_path / "back" / "theirs.ckpt")
+    convert_to_reference(tmp_path / "ours", tmp_path / "back" / "theirs.ckpt")
     back = torch.load(tmp_path / "back" / "theirs.ckpt", weights_only=True)
     assert back["global_step"] == 1234
     expected = {k: v for k, v in content["state_dict"].items() if k.startswith("model.")}
@@ -137,19 +137,19 @@ def test_fixtures_as_checkpoints_agree(tmp_path, mask_config, name):
     content = {"state_dict": state, "hyper_parameters": {"fusion_mode": fixture.config.fusion}}
     write_model(tmp_path / "like", {}, fixture.config, {})
     checkpoint = mask_config(tmp_path / "fixture.ckpt", content)
-    convert(checkpoint, tmp_path / "ours", Options(like=tmp_path / "like" / "config.json"))
+    convert(checkpoint, tmp_path / "ours", ConvertOptions(like=tmp_path / "like" / "config.json"))
     with torch.no_grad():
         logits = load_model(tmp_path / "ours").predict(batch_of(fixture))
         for target, theirs in fixture.under("logits").items():
             close(logits[target], theirs.reshape(logits[target].shape))
             assert torch.equal(logits[target], expected.predict(batch_of(fixture))[target])
-    convert_back(tmp_path / "ours", tmp_path / "back.ckpt")
+    convert_to_reference(tmp_path / "ours", tmp_path / "back.ckpt")
     back = torch.load(tmp_path / "back.ckpt", weights_only=True)["state_dict"]
     assert back.keys() == state.keys()
     assert all(torch.equal(back[k], v) and back[k].shape == v.shape for k, v in state.items())
     if "treesatai" in name:  # the preset of a dataset that is known here says the same
-        asked = Asked(heads=size.heads, decoder_heads=size.decoder_heads)
-        convert(checkpoint, tmp_path / "found", Options(asked=asked))
+        hints = ConversionHints(heads=size.heads, decoder_heads=size.decoder_heads)
+        convert(checkpoint, tmp_path / "found", ConvertOptions(hints=hints))
         found = load_model(tmp_path / "found").config
         assert [(s.name, s.grid, s.group) for s in found.sensors] == [
             (s.name, s.grid, s.group) for s in fixture.config.sensors
@@ -159,7 +159,7 @@ def test_fixtures_as_checkpoints_agree(tmp_path, mask_config, name):
 def test_the_moving_average_is_taken_when_asked_for(tmp_path, mask_config):
     model = Maestro(config()).initialise(0)
     checkpoint = mask_config(tmp_path / "a.ckpt", lightning(model))
-    convert(checkpoint, tmp_path / "ema", Options(weights="ema", asked=ASKED))
+    convert(checkpoint, tmp_path / "ema", ConvertOptions(weights="ema", hints=HINTS))
     for name, tensor in load_file(tmp_path / "ema" / "model.safetensors").items():
         assert torch.equal(tensor, model.state_dict()[name] + 1)
 
@@ -197,7 +197,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path, mask_config, capsys, monkeypa
 
 def test_configuration_objects_are_kept_as_records(tmp_path, mask_config):
     checkpoint = mask_config(tmp_path / "a.ckpt", {"state_dict": {}}, mask_ratio=0.5)
-    record = load_pickled(checkpoint)["hyper_parameters"]["mask"]
+    record = load_untrusted(checkpoint)["hyper_parameters"]["mask"]
     assert record.fields == {"mask_ratio": 0.5, "mask_mod": 0.25}
     assert "maestro.conf.mask" not in sys.modules
 
@@ -208,7 +208,7 @@ def test_what_does_not_fit_is_listed(tmp_path, mask_config):
     missing = content["state_dict"].pop("model.decoder.s2.norm.weight")
     assert missing is not None
     with pytest.raises(ExportError) as error:
-        convert(mask_config(tmp_path / "a.ckpt", content), tmp_path / "out", Options(asked=ASKED))
+        convert(mask_config(tmp_path / "a.ckpt", content), tmp_path / "out", ConvertOptions(hints=HINTS))
     assert "extra.weight" in str(error.value)
     assert "decoders.s2.norm.weight" in str(error.value)
     assert not (tmp_path / "out").exists()
@@ -219,13 +219,13 @@ def test_an_unknown_sensor_is_left_out_only_when_asked(tmp_path, mask_config):
     model = Maestro(config(sensors=(*SPEC.sensors, more))).initialise(0)
     checkpoint = mask_config(tmp_path / "a.ckpt", lightning(model, fusion_mode="group"))
     with pytest.raises(ExportError, match="--leave-out spot"):
-        convert(checkpoint, tmp_path / "out", Options(asked=ASKED))
+        convert(checkpoint, tmp_path / "out", ConvertOptions(hints=HINTS))
     parts = convert(
         checkpoint,
         tmp_path / "out",
-        Options(asked=dataclasses.replace(ASKED, leave_out=("spot",))),
+        ConvertOptions(hints=dataclasses.replace(HINTS, leave_out=("spot",))),
     )
-    left = {p.name for p in parts if p.fate == "left behind"}
+    left = {p.name for p in parts if p.status == "unused"}
     assert left == {f"{kind}.spot" for kind in ("patch_embed", "encoder", "enc_to_dec", "decoder")} | {
         "embed_to_rec.spot",
         "mask_token.spot",
@@ -237,18 +237,22 @@ def test_a_group_may_have_another_name_in_the_file(tmp_path, mask_config):
     renamed = (dataclasses.replace(s, group="sen1") if s.group == "s1" else s for s in SPEC.sensors)
     model = Maestro(config(sensors=tuple(renamed))).initialise(0)
     checkpoint = mask_config(tmp_path / "a.ckpt", lightning(model, fusion_mode="group"))
-    convert(checkpoint, tmp_path / "out", Options(asked=ASKED))
+    convert(checkpoint, tmp_path / "out", ConvertOptions(hints=HINTS))
     assert load_model(tmp_path / "out").config.sensors == model.config.sensors
 
 
 @pytest.mark.parametrize(
     ("changes", "options", "message"),
     [
-        ({}, Options(), "pass --heads"),
-        ({}, Options(asked=Asked(heads=5, decoder_heads=4)), "--heads 5 does not divide"),
-        ({}, Options(asked=ASKED, dataset="s2_naip"), "patches of 20 pixels"),
-        ({}, Options(asked=ASKED, dataset="treesat"), "did you mean 'treesatai_ts'"),
-        ({"fusion": "monotemp", "inter_depth": 0}, Options(asked=ASKED), "--fusion mod or --fusion monotemp"),
+        ({}, ConvertOptions(), "pass --heads"),
+        ({}, ConvertOptions(hints=ConversionHints(heads=5, decoder_heads=4)), "--heads 5 does not divide"),
+        ({}, ConvertOptions(hints=HINTS, dataset="s2_naip"), "patches of 20 pixels"),
+        ({}, ConvertOptions(hints=HINTS, dataset="treesat"), "did you mean 'treesatai_ts'"),
+        (
+            {"fusion": "monotemp", "inter_depth": 0},
+            ConvertOptions(hints=HINTS),
+            "--fusion mod or --fusion monotemp",
+        ),
     ],
 )
 def test_what_shapes_cannot_say_is_asked_for(tmp_path, mask_config, changes, options, message):
@@ -265,4 +269,4 @@ def test_damaged_files_are_refused(tmp_path, content):
     path = tmp_path / "a.ckpt"
     path.write_bytes(content)
     with pytest.raises(ExportError, match=r"a\.ckpt"):
-        load_pickled(path)
+        load_untrusted(path)

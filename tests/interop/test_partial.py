@@ -12,7 +12,7 @@ from testkit.models import small_config, small_sensors
 
 from maestro_scale.interop.export import ExportError, write_model
 from maestro_scale.interop.partial import start_from
-from maestro_scale.interop.parts import table
+from maestro_scale.interop.transfer import transfer_table
 from maestro_scale.model.maestro import Maestro
 
 
@@ -22,10 +22,10 @@ def save(tmp_path, **changes) -> Maestro:
     return model
 
 
-def fates(parts) -> dict[str, set[str]]:
+def statuses(parts) -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     for part in parts:
-        found.setdefault(part.name, set()).add(part.fate)
+        found.setdefault(part.name, set()).add(part.status)
     return found
 
 
@@ -33,7 +33,7 @@ def test_the_same_model_is_taken_whole(tmp_path):
     start = save(tmp_path)
     model = Maestro(small_config()).initialise(2)
     parts = start_from(model, str(tmp_path / "start"))
-    assert {p.fate for p in parts} == {"taken"}
+    assert {p.status for p in parts} == {"loaded"}
     assert sum(p.num_values for p in parts) == sum(p.numel() for p in model.parameters())
     for name, p in model.named_parameters():
         assert torch.equal(p, start.state_dict()[name])
@@ -44,10 +44,10 @@ def test_other_sensors_stay_fresh_or_behind(tmp_path):
     start = save(tmp_path, sensors=(aerial, s2))
     model = Maestro(small_config(sensors=(s2, *s1))).initialise(2)
     drawn = {n: p.clone() for n, p in model.named_parameters()}
-    found = fates(start_from(model, str(tmp_path / "start")))
-    assert found["encoders.s2"] == found["patch_embed.s2"] == found["inter"] == {"taken"}
-    assert found["encoders.s1"] == found["patch_embed.s1_asc"] == {"fresh"}
-    assert found["encoders.aerial"] == {"left behind"}
+    found = statuses(start_from(model, str(tmp_path / "start")))
+    assert found["encoders.s2"] == found["patch_embed.s2"] == found["inter"] == {"loaded"}
+    assert found["encoders.s1"] == found["patch_embed.s1_asc"] == {"initialised"}
+    assert found["encoders.aerial"] == {"unused"}
     for name, p in model.named_parameters():
         expected = start.state_dict() if name in start.state_dict() else drawn
         assert torch.equal(p, expected[name]), name
@@ -60,7 +60,7 @@ def test_a_shared_embedding_lends_its_mask_token(tmp_path):
     shared = tuple(dataclasses.replace(s, embed="s1") for s in (asc, des))
     model = Maestro(small_config(sensors=(aerial, s2, *shared))).initialise(2)
     parts = start_from(model, str(tmp_path / "start"))
-    assert {p.fate for p in parts} == {"taken"}
+    assert {p.status for p in parts} == {"loaded"}
     for name in ("s1_asc", "s1_des"):
         assert torch.equal(model.mask_token[name].vectors, start.mask_token["s1"].vectors)
 
@@ -71,7 +71,7 @@ def test_another_patch_size_is_resized_to_agree(tmp_path):
     finer = dataclasses.replace(aerial, image_size=40, patch=10)
     model = Maestro(small_config(sensors=(finer,))).initialise(2)
     parts = start_from(model, str(tmp_path / "start"))
-    found = fates(parts)
+    found = statuses(parts)
     assert "resized" in found["patch_embed.aerial"]
     assert found["to_pixels.aerial"] == {"resized"}
     generator = torch.Generator().manual_seed(0)
@@ -91,11 +91,11 @@ def test_the_table_names_every_part(tmp_path):
     model = Maestro(small_config(sensors=(s2,))).initialise(2)
     parts = start_from(model, str(tmp_path / "start"))
     console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(table(parts, "start"))
+    console.print(transfer_table(parts, "start"))
     text = console.export_text()
     for part in parts:
         assert part.name in text
-        assert part.fate in text
+        assert part.status in text
 
 
 def test_a_model_of_another_width_is_refused(tmp_path):

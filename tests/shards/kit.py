@@ -110,9 +110,9 @@ TILE_BYTES = 8_800  # about; raw
 
 def fields_equal(sample, wanted: Tile) -> bool:
     """Whether a sample holds exactly the arrays of a tile."""
-    from maestro_scale.shards.format.fields import fields_of
+    from maestro_scale.shards.format.fields import tile_fields
 
-    fields = fields_of(wanted)
+    fields = tile_fields(wanted)
     return set(sample.names) == set(fields) and all(
         sample.dtype(name) == a.dtype
         and sample.shape(name) == a.shape

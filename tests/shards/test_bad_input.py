@@ -96,7 +96,7 @@ def test_a_shard_swapped_between_two_datasets(command, copy, synthetic_raw, tmp_
     write_shards(
         datasets.open_raw("treesatai_ts", synthetic_raw, "val"), str(other), "val", shard_mb=4, seed=1
     )
-    (mine,) = Manifest.load(str(copy)).of(["val"])
+    (mine,) = Manifest.load(str(copy)).shards_of(["val"])
     theirs = Manifest.load(str(other)).shards[0]
     assert (mine.path, mine.bytes) == (theirs.path, theirs.bytes)
     shutil.copy(other / mine.path, copy / mine.path)
@@ -105,7 +105,7 @@ def test_a_shard_swapped_between_two_datasets(command, copy, synthetic_raw, tmp_
 
 
 def test_training_ends_with_the_name_of_a_bad_shard(copy, tmp_path):
-    bad = copy / Manifest.load(str(copy)).of(["train"])[1].path
+    bad = copy / Manifest.load(str(copy)).shards_of(["train"])[1].path
     content = bytearray(bad.read_bytes())
     content[-100_000] ^= 1
     bad.write_bytes(content)

@@ -11,7 +11,7 @@ from pathlib import Path
 from maestro_scale.shards.format.index import ShardIndex
 from maestro_scale.shards.format.manifest import Manifest
 from maestro_scale.shards.read.store import Store
-from maestro_scale.shards.read.summary import summary
+from maestro_scale.shards.read.summary import summarize
 from maestro_scale.shards.read.verify import verify
 
 PAGE = Path(__file__).parents[2] / "docs" / "shards.md"
@@ -32,7 +32,7 @@ def test_a_dataset_written_by_hand(tmp_path):
     assert verify(str(folder)) == []
     manifest = Manifest.load(str(folder))
     assert manifest.spec == example.spec
-    (split,) = summary(str(folder)).splits
+    (split,) = summarize(str(folder)).splits
     assert split.classes["fruit"] == {"apple": 40, "pear": 40, "plum": 0}
     assert split.months["s2"][0] == 2 * 40
     with Store(str(folder), tmp_path / "cache", 0).shard(manifest.shards[0]) as shard:

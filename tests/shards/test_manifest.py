@@ -36,9 +36,9 @@ def test_digest_is_of_the_data_alone():
 
 
 def test_of_names_the_splits_there_are():
-    assert [s.split for s in MANIFEST.of(["val", "train"])] == ["val", "train"]
+    assert [s.split for s in MANIFEST.shards_of(["val", "train"])] == ["val", "train"]
     with pytest.raises(ManifestError, match="toy has no split 'test' in shards; there are: train, val"):
-        MANIFEST.of(["test"])
+        MANIFEST.shards_of(["test"])
 
 
 @pytest.mark.parametrize(

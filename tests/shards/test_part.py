@@ -15,7 +15,7 @@ from shards.kit import SPEC, TILE_BYTES, Toy, tile, toy_keys
 from maestro_scale.shards.errors import WriteError
 from maestro_scale.shards.format.manifest import Manifest
 from maestro_scale.shards.read.verify import verify
-from maestro_scale.shards.write.part import Part
+from maestro_scale.shards.write.part import WriterPart
 from maestro_scale.shards.write.writer import Writer, write_shards
 
 SMALL = 4 * TILE_BYTES / 1e6
@@ -29,7 +29,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 def write(folder: Path, text: str = "1/1", dataset: Toy = DATASET) -> Manifest | None:
     return write_shards(
-        dataset, str(folder), "train", shard_mb=SMALL, strict=False, part=Part.parse(text), workers=1
+        dataset, str(folder), "train", shard_mb=SMALL, strict=False, part=WriterPart.parse(text), workers=1
     )
 
 
@@ -69,7 +69,7 @@ def test_more_parts_than_shards(tmp_path, whole):
 DYING = """
 import os, signal, sys
 from shards.kit import Toy
-from maestro_scale.shards.write.part import Part
+from maestro_scale.shards.write.part import WriterPart
 from maestro_scale.shards.write.writer import write_shards
 def die(done, total, num_bytes):
     if done >= 6:
@@ -77,7 +77,7 @@ def die(done, total, num_bytes):
 if __name__ == "__main__":
     broken = tuple(sys.argv[3:])
     write_shards(Toy(42, broken), sys.argv[1], "train", shard_mb=float(sys.argv[2]), strict=False,
-                 part=Part(2, 3), progress=die)
+                 part=WriterPart(2, 3), progress=die)
 """
 
 
@@ -99,9 +99,9 @@ def test_a_part_that_died_is_redone_alone(tmp_path, whole):
 
 
 def test_a_shard_without_one_good_tile_does_not_keep_the_parts_waiting(tmp_path):
-    from maestro_scale.shards.write.packing import shuffled
+    from maestro_scale.shards.write.packing import shuffle_keys
 
-    dataset = Toy(12, tuple(shuffled(toy_keys(12), 0)[8:]))  # its last shards
+    dataset = Toy(12, tuple(shuffle_keys(toy_keys(12), 0)[8:]))  # its last shards
     write(tmp_path / "whole", dataset=dataset)
     assert write(tmp_path / "parts", "2/2", dataset) is None
     published = write(tmp_path / "parts", "1/2", dataset)
@@ -119,4 +119,4 @@ def test_a_part_is_written_by_one_and_not_beside_the_whole(tmp_path):
 @pytest.mark.parametrize("text", ["0/3", "4/3", "3", "1/0", "-1/2", "a/b", "1/2/3", ""])
 def test_a_part_that_makes_no_sense_is_refused(text):
     with pytest.raises(WriteError, match="is not i/n"):
-        Part.parse(text)
+        WriterPart.parse(text)

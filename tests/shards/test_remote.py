@@ -13,18 +13,18 @@ from shards.kit import SPEC, TILE_BYTES, Toy, fields_equal, tile, toy_keys
 from shards.s3 import Fault, Proxy
 
 from maestro_scale.shards.errors import BadShard, ManifestError, StoreError, WriteError
-from maestro_scale.shards.format.index import index_name
+from maestro_scale.shards.format.index import index_path
 from maestro_scale.shards.format.manifest import Manifest
 from maestro_scale.shards.read import store as store_module
-from maestro_scale.shards.read.cache import NoRoom
+from maestro_scale.shards.read.cache import CacheFullError
 from maestro_scale.shards.read.store import Store, StoreCounters
-from maestro_scale.shards.read.summary import summary
+from maestro_scale.shards.read.summary import summarize
 from maestro_scale.shards.read.verify import verify
-from maestro_scale.shards.retry import Retry
+from maestro_scale.shards.retry import RetryPolicy
 from maestro_scale.shards.write.writer import Writer, write_shards
 
 SMALL = 4 * TILE_BYTES / 1e6
-QUICK = Retry(deadline_s=20, attempt_s=5, first_wait_s=0.01, max_wait_s=0.05)
+QUICK = RetryPolicy(deadline_s=20, attempt_timeout_s=5, initial_wait_s=0.01, max_wait_s=0.05)
 URL = "s3://shards/toy"
 
 
@@ -62,7 +62,7 @@ def own(dataset, s3, tmp_path):
     """The address of a copy of the dataset, to be damaged."""
     path = f"shards/{tmp_path.name}"
     fs = s3fs.S3FileSystem()
-    for name in ("manifest.json", *(n for s in dataset.shards for n in (s.path, index_name(s.path)))):
+    for name in ("manifest.json", *(n for s in dataset.shards for n in (s.path, index_path(s.path)))):
         fs.copy(f"shards/toy/{name}", f"{path}/{name}")
     return f"s3://{path}"
 
@@ -113,11 +113,11 @@ def test_writing_resumes_refuses_and_joins_like_on_disk(own, dataset, s3):
     s3.requests.clear()
     assert write_shards(Toy(12), own, "train", shard_mb=SMALL, workers=2) == dataset
     written = [p.split("?")[0].rsplit("/", 1)[1] for m, p in s3.requests if m == "PUT"]
-    assert written == [index_name(shard), shard, "manifest.json"]
+    assert written == [index_path(shard), shard, "manifest.json"]
     with Writer(own, SPEC, "val") as writer:
         writer.add(tile("a"))
     assert verify(own) == []
-    assert [s.num_samples for s in summary(own).splits] == [12, 1]
+    assert [s.num_samples for s in summarize(own).splits] == [12, 1]
     with pytest.raises(WriteError, match="holds a dataset with codec raw, not zstd"):
         write_shards(Toy(12), own, "test", codec="zstd")
 
@@ -167,7 +167,7 @@ def test_passing_failures_are_retried_and_counted(s3, dataset, tmp_path, fault, 
 def test_final_answers_end_it_at_once(s3, dataset, tmp_path, status, error, cause):
     s3.faults = lambda method, path, n: Fault(status) if path.endswith(".tar") else None
     s3.requests.clear()
-    store = make_store(tmp_path, retry=Retry(deadline_s=60))
+    store = make_store(tmp_path, retry=RetryPolicy(deadline_s=60))
     started = time.monotonic()
     with pytest.raises(error, match=cause) as raised:
         store.shard(dataset.shards[0])
@@ -192,14 +192,14 @@ def test_no_credentials(s3, dataset, tmp_path, monkeypatch):
 def test_an_endpoint_that_hangs_or_is_gone_ends_at_the_deadline(s3, dataset, tmp_path, monkeypatch):
     s3.faults = lambda method, path, n: Fault(hang_s=30)
     with pytest.raises(StoreError, match=r"train-000000.tar: gave up after \d attempts .*no answer within"):
-        make_store(tmp_path, retry=Retry(deadline_s=1.5, attempt_s=0.5, first_wait_s=0.1)).shard(
-            dataset.shards[0]
-        )
+        make_store(
+            tmp_path, retry=RetryPolicy(deadline_s=1.5, attempt_timeout_s=0.5, initial_wait_s=0.1)
+        ).shard(dataset.shards[0])
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     with pytest.raises(StoreError, match=r"train-000000.tar: gave up after \d+ attempts"):
-        make_store(tmp_path, retry=Retry(deadline_s=1, attempt_s=0.5, first_wait_s=0.1)).shard(
-            dataset.shards[0]
-        )
+        make_store(
+            tmp_path, retry=RetryPolicy(deadline_s=1, attempt_timeout_s=0.5, initial_wait_s=0.1)
+        ).shard(dataset.shards[0])
 
 
 def test_a_flipped_bit_is_fetched_again_once_then_named(s3, dataset, tmp_path):
@@ -257,16 +257,16 @@ def test_the_budget_holds_and_the_least_recently_used_goes_first(s3, tmp_path):
     pinned.close()
     store.shard(shards[2]).close()
     assert cached() == {shards[i].sha256 for i in (1, 3, 2)}
-    with pytest.raises(NoRoom, match=r"the budget of .* is less than one shard"):
+    with pytest.raises(CacheFullError, match=r"the budget of .* is less than one shard"):
         Store(URL, tmp_path / "tiny", 1000, QUICK).shard(shards[0])
 
 
 def test_shards_in_use_are_not_evicted_and_that_is_said(s3, dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr(store_module, "_ROOM_WAIT_S", 0.2)
+    monkeypatch.setattr(store_module, "_SPACE_WAIT_S", 0.2)
     store = Store(URL, tmp_path / "cache", max(s.bytes for s in dataset.shards) + 100, QUICK)
-    monkeypatch.setattr(store, "ensure", lambda info: Store.ensure(store, info, room_wait_s=0.2))
+    monkeypatch.setattr(store, "ensure", lambda info: Store.ensure(store, info, space_wait_s=0.2))
     shard = store.shard(dataset.shards[0])
-    with pytest.raises(NoRoom, match=r"shards in use fill the budget .* raise data.cache_gib"):
+    with pytest.raises(CacheFullError, match=r"shards in use fill the budget .* raise data.cache_gib"):
         store.shard(dataset.shards[1])
     assert fields_equal(shard[0], tile(shard.keys[0]))
     shard.close()

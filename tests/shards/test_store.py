@@ -142,13 +142,13 @@ def test_verify_reads_every_sample_against_the_spec(copy):
     import hashlib
 
     from maestro_scale.shards.format.codec import encode, encode_fields
-    from maestro_scale.shards.format.fields import fields_of
+    from maestro_scale.shards.format.fields import tile_fields
     from maestro_scale.shards.format.tar import TarWriter
 
     tar = TarWriter(copy / "train-000000.tar")
     tar.add("a", encode(tile("b")))
     tar.add("c", b"nothing")
-    fields = fields_of(tile("d"))
+    fields = tile_fields(tile("d"))
     tar.add("d", encode_fields("d", {**fields, "s2": fields["s2"][:, :1]}))
     tar.add("e", encode(tile("e")))
     tar.finish()

@@ -20,9 +20,9 @@ from maestro_scale.shards.errors import ManifestError, WriteError
 from maestro_scale.shards.format.codec import Sample
 from maestro_scale.shards.format.manifest import Manifest
 from maestro_scale.shards.read.store import Store
-from maestro_scale.shards.read.summary import summary
+from maestro_scale.shards.read.summary import summarize
 from maestro_scale.shards.read.verify import verify
-from maestro_scale.shards.write.packing import shuffled
+from maestro_scale.shards.write.packing import shuffle_keys
 from maestro_scale.shards.write.writer import Writer, write_shards
 
 SMALL = 4 * TILE_BYTES / 1e6  # shard_mb for about four samples a shard
@@ -79,7 +79,7 @@ def test_a_second_split_joins_and_notes_are_counted(tmp_path):
     assert first.notes == {"odd one": notes}
     second = write_shards(Toy(3), str(tmp_path), "val")
     assert second.splits == ("train", "val")
-    assert second.of(["train"]) == first.shards
+    assert second.shards_of(["train"]) == first.shards
     assert second.notes["odd one"] == notes + sum(bool(tile(k).notes) for k in toy_keys(3))
     assert Manifest.load(str(tmp_path)) == second
     before = content(tmp_path)
@@ -265,7 +265,7 @@ def test_a_damaged_or_missing_shard_of_a_finished_split_is_written_again(tmp_pat
 
 
 def test_what_another_plan_left_is_cleaned_up(tmp_path):
-    late = shuffled(toy_keys(20), seed=0)[-1]
+    late = shuffle_keys(toy_keys(20), seed=0)[-1]
     with pytest.raises(DatasetError):
         write_shards(Toy(20, broken=(late,)), str(tmp_path), "train", shard_mb=SMALL / 2)
     assert list(tmp_path.glob("*.tar"))
@@ -276,7 +276,7 @@ def test_what_another_plan_left_is_cleaned_up(tmp_path):
 
 def test_summary_counts_classes_and_dates(tmp_path):
     write_shards(Toy(8), str(tmp_path), "train", shard_mb=SMALL)
-    (split,) = summary(str(tmp_path)).splits
+    (split,) = summarize(str(tmp_path)).splits
     tiles = [tile(key) for key in toy_keys(8)]
     assert split.num_samples == 8
     assert split.classes["kinds"]["oak"] == sum(t.targets["kinds"][0] > 0.1 for t in tiles)
@@ -284,7 +284,7 @@ def test_summary_counts_classes_and_dates(tmp_path):
     assert sum(split.months["s2"]) == sum(len(t.dates["s2"]) for t in tiles)
     for index in tmp_path.glob("*.index.json"):
         index.unlink()
-    assert summary(str(tmp_path)).splits == (split,)
+    assert summarize(str(tmp_path)).splits == (split,)
     assert verify(str(tmp_path)) == []
 
 

@@ -73,7 +73,7 @@ def test_the_page_writes_what_it_was_given(written):
     manifest = Manifest.load(str(shards))
     assert {s.split: s.samples for s in manifest.shards} == {"train": 48, "val": 16, "test": 16}
     assert manifest.spec.pos_grid == 6
-    with Store(str(shards), written / "cache", 0).shard(manifest.of(["val"])[0]) as shard:
+    with Store(str(shards), written / "cache", 0).shard(manifest.shards_of(["val"])[0]) as shard:
         assert sorted(shard.keys) == sorted(f"orchard-1-{i}" for i in range(16))
         sample = shard[0]
         assert sample.array("s2").shape == (12, 2, 6, 6)

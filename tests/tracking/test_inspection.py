@@ -14,7 +14,7 @@ from maestro_scale.cli import app
 from maestro_scale.shards.errors import BadShard
 from maestro_scale.shards.format.codec import Sample, encode
 from maestro_scale.shards.format.manifest import Manifest
-from maestro_scale.shards.read.preview import first_sample
+from maestro_scale.shards.read.preview import read_first_sample
 from maestro_scale.shards.write.writer import write_shards
 from maestro_scale.tracking.inspection import histogram
 from maestro_scale.tracking.tile_picture import panels
@@ -42,7 +42,7 @@ def test_the_tables(shards, tmp_path):
     assert f"{picture}: one tile; next: maestro-scale plan" in result.output
     tiles = [tile(key) for key in toy_keys(40)]
     manifest = Manifest.load(str(shards))
-    of_train = manifest.of(["train"])
+    of_train = manifest.shards_of(["train"])
     size = sum(s.bytes for s in of_train) / 1e6
     assert row(result.output, "val ")[1:3] == [str(len(of_train)), "40"]
     assert row(result.output, "train ")[3] == f"{size:.1f}"
@@ -102,12 +102,12 @@ def test_the_picture_shows_the_clearest_dates_and_the_classes():
 def test_a_tile_is_had_with_an_index_or_without_and_a_wrong_one_is_named(shards, tmp_path):
     info = Manifest.load(str(shards)).shards[0]
     (tmp_path / info.path).write_bytes((shards / info.path).read_bytes())
-    assert first_sample(str(tmp_path), info).key == first_sample(str(shards), info).key
+    assert read_first_sample(str(tmp_path), info).key == read_first_sample(str(shards), info).key
     name = info.path.replace(".tar", ".index.json")
     other = Manifest.load(str(shards)).shards[1].path.replace(".tar", ".index.json")
     (tmp_path / name).write_text((shards / other).read_text())
     with pytest.raises(BadShard, match=r"train-000000\.tar"):
-        first_sample(str(tmp_path), info)
+        read_first_sample(str(tmp_path), info)
 
 
 @pytest.fixture

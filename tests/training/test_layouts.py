@@ -82,7 +82,7 @@ def test_every_layout_follows_the_plain_loop(plain, tmp_path, ranks):
         with StateReader(checkpoint / "state") as reader:
             for kind, expected in (("weight", plain.weights), ("ema", plain.average)):
                 for name, tensor in expected.items():
-                    torch.testing.assert_close(reader.whole(kind, name), tensor, rtol=1e-4, atol=2e-6)
+                    torch.testing.assert_close(reader.read_full(kind, name), tensor, rtol=1e-4, atol=2e-6)
 
 
 def test_any_layout_goes_on_from_any_other(plain, tmp_path):

@@ -24,7 +24,7 @@ from torch import Tensor
 from maestro_scale.evaluation.progress import ProgressFactory, no_progress
 from maestro_scale.evaluation.results import ResultsError
 from maestro_scale.model.maestro import Maestro
-from maestro_scale.shards.locks import Locked, file_lock, has_no_locks
+from maestro_scale.shards.locks import Locked, file_lock, locks_unsupported
 from maestro_scale.shards.progress import Progress
 from maestro_scale.stream.batch import Batch
 from maestro_scale.stream.eval_loader import EvalLoader
@@ -203,7 +203,7 @@ def _try_lock(folder: Path, held: ExitStack) -> bool:
     except Locked:
         return False
     except OSError as error:
-        if not has_no_locks(error):
+        if not locks_unsupported(error):
             raise
     for left in folder.parent.glob(f".partial-*-{folder.name}"):
         if time.time() - max(p.stat().st_mtime for p in (left, *left.iterdir())) > _ABANDONED_S:

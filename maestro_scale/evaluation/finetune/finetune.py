@@ -144,7 +144,9 @@ def _prepare(
     store = Store(benchmark.shards, benchmark.cache_dir, benchmark.cache_bytes)
     train, fraction = benchmark.train_split(manifest)
     splits = {
-        name: Source(manifest.spec, view.sensors, crop_m, manifest.of(benchmark.stored_splits(split)), store)
+        name: Source(
+            manifest.spec, view.sensors, crop_m, manifest.shards_of(benchmark.stored_splits(split)), store
+        )
         for name, split in (("train", train), ("val", "val"), ("test", "test"))
     }
     if fraction < 1:

@@ -69,7 +69,7 @@ def evaluate_frozen(
     train, fraction = benchmark.train_split(manifest)
 
     def source(splits: Sequence[str]) -> Source:
-        return Source(manifest.spec, view.sensors, crop_m, manifest.of(splits), store)
+        return Source(manifest.spec, view.sensors, crop_m, manifest.shards_of(splits), store)
 
     def encode(name: str, kind: FeatureKind) -> FeatureCache:
         # By split in shards, not by its part here: folds are made of the same ones.

@@ -75,7 +75,7 @@ def evaluate_oracle(
     task = task_for(spec, view, crop_m, benchmark.target)
     started = time.perf_counter()
     store = Store(benchmark.shards, benchmark.cache_dir, benchmark.cache_bytes)
-    source = Source(spec, view.sensors, crop_m, manifest.of(benchmark.stored_splits("test")), store)
+    source = Source(spec, view.sensors, crop_m, manifest.shards_of(benchmark.stored_splits("test")), store)
     oracle = Oracle(spec, view.sensors, task)
     written = TileMapWriter(maps_dir, source, task) if maps_dir else None
     rank, size = (world.rank, world.size) if world else (0, 1)

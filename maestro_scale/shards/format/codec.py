@@ -2,7 +2,7 @@
 
 The container is plain safetensors, so any safetensors library opens it. Its ``__metadata__`` holds ``key``,
 ``place`` (JSON, where the source says where a tile lies) and, if fields are compressed, ``encoded``: a JSON object
-from field name to :class:`.compress.Encoded`; such a field is a flat U8 tensor. Fields are named
+from field name to :class:`.compress.FieldEncoding`; such a field is a flat U8 tensor. Fields are named
 as :mod:`.fields` says.
 """
 
@@ -20,14 +20,14 @@ from maestro_scale.datasets.spec import Place, Tile
 from maestro_scale.shards.errors import CodecError, one_line
 from maestro_scale.shards.format.compress import (
     CODECS,
-    Encoded,
+    FieldEncoding,
     Window,
     compress,
     decompress_all,
     decompress_rows,
     window_shape,
 )
-from maestro_scale.shards.format.fields import fields_of
+from maestro_scale.shards.format.fields import tile_fields
 
 _TO_SAFETENSORS = {
     "bool": "BOOL",
@@ -45,10 +45,10 @@ _TO_SAFETENSORS = {
 }
 _FROM_SAFETENSORS = {code: np.dtype(name) for name, code in _TO_SAFETENSORS.items()}
 DTYPES = tuple(_TO_SAFETENSORS)
-_SMALL_BYTES = 4096  # fields below stay raw: a frame would save nothing and cost a call
+_MIN_COMPRESSED_BYTES = 4096  # fields below stay raw: a frame would save nothing and cost a call
 _MAX_HEADER_BYTES = 16 * 1024 * 1024
 _HEADER_BYTES = 16 * 1024  # read at once; few headers are longer
-_GAP_BYTES = (
+_MAX_GAP_BYTES = (
     16 * 1024
 )  # between two images' windows; less is read along, as that takes no longer than another call
 
@@ -56,7 +56,7 @@ _GAP_BYTES = (
 def encode(tile: Tile, codec: str = "raw") -> bytes:
     """One tile as a safetensors buffer; the same tile gives the same bytes. CodecError if it cannot be."""
     try:
-        return encode_fields(tile.key, fields_of(tile), codec, tile.place)
+        return encode_fields(tile.key, tile_fields(tile), codec, tile.place)
     except CodecError as error:
         raise CodecError(f"tile {tile.key}: {error}") from error
 
@@ -78,7 +78,7 @@ def encode_fields(
         # Big-endian input is stored as what safetensors has, little-endian.
         array = np.asarray(array, array.dtype.newbyteorder("<"), order="C")
         stored[name] = (_TO_SAFETENSORS[array.dtype.name], list(array.shape), array)
-        if codec != "raw" and array.nbytes >= _SMALL_BYTES and array.ndim:
+        if codec != "raw" and array.nbytes >= _MIN_COMPRESSED_BYTES and array.ndim:
             how, data = compress(array, codec)
             if len(data) < array.nbytes:
                 encoded[name] = asdict(how)
@@ -105,7 +105,7 @@ def _pack(metadata: dict[str, str], stored: dict[str, tuple[str, list[int], byte
     return b"".join([len(text).to_bytes(8, "little"), text, *parts])
 
 
-class Span(Protocol):
+class ByteReader(Protocol):
     """Bytes that are somewhere else, such as part of a file."""
 
     def __len__(self) -> int: ...
@@ -118,21 +118,21 @@ class Span(Protocol):
 class Sample:
     """One tile in a buffer: nothing is decoded or copied until it is asked for.
 
-    ``buffer``: bytes, a memoryview over them, or a :class:`Span`, of which only the fields, and of those only
+    ``buffer``: bytes, a memoryview over them, or a :class:`ByteReader`, of which only the fields, and of those only
     the dates, that are asked for are read. CodecError if it is no sample.
     """
 
     __slots__ = ("_encoded", "_entries", "_place", "_span", "_start", "key", "names")
 
-    def __init__(self, buffer: bytes | memoryview | Span) -> None:
-        self._span = _Memory(buffer) if isinstance(buffer, (bytes, bytearray, memoryview)) else buffer
+    def __init__(self, buffer: bytes | memoryview | ByteReader) -> None:
+        self._span = _MemoryReader(buffer) if isinstance(buffer, (bytes, bytearray, memoryview)) else buffer
         metadata, self._entries, self._start = _read_header(self._span)
         if not isinstance(metadata.get("key"), str):
             raise CodecError("the safetensors metadata has no 'key'; save with metadata={'key': …}")
         self.key: str = metadata["key"]
         self._place: str | None = metadata.get("place")
         self.names: tuple[str, ...] = tuple(self._entries)
-        self._encoded = _read_encoded(metadata["encoded"]) if "encoded" in metadata else {}
+        self._encoded = _parse_encodings(metadata["encoded"]) if "encoded" in metadata else {}
 
     @property
     def place(self) -> Place | None:
@@ -192,7 +192,7 @@ class Sample:
         except CodecError as error:
             raise CodecError(f"sample {self.key}, field {name}: {error}") from error
 
-    def _entry(self, name: str) -> _Entry:
+    def _entry(self, name: str) -> _TensorEntry:
         try:
             return self._entries[name]
         except KeyError:
@@ -228,7 +228,7 @@ class Sample:
 
     @property
     def _in_memory(self) -> bool:
-        return isinstance(self._span, _Memory)
+        return isinstance(self._span, _MemoryReader)
 
     def _raw_rows(self, name: str, indices: np.ndarray, window: Window | None) -> np.ndarray:
         read, shape, dtype = self._reader(name), self._entry(name).shape, self._raw_dtype(name)
@@ -238,7 +238,7 @@ class Sample:
                 f"sample {self.key}, field {name}: {len(self._bytes(name))} bytes for {dtype} {shape}"
             )
         out = np.empty((len(indices), *window_shape(shape[1:], window)), dtype)
-        if window is None or (shape[-2] - out.shape[-2]) * shape[-1] * dtype.itemsize < _GAP_BYTES:
+        if window is None or (shape[-2] - out.shape[-2]) * shape[-1] * dtype.itemsize < _MAX_GAP_BYTES:
             inside = (...,) if window is None else (..., *window)
             for row, index in zip(out, indices.tolist(), strict=True):
                 data = read(index * row_bytes, (index + 1) * row_bytes)
@@ -256,8 +256,8 @@ class Sample:
         return out
 
 
-class _Memory:
-    """A :class:`Span` of bytes that are here."""
+class _MemoryReader:
+    """A :class:`ByteReader` of bytes that are here."""
 
     __slots__ = ("_view",)
 
@@ -271,7 +271,7 @@ class _Memory:
         return self._view[begin:end]
 
 
-class _Entry(NamedTuple):
+class _TensorEntry(NamedTuple):
     """One tensor in a safetensors header."""
 
     dtype: str
@@ -280,7 +280,7 @@ class _Entry(NamedTuple):
     end: int
 
 
-def _read_header(span: Span) -> tuple[dict, dict[str, _Entry], int]:
+def _read_header(span: ByteReader) -> tuple[dict, dict[str, _TensorEntry], int]:
     """Metadata and tensors of a safetensors header, and where the data starts."""
     length = len(span)
     first = span.read(0, min(length, _HEADER_BYTES))
@@ -292,7 +292,8 @@ def _read_header(span: Span) -> tuple[dict, dict[str, _Entry], int]:
         header = json.loads(bytes(text))
         metadata = header.pop("__metadata__", {})
         entries = {
-            name: _Entry(str(e["dtype"]), tuple(e["shape"]), *e["data_offsets"]) for name, e in header.items()
+            name: _TensorEntry(str(e["dtype"]), tuple(e["shape"]), *e["data_offsets"])
+            for name, e in header.items()
         }
         last = length - 8 - size
         sound = isinstance(metadata, dict) and all(
@@ -305,15 +306,15 @@ def _read_header(span: Span) -> tuple[dict, dict[str, _Entry], int]:
     return metadata, entries, 8 + size
 
 
-def _read_encoded(text: str) -> dict[str, Encoded]:
+def _parse_encodings(text: str) -> dict[str, FieldEncoding]:
     try:
         encoded = {
-            name: Encoded(
+            name: FieldEncoding(
                 e["codec"], e["dtype"], tuple(e["shape"]), e["rows"], tuple(e["ends"]), e.get("strip", 0)
             )
             for name, e in json.loads(text).items()
         }
-        sound = all(e.is_sound() for e in encoded.values())
+        sound = all(e.is_valid() for e in encoded.values())
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CodecError(f"the metadata entry 'encoded' cannot be read ({one_line(error)})") from error
     if not sound:

@@ -20,13 +20,13 @@ CODECS = ("raw", "zstd", "delta-zstd")
 CHUNK_BYTES = 64 * 1024  # uncompressed, at most, unless a row of pixels has more
 _LEVEL = 3
 
-Read = Callable[[int, int], memoryview]  # bytes [begin, end) of a stored field
+RangeReader = Callable[[int, int], memoryview]  # bytes [begin, end) of a stored field
 Window = tuple[slice, slice]  # rows and columns of pixels
-Place = tuple[slice, ...]
+Slices = tuple[slice, ...]
 
 
 @dataclass(frozen=True)
-class Encoded:
+class FieldEncoding:
     """How a field is stored: chunk after chunk of ``rows`` entries of axis 0; ``ends[i]`` is where zstd frame i ends.
 
     A frame is a chunk or, with ``strip``, so many rows of pixels of it, from the north, in all its bands.
@@ -49,7 +49,7 @@ class Encoded:
         """Shape of one entry of axis 0."""
         return self.shape[1:]
 
-    def is_sound(self) -> bool:
+    def is_valid(self) -> bool:
         """Whether this can be, for what is read from files; may also raise TypeError or ValueError."""
         return (
             self.codec in CODECS
@@ -73,7 +73,7 @@ def window_shape(row_shape: tuple[int, ...], window: Window | None) -> tuple[int
     )
 
 
-def compress(array: np.ndarray, codec: str) -> tuple[Encoded, bytes]:
+def compress(array: np.ndarray, codec: str) -> tuple[FieldEncoding, bytes]:
     """Compress a C-contiguous array of one or more axes, a chunk of axis 0 at a time."""
     row_bytes = array.nbytes // len(array)
     rows = max(1, min(len(array), CHUNK_BYTES // max(row_bytes, 1)))
@@ -91,10 +91,10 @@ def compress(array: np.ndarray, codec: str) -> tuple[Encoded, bytes]:
             end += len(frame)
             frames.append(frame)
             ends.append(end)
-    return Encoded(codec, array.dtype.name, array.shape, rows, tuple(ends), strip), b"".join(frames)
+    return FieldEncoding(codec, array.dtype.name, array.shape, rows, tuple(ends), strip), b"".join(frames)
 
 
-def decompress_all(encoded: Encoded, read: Read, window: Window | None = None) -> np.ndarray:
+def decompress_all(encoded: FieldEncoding, read: RangeReader, window: Window | None = None) -> np.ndarray:
     """The whole array, or of every image a window; a fresh one, or read-only over a decompressed frame."""
     if window is not None and len(encoded.shape) == 2:  # a single image: axis 0 is its rows
         rows, columns = window
@@ -111,7 +111,7 @@ def decompress_all(encoded: Encoded, read: Read, window: Window | None = None) -
 
 
 def decompress_rows(
-    encoded: Encoded, read: Read, indices: np.ndarray, window: Window | None = None
+    encoded: FieldEncoding, read: RangeReader, indices: np.ndarray, window: Window | None = None
 ) -> np.ndarray:
     """Entries ``indices`` (any order, repeats allowed) of axis 0, or a window of each; no other frame is read."""
     decompressor = zstandard.ZstdDecompressor()
@@ -132,7 +132,7 @@ def _even_strip(height: int, row_bytes: int) -> int:
     return -(-height // -(-height // fit))
 
 
-def _strips(encoded: Encoded, window: Window | None) -> Iterator[tuple[int, Place, Place]]:
+def _strips(encoded: FieldEncoding, window: Window | None) -> Iterator[tuple[int, Slices, Slices]]:
     """The frames of a chunk that a window is in: strip, what of its pixels is seen, and where that belongs."""
     if window is None and not encoded.strip:
         yield 0, (slice(None),), (slice(None),)
@@ -153,7 +153,7 @@ def _strips(encoded: Encoded, window: Window | None) -> Iterator[tuple[int, Plac
 
 
 def _frame(
-    encoded: Encoded, read: Read, i: int, strip: int, decompressor: zstandard.ZstdDecompressor
+    encoded: FieldEncoding, read: RangeReader, i: int, strip: int, decompressor: zstandard.ZstdDecompressor
 ) -> np.ndarray:
     """Chunk ``i``, or a strip of it."""
     dtype = np.dtype(encoded.dtype)

@@ -31,7 +31,7 @@ def target_field(target: str) -> str:
     return f"{_TARGET_PREFIX}{target}"
 
 
-def fields_of(tile: Tile) -> dict[str, np.ndarray]:
+def tile_fields(tile: Tile) -> dict[str, np.ndarray]:
     """The arrays of a tile by field name, in a fixed order."""
     fields = {name: np.asarray(array) for name, array in sorted(tile.arrays.items())}
     fields |= {dates_field(m): np.asarray(a) for m, a in sorted(tile.dates.items())}
@@ -45,7 +45,7 @@ def check_tile(tile: Tile, spec: DatasetSpec) -> None:
     """DatasetError, naming tile and field, where a tile is not what ``spec`` describes."""
     if not isinstance(tile.key, str) or not tile.key:
         raise DatasetError(f"a tile of {spec.name} has the key {tile.key!r}; keys are non-empty strings")
-    check_fields(tile.key, fields_of(tile), spec)
+    check_fields(tile.key, tile_fields(tile), spec)
 
 
 def check_fields(key: str, fields: Mapping[str, np.ndarray], spec: DatasetSpec) -> None:

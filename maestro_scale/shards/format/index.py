@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from maestro_scale.shards.errors import ManifestError
-from maestro_scale.shards.format.manifest import FORMAT_VERSION, ShardInfo, read_versioned
-from maestro_scale.shards.format.serialization import dump, from_plain, to_plain
+from maestro_scale.shards.format.manifest import FORMAT_VERSION, ShardInfo, parse_versioned
+from maestro_scale.shards.format.serialization import dump_json, from_builtins, to_builtins
 from maestro_scale.shards.format.tar import member_key, scan
 
 
@@ -34,16 +34,16 @@ class ShardIndex:
     @classmethod
     def loads(cls, text: str | bytes, where: str) -> ShardIndex:
         """The index in ``text``. ManifestError, naming ``where``, if it makes no sense."""
-        data = read_versioned(text, where)
+        data = parse_versioned(text, where)
         try:
-            index = from_plain(cls, data)
+            index = from_builtins(cls, data)
             index._check()
         except ManifestError as error:
             raise ManifestError(f"{where}: {error}") from error
         return index
 
     @classmethod
-    def of_tar(cls, path: Path, sha256: str) -> ShardIndex:
+    def from_tar(cls, path: Path, sha256: str) -> ShardIndex:
         """The index of a tar, made from its headers. ManifestError if a member is not named as ours are."""
         members = scan(path)
         keys = tuple(member_key(name) for name, _, _ in members)
@@ -52,9 +52,9 @@ class ShardIndex:
 
     def dumps(self) -> str:
         """As JSON, an entry a line."""
-        return dump(to_plain(self), depth=1) + "\n"
+        return dump_json(to_builtins(self), depth=1) + "\n"
 
-    def shard(self, path: str, split: str) -> ShardInfo:
+    def shard_info(self, path: str, split: str) -> ShardInfo:
         """The manifest's entry for this shard."""
         return ShardInfo(path, split, self.bytes, len(self.keys), self.sha256)
 
@@ -76,6 +76,6 @@ class ShardIndex:
                 raise ManifestError(f"sample {key} ends at byte {offset + size} of {self.bytes}")
 
 
-def index_name(shard_path: str) -> str:
+def index_path(shard_path: str) -> str:
     """The sidecar's path beside a shard's."""
     return f"{shard_path.removesuffix('.tar')}.index.json"

@@ -12,15 +12,15 @@ from pathlib import PurePosixPath
 from maestro_scale.datasets.spec import DatasetSpec
 from maestro_scale.shards.errors import ManifestError, StoreError
 from maestro_scale.shards.format.compress import CODECS
-from maestro_scale.shards.format.serialization import dump, from_plain, to_plain
+from maestro_scale.shards.format.serialization import dump_json, from_builtins, to_builtins
 from maestro_scale.shards.format.spec_check import check_spec
-from maestro_scale.shards.retry import Retry
-from maestro_scale.shards.storage import open_root
+from maestro_scale.shards.retry import RetryPolicy
+from maestro_scale.shards.storage import open_storage
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 # A wrong address or a server that is down shows here: nobody should wait for minutes to be told.
-FIRST_CONTACT = Retry(deadline_s=30.0, attempt_s=15.0)
+CONNECT_RETRY = RetryPolicy(deadline_s=30.0, attempt_timeout_s=15.0)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SPLIT = re.compile(r"[A-Za-z0-9_-]+")
 
@@ -52,10 +52,10 @@ class Manifest:
     @classmethod
     def load(cls, url: str) -> Manifest:
         """The manifest of the dataset at ``url`` (a folder or fsspec URL); ManifestError says what is wrong."""
-        root = open_root(url, FIRST_CONTACT)
-        where = root.address(MANIFEST)
+        storage = open_storage(url, CONNECT_RETRY)
+        where = storage.address(MANIFEST)
         try:
-            text = root.read(MANIFEST)
+            text = storage.read(MANIFEST)
         except FileNotFoundError as error:
             raise ManifestError(
                 f"{where}: not found; write the dataset with `maestro-scale shard`, or check the path"
@@ -67,9 +67,9 @@ class Manifest:
     @classmethod
     def loads(cls, text: str | bytes, where: str = MANIFEST) -> Manifest:
         """The manifest in ``text``; ``where`` names it in errors."""
-        data = read_versioned(text, where)
+        data = parse_versioned(text, where)
         try:
-            manifest = from_plain(cls, data)
+            manifest = from_builtins(cls, data)
             _check(manifest)
         except ManifestError as error:
             raise ManifestError(f"{where}: {error}") from error
@@ -77,7 +77,7 @@ class Manifest:
 
     def dumps(self) -> str:
         """As JSON, one line per shard."""
-        return dump(to_plain(self), depth=2) + "\n"
+        return dump_json(to_builtins(self), depth=2) + "\n"
 
     @property
     def digest(self) -> str:
@@ -86,13 +86,13 @@ class Manifest:
 
     def digest_of(self, splits: Sequence[str]) -> str:
         """As :attr:`digest`, of some splits: it stays when another split is added."""
-        return self._digest(self.of(splits))
+        return self._digest(self.shards_of(splits))
 
     def _digest(self, shards: tuple[ShardInfo, ...]) -> str:
         content = {
             "format_version": self.format_version,
-            "spec": to_plain(self.spec),
-            "shards": to_plain(shards),
+            "spec": to_builtins(self.spec),
+            "shards": to_builtins(shards),
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -101,7 +101,7 @@ class Manifest:
         """Names of the splits, in the order they were written."""
         return tuple(dict.fromkeys(shard.split for shard in self.shards))
 
-    def of(self, splits: Sequence[str]) -> tuple[ShardInfo, ...]:
+    def shards_of(self, splits: Sequence[str]) -> tuple[ShardInfo, ...]:
         """The shards of ``splits``, split by split. ManifestError if there is no such split."""
         known = self.splits
         for split in splits:
@@ -113,7 +113,7 @@ class Manifest:
         return tuple(s for split in dict.fromkeys(splits) for s in self.shards if s.split == split)
 
 
-def read_versioned(text: str | bytes, where: str) -> dict:
+def parse_versioned(text: str | bytes, where: str) -> dict:
     """A JSON object with a ``format_version`` that this code knows; ManifestError otherwise."""
     try:
         data = json.loads(text)

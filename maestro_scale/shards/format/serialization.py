@@ -15,22 +15,22 @@ from maestro_scale.shards.errors import ManifestError
 T = TypeVar("T")
 
 
-def to_plain(value: Any) -> Any:
+def to_builtins(value: Any) -> Any:
     """A dataclass (of dataclasses, tuples, mappings and scalars) as dicts, lists and scalars."""
     if dataclasses.is_dataclass(value):
         hints = typing.get_type_hints(type(value))
-        plain = {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        plain = {f.name: to_builtins(getattr(value, f.name)) for f in dataclasses.fields(value)}
         # Scale("log", 5) and Scale("log", 5.0) are the same, and must digest to the same.
         return {k: float(v) if hints[k] is float else v for k, v in plain.items()}
     if isinstance(value, Mapping):
-        return {key: to_plain(item) for key, item in value.items()}
+        return {key: to_builtins(item) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
-        return [to_plain(item) for item in value]
+        return [to_builtins(item) for item in value]
     return value
 
 
-def from_plain(kind: type[T], data: Any, where: str = "") -> T:
-    """The dataclass ``kind`` from what :func:`to_plain` gave.
+def from_builtins(kind: type[T], data: Any, where: str = "") -> T:
+    """The dataclass ``kind`` from what :func:`to_builtins` gave.
 
     Fields with a default may be left out. ManifestError, with the path of the entry, for an unknown key, a
     missing one or a value of another type.
@@ -54,7 +54,7 @@ def from_plain(kind: type[T], data: Any, where: str = "") -> T:
 def _value(hint: Any, data: Any, where: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
-        return from_plain(hint, data, where)
+        return from_builtins(hint, data, where)
     if origin is tuple:
         if not isinstance(data, list):
             raise ManifestError(f"{where}: is {_named(data)}, expected a list")
@@ -92,11 +92,11 @@ def _join(where: str, key: str) -> str:
     return f"{where}.{key}" if where else key
 
 
-def dump(data: Any, depth: int, level: int = 0) -> str:
+def dump_json(data: Any, depth: int, level: int = 0) -> str:
     """JSON for people: objects down to ``depth``, and lists of objects, have an entry a line."""
     inner, outer = " " * (level + 1), " " * level
     if isinstance(data, dict) and data and level < depth:
-        entries = [f"{json.dumps(k)}: {dump(v, depth, level + 1)}" for k, v in data.items()]
+        entries = [f"{json.dumps(k)}: {dump_json(v, depth, level + 1)}" for k, v in data.items()]
         return "{\n" + ",\n".join(inner + e for e in entries) + "\n" + outer + "}"
     if isinstance(data, list) and data and isinstance(data[0], dict):
         entries = [json.dumps(item, ensure_ascii=False) for item in data]

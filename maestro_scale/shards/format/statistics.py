@@ -15,7 +15,7 @@ _CLASS, _DATE = "class", "date"
 _DAYS_BEFORE_MONTH = np.array([0, 31, 59, 90, 120, 151, 181, 212, 243, 273, 304, 334])
 
 
-def tally_of(sample: Sample, spec: DatasetSpec) -> Counter[str]:
+def count_sample(sample: Sample, spec: DatasetSpec) -> Counter[str]:
     """Counts of one sample: ``class/<target>/<index>`` and ``date/<modality>/<month 1-12>``."""
     tally: Counter[str] = Counter()
     for target in spec.targets:
@@ -36,7 +36,7 @@ def tally_of(sample: Sample, spec: DatasetSpec) -> Counter[str]:
     return tally
 
 
-def read_tally(
+def parse_counts(
     tally: Mapping[str, int], spec: DatasetSpec
 ) -> tuple[dict[str, dict[str, int]], dict[str, tuple[int, ...]]]:
     """``classes[target][class name]`` and ``months[modality]`` (January … December) from a tally."""

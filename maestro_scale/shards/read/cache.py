@@ -20,12 +20,12 @@ from pathlib import Path
 from maestro_scale.shards.errors import ManifestError, StoreError
 from maestro_scale.shards.format.index import ShardIndex
 from maestro_scale.shards.locks import Locked, file_lock, remove_unless_shared
-from maestro_scale.shards.read.counters import RunningTotal, StoreCounters
+from maestro_scale.shards.read.counters import CounterTotal, StoreCounters
 
-_ROOM_POLL_S = 0.1
+_SPACE_POLL_S = 0.1
 
 
-class NoRoom(StoreError):
+class CacheFullError(StoreError):
     """The shards in use fill the budget."""
 
 
@@ -35,7 +35,7 @@ class Cache:
 
     folder: Path
     budget_bytes: int
-    total: RunningTotal
+    total: CounterTotal
 
     def prepare(self) -> None:
         """Make the folders; StoreError if they cannot be made."""
@@ -64,19 +64,19 @@ class Cache:
                 ) from error
             yield
 
-    def verified(self, path: Path, sha256: str) -> ShardIndex | None:
+    def verified_index(self, path: Path, sha256: str) -> ShardIndex | None:
         """The index of the file at ``path`` if its present state was verified as ``sha256``; notes the use."""
         marker = self._marker(path, sha256)
         try:
             index = ShardIndex.loads(marker.read_bytes(), str(marker))
-            if index.plan != _state(path):
+            if index.plan != _file_state(path):
                 return None
             _touch(marker)
         except (OSError, ManifestError):
             return None
         return index
 
-    def remember(self, path: Path, index: ShardIndex) -> None:
+    def mark_verified(self, path: Path, index: ShardIndex) -> None:
         """Note that the present state of the file at ``path`` was verified."""
         # In place of the plan, which only the writer needs, stands the state.
         content = ShardIndex(
@@ -86,7 +86,7 @@ class Cache:
             index.keys,
             index.offsets,
             index.sizes,
-            plan=_state(path),
+            plan=_file_state(path),
         )
         marker = self._marker(path, index.sha256)
         temporary = marker.with_suffix(f".{os.getpid()}.tmp")
@@ -99,46 +99,46 @@ class Cache:
             raise StoreError(f"{marker}: cannot be written ({error.strerror})") from error
 
     @contextmanager
-    def part(self, sha256: str, num_bytes: int, wait_s: float) -> Iterator[Path]:
+    def reserve(self, sha256: str, num_bytes: int, wait_s: float) -> Iterator[Path]:
         """A file of ``num_bytes`` to download into, within the budget; deleted at the end unless renamed.
 
-        Hold :meth:`lock` of the shard. Waits ``wait_s`` for shards in use to be let go; then NoRoom.
+        Hold :meth:`lock` of the shard. Waits ``wait_s`` for shards in use to be let go; then CacheFullError.
         StoreError if the disk is full.
         """
         if num_bytes > self.budget_bytes:
-            raise NoRoom(
+            raise CacheFullError(
                 f"{self.folder}: the budget of {self.budget_bytes / 2**30:.2f} GiB is less than one shard of "
                 f"{num_bytes / 2**30:.2f} GiB; raise data.cache_gib"
             )
         path = self.folder / "shards" / f"{sha256}.part"
         until = time.monotonic() + wait_s
-        while not self._reserve(path, num_bytes):
+        while not self._try_reserve(path, num_bytes):
             if time.monotonic() >= until:
-                raise NoRoom(
+                raise CacheFullError(
                     f"{self.folder}: shards in use fill the budget of {self.budget_bytes / 2**30:.2f} GiB, "
                     f"a shard of {num_bytes / 2**30:.2f} GiB has no room; raise data.cache_gib"
                 )
-            time.sleep(_ROOM_POLL_S)
+            time.sleep(_SPACE_POLL_S)
         try:
             yield path
         finally:
             path.unlink(missing_ok=True)
 
-    def forget(self, sha256: str) -> None:
+    def remove(self, sha256: str) -> None:
         """Delete a shard that is found to be damaged. Hold its lock."""
         self.path(sha256).unlink(missing_ok=True)
         self._marker(self.path(sha256), sha256).unlink(missing_ok=True)
 
-    def _reserve(self, part: Path, num_bytes: int) -> bool:
+    def _try_reserve(self, part: Path, num_bytes: int) -> bool:
         with self.lock("budget"):
             part.unlink(missing_ok=True)  # of a process that was killed: we hold the shard's lock
-            self._drop_dead_parts(part)
-            if not self._make_room(num_bytes):
+            self._remove_stale_partials(part)
+            if not self._evict_until_free(num_bytes):
                 return False
             _allocate(part, num_bytes)
         return True
 
-    def _drop_dead_parts(self, mine: Path) -> None:
+    def _remove_stale_partials(self, mine: Path) -> None:
         for part in (self.folder / "shards").glob("*.part"):
             if part == mine:
                 continue
@@ -148,7 +148,7 @@ class Cache:
             except Locked:
                 continue
 
-    def _make_room(self, num_bytes: int) -> bool:
+    def _evict_until_free(self, num_bytes: int) -> bool:
         """Evict shards that nobody has open, least recently used first, until ``num_bytes`` fit; do they?"""
         sizes = {}
         for path in (self.folder / "shards").iterdir():
@@ -184,7 +184,7 @@ def _touch(path: Path) -> None:
     os.utime(path, ns=(now, now))
 
 
-def _state(path: Path) -> str:
+def _file_state(path: Path) -> str:
     status = path.stat()
     return f"{status.st_ino}-{status.st_size}-{status.st_mtime_ns}"
 

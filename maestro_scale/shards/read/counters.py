@@ -25,7 +25,7 @@ class StoreCounters:
         return StoreCounters(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
 
 
-class RunningTotal:
+class CounterTotal:
     """Counters that threads add to. A pickled copy starts at zero."""
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class RunningTotal:
         self._total = StoreCounters()
 
     def __reduce__(self) -> tuple:
-        return RunningTotal, ()
+        return CounterTotal, ()
 
     @property
     def total(self) -> StoreCounters:

@@ -1,4 +1,4 @@
-"""Work done ahead of need, on daemon threads: they never keep the interpreter from ending."""
+"""JobFunction done ahead of need, on daemon threads: they never keep the interpreter from ending."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def read_ahead(read: Callable[[Item], Result], items: Iterable[Item], num_threads: int) -> Iterator[Result]:
+def ordered_map(read: Callable[[Item], Result], items: Iterable[Item], num_threads: int) -> Iterator[Result]:
     """``read(item)`` of each item, in order, up to ``num_threads`` at a time; raises what it raises."""
     tasks: queue.SimpleQueue = queue.SimpleQueue()
     over = threading.Event()
@@ -48,48 +48,48 @@ def read_ahead(read: Callable[[Item], Result], items: Iterable[Item], num_thread
 
 
 class Prefetcher:
-    """Calls ``fetch(item, give_up)`` for the items it was last given; ``give_up`` is set when it must end."""
+    """Calls ``fetch(item, cancel)`` for the items it was last given; ``cancel`` is set when it must end."""
 
     def __init__(self, fetch: Callable[[Item, threading.Event], None], num_threads: int) -> None:
         self.pid = os.getpid()
         self._fetch = fetch
         self._changed = threading.Condition()
-        self._wanted: deque = deque()
+        self._queue: deque = deque()
         self._running: set[threading.Event] = set()
         self._stopped = False
         for _ in range(num_threads):
-            threading.Thread(target=self._serve, daemon=True, name="maestro-prefetch").start()
+            threading.Thread(target=self._worker_loop, daemon=True, name="maestro-prefetch").start()
 
     def replace(self, items: Iterable[Item]) -> None:
         """Forget what was not begun; fetch these, in order."""
         with self._changed:
-            self._wanted = deque(items)
+            self._queue = deque(items)
             self._changed.notify_all()
 
     def stop(self) -> None:
         """Begin nothing more and end what runs, soon."""
         with self._changed:
             self._stopped = True
-            for give_up in self._running:
-                give_up.set()
+            for cancel in self._running:
+                cancel.set()
             self._changed.notify_all()
 
-    def _serve(self) -> None:
+    def _worker_loop(self) -> None:
         while True:
-            give_up = threading.Event()
+            cancel = threading.Event()
             with self._changed:
-                self._changed.wait_for(lambda: self._wanted or self._stopped)
+                self._changed.wait_for(lambda: self._queue or self._stopped)
                 if self._stopped:
                     return
-                item = self._wanted.popleft()
-                self._running.add(give_up)
+                item = self._queue.popleft()
+                self._running.add(cancel)
             try:
-                self._fetch(item, give_up)
+                self._fetch(item, cancel)
             except (ShardsError, OSError):
                 pass  # asked for in earnest, it fails again and tells why
             finally:
                 with self._changed:
-                    self._running.discard(give_up)
+                    self._running.discard(cancel)
 
 
 def _take(answer: queue.SimpleQueue) -> object:

@@ -22,7 +22,7 @@ class Shard:
         self.path = path
         self.keys = index.keys
         self._index = index
-        self._file: _File | None = _File(path, descriptor)
+        self._file: _OpenFile | None = _OpenFile(path, descriptor)
         if max(index.sizes) > _WHOLE_BYTES and hasattr(os, "posix_fadvise"):
             # Of large samples little is read: what the system would read ahead is another date, or band.
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
@@ -39,7 +39,7 @@ class Shard:
         try:
             # Not mapped: taking 100 pages of a map into a process costs more than copying them.
             whole = size <= _WHOLE_BYTES
-            sample = Sample(self._file.read(start, size) if whole else _Span(self._file, start, size))
+            sample = Sample(self._file.read(start, size) if whole else _FileRange(self._file, start, size))
         except CodecError as error:
             raise BadShard(self.path, f"sample {key}: {error}") from error
         if sample.key != key:
@@ -60,7 +60,7 @@ class Shard:
         self.close()
 
 
-class _File:
+class _OpenFile:
     """An open file, closed with the last reference to it."""
 
     def __init__(self, path: str, descriptor: int) -> None:
@@ -84,10 +84,10 @@ class _File:
         os.close(self._descriptor)
 
 
-class _Span:
+class _FileRange:
     """The bytes of one sample within a file, read when they are asked for."""
 
-    def __init__(self, file: _File, start: int, size: int) -> None:
+    def __init__(self, file: _OpenFile, start: int, size: int) -> None:
         self._file, self._start, self._size = file, start, size
 
     def __len__(self) -> int:

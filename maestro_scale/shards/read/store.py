@@ -13,13 +13,13 @@ from pathlib import Path
 from maestro_scale.shards.errors import BadShard, ManifestError, StoreError, one_line
 from maestro_scale.shards.format.index import ShardIndex
 from maestro_scale.shards.format.manifest import ShardInfo
-from maestro_scale.shards.locks import share
+from maestro_scale.shards.locks import open_shared
 from maestro_scale.shards.read.cache import Cache
-from maestro_scale.shards.read.counters import RunningTotal, StoreCounters
-from maestro_scale.shards.read.prefetch import Prefetcher, read_ahead
+from maestro_scale.shards.read.counters import CounterTotal, StoreCounters
+from maestro_scale.shards.read.prefetch import Prefetcher, ordered_map
 from maestro_scale.shards.read.shard import Shard
-from maestro_scale.shards.retry import Retry, Transient, retrying
-from maestro_scale.shards.storage import LocalRoot, RemoteRoot, open_root
+from maestro_scale.shards.retry import RetryPolicy, TransientError, call_with_retries
+from maestro_scale.shards.storage import LocalStorage, RemoteStorage, open_storage
 
 __all__ = ["BadShard", "Shard", "Store", "StoreCounters", "StoreError"]
 
@@ -27,7 +27,7 @@ _RANGE_BYTES = 8 * 1024 * 1024
 _CONNECTIONS = 4  # per shard
 _HASH_BYTES = 1024 * 1024
 _PREFETCH_THREADS = 2
-_ROOM_WAIT_S = 30.0
+_SPACE_WAIT_S = 30.0
 _OPEN_ATTEMPTS = 16
 
 
@@ -39,13 +39,13 @@ class Store:
     shards may take. Pickles; a copy in another process, by pickle or by fork, makes its own connections.
     """
 
-    def __init__(self, url: str, cache_dir: Path, cache_bytes: int, retry: Retry | None = None) -> None:
+    def __init__(self, url: str, cache_dir: Path, cache_bytes: int, retry: RetryPolicy | None = None) -> None:
         self.url = os.fspath(url)
         self.cache_dir = Path(cache_dir).expanduser()
         self.cache_bytes = cache_bytes
-        self.retry = retry or Retry()
-        self._total = RunningTotal()
-        self._root = open_root(self.url, self.retry, self._total.add_retry)
+        self.retry = retry or RetryPolicy()
+        self._total = CounterTotal()
+        self._storage = open_storage(self.url, self.retry, self._total.add_retry)
         self._cache = Cache(self.cache_dir, cache_bytes, self._total)
         self._prefetcher: Prefetcher | None = None
 
@@ -70,7 +70,7 @@ class Store:
                 descriptor = self._open(path)
                 # None: evicted by another process since.
                 if descriptor is not None:
-                    return Shard(self._root.address(info.path), descriptor, index)
+                    return Shard(self._storage.address(info.path), descriptor, index)
         finally:
             self._total.add(StoreCounters(wait_s=time.monotonic() - started))
         raise StoreError(f"{self.cache_dir}: shards vanish as soon as they are fetched; raise data.cache_gib")
@@ -81,7 +81,7 @@ class Store:
         Replaces those that were asked for before and not begun. Errors show when the shard itself is asked for.
         """
         if self._prefetcher is None or self._prefetcher.pid != os.getpid():
-            self._prefetcher = Prefetcher(self._fetch_ahead, _PREFETCH_THREADS)
+            self._prefetcher = Prefetcher(self._prefetch_one, _PREFETCH_THREADS)
         self._prefetcher.replace(infos)
 
     def close(self) -> None:
@@ -91,42 +91,42 @@ class Store:
         self._prefetcher = None
 
     def ensure(
-        self, info: ShardInfo, give_up: threading.Event | None = None, room_wait_s: float = _ROOM_WAIT_S
+        self, info: ShardInfo, cancel: threading.Event | None = None, space_wait_s: float = _SPACE_WAIT_S
     ) -> tuple[Path, ShardIndex]:
         """The local path and the index of a shard, fetched and verified if need be. Errors as :meth:`shard`."""
         self._cache.prepare()
-        local = isinstance(self._root, LocalRoot)
-        path = self._root.folder / info.path if local else self._cache.path(info.sha256)
-        index = self._cache.verified(path, info.sha256)
+        local = isinstance(self._storage, LocalStorage)
+        path = self._storage.folder / info.path if local else self._cache.path(info.sha256)
+        index = self._cache.verified_index(path, info.sha256)
         if index is not None:
             self._total.add(StoreCounters(hits=1))
-            return path, self._counted(info, index)
+            return path, self._check_count(info, index)
         with self._cache.lock(info.sha256):
-            index = self._cache.verified(path, info.sha256)
+            index = self._cache.verified_index(path, info.sha256)
             if index is None and (local or path.exists()):
-                index = self._check_file(info, path, must_hold=local)
+                index = self._check_file(info, path, required=local)
             if index is None:
-                index = self._fetch(info, path, give_up or threading.Event(), room_wait_s)
-        return path, self._counted(info, index)
+                index = self._fetch(info, path, cancel or threading.Event(), space_wait_s)
+        return path, self._check_count(info, index)
 
     def _open(self, path: Path) -> int | None:
-        if not isinstance(self._root, LocalRoot):
-            return share(path)
+        if not isinstance(self._storage, LocalStorage):
+            return open_shared(path)
         # Nobody evicts these, and a shared file system may have no locks.
         try:
             return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             return None
 
-    def _counted(self, info: ShardInfo, index: ShardIndex) -> ShardIndex:
+    def _check_count(self, info: ShardInfo, index: ShardIndex) -> ShardIndex:
         if len(index.keys) != info.samples:
             cause = f"holds {len(index.keys)} samples, the manifest says {info.samples}"
-            raise BadShard(self._root.address(info.path), cause)
+            raise BadShard(self._storage.address(info.path), cause)
         return index
 
-    def _check_file(self, info: ShardInfo, path: Path, must_hold: bool) -> ShardIndex | None:
-        """Verify a file that is there. A bad one is an error if it ``must_hold``, else it is deleted."""
-        address = self._root.address(info.path)
+    def _check_file(self, info: ShardInfo, path: Path, required: bool) -> ShardIndex | None:
+        """Verify a file that is there. A bad one is an error if it ``required``, else it is deleted."""
+        address = self._storage.address(info.path)
         try:
             size = path.stat().st_size
             sha256 = _hash_file(path) if size == info.bytes else ""
@@ -136,79 +136,81 @@ class Store:
             raise BadShard(address, f"cannot be read ({error.strerror})") from error
         if sha256 == info.sha256:
             return self._accept(info, path, path)
-        if not must_hold:
-            self._cache.forget(info.sha256)
+        if not required:
+            self._cache.remove(info.sha256)
             return None
-        raise BadShard(address, _difference(info, size, sha256))
+        raise BadShard(address, _mismatch(info, size, sha256))
 
     def _accept(self, info: ShardInfo, source: Path, path: Path) -> ShardIndex:
         """Index a file with the right hash, move it to ``path`` and remember it."""
         try:
-            index = ShardIndex.of_tar(source, info.sha256)
+            index = ShardIndex.from_tar(source, info.sha256)
         except ManifestError as error:
-            raise BadShard(self._root.address(info.path), one_line(error)) from error
+            raise BadShard(self._storage.address(info.path), one_line(error)) from error
         if source != path:
             os.replace(source, path)
-        self._cache.remember(path, index)
+        self._cache.mark_verified(path, index)
         return index
 
-    def _fetch_ahead(self, info: ShardInfo, give_up: threading.Event) -> None:
+    def _prefetch_one(self, info: ShardInfo, cancel: threading.Event) -> None:
         # Without waiting for room: what is in use now comes before what will be.
-        self.ensure(info, give_up, room_wait_s=0.0)
+        self.ensure(info, cancel, space_wait_s=0.0)
 
-    def _fetch(self, info: ShardInfo, path: Path, give_up: threading.Event, room_wait_s: float) -> ShardIndex:
+    def _fetch(self, info: ShardInfo, path: Path, cancel: threading.Event, space_wait_s: float) -> ShardIndex:
         cause = ""
-        with self._cache.part(info.sha256, info.bytes, room_wait_s) as part, _set_after(give_up):
+        with self._cache.reserve(info.sha256, info.bytes, space_wait_s) as part, _set_on_exit(cancel):
             for attempt in range(2):
                 if attempt:
                     self._total.add(StoreCounters(refetches=1))
                 size = self._remote.size(info.path)
                 if size != info.bytes:
-                    cause = _difference(info, size, "")
+                    cause = _mismatch(info, size, "")
                     continue
-                sha256 = self._download(info, part, give_up)
+                sha256 = self._download(info, part, cancel)
                 if sha256 == info.sha256:
                     return self._accept(info, part, path)
-                cause = _difference(info, size, sha256)
-        raise BadShard(self._root.address(info.path), f"{cause}; looked twice")
+                cause = _mismatch(info, size, sha256)
+        raise BadShard(self._storage.address(info.path), f"{cause}; looked twice")
 
-    def _download(self, info: ShardInfo, part: Path, give_up: threading.Event) -> str:
+    def _download(self, info: ShardInfo, part: Path, cancel: threading.Event) -> str:
         """Fill ``part`` from the store, by ranges in parallel; the SHA-256 of what came."""
         sha256 = hashlib.sha256()
 
         def read(start: int) -> bytes:
-            return self._read_range(info, start, min(start + _RANGE_BYTES, info.bytes), give_up)
+            return self._read_range(info, start, min(start + _RANGE_BYTES, info.bytes), cancel)
 
         try:
             with open(part, "r+b") as file:
-                for data in read_ahead(read, range(0, info.bytes, _RANGE_BYTES), _CONNECTIONS):
+                for data in ordered_map(read, range(0, info.bytes, _RANGE_BYTES), _CONNECTIONS):
                     sha256.update(data)
                     file.write(data)
                     self._total.add(StoreCounters(downloaded_bytes=len(data)))
         except FileNotFoundError as error:
-            raise BadShard(self._root.address(info.path), "vanished while it was read") from error
+            raise BadShard(self._storage.address(info.path), "vanished while it was read") from error
         except OSError as error:
             raise StoreError(f"{part}: cannot be written ({error.strerror})") from error
         self._total.add(StoreCounters(downloads=1))
         return sha256.hexdigest()
 
-    def _read_range(self, info: ShardInfo, start: int, stop: int, give_up: threading.Event) -> bytes:
+    def _read_range(self, info: ShardInfo, start: int, stop: int, cancel: threading.Event) -> bytes:
         def attempt() -> bytes:
-            data = self._remote.read_range(info.path, start, stop, give_up)
+            data = self._remote.read_range(info.path, start, stop, cancel)
             if len(data) != stop - start:
-                raise Transient(f"the answer ended after {len(data)} of {stop - start} bytes")
+                raise TransientError(f"the answer ended after {len(data)} of {stop - start} bytes")
             return data
 
-        return retrying(attempt, self.retry, self._root.address(info.path), self._total.add_retry, give_up)
+        return call_with_retries(
+            attempt, self.retry, self._storage.address(info.path), self._total.add_retry, cancel
+        )
 
     @property
-    def _remote(self) -> RemoteRoot:
-        assert isinstance(self._root, RemoteRoot)
-        return self._root
+    def _remote(self) -> RemoteStorage:
+        assert isinstance(self._storage, RemoteStorage)
+        return self._storage
 
 
 @contextmanager
-def _set_after(event: threading.Event) -> Iterator[None]:
+def _set_on_exit(event: threading.Event) -> Iterator[None]:
     """Range readers that still retry when the others have failed end with them."""
     try:
         yield
@@ -216,7 +218,7 @@ def _set_after(event: threading.Event) -> Iterator[None]:
         event.set()
 
 
-def _difference(info: ShardInfo, size: int | None, sha256: str) -> str:
+def _mismatch(info: ShardInfo, size: int | None, sha256: str) -> str:
     if size is None:
         return "is missing"
     if size != info.bytes:

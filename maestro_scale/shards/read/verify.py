@@ -10,14 +10,14 @@ from maestro_scale.datasets.spec import DatasetError, DatasetSpec
 from maestro_scale.shards.errors import BadShard, CodecError, ManifestError, ShardsError, StoreError, one_line
 from maestro_scale.shards.format.codec import Sample
 from maestro_scale.shards.format.fields import check_fields
-from maestro_scale.shards.format.index import ShardIndex, index_name
+from maestro_scale.shards.format.index import ShardIndex, index_path
 from maestro_scale.shards.format.manifest import Manifest, ShardInfo
-from maestro_scale.shards.jobs import Report, run_jobs
-from maestro_scale.shards.progress import Progress, Tracker
+from maestro_scale.shards.jobs import ReportFunction, run_jobs
+from maestro_scale.shards.progress import Progress, ProgressCounter
 from maestro_scale.shards.read.store import Store
-from maestro_scale.shards.storage import Root, open_root
+from maestro_scale.shards.storage import Storage, open_storage
 
-_SHOWN_SAMPLES = 5  # problems named per shard, and then how many more
+_MAX_LISTED_SAMPLES = 5  # problems named per shard, and then how many more
 
 
 def verify(url: str, workers: int = 1, progress: Progress | None = None) -> list[str]:
@@ -30,11 +30,11 @@ def verify(url: str, workers: int = 1, progress: Progress | None = None) -> list
     """
     try:
         manifest = Manifest.load(url)
-        problems = _strays(open_root(url), manifest)
-        indexed = [_has_index(open_root(url), info) for info in manifest.shards]
+        problems = _unlisted_shards(open_storage(url), manifest)
+        indexed = [_has_index(open_storage(url), info) for info in manifest.shards]
     except ShardsError as error:
         return [one_line(error)]
-    tracker = Tracker(0, sum(info.samples for info in manifest.shards), progress)
+    tracker = ProgressCounter(0, sum(info.samples for info in manifest.shards), progress)
     work = _CheckShard(str(url), manifest.spec, index_expected=any(indexed))
     found: dict[int, tuple[list[str], tuple[str, ...]]] = {}
     try:
@@ -63,7 +63,7 @@ class _CheckShard:
     spec: DatasetSpec
     index_expected: bool
 
-    def __call__(self, info: ShardInfo, report: Report) -> tuple[list[str], tuple[str, ...]]:
+    def __call__(self, info: ShardInfo, report: ReportFunction) -> tuple[list[str], tuple[str, ...]]:
         # A cache of its own: nothing that was verified before is taken on trust.
         with TemporaryDirectory(prefix="maestro-scale-") as cache:
             store = Store(self.url, Path(cache), info.bytes)
@@ -75,15 +75,17 @@ class _CheckShard:
             except BadShard as error:
                 return [f"{info.path}: {error.cause}"], ()
         report(info.samples, info.bytes)
-        problems += [f"{info.path}: {p}" for p in samples[:_SHOWN_SAMPLES]]
-        if len(samples) > _SHOWN_SAMPLES:
-            problems.append(f"{info.path}: and {len(samples) - _SHOWN_SAMPLES} more samples with problems")
+        problems += [f"{info.path}: {p}" for p in samples[:_MAX_LISTED_SAMPLES]]
+        if len(samples) > _MAX_LISTED_SAMPLES:
+            problems.append(
+                f"{info.path}: and {len(samples) - _MAX_LISTED_SAMPLES} more samples with problems"
+            )
         return problems, index.keys
 
     def _index_problems(self, info: ShardInfo, index: ShardIndex) -> list[str]:
-        name = index_name(info.path)
+        name = index_path(info.path)
         try:
-            sidecar = ShardIndex.loads(open_root(self.url).read(name), name)
+            sidecar = ShardIndex.loads(open_storage(self.url).read(name), name)
         except FileNotFoundError:
             return [f"{name}: is missing, though other shards have theirs"] if self.index_expected else []
         except ManifestError as error:
@@ -104,11 +106,13 @@ def _sample_problems(shard, i: int, spec: DatasetSpec) -> list[str]:
     return []
 
 
-def _strays(root: Root, manifest: Manifest) -> list[str]:
+def _unlisted_shards(storage: Storage, manifest: Manifest) -> list[str]:
     known = {info.path for info in manifest.shards}
     unfinished = "of no split in the manifest: unfinished, or to be removed"
-    return [f"{n}: a shard {unfinished}" for n in root.names() if n.endswith(".tar") and n not in known]
+    return [
+        f"{n}: a shard {unfinished}" for n in storage.list_names() if n.endswith(".tar") and n not in known
+    ]
 
 
-def _has_index(root: Root, info: ShardInfo) -> bool:
-    return root.size(index_name(info.path)) is not None
+def _has_index(storage: Storage, info: ShardInfo) -> bool:
+    return storage.size(index_path(info.path)) is not None

@@ -19,17 +19,17 @@ from maestro_scale import __version__
 from maestro_scale.datasets.spec import DatasetSpec
 from maestro_scale.shards.errors import ManifestError, WriteError
 from maestro_scale.shards.format.compress import CODECS
-from maestro_scale.shards.format.index import ShardIndex, index_name
+from maestro_scale.shards.format.index import ShardIndex, index_path
 from maestro_scale.shards.format.manifest import FORMAT_VERSION, MANIFEST, Manifest, check_split_name
-from maestro_scale.shards.format.serialization import to_plain
+from maestro_scale.shards.format.serialization import to_builtins
 from maestro_scale.shards.format.spec_check import check_spec
-from maestro_scale.shards.locks import Locked, file_lock, has_no_locks
-from maestro_scale.shards.storage import LocalRoot, local_folder, open_root
-from maestro_scale.shards.write.packing import Plan
-from maestro_scale.shards.write.part import WHOLE, Part
+from maestro_scale.shards.locks import Locked, file_lock, locks_unsupported
+from maestro_scale.shards.storage import LocalStorage, local_folder, open_storage
+from maestro_scale.shards.write.packing import WritePlan
+from maestro_scale.shards.write.part import WHOLE_SPLIT, WriterPart
 
 _FILE = re.compile(r"(?P<split>[A-Za-z0-9_-]+)-(?P<number>\d{6})\.(tar|index\.json)")
-_CHECKS = 20
+_LOCK_CHECKS = 20
 
 
 class Destination:
@@ -39,7 +39,7 @@ class Destination:
     """
 
     def __init__(
-        self, dst: str, spec: DatasetSpec, split: str, codec: str, seed: int, part: Part = WHOLE
+        self, dst: str, spec: DatasetSpec, split: str, codec: str, seed: int, part: WriterPart = WHOLE_SPLIT
     ) -> None:
         try:
             check_split_name(split)
@@ -49,18 +49,18 @@ class Destination:
         if codec not in CODECS:
             raise WriteError(f"no codec is called {codec!r}; there are: {', '.join(CODECS)}")
         self.url = str(dst)
-        self.root = open_root(dst)
+        self.storage = open_storage(dst)
         self.split = split
         self._spec, self._codec, self._seed, self._part = spec, codec, seed, part
         self._stack = ExitStack()
 
     def __enter__(self) -> Destination:
         with ExitStack() as stack:
-            self.staging = stack.enter_context(staging_of(self.url))
-            if isinstance(self.root, LocalRoot):
-                self._lock(stack, self.root.folder)
+            self.staging = stack.enter_context(staging_folder(self.url))
+            if isinstance(self.storage, LocalStorage):
+                self._lock(stack, self.storage.folder)
             self._existing = self._read_existing()
-            self._check_leftovers()
+            self._check_existing_files()
             self._stack = stack.pop_all()
         return self
 
@@ -69,13 +69,21 @@ class Destination:
     ) -> None:
         self._stack.close()
 
-    def plan(self, order: Sequence[str], bounds: Sequence[tuple[int, int]]) -> Plan:
+    def make_plan(self, order: Sequence[str], bounds: Sequence[tuple[int, int]]) -> WritePlan:
         """The plan to write the samples ``order`` as shards ``bounds``."""
-        content = [FORMAT_VERSION, to_plain(self._spec), self.split, self._codec, self._seed, order, bounds]
+        content = [
+            FORMAT_VERSION,
+            to_builtins(self._spec),
+            self.split,
+            self._codec,
+            self._seed,
+            order,
+            bounds,
+        ]
         digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-        return Plan(self._spec, self.split, len(bounds), digest)
+        return WritePlan(self._spec, self.split, len(bounds), digest)
 
-    def finished(self, plan: Plan) -> dict[int, ShardIndex]:
+    def finished_shards(self, plan: WritePlan) -> dict[int, ShardIndex]:
         """The shards of ``plan`` that are there, by number; removes what other plans left unpublished.
 
         WriteError if the split is published and is not this one.
@@ -88,48 +96,48 @@ class Destination:
             index = self._index(name)
             if index is None or index.plan != plan.digest or number >= plan.num_shards:
                 foreign.append(name)
-            elif not index.keys or self.root.size(name) == index.bytes:
+            elif not index.keys or self.storage.size(name) == index.bytes:
                 # Publishing removes the tar of a shard that every tile is left out of.
                 shards[number] = index
         if published and (foreign or not shards):
             raise WriteError(
-                f"{self.root.address()}: holds split {self.split!r} already, with other tiles or settings; "
+                f"{self.storage.address()}: holds split {self.split!r} already, with other tiles or settings; "
                 "choose another folder, or delete it"
             )
         for name in foreign:
-            self.root.remove(name)
-            self.root.remove(index_name(name))
+            self.storage.remove(name)
+            self.storage.remove(index_path(name))
         return shards
 
-    def publish(self, plan: Plan, shards: dict[int, ShardIndex]) -> Manifest:
+    def publish(self, plan: WritePlan, shards: dict[int, ShardIndex]) -> Manifest:
         """Write the manifest with the finished split in it; readers see the old one until it is whole."""
         filled = {i: shards[i] for i in range(plan.num_shards) if shards[i].keys}
         if not filled:
             raise WriteError(f"split {self.split}: none of its tiles can be read, nothing is written")
         for number in shards.keys() - filled.keys():
-            self.root.remove(plan.shard_name(number))
+            self.storage.remove(plan.shard_name(number))
         with ExitStack() as stack:
-            if isinstance(self.root, LocalRoot):
-                _enter_lock(stack, self.root.folder / ".manifest.lock", wait=True)
+            if isinstance(self.storage, LocalStorage):
+                _enter_lock(stack, self.storage.folder / ".manifest.lock", wait=True)
             # Read again: another split may have been finished meanwhile.
             existing = self._read_existing()
-            manifest = self._with_split(existing, plan, filled, [shards[i] for i in sorted(shards)])
+            manifest = self._merge_split(existing, plan, filled, [shards[i] for i in sorted(shards)])
             if manifest != existing:
-                self.root.write(MANIFEST, manifest.dumps().encode())
+                self.storage.write(MANIFEST, manifest.dumps().encode())
         return manifest
 
-    def _with_split(
+    def _merge_split(
         self,
         existing: Manifest | None,
-        plan: Plan,
+        plan: WritePlan,
         filled: dict[int, ShardIndex],
         every: Sequence[ShardIndex],
     ) -> Manifest:
-        infos = tuple(index.shard(plan.shard_name(i), self.split) for i, index in filled.items())
+        infos = tuple(index.shard_info(plan.shard_name(i), self.split) for i, index in filled.items())
         if existing is not None and self.split in existing.splits:
-            if existing.of([self.split]) != infos:
+            if existing.shards_of([self.split]) != infos:
                 raise WriteError(
-                    f"{self.root.address()}: split {self.split!r} came out unlike the one it holds; "
+                    f"{self.storage.address()}: split {self.split!r} came out unlike the one it holds; "
                     "the raw data has changed: choose another folder"
                 )
             return existing
@@ -151,7 +159,7 @@ class Destination:
         )
 
     def _read_existing(self) -> Manifest | None:
-        if self.root.size(MANIFEST) is None:
+        if self.storage.size(MANIFEST) is None:
             return None
         try:
             existing = Manifest.load(self.url)
@@ -167,19 +175,19 @@ class Destination:
                     f"{wanted.name!r}" if found.name != wanted.name else "another one",
                 )
             raise WriteError(
-                f"{self.root.address()}: holds a dataset with {what} {found}, not {wanted}; "
+                f"{self.storage.address()}: holds a dataset with {what} {found}, not {wanted}; "
                 "choose another folder"
             )
         return existing
 
-    def _check_leftovers(self) -> None:
+    def _check_existing_files(self) -> None:
         """Refuse a folder with files that are not ours: they might be overwritten or taken for shards."""
-        names = set(self.root.names())
+        names = set(self.storage.list_names())
         if self._existing is None:
             strange = [n for n in names if not n.startswith(".") and not n.endswith((".tar", ".index.json"))]
             if strange:
                 raise WriteError(
-                    f"{self.root.address()}: is not empty and holds no dataset in shards (there is "
+                    f"{self.storage.address()}: is not empty and holds no dataset in shards (there is "
                     f"{min(strange)}); choose an empty folder"
                 )
         known = {shard.path for shard in self._existing.shards} if self._existing else set()
@@ -187,7 +195,7 @@ class Destination:
             index = self._index(name)
             if index is None or index.dataset != self._spec.name:
                 raise WriteError(
-                    f"{self.root.address(name)}: is in the way, and no shard of {self._spec.name} of ours; "
+                    f"{self.storage.address(name)}: is in the way, and no shard of {self._spec.name} of ours; "
                     "move it, or choose another folder"
                 )
 
@@ -197,14 +205,14 @@ class Destination:
         try:
             if self._part.count > 1:
                 _enter_lock(stack, folder / part, wait=False)
-                _check_free(whole)
+                _require_unlocked(whole)
             else:
                 _enter_lock(stack, whole, wait=False)
                 for other in folder.glob(f".{self.split}.part-*.lock"):
-                    _check_free(other)
+                    _require_unlocked(other)
             for leftover in folder.glob(f".{self.split}-*.tmp"):
                 found = _FILE.match(leftover.name[1:])
-                if found and self._part.has(int(found["number"])):
+                if found and self._part.includes(int(found["number"])):
                     leftover.unlink(missing_ok=True)
         except Locked as error:
             raise WriteError(f"{folder}: another process writes split {self.split!r}; wait for it") from error
@@ -212,12 +220,12 @@ class Destination:
             raise WriteError(f"{folder}: cannot be written ({error.strerror})") from error
 
     def _names(self) -> Iterator[re.Match[str]]:
-        return (m for m in map(_FILE.fullmatch, self.root.names()) if m)
+        return (m for m in map(_FILE.fullmatch, self.storage.list_names()) if m)
 
     def _index(self, shard_name: str) -> ShardIndex | None:
-        name = index_name(shard_name)
+        name = index_path(shard_name)
         try:
-            return ShardIndex.loads(self.root.read(name), self.root.address(name))
+            return ShardIndex.loads(self.storage.read(name), self.storage.address(name))
         except (FileNotFoundError, ManifestError):
             return None
 
@@ -227,14 +235,14 @@ def _enter_lock(stack: ExitStack, path: Path, wait: bool) -> None:
         stack.enter_context(file_lock(path, wait))
     except OSError as error:
         # The lock keeps out a second writer, a mistake; it is no reason to refuse a whole file system.
-        if not has_no_locks(error):
+        if not locks_unsupported(error):
             raise
         path.unlink(missing_ok=True)
 
 
-def _check_free(path: Path) -> None:
+def _require_unlocked(path: Path) -> None:
     """Locked if another process holds this lock, and not just for such a check."""
-    for _ in range(_CHECKS):
+    for _ in range(_LOCK_CHECKS):
         try:
             with ExitStack() as stack:
                 _enter_lock(stack, path, wait=False)
@@ -245,7 +253,7 @@ def _check_free(path: Path) -> None:
 
 
 @contextmanager
-def staging_of(dst: str) -> Iterator[Path]:
+def staging_folder(dst: str) -> Iterator[Path]:
     """Where files for ``dst`` are made: a local ``dst`` itself, so that a rename suffices, or a temporary folder."""
     folder = local_folder(dst)
     if folder is None:

@@ -14,7 +14,7 @@ from maestro_scale.datasets.spec import DatasetError, DatasetSpec, Modality, Sca
 from maestro_scale.shards.format.spec_check import check_spec
 
 _MAX_POS_GRID = 1024
-When = date | np.datetime64 | str  # a datetime is a date; a string is ISO 8601
+DateLike = date | np.datetime64 | str  # a datetime is a date; a string is ISO 8601
 
 
 @dataclass(frozen=True)
@@ -93,15 +93,15 @@ def describe(
     return spec
 
 
-def tile_of(
+def make_tile(
     spec: DatasetSpec,
     key: str,
     arrays: Mapping[str, np.ndarray],
-    dates: Mapping[str, When | Sequence[When]],
+    dates: Mapping[str, DateLike | Sequence[DateLike]],
     *,
     masks: Mapping[str, np.ndarray] | None = None,
     targets: Mapping[str, Any] | None = None,
-    ref_date: When | None = None,
+    ref_date: DateLike | None = None,
 ) -> Tile:
     """A tile of ``spec`` from arrays by raster.
 
@@ -119,9 +119,9 @@ def tile_of(
     known = {t.name: t for t in spec.targets}
     return Tile(
         key=key,
-        arrays={name: _four_axes(array) for name, array in arrays.items()},
+        arrays={name: _add_date_axis(array) for name, array in arrays.items()},
         dates=stored,
-        masks={name: _four_axes(mask) for name, mask in (masks or {}).items()},
+        masks={name: _add_date_axis(mask) for name, mask in (masks or {}).items()},
         targets={n: _labels(key, known[n], v) if n in known else v for n, v in (targets or {}).items()},
         ref_date=stored[first][0] if ref_date is None else _dates(key, "ref_date", ref_date)[0],
     )
@@ -135,12 +135,12 @@ def _pos_grid(sensors: Sequence[Sensor]) -> int:
     return common if common <= _MAX_POS_GRID else max(grids)
 
 
-def _four_axes(array: np.ndarray) -> np.ndarray:
+def _add_date_axis(array: np.ndarray) -> np.ndarray:
     array = np.asarray(array)
     return array[None] if array.ndim == 3 else array
 
 
-def _dates(key: str, name: str, when: When | Sequence[When]) -> np.ndarray:
+def _dates(key: str, name: str, when: DateLike | Sequence[DateLike]) -> np.ndarray:
     """(T, 3) int16: year, day of year, hour."""
     single = isinstance(when, (str, date, np.datetime64))
     rows = []

@@ -13,16 +13,16 @@ import numpy as np
 
 from maestro_scale.datasets.spec import DatasetSpec
 from maestro_scale.shards.format.codec import Sample
-from maestro_scale.shards.format.index import ShardIndex, index_name
+from maestro_scale.shards.format.index import ShardIndex, index_path
 from maestro_scale.shards.format.manifest import FORMAT_VERSION
-from maestro_scale.shards.format.statistics import tally_of
+from maestro_scale.shards.format.statistics import count_sample
 from maestro_scale.shards.format.tar import TarWriter
-from maestro_scale.shards.jobs import Report
-from maestro_scale.shards.storage import Root
+from maestro_scale.shards.jobs import ReportFunction
+from maestro_scale.shards.storage import Storage
 
 
 @dataclass(frozen=True)
-class Plan:
+class WritePlan:
     """What a split will be: ``digest`` changes whenever a shard's bytes could."""
 
     spec: DatasetSpec
@@ -36,7 +36,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Packed:
+class EncodedTile:
     """A tile ready for its shard, or (``payload`` None) why it is left out."""
 
     key: str
@@ -46,7 +46,7 @@ class Packed:
     kind: str = ""  # what causes are counted by
 
 
-def shuffled(keys: Iterable[str], seed: int) -> list[str]:
+def shuffle_keys(keys: Iterable[str], seed: int) -> list[str]:
     """The keys in the order they are written.
 
     Neighbouring tiles have neighbouring keys and are alike, so regions are mixed here; by the raw Philox stream,
@@ -64,8 +64,13 @@ def shard_bounds(num_samples: int, mean_bytes: float, shard_bytes: int) -> list[
     return list(itertools.pairwise(edges))
 
 
-def pack_shard(
-    root: Root, staging: Path, plan: Plan, number: int, packed: Iterable[Packed], report: Report
+def write_shard(
+    storage: Storage,
+    staging: Path,
+    plan: WritePlan,
+    number: int,
+    packed: Iterable[EncodedTile],
+    report: ReportFunction,
 ) -> ShardIndex:
     """Write shard ``number`` of ``plan`` with its index; neither shows under its name before it is whole."""
     name = plan.shard_name(number)
@@ -90,7 +95,7 @@ def pack_shard(
             notes.update(set(item.notes))
             for note in item.notes:
                 examples.setdefault(note, item.key)
-            tally.update(tally_of(Sample(item.payload), plan.spec))
+            tally.update(count_sample(Sample(item.payload), plan.spec))
             report(1, len(item.payload))
         index = ShardIndex(
             format_version=FORMAT_VERSION,
@@ -107,8 +112,8 @@ def pack_shard(
             tally=_sorted(tally),
         )
         # The index goes first: a tar that is there is finished and has its index.
-        root.write(index_name(name), index.dumps().encode())
-        root.publish(tar.path, name)
+        storage.write(index_path(name), index.dumps().encode())
+        storage.publish(tar.path, name)
     except BaseException:
         tar.discard()
         raise

@@ -11,14 +11,14 @@ _TEXT = re.compile(r"([1-9]\d*)/([1-9]\d*)")
 
 
 @dataclass(frozen=True)
-class Part:
-    """Part ``number`` (from 1) of ``count``; it takes every ``count``-th shard, so that all parts end alike."""
+class WriterPart:
+    """WriterPart ``number`` (from 1) of ``count``; it takes every ``count``-th shard, so that all parts end alike."""
 
     number: int = 1
     count: int = 1
 
     @classmethod
-    def parse(cls, text: str) -> Part:
+    def parse(cls, text: str) -> WriterPart:
         """From ``i/n``, e.g. ``3/16``; WriteError if it is no such thing."""
         match = _TEXT.fullmatch(text.strip())
         part = cls(*map(int, match.groups())) if match else None
@@ -26,7 +26,7 @@ class Part:
             raise WriteError(f"part {text!r} is not i/n with i from 1 to n, as 3/16")
         return part
 
-    def has(self, shard: int) -> bool:
+    def includes(self, shard: int) -> bool:
         """Whether the shard with this number is for this part."""
         return shard % self.count == self.number - 1
 
@@ -34,4 +34,4 @@ class Part:
         return f"{self.number}/{self.count}"
 
 
-WHOLE = Part()
+WHOLE_SPLIT = WriterPart()

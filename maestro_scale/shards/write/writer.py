@@ -18,13 +18,13 @@ from maestro_scale.shards.format.codec import encode
 from maestro_scale.shards.format.fields import check_tile
 from maestro_scale.shards.format.index import ShardIndex
 from maestro_scale.shards.format.manifest import Manifest
-from maestro_scale.shards.jobs import Report, run_jobs
-from maestro_scale.shards.progress import Progress, Tracker
-from maestro_scale.shards.storage import open_root
-from maestro_scale.shards.write.destination import Destination, staging_of
-from maestro_scale.shards.write.from_arrays import When, tile_of
-from maestro_scale.shards.write.packing import Packed, Plan, pack_shard, shard_bounds, shuffled
-from maestro_scale.shards.write.part import WHOLE, Part
+from maestro_scale.shards.jobs import ReportFunction, run_jobs
+from maestro_scale.shards.progress import Progress, ProgressCounter
+from maestro_scale.shards.storage import open_storage
+from maestro_scale.shards.write.destination import Destination, staging_folder
+from maestro_scale.shards.write.from_arrays import DateLike, make_tile
+from maestro_scale.shards.write.packing import EncodedTile, WritePlan, shard_bounds, shuffle_keys, write_shard
+from maestro_scale.shards.write.part import WHOLE_SPLIT, WriterPart
 
 _PROBED_SAMPLES = 8  # their mean size decides how many samples a shard has
 
@@ -40,7 +40,7 @@ def write_shards(
     seed: int = 0,
     progress: Progress | None = None,
     strict: bool = True,
-    part: Part = WHOLE,
+    part: WriterPart = WHOLE_SPLIT,
 ) -> Manifest | None:
     """Write every tile of ``dataset`` as split ``split`` of the shards at ``dst`` (folder or fsspec URL).
 
@@ -62,21 +62,23 @@ def write_shards(
             raise WriteError(
                 f"split {split}: {len(keys) - len(set(keys))} keys are there twice; make them unique"
             )
-        order = shuffled(keys, seed)
+        order = shuffle_keys(keys, seed)
         mean_bytes = _mean_bytes(_encode_each(dataset, order, codec, strict), split)
         bounds = shard_bounds(len(order), mean_bytes, shard_mb * 1_000_000)
-        plan = destination.plan(order, bounds)
-        finished = destination.finished(plan)
-        mine = {i: stop - start for i, (start, stop) in enumerate(bounds) if part.has(i)}
+        plan = destination.make_plan(order, bounds)
+        finished = destination.finished_shards(plan)
+        mine = {i: stop - start for i, (start, stop) in enumerate(bounds) if part.includes(i)}
         missing = [i for i in mine if i not in finished]
-        tracker = Tracker(sum(num for i, num in mine.items() if i in finished), sum(mine.values()), progress)
+        tracker = ProgressCounter(
+            sum(num for i, num in mine.items() if i in finished), sum(mine.values()), progress
+        )
         work = _WriteShard(dataset, destination.url, plan, codec, strict)
         jobs = [(i, tuple(order[slice(*bounds[i])])) for i in missing]
         for position, index in run_jobs(work, jobs, workers, tracker):
             finished[missing[position]] = index
         if part.count > 1:
             # Again, since other parts have gone on meanwhile.
-            finished = destination.finished(plan)
+            finished = destination.finished_shards(plan)
         return destination.publish(plan, finished) if len(finished) == len(bounds) else None
 
 
@@ -88,7 +90,7 @@ class Writer:
                 writer.add_arrays(key, {"s2": image}, {"s2": day})
 
     The order in which tiles are added does not matter: they are put aside in a temporary file and written,
-    shuffled, at the end, exactly as :func:`write_shards` would. Leaving the block by an exception writes
+    shuffle_keys, at the end, exactly as :func:`write_shards` would. Leaving the block by an exception writes
     nothing.
     """
 
@@ -105,7 +107,7 @@ class Writer:
         self._destination = Destination(dst, spec, split, codec, seed)
         self._spec, self._codec, self._seed = spec, codec, seed
         self._shard_bytes = shard_mb * 1_000_000
-        self._places: dict[str, tuple[int, int, tuple[str, ...]]] = {}
+        self._spooled: dict[str, tuple[int, int, tuple[str, ...]]] = {}
 
     def __enter__(self) -> Writer:
         self._destination.__enter__()
@@ -116,7 +118,7 @@ class Writer:
     def add(self, tile: Tile) -> None:
         """Take one tile; DatasetError if it does not match the spec, WriteError for a key that was there."""
         check_tile(tile, self._spec)
-        if tile.key in self._places:
+        if tile.key in self._spooled:
             raise WriteError(f"tile {tile.key} was added twice; keys are unique within a split")
         payload = encode(tile, self._codec)
         try:
@@ -127,20 +129,20 @@ class Writer:
             raise WriteError(
                 f"{self._destination.staging}: tiles cannot be put aside ({error.strerror}); free some space"
             ) from error
-        self._places[tile.key] = (start, len(payload), tile.notes)
+        self._spooled[tile.key] = (start, len(payload), tile.notes)
 
     def add_arrays(
         self,
         key: str,
         arrays: Mapping[str, np.ndarray],
-        dates: Mapping[str, When | Sequence[When]],
+        dates: Mapping[str, DateLike | Sequence[DateLike]],
         *,
         masks: Mapping[str, np.ndarray] | None = None,
         targets: Mapping[str, Any] | None = None,
-        ref_date: When | None = None,
+        ref_date: DateLike | None = None,
     ) -> None:
-        """As :meth:`add`, for a tile as :func:`.from_arrays.tile_of` makes it of arrays by raster."""
-        self.add(tile_of(self._spec, key, arrays, dates, masks=masks, targets=targets, ref_date=ref_date))
+        """As :meth:`add`, for a tile as :func:`.from_arrays.make_tile` makes it of arrays by raster."""
+        self.add(make_tile(self._spec, key, arrays, dates, masks=masks, targets=targets, ref_date=ref_date))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -156,25 +158,25 @@ class Writer:
 
     def _write(self) -> None:
         destination = self._destination
-        order = shuffled(list(self._places), self._seed)
+        order = shuffle_keys(list(self._spooled), self._seed)
         bounds = shard_bounds(
             len(order), _mean_bytes(self._read(order), destination.split), self._shard_bytes
         )
-        plan = destination.plan(order, bounds)
-        shards = destination.finished(plan)
+        plan = destination.make_plan(order, bounds)
+        shards = destination.finished_shards(plan)
         for number, (start, stop) in enumerate(bounds):
             if number not in shards:
                 packed = self._read(order[start:stop])
-                shards[number] = pack_shard(
-                    destination.root, destination.staging, plan, number, packed, _no_report
+                shards[number] = write_shard(
+                    destination.storage, destination.staging, plan, number, packed, _no_report
                 )
         destination.publish(plan, shards)
 
-    def _read(self, keys: Sequence[str]) -> Iterator[Packed]:
+    def _read(self, keys: Sequence[str]) -> Iterator[EncodedTile]:
         for key in keys:
-            start, size, notes = self._places[key]
+            start, size, notes = self._spooled[key]
             self._spool.seek(start)
-            yield Packed(key, self._spool.read(size), notes)
+            yield EncodedTile(key, self._spool.read(size), notes)
 
 
 @dataclass(frozen=True)
@@ -183,32 +185,32 @@ class _WriteShard:
 
     dataset: RawDataset
     dst: str
-    plan: Plan
+    plan: WritePlan
     codec: str
     strict: bool
 
-    def __call__(self, job: tuple[int, tuple[str, ...]], report: Report) -> ShardIndex:
+    def __call__(self, job: tuple[int, tuple[str, ...]], report: ReportFunction) -> ShardIndex:
         number, keys = job
         packed = _encode_each(self.dataset, keys, self.codec, self.strict)
-        with staging_of(self.dst) as staging:
-            return pack_shard(open_root(self.dst), staging, self.plan, number, packed, report)
+        with staging_folder(self.dst) as staging:
+            return write_shard(open_storage(self.dst), staging, self.plan, number, packed, report)
 
 
-def _encode_each(dataset: RawDataset, keys: Sequence[str], codec: str, strict: bool) -> Iterator[Packed]:
+def _encode_each(dataset: RawDataset, keys: Sequence[str], codec: str, strict: bool) -> Iterator[EncodedTile]:
     for key in keys:
         try:
             tile = dataset.read(key)
             if tile.key != key:
                 raise DatasetError(f"tile {key}: the reader gave tile {tile.key}; mend the reader")
             check_tile(tile, dataset.spec)
-            yield Packed(key, encode(tile, codec), tile.notes)
+            yield EncodedTile(key, encode(tile, codec), tile.notes)
         except DatasetError as error:
             if strict:
                 raise
-            yield Packed(key, None, cause=one_line(error), kind=error.kind)
+            yield EncodedTile(key, None, cause=one_line(error), kind=error.kind)
 
 
-def _mean_bytes(packed: Iterator[Packed], split: str) -> float:
+def _mean_bytes(packed: Iterator[EncodedTile], split: str) -> float:
     """Mean size in a tar of the first few samples that can be read."""
     sizes, cause = [], ""
     for item in packed:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from maestro_scale.errors import MaestroError
-from maestro_scale.interop.sharded_state import INDEX, StateReader, write_index, write_pieces
+from maestro_scale.interop.sharded_state import INDEX, StateReader, write_index, write_slices
 from maestro_scale.shards.storage import fsync
 from maestro_scale.training.checkpoint import committed
 from maestro_scale.training.checkpoint.committed import MARKER
@@ -243,7 +243,7 @@ class Checkpoints:
                 os.replace(path, aside)
 
     def _write(self, folder: Path, pieces: list[Any]) -> None:
-        file, entries = write_pieces(folder, self._world.rank, pieces)
+        file, entries = write_slices(folder, self._world.rank, pieces)
         part: dict[str, Any] = {"entries": entries, "kinds": [], "files": {}}
         if file is not None:
             part["kinds"] = list(pieces[0].values)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from maestro_scale.interop.sharded_state import WEIGHT, Piece, StateReader
+from maestro_scale.interop.sharded_state import WEIGHT, ParameterSlice, StateReader
 from maestro_scale.training.ema import EMA, Ema
 from maestro_scale.training.fragments import MOMENTS, Holdings
 
@@ -15,7 +15,7 @@ class TrainState:
     def __init__(self, holdings: Holdings, ema: Ema | None) -> None:
         self.holdings, self.ema = holdings, ema
 
-    def pieces(self) -> list[Piece]:
+    def pieces(self) -> list[ParameterSlice]:
         """What this rank owns, copied to the CPU: training may go on at once."""
         moments = MOMENTS if self.holdings.adam_step else ()
         pieces = []
@@ -28,7 +28,7 @@ class TrainState:
             if self.ema is not None:
                 values[EMA] = self.ema.averages[i]
             copies = {key: v.detach().to("cpu", torch.float32, copy=True) for key, v in values.items()}
-            pieces.append(Piece(f.name, f.shape, f.start + first, copies))
+            pieces.append(ParameterSlice(f.name, f.shape, f.start + first, copies))
         return pieces
 
     @torch.no_grad()

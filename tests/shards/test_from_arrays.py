@@ -13,7 +13,7 @@ from maestro_scale.shards import Raster, Target, Writer, describe
 from maestro_scale.shards.errors import ManifestError
 from maestro_scale.shards.format.manifest import Manifest
 from maestro_scale.shards.read.store import Store
-from maestro_scale.shards.write.from_arrays import tile_of
+from maestro_scale.shards.write.from_arrays import make_tile
 
 S2 = Raster("s2", ("B4", "B8"), 10, "int16", patch=2, divisor=5000, num_dates=4, mask_bands=("cloud",))
 RADAR = Raster("s1", ("VV",), 10, "float32", patch=3, scale="log", group="radar", embed="c-band")
@@ -43,7 +43,7 @@ def test_what_is_described():
 
 
 def test_dates_and_labels_in_any_form():
-    tile = tile_of(SPEC, "a", arrays(), DAYS, masks=MASKS, targets=LABELS)
+    tile = make_tile(SPEC, "a", arrays(), DAYS, masks=MASKS, targets=LABELS)
     assert tile.dates["s2"].tolist() == [[2020, 60, 0], [2020, 366, 23], [2021, 1, 0]]
     assert tile.dates["s1"].tolist() == [[2020, 61, 0]]
     assert tile.arrays["s1"].shape == (1, 1, 6, 6)
@@ -51,7 +51,7 @@ def test_dates_and_labels_in_any_form():
     assert tile.targets["kind"].tolist() == [0.0, 0.5]
     assert tile.targets["cover"].dtype == np.uint8
     times = np.array(["2020-02-29", "2020-12-31T23:10", "2021-01-01"], "datetime64[ns]")
-    same = tile_of(
+    same = make_tile(
         SPEC, "a", arrays(), {**DAYS, "s2": times}, targets={"kind": [0.0, 0.5]}, ref_date="2019-07-01"
     )
     np.testing.assert_array_equal(same.dates["s2"], tile.dates["s2"])

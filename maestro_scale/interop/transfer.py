@@ -8,41 +8,43 @@ from typing import Literal
 
 from rich.table import Table
 
-Fate = Literal["taken", "resized", "fresh", "left behind"]
+TransferStatus = Literal["loaded", "resized", "initialised", "unused"]
 
 
 @dataclass(frozen=True)
-class Part:
-    """A few parameters with one fate. ``name``: e.g. ``encoders.s2``; ``why`` where it is not plainly taken."""
+class TransferredPart:
+    """A few parameters with one status. ``name``: e.g. ``encoders.s2``; ``why`` where it is not plainly taken."""
 
     name: str
-    fate: Fate
+    status: TransferStatus
     num_tensors: int
     num_values: int
     why: str = ""
 
 
-def summarise(fates: Iterable[tuple[str, Fate, int, str]]) -> tuple[Part, ...]:
-    """Parameters (name, fate, number of values, why) by part and fate, in order."""
-    merged: dict[tuple[str, Fate, str], tuple[int, int]] = {}
-    for name, fate, values, why in fates:
-        key = (part_of(name), fate, why)
+def summarize_transfer(
+    statuses: Iterable[tuple[str, TransferStatus, int, str]],
+) -> tuple[TransferredPart, ...]:
+    """Parameters (name, status, number of values, why) by part and status, in order."""
+    merged: dict[tuple[str, TransferStatus, str], tuple[int, int]] = {}
+    for name, status, values, why in statuses:
+        key = (_part_name(name), status, why)
         tensors, total = merged.get(key, (0, 0))
         merged[key] = (tensors + 1, total + values)
-    return tuple(Part(n, fate, t, v, why) for (n, fate, why), (t, v) in merged.items())
+    return tuple(TransferredPart(n, status, t, v, why) for (n, status, why), (t, v) in merged.items())
 
 
-def part_of(parameter: str) -> str:
+def _part_name(parameter: str) -> str:
     """``encoders.s2.blocks.0.up.weight`` -> ``encoders.s2``."""
     first, second, *_ = (*parameter.split("."), "")
     return first if second in ("", "blocks", "layers", "norm") else f"{first}.{second}"
 
 
-def table(parts: Iterable[Part], title: str) -> Table:
+def transfer_table(parts: Iterable[TransferredPart], title: str) -> Table:
     """One row per part, for a terminal."""
     found = Table(title=title, title_justify="left")
     for column in ("part", "", "tensors", "parameters", "why"):
         found.add_column(column, justify="right" if column in ("tensors", "parameters") else "left")
     for p in parts:
-        found.add_row(p.name, p.fate, str(p.num_tensors), f"{p.num_values:,}", p.why)
+        found.add_row(p.name, p.status, str(p.num_tensors), f"{p.num_values:,}", p.why)
     return found
