@@ -35,7 +35,7 @@ from rich.table import Table
 from maestro_scale.recipe import Recipe, load_recipe
 from maestro_scale.stream.loader import Step, TrainLoader
 from maestro_scale.tracking.observers import observers_for
-from maestro_scale.training.distributed import World, join, leave
+from maestro_scale.training.distributed import World, destroy_process_group, init_distributed
 from maestro_scale.training.engine import Engine
 from maestro_scale.training.pretrain import pretrain
 from maestro_scale.training.run_dir import git_revision
@@ -113,7 +113,7 @@ def main() -> int:
     args = parser.parse_args()
     if int(os.environ.get("RANK", 0)) == 0:
         make_shards(args.work)
-    world = join()
+    world = init_distributed()
     world.barrier()
     work = args.work / f"runs-{world.size}"
     os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{args.work.resolve() / 'mlflow.db'}")
@@ -146,7 +146,7 @@ def main() -> int:
         share = found["with model"]["log_ms"] / found["with model"]["step_ms"]
         report(found, share, world, recipe)
         good = found["without model"]["step_ms"] < MOST_LOOP_MS and share < MOST_LOG_SHARE
-    leave()
+    destroy_process_group()
     return 0 if not world.is_main or good else 1
 
 

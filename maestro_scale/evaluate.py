@@ -180,7 +180,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     from maestro_scale.evaluation.finetune.finetune import MODES, Stopped
     from maestro_scale.evaluation.report.summary import summarise
     from maestro_scale.recipe import load_recipe
-    from maestro_scale.training.distributed import join, leave
+    from maestro_scale.training.distributed import destroy_process_group, init_distributed
 
     recipe = load_recipe(args.recipe, args.overrides)
     modes = tuple(dict.fromkeys(args.mode or recipe.evaluation.modes))
@@ -191,7 +191,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     encoder.check([part.fold for part in parts], trains=bool(set(modes) & set(MODES)))
     ranks = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", 1)))
     # The others wait while rank 0 fits a classifier.
-    world = join(timeout_s=24 * 3600) if ranks > 1 or set(modes) & set(MODES) else None
+    world = init_distributed(timeout_s=24 * 3600) if ranks > 1 or set(modes) & set(MODES) else None
     if world is None or world.is_main:
         _print_notes(_overlap_warnings(parts))
     runs: dict[str, list] = {mode: [] for mode in modes}
@@ -219,7 +219,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     if any(runs.values()):
         print(f"next: maestro-scale report {args.out} --out report.html", flush=True)
     if world is not None:
-        leave()
+        destroy_process_group()
 
 
 def _run(args: argparse.Namespace, recipe, encoder, modes: Sequence[str], part: EvalRun, world):
@@ -318,6 +318,6 @@ if __name__ == "__main__":
     # Launchers put this file's folder first on sys.path, where `datasets` or `recipe` would shadow other packages.
     sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]
     status = main()
-    from maestro_scale.training.distributed import end
+    from maestro_scale.training.distributed import hard_exit
 
-    end(status)
+    hard_exit(status)

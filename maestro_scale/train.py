@@ -70,14 +70,14 @@ def _pretrain(recipe, run_dir: Path, stop: StopRequest, fresh: bool) -> int:
     from maestro_scale.recipe import RecipeError
     from maestro_scale.tracking.observers import observers_for
     from maestro_scale.tracking.run_report import REPORT, next_commands
-    from maestro_scale.training.distributed import end, join, leave
+    from maestro_scale.training.distributed import destroy_process_group, hard_exit, init_distributed
     from maestro_scale.training.guard import GuardError
     from maestro_scale.training.pretrain import pretrain
     from maestro_scale.training.run_dir import write_outcome
-    from maestro_scale.training.watchdog import HUNG, Watchdog
+    from maestro_scale.training.watchdog import EXIT_HANG, Watchdog
 
     timeout_s = recipe.train.hang_timeout_s
-    world = join(max(600.0, 2 * timeout_s))  # the watchdog speaks first
+    world = init_distributed(max(600.0, 2 * timeout_s))  # the watchdog speaks first
     watch = Watchdog(world, timeout_s, run_dir).start()
     try:
         observers = observers_for(recipe) if world.is_main else []
@@ -89,12 +89,12 @@ def _pretrain(recipe, run_dir: Path, stop: StopRequest, fresh: bool) -> int:
             print_error(line)
         elif not isinstance(error, (RecipeError, GuardError)):  # those are the same on all ranks
             print_error(line, world.rank)
-        end(USAGE)  # the other ranks may be waiting for this one: the launcher ends them
+        hard_exit(USAGE)  # the other ranks may be waiting for this one: the launcher ends them
     except RuntimeError:
         if world.size > 1 and (missing := watch.missing()):
             traceback.print_exc()
             print(f"error (rank {world.rank}): {missing}", file=sys.stderr, flush=True)
-            os._exit(HUNG)
+            os._exit(EXIT_HANG)
         raise
     watch.stop()
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # on the way out; a repeated request must not kill it
@@ -108,7 +108,7 @@ def _pretrain(recipe, run_dir: Path, stop: StopRequest, fresh: bool) -> int:
             print(f"done: {outcome.position.step} steps, {outcome.position.samples} samples, in {run_dir}")
             print(f"losses and speed are in {run_dir / REPORT}; next:")
             print("\n".join(f"    {command}" for command in next_commands(run_dir, outcome.reason)))
-    leave()
+    destroy_process_group()
     return 0
 
 
@@ -116,6 +116,6 @@ if __name__ == "__main__":
     # Launchers put this file's folder first on sys.path, where `datasets` or `recipe` would shadow other packages.
     sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]
     status = main()
-    from maestro_scale.training.distributed import end
+    from maestro_scale.training.distributed import hard_exit
 
-    end(status)
+    hard_exit(status)

@@ -125,11 +125,11 @@ def embed(
     from maestro_scale.shards.format.manifest import Manifest
     from maestro_scale.shards.read.store import Store
     from maestro_scale.tracking.terminal import progress
-    from maestro_scale.training.distributed import place
+    from maestro_scale.training.distributed import rank_from_env
 
     embeddings = _check_choice("--what", what, _EMBEDDINGS)
     file_format = _check_choice("--format", format, _FORMATS)
-    rank, world, local_rank = place()
+    rank, world, local_rank = rank_from_env()
     manifest = Manifest.load(shards)
     spec = manifest.spec
     encoder = load_encoder(model)[0]

@@ -78,9 +78,9 @@ class World:
         dist.barrier(group=self.control)
 
 
-def join(timeout_s: float = 600.0) -> World:
+def init_distributed(timeout_s: float = 600.0) -> World:
     """Join the process group that the launcher describes (RANK …, else SLURM's variables, else one process alone)."""
-    rank, size, local_rank = place()
+    rank, size, local_rank = rank_from_env()
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank))
     if size == 1:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
@@ -108,13 +108,13 @@ def join(timeout_s: float = 600.0) -> World:
     return World(rank, size, local_rank, device, control)
 
 
-def leave() -> None:
+def destroy_process_group() -> None:
     """Leave the process group, so that the launcher sees a clean end."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def end(code: int) -> NoReturn:
+def hard_exit(code: int) -> NoReturn:
     """End this process now, with everything said and given back, and without the interpreter's own end: threads of
     Gloo and of stores that are still in C++ then would abort it, and a finished run would look like a failed one."""
     multiprocessing.util._run_finalizers(0)
@@ -124,7 +124,7 @@ def end(code: int) -> NoReturn:
     os._exit(code)
 
 
-def place(env: Mapping[str, str] = os.environ) -> tuple[int, int, int]:
+def rank_from_env(env: Mapping[str, str] = os.environ) -> tuple[int, int, int]:
     """(rank, world size, local rank). Explicit variables win over SLURM's, which are only there under srun."""
     if "RANK" in env:
         return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0))

@@ -13,7 +13,7 @@ from maestro_scale.model.maestro import Maestro
 from maestro_scale.model.masking import Mask
 from maestro_scale.stream.batch import Batch
 from maestro_scale.training.distributed import World
-from maestro_scale.training.fragments import Holdings
+from maestro_scale.training.fragments import ShardedState
 from maestro_scale.training.guard import Guard
 from maestro_scale.training.optimizer import Schedule, set_lr
 
@@ -22,7 +22,7 @@ _COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 
 
 @dataclass(frozen=True)
-class Taken:
+class StepResult:
     """One step. ``sums`` (S,): error sums per sensor of the global batch, fp32. ``norm``: of its gradient, before
     clipping. ``skipped``: why the optimizer was kept from it, else None. ``local_sums``: (micro-batches, S), this
     rank's own error sums."""
@@ -53,7 +53,7 @@ class Engine:
             model=model, optimizer=optimizer, config=config, dist_init_required=False
         )
         self.model, self.guard = model, guard
-        self.holdings = Holdings(self._raw, world.rank, world.size)
+        self.sharded = ShardedState(self._raw, world.rank, world.size)
         self._world, self._schedule = world, schedule
         self._plain = self._raw.optimizer is self._raw.basic_optimizer
         self._stage = config.get("zero_optimization", {}).get("stage", 0)
@@ -61,7 +61,9 @@ class Engine:
         self._update = self._raw.basic_optimizer.step
         self._raw.basic_optimizer.step = self._update_unless_skipped
 
-    def step(self, step: int, batches: list[Batch], masks: list[dict[str, Mask]], counts: Tensor) -> Taken:
+    def step(
+        self, step: int, batches: list[Batch], masks: list[dict[str, Mask]], counts: Tensor
+    ) -> StepResult:
         """Forward, backward and, unless the guard objects, the optimizer's step number ``step`` (the first is 0).
 
         ``counts`` (S,): hidden pixels per sensor of the whole global batch.
@@ -74,10 +76,10 @@ class Engine:
             if self._skipped is None:
                 raise RuntimeError("DeepSpeed skipped a step whose loss and gradient norm are finite")
         if self._skipped is None:
-            self.guard.took(self._loss, self._norm)
+            self.guard.record_step(self._loss, self._norm)
         else:
-            self.guard.skipped()
-        return Taken(self._loss, self._sums, self._norm, lr, self._skipped, local_sums)
+            self.guard.record_skip()
+        return StepResult(self._loss, self._sums, self._norm, lr, self._skipped, local_sums)
 
     def rehearse(self, batches: list[Batch], masks: list[dict[str, Mask]], counts: Tensor) -> None:
         """Go through a step and change nothing: weights, moments, the guard and every counter stay, bit by bit.
@@ -86,7 +88,7 @@ class Engine:
         that forward and backward find is what a step in the middle of a run finds.
         """
         raw = self._raw
-        self.holdings.begin_adam_at(self.holdings.adam_step)
+        self.sharded.begin_adam_at(self.sharded.adam_step)
         before = {name: getattr(raw, name) for name in _COUNTERS}
         update, self._update = self._update, lambda *args, **kwargs: None
         try:

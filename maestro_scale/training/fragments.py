@@ -37,7 +37,7 @@ class Fragment:
         return buffer.view(-1).narrow(0, self.offset, self.weights.numel())
 
 
-class Holdings:
+class ShardedState:
     """The fragments of one DeepSpeed engine."""
 
     def __init__(self, raw: Any, rank: int, world: int) -> None:
@@ -76,7 +76,7 @@ class Holdings:
             state["step"].fill_(float(step))
 
     @torch.no_grad()
-    def spread(self) -> None:
+    def sync_to_model(self) -> None:
         """Bring the weights that the model computes with up to date with the masters. All ranks together."""
         zero = self._raw.optimizer
         if zero is self._raw.basic_optimizer:

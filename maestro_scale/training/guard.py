@@ -38,7 +38,7 @@ class Guard:
                 return f"the {name} {value:.4g} is over {self.spike:g} times its running mean {mean:.4g}"
         return None
 
-    def took(self, loss: float, norm: float) -> None:
+    def record_step(self, loss: float, norm: float) -> None:
         """Remember a step that was taken."""
         self.seen += 1
         self.in_a_row = 0
@@ -46,15 +46,15 @@ class Guard:
         self.mean_loss += share * (loss - self.mean_loss)
         self.mean_norm += share * (norm - self.mean_norm)
 
-    def skipped(self) -> None:
+    def record_skip(self) -> None:
         """Remember a step that was skipped."""
         self.in_a_row += 1
 
-    def memory(self) -> dict[str, float]:
+    def state_dict(self) -> dict[str, float]:
         """What a checkpoint keeps of it."""
         return {k: v for k, v in dataclasses.asdict(self).items() if k != "spike"}
 
-    def recall(self, memory: dict[str, float]) -> None:
+    def load_state_dict(self, state: dict[str, float]) -> None:
         """Take up what a checkpoint kept."""
-        for name, value in memory.items():
+        for name, value in state.items():
             setattr(self, name, value)

@@ -21,7 +21,7 @@ from maestro_scale.stream.loader import Step, TrainLoader
 from maestro_scale.training.checkpoint.checkpoints import Checkpoints, Position
 from maestro_scale.training.checkpoint.state import TrainState
 from maestro_scale.training.distributed import World
-from maestro_scale.training.engine import Engine, Taken
+from maestro_scale.training.engine import Engine, StepResult
 from maestro_scale.training.garbage import collected_every
 from maestro_scale.training.metrics.meter import Meter
 from maestro_scale.training.metrics.metrics_file import MetricsFile
@@ -117,14 +117,14 @@ def train(run: Run, position: Position) -> Outcome:
             overdue = 0 < rhythm.checkpoint_s < time.monotonic() - last_checkpoint
             flags = [run.stop.requested(), overdue and world.is_main, checkpoints.busy]
             counts, flags = world.sum_with_flags(hidden_counts(seen.config, masks), flags)
-            taken = run.engine.step(position.step, batches, masks, counts)
-            if run.state.ema is not None and taken.skipped is None:
+            result = run.engine.step(position.step, batches, masks, counts)
+            if run.state.ema is not None and result.skipped is None:
                 run.state.ema.update()
 
             position = Position(
                 samples=position.samples + rhythm.global_batch,
                 step=position.step + 1,
-                skipped_steps=position.skipped_steps + (taken.skipped is not None),
+                skipped_steps=position.skipped_steps + (result.skipped is not None),
             )
             run.meter.add(rhythm.global_batch, seen.cost, wait_s)
             last = position.step == rhythm.num_steps
@@ -132,12 +132,12 @@ def train(run: Run, position: Position) -> Outcome:
                 run.audit.append({"step": position.step, **_audit(data.batches)})
             # By turns of a dataset, not by steps: in a mixture the same ones might never come at a multiple of steps.
             if last or data.turn == 1 or rhythm.at(rhythm.log_every, data.turn):
-                _log(run, position, data, taken, counts)
+                _log(run, position, data, result, counts)
             if rhythm.at(rhythm.pictures_every, data.turn) or (last and rhythm.pictures_every):
                 views = snapshot(run.engine.model, batches[0], masks[0], seen.bands)
                 _tell_picture(run, position.step, views)
-            if taken.skipped is not None:
-                run.skipped.note(position.step, taken, data.batches)
+            if result.skipped is not None:
+                run.skipped.note(position.step, result, data.batches)
 
             stopping, overdue, busy = flags.tolist()
             run.watch.note(position.step, "writing")
@@ -145,7 +145,7 @@ def train(run: Run, position: Position) -> Outcome:
                 checkpoints.commit()
             run.skipped.end_if_too_many(checkpoints)
             if last or stopping or overdue or rhythm.at(rhythm.checkpoint_every, position.step):
-                checkpoints.begin(run.state, position, run.identity, run.engine.guard.memory())
+                checkpoints.begin(run.state, position, run.identity, run.engine.guard.state_dict())
                 last_checkpoint = time.monotonic()
             collect(position.step)
             if stopping and not last:
@@ -164,7 +164,7 @@ def hidden_counts(config: ModelConfig, masks: list[dict[str, Mask]]) -> Tensor:
     return torch.stack(per_batch).sum(0)
 
 
-def _log(run: Run, position: Position, data: Step, taken: Taken, counts: Tensor) -> None:
+def _log(run: Run, position: Position, data: Step, result: StepResult, counts: Tensor) -> None:
     # Every rank takes part: the meter and the counters are collective. Only rank 0 writes.
     speeds = run.meter.read()
     nodes = run.nodes.read()
@@ -177,10 +177,10 @@ def _log(run: Run, position: Position, data: Step, taken: Taken, counts: Tensor)
         "epoch": data.epoch,
         "samples": position.samples,
         "dataset": data.dataset,
-        "loss": finite(taken.loss),
-        **_per_sensor(run.datasets[data.dataset].config.sensors, taken.sums, counts),
-        "lr": taken.lr,
-        "grad_norm": finite(taken.norm),
+        "loss": finite(result.loss),
+        **_per_sensor(run.datasets[data.dataset].config.sensors, result.sums, counts),
+        "lr": result.lr,
+        "grad_norm": finite(result.norm),
         **speeds,
         "skipped_steps": position.skipped_steps,
         **{f"data/{name}": total for name, total in counters.items()},

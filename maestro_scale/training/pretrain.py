@@ -32,6 +32,7 @@ from maestro_scale.training.checkpoint.checkpoints import Checkpoints, Position
 from maestro_scale.training.checkpoint.mirror import Mirror
 from maestro_scale.training.checkpoint.retention import Retention
 from maestro_scale.training.checkpoint.state import TrainState
+from maestro_scale.training.data import train_loader
 from maestro_scale.training.deepspeed_check import check_deepspeed
 from maestro_scale.training.distributed import World
 from maestro_scale.training.ema import Ema
@@ -42,20 +43,19 @@ from maestro_scale.training.metrics.meter import Meter
 from maestro_scale.training.metrics.metrics_file import MetricsFile
 from maestro_scale.training.metrics.nodes import Nodes
 from maestro_scale.training.observer import Observer, RunInfo
-from maestro_scale.training.offload_room import check_offload_room
+from maestro_scale.training.offload_memory import check_offload_memory
 from maestro_scale.training.optimizer import SCHEDULES, build_optimizer
 from maestro_scale.training.run_dir import (
     JsonLines,
     RunDirError,
-    is_resolved,
+    has_same_recipe,
     lock,
     manifest_path,
-    write_about,
     write_atomically,
+    write_run_files,
 )
 from maestro_scale.training.skipped import SkippedSteps
 from maestro_scale.training.stop import StopRequest
-from maestro_scale.training.streaming import train_stream
 from maestro_scale.training.warmup import warm_up
 from maestro_scale.training.watchdog import Watchdog
 
@@ -233,20 +233,20 @@ def _prepare(
     datasets = open_datasets(recipe)
     config = build_model_config(recipe, [d.manifest.spec for d in datasets])
     t = recipe.train
-    stream, num_steps = train_stream(recipe, [d.source for d in datasets], world)
+    stream, num_steps = train_loader(recipe, [d.source for d in datasets], world)
     c = recipe.checkpoint
     checkpoints = Checkpoints(run_dir, world, _retention(recipe), _mirror(recipe, run_dir))
     deepspeed = recipe.deepspeed_config(world.size, world.device.type)
     check_deepspeed(deepspeed)
     num_micro_batches = t.global_batch // (t.micro_batch * world.size)
-    check_offload_room(num_parameters(config), deepspeed, num_micro_batches, bool(recipe.optim.ema), world)
+    check_offload_memory(num_parameters(config), deepspeed, num_micro_batches, bool(recipe.optim.ema), world)
     engine, kernel = _build_engine(recipe, config, num_steps, world, begins=checkpoints.latest()[0] is None)
-    ema = Ema(recipe.optim.ema, engine.holdings.fragments) if recipe.optim.ema else None
-    state = TrainState(engine.holdings, ema)
+    ema = Ema(recipe.optim.ema, engine.sharded.fragments) if recipe.optim.ema else None
+    state = TrainState(engine.sharded, ema)
     ident = identity(recipe, config, datasets, world)
     position, memory = checkpoints.resume(state, ident)
     if memory is not None:
-        engine.guard.recall(memory)
+        engine.guard.load_state_dict(memory)
     if position.step > num_steps:
         raise RecipeError(
             f"train: {run_dir} has taken {position.step} steps and the recipe asks for {num_steps}: ask for at least "
@@ -289,10 +289,10 @@ def _prepare(
         observers=observers if world.is_main else [],
     )
     if world.is_main:
-        if position.step == 0 and not is_resolved(run_dir, recipe):
+        if position.step == 0 and not has_same_recipe(run_dir, recipe):
             metrics.rewind(0)  # what another recipe did before its first checkpoint
         metrics.go_on(position.step, num_steps)
-        write_about(run_dir, recipe, attention=kernel, compile=recipe.model.compile)
+        write_run_files(run_dir, recipe, attention=kernel, compile=recipe.model.compile)
         for number, dataset in enumerate(datasets):
             path = manifest_path(run_dir, number, dataset.manifest.spec.name)
             write_atomically(path, scrub_document(dataset.manifest.dumps()))

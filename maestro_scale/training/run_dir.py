@@ -112,7 +112,7 @@ def environment() -> dict[str, Any]:
     }
 
 
-def write_about(run_dir: Path, recipe: Recipe, **more: Any) -> None:
+def write_run_files(run_dir: Path, recipe: Recipe, **more: Any) -> None:
     """Leave ``recipe.yaml`` and ``environment.json`` (with ``more``) in a run directory, without secrets."""
     write_atomically(run_dir / "recipe.yaml", recipe.to_shown_yaml())
     write_atomically(
@@ -125,7 +125,7 @@ def manifest_path(run_dir: Path, number: int, dataset: str) -> Path:
     return run_dir / "manifests" / f"{number}-{dataset}.json"
 
 
-def is_resolved(run_dir: Path, recipe: Recipe) -> bool:
+def has_same_recipe(run_dir: Path, recipe: Recipe) -> bool:
     """Whether the run in a directory was last started with this recipe."""
     path = run_dir / "recipe.yaml"
     return path.exists() and path.read_text() == recipe.to_shown_yaml()

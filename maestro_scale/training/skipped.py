@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from maestro_scale.stream.batch import Batch
 from maestro_scale.training.checkpoint.checkpoints import Checkpoints
 from maestro_scale.training.distributed import World
-from maestro_scale.training.engine import Taken
+from maestro_scale.training.engine import StepResult
 from maestro_scale.training.guard import Guard, GuardError
 from maestro_scale.training.run_dir import JsonLines, finite
 
@@ -24,15 +24,15 @@ class SkippedSteps:
     def __init__(self, lines: JsonLines, world: World, guard: Guard, most_in_a_row: int) -> None:
         self._lines, self._world, self._guard, self._most = lines, world, guard, most_in_a_row
 
-    def note(self, step: int, taken: Taken, batches: Sequence[Batch]) -> None:
+    def note(self, step: int, result: StepResult, batches: Sequence[Batch]) -> None:
         """Write down a skipped step."""
-        finite_sums = taken.local_sums.isfinite().all(dim=1).tolist()
+        finite_sums = result.local_sums.isfinite().all(dim=1).tolist()
         self._lines.append(
             {
                 "step": step,
-                "reason": taken.skipped,
-                "loss": finite(taken.loss),
-                "grad_norm": finite(taken.norm),
+                "reason": result.skipped,
+                "loss": finite(result.loss),
+                "grad_norm": finite(result.norm),
                 "batches": [
                     {"finite": ok, "keys": list(b.keys)} for ok, b in zip(finite_sums, batches, strict=True)
                 ],
@@ -42,7 +42,7 @@ class SkippedSteps:
             log.warning(
                 "step %d skipped: %s; the keys of its samples are in %s",
                 step,
-                taken.skipped,
+                result.skipped,
                 self._lines.path.parent,
             )
 

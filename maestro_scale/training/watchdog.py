@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from maestro_scale.training.distributed import World
 
-HUNG = 3  # exit code
+EXIT_HANG = 3  # exit code
 _SLOWEST_BEAT_S = 5.0
 _ORDER = ("starting", "waiting for data", "computing", "writing", "ending")
 
@@ -163,7 +163,7 @@ class Watchdog:
             flush=True,
         )
         # What is left of the job cannot be ended well: collectives do not return, destructors wait for them.
-        os._exit(HUNG)
+        os._exit(EXIT_HANG)
 
 
 def _key(rank: int) -> str:

@@ -17,7 +17,7 @@ from maestro_scale.evaluation.results import ResultsError
 from maestro_scale.interop.pretrained import load_model
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.shards.write.writer import Writer
-from maestro_scale.training.checkpoint import committed
+from maestro_scale.training.checkpoint import commit
 from tests.evaluation.conftest import FIELDS, SPLITS, field_tile
 
 CROPS_PER_TILE = 4
@@ -102,7 +102,7 @@ def test_a_split_that_is_not_what_was_written_is_encoded_again(encoder, benchmar
     (first,) = evaluate_frozen(model, benchmark, ["knn"])
     (test,) = benchmark.features_dir.glob("test-*")
     if damage == "marker":
-        (test / committed.MARKER).unlink()
+        (test / commit.MARKER).unlink()
     elif damage == "zeros":
         np.load(test / "features.npy", mmap_mode="r+")[:] = 0
     elif damage == "short":

@@ -88,7 +88,7 @@ def run_task(task: dict, world, sent: Sent) -> dict:
     first = next(model.parameters())
     optimizer = build_optimizer(model, **layouts.SETTINGS)
     engine = Engine(model, optimizer, layouts.schedule, filled(task["section"], derived), world, Guard(0.0))
-    ema = Ema(0.9, engine.holdings.fragments) if task["ema"] else None
+    ema = Ema(0.9, engine.sharded.fragments) if task["ema"] else None
     parts, masks, counts = layouts.global_batches(CONFIG, 0, world.size * accumulate)
     inputs = [t for p in parts for part in (p.pixels, p.noise, p.dates) for t in part.values()]
     inputs += [
@@ -126,19 +126,19 @@ def task_parameters(model) -> int:
 
 def main() -> None:
     sent = Sent()
-    from maestro_scale.training.distributed import end, join, leave
+    from maestro_scale.training.distributed import destroy_process_group, hard_exit, init_distributed
 
     torch.set_num_threads(1)
     order = json.loads(Path(sys.argv[1]).read_text())
-    world = join()
+    world = init_distributed()
     results = {}
     for task in order["tasks"]:
         results[task["name"]] = run_task(task, world, sent)
         gc.collect()
     if world.is_main:
         Path(order["out"]).write_text(json.dumps(results))
-    leave()
-    end(0)
+    destroy_process_group()
+    hard_exit(0)
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ def run_task(task: dict, world) -> dict:
     engine = Engine(
         model, build_optimizer(model, **SETTINGS), schedule, filled(section, derived), world, Guard(0.0)
     )
-    state = TrainState(engine.holdings, Ema(0.8, engine.holdings.fragments))
+    state = TrainState(engine.sharded, Ema(0.8, engine.sharded.fragments))
     result = {"losses": [], "norms": []}
     if load := task.get("load"):
         checkpoints = Checkpoints(Path(load), world, Retention(9))
@@ -97,9 +97,9 @@ def run_task(task: dict, world) -> dict:
         result["norms"].append(taken.norm)
         result.setdefault("skipped", []).append(taken.skipped)
     result["rng"] = digest([torch.get_rng_state()])
-    result["guard"] = engine.guard.memory()
-    held = [f.weights for f in engine.holdings.fragments]
-    held += [engine.holdings.moment(f, m) for f in engine.holdings.fragments for m in MOMENTS]
+    result["guard"] = engine.guard.state_dict()
+    held = [f.weights for f in engine.sharded.fragments]
+    held += [engine.sharded.moment(f, m) for f in engine.sharded.fragments for m in MOMENTS]
     digests = [None] * world.size
     torch.distributed.all_gather_object(digests, digest([*held, *state.ema.averages]))
     result["state"] = digests
@@ -132,19 +132,19 @@ def digest(tensors) -> str:
 
 def main() -> None:
     from maestro_scale.errors import MaestroError
-    from maestro_scale.training.distributed import end, join, leave
+    from maestro_scale.training.distributed import destroy_process_group, hard_exit, init_distributed
 
     torch.set_num_threads(1)
     order = json.loads(Path(sys.argv[1]).read_text())
-    world = join()
+    world = init_distributed()
     for task in order["tasks"]:
         try:
             result = run_task(task, world)
         except MaestroError as error:
             result = {"error": str(error)}
         (Path(order["out"]) / f"{task['name']}-rank{world.rank}.json").write_text(json.dumps(result))
-    leave()
-    end(0)
+    destroy_process_group()
+    hard_exit(0)
 
 
 if __name__ == "__main__":

@@ -6,10 +6,10 @@ import signal
 import sys
 
 from maestro_scale.train import main
-from maestro_scale.training.distributed import end
+from maestro_scale.training.distributed import hard_exit
 
 if __name__ == "__main__":
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # an error instead
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(os.environ["MOST_BYTES"]),) * 2)
     sys.argv[0] = "train.py"
-    end(main())
+    hard_exit(main())

@@ -36,7 +36,7 @@ def collect(generation: int = 2) -> int:
 if __name__ == "__main__":
     time.monotonic, gc.collect = monotonic, collect
     from maestro_scale.train import main
-    from maestro_scale.training.distributed import end
+    from maestro_scale.training.distributed import hard_exit
 
     sys.argv[0] = "train.py"
-    end(main())
+    hard_exit(main())

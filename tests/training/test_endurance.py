@@ -235,17 +235,17 @@ def test_spikes_are_judged_by_running_means():
     assert guard.judge(math.inf, 1.0) == "the loss is inf"
     assert guard.judge(1.0, math.nan) == "the gradient norm is nan"
     for _ in range(99):
-        guard.took(1.0, 2.0)
+        guard.record_step(1.0, 2.0)
     assert guard.judge(1000.0, 2.0) is None, "the means are not known yet"
-    guard.took(1.0, 2.0)
+    guard.record_step(1.0, 2.0)
     assert guard.judge(9.9, 19.9) is None
     assert guard.judge(1.0, 20.1) == "the gradient norm 20.1 is over 10 times its running mean 2"
-    guard.skipped()
-    guard.skipped()
+    guard.record_skip()
+    guard.record_skip()
     recalled = Guard(spike=10.0)
-    recalled.recall(guard.memory())
+    recalled.recall(guard.state_dict())
     assert recalled == guard
     assert recalled.in_a_row == 2
-    recalled.took(1.0, 2.0)
+    recalled.record_step(1.0, 2.0)
     assert recalled.in_a_row == 0
     assert Guard(spike=0.0, seen=1000, mean_loss=1.0, mean_norm=1.0).judge(1e9, 1e9) is None

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from testkit.runs import Trainer, metrics, write_recipe
 
-from maestro_scale.training.checkpoint import committed
+from maestro_scale.training.checkpoint import commit
 from maestro_scale.training.checkpoint.checkpoints import newest
 
 LIMITED = Path(__file__).parents[1] / "testkit" / "limited.py"
@@ -48,7 +48,7 @@ def test_a_run_that_lost_its_checkpoints_does_not_start_over(trainer, done, tmp_
     run_dir = tmp_path / "copy"
     shutil.copytree(done, run_dir)
     for path in (run_dir / "checkpoints").iterdir():
-        (path / committed.MARKER).unlink() if lost == "markers" else shutil.rmtree(path)
+        (path / commit.MARKER).unlink() if lost == "markers" else shutil.rmtree(path)
     if lost == "all but the outcome":
         (run_dir / "latest").unlink()
     before = (run_dir / "metrics.jsonl").read_bytes()
@@ -65,7 +65,7 @@ def test_a_run_that_lost_its_checkpoints_does_not_start_over(trainer, done, tmp_
 def test_damaged_checkpoints_do_not_count_among_those_to_keep(trainer, done, tmp_path):
     run_dir = tmp_path / "copy"
     shutil.copytree(done, run_dir)
-    marker = newest(run_dir) / committed.MARKER
+    marker = newest(run_dir) / commit.MARKER
     marker.write_text(marker.read_text().replace('"samples": 48', '"samples": 40'))
     (run_dir / "STOP").touch()
     code, output = trainer.run(run_dir, 1, *SHORT, "checkpoint.keep=1", "checkpoint.every_steps=100")
@@ -91,7 +91,7 @@ def test_where_everything_here_is_damaged_the_mirrors_newest_whole_one_is_taken(
     assert code == 0, output[-3000:]
     assert "step_00000004 comes from" in output
     assert metrics(run_dir) == metrics(done)
-    assert committed.problem(newest(run_dir), hashes=True) is None
+    assert commit.problem(newest(run_dir), hashes=True) is None
 
 
 def test_a_disk_that_is_full_is_one_line_and_the_last_checkpoint_stays(trainer, tmp_path):

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from maestro_scale.training.checkpoint import committed
+from maestro_scale.training.checkpoint import commit
 from maestro_scale.training.checkpoint.mirror import ForeignMirror, Mirror, MirrorError
 from maestro_scale.training.checkpoint.retention import Retention
 
@@ -19,7 +19,7 @@ def checkpoint(folder, step, identity=SEED_3):
     (made / "state").mkdir(parents=True)
     weights = made / "state" / "weights"
     weights.write_bytes(bytes([step]) * 10)
-    committed.commit(made, {"identity": identity}, {"state/weights": committed.entry(weights)})
+    commit.commit(made, {"identity": identity}, {"state/weights": commit.entry(weights)})
     return made
 
 
@@ -46,7 +46,7 @@ def test_what_is_there_goes_by_the_policy_whatever_is_here(tmp_path):
     again = mirror(tmp_path, 1, 4)
     assert again.names() == ["step_00000006", "step_00000004"]
     again.fetch("step_00000006", tmp_path / "new" / "step_00000006")
-    assert committed.problem(tmp_path / "new" / "step_00000006", hashes=True) is None
+    assert commit.problem(tmp_path / "new" / "step_00000006", hashes=True) is None
     send(again, checkpoint(tmp_path / "new", 7))
     assert there(tmp_path) == [4, 7]
 
@@ -73,7 +73,7 @@ def test_the_marker_comes_last(tmp_path, monkeypatch):
 
     monkeypatch.setattr(LocalFileSystem, "put_file", put_file)
     send(mirror(tmp_path), checkpoint(tmp_path / "here", 4))
-    assert sent == ["weights", committed.MARKER]
+    assert sent == ["weights", commit.MARKER]
 
 
 def sent_slowly(tmp_path, monkeypatch, steps, **policy):

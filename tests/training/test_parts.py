@@ -7,10 +7,10 @@ import gc
 import pytest
 import torch
 
-from maestro_scale.training.checkpoint import committed
+from maestro_scale.training.checkpoint import commit
 from maestro_scale.training.checkpoint.checkpoints import CheckpointError, newest
 from maestro_scale.training.checkpoint.retention import Retention
-from maestro_scale.training.distributed import place as distributed_place
+from maestro_scale.training.distributed import rank_from_env
 from maestro_scale.training.ema import Ema
 from maestro_scale.training.fragments import Fragment
 from maestro_scale.training.garbage import collected_every
@@ -130,30 +130,30 @@ def test_garbage_is_collected_at_multiples_only_and_never_on_its_own(monkeypatch
 def test_a_spike_is_more_than_so_many_times_the_mean_after_a_hundred_steps():
     guard = Guard(spike=2.0)
     for _ in range(99):
-        guard.took(1.0, 10.0)
+        guard.record_step(1.0, 10.0)
     assert guard.judge(2.1, 10.0) is None
-    guard.took(1.0, 10.0)
+    guard.record_step(1.0, 10.0)
     assert (guard.seen, guard.mean_loss, guard.mean_norm) == (100, pytest.approx(1.0), pytest.approx(10.0))
     guard.mean_loss, guard.mean_norm = 1.0, 10.0
     assert guard.judge(2.0, 20.0) is None
     assert guard.judge(2.0001, 20.0) == "the loss 2 is over 2 times its running mean 1"
     assert guard.judge(2.0, 20.01) == "the gradient norm 20.01 is over 2 times its running mean 10"
     # From step 100 on a step moves the mean by a hundredth of its distance.
-    guard.took(3.0, 10.0)
+    guard.record_step(3.0, 10.0)
     assert guard.mean_loss == pytest.approx(1 + 0.01 * 2)
 
 
 def test_the_running_mean_is_a_plain_one_at_first():
     guard = Guard(spike=2.0)
     for loss in (1.0, 3.0, 8.0):
-        guard.took(loss, 1.0)
+        guard.record_step(loss, 1.0)
     assert guard.mean_loss == pytest.approx(4.0)
 
 
 def test_spikes_have_no_limit_where_none_is_set():
     guard = Guard(spike=0.0)
     for _ in range(200):
-        guard.took(1.0, 1.0)
+        guard.record_step(1.0, 1.0)
     assert guard.judge(1e9, 1e9) is None
     assert guard.judge(float("nan"), 1.0) == "the loss is nan"
 
@@ -205,7 +205,7 @@ def _checkpoint(run_dir, step):
     (folder / "state").mkdir(parents=True)
     weights = folder / "state" / "weights"
     weights.write_bytes(b"x" * 10)
-    committed.commit(folder, {"position": {"samples": 48}}, {"state/weights": committed.entry(weights)})
+    commit.commit(folder, {"position": {"samples": 48}}, {"state/weights": commit.entry(weights)})
     return folder
 
 
@@ -215,22 +215,22 @@ def test_half_written_checkpoints_are_never_chosen(tmp_path):
     (changed / "state" / "weights").write_bytes(b"x" * 9 + b"y")
     (tmp_path / "checkpoints" / "step_00000012" / "state").mkdir(parents=True)  # no commit marker
     (tmp_path / "checkpoints" / ".staging_step_00000013").mkdir()
-    assert "9 bytes instead of 10" in committed.problem(truncated)
-    assert committed.problem(changed) is None
-    assert "sha256" in committed.problem(changed, hashes=True)
-    assert committed.problem(good, hashes=True) is None
+    assert "9 bytes instead of 10" in commit.problem(truncated)
+    assert commit.problem(changed) is None
+    assert "sha256" in commit.problem(changed, hashes=True)
+    assert commit.problem(good, hashes=True) is None
     assert newest(tmp_path) == good
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"files": {}}', "{", "null"])
 def test_a_marker_that_is_not_ours_is_a_damaged_checkpoint(tmp_path, text):
     folder = _checkpoint(tmp_path, 5)
-    (folder / committed.MARKER).write_text(text)
-    assert "unreadable COMMIT.json" in committed.problem(folder)
+    (folder / commit.MARKER).write_text(text)
+    assert "unreadable COMMIT.json" in commit.problem(folder)
 
 
 def test_what_a_marker_says_is_what_was_written(tmp_path):
-    marker = _checkpoint(tmp_path, 5) / committed.MARKER
+    marker = _checkpoint(tmp_path, 5) / commit.MARKER
     marker.write_text(marker.read_text().replace('"samples": 48', '"samples": 40'))
     with pytest.raises(CheckpointError, match="has changed since it was written"):
         newest(tmp_path)
@@ -254,4 +254,4 @@ def test_no_checkpoint_is_an_error(tmp_path):
     ],
 )
 def test_place_among_the_ranks(env, place):
-    assert distributed_place(env) == place
+    assert rank_from_env(env) == place

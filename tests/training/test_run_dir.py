@@ -7,7 +7,7 @@ import json
 import pytest
 
 from maestro_scale.recipe import load_recipe
-from maestro_scale.training.run_dir import is_resolved, write_about
+from maestro_scale.training.run_dir import has_same_recipe, write_run_files
 from tests.testkit.runs import REPO
 
 LONG = "correct horse battery staple planted " * 4
@@ -21,10 +21,10 @@ def test_secrets_that_yaml_quotes_or_folds_are_hidden(tmp_path, monkeypatch, sec
     monkeypatch.setattr("sys.argv", ["train.py", "--set", f"name={secret}"])
     recipe = load_recipe(REPO / "recipes" / "vitt.yaml", ["deepspeed.comet.mode=a ${SOME_API_KEY}"])
     assert recipe.deepspeed["comet"]["mode"] == f"a {secret}"
-    assert not is_resolved(tmp_path, recipe)
-    write_about(tmp_path, recipe, note=secret)
+    assert not has_same_recipe(tmp_path, recipe)
+    write_run_files(tmp_path, recipe, note=secret)
     text = (tmp_path / "recipe.yaml").read_text() + (tmp_path / "environment.json").read_text()
     assert "planted" not in text
     assert json.loads((tmp_path / "environment.json").read_text())["note"] == "(hidden)"
-    assert is_resolved(tmp_path, recipe)
+    assert has_same_recipe(tmp_path, recipe)
     assert load_recipe(tmp_path / "recipe.yaml").deepspeed["comet"]["mode"] == "a (hidden)"

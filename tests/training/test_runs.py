@@ -18,7 +18,7 @@ from maestro_scale.interop.export import export_model
 from maestro_scale.interop.pretrained import load_model
 from maestro_scale.model.cost import num_parameters
 from maestro_scale.recipe import load_recipe
-from maestro_scale.training.checkpoint import committed
+from maestro_scale.training.checkpoint import commit
 from maestro_scale.training.checkpoint.checkpoints import newest
 from maestro_scale.training.footprint import footprint
 from maestro_scale.training.pretrain import build_model_config
@@ -73,7 +73,7 @@ def test_run_directory_is_complete(quiet):
     assert json.loads((run_dir / "environment.json").read_text())["versions"]["torch"]
     assert (run_dir / "recipe.yaml").exists()
     assert [p.name for p in sorted((run_dir / "checkpoints").iterdir())] == ["step_00000004", "step_00000006"]
-    assert all((p / committed.MARKER).exists() for p in (run_dir / "checkpoints").iterdir())
+    assert all((p / commit.MARKER).exists() for p in (run_dir / "checkpoints").iterdir())
 
 
 @pytest.mark.slow
@@ -157,7 +157,7 @@ def test_a_checkpoint_whose_contents_changed_is_passed_over(trainer, quiet, tmp_
     assert code == 0, output[-3000:]
     assert f"{newest(run_dir).name}: state/{file.name} has changed since it was written" in output
     assert curve(metrics(run_dir)) == pytest.approx(curve(quiet[1]), rel=1e-5)
-    assert committed.problem(newest(run_dir), hashes=True) is None
+    assert commit.problem(newest(run_dir), hashes=True) is None
 
 
 OFFLOADED = ["model.width=16384", "model.heads=128", "model.depth=90"]

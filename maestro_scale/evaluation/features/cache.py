@@ -28,7 +28,7 @@ from maestro_scale.shards.locks import Locked, file_lock, locks_unsupported
 from maestro_scale.shards.progress import Progress
 from maestro_scale.stream.batch import Batch
 from maestro_scale.stream.eval_loader import EvalLoader
-from maestro_scale.training.checkpoint import committed
+from maestro_scale.training.checkpoint import commit
 from maestro_scale.training.distributed import World
 
 log = logging.getLogger(__name__)
@@ -183,7 +183,7 @@ def _is_missing(folder: Path, verdicts: dict[bytes, str | None]) -> bool:
         return True
     marker = _marker(folder)
     if marker not in verdicts:
-        verdicts[marker] = committed.problem(folder, hashes=True)
+        verdicts[marker] = commit.problem(folder, hashes=True)
         if verdicts[marker] is not None:
             log.warning("%s is encoded again: %s", folder, verdicts[marker])
     return verdicts[marker] is not None
@@ -191,7 +191,7 @@ def _is_missing(folder: Path, verdicts: dict[bytes, str | None]) -> bool:
 
 def _marker(folder: Path) -> bytes:
     try:
-        return (folder / committed.MARKER).read_bytes()
+        return (folder / commit.MARKER).read_bytes()
     except OSError:
         return b""
 
@@ -249,12 +249,10 @@ def _encode(
                 array.flush()
         group.wait()
         if group.is_main:
-            files = {
-                f"{name}.npy": committed.entry(partial / f"{name}.npy") for name in ("features", "labels")
-            }
-            committed.commit(partial, {"rows": rows}, files)
+            files = {f"{name}.npy": commit.entry(partial / f"{name}.npy") for name in ("features", "labels")}
+            commit.commit(partial, {"rows": rows}, files)
             aside = folder.with_name(f".partial-{uuid.uuid4().hex[:12]}-{folder.name}")
-            committed.publish(partial, folder, aside)
+            commit.publish(partial, folder, aside)
             shutil.rmtree(aside, ignore_errors=True)
         group.wait()
     finally:

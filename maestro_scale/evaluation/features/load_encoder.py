@@ -8,7 +8,7 @@ from pathlib import Path
 from maestro_scale.interop.export import CONFIG, ExportError, export_model, trained_step
 from maestro_scale.interop.pretrained import load_model
 from maestro_scale.model.maestro import Maestro
-from maestro_scale.training.checkpoint import committed
+from maestro_scale.training.checkpoint import commit
 from maestro_scale.training.checkpoint.checkpoints import newest
 
 
@@ -18,9 +18,9 @@ def load_encoder(path: Path) -> tuple[Maestro, int | None]:
         return load_model(path), trained_step(path)
     if (path / "checkpoints").is_dir():
         path = newest(path)
-    elif not (path / committed.MARKER).exists():
+    elif not (path / commit.MARKER).exists():
         raise ExportError(f"{path} is neither a run directory, nor a checkpoint, nor an exported model")
-    elif problem := committed.problem(path, hashes=True):
+    elif problem := commit.problem(path, hashes=True):
         raise ExportError(f"{path}: {problem}; use another checkpoint")
     with tempfile.TemporaryDirectory() as folder:
         exported = export_model(path, Path(folder))

@@ -42,14 +42,14 @@ from maestro_scale.stream.source import Source
 from maestro_scale.training.checkpoint.checkpoints import Checkpoints, Position
 from maestro_scale.training.checkpoint.retention import Retention
 from maestro_scale.training.checkpoint.state import TrainState
+from maestro_scale.training.data import train_loader
 from maestro_scale.training.deepspeed_check import check_deepspeed
 from maestro_scale.training.distributed import World
-from maestro_scale.training.engine import Engine, Taken
+from maestro_scale.training.engine import Engine, StepResult
 from maestro_scale.training.guard import Guard, GuardError
 from maestro_scale.training.optimizer import SCHEDULES, build_optimizer
-from maestro_scale.training.run_dir import JsonLines, finite, lock, write_about
+from maestro_scale.training.run_dir import JsonLines, finite, lock, write_run_files
 from maestro_scale.training.stop import StopRequest
-from maestro_scale.training.streaming import train_stream
 
 MODES = ("finetune", "scratch")
 
@@ -153,7 +153,7 @@ def _prepare(
         used = labelled_subset(splits["train"], objective.task.target, fraction, recipe.seed, world)
         splits["train"] = splits["train"].select_samples(used)
     t = recipe.train
-    stream, num_steps = train_stream(recipe, [splits["train"]], world)
+    stream, num_steps = train_loader(recipe, [splits["train"]], world)
     network = build_predictor(encoder, manifest.spec.name, objective, recipe.seed, mode == "finetune")
     identity = {
         "seed": recipe.seed,
@@ -184,7 +184,7 @@ def _prepare(
         num_steps=num_steps,
         stream=stream,
         engine=engine,
-        state=TrainState(engine.holdings, None),
+        state=TrainState(engine.sharded, None),
         average=Average(network, shadow, recipe.evaluation.ema),
         checkpoints=Checkpoints(run_dir, world, Retention(keep=1)),
         identity=identity,
@@ -195,7 +195,7 @@ def _prepare(
     if world.is_main:
         for name in ("metrics", "validation"):
             JsonLines(run_dir / f"{name}.jsonl").rewind(position.step)
-        write_about(run_dir, recipe)
+        write_run_files(run_dir, recipe)
     world.barrier()
     run.history = [Validated(**line) for line in JsonLines(run_dir / "validation.jsonl").read()]
     return run, position
@@ -215,7 +215,7 @@ def _engine(recipe: Recipe, network: Predictor, num_steps: int, mode: str, world
 def _resume(run: Run) -> Position:
     position, memory = run.checkpoints.resume(run.state, run.identity)
     if memory is not None:
-        run.engine.guard.recall(memory)
+        run.engine.guard.load_state_dict(memory)
         run.average.load(_weights(run.dir, "average", position.step))
     return position
 
@@ -227,17 +227,17 @@ def _train(run: Run, position: Position, report: Progress) -> bool:
     steps = run.stream.steps(position.samples, run.num_steps)
     while position.step < run.num_steps and not _is_over(run):
         data = next(steps)
-        taken = _step(run, data, position.step)
+        result = _step(run, data, position.step)
         position = Position(
             samples=data.samples,
             step=data.step,
-            skipped_steps=position.skipped_steps + (taken.skipped is not None),
+            skipped_steps=position.skipped_steps + (result.skipped is not None),
         )
         report(position.step, run.num_steps, 0)
         last = position.step == run.num_steps
         if last or position.step % recipe.train.log_every == 0:
             record = {"step": data.step, "epoch": data.epoch, "samples": data.samples}
-            record |= {"loss": finite(taken.loss), "lr": taken.lr, "grad_norm": finite(taken.norm)}
+            record |= {"loss": finite(result.loss), "lr": result.lr, "grad_norm": finite(result.norm)}
             record["skipped_steps"] = position.skipped_steps
             if world.is_main:
                 metrics.append(record)
@@ -256,21 +256,21 @@ def _is_over(run: Run) -> bool:
     return early_stop.exhausted(run.history, run.recipe.evaluation.patience)
 
 
-def _step(run: Run, data: Step, finished: int) -> Taken:
+def _step(run: Run, data: Step, finished: int) -> StepResult:
     """One optimizer step after ``finished`` ones."""
     against = [run.objective.loss_targets(run.objective.task.labels(b)) for b in data.batches]
     num_terms = sum(run.objective.num_terms(x) for x in against)
     device = run.world.device
     counts = run.world.sum(torch.tensor([num_terms], dtype=torch.float64, device=device))
     batches = [b.to(device, non_blocking=True) for b in data.batches]
-    taken = run.engine.step(finished, batches, [x.to(device) for x in against], counts)
-    if taken.skipped is None:
+    result = run.engine.step(finished, batches, [x.to(device) for x in against], counts)
+    if result.skipped is None:
         run.average.update(data.step)
     elif run.engine.guard.in_a_row >= run.recipe.train.max_skipped:
         raise GuardError(
-            f"{run.dir}: {run.engine.guard.in_a_row} steps in a row were skipped, the last as {taken.skipped}"
+            f"{run.dir}: {run.engine.guard.in_a_row} steps in a row were skipped, the last as {result.skipped}"
         )
-    return taken
+    return result
 
 
 def _validate(run: Run, step: int) -> None:
@@ -288,7 +288,7 @@ def _validate(run: Run, step: int) -> None:
 def _save(run: Run, position: Position) -> None:
     if run.world.is_main:
         run.average.save(_weights(run.dir, "average", position.step))
-    run.checkpoints.begin(run.state, position, run.identity, run.engine.guard.memory())
+    run.checkpoints.begin(run.state, position, run.identity, run.engine.guard.state_dict())
     run.checkpoints.finish()
     if run.world.is_main:  # only now: a run that was killed before goes back to the checkpoint before
         kept = {_weights(run.dir, "average", position.step)}

@@ -23,8 +23,8 @@ from typing import Any
 from maestro_scale.errors import MaestroError
 from maestro_scale.interop.sharded_state import INDEX, StateReader, write_index, write_slices
 from maestro_scale.shards.storage import fsync
-from maestro_scale.training.checkpoint import committed
-from maestro_scale.training.checkpoint.committed import MARKER
+from maestro_scale.training.checkpoint import commit
+from maestro_scale.training.checkpoint.commit import MARKER
 from maestro_scale.training.checkpoint.identity import differences
 from maestro_scale.training.checkpoint.mirror import Mirror, step_of
 from maestro_scale.training.checkpoint.retention import Retention
@@ -104,7 +104,7 @@ class Checkpoints:
             except OSError as error:
                 raise self._unwritable(final, error) from error
         self._world.barrier()
-        pieces, adam_step = state.pieces(), state.holdings.adam_step
+        pieces, adam_step = state.pieces(), state.sharded.adam_step
         record = {"position": vars(position), "guard": guard, "identity": identity}
         written = self._writer.submit(self._write, staging / STATE, pieces)
         self._pending = _Pending(staging, final, record, adam_step, written)
@@ -166,7 +166,7 @@ class Checkpoints:
         if path is None:
             self._refuse_to_start_over(problems)
             return Position(), None
-        record = committed.read(path)
+        record = commit.read(path)
         if difference := differences(record["identity"], identity):
             raise CheckpointError(
                 f"{path} does not fit this run: {difference}. Go on with what it was made with, or use another "
@@ -185,7 +185,7 @@ class Checkpoints:
         names = ",".join(p.name for p in reversed(_committed(self.dir)))
         for name in filter(None, str(self._world.gather(names)[0]).split(",")):
             path, share = self.dir / name, (self._world.rank, self._world.size)
-            mine = committed.problem(path) or committed.problem(path, hashes=True, share=share)
+            mine = commit.problem(path) or commit.problem(path, hashes=True, share=share)
             problem = next(filter(None, self._world.gather(mine)), None)
             if problem is None:
                 return path, problems
@@ -201,9 +201,9 @@ class Checkpoints:
         for name in self._mirror.names() if self._world.is_main else ():
             staging = self.dir / f"{_STAGING}_{name}"
             self._mirror.fetch(name, staging)
-            if (problem := committed.problem(staging, hashes=True)) is None:
+            if (problem := commit.problem(staging, hashes=True)) is None:
                 final = self.dir / name
-                committed.publish(staging, final, self.dir / f"{_STAGING}_replaced_{name}")
+                commit.publish(staging, final, self.dir / f"{_STAGING}_replaced_{name}")
                 log.warning("%s comes from %s", final, self._mirror.url)
                 taken = name
                 break
@@ -212,7 +212,7 @@ class Checkpoints:
         if not taken:
             return None
         deadline = time.monotonic() + _SEEN_S
-        while (problem := committed.problem(self.dir / taken)) is not None:
+        while (problem := commit.problem(self.dir / taken)) is not None:
             if time.monotonic() > deadline:
                 raise CheckpointError(
                     f"{self.dir / taken} cannot be seen here ({problem}): all nodes must share the run directory"
@@ -247,7 +247,7 @@ class Checkpoints:
         part: dict[str, Any] = {"entries": entries, "kinds": [], "files": {}}
         if file is not None:
             part["kinds"] = list(pieces[0].values)
-            part["files"] = {f"{STATE}/{file.name}": committed.entry(file)}
+            part["files"] = {f"{STATE}/{file.name}": commit.entry(file)}
         _part(folder, self._world.rank).write_text(json.dumps(part))
 
     def _commit(self, pending: _Pending) -> None:
@@ -257,14 +257,14 @@ class Checkpoints:
         kinds = next(w["kinds"] for w in written if w["kinds"])
         index = write_index(folder, [e for w in written for e in w["entries"]], kinds, pending.adam_step)
         files = {name: entry for w in written for name, entry in w["files"].items()}
-        files[f"{STATE}/{INDEX}"] = committed.entry(index)
+        files[f"{STATE}/{INDEX}"] = commit.entry(index)
         for part in parts:
             part.unlink()
         fsync(folder)
-        committed.commit(pending.staging, pending.record, files)
+        commit.commit(pending.staging, pending.record, files)
         # There may be one of this step: damaged, or left by a run that was rewound.
         aside = self.dir / f"{_STAGING}_replaced_{pending.final.name}"
-        committed.publish(pending.staging, pending.final, aside)
+        commit.publish(pending.staging, pending.final, aside)
         write_atomically(self.dir.parent / LATEST, f"{pending.final.name}\n")
 
     def _prune(self) -> None:
@@ -291,13 +291,13 @@ def newest(run_dir: Path) -> Path:
 
 def load_position(path: Path) -> Position:
     """Where the run stood at a committed checkpoint."""
-    return Position(**committed.read(path)["position"])
+    return Position(**commit.read(path)["position"])
 
 
 def _newest(folder: Path, hashes: bool = False) -> tuple[Path | None, list[str]]:
     problems = []
     for path in reversed(_committed(folder)):
-        problem = committed.problem(path, hashes)
+        problem = commit.problem(path, hashes)
         if problem is None:
             return path, problems
         problems.append(f"{path.name}: {problem}")

@@ -12,8 +12,8 @@ from typing import Any
 import fsspec
 
 from maestro_scale.errors import MaestroError
-from maestro_scale.training.checkpoint import committed
-from maestro_scale.training.checkpoint.committed import MARKER
+from maestro_scale.training.checkpoint import commit
+from maestro_scale.training.checkpoint.commit import MARKER
 from maestro_scale.training.checkpoint.identity import differences
 from maestro_scale.training.checkpoint.retention import Retention
 
@@ -102,7 +102,7 @@ class Mirror:
         for name in self.names():
             marker = self._read(lambda fs, root, name=name: fs.cat_file(f"{root}/{name}/{MARKER}"))
             try:
-                theirs = committed.content(marker)["identity"]
+                theirs = commit.content(marker)["identity"]
             except (ValueError, KeyError):
                 continue  # damaged: the next one tells
             if difference := differences(theirs, self._identity):

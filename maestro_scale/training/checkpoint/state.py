@@ -6,24 +6,24 @@ import torch
 
 from maestro_scale.interop.sharded_state import WEIGHT, ParameterSlice, StateReader
 from maestro_scale.training.ema import EMA, Ema
-from maestro_scale.training.fragments import MOMENTS, Holdings
+from maestro_scale.training.fragments import MOMENTS, ShardedState
 
 
 class TrainState:
     """A rank's part of the training state. Restoring it is bitwise, on any number of ranks and any ZeRO stage."""
 
-    def __init__(self, holdings: Holdings, ema: Ema | None) -> None:
-        self.holdings, self.ema = holdings, ema
+    def __init__(self, sharded: ShardedState, ema: Ema | None) -> None:
+        self.sharded, self.ema = sharded, ema
 
     def pieces(self) -> list[ParameterSlice]:
         """What this rank owns, copied to the CPU: training may go on at once."""
-        moments = MOMENTS if self.holdings.adam_step else ()
+        moments = MOMENTS if self.sharded.adam_step else ()
         pieces = []
-        for i, f in enumerate(self.holdings.fragments):
+        for i, f in enumerate(self.sharded.fragments):
             first, numel = f.owned
             if numel == 0:
                 continue
-            values = {WEIGHT: f.weights, **{key: self.holdings.moment(f, key) for key in moments}}
+            values = {WEIGHT: f.weights, **{key: self.sharded.moment(f, key) for key in moments}}
             values = {key: v.narrow(0, first, numel) for key, v in values.items()}
             if self.ema is not None:
                 values[EMA] = self.ema.averages[i]
@@ -36,12 +36,12 @@ class TrainState:
         """Take up a state that was written by any number of ranks. All ranks together."""
         moments = MOMENTS if reader.adam_step else ()
         if moments:
-            self.holdings.begin_adam_at(reader.adam_step)
-        for i, f in enumerate(self.holdings.fragments):
+            self.sharded.begin_adam_at(reader.adam_step)
+        for i, f in enumerate(self.sharded.fragments):
             f.weights.copy_(reader.read(WEIGHT, f.name, f.start, f.weights.numel()))
             for key in moments:
-                self.holdings.moment(f, key).copy_(reader.read(key, f.name, f.start, f.weights.numel()))
+                self.sharded.moment(f, key).copy_(reader.read(key, f.name, f.start, f.weights.numel()))
             first, numel = f.owned
             if self.ema is not None and numel:
                 self.ema.averages[i].copy_(reader.read(EMA, f.name, f.start + first, numel))
-        self.holdings.spread()
+        self.sharded.sync_to_model()

@@ -10,7 +10,7 @@ from maestro_scale.stream.source import Source
 from maestro_scale.training.distributed import World
 
 
-def train_stream(recipe: Recipe, sources: Sequence[Source], world: World) -> tuple[TrainLoader, int]:
+def train_loader(recipe: Recipe, sources: Sequence[Source], world: World) -> tuple[TrainLoader, int]:
     """(this rank's share of the global batches of a mixture, steps that the recipe asks for)."""
     data, train = recipe.data, recipe.train
     stream = TrainLoader(

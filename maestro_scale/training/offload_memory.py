@@ -15,7 +15,7 @@ from maestro_scale.training.footprint import footprint
 GIB = 2**30
 
 
-def check_offload_room(
+def check_offload_memory(
     parameters: int, config: Mapping[str, Any], num_micro_batches: int, ema: bool, world: World
 ) -> None:
     """All ranks must call it.
