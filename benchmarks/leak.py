@@ -21,7 +21,7 @@ from maestro_scale import datasets
 from maestro_scale.model.config import ModelConfig
 from maestro_scale.model.embed import patchify, unpatchify
 from maestro_scale.model.maestro import Maestro
-from maestro_scale.model.masking import Masking, by_sensor, draw_masks
+from maestro_scale.model.masking import MaskingConfig, draw_masks, masks_by_sensor
 from maestro_scale.model.sizes import SIZES
 from maestro_scale.shards.format.manifest import Manifest
 from maestro_scale.shards.read.store import Store
@@ -75,11 +75,11 @@ def main() -> None:
             dataset=spec.name, sensors=spec.sensors, pos_grid=spec.pos_grid, size=SIZES["tiny"], norm=norm
         )
         model = Maestro(config).initialise(0).eval()
-        masks = draw_masks(config, Masking(), batch)
-        other = with_others_hidden(config, batch, by_sensor(config, masks))
+        masks = draw_masks(config, MaskingConfig(), batch)
+        other = with_others_hidden(config, batch, masks_by_sensor(config, masks))
         entering = {}
         for s in config.sensors:
-            visible = ~by_sensor(config, masks)[s.name]
+            visible = ~masks_by_sensor(config, masks)[s.name]
             before, after = (
                 model.patch_embed[s.embed][0](model._patches(s, b)).flatten(1, 2)[visible.flatten(1)]
                 for b in (batch, other)

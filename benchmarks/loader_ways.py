@@ -27,7 +27,7 @@ from maestro_scale.shards.read.store import Store
 from maestro_scale.stream.loader import TrainLoader
 from maestro_scale.stream.packing import arrays_in, num_bytes
 from maestro_scale.stream.source import Source
-from maestro_scale.stream.transform import Preparer, View
+from maestro_scale.stream.transform import Transform, View
 
 
 @dataclass(frozen=True)
@@ -76,15 +76,15 @@ class Batcher:
     def __init__(self, dataset: str, size: int) -> None:
         spec = datasets.spec(dataset)
         self.size = size
-        self._preparer = Preparer(View(spec, spec.sensors, spec.crop_m))
+        self._transform = Transform(View(spec, spec.sensors, spec.crop_m))
 
     def __call__(self, samples: Iterable[Arrays]) -> Iterator[torch.Tensor]:
         numbered = enumerate(samples)
         while chunk := list(itertools.islice(numbered, self.size)):
-            block = torch.empty(num_bytes(self._preparer.fields, len(chunk)), dtype=torch.uint8)
-            out = arrays_in(block, self._preparer.fields, len(chunk))
+            block = torch.empty(num_bytes(self._transform.fields, len(chunk)), dtype=torch.uint8)
+            out = arrays_in(block, self._transform.fields, len(chunk))
             for row, (number, sample) in enumerate(chunk):
-                self._preparer.train(sample, 0, number, out, row)
+                self._transform.train(sample, 0, number, out, row)
             yield block
 
 
@@ -147,7 +147,7 @@ class _Tiles(torch.utils.data.Dataset):
     """Tiles from their files: the date nearest to the median of each bin, as float32."""
 
     def __init__(self, raw: Any, batcher: Batcher) -> None:
-        self._raw, self._keys, self._preparer = raw, raw.keys(), batcher._preparer
+        self._raw, self._keys, self._transform = raw, raw.keys(), batcher._transform
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -155,10 +155,10 @@ class _Tiles(torch.utils.data.Dataset):
     def __getitem__(self, i: int) -> list[torch.Tensor]:
         tile = self._raw.read(self._keys[i])
         sample = Arrays(tile.key, tile_fields(tile))
-        fields = self._preparer.fields
+        fields = self._transform.fields
         block = torch.empty(num_bytes(fields, 1), dtype=torch.uint8)
         out = arrays_in(block, fields, 1)
-        self._preparer.evaluate(sample, i % self._preparer.grid.num_crops, out, 0)
+        self._transform.evaluate(sample, i % self._transform.grid.num_crops, out, 0)
         return [torch.from_numpy(out[f][0].astype(np.float32)) for f in fields]
 
 

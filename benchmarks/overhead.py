@@ -68,7 +68,7 @@ def step_times(recipe: Recipe, run_dir: Path, world: World, model: bool) -> list
         data = next(steps(self, start_samples, num_steps))
         for turn in range(1, num_steps + 1):
             marks.append(time.perf_counter())
-            yield replace(data, turn=turn)
+            yield replace(data, dataset_step=turn)
 
     def once(self: Engine, *args):
         if not first:

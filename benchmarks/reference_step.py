@@ -19,7 +19,7 @@ from maestro_scale.datasets.spec import Sensor
 from maestro_scale.model.embed import network_input
 from maestro_scale.model.encodings import date_encoding
 from maestro_scale.model.maestro import Maestro
-from maestro_scale.model.masking import Masking, num_hidden
+from maestro_scale.model.masking import MaskingConfig, num_masked
 from maestro_scale.model.sequences import Sequence, pack, sequences, unpack
 from maestro_scale.model.targets import target_groups
 from maestro_scale.model.transformer import Block, Transformer
@@ -28,7 +28,9 @@ from maestro_scale.stream.batch import Batch
 Grids = dict[str, Tensor]
 
 
-def reference_loss(model: Maestro, batch: Batch, masking: Masking, hidden: Grids | None = None) -> Tensor:
+def reference_loss(
+    model: Maestro, batch: Batch, masking: MaskingConfig, hidden: Grids | None = None
+) -> Tensor:
     """The pretraining loss of ``batch``; scalar. ``hidden``: masks (rows, N) by sequence, instead of drawn ones."""
     view = model.view(batch.dataset)
     images = {s.name: network_input(s, batch.pixels[s.name]) for s in view.sensors}
@@ -63,7 +65,7 @@ def reference_loss(model: Maestro, batch: Batch, masking: Masking, hidden: Grids
     return torch.stack(losses).sum() / sum(weights)
 
 
-def host_masks(model: Maestro, batch: Batch, masking: Masking) -> Grids:
+def host_masks(model: Maestro, batch: Batch, masking: MaskingConfig) -> Grids:
     """{sequence: (rows, N)} bool, drawn on the host."""
     view, size = model.view(batch.dataset), len(batch)
     structure = {}
@@ -90,7 +92,7 @@ def host_masks(model: Maestro, batch: Batch, masking: Masking) -> Grids:
     for name, mask in structure.items():
         noise = torch.rand(mask.shape) * (1 - mask.float())
         ranks = noise.argsort(dim=1).argsort(dim=1)
-        hidden[name] = ranks < num_hidden(masking.ratio, mask.shape[1])
+        hidden[name] = ranks < num_masked(masking.ratio, mask.shape[1])
     return hidden
 
 
@@ -111,7 +113,7 @@ def _embed(model: Maestro, sensor: Sensor, image: Tensor) -> Tensor:
 def _encoding(model: Maestro, role: str, sensor: Sensor, batch: Batch) -> Tensor:
     """(B, R, L, width): pooled anew from the fine grid."""
     view = model.view(batch.dataset)
-    fine = model.positions[role].of(view.pos_grid, view.pos_grid, batch.ref_date.device)
+    fine = model.positions[role].get(view.pos_grid, view.pos_grid, batch.ref_date.device)
     image = rearrange(fine, "(h w) e -> 1 e h w", h=view.pos_grid)
     if view.pos_grid % sensor.grid:
         side = sensor.grid * max(round(view.pos_grid / sensor.grid), 1)

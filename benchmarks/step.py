@@ -35,9 +35,9 @@ from torch import Tensor
 from maestro_scale import datasets
 from maestro_scale.datasets.spec import DatasetSpec
 from maestro_scale.model.config import ModelConfig
-from maestro_scale.model.cost import cost
+from maestro_scale.model.cost import compute_cost
 from maestro_scale.model.maestro import Maestro
-from maestro_scale.model.masking import Masking, draw_masks
+from maestro_scale.model.masking import MaskingConfig, draw_masks
 from maestro_scale.model.sizes import SIZES
 from maestro_scale.stream.batch import Batch, num_noise
 from maestro_scale.training.loop import hidden_counts
@@ -46,7 +46,7 @@ from maestro_scale.training.optimizer import build_optimizer
 from maestro_scale.training.run_dir import git_revision
 
 GIB = 2**30
-MASKING = Masking()
+MASKING = MaskingConfig()
 
 
 @dataclass
@@ -95,7 +95,7 @@ class Bench:
         masks = draw_masks(view, MASKING, self.batch)
         with torch.no_grad():
             ours = self.model(self.batch, masks, hidden_counts(view, [masks]))[0]
-            theirs = reference_loss(self.model, self.batch, MASKING, {k: m.hidden for k, m in masks.items()})
+            theirs = reference_loss(self.model, self.batch, MASKING, {k: m.masked for k, m in masks.items()})
         return abs(float(ours - theirs)) / abs(float(theirs))
 
     def _mark(self, marks: list[float] | None) -> None:
@@ -183,7 +183,7 @@ def measure(spec: DatasetSpec, size: str, args: argparse.Namespace) -> list[dict
                     flush=True,
                 )
             phases[name].append([later - earlier for earlier, later in itertools.pairwise(marks)])
-    flops = cost(b.model.config, MASKING.ratio).step_flops * args.batch
+    flops = compute_cost(b.model.config, MASKING.ratio).step_flops * args.batch
     peak = peak_tflops(b.device)
     rows = []
     for name in names:

@@ -11,8 +11,8 @@ import torch
 from testkit.parity import FIXTURES, LOSSES, PARITY_DIR, RELATIVE, batch_of, build, close, load
 
 from maestro_scale.model.embed import unpatchify
-from maestro_scale.model.masking import Mask, by_sensor
-from maestro_scale.model.targets import hidden_pixels
+from maestro_scale.model.masking import Mask, masks_by_sensor
+from maestro_scale.model.targets import num_masked_values
 
 
 def test_fixtures_are_found():
@@ -46,8 +46,8 @@ def test_loss(name, which):
     fixture = load(name)
     model = build(fixture, *LOSSES[which])
     masks = {k: Mask.of(v) for k, v in fixture.under("mask").items()}
-    hidden = by_sensor(model.config, masks)
-    counts = torch.stack([hidden_pixels(model.config, s, hidden[s.name]) for s in fixture.config.sensors])
+    hidden = masks_by_sensor(model.config, masks)
+    counts = torch.stack([num_masked_values(model.config, s, hidden[s.name]) for s in fixture.config.sensors])
     with torch.no_grad():
         loss, _ = model(batch_of(fixture), masks, counts)
     assert loss.item() == pytest.approx(fixture.losses[which], rel=RELATIVE)

@@ -117,13 +117,13 @@ def _accelerators() -> Iterator[Finding]:
 def _kernels() -> Iterator[Finding]:
     import torch
 
-    from maestro_scale.model.attention import chosen, possible
+    from maestro_scale.model.attention import available_backends, resolve_backend
 
     cuda = torch.cuda.is_available()
     device, dtype = torch.device("cuda" if cuda else "cpu"), torch.bfloat16 if cuda else torch.float32
-    auto = chosen("auto", device, dtype, 64)
+    auto = resolve_backend("auto", device, dtype, 64)
     advice = "" if not cuda or auto != "math" else "attention is not fused here: update torch or the driver"
-    yield Finding("attention", f"{auto} (can be: {', '.join(possible(device, dtype, 64))})", advice)
+    yield Finding("attention", f"{auto} (can be: {', '.join(available_backends(device, dtype, 64))})", advice)
 
 
 def _compiler() -> Iterator[Finding]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from maestro_scale.datasets.spec import DatasetError, Place
+from maestro_scale.datasets.spec import DatasetError, GeoOrigin
 
 
 def list_folder(folder: Path) -> frozenset[str]:
@@ -36,7 +36,7 @@ def read_csv(path: Path) -> tuple[dict[str, int], list[list[str]]]:
     return {name.strip(): i for i, name in enumerate(header)}, rows
 
 
-class Absent:
+class MissingFiles:
     """The tiles of a split that lack a file: ``files`` names one for each, relative to ``src``, by tile key.
 
     DatasetError if that is every one of the ``num_tiles`` that ``listing`` has: then the folder is wrong.
@@ -109,10 +109,12 @@ def product_dates(products: Sequence[bytes], part: int, where: str) -> np.ndarra
 
 def read_tif(path: Path, shape: tuple[int, int, int], dtype: str) -> np.ndarray:
     """All bands of a GeoTIFF or PNG, (C, H, W); DatasetError if unreadable or not of ``shape`` and ``dtype``."""
-    return read_placed_tif(path, shape, dtype)[0]
+    return read_georeferenced_tif(path, shape, dtype)[0]
 
 
-def read_placed_tif(path: Path, shape: tuple[int, int, int], dtype: str) -> tuple[np.ndarray, Place | None]:
+def read_georeferenced_tif(
+    path: Path, shape: tuple[int, int, int], dtype: str
+) -> tuple[np.ndarray, GeoOrigin | None]:
     """As :func:`read_tif`, and where it lies; None where the file does not say, or is not north up in metres."""
     import rasterio
     from rasterio.errors import NotGeoreferencedWarning, RasterioError
@@ -123,18 +125,20 @@ def read_placed_tif(path: Path, shape: tuple[int, int, int], dtype: str) -> tupl
         with rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR"), rasterio.open(path) as raster:
             found = (raster.count, raster.height, raster.width)
             if found != shape or raster.dtypes[0] != dtype:
-                got = f"{raster.dtypes[0]} {_by(found)}"
-                raise DatasetError(f"{path}: is {got}, expected {dtype} {_by(shape)}; fetch the file again")
-            return raster.read(), _place(raster)
+                got = f"{raster.dtypes[0]} {_format_shape(found)}"
+                raise DatasetError(
+                    f"{path}: is {got}, expected {dtype} {_format_shape(shape)}; fetch the file again"
+                )
+            return raster.read(), _origin(raster)
     except (RasterioError, OSError) as error:
-        raise unreadable(path, error) from error
+        raise read_error(path, error) from error
 
 
-def _place(raster) -> Place | None:
+def _origin(raster) -> GeoOrigin | None:
     t, crs = raster.transform, raster.crs
     if not crs or not crs.is_projected or t.b or t.d or t.e >= 0:
         return None
-    return Place(crs.to_string(), t.c, t.f)
+    return GeoOrigin(crs.to_string(), t.c, t.f)
 
 
 def read_stack(path: Path, num_bands: int, size: int) -> np.ndarray:
@@ -151,12 +155,12 @@ def read_stack(path: Path, num_bands: int, size: int) -> np.ndarray:
             found = (raster.count, raster.height, raster.width)
             if found[1:] != (size, size) or found[0] % num_bands:
                 raise DatasetError(
-                    f"{path}: is {_by(found)}, expected a multiple of {num_bands} bands of {size}×{size}; "
+                    f"{path}: is {_format_shape(found)}, expected a multiple of {num_bands} bands of {size}×{size}; "
                     "fetch the file again"
                 )
             return raster.read().reshape(-1, num_bands, size, size)
     except (RasterioError, OSError) as error:
-        raise unreadable(path, error) from error
+        raise read_error(path, error) from error
 
 
 def read_npy(path: Path, shape: tuple[int | None, ...], dtype: str) -> np.ndarray:
@@ -167,7 +171,7 @@ def read_npy(path: Path, shape: tuple[int | None, ...], dtype: str) -> np.ndarra
         raise DatasetError(f"{path}: cannot be read ({_one_line(error)}); fetch the file again") from error
     fits = isinstance(array, np.ndarray) and array.dtype == dtype and array.ndim == len(shape)
     if not fits or any(n not in (None, m) for n, m in zip(shape, array.shape, strict=True)):
-        got = f"{array.dtype} {_by(array.shape)}" if isinstance(array, np.ndarray) else "an archive"
+        got = f"{array.dtype} {_format_shape(array.shape)}" if isinstance(array, np.ndarray) else "an archive"
         expected = "×".join("T" if n is None else str(n) for n in shape)
         raise DatasetError(f"{path}: is {got}, expected {dtype} {expected}; fetch the file again")
     return array
@@ -182,10 +186,10 @@ def read_h5(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
         with h5py.File(path, "r", locking=False) as file:
             return {name: file[name][()] for name in names if name in file}
     except (OSError, RuntimeError) as error:
-        raise unreadable(path, error) from error
+        raise read_error(path, error) from error
 
 
-def unreadable(path: Path, error: Exception) -> DatasetError:
+def read_error(path: Path, error: Exception) -> DatasetError:
     """What to raise for a file that did not open: it may be missing, or damaged."""
     if not path.exists():
         return DatasetError(
@@ -213,7 +217,7 @@ def to_integers(values: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray 
     return integers, bad if bad.any() else None, not np.array_equal(integers, clean)
 
 
-def _by(shape: Sequence[int]) -> str:
+def _format_shape(shape: Sequence[int]) -> str:
     return "×".join(str(n) for n in shape)
 
 

@@ -145,14 +145,14 @@ class DatasetSpec:
 
 
 @dataclass(frozen=True)
-class Place:
+class GeoOrigin:
     """Where a tile lies, north up: the upper left corner in ``crs`` (as ``EPSG:2154``, or WKT), in metres."""
 
     crs: str
     west_m: float
     north_m: float
 
-    def moved(self, east_m: float, south_m: float) -> Place:
+    def moved(self, east_m: float, south_m: float) -> GeoOrigin:
         """The place so far from this one."""
         return replace(self, west_m=self.west_m + east_m, north_m=self.north_m - south_m)
 
@@ -164,7 +164,7 @@ class Tile:
     ``arrays[modality]``: (T, C, H, W). ``dates[modality]``: (T, 3) int16 (year, day of year, hour).
     ``masks[modality]``: (T, M, H, W) uint8 0-100, only where the modality has mask bands.
     ``targets[name]``: as :class:`Target` says. ``ref_date``: (3,) int16, the date positions in time count from.
-    ``notes``: what a reader assumed or mended, in words; counted in the manifest. ``place``: None where the source
+    ``notes``: what a reader assumed or mended, in words; counted in the manifest. ``origin``: None where the source
     does not say.
     """
 
@@ -175,7 +175,7 @@ class Tile:
     targets: Mapping[str, np.ndarray]
     ref_date: np.ndarray
     notes: tuple[str, ...] = field(default=())
-    place: Place | None = None
+    origin: GeoOrigin | None = None
 
 
 class RawDataset(Protocol):

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import torch
 
-from maestro_scale.datasets.spec import Place
+from maestro_scale.datasets.spec import GeoOrigin
 from maestro_scale.evaluation.features.cache import weights_digest
 from maestro_scale.evaluation.results import ResultsError
 from maestro_scale.evaluation.tasks.tile_maps import georeference
@@ -45,7 +45,7 @@ class EmbeddingRows:
     lie, None where the shards do not know; ``arrays`` (N, …) by name."""
 
     keys: Sequence[str]
-    places: Sequence[Place | None]
+    places: Sequence[GeoOrigin | None]
     crops: np.ndarray
     arrays: dict[str, np.ndarray]
 
@@ -151,7 +151,7 @@ class EmbeddingWriter:
             while shard is not None and held >= (size := shard.samples * loader.num_crops):
                 whole = {name: np.concatenate([p[name] for p in pending]) for name in pending[0]}
                 with source.store.shard(shard) as opened:
-                    of_crops = [(t.key, t.place) for t in opened for _ in range(loader.num_crops)]
+                    of_crops = [(t.key, t.origin) for t in opened for _ in range(loader.num_crops)]
                     keys, places = zip(*of_crops, strict=True)
                 crops = np.tile(np.arange(loader.num_crops), shard.samples)
                 yield shard, EmbeddingRows(keys, places, crops, {name: a[:size] for name, a in whole.items()})

@@ -22,7 +22,7 @@ BACKENDS = {
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def attend_with(choice: str) -> Attend:
+def attention_function(choice: str) -> Attend:
     """The function (q, k, v), each (B, N, heads, dim), -> (B, M, heads, dim) of an ``AttentionChoice``."""
     if choice == "flash_attn":
         return _flash_attn
@@ -39,12 +39,12 @@ def attend_with(choice: str) -> Attend:
     return attend
 
 
-def possible(device: torch.device, dtype: torch.dtype, dim_head: int) -> tuple[str, ...]:
+def available_backends(device: torch.device, dtype: torch.dtype, dim_head: int) -> tuple[str, ...]:
     """The choices of model.config, ``auto`` aside, that run forward and backward on a device, found by trying."""
     return tuple(c for c in (*BACKENDS, "flash_attn") if _runs(c, device, dtype, dim_head))
 
 
-def chosen(choice: str, device: torch.device, dtype: torch.dtype, dim_head: int) -> str:
+def resolve_backend(choice: str, device: torch.device, dtype: torch.dtype, dim_head: int) -> str:
     """The backend behind a choice: itself, or what torch takes for ``auto``.
 
     Raises:
@@ -52,10 +52,10 @@ def chosen(choice: str, device: torch.device, dtype: torch.dtype, dim_head: int)
     """
     if choice != "auto":
         if not _runs(choice, device, dtype, dim_head):
-            fits = ", ".join(("auto", *possible(device, dtype, dim_head)))
+            usable = ", ".join(("auto", *available_backends(device, dtype, dim_head)))
             raise ValueError(
                 f"model.attention: {choice!r} does not run on {device.type} in {_short(dtype)} with heads of "
-                f"{dim_head} channels; use one of {fits}"
+                f"{dim_head} channels; use one of {usable}"
             )
         return choice
     q = _example(device, dtype, dim_head).transpose(1, 2)
@@ -66,7 +66,7 @@ def chosen(choice: str, device: torch.device, dtype: torch.dtype, dim_head: int)
 def _runs(choice: str, device: torch.device, dtype: torch.dtype, dim_head: int) -> bool:
     x = _example(device, dtype, dim_head).requires_grad_()
     try:
-        attend_with(choice)(x, x, x).sum().backward()
+        attention_function(choice)(x, x, x).sum().backward()
     except (RuntimeError, ImportError):
         return False
     return True

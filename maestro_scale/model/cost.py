@@ -12,7 +12,7 @@ import torch
 
 from maestro_scale.model.config import ModelConfig
 from maestro_scale.model.maestro import Maestro
-from maestro_scale.model.masking import num_hidden
+from maestro_scale.model.masking import num_masked
 from maestro_scale.model.sequences import num_rows, num_tokens, sequences
 
 GIB = 2**30
@@ -43,7 +43,7 @@ def num_parameters(config: ModelConfig) -> int:
         return sum(p.numel() for p in Maestro(config).parameters())
 
 
-def cost(config: ModelConfig, mask_ratio: float) -> Cost:
+def compute_cost(config: ModelConfig, mask_ratio: float) -> Cost:
     """The cost of pretraining one sample."""
     size = config.size
     flops, block_flops, again, kept, visible_all = 0, 0, 0, 0, 0
@@ -59,7 +59,7 @@ def cost(config: ModelConfig, mask_ratio: float) -> Cost:
     runs: list[_Run] = []
     for q in sequences(config):
         rows, tokens = num_rows(config, q), num_tokens(config, q)
-        visible = tokens - num_hidden(mask_ratio, tokens)
+        visible = tokens - num_masked(mask_ratio, tokens)
         visible_all += rows * visible
         if size.width != size.decoder_width:
             flops += 2 * rows * visible * size.width * size.decoder_width

@@ -44,7 +44,7 @@ def date_encoding(dates: Tensor, ref_date: Tensor) -> Tensor:
     return torch.cat([years[..., None].expand(*years.shape, 4), cycles], dim=-1)
 
 
-def encode(table: Tensor, dates: Tensor, ref_date: Tensor, token_groups: int) -> Tensor:
+def token_encoding(table: Tensor, dates: Tensor, ref_date: Tensor, token_groups: int) -> Tensor:
     """(B, R, L, width): position plus date for every token of a sensor, repeated for each token group."""
     when = date_encoding(dates, ref_date).repeat(1, token_groups, 1)[:, :, None, :]
     when = F.pad(when, (table.shape[-1] - DATE_CHANNELS, 0))
@@ -61,7 +61,7 @@ class PositionTables:
         self._width = width
         self._tables: dict[tuple[int, int, torch.device], Tensor] = {}
 
-    def of(self, grid: int, pos_grid: int, device: torch.device) -> Tensor:
+    def get(self, grid: int, pos_grid: int, device: torch.device) -> Tensor:
         """(grid*grid, width) float32 on ``device``."""
         key = (grid, pos_grid, device)
         if key not in self._tables:

@@ -85,7 +85,7 @@ class SegmentationHead(nn.Module):
         return maps.flatten(2).unflatten(0, tokens.shape[:2]).permute(0, 3, 1, 2)
 
 
-def head(target: Target, width: int, pool: str, ref: Sensor | None, side: int) -> nn.Module:
+def build_head(target: Target, width: int, pool: str, ref: Sensor | None, side: int) -> nn.Module:
     """The head for a target. ``pool``: a name in ``POOLS``; ``ref``: the sensor on whose tokens a segmentation is
     predicted, ``side`` pixels per side of each."""
     pooling = POOLS[pool](width)

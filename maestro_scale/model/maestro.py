@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from maestro_scale.datasets.spec import Sensor, Target, Tile
 from maestro_scale.model.config import ModelConfig
 from maestro_scale.model.embed import MaskTokens, PatchEmbed, network_input, patchify
-from maestro_scale.model.encodings import PositionTables, encode
-from maestro_scale.model.heads import head
+from maestro_scale.model.encodings import PositionTables, token_encoding
+from maestro_scale.model.heads import build_head
 from maestro_scale.model.initialise import initialise
-from maestro_scale.model.masking import Mask, by_sensor
+from maestro_scale.model.masking import Mask, masks_by_sensor
 from maestro_scale.model.sequences import pack, sequences, unpack
-from maestro_scale.model.targets import combine, error_sum
-from maestro_scale.model.transformer import Transformer, take
+from maestro_scale.model.targets import combine_losses, error_sum
+from maestro_scale.model.transformer import Transformer, gather_tokens
 from maestro_scale.stream.batch import Batch
 from maestro_scale.stream.tile import tile_batch
 
@@ -103,7 +103,7 @@ class Maestro(nn.Module):
     def _head(self, target: Target) -> nn.Module:
         ref = next((s for s in self.config.sensors if s.name == self.config.ref_sensor), None)
         side = self.config.target_side(target) if target.kind == "segmentation" else 0
-        return head(target, self.config.size.width, self.config.pool, ref, side)
+        return build_head(target, self.config.size.width, self.config.pool, ref, side)
 
     def compile_blocks(self, backend: str = "inductor") -> Maestro:
         """Have ``torch.compile`` make its own code for each kind of block, at the first step; returns itself."""
@@ -141,7 +141,7 @@ class Maestro(nn.Module):
         for q in sequences(view):
             x = pack(q, tokens)
             if masks is not None:
-                x = take(x, masks[q.name].visible)
+                x = gather_tokens(x, masks[q.name].visible_index)
             encoded[q.name] = self.encoders[q.encoder](x)
         if self.inter is not None:
             joined = self.inter(torch.cat(list(encoded.values()), dim=1))
@@ -159,8 +159,8 @@ class Maestro(nn.Module):
 
     def _encoding(self, role: str, view: ModelConfig, sensor: Sensor, batch: Batch) -> Tensor:
         dates = batch.dates[sensor.name]
-        table = self.positions[role].of(sensor.grid, view.pos_grid, dates.device)
-        return encode(table, dates, batch.ref_date, len(view.token_groups(sensor)))
+        table = self.positions[role].get(sensor.grid, view.pos_grid, dates.device)
+        return token_encoding(table, dates, batch.ref_date, len(view.token_groups(sensor)))
 
     # -- reconstructing ------------------------------------------------------------------------------------------
 
@@ -186,12 +186,12 @@ class Maestro(nn.Module):
             blank = pack(
                 q, {s.name: self.mask_token[s.name](len(batch), s.num_dates, s.grid**2) for s in q.sensors}
             ).to(visible.dtype)
-            index = mask.visible[:, :, None].expand(-1, -1, visible.shape[-1])
+            index = mask.visible_index[:, :, None].expand(-1, -1, visible.shape[-1])
             x = blank.scatter(1, index, visible)
             x = x + pack(q, {s.name: self._encoding("dec", view, s, batch) for s in q.sensors}).to(x.dtype)
-            if hidden_only and mask.masked.shape[1]:
-                decoded = self.decoders[q.encoder](x, mask.masked)
-                index = mask.masked[:, :, None].expand(-1, -1, decoded.shape[-1])
+            if hidden_only and mask.masked_index.shape[1]:
+                decoded = self.decoders[q.encoder](x, mask.masked_index)
+                index = mask.masked_index[:, :, None].expand(-1, -1, decoded.shape[-1])
                 decoded = decoded.new_zeros(x.shape).scatter(1, index, decoded)
             else:
                 decoded = self.decoders[q.encoder](x)
@@ -220,7 +220,7 @@ class Maestro(nn.Module):
         patches = {s.name: self._patches(s, batch) for s in view.sensors}
         encoded = self._encode(view, patches, batch, masks)
         predictions = self._decode(view, encoded, batch, masks, hidden_only=True)
-        hidden = by_sensor(view, masks)
+        hidden = masks_by_sensor(view, masks)
         sums = torch.stack(
             [error_sum(view, s, predictions[s.name], patches[s.name], hidden[s.name]) for s in view.sensors]
         )
@@ -228,7 +228,7 @@ class Maestro(nn.Module):
 
     def loss(self, dataset: str, sums: Tensor, counts: Tensor) -> Tensor:
         """The loss, or a part's share of it, from error sums (S,) and the global batch's ``counts`` (S,); fp32."""
-        return combine(self.view(dataset), sums, counts)
+        return combine_losses(self.view(dataset), sums, counts)
 
     def embed(
         self, data: Batch | Tile, crop_m: float | None = None, tile_m: float | None = None

@@ -19,7 +19,7 @@ def target_groups(config: ModelConfig, sensor: Sensor) -> tuple[int, ...]:
     return {"patch_group": sensor.band_groups, "patch": (len(sensor.bands),), "none": ()}[config.target]
 
 
-def normalised(config: ModelConfig, sensor: Sensor, patches: Tensor) -> Tensor:
+def normalise(config: ModelConfig, sensor: Sensor, patches: Tensor) -> Tensor:
     """(B, D, L, P*P, C) -> the same: (x - mean) / sqrt(unbiased variance + 1e-6) over each patch and group."""
     groups = target_groups(config, sensor)
     if not groups:
@@ -31,8 +31,8 @@ def normalised(config: ModelConfig, sensor: Sensor, patches: Tensor) -> Tensor:
     return torch.cat(parts, dim=-1)
 
 
-def restored(config: ModelConfig, sensor: Sensor, prediction: Tensor, patches: Tensor) -> Tensor:
-    """Predictions in the units of the pixels, for people to look at: the inverse of ``normalised``, with the true
+def denormalise(config: ModelConfig, sensor: Sensor, prediction: Tensor, patches: Tensor) -> Tensor:
+    """Predictions in the units of the pixels, for people to look at: the inverse of ``normalise``, with the true
     patches' statistics; (B, D, L, P*P, C)."""
     groups = target_groups(config, sensor)
     if not groups:
@@ -44,33 +44,33 @@ def restored(config: ModelConfig, sensor: Sensor, prediction: Tensor, patches: T
     return torch.cat(parts, dim=-1)
 
 
-def hidden_bands(config: ModelConfig, sensor: Sensor, hidden: Tensor) -> Tensor:
-    """Token mask (B, R, L) -> (B, D, L, 1, C) bool: which bands of which patch are hidden."""
+def masked_bands(config: ModelConfig, sensor: Sensor, masked: Tensor) -> Tensor:
+    """Token mask (B, R, L) -> (B, D, L, 1, C) bool: which bands of which patch are masked."""
     groups = config.token_groups(sensor)
-    per_group = hidden.unflatten(1, (len(groups), sensor.num_dates))  # group-major
-    repeats = torch.tensor(groups, device=hidden.device)
+    per_group = masked.unflatten(1, (len(groups), sensor.num_dates))  # group-major
+    repeats = torch.tensor(groups, device=masked.device)
     return per_group.repeat_interleave(repeats, dim=1, output_size=sum(groups)).permute(0, 2, 3, 1)[
         :, :, :, None
     ]
 
 
 def error_sum(
-    config: ModelConfig, sensor: Sensor, prediction: Tensor, patches: Tensor, hidden: Tensor
+    config: ModelConfig, sensor: Sensor, prediction: Tensor, patches: Tensor, masked: Tensor
 ) -> Tensor:
     """Sum in fp32 (in double, of doubles) of |error| (l1) or error**2 (l2) over hidden pixels; scalar."""
     precise = torch.promote_types(prediction.dtype, torch.float32)
-    difference = prediction.to(precise) - normalised(config, sensor, patches)
+    difference = prediction.to(precise) - normalise(config, sensor, patches)
     error = difference.abs() if config.loss == "l1" else difference.square()
-    return (error * hidden_bands(config, sensor, hidden)).sum()
+    return (error * masked_bands(config, sensor, masked)).sum()
 
 
-def hidden_pixels(config: ModelConfig, sensor: Sensor, hidden: Tensor) -> Tensor:
+def num_masked_values(config: ModelConfig, sensor: Sensor, masked: Tensor) -> Tensor:
     """Number of hidden pixel values behind a token mask (B, R, L); float64 scalar, exact below 2**53."""
-    bands = hidden_bands(config, sensor, hidden)
+    bands = masked_bands(config, sensor, masked)
     return bands.sum(dtype=torch.float64) * sensor.patch**2
 
 
-def combine(config: ModelConfig, sums: Tensor, counts: Tensor) -> Tensor:
+def combine_losses(config: ModelConfig, sums: Tensor, counts: Tensor) -> Tensor:
     """Error sums (S,) and global counts (S,) per sensor -> the loss: means weighted by D*L, in fp32.
 
     A sensor without one hidden pixel in the whole global batch has no mean; its weight is left out.

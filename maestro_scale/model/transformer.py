@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from maestro_scale.model.attention import attend_with
+from maestro_scale.model.attention import attention_function
 
 
 class Attention(nn.Module):
@@ -16,17 +16,17 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, dim_head: int, backend: str = "auto") -> None:
         super().__init__()
         self.heads = heads
-        self.attend = attend_with(backend)
+        self.attend = attention_function(backend)
         self.qkv = nn.Linear(width, 3 * heads * dim_head, bias=False)
         # As the authors have it: one head of full width needs no output projection.
         self.out = nn.Identity() if heads == 1 and dim_head == width else nn.Linear(heads * dim_head, width)
 
-    def forward(self, x: Tensor, wanted: Tensor | None = None) -> Tensor:
-        """(B, N, E) -> (B, N, E); with ``wanted`` (B, M), indices of tokens: the output at those only, (B, M, E)."""
+    def forward(self, x: Tensor, output_index: Tensor | None = None) -> Tensor:
+        """(B, N, E) -> (B, N, E); with ``output_index`` (B, M): the output at these tokens only, (B, M, E)."""
         # Unbound before heads are moved, so that their gradients are joined by one copy.
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)
-        if wanted is not None:
-            q = take(q.flatten(2), wanted).unflatten(-1, (self.heads, -1))
+        if output_index is not None:
+            q = gather_tokens(q.flatten(2), output_index).unflatten(-1, (self.heads, -1))
         return self.out(self.attend(q, k, v).flatten(2))
 
 
@@ -41,10 +41,10 @@ class Block(nn.Module):
         self.up = nn.Linear(width, mlp_width)
         self.down = nn.Linear(mlp_width, width)
 
-    def forward(self, x: Tensor, wanted: Tensor | None = None) -> Tensor:
-        """(B, N, E) -> (B, N, E), or (B, M, E) at the tokens of ``wanted`` (B, M)."""
-        mixed = self.attn(self.attn_norm(x), wanted)
-        x = mixed + (x if wanted is None else take(x, wanted))
+    def forward(self, x: Tensor, output_index: Tensor | None = None) -> Tensor:
+        """(B, N, E) -> (B, N, E), or (B, M, E) at the tokens of ``output_index`` (B, M)."""
+        mixed = self.attn(self.attn_norm(x), output_index)
+        x = mixed + (x if output_index is None else gather_tokens(x, output_index))
         return x + self.down(F.gelu(self.up(self.mlp_norm(x))))
 
 
@@ -67,10 +67,10 @@ class Transformer(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.recompute_every = recompute_every
 
-    def forward(self, x: Tensor, wanted: Tensor | None = None) -> Tensor:
-        """(B, N, E) -> (B, N, E), or (B, M, E) at the tokens of ``wanted`` (B, M): the last block has no others."""
+    def forward(self, x: Tensor, output_index: Tensor | None = None) -> Tensor:
+        """(B, N, E) -> (B, N, E), or (B, M, E) at the tokens ``output_index`` (B, M), all the last block computes."""
         for i, block in enumerate(self.blocks):
-            only = wanted if i == len(self.blocks) - 1 else None
+            only = output_index if i == len(self.blocks) - 1 else None
             if self.recompute_every and i % self.recompute_every == 0 and torch.is_grad_enabled():
                 x = checkpoint(block, x, only, use_reentrant=False)
             else:
@@ -78,6 +78,6 @@ class Transformer(nn.Module):
         return self.norm(x)
 
 
-def take(x: Tensor, index: Tensor) -> Tensor:
+def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
     """Tokens ``index`` (B, M) of ``x`` (B, N, E); (B, M, E)."""
     return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[-1]))

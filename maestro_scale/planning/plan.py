@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from maestro_scale.datasets.spec import DatasetSpec
 from maestro_scale.errors import MaestroError
-from maestro_scale.model.cost import Cost, cost, num_parameters
+from maestro_scale.model.cost import Cost, compute_cost, num_parameters
 from maestro_scale.recipe import Recipe
 from maestro_scale.training.footprint import Footprint, Traffic, footprint, traffic
 from maestro_scale.training.metrics.meter import PEAK_TFLOPS
@@ -119,7 +119,7 @@ def plan_cluster(
         )
     config = build_model_config(recipe, specs)
     parameters, gpu = num_parameters(config), GPUS[cluster.gpu]
-    costs = [cost(config.for_dataset(v.dataset), recipe.masking.ratio) for v in config.views]
+    costs = [compute_cost(config.for_dataset(v.dataset), recipe.masking.ratio) for v in config.views]
     largest = max(costs, key=lambda c: c.activations)
     layouts = tuple(
         _layout(recipe, parameters, largest, gpu, n, stage, micro)

@@ -31,10 +31,10 @@ class Batch:
 
     ``pixels[sensor]``: (B, D, C, H, W), native dtype, unscaled, cropped and flipped, before the model's
     resize. ``dates[sensor]``: (B, D, 3) int16 of year, day of year, hour. ``ref_date``: (B, 3) int16.
-    ``noise[sensor]``: (B, num_noise(sensor)) float32 in [0, 1). ``targets[name]``: stacked labels. ``keys``:
-    "epoch/dataset/sample" of each sample, enough to make it again (evaluation: "eval/dataset/sample/crop").
-    ``tiles``: the tiles' own names. ``filled``: dates that were repeated or imputed. ``replaced``: samples
-    that stand in for one in a bad shard.
+    ``noise[sensor]``: (B, num_noise(sensor)) float32 in [0, 1). ``targets[name]``: stacked targets. ``keys``:
+    "epoch/dataset/sample" of each sample, enough to replay it (evaluation: "eval/dataset/sample/crop").
+    ``tiles``: tile names. ``num_repeated_dates``: dates that were repeated or imputed.
+    ``num_replaced_samples``: samples drawn in place of one in a bad shard.
     """
 
     dataset: str
@@ -45,16 +45,16 @@ class Batch:
     targets: dict[str, Tensor]
     keys: tuple[str, ...]
     tiles: tuple[str, ...] = ()
-    filled: int = 0
-    replaced: int = 0
+    num_repeated_dates: int = 0
+    num_replaced_samples: int = 0
 
     def __len__(self) -> int:
         return len(self.keys)
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        """The same batch with ``change`` applied to every tensor."""
-        named = {f: {k: change(v) for k, v in getattr(self, f).items()} for f in _NAMED}
-        return dataclasses.replace(self, **named, ref_date=change(self.ref_date))
+    def map(self, fn: Callable[[Tensor], Tensor]) -> Batch:
+        """The same batch with ``fn`` applied to every tensor."""
+        named = {f: {k: fn(v) for k, v in getattr(self, f).items()} for f in _DICT_FIELDS}
+        return dataclasses.replace(self, **named, ref_date=fn(self.ref_date))
 
     def first(self) -> Batch:
         """The first sample alone."""
@@ -70,13 +70,13 @@ class Batch:
         return self.map(Tensor.pin_memory)
 
 
-_NAMED = ("pixels", "dates", "noise", "targets")
+_DICT_FIELDS = ("pixels", "dates", "noise", "targets")
 
 
 def digest(batch: Batch) -> str:
     """sha256 over every tensor and key of a batch, for audit files."""
     sha = hashlib.sha256("\n".join(batch.keys).encode())
-    for part in _NAMED:
+    for part in _DICT_FIELDS:
         for name, tensor in sorted(getattr(batch, part).items()):
             sha.update(f"{part}/{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
             sha.update(tensor.contiguous().view(torch.uint8).numpy().data)

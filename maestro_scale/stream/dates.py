@@ -12,10 +12,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from maestro_scale.stream.rng import Draws
+from maestro_scale.stream.rng import CounterRNG
 
 
-def repeated(stored: int, num_dates: int) -> np.ndarray:
+def spread_evenly(stored: int, num_dates: int) -> np.ndarray:
     """(D,) indices that spread T <= D stored dates evenly, in order; T = D takes each once."""
     return np.arange(num_dates) * stored // num_dates
 
@@ -36,7 +36,7 @@ def draw(
     num_dates: int,
     marked: np.ndarray | None,
     read: Callable[[np.ndarray], np.ndarray],
-    draws: Draws,
+    rng: CounterRNG,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Training: (D,) indices drawn at random for T > D stored dates, and their pixels (D, C, H, W).
 
@@ -44,7 +44,7 @@ def draw(
     of the final dates once, so that a long series is not decoded. Within a bin every eligible date is equally
     likely.
     """
-    words = draws.words(stored + 1)
+    words = rng.words(stored + 1)
     rest = stored % num_dates
     bin_dates = bins(stored, num_dates, skip=rest if words[-1] >> np.uint64(63) else 0)
     priority = words[:-1][bin_dates] >> np.uint64(1)

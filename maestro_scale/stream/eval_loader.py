@@ -8,12 +8,12 @@ import numpy as np
 
 from maestro_scale.shards.read.counters import StoreCounters
 from maestro_scale.stream.batch import Batch
-from maestro_scale.stream.batch_builder import Reading, Ref, Request, Settings
-from maestro_scale.stream.plan import PlanError
+from maestro_scale.stream.batch_builder import BatchBuilder, BatchRequest, BuilderSettings, SampleRef
+from maestro_scale.stream.plan import SampleOrderError
 from maestro_scale.stream.source import Source
 from maestro_scale.stream.workers import Pipeline
 
-_AHEAD = 4  # shards fetched before they are needed
+_PREFETCH_SHARDS = 4  # shards fetched before they are needed
 
 
 class EvalLoader:
@@ -37,10 +37,10 @@ class EvalLoader:
         crops: int | None = None,
     ) -> None:
         if batch_size < 1 or not 0 <= rank < world:
-            raise PlanError(f"batch_size {batch_size}, rank {rank} of {world}: make no evaluation")
+            raise SampleOrderError(f"batch_size {batch_size}, rank {rank} of {world}: make no evaluation")
         self.source, self.batch_size, self.workers, self.pin = source, batch_size, workers, pin
-        self._settings = Settings((source,), processes=max(workers, 1) * min(world, 8))
-        available = Reading(self._settings).preparer(0).grid.num_crops
+        self._settings = BuilderSettings((source,), num_processes=max(workers, 1) * min(world, 8))
+        available = BatchBuilder(self._settings).transform(0).grid.num_crops
         self.num_crops = available if crops is None else min(crops, available)
         self.num_samples = sum(source.counts)
         total = self.num_samples * self.num_crops
@@ -69,34 +69,34 @@ class EvalLoader:
         """Batches with noise 0 and keys "eval/dataset/sample/crop". BadShard, StoreError or LoaderError."""
         workers = min(self.workers, len(self))
         pipeline = Pipeline(
-            Reading(self._settings),
+            BatchBuilder(self._settings),
             self._requests(),
             batch_size=self.batch_size,
             workers=workers,
-            outstanding=2 * workers,
+            prefetch_batches=2 * workers,
             pin=self.pin,
-            counted=self._count,
+            on_counters=self._add_counters,
         )
         try:
             yield from pipeline
         finally:
             pipeline.close()
 
-    def _requests(self) -> Iterator[Request]:
+    def _requests(self) -> Iterator[BatchRequest]:
         items = self.items
         shards = np.searchsorted(self._starts, items[:, 0], side="right") - 1
         told = -1
         for first in range(0, len(items), self.batch_size):
             stop = min(first + self.batch_size, len(items))
             refs = tuple(
-                Ref(int(n), int(s), int(n - self._starts[s]), int(c))
+                SampleRef(int(n), int(s), int(n - self._starts[s]), int(c))
                 for (n, c), s in zip(items[first:stop], shards[first:stop], strict=True)
             )
-            ahead: tuple[int, ...] = ()
+            prefetch: tuple[int, ...] = ()
             if shards[first] != told:
                 told = shards[first]
-                ahead = tuple(range(told, min(told + _AHEAD, shards[-1] + 1)))
-            yield Request(0, None, refs, ahead)
+                prefetch = tuple(range(told, min(told + _PREFETCH_SHARDS, shards[-1] + 1)))
+            yield BatchRequest(0, None, refs, prefetch)
 
-    def _count(self, more: StoreCounters) -> None:
+    def _add_counters(self, more: StoreCounters) -> None:
         self.counters += more

@@ -11,19 +11,19 @@ from typing import Literal
 
 from maestro_scale.shards.read.counters import StoreCounters
 from maestro_scale.stream.batch import Batch
-from maestro_scale.stream.batch_builder import Reading, Ref, Request, Settings
+from maestro_scale.stream.batch_builder import BatchBuilder, BatchRequest, BuilderSettings, SampleRef
 from maestro_scale.stream.mixture import Mixture
-from maestro_scale.stream.plan import Plan, PlanError
+from maestro_scale.stream.plan import SampleOrder, SampleOrderError
 from maestro_scale.stream.source import Source, mixture_names
-from maestro_scale.stream.workers import LoaderError, Pipeline, start_server
+from maestro_scale.stream.workers import LoaderError, Pipeline, start_fork_server
 
 __all__ = ["LoaderError", "Source", "Step", "TrainLoader"]
 
 log = logging.getLogger(__name__)
 
 _KEY = re.compile(r"(?P<epoch>\d+)/(?P<label>.+)/(?P<number>\d+)(~(?P<stand_in>\d+))?")
-_MOST_RANKS_PER_NODE = 8
-_MOST_AHEAD = 256  # shards named in one request
+_MAX_RANKS_PER_NODE = 8
+_MAX_PREFETCH_SHARDS = 256  # shards named in one request
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,14 @@ class Step:
     """One optimizer step's data on this rank. ``step``: counted from 1; ``epoch``: of the run, from 0.
 
     ``samples``: consumed by all ranks once the step is done. ``dataset``: label of the one it draws from;
-    ``turn``: how many steps have drawn from that one, this one included.
+    ``dataset_step``: how many steps have drawn from that one, this one included.
     """
 
     step: int
     epoch: int
     samples: int
     dataset: str
-    turn: int
+    dataset_step: int
     batches: tuple[Batch, ...]
 
 
@@ -48,7 +48,7 @@ class TrainLoader:
     ``lanes``, ``global_batch``, ``window`` and ``seed`` fix the order, see :mod:`maestro_scale.stream.plan`;
     ``rank`` of ``world``, ``workers`` and ``micro_batch`` do not change which samples a step has. A step
     draws from one source, by weight. With several sources an epoch is as many steps as their epochs have
-    together. PlanError or ValueError, one line, where numbers do not go together.
+    together. SampleOrderError or ValueError, one line, where numbers do not go together.
     """
 
     def __init__(
@@ -70,43 +70,48 @@ class TrainLoader:
         self.global_batch, self.micro_batch, self.pin = global_batch, micro_batch, pin
         self._mixture = Mixture([s.weight for s in self.sources])
         self._labels = mixture_names([s.spec.name for s in self.sources])
-        self._plans = [
-            Plan(s.counts, seed, lanes, global_batch, window, dataset=i) for i, s in enumerate(self.sources)
+        self._orders = [
+            SampleOrder(s.counts, seed, lanes, global_batch, window, dataset=i)
+            for i, s in enumerate(self.sources)
         ]
-        self._plans[0].lanes_of(rank, world)
+        self._orders[0].lanes_of(rank, world)
         local = global_batch // world
         if micro_batch < 1 or local % micro_batch:
-            raise PlanError(
+            raise SampleOrderError(
                 f"micro_batch {micro_batch} does not divide the {local} samples of a rank per step"
             )
-        self._settings = Settings(
+        self._settings = BuilderSettings(
             self.sources,
             seed,
             flips,
             on_bad_shard == "replace",
-            max(workers, 1) * min(world, _MOST_RANKS_PER_NODE),
+            max(workers, 1) * min(world, _MAX_RANKS_PER_NODE),
         )
-        Reading(self._settings)  # refuses now what a worker would refuse later
+        BatchBuilder(self._settings)  # refuses now what a worker would refuse later
         if workers:
-            start_server(self.sources)
+            start_fork_server(self.sources)
         self._pipelines: list[Pipeline] = []
-        self._store, self._filled, self._replaced = StoreCounters(), 0, 0
-        for label, plan in zip(self._labels, self._plans, strict=True):
-            if plan.num_copies > 1 and rank == 0:
+        self._store_counters, self._num_repeated_dates, self._num_replaced_samples = StoreCounters(), 0, 0
+        for label, order in zip(self._labels, self._orders, strict=True):
+            if order.num_copies > 1 and rank == 0:
                 log.warning(
                     "%s has %d samples, fewer than the global batch %d: each is used up to %d times per step",
-                    *(label, plan.num_samples, global_batch, plan.num_copies),
+                    *(label, order.num_samples, global_batch, order.num_copies),
                 )
 
     @property
     def steps_per_epoch(self) -> int:
         """Steps of an epoch: of the dataset's own, or the sum over all."""
-        return sum(p.steps_per_epoch for p in self._plans)
+        return sum(p.steps_per_epoch for p in self._orders)
 
     @property
     def counters(self) -> dict[str, float]:
         """Totals of this rank: dates ``filled``, samples ``replaced``, and what its stores did."""
-        return {"filled": self._filled, "replaced": self._replaced, **dataclasses.asdict(self._store)}
+        return {
+            "filled": self._num_repeated_dates,
+            "replaced": self._num_replaced_samples,
+            **dataclasses.asdict(self._store_counters),
+        }
 
     def steps(self, start_samples: int, num_steps: int) -> Iterator[Step]:
         """The steps after ``start_samples`` consumed samples, up to and including the run's ``num_steps``-th.
@@ -131,12 +136,14 @@ class TrainLoader:
                 raise ValueError(f"{key!r} is no key of a sample of {', '.join(self._labels)}")
             dataset, number = self._labels.index(match["label"]), int(match["number"])
             origins.add((dataset, int(match["epoch"])))
-            shard, index = self._plans[dataset].locate(int(match["stand_in"] or number))
-            refs.append(Ref(number, int(shard), int(index)))
+            shard, index = self._orders[dataset].locate(int(match["stand_in"] or number))
+            refs.append(SampleRef(number, int(shard), int(index)))
         if len(origins) != 1:
             raise ValueError("the keys of a batch must be of one dataset and one epoch")
-        requests = [Request(*origins.pop(), tuple(refs))]
-        pipeline = Pipeline(Reading(self._settings), requests, len(refs), 0, 0, False, self._count)
+        requests = [BatchRequest(*origins.pop(), tuple(refs))]
+        pipeline = Pipeline(
+            BatchBuilder(self._settings), requests, len(refs), 0, 0, False, self._add_counters
+        )
         try:
             return dataclasses.replace(next(pipeline), keys=tuple(keys))
         finally:
@@ -151,29 +158,29 @@ class TrainLoader:
         per_step = self.global_batch // self.world // self.micro_batch
         requests = self._requests(start, num_steps)
         # While one step is computed, the next is made.
-        outstanding = per_step + self.workers
+        prefetch_batches = per_step + self.workers
         pipeline = Pipeline(
-            Reading(self._settings),
+            BatchBuilder(self._settings),
             requests,
             batch_size=self.micro_batch,
             workers=self.workers,
-            outstanding=outstanding,
+            prefetch_batches=prefetch_batches,
             pin=self.pin,
-            counted=self._count,
+            on_counters=self._add_counters,
         )
         self._pipelines.append(pipeline)
         try:
             for step in range(start, num_steps):
-                dataset, turn = self._mixture.at(step)
+                dataset, dataset_step = self._mixture.at(step)
                 batches = tuple(next(pipeline) for _ in range(per_step))
-                self._filled += sum(b.filled for b in batches)
-                self._note_replaced(sum(b.replaced for b in batches), step + 1)
+                self._num_repeated_dates += sum(b.num_repeated_dates for b in batches)
+                self._count_replaced(sum(b.num_replaced_samples for b in batches), step + 1)
                 yield Step(
                     step=step + 1,
                     epoch=step // self.steps_per_epoch,
                     samples=(step + 1) * self.global_batch,
                     dataset=self._labels[dataset],
-                    turn=turn + 1,
+                    dataset_step=dataset_step + 1,
                     batches=batches,
                 )
         finally:
@@ -181,29 +188,32 @@ class TrainLoader:
                 self._pipelines.remove(pipeline)
                 pipeline.close()
 
-    def _requests(self, start: int, num_steps: int) -> Iterator[Request]:
+    def _requests(self, start: int, num_steps: int) -> Iterator[BatchRequest]:
         lookaheads: dict[int, _Lookahead] = {}
         for step in range(start, num_steps):
-            dataset, turn = self._mixture.at(step)
-            plan = self._plans[dataset]
+            dataset, dataset_step = self._mixture.at(step)
+            order = self._orders[dataset]
             if dataset not in lookaheads:
-                lookaheads[dataset] = _Lookahead(plan, self.rank, self.world, turn, max(self.workers, 1))
-            epoch, within = divmod(turn, plan.steps_per_epoch)
-            ids = plan.at(epoch, within, self.rank, self.world)
+                lookaheads[dataset] = _Lookahead(
+                    order, self.rank, self.world, dataset_step, max(self.workers, 1)
+                )
+            epoch, within = divmod(dataset_step, order.steps_per_epoch)
+            ids = order.at(epoch, within, self.rank, self.world)
             refs = [
-                Ref(*ref) for ref in zip(ids.tolist(), *(a.tolist() for a in plan.locate(ids)), strict=True)
+                SampleRef(*ref)
+                for ref in zip(ids.tolist(), *(a.tolist() for a in order.locate(ids)), strict=True)
             ]
             for first in range(0, len(refs), self.micro_batch):
-                ahead = lookaheads[dataset].share(turn)
-                yield Request(dataset, epoch, tuple(refs[first : first + self.micro_batch]), ahead)
+                prefetch = lookaheads[dataset].next_share(dataset_step)
+                yield BatchRequest(dataset, epoch, tuple(refs[first : first + self.micro_batch]), prefetch)
 
-    def _count(self, more: StoreCounters) -> None:
-        self._store += more
+    def _add_counters(self, more: StoreCounters) -> None:
+        self._store_counters += more
 
-    def _note_replaced(self, count: int, step: int) -> None:
-        if count and not self._replaced:
+    def _count_replaced(self, count: int, step: int) -> None:
+        if count and not self._num_replaced_samples:
             log.warning("step %d: samples of a bad shard are replaced; the counter 'replaced' goes on", step)
-        self._replaced += count
+        self._num_replaced_samples += count
 
 
 class _Lookahead:
@@ -212,23 +222,23 @@ class _Lookahead:
     Workers are served in turn, so consecutive requests reach different ones.
     """
 
-    def __init__(self, plan: Plan, rank: int, world: int, turn: int, workers: int) -> None:
-        self._plan, self._rank, self._world, self._workers = plan, rank, world, workers
+    def __init__(self, order: SampleOrder, rank: int, world: int, dataset_step: int, workers: int) -> None:
+        self._order, self._rank, self._world, self._workers = order, rank, world, workers
         # The lanes of a rank enter their windows one after the other; this many steps apart on average.
-        num_lanes = len(plan.lanes_of(rank, world))
-        self._reach = min(max(8, -(-plan.window // plan.per_lane // num_lanes)), plan.steps_per_epoch)
-        self._entries = self._all(turn)
+        num_lanes = len(order.lanes_of(rank, world))
+        self._reach = min(max(8, -(-order.window // order.per_lane // num_lanes)), order.steps_per_epoch)
+        self._entries = self._upcoming(dataset_step)
         self._next = next(self._entries)
-        self._listed: list[tuple[int, int]] = []  # (turn, shard)
+        self._listed: list[tuple[int, int]] = []  # (dataset_step, shard)
         self._shares: list[tuple[int, ...]] = []
 
-    def share(self, turn: int) -> tuple[int, ...]:
+    def next_share(self, dataset_step: int) -> tuple[int, ...]:
         """Shards to fetch, in the order of need; empty as long as there is nothing new to say."""
-        if not self._shares and self._next[0] <= turn + self._reach:
+        if not self._shares and self._next[0] <= dataset_step + self._reach:
             # What was entered before is in use by now, and was listed in time.
-            self._listed = [(t, s) for t, s in self._listed if t > turn]
+            self._listed = [(t, s) for t, s in self._listed if t > dataset_step]
             known = len(self._listed)
-            while self._next[0] <= turn + self._reach and len(self._listed) < _MOST_AHEAD:
+            while self._next[0] <= dataset_step + self._reach and len(self._listed) < _MAX_PREFETCH_SHARDS:
                 self._listed.append(self._next)
                 self._next = next(self._entries)
             if len(self._listed) > known:
@@ -236,10 +246,10 @@ class _Lookahead:
                 self._shares = [tuple(shards[i :: self._workers]) for i in range(self._workers)]
         return self._shares.pop(0) if self._shares else ()
 
-    def _all(self, turn: int) -> Iterator[tuple[int, int]]:
-        epoch, step = divmod(turn, self._plan.steps_per_epoch)
+    def _upcoming(self, dataset_step: int) -> Iterator[tuple[int, int]]:
+        epoch, step = divmod(dataset_step, self._order.steps_per_epoch)
         while True:
-            before = epoch * self._plan.steps_per_epoch
-            for enters, shard in self._plan.shards_ahead(epoch, step, self._rank, self._world):
+            before = epoch * self._order.steps_per_epoch
+            for enters, shard in self._order.upcoming_shards(epoch, step, self._rank, self._world):
                 yield before + enters, shard
             epoch, step = epoch + 1, 0

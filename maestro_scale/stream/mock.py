@@ -6,14 +6,14 @@ import numpy as np
 import torch
 
 from maestro_scale.stream.batch import Batch
-from maestro_scale.stream.packing import Label, arrays_in, num_bytes, unpack
+from maestro_scale.stream.packing import BatchMetadata, arrays_in, num_bytes, unpack
 from maestro_scale.stream.source import Source
-from maestro_scale.stream.transform import Preparer, View
+from maestro_scale.stream.transform import Transform, View
 
 
-def mock_batch(source: Source, label: str, size: int) -> Batch:
-    """``size`` samples as ``source``, which the run calls ``label``, would give them. Draws from no shared state."""
-    fields = Preparer(View(source.spec, source.sensors, source.crop_m)).fields
+def mock_batch(source: Source, name: str, size: int) -> Batch:
+    """``size`` samples as ``source``, which the run calls ``name``, would give them. Draws from no shared state."""
+    fields = Transform(View(source.spec, source.sensors, source.crop_m)).fields
     block = torch.zeros(num_bytes(fields, size), dtype=torch.uint8)
     rng = np.random.default_rng(0)
     for field, array in arrays_in(block, fields, size).items():
@@ -23,5 +23,5 @@ def mock_batch(source: Source, label: str, size: int) -> Batch:
             array[:] = rng.integers(0, 100, array.shape)  # within the range of every stored dtype
         elif field.part == "dates":
             array[:] = (2020, 180, 12)
-    keys = tuple(f"mock/{label}/{i}" for i in range(size))
-    return unpack(block, fields, Label(label, keys, keys, 0, 0))
+    keys = tuple(f"mock/{name}/{i}" for i in range(size))
+    return unpack(block, fields, BatchMetadata(name, keys, keys, 0, 0))

@@ -30,19 +30,19 @@ class Field:
 
 
 @dataclass(frozen=True)
-class Label:
+class BatchMetadata:
     """What a batch holds besides tensors; see :class:`~maestro_scale.stream.batch.Batch`."""
 
     dataset: str
     keys: tuple[str, ...]
     tiles: tuple[str, ...]
-    filled: int
-    replaced: int
+    num_repeated_dates: int
+    num_replaced_samples: int
 
 
 def num_bytes(fields: tuple[Field, ...], size: int) -> int:
     """Bytes that ``size`` samples take."""
-    *_, (_, _, stop, _) = _places(fields, size)
+    *_, (_, _, stop, _) = _offsets(fields, size)
     return stop
 
 
@@ -50,21 +50,21 @@ def arrays_in(block: Tensor, fields: tuple[Field, ...], size: int) -> dict[Field
     """{field: (size, *shape) array} that read and write a block (bytes,) uint8."""
     memory = block.numpy()
     return {
-        f: memory[start:stop].view(f.dtype).reshape(shape) for f, start, stop, shape in _places(fields, size)
+        f: memory[start:stop].view(f.dtype).reshape(shape) for f, start, stop, shape in _offsets(fields, size)
     }
 
 
-def unpack(block: Tensor, fields: tuple[Field, ...], label: Label) -> Batch:
+def unpack(block: Tensor, fields: tuple[Field, ...], metadata: BatchMetadata) -> Batch:
     """The batch whose tensors are views of a block (bytes,) uint8."""
     parts: dict[str, dict[str, Tensor]] = {p: {} for p in ("pixels", "dates", "noise", "targets")}
     single: dict[str, Tensor] = {}
-    for field, start, stop, shape in _places(fields, len(label.keys)):
+    for field, start, stop, shape in _offsets(fields, len(metadata.keys)):
         tensor = block[start:stop].view(_torch_dtype(field.dtype)).view(shape)
         if field.part in parts:
             parts[field.part][field.name] = tensor
         else:
             single[field.part] = tensor
-    return Batch(**parts, **single, **vars(label))
+    return Batch(**parts, **single, **vars(metadata))
 
 
 def check_dtype(dtype: str, what: str) -> None:
@@ -75,7 +75,7 @@ def check_dtype(dtype: str, what: str) -> None:
         raise ValueError(f"{what} has dtype {dtype}, which torch does not know; store another") from None
 
 
-def _places(fields: Iterable[Field], size: int) -> Iterable[tuple[Field, int, int, tuple[int, ...]]]:
+def _offsets(fields: Iterable[Field], size: int) -> Iterable[tuple[Field, int, int, tuple[int, ...]]]:
     start = 0
     for field in fields:
         shape = (size, *field.shape)

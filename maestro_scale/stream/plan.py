@@ -20,20 +20,20 @@ from itertools import groupby
 import numpy as np
 
 from maestro_scale.errors import MaestroError
-from maestro_scale.stream.rng import Draws, Purpose
+from maestro_scale.stream.rng import CounterRNG, Purpose
 
 _SHARDS, _WITHIN, _WINDOW = range(3)  # streams of an epoch's draws
 
 
-class PlanError(MaestroError, ValueError):
+class SampleOrderError(MaestroError, ValueError):
     """A plan cannot be made from these numbers; the message says which and what would do."""
 
 
-class Plan:
+class SampleOrder:
     """The order of one dataset's samples.
 
     ``counts``: samples per shard, in manifest order. ``dataset``: its place in the mixture. ``window``:
-    samples of a lane that are shuffled together. PlanError unless lanes divide the global batch and there are
+    samples of a lane that are shuffled together. SampleOrderError unless lanes divide the global batch and there are
     samples.
     """
 
@@ -41,21 +41,21 @@ class Plan:
         self, counts: Sequence[int], seed: int, lanes: int, global_batch: int, window: int, dataset: int = 0
     ) -> None:
         if lanes < 1 or global_batch < 1 or global_batch % lanes:
-            raise PlanError(
+            raise SampleOrderError(
                 f"lanes {lanes} do not divide the global batch {global_batch}; change one of them"
             )
         if window < 1:
-            raise PlanError(f"the shuffle window is {window} samples; at least 1 is needed")
+            raise SampleOrderError(f"the shuffle window is {window} samples; at least 1 is needed")
         self.num_samples = int(sum(counts))
         if self.num_samples < 1:
-            raise PlanError("the dataset holds no samples")
+            raise SampleOrderError("the dataset holds no samples")
         self.lanes, self.global_batch, self.window = lanes, global_batch, window
         self.per_lane = global_batch // lanes  # samples of a lane in one global batch
         self.num_copies = -(-global_batch // self.num_samples)
         self.steps_per_epoch = self.num_samples * self.num_copies // global_batch
         self._counts = np.tile(np.asarray(counts, np.int64), self.num_copies)
         self._starts = np.cumsum(self._counts) - self._counts
-        self._draws = Draws(seed, Purpose.ORDER, dataset)
+        self._rng = CounterRNG(seed, Purpose.ORDER, dataset)
         self._shard_order = lru_cache(maxsize=2)(self._compute_shard_order)
         self._within = lru_cache(maxsize=64)(self._compute_within)
         # Lanes move through their windows side by side: two windows of each are in use around a boundary.
@@ -69,7 +69,7 @@ class Plan:
     def at(self, epoch: int, step: int, rank: int = 0, world: int = 1) -> np.ndarray:
         """(global_batch / world,) int64 virtual sample ids: a rank's part of a global batch, lane after lane.
 
-        ``step``: in the epoch, from 0. IndexError outside of it, PlanError unless world divides the lanes.
+        ``step``: in the epoch, from 0. IndexError outside of it, SampleOrderError unless world divides the lanes.
         """
         if not 0 <= step < self.steps_per_epoch:
             raise IndexError(f"step {step} of an epoch of {self.steps_per_epoch} steps")
@@ -79,9 +79,9 @@ class Plan:
     def lanes_of(self, rank: int, world: int) -> range:
         """The lanes of a rank."""
         if world < 1 or self.lanes % world:
-            raise PlanError(f"{world} ranks do not divide {self.lanes} lanes")
+            raise SampleOrderError(f"{world} ranks do not divide {self.lanes} lanes")
         if not 0 <= rank < world:
-            raise PlanError(f"rank {rank} of {world} ranks")
+            raise SampleOrderError(f"rank {rank} of {world} ranks")
         return range(rank, self.lanes, world)
 
     def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -91,7 +91,7 @@ class Plan:
         shards = np.searchsorted(self._starts, samples, side="right") - 1
         return shards, samples - self._starts[shards]
 
-    def shards_ahead(self, epoch: int, step: int, rank: int, world: int) -> Iterator[tuple[int, int]]:
+    def upcoming_shards(self, epoch: int, step: int, rank: int, world: int) -> Iterator[tuple[int, int]]:
         """(step in the epoch, shard) of the windows that a rank's lanes enter, in the order it enters them.
 
         Begins with the windows in use at ``step`` (listed under it) and ends with the epoch. A shard is
@@ -106,7 +106,7 @@ class Plan:
                 entries.append((position // self.per_lane, lane, window, position))
         entries.sort()
         for enters, group in groupby(entries, key=lambda entry: entry[0]):
-            uses = [use for _, *place in group for use in self._first_uses(epoch, *place)]
+            uses = [use for _, *start in group for use in self._first_uses(epoch, *start)]
             yield from ((enters, shard) for shard in dict.fromkeys(shard for _, shard in sorted(uses)))
 
     def _first_uses(self, epoch: int, lane: int, window: int, position: int) -> list[tuple[int, int]]:
@@ -140,25 +140,25 @@ class Plan:
         for slot, first, last in self._slices(epoch, lane, start, stop):
             parts.append(self._starts[slot] + self._within(epoch, slot)[first:last])
         ids = np.concatenate(parts)
-        return ids[self._draws.seek(epoch, _WINDOW + (lane << 32), window).permutation(len(ids))]
+        return ids[self._rng.seek(epoch, _WINDOW + (lane << 32), window).permutation(len(ids))]
 
     def _slices(self, epoch: int, lane: int, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """(shard of the copies, first, last) of the parts that lane positions [start, stop) are made of."""
         order, ends = self._shard_order(epoch)
         start, stop = start + lane * self.lane_length, stop + lane * self.lane_length
-        place = int(np.searchsorted(ends, start, side="right"))
+        position_in_order = int(np.searchsorted(ends, start, side="right"))
         while start < stop:
-            end = int(ends[place])
-            slot = int(order[place])
+            end = int(ends[position_in_order])
+            slot = int(order[position_in_order])
             begin = end - int(self._counts[slot])
             if end > start:
                 yield slot, start - begin, min(stop, end) - begin
                 start = end
-            place += 1
+            position_in_order += 1
 
     def _compute_shard_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        order = self._draws.seek(epoch, _SHARDS).permutation(len(self._counts))
+        order = self._rng.seek(epoch, _SHARDS).permutation(len(self._counts))
         return order, np.cumsum(self._counts[order])
 
     def _compute_within(self, epoch: int, slot: int) -> np.ndarray:
-        return self._draws.seek(epoch, _WITHIN, slot).permutation(int(self._counts[slot]))
+        return self._rng.seek(epoch, _WITHIN, slot).permutation(int(self._counts[slot]))

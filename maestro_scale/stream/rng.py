@@ -22,7 +22,7 @@ class Purpose(IntEnum):
     REPLACEMENT = 3
 
 
-class Draws:
+class CounterRNG:
     """A source of random numbers that can be moved to any place in constant time (about 2 µs).
 
     ``dataset``: place of the dataset in the mixture, so that two datasets never share random numbers.
@@ -32,7 +32,7 @@ class Draws:
         self._key = np.array([seed % _WORD, (purpose << 32) + dataset], np.uint64)
         self._philox = np.random.Philox(key=self._key)
 
-    def seek(self, first: int, second: int = 0, third: int = 0) -> Draws:
+    def seek(self, first: int, second: int = 0, third: int = 0) -> CounterRNG:
         """Move to the start of the stream named by three numbers in [0, 2**64); returns self."""
         self._philox.state = {
             "bit_generator": "Philox",
@@ -62,6 +62,6 @@ class Draws:
         return np.argsort(self.words(count), kind="stable")
 
 
-def stream_of(name: str) -> int:
+def stream_id(name: str) -> int:
     """A stream number for a name: never 0, and independent of which other names there are."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") | 1

@@ -21,12 +21,12 @@ from maestro_scale.stream import dates
 from maestro_scale.stream.batch import num_noise
 from maestro_scale.stream.crops import Crop, CropGrid, Orientation
 from maestro_scale.stream.packing import Field, check_dtype
-from maestro_scale.stream.rng import Draws, Purpose, stream_of
+from maestro_scale.stream.rng import CounterRNG, Purpose, stream_id
 
-_COMMON = 0  # stream of what all sensors of a sample share; stream_of never gives 0
+_COMMON = 0  # stream of what all sensors of a sample share; stream_id never gives 0
 
 
-class Stored(Protocol):
+class StoredSample(Protocol):
     """What preparation asks of a sample (shards.codec.Sample)."""
 
     key: str
@@ -58,7 +58,7 @@ class View:
     flips: bool = True
 
 
-class Preparer:
+class Transform:
     """Prepares samples of one dataset into the rows of a batch's arrays.
 
     ``dataset``: its place in the mixture. ValueError where a sensor or the crop does not go with the dataset.
@@ -67,75 +67,79 @@ class Preparer:
     def __init__(self, view: View, seed: int = 0, dataset: int = 0) -> None:
         self.view = view
         self.grid = CropGrid(view.spec, view.sensors, view.crop_m)
-        self._inputs = [_Input(view.spec, s, self.grid) for s in view.sensors]
+        self._sensors = [_SensorTransform(view.spec, s, self.grid) for s in view.sensors]
         self._targets = [
-            (Field("targets", t.name, *_seen_layout(t, view.spec, self.grid)), t) for t in view.spec.targets
+            (Field("targets", t.name, *_batch_layout(t, view.spec, self.grid)), t) for t in view.spec.targets
         ]
         self._ref_date = Field("ref_date", "", (3,), "int16")
-        self._draws = Draws(seed, Purpose.SAMPLE, dataset)
+        self._rng = CounterRNG(seed, Purpose.SAMPLE, dataset)
 
     @property
     def fields(self) -> tuple[Field, ...]:
         """Layout of a prepared sample."""
-        per_input = [f for i in self._inputs for f in (i.pixels, i.dates, i.noise)]
+        per_input = [f for i in self._sensors for f in (i.pixels, i.dates, i.noise)]
         return (*per_input, self._ref_date, *(f for f, _ in self._targets))
 
-    def train(self, sample: Stored, epoch: int, number: int, out: dict[Field, np.ndarray], row: int) -> int:
+    def train(
+        self, sample: StoredSample, epoch: int, number: int, out: dict[Field, np.ndarray], row: int
+    ) -> int:
         """Write sample ``number`` of the dataset, as epoch ``epoch`` sees it, into ``row`` of every array.
 
         Returns how many dates were repeated or imputed; CodecError if the sample is not as the spec says.
         Draws, in order: crop row, crop column, the three symmetries; per sensor the dates, then the noise.
         """
-        draws = self._draws.seek(epoch, number, _COMMON)
-        row_offset, column_offset = draws.below(self.grid.num_offsets), draws.below(self.grid.num_offsets)
-        turns = int(draws.words(1)[0]) >> 61 if self.view.flips else 0
+        rng = self._rng.seek(epoch, number, _COMMON)
+        row_offset, column_offset = rng.below(self.grid.num_offsets), rng.below(self.grid.num_offsets)
+        turns = int(rng.words(1)[0]) >> 61 if self.view.flips else 0
         orientation = Orientation(bool(turns & 1), bool(turns & 2), bool(turns & 4))
         crop = self.grid.at(row_offset, column_offset, orientation)
-        filled = 0
-        for source in self._inputs:
-            draws.seek(epoch, number, source.stream)
-            filled += source.put(sample, crop, out, row, draws)
-            out[source.noise][row] = draws.uniforms(source.noise.shape[0])
-        self._put_labels(sample, crop, out, row)
-        return filled
+        num_repeated_dates = 0
+        for sensor in self._sensors:
+            rng.seek(epoch, number, sensor.stream)
+            num_repeated_dates += sensor.write(sample, crop, out, row, rng)
+            out[sensor.noise][row] = rng.uniforms(sensor.noise.shape[0])
+        self._write_targets(sample, crop, out, row)
+        return num_repeated_dates
 
-    def evaluate(self, sample: Stored, index: int, out: dict[Field, np.ndarray], row: int) -> int:
+    def evaluate(self, sample: StoredSample, index: int, out: dict[Field, np.ndarray], row: int) -> int:
         """Write crop ``index`` of ``grid.num_crops``, upright, its dates by the median rule, noise 0. Returns
         as train.
         """
         crop = self.grid.tiling(index)
-        filled = sum(source.put(sample, crop, out, row, None) for source in self._inputs)
-        for source in self._inputs:
-            out[source.noise][row] = 0
-        self._put_labels(sample, crop, out, row)
-        return filled
+        num_repeated_dates = sum(sensor.write(sample, crop, out, row, None) for sensor in self._sensors)
+        for sensor in self._sensors:
+            out[sensor.noise][row] = 0
+        self._write_targets(sample, crop, out, row)
+        return num_repeated_dates
 
-    def _put_labels(self, sample: Stored, crop: Crop, out: dict[Field, np.ndarray], row: int) -> None:
+    def _write_targets(
+        self, sample: StoredSample, crop: Crop, out: dict[Field, np.ndarray], row: int
+    ) -> None:
         out[self._ref_date][row] = sample.array("ref_date")
         for field, target in self._targets:
             name = f"target.{target.name}"
             _check(sample, name, _stored_layout(target, self.view.spec))
             if target.kind == "segmentation":
-                label = crop.orientation.apply(self._labels(sample, target, crop))
+                label = crop.orientation.apply(self._segmentation(sample, target, crop))
             else:
-                label = sample.array(name) if target.of is None else self._shares(sample, target, crop)
+                label = sample.array(name) if target.of is None else self._class_shares(sample, target, crop)
             out[field][row] = label
 
-    def _labels(self, sample: Stored, target: Target, crop: Crop) -> np.ndarray:
+    def _segmentation(self, sample: StoredSample, target: Target, crop: Crop) -> np.ndarray:
         """(side, side) uint8, upright."""
         (size, _), _ = _stored_layout(target, self.view.spec)
         return sample.array(f"target.{target.name}", self.grid.window(crop, target.resolution_m, size))
 
-    def _shares(self, sample: Stored, target: Target, crop: Crop) -> np.ndarray:
+    def _class_shares(self, sample: StoredSample, target: Target, crop: Crop) -> np.ndarray:
         """(classes,) float32: what part of the crop each class covers."""
         source = self.view.spec.target(target.of)
         _check(sample, f"target.{source.name}", _stored_layout(source, self.view.spec))
-        seen = self._labels(sample, source, crop)
+        seen = self._segmentation(sample, source, crop)
         counts = np.bincount(seen.reshape(-1), minlength=256)
         return counts[[source.classes.index(c) for c in target.classes]] / np.float32(seen.size)
 
 
-class _Input:
+class _SensorTransform:
     """One sensor's part of the work."""
 
     def __init__(self, spec: DatasetSpec, sensor: Sensor, grid: CropGrid) -> None:
@@ -152,11 +156,11 @@ class _Input:
         self.pixels = Field("pixels", sensor.name, shape, self.modality.dtype)
         self.dates = Field("dates", sensor.name, (sensor.num_dates, 3), "int16")
         self.noise = Field("noise", sensor.name, (num_noise(sensor),), "float32")
-        self.stream = stream_of(sensor.name)
+        self.stream = stream_id(sensor.name)
         self._bands = _band_index(sensor.bands, self.modality)
 
-    def put(
-        self, sample: Stored, crop: Crop, out: dict[Field, np.ndarray], row: int, draws: Draws | None
+    def write(
+        self, sample: StoredSample, crop: Crop, out: dict[Field, np.ndarray], row: int, rng: CounterRNG | None
     ) -> int:
         """Write pixels and dates; dates are drawn, or found by the median rule if there is nothing to draw
         from.
@@ -167,19 +171,19 @@ class _Input:
         window = self.grid.window(crop, self.modality.resolution_m, size)
 
         def read(indices: np.ndarray) -> np.ndarray:
-            return self._seen(sample.rows(name, indices, window))
+            return self._select_bands(sample.rows(name, indices, window))
 
         def whole() -> np.ndarray:
-            return self._seen(sample.array(name, window))
+            return self._select_bands(sample.array(name, window))
 
         stored = sample.shape(name)[0]
         _check(sample, name, ((stored, num_bands, size, size), self.modality.dtype))
         if stored <= num_dates:
-            chosen = dates.repeated(stored, num_dates)
+            chosen = dates.spread_evenly(stored, num_dates)
             pixels = whole() if stored == num_dates else whole()[chosen]
-        elif draws is not None:
+        elif rng is not None:
             marked = self._marked(sample, window)
-            chosen, pixels = dates.draw(stored, num_dates, marked, read, draws)
+            chosen, pixels = dates.draw(stored, num_dates, marked, read, rng)
         else:
             series = whole()
             chosen = dates.nearest_to_median(
@@ -191,10 +195,10 @@ class _Input:
         out[self.dates][row] = sample.rows(f"{name}.dates", chosen)
         return imputed + max(num_dates - stored, 0)
 
-    def _seen(self, pixels: np.ndarray) -> np.ndarray:
+    def _select_bands(self, pixels: np.ndarray) -> np.ndarray:
         return pixels if self._bands is None else pixels[:, self._bands]
 
-    def _mask(self, sample: Stored, window: Window | None) -> np.ndarray | None:
+    def _mask(self, sample: StoredSample, window: Window | None) -> np.ndarray | None:
         if not self.modality.mask_bands:
             return None
         name, size = f"{self.modality.name}.mask", self.modality.size
@@ -202,7 +206,7 @@ class _Input:
         _check(sample, name, ((stored, len(self.modality.mask_bands), size, size), "uint8"))
         return sample.array(name, window)
 
-    def _marked(self, sample: Stored, window: Window | None) -> np.ndarray | None:
+    def _marked(self, sample: StoredSample, window: Window | None) -> np.ndarray | None:
         mask = self._mask(sample, window)
         return None if mask is None else dates.is_marked(mask, self.sensor.mask_threshold)
 
@@ -225,7 +229,7 @@ def _stored_layout(target: Target, spec: DatasetSpec) -> tuple[tuple[int, ...], 
     return (side, side), "uint8"
 
 
-def _seen_layout(target: Target, spec: DatasetSpec, grid: CropGrid) -> tuple[tuple[int, ...], str]:
+def _batch_layout(target: Target, spec: DatasetSpec, grid: CropGrid) -> tuple[tuple[int, ...], str]:
     """Shape and dtype of a target as it is in a batch."""
     shape, dtype = _stored_layout(target, spec)
     if target.kind == "segmentation":
@@ -233,7 +237,7 @@ def _seen_layout(target: Target, spec: DatasetSpec, grid: CropGrid) -> tuple[tup
     return shape, dtype
 
 
-def _check(sample: Stored, field: str, expected: tuple[tuple[int, ...], str]) -> None:
+def _check(sample: StoredSample, field: str, expected: tuple[tuple[int, ...], str]) -> None:
     # numpy would stretch or cast what does not fit.
     shape, dtype = sample.shape(field), sample.dtype(field)
     if (shape, dtype) != expected:

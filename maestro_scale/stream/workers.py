@@ -23,12 +23,12 @@ from maestro_scale.errors import MaestroError
 from maestro_scale.shards.read.counters import StoreCounters
 from maestro_scale.shards.storage import client_module
 from maestro_scale.stream.batch import Batch
-from maestro_scale.stream.batch_builder import Made, Reading, Request
+from maestro_scale.stream.batch_builder import BatchBuilder, BatchRequest, WorkerResult
 from maestro_scale.stream.source import Source
 
 # What schedulers and people send to a whole process group; the training process decides what comes of it.
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-_PATIENCE_S = 2.0
+_SHUTDOWN_TIMEOUT_S = 2.0
 _SHARED_MEMORY = "/dev/shm"
 
 
@@ -43,7 +43,7 @@ class _WorkerTraceback(Exception):
         return "\n" + self.args[0]
 
 
-def start_server(sources: Iterable[Source]) -> None:
+def start_fork_server(sources: Iterable[Source]) -> None:
     """Begin to start the process that loader processes are forked from, unless it runs; does not wait for it.
 
     What they all need is imported there once, in seconds that the caller may use for something else. Forking the
@@ -58,30 +58,35 @@ def start_server(sources: Iterable[Source]) -> None:
 class Pipeline:
     """Batches for a sequence of requests, of at most ``batch_size`` samples each.
 
-    ``workers``: processes; 0 does the work here, when a batch is asked for. ``outstanding``: batches that may
-    be made ahead. ``pin``: put them in page-locked memory. ``counted`` is told what the stores did for each
+    ``workers``: processes; 0 does the work here, when a batch is asked for. ``prefetch_batches``: batches that may
+    be result ahead. ``pin``: put them in page-locked memory. ``on_counters`` is told what the stores did for each
     batch. LoaderError if the machine has too little shared memory.
     """
 
     def __init__(
         self,
-        reading: Reading,
-        requests: Iterable[Request],
+        builder: BatchBuilder,
+        requests: Iterable[BatchRequest],
         batch_size: int,
         workers: int,
-        outstanding: int,
+        prefetch_batches: int,
         pin: bool,
-        counted: Callable[[StoreCounters], None],
+        on_counters: Callable[[StoreCounters], None],
     ) -> None:
-        self._reading, self._requests, self._pin, self._counted = reading, iter(requests), pin, counted
-        self._under_way: deque[tuple[int, Request]] = deque()
-        self._results: Iterator[Made] | None = None
+        self._builder, self._requests, self._pin, self._on_counters = (
+            builder,
+            iter(requests),
+            pin,
+            on_counters,
+        )
+        self._pending: deque[tuple[int, BatchRequest]] = deque()
+        self._results: Iterator[WorkerResult] | None = None
         if workers:
-            each = max(2, -(-outstanding // workers))
+            per_worker = max(2, -(-prefetch_batches // workers))
             # One more than may be under way, for the one that is being taken. Few blocks, written again and
             # again: the first touch of fresh memory can cost more than reading and preparing together.
-            self._blocks = _shared_blocks(each * workers + 2, reading.num_bytes(batch_size))
-            self._results = self._start(workers, each)
+            self._blocks = _shared_blocks(per_worker * workers + 2, builder.num_bytes(batch_size))
+            self._results = self._start(workers, per_worker)
             processes = tuple(getattr(self._results, "_workers", ()))
             # Also at exit: multiprocessing would ask the workers to end with a signal that they ignore.
             self._kill = weakref.finalize(self, _kill, processes)
@@ -94,73 +99,73 @@ class Pipeline:
         if self._results is None:
             request = next(self._requests)
             block = self._fresh_block(request)
-            made = self._reading.attempt(request, block)
+            result = self._builder.try_build(request, block)
         else:
             try:
-                made = next(self._results)
+                result = next(self._results)
             # OSError, EOFError: it died while it handed something on.
             except (RuntimeError, OSError, EOFError) as error:
                 raise LoaderError(
                     f"{socket.gethostname()}: a loader process died ({error}); if the machine ran out of "
                     "memory, lower data.workers; the same command resumes"
                 ) from error
-            slot, request = self._under_way.popleft()
+            slot, request = self._pending.popleft()
             block = self._fresh_block(request)
             block.copy_(self._blocks[slot, : len(block)])
-        self._counted(made.counters)
-        if made.error is None:
-            return self._reading.unpack(block, request, made.label)
-        if made.trace:
-            cause = _WorkerTraceback(made.trace)
-            raise LoaderError(f"{socket.gethostname()}: a batch cannot be made: {made.error}") from cause
-        raise made.error
+        self._on_counters(result.counters)
+        if result.error is None:
+            return self._builder.unpack(block, request, result.metadata)
+        if result.traceback:
+            cause = _WorkerTraceback(result.traceback)
+            raise LoaderError(f"{socket.gethostname()}: a batch cannot be result: {result.error}") from cause
+        raise result.error
 
     def close(self) -> None:
         """End the processes, within seconds, whatever they are doing; their work survives that."""
         if self._results is None:
-            self._reading.close()
+            self._builder.close()
         elif self._kill.alive:
-            impatience = threading.Timer(_PATIENCE_S, self._kill)
-            impatience.start()
+            kill_timer = threading.Timer(_SHUTDOWN_TIMEOUT_S, self._kill)
+            kill_timer.start()
             self._results._shutdown_workers()
-            impatience.cancel()
+            kill_timer.cancel()
             self._kill()
 
-    def _start(self, workers: int, each: int) -> Iterator[Made]:
-        start_server(self._reading.settings.sources)
+    def _start(self, workers: int, per_worker: int) -> Iterator[WorkerResult]:
+        start_fork_server(self._builder.settings.sources)
         with _signals_blocked():
             loader = DataLoader(
-                _Bench(self._reading, self._blocks),
-                sampler=self._numbered(),
+                _WorkerDataset(self._builder, self._blocks),
+                sampler=self._numbered_requests(),
                 batch_size=None,
                 num_workers=workers,
-                collate_fn=_same,
+                collate_fn=_identity,
                 multiprocessing_context=multiprocessing.get_context("forkserver"),
-                worker_init_fn=functools.partial(_settle, dict(os.environ)),
-                prefetch_factor=each,
+                worker_init_fn=functools.partial(_init_worker, dict(os.environ)),
+                prefetch_factor=per_worker,
                 generator=torch.Generator(),  # it draws a seed for the workers, which nothing here uses
             )
             return iter(loader)
 
-    def _numbered(self) -> Iterator[tuple[int, Request]]:
+    def _numbered_requests(self) -> Iterator[tuple[int, BatchRequest]]:
         for i, request in enumerate(self._requests):
-            self._under_way.append((i % len(self._blocks), request))
-            yield self._under_way[-1]
+            self._pending.append((i % len(self._blocks), request))
+            yield self._pending[-1]
 
-    def _fresh_block(self, request: Request) -> Tensor:
-        size = self._reading.num_bytes_of(request)
+    def _fresh_block(self, request: BatchRequest) -> Tensor:
+        size = self._builder.request_bytes(request)
         return torch.empty(size, dtype=torch.uint8, pin_memory=self._pin)
 
 
-class _Bench:
+class _WorkerDataset:
     """Where a loader process works: it makes the batches, each in the block that comes with the request."""
 
-    def __init__(self, reading: Reading, blocks: Tensor) -> None:
-        self._reading, self._blocks = reading, blocks
+    def __init__(self, builder: BatchBuilder, blocks: Tensor) -> None:
+        self._builder, self._blocks = builder, blocks
 
-    def __getitem__(self, numbered: tuple[int, Request]) -> Made:
+    def __getitem__(self, numbered: tuple[int, BatchRequest]) -> WorkerResult:
         slot, request = numbered
-        return self._reading.attempt(request, self._blocks[slot])
+        return self._builder.try_build(request, self._blocks[slot])
 
 
 def _shared_blocks(count: int, size: int) -> Tensor:
@@ -189,17 +194,17 @@ def _signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _settle(environment: dict[str, str], worker: int) -> None:
+def _init_worker(environment: dict[str, str], worker: int) -> None:
     """Runs first in a worker: the environment of the training process (the fork server has that of its own start), no
     signals, and an eye on the training process, to end with it."""
     os.environ.clear()
     os.environ.update(environment)
     for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True, name="maestro-orphan").start()
+    threading.Thread(target=_exit_with_parent, daemon=True, name="maestro-orphan").start()
 
 
-def _end_with_parent() -> None:
+def _exit_with_parent() -> None:
     # DataLoader looks at the parent's pid for this, but here the parent is the fork server, which stays as
     # long as there are workers.
     multiprocessing.parent_process().join()
@@ -212,5 +217,5 @@ def _kill(processes: tuple[BaseProcess, ...]) -> None:
             process.kill()
 
 
-def _same(made: Made) -> Made:
-    return made
+def _identity(result: WorkerResult) -> WorkerResult:
+    return result

@@ -8,7 +8,7 @@ from rich.table import Table
 from maestro_scale import datasets
 from maestro_scale.datasets.spec import DatasetSpec
 from maestro_scale.model.config import DatasetView
-from maestro_scale.model.cost import GIB, Cost, cost, num_parameters
+from maestro_scale.model.cost import GIB, Cost, compute_cost, num_parameters
 from maestro_scale.recipe import MixtureEntry, Recipe, RecipeError, check_world
 from maestro_scale.shards.errors import ShardsError
 from maestro_scale.shards.format.manifest import Manifest
@@ -25,7 +25,9 @@ def dry_run(recipe: Recipe, world_size: int, console: Console | None = None) -> 
     specs = [_spec(entry) for entry in recipe.data.mixture]
     config = build_model_config(recipe, specs)
     parameters = num_parameters(config)
-    by_dataset = {v.dataset: cost(config.for_dataset(v.dataset), recipe.masking.ratio) for v in config.views}
+    by_dataset = {
+        v.dataset: compute_cost(config.for_dataset(v.dataset), recipe.masking.ratio) for v in config.views
+    }
     titles = " and ".join(dict.fromkeys(s.title for s in specs))
     console.print(f"[bold]{recipe.name}[/bold]: MAESTRO {recipe.model.size} on {titles}")
     console.print(f"parameters        {parameters:,}")

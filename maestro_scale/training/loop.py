@@ -14,8 +14,8 @@ from torch import Tensor
 from maestro_scale.datasets.spec import Sensor
 from maestro_scale.model.config import ModelConfig
 from maestro_scale.model.cost import Cost
-from maestro_scale.model.masking import Mask, Masking, by_sensor, draw_masks
-from maestro_scale.model.targets import hidden_pixels
+from maestro_scale.model.masking import Mask, MaskingConfig, draw_masks, masks_by_sensor
+from maestro_scale.model.targets import num_masked_values
 from maestro_scale.stream.batch import Batch, digest
 from maestro_scale.stream.loader import Step, TrainLoader
 from maestro_scale.training.checkpoint.checkpoints import Checkpoints, Position
@@ -68,7 +68,7 @@ class Run:
     engine: Engine
     state: TrainState
     datasets: dict[str, Seen]
-    masking: Masking
+    masking: MaskingConfig
     stream: TrainLoader
     rhythm: Rhythm
     checkpoints: Checkpoints
@@ -131,9 +131,9 @@ def train(run: Run, position: Position) -> Outcome:
             if run.audit is not None:
                 run.audit.append({"step": position.step, **_audit(data.batches)})
             # By turns of a dataset, not by steps: in a mixture the same ones might never come at a multiple of steps.
-            if last or data.turn == 1 or rhythm.at(rhythm.log_every, data.turn):
+            if last or data.dataset_step == 1 or rhythm.at(rhythm.log_every, data.dataset_step):
                 _log(run, position, data, result, counts)
-            if rhythm.at(rhythm.pictures_every, data.turn) or (last and rhythm.pictures_every):
+            if rhythm.at(rhythm.pictures_every, data.dataset_step) or (last and rhythm.pictures_every):
                 views = snapshot(run.engine.model, batches[0], masks[0], seen.bands)
                 _tell_picture(run, position.step, views)
             if result.skipped is not None:
@@ -159,8 +159,8 @@ def hidden_counts(config: ModelConfig, masks: list[dict[str, Mask]]) -> Tensor:
     """Hidden pixels per sensor (S,) over a rank's micro-batches; float64, known before any forward pass."""
     per_batch = []
     for mask in masks:
-        hidden = by_sensor(config, mask)
-        per_batch.append(torch.stack([hidden_pixels(config, s, hidden[s.name]) for s in config.sensors]))
+        hidden = masks_by_sensor(config, mask)
+        per_batch.append(torch.stack([num_masked_values(config, s, hidden[s.name]) for s in config.sensors]))
     return torch.stack(per_batch).sum(0)
 
 

@@ -18,9 +18,9 @@ from maestro_scale.interop.partial import start_from
 from maestro_scale.interop.transfer import transfer_table
 from maestro_scale.model import attention
 from maestro_scale.model.config import DatasetView, ModelConfig, conflicts
-from maestro_scale.model.cost import cost, num_parameters
+from maestro_scale.model.cost import compute_cost, num_parameters
 from maestro_scale.model.maestro import Maestro
-from maestro_scale.model.masking import Masking
+from maestro_scale.model.masking import MaskingConfig
 from maestro_scale.recipe import Recipe, RecipeError, check_world, resolve_sensors
 from maestro_scale.secrets_filter import scrub_document
 from maestro_scale.shards.format.manifest import Manifest
@@ -266,7 +266,7 @@ def _prepare(
         engine=engine,
         state=state,
         datasets=_seen(recipe, config, datasets),
-        masking=Masking(**recipe.masking.model_dump()),
+        masking=MaskingConfig(**recipe.masking.model_dump()),
         stream=stream,
         rhythm=Rhythm(
             num_steps=num_steps,
@@ -330,7 +330,7 @@ def _attention_kernel(recipe: Recipe, config: ModelConfig, world: World) -> str:
     size = config.size
     try:
         kernels = [
-            attention.chosen(config.attention, world.device, dtype, dim)
+            attention.resolve_backend(config.attention, world.device, dtype, dim)
             for dim in dict.fromkeys((size.dim_head, size.decoder_dim_head))
         ]
     except ValueError as error:
@@ -348,11 +348,11 @@ def _rehearse(
     t, ratio = recipe.train, recipe.masking.ratio
     largest, dataset = max(
         zip(config.views, datasets, strict=True),
-        key=lambda pair: cost(config.for_dataset(pair[0].dataset), ratio).activations,
+        key=lambda pair: compute_cost(config.for_dataset(pair[0].dataset), ratio).activations,
     )
     batch = mock_batch(dataset.source, largest.dataset, t.micro_batch)
     num_micro_batches = t.global_batch // (t.micro_batch * world.size)
-    own, masking = config.for_dataset(largest.dataset), Masking(**recipe.masking.model_dump())
+    own, masking = config.for_dataset(largest.dataset), MaskingConfig(**recipe.masking.model_dump())
     warm_up(engine, world, own, masking, batch, num_micro_batches)
 
 
@@ -368,7 +368,7 @@ def _seen(recipe: Recipe, config: ModelConfig, datasets: list[Dataset]) -> dict[
     for view, dataset in zip(config.views, datasets, strict=True):
         spec, own = dataset.manifest.spec, config.for_dataset(view.dataset)
         bands = {s.name: tuple(spec.modality(s.source).bands[b] for b in s.bands) for s in view.sensors}
-        seen[view.dataset] = Seen(own, bands, cost(own, recipe.masking.ratio))
+        seen[view.dataset] = Seen(own, bands, compute_cost(own, recipe.masking.ratio))
     return seen
 
 

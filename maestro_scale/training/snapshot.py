@@ -9,8 +9,8 @@ from maestro_scale.datasets.spec import Sensor
 from maestro_scale.model.config import ModelConfig
 from maestro_scale.model.embed import network_input, patchify, unpatchify
 from maestro_scale.model.maestro import Maestro
-from maestro_scale.model.masking import Mask, by_sensor
-from maestro_scale.model.targets import hidden_bands, restored
+from maestro_scale.model.masking import Mask, masks_by_sensor
+from maestro_scale.model.targets import denormalise, masked_bands
 from maestro_scale.stream.batch import Batch
 from maestro_scale.training.observer import SensorView
 
@@ -23,7 +23,7 @@ def snapshot(
     config = model.view(batch.dataset)
     predictions = model.reconstruct(batch, masks)
     tokens = model.encode(batch.first())
-    hidden = by_sensor(config, masks)
+    hidden = masks_by_sensor(config, masks)
     return [
         _view(config, s, batch, predictions[s.name], hidden[s.name], tokens[s.name], bands)
         for s in config.sensors
@@ -41,8 +41,8 @@ def _view(
 ) -> SensorView:
     pixels = network_input(sensor, batch.pixels[sensor.name][:1])
     patches = patchify(pixels, sensor.patch)
-    guess = restored(config, sensor, prediction[:1].float(), patches)
-    mask = hidden_bands(config, sensor, hidden[:1]).expand_as(patches)
+    guess = denormalise(config, sensor, prediction[:1].float(), patches)
+    mask = masked_bands(config, sensor, hidden[:1]).expand_as(patches)
     return SensorView(
         name=sensor.name,
         bands=bands[sensor.name],

@@ -9,7 +9,7 @@ import torch
 
 from maestro_scale.errors import MaestroError
 from maestro_scale.model.config import ModelConfig
-from maestro_scale.model.masking import Masking, draw_masks
+from maestro_scale.model.masking import MaskingConfig, draw_masks
 from maestro_scale.stream.batch import Batch
 from maestro_scale.training.distributed import World
 from maestro_scale.training.engine import Engine
@@ -25,7 +25,12 @@ class WarmupError(MaestroError):
 
 
 def warm_up(
-    engine: Engine, world: World, config: ModelConfig, masking: Masking, batch: Batch, num_micro_batches: int
+    engine: Engine,
+    world: World,
+    config: ModelConfig,
+    masking: MaskingConfig,
+    batch: Batch,
+    num_micro_batches: int,
 ) -> None:
     """Rehearse a step of ``num_micro_batches`` times ``batch`` on every rank; see ``Engine.rehearse``.
 

@@ -95,7 +95,7 @@ def test_the_model_sees_a_crop_in_its_order_of_bands_and_scale(write_naip, tmp_p
     assert seen == [60] * 6 + [61] * 5 + [366] * 5
     assert batch.pixels["s2"][0, 0, 9].to(torch.int64)[3, 4] == 10_000 + 800 * 9 + 34
     assert batch.dates["s1"][0, :, 1].tolist() == [3, 3, 184, 184]
-    assert batch.filled == 13 + 2
+    assert batch.num_repeated_dates == 13 + 2
     scales = {s.name: (s.scale.kind, s.scale.divisor) for s in SPEC.sensors}
     assert scales == {
         "aerial": ("linear", 255),

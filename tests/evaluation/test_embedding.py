@@ -14,7 +14,7 @@ import pytest
 import rasterio
 import torch
 
-from maestro_scale.datasets.spec import Place
+from maestro_scale.datasets.spec import GeoOrigin
 from maestro_scale.evaluation.embedding import EmbeddingWriter
 from maestro_scale.evaluation.results import ResultsError
 from maestro_scale.interop.pretrained import load_model
@@ -129,7 +129,7 @@ def test_a_file_that_is_not_this_ones_is_neither_kept_nor_mixed_in(fields, shard
 
 def test_where_a_crop_lies_on_the_ground(fields, tmp_path):
     with Writer(str(tmp_path / "shards"), FIELDS, "test") as writer:
-        writer.add(dataclasses.replace(field_tile(0), place=Place("EPSG:2154", 650_000.0, 6_700_000.0)))
+        writer.add(dataclasses.replace(field_tile(0), origin=GeoOrigin("EPSG:2154", 650_000.0, 6_700_000.0)))
         writer.add(field_tile(1))
     maker = embedder(fields, tmp_path / "shards", tmp_path, what="tokens")
     maker.write(tmp_path / "table", "test")

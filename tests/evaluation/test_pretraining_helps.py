@@ -15,7 +15,7 @@ from maestro_scale.evaluation.results import EvalResult
 from maestro_scale.interop.export import write_model
 from maestro_scale.model.config import ModelConfig
 from maestro_scale.model.maestro import Maestro
-from maestro_scale.model.masking import Masking, draw_masks
+from maestro_scale.model.masking import MaskingConfig, draw_masks
 from maestro_scale.shards.format.manifest import Manifest
 from maestro_scale.shards.read.store import Store
 from maestro_scale.stream.loader import TrainLoader
@@ -34,7 +34,7 @@ def pretrain(model: Maestro, source: Source) -> None:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=STEPS, pct_start=0.2)
     for step in stream.steps(0, STEPS):
         (batch,) = step.batches
-        masks = draw_masks(model.config, Masking(ratio=0.75, modality=0.0), batch)
+        masks = draw_masks(model.config, MaskingConfig(ratio=0.75, modality=0.0), batch)
         loss, _ = model(batch, masks, hidden_counts(model.config, [masks]))
         optimizer.zero_grad()
         loss.backward()

@@ -11,7 +11,7 @@ import rasterio
 from rasterio.errors import NotGeoreferencedWarning
 
 from maestro_scale import datasets
-from maestro_scale.datasets.spec import Place
+from maestro_scale.datasets.spec import GeoOrigin
 from maestro_scale.evaluate import main as evaluate
 from maestro_scale.evaluation.results import EvalResult
 from maestro_scale.shards.format.codec import Sample, encode
@@ -21,7 +21,7 @@ from tests.evaluation.conftest import FIELDS, SPLITS, Fields, field_tile
 
 def placed_tile(number: int):
     return dataclasses.replace(
-        field_tile(number), place=Place("EPSG:2154", 650_000.0 + 60 * number, 6_700_000.0)
+        field_tile(number), origin=GeoOrigin("EPSG:2154", 650_000.0 + 60 * number, 6_700_000.0)
     )
 
 
@@ -88,8 +88,8 @@ def test_a_label_per_tile_is_no_map(scenes, fields, tmp_path, capsys):
 
 def test_a_place_travels_with_the_sample():
     tile = placed_tile(3)
-    assert Sample(encode(tile)).place == Place("EPSG:2154", 650_180.0, 6_700_000.0)
-    assert Sample(encode(field_tile(3))).place is None
+    assert Sample(encode(tile)).origin == GeoOrigin("EPSG:2154", 650_180.0, 6_700_000.0)
+    assert Sample(encode(field_tile(3))).origin is None
 
 
 @pytest.mark.parametrize(
@@ -102,10 +102,10 @@ def test_a_place_travels_with_the_sample():
 def test_readers_say_where_a_tile_lies(name, crs, corner, tmp_path):
     datasets.synth(name, tmp_path / "raw", 1, 0)
     raw = datasets.open_raw(name, tmp_path / "raw", "train")
-    place = raw.read(raw.keys()[0]).place
-    assert place.crs == crs
+    origin = raw.read(raw.keys()[0]).origin
+    assert origin.crs == crs
     if corner is None:
         (path,) = (tmp_path / "raw").glob("*_LABEL-COSIA/*/*.tif")
         with rasterio.open(path) as image:
             corner = image.bounds.left, image.bounds.top
-    assert (place.west_m, place.north_m) == pytest.approx(corner)
+    assert (origin.west_m, origin.north_m) == pytest.approx(corner)

@@ -13,7 +13,7 @@ from testkit.models import full_batch, small_config, small_sensors
 
 from benchmarks.reference_step import host_masks, reference_loss
 from maestro_scale.model.maestro import Maestro
-from maestro_scale.model.masking import Mask, Masking, draw_masks, num_hidden
+from maestro_scale.model.masking import Mask, MaskingConfig, draw_masks, num_masked
 from maestro_scale.training.loop import hidden_counts
 
 
@@ -39,10 +39,10 @@ def gradient(model: Maestro, loss: torch.Tensor) -> dict[str, torch.Tensor]:
 def test_gradients_equal_those_of_the_unfused_formulation(changes):
     config = small_config(**changes)
     model, batch = Maestro(config).initialise(0).double(), full_batch(config, 3)
-    masks = draw_masks(config, Masking(), batch)
+    masks = draw_masks(config, MaskingConfig(), batch)
     loss, _ = model(batch, masks, hidden_counts(config, [masks]))
     ours = gradient(model, loss)
-    expected = reference_loss(model, batch, Masking(), {k: m.hidden for k, m in masks.items()})
+    expected = reference_loss(model, batch, MaskingConfig(), {k: m.masked for k, m in masks.items()})
     theirs = gradient(model, expected)
     # Positions and targets are made in single precision on both sides, in another order.
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
@@ -54,7 +54,7 @@ def test_gradients_equal_those_of_the_unfused_formulation(changes):
 def test_gradients_equal_finite_differences():
     config = small_config(sensors=small_sensors()[1:2], inter_depth=0, loss="l2")
     model, batch = Maestro(config).initialise(0).double(), full_batch(config, 2)
-    masks = draw_masks(config, Masking(), batch)
+    masks = draw_masks(config, MaskingConfig(), batch)
     counts = hidden_counts(config, [masks])
     analytic = gradient(model, model(batch, masks, counts)[0])
     generator = torch.Generator().manual_seed(0)
@@ -73,17 +73,17 @@ def test_gradients_equal_finite_differences():
 def test_the_reference_masks_as_many_tokens():
     config = small_config()
     model, batch = Maestro(config).initialise(0), full_batch(config, 16)
-    for name, hidden in host_masks(model, batch, Masking()).items():
-        assert (hidden.sum(1) == num_hidden(0.75, hidden.shape[1])).all(), name
+    for name, hidden in host_masks(model, batch, MaskingConfig()).items():
+        assert (hidden.sum(1) == num_masked(0.75, hidden.shape[1])).all(), name
 
 
 def test_a_sequence_of_one_token_hides_none_and_still_trains():
     one = dataclasses.replace(small_sensors()[1], image_size=2, patch=2, num_dates=1)
     config = small_config(sensors=(one, small_sensors()[0]))
     model, batch = Maestro(config).initialise(0), full_batch(config, 2)
-    masks = draw_masks(config, Masking(), batch)
+    masks = draw_masks(config, MaskingConfig(), batch)
     assert isinstance(masks["s2"], Mask)
-    assert not masks["s2"].hidden.any()
+    assert not masks["s2"].masked.any()
     loss, _ = model(batch, masks, hidden_counts(config, [masks]))
     loss.backward()
     assert loss.isfinite()

@@ -9,23 +9,23 @@ import torch
 from testkit.models import TINY, full_batch, small_config
 
 from maestro_scale.model import attention
-from maestro_scale.model.cost import cost
+from maestro_scale.model.cost import compute_cost
 from maestro_scale.model.maestro import Maestro
-from maestro_scale.model.masking import Masking, draw_masks
+from maestro_scale.model.masking import MaskingConfig, draw_masks
 from maestro_scale.training.loop import hidden_counts
 
 CPU = torch.device("cpu")
 
 
 def gradient(model: Maestro, batch) -> tuple[float, torch.Tensor]:
-    masks = draw_masks(model.config, Masking(), batch)
+    masks = draw_masks(model.config, MaskingConfig(), batch)
     loss, _ = model(batch, masks, hidden_counts(model.config, [masks]))
     loss.backward()
     return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
 def test_every_kernel_that_runs_here_gives_the_same_gradient():
-    names = attention.possible(CPU, torch.float32, 16)
+    names = attention.available_backends(CPU, torch.float32, 16)
     assert {"flash", "math"} <= set(names)
     results = {}
     for name in ("auto", *names):
@@ -37,12 +37,12 @@ def test_every_kernel_that_runs_here_gives_the_same_gradient():
 
 
 def test_the_kernel_is_reported_or_refused():
-    assert attention.chosen("auto", CPU, torch.float32, 64) in ("flash", "math")
-    assert attention.chosen("math", CPU, torch.float32, 64) == "math"
+    assert attention.resolve_backend("auto", CPU, torch.float32, 64) in ("flash", "math")
+    assert attention.resolve_backend("math", CPU, torch.float32, 64) == "math"
     with pytest.raises(ValueError, match=r"'cudnn' does not run on cpu in float32 .* use one of auto, flash"):
-        attention.chosen("cudnn", CPU, torch.float32, 64)
+        attention.resolve_backend("cudnn", CPU, torch.float32, 64)
     with pytest.raises(ValueError, match="'flash_attn' does not run on cpu"):
-        attention.chosen("flash_attn", CPU, torch.float32, 64)
+        attention.resolve_backend("flash_attn", CPU, torch.float32, 64)
     with pytest.raises(ValueError, match="use one of auto, flash"):
         small_config(attention="fast")
 
@@ -63,7 +63,7 @@ def test_recomputed_blocks_keep_less_and_give_the_same_gradient(checkpointing):
 
         weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-            masks = draw_masks(config, Masking(), batch)
+            masks = draw_masks(config, MaskingConfig(), batch)
             loss, _ = model(batch, masks, hidden_counts(config, [masks]))
         loss.backward()
         return torch.cat([p.grad.flatten() for p in model.parameters()]), kept
@@ -73,14 +73,18 @@ def test_recomputed_blocks_keep_less_and_give_the_same_gradient(checkpointing):
     assert kept < most
     config = small_config(size=size, checkpointing=checkpointing)
     plain = small_config(size=size)
-    assert cost(config, 0.75).activations < cost(plain, 0.75).activations
-    assert cost(plain, 0.75).step_flops < cost(config, 0.75).step_flops <= 4 * cost(plain, 0.75).forward_flops
+    assert compute_cost(config, 0.75).activations < compute_cost(plain, 0.75).activations
+    assert (
+        compute_cost(plain, 0.75).step_flops
+        < compute_cost(config, 0.75).step_flops
+        <= 4 * compute_cost(plain, 0.75).forward_flops
+    )
 
 
 def test_counts_of_recomputation_lie_between_none_and_all():
     size = dataclasses.replace(TINY, depth=6, decoder_depth=4)
     counted = [
-        cost(small_config(size=size, checkpointing=how), 0.75)
+        compute_cost(small_config(size=size, checkpointing=how), 0.75)
         for how in ("none", "every_3", "every_2", "blocks")
     ]
     assert [c.step_flops for c in counted] == sorted(c.step_flops for c in counted)
@@ -101,10 +105,10 @@ def test_activations_are_what_autograd_keeps():
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        masks = draw_masks(config, Masking(), batch)
+        masks = draw_masks(config, MaskingConfig(), batch)
         model(batch, masks, hidden_counts(config, [masks]))
     measured = sum(n for n, _ in kept.values()) / 4
-    assert cost(config, 0.75).activations == pytest.approx(measured, rel=0.25)
+    assert compute_cost(config, 0.75).activations == pytest.approx(measured, rel=0.25)
 
 
 @pytest.mark.parametrize("fusion", ["group", "monotemp"])
@@ -113,7 +117,7 @@ def test_flops_equal_what_deepspeed_counts(fusion):
 
     config = small_config(fusion=fusion, attention="math")
     batch, model = full_batch(config, 2), Maestro(config).initialise(0)
-    masks = draw_masks(config, Masking(), batch)
+    masks = draw_masks(config, MaskingConfig(), batch)
     counts = hidden_counts(config, [masks])
     profiler = FlopsProfiler(model)
     profiler.start_profile()
@@ -121,7 +125,7 @@ def test_flops_equal_what_deepspeed_counts(fusion):
         model(batch, masks, counts)
     counted = 2 * profiler.get_total_macs()
     profiler.end_profile()
-    assert 2 * cost(config, 0.75).forward_flops == pytest.approx(counted, rel=0.02)
+    assert 2 * compute_cost(config, 0.75).forward_flops == pytest.approx(counted, rel=0.02)
 
 
 # The default backend takes minutes to compile on two cores; what it traces is the same (docs/model.md has its curve).
@@ -135,7 +139,7 @@ def test_compiled_blocks_follow_the_same_loss_curve():
         losses = []
         for step in range(4):
             batch = full_batch(config, 2, seed=step)
-            masks = draw_masks(config, Masking(), batch)
+            masks = draw_masks(config, MaskingConfig(), batch)
             loss, _ = model(batch, masks, hidden_counts(config, [masks]))
             optimizer.zero_grad()
             loss.backward()

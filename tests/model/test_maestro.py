@@ -10,11 +10,11 @@ from testkit.models import TINY, full_batch, small_config
 from torch.utils.flop_counter import FlopCounterMode
 
 from maestro_scale.model.config import ModelConfig
-from maestro_scale.model.cost import cost, num_parameters
+from maestro_scale.model.cost import compute_cost, num_parameters
 from maestro_scale.model.maestro import Maestro
-from maestro_scale.model.masking import Masking, by_sensor, draw_masks
+from maestro_scale.model.masking import MaskingConfig, draw_masks, masks_by_sensor
 from maestro_scale.model.sequences import sequences
-from maestro_scale.model.targets import hidden_pixels
+from maestro_scale.model.targets import num_masked_values
 from maestro_scale.stream.batch import Batch
 
 
@@ -25,8 +25,8 @@ def cut(batch: Batch, rows: slice) -> Batch:
 
 
 def counts_of(config: ModelConfig, masks) -> torch.Tensor:
-    hidden = by_sensor(config, masks)
-    return torch.stack([hidden_pixels(config, s, hidden[s.name]) for s in config.sensors])
+    hidden = masks_by_sensor(config, masks)
+    return torch.stack([num_masked_values(config, s, hidden[s.name]) for s in config.sensors])
 
 
 @pytest.mark.parametrize("norm", ["group", "token"])
@@ -34,14 +34,14 @@ def counts_of(config: ModelConfig, masks) -> torch.Tensor:
 def test_loss_and_gradients_do_not_depend_on_the_cut(fusion, norm):
     config = small_config(fusion=fusion, norm=norm)
     batch = full_batch(config, 12)
-    counts = counts_of(config, draw_masks(config, Masking(), batch))
+    counts = counts_of(config, draw_masks(config, MaskingConfig(), batch))
 
     def run(cuts: list[slice]) -> tuple[float, torch.Tensor]:
         model = Maestro(config).initialise(0).double()
         total = 0.0
         for rows in cuts:
             part = cut(batch, rows)
-            share, _ = model(part, draw_masks(config, Masking(), part), counts)
+            share, _ = model(part, draw_masks(config, MaskingConfig(), part), counts)
             share.backward()
             total += share.item()
         return total, torch.cat([p.grad.flatten() for p in model.parameters()])
@@ -56,8 +56,8 @@ def test_loss_and_gradients_do_not_depend_on_the_cut(fusion, norm):
 def test_masked_pixels_do_not_reach_the_encoder_with_token_norm():
     config = small_config(norm="token")
     model, batch = Maestro(config).initialise(0).eval(), full_batch(config, 3)
-    masks = draw_masks(config, Masking(), batch)
-    hidden = by_sensor(config, masks)["aerial"]  # (B, 1, 16)
+    masks = draw_masks(config, MaskingConfig(), batch)
+    hidden = masks_by_sensor(config, masks)["aerial"]  # (B, 1, 16)
     before = model.encode(batch, masks)
     pixels = batch.pixels["aerial"].clone()
     blocks = pixels.unfold(3, 5, 5).unfold(4, 5, 5)  # a view: (B, 1, C, 4, 4, 5, 5)
@@ -74,8 +74,8 @@ def test_group_norm_lets_two_numbers_per_date_through():
     config = small_config(norm="group")
     model, batch = Maestro(config).initialise(0).double().eval(), full_batch(config, 2)
     batch = dataclasses.replace(batch, pixels={k: v.double() for k, v in batch.pixels.items()})
-    masks = draw_masks(config, Masking(), batch)
-    hidden = by_sensor(config, masks)["aerial"][:, 0]  # (B, 16)
+    masks = draw_masks(config, MaskingConfig(), batch)
+    hidden = masks_by_sensor(config, masks)["aerial"][:, 0]  # (B, 16)
 
     def encoded(change) -> dict[str, torch.Tensor]:
         pixels = batch.pixels["aerial"].clone()
@@ -107,7 +107,7 @@ def test_recomputation_gives_the_same_gradient():
     for checkpointing in ("none", "blocks"):
         config = small_config(checkpointing=checkpointing)
         batch, model = full_batch(config, 4), Maestro(config).initialise(0)
-        masks = draw_masks(config, Masking(), batch)
+        masks = draw_masks(config, MaskingConfig(), batch)
         model(batch, masks, counts_of(config, masks))[0].backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     assert torch.equal(*gradients)
@@ -131,7 +131,7 @@ def test_impossible_models_are_refused():
 def test_flops_equal_a_count_of_the_products(fusion):
     config = small_config(fusion=fusion)
     batch, model = full_batch(config, 1), Maestro(config).initialise(0)
-    masks = draw_masks(config, Masking(), batch)
+    masks = draw_masks(config, MaskingConfig(), batch)
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
         model(batch, masks, counts_of(config, masks))
@@ -141,18 +141,18 @@ def test_flops_equal_a_count_of_the_products(fusion):
     lengths = {q.name: (q, masks[q.name]) for q in sequences(config)}
     attention = 0
     for _, mask in lengths.values():
-        rows, total = mask.hidden.shape
-        seen = mask.visible.shape[1]
+        rows, total = mask.masked.shape
+        seen = mask.visible_index.shape[1]
         attention += rows * 4 * seen**2 * inner * (TINY.depth - config.inter_depth)
         # The last block of the decoder mixes for hidden tokens only.
         attention += rows * 4 * total**2 * decoder_inner * (TINY.decoder_depth - 1)
         attention += rows * 4 * total * (total - seen) * decoder_inner
-    joined = sum(m.visible.numel() for _, m in lengths.values())
+    joined = sum(m.visible_index.numel() for _, m in lengths.values())
     attention += config.inter_depth * 4 * joined**2 * inner
     measured = counter.get_total_flops()
     if "scaled_dot_product" not in str(counter.get_flop_counts()):
         measured += attention
-    assert cost(config, 0.75).forward_flops == measured
+    assert compute_cost(config, 0.75).forward_flops == measured
 
 
 def test_parameters_are_counted_without_storage():

@@ -10,7 +10,7 @@ from testkit.models import noise_batch, small_config, small_sensors
 
 from maestro_scale.datasets.spec import Sensor
 from maestro_scale.model.config import ModelConfig
-from maestro_scale.model.masking import Mask, Masking, by_sensor, draw_masks, num_hidden
+from maestro_scale.model.masking import Mask, MaskingConfig, draw_masks, masks_by_sensor, num_masked
 from maestro_scale.model.sequences import num_tokens, sequences
 from maestro_scale.stream.batch import Batch, num_noise
 
@@ -21,31 +21,31 @@ HIGH = 0.99  # noise above every probability used here: nothing is masked by it
 @pytest.mark.parametrize("fusion", ["group", "mod", "monotemp", "shared"])
 def test_every_row_hides_exactly_its_quota(fusion, spectral):
     config = small_config(fusion=fusion, spectral=spectral)
-    masks = draw_masks(config, Masking(band_group=0.2), noise_batch(config, 64))
+    masks = draw_masks(config, MaskingConfig(band_group=0.2), noise_batch(config, 64))
     for q in sequences(config):
         tokens = num_tokens(config, q)
         mask = masks[q.name]
-        assert (mask.hidden.sum(1) == num_hidden(0.75, tokens)).all()
-        assert mask.visible.shape[1] == tokens - num_hidden(0.75, tokens)
-        assert not mask.hidden.gather(1, mask.visible).any()
+        assert (mask.masked.sum(1) == num_masked(0.75, tokens)).all()
+        assert mask.visible_index.shape[1] == tokens - num_masked(0.75, tokens)
+        assert not mask.masked.gather(1, mask.visible_index).any()
 
 
 def test_a_mask_depends_on_its_own_sample_only():
     config = small_config()
     batch = noise_batch(config, 8)
-    whole = draw_masks(config, Masking(), batch)
+    whole = draw_masks(config, MaskingConfig(), batch)
     for i in range(8):
         one = dataclasses.replace(batch, noise={k: v[i : i + 1] for k, v in batch.noise.items()}, keys=("k",))
-        alone = draw_masks(config, Masking(), one)
+        alone = draw_masks(config, MaskingConfig(), one)
         for name, mask in alone.items():
-            assert torch.equal(mask.hidden[0], whole[name].hidden[i])
+            assert torch.equal(mask.masked[0], whole[name].masked[i])
 
 
 def test_structural_masks_are_hidden_first():
     config = small_config()
     batch = noise_batch(config, 512)
-    dates_only = Masking(ratio=0.75, modality=0.0, date=0.3, location=0.0)
-    hidden = by_sensor(config, draw_masks(config, dates_only, batch))["s2"]
+    dates_only = MaskingConfig(ratio=0.75, modality=0.0, date=0.3, location=0.0)
+    hidden = masks_by_sensor(config, draw_masks(config, dates_only, batch))["s2"]
     fully_hidden = hidden.all(dim=2).float().mean()
     # 0.3 of the dates, unless more than the quota of them fell (never drawn back below the quota).
     assert 0.25 < fully_hidden < 0.36
@@ -53,23 +53,23 @@ def test_structural_masks_are_hidden_first():
 
 def test_ties_leave_a_random_subset_visible():
     config = small_config()
-    everything = Masking(ratio=0.5, modality=0.0, date=0.0, location=0.97)
-    hidden = by_sensor(config, draw_masks(config, everything, noise_batch(config, 2048)))["aerial"]
+    everything = MaskingConfig(ratio=0.5, modality=0.0, date=0.0, location=0.97)
+    hidden = masks_by_sensor(config, draw_masks(config, everything, noise_batch(config, 2048)))["aerial"]
     share = hidden.float().mean(0).flatten()
     assert (share - 0.5).abs().max() < 0.06, "positions are hidden unequally often: ties are not at random"
 
 
 def test_without_structure_every_token_is_equally_likely():
     config = small_config()
-    free = Masking(modality=0.0, date=0.0, location=0.0)
-    for hidden in by_sensor(config, draw_masks(config, free, noise_batch(config, 4096))).values():
+    free = MaskingConfig(modality=0.0, date=0.0, location=0.0)
+    for hidden in masks_by_sensor(config, draw_masks(config, free, noise_batch(config, 4096))).values():
         assert (hidden.float().mean(0) - hidden.float().mean()).abs().max() < 0.04
 
 
 def test_modality_masks_only_where_a_group_is_shared():
     config = small_config()
-    hidden = by_sensor(
-        config, draw_masks(config, Masking(modality=0.9, date=0, location=0), noise_batch(config, 256))
+    hidden = masks_by_sensor(
+        config, draw_masks(config, MaskingConfig(modality=0.9, date=0, location=0), noise_batch(config, 256))
     )
     whole = {k: v.flatten(1).all(1).float().mean().item() for k, v in hidden.items()}
     assert whole["s1_asc"] > 0.3
@@ -97,14 +97,14 @@ def test_unequal_rows_are_refused():
     ],
 )
 def test_the_number_of_hidden_tokens_is_rounded_and_leaves_one_visible(ratio, tokens, expected):
-    assert num_hidden(ratio, tokens) == expected
+    assert num_masked(ratio, tokens) == expected
 
 
 def test_masks_hide_the_rounded_number_of_tokens():
     config = small_config()
-    masks = draw_masks(config, Masking(ratio=0.6), noise_batch(config, 2))
+    masks = draw_masks(config, MaskingConfig(ratio=0.6), noise_batch(config, 2))
     # aerial: 4 * 4 tokens, 9.6 -> 10. s2: 4 dates * 3 * 3, 21.6 -> 22. s1: two sensors of 2 dates * 3 * 3, the same.
-    hidden = {name: mask.hidden.sum(1).tolist() for name, mask in masks.items()}
+    hidden = {name: mask.masked.sum(1).tolist() for name, mask in masks.items()}
     assert hidden == {"aerial": [10, 10], "s2": [22, 22], "s1": [22, 22]}
 
 
@@ -128,12 +128,12 @@ def noise_of(
     return torch.tensor(values)
 
 
-def hidden_by(config: ModelConfig, masking: Masking, noise: dict[str, torch.Tensor]) -> dict[str, list]:
+def hidden_by(config: ModelConfig, masking: MaskingConfig, noise: dict[str, torch.Tensor]) -> dict[str, list]:
     """{sensor: hidden (R, L) as 0 and 1} of one sample."""
     batch: Batch = dataclasses.replace(
         noise_batch(config, 1), noise={name: values[None] for name, values in noise.items()}
     )
-    found = by_sensor(config, draw_masks(config, masking, batch))
+    found = masks_by_sensor(config, draw_masks(config, masking, batch))
     return {name: hidden[0].int().tolist() for name, hidden in found.items()}
 
 
@@ -146,7 +146,7 @@ def test_the_tokens_of_the_highest_noise_are_hidden():
     sensor = tiny_sensor(small_sensors()[2], num_dates=1)
     config = small_config(sensors=(sensor,))
     noise = {sensor.name: noise_of(sensor, [0.4, 0.9, 0.1, 0.8])}
-    assert hidden_by(config, Masking(ratio=0.5), noise) == {sensor.name: [[0, 1, 0, 1]]}
+    assert hidden_by(config, MaskingConfig(ratio=0.5), noise) == {sensor.name: [[0, 1, 0, 1]]}
 
 
 def test_the_date_mask_spares_sensors_of_one_date():
@@ -161,7 +161,7 @@ def test_the_date_mask_spares_sensors_of_one_date():
         one.name: noise_of(one, [0.1] * 4, [{"date": [0.0]}]),
         two.name: noise_of(two, [0.2, 0.9, 0.3, 0.8, 0.7, 0.4, 0.6, 0.5]),
     }
-    masking = Masking(ratio=1 / 3, modality=0.0, date=0.5, location=0.0)
+    masking = MaskingConfig(ratio=1 / 3, modality=0.0, date=0.5, location=0.0)
     assert hidden_by(config, masking, noise) == {
         one.name: [[0, 0, 0, 0]],
         two.name: [[0, 1, 0, 1], [1, 0, 1, 0]],
@@ -174,7 +174,7 @@ def test_the_date_mask_spares_sensors_of_one_date():
 def test_noise_equal_to_a_probability_masks_nothing():
     sensor = tiny_sensor(small_sensors()[2], num_dates=2)
     config = small_config(sensors=(sensor,))
-    masking = Masking(ratio=0.5, modality=0.0, date=0.25, location=0.25)
+    masking = MaskingConfig(ratio=0.5, modality=0.0, date=0.25, location=0.25)
     tokens = [0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]  # the first date's are higher
     at = noise_of(sensor, tokens, [{"date": [HIGH, 0.25], "location": [HIGH, HIGH, HIGH, 0.25]}])
     below = noise_of(sensor, tokens, [{"date": [HIGH, 0.2499]}])
@@ -184,7 +184,7 @@ def test_noise_equal_to_a_probability_masks_nothing():
 
 def test_the_band_group_mask_spares_sensors_of_one_group():
     grouped = tiny_sensor(small_sensors()[2], num_dates=1)
-    masking = Masking(ratio=0.5, modality=0.0, date=0.0, location=0.0, band_group=0.5)
+    masking = MaskingConfig(ratio=0.5, modality=0.0, date=0.0, location=0.0, band_group=0.5)
     drawn = [{"group": [0.0, HIGH]}]
     # Two tokens per patch: those of the first group are masked, though the second group's noise is higher.
     config = small_config(sensors=(grouped,), spectral="token")
@@ -199,7 +199,7 @@ def test_the_band_group_mask_spares_sensors_of_one_group():
 
 def test_the_modality_mask_spares_sensors_without_a_partner():
     asc, des = (tiny_sensor(sensor, num_dates=1) for sensor in small_sensors()[2:])
-    masking = Masking(ratio=0.5, modality=0.5, date=0.0, location=0.0)
+    masking = MaskingConfig(ratio=0.5, modality=0.5, date=0.0, location=0.0)
     drawn = [{"modality": [0.0]}]
     config = small_config(sensors=(asc, des))
     noise = {asc.name: noise_of(asc, [0.1] * 4, drawn), des.name: noise_of(des, [0.9] * 4)}
@@ -215,7 +215,7 @@ def test_the_modality_mask_spares_sensors_without_a_partner():
 def test_a_structure_that_masks_everything_gives_way_to_the_next_candidate_or_to_none():
     sensor = tiny_sensor(small_sensors()[2], num_dates=2)
     config = small_config(sensors=(sensor,))
-    masking = Masking(ratio=0.5, modality=0.0, date=0.5, location=0.0)
+    masking = MaskingConfig(ratio=0.5, modality=0.0, date=0.5, location=0.0)
     tokens = [0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]
     whole, second, first = ({"date": dates} for dates in ([0.0, 0.0], [HIGH, 0.0], [0.0, HIGH]))
     for candidates, hidden in (

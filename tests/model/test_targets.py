@@ -9,7 +9,7 @@ import torch
 from testkit.models import small_config, small_sensors
 
 from maestro_scale.model.config import ModelConfig
-from maestro_scale.model.targets import combine, error_sum, hidden_pixels, normalised, restored
+from maestro_scale.model.targets import combine_losses, denormalise, error_sum, normalise, num_masked_values
 
 # Two bands in groups of their own, patches of 2 x 2 pixels, 2 x 2 patches.
 SENSOR = dataclasses.replace(small_sensors()[2], image_size=4, patch=2, num_dates=1)
@@ -28,21 +28,19 @@ def test_the_variance_is_unbiased_and_its_floor_is_a_millionth():
     # Band 1: mean 0.001, deviations 0.001, variance 4e-6 / 3. 0.001 / sqrt(4e-6 / 3 + 1e-6) = sqrt(3 / 7) = 0.654654.
     # Band 2 is constant: 0 / sqrt(1e-6).
     values = patch([0.0, 0.0, 0.002, 0.002], [5.0] * 4)
-    found = normalised(config_of(), SENSOR, values)
+    found = normalise(config_of(), SENSOR, values)
     expected = patch([-0.654654, -0.654654, 0.654654, 0.654654])
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
-    torch.testing.assert_close(restored(config_of(), SENSOR, expected, values), values, rtol=0, atol=1e-8)
+    torch.testing.assert_close(denormalise(config_of(), SENSOR, expected, values), values, rtol=0, atol=1e-8)
 
 
 def test_bands_are_normalised_together_or_not_at_all_where_the_target_says_so():
     values = patch([0.0] * 4, [2.0] * 4)
     # Together: mean 1, deviations 1, variance 8 / 7; 1 / sqrt(8 / 7) = 0.935414.
     whole = patch([-0.935414] * 4, [0.935414] * 4)
-    torch.testing.assert_close(
-        normalised(config_of(target="patch"), SENSOR, values), whole, rtol=0, atol=1e-6
-    )
-    assert torch.equal(normalised(config_of(target="none"), SENSOR, values), values)
-    assert torch.equal(normalised(config_of(target="patch_group"), SENSOR, values), torch.zeros_like(values))
+    torch.testing.assert_close(normalise(config_of(target="patch"), SENSOR, values), whole, rtol=0, atol=1e-6)
+    assert torch.equal(normalise(config_of(target="none"), SENSOR, values), values)
+    assert torch.equal(normalise(config_of(target="patch_group"), SENSOR, values), torch.zeros_like(values))
 
 
 @pytest.mark.parametrize(("loss", "expected"), [("l1", 8.0), ("l2", 20.0)])
@@ -63,17 +61,17 @@ def test_errors_of_half_precision_are_summed_in_single():
     assert (total.item(), total.dtype) == (3000.0, torch.float32)
 
 
-def test_hidden_pixels_are_counted_by_bands_of_the_group_and_pixels_of_the_patch():
+def test_num_masked_values_are_counted_by_bands_of_the_group_and_pixels_of_the_patch():
     # 3 hidden tokens of all 2 bands and 2 * 2 pixels each.
     hidden = torch.tensor([[[True, True, False, True]]])
-    assert hidden_pixels(config_of(), SENSOR, hidden).item() == 3 * 2 * 4
+    assert num_masked_values(config_of(), SENSOR, hidden).item() == 3 * 2 * 4
     # With a token per group: one of 1 band and one of 3, four pixels each.
     aerial = dataclasses.replace(small_sensors()[0], image_size=4, patch=2)
     config = config_of(sensors=(aerial,), spectral="token")
     first, second = torch.zeros(2, 1, 2, 4, dtype=torch.bool)
     first[0, 0, 1], second[0, 1, 2] = True, True
-    assert hidden_pixels(config, aerial, first).item() == 1 * 4
-    assert hidden_pixels(config, aerial, second).item() == 3 * 4
+    assert num_masked_values(config, aerial, first).item() == 1 * 4
+    assert num_masked_values(config, aerial, second).item() == 3 * 4
 
 
 def test_the_loss_weights_each_sensors_mean_by_its_tokens():
@@ -82,7 +80,7 @@ def test_the_loss_weights_each_sensors_mean_by_its_tokens():
     sums = torch.tensor([20.0, 30.0, 8.0, 2.0])
     counts = torch.tensor([10.0, 10.0, 4.0, 4.0], dtype=torch.float64)
     # Means 2, 3, 2, 0.5: (16 * 2 + 36 * 3 + 18 * 2 + 18 * 0.5) / 88 = 185 / 88.
-    assert combine(config, sums, counts).item() == pytest.approx(185 / 88, rel=1e-6)
+    assert combine_losses(config, sums, counts).item() == pytest.approx(185 / 88, rel=1e-6)
     # Nothing of s2 is hidden: (16 * 2 + 18 * 2 + 18 * 0.5) / 52 = 77 / 52.
     sums[1], counts[1] = 0.0, 0.0
-    assert combine(config, sums, counts).item() == pytest.approx(77 / 52, rel=1e-6)
+    assert combine_losses(config, sums, counts).item() == pytest.approx(77 / 52, rel=1e-6)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from maestro_scale.stream import dates
-from maestro_scale.stream.rng import Draws, Purpose
+from maestro_scale.stream.rng import CounterRNG, Purpose
 
 
 def series(num_dates: int) -> np.ndarray:
@@ -21,8 +21,8 @@ def series(num_dates: int) -> np.ndarray:
 
 
 def drawn(pixels: np.ndarray, num_dates: int, number: int, marked: np.ndarray | None = None) -> np.ndarray:
-    draws = Draws(0, Purpose.SAMPLE).seek(0, number)
-    chosen, seen = dates.draw(len(pixels), num_dates, marked, lambda i: pixels[i], draws)
+    rng = CounterRNG(0, Purpose.SAMPLE).seek(0, number)
+    chosen, seen = dates.draw(len(pixels), num_dates, marked, lambda i: pixels[i], rng)
     np.testing.assert_array_equal(seen, pixels[chosen])
     return chosen
 
@@ -70,7 +70,7 @@ def test_only_the_dates_that_are_used_are_read():
         asked.extend(indices.tolist())
         return pixels[indices]
 
-    dates.draw(146, 16, np.zeros(146, bool), read, Draws(0, Purpose.SAMPLE))
+    dates.draw(146, 16, np.zeros(146, bool), read, CounterRNG(0, Purpose.SAMPLE))
     assert len(asked) == 16
 
 
@@ -104,7 +104,7 @@ def test_the_median_is_numpys():
 
 @pytest.mark.parametrize(("stored", "expected"), [(1, [0, 0, 0, 0]), (3, [0, 0, 1, 2]), (4, [0, 1, 2, 3])])
 def test_too_few_dates_are_repeated_in_order(stored: int, expected: list[int]):
-    assert dates.repeated(stored, 4).tolist() == expected
+    assert dates.spread_evenly(stored, 4).tolist() == expected
 
 
 def test_a_gap_takes_the_nearest_date_then_the_mean_of_the_band():
@@ -157,7 +157,7 @@ def test_bins_follow_the_dates_that_are_left_out():
 
 def test_the_dates_drawn_follow_from_the_words():
     # Seed 0, sample 3: words below 2**63 leave the rest out at the end. Of each bin the lowest word is taken.
-    draws = Draws(0, Purpose.SAMPLE).seek(0, 3)
+    rng = CounterRNG(0, Purpose.SAMPLE).seek(0, 3)
     words = np.random.Philox(
         key=np.array([0, 2 << 32], np.uint64), counter=np.array([0, 0, 3, 0], np.uint64)
     ).random_raw(8)
@@ -167,7 +167,7 @@ def test_the_dates_drawn_follow_from_the_words():
         skip + 3 + int(np.argmin(words[skip + 3 : skip + 6])),
     ]
     pixels = series(7)
-    chosen, _ = dates.draw(7, 2, None, lambda i: pixels[i], draws)
+    chosen, _ = dates.draw(7, 2, None, lambda i: pixels[i], rng)
     assert chosen.tolist() == expected
 
 

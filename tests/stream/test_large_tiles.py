@@ -21,7 +21,7 @@ from maestro_scale.shards.format.manifest import Manifest
 from maestro_scale.shards.read.store import Store
 from maestro_scale.shards.write.writer import Writer
 from maestro_scale.stream.packing import arrays_in, num_bytes
-from maestro_scale.stream.transform import Preparer, Stored, View
+from maestro_scale.stream.transform import StoredSample, Transform, View
 
 VIEW = View(SPEC, SPEC.sensors, SPEC.crop_m)
 
@@ -44,23 +44,25 @@ def ramp() -> Tile:
     return tile_of(arrays, ((row + 3 * column) % 19).astype(np.uint8))
 
 
-def prepared(preparer: Preparer, sample: Stored, number: int | None, crop: int = 0) -> dict[str, np.ndarray]:
+def prepared(
+    transform: Transform, sample: StoredSample, number: int | None, crop: int = 0
+) -> dict[str, np.ndarray]:
     """{sensor or target: array} of a sample; evaluation if ``number`` is None."""
-    block = torch.zeros(num_bytes(preparer.fields, 1), dtype=torch.uint8)
-    out = arrays_in(block, preparer.fields, 1)
+    block = torch.zeros(num_bytes(transform.fields, 1), dtype=torch.uint8)
+    out = arrays_in(block, transform.fields, 1)
     if number is None:
-        preparer.evaluate(sample, crop, out, 0)
+        transform.evaluate(sample, crop, out, 0)
     else:
-        preparer.train(sample, 0, number, out, 0)
+        transform.train(sample, 0, number, out, 0)
     return {f.name: a[0] for f, a in out.items() if f.part in ("pixels", "targets")}
 
 
 @pytest.mark.parametrize("codec", CODECS)
 def test_a_ramp_written_in_every_sensor_is_cut_alike_in_all(codec: str):
-    preparer, sample = Preparer(VIEW, seed=5), Sample(encode(ramp(), codec))
+    transform, sample = Transform(VIEW, seed=5), Sample(encode(ramp(), codec))
     corners, turned = [], set()
     for number in range(12):
-        seen = prepared(preparer, sample, number)
+        seen = prepared(transform, sample, number)
         cells = seen["s2"][:, :2].astype(int)
         assert cells.shape == (16, 2, 16, 16)
         assert (cells == cells[0]).all()  # whatever the date
@@ -87,13 +89,13 @@ def test_a_ramp_written_in_every_sensor_is_cut_alike_in_all(codec: str):
 @pytest.mark.parametrize("codec", CODECS)
 def test_the_crops_of_evaluation_put_together_are_the_tile(codec: str):
     tile = ramp()
-    preparer, sample = Preparer(VIEW), Sample(encode(tile, codec))
-    assert preparer.grid.num_crops == 64
+    transform, sample = Transform(VIEW), Sample(encode(tile, codec))
+    assert transform.grid.num_crops == 64
     spot, label = np.zeros((3, 1280, 1280), np.uint8), np.full((128, 128), 255, np.uint8)
     for number in range(64):
-        seen, crop = prepared(preparer, sample, None, number), preparer.grid.tiling(number)
-        preparer.grid.cut(spot, crop, 1.0)[...] = seen["spot"][0]
-        preparer.grid.cut(label, crop, 10.0)[...] = seen["crop_type"]
+        seen, crop = prepared(transform, sample, None, number), transform.grid.tiling(number)
+        transform.grid.cut(spot, crop, 1.0)[...] = seen["spot"][0]
+        transform.grid.cut(label, crop, 10.0)[...] = seen["crop_type"]
     np.testing.assert_array_equal(spot, tile.arrays["spot"][0])
     np.testing.assert_array_equal(label, tile.targets["crop_type"])
 
@@ -133,7 +135,7 @@ class CountingSpan:
 def test_16_dates_of_one_crop_are_a_small_part_of_what_is_read_and_decoded(
     codec: str, real_size: Tile, monkeypatch
 ):
-    payload, preparer = encode(real_size, codec), Preparer(VIEW, seed=1)
+    payload, transform = encode(real_size, codec), Transform(VIEW, seed=1)
     total = sum(a.nbytes for a in real_size.arrays.values())
     decoded = 0
     decode = compress._frame
@@ -147,7 +149,7 @@ def test_16_dates_of_one_crop_are_a_small_part_of_what_is_read_and_decoded(
     monkeypatch.setattr(compress, "_frame", counted)
     for number in range(4):
         decoded, span = 0, CountingSpan(payload)
-        seen = prepared(preparer, Sample(span), number)
+        seen = prepared(transform, Sample(span), number)
         assert seen["s2"].shape == (16, 10, 16, 16)
         moved = sum(a.nbytes for n, a in seen.items() if n in real_size.arrays)
         assert moved <= span.read_bytes < 0.12 * len(payload)
@@ -164,12 +166,12 @@ def test_the_system_reads_no_more_from_disk_than_a_quarter_of_a_tile(
     with Writer(url, SPEC, "train", codec=codec) as writer:
         writer.add(real_size)
     (info,) = Manifest.load(url).shards
-    path, preparer = tmp_path / "shards" / info.path, Preparer(VIEW, seed=1)
+    path, transform = tmp_path / "shards" / info.path, Transform(VIEW, seed=1)
     with Store(url, tmp_path / "cache", 10**9).shard(info) as shard:
         for number in range(3):
             if evicted(path) > 0:
                 pytest.skip("the file stays in memory, as on tmpfs")
-            prepared(preparer, shard[0], number)
+            prepared(transform, shard[0], number)
             assert 0 < resident_bytes(path) < 0.25 * info.bytes
 
 

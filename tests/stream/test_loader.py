@@ -14,7 +14,7 @@ import torch
 from maestro_scale.shards.read.store import BadShard, Store
 from maestro_scale.stream.batch import Batch, digest
 from maestro_scale.stream.loader import Source, TrainLoader
-from maestro_scale.stream.plan import PlanError
+from maestro_scale.stream.plan import SampleOrderError
 
 ORDER = {"seed": 3, "lanes": 4, "global_batch": 16, "window": 12}
 
@@ -150,7 +150,7 @@ def test_every_shard_is_asked_for_before_it_is_needed_in_shares_for_all_workers(
     loader.workers = workers
     told: list[set[int]] = [set() for _ in range(workers)]
     for i, request in enumerate(loader._requests(3, 20)):
-        told[i % workers] |= set(request.ahead)
+        told[i % workers] |= set(request.prefetch)
         # The first few requests may come before all shares were handed out.
         if i >= workers:
             assert {ref.shard for ref in request.refs} <= set().union(*told)
@@ -160,10 +160,10 @@ def test_every_shard_is_asked_for_before_it_is_needed_in_shares_for_all_workers(
 @pytest.mark.parametrize(
     ("changes", "error", "reason"),
     [
-        ({"micro_batch": 3}, PlanError, "micro_batch 3 does not divide the 16 samples of a rank"),
-        ({"world": 3}, PlanError, "3 ranks do not divide 4 lanes"),
-        ({"lanes": 5}, PlanError, "lanes 5 do not divide the global batch 16"),
-        ({"global_batch": 0}, PlanError, "lanes 4 do not divide the global batch 0"),
+        ({"micro_batch": 3}, SampleOrderError, "micro_batch 3 does not divide the 16 samples of a rank"),
+        ({"world": 3}, SampleOrderError, "3 ranks do not divide 4 lanes"),
+        ({"lanes": 5}, SampleOrderError, "lanes 5 do not divide the global batch 16"),
+        ({"global_batch": 0}, SampleOrderError, "lanes 4 do not divide the global batch 0"),
     ],
 )
 def test_numbers_that_do_not_go_together_are_refused(toy: Source, changes: dict, error: type, reason: str):
@@ -265,4 +265,4 @@ def test_filled_dates_are_counted(toy: Source):
     sensor = replace(toy.sensors[1], num_dates=12)
     loader = loader_of(replace(toy, sensors=(sensor,)))
     batches = next(loader.steps(0, 1)).batches
-    assert sum(b.filled for b in batches) == loader.counters["filled"] > 16
+    assert sum(b.num_repeated_dates for b in batches) == loader.counters["filled"] > 16

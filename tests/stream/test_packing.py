@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from maestro_scale.stream.batch import digest
-from maestro_scale.stream.packing import Field, Label, arrays_in, check_dtype, num_bytes, unpack
+from maestro_scale.stream.packing import BatchMetadata, Field, arrays_in, check_dtype, num_bytes, unpack
 
 DTYPES = ["uint8", "int8", "int16", "uint16", "int32", "uint32", "float16", "float32", "float64", "bool"]
 
@@ -22,12 +22,12 @@ def test_what_is_written_comes_out_in_its_own_dtype():
     for i, (field, array) in enumerate(arrays.items()):
         assert array.shape == (2, *field.shape)
         array[...] = i % 2
-    batch = unpack(block, fields, Label("d", ("0/d/1", "0/d/2"), ("a", "b"), 3, 1))
+    batch = unpack(block, fields, BatchMetadata("d", ("0/d/1", "0/d/2"), ("a", "b"), 3, 1))
     for i, name in enumerate(DTYPES):
         tensor = batch.pixels[name]
         assert tensor.dtype == torch.from_numpy(np.zeros(1, name)).dtype
         assert tensor.float().tolist() == [[[i % 2] * 5] * 3] * 2
-    assert (batch.filled, batch.replaced, batch.tiles) == (3, 1, ("a", "b"))
+    assert (batch.num_repeated_dates, batch.num_replaced_samples, batch.tiles) == (3, 1, ("a", "b"))
     before = digest(batch)
     arrays[fields[0]][1, 2, 4] += 1
     assert digest(batch) != before

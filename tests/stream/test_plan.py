@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maestro_scale.stream.plan import Plan, PlanError
+from maestro_scale.stream.plan import SampleOrder, SampleOrderError
 
 
 @st.composite
-def plans(draw: st.DrawFn, whole_batches: bool = False) -> Plan:
+def plans(draw: st.DrawFn, whole_batches: bool = False) -> SampleOrder:
     """Plans of a few shards; at least one global batch of samples if ``whole_batches``."""
     counts = draw(st.lists(st.integers(0, 60), min_size=1, max_size=8).filter(any))
     lanes = draw(st.sampled_from([1, 2, 4, 6, 8]))
@@ -19,19 +19,23 @@ def plans(draw: st.DrawFn, whole_batches: bool = False) -> Plan:
     if whole_batches and sum(counts) < global_batch:
         counts = [*counts, global_batch]
     window = draw(st.integers(1, 50))
-    return Plan(counts, draw(st.integers(0, 2**64 - 1)), lanes, global_batch, window, draw(st.integers(0, 3)))
+    return SampleOrder(
+        counts, draw(st.integers(0, 2**64 - 1)), lanes, global_batch, window, draw(st.integers(0, 3))
+    )
 
 
-def worlds(plan: Plan) -> list[int]:
+def worlds(plan: SampleOrder) -> list[int]:
     return [r for r in range(1, plan.lanes + 1) if plan.lanes % r == 0]
 
 
-def epoch_of(plan: Plan, epoch: int, rank: int = 0, world: int = 1) -> np.ndarray:
+def epoch_of(plan: SampleOrder, epoch: int, rank: int = 0, world: int = 1) -> np.ndarray:
     return np.concatenate([plan.at(epoch, step, rank, world) for step in range(plan.steps_per_epoch)])
 
 
 @given(plans(whole_batches=True), st.integers(0, 2**40))
-def test_an_epoch_uses_every_sample_at_most_once_and_leaves_out_less_than_a_batch(plan: Plan, epoch: int):
+def test_an_epoch_uses_every_sample_at_most_once_and_leaves_out_less_than_a_batch(
+    plan: SampleOrder, epoch: int
+):
     ids = epoch_of(plan, epoch)
     assert len(ids) == len(set(ids.tolist())) == plan.steps_per_epoch * plan.global_batch
     assert set(ids.tolist()) <= set(range(plan.num_samples))
@@ -39,7 +43,7 @@ def test_an_epoch_uses_every_sample_at_most_once_and_leaves_out_less_than_a_batc
 
 
 @given(plans(), st.integers(0, 100))
-def test_too_few_samples_are_repeated_as_often_as_needed_and_no_more(plan: Plan, epoch: int):
+def test_too_few_samples_are_repeated_as_often_as_needed_and_no_more(plan: SampleOrder, epoch: int):
     ids = epoch_of(plan, epoch)
     assert len(ids) == len(set(ids.tolist()))
     assert plan.steps_per_epoch >= 1
@@ -49,7 +53,9 @@ def test_too_few_samples_are_repeated_as_often_as_needed_and_no_more(plan: Plan,
 
 
 @given(plans(), st.integers(0, 100), st.data())
-def test_a_global_batch_is_the_same_set_on_any_number_of_ranks(plan: Plan, epoch: int, data: st.DataObject):
+def test_a_global_batch_is_the_same_set_on_any_number_of_ranks(
+    plan: SampleOrder, epoch: int, data: st.DataObject
+):
     step = data.draw(st.integers(0, plan.steps_per_epoch - 1))
     whole = plan.at(epoch, step)
     for world in worlds(plan):
@@ -59,7 +65,7 @@ def test_a_global_batch_is_the_same_set_on_any_number_of_ranks(plan: Plan, epoch
 
 
 @given(plans(), st.integers(0, 100), st.data())
-def test_any_step_is_found_without_those_before_it(plan: Plan, epoch: int, data: st.DataObject):
+def test_any_step_is_found_without_those_before_it(plan: SampleOrder, epoch: int, data: st.DataObject):
     step = data.draw(st.integers(0, plan.steps_per_epoch - 1))
     walked = epoch_of(plan, epoch)[step * plan.global_batch : (step + 1) * plan.global_batch]
     for cache in (plan._window_ids, plan._within, plan._shard_order):
@@ -68,11 +74,13 @@ def test_any_step_is_found_without_those_before_it(plan: Plan, epoch: int, data:
 
 
 @given(plans(), st.integers(0, 20), st.data())
-def test_the_shards_ahead_are_those_that_are_used_and_in_time(plan: Plan, epoch: int, data: st.DataObject):
+def test_the_shards_ahead_are_those_that_are_used_and_in_time(
+    plan: SampleOrder, epoch: int, data: st.DataObject
+):
     world = data.draw(st.sampled_from(worlds(plan)))
     rank = data.draw(st.integers(0, world - 1))
     start = data.draw(st.integers(0, plan.steps_per_epoch - 1))
-    told = list(plan.shards_ahead(epoch, start, rank, world))
+    told = list(plan.upcoming_shards(epoch, start, rank, world))
     steps = [step for step, _ in told]
     assert steps == sorted(steps)
     used = set()
@@ -86,7 +94,7 @@ def test_the_shards_ahead_are_those_that_are_used_and_in_time(plan: Plan, epoch:
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=9).filter(any), st.integers(1, 3))
 def test_locate_finds_shard_and_place_of_every_copy(counts: list[int], copies: int):
     total = sum(counts)
-    plan = Plan(counts, 0, 1, copies * total, 4)
+    plan = SampleOrder(counts, 0, 1, copies * total, 4)
     expected = [(s, i) for s, n in enumerate(counts) for i in range(n)] * copies
     shards, indices = plan.locate(np.arange(copies * total))
     assert list(zip(shards.tolist(), indices.tolist(), strict=True)) == expected
@@ -94,7 +102,7 @@ def test_locate_finds_shard_and_place_of_every_copy(counts: list[int], copies: i
 
 @pytest.mark.parametrize("counts", [(67,), (20, 20, 27)])
 def test_another_rest_is_left_out_every_epoch(counts: tuple[int, ...]):
-    plan = Plan(counts, 5, 4, 16, 8)
+    plan = SampleOrder(counts, 5, 4, 16, 8)
     rests = [frozenset(range(67)) - set(epoch_of(plan, e).tolist()) for e in range(60)]
     assert {len(r) for r in rests} == {3}
     assert len(set(rests)) > 30
@@ -103,21 +111,21 @@ def test_another_rest_is_left_out_every_epoch(counts: tuple[int, ...]):
 
 @pytest.mark.parametrize("counts", [(256,), (32,) * 8])
 def test_neighbours_are_torn_apart(counts: tuple[int, ...]):
-    plan = Plan(counts, 1, 4, 16, 64)
+    plan = SampleOrder(counts, 1, 4, 16, 64)
     ids = epoch_of(plan, 0)
     assert np.mean(np.abs(np.diff(ids)) == 1) < 0.05
     assert ids.tolist() != epoch_of(plan, 1).tolist()
-    assert ids.tolist() != epoch_of(Plan(counts, 2, 4, 16, 64), 0).tolist()
-    assert ids.tolist() != epoch_of(Plan(counts, 1, 4, 16, 64, dataset=1), 0).tolist()
+    assert ids.tolist() != epoch_of(SampleOrder(counts, 2, 4, 16, 64), 0).tolist()
+    assert ids.tolist() != epoch_of(SampleOrder(counts, 1, 4, 16, 64, dataset=1), 0).tolist()
 
 
 def test_the_order_stays_what_it_was():
     # A change here breaks the resumption of every run in progress.
-    assert Plan((5, 3, 4), 7, 2, 4, 3).at(2, 1).tolist() == [5, 3, 9, 11]
+    assert SampleOrder((5, 3, 4), 7, 2, 4, 3).at(2, 1).tolist() == [5, 3, 9, 11]
 
 
 def test_a_rank_owns_every_lane_that_leaves_its_number_as_the_rest():
-    plan = Plan((50,), 0, 6, 12, 4)
+    plan = SampleOrder((50,), 0, 6, 12, 4)
     assert [list(plan.lanes_of(rank, 3)) for rank in range(3)] == [[0, 3], [1, 4], [2, 5]]
     assert [list(plan.lanes_of(rank, 2)) for rank in range(2)] == [[0, 2, 4], [1, 3, 5]]
     assert list(plan.lanes_of(0, 1)) == [0, 1, 2, 3, 4, 5]
@@ -128,7 +136,7 @@ def test_a_rank_owns_every_lane_that_leaves_its_number_as_the_rest():
 
 def test_a_lane_is_a_contiguous_part_of_the_shuffled_shards():
     # 24 samples, one shard, no shuffling by windows of 1: 4 lanes of 6 follow each other in the shard's random order.
-    plan = Plan((24,), 3, 4, 8, 1)
+    plan = SampleOrder((24,), 3, 4, 8, 1)
     order = plan._within(0, 0).tolist()
     assert sorted(order) == list(range(24))
     for lane in range(4):
@@ -138,7 +146,7 @@ def test_a_lane_is_a_contiguous_part_of_the_shuffled_shards():
 
 def test_windows_of_later_lanes_begin_earlier():
     # Windows of 8 samples, 4 lanes of 24: lane n's first one is shorter by n * 8 / 4 samples.
-    plan = Plan((96,), 0, 4, 8, 8)
+    plan = SampleOrder((96,), 0, 4, 8, 8)
     bounds = [[plan._bounds(lane, window) for window in range(4)] for lane in range(4)]
     assert bounds[0] == [(0, 8), (8, 16), (16, 24), (24, 24)]
     assert bounds[1] == [(0, 6), (6, 14), (14, 22), (22, 24)]
@@ -151,25 +159,25 @@ def test_windows_of_later_lanes_begin_earlier():
     [(8, 8, 1, 1), (7, 8, 2, 1), (4, 8, 2, 1), (3, 8, 3, 1), (17, 8, 1, 2)],
 )
 def test_a_dataset_is_repeated_only_up_to_one_global_batch(num_samples, global_batch, copies, steps):
-    plan = Plan((num_samples,), 0, 1, global_batch, 4)
+    plan = SampleOrder((num_samples,), 0, 1, global_batch, 4)
     assert (plan.num_copies, plan.steps_per_epoch, plan.lane_length) == (copies, steps, steps * global_batch)
 
 
 def test_epochs_datasets_and_lanes_share_no_order():
     # Six permutations of 30 samples each that could be alike by a forgotten part of a key.
     def within(epoch: int, dataset: int, shard: int) -> tuple[int, ...]:
-        return tuple(Plan((30, 30), 0, 2, 20, 30, dataset)._within(epoch, shard).tolist())
+        return tuple(SampleOrder((30, 30), 0, 2, 20, 30, dataset)._within(epoch, shard).tolist())
 
     assert len({within(e, d, s) for e in (0, 1) for d in (0, 1) for s in (0, 1)}) == 8
 
     def shard_order(epoch: int, dataset: int) -> tuple[int, ...]:
-        return tuple(Plan((2,) * 30, 0, 2, 20, 30, dataset)._shard_order(epoch)[0].tolist())
+        return tuple(SampleOrder((2,) * 30, 0, 2, 20, 30, dataset)._shard_order(epoch)[0].tolist())
 
     assert len({shard_order(e, d) for e in (0, 1) for d in (0, 1)}) == 4
 
     def place_of_first(epoch: int, lane: int, window: int) -> tuple[int, ...]:
         # Where in its window the samples of a window go: the permutation alone.
-        plan = Plan((60,), 0, 2, 20, 10)
+        plan = SampleOrder((60,), 0, 2, 20, 10)
         start, stop = plan._bounds(lane, window)
         (part,) = plan._slices(epoch, lane, start, stop)
         before = (plan._within(epoch, 0)[part[1] : part[2]]).tolist()
@@ -179,23 +187,23 @@ def test_epochs_datasets_and_lanes_share_no_order():
 
 
 def test_a_position_outside_of_the_epoch_or_the_ranks_is_refused():
-    plan = Plan((17,), 0, 2, 8, 4)
+    plan = SampleOrder((17,), 0, 2, 8, 4)
     assert len(plan.at(0, 1)) == 8
     with pytest.raises(IndexError, match="step 2 of an epoch of 2 steps"):
         plan.at(0, 2)
-    with pytest.raises(PlanError, match="rank 2 of 2 ranks"):
+    with pytest.raises(SampleOrderError, match="rank 2 of 2 ranks"):
         plan.lanes_of(2, 2)
 
 
 def test_a_lane_needs_few_shards_at_a_time():
-    plan = Plan((10,) * 1000, 0, 8, 16, 40)
+    plan = SampleOrder((10,) * 1000, 0, 8, 16, 40)
     assert all(
         len({s for _, s in plan._first_uses(0, lane, 3, plan._bounds(lane, 3)[0])}) <= 5 for lane in range(8)
     )
 
 
 def test_the_middle_of_a_hundred_million_samples_needs_no_walk():
-    plan = Plan((2000,) * 50_000, 0, 256, 4096, 4096)
+    plan = SampleOrder((2000,) * 50_000, 0, 256, 4096, 4096)
     first = plan.at(3, plan.steps_per_epoch // 2, 5, 64)
     assert len(first) == 64
     assert plan._window_ids.cache_info().misses == 4  # one window for each lane of this rank
@@ -210,10 +218,10 @@ def test_the_middle_of_a_hundred_million_samples_needs_no_walk():
     ],
 )
 def test_numbers_that_do_not_go_together_are_refused(arguments: tuple, reason: str):
-    with pytest.raises(PlanError, match=reason):
-        Plan(*arguments)
+    with pytest.raises(SampleOrderError, match=reason):
+        SampleOrder(*arguments)
 
 
 def test_a_world_that_does_not_divide_the_lanes_is_refused():
-    with pytest.raises(PlanError, match="3 ranks do not divide 4 lanes"):
-        Plan((10,), 0, 4, 8, 4).at(0, 0, 0, 3)
+    with pytest.raises(SampleOrderError, match="3 ranks do not divide 4 lanes"):
+        SampleOrder((10,), 0, 4, 8, 4).at(0, 0, 0, 3)

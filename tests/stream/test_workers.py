@@ -140,10 +140,10 @@ def test_neither_a_hanging_nor_a_killed_worker_keeps_the_program(program: Progra
 SERVER = """
 import multiprocessing
 from types import SimpleNamespace
-from maestro_scale.stream.workers import start_server
+from maestro_scale.stream.workers import start_fork_server
 
 if __name__ == "__main__":
-    start_server([SimpleNamespace(store=SimpleNamespace(url=u)) for u in ("/a/folder", "s3://bucket/shards")])
+    start_fork_server([SimpleNamespace(store=SimpleNamespace(url=u)) for u in ("/a/folder", "s3://bucket/shards")])
     ask = "import sys; print('s3fs' in sys.modules, 'maestro_scale.stream.workers' in sys.modules)"
     process = multiprocessing.get_context("forkserver").Process(target=exec, args=(ask,))
     process.start()

@@ -92,7 +92,10 @@ def run_task(task: dict, world, sent: Sent) -> dict:
     parts, masks, counts = layouts.global_batches(CONFIG, 0, world.size * accumulate)
     inputs = [t for p in parts for part in (p.pixels, p.noise, p.dates) for t in part.values()]
     inputs += [
-        getattr(m, f) for mask in masks for m in mask.values() for f in ("hidden", "visible", "masked")
+        getattr(m, f)
+        for mask in masks
+        for m in mask.values()
+        for f in ("masked", "visible_index", "masked_index")
     ]
     not_held = {tensor.untyped_storage().data_ptr() for tensor in inputs}
     held: dict[str, int] = {}

@@ -28,13 +28,13 @@ def config_of(task: dict):
 
 def global_batches(config, step: int, cuts: int):
     """The global batch of a step, cut into equal parts, with their masks and the global counts."""
-    from maestro_scale.model.masking import Masking, draw_masks
+    from maestro_scale.model.masking import MaskingConfig, draw_masks
     from maestro_scale.training.loop import hidden_counts
 
     whole = full_batch(config, GLOBAL_BATCH, seed=100 + 2 * step)
     size = GLOBAL_BATCH // cuts
     parts = [_rows(whole, slice(i * size, (i + 1) * size)) for i in range(cuts)]
-    masking = Masking(0.75, 0.25, 0.25, 0.25, 0.0)
+    masking = MaskingConfig(0.75, 0.25, 0.25, 0.25, 0.0)
     masks = [draw_masks(config, masking, p) for p in parts]
     return parts, masks, hidden_counts(config, masks)
 
@@ -112,7 +112,7 @@ def run_task(task: dict, world) -> dict:
 
 def rehearse(task: dict, engine, config, world) -> None:
     """The warm-up; with ``room_mb`` it may not take more than that, and the error is what counts."""
-    from maestro_scale.model.masking import Masking
+    from maestro_scale.model.masking import MaskingConfig
     from maestro_scale.training.warmup import warm_up
 
     if room_mb := task.get("room_mb"):
@@ -120,7 +120,7 @@ def rehearse(task: dict, engine, config, world) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (size_kb * 1024 + room_mb * 2**20,) * 2)
     accumulate = task.get("accumulate", 1)
     batch = full_batch(config, task.get("size", GLOBAL_BATCH // world.size // accumulate), seed=1)
-    warm_up(engine, world, config, Masking(), batch, accumulate)
+    warm_up(engine, world, config, MaskingConfig(), batch, accumulate)
 
 
 def digest(tensors) -> str:

@@ -66,7 +66,7 @@ def noise_batch(config: ModelConfig, size: int, seed: int = 0) -> Batch:
         noise=noise,
         targets={},
         keys=tuple(map(str, range(size))),
-        filled=0,
+        num_repeated_dates=0,
     )
 
 

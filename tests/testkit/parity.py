@@ -132,7 +132,7 @@ def batch_of(fixture: Fixture) -> Batch:
         noise={},
         targets={},
         keys=tuple(map(str, range(len(given["ref_date"])))),
-        filled=0,
+        num_repeated_dates=0,
     )
 
 

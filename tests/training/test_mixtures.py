@@ -12,7 +12,7 @@ from testkit.runs import Trainer, audit, curve, write_recipe
 
 from maestro_scale.model.config import DatasetView, ModelConfig
 from maestro_scale.model.maestro import Maestro
-from maestro_scale.model.masking import Masking, draw_masks
+from maestro_scale.model.masking import MaskingConfig, draw_masks
 
 SECOND = {
     "aerial": None,
@@ -97,7 +97,7 @@ def test_a_view_of_a_shared_model_is_the_model_of_that_dataset_alone():
     both = two_views()
     alone = both.for_dataset("two")
     batch = dataclasses.replace(full_batch(alone, 2), dataset="two")
-    masks = draw_masks(alone, Masking(), batch)
+    masks = draw_masks(alone, MaskingConfig(), batch)
     counts = torch.ones(len(alone.sensors), dtype=torch.float64)
     shared, single = Maestro(both).initialise(0), Maestro(alone).initialise(0)
     assert set(single.state_dict()) < set(shared.state_dict())

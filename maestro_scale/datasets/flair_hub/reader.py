@@ -23,8 +23,8 @@ from maestro_scale.datasets.flair_hub.metadata import FOLDER, Listing, list_spli
 from maestro_scale.datasets.spec import (
     DatasetError,
     DatasetSpec,
+    GeoOrigin,
     Modality,
-    Place,
     Scale,
     Sensor,
     Target,
@@ -166,11 +166,11 @@ class Reader:
         listing: Listing,
         folders: Folders,
         dates: dict[str, Dates],
-        absent: raw.Absent,
+        missing: raw.MissingFiles,
         spec: DatasetSpec,
     ) -> None:
         self.spec = spec
-        self._listing, self._folders, self._dates, self._absent = listing, folders, dates, absent
+        self._listing, self._folders, self._dates, self._missing = listing, folders, dates, missing
 
     def keys(self) -> list[str]:
         """Sorted patch ids: domain, zone and position."""
@@ -178,9 +178,9 @@ class Reader:
 
     def read(self, key: str) -> Tile:
         """One tile, each series in the order of time; DatasetError that names file and cause."""
-        self._absent.check(key)
+        self._missing.check(key)
         notes = list(self._listing.notes)
-        taken = self._taken(key, notes)
+        acquired = self._acquired(key, notes)
         arrays, dates, masks = {}, {}, {}
         for modality in self.spec.modalities:
             name = modality.name
@@ -193,10 +193,10 @@ class Reader:
         for sensor in self.spec.sensors:
             if len(dates[sensor.source]) < sensor.num_dates:
                 notes.append(f"{sensor.source} has fewer than {sensor.num_dates} dates: some are seen twice")
-        labels, place = self._labels(key)
-        return Tile(key, arrays, dates, masks, labels, taken[0], tuple(notes), place)
+        labels, origin = self._labels(key)
+        return Tile(key, arrays, dates, masks, labels, acquired[0], tuple(notes), origin)
 
-    def _taken(self, key: str, notes: list[str]) -> np.ndarray:
+    def _acquired(self, key: str, notes: list[str]) -> np.ndarray:
         """(1, 3): when the aerial image was."""
         try:
             return self._dates["AERIAL"].of(key, notes)
@@ -204,7 +204,7 @@ class Reader:
             # An id of nothing has no dates either; that nothing is there says more.
             path = self._folders.path(key, PRODUCTS[self.spec.modalities[0].name])
             if error.kind == "no dates" and not path.exists():
-                raise raw.unreadable(path, error) from error
+                raise raw.read_error(path, error) from error
             raise
 
     def _image(self, modality: Modality, key: str, notes: list[str]) -> np.ndarray:
@@ -246,16 +246,18 @@ class Reader:
             )
         return stack
 
-    def _labels(self, key: str) -> tuple[dict[str, np.ndarray], Place | None]:
+    def _labels(self, key: str) -> tuple[dict[str, np.ndarray], GeoOrigin | None]:
         """(512, 512) uint8 by target, and where they lie."""
         images: dict[Product, np.ndarray] = {}
-        labels, place = {}, None
+        labels, origin = {}, None
         for target in self.spec.targets:
             product, band = LABELS[target.name]
             path = self._folders.path(key, product)
             size = FULL_SPEC.modality("aerial").size
             if product not in images:
-                images[product], place = raw.read_placed_tif(path, (_NUM_BANDS[product], size, size), "uint8")
+                images[product], origin = raw.read_georeferenced_tif(
+                    path, (_NUM_BANDS[product], size, size), "uint8"
+                )
             label = labels[target.name] = images[product][band]
             if (highest := int(label.max())) >= len(target.classes):
                 raise DatasetError(
@@ -263,7 +265,7 @@ class Reader:
                     f"{len(target.classes) - 1}; fetch the file again",
                     kind="a label outside the list",
                 )
-        return labels, place
+        return labels, origin
 
 
 def open_raw(
@@ -286,10 +288,10 @@ def open_raw(
     products += [S2_MASK] if any(m.mask_bands for m in spec.modalities) else []
     products += [LABELS[t.name][0] for t in spec.targets]
     folders = Folders(src, names)
-    absent = _absent(src, listing, folders, list(dict.fromkeys(products)))
+    missing = _find_missing(src, listing, folders, list(dict.fromkeys(products)))
     sensors = dict.fromkeys(["AERIAL", *(PRODUCTS[m.name].dates for m in spec.modalities)])
     dates = {sensor: Dates.load(src, sensor, listing.keys) for sensor in sensors}
-    return Reader(listing, folders, dates, absent, spec)
+    return Reader(listing, folders, dates, missing, spec)
 
 
 def _refuse_original(src: Path, names: frozenset[str]) -> None:
@@ -301,7 +303,9 @@ def _refuse_original(src: Path, names: frozenset[str]) -> None:
         )
 
 
-def _absent(src: Path, listing: Listing, folders: Folders, products: Sequence[Product]) -> raw.Absent:
+def _find_missing(
+    src: Path, listing: Listing, folders: Folders, products: Sequence[Product]
+) -> raw.MissingFiles:
     """The tiles of domains that lack a folder; DatasetError if a product has none at all."""
     domains = Counter(key.partition("_")[0] for key in listing.keys)
     lacking: dict[str, str] = {}
@@ -315,7 +319,7 @@ def _absent(src: Path, listing: Listing, folders: Folders, products: Sequence[Pr
         for domain in without:
             lacking.setdefault(domain, f"{domain}_{product.name}")
     files = {key: lacking[d] for key in listing.keys if (d := key.partition("_")[0]) in lacking}
-    return raw.Absent(src, listing.path, files, len(listing.keys), kind="a modality folder is missing")
+    return raw.MissingFiles(src, listing.path, files, len(listing.keys), kind="a modality folder is missing")
 
 
 def _radar(stack: np.ndarray, name: str, notes: list[str]) -> np.ndarray:

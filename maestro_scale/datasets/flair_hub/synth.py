@@ -43,7 +43,7 @@ class Patch:
     @property
     def key(self) -> str:
         """The patch id."""
-        return f"{self.domain}_{self.zone}_{self._place // 10}-{self._place % 10}"
+        return f"{self.domain}_{self.zone}_{self._index_in_zone // 10}-{self._index_in_zone % 10}"
 
     @property
     def domain(self) -> str:
@@ -58,7 +58,7 @@ class Patch:
         return f"{stem}-{int(last) + 30 * (number // len(ZONES))}"
 
     @property
-    def _place(self) -> int:
+    def _index_in_zone(self) -> int:
         return self.scene.index // len(DOMAINS) % PATCHES_PER_ZONE
 
     @property

@@ -74,10 +74,15 @@ class Reader:
     """Random access to the tiles of one split (a :class:`~maestro_scale.datasets.spec.RawDataset`)."""
 
     def __init__(
-        self, src: Path, names: Sequence[str], entries: splits.Entries, absent: raw.Absent, spec: DatasetSpec
+        self,
+        src: Path,
+        names: Sequence[str],
+        entries: splits.Entries,
+        missing: raw.MissingFiles,
+        spec: DatasetSpec,
     ) -> None:
         self.spec = spec
-        self._src, self._names, self._absent = src, sorted(names), absent
+        self._src, self._names, self._missing = src, sorted(names), missing
         self._entries = {name: entries[name] for name in names if name in entries}
 
     def keys(self) -> list[str]:
@@ -86,16 +91,16 @@ class Reader:
 
     def read(self, key: str) -> Tile:
         """One tile, each series in the order of time; DatasetError that names file and cause."""
-        self._absent.check(key)
+        self._missing.check(key)
         notes: list[str] = []
-        arrays, dates, place = {}, {}, None
+        arrays, dates, origin = {}, {}, None
         for modality in self.spec.modalities:
             name = modality.name
             if modality.series:
                 arrays[name], dates[name] = self._series(modality, key, notes)
             else:
                 shape = (len(modality.bands), modality.size, modality.size)
-                image, place = raw.read_placed_tif(
+                image, origin = raw.read_georeferenced_tif(
                     self._src / IMAGES[name].format(key), shape, modality.dtype
                 )
                 arrays[name] = image[None]
@@ -113,7 +118,7 @@ class Reader:
             targets={"crop_type": labels, "crops_present": present.astype(np.float32)},
             ref_date=np.array(SPOT_DATE, np.int16),
             notes=tuple(notes),
-            place=place,
+            origin=origin,
         )
 
     def _labels(self, key: str) -> np.ndarray:
@@ -157,14 +162,14 @@ def open_raw(src: Path, split: str, modalities: Sequence[str] | None = None) -> 
     spec = SPEC if modalities is None else SPEC.select(modalities)
     entries = splits.read_metadata(src)
     listing, names = splits.names(src, split, entries)
-    absent: dict[str, str] = {}
+    missing: dict[str, str] = {}
     for pattern in (*(IMAGES[m.name] for m in spec.modalities), LABELS):
         folder, _, file = pattern.rpartition("/")
         there = raw.list_folder(src / folder)
         for name in names:
             if file.format(name) not in there:
-                absent.setdefault(name, pattern.format(name))
-    return Reader(src, names, entries, raw.Absent(src, listing, absent, len(names)), spec)
+                missing.setdefault(name, pattern.format(name))
+    return Reader(src, names, entries, raw.MissingFiles(src, listing, missing, len(names)), spec)
 
 
 def _radar(name: str, values: np.ndarray, notes: list[str]) -> np.ndarray:

@@ -37,20 +37,20 @@ def write(dst: Path, tiles: int, seed: int) -> None:
     for index in range(tiles):
         scene = Scene(seed, index, SPEC.tile_m, VOID, _NUM_PARCELS)
         name = str(FIRST_ID + index)
-        taken = {modality: _taken(scene, modality) for modality in DATES}
+        acquired = {modality: _acquired(scene, modality) for modality in DATES}
         target.write(IMAGES["spot"].format(name), lambda path, s=scene: _write_spot(path, s))
         for modality, make in (("s2", _sentinel2), ("s1_asc", _sentinel1), ("s1_des", _sentinel1)):
-            days = np.array([day.timetuple().tm_yday for day in taken[modality]])
+            days = np.array([day.timetuple().tm_yday for day in acquired[modality]])
             target.write(
                 IMAGES[modality].format(name),
                 lambda path, s=scene, d=days, f=make, m=modality: _save(path, f(s, d, m)),
             )
         target.write(LABELS.format(name), lambda path, s=scene: _save(path, _labels(s)))
-        rows.append((name, index, taken))
+        rows.append((name, index, acquired))
     target.write(METADATA, lambda path: _write_metadata(path, rows))
 
 
-def _taken(scene: Scene, modality: str) -> list[date]:
+def _acquired(scene: Scene, modality: str) -> list[date]:
     """The days a sensor saw the tile, over a season of thirteen months."""
     rng = scene.rng(f"d-{modality}")
     step, count = _S2_DAYS if modality == "s2" else _S1_DAYS
@@ -120,13 +120,13 @@ def _write_metadata(path: Path, rows: list[tuple[str, int, dict[str, list[date]]
 
     columns: dict[str, list] = {"id": [], "ID_PATCH": [], "TILE": [], "Fold": []}
     columns |= {column: [] for column in DATES.values()}
-    for name, index, taken in rows:
+    for name, index, acquired in rows:
         columns["id"].append(name)
         columns["ID_PATCH"].append(int(name))
         columns["TILE"].append(S2_TILES[index // NUM_FOLDS % len(S2_TILES)])
         columns["Fold"].append(_FOLDS[index % NUM_FOLDS])
         for modality, column in DATES.items():
-            days = {str(i): int(f"{day:%Y%m%d}") for i, day in enumerate(taken[modality])}
+            days = {str(i): int(f"{day:%Y%m%d}") for i, day in enumerate(acquired[modality])}
             columns[column].append(json.dumps(days))
     pyogrio.raw.write(
         path,

@@ -68,9 +68,9 @@ FILES = {
 class Reader:
     """Random access to the tiles of one split (a :class:`~maestro_scale.datasets.spec.RawDataset`)."""
 
-    def __init__(self, src: Path, names: Sequence[str], absent: raw.Absent, spec: DatasetSpec) -> None:
+    def __init__(self, src: Path, names: Sequence[str], missing: raw.MissingFiles, spec: DatasetSpec) -> None:
         self.spec = spec
-        self._src, self._names, self._absent = src, sorted(names), absent
+        self._src, self._names, self._missing = src, sorted(names), missing
 
     def keys(self) -> list[str]:
         """Sorted tile ids: UTM zone, column and row."""
@@ -78,7 +78,7 @@ class Reader:
 
     def read(self, key: str) -> Tile:
         """One tile, each series in the order of time; DatasetError that names file and cause."""
-        self._absent.check(key)
+        self._missing.check(key)
         notes: list[str] = []
         naip_date = self._dates("naip", key)
         if len(naip_date) != 1:
@@ -141,7 +141,7 @@ def open_raw(src: Path, split: str, modalities: Sequence[str] | None = None) -> 
     spec = SPEC if modalities is None else FULL_SPEC.select(modalities)
     names = _names(src, split)
     needed = {"naip": FILES["naip"].dates}  # the reference date is NAIP's, whatever is read
-    absent: dict[str, str] = {}
+    missing: dict[str, str] = {}
     patterns = [*needed.values()]
     for modality in spec.modalities:
         patterns += [FILES[modality.name].image, FILES[modality.name].dates]
@@ -150,8 +150,8 @@ def open_raw(src: Path, split: str, modalities: Sequence[str] | None = None) -> 
         there = raw.list_folder(src / folder)
         for name in names:
             if file.format(name) not in there:
-                absent.setdefault(name, pattern.format(name))
-    return Reader(src, names, raw.Absent(src, src / f"{split}.csv", absent, len(names)), spec)
+                missing.setdefault(name, pattern.format(name))
+    return Reader(src, names, raw.MissingFiles(src, src / f"{split}.csv", missing, len(names)), spec)
 
 
 def _names(src: Path, split: str) -> list[str]:

@@ -30,12 +30,14 @@ def write(dst: Path, tiles: int, seed: int) -> None:
     for index in range(tiles):
         scene = Scene(seed, index, FULL_SPEC.tile_m, _NUM_CLASSES)
         name = _name(index)
-        taken = _taken(scene)
-        target.write(FILES["naip"].image.format(name), lambda path, s=scene, d=taken: _write_naip(path, s, d))
-        target.write_text(FILES["naip"].dates.format(name), _naip_product(scene, taken) + "\n")
+        acquired = _acquired(scene)
+        target.write(
+            FILES["naip"].image.format(name), lambda path, s=scene, d=acquired: _write_naip(path, s, d)
+        )
+        target.write_text(FILES["naip"].dates.format(name), _naip_product(scene, acquired) + "\n")
         for modality, make in (("s2", _sentinel2), ("s1", _sentinel1), ("landsat", _landsat)):
-            days = _days(scene, modality, taken)
-            products = [_product(modality, scene, taken.year, int(day)) for day in days]
+            days = _days(scene, modality, acquired)
+            products = [_product(modality, scene, acquired.year, int(day)) for day in days]
             target.write_text(FILES[modality].dates.format(name), "".join(f"{p}\n" for p in products))
             target.write(
                 FILES[modality].image.format(name),
@@ -51,16 +53,16 @@ def _name(index: int) -> str:
     return f"{ZONES[index % 3]}_{960 + index // 3 % 100}_{-6049 - index // 300}"
 
 
-def _taken(scene: Scene) -> date:
+def _acquired(scene: Scene) -> date:
     """The day NAIP flew, in summer."""
     rng = scene.rng("identity")
     return date(int(rng.choice(YEARS)), 1, 1) + timedelta(days=int(rng.integers(150, 215)))
 
 
-def _days(scene: Scene, modality: str, taken: date) -> np.ndarray:
+def _days(scene: Scene, modality: str, acquired: date) -> np.ndarray:
     """Days of the year, in the order of time: 16–32 of Sentinel-2, 2–8 of Sentinel-1, 4 of Landsat."""
     rng = scene.rng(f"days-{modality}"[-8:])
-    naip_day = taken.timetuple().tm_yday
+    naip_day = acquired.timetuple().tm_yday
     span = np.arange(naip_day - _SEASON_DAYS, naip_day + _SEASON_DAYS)
     count = {"s2": int(rng.integers(16, 33)), "s1": int(rng.integers(2, 9)), "landsat": 4}[modality]
     return np.sort(rng.permutation(span)[:count])
@@ -93,9 +95,9 @@ def _sentinel1(scene: Scene, days: np.ndarray) -> np.ndarray:
     return decibels
 
 
-def _naip_product(scene: Scene, taken: date) -> str:
+def _naip_product(scene: Scene, acquired: date) -> str:
     zone = scene.index % 3 + 11
-    return f"m_{3_000_000 + scene.index}_ne_{zone}_060_{taken:%Y%m%d}"
+    return f"m_{3_000_000 + scene.index}_ne_{zone}_060_{acquired:%Y%m%d}"
 
 
 def _product(modality: str, scene: Scene, year: int, day: int) -> str:
@@ -107,13 +109,13 @@ def _product(modality: str, scene: Scene, year: int, day: int) -> str:
     return f"LC08_L1TP_026039_{stamp}_{year + 1}0829_02_T1"
 
 
-def _write_naip(path: Path, scene: Scene, taken: date) -> None:
+def _write_naip(path: Path, scene: Scene, acquired: date) -> None:
     import rasterio
     from rasterio.errors import NotGeoreferencedWarning
 
     warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)  # PNG holds pixels alone
     naip = FULL_SPEC.modality("naip")
-    photo = scene.photo(taken.timetuple().tm_yday, naip.bands, naip.resolution_m)
+    photo = scene.photo(acquired.timetuple().tm_yday, naip.bands, naip.resolution_m)
     profile = {
         "driver": "PNG",
         "dtype": "uint8",

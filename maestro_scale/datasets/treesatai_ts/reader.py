@@ -66,10 +66,10 @@ class Reader:
     """Random access to the tiles of one split (a :class:`~maestro_scale.datasets.spec.RawDataset`)."""
 
     def __init__(
-        self, src: Path, entries: dict[str, splits.Entry], absent: raw.Absent, spec: DatasetSpec = SPEC
+        self, src: Path, entries: dict[str, splits.Entry], missing: raw.MissingFiles, spec: DatasetSpec = SPEC
     ) -> None:
         self.spec = spec
-        self._src, self._entries, self._absent = src, entries, absent
+        self._src, self._entries, self._missing = src, entries, missing
 
     def keys(self) -> list[str]:
         """Sorted tile keys: the aerial file names without suffix."""
@@ -78,19 +78,19 @@ class Reader:
     def read(self, key: str) -> Tile:
         """One tile; DatasetError that names file and cause, KeyError if the split has no such tile."""
         entry = self._entries[key]
-        self._absent.check(key)
+        self._missing.check(key)
         notes = list(entry.notes)
         wanted = {m.name for m in self.spec.modalities}
         arrays, dates, mask = _read_series(self._src / "sentinel-ts" / entry.sen_name, notes)
         ref_date = _ref_date(entry, dates["s2"], notes)
         dates["aerial"] = ref_date[None]
-        place = None
+        origin = None
         if "aerial" in wanted:
             size = AERIAL_FILE_PIXELS
             path = self._src / "aerial" / entry.aerial_name
-            image, place = raw.read_placed_tif(path, (4, size, size), "uint8")
+            image, origin = raw.read_georeferenced_tif(path, (4, size, size), "uint8")
             offset_m = AERIAL_OFFSET * SPEC.modality("aerial").resolution_m
-            place = place and place.moved(offset_m, offset_m)
+            origin = origin and origin.moved(offset_m, offset_m)
             inside = slice(AERIAL_OFFSET, AERIAL_OFFSET + SPEC.modality("aerial").size)
             arrays["aerial"] = np.ascontiguousarray(image[None, :, inside, inside])
         return Tile(
@@ -101,7 +101,7 @@ class Reader:
             targets={"species": np.array(entry.shares, np.float32)},
             ref_date=ref_date,
             notes=tuple(notes),
-            place=place,
+            origin=origin,
         )
 
 
@@ -134,13 +134,13 @@ def open_raw(src: Path, split: str, modalities: Sequence[str] | None = None) -> 
     by_key = {Path(e.aerial_name).stem: e for e in entries}
     if len(by_key) < len(entries):
         raise DatasetError(f"{listing}: names {len(entries) - len(by_key)} tiles twice; remove the repeats")
-    absent = {}
+    missing = {}
     for key, entry in by_key.items():
         if entry.aerial_name not in aerial:
-            absent[key] = f"aerial/{entry.aerial_name}"
+            missing[key] = f"aerial/{entry.aerial_name}"
         elif entry.sen_name not in sentinel.files:
-            absent[key] = f"sentinel-ts/{entry.sen_name}"
-    return Reader(src, by_key, raw.Absent(src, listing, absent, len(by_key)), spec)
+            missing[key] = f"sentinel-ts/{entry.sen_name}"
+    return Reader(src, by_key, raw.MissingFiles(src, listing, missing, len(by_key)), spec)
 
 
 def _ref_date(entry: splits.Entry, s2_dates: np.ndarray, notes: list[str]) -> np.ndarray:

@@ -60,7 +60,7 @@ class SentinelNames:
                 self._by_tile.setdefault(_YEAR.sub(".h5", name)[:-3], []).append(name)
 
     def find(self, aerial_name: str, listed: str | None) -> tuple[str, tuple[str, ...]]:
-        """The file name (the listed, perhaps absent, one if no file fits) and what was assumed."""
+        """The file name (the listed, perhaps missing, one if no file fits) and what was assumed."""
         if listed in self.files:
             return listed, ()
         tile = Path(aerial_name).stem

@@ -35,8 +35,10 @@ def write(dst: Path, tiles: int, seed: int) -> None:
         aerial, series = f"{name}.tif", f"{name}_{year}.h5"
         target.write(f"aerial/{aerial}", lambda path, s=scene, d=day: _write_aerial(path, s, d))
         target.write(f"sentinel-ts/{series}", lambda path, s=scene, y=year: _write_series(path, s, y))
-        taken = date(year, 1, 1) + timedelta(days=day - 1)
-        rows[_SPLITS[index % 10]].append([aerial, series, f"{taken:%Y%m%d}", *(f"{s:.5g}" for s in shares)])
+        acquired = date(year, 1, 1) + timedelta(days=day - 1)
+        rows[_SPLITS[index % 10]].append(
+            [aerial, series, f"{acquired:%Y%m%d}", *(f"{s:.5g}" for s in shares)]
+        )
         labels[aerial] = [
             [genus, float(f"{s:.5g}")] for genus, s in zip(GENERA, shares, strict=True) if s > 0
         ]

@@ -13,7 +13,7 @@ from maestro_scale.evaluation.features.baselines import BaselineConfig, ImageEnc
 from maestro_scale.evaluation.results import ResultsError
 from maestro_scale.evaluation.tasks.losses import TargetLoss
 from maestro_scale.model.config import ModelConfig
-from maestro_scale.model.heads import head
+from maestro_scale.model.heads import build_head
 from maestro_scale.model.initialise import initialise
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.stream.batch import Batch
@@ -71,7 +71,7 @@ class ImagePredictor(Predictor):
                 f"{view.dataset}: {target.name} is predicted on the tokens of {view.ref_sensor!r}; keep it"
             )
         # Pixels of the reference image, as the target loss has them.
-        self.head = head(target, encoder.width, "attentive", ref, ref.patch if ref else 0)
+        self.head = build_head(target, encoder.width, "attentive", ref, ref.patch if ref else 0)
 
     def logits(self, batch: Batch) -> Tensor:
         """As a Predictor's."""

@@ -20,7 +20,7 @@ from maestro_scale.evaluation.results import ResultsError
 from maestro_scale.evaluation.tasks.losses import TargetLoss
 from maestro_scale.evaluation.tasks.task import Predictions, SegmentationTask
 from maestro_scale.model.config import DatasetView, ModelConfig
-from maestro_scale.model.heads import POOL_HEADS, head
+from maestro_scale.model.heads import POOL_HEADS, build_head
 from maestro_scale.model.initialise import initialise
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.stream.batch import Batch
@@ -66,7 +66,7 @@ class HeadGrid:
         target, task = target_loss.task.target, target_loss.task
         ref = next((s for s in view.sensors if s.name == view.ref_sensor), None)
         side = task.layout.side if isinstance(task, SegmentationTask) else 0
-        self.heads = [head(target, width, "attentive", ref, side).to(device) for _ in LEARNING_RATES]
+        self.heads = [build_head(target, width, "attentive", ref, side).to(device) for _ in LEARNING_RATES]
         for made in self.heads:
             initialise(made, seed)
         at_places = sum(rows * (ref.grid**2 if side else cells) for rows, cells in self._grids.values())

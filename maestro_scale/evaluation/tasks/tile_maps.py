@@ -9,22 +9,22 @@ from urllib.parse import quote
 
 import numpy as np
 
-from maestro_scale.datasets.spec import Place
+from maestro_scale.datasets.spec import GeoOrigin
 from maestro_scale.evaluation.results import ResultsError
 from maestro_scale.evaluation.tasks.task import SegmentationTask, Task
 from maestro_scale.stream.source import OpenShards, Source
 
 
 def georeference(
-    place: Place | None, resolution_m: float, south_m: float = 0.0, east_m: float = 0.0
+    origin: GeoOrigin | None, resolution_m: float, south_m: float = 0.0, east_m: float = 0.0
 ) -> dict[str, Any]:
     """``crs`` and ``transform`` for rasterio of an image whose upper left corner lies so far from the tile's. A tile
     without a known place gets metres from its own corner, and no reference system."""
     from rasterio.transform import from_origin
 
-    west_m, north_m = (place.west_m, place.north_m) if place else (0.0, 0.0)
+    west_m, north_m = (origin.west_m, origin.north_m) if origin else (0.0, 0.0)
     transform = from_origin(west_m + east_m, north_m - south_m, resolution_m, resolution_m)
-    return {"crs": place.crs if place else None, "transform": transform}
+    return {"crs": origin.crs if origin else None, "transform": transform}
 
 
 class TileMapWriter:
@@ -61,7 +61,7 @@ class TileMapWriter:
             "count": 1,
             "dtype": "uint8",
             "compress": "deflate",
-            **georeference(sample.place, self._resolution_m),
+            **georeference(sample.origin, self._resolution_m),
         }
         with rasterio.open(partial, "w", **profile) as image:
             image.write(self._values[answer][None])

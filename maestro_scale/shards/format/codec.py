@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from maestro_scale.datasets.spec import Place, Tile
+from maestro_scale.datasets.spec import GeoOrigin, Tile
 from maestro_scale.shards.errors import CodecError, one_line
 from maestro_scale.shards.format.compress import (
     CODECS,
@@ -56,20 +56,20 @@ _MAX_GAP_BYTES = (
 def encode(tile: Tile, codec: str = "raw") -> bytes:
     """One tile as a safetensors buffer; the same tile gives the same bytes. CodecError if it cannot be."""
     try:
-        return encode_fields(tile.key, tile_fields(tile), codec, tile.place)
+        return encode_fields(tile.key, tile_fields(tile), codec, tile.origin)
     except CodecError as error:
         raise CodecError(f"tile {tile.key}: {error}") from error
 
 
 def encode_fields(
-    key: str, fields: Mapping[str, np.ndarray], codec: str = "raw", place: Place | None = None
+    key: str, fields: Mapping[str, np.ndarray], codec: str = "raw", origin: GeoOrigin | None = None
 ) -> bytes:
     """Named arrays as a safetensors buffer whose metadata holds ``key`` and, where it is known, ``place``."""
     if codec not in CODECS:
         raise CodecError(f"no codec is called {codec!r}; there are: {', '.join(CODECS)}")
     metadata = {"key": key}
-    if place is not None:
-        metadata["place"] = json.dumps(asdict(place))
+    if origin is not None:
+        metadata["place"] = json.dumps(asdict(origin))
     encoded: dict[str, dict] = {}
     stored: dict[str, tuple[str, list[int], bytes | np.ndarray]] = {}
     for name, array in fields.items():
@@ -122,7 +122,7 @@ class Sample:
     the dates, that are asked for are read. CodecError if it is no sample.
     """
 
-    __slots__ = ("_encoded", "_entries", "_place", "_span", "_start", "key", "names")
+    __slots__ = ("_encoded", "_entries", "_origin", "_span", "_start", "key", "names")
 
     def __init__(self, buffer: bytes | memoryview | ByteReader) -> None:
         self._span = _MemoryReader(buffer) if isinstance(buffer, (bytes, bytearray, memoryview)) else buffer
@@ -130,19 +130,19 @@ class Sample:
         if not isinstance(metadata.get("key"), str):
             raise CodecError("the safetensors metadata has no 'key'; save with metadata={'key': …}")
         self.key: str = metadata["key"]
-        self._place: str | None = metadata.get("place")
+        self._origin: str | None = metadata.get("place")
         self.names: tuple[str, ...] = tuple(self._entries)
         self._encoded = _parse_encodings(metadata["encoded"]) if "encoded" in metadata else {}
 
     @property
-    def place(self) -> Place | None:
+    def origin(self) -> GeoOrigin | None:
         """Where the tile lies, if that was stored. CodecError if it cannot be read."""
-        if self._place is None:
+        if self._origin is None:
             return None
         try:
-            return Place(**json.loads(self._place))
+            return GeoOrigin(**json.loads(self._origin))
         except (TypeError, ValueError) as error:
-            raise CodecError(f"sample {self.key}: its place {self._place!r} cannot be read") from error
+            raise CodecError(f"sample {self.key}: its place {self._origin!r} cannot be read") from error
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a field, decoded."""

@@ -26,7 +26,7 @@ from maestro_scale.shards.read.verify import verify
 from maestro_scale.shards.write.writer import write_shards
 from maestro_scale.stream.loader import TrainLoader
 from maestro_scale.stream.source import Source
-from maestro_scale.stream.workers import start_server
+from maestro_scale.stream.workers import start_fork_server
 
 pytestmark = [pytest.mark.root, pytest.mark.slow]
 URL = f"s3://{BUCKET}/trees"
@@ -280,7 +280,7 @@ def test_loader_processes_have_the_credentials_of_now(s3, tmp_path, monkeypatch)
     with monkeypatch.context() as before:
         for name in [n for n in os.environ if n.startswith("AWS_")]:
             before.delenv(name)
-        start_server([source])
+        start_fork_server([source])
     loader = TrainLoader(
         [source], 0, lanes=2, global_batch=4, micro_batch=4, rank=0, world=1, workers=1, window=4
     )

@@ -17,7 +17,7 @@ from maestro_scale.shards.errors import CodecError
 from maestro_scale.shards.format.codec import Sample, encode
 from maestro_scale.stream.packing import arrays_in, num_bytes
 from maestro_scale.stream.source import Source
-from maestro_scale.stream.transform import Preparer, View
+from maestro_scale.stream.transform import Transform, View
 
 REPO = Path(__file__).parents[2]
 REAL = Path(os.environ.get("MAESTRO_TREESATAI_DIR", REPO.parent / "shared" / "data" / "treesatai_ts"))
@@ -39,14 +39,14 @@ def prepare(
     crop: int = 0,
 ) -> tuple[Prepared, int]:
     """{(part, name): array} of one sample; evaluation if ``number`` is None."""
-    preparer = Preparer(view, seed, dataset)
-    block = torch.zeros(num_bytes(preparer.fields, 1), dtype=torch.uint8)
-    arrays = arrays_in(block, preparer.fields, 1)
+    transform = Transform(view, seed, dataset)
+    block = torch.zeros(num_bytes(transform.fields, 1), dtype=torch.uint8)
+    arrays = arrays_in(block, transform.fields, 1)
     sample = Sample(encode(tile, "raw"))
     if number is None:
-        filled = preparer.evaluate(sample, crop, arrays, 0)
+        filled = transform.evaluate(sample, crop, arrays, 0)
     else:
-        filled = preparer.train(sample, epoch, number, arrays, 0)
+        filled = transform.train(sample, epoch, number, arrays, 0)
     return {(f.part, f.name): a[0] for f, a in arrays.items()}, filled
 
 
@@ -160,7 +160,7 @@ def test_a_series_of_exactly_the_wanted_dates_is_taken_whole(toy: Source, tile_o
 )
 def test_a_sensor_that_asks_for_what_is_not_there_is_refused(toy: Source, sensor: dict, reason: str):
     with pytest.raises(ValueError, match=reason):
-        Preparer(view_of(toy, sensors=(replace(toy.sensors[0], **sensor),)))
+        Transform(view_of(toy, sensors=(replace(toy.sensors[0], **sensor),)))
 
 
 @pytest.mark.parametrize(

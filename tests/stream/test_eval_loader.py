@@ -8,7 +8,7 @@ import torch
 
 from maestro_scale.stream.batch import Batch, digest
 from maestro_scale.stream.eval_loader import EvalLoader
-from maestro_scale.stream.plan import PlanError
+from maestro_scale.stream.plan import SampleOrderError
 from maestro_scale.stream.source import Source
 
 
@@ -62,5 +62,5 @@ def test_a_loader_left_early_ends_its_workers(toy: Source):
 
 
 def test_senseless_numbers_are_refused(toy: Source):
-    with pytest.raises(PlanError, match="batch_size 0"):
+    with pytest.raises(SampleOrderError, match="batch_size 0"):
         EvalLoader(toy, 0)

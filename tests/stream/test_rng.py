@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maestro_scale.stream.rng import Draws, Purpose, stream_of
+from maestro_scale.stream.rng import CounterRNG, Purpose, stream_id
 
 WORD = st.integers(0, 2**64 - 1)
 
@@ -18,9 +18,9 @@ WORD = st.integers(0, 2**64 - 1)
 def test_numbers_are_philox_at_a_place(
     seed: int, first: int, second: int, third: int, dataset: int, count: int
 ):
-    draws = Draws(seed, Purpose.SAMPLE, dataset)
-    draws.seek(5).words(3)  # leaves nothing behind
-    words = draws.seek(first, second, third).words(count)
+    rng = CounterRNG(seed, Purpose.SAMPLE, dataset)
+    rng.seek(5).words(3)  # leaves nothing behind
+    words = rng.seek(first, second, third).words(count)
     key = np.array([seed, (2 << 32) + dataset], np.uint64)
     counter = np.array([0, third, second, first], np.uint64)
     assert words.tolist() == np.random.Philox(key=key, counter=counter).random_raw(count).tolist()
@@ -28,44 +28,44 @@ def test_numbers_are_philox_at_a_place(
 
 def test_the_numbers_stay_what_they_were():
     # A change here changes every sample of every run in progress.
-    draws = Draws(7, Purpose.SAMPLE, 1).seek(2, 3, stream_of("s2"))
-    assert [draws.below(1000) for _ in range(4)] == [606, 190, 161, 250]
+    rng = CounterRNG(7, Purpose.SAMPLE, 1).seek(2, 3, stream_id("s2"))
+    assert [rng.below(1000) for _ in range(4)] == [606, 190, 161, 250]
     np.testing.assert_array_equal(
-        draws.uniforms(3), np.float32([0.44224101305007935, 0.34378582239151, 0.6753972768783569])
+        rng.uniforms(3), np.float32([0.44224101305007935, 0.34378582239151, 0.6753972768783569])
     )
 
 
 def test_purposes_datasets_and_places_share_no_numbers():
-    words = [Draws(0, p, d).seek(e).words(4) for p in Purpose for d in range(3) for e in range(3)]
+    words = [CounterRNG(0, p, d).seek(e).words(4) for p in Purpose for d in range(3) for e in range(3)]
     assert len(np.unique(np.concatenate(words))) == 4 * 27
 
 
 @given(st.integers(1, 50), WORD)
 def test_a_permutation_holds_everything_once(count: int, seed: int):
-    assert sorted(Draws(seed, Purpose.ORDER).permutation(count).tolist()) == list(range(count))
+    assert sorted(CounterRNG(seed, Purpose.ORDER).permutation(count).tolist()) == list(range(count))
 
 
 def test_below_is_even():
-    draws = Draws(0, Purpose.SAMPLE)
-    counts = Counter(draws.below(5) for _ in range(5000))
+    rng = CounterRNG(0, Purpose.SAMPLE)
+    counts = Counter(rng.below(5) for _ in range(5000))
     assert counts.keys() == set(range(5))
     assert all(n == pytest.approx(1000, abs=120) for n in counts.values())
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 999])
 def test_uniforms_are_floats_below_one(count: int):
-    values = Draws(0, Purpose.SAMPLE).uniforms(count)
+    values = CounterRNG(0, Purpose.SAMPLE).uniforms(count)
     assert values.shape == (count,)
     assert values.dtype == np.float32
     assert ((values >= 0) & (values < 1)).all()
 
 
 def test_names_have_streams_of_their_own_apart_from_the_common_one():
-    assert len({0} | {stream_of(n) for n in ("aerial", "s2", "s1_asc", "s1_des", "")}) == 6
+    assert len({0} | {stream_id(n) for n in ("aerial", "s2", "s1_asc", "s1_des", "")}) == 6
 
 
 def test_numbers_follow_from_words_as_worked_out_by_hand():
-    class Words(Draws):
+    class Words(CounterRNG):
         def __init__(self, *words: int) -> None:
             self._left = list(words)
             self._philox = self
@@ -85,4 +85,4 @@ def test_numbers_follow_from_words_as_worked_out_by_hand():
 def test_the_values_of_purposes_and_streams_stay_what_they_were():
     assert [(p.name, p.value) for p in Purpose] == [("ORDER", 1), ("SAMPLE", 2), ("REPLACEMENT", 3)]
     # The first 8 bytes of the name's sha256, little-endian, with the lowest bit set.
-    assert stream_of("s2") == 0x2AB318AA468832AD
+    assert stream_id("s2") == 0x2AB318AA468832AD
