@@ -1,4 +1,4 @@
-"""Starts MLflow's pages on the store that runs are in."""
+"""The ``dashboard`` command: serves the MLflow UI on a run folder's tracking store."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from maestro_scale.errors import MaestroError
 from maestro_scale.secrets_filter import scrub
 from maestro_scale.tracking.mlflow_tracker import configure_mlflow
 
-_GRACE_S = 5.0  # that a server has to end by itself
+_SHUTDOWN_TIMEOUT_S = 5.0  # between SIGTERM and SIGKILL
 
 
 class DashboardError(MaestroError):
-    """There is no store to show; the message says where it was looked for."""
+    """There is no tracking store; the message says where it was expected."""
 
 
 def dashboard(runs: Path, host: str, port: int) -> int:
     """Serve the store of ``runs`` until interrupted or terminated; returns the server's exit code.
 
-    Where ``MLFLOW_TRACKING_URI`` names a server, its address is printed and nothing is started. DashboardError where
-    there is no store.
+    If ``MLFLOW_TRACKING_URI`` is the address of a server, it is printed and no server is started. Raises
+    DashboardError if there is no store.
     """
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
     if uri.startswith("http"):
@@ -35,7 +35,7 @@ def dashboard(runs: Path, host: str, port: int) -> int:
         store = runs.resolve() / "mlflow.db"
         if not store.exists():
             raise DashboardError(
-                f"{store} is not there: point RUNS at the folder that holds the run directories"
+                f"{store} does not exist: set RUNS to the folder that holds the run directories"
             )
         uri = f"sqlite:///{store}"
     configure_mlflow()
@@ -56,33 +56,36 @@ def dashboard(runs: Path, host: str, port: int) -> int:
 
 
 def _serve(command: list[str]) -> int:
-    """Run a server until it ends, or this process is to end: then with all that it has started, which would keep the
-    port."""
+    """Run a server until it exits or this process is asked to stop; returns the exit code.
+
+    MLflow starts workers that would survive it and keep the port, so the whole process group is terminated.
+    """
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    for ending in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(ending, interrupt)
+    for stop_signal in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(stop_signal, interrupt)
     server = None
     try:
-        server = subprocess.Popen(command, start_new_session=True)  # a group of its own, to be ended as one
+        server = subprocess.Popen(command, start_new_session=True)  # its own process group
         return server.wait()
     except KeyboardInterrupt:
         return 0
     finally:
-        for ending in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-            signal.signal(ending, signal.SIG_IGN)
+        # A second Ctrl-C must not interrupt the shutdown and leave the workers running.
+        for stop_signal in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+            signal.signal(stop_signal, signal.SIG_IGN)
         if server is not None:
-            _end_group(server)
+            _terminate_group(server)
 
 
-def _end_group(server: subprocess.Popen) -> None:
-    with suppress(ProcessLookupError):  # when the last of them is gone
-        for ending in (signal.SIGTERM, signal.SIGKILL):
-            os.killpg(server.pid, ending)
-            deadline = time.monotonic() + _GRACE_S
+def _terminate_group(server: subprocess.Popen[bytes]) -> None:
+    with suppress(ProcessLookupError):  # raised by killpg once the last process has exited
+        for stop_signal in (signal.SIGTERM, signal.SIGKILL):
+            os.killpg(server.pid, stop_signal)
+            deadline = time.monotonic() + _SHUTDOWN_TIMEOUT_S
             while time.monotonic() < deadline:
-                server.poll()
+                server.poll()  # reaps the server, else its zombie keeps the group alive
                 os.killpg(server.pid, 0)
                 time.sleep(0.05)

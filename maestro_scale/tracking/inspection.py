@@ -1,4 +1,4 @@
-"""What a dataset in shards holds, as tables for people: shards, modalities, classes, dates."""
+"""Tables for the ``inspect`` command: splits, shards, modalities, class balance and dates of a sharded dataset."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from rich.text import Text
 from maestro_scale.shards.format.manifest import ShardInfo
 from maestro_scale.shards.read.summary import SplitSummary, Summary
 
-_MOST_SHARDS = 12  # listed in full; of more, the first and the last few
+_MAX_SHARDS = 12  # of more shards, only the first and last are listed
 _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 _BARS = " ▁▂▃▄▅▆▇█"
 _BAR_WIDTH = 20
 
 
 def tables(summary: Summary) -> RenderableType:
-    """Everything of a summary: splits and shards, modalities, class balance, dates by month, notes."""
-    parts = [_splits(summary), _shards(summary.manifest.shards), _modalities(summary)]
+    """All tables of a summary: splits, shards, modalities, class balance, dates by month, notes."""
+    parts = [_split_table(summary), _shard_table(summary.manifest.shards), _modality_table(summary)]
     for target in summary.manifest.spec.targets:
-        parts.append(_classes(summary.splits, target.name, target.kind))
-    parts.append(_months(summary.splits))
+        parts.append(_class_table(summary.splits, target.name, target.kind))
+    parts.append(_month_table(summary.splits))
     if summary.manifest.notes:
-        parts.append(_notes(summary))
-    # The titles apart: rich would break them at the width of their table.
+        parts.append(_note_table(summary))
+    # Titles are separate lines: rich would wrap the title of a table at the width of the table.
     return Group(*(line for table in parts for line in (*_titled(table), "")))
 
 
-def _splits(summary: Summary) -> Table:
+def _split_table(summary: Summary) -> Table:
     spec, codec = summary.manifest.spec, summary.manifest.codec
     table = _table(f"{spec.title} ({spec.name}): tiles of {spec.tile_m:g} m, codec {codec}")
-    _columns(table, "split", "shards", "samples", "MB", "KB a sample")
+    _columns(table, "split", "shards", "samples", "MB", "KB/sample")
     for s in summary.splits:
         size = f"{s.num_bytes / 1e6:,.1f}"
         each = f"{s.num_bytes / s.num_samples / 1e3:,.1f}"
@@ -40,13 +40,13 @@ def _splits(summary: Summary) -> Table:
     return table
 
 
-def _shards(shards: Sequence[ShardInfo]) -> Table:
+def _shard_table(shards: Sequence[ShardInfo]) -> Table:
     table = _table("shards")
     _columns(table, "shard", "samples", "MB")
     table.add_column("sha256")
-    half = _MOST_SHARDS // 2
+    half = _MAX_SHARDS // 2
     listed = range(len(shards))
-    gap = len(shards) > _MOST_SHARDS
+    gap = len(shards) > _MAX_SHARDS
     for i in [*listed[:half], *listed[-half:]] if gap else listed:
         if gap and i == len(shards) - half:
             table.add_row(f"… {len(shards) - 2 * half:,} more", "", "", "")
@@ -55,11 +55,11 @@ def _shards(shards: Sequence[ShardInfo]) -> Table:
     return table
 
 
-def _modalities(summary: Summary) -> Table:
+def _modality_table(summary: Summary) -> Table:
     table = _table("modalities")
     table.add_column("modality")
     table.add_column("bands")
-    for name in ("pixels", "m/pixel", "dtype", "dates a tile"):
+    for name in ("pixels", "m/pixel", "dtype", "dates/tile"):
         table.add_column(name, justify="right")
     num_samples = sum(s.num_samples for s in summary.splits)
     for m in summary.manifest.spec.modalities:
@@ -69,10 +69,10 @@ def _modalities(summary: Summary) -> Table:
     return table
 
 
-def _classes(splits: Sequence[SplitSummary], target: str, kind: str) -> Table:
-    """Share of samples that have a class, or of pixels that are of it."""
-    of = "samples that have it" if kind == "multilabel" else "pixels"
-    table = _table(f"{target}: {of}")
+def _class_table(splits: Sequence[SplitSummary], target: str, kind: str) -> Table:
+    """Class balance: the fraction of samples that contain a class (multilabel), or of pixels (segmentation)."""
+    unit = "samples with the class" if kind == "multilabel" else "pixels"
+    table = _table(f"{target}: {unit}")
     table.add_column("class")
     for split in splits:
         table.add_column(split.split, justify="right")
@@ -88,7 +88,7 @@ def _classes(splits: Sequence[SplitSummary], target: str, kind: str) -> Table:
     return table
 
 
-def _months(splits: Sequence[SplitSummary]) -> Table:
+def _month_table(splits: Sequence[SplitSummary]) -> Table:
     table = _table("dates by month")
     table.add_column("split")
     table.add_column("modality", no_wrap=True)
@@ -97,14 +97,14 @@ def _months(splits: Sequence[SplitSummary]) -> Table:
         table.add_column(name, justify="right")
     for split in splits:
         for modality, counts in split.months.items():
-            table.add_row(split.split, modality, histogram(counts), *map(_short, counts))
+            table.add_row(split.split, modality, histogram(counts), *map(_abbreviate, counts))
     return table
 
 
-def _notes(summary: Summary) -> Table:
+def _note_table(summary: Summary) -> Table:
     table = _table("notes")
     table.add_column("tiles", justify="right")
-    table.add_column("what was assumed, mended or left out")
+    table.add_column("assumption, fix or omission")
     table.add_column("first")
     for note, count in sorted(summary.manifest.notes.items()):
         table.add_row(f"{count:,}", note, summary.manifest.examples.get(note, ""))
@@ -112,9 +112,9 @@ def _notes(summary: Summary) -> Table:
 
 
 def histogram(counts: Sequence[int]) -> str:
-    """A bar of one character for each count; a blank for none."""
+    """One bar character per count, a blank for zero."""
     top = max(counts, default=0) or 1
-    # The lowest bar for little, so that little does not look like nothing.
+    # Rounded up: a small count must not look like zero.
     return "".join(_BARS[-(-count * (len(_BARS) - 1) // top)] for count in counts)
 
 
@@ -123,14 +123,10 @@ def _titled(table: Table) -> tuple[Text, Table]:
     return title, table
 
 
-def _short(count: int) -> str:
-    return (
-        f"{count}"
-        if count < 10_000
-        else f"{count / 1e3:.0f}k"
-        if count < 10_000_000
-        else f"{count / 1e6:.0f}M"
-    )
+def _abbreviate(count: int) -> str:
+    if count < 10_000:
+        return f"{count}"
+    return f"{count / 1e3:.0f}k" if count < 10_000_000 else f"{count / 1e6:.0f}M"
 
 
 def _table(title: str) -> Table:

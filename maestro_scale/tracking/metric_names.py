@@ -1,4 +1,4 @@
-"""What of a line of metrics.jsonl becomes which MLflow metric: grouped by what they tell, so that charts are found."""
+"""Mapping from the fields of metrics.jsonl to MLflow metric names, grouped by prefix (``loss/``, ``speed/``, …)."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ _GROUPS = {
     "system": ("peak_memory_gib",),
 }
 _GROUP_OF = {name: group for group, names in _GROUPS.items() for name in names}
-_NO_METRICS = frozenset({"step", "dataset"})  # MLflow's axis, and what the losses' names say
+_EXCLUDED = frozenset({"step", "dataset"})  # MLflow's x-axis; the dataset is part of the loss names
 
 
 def metric_names(record: Mapping[str, Any], mixture: bool) -> dict[str, float | None]:
-    """``loss/total``, ``loss/<sensor>``, ``optim/lr``, ``speed/samples_per_s`` …, from a line of metrics.jsonl.
+    """Metrics ``loss/total``, ``loss/<sensor>``, ``optim/lr``, ``speed/samples_per_s`` … of a line of metrics.jsonl.
 
-    In a mixture the losses are ``loss/<dataset>/total`` and ``loss/<dataset>/<sensor>``, so that no chart jumps
-    between datasets. A name that has a group keeps it; one of no known group goes to ``other/``.
+    In a mixture the losses are ``loss/<dataset>/total`` and ``loss/<dataset>/<sensor>``: each step is of one dataset,
+    and a single curve would jump between them. A field that has a prefix keeps it; an unknown one goes to ``other/``.
     """
     loss = "loss"
     if mixture:
         loss += "/" + record["dataset"].replace("#", ".")  # MLflow allows no '#'
-    return {_name(k, loss): v for k, v in record.items() if k not in _NO_METRICS}
+    return {_name(k, loss): v for k, v in record.items() if k not in _EXCLUDED}
 
 
 def _name(name: str, loss: str) -> str:

@@ -1,6 +1,7 @@
-"""An open MLflow run. What is here talks to the store, takes its time and may raise; see ``mlflow_tracker``.
+"""Synchronous writes to one MLflow run: metrics, parameters, tags, datasets, artifacts.
 
-mlflow is imported by ``MlflowRun.open`` only: it takes seconds.
+Every call here may block on the network and raise; ``mlflow_tracker`` runs them on a background thread. mlflow is
+imported inside the functions because the import takes seconds.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from filelock import FileLock, Timeout
 
@@ -24,24 +25,25 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 STATUS = {"done": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
-ENDED_FILE = "ended"  # how the run ended, by the keys of STATUS
+ENDED_FILE = "ended"  # in the run directory: how the run ended, a key of STATUS
 
-# MLflow's own limits.
+# MLflow's limits on the size of a request, and on the length of values and names.
 _MAX_METRICS, _MAX_PARAMS, _MAX_TAGS = 1000, 100, 100
 _MAX_PARAM, _MAX_TAG, _MAX_KEY, _MAX_DIGEST = 6000, 5000, 250, 36
 
-_KIND = {
-    "mlflow.experimentKind": "custom_model_development"
-}  # else its pages ask for traces of language models
+# Without this tag the MLflow UI shows pages for traces of language models.
+_EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 
-_DOCUMENTS = frozenset({".yaml", ".yml", ".json", ".jsonl", ".txt", ".md", ".log"})
+# Artifacts whose text is searched for secrets before it is sent.
+_TEXT_SUFFIXES = frozenset({".yaml", ".yml", ".json", ".jsonl", ".txt", ".md", ".log"})
 
 MetricValues = Mapping[str, "float | None"]
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
 class DatasetInput:
-    """A dataset that a run reads: its name, the sha256 of its manifest, where the shards are, and the manifest."""
+    """A dataset of a run. ``url``: address of its shards; ``manifest``: the text of its manifest.json."""
 
     name: str
     manifest_sha256: str
@@ -51,7 +53,7 @@ class DatasetInput:
 
 @dataclass(frozen=True)
 class RunMetadata:
-    """What is said of a run when it starts. ``history`` reads the (step, metrics) that were logged before."""
+    """What is stored of a run when it is opened. ``history`` reads the (step, metrics) logged so far."""
 
     run_dir: Path
     experiment: str
@@ -65,7 +67,7 @@ class RunMetadata:
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """The metrics of one step, measured at ``time_ms``; None values were not measured and are left out."""
+    """The metrics of one step, measured at ``time_ms`` (Unix time); None values are not sent."""
 
     step: int
     time_ms: int
@@ -73,157 +75,170 @@ class StepMetrics:
 
 
 def tracking_uri(run_dir: Path) -> str:
-    """``MLFLOW_TRACKING_URI``, or the SQLite file beside the runs."""
+    """``MLFLOW_TRACKING_URI``, or the SQLite file ``mlflow.db`` next to the run directory."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{run_dir.resolve().parent / 'mlflow.db'}"
 
 
 class RunLockedError(Exception):
-    """Another process sends this run to this store."""
+    """Another process is sending this run to this store."""
 
 
 class MlflowRun:
-    """The MLflow run of a run directory. A (metric, step) that the store has is never sent again."""
+    """The MLflow run of a run directory. A (metric, step) that the store already has is not sent again."""
 
     def __init__(
         self,
         client: MlflowClient,
         run: Run,
-        card: RunMetadata,
+        metadata: RunMetadata,
         warn: Callable[[str, Exception], None],
-        held: FileLock,
+        lock: FileLock,
     ) -> None:
         self._client = client
-        self._held = held
+        self._lock = lock
         self.id: str = run.info.run_id
-        self._card = card
+        self._metadata = metadata
         self._warn = warn
-        self._stored: dict[str, set[int]] = {}  # what the store had when the run was opened
-        self._last: dict[str, int] = {}  # last step sent since
-        self._describe(run)
+        self._stored: dict[str, set[int]] = {}  # steps per metric that the store had at the last backfill
+        self._last: dict[str, int] = {}  # last step per metric sent since then
+        self._store_metadata(run)
 
     @classmethod
     def open(
-        cls, card: RunMetadata, time_ms: int, warn: Callable[[str, Exception], None], ended: str | None = None
+        cls,
+        metadata: RunMetadata,
+        time_ms: int,
+        warn: Callable[[str, Exception], None],
+        end_reason: str | None = None,
     ) -> MlflowRun:
-        """Start the run of the card's directory, or continue it, and send the history that the store lacks.
+        """Create the MLflow run of a run directory, or reopen it, and send the history that the store lacks.
 
-        ``ended``: ``done``, ``stopped`` or ``failed``, of a run that is over, which never says that it is running:
-        what comes after may fail. ``warn`` is told of what could not be sent although the run is open. RunLockedError
-        where another process has it open; else raises whatever MLflow raises.
+        Args:
+            end_reason: ``done``, ``stopped`` or ``failed`` for a run that has ended. Its status is then set at once
+                and never to RUNNING: a later call may fail and would leave a finished run marked as running.
+            warn: called with what could not be stored, if the run is open nevertheless.
+
+        Raises:
+            RunLockedError: another process has it open. Any other error is MLflow's.
         """
         from mlflow.tracking import MlflowClient
 
-        logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # it announces every retry
-        uri = tracking_uri(card.run_dir)
-        held = store_lock(card.run_dir, uri)
+        logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # it logs every retry
+        run_dir = metadata.run_dir
+        uri = tracking_uri(run_dir)
+        lock = store_lock(run_dir, uri)
         try:
-            held.acquire(timeout=0)
+            lock.acquire(timeout=0)
         except Timeout:
-            raise RunLockedError(f"another process sends {card.run_dir} to {scrub(uri)}") from None
+            raise RunLockedError(f"another process is sending {run_dir} to {scrub(uri)}") from None
         try:
             client = MlflowClient(uri)
-            run = find_run(client, card.run_dir)
+            run = find_run(client, run_dir)
             if run is None:
-                experiment = _experiment_id(client, card)  # first: what cannot be reached leaves no file
-                tags = {RUN_TAG: run_dir_id(card.run_dir)}
-                run = client.create_run(experiment, run_name=scrub(card.run_name), tags=tags)
-            if ended is None:
+                # Before run_dir_id: a store that cannot be reached must leave no tracking.json.
+                experiment = _experiment_id(client, metadata)
+                tags = {RUN_TAG: run_dir_id(run_dir)}
+                run = client.create_run(experiment, run_name=scrub(metadata.run_name), tags=tags)
+            if end_reason is None:
                 client.update_run(run.info.run_id, status="RUNNING")
             else:
-                client.set_terminated(run.info.run_id, STATUS[ended])
-            record_store(card.run_dir, run.info.run_id, uri)
-            opened = cls(client, run, card, warn, held)
+                client.set_terminated(run.info.run_id, STATUS[end_reason])
+            record_store(run_dir, run.info.run_id, uri)
+            opened = cls(client, run, metadata, warn, lock)
             opened.backfill(time_ms)
             return opened
         except BaseException:
-            held.release()
+            lock.release()
             raise
 
     def backfill(self, time_ms: int) -> None:
-        """Send what the history holds and the store does not."""
+        """Send the metrics of the history that the store does not have."""
         keys = self._client.get_run(self.id).data.metrics
         self._stored = {k: {m.step for m in self._client.get_metric_history(self.id, k)} for k in keys}
         self._last = {}
-        self.send(StepMetrics(step, time_ms, metrics) for step, metrics in self._card.history())
-        # Up to the history's last step all is settled; beyond it the store may have steps yet to be replayed.
+        self.send(StepMetrics(step, time_ms, metrics) for step, metrics in self._metadata.history())
+        # Steps up to the end of the history are complete. The store may have later ones, sent before a kill; they are
+        # remembered, because the run trains them again after its resume and logs them a second time.
         self._stored = {k: {s for s in v if s > self._last.get(k, -1)} for k, v in self._stored.items()}
 
-    def send(self, points: Iterable[StepMetrics]) -> None:
-        """Log points, in order of step, leaving out what the store has."""
+    def send(self, metrics: Iterable[StepMetrics]) -> None:
+        """Log metrics, in order of step, without those that the store has."""
         from mlflow.entities import Metric
 
         pending = []
-        for point in points:
-            for name, value in point.metrics.items():
-                key = _key(name)
-                if value is None or not self._is_new(key, point.step):
+        for of_step in metrics:
+            for name, value in of_step.metrics.items():
+                key = valid_key(name)
+                if value is None or not self._is_new(key, of_step.step):
                     continue
-                self._last[key] = point.step
-                pending.append(Metric(key, float(value), point.time_ms, point.step))
+                self._last[key] = of_step.step
+                pending.append(Metric(key, float(value), of_step.time_ms, of_step.step))
         for chunk in _chunks(pending, _MAX_METRICS):
             self._client.log_batch(self.id, metrics=chunk)
 
     def log_picture(self, path: Path) -> None:
-        """Store a picture under ``pictures/``; one of the same name is replaced."""
-        self._optional("a picture", lambda: self._client.log_artifact(self.id, str(path), "pictures"))
+        """Store a picture under ``pictures/``; it replaces one with the same name."""
+        self._try("a picture", lambda: self._client.log_artifact(self.id, str(path), "pictures"))
 
     def stored_pictures(self) -> set[str]:
-        """Names of the pictures that the store has."""
+        """File names of the pictures in the store."""
         return {Path(a.path).name for a in self._client.list_artifacts(self.id, "pictures")}
 
     def close(self, reason: str) -> None:
-        """End the run: ``done``, ``stopped`` or ``failed``. Artifacts are stored again, as they are now."""
-        self._optional("artifacts", self._store_artifacts)
+        """Store the artifacts again in their final state and end the run as ``done``, ``stopped`` or ``failed``."""
+        self._try("artifacts", self._store_artifacts)
         self._client.set_terminated(self.id, STATUS[reason])
         self.detach()
 
     def detach(self) -> None:
-        """Leave the run as it is, for whoever sends to it next."""
-        self._held.release()
+        """Release the run without changing its status: another process may open it."""
+        self._lock.release()
 
     def _is_new(self, key: str, step: int) -> bool:
         return step > self._last.get(key, -1) and step not in self._stored.get(key, ())
 
-    def _describe(self, run: Run) -> None:
-        """Parameters, tags, datasets, artifacts: worth having, but no reason to go without metrics."""
-        self._optional("parameters", lambda: self._store_params(run.data.params, run.data.tags))
-        self._optional("tags", self._store_tags)
-        self._optional("datasets", self._store_datasets)
-        self._optional("artifacts", self._store_artifacts)
+    def _store_metadata(self, run: Run) -> None:
+        """Store parameters, tags, datasets and artifacts. A failure is a warning: metrics are sent nevertheless."""
+        self._try("parameters", lambda: self._store_params(run.data.params, run.data.tags))
+        self._try("tags", self._store_tags)
+        self._try("datasets", self._store_datasets)
+        self._try("artifacts", self._store_artifacts)
 
-    def _optional(self, what: str, action: Callable[[], None]) -> None:
+    def _try(self, what: str, action: Callable[[], None]) -> None:
         try:
             action()
-        except Exception as error:  # noqa: BLE001 - MLflow, its artifact stores and their clients raise anything
+        except Exception as error:  # noqa: BLE001 - MLflow, its artifact stores and their clients raise any type
             self._warn(what, error)
 
     def _store_params(self, stored: Mapping[str, str], tags: Mapping[str, str]) -> None:
         from mlflow.entities import Param
 
-        wanted = {_key(k): _cut(v, _MAX_PARAM) for k, v in scrub_mapping(self._card.params).items()}
-        fresh = [Param(k, v) for k, v in wanted.items() if k not in stored]
-        for chunk in _chunks(fresh, _MAX_PARAMS):
+        wanted = {
+            valid_key(k): _truncate(v, _MAX_PARAM) for k, v in scrub_mapping(self._metadata.params).items()
+        }
+        new = [Param(k, v) for k, v in wanted.items() if k not in stored]
+        for chunk in _chunks(new, _MAX_PARAMS):
             self._client.log_batch(self.id, params=chunk)
-        # MLflow's parameters never change, a continued run's may (a longer run, more workers).
+        # MLflow does not allow to change a parameter, but a resumed run may (more steps, more workers): use tags.
         changed = {f"changed/{k}": v for k, v in wanted.items() if stored.get(k, v) != v}
         self._set_tags(changed)
         for tag in [t for t in tags if t.startswith("changed/") and t not in changed]:
             self._client.delete_tag(self.id, tag)
 
     def _store_tags(self) -> None:
-        data = {f"data/{d.name}/manifest_sha256": d.manifest_sha256 for d in self._card.datasets}
-        self._set_tags(scrub_mapping(self._card.tags) | data)
+        data = {f"data/{d.name}/manifest_sha256": d.manifest_sha256 for d in self._metadata.datasets}
+        self._set_tags(scrub_mapping(self._metadata.tags) | data)
 
     def _set_tags(self, tags: Mapping[str, str]) -> None:
         from mlflow.entities import RunTag
 
-        entities = [RunTag(_key(k), _cut(v, _MAX_TAG)) for k, v in tags.items()]
+        entities = [RunTag(valid_key(k), _truncate(v, _MAX_TAG)) for k, v in tags.items()]
         for chunk in _chunks(entities, _MAX_TAGS):
             self._client.log_batch(self.id, tags=chunk)
 
     def _store_datasets(self) -> None:
         from mlflow.entities import Dataset, InputTag
-        from mlflow.entities import DatasetInput as Input
+        from mlflow.entities import DatasetInput as Input  # the name DatasetInput is taken
 
         inputs = [
             Input(
@@ -235,51 +250,56 @@ class MlflowRun:
                 ),
                 [InputTag("mlflow.data.context", "training")],
             )
-            for d in self._card.datasets
+            for d in self._metadata.datasets
         ]
         if inputs:
             self._client.log_inputs(self.id, datasets=inputs)
-        for i, d in enumerate(self._card.datasets):
+        for i, d in enumerate(self._metadata.datasets):
             if d.manifest:
                 self._client.log_text(
-                    self.id, scrub_document(d.manifest), f"manifests/{i}-{_key(d.name)}.json"
+                    self.id, scrub_document(d.manifest), f"manifests/{i}-{valid_key(d.name)}.json"
                 )
 
     def _store_artifacts(self) -> None:
-        for path in self._card.artifacts:
+        for path in self._metadata.artifacts:
             if not path.exists():
                 continue
-            if path.suffix in _DOCUMENTS:
+            if path.suffix in _TEXT_SUFFIXES:
                 self._client.log_text(self.id, scrub_document(path.read_text()), path.name)
             else:
                 self._client.log_artifact(self.id, str(path))
 
 
-def _experiment_id(client: MlflowClient, card: RunMetadata) -> str:
+def _experiment_id(client: MlflowClient, metadata: RunMetadata) -> str:
     from mlflow.exceptions import MlflowException
 
-    experiment = client.get_experiment_by_name(card.experiment)
+    experiment = client.get_experiment_by_name(metadata.experiment)
     if experiment is None:
-        # A server knows where its artifacts go; the default would be ./mlruns in whatever folder we run in.
-        beside = (card.run_dir.resolve().parent / "mlartifacts").as_uri()
-        location = None if os.environ.get("MLFLOW_TRACKING_URI") else beside
+        # A server has its own artifact location. For a file the default is ./mlruns in the working directory.
+        local = (metadata.run_dir.resolve().parent / "mlartifacts").as_uri()
+        location = None if os.environ.get("MLFLOW_TRACKING_URI") else local
         try:
-            return client.create_experiment(card.experiment, artifact_location=location, tags=_KIND)
+            return client.create_experiment(
+                metadata.experiment, artifact_location=location, tags=_EXPERIMENT_TAGS
+            )
         except MlflowException:
-            experiment = client.get_experiment_by_name(card.experiment)  # another run was quicker
+            experiment = client.get_experiment_by_name(
+                metadata.experiment
+            )  # another run created it meanwhile
             if experiment is None:
                 raise
     return experiment.experiment_id
 
 
-def _key(name: str) -> str:
+def valid_key(name: str) -> str:
+    """``name`` as a metric, parameter or tag that MLflow accepts: invalid characters become ``_``."""
     return re.sub(r"[^\w\-. :/]", "_", name)[:_MAX_KEY]
 
 
-def _cut(value: str, longest: int) -> str:
+def _truncate(value: str, longest: int) -> str:
     return value if len(value) <= longest else value[: longest - 1] + "…"
 
 
-def _chunks(items: list, size: int) -> Iterable[list]:
+def _chunks(items: list[Item], size: int) -> Iterable[list[Item]]:
     for start in range(0, len(items), size):
         yield items[start : start + size]

@@ -1,8 +1,8 @@
-"""MLflow beside the training, never in its way.
+"""Asynchronous tracking in MLflow: a bounded queue and a background thread, so that training never waits for a server.
 
-Calls put records on a bounded queue and return; a background thread imports mlflow, opens the run and sends
-batches. A store that is down costs a warning and is tried again later: metrics.jsonl stays the truth, and
-what it holds is sent when the store is back.
+Calls put a record on the queue and return; the thread imports mlflow, opens the run and sends batches. If the store
+fails, the records are dropped with one warning and the connection is retried later. Nothing is lost by that: every
+metric is in metrics.jsonl, and ``MlflowRun.open`` sends what the store lacks.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from maestro_scale.tracking.mlflow_run import (
 
 log = logging.getLogger(__name__)
 
-# mlflow's defaults are made for scripts that wait: minutes of retries, telemetry, and news on standard error.
-_QUIET_MLFLOW = {
+# MLflow's defaults retry for minutes, send telemetry and print progress on standard error.
+_MLFLOW_DEFAULTS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
@@ -38,25 +38,25 @@ _QUIET_MLFLOW = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "GIT_PYTHON_REFRESH": "quiet",
 }
-_LAST_TRIES_S = 1.0  # between attempts to reach a store that is away when the run ends
-_MAX_BATCH = 500  # records collected before they are sent
+_FINAL_RETRY_S = 1.0  # between attempts to reach a store that is unavailable when the run ends
+_MAX_BATCH = 500  # records that are sent together
 
 
 def configure_mlflow() -> None:
-    """Have mlflow fail fast and keep silent, where the user did not say otherwise. Before it is imported."""
-    for name, value in _QUIET_MLFLOW.items():
+    """Make MLflow fail fast and log little, where the environment does not say otherwise. Call before importing it."""
+    for name, value in _MLFLOW_DEFAULTS.items():
         os.environ.setdefault(name, value)
 
 
 def error_summary(error: Exception) -> str:
-    """The kind of an error and the first line of what it says, which may be nothing, without secrets."""
+    """Type and first line of the message of an error, without secrets. The message may be empty."""
     return scrub(f"{type(error).__name__}: {error}".splitlines()[0])
 
 
 class OpenRun(Protocol):
-    """What the background thread needs of a run; any method may raise."""
+    """The interface of a run that the background thread uses; every method may raise. Implemented by MlflowRun."""
 
-    def send(self, points: Iterable[StepMetrics]) -> None: ...
+    def send(self, metrics: Iterable[StepMetrics]) -> None: ...
 
     def log_picture(self, path: Path) -> None: ...
 
@@ -69,14 +69,14 @@ class OpenRun(Protocol):
 
 @dataclass(frozen=True)
 class FlushPolicy:
-    """How the background thread works, in seconds and records."""
+    """When the background thread sends, and how many records it holds."""
 
     flush_s: float = 2.0
-    """Longest time that a record waits for company."""
+    """Longest time that a record waits to be sent in a batch."""
     retry_s: float = 60.0
-    """Time without attempts after a failure."""
+    """Time after a failure before the next attempt."""
     capacity: int = 10_000
-    """Records held while the store is slow; more are dropped."""
+    """Size of the queue in records; when it is full, further records are dropped."""
 
 
 DEFAULT_FLUSH_POLICY = FlushPolicy()
@@ -88,46 +88,46 @@ class _Picture:
 
 
 @dataclass(frozen=True)
-class _Close:
+class _CloseRequest:
     reason: str
     deadline: float
 
 
 class Tracker:
-    """One run in MLflow, for rank 0. Every method but ``finish`` returns at once; MLflow's errors stay in."""
+    """Tracks one run in MLflow, on rank 0. Methods except ``finish`` do not block, and no MLflow error escapes."""
 
     def __init__(
         self,
         open_run: Callable[[Callable[[str, Exception], None]], OpenRun],
         store: str,
         policy: FlushPolicy = DEFAULT_FLUSH_POLICY,
-        later: str = "",
+        sync_command: str = "",
     ) -> None:
-        """``later``: the command that sends what this one cannot, for warnings."""
+        """``open_run(warn)`` connects to the store; ``sync_command``: how to send what is missing, for warnings."""
         self._open_run = open_run
         self._store = store
-        self._later = later
+        self._sync_command = sync_command
         self._policy = policy
-        self._queue: queue.Queue[StepMetrics | _Picture | _Close] = queue.Queue(policy.capacity)
+        self._queue: queue.Queue[StepMetrics | _Picture | _CloseRequest] = queue.Queue(policy.capacity)
         self._run: OpenRun | None = None
-        self._quiet_until = 0.0
+        self._retry_at = 0.0  # monotonic time before which no attempt is made
         self._warned: set[str] = set()
-        self._gaps = False
-        self._was_open = False
-        self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
+        self._dropped = False  # the queue was full: the store needs a backfill
+        self._was_connected = False
+        self._thread = threading.Thread(target=self._send_records, name="mlflow", daemon=True)
 
     @classmethod
-    def start(cls, card: RunMetadata) -> Tracker:
-        """Track a run, continuing the MLflow run that its directory already has.
+    def start(cls, metadata: RunMetadata) -> Tracker:
+        """Track a run. If its directory already has an MLflow run, that run continues.
 
-        The store is ``MLFLOW_TRACKING_URI``, or ``mlflow.db`` beside the run directory. The card's history is read on
-        the background thread whenever the store is connected, for what it missed.
+        The store is ``MLFLOW_TRACKING_URI``, or ``mlflow.db`` next to the run directory. Whenever the background
+        thread connects to it, it reads ``metadata.history`` and sends what the store lacks.
         """
         configure_mlflow()
         return cls(
-            lambda warn: MlflowRun.open(card, _now_ms(), warn),
-            scrub(tracking_uri(card.run_dir)),
-            later=f"maestro-scale sync {card.run_dir}",
+            lambda warn: MlflowRun.open(metadata, _now_ms(), warn),
+            scrub(tracking_uri(metadata.run_dir)),
+            sync_command=f"maestro-scale sync {metadata.run_dir}",
         ).start_thread()
 
     def start_thread(self) -> Tracker:
@@ -136,33 +136,33 @@ class Tracker:
         return self
 
     def log(self, step: int, metrics: MetricValues) -> None:
-        """Log metrics of a step. Steps come in order; None values, and what the store has, are left out."""
+        """Log the metrics of a step. Steps must ascend; None values, and what the store already has, are not sent."""
         self._put(StepMetrics(step, _now_ms(), dict(metrics)))
 
     def log_picture(self, step: int, path: Path) -> None:
-        """Store a picture of a step; its name should tell the step, and it must stay until ``finish``."""
-        del step  # MLflow artifacts have none; kept so that a store with one can use it
+        """Store a picture of a step. Its file name should contain the step, and it must exist until ``finish``."""
+        del step  # MLflow artifacts have no step
         self._put(_Picture(path))
 
     def finish(self, status: str, wait_s: float = 30.0) -> None:
-        """Send what is left and end the run: ``done``, ``stopped`` or ``failed``. Waits ``wait_s`` at most.
+        """Send the remaining records and end the run as ``done``, ``stopped`` or ``failed``; blocks up to ``wait_s``.
 
-        ValueError for another status.
+        Raises ValueError for another status.
         """
         if status not in STATUS:
             raise ValueError(f"status {status!r} must be one of {', '.join(STATUS)}")
         deadline = time.monotonic() + wait_s
         try:
-            self._queue.put(_Close(status, deadline), timeout=wait_s)
+            self._queue.put(_CloseRequest(status, deadline), timeout=wait_s)
         except queue.Full:
-            self._gaps = True
+            self._dropped = True
         self._thread.join(max(0.0, deadline - time.monotonic()))
         if self._thread.is_alive():
             log.warning(
-                "MLflow at %s did not take everything within %.0f s; metrics.jsonl has it, `%s` sends it",
+                "MLflow at %s did not accept all records within %.0f s; metrics.jsonl has them, `%s` sends them",
                 self._store,
                 wait_s,
-                self._later,
+                self._sync_command,
             )
 
     # -- calling thread --------------------------------------------------------------------------------------
@@ -171,35 +171,35 @@ class Tracker:
         try:
             self._queue.put_nowait(item)
         except queue.Full:
-            self._gaps = True
-            self._warn("all records", RuntimeError(f"more than {self._policy.capacity} are waiting"))
+            self._dropped = True
+            self._warn("all records", RuntimeError(f"the queue of {self._policy.capacity} records is full"))
 
     def _warn(self, what: str, error: Exception) -> None:
-        """Say once per kind of trouble that something is not sent."""
+        """Log that something is not sent, once per kind."""
         if what in self._warned:
             return
         self._warned.add(what)
         log.warning(
-            "MLflow at %s does not take %s (%s); training goes on, metrics.jsonl has every metric, `%s` sends what is "
-            "missing then",
+            "MLflow at %s did not accept %s (%s); training continues, metrics.jsonl has every metric, `%s` sends what "
+            "is missing",
             self._store,
             what,
             error_summary(error),
-            self._later,
+            self._sync_command,
         )
 
     # -- background thread -----------------------------------------------------------------------------------
 
-    def _work(self) -> None:
-        closing = None
-        self._deliver([])  # connect without waiting for a first record
-        while closing is None:
-            items, closing = self._collect()
-            self._deliver(items)
-        self._close(closing)
+    def _send_records(self) -> None:
+        self._send([])  # connects, so that the run appears in the store before the first record
+        request = None
+        while request is None:
+            items, request = self._collect()
+            self._send(items)
+        self._close(request)
 
-    def _collect(self) -> tuple[list[StepMetrics | _Picture], _Close | None]:
-        """Whatever arrives within ``flush_s`` of the first record, and the request to close if it came."""
+    def _collect(self) -> tuple[list[StepMetrics | _Picture], _CloseRequest | None]:
+        """The records that arrive within ``flush_s`` of the first one, and the close request if there is one."""
         items: list[StepMetrics | _Picture] = []
         wait_s = None
         while len(items) < _MAX_BATCH:
@@ -207,66 +207,66 @@ class Tracker:
                 item = self._queue.get(timeout=wait_s)
             except queue.Empty:
                 break
-            if isinstance(item, _Close):
+            if isinstance(item, _CloseRequest):
                 return items, item
             if not items:
-                first = time.monotonic()
+                first_s = time.monotonic()
             items.append(item)
-            wait_s = max(0.0, first + self._policy.flush_s - time.monotonic())
+            wait_s = max(0.0, first_s + self._policy.flush_s - time.monotonic())
         return items, None
 
-    def _deliver(self, items: Sequence[StepMetrics | _Picture]) -> None:
-        if time.monotonic() < self._quiet_until:
-            return  # dropped: history has the numbers
+    def _send(self, items: Sequence[StepMetrics | _Picture]) -> None:
+        if time.monotonic() < self._retry_at:
+            return  # dropped: the next connection sends them from the history
         try:
             if self._run is None:
                 self._run = self._open_run(self._warn)
-                self._was_open = True
+                self._was_connected = True
             self._run.send(i for i in items if isinstance(i, StepMetrics))
             for item in items:
                 if isinstance(item, _Picture):
                     self._run.log_picture(item.path)
-        except Exception as error:  # noqa: BLE001 - whatever MLflow raises, the training goes on
-            self._lose(error)
+        except Exception as error:  # noqa: BLE001 - no error of MLflow may end the training
+            self._disconnect(error)
 
-    def _close(self, closing: _Close) -> None:
+    def _close(self, request: _CloseRequest) -> None:
         while True:
-            self._quiet_until = 0.0
-            self._deliver([])
-            if self._run is not None or not self._was_open:
+            self._retry_at = 0.0
+            self._send([])
+            if self._run is not None or not self._was_connected:
                 break
-            # A store that was there may come back while there is time; one that never was is not waited for.
-            if time.monotonic() + _LAST_TRIES_S > closing.deadline:
+            # A store that was connected may come back before the deadline; one that never was is not waited for.
+            if time.monotonic() + _FINAL_RETRY_S > request.deadline:
                 break
-            time.sleep(_LAST_TRIES_S)
+            time.sleep(_FINAL_RETRY_S)
         if self._run is None:
             return
         try:
-            if self._gaps:
+            if self._dropped:
                 self._run.backfill(_now_ms())
-            self._run.close(closing.reason)
+            self._run.close(request.reason)
         except Exception as error:  # noqa: BLE001 - as above
-            self._lose(error)
+            self._disconnect(error)
 
-    def _lose(self, error: Exception) -> None:
+    def _disconnect(self, error: Exception) -> None:
         if self._run is not None:
             self._run.detach()
         self._run = None
-        self._quiet_until = time.monotonic() + self._policy.retry_s
+        self._retry_at = time.monotonic() + self._policy.retry_s
         self._warn("metrics", error)
 
 
 class NullTracker:
-    """Tracks nothing, with the methods of ``Tracker``."""
+    """A tracker that does nothing, with the interface of ``Tracker``."""
 
     def log(self, step: int, metrics: MetricValues) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def log_picture(self, step: int, path: Path) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def finish(self, status: str, wait_s: float = 30.0) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 def _now_ms() -> int:

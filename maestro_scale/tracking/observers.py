@@ -1,4 +1,4 @@
-"""Who watches a pretraining run on rank 0: the terminal, the pictures on disk, and MLflow."""
+"""The observers of a training run on rank 0: terminal progress, reconstruction pictures, MLflow, final report."""
 
 from __future__ import annotations
 
@@ -21,63 +21,62 @@ from maestro_scale.training.run_dir import write_atomically
 
 log = logging.getLogger(__name__)
 
-_MOST_WAITING = 4  # pictures
+_MAX_PENDING_PICTURES = 4
 
 
 def observers_for(recipe: Recipe) -> list[Observer]:
-    """The observers that a recipe asks for, in the order they are told."""
+    """The observers of a recipe, in the order in which they are called."""
     return [TerminalProgress(recipe.name), TrackingObserver(recipe)]
 
 
 class TrackingObserver:
-    """Draws pictures into ``run_dir/pictures`` and passes everything on to MLflow, where the recipe enables it."""
+    """Draws pictures into ``run_dir/pictures``, writes ``report.md``, and logs to MLflow if the recipe enables it."""
 
     def __init__(self, recipe: Recipe) -> None:
         self._recipe = recipe
         self._tracker: Tracker | NullTracker = NullTracker()
-        self._run_dir = self._pictures = self._ended = Path()
-        self._artist = ThreadPoolExecutor(1, "pictures")  # a picture takes about a second
-        self._drawing: list[Future[None]] = []
+        self._run_dir = Path()
+        # A picture takes about a second, which must not delay the step.
+        self._executor = ThreadPoolExecutor(1, "pictures")
+        self._pending: list[Future[None]] = []
 
     def started(self, info: RunInfo) -> None:
-        """Open, or continue, the MLflow run of the run directory."""
+        """Start tracking; the MLflow run of the run directory is created or continued."""
         self._run_dir = info.run_dir
-        self._pictures = info.run_dir / "pictures"
-        self._ended = info.run_dir / ENDED_FILE
-        self._ended.unlink(missing_ok=True)
+        (self._run_dir / ENDED_FILE).unlink(missing_ok=True)
         if not self._recipe.tracking.enabled:
             return
         self._tracker = Tracker.start(run_metadata(self._recipe, info.run_dir))
 
     def logged(self, record: dict[str, Any]) -> None:
-        """Metrics of a step."""
-        self._tracker.log(record["step"], self._numbers(record))
+        """Log the metrics of a step."""
+        self._tracker.log(record["step"], self._metrics(record))
 
     def pictured(self, step: int, views: list[SensorView]) -> None:
-        """Draw a reconstruction, in the background; leave it out where too many wait to be drawn."""
-        self._drawing = [d for d in self._drawing if not d.done()]
-        if len(self._drawing) < _MOST_WAITING:
-            self._drawing.append(self._artist.submit(self._draw, step, views))
+        """Draw a reconstruction in the background; it is dropped if too many are pending."""
+        self._pending = [p for p in self._pending if not p.done()]
+        if len(self._pending) < _MAX_PENDING_PICTURES:
+            self._pending.append(self._executor.submit(self._draw, step, views))
 
     def finished(self, reason: str) -> None:
-        """Leave the closing report, and send what is left."""
-        self._artist.shutdown()
+        """Write ``report.md`` and how the run ended, then finish tracking."""
+        self._executor.shutdown()
         try:
             text = run_report(self._recipe, self._run_dir, reason)
             write_atomically(self._run_dir / REPORT, scrub(text))
-            write_atomically(self._ended, reason)
-        except OSError as error:  # a full disk, say; what ended the run is told by others
-            log.warning("no %s: %s", REPORT, error)
+            write_atomically(self._run_dir / ENDED_FILE, reason)
+        except OSError as error:  # e.g. a full disk; it must not hide the error that ended the run
+            log.warning("%s was not written: %s", REPORT, error)
         self._tracker.finish(reason)
 
     def _draw(self, step: int, views: list[SensorView]) -> None:
-        path = self._pictures / f"step_{step:08d}.png"
+        path = self._run_dir / "pictures" / f"step_{step:08d}.png"
         try:
             reconstruction_picture(path, views, f"{self._recipe.name}, step {step}")
-        except Exception as error:  # noqa: BLE001 - a full disk, or whatever else, must not end a run for want of a picture
-            log.warning("no picture of step %d: %s", step, error)
+        except Exception as error:  # noqa: BLE001 - a picture that fails, for whatever reason, must not end the run
+            log.warning("the picture of step %d was not drawn: %s", step, error)
         else:
             self._tracker.log_picture(step, path)
 
-    def _numbers(self, record: dict[str, Any]) -> MetricValues:
+    def _metrics(self, record: dict[str, Any]) -> MetricValues:
         return metric_names(record, mixture=len(self._recipe.data.mixture) > 1)

@@ -1,4 +1,4 @@
-"""Where a run or an evaluation was made, as tags in MLflow."""
+"""MLflow tags on the provenance of a run or evaluation: git revision, host, SLURM job, user, command."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import psutil
 
 
 def provenance_tags(environment: Mapping[str, Any]) -> dict[str, str]:
-    """Tags of what ``run_dir.environment()`` told when it was made; those that are not known are left out."""
+    """Tags from the result of ``run_dir.environment()``; unknown values are omitted."""
     tags = {
         "git_revision": environment["git_revision"],
         "host": environment["host"],
         "slurm_job": environment.get("slurm_job"),
-        # MLflow's own columns
+        # Shown by the MLflow UI in its own columns.
         "mlflow.user": psutil.Process().username(),
         "mlflow.source.type": "LOCAL",
         "mlflow.source.name": Path(shlex.split(environment["command"])[0]).name,

@@ -1,4 +1,4 @@
-"""Evaluations that a store did not take, noted in the run directory until ``maestro-scale sync`` sends them."""
+"""Evaluations that MLflow did not accept, kept in the run directory until ``maestro-scale sync`` sends them."""
 
 from __future__ import annotations
 
@@ -12,42 +12,46 @@ from filelock import FileLock
 from maestro_scale.training.run_dir import write_atomically
 
 OUTBOX_FILE = "unsent_evaluations.jsonl"
-_LOCK_TIMEOUT_S = 10.0  # for another process that notes something; Timeout, when it is over, is an OSError
+# Evaluations of an array job may add entries at the same time. filelock's Timeout is an OSError.
+_LOCK_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True)
 class PendingEvaluation:
-    """A results.json by its absolute path, and the tags that tell where it was made."""
+    """A results.json that was not sent.
+
+    ``results``: its absolute path; ``tags``: where it was computed, which is not known any more when it is sent.
+    """
 
     results: Path
     tags: Mapping[str, str]
 
 
 def add_pending(run_dir: Path, evaluation: PendingEvaluation) -> None:
-    """Have it sent later; one of the same path is replaced. OSError where the directory does not take it."""
+    """Add an evaluation; it replaces one with the same path. Raises OSError if the directory is not writable."""
     with _outbox_lock(run_dir):
         _write(run_dir, [*_others(run_dir, evaluation), evaluation])
 
 
 def remove_pending(run_dir: Path, evaluation: PendingEvaluation) -> None:
-    """It need not be sent any more."""
+    """Remove an evaluation: it was sent, or cannot be read any more."""
     with _outbox_lock(run_dir):
         _write(run_dir, _others(run_dir, evaluation))
 
 
 def list_pending(run_dir: Path) -> list[PendingEvaluation]:
-    """What is to be sent, in order."""
+    """All evaluations that are still to be sent, oldest first."""
     path = run_dir / OUTBOX_FILE
     records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     return [PendingEvaluation(Path(r["results"]), r["tags"]) for r in records]
 
 
 def _others(run_dir: Path, evaluation: PendingEvaluation) -> list[PendingEvaluation]:
-    return [u for u in list_pending(run_dir) if u.results != evaluation.results]
+    return [e for e in list_pending(run_dir) if e.results != evaluation.results]
 
 
 def _write(run_dir: Path, evaluations: list[PendingEvaluation]) -> None:
-    lines = [json.dumps({"results": str(u.results), "tags": dict(u.tags)}) + "\n" for u in evaluations]
+    lines = [json.dumps({"results": str(e.results), "tags": dict(e.tags)}) + "\n" for e in evaluations]
     if lines:
         write_atomically(run_dir / OUTBOX_FILE, "".join(lines))
     else:

@@ -1,6 +1,6 @@
-"""What the model sees, what was hidden from it, what it made of that, and what it thinks of the tile, as one picture.
+"""Reconstruction pictures: input, visible part, reconstruction, error and embedding of each sensor, as one PNG.
 
-Drawn off screen with matplotlib's object interface, so that threads and other figures are left alone.
+Uses matplotlib's object interface, not pyplot: pyplot is not thread-safe and would change the figures of a notebook.
 Shapes: D dates, C bands, H×W pixels; a strip is K dates side by side, (H, W', 3).
 """
 
@@ -18,24 +18,27 @@ from maestro_scale.training.observer import SensorView
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.colorbar import Colorbar
+    from matplotlib.colors import Colormap
+    from matplotlib.image import AxesImage
 
 MAX_DATES = 4
 
 _COLUMNS = (
     "input",
-    "seen (hidden in grey)",
+    "visible (masked in grey)",
     "reconstruction",
-    "error where hidden",
-    "embedding, nothing hidden",
+    "error of masked pixels",
+    "embedding of the unmasked input",
 )
-_GREY = np.array([0.80, 0.79, 0.77])
+_MASK_COLOUR = np.array([0.80, 0.79, 0.77])
 BACKGROUND, FOREGROUND = np.array([0.985, 0.98, 0.972]), "#26241f"
-_GAP = 0.06  # between dates, as a share of one
-_REACH = 3.0  # interquartile ranges from the median that the stretch may span
-_WORST = 0.5  # the error, in units of the stretch, at the end of its colour scale
+_GAP = 0.06  # between dates, as a fraction of the width of one
+_MAX_IQRS = 3.0  # limit of the stretch, in interquartile ranges from the median
+_MAX_ERROR = 0.5  # end of the error's colour scale, as a fraction of the stretch
 _PANEL_INCHES = 2.9
 
-# Band names in the order red, green, blue; the first triple that a sensor has is shown.
+# Bands to show as red, green, blue: the first triple that the sensor has.
 _TRIPLES = (
     ("R", "G", "B"),
     ("RED", "GREEN", "BLUE"),
@@ -48,24 +51,24 @@ _TRIPLES = (
 
 @dataclass(frozen=True)
 class Composite:
-    """How a sensor's bands become colours: three band indices, or two of a radar, or one."""
+    """Which bands are shown: indices of three (RGB), of two (radar: VV, VH and their ratio) or of one (grey)."""
 
     bands: tuple[int, ...]
     label: str
 
     def apply(self, pixels: np.ndarray) -> np.ndarray:
         """(D, C, H, W) → (D, H, W, 3) float32, unstretched."""
-        chosen = pixels[:, list(self.bands)].astype(np.float32)
+        selected = pixels[:, list(self.bands)].astype(np.float32)
         if len(self.bands) == 2:
-            # Network inputs are logarithms (or dB) already, where a ratio is a difference.
-            chosen = np.concatenate([chosen, chosen[:, :1] - chosen[:, 1:]], axis=1)
+            # Network inputs are logarithms (or dB), so the ratio of bands is their difference.
+            selected = np.concatenate([selected, selected[:, :1] - selected[:, 1:]], axis=1)
         elif len(self.bands) == 1:
-            chosen = np.repeat(chosen, 3, axis=1)
-        return np.moveaxis(chosen, 1, -1)
+            selected = np.repeat(selected, 3, axis=1)
+        return np.moveaxis(selected, 1, -1)
 
 
 def choose_composite(bands: Sequence[str]) -> Composite:
-    """True colour where the bands allow it, else near infrared, else radar VV, VH, VV/VH, else grey."""
+    """True colour if possible, else false colour with near infrared, else radar, else the first three bands or one."""
     index = {name.upper(): i for i, name in reversed(list(enumerate(bands)))}
     for triple in _TRIPLES:
         if all(name in index for name in triple):
@@ -80,24 +83,24 @@ def choose_composite(bands: Sequence[str]) -> Composite:
 def reconstruction_picture(path: Path, views: Sequence[SensorView], title: str) -> Path:
     """Draw every sensor's input, what was visible, the reconstruction and its error; returns ``path``.
 
-    A row per sensor, up to four of its dates as a strip. The images of a row share one stretch, taken from
-    the input (see ``stretch_limits``); the error is the mean difference of the colours, as a share of it.
-    Visible pixels of the reconstruction are the input's. The embedding shows its three principal components over the
-    tile as red, green and blue. ValueError if there is no view.
+    One row per sensor, with up to four dates as a strip. The images of a row share one stretch, computed from the
+    input (see ``stretch_limits``), so that brightness can be compared. The error is the mean absolute difference over
+    the colour channels, as a fraction of the stretch. Visible pixels of the reconstruction are copied from the input.
+    The embedding's first three principal components are red, green and blue. Raises ValueError without views.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     if not views:
         raise ValueError("a reconstruction picture needs at least one sensor's view")
-    shown = [select_dates(len(v.pixels)) for v in views]
-    heights = [_strip_height(v, d) for v, d in zip(views, shown, strict=True)]
+    dates_of = [select_dates(len(v.pixels)) for v in views]
+    heights = [_strip_height(v, d) for v, d in zip(views, dates_of, strict=True)]
     width, height = (
         len(_COLUMNS) * _PANEL_INCHES + 0.9,
         _PANEL_INCHES * sum(heights) + 0.34 * len(views) + 1.1,
     )
     figure = Figure(figsize=(width, height), facecolor=BACKGROUND)
-    FigureCanvasAgg(figure)  # savefig draws with it, whatever backend the process has chosen
+    FigureCanvasAgg(figure)  # savefig uses this canvas, whatever the default backend is
     grid = figure.add_gridspec(
         len(views),
         len(_COLUMNS),
@@ -110,46 +113,46 @@ def reconstruction_picture(path: Path, views: Sequence[SensorView], title: str) 
         hspace=0.0,
     )
     figure.text(0.02, 1 - 0.20 / height, title, fontsize=12, color=FOREGROUND, weight="bold", va="center")
-    for row, (view, dates) in enumerate(zip(views, shown, strict=True)):
+    for row, (view, dates) in enumerate(zip(views, dates_of, strict=True)):
         axes = [figure.add_subplot(grid[row, column]) for column in range(len(_COLUMNS))]
         image = _draw_sensor(axes, view, dates)
         if row == 0:
             for a, name in zip(axes, _COLUMNS, strict=True):
                 a.set_title(name, fontsize=10, color=FOREGROUND, pad=5)
-    place = grid[0, 3].get_position(figure)
+    error_column = grid[0, 3].get_position(figure)
     bar = figure.colorbar(
         image,
-        cax=figure.add_axes((place.x0, 0.40 / height, place.width, 0.09 / height)),
+        cax=figure.add_axes((error_column.x0, 0.40 / height, error_column.width, 0.09 / height)),
         orientation="horizontal",
     )
-    _dress_bar(bar)
-    fresh = path.with_name(path.name + ".tmp")
+    _format_colorbar(bar)
+    temporary = path.with_name(path.name + ".tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(fresh, format="png", dpi=110, facecolor=BACKGROUND)
-    os.replace(fresh, path)
+    figure.savefig(temporary, format="png", dpi=110, facecolor=BACKGROUND)
+    os.replace(temporary, path)
     return path
 
 
 def select_dates(num_dates: int) -> np.ndarray:
-    """Indices of up to four dates, spread evenly from the first to the last."""
+    """Indices of up to four dates, evenly spaced from the first to the last."""
     return np.unique(np.linspace(0, num_dates - 1, min(num_dates, MAX_DATES)).round().astype(int))
 
 
 def stretch_limits(colours: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Per channel of (…, 3): the values shown as black and white, (3,) each.
+    """The values shown as black and as white in each channel of (…, 3): two arrays (3,).
 
-    The 2nd and 98th percentile, but within three interquartile ranges of the median: a cloudy date must not
-    leave the others black. NaN pixels count nowhere; a channel of nothing else gets (0, 1).
+    The 2nd and 98th percentile, limited to three interquartile ranges from the median: without the limit one cloudy
+    date would leave the others black. NaN pixels are ignored; a channel of only NaN gets (0, 1).
     """
-    limits = []
+    limits: list[tuple[float, float]] = []
     for channel in colours.reshape(-1, colours.shape[-1]).T:
         values = channel[np.isfinite(channel)]
         if not values.size:
             limits.append((0.0, 1.0))
             continue
         low, quarter, median, three_quarters, high = np.percentile(values, (2, 25, 50, 75, 98))
-        reach = _REACH * (three_quarters - quarter) or np.inf
-        limits.append((max(low, median - reach), min(high, median + reach)))
+        max_distance = _MAX_IQRS * (three_quarters - quarter) or np.inf
+        limits.append((max(low, median - max_distance), min(high, median + max_distance)))
     low, high = np.array(limits).T
     return low, np.maximum(high, low + 1e-6)
 
@@ -160,16 +163,16 @@ def apply_stretch(colours: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.
 
 
 def pca_colours(embedding: np.ndarray) -> np.ndarray:
-    """(G, G, E) → (G, G, 3) in [0, 1]: projections on the first three principal axes, each stretched on its own.
+    """(G, G, E) → (G, G, 3) in [0, 1]: projections on the first three principal axes, each with its own stretch.
 
-    An axis points where its largest weight is positive, so that pictures of successive steps can be compared. Axes that
-    there are not (fewer than three channels, or all tokens alike) are mid-grey.
+    The sign of an axis is arbitrary; it is chosen so that its largest weight is positive, which makes pictures of
+    successive steps comparable. A missing axis (fewer than three channels, or equal tokens) is mid-grey.
     """
     flat = embedding.reshape(-1, embedding.shape[-1]).astype(np.float64)
-    _, spread, axes = np.linalg.svd(flat - flat.mean(axis=0), full_matrices=False)
+    _, singular, axes = np.linalg.svd(flat - flat.mean(axis=0), full_matrices=False)
     colours = np.full((len(flat), 3), 0.5)
     for i, axis in enumerate(axes[:3]):
-        if spread[i] > 1e-6 * np.linalg.norm(flat):
+        if singular[i] > 1e-6 * np.linalg.norm(flat):
             axis = axis * np.sign(axis[np.abs(axis).argmax()])
             colours[:, i : i + 1] = apply_stretch(
                 (flat @ axis)[:, None], *stretch_limits((flat @ axis)[:, None])
@@ -177,26 +180,33 @@ def pca_colours(embedding: np.ndarray) -> np.ndarray:
     return colours.reshape(*embedding.shape[:2], 3)
 
 
-def _draw_sensor(axes: Sequence[Axes], view: SensorView, dates: np.ndarray):
-    """The panels of one sensor; returns the error's image, for the colour scale."""
-    mix = choose_composite(view.bands)
+def _draw_sensor(axes: Sequence[Axes], view: SensorView, dates: np.ndarray) -> AxesImage:
+    """Draw the panels of one sensor; returns the image of the error, for its colour bar."""
+    bands = choose_composite(view.bands)
     pixels, hidden = view.pixels[dates], view.hidden[dates]
-    # What was visible is not the model's work.
-    guess = np.where(hidden[:, None], view.reconstruction[dates], pixels)
-    low, high = stretch_limits(mix.apply(view.pixels))
-    seen, made = apply_stretch(mix.apply(pixels), low, high), apply_stretch(mix.apply(guess), low, high)
-    error = np.where(hidden, np.abs(made - seen).mean(-1), np.nan)
-    for a, colours in zip(axes, (seen, np.where(hidden[..., None], _GREY, seen), made), strict=False):
+    # The loss ignores the output at visible pixels, so it says nothing about the model.
+    restored = np.where(hidden[:, None], view.reconstruction[dates], pixels)
+    low, high = stretch_limits(bands.apply(view.pixels))
+    original = apply_stretch(bands.apply(pixels), low, high)
+    reconstruction = apply_stretch(bands.apply(restored), low, high)
+    error = np.where(hidden, np.abs(reconstruction - original).mean(-1), np.nan)
+    for a, colours in zip(
+        axes, (original, np.where(hidden[..., None], _MASK_COLOUR, original), reconstruction), strict=False
+    ):
         a.imshow(_strip(colours, BACKGROUND), interpolation="nearest")
     image = axes[3].imshow(
-        _strip(error, np.array(np.nan)), cmap=_error_colours(), vmin=0, vmax=_WORST, interpolation="nearest"
+        _strip(error, np.array(np.nan)),
+        cmap=_error_colormap(),
+        vmin=0,
+        vmax=_MAX_ERROR,
+        interpolation="nearest",
     )
-    axes[4].imshow(_beside_a_strip(pca_colours(view.embedding), _strip_height(view, dates)))
+    axes[4].imshow(_pad_to_strip(pca_colours(view.embedding), _strip_height(view, dates)))
     for a in axes:
         a.set_axis_off()
         a.set_anchor("N")
     axes[0].annotate(
-        _caption(view, mix, dates),
+        _caption(view, bands, dates),
         (0, 0),
         (0, -4),
         xycoords="axes fraction",
@@ -208,17 +218,17 @@ def _draw_sensor(axes: Sequence[Axes], view: SensorView, dates: np.ndarray):
     return image
 
 
-def _caption(view: SensorView, mix: Composite, dates: np.ndarray) -> str:
+def _caption(view: SensorView, bands: Composite, dates: np.ndarray) -> str:
     which = f"dates {', '.join(str(d + 1) for d in dates)} of {len(view.pixels)}"
-    parts = [view.name, mix.label, *([which] if len(view.pixels) > 1 else [])]
-    return "   ".join([*parts, f"{100 * view.hidden.mean():.0f} % hidden"])
+    parts = [view.name, bands.label, *([which] if len(view.pixels) > 1 else [])]
+    return "   ".join([*parts, f"{100 * view.hidden.mean():.0f} % masked"])
 
 
 def _strip(images: np.ndarray, blank: np.ndarray) -> np.ndarray:
-    """(K, H, W, …) → one image (H', W', …) of the dates side by side, with gaps of ``blank`` between them."""
-    # Repeating pixels makes room for a gap narrower than one: a Sentinel tile has six.
-    fine = int(np.ceil(64 / images.shape[2]))
-    images = images.repeat(fine, axis=1).repeat(fine, axis=2)
+    """(K, H, W, …) → one image (H', W', …): the dates side by side, separated by gaps of the colour ``blank``."""
+    # A Sentinel tile is six pixels wide: pixels are repeated so that a gap can be narrower than one of them.
+    factor = int(np.ceil(64 / images.shape[2]))
+    images = images.repeat(factor, axis=1).repeat(factor, axis=2)
     width = round(_GAP * images.shape[2])
     gap = np.broadcast_to(blank, (images.shape[1], width, *images.shape[3:]))
     parts = [images[0]]
@@ -227,30 +237,30 @@ def _strip(images: np.ndarray, blank: np.ndarray) -> np.ndarray:
     return np.concatenate(parts, axis=1)
 
 
-def _beside_a_strip(image: np.ndarray, height: float) -> np.ndarray:
-    """A square image (G, G, 3) at the left of a panel of a strip's proportions, so that it gets the strip's height."""
-    fine = int(np.ceil(128 / len(image)))
-    image = image.repeat(fine, axis=0).repeat(fine, axis=1)
+def _pad_to_strip(image: np.ndarray, height: float) -> np.ndarray:
+    """A square image (G, G, 3), padded on the right to the aspect ratio of a strip, so that their heights match."""
+    factor = int(np.ceil(128 / len(image)))
+    image = image.repeat(factor, axis=0).repeat(factor, axis=1)
     width = max(round(len(image) / height), image.shape[1])
     blank = np.broadcast_to(BACKGROUND, (len(image), width - image.shape[1], 3))
     return np.concatenate([image, blank], axis=1)
 
 
 def _strip_height(view: SensorView, dates: np.ndarray) -> float:
-    """Height of a sensor's strip, as a share of its width."""
+    """Height of a sensor's strip, as a fraction of its width."""
     num, (rows, columns) = len(dates), view.pixels.shape[-2:]
     return rows / columns / (num + _GAP * (num - 1))
 
 
-def _error_colours():
+def _error_colormap() -> Colormap:
     from matplotlib import colormaps
 
     return colormaps["magma"].with_extremes(bad=(0, 0, 0, 0))
 
 
-def _dress_bar(bar) -> None:
-    ticks = (0, _WORST / 2, _WORST)
-    bar.set_ticks(ticks, labels=[f"{100 * t:.0f} %" for t in ticks[:-1]] + [f"≥ {100 * _WORST:.0f} %"])
+def _format_colorbar(bar: Colorbar) -> None:
+    ticks = (0, _MAX_ERROR / 2, _MAX_ERROR)
+    bar.set_ticks(ticks, labels=[f"{100 * t:.0f} %" for t in ticks[:-1]] + [f"≥ {100 * _MAX_ERROR:.0f} %"])
     bar.ax.tick_params(labelsize=8, length=0, colors=FOREGROUND)
     first, *_, last = bar.ax.get_xticklabels()
     first.set_horizontalalignment("left")

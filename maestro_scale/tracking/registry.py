@@ -1,4 +1,4 @@
-"""Exported models in MLflow's registry: a version each, with a signature; ``load_model("models:/NAME/VERSION")``."""
+"""MLflow's model registry: registers an exported model as a version, with a signature, and loads it as a pyfunc."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 
 
 class RegistryError(MaestroError):
-    """The registry did not take a model; the message says why."""
+    """A model could not be registered; the message says why."""
 
 
 @dataclass(frozen=True)
 class ModelVersion:
-    """A version of a model in the registry of a store."""
+    """A registered version of a model. ``store``: address of the tracking store."""
 
     name: str
     version: str
@@ -42,22 +42,22 @@ class ModelVersion:
 
     @property
     def uri(self) -> str:
-        """What ``load_model`` and MLflow take."""
+        """The address for ``load_model`` and MLflow."""
         return f"models:/{self.name}/{self.version}"
 
     @property
     def load_command(self) -> str:
-        """A shell command that loads it from anywhere, also where ``MLFLOW_TRACKING_URI`` is not set."""
+        """A shell command that loads it from any folder; sets ``MLFLOW_TRACKING_URI`` if the environment does not."""
         store = "" if os.environ.get(TRACKING_URI) else f"{TRACKING_URI}={shlex.quote(self.store)} "
         return f'{store}python -c "from maestro_scale import load_model; load_model({self.uri!r})"'
 
 
 def register(model: Path, name: str, run_dir: Path) -> ModelVersion:
-    """Make an exported model a version of ``name``, an artifact of the MLflow run of ``run_dir``.
+    """Register an exported model as a new version of ``name``, stored as an artifact of the MLflow run of ``run_dir``.
 
     Raises:
-        ExportError: ``model`` is no exported model.
-        RegistryError: the run was not tracked, or the store does not answer.
+        ExportError: ``model`` is not an exported model.
+        RegistryError: the run is not in the store, or the store failed.
     """
     source = ModelSource(model)
     config, _ = read_model(source)
@@ -68,75 +68,79 @@ def register(model: Path, name: str, run_dir: Path) -> ModelVersion:
     from mlflow.tracking import MlflowClient
 
     uri = tracking_uri(run_dir)
-    # Each content has a place of its own: another version must not change under those who use it.
+    # The path contains the hash of the weights: registering again (raw, then the moving average) must not overwrite
+    # the files of an earlier version of the same step.
     content = hashlib.sha256((model / WEIGHTS).read_bytes() + (model / CONFIG).read_bytes()).hexdigest()
-    place = f"models/step_{trained.get('step') or 0:08d}-{content[:12]}"
+    artifact_path = f"models/step_{trained.get('step') or 0:08d}-{content[:12]}"
     try:
         client = MlflowClient(uri, uri)
         run = find_run(client, run_dir)
         if run is None:
             raise RegistryError(
-                f"{scrub(uri)} has no run of {run_dir}, which was not tracked there: `maestro-scale sync {run_dir}` "
-                "makes up for it"
+                f"{scrub(uri)} has no run of {run_dir}, which was not tracked there: "
+                f"run `maestro-scale sync {run_dir}` first"
             )
         run_id = run.info.run_id
         with tempfile.TemporaryDirectory() as folder:
-            made, plain = Path(folder) / "made", Path(folder) / Path(REGISTERED_FOLDER).name
-            plain.mkdir()
-            for name_of_file in (CONFIG, WEIGHTS):
-                shutil.copy(model / name_of_file, plain)
+            made, exported = Path(folder) / "made", Path(folder) / Path(REGISTERED_FOLDER).name
+            exported.mkdir()
+            for file_name in (CONFIG, WEIGHTS):
+                shutil.copy(model / file_name, exported)
             mlflow.pyfunc.save_model(
                 path=str(made),
                 loader_module=__name__,
-                data_path=str(plain),
+                data_path=str(exported),
                 signature=signature(config),
                 pip_requirements=["maestro-scale"],
             )
-            client.log_artifacts(run_id, str(made), place)
+            client.log_artifacts(run_id, str(made), artifact_path)
         if not client.search_registered_models(f"name = '{name}'"):
             client.create_registered_model(name)
         root = run.info.artifact_uri
-        tags = {"size": _size(config), "dataset": ",".join(v.dataset for v in config.views)}
-        version = client.create_model_version(name, f"{root}/{place}", run_id, tags=tags).version
+        tags = {"size": _size_tag(config), "dataset": ",".join(v.dataset for v in config.views)}
+        version = client.create_model_version(name, f"{root}/{artifact_path}", run_id, tags=tags).version
     except (MlflowException, OSError) as error:
         raise RegistryError(
-            f"{scrub(uri)} does not take {model}: {scrub(str(error).splitlines()[0])}"
+            f"{scrub(uri)} did not accept {model}: {scrub(str(error).splitlines()[0])}"
         ) from None
     return ModelVersion(name, str(version), scrub(uri))
 
 
 def signature(config: ModelConfig) -> ModelSignature:
-    """Raw values of every sensor and their dates in, one vector per sample out. MLflow asks for all of them;
-    ``load_model`` takes any."""
-    from mlflow.models import ModelSignature
-    from mlflow.types import Schema, TensorSpec
+    """Inputs: raw values (B, D, C, H, W) and dates (B, D, 3) of every sensor; output: vectors (B, S*E).
 
-    inputs = []
+    MLflow then requires every sensor; the model from ``load_model`` accepts any subset.
+    """
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, Schema, TensorSpec
+
+    inputs: list[ColSpec | TensorSpec] = []
     for s in config.sensors:
         shape = (-1, -1, len(s.bands), -1, -1)
         inputs.append(TensorSpec(np.dtype("float32"), shape, s.name))
         inputs.append(TensorSpec(np.dtype("int16"), (-1, -1, 3), f"{s.name}.dates"))
     inputs.append(TensorSpec(np.dtype("int16"), (-1, 3), "ref_date"))
-    return ModelSignature(Schema(inputs), Schema([TensorSpec(np.dtype("float32"), (-1, -1))]))
+    outputs: list[ColSpec | TensorSpec] = [TensorSpec(np.dtype("float32"), (-1, -1))]
+    return ModelSignature(Schema(inputs), Schema(outputs))
 
 
 class PyfuncModel:
-    """What ``mlflow.pyfunc.load_model`` gives: vectors of arrays. ``unwrap``: the model of ``load_model``."""
+    """The model behind ``mlflow.pyfunc.load_model``: from arrays to embeddings. ``model``: as from ``load_model``."""
 
     def __init__(self, folder: str) -> None:
         self.model = load_model(folder)
 
     def predict(self, inputs: Mapping[str, np.ndarray], params: dict[str, Any] | None = None) -> np.ndarray:
-        """Arrays as the signature names them -> (B, S*E) float32, the mean tokens of the S sensors given."""
+        """Arrays named as in ``signature`` -> (B, S*E) float32: the mean token of each of the S given sensors."""
         del params
         import torch
 
         from maestro_scale.stream.batch import Batch
 
-        given = {k: torch.as_tensor(np.asarray(v)) for k, v in inputs.items()}
-        ref_date = given.pop("ref_date")
-        dates = {k.removesuffix(".dates"): v for k, v in given.items() if k.endswith(".dates")}
-        pixels = {k: v for k, v in given.items() if not k.endswith(".dates")}
+        arrays = {k: torch.as_tensor(np.asarray(v)) for k, v in inputs.items()}
+        ref_date = arrays.pop("ref_date")
+        dates = {k.removesuffix(".dates"): v for k, v in arrays.items() if k.endswith(".dates")}
+        pixels = {k: v for k, v in arrays.items() if not k.endswith(".dates")}
         dataset = self.model.config.dataset
         keys = tuple(map(str, range(len(ref_date))))
         batch = Batch(dataset, pixels, dates, ref_date, {}, {}, keys)
@@ -145,9 +149,9 @@ class PyfuncModel:
 
 
 def _load_pyfunc(path: str) -> PyfuncModel:
-    """MLflow's hook."""
+    """Called by MLflow, which stored the name of this module with the model (``loader_module``): do not move it."""
     return PyfuncModel(path)
 
 
-def _size(config: ModelConfig) -> str:
+def _size_tag(config: ModelConfig) -> str:
     return f"{config.size.width}x{config.size.depth}"

@@ -1,7 +1,7 @@
-"""Which MLflow run is a run directory's: ``tracking.json`` holds an id of its own, which the MLflow run has as a tag.
+"""The link between a run directory and its MLflow run: an id in ``tracking.json`` that is a tag of the MLflow run.
 
-The store is asked for the tag, so that it is the same run by whatever address the store is reached, in every store that
-the directory was sent to.
+A run is looked up by this tag and not by MLflow's run id: a store gives the same run whatever address it is reached by,
+and a directory can be sent to several stores.
 """
 
 from __future__ import annotations
@@ -23,52 +23,53 @@ if TYPE_CHECKING:
 
 RUN_FILE = "tracking.json"
 RUN_TAG = "maestro.run_dir"
-_PAGE = 1000
+_PAGE_SIZE = 1000
 
 
 def find_run_dir(path: Path) -> Path | None:
-    """The run directory that ``path`` is or lies in: one of its checkpoints, say. None where it lies in none."""
-    return next((p for p in (path, *path.resolve().parents[:2]) if _is_run(p)), None)
+    """The run directory that is ``path`` or contains it (``path`` may be a checkpoint). None if there is none."""
+    return next((p for p in (path, *path.resolve().parents[:2]) if _is_run_dir(p)), None)
 
 
 def last_store(run_dir: Path) -> str | None:
-    """The address that a run was last sent to; None if it never was."""
+    """Address of the store that the run was last sent to; None if it was never sent."""
     return _read(run_dir).get("tracking_uri")
 
 
 def find_run(client: MlflowClient, run_dir: Path) -> Run | None:
-    """The run of a directory in a store; None if there is none, or it was deleted. Raises whatever MLflow raises."""
-    own = _read(run_dir).get("id")
-    if not isinstance(own, str):
+    """The MLflow run of a run directory; None if it does not exist or was deleted. Raises any MLflow error."""
+    dir_id = _read(run_dir).get("id")
+    if not isinstance(dir_id, str):
         return None
-    experiments = [e.experiment_id for e in _pages(client.search_experiments)]
-    found = client.search_runs(experiments, f"tags.`{RUN_TAG}` = '{own}'") if experiments else []
-    return found[0] if found else None
+    experiments = [e.experiment_id for e in _fetch_all(client.search_experiments)]
+    runs = client.search_runs(experiments, f"tags.`{RUN_TAG}` = '{dir_id}'") if experiments else []
+    return runs[0] if runs else None
 
 
 def run_dir_id(run_dir: Path) -> str:
-    """The directory's id; one is made, and kept, where there is none."""
-    own = _read(run_dir).get("id")
-    if not isinstance(own, str):
-        own = uuid.uuid4().hex
-        write_atomically(run_dir / RUN_FILE, json.dumps({"id": own}, indent=1))
-    return own
+    """The id of a run directory; created and saved on first use."""
+    dir_id = _read(run_dir).get("id")
+    if not isinstance(dir_id, str):
+        dir_id = uuid.uuid4().hex
+        write_atomically(run_dir / RUN_FILE, json.dumps({"id": dir_id}, indent=1))
+    return dir_id
 
 
 def record_store(run_dir: Path, run_id: str, uri: str) -> None:
-    """Say in the file, for people, where the run was last sent."""
+    """Record in ``tracking.json`` which MLflow run and store the directory was last sent to."""
     record = {"id": run_dir_id(run_dir), "run_id": run_id, "tracking_uri": scrub(uri)}
     if _read(run_dir) != record:
         write_atomically(run_dir / RUN_FILE, json.dumps(record, indent=1))
 
 
 def store_lock(run_dir: Path, uri: str) -> FileLock:
-    """Held by the one process that sends a run to a store: two would send everything twice."""
+    """The lock of the one process that may send a run to a store: two processes would send every metric twice."""
     name = hashlib.sha256(uri.rstrip("/").encode()).hexdigest()[:12]
+    # It is acquired on the tracker's thread and may be released on another.
     return FileLock(run_dir / f".tracking-{name}.lock", thread_local=False)
 
 
-def _is_run(path: Path) -> bool:
+def _is_run_dir(path: Path) -> bool:
     return (path / RUN_FILE).exists() or ((path / "recipe.yaml").exists() and (path / "checkpoints").is_dir())
 
 
@@ -80,11 +81,13 @@ def _read(run_dir: Path) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
-def _pages(search: Any) -> list[Any]:
-    found, token = [], None
+def _fetch_all(search: Any) -> list[Any]:
+    """All results of a paged search method of MlflowClient."""
+    items: list[Any] = []
+    token = None
     while True:
-        page = search(max_results=_PAGE, page_token=token)
-        found += page
+        page = search(max_results=_PAGE_SIZE, page_token=token)
+        items += page
         token = page.token
         if not token:
-            return found
+            return items

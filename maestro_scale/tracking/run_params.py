@@ -1,4 +1,4 @@
-"""What MLflow is told of a pretraining run, read from its recipe and its directory."""
+"""Parameters, tags, artifacts and datasets of a run for MLflow, read from its recipe and run directory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ _DOCUMENTS = ("recipe.yaml", "environment.json", "metrics.jsonl", REPORT)
 
 
 def run_metadata(recipe: Recipe, run_dir: Path) -> RunMetadata:
-    """Parameters, tags, documents, datasets and the history in metrics.jsonl; all of it from the run directory."""
+    """What MLflow stores of a run.
+
+    Everything is read from the run directory, so that ``maestro-scale sync`` sends the same as the run itself.
+    """
     metrics = JsonLines(run_dir / "metrics.jsonl")
     mixture = recipe.data.mixture
 
@@ -38,14 +41,14 @@ def run_metadata(recipe: Recipe, run_dir: Path) -> RunMetadata:
 
 
 def _datasets(recipe: Recipe, run_dir: Path) -> list[DatasetInput]:
-    found = []
+    datasets = []
     for number, entry in enumerate(recipe.data.mixture):
         path = manifest_path(run_dir, number, entry.dataset)
-        if path.exists():  # a run that was killed early may have none
+        if path.exists():  # missing if the run was killed while it started
             text = path.read_text()
             digest = Manifest.loads(text, str(path)).digest
-            found.append(DatasetInput(entry.dataset, digest, entry.shards, text))
-    return found
+            datasets.append(DatasetInput(entry.dataset, digest, entry.shards, text))
+    return datasets
 
 
 def _tags(recipe: Recipe, run_dir: Path) -> dict[str, str]:

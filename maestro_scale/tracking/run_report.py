@@ -1,4 +1,4 @@
-"""What came of a pretraining run, on one page: ``report.md`` in the run directory."""
+"""The final report of a run, ``report.md`` in its directory: losses, speed, skipped steps, next commands."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ REPORT = "report.md"
 
 
 def run_report(recipe: Recipe, run_dir: Path, reason: str) -> str:
-    """Markdown, from ``metrics.jsonl``: losses of every dataset first and last, speed, what was skipped, and what to do
-    next. ``reason``: ``done``, ``stopped`` or ``failed``."""
+    """Markdown from ``metrics.jsonl``: first and last losses of each dataset, speed, skipped steps, next commands.
+
+    ``reason``: ``done``, ``stopped`` or ``failed``.
+    """
     lines = list(JsonLines(run_dir / "metrics.jsonl").read())
     if not lines:
         return f"# {recipe.name}: {reason} before the first log line\n"
@@ -24,8 +26,8 @@ def run_report(recipe: Recipe, run_dir: Path, reason: str) -> str:
         f"# {recipe.name}: {reason} after {last['step']:,} steps",
         f"MAESTRO {recipe.model.size} on {' and '.join(dict.fromkeys(e.dataset for e in recipe.data.mixture))}, "
         f"{last['samples']:,} samples, {last['skipped_steps']} steps skipped.",
-        *(_losses(name, of_it) for name, of_it in _by_dataset(lines).items()),
-        _speed(lines),
+        *(_loss_table(name, of_dataset) for name, of_dataset in _by_dataset(lines).items()),
+        _speed_table(lines),
         "## Next",
         "\n".join(f"    {command}" for command in next_commands(run_dir, reason)),
     ]
@@ -33,7 +35,7 @@ def run_report(recipe: Recipe, run_dir: Path, reason: str) -> str:
 
 
 def next_commands(run_dir: Path, reason: str) -> tuple[str, ...]:
-    """What a person would run after a run that ended like this."""
+    """Commands to run next, after a run that ended for ``reason``."""
     if reason != "done":
         return (f"deepspeed maestro_scale/train.py --recipe {run_dir}/recipe.yaml --run-dir {run_dir}",)
     return (
@@ -44,13 +46,13 @@ def next_commands(run_dir: Path, reason: str) -> tuple[str, ...]:
 
 
 def _by_dataset(lines: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    found: dict[str, list[dict[str, Any]]] = {}
+    grouped: dict[str, list[dict[str, Any]]] = {}
     for line in lines:
-        found.setdefault(line["dataset"], []).append(line)
-    return found
+        grouped.setdefault(line["dataset"], []).append(line)
+    return grouped
 
 
-def _losses(dataset: str, lines: Sequence[dict[str, Any]]) -> str:
+def _loss_table(dataset: str, lines: Sequence[dict[str, Any]]) -> str:
     first, last = lines[0], lines[-1]
     names = ["loss", *(k for k in last if k.startswith("loss/"))]
     rows = [
@@ -61,18 +63,18 @@ def _losses(dataset: str, lines: Sequence[dict[str, Any]]) -> str:
     return "\n".join([head, *rows])
 
 
-def _speed(lines: Sequence[dict[str, Any]]) -> str:
+def _speed_table(lines: Sequence[dict[str, Any]]) -> str:
     rows = {
         "samples/s": _median(lines, "samples_per_s"),
         "visible tokens/s": _median(lines, "tokens_per_s"),
-        "seconds a step": _median(lines, "step_s"),
-        "of these waiting for data": _median(lines, "data_wait_s"),
-        "TFLOP/s a rank": _median(lines, "tflops"),
+        "seconds per step": _median(lines, "step_s"),
+        "of these, waiting for data": _median(lines, "data_wait_s"),
+        "TFLOP/s per rank": _median(lines, "tflops"),
         "MFU": _median(lines, "mfu"),
         "peak memory, GiB": max((x["peak_memory_gib"] for x in lines), default=None),
     }
-    shown = [f"| {name} | {_number(value)} |" for name, value in rows.items() if value is not None]
-    return "\n".join(["| median over log lines | |", "|---|---:|", *shown])
+    cells = [f"| {name} | {_number(value)} |" for name, value in rows.items() if value is not None]
+    return "\n".join(["| median over log lines | |", "|---|---:|", *cells])
 
 
 def _median(lines: Sequence[dict[str, Any]], name: str) -> float | None:

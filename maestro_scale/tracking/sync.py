@@ -1,4 +1,4 @@
-"""Sends to MLflow what a run's store is missing: after an outage, or from nodes that have no network."""
+"""The ``sync`` command: sends a run directory to MLflow, after an outage or from nodes without network."""
 
 from __future__ import annotations
 
@@ -20,13 +20,16 @@ from maestro_scale.tracking.run_params import run_metadata
 
 
 class SyncError(MaestroError):
-    """The store did not take the run; the message says which and why."""
+    """The run could not be sent to the store; the message says why."""
 
 
 @dataclass(frozen=True)
 class SyncResult:
-    """Where a run went. ``num_lines``: of metrics.jsonl that were read, ``num_unreadable``: that could not be;
-    ``lost``: a line on each evaluation that was to be sent and is gone; ``ended``: whether it is over."""
+    """What ``sync`` sent.
+
+    ``num_lines``, ``num_unreadable``: lines of metrics.jsonl that could and could not be read; ``lost_evaluations``: a
+    message for each evaluation of the outbox whose results.json cannot be read; ``is_finished``: the run has ended.
+    """
 
     run_id: str
     store: str
@@ -39,46 +42,51 @@ class SyncResult:
 
 
 def sync(run_dir: Path) -> SyncResult:
-    """Bring the MLflow run of ``run_dir`` up to date with its files; what the store has is not sent again.
+    """Bring the MLflow run of ``run_dir`` up to date with its files; only what the store lacks is sent.
 
-    A run that goes on stays open. SyncError if the directory is no run's, the run sends to that store itself, or the
-    store does not answer.
+    The MLflow run of a training that is still running stays open. Raises SyncError if ``run_dir`` is not a run
+    directory, if another process is sending it to this store, or if the store cannot be reached.
     """
     if not (run_dir / "recipe.yaml").exists():
-        raise SyncError(f"{run_dir} is no run directory: it has no recipe.yaml")
+        raise SyncError(f"{run_dir} is not a run directory: it has no recipe.yaml")
     configure_mlflow()
-    troubles: list[str] = []
+    failures: list[str] = []
     store = scrub(tracking_uri(run_dir))
     try:
-        card = run_metadata(load_recipe(run_dir / "recipe.yaml"), run_dir)
-        num_lines = sum(1 for _ in card.history())
+        metadata = run_metadata(load_recipe(run_dir / "recipe.yaml"), run_dir)
+        num_lines = sum(1 for _ in metadata.history())
         num_unreadable = len((run_dir / "metrics.jsonl").read_text().splitlines()) - num_lines
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ShardsError) as error:
         raise SyncError(f"{run_dir} cannot be read as a run directory ({scrub(str(error))})") from error
-    ended = None if _is_live(run_dir) else _how_it_ended(run_dir)
+    end_reason = None if _is_running(run_dir) else _end_reason(run_dir)
     try:
         run = MlflowRun.open(
-            card, int(time.time() * 1000), lambda what, error: troubles.append(f"{what}: {error}"), ended
+            metadata,
+            int(time.time() * 1000),
+            lambda what, error: failures.append(f"{what}: {error}"),
+            end_reason,
         )
         pictures = sorted((run_dir / "pictures").glob("*.png"))
         missing = [p for p in pictures if p.name not in run.stored_pictures()]
         for path in missing:
             run.log_picture(path)
-        if ended is None:
+        if end_reason is None:
             run.detach()
         else:
-            run.close(ended)
+            run.close(end_reason)
         num_evaluations, lost = send_pending(run_dir)
     except RunLockedError as error:
-        waiting = len(list_pending(run_dir))
+        num_pending = len(list_pending(run_dir))
         raise SyncError(
-            f"{error}: a run that goes on sends what the store misses by itself, when the store is back or at its end"
-            + (f"; sync after it sends the {waiting} evaluations that wait" if waiting else "")
+            f"{error}: a running training sends what the store is missing once the store is back, or when it ends"
+            + (f"; run sync after that to send {num_pending} pending evaluations" if num_pending else "")
         ) from error
     except Exception as error:
-        raise SyncError(f"{store} does not take {run_dir}: {error_summary(error)}") from error
-    if troubles:
-        raise SyncError(f"{store} did not take {scrub(troubles[0].splitlines()[0])}; the metrics are there")
+        raise SyncError(f"{store} did not accept {run_dir}: {error_summary(error)}") from error
+    if failures:
+        raise SyncError(
+            f"{store} did not accept {scrub(failures[0].splitlines()[0])}; the metrics are stored"
+        )
     return SyncResult(
         run.id,
         store,
@@ -87,18 +95,19 @@ def sync(run_dir: Path) -> SyncResult:
         len(missing),
         num_evaluations,
         tuple(lost),
-        ended is not None,
+        end_reason is not None,
     )
 
 
-def _how_it_ended(run_dir: Path) -> str:
-    """By the keys of STATUS; a run that was killed says nothing."""
+def _end_reason(run_dir: Path) -> str:
+    """How the run ended, a key of STATUS. A run that was killed left no record: ``stopped``."""
     path = run_dir / ENDED_FILE
-    said = path.read_text() if path.exists() else ""
-    return said if said in STATUS else "stopped"
+    reason = path.read_text() if path.exists() else ""
+    return reason if reason in STATUS else "stopped"
 
 
-def _is_live(run_dir: Path) -> bool:
+def _is_running(run_dir: Path) -> bool:
+    """Whether a training holds the lock of the run directory."""
     try:
         with FileLock(run_dir / ".lock", timeout=0):
             return False

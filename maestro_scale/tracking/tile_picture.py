@@ -1,6 +1,6 @@
-"""One stored tile as a picture: every modality, some dates of a series, and its labels.
+"""A picture of one stored tile: every modality, up to four dates of a time series, and its labels.
 
-Panels of one size, four to a row: what has one date first, with maps of classes; then a row per series.
+Panels have one size, four per row: first modalities with one date and class maps, then one row per time series.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -27,18 +28,21 @@ from maestro_scale.tracking.pictures import (
     stretch_limits,
 )
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 _PANEL_INCHES = 2.6
 _TEXT_INCHES = 0.42  # below a panel
-_MOST_NAMED = 6  # classes that a caption names
+_MAX_LABELS = 6  # classes that the subtitle names
 
 
 class PictureError(MaestroError):
-    """A picture cannot be drawn where it was asked for; the message says why."""
+    """The picture cannot be written to this path; the message says why."""
 
 
 @dataclass(frozen=True)
 class Panel:
-    """An image (H, W, 3) in [0, 1], and the lines below it."""
+    """An image (H, W, 3) in [0, 1], and two lines of text below it."""
 
     image: np.ndarray
     title: str
@@ -46,15 +50,15 @@ class Panel:
 
 
 def check_picture(path: Path) -> None:
-    """PictureError unless a picture may be called so."""
+    """Raise PictureError if ``path`` is a folder or does not end in .png."""
     if path.is_dir():
-        raise PictureError(f"{path} is a folder: name a file, such as {path / 'tile.png'}")
+        raise PictureError(f"{path} is a folder: give a file name, such as {path / 'tile.png'}")
     if path.suffix.lower() != ".png":
-        raise PictureError(f"{path}: pictures are PNG, name it {path.with_suffix('.png')}")
+        raise PictureError(f"{path}: pictures are PNG files, use {path.with_suffix('.png')}")
 
 
 def tile_picture(path: Path, sample: Sample, spec: DatasetSpec) -> Path:
-    """Draw every modality and target of a sample; returns ``path``."""
+    """Draw every modality and target of a sample to a PNG file; returns ``path``."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -71,7 +75,9 @@ def tile_picture(path: Path, sample: Sample, spec: DatasetSpec) -> Path:
         weight="bold",
         va="center",
     )
-    figure.text(0.015, 1 - 0.45 / height, _facts(sample, spec), fontsize=8.5, color=FOREGROUND, va="center")
+    figure.text(
+        0.015, 1 - 0.45 / height, _subtitle(sample, spec), fontsize=8.5, color=FOREGROUND, va="center"
+    )
     grid = figure.add_gridspec(
         len(rows),
         MAX_DATES,
@@ -90,78 +96,78 @@ def tile_picture(path: Path, sample: Sample, spec: DatasetSpec) -> Path:
             axes.set_anchor("NW")
             _write_below(axes, panel.title, -4, "bold")
             _write_below(axes, panel.caption, -15, "normal")
-    fresh = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(path.name + ".tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(fresh, format="png", dpi=110, facecolor=BACKGROUND)
-    os.replace(fresh, path)
+    figure.savefig(temporary, format="png", dpi=110, facecolor=BACKGROUND)
+    os.replace(temporary, path)
     return path
 
 
 def panels(sample: Sample, spec: DatasetSpec) -> list[list[Panel]]:
-    """Rows of up to four panels. Dates of a series share one stretch."""
+    """Rows of up to four panels. The dates of a time series share one stretch."""
     single: list[Panel] = []
     series: list[list[Panel]] = []
     for modality in spec.modalities:
         if modality.series:
-            series.append(_dates_of(sample, modality, spec))
+            series.append(_date_panels(sample, modality, spec))
         else:
-            single += _dates_of(sample, modality, spec)
-    single += [_classes_of(sample, t) for t in spec.targets if _is_map(t)]
+            single += _date_panels(sample, modality, spec)
+    single += [_class_panel(sample, t) for t in spec.targets if _is_map(t)]
     return [single[i : i + MAX_DATES] for i in range(0, len(single), MAX_DATES)] + series
 
 
-def _dates_of(sample: Sample, modality: Modality, spec: DatasetSpec) -> list[Panel]:
+def _date_panels(sample: Sample, modality: Modality, spec: DatasetSpec) -> list[Panel]:
     num_dates = sample.shape(modality.name)[0]
-    shown = _clearest(sample, modality) if modality.mask_bands else select_dates(num_dates)
-    mix = choose_composite(modality.bands)
+    shown = _least_masked_dates(sample, modality) if modality.mask_bands else select_dates(num_dates)
+    bands = choose_composite(modality.bands)
     scale = next((s.scale for s in spec.sensors if s.source == modality.name), Scale())
-    colours = mix.apply(_scaled(sample.rows(modality.name, shown), scale))
+    colours = bands.apply(_scaled(sample.rows(modality.name, shown), scale))
     image = apply_stretch(colours, *stretch_limits(colours))
-    taken = sample.array(dates_field(modality.name))[shown]
+    acquired = sample.array(dates_field(modality.name))[shown]
     return [
         Panel(
             image[i],
-            f"{modality.name}   {mix.label}",
-            _day(taken[i]) + (f"   date {shown[i] + 1} of {num_dates}" if modality.series else ""),
+            f"{modality.name}   {bands.label}",
+            _iso_date(acquired[i]) + (f"   date {shown[i] + 1} of {num_dates}" if modality.series else ""),
         )
         for i in range(len(shown))
     ]
 
 
-def _clearest(sample: Sample, modality: Modality) -> np.ndarray:
-    """Indices of up to four dates, each the least marked by the mask of a quarter of the series."""
+def _least_masked_dates(sample: Sample, modality: Modality) -> np.ndarray:
+    """Indices of up to four dates: in each quarter of the series, the one with the lowest mean of the mask (clouds)."""
     mask = sample.array(mask_field(modality.name))
-    marked = mask.reshape(len(mask), -1).mean(axis=1)
+    mean_mask = mask.reshape(len(mask), -1).mean(axis=1)
     quarters = np.array_split(np.arange(len(mask)), min(len(mask), MAX_DATES))
-    return np.array([quarter[marked[quarter].argmin()] for quarter in quarters])
+    return np.array([quarter[mean_mask[quarter].argmin()] for quarter in quarters])
 
 
-def _classes_of(sample: Sample, target: Target) -> Panel:
-    """A map of classes: a colour each, ignored ones in paper; the caption names the most frequent."""
+def _class_panel(sample: Sample, target: Target) -> Panel:
+    """A class map. Ignored classes have the background colour; the caption names the two largest classes."""
     from matplotlib import colormaps
 
     labels = sample.array(target_field(target.name))
     colours = np.tile(BACKGROUND, (256, 1))
-    wheel = np.concatenate([np.array(colormaps[n].colors) for n in ("tab20", "tab20b", "tab20c")])
+    palette = np.concatenate([colormaps[name](range(20)) for name in ("tab20", "tab20b", "tab20c")])[:, :3]
     for i in range(min(len(target.classes), 256)):
         if i not in target.ignored:
-            colours[i] = wheel[i % len(wheel)]
+            colours[i] = palette[i % len(palette)]
     counts = np.bincount(labels.reshape(-1), minlength=256)
-    named = [i for i in np.argsort(-counts, kind="stable") if counts[i] and i < len(target.classes)]
-    shares = {target.classes[i]: counts[i] / labels.size for i in named if i not in target.ignored}
-    return Panel(colours[labels], target.name, _listed(shares, 2))
+    present = [i for i in np.argsort(-counts, kind="stable") if counts[i] and i < len(target.classes)]
+    shares = {target.classes[i]: counts[i] / labels.size for i in present if i not in target.ignored}
+    return Panel(colours[labels], target.name, _format_shares(shares, 2))
 
 
-def _facts(sample: Sample, spec: DatasetSpec) -> str:
-    """The reference date, and the labels that are no maps."""
-    parts = [f"reference date {_day(sample.array('ref_date'))}"]
+def _subtitle(sample: Sample, spec: DatasetSpec) -> str:
+    """The reference date, and the labels that are not maps."""
+    parts = [f"reference date {_iso_date(sample.array('ref_date'))}"]
     for target in spec.targets:
         if _is_map(target):
             continue
         shares = sample.array(target_field(target.name))
         order = [i for i in np.argsort(-shares, kind="stable") if shares[i] > target.threshold]
-        listed = _listed({target.classes[i]: float(shares[i]) for i in order}, _MOST_NAMED)
-        parts.append(f"{target.name}: {listed}")
+        labels = _format_shares({target.classes[i]: float(shares[i]) for i in order}, _MAX_LABELS)
+        parts.append(f"{target.name}: {labels}")
     return "   ·   ".join(parts)
 
 
@@ -169,23 +175,32 @@ def _is_map(target: Target) -> bool:
     return target.kind == "segmentation"
 
 
-def _listed(shares: dict[str, float], most: int) -> str:
-    named = [f"{name} {100 * share:.0f} %" for name, share in list(shares.items())[:most]]
-    return ", ".join(named) + (f" and {len(shares) - most} more" if len(shares) > most else "") or "none"
+def _format_shares(shares: dict[str, float], most: int) -> str:
+    parts = [f"{name} {100 * share:.0f} %" for name, share in list(shares.items())[:most]]
+    return ", ".join(parts) + (f" and {len(shares) - most} more" if len(shares) > most else "") or "none"
 
 
 def _scaled(pixels: np.ndarray, scale: Scale) -> np.ndarray:
-    """As the model scales them: radar in linear power shows nothing until its logarithm is taken."""
+    """As the model scales them: radar in linear power is almost black without the logarithm."""
     values = pixels.astype(np.float32)
     return np.log(np.maximum(values, 1e-10)) if scale.kind == "log" else values
 
 
-def _day(stored: Sequence[int]) -> str:
+def _iso_date(stored: Sequence[int]) -> str:
     """ISO date of a stored (year, day of year, hour)."""
     year, day = int(stored[0]), int(stored[1])
     return (date(max(year, 1), 1, 1) + timedelta(days=max(day, 1) - 1)).isoformat()
 
 
-def _write_below(axes, text: str, offset: float, weight: str) -> None:
-    place = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "top"}
-    axes.annotate(text, (0, 0), (0, offset), fontsize=8, color=FOREGROUND, weight=weight, **place)
+def _write_below(axes: Axes, text: str, offset: float, weight: str) -> None:
+    axes.annotate(
+        text,
+        (0, 0),
+        (0, offset),
+        xycoords="axes fraction",
+        textcoords="offset points",
+        va="top",
+        fontsize=8,
+        color=FOREGROUND,
+        weight=weight,
+    )

@@ -1,4 +1,4 @@
-"""maestro-scale dashboard: the store it shows, and nothing left of it when it ends."""
+"""maestro-scale dashboard: the store it serves, and no process left after it exits."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def wait_until(condition, seconds: float) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT])
-def test_its_server_ends_with_it(tmp_path, ending):
+def test_the_server_ends_with_the_command(tmp_path, ending):
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "mlflow.db").touch()
-    port, env = free_port(), {**os.environ, "MLFLOW_TRACKING_URI": ""}  # as good as none
+    port, env = free_port(), {**os.environ, "MLFLOW_TRACKING_URI": ""}  # empty counts as not set
     command = [PROGRAM, "dashboard", "runs", "--port", str(port)]
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(
@@ -48,16 +48,16 @@ def test_its_server_ends_with_it(tmp_path, ending):
         assert not listens(port)
     finally:
         process.kill()
-    said = (tmp_path / "log").read_text().splitlines()[0]
-    assert said.startswith(f"http://127.0.0.1:{port} shows sqlite:///{tmp_path}/runs/mlflow.db")
+    first_line = (tmp_path / "log").read_text().splitlines()[0]
+    assert first_line.startswith(f"http://127.0.0.1:{port} shows sqlite:///{tmp_path}/runs/mlflow.db")
     with socket.socket() as s:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        s.bind(("127.0.0.1", port))  # nobody has it
+        s.bind(("127.0.0.1", port))  # the port is free again
 
 
-def test_where_there_is_no_store(tmp_path, monkeypatch, capsys):
+def test_without_a_store(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
-    with pytest.raises(DashboardError, match=f"{tmp_path}/mlflow.db is not there"):
+    with pytest.raises(DashboardError, match=f"{tmp_path}/mlflow.db does not exist"):
         dashboard(tmp_path, "127.0.0.1", 5000)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:planted@host:5000")
     assert dashboard(tmp_path, "127.0.0.1", 5000) == 0

@@ -1,4 +1,4 @@
-"""Evaluations reach MLflow: at once, or when maestro-scale sync sends what it missed; else it is said."""
+"""Evaluations reach MLflow at once or with maestro-scale sync; otherwise a warning says that they are not recorded."""
 
 from __future__ import annotations
 
@@ -22,16 +22,18 @@ AWAY = "http://127.0.0.1:9"
 
 @pytest.fixture
 def run_dir(tmp_path, monkeypatch):
-    """Of a run that is over and was never sent."""
+    """Directory of a finished run that was never sent."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setattr("sys.argv", ["/somewhere/evaluate.py", "--mode", "knn"])
     return finished_run(tmp_path / "runs" / "run")
 
 
 def result(folder: Path, mode: str, value: float) -> tuple[EvalResult, Path]:
-    made = EvalResult("treesatai_ts", "wf1", mode, value, {"Abies": value}, (0.1, 0.9), 9, checkpoint_step=1)
-    made.write(folder / mode / "results.json")
-    return made, folder / mode / "results.json"
+    evaluated = EvalResult(
+        "treesatai_ts", "wf1", mode, value, {"Abies": value}, (0.1, 0.9), 9, checkpoint_step=1
+    )
+    evaluated.write(folder / mode / "results.json")
+    return evaluated, folder / mode / "results.json"
 
 
 def sync(run_dir: Path) -> str:
@@ -65,9 +67,9 @@ def within(folder: Path):
         os.chdir(before)
 
 
-def test_what_did_not_reach_the_store_is_sent_later(run_dir, tmp_path, monkeypatch, caplog):
+def test_an_evaluation_that_was_not_sent_is_sent_by_sync(run_dir, tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("SLURM_JOB_ID", "77")
-    with within(tmp_path), caplog.at_level(logging.WARNING):  # the run is in no store yet
+    with within(tmp_path), caplog.at_level(logging.WARNING):  # no store has the run yet
         assert (
             record_evaluation(run_dir / "checkpoints" / "step_00000001", *result(Path("out"), "knn", 0.5))
             is None
@@ -83,20 +85,18 @@ def test_what_did_not_reach_the_store_is_sent_later(run_dir, tmp_path, monkeypat
     monkeypatch.setenv("MLFLOW_TRACKING_URI", AWAY)
     with caplog.at_level(logging.WARNING):
         assert record_evaluation(run_dir, *result(tmp_path, "probe", 0.6)) is None
-        assert (
-            record_evaluation(run_dir, *result(tmp_path, "probe", 0.7)) is None
-        )  # again, into the same place
-    assert [r.getMessage().startswith(f"MLflow at {AWAY} does not take") for r in caplog.records] == [
+        assert record_evaluation(run_dir, *result(tmp_path, "probe", 0.7)) is None  # the same path again
+    assert [r.getMessage().startswith(f"MLflow at {AWAY} did not accept") for r in caplog.records] == [
         True,
         True,
     ]
-    gone = result(tmp_path, "attentive", 0.8)
-    record_evaluation(run_dir, *gone)
-    gone[1].unlink()
+    removed = result(tmp_path, "attentive", 0.8)
+    record_evaluation(run_dir, *removed)
+    removed[1].unlink()
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    said = sync(run_dir)
-    assert f"an evaluation was not sent: {gone[1]} cannot be read" in said
-    assert "and 1 more evaluations" in said
+    output = sync(run_dir)
+    assert f"an evaluation was not sent: {removed[1]} cannot be read" in output
+    assert "and 1 more evaluations" in output
     assert "evaluations" not in sync(run_dir)
 
     runs = nested(run_dir)
@@ -108,7 +108,7 @@ def test_what_did_not_reach_the_store_is_sent_later(run_dir, tmp_path, monkeypat
     tags = runs["knn"].data.tags
     assert {k: tags[k] for k in ("dataset", "slurm_job", "mlflow.source.name", "mlflow.source.type")} == {
         "dataset": "treesatai_ts",
-        "slurm_job": "77",  # where it was evaluated, not where it was sent
+        "slurm_job": "77",  # of the evaluation, not of the sync
         "mlflow.source.name": "evaluate.py",
         "mlflow.source.type": "LOCAL",
     }
@@ -116,7 +116,7 @@ def test_what_did_not_reach_the_store_is_sent_later(run_dir, tmp_path, monkeypat
         assert tags[name] == runs["parent"].data.tags[name]
 
 
-def test_one_that_was_sent_in_part_is_sent_anew(run_dir, tmp_path, monkeypatch, caplog):
+def test_an_incomplete_evaluation_is_replaced(run_dir, tmp_path, monkeypatch, caplog):
     from mlflow.tracking import MlflowClient
 
     sync(run_dir)
@@ -134,20 +134,23 @@ def test_one_that_was_sent_in_part_is_sent_anew(run_dir, tmp_path, monkeypatch, 
     assert len(client(run_dir).get_metric_history(parent, "eval/treesatai_ts/knn/wf1")) == 1
 
 
-def test_a_run_directory_that_takes_no_note_is_told(run_dir, tmp_path, monkeypatch, caplog):
-    (run_dir / OUTBOX_FILE).mkdir()  # what no rights would be, to root too
+def test_an_unwritable_outbox_is_reported(run_dir, tmp_path, monkeypatch, caplog):
+    (run_dir / OUTBOX_FILE).mkdir()  # not writable, also for root
     monkeypatch.setenv("MLFLOW_TRACKING_URI", AWAY)
     record_evaluation(run_dir, *result(tmp_path, "knn", 0.5))
     (record,) = caplog.records
-    assert f"sync cannot be told of it in {run_dir} (Is a directory)" in record.getMessage()
+    assert (
+        f"sync cannot send it: the outbox in {run_dir} is not writable (Is a directory)"
+        in record.getMessage()
+    )
 
 
-def test_what_belongs_to_no_run_is_said_not_to_be_recorded(tmp_path, caplog):
-    made, path = result(tmp_path, "knn", 0.5)
+def test_an_evaluation_without_a_run_is_reported_as_not_recorded(tmp_path, caplog):
+    evaluated, path = result(tmp_path, "knn", 0.5)
     (tmp_path / "model").mkdir()
-    assert record_evaluation(tmp_path / "model", made, path) is None
-    assert record_evaluation(None, made, path) is None
+    assert record_evaluation(tmp_path / "model", evaluated, path) is None
+    assert record_evaluation(None, evaluated, path) is None
     exported, baseline = (r.getMessage() for r in caplog.records)
     assert exported.startswith(f"{path} is not recorded in MLflow")
-    assert exported.endswith(f"{tmp_path / 'model'} lies in no run directory")
+    assert exported.endswith(f"{tmp_path / 'model'} is not in a run directory")
     assert baseline.endswith("a baseline has no training run")

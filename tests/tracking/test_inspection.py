@@ -1,4 +1,4 @@
-"""maestro-scale inspect: what the tables say is what was written, and the picture shows the tile."""
+"""maestro-scale inspect: the tables agree with what was written, and the picture shows the tile."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def shards(tmp_path_factory):
 
 
 def row(text: str, start: str) -> list[str]:
-    """The words of the first line that starts so."""
+    """The words of the first line that starts with ``start``."""
     return next(line for line in text.splitlines() if line.startswith(start)).split()
 
 
@@ -61,7 +61,7 @@ def test_the_tables(shards, tmp_path):
     assert imread(picture).std() > 0.1
 
 
-def test_a_check_tells_how_far_it_is_and_what_comes_next(shards):
+def test_verify_prints_its_progress_and_the_next_command(shards):
     result = CliRunner().invoke(app, ["verify", str(shards)])
     assert result.exit_code == 0, result.output
     assert result.stderr.startswith(f"verify {shards}: 80/80 samples")
@@ -99,7 +99,7 @@ def test_the_picture_shows_the_clearest_dates_and_the_classes():
     assert len(np.unique(classes.image.reshape(-1, 3), axis=0)) == 3
 
 
-def test_a_tile_is_had_with_an_index_or_without_and_a_wrong_one_is_named(shards, tmp_path):
+def test_a_tile_is_read_with_or_without_an_index_and_a_wrong_index_is_named(shards, tmp_path):
     info = Manifest.load(str(shards)).shards[0]
     (tmp_path / info.path).write_bytes((shards / info.path).read_bytes())
     assert read_first_sample(str(tmp_path), info).key == read_first_sample(str(shards), info).key
@@ -111,33 +111,36 @@ def test_a_tile_is_had_with_an_index_or_without_and_a_wrong_one_is_named(shards,
 
 
 @pytest.fixture
-def refusal(capsys, monkeypatch):
-    """What the command says on standard error, in one line, when it refuses."""
+def inspect_error(capsys, monkeypatch):
+    """Runs a command that must fail; returns its one line on standard error."""
     from maestro_scale import cli
 
-    def refused(*words) -> str:
+    def run(*words) -> str:
         monkeypatch.setattr("sys.argv", ["maestro-scale", "inspect", *map(str, words)])
         with pytest.raises(SystemExit) as end:
             cli.main()
         assert end.value.code == 2
-        said = capsys.readouterr()
-        assert said.out == ""
-        (line,) = said.err.splitlines()
+        output = capsys.readouterr()
+        assert output.out == ""
+        (line,) = output.err.splitlines()
         return line
 
-    return refused
+    return run
 
 
-def test_no_dataset_is_one_line(tmp_path, refusal):
-    assert "manifest.json: not found" in refusal(tmp_path)
+def test_a_missing_dataset_is_one_line(tmp_path, inspect_error):
+    assert "manifest.json: not found" in inspect_error(tmp_path)
 
 
-def test_a_picture_has_a_files_name_and_png(shards, tmp_path, refusal):
+def test_a_picture_must_be_a_png_file(shards, tmp_path, inspect_error):
     folder = tmp_path / "pictures"
     folder.mkdir()
-    assert refusal(shards, "--png", folder) == (
-        f"error: {folder} is a folder: name a file, such as {folder}/tile.png"
+    assert inspect_error(shards, "--png", folder) == (
+        f"error: {folder} is a folder: give a file name, such as {folder}/tile.png"
     )
     other = tmp_path / "tile.jpg"
-    assert refusal(shards, "--png", other) == f"error: {other}: pictures are PNG, name it {tmp_path}/tile.png"
+    assert (
+        inspect_error(shards, "--png", other)
+        == f"error: {other}: pictures are PNG files, use {tmp_path}/tile.png"
+    )
     assert [p.name for p in tmp_path.iterdir()] == ["pictures"]

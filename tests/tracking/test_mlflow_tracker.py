@@ -1,4 +1,4 @@
-"""MLflow gets every metric once and no secret, and never holds up the training. The stores are real."""
+"""MLflow gets every metric once and no secret, and never blocks the training. The stores are real."""
 
 import itertools
 import json
@@ -23,12 +23,12 @@ from maestro_scale.tracking.mlflow_run import (
 from maestro_scale.tracking.mlflow_tracker import FlushPolicy, NullTracker, Tracker
 
 SECRET = "hunter2-correct-horse"
-PATIENCE_S = 120  # making the database takes seconds alone, more on a busy machine
+TIMEOUT_S = 120  # creating the database takes seconds, more on a busy machine
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A folder of runs that share one store: making the database takes seconds."""
+    """A folder of runs that share one store, because creating the database takes seconds."""
     return tmp_path_factory.mktemp("project") / "runs"
 
 
@@ -47,7 +47,7 @@ def start(run_dir, params=None, tags=None, artifacts=(), datasets=(), history=tu
 
 
 class Store:
-    """What another program sees in the store of a run directory."""
+    """Reads the store of a run directory as another program would."""
 
     def __init__(self, run_dir: Path) -> None:
         from mlflow.tracking import MlflowClient
@@ -64,21 +64,21 @@ class Store:
 
 
 def sent(run_dir: Path) -> list[int]:
-    """Steps that the store has so far."""
+    """Steps in the store so far."""
     path = run_dir / "tracking.json"
     return Store(run_dir).steps() if path.exists() and "run_id" in json.loads(path.read_text()) else []
 
 
 def wait_until(condition):
-    """Poll for what the background thread does; fails after 30 s."""
+    """Wait for the background thread; fails after 30 s."""
     for _ in range(600):
         if condition():
             return
         time.sleep(0.05)
-    pytest.fail("the background thread did not get there within 30 s")
+    pytest.fail("the condition was not true within 30 s")
 
 
-def test_a_run_is_stored_whole(run_dir):
+def test_a_run_is_stored_completely(run_dir):
     (run_dir / "recipe.yaml").write_text("name: tiny\n")
     (run_dir / "step_00000010.png").write_bytes(b"png")
     tracker = start(
@@ -91,7 +91,7 @@ def test_a_run_is_stored_whole(run_dir):
     for step in range(1, 21):
         tracker.log(step, {"loss": 1 / step, "loss/s2": None if step == 3 else 0.5, "odd|name": math.nan})
     tracker.log_picture(10, run_dir / "step_00000010.png")
-    tracker.finish("done", PATIENCE_S)
+    tracker.finish("done", TIMEOUT_S)
 
     store = Store(run_dir)
     assert store.run.info.status == "FINISHED"
@@ -118,13 +118,13 @@ def test_replayed_steps_are_stored_once(run_dir):
         killed.log(step, {"loss": step})
     wait_until(lambda: len(sent(run_dir)) == 10)
     first = Store(run_dir).id
-    killed._run.detach()  # as the kernel does for a process that is killed
+    killed._run.detach()  # as the kernel releases the lock of a killed process
 
-    # The checkpoint was of step 6, so 7 to 10 come again; the run was made longer.
+    # The checkpoint was at step 6, so 7 to 10 are replayed; the resumed run has more steps.
     resumed = start(run_dir, params={"train.steps": 15})
     for step in range(7, 16):
         resumed.log(step, {"loss": step, "lr": 0.1})
-    resumed.finish("stopped", PATIENCE_S)
+    resumed.finish("stopped", TIMEOUT_S)
     store = Store(run_dir)
     assert store.id == first
     assert store.steps() == list(range(1, 16))
@@ -133,7 +133,7 @@ def test_replayed_steps_are_stored_once(run_dir):
     assert store.run.data.params["train.steps"] == "10"
     assert store.run.data.tags["changed/train.steps"] == "15"
     again = start(run_dir, params={"train.steps": 10})
-    again.finish("done", PATIENCE_S)
+    again.finish("done", TIMEOUT_S)
     assert "changed/train.steps" not in Store(run_dir).run.data.tags
 
 
@@ -164,7 +164,7 @@ def read_history(run_dir):
         yield record.pop("step"), record
 
 
-def test_what_a_sigkill_took_from_the_queue_is_sent_by_the_next_process(run_dir):
+def test_records_lost_from_the_queue_by_sigkill_are_sent_by_the_next_process(run_dir):
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     child = subprocess.run(
         [sys.executable, "-c", CHILD, str(run_dir)], env=env, capture_output=True, timeout=120
@@ -173,11 +173,11 @@ def test_what_a_sigkill_took_from_the_queue_is_sent_by_the_next_process(run_dir)
     resumed = start(run_dir, history=lambda: read_history(run_dir))
     for step in range(25, 41):
         resumed.log(step, {"loss": step / 10})
-    resumed.finish("done", PATIENCE_S)
+    resumed.finish("done", TIMEOUT_S)
     assert Store(run_dir).steps() == list(range(1, 41))
 
 
-def test_an_outage_in_the_middle_leaves_no_gap(run_dir, monkeypatch, caplog):
+def test_an_outage_leaves_no_gap(run_dir, monkeypatch, caplog):
     from mlflow.tracking import MlflowClient
 
     down, real = [], MlflowClient.log_batch
@@ -202,13 +202,13 @@ def test_an_outage_in_the_middle_leaves_no_gap(run_dir, monkeypatch, caplog):
             logged.append((step, {"loss": 1.0}))
             tracker.log(step, {"loss": 1.0})
             time.sleep(0.01)
-        tracker.finish("done", PATIENCE_S)
+        tracker.finish("done", TIMEOUT_S)
     assert Store(run_dir).steps() == list(range(1, 61))
     (record,) = [r for r in caplog.records if "metrics" in r.getMessage().split("(")[0]]
     assert "the server is away" in record.getMessage()
 
 
-def test_a_server_that_is_not_there_costs_one_warning(run_dir, monkeypatch, caplog):
+def test_an_unreachable_server_costs_one_warning(run_dir, monkeypatch, caplog):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://someone:{SECRET}@127.0.0.1:9")
     begin = time.perf_counter()
     with caplog.at_level(logging.WARNING):
@@ -220,12 +220,12 @@ def test_a_server_that_is_not_there_costs_one_warning(run_dir, monkeypatch, capl
     assert time.perf_counter() - begin < 15
     ours = [r.getMessage() for r in caplog.records if r.name.startswith("maestro_scale")]
     assert len(ours) == 1
-    assert ours[0].startswith("MLflow at http://127.0.0.1:9 does not take metrics")
+    assert ours[0].startswith("MLflow at http://127.0.0.1:9 did not accept metrics")
     assert SECRET not in caplog.text
     assert not (run_dir / "tracking.json").exists()
 
 
-def test_a_store_that_refuses_is_left_alone_for_a_while():
+def test_a_failing_store_is_retried_after_the_interval():
     tried = []
 
     def open_run(warn):
@@ -241,15 +241,15 @@ def test_a_store_that_refuses_is_left_alone_for_a_while():
 
 
 class SlowRun:
-    """A store that takes its time, and keeps what it got."""
+    """A store that is slow, and records what it received."""
 
     def __init__(self, wait_s: float) -> None:
-        self.wait_s, self.got, self.closed, self.num_backfills = wait_s, [], None, 0
+        self.wait_s, self.steps, self.closed, self.num_backfills = wait_s, [], None, 0
 
-    def send(self, points):
-        points = list(points)
-        time.sleep(self.wait_s if points else 0)
-        self.got += [p.step for p in points]
+    def send(self, metrics):
+        metrics = list(metrics)
+        time.sleep(self.wait_s if metrics else 0)
+        self.steps += [m.step for m in metrics]
 
     def log_picture(self, path: Path) -> None:
         raise OSError("no space left")
@@ -261,7 +261,7 @@ class SlowRun:
         self.closed = reason
 
     def detach(self) -> None:
-        self.wait_s = self.wait_s
+        pass
 
 
 def test_a_slow_store_does_not_slow_the_caller_and_the_queue_is_bounded(caplog):
@@ -272,13 +272,13 @@ def test_a_slow_store_does_not_slow_the_caller_and_the_queue_is_bounded(caplog):
         tracker.log(step, {"loss": 1.0})
     assert time.perf_counter() - begin < 2  # 40 batches of 0.3 s would be 12
     tracker.finish("stopped")
-    assert len(run.got) < 2000
-    assert run.num_backfills == 1  # from the history
+    assert len(run.steps) < 2000
+    assert run.num_backfills == 1
     assert run.closed == "stopped"
-    assert caplog.text.count("more than 50 are waiting") == 1
+    assert caplog.text.count("the queue of 50 records is full") == 1
 
 
-def test_a_store_that_is_away_at_the_end_is_waited_for(monkeypatch):
+def test_a_store_that_is_unavailable_at_the_end_is_retried_until_the_deadline(monkeypatch):
     run, away = SlowRun(0), []
 
     def open_run(warn):
@@ -289,10 +289,10 @@ def test_a_store_that_is_away_at_the_end_is_waited_for(monkeypatch):
 
     tracker = Tracker(open_run, "the store", FlushPolicy(flush_s=0.01, retry_s=60)).start_thread()
     tracker.log(1, {"loss": 1.0})
-    wait_until(lambda: run.got == [1])
+    wait_until(lambda: run.steps == [1])
     away += [1, 2]
     monkeypatch.setattr(
-        run, "send", lambda points: (_ for _ in ()).throw(ConnectionError("away")) if away else None
+        run, "send", lambda metrics: (_ for _ in ()).throw(ConnectionError("away")) if away else None
     )
     tracker.log(2, {"loss": 1.0})
     wait_until(lambda: tracker._run is None)
@@ -300,7 +300,7 @@ def test_a_store_that_is_away_at_the_end_is_waited_for(monkeypatch):
     assert run.closed == "done"
 
 
-def test_finish_does_not_wait_for_ever():
+def test_finish_stops_at_the_timeout():
     tracker = Tracker(lambda warn: SlowRun(30), "the store", FlushPolicy(flush_s=0.01)).start_thread()
     tracker.log(1, {"loss": 1.0})
     begin = time.perf_counter()
@@ -310,7 +310,7 @@ def test_finish_does_not_wait_for_ever():
         tracker.finish("over")
 
 
-def test_artifacts_that_cannot_be_stored_do_not_cost_the_metrics(run_dir, monkeypatch, caplog):
+def test_metrics_are_stored_if_artifacts_cannot_be(run_dir, monkeypatch, caplog):
     from mlflow.tracking import MlflowClient
 
     def refuse(*_args):
@@ -321,16 +321,16 @@ def test_artifacts_that_cannot_be_stored_do_not_cost_the_metrics(run_dir, monkey
     for step in (1, 2, 3):
         tracker.log(step, {"loss": 1.0})
         tracker.log_picture(step, run_dir / f"{step}.png")
-    tracker.finish("done", PATIENCE_S)
+    tracker.finish("done", TIMEOUT_S)
     assert Store(run_dir).steps() == [1, 2, 3]
     assert caplog.text.count("bucket says no") == 1
 
 
-def test_a_run_deleted_from_the_store_is_begun_anew(run_dir):
+def test_a_run_that_was_deleted_from_the_store_is_created_again(run_dir):
     for number in range(2):
         tracker = start(run_dir)
         tracker.log(1, {"loss": 1.0})
-        tracker.finish("failed", PATIENCE_S)
+        tracker.finish("failed", TIMEOUT_S)
         store = Store(run_dir)
         assert store.run.info.status == "FAILED"
         if number == 0:
@@ -339,12 +339,12 @@ def test_a_run_deleted_from_the_store_is_begun_anew(run_dir):
     assert store.id != first
 
 
-def test_it_is_one_run_in_every_store_whatever_the_file_says(run_dir, monkeypatch, tmp_path):
+def test_a_directory_has_one_run_per_store_whatever_its_address(run_dir, monkeypatch, tmp_path):
     def send(steps):
         tracker = start(run_dir)
         for step in steps:
             tracker.log(step, {"loss": 1.0})
-        tracker.finish("done", PATIENCE_S)
+        tracker.finish("done", TIMEOUT_S)
 
     send([1, 2])
     first = Store(run_dir).id
@@ -363,14 +363,14 @@ def test_it_is_one_run_in_every_store_whatever_the_file_says(run_dir, monkeypatc
 
 
 def test_two_processes_do_not_send_the_same_run_to_the_same_store(run_dir):
-    def card(warn=lambda *_: None):
+    def open_run(warn=lambda *_: None):
         return MlflowRun.open(RunMetadata(run_dir, "maestro", run_dir.name, {}, {}), 0, warn)
 
-    first = card()
-    with pytest.raises(RunLockedError, match="another process sends"):
-        card()
+    first = open_run()
+    with pytest.raises(RunLockedError, match="another process is sending"):
+        open_run()
     first.close("done")
-    card().close("done")
+    open_run().close("done")
 
 
 def test_no_secret_reaches_the_store(run_dir, monkeypatch):
@@ -388,7 +388,7 @@ def test_no_secret_reaches_the_store(run_dir, monkeypatch):
         datasets=[DatasetInput("treesatai_ts", "b" * 64, url)],
     )
     tracker.log(1, {"loss": 1.0})
-    tracker.finish("done", PATIENCE_S)
+    tracker.finish("done", TIMEOUT_S)
 
     params = Store(run_dir).run.data.params
     assert params["data.mixture[0].shards".replace("[", "_").replace("]", "_")] == "s3://bucket/treesatai_ts"
@@ -400,17 +400,17 @@ def test_no_secret_reaches_the_store(run_dir, monkeypatch):
             assert secret.encode() not in content, path
 
 
-def test_tracking_can_be_off():
+def test_the_null_tracker_does_nothing():
     tracker = NullTracker()
     tracker.log(1, {"loss": 1.0})
     tracker.log_picture(1, Path("nowhere.png"))
     tracker.finish("done")
 
 
-def test_points_keep_the_time_they_were_measured():
+def test_metrics_keep_the_time_of_their_measurement():
     run = SlowRun(0)
     times = []
-    run.send = lambda points: times.extend(p.time_ms for p in points)
+    run.send = lambda metrics: times.extend(m.time_ms for m in metrics)
     tracker = Tracker(lambda warn: run, "the store", FlushPolicy(flush_s=0.2)).start_thread()
     before = time.time() * 1000
     tracker.log(1, {"loss": 1.0})

@@ -1,4 +1,4 @@
-"""Pictures show what the sensor saw, what was hidden and what the model made of it."""
+"""Reconstruction pictures show the input, the mask and the reconstruction, in comparable colours."""
 
 import dataclasses
 import sys
@@ -44,9 +44,9 @@ def view(name="s2", bands=S2, num_dates=6, size=6, seed=0):
     ],
 )
 def test_colours_follow_from_band_names(bands, shown):
-    mix = choose_composite(bands)
-    assert mix.label == shown
-    assert mix.apply(np.zeros((2, len(bands), 4, 4), np.float32)).shape == (2, 4, 4, 3)
+    composite = choose_composite(bands)
+    assert composite.label == shown
+    assert composite.apply(np.zeros((2, len(bands), 4, 4), np.float32)).shape == (2, 4, 4, 3)
 
 
 def test_radar_shows_the_ratio_as_a_difference_of_logarithms():
@@ -86,7 +86,7 @@ def test_a_picture_of_every_sensor(tmp_path):
         reconstruction_picture(path, [], "nothing")
 
 
-def test_only_hidden_pixels_show_the_models_work(tmp_path):
+def test_only_masked_pixels_show_the_reconstruction(tmp_path):
     whole = view()
     wild = np.where(whole.hidden[:, None], whole.reconstruction, 99.0).astype(np.float32)
     pasted = dataclasses.replace(whole, reconstruction=wild)
@@ -100,7 +100,7 @@ def test_only_hidden_pixels_show_the_models_work(tmp_path):
 
 
 def test_the_reconstruction_has_the_inputs_stretch(tmp_path):
-    """Too bright is white, however much too bright: a stretch of its own would show it like the input."""
+    """A reconstruction that is too bright is white: with its own stretch it would look like the input."""
     bright = view()
     pictures = [
         reconstruction_picture(
@@ -112,8 +112,8 @@ def test_the_reconstruction_has_the_inputs_stretch(tmp_path):
 
 
 @pytest.mark.parametrize(("error", "colour"), [(0.0, 0.0), (0.125, 0.25), (0.25, 0.5), (0.75, 1.0)])
-def test_the_error_is_coloured_as_a_share_of_the_inputs_range(tmp_path, error, colour):
-    """Half of it and more is the end of the scale."""
+def test_the_error_is_coloured_as_a_fraction_of_the_inputs_range(tmp_path, error, colour):
+    """An error of half the range or more has the last colour of the scale."""
     pixels = (
         np.random.default_rng(0).integers(0, 2, (1, 3, 40, 40)).astype(np.float32)
     )  # stretched from 0 to 1
@@ -121,7 +121,7 @@ def test_the_error_is_coloured_as_a_share_of_the_inputs_range(tmp_path, error, c
     whole = np.ones((1, 40, 40), bool)
     made = SensorView("aerial", ("R", "G", "B"), pixels, whole, pixels + towards, np.zeros((3, 3, 8)))
     image = imread(reconstruction_picture(tmp_path / "a.png", [made], "t"))[..., :3]
-    panel = image[:, int(0.61 * image.shape[1]) : int(0.78 * image.shape[1])]  # the fourth of five
+    panel = image[:, int(0.61 * image.shape[1]) : int(0.78 * image.shape[1])]  # the fourth of five columns
     expected = colormaps["magma"](colour)[:3]
     assert np.isclose(panel, expected, atol=0.02).all(-1).mean() > 0.4
 
@@ -133,7 +133,7 @@ def test_the_embedding_shows_its_principal_components():
     colours = pca_colours(embedding)
     for channel, ramp in zip((0, 1), (north, east), strict=True):
         slopes = np.polynomial.polynomial.polyfit(ramp.ravel(), colours[..., channel].ravel(), 1)[1]
-        assert abs(slopes) > 0.4, "each takes the whole range, however small its share of the variance"
-    assert (colours[..., 2] == 0.5).all(), "there is no third"
+        assert abs(slopes) > 0.4, "each component has the full range, however small its variance"
+    assert (colours[..., 2] == 0.5).all(), "there is no third component"
     np.testing.assert_allclose(pca_colours(embedding * 2 + 1), colours, atol=1e-6)
     assert (pca_colours(np.ones((4, 4, 2))) == 0.5).all()

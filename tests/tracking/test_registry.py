@@ -1,4 +1,4 @@
-"""What export --register says loads the model, from anywhere; where it cannot, one line tells why."""
+"""The command printed by export --register loads the model from any folder; errors are one line."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from maestro_scale.tracking.sync import sync
 
 @pytest.fixture
 def no_store(tmp_path, monkeypatch):
-    """In a folder without a store, with none set."""
+    """A working directory without a store, and none in the environment."""
     for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
         monkeypatch.delenv(name, raising=False)
     (tmp_path / "elsewhere").mkdir()
@@ -28,20 +28,22 @@ def no_store(tmp_path, monkeypatch):
     return tmp_path / "elsewhere"
 
 
-def test_the_line_that_is_printed_loads_the_model(tmp_path, no_store):
+def test_the_printed_command_loads_the_model(tmp_path, no_store):
     run_dir = finished_run(tmp_path / "my runs" / "run")
     sync(run_dir)
     model = Maestro(small_config(norm="token", dataset="test", crop_m=60.0)).initialise(0)
     write_model(tmp_path / "model", model.state_dict(), model.config, {"step": 1})
-    made = register(tmp_path / "model", "trees", run_dir)
-    assert made.load_command.startswith("MLFLOW_TRACKING_URI=")
+    version = register(tmp_path / "model", "trees", run_dir)
+    assert version.load_command.startswith("MLFLOW_TRACKING_URI=")
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    done = subprocess.run(made.load_command, shell=True, env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        version.load_command, shell=True, env=env, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert list(no_store.iterdir()) == []
 
 
-def test_where_nothing_is_set_it_says_what_to_set(no_store):
+def test_without_a_store_the_error_says_what_to_set(no_store):
     with pytest.raises(
         ExportError, match=r"^models:/trees/1: set MLFLOW_TRACKING_URI to the store"
     ) as raised:
@@ -50,7 +52,7 @@ def test_where_nothing_is_set_it_says_what_to_set(no_store):
     assert list(no_store.iterdir()) == []
 
 
-def test_a_store_that_does_not_have_it_is_named(no_store, monkeypatch):
+def test_a_store_without_the_model_is_named(no_store, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{no_store}/other.db")
     with pytest.raises(ExportError, match=r"cannot be fetched from sqlite:///.*other\.db"):
         load_model("models:/trees/1")

@@ -1,4 +1,4 @@
-"""The page that a run leaves tells what metrics.jsonl has."""
+"""The final report of a run agrees with metrics.jsonl."""
 
 import json
 
@@ -35,7 +35,7 @@ def test_losses_of_each_dataset_and_speeds(tmp_path):
         "| b | step 2 | step 11 |",
         "| aerial | 0.8 | 0.25 |",
         "| samples/s | 106 |",
-        "| of these waiting for data | 0.5 |",
+        "| of these, waiting for data | 0.5 |",
         "| peak memory, GiB | 1.1 |",
         f"maestro-scale export {tmp_path} MODEL",
     ):

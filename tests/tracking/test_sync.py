@@ -1,4 +1,4 @@
-"""maestro-scale sync: what it leaves in the store, also where it does not get far."""
+"""maestro-scale sync: the state of the store afterwards, also when it fails."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from maestro_scale.tracking.sync import SyncError, sync
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A folder with a run directory in it and a store that has the run: making the database takes seconds."""
+    """A folder with a run directory and a store that has the run, because creating the database takes seconds."""
     run_dir = finished_run(tmp_path_factory.mktemp("runs") / "run")
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
@@ -57,25 +57,28 @@ def test_a_sync_that_fails_leaves_a_finished_run_finished(run_dir, monkeypatch):
     assert status(run_dir) == "FINISHED"
 
 
-def test_while_another_process_sends_the_run_evaluations_wait(run_dir):
+def test_evaluations_stay_pending_while_another_process_sends_the_run(run_dir):
     add_pending(run_dir, PendingEvaluation(run_dir / "results.json", {}))
     with (
         store_lock(run_dir, tracking_uri(run_dir)),
-        pytest.raises(SyncError, match=r"another process sends .*; sync after it sends the 1 evaluations"),
+        pytest.raises(
+            SyncError,
+            match=r"another process is sending .*; run sync after that to send 1 pending evaluations",
+        ),
     ):
         sync(run_dir)
     assert len(list_pending(run_dir)) == 1
 
 
-def test_an_error_without_words_is_told_by_its_kind(run_dir, monkeypatch):
+def test_an_error_without_a_message_is_reported_by_its_type(run_dir, monkeypatch):
     from mlflow.tracking import MlflowClient
 
     monkeypatch.setattr(MlflowClient, "get_metric_history", lambda *_: (_ for _ in ()).throw(TimeoutError))
-    with pytest.raises(SyncError, match=r"does not take .*: TimeoutError"):
+    with pytest.raises(SyncError, match=r"did not accept .*: TimeoutError"):
         sync(run_dir)
 
 
-def test_a_run_says_of_what_it_is_and_where_it_was_made(run_dir):
+def test_the_tags_of_a_run(run_dir):
     environment = json.loads((run_dir / "environment.json").read_text())
     environment |= {
         "slurm_job": "77",

@@ -24,7 +24,7 @@ class Stream(io.StringIO):
 
 @pytest.fixture
 def shown(monkeypatch, request):
-    """What something writes to a standard error that is a terminal or none, within a SLURM job or not."""
+    """Runs an action; returns what it writes to standard error, a terminal or not, in a SLURM job or not."""
     is_terminal, in_job = request.param
     for name in ("SLURM_JOB_ID", "NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
         monkeypatch.delenv(name, raising=False)
