@@ -170,16 +170,16 @@ def _find_parent(run_dir: Path) -> tuple[MlflowClient, Run]:
     raise LookupError(f"the store has no run of {run_dir}{elsewhere}")
 
 
-def _log_report(client: MlflowClient, run_id: str, found: ResultFile) -> None:
+def _log_report(client: MlflowClient, run_id: str, result_file: ResultFile) -> None:
     """Store the HTML report of this result, and its pictures as files, which the MLflow UI can show."""
-    result = found.result
+    result = result_file.result
     bars = class_bars({result.mode: result.per_class}, CLASS_METRIC[result.metric])
     with tempfile.TemporaryDirectory() as folder:
-        page, _ = write_report([found], Path(folder) / "report.html")
+        page, _ = write_report([result_file], Path(folder) / "report.html")
         client.log_text(run_id, scrub(page.read_text()), page.name)
         picture_dir = Path(folder) / "pictures"
         picture_dir.mkdir()
-        for name, png in {"classes": bars, **draw_pictures(found)}.items():
+        for name, png in {"classes": bars, **draw_pictures(result_file)}.items():
             (picture_dir / f"{name}.png").write_bytes(png)
         client.log_artifacts(run_id, str(picture_dir), picture_dir.name)
 
