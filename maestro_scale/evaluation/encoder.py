@@ -8,8 +8,8 @@ from pathlib import Path
 from maestro_scale.evaluation.features.adapt import adapt_encoder
 from maestro_scale.evaluation.features.baselines import Baseline, build_baseline
 from maestro_scale.evaluation.features.load_encoder import load_encoder
-from maestro_scale.evaluation.finetune.predictor import LEARNERS
-from maestro_scale.evaluation.results import ResultsError
+from maestro_scale.evaluation.finetune.predictor import TRAINABLE
+from maestro_scale.evaluation.results import ORACLE, ResultsError
 from maestro_scale.model.config import DatasetView
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.recipe import Recipe, resolve_sensors
@@ -17,7 +17,6 @@ from maestro_scale.secrets_filter import scrub
 from maestro_scale.shards.format.manifest import Manifest
 
 FOLD = "{fold}"
-ORACLE = "oracle"
 
 
 class Encoder:
@@ -61,7 +60,7 @@ class Encoder:
 
     def check(self, folds: Sequence[int | None], trains: bool) -> None:
         """ResultsError, before anything is done, where a fold has no encoder, or one that is to learn cannot."""
-        if trains and self._baseline is not None and not isinstance(self._model, LEARNERS):
+        if trains and self._baseline is not None and not isinstance(self._model, TRAINABLE):
             raise ResultsError(
                 f"--baseline {self._baseline} is not trained here: use --mode knn, probe or attentive"
             )

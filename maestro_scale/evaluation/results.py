@@ -17,7 +17,9 @@ from maestro_scale.errors import MaestroError
 from maestro_scale.training.run_dir import write_atomically
 
 VERSION = 1
+RESULTS = "results.json"
 MAPS = "maps.npz"
+ORACLE = "oracle"  # the mode, and the name of the baseline
 METRICS = ("wf1", "miou")
 
 

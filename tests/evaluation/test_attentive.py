@@ -42,7 +42,9 @@ def benchmark(fields, tmp_path):
 def test_it_reads_places_and_dates_and_is_encoded_once(fields, benchmark, quick, tmp_path):
     model, passes = load_model(fields.model), []
     model.encode = lambda batch: (passes.append(len(batch)), Maestro.encode(model, batch))[1]
-    (first,) = evaluate_frozen(model, benchmark, ["attentive"], maps_dir=lambda mode: tmp_path / mode)
+    (first,) = evaluate_frozen(
+        model, benchmark, ["attentive"], maps_dirs={"attentive": tmp_path / "attentive"}
+    )
     assert sum(passes) == CROPS_PER_TILE * sum(SPLITS.values())
     assert first.value > 0.85
     assert first.chosen["lr"] in attentive.LEARNING_RATES

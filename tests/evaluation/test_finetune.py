@@ -188,7 +188,7 @@ def test_it_stops_when_asked_and_ends_where_validation_gets_no_better(fields, tm
     folder.mkdir(parents=True)
     (folder / "STOP").touch()
     output = evaluated(fields, tmp_path, tmp_path / "out", *args, "--mode=scratch", course=course)
-    assert f"{folder}: stopped; the same command continues it" in output
+    assert f"{folder}: stopped; resume with the same command" in output
     assert (len(losses(folder)), (folder / "results.json").exists()) == (1, False)
     assert not (tmp_path / "out" / "scratch").exists(), "what was to come after began"
     evaluated(fields, tmp_path, tmp_path / "out", *args, course=course)

@@ -170,7 +170,7 @@ def test_what_cannot_end_well_is_said_before_it_begins(rotated, tmp_path, capsys
     ("asked", "said"),
     [
         (["--folds=4"], "no fold 4 in these shards (folds: 1, 2, 3; splits: fold_1, fold_2, fold_3)"),
-        (["--folds=one"], "--folds 'one' is no list of whole numbers such as 0,1,2, or all"),
+        (["--folds=one"], "--folds 'one' is not a list of whole numbers such as 0,1,2, or all"),
         (["--folds=1", "--split", "test=fold_1"], "leave --split out"),
     ],
 )

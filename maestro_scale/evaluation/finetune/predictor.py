@@ -18,7 +18,7 @@ from maestro_scale.model.initialise import initialise
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.stream.batch import Batch
 
-LEARNERS = (Maestro, ImageEncoder)  # what `predictor` takes
+TRAINABLE = (Maestro, ImageEncoder)  # what `predictor` takes
 
 
 class Predictor(nn.Module):
@@ -85,7 +85,7 @@ def build_predictor(
     """The network as it is before the first step: a fresh head on ``encoder``, or, unless ``pretrained``, on the same
     encoder drawn anew from ``seed``. ResultsError where the encoder does not fit the target_loss."""
     raise TypeError(
-        f"{type(encoder).__name__} does not learn: use one of {', '.join(c.__name__ for c in LEARNERS)}"
+        f"{type(encoder).__name__} does not learn: use one of {', '.join(c.__name__ for c in TRAINABLE)}"
     )
 
 

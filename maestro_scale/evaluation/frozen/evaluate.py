@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -47,12 +47,12 @@ def evaluate_frozen(
     provenance: Provenance | None = None,
     workers: int = 0,
     world: World | None = None,
-    maps_dir: Callable[[str], Path] | None = None,
+    maps_dirs: Mapping[str, Path] | None = None,
     progress: ProgressFactory = no_progress,
 ) -> list[EvalResult]:
     """One result per mode, on rank 0; the other ranks help to encode and get none.
 
-    ``maps_dir``: by mode, where predictions of whole test tiles go; None: nowhere.
+    ``maps_dirs``: by mode, where predictions of whole test tiles are written.
 
     ResultsError where the dataset has no target to score, ManifestError where a split is missing.
     """
@@ -98,11 +98,8 @@ def evaluate_frozen(
             found.append(whole)
         return found
 
-    maps = {
-        mode: TileMapWriter(maps_dir(mode), source(benchmark.stored_splits("test")), task)
-        for mode in modes
-        if maps_dir
-    }
+    test = source(benchmark.stored_splits("test"))
+    maps = {mode: TileMapWriter(path, test, task) for mode, path in (maps_dirs or {}).items()}
     kinds = {mode: _feature_kind(mode, task) for mode in modes}
     of_kind = {kind.name: splits(kind) for kind in {k.name: k for k in kinds.values()}.values()}
     if world is not None and not world.is_main:

@@ -23,7 +23,7 @@ from maestro_scale.evaluation.metrics import segmentation_scores
 from maestro_scale.evaluation.oracle.signatures import ReflectanceSeries, unmix
 from maestro_scale.evaluation.probes import dense
 from maestro_scale.evaluation.progress import ProgressFactory, no_progress
-from maestro_scale.evaluation.results import EvalResult, ResultsError
+from maestro_scale.evaluation.results import ORACLE, EvalResult, ResultsError
 from maestro_scale.evaluation.tasks.first_maps import FirstMaps
 from maestro_scale.evaluation.tasks.task import (
     MultilabelTask,
@@ -40,8 +40,6 @@ from maestro_scale.stream.batch import Batch
 from maestro_scale.stream.eval_loader import EvalLoader
 from maestro_scale.stream.source import Source
 from maestro_scale.training.distributed import World
-
-MODE = "oracle"
 
 # Targets whose classes are the scenes', in their order, and how many classes the scenes have (None: as many).
 SCENE_TARGETS = {"species": None, "crop_type": 19, "crops_present": 19, "cosia": 15}
@@ -106,7 +104,7 @@ def evaluate_oracle(
         return None
     timings = {"fit_s": time.perf_counter() - started}
     return build_result(
-        benchmark, manifest, MODE, task, replace(oracle.predictions(tiles), maps=shown), provenance, timings
+        benchmark, manifest, ORACLE, task, replace(oracle.predictions(tiles), maps=shown), provenance, timings
     )
 
 

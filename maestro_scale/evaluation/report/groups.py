@@ -11,10 +11,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from maestro_scale.evaluation.results import EvalResult, ResultsError
+from maestro_scale.evaluation.results import ORACLE, RESULTS, EvalResult, ResultsError
 
-RESULTS = "results.json"
-ORACLE = "oracle"
 IMAGE = "image:"  # begins the name of a baseline that comes with weights of its own
 
 # What of a recipe's `train` changes what is learned.

@@ -12,10 +12,10 @@ ROLES = ("train", "val", "test")
 _PART = re.compile(r"fold_(\d+)")
 _NAMED = (re.compile(r"split_(\d+)_(train|val|test)"), re.compile(r"(train|val|test)_rotation_(\d+)"))
 
-Roles = Mapping[str, tuple[str, ...]]
+Splits = Mapping[str, tuple[str, ...]]
 
 
-def find_folds(splits: Sequence[str]) -> dict[int, Roles]:
+def find_folds(splits: Sequence[str]) -> dict[int, Splits]:
     """{number: {role: splits}} of every fold that ``splits`` are complete for.
 
     ``fold_1`` … ``fold_n`` are parts of the data, and a fold of cross-validation is a rotation of them: in fold k the
@@ -37,7 +37,7 @@ def find_folds(splits: Sequence[str]) -> dict[int, Roles]:
     return {k: found[k] for k in sorted(found) if set(found[k]) == set(ROLES)}
 
 
-def fold_splits(splits: Sequence[str], number: int) -> Roles:
+def fold_splits(splits: Sequence[str], number: int) -> Splits:
     """{role: splits} of fold ``number``. ResultsError, with what there is, if ``splits`` do not hold it."""
     there = find_folds(splits)
     if number not in there:
@@ -49,6 +49,6 @@ def fold_splits(splits: Sequence[str], number: int) -> Roles:
     return there[number]
 
 
-def _rotation(parts: Sequence[int], number: int) -> Roles:
+def _rotation(parts: Sequence[int], number: int) -> Splits:
     *train, val, test = (f"fold_{parts[(number - 1 + i) % len(parts)]}" for i in range(len(parts)))
     return {"train": tuple(train), "val": (val,), "test": (test,)}

@@ -1,0 +1,297 @@
+"""Orchestration of an evaluation: one encoder on one benchmark, over folds, seeds and modes."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from maestro_scale.evaluation.benchmark import Benchmark, Provenance
+from maestro_scale.evaluation.encoder import Encoder
+from maestro_scale.evaluation.finetune.finetune import MODES as TRAINED_MODES
+from maestro_scale.evaluation.finetune.finetune import Stopped, finetune
+from maestro_scale.evaluation.finetune.predictor import TRAINABLE
+from maestro_scale.evaluation.frozen.evaluate import evaluate_frozen
+from maestro_scale.evaluation.oracle.oracle import evaluate_oracle
+from maestro_scale.evaluation.progress import ProgressFactory, no_progress
+from maestro_scale.evaluation.report.summary import summarise
+from maestro_scale.evaluation.results import ORACLE, RESULTS, EvalResult, ResultsError
+from maestro_scale.evaluation.tasks.folds import Splits, find_folds, fold_splits
+from maestro_scale.recipe import Recipe, load_recipe
+from maestro_scale.secrets_filter import scrub_tree
+from maestro_scale.shards.format.manifest import Manifest
+from maestro_scale.training.distributed import World, destroy_process_group, init_distributed
+
+RecordResult = Callable[[Path | None, EvalResult, Path], object]
+"""Called with (checkpoint, result, path of its results.json); checkpoint None: the encoder has no training run."""
+
+# Rank 0 fits a classifier while the others wait at a collective: longer than the default time limit of one.
+_COLLECTIVE_TIMEOUT_S = 24 * 3600
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """One evaluation, as given on the command line of ``evaluate.py``. ``overrides``: ``KEY=VALUE`` of the recipe."""
+
+    recipe: str
+    out: Path
+    checkpoint: str | None = None
+    baseline: str | None = None
+    modes: Sequence[str] = ()
+    """Empty: ``evaluation.modes`` of the recipe."""
+    target: str | None = None
+    fraction: float = 1.0
+    splits: Splits = field(default_factory=dict)
+    """Splits in shards by role; a role that is not given is the split of that name."""
+    folds: Sequence[int] | Literal["all"] = ()
+    """Folds of cross-validation, or all that the shards hold; empty: none."""
+    seeds: Sequence[int] = ()
+    """Empty: the seed of the recipe."""
+    maps: bool = False
+    features: Path | None = None
+    overrides: Sequence[str] = ()
+
+    def mode_dir(self, mode: str) -> Path:
+        """The folder of a mode's results; another one for each fraction of the labels."""
+        return self.out / (mode if self.fraction == 1 else f"{mode}_{100 * self.fraction:g}pct")
+
+
+@dataclass(frozen=True)
+class EvalRun:
+    """One fold and seed. ``fold`` None: no cross-validation. ``subdir``: where its results go within ``mode_dir``."""
+
+    fold: int | None
+    splits: Splits
+    seed: int
+    subdir: Path
+
+
+def plan_runs(options: EvalOptions, recipe: Recipe) -> list[EvalRun]:
+    """Every fold with every seed. ResultsError where the shards lack a fold, or options contradict each other."""
+    seeds = options.seeds or (recipe.seed,)
+    folds: Mapping[int | None, Splits] = {None: options.splits}
+    if options.folds:
+        if options.splits:
+            raise ResultsError("--folds says which splits are train, val and test: leave --split out")
+        splits = Manifest.load(recipe.data.mixture[0].shards).splits
+        # Without any fold, fold 1 is asked for, so that the error names the splits there are.
+        numbers = tuple(find_folds(splits)) or (1,) if options.folds == "all" else options.folds
+        folds = {number: fold_splits(splits, number) for number in numbers}
+    return [
+        EvalRun(
+            fold, splits, seed, Path(f"fold_{fold}" * (len(folds) > 1), f"seed_{seed}" * (len(seeds) > 1))
+        )
+        for fold, splits in folds.items()
+        for seed in seeds
+    ]
+
+
+def overlap_warnings(runs: Sequence[EvalRun]) -> list[str]:
+    """A line per run and role whose splits are test splits too: such a score says nothing about other tiles."""
+    return [
+        f"warning: {', '.join(both)}{f' of fold {r.fold}' if r.fold else ''} is both test and {role}: the score is "
+        "measured on tiles that were used to fit or to select"
+        for r in runs
+        for role in ("train", "val")
+        if (both := sorted({*r.splits.get("test", ("test",))} & {*r.splits.get(role, (role,))}))
+    ]
+
+
+def run_evaluation(
+    options: EvalOptions, progress: ProgressFactory = no_progress, record: RecordResult | None = None
+) -> None:
+    """Evaluate, and write ``results.json`` per mode: of several runs their mean, with each run's own below it.
+
+    ``record`` stores results elsewhere too, where the recipe has tracking on. Everything that can be refused is
+    refused before the first batch: MaestroError with one line. Interrupted, the same call resumes.
+    """
+    recipe = load_recipe(options.recipe, options.overrides)
+    modes = tuple(dict.fromkeys(options.modes or recipe.evaluation.modes))
+    if options.baseline == ORACLE:
+        modes = (ORACLE,)
+    runs = plan_runs(options, recipe)
+    encoder = Encoder(recipe, options.checkpoint, options.baseline, runs[0].fold)
+    trains = bool(set(modes) & set(TRAINED_MODES))
+    encoder.check([run.fold for run in runs], trains)
+    world = _init_distributed(trains)
+    evaluation = _Evaluation(options, modes, world, progress)
+    evaluation.print_lines(overlap_warnings(runs))
+    if record is None or not recipe.tracking.enabled:
+        record = _no_record
+    results: dict[str, list[tuple[str, EvalResult]]] = {mode: [] for mode in modes}
+    try:
+        for run in runs:
+            encoder = encoder.for_fold(run.fold)
+            for mode, result in evaluation.evaluate(encoder, run):
+                path = options.mode_dir(mode) / run.subdir / RESULTS
+                result.write(path)
+                if encoder.per_fold:  # each fold has a training run of its own to be recorded under
+                    record(_training_run(mode, encoder), result, path)
+                results[mode].append((str(run.subdir / RESULTS), result))
+    except Stopped as stopped:
+        evaluation.print_lines([f"{stopped.args[0]}: stopped; resume with the same command"])
+    for mode, of_mode in results.items():
+        if len(of_mode) < len(runs):
+            continue  # stopped, or not rank 0, which alone has results
+        result, path = summarise(of_mode), options.mode_dir(mode) / RESULTS
+        if len(runs) > 1:
+            result.write(path)
+        if not encoder.per_fold:
+            record(_training_run(mode, encoder), result, path)
+        print(f"{mode}: {score_text(result)}, {path}", flush=True)
+    if any(results.values()):
+        print(f"next: maestro-scale report {options.out} --out report.html", flush=True)
+    if world is not None:
+        destroy_process_group()
+
+
+def score_text(result: EvalResult) -> str:
+    """``mIoU 65.6 (64.0-67.0)``, or ``mIoU 65.6 ± 0.4 over 3 seeds, 5 folds``."""
+    name, score = {"wf1": "wF1", "miou": "mIoU"}[result.metric], f"{100 * result.value:.1f}"
+    if result.deviation is None:
+        low, high = result.interval
+        return f"{name} {score} ({100 * low:.1f}-{100 * high:.1f})"
+    counts = {"seeds": len(result.seeds), "folds": len(result.folds)}
+    over = ", ".join(f"{n} {what}" for what, n in counts.items() if n > 1)
+    return f"{name} {score} ± {100 * result.deviation:.1f} over {over}"
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What one run evaluates. ``recipe``: with the run's seed."""
+
+    encoder: Encoder
+    recipe: Recipe
+    benchmark: Benchmark
+    provenance: Provenance
+    subdir: Path
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """What all runs share. ``world`` None: one process, and no collective is needed."""
+
+    options: EvalOptions
+    modes: Sequence[str]
+    world: World | None
+    progress: ProgressFactory
+
+    @property
+    def is_main(self) -> bool:
+        return self.world is None or self.world.is_main
+
+    def print_lines(self, lines: Sequence[str]) -> None:
+        """Print on rank 0."""
+        if lines and self.is_main:
+            print("\n".join(lines), flush=True)
+
+    def evaluate(self, encoder: Encoder, run: EvalRun) -> Iterator[tuple[str, EvalResult]]:
+        """(mode, result) of a run, on rank 0; the other ranks compute along and yield nothing."""
+        recipe = load_recipe(self.options.recipe, [*self.options.overrides, f"seed={run.seed}"])
+        plain = scrub_tree(recipe.model_dump(mode="json"))
+        inputs = _Inputs(
+            encoder,
+            recipe,
+            self._benchmark(recipe, run),
+            Provenance(encoder.step, recipe.seed, plain, encoder.name, encoder.trained_on),
+            run.subdir,
+        )
+        if ORACLE in self.modes:
+            yield from self._oracle(inputs)
+            return
+        if frozen := [mode for mode in self.modes if mode not in TRAINED_MODES]:
+            yield from self._frozen(inputs, frozen)
+        for mode in self.modes:
+            if mode in TRAINED_MODES:
+                yield from self._trained(inputs, mode)
+
+    def _oracle(self, inputs: _Inputs) -> Iterator[tuple[str, EvalResult]]:
+        result = evaluate_oracle(
+            inputs.encoder.view,
+            inputs.benchmark,
+            inputs.provenance,
+            inputs.recipe.data.workers,
+            self.world,
+            self._maps_dir(ORACLE, inputs.subdir),
+            self._progress,
+        )
+        if result is not None:
+            yield ORACLE, result
+
+    def _frozen(self, inputs: _Inputs, modes: Sequence[str]) -> Iterator[tuple[str, EvalResult]]:
+        model, notes = inputs.encoder.for_benchmark(trains=False)
+        self.print_lines(notes)
+        results = evaluate_frozen(
+            model,
+            inputs.benchmark,
+            modes,
+            inputs.provenance,
+            inputs.recipe.data.workers,
+            self.world,
+            {mode: path for mode in modes if (path := self._maps_dir(mode, inputs.subdir)) is not None},
+            self._progress,
+        )
+        for result in results:
+            yield result.mode, result
+
+    def _trained(self, inputs: _Inputs, mode: str) -> Iterator[tuple[str, EvalResult]]:
+        model, notes = inputs.encoder.for_benchmark(trains=True)
+        provenance = inputs.provenance
+        if mode == "scratch":  # what the encoder was trained on plays no part
+            provenance = dataclasses.replace(provenance, step=0, trained_on=())
+        else:
+            self.print_lines(notes)
+        assert self.world is not None  # joined where a mode trains
+        assert isinstance(model, TRAINABLE)  # else Encoder.check refused it
+        result = finetune(
+            model,
+            inputs.benchmark,
+            inputs.recipe,
+            mode,
+            self.options.mode_dir(mode) / inputs.subdir,
+            self.world,
+            provenance,
+            self._maps_dir(mode, inputs.subdir),
+            self._progress,
+        )
+        if result is not None:
+            yield mode, result
+
+    @property
+    def _progress(self) -> ProgressFactory:
+        return self.progress if self.is_main else no_progress
+
+    def _benchmark(self, recipe: Recipe, run: EvalRun) -> Benchmark:
+        entry = recipe.data.mixture[0]
+        return Benchmark(
+            shards=entry.shards,
+            cache_dir=Path(recipe.data.cache_dir),
+            features_dir=self.options.features or self.options.out / "features",
+            cache_bytes=int(recipe.data.cache_gib * 2**30),
+            crop_m=entry.crop_m,
+            target=self.options.target,
+            fraction=self.options.fraction,
+            splits=run.splits,
+            fold=run.fold,
+        )
+
+    def _maps_dir(self, mode: str, subdir: Path) -> Path | None:
+        return self.options.mode_dir(mode) / subdir / "maps" if self.options.maps else None
+
+
+def _init_distributed(trains: bool) -> World | None:
+    """The process group, where there are several ranks or DeepSpeed needs one."""
+    ranks = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", 1)))
+    return init_distributed(timeout_s=_COLLECTIVE_TIMEOUT_S) if ranks > 1 or trains else None
+
+
+def _training_run(mode: str, encoder: Encoder) -> Path | None:
+    """The checkpoint whose training run a result belongs to; None where no pretrained weight is in it."""
+    return None if mode == "scratch" else encoder.path
+
+
+def _no_record(checkpoint: Path | None, result: EvalResult, path: Path) -> None:
+    """Record nothing."""
