@@ -1,6 +1,7 @@
-"""Everything once, small: scenes, shards, pretraining through the real launcher, and what the encoder learned.
+"""The ``quickstart`` command: the full pipeline on synthetic data, from raw tiles to the scores of the encoder.
 
-Each stage leaves its result in the output folder and is skipped when that is there, so running it again continues.
+Each stage writes its result to the output folder and is skipped if the result exists, so the command can be repeated
+after an interruption.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ MODES = ("knn", "probe")
 
 
 class QuickstartError(MaestroError):
-    """A stage failed; the message says which, and what its command was."""
+    """A stage failed; the message says which one and what to do."""
 
 
 @dataclass(frozen=True)
 class QuickstartPaths:
-    """Where quickstart keeps things. ``shards_url``: an s3:// prefix (or folder) for the shards."""
+    """The paths below the output folder. ``shards_url``: an s3:// prefix (or folder) for the shards instead."""
 
     out: Path
     shards_url: str = ""
@@ -47,44 +48,44 @@ class QuickstartPaths:
 
     @property
     def shards(self) -> str:
-        """The same as shards."""
+        """The dataset in shards."""
         return self.shards_url or str(self.out / "shards")
 
     @property
     def run(self) -> Path:
-        """The pretraining run."""
+        """The run directory of the pretraining."""
         return self.out / "runs" / "quickstart"
 
     @property
     def results(self) -> Path:
-        """What the encoders scored."""
+        """The folder of the evaluation results."""
         return self.out / "results"
 
     @property
     def done(self) -> Path:
-        """Written last, with what was asked."""
+        """File that is written last, with the settings of the run."""
         return self.out / "done.json"
 
 
 def quickstart(
     out: Path, seed: int = 0, tiles: int = NUM_TILES, steps: int | None = None, shards: str = ""
 ) -> None:
-    """Run, or continue, every stage and print the table; what is done already is not done again.
+    """Run all stages that have not finished yet, and print the scores.
 
-    ``steps``: of pretraining, instead of the recipe's; ``shards``: where to write them, instead of ``out``. Raises
-    QuickstartError, DatasetError, …
+    ``steps``: pretraining steps, instead of the recipe's; ``shards``: where to write the shards, instead of ``out``.
+    Raises QuickstartError, DatasetError and other expected errors of the stages.
     """
     console = Console(soft_wrap=True)
     paths = QuickstartPaths(out.resolve(), shards)
-    wanted = {"seed": seed, "tiles": tiles, "steps": steps, **({"shards": shards} if shards else {})}
+    settings = {"seed": seed, "tiles": tiles, "steps": steps, **({"shards": shards} if shards else {})}
     if paths.done.exists():
-        made = json.loads(paths.done.read_text())
-        if made != wanted:
+        previous = json.loads(paths.done.read_text())
+        if previous != settings:
             raise QuickstartError(
-                f"{out} was made with {made}, not {wanted}: remove it, or use another --out"
+                f"{out} was created with {previous}, not {settings}: remove it, or use another --out"
             )
     if paths.done.exists() and _scores(paths):
-        console.print(f"all done before, in {paths.out}; remove it to start over")
+        console.print(f"already done, in {paths.out}; remove it to start over")
     else:
         recipe = find_recipe("quickstart.yaml")
         _synthesize(console, paths, seed, tiles)
@@ -92,25 +93,25 @@ def quickstart(
         _pretrain(console, paths, recipe, seed, steps)
         _evaluate(console, paths, seed)
     _summary(console, paths)
-    write_atomically(paths.done, json.dumps(wanted))
+    write_atomically(paths.done, json.dumps(settings))
 
 
 def find_recipe(name: str) -> Path:
-    """A recipe of this project, in the checkout or where pip installed it. QuickstartError if it is in neither."""
-    paths = (
+    """Path of a shipped recipe, in the checkout or where pip installed it. Raises QuickstartError if it is missing."""
+    folders = (
         Path(__file__).parents[1] / "recipes",
         Path(sysconfig.get_path("data")) / "share/maestro_scale/recipes",
     )
-    for place in paths:
-        if (place / name).exists():
-            return place / name
+    for folder in folders:
+        if (folder / name).exists():
+            return folder / name
     raise QuickstartError(
-        f"no recipe {name} in {paths[0]} or {paths[1]}: reinstall maestro-scale, or use a checkout"
+        f"no recipe {name} in {folders[0]} or {folders[1]}: reinstall maestro-scale, or use a checkout"
     )
 
 
 def num_threads() -> int:
-    """Threads for compute: OMP_NUM_THREADS, else all cores but the one that the loader keeps busy."""
+    """Number of compute threads: OMP_NUM_THREADS, else all cores but one, which the loader uses."""
     return int(os.environ.get("OMP_NUM_THREADS", 0)) or max((os.cpu_count() or 1) - 1, 1)
 
 
@@ -133,7 +134,7 @@ def _shard(console: Console, paths: QuickstartPaths, seed: int) -> None:
         write_shards(raw, paths.shards, split, workers=2, codec="raw", shard_mb=16, seed=seed)
     problems = verify(paths.shards)
     if problems:
-        raise QuickstartError(f"the shards are not whole: {problems[0]}; remove {paths.shards} and run again")
+        raise QuickstartError(f"the shards are damaged: {problems[0]}; remove {paths.shards} and run again")
     manifest = Manifest.load(paths.shards)
     console.print(f"      {len(manifest.shards)} shards, verified")
 
@@ -162,18 +163,19 @@ def _pretrain(console: Console, paths: QuickstartPaths, recipe: Path, seed: int,
     log.parent.mkdir(parents=True, exist_ok=True)
     code = _run(command, log)
     if code:
-        raise QuickstartError(f"pretraining ended with exit code {code}; its output is in {log}")
+        raise QuickstartError(f"pretraining failed with exit code {code}; its output is in {log}")
 
 
 def _run(command: list[str], log: Path) -> int:
-    """Run a command; its standard error (progress) passes through, both go to the log."""
+    """Run a command; its output goes to standard error and to the log. Returns the exit code."""
     env = {**os.environ, "OMP_NUM_THREADS": str(num_threads())}
     with (
         log.open("ab") as sink,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env) as process,
     ):
-        assert process.stdout is not None
-        while chunk := process.stdout.read1(1 << 16):
+        assert process.stdout is not None  # stdout=PIPE
+        # os.read returns what is available, so that the progress bar is shown without delay.
+        while chunk := os.read(process.stdout.fileno(), 1 << 16):
             sink.write(chunk)
             sys.stderr.buffer.write(chunk)
             sys.stderr.buffer.flush()
@@ -194,7 +196,7 @@ def _evaluate(console: Console, paths: QuickstartPaths, seed: int) -> None:
     console.print("[bold]4/5[/bold] exporting the encoder")
     pretrained = load_model(export_model(newest(paths.run), paths.out / "model"))
     untrained = Maestro(pretrained.config).initialise(seed).eval()
-    console.print("[bold]5/5[/bold] scoring frozen embeddings on held-out tiles")
+    console.print("[bold]5/5[/bold] evaluating frozen embeddings on held-out tiles")
     step = load_position(newest(paths.run)).step
     benchmark = Benchmark(paths.shards, paths.out / "cache", paths.out / "features")
     for name, model, trained in zip(ENCODERS, (pretrained, untrained), (step, 0), strict=True):
@@ -204,7 +206,7 @@ def _evaluate(console: Console, paths: QuickstartPaths, seed: int) -> None:
 
 
 def _scores(paths: QuickstartPaths) -> dict[str, list[EvalResult]] | None:
-    """{encoder: a result per mode}, or None where one is missing or damaged."""
+    """{encoder: one result per mode}; None if one is missing or damaged."""
     try:
         return {
             name: [EvalResult.load(paths.results / name / mode / "results.json") for mode in MODES]

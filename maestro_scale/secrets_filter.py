@@ -1,4 +1,4 @@
-"""Keeps credentials out of whatever is printed, written to a run directory, or sent to a tracking store."""
+"""Removes credentials from everything that is printed, written to a run directory, or sent to a tracking store."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ import yaml
 
 HIDDEN = "(hidden)"
 
-_MIN_SECRET_LENGTH = 8  # a shorter value of a secret variable ("true", "1") would hide innocent text
+# Values of secret variables that are shorter ("true", "1") are kept: replacing them would alter unrelated text.
+_MIN_SECRET_LENGTH = 8
 
 _SECRET_NAME = re.compile(
     r"(passw(or)?d|passphrase|secret|credential|api_?key|access_?key|private_?key|signature"
-    r"|([._/-]|^)(token|auth|authorization)$|[._-](key|pass|pwd)$)",  # PWD itself is the working directory
+    r"|([._/-]|^)(token|auth|authorization)$|[._-](key|pass|pwd)$)",  # but not PWD, the working directory
     re.IGNORECASE,
 )
-# user:password@, also where the password holds a slash (AWS secrets do); host:port/…@ is none.
+# user:password@, also with a slash in the password (AWS secrets have them); but not host:port/…@.
 _USERINFO = re.compile(r"""(?<=://)(?:[^/\s'"@:]+:(?!\d+[/\s])[^\s'"@]+@(?:[^/\s'"@]+@)?|[^/\s'"]+@)""")
 _QUERY = re.compile(
     r"([?&](?:sig|[\w.-]*(?:signature|token|secret|credential|password|key)[\w.-]*)=)[^&\s'\"]+",
@@ -43,8 +44,8 @@ def is_secret_name(name: str) -> bool:
 
 
 def scrub(text: str) -> str:
-    """``text`` without URL user names and passwords, signed query parameters, known shapes of tokens, and the
-    values of secret environment variables."""
+    """``text`` without users and passwords in URLs, signed query parameters, tokens of known formats, and the values of
+    secret environment variables."""
     for name, value in os.environ.items():
         if is_secret_name(name) and len(value) >= _MIN_SECRET_LENGTH:
             text = text.replace(value, HIDDEN)
@@ -53,7 +54,7 @@ def scrub(text: str) -> str:
 
 
 def hide_secrets() -> None:
-    """From here on this process prints no secrets: not in lines, warnings or tracebacks."""
+    """Replace standard output and error by streams that scrub all text: prints, warnings and tracebacks."""
     sys.stdout, sys.stderr = _ScrubbingStream(sys.stdout), _ScrubbingStream(sys.stderr)
 
 
@@ -70,17 +71,17 @@ class _ScrubbingStream:
 
 
 def scrub_mapping(values: Mapping[str, object]) -> dict[str, str]:
-    """Every value as scrubbed text; hidden where its name is a secret's."""
+    """Every value as scrubbed text; a value with a secret name is replaced."""
     return {k: HIDDEN if is_secret_name(k) else scrub(str(v)) for k, v in values.items()}
 
 
 def scrub_document(text: str) -> str:
-    """YAML, JSON or .env text, scrubbed, and values hidden on every line that sets a secret name."""
+    """Scrub YAML, JSON or .env text; values on lines that set a secret name are replaced."""
     return "\n".join(_scrub_line(line) for line in scrub(text).split("\n"))
 
 
 def scrub_tree(node: Any, name: str = "") -> Any:
-    """A copy of nested dicts and lists, every text in it scrubbed, values of secret names and all below them hidden."""
+    """A copy of nested dicts and lists with scrubbed texts; everything below a secret name is replaced."""
     if isinstance(node, Mapping):
         return {k: scrub_tree(v, name if is_secret_name(name) else str(k)) for k, v in node.items()}
     if isinstance(node, (list, tuple)):
@@ -91,24 +92,24 @@ def scrub_tree(node: Any, name: str = "") -> Any:
 
 
 def scrub_command(words: Sequence[str]) -> str:
-    """A command line as one would type it, scrubbed, and what is given to secret names hidden: ``a.token=…``,
-    ``--token=…``, ``--token …``."""
-    said: list[str] = []
+    """A shell command line, scrubbed; values of secret names are replaced: ``a.token=…``, ``--token=…``,
+    ``--token …``."""
+    shown: list[str] = []
     for word in words:
         name, is_given, value = word.partition("=")
         if is_given and is_secret_name(name):
-            said.append(f"{name}={HIDDEN}")
-        elif is_given and (tree := _mapping(value)) is not None:
-            said.append(f"{name}={json.dumps(scrub_tree(tree), default=str)}")
-        elif said and said[-1].startswith("--") and "=" not in said[-1] and is_secret_name(said[-1]):
-            said.append(HIDDEN)
+            shown.append(f"{name}={HIDDEN}")
+        elif is_given and (tree := _parse_yaml(value)) is not None:
+            shown.append(f"{name}={json.dumps(scrub_tree(tree), default=str)}")
+        elif shown and shown[-1].startswith("--") and "=" not in shown[-1] and is_secret_name(shown[-1]):
+            shown.append(HIDDEN)
         else:
-            said.append(scrub(word))
-    return shlex.join(said)
+            shown.append(scrub(word))
+    return shlex.join(shown)
 
 
-def _mapping(text: str) -> dict | list | None:
-    """A mapping or list written in YAML, as ``--set`` takes them; None for anything else."""
+def _parse_yaml(text: str) -> dict[str, Any] | list[Any] | None:
+    """A mapping or list in YAML flow style, as ``--set`` accepts; None for anything else."""
     if not text.startswith(("{", "[")):
         return None
     try:
@@ -118,7 +119,7 @@ def _mapping(text: str) -> dict | list | None:
 
 
 def has_credentials(url: str) -> bool:
-    """Whether an address names a user or a password."""
+    """Whether a URL contains a user or a password."""
     return _USERINFO.search(url) is not None
 
 

@@ -99,11 +99,11 @@ def test_a_command_can_be_read_without_what_it_must_not_tell():
         "--password=abc",
     ]
     words += ["deepspeed={comet: {enabled: false, api_key: abc}}", "data.mixture=[{token: abc}]"]
-    said = scrub_command([*words, "--out", "a b"])
-    assert "abc" not in said
-    assert said.startswith("train.py --set")
-    assert "deepspeed.comet.api_key=" in said
-    assert " '--password=(hidden)' " in said
-    assert said.endswith(" --out 'a b'")
-    assert "train.steps=3" in said
-    assert '"enabled": false' in said
+    shown = scrub_command([*words, "--out", "a b"])
+    assert "abc" not in shown
+    assert shown.startswith("train.py --set")
+    assert "deepspeed.comet.api_key=" in shown
+    assert " '--password=(hidden)' " in shown
+    assert shown.endswith(" --out 'a b'")
+    assert "train.steps=3" in shown
+    assert '"enabled": false' in shown

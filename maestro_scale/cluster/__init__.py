@@ -1,1 +1,1 @@
-"""What runs around the trainer on a cluster: health of nodes, starts and restarts, and what ``doctor`` finds."""
+"""Around the trainer on a cluster: node health checks, task launch, requeue decisions, and the ``doctor`` command."""

@@ -1,7 +1,8 @@
-"""What to do when the tasks of a job have ended: finished, requeue and go on, or give up. Imports no torch.
+"""Whether a SLURM job is requeued after its tasks exited; used by ``slurm/pretrain_multinode.sh``. Imports no torch.
 
-``run-dir`` prints where a run lives, or refuses its recipe; ``decide`` reads what the run left. Exit codes of
-``decide``: 0 over, 10 requeue, 1 given up.
+``python -m maestro_scale.cluster.attempts run-dir NUM_RANKS --recipe …``: validates the recipe and prints the run
+directory; exit code 2 if the recipe is invalid.
+``python -m maestro_scale.cluster.attempts decide --run_dir …``: exit code 0 finished, 10 requeue, 1 gave up.
 """
 
 from __future__ import annotations
@@ -21,7 +22,11 @@ _ERROR_LINE = re.compile(r"^(error|\w*(Error|Exception)\b)|No space left|Killed|
 
 @dataclass(frozen=True)
 class Attempt:
-    """One start of a job that ended without the run being over. ``step``: of the newest checkpoint then, 0 if none."""
+    """One start of a job that exited before the run was finished; a line of ``attempts.jsonl``.
+
+    ``start``: number of earlier starts of the job; ``step``: of the newest checkpoint at the exit, 0 if there is none;
+    ``status``: exit status of srun; ``asked``: whether the job was asked to stop (time limit, preemption, signal).
+    """
 
     job: str
     start: int
@@ -31,13 +36,13 @@ class Attempt:
 
 
 def newest_step(run_dir: Path) -> int:
-    """Step of the newest committed checkpoint, 0 if there is none."""
+    """Step of the newest committed checkpoint; 0 if there is none."""
     folders = (run_dir / "checkpoints").glob("step_*/COMMIT.json")
     return max((int(m[1]) for f in folders if (m := _STEP.fullmatch(f.parent.name))), default=0)
 
 
 def consecutive_failures(attempts: list[Attempt], job: str, step: int) -> int:
-    """How often in a row, lately, the job failed with no newer checkpoint than ``step``."""
+    """Number of latest attempts that the job failed in a row without a checkpoint after ``step``."""
     count = 0
     for attempt in reversed(attempts):
         if attempt.job != job or attempt.asked or attempt.step != step:
@@ -46,20 +51,24 @@ def consecutive_failures(attempts: list[Attempt], job: str, step: int) -> int:
     return count
 
 
-def find_errors(logs: Path, most: int = 6) -> list[str]:
-    """The telling lines of the ranks' logs, each with its log, those that say the most first."""
-    found: dict[str, str] = {}
+def find_errors(logs: Path, max_lines: int = 6) -> list[str]:
+    """Lines of the ranks' logs that explain the exit, as "LOG: LINE"; lines that begin with "error" come first."""
+    first_log: dict[str, str] = {}  # all ranks often fail with the same line: keep the first
     for log in sorted(logs.glob("rank-*.log")):
         for line in log.read_text(errors="replace").splitlines():
             line = line.strip()
             if _ERROR_LINE.search(line):
-                found.setdefault(line[:400], log.name)
-    ours_first = sorted(found, key=lambda line: not line.startswith("error"))
-    return [f"{found[line]}: {line}" for line in ours_first[:most]]
+                first_log.setdefault(line[:400], log.name)
+    lines = sorted(first_log, key=lambda line: not line.startswith("error"))
+    return [f"{first_log[line]}: {line}" for line in lines[:max_lines]]
 
 
 def decide(run_dir: Path, logs: Path, attempt: Attempt, max_failures: int) -> tuple[int, str]:
-    """(exit code, what to tell) after the tasks ended; the attempt is noted in ``run_dir/attempts.jsonl``."""
+    """(exit code, message) after the tasks exited. An unfinished attempt is added to ``run_dir/attempts.jsonl``.
+
+    The job gives up after ``max_failures`` failures in a row without a newer checkpoint: requeueing such a failure
+    (bad input, a bug) would loop for ever, whereas one failure after progress is probably a node.
+    """
     try:
         outcome = json.loads((run_dir / "outcome.json").read_text())
     except (OSError, ValueError):
@@ -70,22 +79,27 @@ def decide(run_dir: Path, logs: Path, attempt: Attempt, max_failures: int) -> tu
     earlier = [Attempt(**json.loads(line)) for line in file.read_text().splitlines()] if file.exists() else []
     stopped = outcome.get("reason") == "stopped"
     if stopped and not attempt.asked and "STOP" in outcome["why"]:
-        return FINISHED, f"stopped by {outcome['why']} after step {outcome['step']}; submit again to go on"
+        return (
+            FINISHED,
+            f"stopped by {outcome['why']} after step {outcome['step']}; submit the same command again to resume",
+        )
     attempt = Attempt(**{**asdict(attempt), "asked": attempt.asked or stopped})
     with file.open("a") as sink:
         sink.write(json.dumps(asdict(attempt)) + "\n")
     if attempt.asked:
-        return REQUEUE, f"saved at step {attempt.step}; to be continued"
-    told = "\n".join(f"  {line}" for line in find_errors(logs)) or f"  nothing was said; see {logs}"
-    failed = consecutive_failures([*earlier, attempt], attempt.job, attempt.step)
-    if failed >= max_failures:
+        return REQUEUE, f"saved at step {attempt.step}; the run will resume"
+    errors = (
+        "\n".join(f"  {line}" for line in find_errors(logs)) or f"  no error message in the logs; see {logs}"
+    )
+    num_failures = consecutive_failures([*earlier, attempt], attempt.job, attempt.step)
+    if num_failures >= max_failures:
         return GAVE_UP, (
-            f"{told}\nerror: failed {failed} times with no checkpoint after step {attempt.step}: given up. "
-            f"Mend what the lines above say (all of it: {logs}) and submit again; it goes on from step {attempt.step}"
+            f"{errors}\nerror: failed {num_failures} times without a checkpoint after step {attempt.step}: giving up. "
+            f"Fix the errors above (complete logs: {logs}) and submit again to resume from step {attempt.step}"
         )
     return (
         REQUEUE,
-        f"{told}\nfailed {failed} of {max_failures} times after step {attempt.step} (status {attempt.status})",
+        f"{errors}\nfailed {num_failures} of {max_failures} times after step {attempt.step} (status {attempt.status})",
     )
 
 
@@ -105,7 +119,7 @@ def _run_dir(arguments: list[str], num_ranks: int) -> int:
 
 
 def main(argv: list[str]) -> int:
-    """The command line; see above."""
+    """The command line, see the module docstring."""
     if argv[:1] == ["run-dir"]:
         return _run_dir(argv[2:], int(argv[1]))
     parser = argparse.ArgumentParser(prog="attempts", allow_abbrev=False)

@@ -1,4 +1,4 @@
-"""What must hold on a node before training: devices, memory, disk, data. Each check returns what is wrong, in words."""
+"""Checks of a node: GPUs, memory, disks, data. Each returns a list of problems, empty if there are none."""
 
 from __future__ import annotations
 
@@ -11,44 +11,46 @@ from pathlib import Path
 GIB = 2**30
 
 
-def gpu_problems(asked: int, least_free: float = 0.8) -> list[str]:
-    """``asked`` GPUs are there, compute, and at least this share of their memory is free."""
-    if not asked:
+def gpu_problems(num_required: int, min_free: float = 0.8) -> list[str]:
+    """Check that the node has ``num_required`` working GPUs, each with at least this fraction of its memory free."""
+    if not num_required:
         return []
     import torch
 
-    found = torch.cuda.device_count()
-    if found < asked:
-        return [f"{found} GPUs of the {asked} asked for: look at nvidia-smi there, or drain the node"]
+    num_found = torch.cuda.device_count()
+    if num_found < num_required:
+        return [
+            f"{num_found} of {num_required} requested GPUs found: check nvidia-smi on this node, or drain the node"
+        ]
     problems = []
-    for device in range(found):
+    for device in range(num_found):
         try:
             free, total = torch.cuda.mem_get_info(device)
             ones = torch.ones(256, 256, device=f"cuda:{device}")
-            right = float((ones @ ones)[0, 0]) == 256.0
+            is_correct = float((ones @ ones)[0, 0]) == 256.0
         except RuntimeError as error:
             problems.append(f"GPU {device} does not compute: {str(error).splitlines()[0]}")
             continue
-        if not right:
-            problems.append(f"GPU {device} computes wrong numbers")
-        if free < least_free * total:
+        if not is_correct:
+            problems.append(f"GPU {device} computes wrong results: drain the node")
+        if free < min_free * total:
             problems.append(
-                f"GPU {device}: {free / GIB:.0f} of {total / GIB:.0f} GiB are free: another process holds it"
+                f"GPU {device}: {free / GIB:.0f} of {total / GIB:.0f} GiB free: another process uses this GPU"
             )
     return problems
 
 
-def memory_problems(least_gib: float = 1.0, meminfo: Path = Path("/proc/meminfo")) -> list[str]:
-    """At least this much host memory is available."""
+def memory_problems(min_gib: float = 1.0, meminfo: Path = Path("/proc/meminfo")) -> list[str]:
+    """Check that this much host memory is available."""
     fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
     available = int(fields["MemAvailable"].split()[0]) / 2**20
-    if available < least_gib:
-        return [f"{available:.1f} GiB of memory available, {least_gib:g} needed: something else runs there"]
+    if available < min_gib:
+        return [f"{available:.1f} GiB of memory available, {min_gib:g} required: another process uses it"]
     return []
 
 
-def disk_problems(folder: Path, least_gib: float, what: str) -> list[str]:
-    """A file can be written to ``folder`` and read back, and there is room."""
+def disk_problems(folder: Path, min_gib: float, what: str) -> list[str]:
+    """Check that a file can be written to ``folder`` and read back, and that this much space is free."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
@@ -57,17 +59,20 @@ def disk_problems(folder: Path, least_gib: float, what: str) -> list[str]:
             os.fsync(file.fileno())
             file.seek(0)
             if file.read() != block:
-                return [f"{what} {folder}: what was written is not what is read"]
+                return [f"{what} {folder}: data read back differs from the data written: replace the disk"]
         free = shutil.disk_usage(folder).free / GIB
     except OSError as error:
         return [f"{what} {folder}: {error.strerror}"]
-    if free < least_gib:
-        return [f"{what} {folder}: {free:.1f} GiB free, {least_gib:g} needed: make room there"]
+    if free < min_gib:
+        return [f"{what} {folder}: {free:.1f} GiB free, {min_gib:g} required: free some space"]
     return []
 
 
 def data_problems(urls: Sequence[str], splits: Sequence[Sequence[str]]) -> list[str]:
-    """Each manifest can be read from here, and the first shard of its splits is there in full length."""
+    """Check that each manifest can be read, and that the first shard of its splits exists with the right size.
+
+    A node without access to the store is detected this way; the content of shards is verified when it is used.
+    """
     from maestro_scale.shards.errors import ShardsError
     from maestro_scale.shards.format.manifest import Manifest
     from maestro_scale.shards.storage import open_storage

@@ -1,4 +1,4 @@
-"""What a machine has for training, and what is wrong with it: a line for each thing, advice for each problem."""
+"""The ``doctor`` command: checks of this machine for training, with advice for each problem."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _SHARED_TYPES = (
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at. ``advice``: what to do; empty where all is well."""
+    """The result of one check. ``advice``: what to do; empty if there is no problem."""
 
     what: str
     found: str
@@ -53,7 +53,7 @@ class Finding:
 
 
 def run_checks(urls: Sequence[str] = (), folders: Sequence[Path] = ()) -> Iterator[Finding]:
-    """Every check in turn. ``urls``: datasets in shards to reach; ``folders``: where runs and caches are to lie."""
+    """Run all checks. ``urls``: sharded datasets that must be readable; ``folders``: of runs and caches."""
     for check in (_python, _packages, _processors, _accelerators, _kernels, _compiler, _slurm, _mlflow):
         yield from check()
     for url in urls:
@@ -96,11 +96,9 @@ def _accelerators() -> Iterator[Finding]:
     backends = [n for n in ("nccl", "gloo", "mpi") if getattr(dist, f"is_{n}_available")()]
     if not torch.cuda.is_available():
         built = torch.version.cuda or "no CUDA"
-        seen = shutil.which("nvidia-smi") is not None
-        advice = (
-            "there is an NVIDIA driver here: install a CUDA build of torch, or look at CUDA_VISIBLE_DEVICES"
-        )
-        yield Finding("accelerator", f"none (torch built for {built})", advice if seen else "")
+        has_driver = shutil.which("nvidia-smi") is not None
+        advice = "an NVIDIA driver is installed: install a CUDA build of torch, or check CUDA_VISIBLE_DEVICES"
+        yield Finding("accelerator", f"none (torch built for {built})", advice if has_driver else "")
     for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         p = torch.cuda.get_device_properties(i)
         bf16 = p.major >= 8
@@ -108,7 +106,7 @@ def _accelerators() -> Iterator[Finding]:
         yield Finding(f"GPU {i}", found, "" if bf16 else "no bf16 in hardware: set train.precision=fp32")
     if torch.cuda.is_available():
         for problem in checks.gpu_problems(torch.cuda.device_count()):
-            yield Finding("accelerator", "in trouble", problem)
+            yield Finding("accelerator", "not usable", problem)
     yield Finding(
         "collectives", ", ".join(backends), "" if "gloo" in backends else "torch without gloo cannot train"
     )
@@ -122,8 +120,10 @@ def _kernels() -> Iterator[Finding]:
     cuda = torch.cuda.is_available()
     device, dtype = torch.device("cuda" if cuda else "cpu"), torch.bfloat16 if cuda else torch.float32
     auto = resolve_backend("auto", device, dtype, 64)
-    advice = "" if not cuda or auto != "math" else "attention is not fused here: update torch or the driver"
-    yield Finding("attention", f"{auto} (can be: {', '.join(available_backends(device, dtype, 64))})", advice)
+    advice = "" if not cuda or auto != "math" else "no fused attention kernel: update torch or the driver"
+    yield Finding(
+        "attention", f"{auto} (available: {', '.join(available_backends(device, dtype, 64))})", advice
+    )
 
 
 def _compiler() -> Iterator[Finding]:
@@ -136,9 +136,9 @@ def _slurm() -> Iterator[Finding]:
     if job := os.environ.get("SLURM_JOB_ID"):
         yield Finding("SLURM", f"in job {job}, task {os.environ.get('SLURM_PROCID', '0')}")
     elif shutil.which("sbatch"):
-        yield Finding("SLURM", "sbatch is here")
+        yield Finding("SLURM", "sbatch found")
     else:
-        yield Finding("SLURM", "none here (deepspeed and torchrun launch without it)")
+        yield Finding("SLURM", "not available (deepspeed and torchrun launch without it)")
 
 
 def _mlflow() -> Iterator[Finding]:
@@ -146,14 +146,14 @@ def _mlflow() -> Iterator[Finding]:
 
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
     if not uri.startswith("http"):
-        yield Finding("MLflow", scrub(uri) or "a file beside the runs (MLFLOW_TRACKING_URI is not set)")
+        yield Finding("MLflow", scrub(uri) or "a file next to the runs (MLFLOW_TRACKING_URI is not set)")
         return
     try:
-        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=5) as answer:
-            yield Finding("MLflow", f"{scrub(uri)} answers {answer.status}")
+        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=5) as response:
+            yield Finding("MLflow", f"{scrub(uri)} responds with status {response.status}")
     except (urllib.error.URLError, OSError, ValueError) as error:
-        advice = "training goes on without it; afterwards, from where it can be reached: maestro-scale sync RUN_DIR"
-        yield Finding("MLflow", f"{scrub(uri)} does not answer ({scrub(str(error))})", advice)
+        advice = "training works without it; later run, where it is reachable: maestro-scale sync RUN_DIR"
+        yield Finding("MLflow", f"{scrub(uri)} is not reachable ({scrub(str(error))})", advice)
 
 
 def _data(url: str) -> Iterator[Finding]:
@@ -183,16 +183,14 @@ def _disk(folder: Path) -> Iterator[Finding]:
             problem = (
                 ""
                 if _supports_locks(Path(inside))
-                else "it has no file locks: use another disk for --run-dir"
+                else "it does not support file locks: use another disk for --run-dir"
             )
     except OSError as error:
-        yield Finding("disk", f"{folder}: {error.strerror}", "choose a folder that can be written to")
+        yield Finding("disk", f"{folder}: {error.strerror}", "choose a writable folder")
         return
     shared = kind in _SHARED_TYPES
     sharing = (
-        "shared"
-        if shared
-        else "local, as far as its type tells: runs on several nodes need a shared --run-dir"
+        "shared" if shared else "local, judging by its type: runs on several nodes need a shared --run-dir"
     )
     if not problem and free < 10:
         problem = "less than 10 GiB free: checkpoints and cached shards need more"
@@ -210,24 +208,24 @@ def _supports_locks(folder: Path) -> bool:
 
 
 def _file_system(folder: Path) -> str:
-    """Type of the file system, from the longest mount point above it."""
+    """Type of the file system, from the longest mount point that contains ``folder``."""
     best, kind = "", "unknown"
-    place = str(folder.resolve())
+    path = str(folder.resolve())
     for line in Path("/proc/mounts").read_text().splitlines():
         _, mount, found, *_ = line.split(" ")
-        inside = place == mount or place.startswith(mount.rstrip("/") + "/")
+        inside = path == mount or path.startswith(mount.rstrip("/") + "/")
         if inside and len(mount) >= len(best):
             best, kind = mount, found
     return kind
 
 
-def print_findings(findings: Iterator[Finding], say: Callable[[str], None] = print) -> int:
-    """Print findings as they come; the number of problems."""
+def print_findings(findings: Iterator[Finding], write: Callable[[str], None] = print) -> int:
+    """Print each finding as soon as its check ends; returns the number of problems."""
     problems = 0
-    say(f"host {socket.gethostname()}")
+    write(f"host {socket.gethostname()}")
     for f in findings:
-        say(f"{'!' if f.advice else ' '} {f.what}: {f.found}")
+        write(f"{'!' if f.advice else ' '} {f.what}: {f.found}")
         if f.advice:
-            say(f"    -> {f.advice}")
+            write(f"    -> {f.advice}")
             problems += 1
     return problems

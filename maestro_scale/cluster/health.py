@@ -1,6 +1,7 @@
-"""One task per node, before training: check the node, then the way to the others, and leave a report for all to see.
+"""Health check of the nodes of a job, one task per node: local checks, TCP to all other nodes, an all-reduce.
 
-``REPORTS/<node>.json``; ``verdict.py`` reads them. A node that hangs or dies leaves none, or one that is not finished.
+Each task writes ``REPORTS/<node>.json`` to a shared disk; ``verdict.py`` reads them. A node that hangs or crashes
+leaves no report, or one with ``finished`` false.
 """
 
 from __future__ import annotations
@@ -22,7 +23,11 @@ from maestro_scale.cluster import checks
 
 @dataclass
 class NodeReport:
-    """What a node says of itself. ``port``: where it listens; ``unreachable``: nodes it found no way to."""
+    """The report of one node.
+
+    ``port``: where it accepts TCP connections; ``problems``: of its local checks; ``unreachable``: nodes it could not
+    connect to; ``collective``: error of the all-reduce, empty if it succeeded.
+    """
 
     node: str
     port: int
@@ -33,37 +38,37 @@ class NodeReport:
     finished: bool = False
 
     def write(self, folder: Path) -> None:
-        """Replace this node's report in one go."""
+        """Replace this node's report atomically: other nodes read it at any time."""
         folder.mkdir(parents=True, exist_ok=True)
-        fresh = folder / f".{self.node}.json"
-        fresh.write_text(json.dumps(asdict(self)))
-        os.replace(fresh, folder / f"{self.node}.json")
+        temporary = folder / f".{self.node}.json"
+        temporary.write_text(json.dumps(asdict(self)))
+        os.replace(temporary, folder / f"{self.node}.json")
 
 
 def read_reports(folder: Path) -> dict[str, NodeReport]:
-    """The reports there are, by node."""
+    """The reports written so far, by node."""
     reports = (NodeReport(**json.loads(p.read_text())) for p in sorted(folder.glob("[!.]*.json")))
     return {r.node: r for r in reports}
 
 
 def local_problems(recipe_path: str, overrides: list[str], run_dir: Path) -> list[str]:
-    """Everything that one node can see for itself."""
+    """Problems of this node alone, without the network between nodes."""
     from maestro_scale.recipe import load_recipe
 
     recipe = load_recipe(recipe_path, overrides)
-    least_gib = float(os.environ.get("MAESTRO_MIN_FREE_GIB", 1))
+    min_gib = float(os.environ.get("MAESTRO_MIN_FREE_GIB", 1))
     mixture = recipe.data.mixture
     return [
         *checks.gpu_problems(int(os.environ.get("MAESTRO_GPUS_PER_NODE", 0))),
         *checks.memory_problems(),
-        *checks.disk_problems(Path(recipe.data.cache_dir).expanduser(), least_gib, "cache"),
-        *checks.disk_problems(run_dir, least_gib, "run directory"),
+        *checks.disk_problems(Path(recipe.data.cache_dir).expanduser(), min_gib, "cache"),
+        *checks.disk_problems(run_dir, min_gib, "run directory"),
         *checks.data_problems([e.shards for e in mixture], [e.split for e in mixture]),
     ]
 
 
-def unreachable(others: dict[str, int], timeout_s: float) -> list[str]:
-    """Which of these nodes (name -> port) do not answer a TCP connection."""
+def find_unreachable(others: dict[str, int], timeout_s: float) -> list[str]:
+    """Those of the nodes {name: port} that do not accept a TCP connection."""
     failed = []
     for node, port in others.items():
         try:
@@ -74,9 +79,9 @@ def unreachable(others: dict[str, int], timeout_s: float) -> list[str]:
 
 
 def all_reduce_ms(rank: int, size: int, timeout_s: float) -> float:
-    """Milliseconds that an all-reduce of 4 MiB takes, one task per node, by the trainer's backend.
+    """Milliseconds of an all-reduce of 4 MiB over one task per node, with the trainer's backend.
 
-    RuntimeError if the sum is wrong.
+    Raises RuntimeError if the sum is wrong.
     """
     import torch
     import torch.distributed as dist
@@ -87,29 +92,29 @@ def all_reduce_ms(rank: int, size: int, timeout_s: float) -> float:
     )
     try:
         vector = torch.full((2**20,), float(rank), device="cuda:0" if cuda else "cpu")
-        dist.all_reduce(vector.clone())  # connects
-        before = time.perf_counter()
+        dist.all_reduce(vector.clone())  # not timed: the first collective opens the connections
+        start_s = time.perf_counter()
         dist.all_reduce(vector)
-        total = float(vector[-1])
-        taken = time.perf_counter() - before
+        total = float(vector[-1])  # waits for the device
+        elapsed_s = time.perf_counter() - start_s
     finally:
         dist.destroy_process_group()
     if total != size * (size - 1) / 2:
         raise RuntimeError(f"the sum of all ranks is {total}")
-    return 1e3 * taken
+    return 1e3 * elapsed_s
 
 
 def _listen() -> socket.socket:
     server = socket.create_server(("", 0), backlog=256)
 
-    def answer() -> None:
+    def accept_connections() -> None:
         while True:
             try:
                 server.accept()[0].close()
             except OSError:
                 return
 
-    threading.Thread(target=answer, daemon=True).start()
+    threading.Thread(target=accept_connections, daemon=True).start()
     return server
 
 
@@ -125,11 +130,14 @@ def _wait_for(
 
 
 def check_network(report: NodeReport, folder: Path, nodes: list[str], timeout_s: float) -> None:
-    """The way to the others: TCP to each, then the all-reduce if nobody has a problem. Fills in the report."""
+    """Test TCP to each other node, then the all-reduce; fills in the report.
+
+    The all-reduce runs only if no node has a problem: it would wait for a bad node until its timeout.
+    """
     others = [n for n in nodes if n != report.node]
     report.write(folder)
     known = _wait_for(folder, nodes, lambda r: True, timeout_s / 3)
-    report.unreachable = unreachable({n: known[n].port for n in others if n in known}, 5.0)
+    report.unreachable = find_unreachable({n: known[n].port for n in others if n in known}, 5.0)
     if report.unreachable or len(known) < len(nodes) or any(r.problems for r in known.values()):
         return
     rank = int(os.environ.get("RANK", 0))
@@ -140,7 +148,7 @@ def check_network(report: NodeReport, folder: Path, nodes: list[str], timeout_s:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; the exit code is 0 where a report was left."""
+    """The command line; returns 0 once the report is written."""
     from maestro_scale.recipe import RecipeError
 
     parser = argparse.ArgumentParser(prog="health", allow_abbrev=False)
@@ -148,7 +156,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--reports", type=Path, required=True)
     parser.add_argument("--timeout_s", type=float, default=180)
     parser.add_argument("--set", dest="overrides", nargs="+", action="extend", default=[])
-    args, _ = parser.parse_known_args(argv)  # the rest is the trainer's
+    args, _ = parser.parse_known_args(argv)  # other arguments are the trainer's
     node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
     nodes = os.environ.get("MAESTRO_NODES", node).split()
     server = _listen()
@@ -160,7 +168,7 @@ def main(argv: list[str] | None = None) -> int:
     check_network(report, args.reports, nodes, args.timeout_s)
     report.finished = True
     report.write(args.reports)
-    # The others may still be knocking.
+    # Keep accepting connections until the other nodes have finished their tests.
     _wait_for(args.reports, nodes, lambda r: r.finished, 10.0)
     server.close()
     return 0

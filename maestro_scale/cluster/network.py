@@ -1,4 +1,4 @@
-"""Which network interface leads to another machine."""
+"""Finds the network interface that routes to another host."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ _SIOCGIFADDR = 0x8915
 
 
 def interface_to(host: str) -> str | None:
-    """Name of the interface (``eth0``, ``ib0`` …) whose address this machine would use to reach ``host`` (IPv4).
+    """Name of the interface (``eth0``, ``ib0`` …) that routes to ``host`` (IPv4); None if there is no address or route.
 
-    None where the host has no address or no route leads there. Nothing is sent.
+    No packet is sent: connecting a UDP socket only selects the route.
     """
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
@@ -23,9 +23,9 @@ def interface_to(host: str) -> str | None:
         for _, name in socket.if_nameindex():
             request = struct.pack("256s", name.encode()[:15])
             try:
-                answer = fcntl.ioctl(probe, _SIOCGIFADDR, request)
-            except OSError:  # without an IPv4 address
+                reply = fcntl.ioctl(probe, _SIOCGIFADDR, request)
+            except OSError:  # the interface has no IPv4 address
                 continue
-            if socket.inet_ntoa(answer[20:24]) == address:
+            if socket.inet_ntoa(reply[20:24]) == address:
                 return name
     return None

@@ -1,4 +1,4 @@
-"""What a recipe needs on a cluster that is not at hand: memory, traffic, data rate, time."""
+"""Estimates of what a recipe needs on a cluster: memory, communication, data rate, time."""
 
 from maestro_scale.planning.plan import (
     GPUS,

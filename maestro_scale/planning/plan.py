@@ -1,4 +1,4 @@
-"""From a recipe and a cluster to memory, traffic, data rate and time, and the layout to run; pure computation."""
+"""Computes memory, communication, data rate and time of a recipe on a cluster, and the recommended layout."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from maestro_scale.training.footprint import Footprint, Traffic, footprint, traf
 from maestro_scale.training.metrics.meter import PEAK_TFLOPS
 from maestro_scale.training.pretrain import build_model_config
 
-_USABLE = 0.9  # of a device's memory; the rest is the CUDA context's and lost between blocks
+_USABLE_MEMORY = 0.9  # fraction of a GPU's memory; the CUDA context and fragmentation take the rest
 
 
 class PlanningError(MaestroError):
-    """A cluster that cannot be planned for; the message says what would do."""
+    """The recipe cannot run on this cluster; the message says which values are valid."""
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """``memory_bytes`` and ``tflops``: dense bf16, by the vendor's datasheet."""
+    """A kind of GPU, by the vendor's datasheet. ``tflops``: peak of dense bf16, in TFLOP/s."""
 
     memory_bytes: int
     tflops: float
@@ -40,7 +40,7 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Cluster:
-    """``num_gpus`` of one kind, ``per_node`` to a node; ``mfu``: share of their peak that a step reaches."""
+    """``num_gpus`` GPUs of one kind, ``per_node`` on each node; ``mfu``: achieved fraction of their peak FLOP/s."""
 
     gpu: str
     num_gpus: int
@@ -49,23 +49,23 @@ class Cluster:
 
     def __post_init__(self) -> None:
         if self.gpu not in GPUS:
-            raise PlanningError(f"--gpu {self.gpu}: not known; use one of {', '.join(GPUS)}")
+            raise PlanningError(f"--gpu {self.gpu}: unknown; use one of {', '.join(GPUS)}")
         if self.num_gpus % min(self.per_node, self.num_gpus):
             raise PlanningError(
                 f"--gpus {self.num_gpus} do not fill nodes of --per-node {self.per_node}: use a multiple of it"
             )
         if not 0 < self.mfu <= 1:
-            raise PlanningError(f"--mfu {self.mfu:g}: must be above 0 and at most 1; 0.4 is usual")
+            raise PlanningError(f"--mfu {self.mfu:g}: must be above 0 and at most 1; 0.4 is typical")
 
     @property
     def num_nodes(self) -> int:
-        """Nodes in use."""
+        """Number of nodes."""
         return math.ceil(self.num_gpus / self.per_node)
 
 
 @dataclass(frozen=True)
 class LayoutEstimate:
-    """One ZeRO stage and micro-batch: what a rank holds and sends. ``activations``: bytes, an estimate."""
+    """Memory and communication of a rank with one ZeRO stage and micro-batch. ``activations``: estimate, in bytes."""
 
     stage: int
     micro_batch: int
@@ -77,14 +77,17 @@ class LayoutEstimate:
 
     @property
     def device_bytes(self) -> int:
-        """All that a GPU must hold."""
+        """Memory that a GPU needs, in bytes."""
         return self.footprint.device + self.activations
 
 
 @dataclass(frozen=True)
 class ClusterPlan:
-    """``best``: the layout that is recommended, None where none fits. ``seconds``: None where the length of an epoch is
-    not known. ``bytes_per_sample``: as stored, averaged over the mixture by weight."""
+    """The plan of a recipe on a cluster.
+
+    ``best``: the recommended layout, None if none fits. ``seconds``: None if the length of an epoch is unknown, because
+    the shards cannot be read here. ``bytes_per_sample``: as stored, averaged over the mixture by weight.
+    """
 
     parameters: int
     layouts: tuple[LayoutEstimate, ...]
@@ -95,21 +98,23 @@ class ClusterPlan:
     seconds: float | None
 
     def node_bytes_per_s(self, cluster: Cluster) -> float:
-        """What the stream must bring to every node."""
+        """Data rate that the stream must sustain on each node."""
         return self.samples_per_s * self.bytes_per_sample / cluster.num_nodes
 
     def gpu_hours(self, cluster: Cluster) -> float | None:
-        """Of all GPUs together."""
+        """GPU-hours of the training; None if its length is unknown."""
         return None if self.seconds is None else self.seconds * cluster.num_gpus / 3600
 
 
 def plan_cluster(
     recipe: Recipe, specs: Sequence[DatasetSpec], stored: Sequence[tuple[int, int] | None], cluster: Cluster
 ) -> ClusterPlan:
-    """``stored``: (samples, bytes) of each dataset of the mixture in shards, None where they are not at hand: then a
-    sample counts as its spec has it, with as many dates as the model sees.
+    """Plan a recipe on a cluster.
 
-    PlanningError where the ranks cannot share the recipe's global batch or lanes.
+    ``stored``: (number of samples, bytes) of the shards of each dataset of the mixture; None if they cannot be read.
+    The size of a sample is then computed from its spec, with the number of dates that the model uses.
+
+    Raises PlanningError if the number of ranks does not divide the recipe's global batch and lanes.
     """
     n, batch = cluster.num_gpus, recipe.train.global_batch
     if batch % n or recipe.data.lanes % n:
@@ -129,15 +134,18 @@ def plan_cluster(
     fitting = [x for x in layouts if x.fits]
     weights = [e.weight for e in recipe.data.mixture]
     flops = sum(c.step_flops * w for c, w in zip(costs, weights, strict=True)) / sum(weights)
-    sizes = [held[1] / held[0] if held else _bytes_by_spec(s) for held, s in zip(stored, specs, strict=True)]
+    sizes = [
+        size[1] / size[0] if size else _sample_bytes(spec) for size, spec in zip(stored, specs, strict=True)
+    ]
     speed = n * gpu.tflops * 1e12 * cluster.mfu / flops
     steps = recipe.train.steps
     if steps is None and all(stored):
-        steps = recipe.train.epochs * sum(max(1, held[0] // batch) for held in stored if held)
+        steps = recipe.train.epochs * sum(max(1, size[0] // batch) for size in stored if size)
     return ClusterPlan(
         parameters=parameters,
         layouts=layouts,
-        # At one MFU what differs is what is sent; then fewer, larger passes; then room.
+        # With the same MFU for all layouts, the one that communicates least is the fastest; among equal ones prefer larger
+        # micro-batches (fewer kernel launches), then less memory.
         best=min(fitting, key=lambda x: (x.traffic.total, -x.micro_batch, x.device_bytes), default=None),
         samples_per_s=speed,
         bytes_per_sample=sum(b * w for b, w in zip(sizes, weights, strict=True)) / sum(weights),
@@ -151,17 +159,18 @@ def _layout(
 ) -> LayoutEstimate:
     num_micro_batches = recipe.train.global_batch // (n * micro)
     config = recipe.with_zero_stage(stage, micro).deepspeed_config(n, "cuda")
-    held = footprint(parameters, n, config, num_micro_batches, ema=recipe.optim.ema > 0)
-    value = 2 if recipe.train.precision_on("cuda") == "bf16" else 4
-    activations = micro * largest.activations * value
-    fits = held.device + activations <= _USABLE * gpu.memory_bytes
-    sends = traffic(parameters, n, config, num_micro_batches)
-    return LayoutEstimate(stage, micro, num_micro_batches, held, activations, sends, fits)
+    memory = footprint(parameters, n, config, num_micro_batches, ema=recipe.optim.ema > 0)
+    value_bytes = 2 if recipe.train.precision_on("cuda") == "bf16" else 4
+    activations = micro * largest.activations * value_bytes
+    fits = memory.device + activations <= _USABLE_MEMORY * gpu.memory_bytes
+    sent = traffic(parameters, n, config, num_micro_batches)
+    return LayoutEstimate(stage, micro, num_micro_batches, memory, activations, sent, fits)
 
 
-def _bytes_by_spec(spec: DatasetSpec) -> float:
+def _sample_bytes(spec: DatasetSpec) -> float:
+    """Size of an uncompressed sample; a time series has as many dates as its sensor reads."""
     dates = {m.name: 1 for m in spec.modalities}
     for s in spec.sensors:
         dates[s.source] = max(dates[s.source], s.num_dates)
-    item = {"uint8": 1, "int8": 1, "uint16": 2, "int16": 2, "float16": 2}
-    return sum(dates[m.name] * len(m.bands) * m.size**2 * item.get(m.dtype, 4) for m in spec.modalities)
+    item_bytes = {"uint8": 1, "int8": 1, "uint16": 2, "int16": 2, "float16": 2}
+    return sum(dates[m.name] * len(m.bands) * m.size**2 * item_bytes.get(m.dtype, 4) for m in spec.modalities)

@@ -1,4 +1,4 @@
-"""A plan in words, for a terminal; ends with the command that runs it."""
+"""Prints a cluster plan as tables, followed by the sbatch command that runs it."""
 
 from __future__ import annotations
 
@@ -14,41 +14,44 @@ from maestro_scale.planning.plan import GPUS, Cluster, ClusterPlan
 def print_plan(
     plan: ClusterPlan, cluster: Cluster, recipe_path: str, overrides: list[str], console: Console
 ) -> None:
-    """Print it."""
+    """Print a plan."""
     console.print(f"parameters        {plan.parameters:,}")
     table = Table(
         title=f"GiB per rank on {cluster.num_gpus} {cluster.gpu} ({GPUS[cluster.gpu].memory_bytes / GIB:.0f} GiB each)",
         title_justify="left",
     )
-    heads = ("stage", "micro", "weights", "gradients", "optimizer", "buckets", "activations", "all")
-    for column in (*heads, "host", "sent a step", "fits"):
+    columns = ("stage", "micro", "weights", "gradients", "optimizer", "buckets", "activations", "total")
+    for column in (*columns, "host", "sent per step", "fits"):
         table.add_column(column, justify="right")
     for x in plan.layouts:
         f = x.footprint
-        sizes = (f.weights, f.gradients, f.optimizer, f.buckets, x.activations, x.device_bytes)
-        sizes += (f.host, x.traffic.total)
-        row = (f"{b / GIB:.2f}" for b in sizes)
+        device = (f.weights, f.gradients, f.optimizer, f.buckets, x.activations, x.device_bytes)
+        row = (f"{b / GIB:.2f}" for b in (*device, f.host, x.traffic.total))
         table.add_row(str(x.stage), str(x.micro_batch), *row, "yes" if x.fits else "no")
     console.print(table)
     console.print(
-        f"data              {plan.bytes_per_sample / 1e6:.2f} MB a sample, "
+        f"data              {plan.bytes_per_sample / 1e6:.2f} MB per sample, "
         f"{plan.node_bytes_per_s(cluster) / 1e6:.1f} MB/s to each of {cluster.num_nodes} nodes"
     )
     console.print(f"speed             {plan.samples_per_s:,.1f} samples/s at {cluster.mfu:.0%} MFU")
     if plan.seconds is None:
-        console.print("time              not known: the shards that an epoch is counted from are not at hand")
+        console.print(
+            "time              unknown: the shards, which determine the length of an epoch, cannot be read here"
+        )
     else:
         console.print(
             f"time              {plan.seconds / 3600:,.1f} h for {plan.num_steps:,} steps, "
             f"{plan.gpu_hours(cluster):,.0f} GPU-hours"
         )
-    console.print("Activations, speed and time are estimates; nothing of this was measured on a GPU.")
+    console.print("Activations, speed and time are estimates, not measured on a GPU.")
     if plan.best is None:
         console.print(
-            "no layout fits: set model.checkpointing=blocks, take more GPUs, or offload the optimizer"
+            "no layout fits: set model.checkpointing=blocks, use more GPUs, or offload the optimizer"
         )
         return
-    print(sbatch_command(plan, cluster, recipe_path, overrides))  # in one line, to be copied
+    print(
+        sbatch_command(plan, cluster, recipe_path, overrides)
+    )  # plain print: rich would wrap the command, which is to be copied
 
 
 def sbatch_command(plan: ClusterPlan, cluster: Cluster, recipe_path: str, overrides: list[str]) -> str:

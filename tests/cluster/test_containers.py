@@ -1,4 +1,4 @@
-"""Dockerfiles and compose.yaml: linted, whole, not root; built and run where there is an engine."""
+"""Dockerfiles and compose.yaml: linted, consistent, not root; built and run if there is a Docker engine."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ COMPOSE = yaml.safe_load((DOCKER / "compose.yaml").read_text())
 
 
 @pytest.mark.parametrize("file", DOCKERFILES, ids=lambda p: p.name)
-def test_a_dockerfile_is_clean(file):
+def test_hadolint(file):
     done = subprocess.run(["hadolint", str(file)], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.parametrize("file", DOCKERFILES, ids=lambda p: p.name)
-def test_it_copies_what_is_there_and_does_not_end_as_root(file):
+def test_sources_exist_and_the_user_is_not_root(file):
     lines = file.read_text().splitlines()
     for line in lines:
         if line.startswith("COPY"):
@@ -37,7 +37,7 @@ def test_it_copies_what_is_there_and_does_not_end_as_root(file):
 
 
 def test_the_cpu_image_installs_as_ci_does():
-    """The extras exist, and the pinned torch is one that pyproject.toml takes."""
+    """The extras exist, and pyproject.toml allows the pinned torch."""
     text = (DOCKER / "Dockerfile.cpu").read_text()
     project = (REPO / "pyproject.toml").read_text()
     (extras,) = re.findall(r"pip install -e '\.\[([\w,]+)\]'", text)
@@ -63,7 +63,7 @@ def test_compose_is_consistent():
         for volume in service.get("volumes", ()):
             assert volume.split(":")[0] in volumes, name
         for port in service.get("ports", ()):
-            assert port.startswith("127.0.0.1:"), f"{name}: {port} is open to the world"
+            assert port.startswith("127.0.0.1:"), f"{name}: {port} is not bound to localhost"
 
 
 def test_the_trainer_of_compose_runs_the_quickstart():
@@ -73,9 +73,9 @@ def test_the_trainer_of_compose_runs_the_quickstart():
 
     command, *options = COMPOSE["services"]["trainer"]["command"]
     assert command == "quickstart"
-    told = CliRunner().invoke(app, ["quickstart", "--help"]).output
+    help_text = CliRunner().invoke(app, ["quickstart", "--help"]).output
     for option in options[::2]:
-        assert option in told
+        assert option in help_text
 
 
 @pytest.mark.slow

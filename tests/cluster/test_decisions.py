@@ -1,4 +1,4 @@
-"""What is decided around the trainer on a cluster, without one: bad nodes, restarts, permanent checkpoints, network."""
+"""Decisions around the trainer on a cluster, tested without one: bad nodes, requeue, checkpoints, network."""
 
 from __future__ import annotations
 
@@ -28,29 +28,29 @@ def reports(**changes: dict) -> dict[str, NodeReport]:
     return {n: dataclasses.replace(r, **changes.get(n, {})) for n, r in good.items()}
 
 
-def test_good_nodes_are_not_blamed():
+def test_good_nodes_are_not_reported():
     assert find_bad_nodes(NODES, reports()) == {}
 
 
-def test_a_silent_node_is_bad():
-    silent = reports()
-    del silent["b"]
-    assert list(find_bad_nodes(NODES, silent)) == ["b"]
+def test_a_node_without_a_report_is_bad():
+    incomplete = reports()
+    del incomplete["b"]
+    assert list(find_bad_nodes(NODES, incomplete)) == ["b"]
 
 
-def test_a_node_with_a_problem_is_bad_whatever_the_network_says():
+def test_local_problems_take_precedence_over_the_network():
     bad = find_bad_nodes(
-        NODES, reports(a={"problems": ["3 GPUs of the 4 asked for"]}, b={"unreachable": ["c"]})
+        NODES, reports(a={"problems": ["3 of 4 requested GPUs found"]}, b={"unreachable": ["c"]})
     )
-    assert bad == {"a": "3 GPUs of the 4 asked for"}
+    assert bad == {"a": "3 of 4 requested GPUs found"}
 
 
-def test_a_node_that_is_cut_off_is_told_from_those_that_miss_it():
-    cut = reports(a={"unreachable": ["c"]}, b={"unreachable": ["c"]}, c={"unreachable": ["a", "b"]})
-    assert list(find_bad_nodes(NODES, cut)) == ["c"]
+def test_a_disconnected_node_is_identified_by_the_majority():
+    disconnected = reports(a={"unreachable": ["c"]}, b={"unreachable": ["c"]}, c={"unreachable": ["a", "b"]})
+    assert list(find_bad_nodes(NODES, disconnected)) == ["c"]
 
 
-def test_a_failing_collective_is_said():
+def test_a_failing_collective_is_reported():
     bad = find_bad_nodes(NODES, reports(a={"collective": "timed out"}))
     assert "all-reduce failed (timed out)" in bad["a"]
 
@@ -60,7 +60,7 @@ def outcome(run_dir: Path, **content: object) -> None:
     (run_dir / "outcome.json").write_text(json.dumps(content))
 
 
-def test_what_follows_the_end_of_the_tasks(tmp_path):
+def test_requeue_decisions(tmp_path):
     run, logs = tmp_path / "run", tmp_path / "logs"
     logs.mkdir()
     failed = Attempt("7", 0, step=10, status=1, asked=False)
@@ -72,11 +72,11 @@ def test_what_follows_the_end_of_the_tasks(tmp_path):
     assert decide(run, logs, dataclasses.replace(failed, asked=True), 3)[0] == REQUEUE
     (logs / "rank-0001.log").write_text("fine\nerror: s3://x: no such bucket\n")
     assert [decide(run, logs, failed, 3)[0] for _ in range(2)] == [REQUEUE, REQUEUE]
-    further = dataclasses.replace(failed, step=20)  # a newer checkpoint: counting begins again
-    codes = [decide(run, logs, further, 3) for _ in range(3)]
+    later = dataclasses.replace(failed, step=20)  # a newer checkpoint resets the count
+    codes = [decide(run, logs, later, 3) for _ in range(3)]
     assert [c for c, _ in codes] == [REQUEUE, REQUEUE, GAVE_UP]
     assert "rank-0001.log: error: s3://x: no such bucket" in codes[-1][1]
-    other = dataclasses.replace(further, job="8")  # submitted again: a new start
+    other = dataclasses.replace(later, job="8")  # another job: a new count
     assert decide(run, logs, other, 3)[0] == REQUEUE
 
 
@@ -90,22 +90,22 @@ def test_permanent_checkpoints(tmp_path):
     assert [p.name for p in permanent_checkpoints(tmp_path, 5)] == ["step_00000010", "step_00000020"]
 
 
-def test_ranks_come_from_slurm_and_interfaces_too_unless_they_are_named():
+def test_task_environment_from_slurm():
     env = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1", "SLURMD_NODENAME": "b"}
     env |= {"MAESTRO_NODES": "a b"}
-    made = task_environment(env, lambda host: f"to-{host}")
-    assert made["RANK"] == "3"
-    assert made["GLOO_SOCKET_IFNAME"] == made["NCCL_SOCKET_IFNAME"] == "to-a"
+    added = task_environment(env, lambda host: f"to-{host}")
+    assert added["RANK"] == "3"
+    assert added["GLOO_SOCKET_IFNAME"] == added["NCCL_SOCKET_IFNAME"] == "to-a"
     submitted_from_a_task = {**env, "RANK": "0", "WORLD_SIZE": "1", "NCCL_SOCKET_IFNAME": "ib0"}
-    made = task_environment(submitted_from_a_task, lambda host: "eth0")
-    assert (made["RANK"], made["WORLD_SIZE"]) == ("3", "4")
-    assert "NCCL_SOCKET_IFNAME" not in made
+    added = task_environment(submitted_from_a_task, lambda host: "eth0")
+    assert (added["RANK"], added["WORLD_SIZE"]) == ("3", "4")
+    assert "NCCL_SOCKET_IFNAME" not in added
     assert task_environment({**env, "MAESTRO_IFNAME": "ib0"})["NCCL_SOCKET_IFNAME"] == "ib0"
 
 
-def test_disks_and_memory(tmp_path):
+def test_disk_and_memory_checks(tmp_path):
     assert checks.disk_problems(tmp_path, 0.0, "cache") == []
-    assert "make room" in checks.disk_problems(tmp_path, 1e9, "cache")[0]
+    assert "free some space" in checks.disk_problems(tmp_path, 1e9, "cache")[0]
     (tmp_path / "file").touch()
     assert checks.disk_problems(tmp_path / "file" / "below", 0.0, "cache")[0].startswith("cache ")
     meminfo = tmp_path / "meminfo"
@@ -113,22 +113,22 @@ def test_disks_and_memory(tmp_path):
     assert "of memory available" in checks.memory_problems(1.0, meminfo)[0]
 
 
-def test_the_doctor_finds_and_advises(tmp_path, monkeypatch, synthetic_shards):
+def test_doctor(tmp_path, monkeypatch, synthetic_shards):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:planted-secret@127.0.0.1:9")
-    found = list(run_checks([str(synthetic_shards), str(tmp_path / "none")], [tmp_path]))
+    findings = list(run_checks([str(synthetic_shards), str(tmp_path / "none")], [tmp_path]))
     by_name: dict[str, list[Finding]] = {}
-    for f in found:
+    for f in findings:
         by_name.setdefault(f.what, []).append(f)
     assert {"python", "torch", "attention", "collectives", "SLURM", "disk"} <= set(by_name)
     assert "maestro-scale sync" in by_name["MLflow"][0].advice
     assert [bool(f.advice) for f in by_name["data"]] == [False, True]
     lines: list[str] = []
-    assert print_findings(iter(found), lines.append) == sum(bool(f.advice) for f in found)
+    assert print_findings(iter(findings), lines.append) == sum(bool(f.advice) for f in findings)
     assert "planted-secret" not in "\n".join(lines)
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["pretrain_multinode.sh", "r.yaml"], "no SLURM job here"),
         (["shard_dataset.sh", "a", "b", "c"], "no SLURM job here"),
@@ -141,7 +141,7 @@ def test_the_doctor_finds_and_advises(tmp_path, monkeypatch, synthetic_shards):
         (["follow.sh", "/none"], "which run?"),
     ],
 )
-def test_scripts_without_slurm_say_what_is_missing(tmp_path, words, said):
+def test_scripts_report_missing_slurm_or_arguments(tmp_path, words, message):
     env = {k: v for k, v in os.environ.items() if not k.startswith("SLURM")}
     script = REPO / "slurm" / words[0]
     done = subprocess.run(
@@ -154,10 +154,10 @@ def test_scripts_without_slurm_say_what_is_missing(tmp_path, words, said):
         check=False,
     )
     assert done.returncode == 2, done.stdout + done.stderr
-    assert said in done.stderr.splitlines()[-1]
+    assert message in done.stderr.splitlines()[-1]
 
 
-def test_following_a_run_that_keeps_nothing_is_refused(tmp_path):
+def test_following_a_run_without_permanent_checkpoints_is_refused(tmp_path):
     (tmp_path / "recipe.yaml").write_text(
         "name: x\ndata: {mixture: [{dataset: treesatai_ts, shards: /none}]}\n"
     )

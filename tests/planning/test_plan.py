@@ -1,4 +1,4 @@
-"""Plans: numbers that follow from each other, and advice that can be run."""
+"""Cluster plans: consistent numbers, and a printed command that works."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def test_time_and_data_rate_follow_from_speed():
     assert planned("train.epochs=3", stored=None)[1].seconds is None
 
 
-def test_what_is_recommended_fits_and_sends_the_least(monkeypatch):
+def test_the_recommended_layout_fits_and_communicates_least(monkeypatch):
     _, plan = planned()
     assert {x.stage for x in plan.layouts} == {0, 1, 2, 3}
     assert {x.micro_batch for x in plan.layouts} == {1, 2, 3, 6}
     assert all(x.fits for x in plan.layouts)
     assert plan.best.traffic.total == min(x.traffic.total for x in plan.layouts)
-    # On a GPU with room for the smallest layout only, that one.
+    # On a GPU that fits only the smallest layout, that one is recommended.
     smallest = min(x.device_bytes for x in plan.layouts)
     monkeypatch.setitem(GPUS, "h100", dataclasses.replace(GPUS["h100"], memory_bytes=smallest / 0.899))
     _, tight = planned()
@@ -56,7 +56,7 @@ def test_what_is_recommended_fits_and_sends_the_least(monkeypatch):
     assert planned()[1].best is None
 
 
-def test_clusters_that_cannot_be_are_refused():
+def test_invalid_clusters_are_refused():
     with pytest.raises(PlanningError, match=r"h999.*h100"):
         Cluster("h999", 8, 8, 0.4)
     with pytest.raises(PlanningError, match="--gpus 12"):

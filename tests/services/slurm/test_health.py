@@ -1,4 +1,4 @@
-"""Bad nodes and bad input, on a real SLURM: the batch log's last lines say which node, and what to do."""
+"""Bad nodes and bad input on a real SLURM: the last lines of the batch log name the node and say what to do."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ pytestmark = [pytest.mark.root, pytest.mark.slow]
 SCRIPT = REPO / "slurm" / "pretrain_multinode.sh"
 
 
-def test_a_node_that_is_cut_off_is_left_out(cluster, recipe, tmp_path):
-    """No way from node2 to node1; SLURM itself sees nothing of it."""
+def test_a_disconnected_node_is_excluded(cluster, recipe, tmp_path):
+    """No route from node2 to node1, which SLURM itself does not notice."""
     route = ("route", "add", "unreachable", "10.77.0.11")
     command("ip", "-n", "node2", *route)
     try:
@@ -29,23 +29,23 @@ def test_a_node_that_is_cut_off_is_left_out(cluster, recipe, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "env", "said"),
+    ("words", "env", "message"),
     [
         ((), {}, "no recipe: sbatch slurm/pretrain_multinode.sh"),
         (("train.steps=none",), {}, "the recipe cannot be used"),
-        (("data.mixture[0].shards=/nowhere",), {}, "mend what is said above and submit again"),
-        ((), {"MAESTRO_MIN_FREE_GIB": "1e6"}, "mend what is said above and submit again"),
+        (("data.mixture[0].shards=/nowhere",), {}, "fix the problems above and submit again"),
+        ((), {"MAESTRO_MIN_FREE_GIB": "1e6"}, "fix the problems above and submit again"),
         ((), {"MAESTRO_LOCAL": "/proc"}, "set MAESTRO_LOCAL to a folder on its local disk"),
     ],
     ids=["no recipe", "bad recipe", "no data", "full disk", "no local disk"],
 )
-def test_what_no_node_can_run_ends_with_advice(cluster, recipe, tmp_path, request, words, env, said):
+def test_a_job_that_no_node_can_run_ends_with_advice(cluster, recipe, tmp_path, request, words, env, message):
     arguments = [] if "no recipe" in request.node.callspec.id else [recipe, "--run-dir", tmp_path / "run"]
     job = cluster.submit(
         SCRIPT, *arguments, *(("--set", *words) if words else ()), options=("--nodes=1",), **env
     )
     assert job.end() == "FAILED"
-    assert said in job.text.splitlines()[-1]
+    assert message in job.text.splitlines()[-1]
     if words and "shards" in words[0]:
         assert "bad node node" in job.text
         assert "/nowhere/manifest.json: not found" in job.text
