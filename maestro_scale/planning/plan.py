@@ -140,12 +140,13 @@ def plan_cluster(
     speed = n * gpu.tflops * 1e12 * cluster.mfu / flops
     steps = recipe.train.steps
     if steps is None and all(stored):
+        assert recipe.train.epochs is not None  # a recipe sets either steps or epochs
         steps = recipe.train.epochs * sum(max(1, size[0] // batch) for size in stored if size)
     return ClusterPlan(
         parameters=parameters,
         layouts=layouts,
-        # With the same MFU for all layouts, the one that communicates least is the fastest; among equal ones prefer larger
-        # micro-batches (fewer kernel launches), then less memory.
+        # With the same MFU for all layouts, the one that communicates least is the fastest; among equal ones prefer
+        # larger micro-batches (fewer kernel launches), then less memory.
         best=min(fitting, key=lambda x: (x.traffic.total, -x.micro_batch, x.device_bytes), default=None),
         samples_per_s=speed,
         bytes_per_sample=sum(b * w for b, w in zip(sizes, weights, strict=True)) / sum(weights),

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.colorbar import Colorbar
     from matplotlib.colors import Colormap
     from matplotlib.image import AxesImage
+    from numpy.typing import ArrayLike
 
 MAX_DATES = 4
 
@@ -32,7 +33,7 @@ _COLUMNS = (
     "embedding of the unmasked input",
 )
 _MASK_COLOUR = np.array([0.80, 0.79, 0.77])
-BACKGROUND, FOREGROUND = np.array([0.985, 0.98, 0.972]), "#26241f"
+BACKGROUND, FOREGROUND = (0.985, 0.98, 0.972), "#26241f"
 _GAP = 0.06  # between dates, as a fraction of the width of one
 _MAX_IQRS = 3.0  # limit of the stretch, in interquartile ranges from the median
 _MAX_ERROR = 0.5  # end of the error's colour scale, as a fraction of the stretch
@@ -195,7 +196,7 @@ def _draw_sensor(axes: Sequence[Axes], view: SensorView, dates: np.ndarray) -> A
     ):
         a.imshow(_strip(colours, BACKGROUND), interpolation="nearest")
     image = axes[3].imshow(
-        _strip(error, np.array(np.nan)),
+        _strip(error, np.nan),
         cmap=_error_colormap(),
         vmin=0,
         vmax=_MAX_ERROR,
@@ -224,7 +225,7 @@ def _caption(view: SensorView, bands: Composite, dates: np.ndarray) -> str:
     return "   ".join([*parts, f"{100 * view.hidden.mean():.0f} % masked"])
 
 
-def _strip(images: np.ndarray, blank: np.ndarray) -> np.ndarray:
+def _strip(images: np.ndarray, blank: ArrayLike) -> np.ndarray:
     """(K, H, W, …) → one image (H', W', …): the dates side by side, separated by gaps of the colour ``blank``."""
     # A Sentinel tile is six pixels wide: pixels are repeated so that a gap can be narrower than one of them.
     factor = int(np.ceil(64 / images.shape[2]))

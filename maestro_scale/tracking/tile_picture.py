@@ -6,7 +6,6 @@ Panels have one size, four per row: first modalities with one date and class map
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
 from pathlib import Path
@@ -186,7 +185,7 @@ def _scaled(pixels: np.ndarray, scale: Scale) -> np.ndarray:
     return np.log(np.maximum(values, 1e-10)) if scale.kind == "log" else values
 
 
-def _iso_date(stored: Sequence[int]) -> str:
+def _iso_date(stored: np.ndarray) -> str:
     """ISO date of a stored (year, day of year, hour)."""
     year, day = int(stored[0]), int(stored[1])
     return (date(max(year, 1), 1, 1) + timedelta(days=max(day, 1) - 1)).isoformat()
