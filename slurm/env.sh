@@ -1,20 +1,20 @@
 # shellcheck shell=bash
-# What the SLURM scripts share; sourced by them, under bash -u. All of it is set from outside:
+# Functions and settings shared by the SLURM scripts, which source this file under bash -u. Environment variables:
 #
-#   MAESTRO_HOME   this checkout                 default: where sbatch was called, else where the script lay
-#   MAESTRO_ENV    the Python environment, one or several of these, separated by ';', in this order:
-#                  module:NAME[,NAME…]  conda:NAME  a venv's folder  a conda environment's folder  a file to source
-#   MAESTRO_IMAGE  a container for the tasks: FILE.sif runs under Apptainer, anything else goes to srun as Pyxis'
-#                  --container-image; MAESTRO_MOUNTS lists more paths for it to see (a:b,c:d)
-#   MAESTRO_IFNAME network interface of the nodes   default: the one that leads to the other nodes, found on each
-#   MAESTRO_PORT   rendezvous port                  default: from the job id
-#   MAESTRO_CACHE  node-local folder for shards     default: made under MAESTRO_LOCAL (default $SLURM_TMPDIR, $TMPDIR,
-#                  /tmp) for this job, and removed at its end
-#   NCCL_…, GLOO_…, OMP_NUM_THREADS, MLFLOW_TRACKING_URI, AWS_…: reach the tasks as they are
+#   MAESTRO_HOME   this checkout                 default: the folder where sbatch was called, else that of the script
+#   MAESTRO_ENV    the Python environment: one or more of these, separated by ';' and activated in order:
+#                  module:NAME[,NAME…]  conda:NAME  folder of a venv  folder of a conda environment  file to source
+#   MAESTRO_IMAGE  container for the tasks: FILE.sif runs under Apptainer, anything else is passed to srun as Pyxis'
+#                  --container-image; MAESTRO_MOUNTS lists additional mounts (a:b,c:d)
+#   MAESTRO_IFNAME network interface of the nodes   default: on each node, the one that routes to the other nodes
+#   MAESTRO_PORT   rendezvous port                  default: derived from the job id
+#   MAESTRO_CACHE  node-local shard cache           default: created for this job under MAESTRO_LOCAL ($SLURM_TMPDIR,
+#                  $TMPDIR or /tmp), and removed when the job ends
+#   NCCL_…, GLOO_…, OMP_NUM_THREADS, MLFLOW_TRACKING_URI, AWS_…: are passed on to the tasks unchanged
 
 say() { printf '[%(%F %T)T %s] %s\n' -1 "${SLURMD_NODENAME:-$(uname -n)}" "$*"; }
 
-# die STATUS MESSAGE: the last line of a log says what is wrong and what to do.
+# die STATUS MESSAGE: exit with an error message, so that the last line of a log says what is wrong and what to do.
 die() {
   say "error: $2" >&2
   exit "$1"
@@ -23,7 +23,7 @@ die() {
 activate() {
   local entries entry modules
   IFS=';' read -r -a entries <<<"${MAESTRO_ENV:-}"
-  set +u # what others wrote does not always run under -u
+  set +u # activation scripts of other software often fail under -u
   for entry in ${entries[@]+"${entries[@]}"}; do
     case "$entry" in
       module:*)
@@ -38,15 +38,15 @@ activate() {
         ;;
       *)
         if [ -f "$entry/bin/activate" ]; then
-          # shellcheck disable=SC1091 # the user's
+          # shellcheck disable=SC1091 # a file of the user
           . "$entry/bin/activate"
         elif [ -d "$entry/conda-meta" ]; then
           export PATH="$entry/bin:$PATH" CONDA_PREFIX="$entry"
         elif [ -f "$entry" ]; then
-          # shellcheck disable=SC1090 # the user's
+          # shellcheck disable=SC1090 # a file of the user
           . "$entry"
         else
-          die 2 "MAESTRO_ENV: $entry is no venv, conda environment or file on $(uname -n); is it on a shared disk?"
+          die 2 "MAESTRO_ENV: $entry is not a venv, conda environment or file on $(uname -n); is it on a shared disk?"
         fi
         ;;
     esac
@@ -54,14 +54,14 @@ activate() {
   set -u
 }
 
-# Fills CONTAINER (words before python) and STEP (options of srun) for the image.
+# Set CONTAINER (command prefix before python) and STEP (options of srun) for the container image.
 enter_image() {
   CONTAINER=() STEP=()
   [ -n "${MAESTRO_IMAGE:-}" ] || return 0
   local mounts="$MAESTRO_HOME:$MAESTRO_HOME,$PWD:$PWD${MAESTRO_MOUNTS:+,$MAESTRO_MOUNTS}"
   case "$MAESTRO_IMAGE" in
     *.sif)
-      [ -f "$MAESTRO_IMAGE" ] || die 2 "MAESTRO_IMAGE: there is no $MAESTRO_IMAGE on $(uname -n)"
+      [ -f "$MAESTRO_IMAGE" ] || die 2 "MAESTRO_IMAGE: $MAESTRO_IMAGE does not exist on $(uname -n)"
       local program
       program=$(command -v apptainer || command -v singularity) || die 2 "MAESTRO_IMAGE is a .sif, but this node has no apptainer"
       CONTAINER=("$program" exec --bind "$mounts${LOCAL_DIR:+,$LOCAL_DIR:$LOCAL_DIR}" --pwd "$PWD")
@@ -72,7 +72,7 @@ enter_image() {
   esac
 }
 
-# python ARGS, here, in the environment of the tasks.
+# Run `python ARGS` on this node, in the environment of the tasks.
 run_python() {
   if [ ${#STEP[@]} -gt 0 ]; then
     srun --overlap --nodes=1 --ntasks=1 --quiet "${STEP[@]}" "$PYTHON" "$@"
@@ -81,8 +81,8 @@ run_python() {
   fi
 }
 
-# shellcheck disable=SC2034 # CACHE_IS_OURS tells the scripts whether to remove it
-# Everything up to a Python that can import maestro_scale.
+# shellcheck disable=SC2034 # the scripts read CACHE_IS_OURS to decide whether to remove the cache
+# Activate the environment, create the cache, and check that Python can import maestro_scale.
 prepare() {
   activate
   PYTHON=${MAESTRO_PYTHON:-python3}
@@ -93,10 +93,10 @@ prepare() {
     export MAESTRO_CACHE="$LOCAL_DIR/maestro-${USER:-$(id -un)}-${SLURM_JOB_ID:-$$}"
     CACHE_IS_OURS=1
   fi
-  mkdir -p "$MAESTRO_CACHE" 2>/dev/null || die 2 "cannot make the cache $MAESTRO_CACHE on $(uname -n): set MAESTRO_LOCAL to a folder on its local disk, with room"
+  mkdir -p "$MAESTRO_CACHE" 2>/dev/null || die 2 "cannot create the cache $MAESTRO_CACHE on $(uname -n): set MAESTRO_LOCAL to a folder on its local disk with free space"
   enter_image
   run_python -c 'import maestro_scale' 2>/dev/null ||
-    die 2 "$PYTHON cannot import maestro_scale: set MAESTRO_ENV to a venv or conda environment where \`pip install\` put it (or MAESTRO_IMAGE)"
+    die 2 "$PYTHON cannot import maestro_scale: set MAESTRO_ENV to a venv or conda environment where it was installed (or set MAESTRO_IMAGE)"
 }
 
 need_slurm() {

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Evaluate a model on benchmarks x modes x fractions x seeds, a task each, then write the report:
+# Evaluate a model on benchmarks x modes x fractions x seeds, one task each, then write the report:
 #
 #   bash slurm/evaluate.sh --checkpoint RUN|MODEL --out RESULTS [options] [-- options of sbatch]
 #
 #   --recipes "A.yaml B.yaml"   benchmarks           default: recipes/eval/*.yaml
 #   --modes "knn probe"                              default: knn probe
-#   --fractions "1 0.1"         of the labels        default: 1
+#   --fractions "1 0.1"         of the training labels   default: 1
 #   --seeds "0 1 2"                                  default: 0
 #   --baseline NAME             instead of --checkpoint
 #
-# It submits one array and, after it, `maestro-scale report`; prints both job ids. A task that is requeued goes on where
-# it was. With more than one GPU or task per node (-- --gpus-per-node=8) an evaluation runs on all of them.
+# Submits one array job and, after it, a job for `maestro-scale report`; prints both job ids. A requeued task resumes.
+# With more than one GPU or task per node (-- --gpus-per-node=8) an evaluation runs on all of them.
 # Settings: slurm/env.sh, docs/clusters.md.
 #SBATCH --job-name=maestro-eval
 #SBATCH --nodes=1
@@ -36,22 +36,22 @@ while [ $# -gt 0 ]; do
     --fractions) FRACTIONS=${2:?} ;;
     --seeds) SEEDS=${2:?} ;;
     --out) OUT=${2:?} ;;
-    --report) REPORT=1; shift; continue ;; # how it starts itself after the array
+    --report) REPORT=1; shift; continue ;; # set when the script submits itself after the array
     --) shift; break ;;
-    *) die 2 "$1 is no option; see the head of slurm/evaluate.sh" ;;
+    *) die 2 "$1 is not an option; see the first lines of slurm/evaluate.sh" ;;
   esac
   shift 2
 done
-[ ${#ENCODER[@]} -gt 0 ] || die 2 "which model? --checkpoint RUN_DIR, or an exported model; or --baseline NAME"
-[ -n "$OUT" ] || die 2 "where to? --out FOLDER, on a disk that all nodes share"
+[ ${#ENCODER[@]} -gt 0 ] || die 2 "no model: use --checkpoint RUN_DIR or an exported model, or --baseline NAME"
+[ -n "$OUT" ] || die 2 "no output folder: use --out FOLDER on a disk that all nodes share"
 [ -n "$RECIPES" ] || RECIPES=$(printf '%s\n' "$MAESTRO_HOME"/recipes/eval/*.yaml)
 
-# The table of tasks: a line each of recipe, mode, fraction, seed. Recipes are given one per line where names hold spaces.
+# The task table: one line per recipe, mode, fraction and seed. Recipes are separated by newlines if names contain spaces.
 TASKS=()
 case "$RECIPES" in *$'\n'*) mapfile -t LIST <<<"$RECIPES" ;; *) read -r -a LIST <<<"$RECIPES" ;; esac
-[ ! -f "$RECIPES" ] || LIST=("$RECIPES") # one, whose name may hold spaces
+[ ! -f "$RECIPES" ] || LIST=("$RECIPES") # a single recipe, whose name may contain spaces
 for recipe in "${LIST[@]}"; do
-  [ -f "$recipe" ] || die 2 "there is no recipe $recipe"
+  [ -f "$recipe" ] || die 2 "recipe $recipe does not exist"
   for mode in $MODES; do for fraction in $FRACTIONS; do for seed in $SEEDS; do
     TASKS+=("$recipe"$'\t'"$mode"$'\t'"$fraction"$'\t'"$seed")
   done; done; done
@@ -59,7 +59,7 @@ done
 
 if [ "$REPORT" = 1 ]; then
   prepare
-  run_python -m maestro_scale.cli report "$OUT" --out "$OUT/report.html" || die 1 "no report: see the lines above"
+  run_python -m maestro_scale.cli report "$OUT" --out "$OUT/report.html" || die 1 "the report failed: see the lines above"
   say "report: $OUT/report.html"
   exit 0
 fi
@@ -91,4 +91,4 @@ srun --nodes=1 --ntasks="$PER_NODE" --kill-on-bad-exit=1 --quiet ${STEP[@]+"${ST
   --mode "$mode" --fraction "$fraction" --out "$FOLDER" --features "$OUT/features" --set "seed=$seed"
 STATUS=$?
 [ "$CACHE_IS_OURS" = 0 ] || rm -rf "$MAESTRO_CACHE"
-[ "$STATUS" = 0 ] || die 1 "$NAME, $mode, $fraction, seed $seed failed; again, alone: sbatch --array=$SLURM_ARRAY_TASK_ID slurm/evaluate.sh …same words…"
+[ "$STATUS" = 0 ] || die 1 "$NAME, $mode, $fraction, seed $seed failed; to repeat only this task: sbatch --array=$SLURM_ARRAY_TASK_ID slurm/evaluate.sh …same arguments…"

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Evaluate each new permanent checkpoint (checkpoint.keep_every) of a run that goes on, in jobs of its own:
+# Evaluate each new permanent checkpoint (checkpoint.keep_every) of a running training, in separate jobs:
 #
 #   sbatch slurm/follow.sh RUN_DIR [options of slurm/evaluate.sh, without --checkpoint and --out]
-#   bash slurm/follow.sh --once RUN_DIR …        what there is now, without waiting
+#   bash slurm/follow.sh --once RUN_DIR …        the existing checkpoints, without waiting for new ones
 #
-# Results lie in RUN_DIR/evaluations/step_NNNNNNNN. Ends when the run is done and its last permanent checkpoint submitted.
-# MAESTRO_FOLLOW_S: seconds between looks (60).
+# Results are in RUN_DIR/evaluations/step_NNNNNNNN. Ends when the run is done and its last permanent checkpoint submitted.
+# MAESTRO_FOLLOW_S: polling interval in seconds (60).
 #SBATCH --job-name=maestro-follow
 #SBATCH --ntasks=1
 #SBATCH --requeue
@@ -22,13 +22,13 @@ export MAESTRO_HOME
 
 ONCE=0
 [ "${1:-}" != --once ] || { ONCE=1; shift; }
-[ $# -gt 0 ] && [ -d "$1" ] || die 2 "which run? slurm/follow.sh RUN_DIR"
+[ $# -gt 0 ] && [ -d "$1" ] || die 2 "no run directory: slurm/follow.sh RUN_DIR"
 RUN_DIR=$1
 shift
-[ -z "${SLURM_JOB_ID:-}" ] || unset "${!SLURM_@}" # the jobs that it submits are not steps of this one
+[ -z "${SLURM_JOB_ID:-}" ] || unset "${!SLURM_@}" # the submitted jobs must not inherit the SLURM variables of this one
 prepare
 while :; do
-  # The order matters: a run that is done now has written all its checkpoints.
+  # Read the outcome before listing checkpoints: a run that is done by now has written all of them.
   OVER=0
   grep -qs '"reason": "done"' "$RUN_DIR/outcome.json" && OVER=1
   FOUND=$(run_python -m maestro_scale.cluster.permanent "$RUN_DIR") || die 2 "$RUN_DIR cannot be followed; see the line above"

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Pretrain on any number of nodes:  sbatch [-N NODES --gpus-per-node=8] slurm/pretrain_multinode.sh RECIPE [--run-dir DIR] [--set K=V …]
 #
-# One task per GPU (without GPUs: --ntasks-per-node). Every node is checked first; a bad one is named and kept out.
-# At the time limit or before preemption the run is saved, and the job requeues itself and continues. It ends for good
-# when the recipe is done, or has failed three times without a new checkpoint. Settings: slurm/env.sh, docs/clusters.md.
-# MAESTRO_HEALTH=0 leaves the check out, MAESTRO_MAX_FAILURES (3), MAESTRO_HEALTH_TIMEOUT_S (180), MAESTRO_MIN_FREE_GIB (1).
+# One task per GPU (without GPUs: --ntasks-per-node). All nodes are checked first; bad ones are reported and excluded.
+# At the time limit or before preemption the run saves a checkpoint, and the job requeues itself and resumes. It ends
+# when the recipe is done, or after three failures without a new checkpoint. Settings: slurm/env.sh, docs/clusters.md.
+# MAESTRO_HEALTH=0 skips the health check, MAESTRO_MAX_FAILURES (3), MAESTRO_HEALTH_TIMEOUT_S (180), MAESTRO_MIN_FREE_GIB (1).
 #SBATCH --job-name=maestro
 #SBATCH --nodes=2
 #SBATCH --exclusive
@@ -15,7 +15,7 @@
 set -uo pipefail
 
 MAESTRO_HOME=${MAESTRO_HOME:-${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}}
-if [ ! -f "$MAESTRO_HOME/slurm/env.sh" ] && [ -n "${SLURM_JOB_ID:-}" ]; then # submitted from elsewhere
+if [ ! -f "$MAESTRO_HOME/slurm/env.sh" ] && [ -n "${SLURM_JOB_ID:-}" ]; then # submitted from another folder
   MAESTRO_HOME=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=\(.*\)/slurm/pretrain_multinode\.sh.*|\1|p')
 fi
 [ -f "$MAESTRO_HOME/slurm/env.sh" ] || { echo "error: set MAESTRO_HOME to the checkout of maestro_scale" >&2; exit 2; }
@@ -27,17 +27,18 @@ need_slurm slurm/pretrain_multinode.sh
 [ $# -gt 0 ] && [ "${1#-}" = "$1" ] || die 2 "no recipe: sbatch slurm/pretrain_multinode.sh recipes/vitb.yaml [--set section.key=value]"
 RECIPE=$1
 shift
-if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then # what was fresh at the first start is to be continued now
+if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then # --fresh holds for the first start only, a requeued job resumes
   ARGS=()
   for word in "$@"; do [ "$word" = --fresh ] || ARGS+=("$word"); done
   set -- ${ARGS[@]+"${ARGS[@]}"}
 fi
 
-# From here on the signal that announces the end is ours: it is passed on until the tasks have saved and left.
+# SIGUSR1 announces the end of the job. From here on it is forwarded to the tasks until they have saved and exited.
 ASKED=0
 trap 'ASKED=1; AGAIN=1' USR1
 
-# supervise COMMAND…: run it, passing the signal on; its exit status.
+# supervise COMMAND…: run it, forwarding SIGUSR1; returns its exit status. A trapped signal interrupts `wait`, which is
+# then called again.
 supervise() {
   "$@" &
   local pid=$! status=0 reminder=""
@@ -45,9 +46,9 @@ supervise() {
   while [ "$AGAIN" = 1 ]; do
     AGAIN=0 status=0
     wait "$pid" || status=$?
-    # Tasks that are still starting ignore it, so it is repeated.
+    # Tasks that are still starting ignore the signal (see cluster/launch.py), so it is repeated.
     if [ "$ASKED" = 1 ] && [ -z "$reminder" ] && kill -0 "$pid" 2>/dev/null; then
-      say "asked to end: saving"
+      say "stop requested: saving a checkpoint"
       (trap - USR1; while kill -USR1 "$pid" 2>/dev/null; do sleep 3; done) &
       reminder=$!
       AGAIN=1
@@ -57,7 +58,8 @@ supervise() {
   return "$status"
 }
 
-# Not before the run is saved. SLURM ends this script too, so what follows must be quick, and TERM must not stop it.
+# Called only after the run is saved: `scontrol requeue` also ends this script. Ignoring TERM lets it run a few more
+# seconds, for the update of the excluded nodes.
 requeue() {
   local excluded="${1:-}" before
   clean
@@ -75,7 +77,7 @@ requeue() {
   exit 0
 }
 
-# What prepare() put on the nodes.
+# Remove the cache that prepare() created, on all nodes.
 clean() {
   [ "$CACHE_IS_OURS" = 1 ] || return 0
   timeout 60 srun --overlap --quiet --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
@@ -93,13 +95,14 @@ export MAESTRO_NODES="${NODES[*]}" MASTER_ADDR=${NODES[0]} MASTER_PORT=${MAESTRO
 export MAESTRO_GPUS_PER_NODE=${SLURM_GPUS_ON_NODE:-0} OMP_NUM_THREADS=${OMP_NUM_THREADS:-$CPUS}
 [ "$NUM_NODES" -gt 1 ] || export MASTER_ADDR=127.0.0.1
 
-# The recipe is read before any task starts: a mistake in it is told at once, and not repeated.
+# Validate the recipe before any task starts: an error in it is reported at once, and not by every rank.
 RUN_DIR=$(run_python -m maestro_scale.cluster.attempts run-dir "$((NUM_NODES * PER_NODE))" --recipe "$RECIPE" "$@") || die 2 "the recipe cannot be used; see the lines above"
 LOGS="$RUN_DIR/logs/$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"
-mkdir -p "$LOGS" || die 2 "cannot write to $RUN_DIR from $(uname -n): --run-dir must be on a disk that all nodes share, with room"
+mkdir -p "$LOGS" || die 2 "cannot write to $RUN_DIR from $(uname -n): --run-dir must be on a disk that all nodes share, with free space"
 say "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)): $NUM_NODES nodes (${NODES[*]}), $PER_NODE tasks each; run in $RUN_DIR, logs of ranks in $LOGS"
 
-# launch TASKS_PER_NODE CPUS LOG_NAME python arguments…: for `supervise`, whose signals srun must get itself.
+# launch TASKS_PER_NODE CPUS LOG_NAME python arguments…: run srun. `exec`, so that the process that `supervise` signals is
+# srun itself.
 launch() {
   local tasks=$1 cpus=$2 name=$3
   shift 3
@@ -114,7 +117,7 @@ if [ "${MAESTRO_HEALTH:-1}" = 1 ]; then
     launch 1 "${SLURM_CPUS_ON_NODE:-1}" health -m maestro_scale.cluster.health \
       --recipe "$RECIPE" --reports "$LOGS" --timeout_s "${MAESTRO_HEALTH_TIMEOUT_S:-180}" "$@"
   }
-  supervise check "$@" || true # who reported what says more than srun's status
+  supervise check "$@" || true # the reports say more than the exit status of srun
   [ "$ASKED" = 0 ] || requeue
   BAD=$(run_python -m maestro_scale.cluster.verdict "$LOGS" "${NODES[@]}")
   case $? in

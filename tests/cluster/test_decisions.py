@@ -132,13 +132,13 @@ def test_doctor(tmp_path, monkeypatch, synthetic_shards):
     [
         (["pretrain_multinode.sh", "r.yaml"], "no SLURM job here"),
         (["shard_dataset.sh", "a", "b", "c"], "no SLURM job here"),
-        (["evaluate.sh", "--out", "x"], "which model?"),
-        (["evaluate.sh", "--checkpoint", "x"], "where to?"),
+        (["evaluate.sh", "--out", "x"], "no model: use --checkpoint"),
+        (["evaluate.sh", "--checkpoint", "x"], "no output folder"),
         (
             ["evaluate.sh", "--checkpoint", "x", "--out", "y", "--recipes", "/none.yaml"],
-            "no recipe /none.yaml",
+            "recipe /none.yaml does not exist",
         ),
-        (["follow.sh", "/none"], "which run?"),
+        (["follow.sh", "/none"], "no run directory"),
     ],
 )
 def test_scripts_report_missing_slurm_or_arguments(tmp_path, words, message):

@@ -12,7 +12,7 @@ from services.s3.server import Server, why_not
 
 @pytest.fixture(scope="module")
 def ceph() -> Iterator[Server]:
-    """A running server with the bucket ``shards``; other files wait for it, as there can be one per machine."""
+    """A running server with the bucket ``shards``; only one can run per machine: other test files wait for it."""
     if reason := why_not():
         pytest.skip(reason)
     with Path("/tmp/s3.lock").open("w") as held:

@@ -1,4 +1,4 @@
-"""A real MLflow server: every metric of metrics.jsonl is there once, whatever happens to the run or to the server."""
+"""A real MLflow server has every metric of metrics.jsonl once, whatever happens to the run or to the server."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Server:
         self._process: subprocess.Popen | None = None
 
     def start(self) -> None:
-        """Returns once it answers."""
+        """Start it; returns once it responds."""
         store = f"sqlite:///{self.folder / 'mlflow.db'}"
         command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, "--workers", "1"]
         command += ["--artifacts-destination", "s3://shards/mlflow", "--port", str(self.port)]
@@ -51,7 +51,7 @@ class Server:
             except (TimeoutError, urllib.error.URLError, ConnectionError):
                 assert self._process.poll() is None, (self.folder / "server.log").read_text()[-3000:]
                 time.sleep(0.2)
-        pytest.fail("the MLflow server does not answer")
+        pytest.fail("the MLflow server does not respond")
 
     def stop(self) -> None:
         """Kill it and its workers."""
@@ -136,7 +136,7 @@ def test_a_run_and_its_evaluation(server, trainer, tmp_path):
 
 
 def test_after_a_kill_and_a_resume(server, trainer, tmp_path):
-    """Killed when the server already has steps that are past the last checkpoint: they are taken again."""
+    """Killed after the server received steps beyond the last checkpoint, which are then replayed."""
     run_dir, long = tmp_path / "run", ("train.steps=200", "checkpoint.every_steps=200")
     job = trainer.start(run_dir, 2, *TRACKED, *long)
     deadline, stored = time.monotonic() + 200, 0

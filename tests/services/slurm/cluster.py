@@ -16,11 +16,11 @@ from pathlib import Path
 REPO = Path(__file__).parents[3]
 SERVICE = Path(os.environ.get("MAESTRO_SERVICES", REPO.parent / "shared" / "services")) / "slurm"
 NEEDED = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "unshare", "pgrep")
-GATEWAY = "10.77.0.1"  # this machine, seen from the nodes
+GATEWAY = "10.77.0.1"  # address of this machine on the nodes' network
 
 
 def why_not() -> str | None:
-    """Why no cluster can be started here, or None."""
+    """The reason why no cluster can be started here, or None."""
     if os.geteuid() != 0:
         return "SLURM needs root"
     if missing := [n for n in NEEDED if shutil.which(n) is None]:
@@ -68,11 +68,11 @@ class Submitted:
         return found[1]
 
     def until(self, true: Callable[[], object], timeout_s: float = 120.0) -> None:
-        """Wait until it holds. What SLURM puts off after a requeue (two minutes) starts at once."""
+        """Wait until it holds. A requeued job, which SLURM delays by two minutes, is started at once."""
         deadline = time.monotonic() + timeout_s
         while not true():
             if self.state == "PENDING" and self.show("Reason") == "BeginTime":
-                time.sleep(3)  # slurmd refuses a job that was ended in this second
+                time.sleep(3)  # slurmd refuses a job that ended in the same second
                 command("scontrol", "update", f"JobId={self.id}", "StartTime=now", check=False)
             assert self.show("Reason") != "PartitionConfig", "the cluster cannot run what the job asks for"
             assert time.monotonic() < deadline, (
@@ -81,7 +81,7 @@ class Submitted:
             time.sleep(0.1)
 
     def end(self, timeout_s: float = 180.0) -> str:
-        """Its last state, once it is over."""
+        """Wait for the end of the job; its final state."""
         self.until(lambda: self.state not in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED"), timeout_s)
         return self.state
 
@@ -105,7 +105,7 @@ class Cluster:
     env: dict[str, str] = field(default_factory=dict)
 
     def up(self) -> None:
-        # `nproc`, which it asks for the CPUs of a node, heeds OMP_NUM_THREADS.
+        # The script reads the CPUs of a node from `nproc`, which respects OMP_NUM_THREADS.
         command("env", "-u", "OMP_NUM_THREADS", SERVICE, "up", str(self.num_nodes))
 
     def down(self) -> None:
@@ -133,7 +133,7 @@ class Cluster:
         return [int(pid) for pid in command("ip", "netns", "pids", node).split()]
 
     def send(self, number: signal.Signals, node: str, word: str) -> None:
-        """A signal to the node's processes that have this word in their command line."""
+        """Send a signal to the node's processes whose command line contains ``word``."""
         for pid in self.pids(node):
             try:
                 if word.encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
@@ -142,7 +142,7 @@ class Cluster:
                 continue
 
     def crash(self, node: str) -> None:
-        """Everything on the node dies, its slurmd too, and the controller notices (by itself it does after 300 s)."""
+        """Kill all processes of the node with its slurmd, and mark it down (the controller notices after 300 s)."""
         for pid in self.pids(node):
             try:
                 os.kill(pid, signal.SIGKILL)

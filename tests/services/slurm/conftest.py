@@ -13,7 +13,7 @@ from testkit.runs import write_recipe
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory) -> Iterator[Cluster]:
-    """Three nodes: a job of two has one to spare. Other files wait for it, as there can be one per machine."""
+    """Three nodes: one more than the jobs use. Only one cluster can run per machine: other test files wait for it."""
     if reason := why_not():
         pytest.skip(reason)
     with Path("/tmp/slurm.lock").open("w") as held:

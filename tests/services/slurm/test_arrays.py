@@ -1,4 +1,4 @@
-"""Array jobs make what single commands make."""
+"""Array jobs write the same output as single commands."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def evaluate(cluster: Cluster, *words: str | Path) -> list[Submitted]:
     command = ["bash", str(SLURM / "evaluate.sh"), *map(str, words)]
     done = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
-    told = done.stdout.split()
-    ids = [told[told.index(word) + 1].rstrip(":") for word in ("array", "report")]
+    words = done.stdout.split()
+    ids = [words[words.index(word) + 1].rstrip(":") for word in ("array", "report")]
     return [Submitted(i, Path("/dev/null")) for i in ids]
 
 

@@ -1,4 +1,4 @@
-"""What a cluster does to jobs: each time the job saves or falls back, requeues, and ends with the quiet run's curve."""
+"""Interruptions of SLURM jobs: the job saves or falls back, requeues, and ends with the uninterrupted run's curve."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LONG = (
 
 @pytest.fixture(scope="module")
 def quiet(recipe, tmp_path_factory) -> list[float]:
-    """The curve of one process that nothing disturbs."""
+    """The curve of one process without interruption."""
     return curve(Trainer(recipe).train(tmp_path_factory.mktemp("alone") / "run", 1, *LONG))
 
 
@@ -39,17 +39,17 @@ def newest(run_dir: Path) -> int:
     return max((m["step"] for m in metrics(run_dir)), default=0)
 
 
-def test_requeued_told_to_save_and_out_of_time(cluster, recipe, quiet, tmp_path):
+def test_requeue_and_time_limit_and_signal(cluster, recipe, quiet, tmp_path):
     """One job: the signal before its time limit, `scontrol requeue`, `scancel --signal=USR1 --batch`."""
     run_dir = tmp_path / "run dir"
     options = ("--time=30",)
     job = cluster.submit(SCRIPT, recipe, "--run-dir", run_dir, *LONG, options=options, MAESTRO_HEALTH="0")
     reach(job, run_dir, 5)
-    # --signal=B:USR1@180 of the script: three minutes before the limit, which SLURM looks at twice a minute.
+    # --signal=B:USR1@180 of the script: three minutes before the limit; SLURM checks it twice a minute.
     for node in ("node1", "node2", "node3"):
         cluster.send(signal.SIGSTOP, node, "train.py")
     command("scontrol", "update", f"JobId={job.id}", "TimeLimit=3")
-    job.until(lambda: "asked to end: saving" in job.text)
+    job.until(lambda: "stop requested: saving a checkpoint" in job.text)
     command("scontrol", "update", f"JobId={job.id}", "TimeLimit=30")
     for node in ("node1", "node2", "node3"):
         cluster.send(signal.SIGCONT, node, "train.py")
@@ -61,14 +61,14 @@ def test_requeued_told_to_save_and_out_of_time(cluster, recipe, quiet, tmp_path)
     reach(job, run_dir, newest(run_dir) + 3)
     command("scancel", "--signal=USR1", "--batch", job.id)
     job.started(4)
-    assert job.text.count("asked to end: saving") == 2
+    assert job.text.count("stop requested: saving a checkpoint") == 2
     assert job.end(300) == "COMPLETED", job.text + job.ranks()
     assert curve(metrics(run_dir)) == pytest.approx(quiet, rel=1e-5)
     assert f"done: {STEPS} steps" in job.text.splitlines()[-1]
 
 
 def test_a_node_that_dies_is_replaced(cluster, ceph, recipe, quiet, synthetic_raw, tmp_path):
-    """From the S3 server; with its node the shards that it had cached are gone."""
+    """Streams from S3; the crashed node loses its cached shards."""
     from maestro_scale import datasets
 
     url = f"s3://{BUCKET}/slurm"

@@ -1,4 +1,4 @@
-"""``sbatch slurm/pretrain_multinode.sh``, as it is, on a real SLURM."""
+"""``sbatch slurm/pretrain_multinode.sh``, unchanged, on a real SLURM."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SMALL = ("--set", "train.micro_batch=2")
 
 def test_two_nodes_of_two_tasks_train_the_curve_of_one(cluster, recipe, tmp_path):
     run_dir = tmp_path / "run of four"
-    # As from a shell that is itself a rank of something.
+    # As if submitted from a shell that is itself a rank.
     stale = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     options = ("--ntasks-per-node=2",)
     job = cluster.submit(SCRIPT, recipe, "--run-dir", run_dir, *SMALL, options=options, **stale)
