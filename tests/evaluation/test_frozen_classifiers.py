@@ -170,3 +170,10 @@ def test_knn_weights_worked_out_by_hand():
     fit = knn(train, train, query, neighbours=(2,), temperatures=(0.5,))
     # e**2 = 7.389056; 7.389056 / 8.389056 = 0.880797.
     np.testing.assert_allclose(fit.scores, [[0.880797, 0.119203]], atol=1e-6)
+
+
+@pytest.mark.parametrize("l2", [(), (0.0,), (0.1, 0.0), (0.1, -1.0)])
+def test_strengths_that_have_no_optimum_are_refused(l2):
+    train = clusters(4, 1)
+    with pytest.raises(ValueError, match="all above 0"):
+        linear_probe(train, train, train.features, l2=l2)

@@ -109,3 +109,16 @@ def test_an_orientation_flips_first_and_then_transposes():
     assert Orientation(flip_columns=True).apply(square).tolist() == [[2, 1], [4, 3]]
     assert Orientation(transpose=True).apply(square).tolist() == [[1, 3], [2, 4]]
     assert Orientation(flip_rows=True, transpose=True).apply(square).tolist() == [[3, 1], [4, 2]]
+
+
+def test_the_pixels_of_a_crop_begin_at_the_nearest_one():
+    # Steps of 10.24 m on pixels of 0.2 m: 1, 2 and 3 of them are 51.2, 102.4 and 153.6 pixels. A crop has 256 of 512.
+    spec, crop_m = SPECS[2]
+    grid = CropGrid(spec, spec.sensors, crop_m)
+    windows = [grid.window(grid.at(row, 0), 0.2, 512) for row in (1, 2, 3, 5)]
+    assert windows == [
+        (slice(51, 307), slice(0, 256)),
+        (slice(102, 358), slice(0, 256)),
+        (slice(154, 410), slice(0, 256)),
+        (slice(256, 512), slice(0, 256)),
+    ]

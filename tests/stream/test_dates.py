@@ -156,19 +156,33 @@ def test_bins_follow_the_dates_that_are_left_out():
 
 
 def test_the_dates_drawn_follow_from_the_words():
-    # Seed 0, sample 3: words below 2**63 leave the rest out at the end. Of each bin the lowest word is taken.
-    rng = CounterRNG(0, Purpose.SAMPLE).seek(0, 3)
-    words = np.random.Philox(
-        key=np.array([0, 2 << 32], np.uint64), counter=np.array([0, 0, 3, 0], np.uint64)
-    ).random_raw(8)
-    skip = 1 if words[7] >= 2**63 else 0
-    expected = [
-        skip + int(np.argmin(words[skip : skip + 3])),
-        skip + 3 + int(np.argmin(words[skip + 3 : skip + 6])),
-    ]
-    pixels = series(7)
-    chosen, _ = dates.draw(7, 2, None, lambda i: pixels[i], rng)
-    assert chosen.tolist() == expected
+    # Two of 7 dates of samples 0 to 7, by 8 words of Philox: key (0, 2 << 32), counter (0, 0, sample, 0).
+    # The last word decides whether the first date (at or above 2**63) or the last one is left out; of each bin of three
+    # the date of the lowest word is taken. Samples 1 and 2 leave out the first.
+    expected = [[1, 5], [1, 6], [3, 6], [1, 5], [2, 5], [2, 4], [1, 5], [1, 5]]
+    assert [drawn(series(7), 2, number).tolist() for number in range(8)] == expected
+
+
+def test_evaluation_compares_with_the_median_and_not_the_mean():
+    # Median 5, mean 23.
+    pixels = np.array([0, 4, 5, 6, 100], np.float32).reshape(5, 1, 1, 1)
+    assert dates.nearest_to_median(pixels, None, 1, 0).tolist() == [2]
+
+
+def test_evaluation_minds_every_band_of_the_mask():
+    # The second band marks the first two dates; the median of the others is 60.
+    pixels = np.array([50, 51, 60, 70, 10], np.float32).reshape(5, 1, 1, 1)
+    mask = np.array([[0, 90], [0, 90], [0, 0], [0, 0], [0, 0]], np.uint8).reshape(5, 2, 1, 1)
+    assert dates.nearest_to_median(pixels, None, 1, 0).tolist() == [1]
+    assert dates.nearest_to_median(pixels, mask, 1, 0).tolist() == [2]
+
+
+def test_where_every_date_has_a_gap_the_mean_difference_counts_and_not_the_sum():
+    # Four pixels of three dates; their medians are 1.5, 1, 1 and 1. Differences of the first date: 1.5; of the second:
+    # 1, 1, 0; of the third: 1.5, 1, 1. The means are 1.5, 2 / 3 and 7 / 6, the sums 1.5, 2 and 3.5.
+    nan = np.nan
+    pixels = np.array([[3, nan, nan, nan], [nan, 0, 0, 1], [0, 2, 2, nan]], np.float32)
+    assert dates.nearest_to_median(pixels.reshape(3, 1, 1, 4), None, 1, 0).tolist() == [1]
 
 
 def test_a_gap_between_two_dates_as_near_takes_the_earlier_one():

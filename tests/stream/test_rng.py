@@ -86,3 +86,4 @@ def test_the_values_of_purposes_and_streams_stay_what_they_were():
     assert [(p.name, p.value) for p in Purpose] == [("ORDER", 1), ("SAMPLE", 2), ("REPLACEMENT", 3)]
     # The first 8 bytes of the name's sha256, little-endian, with the lowest bit set.
     assert stream_id("s2") == 0x2AB318AA468832AD
+    assert stream_id("s1") == 0x87E1EE823C16BCE9  # e8 bc 16 3c 82 ee e1 87, and e8 becomes e9

@@ -106,6 +106,38 @@ def test_all_sensors_and_targets_are_cut_and_turned_alike(toy: Source, tile_of: 
     assert len(seen) > 64  # of 4 × 4 places in 8 orientations
 
 
+def test_crop_orientation_and_noise_follow_from_the_words(toy: Source, tile_of: Callable[[int], Tile]):
+    # Words of Philox: key (seed 0, 2 << 32), counter (0, stream, sample, epoch 2). Those of stream 0 give
+    # word * 4 // 2**64 as the row and column of the crop, and the 3 highest bits of the third word as symmetries.
+    # Sample 9: row 0, column 3, columns flipped, transposed. Sample 7: row 2, column 1, rows flipped.
+    places = np.arange(36, dtype=np.uint8).reshape(6, 6)
+    tile = replace(tile_of(0), targets={**tile_of(0).targets, "cover": places})
+    expected = {
+        9: [[5, 11, 17], [4, 10, 16], [3, 9, 15]],
+        7: [[25, 26, 27], [19, 20, 21], [13, 14, 15]],
+    }
+    for number, cover in expected.items():
+        out, _ = prepare(view_of(toy), tile, number, epoch=2)
+        assert out["targets", "cover"].tolist() == cover
+    # Noise is a half word's 24 highest bits / 2**24. The stream of "aerial" begins with it, as its one date is not
+    # drawn. Of "s2" 5 dates are stored and 3 wanted: their 5 words, and one for the rest, come first.
+    out, _ = prepare(view_of(toy), tile, 9, epoch=2)
+    assert (out["noise", "aerial"][:2] * 2**24).tolist() == [12910318, 2453178]
+    assert (out["noise", "s2"][:2] * 2**24).tolist() == [10024792, 3068887]
+    # With as many dates stored as wanted there is nothing to draw either.
+    sensor = replace(toy.sensors[1], num_dates=5)
+    out, _ = prepare(view_of(toy, sensors=(sensor,)), tile, 9, epoch=2)
+    assert (out["noise", "s2"][:2] * 2**24).tolist() == [5527984, 6783674]
+
+
+def test_every_place_is_drawn(toy: Source, tile_of: Callable[[int], Tile]):
+    # 60 m in steps of 10 m: a crop of 30 m begins at 4 rows and 4 columns.
+    places = np.arange(36, dtype=np.uint8).reshape(6, 6)
+    tile = replace(tile_of(0), targets={**tile_of(0).targets, "cover": places})
+    drawn = [prepare(view_of(toy, flips=False), tile, n)[0]["targets", "cover"][0, 0] for n in range(200)]
+    assert {int(p) for p in drawn} == {6 * row + column for row in range(4) for column in range(4)}
+
+
 def test_flips_can_be_switched_off(toy: Source, tile_of: Callable[[int], Tile]):
     aerial = [prepare(view_of(toy, flips=False), tile_of(0), n)[0]["pixels", "aerial"] for n in range(50)]
     assert all((np.diff(a.astype(int), axis=-1) == 1).all() for a in aerial)

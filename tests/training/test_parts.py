@@ -181,6 +181,22 @@ def test_only_matrices_decay():
     assert plain["weight_decay"] == 0.0
 
 
+def test_matrices_that_are_not_weights_of_linear_maps_do_not_decay():
+    model = torch.nn.ParameterDict({"queries": torch.zeros(3, 4), "linear_weight": torch.zeros(2, 2)})
+    decayed, plain = build_optimizer(model, 1.0, (0.9, 0.99), 1e-8, 0.1).param_groups
+    assert [tuple(p.shape) for p in decayed["params"]] == [(2, 2)]
+    assert [tuple(p.shape) for p in plain["params"]] == [(3, 4)]
+
+
+def test_skipped_steps_are_counted_until_one_is_taken():
+    guard = Guard(spike=0.0)
+    counts = []
+    for skipped in (True, True, False, True, False, False, True, True, True):
+        guard.record_skip() if skipped else guard.record_step(1.0, 1.0)
+        counts.append(guard.in_a_row)
+    assert counts == [1, 2, 0, 1, 0, 0, 1, 2, 3]
+
+
 def test_lines_past_the_step_and_torn_lines_are_dropped(tmp_path):
     lines = JsonLines(tmp_path / "m.jsonl")
     for step in range(1, 6):
