@@ -174,10 +174,10 @@ def test_every_class_comes_at_an_even_pace():
 
 
 def test_of_a_few_candidates_the_one_that_fits_best_is_taken():
-    # Sample 0 is of class a, 1 of b, 2 of both. Class a lags first; after one of three samples every class should have a
-    # third of its samples. Sample 0 gives (1/2, 0): 1/36 + 1/9 off. Sample 2 gives (1/2, 1/2): 2/36 off.
+    # Sample 0 is of class a, 1 of b, 2 of both. Class a lags first; after one of three samples every class should have
+    # a third of its samples. Sample 0 gives (1/2, 0): 1/36 + 1/9 off. Sample 2 gives (1/2, 1/2): 2/36 off.
     weights = np.array([[1, 0], [0, 1], [1, 1]])
-    assert [stratified(weights, 1 / 3, seed).tolist() for seed in range(5)] == [[2]] * 5
+    assert [stratified_sample(weights, 1 / 3, seed).tolist() for seed in range(5)] == [[2]] * 5
 
 
 def test_the_samples_of_a_fraction_stay_what_they_were():
