@@ -24,43 +24,43 @@ def by_name(which, /, **changes):
 
 
 def test_the_dataset_it_was_trained_on_needs_nothing():
-    adopted, notes = adapt_encoder(MODEL, view(*small_sensors(), name="here"))
-    assert adopted is MODEL
+    adapted, notes = adapt_encoder(MODEL, view(*small_sensors(), name="here"))
+    assert adapted is MODEL
     assert notes == []
 
 
 def test_a_sensor_of_another_name_is_read_by_shared_weights():
     radar = by_name("s1_asc", name="s1", num_dates=3)
-    adopted, notes = adapt_encoder(MODEL, view(radar))
-    assert notes == ["there is seen through s1"]
-    batch = full_batch(adopted.config, 2)
+    adapted, notes = adapt_encoder(MODEL, view(radar))
+    assert notes == ["there is encoded from s1"]
+    batch = full_batch(adapted.config, 2)
     with torch.no_grad():
-        seen = adopted.encode(batch)["s1"]
+        seen = adapted.encode(batch)["s1"]
         own = MODEL.patch_embed["s1_asc"]
     assert seen.shape == (2, 3, 9, 32)
-    torch.testing.assert_close(adopted.patch_embed["s1_asc"].state_dict(), own.state_dict())
-    for name, tensor in adopted.encoders["s1"].state_dict().items():
+    torch.testing.assert_close(adapted.patch_embed["s1_asc"].state_dict(), own.state_dict())
+    for name, tensor in adapted.encoders["s1"].state_dict().items():
         torch.testing.assert_close(tensor, MODEL.encoders["s1"].state_dict()[name])
 
 
 def test_a_sensor_without_weights_is_left_out_and_said():
-    adopted, notes = adapt_encoder(
+    adapted, notes = adapt_encoder(
         MODEL, view(by_name("aerial"), by_name("s2", name="landsat", embed="landsat", group="landsat"))
     )
-    assert [s.name for s in adopted.config.sensors] == ["aerial"]
+    assert [s.name for s in adapted.config.sensors] == ["aerial"]
     assert "landsat is left out: the checkpoint has no embedding 'landsat'" in notes[0]
-    assert notes[-1] == "there is seen through aerial"
+    assert notes[-1] == "there is encoded from aerial"
 
 
 def test_what_learns_on_keeps_every_sensor():
     sensors = by_name("aerial"), by_name("s2", name="landsat", embed="landsat", group="landsat")
-    adopted, notes = adapt_encoder(MODEL, view(*sensors), trains=True)
-    assert adopted.config.sensors == sensors
-    assert "landsat starts afresh: the checkpoint has no embedding 'landsat'" in notes[0]
+    adapted, notes = adapt_encoder(MODEL, view(*sensors), trains=True)
+    assert adapted.config.sensors == sensors
+    assert "landsat is re-initialised: the checkpoint has no embedding 'landsat'" in notes[0]
     torch.testing.assert_close(
-        adopted.patch_embed["aerial"].state_dict(), MODEL.patch_embed["aerial"].state_dict()
+        adapted.patch_embed["aerial"].state_dict(), MODEL.patch_embed["aerial"].state_dict()
     )
-    assert not any(t.isnan().any() for t in adopted.patch_embed["landsat"].state_dict().values())
+    assert not any(t.isnan().any() for t in adapted.patch_embed["landsat"].state_dict().values())
 
 
 def test_no_sensor_left_is_refused():

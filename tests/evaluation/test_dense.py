@@ -1,4 +1,4 @@
-"""kNN and the linear map over places: labels laid on tokens, each pixel counted once, formulas as written."""
+"""kNN and the linear map over cells: labels laid on tokens, each pixel counted once, formulas as written."""
 
 import numpy as np
 import pytest
@@ -36,9 +36,9 @@ def miou(counts):
     return float(dense.mean_iou(counts.sum(0)[:CLASSES]))
 
 
-def test_places_and_pixels_are_each_others_inverse():
-    places = np.random.default_rng(0).integers(0, 9, (3, GRID**2, SIDE**2))
-    np.testing.assert_array_equal(layout().per_cell(layout().per_pixel(places)), places)
+def test_cells_and_pixels_are_each_others_inverse():
+    cells = np.random.default_rng(0).integers(0, 9, (3, GRID**2, SIDE**2))
+    np.testing.assert_array_equal(layout().per_cell(layout().per_pixel(cells)), cells)
     image = layout().per_pixel(np.arange(16).reshape(1, 4, 4))[0]
     np.testing.assert_array_equal(image, [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]])
 
@@ -52,7 +52,7 @@ def test_labels_finer_than_the_image_are_seen_by_their_middle():
 
 
 def test_labels_that_do_not_fit_the_image_are_refused():
-    with pytest.raises(ValueError, match="labels of 4 pixels per side are no multiple of image_size 8"):
+    with pytest.raises(ValueError, match="labels of 4 pixels per side are not a multiple of image_size 8"):
         layout(grid=4)
 
 
@@ -135,7 +135,7 @@ def test_a_split_without_a_counted_pixel_is_refused():
     empty = split(2, 1)
     empty.labels[:] = dense.IGNORED
     for classify in (dense.probe, dense.knn):
-        with pytest.raises(ResultsError, match="not a pixel of the training split counts"):
+        with pytest.raises(ResultsError, match="no pixel of the training split counts"):
             classify(layout(), CLASSES, empty, empty, empty, seed=0)
         with pytest.raises(ResultsError, match="of the validation split counts"):
             classify(layout(), CLASSES, split(30, 1), empty, split(2, 2), seed=0)
@@ -184,7 +184,7 @@ def test_votes_worked_out_by_hand():
 
 
 def test_the_middle_label_of_a_block_stands_for_it():
-    # Blocks of 4 x 4 labels: row and column 2 of each. 8 x 8 labels, 2 x 2 places of one pixel.
+    # Blocks of 4 x 4 labels: row and column 2 of each. 8 x 8 labels, 2 x 2 cells of one pixel.
     crops = CropGrid(FIELDS, FIELDS.sensors, 40.0)
     fine = dense.PixelLayout(2, 1, 5.0, crops)
     assert (fine.tile_pixels, fine.crop_pixels, fine.factor) == (12, 8, 4)
@@ -199,7 +199,7 @@ def test_where_crops_overlap_the_later_one_counts():
     assert tile.tolist() == [[0, 0, 1, 1, 1, 1]] * 2 + [[2, 2, 3, 3, 3, 3]] * 4
 
 
-def test_samples_of_places_are_drawn_only_from_too_many():
+def test_samples_of_cells_are_drawn_only_from_too_many():
     rows = np.arange(100, 200)
     assert dense._sample(rows, 100, 0) is rows
     some = dense._sample(rows, 99, 0)
@@ -208,7 +208,7 @@ def test_samples_of_places_are_drawn_only_from_too_many():
     assert set(dense._sample(rows, 20, 0).tolist()) != set(dense._sample(rows, 20, 1).tolist())
 
 
-def test_moments_are_those_of_all_places_and_dead_features_are_left_out():
+def test_moments_are_those_of_all_cells_and_dead_features_are_left_out():
     # Feature 0: 1, 3, 5, 7 has mean 4 and deviation sqrt(5); feature 1 never moves.
     features = np.array([[[1, 9], [3, 9]], [[5, 9], [7, 9]]], np.float16)
     mean, scale = dense._moments(features)

@@ -51,13 +51,13 @@ def test_an_encoder_from_elsewhere_serves_these_sensors(pretraining, benchmark, 
     (entry,) = load_recipe(RECIPES / "cross" / cross).data.mixture
     spec = datasets.spec(entry.dataset)
     view = DatasetView(spec.name, resolve_sensors(spec, entry), spec.pos_grid, spec.ref_sensor)
-    adopted, notes = adapt_encoder(model, view)
-    assert {s.name for s in adopted.config.sensors} == used
+    adapted, notes = adapt_encoder(model, view)
+    assert {s.name for s in adapted.config.sensors} == used
     assert {note.split()[0] for note in notes if " is left out: " in note} == left
     own = {
         s.embed: s.scale.divisor for v in model.config.views for s in v.sensors if s.scale.kind == "linear"
     }
-    for sensor in adopted.config.sensors:
+    for sensor in adapted.config.sensors:
         # SPOT is bytes here and reflectance there; radar is decibels or linear, a fifth of the logarithm.
         if sensor.name in ("aerial", "s2", "dem"):
             assert sensor.scale.divisor == own[sensor.embed], sensor.name

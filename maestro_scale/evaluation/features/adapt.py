@@ -1,9 +1,10 @@
-"""An encoder for a dataset it was not trained on: the sensors whose weights it has, seen as the recipe says."""
+"""Adapt a pretrained encoder to a dataset that it was not trained on."""
 
 from __future__ import annotations
 
 import dataclasses
 
+from maestro_scale.datasets.spec import Sensor
 from maestro_scale.evaluation.results import ResultsError
 from maestro_scale.model.config import DatasetView, ModelConfig, conflicts
 from maestro_scale.model.maestro import Maestro
@@ -11,47 +12,52 @@ from maestro_scale.model.sequences import sequences
 
 
 def adapt_encoder(model: Maestro, view: DatasetView, trains: bool = False) -> tuple[Maestro, list[str]]:
-    """(model, what to report) that sees a dataset as ``view``, with the encoder of ``model``.
+    """(a model with the encoder of ``model`` for a dataset as in ``view``, notes for the user).
 
-    Weights go by name: patch embeddings by ``embed``, encoders by ``group``. A sensor without either is left out, or,
-    where the encoder ``learns`` on, starts afresh; the lines say so. The decoder is fresh: nothing of it is used where
-    nothing is masked. ResultsError where the encoder has weights for no sensor, or a shared embedding would be fed
-    another patch or number of bands.
+    Weights are matched by name: patch embeddings by a sensor's ``embed``, encoders by its ``group``. A sensor without
+    either is left out or, where the encoder ``trains`` on the dataset, re-initialised; the notes say which. The
+    decoder is always new, as nothing is reconstructed. ResultsError where no sensor has weights, or where a shared
+    patch embedding would get another patch size or number of bands.
     """
-    own = model.config
-    if any(v.dataset == view.dataset and v.sensors == view.sensors for v in own.views):
+    config = model.config
+    if any(v.dataset == view.dataset and v.sensors == view.sensors for v in config.views):
         return model, []
-    kept = tuple(s for s in view.sensors if _why_not(model, s.embed, s.group, s.name) is None)
-    left, fate = [s for s in view.sensors if s not in kept], "starts afresh" if trains else "is left out"
-    notes = [f"{s.name} {fate}: {_why_not(model, s.embed, s.group, s.name)}" for s in left]
-    if not kept:
+    reasons = {s.name: reason for s in view.sensors if (reason := _missing_weights(model, s)) is not None}
+    fate = "is re-initialised" if trains else "is left out"
+    notes = [f"{name} {fate}: {reason}" for name, reason in reasons.items()]
+    sensors = tuple(s for s in view.sensors if s.name not in reasons)
+    if not sensors:
         raise ResultsError(
             f"{view.dataset}: the checkpoint has weights for none of its sensors: " + "; ".join(notes)
         )
-    if trains:
-        kept = view.sensors
-    if problems := conflicts([*own.views, dataclasses.replace(view, sensors=kept)]):
+    in_use = view.sensors if trains else sensors
+    view = dataclasses.replace(view, sensors=in_use)
+    if problems := conflicts([*config.views, view]):
         raise ResultsError(f"the checkpoint does not fit: {problems[0]}")
-    config = dataclasses.replace(own, **vars(dataclasses.replace(view, sensors=kept)), others=(), heads=())
-    adopted, state = Maestro(config).initialise(0), model.state_dict()
-    for name, tensor in adopted.state_dict().items():
-        if name in state and state[name].shape == tensor.shape:
-            tensor.copy_(state[name])
-    used = ", ".join(s.name for s in kept)
-    return adopted.eval(), [*notes, f"{view.dataset} is seen through {used}"]
+    # vars(): the fields of a view are also fields of a model's configuration.
+    adapted = Maestro(dataclasses.replace(config, **vars(view), others=(), heads=())).initialise(0)
+    pretrained = model.state_dict()
+    for name, tensor in adapted.state_dict().items():
+        if name in pretrained and pretrained[name].shape == tensor.shape:
+            tensor.copy_(pretrained[name])
+    return adapted.eval(), [*notes, f"{view.dataset} is encoded from {', '.join(s.name for s in in_use)}"]
 
 
-def _why_not(model: Maestro, embed: str, group: str, name: str) -> str | None:
-    if embed not in model.patch_embed:
-        return f"the checkpoint has no embedding {embed!r} (it has: {', '.join(model.patch_embed)})"
-    encoder = _encoder(model.config, group, name)
+def _missing_weights(model: Maestro, sensor: Sensor) -> str | None:
+    """Which weights the model lacks for a sensor; None if it has them all."""
+    if sensor.embed not in model.patch_embed:
+        return f"the checkpoint has no embedding {sensor.embed!r} (it has: {', '.join(model.patch_embed)})"
+    encoder = _encoder_name(model.config, sensor)
     if encoder not in model.encoders:
         return f"the checkpoint has no encoder {encoder!r} (it has: {', '.join(model.encoders)})"
     return None
 
 
-def _encoder(config: ModelConfig, group: str, name: str) -> str:
-    """Name of the encoder that a sensor's sequence would be read by."""
-    alone = dataclasses.replace(config.views[0].sensors[0], name=name, group=group, embed=name)
+def _encoder_name(config: ModelConfig, sensor: Sensor) -> str:
+    """Name of the encoder for a sensor's sequence: asked of a configuration with that sensor alone, since the name
+    depends on the fusion mode."""
+    alone = dataclasses.replace(
+        config.views[0].sensors[0], name=sensor.name, group=sensor.group, embed=sensor.name
+    )
     (sequence,) = sequences(dataclasses.replace(config, sensors=(alone,), others=()))
     return sequence.encoder

@@ -1,11 +1,11 @@
-"""What a pretrained encoder must beat: statistics of the channels, random weights, and encoders of ordinary images."""
+"""Baselines for a pretrained encoder: channel statistics, random weights, and image encoders of ``transformers``."""
 
 from __future__ import annotations
 
 import copy
 import inspect
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -21,21 +21,22 @@ from maestro_scale.recipe import Recipe
 from maestro_scale.stream.batch import Batch
 from maestro_scale.training.pretrain import build_model_config
 
-NAMES = ("statistics", "random", "image")
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel  # an optional dependency, imported where weights are loaded
 
 _RGB = ("R", "G", "B")
-# Of images in [0, 1], as encoders trained on ImageNet and its like expect them.
+# Mean and standard deviation of ImageNet's channels, in [0, 1]: what such encoders were trained with.
 _MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
 class BaselineConfig:
-    """What a baseline is and which dataset it sees, for the key of its features."""
+    """A baseline and the dataset it encodes; part of the key of its cached features."""
 
     kind: str
     view: DatasetView
     others: tuple[DatasetView, ...] = ()
-    """Further datasets of the same model, of which a baseline has none."""
+    """As in ``ModelConfig``: further datasets. A baseline has none."""
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values."""
@@ -43,22 +44,22 @@ class BaselineConfig:
 
 
 class Baseline(nn.Module):
-    """An encoder that is asked as a Maestro is: ``view``, ``encode``, ``embed``."""
+    """An encoder with the interface of Maestro: ``view``, ``encode``, ``embed``. One dataset, whatever its name."""
 
     def __init__(self, kind: str, view: DatasetView) -> None:
         super().__init__()
         self.config = BaselineConfig(kind, view)
 
     def view(self, dataset: str) -> DatasetView:
-        """How the dataset is seen, whatever it is called."""
+        """The view of its only dataset."""
         return self.config.view
 
     def encode(self, batch: Batch) -> dict[str, Tensor]:
-        """{sensor: (B, D, L, E)}."""
+        """Token grids {sensor: (B, D, L, E)}."""
         return {s.name: self.tokens(s, batch.pixels[s.name]) for s in self.config.view.sensors}
 
     def embed(self, batch: Batch) -> Embedding:
-        """Token grids, and their means side by side."""
+        """Token grids, and the concatenated means of each sensor's tokens."""
         tokens = self.encode(batch)
         return Embedding(tokens, torch.cat([t.mean(dim=(1, 2)) for t in tokens.values()], dim=1))
 
@@ -67,8 +68,12 @@ class Baseline(nn.Module):
         raise NotImplementedError
 
 
+FrozenEncoder = Maestro | Baseline
+"""What features can be computed with."""
+
+
 class ChannelStatistics(Baseline):
-    """Per patch the mean and the deviation of every band: E = 2·C. Nothing is learned."""
+    """Per patch the mean and standard deviation of every band: E = 2·C. Has no weights."""
 
     def __init__(self, view: DatasetView) -> None:
         super().__init__("statistics", view)
@@ -82,19 +87,19 @@ class ChannelStatistics(Baseline):
 class ImageEncoder(Baseline):
     """A vision transformer for images of three channels (DINOv2, DINOv3 …, by ``transformers``).
 
-    Each date is an image of its own (late fusion: the features of dates are averaged later). Its patch embedding is
-    adapted to C bands: R, G and B keep their kernels, every other band gets their mean, all times 3/C; which is the
-    same as mixing the bands into three channels first. The image is resized so that a patch of the backbone covers a
-    patch of the sensor.
+    Each date is one image (late fusion: features of dates are pooled afterwards). The patch embedding is adapted to C
+    bands: R, G and B keep their kernels, every other band gets their mean, all times 3/C. Mixing the bands into three
+    channels beforehand is the same linear map, and leaves the backbone as it is. Images are resized so that a patch
+    of the backbone covers a patch of the sensor: tokens then lie on the grid that heads and labels expect.
     """
 
-    def __init__(self, spec: DatasetSpec, view: DatasetView, backbone: nn.Module, name: str) -> None:
+    def __init__(self, spec: DatasetSpec, view: DatasetView, backbone: PreTrainedModel, name: str) -> None:
         super().__init__(f"image:{name}", view)
         self.backbone = _drop_unused(backbone)
         self.width = int(backbone.config.hidden_size)
-        # Some interpolate their positions to other sizes by themselves, some when asked.
-        asked = inspect.signature(backbone.forward).parameters.keys() & {"interpolate_pos_encoding"}
-        self._options = dict.fromkeys(asked, True)
+        # Some backbones always interpolate their position encodings to the image size, some only on request.
+        options = inspect.signature(backbone.forward).parameters.keys() & {"interpolate_pos_encoding"}
+        self._options = dict.fromkeys(options, True)
         self._patch = int(backbone.config.patch_size)
         self._bands = {s.name: tuple(spec.modality(s.source).bands[b] for b in s.bands) for s in view.sensors}
 
@@ -108,11 +113,11 @@ class ImageEncoder(Baseline):
         images = F.interpolate(images, size=(side, side), mode="bicubic", antialias=True)
         images = images.to(self.backbone.dtype)
         hidden = self.backbone(pixel_values=images, **self._options).last_hidden_state
-        # Class and register tokens come first.
+        # Class and register tokens come first, the patches are the last.
         return rearrange(hidden[:, -(sensor.grid**2) :], "(b d) l e -> b d l e", b=len(x))
 
     def reinitialised(self, seed: int) -> ImageEncoder:
-        """The same encoder with the random weights that its class begins with."""
+        """The same encoder with the random initial weights of its class."""
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(seed)
             fresh = copy.deepcopy(self)
@@ -120,18 +125,18 @@ class ImageEncoder(Baseline):
         return fresh
 
 
-def _drop_unused(backbone: nn.Module) -> nn.Module:
-    """What takes no part in the tokens, and so would get no gradient: tokens for masking, and the pooled answer."""
+def _drop_unused(backbone: PreTrainedModel) -> PreTrainedModel:
+    """Remove mask tokens and poolers: the tokens do not depend on them, so they would never get a gradient."""
     for module in backbone.modules():
         if "mask_token" in module._parameters:
             module.register_parameter("mask_token", None)
         if module._modules.get("pooler") is not None:
-            module.pooler = None
+            module.register_module("pooler", None)
     return backbone
 
 
 def _standardise(x: Tensor, bands: tuple[str, ...]) -> Tensor:
-    """Photographs as ImageNet's (near infrared as red); anything else to mean 0 and deviation 1 per date and band."""
+    """RGB images by ImageNet's statistics (other bands as red); others to mean 0, deviation 1 per date and band."""
     if set(_RGB) <= set(bands):
         at = [_RGB.index(b) if b in _RGB else 0 for b in bands]
         mean, deviation = torch.tensor(_MEAN)[at].to(x), torch.tensor(_DEVIATION)[at].to(x)
@@ -141,7 +146,7 @@ def _standardise(x: Tensor, bands: tuple[str, ...]) -> Tensor:
 
 
 def _mixing(bands: tuple[str, ...]) -> Tensor:
-    """(3, C): the share of every band in each channel of the backbone."""
+    """(3, C): the weight of every band in each channel of the backbone."""
     mixing = torch.full((3, len(bands)), 1 / 3)
     for channel, name in enumerate(_RGB):
         if name in bands:
@@ -150,9 +155,9 @@ def _mixing(bands: tuple[str, ...]) -> Tensor:
 
 
 def build_baseline(name: str, recipe: Recipe, spec: DatasetSpec, view: DatasetView) -> Maestro | Baseline:
-    """``statistics``; ``random``: the recipe's own model, untrained; ``image:WEIGHTS``: a folder or hub name.
+    """``statistics``; ``random``: the recipe's model, untrained; ``image:WEIGHTS``: a folder or a name on the hub.
 
-    ResultsError for any other name, or where the weights cannot be had.
+    ResultsError for any other name, or where the weights cannot be loaded.
     """
     kind, _, weights = name.partition(":")
     if name == "statistics":
@@ -160,11 +165,11 @@ def build_baseline(name: str, recipe: Recipe, spec: DatasetSpec, view: DatasetVi
     if name == "random":
         return Maestro(build_model_config(recipe, [spec])).initialise(recipe.seed).eval()
     if kind == "image" and weights:
-        return ImageEncoder(spec, view, _backbone(weights), weights).eval()
+        return ImageEncoder(spec, view, _load_backbone(weights), weights).eval()
     raise ResultsError(f"no baseline is called {name!r}; there are: statistics, random, image:WEIGHTS")
 
 
-def _backbone(weights: str) -> nn.Module:
+def _load_backbone(weights: str) -> PreTrainedModel:
     try:
         from transformers import AutoModel
     except ImportError:
@@ -178,6 +183,6 @@ def _backbone(weights: str) -> nn.Module:
         raise ResultsError(f"{weights}: no image encoder can be loaded from there ({reason})") from None
     if not hasattr(backbone.config, "patch_size"):
         raise ResultsError(
-            f"{weights}: {type(backbone).__name__} is no vision transformer: it has no patch_size"
+            f"{weights}: {type(backbone).__name__} is not a vision transformer: it has no patch_size"
         )
     return backbone

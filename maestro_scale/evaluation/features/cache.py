@@ -1,7 +1,8 @@
-"""A split as a frozen encoder sees it, on disk: encoded once per (weights, view, data, task), then only read.
+"""Features of a split on disk: encoded once per (weights, dataset view, data, task), then read by every mode and run.
 
-A folder appears whole, with a marker of what is in it. Jobs that ask for the same one at once wait for the first; where
-they cannot see each other's locks, each encodes it, and the last one stays.
+A folder is published by one rename and ends with a commit marker (sizes and sha256 of its files), so a reader never
+sees part of it. Concurrent jobs that need the same features are serialised by a file lock; on a file system without
+locks each of them encodes, and the last rename wins (the contents are equal).
 """
 
 from __future__ import annotations
@@ -16,14 +17,15 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from maestro_scale.evaluation.features.arrays import ConcatArray, FeatureArray, RowSubset
 from maestro_scale.evaluation.progress import ProgressFactory, no_progress
 from maestro_scale.evaluation.results import ResultsError
-from maestro_scale.model.maestro import Maestro
 from maestro_scale.shards.locks import Locked, file_lock, locks_unsupported
 from maestro_scale.shards.progress import Progress
 from maestro_scale.stream.batch import Batch
@@ -33,77 +35,30 @@ from maestro_scale.training.distributed import World
 
 log = logging.getLogger(__name__)
 
-_ABANDONED_S = (
-    24 * 3600.0
-)  # since anything was written to it: where locks do not reach, another job may be at it
-_WAIT_S = 1.0  # between looks at what another job encodes
+# A partial folder of a killed job is removed after this long without a write. Not earlier: where locks do not reach,
+# a job on another node may still be writing it.
+_ABANDONED_S = 24 * 3600.0
+_POLL_S = 1.0  # while another job holds the lock
 
 
 @dataclass(frozen=True)
 class FeatureCache:
     """``features`` (M, …, F) and ``labels`` (M, …) of M crops, memory-mapped; ``tiles`` (M,): sample of each crop."""
 
-    features: np.ndarray | ConcatArray | RowSubset
+    features: FeatureArray
     labels: np.ndarray
     tiles: np.ndarray
 
     def take(self, rows: np.ndarray) -> FeatureCache:
-        """These crops only; features stay where they are, labels come into memory."""
+        """Only these crops; features stay on disk, labels are read into memory."""
         return FeatureCache(RowSubset(self.features, rows), self.labels[rows], self.tiles[rows])
 
     def __len__(self) -> int:
         return len(self.tiles)
 
 
-class ConcatArray:
-    """Arrays (M_i, …) as one (M, …), without copying: what is taken of it is copied, whole pieces and chosen rows."""
-
-    def __init__(self, parts: Sequence[np.ndarray]) -> None:
-        self._parts = tuple(parts)
-        self._ends = np.cumsum([len(p) for p in parts])
-        self.shape, self.dtype = (int(self._ends[-1]), *parts[0].shape[1:]), parts[0].dtype
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, key: slice | np.ndarray | tuple[np.ndarray, ...]) -> np.ndarray:
-        """A slice of crops, or crops by number, or (crops, places) as numpy pairs them."""
-        if isinstance(key, slice):
-            key = np.arange(len(self))[key]
-        rows, *rest = key if isinstance(key, tuple) else (key,)
-        which = np.searchsorted(self._ends, rows, side="right")
-        taken = np.empty((len(rows), *self.shape[1 + len(rest) :]), self.dtype)
-        for i, part in enumerate(self._parts):
-            mine = which == i
-            first = self._ends[i] - len(part)
-            taken[mine] = part[(rows[mine] - first, *(r[mine] for r in rest))]
-        return taken
-
-    def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
-        return np.concatenate(self._parts).astype(dtype or self.dtype, copy=False)
-
-
-class RowSubset:
-    """Some rows of an array (M, …) as one, without copying; taken from as ``ConcatArray`` is."""
-
-    def __init__(self, whole: np.ndarray | ConcatArray, rows: np.ndarray) -> None:
-        self._whole, self._rows = whole, rows
-        self.shape, self.dtype = (len(rows), *whole.shape[1:]), whole.dtype
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, key: slice | np.ndarray | tuple[np.ndarray, ...]) -> np.ndarray:
-        """As of ``ConcatArray``."""
-        rows, *rest = key if isinstance(key, tuple) else (key,)
-        return self._whole[(self._rows[rows], *rest)] if rest else self._whole[self._rows[rows]]
-
-    def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
-        return self._whole[self._rows].astype(dtype or self.dtype, copy=False)
-
-
 def concat_features(parts: Sequence[FeatureCache]) -> FeatureCache:
-    """Splits one behind the other; features stay where they are, labels of several come into memory."""
+    """Splits one after the other, tiles numbered on; features stay on disk, labels of several are read into memory."""
     if len(parts) == 1:
         return parts[0]
     firsts = np.cumsum([0, *(int(p.tiles[-1]) + 1 for p in parts[:-1])])
@@ -114,10 +69,21 @@ def concat_features(parts: Sequence[FeatureCache]) -> FeatureCache:
     )
 
 
-def weights_digest(model: Maestro) -> str:
-    """sha256 of a model's configuration and weights."""
-    sha = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
-    for name, tensor in sorted(model.state_dict().items()):
+class _Config(Protocol):
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+class _Network(Protocol):
+    @property
+    def config(self) -> _Config: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+
+def weights_digest(network: _Network) -> str:
+    """sha256 of a network's configuration and of its weights by name."""
+    sha = hashlib.sha256(json.dumps(network.config.to_dict(), sort_keys=True).encode())
+    for name, tensor in sorted(network.state_dict().items()):
         sha.update(name.encode())
         sha.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return sha.hexdigest()
@@ -133,29 +99,36 @@ def cached_features(
     world: World | None = None,
     progress: ProgressFactory = no_progress,
 ) -> FeatureCache:
-    """What ``features`` and ``labels`` make of every batch of ``loader``; read from ``folder`` if that is there whole.
+    """``features`` and ``labels`` of every batch of ``loader``, from ``folder``; encoded first if they are not there.
 
-    Every rank encodes its own batches and writes its own rows; all of them see the folder. ResultsError where the disk
-    has no room, or a feature is not finite.
+    Every rank encodes its own batches and writes its own rows; all of them must see the folder. ResultsError where
+    the disk lacks space, or a feature is not finite.
     """
-    group, verdicts = _Group(world), {}
-    while group.ask_main(lambda: _is_missing(folder, verdicts)):
-        with ExitStack() as held:
-            if not group.ask_main(lambda: _try_lock(folder, held)):
-                time.sleep(_WAIT_S)  # another job is at it
-            elif group.ask_main(
-                lambda: _is_missing(folder, verdicts)
-            ):  # still: it may have ended just before
+    group = _Group(world)
+    problems: dict[bytes, str | None] = {}
+    while group.ask_main(lambda: _is_missing(folder, problems)):
+        with ExitStack() as lock:
+            if not group.ask_main(lambda: _try_lock(folder, lock)):
+                time.sleep(_POLL_S)  # another job is encoding
+            # Asked again: that job may have finished between the question and the lock.
+            elif group.ask_main(lambda: _is_missing(folder, problems)):
                 with progress(f"encode {folder.name.rpartition('-')[0]}", "batches") as report:
                     _encode(folder, loader, features, labels, dtype, device, group, report)
-                verdicts[_marker(folder)] = None  # hashed as it was written
-    arrays = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("features", "labels"))
-    return FeatureCache(*arrays, tiles=np.repeat(np.arange(loader.num_samples), loader.num_crops))
+                problems[_marker(folder)] = None  # hashed while it was written: no need to read it all again
+    stored_features, stored_labels = (
+        np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("features", "labels")
+    )
+    tiles = np.repeat(np.arange(loader.num_samples), loader.num_crops)
+    return FeatureCache(stored_features, stored_labels, tiles)
 
 
 @dataclass(frozen=True)
 class _Group:
-    """The ranks that encode together; alone without ``world``."""
+    """The ranks that encode together; a single process without ``world``.
+
+    Only rank 0 looks at the file system, and its answer goes to all: ranks that each looked for themselves could see
+    different states of a shared file system, and would wait for each other in different collectives.
+    """
 
     world: World | None
 
@@ -164,7 +137,7 @@ class _Group:
         return self.world is None or self.world.is_main
 
     def ask_main(self, question: Callable[[], bool]) -> bool:
-        """What rank 0 answers, on all ranks."""
+        """Rank 0's answer, on all ranks."""
         answer = self.is_main and question()
         return answer if self.world is None else self.world.any(answer)
 
@@ -177,16 +150,16 @@ class _Group:
             self.world.barrier()
 
 
-def _is_missing(folder: Path, verdicts: dict[bytes, str | None]) -> bool:
-    """Whether there is nothing whole to read. ``verdicts``: by marker, so that each is held against its files once."""
+def _is_missing(folder: Path, problems: dict[bytes, str | None]) -> bool:
+    """Whether there are no complete features. ``problems``: by marker, so that files are hashed once per marker."""
     if not folder.exists():
         return True
     marker = _marker(folder)
-    if marker not in verdicts:
-        verdicts[marker] = commit.problem(folder, hashes=True)
-        if verdicts[marker] is not None:
-            log.warning("%s is encoded again: %s", folder, verdicts[marker])
-    return verdicts[marker] is not None
+    if marker not in problems:
+        problems[marker] = commit.problem(folder, hashes=True)
+        if problems[marker] is not None:
+            log.warning("%s is encoded again: %s", folder, problems[marker])
+    return problems[marker] is not None
 
 
 def _marker(folder: Path) -> bytes:
@@ -196,18 +169,19 @@ def _marker(folder: Path) -> bytes:
         return b""
 
 
-def _try_lock(folder: Path, held: ExitStack) -> bool:
+def _try_lock(folder: Path, stack: ExitStack) -> bool:
+    """Lock ``folder`` until ``stack`` closes; False if another job holds it. Removes partial folders of killed jobs."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
-        held.enter_context(file_lock(folder.with_name(f".{folder.name}.lock"), wait=False))
+        stack.enter_context(file_lock(folder.with_name(f".{folder.name}.lock"), wait=False))
     except Locked:
         return False
     except OSError as error:
         if not locks_unsupported(error):
             raise
-    for left in folder.parent.glob(f".partial-*-{folder.name}"):
-        if time.time() - max(p.stat().st_mtime for p in (left, *left.iterdir())) > _ABANDONED_S:
-            shutil.rmtree(left, ignore_errors=True)  # of a job that was killed
+    for partial in folder.parent.glob(f".partial-*-{folder.name}"):
+        if time.time() - max(p.stat().st_mtime for p in (partial, *partial.iterdir())) > _ABANDONED_S:
+            shutil.rmtree(partial, ignore_errors=True)
     return True
 
 
@@ -222,47 +196,52 @@ def _encode(
     group: _Group,
     report: Progress,
 ) -> None:
-    rows = loader.num_samples * loader.num_crops
-    if rows == 0:
+    num_rows = loader.num_samples * loader.num_crops
+    if num_rows == 0:
         raise ResultsError("there is no sample to encode: the split is empty")
-    # A name of its own: nobody else writes there, and nobody reads.
+    # A random name: without locks, another job may be encoding the same features.
     partial = folder.with_name(group.from_main(f".partial-{uuid.uuid4().hex[:12]}-{folder.name}"))
     try:
-        made, at, num_bytes = None, loader.first_row, 0
+        arrays: dict[str, np.memmap] | None = None
+        row = loader.first_row
+        num_bytes = 0
         for number, batch in enumerate(loader, 1):
-            vectors = _to_storage(features(batch.to(device)), dtype, batch)
-            truth = labels(batch)
-            if made is None:
-                layout = {"features": vectors, "labels": truth}
-                made = _create_arrays(
-                    partial, {k: ((rows, *v.shape[1:]), v.dtype) for k, v in layout.items()}, group
-                )
-            made["features"][at : at + len(batch)] = vectors
-            made["labels"][at : at + len(batch)] = truth
-            at += len(batch)
-            num_bytes += vectors.nbytes + truth.nbytes
+            values = {
+                "features": _to_storage(features(batch.to(device)), dtype, batch),
+                "labels": labels(batch),
+            }
+            if arrays is None:  # shapes are known from the first batch
+                layout = {name: ((num_rows, *v.shape[1:]), v.dtype) for name, v in values.items()}
+                arrays = _create_arrays(partial, layout, group)
+            for name, array in arrays.items():
+                array[row : row + len(batch)] = values[name]
+                num_bytes += values[name].nbytes
+            row += len(batch)
             report(number, len(loader), num_bytes)
-        if made is None:  # more ranks than batches: this one only takes part in the waiting
+        if arrays is None:  # more ranks than batches: take part in the barrier of _create_arrays
             group.wait()
         else:
-            for array in made.values():
+            for array in arrays.values():
                 array.flush()
-        group.wait()
+        group.wait()  # every rank's rows are written before rank 0 hashes the files
         if group.is_main:
             files = {f"{name}.npy": commit.entry(partial / f"{name}.npy") for name in ("features", "labels")}
-            commit.commit(partial, {"rows": rows}, files)
-            aside = folder.with_name(f".partial-{uuid.uuid4().hex[:12]}-{folder.name}")
-            commit.publish(partial, folder, aside)
-            shutil.rmtree(aside, ignore_errors=True)
-        group.wait()
+            commit.commit(partial, {"rows": num_rows}, files)
+            replaced = folder.with_name(f".partial-{uuid.uuid4().hex[:12]}-{folder.name}")
+            commit.publish(partial, folder, replaced)
+            shutil.rmtree(replaced, ignore_errors=True)
+        group.wait()  # no rank opens the folder before it is published
     finally:
         if group.is_main:
             shutil.rmtree(partial, ignore_errors=True)
 
 
 def _to_storage(features: Tensor, dtype: str, batch: Batch) -> np.ndarray:
+    """As ``dtype``. ResultsError where a feature is not finite, or not representable in it."""
     values = features.float().cpu().numpy()
-    with np.errstate(over="ignore"):
+    with np.errstate(
+        over="ignore"
+    ):  # an overflow becomes infinity, and is reported below with the tile's name
         stored = values.astype(dtype)
     if not np.isfinite(stored).all():
         row = int(np.argmin(np.isfinite(stored).reshape(len(stored), -1).all(axis=1)))
@@ -270,7 +249,7 @@ def _to_storage(features: Tensor, dtype: str, batch: Batch) -> np.ndarray:
         raise ResultsError(
             f"features of {batch.tiles[row] if batch.tiles else batch.keys[row]} "
             + (f"reach {most:.3g}, more than {dtype} holds" if np.isfinite(most) else "are not finite")
-            + ": the encoder overflowed, or saw NaN; see to its weights"
+            + ": the encoder overflowed or read NaN; check its weights and the data"
         )
     return stored
 
@@ -278,6 +257,7 @@ def _to_storage(features: Tensor, dtype: str, batch: Batch) -> np.ndarray:
 def _create_arrays(
     folder: Path, layout: dict[str, tuple[tuple[int, ...], np.dtype]], group: _Group
 ) -> dict[str, np.memmap]:
+    """Empty arrays on disk, created by rank 0 and opened by every rank. ResultsError where the disk lacks space."""
     if group.is_main:
         needed = sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in layout.values())
         free = shutil.disk_usage(folder.parent).free

@@ -1,4 +1,7 @@
-"""Frozen features with their labels, and what a classifier fitted on them gives."""
+"""Input and result of a classifier on frozen features: features with multilabel targets, and predictions.
+
+Shapes: N samples, F features, C classes.
+"""
 
 from __future__ import annotations
 
@@ -33,10 +36,10 @@ class LabelledFeatures:
 
 @dataclass(frozen=True)
 class ClassifierResult:
-    """A classifier's answers on N test samples and how it was chosen.
+    """Predictions of a fitted classifier on N test samples.
 
-    ``scores`` (N, C) float32 in [0, 1]; ``predicted`` (N, C) bool: scores > 0.5. ``chosen``: hyperparameters.
-    ``validation``: counts on the validation samples under the chosen ones.
+    ``scores`` (N, C) float32 in [0, 1]; ``predicted`` (N, C) bool: scores > 0.5. ``chosen``: hyperparameters selected
+    on validation; ``validation``: counts on the validation samples with them.
     """
 
     predicted: np.ndarray
@@ -55,7 +58,7 @@ def check_features(features: np.ndarray, like: LabelledFeatures | None = None) -
         )
     if not np.isfinite(features).all():
         row = int(np.argmin(np.isfinite(features).all(axis=1)))
-        raise ValueError(f"features of sample {row} are not finite: the encoder overflowed, or saw NaN")
+        raise ValueError(f"features of sample {row} are not finite: the encoder overflowed or read NaN")
 
 
 def check_splits(train: LabelledFeatures, validation: LabelledFeatures, test_features: np.ndarray) -> None:

@@ -1,4 +1,4 @@
-"""The encoder behind whatever a user points at: a run, one of its checkpoints, or an exported model."""
+"""Load a pretrained encoder from a run directory, one of its checkpoints, or an exported model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from maestro_scale.training.checkpoint.checkpoints import newest
 
 
 def load_encoder(path: Path) -> tuple[Maestro, int | None]:
-    """(model, optimizer steps it was trained for). ExportError or CheckpointError where there is none."""
+    """(model, optimizer steps it was trained for). ExportError or CheckpointError if ``path`` holds no model."""
     if (path / CONFIG).exists():
         return load_model(path), trained_step(path)
     if (path / "checkpoints").is_dir():
@@ -22,6 +22,7 @@ def load_encoder(path: Path) -> tuple[Maestro, int | None]:
         raise ExportError(f"{path} is neither a run directory, nor a checkpoint, nor an exported model")
     elif problem := commit.problem(path, hashes=True):
         raise ExportError(f"{path}: {problem}; use another checkpoint")
+    # Checkpoints are sharded by rank and ZeRO stage: the export is the one place that puts weights together.
     with tempfile.TemporaryDirectory() as folder:
         exported = export_model(path, Path(folder))
         return load_model(exported), trained_step(exported)

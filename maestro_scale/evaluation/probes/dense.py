@@ -1,7 +1,8 @@
-"""Frozen features per place against labels per pixel: nearest neighbours and a linear map, for segmentation.
+"""Segmentation by probes on frozen features, one vector per cell of the reference grid: kNN and a linear map.
 
-A place is a token of the reference grid; it answers for side×side pixels of the model's image, and each of those for
-factor×factor pixels of the labels. Shapes: M crops, P = grid² places, Q = side² pixels each, C classes, F features.
+A cell is one token of the reference sensor's grid. It covers side×side pixels of the model's image, and each of these
+covers factor×factor pixels of the labels. Shapes: M crops, P = grid² cells, Q = side² pixels each, C classes,
+F features.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor
 
+from maestro_scale.evaluation.features.arrays import FeatureArray
 from maestro_scale.evaluation.features.cache import FeatureCache
 from maestro_scale.evaluation.metrics import best_index, confusion, mean_iou
 from maestro_scale.evaluation.probes.lr_grid import lr_grid_search
@@ -26,18 +28,19 @@ CPU = torch.device("cpu")
 
 NEIGHBOURS = (5, 10, 20, 50)
 TEMPERATURES = (0.03, 0.07, 0.2)
-BANK_CELLS = 100_000  # training places that kNN compares with
-SELECTION_CELLS = 20_000  # validation places that k and the temperature are chosen on
+BANK_CELLS = 100_000  # at most, of training, that kNN compares with
+SELECTION_CELLS = 20_000  # at most, of validation, that k and the temperature are selected on
 
 LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 BATCH_CELLS = 1024
 
-_CHUNK = 2048  # places that are compared, or predicted, at once
+_CHUNK_CELLS = 2048  # compared or predicted at once: bounds the memory of similarities and votes
+_SAMPLE_STREAM = 1  # of the random numbers under a seed, see lr_grid
 
 
 @dataclass(frozen=True)
 class PixelLayout:
-    """How places, pixels and labels lie on each other in a crop, and the crops on their tile."""
+    """How cells, image pixels and label pixels of a crop correspond, and where crops lie on their tile."""
 
     grid: int
     side: int
@@ -47,7 +50,7 @@ class PixelLayout:
     def __post_init__(self) -> None:
         if self.crop_pixels % (self.grid * self.side):
             raise ValueError(
-                f"labels of {self.crop_pixels} pixels per side are no multiple of image_size "
+                f"labels of {self.crop_pixels} pixels per side are not a multiple of image_size "
                 f"{self.grid * self.side}: choose an image_size that divides them"
             )
 
@@ -67,17 +70,17 @@ class PixelLayout:
         return self.crop_pixels // (self.grid * self.side)
 
     def per_cell(self, labels: np.ndarray) -> np.ndarray:
-        """(M, H, W) -> (M, P, Q): of each block of factor×factor labels the middle one."""
+        """(M, H, W) labels -> (M, P, Q): the middle one of each block of factor×factor."""
         middle = labels[:, self.factor // 2 :: self.factor, self.factor // 2 :: self.factor]
         return rearrange(middle, "m (h p) (w q) -> m (h w) (p q)", h=self.grid, w=self.grid)
 
-    def per_pixel(self, places: np.ndarray) -> np.ndarray:
-        """(M, P, Q) -> (M, H, W): every label pixel gets the answer of the pixel that covers it."""
-        image = rearrange(places, "m (h w) (p q) -> m (h p) (w q)", h=self.grid, p=self.side)
+    def per_pixel(self, cells: np.ndarray) -> np.ndarray:
+        """(M, P, Q) -> (M, H, W): every label pixel gets the value of the image pixel that covers it."""
+        image = rearrange(cells, "m (h w) (p q) -> m (h p) (w q)", h=self.grid, p=self.side)
         return repeat(image, "m h w -> m (h a) (w b)", a=self.factor, b=self.factor)
 
     def assemble(self, crops: np.ndarray) -> np.ndarray:
-        """(num_crops, H, W) -> the tile's map; where crops overlap the later one is seen."""
+        """(num_crops, H, W) -> the map of their tile; where crops overlap, the later one counts."""
         tile = np.empty((self.tile_pixels, self.tile_pixels), crops.dtype)
         for number, crop in enumerate(crops):
             self.crop_grid.cut(tile, self.crop_grid.tiling(number), self.resolution_m)[...] = crop
@@ -89,21 +92,21 @@ def confusions(
 ) -> np.ndarray:
     """(tiles, C + 1, C) int64 of predictions (M, P, Q): each pixel of each tile once, by (target, predicted) class.
 
-    Row C is of the pixels that are ignored.
+    Row C counts the ignored pixels. Crops are put together before counting, so overlaps are not counted twice.
     """
     per_tile = layout.crop_grid.num_crops
     counts = []
     for first in range(0, len(split), per_tile):
-        answer = layout.assemble(layout.per_pixel(predicted[first : first + per_tile]))
+        tile_map = layout.assemble(layout.per_pixel(predicted[first : first + per_tile]))
         truth = layout.assemble(split.labels[first : first + per_tile])
-        counts.append(tile_confusion(num_classes, answer, truth))
+        counts.append(tile_confusion(num_classes, tile_map, truth))
     return np.stack(counts)
 
 
-def tile_confusion(num_classes: int, answer: np.ndarray, truth: np.ndarray) -> np.ndarray:
+def tile_confusion(num_classes: int, predicted: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """(C + 1, C) int64 of a tile's map and labels (H, W), by (target, predicted) class; row C: ignored pixels."""
     truth = np.where(truth == IGNORED, num_classes, truth)
-    return confusion(answer, truth, num_classes + 1)[:, :num_classes]
+    return confusion(predicted, truth, num_classes + 1)[:, :num_classes]
 
 
 def knn(
@@ -115,29 +118,30 @@ def knn(
     seed: int,
     device: torch.device = CPU,
 ) -> tuple[np.ndarray, dict[str, float]]:
-    """Answers (M, P, Q) uint8 by the neighbours' labels, pixel by pixel, weighted by exp(cosine / temperature).
+    """Predictions (M, P, Q) uint8 from the labels of the nearest cells, pixel by pixel, weighted by
+    exp(cosine / temperature), and the hyperparameters.
 
-    k and the temperature are the best on validation mIoU; the first wins a tie. Of more than ``BANK_CELLS`` training
-    places a sample is used, drawn from ``seed``.
+    k and the temperature are those with the best validation mIoU; the first wins a tie. Of more than ``BANK_CELLS``
+    training cells a sample is used, drawn from ``seed``.
     """
     rows = _sample(_labelled_cells(layout, train, "training"), BANK_CELLS, seed)
     bank = _unit(_take_cells(train.features, rows), device)
     labels = torch.from_numpy(_take_cells(layout.per_cell(np.asarray(train.labels)), rows)).long().to(device)
-    chosen_on = _sample(_labelled_cells(layout, val, "validation"), SELECTION_CELLS, seed + 1)
-    truth = _take_cells(layout.per_cell(np.asarray(val.labels)), chosen_on)
+    selection = _sample(_labelled_cells(layout, val, "validation"), SELECTION_CELLS, seed + 1)
+    truth = _take_cells(layout.per_cell(np.asarray(val.labels)), selection)
     ks = sorted({min(k, len(bank)) for k in NEIGHBOURS})
     counts = {(k, t): np.zeros((num_classes, num_classes), np.int64) for k in ks for t in TEMPERATURES}
-    for piece in np.array_split(np.arange(len(truth)), -(-len(truth) // _CHUNK)):
-        near = torch.topk(_unit(_take_cells(val.features, chosen_on[piece]), device) @ bank.T, ks[-1], dim=1)
+    for piece in np.array_split(np.arange(len(truth)), -(-len(truth) // _CHUNK_CELLS)):
+        near = torch.topk(_unit(_take_cells(val.features, selection[piece]), device) @ bank.T, ks[-1], dim=1)
         for k, t in counts:
-            answer = _vote(near.values[:, :k] / t, labels[near.indices[:, :k]], num_classes)
-            counts[k, t] += confusion(answer, truth[piece], num_classes, ignored=(IGNORED,))
+            votes = _vote(near.values[:, :k] / t, labels[near.indices[:, :k]], num_classes)
+            counts[k, t] += confusion(votes, truth[piece], num_classes, ignored=(IGNORED,))
     k, t = list(counts)[best_index([float(mean_iou(c)) for c in counts.values()])]
-    answers = []
+    predicted = []
     for features in _chunks(test.features):
         near = torch.topk(_unit(features, device) @ bank.T, k, dim=1)
-        answers.append(_vote(near.values / t, labels[near.indices], num_classes))
-    return _as_crops(answers, test), {"k": k, "temperature": t}
+        predicted.append(_vote(near.values / t, labels[near.indices], num_classes))
+    return _as_crops(predicted, test), {"k": k, "temperature": t}
 
 
 def probe(
@@ -149,10 +153,10 @@ def probe(
     seed: int,
     device: torch.device = CPU,
 ) -> tuple[np.ndarray, dict[str, float]]:
-    """Answers (M, P, Q) uint8 of a linear map F → Q·C per place, on standardised features.
+    """Predictions (M, P, Q) uint8 of a linear map F → Q·C per cell, on standardised features, and the hyperparameters.
 
     One map per learning rate, all trained in the same pass (AdamW, one-cycle cosine, cross-entropy over the pixels that
-    count); the best on validation mIoU answers. Order and start are drawn from ``seed``.
+    count); the one with the best validation mIoU is used. The order of the batches is drawn from ``seed``.
     """
     rows = _labelled_cells(layout, train, "training")
     labels = layout.per_cell(np.asarray(train.labels))
@@ -165,13 +169,13 @@ def probe(
 
     learners = zip(maps.weights, maps.biases, strict=True)
     lr_grid_search(list(learners), LEARNING_RATES, rows, BATCH_CELLS, seed, backward)
-    counts = [confusions(layout, num_classes, p, val).sum(0) for p in maps.answers(val)]
+    counts = [confusions(layout, num_classes, p, val).sum(0) for p in maps.predict(val)]
     chosen = best_index([float(mean_iou(c[:num_classes])) for c in counts])
-    return maps.answers(test, only=chosen)[0], {"lr": LEARNING_RATES[chosen]}
+    return maps.predict(test, only=chosen)[0], {"lr": LEARNING_RATES[chosen]}
 
 
 class _LinearMaps:
-    """A linear map per learning rate over the same standardised features."""
+    """A linear map per learning rate over the same standardised features, from zero weights."""
 
     def __init__(
         self,
@@ -192,51 +196,54 @@ class _LinearMaps:
 
     def loss(self, features: np.ndarray, truth: Tensor) -> Tensor:
         """The sum over maps of the mean cross-entropy of (n, F) against (n, Q)."""
-        x = self._standard(features)
-        return sum(
+        x = self._standardise(features)
+        losses = [
             F.cross_entropy(
                 (x @ w + b).view(-1, self.classes), truth.flatten(), ignore_index=IGNORED, reduction="mean"
             )
             for w, b in zip(self.weights, self.biases, strict=True)
-        )
+        ]
+        return torch.stack(losses).sum()  # each map's gradient is that of its own loss
 
     @torch.no_grad()
-    def answers(self, split: FeatureCache, only: int | None = None) -> list[np.ndarray]:
+    def predict(self, split: FeatureCache, only: int | None = None) -> list[np.ndarray]:
         """(M, P, Q) uint8 of every map, or of one."""
-        wanted = range(len(self.weights)) if only is None else [only]
-        parts: list[list[np.ndarray]] = [[] for _ in wanted]
+        maps = range(len(self.weights)) if only is None else [only]
+        parts: list[list[np.ndarray]] = [[] for _ in maps]
         for features in _chunks(split.features):
-            x = self._standard(features)
-            for part, i in zip(parts, wanted, strict=True):
+            x = self._standardise(features)
+            for part, i in zip(parts, maps, strict=True):
                 logits = (x @ self.weights[i] + self.biases[i]).view(len(x), self.pixels, self.classes)
                 part.append(logits.argmax(-1).byte().cpu().numpy())
         return [_as_crops(part, split) for part in parts]
 
-    def _standard(self, features: np.ndarray) -> Tensor:
+    def _standardise(self, features: np.ndarray) -> Tensor:
         return (torch.from_numpy(features.astype(np.float32)).to(self._mean) - self._mean) / self._scale
 
 
 def _labelled_cells(layout: PixelLayout, split: FeatureCache, which: str) -> np.ndarray:
-    """Numbers of the places, among all M·P, with a pixel that counts. ResultsError if there is none."""
+    """Numbers of the cells, among all M·P, with a pixel that counts. ResultsError if there is none."""
     rows = np.flatnonzero((layout.per_cell(np.asarray(split.labels)) != IGNORED).any(-1))
     if not len(rows):
-        raise ResultsError(f"not a pixel of the {which} split counts: every label is ignored")
+        raise ResultsError(f"no pixel of the {which} split counts: every label is ignored")
     return rows
 
 
 def _sample(rows: np.ndarray, most: int, seed: int) -> np.ndarray:
     if len(rows) <= most:
         return rows
-    return np.sort(np.random.Generator(np.random.Philox(key=[seed, 1])).choice(rows, most, replace=False))
+    return np.sort(
+        np.random.Generator(np.random.Philox(key=[seed, _SAMPLE_STREAM])).choice(rows, most, replace=False)
+    )
 
 
-def _take_cells(crops: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Rows, among all M·P, of (M, P, …)."""
-    return crops[np.divmod(rows, crops.shape[1])]
+def _take_cells(crops: FeatureArray, cells: np.ndarray) -> np.ndarray:
+    """(n, …): cells by number, among all M·P, of (M, P, …)."""
+    return crops[np.divmod(cells, crops.shape[1])]
 
 
-def _chunks(features: np.ndarray) -> Iterator[np.ndarray]:
-    crops = max(_CHUNK // features.shape[1], 1)
+def _chunks(features: FeatureArray) -> Iterator[np.ndarray]:
+    crops = max(_CHUNK_CELLS // features.shape[1], 1)
     for first in range(0, len(features), crops):
         yield np.asarray(features[first : first + crops]).reshape(-1, features.shape[-1])
 
@@ -250,7 +257,10 @@ def _unit(features: np.ndarray, device: torch.device) -> Tensor:
 
 
 def _vote(weights: Tensor, labels: Tensor, num_classes: int) -> np.ndarray:
-    """(n, k) log-weights and (n, k, Q) labels -> (n, Q) uint8; a neighbour has no vote where its label is ignored."""
+    """(n, k) log-weights and (n, k, Q) labels -> (n, Q) uint8; a neighbour has no vote where its label is ignored.
+
+    Ignored labels vote for class C, which is cut off: the loop needs no mask and memory does not grow with k.
+    """
     votes = torch.zeros(len(labels), labels.shape[2], num_classes + 1, device=labels.device)
     shares = torch.softmax(weights, dim=1)
     for share, label in zip(shares.unbind(1), labels.unbind(1), strict=True):
@@ -260,8 +270,12 @@ def _vote(weights: Tensor, labels: Tensor, num_classes: int) -> np.ndarray:
     return votes[..., :num_classes].argmax(-1).byte().cpu().numpy()
 
 
-def _moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    total, squares, count = 0.0, 0.0, 0
+def _moments(features: FeatureArray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and scale (F,) over all cells, in float64 and one pass, as the features may be larger than memory.
+
+    A feature that is constant in training has scale inf, which drops it.
+    """
+    total, squares, count = np.zeros(features.shape[-1]), np.zeros(features.shape[-1]), 0
     for chunk in _chunks(features):
         wide = chunk.astype(np.float64)
         total, squares, count = total + wide.sum(0), squares + (wide**2).sum(0), count + len(wide)

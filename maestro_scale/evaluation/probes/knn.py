@@ -1,7 +1,7 @@
-"""Weighted nearest neighbours on frozen features: what the encoder's geometry knows without any training.
+"""Weighted k-nearest-neighbour classifier on one frozen feature vector per tile.
 
-As in the evaluation of DINO (arXiv 2104.14294), for several labels: cosine similarity, neighbours weighted by
-exp(similarity / temperature), a class's score its weighted share among the neighbours.
+As in the evaluation of DINO (arXiv 2104.14294), extended to several labels: cosine similarity, neighbours weighted by
+exp(similarity / temperature), the score of a class is its weighted share among the neighbours.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from maestro_scale.evaluation.metrics import MultilabelCounts
 
 NEIGHBOURS = (5, 10, 20, 50)
 TEMPERATURES = (0.03, 0.07, 0.2)
-THRESHOLD = 0.5  # by protocol; choosing it on validation would be another metric
+THRESHOLD = 0.5  # by protocol; one chosen on validation would make another metric of it
 
-_CHUNK = 1024  # queries at once: their similarities to 50,000 tiles take 200 MB
+_CHUNK = 1024  # queries per product: similarities to 50,000 tiles take 200 MB
 
 
 def knn(
@@ -33,11 +33,10 @@ def knn(
     neighbours: Sequence[int] = NEIGHBOURS,
     temperatures: Sequence[float] = TEMPERATURES,
 ) -> ClassifierResult:
-    """Label test samples by their neighbours in ``train``; k and temperature are the best on validation wF1.
+    """Classify test samples by their neighbours in ``train``; k and temperature are those with the best validation wF1.
 
-    ``test_features``: (N, F). A k above the number of training samples becomes that number; the first
-    candidate wins a tie. ``chosen`` holds ``k`` and ``temperature``. ValueError where shapes disagree or a
-    feature is not finite.
+    ``test_features``: (N, F). A k above the number of training samples becomes that number; the first candidate wins a
+    tie. ``chosen`` holds ``k`` and ``temperature``. ValueError where shapes disagree or a feature is not finite.
     """
     check_splits(train, validation, test_features)
     ks = sorted({min(k, len(train.features)) for k in neighbours})

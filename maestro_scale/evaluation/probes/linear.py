@@ -1,6 +1,6 @@
-"""Linear probe on frozen features: one logistic regression per class.
+"""Linear probe on one frozen feature vector per tile: a logistic regression per class.
 
-Full-batch L-BFGS in float64 from zero, so nothing is drawn and no learning rate is to be tuned.
+Full-batch L-BFGS in float64 from zero weights: the result has no random part and no learning rate to tune.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ _TOLERANCE = 1e-6  # largest gradient entry of the mean loss
 def linear_probe(
     train: LabelledFeatures, validation: LabelledFeatures, test_features: np.ndarray, l2: Sequence[float] = L2
 ) -> ClassifierResult:
-    """Fit on ``train``, choose the L2 strength on validation wF1, answer on ``test_features`` (N, F).
+    """Fit on ``train``, select the L2 strength by validation wF1, predict ``test_features`` (N, F).
 
     Minimises the mean over samples of the summed binary cross-entropies plus l2/2·|W|² (biases are free), on
-    features standardised by the training samples' mean and deviation. Strengths are tried from strong to
-    weak, each from the last one's solution; the stronger wins a tie. ``chosen`` holds ``l2``. ValueError
+    features standardised by mean and standard deviation of the training samples. Strengths are fitted from strong to
+    weak, each from the solution of the one before; the stronger wins a tie. ``chosen`` holds ``l2``. ValueError
     where shapes disagree or a feature is not finite.
     """
     check_splits(train, validation, test_features)
@@ -40,15 +40,15 @@ def linear_probe(
         raise ValueError(f"l2 {tuple(l2)} must hold strengths, all above 0: without one there is no optimum")
     mean, scale = _moments(train.features)
     x, y = _standard(train.features, mean, scale), torch.tensor(train.labels).double()
-    seen = _standard(validation.features, mean, scale)
+    x_validation = _standard(validation.features, mean, scale)
     weights = _initial(y, x.shape[1])
     best: tuple[float, float, Tensor, MultilabelCounts] | None = None
     for strength in sorted(set(l2), reverse=True):
         weights = _minimise(x, y, weights, strength)
-        counts = MultilabelCounts.of((_scores(seen, weights) > THRESHOLD).numpy(), validation.labels)
+        counts = MultilabelCounts.of((_scores(x_validation, weights) > THRESHOLD).numpy(), validation.labels)
         if best is None or counts.wf1() > best[0]:
             best = (counts.wf1(), strength, weights, counts)
-    assert best is not None
+    assert best is not None  # l2 is not empty
     _, strength, weights, counts = best
     scores = _scores(_standard(test_features, mean, scale), weights)
     return ClassifierResult(
@@ -62,7 +62,7 @@ def linear_probe(
 def _moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     wide = features.astype(np.float64)
     deviation = wide.std(axis=0)
-    # A feature that never moves in training must not blow up a test sample where it does.
+    # A feature that is constant in training is dropped (scale inf): its test values would be divided by almost 0.
     floor = 1e-6 * max(float(deviation.max()), 1e-12)
     return wide.mean(axis=0), np.where(deviation > floor, deviation, np.inf)
 
@@ -72,7 +72,7 @@ def _standard(features: np.ndarray, mean: np.ndarray, scale: np.ndarray) -> Tens
 
 
 def _initial(y: Tensor, num_features: int) -> Tensor:
-    """(F + 1, C): weights of zero over biases at the classes' log-odds, finite where a class is absent."""
+    """(F + 1, C): zero weights above biases at the log-odds of the classes, finite also for absent ones."""
     rate = (y.sum(0) + 0.5) / (len(y) + 1)
     return torch.cat([torch.zeros(num_features, y.shape[1], dtype=y.dtype), torch.logit(rate)[None]])
 
