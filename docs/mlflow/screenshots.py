@@ -1,12 +1,12 @@
-"""The pictures of docs/mlflow.md: MLflow's own pages on real runs, drawn by headless Chromium.
+"""Makes the screenshots of docs/mlflow.md: the MLflow UI on real runs, rendered by headless Chromium.
 
     maestro-scale quickstart --out /tmp/quickstart
     python docs/mlflow/screenshots.py /tmp/quickstart/runs
 
-First runs what the pictures need beyond quickstart, in minutes, and not again: evaluations with shares of the labels, a
-training with another recipe, a registered model. Then starts `maestro-scale dashboard` on the runs, opens each page,
-waits until what it must show is there, and writes docs/mlflow/*.png. Exit code 1 where a page does not show it, or the
-browser's console tells of an error.
+First runs what the screenshots need beyond quickstart, if it is missing (minutes): evaluations with fractions of the
+labels, a training run with another recipe, a registered model. Then starts `maestro-scale dashboard` on the runs, opens
+each page, waits until it shows the expected content, and writes docs/mlflow/*.png. Exit code 1 if it does not, or if
+the browser's console reports an error.
 """
 
 from __future__ import annotations
@@ -43,38 +43,39 @@ FRACTIONS = (1, 0.3, 0.1)
 PROBES = 'tags.mode = "probe"'
 WIDTH, HEIGHT = 1440, 900
 WAIT_S = 60.0
-# Whoever comes first is asked about language models, with a chat panel over the page; without a mouse the tools of a
-# chart, otherwise seen under it alone, stay on its lines.
-_SETTLE = """if (location.protocol === 'http:') {
+# Runs on every page before it loads: skips the questions and the chat panel that MLflow shows to new users, hides the
+# toolbar of charts, and defines helper functions for the scripts below.
+_PAGE_SETUP = """if (location.protocol === 'http:') {
 localStorage.setItem('mlflow.assistant.panelOpen_v1', 'false');
 localStorage.setItem('mlflow.workflowType_v1', '"machine_learning"');
 localStorage.setItem('mlflow.assistant.fab.autoOpenedOnFirstLoad_v1', 'true');
 document.addEventListener('DOMContentLoaded', () => {
     document.head.appendChild(document.createElement('style')).textContent = '.modebar {display: none}';
 });
-window.pause = (ms) => new Promise((done) => setTimeout(done, ms));
-window.type = (field, words) => {
-    Object.getOwnPropertyDescriptor(HTMLInputElement.prototype, 'value').set.call(field, words);
+window.pause = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
+window.type = (field, text) => {
+    Object.getOwnPropertyDescriptor(HTMLInputElement.prototype, 'value').set.call(field, text);
     field.dispatchEvent(new Event('input', {bubbles: true}));
 };
-window.called = (selector, words) => [...document.querySelectorAll(selector)].find((e) => e.innerText.trim() === words);
+window.findByText = (selector, text) =>
+    [...document.querySelectorAll(selector)].find((e) => e.innerText.trim() === text);
 }"""
 
 
-def _unfold(name: str) -> str:
-    """Unfold the first run that has others below it, until one of them is there by name."""
+def _expand(name: str) -> str:
+    """JavaScript that expands the first run with nested runs; true once the run ``name`` is visible."""
     return f"""(async () => {{
-    const unfolded = () => document.body.innerText.includes({name!r});
-    if (!unfolded()) {{
+    const isVisible = () => document.body.innerText.includes({name!r});
+    if (!isVisible()) {{
         document.querySelector('.ag-row button[data-component-id*="runnamecellrenderer"]')?.click();
         await pause(2000);
     }}
-    return unfolded();
+    return isVisible();
 }})()"""
 
 
 def _search(pattern: str, shown: str, hidden: str) -> str:
-    """Search the charts until one text is on the page and another is not."""
+    """JavaScript that filters the charts; true once ``shown`` is on the page and ``hidden`` is not."""
     return f"""(() => {{
     const field = document.querySelector('input[placeholder="Search metric charts"]');
     if (!field) return false;
@@ -84,9 +85,9 @@ def _search(pattern: str, shown: str, hidden: str) -> str:
 }})()"""
 
 
-# The comparison begins with plots that take the whole page.
+# Collapses the plots, which cover the page, and shows differing parameters only.
 _DIFFERENCES = """(() => {
-    const plots = called('[role="button"]', 'Visualizations');
+    const plots = findByText('[role="button"]', 'Visualizations');
     const switches = document.querySelectorAll('button[role="switch"][aria-label$="Show diff only"]');
     if (!plots || !switches.length) return false;
     plots.click();
@@ -94,21 +95,21 @@ _DIFFERENCES = """(() => {
     return true;
 })()"""
 _SCATTER = """(async () => {
-    const tab = called('[role="tab"]', 'Scatter Plot');
+    const tab = findByText('[role="tab"]', 'Scatter Plot');
     if (!tab) return false;
     tab.dispatchEvent(new MouseEvent('mousedown', {bubbles: true}));
     await pause(1000);
     for (const [axis, name] of [['x', 'fraction'], ['y', 'eval/wf1']]) {
         document.querySelector(`#${axis}-axis-selector`)?.click();
         await pause(1000);
-        called('[role="option"]', name)?.click();
+        findByText('[role="option"]', name)?.click();
         await pause(1000);
     }
     const titles = [...document.querySelectorAll('.xtitle, .ytitle')].map((title) => title.textContent);
     return titles.includes('fraction') && titles.includes('eval/wf1');
 })()"""
 _COLUMNS = """(async () => {
-    const columns = called('button', 'Columns');
+    const columns = findByText('button', 'Columns');
     if (!columns) return false;
     columns.click();
     await pause(1000);
@@ -117,7 +118,7 @@ _COLUMNS = """(async () => {
         const field = document.querySelector('input[placeholder="Search columns"]');
         if (field) type(field, name);
         await pause(1000);
-        const box = called('[class*="tree-treenode"]', name)?.querySelector('[class*="tree-checkbox"]');
+        const box = findByText('[class*="tree-treenode"]', name)?.querySelector('[class*="tree-checkbox"]');
         if (!box) missing.push(name);
         else if (box.className.includes('-checked') === /[A-Z]/.test(name)) box.click();
         await pause(500);
@@ -130,50 +131,54 @@ _COLUMNS = """(async () => {
 
 @dataclass(frozen=True)
 class Page:
-    """``path``: behind the address; ``shows``: texts that must be on it; ``selector``: what must be drawn on it.
-    ``script``: JavaScript that changes what is shown; tried until it is true. ``height``: of the window."""
+    """A page of the MLflow UI.
+
+    ``path``: appended to the server's address; ``expected``: texts that must be visible; ``selector``: an element that
+    must exist; ``script``: JavaScript that prepares the page, repeated until true; ``height``: of the window.
+    """
 
     name: str
     path: str
-    shows: tuple[str, ...]
+    expected: tuple[str, ...]
     selector: str = "body"
     script: str = "true"
     height: int = HEIGHT
 
 
 class Browser:
-    """Chromium, spoken to in its DevTools protocol over a pair of pipes (--remote-debugging-pipe)."""
+    """Headless Chromium, controlled with the DevTools protocol over a pair of pipes (--remote-debugging-pipe)."""
 
     def __init__(self, program: str, profile: str) -> None:
-        theirs_in, self._to = os.pipe()
-        self._from, theirs_out = os.pipe()
+        browser_in, self._write_fd = os.pipe()
+        self._read_fd, browser_out = os.pipe()
         command = [program, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
         command += ["--remote-debugging-pipe", f"--user-data-dir={profile}", "about:blank"]
         # Chromium reads descriptor 3 and writes descriptor 4.
-        shell = f'exec "$@" 3<&{theirs_in} 4>&{theirs_out}'
+        shell = f'exec "$@" 3<&{browser_in} 4>&{browser_out}'
         self._process = subprocess.Popen(
             ["bash", "-c", shell, "bash", *command],
-            pass_fds=(theirs_in, theirs_out),
+            pass_fds=(browser_in, browser_out),
             stderr=subprocess.DEVNULL,
             env={**os.environ, "HOME": profile},
         )
-        os.close(theirs_in)
-        os.close(theirs_out)
-        self._rest, self._count, self._session, self.errors = b"", 0, "", []
+        os.close(browser_in)
+        os.close(browser_out)
+        self._buffer, self._last_id, self._session = b"", 0, ""
+        self.errors: list[str] = []
         (target,) = (t for t in self._call("Target.getTargets")["targetInfos"] if t["type"] == "page")
         attach = {"targetId": target["targetId"], "flatten": True}
         self._session = self._call("Target.attachToTarget", **attach)["sessionId"]
         for domain in ("Page", "Runtime"):
             self._call(f"{domain}.enable")
-        self._call("Page.addScriptToEvaluateOnNewDocument", source=_SETTLE)
+        self._call("Page.addScriptToEvaluateOnNewDocument", source=_PAGE_SETUP)
 
     def close(self) -> None:
-        """End it."""
+        """Terminate the browser."""
         self._process.terminate()
         self._process.wait(20)
 
     def open(self, url: str, height: int = HEIGHT) -> None:
-        """Go to a page as one who was never there; from one to another of a single-page application too."""
+        """Open a URL with empty local storage. The blank page in between reloads the single-page application."""
         size = {"width": WIDTH, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self._call("Emulation.setDeviceMetricsOverride", **size)
         self._call("Page.navigate", url="about:blank")
@@ -182,48 +187,48 @@ class Browser:
         self._call("Page.navigate", url=url)
 
     def evaluate(self, expression: str) -> Any:
-        """The value of a JavaScript expression on the page; None where it cannot be had yet."""
-        answer = self._call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
-        return answer.get("result", {}).get("value")
+        """The value of a JavaScript expression on the page; None if it raises, e.g. before the page has loaded."""
+        reply = self._call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        return reply.get("result", {}).get("value")
 
-    def picture(self) -> bytes:
-        """What is seen, as PNG."""
+    def screenshot(self) -> bytes:
+        """The visible part of the page, as PNG."""
         return base64.b64decode(self._call("Page.captureScreenshot", format="png")["data"])
 
     def _call(self, method: str, **params: Any) -> dict[str, Any]:
-        self._count += 1
-        message = {"id": self._count, "method": method, "params": params}
+        self._last_id += 1
+        request = {"id": self._last_id, "method": method, "params": params}
         if self._session:
-            message["sessionId"] = self._session
-        os.write(self._to, json.dumps(message).encode() + b"\0")
+            request["sessionId"] = self._session
+        os.write(self._write_fd, json.dumps(request).encode() + b"\0")
         while True:
-            answer = self._read()
-            if answer.get("method") == "Runtime.exceptionThrown":
-                details = answer["params"]["exceptionDetails"]
+            message = self._read()
+            if message.get("method") == "Runtime.exceptionThrown":
+                details = message["params"]["exceptionDetails"]
                 self.errors.append(details.get("exception", {}).get("description") or details["text"])
-            if answer.get("id") == self._count:
-                if "error" in answer:
-                    raise RuntimeError(f"{method}: {answer['error']['message']}")
-                return answer["result"]
+            if message.get("id") == self._last_id:
+                if "error" in message:
+                    raise RuntimeError(f"{method}: {message['error']['message']}")
+                return message["result"]
 
     def _read(self) -> dict[str, Any]:
-        while b"\0" not in self._rest:
-            chunk = os.read(self._from, 1 << 20)
+        while b"\0" not in self._buffer:
+            chunk = os.read(self._read_fd, 1 << 20)
             if not chunk:
-                raise RuntimeError("the browser is gone")
-            self._rest += chunk
-        message, self._rest = self._rest.split(b"\0", 1)
+                raise RuntimeError("the browser has exited")
+            self._buffer += chunk
+        message, self._buffer = self._buffer.split(b"\0", 1)
         return json.loads(message)
 
 
-def commands(client: MlflowClient, model: str) -> Iterator[list[str]]:
-    """What is still to be run, in the folder of the runs, for all pictures."""
+def missing_commands(client: MlflowClient, model: str) -> Iterator[list[str]]:
+    """The commands that still have to be run, in the folder of the runs, for all screenshots."""
     programs, scripts = Path(sys.executable).parent, Path(maestro_scale.__file__).parent
     runs = _runs(client)
-    scored = {float(r.data.params["fraction"]) for r in runs if r.data.tags.get("mode") == "probe"}
+    evaluated = {float(r.data.params["fraction"]) for r in runs if r.data.tags.get("mode") == "probe"}
     recipe = f"--recipe={RUN}/recipe.yaml"
     for fraction in FRACTIONS:
-        if fraction not in scored:
+        if fraction not in evaluated:
             evaluate = [sys.executable, str(scripts / "evaluate.py"), recipe, f"--checkpoint={RUN}"]
             yield [*evaluate, f"--fraction={fraction}", "--out=../fractions"]
     if len(_trainings(runs)) < 2:
@@ -234,17 +239,17 @@ def commands(client: MlflowClient, model: str) -> Iterator[list[str]]:
         yield [str(programs / "maestro-scale"), "export", RUN, "../exported", "--register", model]
 
 
-def complete(runs: Path, client: MlflowClient, model: str) -> None:
-    """Run it. SystemExit where a command fails."""
+def run_missing(runs: Path, client: MlflowClient, model: str) -> None:
+    """Run the missing commands. Raises SystemExit if one fails."""
     env = {**os.environ, "OMP_NUM_THREADS": str(num_threads())}
-    for command in commands(client, model):
+    for command in missing_commands(client, model):
         print(*command, flush=True)
         if subprocess.run(command, cwd=runs, env=env, check=False).returncode:
-            raise SystemExit("this failed; run it in the folder of the runs to see why")
+            raise SystemExit("the command above failed; run it in the folder of the runs for details")
 
 
 def _runs(client: MlflowClient) -> list[Run]:
-    """Of the one experiment, newest first."""
+    """All runs of the only experiment, newest first."""
     (experiment,) = [e for e in client.search_experiments() if e.name != "Default"][:1]
     return list(client.search_runs([experiment.experiment_id], "", ViewType.ACTIVE_ONLY, 100))
 
@@ -254,7 +259,7 @@ def _trainings(runs: list[Run]) -> list[Run]:
 
 
 def pages(client: MlflowClient, model: str) -> Iterator[Page]:
-    """What to show, of the newest training run that was evaluated."""
+    """The pages to show, of the newest training run with an evaluation."""
     runs = _runs(client)
     parents = {r.data.tags.get("mlflow.parentRunId") for r in runs} - {None}
     run = next(r for r in runs if r.info.run_id in parents)
@@ -268,7 +273,7 @@ def pages(client: MlflowClient, model: str) -> Iterator[Page]:
         ids = json.dumps([r.info.run_id for r in chosen])
         return f"#/compare-runs?runs={quote(ids)}&experiments={quote(json.dumps([experiment]))}"
 
-    yield Page("runs", here, (run.info.run_name, nested.info.run_name), script=_unfold(nested.info.run_name))
+    yield Page("runs", here, (run.info.run_name, nested.info.run_name), script=_expand(nested.info.run_name))
     losses = _search("loss", shown="aerial", hidden="downloaded_bytes")
     yield Page("charts", f"{here}/{run.info.run_id}/model-metrics", ("total", "aerial"), chart, losses)
     speed = _search("speed/|data_wait", shown="samples_per_s", hidden="downloaded_bytes")
@@ -279,7 +284,7 @@ def pages(client: MlflowClient, model: str) -> Iterator[Page]:
     probes = [r for r in evaluations if r.data.tags["mode"] == "probe"]
     filtered = f"{here}?searchFilter={quote(PROBES)}"
     shown = ("fraction", "eval/wf1", *(r.data.params["fraction"] for r in probes))
-    script = f"(async () => await {_COLUMNS} && await {_unfold(probes[0].info.run_name)})()"
+    script = f"(async () => await {_COLUMNS} && await {_expand(probes[0].info.run_name)})()"
     yield Page("labels", filtered, shown, script=script)
     yield Page("scatter", compare(probes), ("fraction", "eval/wf1"), ".js-plotly-plot canvas", _SCATTER)
     yield Page("system", f"{here}/{run.info.run_id}/system-metrics", ("system",), chart)
@@ -292,7 +297,7 @@ def pages(client: MlflowClient, model: str) -> Iterator[Page]:
 
 @contextmanager
 def dashboard(runs: Path) -> Iterator[str]:
-    """`maestro-scale dashboard` on the runs, once it answers; its address."""
+    """Start `maestro-scale dashboard` on the runs; yields its address once it responds."""
     port = free_port()
     program = str(Path(sys.executable).parent / "maestro-scale")
     server = subprocess.Popen(
@@ -315,8 +320,8 @@ def dashboard(runs: Path) -> Iterator[str]:
         server.wait(30)
 
 
-def draw(browser: Browser, address: str, page: Page) -> Image.Image:
-    """The page's picture, once it shows what it must. SystemExit where it does not within a minute."""
+def capture(browser: Browser, address: str, page: Page) -> Image.Image:
+    """A screenshot of the page, once it shows the expected content. Raises SystemExit after WAIT_S seconds."""
     browser.open(f"{address}/{page.path}", page.height)
     deadline = time.monotonic() + WAIT_S
     while not browser.evaluate(page.script) and time.monotonic() < deadline:
@@ -324,36 +329,38 @@ def draw(browser: Browser, address: str, page: Page) -> Image.Image:
     while True:
         text = browser.evaluate("document.body.innerText") or ""
         drawn = browser.evaluate(f"document.querySelectorAll({page.selector!r}).length") or 0
-        if all(words in text for words in page.shows) and drawn:
-            time.sleep(2.0)  # charts move into place
-            return Image.open(io.BytesIO(browser.picture()))
+        if all(phrase in text for phrase in page.expected) and drawn:
+            time.sleep(2.0)  # charts are animated
+            return Image.open(io.BytesIO(browser.screenshot()))
         if time.monotonic() > deadline:
-            raise SystemExit(f"{page.name} does not show {page.shows} and {page.selector}; it shows:\n{text}")
+            raise SystemExit(
+                f"{page.name} does not show {page.expected} and {page.selector}; it shows:\n{text}"
+            )
         time.sleep(0.5)
 
 
 def main() -> int:
-    """The command."""
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("runs", type=Path, help="runs/ of what quickstart made")
-    parser.add_argument("--model", default="quickstart", help="name in the registry")
+    parser.add_argument("runs", type=Path, help="folder runs/ in the output of quickstart")
+    parser.add_argument("--model", default="quickstart", help="name in the model registry")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
-    parser.add_argument("--only", nargs="+", metavar="NAME", default=[], help="draw these alone")
+    parser.add_argument("--only", nargs="+", metavar="NAME", default=[], help="make only these screenshots")
     args = parser.parse_args()
     program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if program is None:
         raise SystemExit("no Chromium on PATH")
     client = MlflowClient(f"sqlite:///{args.runs.resolve() / 'mlflow.db'}")
-    complete(args.runs, client, args.model)
+    run_missing(args.runs, client, args.model)
     wanted = [page for page in pages(client, args.model) if page.name in args.only or not args.only]
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile, dashboard(args.runs) as address:
         browser = Browser(program, profile)
         try:
             for page in wanted:
-                picture = draw(browser, address, page).convert("RGB")
-                picture.quantize(96).save(args.out / f"{page.name}.png", optimize=True)
+                image = capture(browser, address, page).convert("RGB")
+                image.quantize(96).save(args.out / f"{page.name}.png", optimize=True)
                 print(args.out / f"{page.name}.png")
         finally:
             browser.close()

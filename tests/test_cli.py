@@ -1,0 +1,54 @@
+"""The command line: help is fast and complete, and works as a module."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from maestro_scale.cli import app
+
+COMMANDS = {
+    *("quickstart", "synth", "shard", "verify", "inspect", "plan", "export", "convert-ign"),
+    *("embed", "sync", "dashboard", "report", "doctor"),
+}
+
+
+def test_help_imports_no_torch():
+    code = (
+        "import sys, typer.testing, maestro_scale.cli as cli\n"
+        "done = typer.testing.CliRunner().invoke(cli.app, ['--help'])\n"
+        "assert done.exit_code == 0 and 'quickstart' in done.output, done.output\n"
+        "print(*{'torch', 'mlflow', 'deepspeed', 'numpy'} & set(sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.split() == []
+
+
+def test_help_lists_all_commands_and_describes_all_parameters():
+    group = typer.main.get_command(app)
+    assert set(group.commands) == COMMANDS
+    for name, command in group.commands.items():
+        assert command.help, name
+        for parameter in command.params:
+            assert parameter.help, f"{name} {parameter.name}"
+
+
+@pytest.mark.parametrize(("option", "value"), [("--what", "pixels"), ("--format", "csv")])
+def test_an_invalid_choice_is_a_usage_error(option, value):
+    done = CliRunner().invoke(app, ["embed", "MODEL", "SHARDS", "OUT", option, value])
+    assert done.exit_code == 2
+    assert f"'{value}' is not one of" in done.output
+
+
+def test_it_runs_as_a_module():
+    command = [sys.executable, "-m", "maestro_scale.cli", "synth", "no_dataset", "OUT"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert "no_dataset" in done.stderr
