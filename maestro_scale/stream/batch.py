@@ -1,4 +1,4 @@
-"""The batch: what the model eats. All randomness is decided in it; the model adds none.
+"""The batch: the input of the model, with all random numbers that the model uses.
 
 Shapes: B samples, D dates, C bands, H×W pixels, L tokens per date, G token groups.
 """
@@ -15,12 +15,16 @@ from torch import Tensor
 
 from maestro_scale.datasets.spec import Sensor
 
-NUM_REDRAWS = 8  # candidates of the structural mask per sample; one that hides everything is passed over
+# Candidates of the structural mask per sample: the first that leaves a token visible is used (model/masking.py).
+NUM_REDRAWS = 8
 
 
 def num_noise(sensor: Sensor) -> int:
-    """Uniform numbers a sample carries for one sensor: D·L·G ranks for its tokens, then, per candidate of the
-    structural mask, one for the modality, D for dates, L for locations and G for band groups."""
+    """Uniform numbers per sample for one sensor: D·L·G for its tokens, then, per candidate of the structural mask, one
+    for the modality, D for dates, L for locations and G for band groups.
+
+    G is the largest number of token groups, whether the model uses them or not, so that the noise, and with it the
+    batch, does not depend on the model."""
     cells, groups = sensor.grid**2, sensor.max_token_groups
     return sensor.num_dates * cells * groups + NUM_REDRAWS * (1 + sensor.num_dates + cells + groups)
 
@@ -53,11 +57,21 @@ class Batch:
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Batch:
         """The same batch with ``fn`` applied to every tensor."""
-        named = {f: {k: fn(v) for k, v in getattr(self, f).items()} for f in _DICT_FIELDS}
-        return dataclasses.replace(self, **named, ref_date=fn(self.ref_date))
+
+        def map_dict(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {name: fn(tensor) for name, tensor in tensors.items()}
+
+        return dataclasses.replace(
+            self,
+            pixels=map_dict(self.pixels),
+            dates=map_dict(self.dates),
+            noise=map_dict(self.noise),
+            targets=map_dict(self.targets),
+            ref_date=fn(self.ref_date),
+        )
 
     def first(self) -> Batch:
-        """The first sample alone."""
+        """A batch of the first sample only."""
         alone = self.map(lambda t: t[:1])
         return dataclasses.replace(alone, keys=self.keys[:1], tiles=self.tiles[:1])
 

@@ -1,4 +1,7 @@
-"""Where on a tile the model looks: one square of ground, cut out of every raster and oriented alike."""
+"""Crops of a tile: one square on the ground, cut out of the raster of every sensor with the same orientation.
+
+Positions are in metres, because the rasters of a tile differ in resolution.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ _EPS = 1e-6  # metres; extents and resolutions are decimal fractions
 
 @dataclass(frozen=True)
 class Orientation:
-    """A symmetry of the square: first flipped, then transposed."""
+    """One of the eight symmetries of the square: flips, then a transposition."""
 
     flip_rows: bool = False
     flip_columns: bool = False
@@ -35,7 +38,7 @@ UPRIGHT = Orientation()
 
 @dataclass(frozen=True)
 class Crop:
-    """A square of ground by its upper left corner, in metres from the tile's, and how it is turned."""
+    """A square on the ground: upper left corner in metres from the tile's, and orientation."""
 
     row_m: float = 0.0
     column_m: float = 0.0
@@ -43,10 +46,10 @@ class Crop:
 
 
 class CropGrid:
-    """The crops of ``crop_m`` metres that a tile offers.
+    """The possible crops of ``crop_m`` metres of a tile.
 
     Offsets are multiples of ``step_m``, the coarsest sensor's pixel, so that the sensors of a crop cover the
-    same ground. ValueError if the crop does not fit into the tile, or is a part of it that cuts that pixel.
+    same ground. ValueError if the crop does not fit into the tile, or is smaller and not a multiple of that pixel.
     """
 
     def __init__(self, spec: DatasetSpec, sensors: Sequence[Sensor], crop_m: float) -> None:
@@ -59,16 +62,16 @@ class CropGrid:
         steps = crop_m / self.step_m
         if not self._whole and (round(steps) < 1 or abs(steps - round(steps)) > _EPS):
             raise ValueError(
-                f"{spec.name}: a crop of {crop_m} m is no multiple of the coarsest sensor's pixel of "
+                f"{spec.name}: a crop of {crop_m} m is not a multiple of the coarsest sensor's pixel of "
                 f"{self.step_m} m"
             )
-        # Places per axis for random crops, and for crops side by side, the last one moved inwards if need be.
+        # Per axis: offsets of random crops; crops that cover the tile in evaluation, the last moved inwards to fit.
         self.num_offsets = int((self.tile_m - crop_m) / self.step_m + _EPS) + 1
         self.num_per_side = math.ceil(self.tile_m / crop_m - _EPS)
 
     @property
     def num_crops(self) -> int:
-        """How many crops, side by side, cover a tile."""
+        """Number of crops that cover a tile."""
         return self.num_per_side**2
 
     def at(self, row: int, column: int, orientation: Orientation = UPRIGHT) -> Crop:
@@ -76,7 +79,7 @@ class CropGrid:
         return Crop(row * self.step_m, column * self.step_m, orientation)
 
     def tiling(self, index: int) -> Crop:
-        """Crop ``index`` of ``num_crops``, row by row; the last overlap where the crop is no divisor."""
+        """Crop ``index`` of ``num_crops``, row by row; the last ones overlap if crops do not divide the tile."""
         if not 0 <= index < self.num_crops:
             raise ValueError(f"crop {index} of a tile with {self.num_crops} crops")
         row, column = divmod(index, self.num_per_side)
@@ -95,10 +98,14 @@ class CropGrid:
         return slice(top, top + side), slice(left, left + side)
 
     def cut(self, pixels: np.ndarray, crop: Crop, resolution_m: float) -> np.ndarray:
-        """A view of (…, size, size): the crop's pixels, (…, side, side), not yet oriented."""
+        """The crop's pixels (…, side, side) of (…, size, size), a view, before the orientation."""
         window = self.window(crop, resolution_m, pixels.shape[-1])
-        return pixels if window is None else pixels[(..., *window)]
+        if window is None:
+            return pixels
+        rows, columns = window
+        return pixels[..., rows, columns]
 
-    def _inside(self, place: int) -> float:
-        offset = min(place * self.crop_m, self.tile_m - self.crop_m)
+    def _inside(self, index: int) -> float:
+        """Offset in metres of crop ``index`` on one axis, at most tile_m - crop_m, rounded down to whole steps."""
+        offset = min(index * self.crop_m, self.tile_m - self.crop_m)
         return int(offset / self.step_m + _EPS) * self.step_m

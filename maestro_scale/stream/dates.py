@@ -1,9 +1,10 @@
-"""Which dates of a series the model sees: one from each of ``num_dates`` equal bins.
+"""Selection of dates from a time series: one from each of ``num_dates`` consecutive bins of equal size.
 
-Shapes: T dates stored, D dates seen, n = floor(T / D) dates of a bin, C bands, H×W pixels.
+Shapes: T dates stored, D dates selected, n = floor(T / D) dates per bin, C bands, H×W pixels.
 
-A date is *marked* if a pixel of it is marked by the mask. Drawn dates are unmarked and without NaN where
-their bin has such a date; else unmarked dates and marked ones count alike, dates without NaN first.
+A date is *marked* if the mask (snow, cloud) exceeds the threshold in any pixel. Training draws from
+each bin an unmarked date without NaN; if there is none, a date without NaN; if there is none, any date, unmarked if
+possible.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from maestro_scale.stream.rng import CounterRNG
 
 
 def spread_evenly(stored: int, num_dates: int) -> np.ndarray:
-    """(D,) indices that spread T <= D stored dates evenly, in order; T = D takes each once."""
+    """(D,) indices that repeat T <= D stored dates evenly, in order; T = D uses each once."""
     return np.arange(num_dates) * stored // num_dates
 
 
 def bins(stored: int, num_dates: int, skip: int = 0) -> np.ndarray:
-    """(D, n) indices of the dates in each bin, after the first ``skip`` dates are left out."""
+    """(D, n) indices of the dates of each bin, starting after the first ``skip`` dates."""
     size = stored // num_dates
     return skip + np.arange(num_dates * size).reshape(num_dates, size)
 
@@ -38,15 +39,18 @@ def draw(
     read: Callable[[np.ndarray], np.ndarray],
     rng: CounterRNG,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Training: (D,) indices drawn at random for T > D stored dates, and their pixels (D, C, H, W).
+    """Training: (D,) indices drawn at random from T > D stored dates, and their pixels (D, C, H, W).
 
-    ``marked``: (T,) bool or None. ``read``: indices to pixels; only candidates are read, and as a rule each
-    of the final dates once, so that a long series is not decoded. Within a bin every eligible date is equally
-    likely.
+    ``marked``: (T,) bool or None. ``read``: indices → pixels. Only the drawn dates are read, and further candidates of
+    a bin only where a drawn one has NaN, so that a long series is not decoded. Within a bin every eligible date is
+    equally likely.
     """
     words = rng.words(stored + 1)
+    # T mod D dates fit into no bin: the last word's highest bit says whether they are left out at the start or the end.
     rest = stored % num_dates
     bin_dates = bins(stored, num_dates, skip=rest if words[-1] >> np.uint64(63) else 0)
+    # The smallest of n random words is equally likely to be any of them. The highest bit is freed for the mark, so that
+    # every unmarked date comes before every marked one.
     priority = words[:-1][bin_dates] >> np.uint64(1)
     if marked is not None:
         priority |= marked[bin_dates].astype(np.uint64) << np.uint64(63)
@@ -65,20 +69,22 @@ def draw(
 def nearest_to_median(
     pixels: np.ndarray, mask: np.ndarray | None, num_dates: int, threshold: float
 ) -> np.ndarray:
-    """Evaluation: (D,) indices for T > D dates, the one of each bin nearest to the bin's median image.
+    """Evaluation: (D,) indices for T > D dates, of each bin the date nearest to the bin's median image.
 
-    ``pixels``: (T, C, H, W) raw. ``mask``: (T, M, H, W) or None. Nearest is the smallest mean absolute
-    difference to the per-pixel median over the bin's dates, NaN and marked pixels left out of the median;
-    dates that have any are not taken. Where every date of a bin has one, its marks are ignored; where all
-    have NaN, the difference is the mean over what is finite. The first of equals is taken.
+    ``pixels``: (T, C, H, W) raw. ``mask``: (T, M, H, W) or None. The distance is the mean absolute difference to
+    the per-pixel median over the bin's dates without NaN and marked pixels; dates with such a pixel are not selected.
+    If every date of a bin has one, its marks are ignored; if all have NaN, the distance is the mean over the finite
+    pixels. Of equal distances the first date is selected.
     """
     bin_dates = bins(len(pixels), num_dates)
     values = pixels[bin_dates].astype(np.float32)  # (D, n, C, H, W)
     if mask is not None:
-        hit = (mask > threshold).any(axis=1)[bin_dates][:, :, None]  # (D, n, 1, H, W)
-        hopeless = (hit | np.isnan(values)).any(axis=(2, 3, 4)).all(axis=1)
-        hit &= ~hopeless[:, None, None, None, None]
-        values = np.where(hit, np.float32(np.nan), values)
+        marked: np.ndarray = np.asarray((mask > threshold).any(axis=1))[bin_dates][
+            :, :, None
+        ]  # (D, n, 1, H, W)
+        no_clear_date = (marked | np.isnan(values)).any(axis=(2, 3, 4)).all(axis=1)
+        marked &= ~no_clear_date[:, None, None, None, None]
+        values = np.where(marked, np.float32(np.nan), values)
     difference = np.abs(values - _nan_median(values)[:, None])
     distance = difference.mean(axis=(2, 3, 4))  # NaN where a date has one
     for i in np.flatnonzero(np.isnan(distance).all(axis=1)):
@@ -93,11 +99,10 @@ def nearest_to_median(
 def fill_nan(
     pixels: np.ndarray, chosen: np.ndarray, whole: Callable[[], np.ndarray]
 ) -> tuple[np.ndarray, int]:
-    """Pixels (D, C, H, W) of dates ``chosen`` without NaN, and how many dates had some.
+    """Pixels (D, C, H, W) of dates ``chosen`` with NaN imputed, and how many dates had NaN.
 
-    A NaN takes the value of the nearest date (in the order of the series, the earlier of two) that has one
-    there; else the mean of its band over the series; else 0. ``whole``: gives the series (T, C, H, W), read
-    only if needed.
+    A NaN becomes the value of the nearest date in the series (the earlier of two) that is not NaN in this pixel; else
+    the mean of its band over the series; else 0. ``whole``: returns the series (T, C, H, W), called only if needed.
     """
     if pixels.dtype.kind != "f":
         return pixels, 0
@@ -106,6 +111,7 @@ def fill_nan(
         return pixels, 0
     pixels, series = np.array(pixels), whole()
     finite = ~np.isnan(series)
+    # In double: a float32 sum over a whole series loses digits, and its value would depend on numpy's summation order.
     sums = np.where(finite, series, 0).sum(axis=(0, 2, 3), dtype=np.float64)
     means = (sums / np.maximum(finite.sum(axis=(0, 2, 3)), 1)).astype(pixels.dtype)
     for i in rows:
@@ -129,7 +135,7 @@ def _without_nan(candidates: np.ndarray, read: Callable[[np.ndarray], np.ndarray
 
 
 def _nan_median(values: np.ndarray) -> np.ndarray:
-    """Median over axis 1 without NaN; NaN where nothing else is there."""
+    """Median over axis 1 without NaN, NaN where all are NaN. As np.nanmedian, which is several times slower."""
     ordered = np.sort(values, axis=1)  # NaN last
     count = (~np.isnan(ordered)).sum(axis=1, keepdims=True)
     low = np.take_along_axis(ordered, np.maximum(count - 1, 0) // 2, axis=1)

@@ -1,4 +1,4 @@
-"""Evaluation data: every sample exactly once over all ranks, nothing drawn, padded or left out."""
+"""The evaluation loader: every sample exactly once over all ranks, without randomness, padding or dropping."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from maestro_scale.stream.plan import SampleOrderError
 from maestro_scale.stream.source import Source
 from maestro_scale.stream.workers import Pipeline
 
-_PREFETCH_SHARDS = 4  # shards fetched before they are needed
+_PREFETCH_SHARDS = 4  # shards downloaded before they are needed
 
 
 class EvalLoader:
     """One pass over a source per iteration, in the order of the manifest, in batches of at most
     ``batch_size``.
 
-    The batches are the same whatever the number of ranks, which own consecutive stretches of them that differ
-    by at most one batch: sum counts over ranks, and call nothing collective per batch. A
-    tile larger than the crop comes as crops side by side, row by row, all of them (``num_crops`` per sample);
-    ``crops=1`` takes the first only.
+    The batches do not depend on the number of ranks, so one rank and eight compute the same floating-point values.
+    Each rank has consecutive batches, and ranks differ by at most one batch: sum counts over ranks at the end, and
+    call no collective operation per batch. A tile larger than the crop yields all its crops, row by row
+    (``num_crops`` per sample); ``crops=1`` only the first.
     """
 
     def __init__(
@@ -37,7 +37,9 @@ class EvalLoader:
         crops: int | None = None,
     ) -> None:
         if batch_size < 1 or not 0 <= rank < world:
-            raise SampleOrderError(f"batch_size {batch_size}, rank {rank} of {world}: make no evaluation")
+            raise SampleOrderError(
+                f"batch_size {batch_size}, rank {rank} of {world}: do not make an evaluation"
+            )
         self.source, self.batch_size, self.workers, self.pin = source, batch_size, workers, pin
         self._settings = BuilderSettings((source,), num_processes=max(workers, 1) * min(world, 8))
         available = BatchBuilder(self._settings).transform(0).grid.num_crops
@@ -53,16 +55,16 @@ class EvalLoader:
 
     @property
     def items(self) -> np.ndarray:
-        """(n, 2) int64: sample (numbered in manifest order) and crop of all that this rank yields."""
+        """(n, 2) int64: sample number (in manifest order) and crop of every item of this rank."""
         return np.stack(np.divmod(np.asarray(self._items, np.int64), self.num_crops), axis=1)
 
     @property
     def first_row(self) -> int:
-        """Number, among the items of all ranks, of this rank's first."""
+        """Index of this rank's first item among those of all ranks."""
         return self._items.start
 
     def __len__(self) -> int:
-        """Batches of this rank."""
+        """Number of batches of this rank."""
         return -(-len(self._items) // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -85,7 +87,7 @@ class EvalLoader:
     def _requests(self) -> Iterator[BatchRequest]:
         items = self.items
         shards = np.searchsorted(self._starts, items[:, 0], side="right") - 1
-        told = -1
+        last_shard = -1
         for first in range(0, len(items), self.batch_size):
             stop = min(first + self.batch_size, len(items))
             refs = tuple(
@@ -93,9 +95,9 @@ class EvalLoader:
                 for (n, c), s in zip(items[first:stop], shards[first:stop], strict=True)
             )
             prefetch: tuple[int, ...] = ()
-            if shards[first] != told:
-                told = shards[first]
-                prefetch = tuple(range(told, min(told + _PREFETCH_SHARDS, shards[-1] + 1)))
+            if shards[first] != last_shard:
+                last_shard = shards[first]
+                prefetch = tuple(range(last_shard, min(last_shard + _PREFETCH_SHARDS, shards[-1] + 1)))
             yield BatchRequest(0, None, refs, prefetch)
 
     def _add_counters(self, more: StoreCounters) -> None:

@@ -1,4 +1,4 @@
-"""Training data from any position: a rank's part of each global batch, cut into micro-batches."""
+"""The training loader: a rank's part of every global batch, in micro-batches, from any position of the run."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ __all__ = ["LoaderError", "Source", "Step", "TrainLoader"]
 
 log = logging.getLogger(__name__)
 
-_KEY = re.compile(r"(?P<epoch>\d+)/(?P<label>.+)/(?P<number>\d+)(~(?P<stand_in>\d+))?")
+_KEY = re.compile(r"(?P<epoch>\d+)/(?P<name>.+)/(?P<number>\d+)(~(?P<substitute>\d+))?")
 _MAX_RANKS_PER_NODE = 8
 _MAX_PREFETCH_SHARDS = 256  # shards named in one request
 
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step's data on this rank. ``step``: counted from 1; ``epoch``: of the run, from 0.
+    """The data of one optimizer step on this rank. ``step``: counted from 1; ``epoch``: of the run, from 0.
 
-    ``samples``: consumed by all ranks once the step is done. ``dataset``: label of the one it draws from;
-    ``dataset_step``: how many steps have drawn from that one, this one included.
+    ``samples``: consumed by all ranks after the step, the position that checkpoints save. ``dataset``: name of the
+    dataset whose samples the step uses; ``dataset_step``: number of steps that used it so far, including this one.
     """
 
     step: int
@@ -43,12 +43,12 @@ class Step:
 
 
 class TrainLoader:
-    """The training data of a run, as one rank sees it.
+    """The training data of a run on one rank.
 
     ``lanes``, ``global_batch``, ``window`` and ``seed`` fix the order, see :mod:`maestro_scale.stream.plan`;
-    ``rank`` of ``world``, ``workers`` and ``micro_batch`` do not change which samples a step has. A step
-    draws from one source, by weight. With several sources an epoch is as many steps as their epochs have
-    together. SampleOrderError or ValueError, one line, where numbers do not go together.
+    ``rank`` of ``world``, ``workers`` and ``micro_batch`` do not change the samples of a step. A step uses one
+    source, chosen by weight, so that all ranks run the same sensors and shapes. With several sources an epoch has
+    as many steps as their epochs together. SampleOrderError or ValueError (one line) for numbers that do not fit.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class TrainLoader:
         self.sources, self.rank, self.world, self.workers = tuple(sources), rank, world, workers
         self.global_batch, self.micro_batch, self.pin = global_batch, micro_batch, pin
         self._mixture = Mixture([s.weight for s in self.sources])
-        self._labels = mixture_names([s.spec.name for s in self.sources])
+        self._names = mixture_names([s.spec.name for s in self.sources])
         self._orders = [
             SampleOrder(s.counts, seed, lanes, global_batch, window, dataset=i)
             for i, s in enumerate(self.sources)
@@ -87,26 +87,29 @@ class TrainLoader:
             on_bad_shard == "replace",
             max(workers, 1) * min(world, _MAX_RANKS_PER_NODE),
         )
-        BatchBuilder(self._settings)  # refuses now what a worker would refuse later
+        BatchBuilder(self._settings)  # raises here what would otherwise be raised in a worker
         if workers:
             start_fork_server(self.sources)
         self._pipelines: list[Pipeline] = []
         self._store_counters, self._num_repeated_dates, self._num_replaced_samples = StoreCounters(), 0, 0
-        for label, order in zip(self._labels, self._orders, strict=True):
+        for name, order in zip(self._names, self._orders, strict=True):
             if order.num_copies > 1 and rank == 0:
                 log.warning(
                     "%s has %d samples, fewer than the global batch %d: each is used up to %d times per step",
-                    *(label, order.num_samples, global_batch, order.num_copies),
+                    *(name, order.num_samples, global_batch, order.num_copies),
                 )
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps of an epoch: of the dataset's own, or the sum over all."""
+        """Steps of an epoch, summed over the datasets of the mixture."""
         return sum(p.steps_per_epoch for p in self._orders)
 
     @property
     def counters(self) -> dict[str, float]:
-        """Totals of this rank: dates ``filled``, samples ``replaced``, and what its stores did."""
+        """Totals of this rank since its start: ``filled`` dates, ``replaced`` samples, and the counters of its stores.
+
+        The keys are metric names (``data/filled``, …).
+        """
         return {
             "filled": self._num_repeated_dates,
             "replaced": self._num_replaced_samples,
@@ -114,29 +117,29 @@ class TrainLoader:
         }
 
     def steps(self, start_samples: int, num_steps: int) -> Iterator[Step]:
-        """The steps after ``start_samples`` consumed samples, up to and including the run's ``num_steps``-th.
+        """The steps after ``start_samples`` consumed samples, up to and including step ``num_steps`` of the run.
 
-        ValueError if the position is not between two steps. Raises BadShard, StoreError or LoaderError on the
-        way.
+        Nothing is replayed: the order is a pure function of the step. ValueError if the position is not a whole
+        number of steps. The iterator raises BadShard, StoreError or LoaderError.
         """
         start, rest = divmod(start_samples, self.global_batch)
         if rest or start < 0:
             raise ValueError(
-                f"{start_samples} samples are no whole number of steps of {self.global_batch}: the global "
+                f"{start_samples} samples are not a whole number of steps of {self.global_batch}: the global "
                 "batch of a run cannot change"
             )
         return self._steps(start, num_steps)
 
     def replay(self, keys: Sequence[str]) -> Batch:
-        """The samples with these keys (of one dataset), made again, from nothing but the keys."""
+        """The batch of the samples with these keys (of one dataset and epoch), from the keys alone."""
         refs, origins = [], set()
         for key in keys:
             match = _KEY.fullmatch(key)
-            if match is None or match["label"] not in self._labels:
-                raise ValueError(f"{key!r} is no key of a sample of {', '.join(self._labels)}")
-            dataset, number = self._labels.index(match["label"]), int(match["number"])
+            if match is None or match["name"] not in self._names:
+                raise ValueError(f"{key!r} is not a key of a sample of {', '.join(self._names)}")
+            dataset, number = self._names.index(match["name"]), int(match["number"])
             origins.add((dataset, int(match["epoch"])))
-            shard, index = self._orders[dataset].locate(int(match["stand_in"] or number))
+            shard, index = self._orders[dataset].locate(int(match["substitute"] or number))
             refs.append(SampleRef(number, int(shard), int(index)))
         if len(origins) != 1:
             raise ValueError("the keys of a batch must be of one dataset and one epoch")
@@ -150,21 +153,20 @@ class TrainLoader:
             pipeline.close()
 
     def close(self) -> None:
-        """End the loader processes; iterators in use end too."""
+        """End the loader processes, and with them the iterators in use."""
         while self._pipelines:
             self._pipelines.pop().close()
 
     def _steps(self, start: int, num_steps: int) -> Iterator[Step]:
         per_step = self.global_batch // self.world // self.micro_batch
         requests = self._requests(start, num_steps)
-        # While one step is computed, the next is made.
-        prefetch_batches = per_step + self.workers
         pipeline = Pipeline(
             BatchBuilder(self._settings),
             requests,
             batch_size=self.micro_batch,
             workers=self.workers,
-            prefetch_batches=prefetch_batches,
+            # The next step's batches are built while this step is computed, plus one per worker that is busy.
+            prefetch_batches=per_step + self.workers,
             pin=self.pin,
             on_counters=self._add_counters,
         )
@@ -179,7 +181,7 @@ class TrainLoader:
                     step=step + 1,
                     epoch=step // self.steps_per_epoch,
                     samples=(step + 1) * self.global_batch,
-                    dataset=self._labels[dataset],
+                    dataset=self._names[dataset],
                     dataset_step=dataset_step + 1,
                     batches=batches,
                 )
@@ -212,19 +214,20 @@ class TrainLoader:
 
     def _count_replaced(self, count: int, step: int) -> None:
         if count and not self._num_replaced_samples:
-            log.warning("step %d: samples of a bad shard are replaced; the counter 'replaced' goes on", step)
+            log.warning("step %d: samples of a bad shard are replaced; see the counter 'replaced'", step)
         self._num_replaced_samples += count
 
 
 class _Lookahead:
-    """Which shards a rank will need soon, told in shares to its workers, one with each request.
+    """The shards that a rank needs soon, distributed over its workers: each request carries a share to download.
 
-    Workers are served in turn, so consecutive requests reach different ones.
+    DataLoader gives consecutive requests to different workers, so a shard is downloaded by one of them only.
     """
 
     def __init__(self, order: SampleOrder, rank: int, world: int, dataset_step: int, workers: int) -> None:
         self._order, self._rank, self._world, self._workers = order, rank, world, workers
-        # The lanes of a rank enter their windows one after the other; this many steps apart on average.
+        # The lanes of a rank enter their windows one after the other, this many steps apart on average. Looking that
+        # far ahead names the shards of about one window in advance.
         num_lanes = len(order.lanes_of(rank, world))
         self._reach = min(max(8, -(-order.window // order.per_lane // num_lanes)), order.steps_per_epoch)
         self._entries = self._upcoming(dataset_step)
@@ -233,9 +236,9 @@ class _Lookahead:
         self._shares: list[tuple[int, ...]] = []
 
     def next_share(self, dataset_step: int) -> tuple[int, ...]:
-        """Shards to fetch, in the order of need; empty as long as there is nothing new to say."""
+        """Shards to download, in the order of need; empty if no new one is needed within reach."""
         if not self._shares and self._next[0] <= dataset_step + self._reach:
-            # What was entered before is in use by now, and was listed in time.
+            # Shards of windows that were entered before are in use by now; they were listed in time.
             self._listed = [(t, s) for t, s in self._listed if t > dataset_step]
             known = len(self._listed)
             while self._next[0] <= dataset_step + self._reach and len(self._listed) < _MAX_PREFETCH_SHARDS:

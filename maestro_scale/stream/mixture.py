@@ -1,4 +1,4 @@
-"""Which dataset a step draws from: exact, the same on every rank, and computed at any step without replay."""
+"""Schedule of a mixture: the dataset of each step, exact, equal on all ranks, and computed for any step directly."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from fractions import Fraction
 
 
 class Mixture:
-    """Steps shared out by weight.
+    """Distributes steps over datasets by weight.
 
-    Of the first s steps, floor(r · s) go to the first dataset, r being its share of the weights; the steps
-    that are left go to the others in the same way. So at any time each of K datasets is less than K steps off
-    its share. Weights are read as decimals (0.1 is a tenth) and kept as fractions: no rounding, however long
-    the run.
+    Of the first s steps, floor(r · s) use the first dataset, r being its share of the weights; the remaining steps are
+    distributed over the other datasets in the same way. So each of K datasets is always less than K steps off its
+    share. It is a schedule and not a random choice because all ranks must run the same dataset at a step
+    (invariant 5). Weights are parsed as decimals (0.1 is 1/10) and kept as fractions, so that rounding never moves a
+    step, however long the run.
     """
 
     def __init__(self, weights: Sequence[float]) -> None:
@@ -22,7 +23,7 @@ class Mixture:
         self._rates = [w / sum(exact[i:]) for i, w in enumerate(exact)]
 
     def at(self, step: int) -> tuple[int, int]:
-        """(dataset, how many earlier steps drew from it) for step ``step``, counted from 0."""
+        """(dataset, number of earlier steps that used it) of step ``step``, counted from 0."""
         if step < 0:
             raise ValueError(f"step {step} is negative")
         for dataset, rate in enumerate(self._rates):
@@ -30,4 +31,4 @@ class Mixture:
             if rate * (step + 1) // 1 > before:
                 return dataset, before
             step -= before
-        raise AssertionError("the last rate is 1, so it takes every step that is left")
+        raise AssertionError("the last rate is 1, so the last dataset takes every remaining step")

@@ -1,4 +1,4 @@
-"""A batch of noise with the shapes and dtypes of a real one, without reading a sample."""
+"""A random batch with the shapes and dtypes of a dataset, without reading a sample."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from maestro_scale.stream.transform import Transform, View
 
 
 def mock_batch(source: Source, name: str, size: int) -> Batch:
-    """``size`` samples as ``source``, which the run calls ``name``, would give them. Draws from no shared state."""
+    """``size`` samples with the layout of ``source``, called ``name`` in the run; from a generator of its own."""
     fields = Transform(View(source.spec, source.sensors, source.crop_m)).fields
     block = torch.zeros(num_bytes(fields, size), dtype=torch.uint8)
     rng = np.random.default_rng(0)

@@ -1,7 +1,7 @@
-"""A batch as one block of memory, which samples are written straight into.
+"""Layout of a batch in one block of memory: samples are written straight into it, tensors are views of it.
 
-Dtypes stay native. torch has no arithmetic for unsigned integers beyond uint8, but stores, copies, pins and
-casts them, which is all that a batch needs.
+Dtypes stay native. torch has no arithmetic for unsigned integers beyond uint8, but it stores, copies, pins and casts
+them, which is all that a batch needs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from maestro_scale.stream.batch import Batch
 
-_ALIGN = 64  # bytes
+_ALIGN = 64  # bytes: a cache line, and more than any dtype needs
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,12 @@ class Field:
     dtype: str
 
 
+Arrays = dict[Field, np.ndarray]
+
+
 @dataclass(frozen=True)
 class BatchMetadata:
-    """What a batch holds besides tensors; see :class:`~maestro_scale.stream.batch.Batch`."""
+    """The fields of a :class:`~maestro_scale.stream.batch.Batch` that are not tensors."""
 
     dataset: str
     keys: tuple[str, ...]
@@ -41,13 +44,13 @@ class BatchMetadata:
 
 
 def num_bytes(fields: tuple[Field, ...], size: int) -> int:
-    """Bytes that ``size`` samples take."""
+    """Bytes of a batch of ``size`` samples."""
     *_, (_, _, stop, _) = _offsets(fields, size)
     return stop
 
 
-def arrays_in(block: Tensor, fields: tuple[Field, ...], size: int) -> dict[Field, np.ndarray]:
-    """{field: (size, *shape) array} that read and write a block (bytes,) uint8."""
+def arrays_in(block: Tensor, fields: tuple[Field, ...], size: int) -> Arrays:
+    """{field: (size, *shape) array}, views of a block (bytes,) uint8."""
     memory = block.numpy()
     return {
         f: memory[start:stop].view(f.dtype).reshape(shape) for f, start, stop, shape in _offsets(fields, size)
@@ -56,15 +59,32 @@ def arrays_in(block: Tensor, fields: tuple[Field, ...], size: int) -> dict[Field
 
 def unpack(block: Tensor, fields: tuple[Field, ...], metadata: BatchMetadata) -> Batch:
     """The batch whose tensors are views of a block (bytes,) uint8."""
-    parts: dict[str, dict[str, Tensor]] = {p: {} for p in ("pixels", "dates", "noise", "targets")}
-    single: dict[str, Tensor] = {}
+    pixels: dict[str, Tensor] = {}
+    dates: dict[str, Tensor] = {}
+    noise: dict[str, Tensor] = {}
+    targets: dict[str, Tensor] = {}
+    parts = {"pixels": pixels, "dates": dates, "noise": noise, "targets": targets}
+    ref_date: Tensor | None = None
     for field, start, stop, shape in _offsets(fields, len(metadata.keys)):
         tensor = block[start:stop].view(_torch_dtype(field.dtype)).view(shape)
-        if field.part in parts:
-            parts[field.part][field.name] = tensor
+        if field.part == "ref_date":
+            ref_date = tensor
         else:
-            single[field.part] = tensor
-    return Batch(**parts, **single, **vars(metadata))
+            parts[field.part][field.name] = tensor
+    if ref_date is None:
+        raise ValueError("the fields of a batch lack ref_date")
+    return Batch(
+        dataset=metadata.dataset,
+        pixels=pixels,
+        dates=dates,
+        ref_date=ref_date,
+        noise=noise,
+        targets=targets,
+        keys=metadata.keys,
+        tiles=metadata.tiles,
+        num_repeated_dates=metadata.num_repeated_dates,
+        num_replaced_samples=metadata.num_replaced_samples,
+    )
 
 
 def check_dtype(dtype: str, what: str) -> None:
@@ -72,10 +92,11 @@ def check_dtype(dtype: str, what: str) -> None:
     try:
         _torch_dtype(dtype)
     except TypeError:
-        raise ValueError(f"{what} has dtype {dtype}, which torch does not know; store another") from None
+        raise ValueError(f"{what} has dtype {dtype}, which torch does not support; store another") from None
 
 
 def _offsets(fields: Iterable[Field], size: int) -> Iterable[tuple[Field, int, int, tuple[int, ...]]]:
+    """(field, first byte, end, shape with batch axis) of every tensor in the block."""
     start = 0
     for field in fields:
         shape = (size, *field.shape)

@@ -1,14 +1,21 @@
-"""The order of samples, as pure functions over integers: no I/O, no clock, no rank-dependent randomness.
+"""The order of samples: pure functions of (manifest, seed, epoch, step), without I/O or state.
 
-An epoch of a dataset of N samples: the shards in random order, the samples of each shard in random order, one
-after the other; the first ``steps_per_epoch`` · ``global_batch`` of this sequence are cut into ``lanes``
-equal contiguous lanes, the rest (fewer than a global batch) is left out, another rest every epoch. A lane is
-shuffled by windows, so that neighbours in it come from different shards, yet only a window's shards are
-needed at a time. The global batch at a step takes the next ``global_batch / lanes`` samples of every lane;
-rank r of R owns the lanes r, r + R, ….
+An epoch of a dataset of N samples is built in four steps:
 
-A dataset smaller than a global batch is repeated as virtual copies: sample ``copy · N + i`` is sample i once
-more.
+1. The shards in random order and the samples of each shard in random order give one sequence.
+2. The first ``steps_per_epoch`` · ``global_batch`` samples of it are cut into ``lanes`` equal contiguous *lanes*.
+   The rest (fewer than a global batch) is left out; it is another one every epoch.
+3. Each lane is shuffled within consecutive *windows*, so that neighbouring samples come from different shards, but
+   only the shards of one window are needed at a time.
+4. The global batch of a step takes the next ``global_batch / lanes`` samples of every lane. Rank r of R owns the
+   lanes r, r + R, ….
+
+Lanes, not ranks, define the order: another number of ranks distributes the same lanes differently, and the global
+batches stay the same (invariant 2). As a lane is contiguous in the sequence of shards, a node downloads only the
+shards of its lanes. Any step is computed directly, so that a resume costs no replay (invariant 3).
+
+A dataset smaller than a global batch is repeated as virtual copies: sample ``copy · N + i`` is sample i again.
+Existing runs depend on every detail here: changing the order changes what a resumed run trains on.
 """
 
 from __future__ import annotations
@@ -22,17 +29,17 @@ import numpy as np
 from maestro_scale.errors import MaestroError
 from maestro_scale.stream.rng import CounterRNG, Purpose
 
-_SHARDS, _WITHIN, _WINDOW = range(3)  # streams of an epoch's draws
+_SHARDS, _WITHIN, _WINDOW = range(3)  # random streams of an epoch; part of the order, never renumber
 
 
 class SampleOrderError(MaestroError, ValueError):
-    """A plan cannot be made from these numbers; the message says which and what would do."""
+    """No sample order exists for these numbers; the message names them and what to change."""
 
 
 class SampleOrder:
     """The order of one dataset's samples.
 
-    ``counts``: samples per shard, in manifest order. ``dataset``: its place in the mixture. ``window``:
+    ``counts``: samples per shard, in manifest order. ``dataset``: its index in the mixture. ``window``:
     samples of a lane that are shuffled together. SampleOrderError unless lanes divide the global batch and there are
     samples.
     """
@@ -58,18 +65,18 @@ class SampleOrder:
         self._rng = CounterRNG(seed, Purpose.ORDER, dataset)
         self._shard_order = lru_cache(maxsize=2)(self._compute_shard_order)
         self._within = lru_cache(maxsize=64)(self._compute_within)
-        # Lanes move through their windows side by side: two windows of each are in use around a boundary.
+        # All lanes advance together: around a window boundary a step needs two windows of a lane.
         self._window_ids = lru_cache(maxsize=2 * lanes)(self._compute_window_ids)
 
     @property
     def lane_length(self) -> int:
-        """Samples of a lane in one epoch."""
+        """Samples of one lane in an epoch."""
         return self.steps_per_epoch * self.per_lane
 
     def at(self, epoch: int, step: int, rank: int = 0, world: int = 1) -> np.ndarray:
-        """(global_batch / world,) int64 virtual sample ids: a rank's part of a global batch, lane after lane.
+        """(global_batch / world,) int64 virtual sample ids: a rank's part of a global batch, lane by lane.
 
-        ``step``: in the epoch, from 0. IndexError outside of it, SampleOrderError unless world divides the lanes.
+        ``step``: within the epoch, from 0; IndexError outside of it. SampleOrderError unless world divides the lanes.
         """
         if not 0 <= step < self.steps_per_epoch:
             raise IndexError(f"step {step} of an epoch of {self.steps_per_epoch} steps")
@@ -77,25 +84,25 @@ class SampleOrder:
         return np.concatenate([self._lane(epoch, n, start) for n in self.lanes_of(rank, world)])
 
     def lanes_of(self, rank: int, world: int) -> range:
-        """The lanes of a rank."""
+        """The lanes of a rank: rank, rank + world, …"""
         if world < 1 or self.lanes % world:
             raise SampleOrderError(f"{world} ranks do not divide {self.lanes} lanes")
         if not 0 <= rank < world:
             raise SampleOrderError(f"rank {rank} of {world} ranks")
         return range(rank, self.lanes, world)
 
-    def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def locate(self, samples: np.ndarray | int) -> tuple[np.ndarray, np.ndarray]:
         """(shards, indices in the shards) of virtual sample ids; shards are numbered in manifest order."""
         samples = np.asarray(samples) % self.num_samples
-        # From the right, so that of shards with the same start the last one, which is not empty, is found.
+        # side="right": empty shards share their start with the next shard; this finds the one that has samples.
         shards = np.searchsorted(self._starts, samples, side="right") - 1
         return shards, samples - self._starts[shards]
 
     def upcoming_shards(self, epoch: int, step: int, rank: int, world: int) -> Iterator[tuple[int, int]]:
-        """(step in the epoch, shard) of the windows that a rank's lanes enter, in the order it enters them.
+        """(step in the epoch, shard) of every window that the lanes of a rank enter, in order of these steps.
 
-        Begins with the windows in use at ``step`` (listed under it) and ends with the epoch. A shard is
-        listed again for every window that needs it; those of one step in the order of first use.
+        Starts with the windows in use at ``step`` (listed under ``step``) and ends with the epoch. A shard is listed
+        once for every step at which a window enters that needs it; shards of one step in order of first use.
         """
         entries = []
         for lane in self.lanes_of(rank, world):
@@ -110,7 +117,7 @@ class SampleOrder:
             yield from ((enters, shard) for shard in dict.fromkeys(shard for _, shard in sorted(uses)))
 
     def _first_uses(self, epoch: int, lane: int, window: int, position: int) -> list[tuple[int, int]]:
-        """(step, shard) of the first use of every shard of a window, from a position in the lane on."""
+        """(step, shard) of the first use of every shard of a window at or after ``position`` of the lane."""
         ids = self._window_ids(epoch, lane, window)[position - self._bounds(lane, window)[0] :]
         shards, first = np.unique(self.locate(ids)[0], return_index=True)
         return list(zip(((position + first) // self.per_lane).tolist(), shards.tolist(), strict=True))
@@ -126,8 +133,7 @@ class SampleOrder:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def _window_of(self, lane: int, position: int) -> int:
-        # Windows of different lanes begin at different steps, so that the shards they need are not all asked
-        # for at once.
+        # Windows of different lanes start at different steps, which spreads the downloads over time.
         return (position + lane * self.window // self.lanes) // self.window
 
     def _bounds(self, lane: int, window: int) -> tuple[int, int]:
@@ -143,7 +149,7 @@ class SampleOrder:
         return ids[self._rng.seek(epoch, _WINDOW + (lane << 32), window).permutation(len(ids))]
 
     def _slices(self, epoch: int, lane: int, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-        """(shard of the copies, first, last) of the parts that lane positions [start, stop) are made of."""
+        """(shard slot, first, last) of the parts of shards that lane positions [start, stop) consist of."""
         order, ends = self._shard_order(epoch)
         start, stop = start + lane * self.lane_length, stop + lane * self.lane_length
         position_in_order = int(np.searchsorted(ends, start, side="right"))

@@ -1,7 +1,11 @@
-"""Random numbers that are a pure function of what they are for, without any state to save.
+"""Counter-based random numbers: pure functions of (seed, purpose, dataset, position), with no state to save.
 
-Philox is a counter-based generator: the key is (seed, purpose and dataset), the counter names the draw. Only
-its raw words are used, since NumPy promises never to change those, but not what its methods make of them.
+Philox maps (key, counter) to random words. The key is (seed, purpose and dataset), the counter names the position, for
+example (epoch, sample). So a number never depends on rank, worker, process id, time or what was drawn before
+(invariant 1), and any position is reached in constant time.
+
+Only raw words are used: NumPy guarantees the stream of a bit generator, but may change the algorithms of
+``Generator`` (integers, permutation, …) between versions. The conversions below must never change either.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ _WORD = 2**64
 
 
 class Purpose(IntEnum):
-    """What numbers are drawn for; each purpose has its own. The values must never change."""
+    """Purpose of random numbers, part of the Philox key; purposes never share numbers. Never change the values."""
 
     ORDER = 1
     SAMPLE = 2
@@ -23,9 +27,9 @@ class Purpose(IntEnum):
 
 
 class CounterRNG:
-    """A source of random numbers that can be moved to any place in constant time (about 2 µs).
+    """A Philox generator that seeks to any position in constant time (about 2 µs).
 
-    ``dataset``: place of the dataset in the mixture, so that two datasets never share random numbers.
+    ``dataset``: index of the dataset in the mixture, so that two datasets never share random numbers.
     """
 
     def __init__(self, seed: int, purpose: Purpose, dataset: int = 0) -> None:
@@ -33,7 +37,11 @@ class CounterRNG:
         self._philox = np.random.Philox(key=self._key)
 
     def seek(self, first: int, second: int = 0, third: int = 0) -> CounterRNG:
-        """Move to the start of the stream named by three numbers in [0, 2**64); returns self."""
+        """Move to the start of the stream named by three numbers in [0, 2**64); returns self.
+
+        The lowest word of the counter starts at 0 and counts the blocks of four words within the stream, so streams do
+        not overlap. Buffer and position are reset: words left from an earlier stream must not be used.
+        """
         self._philox.state = {
             "bit_generator": "Philox",
             "state": {"counter": np.array([0, third, second, first], np.uint64), "key": self._key},
@@ -49,19 +57,19 @@ class CounterRNG:
         return self._philox.random_raw(count)
 
     def below(self, limit: int) -> int:
-        """An integer in [0, limit), for limits far below 2**64."""
+        """An integer in [0, limit); the bias is below limit / 2**64, negligible for samples and offsets."""
         return int(self._philox.random_raw()) * limit // _WORD
 
     def uniforms(self, count: int) -> np.ndarray:
-        """(count,) float32 in [0, 1), multiples of 2**-24."""
+        """(count,) float32 in [0, 1), multiples of 2**-24, so that every value is exact and none rounds to 1."""
         words = self.words((count + 1) // 2).astype("<u8", copy=False).view("<u4")[:count]
         return (words >> np.uint32(8)).astype(np.float32) * np.float32(2**-24)
 
     def permutation(self, count: int) -> np.ndarray:
-        """(count,) int64: 0 … count - 1 in random order."""
+        """(count,) int64: 0 … count - 1 in random order; the stable sort makes it the same on every machine."""
         return np.argsort(self.words(count), kind="stable")
 
 
 def stream_id(name: str) -> int:
-    """A stream number for a name: never 0, and independent of which other names there are."""
+    """A stream number for a name: never 0, which is the common stream, and independent of what other names exist."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") | 1

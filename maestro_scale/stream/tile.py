@@ -1,4 +1,4 @@
-"""One tile as a batch of one: whatever sensors it has, all its dates, upright, nothing drawn."""
+"""One tile as a batch of size one: all its sensors and dates, without crop, flips or random numbers."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from maestro_scale.stream.batch import Batch
 
 
 def tile_batch(tile: Tile, sensors: Iterable[Sensor], dataset: str = "", centre: float = 1.0) -> Batch:
-    """The tile as those of ``sensors`` see it that it has data for.
+    """The tile as input of those of ``sensors`` that it has data for.
 
-    ``centre``: share of its side that is taken, from the middle; 1: all of it.
+    ``centre``: share of the tile's side to keep, around its centre; 1: all of it.
 
     Raises:
-        DatasetError: it has none of the sensors, or too few bands for one.
+        DatasetError: the tile has none of the sensors, or too few bands for one.
     """
     pixels, dates = {}, {}
     for s in sensors:
@@ -51,9 +51,9 @@ def tile_batch(tile: Tile, sensors: Iterable[Sensor], dataset: str = "", centre:
 
 def _middle(array: np.ndarray, share: float) -> np.ndarray:
     size = array.shape[-1]
-    kept = max(round(size * share), 1)
-    start = (size - kept) // 2
-    return array[..., start : start + kept, start : start + kept]
+    side = max(round(size * share), 1)
+    start = (size - side) // 2
+    return array[..., start : start + side, start : start + side]
 
 
 def _tensor(array: np.ndarray) -> Tensor:

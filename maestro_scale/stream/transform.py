@@ -1,9 +1,8 @@
-"""From a stored sample to what the model sees of it: which ground, which dates, which way up, which masking
-noise.
+"""Transforms a stored sample into a row of a batch: crop, dates, flips, masking noise and targets.
 
-Training draws all of that at random, as a pure function of (seed, epoch, sample); evaluation draws nothing.
-Each sensor draws from a stream of its own, named after it, so another sensor in the recipe changes nothing
-for this one.
+Training draws all of them as a pure function of (seed, epoch, sample); evaluation draws nothing. Each sensor has its
+own random stream, keyed by its name, so that adding or removing another sensor does not change its numbers. The number
+and order of draws within a stream must never change, or resumed runs and replayed batches differ.
 """
 
 from __future__ import annotations
@@ -17,17 +16,18 @@ import numpy as np
 from maestro_scale.datasets.spec import DatasetSpec, Modality, Sensor, Target
 from maestro_scale.shards.errors import CodecError
 from maestro_scale.shards.format.compress import Window
+from maestro_scale.shards.format.fields import REF_DATE, dates_field, mask_field, target_field
 from maestro_scale.stream import dates
 from maestro_scale.stream.batch import num_noise
 from maestro_scale.stream.crops import Crop, CropGrid, Orientation
-from maestro_scale.stream.packing import Field, check_dtype
+from maestro_scale.stream.packing import Arrays, Field, check_dtype
 from maestro_scale.stream.rng import CounterRNG, Purpose, stream_id
 
-_COMMON = 0  # stream of what all sensors of a sample share; stream_id never gives 0
+_COMMON = 0  # random stream of crop and orientation, which all sensors share; stream_id never returns 0
 
 
 class StoredSample(Protocol):
-    """What preparation asks of a sample (shards.codec.Sample)."""
+    """The access to a sample that transforms need (implemented by shards.format.codec.Sample)."""
 
     key: str
 
@@ -36,7 +36,7 @@ class StoredSample(Protocol):
         ...
 
     def rows(self, name: str, indices: np.ndarray, window: Window | None = None) -> np.ndarray:
-        """Some entries of a field's first axis, or a window of each."""
+        """Entries of a field's first axis, or a window of each; the others are not decoded."""
         ...
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -59,9 +59,9 @@ class View:
 
 
 class Transform:
-    """Prepares samples of one dataset into the rows of a batch's arrays.
+    """Writes transformed samples of one dataset into the rows of a batch's arrays.
 
-    ``dataset``: its place in the mixture. ValueError where a sensor or the crop does not go with the dataset.
+    ``dataset``: its index in the mixture. ValueError if a sensor or the crop does not fit the dataset.
     """
 
     def __init__(self, view: View, seed: int = 0, dataset: int = 0) -> None:
@@ -76,22 +76,20 @@ class Transform:
 
     @property
     def fields(self) -> tuple[Field, ...]:
-        """Layout of a prepared sample."""
-        per_input = [f for i in self._sensors for f in (i.pixels, i.dates, i.noise)]
-        return (*per_input, self._ref_date, *(f for f, _ in self._targets))
+        """Layout of a sample in a batch."""
+        per_sensor = [f for s in self._sensors for f in (s.pixels, s.dates, s.noise)]
+        return (*per_sensor, self._ref_date, *(f for f, _ in self._targets))
 
-    def train(
-        self, sample: StoredSample, epoch: int, number: int, out: dict[Field, np.ndarray], row: int
-    ) -> int:
-        """Write sample ``number`` of the dataset, as epoch ``epoch`` sees it, into ``row`` of every array.
+    def train(self, sample: StoredSample, epoch: int, number: int, out: Arrays, row: int) -> int:
+        """Write sample ``number`` of the dataset with the random numbers of ``epoch`` into ``row`` of every array.
 
-        Returns how many dates were repeated or imputed; CodecError if the sample is not as the spec says.
-        Draws, in order: crop row, crop column, the three symmetries; per sensor the dates, then the noise.
+        Returns how many dates were repeated or imputed; CodecError if the sample does not match the spec.
+        Order of draws: crop row, crop column, the three symmetries; then per sensor the dates and the noise.
         """
         rng = self._rng.seek(epoch, number, _COMMON)
         row_offset, column_offset = rng.below(self.grid.num_offsets), rng.below(self.grid.num_offsets)
-        turns = int(rng.words(1)[0]) >> 61 if self.view.flips else 0
-        orientation = Orientation(bool(turns & 1), bool(turns & 2), bool(turns & 4))
+        flips = int(rng.words(1)[0]) >> 61 if self.view.flips else 0  # the three highest bits
+        orientation = Orientation(bool(flips & 1), bool(flips & 2), bool(flips & 4))
         crop = self.grid.at(row_offset, column_offset, orientation)
         num_repeated_dates = 0
         for sensor in self._sensors:
@@ -101,9 +99,10 @@ class Transform:
         self._write_targets(sample, crop, out, row)
         return num_repeated_dates
 
-    def evaluate(self, sample: StoredSample, index: int, out: dict[Field, np.ndarray], row: int) -> int:
-        """Write crop ``index`` of ``grid.num_crops``, upright, its dates by the median rule, noise 0. Returns
-        as train.
+    def evaluate(self, sample: StoredSample, index: int, out: Arrays, row: int) -> int:
+        """Write crop ``index`` of ``grid.num_crops``: no flips, dates by the median rule, noise 0.
+
+        Returns and raises as :meth:`train`.
         """
         crop = self.grid.tiling(index)
         num_repeated_dates = sum(sensor.write(sample, crop, out, row, None) for sensor in self._sensors)
@@ -112,35 +111,36 @@ class Transform:
         self._write_targets(sample, crop, out, row)
         return num_repeated_dates
 
-    def _write_targets(
-        self, sample: StoredSample, crop: Crop, out: dict[Field, np.ndarray], row: int
-    ) -> None:
-        out[self._ref_date][row] = sample.array("ref_date")
+    def _write_targets(self, sample: StoredSample, crop: Crop, out: Arrays, row: int) -> None:
+        out[self._ref_date][row] = sample.array(REF_DATE)
         for field, target in self._targets:
-            name = f"target.{target.name}"
+            name = target_field(target.name)
             _check(sample, name, _stored_layout(target, self.view.spec))
             if target.kind == "segmentation":
-                label = crop.orientation.apply(self._segmentation(sample, target, crop))
+                values = crop.orientation.apply(self._segmentation(sample, target, crop))
+            elif target.of is None:
+                values = sample.array(name)
             else:
-                label = sample.array(name) if target.of is None else self._class_shares(sample, target, crop)
-            out[field][row] = label
+                # Recounted per crop: the stored shares are those of the whole tile.
+                values = self._class_shares(sample, target, self.view.spec.target(target.of), crop)
+            out[field][row] = values
 
     def _segmentation(self, sample: StoredSample, target: Target, crop: Crop) -> np.ndarray:
-        """(side, side) uint8, upright."""
+        """(side, side) uint8, before the orientation."""
         (size, _), _ = _stored_layout(target, self.view.spec)
-        return sample.array(f"target.{target.name}", self.grid.window(crop, target.resolution_m, size))
+        window = self.grid.window(crop, _resolution_m(target, self.view.spec), size)
+        return sample.array(target_field(target.name), window)
 
-    def _class_shares(self, sample: StoredSample, target: Target, crop: Crop) -> np.ndarray:
-        """(classes,) float32: what part of the crop each class covers."""
-        source = self.view.spec.target(target.of)
-        _check(sample, f"target.{source.name}", _stored_layout(source, self.view.spec))
-        seen = self._segmentation(sample, source, crop)
-        counts = np.bincount(seen.reshape(-1), minlength=256)
-        return counts[[source.classes.index(c) for c in target.classes]] / np.float32(seen.size)
+    def _class_shares(self, sample: StoredSample, target: Target, source: Target, crop: Crop) -> np.ndarray:
+        """(classes,) float32: share of the crop that each class covers in the segmentation ``source``."""
+        _check(sample, target_field(source.name), _stored_layout(source, self.view.spec))
+        classes = self._segmentation(sample, source, crop)
+        counts = np.bincount(classes.reshape(-1), minlength=256)
+        return counts[[source.classes.index(c) for c in target.classes]] / np.float32(classes.size)
 
 
 class _SensorTransform:
-    """One sensor's part of the work."""
+    """The part of a Transform that concerns one sensor."""
 
     def __init__(self, spec: DatasetSpec, sensor: Sensor, grid: CropGrid) -> None:
         self.sensor, self.grid, self.modality = sensor, grid, spec.modality(sensor.source)
@@ -159,14 +159,12 @@ class _SensorTransform:
         self.stream = stream_id(sensor.name)
         self._bands = _band_index(sensor.bands, self.modality)
 
-    def write(
-        self, sample: StoredSample, crop: Crop, out: dict[Field, np.ndarray], row: int, rng: CounterRNG | None
-    ) -> int:
-        """Write pixels and dates; dates are drawn, or found by the median rule if there is nothing to draw
-        from.
+    def write(self, sample: StoredSample, crop: Crop, out: Arrays, row: int, rng: CounterRNG | None) -> int:
+        """Write pixels and dates; dates are drawn from ``rng``, or chosen by the median rule without one.
+
+        Returns how many dates were repeated or imputed.
         """
         name, num_dates = self.modality.name, self.sensor.num_dates
-
         size, num_bands = self.modality.size, len(self.modality.bands)
         window = self.grid.window(crop, self.modality.resolution_m, size)
 
@@ -192,7 +190,7 @@ class _SensorTransform:
             pixels = series[chosen]
         pixels, imputed = dates.fill_nan(pixels, chosen, whole)
         out[self.pixels][row] = crop.orientation.apply(pixels)
-        out[self.dates][row] = sample.rows(f"{name}.dates", chosen)
+        out[self.dates][row] = sample.rows(dates_field(name), chosen)
         return imputed + max(num_dates - stored, 0)
 
     def _select_bands(self, pixels: np.ndarray) -> np.ndarray:
@@ -201,7 +199,7 @@ class _SensorTransform:
     def _mask(self, sample: StoredSample, window: Window | None) -> np.ndarray | None:
         if not self.modality.mask_bands:
             return None
-        name, size = f"{self.modality.name}.mask", self.modality.size
+        name, size = mask_field(self.modality.name), self.modality.size
         stored = sample.shape(self.modality.name)[0]
         _check(sample, name, ((stored, len(self.modality.mask_bands), size, size), "uint8"))
         return sample.array(name, window)
@@ -212,6 +210,7 @@ class _SensorTransform:
 
 
 def _band_index(bands: Sequence[int], modality: Modality) -> slice | list[int] | None:
+    """Index of the bands of a modality; None for all of them in order."""
     if tuple(bands) == tuple(range(len(modality.bands))):
         return None
     if tuple(bands) == tuple(range(bands[0], bands[-1] + 1)):
@@ -223,22 +222,26 @@ def _stored_layout(target: Target, spec: DatasetSpec) -> tuple[tuple[int, ...], 
     """Shape and dtype of a target as it is stored."""
     if target.kind == "multilabel":
         return (len(target.classes),), "float32"
+    side = round(spec.tile_m / _resolution_m(target, spec))
+    return (side, side), "uint8"
+
+
+def _resolution_m(target: Target, spec: DatasetSpec) -> float:
     if target.resolution_m is None:
         raise ValueError(f"{spec.name}: segmentation target {target.name} needs resolution_m in the manifest")
-    side = round(spec.tile_m / target.resolution_m)
-    return (side, side), "uint8"
+    return target.resolution_m
 
 
 def _batch_layout(target: Target, spec: DatasetSpec, grid: CropGrid) -> tuple[tuple[int, ...], str]:
     """Shape and dtype of a target as it is in a batch."""
     shape, dtype = _stored_layout(target, spec)
     if target.kind == "segmentation":
-        shape = (grid.side(target.resolution_m, shape[0]),) * 2
+        shape = (grid.side(_resolution_m(target, spec), shape[0]),) * 2
     return shape, dtype
 
 
 def _check(sample: StoredSample, field: str, expected: tuple[tuple[int, ...], str]) -> None:
-    # numpy would stretch or cast what does not fit.
+    # Assigning to the batch would silently broadcast or cast an array of another shape or dtype.
     shape, dtype = sample.shape(field), sample.dtype(field)
     if (shape, dtype) != expected:
         raise CodecError(

@@ -1,4 +1,9 @@
-"""Loader processes: requests in, batches out, in the order of the requests, by any number of processes."""
+"""Loader processes: batches in the order of the requests, whatever the number of processes.
+
+DataLoader contributes the processes and the order of results; pixels bypass its queues. Each request comes with the
+number of a block in shared memory, in which the worker builds the batch, and from which the training process copies
+it.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +19,11 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.process import BaseProcess
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from maestro_scale.errors import MaestroError
 from maestro_scale.shards.read.counters import StoreCounters
@@ -26,30 +32,30 @@ from maestro_scale.stream.batch import Batch
 from maestro_scale.stream.batch_builder import BatchBuilder, BatchRequest, WorkerResult
 from maestro_scale.stream.source import Source
 
-# What schedulers and people send to a whole process group; the training process decides what comes of it.
+# Schedulers and terminals signal the whole process group; only the training process reacts, and stops its workers.
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _SHUTDOWN_TIMEOUT_S = 2.0
 _SHARED_MEMORY = "/dev/shm"
 
 
 class LoaderError(MaestroError):
-    """A loader process died or failed; the message says which, where and why, in one line."""
+    """A loader process died or failed; the message is one line: host, cause, and what to do."""
 
 
 class _WorkerTraceback(Exception):
-    """The traceback of another process, as the cause of the error it led to here."""
+    """The traceback of a worker, shown as the cause of the error raised in the training process."""
 
     def __str__(self) -> str:
         return "\n" + self.args[0]
 
 
 def start_fork_server(sources: Iterable[Source]) -> None:
-    """Begin to start the process that loader processes are forked from, unless it runs; does not wait for it.
+    """Start the fork server, the process that loader processes are forked from, unless it runs; does not wait.
 
-    What they all need is imported there once, in seconds that the caller may use for something else. Forking the
-    training process itself, with its CUDA, gloo and S3 threads, would be unsafe.
+    It imports the modules that all workers need once, which takes seconds, while the caller continues. The training
+    process itself cannot be forked: locks held by its CUDA, gloo and S3 threads would never be released in the child.
     """
-    clients = {client_module(s.store.url) for s in sources} - {None}
+    clients = {module for s in sources if (module := client_module(s.store.url)) is not None}
     with _signals_blocked():
         multiprocessing.get_context("forkserver").set_forkserver_preload([__name__, *sorted(clients)])
         forkserver.ensure_running()
@@ -58,9 +64,9 @@ def start_fork_server(sources: Iterable[Source]) -> None:
 class Pipeline:
     """Batches for a sequence of requests, of at most ``batch_size`` samples each.
 
-    ``workers``: processes; 0 does the work here, when a batch is asked for. ``prefetch_batches``: batches that may
-    be result ahead. ``pin``: put them in page-locked memory. ``on_counters`` is told what the stores did for each
-    batch. LoaderError if the machine has too little shared memory.
+    ``workers``: processes; 0 builds each batch here, when it is asked for. ``prefetch_batches``: batches that are
+    built in advance. ``pin``: batches are in page-locked memory. ``on_counters``: called with the stores' counters
+    of each batch. LoaderError if the machine has too little shared memory.
     """
 
     def __init__(
@@ -73,29 +79,26 @@ class Pipeline:
         pin: bool,
         on_counters: Callable[[StoreCounters], None],
     ) -> None:
-        self._builder, self._requests, self._pin, self._on_counters = (
-            builder,
-            iter(requests),
-            pin,
-            on_counters,
-        )
+        self._builder, self._requests = builder, iter(requests)
+        self._pin, self._on_counters = pin, on_counters
         self._pending: deque[tuple[int, BatchRequest]] = deque()
-        self._results: Iterator[WorkerResult] | None = None
+        self._results: Any = None  # DataLoader's iterator, of which close() needs private methods
         if workers:
             per_worker = max(2, -(-prefetch_batches // workers))
-            # One more than may be under way, for the one that is being taken. Few blocks, written again and
-            # again: the first touch of fresh memory can cost more than reading and preparing together.
+            # DataLoader keeps per_worker * workers requests in flight; the others are the block that is being copied
+            # out and a spare. The blocks are reused: the first touch of fresh memory can cost more than reading and
+            # transforming the samples.
             self._blocks = _shared_blocks(per_worker * workers + 2, builder.num_bytes(batch_size))
             self._results = self._start(workers, per_worker)
             processes = tuple(getattr(self._results, "_workers", ()))
-            # Also at exit: multiprocessing would ask the workers to end with a signal that they ignore.
+            # Also at interpreter exit, where multiprocessing would send SIGTERM, which the workers ignore.
             self._kill = weakref.finalize(self, _kill, processes)
 
     def __iter__(self) -> Pipeline:
         return self
 
     def __next__(self) -> Batch:
-        """The next batch. BadShard and other ShardsErrors as they are; LoaderError for all else."""
+        """The next batch. Raises the ShardsError of a worker (BadShard, StoreError), LoaderError for any other."""
         if self._results is None:
             request = next(self._requests)
             block = self._fresh_block(request)
@@ -103,25 +106,30 @@ class Pipeline:
         else:
             try:
                 result = next(self._results)
-            # OSError, EOFError: it died while it handed something on.
+            # OSError, EOFError: it died while it sent a result.
             except (RuntimeError, OSError, EOFError) as error:
                 raise LoaderError(
                     f"{socket.gethostname()}: a loader process died ({error}); if the machine ran out of "
                     "memory, lower data.workers; the same command resumes"
                 ) from error
             slot, request = self._pending.popleft()
+            # A copy, because the block is reused; into pinned memory, so that the copy to the GPU is asynchronous.
             block = self._fresh_block(request)
             block.copy_(self._blocks[slot, : len(block)])
         self._on_counters(result.counters)
         if result.error is None:
+            assert result.metadata is not None  # a result has one of the two
             return self._builder.unpack(block, request, result.metadata)
         if result.traceback:
             cause = _WorkerTraceback(result.traceback)
-            raise LoaderError(f"{socket.gethostname()}: a batch cannot be result: {result.error}") from cause
+            raise LoaderError(f"{socket.gethostname()}: a batch cannot be built: {result.error}") from cause
         raise result.error
 
     def close(self) -> None:
-        """End the processes, within seconds, whatever they are doing; their work survives that."""
+        """End the processes within seconds, whatever they are doing.
+
+        Killing them is safe: a download is renamed into the cache only when it is complete.
+        """
         if self._results is None:
             self._builder.close()
         elif self._kill.alive:
@@ -131,10 +139,10 @@ class Pipeline:
             kill_timer.cancel()
             self._kill()
 
-    def _start(self, workers: int, per_worker: int) -> Iterator[WorkerResult]:
+    def _start(self, workers: int, per_worker: int) -> Any:
         start_fork_server(self._builder.settings.sources)
         with _signals_blocked():
-            loader = DataLoader(
+            loader: DataLoader[WorkerResult] = DataLoader(
                 _WorkerDataset(self._builder, self._blocks),
                 sampler=self._numbered_requests(),
                 batch_size=None,
@@ -143,7 +151,8 @@ class Pipeline:
                 multiprocessing_context=multiprocessing.get_context("forkserver"),
                 worker_init_fn=functools.partial(_init_worker, dict(os.environ)),
                 prefetch_factor=per_worker,
-                generator=torch.Generator(),  # it draws a seed for the workers, which nothing here uses
+                # DataLoader draws a seed for its workers, which nothing uses; from here, not from the global generator.
+                generator=torch.Generator(),
             )
             return iter(loader)
 
@@ -157,8 +166,8 @@ class Pipeline:
         return torch.empty(size, dtype=torch.uint8, pin_memory=self._pin)
 
 
-class _WorkerDataset:
-    """Where a loader process works: it makes the batches, each in the block that comes with the request."""
+class _WorkerDataset(Dataset[WorkerResult]):
+    """A DataLoader's view of the batches: index (block, request) → result, the batch itself written into the block."""
 
     def __init__(self, builder: BatchBuilder, blocks: Tensor) -> None:
         self._builder, self._blocks = builder, blocks
@@ -169,7 +178,10 @@ class _WorkerDataset:
 
 
 def _shared_blocks(count: int, size: int) -> Tensor:
-    """(count, size) uint8 in shared memory, multiples of a page so that blocks do not touch."""
+    """(count, size) uint8 in shared memory, size rounded up to whole pages so that blocks share none.
+
+    LoaderError if /dev/shm is too small: writing beyond it would end a worker with SIGBUS.
+    """
     size = -(-size // 4096) * 4096
     if os.path.isdir(_SHARED_MEMORY):
         status = os.statvfs(_SHARED_MEMORY)
@@ -184,10 +196,11 @@ def _shared_blocks(count: int, size: int) -> Tensor:
 
 @contextmanager
 def _signals_blocked() -> Iterator[None]:
-    """Processes started meanwhile have the signals blocked from birth; here they arrive afterwards."""
+    """Block ``_IGNORED`` while processes are started: they inherit the mask, so no signal can end them before
+    ``_init_worker`` ignores it. A signal to this process is delivered afterwards."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _IGNORED)
     try:
-        resource_tracker.ensure_running()  # unblocks some of them when it has started its process
+        resource_tracker.ensure_running()  # starting it unblocks some signals, hence the second call
         signal.pthread_sigmask(signal.SIG_BLOCK, _IGNORED)
         yield
     finally:
@@ -195,8 +208,8 @@ def _signals_blocked() -> Iterator[None]:
 
 
 def _init_worker(environment: dict[str, str], worker: int) -> None:
-    """Runs first in a worker: the environment of the training process (the fork server has that of its own start), no
-    signals, and an eye on the training process, to end with it."""
+    """First call in a worker: take over the environment of the training process (the fork server has that of its own
+    start), ignore signals, and watch the training process, to exit when it ends."""
     os.environ.clear()
     os.environ.update(environment)
     for number in _IGNORED:
@@ -205,9 +218,11 @@ def _init_worker(environment: dict[str, str], worker: int) -> None:
 
 
 def _exit_with_parent() -> None:
-    # DataLoader looks at the parent's pid for this, but here the parent is the fork server, which stays as
-    # long as there are workers.
-    multiprocessing.parent_process().join()
+    # DataLoader compares the parent's pid for this, but the parent of a worker is the fork server, which lives as long
+    # as there are workers.
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # this is a worker
+    parent.join()
     os._exit(1)
 
 
@@ -217,5 +232,5 @@ def _kill(processes: tuple[BaseProcess, ...]) -> None:
             process.kill()
 
 
-def _identity(result: WorkerResult) -> WorkerResult:
+def _identity(result: Any) -> Any:
     return result

@@ -110,7 +110,7 @@ def test_a_sample_is_made_again_from_its_key(toy: Source):
     assert digest(loader.replay(batch.keys)) == digest(batch)
     assert digest(loader_of(toy).replay(batch.keys)) == digest(batch)
     for key in ("1/else/3", "1/toy/x", "eval/toy/1/0"):
-        with pytest.raises(ValueError, match="is no key"):
+        with pytest.raises(ValueError, match="is not a key"):
             loader.replay([key])
 
 
@@ -172,7 +172,7 @@ def test_numbers_that_do_not_go_together_are_refused(toy: Source, changes: dict,
 
 
 def test_another_global_batch_cannot_resume(toy: Source):
-    with pytest.raises(ValueError, match="24 samples are no whole number of steps of 16"):
+    with pytest.raises(ValueError, match="24 samples are not a whole number of steps of 16"):
         loader_of(toy).steps(24, 8)
 
 
