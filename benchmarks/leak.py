@@ -39,7 +39,7 @@ def tiles(folder: Path, count: int) -> Batch:
     manifest = Manifest.load(str(folder / "shards"))
     store = Store(str(folder / "shards"), folder / "cache", 2**30)
     spec = manifest.spec
-    source = Source(spec, spec.sensors, spec.crop_m, manifest.shards_of(["train"]), store)
+    source = Source(spec, manifest.shards_of(["train"]), store)
     loader = TrainLoader([source], 0, lanes=1, global_batch=count, micro_batch=count)
     (batch,) = next(loader.steps(0, 1)).batches
     loader.close()

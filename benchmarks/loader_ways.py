@@ -27,7 +27,7 @@ from maestro_scale.shards.read.store import Store
 from maestro_scale.stream.loader import TrainLoader
 from maestro_scale.stream.packing import arrays_in, num_bytes
 from maestro_scale.stream.source import Source
-from maestro_scale.stream.transform import Transform, View
+from maestro_scale.stream.transform import Transform
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Batcher:
     def __init__(self, dataset: str, size: int) -> None:
         spec = datasets.spec(dataset)
         self.size = size
-        self._transform = Transform(View(spec, spec.sensors, spec.crop_m))
+        self._transform = Transform(spec)
 
     def __call__(self, samples: Iterable[Arrays]) -> Iterator[torch.Tensor]:
         numbered = enumerate(samples)
@@ -110,7 +110,7 @@ def ours(task: Task) -> dict[str, float]:
                         yield 1
 
         return _rate(task, samples, started)
-    source = Source(spec, spec.sensors, spec.crop_m, shards, store)
+    source = Source(spec, shards, store)
     order = {"lanes": 1, "global_batch": task.batch, "micro_batch": task.batch}
     num_steps = 10**9
     if task.once:
@@ -220,7 +220,7 @@ def memory(task: Task) -> dict[str, Any]:
     """Memory of our loader process over 20,000 samples: its own (anonymous) and all that is resident, in MB."""
     spec = datasets.spec(task.dataset)
     store = Store(task.place, Path(task.cache), 100 * 2**30)
-    source = Source(spec, spec.sensors, spec.crop_m, Manifest.load(task.place).shards_of(["train"]), store)
+    source = Source(spec, Manifest.load(task.place).shards_of(["train"]), store)
     loader = TrainLoader([source], 0, lanes=1, global_batch=task.batch, micro_batch=task.batch, workers=1)
     wanted, every = int(task.seconds), max(int(task.seconds) // 8, task.batch)
     seen: list[tuple[int, float, float]] = []

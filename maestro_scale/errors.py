@@ -1,6 +1,9 @@
-"""The base class of all expected errors."""
+"""The base class of all expected errors, and how error messages name a value."""
 
 from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
 
 
 class MaestroError(Exception):
@@ -9,3 +12,21 @@ class MaestroError(Exception):
     The message is one line: what is wrong, where, and what to do. Entry points print it and exit with
     ``entry.USAGE``; anything that is not a MaestroError ends in a traceback.
     """
+
+
+KeyPath = tuple[str | int, ...]
+"""Where a value stands in a nested structure: ``("data", "mixture", 0, "shards")``."""
+
+
+def dotted(path: KeyPath) -> str:
+    """``("data", "mixture", 0, "shards")`` → ``data.mixture[0].shards``, as ``--set`` takes it."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
+
+
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """`` (did you mean 'x'?)`` for the closest known name, or the whole list when none is close."""
+    names = sorted(known)
+    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.6)
+    if close:
+        return f" (did you mean {close[0]!r}?)"
+    return f" (there are: {', '.join(names)})" if names else ""

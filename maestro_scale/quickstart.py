@@ -190,6 +190,8 @@ def _evaluate(console: Console, paths: QuickstartPaths, seed: int) -> None:
     from maestro_scale.interop.export import export_model
     from maestro_scale.interop.pretrained import load_model
     from maestro_scale.model.maestro import Maestro
+    from maestro_scale.recipe import load_recipe, resolve_spec
+    from maestro_scale.shards.format.manifest import Manifest
     from maestro_scale.training.checkpoint.checkpoints import load_position, newest
 
     torch.set_num_threads(num_threads())
@@ -198,7 +200,9 @@ def _evaluate(console: Console, paths: QuickstartPaths, seed: int) -> None:
     untrained = Maestro(pretrained.config).initialise(seed).eval()
     console.print("[bold]5/5[/bold] evaluating frozen embeddings on held-out tiles")
     step = load_position(newest(paths.run)).step
-    benchmark = Benchmark(paths.shards, paths.out / "cache", paths.out / "features")
+    entry = load_recipe(paths.run / "recipe.yaml").data.mixture[0]
+    spec = resolve_spec(Manifest.load(paths.shards).spec, entry)
+    benchmark = Benchmark(spec, paths.shards, paths.out / "cache", paths.out / "features")
     for name, model, trained in zip(ENCODERS, (pretrained, untrained), (step, 0), strict=True):
         provenance = Provenance(trained, seed, encoder=name, trained_on=(DATASET,) if trained else ())
         for result in evaluate_frozen(model, benchmark, MODES, provenance):

@@ -24,7 +24,6 @@ from maestro_scale.recipe import (
     check_world,
     load_recipe,
     parse_recipe,
-    resolve_sensors,
     resolve_spec,
 )
 from maestro_scale.recipe.data import SensorOverride
@@ -589,29 +588,35 @@ def test_every_sensor_field_can_be_overridden():
 
 
 def test_sensors_are_changed_kept_and_left_out():
-    sensors = resolve_sensors(
+    sensors = resolve_spec(
         SPEC,
         entry(sensors={"aerial": {"image_size": 60, "patch": 10, "scale": {"divisor": 100}}, "s1_des": None}),
-    )
+    ).sensors
     assert [s.name for s in sensors] == ["aerial", "s1_asc"]
     assert (sensors[0].image_size, sensors[0].grid, sensors[0].scale) == (60, 6, Scale("linear", 100))
     assert sensors[1] == SPEC.sensor("s1_asc")
-    assert resolve_sensors(SPEC, entry()) == SPEC.sensors
+    assert resolve_spec(SPEC, entry()).sensors == SPEC.sensors
 
 
 def test_bands_become_tuples():
-    sensors = resolve_sensors(SPEC, entry(sensors={"aerial": {"bands": [1, 2], "band_groups": [2]}}))
-    assert (sensors[0].bands, sensors[0].band_groups) == ((1, 2), (2,))
+    aerial = resolve_spec(SPEC, entry(sensors={"aerial": {"bands": [1, 2], "band_groups": [2]}})).sensors[0]
+    assert (aerial.bands, aerial.band_groups) == ((1, 2), (2,))
 
 
 @pytest.mark.parametrize(
     ("sensors", "reason"),
     [
-        ({"arial": {"patch": 10}}, "toy.sensors.arial: unknown sensor (did you mean 'aerial'?)"),
-        ({"aerial": {"patch": 7}}, "toy.sensors.aerial.patch: 7 does not divide image_size 300"),
-        ({"aerial": {"bands": [0]}}, "toy.sensors.aerial.band_groups: [1, 3] do not add up to 1 bands"),
+        ({"arial": {"patch": 10}}, "data.mixture[1].sensors.arial: unknown sensor (did you mean 'aerial'?)"),
+        ({"aerial": {"patch": 7}}, "data.mixture[1].sensors.aerial.patch: 7 does not divide image_size 300"),
+        (
+            {"aerial": {"bands": [0]}},
+            "data.mixture[1].sensors.aerial.band_groups: [1, 3] do not add up to 1 bands",
+        ),
         ({"aerial": {"token_groups": [2, 3]}}, "aerial.token_groups: [2, 3] do not add up to 4 bands"),
-        ({"aerial": {"bands": [0, 4], "band_groups": [2]}}, "bands: 4 is beyond the 4 bands of aerial"),
+        (
+            {"aerial": {"bands": [0, 4], "band_groups": [2]}},
+            "bands: [0, 4] do not index the 4 bands of aerial",
+        ),
         ({"aerial": {"num_dates": 2}}, "num_dates: aerial is a single image, so 1, not 2"),
         ({"aerial": {"source": "areal"}}, "unknown modality 'areal' (did you mean 'aerial'?)"),
         ({"aerial": {"elevation": True}}, "elevation: needs 2 bands"),
@@ -624,12 +629,12 @@ def test_bands_become_tuples():
 )
 def test_changes_that_do_not_fit_are_refused(sensors, reason):
     with pytest.raises(RecipeError) as caught:
-        resolve_sensors(SPEC, entry(sensors=sensors))
+        resolve_spec(SPEC, entry(sensors=sensors), 1)
     assert reason in str(caught.value)
 
 
 def test_the_crop_can_be_smaller_than_the_tile_but_not_larger():
     assert resolve_spec(SPEC, entry(crop_m=30)).crop_m == 30
     assert resolve_spec(SPEC, entry()) == SPEC
-    with pytest.raises(RecipeError, match=r"crop_m 61 is larger than a tile, 60 m"):
+    with pytest.raises(RecipeError, match=r"data\.mixture\[0\]\.crop_m: 61 m is larger than a tile, 60 m"):
         resolve_spec(SPEC, entry(crop_m=61))

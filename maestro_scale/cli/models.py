@@ -121,7 +121,6 @@ def embed(
     from maestro_scale.evaluation.embedding import EmbeddingWriter
     from maestro_scale.evaluation.features.adapt import adapt_encoder
     from maestro_scale.evaluation.features.load_encoder import load_encoder
-    from maestro_scale.model.config import DatasetView
     from maestro_scale.shards.format.manifest import Manifest
     from maestro_scale.shards.read.store import Store
     from maestro_scale.tracking.terminal import progress
@@ -135,8 +134,7 @@ def embed(
     encoder = load_encoder(model)[0]
     notes: list[str] = []
     if spec.name not in {v.dataset for v in encoder.config.views}:
-        view = DatasetView(spec.name, spec.sensors, spec.pos_grid, spec.ref_sensor, spec.crop_m)
-        encoder, notes = adapt_encoder(encoder, view)
+        encoder, notes = adapt_encoder(encoder, spec)
     if torch.cuda.is_available():
         encoder.to(f"cuda:{local_rank % torch.cuda.device_count()}")
     store = Store(shards, cache_dir, 100 * 2**30)

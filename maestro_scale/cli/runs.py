@@ -49,12 +49,11 @@ def plan(
     from maestro_scale.planning import Cluster, plan_cluster
     from maestro_scale.planning.report import print_plan
     from maestro_scale.recipe import load_recipe
-    from maestro_scale.training.dry_run import spec_and_size
+    from maestro_scale.training.dry_run import specs_and_sizes
 
     cluster, overrides = Cluster(gpu, gpus, per_node, mfu), change or []
     loaded = load_recipe(str(recipe), overrides)
-    datasets = [spec_and_size(entry) for entry in loaded.data.mixture]
-    planned = plan_cluster(loaded, [spec for spec, _ in datasets], [size for _, size in datasets], cluster)
+    planned = plan_cluster(loaded, *specs_and_sizes(loaded), cluster)
     print_plan(planned, cluster, str(recipe), overrides, Console(width=120))
 
 

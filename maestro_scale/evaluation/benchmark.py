@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from maestro_scale.datasets.spec import DatasetSpec
 from maestro_scale.evaluation.bootstrap import bootstrap_interval
 from maestro_scale.evaluation.metrics import best_index
 from maestro_scale.evaluation.results import EvalResult
@@ -36,18 +37,18 @@ class Provenance:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A dataset in shards as a benchmark: where it is, how much of each tile the model sees, what is asked.
+    """A dataset in shards as a benchmark: where it is, which sensors and crop are used, what is predicted.
 
-    ``crop_m``, ``target``: null for the dataset's own crop, and its first target. ``fraction``: of the training labels.
+    ``spec``: resolved. ``target``: None for the dataset's first target. ``fraction``: of the training labels.
     ``splits``: for train, val and test the splits in shards that take the part, where those are not called so;
     ``fold``: which one of a cross-validation these make up.
     """
 
+    spec: DatasetSpec
     shards: str
     cache_dir: Path
     features_dir: Path
     cache_bytes: int = 100 * 2**30
-    crop_m: float | None = None
     target: str | None = None
     fraction: float = 1.0
     splits: Mapping[str, tuple[str, ...]] = field(default_factory=dict)

@@ -21,6 +21,7 @@ import pyarrow.parquet as parquet
 import torch
 
 from maestro_scale.datasets.spec import GeoOrigin
+from maestro_scale.evaluation.features.adapt import encoder_spec
 from maestro_scale.evaluation.features.cache import weights_digest
 from maestro_scale.evaluation.results import ResultsError
 from maestro_scale.evaluation.tasks.tile_maps import georeference
@@ -88,7 +89,7 @@ class EmbeddingWriter:
         if not todo:
             return 0
         source = self._source(todo)
-        grid = CropGrid(source.spec, source.sensors, source.crop_m)
+        grid = CropGrid(source.spec)
         done, total = 0, sum(s.samples for s in todo) * grid.num_crops
         for shard, rows in self._by_shard(source):
             self._save(self._path(out, shard), shard, rows, grid)
@@ -135,8 +136,7 @@ class EmbeddingWriter:
         return stem.with_suffix(".parquet") if self.format == "parquet" else stem
 
     def _source(self, shards: Sequence[ShardInfo]) -> Source:
-        spec = self.manifest.spec
-        return Source(spec, self.model.view(spec.name).sensors, spec.crop_m, tuple(shards), self.store)
+        return Source(encoder_spec(self.model, self.manifest.spec), tuple(shards), self.store)
 
     def _by_shard(self, source: Source) -> Iterator[tuple[ShardInfo, EmbeddingRows]]:
         """Shards in order, each once all of its crops are embedded."""

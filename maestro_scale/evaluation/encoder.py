@@ -10,9 +10,8 @@ from maestro_scale.evaluation.features.baselines import Baseline, build_baseline
 from maestro_scale.evaluation.features.load_encoder import load_encoder
 from maestro_scale.evaluation.finetune.predictor import TRAINABLE
 from maestro_scale.evaluation.results import ORACLE, ResultsError
-from maestro_scale.model.config import DatasetView
 from maestro_scale.model.maestro import Maestro
-from maestro_scale.recipe import Recipe, resolve_sensors
+from maestro_scale.recipe import Recipe, resolve_spec
 from maestro_scale.secrets_filter import scrub
 from maestro_scale.shards.format.manifest import Manifest
 
@@ -21,18 +20,15 @@ FOLD = "{fold}"
 
 class Encoder:
     """``named``: as results say it; ``path``: of the checkpoint, None for a baseline; ``step``: that it was trained
-    for; ``trained_on``: datasets; ``view``: how the recipe sees the benchmark."""
+    for; ``trained_on``: datasets; ``spec``: of the benchmark, resolved."""
 
     def __init__(
         self, recipe: Recipe, checkpoint: str | None, baseline_name: str | None, fold: int | None
     ) -> None:
         """``checkpoint`` with ``{fold}`` in it is another one for every fold. ResultsError, ExportError …"""
         entry = recipe.data.mixture[0]
-        spec = Manifest.load(entry.shards).spec
-        crop_m = entry.crop_m or spec.crop_m
-        sensors = resolve_sensors(spec, entry)
+        self.spec = resolve_spec(Manifest.load(entry.shards).spec, entry)
         self._asked = recipe, checkpoint, baseline_name
-        self.view = DatasetView(spec.name, sensors, spec.pos_grid, spec.ref_sensor, crop_m)
         self._baseline = baseline_name
         self._fold = fold
         self.name = scrub(baseline_name or str(checkpoint))
@@ -43,7 +39,7 @@ class Encoder:
         if baseline_name == ORACLE:
             return  # it encodes nothing
         if baseline_name is not None:
-            self._model: Maestro | Baseline = build_baseline(baseline_name, recipe, spec, self.view)
+            self._model: Maestro | Baseline = build_baseline(baseline_name, recipe, self.spec)
             return
         if self.per_fold and fold is None:
             raise ResultsError(f"--checkpoint {checkpoint}: {FOLD} needs --folds")
@@ -75,4 +71,4 @@ class Encoder:
         """(the encoder as it sees the benchmark, what to report); ``trains``: and is trained on it."""
         if self._baseline is not None:
             return self._model, []
-        return adapt_encoder(self._model, self.view, trains)
+        return adapt_encoder(self._model, self.spec, trains)

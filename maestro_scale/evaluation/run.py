@@ -195,7 +195,7 @@ class _Evaluation:
         inputs = _Inputs(
             encoder,
             recipe,
-            self._benchmark(recipe, run),
+            self._benchmark(encoder, recipe, run),
             Provenance(encoder.step, recipe.seed, plain, encoder.name, encoder.trained_on),
             run.subdir,
         )
@@ -210,7 +210,6 @@ class _Evaluation:
 
     def _oracle(self, inputs: _Inputs) -> Iterator[tuple[str, EvalResult]]:
         result = evaluate_oracle(
-            inputs.encoder.view,
             inputs.benchmark,
             inputs.provenance,
             inputs.recipe.data.workers,
@@ -264,14 +263,14 @@ class _Evaluation:
     def _progress(self) -> ProgressFactory:
         return self.progress if self.is_main else no_progress
 
-    def _benchmark(self, recipe: Recipe, run: EvalRun) -> Benchmark:
+    def _benchmark(self, encoder: Encoder, recipe: Recipe, run: EvalRun) -> Benchmark:
         entry = recipe.data.mixture[0]
         return Benchmark(
+            spec=encoder.spec,
             shards=entry.shards,
             cache_dir=Path(recipe.data.cache_dir),
             features_dir=self.options.features or self.options.out / "features",
             cache_bytes=int(recipe.data.cache_gib * 2**30),
-            crop_m=entry.crop_m,
             target=self.options.target,
             fraction=self.options.fraction,
             splits=run.splits,

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, get_args
 
-from maestro_scale.datasets.spec import Scale, Sensor, Target
+from maestro_scale.datasets.spec import DatasetSpec, Scale, Sensor, Target
+from maestro_scale.datasets.spec_check import sensor_problems, sharing_problems
+from maestro_scale.errors import dotted
 from maestro_scale.model.sizes import Size
 
 Fusion = Literal["group", "mod", "monotemp", "shared"]
@@ -19,8 +21,11 @@ CHECKPOINTING = r"none|blocks|every_([2-9]|[1-9]\d+)"
 
 @dataclass(frozen=True)
 class DatasetView:
-    """How one dataset is seen: its sensors, its ground grid, the sensor that segmentation is predicted on, and the
-    ground extent that the sensors share (None: a segmentation target has the pixels of that sensor)."""
+    """What a model's config records of one dataset that it serves; part of the format of config.json and checkpoints.
+
+    ``pos_grid``: cells per side of the ground grid; ``ref_sensor``: the sensor that segmentation is predicted on;
+    ``crop_m``: ground extent that the sensors share (None: a segmentation target has the pixels of ``ref_sensor``).
+    """
 
     dataset: str
     sensors: tuple[Sensor, ...]
@@ -28,8 +33,13 @@ class DatasetView:
     ref_sensor: str | None = None
     crop_m: float | None = None
 
+    @classmethod
+    def of_spec(cls, spec: DatasetSpec, name: str | None = None) -> DatasetView:
+        """The view that a resolved spec describes. ``name``: in a mixture, where it is not the dataset's own."""
+        return cls(name or spec.name, spec.sensors, spec.pos_grid, spec.ref_sensor, spec.crop_m)
+
     def rows(self, sensor: Sensor) -> int:
-        """Token grids per tile of an encoder that knows of no token groups: dates."""
+        """Token grids per tile of an encoder without token groups: dates."""
         return sensor.num_dates
 
 
@@ -63,14 +73,8 @@ class ModelConfig:
     others: tuple[DatasetView, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.fusion in ("monotemp", "shared") and self.inter_depth:
-            raise ValueError(
-                f"fusion {self.fusion!r} has no inter-group blocks: set model.inter_depth=0 (it is {self.inter_depth})"
-            )
-        if not 0 <= self.inter_depth < self.size.depth:
-            raise ValueError(
-                f"inter_depth {self.inter_depth} must leave at least one of the {self.size.depth} blocks to the groups"
-            )
+        if (reason := inter_depth_problem(self.inter_depth, self.fusion, self.size.depth)) is not None:
+            raise ValueError(f"inter_depth: {reason}")
         if not re.fullmatch(CHECKPOINTING, self.checkpointing):
             raise ValueError(
                 f"checkpointing {self.checkpointing!r}: use none, blocks, or every_2, every_3, …"
@@ -79,24 +83,14 @@ class ModelConfig:
             raise ValueError(
                 f"attention {self.attention!r}: use one of {', '.join(get_args(AttentionChoice))}"
             )
-        if problems := conflicts(self.views):
-            raise ValueError(problems[0])
+        for path, reason in sharing_problems([(v.dataset, v.sensors) for v in self.views]):
+            raise ValueError(f"{dotted(path)}: {reason}")
         for target in self.heads:
             if target.kind == "segmentation":
                 self.target_side(target)
         for s in self.all_sensors:
-            if s.image_size % s.patch:
-                raise ValueError(
-                    f"sensor {s.name}: patch {s.patch} does not divide image_size {s.image_size}"
-                )
-            if sum(s.band_groups) != len(s.bands):
-                raise ValueError(
-                    f"sensor {s.name}: band_groups {s.band_groups} do not add up to {len(s.bands)} bands"
-                )
-            if s.token_groups and sum(s.token_groups) != len(s.bands):
-                raise ValueError(
-                    f"sensor {s.name}: token_groups {s.token_groups} do not add up to {len(s.bands)} bands"
-                )
+            for path, reason in sensor_problems(s):
+                raise ValueError(f"sensor {s.name}: {dotted(path)}: {reason}")
 
     @property
     def views(self) -> tuple[DatasetView, ...]:
@@ -226,36 +220,13 @@ class ModelConfig:
         return ModelConfig(**{**data, **parsed, "heads": heads, "others": others})
 
 
-def conflicts(views: Sequence[DatasetView]) -> list[str]:
-    """Why these views cannot share weights, a line each: sensors of one embed must feed it the same patch and bands,
-    and sensors of one name need the same number of mask tokens."""
-    embeds: dict[str, tuple[str, Sensor]] = {}
-    names: dict[str, tuple[str, Sensor]] = {}
-    found = []
-    for view in views:
-        for s in view.sensors:
-            where, other = embeds.setdefault(s.embed, (view.dataset, s))
-            if _input_of(s) != _input_of(other):
-                found.append(
-                    f"{_full(view.dataset, s)}.embed: {s.embed!r} is shared with {_full(where, other)}, but "
-                    f"{_input_of(s)} differs from {_input_of(other)}: change both alike, or give it its own embed"
-                )
-            where, other = names.setdefault(s.name, (view.dataset, s))
-            if s.max_token_groups != other.max_token_groups:
-                found.append(
-                    f"{_full(view.dataset, s)}.token_groups: {list(s.token_groups)}, but {_full(where, other)} has "
-                    f"{list(other.token_groups)}: sensors of one name share their mask tokens"
-                )
-    return found
-
-
-def _full(dataset: str, sensor: Sensor) -> str:
-    return f"{dataset}.sensors.{sensor.name}" if dataset else sensor.name
-
-
-def _input_of(sensor: Sensor) -> str:
-    groups = f" in token_groups {list(sensor.token_groups)}" if sensor.token_groups else ""
-    return f"patch {sensor.patch} of {len(sensor.bands)} bands{groups}"
+def inter_depth_problem(inter_depth: int, fusion: str, depth: int) -> str | None:
+    """Why ``inter_depth`` of ``depth`` blocks cannot be inter-group blocks under ``fusion``."""
+    if inter_depth and fusion in ("monotemp", "shared"):
+        return f"{inter_depth}, but fusion {fusion} has no inter-group blocks: set it to 0"
+    if not 0 <= inter_depth < depth:
+        return f"{inter_depth} leaves no block to the groups: at most {depth - 1} of depth {depth}"
+    return None
 
 
 def _sensors(data: Iterable[dict[str, Any]]) -> tuple[Sensor, ...]:

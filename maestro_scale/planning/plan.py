@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from maestro_scale.datasets.spec import DatasetSpec
 from maestro_scale.errors import MaestroError
 from maestro_scale.model.cost import Cost, compute_cost, num_parameters
-from maestro_scale.recipe import Recipe
+from maestro_scale.recipe import Recipe, build_model_config
 from maestro_scale.training.footprint import Footprint, Traffic, footprint, traffic
 from maestro_scale.training.metrics.meter import PEAK_TFLOPS
-from maestro_scale.training.pretrain import build_model_config
 
 _USABLE_MEMORY = 0.9  # fraction of a GPU's memory; the CUDA context and fragmentation take the rest
 

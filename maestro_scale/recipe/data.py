@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from maestro_scale.datasets.spec_check import group_problems, patch_problem
 from maestro_scale.recipe.errors import ConflictError
 from maestro_scale.recipe.fields import Count, Place, Section, distinct, listed, some
 
@@ -48,12 +49,17 @@ class SensorOverride(Section):
     """Channel 1 becomes 30 · (channel 0 - channel 1), after scaling."""
 
     @model_validator(mode="after")
-    def _patch_divides(self) -> SensorOverride:
-        if self.image_size and self.patch and self.image_size % self.patch:
-            raise ConflictError((("patch",), f"{self.patch} does not divide image_size {self.image_size}"))
-        for name, groups in (("band_groups", self.band_groups), ("token_groups", self.token_groups)):
-            if self.bands and groups and sum(groups) != len(self.bands):
-                raise ConflictError(((name,), f"{list(groups)} do not add up to {len(self.bands)} bands"))
+    def _fits_together(self) -> SensorOverride:
+        # Here only what the override says by itself, so that the message names the file; resolve_spec checks the rest.
+        if self.image_size and self.patch:
+            reason = patch_problem(self.image_size, self.patch)
+            if reason is not None:
+                raise ConflictError((("patch",), reason))
+        if self.bands:
+            num_bands = len(self.bands)
+            groups = group_problems(num_bands, self.band_groups or (num_bands,), self.token_groups or ())
+            if problems := list(groups):
+                raise ConflictError(*problems)
         return self
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from maestro_scale.recipe.errors import Loc
+from maestro_scale.errors import KeyPath
 
 _REFERENCE = re.compile(r"\$\$\{|\$\{(?P<name>[A-Za-z_]\w*)(?::-(?P<default>[^{}]*))?\}|(?P<broken>\$\{)")
 
@@ -46,7 +46,7 @@ def escape(node: Any) -> Any:
     return mapped(node, lambda _, text: text.replace("${", "$${"))
 
 
-def mapped(node: Any, change: Callable[[Loc, str], Any], loc: Loc = ()) -> Any:
+def mapped(node: Any, change: Callable[[KeyPath, str], Any], loc: KeyPath = ()) -> Any:
     """A copy of a tree of dicts and lists with ``change(loc, text)`` in the place of every string value."""
     if isinstance(node, dict):
         return {key: mapped(value, change, (*loc, str(key))) for key, value in node.items()}

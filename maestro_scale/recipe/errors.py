@@ -1,13 +1,8 @@
-"""How a recipe says no: where the mistake is, what it is, and the nearest right spelling."""
+"""The error types of recipes."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
-
-from maestro_scale.errors import MaestroError
-
-Loc = tuple[str | int, ...]  # ("data", "mixture", 0, "shards")
+from maestro_scale.errors import KeyPath, MaestroError, dotted
 
 
 class RecipeError(MaestroError, ValueError):
@@ -17,20 +12,6 @@ class RecipeError(MaestroError, ValueError):
 class ConflictError(ValueError):
     """Values that are each valid but do not go together: (key path from here, reason) of each mistake."""
 
-    def __init__(self, *problems: tuple[Loc, str]) -> None:
-        super().__init__("\n".join(f"{dotted(loc)}: {reason}" for loc, reason in problems))
+    def __init__(self, *problems: tuple[KeyPath, str]) -> None:
+        super().__init__("\n".join(f"{dotted(path)}: {reason}" for path, reason in problems))
         self.problems = problems
-
-
-def dotted(loc: Loc) -> str:
-    """``("data", "mixture", 0, "shards")`` → ``data.mixture[0].shards``, as ``--set`` takes it."""
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).removeprefix(".")
-
-
-def did_you_mean(name: object, known: Iterable[str]) -> str:
-    """`` (did you mean 'x'?)`` for the closest known name, or the whole list when none is close."""
-    known = sorted(known)
-    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.6)
-    if close:
-        return f" (did you mean {close[0]!r}?)"
-    return f" (there are: {', '.join(known)})" if known else ""

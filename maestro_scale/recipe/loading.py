@@ -9,7 +9,8 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from maestro_scale.recipe.errors import ConflictError, Loc, RecipeError, did_you_mean, dotted
+from maestro_scale.errors import KeyPath, did_you_mean, dotted
+from maestro_scale.recipe.errors import ConflictError, RecipeError
 from maestro_scale.recipe.merge import Tree, read_tree
 from maestro_scale.recipe.schema import Recipe
 
@@ -50,7 +51,7 @@ def _validate(data: Mapping[str, Any]) -> Recipe:
     return Recipe.model_validate_json(json.dumps(data, default=str))
 
 
-def _replaced(node: Any, loc: Loc, value: Any) -> Any:
+def _replaced(node: Any, loc: KeyPath, value: Any) -> Any:
     if not loc:
         return value
     if isinstance(node, list):
@@ -67,7 +68,7 @@ def _lines(error: ValidationError, tree: Tree) -> Iterator[str]:
             yield f"{tree.origin(where)}: {dotted(where)}: {reason}"
 
 
-def _reason(error: Mapping[str, Any], loc: Loc) -> str:
+def _reason(error: Mapping[str, Any], loc: KeyPath) -> str:
     kind, given, context = error["type"], error["input"], error.get("ctx", {})
     if kind == "extra_forbidden":
         return f"unknown key{did_you_mean(loc[-1], _keys_of(Recipe, loc[:-1]))}"
@@ -96,7 +97,7 @@ def _reason(error: Mapping[str, Any], loc: Loc) -> str:
     return f"{error['msg'].removeprefix('Input ').removeprefix('Value ')}, got {given!r}"
 
 
-def _keys_of(model: type[BaseModel], loc: Loc) -> list[str]:
+def _keys_of(model: type[BaseModel], loc: KeyPath) -> list[str]:
     """The field names of the section that ``loc`` leads to."""
     for part in loc:
         if part in model.model_fields:

@@ -16,8 +16,9 @@ from typing import Any
 
 import yaml
 
+from maestro_scale.errors import KeyPath, did_you_mean, dotted
 from maestro_scale.recipe import environment
-from maestro_scale.recipe.errors import Loc, RecipeError, did_you_mean, dotted
+from maestro_scale.recipe.errors import RecipeError
 
 _SET = "--set"
 _RIVALS = {
@@ -34,10 +35,10 @@ class Tree:
     """
 
     data: dict[str, Any]
-    origins: Mapping[Loc, str]
-    texts: Mapping[Loc, str] = field(default_factory=dict)
+    origins: Mapping[KeyPath, str]
+    texts: Mapping[KeyPath, str] = field(default_factory=dict)
 
-    def origin(self, loc: Loc) -> str:
+    def origin(self, loc: KeyPath) -> str:
         """The file (or ``--set``) that said ``loc``, or the closest thing around it."""
         while loc and loc not in self.origins:
             loc = loc[:-1]
@@ -47,9 +48,9 @@ class Tree:
 def read_tree(path: str | Path, overrides: Sequence[str]) -> Tree:
     """The file, what it extends, ``overrides`` and the environment; RecipeError if any is amiss."""
     tree = _with_overrides(_read_chain(Path(path), ()), overrides)
-    texts: dict[Loc, str] = {}
+    texts: dict[KeyPath, str] = {}
 
-    def resolved(loc: Loc, text: str) -> Any:
+    def resolved(loc: KeyPath, text: str) -> Any:
         try:
             value = environment.substitute(text, os.environ)
         except environment.Unresolved as error:
@@ -129,7 +130,7 @@ def _without_rivals(base: dict[str, Any], layer: Mapping[str, Any]) -> dict[str,
     return base
 
 
-def _origins(node: Any, source: str, loc: Loc = ()) -> Iterator[tuple[Loc, str]]:
+def _origins(node: Any, source: str, loc: KeyPath = ()) -> Iterator[tuple[KeyPath, str]]:
     yield loc, source
     if isinstance(node, dict):
         for key, value in node.items():
@@ -153,7 +154,7 @@ def _with_overrides(tree: Tree, overrides: Sequence[str]) -> Tree:
     return Tree(data, origins)
 
 
-def _parse_override(text: str) -> tuple[Loc, Any]:
+def _parse_override(text: str) -> tuple[KeyPath, Any]:
     """``data.mixture[0].shards=x`` or ``data.mixture.0.shards=x`` → path and YAML value."""
     key, equals, value = text.partition("=")
     key = key.strip()
@@ -166,11 +167,11 @@ def _parse_override(text: str) -> tuple[Loc, Any]:
         raise RecipeError(f"{_SET}: {key}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
-def _nested(loc: Loc, value: Any) -> Any:
+def _nested(loc: KeyPath, value: Any) -> Any:
     return {loc[0]: _nested(loc[1:], value)} if loc else value
 
 
-def _assigned(node: Any, loc: Loc, value: Any, done: Loc) -> Any:
+def _assigned(node: Any, loc: KeyPath, value: Any, done: KeyPath) -> Any:
     """``node`` with ``value`` at ``loc``; mappings on the way are made where there is nothing."""
     if not loc:
         return _merged(node, value)

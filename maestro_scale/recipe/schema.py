@@ -9,9 +9,10 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
+from maestro_scale.errors import KeyPath, dotted
 from maestro_scale.recipe import engine_config, environment
 from maestro_scale.recipe.data import Data
-from maestro_scale.recipe.errors import ConflictError, Loc, RecipeError, dotted
+from maestro_scale.recipe.errors import ConflictError, RecipeError
 from maestro_scale.recipe.fields import Section, nearest_divisors
 from maestro_scale.recipe.merge import dump_yaml
 from maestro_scale.recipe.sections import (
@@ -118,7 +119,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Recipe:
-        wrong: list[tuple[Loc, str]] = []
+        wrong: list[tuple[KeyPath, str]] = []
         lanes, batch = self.data.lanes, self.train.global_batch
         if batch % lanes:
             near = nearest_divisors(lanes, batch)
@@ -160,7 +161,7 @@ def check_world(recipe: Recipe, world_size: int) -> None:
         )
 
 
-def _leaves(node: Any, loc: Loc) -> Iterator[tuple[str, Scalar]]:
+def _leaves(node: Any, loc: KeyPath) -> Iterator[tuple[str, Scalar]]:
     if isinstance(node, dict | list) and node:
         items = node.items() if isinstance(node, dict) else enumerate(node)
         for key, value in items:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from maestro_scale.model.config import CHECKPOINTING, AttentionChoice
+from maestro_scale.model.config import CHECKPOINTING, AttentionChoice, inter_depth_problem
 from maestro_scale.model.sizes import SIZES, Size
 from maestro_scale.recipe.errors import ConflictError
 from maestro_scale.recipe.fields import Count, Place, Probability, Section, distinct, listed, nearest_divisors
@@ -86,12 +86,8 @@ class Model(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Model:
-        depth = self.dimensions.depth
-        if self.inter_depth and self.fusion in ("monotemp", "shared"):
-            reason = f"{self.inter_depth}, but fusion {self.fusion} has no inter-group blocks: set it to 0"
-            raise ConflictError((("inter_depth",), reason))
-        if self.inter_depth >= depth:
-            reason = f"{self.inter_depth} leaves no block to the groups: at most {depth - 1} of depth {depth}"
+        reason = inter_depth_problem(self.inter_depth, self.fusion, self.dimensions.depth)
+        if reason is not None:
             raise ConflictError((("inter_depth",), reason))
         return self
 

@@ -20,7 +20,7 @@ from maestro_scale.stream.batch import Batch
 from maestro_scale.stream.packing import Arrays, BatchMetadata, arrays_in, num_bytes, unpack
 from maestro_scale.stream.rng import CounterRNG, Purpose
 from maestro_scale.stream.source import OpenShards, Source, mixture_names
-from maestro_scale.stream.transform import Transform, View
+from maestro_scale.stream.transform import Transform
 
 log = logging.getLogger(__name__)
 
@@ -92,8 +92,7 @@ class BatchBuilder:
         self.settings = settings
         self.names = mixture_names([s.spec.name for s in settings.sources])
         self._transforms = [
-            Transform(View(s.spec, s.sensors, s.crop_m, settings.flips), settings.seed, i)
-            for i, s in enumerate(settings.sources)
+            Transform(s.spec, settings.seed, i, settings.flips) for i, s in enumerate(settings.sources)
         ]
         self._shards: list[OpenShards] = []
         self._pid = 0

@@ -6,14 +6,13 @@ Positions are in metres, because the rasters of a tile differ in resolution.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from maestro_scale.datasets.spec import DatasetSpec, Sensor
-
-_EPS = 1e-6  # metres; extents and resolutions are decimal fractions
+from maestro_scale.datasets.spec import DatasetSpec
+from maestro_scale.datasets.spec_check import EXTENT_TOLERANCE_M, crop_problems
+from maestro_scale.errors import dotted
 
 
 @dataclass(frozen=True)
@@ -46,28 +45,21 @@ class Crop:
 
 
 class CropGrid:
-    """The possible crops of ``crop_m`` metres of a tile.
+    """The possible crops of ``crop_m`` metres of a tile; ``spec`` is resolved.
 
     Offsets are multiples of ``step_m``, the coarsest sensor's pixel, so that the sensors of a crop cover the
     same ground. ValueError if the crop does not fit into the tile, or is smaller and not a multiple of that pixel.
     """
 
-    def __init__(self, spec: DatasetSpec, sensors: Sequence[Sensor], crop_m: float) -> None:
-        sources = [spec.modality(s.source) for s in sensors]
-        self.tile_m, self.crop_m = spec.tile_m, crop_m
-        self.step_m = max(m.resolution_m for m in sources)
-        if crop_m > self.tile_m + _EPS:
-            raise ValueError(f"{spec.name}: a crop of {crop_m} m does not fit into tiles of {self.tile_m} m")
-        self._whole = crop_m > self.tile_m - _EPS
-        steps = crop_m / self.step_m
-        if not self._whole and (round(steps) < 1 or abs(steps - round(steps)) > _EPS):
-            raise ValueError(
-                f"{spec.name}: a crop of {crop_m} m is not a multiple of the coarsest sensor's pixel of "
-                f"{self.step_m} m"
-            )
+    def __init__(self, spec: DatasetSpec) -> None:
+        for path, reason in crop_problems(spec):
+            raise ValueError(f"{spec.name}.{dotted(path)}: {reason}")
+        self.tile_m, self.crop_m = spec.tile_m, spec.crop_m
+        self.step_m = max(spec.modality(s.source).resolution_m for s in spec.sensors)
+        self._whole = self.crop_m > self.tile_m - EXTENT_TOLERANCE_M
         # Per axis: offsets of random crops; crops that cover the tile in evaluation, the last moved inwards to fit.
-        self.num_offsets = int((self.tile_m - crop_m) / self.step_m + _EPS) + 1
-        self.num_per_side = math.ceil(self.tile_m / crop_m - _EPS)
+        self.num_offsets = int((self.tile_m - self.crop_m) / self.step_m + EXTENT_TOLERANCE_M) + 1
+        self.num_per_side = math.ceil(self.tile_m / self.crop_m - EXTENT_TOLERANCE_M)
 
     @property
     def num_crops(self) -> int:
@@ -108,4 +100,4 @@ class CropGrid:
     def _inside(self, index: int) -> float:
         """Offset in metres of crop ``index`` on one axis, at most tile_m - crop_m, rounded down to whole steps."""
         offset = min(index * self.crop_m, self.tile_m - self.crop_m)
-        return int(offset / self.step_m + _EPS) * self.step_m
+        return int(offset / self.step_m + EXTENT_TOLERANCE_M) * self.step_m

@@ -8,12 +8,12 @@ import torch
 from maestro_scale.stream.batch import Batch
 from maestro_scale.stream.packing import BatchMetadata, arrays_in, num_bytes, unpack
 from maestro_scale.stream.source import Source
-from maestro_scale.stream.transform import Transform, View
+from maestro_scale.stream.transform import Transform
 
 
 def mock_batch(source: Source, name: str, size: int) -> Batch:
     """``size`` samples with the layout of ``source``, called ``name`` in the run; from a generator of its own."""
-    fields = Transform(View(source.spec, source.sensors, source.crop_m)).fields
+    fields = Transform(source.spec).fields
     block = torch.zeros(num_bytes(fields, size), dtype=torch.uint8)
     rng = np.random.default_rng(0)
     for field, array in arrays_in(block, fields, size).items():

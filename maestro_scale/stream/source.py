@@ -1,4 +1,4 @@
-"""One dataset of a mixture, and its shards as a process has them open."""
+"""One dataset of a mixture: its resolved spec and shards (Source), and the shards that a process has open."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from maestro_scale.datasets.spec import DatasetSpec, Sensor
+from maestro_scale.datasets.spec import DatasetSpec
 from maestro_scale.shards.format.codec import Sample
 from maestro_scale.shards.format.manifest import ShardInfo
 from maestro_scale.shards.read.store import BadShard, Shard, Store
@@ -18,16 +18,14 @@ _MOST_OPEN = 128  # each holds a file descriptor
 
 @dataclass(frozen=True)
 class Source:
-    """A dataset as a run reads it: ``shards`` of the wanted splits, in manifest order, and how they are
-    looked at.
+    """A dataset as a run reads it: ``spec`` with the run's sensors and crop, and ``shards`` of the wanted splits in
+    manifest order.
 
     ``weight``: how often a mixture draws a step from it, relative to the others. ``indices``: of every shard, the
     samples in use; None for all.
     """
 
     spec: DatasetSpec
-    sensors: tuple[Sensor, ...]
-    crop_m: float
     shards: tuple[ShardInfo, ...]
     store: Store
     weight: float = 1.0
@@ -41,7 +39,7 @@ class Source:
         return tuple(s.samples for s in self.shards)
 
     def select_samples(self, samples: Sequence[int]) -> Source:
-        """The same with these samples alone, by their numbers in the order of the manifest."""
+        """The same source with only these samples, given by their numbers in the order of the manifest."""
         if self.indices is not None:
             raise ValueError(f"{self.spec.name}: samples were selected already")
         stops = np.cumsum([s.samples for s in self.shards])
@@ -56,7 +54,7 @@ class Source:
 
 
 def mixture_names(names: Sequence[str]) -> tuple[str, ...]:
-    """A name for each dataset of a mixture: its own, with its place in the mixture where two have the same."""
+    """A name for each dataset of a mixture: its own, followed by its index where two have the same (``s2_naip#1``)."""
     return tuple(n if names.count(n) == 1 else f"{n}#{i}" for i, n in enumerate(names))
 
 

@@ -8,12 +8,13 @@ and order of draws within a stream must never change, or resumed runs and replay
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
 from maestro_scale.datasets.spec import DatasetSpec, Modality, Sensor, Target
+from maestro_scale.datasets.spec_check import source_problems
+from maestro_scale.errors import dotted
 from maestro_scale.shards.errors import CodecError
 from maestro_scale.shards.format.compress import Window
 from maestro_scale.shards.format.fields import REF_DATE, dates_field, mask_field, target_field
@@ -48,28 +49,19 @@ class StoredSample(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class View:
-    """How a dataset is looked at: sensors, ground; ``flips``: whether training turns samples."""
-
-    spec: DatasetSpec
-    sensors: tuple[Sensor, ...]
-    crop_m: float
-    flips: bool = True
-
-
 class Transform:
     """Writes transformed samples of one dataset into the rows of a batch's arrays.
 
-    ``dataset``: its index in the mixture. ValueError if a sensor or the crop does not fit the dataset.
+    ``spec``: resolved, so that its sensors and crop are those of the run; ``dataset``: its index in the mixture;
+    ``flips``: whether training flips and transposes samples. ValueError if a sensor or the crop does not fit.
     """
 
-    def __init__(self, view: View, seed: int = 0, dataset: int = 0) -> None:
-        self.view = view
-        self.grid = CropGrid(view.spec, view.sensors, view.crop_m)
-        self._sensors = [_SensorTransform(view.spec, s, self.grid) for s in view.sensors]
+    def __init__(self, spec: DatasetSpec, seed: int = 0, dataset: int = 0, flips: bool = True) -> None:
+        self.spec, self.flips = spec, flips
+        self.grid = CropGrid(spec)
+        self._sensors = [_SensorTransform(spec, s, self.grid) for s in spec.sensors]
         self._targets = [
-            (Field("targets", t.name, *_batch_layout(t, view.spec, self.grid)), t) for t in view.spec.targets
+            (Field("targets", t.name, *_batch_layout(t, spec, self.grid)), t) for t in spec.targets
         ]
         self._ref_date = Field("ref_date", "", (3,), "int16")
         self._rng = CounterRNG(seed, Purpose.SAMPLE, dataset)
@@ -88,7 +80,7 @@ class Transform:
         """
         rng = self._rng.seek(epoch, number, _COMMON)
         row_offset, column_offset = rng.below(self.grid.num_offsets), rng.below(self.grid.num_offsets)
-        flips = int(rng.words(1)[0]) >> 61 if self.view.flips else 0  # the three highest bits
+        flips = int(rng.words(1)[0]) >> 61 if self.flips else 0  # the three highest bits
         orientation = Orientation(bool(flips & 1), bool(flips & 2), bool(flips & 4))
         crop = self.grid.at(row_offset, column_offset, orientation)
         num_repeated_dates = 0
@@ -115,25 +107,25 @@ class Transform:
         out[self._ref_date][row] = sample.array(REF_DATE)
         for field, target in self._targets:
             name = target_field(target.name)
-            _check(sample, name, _stored_layout(target, self.view.spec))
+            _check(sample, name, _stored_layout(target, self.spec))
             if target.kind == "segmentation":
                 values = crop.orientation.apply(self._segmentation(sample, target, crop))
             elif target.of is None:
                 values = sample.array(name)
             else:
                 # Recounted per crop: the stored shares are those of the whole tile.
-                values = self._class_shares(sample, target, self.view.spec.target(target.of), crop)
+                values = self._class_shares(sample, target, self.spec.target(target.of), crop)
             out[field][row] = values
 
     def _segmentation(self, sample: StoredSample, target: Target, crop: Crop) -> np.ndarray:
         """(side, side) uint8, before the orientation."""
-        (size, _), _ = _stored_layout(target, self.view.spec)
-        window = self.grid.window(crop, _resolution_m(target, self.view.spec), size)
+        (size, _), _ = _stored_layout(target, self.spec)
+        window = self.grid.window(crop, _resolution_m(target, self.spec), size)
         return sample.array(target_field(target.name), window)
 
     def _class_shares(self, sample: StoredSample, target: Target, source: Target, crop: Crop) -> np.ndarray:
         """(classes,) float32: share of the crop that each class covers in the segmentation ``source``."""
-        _check(sample, target_field(source.name), _stored_layout(source, self.view.spec))
+        _check(sample, target_field(source.name), _stored_layout(source, self.spec))
         classes = self._segmentation(sample, source, crop)
         counts = np.bincount(classes.reshape(-1), minlength=256)
         return counts[[source.classes.index(c) for c in target.classes]] / np.float32(classes.size)
@@ -143,13 +135,9 @@ class _SensorTransform:
     """The part of a Transform that concerns one sensor."""
 
     def __init__(self, spec: DatasetSpec, sensor: Sensor, grid: CropGrid) -> None:
+        for path, reason in source_problems(sensor, spec.modalities):
+            raise ValueError(f"{spec.name}.sensors.{sensor.name}.{dotted(path)}: {reason}")
         self.sensor, self.grid, self.modality = sensor, grid, spec.modality(sensor.source)
-        num_bands = len(self.modality.bands)
-        if not sensor.bands or not all(0 <= b < num_bands for b in sensor.bands):
-            raise ValueError(
-                f"{spec.name}: sensor {sensor.name} takes bands {list(sensor.bands)}, but "
-                f"{self.modality.name} has bands 0 to {num_bands - 1}"
-            )
         check_dtype(self.modality.dtype, f"{spec.name}: modality {self.modality.name}")
         side = grid.side(self.modality.resolution_m, self.modality.size)
         shape = (sensor.num_dates, len(sensor.bands), side, side)

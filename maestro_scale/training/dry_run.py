@@ -9,12 +9,18 @@ from maestro_scale import datasets
 from maestro_scale.datasets.spec import DatasetSpec
 from maestro_scale.model.config import DatasetView
 from maestro_scale.model.cost import GIB, Cost, compute_cost, num_parameters
-from maestro_scale.recipe import MixtureEntry, Recipe, RecipeError, check_world
+from maestro_scale.recipe import (
+    MixtureEntry,
+    Recipe,
+    RecipeError,
+    build_model_config,
+    check_world,
+    resolve_spec,
+)
 from maestro_scale.shards.errors import ShardsError
 from maestro_scale.shards.format.manifest import Manifest
 from maestro_scale.training.deepspeed_check import check_deepspeed
 from maestro_scale.training.footprint import footprint
-from maestro_scale.training.pretrain import build_model_config
 
 
 def dry_run(recipe: Recipe, world_size: int, console: Console | None = None) -> None:
@@ -22,7 +28,7 @@ def dry_run(recipe: Recipe, world_size: int, console: Console | None = None) -> 
     console = console or Console(width=110)
     check_world(recipe, world_size)
     check_deepspeed(recipe.deepspeed_config(1, "cuda"))
-    specs = [_spec(entry) for entry in recipe.data.mixture]
+    specs = [resolve_spec(_stored_spec(entry), entry, i) for i, entry in enumerate(recipe.data.mixture)]
     config = build_model_config(recipe, specs)
     parameters = num_parameters(config)
     by_dataset = {
@@ -46,17 +52,25 @@ def dry_run(recipe: Recipe, world_size: int, console: Console | None = None) -> 
     console.print(_steps(recipe, flops))
 
 
-def spec_and_size(entry: MixtureEntry) -> tuple[DatasetSpec, tuple[int, int] | None]:
-    """What is known of a dataset without reading samples; (samples, bytes) of its splits where shards are at hand."""
-    try:
-        manifest = Manifest.load(entry.shards)
-    except ShardsError:
-        return _spec(entry), None
-    shards = manifest.shards_of(entry.split)
-    return manifest.spec, (sum(s.samples for s in shards), sum(s.bytes for s in shards))
+def specs_and_sizes(recipe: Recipe) -> tuple[list[DatasetSpec], list[tuple[int, int] | None]]:
+    """Of each dataset the resolved spec, and (samples, bytes) of its splits; None where its shards cannot be read."""
+    specs: list[DatasetSpec] = []
+    sizes: list[tuple[int, int] | None] = []
+    for i, entry in enumerate(recipe.data.mixture):
+        size = None
+        try:
+            manifest = Manifest.load(entry.shards)
+        except ShardsError:
+            stored = _stored_spec(entry)
+        else:
+            shards = manifest.shards_of(entry.split)
+            stored, size = manifest.spec, (sum(s.samples for s in shards), sum(s.bytes for s in shards))
+        specs.append(resolve_spec(stored, entry, i))
+        sizes.append(size)
+    return specs, sizes
 
 
-def _spec(entry: MixtureEntry) -> DatasetSpec:
+def _stored_spec(entry: MixtureEntry) -> DatasetSpec:
     if entry.dataset in datasets.known():
         return datasets.spec(entry.dataset)
     return Manifest.load(entry.shards).spec  # a user's own dataset is described by its manifest alone

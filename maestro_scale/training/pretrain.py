@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,21 +12,20 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from maestro_scale.datasets.spec import DatasetSpec
 from maestro_scale.interop.partial import start_from
 from maestro_scale.interop.transfer import transfer_table
 from maestro_scale.model import attention
-from maestro_scale.model.config import DatasetView, ModelConfig, conflicts
+from maestro_scale.model.config import ModelConfig
 from maestro_scale.model.cost import compute_cost, num_parameters
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.model.masking import MaskingConfig
-from maestro_scale.recipe import Recipe, RecipeError, check_world, resolve_sensors
+from maestro_scale.recipe import Recipe, RecipeError, build_model_config, check_world, resolve_spec
 from maestro_scale.secrets_filter import scrub_document
 from maestro_scale.shards.format.manifest import Manifest
 from maestro_scale.shards.read.store import Store
 from maestro_scale.shards.retry import RetryPolicy
 from maestro_scale.stream.mock import mock_batch
-from maestro_scale.stream.source import Source, mixture_names
+from maestro_scale.stream.source import Source
 from maestro_scale.training.checkpoint.checkpoints import Checkpoints, Position
 from maestro_scale.training.checkpoint.mirror import Mirror
 from maestro_scale.training.checkpoint.retention import Retention
@@ -107,48 +105,11 @@ def pretrain(
             held.release()
 
 
-def build_model_config(recipe: Recipe, specs: Sequence[DatasetSpec]) -> ModelConfig:
-    """The model that a recipe describes for the datasets of its mixture, as they are stored.
-
-    RecipeError where a dataset's sensors do not fit it, the recipe, or those they share weights with.
-    """
-    m, entries = recipe.model, recipe.data.mixture
-    first, *others = (
-        DatasetView(
-            label,
-            resolve_sensors(spec, entry),
-            spec.pos_grid,
-            spec.ref_sensor,
-            entry.crop_m or spec.crop_m,
-        )
-        for label, spec, entry in zip(mixture_names([s.name for s in specs]), specs, entries, strict=True)
-    )
-    if problems := conflicts((first, *others)):
-        raise RecipeError("\n".join(f"data.mixture: {p}" for p in problems))
-    return ModelConfig(
-        **vars(first),
-        others=tuple(others),
-        size=m.dimensions,
-        fusion=m.fusion,
-        inter_depth=m.inter_depth,
-        spectral=m.spectral,
-        norm=m.norm,
-        target=m.target,
-        loss=m.loss,
-        checkpointing=m.checkpointing,
-        attention=m.attention,
-    )
-
-
 def open_datasets(recipe: Recipe) -> list[Dataset]:
-    """Read every manifest of the mixture and settle its sensors. RecipeError where a name or a sensor disagrees."""
+    """Read every manifest of the mixture and resolve its spec. RecipeError where the recipe does not fit it."""
     datasets = []
     for i, entry in enumerate(recipe.data.mixture):
         manifest = Manifest.load(entry.shards)
-        if manifest.spec.name != entry.dataset:
-            raise RecipeError(
-                f"data.mixture[{i}].dataset: {entry.dataset!r}, but {entry.shards} holds {manifest.spec.name!r}"
-            )
         store = Store(
             entry.shards,
             Path(recipe.data.cache_dir),
@@ -156,9 +117,7 @@ def open_datasets(recipe: Recipe) -> list[Dataset]:
             RetryPolicy.with_deadline(recipe.data.retry_s),
         )
         source = Source(
-            spec=manifest.spec,
-            sensors=resolve_sensors(manifest.spec, entry),
-            crop_m=entry.crop_m or manifest.spec.crop_m,
+            spec=resolve_spec(manifest.spec, entry, i),
             shards=manifest.shards_of(entry.split),
             store=store,
             weight=entry.weight,
@@ -182,7 +141,7 @@ def identity(recipe: Recipe, config: ModelConfig, datasets: list[Dataset], world
         ],
         "splits": [list(e.split) for e in recipe.data.mixture],
         "weights": [e.weight for e in recipe.data.mixture],
-        "crops_m": [d.source.crop_m for d in datasets],
+        "crops_m": [d.source.spec.crop_m for d in datasets],
     }
     optim = recipe.optim.model_dump(mode="json")
     train_section = {"global_batch": recipe.train.global_batch, "masking": recipe.masking.model_dump()}
@@ -231,7 +190,7 @@ def _prepare(
 ) -> tuple[Run, Position]:
     _seed_everything(recipe.seed)
     datasets = open_datasets(recipe)
-    config = build_model_config(recipe, [d.manifest.spec for d in datasets])
+    config = build_model_config(recipe, [d.source.spec for d in datasets])
     t = recipe.train
     stream, num_steps = train_loader(recipe, [d.source for d in datasets], world)
     c = recipe.checkpoint
@@ -366,7 +325,7 @@ def _rewind_ranks(folder: Path, step: int, world: World) -> None:
 def _seen(recipe: Recipe, config: ModelConfig, datasets: list[Dataset]) -> dict[str, Seen]:
     seen = {}
     for view, dataset in zip(config.views, datasets, strict=True):
-        spec, own = dataset.manifest.spec, config.for_dataset(view.dataset)
+        spec, own = dataset.source.spec, config.for_dataset(view.dataset)
         bands = {s.name: tuple(spec.modality(s.source).bands[b] for b in s.bands) for s in view.sensors}
         seen[view.dataset] = Seen(own, bands, compute_cost(own, recipe.masking.ratio))
     return seen

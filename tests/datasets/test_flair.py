@@ -102,8 +102,6 @@ def batch_of(dataset: str, src: Path, tmp_path: Path, names: tuple[str, ...] | N
     spec = manifest.spec
     source = Source(
         spec,
-        spec.sensors,
-        spec.crop_m,
         manifest.shards_of(["train"]),
         Store(url, tmp_path / "c", 10**9),
         spec.targets,

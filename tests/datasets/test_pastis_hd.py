@@ -259,7 +259,7 @@ def source_of(src: Path, folder: Path) -> Source:
     url = str(folder / "shards")
     manifest = write_shards(datasets.open_raw("pastis_hd", src, "train"), url, "train")
     store = Store(url, folder / "cache", 10**9)
-    return Source(manifest.spec, SPEC.sensors, SPEC.crop_m, manifest.shards_of(["train"]), store)
+    return Source(manifest.spec, manifest.shards_of(["train"]), store)
 
 
 def test_the_model_sees_crops_in_its_order_of_bands_and_scale(write_pastis, tmp_path):

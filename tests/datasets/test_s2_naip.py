@@ -81,8 +81,6 @@ def test_the_model_sees_a_crop_in_its_order_of_bands_and_scale(write_naip, tmp_p
     manifest = write_shards(reader, url, "train")
     source = Source(
         manifest.spec,
-        SPEC.sensors,
-        SPEC.crop_m,
         manifest.shards_of(["train"]),
         Store(url, tmp_path / "c", 10**9),
     )

@@ -5,17 +5,17 @@ import dataclasses
 import pytest
 import torch
 
+from maestro_scale.datasets.spec import DatasetSpec
 from maestro_scale.evaluation.features.adapt import adapt_encoder
 from maestro_scale.evaluation.results import ResultsError
-from maestro_scale.model.config import DatasetView
 from maestro_scale.model.maestro import Maestro
 from tests.testkit.models import full_batch, small_config, small_sensors
 
 MODEL = Maestro(small_config(dataset="here")).initialise(1).eval()
 
 
-def view(*sensors, name="there"):
-    return DatasetView(name, tuple(sensors), 12, None)
+def spec_of(*sensors, name="there"):
+    return DatasetSpec(name, name, 60.0, 60.0, 12, (), (), tuple(sensors))
 
 
 def by_name(which, /, **changes):
@@ -24,14 +24,14 @@ def by_name(which, /, **changes):
 
 
 def test_the_dataset_it_was_trained_on_needs_nothing():
-    adapted, notes = adapt_encoder(MODEL, view(*small_sensors(), name="here"))
+    adapted, notes = adapt_encoder(MODEL, spec_of(*small_sensors(), name="here"))
     assert adapted is MODEL
     assert notes == []
 
 
 def test_a_sensor_of_another_name_is_read_by_shared_weights():
     radar = by_name("s1_asc", name="s1", num_dates=3)
-    adapted, notes = adapt_encoder(MODEL, view(radar))
+    adapted, notes = adapt_encoder(MODEL, spec_of(radar))
     assert notes == ["there is encoded from s1"]
     batch = full_batch(adapted.config, 2)
     with torch.no_grad():
@@ -45,7 +45,7 @@ def test_a_sensor_of_another_name_is_read_by_shared_weights():
 
 def test_a_sensor_without_weights_is_left_out_and_said():
     adapted, notes = adapt_encoder(
-        MODEL, view(by_name("aerial"), by_name("s2", name="landsat", embed="landsat", group="landsat"))
+        MODEL, spec_of(by_name("aerial"), by_name("s2", name="landsat", embed="landsat", group="landsat"))
     )
     assert [s.name for s in adapted.config.sensors] == ["aerial"]
     assert "landsat is left out: the checkpoint has no embedding 'landsat'" in notes[0]
@@ -54,7 +54,7 @@ def test_a_sensor_without_weights_is_left_out_and_said():
 
 def test_what_learns_on_keeps_every_sensor():
     sensors = by_name("aerial"), by_name("s2", name="landsat", embed="landsat", group="landsat")
-    adapted, notes = adapt_encoder(MODEL, view(*sensors), trains=True)
+    adapted, notes = adapt_encoder(MODEL, spec_of(*sensors), trains=True)
     assert adapted.config.sensors == sensors
     assert "landsat is re-initialised: the checkpoint has no embedding 'landsat'" in notes[0]
     torch.testing.assert_close(
@@ -65,9 +65,9 @@ def test_what_learns_on_keeps_every_sensor():
 
 def test_no_sensor_left_is_refused():
     with pytest.raises(ResultsError, match="weights for none of its sensors: dem is left out"):
-        adapt_encoder(MODEL, view(by_name("s2", name="dem", embed="dem", group="dem")))
+        adapt_encoder(MODEL, spec_of(by_name("s2", name="dem", embed="dem", group="dem")))
 
 
 def test_a_shared_embedding_of_another_patch_is_refused():
     with pytest.raises(ResultsError, match="does not fit"):
-        adapt_encoder(MODEL, view(by_name("aerial", patch=4)))
+        adapt_encoder(MODEL, spec_of(by_name("aerial", patch=4)))

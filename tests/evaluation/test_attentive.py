@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -36,7 +38,7 @@ def quick(monkeypatch):
 
 @pytest.fixture
 def benchmark(fields, tmp_path):
-    return Benchmark(str(fields.shards), tmp_path / "cache", tmp_path / "features")
+    return Benchmark(FIELDS, str(fields.shards), tmp_path / "cache", tmp_path / "features")
 
 
 def test_it_reads_places_and_dates_and_is_encoded_once(fields, benchmark, quick, tmp_path):
@@ -59,7 +61,7 @@ def test_it_reads_places_and_dates_and_is_encoded_once(fields, benchmark, quick,
 
 def test_its_head_is_that_of_a_finetuning(fields, tmp_path):
     model = load_model(fields.model)
-    objective = target_loss_for(task_for(FIELDS, model.view("fields"), FIELDS.crop_m))
+    objective = target_loss_for(task_for(FIELDS))
     network = build_predictor(model, "fields", objective, seed=3, pretrained=True).eval()
     (batch,) = EvalLoader(source_of(fields.shards, "val", tmp_path), 64, crops=4)
     with torch.no_grad():
@@ -74,7 +76,7 @@ def test_its_head_is_that_of_a_finetuning(fields, tmp_path):
 
 def test_gradients_are_those_of_the_mean_over_pixels_however_it_is_cut(fields, tmp_path, monkeypatch):
     model = load_model(fields.model)
-    objective = target_loss_for(task_for(FIELDS, model.view("fields"), FIELDS.crop_m))
+    objective = target_loss_for(task_for(FIELDS))
     (batch,) = EvalLoader(source_of(fields.shards, "val", tmp_path), 64, crops=2)
     with torch.no_grad():
         tokens = concat_tokens(model, batch).numpy()
@@ -100,8 +102,8 @@ def test_gradients_are_those_of_the_mean_over_pixels_however_it_is_cut(fields, t
 
 def test_classes_of_a_tile_are_found_by_the_one_token_that_tells():
     """Of twelve tokens one, anywhere, carries the label: attention finds it, a mean over tokens hardly would."""
-    view = DatasetView(SCENES.name, SCENES.sensors, SCENES.pos_grid)
-    objective = target_loss_for(task_for(SCENES, view, SCENES.crop_m))
+    view = DatasetView.of_spec(SCENES)
+    objective = target_loss_for(task_for(SCENES))
     marks = np.random.default_rng(9).normal(size=(len(SCENES.targets[0].classes), 32))
     num_tokens = SCENES.sensors[0].num_dates
 
@@ -124,15 +126,15 @@ def test_classes_of_a_tile_are_found_by_the_one_token_that_tells():
 def test_what_it_cannot_fit_is_said(fields, benchmark):
     model = load_model(fields.model)
     view = model.view("fields")
-    statistics = ChannelStatistics(DatasetView("fields", view.sensors, view.pos_grid, "s2", FIELDS.crop_m))
+    statistics = ChannelStatistics(FIELDS)
     with pytest.raises(
         ResultsError, match="tokens of one width, these have: aerial 6, s2 4; use --mode probe"
     ):
         evaluate_frozen(statistics, benchmark, ["attentive"])
-    alone = DatasetView("fields", view.sensors[1:], view.pos_grid, "s2", FIELDS.crop_m)
+    alone = dataclasses.replace(FIELDS, sensors=FIELDS.sensors[1:])
     with pytest.raises(ResultsError, match="whose width 8 divides, these have 4; use --mode probe"):
         evaluate_frozen(ChannelStatistics(alone), benchmark, ["attentive"])
-    objective = target_loss_for(task_for(FIELDS, view, FIELDS.crop_m))
+    objective = target_loss_for(task_for(FIELDS))
     grids = sum(view.rows(s) * s.grid**2 for s in view.sensors)
     blank = FeatureCache(
         np.zeros((4, grids, 8), np.float16), np.full((4, 4, 4), dense.IGNORED, np.uint8), np.arange(4)

@@ -11,13 +11,11 @@ from maestro_scale.evaluation.benchmark import Benchmark
 from maestro_scale.evaluation.features.baselines import ChannelStatistics, ImageEncoder, build_baseline
 from maestro_scale.evaluation.frozen.evaluate import evaluate_frozen
 from maestro_scale.evaluation.results import EvalResult, ResultsError
-from maestro_scale.model.config import DatasetView
 from maestro_scale.recipe import load_recipe
 from maestro_scale.stream.batch import Batch
 from tests.evaluation.conftest import FIELDS
 from tests.evaluation.test_evaluate import evaluator
 
-VIEW = DatasetView(FIELDS.name, FIELDS.sensors, FIELDS.pos_grid, FIELDS.ref_sensor)
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
 
 
@@ -41,7 +39,7 @@ def batch(size=2):
 
 
 def test_statistics_are_the_means_and_deviations_of_patches():
-    tokens = ChannelStatistics(VIEW).encode(batch())
+    tokens = ChannelStatistics(FIELDS).encode(batch())
     assert {k: tuple(v.shape) for k, v in tokens.items()} == {"aerial": (2, 1, 4, 6), "s2": (2, 2, 16, 4)}
     corner = batch().pixels["aerial"][1, 0, :, :8, 8:].double().numpy() / 255
     expected = np.concatenate([corner.mean((1, 2)), corner.std((1, 2))])
@@ -50,7 +48,7 @@ def test_statistics_are_the_means_and_deviations_of_patches():
 
 @pytest.mark.parametrize("backbone", [dinov2, dinov3])
 def test_tokens_lie_on_the_sensors_grid(backbone):
-    encoder = ImageEncoder(FIELDS, VIEW, backbone(), "tiny")
+    encoder = ImageEncoder(FIELDS, backbone(), "tiny")
     with torch.no_grad():
         embedding = encoder.embed(batch())
         assert {k: tuple(v.shape) for k, v in embedding.tokens.items()} == {
@@ -74,8 +72,8 @@ def test_a_photograph_reaches_the_backbone_as_it_expects_it():
             seen.append(pixel_values)
             return type("Out", (), {"last_hidden_state": torch.zeros(len(pixel_values), 5, 7)})
 
-    aerial = dataclasses.replace(VIEW, sensors=VIEW.sensors[:1])
-    ImageEncoder(FIELDS, aerial, Spy(), "spy").encode(batch())
+    aerial = dataclasses.replace(FIELDS, sensors=FIELDS.sensors[:1])
+    ImageEncoder(aerial, Spy(), "spy").encode(batch())
     mean, deviation = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
     plain = batch().pixels["aerial"][:, 0].numpy() / 255
     np.testing.assert_allclose(
@@ -94,10 +92,10 @@ def test_more_bands_keep_the_kernels_of_colours():
 
 
 def test_baselines_are_scored_as_encoders_are(fields, tmp_path):
-    benchmark = Benchmark(str(fields.shards), tmp_path / "cache", tmp_path / "features")
-    (statistics,) = evaluate_frozen(ChannelStatistics(VIEW), benchmark, ["probe"])
+    benchmark = Benchmark(FIELDS, str(fields.shards), tmp_path / "cache", tmp_path / "features")
+    (statistics,) = evaluate_frozen(ChannelStatistics(FIELDS), benchmark, ["probe"])
     assert statistics.value > 0.9  # colours are all there is to these fields
-    (image,) = evaluate_frozen(ImageEncoder(FIELDS, VIEW, dinov2(), "tiny"), benchmark, ["probe"])
+    (image,) = evaluate_frozen(ImageEncoder(FIELDS, dinov2(), "tiny"), benchmark, ["probe"])
     assert 0 < image.value < 1
     assert image.confusion != statistics.confusion, "features of one were taken for the other's"
 
@@ -105,9 +103,9 @@ def test_baselines_are_scored_as_encoders_are(fields, tmp_path):
 def test_unknown_baselines_are_named(fields, tmp_path):
     recipe = load_recipe(fields.recipe(tmp_path))
     with pytest.raises(ResultsError, match="there are: statistics, random, image:WEIGHTS"):
-        build_baseline("resnet", recipe, FIELDS, VIEW)
+        build_baseline("resnet", recipe, FIELDS)
     with pytest.raises(ResultsError, match="no image encoder can be loaded from there"):
-        build_baseline(f"image:{tmp_path}", recipe, FIELDS, VIEW)
+        build_baseline(f"image:{tmp_path}", recipe, FIELDS)
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 """kNN and the linear map over cells: labels laid on tokens, each pixel counted once, formulas as written."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -16,7 +18,7 @@ GRID, SIDE, CLASSES, WIDTH = 2, 2, 3, 12
 
 
 def layout(crop_m=40.0, grid=GRID, side=SIDE):
-    return dense.PixelLayout(grid, side, 10.0, CropGrid(FIELDS, FIELDS.sensors, crop_m))
+    return dense.PixelLayout(grid, side, 10.0, CropGrid(dataclasses.replace(FIELDS, crop_m=crop_m)))
 
 
 def split(num_tiles, seed, noise=0.05):
@@ -185,7 +187,7 @@ def test_votes_worked_out_by_hand():
 
 def test_the_middle_label_of_a_block_stands_for_it():
     # Blocks of 4 x 4 labels: row and column 2 of each. 8 x 8 labels, 2 x 2 cells of one pixel.
-    crops = CropGrid(FIELDS, FIELDS.sensors, 40.0)
+    crops = CropGrid(FIELDS)
     fine = dense.PixelLayout(2, 1, 5.0, crops)
     assert (fine.tile_pixels, fine.crop_pixels, fine.factor) == (12, 8, 4)
     labels = np.arange(64).reshape(1, 8, 8)

@@ -56,7 +56,7 @@ def test_vectors_are_the_models_in_the_order_of_the_shards(fields, shards, tmp_p
     found = tables(tmp_path / "out")
     assert list(found) == [Path(s.path).stem + ".parquet" for s in maker.manifest.shards]
     vectors = np.concatenate([t["vector"] for t in found.values()])
-    source = Source(FIELDS, FIELDS.sensors, FIELDS.crop_m, maker.manifest.shards, maker.store)
+    source = Source(FIELDS, maker.manifest.shards, maker.store)
     with torch.no_grad():
         expected = torch.cat([maker.model.embed(b).vector for b in EvalLoader(source, 28)])
     np.testing.assert_allclose(vectors, expected.numpy(), rtol=1e-4, atol=1e-5)

@@ -39,7 +39,7 @@ def encoder(fields):
 
 @pytest.fixture
 def benchmark(fields, tmp_path):
-    return Benchmark(str(fields.shards), tmp_path / "cache", tmp_path / "features")
+    return Benchmark(FIELDS, str(fields.shards), tmp_path / "cache", tmp_path / "features")
 
 
 def numbers(result):
@@ -189,7 +189,9 @@ def test_other_data_crops_and_targets_have_features_of_their_own(fields, encoder
     config = dataclasses.replace(model.config, crop_m=20.0)
     view = [dataclasses.replace(s, image_size=s.image_size // 2) for s in FIELDS.sensors]
     smaller = Maestro(dataclasses.replace(config, sensors=tuple(view), pos_grid=6)).initialise(0).eval()
-    evaluate_frozen(smaller, dataclasses.replace(moved, crop_m=20.0), ["knn"])
+    evaluate_frozen(
+        smaller, dataclasses.replace(moved, spec=dataclasses.replace(FIELDS, crop_m=20.0)), ["knn"]
+    )
     assert len({p.name for p in benchmark.features_dir.iterdir()} - keys) == 3
 
 
@@ -226,6 +228,6 @@ def test_an_untrained_encoder_already_tells_colours_apart(fields, benchmark):
     blind = load_model(fields.model)
     blind.encode = lambda batch: {k: torch.zeros_like(v) for k, v in Maestro.encode(blind, batch).items()}
     (chance,) = evaluate_frozen(
-        blind, Benchmark(benchmark.shards, benchmark.cache_dir, benchmark.features_dir / "b")
+        blind, Benchmark(FIELDS, benchmark.shards, benchmark.cache_dir, benchmark.features_dir / "b")
     )[:1]
     assert chance.value < 0.35

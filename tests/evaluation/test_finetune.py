@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import rasterio
 import torch
-from testkit.models import TINY, noise_batch, small_config
+from testkit.models import noise_batch, small_config
 from testkit.runs import REPO, Trainer, metrics
 
 from maestro_scale.datasets.spec import Target
@@ -24,7 +24,6 @@ from maestro_scale.evaluation.tasks.losses import MultilabelLoss, target_loss_fo
 from maestro_scale.evaluation.tasks.task import MultilabelTask, task_for
 from maestro_scale.interop.export import write_model
 from maestro_scale.interop.pretrained import load_model
-from maestro_scale.model.config import ModelConfig
 from maestro_scale.stream.eval_loader import EvalLoader
 from maestro_scale.stream.loader import TrainLoader
 from maestro_scale.training.optimizer import build_optimizer, set_lr
@@ -83,10 +82,7 @@ def losses(folder):
 
 @pytest.fixture(scope="module")
 def objective():
-    view = ModelConfig(
-        sensors=FIELDS.sensors, size=TINY, pos_grid=12, inter_depth=1, ref_sensor="s2", dataset="fields"
-    )
-    return target_loss_for(task_for(FIELDS, view, FIELDS.crop_m))
+    return target_loss_for(task_for(FIELDS))
 
 
 @pytest.fixture(scope="module")

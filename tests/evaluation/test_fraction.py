@@ -85,7 +85,7 @@ def pixels(rng: np.random.Generator) -> np.ndarray:
 
 def source_of(shards, split, tmp_path) -> Source:
     store = Store(str(shards), tmp_path / "cache", 2**30)
-    return Source(FIELDS, FIELDS.sensors, FIELDS.crop_m, Manifest.load(str(shards)).shards_of([split]), store)
+    return Source(FIELDS, Manifest.load(str(shards)).shards_of([split]), store)
 
 
 def test_labels_are_counted_as_they_are_stored(fields, tmp_path):
@@ -121,7 +121,7 @@ def test_a_fraction_is_taken_from_what_was_encoded_for_all(fields, tmp_path, mon
 
     def score(fraction, seed=0):
         benchmark = Benchmark(
-            str(fields.shards), tmp_path / "cache", tmp_path / "features", fraction=fraction
+            FIELDS, str(fields.shards), tmp_path / "cache", tmp_path / "features", fraction=fraction
         )
         return evaluate_frozen(model, benchmark, ["knn"], Provenance(seed=seed))[0]
 
@@ -142,7 +142,7 @@ def test_the_list_of_the_release_is_used_where_there_is_one(fields, tmp_path):
     with Writer(str(shards), FIELDS, "train_filtered_10") as writer:
         for number in (3, 5):
             writer.add(field_tile(number))
-    benchmark = Benchmark(str(shards), tmp_path / "cache", tmp_path / "features", fraction=0.1)
+    benchmark = Benchmark(FIELDS, str(shards), tmp_path / "cache", tmp_path / "features", fraction=0.1)
     evaluate_frozen(load_model(fields.model), benchmark, ["knn"])
     assert {p.name.rpartition("-")[0] for p in (tmp_path / "features").iterdir()} == {
         "train_filtered_10",

@@ -10,13 +10,11 @@ from maestro_scale.evaluation.features.baselines import ImageEncoder
 from maestro_scale.evaluation.finetune.predictor import build_predictor
 from maestro_scale.evaluation.tasks.losses import target_loss_for
 from maestro_scale.evaluation.tasks.task import task_for
-from maestro_scale.model.config import DatasetView
 from maestro_scale.training.optimizer import build_optimizer, set_lr
 from tests.evaluation.conftest import FIELDS
 from tests.evaluation.test_baselines import SMALL, batch
 from tests.evaluation.test_finetune import evaluated, losses, numbers
 
-VIEW = DatasetView(FIELDS.name, FIELDS.sensors, FIELDS.pos_grid, "s2", FIELDS.crop_m)
 CLASSES = {
     "dinov2": (Dinov2Model, Dinov2Config(**SMALL, patch_size=14, image_size=56)),
     "dinov3": (DINOv3ViTModel, DINOv3ViTConfig(**SMALL, patch_size=16, num_register_tokens=4)),
@@ -27,12 +25,12 @@ CLASSES = {
 def encoder(name: str) -> ImageEncoder:
     made, config = CLASSES[name]
     torch.manual_seed(77)
-    return ImageEncoder(FIELDS, VIEW, made(config), name)
+    return ImageEncoder(FIELDS, made(config), name)
 
 
 @pytest.fixture(scope="module")
 def objective():
-    return target_loss_for(task_for(FIELDS, VIEW, FIELDS.crop_m))
+    return target_loss_for(task_for(FIELDS))
 
 
 @pytest.mark.parametrize("name", ["dinov2", "dinov3"])

@@ -52,7 +52,7 @@ def test_with_a_tenth_of_the_labels_frozen(scenes, tmp_path):
     store = Store(str(scenes), tmp_path / "cache", 2**30)
     pretrain(
         model,
-        Source(SCENES, SCENES.sensors, 60.0, Manifest.load(str(scenes)).shards_of(["train", "val"]), store),
+        Source(SCENES, Manifest.load(str(scenes)).shards_of(["train", "val"]), store),
     )
     write_model(tmp_path / "pretrained", model.state_dict(), config, {"step": STEPS})
 

@@ -7,10 +7,8 @@ import pytest
 from maestro_scale import datasets
 from maestro_scale.datasets.flair_hub.reader import FULL_SPEC
 from maestro_scale.evaluation.features.adapt import adapt_encoder
-from maestro_scale.model.config import DatasetView
 from maestro_scale.model.maestro import Maestro
-from maestro_scale.recipe import load_recipe, resolve_sensors
-from maestro_scale.training.pretrain import build_model_config
+from maestro_scale.recipe import build_model_config, load_recipe, resolve_spec
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SPOT_TOO = ("aerial", "dem", "s2", "s1_asc", "s1_des", "spot")
@@ -24,7 +22,7 @@ def stored_spec(pretraining, dataset):
 
 def test_one_model_learns_from_all_five():
     joint = load_recipe(RECIPES / "joint.yaml", SMALL)
-    specs = [datasets.spec(entry.dataset) for entry in joint.data.mixture]
+    specs = [resolve_spec(datasets.spec(entry.dataset), entry) for entry in joint.data.mixture]
     assert {spec.name for spec in specs} == {"treesatai_ts", "pastis_hd", "flair_hub", "flair2", "s2_naip"}
     config = build_model_config(joint, specs)
     assert {s.embed for s in config.all_sensors} == {"aerial", "spot", "dem", "s2", "s1"}
@@ -45,13 +43,12 @@ def test_one_model_learns_from_all_five():
 )
 def test_an_encoder_from_elsewhere_serves_these_sensors(pretraining, benchmark, used, left):
     trained = load_recipe(RECIPES / f"{pretraining}.yaml", SMALL)
-    specs = [stored_spec(pretraining, entry.dataset) for entry in trained.data.mixture]
+    specs = [resolve_spec(stored_spec(pretraining, e.dataset), e) for e in trained.data.mixture]
     model = Maestro(build_model_config(trained, specs)).initialise(0)
     cross = f"{pretraining.removesuffix('_transfer')}_to_{benchmark}.yaml"
     (entry,) = load_recipe(RECIPES / "cross" / cross).data.mixture
     spec = datasets.spec(entry.dataset)
-    view = DatasetView(spec.name, resolve_sensors(spec, entry), spec.pos_grid, spec.ref_sensor)
-    adapted, notes = adapt_encoder(model, view)
+    adapted, notes = adapt_encoder(model, resolve_spec(spec, entry))
     assert {s.name for s in adapted.config.sensors} == used
     assert {note.split()[0] for note in notes if " is left out: " in note} == left
     own = {

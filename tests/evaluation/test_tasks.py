@@ -15,18 +15,15 @@ from maestro_scale.evaluation.probes import dense
 from maestro_scale.evaluation.tasks.losses import MultilabelLoss
 from maestro_scale.evaluation.tasks.subset import class_weights
 from maestro_scale.evaluation.tasks.task import MultilabelTask, _at, multilabel_predictions, task_for
-from maestro_scale.model.config import DatasetView
 from maestro_scale.shards.format.manifest import Manifest
 from maestro_scale.shards.read.store import Store
 from maestro_scale.shards.write.writer import Writer
 from maestro_scale.stream.source import Source
 from tests.evaluation.conftest import FIELDS, field_tile
 
-VIEW = DatasetView(FIELDS.name, FIELDS.sensors, FIELDS.pos_grid, "s2", FIELDS.crop_m)
-
 
 def test_rows_of_a_confusion_are_labels_and_columns_answers():
-    task = task_for(FIELDS, VIEW, FIELDS.crop_m)
+    task = task_for(FIELDS)
     truth = np.array([[0, 0, 0, 1], [1, 1, dense.IGNORED, 1]])
     answer = np.array([[0, 1, 1, 1], [1, 1, 2, 1]])
     counts = dense.tile_confusion(3, answer, truth)
@@ -65,7 +62,7 @@ def test_a_share_equal_to_the_threshold_is_no_label(tmp_path):
         writer.add(dataclasses.replace(field_tile(0), targets={"kind": shares}))
     store = Store(str(tmp_path / "shards"), tmp_path / "cache", 2**30)
     shards = Manifest.load(str(tmp_path / "shards")).shards_of(["train"])
-    source = Source(spec, spec.sensors, spec.crop_m, shards, store)
+    source = Source(spec, shards, store)
     assert class_weights(source, target).tolist() == [[0.0, 1.0, 0.0]]
 
 

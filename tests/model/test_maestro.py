@@ -123,7 +123,7 @@ def test_config_survives_json():
 def test_impossible_models_are_refused():
     with pytest.raises(ValueError, match="inter_depth"):
         small_config(fusion="shared", inter_depth=1)
-    with pytest.raises(ValueError, match="patch 3 does not divide"):
+    with pytest.raises(ValueError, match="patch: 3 does not divide"):
         small_config(sensors=(dataclasses.replace(small_config().sensors[0], patch=3),))
 
 

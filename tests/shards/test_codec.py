@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shards.kit import fields_equal, tile
 
+from maestro_scale.datasets.spec_check import DTYPES
 from maestro_scale.shards.errors import CodecError
 from maestro_scale.shards.format import compress
-from maestro_scale.shards.format.codec import DTYPES, Sample, encode, encode_fields
+from maestro_scale.shards.format.codec import Sample, encode, encode_fields
 from maestro_scale.shards.format.compress import CODECS
 
 arrays = st.sampled_from(DTYPES).flatmap(

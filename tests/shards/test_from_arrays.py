@@ -77,10 +77,10 @@ def test_they_are_what_the_shards_hold(tmp_path):
         (Raster("s2", ("B4",), 10, "int16", patch=0), r"mine\.sensors\[0\]\.patch: 0"),
         (
             Raster("s2", ("B4",), 10, "complex64", patch=2),
-            r"mine\.modalities\[0\]\.dtype: 'complex64' is none of",
+            r"mine\.modalities\[0\]\.dtype: 'complex64' is not one of",
         ),
-        (Raster("s2", ("B4",), 10, "int16", patch=2, band_groups=(2,)), "do not sum to 1 bands"),
-        (Raster("s 2", ("B4",), 10, "int16", patch=2), "'s 2' is no name"),
+        (Raster("s2", ("B4",), 10, "int16", patch=2, band_groups=(2,)), "do not add up to 1 bands"),
+        (Raster("s 2", ("B4",), 10, "int16", patch=2), "'s 2' is not a valid name"),
         (Raster("s2", (), 10, "int16", patch=2), "0 bands"),
     ],
 )

@@ -61,10 +61,10 @@ def test_of_names_the_splits_there_are():
             lambda m: m["spec"]["targets"][0].update(kind="fuzzy"),
             r"targets\[0\].kind: is 'fuzzy', expected one of",
         ),
-        (lambda m: m["spec"]["sensors"][0].update(source="x"), r"sensors\[0\].source: 'x' is none of aerial"),
+        (lambda m: m["spec"]["sensors"][0].update(source="x"), r"sensors\[0\].source: unknown modality 'x'"),
         (
             lambda m: m["spec"]["sensors"][0].update(bands=[3]),
-            r"sensors\[0\].bands: \[3\] do not index 3 bands",
+            r"sensors\[0\].bands: \[3\] do not index the 3 bands of",
         ),
         (
             lambda m: m["spec"]["sensors"][1].update(name="aerial"),

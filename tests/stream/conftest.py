@@ -102,7 +102,7 @@ def open_toy(shards: Path, cache: Path, weight: float = 1.0) -> Source:
     """The source of a folder of toy shards."""
     manifest = Manifest.load(str(shards))
     store = Store(str(shards), cache, 2**30)
-    return Source(SPEC, SPEC.sensors, SPEC.crop_m, manifest.shards_of(["train"]), store, weight)
+    return Source(SPEC, manifest.shards_of(["train"]), store, weight)
 
 
 @pytest.fixture(scope="session")

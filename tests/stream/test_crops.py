@@ -36,7 +36,7 @@ SPECS = [
 def test_all_sensors_of_a_crop_begin_and_end_within_half_a_pixel_of_the_same_place(
     spec: DatasetSpec, crop_m: float
 ):
-    grid = CropGrid(spec, spec.sensors, crop_m)
+    grid = CropGrid(replace(spec, crop_m=crop_m))
     last = grid.num_offsets - 1
     for row, column in ((0, 0), (1, 2), (last, 0), (last, last)):
         for modality in spec.modalities:
@@ -50,7 +50,7 @@ def test_all_sensors_of_a_crop_begin_and_end_within_half_a_pixel_of_the_same_pla
 
 @pytest.mark.parametrize(("spec", "crop_m"), SPECS)
 def test_the_crops_of_a_tile_cover_it(spec: DatasetSpec, crop_m: float):
-    grid = CropGrid(spec, spec.sensors, crop_m)
+    grid = CropGrid(replace(spec, crop_m=crop_m))
     modality = spec.modalities[0]
     seen = np.zeros((modality.size, modality.size), int)
     for i in range(grid.num_crops):
@@ -63,22 +63,21 @@ def test_the_crops_of_a_tile_cover_it(spec: DatasetSpec, crop_m: float):
 
 def test_a_crop_as_large_as_the_tile_is_the_whole_raster_even_if_the_sensor_rounds():
     spec = spec_of(100.0, odd=0.3, s2=10.0)
-    grid = CropGrid(spec, spec.sensors, 100.0)
+    grid = CropGrid(spec)
     pixels = np.zeros((1, 333, 333))
     assert grid.num_offsets == grid.num_crops == 1
     assert grid.cut(pixels, grid.at(0, 0), 0.3) is pixels
 
 
-@pytest.mark.parametrize("crop_m", [0.0, 5.0, 25.0, 1290.0])
+@pytest.mark.parametrize("crop_m", [0.0, -10.0, float("nan"), float("inf"), 5.0, 25.0, 1290.0])
 def test_crops_that_cannot_be_are_refused(crop_m: float):
-    with pytest.raises(ValueError, match=f"a crop of {crop_m} m"):
-        CropGrid(SPECS[0][0], SPECS[0][0].sensors, crop_m)
+    with pytest.raises(ValueError, match=rf"toy\.crop_m: (is )?{crop_m:g}"):
+        CropGrid(replace(SPECS[0][0], crop_m=crop_m))
 
 
 def test_only_the_sensors_in_use_limit_the_crop():
     spec = SPECS[0][0]
-    fine = replace(spec, sensors=spec.sensors[:1]).sensors
-    assert CropGrid(spec, fine, 25.0).step_m == 1.0
+    assert CropGrid(replace(spec, sensors=spec.sensors[:1], crop_m=25.0)).step_m == 1.0
 
 
 def test_there_are_eight_orientations():
@@ -91,11 +90,11 @@ def test_there_are_eight_orientations():
 def test_offsets_and_crops_of_a_tile_counted_by_hand():
     # 1,280 m in steps of 10 m: a crop of 160 m begins at 0, 10, …, 1120 m. 8 x 8 of them cover the tile.
     spec, crop_m = SPECS[0]
-    grid = CropGrid(spec, spec.sensors, crop_m)
+    grid = CropGrid(replace(spec, crop_m=crop_m))
     assert (grid.num_offsets, grid.num_per_side, grid.num_crops) == (113, 8, 64)
     # 640 m: 120 m five times is 600 m, the sixth is moved inwards to 520 m.
     spec, crop_m = SPECS[1]
-    grid = CropGrid(spec, spec.sensors, crop_m)
+    grid = CropGrid(replace(spec, crop_m=crop_m))
     assert (grid.num_offsets, grid.num_per_side) == (53, 6)
     assert [grid.tiling(i).column_m for i in range(6)] == [0.0, 120.0, 240.0, 360.0, 480.0, 520.0]
     assert (grid.tiling(35).row_m, grid.tiling(6).row_m, grid.tiling(6).column_m) == (520.0, 120.0, 0.0)
@@ -114,7 +113,7 @@ def test_an_orientation_flips_first_and_then_transposes():
 def test_the_pixels_of_a_crop_begin_at_the_nearest_one():
     # Steps of 10.24 m on pixels of 0.2 m: 1, 2 and 3 of them are 51.2, 102.4 and 153.6 pixels. A crop has 256 of 512.
     spec, crop_m = SPECS[2]
-    grid = CropGrid(spec, spec.sensors, crop_m)
+    grid = CropGrid(replace(spec, crop_m=crop_m))
     windows = [grid.window(grid.at(row, 0), 0.2, 512) for row in (1, 2, 3, 5)]
     assert windows == [
         (slice(51, 307), slice(0, 256)),

@@ -21,9 +21,7 @@ from maestro_scale.shards.format.manifest import Manifest
 from maestro_scale.shards.read.store import Store
 from maestro_scale.shards.write.writer import Writer
 from maestro_scale.stream.packing import arrays_in, num_bytes
-from maestro_scale.stream.transform import StoredSample, Transform, View
-
-VIEW = View(SPEC, SPEC.sensors, SPEC.crop_m)
+from maestro_scale.stream.transform import StoredSample, Transform
 
 
 def tile_of(arrays: dict[str, np.ndarray], labels: np.ndarray) -> Tile:
@@ -59,7 +57,7 @@ def prepared(
 
 @pytest.mark.parametrize("codec", CODECS)
 def test_a_ramp_written_in_every_sensor_is_cut_alike_in_all(codec: str):
-    transform, sample = Transform(VIEW, seed=5), Sample(encode(ramp(), codec))
+    transform, sample = Transform(SPEC, seed=5), Sample(encode(ramp(), codec))
     corners, turned = [], set()
     for number in range(12):
         seen = prepared(transform, sample, number)
@@ -89,7 +87,7 @@ def test_a_ramp_written_in_every_sensor_is_cut_alike_in_all(codec: str):
 @pytest.mark.parametrize("codec", CODECS)
 def test_the_crops_of_evaluation_put_together_are_the_tile(codec: str):
     tile = ramp()
-    transform, sample = Transform(VIEW), Sample(encode(tile, codec))
+    transform, sample = Transform(SPEC), Sample(encode(tile, codec))
     assert transform.grid.num_crops == 64
     spot, label = np.zeros((3, 1280, 1280), np.uint8), np.full((128, 128), 255, np.uint8)
     for number in range(64):
@@ -135,7 +133,7 @@ class CountingSpan:
 def test_16_dates_of_one_crop_are_a_small_part_of_what_is_read_and_decoded(
     codec: str, real_size: Tile, monkeypatch
 ):
-    payload, transform = encode(real_size, codec), Transform(VIEW, seed=1)
+    payload, transform = encode(real_size, codec), Transform(SPEC, seed=1)
     total = sum(a.nbytes for a in real_size.arrays.values())
     decoded = 0
     decode = compress._frame
@@ -166,7 +164,7 @@ def test_the_system_reads_no_more_from_disk_than_a_quarter_of_a_tile(
     with Writer(url, SPEC, "train", codec=codec) as writer:
         writer.add(real_size)
     (info,) = Manifest.load(url).shards
-    path, transform = tmp_path / "shards" / info.path, Transform(VIEW, seed=1)
+    path, transform = tmp_path / "shards" / info.path, Transform(SPEC, seed=1)
     with Store(url, tmp_path / "cache", 10**9).shard(info) as shard:
         for number in range(3):
             if evicted(path) > 0:

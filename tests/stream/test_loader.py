@@ -262,7 +262,7 @@ def test_nothing_is_left_to_replace_with(damaged: Source):
 
 
 def test_filled_dates_are_counted(toy: Source):
-    sensor = replace(toy.sensors[1], num_dates=12)
-    loader = loader_of(replace(toy, sensors=(sensor,)))
+    sensor = replace(toy.spec.sensors[1], num_dates=12)
+    loader = loader_of(replace(toy, spec=replace(toy.spec, sensors=(sensor,))))
     batches = next(loader.steps(0, 1)).batches
     assert sum(b.num_repeated_dates for b in batches) == loader.counters["filled"] > 16

@@ -20,13 +20,13 @@ from maestro_scale import datasets
 from maestro_scale.interop.export import export_model, full_state
 from maestro_scale.interop.pretrained import load_model
 from maestro_scale.model.maestro import Maestro
-from maestro_scale.recipe import load_recipe
+from maestro_scale.recipe import build_model_config, load_recipe
 from maestro_scale.shards.write.writer import Writer
 from maestro_scale.stream.loader import TrainLoader
 from maestro_scale.training.checkpoint.checkpoints import newest
 from maestro_scale.training.checkpoint.retention import Retention
 from maestro_scale.training.guard import Guard
-from maestro_scale.training.pretrain import build_model_config, open_datasets
+from maestro_scale.training.pretrain import open_datasets
 from maestro_scale.training.watchdog import Beat, blame
 
 pytestmark = pytest.mark.slow

@@ -76,7 +76,7 @@ def test_each_dataset_is_logged_however_the_steps_fall(trainer, tmp_path):
 def test_views_that_cannot_share_weights_are_refused(trainer):
     code, output = trainer.run(None, 1, "--dry-run", "--set", "data.mixture[1].sensors.s2.patch=4")
     assert code == 2
-    assert "treesatai_ts#1.sensors.s2.embed: 's2' is shared with treesatai_ts#0.sensors.s2" in output
+    assert "data.mixture[1].sensors.s2.embed: 's2' is shared with data.mixture[0].sensors.s2" in output
     assert "patch 4 of 10 bands differs from patch 2 of 10 bands" in output
 
 

@@ -13,9 +13,8 @@ from maestro_scale import datasets
 from maestro_scale.interop.export import export_model, write_model
 from maestro_scale.interop.pretrained import load_model
 from maestro_scale.model.maestro import Maestro
-from maestro_scale.recipe import load_recipe
+from maestro_scale.recipe import build_model_config, load_recipe, resolve_spec
 from maestro_scale.training.checkpoint.checkpoints import newest
-from maestro_scale.training.pretrain import build_model_config
 from tests.training.test_endurance import poisoned_shards
 
 OBSERVED = Path(__file__).parents[1] / "testkit" / "observed.py"
@@ -65,10 +64,15 @@ def test_max_skipped_steps_in_a_row_end_the_run(synthetic_raw, tmp_path):
     assert (run_dir / "skipped" / "rank00000.jsonl").read_text().count("\n") == 4
 
 
+def resolved(recipe):
+    """The spec of the recipe's only dataset."""
+    return resolve_spec(datasets.spec("treesatai_ts"), recipe.data.mixture[0])
+
+
 def write_start(recipe: Path, folder: Path, *changes: str) -> dict[str, torch.Tensor]:
     """An untrained model of the recipe, with another seed than the run's; returns its weights."""
     loaded = load_recipe(recipe, list(changes))
-    config = build_model_config(loaded, [datasets.spec("treesatai_ts")])
+    config = build_model_config(loaded, [resolved(loaded)])
     state = Maestro(config).initialise(SEED + 1).state_dict()
     write_model(folder, state, config, {})
     return state
@@ -107,9 +111,8 @@ def test_a_run_starts_from_a_model_of_other_patches_and_depth(recipe, tmp_path):
     # The other model has aerial patches of 10 pixels instead of 20 and a block less in each encoder.
     start = write_start(recipe, tmp_path / "start", "data.mixture[0].sensors.aerial.patch=10")
     deeper = "model.depth=3"
-    fresh = Maestro(
-        build_model_config(load_recipe(recipe, [deeper]), [datasets.spec("treesatai_ts")])
-    ).initialise(SEED)
+    loaded = load_recipe(recipe, [deeper])
+    fresh = Maestro(build_model_config(loaded, [resolved(loaded)])).initialise(SEED)
     code, output = Trainer(recipe).run(
         tmp_path / "run", 1, *STILL, deeper, f"model.init_from={tmp_path / 'start'}", "train.steps=1"
     )

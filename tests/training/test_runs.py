@@ -17,11 +17,10 @@ from maestro_scale import datasets
 from maestro_scale.interop.export import export_model
 from maestro_scale.interop.pretrained import load_model
 from maestro_scale.model.cost import num_parameters
-from maestro_scale.recipe import load_recipe
+from maestro_scale.recipe import build_model_config, load_recipe, resolve_spec
 from maestro_scale.training.checkpoint import commit
 from maestro_scale.training.checkpoint.checkpoints import newest
 from maestro_scale.training.footprint import footprint
-from maestro_scale.training.pretrain import build_model_config
 
 FIELDS = {
     "step",
@@ -231,6 +230,7 @@ def test_dry_run_needs_no_data(tmp_path):
     for words in ("parameters", "898,", "aerial", "225", "GFLOP", "stage", "GiB per rank"):
         assert words in output, output
     recipe = load_recipe(REPO / "recipes" / "vitl.yaml")
-    parameters = num_parameters(build_model_config(recipe, [datasets.spec("treesatai_ts")]))
+    spec = resolve_spec(datasets.spec("treesatai_ts"), recipe.data.mixture[0])
+    parameters = num_parameters(build_model_config(recipe, [spec]))
     held = footprint(parameters, 8, recipe.deepspeed_config(8, "cuda"), 96 // (6 * 8), recipe.optim.ema > 0)
     assert re.search(rf"2 \(recipe\) .* {held.device / 2**30:.2f} ", output), output

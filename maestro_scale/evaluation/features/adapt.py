@@ -1,25 +1,28 @@
-"""Adapt a pretrained encoder to a dataset that it was not trained on."""
+"""Adapt a pretrained encoder to a dataset, and the spec of a dataset to the sensors that an encoder reads."""
 
 from __future__ import annotations
 
 import dataclasses
 
-from maestro_scale.datasets.spec import Sensor
+from maestro_scale.datasets.spec import DatasetSpec, Sensor
+from maestro_scale.datasets.spec_check import crop_problems, sharing_problems, source_problems
+from maestro_scale.errors import dotted
+from maestro_scale.evaluation.features.baselines import FrozenEncoder
 from maestro_scale.evaluation.results import ResultsError
-from maestro_scale.model.config import DatasetView, ModelConfig, conflicts
+from maestro_scale.model.config import DatasetView, ModelConfig
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.model.sequences import sequences
 
 
-def adapt_encoder(model: Maestro, view: DatasetView, trains: bool = False) -> tuple[Maestro, list[str]]:
-    """(a model with the encoder of ``model`` for a dataset as in ``view``, notes for the user).
+def adapt_encoder(model: Maestro, spec: DatasetSpec, trains: bool = False) -> tuple[Maestro, list[str]]:
+    """(a model with the encoder of ``model`` for the dataset of a resolved ``spec``, notes for the user).
 
     Weights are matched by name: patch embeddings by a sensor's ``embed``, encoders by its ``group``. A sensor without
     either is left out or, where the encoder ``trains`` on the dataset, re-initialised; the notes say which. The
     decoder is always new, as nothing is reconstructed. ResultsError where no sensor has weights, or where a shared
     patch embedding would get another patch size or number of bands.
     """
-    config = model.config
+    config, view = model.config, DatasetView.of_spec(spec)
     if any(v.dataset == view.dataset and v.sensors == view.sensors for v in config.views):
         return model, []
     reasons = {s.name: reason for s in view.sensors if (reason := _missing_weights(model, s)) is not None}
@@ -32,8 +35,8 @@ def adapt_encoder(model: Maestro, view: DatasetView, trains: bool = False) -> tu
         )
     in_use = view.sensors if trains else sensors
     view = dataclasses.replace(view, sensors=in_use)
-    if problems := conflicts([*config.views, view]):
-        raise ResultsError(f"the checkpoint does not fit: {problems[0]}")
+    for path, reason in sharing_problems([(v.dataset, v.sensors) for v in (*config.views, view)]):
+        raise ResultsError(f"the checkpoint does not fit: {dotted(path)}: {reason}")
     # vars(): the fields of a view are also fields of a model's configuration.
     adapted = Maestro(dataclasses.replace(config, **vars(view), others=(), heads=())).initialise(0)
     pretrained = model.state_dict()
@@ -41,6 +44,21 @@ def adapt_encoder(model: Maestro, view: DatasetView, trains: bool = False) -> tu
         if name in pretrained and pretrained[name].shape == tensor.shape:
             tensor.copy_(pretrained[name])
     return adapted.eval(), [*notes, f"{view.dataset} is encoded from {', '.join(s.name for s in in_use)}"]
+
+
+def encoder_spec(encoder: FrozenEncoder, spec: DatasetSpec) -> DatasetSpec:
+    """A resolved ``spec`` with the sensors that ``encoder`` reads, which may be fewer.
+
+    ResultsError where the dataset does not store them, or the crop does not fit the pixels of those that are left.
+    """
+    view = encoder.view(spec.name)
+    adapted = dataclasses.replace(spec, sensors=view.sensors, ref_sensor=view.ref_sensor)
+    for sensor in adapted.sensors:
+        for path, reason in source_problems(sensor, adapted.modalities):
+            raise ResultsError(f"{dotted((spec.name, 'sensors', sensor.name, *path))}: {reason}")
+    for path, reason in crop_problems(adapted):
+        raise ResultsError(f"{dotted((spec.name, *path))}: {reason}")
+    return adapted
 
 
 def _missing_weights(model: Maestro, sensor: Sensor) -> str | None:

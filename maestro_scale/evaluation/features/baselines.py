@@ -17,9 +17,8 @@ from maestro_scale.evaluation.results import ResultsError
 from maestro_scale.model.config import DatasetView
 from maestro_scale.model.embed import network_input, patchify
 from maestro_scale.model.maestro import Embedding, Maestro
-from maestro_scale.recipe import Recipe
+from maestro_scale.recipe import Recipe, build_model_config
 from maestro_scale.stream.batch import Batch
-from maestro_scale.training.pretrain import build_model_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel  # an optional dependency, imported where weights are loaded
@@ -46,9 +45,9 @@ class BaselineConfig:
 class Baseline(nn.Module):
     """An encoder with the interface of Maestro: ``view``, ``encode``, ``embed``. One dataset, whatever its name."""
 
-    def __init__(self, kind: str, view: DatasetView) -> None:
+    def __init__(self, kind: str, spec: DatasetSpec) -> None:
         super().__init__()
-        self.config = BaselineConfig(kind, view)
+        self.config = BaselineConfig(kind, DatasetView.of_spec(spec))
 
     def view(self, dataset: str) -> DatasetView:
         """The view of its only dataset."""
@@ -75,8 +74,8 @@ FrozenEncoder = Maestro | Baseline
 class ChannelStatistics(Baseline):
     """Per patch the mean and standard deviation of every band: E = 2·C. Has no weights."""
 
-    def __init__(self, view: DatasetView) -> None:
-        super().__init__("statistics", view)
+    def __init__(self, spec: DatasetSpec) -> None:
+        super().__init__("statistics", spec)
 
     def tokens(self, sensor: Sensor, pixels: Tensor) -> Tensor:
         """(B, D, L, 2·C)."""
@@ -93,15 +92,15 @@ class ImageEncoder(Baseline):
     of the backbone covers a patch of the sensor: tokens then lie on the grid that heads and labels expect.
     """
 
-    def __init__(self, spec: DatasetSpec, view: DatasetView, backbone: PreTrainedModel, name: str) -> None:
-        super().__init__(f"image:{name}", view)
+    def __init__(self, spec: DatasetSpec, backbone: PreTrainedModel, name: str) -> None:
+        super().__init__(f"image:{name}", spec)
         self.backbone = _drop_unused(backbone)
         self.width = int(backbone.config.hidden_size)
         # Some backbones always interpolate their position encodings to the image size, some only on request.
         options = inspect.signature(backbone.forward).parameters.keys() & {"interpolate_pos_encoding"}
         self._options = dict.fromkeys(options, True)
         self._patch = int(backbone.config.patch_size)
-        self._bands = {s.name: tuple(spec.modality(s.source).bands[b] for b in s.bands) for s in view.sensors}
+        self._bands = {s.name: tuple(spec.modality(s.source).bands[b] for b in s.bands) for s in spec.sensors}
 
     def tokens(self, sensor: Sensor, pixels: Tensor) -> Tensor:
         """(B, D, L, E) of the backbone's last layer."""
@@ -154,18 +153,18 @@ def _mixing(bands: tuple[str, ...]) -> Tensor:
     return mixing * 3 / len(bands)
 
 
-def build_baseline(name: str, recipe: Recipe, spec: DatasetSpec, view: DatasetView) -> Maestro | Baseline:
+def build_baseline(name: str, recipe: Recipe, spec: DatasetSpec) -> Maestro | Baseline:
     """``statistics``; ``random``: the recipe's model, untrained; ``image:WEIGHTS``: a folder or a name on the hub.
 
     ResultsError for any other name, or where the weights cannot be loaded.
     """
     kind, _, weights = name.partition(":")
     if name == "statistics":
-        return ChannelStatistics(view)
+        return ChannelStatistics(spec)
     if name == "random":
         return Maestro(build_model_config(recipe, [spec])).initialise(recipe.seed).eval()
     if kind == "image" and weights:
-        return ImageEncoder(spec, view, _load_backbone(weights), weights).eval()
+        return ImageEncoder(spec, _load_backbone(weights), weights).eval()
     raise ResultsError(f"no baseline is called {name!r}; there are: statistics, random, image:WEIGHTS")
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from maestro_scale.evaluation.benchmark import BATCH_SIZE, Benchmark, Provenance, build_result
+from maestro_scale.evaluation.features.adapt import encoder_spec
 from maestro_scale.evaluation.features.baselines import ImageEncoder
 from maestro_scale.evaluation.features.cache import weights_digest
 from maestro_scale.evaluation.finetune import early_stop
@@ -138,15 +139,12 @@ def _prepare(
     world: World,
 ) -> tuple[Run, Position]:
     manifest = Manifest.load(benchmark.shards)
-    view = encoder.view(manifest.spec.name)
-    crop_m = benchmark.crop_m or manifest.spec.crop_m
-    objective = target_loss_for(task_for(manifest.spec, view, crop_m, benchmark.target))
+    spec = encoder_spec(encoder, benchmark.spec)
+    objective = target_loss_for(task_for(spec, benchmark.target))
     store = Store(benchmark.shards, benchmark.cache_dir, benchmark.cache_bytes)
     train, fraction = benchmark.train_split(manifest)
     splits = {
-        name: Source(
-            manifest.spec, view.sensors, crop_m, manifest.shards_of(benchmark.stored_splits(split)), store
-        )
+        name: Source(spec, manifest.shards_of(benchmark.stored_splits(split)), store)
         for name, split in (("train", train), ("val", "val"), ("test", "test"))
     }
     if fraction < 1:
@@ -161,7 +159,7 @@ def _prepare(
         "data": manifest.digest_of((*benchmark.stored_splits(train), *benchmark.stored_splits("val"))),
         "fraction": benchmark.fraction,
         "target": objective.task.target.name,
-        "crop_m": crop_m,
+        "crop_m": spec.crop_m,
         "optim": recipe.optim.model_dump(mode="json"),
         "global_batch": t.global_batch,
         "lanes": recipe.data.lanes,

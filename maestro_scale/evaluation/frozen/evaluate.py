@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from maestro_scale.evaluation.benchmark import BATCH_SIZE, Benchmark, Provenance, build_result
+from maestro_scale.evaluation.features.adapt import encoder_spec
 from maestro_scale.evaluation.features.baselines import Baseline
 from maestro_scale.evaluation.features.cache import (
     FeatureCache,
@@ -58,9 +59,8 @@ def evaluate_frozen(
     """
     provenance = provenance or Provenance()
     manifest = Manifest.load(benchmark.shards)
-    view = model.view(manifest.spec.name)
-    crop_m = benchmark.crop_m or manifest.spec.crop_m
-    task = task_for(manifest.spec, view, crop_m, benchmark.target)
+    view, spec = model.view(benchmark.spec.name), encoder_spec(model, benchmark.spec)
+    task = task_for(spec, benchmark.target)
     device = world.device if world else torch.device("cuda" if torch.cuda.is_available() else "cpu")
     store = Store(benchmark.shards, benchmark.cache_dir, benchmark.cache_bytes)
     model = model.eval().to(device)
@@ -69,12 +69,14 @@ def evaluate_frozen(
     train, fraction = benchmark.train_split(manifest)
 
     def source(splits: Sequence[str]) -> Source:
-        return Source(manifest.spec, view.sensors, crop_m, manifest.shards_of(splits), store)
+        return Source(spec, manifest.shards_of(splits), store)
 
     def encode(name: str, kind: FeatureKind) -> FeatureCache:
         # By split in shards, not by its part here: folds are made of the same ones.
         data = manifest.digest_of((name,))
-        key = repr((kind.name, weights, view.dataset, data, crop_m, task.num_crops, task.target, BATCH_SIZE))
+        key = repr(
+            (kind.name, weights, view.dataset, data, spec.crop_m, task.num_crops, task.target, BATCH_SIZE)
+        )
         rank, size = (world.rank, world.size) if world else (0, 1)
         return cached_features(
             benchmark.features_dir / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}",

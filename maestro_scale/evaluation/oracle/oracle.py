@@ -33,7 +33,6 @@ from maestro_scale.evaluation.tasks.task import (
     task_for,
 )
 from maestro_scale.evaluation.tasks.tile_maps import TileMapWriter
-from maestro_scale.model.config import DatasetView
 from maestro_scale.shards.format.manifest import Manifest
 from maestro_scale.shards.read.store import Store
 from maestro_scale.stream.batch import Batch
@@ -54,7 +53,6 @@ _ROUNDS = 3
 
 
 def evaluate_oracle(
-    view: DatasetView,
     benchmark: Benchmark,
     provenance: Provenance,
     workers: int = 0,
@@ -69,12 +67,12 @@ def evaluate_oracle(
     tiles are not the generator's.
     """
     manifest = Manifest.load(benchmark.shards)
-    spec, crop_m = manifest.spec, benchmark.crop_m or manifest.spec.crop_m
-    task = task_for(spec, view, crop_m, benchmark.target)
+    spec = benchmark.spec
+    task = task_for(spec, benchmark.target)
     started = time.perf_counter()
     store = Store(benchmark.shards, benchmark.cache_dir, benchmark.cache_bytes)
-    source = Source(spec, view.sensors, crop_m, manifest.shards_of(benchmark.stored_splits("test")), store)
-    oracle = Oracle(spec, view.sensors, task)
+    source = Source(spec, manifest.shards_of(benchmark.stored_splits("test")), store)
+    oracle = Oracle(spec, task)
     written = TileMapWriter(maps_dir, source, task) if maps_dir else None
     rank, size = (world.rank, world.size) if world else (0, 1)
     loader = EvalLoader(source, oracle.crops, rank, size, workers=workers, crops=task.num_crops)
@@ -111,9 +109,7 @@ def evaluate_oracle(
 class Oracle:
     """Predictions of tiles, and how they are counted. ``crops``: of a tile; ``shape``: what is kept of a tile."""
 
-    def __init__(
-        self, spec: DatasetSpec, sensors: tuple[Sensor, ...], task: MultilabelTask | SegmentationTask
-    ) -> None:
+    def __init__(self, spec: DatasetSpec, task: MultilabelTask | SegmentationTask) -> None:
         if task.target.name not in SCENE_TARGETS:
             raise ResultsError(
                 f"{spec.name}: {task.target.name} is not a map of a scene's classes; the oracle knows "
@@ -123,7 +119,7 @@ class Oracle:
         self._num_classes = SCENE_TARGETS[task.target.name] or len(task.target.classes)
         self._spec = spec
         series = [
-            s for s in sensors if spec.modality(s.source).series and set(self._bands(s)) <= set(BAND_NM)
+            s for s in spec.sensors if spec.modality(s.source).series and set(self._bands(s)) <= set(BAND_NM)
         ]
         if not series:
             raise ResultsError(
@@ -132,7 +128,7 @@ class Oracle:
         self._series = series[0]
         photos = [
             s
-            for s in sensors
+            for s in spec.sensors
             if not spec.modality(s.source).series and {"R", "G", "B"} <= set(self._bands(s))
         ]
         self._photo = min(photos, key=lambda s: spec.modality(s.source).resolution_m, default=None)

@@ -31,7 +31,6 @@ from maestro_scale.evaluation.probes import dense
 from maestro_scale.evaluation.probes.knn import knn
 from maestro_scale.evaluation.probes.linear import linear_probe
 from maestro_scale.evaluation.results import ResultsError
-from maestro_scale.model.config import ModelConfig
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.stream.batch import Batch
 from maestro_scale.stream.crops import CropGrid
@@ -254,8 +253,8 @@ def _at(tokens: Tensor, grid: int) -> Tensor:
     return F.interpolate(maps, size=(grid, grid), mode="bilinear").flatten(2).transpose(1, 2)
 
 
-def task_for(spec: DatasetSpec, view: ModelConfig, crop_m: float, target: str | None = None) -> Task:
-    """The benchmark that a dataset's target (its first, if not named) asks of a model that sees it as ``view``.
+def task_for(spec: DatasetSpec, target: str | None = None) -> Task:
+    """The task of a dataset's target (its first, if not named); ``spec``: with the sensors that the encoder reads.
 
     ResultsError where the dataset has no such target, or the reference grid does not fit its labels.
     """
@@ -269,15 +268,15 @@ def task_for(spec: DatasetSpec, view: ModelConfig, crop_m: float, target: str | 
     chosen = spec.target(target or names[0])
     if chosen.kind == "multilabel":
         return MultilabelTask(chosen)
-    refs = [s for s in view.sensors if s.name == view.ref_sensor]
+    refs = [s for s in spec.sensors if s.name == spec.ref_sensor]
     if not refs:
         raise ResultsError(
-            f"{spec.name}: {chosen.name} is predicted on the grid of {view.ref_sensor!r}, which is not among the "
-            f"sensors in use: {', '.join(s.name for s in view.sensors)}"
+            f"{spec.name}: {chosen.name} is predicted on the grid of {spec.ref_sensor!r}, which is not among the "
+            f"sensors in use: {', '.join(s.name for s in spec.sensors)}"
         )
     try:
-        crops = CropGrid(spec, view.sensors, crop_m)
-        layout = dense.PixelLayout(refs[0].grid, refs[0].patch, chosen.resolution_m or crop_m, crops)
+        crops = CropGrid(spec)
+        layout = dense.PixelLayout(refs[0].grid, refs[0].patch, chosen.resolution_m or spec.crop_m, crops)
         return SegmentationTask(chosen, layout)
     except ValueError as error:
         raise ResultsError(f"{spec.name}: sensor {refs[0].name}: {error}") from None

@@ -44,7 +44,6 @@ _TO_SAFETENSORS = {
     "float64": "F64",
 }
 _FROM_SAFETENSORS = {code: np.dtype(name) for name, code in _TO_SAFETENSORS.items()}
-DTYPES = tuple(_TO_SAFETENSORS)
 _MIN_COMPRESSED_BYTES = 4096  # fields below stay raw: a frame would save nothing and cost a call
 _MAX_HEADER_BYTES = 16 * 1024 * 1024
 _HEADER_BYTES = 16 * 1024  # read at once; few headers are longer
@@ -74,7 +73,9 @@ def encode_fields(
     stored: dict[str, tuple[str, list[int], bytes | np.ndarray]] = {}
     for name, array in fields.items():
         if array.dtype.name not in _TO_SAFETENSORS:
-            raise CodecError(f"field {name} has dtype {array.dtype}; storable are {', '.join(DTYPES)}")
+            raise CodecError(
+                f"field {name} has dtype {array.dtype}; storable are {', '.join(_TO_SAFETENSORS)}"
+            )
         # Big-endian input is stored as what safetensors has, little-endian.
         array = np.asarray(array, array.dtype.newbyteorder("<"), order="C")
         stored[name] = (_TO_SAFETENSORS[array.dtype.name], list(array.shape), array)

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
 from maestro_scale.datasets.spec import DatasetSpec
+from maestro_scale.datasets.spec_check import spec_problems
+from maestro_scale.errors import dotted
 from maestro_scale.shards.errors import ManifestError, StoreError
 from maestro_scale.shards.format.compress import CODECS
 from maestro_scale.shards.format.serialization import dump_json, from_builtins, to_builtins
-from maestro_scale.shards.format.spec_check import check_spec
 from maestro_scale.shards.retry import RetryPolicy
 from maestro_scale.shards.storage import open_storage
 
@@ -134,6 +135,12 @@ def check_split_name(split: str) -> None:
     """ManifestError if ``split`` cannot be part of a file name."""
     if not _SPLIT.fullmatch(split):
         raise ManifestError(f"{split!r} is no split name; use letters, digits, '_' and '-'")
+
+
+def check_spec(spec: DatasetSpec, where: str = "spec") -> None:
+    """ManifestError, with the path of the first field that is wrong, where ``spec`` contradicts itself."""
+    for path, reason in spec_problems(spec):
+        raise ManifestError(f"{dotted((where, *path))}: {reason}")
 
 
 def _check(manifest: Manifest) -> None:

@@ -20,9 +20,14 @@ from maestro_scale.datasets.spec import DatasetSpec
 from maestro_scale.shards.errors import ManifestError, WriteError
 from maestro_scale.shards.format.compress import CODECS
 from maestro_scale.shards.format.index import ShardIndex, index_path
-from maestro_scale.shards.format.manifest import FORMAT_VERSION, MANIFEST, Manifest, check_split_name
+from maestro_scale.shards.format.manifest import (
+    FORMAT_VERSION,
+    MANIFEST,
+    Manifest,
+    check_spec,
+    check_split_name,
+)
 from maestro_scale.shards.format.serialization import to_builtins
-from maestro_scale.shards.format.spec_check import check_spec
 from maestro_scale.shards.locks import Locked, file_lock, locks_unsupported
 from maestro_scale.shards.storage import LocalStorage, local_folder, open_storage
 from maestro_scale.shards.write.packing import WritePlan

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from maestro_scale.datasets.spec import DatasetError, DatasetSpec, Modality, Scale, Sensor, Target, Tile
-from maestro_scale.shards.format.spec_check import check_spec
+from maestro_scale.shards.format.manifest import check_spec
 
 _MAX_POS_GRID = 1024
 DateLike = date | np.datetime64 | str  # a datetime is a date; a string is ISO 8601

@@ -254,9 +254,7 @@ def test_the_first_batch_waits_for_its_own_shards_alone(s3, tmp_path):
     assert len(manifest.shards) >= 32
     s3.faults = lambda method, path, n: Fault(hang_s=0.1) if path.endswith(".tar") else None
     s3.requests.clear()
-    source = Source(
-        SPEC, SPEC.sensors, SPEC.crop_m, manifest.shards_of(["train"]), Store(url, tmp_path, 2**30)
-    )
+    source = Source(SPEC, manifest.shards_of(["train"]), Store(url, tmp_path, 2**30))
     loader = TrainLoader(
         [source], 0, lanes=2, global_batch=4, micro_batch=4, rank=0, world=1, workers=1, window=4
     )
@@ -273,9 +271,7 @@ def test_loader_processes_have_the_credentials_of_now(s3, tmp_path, monkeypatch)
     """The server that they are forked from may be older: a notebook, where they were set after a first attempt."""
     url = f"s3://{BUCKET}/late"
     manifest = write_shards(Toy(8), url, "train")
-    source = Source(
-        SPEC, SPEC.sensors, SPEC.crop_m, manifest.shards_of(["train"]), Store(url, tmp_path, 2**30)
-    )
+    source = Source(SPEC, manifest.shards_of(["train"]), Store(url, tmp_path, 2**30))
     forkserver._forkserver._stop()
     with monkeypatch.context() as before:
         for name in [n for n in os.environ if n.startswith("AWS_")]:

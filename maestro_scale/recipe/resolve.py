@@ -1,0 +1,120 @@
+"""Resolves what a recipe says of its datasets: the spec of each dataset as the run uses it, and the model for them.
+
+``resolve_spec`` is the only place where the spec of a manifest meets an entry of the mixture. Everything behind it
+(stream, model, plan, evaluation) reads sensors, crop and reference sensor from the spec that it returns.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+from maestro_scale.datasets.spec import DatasetSpec, Sensor
+from maestro_scale.datasets.spec_check import (
+    Problem,
+    crop_problems,
+    sensor_problems,
+    sharing_problems,
+    source_problems,
+)
+from maestro_scale.errors import KeyPath, did_you_mean, dotted
+from maestro_scale.model.config import DatasetView, ModelConfig
+from maestro_scale.recipe.data import MixtureEntry, SensorOverride
+from maestro_scale.recipe.errors import RecipeError
+from maestro_scale.recipe.schema import Recipe
+from maestro_scale.stream.source import mixture_names
+
+
+def resolve_spec(spec: DatasetSpec, entry: MixtureEntry, number: int = 0) -> DatasetSpec:
+    """``spec``, as a manifest or a shipped dataset has it, with the sensors and the crop that ``entry`` asks for.
+
+    ``number``: of the entry in ``data.mixture``, for messages.
+
+    Raises:
+        RecipeError: another dataset, a sensor that the dataset does not have, or changes that do not fit the data or
+            each other; one line per mistake.
+    """
+    where = ("data", "mixture", number)
+    if spec.name != entry.dataset:
+        raise RecipeError(
+            f"{dotted((*where, 'dataset'))}: {entry.dataset!r}, but {entry.shards} holds {spec.name!r}"
+        )
+    resolved = dataclasses.replace(
+        spec,
+        sensors=tuple(_changed_sensors(spec, entry)),
+        crop_m=spec.crop_m if entry.crop_m is None else entry.crop_m,
+    )
+    if problems := [*_unknown_sensors(spec, entry), *_view_problems(resolved)]:
+        raise RecipeError(_lines(where, problems))
+    return resolved
+
+
+def build_model_config(recipe: Recipe, specs: Sequence[DatasetSpec]) -> ModelConfig:
+    """The model that a recipe describes for its datasets, in the order of the mixture; ``specs`` are resolved.
+
+    RecipeError where sensors of several datasets cannot share weights.
+    """
+    names = [dotted(("data", "mixture", i)) for i in range(len(specs))]
+    shared = [(name, spec.sensors) for name, spec in zip(names, specs, strict=True)]
+    if problems := list(sharing_problems(shared)):
+        raise RecipeError(_lines((), problems))
+    labels = mixture_names([spec.name for spec in specs])
+    first, *others = (DatasetView.of_spec(spec, label) for label, spec in zip(labels, specs, strict=True))
+    m = recipe.model
+    return ModelConfig(
+        **vars(first),
+        others=tuple(others),
+        size=m.dimensions,
+        fusion=m.fusion,
+        inter_depth=m.inter_depth,
+        spectral=m.spectral,
+        norm=m.norm,
+        target=m.target,
+        loss=m.loss,
+        checkpointing=m.checkpointing,
+        attention=m.attention,
+    )
+
+
+def _changed_sensors(spec: DatasetSpec, entry: MixtureEntry) -> Iterator[Sensor]:
+    """The preset's sensors in order, changed or left out as ``entry.sensors`` says."""
+    for sensor in spec.sensors:
+        if sensor.name not in entry.sensors:
+            yield sensor
+        elif (override := entry.sensors[sensor.name]) is not None:
+            yield _changed(sensor, override)
+
+
+def _changed(sensor: Sensor, override: SensorOverride) -> Sensor:
+    changes = {name: getattr(override, name) for name in override.model_fields_set}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    if override.scale is not None:
+        changes["scale"] = dataclasses.replace(sensor.scale, **override.scale.model_dump(exclude_none=True))
+    return dataclasses.replace(sensor, **changes)
+
+
+def _unknown_sensors(spec: DatasetSpec, entry: MixtureEntry) -> Iterator[Problem]:
+    known = [s.name for s in spec.sensors]
+    for name in entry.sensors:
+        if name not in known:
+            yield ("sensors", name), f"unknown sensor{did_you_mean(name, known)}"
+
+
+def _view_problems(spec: DatasetSpec) -> Iterator[Problem]:
+    """What does not fit in a resolved spec. The rest of it was checked when its manifest was read."""
+    for sensor in spec.sensors:
+        for path, reason in (*sensor_problems(sensor), *source_problems(sensor, spec.modalities)):
+            yield ("sensors", sensor.name, *path), reason
+    for path, reason in sharing_problems([("", spec.sensors)]):
+        yield ("sensors", *path), reason
+    names = {s.name for s in spec.sensors}
+    if not names:
+        yield ("sensors",), "every sensor is left out"
+    if spec.ref_sensor is not None and spec.ref_sensor not in names:
+        yield ("sensors", spec.ref_sensor), "cannot be left out, segmentation is predicted on its grid"
+    if all(s.source in {m.name for m in spec.modalities} for s in spec.sensors):
+        yield from crop_problems(spec)
+
+
+def _lines(where: KeyPath, problems: Sequence[Problem]) -> str:
+    return "\n".join(f"{dotted((*where, *path))}: {reason}" for path, reason in problems)
