@@ -1,1 +1,1 @@
-"""What is learned: MAESTRO's architecture, masking, targets and cost."""
+"""The MAESTRO network: configuration, architecture, masking, targets, heads and cost."""

@@ -1,6 +1,6 @@
-"""Which kernel computes attention: torch's choice, one of its backends by name, or the flash-attn package.
+"""Attention kernels: PyTorch's automatic choice, one of its backends by name, or the flash-attn package.
 
-Every backend computes softmax(q k' / sqrt(d)) v; they differ in speed, memory and where they run.
+Every backend computes softmax(q kᵀ / sqrt(d)) v; they differ in speed, memory and supported devices.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def attention_function(choice: str) -> Attend:
-    """The function (q, k, v), each (B, N, heads, dim), -> (B, M, heads, dim) of an ``AttentionChoice``."""
+    """The attention function of an ``AttentionChoice``: q (B, M, heads, dim), k and v (B, N, heads, dim) -> as q."""
     if choice == "flash_attn":
         return _flash_attn
     backend = BACKENDS.get(choice)
@@ -32,7 +32,8 @@ def attention_function(choice: str) -> Attend:
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if backend is None:
             return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-        # Here, around each call, because a block that is computed again in backward must take the same kernel.
+        # Set around each call, not around the step: activation checkpointing recomputes blocks in the backward pass,
+        # and must use the same kernel there.
         with sdpa_kernel(backend):
             return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
@@ -40,15 +41,15 @@ def attention_function(choice: str) -> Attend:
 
 
 def available_backends(device: torch.device, dtype: torch.dtype, dim_head: int) -> tuple[str, ...]:
-    """The choices of model.config, ``auto`` aside, that run forward and backward on a device, found by trying."""
+    """The attention choices other than ``auto`` that run forward and backward on a device; each is tried."""
     return tuple(c for c in (*BACKENDS, "flash_attn") if _runs(c, device, dtype, dim_head))
 
 
 def resolve_backend(choice: str, device: torch.device, dtype: torch.dtype, dim_head: int) -> str:
-    """The backend behind a choice: itself, or what torch takes for ``auto``.
+    """The backend of a choice: the choice itself, or PyTorch's selection for ``auto``.
 
     Raises:
-        ValueError: it does not run there; the message says what does.
+        ValueError: it does not run on the device; the message lists the choices that do.
     """
     if choice != "auto":
         if not _runs(choice, device, dtype, dim_head):
@@ -59,7 +60,7 @@ def resolve_backend(choice: str, device: torch.device, dtype: torch.dtype, dim_h
             )
         return choice
     q = _example(device, dtype, dim_head).transpose(1, 2)
-    number = torch._fused_sdp_choice(q, q, q)  # what scaled_dot_product_attention itself asks
+    number = torch._fused_sdp_choice(q, q, q)  # private; what scaled_dot_product_attention calls
     return next((name for name, b in BACKENDS.items() if b.value == number), "math")
 
 
@@ -77,7 +78,7 @@ def _example(device: torch.device, dtype: torch.dtype, dim_head: int) -> Tensor:
 
 
 def _flash_attn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    from flash_attn import flash_attn_func  # an optional package, CUDA alone
+    from flash_attn import flash_attn_func  # optional, CUDA only
 
     return flash_attn_func(q, k, v)
 

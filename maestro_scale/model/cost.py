@@ -1,7 +1,7 @@
-"""What a model costs, counted from its description alone: parameters, tokens, FLOPs, memory by ZeRO stage.
+"""Cost of a model, computed from its configuration: parameters, tokens, FLOPs and activations.
 
-A FLOP is one multiplication or addition (a multiply-add counts two). Only matrix products are counted, and only over
-tokens that are computed: the encoder sees visible ones.
+A FLOP is one multiplication or addition (a multiply-add counts as two). Only matrix products are counted, and only
+over the tokens that are computed: in the encoder the visible ones.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Cost:
-    """Counts for one sample and one replica. ``forward_flops`` is pretraining's; ``step_flops`` adds backward (twice
-    the forward) and recomputation, which ``model_flops``, what MFU goes by, leaves out (arXiv 2204.02311, appendix B).
-    ``activations``: values kept for backward per sample."""
+    """Cost of pretraining per sample and replica. ``step_flops``: forward, backward (twice the forward) and the
+    recomputation of checkpointed blocks; ``model_flops``, on which MFU is based, leaves recomputation out
+    (arXiv 2204.02311, appendix B). ``activations``: values stored for the backward pass, per sample."""
 
     parameters: int
     tokens: dict[str, int]
@@ -33,12 +33,12 @@ class Cost:
 
     @property
     def model_flops(self) -> int:
-        """Forward and backward, whatever is computed twice to save memory."""
+        """FLOPs of forward and backward without recomputation."""
         return 3 * self.forward_flops
 
 
 def num_parameters(config: ModelConfig) -> int:
-    """Trainable parameters, counted on a model without storage."""
+    """Number of trainable parameters, counted on the meta device, without allocating them."""
     with torch.device("meta"):
         return sum(p.numel() for p in Maestro(config).parameters())
 
@@ -46,7 +46,7 @@ def num_parameters(config: ModelConfig) -> int:
 def compute_cost(config: ModelConfig, mask_ratio: float) -> Cost:
     """The cost of pretraining one sample."""
     size = config.size
-    flops, block_flops, again, kept, visible_all = 0, 0, 0, 0, 0
+    flops, block_flops, recompute_flops, activations, visible_all = 0, 0, 0, 0, 0
     encoder = _Block(size.width, size.heads * size.dim_head, size.width * size.mlp_ratio)
     decoder = _Block(
         size.decoder_width, size.decoder_heads * size.decoder_dim_head, size.width * size.decoder_mlp_ratio
@@ -55,64 +55,65 @@ def compute_cost(config: ModelConfig, mask_ratio: float) -> Cost:
         patch_tokens = s.num_dates * s.grid**2
         values = patch_tokens * s.patch**2 * len(s.bands)
         flops += 2 * values * (size.width + size.decoder_width)
-        kept += 3 * values + 2 * config.rows(s) * s.grid**2 * size.width
-    runs: list[_Run] = []
+        activations += 3 * values + 2 * config.rows(s) * s.grid**2 * size.width
+    stacks: list[_Stack] = []
     for q in sequences(config):
         rows, tokens = num_rows(config, q), num_tokens(config, q)
         visible = tokens - num_masked(mask_ratio, tokens)
         visible_all += rows * visible
         if size.width != size.decoder_width:
             flops += 2 * rows * visible * size.width * size.decoder_width
-        # The last block of a decoder computes what it says of hidden tokens only.
-        runs.append(_Run(encoder, size.depth - config.inter_depth, rows, visible, visible))
-        runs.append(_Run(decoder, size.decoder_depth, rows, tokens, tokens - visible or tokens))
+        # The last block of a decoder computes the outputs of masked tokens only, which are all that the loss needs.
+        stacks.append(_Stack(encoder, size.depth - config.inter_depth, rows, visible, visible))
+        stacks.append(_Stack(decoder, size.decoder_depth, rows, tokens, tokens - visible or tokens))
     if config.inter_depth:
-        runs.append(_Run(encoder, config.inter_depth, 1, visible_all, visible_all))
-    for run in runs:
-        for i in range(run.depth):
-            wanted = run.wanted if i == run.depth - 1 else run.tokens
+        stacks.append(_Stack(encoder, config.inter_depth, 1, visible_all, visible_all))
+    for stack in stacks:
+        for i in range(stack.depth):
+            outputs = stack.num_outputs if i == stack.depth - 1 else stack.tokens
             recompute = bool(config.recompute_every) and i % config.recompute_every == 0
-            block_flops += run.rows * run.block.flops(run.tokens, wanted)
-            again += run.rows * run.block.flops(run.tokens, wanted) * recompute
-            kept += run.rows * run.block.kept(run.tokens, wanted, recompute)
+            block_flops += stack.rows * stack.block.flops(stack.tokens, outputs)
+            recompute_flops += stack.rows * stack.block.flops(stack.tokens, outputs) * recompute
+            activations += stack.rows * stack.block.activations(stack.tokens, outputs, recompute)
     forward = flops + block_flops
     return Cost(
         parameters=num_parameters(config),
         tokens={s.name: config.rows(s) * s.grid**2 for s in config.sensors},
         visible_tokens=visible_all,
         forward_flops=forward,
-        step_flops=3 * forward + again,
-        activations=kept,
+        step_flops=3 * forward + recompute_flops,
+        activations=activations,
     )
 
 
 @dataclass(frozen=True)
 class _Block:
-    """FLOPs, and values kept for backward, of one block over n tokens, of which ``wanted`` are asked for."""
+    """FLOPs and stored activations of one block over n tokens that computes ``outputs`` of them."""
 
     width: int
     attention: int
     mlp: int
 
-    def flops(self, n: int, wanted: int) -> int:
-        products = n * 3 * self.attention + wanted * (self.attention + 2 * self.mlp)
-        return 2 * self.width * products + 4 * wanted * n * self.attention
+    def flops(self, n: int, outputs: int) -> int:
+        # Keys and values of all tokens; queries are projected for all, too, before the outputs are selected.
+        products = n * 3 * self.attention + outputs * (self.attention + 2 * self.mlp)
+        return 2 * self.width * products + 4 * outputs * n * self.attention
 
-    def kept(self, n: int, wanted: int, recompute: bool) -> int:
+    def activations(self, n: int, outputs: int, recompute: bool) -> int:
         if recompute:
-            return n * self.width
-        # Both norms' inputs and outputs, q, k, v and their mix, and the MLP before and after GELU.
-        return n * (2 * self.width + 3 * self.attention) + wanted * (
+            return n * self.width  # a checkpointed block stores its input only
+        # Inputs and outputs of both norms, q, k, v, the attention output, and the MLP before and after GELU.
+        return n * (2 * self.width + 3 * self.attention) + outputs * (
             2 * self.width + self.attention + 2 * self.mlp
         )
 
 
 @dataclass(frozen=True)
-class _Run:
-    """A stack of blocks over ``rows`` sequences of ``tokens`` tokens; the last block is asked for ``wanted``."""
+class _Stack:
+    """Blocks over ``rows`` sequences of ``tokens`` tokens; the last block computes ``num_outputs`` of them."""
 
     block: _Block
     depth: int
     rows: int
     tokens: int
-    wanted: int
+    num_outputs: int

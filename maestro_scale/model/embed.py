@@ -1,4 +1,4 @@
-"""From raw pixels to tokens: scaling, resizing, patches and their embedding; and back from tokens to pixels.
+"""Pixels to tokens and back: scaling, resizing, patches and patch embedding; mask tokens.
 
 Shapes: B batch, D dates, C bands, HxW pixels, P patch side, L tokens per date, E width.
 """
@@ -13,17 +13,17 @@ from torch import Tensor, nn
 from maestro_scale.datasets.spec import Scale, Sensor
 
 
-def scale(how: Scale, pixels: Tensor) -> Tensor:
+def scale(rule: Scale, pixels: Tensor) -> Tensor:
     """Raw values in any dtype -> float32 network inputs (see :class:`Scale`)."""
     pixels = pixels.float()
-    if how.kind == "log":
+    if rule.kind == "log":
         pixels = pixels.clamp_min(1e-10).log()
-    return pixels / how.divisor
+    return pixels / rule.divisor
 
 
 def network_input(sensor: Sensor, pixels: Tensor) -> Tensor:
     """(B, D, C, H, W) raw -> (B, D, C, image_size, image_size) float32: resized, scaled, elevation differenced."""
-    # Nearest resizing commutes with what is done to single pixels: first, it handles small native values.
+    # Nearest resizing commutes with per-pixel operations, so it runs first, on the smaller native dtype.
     x = scale(sensor.scale, _nearest(_nearest(pixels, sensor.image_size, 3), sensor.image_size, 4))
     if sensor.elevation:
         x = torch.stack([x[:, :, 0], 30.0 * (x[:, :, 0] - x[:, :, 1])], dim=2)
@@ -35,9 +35,10 @@ def _nearest(pixels: Tensor, size: int, dim: int) -> Tensor:
     old = pixels.shape[dim]
     if old == size:
         return pixels
-    # Where i * old / new is whole, F.interpolate may round it down; it picks the indices, to agree with the authors.
-    places = torch.arange(old, dtype=torch.float32, device=pixels.device)
-    return pixels.index_select(dim, F.interpolate(places[None, None], size=size)[0, 0].long())
+    # F.interpolate chooses the indices, as in the authors' code: where i * old / new is an integer, its float32
+    # arithmetic may give one less, and published models were trained with that.
+    positions = torch.arange(old, dtype=torch.float32, device=pixels.device)
+    return pixels.index_select(dim, F.interpolate(positions[None, None], size=size)[0, 0].long())
 
 
 def patchify(x: Tensor, patch: int) -> Tensor:
@@ -52,9 +53,11 @@ def unpatchify(patches: Tensor, patch: int) -> Tensor:
 
 
 class DateNorm(nn.Module):
-    """GroupNorm with one group, as the authors have it: over all tokens and channels of a date.
+    """GroupNorm with one group over all tokens and channels of a date, as in the authors' code.
 
-    It mixes the patches of a date, so masked ones leak into the statistics of the visible ones.
+    Its mean and variance include the masked patches, so information about them leaks into the visible tokens, and
+    embedding only the visible patches would give other values. It is kept because published checkpoints need it;
+    ``norm: token`` has no leak. ``benchmarks/leak.py`` measures it.
     """
 
     def __init__(self, width: int) -> None:
@@ -68,7 +71,7 @@ class DateNorm(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Patches of one token group -> tokens: a linear map, then ``norm="group"`` (DateNorm) or ``"token"``."""
+    """Patch embedding of one token group: a linear layer, then DateNorm (``"group"``) or LayerNorm (``"token"``)."""
 
     def __init__(self, bands: int, patch: int, width: int, norm: str) -> None:
         super().__init__()
@@ -77,12 +80,12 @@ class PatchEmbed(nn.Module):
 
     def forward(self, patches: Tensor) -> Tensor:
         """(B, D, L, P*P, c) -> (B, D, L, E)."""
-        # The weight keeps a convolution's order (band, row, column), so that published checkpoints load by reshape.
+        # Input order (band, row, column), as in a convolution, so that published weights load by a reshape.
         return self.norm(self.proj(patches.transpose(-1, -2).flatten(-2).to(self.proj.weight.dtype)))
 
 
 class MaskTokens(nn.Module):
-    """What stands in for hidden tokens: one learned vector per token group of a sensor."""
+    """Decoder inputs of masked tokens: one learned vector per token group of a sensor."""
 
     def __init__(self, groups: int, width: int) -> None:
         super().__init__()

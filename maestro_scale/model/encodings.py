@@ -1,6 +1,6 @@
-"""Where and when a token is: sine-cosine positions on a common ground grid, and dates relative to a reference.
+"""Encodings of tokens: sine-cosine positions on a common ground grid, and dates relative to a reference date.
 
-The first E-8 channels hold the position, the last 8 the date (facts: paper, section on encodings).
+The first E-8 channels hold the position, the last 8 the date (arXiv 2508.10894, section on encodings).
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ DAYS_PER_YEAR = 365.25
 def position_table(grid: int, pos_grid: int, width: int) -> Tensor:
     """(grid*grid, width) float32, zeros in the last 8 channels.
 
-    Sine-cosine of the column, then of the row, on a ``pos_grid`` x ``pos_grid`` ground grid, averaged over each
-    token's footprint, so that tokens of different sensors over the same ground agree.
+    Sine-cosine of the column, then of the row, on a fine ``pos_grid`` x ``pos_grid`` ground grid, averaged over the
+    footprint of each token, so that tokens of different sensors over the same ground have similar encodings.
     """
+    # In double, rounded to float32 at the end.
     quarter = (width - DATE_CHANNELS) // 4
     omega = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / max(quarter - 1, 1))
     angles = torch.arange(pos_grid, dtype=torch.float64)[:, None] * omega
@@ -45,16 +46,16 @@ def date_encoding(dates: Tensor, ref_date: Tensor) -> Tensor:
 
 
 def token_encoding(table: Tensor, dates: Tensor, ref_date: Tensor, token_groups: int) -> Tensor:
-    """(B, R, L, width): position plus date for every token of a sensor, repeated for each token group."""
+    """(B, R, L, width): position plus date of every token of a sensor, repeated for each token group."""
     when = date_encoding(dates, ref_date).repeat(1, token_groups, 1)[:, :, None, :]
     when = F.pad(when, (table.shape[-1] - DATE_CHANNELS, 0))
     return table + when
 
 
 class PositionTables:
-    """Position tables for one width, made once per grid and device.
+    """Cache of position tables of one width, by grid and device.
 
-    Not module buffers: DeepSpeed casts those to bf16 with the weights, and positions would lose their last bits.
+    Not module buffers: DeepSpeed would cast those to bf16 together with the weights and round the positions.
     """
 
     def __init__(self, width: int) -> None:

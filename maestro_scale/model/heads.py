@@ -1,4 +1,4 @@
-"""From encoded tokens to a benchmark's answer: pooling, then one linear map.
+"""Heads for downstream tasks: pooling of the encoded tokens, then one linear layer.
 
 Shapes: B batch, R token grids per sensor, L tokens per grid, E width.
 """
@@ -15,7 +15,7 @@ POOL_HEADS = 8
 
 
 class AttentivePool(nn.Module):
-    """A learned query attends to a set of tokens; LayerNorm before and after."""
+    """Attention pooling with one learned query (8 heads); LayerNorm before and after."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class AttentivePool(nn.Module):
 
 
 class MeanPool(nn.Module):
-    """The mean of a set of tokens, normalised."""
+    """The mean of the tokens, then LayerNorm."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -43,11 +43,11 @@ class MeanPool(nn.Module):
         return self.norm_out(tokens.mean(dim=1))
 
 
-POOLS = {"attentive": AttentivePool, "mean": MeanPool}
+POOLS: dict[str, type[AttentivePool] | type[MeanPool]] = {"attentive": AttentivePool, "mean": MeanPool}
 
 
 class ClassificationHead(nn.Module):
-    """Pools every token of every sensor; logits per class."""
+    """Class logits from one pooling over all tokens of all sensors."""
 
     def __init__(self, target: Target, width: int, pool: nn.Module) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class ClassificationHead(nn.Module):
 
 
 class SegmentationHead(nn.Module):
-    """Pools, at each place of the reference grid, over all sensors and dates; logits per pixel of the target."""
+    """Pixel logits: pools over all sensors and dates at each cell of the reference sensor's grid."""
 
     def __init__(self, target: Target, width: int, pool: nn.Module, grid: int, pixels_per_token: int) -> None:
         super().__init__()
@@ -70,14 +70,13 @@ class SegmentationHead(nn.Module):
 
     def forward(self, tokens: dict[str, Tensor]) -> Tensor:
         """{sensor: (B, R, L, E)} -> (B, classes, grid*side, grid*side)."""
-        places = torch.cat(
-            [self._at_reference(t) for t in tokens.values()], dim=2
-        )  # (B, grid*grid, R_all, E)
-        pooled = self.pool(places.flatten(0, 1))
-        logits = self.linear(pooled).view(len(places), self.grid, self.grid, self.side, self.side, -1)
+        cells = torch.cat([self._resize(t) for t in tokens.values()], dim=2)  # (B, grid*grid, R_all, E)
+        pooled = self.pool(cells.flatten(0, 1))
+        logits = self.linear(pooled).view(len(cells), self.grid, self.grid, self.side, self.side, -1)
         return logits.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
-    def _at_reference(self, tokens: Tensor) -> Tensor:
+    def _resize(self, tokens: Tensor) -> Tensor:
+        """(B, R, L, E) -> (B, grid*grid, R, E), bilinear."""
         grid = round(tokens.shape[2] ** 0.5)
         maps = tokens.flatten(0, 1).transpose(1, 2).unflatten(-1, (grid, grid))
         if grid != self.grid:
@@ -86,10 +85,10 @@ class SegmentationHead(nn.Module):
 
 
 def build_head(target: Target, width: int, pool: str, ref: Sensor | None, side: int) -> nn.Module:
-    """The head for a target. ``pool``: a name in ``POOLS``; ``ref``: the sensor on whose tokens a segmentation is
-    predicted, ``side`` pixels per side of each."""
+    """The head of a target. ``pool``: a key of ``POOLS``; ``ref``: the sensor whose token grid a segmentation is
+    predicted on, ``side``: pixels per side of each token."""
     pooling = POOLS[pool](width)
     if target.kind == "multilabel":
         return ClassificationHead(target, width, pooling)
-    assert ref is not None
+    assert ref is not None  # ModelConfig requires a reference sensor for segmentation
     return SegmentationHead(target, width, pooling, ref.grid, side)

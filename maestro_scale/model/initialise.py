@@ -1,4 +1,4 @@
-"""Weights as they are before the first step, the same for a name and a seed wherever they are drawn."""
+"""Initial weights, a pure function of (seed, parameter name)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from torch import nn
 
 @torch.no_grad()
 def initialise(module: nn.Module, seed: int) -> None:
-    """Fill every parameter from a generator keyed by (seed, parameter name): the same on every rank and world."""
+    """Fill every parameter from a generator keyed by (seed, parameter name).
+
+    So weights do not depend on rank, world size, ZeRO stage, or the other parameters of the model: adding a head or a
+    sensor does not change the rest. Drawn on the CPU, because CUDA's generator gives other numbers.
+    """
     for name, p in module.named_parameters():
         digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))

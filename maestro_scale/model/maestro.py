@@ -1,6 +1,9 @@
-"""MAESTRO: a masked autoencoder over aerial, Sentinel-1/2, SPOT and elevation tiles (arXiv 2508.10894).
+"""The MAESTRO network: a masked autoencoder for multimodal, multitemporal tiles (arXiv 2508.10894).
 
-The model is a pure function of its weights and the batch: all randomness lies in ``Batch.noise``.
+The model is a pure function of its weights and the batch; random numbers come with the batch (``Batch.noise``). Order
+of a forward pass: network input, patches, patch embedding and encodings, selection of the visible tokens, one encoder
+per sequence, inter-group blocks over all sequences, one decoder per sequence, error sums over the masked pixels.
+
 Shapes: B batch, D dates, G token groups, R = G*D token grids, L tokens per grid, E width, P patch side, C bands.
 """
 
@@ -8,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -28,27 +32,33 @@ from maestro_scale.stream.tile import tile_batch
 
 @dataclass(frozen=True)
 class Embedding:
-    """``tokens[sensor]``: (B, R, L, E). ``vector``: (B, S*E), the mean token of each of the S sensors given, side by
-    side, in the model's order."""
+    """``tokens[sensor]``: (B, R, L, E). ``vector``: (B, S*E), the mean tokens of the S sensors given, concatenated in
+    the model's order."""
 
     tokens: dict[str, Tensor]
     vector: Tensor
 
 
 class Maestro(nn.Module):
-    """The autoencoder. ``initialise(seed)`` must be called, or weights loaded, before use: parameters start as NaN."""
+    """The autoencoder with its heads. Parameters are NaN until ``initialise(seed)`` is called or weights are loaded, so
+    that a forgotten one shows in the first loss."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self._views = {v.dataset: config.for_dataset(v.dataset) for v in config.views}
         size = config.size
-        how = {"recompute_every": config.recompute_every, "backend": config.attention}
         encoders = dict.fromkeys(q.encoder for view in self._views.values() for q in sequences(view))
 
         def encoder(depth: int) -> Transformer:
             return Transformer(
-                size.width, depth, size.heads, size.dim_head, size.width * size.mlp_ratio, **how
+                size.width,
+                depth,
+                size.heads,
+                size.dim_head,
+                size.width * size.mlp_ratio,
+                recompute_every=config.recompute_every,
+                backend=config.attention,
             )
 
         def decoder() -> Transformer:
@@ -58,9 +68,11 @@ class Maestro(nn.Module):
                 size.decoder_heads,
                 size.decoder_dim_head,
                 size.width * size.decoder_mlp_ratio,
-                **how,
+                recompute_every=config.recompute_every,
+                backend=config.attention,
             )
 
+        # Sensors of several datasets share weights by these names.
         by_embed = {s.embed: s for s in config.all_sensors}
         by_name = {s.name: s for s in config.all_sensors}
         self.patch_embed = nn.ModuleDict(
@@ -73,7 +85,7 @@ class Maestro(nn.Module):
         )
         self.encoders = nn.ModuleDict({name: encoder(size.depth - config.inter_depth) for name in encoders})
         self.inter = encoder(config.inter_depth) if config.inter_depth else None
-        same = size.width == size.decoder_width  # then the authors need no map between them
+        same = size.width == size.decoder_width  # the authors' model has no projection then
         self.to_decoder = nn.ModuleDict(
             {name: nn.Identity() if same else nn.Linear(size.width, size.decoder_width) for name in encoders}
         )
@@ -106,7 +118,10 @@ class Maestro(nn.Module):
         return build_head(target, self.config.size.width, self.config.pool, ref, side)
 
     def compile_blocks(self, backend: str = "inductor") -> Maestro:
-        """Have ``torch.compile`` make its own code for each kind of block, at the first step; returns itself."""
+        """Compile each block with ``torch.compile`` at its first call; returns itself.
+
+        Per block, not as a whole: equal blocks share one compiled kernel, and the parts around them are not static.
+        """
         for stack in self.modules():
             if isinstance(stack, Transformer):
                 for block in stack.blocks:
@@ -121,13 +136,13 @@ class Maestro(nn.Module):
     # -- encoding ------------------------------------------------------------------------------------------------
 
     def encode(self, batch: Batch, masks: dict[str, Mask] | None = None) -> dict[str, Tensor]:
-        """Encoded tokens. Without masks: {sensor: (B, R, L, E)}; with: {sequence: (rows, K, E)}, visible ones only."""
+        """Encoded tokens: {sensor: (B, R, L, E)}; with masks the visible ones only, {sequence: (rows, K, E)}."""
         view = self.view(batch.dataset)
         inputs = {s.name: self._patches(s, batch) for s in view.sensors}
         return self._encode(view, inputs, batch, masks)
 
     def view(self, dataset: str) -> ModelConfig:
-        """The model as it sees ``dataset``; KeyError for one that a model of several datasets does not know."""
+        """The configuration for ``dataset``; KeyError if a model of several datasets does not know it."""
         return self._views.get(dataset) or self.config.for_dataset(dataset)
 
     def _patches(self, sensor: Sensor, batch: Batch) -> Tensor:
@@ -144,8 +159,8 @@ class Maestro(nn.Module):
                 x = gather_tokens(x, masks[q.name].visible_index)
             encoded[q.name] = self.encoders[q.encoder](x)
         if self.inter is not None:
-            joined = self.inter(torch.cat(list(encoded.values()), dim=1))
-            parts = joined.split([x.shape[1] for x in encoded.values()], dim=1)
+            mixed = self.inter(torch.cat(list(encoded.values()), dim=1))
+            parts = mixed.split([x.shape[1] for x in encoded.values()], dim=1)
             encoded = dict(zip(encoded, parts, strict=True))
         if masks is not None:
             return encoded
@@ -154,7 +169,8 @@ class Maestro(nn.Module):
     def _embed(self, view: ModelConfig, sensor: Sensor, patches: Tensor, batch: Batch) -> Tensor:
         groups = view.token_groups(sensor)
         parts = patches.split(list(groups), dim=-1)
-        tokens = torch.cat([e(p) for e, p in zip(self.patch_embed[sensor.embed], parts, strict=True)], dim=1)
+        embeds = cast(nn.ModuleList, self.patch_embed[sensor.embed])  # ModuleDict is typed for plain Modules
+        tokens = torch.cat([e(p) for e, p in zip(embeds, parts, strict=True)], dim=1)
         return tokens + self._encoding("enc", view, sensor, batch).to(tokens.dtype)
 
     def _encoding(self, role: str, view: ModelConfig, sensor: Sensor, batch: Batch) -> Tensor:
@@ -165,7 +181,7 @@ class Maestro(nn.Module):
     # -- reconstructing ------------------------------------------------------------------------------------------
 
     def reconstruct(self, batch: Batch, masks: dict[str, Mask]) -> dict[str, Tensor]:
-        """{sensor: (B, D, L, P*P, C)}: the decoder's prediction for every patch, in the units of the target."""
+        """{sensor: (B, D, L, P*P, C)}: predictions for every patch, in the units of the (normalised) target."""
         view = self.view(batch.dataset)
         inputs = {s.name: self._patches(s, batch) for s in view.sensors}
         return self._decode(view, self._encode(view, inputs, batch, masks), batch, masks)
@@ -176,20 +192,21 @@ class Maestro(nn.Module):
         encoded: dict[str, Tensor],
         batch: Batch,
         masks: dict[str, Mask],
-        hidden_only: bool = False,
+        masked_only: bool = False,
     ) -> dict[str, Tensor]:
-        """``hidden_only``: predictions at visible places, which no loss looks at, are not computed but arbitrary."""
+        """Predictions by sensor. ``masked_only``: those of visible tokens are not computed, and undefined."""
         predictions = {}
         for q in sequences(view):
             mask = masks[q.name]
             visible = self.to_decoder[q.encoder](encoded[q.name])
-            blank = pack(
+            mask_tokens = pack(
                 q, {s.name: self.mask_token[s.name](len(batch), s.num_dates, s.grid**2) for s in q.sensors}
             ).to(visible.dtype)
             index = mask.visible_index[:, :, None].expand(-1, -1, visible.shape[-1])
-            x = blank.scatter(1, index, visible)
+            x = mask_tokens.scatter(1, index, visible)
             x = x + pack(q, {s.name: self._encoding("dec", view, s, batch) for s in q.sensors}).to(x.dtype)
-            if hidden_only and mask.masked_index.shape[1]:
+            if masked_only and mask.masked_index.shape[1]:
+                # The loss needs masked tokens only: the last block skips the queries and MLP of the others.
                 decoded = self.decoders[q.encoder](x, mask.masked_index)
                 index = mask.masked_index[:, :, None].expand(-1, -1, decoded.shape[-1])
                 decoded = decoded.new_zeros(x.shape).scatter(1, index, decoded)
@@ -202,45 +219,47 @@ class Maestro(nn.Module):
     def _to_pixels(self, sensor: Sensor, tokens: Tensor) -> Tensor:
         groups = self.config.token_groups(sensor)
         parts = tokens.chunk(len(groups), dim=1)
+        linears = cast(nn.ModuleList, self.to_pixels[sensor.embed])
         pixels = [
             linear(t).unflatten(-1, (sensor.patch**2, c))
-            for linear, t, c in zip(self.to_pixels[sensor.embed], parts, groups, strict=True)
+            for linear, t, c in zip(linears, parts, groups, strict=True)
         ]
         return torch.cat(pixels, dim=-1)
 
-    # -- learning ------------------------------------------------------------------------------------------------
+    # -- loss ----------------------------------------------------------------------------------------------------
 
     def forward(self, batch: Batch, masks: dict[str, Mask], counts: Tensor) -> tuple[Tensor, Tensor]:
         """This batch's share of the global loss, and its error sums (S,) per sensor, in fp32.
 
-        ``counts`` (S,): hidden pixels of each sensor in the whole *global* batch; shares of all its parts add up to
-        the loss, however it was cut.
+        ``counts`` (S,): masked values of each sensor in the whole *global* batch. As each part is divided by global
+        counts, the shares of all micro-batches and ranks add up to the same loss, however the batch is split
+        (invariant 4); a mean of means would depend on the split.
         """
         view = self.view(batch.dataset)
         patches = {s.name: self._patches(s, batch) for s in view.sensors}
         encoded = self._encode(view, patches, batch, masks)
-        predictions = self._decode(view, encoded, batch, masks, hidden_only=True)
-        hidden = masks_by_sensor(view, masks)
+        predictions = self._decode(view, encoded, batch, masks, masked_only=True)
+        masked = masks_by_sensor(view, masks)
         sums = torch.stack(
-            [error_sum(view, s, predictions[s.name], patches[s.name], hidden[s.name]) for s in view.sensors]
+            [error_sum(view, s, predictions[s.name], patches[s.name], masked[s.name]) for s in view.sensors]
         )
         return self.loss(batch.dataset, sums, counts), sums.detach()
 
     def loss(self, dataset: str, sums: Tensor, counts: Tensor) -> Tensor:
-        """The loss, or a part's share of it, from error sums (S,) and the global batch's ``counts`` (S,); fp32."""
+        """The loss (or a part's share of it) from error sums (S,) and the ``counts`` (S,) of the global batch; fp32."""
         return combine_losses(self.view(dataset), sums, counts)
 
     def embed(
         self, data: Batch | Tile, crop_m: float | None = None, tile_m: float | None = None
     ) -> Embedding:
-        """What the encoder makes of a batch or a tile, nothing masked: token grids per sensor, one vector per sample.
+        """Embeddings of a batch or a tile, without masks: token grids per sensor, one vector per sample.
 
-        Any of the model's sensors may be missing, and a sensor may have any number of dates. ``crop_m``: ground
-        extent of the images in metres, where it is not the one that the model was trained on. ``tile_m``: extent of a
-        tile, of which the middle ``crop_m`` are taken (None: the tile is what the model was trained on).
+        Sensors may be missing, and a sensor may have any number of dates. ``crop_m``: ground extent of the images in
+        metres, if it is not that of training. ``tile_m``: extent of a tile, whose central ``crop_m`` are used (None:
+        the tile has the extent of training).
 
         Raises:
-            ValueError: a sensor, bands or an extent that the model cannot see; the message says what it can.
+            ValueError: the model does not support a sensor, its bands or the extent; the message says what it does.
             DatasetError: the tile has no data for the model.
         """
         if isinstance(data, Tile):
@@ -254,6 +273,6 @@ class Maestro(nn.Module):
         return Embedding(tokens, torch.cat([t.mean(dim=(1, 2)) for t in tokens.values()], dim=1))
 
     def predict(self, batch: Batch) -> dict[str, Tensor]:
-        """{target: logits} from every token of every sensor."""
+        """{target: logits} of all heads."""
         tokens = self.encode(batch)
         return {name: head(tokens) for name, head in self.heads.items()}

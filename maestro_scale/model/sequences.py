@@ -1,7 +1,7 @@
-"""Which tokens attend to which: the fusion modes as data.
+"""Fusion modes, described as attention sequences.
 
-A :class:`Sequence` lists the sensors whose tokens share one attention sequence and names the encoder that reads it.
-A new fusion mode is a new list of sequences; nothing else in the model knows the modes' names.
+A :class:`Sequence` lists the sensors whose tokens attend to each other and names the encoder that processes them. To
+add a fusion mode, add a list of sequences to :func:`sequences`; no other code depends on the names of the modes.
 
 Shapes: B batch, R token grids per tile (dates x token groups), L tokens per grid, E width, N tokens of a sequence.
 """
@@ -19,7 +19,7 @@ from maestro_scale.model.config import ModelConfig
 
 @dataclass(frozen=True)
 class Sequence:
-    """Tokens that attend together. ``per_date``: every token grid is a sequence of its own (rows become B*R)."""
+    """Sensors whose tokens form one attention sequence. ``per_date``: one sequence per token grid (B*R rows)."""
 
     name: str
     encoder: str

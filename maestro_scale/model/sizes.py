@@ -1,4 +1,4 @@
-"""How large a MAESTRO is: widths, depths and heads by name (facts: paper, table of sizes; `huge` is ViT-H's)."""
+"""Model sizes by name (arXiv 2508.10894, table of sizes; ``huge`` has the dimensions of ViT-H)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Size:
     decoder_width: int = 512
     decoder_heads: int = 16
     decoder_dim_head: int = 32
-    decoder_mlp_ratio: int = 4  # of the encoder's width, as the authors have it
+    decoder_mlp_ratio: int = 4  # of the encoder's width, as in the authors' code
 
     def __post_init__(self) -> None:
         if self.width <= 8 or (self.width - 8) % 4 or (self.decoder_width - 8) % 4:

@@ -1,4 +1,4 @@
-"""What the decoder must predict, and how wrong it is: sums and counts, so that any cut of a batch adds up.
+"""Reconstruction targets and loss, as sums and counts, so that the parts of a batch add up to the whole.
 
 Shapes: B batch, D dates, L tokens per date, P patch side, C bands, G token groups, R = G*D.
 """
@@ -15,7 +15,7 @@ VARIANCE_FLOOR = 1e-6
 
 
 def target_groups(config: ModelConfig, sensor: Sensor) -> tuple[int, ...]:
-    """Bands per normalisation group: the sensor's band groups, all bands together, or nothing to normalise."""
+    """Bands per normalisation group: the sensor's band groups, all bands, or () for no normalisation."""
     return {"patch_group": sensor.band_groups, "patch": (len(sensor.bands),), "none": ()}[config.target]
 
 
@@ -32,15 +32,17 @@ def normalise(config: ModelConfig, sensor: Sensor, patches: Tensor) -> Tensor:
 
 
 def denormalise(config: ModelConfig, sensor: Sensor, prediction: Tensor, patches: Tensor) -> Tensor:
-    """Predictions in the units of the pixels, for people to look at: the inverse of ``normalise``, with the true
-    patches' statistics; (B, D, L, P*P, C)."""
+    """Predictions in the units of the pixels (for pictures): the inverse of ``normalise``, with the statistics of the
+    true ``patches``; (B, D, L, P*P, C)."""
     groups = target_groups(config, sensor)
     if not groups:
         return prediction
     parts = []
-    for guess, part in zip(prediction.split(list(groups), -1), patches.split(list(groups), -1), strict=True):
+    for predicted, part in zip(
+        prediction.split(list(groups), -1), patches.split(list(groups), -1), strict=True
+    ):
         variance, mean = torch.var_mean(part, dim=(-2, -1), keepdim=True)
-        parts.append(guess * (variance + VARIANCE_FLOOR).sqrt() + mean)
+        parts.append(predicted * (variance + VARIANCE_FLOOR).sqrt() + mean)
     return torch.cat(parts, dim=-1)
 
 
@@ -57,7 +59,10 @@ def masked_bands(config: ModelConfig, sensor: Sensor, masked: Tensor) -> Tensor:
 def error_sum(
     config: ModelConfig, sensor: Sensor, prediction: Tensor, patches: Tensor, masked: Tensor
 ) -> Tensor:
-    """Sum in fp32 (in double, of doubles) of |error| (l1) or error**2 (l2) over hidden pixels; scalar."""
+    """Sum of |error| (l1) or error**2 (l2) over the masked values; scalar, in fp32 or, for doubles, in double.
+
+    bf16 predictions are widened first: a sum in bf16 would lose all but two digits.
+    """
     precise = torch.promote_types(prediction.dtype, torch.float32)
     difference = prediction.to(precise) - normalise(config, sensor, patches)
     error = difference.abs() if config.loss == "l1" else difference.square()
@@ -65,15 +70,19 @@ def error_sum(
 
 
 def num_masked_values(config: ModelConfig, sensor: Sensor, masked: Tensor) -> Tensor:
-    """Number of hidden pixel values behind a token mask (B, R, L); float64 scalar, exact below 2**53."""
+    """Number of masked pixel values of a token mask (B, R, L); scalar.
+
+    float64, because NCCL sums counts of all ranks and fp32 is exact below 2**24 only, fewer than a global batch has;
+    float64 is exact below 2**53.
+    """
     bands = masked_bands(config, sensor, masked)
     return bands.sum(dtype=torch.float64) * sensor.patch**2
 
 
 def combine_losses(config: ModelConfig, sums: Tensor, counts: Tensor) -> Tensor:
-    """Error sums (S,) and global counts (S,) per sensor -> the loss: means weighted by D*L, in fp32.
+    """The loss from error sums (S,) and global counts (S,) per sensor: means weighted by D*L, in fp32.
 
-    A sensor without one hidden pixel in the whole global batch has no mean; its weight is left out.
+    A sensor without masked pixels in the whole global batch has no mean; its weight is left out.
     """
     weights = torch.tensor(
         [s.num_dates * s.grid**2 for s in config.sensors], dtype=torch.float64, device=counts.device

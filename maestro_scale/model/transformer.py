@@ -1,4 +1,4 @@
-"""Pre-norm transformer blocks with fused attention, each compiled or computed again in backward if so asked."""
+"""Pre-norm transformer blocks with fused attention and optional activation checkpointing."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class Attention(nn.Module):
         self.heads = heads
         self.attend = attention_function(backend)
         self.qkv = nn.Linear(width, 3 * heads * dim_head, bias=False)
-        # As the authors have it: one head of full width needs no output projection.
+        # As in the authors' code, one head of full width has no output projection.
         self.out = nn.Identity() if heads == 1 and dim_head == width else nn.Linear(heads * dim_head, width)
 
     def forward(self, x: Tensor, output_index: Tensor | None = None) -> Tensor:
         """(B, N, E) -> (B, N, E); with ``output_index`` (B, M): the output at these tokens only, (B, M, E)."""
-        # Unbound before heads are moved, so that their gradients are joined by one copy.
+        # unbind before the heads are transposed: the gradients of q, k and v are then concatenated by one copy.
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)
         if output_index is not None:
             q = gather_tokens(q.flatten(2), output_index).unflatten(-1, (self.heads, -1))
@@ -49,8 +49,8 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A stack of blocks and a final LayerNorm. ``recompute_every``: each so-manieth block keeps no activations but its
-    input (non-reentrant checkpointing); 0: none."""
+    """A stack of blocks and a final LayerNorm. ``recompute_every``: n for activation checkpointing (non-reentrant) of
+    every n-th block, beginning with the first, which stores only its input; 0: none."""
 
     def __init__(
         self,
