@@ -1,4 +1,4 @@
-"""Cross-validation: which splits in shards train, validate and test in each fold, told by the names of the splits."""
+"""Folds of cross-validation: the splits in shards that are train, val and test in each fold, by the splits' names."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ _PART = re.compile(r"fold_(\d+)")
 _NAMED = (re.compile(r"split_(\d+)_(train|val|test)"), re.compile(r"(train|val|test)_rotation_(\d+)"))
 
 Splits = Mapping[str, tuple[str, ...]]
+"""Splits in shards by role."""
 
 
 def find_folds(splits: Sequence[str]) -> dict[int, Splits]:
     """{number: {role: splits}} of every fold that ``splits`` are complete for.
 
-    ``fold_1`` … ``fold_n`` are parts of the data, and a fold of cross-validation is a rotation of them: in fold k the
-    parts from k on, around the end, train, but for the last two, which validate and test (PASTIS-HD's protocol).
-    ``split_K_train`` (FLAIR-HUB) and ``train_rotation_K`` say themselves what they are; the first fold of those may
+    ``fold_1`` … ``fold_n`` are disjoint parts of the data, and a fold of cross-validation is a rotation of them: fold k
+    takes the parts from k on, wrapping around; the last one is test, the one before val, the others train (PASTIS-HD's
+    protocol). ``split_K_train`` (FLAIR-HUB) and ``train_rotation_K`` name fold and role; the first fold of those may
     also be called ``train``, ``val``, ``test``.
     """
     numbers = sorted(int(m[1]) for s in splits if (m := _PART.fullmatch(s)))
@@ -38,15 +39,15 @@ def find_folds(splits: Sequence[str]) -> dict[int, Splits]:
 
 
 def fold_splits(splits: Sequence[str], number: int) -> Splits:
-    """{role: splits} of fold ``number``. ResultsError, with what there is, if ``splits`` do not hold it."""
-    there = find_folds(splits)
-    if number not in there:
+    """{role: splits} of fold ``number``. ResultsError, which lists the folds and splits, if it is incomplete."""
+    folds = find_folds(splits)
+    if number not in folds:
         raise ResultsError(
-            f"no fold {number} in these shards (folds: {', '.join(map(str, there)) or 'none'}; splits: "
+            f"no fold {number} in these shards (folds: {', '.join(map(str, folds)) or 'none'}; splits: "
             f"{', '.join(splits)}): shard fold_1, fold_2, … or split_{number}_train, split_{number}_val, "
             f"split_{number}_test"
         )
-    return there[number]
+    return folds[number]
 
 
 def _rotation(parts: Sequence[int], number: int) -> Splits:

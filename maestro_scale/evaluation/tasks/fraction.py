@@ -1,8 +1,7 @@
-"""A part of the training samples that keeps the shares of the classes, for label efficiency.
+"""Stratified sample of a training set, for evaluations with few labels.
 
-Samples are put in an order in which every class comes at an even pace; a fraction is the beginning of that order. So
-a smaller fraction is part of every larger one, and the order depends on labels and seed alone.
-Shapes: N samples, C classes.
+Samples are ordered so that every class progresses evenly; a fraction is a prefix of that order. So a smaller fraction
+is a subset of every larger one, and the order depends on labels and seed only. Shapes: N samples, C classes.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 
 _CANDIDATES = 8  # samples of a class that are compared
-_STREAM = 2  # of the draws under a seed; others are used by the classifiers
+_FRACTION_STREAM = 2  # of the random numbers under a seed, see probes.lr_grid
 
 
 def stratified_sample(weights: np.ndarray, fraction: float, seed: int = 0) -> np.ndarray:
@@ -34,37 +33,40 @@ def stratified_sample(weights: np.ndarray, fraction: float, seed: int = 0) -> np
 
 
 def _evenly(weights: np.ndarray, seed: int) -> Iterator[int]:
-    """Every sample once: of the class that lags most behind its share, that of a few at random which fits best."""
+    """Every sample once, in the order of the sample: of the class that lags most behind its due share, the one of a few
+    random candidates that brings all classes closest to their due shares."""
     without = weights.sum(1, keepdims=True) == 0
-    weights = np.concatenate([weights, without], axis=1)  # samples of no class are a class of their own
+    weights = np.concatenate([weights, without], axis=1)  # samples without a class form a class
     weights = weights[:, weights.any(0)]
-    weights /= weights.sum(0)  # now a sample's part of all there is of a class
-    half = 0.5 / (weights > 0).sum(0)  # a class of n samples is due after (i + 1/2) / n of them all
-    shuffled = np.argsort(np.random.Philox(key=[seed, _STREAM]).random_raw(len(weights)), kind="stable")
+    weights /= weights.sum(0)  # a sample's part of the total of each class
+    # The i-th of n samples of a class is due after a fraction (i + 1/2) / n of all samples.
+    half = 0.5 / (weights > 0).sum(0)
+    noise = np.random.Philox(key=[seed, _FRACTION_STREAM]).random_raw(len(weights))
+    shuffled = np.argsort(noise, kind="stable")
     queues = [shuffled[weights[shuffled, c] > 0] for c in range(weights.shape[1])]
-    gained, taken = np.zeros(weights.shape[1]), np.zeros(len(weights), bool)
-    for num_taken in range(1, len(weights) + 1):
+    gained, used = np.zeros(weights.shape[1]), np.zeros(len(weights), bool)
+    for num_used in range(1, len(weights) + 1):
         lagging = int(np.argmin(gained + half))
-        candidates = _first_free(queues, lagging, taken)
+        candidates = _next_unused(queues, lagging, used)
         while not len(candidates):
-            half[lagging] = np.inf  # all of this class are taken
+            half[lagging] = np.inf  # every sample of this class is used
             lagging = int(np.argmin(gained + half))
-            candidates = _first_free(queues, lagging, taken)
+            candidates = _next_unused(queues, lagging, used)
         after = gained + weights[candidates]
-        best = int(np.argmin(((after - num_taken / len(weights)) ** 2).sum(1)))
+        best = int(np.argmin(((after - num_used / len(weights)) ** 2).sum(1)))
         sample = int(candidates[best])
-        taken[sample] = True
+        used[sample] = True
         gained = after[best]
         yield sample
 
 
-def _first_free(queues: list[np.ndarray], which: int, taken: np.ndarray) -> np.ndarray:
-    """The first few of a queue that are not taken; what was taken before them is dropped from it."""
+def _next_unused(queues: list[np.ndarray], which: int, used: np.ndarray) -> np.ndarray:
+    """The first few unused samples of a queue; used ones at its head are dropped."""
     head = queues[which][: 4 * _CANDIDATES]
     while len(head):
-        free = head[~taken[head]]
-        if len(free):
-            return free[:_CANDIDATES]
+        unused = head[~used[head]]
+        if len(unused):
+            return unused[:_CANDIDATES]
         queues[which] = queues[which][len(head) :]
         head = queues[which][: 4 * _CANDIDATES]
     return head

@@ -1,6 +1,8 @@
-"""What a network with a head learns from labels and how its answers are counted, by kind of target.
+"""Losses of a network with a head on a labelled target, and how its logits are scored, by kind of target.
 
-Shapes: B crops, T tiles of them, C classes that count, H×W label pixels, P places, Q pixels each (see ``dense``).
+Losses are sums over terms, divided by the number of terms in the global batch (never a mean of means): the loss does
+not depend on how a batch is split over ranks and micro-batches. Shapes: B crops, T tiles of them, C classes that count,
+H×W label pixels, P cells, Q pixels each (see ``probes.dense``).
 """
 
 from __future__ import annotations
@@ -28,54 +30,62 @@ from maestro_scale.evaluation.tasks.task import (
 
 
 class TargetLoss(Protocol):
-    """``crops``: of a tile that are looked at. ``shape``: of what ``per_tile`` gives, without its first axis.
+    """Loss and scores of one task. ``labels`` (B, …) are always as ``task.labels`` returns them."""
 
-    ``labels`` (B, …) are everywhere as the task has them.
-    """
+    @property
+    def task(self) -> Task:
+        """What is predicted."""
+        ...
 
-    task: Task
-    num_crops: int
-    tile_shape: tuple[int, ...]
+    @property
+    def num_crops(self) -> int:
+        """Crops of a tile that are evaluated together."""
+        ...
+
+    @property
+    def tile_shape(self) -> tuple[int, ...]:
+        """Shape of ``per_tile``, without its first axis."""
+        ...
 
     def loss_targets(self, labels: np.ndarray) -> Tensor:
-        """(B, …) what logits are held targets."""
+        """(B, …) what logits are compared with."""
         ...
 
     def num_terms(self, targets: Tensor) -> int:
-        """Terms of the loss: it is their sum over the global batch, divided by their number."""
+        """Number of terms in the loss of these targets."""
         ...
 
     def loss_sum(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Sum of the loss's terms, fp32."""
+        """Sum of the loss's terms, in fp32."""
         ...
 
     def per_tile(self, logits: Tensor, labels: np.ndarray) -> np.ndarray:
-        """(T, *shape): all that scoring needs to know of whole tiles."""
+        """(T, *tile_shape): everything that scoring needs of whole tiles. Rows of all ranks can be concatenated."""
         ...
 
     def first_maps(self, logits: Tensor, labels: np.ndarray) -> dict[str, np.ndarray] | None:
-        """Label and answer of the first few tiles, (n, H, W) each, where there are such maps."""
+        """``truth`` and ``answer`` maps of the first few tiles, (n, H, W) each; None for a task without maps."""
         ...
 
     def tile_maps(self, logits: Tensor) -> Iterator[np.ndarray]:
-        """(H, W) answers of each tile of a batch, where there are maps."""
+        """(H, W) predicted map of each tile of a batch; empty for a task without maps."""
         ...
 
     def predictions(self, tiles: np.ndarray) -> Predictions:
-        """The counts and scores of what ``per_tile`` gave for a split."""
+        """Counts and scores from ``per_tile`` of all tiles of a split."""
         ...
 
 
 @dataclass(frozen=True)
 class MultilabelLoss:
-    """Each class is there or not: binary cross-entropy, the mean over samples and classes."""
+    """Binary cross-entropy of every class, the mean over samples and classes."""
 
     task: MultilabelTask
     num_crops: int = 1
 
     @property
     def tile_shape(self) -> tuple[int, ...]:
-        """Scores and labels."""
+        """Probabilities and labels of the C classes."""
         return 2, len(self.task.classes)
 
     def loss_targets(self, labels: np.ndarray) -> Tensor:
@@ -87,7 +97,7 @@ class MultilabelLoss:
         return targets.numel()
 
     def loss_sum(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Of logits (B, C)."""
+        """Logits are (B, C)."""
         return F.binary_cross_entropy_with_logits(logits.float(), targets.float(), reduction="sum")
 
     def per_tile(self, logits: Tensor, labels: np.ndarray) -> np.ndarray:
@@ -95,31 +105,31 @@ class MultilabelLoss:
         return np.stack([logits.float().sigmoid().cpu().numpy(), labels], axis=1)
 
     def first_maps(self, logits: Tensor, labels: np.ndarray) -> None:
-        """There are none."""
+        """None: labels are of whole tiles."""
 
     def tile_maps(self, logits: Tensor) -> Iterator[np.ndarray]:
-        """There are none."""
+        """Empty."""
         return iter(())
 
     def predictions(self, tiles: np.ndarray) -> Predictions:
-        """A class is answered where its probability is above one half."""
+        """A class is predicted where its probability is above one half."""
         return multilabel_predictions(tiles[:, 0] > 0.5, tiles[:, 0], tiles[:, 1] > 0.5, {})
 
 
 @dataclass(frozen=True)
 class SegmentationLoss:
-    """Each pixel is of one class: cross-entropy, the mean over the pixels that count."""
+    """Cross-entropy of every pixel, the mean over the pixels that count."""
 
     task: SegmentationTask
 
     @property
     def num_crops(self) -> int:
-        """All of a tile's."""
+        """All of a tile: its map is assembled from them."""
         return self.task.layout.crop_grid.num_crops
 
     @property
     def tile_shape(self) -> tuple[int, ...]:
-        """Pixels by (target, predicted) class; the last row is of the ignored ones."""
+        """Pixels by (target, predicted) class; the last row counts ignored pixels."""
         return len(self.task.classes) + 1, len(self.task.classes)
 
     def loss_targets(self, labels: np.ndarray) -> Tensor:
@@ -127,41 +137,41 @@ class SegmentationLoss:
         return torch.from_numpy(self.task.layout.per_cell(labels)).long()
 
     def num_terms(self, targets: Tensor) -> int:
-        """Pixels of the model's image that are not ignored."""
+        """Pixels of the model's image with a label that counts."""
         return int((targets != dense.IGNORED).sum())
 
     def loss_sum(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Of logits (B, C, grid·side, grid·side)."""
-        places = rearrange(logits.float(), "b c (h p) (w q) -> b c (h w) (p q)", h=self._grid, w=self._grid)
-        return F.cross_entropy(places, targets, ignore_index=dense.IGNORED, reduction="sum")
+        """Logits are (B, C, grid·side, grid·side)."""
+        cells = rearrange(logits.float(), "b c (h p) (w q) -> b c (h w) (p q)", h=self._grid, w=self._grid)
+        return F.cross_entropy(cells, targets, ignore_index=dense.IGNORED, reduction="sum")
 
     def per_tile(self, logits: Tensor, labels: np.ndarray) -> np.ndarray:
-        """(T, C + 1, C): each label pixel of each tile once."""
-        answers = self._places(logits)
+        """(T, C + 1, C) confusion of each tile, each of its label pixels once."""
+        predicted = self._predicted(logits)
         return dense.confusions(
             self.task.layout,
             len(self.task.classes),
-            answers,
-            FeatureCache(answers, labels, np.arange(len(labels))),
+            predicted,
+            FeatureCache(predicted, labels, np.arange(len(labels))),
         )
 
     def first_maps(self, logits: Tensor, labels: np.ndarray) -> dict[str, np.ndarray]:
         """Class numbers as in ``task.labels``."""
-        answers = self.task.layout.per_pixel(self._places(logits))
+        predicted = self.task.layout.per_pixel(self._predicted(logits))
         return {
             "truth": self.task.first_tiles(labels),
-            "answer": self.task.first_tiles(answers),
+            "answer": self.task.first_tiles(predicted),
         }
 
     def tile_maps(self, logits: Tensor) -> Iterator[np.ndarray]:
         """Class numbers as in ``task.labels``."""
-        return self.task.tile_maps(self._places(logits))
+        return self.task.tile_maps(self._predicted(logits))
 
     def predictions(self, tiles: np.ndarray) -> Predictions:
-        """The most probable class of each pixel is answered."""
+        """The most probable class of each pixel is predicted."""
         return Predictions(tiles, {}, segmentation_scores(tiles.sum(0)))
 
-    def _places(self, logits: Tensor) -> np.ndarray:
+    def _predicted(self, logits: Tensor) -> np.ndarray:
         best = rearrange(logits.argmax(1), "b (h p) (w q) -> b (h w) (p q)", h=self._grid, w=self._grid)
         return best.byte().cpu().numpy()
 
@@ -170,6 +180,6 @@ class SegmentationLoss:
         return self.task.layout.grid
 
 
-def target_loss_for(task: Task) -> TargetLoss:
-    """The objective of a benchmark's task."""
+def target_loss_for(task: MultilabelTask | SegmentationTask) -> TargetLoss:
+    """The loss of a task."""
     return MultilabelLoss(task) if isinstance(task, MultilabelTask) else SegmentationLoss(task)

@@ -1,4 +1,4 @@
-"""Which training samples a fraction of the labels is: the release's own list, or one drawn from the labels."""
+"""The training samples of a fraction of the labels: the list that the release ships, else a stratified sample."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ TRAIN = "train"
 
 
 def train_split(manifest: Manifest, fraction: float) -> tuple[str, float]:
-    """(split to train on, fraction of it to use): the release's ``train_filtered_<percent>`` whole, where the shards
-    hold it, else that fraction of ``train``. ResultsError unless 0 < fraction <= 1."""
+    """(split to train on, fraction of it to use): all of ``train_filtered_<percent>``, the list that the release ships,
+    where the shards have it; else that fraction of ``train``. ResultsError unless 0 < fraction <= 1."""
     if not 0 < fraction <= 1:
         raise ResultsError(f"a fraction of {fraction:g}: give one above 0 and at most 1, 0.1 for 10 %")
     official = f"{TRAIN}_filtered_{100 * fraction:g}"
@@ -26,9 +26,9 @@ def train_split(manifest: Manifest, fraction: float) -> tuple[str, float]:
 def labelled_subset(
     source: Source, target: Target, fraction: float, seed: int, world: World | None = None
 ) -> np.ndarray:
-    """Ascending numbers, in manifest order, of the samples of a stratified fraction; the same on all ranks.
+    """Ascending numbers, in manifest order, of the samples in a stratified fraction; the same on all ranks.
 
-    Rank 0 reads the labels of the whole split, and nothing else of it.
+    Only rank 0 reads the labels of the split; the others receive its choice.
     """
     if fraction == 1:
         return np.arange(sum(source.counts))
@@ -41,14 +41,12 @@ def labelled_subset(
 
 
 def class_weights(source: Source, target: Target) -> np.ndarray:
-    """(samples, classes): for a class per pixel its pixels in the tile, else whether its share is above the threshold.
-
-    Ignored values count nowhere.
-    """
+    """(samples, classes) weights for the stratification: pixels of each class in a tile, for multilabel targets 0 or 1.
+    Ignored values have no weight."""
     shards = OpenShards(source, source.store.cache_bytes // 2)
     counted = [i for i, _ in enumerate(target.classes) if i not in target.ignored]
     try:
-        rows = []
+        rows: list[np.ndarray] = []
         for number in range(shards.num_samples):
             label = shards.sample(*shards.locate(number)).array(f"target.{target.name}")
             if target.kind == "multilabel":

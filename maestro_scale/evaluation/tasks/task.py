@@ -1,6 +1,7 @@
-"""What a benchmark asks of a frozen encoder, by kind of target: which features, which labels, how answers are scored.
+"""Evaluation tasks by kind of target: the features and labels of a batch, classifiers on them, and scores from counts.
 
-Shapes: B crops, P places of the reference grid, F features, C classes that count, H×W label pixels.
+A class counts unless its index is among the target's ignored values. Shapes: B crops, M crops of a split, P cells of
+the reference grid (see ``probes.dense``), F features, C classes that count, H×W label pixels.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from maestro_scale.datasets.spec import DatasetSpec, Target
+from maestro_scale.evaluation.features.baselines import FrozenEncoder
 from maestro_scale.evaluation.features.cache import FeatureCache
 from maestro_scale.evaluation.features.labelled_features import ClassifierResult, LabelledFeatures
 from maestro_scale.evaluation.metrics import (
@@ -31,51 +33,77 @@ from maestro_scale.evaluation.probes import dense
 from maestro_scale.evaluation.probes.knn import knn
 from maestro_scale.evaluation.probes.linear import linear_probe
 from maestro_scale.evaluation.results import ResultsError
-from maestro_scale.model.maestro import Maestro
 from maestro_scale.stream.batch import Batch
 from maestro_scale.stream.crops import CropGrid
 
-NUM_MAPS = 4  # tiles whose maps are kept beside a result
+NUM_MAPS = 4  # tiles whose label and predicted maps are stored with a result
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a classifier made of the test split. ``counts`` (tiles, …): exact, of each tile on its own."""
+    """Predictions on the test split, as far as scores and maps need them."""
 
     counts: np.ndarray
+    """(tiles, …) exact integer counts of each tile; their sum is what is scored, resamples of them its interval."""
     chosen: Mapping[str, float]
-    scores: Mapping[str, float] = field(default_factory=dict)  # other than the task's, by name
-    maps: Mapping[str, np.ndarray] | None = None  # label and answer of a few tiles, (n, H, W) uint8 each
-    tile_maps: Callable[[], Iterator[np.ndarray]] | None = None  # answers of all tiles in order, (H, W) each
+    """Hyperparameters selected on validation."""
+    scores: Mapping[str, float] = field(default_factory=dict)
+    """Scores other than the task's, by name."""
+    maps: Mapping[str, np.ndarray] | None = None
+    """``truth`` (labels) and ``answer`` (predictions) of the first few tiles, (n, H, W) uint8 each."""
+    tile_maps: Callable[[], Iterator[np.ndarray]] | None = None
+    """Predicted maps (H, W) of all tiles in order; a function, so that they are computed only where they are wanted."""
 
 
 Classifier = Callable[[FeatureCache, FeatureCache, FeatureCache, int, torch.device], Predictions]
+"""(train, val, test, seed, device): fits on train, selects hyperparameters on val, predicts test."""
+
+_VectorClassifier = Callable[[LabelledFeatures, LabelledFeatures, np.ndarray], ClassifierResult]
+_CellClassifier = Callable[
+    [dense.PixelLayout, int, FeatureCache, FeatureCache, FeatureCache, int, torch.device],
+    tuple[np.ndarray, dict[str, float]],
+]
 
 
 class Task(Protocol):
-    """A benchmark's question. ``modes``: classifiers of its ``features`` by name; each fits on train, chooses on val,
-    answers on test, given a seed and a device.
+    """What is predicted on a benchmark and how it is scored."""
 
-    ``crops``: how many of a large tile's crops are looked at; None for all.
-    """
-
-    target: Target
-    metric: str
-    feature_dtype: str
-    num_crops: int | None
-    classifiers: Mapping[str, Classifier]
-
-    def features(self, model: Maestro, batch: Batch) -> Tensor:
-        """(B, …, F): what is kept of a batch."""
+    @property
+    def target(self) -> Target:
+        """The target in the shards."""
         ...
 
-    def labels(self, batch: Batch) -> np.ndarray:
-        """(B, …) labels of a batch."""
+    @property
+    def metric(self) -> str:
+        """One of ``results.METRICS``."""
+        ...
+
+    @property
+    def feature_dtype(self) -> str:
+        """In which features are stored on disk."""
+        ...
+
+    @property
+    def num_crops(self) -> int | None:
+        """Crops of a large tile that are evaluated; None for all."""
+        ...
+
+    @property
+    def classifiers(self) -> Mapping[str, Classifier]:
+        """Classifiers on ``features``, by mode."""
         ...
 
     @property
     def classes(self) -> tuple[str, ...]:
         """Names of the C classes that count."""
+        ...
+
+    def features(self, model: FrozenEncoder, batch: Batch) -> Tensor:
+        """(B, …, F) features of a batch."""
+        ...
+
+    def labels(self, batch: Batch) -> np.ndarray:
+        """(B, …) labels of a batch."""
         ...
 
     def statistic(self, counts: np.ndarray) -> np.ndarray:
@@ -87,18 +115,18 @@ class Task(Protocol):
         ...
 
     def confusion(self, counts: np.ndarray) -> tuple[tuple[int, ...], ...] | None:
-        """Pixels by (target, predicted) class of summed counts, where the task has such a table."""
+        """Pixels by (target, predicted) class of summed counts; None for a task without pixels."""
         ...
 
 
 @dataclass(frozen=True)
 class MultilabelTask:
-    """Several classes per tile, from one vector per tile; scored by wF1."""
+    """Any number of classes per tile, predicted from one feature vector per tile; scored by wF1."""
 
     target: Target
     metric: ClassVar[str] = "wf1"
     feature_dtype: ClassVar[str] = "float32"
-    num_crops: ClassVar[int | None] = 1  # one answer per tile, from one crop of it
+    num_crops: ClassVar[int | None] = 1  # one prediction per tile
 
     @property
     def classifiers(self) -> Mapping[str, Classifier]:
@@ -110,8 +138,8 @@ class MultilabelTask:
         """Every class of the target."""
         return self.target.classes
 
-    def features(self, model: Maestro, batch: Batch) -> Tensor:
-        """(B, F = S·E): the mean over each sensor's tokens, sensors side by side."""
+    def features(self, model: FrozenEncoder, batch: Batch) -> Tensor:
+        """(B, F = S·E): the mean over each sensor's tokens, concatenated over sensors."""
         return model.embed(batch).vector
 
     def labels(self, batch: Batch) -> np.ndarray:
@@ -128,11 +156,9 @@ class MultilabelTask:
         return np.where(tp + fn > 0, f1(counts), np.nan)
 
     def confusion(self, counts: np.ndarray) -> None:
-        """A pixel table has no meaning here."""
+        """None: labels are of whole tiles."""
 
-    def _classifier(
-        self, classify: Callable[[LabelledFeatures, LabelledFeatures, np.ndarray], ClassifierResult]
-    ) -> Classifier:
+    def _classifier(self, classify: _VectorClassifier) -> Classifier:
         def fit(
             train: FeatureCache, val: FeatureCache, test: FeatureCache, seed: int, device: torch.device
         ) -> Predictions:
@@ -147,7 +173,7 @@ class MultilabelTask:
 
 @dataclass(frozen=True)
 class SegmentationTask:
-    """A class per pixel, from one vector per place of the reference sensor's token grid; scored by mIoU."""
+    """One class per pixel, predicted from one feature vector per cell of the reference grid; scored by mIoU."""
 
     target: Target
     layout: dense.PixelLayout
@@ -157,7 +183,7 @@ class SegmentationTask:
 
     @property
     def classifiers(self) -> Mapping[str, Classifier]:
-        """kNN over places and a linear map per place."""
+        """kNN over cells, and a linear map per cell."""
         return {"knn": self._classifier(dense.knn), "probe": self._classifier(dense.probe)}
 
     @property
@@ -165,9 +191,10 @@ class SegmentationTask:
         """Every class that is not ignored."""
         return tuple(c for i, c in enumerate(self.target.classes) if i not in self.target.ignored)
 
-    def features(self, model: Maestro, batch: Batch) -> Tensor:
-        """(B, P, F = S·E): per place the mean over dates of each sensor's tokens, sensors side by side."""
-        return torch.cat([_at(t.mean(dim=1), self.layout.grid) for t in model.encode(batch).values()], dim=-1)
+    def features(self, model: FrozenEncoder, batch: Batch) -> Tensor:
+        """(B, P, F = S·E): per cell the mean over dates of each sensor's tokens, concatenated over sensors."""
+        grids = model.encode(batch).values()
+        return torch.cat([_resample_tokens(t.mean(dim=1), self.layout.grid) for t in grids], dim=-1)
 
     def labels(self, batch: Batch) -> np.ndarray:
         """(B, H, W) uint8: index among the classes that count, ``dense.IGNORED`` elsewhere."""
@@ -178,17 +205,17 @@ class SegmentationTask:
                 f"{self.target.name} of {batch.keys[0]} has {values.shape[1:]} pixels where {side}x{side} are expected"
             )
         known = {i for i, _ in enumerate(self.target.classes)} | set(self.target.ignored)
-        table = np.full(256, dense.IGNORED, np.uint8)
+        table = np.full(256, dense.IGNORED, np.uint8)  # label value -> index among the classes that count
         counted = [i for i, _ in enumerate(self.target.classes) if i not in self.target.ignored]
         table[counted] = np.arange(len(counted))
-        if foreign := sorted(set(np.unique(values).tolist()) - known):
+        if unknown := sorted(set(np.unique(values).tolist()) - known):
             raise ResultsError(
-                f"{self.target.name} holds the value {foreign[0]} (in {batch.keys[0]} …), which is no class"
+                f"{self.target.name} holds the value {unknown[0]} (in {batch.keys[0]} …), which is not a class"
             )
         return table[values]
 
     def statistic(self, counts: np.ndarray) -> np.ndarray:
-        """mIoU of (…, C + 1, C) over the classes present, whatever was answered where labels are ignored."""
+        """mIoU of (…, C + 1, C) over the classes present, whatever was predicted on ignored pixels."""
         return mean_iou(self._counted(counts))
 
     def per_class(self, counts: np.ndarray) -> np.ndarray:
@@ -200,13 +227,13 @@ class SegmentationTask:
         return tuple(tuple(row) for row in self._counted(counts).tolist())
 
     def first_tiles(self, crops: np.ndarray) -> np.ndarray:
-        """(n, H, W): the first few tiles, put together from crops (M, h, w)."""
+        """(n, H, W): the first few tiles, assembled from crops (M, h, w)."""
         per_tile = self.layout.crop_grid.num_crops
         firsts = range(0, min(len(crops), NUM_MAPS * per_tile), per_tile)
         return np.stack([self.layout.assemble(crops[first : first + per_tile]) for first in firsts])
 
     def tile_maps(self, predicted: np.ndarray) -> Iterator[np.ndarray]:
-        """(H, W) uint8 of each tile, put together from predictions (M, P, Q) of its crops."""
+        """(H, W) uint8 of each tile, assembled from predictions (M, P, Q) of its crops."""
         per_tile = self.layout.crop_grid.num_crops
         for first in range(0, len(predicted), per_tile):
             yield self.layout.assemble(self.layout.per_pixel(predicted[first : first + per_tile]))
@@ -214,7 +241,7 @@ class SegmentationTask:
     def _counted(self, counts: np.ndarray) -> np.ndarray:
         return counts[..., : len(self.classes), :]
 
-    def _classifier(self, classify: Callable[..., tuple[np.ndarray, dict[str, float]]]) -> Classifier:
+    def _classifier(self, classify: _CellClassifier) -> Classifier:
         def fit(
             train: FeatureCache, val: FeatureCache, test: FeatureCache, seed: int, device: torch.device
         ) -> Predictions:
@@ -234,7 +261,7 @@ class SegmentationTask:
 def multilabel_predictions(
     predicted: np.ndarray, probabilities: np.ndarray, labels: np.ndarray, chosen: Mapping[str, float]
 ) -> Predictions:
-    """Of predictions (N, C) bool, probabilities (N, C) and labels (N, C) bool of N tiles."""
+    """From predictions (N, C) bool, probabilities (N, C) and labels (N, C) bool of N tiles."""
     counts = MultilabelCounts.of(predicted, labels)
     precision = average_precision(probabilities, labels)
     scores = {
@@ -244,17 +271,17 @@ def multilabel_predictions(
     return Predictions(tile_counts(predicted, labels), chosen, scores)
 
 
-def _at(tokens: Tensor, grid: int) -> Tensor:
-    """(B, L, E) -> (B, grid², E), bilinearly where the sensor's own grid is another."""
-    own = round(tokens.shape[1] ** 0.5)
-    if own == grid:
+def _resample_tokens(tokens: Tensor, grid: int) -> Tensor:
+    """(B, L, E) -> (B, grid², E): bilinear interpolation where the sensor has another grid than the reference."""
+    side = round(tokens.shape[1] ** 0.5)
+    if side == grid:
         return tokens
-    maps = tokens.transpose(1, 2).unflatten(-1, (own, own))
+    maps = tokens.transpose(1, 2).unflatten(-1, (side, side))
     return F.interpolate(maps, size=(grid, grid), mode="bilinear").flatten(2).transpose(1, 2)
 
 
-def task_for(spec: DatasetSpec, target: str | None = None) -> Task:
-    """The task of a dataset's target (its first, if not named); ``spec``: with the sensors that the encoder reads.
+def task_for(spec: DatasetSpec, target: str | None = None) -> MultilabelTask | SegmentationTask:
+    """The task of predicting ``target`` (default: the dataset's first); ``spec``: with the sensors the encoder reads.
 
     ResultsError where the dataset has no such target, or the reference grid does not fit its labels.
     """

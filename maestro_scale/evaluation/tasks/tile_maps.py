@@ -1,4 +1,4 @@
-"""Predictions of whole tiles as GeoTIFF, one file per tile, on the ground where the tile lies."""
+"""Write predicted maps of whole tiles as georeferenced GeoTIFF, one file per tile."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from maestro_scale.stream.source import OpenShards, Source
 def georeference(
     origin: GeoOrigin | None, resolution_m: float, south_m: float = 0.0, east_m: float = 0.0
 ) -> dict[str, Any]:
-    """``crs`` and ``transform`` for rasterio of an image whose upper left corner lies so far from the tile's. A tile
-    without a known place gets metres from its own corner, and no reference system."""
+    """``crs`` and ``transform`` for rasterio of an image whose upper left corner is ``south_m`` and ``east_m`` from the
+    tile's. Without a known origin: metres from the tile's corner, and no reference system."""
     from rasterio.transform import from_origin
 
     west_m, north_m = (origin.west_m, origin.north_m) if origin else (0.0, 0.0)
@@ -28,9 +28,9 @@ def georeference(
 
 
 class TileMapWriter:
-    """Writes ``<folder>/<key>.tif`` of samples by number: uint8 values as in the labels, their names in the tags.
+    """Writes ``<folder>/<key>.tif``: uint8 values as in the labels, with the class names as tags.
 
-    ResultsError where the task has no map to write.
+    ResultsError where the task predicts no map.
     """
 
     def __init__(self, folder: Path, source: Source, task: Task) -> None:
@@ -40,14 +40,16 @@ class TileMapWriter:
             raise ResultsError("--maps needs rasterio: pip install 'maestro-scale[datasets]'") from None
         if not isinstance(task, SegmentationTask):
             raise ResultsError(f"--maps: {task.target.name} has labels for whole tiles, so there is no map")
-        self._folder, self._resolution_m, self._names = folder, task.layout.resolution_m, task.target.classes
-        self._values = np.array(
-            [i for i, _ in enumerate(self._names) if i not in task.target.ignored], np.uint8
-        )
+        self._folder = folder
+        self._resolution_m = task.layout.resolution_m
+        self._names = task.target.classes
+        counted = [i for i, _ in enumerate(self._names) if i not in task.target.ignored]
+        self._values = np.array(counted, np.uint8)  # index among the classes that count -> label value
+        # A quarter of the cache: the loader of the same shards is still in use.
         self._shards = OpenShards(source, source.store.cache_bytes // 4)
         folder.mkdir(parents=True, exist_ok=True)
 
-    def write(self, number: int, answer: np.ndarray) -> None:
+    def write(self, number: int, tile_map: np.ndarray) -> None:
         """Write the map (H, W) of sample ``number``: indices among the classes that count."""
         import rasterio
 
@@ -56,18 +58,18 @@ class TileMapWriter:
         partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
         profile = {
             "driver": "GTiff",
-            "width": answer.shape[1],
-            "height": answer.shape[0],
+            "width": tile_map.shape[1],
+            "height": tile_map.shape[0],
             "count": 1,
             "dtype": "uint8",
             "compress": "deflate",
             **georeference(sample.origin, self._resolution_m),
         }
         with rasterio.open(partial, "w", **profile) as image:
-            image.write(self._values[answer][None])
+            image.write(self._values[tile_map][None])
             image.update_tags(1, **{f"class_{v}": self._names[v] for v in self._values})
         os.replace(partial, path)
 
     def close(self) -> None:
-        """Let go of the shards."""
+        """Close the shards."""
         self._shards.close()
