@@ -141,6 +141,7 @@ def _shard(console: Console, paths: QuickstartPaths, seed: int) -> None:
 
 def _pretrain(console: Console, paths: QuickstartPaths, recipe: Path, seed: int, steps: int | None) -> None:
     console.print(f"[bold]3/5[/bold] pretraining, run directory {paths.run}")
+    # The launcher of this environment first: another `deepspeed` on PATH may use another Python.
     launcher = shutil.which(
         "deepspeed", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     )
@@ -197,6 +198,7 @@ def _evaluate(console: Console, paths: QuickstartPaths, seed: int) -> None:
     torch.set_num_threads(num_threads())
     console.print("[bold]4/5[/bold] exporting the encoder")
     pretrained = load_model(export_model(newest(paths.run), paths.out / "model"))
+    # The baseline: the same architecture with the weights that pretraining started from.
     untrained = Maestro(pretrained.config).initialise(seed).eval()
     console.print("[bold]5/5[/bold] evaluating frozen embeddings on held-out tiles")
     step = load_position(newest(paths.run)).step

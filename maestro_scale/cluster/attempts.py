@@ -1,4 +1,6 @@
-"""Whether a SLURM job is requeued after its tasks exited; used by ``slurm/pretrain_multinode.sh``. Imports no torch.
+"""Whether a SLURM job is requeued after its tasks exited; used by ``slurm/pretrain_multinode.sh``.
+
+Imports no torch: it runs in the batch script after a failure, where seconds count and torch may be what fails.
 
 ``python -m maestro_scale.cluster.attempts run-dir NUM_RANKS --recipe …``: validates the recipe and prints the run
 directory; exit code 2 if the recipe is invalid.
@@ -78,6 +80,8 @@ def decide(run_dir: Path, logs: Path, attempt: Attempt, max_failures: int) -> tu
     file = run_dir / "attempts.jsonl"
     earlier = [Attempt(**json.loads(line)) for line in file.read_text().splitlines()] if file.exists() else []
     stopped = outcome.get("reason") == "stopped"
+    # STOP is a user's request to end the run. Any other stop is the signal before the time limit or a preemption, after
+    # which the run must resume, also where the signal reached the ranks but not the batch script.
     if stopped and not attempt.asked and "STOP" in outcome["why"]:
         return (
             FINISHED,
@@ -86,7 +90,7 @@ def decide(run_dir: Path, logs: Path, attempt: Attempt, max_failures: int) -> tu
     attempt = Attempt(**{**asdict(attempt), "asked": attempt.asked or stopped})
     with file.open("a") as sink:
         sink.write(json.dumps(asdict(attempt)) + "\n")
-    if attempt.asked:
+    if attempt.asked:  # not a failure: a long run has any number of time limits
         return REQUEUE, f"saved at step {attempt.step}; the run will resume"
     errors = (
         "\n".join(f"  {line}" for line in find_errors(logs)) or f"  no error message in the logs; see {logs}"

@@ -26,6 +26,7 @@ def gpu_problems(num_required: int, min_free: float = 0.8) -> list[str]:
     for device in range(num_found):
         try:
             free, total = torch.cuda.mem_get_info(device)
+            # Each element of the product is exactly 256, in any precision of the multiplication.
             ones = torch.ones(256, 256, device=f"cuda:{device}")
             is_correct = float((ones @ ones)[0, 0]) == 256.0
         except RuntimeError as error:
@@ -56,7 +57,7 @@ def disk_problems(folder: Path, min_gib: float, what: str) -> list[str]:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(block := os.urandom(2**20))
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(file.fileno())  # a full or read-only disk may fail only here
             file.seek(0)
             if file.read() != block:
                 return [f"{what} {folder}: data read back differs from the data written: replace the disk"]

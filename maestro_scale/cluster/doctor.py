@@ -28,6 +28,7 @@ _PACKAGES = (
     "rasterio",
     "h5py",
 )
+# File systems that are usually mounted on several nodes.
 _SHARED_TYPES = (
     "nfs",
     "nfs4",
@@ -47,8 +48,8 @@ _SHARED_TYPES = (
 class Finding:
     """The result of one check. ``advice``: what to do; empty if there is no problem."""
 
-    what: str
-    found: str
+    check: str
+    result: str
     advice: str = ""
 
 
@@ -64,9 +65,11 @@ def run_checks(urls: Sequence[str] = (), folders: Sequence[Path] = ()) -> Iterat
 
 def _python() -> Iterator[Finding]:
     version = platform.python_version()
-    good = (3, 10) <= sys.version_info[:2] <= (3, 12)
+    is_supported = (3, 10) <= sys.version_info[:2] <= (3, 12)
     yield Finding(
-        "python", f"{version} on {platform.platform()}", "" if good else "use Python 3.10, 3.11 or 3.12"
+        "python",
+        f"{version} on {platform.platform()}",
+        "" if is_supported else "use Python 3.10, 3.11 or 3.12",
     )
 
 
@@ -81,12 +84,14 @@ def _packages() -> Iterator[Finding]:
 
 
 def _processors() -> Iterator[Finding]:
-    usable = len(os.sched_getaffinity(0))
+    usable = len(
+        os.sched_getaffinity(0)
+    )  # SLURM and containers restrict it; cpu_count() is the whole machine
     available = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())[
         "MemAvailable"
     ]
-    found = f"{usable} of {os.cpu_count()} cores usable, {int(available.split()[0]) / 2**20:.0f} GiB of memory free"
-    yield Finding("processor", found, "; ".join(checks.memory_problems(4.0)))
+    result = f"{usable} of {os.cpu_count()} cores usable, {int(available.split()[0]) / 2**20:.0f} GiB of memory free"
+    yield Finding("processor", result, "; ".join(checks.memory_problems(4.0)))
 
 
 def _accelerators() -> Iterator[Finding]:
@@ -101,14 +106,16 @@ def _accelerators() -> Iterator[Finding]:
         yield Finding("accelerator", f"none (torch built for {built})", advice if has_driver else "")
     for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         p = torch.cuda.get_device_properties(i)
-        bf16 = p.major >= 8
-        found = f"{p.name}, {p.total_memory / 2**30:.0f} GiB, compute {p.major}.{p.minor}"
-        yield Finding(f"GPU {i}", found, "" if bf16 else "no bf16 in hardware: set train.precision=fp32")
+        has_bf16 = p.major >= 8  # since Ampere
+        result = f"{p.name}, {p.total_memory / 2**30:.0f} GiB, compute {p.major}.{p.minor}"
+        yield Finding(f"GPU {i}", result, "" if has_bf16 else "no bf16 in hardware: set train.precision=fp32")
     if torch.cuda.is_available():
         for problem in checks.gpu_problems(torch.cuda.device_count()):
             yield Finding("accelerator", "not usable", problem)
     yield Finding(
-        "collectives", ", ".join(backends), "" if "gloo" in backends else "torch without gloo cannot train"
+        "collectives",
+        ", ".join(backends),
+        "" if "gloo" in backends else "use a torch build with gloo: the ranks exchange control flags with it",
     )
 
 
@@ -119,10 +126,10 @@ def _kernels() -> Iterator[Finding]:
 
     cuda = torch.cuda.is_available()
     device, dtype = torch.device("cuda" if cuda else "cpu"), torch.bfloat16 if cuda else torch.float32
-    auto = resolve_backend("auto", device, dtype, 64)
-    advice = "" if not cuda or auto != "math" else "no fused attention kernel: update torch or the driver"
+    backend = resolve_backend("auto", device, dtype, 64)
+    advice = "" if not cuda or backend != "math" else "no fused attention kernel: update torch or the driver"
     yield Finding(
-        "attention", f"{auto} (available: {', '.join(available_backends(device, dtype, 64))})", advice
+        "attention", f"{backend} (available: {', '.join(available_backends(device, dtype, 64))})", advice
     )
 
 
@@ -180,17 +187,14 @@ def _disk(folder: Path) -> Iterator[Finding]:
     try:
         free = shutil.disk_usage(folder).free / 2**30
         with tempfile.TemporaryDirectory(dir=folder) as inside:
-            problem = (
-                ""
-                if _supports_locks(Path(inside))
-                else "it does not support file locks: use another disk for --run-dir"
-            )
+            problem = "" if _supports_locks(Path(inside)) else "no file locks: use another disk for --run-dir"
     except OSError as error:
         yield Finding("disk", f"{folder}: {error.strerror}", "choose a writable folder")
         return
-    shared = kind in _SHARED_TYPES
     sharing = (
-        "shared" if shared else "local, judging by its type: runs on several nodes need a shared --run-dir"
+        "shared"
+        if kind in _SHARED_TYPES
+        else "local, judging by its type: runs on several nodes need a shared --run-dir"
     )
     if not problem and free < 10:
         problem = "less than 10 GiB free: checkpoints and cached shards need more"
@@ -198,6 +202,7 @@ def _disk(folder: Path) -> Iterator[Finding]:
 
 
 def _supports_locks(folder: Path) -> bool:
+    """Some NFS and Lustre mounts do not; a run directory needs a lock against a second trainer."""
     from filelock import FileLock
 
     try:
@@ -212,20 +217,20 @@ def _file_system(folder: Path) -> str:
     best, kind = "", "unknown"
     path = str(folder.resolve())
     for line in Path("/proc/mounts").read_text().splitlines():
-        _, mount, found, *_ = line.split(" ")
-        inside = path == mount or path.startswith(mount.rstrip("/") + "/")
-        if inside and len(mount) >= len(best):
-            best, kind = mount, found
+        _, mount, type_name, *_ = line.split(" ")
+        is_inside = path == mount or path.startswith(mount.rstrip("/") + "/")
+        if is_inside and len(mount) >= len(best):
+            best, kind = mount, type_name
     return kind
 
 
 def print_findings(findings: Iterator[Finding], write: Callable[[str], None] = print) -> int:
     """Print each finding as soon as its check ends; returns the number of problems."""
-    problems = 0
+    num_problems = 0
     write(f"host {socket.gethostname()}")
     for f in findings:
-        write(f"{'!' if f.advice else ' '} {f.what}: {f.found}")
+        write(f"{'!' if f.advice else ' '} {f.check}: {f.result}")
         if f.advice:
             write(f"    -> {f.advice}")
-            problems += 1
-    return problems
+            num_problems += 1
+    return num_problems

@@ -105,6 +105,7 @@ def all_reduce_ms(rank: int, size: int, timeout_s: float) -> float:
 
 
 def _listen() -> socket.socket:
+    """A socket on a free port that accepts and closes connections on a background thread."""
     server = socket.create_server(("", 0), backlog=256)
 
     def accept_connections() -> None:
@@ -121,6 +122,7 @@ def _listen() -> socket.socket:
 def _wait_for(
     folder: Path, nodes: list[str], ready: Callable[[NodeReport], bool], timeout_s: float
 ) -> dict[str, NodeReport]:
+    """Poll until the reports of all nodes are ``ready``, or the timeout; returns the reports there are."""
     deadline = time.monotonic() + timeout_s
     while True:
         reports = read_reports(folder)
@@ -136,11 +138,12 @@ def check_network(report: NodeReport, folder: Path, nodes: list[str], timeout_s:
     """
     others = [n for n in nodes if n != report.node]
     report.write(folder)
+    # A third of the time each for: reports of all nodes, TCP connections, all-reduce.
     known = _wait_for(folder, nodes, lambda r: True, timeout_s / 3)
     report.unreachable = find_unreachable({n: known[n].port for n in others if n in known}, 5.0)
     if report.unreachable or len(known) < len(nodes) or any(r.problems for r in known.values()):
         return
-    rank = int(os.environ.get("RANK", 0))
+    rank = int(os.environ.get("RANK", 0))  # set by cluster/launch.py; one task per node
     try:
         report.all_reduce_ms = all_reduce_ms(rank, len(nodes), timeout_s / 3)
     except (RuntimeError, OSError) as error:

@@ -124,10 +124,12 @@ def plan_cluster(
     config = build_model_config(recipe, specs)
     parameters, gpu = num_parameters(config), GPUS[cluster.gpu]
     costs = [compute_cost(config.for_dataset(v.dataset), recipe.masking.ratio) for v in config.views]
+    # A step is of one dataset, so memory is that of the largest one, and FLOPs are averaged by mixture weight.
     largest = max(costs, key=lambda c: c.activations)
     layouts = tuple(
         _layout(recipe, parameters, largest, gpu, n, stage, micro)
         for stage in range(4)
+        # Only micro-batches that divide a rank's share: all micro-batches of a step have the same size.
         for micro in (m for m in range(1, batch // n + 1) if (batch // n) % m == 0)
     )
     fitting = [x for x in layouts if x.fits]

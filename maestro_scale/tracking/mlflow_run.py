@@ -186,7 +186,7 @@ class MlflowRun:
 
     def close(self, reason: str) -> None:
         """Store the artifacts again in their final state and end the run as ``done``, ``stopped`` or ``failed``."""
-        self._try("artifacts", self._store_artifacts)
+        self._try("artifacts", self._store_artifacts)  # metrics.jsonl has grown, report.md is new
         self._client.set_terminated(self.id, STATUS[reason])
         self.detach()
 
@@ -195,6 +195,7 @@ class MlflowRun:
         self._lock.release()
 
     def _is_new(self, key: str, step: int) -> bool:
+        # MLflow stores a second value of the same step beside the first, and charts then show both.
         return step > self._last.get(key, -1) and step not in self._stored.get(key, ())
 
     def _store_metadata(self, run: Run) -> None:
@@ -213,14 +214,14 @@ class MlflowRun:
     def _store_params(self, stored: Mapping[str, str], tags: Mapping[str, str]) -> None:
         from mlflow.entities import Param
 
-        wanted = {
+        params = {
             valid_key(k): _truncate(v, _MAX_PARAM) for k, v in scrub_mapping(self._metadata.params).items()
         }
-        new = [Param(k, v) for k, v in wanted.items() if k not in stored]
+        new = [Param(k, v) for k, v in params.items() if k not in stored]
         for chunk in _chunks(new, _MAX_PARAMS):
             self._client.log_batch(self.id, params=chunk)
         # MLflow does not allow to change a parameter, but a resumed run may (more steps, more workers): use tags.
-        changed = {f"changed/{k}": v for k, v in wanted.items() if stored.get(k, v) != v}
+        changed = {f"changed/{k}": v for k, v in params.items() if stored.get(k, v) != v}
         self._set_tags(changed)
         for tag in [t for t in tags if t.startswith("changed/") and t not in changed]:
             self._client.delete_tag(self.id, tag)

@@ -114,6 +114,7 @@ class Tracker:
         self._warned: set[str] = set()
         self._dropped = False  # the queue was full: the store needs a backfill
         self._was_connected = False
+        # A daemon: a hanging server must not keep the process alive after finish() has timed out.
         self._thread = threading.Thread(target=self._send_records, name="mlflow", daemon=True)
 
     @classmethod
@@ -217,7 +218,8 @@ class Tracker:
 
     def _send(self, items: Sequence[StepMetrics | _Picture]) -> None:
         if time.monotonic() < self._retry_at:
-            return  # dropped: the next connection sends them from the history
+            # Dropped: the next connection sends the metrics from the history; `sync` sends the pictures.
+            return
         try:
             if self._run is None:
                 self._run = self._open_run(self._warn)
@@ -242,13 +244,16 @@ class Tracker:
         if self._run is None:
             return
         try:
+            # Records were dropped while connected, and later steps were sent since: only a comparison of the store with
+            # the history finds the gaps.
             if self._dropped:
                 self._run.backfill(_now_ms())
             self._run.close(request.reason)
-        except Exception as error:  # noqa: BLE001 - as above
+        except Exception as error:  # noqa: BLE001 - as in _send
             self._disconnect(error)
 
     def _disconnect(self, error: Exception) -> None:
+        # The next open reads what the store has, because a request that failed may have been stored nevertheless.
         if self._run is not None:
             self._run.detach()
         self._run = None

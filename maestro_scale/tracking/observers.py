@@ -43,6 +43,7 @@ class TrackingObserver:
     def started(self, info: RunInfo) -> None:
         """Start tracking; the MLflow run of the run directory is created or continued."""
         self._run_dir = info.run_dir
+        # Of an earlier start: if this one is killed, sync must not find a reason that is no longer true.
         (self._run_dir / ENDED_FILE).unlink(missing_ok=True)
         if not self._recipe.tracking.enabled:
             return
@@ -60,7 +61,7 @@ class TrackingObserver:
 
     def finished(self, reason: str) -> None:
         """Write ``report.md`` and how the run ended, then finish tracking."""
-        self._executor.shutdown()
+        self._executor.shutdown()  # waits, so that all pictures are logged before the tracker finishes
         try:
             text = run_report(self._recipe, self._run_dir, reason)
             write_atomically(self._run_dir / REPORT, scrub(text))

@@ -82,18 +82,19 @@ def register(model: Path, name: str, run_dir: Path) -> ModelVersion:
             )
         run_id = run.info.run_id
         with tempfile.TemporaryDirectory() as folder:
-            made, exported = Path(folder) / "made", Path(folder) / Path(REGISTERED_FOLDER).name
+            pyfunc, exported = Path(folder) / "pyfunc", Path(folder) / Path(REGISTERED_FOLDER).name
             exported.mkdir()
             for file_name in (CONFIG, WEIGHTS):
                 shutil.copy(model / file_name, exported)
+            # Not log_model: it uses the process-wide tracking URI and active run.
             mlflow.pyfunc.save_model(
-                path=str(made),
+                path=str(pyfunc),
                 loader_module=__name__,
                 data_path=str(exported),
                 signature=signature(config),
                 pip_requirements=["maestro-scale"],
             )
-            client.log_artifacts(run_id, str(made), artifact_path)
+            client.log_artifacts(run_id, str(pyfunc), artifact_path)
         if not client.search_registered_models(f"name = '{name}'"):
             client.create_registered_model(name)
         root = run.info.artifact_uri

@@ -55,6 +55,7 @@ def sync(run_dir: Path) -> SyncResult:
     try:
         metadata = run_metadata(load_recipe(run_dir / "recipe.yaml"), run_dir)
         num_lines = sum(1 for _ in metadata.history())
+        # A kill can leave an incomplete last line, which history() skips.
         num_unreadable = len((run_dir / "metrics.jsonl").read_text().splitlines()) - num_lines
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ShardsError) as error:
         raise SyncError(f"{run_dir} cannot be read as a run directory ({scrub(str(error))})") from error
@@ -74,6 +75,7 @@ def sync(run_dir: Path) -> SyncResult:
             run.detach()
         else:
             run.close(end_reason)
+        # After the run is open: evaluations are nested in it.
         num_evaluations, lost = send_pending(run_dir)
     except RunLockedError as error:
         num_pending = len(list_pending(run_dir))

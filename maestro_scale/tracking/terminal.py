@@ -54,6 +54,7 @@ class TerminalProgress:
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=record["step"], state=state)
             return
+        # Lines are limited in time, not in steps: a log of a day-long run stays readable whatever the speed.
         last = record["step"] == self._info.num_steps
         if last or time.monotonic() - self._last_s >= _LINE_INTERVAL_S:
             self._last_s = time.monotonic()
@@ -76,7 +77,7 @@ def progress(title: str, unit: str, rank: int = 0) -> Iterator[Callable[[int, in
     if rank:
         yield lambda done, total, num_bytes: None
         return
-    console = Console(stderr=True)
+    console = Console(stderr=True)  # standard output is for results
     if _supports_bar(console):
         with _bar(console, TextColumn("{task.fields[state]}")) as bar:
             task = bar.add_task(title, total=None, state="")

@@ -118,7 +118,7 @@ def test_doctor(tmp_path, monkeypatch, synthetic_shards):
     findings = list(run_checks([str(synthetic_shards), str(tmp_path / "none")], [tmp_path]))
     by_name: dict[str, list[Finding]] = {}
     for f in findings:
-        by_name.setdefault(f.what, []).append(f)
+        by_name.setdefault(f.check, []).append(f)
     assert {"python", "torch", "attention", "collectives", "SLURM", "disk"} <= set(by_name)
     assert "maestro-scale sync" in by_name["MLflow"][0].advice
     assert [bool(f.advice) for f in by_name["data"]] == [False, True]
