@@ -216,3 +216,10 @@ def test_moments_are_those_of_all_cells_and_dead_features_are_left_out():
     mean, scale = dense._moments(features)
     np.testing.assert_allclose(mean, [4, 9])
     np.testing.assert_allclose(scale, [5**0.5, np.inf])
+
+
+def test_knn_draws_its_bank_and_its_validation_places_separately(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(dense, "_sample", lambda rows, most, seed: drawn.append((most, seed)) or rows)
+    dense.knn(layout(), CLASSES, split(3, 1), split(2, 2), split(2, 3), seed=7)
+    assert drawn == [(100_000, 7), (20_000, 8)]

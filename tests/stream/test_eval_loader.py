@@ -64,3 +64,23 @@ def test_a_loader_left_early_ends_its_workers(toy: Source):
 def test_senseless_numbers_are_refused(toy: Source):
     with pytest.raises(SampleOrderError, match="batch_size 0"):
         EvalLoader(toy, 0)
+
+
+def test_crops_per_tile_are_at_most_those_that_there_are(toy: Source):
+    # A tile of 60 m has 2 x 2 crops of 30 m.
+    assert [EvalLoader(toy, 1, crops=crops).num_crops for crops in (None, 1, 3, 4, 9)] == [4, 1, 3, 4, 4]
+
+
+def test_ranks_share_batches_as_worked_out_by_hand(write_toy):
+    # 10 tiles in batches of 4 are three batches, the last of 2. Of two ranks the first has two of them, of four ranks
+    # the last has none.
+    source = write_toy(10)
+
+    def rows(world: int) -> list[list[int]]:
+        return [EvalLoader(source, 4, rank, world, crops=1).items[:, 0].tolist() for rank in range(world)]
+
+    assert rows(2) == [[0, 1, 2, 3, 4, 5, 6, 7], [8, 9]]
+    assert rows(4) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9], []]
+    for rank in (-1, 2):
+        with pytest.raises(SampleOrderError, match=f"rank {rank} of 2"):
+            EvalLoader(source, 4, rank, 2)

@@ -13,6 +13,7 @@ import torch
 
 from maestro_scale.shards.read.store import BadShard, Store
 from maestro_scale.stream.batch import Batch, digest
+from maestro_scale.stream.eval_loader import EvalLoader
 from maestro_scale.stream.loader import Source, TrainLoader
 from maestro_scale.stream.plan import SampleOrderError
 
@@ -266,3 +267,46 @@ def test_filled_dates_are_counted(toy: Source):
     loader = loader_of(replace(toy, spec=replace(toy.spec, sensors=(sensor,))))
     batches = next(loader.steps(0, 1)).batches
     assert sum(b.num_repeated_dates for b in batches) == loader.counters["filled"] > 16
+
+
+def test_steps_of_each_dataset_are_counted_and_share_no_noise(write_toy: Callable[..., Source]):
+    source = write_toy(16)
+    loader = loader_of(source, source)
+    steps = list(loader.steps(0, 4))
+    assert [(s.step, s.dataset, s.dataset_step) for s in steps] == [
+        (1, "toy#1", 1), (2, "toy#0", 1), (3, "toy#1", 2), (4, "toy#0", 2)
+    ]  # fmt: skip
+    noise = {k: row for s in steps for b in s.batches for k, row in zip(b.keys, b.noise["s1"], strict=True)}
+    # Each epoch of 16 samples is one step: sample 5 came once per dataset and epoch.
+    first, second = noise["0/toy#0/5"], noise["0/toy#1/5"]
+    assert not torch.equal(first, second)
+    assert not torch.equal(first, noise["1/toy#0/5"])
+    # As the only dataset it has the noise of the first one.
+    alone = next(loader_of(source).steps(0, 1)).batches
+    assert torch.equal(
+        first, next(b.noise["s1"][i] for b in alone for i, k in enumerate(b.keys) if k == "0/toy/5")
+    )
+
+
+def test_a_position_before_the_start_and_an_empty_micro_batch_are_refused(toy: Source):
+    with pytest.raises(ValueError, match="-16 samples"):
+        loader_of(toy).steps(-16, 8)
+    with pytest.raises(SampleOrderError, match="micro_batch 0 does not divide the 16 samples"):
+        loader_of(toy, micro_batch=0)
+
+
+def test_keys_of_two_epochs_are_no_batch(toy: Source):
+    with pytest.raises(ValueError, match="one dataset and one epoch"):
+        loader_of(toy).replay(["0/toy/3", "1/toy/3"])
+    with pytest.raises(ValueError, match="one dataset and one epoch"):
+        loader_of(toy).replay([])
+
+
+def test_samples_are_chosen_by_their_number_in_manifest_order(write_toy: Callable[..., Source]):
+    source = write_toy(60)
+    assert source.counts == (12, 12, 12, 12, 12)
+    part = source.select_samples([25, 0, 12, 11, 59])
+    assert [s.path for s in part.shards] == [source.shards[i].path for i in (0, 1, 2, 4)]
+    assert part.counts == (2, 1, 1, 1)
+    tiles = [t for b in EvalLoader(part, 5, crops=1) for t in b.tiles]
+    assert tiles == ["tile-00000", "tile-00011", "tile-00012", "tile-00025", "tile-00059"]
