@@ -36,3 +36,15 @@ def test_what_is_written_comes_out_in_its_own_dtype():
 def test_a_dtype_without_a_tensor_is_refused():
     with pytest.raises(ValueError, match="modality x has dtype longdouble"):
         check_dtype("longdouble", "modality x")
+
+
+def test_every_field_begins_at_a_multiple_of_64_bytes():
+    # Two samples: 6 bytes from 0, 16 bytes from 64, 128 bytes from 128, 4 bytes from 256.
+    fields = tuple(
+        Field("pixels", d, shape, d)
+        for d, shape in (("uint8", (3,)), ("float32", (2,)), ("float64", (8,)), ("int16", ()))
+    )
+    assert num_bytes(fields, 2) == 256 + 4
+    block = torch.zeros(260, dtype=torch.uint8)
+    starts = [array.ctypes.data - block.data_ptr() for array in arrays_in(block, fields, 2).values()]
+    assert starts == [0, 64, 128, 256]
