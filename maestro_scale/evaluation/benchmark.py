@@ -40,8 +40,8 @@ class Benchmark:
     """A dataset in shards as a benchmark: where it is, which sensors and crop are used, what is predicted.
 
     ``spec``: resolved. ``target``: None for the dataset's first target. ``fraction``: of the training labels.
-    ``splits``: for train, val and test the splits in shards that take the part, where those are not called so;
-    ``fold``: which one of a cross-validation these make up.
+    ``splits``: by role (train, val, test) the splits in shards, where they have other names than the role;
+    ``fold``: the number of the fold of a cross-validation that they form.
     """
 
     spec: DatasetSpec
@@ -55,11 +55,12 @@ class Benchmark:
     fold: int | None = None
 
     def stored_splits(self, split: str) -> tuple[str, ...]:
-        """The splits in shards that train, val, test or another split is."""
+        """The splits in shards that a role consists of: itself, unless ``splits`` says otherwise."""
         return self.splits.get(split, (split,))
 
     def train_split(self, manifest: Manifest) -> tuple[str, float]:
-        """As :func:`subset.train_split`; a fraction is drawn where ``splits`` names the splits of train."""
+        """As :func:`subset.train_split`; but a fraction of splits that ``splits`` gives for train is always sampled:
+        the list of a release is of its own train split."""
         split, fraction = train_split(manifest, self.fraction)
         return (TRAIN, self.fraction) if TRAIN in self.splits else (split, fraction)
 
@@ -77,12 +78,12 @@ def build_result(
     manifest: Manifest,
     mode: str,
     task: Task,
-    answer: Predictions,
+    predictions: Predictions,
     provenance: Provenance,
     timings: dict[str, float],
 ) -> EvalResult:
-    """What is reported of a mode's answers on the test split."""
-    total = answer.counts.sum(axis=0, dtype=np.int64)
+    """The result of a mode's predictions on the test split. ResultsError if no label of it counts."""
+    total = predictions.counts.sum(axis=0, dtype=np.int64)
     value = float(task.statistic(total))
     best_index([value], "test")
     return EvalResult(
@@ -95,10 +96,10 @@ def build_result(
             name: None if np.isnan(score) else float(score)
             for name, score in zip(task.classes, task.per_class(total), strict=True)
         },
-        interval=bootstrap_interval(task.statistic, answer.counts),
-        num_tiles=len(answer.counts),
+        interval=bootstrap_interval(task.statistic, predictions.counts),
+        num_tiles=len(predictions.counts),
         confusion=task.confusion(total),
-        scores={name: score for name, score in answer.scores.items() if np.isfinite(score)},
+        scores={name: score for name, score in predictions.scores.items() if np.isfinite(score)},
         seeds=(provenance.seed,),
         folds=() if benchmark.fold is None else (benchmark.fold,),
         splits=benchmark.splits_by_role(manifest),
@@ -106,8 +107,8 @@ def build_result(
         trained_on=provenance.trained_on,
         checkpoint_step=provenance.step,
         recipe=provenance.recipe,
-        chosen=answer.chosen,
+        chosen=predictions.chosen,
         timings=timings,
         fraction=benchmark.fraction,
-        maps=answer.maps,
+        maps=predictions.maps,
     )

@@ -83,7 +83,7 @@ def test_gradients_are_those_of_the_mean_over_pixels_however_it_is_cut(fields, t
     split = FeatureCache(tokens, objective.task.labels(batch), np.arange(len(batch)))
 
     def gradients(most_tokens):
-        monkeypatch.setattr(attentive, "_MOST_TOKENS", most_tokens)
+        monkeypatch.setattr(attentive, "_MAX_TOKENS", most_tokens)
         heads = HeadGrid(objective, model.view("fields"), tokens.shape[-1], 0, CPU)
         heads.backward(split, np.arange(len(batch)))
         return [p.grad for p in heads.heads[-1].parameters()], heads

@@ -1,6 +1,6 @@
-"""Attentive probe: the head of a finetuning, trained on tokens of a frozen encoder that were encoded once.
+"""Attentive probe: the head that finetuning uses, trained on cached tokens of a frozen encoder.
 
-Shapes: M crops, N tokens of all sensors, one behind the other, E width, R token grids of L tokens per sensor.
+Shapes: M crops, N tokens (of all sensors, concatenated), E width, R token grids of L tokens per sensor.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from maestro_scale.evaluation.features.baselines import Baseline
+from maestro_scale.evaluation.features.baselines import FrozenEncoder
 from maestro_scale.evaluation.features.cache import FeatureCache
 from maestro_scale.evaluation.metrics import best_index
 from maestro_scale.evaluation.probes.lr_grid import lr_grid_search
@@ -22,20 +22,19 @@ from maestro_scale.evaluation.tasks.task import Predictions, SegmentationTask
 from maestro_scale.model.config import DatasetView, ModelConfig
 from maestro_scale.model.heads import POOL_HEADS, build_head
 from maestro_scale.model.initialise import initialise
-from maestro_scale.model.maestro import Maestro
 from maestro_scale.stream.batch import Batch
 
 LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 BATCH_CROPS = 32
 
-_MOST_SETS = 2**16 - 1  # CUDA's attention kernels take no more at once
-_MOST_TOKENS = (
+_MAX_SETS = 2**16 - 1  # per call: the limit of CUDA's attention kernels
+_MAX_TOKENS = (
     2**17
-)  # that a head sees at once: 400 MB at a width of 768, and as much again for each of its layers
+)  # per forward pass of a head: 400 MB at a width of 768, and as much again for each of its layers
 
 
-def concat_tokens(model: Maestro | Baseline, batch: Batch) -> Tensor:
-    """(B, N, E) in the order of the sensors. ResultsError where the tokens' width does not fit the head."""
+def concat_tokens(model: FrozenEncoder, batch: Batch) -> Tensor:
+    """(B, N, E) in the order of the sensors. ResultsError where the width of the tokens does not fit the head."""
     grids = model.encode(batch)
     widths = {s.name: grids[s.name].shape[-1] for s in model.view(batch.dataset).sensors}
     if len(set(widths.values())) > 1:
@@ -51,7 +50,7 @@ def concat_tokens(model: Maestro | Baseline, batch: Batch) -> Tensor:
 
 
 class HeadGrid:
-    """One head per learning rate, all of them drawn alike from ``seed``."""
+    """One head per learning rate, all with the same initial weights, drawn from ``seed``."""
 
     def __init__(
         self,
@@ -67,37 +66,39 @@ class HeadGrid:
         ref = next((s for s in view.sensors if s.name == view.ref_sensor), None)
         side = task.layout.side if isinstance(task, SegmentationTask) else 0
         self.heads = [build_head(target, width, "attentive", ref, side).to(device) for _ in LEARNING_RATES]
-        for made in self.heads:
-            initialise(made, seed)
-        at_places = sum(rows * (ref.grid**2 if side else cells) for rows, cells in self._grids.values())
-        sets = ref.grid**2 if ref and side else 1  # that are pooled, per crop
-        self._most_crops = max(min(_MOST_TOKENS // at_places, _MOST_SETS // sets), 1)
+        for head in self.heads:
+            initialise(head, seed)
+        # With a map to predict, a head resamples every token grid to the reference grid and pools each cell by itself.
+        cells = ref.grid**2 if ref is not None and side else 0
+        tokens_per_crop = sum(rows * (cells or length) for rows, length in self._grids.values())
+        sets_per_crop = cells or 1
+        self._max_crops = max(min(_MAX_TOKENS // tokens_per_crop, _MAX_SETS // sets_per_crop), 1)
 
     def backward(self, split: FeatureCache, rows: np.ndarray) -> None:
-        """Add the gradients of the mean loss over these crops, of each head."""
+        """Add each head's gradients of the mean loss over these crops, a few crops at a time."""
         targets = self._target_loss.loss_targets(np.array(split.labels[rows]))
         num_terms = max(self._target_loss.num_terms(targets), 1)
-        for first in range(0, len(rows), self._most_crops):
-            part = slice(first, first + self._most_crops)
-            tokens, truth = self._tokens(split, rows[part]), targets[part].to(self._device)
-            for made in self.heads:
-                (self._target_loss.loss_sum(made(tokens), truth) / num_terms).backward()
+        for first in range(0, len(rows), self._max_crops):
+            part = slice(first, first + self._max_crops)
+            tokens, part_targets = self._tokens(split, rows[part]), targets[part].to(self._device)
+            for head in self.heads:  # divided by the terms of the whole batch: parts add up to its mean
+                (self._target_loss.loss_sum(head(tokens), part_targets) / num_terms).backward()
 
     @torch.no_grad()
-    def logits(self, made: nn.Module, split: FeatureCache) -> Iterator[tuple[Tensor, np.ndarray]]:
-        """(logits, labels as the task has them) of whole tiles, some at a time, in order."""
+    def logits(self, head: nn.Module, split: FeatureCache) -> Iterator[tuple[Tensor, np.ndarray]]:
+        """(logits, labels as of ``task.labels``) of whole tiles in order, a few tiles at a time."""
         crops = self._target_loss.num_crops
-        size = crops * max(self._most_crops // crops, 1)
+        size = crops * max(self._max_crops // crops, 1)  # a tile's map needs all of its crops
         for first in range(0, len(split), size):
             rows = np.arange(first, min(first + size, len(split)))
-            parts = np.array_split(rows, -(-len(rows) // self._most_crops))
-            answers = torch.cat([made(self._tokens(split, part)) for part in parts])
-            yield answers, np.array(split.labels[first : first + size])
+            parts = np.array_split(rows, -(-len(rows) // self._max_crops))
+            logits = torch.cat([head(self._tokens(split, part)) for part in parts])
+            yield logits, np.array(split.labels[first : first + size])
 
     def _tokens(self, split: FeatureCache, rows: np.ndarray) -> dict[str, Tensor]:
         """{sensor: (m, R, L, E)}."""
         tokens = torch.from_numpy(np.array(split.features[rows])).to(self._device).float()
-        parts = tokens.split([rows * cells for rows, cells in self._grids.values()], dim=1)
+        parts = tokens.split([rows * length for rows, length in self._grids.values()], dim=1)
         return {name: p.unflatten(1, self._grids[name]) for name, p in zip(self._grids, parts, strict=True)}
 
 
@@ -110,17 +111,17 @@ def attentive_probe(
     seed: int,
     device: torch.device,
 ) -> Predictions:
-    """The answer of an attentive head, as finetuning has it, on frozen tokens ``features`` (M, N, E).
+    """Predictions of an attentive head, the one of finetuning, on frozen tokens ``features`` (M, N, E).
 
-    One head per learning rate, all trained in the same pass; the best on validation answers, the lowest rate wins a
-    tie. ResultsError where no label of the training split counts.
+    One head per learning rate, all trained in the same pass; the one with the best validation score is used, the lowest
+    rate wins a tie. ResultsError where no label of the training split counts.
     """
     pieces = (train.labels[first : first + BATCH_CROPS] for first in range(0, len(train), BATCH_CROPS))
     if not any(target_loss.num_terms(target_loss.loss_targets(np.array(labels))) for labels in pieces):
         raise ResultsError("there is nothing to fit on: every label of the training split is ignored")
     heads = HeadGrid(target_loss, view, train.features.shape[-1], seed, device)
     lr_grid_search(
-        [made.parameters() for made in heads.heads],
+        [head.parameters() for head in heads.heads],
         LEARNING_RATES,
         np.arange(len(train)),
         BATCH_CROPS,
@@ -128,15 +129,15 @@ def attentive_probe(
         lambda rows: heads.backward(train, rows),
     )
 
-    def answers(made: nn.Module, split: FeatureCache) -> Predictions:
-        tiles = [target_loss.per_tile(logits, labels) for logits, labels in heads.logits(made, split)]
+    def predict(head: nn.Module, split: FeatureCache) -> Predictions:
+        tiles = [target_loss.per_tile(logits, labels) for logits, labels in heads.logits(head, split)]
         return target_loss.predictions(np.concatenate(tiles))
 
-    counts = [answers(made, val).counts.sum(axis=0, dtype=np.int64) for made in heads.heads]
+    counts = [predict(head, val).counts.sum(axis=0, dtype=np.int64) for head in heads.heads]
     which = best_index([float(target_loss.task.statistic(c)) for c in counts])
     chosen = heads.heads[which]
     return replace(
-        answers(chosen, test),
+        predict(chosen, test),
         chosen={"lr": LEARNING_RATES[which]},
         maps=target_loss.first_maps(*next(heads.logits(chosen, test))),
         tile_maps=lambda: (

@@ -1,5 +1,5 @@
-"""Scores of a frozen encoder on a dataset in shards: nearest neighbours, a linear and an attentive probe, fitted on
-train, chosen on val, scored once on test."""
+"""Evaluation of a frozen encoder: kNN, a linear and an attentive probe, fitted on train, selected on val, scored once
+on test."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from maestro_scale.datasets.spec import DatasetSpec
 from maestro_scale.evaluation.benchmark import BATCH_SIZE, Benchmark, Provenance, build_result
 from maestro_scale.evaluation.features.adapt import encoder_spec
-from maestro_scale.evaluation.features.baselines import Baseline
+from maestro_scale.evaluation.features.baselines import FrozenEncoder
 from maestro_scale.evaluation.features.cache import (
     FeatureCache,
     cached_features,
@@ -28,9 +28,15 @@ from maestro_scale.evaluation.progress import ProgressFactory, no_progress
 from maestro_scale.evaluation.results import EvalResult
 from maestro_scale.evaluation.tasks.losses import target_loss_for
 from maestro_scale.evaluation.tasks.subset import TRAIN, labelled_subset
-from maestro_scale.evaluation.tasks.task import Task, task_for
+from maestro_scale.evaluation.tasks.task import (
+    Classifier,
+    MultilabelTask,
+    Predictions,
+    SegmentationTask,
+    Task,
+    task_for,
+)
 from maestro_scale.evaluation.tasks.tile_maps import TileMapWriter
-from maestro_scale.model.maestro import Maestro
 from maestro_scale.shards.format.manifest import Manifest
 from maestro_scale.shards.read.store import Store
 from maestro_scale.stream.batch import Batch
@@ -42,7 +48,7 @@ ATTENTIVE = "attentive"
 
 
 def evaluate_frozen(
-    model: Maestro | Baseline,
+    model: FrozenEncoder,
     benchmark: Benchmark,
     modes: Sequence[str] = ("knn", "probe"),
     provenance: Provenance | None = None,
@@ -51,90 +57,156 @@ def evaluate_frozen(
     maps_dirs: Mapping[str, Path] | None = None,
     progress: ProgressFactory = no_progress,
 ) -> list[EvalResult]:
-    """One result per mode, on rank 0; the other ranks help to encode and get none.
+    """One result per mode, on rank 0; the other ranks only encode their share and return none.
 
-    ``maps_dirs``: by mode, where predictions of whole test tiles are written.
-
+    ``maps_dirs``: by mode, where predicted maps of the test tiles are written; a mode without one writes none.
     ResultsError where the dataset has no target to score, ManifestError where a split is missing.
     """
     provenance = provenance or Provenance()
     manifest = Manifest.load(benchmark.shards)
-    view, spec = model.view(benchmark.spec.name), encoder_spec(model, benchmark.spec)
+    spec = encoder_spec(model, benchmark.spec)
     task = task_for(spec, benchmark.target)
     device = world.device if world else torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    store = Store(benchmark.shards, benchmark.cache_dir, benchmark.cache_bytes)
     model = model.eval().to(device)
-    weights = weights_digest(model)
+    train_split, fraction = benchmark.train_split(manifest)
+    splits = _Splits(
+        model=model,
+        weights=weights_digest(model),
+        spec=spec,
+        task=task,
+        benchmark=benchmark,
+        manifest=manifest,
+        train_split=train_split,
+        fraction=fraction,
+        store=Store(benchmark.shards, benchmark.cache_dir, benchmark.cache_bytes),
+        seed=provenance.seed,
+        device=device,
+        workers=workers,
+        world=world,
+        progress=progress,
+    )
     started = time.perf_counter()
-    train, fraction = benchmark.train_split(manifest)
-
-    def source(splits: Sequence[str]) -> Source:
-        return Source(spec, manifest.shards_of(splits), store)
-
-    def encode(name: str, kind: FeatureKind) -> FeatureCache:
-        # By split in shards, not by its part here: folds are made of the same ones.
-        data = manifest.digest_of((name,))
-        key = repr(
-            (kind.name, weights, view.dataset, data, spec.crop_m, task.num_crops, task.target, BATCH_SIZE)
-        )
-        rank, size = (world.rank, world.size) if world else (0, 1)
-        return cached_features(
-            benchmark.features_dir / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}",
-            EvalLoader(source((name,)), BATCH_SIZE, rank, size, workers=workers, crops=task.num_crops),
-            lambda batch: kind.extract(model, batch),
-            task.labels,
-            kind.dtype,
-            device,
-            world,
-            progress,
-        )
-
-    def splits(kind: FeatureKind) -> list[FeatureCache]:
-        found = []
-        for role in (train, "val", "test"):
-            stored = benchmark.stored_splits(role)
-            whole = concat_features([encode(name, kind) for name in dict.fromkeys(stored)])
-            if role == TRAIN and fraction < 1:  # encoded whole, for other fractions to share
-                used = labelled_subset(source(stored), task.target, fraction, provenance.seed, world)
-                whole = whole.take(np.flatnonzero(np.isin(whole.tiles, used)))
-            found.append(whole)
-        return found
-
-    test = source(benchmark.stored_splits("test"))
-    maps = {mode: TileMapWriter(path, test, task) for mode, path in (maps_dirs or {}).items()}
+    # Opened first: whatever makes maps impossible is reported before hours of encoding.
+    test = splits.source(benchmark.stored_splits("test"))
+    writers = {mode: TileMapWriter(path, test, task) for mode, path in (maps_dirs or {}).items()}
     kinds = {mode: _feature_kind(mode, task) for mode in modes}
-    of_kind = {kind.name: splits(kind) for kind in {k.name: k for k in kinds.values()}.values()}
+    features = {kind.name: splits.features(kind) for kind in {k.name: k for k in kinds.values()}.values()}
     if world is not None and not world.is_main:
         return []
     encode_s = time.perf_counter() - started
     results = []
     for mode in modes:
         started = time.perf_counter()
-        fit = (
-            partial(attentive_probe, target_loss_for(task), view)
-            if mode == ATTENTIVE
-            else task.classifiers[mode]
-        )
-        answer = fit(*of_kind[kinds[mode].name], provenance.seed, device)
-        if mode in maps:
-            for number, whole in enumerate(answer.tile_maps() if answer.tile_maps else ()):
-                maps[mode].write(number, whole)
-            maps[mode].close()
+        train, val, test_features = features[kinds[mode].name]
+        classifier = _classifier(mode, task, model, spec)
+        predictions = classifier(train, val, test_features, provenance.seed, device)
+        if mode in writers:
+            _write_maps(writers[mode], predictions)
         timings = {"encode_s": encode_s, "fit_s": time.perf_counter() - started}
-        results.append(build_result(benchmark, manifest, mode, task, answer, provenance, timings))
+        results.append(build_result(benchmark, manifest, mode, task, predictions, provenance, timings))
     return results
 
 
 @dataclass(frozen=True)
 class FeatureKind:
-    """What is kept of every batch on disk: ``of`` (model, batch) as ``dtype``, under a ``name``."""
+    """Features that are stored on disk: ``extract`` (model, batch) as ``dtype``. ``name``: part of the cache key."""
 
     name: str
-    extract: Callable[[Maestro | Baseline, Batch], Tensor]
+    extract: Callable[[FrozenEncoder, Batch], Tensor]
     dtype: str
 
 
 def _feature_kind(mode: str, task: Task) -> FeatureKind:
-    if mode == ATTENTIVE:
+    if mode == ATTENTIVE:  # half precision, as all tokens are stored: 160 MB per tile of PASTIS-HD
         return FeatureKind("tokens", concat_tokens, "float16")
     return FeatureKind("pooled", task.features, task.feature_dtype)
+
+
+def _classifier(
+    mode: str, task: MultilabelTask | SegmentationTask, model: FrozenEncoder, spec: DatasetSpec
+) -> Classifier:
+    if mode != ATTENTIVE:
+        return task.classifiers[mode]
+    target_loss, view = target_loss_for(task), model.view(spec.name)
+
+    def fit(
+        train: FeatureCache, val: FeatureCache, test: FeatureCache, seed: int, device: torch.device
+    ) -> Predictions:
+        return attentive_probe(target_loss, view, train, val, test, seed, device)
+
+    return fit
+
+
+def _write_maps(writer: TileMapWriter, predictions: Predictions) -> None:
+    for number, tile_map in enumerate(predictions.tile_maps() if predictions.tile_maps else ()):
+        writer.write(number, tile_map)
+    writer.close()
+
+
+@dataclass(frozen=True)
+class _Splits:
+    """Encodes the splits of a benchmark. ``spec``: with the sensors that ``model`` reads."""
+
+    model: FrozenEncoder
+    weights: str
+    spec: DatasetSpec
+    task: Task
+    benchmark: Benchmark
+    manifest: Manifest
+    train_split: str
+    fraction: float
+    store: Store
+    seed: int
+    device: torch.device
+    workers: int
+    world: World | None
+    progress: ProgressFactory
+
+    def features(self, kind: FeatureKind) -> list[FeatureCache]:
+        """Of train, val and test."""
+        found = []
+        for role in (self.train_split, "val", "test"):
+            stored = self.benchmark.stored_splits(role)
+            split = concat_features([self._encode(name, kind) for name in dict.fromkeys(stored)])
+            # The whole split is encoded and a fraction read from it, so that all fractions share one cache.
+            if role == TRAIN and self.fraction < 1:
+                used = labelled_subset(
+                    self.source(stored), self.task.target, self.fraction, self.seed, self.world
+                )
+                split = split.take(np.flatnonzero(np.isin(split.tiles, used)))
+            found.append(split)
+        return found
+
+    def source(self, splits: Sequence[str]) -> Source:
+        """The samples of some splits in shards."""
+        return Source(self.spec, self.manifest.shards_of(splits), self.store)
+
+    def _encode(self, split: str, kind: FeatureKind) -> FeatureCache:
+        # Cached per split in shards, not per role: folds share the splits that they are made of. The key holds
+        # everything that determines the features; the manifest digest stands for the data.
+        key = repr(
+            (
+                kind.name,
+                self.weights,
+                self.model.view(self.spec.name).dataset,
+                self.manifest.digest_of((split,)),
+                self.spec.crop_m,
+                self.task.num_crops,
+                self.task.target,
+                BATCH_SIZE,
+            )
+        )
+        rank, size = (self.world.rank, self.world.size) if self.world else (0, 1)
+        loader = EvalLoader(
+            self.source((split,)), BATCH_SIZE, rank, size, workers=self.workers, crops=self.task.num_crops
+        )
+        return cached_features(
+            self.benchmark.features_dir / f"{split}-{hashlib.sha256(key.encode()).hexdigest()[:16]}",
+            loader,
+            lambda batch: kind.extract(self.model, batch),
+            self.task.labels,
+            kind.dtype,
+            self.device,
+            self.world,
+            self.progress,
+        )
