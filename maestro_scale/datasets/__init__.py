@@ -1,4 +1,8 @@
-"""Raw datasets as users download them: a folder each, with a reader (SPEC, open_raw) and synthetic tiles."""
+"""Registry of the raw datasets: specs, readers and synthetic data by dataset name.
+
+Each dataset is one folder with a ``reader`` (SPEC, open_raw) and a ``synth`` module. To add one, add a folder and an
+entry here.
+"""
 
 from __future__ import annotations
 
@@ -20,17 +24,17 @@ _DATASETS = {  # name: (module with SPEC and open_raw, function that writes synt
 
 
 def known() -> tuple[str, ...]:
-    """Names of the datasets that a reader is shipped for."""
+    """Names of the datasets that have a reader."""
     return tuple(_DATASETS)
 
 
 def spec(name: str) -> DatasetSpec:
-    """The description of dataset ``name``; KeyError with the nearest known name if there is none."""
+    """The spec of dataset ``name``; KeyError with the nearest known name if there is none."""
     return _reader(name).SPEC
 
 
 def full_spec(name: str) -> DatasetSpec:
-    """The same with every sensor that the reader knows, also those the preset leaves out."""
+    """The spec with all modalities and sensors that the reader supports, including those not in the preset."""
     module = _reader(name)
     return getattr(module, "FULL_SPEC", module.SPEC)
 
@@ -39,8 +43,7 @@ def open_raw(name: str, src: Path, split: str, modalities: Sequence[str] | None 
     """Split ``split`` of dataset ``name`` in folder ``src``; ``modalities``: those to read, None: the preset's.
 
     Raises KeyError for an unknown dataset, DatasetError (one line) for a missing folder, an empty split, an
-    unknown modality, or a split of which no tile has its files. A listed tile without files is an error of its
-    own, when it is read.
+    unknown modality, or a split of which no tile has its files. A single tile without files raises when it is read.
     """
     return _reader(name).open_raw(Path(src), split, modalities)
 
@@ -48,8 +51,8 @@ def open_raw(name: str, src: Path, split: str, modalities: Sequence[str] | None 
 def synth(name: str, dst: Path, tiles: int, seed: int) -> None:
     """Write ``tiles`` synthetic tiles into ``dst`` in the dataset's official raw layout.
 
-    A tile depends on (seed, its index) alone. The files that list the splits are written last, so that an
-    interrupted ``dst`` does not look whole; the same call again finishes it. Raises KeyError for an unknown
+    A tile depends on (seed, index) only. The files that list the splits are written last, so that an interrupted
+    ``dst`` cannot be mistaken for a complete one; the same call again completes it. Raises KeyError for an unknown
     dataset, DatasetError if ``dst`` holds anything else.
     """
     module, function = _known(name)[1].split(":")
@@ -69,5 +72,5 @@ def _known(name: str) -> tuple[str, str]:
 
 
 def _module(name: str) -> ModuleType:
-    # On demand: the raw readers need packages that training does not.
+    # Imported on demand: the raw readers need packages (rasterio, h5py, …) that training does not.
     return importlib.import_module(f"maestro_scale.datasets.{name}")

@@ -1,4 +1,4 @@
-"""What raw readers share: files, dates and casts, with errors that name file and cause."""
+"""Functions shared by the raw readers: files, dates and casts, with errors that name file and cause."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from maestro_scale.datasets.spec import DatasetError, GeoOrigin
 
 
 def list_folder(folder: Path) -> frozenset[str]:
-    """File names in ``folder``; DatasetError if it is no folder."""
+    """File names in ``folder``; DatasetError if it is not a folder."""
     try:
         return frozenset(os.listdir(folder))
     except OSError as error:
@@ -22,7 +23,7 @@ def list_folder(folder: Path) -> frozenset[str]:
 
 
 def read_csv(path: Path) -> tuple[dict[str, int], list[list[str]]]:
-    """Column name → index, and the rows; DatasetError if unreadable or a row has not one value per column."""
+    """Column name → index, and the rows; DatasetError if unreadable or if a row lacks values or has too many."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as stream:
             header, *rows = [row for row in csv.reader(stream) if row] or [[]]
@@ -31,16 +32,16 @@ def read_csv(path: Path) -> tuple[dict[str, int], list[list[str]]]:
     for i, row in enumerate(rows):
         if len(row) != len(header):
             raise DatasetError(
-                f"{path}: row {i + 2} has {len(row)} values for {len(header)} columns; mend it"
+                f"{path}: row {i + 2} has {len(row)} values for {len(header)} columns; fix the file"
             )
     return {name.strip(): i for i, name in enumerate(header)}, rows
 
 
 class MissingFiles:
-    """The tiles of a split that lack a file: ``files`` names one for each, relative to ``src``, by tile key.
+    """The tiles of a split that lack a file. ``files``: tile key → one missing file, relative to ``src``.
 
-    DatasetError if that is every one of the ``num_tiles`` that ``listing`` has: then the folder is wrong.
-    ``kind``: what tiles left out are counted by.
+    DatasetError if all ``num_tiles`` tiles of ``listing`` lack one: then the folder is wrong. ``kind``: the category
+    of the error of a single tile.
     """
 
     def __init__(
@@ -60,11 +61,11 @@ class MissingFiles:
             )
 
     def check(self, key: str) -> None:
-        """DatasetError if tile ``key`` lacks a file."""
+        """Raise DatasetError if tile ``key`` lacks a file."""
         if key in self._files:
             raise DatasetError(
                 f"{self._src / self._files[key]}: is missing ({len(self._files)} of {self._num_tiles} tiles in "
-                f"{self._listing.name} lack files); fetch it, or take the tile off the list",
+                f"{self._listing.name} lack files); fetch it, or remove the tile from the list",
                 kind=self._kind,
             )
 
@@ -94,8 +95,8 @@ def day_dates(stamps: np.ndarray) -> np.ndarray:
 def product_dates(products: Sequence[bytes], part: int, where: str) -> np.ndarray:
     """Acquisition dates from Copernicus product names, (T, 3) int16.
 
-    ``part``: which of the parts between underscores starts with YYYYMMDD, counted from the end (-5 for
-    Sentinel-1 and -2). DatasetError names the first product without one.
+    ``part``: index from the end of the part between underscores that starts with YYYYMMDD (-5 for Sentinel-1 and
+    -2). DatasetError names the first product without it.
     """
     days = []
     for i, product in enumerate(products):
@@ -115,13 +116,13 @@ def read_tif(path: Path, shape: tuple[int, int, int], dtype: str) -> np.ndarray:
 def read_georeferenced_tif(
     path: Path, shape: tuple[int, int, int], dtype: str
 ) -> tuple[np.ndarray, GeoOrigin | None]:
-    """As :func:`read_tif`, and where it lies; None where the file does not say, or is not north up in metres."""
+    """As :func:`read_tif`, with the origin; None if the file has none or is not north up in metres."""
     import rasterio
     from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
-    warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)  # only pixels are read
+    warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)  # pixels without origin are fine
     try:
-        # Without this GDAL lists the whole folder at every open; raw folders hold 50,000 files and more.
+        # Without this option GDAL lists the folder at every open; raw folders hold 50,000 files and more.
         with rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR"), rasterio.open(path) as raster:
             found = (raster.count, raster.height, raster.width)
             if found != shape or raster.dtypes[0] != dtype:
@@ -134,7 +135,7 @@ def read_georeferenced_tif(
         raise read_error(path, error) from error
 
 
-def _origin(raster) -> GeoOrigin | None:
+def _origin(raster: Any) -> GeoOrigin | None:
     t, crs = raster.transform, raster.crs
     if not crs or not crs.is_projected or t.b or t.d or t.e >= 0:
         return None
@@ -142,7 +143,7 @@ def _origin(raster) -> GeoOrigin | None:
 
 
 def read_stack(path: Path, num_bands: int, size: int) -> np.ndarray:
-    """A series whose dates follow each other as bands of one GeoTIFF, (T, C, size, size) in the file's dtype.
+    """A time series stored as bands of one GeoTIFF, date after date: (T, C, size, size) in the file's dtype.
 
     DatasetError if unreadable, of another size, or if the bands do not divide into dates.
     """
@@ -164,7 +165,7 @@ def read_stack(path: Path, num_bands: int, size: int) -> np.ndarray:
 
 
 def read_npy(path: Path, shape: tuple[int | None, ...], dtype: str) -> np.ndarray:
-    """An array; DatasetError if unreadable or not of ``dtype`` and ``shape``, where None stands for any length."""
+    """An array; DatasetError if unreadable or not of ``dtype`` and ``shape``, None stands for any length."""
     try:
         array = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
@@ -182,7 +183,7 @@ def read_h5(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
     import h5py
 
     try:
-        # No lock: raw data often lies on read-only or network file systems that have none.
+        # Without a lock: raw data is often on read-only or network file systems, which do not support it.
         with h5py.File(path, "r", locking=False) as file:
             return {name: file[name][()] for name in names if name in file}
     except (OSError, RuntimeError) as error:
@@ -190,19 +191,19 @@ def read_h5(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
 
 
 def read_error(path: Path, error: Exception) -> DatasetError:
-    """What to raise for a file that did not open: it may be missing, or damaged."""
+    """The DatasetError for a file that cannot be opened: missing or damaged."""
     if not path.exists():
         return DatasetError(
-            f"{path}: is missing; fetch it, or take the tile off the list", "a file is missing"
+            f"{path}: is missing; fetch it, or remove the tile from the list", "a file is missing"
         )
     return DatasetError(f"{path}: cannot be read ({_one_line(error)}); fetch the file again")
 
 
 def to_integers(values: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray | None, bool]:
-    """Cast floats to an integer dtype: (integers, where they were not finite, whether any other was changed).
+    """Cast floats to an integer dtype: (integers, mask of non-finite values or None, whether others were changed).
 
-    NaN and infinities become 0 (the second item is None if there were none); other values are rounded and
-    clipped to the dtype's range. Lossless, and fast, for what is already integral and in range.
+    NaN and infinities become 0; other values are rounded and clipped to the range of the dtype. Lossless and fast if
+    the values are integral and in range already.
     """
     if values.dtype == dtype:
         return values, None, False

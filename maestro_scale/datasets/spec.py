@@ -1,16 +1,16 @@
-"""What the data is: sensors, targets, datasets and tiles, described as frozen data.
+"""Data classes of datasets: modalities, sensors, targets, dataset specs and tiles.
 
-Nothing here reads a file. A :class:`DatasetSpec` is all that training needs to know of a dataset; it travels
-inside the shard manifest, so that a user's own dataset needs a manifest and no code of ours.
+Nothing here reads a file. A :class:`DatasetSpec` is all that training needs to know about a dataset. It is stored in
+the shard manifest, so a user's own dataset needs a manifest and no project code; field names are part of that format.
 
-Shapes: T dates stored, D dates seen by the model, C bands, H×W pixels (row 0 is north), M mask channels.
+Shapes: T dates stored, D dates per sample, C bands, H×W pixels (row 0 is north), M mask channels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from maestro_scale.errors import MaestroError
 
 @dataclass(frozen=True)
 class Scale:
-    """How raw values become network inputs; applied inside the model, so that batches keep native dtypes.
+    """Scaling of raw values to network inputs; applied in the model, so that batches keep native dtypes.
 
     ``linear``: x / divisor.  ``log``: ln(max(x, 1e-10)) / divisor, for radar in linear power.
     """
@@ -30,7 +30,7 @@ class Scale:
 
 @dataclass(frozen=True)
 class Modality:
-    """One raster of a tile as it is stored: (T, C, size, size), aligned with every other modality of the tile."""
+    """One stored raster of a tile: (T, C, size, size), aligned with the other modalities of the tile."""
 
     name: str
     bands: tuple[str, ...]
@@ -45,11 +45,11 @@ class Modality:
 
 @dataclass(frozen=True)
 class Sensor:
-    """One input of the model: which modality feeds it and how it is cut into dates, pixels, patches and groups."""
+    """One input of the model: a modality, and its division into dates, pixels, patches and groups."""
 
     name: str
     source: str  # name of the Modality it reads
-    image_size: int  # pixels per side that the model sees (nearest resize of the crop)
+    image_size: int  # pixels per side of the model's input (nearest resize of the crop)
     patch: int  # pixels per patch side
     num_dates: int  # dates drawn per tile, one from each of this many equal bins
     bands: tuple[int, ...]  # indices into the modality's bands, in model order
@@ -72,17 +72,17 @@ class Sensor:
 
     @property
     def max_token_groups(self) -> int:
-        """Token groups under ``spectral: token``; the noise of a sample is laid out for this many."""
+        """Token groups under ``spectral: token``; ``Batch.noise`` has numbers for this many."""
         return max(len(self.token_groups), 1)
 
 
 @dataclass(frozen=True)
 class Target:
-    """What a benchmark predicts. ``multilabel``: (classes,) float32 shares, positive where share > threshold.
+    """A prediction target. ``multilabel``: (classes,) float32 area shares, positive where share > threshold.
 
-    ``segmentation``: (H, W) uint8 class indices at ``resolution_m``; values in ``ignored`` count nowhere.
-    ``of``: for shares, the segmentation target that they are counted from, by the names of the classes: then a crop of
-    a tile has shares of its own.
+    ``segmentation``: (H, W) uint8 class indices at ``resolution_m``; values in ``ignored`` are left
+    out of losses and metrics. ``of``: for shares, the segmentation target they are computed from (by class names), so
+    that they can be computed for a crop of a tile.
     """
 
     name: str
@@ -95,18 +95,18 @@ class Target:
 
     @property
     def num_outputs(self) -> int:
-        """Classes that are predicted: all but the ignored ones."""
+        """Number of predicted classes: all but the ignored ones."""
         return sum(i not in self.ignored for i in range(len(self.classes)))
 
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """Everything training needs to know of a dataset: what is stored and the preset the model sees it with."""
+    """All that training needs to know about a dataset: the stored data, and the preset of sensors and crop."""
 
     name: str
     title: str
     tile_m: float  # ground extent of a stored tile
-    crop_m: float  # ground extent of what the model sees
+    crop_m: float  # ground extent of a sample: of the crop that is cut from a tile
     pos_grid: int  # cells per side of the fine ground grid that positions are averaged from
     modalities: tuple[Modality, ...]
     targets: tuple[Target, ...]
@@ -115,10 +115,10 @@ class DatasetSpec:
 
     def modality(self, name: str) -> Modality:
         """The modality called ``name``; KeyError with the known names if there is none."""
-        return _named(self.modalities, name, f"modality of {self.name}")
+        return _find(self.modalities, name, f"modality of {self.name}")
 
     def select(self, modalities: Sequence[str]) -> DatasetSpec:
-        """The same dataset with these modalities only, in the order here, and the sensors that read them.
+        """The spec with these modalities only, in the order of the spec, and the sensors that read them.
 
         DatasetError for a modality that the dataset does not have, or if none is named.
         """
@@ -137,35 +137,38 @@ class DatasetSpec:
 
     def sensor(self, name: str) -> Sensor:
         """The sensor called ``name``; KeyError with the known names if there is none."""
-        return _named(self.sensors, name, f"sensor of {self.name}")
+        return _find(self.sensors, name, f"sensor of {self.name}")
 
     def target(self, name: str) -> Target:
         """The target called ``name``; KeyError with the known names if there is none."""
-        return _named(self.targets, name, f"target of {self.name}")
+        return _find(self.targets, name, f"target of {self.name}")
 
 
 @dataclass(frozen=True)
 class GeoOrigin:
-    """Where a tile lies, north up: the upper left corner in ``crs`` (as ``EPSG:2154``, or WKT), in metres."""
+    """Upper left corner of a north-up tile in ``crs`` (``EPSG:2154``, or WKT), in metres.
+
+    Stored in samples as JSON by field name: part of the shard format.
+    """
 
     crs: str
     west_m: float
     north_m: float
 
-    def moved(self, east_m: float, south_m: float) -> GeoOrigin:
-        """The place so far from this one."""
+    def shifted(self, east_m: float, south_m: float) -> GeoOrigin:
+        """The origin moved by these distances."""
         return replace(self, west_m=self.west_m + east_m, north_m=self.north_m - south_m)
 
 
 @dataclass(frozen=True)
 class Tile:
-    """One place on Earth, every sensor, native dtypes.
+    """One location with all its modalities, in native dtypes.
 
     ``arrays[modality]``: (T, C, H, W). ``dates[modality]``: (T, 3) int16 (year, day of year, hour).
     ``masks[modality]``: (T, M, H, W) uint8 0-100, only where the modality has mask bands.
-    ``targets[name]``: as :class:`Target` says. ``ref_date``: (3,) int16, the date positions in time count from.
-    ``notes``: what a reader assumed or mended, in words; counted in the manifest. ``origin``: None where the source
-    does not say.
+    ``targets[name]``: as :class:`Target` says. ``ref_date``: (3,) int16, the date that time encodings are relative to.
+    ``notes``: what the reader assumed or corrected, as text; counted in the manifest. ``origin``: None if the source
+    has none.
     """
 
     key: str
@@ -193,9 +196,9 @@ class RawDataset(Protocol):
 
 
 class DatasetError(MaestroError):
-    """Raw data is missing or malformed; the message says what, where and what to do, in one line.
+    """Raw data is missing or malformed; the message is one line: what, where and what to do.
 
-    ``kind``: a few words that many tiles may have in common; tiles left out are counted by it.
+    ``kind``: a category of the error; sharding counts skipped tiles by it.
     """
 
     def __init__(self, message: str, kind: str = "cannot be read") -> None:
@@ -203,8 +206,15 @@ class DatasetError(MaestroError):
         self.kind = kind
 
 
-def _named(items: Iterable, name: str, what: str):
-    items = tuple(items)
+class _HasName(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+_Item = TypeVar("_Item", bound=_HasName)
+
+
+def _find(items: Sequence[_Item], name: str, what: str) -> _Item:
     for item in items:
         if item.name == name:
             return item

@@ -204,8 +204,8 @@ def test_a_missing_file_split_or_column_is_named(write_pastis):
     [
         ({}, "so the tile has no dates"),
         (None, "so the tile has no dates"),
-        ("soon", "is no object of dates"),
-        ({"first": 20190101}, "is no object of dates"),
+        ("soon", "is not an object of dates"),
+        ({"first": 20190101}, "is not an object of dates"),
         ({"0": 20190101, "1": 20190106}, "has 3 dates, metadata.geojson lists 2"),
         ({"0": 20190101, "1": 20190106, "2": 20190230}, "not in the calendar"),
         ({"0": 20190101, "1": 20190106, "2": "May"}, "entry 2 has 'May'"),

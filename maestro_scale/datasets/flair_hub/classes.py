@@ -1,4 +1,4 @@
-"""The classes of FLAIR-HUB's labels, by the value that is stored."""
+"""Class names of FLAIR-HUB's labels, indexed by stored value."""
 
 COSIA = (
     "building", "greenhouse", "swimming pool", "impervious surface", "pervious surface", "bare soil", "water", "snow",

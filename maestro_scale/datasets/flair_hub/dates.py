@@ -1,4 +1,4 @@
-"""When FLAIR-HUB's patches were acquired: gigabytes of JSON in GeoPackages become two bytes a date, in batches."""
+"""Acquisition dates of FLAIR-HUB: gigabytes of JSON in GeoPackages, parsed in batches and kept as two bytes a date."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ _ZERO, _DATE = ord("0"), ord("#")
 
 
 class Dates:
-    """When each of the patches ``keys`` (sorted) was acquired by one sensor.
+    """Acquisition dates of one sensor for the patches ``keys`` (sorted).
 
-    Neighbours mostly share their dates, so each series is kept once: writer processes are sent this.
+    Neighbouring patches mostly share their dates, so each distinct series is stored once: the object is pickled to
+    every writer process.
     """
 
     def __init__(self, path: Path, keys: list[str], series: _SeriesTable) -> None:
@@ -36,7 +37,7 @@ class Dates:
         name = f"GLOBAL_{sensor}_MTD_DATES.gpkg"
         path = find(src, name)
         if path is None:
-            raise DatasetError(f"{src / FOLDER / name}: is missing; fetch it, dates are nowhere else")
+            raise DatasetError(f"{src / FOLDER / name}: is missing; fetch it, only this file has the dates")
         columns = columns_of(path)
         column = next((c for c in ("acquisition_dates", "date") if c in columns), None)
         if column is None:
@@ -47,14 +48,14 @@ class Dates:
         return cls(path, keys, _load(path, column, keys))
 
     def of(self, key: str, notes: list[str]) -> np.ndarray:
-        """(T, 3) int16 of patch ``key``, in the order of the file; appends what was assumed to ``notes``.
+        """(T, 3) int16 of patch ``key``, in the order of the file; appends assumptions to ``notes``.
 
         DatasetError if it has none, KeyError if the split has no such patch.
         """
         row = bisect.bisect_left(self._keys, key)
         if row == len(self._keys) or self._keys[row] != key:
             raise KeyError(key)
-        number = int(self._series.of_patch[row])
+        number = int(self._series.series_of_patch[row])
         if number < 0:
             raise DatasetError(
                 f"{self._path}: has no dates for {key}; fetch the file again, or leave the tile out",
@@ -62,7 +63,7 @@ class Dates:
             )
         if number in self._series.problems:
             problem = self._series.problems[number]
-            raise DatasetError(f"{self._path}: {key} has {problem}; mend the file", "dates do not fit")
+            raise DatasetError(f"{self._path}: {key} has {problem}; fix the file", "dates do not fit")
         start, stop = self._series.starts[number : number + 2]
         if start == stop:
             raise DatasetError(f"{self._path}: lists no date for {key}; leave the tile out", "no dates")
@@ -72,13 +73,13 @@ class Dates:
 
 
 class _SeriesTable(NamedTuple):
-    """Different series of dates: number i is ``days[starts[i]:starts[i + 1]]``."""
+    """Distinct series of dates; series i is ``days[starts[i]:starts[i + 1]]``."""
 
-    of_patch: np.ndarray  # (patches,) int32 number of the series; -1: the patch has none
+    series_of_patch: np.ndarray  # (patches,) int32 number of the series; -1: the patch has none
     days: np.ndarray  # uint16 days since _EPOCH
     starts: np.ndarray  # (series + 1,) int64
     problems: dict[int, str]
-    years: frozenset[int]  # of which only a year was given
+    years: frozenset[int]  # series of which only a year was given
 
 
 def _load(path: Path, column: str, keys: list[str]) -> _SeriesTable:
@@ -86,7 +87,7 @@ def _load(path: Path, column: str, keys: list[str]) -> _SeriesTable:
     import pyarrow.compute as pc
 
     row_of = {key: row for row, key in enumerate(keys)}
-    of_patch = np.full(len(keys), -1, np.int32)
+    series_of_patch = np.full(len(keys), -1, np.int32)
     numbers: dict[bytes, int] = {}
     days, counts = [np.empty(0, np.uint16)], [np.zeros(1, np.int64)]
     problems: dict[int, str] = {}
@@ -106,9 +107,9 @@ def _load(path: Path, column: str, keys: list[str]) -> _SeriesTable:
         problems |= parsed.problems
         years |= parsed.years
         number_of = np.array([numbers[digest] for digest in digests], np.int32)
-        of_patch[np.asarray(rows)] = number_of[np.asarray(coded.indices)]
+        series_of_patch[np.asarray(rows)] = number_of[np.asarray(coded.indices)]
     starts = np.cumsum(np.concatenate(counts))
-    return _SeriesTable(of_patch, np.concatenate(days), starts, problems, frozenset(years))
+    return _SeriesTable(series_of_patch, np.concatenate(days), starts, problems, frozenset(years))
 
 
 def _digest(text: Any) -> bytes:
@@ -116,7 +117,7 @@ def _digest(text: Any) -> bytes:
 
 
 class _Parsed(NamedTuple):
-    """A few series; ``problems`` and ``years`` by their number."""
+    """Series of one batch; ``problems`` and ``years`` by the number of the series."""
 
     days: np.ndarray
     counts: np.ndarray
@@ -126,17 +127,19 @@ class _Parsed(NamedTuple):
 
 def _parse(texts: Any, first: int) -> _Parsed:
     """``texts``: a large-string array of JSON objects, JSON lists or single dates, numbered from ``first``."""
-    series = _parse_usual(texts)
-    problems, years = {}, set()
-    for i, found in enumerate(series):
-        if found is None:
+    series: list[np.ndarray] = []
+    problems: dict[int, str] = {}
+    years: set[int] = set()
+    for i, stamps_of_one in enumerate(_parse_usual(texts)):
+        if stamps_of_one is None:
             text = texts[i].as_py()
             try:
-                series[i], is_year = _parse_any(text)
+                stamps_of_one, is_year = _parse_any(text)
                 years |= {first + i} if is_year else set()
             except (ValueError, TypeError, AttributeError, OverflowError):
-                series[i] = np.empty(0, np.int32)
+                stamps_of_one = np.empty(0, np.int32)
                 problems[first + i] = f"{text[:40]!r} where dates are expected"
+        series.append(stamps_of_one)
     counts = np.array([len(s) for s in series], np.int64)
     stamps = np.concatenate([np.empty(0, np.int32), *series])
     days, valid = _days_since_epoch(stamps)
@@ -147,7 +150,11 @@ def _parse(texts: Any, first: int) -> _Parsed:
 
 
 def _parse_usual(texts: Any) -> list[np.ndarray | None]:
-    """YYYYMMDD of every ``{"1": 20190103, "2": …}``, whose length tells the rest; None for other texts."""
+    """YYYYMMDD of every text like ``{"1": 20190103, "2": …}``; None for texts of another form.
+
+    All texts of this form with equal length have their digits at equal positions, so numpy parses them together;
+    a JSON parser would take minutes for the hundreds of thousands of texts of a file.
+    """
     _, offsets, data = texts.buffers()
     ends = np.frombuffer(offsets, np.int64)[texts.offset : texts.offset + len(texts) + 1]
     buffer = np.frombuffer(data or b"", np.uint8)
@@ -171,7 +178,7 @@ def _parse_usual(texts: Any) -> list[np.ndarray | None]:
 
 @cache
 def _template(length: int) -> np.ndarray | None:
-    """``{"1": ########, "2": …}`` of this length as bytes, # where dates are; None if there is none."""
+    """``{"1": ########, "2": …}`` of this length as bytes, with # for the digits; None if no such text has it."""
     for num_dates in range(1, length // len('"1": ########') + 1):
         entries = (f'"{i}": ########' for i in range(1, num_dates + 1))
         text = "{" + ", ".join(entries) + "}"
@@ -181,7 +188,7 @@ def _template(length: int) -> np.ndarray | None:
 
 
 def _parse_any(text: str) -> tuple[np.ndarray, bool]:
-    """YYYYMMDD of ``{"2": …, "1": …}`` (by number), ``[…]`` or a single date; and whether it is but a year."""
+    """YYYYMMDD of ``{"2": …, "1": …}`` (by number), ``[…]`` or a single date; and whether it is only a year."""
     if text.startswith("{"):
         entries = json.loads(text)
         return np.array([int(entries[name]) for name in sorted(entries, key=int)], np.int32), False
@@ -196,7 +203,9 @@ def _parse_any(text: str) -> tuple[np.ndarray, bool]:
 def _days_since_epoch(stamps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """uint16 days of YYYYMMDD, and whether each is in the calendar (from 1900 to 2078)."""
     table = _calendar()
-    index = np.clip(stamps - _FIRST_STAMP, -1, len(table) - 1)  # the last of the table is no day either
+    index = np.clip(
+        stamps - _FIRST_STAMP, -1, len(table) - 1
+    )  # the last entry of the table is not a day either
     days = table[index]
     return days, days != _NO_DAY
 

@@ -1,6 +1,6 @@
-"""FLAIR#2: the 77,762 patches of FLAIR-HUB that the ``_flair2`` lists name, without radar, 12 classes.
+"""FLAIR#2: the 77,762 patches of FLAIR-HUB in the ``_flair2`` lists, without radar, 12 classes.
 
-It reads the folders of FLAIR-HUB. The release of FLAIR#2 by itself has others, and other label values.
+Reads the folders of FLAIR-HUB. The original release of FLAIR#2 has other folders and other label values.
 """
 
 from __future__ import annotations

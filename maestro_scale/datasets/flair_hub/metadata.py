@@ -1,4 +1,4 @@
-"""FLAIR-HUB's metadata: its GeoPackages, read in bulk without geometry, and which patches a split has."""
+"""Metadata of FLAIR-HUB: reads its GeoPackages in bulk, without geometry, and lists the patches of a split."""
 
 from __future__ import annotations
 
@@ -29,11 +29,12 @@ class Listing:
 
 
 def list_split(src: Path, split: str, lists: Sequence[str], column: str, assumed: str = "") -> Listing:
-    """The patches of ``split``: of the first CSV of ``lists`` that is there, or of the table of splits.
+    """The patches of ``split``, from the first CSV of ``lists`` that exists, or from the table of splits.
 
     ``lists``: file names. In the table, ``train``, ``val`` and ``test`` are those of ``column``, and
-    ``split_2_train`` (of split_1 … split_5, split_flairchallenge) names another. ``assumed``: a note on the
-    tiles of a split that is taken from ``column`` unnamed. DatasetError if there is none, or it is empty.
+    ``split_2_train`` (of split_1 … split_5, split_flairchallenge) names another. ``assumed``: a note on
+    the tiles of a split that is read from ``column`` without being named. DatasetError if there is no such split, or
+    if it is empty.
     """
     import pyarrow.compute as pc
 

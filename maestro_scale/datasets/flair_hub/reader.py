@@ -1,9 +1,9 @@
-"""FLAIR-HUB: land cover and crops, France, 241,100 tiles of 102.4 m (hub: IGNF/FLAIR-HUB).
+"""Reader of FLAIR-HUB: land cover and crops, France, 241,100 tiles of 102.4 m (hub: IGNF/FLAIR-HUB).
 
 Layout: a folder per domain and product, in it one per zone:
 ``D012-2019_AERIAL_RGBI/AF-S1-27/D012-2019_AERIAL_RGBI_AF-S1-27_5-10.tif`` is the patch D012-2019_AF-S1-27_5-10.
-Dates and splits are in the GeoPackages of ``GLOBAL_ALL_MTD``; ``{split}.csv`` with a column ``patch_id`` goes
-before those. No folder is listed but the top: there are 2.5 million files.
+Dates and splits are in the GeoPackages of ``GLOBAL_ALL_MTD``; a ``{split}.csv`` with a column ``patch_id`` has
+precedence. Only the top folder is listed, since there are 2.5 million files.
 """
 
 from __future__ import annotations
@@ -33,16 +33,13 @@ from maestro_scale.datasets.spec import (
 
 S2_BANDS = ("B2", "B3", "B4", "B5", "B6", "B7", "B8", "B8A", "B11", "B12")
 _BYTES = Scale("linear", 255)
-_S1 = {
-    "image_size": 10,
-    "patch": 2,
-    "num_dates": 4,
-    "bands": (0, 1),
-    "band_groups": (1, 1),
-    "scale": Scale("log", 5),
-    "group": "s1",
-}
 _NIR_R_G_B = (3, 0, 1, 2)
+
+
+def _s1_sensor(name: str) -> Sensor:
+    """Ascending and descending orbits share a group (one attention sequence), not their patch embeddings."""
+    return Sensor(name, name, 10, 2, 4, (0, 1), (1, 1), Scale("log", 5), group="s1", embed=name)
+
 
 FULL_SPEC = DatasetSpec(
     name="flair_hub",
@@ -69,8 +66,8 @@ FULL_SPEC = DatasetSpec(
         Sensor("aerial", "aerial", 512, 16, 1, _NIR_R_G_B, (1, 3), _BYTES, "aerial", "aerial"),
         Sensor("dem", "dem", 512, 32, 1, (0, 1), (2,), Scale("linear", 1000), "dem", "dem", elevation=True),
         Sensor("s2", "s2", 10, 2, 16, tuple(range(10)), (4, 4, 2), Scale("linear", 5000), "s2", "s2"),
-        Sensor(name="s1_asc", source="s1_asc", embed="s1_asc", **_S1),
-        Sensor(name="s1_des", source="s1_des", embed="s1_des", **_S1),
+        _s1_sensor("s1_asc"),
+        _s1_sensor("s1_des"),
         Sensor("spot", "spot", 128, 16, 1, (0, 1, 2), (3,), Scale("linear", 1000), "spot", "spot"),
         Sensor("aerial_rlt", "aerial_rlt", 256, 16, 1, (0,), (1,), _BYTES, "aerial_rlt", "aerial_rlt"),
     ),
@@ -79,7 +76,7 @@ FULL_SPEC = DatasetSpec(
 
 
 def select(full: DatasetSpec, names: Sequence[str]) -> DatasetSpec:
-    """``full`` with the modalities and targets of these names; its first target if no target is named."""
+    """The spec ``full`` with these modalities and targets; with its first target if none is named."""
     targets = tuple(t for t in full.targets if t.name in names) or full.targets[:1]
     others = [name for name in names if name not in {t.name for t in full.targets}]
     return replace(full.select(others), targets=targets)
@@ -90,7 +87,8 @@ SPEC = select(FULL_SPEC, ("aerial", "dem", "s2", "s1_asc", "s1_des"))
 
 @dataclass(frozen=True)
 class Product:
-    """Files of one kind. ``dates``: the sensor that its metadata is called by. ``own_year``: not the domain's."""
+    """One kind of file. ``dates``: sensor in the name of its metadata file. ``own_year``: its folder's year is not the
+    domain's."""
 
     name: str
     dates: str
@@ -111,13 +109,14 @@ COSIA = Product("AERIAL_LABEL-COSIA", "AERIAL")
 LPIS = Product("ALL_LABEL-LPIS", "AERIAL")
 LABELS = {"cosia": (COSIA, 0), "lpis_1": (LPIS, 0), "lpis_2": (LPIS, 1), "lpis_3": (LPIS, 2)}
 _NUM_BANDS = {COSIA: 1, LPIS: 3}
-_LOWEST_M = -500.0  # below any ground: what rasters write for nothing
+_MIN_ELEVATION_M = -500.0  # lower values are nodata
 _ORIGINAL_FLAIR = re.compile(r"(?i)flair_(aerial|sen|labels)_.*|flair[-#_]?[12]([-_].*)?|D\d{3}_\d{4}")
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A benchmark on these files. ``lists``: names of a split's CSV; ``column``: its splits in the metadata."""
+    """A benchmark on these files. ``lists``: patterns of a split's CSV; ``column``: split column in the metadata;
+    ``assumed``: note on tiles of a split that was read from ``column`` for want of a CSV."""
 
     full: DatasetSpec
     preset: DatasetSpec
@@ -130,7 +129,7 @@ FLAIR_HUB = Variant(FULL_SPEC, SPEC, ("{}.csv",), "split_1")
 
 
 class Folders:
-    """Where the products of each domain lie, from the names in ``src``."""
+    """The folders of each domain's products, from the names in ``src``."""
 
     def __init__(self, src: Path, names: frozenset[str]) -> None:
         self._src, self._names = src, names
@@ -140,7 +139,7 @@ class Folders:
             self._own_year[domain.partition("-")[0], product] = name
 
     def find(self, domain: str, product: Product) -> str | None:
-        """Folder name; None if there is none."""
+        """Folder name; None if it is missing."""
         if product.own_year:
             return self._own_year.get((domain.partition("-")[0], product.name))
         name = f"{domain}_{product.name}"
@@ -152,7 +151,7 @@ class Folders:
             domain, zone, position = key.split("_")
         except ValueError:
             raise DatasetError(
-                f"{key!r} is no patch id such as D012-2019_AF-S1-27_5-10; mend the list", "not a patch id"
+                f"{key!r} is not a patch id such as D012-2019_AF-S1-27_5-10; fix the list", "not a patch id"
             ) from None
         folder = self.find(domain, product) or f"{domain}_{product.name}"
         return self._src / folder / zone / f"{folder}_{zone}_{position}.tif"
@@ -177,11 +176,13 @@ class Reader:
         return list(self._listing.keys)
 
     def read(self, key: str) -> Tile:
-        """One tile, each series in the order of time; DatasetError that names file and cause."""
+        """One tile, each series in chronological order; DatasetError that names file and cause."""
         self._missing.check(key)
         notes = list(self._listing.notes)
         acquired = self._acquired(key, notes)
-        arrays, dates, masks = {}, {}, {}
+        arrays: dict[str, np.ndarray] = {}
+        dates: dict[str, np.ndarray] = {}
+        masks: dict[str, np.ndarray] = {}
         for modality in self.spec.modalities:
             name = modality.name
             if modality.series:
@@ -197,11 +198,11 @@ class Reader:
         return Tile(key, arrays, dates, masks, labels, acquired[0], tuple(notes), origin)
 
     def _acquired(self, key: str, notes: list[str]) -> np.ndarray:
-        """(1, 3): when the aerial image was."""
+        """(1, 3): acquisition date of the aerial image."""
         try:
             return self._dates["AERIAL"].of(key, notes)
         except DatasetError as error:
-            # An id of nothing has no dates either; that nothing is there says more.
+            # An unknown patch id has neither dates nor files: the missing file is the more useful error.
             path = self._folders.path(key, PRODUCTS[self.spec.modalities[0].name])
             if error.kind == "no dates" and not path.exists():
                 raise raw.read_error(path, error) from error
@@ -222,14 +223,12 @@ class Reader:
         dates = self._dates[product.dates].of(key, notes)
         path = self._folders.path(key, product)
         stack = self._stack(path, len(modality.bands), modality.size, len(dates))
-        order = np.lexsort(dates.T[::-1])  # bins of dates are stretches of time only in the order of time
+        order = np.lexsort(dates.T[::-1])  # the bins of a series are periods only in chronological order
         if not modality.mask_bands:
             return _radar(stack, modality.name, notes)[order], dates[order], None
         values, invalid, changed = raw.to_integers(stack, modality.dtype)
         if changed:
-            notes.append(
-                f"s2 has values that are no whole numbers within {modality.dtype}: rounded and clipped"
-            )
+            notes.append(f"s2 has values that are not integers within {modality.dtype}: rounded and clipped")
         path = self._folders.path(key, S2_MASK)
         mask = _percent(self._stack(path, len(modality.mask_bands), modality.size, len(dates)))
         if invalid is not None:
@@ -247,7 +246,7 @@ class Reader:
         return stack
 
     def _labels(self, key: str) -> tuple[dict[str, np.ndarray], GeoOrigin | None]:
-        """(512, 512) uint8 by target, and where they lie."""
+        """(512, 512) uint8 by target, and the origin."""
         images: dict[Product, np.ndarray] = {}
         labels, origin = {}, None
         for target in self.spec.targets:
@@ -323,14 +322,14 @@ def _find_missing(
 
 
 def _radar(stack: np.ndarray, name: str, notes: list[str]) -> np.ndarray:
-    """Linear power as float32, NaN where there is no measurement."""
+    """Linear power as float32 with nodata as NaN."""
     values = stack.astype(np.float32, copy=False)
     if not np.isfinite(values).all():
         notes.append(f"{name} has NaN: filled in from other dates when read")
         values[~np.isfinite(values)] = np.nan
     empty = values == 0
     if empty.any():
-        # No ground scatters nothing at all: it is how rasters write what was not seen.
+        # A measured power is never exactly 0: rasters use 0 for nodata.
         notes.append(f"{name} has zeros, which in linear power are no measurement: stored as NaN")
         values[empty] = np.nan
     return values
@@ -339,12 +338,12 @@ def _radar(stack: np.ndarray, name: str, notes: list[str]) -> np.ndarray:
 def _percent(mask: np.ndarray) -> np.ndarray:
     if mask.dtype == np.uint8:
         return mask
-    # Upwards, so that a pixel marked by less than one percent stays marked; so does one of unknown weather.
+    # Rounded up, so that a pixel with less than one percent of snow or cloud stays marked; NaN counts as marked.
     return np.clip(np.ceil(np.nan_to_num(mask, nan=100.0)), 0, 100).astype(np.uint8)
 
 
 def _elevation(image: np.ndarray, path: Path, notes: list[str]) -> np.ndarray:
-    void = ~(image > _LOWEST_M)
+    void = ~(image > _MIN_ELEVATION_M)
     if not void.any():
         return image
     if void.all(axis=(1, 2)).any():

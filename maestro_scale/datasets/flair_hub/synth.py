@@ -1,13 +1,13 @@
-"""Writes synthetic scenes in the raw layout of FLAIR-HUB, file by file as the hub ships it."""
+"""Writes synthetic scenes in the official raw layout of FLAIR-HUB."""
 
 from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +36,7 @@ _CROPS = {8: ("grasses", "grasses", "grasses mixture"), 9: ("wheat", "wheat", "w
 
 @dataclass(frozen=True)
 class Patch:
-    """One patch: where it is, and when every sensor saw it."""
+    """One patch: its id, location, split, and the acquisition dates of every sensor."""
 
     scene: Scene
 
@@ -52,7 +52,7 @@ class Patch:
 
     @property
     def zone(self) -> str:
-        """Zone within the domain; the last number counts on, so that there is always a next."""
+        """Zone within the domain; the last number increases, so that there is always another zone."""
         number = self.scene.index // len(DOMAINS) // PATCHES_PER_ZONE
         stem, _, last = ZONES[number % len(ZONES)].rpartition("-")
         return f"{stem}-{int(last) + 30 * (number // len(ZONES))}"
@@ -63,12 +63,12 @@ class Patch:
 
     @property
     def year(self) -> int:
-        """Of all but the historical image."""
+        """Year of all sensors but the historical image."""
         return int(self.domain[-4:])
 
     @cached_property
     def dates(self) -> dict[str, list[str]]:
-        """YYYYMMDD by sensor, as its metadata is called."""
+        """YYYYMMDD by sensor, named as in the metadata."""
         rng = self.scene.rng("dates")
         historical = date(int(rng.choice(HISTORICAL_YEARS)), 1, 1) + timedelta(int(rng.integers(150, 240)))
         return {
@@ -81,14 +81,14 @@ class Patch:
         }
 
     def days(self, orbit: str) -> np.ndarray:
-        """Days of the year: of a zone's orbit, with gaps of the patch's own."""
+        """Days of the year of the zone's orbit, some of them missing in this patch."""
         rng = self.scene.rng(f"days-{orbit}"[-8:])
         step, missing = {"s2": (5, 0.05), "asc": (6, 0.02), "des": (6, 0.02)}[orbit]
         days = np.arange(1 + self.scene.index // PATCHES_PER_ZONE % step, 366, step)
         return days[rng.random(len(days)) >= missing]
 
     def phase(self, column: str) -> str | None:
-        """The patch's part in a split; None for those that the challenge did not have."""
+        """The patch's part in a split; None for patches that are not in the challenge."""
         place = self.scene.index % 10
         if column == "split_flairchallenge":
             return _PHASES[place] if place < 8 else None
@@ -106,7 +106,7 @@ class Patch:
 
 
 def patches(tiles: int, seed: int) -> list[Patch]:
-    """Those that :func:`write` writes."""
+    """The patches that :func:`write` writes."""
     return [Patch(Scene(seed, index, _EXTENT_M, _NUM_CLASSES)) for index in range(tiles)]
 
 
@@ -149,10 +149,13 @@ def _write_metadata(target: Destination, places: Sequence[Patch]) -> None:
         texts = [_text(patch.dates[sensor], column) for patch in places]
         columns = {"patch_id": ids, column: np.array(texts, object)}
         target.write(
-            f"{FOLDER}/GLOBAL_{sensor}_MTD_DATES.gpkg", lambda path, c=columns: write_gpkg(path, c, outlines)
+            f"{FOLDER}/GLOBAL_{sensor}_MTD_DATES.gpkg",
+            partial(write_gpkg, columns=columns, outlines=outlines),
         )
     phases = {c: np.array([patch.phase(c) for patch in places], object) for c in SPLIT_COLUMNS}
-    target.write(f"{FOLDER}/{SPLITS}", lambda path: write_gpkg(path, {"patch_id": ids, **phases}, outlines))
+    target.write(
+        f"{FOLDER}/{SPLITS}", partial(write_gpkg, columns={"patch_id": ids, **phases}, outlines=outlines)
+    )
 
 
 def _text(dates: Sequence[str], column: str) -> str:
@@ -162,10 +165,12 @@ def _text(dates: Sequence[str], column: str) -> str:
 
 
 def write_gpkg(path: Path, columns: Mapping[str, np.ndarray], outlines: Sequence[bytes]) -> None:
-    """A layer of patches with their outlines (:func:`square`)."""
+    """Write a layer of patches with their outlines (:func:`square`)."""
     import pyogrio
 
-    options = {"OGR_CURRENT_DATE": "2025-06-01T00:00:00.000Z"}  # the same bytes whenever it is written
+    options = {
+        "OGR_CURRENT_DATE": "2025-06-01T00:00:00.000Z"
+    }  # without it, GDAL would write the current time
     before = {name: pyogrio.get_gdal_config_option(name) for name in options}
     pyogrio.set_gdal_config_options(options)
     try:
@@ -192,7 +197,7 @@ def square(west: float, north: float) -> bytes:
 
 
 def _write_patch(target: Destination, patch: Patch) -> None:
-    makers = {
+    makers: dict[flair_hub.Product, tuple[Callable[[Patch], np.ndarray], float]] = {
         flair_hub.PRODUCTS["aerial"]: (_aerial, 0.2),
         flair_hub.PRODUCTS["dem"]: (_elevation, 0.2),
         flair_hub.PRODUCTS["s2"]: (lambda p: _sentinel2(p)[0], 10.24),
@@ -210,7 +215,7 @@ def _write_patch(target: Destination, patch: Patch) -> None:
         folder = f"{domain}_{product.name}"
         target.write(
             f"{folder}/{zone}/{folder}_{zone}_{position}.tif",
-            lambda path, m=make, r=resolution_m: _write_tif(path, m(patch), r, patch.origin),
+            partial(_write_tif, make=make, patch=patch, resolution_m=resolution_m),
         )
 
 
@@ -228,7 +233,7 @@ def _aerial(patch: Patch) -> np.ndarray:
 
 
 def _spot(patch: Patch) -> np.ndarray:
-    """Reflectance times 10,000, dark as a satellite's."""
+    """uint16, with the low values of satellite images."""
     return np.rint(_photo(patch, ("R", "G", "B", "NIR"), "SPOT", 1.6) * 1500).astype(np.uint16)
 
 
@@ -250,7 +255,7 @@ def _elevation(patch: Patch) -> np.ndarray:
 
 
 def _cosia(patch: Patch) -> np.ndarray:
-    """The map, with a corner that nobody could name in some tiles."""
+    """The land cover map; in some tiles a corner has an ignored class."""
     rng = patch.scene.rng("ignored")
     label = patch.scene.cover(0.2)[None].copy()
     side = int(rng.integers(40, 160))
@@ -290,10 +295,11 @@ def _sentinel1(patch: Patch, orbit: str) -> np.ndarray:
     return power.reshape(-1, 10, 10)
 
 
-def _write_tif(path: Path, bands: np.ndarray, resolution_m: float, origin: tuple[float, float]) -> None:
+def _write_tif(path: Path, make: Callable[[Patch], np.ndarray], patch: Patch, resolution_m: float) -> None:
     import rasterio
 
-    west, north = origin
+    bands = make(patch)
+    west, north = patch.origin
     profile = {
         "driver": "GTiff",
         "dtype": bands.dtype.name,

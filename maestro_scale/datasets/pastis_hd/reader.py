@@ -1,4 +1,4 @@
-"""PASTIS-HD: crops in France, 2,433 tiles of 1280 m, in five folds (hub: IGNF/PASTIS-HD).
+"""Reader of PASTIS-HD: crops in France, 2,433 tiles of 1280 m, in five folds (hub: IGNF/PASTIS-HD).
 
 Layout: ``DATA_S2/S2_{id}.npy``, ``DATA_S1A/S1A_{id}.npy``, ``DATA_S1D/S1D_{id}.npy``, SPOT and labels as in
 ``IMAGES`` and ``LABELS``; ``metadata.geojson`` with the fold and the dates of every tile. Splits are the folds, see
@@ -24,16 +24,13 @@ CLASSES = (
     "potatoes", "leguminous fodder", "soybeans", "orchard", "mixed cereal", "sorghum", "void",
 )  # fmt: skip
 VOID = 19
-SPOT_DATE = (2019, 182, 0)  # 1 July 2019, as MAESTRO takes it; the release names the year alone
-_S1 = {
-    "image_size": 16,
-    "patch": 2,
-    "num_dates": 4,
-    "bands": (0, 1),
-    "band_groups": (1, 1),
-    "scale": Scale("linear", 20),
-    "group": "s1",
-}
+SPOT_DATE = (2019, 182, 0)  # 1 July 2019, as in the authors' code; the release gives the year only
+
+
+def _s1_sensor(name: str) -> Sensor:
+    """Ascending and descending orbits share a group (one attention sequence), not their patch embeddings."""
+    return Sensor(name, name, 16, 2, 4, (0, 1), (1, 1), Scale("linear", 20), group="s1", embed=name)
+
 
 SPEC = DatasetSpec(
     name="pastis_hd",
@@ -54,8 +51,8 @@ SPEC = DatasetSpec(
     sensors=(
         Sensor("spot", "spot", 160, 16, 1, (0, 1, 2), (3,), Scale("linear", 255), "spot", "spot"),
         Sensor("s2", "s2", 16, 2, 16, tuple(range(10)), (4, 4, 2), Scale("linear", 10_000), "s2", "s2"),
-        Sensor(name="s1_asc", source="s1_asc", embed="s1_asc", **_S1),
-        Sensor(name="s1_des", source="s1_des", embed="s1_des", **_S1),
+        _s1_sensor("s1_asc"),
+        _s1_sensor("s1_des"),
     ),
     ref_sensor="s2",
 )
@@ -90,7 +87,7 @@ class Reader:
         return list(self._names)
 
     def read(self, key: str) -> Tile:
-        """One tile, each series in the order of time; DatasetError that names file and cause."""
+        """One tile, each series in chronological order; DatasetError that names file and cause."""
         self._missing.check(key)
         notes: list[str] = []
         arrays, dates, origin = {}, {}, None
@@ -122,7 +119,7 @@ class Reader:
         )
 
     def _labels(self, key: str) -> np.ndarray:
-        """(128, 128) uint8: the first of three channels; the others are of other tasks."""
+        """(128, 128) uint8: the first of three channels; the others belong to other tasks."""
         path = self._src / LABELS.format(key)
         labels = raw.read_npy(path, (3, 128, 128), "uint8")[0]
         if labels.max() > VOID:
@@ -144,7 +141,7 @@ class Reader:
             )
         if modality.dtype == "float16":
             values = _radar(modality.name, values, notes)
-        # Bins of dates are stretches of time only if the series is in the order of time.
+        # The selection of dates cuts a series into bins, which are periods only if it is in chronological order.
         order = np.lexsort(dates.T[::-1])
         if (np.diff(order) != 1).any():
             notes.append(f"{modality.name} is not in the order of time: sorted")
@@ -173,9 +170,9 @@ def open_raw(src: Path, split: str, modalities: Sequence[str] | None = None) -> 
 
 
 def _radar(name: str, values: np.ndarray, notes: list[str]) -> np.ndarray:
-    """Decibels (T, 3, H, W), NaN where there is no measurement."""
+    """Decibels (T, 3, H, W) with nodata as NaN."""
     finite = np.isfinite(values)
-    # 0 dB is never an exact backscatter: it is how rasters without NaN write nothing. The third band may be 0.
+    # A measured backscatter is never exactly 0 dB: rasters without NaN use 0 for nodata. The third band may be 0.
     empty = values[:, :2] == 0
     if finite.all() and not empty.any():
         return values

@@ -1,8 +1,8 @@
-"""Which tiles of PASTIS-HD are in a split, and when they were seen: ``metadata.geojson``, read once, and CSVs.
+"""Splits and acquisition dates of PASTIS-HD, from ``metadata.geojson`` and CSV files.
 
 Split names: ``fold_1`` … ``fold_5``; ``train``, ``val``, ``test``, which are folds 1–3, 4 and 5 unless there is a CSV
-of that name; ``train_rotation_K`` and so on for K in 1–5, where each fold in turn is the test: rotation 1 is the
-former, in rotation 2 folds 2–4 train, 5 validates and 1 tests.
+of that name; ``train_rotation_K``, ``val_rotation_K``, ``test_rotation_K`` for K in 1–5, in which each fold is the test
+split once: rotation 1 is as above; in rotation 2 folds 2–4 train, 5 validates and 1 tests.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _SPLIT = re.compile(r"fold_(?P<fold>[1-5])|(?P<role>train|val|test)(_rotation_(?
 
 @dataclass(frozen=True)
 class Entry:
-    """What the metadata say of a tile. ``dates``: column → JSON, position in the series → YYYYMMDD."""
+    """A tile's row in the metadata. ``dates``: column → JSON object, index in the series → YYYYMMDD."""
 
     fold: int | None
     dates: Mapping[str, str]
@@ -37,7 +37,7 @@ Entries = dict[str, Entry]
 
 
 def folds_of(split: str) -> tuple[int, ...] | None:
-    """The folds, from 1, that make up a split; None if it is none of theirs."""
+    """The folds (from 1) of a split; None if the split is not made of folds."""
     match = _SPLIT.fullmatch(split)
     if match is None:
         return None
@@ -48,7 +48,7 @@ def folds_of(split: str) -> tuple[int, ...] | None:
 
 
 def read_metadata(src: Path) -> Entries:
-    """Tile id → entry, in bulk; DatasetError if the file cannot be read or lacks a column."""
+    """{tile id: entry}, read in one pass; DatasetError if the file cannot be read or lacks a column."""
     import pyogrio
     from pyogrio.errors import DataSourceError
 
@@ -106,7 +106,7 @@ def dates(src: Path, entries: Entries, key: str, column: str) -> np.ndarray:
         days = [str(listed[i]) for i in sorted(listed, key=int)]
     except (ValueError, TypeError) as error:
         raise DatasetError(
-            f"{where}: is no object of dates ({error}); fetch the file again", "no dates"
+            f"{where}: is not an object of dates ({error}); fetch the file again", "no dates"
         ) from error
     if not days:
         raise DatasetError(f"{where}: is empty, so the tile has no dates; fetch the file again", "no dates")

@@ -1,10 +1,12 @@
-"""Writes synthetic scenes in the raw layout of PASTIS-HD, file by file as the hub ships it."""
+"""Writes synthetic scenes in the official raw layout of PASTIS-HD."""
 
 from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Callable
 from datetime import date, timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +20,10 @@ from maestro_scale.datasets.synthetic.scene import Scene
 FIRST_ID = 10_000
 S2_TILES = ("t30uxv", "t31tfj", "t31tfm", "t32ulu")
 _CRS = "EPSG:2154"
-_SEASON = date(2018, 9, 17)  # the first day that is seen
-_S2_DAYS = (5, 81)  # a day between overpasses, and how many there are
+_SEASON = date(2018, 9, 17)  # first day of the series
+_S2_DAYS = (5, 81)  # days between overpasses, and number of overpasses
 _S1_DAYS = (6, 67)
-_CLOUDY = 0.35  # of the Sentinel-2 dates are not in the release
+_CLOUDY = 0.35  # share of Sentinel-2 dates that the release leaves out
 _SPOT_DAY = 182
 _RES_M = 10.0
 _NUM_PARCELS = 18
@@ -38,20 +40,20 @@ def write(dst: Path, tiles: int, seed: int) -> None:
         scene = Scene(seed, index, SPEC.tile_m, VOID, _NUM_PARCELS)
         name = str(FIRST_ID + index)
         acquired = {modality: _acquired(scene, modality) for modality in DATES}
-        target.write(IMAGES["spot"].format(name), lambda path, s=scene: _write_spot(path, s))
+        target.write(IMAGES["spot"].format(name), partial(_write_spot, scene=scene))
         for modality, make in (("s2", _sentinel2), ("s1_asc", _sentinel1), ("s1_des", _sentinel1)):
             days = np.array([day.timetuple().tm_yday for day in acquired[modality]])
             target.write(
                 IMAGES[modality].format(name),
-                lambda path, s=scene, d=days, f=make, m=modality: _save(path, f(s, d, m)),
+                partial(_write_npy, make=partial(make, scene, days, modality)),
             )
-        target.write(LABELS.format(name), lambda path, s=scene: _save(path, _labels(s)))
+        target.write(LABELS.format(name), partial(_write_npy, make=partial(_labels, scene)))
         rows.append((name, index, acquired))
     target.write(METADATA, lambda path: _write_metadata(path, rows))
 
 
 def _acquired(scene: Scene, modality: str) -> list[date]:
-    """The days a sensor saw the tile, over a season of thirteen months."""
+    """Acquisition dates of a sensor over a season of thirteen months."""
     rng = scene.rng(f"d-{modality}")
     step, count = _S2_DAYS if modality == "s2" else _S1_DAYS
     days = int(rng.integers(step)) + step * np.arange(count)
@@ -63,7 +65,9 @@ def _acquired(scene: Scene, modality: str) -> list[date]:
 def _sentinel2(scene: Scene, days: np.ndarray, modality: str) -> np.ndarray:
     """(T, 10, 128, 128) int16, reflectance times 10,000."""
     snow, cloud = scene.weather(days, _RES_M)
-    values = scene.optical(days, S2_BANDS, _RES_M, snow, cloud * 0.7)  # the cloudiest dates are left out
+    values = scene.optical(
+        days, S2_BANDS, _RES_M, snow, cloud * 0.7
+    )  # the cloudiest dates are not in the release
     return np.clip(np.rint(values * 10_000), 0, 32_767).astype(np.int16)
 
 
@@ -74,7 +78,7 @@ def _sentinel1(scene: Scene, days: np.ndarray, modality: str) -> np.ndarray:
 
 
 def _labels(scene: Scene) -> np.ndarray:
-    """(3, 128, 128) uint8: classes, void along one edge; the two channels of other tasks are left empty."""
+    """(3, 128, 128) uint8: classes, void along one edge; the two channels of other tasks are 0."""
     rng = scene.rng("labels")
     semantic = scene.fractions(_RES_M).argmax(axis=0).astype(np.uint8)
     semantic[:, : int(rng.integers(0, 9))] = VOID
@@ -82,9 +86,9 @@ def _labels(scene: Scene) -> np.ndarray:
     return np.stack([semantic, empty, empty])
 
 
-def _save(path: Path, array: np.ndarray) -> None:
+def _write_npy(path: Path, make: Callable[[], np.ndarray]) -> None:
     with open(path, "wb") as file:
-        np.save(file, array)
+        np.save(file, make())
 
 
 def _corner(index: int) -> tuple[float, float]:

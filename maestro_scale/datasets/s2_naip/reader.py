@@ -1,10 +1,10 @@
-"""S2-NAIP urban: pretraining only, USA, 167,397 tiles of 640 m (hub: allenai/s2-naip).
+"""Reader of S2-NAIP urban: pretraining only, USA, 167,397 tiles of 640 m (hub: allenai/s2-naip).
 
 Layout: ``naip/{id}.png``, ``sentinel2/{id}_stacked.tif``, ``sentinel1/{id}.tif``, ``landsat/{id}_stacked.tif``;
 ``dates/{naip,s2,s1,landsat}/{id}.txt`` with a product name per line; ``{split}.csv`` with a column ``name``
 (``{split}_filtered_{percent}.csv`` is a split of its own).
 
-NAIP is stored once and seen twice, by ``aerial`` with all its bands and by ``spot`` with red, green and blue.
+NAIP is stored once and is the source of two sensors: ``aerial`` with all bands, ``spot`` with red, green and blue.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ SPEC = FULL_SPEC.select(("naip", "s2", "s1"))
 
 @dataclass(frozen=True)
 class Files:
-    """Where a modality lies. ``date_part``: the part of a product name that holds the date, from the end."""
+    """File patterns of a modality. ``date_part``: index from the end of the date in a product name."""
 
     image: str
     dates: str
@@ -77,7 +77,7 @@ class Reader:
         return list(self._names)
 
     def read(self, key: str) -> Tile:
-        """One tile, each series in the order of time; DatasetError that names file and cause."""
+        """One tile, each series in chronological order; DatasetError that names file and cause."""
         self._missing.check(key)
         notes: list[str] = []
         naip_date = self._dates("naip", key)
@@ -126,13 +126,13 @@ class Reader:
                 kind="dates do not fit",
             )
         values = _radar(stack, notes) if modality.name == "s1" else _optical(stack, modality, notes)
-        # Bins of dates are stretches of time only if the series is in the order of time.
+        # The selection of dates cuts a series into bins, which are periods only if it is in chronological order.
         order = np.lexsort(dates.T[::-1])
         return values[order], dates[order]
 
 
 def open_raw(src: Path, split: str, modalities: Sequence[str] | None = None) -> Reader:
-    """The tiles of ``split`` in folder ``src``; ``modalities``: None for all but Landsat, as MAESTRO sees it.
+    """The tiles of ``split`` in folder ``src``; ``modalities``: None for the preset's, all but Landsat.
 
     Raises DatasetError if a folder or the split is missing, if the split is empty or malformed, or if none of
     its tiles has its files.
@@ -140,7 +140,7 @@ def open_raw(src: Path, split: str, modalities: Sequence[str] | None = None) -> 
     src = Path(src)
     spec = SPEC if modalities is None else FULL_SPEC.select(modalities)
     names = _names(src, split)
-    needed = {"naip": FILES["naip"].dates}  # the reference date is NAIP's, whatever is read
+    needed = {"naip": FILES["naip"].dates}  # the reference date is NAIP's, whatever modalities are read
     missing: dict[str, str] = {}
     patterns = [*needed.values()]
     for modality in spec.modalities:
@@ -172,14 +172,14 @@ def _names(src: Path, split: str) -> list[str]:
 
 
 def _radar(stack: np.ndarray, notes: list[str]) -> np.ndarray:
-    """Decibels as float32, NaN where there is no measurement."""
+    """Decibels as float32 with nodata as NaN."""
     values = stack.astype(np.float32)
     if not np.isfinite(values).all():
         notes.append("s1 has NaN: filled in from other dates when read")
         values[~np.isfinite(values)] = np.nan
     empty = values == 0
     if empty.any():
-        # 0 dB is never an exact backscatter: it is how rasters without NaN write nothing.
+        # A measured backscatter is never exactly 0 dB: rasters without NaN use 0 for nodata.
         notes.append("s1 has zeros, which in decibels are no measurement: stored as NaN")
         values[empty] = np.nan
     return values
@@ -189,7 +189,7 @@ def _optical(stack: np.ndarray, modality: Modality, notes: list[str]) -> np.ndar
     values, invalid, changed = raw.to_integers(stack, modality.dtype)
     if changed:
         notes.append(
-            f"{modality.name} has values that are no whole numbers within {modality.dtype}: rounded and clipped"
+            f"{modality.name} has values that are not integers within {modality.dtype}: rounded and clipped"
         )
     if invalid is not None:
         notes.append(f"{modality.name} has NaN: stored as 0")

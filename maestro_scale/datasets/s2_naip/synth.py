@@ -1,9 +1,11 @@
-"""Writes synthetic scenes in the raw layout of S2-NAIP urban, file by file as MAESTRO reads it."""
+"""Writes synthetic scenes in the official raw layout of S2-NAIP urban as MAESTRO reads it."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from datetime import date, timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +18,11 @@ from maestro_scale.datasets.synthetic.scene import Scene
 YEARS = (2019, 2020, 2021)
 ZONES = (32611, 32614, 32618)  # EPSG codes of UTM zones
 _NUM_CLASSES = 15
-_SEASON_DAYS = 75  # Sentinel images lie this close to NAIP's date
+_SEASON_DAYS = 75  # Sentinel images are within this many days of NAIP's date
 # By index modulo ten: 70/10/20, every split taken within the first three tiles.
 _SPLITS = ("train", "test", "val", "train", "train", "test", "train", "train", "train", "train")
+
+_Make = Callable[[Scene, np.ndarray], np.ndarray]  # (scene, days) -> values of a series
 
 
 def write(dst: Path, tiles: int, seed: int) -> None:
@@ -31,9 +35,7 @@ def write(dst: Path, tiles: int, seed: int) -> None:
         scene = Scene(seed, index, FULL_SPEC.tile_m, _NUM_CLASSES)
         name = _name(index)
         acquired = _acquired(scene)
-        target.write(
-            FILES["naip"].image.format(name), lambda path, s=scene, d=acquired: _write_naip(path, s, d)
-        )
+        target.write(FILES["naip"].image.format(name), partial(_write_naip, scene=scene, acquired=acquired))
         target.write_text(FILES["naip"].dates.format(name), _naip_product(scene, acquired) + "\n")
         for modality, make in (("s2", _sentinel2), ("s1", _sentinel1), ("landsat", _landsat)):
             days = _days(scene, modality, acquired)
@@ -41,7 +43,7 @@ def write(dst: Path, tiles: int, seed: int) -> None:
             target.write_text(FILES[modality].dates.format(name), "".join(f"{p}\n" for p in products))
             target.write(
                 FILES[modality].image.format(name),
-                lambda path, s=scene, d=days, m=make, n=name: _write_stack(path, m(s, d), n),
+                partial(_write_stack, make=make, scene=scene, days=days, name=name),
             )
         listed[_SPLITS[index % 10]].append(name)
     for split, names in listed.items():
@@ -49,18 +51,18 @@ def write(dst: Path, tiles: int, seed: int) -> None:
 
 
 def _name(index: int) -> str:
-    """Zone, column and row, as the hub names tiles."""
+    """Zone, column and row, as tiles are named in the release."""
     return f"{ZONES[index % 3]}_{960 + index // 3 % 100}_{-6049 - index // 300}"
 
 
 def _acquired(scene: Scene) -> date:
-    """The day NAIP flew, in summer."""
+    """Acquisition date of the NAIP image, in summer."""
     rng = scene.rng("identity")
     return date(int(rng.choice(YEARS)), 1, 1) + timedelta(days=int(rng.integers(150, 215)))
 
 
 def _days(scene: Scene, modality: str, acquired: date) -> np.ndarray:
-    """Days of the year, in the order of time: 16–32 of Sentinel-2, 2–8 of Sentinel-1, 4 of Landsat."""
+    """Days of the year, in chronological order: 16–32 of Sentinel-2, 2–8 of Sentinel-1, 4 of Landsat."""
     rng = scene.rng(f"days-{modality}"[-8:])
     naip_day = acquired.timetuple().tm_yday
     span = np.arange(naip_day - _SEASON_DAYS, naip_day + _SEASON_DAYS)
@@ -79,9 +81,7 @@ def _landsat(scene: Scene, days: np.ndarray) -> np.ndarray:
 def _reflectance(scene: Scene, days: np.ndarray, bands: tuple[str, ...]) -> np.ndarray:
     """(T, C, 64, 64) uint16, reflectance times 10,000."""
     snow, cloud = scene.weather(days, 10.0)
-    values = scene.optical(
-        days, bands, 10.0, snow, cloud * 0.5
-    )  # the hub's images were picked for clear skies
+    values = scene.optical(days, bands, 10.0, snow, cloud * 0.5)  # the release selected clear images
     return np.clip(np.rint(values * 10_000), 0, 65_535).astype(np.uint16)
 
 
@@ -113,7 +113,7 @@ def _write_naip(path: Path, scene: Scene, acquired: date) -> None:
     import rasterio
     from rasterio.errors import NotGeoreferencedWarning
 
-    warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)  # PNG holds pixels alone
+    warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)  # a PNG has no georeference
     naip = FULL_SPEC.modality("naip")
     photo = scene.photo(acquired.timetuple().tm_yday, naip.bands, naip.resolution_m)
     profile = {
@@ -128,10 +128,11 @@ def _write_naip(path: Path, scene: Scene, acquired: date) -> None:
         raster.write(np.rint(photo * 255).astype(np.uint8))
 
 
-def _write_stack(path: Path, values: np.ndarray, name: str) -> None:
-    """(T, C, H, W) with the bands of each date after those of the date before."""
+def _write_stack(path: Path, make: _Make, scene: Scene, days: np.ndarray, name: str) -> None:
+    """Write (T, C, H, W) as bands of one GeoTIFF, date after date."""
     import rasterio
 
+    values = make(scene, days)
     zone, column, row = (int(part) for part in name.split("_"))
     extent = FULL_SPEC.tile_m
     profile = {

@@ -1,7 +1,7 @@
-"""Where synthetic datasets are written: atomically, resumably, and never over anything else.
+"""Writes synthetic datasets: files are atomic, an interrupted folder can be resumed, other data is never overwritten.
 
-The scenes themselves are in :mod:`maestro_scale.datasets.synthetic.scene`; each dataset's module says how its official
-raw layout holds them.
+The scenes themselves are in :mod:`maestro_scale.datasets.synthetic.scene`; each dataset's
+``synth`` module writes them in its official raw layout.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ MARKER = "synth.json"
 
 
 class Destination:
-    """A folder that one synthetic dataset is written to; made again, it writes only missing files.
+    """The folder of one synthetic dataset. Opened again, only missing files are written.
 
-    ``what`` identifies the dataset and is kept in ``synth.json``; a folder that holds anything else is
-    refused (DatasetError). Files already there are kept: each is written aside and then renamed.
+    ``what`` identifies the dataset and is stored in ``synth.json``; DatasetError if the folder holds anything else.
+    A file is written under a temporary name and renamed, so that one that exists is complete.
     """
 
     def __init__(self, folder: Path, what: Mapping[str, str | int]) -> None:
@@ -30,13 +30,13 @@ class Destination:
             folder.mkdir(parents=True, exist_ok=True)
             self.write_text(MARKER, json.dumps(self._what))
 
-    def write(self, name: str, writer: Callable[[Path], None]) -> None:
-        """Let ``writer`` fill the file ``name`` unless it is already there."""
+    def write(self, name: str, writer: Callable[[Path], object]) -> None:
+        """Call ``writer`` with a temporary path for the file ``name``, unless it exists."""
         path = self._folder / name
         if path.exists():
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        # The suffix stays, since some writers choose the format by it.
+        # The temporary name keeps the suffix, from which some writers infer the format.
         partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
         try:
             writer(partial)
@@ -45,11 +45,11 @@ class Destination:
             partial.unlink(missing_ok=True)
 
     def write_text(self, name: str, text: str) -> None:
-        """Write the file ``name`` unless it is already there."""
+        """Write the file ``name`` unless it exists."""
         self.write(name, lambda path: path.write_text(text, encoding="utf-8"))
 
     def _holds_the_same(self) -> bool:
-        """Whether this dataset was begun here; DatasetError if the folder holds anything else."""
+        """Whether the folder holds (a part of) this dataset; DatasetError if it holds anything else."""
         marker = self._folder / MARKER
         if not marker.is_file():
             if self._folder.exists() and (not self._folder.is_dir() or any(self._folder.iterdir())):

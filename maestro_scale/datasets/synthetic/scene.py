@@ -1,17 +1,17 @@
-"""Synthetic places on Earth: one map of land cover, seen by any optical or radar sensor on any date.
+"""Synthetic scenes: a land cover map, imaged by any optical or radar sensor on any date.
 
-A :class:`Scene` is a pure function of (seed, index). Everything is defined on the ground, in metres, or along
-the spectrum, in nanometres, and sampled afterwards, so that sensors of any resolution and bands agree.
+A :class:`Scene` is a pure function of (seed, index). It is defined in metres on the ground and nanometres of the
+spectrum and then sampled, so that sensors of different resolution and bands are consistent.
 
-What there is to learn, and what stands in its way:
+The signal to learn, and the nuisances that hide it:
 
-- A class is a *family* (its spectrum and mean backscatter) and a *phenology* (when it greens): class k has
-  family k // 5 and phenology k % 5. Phenologies are one curve shifted through the year, so that no statistic
-  that forgets the dates tells the classes of a family apart. Two pairs of five look alike from the air in
-  June, texture included: only the time series tells those apart.
-- Texture at sub-metre scale: the period of rows or crowns follows the class, their orientation the tile.
-- Every tile has its own light, soil, vigour and season (nuisances common to its classes), every date its own
-  atmosphere or moisture: averages over dates say little, the course of the dates says much.
+- A class is a *family* (spectrum and mean backscatter) and a *phenology* (time of greening): class k has family
+  k // 5 and phenology k % 5. Phenologies are one curve shifted in time, so that no statistic without the dates
+  separates the classes of a family. Two pairs of the five phenologies look alike in an aerial image of June, texture
+  included: only the time series separates them.
+- Texture at sub-metre scale: the period of rows or crowns depends on the class, their orientation on the tile.
+- Every tile has its own illumination, soil, vigour and season (nuisances common to its classes), every date its own
+  atmosphere or moisture: means over dates carry little information, the time course carries much.
 
 Shapes: T dates, C bands or polarisations, K classes, H×W pixels (row 0 is north). All values float32.
 """
@@ -46,7 +46,7 @@ _LEAVES = (
 )
 _SNOW = (0.90, 0.90, 0.89, 0.87, 0.86, 0.85, 0.84, 0.82, 0.70, 0.12, 0.10)
 _CLOUD = (0.62, 0.62, 0.61, 0.60, 0.60, 0.60, 0.60, 0.60, 0.58, 0.45, 0.35)
-# One curve of greening with its peak at five times of the year: equal in mean, spread and shape.
+# One greening curve with its peak at five times of the year: equal in mean, spread and shape.
 _PEAK_DAYS = (65, 115, 165, 215, 265)
 _PEAK_WIDTH_DAYS = 36.0
 _BARE_GREEN = 0.10
@@ -59,11 +59,11 @@ _LOOKS = 5.0
 
 @dataclass(frozen=True)
 class Scene:
-    """One place of ``extent_m`` metres a side with 1–3 dominant classes out of ``num_classes`` (at most 20).
+    """A square of ``extent_m`` metres with 1–3 dominant classes out of ``num_classes`` (at most 20).
 
-    ``num_parcels``: for large places, so many areas of a third as many classes instead.
-    Every method is deterministic and independent of what was called before. Raises ValueError for more
-    classes than there are signatures.
+    ``num_parcels``: for large scenes, this many parcels, of a third as many classes, instead.
+    Every method is deterministic and independent of earlier calls. Raises ValueError for more classes than there are
+    signatures.
     """
 
     seed: int
@@ -80,7 +80,7 @@ class Scene:
             )
 
     def rng(self, purpose: str) -> np.random.Generator:
-        """The random stream of this scene for one purpose; no other purpose changes it."""
+        """The random stream of this scene for one purpose; purposes do not affect each other (first 8 bytes count)."""
         counter = int.from_bytes(purpose.encode()[:8].ljust(8), "little")
         key = np.array([self.seed, self.index], np.uint64)
         return np.random.Generator(np.random.Philox(key=key, counter=np.array([0, 0, 0, counter], np.uint64)))
@@ -115,7 +115,7 @@ class Scene:
         x, y = np.broadcast_to(col, (len(row), len(row))), np.broadcast_to(row[:, None], (len(row), len(row)))
         x, y = x.astype(np.float32), y.astype(np.float32)
         for i, (fx, fy, phase, amplitude) in enumerate(waves):
-            # Bent one way, then the other, so that borders are irregular at every resolution alike.
+            # x and y are bent in turn, as a function of position, so that borders are the same at every resolution.
             wave = _plane_wave(row, col, fx, fy, phase) * np.float32(amplitude)
             x, y = (x + wave, y) if i % 2 else (x, y + wave)
         nearest = np.full(x.shape, np.inf, np.float32)
@@ -253,7 +253,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Nuisance:
-    """What a tile's classes have in common and a label must not depend on. Numbers, or arrays (P,) of candidates."""
+    """Properties of a tile that are independent of its classes. Numbers, or arrays (P,) of candidates."""
 
     gain: float | np.ndarray
     tilt: float | np.ndarray
@@ -266,7 +266,7 @@ class Nuisance:
 
     @classmethod
     def draw(cls, rng: np.random.Generator) -> Nuisance:
-        """One tile's, uniform in ``NUISANCE``."""
+        """Draw those of one tile, uniform in the ranges of ``NUISANCE``."""
         return cls(**{name: float(rng.uniform(low, high)) for name, (low, high) in NUISANCE.items()})
 
 

@@ -1,4 +1,4 @@
-"""TreeSatAI-TS: tree genera in Germany, 50,381 tiles of 60 m (hub: IGNF/TreeSatAI-Time-Series).
+"""Reader of TreeSatAI-TS: tree genera in Germany, 50,381 tiles of 60 m (hub: IGNF/TreeSatAI-Time-Series).
 
 Layout: ``aerial/{name}.tif``, ``sentinel-ts/{name}_{year}.h5``, and splits either as ``{split}.csv`` (the
 MAESTRO release; ``{split}_filtered_{percent}.csv`` is a split of its own) or as
@@ -18,17 +18,13 @@ from maestro_scale.datasets.treesatai_ts import splits
 
 S2_BANDS = ("B2", "B3", "B4", "B5", "B6", "B7", "B8", "B8A", "B11", "B12")
 AERIAL_FILE_PIXELS = 304
-AERIAL_OFFSET = 2  # 300 pixels from here cover the same 60 m as the Sentinel rasters
+AERIAL_OFFSET = 2  # the 300 pixels from here cover the same 60 m as the Sentinel rasters
 
-_S1 = {
-    "image_size": 6,
-    "patch": 2,
-    "num_dates": 4,
-    "bands": (0, 1),
-    "band_groups": (1, 1),
-    "scale": Scale("log", 5),
-    "group": "s1",
-}
+
+def _s1_sensor(name: str) -> Sensor:
+    """Ascending and descending orbits share a group (one attention sequence), not their patch embeddings."""
+    return Sensor(name, name, 6, 2, 4, (0, 1), (1, 1), Scale("log", 5), group="s1", embed=name)
+
 
 SPEC = DatasetSpec(
     name="treesatai_ts",
@@ -48,8 +44,8 @@ SPEC = DatasetSpec(
             "aerial", "aerial", 300, 20, 1, (0, 1, 2, 3), (1, 3), Scale("linear", 255), "aerial", "aerial"
         ),
         Sensor("s2", "s2", 6, 2, 16, tuple(range(10)), (4, 4, 2), Scale("linear", 5000), "s2", "s2"),
-        Sensor(name="s1_asc", source="s1_asc", embed="s1_asc", **_S1),
-        Sensor(name="s1_des", source="s1_des", embed="s1_des", **_S1),
+        _s1_sensor("s1_asc"),
+        _s1_sensor("s1_des"),
     ),
 )
 
@@ -90,7 +86,7 @@ class Reader:
             path = self._src / "aerial" / entry.aerial_name
             image, origin = raw.read_georeferenced_tif(path, (4, size, size), "uint8")
             offset_m = AERIAL_OFFSET * SPEC.modality("aerial").resolution_m
-            origin = origin and origin.moved(offset_m, offset_m)
+            origin = origin and origin.shifted(offset_m, offset_m)
             inside = slice(AERIAL_OFFSET, AERIAL_OFFSET + SPEC.modality("aerial").size)
             arrays["aerial"] = np.ascontiguousarray(image[None, :, inside, inside])
         return Tile(
@@ -144,9 +140,9 @@ def open_raw(src: Path, split: str, modalities: Sequence[str] | None = None) -> 
 
 
 def _ref_date(entry: splits.Entry, s2_dates: np.ndarray, notes: list[str]) -> np.ndarray:
-    """(3,) int16: the aerial date, or the first of July where the release does not tell."""
+    """(3,) int16: the aerial date, or the first of July if the release does not give it."""
     if entry.aerial_date is not None:
-        # Some tools write whole-number columns with gaps as floats.
+        # pandas writes integer columns with missing values as floats: "20180501.0".
         day = entry.aerial_date.removesuffix(".0")
         return raw.calendar_dates([day], f"aerial_date of {entry.aerial_name}")[0]
     year = entry.year
@@ -171,7 +167,7 @@ def _read_series(
             if name not in content:
                 raise DatasetError(f"{path}: has no dataset {name!r}; fetch the file again")
         arrays[modality] = _checked(content[data], SPEC.modality(modality), f"{path}: {data}")
-        dates[modality] = raw.product_dates(content[products], -5, f"{path}: {products}")
+        dates[modality] = raw.product_dates(list(content[products]), -5, f"{path}: {products}")
         if len(dates[modality]) != len(arrays[modality]):
             raise DatasetError(
                 f"{path}: {data} has {len(arrays[modality])} dates, {products} has {len(dates[modality])}; "
@@ -179,7 +175,7 @@ def _read_series(
             )
     arrays["s2"], invalid, changed = raw.to_integers(arrays["s2"], "int16")
     if changed:
-        notes.append("s2 has values that are no whole numbers within int16: rounded and clipped")
+        notes.append("s2 has values that are not integers within int16: rounded and clipped")
     mask = _snow_cloud(content.get("sen-2-masks"), arrays["s2"].shape, f"{path}: sen-2-masks", notes)
     if invalid is not None:
         notes.append("s2 has NaN: stored as 0 and marked as cloud")
@@ -207,5 +203,5 @@ def _snow_cloud(mask: np.ndarray | None, shape: tuple[int, ...], where: str, not
     if np.isnan(mask).any():
         notes.append("sen-2-masks has NaN: taken as marked")
         mask = np.nan_to_num(mask, nan=100.0)
-    # Upwards, so that a pixel marked by less than one percent stays marked.
+    # Rounded up, so that a pixel with less than one percent of snow or cloud stays marked.
     return np.clip(np.ceil(mask), 0, 100).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""How a split of TreeSatAI-TS is listed: as CSV (the MAESTRO release) or as .lst with a JSON of labels."""
+"""Splits of TreeSatAI-TS: CSV files (the MAESTRO release), or .lst files with a JSON file of labels."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _YEAR = re.compile(r"_((?:19|20)\d\d)\.h5$")
 
 @dataclass(frozen=True)
 class Entry:
-    """One tile as the split lists it. ``aerial_date``: YYYYMMDD, or None where the release does not tell."""
+    """One tile as the split lists it. ``aerial_date``: YYYYMMDD, or None if the release does not give it."""
 
     aerial_name: str
     sen_name: str
@@ -44,13 +44,13 @@ class Entry:
 
     @property
     def year(self) -> str | None:
-        """The year in the h5 name, if it has one."""
+        """The year in the h5 name, if there is one."""
         found = _YEAR.search(self.sen_name)
         return found.group(1) if found else None
 
 
 class SentinelNames:
-    """Finds a tile's h5 file, whose name carries a year that neither the .lst nor every release agrees on."""
+    """Finds the h5 file of a tile: its name contains a year that the .lst files lack and releases disagree on."""
 
     def __init__(self, files: frozenset[str]) -> None:
         self.files = files
@@ -60,13 +60,13 @@ class SentinelNames:
                 self._by_tile.setdefault(_YEAR.sub(".h5", name)[:-3], []).append(name)
 
     def find(self, aerial_name: str, listed: str | None) -> tuple[str, tuple[str, ...]]:
-        """The file name (the listed, perhaps missing, one if no file fits) and what was assumed."""
+        """(file name, what was assumed); the listed or expected name, which is then missing, if no file fits."""
         if listed in self.files:
             return listed, ()
         tile = Path(aerial_name).stem
         fitting = self._by_tile.get(tile, [])
         if listed is not None and _YEAR.search(listed):
-            # Another year is another series: only a name without year may stand for the listed one.
+            # A file of another year is another series: only a name without year may replace the listed one.
             fitting = [name for name in fitting if not _YEAR.search(name)]
         if not fitting:
             return listed or f"{tile}_YEAR.h5", ()
@@ -79,7 +79,7 @@ class SentinelNames:
 
 
 def from_csv(path: Path, sentinel: SentinelNames) -> list[Entry]:
-    """The tiles of ``{split}.csv``; DatasetError if a column is missing or a share is no number in 0–1."""
+    """The tiles of ``{split}.csv``; DatasetError if a column is missing or a share is not a number in 0–1."""
     columns, rows = raw.read_csv(path)
     missing = [c for c in ("aerial_name", *GENERA) if c not in columns]
     if missing:
@@ -94,7 +94,7 @@ def from_csv(path: Path, sentinel: SentinelNames) -> list[Entry]:
         try:
             shares = tuple(float(row[c]) for c in picked)
         except ValueError as error:
-            raise DatasetError(f"{path}: row {i + 2} has a share that is no number ({error})") from error
+            raise DatasetError(f"{path}: row {i + 2} has a share that is not a number ({error})") from error
         _check_shares(shares, f"{path}: row {i + 2}")
         date = row[date_at].strip() if date_at is not None else None
         entries.append(Entry(row[name_at], sen_name, date or None, shares, notes))
@@ -128,6 +128,6 @@ def from_lst(src: Path, path: Path, sentinel: SentinelNames) -> list[Entry]:
 
 
 def _check_shares(shares: Sequence[float], where: str) -> None:
-    # Shares are rounded in the files, so that a whole may come out a little over one.
+    # Shares are rounded in the files, so that a sum of 1 may be stored as slightly more.
     if not all(0.0 <= s <= 1.001 for s in shares):
-        raise DatasetError(f"{where} has a share outside 0–1; mend the file")
+        raise DatasetError(f"{where} has a share outside 0–1; fix the file")

@@ -1,9 +1,10 @@
-"""Writes synthetic scenes in the raw layout of TreeSatAI-TS, file by file as the hub ships it."""
+"""Writes synthetic scenes in the official raw layout of TreeSatAI-TS."""
 
 from __future__ import annotations
 
 import json
 from datetime import date, timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,8 +34,8 @@ def write(dst: Path, tiles: int, seed: int) -> None:
         shares = np.round(scene.shares(), 5)
         name, year, day = _identity(scene, shares)
         aerial, series = f"{name}.tif", f"{name}_{year}.h5"
-        target.write(f"aerial/{aerial}", lambda path, s=scene, d=day: _write_aerial(path, s, d))
-        target.write(f"sentinel-ts/{series}", lambda path, s=scene, y=year: _write_series(path, s, y))
+        target.write(f"aerial/{aerial}", partial(_write_aerial, scene=scene, day=day))
+        target.write(f"sentinel-ts/{series}", partial(_write_series, scene=scene, year=year))
         acquired = date(year, 1, 1) + timedelta(days=day - 1)
         rows[_SPLITS[index % 10]].append(
             [aerial, series, f"{acquired:%Y%m%d}", *(f"{s:.5g}" for s in shares)]
@@ -97,12 +98,12 @@ def _write_series(path: Path, scene: Scene, year: int) -> None:
         days = _overpasses(rng, year, step=7, missing=0.08)
         power = scene.radar(days, orbit, 10.0)
         if orbit == "des":
-            # Two slices of one pass overlap the tile: the same day twice, the second nearly the first.
-            again = np.sort(
+            # As in the release: two slices of one pass overlap the tile, so a day comes twice.
+            repeated = np.sort(
                 np.concatenate([np.arange(len(days)), rng.permutation(len(days))[: len(days) // 5]])
             )
-            days, power = days[again], power[again]
-        _spoil(rng, power)
+            days, power = days[repeated], power[repeated]
+        _add_gaps(rng, power)
         data[f"sen-1-{orbit}-data"] = power
         data[f"sen-1-{orbit}-products"] = _products_s1(rng, year, days, hour)
     with h5py.File(path, "w") as file:
@@ -111,14 +112,14 @@ def _write_series(path: Path, scene: Scene, year: int) -> None:
 
 
 def _overpasses(rng: np.random.Generator, year: int, step: int, missing: float) -> np.ndarray:
-    """Days of the year of a regular orbit with gaps."""
+    """Days of the year of a regular orbit with missing dates."""
     last = 366 if year % 4 == 0 else 365
     days = np.arange(1 + int(rng.integers(step)), last + 1, step)
     return days[rng.random(len(days)) >= missing]
 
 
-def _spoil(rng: np.random.Generator, power: np.ndarray) -> None:
-    """Set a few pixels at the swath's edge to NaN or zero, in place, as in the real files."""
+def _add_gaps(rng: np.random.Generator, power: np.ndarray) -> None:
+    """Set a few pixels at the swath's edge to NaN or zero (in place), as in the real files."""
     num_dates, _, height, width = power.shape
     for value, chance in ((np.nan, 0.02), (0.0, 0.02)):
         for t in np.flatnonzero(rng.random(num_dates) < chance):
