@@ -1,1 +1,1 @@
-"""Weights in and out: the authors' checkpoints, ours, and plain safetensors."""
+"""Import and export of weights: the original checkpoints of IGNF/MAESTRO, training checkpoints, and safetensors."""

@@ -1,4 +1,4 @@
-"""The authors' Lightning checkpoints (IGNF/MAESTRO) to ours, and ours back under their names, exactly both ways."""
+"""Conversion between Lightning checkpoints of IGNF/MAESTRO and exported models, without loss in both directions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from maestro_scale.interop.reference_keys import from_reference, to_reference
 from maestro_scale.interop.reference_model import ConversionHints, matching_specs, model_config
 from maestro_scale.interop.restricted import load_untrusted
 from maestro_scale.interop.sources import ModelSource
-from maestro_scale.interop.transfer import TransferredPart, summarize_transfer
+from maestro_scale.interop.transfer import TransferredPart, TransferStatus, summarize_transfer
 from maestro_scale.model.config import ModelConfig
 from maestro_scale.model.maestro import Maestro
 
@@ -31,8 +31,12 @@ _LOSSES = {("patch_group", "l1"): "l1_norm", ("patch_group", "l2"): "l2_norm"}
 
 @dataclass(frozen=True)
 class ConvertOptions:
-    """What the file cannot say. ``weights``: ``raw`` or ``ema``. ``dataset``: whose preset describes the sensors; None:
-    the one that fits. ``like``: config.json of one of our models, instead of a dataset and of reading shapes."""
+    """Choices that the file does not determine.
+
+    weights: ``raw`` or ``ema``, the moving average.
+    dataset: name of the dataset whose preset describes the sensors; None: the one that matches the file.
+    like: config.json of an exported model that describes the model, instead of a dataset and of tensor shapes.
+    """
 
     weights: Literal["raw", "ema"] = "raw"
     dataset: str | None = None
@@ -43,16 +47,18 @@ class ConvertOptions:
 def convert(
     checkpoint: Path, out: Path, options: ConvertOptions | None = None
 ) -> tuple[TransferredPart, ...]:
-    """Write ``out/model.safetensors`` and ``out/config.json`` from a Lightning checkpoint; returns what became of it.
+    """Write ``out/model.safetensors`` and ``out/config.json`` from a Lightning checkpoint.
+
+    Returns which parts were loaded and which were left out.
 
     Raises:
-        ExportError: the file is no such checkpoint or would run code; a parameter is missing; or something in it has
-            no place in the model and was not left out explicitly. Nothing is written then.
+        ExportError: the file is not such a checkpoint or would run code; a parameter is missing; or the model has no
+            parameter for something in the file that was not left out explicitly. Nothing is written then.
     """
     options = options or ConvertOptions()
     content = load_untrusted(checkpoint)
     if not isinstance(content, Mapping) or not isinstance(content.get("state_dict"), Mapping):
-        raise ExportError(f"{checkpoint}: holds no state_dict, so it is no Lightning checkpoint")
+        raise ExportError(f"{checkpoint}: contains no state_dict, so it is not a Lightning checkpoint")
     hyper = content.get("hyper_parameters")
     state = _select_weights(checkpoint, content["state_dict"], options.weights)
     config = _config(checkpoint, state, options, hyper if isinstance(hyper, Mapping) else {})
@@ -67,23 +73,24 @@ def convert(
     if missing or unexplained:
         listed = "; ".join(
             f"{what} {', '.join(names)}"
-            for what, names in (("it lacks", missing), ("no place for", unexplained))
+            for what, names in (("missing are", missing), ("the model has no", unexplained))
             if names
         )
         raise ExportError(
             f"{checkpoint}: does not fit a {config.fusion} model of {config.dataset or 'these sensors'}: {listed}. "
-            "Name what may be left out with --leave-out, or describe the model with --like CONFIG.json"
+            "Leave sensors or heads out with --leave-out, or describe the model with --like CONFIG.json"
         )
-    trained = {"source": checkpoint.name, "weights": options.weights}
+    trained: dict[str, Any] = {"source": checkpoint.name, "weights": options.weights}
     trained |= {"step": content.get("global_step"), "epoch": content.get("epoch")}
     write_model(out, converted, config, trained)
+    statuses: list[tuple[str, TransferStatus, int, str]]
     statuses = [(k, "loaded", v.numel(), "") for k, v in converted.items()]
-    statuses += [(k, "unused", state[k].numel(), "left out as asked") for k in unused]
-    return summarize_transfer(statuses)  # type: ignore[arg-type]
+    statuses += [(k, "unused", state[k].numel(), "left out as requested") for k in unused]
+    return summarize_transfer(statuses)
 
 
 def convert_to_reference(folder: Path, out: Path) -> None:
-    """Write one of our models as a Lightning checkpoint with the authors' names and shapes, atomically."""
+    """Write an exported model as a Lightning checkpoint with reference names and shapes, atomically."""
     source = ModelSource(folder)
     trained = source.read_config()["trained"]
     config, weights = read_model(source)
@@ -91,7 +98,7 @@ def convert_to_reference(folder: Path, out: Path) -> None:
     content = {
         "epoch": trained.get("epoch") or 0,
         "global_step": trained.get("step") or 0,
-        "pytorch-lightning_version": "2.0.0",  # the oldest that their code accepts; loaders migrate from it
+        "pytorch-lightning_version": "2.0.0",  # the oldest that the reference accepts; Lightning migrates from it
         "state_dict": {f"{PREFIXES['raw']}{k}": v for k, v in state.items()},
         "hyper_parameters": {
             "model": "mae",
@@ -107,7 +114,7 @@ def convert_to_reference(folder: Path, out: Path) -> None:
 
 
 def is_exported_model(path: Path) -> bool:
-    """Whether ``path`` is a folder that ``load_model`` reads."""
+    """Whether ``path`` is a folder with an exported model."""
     return (path / CONFIG).is_file()
 
 
@@ -117,12 +124,12 @@ def _select_weights(checkpoint: Path, state: Mapping[str, Any], weights: str) ->
     if not chosen:
         there = [f"--weights {name}" for name, p in PREFIXES.items() if any(k.startswith(p) for k in state)]
         raise ExportError(
-            f"{checkpoint}: holds no {weights} weights (keys under {prefix}); "
+            f"{checkpoint}: contains no {weights} weights (keys under {prefix}); "
             f"{'use ' + there[0] if there else 'is it a MAESTRO checkpoint?'}"
         )
-    if strangers := sorted(k for k in state if not k.startswith(tuple(PREFIXES.values()))):
+    if unknown := sorted(k for k in state if not k.startswith(tuple(PREFIXES.values()))):
         raise ExportError(
-            f"{checkpoint}: its state_dict holds what no MAESTRO has: {', '.join(strangers[:5])}"
+            f"{checkpoint}: its state_dict contains keys that a MAESTRO model does not have: {', '.join(unknown[:5])}"
         )
     return chosen
 
@@ -134,7 +141,9 @@ def _config(
         try:
             return ModelConfig.from_dict(json.loads(options.like.read_text())["model"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ExportError(f"{options.like}: is no config.json of one of our models ({error})") from None
+            raise ExportError(
+                f"{options.like}: is not the config.json of an exported model ({error})"
+            ) from None
     try:
         return model_config(state, _spec(state, options.dataset), options.hints, hyper)
     except (ExportError, ValueError) as error:
@@ -157,6 +166,6 @@ def _spec(state: dict[str, Tensor], dataset: str | None) -> DatasetSpec:
 
 
 def _is_left_out(key: str, names: tuple[str, ...]) -> bool:
-    """Whether a key of theirs, unused by the model, belongs to a sensor or part that the user left out."""
+    """Whether an unused reference key belongs to a sensor or part that the user left out."""
     kind, part = key.split(".")[:2]
     return part in names or f"{kind}.{part}" in names

@@ -1,4 +1,4 @@
-"""From a run's sharded checkpoint to one safetensors file beside its config.json, readable with torch alone."""
+"""Export of a training checkpoint to one safetensors file and a config.json, which torch and safetensors can load."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ FORMAT_VERSION = 1
 
 
 class ExportError(MaestroError):
-    """A checkpoint cannot be exported or loaded; the message says why."""
+    """A model or checkpoint cannot be exported, converted or loaded."""
 
 
 def export_model(checkpoint: Path, out: Path, ema: bool = False) -> Path:
     """Write ``out/model.safetensors`` (fp32) and ``out/config.json`` from one committed checkpoint directory.
 
-    ``ema``: the moving average of the weights instead of the last ones.
+    ``ema``: export the moving average of the weights instead of the weights.
     """
     commit = json.loads((checkpoint / "COMMIT.json").read_text())
     write_model(
@@ -39,9 +39,10 @@ def export_model(checkpoint: Path, out: Path, ema: bool = False) -> Path:
 
 
 def write_model(out: Path, state: dict[str, Tensor], config: ModelConfig, trained: dict[str, Any]) -> None:
-    """Write weights, then the configuration that makes them readable, each in one go."""
+    """Write the weights and then the configuration, each atomically."""
     out.mkdir(parents=True, exist_ok=True)
     record = {"format_version": FORMAT_VERSION, "model": config.to_dict(), "trained": trained}
+    # config.json last: loading starts with it, so a model that is being written cannot be loaded.
     write_tensors(state, out / (WEIGHTS + ".tmp"))
     os.replace(out / (WEIGHTS + ".tmp"), out / WEIGHTS)
     (out / (CONFIG + ".tmp")).write_text(json.dumps(record, indent=1))
@@ -49,15 +50,15 @@ def write_model(out: Path, state: dict[str, Tensor], config: ModelConfig, traine
 
 
 def full_state(state_dir: Path, kind: str = WEIGHT) -> dict[str, Tensor]:
-    """The fp32 weights (or ``ema``, their moving average) of a checkpoint, whole, on the CPU."""
+    """The fp32 weights (or ``ema``, their moving average) of a checkpoint, unsharded, on the CPU."""
     if not (state_dir / INDEX).exists():
-        raise ExportError(f"{state_dir} holds no model state that this version reads")
+        raise ExportError(f"{state_dir} contains no model state that this version reads")
     with StateReader(state_dir) as reader:
         if kind not in reader.kinds:
-            raise ExportError(f"{state_dir} holds no {kind}: the run was not asked for it (optim.ema)")
+            raise ExportError(f"{state_dir} contains no {kind}: the run did not compute it (optim.ema)")
         return {name: reader.read_full(kind, name) for name in reader.shapes}
 
 
 def trained_step(folder: Path) -> int | None:
-    """Optimizer steps that an exported model was trained for; None where its config does not say."""
+    """Number of optimizer steps of an exported model; None if its config does not contain it."""
     return json.loads((folder / CONFIG).read_text())["trained"].get("step")

@@ -1,4 +1,4 @@
-"""Exported models back in: ``load_model(path)`` needs torch and safetensors, nothing of the training stack."""
+"""Loading of exported models: ``load_model(path)`` needs torch and safetensors, but no training dependencies."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from maestro_scale.model.maestro import Maestro
 
 
 def load_model(path: str | Path) -> Maestro:
-    """A model that ``maestro-scale export`` or ``convert-ign`` wrote, on the CPU, in evaluation mode, scaling inside.
+    """Load a model written by ``maestro-scale export`` or ``convert-ign``, on the CPU, in evaluation mode.
 
-    ``path``: a folder, ``s3://bucket/prefix``, ``hf://owner/name[@revision][/folder]``, or ``models:/name/version`` of
-    an MLflow registry. Raises ExportError where it is no such model or its weights do not fit its configuration.
+    The model contains the scaling of its inputs. ``path``: a folder, ``s3://bucket/prefix``,
+    ``hf://owner/name[@revision][/folder]``, or ``models:/name/version`` of an MLflow registry. Raises ExportError if
+    there is no such model or its weights do not fit its configuration.
     """
     source = ModelSource(path)
     config, state = read_model(source)
@@ -30,12 +31,12 @@ def load_model(path: str | Path) -> Maestro:
 
 
 def read_model(source: ModelSource) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """(configuration, weights); ExportError where either is not to be had."""
+    """(configuration, weights); ExportError if either is missing or invalid."""
     record = source.read_config()
     try:
         config = ModelConfig.from_dict(record["model"])
     except (KeyError, TypeError, ValueError) as error:
         raise ExportError(
-            f"{source.url}/{CONFIG} describes no model of this version ({error}): update maestro_scale"
+            f"{source.url}/{CONFIG} describes no model that this version supports ({error}): update maestro_scale"
         ) from None
     return config, source.read_weights()

@@ -1,7 +1,7 @@
-"""Our parameter names beside the authors' (IGNF/MAESTRO), in both directions, exactly.
+"""Mapping between parameter names of maestro_scale and of IGNF/MAESTRO, in both directions, without loss.
 
-Source: facts of the published checkpoints' state dicts. Only names and shapes differ: convolutions are stored there
-as (E, C, P, P) and (P*P*C, W, 1, 1), mask tokens as (1, G, 1, 1, W).
+Source: the state dicts of the published checkpoints. Only names and shapes differ: there, convolution kernels are
+stored as (E, C, P, P) and (P*P*C, W, 1, 1), mask tokens as (1, G, 1, 1, W).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _BLOCK = {
 }
 _STACKS = {"encoders": "encoder", "inter": "encoder_inter", "decoders": "decoder"}
 
-# (pattern of our name, how theirs is spelled); \1, \2 … carry over.
+# (pattern of a maestro_scale name, reference name); \1, \2 … are the groups of the pattern.
 _RULES = (
     (r"patch_embed\.(\w+)\.(\d+)\.proj\.(\w+)", r"patch_embed.\1.patchify_bands.\2.conv.\3"),
     (r"patch_embed\.(\w+)\.(\d+)\.norm\.(\w+)", r"patch_embed.\1.patchify_bands.\2.norm.\3"),
@@ -39,7 +39,7 @@ _IN_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)\.(weight|bias)")
 
 
 def reference_name(ours: str, segmentation_heads: frozenset[str] = frozenset()) -> str:
-    """The authors' name of one of our parameters. KeyError if we have no such parameter."""
+    """Reference name of a parameter. KeyError if no rule covers it."""
     for pattern, theirs in _RULES:
         if match := re.fullmatch(pattern, ours):
             return match.expand(theirs)
@@ -52,18 +52,20 @@ def reference_name(ours: str, segmentation_heads: frozenset[str] = frozenset()) 
         if inside := _IN_BLOCK.fullmatch(rest):
             return f"{prefix}.layers.{inside[1]}.{_BLOCK[inside[2]]}.{inside[3]}"
         return f"{prefix}.{rest}"
-    raise KeyError(f"no rule names the parameter {ours!r} in the authors' checkpoints")
+    raise KeyError(f"no rule maps the parameter {ours!r} to a name of the reference checkpoints")
 
 
 def from_reference(
     theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor], segmentation_heads: frozenset[str] = frozenset()
 ) -> tuple[dict[str, Tensor], list[str], list[str]]:
-    """Rename and reshape the authors' tensors to fit a state dict of ours.
+    """Rename and reshape reference tensors to fit the state dict ``ours``.
 
-    Returns (state dict, our names missing there, their names unused here). ValueError, with both shapes, where a
-    tensor has another number of elements.
+    Returns (state dict, names of ours that are missing there, reference names that are not used). ValueError, with both
+    shapes, if a tensor has another number of elements.
     """
-    state, missing, used = {}, [], set()
+    state: dict[str, Tensor] = {}
+    missing: list[str] = []
+    used: set[str] = set()
     for name, like in ours.items():
         key = reference_name(name, segmentation_heads)
         if key not in theirs:
@@ -79,7 +81,7 @@ def from_reference(
 
 
 def to_reference(ours: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """The inverse of ``from_reference`` for a whole state dict: the authors' names and shapes, values untouched."""
+    """The inverse of :func:`from_reference` for a full state dict: reference names and shapes, unchanged values."""
     segmentation = frozenset(t.name for t in config.heads if t.kind == "segmentation")
     embeds = {s.embed: s for s in config.all_sensors}
     theirs = {}

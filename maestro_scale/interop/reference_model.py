@@ -1,7 +1,7 @@
-"""What an authors' state dict says of its model: widths and depths from shapes, sensors by the names of their parts.
+"""Model configuration of a reference checkpoint: widths and depths from tensor shapes, sensors from parameter names.
 
-Shapes do not hold everything: image sizes, dates, scales and the ground grid come from the preset of a dataset, the
-number of heads from the table of sizes. Where either leaves a choice, an error asks for it.
+Shapes do not determine everything: image sizes, dates, scales and the position grid come from a dataset's preset, the
+number of heads from the table of sizes. If a choice remains, the error names the option that makes it.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from torch import Tensor
 
 from maestro_scale.datasets.spec import DatasetSpec, Sensor, Target
 from maestro_scale.interop.export import ExportError
-from maestro_scale.model.config import ModelConfig
+from maestro_scale.model.config import Fusion, ModelConfig
 from maestro_scale.model.sizes import SIZES, Size
 
 State = Mapping[str, Tensor]
@@ -23,7 +24,7 @@ State = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class ConversionHints:
-    """What a user says about a checkpoint beyond its file; None: find out, or ask."""
+    """Properties of a checkpoint that the user states; None: determine from the file, or raise an error."""
 
     heads: int | None = None
     decoder_heads: int | None = None
@@ -35,17 +36,17 @@ def sensor_names(state: State) -> tuple[str, ...]:
     """Names of the sensors, in the order of the file."""
     names = tuple(k.removeprefix("mask_token.") for k in state if k.startswith("mask_token."))
     if not names:
-        raise ExportError("the file holds no mask tokens under model.: is it a MAESTRO checkpoint?")
+        raise ExportError("the file contains no mask tokens under model.: is it a MAESTRO checkpoint?")
     return names
 
 
 def model_config(
     state: State, spec: DatasetSpec, hints: ConversionHints, hyper: Mapping[str, object]
 ) -> ModelConfig:
-    """The configuration behind ``state``, its sensors seen as in ``spec``.
+    """Configuration of the model with the state dict ``state``, its sensors described by ``spec``.
 
     Raises:
-        ExportError: a sensor is unknown to ``spec`` or differs from it, or shapes leave a choice; says what to pass.
+        ExportError: a sensor is unknown to ``spec`` or differs from it, or the shapes leave a choice; names the option.
     """
     sensors = tuple(_sensor(state, spec, name) for name in sensor_names(state) if name not in hints.leave_out)
     order = {s.name: i for i, s in enumerate(spec.sensors)}
@@ -70,17 +71,18 @@ def model_config(
         crop_m=spec.crop_m,
         dataset=spec.name,
     )
-    wanted = [t for t in _parts(state, "heads") if f"heads.{t}" not in hints.leave_out]
+    wanted = [t for t in _child_names(state, "heads") if f"heads.{t}" not in hints.leave_out]
     return dataclasses.replace(config, heads=tuple(_head(state, spec, t) for t in wanted))
 
 
 def matching_specs(state: State, specs: Iterable[DatasetSpec]) -> list[DatasetSpec]:
-    """Of ``specs``, those that most of the file's sensors agree with in name, patch and bands."""
+    """The ``specs`` that match the most sensors of the file, by name, patch size and number of bands."""
     scored = []
     for spec in specs:
-        own = {s.name: s for s in spec.sensors}
-        agree = [n for n in sensor_names(state) if n in own and _agrees(state, own[n])]
-        scored.append((len(agree) if len(agree) == len(own.keys() & set(sensor_names(state))) else 0, spec))
+        known = {s.name: s for s in spec.sensors if s.name in sensor_names(state)}
+        # A dataset with a sensor of the same name but another patch or number of bands does not match at all.
+        matches = all(_matches(state, sensor) for sensor in known.values())
+        scored.append((len(known) if matches else 0, spec))
     best = max((n for n, _ in scored), default=0)
     return [spec for n, spec in scored if n == best and n > 0]
 
@@ -89,18 +91,18 @@ def matching_specs(state: State, specs: Iterable[DatasetSpec]) -> list[DatasetSp
 
 
 def _sensor(state: State, spec: DatasetSpec, name: str) -> Sensor:
-    own = {s.name: s for s in spec.sensors}
-    if name not in own:
+    known = {s.name: s for s in spec.sensors}
+    if name not in known:
         raise ExportError(
-            f"the checkpoint has a sensor {name!r} that {spec.name} does not know (it knows {', '.join(own)}): "
+            f"the checkpoint has a sensor {name!r} that {spec.name} does not have (it has {', '.join(known)}): "
             f"leave it out with --leave-out {name}, or describe the model with --like CONFIG.json"
         )
-    sensor = own[name]
+    sensor = known[name]
     tokens = _token_shapes(state, sensor)
     bands, patch = sum(c for c, _ in tokens), tokens[0][1]
     if bands != len(sensor.bands) or sensor.image_size % patch:
         raise ExportError(
-            f"sensor {name}: the checkpoint embeds patches of {patch} pixels and {bands} bands, but {spec.name} has "
+            f"sensor {name}: the checkpoint has patches of {patch} pixels and {bands} bands, but {spec.name} has "
             f"image_size {sensor.image_size} and {len(sensor.bands)} bands: name another --dataset, "
             "or describe the model with --like CONFIG.json"
         )
@@ -117,15 +119,15 @@ def _embed(state: State, sensor: Sensor) -> str:
 
 
 def _token_shapes(state: State, sensor: Sensor) -> list[tuple[int, int]]:
-    """(bands, patch) of every token of a place."""
+    """(bands, patch) of each token at a position."""
     prefix = f"patch_embed.{_embed(state, sensor)}.patchify_bands"
-    shapes = []
+    shapes: list[tuple[int, int]] = []
     while (weight := state.get(f"{prefix}.{len(shapes)}.conv.weight")) is not None:
         shapes.append((weight.shape[1], weight.shape[-1]))
     return shapes
 
 
-def _agrees(state: State, sensor: Sensor) -> bool:
+def _matches(state: State, sensor: Sensor) -> bool:
     try:
         tokens = _token_shapes(state, sensor)
     except ExportError:
@@ -138,11 +140,16 @@ def _agrees(state: State, sensor: Sensor) -> bool:
 
 def _fusion(
     state: State, sensors: tuple[Sensor, ...], hints: ConversionHints, hyper: Mapping[str, object]
-) -> str:
-    told = hints.fusion or hyper.get("fusion_mode") or hyper.get("multimodal")
-    if isinstance(told, str):
-        return told
-    encoders = set(_parts(state, "encoder"))
+) -> Fusion:
+    stated = hints.fusion or hyper.get("fusion_mode") or hyper.get("multimodal")
+    for fusion in get_args(Fusion):
+        if fusion == stated:
+            return fusion
+    if isinstance(stated, str):
+        raise ExportError(
+            f"the checkpoint has fusion {stated!r}; supported are {', '.join(get_args(Fusion))}"
+        )
+    encoders = set(_child_names(state, "encoder"))
     if encoders == {"shared"}:
         return "shared"
     by_sensor = {s.name for s in sensors} <= encoders
@@ -156,8 +163,8 @@ def _fusion(
 
 
 def _with_group_names(state: State, sensors: tuple[Sensor, ...]) -> tuple[Sensor, ...]:
-    """The groups of the preset under the names they have in the file, where one of them is called otherwise."""
-    encoders = set(_parts(state, "encoder"))
+    """The sensors with their groups renamed as in the file, if exactly one group has another name there."""
+    encoders = set(_child_names(state, "encoder"))
     groups = dict.fromkeys(s.group for s in sensors)
     absent = [g for g in groups if g not in encoders]
     others = sorted(encoders - set(groups) - set(sensor_names(state)))
@@ -175,28 +182,23 @@ def _with_group_names(state: State, sensors: tuple[Sensor, ...]) -> tuple[Sensor
 
 
 def _size(state: State, hints: ConversionHints, inter_depth: int) -> Size:
-    encoder, decoder = f"encoder.{_parts(state, 'encoder')[0]}", f"decoder.{_parts(state, 'decoder')[0]}"
+    encoder, decoder = (
+        f"encoder.{_child_names(state, 'encoder')[0]}",
+        f"decoder.{_child_names(state, 'decoder')[0]}",
+    )
     width, inner, mlp = _widths(state, encoder)
     decoder_width, decoder_inner, decoder_mlp = _widths(state, decoder)
     depth = _depth(state, encoder) + inter_depth
     known = [s for s in SIZES.values() if (s.width, s.depth, s.heads * s.dim_head) == (width, depth, inner)]
     decoder_known = decoder_inner == 512
+    heads: int | None
     if not _has_projection(state, encoder):
-        heads = 1
+        heads = 1  # the reference omits the output projection if there is one head
     else:
         heads = hints.heads or (known[0].heads if known else None)
     decoder_heads = hints.decoder_heads or (16 if decoder_known else None)
-    for option, count, channels in (
-        ("--heads", heads, inner),
-        ("--decoder-heads", decoder_heads, decoder_inner),
-    ):
-        if count is None:
-            raise ExportError(
-                f"the checkpoint's attention is {channels} channels wide, which shapes do not divide into heads: "
-                f"pass {option}"
-            )
-        if channels % count:
-            raise ExportError(f"{option} {count} does not divide the checkpoint's {channels} channels")
+    heads = _checked_heads("--heads", heads, inner)
+    decoder_heads = _checked_heads("--decoder-heads", decoder_heads, decoder_inner)
     return Size(
         width=width,
         depth=depth,
@@ -209,6 +211,17 @@ def _size(state: State, hints: ConversionHints, inter_depth: int) -> Size:
         decoder_dim_head=decoder_inner // decoder_heads,
         decoder_mlp_ratio=decoder_mlp // width,
     )
+
+
+def _checked_heads(option: str, heads: int | None, channels: int) -> int:
+    if heads is None:
+        raise ExportError(
+            f"the checkpoint's attention has {channels} channels; the number of heads does not follow from shapes: "
+            f"pass {option}"
+        )
+    if channels % heads:
+        raise ExportError(f"{option} {heads} does not divide the checkpoint's {channels} channels")
+    return heads
 
 
 def _widths(state: State, stack: str) -> tuple[int, int, int]:
@@ -229,21 +242,26 @@ def _depth(state: State, stack: str) -> int:
     return len({k[len(prefix) :].partition(".")[0] for k in state if k.startswith(prefix)})
 
 
-def _parts(state: State, kind: str) -> list[str]:
-    """Names below ``kind.``, in the order of the file."""
+def _child_names(state: State, kind: str) -> list[str]:
+    """Names directly below ``kind.``, in the order of the file."""
     names = list(dict.fromkeys(k.split(".")[1] for k in state if k.startswith(f"{kind}.")))
     if not names and kind != "heads":
         raise ExportError(f"the checkpoint has no {kind}: is it a MAESTRO checkpoint?")
     return names
 
 
-# -- what it was trained for -------------------------------------------------------------------------------------------
+# -- training objective ------------------------------------------------------------------------------------------------
 
 
-def _loss(hyper: Mapping[str, object]) -> tuple[str, str]:
-    told = hyper.get("loss")
-    names = {"l1": ("none", "l1"), "l2": ("none", "l2"), "l1_norm": ("patch_group", "l1")}
-    return {**names, "l2_norm": ("patch_group", "l2")}.get(told, ("patch_group", "l1"))
+def _loss(hyper: Mapping[str, object]) -> tuple[Literal["patch_group", "none"], Literal["l1", "l2"]]:
+    """(target normalisation, loss) from the name that the reference uses for both."""
+    names: dict[object, tuple[Literal["patch_group", "none"], Literal["l1", "l2"]]] = {
+        "l1": ("none", "l1"),
+        "l2": ("none", "l2"),
+        "l1_norm": ("patch_group", "l1"),
+        "l2_norm": ("patch_group", "l2"),
+    }
+    return names.get(hyper.get("loss"), ("patch_group", "l1"))
 
 
 def _head(state: State, spec: DatasetSpec, name: str) -> Target:

@@ -1,8 +1,8 @@
-"""Pickled checkpoints of others, read without running anything of theirs.
+"""Restricted loading of pickled checkpoints from others, without executing their code.
 
-torch's own restricted unpickler reads them: tensors, numbers, text and plain containers. What else a training
-framework leaves in its checkpoints (configuration objects and the like) becomes an :class:`InertRecord`; a file that
-names anything further is refused before a byte of it is unpickled.
+A pickle can run arbitrary code when it is loaded. torch's restricted unpickler reads tensors, numbers, text and plain
+containers. Other objects that training frameworks store in checkpoints, such as configuration objects, become an
+:class:`InertRecord` if they come from known packages; a file that names anything else is refused before unpickling.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 from maestro_scale.interop.export import ExportError
 
-# Packages whose objects are kept as records. None of them is imported; a record holds what the object was made of.
+# Packages whose objects become records. None of them is imported.
 INERT_PACKAGES = frozenset(
     {
         "argparse",
@@ -37,7 +37,10 @@ INERT_PACKAGES = frozenset(
 
 
 class InertRecord:
-    """Stands for an object of a class that is not loaded: ``args`` it was made with, ``fields`` it held."""
+    """Placeholder for an object whose class is not loaded: constructor ``args`` and ``fields`` of its state."""
+
+    args: tuple[Any, ...]
+    fields: dict[str, Any]
 
     def __new__(cls, *args: Any) -> InertRecord:
         record = object.__new__(cls)
@@ -55,24 +58,25 @@ class InertRecord:
 
 
 def load_untrusted(path: Path) -> Any:
-    """What ``torch.save`` wrote to ``path``, on the CPU, tensors mapped from the file.
+    """Load a ``torch.save`` file on the CPU, with memory-mapped tensors.
 
     Raises:
-        ExportError: the file is missing, damaged or no such file, or it names code outside ``INERT_PACKAGES``.
+        ExportError: the file is missing, damaged or not a torch checkpoint, or it names code outside
+            ``INERT_PACKAGES``.
     """
     if not path.is_file():
-        raise ExportError(f"{path}: there is no such file")
+        raise ExportError(f"{path}: does not exist")
     if not zipfile.is_zipfile(path):
         raise ExportError(
-            f"{path}: is no checkpoint of torch 1.6 or later (not a zip archive), or was cut short: "
-            "fetch it again"
+            f"{path}: is not a checkpoint of torch 1.6 or later (not a zip archive), or is cut short: "
+            "download it again"
         )
     try:
         foreign = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
         if refused := sorted(n for n in foreign if n.partition(".")[0] not in INERT_PACKAGES):
             raise ExportError(
-                f"{path}: asks to run {', '.join(refused[:3])} when it is loaded, which a checkpoint has no need to; "
-                "nothing was run. Do not use this file, or have its author save the state dict alone"
+                f"{path}: would run {', '.join(refused[:3])} when it is loaded, which a checkpoint does not need; "
+                "nothing was run. Do not use this file, or ask its author to save the state dict alone"
             )
         with torch.serialization.safe_globals([(_record_class(n), n) for n in foreign]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)

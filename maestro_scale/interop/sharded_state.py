@@ -1,7 +1,9 @@
-"""The training state on disk: safetensors files of parameter fragments and one index, read by any number of ranks.
+"""On-disk format of the training state: safetensors files of parameter slices and one index, for any number of ranks.
 
-``rank00000.safetensors`` … hold 1-D fp32 tensors ``<kind>/<parameter>``; ``index.json`` says which elements of which
-parameter each of them is. No pickles, and no trace of the ZeRO stage or the number of ranks that wrote them.
+``rank00000.safetensors`` … contain 1-D fp32 tensors ``<kind>/<parameter>`` (kind: ``weight``, ``exp_avg``,
+``exp_avg_sq``, ``ema``); ``index.json`` says which elements of which parameter each of them has. Parameters are
+identified by name and element range, not by rank or ZeRO partition, so that a run can resume with another ZeRO stage
+or number of ranks. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ WEIGHT = "weight"
 
 @dataclass(frozen=True)
 class ParameterSlice:
-    """Some elements of one flattened parameter, one tensor (numel,) per kind."""
+    """Consecutive elements of one flattened parameter, from ``start``; ``values``: one tensor (numel,) per kind."""
 
     name: str
     shape: tuple[int, ...]
@@ -35,27 +37,30 @@ class ParameterSlice:
 
     @property
     def numel(self) -> int:
-        """Elements of it."""
+        """Number of elements."""
         return len(next(iter(self.values.values())))
 
 
 def write_slices(
-    folder: Path, rank: int, pieces: list[ParameterSlice]
+    folder: Path, rank: int, slices: list[ParameterSlice]
 ) -> tuple[Path | None, list[dict[str, Any]]]:
-    """Write one rank's pieces (at most one a parameter); (the file, None where there are none; its index entries)."""
-    if not pieces:
+    """Write the slices of one rank, at most one per parameter.
+
+    Returns (file, or None if there are no slices; index entries).
+    """
+    if not slices:
         return None, []
     path = folder / f"rank{rank:05d}.safetensors"
-    write_tensors({f"{kind}/{p.name}": t for p in pieces for kind, t in p.values.items()}, path)
+    write_tensors({f"{kind}/{p.name}": t for p in slices for kind, t in p.values.items()}, path)
     entries = [
         {"name": p.name, "shape": list(p.shape), "file": path.name, "start": p.start, "numel": p.numel}
-        for p in pieces
+        for p in slices
     ]
     return path, entries
 
 
 def write_index(folder: Path, entries: list[dict[str, Any]], kinds: list[str], adam_step: int) -> Path:
-    """Write the index over all ranks' entries. ValueError where they are not every element exactly once."""
+    """Write the index of all ranks' entries. ValueError unless they cover every element exactly once."""
     parameters: dict[str, dict[str, Any]] = {}
     for entry in sorted(entries, key=lambda e: (e["name"], e["start"])):
         parameter = parameters.setdefault(entry["name"], {"shape": entry["shape"], "pieces": []})
@@ -65,21 +70,24 @@ def write_index(folder: Path, entries: list[dict[str, Any]], kinds: list[str], a
         for _, start, numel in parameter["pieces"]:
             if start != reached:
                 raise ValueError(
-                    f"{name}: its pieces meet at element {reached}, but the next begins at {start}"
+                    f"{name}: its slices cover the elements up to {reached}, but the next one starts at {start}"
                 )
             reached += numel
         if reached != math.prod(parameter["shape"]):
-            raise ValueError(f"{name}: {reached} elements in pieces of a parameter of {parameter['shape']}")
+            raise ValueError(
+                f"{name}: its slices have {reached} elements, but its shape is {parameter['shape']}"
+            )
     path = folder / INDEX
     path.write_text(json.dumps({"adam_step": adam_step, "kinds": kinds, "parameters": parameters}))
     return path
 
 
 class StateReader:
-    """Reads any elements of any parameter; opens only the files that hold them. Use as a context manager."""
+    """Context manager that reads any elements of any parameter and opens only the files that contain them."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder, self._files, self._open = folder, {}, ExitStack()
+        self._folder, self._open = folder, ExitStack()
+        self._files: dict[str, Any] = {}  # safetensors does not export the type of its handles
         index = json.loads((folder / INDEX).read_text())
         self.adam_step: int = index["adam_step"]
         self.kinds: tuple[str, ...] = tuple(index["kinds"])
@@ -93,27 +101,27 @@ class StateReader:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """{parameter: shape}."""
+        """Shape of each parameter."""
         return {name: tuple(p["shape"]) for name, p in self._parameters.items()}
 
     def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
-        """Elements ``start`` to ``start + numel`` of a flattened parameter's ``kind``; (numel,) fp32 on the CPU."""
+        """Elements [start, start + numel) of a flattened parameter; (numel,) fp32 on the CPU."""
         parts = [
             self._file(file).get_slice(f"{kind}/{name}")[first:end]
-            for file, first, end in self._within(name, start, numel)
+            for file, first, end in self._overlapping(name, start, numel)
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def read_full(self, kind: str, name: str) -> Tensor:
-        """A parameter's ``kind`` in its own shape, fp32 on the CPU."""
+        """A full parameter in its shape, fp32 on the CPU."""
         shape = self.shapes[name]
         return self.read(kind, name, 0, math.prod(shape)).reshape(shape)
 
-    def _within(self, name: str, start: int, numel: int) -> Iterator[tuple[str, int, int]]:
-        for file, begins, held in self._parameters[name]["pieces"]:
-            first, end = max(start, begins), min(start + numel, begins + held)
+    def _overlapping(self, name: str, start: int, numel: int) -> Iterator[tuple[str, int, int]]:
+        for file, offset, length in self._parameters[name]["pieces"]:
+            first, end = max(start, offset), min(start + numel, offset + length)
             if first < end:
-                yield file, first - begins, end - begins
+                yield file, first - offset, end - offset
 
     def _file(self, name: str) -> Any:
         if name not in self._files:

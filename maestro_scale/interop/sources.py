@@ -1,4 +1,4 @@
-"""Where exported models lie: a folder, a prefix in an object store, or a repository of the Hugging Face hub."""
+"""Locations of exported models: a folder, an object store, the Hugging Face hub or an MLflow registry."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from maestro_scale.shards.errors import StoreError
 from maestro_scale.shards.storage import LocalStorage, open_storage
 
 TRACKING_URI = "MLFLOW_TRACKING_URI"
-REGISTERED_FOLDER = "data/model"  # where MLflow puts what it only carries
+REGISTERED_FOLDER = "data/model"  # folder of the model's files within an MLflow pyfunc model
 
 
 class ModelSource:
-    """One exported model: ``config.json`` beside ``model.safetensors``.
+    """One exported model: ``config.json`` and ``model.safetensors``.
 
-    ``url``: a folder, ``s3://bucket/prefix`` (or another scheme that fsspec knows),
-    ``hf://owner/name[@revision][/folder]``, which needs the ``hub`` extra and keeps to its cache, or
-    ``models:/name/version`` of the MLflow registry at ``MLFLOW_TRACKING_URI``.
+    ``url``: a folder, ``s3://bucket/prefix`` (or another scheme of fsspec), ``hf://owner/name[@revision][/folder]``,
+    which needs the ``hub`` extra and is cached by it, or ``models:/name/version`` of the MLflow registry at
+    ``MLFLOW_TRACKING_URI``.
     """
 
     def __init__(self, url: str | Path) -> None:
@@ -32,14 +32,14 @@ class ModelSource:
         self._storage = open_storage(fetch(self.url))
 
     def read_config(self) -> dict[str, Any]:
-        """The content of config.json; ExportError where there is none that this version reads."""
+        """Content of config.json; ExportError if it is missing or has another format version."""
         try:
             record = json.loads(self._storage.read(CONFIG))
         except (OSError, ValueError, StoreError) as error:
             what = "there is no config.json" if isinstance(error, FileNotFoundError) else error
             raise ExportError(
-                f"{self.url} is no exported model ({what}); make one with `maestro-scale export`, or with "
-                "`maestro-scale convert-ign` from a checkpoint of the authors"
+                f"{self.url} is not an exported model ({what}); create one with `maestro-scale export`, or with "
+                "`maestro-scale convert-ign` from an original checkpoint"
             ) from None
         found = record.get("format_version") if isinstance(record, dict) else None
         if found != FORMAT_VERSION:
@@ -49,8 +49,9 @@ class ModelSource:
         return record
 
     def read_weights(self) -> dict[str, Tensor]:
-        """The content of model.safetensors, on the CPU; ExportError where it is missing or damaged."""
+        """Content of model.safetensors, on the CPU; ExportError if it is missing or damaged."""
         try:
+            # A local file is memory-mapped instead of being read into memory first.
             if isinstance(self._storage, LocalStorage):
                 return load_file(self._storage.folder / WEIGHTS)
             return load(self._storage.read(WEIGHTS))
@@ -77,7 +78,7 @@ def _from_hub(url: str) -> Path:
             )
             for filename in (WEIGHTS, CONFIG)
         ]
-    except (OSError, ValueError) as error:  # the client's own errors are among them
+    except (OSError, ValueError) as error:  # the base classes of the client's errors
         raise ExportError(f"{url}: cannot be fetched ({str(error).strip().splitlines()[0]})") from None
     return Path(paths[-1]).parent
 
@@ -90,10 +91,10 @@ def _from_registry(url: str) -> Path:
     chosen_by_mlflow = not mlflow.is_tracking_uri_set() and store == mlflow.get_tracking_uri()
     if (
         chosen_by_mlflow and store.startswith("sqlite:") and not Path("mlflow.db").exists()
-    ):  # it would make one
+    ):  # MLflow would create an empty one and report that the model does not exist
         raise ExportError(
-            f"{url}: set {TRACKING_URI} to the store that it is registered in, as `maestro-scale export --register` "
-            f"names it (sqlite:////…/mlflow.db, http://…); there is no mlflow.db in {Path.cwd()} either"
+            f"{url}: set {TRACKING_URI} to the store with the registered model, as printed by `maestro-scale export "
+            f"--register` (sqlite:////…/mlflow.db, http://…); there is no mlflow.db in {Path.cwd()} either"
         )
     try:
         return Path(mlflow.artifacts.download_artifacts(artifact_uri=url)) / REGISTERED_FOLDER

@@ -1,4 +1,7 @@
-"""Tensors into a safetensors file; a disk that does not take them is an OSError, as with any other file."""
+"""Writing of safetensors files, with failures of the disk raised as OSError.
+
+safetensors reports them as SafetensorError, which callers would not recognise as a full disk.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from torch import Tensor
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write ``path``. OSError, with the system's number and the path, where it cannot be written."""
+    """Write ``path``. OSError, with errno and path, if it cannot be written."""
     try:
         save_file({name: t.contiguous() for name, t in tensors.items()}, path)
     except SafetensorError as error:

@@ -1,4 +1,4 @@
-"""Which parts of a model came from where: taken over, resized, left fresh, or left behind, as a table."""
+"""Report of a weight transfer: which parts of a model were loaded, resized, initialised or not used, as a table."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ from typing import Literal
 from rich.table import Table
 
 TransferStatus = Literal["loaded", "resized", "initialised", "unused"]
+"""``initialised``: not in the other model, so the random initial values stay. ``unused``: only in the other model."""
 
 
 @dataclass(frozen=True)
 class TransferredPart:
-    """A few parameters with one status. ``name``: e.g. ``encoders.s2``; ``why`` where it is not plainly taken."""
+    """Parameters of one module with the same status. ``name``: for example ``encoders.s2``.
+
+    ``why``: the reason, unless the parameters were simply loaded.
+    """
 
     name: str
     status: TransferStatus
@@ -25,7 +29,7 @@ class TransferredPart:
 def summarize_transfer(
     statuses: Iterable[tuple[str, TransferStatus, int, str]],
 ) -> tuple[TransferredPart, ...]:
-    """Parameters (name, status, number of values, why) by part and status, in order."""
+    """Group parameters (name, status, number of values, why) by part and status, in the order of first occurrence."""
     merged: dict[tuple[str, TransferStatus, str], tuple[int, int]] = {}
     for name, status, values, why in statuses:
         key = (_part_name(name), status, why)
@@ -41,7 +45,7 @@ def _part_name(parameter: str) -> str:
 
 
 def transfer_table(parts: Iterable[TransferredPart], title: str) -> Table:
-    """One row per part, for a terminal."""
+    """One row per part, for the terminal."""
     found = Table(title=title, title_justify="left")
     for column in ("part", "", "tensors", "parameters", "why"):
         found.add_column(column, justify="right" if column in ("tensors", "parameters") else "left")

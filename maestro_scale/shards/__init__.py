@@ -1,6 +1,6 @@
-"""How the data is stored: safetensors samples in tar shards, a manifest, and a store that verifies them.
+"""Dataset storage: samples as safetensors in tar shards, a manifest, and a store that verifies shards before use.
 
-For a dataset of one's own: ``from maestro_scale.shards import Raster, Target, Writer, describe``.
+To write your own dataset: ``from maestro_scale.shards import Raster, Target, Writer, describe``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    # Lazily: a model that is loaded needs nothing of this but one module.
+    # Imported on first access: load_model needs only shards.storage, and torch alone must be enough to load a model.
     if name in _MODULES:
         return getattr(importlib.import_module(_MODULES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,7 @@
-"""Jobs on worker processes: results in any order, progress as it comes, no worker outlives its parent."""
+"""Process pool: runs jobs on worker processes, yields results as they finish, and leaves no process behind.
+
+``concurrent.futures`` is not used because it cannot report progress from inside a job, nor stop a running one.
+"""
 
 from __future__ import annotations
 
@@ -8,55 +11,60 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 from maestro_scale.datasets.spec import DatasetError
 from maestro_scale.shards.errors import ShardsError
 
-Job = TypeVar("Job", contravariant=True)
-Result = TypeVar("Result", covariant=True)
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+JobType = TypeVar("JobType", contravariant=True)
+ResultType = TypeVar("ResultType", covariant=True)
 ReportFunction = Callable[[int, int], None]
+"""Called with the number of samples and bytes processed since the last call."""
 
 
-class JobFunction(Protocol[Job, Result]):
-    """What a worker does with one job; pickles. ``report(samples, bytes)``: what was done since last time."""
+class JobFunction(Protocol[JobType, ResultType]):
+    """What a worker runs for one job. It is pickled to the worker and calls ``report`` with its progress."""
 
-    def __call__(self, job: Job, report: ReportFunction) -> Result: ...
+    def __call__(self, job: JobType, report: ReportFunction, /) -> ResultType: ...
 
 
 class WorkerError(ShardsError):
-    """A worker process was killed, or failed in a way that nobody foresaw."""
+    """A worker process was killed or raised an unexpected exception."""
 
 
 def run_jobs(
-    work: JobFunction, jobs: Sequence[Any], workers: int, report: ReportFunction
-) -> Iterator[tuple[int, Any]]:
-    """``(index, work(jobs[index]))`` as they finish, on up to ``workers`` processes; one: here, in order.
+    function: JobFunction[Job, Result], jobs: Sequence[Job], workers: int, report: ReportFunction
+) -> Iterator[tuple[int, Result]]:
+    """``(index, function(jobs[index]))`` in order of completion, on up to ``workers`` processes.
 
-    The first failure stops everything and is raised: DatasetError and ShardsError as they are, any other as
-    WorkerError with its traceback.
+    With one worker, or one job, everything runs in this process, in order. The first failure stops all workers and
+    is raised: DatasetError and ShardsError unchanged, any other exception as WorkerError with its traceback.
     """
-    if min(workers, len(jobs)) <= 1:
+    num_workers = min(workers, len(jobs))
+    if num_workers <= 1:
         for index, job in enumerate(jobs):
-            yield index, work(job, report)
+            yield index, function(job, report)
         return
-    # spawn: a forked child would share clients and locks with threads it does not have.
+    # spawn, not fork: a forked child would inherit store clients and locks, but not the threads that serve them.
     context = multiprocessing.get_context("spawn")
     pipes: dict[Connection, BaseProcess] = {}
     try:
-        for _ in range(min(workers, len(jobs))):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_worker_loop, args=(work, theirs), daemon=True)
+        for _ in range(num_workers):
+            parent_end, child_end = context.Pipe()
+            process = context.Process(target=_worker_loop, args=(function, child_end), daemon=True)
             process.start()
-            theirs.close()
-            pipes[ours] = process
+            # Only the worker may hold its end: otherwise its death does not show as EOF at ours.
+            child_end.close()
+            pipes[parent_end] = process
         yield from _distribute(pipes, jobs, report)
     finally:
-        for pipe, process in pipes.items():
+        for pipe, started in pipes.items():
             pipe.close()
-            process.terminate()
-        for process in pipes.values():
-            process.join()
+            started.terminate()
+        for started in pipes.values():
+            started.join()
 
 
 def _distribute(
@@ -67,7 +75,8 @@ def _distribute(
         pipe.send(item)
     num_left = len(jobs)
     while num_left:
-        for pipe in wait(list(pipes)):
+        # A cast: wait() may also return sockets and descriptors, but it returns only what it was given.
+        for pipe in cast(list[Connection], wait(list(pipes))):
             try:
                 kind, *content = pipe.recv()
             except (EOFError, ConnectionResetError):
@@ -86,8 +95,9 @@ def _distribute(
                 yield content[0], content[1]
 
 
-def _worker_loop(work: JobFunction, pipe: Connection) -> None:
-    # Ctrl-C reaches the whole group; the parent decides, and its end of the pipe closes when it dies.
+def _worker_loop(function: JobFunction[Any, Any], pipe: Connection) -> None:
+    # Ctrl-C is delivered to the whole process group. Only the parent handles it; workers end when its pipe closes,
+    # which the kernel also does if the parent is killed.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def report(samples: int, num_bytes: int) -> None:
@@ -96,18 +106,20 @@ def _worker_loop(work: JobFunction, pipe: Connection) -> None:
     try:
         while True:
             index, job = pipe.recv()
-            pipe.send(("done", index, work(job, report)))
+            pipe.send(("done", index, function(job, report)))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
     except (DatasetError, ShardsError) as error:
         pipe.send(("failed", error))
-    except Exception:  # noqa: BLE001 # it is told to the parent, which raises it
+    except Exception:  # noqa: BLE001 # the parent raises it
         pipe.send(("failed", WorkerError(f"a worker failed:\n{traceback.format_exc()}")))
 
 
 def _exit_message(exitcode: int | None) -> str:
     if exitcode == -signal.SIGKILL:
-        hint = "that is often the system, out of memory: use fewer workers"
+        hint = "often the system killed it because memory ran out: use fewer workers"
     else:
-        hint = "its own words are above; a script that starts workers must do so under `if __name__ == '__main__':`"
+        hint = (
+            "see its output above; a script that starts workers must do so under `if __name__ == '__main__':`"
+        )
     return f"a worker process ended with exit code {exitcode}; {hint}"

@@ -1,4 +1,9 @@
-"""Locks between processes of one machine. The kernel frees them when a process dies, however it dies."""
+"""File locks between processes of one machine (flock). The kernel releases them when a process ends, even by SIGKILL.
+
+A lock belongs to the inode, not to the path, and lock files are deleted on release. So after locking, the code checks
+that the locked inode is still the one at the path: another process may have deleted or replaced the file while this
+one waited. Without the check two processes could each hold "the" lock, on different inodes.
+"""
 
 from __future__ import annotations
 
@@ -16,25 +21,28 @@ class Locked(Exception):
 
 @contextmanager
 def file_lock(path: Path, wait: bool = True) -> Iterator[None]:
-    """Hold the lock named ``path``; its file goes when it is released.
+    """Hold an exclusive lock on the file ``path``, which is created, and deleted on release.
 
-    Locked if it is taken and not ``wait``; OSError if it cannot be made or locked (:func:`locks_unsupported`).
+    Locked if it is held by another and ``wait`` is false; OSError if the file cannot be created or the file system
+    has no locks (:func:`locks_unsupported`).
     """
     descriptor = _acquire(path, wait)
     try:
         yield
     finally:
+        # Deleted while still locked: deleting it after release could delete the file of the next holder.
         path.unlink(missing_ok=True)
         os.close(descriptor)
 
 
 def open_shared(path: Path) -> int | None:
-    """A descriptor that holds a shared lock on a file until it is closed; None if the file is gone."""
+    """Open a file with a shared lock that lasts until the descriptor is closed; None if the file is gone."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
     fcntl.flock(descriptor, fcntl.LOCK_SH)
+    # No links left: it was deleted between open and flock.
     if os.fstat(descriptor).st_nlink:
         return descriptor
     os.close(descriptor)
@@ -42,12 +50,13 @@ def open_shared(path: Path) -> int | None:
 
 
 def remove_unless_shared(path: Path) -> bool:
-    """Delete the file ``path`` unless somebody holds it through :func:`open_shared`; whether it was deleted."""
+    """Delete the file ``path`` unless a process holds it by :func:`open_shared`; whether it was deleted."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         return False
     try:
+        # Exclusive, so that no reader can take its shared lock between this check and the deletion.
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not _is_at(descriptor, path):
             return False
@@ -60,7 +69,7 @@ def remove_unless_shared(path: Path) -> bool:
 
 
 def locks_unsupported(error: OSError) -> bool:
-    """Whether ``error`` says that a file system has no locks, as some that clusters share."""
+    """Whether ``error`` says that the file system has no locks, as on some file systems that clusters share."""
     return error.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
@@ -75,7 +84,7 @@ def _acquire(path: Path, wait: bool) -> int:
         except OSError:
             os.close(descriptor)
             raise
-        # The one who held it has removed the file: lock the file that is there now.
+        # The previous holder deleted this file on release: lock the one that is at the path now.
         if _is_at(descriptor, path):
             return descriptor
         os.close(descriptor)

@@ -1,4 +1,8 @@
-"""Where a dataset lies: a local folder, or a prefix in an object store behind fsspec; the same verbs for both."""
+"""Storage backends with one interface: a local folder, or a prefix of an object store accessed through fsspec.
+
+Both guarantee that readers see a file complete or not at all: locally by writing to a temporary name and renaming,
+in an object store because a PUT or a completed multipart upload is atomic.
+"""
 
 from __future__ import annotations
 
@@ -18,17 +22,17 @@ _UPLOAD_PART_BYTES = 16 * 1024 * 1024
 
 
 class LocalStorage:
-    """A folder."""
+    """A local or shared folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def address(self, name: str = "") -> str:
-        """How errors name a file."""
+        """The full path of a file, for messages."""
         return str(self.folder / name)
 
     def read(self, name: str) -> bytes:
-        """A whole small file; FileNotFoundError if it is missing, StoreError if unreadable."""
+        """Content of a small file. FileNotFoundError if it is missing, StoreError if it cannot be read."""
         try:
             return (self.folder / name).read_bytes()
         except (FileNotFoundError, NotADirectoryError) as error:
@@ -46,7 +50,7 @@ class LocalStorage:
             raise StoreError(f"{self.address(name)}: cannot be read ({error.strerror})") from error
 
     def list_names(self) -> list[str]:
-        """Sorted names of the files and folders directly inside; none if the folder is missing."""
+        """Sorted names of the files and folders directly inside; empty if the folder is missing."""
         try:
             return sorted(os.listdir(self.folder))
         except FileNotFoundError:
@@ -55,8 +59,10 @@ class LocalStorage:
             raise StoreError(f"{self.address()}: cannot be listed ({error.strerror})") from error
 
     def publish(self, source: Path, name: str) -> None:
-        """Move a complete file of the same file system to ``name``: readers see all of it or nothing."""
+        """Move a complete file of the same file system to ``name``, atomically and durably."""
         try:
+            # In this order: the data first, or a power cut after the rename could leave the final name on an empty
+            # file; then the rename, which is atomic; then the folder, whose entry is only durable after its own fsync.
             fsync(source)
             os.replace(source, self.folder / name)
             fsync(self.folder)
@@ -79,7 +85,11 @@ class LocalStorage:
 
 
 class RemoteStorage:
-    """A prefix in an object store. Pickles; each process makes its own client: s3fs does not survive a fork."""
+    """A prefix in an object store.
+
+    It can be pickled. Each process creates its own client, since the event loop thread of s3fs does not survive a fork.
+    ``on_retry`` is called for each retried request.
+    """
 
     def __init__(self, url: str, retry: RetryPolicy, on_retry: Callable[[], None]) -> None:
         self.url = url.rstrip("/")
@@ -88,22 +98,23 @@ class RemoteStorage:
         self._lock = threading.Lock()
         self._clients: dict[int, tuple[Any, str]] = {}
 
-    def __getstate__(self) -> dict:
-        return {"url": self.url, "retry": self.retry, "on_retry": self._on_retry}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__init__(state["url"], state["retry"], state["on_retry"])
+    def __reduce__(self) -> tuple[type[RemoteStorage], tuple[str, RetryPolicy, Callable[[], None]]]:
+        # Locks and clients do not pickle; the copy creates its own.
+        return RemoteStorage, (self.url, self.retry, self._on_retry)
 
     def address(self, name: str = "") -> str:
-        """How errors name an object."""
+        """The URL of an object, for messages."""
         return f"{self.url}/{name}" if name else self.url
 
     def read(self, name: str) -> bytes:
-        """A whole small object; FileNotFoundError if it is missing, StoreError if unreadable."""
+        """Content of a small object. FileNotFoundError if it is missing, StoreError if it cannot be read."""
         return self._call(name, "_cat_file", "cat_file", self._path(name))
 
     def read_range(self, name: str, start: int, stop: int, cancel: threading.Event | None = None) -> bytes:
-        """Bytes [start, stop); shorter only if the object ends before. Errors as :meth:`read`."""
+        """Bytes [start, stop); shorter if the object ends before ``stop``. Raises as :meth:`read`.
+
+        Setting ``cancel`` ends retries early.
+        """
         return self._call(name, "_cat_file", "cat_file", self._path(name), cancel, start=start, end=stop)
 
     def size(self, name: str) -> int | None:
@@ -114,7 +125,7 @@ class RemoteStorage:
             return None
 
     def list_names(self) -> list[str]:
-        """Sorted names of what lies directly below the prefix; none if it is empty or missing."""
+        """Sorted names of the objects and prefixes directly below the prefix; empty if there are none."""
         path = self._path("").rstrip("/")
         try:
             entries = self._call("", "_ls", "ls", path, detail=False, refresh=True)
@@ -125,8 +136,8 @@ class RemoteStorage:
         )
 
     def publish(self, source: Path, name: str) -> None:
-        """Upload a local file, in parts if large, and delete it. An object appears whole or not at all."""
-        # The client holds up to ten parts in memory; its own parts are of 50 MiB.
+        """Upload a local file, in parts if it is large, and delete it. The object appears complete or not at all."""
+        # The client holds up to ten parts in memory: 160 MiB with these, 500 MiB with its default of 50 MiB.
         options = {"chunksize": _UPLOAD_PART_BYTES} if self.url.startswith(_S3) else {}
         self._write(name, "put_file", str(source), self._path(name), **options)
         source.unlink()
@@ -142,11 +153,12 @@ class RemoteStorage:
 
     def _write(self, name: str, method: str, *args: Any, **options: Any) -> None:
         try:
-            # No limit for one attempt: a shard takes its time on a thin line; the client has timeouts too.
+            # No timeout per attempt: uploading a shard over a slow network takes long. The client's connect and read
+            # timeouts still end an attempt that makes no progress.
             self._attempts(name, lambda fs: getattr(fs, method)(*args, **options))
         except FileNotFoundError as error:
             raise WriteError(
-                f"{self.address(name)}: cannot be written: no such bucket; make it first"
+                f"{self.address(name)}: cannot be written: no such bucket; create it first"
             ) from error
         except StoreError as error:
             raise WriteError(f"cannot write {one_line(error)}") from error
@@ -161,6 +173,7 @@ class RemoteStorage:
         **options: Any,
     ) -> Any:
         def attempt(fs: Any) -> Any:
+            # fsspec's synchronous methods have no timeout, so async file systems are called by their coroutine.
             if not fs.async_impl:
                 return getattr(fs, method)(path, **options)
             limited = asyncio.wait_for(getattr(fs, coroutine)(path, **options), self.retry.attempt_timeout_s)
@@ -194,11 +207,12 @@ class RemoteStorage:
         return f"{self._client()[1]}/{name}"
 
     def _client(self) -> tuple[Any, str]:
-        """This process's fsspec file system and the root's path in it."""
+        """This process's fsspec file system, and the path of the prefix in it."""
         with self._lock:
             if os.getpid() not in self._clients:
                 self._clients[os.getpid()] = _connect(self.url, self.retry)
-            # A parent's client stays referenced: its end in a child would wait for a thread that is gone.
+            # After a fork the parent's client stays referenced: closing it in the child would wait for its event loop
+            # thread, which the child does not have.
             return self._clients[os.getpid()]
 
 
@@ -208,7 +222,7 @@ Storage = LocalStorage | RemoteStorage
 def open_storage(
     url: str | os.PathLike, retry: RetryPolicy | None = None, on_retry: Callable[[], None] | None = None
 ) -> Storage:
-    """The folder or object-store prefix at ``url``. Nothing is read yet. StoreError if ``credentials_in`` objects."""
+    """The storage at ``url``; nothing is read yet. StoreError if the URL contains credentials."""
     folder = local_folder(url)
     if folder is not None:
         return LocalStorage(folder)
@@ -218,17 +232,17 @@ def open_storage(
 
 
 def credentials_in(url: str) -> str | None:
-    """Why an s3:// address that names a user or a password is of no use, in words; None for any other."""
+    """The error message for an s3:// URL that contains a user name or a password; None for any other URL."""
     if not url.startswith(_S3) or not has_credentials(url):
         return None
     return (
-        f"{scrub(url)}: an s3:// address cannot carry credentials: leave them out of it, and put them in "
-        "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or in ~/.aws"
+        f"{scrub(url)}: an s3:// address cannot carry credentials: remove them, and set "
+        "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or use ~/.aws"
     )
 
 
 def local_folder(url: str | os.PathLike) -> Path | None:
-    """The folder that ``url`` means; None if it is an address of another kind."""
+    """The folder that ``url`` names; None if it is a URL of another scheme."""
     text = os.fspath(url)
     if text.startswith("file://"):
         text = text.removeprefix("file://")
@@ -236,7 +250,10 @@ def local_folder(url: str | os.PathLike) -> Path | None:
 
 
 def client_module(url: str | os.PathLike) -> str | None:
-    """The module that a process imports to read from ``url``, which can take a second; None for a folder."""
+    """Name of the fsspec module that reads from ``url``; None for a folder.
+
+    Importing it can take a second, so the loader imports it once for all workers.
+    """
     if local_folder(url) is not None:
         return None
     from fsspec.registry import known_implementations
@@ -246,7 +263,7 @@ def client_module(url: str | os.PathLike) -> str | None:
 
 
 def _ignore() -> None:
-    """Called at each retry where nobody counts them; a function, so that it pickles."""
+    """Default ``on_retry``; a module-level function, because a lambda cannot be pickled."""
 
 
 def _connect(url: str, retry: RetryPolicy) -> tuple[Any, str]:
@@ -258,9 +275,11 @@ def _connect(url: str, retry: RetryPolicy) -> tuple[Any, str]:
         fs = fsspec.filesystem(url.split("://", 1)[0], **options)
         path = fs._strip_protocol(url)
         if is_s3:
-            fs.retries = 1  # retries are ours: s3fs does not count them, nor end them at a deadline
-            fs.connect()  # now, by one thread: the range readers would each make a session
-    except (ImportError, ValueError, *_network_errors()) as error:
+            # Retries are done by call_with_retries: s3fs neither counts its retries nor stops at a deadline.
+            fs.retries = 1
+            # Connect now, in one thread: otherwise the parallel range readers each create a session.
+            fs.connect()
+    except _network_errors(ImportError, ValueError) as error:
         raise StoreError(f"{url}: cannot be opened ({one_line(error)})") from error
     return fs, path
 
@@ -268,29 +287,35 @@ def _connect(url: str, retry: RetryPolicy) -> tuple[Any, str]:
 def _s3_options(retry: RetryPolicy) -> dict[str, Any]:
     from botocore.config import Config
 
-    config = {
+    config: dict[str, Any] = {
         "connect_timeout": min(10.0, retry.attempt_timeout_s),
         "read_timeout": retry.attempt_timeout_s,
         "retries": {"total_max_attempts": 1},
     }
     for name in ("request_checksum_calculation", "response_checksum_validation"):
-        # Shards have their own SHA-256; not every store knows Amazon's checksums, nor does older botocore.
+        # Shards have their own SHA-256. Not every S3-compatible store supports AWS's newer checksums, and older
+        # botocore does not know the options.
         if name in Config.OPTION_DEFAULTS:
             config[name] = "when_required"
-    # fsspec shares clients with the same options in a process; the endpoint, spelled out, is one of them.
+    # fsspec reuses a client with equal options within a process. The endpoint is passed explicitly so that a change of
+    # the environment variable gives a new client. The listings cache is off: other jobs write to the same prefix.
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     return {"config_kwargs": config, "use_listings_cache": False, "endpoint_url": endpoint}
 
 
-def _network_errors() -> tuple[type[BaseException], ...]:
+def _network_errors(*others: type[BaseException]) -> tuple[type[BaseException], ...]:
+    """What a client raises, and ``others``. A function, so that the clients are only imported when one has failed."""
     import aiohttp
     from botocore.exceptions import BotoCoreError, ClientError
 
-    return (OSError, EOFError, BotoCoreError, ClientError, aiohttp.ClientError)
+    return (OSError, EOFError, BotoCoreError, ClientError, aiohttp.ClientError, *others)
 
 
 def _is_permanent(error: BaseException) -> bool:
-    """Whether another attempt must fail too: no credentials, forbidden, malformed."""
+    """Whether a retry would fail as well: no or wrong credentials, forbidden, malformed request.
+
+    HTTP 408 and 429 and all 5xx are transient; 3xx is permanent, since it means a wrong region or endpoint.
+    """
     from botocore.exceptions import (
         ClientError,
         NoCredentialsError,
@@ -299,19 +324,21 @@ def _is_permanent(error: BaseException) -> bool:
         ProfileNotFound,
     )
 
-    if isinstance(error, (PermissionError, NoCredentialsError, ParamValidationError)):
+    if isinstance(
+        error,
+        (PermissionError, NoCredentialsError, ParamValidationError, PartialCredentialsError, ProfileNotFound),
+    ):
         return True
-    if isinstance(error, (PartialCredentialsError, ProfileNotFound)):
-        return True
-    answer = error if isinstance(error, ClientError) else error.__cause__
-    if isinstance(answer, ClientError):
-        status = answer.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    # s3fs translates client errors to OSError and keeps the original as the cause.
+    response_error = error if isinstance(error, ClientError) else error.__cause__
+    if isinstance(response_error, ClientError):
+        status = response_error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
         return 300 <= status < 500 and status not in (408, 429)
     return False
 
 
 def fsync(path: Path) -> None:
-    """Have the kernel write a file, or a folder's list of names, to the disk."""
+    """Flush a file, or the entries of a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

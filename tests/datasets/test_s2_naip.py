@@ -196,7 +196,7 @@ def test_bad_tiles_are_left_out_and_counted_by_kind_or_stop_it(write_naip, tmp_p
 def test_a_split_without_one_good_tile_says_why(write_naip, tmp_path):
     src = write_naip()
     (src / "dates/s2" / f"{TILE}.txt").write_text("")
-    with pytest.raises(WriteError, match=r"has no tile that can be read.*so the tile has no dates"):
+    with pytest.raises(WriteError, match=r"none of its tiles can be read.*so the tile has no dates"):
         write_shards(datasets.open_raw("s2_naip", src, "train"), str(tmp_path / "o"), "train", strict=False)
 
 

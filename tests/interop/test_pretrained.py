@@ -62,7 +62,7 @@ def test_a_model_loads_from_an_object_store(exported, model, monkeypatch):
             fs.put(str(exported / name), f"models/run/{name}")
         assert agrees(load_model("s3://models/run"), model)
         assert agrees(load_model("s3://models/run/"), model)
-        with pytest.raises(ExportError, match="s3://models/other is no exported model"):
+        with pytest.raises(ExportError, match="s3://models/other is not an exported model"):
             load_model("s3://models/other")
     finally:
         server.stop()
@@ -147,8 +147,8 @@ def test_loading_imports_nothing_of_the_training_stack(exported):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda f: (f / CONFIG).unlink(), "no exported model"),
-        (lambda f: (f / CONFIG).write_text("{"), "no exported model"),
+        (lambda f: (f / CONFIG).unlink(), "is not an exported model"),
+        (lambda f: (f / CONFIG).write_text("{"), "is not an exported model"),
         (lambda f: (f / CONFIG).write_text('{"format_version": 9}'), "format 9"),
         (lambda f: (f / CONFIG).write_text('{"format_version": 1, "model": {}}'), "describes no model"),
         (lambda f: (f / WEIGHTS).write_bytes(b"cut"), "cannot be read"),

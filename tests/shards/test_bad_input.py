@@ -128,7 +128,9 @@ def write_own(folder: Path) -> None:
 def test_a_full_disk(small_disk, tmp_path):
     shards = small_disk / "shards"
     for workers in (1, 2):
-        with pytest.raises(WriteError, match=r"train-\d+\.tar.*\(No space left on device\); free some space"):
+        with pytest.raises(
+            WriteError, match=r"train-\d+\.tar.*\(No space left on device\); free some disk space"
+        ):
             write_shards(Toy(400), str(shards), "train", shard_mb=0.4, workers=workers)
         assert not (shards / "manifest.json").exists()
         assert not list(shards.glob(".*.tmp"))
@@ -140,7 +142,9 @@ def test_a_full_disk(small_disk, tmp_path):
     assert verify(str(shards)) == []
     assert finished.items() <= {p.name: p.stat().st_mtime_ns for p in shards.glob("*.tar")}.items()
 
-    with pytest.raises(WriteError, match=r"own: tiles cannot be put aside \(No space left on device\)"):
+    with pytest.raises(
+        WriteError, match=r"own: the temporary file cannot be written \(No space left on device\)"
+    ):
         write_own(small_disk / "own")
     assert not (small_disk / "own" / "manifest.json").exists()
 
@@ -153,7 +157,7 @@ def test_a_full_cache(small_disk):
     with store.shard(manifest.shards[0]) as shard:
         assert fields_equal(shard[0], tile(shard.keys[0]))
     with pytest.raises(
-        StoreError, match=r"no space left for a shard of 2 MB; free some, or lower data.cache_gib"
+        StoreError, match=r"no space left for a shard of 2 MB; free some space, or lower data.cache_gib"
     ):
         store.shard(manifest.shards[1])
     shutil.rmtree(small_disk / "cache")

@@ -140,7 +140,7 @@ def test_errors_say_what_and_where():
     sample = Sample(encode(tile("T.1"), "raw"))
     with pytest.raises(KeyError, match=r"sample T.1 has no field 's3'; it has: .*aerial"):
         sample.array("s3")
-    with pytest.raises(CodecError, match="no codec is called 'zip'; there are: raw, zstd, delta-zstd"):
+    with pytest.raises(CodecError, match="there is no codec 'zip'; use one of: raw, zstd, delta-zstd"):
         encode(tile("a"), "zip")
     with pytest.raises(CodecError, match="field x has dtype complex64"):
         encode_fields("k", {"x": np.zeros(3, np.complex64)})

@@ -107,8 +107,8 @@ def test_a_description_that_cannot_be(raster, says):
             "tile a: kind has no class 'fig'; there are: apple, pear",
         ),
         ({"targets": {**LABELS, "cover": np.full((6, 6), -1)}}, "tile a: cover is int64"),
-        ({"targets": {**LABELS, "cover": np.full((6, 6), 2)}}, r"tile a: target\.cover holds 2"),
-        ({"targets": {**LABELS, "kinds": 1}}, r"tile a: has, unlike its spec, the field target\.kinds"),
+        ({"targets": {**LABELS, "cover": np.full((6, 6), 2)}}, r"tile a: target\.cover holds the value 2"),
+        ({"targets": {**LABELS, "kinds": 1}}, r"tile a: has, unlike the spec, the field target\.kinds"),
     ],
 )
 def test_a_tile_that_cannot_be_is_named_and_nothing_is_written(tmp_path, changes, says):

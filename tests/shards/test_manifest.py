@@ -70,14 +70,17 @@ def test_of_names_the_splits_there_are():
             lambda m: m["spec"]["sensors"][1].update(name="aerial"),
             r"sensors\[1\].name: 'aerial' is there twice",
         ),
-        (lambda m: m["shards"][0].update(path="../x.tar"), r"shards\[0\].path: '../x.tar' is no path below"),
+        (
+            lambda m: m["shards"][0].update(path="../x.tar"),
+            r"shards\[0\].path: '../x.tar' is not a path below",
+        ),
         (
             lambda m: m["shards"][1].update(path=SHARD.path),
             r"shards\[1\].path: train-000000.tar is listed twice",
         ),
         (lambda m: m["shards"][0].update(sha256="abc"), r"shards\[0\].sha256: 'abc' is not 64"),
         (lambda m: m["shards"][0].update(samples=0), r"shards\[0\]: 10 bytes, 0 samples"),
-        (lambda m: m.update(codec="gzip"), "codec: 'gzip' is none of raw"),
+        (lambda m: m.update(codec="gzip"), "codec: 'gzip' is not one of raw"),
     ],
 )
 def test_what_is_wrong_is_named_with_its_path(tmp_path, change, message):

@@ -112,7 +112,7 @@ def test_a_shard_without_one_good_tile_does_not_keep_the_parts_waiting(tmp_path)
 def test_a_part_is_written_by_one_and_not_beside_the_whole(tmp_path):
     with Writer(str(tmp_path), SPEC, "train") as writer:
         writer.add(tile("a"))
-        with pytest.raises(WriteError, match="another process writes split 'train'"):
+        with pytest.raises(WriteError, match="another process is writing split 'train'"):
             write(tmp_path, "1/2")
 
 

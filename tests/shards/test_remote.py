@@ -118,7 +118,7 @@ def test_writing_resumes_refuses_and_joins_like_on_disk(own, dataset, s3):
         writer.add(tile("a"))
     assert verify(own) == []
     assert [s.num_samples for s in summarize(own).splits] == [12, 1]
-    with pytest.raises(WriteError, match="holds a dataset with codec raw, not zstd"):
+    with pytest.raises(WriteError, match="contains a dataset with codec raw, not zstd"):
         write_shards(Toy(12), own, "test", codec="zstd")
 
 
@@ -214,7 +214,7 @@ def test_a_flipped_bit_is_fetched_again_once_then_named(s3, dataset, tmp_path):
     s3.faults = lambda method, path, n: (
         Fault(flip=True) if path.endswith(".tar") and method == "GET" else None
     )
-    with pytest.raises(BadShard, match=r"train-000001.tar: bad shard: has SHA-256 .*looked twice"):
+    with pytest.raises(BadShard, match=r"train-000001.tar: bad shard: has SHA-256 .*checked twice"):
         store.shard(dataset.shards[1])
     assert not list((tmp_path / "cache" / "shards").glob("*.part"))
 

@@ -109,7 +109,7 @@ def test_counts_are_checked(copy, tmp_path):
     manifest = Manifest.load(str(copy))
     wrong = replace(manifest.shards[0], samples=manifest.shards[0].samples + 1)
     with pytest.raises(
-        BadShard, match=f"holds {wrong.samples - 1} samples, the manifest says {wrong.samples}"
+        BadShard, match=f"contains {wrong.samples - 1} samples, the manifest says {wrong.samples}"
     ):
         Store(str(copy), tmp_path / "cache", 0).shard(wrong)
 
@@ -160,7 +160,7 @@ def test_verify_reads_every_sample_against_the_spec(copy):
     problems = verify(str(copy))
     assert len(problems) == 4
     assert "train-000000.index.json: is missing" in problems[0]
-    assert "member a holds the sample b" in problems[1]
+    assert "member a contains the sample b" in problems[1]
     assert "sample c: 7 bytes that do not start" in problems[2]
     assert "tile d: s2 is int16" in problems[3]
 
@@ -212,7 +212,7 @@ def test_a_folder_without_locks_can_be_read_and_written(tmp_path, monkeypatch):
 
 def test_a_cache_that_cannot_be_made_is_said(dataset, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(StoreError, match=r"file: the cache cannot be made here .* set data.cache_dir"):
+    with pytest.raises(StoreError, match=r"file: the cache folder cannot be created .* set data.cache_dir"):
         Store(str(dataset), tmp_path / "file", 0).shard(Manifest.load(str(dataset)).shards[0])
 
 

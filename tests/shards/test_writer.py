@@ -94,13 +94,13 @@ def test_a_second_split_joins_and_notes_are_counted(tmp_path):
         (
             Toy(6, spec=replace(SPEC, name="other")),
             {},
-            "holds a dataset with spec 'toy', not 'other'; choose another",
+            "contains a dataset with spec 'toy', not 'other'; choose another",
         ),
-        (Toy(6, spec=replace(SPEC, crop_m=4.0)), {}, "holds a dataset with spec 'toy', not another one"),
-        (Toy(6), {"codec": "zstd"}, "holds a dataset with codec raw, not zstd"),
-        (Toy(6), {"seed": 1}, "holds a dataset with seed 0, not 1"),
-        (Toy(7), {}, "holds split 'train' already, with other tiles or settings"),
-        (Toy(6), {"shard_mb": SMALL / 2}, "holds split 'train' already, with other tiles or settings"),
+        (Toy(6, spec=replace(SPEC, crop_m=4.0)), {}, "contains a dataset with spec 'toy', not another one"),
+        (Toy(6), {"codec": "zstd"}, "contains a dataset with codec raw, not zstd"),
+        (Toy(6), {"seed": 1}, "contains a dataset with seed 0, not 1"),
+        (Toy(7), {}, "already contains split 'train', with other tiles or settings"),
+        (Toy(6), {"shard_mb": SMALL / 2}, "already contains split 'train', with other tiles or settings"),
     ],
 )
 def test_another_dataset_is_not_overwritten(tmp_path, dataset, options, message):
@@ -114,16 +114,16 @@ def test_another_dataset_is_not_overwritten(tmp_path, dataset, options, message)
 def test_a_folder_with_something_else_is_refused(tmp_path):
     (tmp_path / "train.csv").write_text("a")
     with pytest.raises(
-        WriteError, match=r"is not empty and holds no dataset in shards \(there is train.csv\)"
+        WriteError, match=r"is not empty and contains no dataset in shards \(it has train.csv\)"
     ):
         write_shards(Toy(2), str(tmp_path), "train")
     (tmp_path / "train.csv").rename(tmp_path / "train-000000.tar")
-    with pytest.raises(WriteError, match=r"train-000000.tar: is in the way"):
+    with pytest.raises(WriteError, match=r"train-000000.tar: is not a shard that maestro-scale wrote"):
         write_shards(Toy(2), str(tmp_path), "train")
     (tmp_path / "file").write_text("")
-    with pytest.raises(WriteError, match="file: cannot be made a folder"):
+    with pytest.raises(WriteError, match="file: the folder cannot be created"):
         write_shards(Toy(2), str(tmp_path / "file"), "train")
-    with pytest.raises(WriteError, match="'a/b' is no split name"):
+    with pytest.raises(WriteError, match="'a/b' is not a split name"):
         write_shards(Toy(2), str(tmp_path / "new"), "a/b")
 
 
@@ -149,9 +149,9 @@ def test_tiles_may_be_left_out_if_said_so(tmp_path):
     assert verify(str(tmp_path / "a")) == []
     indices = "".join(p.read_text() for p in (tmp_path / "a").glob("*.index.json"))
     assert f'"{broken[0]}": "{broken[0]}.h5: is truncated; fetch it again"' in indices
-    with pytest.raises(WriteError, match="has no tile that can be read"):
+    with pytest.raises(WriteError, match="none of its tiles can be read"):
         write_shards(Toy(2, tuple(toy_keys(2))), str(tmp_path / "b"), "train", strict=False)
-    with pytest.raises(WriteError, match="has no tile"):
+    with pytest.raises(WriteError, match="none of its tiles"):
         write_shards(Toy(0), str(tmp_path / "b"), "train")
 
 
@@ -162,9 +162,9 @@ def test_tiles_may_be_left_out_if_said_so(tmp_path):
         ({"ref_date": np.zeros(2, np.int16)}, r"tile t: ref_date is int16 \(2,\), expected int16 \(3,\)"),
         (
             {"targets": {"kinds": np.zeros(3, np.float32), "cover": np.full((8, 8), 3, np.uint8)}},
-            "cover holds 3",
+            "cover holds the value 3",
         ),
-        ({"key": ""}, "keys are non-empty strings"),
+        ({"key": ""}, "a key is a non-empty string"),
     ],
 )
 def test_a_tile_that_is_not_as_the_spec_says_is_named(tmp_path, change, message):
@@ -198,7 +198,7 @@ def test_shapes_and_dtypes_are_checked(tmp_path):
 def test_only_one_writes_a_split(tmp_path):
     with Writer(str(tmp_path), SPEC, "train") as writer:
         writer.add(tile("a"))
-        with pytest.raises(WriteError, match="another process writes split 'train'"):
+        with pytest.raises(WriteError, match="another process is writing split 'train'"):
             write_shards(Toy(2), str(tmp_path), "train")
         write_shards(Toy(2), str(tmp_path), "val")
     assert sorted(Manifest.load(str(tmp_path)).splits) == ["train", "val"]

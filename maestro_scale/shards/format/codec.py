@@ -1,9 +1,11 @@
-"""A sample as bytes: one safetensors buffer per tile, of which nothing is decoded before it is asked for.
+"""Sample format: one safetensors buffer per tile, decoded field by field on access.
 
 The container is plain safetensors, so any safetensors library opens it. Its ``__metadata__`` holds ``key``,
-``place`` (JSON, where the source says where a tile lies) and, if fields are compressed, ``encoded``: a JSON object
-from field name to :class:`.compress.FieldEncoding`; such a field is a flat U8 tensor. Fields are named
-as :mod:`.fields` says.
+``place`` (JSON: the tile's location, if the source gives it) and, if fields are compressed, ``encoded``: a JSON object
+from field name to :class:`.compress.FieldEncoding`; such a field is stored as a flat U8 tensor. Field names are
+defined in :mod:`.fields`.
+
+Fields are decoded lazily because a training step uses a few of a series' many dates and a crop of a large tile.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -44,16 +46,15 @@ _TO_SAFETENSORS = {
     "float64": "F64",
 }
 _FROM_SAFETENSORS = {code: np.dtype(name) for name, code in _TO_SAFETENSORS.items()}
-_MIN_COMPRESSED_BYTES = 4096  # fields below stay raw: a frame would save nothing and cost a call
+_MIN_COMPRESSED_BYTES = 4096  # smaller fields stay raw: compression would save nothing and cost a call
 _MAX_HEADER_BYTES = 16 * 1024 * 1024
-_HEADER_BYTES = 16 * 1024  # read at once; few headers are longer
-_MAX_GAP_BYTES = (
-    16 * 1024
-)  # between two images' windows; less is read along, as that takes no longer than another call
+_HEADER_BYTES = 16 * 1024  # read by the first call; few headers are longer
+# Gap between the windows of two images; a smaller one is read as well, since it takes no longer than a second call.
+_MAX_GAP_BYTES = 16 * 1024
 
 
 def encode(tile: Tile, codec: str = "raw") -> bytes:
-    """One tile as a safetensors buffer; the same tile gives the same bytes. CodecError if it cannot be."""
+    """Encode a tile as a safetensors buffer, deterministically. CodecError for an unsupported dtype."""
     try:
         return encode_fields(tile.key, tile_fields(tile), codec, tile.origin)
     except CodecError as error:
@@ -63,9 +64,9 @@ def encode(tile: Tile, codec: str = "raw") -> bytes:
 def encode_fields(
     key: str, fields: Mapping[str, np.ndarray], codec: str = "raw", origin: GeoOrigin | None = None
 ) -> bytes:
-    """Named arrays as a safetensors buffer whose metadata holds ``key`` and, where it is known, ``place``."""
+    """Encode named arrays as a safetensors buffer; metadata: ``key`` and, if given, ``origin`` (as ``place``)."""
     if codec not in CODECS:
-        raise CodecError(f"no codec is called {codec!r}; there are: {', '.join(CODECS)}")
+        raise CodecError(f"there is no codec {codec!r}; use one of: {', '.join(CODECS)}")
     metadata = {"key": key}
     if origin is not None:
         metadata["place"] = json.dumps(asdict(origin))
@@ -74,15 +75,16 @@ def encode_fields(
     for name, array in fields.items():
         if array.dtype.name not in _TO_SAFETENSORS:
             raise CodecError(
-                f"field {name} has dtype {array.dtype}; storable are {', '.join(_TO_SAFETENSORS)}"
+                f"field {name} has dtype {array.dtype}; supported are {', '.join(_TO_SAFETENSORS)}"
             )
-        # Big-endian input is stored as what safetensors has, little-endian.
+        # safetensors is little-endian.
         array = np.asarray(array, array.dtype.newbyteorder("<"), order="C")
         stored[name] = (_TO_SAFETENSORS[array.dtype.name], list(array.shape), array)
         if codec != "raw" and array.nbytes >= _MIN_COMPRESSED_BYTES and array.ndim:
-            how, data = compress(array, codec)
+            encoding, data = compress(array, codec)
+            # Noise does not compress: then the raw field is smaller and faster to read.
             if len(data) < array.nbytes:
-                encoded[name] = asdict(how)
+                encoded[name] = asdict(encoding)
                 stored[name] = ("U8", [len(data)], data)
     if encoded:
         metadata["encoded"] = json.dumps(encoded, sort_keys=True, separators=(",", ":"))
@@ -90,7 +92,8 @@ def encode_fields(
 
 
 def _pack(metadata: dict[str, str], stored: dict[str, tuple[str, list[int], bytes | np.ndarray]]) -> bytes:
-    # Wide dtypes first, as safetensors does: every tensor is then aligned to its own item size.
+    # Wide dtypes first, as the safetensors library does: then every tensor is aligned to its item size and can be used
+    # as a view of the buffer.
     order = sorted(stored, key=lambda name: (-_FROM_SAFETENSORS[stored[name][0]].itemsize, name))
     header: dict[str, object] = {"__metadata__": metadata}
     parts: list[bytes | memoryview] = []
@@ -107,7 +110,7 @@ def _pack(metadata: dict[str, str], stored: dict[str, tuple[str, list[int], byte
 
 
 class ByteReader(Protocol):
-    """Bytes that are somewhere else, such as part of a file."""
+    """Random access to bytes that are not in memory, such as a part of a file."""
 
     def __len__(self) -> int: ...
 
@@ -117,27 +120,27 @@ class ByteReader(Protocol):
 
 
 class Sample:
-    """One tile in a buffer: nothing is decoded or copied until it is asked for.
+    """One encoded tile. Fields are read and decoded on access.
 
-    ``buffer``: bytes, a memoryview over them, or a :class:`ByteReader`, of which only the fields, and of those only
-    the dates, that are asked for are read. CodecError if it is no sample.
+    ``buffer``: bytes, a memoryview of them, or a :class:`ByteReader`, of which only the requested fields, dates and
+    windows are read. CodecError if it is not a valid sample.
     """
 
-    __slots__ = ("_encoded", "_entries", "_origin", "_span", "_start", "key", "names")
+    __slots__ = ("_encodings", "_entries", "_origin", "_source", "_start", "key", "names")
 
     def __init__(self, buffer: bytes | memoryview | ByteReader) -> None:
-        self._span = _MemoryReader(buffer) if isinstance(buffer, (bytes, bytearray, memoryview)) else buffer
-        metadata, self._entries, self._start = _read_header(self._span)
+        self._source = _MemoryReader(buffer) if isinstance(buffer, (bytes, bytearray, memoryview)) else buffer
+        metadata, self._entries, self._start = _read_header(self._source)
         if not isinstance(metadata.get("key"), str):
             raise CodecError("the safetensors metadata has no 'key'; save with metadata={'key': …}")
         self.key: str = metadata["key"]
         self._origin: str | None = metadata.get("place")
         self.names: tuple[str, ...] = tuple(self._entries)
-        self._encoded = _parse_encodings(metadata["encoded"]) if "encoded" in metadata else {}
+        self._encodings = _parse_encodings(metadata["encoded"]) if "encoded" in metadata else {}
 
     @property
     def origin(self) -> GeoOrigin | None:
-        """Where the tile lies, if that was stored. CodecError if it cannot be read."""
+        """Location of the tile, if it was stored. CodecError if it cannot be parsed."""
         if self._origin is None:
             return None
         try:
@@ -146,50 +149,50 @@ class Sample:
             raise CodecError(f"sample {self.key}: its place {self._origin!r} cannot be read") from error
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a field, decoded."""
-        if name in self._encoded:
-            return self._encoded[name].shape
+        """Shape of a decoded field."""
+        if name in self._encodings:
+            return self._encodings[name].shape
         return self._entry(name).shape
 
     def dtype(self, name: str) -> np.dtype:
-        """Native dtype of a field, decoded."""
-        if name in self._encoded:
-            return np.dtype(self._encoded[name].dtype)
+        """Native dtype of a decoded field."""
+        if name in self._encodings:
+            return np.dtype(self._encodings[name].dtype)
         return self._raw_dtype(name)
 
     def array(self, name: str, window: Window | None = None) -> np.ndarray:
-        """A field in its native dtype, whole or, of its last two axes, a ``window``.
+        """A field in its native dtype, or a ``window`` of its last two axes.
 
-        Raw fields of a buffer are read-only views of it.
+        A raw field of a buffer in memory is a read-only view.
         """
-        if name in self._encoded:
+        if name in self._encodings:
             try:
-                return decompress_all(self._encoded[name], self._reader(name), window)
+                return decompress_all(self._encodings[name], self._reader(name), window)
             except CodecError as error:
                 raise CodecError(f"sample {self.key}, field {name}: {error}") from error
         if window is None or self._in_memory or len(self.shape(name)) < 3:
-            whole = self._raw(name)
-            return whole if window is None else whole[(..., *window)]
+            array = self._raw(name)
+            return array if window is None else array[..., window[0], window[1]]
         return self._raw_rows(name, np.arange(self.shape(name)[0]), window)
 
     def rows(self, name: str, indices: np.ndarray, window: Window | None = None) -> np.ndarray:
-        """Entries ``indices`` (D,) of axis 0, (D, …), or of each a ``window``, copied; of the rest of the field as
-        little as can be is read or decoded.
+        """Entries ``indices`` (D,) of axis 0, shape (D, …), optionally a ``window`` of each, as a copy.
 
-        Repeats and any order are allowed. IndexError if an index is negative or past the end.
+        Reads and decodes as little else as possible. Indices may repeat and be in any order. IndexError if one is
+        negative or past the end.
         """
         indices = np.asarray(indices)
         num_rows = self.shape(name)[0]
         if len(indices) and not (indices.min() >= 0 and indices.max() < num_rows):
             raise IndexError(
-                f"sample {self.key}: {name} has {num_rows} entries, asked for {indices.tolist()}"
+                f"sample {self.key}: {name} has {num_rows} entries, requested were {indices.tolist()}"
             )
-        if name not in self._encoded:
+        if name not in self._encodings:
             if self._in_memory:
                 return self.array(name, window)[indices]
             return self._raw_rows(name, indices, window)
         try:
-            return decompress_rows(self._encoded[name], self._reader(name), indices, window)
+            return decompress_rows(self._encodings[name], self._reader(name), indices, window)
         except CodecError as error:
             raise CodecError(f"sample {self.key}, field {name}: {error}") from error
 
@@ -202,13 +205,13 @@ class Sample:
             ) from None
 
     def _reader(self, name: str) -> Callable[[int, int], memoryview]:
-        """Reads bytes [begin, end) of a field as it is stored."""
+        """A function that reads bytes [begin, end) of a stored field."""
         first = self._start + self._entry(name).begin
-        return lambda begin, end: self._span.read(first + begin, first + end)
+        return lambda begin, end: self._source.read(first + begin, first + end)
 
     def _bytes(self, name: str) -> memoryview:
         entry = self._entry(name)
-        return self._span.read(self._start + entry.begin, self._start + entry.end)
+        return self._source.read(self._start + entry.begin, self._start + entry.end)
 
     def _raw_dtype(self, name: str) -> np.dtype:
         code = self._entry(name).dtype
@@ -229,7 +232,7 @@ class Sample:
 
     @property
     def _in_memory(self) -> bool:
-        return isinstance(self._span, _MemoryReader)
+        return isinstance(self._source, _MemoryReader)
 
     def _raw_rows(self, name: str, indices: np.ndarray, window: Window | None) -> np.ndarray:
         read, shape, dtype = self._reader(name), self._entry(name).shape, self._raw_dtype(name)
@@ -245,7 +248,7 @@ class Sample:
                 data = read(index * row_bytes, (index + 1) * row_bytes)
                 row[...] = np.frombuffer(data, dtype).reshape(shape[1:])[inside]
             return out
-        # Of every image the rows of pixels that are seen: what lies between them is worth not reading.
+        # One read per image, of the window's rows of pixels only, since the gaps between them are large.
         first, stop, _ = window[0].indices(shape[-2])
         line_bytes = shape[-1] * dtype.itemsize
         images = out.reshape(-1, *out.shape[-2:])
@@ -258,7 +261,7 @@ class Sample:
 
 
 class _MemoryReader:
-    """A :class:`ByteReader` of bytes that are here."""
+    """A :class:`ByteReader` of bytes in memory."""
 
     __slots__ = ("_view",)
 
@@ -273,7 +276,7 @@ class _MemoryReader:
 
 
 class _TensorEntry(NamedTuple):
-    """One tensor in a safetensors header."""
+    """Header entry of one tensor."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -281,14 +284,14 @@ class _TensorEntry(NamedTuple):
     end: int
 
 
-def _read_header(span: ByteReader) -> tuple[dict, dict[str, _TensorEntry], int]:
-    """Metadata and tensors of a safetensors header, and where the data starts."""
-    length = len(span)
-    first = span.read(0, min(length, _HEADER_BYTES))
+def _read_header(reader: ByteReader) -> tuple[dict[str, Any], dict[str, _TensorEntry], int]:
+    """Metadata, tensor entries and data offset from a safetensors header, all bounds checked."""
+    length = len(reader)
+    first = reader.read(0, min(length, _HEADER_BYTES))
     size = int.from_bytes(first[:8], "little") if length >= 8 else -1
     if not 0 < size <= min(length - 8, _MAX_HEADER_BYTES):
         raise CodecError(f"{length} bytes that do not start with a safetensors header")
-    text = first[8 : 8 + size] if 8 + size <= len(first) else span.read(8, 8 + size)
+    text = first[8 : 8 + size] if 8 + size <= len(first) else reader.read(8, 8 + size)
     try:
         header = json.loads(bytes(text))
         metadata = header.pop("__metadata__", {})
@@ -297,12 +300,12 @@ def _read_header(span: ByteReader) -> tuple[dict, dict[str, _TensorEntry], int]:
             for name, e in header.items()
         }
         last = length - 8 - size
-        sound = isinstance(metadata, dict) and all(
+        valid = isinstance(metadata, dict) and all(
             0 <= e.begin <= e.end <= last and all(type(n) is int for n in e.shape) for e in entries.values()
         )
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CodecError(f"the safetensors header cannot be read ({one_line(error)})") from error
-    if not sound:
+    if not valid:
         raise CodecError("the safetensors header points past the end: the sample is damaged or cut short")
     return metadata, entries, 8 + size
 
@@ -315,9 +318,9 @@ def _parse_encodings(text: str) -> dict[str, FieldEncoding]:
             )
             for name, e in json.loads(text).items()
         }
-        sound = all(e.is_valid() for e in encoded.values())
+        valid = all(e.is_valid() for e in encoded.values())
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CodecError(f"the metadata entry 'encoded' cannot be read ({one_line(error)})") from error
-    if not sound:
-        raise CodecError("the metadata entry 'encoded' contradicts itself")
+    if not valid:
+        raise CodecError("the metadata entry 'encoded' is inconsistent")
     return encoded

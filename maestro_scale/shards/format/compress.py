@@ -1,13 +1,16 @@
-"""Compression of one field: zstd frames, each over some dates, or over a strip of one large date, so that a few dates
-of a part of a tile are decoded alone.
+"""Compression of one field as independent zstd frames, so that a few dates, or a part of a large image, can be decoded
+alone.
 
-``delta-zstd`` filters before it compresses: integers become differences between the rows of an image,
-and the bytes of multi-byte values are grouped by significance. Differences between dates are worse
-(clouds: 0.56 of the raw size of a TreeSatAI S2 series, against 0.50).
+A frame contains some dates (a chunk) or, if one date is larger than a chunk, a strip of its rows of pixels.
+
+``delta-zstd`` filters before it compresses: integers become differences between consecutive rows of an image, and the
+bytes of multi-byte values are grouped by significance. Differences between dates compress less well, because of clouds
+(0.56 of the raw size of a TreeSatAI S2 series, against 0.50).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -17,7 +20,7 @@ import zstandard
 from maestro_scale.shards.errors import CodecError
 
 CODECS = ("raw", "zstd", "delta-zstd")
-CHUNK_BYTES = 64 * 1024  # uncompressed, at most, unless a row of pixels has more
+CHUNK_BYTES = 64 * 1024  # uncompressed size of a frame, unless a single row of pixels is larger
 _LEVEL = 3
 
 RangeReader = Callable[[int, int], memoryview]  # bytes [begin, end) of a stored field
@@ -27,9 +30,10 @@ Slices = tuple[slice, ...]
 
 @dataclass(frozen=True)
 class FieldEncoding:
-    """How a field is stored: chunk after chunk of ``rows`` entries of axis 0; ``ends[i]`` is where zstd frame i ends.
+    """How a field is compressed; stored as JSON, the attributes are the keys.
 
-    A frame is a chunk or, with ``strip``, so many rows of pixels of it, from the north, in all its bands.
+    The array is cut along axis 0 into chunks of ``rows`` entries. A frame is a chunk or, if ``strip`` > 0, that many
+    rows of pixels of a chunk, from the north, with all its bands. ``ends[i]`` is the byte offset where frame i ends.
     """
 
     codec: str
@@ -37,7 +41,7 @@ class FieldEncoding:
     shape: tuple[int, ...]
     rows: int
     ends: tuple[int, ...]
-    strip: int = 0  # 0: all rows of pixels
+    strip: int = 0  # 0: a frame has all rows of pixels
 
     @property
     def num_strips(self) -> int:
@@ -50,7 +54,7 @@ class FieldEncoding:
         return self.shape[1:]
 
     def is_valid(self) -> bool:
-        """Whether this can be, for what is read from files; may also raise TypeError or ValueError."""
+        """Whether values read from a file are consistent; may also raise TypeError or ValueError."""
         return (
             self.codec in CODECS
             and np.dtype(self.dtype).kind in "biuf"
@@ -64,7 +68,7 @@ class FieldEncoding:
 
 
 def window_shape(row_shape: tuple[int, ...], window: Window | None) -> tuple[int, ...]:
-    """Shape of a window of images (…, H, W), or of them whole."""
+    """Shape of images (…, H, W) after cropping to a window, if there is one."""
     if window is None:
         return row_shape
     return (
@@ -74,7 +78,7 @@ def window_shape(row_shape: tuple[int, ...], window: Window | None) -> tuple[int
 
 
 def compress(array: np.ndarray, codec: str) -> tuple[FieldEncoding, bytes]:
-    """Compress a C-contiguous array of one or more axes, a chunk of axis 0 at a time."""
+    """Compress a C-contiguous array of one or more axes, chunk by chunk of axis 0."""
     row_bytes = array.nbytes // len(array)
     rows = max(1, min(len(array), CHUNK_BYTES // max(row_bytes, 1)))
     strip = _even_strip(array.shape[-2], row_bytes) if array.ndim > 2 and row_bytes > CHUNK_BYTES else 0
@@ -87,61 +91,63 @@ def compress(array: np.ndarray, codec: str) -> tuple[FieldEncoding, bytes]:
         )
         for piece in strips:
             piece = np.ascontiguousarray(piece)
-            frame = compressor.compress(_filter(piece) if codec == "delta-zstd" else piece)
+            frame = compressor.compress((_filter(piece) if codec == "delta-zstd" else piece).data)
             end += len(frame)
             frames.append(frame)
             ends.append(end)
     return FieldEncoding(codec, array.dtype.name, array.shape, rows, tuple(ends), strip), b"".join(frames)
 
 
-def decompress_all(encoded: FieldEncoding, read: RangeReader, window: Window | None = None) -> np.ndarray:
-    """The whole array, or of every image a window; a fresh one, or read-only over a decompressed frame."""
-    if window is not None and len(encoded.shape) == 2:  # a single image: axis 0 is its rows
+def decompress_all(encoding: FieldEncoding, read: RangeReader, window: Window | None = None) -> np.ndarray:
+    """The full array, or a window of every image. Read-only if it is a view of a single decompressed frame."""
+    if window is not None and len(encoding.shape) == 2:  # a single image: axis 0 is its rows of pixels
         rows, columns = window
-        return decompress_rows(encoded, read, np.arange(encoded.shape[0])[rows])[:, columns]
+        return decompress_rows(encoding, read, np.arange(encoding.shape[0])[rows])[:, columns]
     decompressor = zstandard.ZstdDecompressor()
-    if len(encoded.ends) == 1 and window is None:
-        return _frame(encoded, read, 0, 0, decompressor)
-    out = np.empty((encoded.shape[0], *window_shape(encoded.row_shape, window)), encoded.dtype)
-    for i in range(-(-encoded.shape[0] // encoded.rows)):
-        chunk = out[i * encoded.rows : (i + 1) * encoded.rows]
-        for strip, source, place in _strips(encoded, window):
-            chunk[place] = _frame(encoded, read, i, strip, decompressor)[source]
+    if len(encoding.ends) == 1 and window is None:
+        return _frame(encoding, read, 0, 0, decompressor)
+    out = np.empty((encoding.shape[0], *window_shape(encoding.row_shape, window)), encoding.dtype)
+    for i in range(-(-encoding.shape[0] // encoding.rows)):
+        chunk = out[i * encoding.rows : (i + 1) * encoding.rows]
+        for strip, source, destination in _strips(encoding, window):
+            chunk[destination] = _frame(encoding, read, i, strip, decompressor)[source]
     return out
 
 
 def decompress_rows(
-    encoded: FieldEncoding, read: RangeReader, indices: np.ndarray, window: Window | None = None
+    encoding: FieldEncoding, read: RangeReader, indices: np.ndarray, window: Window | None = None
 ) -> np.ndarray:
-    """Entries ``indices`` (any order, repeats allowed) of axis 0, or a window of each; no other frame is read."""
+    """Entries ``indices`` (any order, repeats allowed) of axis 0, or a window of each; reads only the frames needed."""
     decompressor = zstandard.ZstdDecompressor()
-    out = np.empty((len(indices), *window_shape(encoded.row_shape, window)), encoded.dtype)
-    chunk_of = indices // encoded.rows
+    out = np.empty((len(indices), *window_shape(encoding.row_shape, window)), encoding.dtype)
+    chunk_of = indices // encoding.rows
     for i in np.unique(chunk_of):
         wanted = np.flatnonzero(chunk_of == i)
-        within = indices[wanted] - i * encoded.rows
-        for strip, source, place in _strips(encoded, window):
-            frame = _frame(encoded, read, int(i), strip, decompressor)[source]
-            out[(wanted, *place[1:])] = frame[within]
+        within = indices[wanted] - i * encoding.rows
+        for strip, source, destination in _strips(encoding, window):
+            frame = _frame(encoding, read, int(i), strip, decompressor)[source]
+            # The first slice is axis 0, which ``wanted`` selects here.
+            target: tuple[np.ndarray | slice, ...] = (wanted, *destination[1:])
+            out[target] = frame[within]
     return out
 
 
 def _even_strip(height: int, row_bytes: int) -> int:
-    """Rows of pixels per frame: as many as fit, in frames of one size."""
+    """Rows of pixels per frame: as many as fit into a chunk, evenly distributed over the frames."""
     fit = max(1, CHUNK_BYTES * height // row_bytes)
     return -(-height // -(-height // fit))
 
 
-def _strips(encoded: FieldEncoding, window: Window | None) -> Iterator[tuple[int, Slices, Slices]]:
-    """The frames of a chunk that a window is in: strip, what of its pixels is seen, and where that belongs."""
-    if window is None and not encoded.strip:
+def _strips(encoding: FieldEncoding, window: Window | None) -> Iterator[tuple[int, Slices, Slices]]:
+    """The strips of a chunk that a window intersects: (number, slices of the strip, slices of the output)."""
+    if window is None and not encoding.strip:
         yield 0, (slice(None),), (slice(None),)
         return
-    height, width = encoded.shape[-2:]
+    height, width = encoding.shape[-2:]
     rows, columns = window or (slice(0, height), slice(0, width))
     first, stop, _ = rows.indices(height)
-    step = encoded.strip or height
-    other = (slice(None),) * (len(encoded.shape) - 2)
+    step = encoding.strip or height
+    other = (slice(None),) * (len(encoding.shape) - 2)
     for strip in range(first // step, -(-stop // step)):
         begin = strip * step
         top, bottom = max(first, begin), min(stop, begin + step)
@@ -153,25 +159,25 @@ def _strips(encoded: FieldEncoding, window: Window | None) -> Iterator[tuple[int
 
 
 def _frame(
-    encoded: FieldEncoding, read: RangeReader, i: int, strip: int, decompressor: zstandard.ZstdDecompressor
+    encoding: FieldEncoding, read: RangeReader, i: int, strip: int, decompressor: zstandard.ZstdDecompressor
 ) -> np.ndarray:
-    """Chunk ``i``, or a strip of it."""
-    dtype = np.dtype(encoded.dtype)
-    shape = (min(encoded.rows, encoded.shape[0] - i * encoded.rows), *encoded.row_shape)
-    if encoded.strip:
-        left = encoded.shape[-2] - strip * encoded.strip
-        shape = (*shape[:-2], min(encoded.strip, left), shape[-1])
-    size = int(np.prod(shape)) * dtype.itemsize
-    number = i * encoded.num_strips + strip
-    frame = read(encoded.ends[number - 1] if number else 0, encoded.ends[number])
+    """Decompress chunk ``i``, or a strip of it."""
+    dtype = np.dtype(encoding.dtype)
+    shape = (min(encoding.rows, encoding.shape[0] - i * encoding.rows), *encoding.row_shape)
+    if encoding.strip:
+        left = encoding.shape[-2] - strip * encoding.strip
+        shape = (*shape[:-2], min(encoding.strip, left), shape[-1])
+    size = math.prod(shape) * dtype.itemsize
+    number = i * encoding.num_strips + strip
+    frame = read(encoding.ends[number - 1] if number else 0, encoding.ends[number])
     try:
-        # Checked first: a damaged frame could ask for any amount of memory.
+        # Checked before decompression: the header of a damaged frame could ask for any amount of memory.
         if zstandard.frame_content_size(frame) != size:
             raise CodecError(f"frame {number} does not hold the {size} bytes its shape {shape} needs")
         content = decompressor.decompress(frame)
     except zstandard.ZstdError as error:
         raise CodecError(f"frame {number} cannot be decompressed ({error})") from error
-    if encoded.codec == "delta-zstd":
+    if encoding.codec == "delta-zstd":
         return _unfilter(content, dtype, shape)
     return np.frombuffer(content, dtype).reshape(shape)
 
@@ -193,7 +199,7 @@ def _unfilter(content: bytes, dtype: np.dtype, shape: tuple[int, ...]) -> np.nda
     else:
         planes = np.frombuffer(content, np.uint8).reshape(dtype.itemsize, -1)
         grouped = np.empty((planes.shape[1], dtype.itemsize), np.uint8)
-        for i, plane in enumerate(planes):  # ten times as fast as a transposed copy
+        for i, plane in enumerate(planes):  # ten times faster than a transposed copy
             grouped[:, i] = plane
         values = grouped.view(dtype).reshape(shape)
     if dtype.kind not in "iu":
@@ -202,16 +208,16 @@ def _unfilter(content: bytes, dtype: np.dtype, shape: tuple[int, ...]) -> np.nda
 
 
 def _as_rows(array: np.ndarray) -> np.ndarray:
-    """As (images, rows, columns), the rows being what differences are taken between."""
+    """View as (images, rows, columns); differences are taken between rows."""
     height, width = array.shape[-2:] if array.ndim > 1 else (array.shape[0], 1)
     return array.reshape(-1, height, width)
 
 
 def _running_sum(rows: np.ndarray) -> np.ndarray:
-    """Sums over the rows of (N, H, W) from the first, modulo the dtype's range.
+    """Cumulative sum over the rows of (N, H, W), modulo the range of the dtype.
 
-    By doubling, over two buffers: the additions are long and independent, hence vectorised, unlike those of
-    ``np.add.accumulate`` (150 us against 810 us for a TreeSatAI aerial image).
+    Computed as a parallel prefix sum with two buffers (step 1, 2, 4, …): its additions are long, independent and so
+    vectorised, unlike those of ``np.add.accumulate`` (150 us against 810 us for a TreeSatAI aerial image).
     """
     current, other = rows, np.empty_like(rows)
     step = 1

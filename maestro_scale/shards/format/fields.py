@@ -1,7 +1,8 @@
-"""Between tiles and named fields: what the fields of a sample are called, and what each must look like.
+"""Field names of a sample, and checks of dtype and shape for each field.
 
 ``<modality>`` (T, C, H, W) · ``<modality>.dates`` (T, 3) int16 · ``<modality>.mask`` (T, M, H, W) uint8 ·
-``target.<name>`` · ``ref_date`` (3,) int16.
+``target.<name>`` · ``ref_date`` (3,) int16. A date is (year, day of year, hour). Every module that needs a field name
+takes it from the functions here.
 """
 
 from __future__ import annotations
@@ -17,22 +18,22 @@ _TARGET_PREFIX = "target."
 
 
 def dates_field(modality: str) -> str:
-    """Field that holds a modality's dates."""
+    """Name of the field with a modality's dates."""
     return f"{modality}.dates"
 
 
 def mask_field(modality: str) -> str:
-    """Field that holds a modality's mask."""
+    """Name of the field with a modality's mask."""
     return f"{modality}.mask"
 
 
 def target_field(target: str) -> str:
-    """Field that holds a target."""
+    """Name of the field with a target."""
     return f"{_TARGET_PREFIX}{target}"
 
 
 def tile_fields(tile: Tile) -> dict[str, np.ndarray]:
-    """The arrays of a tile by field name, in a fixed order."""
+    """The arrays of a tile by field name, sorted, so that the same tile gives the same bytes."""
     fields = {name: np.asarray(array) for name, array in sorted(tile.arrays.items())}
     fields |= {dates_field(m): np.asarray(a) for m, a in sorted(tile.dates.items())}
     fields |= {mask_field(m): np.asarray(a) for m, a in sorted(tile.masks.items())}
@@ -42,20 +43,20 @@ def tile_fields(tile: Tile) -> dict[str, np.ndarray]:
 
 
 def check_tile(tile: Tile, spec: DatasetSpec) -> None:
-    """DatasetError, naming tile and field, where a tile is not what ``spec`` describes."""
+    """Check a tile against its spec. DatasetError, naming tile and field, if they differ."""
     if not isinstance(tile.key, str) or not tile.key:
-        raise DatasetError(f"a tile of {spec.name} has the key {tile.key!r}; keys are non-empty strings")
+        raise DatasetError(f"a tile of {spec.name} has the key {tile.key!r}; a key is a non-empty string")
     check_fields(tile.key, tile_fields(tile), spec)
 
 
 def check_fields(key: str, fields: Mapping[str, np.ndarray], spec: DatasetSpec) -> None:
-    """As :func:`check_tile`, for a tile's fields by name."""
+    """Like :func:`check_tile`, for the fields of a sample by name."""
     expected = {REF_DATE, *(target_field(t.name) for t in spec.targets)}
     for modality in spec.modalities:
         expected |= {modality.name, dates_field(modality.name)}
         expected |= {mask_field(modality.name)} if modality.mask_bands else set()
     for name in sorted(expected ^ fields.keys()):
-        what = "lacks" if name in expected else "has, unlike its spec,"
+        what = "lacks" if name in expected else "has, unlike the spec,"
         raise DatasetError(
             f"tile {key}: {what} the field {name}; {spec.name} has {', '.join(sorted(expected))}"
         )
@@ -71,7 +72,7 @@ def _check_modality(key: str, fields: Mapping[str, np.ndarray], modality: Modali
     array = fields[name]
     num_dates = array.shape[0] if array.ndim == 4 and modality.series else 1
     if num_dates == 0:
-        raise DatasetError(f"tile {key}: {name} has no dates; leave the tile out")
+        raise DatasetError(f"tile {key}: {name} has no dates; leave this tile out")
     _check(key, name, array, modality.dtype, (num_dates, len(modality.bands), size, size))
     _check(key, dates_field(name), fields[dates_field(name)], "int16", (num_dates, 3))
     if modality.mask_bands:
@@ -91,6 +92,7 @@ def _check_target(key: str, array: np.ndarray, target: Target, spec: DatasetSpec
     if len(shape) != 2 or array.size == 0:
         raise DatasetError(f"tile {key}: {field} has shape {array.shape}, expected (H, W)")
     _check(key, field, array, "uint8", shape)
+    # The maximum first: np.unique sorts all pixels, and nearly all tiles pass this check.
     highest = int(array.max())
     if highest >= len(target.classes):
         unknown = sorted(
@@ -98,13 +100,13 @@ def _check_target(key: str, array: np.ndarray, target: Target, spec: DatasetSpec
         )
         if unknown:
             raise DatasetError(
-                f"tile {key}: {field} holds {unknown[0]}, neither one of the {len(target.classes)} classes "
-                "nor ignored"
+                f"tile {key}: {field} holds the value {unknown[0]}, which is neither one of the "
+                f"{len(target.classes)} classes nor an ignored value"
             )
 
 
 def _check(key: str, field: str, array: np.ndarray, dtype: str, shape: tuple[int, ...]) -> None:
     if array.dtype != np.dtype(dtype) or array.shape != shape:
         raise DatasetError(
-            f"tile {key}: {field} is {array.dtype} {array.shape}, expected {dtype} {shape}; mend the reader"
+            f"tile {key}: {field} is {array.dtype} {array.shape}, expected {dtype} {shape}; fix the reader"
         )

@@ -1,7 +1,13 @@
-"""The sidecar index of a shard: where each sample lies in the tar, and how the shard came to be."""
+"""Sidecar index of a shard: key, offset and size of each sample, and what the writer recorded about the shard.
+
+The index lets a reader fetch one sample by a range request, and gives :mod:`..read.summary` its counts, without
+downloading the tar. Training does not depend on it: the store builds its own index from the tar that it has verified,
+so a dataset written by other tools works without one.
+"""
 
 from __future__ import annotations
 
+import builtins
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +20,10 @@ from maestro_scale.shards.format.tar import member_key, scan
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """``<split>-000000.index.json``. The first six entries describe the tar; the writer adds the others."""
+    """Content of ``<split>-000000.index.json``; the attributes are the JSON keys.
+
+    The first six describe the tar; the others are added by the writer.
+    """
 
     format_version: int
     bytes: int
@@ -23,17 +32,15 @@ class ShardIndex:
     offsets: tuple[int, ...]  # of the payloads, from the start of the tar
     sizes: tuple[int, ...]
     dataset: str = ""
-    plan: str = (
-        ""  # digest of all that decides the split's bytes: a finished shard of another plan is not kept
-    )
+    plan: str = ""  # digest of everything that determines the split's bytes (Destination.make_plan)
     notes: Mapping[str, int] = field(default_factory=dict)
-    left_out: Mapping[str, str] = field(default_factory=dict)  # key → why it could not be read
-    tally: Mapping[str, int] = field(default_factory=dict)  # see maestro_scale.shards.read.summary
-    examples: Mapping[str, str] = field(default_factory=dict)  # note → the first tile, or cause, it counts
+    left_out: Mapping[str, str] = field(default_factory=dict)  # key → why the tile could not be read
+    tally: Mapping[str, int] = field(default_factory=dict)  # counts of classes and dates, see .statistics
+    examples: Mapping[str, str] = field(default_factory=dict)  # note → first tile or cause counted by it
 
     @classmethod
-    def loads(cls, text: str | bytes, where: str) -> ShardIndex:
-        """The index in ``text``. ManifestError, naming ``where``, if it makes no sense."""
+    def loads(cls, text: str | builtins.bytes, where: str) -> ShardIndex:
+        """Parse an index. ManifestError, naming ``where``, if it is invalid."""
         data = parse_versioned(text, where)
         try:
             index = from_builtins(cls, data)
@@ -44,22 +51,22 @@ class ShardIndex:
 
     @classmethod
     def from_tar(cls, path: Path, sha256: str) -> ShardIndex:
-        """The index of a tar, made from its headers. ManifestError if a member is not named as ours are."""
+        """Build the index from the headers of a tar. ManifestError if a member is not named ``<key>.safetensors``."""
         members = scan(path)
         keys = tuple(member_key(name) for name, _, _ in members)
         offsets, sizes = tuple(m[1] for m in members), tuple(m[2] for m in members)
         return cls(FORMAT_VERSION, path.stat().st_size, sha256, keys, offsets, sizes)
 
     def dumps(self) -> str:
-        """As JSON, an entry a line."""
+        """As JSON, one entry per line."""
         return dump_json(to_builtins(self), depth=1) + "\n"
 
     def shard_info(self, path: str, split: str) -> ShardInfo:
-        """The manifest's entry for this shard."""
+        """The manifest entry of this shard."""
         return ShardInfo(path, split, self.bytes, len(self.keys), self.sha256)
 
     def same_layout(self, other: ShardIndex) -> bool:
-        """Whether both describe the same samples at the same places of the same file."""
+        """Whether both describe the same samples at the same offsets of the same file."""
         return (
             (self.bytes, self.sha256) == (other.bytes, other.sha256)
             and self.keys == other.keys
@@ -77,5 +84,5 @@ class ShardIndex:
 
 
 def index_path(shard_path: str) -> str:
-    """The sidecar's path beside a shard's."""
+    """Path of the index that belongs to a shard's path."""
     return f"{shard_path.removesuffix('.tar')}.index.json"

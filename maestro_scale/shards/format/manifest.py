@@ -1,4 +1,8 @@
-"""The manifest: all that is known of a dataset in shards, in one JSON file that is published last."""
+"""The manifest: a JSON file that describes a dataset in shards completely and is published last.
+
+A shard counts only once the manifest lists it. So an interrupted write leaves unlisted files, which the next run keeps
+or replaces, but never a dataset that looks complete and is not.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
+from typing import Any
 
 from maestro_scale.datasets.spec import DatasetSpec
 from maestro_scale.datasets.spec_check import spec_problems
@@ -20,7 +25,8 @@ from maestro_scale.shards.storage import open_storage
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
-# A wrong address or a server that is down shows here: nobody should wait for minutes to be told.
+# Reading the manifest is the first access to a dataset, so a wrong address or an unreachable server should fail within
+# seconds, not after the minutes that a running job may wait.
 CONNECT_RETRY = RetryPolicy(deadline_s=30.0, attempt_timeout_s=15.0)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SPLIT = re.compile(r"[A-Za-z0-9_-]+")
@@ -39,20 +45,22 @@ class ShardInfo:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A dataset in shards: what it is and which files hold it."""
+    """A dataset in shards: its spec and the files that contain it. The attributes are the JSON keys."""
 
     format_version: int
     spec: DatasetSpec
     shards: tuple[ShardInfo, ...]
-    notes: Mapping[str, int] = field(default_factory=dict)  # what was assumed, mended, left out → tiles
+    notes: Mapping[str, int] = field(
+        default_factory=dict
+    )  # what was assumed, corrected or left out → number of tiles
     codec: str = "raw"
     created_with: Mapping[str, str] = field(default_factory=dict)  # package → version
-    seed: int = 0  # of the order the samples were written in
-    examples: Mapping[str, str] = field(default_factory=dict)  # note → the first tile, or cause, it counts
+    seed: int = 0  # of the order in which the samples were written
+    examples: Mapping[str, str] = field(default_factory=dict)  # note → first tile or cause counted by it
 
     @classmethod
     def load(cls, url: str) -> Manifest:
-        """The manifest of the dataset at ``url`` (a folder or fsspec URL); ManifestError says what is wrong."""
+        """Read the manifest of the dataset at ``url`` (folder or fsspec URL). ManifestError if there is none."""
         storage = open_storage(url, CONNECT_RETRY)
         where = storage.address(MANIFEST)
         try:
@@ -67,7 +75,7 @@ class Manifest:
 
     @classmethod
     def loads(cls, text: str | bytes, where: str = MANIFEST) -> Manifest:
-        """The manifest in ``text``; ``where`` names it in errors."""
+        """Parse a manifest; ``where`` names it in error messages."""
         data = parse_versioned(text, where)
         try:
             manifest = from_builtins(cls, data)
@@ -82,11 +90,14 @@ class Manifest:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of what the data is: spec and shards, whatever wrote them."""
+        """SHA-256 of spec and shards, without versions and notes: equal if and only if the data is.
+
+        Checkpoints, results and models record it.
+        """
         return self._digest(self.shards)
 
     def digest_of(self, splits: Sequence[str]) -> str:
-        """As :attr:`digest`, of some splits: it stays when another split is added."""
+        """Like :attr:`digest`, of some splits only, so that adding another split does not change it."""
         return self._digest(self.shards_of(splits))
 
     def _digest(self, shards: tuple[ShardInfo, ...]) -> str:
@@ -99,30 +110,30 @@ class Manifest:
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """Names of the splits, in the order they were written."""
+        """Names of the splits, in the order in which they were written."""
         return tuple(dict.fromkeys(shard.split for shard in self.shards))
 
     def shards_of(self, splits: Sequence[str]) -> tuple[ShardInfo, ...]:
-        """The shards of ``splits``, split by split. ManifestError if there is no such split."""
+        """The shards of ``splits``, split by split. ManifestError if a split does not exist or none is given."""
         known = self.splits
         for split in splits:
             if split not in known:
                 names = ", ".join(known) or "none"
                 raise ManifestError(f"{self.spec.name} has no split {split!r} in shards; there are: {names}")
         if not splits:
-            raise ManifestError(f"no split of {self.spec.name} was named; there are: {', '.join(known)}")
+            raise ManifestError(f"no split of {self.spec.name} was given; there are: {', '.join(known)}")
         return tuple(s for split in dict.fromkeys(splits) for s in self.shards if s.split == split)
 
 
-def parse_versioned(text: str | bytes, where: str) -> dict:
-    """A JSON object with a ``format_version`` that this code knows; ManifestError otherwise."""
+def parse_versioned(text: str | bytes, where: str) -> dict[str, Any]:
+    """Parse a JSON object with a ``format_version`` that this code reads; ManifestError otherwise."""
     try:
         data = json.loads(text)
     except ValueError as error:
         raise ManifestError(f"{where}: is not JSON ({error}); write it again") from error
     version = data.get("format_version") if isinstance(data, dict) else None
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise ManifestError(f"{where}: has no format_version; this is no manifest of ours")
+        raise ManifestError(f"{where}: has no format_version; it is not a manifest of maestro-scale")
     if version > FORMAT_VERSION:
         raise ManifestError(
             f"{where}: has format version {version}, this maestro-scale reads up to {FORMAT_VERSION}; "
@@ -134,7 +145,7 @@ def parse_versioned(text: str | bytes, where: str) -> dict:
 def check_split_name(split: str) -> None:
     """ManifestError if ``split`` cannot be part of a file name."""
     if not _SPLIT.fullmatch(split):
-        raise ManifestError(f"{split!r} is no split name; use letters, digits, '_' and '-'")
+        raise ManifestError(f"{split!r} is not a split name; use letters, digits, '_' and '-'")
 
 
 def check_spec(spec: DatasetSpec, where: str = "spec") -> None:
@@ -146,13 +157,13 @@ def check_spec(spec: DatasetSpec, where: str = "spec") -> None:
 def _check(manifest: Manifest) -> None:
     check_spec(manifest.spec)
     if manifest.codec not in CODECS:
-        raise ManifestError(f"codec: {manifest.codec!r} is none of {', '.join(CODECS)}")
+        raise ManifestError(f"codec: {manifest.codec!r} is not one of {', '.join(CODECS)}")
     seen: set[str] = set()
     for i, shard in enumerate(manifest.shards):
         where = f"shards[{i}]"
         path = PurePosixPath(shard.path)
         if not shard.path or path.is_absolute() or ".." in path.parts or str(path) != shard.path:
-            raise ManifestError(f"{where}.path: {shard.path!r} is no path below the dataset's root")
+            raise ManifestError(f"{where}.path: {shard.path!r} is not a path below the dataset's root")
         if shard.path in seen:
             raise ManifestError(f"{where}.path: {shard.path} is listed twice")
         seen.add(shard.path)
@@ -161,5 +172,5 @@ def _check(manifest: Manifest) -> None:
             raise ManifestError(f"{where}.sha256: {shard.sha256!r} is not 64 lower-case hexadecimal digits")
         if shard.bytes < 1 or shard.samples < 1:
             raise ManifestError(
-                f"{where}: {shard.bytes} bytes, {shard.samples} samples; list no empty shards"
+                f"{where}: {shard.bytes} bytes, {shard.samples} samples; empty shards must not be listed"
             )

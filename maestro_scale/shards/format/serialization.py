@@ -1,4 +1,7 @@
-"""Frozen dataclasses to plain JSON values and back, strictly."""
+"""Strict conversion between frozen dataclasses and JSON values, for the manifest and the index.
+
+Strict, because manifests are also written by hand: an unknown key or a wrong type is an error that names its path.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ def to_builtins(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         hints = typing.get_type_hints(type(value))
         plain = {f.name: to_builtins(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        # Scale("log", 5) and Scale("log", 5.0) are the same, and must digest to the same.
+        # Scale("log", 5) and Scale("log", 5.0) are equal, so they must give the same JSON and the same digest.
         return {k: float(v) if hints[k] is float else v for k, v in plain.items()}
     if isinstance(value, Mapping):
         return {key: to_builtins(item) for key, item in value.items()}
@@ -30,15 +33,15 @@ def to_builtins(value: Any) -> Any:
 
 
 def from_builtins(kind: type[T], data: Any, where: str = "") -> T:
-    """The dataclass ``kind`` from what :func:`to_builtins` gave.
+    """The inverse of :func:`to_builtins`: an instance of the dataclass ``kind``.
 
-    Fields with a default may be left out. ManifestError, with the path of the entry, for an unknown key, a
-    missing one or a value of another type.
+    Fields with a default may be missing. ManifestError, with the path of the entry, for an unknown key, a missing
+    required one or a value of the wrong type.
     """
     if not isinstance(data, dict):
-        raise ManifestError(f"{where or 'the document'}: is {_named(data)}, expected an object")
+        raise ManifestError(f"{where or 'the document'}: is {_shorten(data)}, expected an object")
     hints = typing.get_type_hints(kind)
-    fields = {f.name: f for f in dataclasses.fields(kind)}
+    fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]  # T is a dataclass, see above
     for key in data:
         if key not in fields:
             near = difflib.get_close_matches(key, fields, n=1)
@@ -54,14 +57,15 @@ def from_builtins(kind: type[T], data: Any, where: str = "") -> T:
 def _value(hint: Any, data: Any, where: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
+        assert isinstance(hint, type)  # is_dataclass also accepts instances; a hint is a class
         return from_builtins(hint, data, where)
     if origin is tuple:
         if not isinstance(data, list):
-            raise ManifestError(f"{where}: is {_named(data)}, expected a list")
+            raise ManifestError(f"{where}: is {_shorten(data)}, expected a list")
         return tuple(_value(args[0], item, f"{where}[{i}]") for i, item in enumerate(data))
     if origin is not None and isinstance(origin, type) and issubclass(origin, Mapping):
         if not isinstance(data, dict):
-            raise ManifestError(f"{where}: is {_named(data)}, expected an object")
+            raise ManifestError(f"{where}: is {_shorten(data)}, expected an object")
         return {key: _value(args[1], item, _join(where, key)) for key, item in data.items()}
     if origin is Literal:
         if data not in args:
@@ -75,15 +79,15 @@ def _value(hint: Any, data: Any, where: str) -> Any:
 
 
 def _scalar(hint: type, data: Any, where: str) -> Any:
-    # JSON writes 1.0 as 1 where a user typed it so; true is no number.
+    # In JSON, 1 is also a valid float. In Python, bool is a subclass of int, but true is not a number.
     if hint is float and isinstance(data, int) and not isinstance(data, bool):
         return float(data)
     if not isinstance(data, hint) or (isinstance(data, bool) and hint is not bool):
-        raise ManifestError(f"{where}: is {_named(data)}, expected {hint.__name__}")
+        raise ManifestError(f"{where}: is {_shorten(data)}, expected {hint.__name__}")
     return data
 
 
-def _named(data: Any) -> str:
+def _shorten(data: Any) -> str:
     text = repr(data)
     return text if len(text) <= 60 else f"{text[:57]}…"
 
@@ -93,7 +97,7 @@ def _join(where: str, key: str) -> str:
 
 
 def dump_json(data: Any, depth: int, level: int = 0) -> str:
-    """JSON for people: objects down to ``depth``, and lists of objects, have an entry a line."""
+    """JSON with one line per entry of objects down to ``depth`` and of lists of objects, readable and easy to diff."""
     inner, outer = " " * (level + 1), " " * level
     if isinstance(data, dict) and data and level < depth:
         entries = [f"{json.dumps(k)}: {dump_json(v, depth, level + 1)}" for k, v in data.items()]

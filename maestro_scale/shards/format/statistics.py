@@ -1,4 +1,7 @@
-"""Counts of classes and dates, from the small fields of samples; the writer leaves them in the index."""
+"""Counts of classes and dates per sample.
+
+The writer stores their sum in the index (key ``tally``), so that a summary of a dataset reads no samples.
+"""
 
 from __future__ import annotations
 
@@ -16,38 +19,42 @@ _DAYS_BEFORE_MONTH = np.array([0, 31, 59, 90, 120, 151, 181, 212, 243, 273, 304,
 
 
 def count_sample(sample: Sample, spec: DatasetSpec) -> Counter[str]:
-    """Counts of one sample: ``class/<target>/<index>`` and ``date/<modality>/<month 1-12>``."""
-    tally: Counter[str] = Counter()
+    """Counts of one sample, by ``class/<target>/<index>`` and ``date/<modality>/<month 1-12>``.
+
+    Classes are counted once per sample for multilabel targets and once per pixel for segmentation.
+    """
+    counts: Counter[str] = Counter()
     for target in spec.targets:
         values = sample.array(target_field(target.name))
         if target.kind == "multilabel":
-            for i in np.flatnonzero(values > target.threshold):
-                tally[f"{_CLASS}/{target.name}/{i}"] = 1
+            for i in np.flatnonzero(values > target.threshold).tolist():
+                counts[f"{_CLASS}/{target.name}/{i}"] = 1
         else:
-            for i, count in enumerate(np.bincount(values.reshape(-1))):
+            for i, count in enumerate(np.bincount(values.reshape(-1)).tolist()):
                 if count:
-                    tally[f"{_CLASS}/{target.name}/{i}"] = int(count)
+                    counts[f"{_CLASS}/{target.name}/{i}"] = count
     for modality in spec.modalities:
         days = sample.array(dates_field(modality.name))[:, 1]
-        months = np.searchsorted(_DAYS_BEFORE_MONTH, days, side="left")  # a leap day shifts one day a month
-        for month, count in enumerate(np.bincount(months, minlength=13)):
+        # In leap years the last day of each month from February on counts as the next month: good enough here.
+        months = np.searchsorted(_DAYS_BEFORE_MONTH, days, side="left")
+        for month, count in enumerate(np.bincount(months, minlength=13).tolist()):
             if count:
-                tally[f"{_DATE}/{modality.name}/{month}"] = int(count)
-    return tally
+                counts[f"{_DATE}/{modality.name}/{month}"] = count
+    return counts
 
 
 def parse_counts(
-    tally: Mapping[str, int], spec: DatasetSpec
+    totals: Mapping[str, int], spec: DatasetSpec
 ) -> tuple[dict[str, dict[str, int]], dict[str, tuple[int, ...]]]:
-    """``classes[target][class name]`` and ``months[modality]`` (January … December) from a tally."""
+    """Summed counts as ``classes[target][class name]`` and ``months[modality]`` (January … December)."""
     classes: dict[str, dict[str, int]] = {}
     for target in spec.targets:
         names = {**dict(enumerate(target.classes)), **{i: f"ignored {i}" for i in target.ignored}}
         names |= {i: f"{n} (ignored)" for i, n in enumerate(target.classes) if i in target.ignored}
-        counts = {name: tally.get(f"{_CLASS}/{target.name}/{i}", 0) for i, name in sorted(names.items())}
-        classes[target.name] = counts
+        by_class = {name: totals.get(f"{_CLASS}/{target.name}/{i}", 0) for i, name in sorted(names.items())}
+        classes[target.name] = by_class
     months = {
-        m.name: tuple(tally.get(f"{_DATE}/{m.name}/{month}", 0) for month in range(1, 13))
+        m.name: tuple(totals.get(f"{_DATE}/{m.name}/{month}", 0) for month in range(1, 13))
         for m in spec.modalities
     }
     return classes, months

@@ -1,4 +1,7 @@
-"""Tar files as bytes: members whose headers name no user, host or time, and where each payload lies."""
+"""Reproducible tar files: headers without user, host or time, and the offset of each payload.
+
+Offsets let a sample be read with one pread or range request; reproducible bytes let a repeated write be compared.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import tarfile
 from pathlib import Path
 from urllib.parse import quote, unquote
 
-from maestro_scale.shards.errors import ManifestError, WriteError
+from maestro_scale.shards.errors import ManifestError, WriteError, one_line
 
 SUFFIX = ".safetensors"
 _BLOCK = 512
@@ -17,12 +20,15 @@ _END = bytes(2 * _BLOCK)
 
 
 def member_name(key: str) -> str:
-    """File name of a sample in its tar: percent-encoded, dots too: stock WebDataset groups by the first dot."""
+    """File name of a sample in its tar: the percent-encoded key, including dots, and ``.safetensors``.
+
+    Dots are encoded because stock WebDataset takes everything before the first dot as the key.
+    """
     return quote(key, safe="").replace(".", "%2E") + SUFFIX
 
 
 def member_key(name: str) -> str:
-    """The key that :func:`member_name` made ``name`` from; ManifestError if it is no such name."""
+    """The inverse of :func:`member_name`; ManifestError if ``name`` does not have that form."""
     base = name.removesuffix(SUFFIX)
     if base == name or not base or "." in base:
         raise ManifestError(f"member {name!r} is not named <key>{SUFFIX}, with dots in the key as %2E")
@@ -30,7 +36,7 @@ def member_key(name: str) -> str:
 
 
 class TarWriter:
-    """Writes a tar at ``path`` from its start, hashing as it goes. WriteError if the disk refuses."""
+    """Writes a tar sequentially and computes its SHA-256 on the way. WriteError if a write fails."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -42,7 +48,7 @@ class TarWriter:
             raise WriteError(f"{path}: cannot be written ({error.strerror})") from error
 
     def add(self, key: str, payload: bytes) -> int:
-        """Append a member; where its payload starts."""
+        """Append a member; returns the offset of its payload."""
         info = tarfile.TarInfo(member_name(key))
         info.size = len(payload)
         header = info.tobuf(tarfile.GNU_FORMAT)  # mtime 0, uid 0, no names, mode 0644
@@ -53,7 +59,7 @@ class TarWriter:
         return offset
 
     def finish(self) -> str:
-        """End and close the file; its SHA-256."""
+        """Write the end of the archive and close the file; returns its SHA-256."""
         self._write(_END)
         try:
             self._file.close()
@@ -62,9 +68,9 @@ class TarWriter:
         return self._sha256.hexdigest()
 
     def discard(self) -> None:
-        """Delete and close the file."""
+        """Delete and close the incomplete file."""
         self.path.unlink(missing_ok=True)
-        # On a full disk closing fails as writing did, and would hide why.
+        # On a full disk closing fails again, and its error would hide the first one.
         with contextlib.suppress(OSError):
             self._file.close()
 
@@ -72,18 +78,21 @@ class TarWriter:
         try:
             self._file.write(data)
         except OSError as error:
-            raise WriteError(f"{self.path}: cannot be written ({error.strerror}); free some space") from error
+            raise WriteError(
+                f"{self.path}: cannot be written ({error.strerror}); free some disk space"
+            ) from error
         self._sha256.update(data)
         self.bytes += len(data)
 
 
 def scan(path: Path) -> list[tuple[str, int, int]]:
-    """Name, payload offset and payload size of every file in a tar. ManifestError if it is no whole tar."""
+    """Name, payload offset and payload size of every file in a tar. ManifestError if it is not a complete tar."""
     try:
         with tarfile.open(path, "r:") as tar:
             members = [(m.name, m.offset_data, m.size) for m in tar if m.isfile()]
     except (tarfile.TarError, OSError) as error:
-        raise ManifestError(f"{path}: is no whole tar ({' '.join(str(error).split())})") from error
+        raise ManifestError(f"{path}: is not a complete tar ({one_line(error)})") from error
+    # tarfile does not notice that the last payload is cut short, as it only reads headers.
     if members and members[-1][1] + members[-1][2] > os.path.getsize(path):
-        raise ManifestError(f"{path}: is no whole tar (the last member is cut)")
+        raise ManifestError(f"{path}: is not a complete tar (the last member is cut short)")
     return members

@@ -1,9 +1,15 @@
-"""The shards that a node keeps: files named by their SHA-256, within a byte budget, least recently used out.
+"""Shard cache of a node: files named by SHA-256, within a byte budget, with least-recently-used eviction.
 
-shards/<sha256>.tar      verified before it got this name; pinned by a shared lock while it is open
-shards/<sha256>.part     being downloaded; its full size is taken from the budget (and the disk) at the start
-verified/<…>.json        which state of which file was verified, with its index; its mtime is the last use
-locks/                   held while a shard is fetched or verified
+shards/<sha256>.tar      a verified shard; pinned by a shared lock while a process has it open
+shards/<sha256>.part     an incomplete download, allocated at full size from the start
+verified/<…>.json        record that a file in a certain state was verified, and its index; its mtime is the last use
+locks/                   one lock per shard, held while it is downloaded or verified, and one for the budget
+
+All processes of a node share the folder, and any of them may be killed at any time. Hence: files are named by content,
+so that two datasets never collide; a shard gets its final name only after verification; the disk space of a download
+is allocated before the first byte, so that concurrent downloads cannot exceed the budget together; and locks are
+kernel locks, which end with their process. Pinned shards are never evicted. On Linux an evicted file that is open would
+stay readable anyway, but its space would not be freed, so the budget would be exceeded unnoticed.
 """
 
 from __future__ import annotations
@@ -26,34 +32,34 @@ _SPACE_POLL_S = 0.1
 
 
 class CacheFullError(StoreError):
-    """The shards in use fill the budget."""
+    """The budget is too small: shards in use fill it, or one shard exceeds it."""
 
 
 @dataclass(frozen=True)
 class Cache:
-    """The cache folder. Every method may run in many processes at once, and any of them may be killed."""
+    """The cache folder. Every method is safe to call from many processes at once."""
 
     folder: Path
     budget_bytes: int
     total: CounterTotal
 
     def prepare(self) -> None:
-        """Make the folders; StoreError if they cannot be made."""
+        """Create the folders; StoreError if that fails."""
         try:
             for name in ("shards", "verified", "locks"):
                 (self.folder / name).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StoreError(
-                f"{self.folder}: the cache cannot be made here ({error.strerror}); set data.cache_dir"
+                f"{self.folder}: the cache folder cannot be created ({error.strerror}); set data.cache_dir"
             ) from error
 
     def path(self, sha256: str) -> Path:
-        """Where a shard is or will be."""
+        """Path of a cached shard, whether or not it exists."""
         return self.folder / "shards" / f"{sha256}.tar"
 
     @contextmanager
     def lock(self, name: str) -> Iterator[None]:
-        """Only one process or thread at a time fetches or verifies ``name``."""
+        """Exclusive lock of a shard (by SHA-256): only one process or thread at a time downloads or verifies it."""
         path = self.folder / "locks" / f"{name}.lock"
         with ExitStack() as stack:
             try:
@@ -65,20 +71,24 @@ class Cache:
             yield
 
     def verified_index(self, path: Path, sha256: str) -> ShardIndex | None:
-        """The index of the file at ``path`` if its present state was verified as ``sha256``; notes the use."""
-        marker = self._marker(path, sha256)
+        """The index of the file at ``path`` if it is unchanged since it was verified as ``sha256``; else None.
+
+        Also updates the time of last use. "Unchanged" means same inode, size and modification time: hashing 128 MB at
+        every open would cost more than reading the samples.
+        """
+        record = self._record_path(path, sha256)
         try:
-            index = ShardIndex.loads(marker.read_bytes(), str(marker))
+            index = ShardIndex.loads(record.read_bytes(), str(record))
             if index.plan != _file_state(path):
                 return None
-            _touch(marker)
+            _touch(record)
         except (OSError, ManifestError):
             return None
         return index
 
     def mark_verified(self, path: Path, index: ShardIndex) -> None:
-        """Note that the present state of the file at ``path`` was verified."""
-        # In place of the plan, which only the writer needs, stands the state.
+        """Record that the file at ``path``, in its present state, was verified."""
+        # The record uses the index format. Its ``plan``, which only the writer needs, holds the file state instead.
         content = ShardIndex(
             index.format_version,
             index.bytes,
@@ -88,22 +98,22 @@ class Cache:
             index.sizes,
             plan=_file_state(path),
         )
-        marker = self._marker(path, index.sha256)
-        temporary = marker.with_suffix(f".{os.getpid()}.tmp")
+        record = self._record_path(path, index.sha256)
+        temporary = record.with_suffix(f".{os.getpid()}.tmp")
         try:
             temporary.write_text(content.dumps())
             _touch(temporary)
-            os.replace(temporary, marker)
+            os.replace(temporary, record)
         except OSError as error:
             temporary.unlink(missing_ok=True)
-            raise StoreError(f"{marker}: cannot be written ({error.strerror})") from error
+            raise StoreError(f"{record}: cannot be written ({error.strerror})") from error
 
     @contextmanager
     def reserve(self, sha256: str, num_bytes: int, wait_s: float) -> Iterator[Path]:
-        """A file of ``num_bytes`` to download into, within the budget; deleted at the end unless renamed.
+        """Allocate a file of ``num_bytes`` to download into; deleted on exit unless it was renamed.
 
-        Hold :meth:`lock` of the shard. Waits ``wait_s`` for shards in use to be let go; then CacheFullError.
-        StoreError if the disk is full.
+        The caller must hold :meth:`lock` of the shard. Waits up to ``wait_s`` for pinned shards to be released, then
+        raises CacheFullError. StoreError if the disk is full.
         """
         if num_bytes > self.budget_bytes:
             raise CacheFullError(
@@ -116,7 +126,7 @@ class Cache:
             if time.monotonic() >= until:
                 raise CacheFullError(
                     f"{self.folder}: shards in use fill the budget of {self.budget_bytes / 2**30:.2f} GiB, "
-                    f"a shard of {num_bytes / 2**30:.2f} GiB has no room; raise data.cache_gib"
+                    f"a shard of {num_bytes / 2**30:.2f} GiB does not fit; raise data.cache_gib"
                 )
             time.sleep(_SPACE_POLL_S)
         try:
@@ -125,13 +135,13 @@ class Cache:
             path.unlink(missing_ok=True)
 
     def remove(self, sha256: str) -> None:
-        """Delete a shard that is found to be damaged. Hold its lock."""
+        """Delete a damaged shard. The caller must hold its lock."""
         self.path(sha256).unlink(missing_ok=True)
-        self._marker(self.path(sha256), sha256).unlink(missing_ok=True)
+        self._record_path(self.path(sha256), sha256).unlink(missing_ok=True)
 
     def _try_reserve(self, part: Path, num_bytes: int) -> bool:
         with self.lock("budget"):
-            part.unlink(missing_ok=True)  # of a process that was killed: we hold the shard's lock
+            part.unlink(missing_ok=True)  # left by a killed process, since this one holds the shard's lock
             self._remove_stale_partials(part)
             if not self._evict_until_free(num_bytes):
                 return False
@@ -139,6 +149,7 @@ class Cache:
         return True
 
     def _remove_stale_partials(self, mine: Path) -> None:
+        """Delete downloads of killed processes: those whose shard lock is free."""
         for part in (self.folder / "shards").glob("*.part"):
             if part == mine:
                 continue
@@ -149,7 +160,7 @@ class Cache:
                 continue
 
     def _evict_until_free(self, num_bytes: int) -> bool:
-        """Evict shards that nobody has open, least recently used first, until ``num_bytes`` fit; do they?"""
+        """Evict unpinned shards, least recently used first, until ``num_bytes`` fit; returns whether they do."""
         sizes = {}
         for path in (self.folder / "shards").iterdir():
             try:
@@ -162,24 +173,25 @@ class Cache:
             if excess <= 0:
                 break
             if remove_unless_shared(path):
-                self._marker(path, path.stem).unlink(missing_ok=True)
+                self._record_path(path, path.stem).unlink(missing_ok=True)
                 self.total.add(StoreCounters(evictions=1))
                 excess -= sizes[path]
         return excess <= 0
 
     def _last_use(self, path: Path) -> int:
         try:
-            return self._marker(path, path.stem).stat().st_mtime_ns
+            return self._record_path(path, path.stem).stat().st_mtime_ns
         except FileNotFoundError:
             return 0
 
-    def _marker(self, path: Path, sha256: str) -> Path:
-        place = hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:16]
-        return self.folder / "verified" / f"{sha256}-{place}.json"
+    def _record_path(self, path: Path, sha256: str) -> Path:
+        # By path as well: the same shard may be read in place from a local folder and also be in the cache.
+        location = hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:16]
+        return self.folder / "verified" / f"{sha256}-{location}.json"
 
 
 def _touch(path: Path) -> None:
-    # The time that the kernel puts by itself has steps of some milliseconds: too coarse to order uses.
+    # The kernel's own timestamps advance in steps of milliseconds: too coarse to order uses.
     now = time.time_ns()
     os.utime(path, ns=(now, now))
 
@@ -190,6 +202,7 @@ def _file_state(path: Path) -> str:
 
 
 def _allocate(path: Path, num_bytes: int) -> None:
+    """Create a file with all its blocks, so that a full disk is an error now and not in the middle of a download."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
     try:
         os.posix_fallocate(descriptor, 0, num_bytes)
@@ -197,7 +210,7 @@ def _allocate(path: Path, num_bytes: int) -> None:
         path.unlink(missing_ok=True)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise StoreError(
-                f"{path.parent}: no space left for a shard of {num_bytes / 1e6:.0f} MB; free some, or lower "
+                f"{path.parent}: no space left for a shard of {num_bytes / 1e6:.0f} MB; free some space, or lower "
                 "data.cache_gib"
             ) from error
         raise StoreError(f"{path}: cannot be written ({error.strerror})") from error

@@ -1,4 +1,4 @@
-"""What a store has done, in numbers, for the metrics."""
+"""Counters of a store: downloads, cache hits, retries, evictions and waiting time, for the metrics."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from dataclasses import dataclass, fields
 
 @dataclass(frozen=True)
 class StoreCounters:
-    """Totals of one process since its store was made; ``+`` sums processes, ``-`` gives an interval."""
+    """Totals of one process since its store was created. ``+`` sums over processes, ``-`` gives an interval."""
 
     downloaded_bytes: int = 0
     downloads: int = 0
-    hits: int = 0  # shards that were there already, verified
+    hits: int = 0  # requests for a shard that was present and verified
     retries: int = 0
-    refetches: int = 0  # shards that came damaged and were fetched again
+    refetches: int = 0  # shards that arrived damaged and were downloaded again
     evictions: int = 0
-    wait_s: float = 0.0  # seconds that shard() took, downloads and checks included
+    wait_s: float = 0.0  # total time in Store.shard(), downloads and verification included
 
     def __add__(self, other: StoreCounters) -> StoreCounters:
         return StoreCounters(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
@@ -26,18 +26,18 @@ class StoreCounters:
 
 
 class CounterTotal:
-    """Counters that threads add to. A pickled copy starts at zero."""
+    """Thread-safe sum of counters. A pickled copy starts at zero, so that no process reports another's work."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._total = StoreCounters()
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[type[CounterTotal], tuple[()]]:
         return CounterTotal, ()
 
     @property
     def total(self) -> StoreCounters:
-        """The numbers so far."""
+        """The present totals."""
         return self._total
 
     def add(self, more: StoreCounters) -> None:

@@ -1,4 +1,4 @@
-"""One sample of a dataset in shards, to look at: by one range request where the shard has an index."""
+"""Preview of a shard: reads its first sample, by a range request if the shard has an index."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from maestro_scale.shards.storage import LocalStorage, Storage, open_storage
 
 
 def read_first_sample(url: str, info: ShardInfo) -> Sample:
-    """The first sample of a shard, whole in memory. The shard is not verified where it has an index.
+    """Read the first sample of a shard into memory.
 
-    BadShard or another StoreError if it cannot be had; ManifestError for an index that makes no sense.
+    If the shard has an index, only this sample is transferred and the shard is not verified; otherwise the shard is
+    downloaded and verified. BadShard or another StoreError if it cannot be read; ManifestError for an invalid index.
     """
     storage = open_storage(url)
     name = index_path(info.path)
@@ -50,5 +51,5 @@ def _sample(data: bytes, index: ShardIndex, address: str) -> Sample:
     except CodecError as error:
         raise BadShard(address, f"sample {index.keys[0]}: {error}") from error
     if sample.key != index.keys[0]:
-        raise BadShard(address, f"holds the sample {sample.key} where its index says {index.keys[0]}")
+        raise BadShard(address, f"contains the sample {sample.key} where its index says {index.keys[0]}")
     return sample

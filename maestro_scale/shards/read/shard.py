@@ -1,4 +1,4 @@
-"""A verified shard, open: samples by number, read as they are asked for."""
+"""An open, verified shard: samples by index, read on access."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from maestro_scale.shards.errors import BadShard, CodecError
 from maestro_scale.shards.format.codec import Sample
 from maestro_scale.shards.format.index import ShardIndex
 
-_WHOLE_BYTES = 2 * 1024 * 1024  # larger samples are read field by field
+_WHOLE_BYTES = 2 * 1024 * 1024  # larger samples are read field by field, smaller ones as a whole
 
 
 class Shard:
-    """The samples of one tar. Close it, so that the cache may drop the file; samples stay valid.
+    """The samples of one tar. After :meth:`close` the cache may evict the file; samples stay valid.
 
-    ``descriptor``: an open descriptor of the file, which the shard closes; a lock on it pins the file.
+    ``descriptor``: an open descriptor of the file, which this object owns. A shared lock on it pins the file.
     """
 
     def __init__(self, path: str, descriptor: int, index: ShardIndex) -> None:
@@ -24,33 +24,33 @@ class Shard:
         self._index = index
         self._file: _OpenFile | None = _OpenFile(path, descriptor)
         if max(index.sizes) > _WHOLE_BYTES and hasattr(os, "posix_fadvise"):
-            # Of large samples little is read: what the system would read ahead is another date, or band.
+            # Only a small part of a large sample is read, so readahead would load dates and bands that nobody needs.
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def __getitem__(self, i: int) -> Sample:
-        """Sample ``i``. IndexError past the end; BadShard if the file changed or holds another sample there."""
+        """Sample ``i``. IndexError past the end; BadShard if the file changed or contains another sample there."""
         key = self.keys[i]
         if self._file is None:
             raise ValueError(f"{self.path}: the shard is closed")
         start, size = self._index.offsets[i], self._index.sizes[i]
         try:
-            # Not mapped: taking 100 pages of a map into a process costs more than copying them.
-            whole = size <= _WHOLE_BYTES
-            sample = Sample(self._file.read(start, size) if whole else _FileRange(self._file, start, size))
+            # pread instead of mmap: page faults for 100 pages cost more than copying them.
+            small = size <= _WHOLE_BYTES
+            sample = Sample(self._file.read(start, size) if small else _FileRange(self._file, start, size))
         except CodecError as error:
             raise BadShard(self.path, f"sample {key}: {error}") from error
         if sample.key != key:
-            raise BadShard(self.path, f"member {key} holds the sample {sample.key}")
+            raise BadShard(self.path, f"member {key} contains the sample {sample.key}")
         return sample
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[i] for i in range(len(self)))
 
     def close(self) -> None:
-        """Let go of the file; it is closed when the last large sample of it goes."""
+        """Release the file. It is closed when the last sample that still reads from it is deleted."""
         self._file = None
 
     def __enter__(self) -> Shard:
@@ -61,15 +61,19 @@ class Shard:
 
 
 class _OpenFile:
-    """An open file, closed with the last reference to it."""
+    """An open file that is closed with the last reference to it.
+
+    Reference counting instead of explicit closing, because large samples read from it after the shard is closed.
+    """
 
     def __init__(self, path: str, descriptor: int) -> None:
         self._path, self._descriptor = path, descriptor
 
     def read(self, start: int, size: int) -> bytes:
-        """Exactly ``size`` bytes. BadShard if they cannot be had."""
+        """Exactly ``size`` bytes; BadShard if that fails."""
         try:
             data = os.pread(self._descriptor, size, start)
+            # pread may return less, for example on network file systems.
             while 0 < len(data) < size and (
                 more := os.pread(self._descriptor, size - len(data), start + len(data))
             ):
@@ -85,7 +89,7 @@ class _OpenFile:
 
 
 class _FileRange:
-    """The bytes of one sample within a file, read when they are asked for."""
+    """A :class:`.codec.ByteReader` of one sample within a file."""
 
     def __init__(self, file: _OpenFile, start: int, size: int) -> None:
         self._file, self._start, self._size = file, start, size

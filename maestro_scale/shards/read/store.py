@@ -1,4 +1,9 @@
-"""Verified shards for all processes of a node: read where they are, or downloaded once."""
+"""Access to verified shards: local ones are read in place, remote ones are downloaded once per node.
+
+A shard is verified (size, SHA-256, number of samples) before its first use. A remote shard is downloaded by parallel
+range requests, since one connection to an object store is slower than a node's network. Whole shards are downloaded,
+not single samples: an epoch uses every sample of a shard, and large requests are cheaper than many small ones.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +29,7 @@ from maestro_scale.shards.storage import LocalStorage, RemoteStorage, open_stora
 __all__ = ["BadShard", "Shard", "Store", "StoreCounters", "StoreError"]
 
 _RANGE_BYTES = 8 * 1024 * 1024
-_CONNECTIONS = 4  # per shard
+_CONNECTIONS = 4  # parallel range requests per shard
 _HASH_BYTES = 1024 * 1024
 _PREFETCH_THREADS = 2
 _SPACE_WAIT_S = 30.0
@@ -34,9 +39,9 @@ _OPEN_ATTEMPTS = 16
 class Store:
     """The shards of one dataset.
 
-    ``url``: folder or fsspec URL of the dataset. ``cache_dir``: local folder shared by the processes of the
-    node, for downloaded shards and for the notes of what was verified. ``cache_bytes``: most that downloaded
-    shards may take. Pickles; a copy in another process, by pickle or by fork, makes its own connections.
+    ``url``: folder or fsspec URL of the dataset. ``cache_dir``: local folder shared by all processes of the node, for
+    downloaded shards and records of verification. ``cache_bytes``: budget of the downloaded shards. A store can be
+    pickled; a copy in another process, by pickle or fork, opens its own connections.
     """
 
     def __init__(self, url: str, cache_dir: Path, cache_bytes: int, retry: RetryPolicy | None = None) -> None:
@@ -47,45 +52,48 @@ class Store:
         self._total = CounterTotal()
         self._storage = open_storage(self.url, self.retry, self._total.add_retry)
         self._cache = Cache(self.cache_dir, cache_bytes, self._total)
-        self._prefetcher: Prefetcher | None = None
+        self._prefetcher: Prefetcher[ShardInfo] | None = None
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[type[Store], tuple[str, Path, int, RetryPolicy]]:
         return Store, (self.url, self.cache_dir, self.cache_bytes, self.retry)
 
     @property
     def counters(self) -> StoreCounters:
-        """What this process has done through this store."""
+        """Totals of this store in this process."""
         return self._total.total
 
     def shard(self, info: ShardInfo) -> Shard:
-        """The shard, verified (size, SHA-256, number of samples) and pinned until it is closed.
+        """Open a shard, verified (size, SHA-256, number of samples) and pinned until it is closed.
 
-        A damaged download is fetched once more. BadShard if the shard is not what ``info`` says or cannot be
-        had; StoreError if the cache is full or cannot be written.
+        A damaged download is repeated once. BadShard if the shard is missing or differs from ``info``; StoreError if
+        the storage cannot be reached, or the cache is full or cannot be written.
         """
         started = time.monotonic()
         try:
             for _ in range(_OPEN_ATTEMPTS):
                 path, index = self.ensure(info)
                 descriptor = self._open(path)
-                # None: evicted by another process since.
+                # None: another process evicted it between ensure and open, which only the shared lock prevents.
                 if descriptor is not None:
                     return Shard(self._storage.address(info.path), descriptor, index)
         finally:
             self._total.add(StoreCounters(wait_s=time.monotonic() - started))
-        raise StoreError(f"{self.cache_dir}: shards vanish as soon as they are fetched; raise data.cache_gib")
+        raise StoreError(
+            f"{self.cache_dir}: shards are evicted as soon as they are fetched; raise data.cache_gib"
+        )
 
     def prefetch(self, infos: Iterable[ShardInfo]) -> None:
-        """Fetch and verify shards in the background, in this order.
+        """Fetch and verify shards in the background, in this order. Replaces earlier requests that have not started.
 
-        Replaces those that were asked for before and not begun. Errors show when the shard itself is asked for.
+        Errors are ignored here; they are raised when the shard itself is opened.
         """
+        # After a fork the threads of the parent's prefetcher do not exist in this process.
         if self._prefetcher is None or self._prefetcher.pid != os.getpid():
             self._prefetcher = Prefetcher(self._prefetch_one, _PREFETCH_THREADS)
         self._prefetcher.replace(infos)
 
     def close(self) -> None:
-        """Stop prefetching. Shards that are open stay so."""
+        """Stop prefetching. Open shards stay open."""
         if self._prefetcher is not None and self._prefetcher.pid == os.getpid():
             self._prefetcher.stop()
         self._prefetcher = None
@@ -93,14 +101,16 @@ class Store:
     def ensure(
         self, info: ShardInfo, cancel: threading.Event | None = None, space_wait_s: float = _SPACE_WAIT_S
     ) -> tuple[Path, ShardIndex]:
-        """The local path and the index of a shard, fetched and verified if need be. Errors as :meth:`shard`."""
+        """Local path and index of a shard, which is downloaded and verified if necessary. Raises as :meth:`shard`."""
         self._cache.prepare()
         local = isinstance(self._storage, LocalStorage)
-        path = self._storage.folder / info.path if local else self._cache.path(info.sha256)
+        path = self._path(info)
         index = self._cache.verified_index(path, info.sha256)
         if index is not None:
             self._total.add(StoreCounters(hits=1))
             return path, self._check_count(info, index)
+        # Only one process of the node downloads or verifies a shard. The others wait here and find it done, which is
+        # why the record is read again under the lock.
         with self._cache.lock(info.sha256):
             index = self._cache.verified_index(path, info.sha256)
             if index is None and (local or path.exists()):
@@ -109,10 +119,15 @@ class Store:
                 index = self._fetch(info, path, cancel or threading.Event(), space_wait_s)
         return path, self._check_count(info, index)
 
+    def _path(self, info: ShardInfo) -> Path:
+        if isinstance(self._storage, LocalStorage):
+            return self._storage.folder / info.path
+        return self._cache.path(info.sha256)
+
     def _open(self, path: Path) -> int | None:
         if not isinstance(self._storage, LocalStorage):
             return open_shared(path)
-        # Nobody evicts these, and a shared file system may have no locks.
+        # Shards read in place are never evicted, so they need no lock; a shared file system may not have any.
         try:
             return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
@@ -120,12 +135,12 @@ class Store:
 
     def _check_count(self, info: ShardInfo, index: ShardIndex) -> ShardIndex:
         if len(index.keys) != info.samples:
-            cause = f"holds {len(index.keys)} samples, the manifest says {info.samples}"
+            cause = f"contains {len(index.keys)} samples, the manifest says {info.samples}"
             raise BadShard(self._storage.address(info.path), cause)
         return index
 
     def _check_file(self, info: ShardInfo, path: Path, required: bool) -> ShardIndex | None:
-        """Verify a file that is there. A bad one is an error if it ``required``, else it is deleted."""
+        """Verify an existing file. A bad one is an error if ``required``, otherwise it is deleted."""
         address = self._storage.address(info.path)
         try:
             size = path.stat().st_size
@@ -142,7 +157,7 @@ class Store:
         raise BadShard(address, _mismatch(info, size, sha256))
 
     def _accept(self, info: ShardInfo, source: Path, path: Path) -> ShardIndex:
-        """Index a file with the right hash, move it to ``path`` and remember it."""
+        """Build the index of a file with the right hash, move the file to ``path`` and record it as verified."""
         try:
             index = ShardIndex.from_tar(source, info.sha256)
         except ManifestError as error:
@@ -153,12 +168,13 @@ class Store:
         return index
 
     def _prefetch_one(self, info: ShardInfo, cancel: threading.Event) -> None:
-        # Without waiting for room: what is in use now comes before what will be.
+        # Without waiting for free space: a prefetch must not compete with the shards that are in use now.
         self.ensure(info, cancel, space_wait_s=0.0)
 
     def _fetch(self, info: ShardInfo, path: Path, cancel: threading.Event, space_wait_s: float) -> ShardIndex:
         cause = ""
         with self._cache.reserve(info.sha256, info.bytes, space_wait_s) as part, _set_on_exit(cancel):
+            # Twice: a transfer may be damaged by chance. The second failure means that the object itself is wrong.
             for attempt in range(2):
                 if attempt:
                     self._total.add(StoreCounters(refetches=1))
@@ -170,23 +186,24 @@ class Store:
                 if sha256 == info.sha256:
                     return self._accept(info, part, path)
                 cause = _mismatch(info, size, sha256)
-        raise BadShard(self._storage.address(info.path), f"{cause}; looked twice")
+        raise BadShard(self._storage.address(info.path), f"{cause}; checked twice")
 
     def _download(self, info: ShardInfo, part: Path, cancel: threading.Event) -> str:
-        """Fill ``part`` from the store, by ranges in parallel; the SHA-256 of what came."""
+        """Download into ``part`` by parallel range requests; returns the SHA-256 of the received bytes."""
         sha256 = hashlib.sha256()
 
         def read(start: int) -> bytes:
             return self._read_range(info, start, min(start + _RANGE_BYTES, info.bytes), cancel)
 
         try:
+            # r+b: the file is already allocated at full size. Hashed while it arrives, to read it only once.
             with open(part, "r+b") as file:
                 for data in ordered_map(read, range(0, info.bytes, _RANGE_BYTES), _CONNECTIONS):
                     sha256.update(data)
                     file.write(data)
                     self._total.add(StoreCounters(downloaded_bytes=len(data)))
         except FileNotFoundError as error:
-            raise BadShard(self._storage.address(info.path), "vanished while it was read") from error
+            raise BadShard(self._storage.address(info.path), "disappeared while it was read") from error
         except OSError as error:
             raise StoreError(f"{part}: cannot be written ({error.strerror})") from error
         self._total.add(StoreCounters(downloads=1))
@@ -196,7 +213,7 @@ class Store:
         def attempt() -> bytes:
             data = self._remote.read_range(info.path, start, stop, cancel)
             if len(data) != stop - start:
-                raise TransientError(f"the answer ended after {len(data)} of {stop - start} bytes")
+                raise TransientError(f"the response ended after {len(data)} of {stop - start} bytes")
             return data
 
         return call_with_retries(
@@ -205,13 +222,13 @@ class Store:
 
     @property
     def _remote(self) -> RemoteStorage:
-        assert isinstance(self._storage, RemoteStorage)
+        assert isinstance(self._storage, RemoteStorage)  # only remote shards are downloaded
         return self._storage
 
 
 @contextmanager
 def _set_on_exit(event: threading.Event) -> Iterator[None]:
-    """Range readers that still retry when the others have failed end with them."""
+    """Set ``event`` on exit: when one range request has failed, the retries of the others end as well."""
     try:
         yield
     finally:

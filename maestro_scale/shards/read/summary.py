@@ -1,4 +1,4 @@
-"""What a dataset in shards holds, from the small fields alone: shards, samples, bytes, classes, dates."""
+"""Summary of a dataset in shards: shards, samples, bytes, classes and dates per split."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from maestro_scale.shards.storage import Storage, open_storage
 
 @dataclass(frozen=True)
 class SplitSummary:
-    """One split. ``classes[target][name]``: samples with it (multilabel) or pixels of it (segmentation).
+    """One split.
 
-    ``months[modality]``: dates in January, …, December.
+    ``classes[target][name]``: number of samples (multilabel) or pixels (segmentation) with that class.
+    ``months[modality]``: number of dates in January, …, December.
     """
 
     split: str
@@ -34,26 +35,26 @@ class SplitSummary:
 
 @dataclass(frozen=True)
 class Summary:
-    """A dataset in shards."""
+    """A dataset in shards: its manifest and the summary of each split."""
 
     manifest: Manifest
     splits: tuple[SplitSummary, ...]
 
 
 def summarize(url: str) -> Summary:
-    """The summary of the dataset at ``url``; ManifestError or StoreError if it cannot be read.
+    """Summarize the dataset at ``url``. ManifestError or StoreError if it cannot be read.
 
-    Our writer leaves the counts in the indices, so that only those are read; shards without are read whole.
+    Counts come from the indices if those contain them, as written by maestro-scale; other shards are read completely.
     """
     manifest = Manifest.load(url)
     storage = open_storage(url)
     splits = []
     for split in manifest.splits:
         shards = manifest.shards_of([split])
-        tally: Counter[str] = Counter()
+        counts: Counter[str] = Counter()
         for info in shards:
-            tally.update(_shard_counts(storage, url, info, manifest.spec))
-        classes, months = parse_counts(tally, manifest.spec)
+            counts.update(_shard_counts(storage, url, info, manifest.spec))
+        classes, months = parse_counts(counts, manifest.spec)
         num_samples, num_bytes = sum(s.samples for s in shards), sum(s.bytes for s in shards)
         splits.append(SplitSummary(split, len(shards), num_samples, num_bytes, classes, months))
     return Summary(manifest, tuple(splits))
@@ -71,10 +72,10 @@ def _shard_counts(storage: Storage, url: str, info: ShardInfo, spec: DatasetSpec
         )
     if index is not None and index.tally:
         return index.tally
-    tally: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     with TemporaryDirectory(prefix="maestro-scale-") as cache:
         shard = Store(url, Path(cache), 2 * info.bytes).shard(info)
         for i in range(len(shard)):
-            tally.update(count_sample(shard[i], spec))
+            counts.update(count_sample(shard[i], spec))
         shard.close()
-    return tally
+    return counts

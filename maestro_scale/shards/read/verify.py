@@ -1,4 +1,4 @@
-"""Is a dataset in shards whole? Every file, every sample, every field."""
+"""Verification of a dataset in shards: every file, every sample, every field."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from maestro_scale.shards.format.index import ShardIndex, index_path
 from maestro_scale.shards.format.manifest import Manifest, ShardInfo
 from maestro_scale.shards.jobs import ReportFunction, run_jobs
 from maestro_scale.shards.progress import Progress, ProgressCounter
+from maestro_scale.shards.read.shard import Shard
 from maestro_scale.shards.read.store import Store
 from maestro_scale.shards.storage import Storage, open_storage
 
-_MAX_LISTED_SAMPLES = 5  # problems named per shard, and then how many more
+_MAX_LISTED_SAMPLES = 5  # problems listed per shard; the others are only counted
 
 
 def verify(url: str, workers: int = 1, progress: Progress | None = None) -> list[str]:
-    """What is wrong with the dataset at ``url``, a line each; empty if nothing is.
+    """Check the dataset at ``url``; returns the problems, one line each, or an empty list.
 
-    Checks the manifest; of each shard the size, SHA-256, number of samples and index; of each sample the key
-    and every field against the spec; that no key is there twice in a split and no shard besides the
-    manifest's. A remote shard is downloaded to a temporary folder. ``progress(samples done, in all,
-    bytes)``.
+    Checks the manifest; size, SHA-256, number of samples and index of each shard; key and every field of each sample
+    against the spec; that keys are unique within a split, and that there are no shards beside those of the manifest.
+    A remote shard is downloaded to a temporary folder. ``progress(samples done, total samples, bytes)``.
     """
     try:
         manifest = Manifest.load(url)
@@ -49,7 +49,7 @@ def verify(url: str, workers: int = 1, progress: Progress | None = None) -> list
         repeated = [key for key in keys if key in seen]
         if repeated:
             problems.append(
-                f"{info.path}: sample {repeated[0]} is in {seen[repeated[0]]} too ({len(repeated)} such)"
+                f"{info.path}: sample {repeated[0]} is also in {seen[repeated[0]]} ({len(repeated)} repeated keys)"
             )
         seen.update(dict.fromkeys(keys, info.path))
     return problems
@@ -57,14 +57,14 @@ def verify(url: str, workers: int = 1, progress: Progress | None = None) -> list
 
 @dataclass(frozen=True)
 class _CheckShard:
-    """The work of a verifying process: the problems of a shard, and its keys."""
+    """Job function of the worker processes: returns the problems of a shard, and its keys."""
 
     url: str
     spec: DatasetSpec
     index_expected: bool
 
     def __call__(self, info: ShardInfo, report: ReportFunction) -> tuple[list[str], tuple[str, ...]]:
-        # A cache of its own: nothing that was verified before is taken on trust.
+        # A temporary cache, so that shards are verified again even if an earlier run has recorded them as verified.
         with TemporaryDirectory(prefix="maestro-scale-") as cache:
             store = Store(self.url, Path(cache), info.bytes)
             try:
@@ -87,15 +87,15 @@ class _CheckShard:
         try:
             sidecar = ShardIndex.loads(open_storage(self.url).read(name), name)
         except FileNotFoundError:
-            return [f"{name}: is missing, though other shards have theirs"] if self.index_expected else []
+            return [f"{name}: is missing, although other shards have an index"] if self.index_expected else []
         except ManifestError as error:
             return [one_line(error)]
         if not sidecar.same_layout(index):
-            return [f"{name}: does not describe {info.path} (its keys, places or SHA-256 differ)"]
+            return [f"{name}: does not describe {info.path} (keys, offsets or SHA-256 differ)"]
         return []
 
 
-def _sample_problems(shard, i: int, spec: DatasetSpec) -> list[str]:
+def _sample_problems(shard: Shard, i: int, spec: DatasetSpec) -> list[str]:
     try:
         sample: Sample = shard[i]
         check_fields(sample.key, {name: sample.array(name) for name in sample.names}, spec)
@@ -108,9 +108,10 @@ def _sample_problems(shard, i: int, spec: DatasetSpec) -> list[str]:
 
 def _unlisted_shards(storage: Storage, manifest: Manifest) -> list[str]:
     known = {info.path for info in manifest.shards}
-    unfinished = "of no split in the manifest: unfinished, or to be removed"
     return [
-        f"{n}: a shard {unfinished}" for n in storage.list_names() if n.endswith(".tar") and n not in known
+        f"{name}: this shard is not in the manifest: its split is unfinished, or it is to be removed"
+        for name in storage.list_names()
+        if name.endswith(".tar") and name not in known
     ]
 
 

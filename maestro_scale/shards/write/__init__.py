@@ -1,1 +1,1 @@
-"""Writing datasets as shards: in parallel, resumable, the same bytes for any number of workers."""
+"""Writing datasets as shards: in parallel, resumable, with the same bytes for any number of workers."""

@@ -1,4 +1,9 @@
-"""Where a split is written: what is there already, what of it can be kept, and the manifest at the end."""
+"""Destination of a split: existing content, finished shards that can be kept, and publication in the manifest.
+
+Order of a write: lock, read what exists, write shards (each: index, then tar), publish the manifest. The manifest is
+published last because readers trust it alone: until then they see the dataset without the new split, and a write that
+is killed at any point can be continued. A published shard is never overwritten, so running jobs are not disturbed.
+"""
 
 from __future__ import annotations
 
@@ -38,9 +43,9 @@ _LOCK_CHECKS = 20
 
 
 class Destination:
-    """A context to write one split, or a part of it, to ``dst``.
+    """Context manager to write one split, or a part of it, to ``dst``.
 
-    WriteError if ``dst`` is in use or holds something else.
+    Entering raises WriteError if another process writes the split or ``dst`` contains something else.
     """
 
     def __init__(
@@ -52,7 +57,7 @@ class Destination:
         except ManifestError as error:
             raise WriteError(str(error)) from error
         if codec not in CODECS:
-            raise WriteError(f"no codec is called {codec!r}; there are: {', '.join(CODECS)}")
+            raise WriteError(f"there is no codec {codec!r}; use one of: {', '.join(CODECS)}")
         self.url = str(dst)
         self.storage = open_storage(dst)
         self.split = split
@@ -75,7 +80,7 @@ class Destination:
         self._stack.close()
 
     def make_plan(self, order: Sequence[str], bounds: Sequence[tuple[int, int]]) -> WritePlan:
-        """The plan to write the samples ``order`` as shards ``bounds``."""
+        """The plan that writes the samples ``order`` as shards with ``bounds``."""
         content = [
             FORMAT_VERSION,
             to_builtins(self._spec),
@@ -89,24 +94,25 @@ class Destination:
         return WritePlan(self._spec, self.split, len(bounds), digest)
 
     def finished_shards(self, plan: WritePlan) -> dict[int, ShardIndex]:
-        """The shards of ``plan`` that are there, by number; removes what other plans left unpublished.
+        """Index of each finished shard of ``plan``, by number; removes unpublished shards of other plans.
 
-        WriteError if the split is published and is not this one.
+        WriteError if the split is already published with other content.
         """
         published = self._existing is not None and self.split in self._existing.splits
         numbers = {int(m["number"]) for m in self._names() if m["split"] == self.split}
-        shards, foreign = {}, []
+        shards: dict[int, ShardIndex] = {}
+        foreign: list[str] = []
         for number in sorted(numbers):
             name = plan.shard_name(number)
             index = self._index(name)
             if index is None or index.plan != plan.digest or number >= plan.num_shards:
                 foreign.append(name)
             elif not index.keys or self.storage.size(name) == index.bytes:
-                # Publishing removes the tar of a shard that every tile is left out of.
+                # A shard whose tiles were all left out has an index without keys; publish() has removed its tar.
                 shards[number] = index
         if published and (foreign or not shards):
             raise WriteError(
-                f"{self.storage.address()}: holds split {self.split!r} already, with other tiles or settings; "
+                f"{self.storage.address()}: already contains split {self.split!r}, with other tiles or settings; "
                 "choose another folder, or delete it"
             )
         for name in foreign:
@@ -115,7 +121,7 @@ class Destination:
         return shards
 
     def publish(self, plan: WritePlan, shards: dict[int, ShardIndex]) -> Manifest:
-        """Write the manifest with the finished split in it; readers see the old one until it is whole."""
+        """Add the finished split to the manifest, atomically; readers see the old one until then."""
         filled = {i: shards[i] for i in range(plan.num_shards) if shards[i].keys}
         if not filled:
             raise WriteError(f"split {self.split}: none of its tiles can be read, nothing is written")
@@ -124,7 +130,8 @@ class Destination:
         with ExitStack() as stack:
             if isinstance(self.storage, LocalStorage):
                 _enter_lock(stack, self.storage.folder / ".manifest.lock", wait=True)
-            # Read again: another split may have been finished meanwhile.
+            # Read again under the lock: another job may have published another split in the meantime. Without this, one
+            # of the two splits would be lost.
             existing = self._read_existing()
             manifest = self._merge_split(existing, plan, filled, [shards[i] for i in sorted(shards)])
             if manifest != existing:
@@ -142,8 +149,8 @@ class Destination:
         if existing is not None and self.split in existing.splits:
             if existing.shards_of([self.split]) != infos:
                 raise WriteError(
-                    f"{self.storage.address()}: split {self.split!r} came out unlike the one it holds; "
-                    "the raw data has changed: choose another folder"
+                    f"{self.storage.address()}: split {self.split!r} differs from the published one: "
+                    "the raw data has changed; choose another folder"
                 )
             return existing
         notes: Counter[str] = Counter(existing.notes if existing else {})
@@ -169,30 +176,31 @@ class Destination:
         try:
             existing = Manifest.load(self.url)
         except ManifestError as error:
-            raise WriteError(f"cannot add a split to what is there: {error}") from error
+            raise WriteError(f"cannot add a split to the existing dataset: {error}") from error
         mine = replace(existing, spec=self._spec, codec=self._codec, seed=self._seed)
         if mine != existing:
             what = next(n for n in ("spec", "codec", "seed") if getattr(mine, n) != getattr(existing, n))
             found, wanted = getattr(existing, what), getattr(mine, what)
             if what == "spec":
+                same_name = self._spec.name == existing.spec.name
                 found, wanted = (
-                    f"{found.name!r}",
-                    f"{wanted.name!r}" if found.name != wanted.name else "another one",
+                    repr(existing.spec.name),
+                    "another one" if same_name else repr(self._spec.name),
                 )
             raise WriteError(
-                f"{self.storage.address()}: holds a dataset with {what} {found}, not {wanted}; "
+                f"{self.storage.address()}: contains a dataset with {what} {found}, not {wanted}; "
                 "choose another folder"
             )
         return existing
 
     def _check_existing_files(self) -> None:
-        """Refuse a folder with files that are not ours: they might be overwritten or taken for shards."""
+        """Refuse a folder with unknown files: they could be overwritten or be mistaken for shards."""
         names = set(self.storage.list_names())
         if self._existing is None:
             strange = [n for n in names if not n.startswith(".") and not n.endswith((".tar", ".index.json"))]
             if strange:
                 raise WriteError(
-                    f"{self.storage.address()}: is not empty and holds no dataset in shards (there is "
+                    f"{self.storage.address()}: is not empty and contains no dataset in shards (it has "
                     f"{min(strange)}); choose an empty folder"
                 )
         known = {shard.path for shard in self._existing.shards} if self._existing else set()
@@ -200,11 +208,16 @@ class Destination:
             index = self._index(name)
             if index is None or index.dataset != self._spec.name:
                 raise WriteError(
-                    f"{self.storage.address(name)}: is in the way, and no shard of {self._spec.name} of ours; "
+                    f"{self.storage.address(name)}: is not a shard that maestro-scale wrote for {self._spec.name}; "
                     "move it, or choose another folder"
                 )
 
     def _lock(self, stack: ExitStack, folder: Path) -> None:
+        """Exclude other writers: one that writes the whole split excludes all others, parts exclude only equal parts.
+
+        Each kind takes its own lock first and then checks those of the other kind. With this order at least one of two
+        writers that start at the same time sees the other.
+        """
         whole = folder / f".{self.split}.lock"
         part = f".{self.split}.part-{self._part.number}-of-{self._part.count}.lock"
         try:
@@ -220,7 +233,9 @@ class Destination:
                 if found and self._part.includes(int(found["number"])):
                     leftover.unlink(missing_ok=True)
         except Locked as error:
-            raise WriteError(f"{folder}: another process writes split {self.split!r}; wait for it") from error
+            raise WriteError(
+                f"{folder}: another process is writing split {self.split!r}; wait for it"
+            ) from error
         except OSError as error:
             raise WriteError(f"{folder}: cannot be written ({error.strerror})") from error
 
@@ -239,14 +254,14 @@ def _enter_lock(stack: ExitStack, path: Path, wait: bool) -> None:
     try:
         stack.enter_context(file_lock(path, wait))
     except OSError as error:
-        # The lock keeps out a second writer, a mistake; it is no reason to refuse a whole file system.
+        # The lock only guards against a user mistake, a second writer. A file system without locks is still usable.
         if not locks_unsupported(error):
             raise
         path.unlink(missing_ok=True)
 
 
 def _require_unlocked(path: Path) -> None:
-    """Locked if another process holds this lock, and not just for such a check."""
+    """Locked if a writer holds this lock. Repeated, since another process may hold it briefly for the same check."""
     for _ in range(_LOCK_CHECKS):
         try:
             with ExitStack() as stack:
@@ -259,7 +274,11 @@ def _require_unlocked(path: Path) -> None:
 
 @contextmanager
 def staging_folder(dst: str) -> Iterator[Path]:
-    """Where files for ``dst`` are made: a local ``dst`` itself, so that a rename suffices, or a temporary folder."""
+    """Folder for temporary files.
+
+    A local ``dst`` itself, so that publishing is a rename within one file system; for an object store a temporary
+    folder, from which files are uploaded.
+    """
     folder = local_folder(dst)
     if folder is None:
         with TemporaryDirectory(prefix="maestro-scale-") as temporary:
@@ -268,5 +287,5 @@ def staging_folder(dst: str) -> Iterator[Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise WriteError(f"{folder}: cannot be made a folder ({error.strerror})") from error
+        raise WriteError(f"{folder}: the folder cannot be created ({error.strerror})") from error
     yield folder

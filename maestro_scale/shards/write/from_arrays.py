@@ -1,4 +1,4 @@
-"""A dataset of one's own: its description and its tiles, from what one has at hand: arrays, dates, names."""
+"""Description and tiles of a user's own dataset, from arrays, dates and names."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ from maestro_scale.datasets.spec import DatasetError, DatasetSpec, Modality, Sca
 from maestro_scale.shards.format.manifest import check_spec
 
 _MAX_POS_GRID = 1024
-DateLike = date | np.datetime64 | str  # a datetime is a date; a string is ISO 8601
+DateLike = date | np.datetime64 | str  # datetime is a subclass of date; strings are ISO 8601
 
 
 @dataclass(frozen=True)
 class Raster:
-    """One sensor of a dataset: how it is stored, and how the model sees it.
+    """One sensor of a dataset: how it is stored, and how the model uses it.
 
-    ``num_dates``: None for a single image; for a series how many of its dates the model sees at a time.
-    ``patch``: pixels a side of what becomes one token; it divides the crop. ``divisor`` and ``scale``: as in
-    :class:`~maestro_scale.datasets.spec.Scale`, so that most values come to lie in 0 to 1. ``mask_bands``: if each
-    date has a mask, what its channels are, e.g. ("snow", "cloud"), in percent. ``band_groups``: sizes of consecutive
-    groups of bands that are alike (visible, infrared); none: all bands are one. ``group`` and ``embed``: names shared
-    by rasters that are encoded as one sequence, or with the same patch embedding, also across datasets; none: its own.
+    num_dates: None for a single image; for a time series the number of dates per sample of a batch.
+    patch: side in pixels of the square that becomes one token; it must divide the crop.
+    divisor, scale: as in :class:`~maestro_scale.datasets.spec.Scale`; most scaled values should be in 0 to 1.
+    mask_bands: names of the channels of a per-date mask, for example ("snow", "cloud"), in percent.
+    band_groups: sizes of consecutive groups of similar bands (visible, infrared); empty: one group.
+    group: rasters with the same group are encoded as one sequence; default: the raster's own name.
+    embed: rasters with the same name share a patch embedding, also across datasets; default: the raster's own name.
     """
 
     name: str
@@ -52,9 +53,9 @@ def describe(
     crop_m: float | None = None,
     title: str = "",
 ) -> DatasetSpec:
-    """The spec of a dataset of square tiles of ``tile_m`` metres, of which the model sees crops of ``crop_m``.
+    """Spec of a dataset with square tiles of ``tile_m`` metres, from which the model gets crops of ``crop_m`` metres.
 
-    The first raster is the one on whose tokens segmentation is predicted. ManifestError for what cannot be.
+    Segmentation is predicted on the tokens of the first raster. ManifestError if the description is inconsistent.
     """
     crop_m = tile_m if crop_m is None else crop_m
     modalities, sensors = [], []
@@ -103,14 +104,14 @@ def make_tile(
     targets: Mapping[str, Any] | None = None,
     ref_date: DateLike | None = None,
 ) -> Tile:
-    """A tile of ``spec`` from arrays by raster.
+    """Build a tile of ``spec`` from arrays by raster.
 
     ``arrays[raster]``: (T, C, H, W), or (C, H, W) for a single image, in the raster's dtype; row 0 is north.
     ``dates[raster]``: T dates, times or ISO strings, or one for a single image. ``masks[raster]``: (T, M, H, W) uint8,
-    0-100. ``targets[name]``: (H, W) class indices, or shares, by class or in the order of the classes. ``ref_date``:
-    the date that positions in time count from; None: the first date of the first raster.
+    0-100. ``targets[name]``: (H, W) class indices, or class shares, by class name or in the order of the classes.
+    ``ref_date``: origin of the temporal encoding; None: the first date of the first raster.
 
-    Raises DatasetError for dates, classes or labels that cannot be; the rest is checked where the tile is written.
+    Raises DatasetError for invalid dates, classes or labels. Shapes and dtypes are checked when the tile is written.
     """
     stored = {name: _dates(key, name, when) for name, when in dates.items()}
     first = spec.modalities[0].name
@@ -128,8 +129,8 @@ def make_tile(
 
 
 def _pos_grid(sensors: Sequence[Sensor]) -> int:
-    """A ground grid that the token grid of each sensor divides, if one of sensible size does."""
-    # What check_spec is about to refuse must not divide by zero here.
+    """Position grid: a common multiple of the sensors' token grids; if that is too large, the largest of them."""
+    # An invalid patch must not divide by zero here; check_spec refuses it afterwards.
     grids = [max(s.image_size // max(s.patch, 1), 1) for s in sensors] or [1]
     common = math.lcm(*grids)
     return common if common <= _MAX_POS_GRID else max(grids)
@@ -142,22 +143,25 @@ def _add_date_axis(array: np.ndarray) -> np.ndarray:
 
 def _dates(key: str, name: str, when: DateLike | Sequence[DateLike]) -> np.ndarray:
     """(T, 3) int16: year, day of year, hour."""
-    single = isinstance(when, (str, date, np.datetime64))
+    dates = [when] if isinstance(when, (str, date, np.datetime64)) else when
     rows = []
-    for one in [when] if single else when:
+    for value in dates:
         try:
-            # Python 3.10 reads no "Z".
-            if isinstance(one, str):
-                one = datetime.fromisoformat(one.removesuffix("Z"))
-            elif isinstance(one, np.datetime64):
-                one = one.astype("datetime64[s]").item()
-            day = one.timetuple()
+            day = _to_date(value).timetuple()
             rows.append((day.tm_year, day.tm_yday, day.tm_hour))
         except (AttributeError, ValueError) as error:
             raise DatasetError(
-                f"tile {key}: {name} has the date {one!r}; give dates, datetimes, numpy.datetime64 or ISO strings"
+                f"tile {key}: {name} has the date {value!r}; give dates, datetimes, numpy.datetime64 or ISO strings"
             ) from error
     return np.array(rows, np.int16).reshape(-1, 3)
+
+
+def _to_date(value: DateLike) -> date:
+    if isinstance(value, str):
+        return datetime.fromisoformat(value.removesuffix("Z"))  # Python 3.10 does not parse "Z"
+    if isinstance(value, np.datetime64):
+        return value.astype("datetime64[s]").item()
+    return value
 
 
 def _labels(key: str, target: Target, value: Any) -> np.ndarray:

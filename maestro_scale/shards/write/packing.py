@@ -1,4 +1,4 @@
-"""From encoded tiles to one finished shard; and which tiles go into which shard."""
+"""Assignment of tiles to shards, and writing of one shard with its index."""
 
 from __future__ import annotations
 
@@ -23,7 +23,11 @@ from maestro_scale.shards.storage import Storage
 
 @dataclass(frozen=True)
 class WritePlan:
-    """What a split will be: ``digest`` changes whenever a shard's bytes could."""
+    """What is written for a split.
+
+    ``digest`` covers everything that determines the bytes of its shards. A finished shard is only kept if its index
+    records the same digest, so shards of different settings are never mixed.
+    """
 
     spec: DatasetSpec
     split: str
@@ -37,20 +41,21 @@ class WritePlan:
 
 @dataclass(frozen=True)
 class EncodedTile:
-    """A tile ready for its shard, or (``payload`` None) why it is left out."""
+    """An encoded tile, or, with ``payload`` None, the reason why a tile is left out."""
 
     key: str
     payload: bytes | None
     notes: tuple[str, ...] = ()
     cause: str = ""
-    kind: str = ""  # what causes are counted by
+    kind: str = ""  # kind of the cause; left-out tiles are counted by it
 
 
 def shuffle_keys(keys: Iterable[str], seed: int) -> list[str]:
-    """The keys in the order they are written.
+    """The keys in a pseudo-random order, which is the order of the samples in the shards.
 
-    Neighbouring tiles have neighbouring keys and are alike, so regions are mixed here; by the raw Philox stream,
-    which numpy keeps the same for ever, unlike ``permutation``.
+    Neighbouring tiles have neighbouring keys and are alike, so regions must be mixed across shards. Sorted first, so
+    that the order depends on the set of keys and the seed alone. The raw Philox stream is used because numpy guarantees
+    that it never changes, unlike ``Generator.permutation``.
     """
     ordered = sorted(keys)
     draws = np.random.Philox(key=seed).random_raw(len(ordered))
@@ -58,7 +63,7 @@ def shuffle_keys(keys: Iterable[str], seed: int) -> list[str]:
 
 
 def shard_bounds(num_samples: int, mean_bytes: float, shard_bytes: int) -> list[tuple[int, int]]:
-    """[start, stop) of each shard in the order of samples; sizes differ by one sample at most."""
+    """[start, stop) of each shard in the order of samples; numbers of samples differ by at most one."""
     num_shards = min(num_samples, max(1, round(num_samples * mean_bytes / shard_bytes)))
     edges = [i * num_samples // num_shards for i in range(num_shards + 1)]
     return list(itertools.pairwise(edges))
@@ -72,13 +77,13 @@ def write_shard(
     packed: Iterable[EncodedTile],
     report: ReportFunction,
 ) -> ShardIndex:
-    """Write shard ``number`` of ``plan`` with its index; neither shows under its name before it is whole."""
+    """Write shard ``number`` of ``plan`` with its index. Both appear under their names only when complete."""
     name = plan.shard_name(number)
     tar = TarWriter(staging / f".{name}.{os.getpid()}.tmp")
     keys, offsets, sizes = [], [], []
     notes: Counter[str] = Counter()
-    tally: Counter[str] = Counter()
-    left_out = {}
+    counts: Counter[str] = Counter()
+    left_out: dict[str, str] = {}
     examples: dict[str, str] = {}
     try:
         for item in packed:
@@ -95,7 +100,7 @@ def write_shard(
             notes.update(set(item.notes))
             for note in item.notes:
                 examples.setdefault(note, item.key)
-            tally.update(count_sample(Sample(item.payload), plan.spec))
+            counts.update(count_sample(Sample(item.payload), plan.spec))
             report(1, len(item.payload))
         index = ShardIndex(
             format_version=FORMAT_VERSION,
@@ -109,12 +114,13 @@ def write_shard(
             notes=_sorted(notes),
             examples=dict(sorted(examples.items())),
             left_out=left_out,
-            tally=_sorted(tally),
+            tally=_sorted(counts),
         )
-        # The index goes first: a tar that is there is finished and has its index.
+        # The index first: then every tar that exists has its index. A kill in between leaves an index without a tar,
+        # which the next run treats as unfinished, since it compares the size of the tar.
         storage.write(index_path(name), index.dumps().encode())
         storage.publish(tar.path, name)
-    except BaseException:
+    except BaseException:  # also KeyboardInterrupt: the temporary file must not stay
         tar.discard()
         raise
     return index

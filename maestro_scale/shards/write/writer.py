@@ -1,4 +1,7 @@
-"""Writes a split as shards: in parallel, resumable, the same bytes for any number of workers."""
+"""Writing of a split: :func:`write_shards` for raw datasets, :class:`Writer` for tiles from any Python code.
+
+The bytes depend on the tiles, the seed and the settings, not on the number of workers, parts or interruptions.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ from maestro_scale.shards.write.from_arrays import DateLike, make_tile
 from maestro_scale.shards.write.packing import EncodedTile, WritePlan, shard_bounds, shuffle_keys, write_shard
 from maestro_scale.shards.write.part import WHOLE_SPLIT, WriterPart
 
-_PROBED_SAMPLES = 8  # their mean size decides how many samples a shard has
+_PROBED_SAMPLES = 8  # their mean size determines the number of samples per shard
 
 
 def write_shards(
@@ -44,54 +47,53 @@ def write_shards(
 ) -> Manifest | None:
     """Write every tile of ``dataset`` as split ``split`` of the shards at ``dst`` (folder or fsspec URL).
 
-    Shards that an earlier, interrupted call finished are kept. The manifest is published last, and joins a
-    manifest of other splits that is there. ``progress(samples done, samples in all, bytes written)`` is
-    called as it goes. With ``strict=False`` tiles that cannot be read are left out, counted by kind in the
-    manifest's notes, with the first example of each, and listed with their causes in the index.
+    Shards that an earlier, interrupted call finished are kept. The manifest is published last; if one exists, the split
+    is added to it. ``progress(samples done, total samples, bytes written)`` is called repeatedly. With
+    ``strict=False``, tiles that cannot be read are left out, counted by kind in the manifest's notes, with the first
+    example of each, and listed with their causes in the index.
 
-    ``part``: write only its shards, as one of several jobs with the same arguments, on any machines. The one
-    that finds all shards finished publishes the manifest, the same as a single call would; the others, and
-    any part whose fellows have died, return None. A part called again writes what it lacks.
+    ``part``: write only these shards, as one of several jobs with the same arguments, on any machines. The job that
+    finds all shards finished publishes the manifest, which is the same as that of a single call; the others return
+    None. If a part fails, call it again: it writes what is missing.
 
-    Raises DatasetError for a tile that cannot be read or does not match its spec, WriteError if ``dst``
-    cannot be written or holds something else.
+    Raises DatasetError for a tile that cannot be read or does not match its spec, WriteError if ``dst`` cannot be
+    written or contains something else.
     """
     keys = dataset.keys()
     with Destination(dst, dataset.spec, split, codec, seed, part) as destination:
         if len(set(keys)) < len(keys):
             raise WriteError(
-                f"split {split}: {len(keys) - len(set(keys))} keys are there twice; make them unique"
+                f"split {split}: {len(keys) - len(set(keys))} keys are repeated; make them unique"
             )
         order = shuffle_keys(keys, seed)
         mean_bytes = _mean_bytes(_encode_each(dataset, order, codec, strict), split)
         bounds = shard_bounds(len(order), mean_bytes, shard_mb * 1_000_000)
         plan = destination.make_plan(order, bounds)
         finished = destination.finished_shards(plan)
-        mine = {i: stop - start for i, (start, stop) in enumerate(bounds) if part.includes(i)}
-        missing = [i for i in mine if i not in finished]
+        sizes = {i: stop - start for i, (start, stop) in enumerate(bounds) if part.includes(i)}
+        missing = [i for i in sizes if i not in finished]
         tracker = ProgressCounter(
-            sum(num for i, num in mine.items() if i in finished), sum(mine.values()), progress
+            sum(num for i, num in sizes.items() if i in finished), sum(sizes.values()), progress
         )
         work = _WriteShard(dataset, destination.url, plan, codec, strict)
         jobs = [(i, tuple(order[slice(*bounds[i])])) for i in missing]
         for position, index in run_jobs(work, jobs, workers, tracker):
             finished[missing[position]] = index
         if part.count > 1:
-            # Again, since other parts have gone on meanwhile.
+            # List again: other parts may have finished shards in the meantime.
             finished = destination.finished_shards(plan)
         return destination.publish(plan, finished) if len(finished) == len(bounds) else None
 
 
 class Writer:
-    """Writes tiles that you make yourself, one split at a time::
+    """Writes tiles from your own code, one split at a time::
 
         with Writer("shards/mine", spec, "train") as writer:
-            for key, image, day in mine:
+            for key, image, day in tiles:
                 writer.add_arrays(key, {"s2": image}, {"s2": day})
 
-    The order in which tiles are added does not matter: they are put aside in a temporary file and written,
-    shuffle_keys, at the end, exactly as :func:`write_shards` would. Leaving the block by an exception writes
-    nothing.
+    Tiles may be added in any order. They are encoded into a temporary file and, when the block ends, written shuffled,
+    exactly as :func:`write_shards` would. If the block ends by an exception, nothing is written.
     """
 
     def __init__(
@@ -111,12 +113,12 @@ class Writer:
 
     def __enter__(self) -> Writer:
         self._destination.__enter__()
-        # Nameless, so that a kill leaves nothing behind.
+        # An unnamed file, so that nothing remains after a kill.
         self._spool = tempfile.TemporaryFile(dir=self._destination.staging)  # closed by __exit__
         return self
 
     def add(self, tile: Tile) -> None:
-        """Take one tile; DatasetError if it does not match the spec, WriteError for a key that was there."""
+        """Add a tile. DatasetError if it does not match the spec, WriteError if its key was added before."""
         check_tile(tile, self._spec)
         if tile.key in self._spooled:
             raise WriteError(f"tile {tile.key} was added twice; keys are unique within a split")
@@ -127,7 +129,8 @@ class Writer:
             self._spool.flush()
         except OSError as error:
             raise WriteError(
-                f"{self._destination.staging}: tiles cannot be put aside ({error.strerror}); free some space"
+                f"{self._destination.staging}: the temporary file cannot be written ({error.strerror}); "
+                "free some disk space"
             ) from error
         self._spooled[tile.key] = (start, len(payload), tile.notes)
 
@@ -141,7 +144,7 @@ class Writer:
         targets: Mapping[str, Any] | None = None,
         ref_date: DateLike | None = None,
     ) -> None:
-        """As :meth:`add`, for a tile as :func:`.from_arrays.make_tile` makes it of arrays by raster."""
+        """Add a tile given as arrays by raster; arguments of :func:`.from_arrays.make_tile`, raises as :meth:`add`."""
         self.add(make_tile(self._spec, key, arrays, dates, masks=masks, targets=targets, ref_date=ref_date))
 
     def __exit__(
@@ -151,7 +154,7 @@ class Writer:
             if kind is None:
                 self._write()
         finally:
-            # On a full disk closing fails as writing did, and would hide why.
+            # On a full disk closing fails again, and its error would hide the first one.
             with suppress(OSError):
                 self._spool.close()
             self._destination.__exit__(kind, error, trace)
@@ -168,7 +171,7 @@ class Writer:
             if number not in shards:
                 packed = self._read(order[start:stop])
                 shards[number] = write_shard(
-                    destination.storage, destination.staging, plan, number, packed, _no_report
+                    destination.storage, destination.staging, plan, number, packed, _ignore_report
                 )
         destination.publish(plan, shards)
 
@@ -181,7 +184,7 @@ class Writer:
 
 @dataclass(frozen=True)
 class _WriteShard:
-    """The work of a writer process; a job is a shard's number and keys."""
+    """Job function of the writer processes; a job is a shard's number and its keys."""
 
     dataset: RawDataset
     dst: str
@@ -201,7 +204,7 @@ def _encode_each(dataset: RawDataset, keys: Sequence[str], codec: str, strict: b
         try:
             tile = dataset.read(key)
             if tile.key != key:
-                raise DatasetError(f"tile {key}: the reader gave tile {tile.key}; mend the reader")
+                raise DatasetError(f"tile {key}: the reader returned tile {tile.key}; fix the reader")
             check_tile(tile, dataset.spec)
             yield EncodedTile(key, encode(tile, codec), tile.notes)
         except DatasetError as error:
@@ -211,19 +214,23 @@ def _encode_each(dataset: RawDataset, keys: Sequence[str], codec: str, strict: b
 
 
 def _mean_bytes(packed: Iterator[EncodedTile], split: str) -> float:
-    """Mean size in a tar of the first few samples that can be read."""
+    """Mean size in a tar of the first few readable samples.
+
+    An estimate from a few samples, so that shards have a fixed number of samples before any of them is written: then
+    they can be written in parallel, and an interrupted run gets the same bounds again.
+    """
     sizes, cause = [], ""
     for item in packed:
         cause = cause or item.cause
         if item.payload is not None:
-            sizes.append(len(item.payload) + 1024)
+            sizes.append(len(item.payload) + 1024)  # header, and padding to full blocks
         if len(sizes) == _PROBED_SAMPLES:
             break
     if not sizes:
         why = f"; the first: {cause}" if cause else ""
-        raise WriteError(f"split {split}: has no tile that can be read, nothing is written{why}")
+        raise WriteError(f"split {split}: none of its tiles can be read, nothing is written{why}")
     return sum(sizes) / len(sizes)
 
 
-def _no_report(samples: int, num_bytes: int) -> None:
-    """For those who do not watch."""
+def _ignore_report(samples: int, num_bytes: int) -> None:
+    """Ignore progress."""
