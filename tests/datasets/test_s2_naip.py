@@ -276,7 +276,7 @@ def test_from_synth_to_a_model_trained_on_two_ranks_and_evaluated_elsewhere(
         ELSEWHERE.format(shards=json.dumps(str(synthetic_shards)), cache=json.dumps(str(tmp_path / "cache")))
     )
     code, output = score(elsewhere)
-    assert (code, "seen through aerial, s2, s1_asc, s1_des" in output) == (0, True), output
+    assert (code, "is encoded from aerial, s2, s1_asc, s1_des" in output) == (0, True), output
     assert EvalResult.load(tmp_path / "knn" / "results.json").value > 0
 
 
