@@ -116,6 +116,6 @@ def test_data_that_no_scene_made_are_refused(fields, tmp_path, capsys):
             writer.add(dataclasses.replace(tile, arrays={"s2": noise}))
     asked = [recipe(tmp_path, "scenes", shards), f"--out={tmp_path / 'out'}", "--baseline=oracle"]
     assert evaluate(asked) == 2
-    assert "deviations off the scenes that the oracle knows" in capsys.readouterr().err
+    assert "the tiles differ from synthetic scenes by" in capsys.readouterr().err
     assert evaluate([f"--recipe={fields.recipe(tmp_path)}", *asked[1:]]) == 2
     assert f"{FIELDS.name}: cover is not a map of a scene's classes" in capsys.readouterr().err

@@ -100,7 +100,7 @@ def test_numbers_stand_beside_the_published_ones(results, tmp_path):
     assert "72.0 ± 2.0 -6.8" in words  # to MAESTRO's from S2-NAIP, 78.8
     assert "MAESTRO from FLAIR-HUB 79.6 68.0 – –" in words
     assert "nan" not in words.lower()
-    assert "In no label of the test set, so without a score: vines." in words
+    assert "Not in any label of the test set, so without a score: vines." in words
     assert "naip from s2_naip, step 500, knn" in words
     markdown = text.read_text()
     assert "| **naip from s2_naip, step 500, knn** | 72.0 ± 2.0 [-6.8] | – | – | – |" in markdown

@@ -1,7 +1,7 @@
-"""What the generator of synthetic scenes knows, turned round: from a noisy time series back to shares of the classes.
+"""The generator of synthetic scenes inverted: from a noisy time series to the shares of the classes in each pixel.
 
-The oracle is told the classes' signatures and the ranges of what a tile's classes have in common (light, soil, vigour,
-season), and nothing of the tile. It finds those five numbers by search, then unmixes every pixel.
+Known are the classes' signatures and the ranges of the parameters that all classes of a tile share (light, soil,
+vigour, season). These five numbers are found by search, then every pixel is unmixed.
 Shapes: T dates, C bands, N pixels, K classes, P candidates.
 """
 
@@ -14,16 +14,20 @@ from scipy.optimize import nnls
 
 from maestro_scale.datasets.synthetic.scene import NUISANCE, Nuisance, signatures
 
-_ROUNDS, _CANDIDATES, _KEPT = 5, 192, 16
+_ROUNDS, _CANDIDATES, _NUM_BEST = (
+    5,
+    192,
+    16,
+)  # of the search; the best are the ones the next round is drawn around
 _SEARCHED = ("tilt", "soil", "soil_tilt", "vigour", "delay_days")
 _SEED = 0
 
 # Noise of the generator, relative and absolute, and its haze at 490 nm, falling with the square of the wavelength.
 _RELATIVE, _ABSOLUTE, _HAZE = 0.02, 0.003, 0.03
-# Clouds and snow are brighter at 705 than at 1610 nm; no ground is.
+# Clouds and snow are brighter at 705 than at 1610 nm, and no ground is.
 _VEIL_NM, _VEIL_RATIO = (705, 1610), 0.75
-_HAZY_NM = 600
-_REFINED = 2
+_HAZY_NM = 600  # haze is negligible in bands above
+_UNMIXING_ROUNDS = 2
 
 
 @dataclass(frozen=True)
@@ -36,40 +40,43 @@ class ReflectanceSeries:
 
     @property
     def clear(self) -> np.ndarray:
-        """(T, N): no cloud and no snow."""
+        """(T, N) bool: neither cloud nor snow."""
         red_edge, infrared = (int(np.abs(self.nm - nm).argmin()) for nm in _VEIL_NM)
         return self.values[:, red_edge] < _VEIL_RATIO * self.values[:, infrared]
 
     @property
     def noise(self) -> np.ndarray:
-        """(C,): typical error of the logarithm of a value."""
+        """(C,): standard deviation of the logarithm of a value."""
         level = np.maximum(np.median(self.values, axis=(0, 2)), 1e-3)
         haze = _HAZE * (490 / self.nm) ** 2
         return np.sqrt(_RELATIVE**2 + (_ABSOLUTE**2 + haze**2) / level**2)
 
 
-def unmix(series: ReflectanceSeries, num_classes: int, least: float) -> tuple[np.ndarray, float]:
-    """(K, N) shares of the classes in each pixel, sums of one; and how far off the best match is, in deviations of the
-    noise (median over pixels): below 3 for a scene of the generator. A class of which the first unmixing
-    finds less than ``least`` in the tile is taken to be absent."""
+def unmix(series: ReflectanceSeries, num_classes: int, min_share: float) -> tuple[np.ndarray, float]:
+    """(K, N) shares of the classes in each pixel, which sum to one, and the misfit.
+
+    The misfit is the distance of the best match in standard deviations of the noise (median over pixels): below 3 for a
+    scene of the generator. A class with less than ``min_share`` of the tile after the first unmixing is taken to be
+    absent, since noise spreads small shares over all classes.
+    """
     clear, noise = series.clear, series.noise
     if not clear.any():
         return np.full((num_classes, series.values.shape[2]), 1 / num_classes), 0.0
     tile, misfit = _search(series, clear, noise, num_classes)
-    pure = _under(tile, series, num_classes)[0]  # (K, T, C)
+    pure = _pure_reflectance(tile, series, num_classes)[0]  # (K, T, C)
     shares = np.eye(num_classes)[:, _nearest(series, clear, noise, pure)]
     classes = np.arange(num_classes)
-    for _ in range(_REFINED):
-        light = _light(series, clear, noise, np.einsum("ktc,kn->tcn", pure, shares))
+    for _ in range(_UNMIXING_ROUNDS):
+        light = _normalise_light(series, clear, noise, np.einsum("ktc,kn->tcn", pure, shares))
         shares = np.zeros_like(shares)
         shares[classes] = _shares(light, clear, noise, pure, classes)
         means = shares.mean(axis=1)
-        classes = np.flatnonzero(means > min(least, means.max() / 2))
+        classes = np.flatnonzero(means > min(min_share, means.max() / 2))
     return shares, misfit
 
 
 def _nearest(series: ReflectanceSeries, clear: np.ndarray, noise: np.ndarray, pure: np.ndarray) -> np.ndarray:
-    """(N,) the class that each pixel is most like."""
+    """(N,) the class whose signature is closest to each pixel."""
     observed = _centred(_log(series.values).transpose(0, 2, 1), noise)
     model = _centred(np.log(pure), noise)
     chi2 = ((observed[None] - model[:, :, None]) ** 2).sum(axis=3)  # (K, T, N)
@@ -79,7 +86,8 @@ def _nearest(series: ReflectanceSeries, clear: np.ndarray, noise: np.ndarray, pu
 def _search(
     series: ReflectanceSeries, clear: np.ndarray, noise: np.ndarray, num_classes: int
 ) -> tuple[Nuisance, float]:
-    """What the tile's classes have in common: candidates, redrawn around the best of them (cross-entropy method)."""
+    """The parameters that all classes of the tile share, and the misfit, by the cross-entropy method: candidates are
+    redrawn around the best of the round before."""
     rng = np.random.Generator(np.random.Philox(key=[_SEED, 0]))
     low, high = np.array([NUISANCE[name] for name in _SEARCHED]).T
     drawn = rng.uniform(low, high, (_CANDIDATES, len(_SEARCHED)))
@@ -88,15 +96,15 @@ def _search(
     count = np.maximum(clear.sum(axis=0) * (len(noise) - 1), 1)
     for _ in range(_ROUNDS):
         tile = _as_tile(drawn)
-        pure = np.log(_under(tile, series, num_classes))  # (P, K, T, C)
+        pure = np.log(_pure_reflectance(tile, series, num_classes))  # (P, K, T, C)
         model = _centred(pure, noise)
         flat = model.reshape(-1, model.shape[2] * model.shape[3])
         cross = flat @ observed.transpose(0, 2, 1).reshape(flat.shape[1], -1)
-        own = (model**2).sum(axis=3).reshape(-1, len(clear)) @ clear
-        chi2 = ((observed**2).sum(axis=(0, 2)) - 2 * cross + own) / count
+        norms = (model**2).sum(axis=3).reshape(-1, len(clear)) @ clear
+        chi2 = ((observed**2).sum(axis=(0, 2)) - 2 * cross + norms) / count
         nearest = np.maximum(chi2.reshape(len(drawn), num_classes, -1).min(axis=1), 0)
-        score = np.log1p(nearest).mean(axis=1)  # mixed pixels fit no class: they must not decide
-        best = drawn[np.argsort(score)[:_KEPT]]
+        score = np.log1p(nearest).mean(axis=1)  # logarithm: mixed pixels match no class and must not dominate
+        best = drawn[np.argsort(score)[:_NUM_BEST]]
         misfit = float(np.sqrt(np.median(nearest[score.argmin()])))
         spread = np.maximum(best.std(axis=0), 1e-3 * (high - low))
         around = rng.normal(best.mean(axis=0), 1.5 * spread, (_CANDIDATES - 1, len(low)))
@@ -104,8 +112,8 @@ def _search(
     return _as_tile(best[:1]), misfit
 
 
-def _under(tile: Nuisance, series: ReflectanceSeries, num_classes: int) -> np.ndarray:
-    """(P, K, T, C) reflectance of pure classes in the tile's light, but for its brightness."""
+def _pure_reflectance(tile: Nuisance, series: ReflectanceSeries, num_classes: int) -> np.ndarray:
+    """(P, K, T, C) reflectance of pure classes in the light of the tile, without its brightness."""
     pure = signatures(tile, series.days, series.nm, num_classes)
     return pure * (1 + np.atleast_1d(tile.tilt)[:, None] * np.log(series.nm / 800.0))[:, None, None]
 
@@ -116,15 +124,16 @@ def _as_tile(drawn: np.ndarray) -> Nuisance:
 
 
 def _centred(log_values: np.ndarray, noise: np.ndarray) -> np.ndarray:
-    """(…, C) without the brightness of each date and pixel, in deviations of the noise."""
+    """(…, C) without the brightness of each date and pixel, in standard deviations of the noise."""
     weight = noise**-2 / (noise**-2).sum()
     return (log_values - (log_values @ weight)[..., None]) / noise
 
 
-def _light(
+def _normalise_light(
     series: ReflectanceSeries, clear: np.ndarray, noise: np.ndarray, expected: np.ndarray
 ) -> np.ndarray:
-    """(T, C, N) values in the light that ``expected`` is in: brightness and haze of a date are those of all pixels."""
+    """(T, C, N) values with the light of ``expected``: brightness and haze of a date are removed, estimated over all
+    pixels."""
     weight = noise**-2 / (noise**-2).sum()
     ratio = np.einsum("tcn,c->tn", _log(series.values) - _log(expected), weight)
     light = series.values / np.exp(_median(ratio, clear))[:, None, None]
@@ -154,12 +163,12 @@ def _shares(
     basis = (pure[classes] * scale).transpose(1, 2, 0)  # (T, C, K)
     shares = np.empty((len(classes), light.shape[2]))
     for n in range(light.shape[2]):
-        seen = clear[:, n]
+        usable = clear[:, n]
         solved = np.zeros(len(classes))
-        if seen.any():
+        if usable.any():
             solved, _ = nnls(
-                basis[seen].reshape(-1, len(classes)),
-                (light[seen, :, n] * scale).ravel(),
+                basis[usable].reshape(-1, len(classes)),
+                (light[usable, :, n] * scale).ravel(),
                 maxiter=30 * len(classes),
             )
         total = solved.sum()

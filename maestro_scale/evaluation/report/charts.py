@@ -1,6 +1,6 @@
-"""The drawings of a report, each as PNG bytes: bars per class, confusions, scores over labels, maps beside labels.
+"""Charts of a report as PNG bytes: scores per class, confusion matrices, scores over labels, label and predicted maps.
 
-Drawn off screen with matplotlib's object interface, so that threads and other figures are left alone.
+Drawn with matplotlib's object interface: ``pyplot`` has global state and is not thread-safe.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import ListedColormap
+from matplotlib.colors import ListedColormap, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
@@ -21,12 +22,12 @@ from maestro_scale.evaluation.probes.dense import IGNORED
 _INK, _PAPER, _GREY = "#26241f", "#fbfaf8", "#cbc9c4"
 _SERIES = ("#2c6e8f", "#c8702a", "#5a8a3c", "#8a4f7d", "#b3a125", "#7a6a58")
 _DPI = 110
-_MOST_CELLS_WITH_NUMBERS = 20
+_MAX_CLASSES_WITH_NUMBERS = 20
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Scores of one encoder over shares of the labels, with intervals; all of a length, fractions of 1."""
+    """Scores of one encoder over fractions of the labels, with intervals; all of one length, fractions of 1."""
 
     name: str
     fractions: Sequence[float]
@@ -38,7 +39,7 @@ class Curve:
 def class_bars(scores: Mapping[str, Mapping[str, float | None]], metric: str) -> bytes:
     """{encoder: {class: score}} as horizontal bars, classes in the order of the first encoder's scores."""
     first = next(iter(scores.values()))
-    classes = sorted(first, key=lambda name: -1 if first[name] is None else first[name])
+    classes = sorted(first, key=lambda name: -1.0 if (score := first[name]) is None else score)
     figure = Figure(figsize=(7.5, 0.6 + len(classes) * (0.12 + 0.14 * len(scores))), facecolor=_PAPER)
     axes = figure.add_subplot(facecolor=_PAPER)
     height = 0.8 / len(scores)
@@ -49,25 +50,25 @@ def class_bars(scores: Mapping[str, Mapping[str, float | None]], metric: str) ->
     axes.set_yticks(np.arange(len(classes)), classes)
     axes.set_xlim(0, 100)
     axes.set_xlabel(f"{metric} (%)")
-    _plain(axes)
+    _style(axes)
     if len(scores) > 1:
         axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     return _png(figure)
 
 
 def confusion_matrix(counts: Sequence[Sequence[int]], classes: Sequence[str]) -> bytes:
-    """Pixels by (target, answered) class, (C, C), as shares of each target class."""
-    counts = np.asarray(counts, np.float64)
-    shares = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    """Pixels by (target, predicted) class, (C, C), as shares of each target class."""
+    pixels = np.asarray(counts, np.float64)
+    shares = 100 * pixels / np.maximum(pixels.sum(1, keepdims=True), 1)
     side = 1.8 + 0.36 * len(classes)
     figure = Figure(figsize=(side + 0.6, side), facecolor=_PAPER)
     axes = figure.add_subplot()
     axes.imshow(shares, cmap="YlGnBu", vmin=0, vmax=100)
     axes.set_xticks(range(len(classes)), classes, rotation=90, fontsize=8)
     axes.set_yticks(range(len(classes)), classes, fontsize=8)
-    axes.set_xlabel("answered")
+    axes.set_xlabel("predicted")
     axes.set_ylabel("label (share of its pixels, %)")
-    if len(classes) <= _MOST_CELLS_WITH_NUMBERS:
+    if len(classes) <= _MAX_CLASSES_WITH_NUMBERS:
         for row, column in np.ndindex(shares.shape):
             if shares[row, column] >= 0.5:
                 colour = "white" if shares[row, column] > 55 else _INK
@@ -84,7 +85,7 @@ def confusion_matrix(counts: Sequence[Sequence[int]], classes: Sequence[str]) ->
 
 
 def label_curves(curves: Sequence[Curve], metric: str) -> bytes:
-    """Score over the share of labels, with intervals."""
+    """Score over the fraction of labels, with intervals."""
     figure = Figure(figsize=(6.5, 4), facecolor=_PAPER)
     axes = figure.add_subplot(facecolor=_PAPER)
     for i, curve in enumerate(curves):
@@ -106,25 +107,25 @@ def label_curves(curves: Sequence[Curve], metric: str) -> bytes:
     axes.minorticks_off()
     axes.set_xlabel("labels used (%)")
     axes.set_ylabel(f"{metric} (%)")
-    _plain(axes)
+    _style(axes)
     axes.legend(frameon=False, fontsize=8)
     return _png(figure)
 
 
-def maps(truth: np.ndarray, answer: np.ndarray, classes: Sequence[str]) -> bytes:
-    """Labels (n, H, W) above answers (n, H, W), classes by colour, ``dense.IGNORED`` in grey."""
+def maps(truth: np.ndarray, predicted: np.ndarray, classes: Sequence[str]) -> bytes:
+    """Labels (n, H, W) above predictions (n, H, W), classes by colour, ``dense.IGNORED`` in grey."""
     num = len(truth)
     figure = Figure(figsize=(2.4 * num + 2.2, 5), facecolor=_PAPER)
     grid = figure.subplots(2, num, squeeze=False)
-    colours = ListedColormap([*_palette(len(classes)), matplotlib.colors.to_rgb(_GREY)])
-    for row, (name, images) in enumerate((("label", truth), ("answer", answer))):
+    colours = ListedColormap([*_palette(len(classes)), to_rgb(_GREY)])
+    for row, (name, images) in enumerate((("label", truth), ("predicted", predicted))):
         for axes, image in zip(grid[row], images, strict=True):
             shown = np.where(image == IGNORED, len(classes), image)
             axes.imshow(shown, cmap=colours, vmin=0, vmax=len(classes), interpolation="nearest")
             axes.set_xticks([])
             axes.set_yticks([])
         grid[row][0].set_ylabel(name)
-    present = [c for c in np.union1d(truth, answer) if c != IGNORED]
+    present = [c for c in np.union1d(truth, predicted) if c != IGNORED]
     handles = [Patch(color=colours(int(c)), label=classes[c]) for c in present]
     if (truth == IGNORED).any():
         handles.append(Patch(color=_GREY, label="ignored"))
@@ -137,11 +138,12 @@ def maps(truth: np.ndarray, answer: np.ndarray, classes: Sequence[str]) -> bytes
 
 
 def _palette(count: int) -> list[tuple[float, ...]]:
-    tab = matplotlib.colormaps["tab20"].colors
-    return [tab[(2 * i) % 20 + (2 * i) // 20 % 2] for i in range(count)]
+    tab20 = matplotlib.colormaps["tab20"]
+    # Its 20 colours are 10 pairs of dark and light: all dark ones come first.
+    return [tab20((2 * i) % 20 + (2 * i) // 20 % 2)[:3] for i in range(count)]
 
 
-def _plain(axes) -> None:
+def _style(axes: Axes) -> None:
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     axes.tick_params(labelsize=8, colors=_INK)

@@ -1,4 +1,4 @@
-"""Results that are runs of one thing, found in folders and put together."""
+"""Find results in folders, and group those that differ only in seed or fold."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from typing import Any
 
 from maestro_scale.evaluation.results import ORACLE, RESULTS, EvalResult, ResultsError
 
-IMAGE = "image:"  # begins the name of a baseline that comes with weights of its own
+IMAGE_PREFIX = "image:"  # of the names of baselines with published weights
 
-# What of a recipe's `train` changes what is learned.
+# Keys of a recipe's `train` that change the trained weights.
 _TRAINING_KEYS = ("epochs", "steps", "global_batch", "precision")
 _FROZEN = ("knn", "probe", "attentive", ORACLE)
 
 
 @dataclass(frozen=True)
 class ResultFile:
-    """A result and where it lies."""
+    """A result and the path of its results.json."""
 
     path: Path
     result: EvalResult
@@ -30,13 +30,13 @@ class ResultFile:
 
 @dataclass(frozen=True)
 class ResultGroup:
-    """Results that differ in nothing but the seed (or the fold): one number."""
+    """Results that differ only in seed or fold, reported as one score."""
 
     files: tuple[ResultFile, ...]
 
     @property
     def first(self) -> EvalResult:
-        """A representative."""
+        """The first result: what all of them have in common can be read from it."""
         return self.files[0].result
 
     @property
@@ -48,22 +48,22 @@ class ResultGroup:
 
     @property
     def encoder(self) -> str:
-        """Its name without the folders it lies in."""
+        """Name of the encoder without its folder."""
         return Path(self.first.encoder).name or "encoder"
 
     @property
     def is_oracle(self) -> bool:
-        """Not an encoder's score, but what can be reached."""
+        """Whether it is the oracle's score rather than an encoder's."""
         return self.first.mode == ORACLE
 
     @property
     def is_image(self) -> bool:
-        """Of an encoder of ordinary images, with the weights it came with."""
-        return self.first.encoder.startswith(IMAGE) and self.first.mode != "scratch"
+        """Whether the encoder is an image encoder with its published weights."""
+        return self.first.encoder.startswith(IMAGE_PREFIX) and self.first.mode != "scratch"
 
     @property
     def value(self) -> float:
-        """Mean over seeds and folds."""
+        """Mean score over seeds and folds."""
         return fmean(self._values)
 
     @property
@@ -74,7 +74,7 @@ class ResultGroup:
 
     @property
     def num_tiles(self) -> int:
-        """Tiles that were scored: those of another fold, or another split, are others."""
+        """Tiles that were scored. Seeds score the same tiles; folds and splits score others, which add up."""
         return sum(
             {(f.result.folds, f.result.splits.get("test")): f.result.num_tiles for f in self.files}.values()
         )
@@ -93,7 +93,7 @@ class ResultGroup:
 
     @property
     def run_lines(self) -> list[tuple[str, str, Path]]:
-        """(which run, its score, its results file) of every run."""
+        """(name of the run, its score, its results file) of every run."""
         lines = []
         for f in self.files:
             r = f.result
@@ -101,8 +101,8 @@ class ResultGroup:
             for number, seed, value, path in runs or [
                 (r.folds[0] if r.folds else None, r.seeds[0], r.value, f.path)
             ]:
-                which = f"seed {seed}" if number is None else f"fold {number}, seed {seed}"
-                lines.append((which, f"{100 * value:.1f}", path))
+                name = f"seed {seed}" if number is None else f"fold {number}, seed {seed}"
+                lines.append((name, f"{100 * value:.1f}", path))
         return lines
 
     @property
@@ -116,8 +116,8 @@ class ResultGroup:
 
     @property
     def kind(self) -> str:
-        """``intra``: pretrained on the benchmark's own data; ``cross``: on other data, ordinary images included;
-        ``none``: not at all."""
+        """``intra``: pretrained on the benchmark's dataset only; ``cross``: on other data, image encoders included;
+        ``none``: not pretrained."""
         if self.is_image:
             return "cross"
         if not self.first.trained_on:
@@ -126,7 +126,7 @@ class ResultGroup:
 
     @property
     def anchor(self) -> str:
-        """Where the report tells more of it."""
+        """Id of its section in the report."""
         return "r" + hashlib.sha256(str(self.files[0].path).encode()).hexdigest()[:10]
 
 
@@ -134,47 +134,53 @@ def find_results(paths: Iterable[Path]) -> list[ResultFile]:
     """Every ``results.json`` among the files and under the folders. ResultsError if a path has none, or one is bad."""
     found: list[Path] = []
     for path in paths:
-        here = sorted(path.rglob(RESULTS)) if path.is_dir() else [path]
-        if not here:
+        below = sorted(path.rglob(RESULTS)) if path.is_dir() else [path]
+        if not below:
             raise ResultsError(f"{path}: no {RESULTS} in there; make one with evaluate.py --out {path}")
-        found += here
+        found += below
     unique = dict.fromkeys(p.resolve() for p in found)
     loaded = [ResultFile(p, EvalResult.load(p)) for p in unique]
-    # What lies in the folder of a mean is, or was, one of its runs.
+    # Results below a mean are its runs, or were those of an earlier evaluation into the same folder.
     means = {f.path.parent for f in loaded if f.result.runs}
     return [f for f in loaded if not means & set(f.path.parent.parents)]
 
 
-def group_results(found: Sequence[ResultFile]) -> list[ResultGroup]:
-    """Runs of one thing as one: what differs in more than the seed or the fold is another, and of copies one counts."""
-    groups: dict[tuple, list[list[ResultFile]]] = defaultdict(lambda: [[]])
-    for f in found:
-        parts = groups[_group_key(f.result)]
+def group_results(results: Sequence[ResultFile]) -> list[ResultGroup]:
+    """Group results that differ only in seed or fold; of copies, only one is used.
+
+    A result whose run is already in a group, with another score, starts another group: it comes from another training.
+    """
+    by_key: dict[tuple, list[list[ResultFile]]] = defaultdict(lambda: [[]])
+    for file in results:
+        groups = by_key[_group_key(file.result)]
+        runs = _run_ids(file)
         if any(
-            _run_ids(f) == _run_ids(other) and _is_copy(f.result, other.result)
-            for part in parts
-            for other in part
+            runs == _run_ids(other) and _is_copy(file.result, other.result)
+            for group in groups
+            for other in group
         ):
             continue
-        mine = _run_ids(f)
-        part = next((p for p in parts if not any(mine & _run_ids(other) for other in p)), None)
-        if part is None:
-            parts.append(part := [])
-        part.append(f)
-    return [ResultGroup(tuple(part)) for parts in groups.values() for part in parts]
+        group = next((g for g in groups if not any(runs & _run_ids(other) for other in g)), None)
+        if group is None:
+            group = []
+            groups.append(group)
+        group.append(file)
+    return [ResultGroup(tuple(group)) for groups in by_key.values() for group in groups]
 
 
 def _group_key(r: EvalResult) -> tuple:
+    """Everything but seed, fold and score. Splits of a cross-validation differ by fold, so they are left out there."""
     splits = None if r.folds else json.dumps(r.splits, sort_keys=True)
-    asked = (r.benchmark, r.metric, r.target, r.fraction, bool(r.folds), splits)
-    return (*asked, r.encoder, r.trained_on, r.checkpoint_step, r.mode, _training_key(r))
+    question = (r.benchmark, r.metric, r.target, r.fraction, bool(r.folds), splits)
+    return (*question, r.encoder, r.trained_on, r.checkpoint_step, r.mode, _training_key(r))
 
 
 def _training_key(r: EvalResult) -> str:
-    """What of the recipe makes a result, but for the seed: how the tiles are seen and, if it is trained, how."""
+    """The part of the recipe that determines a result, without the seed: the view of the dataset and, for a mode that
+    trains, model and training."""
     recipe: dict[str, Any] = dict(r.recipe or {})
-    seen = dict(next(iter((recipe.get("data") or {}).get("mixture") or [{}])))
-    parts = [{k: v for k, v in seen.items() if k not in ("shards", "weight")}]
+    entry = dict(next(iter((recipe.get("data") or {}).get("mixture") or [{}])))
+    parts: list[Any] = [{k: v for k, v in entry.items() if k not in ("shards", "weight")}]
     if r.mode not in _FROZEN:
         train, evaluation = recipe.get("train") or {}, dict(recipe.get("evaluation") or {})
         evaluation.pop("modes", None)

@@ -1,4 +1,4 @@
-"""Numbers that others published, as data: MAESTRO's tables (arXiv 2508.10894). Percent; None where there is none."""
+"""Published scores as data: the tables of the MAESTRO paper (arXiv 2508.10894), in percent; None where not given."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from maestro_scale.evaluation.results import EvalResult
 
 @dataclass(frozen=True)
 class BenchmarkColumn:
-    """A benchmark of the tables: what of a dataset is predicted, and how it is scored."""
+    """A column of the tables: a dataset, its target and metric."""
 
     benchmark: str
     title: str
@@ -18,8 +18,8 @@ class BenchmarkColumn:
 
     def is_of(self, result: EvalResult) -> bool:
         """Whether a result is a score of this benchmark."""
-        asked = result.benchmark, result.metric, result.target or self.target
-        return asked == (self.benchmark, self.metric.lower(), self.target)
+        key = result.benchmark, result.metric, result.target or self.target
+        return key == (self.benchmark, self.metric.lower(), self.target)
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ CROSS = (
     PublishedRow("SatMAE", (76.9, 66.6, 42.5, 45.0)),
 )
 
-# What a result is compared with: the row for finetuned encoders of the paper's own method.
+# The row that a result is compared with: the finetuned encoder of the paper's own method with the same pretraining.
 INTRA_REFERENCE = INTRA[0]
 CROSS_REFERENCE = {"flair_hub": CROSS[0], "s2_naip": CROSS[1]}
-IMAGE_REFERENCE = {"dinov2": CROSS[2]}  # by what is in an image encoder's name
+IMAGE_REFERENCE = {"dinov2": CROSS[2]}  # by a part of the image encoder's name

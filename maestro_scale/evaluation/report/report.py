@@ -1,4 +1,4 @@
-"""Any number of results beside the published tables, as one self-contained HTML file and as Markdown."""
+"""Write a report: results next to the published tables, as one self-contained HTML file and as Markdown."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from maestro_scale.training.run_dir import write_atomically
 
 _METRIC = {"wf1": "wF1", "miou": "mIoU"}
 CLASS_METRIC = {"wf1": "F1", "miou": "IoU"}  # of one class
-_MOST_BARS = 5
+_MAX_BARS = 5  # encoders in a chart of scores per class
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A number of a table. ``difference``: to the published reference, percent points; ``anchor``: its section;
-    ``oracle``: what can be reached on the same, synthetic, tiles."""
+    """A score in a table. ``difference``: to the published reference, percentage points; ``anchor``: id of its section;
+    ``oracle``: the oracle's score on the same synthetic tiles. Empty where there is none."""
 
     text: str
     difference: str = ""
@@ -46,7 +46,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class TableRow:
-    """A row of a table; ``ours`` or published."""
+    """A row of a table, ``ours`` or published."""
 
     method: str
     cells: tuple[Cell, ...]
@@ -55,32 +55,32 @@ class TableRow:
 
 @dataclass(frozen=True)
 class Table:
-    """A table laid out as the paper's."""
+    """A table with the columns of the paper's. ``reference``: what differences are to."""
 
     title: str
     reference: str
     lines: tuple[TableRow, ...]
 
 
-def write_report(found: Sequence[ResultFile], out: Path) -> tuple[Path, Path]:
-    """Write ``out`` (HTML, everything inside) and the tables as ``.md`` beside it; returns both. ResultsError where
-    ``out`` is no name of an HTML file, or pictures beside a result cannot be read."""
+def write_report(results: Sequence[ResultFile], out: Path) -> tuple[Path, Path]:
+    """Write ``out`` (self-contained HTML) and the tables as ``.md`` next to it; returns both paths. ResultsError where
+    ``out`` is not the name of an HTML file, or the maps of a result cannot be read."""
     if out.suffix not in (".html", ".htm") or out.is_dir():
         raise ResultsError(f"--out {out}: name an .html file; its tables go to .md beside it")
-    series = group_results(found)
+    groups = group_results(results)
     content: dict[str, Any] = {
         "columns": COLUMNS,
-        "tables": _tables(series),
-        "oracle": lambda s: _oracle(s, series),
-        "curves": _curves(series),
-        "benchmarks": _benchmarks(series),
+        "tables": _tables(groups),
+        "oracle": lambda group: _oracle_score(group, groups),
+        "curves": _curves(groups),
+        "benchmarks": _benchmarks(groups),
         "metric": _METRIC,
         "where": lambda path: _relative(path, out),
-        "recipe": lambda r: yaml.safe_dump(r, sort_keys=False, width=110),
+        "recipe": lambda recipe: yaml.safe_dump(recipe, sort_keys=False, width=110),
     }
     env = Environment(
         loader=PackageLoader("maestro_scale.evaluation.report", "templates"),
-        autoescape=lambda name: bool(name) and name.endswith(".html"),
+        autoescape=lambda name: name is not None and name.endswith(".html"),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -93,180 +93,184 @@ def write_report(found: Sequence[ResultFile], out: Path) -> tuple[Path, Path]:
     return out, out.with_suffix(".md")
 
 
-def _tables(series: Sequence[ResultGroup]) -> list[Table]:
-    full = [s for s in series if s.first.fraction == 1 and not s.is_oracle]
-    known = [s for s in full if any(c.is_of(s.first) for c in COLUMNS)]
-    intra = [s for s in known if s.kind in ("intra", "none")]
-    cross = [s for s in known if s.kind == "cross"]
+def _tables(groups: Sequence[ResultGroup]) -> list[Table]:
+    """Results on all labels, by kind of pretraining. An encoder that was not pretrained is compared with those that saw
+    the benchmark's data only, as in the paper."""
+    full = [g for g in groups if g.first.fraction == 1 and not g.is_oracle]
+    known = [g for g in full if any(c.is_of(g.first) for c in COLUMNS)]
+    intra = [g for g in known if g.kind in ("intra", "none")]
+    cross = [g for g in known if g.kind == "cross"]
     return [
         Table(
             "Pretrained on the benchmark's own data",
             INTRA_REFERENCE.method,
-            (*_ours(intra, series), *(_published(r) for r in INTRA)),
+            (*_our_rows(intra, groups), *(_published_row(r) for r in INTRA)),
         ),
         Table(
             "Pretrained elsewhere",
             "MAESTRO from the same data",
-            (*_ours(cross, series), *(_published(r) for r in CROSS)),
+            (*_our_rows(cross, groups), *(_published_row(r) for r in CROSS)),
         ),
     ]
 
 
-def _oracle(series: ResultGroup, among: Sequence[ResultGroup]) -> str:
-    """What the oracle reaches where ``series`` was scored; empty where it was not asked."""
-    first = series.first
-    for s in among:
-        tested = {s.first.splits.get("test"), first.splits.get("test")} - {None}
-        if (
-            s.is_oracle
-            and not series.is_oracle
-            and _benchmark_key(s) == _benchmark_key(series)
-            and len(tested) < 2
-        ):
-            return f"{100 * s.value:.1f}"
+def _oracle_score(group: ResultGroup, groups: Sequence[ResultGroup]) -> str:
+    """The oracle's score on the benchmark and test split of ``group``; empty if it was not evaluated there."""
+    if group.is_oracle:
+        return ""
+    for other in groups:
+        test_splits = {other.first.splits.get("test"), group.first.splits.get("test")} - {None}
+        if other.is_oracle and _benchmark_key(other) == _benchmark_key(group) and len(test_splits) < 2:
+            return f"{100 * other.value:.1f}"
     return ""
 
 
-def _benchmark_key(series: ResultGroup) -> tuple[str, str, str]:
-    return series.first.benchmark, series.first.metric, series.first.target
+def _benchmark_key(group: ResultGroup) -> tuple[str, str, str]:
+    return group.first.benchmark, group.first.metric, group.first.target
 
 
-def _ours(series: Sequence[ResultGroup], every: Sequence[ResultGroup]) -> list[TableRow]:
-    """A row per encoder and mode; several where it was scored in more than one way."""
-    rows: dict[tuple, dict[str, ResultGroup]] = defaultdict(dict)
-    for s in series:
-        key = (s.first.encoder, s.first.trained_on, s.first.mode)
-        for more in ((), (s.first.checkpoint_step,), (s.first.checkpoint_step, s.files[0].path.parent)):
-            if s.first.benchmark not in rows[(*key, *more)]:
-                rows[(*key, *more)][s.first.benchmark] = s
+def _our_rows(groups: Sequence[ResultGroup], all_groups: Sequence[ResultGroup]) -> list[TableRow]:
+    """A row per encoder and mode, with a cell per benchmark; more rows where one cell would hold several scores."""
+    rows: dict[tuple[object, ...], dict[str, ResultGroup]] = defaultdict(dict)
+    for group in groups:
+        first = group.first
+        key = (first.encoder, first.trained_on, first.mode)
+        step, folder = first.checkpoint_step, group.files[0].path.parent
+        for candidate in (key, (*key, step), (*key, step, folder)):
+            if first.benchmark not in rows[candidate]:
+                rows[candidate][first.benchmark] = group
                 break
-    lines = []
-    for key, by_benchmark in rows.items():
-        (_, trained_on, mode), first = key[:3], next(iter(by_benchmark.values()))
-        steps = sorted({s.first.checkpoint_step for s in by_benchmark.values()} - {None})
-        origin = f" from {' + '.join(trained_on)}" if trained_on else " (not pretrained)"
-        at = f", step {steps[0]}" if len(steps) == 1 and trained_on else ""
-        where = f", in {key[4].name}" if len(key) > 4 else ""
-        cells = tuple(_cell(by_benchmark.get(c.benchmark), i, every) for i, c in enumerate(COLUMNS))
-        method = f"{first.encoder}{'' if first.is_image else origin}{at}, {mode}{where}"
-        lines.append(TableRow(method, cells, True))
-    return lines
+    return [_our_row(key, by_benchmark, all_groups) for key, by_benchmark in rows.items()]
 
 
-def _cell(series: ResultGroup | None, column: int, every: Sequence[ResultGroup]) -> Cell:
-    if series is None:
+def _our_row(
+    key: tuple[object, ...], by_benchmark: Mapping[str, ResultGroup], all_groups: Sequence[ResultGroup]
+) -> TableRow:
+    group = next(iter(by_benchmark.values()))
+    trained_on = group.first.trained_on
+    steps = {g.first.checkpoint_step for g in by_benchmark.values() if g.first.checkpoint_step is not None}
+    origin = f" from {' + '.join(trained_on)}" if trained_on else " (not pretrained)"
+    step = f", step {next(iter(steps))}" if len(steps) == 1 and trained_on else ""
+    folder = f", in {group.files[0].path.parent.name}" if len(key) > 4 else ""
+    method = f"{group.encoder}{'' if group.is_image else origin}{step}, {group.first.mode}{folder}"
+    cells = tuple(_cell(by_benchmark.get(c.benchmark), i, all_groups) for i, c in enumerate(COLUMNS))
+    return TableRow(method, cells, True)
+
+
+def _cell(group: ResultGroup | None, column: int, all_groups: Sequence[ResultGroup]) -> Cell:
+    if group is None:
         return Cell("–")
-    reference = _reference(series)
+    reference = _reference(group)
     published = reference.scores[column] if reference else None
-    difference = "" if published is None else f"{100 * series.value - published:+.1f}"
-    return Cell(series.score_text, difference, series.anchor, _oracle(series, every))
+    difference = "" if published is None else f"{100 * group.value - published:+.1f}"
+    return Cell(group.score_text, difference, group.anchor, _oracle_score(group, all_groups))
 
 
-def _reference(series: ResultGroup) -> PublishedRow | None:
-    if series.is_image:
+def _reference(group: ResultGroup) -> PublishedRow | None:
+    """The published row that a result is compared with; None where no method had the same pretraining."""
+    if group.is_image:
         return next(
-            (row for name, row in IMAGE_REFERENCE.items() if name in series.first.encoder.lower()), None
+            (row for name, row in IMAGE_REFERENCE.items() if name in group.first.encoder.lower()), None
         )
-    if series.kind == "cross":
-        return CROSS_REFERENCE.get(series.first.trained_on[0]) if len(series.first.trained_on) == 1 else None
+    if group.kind == "cross":
+        return CROSS_REFERENCE.get(group.first.trained_on[0]) if len(group.first.trained_on) == 1 else None
     return INTRA_REFERENCE
 
 
-def _published(row: PublishedRow) -> TableRow:
+def _published_row(row: PublishedRow) -> TableRow:
     return TableRow(row.method, tuple(Cell("–" if s is None else f"{s:.1f}") for s in row.scores), False)
 
 
-def _curves(series: Sequence[ResultGroup]) -> dict[str, str]:
-    """{benchmark: picture} where an encoder was scored on more than one share of the labels."""
-    groups: dict[str, dict[str, list[ResultGroup]]] = defaultdict(lambda: defaultdict(list))
-    for title, members in _by_benchmark(series).items():
-        for s in members:
-            groups[title][s.name].append(s)
-    pictures = {}
-    for benchmark, by_name in groups.items():
-        curves = []
-        for name, members in by_name.items():
-            members = sorted(members, key=lambda s: s.first.fraction)
-            if len({m.first.fraction for m in members}) > 1:
-                curves.append(
-                    charts.Curve(
-                        name,
-                        [m.first.fraction for m in members],
-                        [m.value for m in members],
-                        [min(f.result.interval[0] for f in m.files) for m in members],
-                        [max(f.result.interval[1] for f in m.files) for m in members],
-                    )
-                )
+def _curves(groups: Sequence[ResultGroup]) -> dict[str, str]:
+    """{benchmark: chart as a data URL} where an encoder was scored on more than one fraction of the labels."""
+    charts_by_benchmark = {}
+    for benchmark, members in _by_benchmark(groups).items():
+        by_name: dict[str, list[ResultGroup]] = defaultdict(list)
+        for group in members:
+            by_name[group.name].append(group)
+        curves = [
+            _curve(name, sorted(of_name, key=lambda g: g.first.fraction))
+            for name, of_name in by_name.items()
+            if len({g.first.fraction for g in of_name}) > 1
+        ]
         if curves:
-            pictures[benchmark] = _data(charts.label_curves(curves, _metric(by_name)))
-    return pictures
+            chart = charts.label_curves(curves, _METRIC[members[0].first.metric])
+            charts_by_benchmark[benchmark] = _data_url(chart)
+    return charts_by_benchmark
 
 
-def _metric(by_name: Mapping[str, list[ResultGroup]]) -> str:
-    return _METRIC[next(iter(by_name.values()))[0].first.metric]
+def _curve(name: str, groups: Sequence[ResultGroup]) -> charts.Curve:
+    return charts.Curve(
+        name,
+        [g.first.fraction for g in groups],
+        [g.value for g in groups],
+        [min(f.result.interval[0] for f in g.files) for g in groups],
+        [max(f.result.interval[1] for f in g.files) for g in groups],
+    )
 
 
-def _benchmarks(series: Sequence[ResultGroup]) -> list[dict[str, Any]]:
-    """Per benchmark: bars of the best few, and of every series its confusion, maps and origin."""
+def _benchmarks(groups: Sequence[ResultGroup]) -> list[dict[str, Any]]:
+    """Per benchmark: scores per class of the best few, and of every result its confusion, maps and origin."""
     sections = []
-    for benchmark, members in _by_benchmark(series).items():
-        members = sorted(members, key=lambda s: -s.value)
-        shown = [s for s in members if s.first.fraction == 1] or members
-        best = {f"{s.name} ({s.score_text})": s.first.per_class for s in shown[:_MOST_BARS]}
+    for benchmark, members in _by_benchmark(groups).items():
+        members = sorted(members, key=lambda g: -g.value)
+        shown = [g for g in members if g.first.fraction == 1] or members
+        best = {f"{g.name} ({g.score_text})": g.first.per_class for g in shown[:_MAX_BARS]}
         metric = CLASS_METRIC[members[0].first.metric]
-        absent = sorted({c for s in members for c, v in s.first.per_class.items() if v is None})
+        absent = sorted({c for g in members for c, v in g.first.per_class.items() if v is None})
         sections.append(
             {
                 "name": benchmark,
-                "bars": _data(charts.class_bars(best, metric)),
+                "bars": _data_url(charts.class_bars(best, metric)),
                 "absent": absent,
-                "members": [_details(s) for s in members],
+                "members": [_details(g) for g in members],
             }
         )
     return sections
 
 
-def _by_benchmark(series: Sequence[ResultGroup]) -> dict[str, list[ResultGroup]]:
-    """By benchmark; where it was asked more than one thing, by what was asked."""
-    groups: dict[tuple[str, str, str], list[ResultGroup]] = defaultdict(list)
-    for s in series:
-        groups[_benchmark_key(s)].append(s)
-    benchmarks = [benchmark for benchmark, _, _ in groups]
+def _by_benchmark(groups: Sequence[ResultGroup]) -> dict[str, list[ResultGroup]]:
+    """{title: results} by benchmark; the title names the target too where a benchmark has results on several."""
+    by_key: dict[tuple[str, str, str], list[ResultGroup]] = defaultdict(list)
+    for group in groups:
+        by_key[_benchmark_key(group)].append(group)
+    benchmarks = [benchmark for benchmark, _, _ in by_key]
     return {
         benchmark
         if benchmarks.count(benchmark) == 1
         else f"{benchmark}: {target or _METRIC[metric]}": members
-        for (benchmark, metric, target), members in groups.items()
+        for (benchmark, metric, target), members in by_key.items()
     }
 
 
-def draw_pictures(found: ResultFile) -> dict[str, bytes]:
-    """PNGs of one result, by name: ``confusion`` of a segmentation, and ``maps`` where it kept some."""
-    result, drawn = found.result, {}
+def draw_pictures(file: ResultFile) -> dict[str, bytes]:
+    """PNGs of one result, by name: ``confusion`` of a segmentation, and ``maps`` where they were stored with it."""
+    result = file.result
+    drawn: dict[str, bytes] = {}
     classes = list(result.per_class)
     if result.confusion:
         drawn["confusion"] = charts.confusion_matrix(result.confusion, classes)
-    if (path := found.path.parent / MAPS).exists():
+    if (path := file.path.parent / MAPS).exists():
         try:
             with np.load(path) as stored:
-                truth, answer = stored["truth"], stored["answer"]
+                truth, predicted = stored["truth"], stored["answer"]
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise ResultsError(f"{path} cannot be read ({error}); remove it, or evaluate again") from error
-        drawn["maps"] = charts.maps(truth, answer, classes)
+        drawn["maps"] = charts.maps(truth, predicted, classes)
     return drawn
 
 
-def _details(series: ResultGroup) -> dict[str, Any]:
-    drawn = {name: _data(png) for name, png in draw_pictures(series.files[0]).items()}
+def _details(group: ResultGroup) -> dict[str, Any]:
+    drawn = {name: _data_url(png) for name, png in draw_pictures(group.files[0]).items()}
     return {
-        "series": series,
-        "first": series.first,
+        "group": group,
+        "first": group.first,
         "confusion": drawn.get("confusion"),
         "maps": drawn.get("maps"),
     }
 
 
-def _data(png: bytes) -> str:
+def _data_url(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode()
 
 

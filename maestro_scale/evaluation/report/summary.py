@@ -1,4 +1,4 @@
-"""Several runs of one evaluation, over seeds and folds, as one result: the mean and the deviation."""
+"""Summarise the runs of one evaluation over seeds and folds as one result: mean and standard deviation."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ _T = TypeVar("_T")
 
 
 def summarise(runs: Sequence[tuple[str, EvalResult]]) -> EvalResult:
-    """The result of (path, single run) pairs; a single one is itself.
+    """The summary of (path, single run) pairs; of one pair, its result.
 
-    Scores are means over runs, those per class over the runs whose test set has the class; counts of pixels and
-    timings are sums. A tile of several seeds is one tile, tiles of several folds are different ones. The interval is
-    the mean of the runs': no narrower than one of the mean would be, since a mean moves less than its parts. Maps and
-    recipe are the first run's.
+    Scores are means over runs, those per class over the runs whose test set has the class; pixel counts and timings are
+    sums. Seeds score the same tiles, folds score different ones. The interval is the mean of the runs' intervals, which
+    is conservative: the mean over runs varies less than a single run. Maps and recipe are the first run's.
     """
     results = [result for _, result in runs]
     first = results[0]
@@ -52,7 +51,7 @@ def summarise(runs: Sequence[tuple[str, EvalResult]]) -> EvalResult:
 
 
 def _means(scores: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
-    """By name, over those that are defined; None where none is."""
+    """By name, over the runs where it is defined; None if it is in no run."""
     means: dict[str, float | None] = {}
     for name in _distinct(name for s in scores for name in s):
         defined = [v for s in scores if (v := s.get(name)) is not None]
