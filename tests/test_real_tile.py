@@ -75,7 +75,7 @@ def test_a_damaged_shard_is_named(tmp_path):
         (("export", "{tmp}/nothing", "{tmp}/out"), "nothing"),
     ],
 )
-def test_mistakes_are_one_line(tmp_path, args, words):
+def test_errors_are_one_line(tmp_path, args, words):
     done = command(*(a.format(tmp=tmp_path, tile=TILE) for a in args))
     assert done.returncode != 0
     assert words in done.stderr

@@ -1,4 +1,4 @@
-"""The hand-written tiles are fixtures of every test here."""
+"""Fixtures: hand-written raw tiles of each dataset."""
 
 from testkit.flair_tile import write_flair
 from testkit.pastis_tile import write_pastis

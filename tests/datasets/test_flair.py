@@ -54,7 +54,7 @@ def read(src: Path, names: tuple[str, ...] | None = None, dataset: str = "flair_
     return tile
 
 
-def test_pixels_masks_and_dates_are_those_of_the_files_in_the_order_of_time(write_flair):
+def test_pixels_masks_and_dates_equal_the_files_in_chronological_order(write_flair):
     tile = read(write_flair(), EVERYTHING)
     np.testing.assert_array_equal(tile.arrays["aerial"], hand.aerial()[None])
     np.testing.assert_array_equal(tile.arrays["dem"], hand.dem()[None])
@@ -72,7 +72,7 @@ def test_pixels_masks_and_dates_are_those_of_the_files_in_the_order_of_time(writ
     assert tile.dates["s1_asc"].tolist() == tile.dates["s1_des"].tolist() == [[2019, 3, 0], [2019, 183, 0]]
 
 
-def test_radar_stays_linear_and_has_nan_where_nothing_was_measured(write_flair):
+def test_radar_stays_linear_with_nodata_as_nan(write_flair):
     tile = read(write_flair())
     expected = hand.power()
     expected[1, 0, 0, 0] = np.nan
@@ -109,7 +109,7 @@ def batch_of(dataset: str, src: Path, tmp_path: Path, names: tuple[str, ...] | N
     return spec, next(iter(EvalLoader(source, 1)))
 
 
-def test_the_model_sees_bands_scales_and_dates_as_in_the_paper(write_flair, tmp_path):
+def test_model_inputs_have_bands_scales_and_dates_of_the_paper(write_flair, tmp_path):
     spec, batch = batch_of("flair_hub", write_flair(), tmp_path, EVERYTHING)
     seen = {s.name: network_input(s, batch.pixels[s.name])[0] for s in spec.sensors}
     red, green, blue, infrared = torch.from_numpy(hand.aerial()).float() / 255
@@ -143,7 +143,7 @@ NAMES = {
 
 
 @pytest.mark.parametrize("dataset", BENCHMARKS)
-def test_ignored_labels_count_nowhere(dataset, write_flair, tmp_path):
+def test_ignored_labels_are_left_out_of_loss_and_metrics(dataset, write_flair, tmp_path):
     spec, batch = batch_of(dataset, write_flair(), tmp_path)
     task = SegmentationTask(spec.target("cosia"), SimpleNamespace(crop_pixels=512))
     assert [c.replace(" ", "-") for c in task.classes] == NAMES[dataset].split()
@@ -152,7 +152,7 @@ def test_ignored_labels_count_nowhere(dataset, write_flair, tmp_path):
     np.testing.assert_array_equal(task.labels(batch)[0], np.broadcast_to(stripes, (512, 512)))
 
 
-def test_flair2_is_of_its_own_list_and_without_radar(write_flair):
+def test_flair2_uses_its_own_list_without_radar(write_flair):
     src = write_flair((PATCH, NEIGHBOUR))
     (src / "train_flair2.csv").write_text(f"patch_id\n{PATCH}\n")
     shutil.rmtree(src / "D012-2019_SENTINEL1-ASC_TS")
@@ -162,7 +162,7 @@ def test_flair2_is_of_its_own_list_and_without_radar(write_flair):
     assert "s1_des" in read(src, ("aerial", "s1_des"), "flair2").arrays
 
 
-def test_crops_are_labelled_at_three_levels_where_chosen(write_flair):
+def test_crop_labels_have_three_levels_if_selected(write_flair):
     src = write_flair()
     assert set(read(src).targets) == {"cosia"}
     tile = read(src, ("s2", "lpis_1", "lpis_3"))
@@ -231,7 +231,7 @@ def one_line(error: pytest.ExceptionInfo[Exception]) -> str:
 @pytest.mark.parametrize(
     "name", ["flair_aerial_train", "flair_sen_test", "flair-2_centroids_sp_to_patch.json", "D012_2019"]
 )
-def test_the_original_release_is_told_apart(tmp_path, name):
+def test_the_original_release_is_refused(tmp_path, name):
     (tmp_path / name).mkdir()
     with pytest.raises(DatasetError, match="is an original release of FLAIR#1 or FLAIR#2") as error:
         datasets.open_raw("flair2", tmp_path, "train")
@@ -283,7 +283,7 @@ def test_missing_folders_lists_and_columns_are_named(write_flair, tmp_path):
         ('{"1": 20190103, "2": 20190202}', "dates do not fit", "has 3 dates, the metadata lists 2"),
     ],
 )
-def test_dates_that_make_no_sense_are_named(write_flair, dates, kind, message):
+def test_invalid_dates_are_named(write_flair, dates, kind, message):
     src = write_flair()
     write_dates(src, "SENTINEL2", {PATCH: dates}, "acquisition_dates")
     with pytest.raises(DatasetError, match=message) as error:
@@ -292,7 +292,7 @@ def test_dates_that_make_no_sense_are_named(write_flair, dates, kind, message):
     one_line(error)
 
 
-def test_dates_written_otherwise_are_read(write_flair):
+def test_dates_in_other_notations_are_read(write_flair):
     src = write_flair()
     write_dates(src, "AERIAL", {PATCH: "2019-07-04"}, "date")
     write_dates(src, "AERIAL-RLT", {PATCH: "1955"}, "date")
@@ -304,7 +304,7 @@ def test_dates_written_otherwise_are_read(write_flair):
     assert tile.dates["s1_asc"].tolist() == [[2019, 3, 0], [2019, 183, 0]]
 
 
-def test_values_that_do_not_fit_are_mended_and_said(write_flair):
+def test_invalid_values_are_corrected_and_noted(write_flair):
     src = write_flair()
     s2 = hand.stack(3, 10).astype(np.float32).reshape(30, 10, 10)
     s2[0, 0, :3] = (12.4, 70_000, np.nan)
@@ -325,7 +325,7 @@ def test_values_that_do_not_fit_are_mended_and_said(write_flair):
         assert [n for n in tile.notes if n.startswith(start)], start
 
 
-def test_bad_tiles_are_left_out_and_counted_by_kind_or_stop_it(write_flair, tmp_path):
+def test_bad_tiles_are_skipped_and_counted_by_kind_or_raise(write_flair, tmp_path):
     zone = tuple(f"D012-2019_AF-S1-27_0-{i}" for i in range(8))
     elsewhere = "D033-2021_UU-S2-12_0-0"
     src, out = write_flair(zone), tmp_path / "shards"
@@ -364,7 +364,7 @@ def test_bad_tiles_are_left_out_and_counted_by_kind_or_stop_it(write_flair, tmp_
     assert verify(str(out)) == []
 
 
-def test_long_series_are_read_as_their_json_says(tmp_path):
+def test_long_series_equal_their_json(tmp_path):
     """A quick way reads what is written as usual, another what is not; both must agree with plain JSON."""
     days = [20190101 + 100 * month + day for month in range(12) for day in range(10)]
     patches = ["a_b_0", "a_b_1", "a_b_2", "a_b_3"]

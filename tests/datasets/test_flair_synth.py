@@ -1,4 +1,4 @@
-"""Synthetic FLAIR-HUB: the official layout, every modality, the same for a seed."""
+"""Synthetic FLAIR-HUB: the official layout, every modality, deterministic in the seed."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_every_modality_and_target_of_every_split_reads(raw):
     assert all(sizes)
 
 
-def test_files_and_tables_are_like_the_real_ones(raw):
+def test_files_and_tables_have_the_real_layout(raw):
     reader = datasets.open_raw("flair_hub", raw, "train")
     domain, zone, position = reader.keys()[0].split("_")
     layout = {

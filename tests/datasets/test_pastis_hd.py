@@ -32,7 +32,7 @@ def read(src: Path, split: str = "train", modalities: tuple[str, ...] | None = N
     return tile
 
 
-def test_pixels_and_dates_are_those_of_the_files_in_the_order_of_time(write_pastis):
+def test_pixels_and_dates_equal_the_files_in_chronological_order(write_pastis):
     tile = read(write_pastis())
     np.testing.assert_array_equal(tile.arrays["spot"], spot_pixels()[None])
     assert tile.dates["spot"].tolist() == [[2019, 182, 0]]
@@ -56,7 +56,7 @@ def test_labels_are_the_first_channel_and_void_is_ignored(write_pastis):
     assert (CLASSES[0], CLASSES[1], CLASSES[3], CLASSES[18]) == ("background", "meadow", "corn", "sorghum")
 
 
-def test_shares_are_of_crops_alone_neither_background_nor_void(write_pastis):
+def test_shares_cover_crops_but_not_background_and_void(write_pastis):
     tile = read(write_pastis())
     shares = dict(
         zip(SPEC.target("crops_present").classes, tile.targets["crops_present"].tolist(), strict=True)
@@ -77,7 +77,7 @@ def test_dates_may_be_objects_or_text_and_ids_a_column(write_pastis):
     assert read(src).key == TILE
 
 
-def test_dates_are_ordered_by_their_position_not_as_text(write_pastis):
+def test_dates_are_ordered_by_index_not_as_text(write_pastis):
     src = write_pastis()
     np.save(src / f"DATA_S2/S2_{TILE}.npy", series(12, 10).astype(np.int16))
     days = {str(i): 20190101 + i for i in (0, 1, 10, 11, 2, 3, 4, 5, 6, 7, 8, 9)}
@@ -87,7 +87,7 @@ def test_dates_are_ordered_by_their_position_not_as_text(write_pastis):
     np.testing.assert_array_equal(tile.arrays["s2"], series(12, 10).astype(np.int16))
 
 
-def test_radar_without_a_measurement_is_nan(write_pastis):
+def test_radar_nodata_is_nan(write_pastis):
     src = write_pastis()
     values = decibels()
     values[0, 1, 2, 3] = -np.inf
@@ -144,7 +144,7 @@ def test_splits_are_folds_in_five_rotations(write_pastis, split, folds):
     assert keys == [name for i, name in enumerate(NAMES) if i % 5 + 1 in folds]
 
 
-def test_a_csv_comes_before_the_folds(write_pastis):
+def test_a_csv_has_precedence_over_the_folds(write_pastis):
     src = write_pastis(NAMES[:3])
     (src / "train.csv").write_text(f"image\n{NAMES[2]}\n{NAMES[1]}\n")
     (src / "train_filtered_10.csv").write_text(f"image\n{NAMES[0]}\n")
@@ -211,7 +211,7 @@ def test_a_missing_file_split_or_column_is_named(write_pastis):
         ({"0": 20190101, "1": 20190106, "2": "May"}, "entry 2 has 'May'"),
     ],
 )
-def test_dates_that_make_no_sense_are_named(write_pastis, days, message):
+def test_invalid_dates_are_named(write_pastis, days, message):
     src = write_pastis()
     (src / "metadata.geojson").write_text(json.dumps(metadata((TILE,), **{"dates-S2": days})))
     with pytest.raises(DatasetError, match=message) as error:
@@ -219,7 +219,7 @@ def test_dates_that_make_no_sense_are_named(write_pastis, days, message):
     assert TILE in one_line(error)
 
 
-def test_bad_tiles_are_left_out_and_counted_by_kind_or_stop_it(write_pastis, tmp_path):
+def test_bad_tiles_are_skipped_and_counted_by_kind_or_raise(write_pastis, tmp_path):
     src, out = write_pastis(NAMES[:8]), tmp_path / "shards"
     content = metadata(NAMES[:8], Fold=1)
     content["features"][0]["properties"]["dates-S1A"] = {}
@@ -262,7 +262,7 @@ def source_of(src: Path, folder: Path) -> Source:
     return Source(manifest.spec, manifest.shards_of(["train"]), store)
 
 
-def test_the_model_sees_crops_in_its_order_of_bands_and_scale(write_pastis, tmp_path):
+def test_model_inputs_of_crops_have_its_bands_and_scale(write_pastis, tmp_path):
     """Crop 10 of the tile's 64, the third of the second row: rows from 160 m, columns from 320 m."""
     loader = EvalLoader(source_of(write_pastis(), tmp_path), 64)
     assert loader.num_crops == 64
@@ -281,7 +281,7 @@ def test_the_model_sees_crops_in_its_order_of_bands_and_scale(write_pastis, tmp_
     assert scales == {"spot": ("linear", 255), "s2": ("linear", 10_000), "s1_asc": s1, "s1_des": s1}
 
 
-def test_the_shares_of_a_crop_are_its_own(write_pastis, tmp_path):
+def test_shares_are_computed_per_crop(write_pastis, tmp_path):
     batch = next(iter(EvalLoader(source_of(write_pastis(), tmp_path), 64)))
     shares = batch.targets["crops_present"].numpy()
     assert shares.dtype == np.float32

@@ -98,7 +98,7 @@ def test_from_synth_to_a_model_trained_on_two_ranks_and_evaluated(raw: Path, tmp
     assert "--split valid=test: expected train=" in capsys.readouterr().err
 
 
-def test_synthetic_files_are_like_the_real_ones(raw: Path):
+def test_synthetic_files_have_the_real_layout(raw: Path):
     folds = [datasets.open_raw("pastis_hd", raw, f"fold_{i}").keys() for i in range(1, 6)]
     assert sorted(key for keys in folds for key in keys) == [str(10_000 + i) for i in range(5)]
     assert all(len(keys) == 1 for keys in folds)

@@ -38,7 +38,7 @@ def read(src: Path, modalities: tuple[str, ...] | None = None):
     return tile
 
 
-def test_pixels_and_dates_are_those_of_the_files_in_the_order_of_time(write_naip):
+def test_pixels_and_dates_equal_the_files_in_chronological_order(write_naip):
     tile = read(write_naip(), EVERYTHING)
     np.testing.assert_array_equal(tile.arrays["naip"], naip_pixels()[None])
     assert tile.dates["naip"].tolist() == [[2020, 186, 0]]
@@ -51,7 +51,7 @@ def test_pixels_and_dates_are_those_of_the_files_in_the_order_of_time(write_naip
     assert tile.dates["landsat"].tolist() == [[2020, 133, 0]]
 
 
-def test_radar_is_in_decibels_and_has_nan_where_nothing_was_measured(write_naip):
+def test_radar_is_in_decibels_with_nodata_as_nan(write_naip):
     tile = read(write_naip())
     expected = decibels()
     expected[1, 0, 0, 0] = np.nan
@@ -61,7 +61,7 @@ def test_radar_is_in_decibels_and_has_nan_where_nothing_was_measured(write_naip)
     assert "s1 has fewer than 4 dates: some are seen twice" in tile.notes
 
 
-def test_landsat_is_read_only_where_it_is_chosen(write_naip):
+def test_landsat_is_read_only_if_selected(write_naip):
     src = write_naip()
     assert set(read(src).arrays) == {"naip", "s2", "s1"}
     for path in sorted((src / "landsat").iterdir()):
@@ -74,7 +74,7 @@ def test_landsat_is_read_only_where_it_is_chosen(write_naip):
         read(src, ("spot",))
 
 
-def test_the_model_sees_a_crop_in_its_order_of_bands_and_scale(write_naip, tmp_path):
+def test_model_inputs_of_a_crop_have_its_bands_and_scale(write_naip, tmp_path):
     """The first crop of the tile: 96 NAIP pixels and 12 Sentinel pixels a side, near-infrared first."""
     url = str(tmp_path / "shards")
     reader = datasets.open_raw("s2_naip", write_naip(s1=-1 - stack(2, 2).astype(np.float32) / 1000), "train")
@@ -109,7 +109,7 @@ def test_the_model_sees_a_crop_in_its_order_of_bands_and_scale(write_naip, tmp_p
     ]
 
 
-def test_values_that_do_not_fit_are_mended_and_said(write_naip):
+def test_invalid_values_are_corrected_and_noted(write_naip):
     src = write_naip()
     values = stack(3, 10).astype(np.float32)
     values[0, 0, 0, :3] = (12.4, 70_000, np.nan)
@@ -156,7 +156,7 @@ def test_a_missing_folder_split_or_column_is_named(write_naip, tmp_path):
         ("naip", f"{NAIP_PRODUCT}\n{NAIP_PRODUCT}", "has 2 products, expected 1"),
     ],
 )
-def test_dates_that_make_no_sense_are_named(write_naip, folder, text, message):
+def test_invalid_dates_are_named(write_naip, folder, text, message):
     src = write_naip()
     (src / "dates" / folder / f"{TILE}.txt").write_text(text)
     with pytest.raises(DatasetError, match=message) as error:
@@ -164,7 +164,7 @@ def test_dates_that_make_no_sense_are_named(write_naip, folder, text, message):
     assert TILE in one_line(error)
 
 
-def test_bad_tiles_are_left_out_and_counted_by_kind_or_stop_it(write_naip, tmp_path):
+def test_bad_tiles_are_skipped_and_counted_by_kind_or_raise(write_naip, tmp_path):
     names = tuple(f"32612_{i}_-6049" for i in range(7))
     src, out = write_naip(names), tmp_path / "shards"
     (src / "dates/s2" / f"{names[0]}.txt").write_text("")
@@ -193,7 +193,7 @@ def test_bad_tiles_are_left_out_and_counted_by_kind_or_stop_it(write_naip, tmp_p
     assert verify(str(out)) == []
 
 
-def test_a_split_without_one_good_tile_says_why(write_naip, tmp_path):
+def test_a_split_without_any_valid_tile_names_the_cause(write_naip, tmp_path):
     src = write_naip()
     (src / "dates/s2" / f"{TILE}.txt").write_text("")
     with pytest.raises(WriteError, match=r"none of its tiles can be read.*so the tile has no dates"):
@@ -280,7 +280,7 @@ def test_from_synth_to_a_model_trained_on_two_ranks_and_evaluated_elsewhere(
     assert EvalResult.load(tmp_path / "knn" / "results.json").value > 0
 
 
-def test_synthetic_files_are_like_the_real_ones(tmp_path):
+def test_synthetic_files_have_the_real_layout(tmp_path):
     import rasterio
 
     datasets.synth("s2_naip", tmp_path, 3, seed=2)

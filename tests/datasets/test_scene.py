@@ -1,4 +1,4 @@
-"""Scenes: consistent between sensors, and worth learning from."""
+"""Scenes: consistent between sensors, with the class in the time series."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_a_scene_does_not_depend_on_the_order_of_the_calls():
 @pytest.mark.parametrize(
     ("extent_m", "coarse_m", "fine_m"), [(60.0, 10.0, 0.2), (102.4, 10.24, 0.2), (640.0, 10.0, 1.25)]
 )
-def test_sensors_of_any_resolution_see_the_same_map(extent_m, coarse_m, fine_m):
+def test_sensors_of_any_resolution_have_the_same_map(extent_m, coarse_m, fine_m):
     scene = Scene(1, 2, extent_m, 19)
     fractions = scene.fractions(coarse_m)
     assert fractions.shape == (19, round(extent_m / coarse_m), round(extent_m / coarse_m))
@@ -41,7 +41,7 @@ def test_sensors_of_any_resolution_see_the_same_map(extent_m, coarse_m, fine_m):
     np.testing.assert_allclose(scene.shares(), fine, atol=0.03)
 
 
-def test_a_margin_widens_the_view_and_moves_nothing():
+def test_a_margin_widens_the_image_without_moving_it():
     scene = Scene(0, 4, 60.0, 15)
     np.testing.assert_array_equal(scene.cover(0.2, 0.4)[2:-2, 2:-2], scene.cover(0.2))
 
@@ -58,7 +58,7 @@ def test_more_classes_than_signatures_are_refused():
         Scene(0, 0, 60.0, 21)
 
 
-def test_the_series_tells_what_channel_means_do_not():
+def test_series_separate_classes_that_channel_means_do_not():
     """Knowing the signatures, the dominant class is read off the series; channel means hardly tell it."""
     tiles = [Scene(0, i, 60.0, 15) for i in range(300)]
     truth = np.array([t.shares().argmax() for t in tiles])

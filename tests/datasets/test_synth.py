@@ -1,4 +1,4 @@
-"""Synthetic TreeSatAI-TS: the official layout, the same for a seed, never half-written or over other data."""
+"""Synthetic TreeSatAI-TS: the official layout, deterministic in the seed, atomic, never over other data."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_every_split_reads_without_assumptions(synthetic):
     assert all(len(np.unique(t.dates["s1_des"], axis=0)) < len(t.dates["s1_des"]) for t in seen)
 
 
-def test_files_are_like_the_real_ones(synthetic):
+def test_files_have_the_real_layout(synthetic):
     with rasterio.open(next((synthetic / "aerial").iterdir())) as raster:
         assert (raster.count, raster.height, raster.width) == (4, 304, 304)
         assert raster.crs.to_epsg() == 25832
@@ -74,7 +74,7 @@ def test_same_seed_same_bytes_and_a_tile_does_not_depend_on_their_number(synthet
     assert not set(tiles.values()) & set(other.values())
 
 
-def test_an_interrupted_run_is_not_whole_and_is_finished_by_the_next(tmp_path, monkeypatch):
+def test_an_interrupted_run_is_incomplete_and_completed_by_the_next(tmp_path, monkeypatch):
     from maestro_scale.datasets.treesatai_ts import synth as treesatai_ts_synth
 
     written = []

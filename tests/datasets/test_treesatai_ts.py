@@ -29,7 +29,7 @@ def read(src: Path, split: str = "train"):
     return reader.read(key)
 
 
-def test_pixels_bands_and_dates_are_those_of_the_files(write_tile):
+def test_pixels_bands_and_dates_equal_the_files(write_tile):
     tile = read(write_tile())
     assert tile.key == TILE
     np.testing.assert_array_equal(tile.arrays["aerial"], aerial_pixels()[None, :, 2:302, 2:302])
@@ -60,7 +60,7 @@ def test_shares_follow_the_names_of_the_columns(write_tile):
     assert {GENERA[i]: float(shares[i]) for i in np.flatnonzero(shares)} == {"Fagus": 0.75, "Picea": 0.125}
 
 
-def test_modalities_can_be_chosen(write_tile):
+def test_modalities_can_be_selected(write_tile):
     reader = open_raw("treesatai_ts", write_tile(), "train", ["s1_des", "s2"])
     tile = reader.read(TILE)
     assert [s.name for s in reader.spec.sensors] == ["s2", "s1_des"]
@@ -82,7 +82,7 @@ def test_arrays_fit_the_spec_and_the_reader_pickles(write_tile):
         assert tile.dates[m.name].dtype == np.int16
 
 
-def test_lists_and_json_labels_are_read_and_the_assumed_date_is_said(write_tile):
+def test_lists_and_json_labels_are_read_and_the_assumed_date_is_noted(write_tile):
     src = write_tile()
     (src / "train.csv").unlink()
     (src / "split").mkdir()
@@ -103,7 +103,7 @@ def test_a_filtered_split_is_a_split(write_tile):
     assert read(src, "train_filtered_10").key == TILE
 
 
-def test_ten_mask_channels_are_cut_to_two_and_said(write_tile):
+def test_ten_mask_channels_are_cut_to_two_and_noted(write_tile):
     content = h5_content()
     content["sen-2-masks"] = np.concatenate([content["sen-2-masks"], np.full((3, 8, 6, 6), 7, np.float32)], 1)
     tile = read(write_tile(content))
@@ -111,19 +111,19 @@ def test_ten_mask_channels_are_cut_to_two_and_said(write_tile):
     assert tile.notes == ("sen-2-masks has 10 channels: the first two are taken as snow and cloud",)
 
 
-def test_an_h5_name_without_year_is_found_and_said(write_tile):
+def test_an_h5_name_without_year_is_found_and_noted(write_tile):
     tile = read(write_tile(sen_name=f"{TILE}.h5"))
     assert tile.notes == (
         "the h5 name in the split and the one on disk differ in the year: taken as the same",
     )
 
 
-def test_another_year_does_not_stand_for_the_listed_one(write_tile):
+def test_a_file_of_another_year_does_not_replace_the_listed_one(write_tile):
     with pytest.raises(DatasetError, match="none of its 1 tiles has its files"):
         read(write_tile(sen_name=f"{TILE}_2019.h5"))
 
 
-def test_s2_values_that_do_not_fit_are_mended_and_said(write_tile):
+def test_invalid_s2_values_are_corrected_and_noted(write_tile):
     content = h5_content()
     content["sen-2-data"][0, 0, 0, :3] = (12.4, 70_000, np.nan)
     tile = read(write_tile(content))
@@ -154,7 +154,7 @@ def test_an_empty_split_is_an_error(write_tile):
     assert "val.csv: the split is empty" in one_line(error)
 
 
-def test_absent_files_are_counted_and_the_first_is_named(write_tile):
+def test_missing_files_are_counted_and_the_first_is_named(write_tile):
     src = write_tile()
     write_csv(
         src / "train.csv",

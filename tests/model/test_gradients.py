@@ -77,7 +77,7 @@ def test_the_reference_masks_as_many_tokens():
         assert (hidden.sum(1) == num_masked(0.75, hidden.shape[1])).all(), name
 
 
-def test_a_sequence_of_one_token_hides_none_and_still_trains():
+def test_a_sequence_of_one_token_masks_none_and_still_trains():
     one = dataclasses.replace(small_sensors()[1], image_size=2, patch=2, num_dates=1)
     config = small_config(sensors=(one, small_sensors()[0]))
     model, batch = Maestro(config).initialise(0), full_batch(config, 2)

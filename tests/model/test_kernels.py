@@ -1,4 +1,4 @@
-"""How it is computed changes nothing: attention kernels, recomputation, compilation; costs are what profilers count."""
+"""Attention kernels, checkpointing and compilation do not change results; costs agree with profilers."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_the_kernel_is_reported_or_refused():
 
 
 @pytest.mark.parametrize("checkpointing", ["blocks", "every_2", "every_3"])
-def test_recomputed_blocks_keep_less_and_give_the_same_gradient(checkpointing):
+def test_checkpointed_blocks_store_less_and_give_the_same_gradient(checkpointing):
     size = dataclasses.replace(TINY, depth=6, decoder_depth=4)
 
     def run(how: str) -> tuple[torch.Tensor, int]:
@@ -81,7 +81,7 @@ def test_recomputed_blocks_keep_less_and_give_the_same_gradient(checkpointing):
     )
 
 
-def test_counts_of_recomputation_lie_between_none_and_all():
+def test_costs_of_checkpointing_some_blocks_lie_between_none_and_all():
     size = dataclasses.replace(TINY, depth=6, decoder_depth=4)
     counted = [
         compute_cost(small_config(size=size, checkpointing=how), 0.75)
@@ -93,7 +93,7 @@ def test_counts_of_recomputation_lie_between_none_and_all():
         small_config(checkpointing="every_1")
 
 
-def test_activations_are_what_autograd_keeps():
+def test_activations_equal_what_autograd_stores():
     config = small_config()
     batch, model = full_batch(config, 4), Maestro(config).initialise(0)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}

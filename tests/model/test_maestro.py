@@ -1,4 +1,4 @@
-"""The model: the loss adds up over any cut, gradients agree, masked tokens stay out, costs are what they are."""
+"""The model: the loss is additive over any split, masked tokens do not reach the encoder, costs are counted."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def counts_of(config: ModelConfig, masks) -> torch.Tensor:
 
 @pytest.mark.parametrize("norm", ["group", "token"])
 @pytest.mark.parametrize("fusion", ["group", "shared"])
-def test_loss_and_gradients_do_not_depend_on_the_cut(fusion, norm):
+def test_loss_and_gradients_do_not_depend_on_the_split(fusion, norm):
     config = small_config(fusion=fusion, norm=norm)
     batch = full_batch(config, 12)
     counts = counts_of(config, draw_masks(config, MaskingConfig(), batch))
@@ -69,7 +69,7 @@ def test_masked_pixels_do_not_reach_the_encoder_with_token_norm():
         assert torch.equal(before[name], after[name])
 
 
-def test_group_norm_lets_two_numbers_per_date_through():
+def test_group_norm_leaks_two_numbers_per_date():
     """Mean and variance over a date: hidden patches may trade places, but not change together."""
     config = small_config(norm="group")
     model, batch = Maestro(config).initialise(0).double().eval(), full_batch(config, 2)
@@ -113,7 +113,7 @@ def test_recomputation_gives_the_same_gradient():
     assert torch.equal(*gradients)
 
 
-def test_config_survives_json():
+def test_config_round_trips_through_json():
     import json
 
     config = small_config()

@@ -1,4 +1,4 @@
-"""Masks: exact counts, structure first, ties at random, a pure function of each sample's noise."""
+"""Masks: exact counts, structural masks first, random ties, a pure function of each sample's noise."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HIGH = 0.99  # noise above every probability used here: nothing is masked by it
 
 @pytest.mark.parametrize("spectral", ["joint", "token"])
 @pytest.mark.parametrize("fusion", ["group", "mod", "monotemp", "shared"])
-def test_every_row_hides_exactly_its_quota(fusion, spectral):
+def test_every_row_masks_exactly_its_quota(fusion, spectral):
     config = small_config(fusion=fusion, spectral=spectral)
     masks = draw_masks(config, MaskingConfig(band_group=0.2), noise_batch(config, 64))
     for q in sequences(config):
@@ -41,7 +41,7 @@ def test_a_mask_depends_on_its_own_sample_only():
             assert torch.equal(mask.masked[0], whole[name].masked[i])
 
 
-def test_structural_masks_are_hidden_first():
+def test_structurally_masked_tokens_come_first():
     config = small_config()
     batch = noise_batch(config, 512)
     dates_only = MaskingConfig(ratio=0.75, modality=0.0, date=0.3, location=0.0)
@@ -96,11 +96,11 @@ def test_unequal_rows_are_refused():
         (0.0, 16, 0),
     ],
 )
-def test_the_number_of_hidden_tokens_is_rounded_and_leaves_one_visible(ratio, tokens, expected):
+def test_the_number_of_masked_tokens_is_rounded_and_leaves_one_visible(ratio, tokens, expected):
     assert num_masked(ratio, tokens) == expected
 
 
-def test_masks_hide_the_rounded_number_of_tokens():
+def test_masks_have_the_rounded_number_of_tokens():
     config = small_config()
     masks = draw_masks(config, MaskingConfig(ratio=0.6), noise_batch(config, 2))
     # aerial: 4 * 4 tokens, 9.6 -> 10. s2: 4 dates * 3 * 3, 21.6 -> 22. s1: two sensors of 2 dates * 3 * 3, the same.
@@ -128,7 +128,7 @@ def noise_of(
     return torch.tensor(values)
 
 
-def hidden_by(config: ModelConfig, masking: MaskingConfig, noise: dict[str, torch.Tensor]) -> dict[str, list]:
+def masked_by(config: ModelConfig, masking: MaskingConfig, noise: dict[str, torch.Tensor]) -> dict[str, list]:
     """{sensor: hidden (R, L) as 0 and 1} of one sample."""
     batch: Batch = dataclasses.replace(
         noise_batch(config, 1), noise={name: values[None] for name, values in noise.items()}
@@ -142,14 +142,14 @@ def tiny_sensor(template: Sensor, **changes) -> Sensor:
     return dataclasses.replace(template, image_size=4, patch=2, **changes)
 
 
-def test_the_tokens_of_the_highest_noise_are_hidden():
+def test_the_tokens_of_the_highest_noise_are_masked():
     sensor = tiny_sensor(small_sensors()[2], num_dates=1)
     config = small_config(sensors=(sensor,))
     noise = {sensor.name: noise_of(sensor, [0.4, 0.9, 0.1, 0.8])}
-    assert hidden_by(config, MaskingConfig(ratio=0.5), noise) == {sensor.name: [[0, 1, 0, 1]]}
+    assert masked_by(config, MaskingConfig(ratio=0.5), noise) == {sensor.name: [[0, 1, 0, 1]]}
 
 
-def test_the_date_mask_spares_sensors_of_one_date():
+def test_the_date_mask_excludes_sensors_of_one_date():
     one, two = (
         tiny_sensor(sensor, num_dates=dates)
         for sensor, dates in zip(small_sensors()[2:], (1, 2), strict=True)
@@ -162,13 +162,13 @@ def test_the_date_mask_spares_sensors_of_one_date():
         two.name: noise_of(two, [0.2, 0.9, 0.3, 0.8, 0.7, 0.4, 0.6, 0.5]),
     }
     masking = MaskingConfig(ratio=1 / 3, modality=0.0, date=0.5, location=0.0)
-    assert hidden_by(config, masking, noise) == {
+    assert masked_by(config, masking, noise) == {
         one.name: [[0, 0, 0, 0]],
         two.name: [[0, 1, 0, 1], [1, 0, 1, 0]],
     }
     # The second date of ``two`` may be masked: its four tokens are hidden, whatever their noise.
     noise[two.name] = noise_of(two, [0.9] * 4 + [0.2] * 4, [{"date": [HIGH, 0.0]}])
-    assert hidden_by(config, masking, noise)[two.name] == [[0, 0, 0, 0], [1, 1, 1, 1]]
+    assert masked_by(config, masking, noise)[two.name] == [[0, 0, 0, 0], [1, 1, 1, 1]]
 
 
 def test_noise_equal_to_a_probability_masks_nothing():
@@ -178,41 +178,41 @@ def test_noise_equal_to_a_probability_masks_nothing():
     tokens = [0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]  # the first date's are higher
     at = noise_of(sensor, tokens, [{"date": [HIGH, 0.25], "location": [HIGH, HIGH, HIGH, 0.25]}])
     below = noise_of(sensor, tokens, [{"date": [HIGH, 0.2499]}])
-    assert hidden_by(config, masking, {sensor.name: at}) == {sensor.name: [[1, 1, 1, 1], [0, 0, 0, 0]]}
-    assert hidden_by(config, masking, {sensor.name: below}) == {sensor.name: [[0, 0, 0, 0], [1, 1, 1, 1]]}
+    assert masked_by(config, masking, {sensor.name: at}) == {sensor.name: [[1, 1, 1, 1], [0, 0, 0, 0]]}
+    assert masked_by(config, masking, {sensor.name: below}) == {sensor.name: [[0, 0, 0, 0], [1, 1, 1, 1]]}
 
 
-def test_the_band_group_mask_spares_sensors_of_one_group():
+def test_the_band_group_mask_excludes_sensors_of_one_group():
     grouped = tiny_sensor(small_sensors()[2], num_dates=1)
     masking = MaskingConfig(ratio=0.5, modality=0.0, date=0.0, location=0.0, band_group=0.5)
     drawn = [{"group": [0.0, HIGH]}]
     # Two tokens per patch: those of the first group are masked, though the second group's noise is higher.
     config = small_config(sensors=(grouped,), spectral="token")
     noise = {grouped.name: noise_of(grouped, [0.1] * 4 + [0.9] * 4, drawn)}
-    assert hidden_by(config, masking, noise) == {grouped.name: [[1, 1, 1, 1], [0, 0, 0, 0]]}
+    assert masked_by(config, masking, noise) == {grouped.name: [[1, 1, 1, 1], [0, 0, 0, 0]]}
     # One token per patch, beside another sensor: there is only one group, so nothing is masked.
     other = tiny_sensor(small_sensors()[3], num_dates=1)
     config = small_config(sensors=(grouped, other))
     noise = {grouped.name: noise_of(grouped, [0.1] * 4, drawn), other.name: noise_of(other, [0.9] * 4)}
-    assert hidden_by(config, masking, noise) == {grouped.name: [[0] * 4], other.name: [[1] * 4]}
+    assert masked_by(config, masking, noise) == {grouped.name: [[0] * 4], other.name: [[1] * 4]}
 
 
-def test_the_modality_mask_spares_sensors_without_a_partner():
+def test_the_modality_mask_excludes_sensors_alone_in_their_group():
     asc, des = (tiny_sensor(sensor, num_dates=1) for sensor in small_sensors()[2:])
     masking = MaskingConfig(ratio=0.5, modality=0.5, date=0.0, location=0.0)
     drawn = [{"modality": [0.0]}]
     config = small_config(sensors=(asc, des))
     noise = {asc.name: noise_of(asc, [0.1] * 4, drawn), des.name: noise_of(des, [0.9] * 4)}
-    assert hidden_by(config, masking, noise) == {asc.name: [[1] * 4], des.name: [[0] * 4]}
+    assert masked_by(config, masking, noise) == {asc.name: [[1] * 4], des.name: [[0] * 4]}
     # In a sequence of its own it would be masked whole, and the location mask with it. It is not:
     masking = dataclasses.replace(masking, ratio=0.25, location=0.5)
     config = small_config(sensors=(asc,))
     candidate = {"modality": [0.0], "location": [HIGH, HIGH, 0.0, HIGH]}
     noise = {asc.name: noise_of(asc, [0.9, 0.5, 0.1, 0.5], [candidate])}
-    assert hidden_by(config, masking, noise) == {asc.name: [[0, 0, 1, 0]]}
+    assert masked_by(config, masking, noise) == {asc.name: [[0, 0, 1, 0]]}
 
 
-def test_a_structure_that_masks_everything_gives_way_to_the_next_candidate_or_to_none():
+def test_a_structure_that_masks_everything_is_replaced_by_the_next_candidate_or_none():
     sensor = tiny_sensor(small_sensors()[2], num_dates=2)
     config = small_config(sensors=(sensor,))
     masking = MaskingConfig(ratio=0.5, modality=0.0, date=0.5, location=0.0)
@@ -225,4 +225,4 @@ def test_a_structure_that_masks_everything_gives_way_to_the_next_candidate_or_to
         ([whole], [[1] * 4, [0] * 4]),  # no structure: the higher noise
     ):
         noise = {sensor.name: noise_of(sensor, tokens, candidates)}
-        assert hidden_by(config, masking, noise) == {sensor.name: hidden}
+        assert masked_by(config, masking, noise) == {sensor.name: hidden}

@@ -44,7 +44,7 @@ def test_bands_are_normalised_together_or_not_at_all_where_the_target_says_so():
 
 
 @pytest.mark.parametrize(("loss", "expected"), [("l1", 8.0), ("l2", 20.0)])
-def test_the_error_is_summed_over_hidden_patches_alone(loss, expected):
+def test_the_error_is_summed_over_masked_patches_only(loss, expected):
     # Two patches; the second is visible. Errors of the hidden one: 1, 1, 1, 1 in band 1 and 0, 0, 0, 4 in band 2.
     config = config_of(target="none", loss=loss)
     truth = torch.cat([patch([0.0] * 4), patch([0.0] * 4)], dim=2)

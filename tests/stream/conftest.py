@@ -1,4 +1,4 @@
-"""A small dataset in shards: a picture, a cloudy series, and a radar series with NaN."""
+"""A small dataset in shards: an image, a cloudy series, and a radar series with NaN."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Crops: every sensor shows the same ground."""
+"""Crops: every sensor covers the same ground."""
 
 from __future__ import annotations
 
@@ -33,9 +33,7 @@ SPECS = [
 
 
 @pytest.mark.parametrize(("spec", "crop_m"), SPECS)
-def test_all_sensors_of_a_crop_begin_and_end_within_half_a_pixel_of_the_same_place(
-    spec: DatasetSpec, crop_m: float
-):
+def test_all_sensors_of_a_crop_cover_the_same_ground_within_half_a_pixel(spec: DatasetSpec, crop_m: float):
     grid = CropGrid(replace(spec, crop_m=crop_m))
     last = grid.num_offsets - 1
     for row, column in ((0, 0), (1, 2), (last, 0), (last, last)):
@@ -70,7 +68,7 @@ def test_a_crop_as_large_as_the_tile_is_the_whole_raster_even_if_the_sensor_roun
 
 
 @pytest.mark.parametrize("crop_m", [0.0, -10.0, float("nan"), float("inf"), 5.0, 25.0, 1290.0])
-def test_crops_that_cannot_be_are_refused(crop_m: float):
+def test_impossible_crops_are_refused(crop_m: float):
     with pytest.raises(ValueError, match=rf"toy\.crop_m: (is )?{crop_m:g}"):
         CropGrid(replace(SPECS[0][0], crop_m=crop_m))
 

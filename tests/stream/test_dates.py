@@ -1,4 +1,4 @@
-"""Which dates are taken from a series, and what becomes of gaps."""
+"""Selection of dates from a series, and imputation of NaN."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_only_the_dates_that_are_used_are_read():
     assert len(asked) == 16
 
 
-def test_evaluation_takes_the_date_nearest_to_the_median():
+def test_evaluation_selects_the_date_nearest_to_the_median():
     pixels = np.array([9, 0, 5, 1, 7, 7], np.float32).reshape(6, 1, 1, 1)
     assert dates.nearest_to_median(pixels, None, 2, 0).tolist() == [2, 4]  # the first of equals
 
@@ -89,7 +89,7 @@ def test_evaluation_leaves_marked_pixels_out_of_the_median_and_their_dates_out_o
     assert dates.nearest_to_median(pixels, everywhere, 1, 0).tolist() == [2]
 
 
-def test_evaluation_survives_a_bin_of_nothing_but_nan():
+def test_evaluation_accepts_a_bin_of_nan_only():
     pixels = series(6)
     pixels[:3] = np.nan
     pixels[3:, 0, 0, 0] = np.nan
@@ -107,7 +107,7 @@ def test_too_few_dates_are_repeated_in_order(stored: int, expected: list[int]):
     assert dates.spread_evenly(stored, 4).tolist() == expected
 
 
-def test_a_gap_takes_the_nearest_date_then_the_mean_of_the_band():
+def test_nan_becomes_the_nearest_date_then_the_mean_of_the_band():
     pixels = series(4)
     pixels[:, 0, 0, 0] = np.nan
     pixels[1, 0, 1, 1] = np.nan
@@ -119,14 +119,14 @@ def test_a_gap_takes_the_nearest_date_then_the_mean_of_the_band():
     )
 
 
-def test_a_series_of_nothing_becomes_zero():
+def test_a_series_of_nan_becomes_zero():
     pixels = np.full((2, 1, 2, 2), np.nan, np.float32)
     filled, count = dates.fill_nan(pixels, np.arange(2), lambda: pixels)
     assert count == 2
     assert not filled.any()
 
 
-def test_whole_pixels_are_not_touched_and_the_series_is_not_read():
+def test_pixels_without_nan_are_unchanged_and_the_series_is_not_read():
     def never() -> np.ndarray:
         raise AssertionError("read for nothing")
 
@@ -169,7 +169,7 @@ def test_evaluation_compares_with_the_median_and_not_the_mean():
     assert dates.nearest_to_median(pixels, None, 1, 0).tolist() == [2]
 
 
-def test_evaluation_minds_every_band_of_the_mask():
+def test_evaluation_uses_every_band_of_the_mask():
     # The second band marks the first two dates; the median of the others is 60.
     pixels = np.array([50, 51, 60, 70, 10], np.float32).reshape(5, 1, 1, 1)
     mask = np.array([[0, 90], [0, 90], [0, 0], [0, 0], [0, 0]], np.uint8).reshape(5, 2, 1, 1)

@@ -1,4 +1,4 @@
-"""Evaluation data: invariant 7, every sample exactly once."""
+"""The evaluation loader: every sample exactly once (invariant 7)."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_tiles_and_labels_stay_together(toy: Source):
         assert not any(bool(torch.any(n != 0)) for n in batch.noise.values())
 
 
-def test_more_ranks_than_samples_leave_some_with_nothing(write_toy):
+def test_more_ranks_than_samples_leave_some_without_batches(write_toy):
     few = write_toy(2)
     assert [len(list(EvalLoader(few, 4, r, 5, workers=1, crops=1))) for r in range(5)] == [1, 0, 0, 0, 0]
 
@@ -61,7 +61,7 @@ def test_a_loader_left_early_ends_its_workers(toy: Source):
     batches.close()
 
 
-def test_senseless_numbers_are_refused(toy: Source):
+def test_invalid_numbers_are_refused(toy: Source):
     with pytest.raises(SampleOrderError, match="batch_size 0"):
         EvalLoader(toy, 0)
 

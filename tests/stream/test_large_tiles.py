@@ -1,4 +1,4 @@
-"""Tiles larger than a crop: every sensor shows the same ground, crops make the tile again, and little of it is read."""
+"""Tiles larger than a crop: sensors are cropped alike, crops assemble to the tile, only the crop is read."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def prepared(
 
 
 @pytest.mark.parametrize("codec", CODECS)
-def test_a_ramp_written_in_every_sensor_is_cut_alike_in_all(codec: str):
+def test_a_ramp_in_every_sensor_is_cropped_alike(codec: str):
     transform, sample = Transform(SPEC, seed=5), Sample(encode(ramp(), codec))
     corners, turned = [], set()
     for number in range(12):
@@ -85,7 +85,7 @@ def test_a_ramp_written_in_every_sensor_is_cut_alike_in_all(codec: str):
 
 
 @pytest.mark.parametrize("codec", CODECS)
-def test_the_crops_of_evaluation_put_together_are_the_tile(codec: str):
+def test_the_crops_of_evaluation_assemble_to_the_tile(codec: str):
     tile = ramp()
     transform, sample = Transform(SPEC), Sample(encode(tile, codec))
     assert transform.grid.num_crops == 64

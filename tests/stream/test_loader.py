@@ -1,4 +1,4 @@
-"""The stream of a run: the same on any number of ranks and workers, from any position."""
+"""The training loader: the same samples on any number of ranks and workers, from any position."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_workers_change_nothing(toy: Source):
     assert alone == digests(loader_of(toy, workers=2), 0, 8)
 
 
-def test_a_run_continues_where_it_was_without_replay(toy: Source):
+def test_a_run_resumes_at_its_position_without_replay(toy: Source):
     whole = digests(loader_of(toy), 0, 15)
     assert digests(loader_of(toy), 0, 4) == whole[:4]
     for start in (4, 5, 6, 13):
@@ -79,7 +79,7 @@ def test_a_run_that_changes_its_ranks_midway_uses_every_sample_once_per_epoch(to
     assert set(seen.values()) == {1}
 
 
-def test_steps_tell_where_they_are(toy: Source):
+def test_steps_have_their_position(toy: Source):
     loader = loader_of(toy)
     steps = list(loader.steps(5 * 16, 8))
     assert loader.steps_per_epoch == 6
@@ -91,7 +91,7 @@ def test_steps_tell_where_they_are(toy: Source):
     assert steps[1].batches[0].keys[0].startswith("1/toy/")
 
 
-def test_batches_are_what_the_interface_says(toy: Source):
+def test_batches_have_the_documented_shapes_and_types(toy: Source):
     batch = next(loader_of(toy).steps(0, 1)).batches[0]
     assert {n: (t.dtype, tuple(t.shape)) for n, t in batch.pixels.items()} == {
         "aerial": (torch.uint8, (4, 1, 3, 12, 12)),
@@ -105,7 +105,7 @@ def test_batches_are_what_the_interface_says(toy: Source):
     assert batch.targets["kind"].argmax(1).tolist() == [int(t[-1]) % 2 for t in batch.tiles]
 
 
-def test_a_sample_is_made_again_from_its_key(toy: Source):
+def test_a_sample_is_replayed_from_its_key(toy: Source):
     loader = loader_of(toy, rank=1, world=2)
     batch = list(loader.steps(0, 8))[7].batches[1]
     assert digest(loader.replay(batch.keys)) == digest(batch)
@@ -115,7 +115,7 @@ def test_a_sample_is_made_again_from_its_key(toy: Source):
             loader.replay([key])
 
 
-def test_few_samples_are_repeated_with_other_randomness(write_toy: Callable[..., Source], caplog):
+def test_few_samples_are_repeated_with_other_random_numbers(write_toy: Callable[..., Source], caplog):
     few = write_toy(6)
     loader = loader_of(few)
     assert "has 6 samples, fewer than the global batch 16" in caplog.text
@@ -146,7 +146,7 @@ def test_a_mixture_gives_every_step_one_dataset_the_same_on_every_rank(write_toy
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_every_shard_is_asked_for_before_it_is_needed_in_shares_for_all_workers(toy: Source, workers: int):
+def test_every_shard_is_prefetched_before_it_is_needed_in_shares_for_all_workers(toy: Source, workers: int):
     loader = loader_of(toy, rank=1, world=2)
     loader.workers = workers
     told: list[set[int]] = [set() for _ in range(workers)]
@@ -167,7 +167,7 @@ def test_every_shard_is_asked_for_before_it_is_needed_in_shares_for_all_workers(
         ({"global_batch": 0}, SampleOrderError, "lanes 4 do not divide the global batch 0"),
     ],
 )
-def test_numbers_that_do_not_go_together_are_refused(toy: Source, changes: dict, error: type, reason: str):
+def test_numbers_that_do_not_fit_are_refused(toy: Source, changes: dict, error: type, reason: str):
     with pytest.raises(error, match=reason):
         loader_of(toy, **changes)
 
@@ -219,7 +219,7 @@ def test_a_bad_shard_is_replaced_the_same_way_everywhere_and_counted(damaged: So
     assert samples_of([loader_of(damaged).replay([key])]) == {key: whole[key]}
 
 
-def test_a_stand_in_is_drawn_from_seed_epoch_dataset_and_sample(
+def test_a_replacement_is_drawn_from_seed_epoch_dataset_and_sample(
     damaged: Source, write_toy: Callable[..., Source]
 ):
     # Samples 12 to 23 are in the bad shard. The stand-in is word * 60 // 2**64 of Philox with the key (seed 3,
@@ -241,7 +241,7 @@ def test_a_stand_in_is_drawn_from_seed_epoch_dataset_and_sample(
     assert keys == {"1/toy#1/14~42", "1/toy#1/22~51", "1/toy#1/23~51", "1/toy#1/17~28"}
 
 
-def test_a_stand_in_has_the_random_numbers_of_the_sample_that_it_replaces(
+def test_a_replacement_has_the_random_numbers_of_the_replaced_sample(
     damaged: Source, write_toy: Callable[..., Source]
 ):
     def noise(source: Source) -> dict[str, list[float]]:
@@ -256,13 +256,13 @@ def test_a_stand_in_has_the_random_numbers_of_the_sample_that_it_replaces(
     assert noise(damaged) == noise(write_toy(60))
 
 
-def test_nothing_is_left_to_replace_with(damaged: Source):
+def test_no_sample_is_left_as_replacement(damaged: Source):
     only_bad = replace(damaged, shards=damaged.shards[1:2])
     with pytest.raises(BadShard, match="samples drawn in its place are bad too"):
         digests(loader_of(only_bad, on_bad_shard="replace"), 0, 1)
 
 
-def test_filled_dates_are_counted(toy: Source):
+def test_repeated_dates_are_counted(toy: Source):
     sensor = replace(toy.spec.sensors[1], num_dates=12)
     loader = loader_of(replace(toy, spec=replace(toy.spec, sensors=(sensor,))))
     batches = next(loader.steps(0, 1)).batches

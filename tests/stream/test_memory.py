@@ -1,4 +1,4 @@
-"""A loader process needs no more memory after 20,000 samples than after 4,000, and never much."""
+"""The memory of a loader process is small and does not grow with the number of samples."""
 
 from __future__ import annotations
 

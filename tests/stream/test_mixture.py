@@ -1,4 +1,4 @@
-"""Which dataset a step draws from."""
+"""The schedule of datasets in a mixture."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ WEIGHTS = st.lists(st.sampled_from([0.1, 0.25, 1.0, 1.5, 2.0, 3.0, 7.7, 100.0]),
 
 
 @given(WEIGHTS)
-def test_counts_are_what_counting_gives_and_never_a_step_off_per_dataset(weights: list[float]):
+def test_counts_equal_counting_and_are_never_a_step_off_per_dataset(weights: list[float]):
     mixture = Mixture(weights)
     used = [0] * len(weights)
     exact = [Fraction(str(w)) for w in weights]
@@ -27,7 +27,7 @@ def test_counts_are_what_counting_gives_and_never_a_step_off_per_dataset(weights
 
 
 @given(WEIGHTS, st.integers(0, 10**18))
-def test_late_steps_count_on_exactly(weights: list[float], start: int):
+def test_late_steps_are_counted_exactly(weights: list[float], start: int):
     mixture = Mixture(weights)
     used: dict[int, int] = {}
     for step in range(start, start + 50):

@@ -1,4 +1,4 @@
-"""Batches as blocks of memory."""
+"""The layout of a batch in one block of memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from maestro_scale.stream.packing import BatchMetadata, Field, arrays_in, check_
 DTYPES = ["uint8", "int8", "int16", "uint16", "int32", "uint32", "float16", "float32", "float64", "bool"]
 
 
-def test_what_is_written_comes_out_in_its_own_dtype():
+def test_values_keep_their_dtype():
     fields = (
         *(Field("pixels", d, (3, 5), d) for d in DTYPES),
         Field("ref_date", "", (3,), "int16"),

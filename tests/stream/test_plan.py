@@ -1,4 +1,4 @@
-"""The order of samples: invariants 2 and 3 of the design, for any dataset, batch and world."""
+"""The order of samples: invariants 2 and 3, for any dataset, batch and world size."""
 
 from __future__ import annotations
 
@@ -74,9 +74,7 @@ def test_any_step_is_found_without_those_before_it(plan: SampleOrder, epoch: int
 
 
 @given(plans(), st.integers(0, 20), st.data())
-def test_the_shards_ahead_are_those_that_are_used_and_in_time(
-    plan: SampleOrder, epoch: int, data: st.DataObject
-):
+def test_upcoming_shards_are_those_used_and_in_time(plan: SampleOrder, epoch: int, data: st.DataObject):
     world = data.draw(st.sampled_from(worlds(plan)))
     rank = data.draw(st.integers(0, world - 1))
     start = data.draw(st.integers(0, plan.steps_per_epoch - 1))
@@ -92,7 +90,7 @@ def test_the_shards_ahead_are_those_that_are_used_and_in_time(
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=9).filter(any), st.integers(1, 3))
-def test_locate_finds_shard_and_place_of_every_copy(counts: list[int], copies: int):
+def test_locate_finds_shard_and_index_of_every_copy(counts: list[int], copies: int):
     total = sum(counts)
     plan = SampleOrder(counts, 0, 1, copies * total, 4)
     expected = [(s, i) for s, n in enumerate(counts) for i in range(n)] * copies
@@ -110,7 +108,7 @@ def test_another_rest_is_left_out_every_epoch(counts: tuple[int, ...]):
 
 
 @pytest.mark.parametrize("counts", [(256,), (32,) * 8])
-def test_neighbours_are_torn_apart(counts: tuple[int, ...]):
+def test_neighbours_are_separated(counts: tuple[int, ...]):
     plan = SampleOrder(counts, 1, 4, 16, 64)
     ids = epoch_of(plan, 0)
     assert np.mean(np.abs(np.diff(ids)) == 1) < 0.05
@@ -202,7 +200,7 @@ def test_a_lane_needs_few_shards_at_a_time():
     )
 
 
-def test_the_middle_of_a_hundred_million_samples_needs_no_walk():
+def test_the_middle_of_a_hundred_million_samples_is_computed_directly():
     plan = SampleOrder((2000,) * 50_000, 0, 256, 4096, 4096)
     first = plan.at(3, plan.steps_per_epoch // 2, 5, 64)
     assert len(first) == 64
@@ -217,7 +215,7 @@ def test_the_middle_of_a_hundred_million_samples_needs_no_walk():
         (((10,), 0, 1, 8, 0), "window is 0"),
     ],
 )
-def test_numbers_that_do_not_go_together_are_refused(arguments: tuple, reason: str):
+def test_numbers_that_do_not_fit_are_refused(arguments: tuple, reason: str):
     with pytest.raises(SampleOrderError, match=reason):
         SampleOrder(*arguments)
 

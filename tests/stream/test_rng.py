@@ -1,4 +1,4 @@
-"""Random numbers by what they are for."""
+"""Counter-based random numbers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WORD = st.integers(0, 2**64 - 1)
 
 
 @given(WORD, WORD, WORD, WORD, st.integers(0, 2**32 - 1), st.integers(1, 9))
-def test_numbers_are_philox_at_a_place(
+def test_numbers_are_philox_at_a_counter(
     seed: int, first: int, second: int, third: int, dataset: int, count: int
 ):
     rng = CounterRNG(seed, Purpose.SAMPLE, dataset)
@@ -35,7 +35,7 @@ def test_the_numbers_stay_what_they_were():
     )
 
 
-def test_purposes_datasets_and_places_share_no_numbers():
+def test_purposes_datasets_and_positions_share_no_numbers():
     words = [CounterRNG(0, p, d).seek(e).words(4) for p in Purpose for d in range(3) for e in range(3)]
     assert len(np.unique(np.concatenate(words))) == 4 * 27
 

@@ -1,4 +1,4 @@
-"""One sample as the model sees it."""
+"""The transform of one sample."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_noise_is_uniform_and_of_the_models_length(toy: Source, tile_of: Callabl
     assert abs(np.corrcoef(values[:, 0], values[:, 1])[0, 1]) < 0.25
 
 
-def test_all_sensors_and_targets_are_cut_and_turned_alike(toy: Source, tile_of: Callable[[int], Tile]):
+def test_all_sensors_and_targets_are_cropped_and_flipped_alike(toy: Source, tile_of: Callable[[int], Tile]):
     # Rasters that tell where they are: the coarse pixel over each fine one must agree, whatever was drawn.
     places = np.arange(36).reshape(6, 6)
     tile = tile_of(0)
@@ -131,7 +131,7 @@ def test_crop_orientation_and_noise_follow_from_the_words(toy: Source, tile_of: 
     assert (out["noise", "s2"][:2] * 2**24).tolist() == [5527984, 6783674]
 
 
-def test_every_place_is_drawn(toy: Source, tile_of: Callable[[int], Tile]):
+def test_every_offset_is_drawn(toy: Source, tile_of: Callable[[int], Tile]):
     # 60 m in steps of 10 m: a crop of 30 m begins at 4 rows and 4 columns.
     places = np.arange(36, dtype=np.uint8).reshape(6, 6)
     tile = replace(tile_of(0), targets={**tile_of(0).targets, "cover": places})
@@ -181,7 +181,7 @@ def test_repeated_and_imputed_dates_are_counted(toy: Source, tile_of: Callable[[
         assert np.isfinite(out["pixels", "s1"]).all()
 
 
-def test_a_series_of_exactly_the_wanted_dates_is_taken_whole(toy: Source, tile_of: Callable[[int], Tile]):
+def test_a_series_of_exactly_num_dates_is_used_as_it_is(toy: Source, tile_of: Callable[[int], Tile]):
     sensor = replace(toy.spec.sensors[1], num_dates=5)
     out, _ = prepare(spec_of(toy, sensors=(sensor,), crop_m=60.0), tile_of(0), flips=False)
     np.testing.assert_array_equal(out["pixels", "s2"], tile_of(0).arrays["s2"])
@@ -194,7 +194,7 @@ def test_a_series_of_exactly_the_wanted_dates_is_taken_whole(toy: Source, tile_o
         ({"bands": ()}, r"toy\.sensors\.aerial\.bands: \[\] do not index"),
     ],
 )
-def test_a_sensor_that_asks_for_what_is_not_there_is_refused(toy: Source, sensor: dict, reason: str):
+def test_a_sensor_with_missing_bands_is_refused(toy: Source, sensor: dict, reason: str):
     with pytest.raises(ValueError, match=reason):
         Transform(spec_of(toy, sensors=(replace(toy.spec.sensors[0], **sensor),)))
 
@@ -211,7 +211,7 @@ def test_a_sensor_that_asks_for_what_is_not_there_is_refused(toy: Source, sensor
     ],
 )
 @pytest.mark.parametrize("number", [0, None])
-def test_a_sample_that_is_not_what_the_spec_says_is_refused(
+def test_a_sample_that_does_not_match_the_spec_is_refused(
     toy: Source, tile_of: Callable[[int], Tile], field: str, value: np.ndarray, number: int | None
 ):
     tile = tile_of(0)
@@ -228,7 +228,7 @@ def scaled(sensor: Sensor, pixels: np.ndarray) -> np.ndarray:
     return values / np.float32(sensor.scale.divisor)
 
 
-def test_evaluation_of_the_real_tile_is_what_the_reference_prepares():
+def test_evaluation_of_the_real_tile_equals_the_reference():
     expected_path = REAL.with_name(REAL.name + "_prepared.npz")
     if not (REAL.is_dir() and expected_path.is_file()):
         pytest.skip(f"no real TreeSatAI-TS tile at {REAL} (set MAESTRO_TREESATAI_DIR)")

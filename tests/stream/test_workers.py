@@ -1,4 +1,4 @@
-"""Loader processes as the system treats them: signals, deaths, exits."""
+"""Loader processes: signals, crashes and exits."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def wait_until(true: Callable[[], bool], seconds: float) -> None:
         time.sleep(0.05)
 
 
-def test_workers_ignore_what_a_scheduler_sends_and_end_with_their_parent(program: Program):
+def test_workers_ignore_signals_of_a_scheduler_and_exit_with_their_parent(program: Program):
     group = program.process.pid
     assert program.ask("next") == "step 1"
     workers = program.workers()
@@ -117,7 +117,7 @@ def test_workers_ignore_what_a_scheduler_sends_and_end_with_their_parent(program
     wait_until(lambda: not members(group), 10)
 
 
-def test_neither_a_hanging_nor_a_killed_worker_keeps_the_program(program: Program):
+def test_neither_a_hanging_nor_a_killed_worker_blocks_the_program(program: Program):
     program.ask("next")
     os.kill(program.workers()[1], signal.SIGSTOP)
     started = time.monotonic()
