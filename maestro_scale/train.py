@@ -44,7 +44,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
     stop = StopRequest().install()  # what follows takes seconds
-    from maestro_scale.recipe import RecipeError, load_recipe
+    from maestro_scale.entry import USAGE, print_error
+    from maestro_scale.errors import MaestroError
+    from maestro_scale.recipe import load_recipe
     from maestro_scale.secrets_filter import hide_secrets
 
     hide_secrets()
@@ -58,10 +60,10 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         stop.run_dir = args.run_dir or Path("runs") / recipe.name
         return _pretrain(recipe, stop.run_dir, stop, args.fresh)
-    except RecipeError as error:
+    except MaestroError as error:
         if rank == 0:  # every rank reads the same recipe
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+            print_error(str(error))
+        return USAGE
 
 
 def _pretrain(recipe, run_dir: Path, stop: StopRequest, fresh: bool) -> int:

@@ -114,10 +114,10 @@ def test_extends_merges_mappings_and_replaces_lists(tmp_path):
     assert recipe.optim.betas == (0.8, 0.95)
 
 
-def test_extends_in_a_circle_or_to_nothing_is_refused(tmp_path):
+def test_extends_in_a_cycle_or_to_nothing_is_refused(tmp_path):
     write(tmp_path, "a.yaml", "extends: b.yaml\n")
     b = write(tmp_path, "b.yaml", "extends: a.yaml\n")
-    assert "circle: b.yaml → a.yaml → b.yaml" in refusal(b)
+    assert "cycle: b.yaml → a.yaml → b.yaml" in refusal(b)
     c = write(tmp_path, "c.yaml", "extends: aa.yaml\n")
     assert "aa.yaml does not exist (did you mean 'a.yaml'?)" in refusal(c)
 
@@ -459,10 +459,10 @@ def test_under_another_zero_stage_a_stated_micro_batch_does_not_contradict(minim
         ("prescale_gradients=true", "True contradicts False"),
         ("gradient_predivide_factor=2.0", "2.0 contradicts 1.0"),
         ("tensor_parallel.autotp_size=2", "refused: ranks share the batch"),
-        ("zero_optimization.offload_param.device=cpu", "ZeRO stage 2 would not do it: use stage 3"),
+        ("zero_optimization.offload_param.device=cpu", "ZeRO stage 2 ignores it: use stage 3"),
         (
             "zero_optimization={stage: 0, offload_optimizer: {device: cpu}}",
-            "ZeRO stage 0 would not do it: use stage 1 or higher",
+            "ZeRO stage 0 ignores it: use stage 1 or higher",
         ),
         ("optimizer.type=Adam", "refused: the optimizer is AdamW"),
         ("scheduler.type=WarmupLR", "refused: the schedule"),

@@ -1,8 +1,8 @@
-"""Starting from a model of other sensors, dates or patches: what fits is taken, the rest stays as it was drawn.
+"""Initialisation from a pretrained model of other sensors, dates or patch sizes: loads the parameters that fit.
 
-A parameter is taken where the other model has one of the same name and shape; a mask token also from a sensor that
-shares the patch embedding. Patch embeddings and their inverses are resized to another patch size so that they agree
-with what they did on resized patches (the pseudo-inverse of bilinear resizing: FlexiViT, arXiv 2212.08013, section 3).
+A parameter is loaded where the other model has one of the same name and shape; a mask token also from a sensor that
+shares the patch embedding. Patch embeddings and their inverses are resized to another patch size so that they give on
+resized patches what they gave before (the pseudo-inverse of bilinear resizing: FlexiViT, arXiv 2212.08013, section 3).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from maestro_scale.interop.export import ExportError
 from maestro_scale.interop.pretrained import read_model
 from maestro_scale.interop.sources import ModelSource
 from maestro_scale.interop.transfer import TransferredPart, TransferStatus, summarize_transfer
@@ -20,20 +21,28 @@ from maestro_scale.model.maestro import Maestro
 
 @torch.no_grad()
 def start_from(model: Maestro, url: str) -> tuple[TransferredPart, ...]:
-    """Overwrite what fits of ``model`` by the exported model at ``url``; returns what became of every part.
+    """Load into ``model`` what fits of the exported model at ``url``; returns the status of every part.
 
-    ExportError where there is no such model, or where nothing of it fits.
+    ExportError where there is no such model, its encoder has another width, or nothing of it fits.
     """
     config, state = read_model(ModelSource(url))
+    theirs, ours = config.size.width, model.config.size.width
+    if theirs != ours:
+        # A few parameters would still have the same shape (biases of pixels): training on with those helps nobody.
+        raise ExportError(
+            f"{url}: its encoder has width {theirs}, this model's has width {ours}, so its weights do not fit: "
+            "start from a model of the same width, or change model.size or model.width"
+        )
     statuses: list[tuple[str, TransferStatus, int, str]] = []
     used = set()
     for name, p in model.named_parameters():
         source = _counterpart(name, model.config, config, state)
         found = state.get(source)
-        status, why = "initialised", "not in the other model"
+        status: TransferStatus = "initialised"
+        why = "not in the other model"
         if found is not None:
             resized = _fit(name, found, p, model.config, config)
-            status, why = "initialised", f"{tuple(found.shape)} there, {tuple(p.shape)} here"
+            why = f"{tuple(found.shape)} there, {tuple(p.shape)} here"
             if resized is not None:
                 p.copy_(resized)
                 used.add(source)
@@ -45,14 +54,12 @@ def start_from(model: Maestro, url: str) -> tuple[TransferredPart, ...]:
     ]
     parts = summarize_transfer(statuses)
     if not used:
-        from maestro_scale.interop.export import ExportError
-
-        raise ExportError(f"{url}: nothing of it fits this model; they need the same width")
+        raise ExportError(f"{url}: none of its parameters has the name and shape of one of this model")
     return parts
 
 
 def _counterpart(name: str, ours: ModelConfig, theirs: ModelConfig, state: dict[str, Tensor]) -> str:
-    """The name in ``state`` to take a parameter from."""
+    """The name in ``state`` of the parameter to load."""
     kind, *rest = name.split(".")
     if kind != "mask_token" or name in state:
         return name
@@ -62,11 +69,13 @@ def _counterpart(name: str, ours: ModelConfig, theirs: ModelConfig, state: dict[
 
 
 def _fit(name: str, found: Tensor, like: Tensor, ours: ModelConfig, theirs: ModelConfig) -> Tensor | None:
-    """``found`` in the shape of ``like``; None where that makes no sense."""
+    """``found`` in the shape of ``like``; None where it cannot be resized to it."""
     if found.shape == like.shape:
         return found
     kind, embed, *_ = name.split(".")
-    if kind not in ("patch_embed", "to_pixels"):
+    # Of patch embeddings only the kernels depend on the patch size; their norms and biases are vectors of the width.
+    resizable = kind == "to_pixels" or (kind == "patch_embed" and found.ndim == like.ndim == 2)
+    if not resizable:
         return None
     new, old = (
         next((s.patch for s in config.all_sensors if s.embed == embed), 0) for config in (ours, theirs)

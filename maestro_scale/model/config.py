@@ -1,4 +1,7 @@
-"""The whole description of a model: enough to build it, to count it and to load its weights anywhere."""
+"""The configuration of a model: builds it, counts its parameters and is stored beside its weights.
+
+``to_dict`` is the format of config.json and of the model in a checkpoint's identity: fields keep their names and order.
+"""
 
 from __future__ import annotations
 
@@ -45,10 +48,11 @@ class DatasetView:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sensors in, architecture, targets out. Frozen, comparable, and plain JSON through ``to_dict``/``from_dict``.
+    """Input sensors, architecture and heads. Frozen, comparable, and plain JSON through ``to_dict``/``from_dict``.
 
-    ``others``: further datasets that the same weights serve, in a mixture. Weights are shared by name: patch embeddings
-    by ``Sensor.embed``, encoders by ``Sensor.group`` (or by sensor, as the fusion has it), mask tokens by sensor.
+    ``sensors``, ``pos_grid``, ``ref_sensor``, ``crop_m`` and ``dataset`` are the view of the first dataset; ``others``:
+    views of further datasets of a mixture. Weights are shared by name: patch embeddings by ``Sensor.embed``, encoders
+    by ``Sensor.group`` (or by sensor, depending on the fusion), mask tokens by sensor.
     ``RUNTIME_FIELDS``: fields that change how the model is computed, but not its result.
     """
 
@@ -94,7 +98,7 @@ class ModelConfig:
 
     @property
     def views(self) -> tuple[DatasetView, ...]:
-        """Every dataset the weights serve."""
+        """The views of all datasets that the weights serve."""
         return (
             DatasetView(self.dataset, self.sensors, self.pos_grid, self.ref_sensor, self.crop_m),
             *self.others,
@@ -102,42 +106,33 @@ class ModelConfig:
 
     @property
     def all_sensors(self) -> tuple[Sensor, ...]:
-        """The sensors of every view, one after the other; a name may come more than once."""
+        """The sensors of all views in order; a name can occur more than once."""
         return tuple(s for view in self.views for s in view.sensors)
 
     def adapted_to(self, images: Mapping[str, tuple[int, ...]], crop_m: float | None = None) -> ModelConfig:
-        """The same model as it sees images (B, D, C, H, W) of some of its sensors, with any number of dates.
+        """The same model for images of these shapes (B, D, C, H, W) of some of its sensors, with any number of dates.
 
-        ``crop_m``: their ground extent, where it is not the model's: grids and positions grow or shrink with it.
+        ``crop_m``: ground extent of the images, if not the model's: token grids and positions are scaled with it.
 
         Raises:
-            ValueError: a sensor that the model does not know, bands that it has not, or an extent that its patches
-                cannot divide; the message says what would do.
+            ValueError: a sensor that the model does not have, another number of bands, or an extent that is not a whole
+                number of patches; the message says what fits.
         """
         known = {s.name: s for s in self.sensors}
         unknown = [name for name in images if name not in known]
         if unknown or not images:
-            what = f"knows no sensor {unknown[0]!r}" if images else "was given no sensor"
-            raise ValueError(f"the model {what}; it knows: {', '.join(known)}")
-        scale = 1.0
-        if crop_m is not None and crop_m != self.crop_m:
-            if self.crop_m is None:
-                raise ValueError("the model does not say what ground it was trained on: crop_m cannot change")
-            scale = crop_m / self.crop_m
+            what = f"has no sensor {unknown[0]!r}" if images else "was given no sensor"
+            raise ValueError(f"the model {what}; it has: {', '.join(known)}")
+        used = [s for s in self.sensors if s.name in images]
+        scale = self._scale_to(used, crop_m)
         sensors = []
-        for s in self.sensors:
-            if s.name not in images:
-                continue
-            _, num_dates, bands, *_ = images[s.name]
-            if bands != len(s.bands):
-                raise ValueError(f"sensor {s.name}: {bands} bands were given, the model has {len(s.bands)}")
-            grid = s.grid * scale
-            if abs(grid - round(grid)) > 1e-6 or grid < 1:
+        for s in used:
+            _, num_dates, num_bands, *_ = images[s.name]
+            if num_bands != len(s.bands):
                 raise ValueError(
-                    f"sensor {s.name}: {crop_m:g} m are {grid:g} patches; take a multiple of "
-                    f"{self.crop_m / math.gcd(*(x.grid for x in self.sensors)):g} m"
+                    f"sensor {s.name}: {num_bands} bands were given, the model has {len(s.bands)}"
                 )
-            sensors.append(replace(s, num_dates=num_dates, image_size=round(grid) * s.patch))
+            sensors.append(replace(s, num_dates=num_dates, image_size=round(s.grid * scale) * s.patch))
         names = {s.name for s in sensors}
         return replace(
             self,
@@ -148,11 +143,29 @@ class ModelConfig:
             heads=(),
         )
 
+    def _scale_to(self, sensors: Iterable[Sensor], crop_m: float | None) -> float:
+        """Extent ``crop_m`` as a multiple of the model's; ValueError if that is not a whole number of patches."""
+        if crop_m is None or crop_m == self.crop_m:
+            return 1.0
+        if self.crop_m is None:
+            raise ValueError(
+                "the model's config has no crop_m to scale another extent from: leave crop_m out"
+            )
+        scale = crop_m / self.crop_m
+        for s in sensors:
+            grid = s.grid * scale
+            if abs(grid - round(grid)) > 1e-6 or grid < 1:
+                raise ValueError(
+                    f"sensor {s.name}: {crop_m:g} m are {grid:g} patches; use a multiple of "
+                    f"{self.crop_m / math.gcd(*(x.grid for x in self.sensors)):g} m"
+                )
+        return scale
+
     def for_dataset(self, dataset: str) -> ModelConfig:
-        """The same model as it sees one dataset. A model with one view sees any dataset that way.
+        """The same model for one dataset only. A model with a single view uses it for any dataset.
 
         Raises:
-            KeyError: none of several views is called so; the message names them.
+            KeyError: none of several views has this name; the message lists them.
         """
         if not self.others:
             return self
@@ -160,18 +173,15 @@ class ModelConfig:
             if dataset in (view.dataset, view.dataset.partition("#")[0]):
                 return replace(self, **vars(view), others=())
         raise KeyError(
-            f"the model knows no dataset {dataset!r}; it knows: {', '.join(v.dataset for v in self.views)}"
+            f"the model has no dataset {dataset!r}; it has: {', '.join(v.dataset for v in self.views)}"
         )
 
     @property
     def recompute_every(self) -> int:
-        """n: activation checkpointing of every n-th block; 0: of none."""
-        named = {"none": 0, "blocks": 1}
-        return (
-            named[self.checkpointing]
-            if self.checkpointing in named
-            else int(self.checkpointing.split("_")[1])
-        )
+        """Activation checkpointing of every n-th block; 0: of none."""
+        if self.checkpointing == "none":
+            return 0
+        return 1 if self.checkpointing == "blocks" else int(self.checkpointing.removeprefix("every_"))
 
     def token_groups(self, sensor: Sensor) -> tuple[int, ...]:
         """Bands per token: one entry when all bands share a token (joint), the sensor's token groups otherwise."""
@@ -187,7 +197,7 @@ class ModelConfig:
         """Pixels per side, per token of the reference sensor's grid, that a segmentation head predicts.
 
         Raises:
-            ValueError: no sensor is the reference, or the target's pixels cannot be shared out over its tokens.
+            ValueError: there is no reference sensor, or its tokens do not divide the target's pixels.
         """
         ref = next((s for s in self.sensors if s.name == self.ref_sensor), None)
         if ref is None:

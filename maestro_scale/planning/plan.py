@@ -159,8 +159,8 @@ def plan_cluster(
 def _layout(
     recipe: Recipe, parameters: int, largest: Cost, gpu: Gpu, n: int, stage: int, micro: int
 ) -> LayoutEstimate:
-    num_micro_batches = recipe.train.global_batch // (n * micro)
-    config = recipe.with_zero_stage(stage, micro).deepspeed_config(n, "cuda")
+    variant = recipe.with_zero_stage(stage, micro)
+    num_micro_batches, config = variant.num_micro_batches(n), variant.deepspeed_config(n, "cuda")
     memory = footprint(parameters, n, config, num_micro_batches, ema=recipe.optim.ema > 0)
     value_bytes = 2 if recipe.train.precision_on("cuda") == "bf16" else 4
     activations = micro * largest.activations * value_bytes

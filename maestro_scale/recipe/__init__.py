@@ -1,4 +1,4 @@
-"""The recipe: YAML → frozen, validated objects."""
+"""Recipes: YAML files, validated into frozen objects, and resolved against the datasets they name."""
 
 from maestro_scale.recipe.data import MixtureEntry
 from maestro_scale.recipe.errors import RecipeError

@@ -1,4 +1,4 @@
-"""The ``data`` section: which datasets, and which of their sensors, seen how."""
+"""The ``data`` section of a recipe: the mixture of datasets, changes to their sensors, and how shards are read."""
 
 from __future__ import annotations
 
@@ -12,44 +12,44 @@ from maestro_scale.recipe.fields import Count, Place, Section, distinct, listed,
 
 
 class ScaleOverride(Section):
-    """How raw values become network inputs; what is left out stays as the dataset has it."""
+    """Changes to how raw values become network inputs; omitted fields keep the dataset's values."""
 
     kind: Literal["linear", "log"] | None = None
     """``linear``: x / divisor; ``log``: ln(max(x, 1e-10)) / divisor."""
     divisor: Annotated[float, Field(gt=0)] | None = None
-    """What the value is divided by."""
+    """Divisor of the value."""
 
 
 class SensorOverride(Section):
-    """Changes to one sensor of the preset (datasets.spec.Sensor); what is left out stays."""
+    """Changes to one sensor of the dataset's preset (datasets.spec.Sensor); omitted fields keep their values."""
 
     source: str | None = None
     """The stored modality it reads."""
     image_size: Count | None = None
-    """Pixels per side that the model sees; a multiple of ``patch``."""
+    """Pixels per side of the model's input, to which the crop is resized; a multiple of ``patch``."""
     patch: Count | None = None
     """Pixels per patch side."""
     num_dates: Count | None = None
-    """Dates drawn per tile, one from each of this many equal bins."""
+    """Dates sampled per tile, one from each of this many equal bins of the series."""
     bands: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     """Indices into the modality's bands, in model order."""
     band_groups: tuple[Count, ...] | None = None
-    """Sizes of the consecutive groups the targets are normalised over; they add up to the number of bands."""
+    """Sizes of the consecutive groups of bands that targets are normalised over; they add up to the number of bands."""
     token_groups: tuple[Count, ...] | None = None
-    """Bands per token where model.spectral is ``token``; they add up likewise; []: one token for all."""
+    """Bands per token with model.spectral=token; they add up to the number of bands; []: one token for all."""
     scale: ScaleOverride | None = None
     """How raw values become network inputs."""
     group: str | None = None
-    """Sensors of one group share one sequence in the encoder."""
+    """Sensors of one group form one token sequence in the encoder."""
     embed: str | None = None
-    """Sensors of one embed share patch-embedding weights (same patch, same number of bands)."""
+    """Sensors of one embed share the weights of the patch embedding (same patch, same number of bands)."""
     mask_threshold: Annotated[float, Field(ge=0, le=100)] | None = None
-    """A pixel is marked where any mask band exceeds this, in percent."""
+    """A pixel is cloudy or snowy where any mask band exceeds this, in percent."""
     elevation: bool | None = None
-    """Channel 1 becomes 30 · (channel 0 - channel 1), after scaling."""
+    """After scaling, channel 1 becomes 30 · (channel 0 - channel 1): the height above the terrain."""
 
     @model_validator(mode="after")
-    def _fits_together(self) -> SensorOverride:
+    def _check_sizes(self) -> SensorOverride:
         # Here only what the override says by itself, so that the message names the file; resolve_spec checks the rest.
         if self.image_size and self.patch:
             reason = patch_problem(self.image_size, self.patch)
@@ -75,9 +75,10 @@ class MixtureEntry(Section):
     weight: Annotated[float, Field(gt=0)] = 1.0
     """How often the mixture draws a step from it, relative to the other entries."""
     sensors: dict[str, SensorOverride | None] = Field(default_factory=dict)
-    """Changes to its sensors by name; null leaves the sensor out."""
+    """Changes to its sensors by name; null omits the sensor."""
     crop_m: Annotated[float, Field(gt=0)] | None = None
-    """Ground extent of the random crop in metres; null: the dataset's own."""
+    """Ground extent of the random crop in metres: at most the tile, else a multiple of the coarsest sensor's pixel;
+    null: the dataset's default."""
 
 
 class Data(Section):
@@ -86,32 +87,35 @@ class Data(Section):
     mixture: Annotated[tuple[MixtureEntry, ...], AfterValidator(some)]
     """The datasets; each step draws its global batch from one of them."""
     lanes: Count = 32
-    """Most ranks that can ever share this run; part of the order of samples. Divides train.global_batch."""
+    """Largest number of ranks that can ever share this run. Determines the order of samples, so it cannot change later.
+    Divides train.global_batch."""
     workers: Annotated[int, Field(ge=0)] = 4
-    """Loader processes per rank; 0 reads in the training process."""
+    """Loader processes per rank; 0: samples are read in the training process."""
     cache_dir: Place = "~/.cache/maestro-scale"
-    """Local folder for shards read from elsewhere."""
+    """Local folder for downloaded shards."""
     cache_gib: Annotated[float, Field(gt=0)] = 100
-    """Most that the cache may hold."""
+    """Size limit of the cache in GiB."""
     retry_s: Annotated[float, Field(gt=0)] = 120
-    """Seconds that a failing request to an object store is tried again before the run ends; never after 403 or 404."""
+    """Seconds for which a failing request to an object store is retried before the run ends; 403 and 404 are not
+    retried."""
     on_bad_shard: Literal["fail", "replace"] = "fail"
-    """After a second failed fetch: stop and name it, or replace its samples deterministically and count."""
+    """After a second failed download of a shard: fail (stop and name it), or replace its samples deterministically and
+    count them."""
     shuffle_window: Count = 4096
-    """Samples of a lane that are shuffled together."""
+    """Number of consecutive samples of a lane that are shuffled together."""
     flips: bool = True
-    """Flip and transpose at random, all sensors of a sample alike."""
+    """Flip and transpose at random, the same for all sensors of a sample."""
 
     @model_validator(mode="after")
-    def _no_sample_twice(self) -> Data:
-        seen: set[tuple[str, str]] = set()
+    def _check_no_split_twice(self) -> Data:
+        used: set[tuple[str, str]] = set()
         for i, entry in enumerate(self.mixture):
             for split in entry.split:
                 where = (entry.shards.rstrip("/"), split)
-                if where in seen:
+                if where in used:
                     reason = (
                         f"{where[0]} is in the mixture already with split {split!r}: raise its weight instead"
                     )
                     raise ConflictError((("mixture", i), reason))
-                seen.add(where)
+                used.add(where)
         return self

@@ -1,7 +1,7 @@
-"""The ``deepspeed:`` section: passed on as it is, with what the rest of the recipe decides filled in.
+"""The ``deepspeed:`` section: checks it against the rest of the recipe and fills in the derived values.
 
 Verified against DeepSpeed 0.19.8 (runtime/config.py, runtime/engine.py). Defaults that changed between its
-releases or that the training loop relies on are written out.
+releases, or that the training loop relies on, are set explicitly.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 DEFAULT_STAGE = 2
 
-# The loop scales the loss for this reduction and steps on this boundary; another value would train wrong.
+# The training loop scales the loss for this reduction and steps at this boundary: other values give wrong gradients.
 _PINNED = {
     "gradient_allreduce_op": "mean",
     "managed_gradient_accumulation": True,
@@ -25,7 +25,7 @@ _PINNED = {
 FROM_MICRO_BATCH = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 _REFUSED = {
-    "elasticity": "DeepSpeed 0.19 removed it; data.lanes lets a run continue on another number of ranks",
+    "elasticity": "DeepSpeed 0.19 removed it; data.lanes lets a run resume on another number of ranks",
     "amp": "DeepSpeed 0.19 removed it; use train.precision",
     "optimizer": "the optimizer is AdamW with the values of the recipe's optim section; leave it out",
     "tensor_parallel": "ranks share the batch, not the layers: leave it out, and use a higher ZeRO stage for memory",
@@ -37,7 +37,7 @@ _ZERO_REFUSED = {
 }
 _OFFLOAD_FROM = {"offload_optimizer": 1, "offload_param": 3}  # the first ZeRO stage that does it
 _MAPPINGS = ("zero_optimization", "bf16", "fp16", "torch_autocast", "data_types", "checkpoint")
-# DeepSpeed ignores a top-level key that it does not know: a misspelt one of these would go unnoticed.
+# DeepSpeed ignores unknown top-level keys, so that a misspelt one would have no effect and no message.
 _KNOWN = (
     "activation_checkpointing",
     "aio",
@@ -81,7 +81,7 @@ _KNOWN = (
 
 @dataclass(frozen=True)
 class Derived:
-    """What the rest of the recipe decides. None: not known yet, so neither filled in nor checked."""
+    """Values that follow from the rest of the recipe. None: not known yet, so neither filled in nor checked."""
 
     global_batch: int
     micro_batch: int
@@ -89,14 +89,21 @@ class Derived:
     world_size: int | None = None
     precision: str | None = None  # "bf16" or "fp32"
 
+    @property
+    def num_micro_batches(self) -> int | None:
+        """Micro-batches of a rank per optimizer step, which DeepSpeed calls gradient accumulation steps."""
+        if self.world_size is None:
+            return None
+        return self.global_batch // (self.micro_batch * self.world_size)
+
 
 def stage_of(section: Mapping[str, Any]) -> int:
-    """The ZeRO stage of a ``deepspeed:`` section (2 where it does not say)."""
+    """The ZeRO stage of a ``deepspeed:`` section (default 2)."""
     return section.get("zero_optimization", {}).get("stage", DEFAULT_STAGE)
 
 
 def problems(section: Mapping[str, Any], derived: Derived) -> Iterator[tuple[tuple[str, ...], str]]:
-    """(key path within the section, reason) of everything in ``section`` that cannot be passed on."""
+    """(key path within the section, reason) of every setting that DeepSpeed or the training loop cannot use."""
     flat = [key for key in _MAPPINGS if not isinstance(section.get(key, {}), dict)]
     if flat:
         yield from (((key,), f"must be a mapping of keys to values, got {section[key]!r}") for key in flat)
@@ -130,7 +137,7 @@ def problems(section: Mapping[str, Any], derived: Derived) -> Iterator[tuple[tup
         if isinstance(offload, dict) and offload.get("device", "none") != "none" and stage < first:
             yield (
                 ("zero_optimization", part),
-                f"ZeRO stage {stage} would not do it: use stage {first}{' or higher' * (first < 3)}, or leave it out",
+                f"ZeRO stage {stage} ignores it: use stage {first}{' or higher' * (first < 3)}, or leave it out",
             )
     for path, value, source in _decided(section, derived):
         said = _get(section, path)
@@ -139,7 +146,7 @@ def problems(section: Mapping[str, Any], derived: Derived) -> Iterator[tuple[tup
 
 
 def filled(section: Mapping[str, Any], derived: Derived) -> dict[str, Any]:
-    """A complete DeepSpeed config: ``section``, the derived values, and every default relied on."""
+    """A complete DeepSpeed config: ``section``, the derived values, and the defaults that training relies on."""
     config = copy.deepcopy(dict(section))
     for path, value, _ in _decided(section, derived):
         _put(config, path, value, over=True)
@@ -152,10 +159,9 @@ def _decided(section: Mapping[str, Any], d: Derived) -> Iterator[tuple[tuple[str
     yield ("train_batch_size",), d.global_batch, f"train.global_batch {d.global_batch}"
     yield ("train_micro_batch_size_per_gpu",), d.micro_batch, f"train.micro_batch {d.micro_batch}"
     yield ("gradient_clipping",), d.clip, f"optim.clip {d.clip}"
-    if d.world_size is not None:
-        steps = d.global_batch // (d.micro_batch * d.world_size)
+    if d.num_micro_batches is not None:
         source = f"train.global_batch {d.global_batch} on {d.world_size} ranks of micro_batch {d.micro_batch}"
-        yield ("gradient_accumulation_steps",), steps, source
+        yield ("gradient_accumulation_steps",), d.num_micro_batches, source
     yield ("fp16", "enabled"), False, "train.precision, bf16 or fp32"
     for key, value in _PINNED.items():
         yield (key,), value, "the training loop, which is written for it"
@@ -166,10 +172,9 @@ def _decided(section: Mapping[str, Any], d: Derived) -> Iterator[tuple[tuple[str
 def _decided_precision(
     section: Mapping[str, Any], precision: str
 ) -> Iterator[tuple[tuple[str, ...], Any, str]]:
-    """bf16 weights with fp32 masters under ZeRO, or autocast over fp32 weights where the recipe asks for it.
+    """bf16 weights with fp32 master weights under ZeRO, or autocast over fp32 weights if the recipe enables it.
 
-    Without ZeRO it is always autocast: DeepSpeed's bf16 optimizer starts with a dummy Adam step there (its
-    issue #5104).
+    Without ZeRO always autocast: there DeepSpeed's bf16 optimizer begins with a dummy Adam step (issue #5104).
     """
     stage, low = stage_of(section), precision == "bf16"
     autocast = low and (stage == 0 or bool(_get(section, ("torch_autocast", "enabled"))))
@@ -187,7 +192,7 @@ def _relied_on(config: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Any
     yield (
         ("bf16", "check_grad_overflow"),
         True,
-    )  # the default changed in 0.19.3; a NaN gradient must skip its step
+    )  # the default changed in 0.19.3; a step with a NaN gradient must be skipped
     yield ("bf16", "immediate_grad_update"), False
     yield (
         ("data_types", "grad_accum_dtype"),
@@ -195,7 +200,7 @@ def _relied_on(config: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Any
     )  # the loss curve must not depend on the number of micro-batches
     yield ("communication_data_type",), "bf16" if low else "fp32"
     yield ("seq_parallel_communication_data_type",), "fp32"
-    yield ("steps_per_print",), 10**9  # the loop prints its own progress
+    yield ("steps_per_print",), 10**9  # the training loop prints the progress
     yield ("wall_clock_breakdown",), False
     yield ("dump_state",), False
     yield ("zero_allow_untested_optimizer",), False
@@ -203,7 +208,7 @@ def _relied_on(config: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Any
     yield (
         ("checkpoint", "tag_validation"),
         "Fail",
-    )  # ranks that disagree on the tag would write half a checkpoint
+    )  # ranks with different tags would each write a part of another checkpoint
     yield ("checkpoint", "load_universal"), False
     zero = "zero_optimization"
     yield (zero, "stage"), DEFAULT_STAGE
@@ -217,7 +222,7 @@ def _relied_on(config: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Any
         yield (
             (zero, "stage3_gather_16bit_weights_on_model_save"),
             True,
-        )  # without it saving returns False in silence
+        )  # without it saving returns False without an error
 
 
 def _get(node: Any, path: tuple[str, ...]) -> Any:

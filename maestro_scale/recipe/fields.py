@@ -1,4 +1,4 @@
-"""What every section is made of: the base class and the kinds of field."""
+"""Base class of all recipe sections, and the field types they share."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ def _without_credentials(url: str) -> str:
     return url
 
 
-# a path or URL; ~ is the home folder
+# A path or URL; ~ is expanded. Credentials in it are refused: recipes are copied into run directories and MLflow.
 Place = Annotated[
     str, Field(min_length=1), AfterValidator(os.path.expanduser), AfterValidator(_without_credentials)
 ]
 
 
 def listed(value: Any) -> Any:
-    """One name where a list of them may stand is a list of one."""
-    if isinstance(value, list):  # pydantic's strict mode takes lists for tuples only straight from JSON
+    """A single name, where a list of names is expected, as a list of one."""
+    if isinstance(value, list):  # pydantic's strict mode accepts lists for tuples only when parsing JSON
         return tuple(value)
     return (value,) if isinstance(value, str) else value
 
@@ -49,7 +49,7 @@ def distinct(values: tuple) -> tuple:
 
 
 class Section(BaseModel):
-    """Frozen; a key that is not a field is an error; nothing is converted from text to number or back."""
+    """Frozen; an unknown key is an error; text is never converted to a number or the reverse."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -62,7 +62,7 @@ class Section(BaseModel):
 
 
 def nearest_divisors(wanted: int, number: int) -> str:
-    """The divisors of ``number`` next below and above ``wanted``, in words: ``8 or 12``."""
+    """The divisors of ``number`` at or below and above ``wanted``, for messages: ``8 or 12``."""
     divisors = [d for d in range(1, number + 1) if number % d == 0]
     below = [d for d in divisors if d <= wanted][-1:]
     above = [d for d in divisors if d > wanted][:1]

@@ -1,4 +1,4 @@
-"""From a file and overrides to a Recipe, or to a message that says what to change."""
+"""Loads and validates recipes, and turns validation errors into messages that say what to change."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def validated(tree: Tree) -> Recipe:
         return _validate(tree.data)
     except ValidationError as error:
         first = error
-    # a value from the environment was read as YAML, but some fields want it as written
+    # A value from the environment was parsed as YAML (0012 became 12), but text fields need it as written.
     data = tree.data
     for loc in (tuple(e["loc"]) for e in first.errors() if e["type"] == "string_type"):
         if loc in tree.texts:
@@ -47,7 +47,7 @@ def validated(tree: Tree) -> Recipe:
 
 
 def _validate(data: Mapping[str, Any]) -> Recipe:
-    # from JSON, strict mode takes a list for a tuple and still no text for a number
+    # In strict mode pydantic accepts a list for a tuple only from JSON; it still refuses text for a number.
     return Recipe.model_validate_json(json.dumps(data, default=str))
 
 

@@ -1,7 +1,8 @@
-"""From files and ``--set`` to one plain tree: YAML, ``extends``, overrides, environment. No meaning yet.
+"""Merges recipe files, ``extends``, ``--set`` overrides and the environment into one tree of plain values.
 
 Every layer (a file, then the files that extend it, then ``--set``) is merged over the ones before: mappings
-key by key, anything else replaced. ``origins`` remembers which layer said what, for the error messages.
+key by key, anything else is replaced. ``origins`` records which layer set a value, for error messages. Values are
+validated later (loading.py).
 """
 
 from __future__ import annotations
@@ -21,17 +22,16 @@ from maestro_scale.recipe import environment
 from maestro_scale.recipe.errors import RecipeError
 
 _SET = "--set"
-_RIVALS = {
-    "train": ("epochs", "steps")
-}  # exactly one of these holds: a later layer's choice drops an earlier one's
+# Exactly one of these keys may be set: where a later layer sets one, those of earlier layers are dropped.
+_EXCLUSIVE = {"train": ("epochs", "steps")}
 
 
 @dataclass(frozen=True)
 class Tree:
     """A recipe before validation.
 
-    ``texts``: what stood in the environment, for values that were one whole ``${VAR}``: a field that wants
-    text gets it as written (a run called 0012), all others the YAML value.
+    ``texts``: the environment's text of values that consist of one ``${VAR}``: text fields take it as written (a run
+    named 0012), all others its YAML value.
     """
 
     data: dict[str, Any]
@@ -39,14 +39,14 @@ class Tree:
     texts: Mapping[KeyPath, str] = field(default_factory=dict)
 
     def origin(self, loc: KeyPath) -> str:
-        """The file (or ``--set``) that said ``loc``, or the closest thing around it."""
+        """The file (or ``--set``) that set ``loc``, or its closest parent that one set."""
         while loc and loc not in self.origins:
             loc = loc[:-1]
         return self.origins[loc]
 
 
 def read_tree(path: str | Path, overrides: Sequence[str]) -> Tree:
-    """The file, what it extends, ``overrides`` and the environment; RecipeError if any is amiss."""
+    """The file, what it extends, ``overrides`` and the environment, merged; RecipeError if any is invalid."""
     tree = _with_overrides(_read_chain(Path(path), ()), overrides)
     texts: dict[KeyPath, str] = {}
 
@@ -64,12 +64,12 @@ def read_tree(path: str | Path, overrides: Sequence[str]) -> Tree:
 
 
 def parse_yaml(text: str) -> Any:
-    """YAML as people expect it: ``3e-5`` is a number, ``2024-01-01`` text, a key given twice an error."""
+    """YAML 1.2 scalars: ``3e-5`` is a number, ``2024-01-01`` is text; a duplicate key is an error."""
     return yaml.load(text, Loader=_Loader)
 
 
 def dump_yaml(data: Any) -> str:
-    """YAML that :func:`parse_yaml` reads back the same: what that takes for a number, and is text, is quoted."""
+    """YAML that :func:`parse_yaml` reads back unchanged: text that it would read as a number is quoted."""
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
 
 
@@ -77,7 +77,7 @@ def _read_chain(path: Path, below: tuple[Path, ...]) -> Tree:
     """``path`` merged over everything it extends. ``below``: the files that led here."""
     here = path.resolve()
     if here in below:
-        raise RecipeError(f"{below[-1]}: extends: a circle: {' → '.join(p.name for p in (*below, here))}")
+        raise RecipeError(f"{below[-1]}: extends: a cycle: {' → '.join(p.name for p in (*below, here))}")
     data = _read_file(path)
     parent = data.pop("extends", None)
     layer = Tree({k: v for k, v in data.items() if v is not None}, dict(_origins(data, str(path))))
@@ -94,7 +94,7 @@ def _read_chain(path: Path, below: tuple[Path, ...]) -> Tree:
         raise RecipeError(f"{path}: extends: {target} does not exist{did_you_mean(target.name, there)}")
     base = _read_chain(target, (*below, here))
     return Tree(
-        _merged(_without_rivals(base.data, layer.data), layer.data), {**base.origins, **layer.origins}
+        _merged(_without_exclusive(base.data, layer.data), layer.data), {**base.origins, **layer.origins}
     )
 
 
@@ -122,11 +122,12 @@ def _merged(base: Any, layer: Any) -> Any:
     return {**base, **{key: _merged(base.get(key), value) for key, value in layer.items()}}
 
 
-def _without_rivals(base: dict[str, Any], layer: Mapping[str, Any]) -> dict[str, Any]:
-    for section, rivals in _RIVALS.items():
-        said, had = layer.get(section), base.get(section)
-        if isinstance(said, dict) and isinstance(had, dict) and any(said.get(r) is not None for r in rivals):
-            base = {**base, section: {k: v for k, v in had.items() if k not in rivals}}
+def _without_exclusive(base: dict[str, Any], layer: Mapping[str, Any]) -> dict[str, Any]:
+    """``base`` without exclusive keys where ``layer`` sets one of them."""
+    for section, keys in _EXCLUSIVE.items():
+        new, old = layer.get(section), base.get(section)
+        if isinstance(new, dict) and isinstance(old, dict) and any(new.get(key) is not None for key in keys):
+            base = {**base, section: {k: v for k, v in old.items() if k not in keys}}
     return base
 
 
@@ -139,11 +140,11 @@ def _origins(node: Any, source: str, loc: KeyPath = ()) -> Iterator[tuple[KeyPat
 
 def _with_overrides(tree: Tree, overrides: Sequence[str]) -> Tree:
     parsed = [_parse_override(text) for text in overrides]
-    said: dict[str, Any] = {}
+    layer: dict[str, Any] = {}
     for loc, value in parsed:
         if not any(isinstance(part, int) for part in loc):
-            said = _merged(said, _nested(loc, value))
-    data, origins = copy.deepcopy(_without_rivals(tree.data, said)), dict(tree.origins)
+            layer = _merged(layer, _nested(loc, value))
+    data, origins = copy.deepcopy(_without_exclusive(tree.data, layer)), dict(tree.origins)
     for loc, value in parsed:
         data = _assigned(data, loc, value, ())
         for i in range(1, len(loc)):
@@ -172,7 +173,7 @@ def _nested(loc: KeyPath, value: Any) -> Any:
 
 
 def _assigned(node: Any, loc: KeyPath, value: Any, done: KeyPath) -> Any:
-    """``node`` with ``value`` at ``loc``; mappings on the way are made where there is nothing."""
+    """``node`` with ``value`` at ``loc``; missing mappings on the way are created. ``done``: path of ``node``."""
     if not loc:
         return _merged(node, value)
     head, rest = loc[0], loc[1:]

@@ -103,7 +103,8 @@ def _unknown_sensors(spec: DatasetSpec, entry: MixtureEntry) -> Iterator[Problem
 def _view_problems(spec: DatasetSpec) -> Iterator[Problem]:
     """What does not fit in a resolved spec. The rest of it was checked when its manifest was read."""
     for sensor in spec.sensors:
-        for path, reason in (*sensor_problems(sensor), *source_problems(sensor, spec.modalities)):
+        # Bands first: groups that do not add up may only follow from them.
+        for path, reason in (*source_problems(sensor, spec.modalities), *sensor_problems(sensor)):
             yield ("sensors", sensor.name, *path), reason
     for path, reason in sharing_problems([("", spec.sensors)]):
         yield ("sensors", *path), reason

@@ -1,4 +1,4 @@
-"""The recipe as one object, and what only the sections together decide."""
+"""The recipe as one object: its sections, the checks across sections, and the values derived from several of them."""
 
 from __future__ import annotations
 
@@ -30,32 +30,32 @@ Scalar = str | int | float | bool
 
 
 class Recipe(Section):
-    """Everything that decides a run. Made by ``load_recipe``; equal recipes give equal runs."""
+    """All settings of a run. Created by ``load_recipe``; equal recipes give equal runs."""
 
     name: Annotated[str, Field(pattern=r"^\w[\w.\-]*$", max_length=200)]
-    """Names the run and its directory: letters, digits, ``_``, ``-`` and ``.``."""
+    """Name of the run and of its directory: letters, digits, ``_``, ``-`` and ``.``."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Of the weights, of the order of samples and of all that is drawn for them."""
+    """Seed of the initial weights, the order of samples, and all random numbers of the data (crops, dates, masks)."""
     data: Data
     """Where the samples come from and how they are read."""
     model: Model = Model()
-    """What is learned."""
+    """The network and its pretraining task."""
     masking: Masking = Masking()
-    """How much of the input is hidden."""
+    """How much of the input is masked."""
     optim: Optim = Optim()
     """AdamW and its schedule."""
     train: Train = Field(default_factory=lambda: Train(epochs=100))
-    """How long, in what pieces, in what precision."""
+    """Length, batch sizes and precision of training."""
     deepspeed: dict[str, Any] = Field(
         default_factory=lambda: {"zero_optimization": {"stage": engine_config.DEFAULT_STAGE}}
     )
     """DeepSpeed's own config; see ``deepspeed_config`` for what is filled in."""
     checkpoint: Checkpoint = Checkpoint()
-    """What is kept for resuming."""
+    """When checkpoints are written and how many are kept."""
     tracking: Tracking = Tracking()
     """MLflow and pictures."""
     evaluation: Evaluation = Evaluation()
-    """What is measured on frozen embeddings."""
+    """Evaluation on benchmarks: frozen features and finetuning."""
 
     @property
     def lr(self) -> float:
@@ -67,10 +67,17 @@ class Recipe(Section):
         """DeepSpeed's ZeRO stage, 0 to 3."""
         return engine_config.stage_of(self.deepspeed)
 
+    def num_micro_batches(self, world_size: int) -> int:
+        """Micro-batches of a rank per optimizer step. RecipeError where the ranks do not fit the batch or the lanes."""
+        check_world(self, world_size)
+        num_micro_batches = self._derived(world_size, None).num_micro_batches
+        assert num_micro_batches is not None  # the number of ranks is given
+        return num_micro_batches
+
     def deepspeed_config(self, world_size: int, device: str | None = None) -> dict[str, Any]:
         """The config for ``deepspeed.initialize`` on ``world_size`` ranks.
 
-        ``device`` (``cpu``, ``cuda``, …) settles ``train.precision: auto`` and may be left out otherwise.
+        ``device`` (``cpu``, ``cuda``, …) decides what ``train.precision: auto`` means; not needed otherwise.
 
         Raises:
             RecipeError: the ranks do not fit the batch or the lanes, or the section contradicts the recipe.
@@ -88,23 +95,24 @@ class Recipe(Section):
         return engine_config.filled(self.deepspeed, derived)
 
     def with_zero_stage(self, stage: int, micro_batch: int | None = None) -> Recipe:
-        """The same recipe under another ZeRO stage, without what its section says of another one, and micro-batch."""
-        said = dict(self.deepspeed.get("zero_optimization", {}))
+        """This recipe with another ZeRO stage and micro-batch; settings that contradict them are dropped."""
+        zero = dict(self.deepspeed.get("zero_optimization", {}))
         if stage != self.zero_stage:
-            said = {k: v for k, v in said.items() if not k.startswith(("stage3_", "offload_"))}
+            zero = {k: v for k, v in zero.items() if not k.startswith(("stage3_", "offload_"))}
         train = self.train.model_copy(update={"micro_batch": micro_batch or self.train.micro_batch})
         rest = self.deepspeed
         if train.micro_batch != self.train.micro_batch:
             rest = {k: v for k, v in rest.items() if k not in engine_config.FROM_MICRO_BATCH}
-        deepspeed = {**rest, "zero_optimization": {**said, "stage": stage}}
+        deepspeed = {**rest, "zero_optimization": {**zero, "stage": stage}}
         return self.model_copy(update={"train": train, "deepspeed": deepspeed})
 
     def to_yaml(self) -> str:
-        """The whole recipe, every default written out; loading it gives an equal recipe on any machine."""
+        """The recipe as YAML with all defaults written out; loading it gives an equal recipe on any machine."""
         return dump_yaml(environment.escape(self.model_dump(mode="json")))
 
     def to_shown_yaml(self) -> str:
-        """As ``to_yaml``, with secrets hidden: before it is YAML, which quotes and folds them beyond recognition."""
+        """As ``to_yaml``, with secrets hidden. Values are filtered before the conversion to YAML: quoted and folded
+        text would no longer match the patterns of secrets."""
         return dump_yaml(environment.escape(scrub_tree(self.model_dump(mode="json"))))
 
     def flat(self) -> dict[str, Scalar]:
@@ -118,7 +126,7 @@ class Recipe(Section):
         )
 
     @model_validator(mode="after")
-    def _sections_agree(self) -> Recipe:
+    def _check_across_sections(self) -> Recipe:
         wrong: list[tuple[KeyPath, str]] = []
         lanes, batch = self.data.lanes, self.train.global_batch
         if batch % lanes:
@@ -126,13 +134,15 @@ class Recipe(Section):
             reason = f"{lanes} does not divide train.global_batch {batch}: use {near}"
             wrong.append((("data", "lanes"), reason))
         if self.masking.band_group and self.model.spectral == "joint":
-            reason = "needs model.spectral=token, a joint token holds all bands: set it to 0"
+            reason = "needs model.spectral=token, as a joint token holds all bands: set it to 0"
             wrong.append((("masking", "band_group"), reason))
         precision = None if self.train.precision == "auto" else self.train.precision
         found = engine_config.problems(self.deepspeed, self._derived(None, precision))
         wrong += [(("deepspeed", *loc), reason) for loc, reason in found]
         if not wrong and self.model.compile and self.zero_stage == 3:
-            reason = "ZeRO stage 3 gathers weights inside of what would be compiled: set it to false, or use stage 2"
+            reason = (
+                "ZeRO stage 3 gathers weights inside the compiled blocks: set it to false, or use stage 2"
+            )
             wrong.append((("model", "compile"), reason))
         if wrong:
             raise ConflictError(*wrong)
@@ -140,7 +150,7 @@ class Recipe(Section):
 
 
 def check_world(recipe: Recipe, world_size: int) -> None:
-    """RecipeError, with what would fit, unless ``world_size`` ranks can share the lanes and the batch."""
+    """RecipeError, with values that would fit, unless ``world_size`` ranks can share the lanes and the batch."""
     lanes, batch, micro = recipe.data.lanes, recipe.train.global_batch, recipe.train.micro_batch
     if world_size < 1:
         raise RecipeError(f"{world_size} ranks: a run needs at least one")

@@ -1,4 +1,4 @@
-"""The sections of a recipe but ``data``. Each field is documented by the string below it."""
+"""The sections of a recipe except ``data``. Each field is documented by the string below it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Precision = Literal["bf16", "fp32"]
 
 
 class Model(Section):
-    """What is learned: a size by name, single dimensions of it changed where given, and its variants."""
+    """The network: a size by name, of which single dimensions can be changed, and its variants."""
 
     size: Literal["tiny", "small", "base", "large", "huge"] = "base"
     """A row of model.sizes.SIZES."""
@@ -26,7 +26,7 @@ class Model(Section):
     heads: Count | None = None
     """Attention heads of the encoder."""
     dim_head: Count | None = None
-    """Channels per head; null: the size's own, or width / heads where either of them is given."""
+    """Channels per head; null: that of the size, or width / heads if one of them is given."""
     mlp_ratio: Count | None = None
     """Hidden width of the encoder's MLPs over its width."""
     decoder_depth: Count | None = None
@@ -34,44 +34,44 @@ class Model(Section):
     decoder_width: Count | None = None
     """Decoder width, 8 plus a multiple of 4."""
     decoder_heads: Count | None = None
-    """Attention heads of the decoder; null: the size's own, or decoder_width / 32 where that is given."""
+    """Attention heads of the decoder; null: those of the size, or decoder_width / 32 if decoder_width is given."""
     fusion: Literal["group", "mod", "monotemp", "shared"] = "group"
-    """What forms a sequence: a group of sensors, a sensor, a date, or a date with one encoder for all."""
+    """What forms a token sequence: a group of sensors, a sensor, a date, or a date with one encoder for all."""
     inter_depth: Annotated[int, Field(ge=0)] = 3
-    """Of ``depth``, the blocks over all groups together; 0 with monotemp and shared."""
+    """Blocks, of ``depth``, that attend over all groups; 0 with monotemp and shared."""
     spectral: Literal["joint", "token"] = "joint"
     """One token for all bands, or one per band group."""
     norm: Literal["group", "token"] = "group"
-    """Normalisation after patch embedding: over the whole date (as published), or per token."""
+    """Normalisation after the patch embedding: over all tokens of a date (as published), or per token."""
     target: Literal["patch_group", "patch", "none"] = "patch_group"
-    """What pixels are normalised over before the loss: patch and band group, patch, or not at all."""
+    """Normalisation of target pixels: over patch and band group, over the patch, or none."""
     loss: Literal["l1", "l2"] = "l1"
     """Distance between reconstruction and target."""
     checkpointing: Annotated[str, Field(pattern=f"^({CHECKPOINTING})$")] = "none"
-    """blocks: keep only the input of each block and recompute backwards: less memory, a third more work; every_2,
-    every_3, …: so with every second, third, … block."""
+    """Activation checkpointing. blocks: each block keeps only its input and is recomputed in the backward pass, which
+    saves memory for a third more compute; every_2, every_3, …: only every second, third, … block."""
     attention: AttentionChoice = "auto"
-    """The kernel: torch's choice, one of its backends, or the flash-attn package."""
+    """Attention kernel: torch's choice, one of its backends, or the flash-attn package."""
     compile: bool = False
-    """torch.compile, block by block; ZeRO stage 2 or below."""
+    """Compile each block with torch.compile; ZeRO stage 2 or below."""
     init_from: Place | None = None
-    """A model to start from (a folder, s3:// or hf://): what fits is taken, the rest stays as drawn, and a table says
-    which; a run that resumes does not read it."""
+    """Pretrained model to initialise from (a folder, s3:// or hf://). Parameters that fit are loaded, the others are
+    initialised at random, and a table lists both. Not read when a run resumes."""
 
     @property
     def dimensions(self) -> Size:
-        """The size with the changes applied; ValueError if they do not go together."""
+        """The size with the changes applied; ValueError if they contradict each other."""
         base, width, heads = SIZES[self.size], self.width, self.heads
         dim_head = self.dim_head or base.dim_head
         if (width or heads) and not self.dim_head:
-            dim_head = _shared_out("width", width or base.width, "heads", heads or base.heads)
+            dim_head = _dim_head("width", width or base.width, "heads", heads or base.heads)
         decoder_heads = self.decoder_heads or base.decoder_heads
         decoder_dim_head = base.decoder_dim_head
         if self.decoder_width and not self.decoder_heads:
             decoder_heads = max(1, self.decoder_width // base.decoder_dim_head)
         if self.decoder_width or self.decoder_heads:
             total = self.decoder_width or base.decoder_width
-            decoder_dim_head = _shared_out("decoder_width", total, "decoder_heads", decoder_heads)
+            decoder_dim_head = _dim_head("decoder_width", total, "decoder_heads", decoder_heads)
         return Size(
             width=width or base.width,
             depth=self.depth or base.depth,
@@ -92,66 +92,67 @@ class Model(Section):
         return self
 
 
-def _shared_out(what: str, total: int, among: str, parts: int) -> int:
-    if total % parts:
-        raise ConflictError(((among,), f"{parts} does not divide {what} {total}"))
-    return total // parts
+def _dim_head(width_key: str, width: int, heads_key: str, heads: int) -> int:
+    """Channels per head where ``heads`` share ``width``; the keys are for the message."""
+    if width % heads:
+        raise ConflictError(((heads_key,), f"{heads} does not divide {width_key} {width}"))
+    return width // heads
 
 
 class Masking(Section):
-    """How much of the input is hidden, and in what pieces (facts: the paper's defaults)."""
+    """How much of the input is masked, and in which units; the defaults are the paper's (arXiv 2508.10894)."""
 
     ratio: Annotated[float, Field(gt=0, lt=1)] = 0.75
-    """Share of the tokens of each group that is masked."""
+    """Fraction of the tokens of each group that is masked."""
     modality: Probability = 0.25
-    """Probability that a sensor is masked as a whole, where it shares its group."""
+    """Probability that all tokens of a sensor are masked, if it shares its group with others."""
     date: Probability = 0.25
-    """Probability that a date is masked as a whole, where there are several."""
+    """Probability that all tokens of a date are masked, if there are several dates."""
     location: Probability = 0.25
-    """Probability that a place is masked on all dates of a sensor."""
+    """Probability that a location is masked on all dates of a sensor."""
     band_group: Probability = 0.0
-    """Probability that a band group is masked as a whole (spectral: token)."""
+    """Probability that all tokens of a band group are masked (only with model.spectral=token)."""
 
 
 class Optim(Section):
-    """AdamW and its schedule. The peak learning rate is ``Recipe.lr``."""
+    """AdamW and its learning rate schedule. The peak learning rate is ``Recipe.lr``."""
 
     base_lr: Annotated[float, Field(gt=0)] = 3e-5
     """Learning rate at global_batch 3; the peak is base_lr · sqrt(global_batch / 3)."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.99)
-    """Decay of the running means of the gradient and of its square."""
+    """Decay rates of AdamW's first and second moments."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
     """Added to the denominator of the update."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     """Decoupled weight decay."""
     schedule: Literal["one_cycle", "cosine"] = "one_cycle"
-    """one_cycle: cosine up, cosine down; cosine: linear up, cosine down."""
+    """one_cycle: cosine warm-up and cosine decay; cosine: linear warm-up and cosine decay."""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.2
-    """Share of the steps that the learning rate rises over."""
+    """Fraction of the steps over which the learning rate rises."""
     start_div: Annotated[float, Field(ge=1)] = 1e3
     """The learning rate starts at lr / start_div."""
     final_div: Annotated[float, Field(ge=1)] = 1e7
     """The learning rate ends at lr / final_div."""
     clip: Annotated[float, Field(ge=0)] = 1.0
-    """Largest norm of the global gradient; 0 does not clip."""
+    """Largest norm of the global gradient (gradient clipping); 0: no clipping."""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Decay per step of an exponential moving average of the weights, e.g. 0.9999; 0 keeps none."""
+    """Decay per step of an exponential moving average of the weights, e.g. 0.9999; 0: none."""
 
 
 class Train(Section):
-    """How long, in what pieces, in what precision."""
+    """Length, batch sizes and precision of training."""
 
     epochs: Count | None = None
-    """Passes over the mixture; 100 where neither this nor ``steps`` is given."""
+    """Passes over the mixture; 100 if neither this nor ``steps`` is given."""
     steps: Count | None = None
-    """Optimizer steps, instead of epochs."""
+    """Number of optimizer steps, instead of ``epochs``."""
     global_batch: Count = 96
-    """Samples per optimizer step, over all ranks."""
+    """Samples per optimizer step, summed over all ranks."""
     micro_batch: Count = 8
-    """Samples per forward pass of one rank; the rest of its share is accumulated."""
+    """Samples per forward pass of a rank; gradients are accumulated over the micro-batches of its share."""
     warmup_check: bool = True
-    """Rehearse one step on made-up data of the largest shape at every start, so that what does not fit in memory
-    shows in the first minute. Changes nothing that is learned."""
+    """Run one step on random data of the largest shape at every start, so that a lack of memory shows in the first
+    minute. Does not change weights or optimizer state."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 on a GPU, fp32 on a CPU (bf16 is hundreds of times slower on most CPUs)."""
     log_every: Count = 10
@@ -159,15 +160,16 @@ class Train(Section):
     audit: bool = False
     """Write every step's sample keys and a digest of them, per rank."""
     spike: Annotated[float, Field(ge=0)] = 10.0
-    """Skip a step whose loss or gradient norm is this many times its running mean (after 100 steps); 0: only
-    one that is not finite."""
+    """Skip a step whose loss or gradient norm exceeds this many times its running mean (after 100 steps); 0: skip only
+    steps that are not finite."""
     max_skipped: Count = 3
-    """Skipped steps in a row that end the run."""
+    """Number of consecutive skipped steps that ends the run."""
     hang_timeout_s: Annotated[float, Field(ge=1)] = 600.0
-    """Seconds without progress after which a run ends itself, naming the rank that it waited for. Loading a
-    checkpoint and the slowest step must fit in."""
+    """Seconds without progress after which a run ends and names the rank that hangs. Must be longer than loading a
+    checkpoint and than the slowest step."""
     collect_every: Annotated[int, Field(ge=0)] = 500
-    """Steps between runs of Python's garbage collector, on all ranks at once; 0 leaves it to itself."""
+    """Steps between runs of Python's garbage collector, at the same step on all ranks, so that they do not wait for
+    each other in turn; 0: Python decides."""
 
     def precision_on(self, device: str) -> Precision:
         """The precision on ``device`` (``cpu``, ``cuda``, …)."""
@@ -177,7 +179,7 @@ class Train(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _some_length(cls, given: Any) -> Any:
+    def _default_length(cls, given: Any) -> Any:
         if isinstance(given, dict) and given.get("epochs") is None and given.get("steps") is None:
             return {**given, "epochs": 100}
         return given
@@ -195,18 +197,18 @@ class Train(Section):
 
 
 class Checkpoint(Section):
-    """What is kept for resuming."""
+    """When checkpoints are written and how many are kept."""
 
     every_steps: Count = 1000
-    """Steps between checkpoints: the most that a kill can cost."""
+    """Steps between checkpoints: at most so many are lost when a run is killed."""
     keep: Count = 3
-    """Newest checkpoints that stay on disk."""
+    """Number of newest checkpoints to keep on disk."""
     every_minutes: Annotated[float, Field(ge=0)] = 0.0
-    """Minutes after the last checkpoint at which the next one is due at the latest; 0: steps alone decide."""
+    """Most minutes between checkpoints; 0: only ``every_steps`` counts."""
     keep_every: Annotated[int, Field(ge=0)] = 0
-    """Checkpoints of steps divisible by this stay for good; 0: none does."""
+    """Checkpoints of steps divisible by this are never deleted; 0: none."""
     mirror: Place | None = None
-    """URL, e.g. s3://bucket/runs, that every committed checkpoint is copied below, in the background."""
+    """URL, e.g. s3://bucket/runs, to which every committed checkpoint is copied in the background."""
 
 
 class Tracking(Section):
@@ -215,9 +217,9 @@ class Tracking(Section):
     experiment: Annotated[str, Field(min_length=1)] = "maestro"
     """Name of the MLflow experiment."""
     pictures_every: Annotated[int, Field(ge=0)] = 500
-    """Steps between reconstruction pictures, counted likewise; 0 makes none."""
+    """Steps between pictures of reconstructions, counted as in train.log_every; 0: none."""
     enabled: bool = True
-    """Whether to log to MLflow at all; metrics.jsonl is written either way."""
+    """Whether to log to MLflow; metrics.jsonl is always written."""
 
 
 class Evaluation(Section):
@@ -228,13 +230,13 @@ class Evaluation(Section):
         BeforeValidator(listed),
         AfterValidator(distinct),
     ] = ("knn", "probe")
-    """On frozen features nearest neighbours, a linear probe and an attentive one; finetuning, and the same without
-    pretraining."""
+    """On frozen features: knn, probe (linear) and attentive (attentive probe). Trained end to end: finetune, and
+    scratch, the same network without pretrained weights."""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    """Decay per step of the moving average of finetuned weights, which is what is scored; 0: the last weights."""
+    """Decay per step of the moving average of finetuned weights, which is evaluated; 0: the last weights."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Finetuning: each encoder block learns by this factor slower than the one above it; 1: all alike."""
+    """Finetuning: learning rate of an encoder block as a fraction of that of the block above it; 1: all the same."""
     validations: Count = 20
-    """How often a finetuning is validated, evenly spread; its best weights are tested."""
+    """Number of validations in a finetuning, evenly spaced; its best weights are tested."""
     patience: Annotated[int, Field(ge=0)] = 5
-    """Validations in a row without a better score that end a finetuning; 0: none do."""
+    """Early stopping of finetuning after so many validations without a better score; 0: never."""

@@ -106,7 +106,7 @@ def _memory(recipe: Recipe, parameters: int, counted: Cost, world_size: int) -> 
                 parameters,
                 n,
                 laid.deepspeed_config(n, "cuda"),
-                t.global_batch // (t.micro_batch * n),
+                recipe.num_micro_batches(n),
                 ema=recipe.optim.ema > 0,
             )
             row.append(f"{held.device / GIB:.2f}")

@@ -197,7 +197,7 @@ def _prepare(
     checkpoints = Checkpoints(run_dir, world, _retention(recipe), _mirror(recipe, run_dir))
     deepspeed = recipe.deepspeed_config(world.size, world.device.type)
     check_deepspeed(deepspeed)
-    num_micro_batches = t.global_batch // (t.micro_batch * world.size)
+    num_micro_batches = recipe.num_micro_batches(world.size)
     check_offload_memory(num_parameters(config), deepspeed, num_micro_batches, bool(recipe.optim.ema), world)
     engine, kernel = _build_engine(recipe, config, num_steps, world, begins=checkpoints.latest()[0] is None)
     ema = Ema(recipe.optim.ema, engine.sharded.fragments) if recipe.optim.ema else None
@@ -310,7 +310,7 @@ def _rehearse(
         key=lambda pair: compute_cost(config.for_dataset(pair[0].dataset), ratio).activations,
     )
     batch = mock_batch(dataset.source, largest.dataset, t.micro_batch)
-    num_micro_batches = t.global_batch // (t.micro_batch * world.size)
+    num_micro_batches = recipe.num_micro_batches(world.size)
     own, masking = config.for_dataset(largest.dataset), MaskingConfig(**recipe.masking.model_dump())
     warm_up(engine, world, own, masking, batch, num_micro_batches)
 

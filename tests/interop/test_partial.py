@@ -98,8 +98,28 @@ def test_the_table_names_every_part(tmp_path):
         assert part.status in text
 
 
-def test_a_model_of_another_width_is_refused(tmp_path):
+@pytest.mark.parametrize("sensors", [slice(1), slice(1, None), slice(None)])
+def test_a_model_of_another_width_is_refused(tmp_path, sensors):
     size = dataclasses.replace(small_config().size, width=40, decoder_width=48)
     save(tmp_path, size=size, sensors=small_sensors()[:1])
-    with pytest.raises(ExportError, match="nothing of it fits"):
-        start_from(Maestro(small_config(sensors=small_sensors()[1:])).initialise(0), str(tmp_path / "start"))
+    model = Maestro(small_config(sensors=small_sensors()[sensors])).initialise(0)
+    with pytest.raises(ExportError, match="its encoder has width 40, this model's has width 32"):
+        start_from(model, str(tmp_path / "start"))
+
+
+def test_a_model_of_another_width_and_patch_is_refused(tmp_path):
+    size = dataclasses.replace(small_config().size, width=40, decoder_width=48)
+    aerial, *rest = small_sensors()
+    save(tmp_path, size=size, sensors=(dataclasses.replace(aerial, image_size=40, patch=10), *rest))
+    with pytest.raises(ExportError, match="its encoder has width 40"):
+        start_from(Maestro(small_config()).initialise(0), str(tmp_path / "start"))
+
+
+def test_a_decoder_of_another_width_does_not_keep_the_encoder_from_being_loaded(tmp_path):
+    size = dataclasses.replace(small_config().size, decoder_width=48)
+    aerial, *rest = small_sensors()
+    save(tmp_path, size=size, sensors=(dataclasses.replace(aerial, image_size=40, patch=10), *rest))
+    model = Maestro(small_config()).initialise(0)
+    found = statuses(start_from(model, str(tmp_path / "start")))
+    assert found["encoders.s2"] == found["inter"] == {"loaded"}
+    assert "initialised" in found["decoders.s2"]

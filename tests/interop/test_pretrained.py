@@ -220,7 +220,7 @@ def test_a_larger_crop_has_more_tokens(model):
     assert embedding.tokens["aerial"].shape[2] == 64
     # The same images seen as one crop of the usual extent are resized to it.
     assert model.embed(twice).tokens["s2"].shape[2] == 9
-    with pytest.raises(ValueError, match="take a multiple of 60 m"):
+    with pytest.raises(ValueError, match="use a multiple of 60 m"):
         model.embed(twice, crop_m=90.0)
 
 
@@ -250,7 +250,7 @@ def test_a_tile_embeds_as_the_batch_it_is(model):
 def test_what_the_model_does_not_know_is_named(model):
     batch = full_batch(model.config, 1)
     landsat = dataclasses.replace(batch, pixels={"landsat": batch.pixels["s2"]})
-    with pytest.raises(ValueError, match="knows no sensor 'landsat'; it knows: aerial, s2"):
+    with pytest.raises(ValueError, match="has no sensor 'landsat'; it has: aerial, s2"):
         model.embed(landsat)
     with pytest.raises(ValueError, match="sensor s2: 3 bands were given, the model has 10"):
         model.embed(dataclasses.replace(batch, pixels={"s2": batch.pixels["s2"][:, :, :3]}))

@@ -109,5 +109,5 @@ def test_a_model_of_several_datasets_names_those_it_knows():
     both = two_views()
     assert ModelConfig.from_dict(both.to_dict()) == both
     batch = dataclasses.replace(full_batch(both.for_dataset("one"), 1), dataset="three")
-    with pytest.raises(KeyError, match="'three'; it knows: one, two"):
+    with pytest.raises(KeyError, match="'three'; it has: one, two"):
         Maestro(both).initialise(0).encode(batch)
