@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from maestro_scale.errors import MaestroError
-from maestro_scale.evaluation.results import EvalResult, ResultsError
+from maestro_scale.evaluation.results import EvalResult, EvaluationError
 from maestro_scale.training.distributed import free_port
 from maestro_scale.training.run_dir import JsonLines, write_atomically
 
@@ -218,7 +218,7 @@ def _scores(paths: QuickstartPaths) -> dict[str, list[EvalResult]] | None:
             name: [EvalResult.load(paths.results / name / mode / "results.json") for mode in MODES]
             for name in ENCODERS
         }
-    except ResultsError:
+    except EvaluationError:
         return None
 
 

@@ -82,7 +82,7 @@ def build_result(
     provenance: Provenance,
     timings: dict[str, float],
 ) -> EvalResult:
-    """The result of a mode's predictions on the test split. ResultsError if no label of it counts."""
+    """The result of a mode's predictions on the test split. EvaluationError if no label of it counts."""
     total = predictions.counts.sum(axis=0, dtype=np.int64)
     value = float(task.statistic(total))
     best_index([value], "test")

@@ -1,7 +1,7 @@
-"""Bootstrap intervals over tiles: how much a score would move had other tiles of the same kind been drawn.
+"""Bootstrap intervals over tiles: the variation of a score over test sets of the same size and kind.
 
-A score is taken from counts that add over tiles, so a resample is a weighted sum of per-tile counts: nothing
-is predicted twice, and the statistic sees all resamples at once.
+Scores are functions of counts that are summed over tiles, so a resample is a weighted sum of per-tile counts: nothing
+is predicted again, and the statistic is computed for all resamples at once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _CHUNK_CELLS = 4_000_000  # tiles × resamples drawn at once: 32 MB of weights
 
 @dataclass(frozen=True)
 class Difference:
-    """Score of A minus score of B on the same tiles, with an interval that excludes 0 where they differ."""
+    """Score of A minus score of B on the same tiles, with its interval."""
 
     value: float
     low: float
@@ -32,7 +32,7 @@ def bootstrap_interval(
     """Percentile interval (low, high) of a statistic over tiles drawn with replacement.
 
     ``counts``: (tiles, …) counts of each tile on its own: ``metrics.tile_counts``, or per-tile confusions.
-    Deterministic in ``seed``. A resample of tiles without a counted pixel has no score, and is left out. ValueError if
+    Deterministic in ``seed``. A resample without a counted pixel has no score and is left out. ValueError if
     there is no tile, no resample with a score, or ``level`` is not within (0, 1).
     """
     _check(counts, resamples, level)
@@ -47,9 +47,9 @@ def paired_difference(
     seed: int = 0,
     level: float = 0.95,
 ) -> Difference:
-    """How much better A scores than B, both on the same tiles in the same order, drawn together.
+    """The difference of A and B on the same tiles in the same order, both with the same resamples.
 
-    Tighter than two separate intervals: what makes a tile hard for both cancels. Raises as
+    Tighter than two separate intervals, as a tile that is hard for both cancels out. Raises as
     ``bootstrap_interval``, and ValueError if the two shapes differ.
     """
     if counts_a.shape != counts_b.shape:
@@ -65,7 +65,7 @@ def paired_difference(
 
 def _check(counts: np.ndarray, resamples: int, level: float) -> None:
     if len(counts) == 0:
-        raise ValueError("a bootstrap over no tiles: there is nothing to draw from")
+        raise ValueError("a bootstrap over no tiles: there is nothing to resample")
     if not 0 < level < 1 or resamples < 1:
         raise ValueError(f"level {level} must lie within (0, 1) and resamples {resamples} be at least 1")
 
@@ -80,7 +80,8 @@ def _resampled(statistic: Statistic, counts: np.ndarray, resamples: int, seed: i
 
 
 def _weights(num_tiles: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """How often each tile is drawn, (chunk, tiles) float64; row r depends on (seed, r) alone."""
+    """How often each tile is drawn, (chunk, tiles) float64. Row r depends only on (seed, r), so the resamples do not
+    depend on the size of a chunk."""
     chunk = max(1, _CHUNK_CELLS // num_tiles)
     for start in range(0, resamples, chunk):
         rows = []
@@ -93,6 +94,6 @@ def _weights(num_tiles: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
 def _interval(scores: np.ndarray, level: float) -> tuple[float, float]:
     defined = scores[~np.isnan(scores)]
     if not len(defined):
-        raise ValueError("a bootstrap of tiles that have no score")
+        raise ValueError("a bootstrap of tiles without a score")
     low, high = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)

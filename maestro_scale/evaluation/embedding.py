@@ -23,7 +23,7 @@ import torch
 from maestro_scale.datasets.spec import GeoOrigin
 from maestro_scale.evaluation.features.adapt import encoder_spec
 from maestro_scale.evaluation.features.cache import weights_digest
-from maestro_scale.evaluation.results import ResultsError
+from maestro_scale.evaluation.results import EvaluationError
 from maestro_scale.evaluation.tasks.tile_maps import georeference
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.shards.format.manifest import Manifest, ShardInfo
@@ -65,7 +65,7 @@ class EmbeddingWriter:
 
     def __post_init__(self) -> None:
         if (self.what, self.format) == ("vector", "tiff"):
-            raise ResultsError("a vector is no image: --format tiff needs --what tokens")
+            raise EvaluationError("a vector is no image: --format tiff needs --what tokens")
 
     def write(
         self,
@@ -81,7 +81,7 @@ class EmbeddingWriter:
         corner on its tile), ``crs``, ``x_m``, ``y_m`` (the same corner on the ground, null where the shards know no
         place) and a fixed-size list of float32 per array, its shape in the field's metadata. TIFF:
         ``<shard>/<key>.<crop>.<sensor>.tif``, a band per channel, the mean over dates. ManifestError where there is no
-        such split, ResultsError where ``out`` holds embeddings of something else; BadShard, StoreError.
+        such split, EvaluationError where ``out`` holds embeddings of something else; BadShard, StoreError.
         """
         mine = self.manifest.shards_of([split])[rank::world]
         self._check_folder(out)
@@ -115,7 +115,7 @@ class EmbeddingWriter:
         if theirs:
             other = [f"{k} {theirs.get(k)}, now {v}" for k, v in own.items() if theirs.get(k) != v]
             if other:
-                raise ResultsError(
+                raise EvaluationError(
                     f"{out} holds embeddings of something else ({'; '.join(other)}): use another folder"
                 )
         else:
@@ -204,7 +204,7 @@ def _write_images(folder: Path, rows: EmbeddingRows, grid: CropGrid) -> None:
     try:
         import rasterio
     except ImportError:
-        raise ResultsError("--format tiff needs rasterio: pip install 'maestro-scale[datasets]'") from None
+        raise EvaluationError("--format tiff needs rasterio: pip install 'maestro-scale[datasets]'") from None
     folder.mkdir()
     for name, tokens in rows.arrays.items():
         maps = tokens.mean(axis=1)  # (N, L, E)

@@ -1,4 +1,4 @@
-"""What is evaluated, as it was named on the command line: a checkpoint, one per fold, or a baseline."""
+"""The encoder that is evaluated, as named on the command line: a checkpoint, one checkpoint per fold, or a baseline."""
 
 from __future__ import annotations
 
@@ -6,69 +6,77 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from maestro_scale.evaluation.features.adapt import adapt_encoder
-from maestro_scale.evaluation.features.baselines import Baseline, build_baseline
+from maestro_scale.evaluation.features.baselines import FrozenEncoder, build_baseline
 from maestro_scale.evaluation.features.load_encoder import load_encoder
 from maestro_scale.evaluation.finetune.predictor import TRAINABLE
-from maestro_scale.evaluation.results import ORACLE, ResultsError
+from maestro_scale.evaluation.results import ORACLE, EvaluationError
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.recipe import Recipe, resolve_spec
 from maestro_scale.secrets_filter import scrub
 from maestro_scale.shards.format.manifest import Manifest
 
 FOLD = "{fold}"
+"""In the path of a checkpoint: replaced by the number of the fold."""
 
 
 class Encoder:
-    """``named``: as results say it; ``path``: of the checkpoint, None for a baseline; ``step``: that it was trained
-    for; ``trained_on``: datasets; ``spec``: of the benchmark, resolved."""
+    """An encoder with what results record of it.
+
+    ``name``: as in results; ``path``: of the checkpoint, None for a baseline; ``step``: optimizer steps it was trained
+    for; ``trained_on``: datasets; ``spec``: of the benchmark, resolved; ``per_fold``: another checkpoint for each fold.
+    """
 
     def __init__(
-        self, recipe: Recipe, checkpoint: str | None, baseline_name: str | None, fold: int | None
+        self, recipe: Recipe, checkpoint: str | None, baseline: str | None, fold: int | None
     ) -> None:
-        """``checkpoint`` with ``{fold}`` in it is another one for every fold. ResultsError, ExportError …"""
+        """Load ``checkpoint`` (with ``{fold}`` replaced) or build ``baseline``. EvaluationError, ExportError or
+        CheckpointError where that is impossible."""
         entry = recipe.data.mixture[0]
         self.spec = resolve_spec(Manifest.load(entry.shards).spec, entry)
-        self._asked = recipe, checkpoint, baseline_name
-        self._baseline = baseline_name
-        self._fold = fold
-        self.name = scrub(baseline_name or str(checkpoint))
+        self._recipe, self._checkpoint, self._baseline, self._fold = recipe, checkpoint, baseline, fold
+        self.name = scrub(baseline or str(checkpoint))
         self.per_fold = checkpoint is not None and FOLD in checkpoint
         self.path: Path | None = None
         self.step: int | None = 0
         self.trained_on: tuple[str, ...] = ()
-        if baseline_name == ORACLE:
-            return  # it encodes nothing
-        if baseline_name is not None:
-            self._model: Maestro | Baseline = build_baseline(baseline_name, recipe, self.spec)
+        self._model: FrozenEncoder | None = None
+        if baseline == ORACLE:
+            return  # the oracle reads pixels: it has no encoder
+        if baseline is not None:
+            self._model = build_baseline(baseline, recipe, self.spec)
             return
         if self.per_fold and fold is None:
-            raise ResultsError(f"--checkpoint {checkpoint}: {FOLD} needs --folds")
+            raise EvaluationError(f"--checkpoint {checkpoint}: {FOLD} needs --folds")
         self.path = self._path(fold)
-        self._model, self.step = load_encoder(self.path)
+        model, self.step = load_encoder(self.path)
+        self._model = model
         if self.step != 0:
-            self.trained_on = tuple(v.dataset for v in self._model.config.views)
+            self.trained_on = tuple(v.dataset for v in model.config.views)
 
     def for_fold(self, fold: int | None) -> Encoder:
-        """The encoder of a fold: this one, unless each has its own."""
+        """The encoder of a fold: itself, unless every fold has its own checkpoint."""
         if not self.per_fold or fold == self._fold:
             return self
-        return Encoder(*self._asked, fold)
+        return Encoder(self._recipe, self._checkpoint, self._baseline, fold)
 
     def check(self, folds: Sequence[int | None], trains: bool) -> None:
-        """ResultsError, before anything is done, where a fold has no encoder, or one that is to learn cannot."""
+        """EvaluationError where the checkpoint of a fold is missing, or the encoder ``trains`` but cannot. To be called
+        before the first run, which may take hours."""
         if trains and self._baseline is not None and not isinstance(self._model, TRAINABLE):
-            raise ResultsError(
+            raise EvaluationError(
                 f"--baseline {self._baseline} is not trained here: use --mode knn, probe or attentive"
             )
         missing = [p for fold in folds if self.path and not (p := self._path(fold)).exists()]
         if missing:
-            raise ResultsError(f"--checkpoint: there is no {' and no '.join(map(str, missing))}")
+            raise EvaluationError(f"--checkpoint: there is no {' and no '.join(map(str, missing))}")
+
+    def for_benchmark(self, trains: bool) -> tuple[FrozenEncoder, list[str]]:
+        """(the encoder, adapted to the benchmark, notes for the user). ``trains``: it will be trained, so sensors
+        without pretrained weights stay."""
+        assert self._model is not None  # only the oracle has none
+        if isinstance(self._model, Maestro) and self._baseline is None:
+            return adapt_encoder(self._model, self.spec, trains)
+        return self._model, []  # a baseline is built for the benchmark
 
     def _path(self, fold: int | None) -> Path:
-        return Path(str(self._asked[1]).replace(FOLD, str(fold)))
-
-    def for_benchmark(self, trains: bool) -> tuple[Maestro | Baseline, list[str]]:
-        """(the encoder as it sees the benchmark, what to report); ``trains``: and is trained on it."""
-        if self._baseline is not None:
-            return self._model, []
-        return adapt_encoder(self._model, self.spec, trains)
+        return Path(str(self._checkpoint).replace(FOLD, str(fold)))

@@ -1,4 +1,6 @@
-"""Scores from exact integer counts, which add over tiles, batches and ranks before any score is taken.
+"""Metrics from exact integer counts, which are summed over tiles, batches and ranks before a score is computed.
+
+So a score does not depend on the number of ranks or the batch size.
 
 Shapes: N samples, C classes; ``…`` are leading axes, such as bootstrap resamples.
 """
@@ -11,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from sklearn.metrics import average_precision_score
 
-from maestro_scale.evaluation.results import ResultsError
+from maestro_scale.evaluation.results import EvaluationError
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class MultilabelCounts:
 
     @classmethod
     def zeros(cls, num_classes: int) -> MultilabelCounts:
-        """The counts of no sample."""
+        """The counts of zero samples."""
         return cls.from_array(np.zeros((3, num_classes), np.int64))
 
     @classmethod
@@ -47,7 +49,7 @@ class MultilabelCounts:
 
     @property
     def support(self) -> np.ndarray:
-        """Samples that carry each class, (C,) int64."""
+        """Samples labelled with each class, (C,) int64."""
         return self.tp + self.fn
 
     def f1(self, zero_division: float = 0.0) -> np.ndarray:
@@ -59,14 +61,14 @@ class MultilabelCounts:
         return float(wf1(self.as_array(), zero_division))
 
     def macro_f1(self, zero_division: float = 0.0) -> float:
-        """Mean F1 over classes; those at a NaN ``zero_division`` are left out."""
+        """Mean F1 over classes; undefined ones are left out where ``zero_division`` is NaN."""
         scores = self.f1(zero_division)
         defined = scores[~np.isnan(scores)]
         return float(defined.mean()) if defined.size else float("nan")
 
 
 def tile_counts(predicted: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """Counts of every sample on its own, (N, 3, C) bool: rows tp, fp, fn. What bootstraps resample.
+    """Counts of each sample, (N, 3, C) bool: rows tp, fp, fn. The bootstrap resamples these.
 
     ``predicted``, ``target``: (N, C) bool. ValueError if the shapes differ or the dtypes are not bool.
     """
@@ -95,7 +97,7 @@ def wf1(counts: np.ndarray, zero_division: float = 0.0) -> np.ndarray:
     tp, _, fn = np.moveaxis(np.asarray(counts, np.float64), -2, 0)
     support = tp + fn
     total = support.sum(-1)
-    # A class of no support weighs nothing, also where its score is NaN.
+    # A class without support has weight 0, also where its score is NaN (0 · NaN would be NaN).
     weighted = np.where(support > 0, scores * support, 0.0).sum(-1)
     return np.where(total > 0, weighted / np.maximum(total, 1), scores.mean(-1))
 
@@ -103,7 +105,7 @@ def wf1(counts: np.ndarray, zero_division: float = 0.0) -> np.ndarray:
 def average_precision(scores: np.ndarray, target: np.ndarray) -> np.ndarray:
     """Average precision per class, (C,), of ``scores`` (N, C) against ``target`` (N, C) bool; NaN without a positive.
 
-    Areas under steps, nothing interpolated (sklearn.metrics.average_precision_score).
+    The area under the step function, without interpolation (sklearn.metrics.average_precision_score).
     """
     pairs = zip(np.asarray(scores).T, np.asarray(target, bool).T, strict=True)
     return np.array([average_precision_score(t, s) if t.any() else np.nan for s, t in pairs])
@@ -144,7 +146,7 @@ def iou(matrix: np.ndarray) -> np.ndarray:
 
 def mean_iou(matrix: np.ndarray) -> np.ndarray:
     """Mean IoU over the classes present in the targets, (…) float64, of confusions (…, C, C); NaN where no pixel was
-    counted: there is no score of nothing."""
+    counted."""
     scores = iou(matrix)
     present = ~np.isnan(scores)
     total, count = np.where(present, scores, 0.0).sum(-1), present.sum(-1)
@@ -152,10 +154,11 @@ def mean_iou(matrix: np.ndarray) -> np.ndarray:
 
 
 def best_index(scores: Sequence[float], split: str = "validation") -> int:
-    """Which score is the highest, the first of equals. ResultsError where one is undefined."""
+    """Index of the highest score, the first of equal ones. EvaluationError if one is undefined."""
     if np.isnan(scores).any():
-        raise ResultsError(
-            f"no label of the {split} split counts (every one is ignored), so nothing can be chosen by it: use another"
+        raise EvaluationError(
+            f"no label of the {split} split counts (every one is ignored), so it cannot select or score anything: "
+            "use another split"
         )
     return int(np.argmax(scores))
 
@@ -164,14 +167,14 @@ def segmentation_scores(counts: np.ndarray) -> dict[str, float]:
     """Other scores of counts (C + 1, C) by (target, predicted) class, where row C is of ignored pixels.
 
     ``pixel_accuracy``; ``mean_f1`` over the classes present; ``miou_absent_as_zero``: a class in no target counts 0;
-    ``miou_with_other``: as FLAIR's challenge has it, an answer on an ignored pixel ("other") is a false positive of its
-    class, and "other" itself is no class of the mean.
+    ``miou_with_other``: as in the FLAIR challenge, a prediction on an ignored pixel ("other") is a false positive of
+    its class, and "other" is not in the mean.
     """
     counted, other = np.asarray(counts, np.float64)[:-1], np.asarray(counts, np.float64)[-1]
-    hits, present, answered = np.diagonal(counted), counted.sum(1), counted.sum(0)
-    some = present > 0
-    f1_scores = 2 * hits[some] / (present + answered)[some]
-    with_other = hits[some] / (present + answered + other - hits)[some]
+    hits, present, predicted = np.diagonal(counted), counted.sum(1), counted.sum(0)
+    is_present = present > 0
+    f1_scores = 2 * hits[is_present] / (present + predicted)[is_present]
+    with_other = hits[is_present] / (present + predicted + other - hits)[is_present]
     return {
         "pixel_accuracy": float(hits.sum() / present.sum()),
         "mean_f1": float(f1_scores.mean()),

@@ -1,4 +1,4 @@
-"""How far an evaluation is, for whoever shows it."""
+"""Progress of an evaluation, reported through functions that the caller passes in: nothing here prints."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from contextlib import AbstractContextManager, contextmanager
 from maestro_scale.shards.progress import Progress
 
 ProgressFactory = Callable[[str, str], AbstractContextManager[Progress]]
-"""Given a title and a unit, and entered while that lasts; see ``tracking.terminal.progress``."""
+"""(title, unit) -> a context that lasts as long as the job and yields its progress function.
+
+For example ``tracking.terminal.progress``.
+"""
 
 
 @contextmanager
 def no_progress(title: str, unit: str) -> Iterator[Progress]:
-    """Shows nothing."""
+    """Show nothing."""
     yield lambda done, total, num_bytes: None

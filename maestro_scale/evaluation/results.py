@@ -1,4 +1,4 @@
-"""One score with everything needed to trust it, as ``results.json``."""
+"""The format of ``results.json``: a score with its provenance, interval and the scores of its runs."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ ORACLE = "oracle"  # the mode, and the name of the baseline
 METRICS = ("wf1", "miou")
 
 
-class ResultsError(MaestroError):
-    """A results file cannot be used; the message says which, why and what to do."""
+class EvaluationError(MaestroError):
+    """An evaluation is impossible as requested, or a results file cannot be used."""
 
 
 @dataclass(frozen=True)
 class RunScore:
-    """One of the runs, over seeds and folds, whose mean a result is."""
+    """The score of one run (a seed and fold) in the result of several."""
 
     value: float
     interval: tuple[float, float]
     seed: int
     fold: int | None = None
     path: str = ""
-    """Its own results.json, relative to that of the mean."""
+    """Of the results.json of the run, relative to that of the mean."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,9 @@ class EvalResult:
     per_class: Mapping[str, float | None]
     """Score per class name; None where the class is in no target."""
     interval: tuple[float, float]
-    """Bootstrap interval (low, high) over tiles, at 95 %; of several runs the mean of theirs."""
+    """Bootstrap interval (low, high) over tiles, at 95 %; of several runs the mean of their intervals."""
     num_tiles: int
-    """Samples that were scored; of several folds all of them."""
+    """Samples that were scored; the sum over folds."""
     confusion: tuple[tuple[int, ...], ...] | None = None
     """Pixels by (target, predicted) class, for segmentation; summed over runs."""
     scores: Mapping[str, float] = field(default_factory=dict)
@@ -64,19 +64,19 @@ class EvalResult:
     seeds: tuple[int, ...] = (0,)
     """One fit per seed."""
     folds: tuple[int, ...] = ()
-    """Folds of cross-validation, from 1; empty where the splits are no fold."""
+    """Folds of cross-validation, from 1; empty without cross-validation."""
     splits: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Splits in shards by role: ``train``, ``val``, ``test``; of several folds all that took the role."""
+    """Splits in shards by role (``train``, ``val``, ``test``); of several folds all that had the role."""
     deviation: float | None = None
     """Standard deviation of ``value`` over ``runs`` (n - 1 in the denominator); None for a single run."""
     runs: tuple[RunScore, ...] = ()
-    """The runs that ``value`` is the mean of; empty for a single one."""
+    """The runs that ``value`` is the mean of; empty for a single run."""
     target: str = ""
-    """What was predicted, by its name in the shards."""
+    """Name in the shards of the target that was predicted."""
     encoder: str = ""
-    """What was evaluated, as it was named: a run, a checkpoint, an exported model or a baseline."""
+    """What was evaluated, as named on the command line: a run, a checkpoint, an exported model or a baseline."""
     trained_on: tuple[str, ...] = ()
-    """Datasets the encoder was pretrained on; empty for one that was not."""
+    """Datasets the encoder was pretrained on; empty if it was not."""
     fraction: float = 1.0
     """Share of the training labels that were used."""
     checkpoint_step: int | None = None
@@ -84,47 +84,51 @@ class EvalResult:
     recipe: Mapping[str, Any] | None = None
     """The resolved recipe, as plain values."""
     chosen: Mapping[str, float] = field(default_factory=dict)
-    """Hyperparameters chosen on validation; empty for several runs."""
+    """Hyperparameters selected on validation; empty for several runs."""
     timings: Mapping[str, float] = field(default_factory=dict)
     """Seconds spent, by part."""
     version: int = VERSION
-    """Version of this layout."""
+    """Version of this format."""
     maps: Mapping[str, np.ndarray] | None = field(default=None, compare=False, repr=False)
-    """``truth`` and ``answer`` of a few tiles, (n, H, W) uint8; in ``maps.npz`` beside the JSON, not read back."""
+    """``truth`` (labels) and ``answer`` (predictions) of a few tiles, (n, H, W) uint8. Written to ``maps.npz`` next to
+    the JSON file; ``load`` does not read them."""
 
     def write(self, path: Path) -> None:
-        """Write as JSON: a reader sees the old file or the new one. ValueError if a number is not finite."""
+        """Write as JSON, atomically. ValueError if a score is not finite."""
         for name, value in self._numbers().items():
             if not math.isfinite(value):
                 raise ValueError(f"{self.benchmark} {self.mode}: {name} is {value}; undefined must be None")
         values = dataclasses.asdict(dataclasses.replace(self, maps=None))
         values.pop("maps")
-        (path.parent / MAPS).unlink(missing_ok=True)
+        (path.parent / MAPS).unlink(
+            missing_ok=True
+        )  # those of an earlier result must not be shown with this one
         if self.maps is not None:
-            packed = io.BytesIO()
-            np.savez_compressed(packed, **self.maps)
-            write_atomically(path.parent / MAPS, packed.getvalue())
+            archive = io.BytesIO()
+            arrays: dict[str, Any] = dict(self.maps)  # Any: numpy's stubs take keywords for its options too
+            np.savez_compressed(archive, **arrays)
+            write_atomically(path.parent / MAPS, archive.getvalue())
         write_atomically(path, json.dumps(values, indent=1, allow_nan=False) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> EvalResult:
-        """Read what ``write`` wrote. ResultsError if the file is missing, malformed or of another version."""
+        """Read a file of ``write``. EvaluationError if it is missing, malformed or of another version."""
         try:
             values = json.loads(path.read_text(), parse_constant=_refuse)
         except (OSError, ValueError) as error:
-            raise ResultsError(f"{path} cannot be read ({error}); evaluate again to write it") from error
+            raise EvaluationError(f"{path} cannot be read ({error}); evaluate again to write it") from error
         version = values.get("version") if isinstance(values, dict) else None
         if version != VERSION:
-            raise ResultsError(
-                f"{path} has layout version {version!r}, this maestro-scale reads {VERSION}: "
+            raise EvaluationError(
+                f"{path} has format version {version!r}, this maestro-scale reads {VERSION}: "
                 "evaluate again, or read it with the maestro-scale that wrote it"
             )
         known = {f.name for f in dataclasses.fields(cls)} - {"maps"}
         required = {f.name for f in dataclasses.fields(cls) if _is_required(f)}
         wrong = sorted((set(values) - known) | (required - set(values)))
         if wrong:
-            raise ResultsError(
-                f"{path} lacks or does not know the fields: {', '.join(wrong)}; evaluate again"
+            raise EvaluationError(
+                f"{path} lacks required fields or has unknown ones: {', '.join(wrong)}; evaluate again"
             )
         matrix = values.get("confusion")
         try:
@@ -145,25 +149,25 @@ class EvalResult:
             )
             problem = next(result._problems(), None)
         except (TypeError, KeyError, AttributeError, ValueError) as error:
-            raise ResultsError(f"{path} is malformed ({error}); evaluate again") from error
+            raise EvaluationError(f"{path} is malformed ({error}); evaluate again") from error
         if problem is not None:
-            raise ResultsError(f"{path} is malformed: {problem}; evaluate again")
+            raise EvaluationError(f"{path} is malformed: {problem}; evaluate again")
         return result
 
     def _problems(self) -> Iterator[str]:
-        """What cannot be in a result, in words."""
+        """What is invalid in this result."""
         if self.metric not in METRICS:
-            yield f"metric {self.metric!r} is none of {', '.join(METRICS)}"
+            yield f"metric {self.metric!r} is not one of {', '.join(METRICS)}"
         if len(self.interval) != 2:
-            yield f"an interval of {len(self.interval)} numbers"
+            yield f"the interval has {len(self.interval)} numbers instead of 2"
         for name, value in self._numbers().items():
             if not isinstance(value, (int, float)) or not 0 <= value <= 1:
-                yield f"{name} is {value!r}, no fraction of 1"
+                yield f"{name} is {value!r}, not a fraction of 1"
         if not self.seeds:
             yield "no seed"
         num_classes = len(self.per_class)
         if self.confusion is not None and {len(self.confusion), *map(len, self.confusion)} != {num_classes}:
-            yield f"a confusion of {len(self.confusion)} rows for {num_classes} classes"
+            yield f"the confusion has {len(self.confusion)} rows for {num_classes} classes"
 
     def _numbers(self) -> dict[str, float]:
         named = {"value": self.value, "interval low": self.interval[0], "interval high": self.interval[1]}
@@ -172,7 +176,7 @@ class EvalResult:
 
 
 def _refuse(constant: str) -> float:
-    raise ValueError(f"it holds {constant}, which is no number")
+    raise ValueError(f"it contains {constant}, which is not a number")
 
 
 def _is_required(f: dataclasses.Field) -> bool:

@@ -18,7 +18,7 @@ from maestro_scale.evaluation.frozen.evaluate import evaluate_frozen
 from maestro_scale.evaluation.oracle.oracle import evaluate_oracle
 from maestro_scale.evaluation.progress import ProgressFactory, no_progress
 from maestro_scale.evaluation.report.summary import summarise
-from maestro_scale.evaluation.results import ORACLE, RESULTS, EvalResult, ResultsError
+from maestro_scale.evaluation.results import ORACLE, RESULTS, EvalResult, EvaluationError
 from maestro_scale.evaluation.tasks.folds import Splits, find_folds, fold_splits
 from maestro_scale.recipe import Recipe, load_recipe
 from maestro_scale.secrets_filter import scrub_tree
@@ -70,12 +70,12 @@ class EvalRun:
 
 
 def plan_runs(options: EvalOptions, recipe: Recipe) -> list[EvalRun]:
-    """Every fold with every seed. ResultsError where the shards lack a fold, or options contradict each other."""
+    """Every fold with every seed. EvaluationError where the shards lack a fold, or options contradict each other."""
     seeds = options.seeds or (recipe.seed,)
     folds: Mapping[int | None, Splits] = {None: options.splits}
     if options.folds:
         if options.splits:
-            raise ResultsError("--folds says which splits are train, val and test: leave --split out")
+            raise EvaluationError("--folds says which splits are train, val and test: leave --split out")
         splits = Manifest.load(recipe.data.mixture[0].shards).splits
         # Without any fold, fold 1 is asked for, so that the error names the splits there are.
         numbers = tuple(find_folds(splits)) or (1,) if options.folds == "all" else options.folds

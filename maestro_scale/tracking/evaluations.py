@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from maestro_scale.evaluation.report.charts import class_bars
 from maestro_scale.evaluation.report.groups import ResultFile
 from maestro_scale.evaluation.report.report import CLASS_METRIC, draw_pictures, write_report
-from maestro_scale.evaluation.results import EvalResult, ResultsError
+from maestro_scale.evaluation.results import EvalResult, EvaluationError
 from maestro_scale.secrets_filter import scrub, scrub_document, scrub_mapping
 from maestro_scale.tracking.mlflow_run import tracking_uri, valid_key
 from maestro_scale.tracking.mlflow_tracker import configure_mlflow, error_summary
@@ -79,7 +79,7 @@ def send_pending(run_dir: Path) -> tuple[int, list[str]]:
         try:
             _record(run_dir, EvalResult.load(pending.results), pending.results, pending.tags)
             num_sent += 1
-        except ResultsError as error:
+        except EvaluationError as error:
             lost.append(str(error))
         remove_pending(run_dir, pending)
     return num_sent, lost

@@ -7,7 +7,7 @@ import torch
 
 from maestro_scale.datasets.spec import DatasetSpec
 from maestro_scale.evaluation.features.adapt import adapt_encoder
-from maestro_scale.evaluation.results import ResultsError
+from maestro_scale.evaluation.results import EvaluationError
 from maestro_scale.model.maestro import Maestro
 from tests.testkit.models import full_batch, small_config, small_sensors
 
@@ -64,10 +64,10 @@ def test_what_learns_on_keeps_every_sensor():
 
 
 def test_no_sensor_left_is_refused():
-    with pytest.raises(ResultsError, match="weights for none of its sensors: dem is left out"):
+    with pytest.raises(EvaluationError, match="weights for none of its sensors: dem is left out"):
         adapt_encoder(MODEL, spec_of(by_name("s2", name="dem", embed="dem", group="dem")))
 
 
 def test_a_shared_embedding_of_another_patch_is_refused():
-    with pytest.raises(ResultsError, match="does not fit"):
+    with pytest.raises(EvaluationError, match="does not fit"):
         adapt_encoder(MODEL, spec_of(by_name("aerial", patch=4)))

@@ -17,7 +17,7 @@ from maestro_scale.evaluation.frozen.attentive import HeadGrid, attentive_probe,
 from maestro_scale.evaluation.frozen.evaluate import evaluate_frozen
 from maestro_scale.evaluation.probes import dense
 from maestro_scale.evaluation.probes import lr_grid as course
-from maestro_scale.evaluation.results import ResultsError
+from maestro_scale.evaluation.results import EvaluationError
 from maestro_scale.evaluation.tasks.losses import target_loss_for
 from maestro_scale.evaluation.tasks.task import task_for
 from maestro_scale.interop.pretrained import load_model
@@ -128,16 +128,16 @@ def test_what_it_cannot_fit_is_said(fields, benchmark):
     view = model.view("fields")
     statistics = ChannelStatistics(FIELDS)
     with pytest.raises(
-        ResultsError, match="tokens of one width, these have: aerial 6, s2 4; use --mode probe"
+        EvaluationError, match="tokens of one width, these have: aerial 6, s2 4; use --mode probe"
     ):
         evaluate_frozen(statistics, benchmark, ["attentive"])
     alone = dataclasses.replace(FIELDS, sensors=FIELDS.sensors[1:])
-    with pytest.raises(ResultsError, match="whose width 8 divides, these have 4; use --mode probe"):
+    with pytest.raises(EvaluationError, match="whose width 8 divides, these have 4; use --mode probe"):
         evaluate_frozen(ChannelStatistics(alone), benchmark, ["attentive"])
     objective = target_loss_for(task_for(FIELDS))
     grids = sum(view.rows(s) * s.grid**2 for s in view.sensors)
     blank = FeatureCache(
         np.zeros((4, grids, 8), np.float16), np.full((4, 4, 4), dense.IGNORED, np.uint8), np.arange(4)
     )
-    with pytest.raises(ResultsError, match="every label of the training split is ignored"):
+    with pytest.raises(EvaluationError, match="every label of the training split is ignored"):
         attentive_probe(objective, view, blank, blank, blank, 0, CPU)

@@ -10,7 +10,7 @@ from transformers import Dinov2Config, Dinov2Model, DINOv3ViTConfig, DINOv3ViTMo
 from maestro_scale.evaluation.benchmark import Benchmark
 from maestro_scale.evaluation.features.baselines import ChannelStatistics, ImageEncoder, build_baseline
 from maestro_scale.evaluation.frozen.evaluate import evaluate_frozen
-from maestro_scale.evaluation.results import EvalResult, ResultsError
+from maestro_scale.evaluation.results import EvalResult, EvaluationError
 from maestro_scale.recipe import load_recipe
 from maestro_scale.stream.batch import Batch
 from tests.evaluation.conftest import FIELDS
@@ -102,9 +102,9 @@ def test_baselines_are_scored_as_encoders_are(fields, tmp_path):
 
 def test_unknown_baselines_are_named(fields, tmp_path):
     recipe = load_recipe(fields.recipe(tmp_path))
-    with pytest.raises(ResultsError, match="there are: statistics, random, image:WEIGHTS"):
+    with pytest.raises(EvaluationError, match="there are: statistics, random, image:WEIGHTS"):
         build_baseline("resnet", recipe, FIELDS)
-    with pytest.raises(ResultsError, match="no image encoder can be loaded from there"):
+    with pytest.raises(EvaluationError, match="no image encoder can be loaded from there"):
         build_baseline(f"image:{tmp_path}", recipe, FIELDS)
 
 

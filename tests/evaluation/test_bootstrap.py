@@ -72,7 +72,7 @@ def test_a_tile_without_a_counted_pixel_leaves_the_interval_defined():
     counts[1] = np.diag([9, 1, 4, 3]) + 2
     low, high = bootstrap_interval(mean_iou, counts, 500)
     assert 0 < low < high < 1
-    with pytest.raises(ValueError, match="no score"):
+    with pytest.raises(ValueError, match="without a score"):
         bootstrap_interval(mean_iou, counts[2:], 50)
 
 

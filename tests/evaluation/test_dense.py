@@ -10,7 +10,7 @@ from sklearn.neighbors import NearestNeighbors
 
 from maestro_scale.evaluation.features.cache import FeatureCache
 from maestro_scale.evaluation.probes import dense
-from maestro_scale.evaluation.results import ResultsError
+from maestro_scale.evaluation.results import EvaluationError
 from maestro_scale.stream.crops import CropGrid
 from tests.evaluation.conftest import FIELDS
 
@@ -137,9 +137,9 @@ def test_a_split_without_a_counted_pixel_is_refused():
     empty = split(2, 1)
     empty.labels[:] = dense.IGNORED
     for classify in (dense.probe, dense.knn):
-        with pytest.raises(ResultsError, match="no pixel of the training split counts"):
+        with pytest.raises(EvaluationError, match="no pixel of the training split counts"):
             classify(layout(), CLASSES, empty, empty, empty, seed=0)
-        with pytest.raises(ResultsError, match="of the validation split counts"):
+        with pytest.raises(EvaluationError, match="of the validation split counts"):
             classify(layout(), CLASSES, split(30, 1), empty, split(2, 2), seed=0)
 
 

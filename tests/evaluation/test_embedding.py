@@ -16,7 +16,7 @@ import torch
 
 from maestro_scale.datasets.spec import GeoOrigin
 from maestro_scale.evaluation.embedding import EmbeddingWriter
-from maestro_scale.evaluation.results import ResultsError
+from maestro_scale.evaluation.results import EvaluationError
 from maestro_scale.interop.pretrained import load_model
 from maestro_scale.shards.errors import ManifestError
 from maestro_scale.shards.format.manifest import Manifest
@@ -122,7 +122,7 @@ def test_a_file_that_is_not_this_ones_is_neither_kept_nor_mixed_in(fields, shard
         dataclasses.replace(maker, what="tokens"),
         dataclasses.replace(maker, what="tokens", format="tiff"),
     ):
-        with pytest.raises(ResultsError, match="holds embeddings of something else"):
+        with pytest.raises(EvaluationError, match="holds embeddings of something else"):
             changed.write(out, "test")
     assert tables(out) == before
 
@@ -153,7 +153,7 @@ def test_where_a_crop_lies_on_the_ground(fields, tmp_path):
 
 
 def test_what_cannot_be_written_is_said(fields, shards, tmp_path):
-    with pytest.raises(ResultsError, match="needs --what tokens"):
+    with pytest.raises(EvaluationError, match="needs --what tokens"):
         embedder(fields, shards, tmp_path, format="tiff")
     with pytest.raises(ManifestError, match="no split 'val'"):
         embedder(fields, shards, tmp_path).write(tmp_path / "out", "val")

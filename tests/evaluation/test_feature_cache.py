@@ -13,7 +13,7 @@ from maestro_scale.evaluation.benchmark import Benchmark
 from maestro_scale.evaluation.features import cache as module
 from maestro_scale.evaluation.features.cache import ConcatArray
 from maestro_scale.evaluation.frozen.evaluate import evaluate_frozen
-from maestro_scale.evaluation.results import ResultsError
+from maestro_scale.evaluation.results import EvaluationError
 from maestro_scale.interop.pretrained import load_model
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.shards.write.writer import Writer
@@ -202,13 +202,13 @@ def test_features_that_cannot_be_kept_are_said(fields, benchmark, factor):
     model.encode = lambda batch: {k: factor * v for k, v in inner(batch).items()}
     why = "are not finite" if factor != factor else "more than float16 holds"
     for mode in ("knn", "attentive"):
-        with pytest.raises(ResultsError, match=why):
+        with pytest.raises(EvaluationError, match=why):
             evaluate_frozen(model, benchmark, [mode])
 
 
 def test_no_room_is_said_before_anything_is_written(encoder, benchmark, monkeypatch):
     monkeypatch.setattr(module.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 100})())
-    with pytest.raises(ResultsError, match="GiB are free: free some, point --features"):
+    with pytest.raises(EvaluationError, match="GiB are free: free some, point --features"):
         evaluate_frozen(encoder[0], benchmark, ["knn"])
     assert not list(benchmark.features_dir.rglob("*.npy"))
 

@@ -14,7 +14,7 @@ from maestro_scale.evaluate import main as evaluate
 from maestro_scale.evaluation.report.groups import find_results
 from maestro_scale.evaluation.report.report import write_report
 from maestro_scale.evaluation.report.summary import summarise
-from maestro_scale.evaluation.results import EvalResult, ResultsError
+from maestro_scale.evaluation.results import EvalResult, EvaluationError
 from maestro_scale.evaluation.tasks.folds import find_folds, fold_splits
 from maestro_scale.shards.write.writer import Writer
 from tests.evaluation.conftest import FIELDS, Fields, field_tile
@@ -47,7 +47,7 @@ def test_named_folds_are_found_and_the_first_may_go_without():
     }
     assert find_folds(plain) == {}
     with pytest.raises(
-        ResultsError, match=r"no fold 6 in these shards \(folds: 1, 2, 3, 4, 5; splits: fold_1"
+        EvaluationError, match=r"no fold 6 in these shards \(folds: 1, 2, 3, 4, 5; splits: fold_1"
     ):
         fold_splits(PASTIS, 6)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from maestro_scale.evaluation.benchmark import Benchmark, Provenance
 from maestro_scale.evaluation.frozen.evaluate import evaluate_frozen
 from maestro_scale.evaluation.probes import dense
-from maestro_scale.evaluation.results import ResultsError
+from maestro_scale.evaluation.results import EvaluationError
 from maestro_scale.evaluation.tasks.fraction import stratified_sample
 from maestro_scale.evaluation.tasks.subset import class_weights, labelled_subset
 from maestro_scale.interop.pretrained import load_model
@@ -132,7 +132,7 @@ def test_a_fraction_is_taken_from_what_was_encoded_for_all(fields, tmp_path, mon
     assert {p.num_tiles for p in parts} == {SPLITS["test"]}
     assert [len(tiles) for tiles in fitted_on] == [20, 2, 6, 6, 6]
     assert fitted_on[1] < fitted_on[2] == fitted_on[3] != fitted_on[4]
-    with pytest.raises(ResultsError, match="a fraction of 10: give one above 0 and at most 1"):
+    with pytest.raises(EvaluationError, match="a fraction of 10: give one above 0 and at most 1"):
         score(10)
 
 

@@ -18,7 +18,7 @@ from maestro_scale.evaluation.metrics import (
     tile_counts,
     wf1,
 )
-from maestro_scale.evaluation.results import ResultsError
+from maestro_scale.evaluation.results import EvaluationError
 
 QUICK = settings(max_examples=40, deadline=None)
 BITS = npst.arrays(
@@ -131,7 +131,7 @@ def test_other_segmentation_scores_equal_scikit_learn(seed):
 
 def test_the_best_is_the_first_of_equals_and_there_is_none_without_a_score():
     assert best_index([0.2, 0.5, 0.5]) == 1
-    with pytest.raises(ResultsError, match="no label of the test split counts"):
+    with pytest.raises(EvaluationError, match="no label of the test split counts"):
         best_index([0.2, float("nan")], "test")
 
 

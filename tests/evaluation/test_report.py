@@ -18,7 +18,7 @@ import pytest
 
 from maestro_scale.evaluation.report.groups import find_results
 from maestro_scale.evaluation.report.report import write_report
-from maestro_scale.evaluation.results import EvalResult, ResultsError
+from maestro_scale.evaluation.results import EvalResult, EvaluationError
 
 CLASSES = ("meadow", "corn", "vines")
 SEGMENTED = EvalResult(
@@ -123,12 +123,12 @@ def test_the_page_holds_everything_and_trusts_nothing(results, tmp_path):
 
 
 def test_what_is_no_result_is_named(tmp_path):
-    with pytest.raises(ResultsError, match=r"no results\.json in there"):
+    with pytest.raises(EvaluationError, match=r"no results\.json in there"):
         find_results([tmp_path])
     old = tmp_path / "results.json"
     SEGMENTED.write(old)
     old.write_text(old.read_text().replace('"version": 1', '"version": 0'))
-    with pytest.raises(ResultsError, match=r"layout version 0, this maestro-scale reads 1"):
+    with pytest.raises(EvaluationError, match=r"format version 0, this maestro-scale reads 1"):
         find_results([tmp_path])
 
 
@@ -234,8 +234,8 @@ def test_an_oracle_of_other_tiles_stands_beside_nothing(tmp_path):
 def test_where_a_report_cannot_be_written_is_said_by_its_name(results, tmp_path):
     found = find_results([results])
     for out in (tmp_path / "report.md", tmp_path):
-        with pytest.raises(ResultsError, match=re.escape(f"--out {out}: name an .html file")):
+        with pytest.raises(EvaluationError, match=re.escape(f"--out {out}: name an .html file")):
             write_report(found, out)
     (results / "a" / "maps.npz").write_bytes(b"no archive")
-    with pytest.raises(ResultsError, match=r"maps\.npz cannot be read"):
+    with pytest.raises(EvaluationError, match=r"maps\.npz cannot be read"):
         write_report(found, tmp_path / "report.html")

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from maestro_scale.evaluation.results import VERSION, EvalResult, ResultsError
+from maestro_scale.evaluation.results import VERSION, EvalResult, EvaluationError
 
 RESULT = EvalResult(
     benchmark="treesatai_ts",
@@ -43,15 +43,15 @@ def test_undefined_scores_are_refused(tmp_path):
     ("text", "said"),
     [
         ("{", "cannot be read"),
-        ("[]", "layout version None"),
-        ('{"version": 99}', "layout version 99, this maestro-scale reads 1"),
+        ("[]", "format version None"),
+        ('{"version": 99}', "format version 99, this maestro-scale reads 1"),
         ('{"version": 1, "value": 2, "colour": 3}', "benchmark, colour"),
     ],
 )
 def test_foreign_files_are_named(tmp_path, text, said):
     path = tmp_path / "results.json"
     path.write_text(text)
-    with pytest.raises(ResultsError, match=said) as error:
+    with pytest.raises(EvaluationError, match=said) as error:
         EvalResult.load(path)
     assert str(path) in str(error.value)
 
@@ -59,17 +59,17 @@ def test_foreign_files_are_named(tmp_path, text, said):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"value": float("nan")}, "holds NaN"),
-        ({"interval": [float("nan"), 0.3]}, "holds NaN"),
+        ({"value": float("nan")}, "contains NaN"),
+        ({"interval": [float("nan"), 0.3]}, "contains NaN"),
         ({"value": None}, "value is None"),
         ({"value": "0.5"}, "value is '0.5'"),
-        ({"value": 50.0}, "value is 50.0, no fraction of 1"),
-        ({"interval": [0.5]}, "an interval of 1 numbers"),
-        ({"metric": "acc"}, "metric 'acc' is none of wf1, miou"),
+        ({"value": 50.0}, "value is 50.0, not a fraction of 1"),
+        ({"interval": [0.5]}, "the interval has 1 numbers"),
+        ({"metric": "acc"}, "metric 'acc' is not one of wf1, miou"),
         ({"seeds": []}, "no seed"),
         ({"per_class": [1, 2]}, "is malformed"),
         ({"per_class": {"a": 2}}, "per-class score of a is 2"),
-        ({"confusion": [[1, 2, 3]]}, "a confusion of 1 rows for 2 classes"),
+        ({"confusion": [[1, 2, 3]]}, "the confusion has 1 rows for 2 classes"),
         ({"confusion": 3}, "is malformed"),
     ],
 )
@@ -77,6 +77,6 @@ def test_what_no_evaluation_writes_is_refused(tmp_path, change, said):
     path = tmp_path / "results.json"
     RESULT.write(path)
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    with pytest.raises(ResultsError, match=said) as error:
+    with pytest.raises(EvaluationError, match=said) as error:
         EvalResult.load(path)
     assert "evaluate again" in str(error.value)

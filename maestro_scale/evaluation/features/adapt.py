@@ -8,7 +8,7 @@ from maestro_scale.datasets.spec import DatasetSpec, Sensor
 from maestro_scale.datasets.spec_check import crop_problems, sharing_problems, source_problems
 from maestro_scale.errors import dotted
 from maestro_scale.evaluation.features.baselines import FrozenEncoder
-from maestro_scale.evaluation.results import ResultsError
+from maestro_scale.evaluation.results import EvaluationError
 from maestro_scale.model.config import DatasetView, ModelConfig
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.model.sequences import sequences
@@ -19,7 +19,7 @@ def adapt_encoder(model: Maestro, spec: DatasetSpec, trains: bool = False) -> tu
 
     Weights are matched by name: patch embeddings by a sensor's ``embed``, encoders by its ``group``. A sensor without
     either is left out or, where the encoder ``trains`` on the dataset, re-initialised; the notes say which. The
-    decoder is always new, as nothing is reconstructed. ResultsError where no sensor has weights, or where a shared
+    decoder is always new, as nothing is reconstructed. EvaluationError where no sensor has weights, or where a shared
     patch embedding would get another patch size or number of bands.
     """
     config, view = model.config, DatasetView.of_spec(spec)
@@ -30,13 +30,13 @@ def adapt_encoder(model: Maestro, spec: DatasetSpec, trains: bool = False) -> tu
     notes = [f"{name} {fate}: {reason}" for name, reason in reasons.items()]
     sensors = tuple(s for s in view.sensors if s.name not in reasons)
     if not sensors:
-        raise ResultsError(
+        raise EvaluationError(
             f"{view.dataset}: the checkpoint has weights for none of its sensors: " + "; ".join(notes)
         )
     in_use = view.sensors if trains else sensors
     view = dataclasses.replace(view, sensors=in_use)
     for path, reason in sharing_problems([(v.dataset, v.sensors) for v in (*config.views, view)]):
-        raise ResultsError(f"the checkpoint does not fit: {dotted(path)}: {reason}")
+        raise EvaluationError(f"the checkpoint does not fit: {dotted(path)}: {reason}")
     # vars(): the fields of a view are also fields of a model's configuration.
     adapted = Maestro(dataclasses.replace(config, **vars(view), others=(), heads=())).initialise(0)
     pretrained = model.state_dict()
@@ -49,15 +49,15 @@ def adapt_encoder(model: Maestro, spec: DatasetSpec, trains: bool = False) -> tu
 def encoder_spec(encoder: FrozenEncoder, spec: DatasetSpec) -> DatasetSpec:
     """A resolved ``spec`` with the sensors that ``encoder`` reads, which may be fewer.
 
-    ResultsError where the dataset does not store them, or the crop does not fit the pixels of those that are left.
+    EvaluationError where the dataset does not store them, or the crop does not fit the pixels of those that are left.
     """
     view = encoder.view(spec.name)
     adapted = dataclasses.replace(spec, sensors=view.sensors, ref_sensor=view.ref_sensor)
     for sensor in adapted.sensors:
         for path, reason in source_problems(sensor, adapted.modalities):
-            raise ResultsError(f"{dotted((spec.name, 'sensors', sensor.name, *path))}: {reason}")
+            raise EvaluationError(f"{dotted((spec.name, 'sensors', sensor.name, *path))}: {reason}")
     for path, reason in crop_problems(adapted):
-        raise ResultsError(f"{dotted((spec.name, *path))}: {reason}")
+        raise EvaluationError(f"{dotted((spec.name, *path))}: {reason}")
     return adapted
 
 

@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from maestro_scale.datasets.spec import DatasetSpec, Sensor
-from maestro_scale.evaluation.results import ResultsError
+from maestro_scale.evaluation.results import EvaluationError
 from maestro_scale.model.config import DatasetView
 from maestro_scale.model.embed import network_input, patchify
 from maestro_scale.model.maestro import Embedding, Maestro
@@ -156,7 +156,7 @@ def _mixing(bands: tuple[str, ...]) -> Tensor:
 def build_baseline(name: str, recipe: Recipe, spec: DatasetSpec) -> Maestro | Baseline:
     """``statistics``; ``random``: the recipe's model, untrained; ``image:WEIGHTS``: a folder or a name on the hub.
 
-    ResultsError for any other name, or where the weights cannot be loaded.
+    EvaluationError for any other name, or where the weights cannot be loaded.
     """
     kind, _, weights = name.partition(":")
     if name == "statistics":
@@ -165,23 +165,23 @@ def build_baseline(name: str, recipe: Recipe, spec: DatasetSpec) -> Maestro | Ba
         return Maestro(build_model_config(recipe, [spec])).initialise(recipe.seed).eval()
     if kind == "image" and weights:
         return ImageEncoder(spec, _load_backbone(weights), weights).eval()
-    raise ResultsError(f"no baseline is called {name!r}; there are: statistics, random, image:WEIGHTS")
+    raise EvaluationError(f"no baseline is called {name!r}; there are: statistics, random, image:WEIGHTS")
 
 
 def _load_backbone(weights: str) -> PreTrainedModel:
     try:
         from transformers import AutoModel
     except ImportError:
-        raise ResultsError(
+        raise EvaluationError(
             "image baselines need transformers: pip install 'maestro-scale[baselines]'"
         ) from None
     try:
         backbone = AutoModel.from_pretrained(weights)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise ResultsError(f"{weights}: no image encoder can be loaded from there ({reason})") from None
+        raise EvaluationError(f"{weights}: no image encoder can be loaded from there ({reason})") from None
     if not hasattr(backbone.config, "patch_size"):
-        raise ResultsError(
+        raise EvaluationError(
             f"{weights}: {type(backbone).__name__} is not a vision transformer: it has no patch_size"
         )
     return backbone

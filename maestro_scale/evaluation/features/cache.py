@@ -25,7 +25,7 @@ from torch import Tensor
 
 from maestro_scale.evaluation.features.arrays import ConcatArray, FeatureArray, RowSubset
 from maestro_scale.evaluation.progress import ProgressFactory, no_progress
-from maestro_scale.evaluation.results import ResultsError
+from maestro_scale.evaluation.results import EvaluationError
 from maestro_scale.shards.locks import Locked, file_lock, locks_unsupported
 from maestro_scale.shards.progress import Progress
 from maestro_scale.stream.batch import Batch
@@ -101,7 +101,7 @@ def cached_features(
 ) -> FeatureCache:
     """``features`` and ``labels`` of every batch of ``loader``, from ``folder``; encoded first if they are not there.
 
-    Every rank encodes its own batches and writes its own rows; all of them must see the folder. ResultsError where
+    Every rank encodes its own batches and writes its own rows; all of them must see the folder. EvaluationError where
     the disk lacks space, or a feature is not finite.
     """
     group = _Group(world)
@@ -198,7 +198,7 @@ def _encode(
 ) -> None:
     num_rows = loader.num_samples * loader.num_crops
     if num_rows == 0:
-        raise ResultsError("there is no sample to encode: the split is empty")
+        raise EvaluationError("there is no sample to encode: the split is empty")
     # A random name: without locks, another job may be encoding the same features.
     partial = folder.with_name(group.from_main(f".partial-{uuid.uuid4().hex[:12]}-{folder.name}"))
     try:
@@ -237,7 +237,7 @@ def _encode(
 
 
 def _to_storage(features: Tensor, dtype: str, batch: Batch) -> np.ndarray:
-    """As ``dtype``. ResultsError where a feature is not finite, or not representable in it."""
+    """As ``dtype``. EvaluationError where a feature is not finite, or not representable in it."""
     values = features.float().cpu().numpy()
     with np.errstate(
         over="ignore"
@@ -246,7 +246,7 @@ def _to_storage(features: Tensor, dtype: str, batch: Batch) -> np.ndarray:
     if not np.isfinite(stored).all():
         row = int(np.argmin(np.isfinite(stored).reshape(len(stored), -1).all(axis=1)))
         most = np.abs(values[row]).max()
-        raise ResultsError(
+        raise EvaluationError(
             f"features of {batch.tiles[row] if batch.tiles else batch.keys[row]} "
             + (f"reach {most:.3g}, more than {dtype} holds" if np.isfinite(most) else "are not finite")
             + ": the encoder overflowed or read NaN; check its weights and the data"
@@ -257,12 +257,12 @@ def _to_storage(features: Tensor, dtype: str, batch: Batch) -> np.ndarray:
 def _create_arrays(
     folder: Path, layout: dict[str, tuple[tuple[int, ...], np.dtype]], group: _Group
 ) -> dict[str, np.memmap]:
-    """Empty arrays on disk, created by rank 0 and opened by every rank. ResultsError where the disk lacks space."""
+    """Empty arrays on disk, created by rank 0 and opened by every rank. EvaluationError where the disk lacks space."""
     if group.is_main:
         needed = sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in layout.values())
         free = shutil.disk_usage(folder.parent).free
         if needed > free:
-            raise ResultsError(
+            raise EvaluationError(
                 f"features need {needed / 2**30:.1f} GiB in {folder.parent}, {free / 2**30:.1f} GiB are free: free "
                 "some, point --features at a larger disk, or shard fewer tiles"
             )

@@ -96,7 +96,7 @@ def finetune(
     """The result of ``mode`` on rank 0; None on the other ranks. ``maps_dir``: for predictions of whole test tiles.
 
     The same call again continues after the last checkpoint in ``run_dir``. Stopped, on all ranks, where the run was
-    asked to stop. ResultsError, RecipeError, CheckpointError, GuardError, ManifestError or BadShard, each with one
+    asked to stop. EvaluationError, RecipeError, CheckpointError, GuardError, ManifestError or BadShard, each with one
     clear line.
     """
     check_world(recipe, world.size)

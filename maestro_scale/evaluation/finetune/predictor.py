@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from maestro_scale.evaluation.features.baselines import BaselineConfig, ImageEncoder
-from maestro_scale.evaluation.results import ResultsError
+from maestro_scale.evaluation.results import EvaluationError
 from maestro_scale.evaluation.tasks.losses import TargetLoss
 from maestro_scale.model.config import ModelConfig
 from maestro_scale.model.heads import build_head
@@ -67,7 +67,7 @@ class ImagePredictor(Predictor):
         view, target = encoder.config.view, target_loss.task.target
         ref = next((s for s in view.sensors if s.name == view.ref_sensor), None)
         if target.kind == "segmentation" and ref is None:
-            raise ResultsError(
+            raise EvaluationError(
                 f"{view.dataset}: {target.name} is predicted on the tokens of {view.ref_sensor!r}; keep it"
             )
         # Pixels of the reference image, as the target loss has them.
@@ -83,7 +83,7 @@ def build_predictor(
     encoder: nn.Module, dataset: str, target_loss: TargetLoss, seed: int, pretrained: bool
 ) -> Predictor:
     """The network as it is before the first step: a fresh head on ``encoder``, or, unless ``pretrained``, on the same
-    encoder drawn anew from ``seed``. ResultsError where the encoder does not fit the target_loss."""
+    encoder drawn anew from ``seed``. EvaluationError where the encoder does not fit the target_loss."""
     raise TypeError(
         f"{type(encoder).__name__} does not learn: use one of {', '.join(c.__name__ for c in TRAINABLE)}"
     )
@@ -100,7 +100,7 @@ def _(
             encoder.config.for_dataset(dataset), heads=(target_loss.task.target,), crop_m=None
         )
     except ValueError as error:
-        raise ResultsError(f"{dataset}: {error}") from None
+        raise EvaluationError(f"{dataset}: {error}") from None
     made = MaestroPredictor(config, target_loss)
     made.initialise(seed)
     if pretrained:

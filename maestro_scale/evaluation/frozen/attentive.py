@@ -16,7 +16,7 @@ from maestro_scale.evaluation.features.baselines import FrozenEncoder
 from maestro_scale.evaluation.features.cache import FeatureCache
 from maestro_scale.evaluation.metrics import best_index
 from maestro_scale.evaluation.probes.lr_grid import lr_grid_search
-from maestro_scale.evaluation.results import ResultsError
+from maestro_scale.evaluation.results import EvaluationError
 from maestro_scale.evaluation.tasks.losses import TargetLoss
 from maestro_scale.evaluation.tasks.task import Predictions, SegmentationTask
 from maestro_scale.model.config import DatasetView, ModelConfig
@@ -34,16 +34,16 @@ _MAX_TOKENS = (
 
 
 def concat_tokens(model: FrozenEncoder, batch: Batch) -> Tensor:
-    """(B, N, E) in the order of the sensors. ResultsError where the width of the tokens does not fit the head."""
+    """(B, N, E) in the order of the sensors. EvaluationError where the width of the tokens does not fit the head."""
     grids = model.encode(batch)
     widths = {s.name: grids[s.name].shape[-1] for s in model.view(batch.dataset).sensors}
     if len(set(widths.values())) > 1:
         listed = ", ".join(f"{name} {width}" for name, width in widths.items())
-        raise ResultsError(
+        raise EvaluationError(
             f"an attentive head needs tokens of one width, these have: {listed}; use --mode probe"
         )
     if (width := next(iter(widths.values()))) % POOL_HEADS:
-        raise ResultsError(
+        raise EvaluationError(
             f"an attentive head needs tokens whose width {POOL_HEADS} divides, these have {width}; use --mode probe"
         )
     return torch.cat([grids[name].flatten(1, 2) for name in widths], dim=1)
@@ -114,11 +114,11 @@ def attentive_probe(
     """Predictions of an attentive head, the one of finetuning, on frozen tokens ``features`` (M, N, E).
 
     One head per learning rate, all trained in the same pass; the one with the best validation score is used, the lowest
-    rate wins a tie. ResultsError where no label of the training split counts.
+    rate wins a tie. EvaluationError where no label of the training split counts.
     """
     pieces = (train.labels[first : first + BATCH_CROPS] for first in range(0, len(train), BATCH_CROPS))
     if not any(target_loss.num_terms(target_loss.loss_targets(np.array(labels))) for labels in pieces):
-        raise ResultsError("there is nothing to fit on: every label of the training split is ignored")
+        raise EvaluationError("there is nothing to fit on: every label of the training split is ignored")
     heads = HeadGrid(target_loss, view, train.features.shape[-1], seed, device)
     lr_grid_search(
         [head.parameters() for head in heads.heads],

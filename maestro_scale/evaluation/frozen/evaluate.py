@@ -60,7 +60,7 @@ def evaluate_frozen(
     """One result per mode, on rank 0; the other ranks only encode their share and return none.
 
     ``maps_dirs``: by mode, where predicted maps of the test tiles are written; a mode without one writes none.
-    ResultsError where the dataset has no target to score, ManifestError where a split is missing.
+    EvaluationError where the dataset has no target to score, ManifestError where a split is missing.
     """
     provenance = provenance or Provenance()
     manifest = Manifest.load(benchmark.shards)

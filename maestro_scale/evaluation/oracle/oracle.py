@@ -23,7 +23,7 @@ from maestro_scale.evaluation.metrics import segmentation_scores
 from maestro_scale.evaluation.oracle.signatures import ReflectanceSeries, unmix
 from maestro_scale.evaluation.probes import dense
 from maestro_scale.evaluation.progress import ProgressFactory, no_progress
-from maestro_scale.evaluation.results import ORACLE, EvalResult, ResultsError
+from maestro_scale.evaluation.results import ORACLE, EvalResult, EvaluationError
 from maestro_scale.evaluation.tasks.first_maps import FirstMaps
 from maestro_scale.evaluation.tasks.task import (
     MultilabelTask,
@@ -64,8 +64,8 @@ def evaluate_oracle(
 ) -> EvalResult | None:
     """The oracle's result on the test split, on rank 0; None on the other ranks. ``maps_dir``: for its predicted maps.
 
-    ResultsError where the target has other classes than the scenes, Sentinel-2 is not among the sensors in use, or the
-    tiles do not come from the generator.
+    EvaluationError where the target has other classes than the scenes, Sentinel-2 is not among the sensors in use, or
+    the tiles do not come from the generator.
     """
     manifest = Manifest.load(benchmark.shards)
     spec = benchmark.spec
@@ -94,7 +94,7 @@ def evaluate_oracle(
         tiles, misfits = (world.sum(torch.from_numpy(a).to(device)).cpu().numpy() for a in (tiles, misfits))
     # The median: single tiles under cloud may be far off. The same on all ranks, so all of them raise.
     if np.median(misfits) > _MAX_MISFIT:
-        raise ResultsError(
+        raise EvaluationError(
             f"{benchmark.shards}: the tiles differ from synthetic scenes by {np.median(misfits):.1f} standard "
             "deviations of the noise: the oracle is only for data of `maestro-scale synth`"
         )
@@ -114,7 +114,7 @@ class Oracle:
 
     def __init__(self, spec: DatasetSpec, task: MultilabelTask | SegmentationTask) -> None:
         if task.target.name not in SCENE_TARGETS:
-            raise ResultsError(
+            raise EvaluationError(
                 f"{spec.name}: {task.target.name} is not a map of a scene's classes; the oracle knows "
                 f"{', '.join(SCENE_TARGETS)}"
             )
@@ -125,7 +125,7 @@ class Oracle:
             s for s in spec.sensors if spec.modality(s.source).series and set(self._bands(s)) <= set(BAND_NM)
         ]
         if not series:
-            raise ResultsError(
+            raise EvaluationError(
                 f"{spec.name}: the oracle needs Sentinel-2, which is not among the sensors in use"
             )
         self._series = series[0]

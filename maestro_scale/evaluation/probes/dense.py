@@ -20,7 +20,7 @@ from maestro_scale.evaluation.features.arrays import FeatureArray
 from maestro_scale.evaluation.features.cache import FeatureCache
 from maestro_scale.evaluation.metrics import best_index, confusion, mean_iou
 from maestro_scale.evaluation.probes.lr_grid import lr_grid_search
-from maestro_scale.evaluation.results import ResultsError
+from maestro_scale.evaluation.results import EvaluationError
 from maestro_scale.stream.crops import CropGrid
 
 IGNORED = 255
@@ -222,10 +222,10 @@ class _LinearMaps:
 
 
 def _labelled_cells(layout: PixelLayout, split: FeatureCache, which: str) -> np.ndarray:
-    """Numbers of the cells, among all M·P, with a pixel that counts. ResultsError if there is none."""
+    """Numbers of the cells, among all M·P, with a pixel that counts. EvaluationError if there is none."""
     rows = np.flatnonzero((layout.per_cell(np.asarray(split.labels)) != IGNORED).any(-1))
     if not len(rows):
-        raise ResultsError(f"no pixel of the {which} split counts: every label is ignored")
+        raise EvaluationError(f"no pixel of the {which} split counts: every label is ignored")
     return rows
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from maestro_scale.evaluation.results import ORACLE, RESULTS, EvalResult, ResultsError
+from maestro_scale.evaluation.results import ORACLE, RESULTS, EvalResult, EvaluationError
 
 IMAGE_PREFIX = "image:"  # of the names of baselines with published weights
 
@@ -131,12 +131,12 @@ class ResultGroup:
 
 
 def find_results(paths: Iterable[Path]) -> list[ResultFile]:
-    """Every ``results.json`` among the files and under the folders. ResultsError if a path has none, or one is bad."""
+    """Every ``results.json`` among the files and under the folders. EvaluationError if a path has none or a bad one."""
     found: list[Path] = []
     for path in paths:
         below = sorted(path.rglob(RESULTS)) if path.is_dir() else [path]
         if not below:
-            raise ResultsError(f"{path}: no {RESULTS} in there; make one with evaluate.py --out {path}")
+            raise EvaluationError(f"{path}: no {RESULTS} in there; make one with evaluate.py --out {path}")
         found += below
     unique = dict.fromkeys(p.resolve() for p in found)
     loaded = [ResultFile(p, EvalResult.load(p)) for p in unique]

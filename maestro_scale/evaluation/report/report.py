@@ -25,7 +25,7 @@ from maestro_scale.evaluation.report.published import (
     INTRA_REFERENCE,
     PublishedRow,
 )
-from maestro_scale.evaluation.results import MAPS, ResultsError
+from maestro_scale.evaluation.results import MAPS, EvaluationError
 from maestro_scale.training.run_dir import write_atomically
 
 _METRIC = {"wf1": "wF1", "miou": "mIoU"}
@@ -63,10 +63,10 @@ class Table:
 
 
 def write_report(results: Sequence[ResultFile], out: Path) -> tuple[Path, Path]:
-    """Write ``out`` (self-contained HTML) and the tables as ``.md`` next to it; returns both paths. ResultsError where
-    ``out`` is not the name of an HTML file, or the maps of a result cannot be read."""
+    """Write ``out`` (self-contained HTML) and the tables as ``.md`` next to it; returns both paths. EvaluationError
+    where ``out`` is not the name of an HTML file, or the maps of a result cannot be read."""
     if out.suffix not in (".html", ".htm") or out.is_dir():
-        raise ResultsError(f"--out {out}: name an .html file; its tables go to .md beside it")
+        raise EvaluationError(f"--out {out}: name an .html file; its tables go to .md beside it")
     groups = group_results(results)
     content: dict[str, Any] = {
         "columns": COLUMNS,
@@ -255,7 +255,7 @@ def draw_pictures(file: ResultFile) -> dict[str, bytes]:
             with np.load(path) as stored:
                 truth, predicted = stored["truth"], stored["answer"]
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            raise ResultsError(f"{path} cannot be read ({error}); remove it, or evaluate again") from error
+            raise EvaluationError(f"{path} cannot be read ({error}); remove it, or evaluate again") from error
         drawn["maps"] = charts.maps(truth, predicted, classes)
     return drawn
 

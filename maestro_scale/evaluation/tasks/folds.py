@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from maestro_scale.evaluation.results import ResultsError
+from maestro_scale.evaluation.results import EvaluationError
 
 ROLES = ("train", "val", "test")
 
@@ -39,10 +39,10 @@ def find_folds(splits: Sequence[str]) -> dict[int, Splits]:
 
 
 def fold_splits(splits: Sequence[str], number: int) -> Splits:
-    """{role: splits} of fold ``number``. ResultsError, which lists the folds and splits, if it is incomplete."""
+    """{role: splits} of fold ``number``. EvaluationError, which lists the folds and splits, if it is incomplete."""
     folds = find_folds(splits)
     if number not in folds:
-        raise ResultsError(
+        raise EvaluationError(
             f"no fold {number} in these shards (folds: {', '.join(map(str, folds)) or 'none'}; splits: "
             f"{', '.join(splits)}): shard fold_1, fold_2, … or split_{number}_train, split_{number}_val, "
             f"split_{number}_test"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from maestro_scale.datasets.spec import Target
-from maestro_scale.evaluation.results import ResultsError
+from maestro_scale.evaluation.results import EvaluationError
 from maestro_scale.evaluation.tasks.fraction import stratified_sample
 from maestro_scale.shards.format.manifest import Manifest
 from maestro_scale.stream.source import OpenShards, Source
@@ -16,9 +16,9 @@ TRAIN = "train"
 
 def train_split(manifest: Manifest, fraction: float) -> tuple[str, float]:
     """(split to train on, fraction of it to use): all of ``train_filtered_<percent>``, the list that the release ships,
-    where the shards have it; else that fraction of ``train``. ResultsError unless 0 < fraction <= 1."""
+    where the shards have it; else that fraction of ``train``. EvaluationError unless 0 < fraction <= 1."""
     if not 0 < fraction <= 1:
-        raise ResultsError(f"a fraction of {fraction:g}: give one above 0 and at most 1, 0.1 for 10 %")
+        raise EvaluationError(f"a fraction of {fraction:g}: give one above 0 and at most 1, 0.1 for 10 %")
     official = f"{TRAIN}_filtered_{100 * fraction:g}"
     return (official, 1.0) if official in manifest.splits else (TRAIN, fraction)
 

@@ -32,7 +32,7 @@ from maestro_scale.evaluation.metrics import (
 from maestro_scale.evaluation.probes import dense
 from maestro_scale.evaluation.probes.knn import knn
 from maestro_scale.evaluation.probes.linear import linear_probe
-from maestro_scale.evaluation.results import ResultsError
+from maestro_scale.evaluation.results import EvaluationError
 from maestro_scale.stream.batch import Batch
 from maestro_scale.stream.crops import CropGrid
 
@@ -201,7 +201,7 @@ class SegmentationTask:
         values = batch.targets[self.target.name].numpy()
         side = self.layout.crop_pixels
         if values.shape[1:] != (side, side):
-            raise ResultsError(
+            raise EvaluationError(
                 f"{self.target.name} of {batch.keys[0]} has {values.shape[1:]} pixels where {side}x{side} are expected"
             )
         known = {i for i, _ in enumerate(self.target.classes)} | set(self.target.ignored)
@@ -209,7 +209,7 @@ class SegmentationTask:
         counted = [i for i, _ in enumerate(self.target.classes) if i not in self.target.ignored]
         table[counted] = np.arange(len(counted))
         if unknown := sorted(set(np.unique(values).tolist()) - known):
-            raise ResultsError(
+            raise EvaluationError(
                 f"{self.target.name} holds the value {unknown[0]} (in {batch.keys[0]} …), which is not a class"
             )
         return table[values]
@@ -283,21 +283,21 @@ def _resample_tokens(tokens: Tensor, grid: int) -> Tensor:
 def task_for(spec: DatasetSpec, target: str | None = None) -> MultilabelTask | SegmentationTask:
     """The task of predicting ``target`` (default: the dataset's first); ``spec``: with the sensors the encoder reads.
 
-    ResultsError where the dataset has no such target, or the reference grid does not fit its labels.
+    EvaluationError where the dataset has no such target, or the reference grid does not fit its labels.
     """
     if not spec.targets:
-        raise ResultsError(
+        raise EvaluationError(
             f"{spec.name} has no labels, so there is nothing to evaluate: it is for pretraining"
         )
     names = [t.name for t in spec.targets]
     if target is not None and target not in names:
-        raise ResultsError(f"{spec.name} has no target {target!r}; it has: {', '.join(names)}")
+        raise EvaluationError(f"{spec.name} has no target {target!r}; it has: {', '.join(names)}")
     chosen = spec.target(target or names[0])
     if chosen.kind == "multilabel":
         return MultilabelTask(chosen)
     refs = [s for s in spec.sensors if s.name == spec.ref_sensor]
     if not refs:
-        raise ResultsError(
+        raise EvaluationError(
             f"{spec.name}: {chosen.name} is predicted on the grid of {spec.ref_sensor!r}, which is not among the "
             f"sensors in use: {', '.join(s.name for s in spec.sensors)}"
         )
@@ -306,4 +306,4 @@ def task_for(spec: DatasetSpec, target: str | None = None) -> MultilabelTask | S
         layout = dense.PixelLayout(refs[0].grid, refs[0].patch, chosen.resolution_m or spec.crop_m, crops)
         return SegmentationTask(chosen, layout)
     except ValueError as error:
-        raise ResultsError(f"{spec.name}: sensor {refs[0].name}: {error}") from None
+        raise EvaluationError(f"{spec.name}: sensor {refs[0].name}: {error}") from None

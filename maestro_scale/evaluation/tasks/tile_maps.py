@@ -10,7 +10,7 @@ from urllib.parse import quote
 import numpy as np
 
 from maestro_scale.datasets.spec import GeoOrigin
-from maestro_scale.evaluation.results import ResultsError
+from maestro_scale.evaluation.results import EvaluationError
 from maestro_scale.evaluation.tasks.task import SegmentationTask, Task
 from maestro_scale.stream.source import OpenShards, Source
 
@@ -30,16 +30,18 @@ def georeference(
 class TileMapWriter:
     """Writes ``<folder>/<key>.tif``: uint8 values as in the labels, with the class names as tags.
 
-    ResultsError where the task predicts no map.
+    EvaluationError where the task predicts no map.
     """
 
     def __init__(self, folder: Path, source: Source, task: Task) -> None:
         try:
             import rasterio  # noqa: F401
         except ImportError:
-            raise ResultsError("--maps needs rasterio: pip install 'maestro-scale[datasets]'") from None
+            raise EvaluationError("--maps needs rasterio: pip install 'maestro-scale[datasets]'") from None
         if not isinstance(task, SegmentationTask):
-            raise ResultsError(f"--maps: {task.target.name} has labels for whole tiles, so there is no map")
+            raise EvaluationError(
+                f"--maps: {task.target.name} has labels for whole tiles, so there is no map"
+            )
         self._folder = folder
         self._resolution_m = task.layout.resolution_m
         self._names = task.target.classes
