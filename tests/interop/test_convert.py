@@ -1,4 +1,4 @@
-"""The authors' Lightning checkpoints: converted without running their code, exactly, there and back."""
+"""Reference checkpoints (Lightning) are converted without running their code and without loss in both directions."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def config(**changes) -> ModelConfig:
 
 @pytest.fixture
 def mask_config(monkeypatch):
-    """The authors' configuration object, from a module that is gone when the checkpoint is read."""
+    """A configuration object of the reference, from a module that does not exist when the checkpoint is read."""
 
     @dataclasses.dataclass
     class MaskConfig:
@@ -72,7 +72,7 @@ def mask_config(monkeypatch):
 
 
 def lightning(model: Maestro, **hyper) -> dict:
-    """What Lightning would save of a model in the authors' code: weights, their moving average, and the rest."""
+    """A checkpoint as Lightning saves it with the reference code: weights, their moving average, and the rest."""
     theirs = to_reference(model.state_dict(), model.config)
     state = {f"model.{k}": v for k, v in theirs.items()}
     state |= {f"ema_model.{k}": v + 1 for k, v in theirs.items()}
@@ -101,7 +101,7 @@ def lightning(model: Maestro, **hyper) -> dict:
     ],
     ids=lambda c: "-".join(map(str, c.values()))[:30] or "default",
 )
-def test_a_checkpoint_converts_agrees_and_turns_back(tmp_path, mask_config, changes):
+def test_a_checkpoint_survives_a_round_trip(tmp_path, mask_config, changes):
     if changes.get("spectral"):
         sensors = (dataclasses.replace(s, token_groups=s.band_groups) for s in SPEC.sensors)
         changes = {**changes, "sensors": tuple(sensors)}
@@ -129,7 +129,7 @@ def test_a_checkpoint_converts_agrees_and_turns_back(tmp_path, mask_config, chan
 
 
 @pytest.mark.parametrize("name", FIXTURES)
-def test_fixtures_as_checkpoints_agree(tmp_path, mask_config, name):
+def test_fixtures_convert_to_the_same_weights(tmp_path, mask_config, name):
     fixture = load(name)
     expected = build(fixture)
     size = fixture.config.size
@@ -147,7 +147,7 @@ def test_fixtures_as_checkpoints_agree(tmp_path, mask_config, name):
     back = torch.load(tmp_path / "back.ckpt", weights_only=True)["state_dict"]
     assert back.keys() == state.keys()
     assert all(torch.equal(back[k], v) and back[k].shape == v.shape for k, v in state.items())
-    if "treesatai" in name:  # the preset of a dataset that is known here says the same
+    if "treesatai" in name:  # the preset of this dataset gives the same configuration
         hints = ConversionHints(heads=size.heads, decoder_heads=size.decoder_heads)
         convert(checkpoint, tmp_path / "found", ConvertOptions(hints=hints))
         found = load_model(tmp_path / "found").config
@@ -156,7 +156,7 @@ def test_fixtures_as_checkpoints_agree(tmp_path, mask_config, name):
         ]
 
 
-def test_the_moving_average_is_taken_when_asked_for(tmp_path, mask_config):
+def test_the_moving_average_is_converted_on_request(tmp_path, mask_config):
     model = Maestro(config()).initialise(0)
     checkpoint = mask_config(tmp_path / "a.ckpt", lightning(model))
     convert(checkpoint, tmp_path / "ema", ConvertOptions(weights="ema", hints=HINTS))
@@ -202,7 +202,7 @@ def test_configuration_objects_are_kept_as_records(tmp_path, mask_config):
     assert "maestro.conf.mask" not in sys.modules
 
 
-def test_what_does_not_fit_is_listed(tmp_path, mask_config):
+def test_mismatches_are_listed(tmp_path, mask_config):
     content = lightning(Maestro(config()).initialise(0))
     content["state_dict"]["model.extra.weight"] = torch.zeros(3)
     missing = content["state_dict"].pop("model.decoder.s2.norm.weight")
@@ -214,7 +214,7 @@ def test_what_does_not_fit_is_listed(tmp_path, mask_config):
     assert not (tmp_path / "out").exists()
 
 
-def test_an_unknown_sensor_is_left_out_only_when_asked(tmp_path, mask_config):
+def test_an_unknown_sensor_is_left_out_only_on_request(tmp_path, mask_config):
     more = dataclasses.replace(SPEC.sensor("s2"), name="spot", group="spot", embed="spot")
     model = Maestro(config(sensors=(*SPEC.sensors, more))).initialise(0)
     checkpoint = mask_config(tmp_path / "a.ckpt", lightning(model, fusion_mode="group"))
@@ -255,10 +255,10 @@ def test_a_group_may_have_another_name_in_the_file(tmp_path, mask_config):
         ),
     ],
 )
-def test_what_shapes_cannot_say_is_asked_for(tmp_path, mask_config, changes, options, message):
+def test_ambiguous_shapes_name_the_option(tmp_path, mask_config, changes, options, message):
     model = Maestro(config(**changes)).initialise(0)
     sensors = tuple(s for s in model.config.sensors if s.name != "s1_des") if changes else None
-    if sensors:  # without a shared group, the names of encoders do not tell the fusions apart
+    if sensors:  # without a shared group, the names of encoders do not distinguish the fusions
         model = Maestro(dataclasses.replace(model.config, sensors=sensors)).initialise(0)
     with pytest.raises(ExportError, match=message):
         convert(mask_config(tmp_path / "a.ckpt", lightning(model)), tmp_path / "out", options)

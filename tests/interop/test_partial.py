@@ -1,4 +1,4 @@
-"""Starting from a model of another dataset: what fits is taken, and a table says what did not."""
+"""Initialisation from a model of another dataset: matching weights are loaded, and a table lists the others."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def statuses(parts) -> dict[str, set[str]]:
     return found
 
 
-def test_the_same_model_is_taken_whole(tmp_path):
+def test_the_same_model_is_loaded_completely(tmp_path):
     start = save(tmp_path)
     model = Maestro(small_config()).initialise(2)
     parts = start_from(model, str(tmp_path / "start"))
@@ -39,7 +39,7 @@ def test_the_same_model_is_taken_whole(tmp_path):
         assert torch.equal(p, start.state_dict()[name])
 
 
-def test_other_sensors_stay_fresh_or_behind(tmp_path):
+def test_other_sensors_are_initialised_or_unused(tmp_path):
     aerial, s2, *s1 = small_sensors()
     start = save(tmp_path, sensors=(aerial, s2))
     model = Maestro(small_config(sensors=(s2, *s1))).initialise(2)
@@ -53,7 +53,7 @@ def test_other_sensors_stay_fresh_or_behind(tmp_path):
         assert torch.equal(p, expected[name]), name
 
 
-def test_a_shared_embedding_lends_its_mask_token(tmp_path):
+def test_a_shared_embedding_provides_its_mask_token(tmp_path):
     aerial, s2, asc, des = small_sensors()
     s1 = dataclasses.replace(asc, name="s1", source="s1", embed="s1")
     start = save(tmp_path, sensors=(aerial, s2, s1))

@@ -1,4 +1,4 @@
-"""Models out of a folder, an object store or the hub; tiles and batches of any sensors and dates through them."""
+"""Models loaded from a folder, an object store or the hub embed tiles and batches of any sensors and dates."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def agrees(loaded: Maestro, expected: Maestro) -> bool:
     )
 
 
-# -- where models lie --------------------------------------------------------------------------------------------------
+# -- sources of models -------------------------------------------------------------------------------------------------
 
 
 def test_a_model_loads_from_an_object_store(exported, model, monkeypatch):
@@ -76,7 +76,7 @@ def test_the_hub_needs_its_client(monkeypatch):
 
 
 class Hub(BaseHTTPRequestHandler):
-    """The few answers of the Hugging Face hub that fetching files asks for."""
+    """The responses of the Hugging Face hub that downloading files needs."""
 
     folder: Path
     commit = "0" * 40
@@ -115,7 +115,7 @@ def test_a_model_loads_from_the_hub(exported, model, tmp_path):
             "try: load_model('hf://owner/other')\n"
             "except ExportError as error: print(error)\n"
         )
-        # The client reads its endpoint when it is imported.
+        # The client reads its endpoint on import.
         environment = {
             "HF_ENDPOINT": f"http://127.0.0.1:{server.server_address[1]}",
             "HF_HOME": str(tmp_path),
@@ -155,7 +155,7 @@ def test_loading_imports_nothing_of_the_training_stack(exported):
         (lambda f: (f / WEIGHTS).unlink(), "cannot be read"),
     ],
 )
-def test_what_is_no_model_is_refused(exported, tmp_path, damage, message):
+def test_invalid_models_are_refused(exported, tmp_path, damage, message):
     for name in (CONFIG, WEIGHTS):
         (tmp_path / name).write_bytes((exported / name).read_bytes())
     damage(tmp_path)
@@ -163,7 +163,7 @@ def test_what_is_no_model_is_refused(exported, tmp_path, damage, message):
         load_model(tmp_path)
 
 
-# -- what a model embeds -----------------------------------------------------------------------------------------------
+# -- embedding ---------------------------------------------------------------------------------------------------------
 
 
 def without(batch, *names):
@@ -218,14 +218,14 @@ def test_a_larger_crop_has_more_tokens(model):
     embedding = model.embed(twice, crop_m=120.0)
     assert embedding.tokens["s2"].shape[2] == 36
     assert embedding.tokens["aerial"].shape[2] == 64
-    # The same images seen as one crop of the usual extent are resized to it.
+    # The same images given as one crop of the usual extent are resized to it.
     assert model.embed(twice).tokens["s2"].shape[2] == 9
     with pytest.raises(ValueError, match="use a multiple of 60 m"):
         model.embed(twice, crop_m=90.0)
 
 
 @torch.no_grad()
-def test_a_tile_embeds_as_the_batch_it_is(model):
+def test_a_tile_embeds_like_the_same_batch(model):
     batch = full_batch(model.config, 1)
     kept = without(batch, "s1_asc")
     tile = Tile(
@@ -247,7 +247,7 @@ def test_a_tile_embeds_as_the_batch_it_is(model):
         model.embed(dataclasses.replace(tile, arrays={"other": tile.arrays["s2"]}))
 
 
-def test_what_the_model_does_not_know_is_named(model):
+def test_unknown_inputs_are_named(model):
     batch = full_batch(model.config, 1)
     landsat = dataclasses.replace(batch, pixels={"landsat": batch.pixels["s2"]})
     with pytest.raises(ValueError, match="has no sensor 'landsat'; it has: aerial, s2"):

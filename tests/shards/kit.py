@@ -1,4 +1,4 @@
-"""A small dataset for the tests of shards; importable, so that writer processes can unpickle it."""
+"""A small dataset for the tests of shards, in an importable module so that writer processes can unpickle it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SPEC = DatasetSpec(
 
 
 def tile(key: str) -> Tile:
-    """A tile that depends on its key alone; the key ends the note of every third tile."""
+    """A tile that depends on its key alone; about every third tile has a note."""
     seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little")
     rng = np.random.default_rng(seed)
     num_s2, num_s1 = (int(n) for n in rng.integers(2, 7, 2))
@@ -64,7 +64,7 @@ def tile(key: str) -> Tile:
 
 
 def toy_keys(count: int) -> list[str]:
-    """Keys with what real ones have: dots, and what is worse."""
+    """Keys with dots and other special characters, as in real datasets."""
     return sorted(f"Betula_spec._{i}_a/b%{i % 3}" for i in range(count))
 
 
@@ -105,11 +105,11 @@ class Wide(Toy):
         return replace(small, arrays={**small.arrays, "aerial": aerial})
 
 
-TILE_BYTES = 8_800  # about; raw
+TILE_BYTES = 8_800  # approximate size with the raw codec
 
 
 def fields_equal(sample, wanted: Tile) -> bool:
-    """Whether a sample holds exactly the arrays of a tile."""
+    """Whether a sample contains exactly the arrays of a tile."""
     from maestro_scale.shards.format.fields import tile_fields
 
     fields = tile_fields(wanted)

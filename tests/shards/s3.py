@@ -1,4 +1,4 @@
-"""A real socket between client and S3 server that delays, cuts, flips and refuses, as told."""
+"""An HTTP proxy between client and S3 server that delays, truncates, corrupts and refuses responses on demand."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 @dataclass
 class Fault:
-    """What happens to the answer of one request. ``status`` 0: the server's own answer."""
+    """Fault of the response to one request. ``status`` 0: the response of the server."""
 
     status: int = 0
-    cut: bool = False  # half the body, then the connection ends
+    cut: bool = False  # half the body, then the connection is closed
     flip: bool = False
     hang_s: float = 0.0
 
@@ -47,7 +47,7 @@ class Proxy:
         self._lock = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
-        self._server.handle_error = lambda *_: None  # clients that are killed or give up are what this is for
+        self._server.handle_error = lambda *_: None  # killed clients and timeouts are expected here
         self.port = self._server.server_address[1]
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
         return self

@@ -1,4 +1,4 @@
-"""Bad input through the commands: each ends in one line that names the file and the cause, never in fewer samples."""
+"""Bad input to the commands: each gives one line that names the file and the cause; no sample is dropped silently."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def command(monkeypatch, capsys) -> Command:
 
 @pytest.fixture
 def small_disk(tmp_path) -> Iterator[Path]:
-    """A file system of its own, of 3 MB."""
+    """A separate file system of 3 MB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)]
@@ -65,7 +65,7 @@ def one_line(done: tuple[int, str, str], exit_code: int = 2) -> str:
     return line
 
 
-def test_cut_flipped_and_gone_shards_and_a_newer_manifest(command, copy):
+def test_truncated_corrupted_and_missing_shards_and_a_newer_manifest(command, copy):
     manifest = Manifest.load(str(copy))
     cut, flipped, gone = (copy / s.path for s in manifest.shards[:3])
     cut.write_bytes(cut.read_bytes()[:-512])
@@ -92,7 +92,7 @@ def test_cut_flipped_and_gone_shards_and_a_newer_manifest(command, copy):
 
 def test_a_shard_swapped_between_two_datasets(command, copy, synthetic_raw, tmp_path):
     other = tmp_path / "other"
-    # The same names and sizes, other bytes: the order of the samples differs.
+    # The same names and sizes but other bytes: the order of the samples differs.
     write_shards(
         datasets.open_raw("treesatai_ts", synthetic_raw, "val"), str(other), "val", shard_mb=4, seed=1
     )
@@ -104,7 +104,7 @@ def test_a_shard_swapped_between_two_datasets(command, copy, synthetic_raw, tmp_
     assert line.startswith(f"{mine.path}: has SHA-256 {theirs.sha256[:12]}…, the manifest says")
 
 
-def test_training_ends_with_the_name_of_a_bad_shard(copy, tmp_path):
+def test_training_stops_with_the_name_of_a_bad_shard(copy, tmp_path):
     bad = copy / Manifest.load(str(copy)).shards_of(["train"])[1].path
     content = bytearray(bad.read_bytes())
     content[-100_000] ^= 1
@@ -134,7 +134,7 @@ def test_a_full_disk(small_disk, tmp_path):
             write_shards(Toy(400), str(shards), "train", shard_mb=0.4, workers=workers)
         assert not (shards / "manifest.json").exists()
         assert not list(shards.glob(".*.tmp"))
-    # What is finished is kept, and counts once there is room.
+    # Finished shards are kept and used once there is free space.
     finished = {p.name: p.stat().st_mtime_ns for p in shards.glob("*.tar")}
     assert finished
     subprocess.run(["mount", "-o", "remount,size=9m", str(small_disk)], check=True)

@@ -1,4 +1,4 @@
-"""A sample survives encoding, in every codec, dtype and shape, and safetensors itself reads it."""
+"""Samples survive encoding in every codec, dtype and shape, and the safetensors library can read them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ arrays = st.sampled_from(DTYPES).flatmap(
 
 @settings(max_examples=60, deadline=None)
 @given(array=arrays, codec=st.sampled_from(CODECS), data=st.data())
-def test_every_array_comes_back(array, codec, data):
+def test_arrays_survive_a_round_trip(array, codec, data):
     big = np.concatenate([array] * (1 + 5000 // max(array.nbytes, 1)))  # small fields are never compressed
     sample = Sample(encode_fields("k", {"a": big, "b": array}, codec))
     for name, wanted in (("a", big), ("b", array)):
@@ -41,10 +41,10 @@ images = st.sampled_from(("uint8", "int16", "float16", "float32")).flatmap(
 
 @settings(max_examples=60, deadline=None)
 @given(image=images, codec=st.sampled_from(CODECS), zoom=st.sampled_from((1, 7, 40)), data=st.data())
-def test_a_window_is_what_numpy_would_cut_out(image, codec, zoom, data):
+def test_a_window_equals_numpy_slicing(image, codec, zoom, data):
     wanted = np.kron(image, np.ones((zoom, zoom), image.dtype)).astype(
         image.dtype
-    )  # up to strips and many of them
+    )  # large enough for several strips
     wanted = np.concatenate([wanted] * (1 + 5000 // wanted.nbytes))
     sample = Sample(encode_fields("k", {"a": wanted}, codec))
     edges = [
@@ -58,7 +58,7 @@ def test_a_window_is_what_numpy_would_cut_out(image, codec, zoom, data):
 
 
 @pytest.mark.parametrize("codec", CODECS)
-def test_rows_decode_only_the_frames_they_are_in(codec, monkeypatch):
+def test_rows_decode_only_the_frames_that_contain_them(codec, monkeypatch):
     series = np.random.default_rng(0).integers(0, 99, (9, 4, 100, 100), np.int16)  # two strips per date
     sample = Sample(encode_fields("k", {"s": series}, codec))
     frames = []
@@ -80,7 +80,7 @@ def test_rows_decode_only_the_frames_they_are_in(codec, monkeypatch):
         sample.rows("s", np.array([-1]))
 
 
-def test_safetensors_reads_ours_and_we_read_theirs():
+def test_samples_are_compatible_with_the_safetensors_library():
     wanted = tile("T.1")
     buffer = encode(wanted, "raw")
     theirs = safetensors.numpy.load(buffer)
@@ -119,7 +119,7 @@ def test_delta_zstd_is_smaller():
 
 
 @pytest.mark.parametrize("codec", ["raw", "delta-zstd"])
-def test_no_damage_passes_for_something_else_than_an_error_or_data(codec):
+def test_damaged_bytes_raise_only_expected_errors(codec):
     buffer = encode(tile("a"), codec)
     for cut in (0, 7, 8, 100, len(buffer) // 2, len(buffer) - 1):
         with pytest.raises(CodecError):
@@ -136,7 +136,7 @@ def test_no_damage_passes_for_something_else_than_an_error_or_data(codec):
             continue
 
 
-def test_errors_say_what_and_where():
+def test_errors_name_sample_and_field():
     sample = Sample(encode(tile("T.1"), "raw"))
     with pytest.raises(KeyError, match=r"sample T.1 has no field 's3'; it has: .*aerial"):
         sample.array("s3")

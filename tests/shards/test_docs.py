@@ -1,4 +1,4 @@
-"""docs/shards.md is true: a dataset written by hand, as it says, is one."""
+"""The script in docs/shards.md writes a valid dataset."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def block(name: str) -> str:
     return re.search(rf"<!-- test: {name} -->\n```\w+\n(.*?)```", PAGE.read_text(), re.DOTALL)[1]
 
 
-def test_a_dataset_written_by_hand(tmp_path):
+def test_the_documented_script_writes_a_valid_dataset(tmp_path):
     example = Manifest.loads(block("manifest"))
     (tmp_path / "example.json").write_text(block("manifest"))
     (tmp_path / "write.py").write_text(block("script"))
@@ -38,7 +38,7 @@ def test_a_dataset_written_by_hand(tmp_path):
     with Store(str(folder), tmp_path / "cache", 0).shard(manifest.shards[0]) as shard:
         assert sorted(shard.keys) == sorted(f"orchard.{i}" for i in range(40))
         assert shard[0].array("s2").shape == (12, 2, 6, 6)
-    # verify has held the index against the tar; here that there is one to be held.
+    # verify has compared the index with the tar, if there is one; here: there is one.
     index = ShardIndex.loads((folder / "train-000000.index.json").read_text(), "index")
     assert len(index.keys) == 40
     (folder / "train-000000.index.json").unlink()

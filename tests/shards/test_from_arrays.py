@@ -1,4 +1,4 @@
-"""A dataset of one's own: what is at hand becomes spec and tiles, and what cannot be is named."""
+"""Spec and tiles of a user's own dataset, and the errors for invalid input."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LABELS = {"kind": {"pear": 0.5}, "cover": np.zeros((6, 6), int)}
 MASKS = {"s2": np.zeros((3, 1, 6, 6), np.uint8)}
 
 
-def test_what_is_described():
+def test_describe():
     assert SPEC.modality("s2").series
     assert not SPEC.modality("s1").series
     s2, s1 = SPEC.sensors
@@ -42,7 +42,7 @@ def test_what_is_described():
     assert (cropped.sensors[0].image_size, cropped.modalities[0].size) == (2, 6)
 
 
-def test_dates_and_labels_in_any_form():
+def test_dates_and_labels_in_all_accepted_forms():
     tile = make_tile(SPEC, "a", arrays(), DAYS, masks=MASKS, targets=LABELS)
     assert tile.dates["s2"].tolist() == [[2020, 60, 0], [2020, 366, 23], [2021, 1, 0]]
     assert tile.dates["s1"].tolist() == [[2020, 61, 0]]
@@ -59,7 +59,7 @@ def test_dates_and_labels_in_any_form():
     assert same.ref_date.tolist() == [2019, 182, 0]
 
 
-def test_they_are_what_the_shards_hold(tmp_path):
+def test_arrays_are_stored_unchanged(tmp_path):
     with Writer(str(tmp_path), SPEC, "train") as writer:
         for i in range(3):
             writer.add_arrays(f"t{i}", arrays(), DAYS, masks=MASKS, targets=LABELS)
@@ -84,7 +84,7 @@ def test_they_are_what_the_shards_hold(tmp_path):
         (Raster("s2", (), 10, "int16", patch=2), "0 bands"),
     ],
 )
-def test_a_description_that_cannot_be(raster, says):
+def test_an_inconsistent_description_is_refused(raster, says):
     with pytest.raises(ManifestError, match=says):
         describe("mine", 60, [raster])
 
@@ -111,14 +111,14 @@ def test_a_description_that_cannot_be(raster, says):
         ({"targets": {**LABELS, "kinds": 1}}, r"tile a: has, unlike the spec, the field target\.kinds"),
     ],
 )
-def test_a_tile_that_cannot_be_is_named_and_nothing_is_written(tmp_path, changes, says):
+def test_an_invalid_tile_is_named_and_nothing_is_written(tmp_path, changes, says):
     given = {"arrays": arrays(), "dates": DAYS, "masks": MASKS, "targets": LABELS, **changes}
     with pytest.raises(DatasetError, match=says), Writer(str(tmp_path / "new"), SPEC, "train") as writer:
         writer.add_arrays("a", **given)
     assert not (tmp_path / "new" / "manifest.json").exists()
 
 
-def test_what_is_public():
+def test_public_names():
     for name in public.__all__:
         assert getattr(public, name).__name__ == name
     with pytest.raises(AttributeError, match="no attribute 'writers'"):

@@ -1,4 +1,4 @@
-"""Manifests are read strictly, and errors say where."""
+"""Manifests are parsed strictly, and errors name the path of the entry."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ def test_round_trip():
         assert Manifest.loads(manifest.dumps()).digest == manifest.digest
 
 
-def test_digest_is_of_the_data_alone():
+def test_the_digest_depends_on_the_data_alone():
     from dataclasses import replace
 
     assert replace(MANIFEST, created_with={"x": "2"}, notes={}).digest == MANIFEST.digest
     assert replace(MANIFEST, shards=MANIFEST.shards[:1]).digest != MANIFEST.digest
     assert replace(MANIFEST, shards=MANIFEST.shards[:1]).digest_of(["train"]) == MANIFEST.digest_of(["train"])
     assert replace(MANIFEST, spec=replace(SPEC, crop_m=4.0)).digest != MANIFEST.digest
-    # Stable over versions: runs in progress compare it.
+    # The same in all versions: a resumed run compares it with its checkpoint.
     assert MANIFEST.digest == Manifest.loads(MANIFEST.dumps()).digest
 
 
-def test_of_names_the_splits_there_are():
+def test_an_unknown_split_lists_the_existing_ones():
     assert [s.split for s in MANIFEST.shards_of(["val", "train"])] == ["val", "train"]
     with pytest.raises(ManifestError, match="toy has no split 'test' in shards; there are: train, val"):
         MANIFEST.shards_of(["test"])
@@ -83,7 +83,7 @@ def test_of_names_the_splits_there_are():
         (lambda m: m.update(codec="gzip"), "codec: 'gzip' is not one of raw"),
     ],
 )
-def test_what_is_wrong_is_named_with_its_path(tmp_path, change, message):
+def test_errors_name_the_path_of_the_entry(tmp_path, change, message):
     data = json.loads(MANIFEST.dumps())
     change(data)
     (tmp_path / "manifest.json").write_text(json.dumps(data))
@@ -93,7 +93,7 @@ def test_what_is_wrong_is_named_with_its_path(tmp_path, change, message):
     assert "\n" not in str(error.value)
 
 
-def test_no_manifest_or_no_json(tmp_path):
+def test_a_missing_manifest_and_invalid_json(tmp_path):
     with pytest.raises(ManifestError, match=r"manifest.json: not found; write the dataset"):
         Manifest.load(str(tmp_path / "nowhere"))
     (tmp_path / "manifest.json").write_text("{")

@@ -1,4 +1,4 @@
-"""Parts of a split, written by jobs that know nothing of each other, are the split that one call writes."""
+"""Parts of a split written by independent jobs equal the split written by one call."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def whole(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("order", [(1, 2, 3), (3, 1, 2)])
-def test_parts_in_any_order_give_what_a_single_run_does(tmp_path, whole, order):
+def test_parts_in_any_order_equal_a_single_run(tmp_path, whole, order):
     *first, last = (f"{i}/3" for i in order)
     for text in first:
         assert write(tmp_path, text) is None
@@ -51,7 +51,7 @@ def test_parts_in_any_order_give_what_a_single_run_does(tmp_path, whole, order):
     assert verify(str(tmp_path)) == []
 
 
-def test_parts_at_the_same_time_give_it_too(tmp_path, whole):
+def test_concurrent_parts_equal_a_single_run(tmp_path, whole):
     threads = [threading.Thread(target=write, args=(tmp_path, f"{i}/4")) for i in range(1, 5)]
     for thread in threads:
         thread.start()
@@ -81,7 +81,7 @@ if __name__ == "__main__":
 """
 
 
-def test_a_part_that_died_is_redone_alone(tmp_path, whole):
+def test_a_killed_part_is_repeated_alone(tmp_path, whole):
     script, out = tmp_path / "die.py", tmp_path / "out"
     script.write_text(DYING)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
@@ -98,7 +98,7 @@ def test_a_part_that_died_is_redone_alone(tmp_path, whole):
     assert {name: (out / name).stat().st_mtime_ns for name in kept} == kept
 
 
-def test_a_shard_without_one_good_tile_does_not_keep_the_parts_waiting(tmp_path):
+def test_a_shard_without_valid_tiles_does_not_block_publication(tmp_path):
     from maestro_scale.shards.write.packing import shuffle_keys
 
     dataset = Toy(12, tuple(shuffle_keys(toy_keys(12), 0)[8:]))  # its last shards
@@ -109,7 +109,7 @@ def test_a_shard_without_one_good_tile_does_not_keep_the_parts_waiting(tmp_path)
     assert content(tmp_path / "parts") == content(tmp_path / "whole")
 
 
-def test_a_part_is_written_by_one_and_not_beside_the_whole(tmp_path):
+def test_a_part_excludes_the_same_part_and_a_full_write(tmp_path):
     with Writer(str(tmp_path), SPEC, "train") as writer:
         writer.add(tile("a"))
         with pytest.raises(WriteError, match="another process is writing split 'train'"):
@@ -117,6 +117,6 @@ def test_a_part_is_written_by_one_and_not_beside_the_whole(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["0/3", "4/3", "3", "1/0", "-1/2", "a/b", "1/2/3", ""])
-def test_a_part_that_makes_no_sense_is_refused(text):
+def test_an_invalid_part_is_refused(text):
     with pytest.raises(WriteError, match="is not i/n"):
         WriterPart.parse(text)

@@ -1,4 +1,4 @@
-"""Shards in an object store: moto's S3 over real sockets, with a proxy between that misbehaves."""
+"""Shards in an object store: moto's S3 over real sockets, with a proxy that injects faults."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ def server():
 
 @pytest.fixture(scope="module")
 def dataset(server):
-    """The manifest of a dataset at URL, which tests leave as it is."""
+    """The manifest of a dataset at URL, which tests must not modify."""
     return write_shards(Toy(12), URL, "train", shard_mb=SMALL)
 
 
 @pytest.fixture
 def s3(server, monkeypatch):
-    """A proxy before the server, to which the environment leads."""
+    """A proxy in front of the server; the environment points clients to it."""
     with Proxy(server) as proxy:
         lead_to(monkeypatch, proxy.url)
         yield proxy
@@ -59,7 +59,7 @@ def s3(server, monkeypatch):
 
 @pytest.fixture
 def own(dataset, s3, tmp_path):
-    """The address of a copy of the dataset, to be damaged."""
+    """URL of a copy of the dataset, to be damaged."""
     path = f"shards/{tmp_path.name}"
     fs = s3fs.S3FileSystem()
     for name in ("manifest.json", *(n for s in dataset.shards for n in (s.path, index_path(s.path)))):
@@ -104,7 +104,7 @@ def test_round_trip_with_cache(s3, dataset, tmp_path):
     assert len(s3.requests) == before
 
 
-def test_writing_resumes_refuses_and_joins_like_on_disk(own, dataset, s3):
+def test_writing_behaves_as_on_disk(own, dataset, s3):
     shard = dataset.shards[1].path
     fs = s3fs.S3FileSystem()
     fs.rm([f"{own}/manifest.json", f"{own}/{shard}"])
@@ -122,11 +122,11 @@ def test_writing_resumes_refuses_and_joins_like_on_disk(own, dataset, s3):
         write_shards(Toy(12), own, "test", codec="zstd")
 
 
-def test_two_writers_make_the_same(dataset, s3):
+def test_concurrent_writers_write_the_same_bytes(dataset, s3):
     assert write_shards(Toy(12), "s3://shards/two", "train", shard_mb=SMALL, workers=2) == dataset
 
 
-def test_nowhere_to_write_is_said(s3, monkeypatch):
+def test_a_missing_bucket_is_reported(s3, monkeypatch):
     with pytest.raises(WriteError, match=r"s3://none/toy/.*: no such bucket"):
         write_shards(Toy(2), "s3://none/toy", "train")
     s3.faults = lambda method, path, n: Fault(403) if method == "PUT" else None
@@ -134,7 +134,7 @@ def test_nowhere_to_write_is_said(s3, monkeypatch):
         write_shards(Toy(2), "s3://shards/new", "train")
 
 
-def test_verify_names_what_is_wrong(own, dataset):
+def test_verify_reports_problems(own, dataset):
     a, b, *_ = dataset.shards
     fs = s3fs.S3FileSystem()
     fs.rm(f"{own}/{a.path}")
@@ -146,7 +146,7 @@ def test_verify_names_what_is_wrong(own, dataset):
 
 
 @pytest.mark.parametrize("fault", [Fault(500), Fault(503), Fault(cut=True), Fault(429)], ids=str)
-def test_passing_failures_are_retried_and_counted(s3, dataset, tmp_path, fault, monkeypatch):
+def test_transient_failures_are_retried_and_counted(s3, dataset, tmp_path, fault, monkeypatch):
     monkeypatch.setattr(store_module, "_RANGE_BYTES", 10_000)
     left = [fault] * 6
 
@@ -164,7 +164,7 @@ def test_passing_failures_are_retried_and_counted(s3, dataset, tmp_path, fault, 
 @pytest.mark.parametrize(
     ("status", "error", "cause"), [(403, StoreError, "check credentials"), (404, BadShard, "missing")]
 )
-def test_final_answers_end_it_at_once(s3, dataset, tmp_path, status, error, cause):
+def test_permanent_failures_are_raised_at_once(s3, dataset, tmp_path, status, error, cause):
     s3.faults = lambda method, path, n: Fault(status) if path.endswith(".tar") else None
     s3.requests.clear()
     store = make_store(tmp_path, retry=RetryPolicy(deadline_s=60))
@@ -189,7 +189,7 @@ def test_no_credentials(s3, dataset, tmp_path, monkeypatch):
         Manifest.load(URL)
 
 
-def test_an_endpoint_that_hangs_or_is_gone_ends_at_the_deadline(s3, dataset, tmp_path, monkeypatch):
+def test_an_unresponsive_endpoint_fails_at_the_deadline(s3, dataset, tmp_path, monkeypatch):
     s3.faults = lambda method, path, n: Fault(hang_s=30)
     with pytest.raises(StoreError, match=r"train-000000.tar: gave up after \d attempts .*no answer within"):
         make_store(
@@ -202,7 +202,7 @@ def test_an_endpoint_that_hangs_or_is_gone_ends_at_the_deadline(s3, dataset, tmp
         ).shard(dataset.shards[0])
 
 
-def test_a_flipped_bit_is_fetched_again_once_then_named(s3, dataset, tmp_path):
+def test_a_corrupted_download_is_repeated_once_then_reported(s3, dataset, tmp_path):
     info = dataset.shards[0]
     flips = [True]
     s3.faults = lambda method, path, n: (
@@ -219,7 +219,7 @@ def test_a_flipped_bit_is_fetched_again_once_then_named(s3, dataset, tmp_path):
     assert not list((tmp_path / "cache" / "shards").glob("*.part"))
 
 
-def test_a_shard_cut_short_in_the_store_is_named(own, dataset, tmp_path):
+def test_a_truncated_object_is_reported(own, dataset, tmp_path):
     info = dataset.shards[0]
     fs = s3fs.S3FileSystem()
     fs.pipe(f"{own}/{info.path}", fs.cat(f"{own}/{info.path}")[:-512])
@@ -227,7 +227,7 @@ def test_a_shard_cut_short_in_the_store_is_named(own, dataset, tmp_path):
         make_store(tmp_path, own).shard(info)
 
 
-def test_a_damaged_file_in_the_cache_is_fetched_again(s3, dataset, tmp_path):
+def test_a_damaged_file_in_the_cache_is_downloaded_again(s3, dataset, tmp_path):
     info = dataset.shards[0]
     store = make_store(tmp_path)
     store.shard(info).close()
@@ -240,7 +240,7 @@ def test_a_damaged_file_in_the_cache_is_fetched_again(s3, dataset, tmp_path):
     assert store.counters.downloads == 2
 
 
-def test_the_budget_holds_and_the_least_recently_used_goes_first(s3, tmp_path):
+def test_the_budget_is_kept_and_the_least_recently_used_is_evicted(s3, tmp_path):
     url = "s3://shards/four"
     shards = write_shards(Toy(15), url, "train", shard_mb=SMALL).shards
     room = 3 * max(s.bytes for s in shards) + 100
@@ -250,7 +250,7 @@ def test_the_budget_holds_and_the_least_recently_used_goes_first(s3, tmp_path):
     pinned = store.shard(shards[0])
     for info in shards[1:3]:
         store.shard(info).close()
-    store.shard(shards[1]).close()  # now 2 is the oldest that is not in use
+    store.shard(shards[1]).close()  # now 2 is the least recently used shard that is not pinned
     store.shard(shards[3]).close()
     assert cached() == {shards[i].sha256 for i in (0, 1, 3)}
     assert store.counters.evictions == 1
@@ -261,7 +261,7 @@ def test_the_budget_holds_and_the_least_recently_used_goes_first(s3, tmp_path):
         Store(URL, tmp_path / "tiny", 1000, QUICK).shard(shards[0])
 
 
-def test_shards_in_use_are_not_evicted_and_that_is_said(s3, dataset, tmp_path, monkeypatch):
+def test_pinned_shards_are_not_evicted(s3, dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(store_module, "_SPACE_WAIT_S", 0.2)
     store = Store(URL, tmp_path / "cache", max(s.bytes for s in dataset.shards) + 100, QUICK)
     monkeypatch.setattr(store, "ensure", lambda info: Store.ensure(store, info, space_wait_s=0.2))
@@ -273,7 +273,7 @@ def test_shards_in_use_are_not_evicted_and_that_is_said(s3, dataset, tmp_path, m
     assert len(store.shard(dataset.shards[1])) > 0
 
 
-def test_a_full_disk_is_said(s3, dataset, tmp_path, monkeypatch):
+def test_a_full_disk_is_reported(s3, dataset, tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
@@ -282,7 +282,7 @@ def test_a_full_disk_is_said(s3, dataset, tmp_path, monkeypatch):
         make_store(tmp_path).shard(dataset.shards[0])
 
 
-def test_prefetch_fetches_ahead(s3, dataset, tmp_path):
+def test_prefetch(s3, dataset, tmp_path):
     store = make_store(tmp_path)
     store.prefetch(dataset.shards)
     until = time.monotonic() + 20
@@ -305,7 +305,7 @@ def fetch_all(cache, infos, forked_store, results):
 
 @pytest.mark.parametrize("method", ["spawn", "fork"])
 def test_two_processes_download_once(s3, dataset, tmp_path, method):
-    """Under fork the store has been used by the parent: its client must not be used by the child."""
+    """With fork the parent has used the store before: the child must not use its client."""
     s3.faults = lambda m, path, n: Fault(hang_s=0.05) if path.endswith(".tar") else None
     parent = make_store(tmp_path)
     infos = dataset.shards
@@ -327,7 +327,7 @@ def test_two_processes_download_once(s3, dataset, tmp_path, method):
     assert list((tmp_path / "cache" / "locks").iterdir()) == []
 
 
-def test_a_killed_download_leaves_nothing_that_counts(s3, dataset, tmp_path):
+def test_a_killed_download_releases_its_reservation(s3, dataset, tmp_path):
     info, other, *_ = dataset.shards
     s3.faults = lambda method, path, n: (
         Fault(hang_s=20) if method == "GET" and path.endswith(".tar") else None
@@ -344,6 +344,6 @@ def test_a_killed_download_leaves_nothing_that_counts(s3, dataset, tmp_path):
     s3.faults = lambda method, path, n: None
     assert list((tmp_path / "cache").glob("shards/*.part"))
     store = Store(URL, tmp_path / "cache", max(info.bytes, other.bytes) + 10, QUICK)
-    store.shard(other).close()  # there is room for one: what the dead process reserved is free again
+    store.shard(other).close()  # one shard fits: the reservation of the killed process is released
     assert not list((tmp_path / "cache").glob("shards/*.part"))
     assert len(store.shard(info)) == info.samples

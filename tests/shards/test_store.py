@@ -1,4 +1,4 @@
-"""The store: what it gives is what the manifest says, or one clear error names shard and cause."""
+"""The store returns what the manifest lists, or raises an error that names shard and cause."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def flip(path, position=3000):
     path.write_bytes(data)
 
 
-def test_every_sample_is_there(dataset, tmp_path):
+def test_every_sample_is_read(dataset, tmp_path):
     store = Store(str(dataset), tmp_path / "cache", 0)
     seen = []
     for info in Manifest.load(str(dataset)).shards:
@@ -50,7 +50,9 @@ def test_every_sample_is_there(dataset, tmp_path):
         assert len(shard) == len(shard.keys) == info.samples
         samples = list(shard)
         shard.close()
-        assert all(fields_equal(s, tile(s.key)) for s in samples)  # samples outlive their shard
+        assert all(
+            fields_equal(s, tile(s.key)) for s in samples
+        )  # samples stay valid after their shard is closed
         seen += [s.key for s in samples]
     assert sorted(seen) == toy_keys(12)
     with pytest.raises(IndexError):
@@ -91,7 +93,7 @@ def test_a_local_shard_is_hashed_once_per_state(dataset, copy, tmp_path, monkeyp
         ),
     ],
 )
-def test_a_bad_shard_is_named_with_its_cause(copy, tmp_path, damage, message):
+def test_a_bad_shard_is_reported_with_its_cause(copy, tmp_path, damage, message):
     (info, *_) = Manifest.load(str(copy)).shards
     damage(copy, copy / info.path)
     with pytest.raises(BadShard, match=message) as error:
@@ -114,7 +116,7 @@ def test_counts_are_checked(copy, tmp_path):
         Store(str(copy), tmp_path / "cache", 0).shard(wrong)
 
 
-def test_a_file_that_shrinks_while_it_is_open_is_an_error_not_a_crash(copy, tmp_path):
+def test_a_file_that_shrinks_while_it_is_open_is_an_error(copy, tmp_path):
     (info, *_) = Manifest.load(str(copy)).shards
     shard = Store(str(copy), tmp_path / "cache", 0).shard(info)
     (copy / info.path).write_bytes(b"")
@@ -122,7 +124,7 @@ def test_a_file_that_shrinks_while_it_is_open_is_an_error_not_a_crash(copy, tmp_
         shard[0]
 
 
-def test_verify_names_everything_else_too(copy):
+def test_verify_reports_all_other_problems(copy):
     assert verify(str(copy), workers=2) == []
     (copy / "train-000009.tar").write_bytes(b"x")
     (copy / "train-000000.index.json").write_text((copy / "train-000001.index.json").read_text())
@@ -138,7 +140,7 @@ def test_verify_names_everything_else_too(copy):
 
 
 def test_verify_reads_every_sample_against_the_spec(copy):
-    """A shard that was always wrong: its hash matches, its samples do not."""
+    """A shard that was written wrongly: its hash matches, its samples do not."""
     import hashlib
 
     from maestro_scale.shards.format.codec import encode, encode_fields
@@ -165,7 +167,7 @@ def test_verify_reads_every_sample_against_the_spec(copy):
     assert "tile d: s2 is int16" in problems[3]
 
 
-def test_of_large_samples_only_what_is_asked_for_is_read(dataset, copy, tmp_path, monkeypatch):
+def test_only_the_requested_part_of_a_large_sample_is_read(dataset, copy, tmp_path, monkeypatch):
     from maestro_scale.shards.read import shard as module
 
     monkeypatch.setattr(module, "_WHOLE_BYTES", 1)
@@ -179,7 +181,9 @@ def test_of_large_samples_only_what_is_asked_for_is_read(dataset, copy, tmp_path
         s2 = samples[0].rows("s2", np.array([1, 0]))
         assert np.array_equal(s2, tile(samples[0].key).arrays["s2"][[1, 0]])
         assert sum(map(len, taken)) == s2.nbytes
-    assert all(fields_equal(s, tile(s.key)) for s in samples)  # samples outlive their shard
+    assert all(
+        fields_equal(s, tile(s.key)) for s in samples
+    )  # samples stay valid after their shard is closed
     (copy / info.path).write_bytes(b"")
     with pytest.raises(BadShard, match="changed while it was in use"):
         samples[0].array("s2")
@@ -210,13 +214,13 @@ def test_a_folder_without_locks_can_be_read_and_written(tmp_path, monkeypatch):
         Store(without, tmp_path / "shared" / "cache", 0).shard(manifest.shards[0])
 
 
-def test_a_cache_that_cannot_be_made_is_said(dataset, tmp_path):
+def test_a_cache_that_cannot_be_created_is_reported(dataset, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match=r"file: the cache folder cannot be created .* set data.cache_dir"):
         Store(str(dataset), tmp_path / "file", 0).shard(Manifest.load(str(dataset)).shards[0])
 
 
-def test_any_fsspec_address_will_do(tmp_path):
+def test_any_fsspec_url_works(tmp_path):
     url = "memory://somewhere/toy"
     manifest = write_shards(Toy(5), url, "train")
     assert Manifest.load(url) == manifest
@@ -235,5 +239,5 @@ def test_any_fsspec_address_will_do(tmp_path):
         ("nothing://toy", None),
     ],
 )
-def test_what_an_address_needs(url, module):
+def test_the_client_module_of_a_url(url, module):
     assert client_module(url) == module

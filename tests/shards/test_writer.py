@@ -1,4 +1,4 @@
-"""Writing: the same bytes whoever writes, resumable after any kill, and no dataset that only looks whole."""
+"""Writing: the same bytes for any writer, resumable after a kill, and never a dataset that only looks complete."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_stock_webdataset_opens_the_shards(tmp_path):
 
 
 @pytest.mark.parametrize("codec", ["raw", "delta-zstd"])
-def test_bytes_do_not_depend_on_workers_or_on_who_writes(tmp_path, codec):
+def test_bytes_do_not_depend_on_workers_or_writer(tmp_path, codec):
     calls = []
     for workers in (1, 2):
         write_shards(
@@ -73,7 +73,7 @@ def test_samples_are_shuffled_and_evenly_spread(tmp_path):
     assert other.digest != manifest.digest
 
 
-def test_a_second_split_joins_and_notes_are_counted(tmp_path):
+def test_a_second_split_is_added_and_notes_are_counted(tmp_path):
     first = write_shards(Toy(6), str(tmp_path), "train")
     notes = sum(bool(tile(k).notes) for k in toy_keys(6))
     assert first.notes == {"odd one": notes}
@@ -111,7 +111,7 @@ def test_another_dataset_is_not_overwritten(tmp_path, dataset, options, message)
     assert content(tmp_path) == before
 
 
-def test_a_folder_with_something_else_is_refused(tmp_path):
+def test_a_folder_with_other_files_is_refused(tmp_path):
     (tmp_path / "train.csv").write_text("a")
     with pytest.raises(
         WriteError, match=r"is not empty and contains no dataset in shards \(it has train.csv\)"
@@ -128,7 +128,7 @@ def test_a_folder_with_something_else_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_tile_that_cannot_be_read_ends_it_without_a_manifest(tmp_path, workers):
+def test_an_unreadable_tile_stops_the_writer_without_a_manifest(tmp_path, workers):
     key = toy_keys(12)[5]
     dataset = Toy(12, broken=(key,))
     with pytest.raises(DatasetError, match="is truncated; fetch it again"):
@@ -141,7 +141,7 @@ def test_a_tile_that_cannot_be_read_ends_it_without_a_manifest(tmp_path, workers
     assert sum(s.samples for s in manifest.shards) == 12
 
 
-def test_tiles_may_be_left_out_if_said_so(tmp_path):
+def test_unreadable_tiles_are_left_out_on_request(tmp_path):
     broken = tuple(toy_keys(12)[3:5])
     manifest = write_shards(Toy(12, broken), str(tmp_path / "a"), "train", shard_mb=SMALL, strict=False)
     assert manifest.notes["left out: cannot be read"] == 2
@@ -167,7 +167,7 @@ def test_tiles_may_be_left_out_if_said_so(tmp_path):
         ({"key": ""}, "a key is a non-empty string"),
     ],
 )
-def test_a_tile_that_is_not_as_the_spec_says_is_named(tmp_path, change, message):
+def test_a_tile_that_differs_from_its_spec_is_named(tmp_path, change, message):
     def write():
         with Writer(str(tmp_path), SPEC, "train") as writer:
             writer.add(tile("u"))
@@ -195,7 +195,7 @@ def test_shapes_and_dtypes_are_checked(tmp_path):
             writer.add(good)
 
 
-def test_only_one_writes_a_split(tmp_path):
+def test_a_split_has_one_writer_at_a_time(tmp_path):
     with Writer(str(tmp_path), SPEC, "train") as writer:
         writer.add(tile("a"))
         with pytest.raises(WriteError, match="another process is writing split 'train'"):
@@ -212,7 +212,7 @@ write_shards(Toy(12), sys.argv[1], "train", workers=2, shard_mb=0.03)
 """
 
 
-def test_workers_of_an_unguarded_script_end_it(tmp_path):
+def test_an_unguarded_script_fails_with_a_hint(tmp_path):
     script = tmp_path / "write.py"
     script.write_text(UNGUARDED)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
@@ -244,7 +244,7 @@ def test_a_killed_writer_is_resumed(tmp_path, workers):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (dst / "manifest.json").exists()
-    wait_until(lambda: not running(dst))  # the workers end with their parent
+    wait_until(lambda: not running(dst))  # the workers exit with their parent
     kept = {p.name: p.stat().st_mtime_ns for p in dst.glob("*.tar")}
     counts = []
     write_shards(Toy(40), str(dst), "train", shard_mb=SMALL, progress=lambda *numbers: counts.append(numbers))
@@ -264,7 +264,7 @@ def test_a_damaged_or_missing_shard_of_a_finished_split_is_written_again(tmp_pat
     assert content(tmp_path) == whole
 
 
-def test_what_another_plan_left_is_cleaned_up(tmp_path):
+def test_leftovers_of_another_plan_are_removed(tmp_path):
     late = shuffle_keys(toy_keys(20), seed=0)[-1]
     with pytest.raises(DatasetError):
         write_shards(Toy(20, broken=(late,)), str(tmp_path), "train", shard_mb=SMALL / 2)

@@ -1,4 +1,4 @@
-"""docs/your_dataset.md is true: what it says is run, in real processes, from arrays to scores."""
+"""The commands of docs/your_dataset.md run in real processes, from arrays to scores."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def block(name: str) -> str:
 
 
 def run(command: list[str], folder: Path) -> str:
-    # A test before this one in the same process may have been a rank.
+    # An earlier test in this process may have set the variables of a rank.
     ours = {
         k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
     }
@@ -46,7 +46,7 @@ def run(command: list[str], folder: Path) -> str:
 
 
 def commands(name: str) -> list[list[str]]:
-    """The commands of a block; entry points by this Python, not by a launcher, from wherever it is called."""
+    """The commands of a block, with entry points run by this Python instead of a launcher, from any folder."""
     found = []
     for line in block(name).splitlines():
         program, *rest = shlex.split(line)
@@ -66,7 +66,7 @@ def written(tmp_path_factory) -> Path:
     return folder
 
 
-def test_the_page_writes_what_it_was_given(written):
+def test_the_page_writes_its_arrays(written):
     lines = [line for line in block("write.py").splitlines() if line.strip()]
     assert len(lines) < 45, "the page promises thirty lines or so"
     shards = written / "shards" / "orchards"
@@ -86,7 +86,7 @@ def test_the_page_writes_what_it_was_given(written):
         np.testing.assert_allclose(means, 60 + 100 * trees, atol=5)
 
 
-def test_the_page_looks_at_it(written):
+def test_the_page_inspects(written):
     verified, inspected = (run(command, written) for command in commands("look"))
     assert "3 shards, 80 samples, all valid" in verified
     for word in ("train-000000.tar", "apple", "plum", "bare", "s2", "aerial", "Jan"):

@@ -1,4 +1,4 @@
-"""FLAIR-HUB patches written by hand, so that the reader is checked against numbers known beforehand."""
+"""FLAIR-HUB patches generated from formulas, so that readers can be tested against known values."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PATCH = "D012-2019_AF-S1-27_5-10"
 NEIGHBOUR = "D012-2019_AF-S1-27_5-11"
 AERIAL_DATES = {PATCH: "20190704", NEIGHBOUR: "20190705"}
 S2_DATES = '{"1": 20190301, "2": 20190107, "3": 20191231}'  # the second before the first
-S1_DATES = '{"2": 20190702, "1": 20190103}'  # numbered the other way round
+S1_DATES = '{"2": 20190702, "1": 20190103}'  # numbered in reverse order
 
 
 def aerial() -> np.ndarray:
@@ -67,7 +67,7 @@ def cosia() -> np.ndarray:
 
 
 def lpis() -> np.ndarray:
-    """(3, 512, 512) uint8: 22, 30 and 45 but for the first row, which is 1, 2 and 3."""
+    """(3, 512, 512) uint8: 22, 30 and 45, except the first row: 1, 2 and 3."""
     values = np.empty((3, 512, 512), np.uint8)
     for band, (background, crop) in enumerate(((22, 1), (30, 2), (45, 3))):
         values[band], values[band, 0] = background, crop
@@ -91,7 +91,7 @@ def files() -> dict[str, np.ndarray]:
 
 
 def path_of(src: Path, folder: str, patch: str = PATCH) -> Path:
-    """Where the file of ``patch`` lies."""
+    """Path of the file of ``patch``."""
     _, zone, position = patch.split("_")
     return src / folder / zone / f"{folder}_{zone}_{position}.tif"
 

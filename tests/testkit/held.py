@@ -1,7 +1,7 @@
-"""What DeepSpeed really holds and sends: tensor bytes of a rank at its fullest, bytes per collective; a script.
+"""Measures what DeepSpeed allocates and sends: peak tensor bytes of a rank, bytes per collective. Run as a script.
 
-The one argument is a JSON file: {"out": file, "tasks": [{"name", "precision", "section", "accumulate", "ema"}]}. Two
-steps are taken of each task; the second counts.
+The one argument is a JSON file: {"out": file, "tasks": [{"name", "precision", "section", "accumulate", "ema"}]}. Each
+task runs two steps; the second is measured.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CONFIG = small_config(size=dataclasses.replace(TINY, width=128, decoder_width=12
 
 
 def storages() -> dict[int, int]:
-    """{address: bytes} of every tensor's storage made since gc.freeze(). Activations are autograd's, not Python's."""
+    """{address: bytes} of all tensor storages created since gc.freeze(), without activations held by autograd."""
     found = {}
     for thing in gc.get_objects():
         if issubclass(type(thing), torch.Tensor) and not thing.is_meta:
@@ -37,7 +37,7 @@ def storages() -> dict[int, int]:
 
 
 class Sent:
-    """Counts the bytes that this rank puts on the wire, by collective, as a ring would send them."""
+    """Counts the bytes that this rank sends, by collective, assuming ring algorithms."""
 
     def __init__(self) -> None:
         self.bytes: Counter[str] = Counter()
@@ -101,15 +101,15 @@ def run_task(task: dict, world, sent: Sent) -> dict:
     held: dict[str, int] = {}
 
     def glance() -> int:
-        gc.collect()  # else what waits in a cycle counts, or not
-        time.sleep(0.02)  # Gloo's thread lets go of a bucket after the collective has returned
+        gc.collect()  # otherwise tensors in reference cycles are counted or not, depending on the collector
+        time.sleep(0.02)  # Gloo's thread releases a bucket only after the collective has returned
         return sum(size for address, size in storages().items() if address not in not_held)
 
     def look(moment: str) -> None:
         found = min(glance() for _ in range(5))
         held[moment] = max(held.get(moment, 0), found)
 
-    # Its gradient comes last; and just before the optimizer.
+    # Its gradient comes last; and just before the optimizer step.
     first.register_post_accumulate_grad_hook(lambda p: look("end of backward"))
     judging = engine._begin_judging
     engine._begin_judging = lambda *args: (look("before the optimizer"), judging(*args))

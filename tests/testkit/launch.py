@@ -1,4 +1,4 @@
-"""Small training tasks on one or several real processes; see layouts.py for what a task is."""
+"""Runs small training tasks on one or several real processes; layouts.py describes a task."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from testkit.runs import Job
 
 
 def launch(folder: Path, ranks: int, tasks: list[dict]) -> dict[str, dict]:
-    """Run tasks on so many ranks; {task: what rank 0 found}."""
+    """Run tasks on ``ranks`` ranks; {task: result of rank 0}."""
     out = folder / f"out-{ranks}-{tasks[0]['name']}"
     out.mkdir()
     order = out / "order.json"

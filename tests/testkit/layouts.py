@@ -1,7 +1,7 @@
-"""Trains a small model on all ranks of a launch, once per task, each with its own ZeRO stage; run as a script.
+"""Trains a small model on all ranks of a launch, once per task, each with its ZeRO stage. Run as a script.
 
 The one argument is a JSON file: {"out": folder, "tasks": [{"name", "stage", "steps", "start", "load", "save", …}]}.
-``out``/<task>-rank<r>.json gets its losses and learned weights' digests; only rank 0's is read.
+``out``/<task>-rank<r>.json gets the losses and the digests of the final weights; only that of rank 0 is read.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from testkit.models import full_batch, small_config
 
 GLOBAL_BATCH = 8
 SETTINGS = {"lr": 2e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.05}
-CLIP = 0.3  # below the norms of the first steps, so that it acts
+CLIP = 0.3  # below the gradient norms of the first steps, so that clipping is active
 SEED = 5
 
 
@@ -111,7 +111,7 @@ def run_task(task: dict, world) -> dict:
 
 
 def rehearse(task: dict, engine, config, world) -> None:
-    """The warm-up; with ``room_mb`` it may not take more than that, and the error is what counts."""
+    """Run the warm-up; with ``room_mb`` under that memory limit, to test the error."""
     from maestro_scale.model.masking import MaskingConfig
     from maestro_scale.training.warmup import warm_up
 

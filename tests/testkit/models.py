@@ -55,7 +55,7 @@ def small_config(**changes) -> ModelConfig:
 
 
 def noise_batch(config: ModelConfig, size: int, seed: int = 0) -> Batch:
-    """Noise alone: enough for masks."""
+    """A batch with noise only, which is enough to draw masks."""
     generator = torch.Generator().manual_seed(seed)
     noise = {s.name: torch.rand(size, num_noise(s), generator=generator) for s in config.sensors}
     return Batch(

@@ -1,5 +1,5 @@
 """Fixtures of the reference model: NAME.json (configuration, losses) beside NAME.safetensors (weights, batch, masks,
-outputs). Everything is read from them; nothing here knows a dataset, a fusion or a band grouping."""
+outputs). Datasets, fusions and band groupings are all read from these files."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def load(name: str) -> Fixture:
 def sensor(name: str, info: dict) -> Sensor:
     """``bands`` is a count (one token of all bands), or a list of bands per token.
 
-    The numbers in that list say which bands of a file were read; the batch has them in that order already.
+    The numbers in that list are the bands that were read from a file; the batch already has them in that order.
     """
     bands = info["bands"]
     tokens = [bands] if isinstance(bands, int) else [len(token) for token in bands]
@@ -100,7 +100,7 @@ def model_config(meta: dict) -> ModelConfig:
             decoder_dim_head=m["decoder_dim_head"],
             decoder_mlp_ratio=m["decoder_mlp_ratio"],
         ),
-        # As the authors have it, the finest grid that all sensors share where none is given.
+        # As in the reference: by default the finest grid that all sensors share.
         pos_grid=meta["grid_pos_enc"] or math.lcm(*(s.grid for s in sensors)),
         fusion=meta["fusion_mode"],
         inter_depth=meta["inter_depth"],

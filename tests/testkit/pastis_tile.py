@@ -1,4 +1,4 @@
-"""PASTIS-HD tiles written by hand, so that the reader is checked against numbers known beforehand."""
+"""PASTIS-HD tiles generated from formulas, so that readers can be tested against known values."""
 
 from __future__ import annotations
 

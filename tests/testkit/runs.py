@@ -44,7 +44,7 @@ tracking: {{enabled: false, pictures_every: 0}}
 
 
 def write_recipe(folder: Path, shards: Path) -> Path:
-    """The tiny recipe over ``shards``."""
+    """The tiny recipe for ``shards``."""
     path = folder / "tiny.yaml"
     path.write_text(RECIPE.format(shards=json.dumps(str(shards)), cache=json.dumps(str(folder / "cache"))))
     return path
@@ -66,11 +66,11 @@ class Job:
 
     @property
     def output(self) -> str:
-        """What all of them printed."""
+        """The output of all processes."""
         return self._log.read_text(errors="replace")
 
     def wait(self, timeout_s: float) -> int:
-        """Exit code: 0 if every process ended well; the first that did not ends the others, as a launcher would."""
+        """Exit code: 0 if every process succeeded; the first failure ends the others, as a launcher does."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             codes = [p.poll() for p in self.processes]
@@ -83,7 +83,7 @@ class Job:
         raise AssertionError(f"not over after {timeout_s} s:\n{self.output[-4000:]}")
 
     def kill(self) -> None:
-        """SIGKILL every process and everything it started."""
+        """SIGKILL every process and its descendants."""
         sessions = {p.pid for p in self.processes}
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit() and _session(entry) in sessions:
@@ -95,7 +95,7 @@ class Job:
 
 @dataclass
 class Trainer:
-    """Runs ``train.py`` on one recipe: ``launcher`` "deepspeed", or "env" for bare ranks with RANK and friends set."""
+    """Runs ``train.py`` on one recipe: ``launcher`` "deepspeed", or "env" for processes with RANK etc. set."""
 
     recipe: Path
     launcher: str = "env"
@@ -123,18 +123,18 @@ class Trainer:
     def run(
         self, run_dir: Path | None, ranks: int = 1, *args: str, timeout_s: float = 240
     ) -> tuple[int, str]:
-        """(exit code, output) of a run to its end."""
+        """(exit code, output) of a complete run."""
         job = self.start(run_dir, ranks, *args)
         return job.wait(timeout_s), job.output
 
     def train(self, run_dir: Path, ranks: int = 1, *args: str) -> list[dict]:
-        """Metrics of a run that must succeed."""
+        """Metrics of a run, which must succeed."""
         code, output = self.run(run_dir, ranks, *args)
         assert code == 0, output[-4000:]
         return metrics(run_dir)
 
     def kill_at(self, run_dir: Path, ranks: int, step: int, *args: str) -> None:
-        """Start a run and SIGKILL all of it once ``step`` is logged."""
+        """Start a run and SIGKILL its processes once ``step`` is logged."""
         job = self.start(run_dir, ranks, *args)
         deadline = time.monotonic() + 240
         while not any(m["step"] >= step for m in metrics(run_dir)):
@@ -152,7 +152,7 @@ def _session(entry: Path) -> int:
 
 
 def metrics(run_dir: Path) -> list[dict]:
-    """Whole lines of metrics.jsonl."""
+    """Complete lines of metrics.jsonl."""
     path = run_dir / "metrics.jsonl"
     if not path.exists():
         return []

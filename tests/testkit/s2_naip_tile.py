@@ -1,4 +1,4 @@
-"""S2-NAIP tiles written by hand, so that the reader is checked against numbers known beforehand."""
+"""S2-NAIP tiles generated from formulas, so that readers can be tested against known values."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def write_naip(tmp_path: Path) -> Callable[..., Path]:
         )
         for folder in folders:
             (tmp_path / folder).mkdir(parents=True, exist_ok=True)
-        warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)  # PNG holds pixels alone
+        warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)  # PNG has no georeference
         for name in names:
             profile = {"driver": "PNG", "dtype": "uint8", "count": 4, "height": 512, "width": 512}
             with rasterio.open(tmp_path / "naip" / f"{name}.png", "w", **profile) as raster:

@@ -1,4 +1,4 @@
-"""A run directory as a run leaves it that is over and was never sent to MLflow."""
+"""A run directory of a finished run that was never sent to MLflow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One TreeSatAI-TS tile written by hand, so that the reader is checked against numbers known beforehand."""
+"""One TreeSatAI-TS tile generated from formulas, so that readers can be tested against known values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A TCP port at another address that leads to a server on 127.0.0.1, for machines that cannot see that one."""
+"""A TCP port at another address that forwards to a server on 127.0.0.1, for hosts that cannot reach that one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import threading
 
 
 class Forward:
-    """Every connection to ``host``:``port`` goes on to 127.0.0.1:``port``."""
+    """Forwards every connection to ``host``:``port`` to 127.0.0.1:``port``."""
 
     def __init__(self, host: str, port: int) -> None:
         self._port = port
@@ -15,7 +15,7 @@ class Forward:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def close(self) -> None:
-        """No new connections."""
+        """Accept no new connections."""
         self._server.close()
 
     def _accept(self) -> None:

@@ -17,7 +17,7 @@ BUCKET = "shards"
 
 
 def why_not() -> str | None:
-    """Why no server can be started here, or None."""
+    """Why no server can be started on this machine, or None."""
     if os.geteuid() != 0:
         return "Ceph needs root"
     if missing := [n for n in NEEDED if shutil.which(n) is None]:
@@ -30,22 +30,22 @@ def why_not() -> str | None:
 
 @dataclass
 class Server:
-    """One server; ``env`` leads clients to it."""
+    """One server; ``env`` points clients to it."""
 
     env: dict[str, str] = field(default_factory=dict)
 
     def up(self) -> None:
-        """Start it with an empty bucket; returns once it answers."""
-        for _ in range(3):  # on a busy machine Ceph's daemons may miss each other
+        """Start it with an empty bucket; returns once it responds."""
+        for _ in range(3):  # on a busy machine Ceph's daemons may fail to find each other
             done = subprocess.run([SERVICE, "up"], capture_output=True, text=True, timeout=240, check=False)
             self.env = dict(re.findall(r"(AWS_\w+)=(\S+)", done.stdout))
-            with contextlib.suppress(OSError, KeyError):  # or says nothing
+            with contextlib.suppress(OSError, KeyError):  # or no response
                 self.files().mkdir(BUCKET)
                 return
         raise AssertionError(f"{SERVICE} up: no answer\n{done.stdout}{done.stderr}")
 
     def down(self) -> None:
-        """End it; what it held is gone."""
+        """Stop it; its data is deleted."""
         subprocess.run([SERVICE, "down"], capture_output=True, timeout=60, check=False)
 
     @property
@@ -54,7 +54,7 @@ class Server:
         return int(self.env["AWS_ENDPOINT_URL"].rpartition(":")[2])
 
     def files(self):
-        """A client of its own."""
+        """A new client."""
         import s3fs
 
         return s3fs.S3FileSystem(
@@ -66,5 +66,5 @@ class Server:
         )
 
     def through(self, port: int) -> dict[str, str]:
-        """``env`` by way of a proxy on another port."""
+        """``env`` for a proxy on another port."""
         return {**self.env, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}

@@ -1,4 +1,4 @@
-"""A real S3 server: datasets are written to it, verified and trained from, whatever the network and users do."""
+"""A real S3 server: writing, verification and training, also with network faults and wrong settings."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def command(env: dict[str, str], *words: str | Path) -> tuple[int, str]:
 
 
 def error_line(done: tuple[int, str]) -> str:
-    """The one line that says why a run ended."""
+    """The one line with the reason why a run ended."""
     code, output = done
     assert code == 2, output
     (line,) = [line for line in output.splitlines() if "error: " in line]
@@ -53,7 +53,7 @@ def error_line(done: tuple[int, str]) -> str:
 
 @pytest.fixture(scope="module")
 def s3(ceph):
-    """A proxy before the server; the environment of this process leads to it too."""
+    """A proxy in front of the server; the environment of this process points to it as well."""
     with Proxy(ceph.port) as proxy, pytest.MonkeyPatch.context() as patch:
         for name, value in ceph.through(proxy.port).items():
             patch.setenv(name, value)
@@ -87,13 +87,13 @@ def disk(synthetic_raw, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def trainer(dataset, tmp_path) -> Trainer:
-    """Trains from URL, with a cache of its own that is empty."""
+    """Trains from URL, with a new, empty cache."""
     return Trainer(write_recipe(tmp_path, URL))
 
 
 @pytest.fixture(scope="module")
 def quiet(s3, dataset, tmp_path_factory) -> tuple[Path, Counter]:
-    """A run of two ranks that nothing disturbs, and how often each shard was asked for."""
+    """An undisturbed run of two ranks, and the number of requests for each shard."""
     s3.faults = lambda method, path, n: None
     s3.requests.clear()
     folder = tmp_path_factory.mktemp("quiet")
@@ -103,7 +103,7 @@ def quiet(s3, dataset, tmp_path_factory) -> tuple[Path, Counter]:
 
 @pytest.fixture
 def own(ceph, dataset, tmp_path):
-    """The address of a copy of the dataset, to be damaged, and a client."""
+    """URL of a copy of the dataset, to be damaged, and a client."""
     fs, prefix = ceph.files(), f"{BUCKET}/{tmp_path.name}"
     for path in fs.ls(f"{BUCKET}/trees"):
         fs.copy(path, f"{prefix}/{path.rpartition('/')[2]}")
@@ -117,7 +117,7 @@ def fetched(s3: Proxy) -> Counter:
     )
 
 
-def test_it_is_the_dataset_that_a_disk_holds(dataset, disk):
+def test_the_dataset_equals_the_one_on_disk(dataset, disk):
     assert dataset == Manifest.load(str(disk))
     code, output = command({}, "verify", URL)
     assert code == 0, output
@@ -134,7 +134,7 @@ def test_any_number_of_ranks_train_on_the_same_samples(quiet, trainer, disk, tmp
     assert curve(metrics(run)) == pytest.approx(curve(alone), rel=1e-5)
 
 
-def test_a_network_that_fails_changes_nothing_but_the_counts(s3, quiet, trainer, tmp_path):
+def test_network_failures_change_only_the_counters(s3, quiet, trainer, tmp_path):
     kinds = [Fault(500), Fault(cut=True), Fault(hang_s=0.3), Fault(flip=True), Fault(503)]
     seen: list[str] = []
 
@@ -161,20 +161,20 @@ def test_killed_on_two_ranks_and_continued_on_one(quiet, trainer, tmp_path):
     used = audit(tmp_path / "run")
     assert used == audit(quiet[0])
     for epoch in (used[1], used[2], used[3]), (used[4], used[5], used[6]):
-        assert len(set().union(*epoch)) == 24  # of 28: the rest is less than a batch
+        assert len(set().union(*epoch)) == 24  # of 28: the remaining ones are fewer than a batch
 
 
-def test_refused_it_stops_at_once(s3, trainer, tmp_path):
+def test_a_refused_request_stops_the_run_at_once(s3, trainer, tmp_path):
     s3.faults = lambda method, path, n: Fault(403) if path.endswith(".tar") else None
     line = error_line(trainer.run(tmp_path / "run", 1))
     assert f"{URL}/train-" in line
     assert "check credentials" in line
     asked = Counter(p for _, p in s3.requests if p.endswith(".tar"))
-    assert max(asked.values()) <= 2  # ahead of time, and when it was needed
+    assert max(asked.values()) <= 2  # once by the prefetch, and once when it was needed
     assert not metrics(tmp_path / "run")
 
 
-def test_wrong_credentials_and_silence_are_one_line(s3, trainer, tmp_path):
+def test_wrong_credentials_and_no_response_give_one_line(s3, trainer, tmp_path):
     trainer.env = {"AWS_SECRET_ACCESS_KEY": "wrong"}
     assert f"{URL}/manifest.json: refused" in error_line(trainer.run(tmp_path / "run", 1))
     trainer.env = {}
@@ -184,7 +184,7 @@ def test_wrong_credentials_and_silence_are_one_line(s3, trainer, tmp_path):
     assert "gave up after" in line
 
 
-def test_damaged_datasets_are_named(own, trainer, tmp_path):
+def test_damaged_datasets_are_reported(own, trainer, tmp_path):
     url, fs = own
     manifest = Manifest.load(url)
     cut, swapped, *_ = (f"{url}/{s.path}" for s in manifest.shards)
@@ -192,7 +192,7 @@ def test_damaged_datasets_are_named(own, trainer, tmp_path):
     trainer.recipe.write_text(trainer.recipe.read_text().replace(URL, url))
 
     fs.pipe(cut, whole[:-2048])
-    fs.pipe(swapped, other[:-2000] + whole[-2000:])  # its own size, what another dataset has under this name
+    fs.pipe(swapped, other[:-2000] + whole[-2000:])  # the same size, with bytes of another dataset
     code, output = command({}, "verify", url)
     assert code == 1
     assert f"{manifest.shards[0].path}: " in output
@@ -248,7 +248,7 @@ def test_a_killed_upload_in_parts_is_resumed(s3, tmp_path):
     assert verify(url) == []
 
 
-def test_the_first_batch_waits_for_its_own_shards_alone(s3, tmp_path):
+def test_the_first_batch_waits_only_for_its_own_shards(s3, tmp_path):
     url = f"s3://{BUCKET}/many"
     manifest = write_shards(Toy(96), url, "train", shard_mb=2 * TILE_BYTES / 1e6)
     assert len(manifest.shards) >= 32
@@ -264,11 +264,11 @@ def test_the_first_batch_waits_for_its_own_shards_alone(s3, tmp_path):
     loader.close()
     needed = {manifest.shards[source_shard(source, key)].path for b in first.batches for key in b.keys}
     assert needed <= set(asked)
-    assert len(asked) <= len(needed) + 4  # what was begun meanwhile, two at a time
+    assert len(asked) <= len(needed) + 4  # started in the meantime, two at a time
 
 
-def test_loader_processes_have_the_credentials_of_now(s3, tmp_path, monkeypatch):
-    """The server that they are forked from may be older: a notebook, where they were set after a first attempt."""
+def test_loader_processes_use_the_current_credentials(s3, tmp_path, monkeypatch):
+    """The fork server may be older than the credentials: in a notebook they may be set after a first attempt."""
     url = f"s3://{BUCKET}/late"
     manifest = write_shards(Toy(8), url, "train")
     source = Source(SPEC, manifest.shards_of(["train"]), Store(url, tmp_path, 2**30))
@@ -285,7 +285,7 @@ def test_loader_processes_have_the_credentials_of_now(s3, tmp_path, monkeypatch)
 
 
 def source_shard(source: Source, key: str) -> int:
-    """The shard that a sample's key leads to."""
+    """The shard that contains a sample."""
     number, start = int(key.rpartition("/")[2]), 0
     for i, count in enumerate(source.counts):
         start += count
