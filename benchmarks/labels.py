@@ -1,12 +1,12 @@
-"""What pretraining is worth where labels are few: quickstart's encoder and an untrained one, at a tenth of the labels.
+"""The benefit of pretraining with few labels: the quickstart encoder and an untrained one, with a tenth of the labels.
 
     maestro-scale quickstart --out /tmp/quickstart
     python benchmarks/labels.py --quickstart /tmp/quickstart
 
-kNN and probe on frozen features, and finetuning by two courses, the same for both encoders: one with the ratio of
-learning rates that the paper has (a third of pretraining's), and one three times as fast and twice as long, which suits
-the untrained one better. The oracle tells what can be reached. Prints one table, writes benchmarks/results/labels.json;
-exit code 1 where the intervals of kNN, of the probe, or of the paper's course overlap.
+kNN and probe on frozen features, and finetuning with two schedules, the same for both encoders: one with the paper's
+ratio of learning rates (a third of that of pretraining), and one with three times the learning rate and twice the
+steps, which suits the untrained encoder better. The oracle gives the upper bound. Prints a table and writes
+benchmarks/results/labels.json; exit code 1 if the intervals of kNN, of the probe or of the paper's schedule overlap.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ COMMON = (
     "checkpoint.every_steps=1000",
     "tracking.enabled=false",
 )
-COURSES = {
+SCHEDULES = {
     "frozen": (("knn", "probe"), ()),
     "the paper's course": (("finetune",), ("train.steps=200", "optim.base_lr=2.0e-4")),
     "faster and longer": (("finetune",), ("train.steps=400", "optim.base_lr=6.0e-4")),
@@ -50,7 +50,7 @@ COURSES = {
 def evaluate(
     args: argparse.Namespace, encoder: list[str], out: Path, modes: tuple[str, ...], more: tuple[str, ...]
 ):
-    """{mode: result} of one command."""
+    """{mode: result} of one evaluation command."""
     run = args.quickstart / "runs" / "quickstart"
     command = [sys.executable, str(EVALUATE), f"--recipe={run / 'recipe.yaml'}", *encoder, f"--out={out}"]
     command += [f"--fraction={args.fraction}", f"--features={args.work / 'features'}"]
@@ -62,11 +62,13 @@ def evaluate(
 
 
 def main() -> int:
-    """The command."""
+    """Entry point."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quickstart", type=Path, required=True, help="what `maestro-scale quickstart` left")
+    parser.add_argument(
+        "--quickstart", type=Path, required=True, help="output folder of `maestro-scale quickstart`"
+    )
     parser.add_argument(
         "--work", type=Path, help="folder for features and results (default: QUICKSTART/labels)"
     )
@@ -78,13 +80,13 @@ def main() -> int:
         "untrained": ["--baseline=random"],
     }
     rows = []
-    for course, (modes, more) in COURSES.items():
+    for schedule, (modes, more) in SCHEDULES.items():
         found = {
-            name: evaluate(args, words, args.work / course.replace(" ", "_") / name, modes, more)
+            name: evaluate(args, words, args.work / schedule.replace(" ", "_") / name, modes, more)
             for name, words in encoders.items()
         }
         for mode in modes:
-            row = {"course": course, "mode": mode}
+            row = {"course": schedule, "mode": mode}
             row |= {name: [f[mode].value, *f[mode].interval] for name, f in found.items()}
             rows.append(row | {"apart": row["pretrained"][1] > row["untrained"][2]})
     best = evaluate(args, ["--baseline=oracle"], args.work / "oracle", (), ())["oracle"]

@@ -1,10 +1,11 @@
-"""How much the encoder learns of masked pixels through ``norm: group``, the authors' normalisation of patch embeddings.
+"""How much information on masked pixels reaches the encoder with ``norm: group``, the reference's patch normalisation.
 
     python benchmarks/leak.py
 
-Hidden patches of synthetic TreeSatAI-TS tiles are replaced by those of another tile; visible tokens should not change.
-Under ``norm: token`` they do not, to the bit. Prints the relative change (root mean square) as they enter the encoder
-and as they leave it, for a model of size ``tiny`` at initialisation; writes benchmarks/results/leak.json.
+The masked patches of synthetic TreeSatAI-TS tiles are replaced by those of another tile; visible tokens should not
+change. With ``norm: token`` they are bitwise unchanged. Prints the relative change (root mean square) of the visible
+tokens at the input and output of the encoder, for a model of size ``tiny`` at initialisation, and writes
+benchmarks/results/leak.json.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ from maestro_scale.stream.loader import TrainLoader
 from maestro_scale.stream.source import Source
 
 
-def tiles(folder: Path, count: int) -> Batch:
-    """A batch of synthetic tiles, as training sees them."""
+def synthetic_batch(folder: Path, count: int) -> Batch:
+    """A training batch of synthetic tiles."""
     datasets.synth("treesatai_ts", folder / "raw", 2 * count, 0)
     raw = datasets.open_raw("treesatai_ts", folder / "raw", "train")
     write_shards(raw, str(folder / "shards"), "train")
@@ -46,8 +47,8 @@ def tiles(folder: Path, count: int) -> Batch:
     return batch
 
 
-def with_others_hidden(config: ModelConfig, batch: Batch, hidden: dict[str, Tensor]) -> Batch:
-    """The batch, but hidden patches are those of the next tile."""
+def replace_masked_patches(config: ModelConfig, batch: Batch, hidden: dict[str, Tensor]) -> Batch:
+    """The batch with its masked patches replaced by those of the next tile."""
     pixels = {}
     for s in config.sensors:
         size = batch.pixels[s.name].shape[-1]
@@ -59,16 +60,16 @@ def with_others_hidden(config: ModelConfig, batch: Batch, hidden: dict[str, Tens
 
 
 def change(before: Tensor, after: Tensor) -> float:
-    """Root mean square of the difference, relative to the values."""
+    """Root mean square of the difference, relative to that of the values."""
     return ((after - before).pow(2).mean() / before.pow(2).mean()).sqrt().item()
 
 
 @torch.no_grad()
 def main() -> None:
-    """The command."""
+    """Entry point."""
     spec = datasets.spec("treesatai_ts")
     with tempfile.TemporaryDirectory() as folder:
-        batch = tiles(Path(folder), 16)
+        batch = synthetic_batch(Path(folder), 16)
     found = {}
     for norm in ("group", "token"):
         config = ModelConfig(
@@ -76,7 +77,7 @@ def main() -> None:
         )
         model = Maestro(config).initialise(0).eval()
         masks = draw_masks(config, MaskingConfig(), batch)
-        other = with_others_hidden(config, batch, masks_by_sensor(config, masks))
+        other = replace_masked_patches(config, batch, masks_by_sensor(config, masks))
         entering = {}
         for s in config.sensors:
             visible = ~masks_by_sensor(config, masks)[s.name]

@@ -1,13 +1,13 @@
-"""How fast samples come, by our shards and by other ways, from a local disk and from a slow object store.
+"""Loader throughput: shards of maestro_scale compared with other formats, from a local disk and a slow object store.
 
     python -m benchmarks.loader --work /tmp/loader [--mds-python VENV/bin/python] [--rounds 2] [--seconds 4]
 
-Makes synthetic TreeSatAI-TS and PASTIS-HD tiles once, in every layout, under --work; shards hold each several times,
-under other names, so that a pass over the network takes longer than starting to. Each measurement runs in a fresh
-process; rounds go through all of them, and the best round of each counts, so that a busy minute does not decide. Given
-an --out that is there, it adds rounds to it (--only s3/: of the measurements with this in their name). --mds-python: an
-environment with mosaicml-streaming (it pulls torchvision, hence its own) in which maestro_scale can be imported. Prints
-the tables; writes benchmarks/results/loader.json.
+Writes synthetic TreeSatAI-TS and PASTIS-HD tiles in every format to --work, once; shards contain each tile several
+times under different names, so that a pass over the network takes longer than its start. Each measurement runs in a new
+process; each round runs all of them, and the best round of each counts, so that temporary load does not matter. If
+--out exists, rounds are added to it (--only s3/: measurements with this in their name). --mds-python: an environment
+with mosaicml-streaming (which installs torchvision, so it needs one of its own) in which maestro_scale can be
+imported. Prints the tables and writes benchmarks/results/loader.json.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.loader_ways import Task
+from benchmarks.loader_variants import Task
 from benchmarks.slow_store import serve
 from maestro_scale import datasets
 from maestro_scale.datasets.spec import DatasetSpec, RawDataset, Tile
@@ -42,15 +42,15 @@ from maestro_scale.training.run_dir import git_revision
 
 DELAY_S, BYTES_PER_S = 0.03, 40e6
 TILES = {"treesatai_ts": 300, "pastis_hd": 20}
-REPEATS = {"treesatai_ts": 6, "pastis_hd": 1}  # of a tile in the shards
+REPEATS = {"treesatai_ts": 6, "pastis_hd": 1}  # copies of each tile in the shards
 BATCH = {"treesatai_ts": 16, "pastis_hd": 4}
 SOAK = 20_000
-_WAYS = Path(__file__).with_name("loader_ways.py")
+_VARIANTS_SCRIPT = Path(__file__).with_name("loader_variants.py")
 
 
 @dataclass(frozen=True)
 class Repeated:
-    """A raw dataset with each of its tiles several times, as tiles of their own."""
+    """A raw dataset that contains each of its tiles several times, under different keys."""
 
     raw: RawDataset
     times: int
@@ -68,7 +68,7 @@ class Repeated:
 
 
 def build(work: Path, dataset: str, mds_python: str | None) -> Path:
-    """The dataset in every layout; what is there is kept."""
+    """Write the dataset in every format; existing formats are kept."""
     data = work / dataset
     datasets.synth(dataset, data / "raw", TILES[dataset], seed=0)
     raw = Repeated(datasets.open_raw(dataset, data / "raw", "train"), REPEATS[dataset])
@@ -83,7 +83,7 @@ def build(work: Path, dataset: str, mds_python: str | None) -> Path:
 
 
 def write_mds(data: str) -> None:
-    """The same samples as MDS shards; runs where mosaicml-streaming is."""
+    """Write the same samples as MDS shards; runs in the environment with mosaicml-streaming."""
     from streaming import MDSWriter
 
     out, partial = Path(data, "mds"), Path(data, "mds.partial")
@@ -111,7 +111,7 @@ def _write_webdataset(data: Path, out: Path) -> None:
         for name in sample.names:
             file = io.BytesIO()
             np.save(file, sample.array(name))
-            # webdataset cuts names at the first dot.
+            # webdataset takes everything before the first dot as the key.
             member = tarfile.TarInfo(f"{sample.key.replace('.', '_')}.{name.replace('.', '+')}.npy")
             member.size = file.tell()
             size += member.size
@@ -129,44 +129,44 @@ def _samples(data: Path) -> Iterator[Sample]:
 
 
 def tasks(dataset: str, data: Path, store: str, mds: bool, seconds: float) -> dict[str, Task]:
-    """{name: measurement}; the names are ``place/stage/way/workers``."""
+    """{name: measurement}; a name is ``storage/stage/variant/workers``."""
     cache = str(data / "cache")
     common = {"dataset": dataset, "data": str(data), "batch": BATCH[dataset], "seconds": seconds}
-    ways = {f"ours {c}": ("ours", f"{c}-codec") for c in CODECS}
-    ways |= {"per-file": ("per-file", "raw"), "webdataset": ("webdataset", "webdataset")}
-    ways |= {"mosaicml": ("mosaicml", "mds")} if mds else {}
+    variants = {f"ours {c}": ("ours", f"{c}-codec") for c in CODECS}
+    variants |= {"per-file": ("per-file", "raw"), "webdataset": ("webdataset", "webdataset")}
+    variants |= {"mosaicml": ("mosaicml", "mds")} if mds else {}
     found: dict[str, Task] = {}
-    for name, (way, folder) in ways.items():
-        task = Task(way=way, stage="decode", place=str(data / folder), cache=cache, **common)
+    for name, (variant, folder) in variants.items():
+        task = Task(variant=variant, stage="decode", source_url=str(data / folder), cache=cache, **common)
         found[f"local/decode/{name}/0"] = task
         for workers in (0, 1, 2):
             found[f"local/batches/{name}/{workers}"] = replace(task, stage="batches", workers=workers)
-        if way == "per-file":
+        if variant == "per-file":
             continue
-        remote = {"ours": "s3://", "mosaicml": "s3://"}.get(way, f"{store}/") + f"{dataset}/{folder}"
+        remote = {"ours": "s3://", "mosaicml": "s3://"}.get(variant, f"{store}/") + f"{dataset}/{folder}"
         found[f"s3/batches/{name}/1"] = replace(
-            task, stage="batches", workers=1, place=remote, cache=str(data / "cold"), once=True
+            task, stage="batches", workers=1, source_url=remote, cache=str(data / "cold"), once=True
         )
-    base = Task(way="link", stage="", place=f"{store}/{dataset}/raw-codec", cache="", **common)
+    base = Task(variant="link", stage="", source_url=f"{store}/{dataset}/raw-codec", cache="", **common)
     found["s3/link/link/0"] = base
-    local = replace(base, stage="batches", workers=1, place=str(data / "raw-codec"), seconds=0.5)
-    found["local/first/ours raw/1"] = replace(local, way="first", cache=cache)
+    local = replace(base, stage="batches", workers=1, source_url=str(data / "raw-codec"), seconds=0.5)
+    found["local/first/ours raw/1"] = replace(local, variant="first", cache=cache)
     found["s3/first/ours raw/1"] = replace(
-        local, way="first", place=f"s3://{dataset}/raw-codec", cache=str(data / "cold")
+        local, variant="first", source_url=f"s3://{dataset}/raw-codec", cache=str(data / "cold")
     )
     return found
 
 
 def run(task: Task, python: str, store: str) -> dict:
-    """A measurement in a fresh process, its own cache empty if it is a cold one."""
-    # What is measured is not this machine's disk: everything is read from memory, by every way.
-    local = Path(task.data, Path(task.place).name)
+    """Run a measurement in a new process, with an empty cache if it is a cold one."""
+    # Not to measure this machine's disk: all variants read from the page cache.
+    local = Path(task.data, Path(task.source_url).name)
     for file in local.rglob("*"):
         if file.is_file():
             file.read_bytes()
     if task.cache.endswith("cold"):
         shutil.rmtree(task.cache, ignore_errors=True)
-    command = [python, str(_WAYS), json.dumps(asdict(task))]
+    command = [python, str(_VARIANTS_SCRIPT), json.dumps(asdict(task))]
     done = subprocess.run(
         command, capture_output=True, text=True, env=_environment(store), timeout=600, check=False
     )
@@ -188,12 +188,12 @@ _LOWER_IS_BETTER = ("first_s", "cold_s", "warm_s")
 
 
 def best(rounds: Sequence[dict]) -> dict:
-    """Of each number of a measurement the best of its rounds."""
+    """The best value of each number over the rounds."""
     return {k: (min if k in _LOWER_IS_BETTER else max)(r[k] for r in rounds) for k in rounds[0]}
 
 
 def show(dataset: str, results: dict[str, list[dict]]) -> Table:
-    """One table. Per core: per second of CPU time of a process without workers."""
+    """Build the table. "Per core" means per second of CPU time of a process without workers."""
     columns = {
         "decode, per core": ("local/decode/{}/0", "samples_per_cpu_s"),
         "batches, per core": ("local/batches/{}/0", "samples_per_cpu_s"),
@@ -202,20 +202,20 @@ def show(dataset: str, results: dict[str, list[dict]]) -> Table:
         "S3, 1 worker": ("s3/batches/{}/1", "samples_per_s"),
     }
     table = Table(title=f"{dataset}: samples/s")
-    table.add_column("way")
+    table.add_column("variant")
     for column in columns:
         table.add_column(column, justify="right")
     found = {name: best(rounds) for name, rounds in results.items()}
-    for way in dict.fromkeys(name.split("/")[2] for name in results if name.startswith("local/decode")):
-        cells = [found.get(name.format(way), {}).get(number) for name, number in columns.values()]
-        table.add_row(way, *("" if c is None else f"{c:,.0f}" if c >= 20 else f"{c:.1f}" for c in cells))
+    for variant in dict.fromkeys(name.split("/")[2] for name in results if name.startswith("local/decode")):
+        cells = [found.get(name.format(variant), {}).get(number) for name, number in columns.values()]
+        table.add_row(variant, *("" if c is None else f"{c:,.0f}" if c >= 20 else f"{c:.1f}" for c in cells))
     if link := found.get("s3/link/link/0"):
         table.add_row("the bare link", "", "", "", "", f"{link['samples_per_s']:,.0f}")
     return table
 
 
 def main() -> None:
-    """The command."""
+    """Entry point."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -224,8 +224,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=4.0, help="of each local measurement")
     parser.add_argument("--datasets", nargs="+", default=list(TILES), choices=list(TILES))
-    parser.add_argument("--build-only", action="store_true", help="make the data and stop")
-    parser.add_argument("--only", default="", help="measurements whose name has this, e.g. s3/ or raw")
+    parser.add_argument("--build-only", action="store_true", help="write the data and stop")
+    parser.add_argument(
+        "--only", default="", help="only measurements whose name contains this, e.g. s3/ or raw"
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "loader.json")
     args = parser.parse_args()
     record: dict = {
@@ -233,7 +235,7 @@ def main() -> None:
             "processor": platform.machine(),
             "cores": os.cpu_count(),
             "python": platform.python_version(),
-            "load": os.getloadavg(),  # what else the machine was doing
+            "load": os.getloadavg(),  # load by other processes
         },
         "revision": git_revision(),
         "store": {"delay_s": DELAY_S, "bytes_per_s_per_connection": BYTES_PER_S},
@@ -251,7 +253,7 @@ def main() -> None:
                 for name, task in tasks(dataset, data, store, bool(args.mds_python), args.seconds).items():
                     if args.only not in name:
                         continue
-                    python = args.mds_python if task.way == "mosaicml" else sys.executable
+                    python = args.mds_python if task.variant == "mosaicml" else sys.executable
                     results.setdefault(name, []).append(run(task, python, store))
                     print(name, results[name][-1], file=sys.stderr, flush=True)
             Console(width=120).print(show(dataset, results))

@@ -1,13 +1,13 @@
-"""What a training step costs beside the model: the loop itself, and a log line.
+"""Cost of a training step apart from the model: the training loop, and one log line.
 
     python -m benchmarks.overhead --work /tmp/overhead
     torchrun --nproc-per-node=2 -m benchmarks.overhead --work /tmp/overhead    # with the collectives of two ranks
 
-Runs the trainer as it is, with its own loop, log, terminal, MLflow store and watchdog, over synthetic TreeSatAI-TS
-shards. Every step gets the same batch, already in memory, so that no stream is waited for; `without model` also puts
-the result of the first step in the place of every later one. Steps with and without a log line take turns, and medians
-are compared, so that a busy minute does not decide. A rank's batch is that of the recipe. Prints one table, writes
-benchmarks/results/overhead.json; exit code 1 where the loop takes 2 ms or more, or a log line 1 % of a step.
+Runs the unmodified trainer, with its loop, log, terminal output, MLflow store and watchdog, on synthetic TreeSatAI-TS
+shards. All steps use the same batch in memory, so that data loading does not count; `without model` also reuses the
+result of the first step for all later ones. Steps with and without a log line alternate and medians are compared, so
+that load from other processes affects both alike. Prints a table and writes benchmarks/results/overhead.json; exit
+code 1 if the loop takes 2 ms or more, or a log line 1 % of a step.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ from maestro_scale.training.run_dir import git_revision
 from maestro_scale.training.stop import StopRequest
 from maestro_scale.training.watchdog import Watchdog
 
-MOST_LOOP_MS, MOST_LOG_SHARE = 2.0, 0.01
-WARM = 10  # steps that are not counted: files are opened, kernels chosen
+MAX_LOOP_MS, MAX_LOG_SHARE = 2.0, 0.01
+WARMUP_STEPS = 10  # not counted: they open files and choose kernels
 RECIPE = Path(__file__).parents[1] / "recipes" / "vitt.yaml"
 
 
 def make_shards(work: Path) -> Path:
-    """A few synthetic tiles in shards, once."""
+    """Write a few synthetic tiles as shards, unless they exist."""
     shards = work / "shards"
     if not (shards / "manifest.json").exists():
         program = str(Path(sys.executable).parent / "maestro-scale")
@@ -59,37 +59,37 @@ def make_shards(work: Path) -> Path:
 
 
 def step_times(recipe: Recipe, run_dir: Path, world: World, model: bool) -> list[float]:
-    """Seconds of every step of a run, the first ``WARM`` left out; every second one wrote a log line."""
+    """Seconds of each step, without the first ``WARMUP_STEPS``; every second step writes a log line."""
     marks: list[float] = []
     steps, step = TrainLoader.steps, Engine.step
     first = []
 
-    def same_batch(self: TrainLoader, start_samples: int, num_steps: int) -> Iterator[Step]:
+    def repeat_batch(self: TrainLoader, start_samples: int, num_steps: int) -> Iterator[Step]:
         data = next(steps(self, start_samples, num_steps))
         for turn in range(1, num_steps + 1):
             marks.append(time.perf_counter())
             yield replace(data, dataset_step=turn)
 
-    def once(self: Engine, *args):
+    def reuse_result(self: Engine, *args):
         if not first:
             first.append(step(self, *args))
         return first[0]
 
     with ExitStack() as patched:
-        patched.enter_context(mock.patch.object(TrainLoader, "steps", same_batch))
+        patched.enter_context(mock.patch.object(TrainLoader, "steps", repeat_batch))
         if not model:
-            patched.enter_context(mock.patch.object(Engine, "step", once))
+            patched.enter_context(mock.patch.object(Engine, "step", reuse_result))
         watch = Watchdog(world, recipe.train.hang_timeout_s, run_dir).start()
         observers = observers_for(recipe) if world.is_main else []
         pretrain(recipe, run_dir, world, observers, watch, StopRequest(run_dir).install())
         watch.stop()
-    return [b - a for a, b in itertools.pairwise(marks)][WARM:]
+    return [b - a for a, b in itertools.pairwise(marks)][WARMUP_STEPS:]
 
 
 def measure(recipe: Recipe, run_dir: Path, world: World, model: bool) -> dict[str, float]:
-    """Medians in milliseconds. ``log``: of the differences between neighbours, one with a log line, one without."""
+    """Medians in milliseconds. ``log_ms``: of the differences between consecutive steps with and without a log line."""
     times = step_times(recipe, run_dir, world, model)
-    logged, quiet = times[1::2], times[::2]  # marks begin at step 1, WARM is even, log_every is 2
+    logged, quiet = times[1::2], times[::2]  # marks begin at step 1, WARMUP_STEPS is even, log_every is 2
     pairs = [a - b for a, b in zip(logged, quiet, strict=False)]
     return {
         "step_ms": 1000 * statistics.median(quiet),
@@ -98,7 +98,7 @@ def measure(recipe: Recipe, run_dir: Path, world: World, model: bool) -> dict[st
 
 
 def main() -> int:
-    """The command."""
+    """Entry point."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -129,7 +129,7 @@ def main() -> int:
                 f"data.mixture[0].shards={json.dumps(str(args.work / 'shards'))}",
                 "data.mixture[0].split=train",
                 f"data.cache_dir={json.dumps(str(args.work / 'cache'))}",
-                f"train.steps={WARM + steps}",
+                f"train.steps={WARMUP_STEPS + steps}",
                 f"train.global_batch={args.batch * world.size}",
                 f"train.micro_batch={args.batch}",
                 "train.log_every=2",
@@ -145,17 +145,17 @@ def main() -> int:
     if world.is_main:
         share = found["with model"]["log_ms"] / found["with model"]["step_ms"]
         report(found, share, world, recipe)
-        good = found["without model"]["step_ms"] < MOST_LOOP_MS and share < MOST_LOG_SHARE
+        good = found["without model"]["step_ms"] < MAX_LOOP_MS and share < MAX_LOG_SHARE
     destroy_process_group()
     return 0 if not world.is_main or good else 1
 
 
 def report(found: dict[str, dict[str, float]], share: float, world: World, recipe: Recipe) -> None:
-    """The table, and the file."""
+    """Print the table and write the results file."""
     table = Table(
         title=f"milliseconds, {world.size} rank(s), MAESTRO {recipe.model.size} on {world.device.type}"
     )
-    for column in ("", "a step", "a log line more"):
+    for column in ("", "step", "log line"):
         table.add_column(column, justify="right")
     for name, row in found.items():
         table.add_row(name, f"{row['step_ms']:.2f}", f"{row['log_ms']:.2f}")

@@ -1,9 +1,9 @@
-"""Does quickstart's claim hold, or was it luck? Runs it for several seeds (scenes, weights and order all differ).
+"""Repeats the quickstart for several seeds, which change scenes, weights and order, to check that its result is stable.
 
     python benchmarks/quickstart.py --seeds 1 2 3 4 5 --out /tmp/quickstart-seeds
 
-Prints one table and writes benchmarks/results/quickstart.json. Exit code 1 where for any seed the masked loss falls
-by less than 25 % or the probe's bootstrap intervals (pretrained against untrained) overlap.
+Prints a table and writes benchmarks/results/quickstart.json. Exit code 1 if for any seed the masked loss falls by less
+than 25 %, or the bootstrap intervals of the probe (pretrained and untrained) overlap.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from rich.table import Table
 from maestro_scale.evaluation.results import EvalResult
 from maestro_scale.training.run_dir import JsonLines, git_revision
 
-LEAST_DROP = 0.25
+MIN_DROP = 0.25
 
 
 def run(seed: int, out: Path) -> dict:
-    """One quickstart and what came of it."""
+    """Run the quickstart once; returns its losses and scores."""
     started = time.perf_counter()
     program = Path(sys.executable).parent / "maestro-scale"
     subprocess.run([str(program), "quickstart", f"--out={out}", f"--seed={seed}"], check=True)
@@ -44,7 +44,7 @@ def run(seed: int, out: Path) -> dict:
 
 
 def show(rows: list[dict]) -> None:
-    """One table."""
+    """Print the table."""
     table = Table(title="quickstart, weighted F1 in % with 95 % bootstrap interval")
     for column in (
         "seed",
@@ -62,7 +62,7 @@ def show(rows: list[dict]) -> None:
 
 
 def main() -> int:
-    """The command."""
+    """Entry point."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -82,7 +82,7 @@ def main() -> int:
         show(rows)
         record = {"machine": machine, "revision": git_revision(), "rows": rows}
         path.write_text(json.dumps(record, indent=1) + "\n")
-    return 0 if all(r["apart"] and r["drop"] >= LEAST_DROP for r in rows) else 1
+    return 0 if all(r["apart"] and r["drop"] >= MIN_DROP for r in rows) else 1
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""A MAESTRO step in the formulation of the authors' code, as the line to beat: the same parameters, the same loss.
+"""A MAESTRO step as the reference implementation computes it, for comparison: the same parameters, the same loss.
 
-What differs from ``maestro_scale.model`` is only how it is computed. Masks are drawn on the host, sensor by sensor,
-until no sequence is hidden whole. Patches are convolutions with GroupNorm. Positions are pooled from the fine ground
-grid in every forward pass. Attention multiplies, scales, takes the softmax and multiplies again. Pixels are
-predicted, masked by a boolean image and selected as images. Written from the published description; no code is theirs.
+It differs from ``maestro_scale.model`` only in the computation. Masks are drawn on the host, sensor by sensor, until no
+sequence is masked completely. Patches are convolutions with GroupNorm. Positions are pooled from the fine position grid
+in every forward pass. Attention is multiplication, scaling, softmax and multiplication. Pixels are predicted, masked by
+a boolean image and selected. Written from the published description; it contains no code of the reference.
 
 Shapes: B batch, D dates, G token groups, R = G*D token grids, L tokens per grid, E width, P patch side, C bands.
 """
@@ -31,7 +31,7 @@ Grids = dict[str, Tensor]
 def reference_loss(
     model: Maestro, batch: Batch, masking: MaskingConfig, hidden: Grids | None = None
 ) -> Tensor:
-    """The pretraining loss of ``batch``; scalar. ``hidden``: masks (rows, N) by sequence, instead of drawn ones."""
+    """The pretraining loss of ``batch``; scalar. ``hidden``: masks (rows, N) by sequence; None: drawn."""
     view = model.view(batch.dataset)
     images = {s.name: network_input(s, batch.pixels[s.name]) for s in view.sensors}
     tokens = {s.name: _embed(model, s, images[s.name]) for s in view.sensors}
@@ -66,7 +66,7 @@ def reference_loss(
 
 
 def host_masks(model: Maestro, batch: Batch, masking: MaskingConfig) -> Grids:
-    """{sequence: (rows, N)} bool, drawn on the host."""
+    """Masks drawn on the host; {sequence: (rows, N) bool}."""
     view, size = model.view(batch.dataset), len(batch)
     structure = {}
     redraw = True
@@ -111,7 +111,7 @@ def _embed(model: Maestro, sensor: Sensor, image: Tensor) -> Tensor:
 
 
 def _encoding(model: Maestro, role: str, sensor: Sensor, batch: Batch) -> Tensor:
-    """(B, R, L, width): pooled anew from the fine grid."""
+    """Position and date encoding, pooled from the fine grid; (B, R, L, width)."""
     view = model.view(batch.dataset)
     fine = model.positions[role].get(view.pos_grid, view.pos_grid, batch.ref_date.device)
     image = rearrange(fine, "(h w) e -> 1 e h w", h=view.pos_grid)

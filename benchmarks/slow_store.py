@@ -1,8 +1,8 @@
-"""An object store for benchmarks: answers S3's GET and HEAD from a folder, after a delay, at a rate per connection.
+"""Emulated object store for benchmarks: serves GET and HEAD of S3 from a folder, with delay and rate per connection.
 
-A process of its own, so that serving does not take the interpreter of whoever reads. Writes and listings are
-refused: the datasets are written to the folder beforehand. ``GET /_first`` answers when the first byte of a shard was
-asked for since it was last asked (time.monotonic, the same in all processes).
+It runs in a separate process, so that it does not share the interpreter lock with the reader. Writes and listings are
+refused: datasets are written to the folder beforehand. ``GET /_first`` returns the time of the first request for a
+shard since the previous such call (time.monotonic, which is the same in all processes).
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ _SHARDS = (".tar", ".mds")
 
 @contextmanager
 def serve(folder: Path, delay_s: float, bytes_per_s: float) -> Iterator[str]:
-    """The address of a store whose buckets are the folders in ``folder``, as long as the block lasts."""
+    """Context manager: URL of a store whose buckets are the folders in ``folder``."""
     context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs, folder, delay_s, bytes_per_s), daemon=True)
+    parent_end, child_end = context.Pipe()
+    process = context.Process(target=_serve, args=(child_end, folder, delay_s, bytes_per_s), daemon=True)
     process.start()
     try:
-        yield f"http://127.0.0.1:{ours.recv()}"
+        yield f"http://127.0.0.1:{parent_end.recv()}"
     finally:
         process.terminate()
         process.join()
 
 
-def asked_first(store: str) -> float | None:
-    """When the first byte of a shard was asked for since this was last called, by time.monotonic; None: not at all."""
+def first_request_time(store: str) -> float | None:
+    """Time (time.monotonic) of the first request for a shard since the last call of this function; None: no request."""
     with urlopen(f"{store}/_first") as answer:
         return json.load(answer)
 
@@ -49,7 +49,7 @@ def _serve(pipe: Connection, folder: Path, delay_s: float, bytes_per_s: float) -
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
-        # Small writes are sent at once: the delay is ours to choose.
+        # Small writes are sent at once: the only delay is the configured one.
         disable_nagle_algorithm = True
 
         def log_message(self, *args: object) -> None:
@@ -63,7 +63,7 @@ def _serve(pipe: Connection, folder: Path, delay_s: float, bytes_per_s: float) -
 
         def _answer(self, with_body: bool) -> None:
             if self.path == "/_first":
-                self._tell(json.dumps(first[0] if first else None).encode())
+                self._send_json(json.dumps(first[0] if first else None).encode())
                 first.clear()
                 return
             if with_body and self.path.endswith(_SHARDS):
@@ -76,21 +76,21 @@ def _serve(pipe: Connection, folder: Path, delay_s: float, bytes_per_s: float) -
                 self.end_headers()
                 return
             size = path.stat().st_size
-            asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-            start = int(asked[1]) if asked else 0
-            stop = min(int(asked[2]) + 1, size) if asked and asked[2] else size
-            self.send_response(206 if asked else 200)
+            requested = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+            start = int(requested[1]) if requested else 0
+            stop = min(int(requested[2]) + 1, size) if requested and requested[2] else size
+            self.send_response(206 if requested else 200)
             self.send_header("Content-Length", str(stop - start))
             self.send_header("ETag", f'"{hashlib.md5(str(path).encode()).hexdigest()}"')
             self.send_header("Last-Modified", "Mon, 02 Nov 2026 00:00:00 GMT")
             self.send_header("Accept-Ranges", "bytes")
-            if asked:
+            if requested:
                 self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{size}")
             self.end_headers()
             if with_body:
                 self._send(path, start, stop)
 
-        def _tell(self, body: bytes) -> None:
+        def _send_json(self, body: bytes) -> None:
             self.send_response(200)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()

@@ -1,14 +1,14 @@
-"""What a training step costs, against the same model in the authors' formulation (see reference_step.py).
+"""Cost of a training step, compared with the same model in the formulation of the reference (see reference_step.py).
 
     python benchmarks/step.py                                        # base on TreeSatAI-TS, batch 8
     python benchmarks/step.py --sizes tiny base --datasets treesatai_ts s2_naip
     python benchmarks/step.py --device cuda --precision bf16 --sizes large --datasets flair_hub --batch 64
 
-One process, one set of parameters, one optimizer: only the formulation changes, by turns, so that neither has a better
-machine. A step is masks, forward, backward and AdamW. The reference frees gradients where Lightning does, between
-forward and backward; ours before the forward pass. Peak memory is of tensors (weights, moments, gradients,
-activations), from torch's allocators. Times are those of the fastest step: other work on the machine only adds.
-Prints one table, writes benchmarks/results/step.json; exit code 1 where the two losses disagree.
+One process, one set of parameters, one optimizer: only the formulation changes, alternating, so that both see the same
+machine load. A step is masks, forward, backward and AdamW. The reference frees gradients where Lightning does, between
+forward and backward; maestro_scale frees them before the forward pass. Peak memory is that of tensors (weights,
+moments, gradients, activations), from torch's allocators. Times are those of the fastest step, since
+other load only adds time. Prints a table and writes benchmarks/results/step.json; exit code 1 if the two losses differ.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ MASKING = MaskingConfig()
 
 @dataclass
 class Bench:
-    """A model, its optimizer and a batch; both formulations step them."""
+    """A model, its optimizer and a batch, used by both formulations."""
 
     model: Maestro
     optimizer: torch.optim.Optimizer
@@ -60,11 +60,10 @@ class Bench:
     bf16: bool
 
     def step(self, formulation: str, marks: list[float] | None = None) -> Tensor:
-        """One step; returns the loss. ``marks`` collects the time after the forward pass, backward and AdamW."""
+        """One step; returns the loss. ``marks``: times after forward, backward and AdamW are appended."""
         optimizer = self.optimizer
-        if (
-            self.device.type == "cpu"
-        ):  # on a GPU, moments of one kernel do not serve the other: both take the fused one
+        # On a GPU both use the fused kernel, as the moments of one kernel cannot be used by the other.
+        if self.device.type == "cpu":
             for group in optimizer.param_groups:
                 group["fused"] = formulation == "ours" or None
         precision = torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext()
@@ -84,13 +83,13 @@ class Bench:
         return loss.detach()
 
     def ours(self) -> Tensor:
-        """The loss as training computes it."""
+        """The loss as computed in training."""
         masks = draw_masks(self.model.view(self.batch.dataset), MASKING, self.batch)
         counts = hidden_counts(self.model.view(self.batch.dataset), [masks])
         return self.model(self.batch, masks, counts)[0]
 
     def disagreement(self) -> float:
-        """Relative difference of the two losses with the same masks."""
+        """Relative difference of the two losses for the same masks."""
         view = self.model.view(self.batch.dataset)
         masks = draw_masks(view, MASKING, self.batch)
         with torch.no_grad():
@@ -125,7 +124,7 @@ def bench(spec: DatasetSpec, size: str, args: argparse.Namespace) -> Bench:
 
 
 def random_batch(spec: DatasetSpec, size: int) -> Batch:
-    """Pixels of the sensors' own dtypes would need a dataset; values do not change what a step costs."""
+    """A random batch. Pixels need not have the sensors' dtypes, since values do not change the cost of a step."""
     generator = torch.Generator().manual_seed(0)
     pixels, dates, noise = {}, {}, {}
     for s in spec.sensors:
@@ -214,7 +213,7 @@ def measure(spec: DatasetSpec, size: str, args: argparse.Namespace) -> list[dict
 
 
 def show(rows: list[dict], device: str, precision: str) -> None:
-    """One table."""
+    """Print the table."""
     table = Table(title=f"A training step, {precision} on {device}", title_justify="left")
     for column in (
         "size",
@@ -254,14 +253,14 @@ def show(rows: list[dict], device: str, precision: str) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep what is freed, as CUDA's allocator does: else a step is charged for the pages it gets anew."""
+    """Have glibc keep freed memory, as CUDA's allocator does; otherwise steps pay for new page faults."""
     libc = ctypes.CDLL("libc.so.6")
     for option, value in ((-1, 2**31 - 1), (-4, 0)):  # M_TRIM_THRESHOLD, M_MMAP_MAX
         libc.mallopt(option, value)
 
 
 def main() -> int:
-    """The command."""
+    """Entry point."""
     keep_freed_memory()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -1,11 +1,11 @@
-"""Does a slow MLflow server slow training down? Runs without tracking and with one that answers after 2 s take turns.
+"""Effect of a slow MLflow server on training: runs without tracking and with a server that responds after 2 s.
 
     python -m benchmarks.tracking --work /tmp/tracking --rounds 4
 
-Starts a real MLflow server, and a proxy before it through which every byte of an answer comes --delay-s later. Each run
-logs every step. Throughput is that of a run's median step, of which the first ten are left out; runs are compared in
-pairs, one of each kind, by turns in either order, so that a busy minute does not decide. Prints one table, writes
-benchmarks/results/tracking.json; exit code 1 where the median of the pairs loses more than 2 %, or a metric is missing.
+Starts a real MLflow server, and a proxy in front of it that delays every byte of a response by --delay-s. Each run logs
+every step. Throughput is that of a run's median step, without the first ten; runs are compared in pairs, one of each
+kind, in alternating order, so that load from other processes affects both alike. Prints a table and writes
+benchmarks/results/tracking.json; exit code 1 if the median loss of throughput exceeds 2 %, or a metric is missing.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from benchmarks.overhead import make_shards
 from maestro_scale.training.distributed import free_port
 from maestro_scale.training.run_dir import JsonLines, git_revision
 
-MOST_LOST = 0.02
-WARM = 10
+MAX_LOST = 0.02
+WARMUP_STEPS = 10
 REPO = Path(__file__).parents[1]
 
 
-class SlowAnswers:
-    """A proxy on ``port`` to ``target`` on this machine; what that answers arrives ``delay_s`` later, in order."""
+class DelayProxy:
+    """A proxy on ``port`` to ``target`` on this machine; responses arrive ``delay_s`` later, in order."""
 
     def __init__(self, target: int, delay_s: float) -> None:
         self.port, self._target, self._delay_s = free_port(), target, delay_s
@@ -53,11 +53,13 @@ class SlowAnswers:
         await server.serve_forever()
 
     async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        theirs, ours = await asyncio.open_connection("127.0.0.1", self._target)
-        await asyncio.gather(_pass(reader, ours, 0.0), _pass(theirs, writer, self._delay_s))
+        server_reader, server_writer = await asyncio.open_connection("127.0.0.1", self._target)
+        await asyncio.gather(
+            _forward(reader, server_writer, 0.0), _forward(server_reader, writer, self._delay_s)
+        )
 
 
-async def _pass(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, delay_s: float) -> None:
+async def _forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, delay_s: float) -> None:
     loop = asyncio.get_running_loop()
     with suppress(ConnectionError):
         while chunk := await reader.read(1 << 16):
@@ -66,7 +68,7 @@ async def _pass(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, dela
 
 
 def start_server(work: Path) -> tuple[subprocess.Popen, int]:
-    """A real MLflow server on an empty store, once it answers, and its port."""
+    """Start a real MLflow server on an empty store; returns it, once it responds, and its port."""
     port = free_port()
     command = [sys.executable, "-m", "mlflow", "server", "--workers=1", f"--port={port}"]
     command += [f"--backend-store-uri=sqlite:///{work / 'mlflow.db'}"]
@@ -80,11 +82,11 @@ def start_server(work: Path) -> tuple[subprocess.Popen, int]:
         except OSError:
             time.sleep(0.2)
     server.kill()
-    raise SystemExit(f"the MLflow server does not answer, see {work / 'server.log'}")
+    raise SystemExit(f"the MLflow server does not respond, see {work / 'server.log'}")
 
 
 def run(args: argparse.Namespace, shards: Path, name: str, uri: str | None) -> dict[str, float]:
-    """One training; seconds of its median step, and from the last step to the end of the process."""
+    """Run one training; returns seconds of its median step, and from the last step to the end of the process."""
     run_dir = args.work / "runs" / name
     command = [sys.executable, str(REPO / "maestro_scale" / "train.py"), f"--recipe={args.recipe}"]
     command += [f"--run-dir={run_dir}", "--set", f"data.mixture[0].shards={json.dumps(str(shards))}"]
@@ -102,11 +104,11 @@ def run(args: argparse.Namespace, shards: Path, name: str, uri: str | None) -> d
         raise SystemExit(f"{name} failed:\n{done.stderr[-2000:]}")
     ended = time.time() - (run_dir / "metrics.jsonl").stat().st_mtime
     lines = list(JsonLines(run_dir / "metrics.jsonl").read())
-    return {"step_s": statistics.median(x["step_s"] for x in lines[WARM:]), "ending_s": ended}
+    return {"step_s": statistics.median(x["step_s"] for x in lines[WARMUP_STEPS:]), "ending_s": ended}
 
 
 def missing(run_dir: Path, port: int) -> int:
-    """How many of the losses in metrics.jsonl the server does not have once and right."""
+    """Number of losses in metrics.jsonl that the server does not have exactly once and with the same value."""
     from mlflow.tracking import MlflowClient
 
     run_id = json.loads((run_dir / "tracking.json").read_text())["run_id"]
@@ -117,7 +119,7 @@ def missing(run_dir: Path, port: int) -> int:
 
 
 def main() -> int:
-    """The command."""
+    """Entry point."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -135,7 +137,7 @@ def main() -> int:
     shutil.rmtree(args.work / "runs", ignore_errors=True)
     (args.work / "mlflow.db").unlink(missing_ok=True)
     server, port = start_server(args.work)
-    slow = f"http://127.0.0.1:{SlowAnswers(port, args.delay_s).port}"
+    slow = f"http://127.0.0.1:{DelayProxy(port, args.delay_s).port}"
     rows, absent = [], 0
     try:
         for i in range(args.rounds):
@@ -148,13 +150,13 @@ def main() -> int:
         server.terminate()
     lost = statistics.median(1 - r["off"]["step_s"] / r["slow"]["step_s"] for r in rows)
     report(args, rows, lost, absent)
-    return 0 if lost <= MOST_LOST and not absent else 1
+    return 0 if lost <= MAX_LOST and not absent else 1
 
 
 def report(args: argparse.Namespace, rows: list[dict], lost: float, absent: int) -> None:
-    """The table, and the file."""
-    table = Table(title=f"an MLflow server that answers after {args.delay_s:g} s, every step logged")
-    for column in ("pair", "off, ms a step", "slow, ms a step", "lost", "ending off, s", "ending slow, s"):
+    """Print the table and write the results file."""
+    table = Table(title=f"an MLflow server that responds after {args.delay_s:g} s, every step logged")
+    for column in ("pair", "off, ms/step", "slow, ms/step", "lost, %", "exit off, s", "exit slow, s"):
         table.add_column(column, justify="right")
     for i, r in enumerate(rows):
         off, slow = r["off"]["step_s"], r["slow"]["step_s"]

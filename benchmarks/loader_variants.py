@@ -1,8 +1,8 @@
-"""Ways to get samples from storage into batches; each function measures one, in a process of its own.
+"""Variants of loading samples from storage into batches; each function measures one, in a separate process.
 
-All ways end in the same batches: the same dates, crops and dtypes, by the same code where a way has none of its own.
-``per-file`` does what the authors' loader does: it opens a GeoTIFF and an HDF5 (or .npy) file per tile and sensor,
-parses all dates, takes the median over all dates, and hands float32 to the collate function.
+All variants produce the same batches: the same dates, crops and dtypes, computed by the same code if a variant has none
+of its own. ``per-file`` does what the reference's loader does: it opens a GeoTIFF and an HDF5 (or .npy) file per tile
+and sensor, parses all dates, takes the median over all dates, and passes float32 to the collate function.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.slow_store import asked_first
+from benchmarks.slow_store import first_request_time
 from maestro_scale import datasets
 from maestro_scale.shards.format.fields import tile_fields
 from maestro_scale.shards.format.manifest import Manifest
@@ -32,25 +32,25 @@ from maestro_scale.stream.transform import Transform
 
 @dataclass(frozen=True)
 class Task:
-    """One measurement. ``stage``: decode (whole samples as arrays) or batches (prepared, as a trainer gets them).
+    """One measurement. ``stage``: decode (full samples as arrays) or batches (transformed, as the trainer gets them).
 
-    ``place``: what a way reads: a folder, or an address of the slow store. ``data``: the dataset's folder.
+    ``source_url``: folder, or URL of the slow store, from which the variant reads. ``data``: the dataset's folder.
     """
 
     dataset: str
-    way: str
+    variant: str
     stage: str
-    place: str
+    source_url: str
     data: str
     cache: str
     workers: int = 0
     batch: int = 16
     seconds: float = 4.0
-    once: bool = False  # a single pass, timed from the first byte of a shard that the slow store is asked for
+    once: bool = False  # a single pass, timed from the first request for a shard
 
 
-class Arrays:
-    """A sample as named arrays, for preparation."""
+class ArraySample:
+    """A sample given as named arrays, with the interface that the transform needs."""
 
     def __init__(self, key: str, fields: Mapping[str, np.ndarray]) -> None:
         self.key, self._fields = key, fields
@@ -71,14 +71,14 @@ class Arrays:
 
 
 class Batcher:
-    """Samples into batches of the stream's layout, as blocks of memory; pickles."""
+    """Packs samples into batches of the stream's layout, as blocks of memory; can be pickled."""
 
     def __init__(self, dataset: str, size: int) -> None:
         spec = datasets.spec(dataset)
         self.size = size
         self._transform = Transform(spec)
 
-    def __call__(self, samples: Iterable[Arrays]) -> Iterator[torch.Tensor]:
+    def __call__(self, samples: Iterable[ArraySample]) -> Iterator[torch.Tensor]:
         numbered = enumerate(samples)
         while chunk := list(itertools.islice(numbered, self.size)):
             block = torch.empty(num_bytes(self._transform.fields, len(chunk)), dtype=torch.uint8)
@@ -89,16 +89,16 @@ class Batcher:
 
 
 def measure(task: Task) -> dict[str, float]:
-    """What a way does: samples_per_s, first_s (until the first sample or batch)."""
-    return WAYS[task.way](task)
+    """Run a measurement; returns samples_per_s and first_s (time until the first sample or batch)."""
+    return VARIANTS[task.variant](task)
 
 
-def ours(task: Task) -> dict[str, float]:
-    """Shards of this project."""
+def maestro_shards(task: Task) -> dict[str, float]:
+    """Shards and loader of maestro_scale."""
     started = time.perf_counter()
     spec = datasets.spec(task.dataset)
-    store = Store(task.place, Path(task.cache), 100 * 2**30)
-    shards = Manifest.load(task.place).shards_of(["train"])
+    store = Store(task.source_url, Path(task.cache), 100 * 2**30)
+    shards = Manifest.load(task.source_url).shards_of(["train"])
     if task.stage == "decode":
 
         def samples() -> Iterator[int]:
@@ -114,7 +114,7 @@ def ours(task: Task) -> dict[str, float]:
     order = {"lanes": 1, "global_batch": task.batch, "micro_batch": task.batch}
     num_steps = 10**9
     if task.once:
-        # Several windows long, as a large dataset is: of its first window a run waits for nearly all shards.
+        # Several windows long, like a large dataset: a run waits for nearly all shards of its first window.
         num_steps, order["window"] = sum(source.counts) // task.batch, sum(source.counts) // 4
     loader = TrainLoader([source], 0, workers=task.workers, **order)
     steps = loader.steps(0, num_steps)
@@ -125,9 +125,9 @@ def ours(task: Task) -> dict[str, float]:
 
 
 def per_file(task: Task) -> dict[str, float]:
-    """A file per tile and sensor, as released."""
+    """One file per tile and sensor, as released."""
     started = time.perf_counter()
-    raw = datasets.open_raw(task.dataset, Path(task.place), "train")
+    raw = datasets.open_raw(task.dataset, Path(task.source_url), "train")
     keys = raw.keys()
     if task.stage == "decode":
         return _rate(task, lambda: (_read(raw, key) for key in keys), started)
@@ -144,7 +144,7 @@ def _read(raw: Any, key: str) -> int:
 
 
 class _Tiles(torch.utils.data.Dataset):
-    """Tiles from their files: the date nearest to the median of each bin, as float32."""
+    """Tiles read from their files: the date nearest to the median of each bin, as float32."""
 
     def __init__(self, raw: Any, batcher: Batcher) -> None:
         self._raw, self._keys, self._transform = raw, raw.keys(), batcher._transform
@@ -154,7 +154,7 @@ class _Tiles(torch.utils.data.Dataset):
 
     def __getitem__(self, i: int) -> list[torch.Tensor]:
         tile = self._raw.read(self._keys[i])
-        sample = Arrays(tile.key, tile_fields(tile))
+        sample = ArraySample(tile.key, tile_fields(tile))
         fields = self._transform.fields
         block = torch.empty(num_bytes(fields, 1), dtype=torch.uint8)
         out = arrays_in(block, fields, 1)
@@ -163,13 +163,13 @@ class _Tiles(torch.utils.data.Dataset):
 
 
 def webdataset(task: Task) -> dict[str, float]:
-    """Stock webdataset: tars of .npy members, read in order; by curl from the store, as its manual says."""
+    """Stock webdataset: tars of .npy members, read in order; from the store by curl, as its manual recommends."""
     import webdataset as wds
 
     started = time.perf_counter()
     names = sorted(p.name for p in Path(task.data, "webdataset").glob("*.tar"))
-    remote = task.place.startswith("http")
-    urls = [f"pipe:curl -s -f {task.place}/{n}" if remote else f"{task.place}/{n}" for n in names]
+    remote = task.source_url.startswith("http")
+    urls = [f"pipe:curl -s -f {task.source_url}/{n}" if remote else f"{task.source_url}/{n}" for n in names]
     data = wds.WebDataset(urls, shardshuffle=False, empty_check=False).decode()
     if task.stage == "decode":
         return _rate(task, lambda: (1 for _ in data), started)
@@ -178,9 +178,9 @@ def webdataset(task: Task) -> dict[str, float]:
     return _rate(task, lambda: (task.batch for _ in loader), started)
 
 
-def _named(member: Mapping[str, Any]) -> Arrays:
+def _named(member: Mapping[str, Any]) -> ArraySample:
     arrays = {k.removesuffix(".npy").replace("+", "."): v for k, v in member.items() if k.endswith(".npy")}
-    return Arrays(member["__key__"], arrays)
+    return ArraySample(member["__key__"], arrays)
 
 
 def mosaicml(task: Task) -> dict[str, float]:
@@ -188,9 +188,9 @@ def mosaicml(task: Task) -> dict[str, float]:
     from streaming import StreamingDataset
 
     started = time.perf_counter()
-    where = {"local": task.place}
-    if task.place.startswith("s3://"):
-        where = {"remote": task.place, "local": task.cache}
+    where = {"local": task.source_url}
+    if task.source_url.startswith("s3://"):
+        where = {"remote": task.source_url, "local": task.cache}
     data = _Mds(StreamingDataset(**where, batch_size=task.batch, shuffle=False))
     if task.stage == "decode":
         return _rate(task, lambda: (1 for _ in data), started)
@@ -203,13 +203,13 @@ class _Mds(torch.utils.data.IterableDataset):
     def __init__(self, data: Iterable[Mapping[str, Any]]) -> None:
         self._data = data
 
-    def __iter__(self) -> Iterator[Arrays]:
+    def __iter__(self) -> Iterator[ArraySample]:
         for sample in self._data:
-            yield Arrays(sample["key"], {k: v for k, v in sample.items() if k != "key"})
+            yield ArraySample(sample["key"], {k: v for k, v in sample.items() if k != "key"})
 
 
 class _Prepared(torch.utils.data.IterableDataset):
-    def __init__(self, data: Iterable[Arrays], batcher: Batcher) -> None:
+    def __init__(self, data: Iterable[ArraySample], batcher: Batcher) -> None:
         self._data, self._batcher = data, batcher
 
     def __iter__(self) -> Iterator[torch.Tensor]:
@@ -217,36 +217,41 @@ class _Prepared(torch.utils.data.IterableDataset):
 
 
 def memory(task: Task) -> dict[str, Any]:
-    """Memory of our loader process over 20,000 samples: its own (anonymous) and all that is resident, in MB."""
+    """Memory of the loader process over 20,000 samples, in MB: anonymous, and total resident."""
     spec = datasets.spec(task.dataset)
-    store = Store(task.place, Path(task.cache), 100 * 2**30)
-    source = Source(spec, Manifest.load(task.place).shards_of(["train"]), store)
+    store = Store(task.source_url, Path(task.cache), 100 * 2**30)
+    source = Source(spec, Manifest.load(task.source_url).shards_of(["train"]), store)
     loader = TrainLoader([source], 0, lanes=1, global_batch=task.batch, micro_batch=task.batch, workers=1)
-    wanted, every = int(task.seconds), max(int(task.seconds) // 8, task.batch)
-    seen: list[tuple[int, float, float]] = []
-    for step in loader.steps(0, wanted // task.batch + 1):
-        if step.samples >= (len(seen) + 1) * every:
+    num_samples, every = int(task.seconds), max(int(task.seconds) // 8, task.batch)
+    measured: list[tuple[int, float, float]] = []
+    for step in loader.steps(0, num_samples // task.batch + 1):
+        if step.samples >= (len(measured) + 1) * every:
             (pid,) = (w.pid for w in loader._pipelines[0]._results._workers)
             status = dict(
                 line.split(":", 1)
                 for line in Path(f"/proc/{pid}/status").read_text().splitlines()
                 if ":" in line
             )
-            own, whole = (int(status[k].split()[0]) / 1e3 for k in ("RssAnon", "VmRSS"))
-            seen.append((step.samples, round(own, 1), round(whole, 1)))
+            anonymous, resident = (int(status[k].split()[0]) / 1e3 for k in ("RssAnon", "VmRSS"))
+            measured.append((step.samples, round(anonymous, 1), round(resident, 1)))
     loader.close()
-    return {"samples": step.samples, "own_mb": seen[-1][1], "resident_mb": seen[-1][2], "course": seen}
+    return {
+        "samples": step.samples,
+        "own_mb": measured[-1][1],
+        "resident_mb": measured[-1][2],
+        "course": measured,
+    }
 
 
 def first_batch(task: Task) -> dict[str, float]:
-    """Seconds to the first batch in a fresh process (cold), and of a second loader in the same one (warm)."""
+    """Seconds to the first batch in a new process (cold), and of a second loader in the same process (warm)."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    cold = ours(task)["first_s"]
-    return {"cold_s": cold, "warm_s": ours(task)["first_s"]}
+    cold = maestro_shards(task)["first_s"]
+    return {"cold_s": cold, "warm_s": maestro_shards(task)["first_s"]}
 
 
-def wire(task: Task) -> dict[str, float]:
-    """The emulated link itself: as many connections as the store has, ranges of the same size, thrown away."""
+def bare_link(task: Task) -> dict[str, float]:
+    """The emulated link alone: as many connections and ranges of the same size as the store uses; data is discarded."""
     import http.client
     import threading
     from urllib.parse import urlsplit
@@ -254,7 +259,7 @@ def wire(task: Task) -> dict[str, float]:
     from maestro_scale.shards.read import store as module
 
     manifest = Manifest.load(str(Path(task.data, "raw-codec")))
-    base = urlsplit(task.place)
+    base = urlsplit(task.source_url)
     jobs = [
         (f"{base.path}/{s.path}", start, min(start + module._RANGE_BYTES, s.bytes))
         for s in manifest.shards_of(["train"])
@@ -282,25 +287,25 @@ def wire(task: Task) -> dict[str, float]:
     return {"samples_per_s": sum(s.samples for s in manifest.shards_of(["train"])) / elapsed_s}
 
 
-WAYS: dict[str, Callable[[Task], dict]] = {
-    "ours": ours,
+VARIANTS: dict[str, Callable[[Task], dict]] = {
+    "ours": maestro_shards,
     "per-file": per_file,
     "webdataset": webdataset,
     "mosaicml": mosaicml,
     "memory": memory,
     "first": first_batch,
-    "link": wire,
+    "link": bare_link,
 }
 
 
 def _rate(task: Task, passes: Callable[[], Iterable[int]], started: float) -> dict[str, float]:
-    """Samples per second, and per second of this process's CPU time, which a busy machine changes less.
+    """Samples per second of wall time, and of this process's CPU time, which other load affects less.
 
-    Of one pass from the first byte, or of as many as fit into the time, after the first fifth of it.
+    Either of one pass from the first request, or of as many passes as fit into the time, after a warm-up of a fifth.
     """
     first_s, total, begun, cpu = 0.0, 0, started, time.process_time()
     if task.once:
-        asked_first(os.environ["AWS_ENDPOINT_URL"])
+        first_request_time(os.environ["AWS_ENDPOINT_URL"])
     warm_s = 0.0 if task.once else task.seconds / 5
     done = False
     while not done:
@@ -316,7 +321,7 @@ def _rate(task: Task, passes: Callable[[], Iterable[int]], started: float) -> di
         done = done or task.once
     elapsed_s, cpu_s = time.perf_counter() - begun, time.process_time() - cpu
     if task.once:
-        elapsed_s = time.monotonic() - asked_first(os.environ["AWS_ENDPOINT_URL"])
+        elapsed_s = time.monotonic() - first_request_time(os.environ["AWS_ENDPOINT_URL"])
     return {"samples_per_s": total / elapsed_s, "samples_per_cpu_s": total / cpu_s, "first_s": first_s}
 
 
@@ -324,4 +329,4 @@ if __name__ == "__main__":
     import sys
 
     print("RESULT", json.dumps(measure(Task(**json.loads(sys.argv[1])))), flush=True)
-    os._exit(0)  # no library's threads keep a measurement waiting
+    os._exit(0)  # do not wait for threads of libraries
