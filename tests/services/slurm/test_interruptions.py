@@ -94,12 +94,12 @@ def test_a_node_that_dies_is_replaced(cluster, ceph, recipe, quiet, synthetic_ra
     assert lost not in command("scontrol", "show", "hostnames", job.show("NodeList")).split()
 
 
-def test_a_failing_run_is_given_up(cluster, recipe, tmp_path):
+def test_a_failing_job_gives_up(cluster, recipe, tmp_path):
     run_dir = tmp_path / "run"
     bad = ("--set", "data.mixture[0].sensors.aerial.source=s3")
     job = cluster.submit(
         SCRIPT, recipe, "--run-dir", run_dir, *bad, MAESTRO_HEALTH="0", MAESTRO_MAX_FAILURES="2"
     )
     assert job.end() == "FAILED"
-    assert "given up" in job.text.splitlines()[-1]
+    assert "giving up" in job.text.splitlines()[-1]
     assert "error: " in job.text

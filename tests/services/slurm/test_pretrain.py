@@ -20,7 +20,7 @@ def test_two_nodes_of_two_tasks_train_the_curve_of_one(cluster, recipe, tmp_path
     alone = Trainer(recipe).train(tmp_path / "alone", 1, *SMALL)
     assert job.end() == "COMPLETED", job.text + job.ranks()
     assert curve(metrics(run_dir)) == pytest.approx(curve(alone), rel=1e-5)
-    assert "all 2 nodes are well" in job.text
+    assert "all 2 nodes passed the health check" in job.text
     assert len(list((run_dir / "logs").glob("*/rank-*.log"))) == 4
     assert len(list((run_dir / "audit").glob("rank*.jsonl"))) == 4
     assert job.text.splitlines()[-1].startswith("done: 6 steps")
