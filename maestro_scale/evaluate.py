@@ -1,7 +1,7 @@
-"""Score a checkpoint: ``deepspeed maestro_scale/evaluate.py --recipe R --checkpoint C --mode knn --out DIR``.
+"""Evaluate an encoder: ``deepspeed maestro_scale/evaluate.py --recipe R --checkpoint C --mode knn --out DIR``.
 
-Writes ``<out>/<mode>/results.json``; with ``--fraction 0.1``, ``<out>/<mode>_10pct/results.json``. Of several seeds or
-folds that is the mean; each run's own lies in ``fold_<k>/seed_<s>/`` beside it.
+Writes ``<out>/<mode>/results.json``; with ``--fraction 0.1``, ``<out>/<mode>_10pct/results.json``. With several seeds or
+folds that is the mean, and the results of each run are in ``fold_<k>/seed_<s>/`` below it. The same command resumes.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     encoder = parser.add_mutually_exclusive_group(required=True)
     encoder.add_argument(
         "--checkpoint",
-        help="a run directory, one of its checkpoints, or an exported model; {fold} in it becomes the fold's number",
+        help="a run directory, one of its checkpoints, or an exported model; {fold} in it is replaced by the fold's number",
     )
     encoder.add_argument(
         "--baseline",
         metavar="NAME",
-        help="instead: statistics (of the channels), random (the recipe's model, untrained), image:WEIGHTS "
-        "(an image encoder that transformers can load: image:facebook/dinov2-base), or oracle: what can be "
-        "reached on synthetic scenes by one who knows how they are made; it has no modes",
+        help="instead of a checkpoint: statistics (of the channels), random (the recipe's model, untrained), "
+        "image:WEIGHTS (an image encoder of transformers, e.g. image:facebook/dinov2-base), or oracle (on synthetic data "
+        "only: a predictor that knows how the scenes are generated; it has no modes)",
     )
     parser.add_argument(
         "--mode",
         choices=("knn", "probe", "attentive", "finetune", "scratch"),
         action="append",
-        help="default: evaluation.modes; probe is linear, attentive has the head of a finetuning; finetune and "
-        "scratch train by the recipe's optim and train, and continue where they were interrupted",
+        help="repeatable; default: evaluation.modes of the recipe. probe: linear; attentive: the head of a finetuning on "
+        "the frozen encoder; finetune and scratch train with the recipe's optim and train sections",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument("--target", help="what to predict; default: the dataset's first target")
@@ -45,8 +45,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--fraction",
         type=float,
         default=1.0,
-        help="share of the training labels to use, e.g. 0.1: the release's own list where it was sharded (split "
-        "train_filtered_10), else drawn by class; smaller ones are part of larger ones",
+        help="fraction of the training labels, e.g. 0.1: the list of the release where it was sharded (split "
+        "train_filtered_10), else a stratified sample; a smaller fraction is a subset of a larger one",
     )
     parser.add_argument(
         "--split",
@@ -55,27 +55,27 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         nargs="+",
         action="extend",
         default=[],
-        help="splits in shards that are train, val or test, e.g. train=fold_2,fold_3,fold_4 val=fold_5 test=fold_1",
+        help="the splits in shards for train, val and test, e.g. train=fold_2,fold_3,fold_4 val=fold_5 test=fold_1",
     )
     parser.add_argument(
         "--folds",
-        help="folds of cross-validation, e.g. 1,2,3, or all: fold k rotates the splits fold_1, fold_2, … (PASTIS-HD), "
-        "or is split_k_train, split_k_val, split_k_test (FLAIR-HUB); the result is mean and deviation",
+        help="folds of cross-validation, e.g. 1,2,3, or all: fold k is a rotation of the splits fold_1, fold_2, … "
+        "(PASTIS-HD) or split_k_train, split_k_val, split_k_test (FLAIR-HUB); the result is mean and standard deviation",
     )
     parser.add_argument(
         "--seeds",
         type=_parse_numbers,
-        help="fit once per seed, e.g. 0,1,2: mean and deviation (default: the recipe's seed)",
+        help="one run per seed, e.g. 0,1,2: mean and standard deviation (default: the recipe's seed)",
     )
     parser.add_argument(
         "--maps",
         action="store_true",
-        help="write what was predicted for whole test tiles as GeoTIFF, in maps/ beside the results",
+        help="write the predicted maps of the test tiles as GeoTIFF, to maps/ next to the results",
     )
     parser.add_argument(
         "--features",
         type=Path,
-        help="folder for encoded features, kept for later runs and other modes; all ranks must see it "
+        help="folder of cached features, reused by other modes and later runs; all ranks must see it "
         "(default: OUT/features)",
     )
     parser.add_argument(
@@ -85,7 +85,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         nargs="+",
         action="extend",
         default=[],
-        help="change the recipe",
+        help="override a key of the recipe",
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     return parser.parse_args(argv)

@@ -1,7 +1,8 @@
-"""Embeddings of a whole split, written beside the shards they come from: a file per shard, or an image per tile.
+"""Write the embeddings of a split: a Parquet file per shard, or georeferenced images of the token grids per tile.
 
-Files appear whole or not at all, so that the same command again does what is missing; ranks take shards in turn and say
-nothing to each other. ``_embedding.json`` says what the files are of: another model needs another folder.
+A file is renamed into place once it is complete, so the same command run again writes only what is missing. Ranks take
+every n-th shard and need no communication. ``_embedding.json`` records what the files contain: embeddings of another
+model are refused in the same folder.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,8 +35,10 @@ from maestro_scale.stream.eval_loader import EvalLoader
 from maestro_scale.stream.source import Source
 from maestro_scale.training.run_dir import write_atomically
 
-METADATA_FILE = "_embedding.json"  # readers of Parquet folders pass over such a name
-_SHARD = "maestro_scale.shard_sha256"
+METADATA_FILE = "_embedding.json"  # readers of Parquet folders skip names with an underscore
+_SHARD_KEY = (
+    "maestro_scale.shard_sha256"  # in the metadata of a Parquet file, or a file in a folder of images
+)
 
 What = Literal["vector", "tokens"]
 Format = Literal["parquet", "tiff"]
@@ -42,18 +46,21 @@ Format = Literal["parquet", "tiff"]
 
 @dataclass(frozen=True)
 class EmbeddingRows:
-    """What the encoder makes of N crops. ``crops`` (N,): number of the crop on its tile; ``places``: where the tiles
-    lie, None where the shards do not know; ``arrays`` (N, …) by name."""
+    """Embeddings ``arrays`` (N, …) of N crops, by name.
+
+    ``keys``: of their tiles; ``origins``: of the tiles on the ground, None where the shards have none; ``crops`` (N,):
+    number of the crop on its tile.
+    """
 
     keys: Sequence[str]
-    places: Sequence[GeoOrigin | None]
+    origins: Sequence[GeoOrigin | None]
     crops: np.ndarray
     arrays: dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
 class EmbeddingWriter:
-    """How a split is embedded. ``what``: a vector per crop, or each sensor's token grid; ``format``: of the files."""
+    """Embeds splits of a dataset. ``what``: a vector per crop, or each sensor's token grid; ``format``: of files."""
 
     model: Maestro
     store: Store
@@ -65,7 +72,7 @@ class EmbeddingWriter:
 
     def __post_init__(self) -> None:
         if (self.what, self.format) == ("vector", "tiff"):
-            raise EvaluationError("a vector is no image: --format tiff needs --what tokens")
+            raise EvaluationError("a vector is not an image: --format tiff needs --what tokens")
 
     def write(
         self,
@@ -75,17 +82,17 @@ class EmbeddingWriter:
         world: int = 1,
         progress: Callable[[int, int, int], None] | None = None,
     ) -> int:
-        """Write what is missing of this rank's share under ``out``; how many crops that were.
+        """Write what is missing of this rank's share under ``out``; returns the number of crops written.
 
-        Parquet: ``<shard>.parquet`` with columns ``key``, ``crop``, ``north_m``, ``west_m`` (the crop's upper left
-        corner on its tile), ``crs``, ``x_m``, ``y_m`` (the same corner on the ground, null where the shards know no
-        place) and a fixed-size list of float32 per array, its shape in the field's metadata. TIFF:
+        Parquet: ``<shard>.parquet`` with columns ``key``, ``crop``, ``north_m``, ``west_m`` (upper left corner of the
+        crop on its tile), ``crs``, ``x_m``, ``y_m`` (the same corner on the ground, null where the shards have no
+        origin) and a fixed-size list of float32 per array, its shape in the metadata of the field. TIFF:
         ``<shard>/<key>.<crop>.<sensor>.tif``, a band per channel, the mean over dates. ManifestError where there is no
         such split, EvaluationError where ``out`` holds embeddings of something else; BadShard, StoreError.
         """
-        mine = self.manifest.shards_of([split])[rank::world]
+        share = self.manifest.shards_of([split])[rank::world]
         self._check_folder(out)
-        todo = [shard for shard in mine if not self._is_written(self._path(out, shard), shard)]
+        todo = [shard for shard in share if not self._is_written(self._path(out, shard), shard)]
         if not todo:
             return 0
         source = self._source(todo)
@@ -99,8 +106,8 @@ class EmbeddingWriter:
         return done
 
     def _check_folder(self, out: Path) -> None:
-        """Make the folder this embedder's. Every rank writes the same."""
-        own = {
+        """Record what the folder contains; every rank writes the same. EvaluationError if it holds something else."""
+        metadata = {
             "dataset": self.manifest.spec.name,
             "what": self.what,
             "format": self.format,
@@ -109,27 +116,31 @@ class EmbeddingWriter:
         }
         path = out / METADATA_FILE
         try:
-            theirs = json.loads(path.read_text())
+            existing = json.loads(path.read_text())
         except (OSError, ValueError):
-            theirs = None
-        if theirs:
-            other = [f"{k} {theirs.get(k)}, now {v}" for k, v in own.items() if theirs.get(k) != v]
-            if other:
+            existing = None
+        if existing:
+            differences = [
+                f"{k} {existing.get(k)}, now {v}" for k, v in metadata.items() if existing.get(k) != v
+            ]
+            if differences:
                 raise EvaluationError(
-                    f"{out} holds embeddings of something else ({'; '.join(other)}): use another folder"
+                    f"{out} holds embeddings of something else ({'; '.join(differences)}): use another folder"
                 )
         else:
-            write_atomically(path, json.dumps(own, indent=1))
+            write_atomically(path, json.dumps(metadata, indent=1))
 
     def _is_written(self, path: Path, shard: ShardInfo) -> bool:
-        """Whether a whole file of this very shard is there."""
+        """Whether the complete file of this shard exists; a shard with another sha256 is embedded again."""
         try:
             if self.format == "tiff":
-                return (path / _SHARD).read_text() == shard.sha256
-            about = parquet.read_metadata(path)  # its end says what is in it
+                return (path / _SHARD_KEY).read_text() == shard.sha256
+            metadata = parquet.read_metadata(
+                path
+            ).metadata  # at the end of the file: a truncated file has none
         except (OSError, pa.ArrowInvalid):
             return False
-        return (about.metadata or {}).get(_SHARD.encode()) == shard.sha256.encode()
+        return (metadata or {}).get(_SHARD_KEY.encode()) == shard.sha256.encode()
 
     def _path(self, out: Path, shard: ShardInfo) -> Path:
         stem = out / Path(shard.path).stem
@@ -139,24 +150,27 @@ class EmbeddingWriter:
         return Source(encoder_spec(self.model, self.manifest.spec), tuple(shards), self.store)
 
     def _by_shard(self, source: Source) -> Iterator[tuple[ShardInfo, EmbeddingRows]]:
-        """Shards in order, each once all of its crops are embedded."""
+        """Shards in order, each as soon as all of its crops are embedded. Batches span shards, so small
+        shards do not make small batches."""
         loader = EvalLoader(source, self.batch_size, workers=self.workers)
         pending: list[dict[str, np.ndarray]] = []
-        held = 0
-        shards = iter(source.shards)
-        shard = next(shards)
+        num_pending = 0
+        shards = deque(source.shards)
         for arrays in self._embed_batches(loader):
             pending.append(arrays)
-            held += len(next(iter(arrays.values())))
-            while shard is not None and held >= (size := shard.samples * loader.num_crops):
-                whole = {name: np.concatenate([p[name] for p in pending]) for name in pending[0]}
-                with source.store.shard(shard) as opened:
-                    of_crops = [(t.key, t.origin) for t in opened for _ in range(loader.num_crops)]
-                    keys, places = zip(*of_crops, strict=True)
+            num_pending += len(next(iter(arrays.values())))
+            while shards and num_pending >= (size := shards[0].samples * loader.num_crops):
+                shard = shards.popleft()
+                joined = {name: np.concatenate([p[name] for p in pending]) for name in pending[0]}
+                with source.store.shard(shard) as tiles:
+                    of_crops = [(t.key, t.origin) for t in tiles for _ in range(loader.num_crops)]
+                    keys, origins = zip(*of_crops, strict=True)
                 crops = np.tile(np.arange(loader.num_crops), shard.samples)
-                yield shard, EmbeddingRows(keys, places, crops, {name: a[:size] for name, a in whole.items()})
-                pending, held = [{name: a[size:] for name, a in whole.items()}], held - size
-                shard = next(shards, None)
+                yield (
+                    shard,
+                    EmbeddingRows(keys, origins, crops, {name: a[:size] for name, a in joined.items()}),
+                )
+                pending, num_pending = [{name: a[size:] for name, a in joined.items()}], num_pending - size
 
     @torch.no_grad()
     def _embed_batches(self, loader: EvalLoader) -> Iterator[dict[str, np.ndarray]]:
@@ -170,27 +184,29 @@ class EmbeddingWriter:
         partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
         if self.format == "parquet":
             table = _table(rows, grid)
-            parquet.write_table(table.replace_schema_metadata({_SHARD: shard.sha256}), partial)
+            parquet.write_table(table.replace_schema_metadata({_SHARD_KEY: shard.sha256}), partial)
         else:
             _write_images(partial, rows, grid)
-            (partial / _SHARD).write_text(shard.sha256)
+            (partial / _SHARD_KEY).write_text(shard.sha256)
             shutil.rmtree(path, ignore_errors=True)
         os.replace(partial, path)
 
 
 def _table(rows: EmbeddingRows, grid: CropGrid) -> pa.Table:
+    """A row per crop."""
     corners = [grid.tiling(int(c)) for c in rows.crops]
+    on_ground = list(zip(rows.origins, corners, strict=True))
     columns = {
         pa.field("key", pa.string()): pa.array(rows.keys),
         pa.field("crop", pa.int32()): pa.array(rows.crops.astype(np.int32)),
         pa.field("north_m", pa.float64()): pa.array([c.row_m for c in corners]),
         pa.field("west_m", pa.float64()): pa.array([c.column_m for c in corners]),
-        pa.field("crs", pa.string()): pa.array([p and p.crs for p in rows.places], pa.string()),
+        pa.field("crs", pa.string()): pa.array([o and o.crs for o in rows.origins], pa.string()),
         pa.field("x_m", pa.float64()): pa.array(
-            [p and p.west_m + c.column_m for p, c in zip(rows.places, corners, strict=True)], pa.float64()
+            [o and o.west_m + c.column_m for o, c in on_ground], pa.float64()
         ),
         pa.field("y_m", pa.float64()): pa.array(
-            [p and p.north_m - c.row_m for p, c in zip(rows.places, corners, strict=True)], pa.float64()
+            [o and o.north_m - c.row_m for o, c in on_ground], pa.float64()
         ),
     }
     for name, values in rows.arrays.items():
@@ -201,6 +217,7 @@ def _table(rows: EmbeddingRows, grid: CropGrid) -> pa.Table:
 
 
 def _write_images(folder: Path, rows: EmbeddingRows, grid: CropGrid) -> None:
+    """An image per crop and sensor, of the mean over dates."""
     try:
         import rasterio
     except ImportError:
@@ -210,7 +227,7 @@ def _write_images(folder: Path, rows: EmbeddingRows, grid: CropGrid) -> None:
         maps = tokens.mean(axis=1)  # (N, L, E)
         side = round(maps.shape[1] ** 0.5)
         cell_m = grid.crop_m / side
-        for key, place, number, values in zip(rows.keys, rows.places, rows.crops, maps, strict=True):
+        for key, origin, number, values in zip(rows.keys, rows.origins, rows.crops, maps, strict=True):
             corner = grid.tiling(int(number))
             with rasterio.open(
                 folder / f"{key}.{number}.{name}.tif",
@@ -221,6 +238,6 @@ def _write_images(folder: Path, rows: EmbeddingRows, grid: CropGrid) -> None:
                 count=values.shape[1],
                 dtype="float32",
                 compress="deflate",
-                **georeference(place, cell_m, corner.row_m, corner.column_m),
+                **georeference(origin, cell_m, corner.row_m, corner.column_m),
             ) as image:
                 image.write(values.T.reshape(-1, side, side))

@@ -1,4 +1,4 @@
-"""The network that a benchmark finetunes: an encoder and a head, for MAESTRO and for encoders of ordinary images."""
+"""The network of a finetuning: an encoder with a head, for MAESTRO and for image encoders."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from maestro_scale.model.initialise import initialise
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.stream.batch import Batch
 
-TRAINABLE = (Maestro, ImageEncoder)  # what `predictor` takes
+TRAINABLE = (Maestro, ImageEncoder)  # what `build_predictor` accepts
 
 
 class Predictor(nn.Module):
-    """A network that learns one target, ``target_loss``'s: whoever inherits adds ``config`` and ``logits``."""
+    """A network that predicts the target of ``target_loss``. Subclasses define ``config`` and ``logits``."""
 
     config: ModelConfig | BaselineConfig
     target_loss: TargetLoss
@@ -32,9 +32,10 @@ class Predictor(nn.Module):
         raise NotImplementedError
 
     def forward(self, batch: Batch, labels: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-        """This batch's share of the global loss, and its error sum (1,), in fp32.
+        """This batch's share of the global loss, and its sum of terms (1,), in fp32.
 
-        ``counts`` (1,): terms of the loss in the whole global batch; shares of all its parts add up to the loss.
+        ``counts`` (1,): terms of the loss in the global batch. Shares of all micro-batches and ranks add up to the
+        loss, so it does not depend on how the batch is split.
         """
         error = self.target_loss.loss_sum(self.logits(batch), labels)
         return self.loss(batch.dataset, error[None], counts), error.detach()[None]
@@ -44,8 +45,12 @@ class Predictor(nn.Module):
         return (sums / counts.clamp_min(1))[0].float()
 
 
-class MaestroPredictor(Predictor, Maestro):
-    """MAESTRO without its decoder. ``config`` names one head."""
+class MaestroPredictor(Predictor, Maestro):  # type: ignore[misc]  # two forwards, see below
+    """MAESTRO without its decoder. ``config`` has one head.
+
+    Inherits from Maestro rather than containing it: parameter names are part of the format of checkpoints. ``forward``
+    is Predictor's: it takes labels, where Maestro's takes masks.
+    """
 
     def __init__(self, config: ModelConfig, target_loss: TargetLoss) -> None:
         super().__init__(config)
@@ -54,12 +59,12 @@ class MaestroPredictor(Predictor, Maestro):
             unused.clear()
 
     def logits(self, batch: Batch) -> Tensor:
-        """As a Predictor's."""
+        """As of Predictor."""
         return self.predict(batch)[self.target_loss.task.target.name]
 
 
 class ImagePredictor(Predictor):
-    """An encoder of images, its dates and sensors pooled by the same head as MAESTRO's."""
+    """An image encoder whose dates and sensors are pooled by the same head as MAESTRO's."""
 
     def __init__(self, encoder: ImageEncoder, target_loss: TargetLoss) -> None:
         super().__init__()
@@ -68,13 +73,13 @@ class ImagePredictor(Predictor):
         ref = next((s for s in view.sensors if s.name == view.ref_sensor), None)
         if target.kind == "segmentation" and ref is None:
             raise EvaluationError(
-                f"{view.dataset}: {target.name} is predicted on the tokens of {view.ref_sensor!r}; keep it"
+                f"{view.dataset}: {target.name} is predicted on the tokens of {view.ref_sensor!r}: do not drop it"
             )
         # Pixels of the reference image, as the target loss has them.
         self.head = build_head(target, encoder.width, "attentive", ref, ref.patch if ref else 0)
 
     def logits(self, batch: Batch) -> Tensor:
-        """As a Predictor's."""
+        """As of Predictor."""
         return self.head(self.encoder.encode(batch))
 
 
@@ -82,10 +87,10 @@ class ImagePredictor(Predictor):
 def build_predictor(
     encoder: nn.Module, dataset: str, target_loss: TargetLoss, seed: int, pretrained: bool
 ) -> Predictor:
-    """The network as it is before the first step: a fresh head on ``encoder``, or, unless ``pretrained``, on the same
-    encoder drawn anew from ``seed``. EvaluationError where the encoder does not fit the target_loss."""
+    """The network before the first step: a new head on ``encoder``, or, unless ``pretrained``, on the same encoder
+    re-initialised from ``seed``. EvaluationError where the encoder does not fit the target."""
     raise TypeError(
-        f"{type(encoder).__name__} does not learn: use one of {', '.join(c.__name__ for c in TRAINABLE)}"
+        f"{type(encoder).__name__} cannot be trained: use one of {', '.join(c.__name__ for c in TRAINABLE)}"
     )
 
 
