@@ -12,7 +12,7 @@ ROWS = np.arange(100, 107)
 
 
 def run(rows: np.ndarray = ROWS, batch_size: int = 3, seed: int = 0) -> list[list[int]]:
-    """The batches of a course with two learners."""
+    """The batches of a training with two learners."""
     batches = []
     learners = [[torch.zeros(1, requires_grad=True)] for _ in range(2)]
 

@@ -155,7 +155,7 @@ def test_bins_follow_the_dates_that_are_left_out():
     assert dates.bins(7, 2, skip=1).tolist() == [[1, 2, 3], [4, 5, 6]]
 
 
-def test_the_dates_drawn_follow_from_the_words():
+def test_drawn_dates_are_computed_from_the_words():
     # Two of 7 dates of samples 0 to 7, by 8 words of Philox: key (0, 2 << 32), counter (0, 0, sample, 0).
     # The last word decides whether the first date (at or above 2**63) or the last one is left out; of each bin of three
     # the date of the lowest word is taken. Samples 1 and 2 leave out the first.

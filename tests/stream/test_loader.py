@@ -222,7 +222,7 @@ def test_a_bad_shard_is_replaced_the_same_way_everywhere_and_counted(damaged: So
 def test_a_replacement_is_drawn_from_seed_epoch_dataset_and_sample(
     damaged: Source, write_toy: Callable[..., Source]
 ):
-    # Samples 12 to 23 are in the bad shard. The stand-in is word * 60 // 2**64 of Philox with the key (seed 3,
+    # Samples 12 to 23 are in the bad shard. The replacement is word * 60 // 2**64 of Philox with the key (seed 3,
     # 3 << 32 | dataset) and the counter (0, 0, sample, epoch): the first such number outside of the bad shard.
     expected = {
         0: [57, 59, 55, 1, 10, 33, 54, 5, 57, 47, 53, 0],

@@ -122,7 +122,7 @@ def test_the_order_stays_what_it_was():
     assert SampleOrder((5, 3, 4), 7, 2, 4, 3).at(2, 1).tolist() == [5, 3, 9, 11]
 
 
-def test_a_rank_owns_every_lane_that_leaves_its_number_as_the_rest():
+def test_rank_r_owns_interleaved_lanes():
     plan = SampleOrder((50,), 0, 6, 12, 4)
     assert [list(plan.lanes_of(rank, 3)) for rank in range(3)] == [[0, 3], [1, 4], [2, 5]]
     assert [list(plan.lanes_of(rank, 2)) for rank in range(2)] == [[0, 2, 4], [1, 3, 5]]
@@ -142,7 +142,7 @@ def test_a_lane_is_a_contiguous_part_of_the_shuffled_shards():
         assert mine == order[6 * lane : 6 * lane + 6]
 
 
-def test_windows_of_later_lanes_begin_earlier():
+def test_window_boundaries_differ_by_lane():
     # Windows of 8 samples, 4 lanes of 24: lane n's first one is shorter by n * 8 / 4 samples.
     plan = SampleOrder((96,), 0, 4, 8, 8)
     bounds = [[plan._bounds(lane, window) for window in range(4)] for lane in range(4)]

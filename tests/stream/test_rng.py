@@ -64,7 +64,7 @@ def test_names_have_streams_of_their_own_apart_from_the_common_one():
     assert len({0} | {stream_id(n) for n in ("aerial", "s2", "s1_asc", "s1_des", "")}) == 6
 
 
-def test_numbers_follow_from_words_as_worked_out_by_hand():
+def test_numbers_are_computed_from_words_as_documented():
     class Words(CounterRNG):
         def __init__(self, *words: int) -> None:
             self._left = list(words)

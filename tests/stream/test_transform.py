@@ -107,7 +107,7 @@ def test_all_sensors_and_targets_are_cropped_and_flipped_alike(toy: Source, tile
     assert len(seen) > 64  # of 4 × 4 places in 8 orientations
 
 
-def test_crop_orientation_and_noise_follow_from_the_words(toy: Source, tile_of: Callable[[int], Tile]):
+def test_crop_orientation_and_noise_are_computed_from_the_words(toy: Source, tile_of: Callable[[int], Tile]):
     # Words of Philox: key (seed 0, 2 << 32), counter (0, stream, sample, epoch 2). Those of stream 0 give
     # word * 4 // 2**64 as the row and column of the crop, and the 3 highest bits of the third word as symmetries.
     # Sample 9: row 0, column 3, columns flipped, transposed. Sample 7: row 2, column 1, rows flipped.

@@ -111,7 +111,7 @@ def test_which_checkpoints_stay_by_hand():
     assert not Retention(1).is_permanent(4)
 
 
-def test_garbage_is_collected_at_multiples_only_and_never_on_its_own(monkeypatch):
+def test_garbage_is_collected_only_at_multiples_of_the_interval(monkeypatch):
     calls: list[tuple[int, bool]] = []
     step = 0
     monkeypatch.setattr(gc, "collect", lambda: calls.append((step, gc.isenabled())))
@@ -127,7 +127,7 @@ def test_garbage_is_collected_at_multiples_only_and_never_on_its_own(monkeypatch
     assert len(calls) == 3
 
 
-def test_a_spike_is_more_than_so_many_times_the_mean_after_a_hundred_steps():
+def test_a_spike_exceeds_a_multiple_of_the_running_mean_after_100_steps():
     guard = Guard(spike=2.0)
     for _ in range(99):
         guard.record_step(1.0, 10.0)
@@ -150,7 +150,7 @@ def test_the_running_mean_is_a_plain_one_at_first():
     assert guard.mean_loss == pytest.approx(4.0)
 
 
-def test_spikes_have_no_limit_where_none_is_set():
+def test_a_spike_limit_of_zero_disables_the_check():
     guard = Guard(spike=0.0)
     for _ in range(200):
         guard.record_step(1.0, 1.0)
