@@ -1,7 +1,7 @@
 """Evaluate an encoder: ``deepspeed maestro_scale/evaluate.py --recipe R --checkpoint C --mode knn --out DIR``.
 
-Writes ``<out>/<mode>/results.json``; with ``--fraction 0.1``, ``<out>/<mode>_10pct/results.json``. With several seeds or
-folds that is the mean, and the results of each run are in ``fold_<k>/seed_<s>/`` below it. The same command resumes.
+Writes ``<out>/<mode>/results.json``; with ``--fraction 0.1``, ``<out>/<mode>_10pct/results.json``. With several seeds
+or folds that is the mean, and the results of each run are in ``fold_<k>/seed_<s>/`` below it. The same command resumes.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     encoder = parser.add_mutually_exclusive_group(required=True)
     encoder.add_argument(
         "--checkpoint",
-        help="a run directory, one of its checkpoints, or an exported model; {fold} in it is replaced by the fold's number",
+        help="a run directory, one of its checkpoints, or an exported model; {fold} in it becomes the fold's number",
     )
     encoder.add_argument(
         "--baseline",
         metavar="NAME",
         help="instead of a checkpoint: statistics (of the channels), random (the recipe's model, untrained), "
-        "image:WEIGHTS (an image encoder of transformers, e.g. image:facebook/dinov2-base), or oracle (on synthetic data "
-        "only: a predictor that knows how the scenes are generated; it has no modes)",
+        "image:WEIGHTS (an image encoder of transformers, e.g. image:facebook/dinov2-base), or oracle (on synthetic "
+        "data only: a predictor that knows how the scenes are generated; it has no modes)",
     )
     parser.add_argument(
         "--mode",
         choices=("knn", "probe", "attentive", "finetune", "scratch"),
         action="append",
-        help="repeatable; default: evaluation.modes of the recipe. probe: linear; attentive: the head of a finetuning on "
-        "the frozen encoder; finetune and scratch train with the recipe's optim and train sections",
+        help="repeatable; default: evaluation.modes of the recipe. probe: linear; attentive: the head of a finetuning "
+        "on the frozen encoder; finetune and scratch train with the recipe's optim and train sections",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument("--target", help="what to predict; default: the dataset's first target")
@@ -60,7 +60,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--folds",
         help="folds of cross-validation, e.g. 1,2,3, or all: fold k is a rotation of the splits fold_1, fold_2, … "
-        "(PASTIS-HD) or split_k_train, split_k_val, split_k_test (FLAIR-HUB); the result is mean and standard deviation",
+        "(PASTIS-HD) or split_k_train, split_k_val, split_k_test (FLAIR-HUB); mean and standard deviation",
     )
     parser.add_argument(
         "--seeds",
