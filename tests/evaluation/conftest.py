@@ -1,4 +1,4 @@
-"""A segmentation benchmark in shards, small: fields of four classes, told apart by colour, one of them ignored."""
+"""A small segmentation benchmark in shards: fields of four classes with different colours, one class ignored."""
 
 from __future__ import annotations
 

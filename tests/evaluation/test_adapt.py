@@ -1,4 +1,4 @@
-"""Encoders for datasets they were not trained on."""
+"""Adapting an encoder to a dataset that it was not trained on."""
 
 import dataclasses
 

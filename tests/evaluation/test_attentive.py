@@ -1,4 +1,4 @@
-"""The attentive probe: the head of a finetuning on frozen tokens, which are encoded once."""
+"""The attentive probe: the head of a finetuning on cached tokens of a frozen encoder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Baselines: statistics as numpy has them, image encoders of the real classes, small and with random weights."""
+"""Baselines: channel statistics against numpy, and image encoders of transformers with random weights."""
 
 import dataclasses
 

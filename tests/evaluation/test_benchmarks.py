@@ -1,4 +1,4 @@
-"""Every benchmark by its shipped recipe, from raw data to four scores: nothing is left out on the way."""
+"""Every benchmark with its shipped recipe, from raw data to four scores."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Intervals say how far a score can be trusted."""
+"""Bootstrap intervals and paired differences."""
 
 import numpy as np
 import pytest

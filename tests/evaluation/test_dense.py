@@ -1,4 +1,4 @@
-"""kNN and the linear map over cells: labels laid on tokens, each pixel counted once, formulas as written."""
+"""kNN and linear map over cells: correspondence of labels and tokens, each pixel counted once, formulas."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""``maestro-scale embed``: every crop once, in the order of the shards, whoever does the work."""
+"""``maestro-scale embed``: every crop once, in the order of the shards, on any number of ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``evaluate.py`` from the command line, on a benchmark with a class per pixel, alone and on several ranks."""
+"""``evaluate.py`` from the command line on a segmentation benchmark, on one and on several ranks."""
 
 from __future__ import annotations
 

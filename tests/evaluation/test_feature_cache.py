@@ -1,4 +1,4 @@
-"""Features on disk: one forward pass per crop and encoder, ever; a half-written split is written again."""
+"""Cached features: one forward pass per crop and encoder; an incomplete cache is encoded again."""
 
 import dataclasses
 import shutil

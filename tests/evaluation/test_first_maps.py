@@ -1,4 +1,4 @@
-"""The tiles whose maps are kept are the first of the split, whoever has them."""
+"""The stored maps are of the first tiles of a split, on any number of ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Seeds and folds: which splits a fold is, and that the result of several runs is their mean and deviation."""
+"""Seeds and folds: the splits of a fold, and mean and standard deviation over several runs."""
 
 from __future__ import annotations
 

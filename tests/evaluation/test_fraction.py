@@ -1,4 +1,4 @@
-"""Fractions of the training labels: of the size asked for, even over the classes, nested."""
+"""Fractions of the training labels: their size, stratification and nesting."""
 
 from __future__ import annotations
 

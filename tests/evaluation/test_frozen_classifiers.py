@@ -1,4 +1,4 @@
-"""kNN and linear probe: they find what is in the features, in the way their papers say."""
+"""kNN and linear probe per tile, against their definitions."""
 
 import time
 

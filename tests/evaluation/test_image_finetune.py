@@ -1,4 +1,4 @@
-"""An encoder of ordinary images is finetuned as MAESTRO is: the same course, engine, checkpoints and head."""
+"""Finetuning of image encoders: the same schedule, engine, checkpoints and head as for MAESTRO."""
 
 from __future__ import annotations
 

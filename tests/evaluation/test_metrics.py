@@ -1,4 +1,4 @@
-"""Scores equal scikit-learn's, and counts add up however the samples are cut."""
+"""Metrics against scikit-learn; counts do not depend on how the samples are split."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The oracle: right about scenes, by what it is told alone, and without an answer for other data."""
+"""The oracle: accurate on synthetic scenes from the class signatures only, refused for other data."""
 
 from __future__ import annotations
 

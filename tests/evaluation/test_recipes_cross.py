@@ -1,4 +1,4 @@
-"""Recipes for other datasets than the one pretrained on: which sensors the encoder's weights serve."""
+"""Recipes for datasets other than the pretraining one: the sensors that the encoder has weights for."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The report: results beside the published tables, self-contained, and readable by a browser."""
+"""The report: results next to the published tables, self-contained, and rendered by a browser."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""results.json: what is written is read, and nothing undefined or foreign gets through."""
+"""results.json: a round trip, and refusal of undefined or unknown values."""
 
 import dataclasses
 import json

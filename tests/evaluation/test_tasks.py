@@ -1,4 +1,4 @@
-"""What tasks say of counts: rows are labels, a class that no label has is undefined and weighs nothing."""
+"""Evaluation tasks: scores from counts, and labels against thresholds."""
 
 from __future__ import annotations
 

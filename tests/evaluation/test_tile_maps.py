@@ -1,4 +1,4 @@
-"""Predictions of whole tiles as GeoTIFF: where the tile lies, crops put group_results, values as in the labels."""
+"""Predicted maps as GeoTIFF: georeference, assembled crops, label values."""
 
 from __future__ import annotations
 
