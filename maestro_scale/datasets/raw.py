@@ -165,7 +165,7 @@ def read_stack(path: Path, num_bands: int, size: int) -> np.ndarray:
 
 
 def read_npy(path: Path, shape: tuple[int | None, ...], dtype: str) -> np.ndarray:
-    """An array; DatasetError if unreadable or not of ``dtype`` and ``shape``, None stands for any length."""
+    """An array; DatasetError if unreadable or not of ``dtype`` and ``shape``; None stands for any length."""
     try:
         array = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:

@@ -120,7 +120,7 @@ class Maestro(nn.Module):
     def compile_blocks(self, backend: str = "inductor") -> Maestro:
         """Compile each block with ``torch.compile`` at its first call; returns itself.
 
-        Per block, not as a whole: equal blocks share one compiled kernel, and the parts around them are not static.
+        Per block, not the whole model: blocks of equal shapes share their compiled code, so compilation stays short.
         """
         for stack in self.modules():
             if isinstance(stack, Transformer):

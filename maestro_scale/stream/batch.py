@@ -72,8 +72,8 @@ class Batch:
 
     def first(self) -> Batch:
         """A batch of the first sample only."""
-        alone = self.map(lambda t: t[:1])
-        return dataclasses.replace(alone, keys=self.keys[:1], tiles=self.tiles[:1])
+        sample = self.map(lambda t: t[:1])
+        return dataclasses.replace(sample, keys=self.keys[:1], tiles=self.tiles[:1])
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """Every tensor on ``device``, dtypes unchanged."""
