@@ -167,7 +167,7 @@ def read_stack(path: Path, num_bands: int, size: int) -> np.ndarray:
 def read_npy(path: Path, shape: tuple[int | None, ...], dtype: str) -> np.ndarray:
     """An array; DatasetError if unreadable or not of ``dtype`` and ``shape``; None stands for any length."""
     try:
-        array = np.load(path, allow_pickle=False)
+        array = np.load(path, allow_pickle=False)  # a pickle in downloaded data could run code
     except (OSError, ValueError, EOFError) as error:
         raise DatasetError(f"{path}: cannot be read ({_one_line(error)}); fetch the file again") from error
     fits = isinstance(array, np.ndarray) and array.dtype == dtype and array.ndim == len(shape)

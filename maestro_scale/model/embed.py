@@ -67,6 +67,7 @@ class DateNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, D, L, E) -> (B, D, L, E)."""
+        # layer_norm over tokens and channels is GroupNorm with one group, without moving the channels to the front.
         return F.layer_norm(x, x.shape[-2:], eps=1e-5) * self.weight + self.bias
 
 

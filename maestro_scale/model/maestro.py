@@ -170,6 +170,7 @@ class Maestro(nn.Module):
         groups = view.token_groups(sensor)
         parts = patches.split(list(groups), dim=-1)
         embeds = cast(nn.ModuleList, self.patch_embed[sensor.embed])  # ModuleDict is typed for plain Modules
+        # Encodings are computed in fp32 and cast once, to the dtype of the tokens.
         tokens = torch.cat([e(p) for e, p in zip(embeds, parts, strict=True)], dim=1)
         return tokens + self._encoding("enc", view, sensor, batch).to(tokens.dtype)
 
@@ -203,6 +204,7 @@ class Maestro(nn.Module):
                 q, {s.name: self.mask_token[s.name](len(batch), s.num_dates, s.grid**2) for s in q.sensors}
             ).to(visible.dtype)
             index = mask.visible_index[:, :, None].expand(-1, -1, visible.shape[-1])
+            # scatter, not boolean indexing: static shapes and no host synchronisation (invariant 11).
             x = mask_tokens.scatter(1, index, visible)
             x = x + pack(q, {s.name: self._encoding("dec", view, s, batch) for s in q.sensors}).to(x.dtype)
             if masked_only and mask.masked_index.shape[1]:
@@ -243,6 +245,7 @@ class Maestro(nn.Module):
         sums = torch.stack(
             [error_sum(view, s, predictions[s.name], patches[s.name], masked[s.name]) for s in view.sensors]
         )
+        # The sums are for metrics; detached, so that keeping them does not keep the graph.
         return self.loss(batch.dataset, sums, counts), sums.detach()
 
     def loss(self, dataset: str, sums: Tensor, counts: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ def sequences(config: ModelConfig) -> tuple[Sequence, ...]:
     if config.fusion == "group":
         names = dict.fromkeys(s.group for s in config.sensors)
         return tuple(Sequence(n, n, tuple(s for s in config.sensors if s.group == n)) for n in names)
+    # "monotemp" and "shared": each date is a sequence of its own.
     per_date = config.fusion != "mod"
     return tuple(
         Sequence(s.name, "shared" if config.fusion == "shared" else s.name, (s,), per_date)

@@ -84,9 +84,11 @@ def combine_losses(config: ModelConfig, sums: Tensor, counts: Tensor) -> Tensor:
 
     A sensor without masked pixels in the whole global batch has no mean; its weight is left out.
     """
+    # Weights count tokens of the pixel grid, without token groups, so that the loss does not depend on ``spectral``.
     weights = torch.tensor(
         [s.num_dates * s.grid**2 for s in config.sensors], dtype=torch.float64, device=counts.device
     )
     weights = weights * (counts > 0)
+    # In double until here: counts exceed 2**24. clamp_min avoids 0 / 0 where the weight is 0.
     share = weights / weights.sum() / counts.clamp_min(1)
     return (sums * share.to(sums.dtype)).sum()

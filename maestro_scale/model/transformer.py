@@ -72,6 +72,7 @@ class Transformer(nn.Module):
         for i, block in enumerate(self.blocks):
             only = output_index if i == len(self.blocks) - 1 else None
             if self.recompute_every and i % self.recompute_every == 0 and torch.is_grad_enabled():
+                # Non-reentrant: the reentrant variant drops gradients if x itself requires none.
                 x = checkpoint(block, x, only, use_reentrant=False)
             else:
                 x = block(x, only)

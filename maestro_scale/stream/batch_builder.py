@@ -25,6 +25,7 @@ from maestro_scale.stream.transform import Transform
 log = logging.getLogger(__name__)
 
 _MAX_REPLACEMENTS = 64
+MAX_RANKS_PER_NODE = 8  # assumed where ranks share a node's cache; the node's real number is not known here
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,13 @@ import numpy as np
 
 from maestro_scale.shards.read.counters import StoreCounters
 from maestro_scale.stream.batch import Batch
-from maestro_scale.stream.batch_builder import BatchBuilder, BatchRequest, BuilderSettings, SampleRef
+from maestro_scale.stream.batch_builder import (
+    MAX_RANKS_PER_NODE,
+    BatchBuilder,
+    BatchRequest,
+    BuilderSettings,
+    SampleRef,
+)
 from maestro_scale.stream.plan import SampleOrderError
 from maestro_scale.stream.source import Source
 from maestro_scale.stream.workers import Pipeline
@@ -41,13 +47,16 @@ class EvalLoader:
                 f"batch_size {batch_size}, rank {rank} of {world}: do not make an evaluation"
             )
         self.source, self.batch_size, self.workers, self.pin = source, batch_size, workers, pin
-        self._settings = BuilderSettings((source,), num_processes=max(workers, 1) * min(world, 8))
+        self._settings = BuilderSettings(
+            (source,), num_processes=max(workers, 1) * min(world, MAX_RANKS_PER_NODE)
+        )
         available = BatchBuilder(self._settings).transform(0).grid.num_crops
         self.num_crops = available if crops is None else min(crops, available)
         self.num_samples = sum(source.counts)
-        total = self.num_samples * self.num_crops
-        batches = -(-total // batch_size)
-        # Rounded up, so that rank 0 has a batch whenever there is one.
+        # Ranks split whole batches, not samples: the composition of a batch, and so every rounding in it, is the same
+        # on any number of ranks. Rounded up, so that rank 0 has a batch whenever there is one.
+        # Ranks split whole batches, not samples: the composition of a batch, and so every rounding in it, is the same on
+        # any number of ranks. Rounded up, so that rank 0 has a batch whenever there is one.
         first, stop = (min(-(-r * batches // world) * batch_size, total) for r in (rank, rank + 1))
         self._items = range(first, stop)
         self._starts = np.cumsum((0, *source.counts))

@@ -11,7 +11,13 @@ from typing import Literal
 
 from maestro_scale.shards.read.counters import StoreCounters
 from maestro_scale.stream.batch import Batch
-from maestro_scale.stream.batch_builder import BatchBuilder, BatchRequest, BuilderSettings, SampleRef
+from maestro_scale.stream.batch_builder import (
+    MAX_RANKS_PER_NODE,
+    BatchBuilder,
+    BatchRequest,
+    BuilderSettings,
+    SampleRef,
+)
 from maestro_scale.stream.mixture import Mixture
 from maestro_scale.stream.plan import SampleOrder, SampleOrderError
 from maestro_scale.stream.source import Source, mixture_names
@@ -22,7 +28,6 @@ __all__ = ["LoaderError", "Source", "Step", "TrainLoader"]
 log = logging.getLogger(__name__)
 
 _KEY = re.compile(r"(?P<epoch>\d+)/(?P<name>.+)/(?P<number>\d+)(~(?P<substitute>\d+))?")
-_MAX_RANKS_PER_NODE = 8
 _MAX_PREFETCH_SHARDS = 256  # shards named in one request
 
 
@@ -74,7 +79,7 @@ class TrainLoader:
             SampleOrder(s.counts, seed, lanes, global_batch, window, dataset=i)
             for i, s in enumerate(self.sources)
         ]
-        self._orders[0].lanes_of(rank, world)
+        self._orders[0].lanes_of(rank, world)  # raises unless the ranks divide the lanes
         local = global_batch // world
         if micro_batch < 1 or local % micro_batch:
             raise SampleOrderError(
@@ -85,7 +90,7 @@ class TrainLoader:
             seed,
             flips,
             on_bad_shard == "replace",
-            max(workers, 1) * min(world, _MAX_RANKS_PER_NODE),
+            max(workers, 1) * min(world, MAX_RANKS_PER_NODE),
         )
         BatchBuilder(self._settings)  # raises here what would otherwise be raised in a worker
         if workers:
@@ -148,6 +153,7 @@ class TrainLoader:
             BatchBuilder(self._settings), requests, len(refs), 0, 0, False, self._add_counters
         )
         try:
+            # With the keys given: those of the batch lack "~substitute", as the substitute was read directly.
             return dataclasses.replace(next(pipeline), keys=tuple(keys))
         finally:
             pipeline.close()
@@ -186,6 +192,7 @@ class TrainLoader:
                     batches=batches,
                 )
         finally:
+            # Also when the consumer stops early; unless close() has ended the pipeline already.
             if pipeline in self._pipelines:
                 self._pipelines.remove(pipeline)
                 pipeline.close()
@@ -199,6 +206,7 @@ class TrainLoader:
                 lookaheads[dataset] = _Lookahead(
                     order, self.rank, self.world, dataset_step, max(self.workers, 1)
                 )
+            # Epochs of a dataset count its own steps: each sample comes once per epoch whatever the mixture's weights.
             epoch, within = divmod(dataset_step, order.steps_per_epoch)
             ids = order.at(epoch, within, self.rank, self.world)
             refs = [

@@ -58,11 +58,14 @@ class SampleOrder:
             raise SampleOrderError("the dataset holds no samples")
         self.lanes, self.global_batch, self.window = lanes, global_batch, window
         self.per_lane = global_batch // lanes  # samples of a lane in one global batch
+        # As few copies as one global batch needs: more would only lengthen the epoch.
         self.num_copies = -(-global_batch // self.num_samples)
         self.steps_per_epoch = self.num_samples * self.num_copies // global_batch
+        # Every copy of a shard is a *slot* with a permutation of its own, so that copies are not in the same order.
         self._counts = np.tile(np.asarray(counts, np.int64), self.num_copies)
         self._starts = np.cumsum(self._counts) - self._counts
         self._rng = CounterRNG(seed, Purpose.ORDER, dataset)
+        # Two epochs: prefetching reaches into the next one while this one is served.
         self._shard_order = lru_cache(maxsize=2)(self._compute_shard_order)
         self._within = lru_cache(maxsize=64)(self._compute_within)
         # All lanes advance together: around a window boundary a step needs two windows of a lane.
@@ -146,6 +149,7 @@ class SampleOrder:
         for slot, first, last in self._slices(epoch, lane, start, stop):
             parts.append(self._starts[slot] + self._within(epoch, slot)[first:last])
         ids = np.concatenate(parts)
+        # The lane is in the high half of the word, apart from the stream number: no two streams share numbers.
         return ids[self._rng.seek(epoch, _WINDOW + (lane << 32), window).permutation(len(ids))]
 
     def _slices(self, epoch: int, lane: int, start: int, stop: int) -> Iterator[tuple[int, int, int]]:

@@ -78,6 +78,7 @@ class Transform:
         Returns how many dates were repeated or imputed; CodecError if the sample does not match the spec.
         Order of draws: crop row, crop column, the three symmetries; then per sensor the dates and the noise.
         """
+        # The position is (epoch, sample, stream): the same sample draws other numbers in every epoch and virtual copy.
         rng = self._rng.seek(epoch, number, _COMMON)
         row_offset, column_offset = rng.below(self.grid.num_offsets), rng.below(self.grid.num_offsets)
         flips = int(rng.words(1)[0]) >> 61 if self.flips else 0  # the three highest bits
@@ -87,6 +88,7 @@ class Transform:
         for sensor in self._sensors:
             rng.seek(epoch, number, sensor.stream)
             num_repeated_dates += sensor.write(sample, crop, out, row, rng)
+            # The noise of the masks is drawn here and travels in the batch: the model draws nothing (invariant 1).
             out[sensor.noise][row] = rng.uniforms(sensor.noise.shape[0])
         self._write_targets(sample, crop, out, row)
         return num_repeated_dates
@@ -165,6 +167,7 @@ class _SensorTransform:
         stored = sample.shape(name)[0]
         _check(sample, name, ((stored, num_bands, size, size), self.modality.dtype))
         if stored <= num_dates:
+            # Nothing to choose from: all dates are used, whatever the masks say, and repeated if they are too few.
             chosen = dates.spread_evenly(stored, num_dates)
             pixels = whole() if stored == num_dates else whole()[chosen]
         elif rng is not None:

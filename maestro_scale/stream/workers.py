@@ -133,6 +133,7 @@ class Pipeline:
         if self._results is None:
             self._builder.close()
         elif self._kill.alive:
+            # _shutdown_workers waits for each worker, which may hang in a download: the timer kills them meanwhile.
             kill_timer = threading.Timer(_SHUTDOWN_TIMEOUT_S, self._kill)
             kill_timer.start()
             self._results._shutdown_workers()
@@ -145,7 +146,7 @@ class Pipeline:
             loader: DataLoader[WorkerResult] = DataLoader(
                 _WorkerDataset(self._builder, self._blocks),
                 sampler=self._numbered_requests(),
-                batch_size=None,
+                batch_size=None,  # a request is a batch already
                 num_workers=workers,
                 collate_fn=_identity,
                 multiprocessing_context=multiprocessing.get_context("forkserver"),

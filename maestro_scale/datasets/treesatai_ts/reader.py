@@ -88,6 +88,7 @@ class Reader:
             offset_m = AERIAL_OFFSET * SPEC.modality("aerial").resolution_m
             origin = origin and origin.shifted(offset_m, offset_m)
             inside = slice(AERIAL_OFFSET, AERIAL_OFFSET + SPEC.modality("aerial").size)
+            # A copy, so that the image of 304 pixels can be freed.
             arrays["aerial"] = np.ascontiguousarray(image[None, :, inside, inside])
         return Tile(
             key=key,
