@@ -53,10 +53,10 @@ class EvalLoader:
         available = BatchBuilder(self._settings).transform(0).grid.num_crops
         self.num_crops = available if crops is None else min(crops, available)
         self.num_samples = sum(source.counts)
+        total = self.num_samples * self.num_crops
+        batches = -(-total // batch_size)
         # Ranks split whole batches, not samples: the composition of a batch, and so every rounding in it, is the same
         # on any number of ranks. Rounded up, so that rank 0 has a batch whenever there is one.
-        # Ranks split whole batches, not samples: the composition of a batch, and so every rounding in it, is the same on
-        # any number of ranks. Rounded up, so that rank 0 has a batch whenever there is one.
         first, stop = (min(-(-r * batches // world) * batch_size, total) for r in (rank, rank + 1))
         self._items = range(first, stop)
         self._starts = np.cumsum((0, *source.counts))
