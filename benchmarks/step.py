@@ -40,8 +40,8 @@ from maestro_scale.model.maestro import Maestro
 from maestro_scale.model.masking import MaskingConfig, draw_masks
 from maestro_scale.model.sizes import SIZES
 from maestro_scale.stream.batch import Batch, num_noise
-from maestro_scale.training.loop import hidden_counts
 from maestro_scale.training.metrics.meter import peak_tflops
+from maestro_scale.training.objectives import hidden_counts
 from maestro_scale.training.optimizer import build_optimizer
 from maestro_scale.training.run_dir import git_revision
 

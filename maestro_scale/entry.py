@@ -25,18 +25,19 @@ def error_line(error: BaseException) -> str | None:
     return None
 
 
-def print_error(line: str, rank: int | None = None) -> None:
-    """Print ``error: …`` to standard error; with ``rank``, also which rank on which host."""
-    where = "" if rank is None else f" (rank {rank} on {os.uname().nodename})"
+def print_error(line: str, rank: int = 0) -> None:
+    """Print ``error: …`` to standard error; a rank above 0 says which it is, and on which host."""
+    where = f" (rank {rank} on {os.uname().nodename})" if rank else ""
     print(f"error{where}: {line}", file=sys.stderr, flush=True)
 
 
-def run_command(command: Callable[[], int | None]) -> int:
+def run_command(command: Callable[[], int | None], rank: int = 0) -> int:
     """The exit code of ``command()``: its own, 0 for None, or ``USAGE`` after an expected error was printed."""
     try:
         return command() or 0
     except Exception as error:
         if (line := error_line(error)) is None:
             raise
-        print_error(line)
+        if rank == 0 or not getattr(error, "same_on_all_ranks", False):
+            print_error(line, rank)
         return USAGE

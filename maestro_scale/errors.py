@@ -13,6 +13,9 @@ class MaestroError(Exception):
     ``entry.USAGE``; anything that is not a MaestroError ends in a traceback.
     """
 
+    same_on_all_ranks = False
+    """Whether all ranks raise it together, so that rank 0 alone reports it."""
+
 
 KeyPath = tuple[str | int, ...]
 """Where a value stands in a nested structure: ``("data", "mixture", 0, "shards")``."""

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
-import traceback
 from pathlib import Path
 
 from maestro_scale.training.stop import StopRequest
@@ -40,78 +38,34 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit code. Expected mistakes become one line on standard error."""
+    """Run the command; returns the exit code. Expected errors become one line on standard error."""
     args = parse(argv)
-    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
-    stop = StopRequest().install()  # what follows takes seconds
-    from maestro_scale.entry import USAGE, print_error
-    from maestro_scale.errors import MaestroError
-    from maestro_scale.recipe import load_recipe
+    stop = StopRequest().install()  # before the imports, which take seconds
+    from maestro_scale.entry import run_command
     from maestro_scale.secrets_filter import hide_secrets
 
     hide_secrets()
-    try:
-        recipe = load_recipe(args.recipe, args.overrides)
-        if args.dry_run:
-            from maestro_scale.training.dry_run import dry_run
-
-            if rank == 0:
-                dry_run(recipe, int(os.environ.get("WORLD_SIZE", 1)))
-            return 0
-        stop.run_dir = args.run_dir or Path("runs") / recipe.name
-        return _pretrain(recipe, stop.run_dir, stop, args.fresh)
-    except MaestroError as error:
-        if rank == 0:  # every rank reads the same recipe
-            print_error(str(error))
-        return USAGE
+    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
+    return run_command(lambda: _run(args, stop, rank), rank)
 
 
-def _pretrain(recipe, run_dir: Path, stop: StopRequest, fresh: bool) -> int:
-    from maestro_scale.entry import USAGE, error_line, print_error
-    from maestro_scale.errors import MaestroError
-    from maestro_scale.recipe import RecipeError
+def _run(args: argparse.Namespace, stop: StopRequest, rank: int) -> None:
+    from maestro_scale.recipe import load_recipe
+
+    recipe = load_recipe(args.recipe, args.overrides)
+    if args.dry_run:
+        from maestro_scale.training.dry_run import dry_run
+
+        if rank == 0:
+            dry_run(recipe, int(os.environ.get("WORLD_SIZE", 1)))
+        return
+    from maestro_scale.evaluation.in_loop import evaluation_hooks
     from maestro_scale.tracking.observers import observers_for
-    from maestro_scale.tracking.run_report import REPORT, next_commands
-    from maestro_scale.training.distributed import destroy_process_group, hard_exit, init_distributed
-    from maestro_scale.training.guard import GuardError
-    from maestro_scale.training.pretrain import pretrain
-    from maestro_scale.training.run_dir import write_outcome
-    from maestro_scale.training.watchdog import EXIT_HANG, Watchdog
+    from maestro_scale.tracking.run_report import closing_message
+    from maestro_scale.training.run import run_pretraining
 
-    timeout_s = recipe.train.hang_timeout_s
-    world = init_distributed(max(600.0, 2 * timeout_s))  # the watchdog speaks first
-    watch = Watchdog(world, timeout_s, run_dir).start()
-    try:
-        observers = observers_for(recipe) if world.is_main else []
-        outcome = pretrain(recipe, run_dir, world, observers, watch, stop, fresh)
-    except (MaestroError, OSError) as error:
-        if (line := error_line(error)) is None:
-            raise
-        if world.is_main:
-            print_error(line)
-        elif not isinstance(error, (RecipeError, GuardError)):  # those are the same on all ranks
-            print_error(line, world.rank)
-        hard_exit(USAGE)  # the other ranks may be waiting for this one: the launcher ends them
-    except RuntimeError:
-        if world.size > 1 and (missing := watch.missing()):
-            traceback.print_exc()
-            print(f"error (rank {world.rank}): {missing}", file=sys.stderr, flush=True)
-            os._exit(EXIT_HANG)
-        raise
-    watch.stop()
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # on the way out; a repeated request must not kill it
-    if world.is_main:
-        write_outcome(run_dir, outcome.reason, outcome.why, outcome.position.step)
-        if outcome.reason == "stopped":
-            print(
-                f"stopped by {outcome.why} after step {outcome.position.step}, resume with the same command"
-            )
-        else:
-            print(f"done: {outcome.position.step} steps, {outcome.position.samples} samples, in {run_dir}")
-            print(f"losses and speed are in {run_dir / REPORT}; next:")
-            print("\n".join(f"    {command}" for command in next_commands(run_dir, outcome.reason)))
-    destroy_process_group()
-    return 0
+    stop.run_dir = args.run_dir or Path("runs") / recipe.name
+    run_pretraining(recipe, stop.run_dir, stop, args.fresh, observers_for, evaluation_hooks, closing_message)
 
 
 if __name__ == "__main__":

@@ -23,3 +23,11 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     except SafetensorError as error:
         number = int(found[1]) if (found := re.search(r"os error (\d+)", str(error))) else errno.EIO
         raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def write_tensors_atomically(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """As ``write_tensors``, through a temporary file: a reader sees the whole file or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    write_tensors(tensors, temporary)
+    os.replace(temporary, path)

@@ -8,6 +8,8 @@ from maestro_scale.errors import KeyPath, MaestroError, dotted
 class RecipeError(MaestroError, ValueError):
     """A recipe cannot be used. The message has one line per mistake: ``file: key.path: reason``."""
 
+    same_on_all_ranks = True
+
 
 class ConflictError(ValueError):
     """Values that are each valid but do not go together: (key path from here, reason) of each mistake."""

@@ -232,6 +232,13 @@ class Evaluation(Section):
     ] = ("knn", "probe")
     """On frozen features: knn, probe (linear) and attentive (attentive probe). Trained end to end: finetune, and
     scratch, the same network without pretrained weights."""
+    every_steps: Annotated[int, Field(ge=0)] = 0
+    """Pretraining: steps between scores of the encoder (kNN and a linear probe on a small part of train and val), as
+    eval/… in metrics.jsonl and MLflow; 0: none."""
+    shards: Place | None = None
+    """Pretraining: the benchmark that every_steps scores; default: the first dataset of the mixture with a target."""
+    num_crops: Count = 256
+    """Pretraining: crops of train, and of val, that every_steps encodes."""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.999
     """Decay per step of the moving average of finetuned weights, which is evaluated; 0: the last weights."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0

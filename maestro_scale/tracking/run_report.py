@@ -45,6 +45,14 @@ def next_commands(run_dir: Path, reason: str) -> tuple[str, ...]:
     )
 
 
+def closing_message(run_dir: Path, reason: str) -> str:
+    """What the terminal shows after a run: where its report is, and the next commands. Empty for a stopped run."""
+    if reason != "done":
+        return ""
+    commands = "\n".join(f"    {command}" for command in next_commands(run_dir, reason))
+    return f"losses and speed are in {run_dir / REPORT}; next:\n{commands}"
+
+
 def _by_dataset(lines: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     grouped: dict[str, list[dict[str, Any]]] = {}
     for line in lines:
@@ -56,7 +64,7 @@ def _loss_table(dataset: str, lines: Sequence[dict[str, Any]]) -> str:
     first, last = lines[0], lines[-1]
     names = ["loss", *(k for k in last if k.startswith("loss/"))]
     rows = [
-        f"| {name.removeprefix('loss/')} | {_number(first.get(name))} | {_number(last[name])} |"
+        f"| {name.removeprefix('loss/')} | {_number(first.get(name))} | {_number(last.get(name))} |"
         for name in names
     ]
     head = f"| {dataset} | step {first['step']:,} | step {last['step']:,} |\n|---|---:|---:|"

@@ -12,12 +12,14 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+T = TypeVar("T")
 _PORTS = range(10_000, 30_000)  # Linux gives outgoing connections 32768 and above
 
 
@@ -72,6 +74,18 @@ class World:
         texts: list[str | None] = [None] * self.size
         dist.all_gather_object(texts, value, group=self.control)
         return texts
+
+    def from_main(self, value: T) -> T:
+        """Rank 0's value, on every rank; it must pickle."""
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=self.control)
+        return values[0]
+
+    def sum_on_host(self, values: np.ndarray) -> np.ndarray:
+        """The sum of every rank's array, on every rank, by the CPU's network."""
+        total = torch.from_numpy(values.copy())
+        dist.all_reduce(total, group=self.control)
+        return total.numpy()
 
     def barrier(self) -> None:
         """Wait for every rank."""

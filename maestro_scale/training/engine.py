@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from maestro_scale.model.maestro import Maestro
 from maestro_scale.model.masking import Mask
 from maestro_scale.stream.batch import Batch
 from maestro_scale.training.distributed import World
@@ -40,7 +39,7 @@ class Engine:
 
     def __init__(
         self,
-        model: Maestro,
+        model: Any,
         optimizer: torch.optim.Optimizer,
         schedule: Schedule,
         config: dict[str, Any],

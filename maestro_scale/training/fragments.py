@@ -7,11 +7,14 @@ flattened parameters they are the same thing everywhere: what one layout wrote, 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from maestro_scale.training.distributed import World
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -75,6 +78,11 @@ class ShardedState:
                     state[key] = torch.zeros_like(fragment.flat, requires_grad=False)
             state["step"].fill_(float(step))
 
+    def gather_into(self, module: nn.Module, world: World, names: Collection[str]) -> None:
+        """Copy the fp32 master weights of the parameters ``names`` into ``module``; see :func:`gather_into`."""
+        weights = [f.weights.narrow(0, *f.owned) for f in self.fragments]
+        gather_into(module, world, self.fragments, weights, names)
+
     @torch.no_grad()
     def sync_to_model(self) -> None:
         """Bring the weights that the model computes with up to date with the masters. All ranks together."""
@@ -90,6 +98,33 @@ class ShardedState:
         if zero.persistent_parameters:
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
         zero.invalidate_secondary_tensor()
+
+
+@torch.no_grad()
+def gather_into(
+    module: nn.Module,
+    world: World,
+    fragments: Sequence[Fragment],
+    owned: Sequence[Tensor],
+    names: Collection[str],
+) -> None:
+    """Put whole parameters together from what each rank owns of them, in a module outside of DeepSpeed; a collective.
+
+    ``owned``: per fragment its owned elements. One parameter at a time, so that no rank holds a second whole copy.
+    Every element is owned by one rank and zero on the others, so the sum over ranks is exact.
+    """
+    mine = {f.name: (f, values) for f, values in zip(fragments, owned, strict=True)}
+    for name, parameter in module.named_parameters():
+        if name not in names:
+            continue
+        whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
+        if name in mine:
+            fragment, values = mine[name]
+            first, numel = fragment.owned
+            whole.narrow(0, fragment.start + first, numel).copy_(values)
+        if world.size > 1:
+            whole = world.sum(whole)
+        parameter.copy_(whole.view_as(parameter))
 
 
 def _replicated(raw: Any, rank: int, world: int) -> list[Fragment]:

@@ -15,6 +15,8 @@ _ARMED_AFTER = 100  # steps that the means are learned from before anything coun
 class GuardError(MaestroError):
     """Too many steps in a row were skipped; the message names the last good checkpoint."""
 
+    same_on_all_ranks = True
+
 
 @dataclass
 class Guard:

@@ -1,14 +1,13 @@
-"""Pretraining, put together: from a recipe and a run directory to a finished or stopped run."""
+"""Pretraining: the datasets, the model, the objective and the hooks of a run."""
 
 from __future__ import annotations
 
 import logging
-import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 
@@ -16,48 +15,55 @@ from maestro_scale.interop.partial import start_from
 from maestro_scale.interop.transfer import transfer_table
 from maestro_scale.model import attention
 from maestro_scale.model.config import ModelConfig
-from maestro_scale.model.cost import compute_cost, num_parameters
+from maestro_scale.model.cost import num_parameters
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.model.masking import MaskingConfig
-from maestro_scale.recipe import Recipe, RecipeError, build_model_config, check_world, resolve_spec
+from maestro_scale.recipe import Recipe, RecipeError, build_model_config, resolve_spec
 from maestro_scale.secrets_filter import scrub_document
 from maestro_scale.shards.format.manifest import Manifest
 from maestro_scale.shards.read.store import Store
 from maestro_scale.shards.retry import RetryPolicy
-from maestro_scale.stream.mock import mock_batch
 from maestro_scale.stream.source import Source
-from maestro_scale.training.checkpoint.checkpoints import Checkpoints, Position
+from maestro_scale.training.assembly import (
+    RunContext,
+    TrainingParts,
+    assemble,
+    check_feasible,
+    run_directory,
+    seed_everything,
+)
+from maestro_scale.training.checkpoint.checkpoints import Checkpoints
 from maestro_scale.training.checkpoint.mirror import Mirror
 from maestro_scale.training.checkpoint.retention import Retention
-from maestro_scale.training.checkpoint.state import TrainState
 from maestro_scale.training.data import train_loader
-from maestro_scale.training.deepspeed_check import check_deepspeed
 from maestro_scale.training.distributed import World
-from maestro_scale.training.ema import Ema
+from maestro_scale.training.ema import WeightEMA
 from maestro_scale.training.engine import Engine
-from maestro_scale.training.guard import Guard
-from maestro_scale.training.loop import Outcome, Rhythm, Run, Seen, train
-from maestro_scale.training.metrics.meter import Meter
-from maestro_scale.training.metrics.metrics_file import MetricsFile
-from maestro_scale.training.metrics.nodes import Nodes
-from maestro_scale.training.observer import Observer, RunInfo
-from maestro_scale.training.offload_memory import check_offload_memory
-from maestro_scale.training.optimizer import SCHEDULES, build_optimizer
-from maestro_scale.training.run_dir import (
-    JsonLines,
-    RunDirError,
-    has_same_recipe,
-    lock,
-    manifest_path,
-    write_atomically,
-    write_run_files,
-)
-from maestro_scale.training.skipped import SkippedSteps
+from maestro_scale.training.hooks.hook import Hook
+from maestro_scale.training.hooks.pictures import PicturesHook
+from maestro_scale.training.objectives import PretrainObjective
+from maestro_scale.training.observer import Observer
+from maestro_scale.training.run_dir import RunDirError, manifest_path, write_atomically
 from maestro_scale.training.stop import StopRequest
-from maestro_scale.training.warmup import warm_up
+from maestro_scale.training.trainer import Outcome
 from maestro_scale.training.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
+
+
+EvaluationHooks = Callable[[Recipe, World, Maestro, Watchdog], Callable[[Engine], Sequence[Hook]]]
+"""From (recipe, world, model, watchdog) to a function from the engine to hooks.
+
+The evaluation is a layer above, so it is passed in. In two calls, because the first needs the model before DeepSpeed
+partitions it, the second the engine.
+"""
+
+
+def no_evaluation(
+    recipe: Recipe, world: World, model: Maestro, watchdog: Watchdog
+) -> Callable[[Engine], Sequence[Hook]]:
+    """Nothing is scored while the encoder trains."""
+    return lambda engine: ()
 
 
 @dataclass(frozen=True)
@@ -72,37 +78,23 @@ def pretrain(
     recipe: Recipe,
     run_dir: Path,
     world: World,
-    observers: list[Observer],
-    watch: Watchdog,
+    observers: Sequence[Observer],
+    watchdog: Watchdog,
     stop: StopRequest,
     fresh: bool = False,
+    evaluation: EvaluationHooks = no_evaluation,
 ) -> Outcome:
-    """Train, or continue, the run in ``run_dir``; every rank calls it with the same arguments.
+    """Train, or resume, the run in ``run_dir``; every rank calls it with the same arguments.
 
-    Raises RecipeError, RunDirError, CheckpointError, GuardError, ManifestError or BadShard, each with one clear line.
+    ``evaluation``: hooks that score the encoder while it trains. Raises MaestroError with one clear line.
     """
-    check_world(recipe, world.size)
-    held = lock(run_dir) if world.is_main else None
-    try:
+    with run_directory(recipe, run_dir, world):
         if fresh:
             _refuse_unless_new(recipe, run_dir, world)
         world.barrier()
-        run, position = _prepare(recipe, run_dir, world, observers, watch, stop)
-        reason = "failed"
-        try:
-            outcome = train(run, position)
-            reason = outcome.reason
-            if world.is_main and reason == "stopped":
-                run.stop.clear_file()  # obeyed; the next start shall not stop again
-            return outcome
-        finally:
-            watch.note(position.step, "ending")
-            run.stream.close()
-            for observer in run.observers:
-                observer.finished(reason)
-    finally:
-        if held is not None:
-            held.release()
+        context = RunContext(recipe, run_dir, world, observers, watchdog, stop)
+        trainer, position = assemble(context, _parts(context, evaluation))
+        return trainer.run(position)
 
 
 def open_datasets(recipe: Recipe) -> list[Dataset]:
@@ -180,108 +172,61 @@ def _mirror(recipe: Recipe, run_dir: Path) -> Mirror | None:
     return Mirror(f"{url.rstrip('/')}/{run_dir.resolve().name}", _retention(recipe)) if url else None
 
 
-def _prepare(
-    recipe: Recipe,
-    run_dir: Path,
-    world: World,
-    observers: list[Observer],
-    watch: Watchdog,
-    stop: StopRequest,
-) -> tuple[Run, Position]:
-    _seed_everything(recipe.seed)
+def _parts(context: RunContext, evaluation: EvaluationHooks) -> TrainingParts:
+    recipe, run_dir, world = context.recipe, context.run_dir, context.world
+    seed_everything(recipe.seed)
     datasets = open_datasets(recipe)
     config = build_model_config(recipe, [d.source.spec for d in datasets])
-    t = recipe.train
     stream, num_steps = train_loader(recipe, [d.source for d in datasets], world)
-    c = recipe.checkpoint
     checkpoints = Checkpoints(run_dir, world, _retention(recipe), _mirror(recipe, run_dir))
-    deepspeed = recipe.deepspeed_config(world.size, world.device.type)
-    check_deepspeed(deepspeed)
-    num_micro_batches = recipe.num_micro_batches(world.size)
-    check_offload_memory(num_parameters(config), deepspeed, num_micro_batches, bool(recipe.optim.ema), world)
-    engine, kernel = _build_engine(recipe, config, num_steps, world, begins=checkpoints.latest()[0] is None)
-    ema = Ema(recipe.optim.ema, engine.sharded.fragments) if recipe.optim.ema else None
-    state = TrainState(engine.sharded, ema)
-    ident = identity(recipe, config, datasets, world)
-    position, memory = checkpoints.resume(state, ident)
-    if memory is not None:
-        engine.guard.load_state_dict(memory)
-    if position.step > num_steps:
-        raise RecipeError(
-            f"train: {run_dir} has taken {position.step} steps and the recipe asks for {num_steps}: ask for at least "
-            "that many, or use another --run-dir"
-        )
-    if t.warmup_check and position.step < num_steps:
-        watch.note(position.step, "starting")
-        _rehearse(recipe, config, datasets, engine, world)
-    for kind in ("audit", "skipped"):
-        _rewind_ranks(run_dir / kind, position.step, world)
-    world.barrier()
-    metrics = MetricsFile(run_dir / "metrics.jsonl")
-    own = f"rank{world.rank:05d}.jsonl"
-    skipped = SkippedSteps(JsonLines(run_dir / "skipped" / own), world, engine.guard, t.max_skipped)
-    run = Run(
-        world=world,
-        engine=engine,
-        state=state,
-        datasets=_seen(recipe, config, datasets),
+    check_feasible(recipe, num_parameters(config), recipe.optim.ema > 0, world)
+    kernel = _attention_kernel(recipe, config, world)
+    model = _initial_model(recipe, config, world, starts=checkpoints.latest()[0] is None)
+    names = [view.dataset for view in config.views]
+    objective = PretrainObjective(
+        configs={name: config.for_dataset(name) for name in names},
+        sources=dict(zip(names, (d.source for d in datasets), strict=True)),
         masking=MaskingConfig(**recipe.masking.model_dump()),
-        stream=stream,
-        rhythm=Rhythm(
-            num_steps=num_steps,
-            global_batch=t.global_batch,
-            log_every=t.log_every,
-            checkpoint_every=c.every_steps,
-            checkpoint_s=60 * c.every_minutes,
-            pictures_every=recipe.tracking.pictures_every,
-            collect_every=t.collect_every,
-        ),
-        checkpoints=checkpoints,
-        identity=ident,
-        metrics=metrics,
-        audit=JsonLines(run_dir / "audit" / own) if t.audit else None,
-        skipped=skipped,
-        meter=Meter(world),
-        nodes=Nodes(world),
-        stop=stop,
-        watch=watch,
-        observers=observers if world.is_main else [],
     )
     if world.is_main:
-        if position.step == 0 and not has_same_recipe(run_dir, recipe):
-            metrics.rewind(0)  # what another recipe did before its first checkpoint
-        metrics.go_on(position.step, num_steps)
-        write_run_files(run_dir, recipe, attention=kernel, compile=recipe.model.compile)
         for number, dataset in enumerate(datasets):
             path = manifest_path(run_dir, number, dataset.manifest.spec.name)
             write_atomically(path, scrub_document(dataset.manifest.dumps()))
-        info = RunInfo(run_dir, position.step, num_steps, t.global_batch)
-        for observer in run.observers:
-            observer.started(info)
-    return run, position
+
+    evaluation_hooks = evaluation(recipe, world, model, context.watchdog)
+
+    def build_hooks(engine: Engine, ema: WeightEMA | None) -> list[Hook]:
+        hooks = list(evaluation_hooks(engine))
+        if every := recipe.tracking.pictures_every:
+            observers = context.observers if world.is_main else []
+            hooks.append(PicturesHook(model, _band_names(config, datasets), observers, every))
+        return hooks
+
+    return TrainingParts(
+        network=model,
+        objective=objective,
+        stream=stream,
+        num_steps=num_steps,
+        checkpoints=checkpoints,
+        identity=identity(recipe, config, datasets, world),
+        build_hooks=build_hooks,
+        ema_decay=recipe.optim.ema or None,
+        about={"attention": kernel, "compile": recipe.model.compile},
+    )
 
 
-def _build_engine(
-    recipe: Recipe, config: ModelConfig, num_steps: int, world: World, begins: bool
-) -> tuple[Engine, str]:
-    """The engine, and the attention kernel it will use. ``begins``: there is no checkpoint that it will load."""
-    kernel = _attention_kernel(recipe, config, world)
+def _initial_model(recipe: Recipe, config: ModelConfig, world: World, starts: bool) -> Maestro:
+    """The model before its first step. ``starts``: no checkpoint will be loaded, so ``model.init_from`` counts."""
     model = Maestro(config).initialise(recipe.seed)
-    if recipe.model.init_from is not None and begins:
+    if recipe.model.init_from is not None and starts:
         parts = start_from(model, recipe.model.init_from)
         if world.is_main:
             Console(width=110).print(
                 transfer_table(parts, f"{recipe.name} starts from {recipe.model.init_from}")
             )
-    model = model.to(world.device)
     if recipe.model.compile:
         model.compile_blocks()
-    o = recipe.optim
-    schedule = SCHEDULES[o.schedule](num_steps, o.warmup, 1 / o.start_div, 1 / o.final_div)
-    optimizer = build_optimizer(model, recipe.lr, tuple(o.betas), o.eps, o.weight_decay)
-    guard = Guard(recipe.train.spike)
-    deepspeed = recipe.deepspeed_config(world.size, world.device.type)
-    return Engine(model, optimizer, schedule, deepspeed, world, guard), kernel
+    return model
 
 
 def _attention_kernel(recipe: Recipe, config: ModelConfig, world: World) -> str:
@@ -300,39 +245,12 @@ def _attention_kernel(recipe: Recipe, config: ModelConfig, world: World) -> str:
     return kernel
 
 
-def _rehearse(
-    recipe: Recipe, config: ModelConfig, datasets: list[Dataset], engine: Engine, world: World
-) -> None:
-    """A step on made-up data of the dataset that takes the most memory."""
-    t, ratio = recipe.train, recipe.masking.ratio
-    largest, dataset = max(
-        zip(config.views, datasets, strict=True),
-        key=lambda pair: compute_cost(config.for_dataset(pair[0].dataset), ratio).activations,
-    )
-    batch = mock_batch(dataset.source, largest.dataset, t.micro_batch)
-    num_micro_batches = recipe.num_micro_batches(world.size)
-    own, masking = config.for_dataset(largest.dataset), MaskingConfig(**recipe.masking.model_dump())
-    warm_up(engine, world, own, masking, batch, num_micro_batches)
-
-
-def _rewind_ranks(folder: Path, step: int, world: World) -> None:
-    # Also of ranks that are no more: the run may go on with fewer of them.
-    for i, path in enumerate(sorted(folder.glob("rank*.jsonl"))):
-        if i % world.size == world.rank:
-            JsonLines(path).rewind(step)
-
-
-def _seen(recipe: Recipe, config: ModelConfig, datasets: list[Dataset]) -> dict[str, Seen]:
-    seen = {}
+def _band_names(config: ModelConfig, datasets: Sequence[Dataset]) -> dict[str, dict[str, tuple[str, ...]]]:
+    """{dataset: {sensor: names of its bands}}."""
+    names = {}
     for view, dataset in zip(config.views, datasets, strict=True):
-        spec, own = dataset.source.spec, config.for_dataset(view.dataset)
-        bands = {s.name: tuple(spec.modality(s.source).bands[b] for b in s.bands) for s in view.sensors}
-        seen[view.dataset] = Seen(own, bands, compute_cost(own, recipe.masking.ratio))
-    return seen
-
-
-def _seed_everything(seed: int) -> None:
-    # Nothing should draw from these; seeding them makes a slip show the same way in every run.
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+        spec = dataset.manifest.spec
+        names[view.dataset] = {
+            s.name: tuple(spec.modality(s.source).bands[b] for b in s.bands) for s in view.sensors
+        }
+    return names

@@ -8,12 +8,9 @@ import os
 import torch
 
 from maestro_scale.errors import MaestroError
-from maestro_scale.model.config import ModelConfig
-from maestro_scale.model.masking import MaskingConfig, draw_masks
-from maestro_scale.stream.batch import Batch
 from maestro_scale.training.distributed import World
 from maestro_scale.training.engine import Engine
-from maestro_scale.training.loop import hidden_counts
+from maestro_scale.training.objectives import Objective
 
 log = logging.getLogger(__name__)
 
@@ -25,23 +22,16 @@ class WarmupError(MaestroError):
 
 
 def warm_up(
-    engine: Engine,
-    world: World,
-    config: ModelConfig,
-    masking: MaskingConfig,
-    batch: Batch,
-    num_micro_batches: int,
+    engine: Engine, world: World, objective: Objective, micro_batch: int, num_micro_batches: int
 ) -> None:
-    """Rehearse a step of ``num_micro_batches`` times ``batch`` on every rank; see ``Engine.rehearse``.
-
-    ``config``: the model as it sees the batch's dataset. WarmupError on a rank where memory runs out.
-    """
+    """Rehearse a step of mock data on every rank; see ``Engine.rehearse``. WarmupError where memory runs out."""
     where = f"rank {world.rank} on {os.uname().nodename}"
+    batch = objective.mock_batch(micro_batch)
     try:
-        batch = batch.to(world.device)
-        masks = [draw_masks(config, masking, batch)] * num_micro_batches
-        counts = world.sum(hidden_counts(config, masks))
-        engine.rehearse([batch] * num_micro_batches, masks, counts)
+        on_device = batch.to(world.device)
+        inputs = [objective.inputs(batch, on_device)] * num_micro_batches
+        num_terms = world.sum(objective.num_terms(batch.dataset, inputs))
+        engine.rehearse([on_device] * num_micro_batches, inputs, num_terms)
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or _CPU_ALLOCATOR in str(error):
             raise WarmupError(

@@ -16,6 +16,8 @@ import socket
 import sys
 import threading
 import time
+import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -26,7 +28,7 @@ from maestro_scale.training.distributed import World
 
 EXIT_HANG = 3  # exit code
 _SLOWEST_BEAT_S = 5.0
-_ORDER = ("starting", "waiting for data", "computing", "writing", "ending")
+_ORDER = ("starting", "waiting for data", "computing", "evaluating", "writing", "ending")
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ class Watchdog:
             thread.join(4 * self._beat_s)
 
     def note(self, step: int, doing: str) -> None:
-        """The main thread is at ``step`` and about to do one of: waiting for data, computing, writing, ending."""
+        """The main thread is at ``step``, and ``doing`` is one of ``_ORDER``."""
         self._noted, self._since = (step, doing), time.monotonic()
 
     def missing(self) -> str | None:
@@ -164,6 +166,23 @@ class Watchdog:
         )
         # What is left of the job cannot be ended well: collectives do not return, destructors wait for them.
         os._exit(EXIT_HANG)
+
+
+@contextlib.contextmanager
+def monitored(world: World, timeout_s: float, run_dir: Path) -> Iterator[Watchdog]:
+    """Run a watchdog. Where a collective fails because a rank is gone, that rank is named and this process ends."""
+    watchdog = Watchdog(world, timeout_s, run_dir).start()
+    try:
+        yield watchdog
+    except RuntimeError:
+        if world.size > 1 and (missing := watchdog.missing()):
+            traceback.print_exc()
+            print(f"error (rank {world.rank}): {missing}", file=sys.stderr, flush=True)
+            # Not sys.exit: destructors would wait for collectives that never end.
+            os._exit(EXIT_HANG)
+        raise
+    finally:
+        watchdog.stop()
 
 
 def _key(rank: int) -> str:

@@ -17,8 +17,7 @@ from testkit.runs import REPO, Trainer, metrics
 from maestro_scale.datasets.spec import Target
 from maestro_scale.evaluate import main as evaluate
 from maestro_scale.evaluation.finetune import early_stop
-from maestro_scale.evaluation.finetune.average import Average
-from maestro_scale.evaluation.finetune.early_stop import Validated
+from maestro_scale.evaluation.finetune.early_stop import ValidationScore
 from maestro_scale.evaluation.finetune.predictor import build_predictor
 from maestro_scale.evaluation.results import EvalResult
 from maestro_scale.evaluation.tasks.losses import MultilabelLoss, target_loss_for
@@ -298,7 +297,7 @@ def test_lower_layers_learn_slower(fields, objective):
     ],
 )
 def test_patience_counts_validations_without_a_better_score(scores, patience, over):
-    history = [Validated(10 * i, s) for i, s in enumerate(scores)]
+    history = [ValidationScore(10 * i, s) for i, s in enumerate(scores)]
     assert early_stop.exhausted(history, patience) is over
     if scores:
         assert early_stop.best(history).score == max(scores)
@@ -324,21 +323,8 @@ def test_validations_by_hand():
 
 
 def test_patience_counts_from_the_first_of_the_best():
-    history = [Validated(10 * i, s) for i, s in enumerate((0.1, 0.5, 0.4, 0.5, 0.5))]
-    assert early_stop.best(history) == Validated(10, 0.5)
+    history = [ValidationScore(10 * i, s) for i, s in enumerate((0.1, 0.5, 0.4, 0.5, 0.5))]
+    assert early_stop.best(history) == ValidationScore(10, 0.5)
     # Three scores follow the best one.
     assert [early_stop.exhausted(history, patience) for patience in (1, 3, 4)] == [True, True, False]
     assert not early_stop.exhausted(history[:2], 1)
-
-
-def test_the_decay_of_the_moving_average_grows_from_a_tenth():
-    weights, average = torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)
-    torch.nn.init.ones_(weights.weight)
-    torch.nn.init.zeros_(average.weight)
-    ema = Average(weights, average, 0.25)
-    values = []
-    for step in (1, 2, 3, 4, 5):
-        ema.update(step)
-        values.append(1 - average.weight.item())
-    # What is left of the start: times 1 / 10, 2 / 11, 3 / 12, and 0.25 from then on instead of 4 / 13 and 5 / 14.
-    assert values == pytest.approx([0.1, 0.2 / 11, 0.05 / 11, 0.0125 / 11, 0.003125 / 11], abs=1e-6)

@@ -20,7 +20,7 @@ from maestro_scale.shards.format.manifest import Manifest
 from maestro_scale.shards.read.store import Store
 from maestro_scale.stream.loader import TrainLoader
 from maestro_scale.stream.source import Source
-from maestro_scale.training.loop import hidden_counts
+from maestro_scale.training.objectives import hidden_counts
 from tests.evaluation.conftest import SCENES
 
 MODES = ("knn", "probe")

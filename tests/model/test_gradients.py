@@ -14,7 +14,7 @@ from testkit.models import full_batch, small_config, small_sensors
 from benchmarks.reference_step import host_masks, reference_loss
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.model.masking import Mask, MaskingConfig, draw_masks, num_masked
-from maestro_scale.training.loop import hidden_counts
+from maestro_scale.training.objectives import hidden_counts
 
 
 def gradient(model: Maestro, loss: torch.Tensor) -> dict[str, torch.Tensor]:

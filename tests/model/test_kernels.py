@@ -12,7 +12,7 @@ from maestro_scale.model import attention
 from maestro_scale.model.cost import compute_cost
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.model.masking import MaskingConfig, draw_masks
-from maestro_scale.training.loop import hidden_counts
+from maestro_scale.training.objectives import hidden_counts
 
 CPU = torch.device("cpu")
 

@@ -75,7 +75,7 @@ class Sent:
 def run_task(task: dict, world, sent: Sent) -> dict:
     from maestro_scale.model.maestro import Maestro
     from maestro_scale.recipe.engine_config import Derived, filled
-    from maestro_scale.training.ema import Ema
+    from maestro_scale.training.ema import WeightEMA
     from maestro_scale.training.engine import Engine
     from maestro_scale.training.guard import Guard
     from maestro_scale.training.optimizer import build_optimizer
@@ -88,7 +88,7 @@ def run_task(task: dict, world, sent: Sent) -> dict:
     first = next(model.parameters())
     optimizer = build_optimizer(model, **layouts.SETTINGS)
     engine = Engine(model, optimizer, layouts.schedule, filled(task["section"], derived), world, Guard(0.0))
-    ema = Ema(0.9, engine.sharded.fragments) if task["ema"] else None
+    ema = WeightEMA(0.9, engine.sharded.fragments) if task["ema"] else None
     parts, masks, counts = layouts.global_batches(CONFIG, 0, world.size * accumulate)
     inputs = [t for p in parts for part in (p.pixels, p.noise, p.dates) for t in part.values()]
     inputs += [
@@ -118,7 +118,7 @@ def run_task(task: dict, world, sent: Sent) -> dict:
         sent.bytes.clear()
         engine.step(step, [parts[i] for i in mine], [masks[i] for i in mine], counts)
         if ema is not None:
-            ema.update()
+            ema.update(step + 1)
     look("between steps")
     return {"parameters": task_parameters(model), "held": held, "sent": dict(sent.bytes)}
 

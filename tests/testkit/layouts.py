@@ -29,7 +29,7 @@ def config_of(task: dict):
 def global_batches(config, step: int, cuts: int):
     """The global batch of a step, cut into equal parts, with their masks and the global counts."""
     from maestro_scale.model.masking import MaskingConfig, draw_masks
-    from maestro_scale.training.loop import hidden_counts
+    from maestro_scale.training.objectives import hidden_counts
 
     whole = full_batch(config, GLOBAL_BATCH, seed=100 + 2 * step)
     size = GLOBAL_BATCH // cuts
@@ -56,7 +56,7 @@ def run_task(task: dict, world) -> dict:
     from maestro_scale.training.checkpoint.checkpoints import Checkpoints, Position
     from maestro_scale.training.checkpoint.retention import Retention
     from maestro_scale.training.checkpoint.state import TrainState
-    from maestro_scale.training.ema import Ema
+    from maestro_scale.training.ema import WeightEMA
     from maestro_scale.training.engine import Engine
     from maestro_scale.training.fragments import MOMENTS
     from maestro_scale.training.guard import Guard
@@ -77,11 +77,11 @@ def run_task(task: dict, world) -> dict:
     engine = Engine(
         model, build_optimizer(model, **SETTINGS), schedule, filled(section, derived), world, Guard(0.0)
     )
-    state = TrainState(engine.sharded, Ema(0.8, engine.sharded.fragments))
+    state = TrainState(engine.sharded, WeightEMA(0.8, engine.sharded.fragments))
     result = {"losses": [], "norms": []}
     if load := task.get("load"):
         checkpoints = Checkpoints(Path(load), world, Retention(9))
-        position, _ = checkpoints.resume(state, {})
+        position = checkpoints.resume(state, {}).position
         assert position.step == task["start"]
     if task.get("rehearse"):
         rehearse(task, engine, config, world)
@@ -92,7 +92,7 @@ def run_task(task: dict, world) -> dict:
             next(iter(parts[mine[-1]].pixels.values())).fill_(torch.nan)
         taken = engine.step(step, [parts[i] for i in mine], [masks[i] for i in mine], counts)
         if taken.skipped is None:
-            state.ema.update()
+            state.ema.update(step + 1)
         result["losses"].append(taken.loss)
         result["norms"].append(taken.norm)
         result.setdefault("skipped", []).append(taken.skipped)
@@ -113,14 +113,20 @@ def run_task(task: dict, world) -> dict:
 def rehearse(task: dict, engine, config, world) -> None:
     """Run the warm-up; with ``room_mb`` under that memory limit, to test the error."""
     from maestro_scale.model.masking import MaskingConfig
+    from maestro_scale.training.objectives import PretrainObjective
     from maestro_scale.training.warmup import warm_up
+
+    class MockObjective(PretrainObjective):
+        def mock_batch(self, micro_batch):
+            return full_batch(config, micro_batch, seed=1)
 
     if room_mb := task.get("room_mb"):
         size_kb = int(Path("/proc/self/status").read_text().split("VmSize:")[1].split()[0])
         resource.setrlimit(resource.RLIMIT_AS, (size_kb * 1024 + room_mb * 2**20,) * 2)
     accumulate = task.get("accumulate", 1)
-    batch = full_batch(config, task.get("size", GLOBAL_BATCH // world.size // accumulate), seed=1)
-    warm_up(engine, world, config, MaskingConfig(), batch, accumulate)
+    size = task.get("size", GLOBAL_BATCH // world.size // accumulate)
+    name = full_batch(config, 1, seed=1).dataset
+    warm_up(engine, world, MockObjective({name: config}, {}, MaskingConfig()), size, accumulate)
 
 
 def digest(tensors) -> str:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import gc
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from maestro_scale.training.checkpoint import commit
-from maestro_scale.training.checkpoint.checkpoints import CheckpointError, newest
+from maestro_scale.training.checkpoint.checkpoints import CheckpointError, Position, newest
 from maestro_scale.training.checkpoint.retention import Retention
 from maestro_scale.training.distributed import rank_from_env
-from maestro_scale.training.ema import Ema
+from maestro_scale.training.ema import WeightEMA
 from maestro_scale.training.fragments import Fragment
-from maestro_scale.training.garbage import collected_every
 from maestro_scale.training.guard import Guard
+from maestro_scale.training.hooks.garbage_collection import GarbageCollectionHook
 from maestro_scale.training.optimizer import build_optimizer, cosine, one_cycle, set_lr
 from maestro_scale.training.run_dir import JsonLines, RunDirError, lock
 
@@ -113,18 +114,16 @@ def test_which_checkpoints_stay_by_hand():
 
 def test_garbage_is_collected_only_at_multiples_of_the_interval(monkeypatch):
     calls: list[tuple[int, bool]] = []
-    step = 0
-    monkeypatch.setattr(gc, "collect", lambda: calls.append((step, gc.isenabled())))
+    number = 0
+    monkeypatch.setattr(gc, "collect", lambda: calls.append((number, gc.isenabled())))
     assert gc.isenabled()
-    with collected_every(3) as collect:
-        for step in range(1, 8):
-            collect(step)
+    hook = GarbageCollectionHook(3)
+    hook.on_start(Position(), 7)
+    for number in range(1, 8):
+        hook.after_step(SimpleNamespace(position=Position(step=number)))
+    hook.on_end("done")
     assert calls == [(0, True), (3, False), (6, False)]
     assert gc.isenabled()
-    with collected_every(0) as collect:
-        collect(6)
-        assert gc.isenabled()
-    assert len(calls) == 3
 
 
 def test_a_spike_exceeds_a_multiple_of_the_running_mean_after_100_steps():
@@ -162,13 +161,25 @@ def test_the_average_moves_by_one_minus_the_decay():
     weights = torch.tensor([1.0, 2.0, 3.0, 4.0])
     # Elements 1 and 2 of the fragment are this rank's.
     fragment = Fragment("w", (4,), 0, weights, (1, 2), weights, 0)
-    ema = Ema(0.75, [fragment])
+    ema = WeightEMA(0.75, [fragment])
     assert ema.averages[0].tolist() == [2.0, 3.0]
     weights += 4.0
-    ema.update()
+    ema.update(1)
     assert ema.averages[0].tolist() == [3.0, 4.0]  # 0.75 * 2 + 0.25 * 6, 0.75 * 3 + 0.25 * 7
-    ema.update()
+    ema.update(2)
     assert ema.averages[0].tolist() == [3.75, 4.75]
+
+
+def test_the_decay_of_a_short_training_grows_from_one_tenth():
+    weights = torch.tensor([0.0])
+    ema = WeightEMA(0.25, [Fragment("w", (1,), 0, weights, (0, 1), weights, 0)], warmup=True)
+    weights += 1.0
+    remaining = []
+    for step in (1, 2, 3, 4, 5):
+        ema.update(step)
+        remaining.append(1 - ema.averages[0].item())
+    # What remains of the start: times 1 / 10, 2 / 11, 3 / 12, and 0.25 from then on instead of 4 / 13 and 5 / 14.
+    assert remaining == pytest.approx([0.1, 0.2 / 11, 0.05 / 11, 0.0125 / 11, 0.003125 / 11], abs=1e-6)
 
 
 def test_only_matrices_decay():

@@ -93,9 +93,9 @@ def test_a_run_starts_from_an_equal_model_and_does_not_need_it_again(recipe, tmp
     code, output = trainer.run(run_dir, 1, *arguments, "train.steps=1")
     assert code == 0, output[-3000:]
     assert "tiny starts from" in output
-    assert " taken " in output
-    assert " fresh " not in output
-    assert " left behind " not in output
+    assert " loaded " in output
+    assert " initialised " not in output
+    assert " unused " not in output
     found = trained(run_dir, tmp_path / "first")
     assert found.keys() == start.keys()
     for name, tensor in found.items():

@@ -7,19 +7,19 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Validated:
+class ValidationScore:
     """A score on the validation split of the weights after ``step``."""
 
     step: int
     score: float
 
 
-def best(history: Sequence[Validated]) -> Validated:
+def best(history: Sequence[ValidationScore]) -> ValidationScore:
     """The highest score; of equal ones the earliest."""
     return max(history, key=lambda v: (v.score, -v.step))
 
 
-def exhausted(history: Sequence[Validated], patience: int) -> bool:
+def exhausted(history: Sequence[ValidationScore], patience: int) -> bool:
     """Whether the last ``patience`` scores were all no better than one before them; never with patience 0."""
     if not history or patience == 0:
         return False

@@ -16,7 +16,7 @@ import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,20 @@ class Position:
 
 
 @dataclass(frozen=True)
+class Resumed:
+    """What a checkpoint held beside the tensors: where the run stood, and the states of the guard and the hooks.
+
+    ``guard`` None: there was no checkpoint.
+    """
+
+    position: Position
+    guard: dict[str, Any] | None = None
+    hooks: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class _Pending:
+    position: Position
     staging: Path
     final: Path
     record: dict[str, Any]
@@ -75,6 +88,8 @@ class Checkpoints:
         self.dir = run_dir / "checkpoints"
         self._world, self._retention, self._mirror = world, retention, mirror
         self._pending: _Pending | None = None
+        self.on_commit: Callable[[Position], None] = lambda position: None
+        """Called on every rank after a checkpoint was committed."""
         self._writer = ThreadPoolExecutor(1, "maestro-checkpoint")
 
     @property
@@ -88,9 +103,15 @@ class Checkpoints:
         return self._pending is not None and not self._pending.written.done()
 
     def begin(
-        self, state: TrainState, position: Position, identity: dict[str, Any], guard: dict[str, Any]
+        self,
+        state: TrainState,
+        position: Position,
+        identity: dict[str, Any],
+        guard: dict[str, Any],
+        hooks: dict[str, dict[str, Any]] | None = None,
     ) -> None:
-        """Copy the state and start to write it. ``identity`` is checked on resume, ``guard`` handed back.
+        """Copy the state and start to write it. ``identity`` is checked on resume; ``guard`` and ``hooks``, plain JSON
+        values, are returned by it.
 
         A kill at any moment leaves the previous checkpoint and, at worst, a staging directory that is swept later.
         """
@@ -106,8 +127,10 @@ class Checkpoints:
         self._world.barrier()
         pieces, adam_step = state.pieces(), state.sharded.adam_step
         record = {"position": vars(position), "guard": guard, "identity": identity}
+        if hooks:  # left out where empty, as in checkpoints of earlier revisions
+            record["hooks"] = hooks
         written = self._writer.submit(self._write, staging / STATE, pieces)
-        self._pending = _Pending(staging, final, record, adam_step, written)
+        self._pending = _Pending(position, staging, final, record, adam_step, written)
 
     def commit(self) -> None:
         """Publish the checkpoint under way, once no rank is ``busy``. CheckpointError where writing it failed."""
@@ -123,6 +146,7 @@ class Checkpoints:
                 self._prune()
         except OSError as error:
             raise self._unwritable(pending.final, error) from error
+        self.on_commit(pending.position)
 
     def _unwritable(self, final: Path, error: OSError) -> CheckpointError:
         return CheckpointError(
@@ -148,9 +172,9 @@ class Checkpoints:
         """The newest whole checkpoint, or None if there is none; and what is wrong with newer ones, in words."""
         return _newest(self.dir)
 
-    def resume(self, state: TrainState, identity: dict[str, Any]) -> tuple[Position, dict[str, Any] | None]:
-        """Load the newest checkpoint whose contents are what was written, on all ranks together, on any number of them;
-        returns where the run stood and the guard's memory, or (the start, None) where nothing was ever saved.
+    def resume(self, state: TrainState, identity: dict[str, Any]) -> Resumed:
+        """Load the newest checkpoint that is intact, on all ranks together, on any number of them; the start of the run
+        where nothing was ever saved.
 
         Damaged ones are passed over, with a warning, and set aside. Where there is none here, the mirror's newest is
         fetched. CheckpointError where the run had checkpoints and none is whole, where the checkpoint belongs to
@@ -165,7 +189,7 @@ class Checkpoints:
             path = self._fetch()
         if path is None:
             self._refuse_to_start_over(problems)
-            return Position(), None
+            return Resumed(Position())
         record = commit.read(path)
         if difference := differences(record["identity"], identity):
             raise CheckpointError(
@@ -176,7 +200,7 @@ class Checkpoints:
             state.restore(reader)
         if self._world.is_main:
             self._set_damaged_aside(path)
-        return Position(**record["position"]), record["guard"]
+        return Resumed(Position(**record["position"]), record["guard"], record.get("hooks", {}))
 
     def _soundest(self) -> tuple[Path | None, list[str]]:
         # All ranks together, each reads a share of the files; which there are, rank 0 says: a shared file system may

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 
 from maestro_scale.interop.sharded_state import WEIGHT, ParameterSlice, StateReader
-from maestro_scale.training.ema import EMA, Ema
+from maestro_scale.training.ema import EMA, WeightEMA
 from maestro_scale.training.fragments import MOMENTS, ShardedState
 
 
 class TrainState:
     """A rank's part of the training state. Restoring it is bitwise, on any number of ranks and any ZeRO stage."""
 
-    def __init__(self, sharded: ShardedState, ema: Ema | None) -> None:
+    def __init__(self, sharded: ShardedState, ema: WeightEMA | None) -> None:
         self.sharded, self.ema = sharded, ema
 
     def pieces(self) -> list[ParameterSlice]:
@@ -42,6 +42,7 @@ class TrainState:
             for key in moments:
                 self.sharded.moment(f, key).copy_(reader.read(key, f.name, f.start, f.weights.numel()))
             first, numel = f.owned
-            if self.ema is not None and numel:
+            # A finetuning of an earlier revision keeps its average in a file of its own.
+            if self.ema is not None and numel and EMA in reader.kinds:
                 self.ema.averages[i].copy_(reader.read(EMA, f.name, f.start + first, numel))
         self.sharded.sync_to_model()

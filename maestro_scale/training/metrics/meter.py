@@ -46,13 +46,18 @@ class Meter:
         if self.world.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.world.device)
 
-    def add(self, global_samples: int, sample: Cost, wait_s: float) -> None:
-        """One finished step of so many samples, each of which costs ``sample``."""
+    def add(self, global_samples: int, sample: Cost | None, wait_s: float) -> None:
+        """One finished step of so many samples, each of which costs ``sample``; None: not known."""
         self.steps += 1
         self.samples += global_samples
-        self.tokens += global_samples * sample.visible_tokens
-        self.flops += global_samples * sample.model_flops
+        if sample is not None:
+            self.tokens += global_samples * sample.visible_tokens
+            self.flops += global_samples * sample.model_flops
         self.wait_s += wait_s
+
+    def exclude(self, seconds: float) -> None:
+        """Leave out time that was not spent on training, such as an evaluation between two steps."""
+        self.started += seconds
 
     def read(self) -> dict[str, float | None]:
         """The window's numbers (all ranks must call it), then a new window. Samples and visible tokens are of all ranks
@@ -62,15 +67,16 @@ class Meter:
         elapsed, wait_s, memory = self.world.maxima(
             [time.perf_counter() - self.started, self.wait_s / self.steps, _memory_gib(self.world.device)]
         )
-        tflops = self.flops / elapsed / self.world.size / 1e12
+        # None, never 0 or a guess, where the cost of a sample is not known.
+        tflops = self.flops / elapsed / self.world.size / 1e12 if self.flops else None
         peak = peak_tflops(self.world.device)
         numbers = {
             "samples_per_s": self.samples / elapsed,
-            "tokens_per_s": self.tokens / elapsed,
+            "tokens_per_s": self.tokens / elapsed if self.tokens else None,
             "data_wait_s": wait_s,
             "step_s": elapsed / self.steps,
             "tflops": tflops,
-            "mfu": tflops / peak if peak else None,
+            "mfu": tflops / peak if peak and tflops else None,
             "peak_memory_gib": memory,
         }
         self.restart()

@@ -15,30 +15,34 @@ _ROUNDING = 1e-3  # relative: other ranks, another ZeRO stage, bf16
 
 
 class MetricsFile(JsonLines):
-    """Steps that are taken again after a kill keep the line of the first time: they were told to others by then, and
-    they are the same steps. Where they turn out not to be, that is said, and their lines are replaced."""
+    """A step that is repeated after a kill keeps the line of its first time.
+
+    It is the same step, and its line may have been sent to MLflow already. If it turns out to differ, a warning says so
+    and the old lines are replaced.
+    """
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         self._before: dict[int, dict[str, Any]] = {}
 
-    def go_on(self, step: int, num_steps: int) -> None:
-        """The run goes on after ``step``, to ``num_steps``; lines of later ones, and a torn one, are dropped."""
+    def resume_from(self, step: int, num_steps: int) -> None:
+        """The run resumes after ``step``, to ``num_steps``. Drops lines past ``num_steps`` and incomplete ones."""
         self.rewind(num_steps)
         self._before = {line["step"]: line for line in self.read() if line["step"] > step}
 
-    def note(self, record: dict[str, Any]) -> dict[str, Any] | None:
-        """Append the line of a step, unless it has one; returns the line that stands.
+    def append_step(self, record: dict[str, Any]) -> dict[str, Any] | None:
+        """Append the line of a step, unless it has one; returns the line in the file.
 
-        None, and no line, for a step that had none while later ones do: their rhythm goes on to their end.
+        None, and no line, for a step without a line while later steps have one: ``train.log_every`` was changed, and
+        the old interval holds until the repeated steps are over.
         """
         before = self._before.pop(record["step"], None)
         if before is not None and all(_same(before[name], record[name]) for name in ("loss", "lr")):
             return before
         if before is not None:
             log.warning(
-                "step %d was taken again with loss %s and lr %s, it had %s and %s: from here on %s has the new ones; "
-                "MLflow keeps those it has",
+                "step %d was repeated with loss %s and lr %s, before it had %s and %s: %s has the new values from here "
+                "on, MLflow keeps the old ones",
                 *(record[name] for name in ("step", "loss", "lr")),
                 *(before[name] for name in ("loss", "lr")),
                 self.path,

@@ -1,6 +1,8 @@
-"""One sample seen and reconstructed, for people to look at."""
+"""Reconstructs one sample every so often, for people to look at."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,14 +14,42 @@ from maestro_scale.model.maestro import Maestro
 from maestro_scale.model.masking import Mask, masks_by_sensor
 from maestro_scale.model.targets import denormalise, masked_bands
 from maestro_scale.stream.batch import Batch
-from maestro_scale.training.observer import SensorView
+from maestro_scale.training.hooks.hook import FinishedStep, Hook
+from maestro_scale.training.observer import Observer, SensorView
+
+
+class PicturesHook(Hook):
+    """Gives the observers a reconstruction of the first sample of a step, every ``every`` steps of a dataset.
+
+    ``bands``: by dataset in the mixture, the names of each sensor's bands.
+    """
+
+    def __init__(
+        self,
+        model: Maestro,
+        bands: Mapping[str, Mapping[str, tuple[str, ...]]],
+        observers: Sequence[Observer],
+        every: int,
+    ) -> None:
+        self._model, self._bands, self._observers, self._every = model, bands, observers, every
+
+    def after_step(self, step: FinishedStep) -> bool:
+        """Reconstruct where it is due."""
+        if step.data.dataset_step % self._every and not step.is_last:
+            return False
+        # On every rank: under ZeRO 3 the forward pass gathers parameters. Only rank 0 has observers.
+        bands = self._bands[step.data.dataset]
+        views = reconstruction_views(self._model, step.batches[0], step.inputs[0], bands)
+        for observer in self._observers:
+            observer.pictured(step.position.step, views)
+        return False
 
 
 @torch.no_grad()
-def snapshot(
-    model: Maestro, batch: Batch, masks: dict[str, Mask], bands: dict[str, tuple[str, ...]]
+def reconstruction_views(
+    model: Maestro, batch: Batch, masks: dict[str, Mask], bands: Mapping[str, tuple[str, ...]]
 ) -> list[SensorView]:
-    """Views of the batch's first sample. ``bands``: names of each sensor's bands. Every rank must call it (ZeRO-3)."""
+    """Views of the batch's first sample. ``bands``: names of each sensor's bands. Collective under ZeRO 3."""
     config = model.view(batch.dataset)
     predictions = model.reconstruct(batch, masks)
     tokens = model.encode(batch.first())
@@ -37,7 +67,7 @@ def _view(
     prediction: Tensor,
     hidden: Tensor,
     tokens: Tensor,
-    bands: dict[str, tuple[str, ...]],
+    bands: Mapping[str, tuple[str, ...]],
 ) -> SensorView:
     pixels = network_input(sensor, batch.pixels[sensor.name][:1])
     patches = patchify(pixels, sensor.patch)

@@ -1,0 +1,128 @@
+"""Validates a finetuning as it trains: scores the averaged weights, keeps the best ones, and stops early."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.torch import load_file
+
+from maestro_scale.evaluation.finetune import early_stop
+from maestro_scale.evaluation.finetune.early_stop import ValidationScore
+from maestro_scale.evaluation.finetune.predictions import predict_split
+from maestro_scale.evaluation.finetune.predictor import Predictor
+from maestro_scale.evaluation.metrics import best_index
+from maestro_scale.interop.tensors import write_tensors_atomically
+from maestro_scale.stream.source import Source
+from maestro_scale.training.checkpoint.checkpoints import Position
+from maestro_scale.training.distributed import World
+from maestro_scale.training.ema import WeightEMA
+from maestro_scale.training.hooks.hook import FinishedStep, Hook
+from maestro_scale.training.run_dir import JsonLines
+
+
+@dataclass(frozen=True)
+class ValidationSettings:
+    """``validations``: how many, evenly spread; ``patience``: without a better score before the end, 0: no limit."""
+
+    validations: int
+    patience: int
+    workers: int
+
+
+class ValidationHook(Hook):
+    """The history of scores, ``validation.jsonl`` and ``best/step_*.safetensors`` of a finetuning.
+
+    ``network``: outside of DeepSpeed; holds the average whenever it is scored. A network of its own, because ranks
+    have different numbers of validation batches and a forward pass under ZeRO 3 is collective.
+    """
+
+    name = "validation"
+
+    def __init__(
+        self,
+        network: Predictor,
+        ema: WeightEMA,
+        source: Source,
+        world: World,
+        run_dir: Path,
+        settings: ValidationSettings,
+        on_batch: Callable[[int], None],
+    ) -> None:
+        self._network, self._ema, self._source, self._world = network, ema, source, world
+        self._run_dir, self._settings, self._on_batch = run_dir, settings, on_batch
+        self._lines = JsonLines(run_dir / "validation.jsonl")
+        self._num_steps = 0
+        self.history: list[ValidationScore] = []
+
+    @property
+    def best(self) -> ValidationScore:
+        """The best score so far."""
+        return early_stop.best(self.history)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the scores have stopped improving."""
+        return early_stop.exhausted(self.history, self._settings.patience)
+
+    def load_best(self) -> Predictor:
+        """The network with the best weights."""
+        self._network.load_state_dict(load_file(self._best_path(self.best.step)))
+        return self._network
+
+    def on_start(self, position: Position, num_steps: int) -> None:
+        """Drop lines of steps that will be repeated."""
+        self._num_steps = num_steps
+        if self._world.is_main:
+            self._lines.rewind(position.step)
+
+    def after_step(self, step: FinishedStep) -> bool:
+        """Validate where it is due; a checkpoint follows, so that no validation is repeated after a kill."""
+        number = step.position.step
+        if not early_stop.due(number, self._num_steps, self._settings.validations):
+            return False
+        started = time.perf_counter()
+        self._ema.gather_into(self._network, self._world)
+        predictions = predict_split(
+            self._network,
+            self._source,
+            self._world,
+            self._settings.workers,
+            on_batch=lambda: self._on_batch(number),
+        )
+        score = float(
+            self._network.target_loss.task.statistic(predictions.counts.sum(axis=0, dtype=np.int64))
+        )
+        best_index([score])
+        self.history.append(ValidationScore(number, score))
+        if self._world.is_main:
+            if self.best.step == number:
+                write_tensors_atomically(self._network.state_dict(), self._best_path(number))
+            self._lines.append(asdict(self.history[-1]))
+        step.metrics.update({"eval/validation": score, "eval/delay_s": time.perf_counter() - started})
+        return True
+
+    def after_commit(self, position: Position) -> None:
+        """Remove weights that neither this run nor one that resumes from the checkpoint can need."""
+        if not self._world.is_main:
+            return
+        stored = [score for score in self.history if score.step <= position.step]
+        kept = {self._best_path(early_stop.best(scores).step) for scores in (stored, self.history) if scores}
+        averages = self._run_dir.glob("average/step_*")  # of an earlier revision; checkpoints hold them now
+        for path in {*averages, *self._run_dir.glob("best/step_*")} - kept:
+            path.unlink()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The history."""
+        return {"history": [asdict(score) for score in self.history]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The history of a checkpoint."""
+        self.history = [ValidationScore(**score) for score in state["history"]]
+
+    def _best_path(self, step: int) -> Path:
+        return self._run_dir / "best" / f"step_{step:08d}.safetensors"

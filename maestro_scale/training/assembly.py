@@ -1,0 +1,196 @@
+"""Builds a Trainer from a recipe: what pretraining and finetuning have in common."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from maestro_scale.recipe import Recipe, RecipeError, check_world
+from maestro_scale.stream.loader import TrainLoader
+from maestro_scale.training.checkpoint.checkpoints import Checkpoints, Position
+from maestro_scale.training.checkpoint.state import TrainState
+from maestro_scale.training.deepspeed_check import check_deepspeed
+from maestro_scale.training.distributed import World
+from maestro_scale.training.ema import WeightEMA
+from maestro_scale.training.engine import Engine
+from maestro_scale.training.guard import Guard
+from maestro_scale.training.hooks.audit import AuditHook
+from maestro_scale.training.hooks.garbage_collection import GarbageCollectionHook
+from maestro_scale.training.hooks.hook import Hook
+from maestro_scale.training.hooks.log import LogHook
+from maestro_scale.training.hooks.skipped import SkippedStepsHook
+from maestro_scale.training.metrics.metrics_file import MetricsFile
+from maestro_scale.training.objectives import Objective
+from maestro_scale.training.observer import Observer
+from maestro_scale.training.offload_memory import check_offload_memory
+from maestro_scale.training.optimizer import SCHEDULES, build_optimizer
+from maestro_scale.training.run_dir import JsonLines, has_same_recipe, lock, write_run_files
+from maestro_scale.training.stop import StopRequest
+from maestro_scale.training.trainer import Trainer, TrainSchedule
+from maestro_scale.training.warmup import warm_up
+from maestro_scale.training.watchdog import Watchdog
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """Where and among whom a training runs. ``observers``: on rank 0."""
+
+    recipe: Recipe
+    run_dir: Path
+    world: World
+    observers: Sequence[Observer]
+    watchdog: Watchdog
+    stop: StopRequest
+
+
+@dataclass(frozen=True)
+class TrainingParts:
+    """What a training chooses for itself.
+
+    ``network``: on the host; ``forward`` as the objective needs it. ``ema_decay`` 0 with ``ema_warmup`` keeps the last
+    weights as the average; None keeps no average. ``build_hooks``: from (engine, ema), called before checkpoints are
+    read. ``about``: more for environment.json.
+    """
+
+    network: nn.Module
+    objective: Objective
+    stream: TrainLoader
+    num_steps: int
+    checkpoints: Checkpoints
+    identity: dict[str, Any]
+    build_hooks: Callable[[Engine, WeightEMA | None], Sequence[Hook]]
+    ema_decay: float | None = None
+    ema_warmup: bool = False
+    layer_decay: float = 1.0
+    about: dict[str, Any] = field(default_factory=dict)
+
+
+@contextmanager
+def run_directory(recipe: Recipe, run_dir: Path, world: World) -> Iterator[None]:
+    """Check the world size and hold the run directory; RecipeError or RunDirError."""
+    check_world(recipe, world.size)
+    held = lock(run_dir) if world.is_main else None
+    try:
+        yield
+    finally:
+        if held is not None:
+            held.release()
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the global generators. Nothing should draw from them; a mistake then shows the same way in every run."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def check_feasible(recipe: Recipe, num_parameters: int, with_ema: bool, world: World) -> None:
+    """RecipeError where DeepSpeed refuses its section or offload does not fit, before the network is allocated."""
+    deepspeed = recipe.deepspeed_config(world.size, world.device.type)
+    check_deepspeed(deepspeed)
+    check_offload_memory(num_parameters, deepspeed, recipe.num_micro_batches(world.size), with_ema, world)
+
+
+def assemble(context: RunContext, parts: TrainingParts) -> tuple[Trainer, Position]:
+    """The trainer, and where it stands: at the newest checkpoint, or at the start. A collective.
+
+    Raises RecipeError, CheckpointError, RunDirError or WarmupError.
+    """
+    recipe, run_dir, world = context.recipe, context.run_dir, context.world
+    engine = _build_engine(recipe, parts, world)
+    ema = None
+    if parts.ema_decay is not None:
+        ema = WeightEMA(parts.ema_decay, engine.sharded.fragments, parts.ema_warmup)
+    metrics = MetricsFile(run_dir / "metrics.jsonl")
+    trainer = Trainer(
+        world=world,
+        engine=engine,
+        state=TrainState(engine.sharded, ema),
+        objective=parts.objective,
+        stream=parts.stream,
+        schedule=TrainSchedule(
+            num_steps=parts.num_steps,
+            global_batch=recipe.train.global_batch,
+            checkpoint_every=recipe.checkpoint.every_steps,
+            checkpoint_s=60 * recipe.checkpoint.every_minutes,
+        ),
+        checkpoints=parts.checkpoints,
+        identity=parts.identity,
+        hooks=_hooks(context, parts, engine, ema, metrics),
+        stop=context.stop,
+        watchdog=context.watchdog,
+    )
+    position = trainer.resume()
+    _prepare_run_dir(context, parts, metrics, position)
+    if recipe.train.warmup_check and position.step < parts.num_steps:
+        # After the checkpoint is loaded: the rehearsal keeps AdamW's moments, and needs them allocated.
+        context.watchdog.note(position.step, "starting")
+        warm_up(
+            engine, world, parts.objective, recipe.train.micro_batch, recipe.num_micro_batches(world.size)
+        )
+    return trainer, position
+
+
+def _build_engine(recipe: Recipe, parts: TrainingParts, world: World) -> Engine:
+    o = recipe.optim
+    schedule = SCHEDULES[o.schedule](parts.num_steps, o.warmup, 1 / o.start_div, 1 / o.final_div)
+    network = parts.network.to(world.device)
+    optimizer = build_optimizer(network, recipe.lr, tuple(o.betas), o.eps, o.weight_decay, parts.layer_decay)
+    deepspeed = recipe.deepspeed_config(world.size, world.device.type)
+    return Engine(network, optimizer, schedule, deepspeed, world, Guard(recipe.train.spike))
+
+
+def _hooks(
+    context: RunContext, parts: TrainingParts, engine: Engine, ema: WeightEMA | None, metrics: MetricsFile
+) -> list[Hook]:
+    """In the order that they are called in, which matters where the comments say so."""
+    recipe, run_dir, world = context.recipe, context.run_dir, context.world
+    train, own = recipe.train, f"rank{world.rank:05d}.jsonl"
+    hooks: list[Hook] = []
+    if train.audit:
+        hooks.append(AuditHook(JsonLines(run_dir / "audit" / own)))
+    hooks += parts.build_hooks(engine, ema)
+    observers = context.observers if world.is_main else []
+    # After the hooks that measure a step: what they add to FinishedStep.metrics goes into its line.
+    hooks.append(LogHook(run_dir, train, world, parts.objective, parts.stream, metrics, observers))
+    # After the log: where it ends the run, the last step has been logged.
+    lines = JsonLines(run_dir / "skipped" / own)
+    hooks.append(SkippedStepsHook(lines, world, engine.guard, parts.checkpoints, train.max_skipped))
+    if train.collect_every:
+        hooks.append(GarbageCollectionHook(train.collect_every))
+    return hooks
+
+
+def _prepare_run_dir(
+    context: RunContext, parts: TrainingParts, metrics: MetricsFile, position: Position
+) -> None:
+    """Drop what was logged after ``position``, and leave recipe.yaml and environment.json."""
+    recipe, run_dir, world = context.recipe, context.run_dir, context.world
+    if position.step > parts.num_steps:
+        raise RecipeError(
+            f"train: {run_dir} has taken {position.step} steps and the recipe asks for {parts.num_steps}: ask for at "
+            "least that many, or use another --run-dir"
+        )
+    for kind in ("audit", "skipped"):
+        _rewind_ranks(run_dir / kind, position.step, world)
+    if world.is_main:
+        if position.step == 0 and not has_same_recipe(run_dir, recipe):
+            metrics.rewind(0)  # lines of another recipe, which was killed before its first checkpoint
+        metrics.resume_from(position.step, parts.num_steps)
+        write_run_files(run_dir, recipe, **parts.about)
+    world.barrier()  # no rank may append to a file that another one still rewinds
+
+
+def _rewind_ranks(folder: Path, step: int, world: World) -> None:
+    # Also the files of ranks that no longer exist: the run may resume on fewer ranks.
+    for i, path in enumerate(sorted(folder.glob("rank*.jsonl"))):
+        if i % world.size == world.rank:
+            JsonLines(path).rewind(step)

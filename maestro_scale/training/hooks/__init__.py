@@ -1,0 +1,1 @@
+"""What happens between steps: logging, pictures, records of skipped steps, garbage collection."""

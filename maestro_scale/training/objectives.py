@@ -1,0 +1,104 @@
+"""What a training minimises. The trainer, the engine and the hooks know an objective by this protocol only.
+
+A new way to train (another loss, another task) is a class with these methods and a network whose ``forward`` takes
+(batch, inputs, num_terms) and returns (share of the global loss, loss sums). Pretraining is below; finetuning is in
+``evaluation/finetune/objective.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from maestro_scale.model.config import ModelConfig
+from maestro_scale.model.cost import Cost, compute_cost
+from maestro_scale.model.masking import Mask, MaskingConfig, draw_masks, masks_by_sensor
+from maestro_scale.model.targets import num_masked_values
+from maestro_scale.stream.batch import Batch
+from maestro_scale.stream.mock import mock_batch
+from maestro_scale.stream.source import Source
+from maestro_scale.training.run_dir import finite
+
+
+class Objective(Protocol):
+    """Shapes: S loss sums (one per sensor in pretraining, one in finetuning)."""
+
+    def inputs(self, batch: Batch, on_device: Batch) -> Any:
+        """What the network needs of a micro-batch beside its pixels: masks, or labels; on the device.
+
+        ``batch`` is on the host, ``on_device`` its copy. Must not synchronise with the device.
+        """
+        ...
+
+    def num_terms(self, dataset: str, inputs: Sequence[Any]) -> Tensor:
+        """(S,) float64: terms of each loss sum over this rank's micro-batches, known before any forward pass.
+
+        The loss of the global batch divides sums over all ranks by these numbers over all ranks, so it does not
+        depend on how the batch is split (invariant 4 of docs/architecture.md). float64: an exact count.
+        """
+        ...
+
+    def loss_metrics(self, dataset: str, sums: Tensor, num_terms: Tensor) -> dict[str, float | None]:
+        """The parts of the loss for metrics.jsonl, from global sums and counts (S,)."""
+        ...
+
+    def cost(self, dataset: str) -> Cost | None:
+        """What a sample costs, for tokens/s and MFU; None where that is not known."""
+        ...
+
+    def mock_batch(self, micro_batch: int) -> Batch:
+        """A made-up micro-batch of the dataset that takes the most memory, for the rehearsal step."""
+        ...
+
+
+@dataclass(frozen=True)
+class PretrainObjective:
+    """Reconstruction of masked patches; masks come from the noise in the batch, so a step can be replayed.
+
+    ``configs`` and ``sources`` by the dataset's name in the mixture.
+    """
+
+    configs: Mapping[str, ModelConfig]
+    sources: Mapping[str, Source]
+    masking: MaskingConfig
+
+    def inputs(self, batch: Batch, on_device: Batch) -> dict[str, Mask]:
+        """Masks by sequence, drawn on the device from the batch's noise."""
+        return draw_masks(self.configs[on_device.dataset], self.masking, on_device)
+
+    def num_terms(self, dataset: str, inputs: Sequence[dict[str, Mask]]) -> Tensor:
+        """Hidden pixels per sensor."""
+        return hidden_counts(self.configs[dataset], inputs)
+
+    def loss_metrics(self, dataset: str, sums: Tensor, num_terms: Tensor) -> dict[str, float | None]:
+        """``loss/<sensor>``: the mean error of its hidden pixels; None where none is hidden."""
+        sensors = self.configs[dataset].sensors
+        pairs = zip(sensors, sums.tolist(), num_terms.tolist(), strict=True)
+        return {f"loss/{s.name}": (finite(total / count) if count else None) for s, total, count in pairs}
+
+    def cost(self, dataset: str) -> Cost:
+        """Counted from the description of the model."""
+        return self._costs[dataset]
+
+    def mock_batch(self, micro_batch: int) -> Batch:
+        """Of the dataset with the most activations."""
+        largest = max(self.configs, key=lambda name: self.cost(name).activations)
+        return mock_batch(self.sources[largest], largest, micro_batch)
+
+    @cached_property
+    def _costs(self) -> dict[str, Cost]:
+        return {name: compute_cost(config, self.masking.ratio) for name, config in self.configs.items()}
+
+
+def hidden_counts(config: ModelConfig, masks: Sequence[dict[str, Mask]]) -> Tensor:
+    """(S,) float64: hidden pixels per sensor over micro-batches."""
+    per_batch = []
+    for mask in masks:
+        hidden = masks_by_sensor(config, mask)
+        per_batch.append(torch.stack([num_masked_values(config, s, hidden[s.name]) for s in config.sensors]))
+    return torch.stack(per_batch).sum(0)
