@@ -141,8 +141,7 @@ def plan_cluster(
     speed = n * gpu.tflops * 1e12 * cluster.mfu / flops
     steps = recipe.train.steps
     if steps is None and all(stored):
-        assert recipe.train.epochs is not None  # a recipe sets either steps or epochs
-        steps = recipe.train.epochs * sum(max(1, size[0] // batch) for size in stored if size)
+        steps = recipe.train.num_steps(sum(max(1, size[0] // batch) for size in stored if size))
     return ClusterPlan(
         parameters=parameters,
         layouts=layouts,

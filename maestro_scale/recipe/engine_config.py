@@ -139,23 +139,23 @@ def problems(section: Mapping[str, Any], derived: Derived) -> Iterator[tuple[tup
                 ("zero_optimization", part),
                 f"ZeRO stage {stage} ignores it: use stage {first}{' or higher' * (first < 3)}, or leave it out",
             )
-    for path, value, source in _decided(section, derived):
-        said = _get(section, path)
-        if said not in (None, "auto", value):
-            yield path, f"{said!r} contradicts {value!r}, which follows from {source}: leave it out"
+    for path, value, source in _derived_settings(section, derived):
+        given = _get(section, path)
+        if given not in (None, "auto", value):
+            yield path, f"{given!r} contradicts {value!r}, which follows from {source}: leave it out"
 
 
-def filled(section: Mapping[str, Any], derived: Derived) -> dict[str, Any]:
+def complete_config(section: Mapping[str, Any], derived: Derived) -> dict[str, Any]:
     """A complete DeepSpeed config: ``section``, the derived values, and the defaults that training relies on."""
     config = copy.deepcopy(dict(section))
-    for path, value, _ in _decided(section, derived):
+    for path, value, _ in _derived_settings(section, derived):
         _put(config, path, value, over=True)
-    for path, value in _relied_on(config):
+    for path, value in _default_settings(config):
         _put(config, path, value, over=False)
     return config
 
 
-def _decided(section: Mapping[str, Any], d: Derived) -> Iterator[tuple[tuple[str, ...], Any, str]]:
+def _derived_settings(section: Mapping[str, Any], d: Derived) -> Iterator[tuple[tuple[str, ...], Any, str]]:
     yield ("train_batch_size",), d.global_batch, f"train.global_batch {d.global_batch}"
     yield ("train_micro_batch_size_per_gpu",), d.micro_batch, f"train.micro_batch {d.micro_batch}"
     yield ("gradient_clipping",), d.clip, f"optim.clip {d.clip}"
@@ -166,10 +166,10 @@ def _decided(section: Mapping[str, Any], d: Derived) -> Iterator[tuple[tuple[str
     for key, value in _PINNED.items():
         yield (key,), value, "the training loop, which is written for it"
     if d.precision is not None:
-        yield from _decided_precision(section, d.precision)
+        yield from _precision_settings(section, d.precision)
 
 
-def _decided_precision(
+def _precision_settings(
     section: Mapping[str, Any], precision: str
 ) -> Iterator[tuple[tuple[str, ...], Any, str]]:
     """bf16 weights with fp32 master weights under ZeRO, or autocast over fp32 weights if the recipe enables it.
@@ -187,7 +187,7 @@ def _decided_precision(
         yield ("torch_autocast", "dtype"), "bfloat16", why
 
 
-def _relied_on(config: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Any]]:
+def _default_settings(config: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Any]]:
     low = bool(_get(config, ("bf16", "enabled")))
     yield (
         ("bf16", "check_grad_overflow"),

@@ -87,12 +87,10 @@ class Recipe(Section):
         if device is None and self.train.precision == "auto":
             raise ValueError("train.precision is auto: pass the device that it depends on")
         derived = self._derived(world_size, self.train.precision_on(device or ""))
-        wrong = [
-            f"deepspeed.{dotted(at)}: {why}" for at, why in engine_config.problems(self.deepspeed, derived)
-        ]
-        if wrong:
-            raise RecipeError("\n".join(wrong))
-        return engine_config.filled(self.deepspeed, derived)
+        problems = engine_config.problems(self.deepspeed, derived)
+        if lines := [f"deepspeed.{dotted(path)}: {reason}" for path, reason in problems]:
+            raise RecipeError("\n".join(lines))
+        return engine_config.complete_config(self.deepspeed, derived)
 
     def with_zero_stage(self, stage: int, micro_batch: int | None = None) -> Recipe:
         """This recipe with another ZeRO stage and micro-batch; settings that contradict them are dropped."""
@@ -110,7 +108,7 @@ class Recipe(Section):
         """The recipe as YAML with all defaults written out; loading it gives an equal recipe on any machine."""
         return dump_yaml(environment.escape(self.model_dump(mode="json")))
 
-    def to_shown_yaml(self) -> str:
+    def to_redacted_yaml(self) -> str:
         """As ``to_yaml``, with secrets hidden. Values are filtered before the conversion to YAML: quoted and folded
         text would no longer match the patterns of secrets."""
         return dump_yaml(environment.escape(scrub_tree(self.model_dump(mode="json"))))
@@ -127,25 +125,25 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check_across_sections(self) -> Recipe:
-        wrong: list[tuple[KeyPath, str]] = []
+        problems: list[tuple[KeyPath, str]] = []
         lanes, batch = self.data.lanes, self.train.global_batch
         if batch % lanes:
             near = nearest_divisors(lanes, batch)
             reason = f"{lanes} does not divide train.global_batch {batch}: use {near}"
-            wrong.append((("data", "lanes"), reason))
+            problems.append((("data", "lanes"), reason))
         if self.masking.band_group and self.model.spectral == "joint":
             reason = "needs model.spectral=token, as a joint token holds all bands: set it to 0"
-            wrong.append((("masking", "band_group"), reason))
+            problems.append((("masking", "band_group"), reason))
         precision = None if self.train.precision == "auto" else self.train.precision
         found = engine_config.problems(self.deepspeed, self._derived(None, precision))
-        wrong += [(("deepspeed", *loc), reason) for loc, reason in found]
-        if not wrong and self.model.compile and self.zero_stage == 3:
+        problems += [(("deepspeed", *path), reason) for path, reason in found]
+        if not problems and self.model.compile and self.zero_stage == 3:
             reason = (
                 "ZeRO stage 3 gathers weights inside the compiled blocks: set it to false, or use stage 2"
             )
-            wrong.append((("model", "compile"), reason))
-        if wrong:
-            raise ConflictError(*wrong)
+            problems.append((("model", "compile"), reason))
+        if problems:
+            raise ConflictError(*problems)
         return self
 
 

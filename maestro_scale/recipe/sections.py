@@ -171,6 +171,13 @@ class Train(Section):
     """Steps between runs of Python's garbage collector, at the same step on all ranks, so that they do not wait for
     each other in turn; 0: Python decides."""
 
+    def num_steps(self, steps_per_epoch: int) -> int:
+        """Optimizer steps of the whole run."""
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None  # one of both is always set, see _default_length
+        return self.epochs * steps_per_epoch
+
     def precision_on(self, device: str) -> Precision:
         """The precision on ``device`` (``cpu``, ``cuda``, …)."""
         if self.precision != "auto":

@@ -13,7 +13,7 @@ from maestro_scale.shards.format.codec import Sample
 from maestro_scale.shards.format.manifest import ShardInfo
 from maestro_scale.shards.read.store import BadShard, Shard, Store
 
-_MOST_OPEN = 128  # each holds a file descriptor
+_MAX_OPEN = 128  # each holds a file descriptor
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,11 @@ class Source:
             return tuple(map(len, self.indices))
         return tuple(s.samples for s in self.shards)
 
-    def select_samples(self, samples: Sequence[int]) -> Source:
-        """The same source with only these samples, given by their numbers in the order of the manifest."""
+    def select_samples(self, samples: Sequence[int] | np.ndarray) -> Source:
+        """The same source with only these samples, given by their numbers in the order of the manifest.
+
+        ValueError if samples were selected before: the numbers would be ambiguous.
+        """
         if self.indices is not None:
             raise ValueError(f"{self.spec.name}: samples were selected already")
         stops = np.cumsum([s.samples for s in self.shards])
@@ -59,10 +62,10 @@ def mixture_names(names: Sequence[str]) -> tuple[str, ...]:
 
 
 class OpenShards:
-    """The shards of one source that this process has open, the least recently used closed first.
+    """The shards of a source that this process has open; the least recently used is closed first.
 
-    ``most_bytes``: how much of the store's cache they may pin. A shard found bad is remembered, not tried
-    again.
+    ``most_bytes``: limit of what open shards pin in the store's cache. A bad shard is remembered and not fetched again:
+    each try would download it twice.
     """
 
     def __init__(self, source: Source, most_bytes: int) -> None:
@@ -78,7 +81,7 @@ class OpenShards:
             raise self._bad[shard]
         info = self.source.shards[shard]
         try:
-            handle = self._open[shard] if shard in self._open else self._opened(info)
+            handle = self._open[shard] if shard in self._open else self._open_shard(info)
             indices = self.source.indices
             sample = handle[index if indices is None else indices[shard][index]]
         except BadShard as error:
@@ -87,22 +90,22 @@ class OpenShards:
             raise
         self._open[shard] = handle
         self._open.move_to_end(shard)
-        if len(self._open) > _MOST_OPEN:
+        if len(self._open) > _MAX_OPEN:
             self._close_oldest()
         return sample
 
     def locate(self, number: int) -> tuple[int, int]:
-        """(shard, index) of sample ``number`` of the dataset."""
+        """(shard, index within the shard) of sample ``number`` of the dataset."""
         shard = int(np.searchsorted(self._starts, number, side="right")) - 1
         return shard, number - int(self._starts[shard])
 
     @property
     def num_samples(self) -> int:
-        """Samples of the dataset."""
+        """Samples in use of the dataset."""
         return int(self._starts[-1])
 
     def prefetch(self, shards: Sequence[int]) -> None:
-        """Have these fetched in the background, in this order."""
+        """Fetch these shards in the background, in this order."""
         self.source.store.prefetch([self.source.shards[s] for s in shards if s not in self._bad])
 
     def close(self) -> None:
@@ -111,13 +114,13 @@ class OpenShards:
             self._close_oldest()
         self.source.store.close()
 
-    def _opened(self, info: ShardInfo) -> Shard:
-        # Before, not after: the store may need the room that the oldest pin.
-        while self._open and self._pinned() + info.bytes > self._most_bytes:
+    def _open_shard(self, info: ShardInfo) -> Shard:
+        # Close old shards before the new one is fetched: the store may need the space that they pin in the cache.
+        while self._open and self._pinned_bytes() + info.bytes > self._most_bytes:
             self._close_oldest()
         return self.source.store.shard(info)
 
-    def _pinned(self) -> int:
+    def _pinned_bytes(self) -> int:
         return sum(self.source.shards[s].bytes for s in self._open)
 
     def _close_oldest(self) -> None:

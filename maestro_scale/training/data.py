@@ -27,4 +27,4 @@ def train_loader(recipe: Recipe, sources: Sequence[Source], world: World) -> tup
         on_bad_shard=data.on_bad_shard,
         pin=world.device.type == "cuda",
     )
-    return stream, train.steps if train.steps is not None else train.epochs * stream.steps_per_epoch
+    return stream, train.num_steps(stream.steps_per_epoch)

@@ -114,7 +114,7 @@ def environment() -> dict[str, Any]:
 
 def write_run_files(run_dir: Path, recipe: Recipe, **more: Any) -> None:
     """Leave ``recipe.yaml`` and ``environment.json`` (with ``more``) in a run directory, without secrets."""
-    write_atomically(run_dir / "recipe.yaml", recipe.to_shown_yaml())
+    write_atomically(run_dir / "recipe.yaml", recipe.to_redacted_yaml())
     write_atomically(
         run_dir / "environment.json", json.dumps(scrub_tree({**environment(), **more}), indent=1)
     )
@@ -128,7 +128,7 @@ def manifest_path(run_dir: Path, number: int, dataset: str) -> Path:
 def has_same_recipe(run_dir: Path, recipe: Recipe) -> bool:
     """Whether the run in a directory was last started with this recipe."""
     path = run_dir / "recipe.yaml"
-    return path.exists() and path.read_text() == recipe.to_shown_yaml()
+    return path.exists() and path.read_text() == recipe.to_redacted_yaml()
 
 
 def git_revision() -> str | None:
