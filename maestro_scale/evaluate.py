@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from maestro_scale.evaluation.results import EvalResult
     from maestro_scale.evaluation.run import EvalOptions
+    from maestro_scale.recipe import Recipe
+    from maestro_scale.training.observer import Observer
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -101,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
     from maestro_scale.tracking.terminal import progress
 
     hide_secrets()
-    return run_command(lambda: run_evaluation(_options(args), progress, _record))
+    return run_command(lambda: run_evaluation(_options(args), progress, _record, _observers))
 
 
 def _options(args: argparse.Namespace) -> EvalOptions:
@@ -161,6 +164,13 @@ def _parse_numbers(text: str) -> tuple[int, ...]:
     if min(numbers) < 0:
         raise argparse.ArgumentTypeError(f"{text!r}: numbers start at 0")
     return numbers
+
+
+def _observers(recipe: Recipe) -> Sequence[Observer]:
+    """Follow a finetuning in MLflow; its progress on the terminal is shown by ``progress``."""
+    from maestro_scale.tracking.observers import TrackingObserver
+
+    return [TrackingObserver(recipe)]
 
 
 def _record(checkpoint: Path | None, result: EvalResult, path: Path) -> None:

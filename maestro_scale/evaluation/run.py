@@ -24,6 +24,10 @@ from maestro_scale.recipe import Recipe, load_recipe
 from maestro_scale.secrets_filter import scrub_tree
 from maestro_scale.shards.format.manifest import Manifest
 from maestro_scale.training.distributed import World, destroy_process_group, init_distributed
+from maestro_scale.training.observer import Observer
+
+ObserversFor = Callable[[Recipe], Sequence[Observer]]
+"""The observers of a finetuning, on rank 0: they follow its loss and validation scores, in MLflow for example."""
 
 RecordResult = Callable[[Path | None, EvalResult, Path], object]
 """Called with (checkpoint, result, path of its results.json); checkpoint None: the encoder has no training run."""
@@ -101,7 +105,10 @@ def overlap_warnings(runs: Sequence[EvalRun]) -> list[str]:
 
 
 def run_evaluation(
-    options: EvalOptions, progress: ProgressFactory = no_progress, record: RecordResult | None = None
+    options: EvalOptions,
+    progress: ProgressFactory = no_progress,
+    record: RecordResult | None = None,
+    observers_for: ObserversFor = lambda recipe: (),
 ) -> None:
     """Evaluate, and write ``results.json`` per mode: of several runs their mean, with each run's own below it.
 
@@ -117,7 +124,7 @@ def run_evaluation(
     trains = bool(set(modes) & set(TRAINED_MODES))
     encoder.check([run.fold for run in runs], trains)
     world = _init_distributed(trains)
-    evaluation = _Evaluation(options, modes, world, progress)
+    evaluation = _Evaluation(options, modes, world, progress, observers_for)
     evaluation.print_lines(overlap_warnings(runs))
     if record is None or not recipe.tracking.enabled:
         record = _no_record
@@ -178,6 +185,7 @@ class _Evaluation:
     modes: Sequence[str]
     world: World | None
     progress: ProgressFactory
+    observers_for: ObserversFor
 
     @property
     def is_main(self) -> bool:
@@ -255,6 +263,8 @@ class _Evaluation:
             provenance,
             self._maps_dir(mode, inputs.subdir),
             self._progress,
+            self.observers_for(inputs.recipe) if self.is_main else (),
+            _training_run(mode, inputs.encoder),
         )
         if result is not None:
             yield mode, result

@@ -18,7 +18,14 @@ from typing import TYPE_CHECKING, TypeVar
 from filelock import FileLock, Timeout
 
 from maestro_scale.secrets_filter import scrub, scrub_document, scrub_mapping
-from maestro_scale.tracking.run_file import RUN_TAG, find_run, record_store, run_dir_id, store_lock
+from maestro_scale.tracking.run_file import (
+    RUN_TAG,
+    find_run,
+    parent_run_dir,
+    record_store,
+    run_dir_id,
+    store_lock,
+)
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -75,8 +82,12 @@ class StepMetrics:
 
 
 def tracking_uri(run_dir: Path) -> str:
-    """``MLFLOW_TRACKING_URI``, or the SQLite file ``mlflow.db`` next to the run directory."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{run_dir.resolve().parent / 'mlflow.db'}"
+    """``MLFLOW_TRACKING_URI``, or the SQLite file ``mlflow.db`` next to the run directory.
+
+    A finetuning is stored with the pretraining that it starts from.
+    """
+    home = parent_run_dir(run_dir) or run_dir
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home.resolve().parent / 'mlflow.db'}"
 
 
 class RunLockedError(Exception):
@@ -138,6 +149,9 @@ class MlflowRun:
                 # Before run_dir_id: a store that cannot be reached must leave no tracking.json.
                 experiment = _experiment_id(client, metadata)
                 tags = {RUN_TAG: run_dir_id(run_dir)}
+                parent_dir = parent_run_dir(run_dir)
+                if parent_dir is not None and (parent := find_run(client, parent_dir)) is not None:
+                    tags["mlflow.parentRunId"] = parent.info.run_id
                 run = client.create_run(experiment, run_name=scrub(metadata.run_name), tags=tags)
             if end_reason is None:
                 client.update_run(run.info.run_id, status="RUNNING")

@@ -31,6 +31,15 @@ def find_run_dir(path: Path) -> Path | None:
     return next((p for p in (path, *path.resolve().parents[:2]) if _is_run_dir(p)), None)
 
 
+def parent_run_dir(run_dir: Path) -> Path | None:
+    """The run directory of the pretraining that a finetuning in ``run_dir`` starts from; None for any other run."""
+    try:
+        checkpoint = json.loads((run_dir / "environment.json").read_text()).get("checkpoint")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return find_run_dir(Path(checkpoint)) if isinstance(checkpoint, str) else None
+
+
 def last_store(run_dir: Path) -> str | None:
     """Address of the store that the run was last sent to; None if it was never sent."""
     return _read(run_dir).get("tracking_uri")

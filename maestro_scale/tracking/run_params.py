@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from maestro_scale.recipe import Recipe
 from maestro_scale.shards.format.manifest import Manifest
@@ -31,7 +32,7 @@ def run_metadata(recipe: Recipe, run_dir: Path) -> RunMetadata:
     return RunMetadata(
         run_dir=run_dir,
         experiment=recipe.tracking.experiment,
-        run_name=recipe.name,
+        run_name=" ".join(filter(None, (recipe.name, _environment(run_dir).get("mode")))),
         params=recipe.flat(),
         tags=_tags(recipe, run_dir),
         artifacts=[run_dir / name for name in _DOCUMENTS],
@@ -51,9 +52,15 @@ def _datasets(recipe: Recipe, run_dir: Path) -> list[DatasetInput]:
     return datasets
 
 
+def _environment(run_dir: Path) -> dict[str, Any]:
+    return json.loads((run_dir / "environment.json").read_text())
+
+
 def _tags(recipe: Recipe, run_dir: Path) -> dict[str, str]:
-    environment = json.loads((run_dir / "environment.json").read_text())
+    environment = _environment(run_dir)
+    mode = environment.get("mode")  # of a finetuning; a pretraining has none
     return {
+        **({"mode": mode} if mode else {}),
         "dataset": ",".join(e.dataset for e in recipe.data.mixture),
         "size": recipe.model.size,
         "fusion": recipe.model.fusion,

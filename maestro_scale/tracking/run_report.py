@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ def run_report(recipe: Recipe, run_dir: Path, reason: str) -> str:
         return f"# {recipe.name}: {reason} before the first log line\n"
     last = lines[-1]
     parts = [
-        f"# {recipe.name}: {reason} after {last['step']:,} steps",
+        f"# {' '.join(filter(None, (recipe.name, _mode(run_dir))))}: {reason} after {last['step']:,} steps",
         f"MAESTRO {recipe.model.size} on {' and '.join(dict.fromkeys(e.dataset for e in recipe.data.mixture))}, "
         f"{last['samples']:,} samples, {last['skipped_steps']} steps skipped.",
         *(_loss_table(name, of_dataset) for name, of_dataset in _by_dataset(lines).items()),
@@ -36,6 +37,8 @@ def run_report(recipe: Recipe, run_dir: Path, reason: str) -> str:
 
 def next_commands(run_dir: Path, reason: str) -> tuple[str, ...]:
     """Commands to run next, after a run that ended for ``reason``."""
+    if _mode(run_dir):
+        return (f"maestro-scale report {run_dir} --out report.html",) if reason == "done" else ()
     if reason != "done":
         return (f"deepspeed maestro_scale/train.py --recipe {run_dir}/recipe.yaml --run-dir {run_dir}",)
     return (
@@ -51,6 +54,12 @@ def closing_message(run_dir: Path, reason: str) -> str:
         return ""
     commands = "\n".join(f"    {command}" for command in next_commands(run_dir, reason))
     return f"losses and speed are in {run_dir / REPORT}; next:\n{commands}"
+
+
+def _mode(run_dir: Path) -> str | None:
+    """``finetune`` or ``scratch`` of the run in a directory; None for a pretraining."""
+    path = run_dir / "environment.json"
+    return json.loads(path.read_text()).get("mode") if path.exists() else None
 
 
 def _by_dataset(lines: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

@@ -68,10 +68,12 @@ def finetune(
     maps_dir: Path | None = None,
     progress: ProgressFactory = no_progress,
     observers: Sequence[Observer] = (),
+    checkpoint: Path | None = None,
 ) -> EvalResult | None:
     """The result of ``mode`` on rank 0; None on the other ranks. The same call again resumes in ``run_dir``.
 
-    ``maps_dir``: for predictions of whole test tiles. ``observers``: on rank 0, told of every logged step. Stopped, on
+    ``maps_dir``: for predictions of whole test tiles. ``observers``: on rank 0, called for every logged step.
+    ``checkpoint``: where the encoder comes from, for environment.json. Stopped, on
     all ranks, where the run was asked to stop. MaestroError, with one clear line.
     """
     started = time.perf_counter()
@@ -82,7 +84,7 @@ def finetune(
     ):
         world.barrier()
         context = RunContext(recipe, run_dir, world, observers, watchdog, stop)
-        run = _Finetuning(encoder, benchmark, mode, context)
+        run = _Finetuning(encoder, benchmark, mode, checkpoint, context)
         maps = maps_dir and TileMapWriter(maps_dir, run.splits["test"], run.target_loss.task)
         with progress(f"{mode} {run.manifest.spec.name}", "steps") as report:
             trainer, position = run.assemble(report)
@@ -117,8 +119,14 @@ class _Finetuning:
     validation: ValidationHook
 
     def __init__(
-        self, encoder: Maestro | ImageEncoder, benchmark: Benchmark, mode: str, context: RunContext
+        self,
+        encoder: Maestro | ImageEncoder,
+        benchmark: Benchmark,
+        mode: str,
+        checkpoint: Path | None,
+        context: RunContext,
     ) -> None:
+        self._about = {"mode": mode, "checkpoint": str(checkpoint.resolve()) if checkpoint else None}
         self._encoder, self._benchmark, self._mode, self._context = encoder, benchmark, mode, context
         self.manifest = Manifest.load(benchmark.shards)
         self._spec = encoder_spec(encoder, benchmark.spec)
@@ -160,6 +168,7 @@ class _Finetuning:
             ema_warmup=True,
             # Weights that were not pretrained have nothing to preserve.
             layer_decay=recipe.evaluation.layer_decay if self._mode == "finetune" else 1.0,
+            about=self._about,
         )
         trainer, position = assemble(self._context, parts)
         self._load_earlier_revision(trainer, position)
