@@ -78,25 +78,25 @@ def write_start(recipe: Path, folder: Path, *changes: str) -> dict[str, torch.Te
     return state
 
 
-def trained(run_dir: Path, out: Path) -> dict[str, torch.Tensor]:
+def trained_weights(run_dir: Path, out: Path) -> dict[str, torch.Tensor]:
     return load_model(export_model(newest(run_dir), out)).state_dict()
 
 
-# So small that a step leaves every weight what it was, to 1e-12.
-STILL = ("--set", "optim.base_lr=1e-20", "data.workers=0")
+# A learning rate so small that a step changes no weight by more than 1e-12.
+NO_CHANGE = ("--set", "optim.base_lr=1e-20", "data.workers=0")
 
 
 def test_a_run_starts_from_an_equal_model_and_does_not_need_it_again(recipe, tmp_path):
     start = write_start(recipe, tmp_path / "start")
     trainer, run_dir = Trainer(recipe), tmp_path / "run"
-    arguments = [*STILL, f"model.init_from={tmp_path / 'start'}"]
+    arguments = [*NO_CHANGE, f"model.init_from={tmp_path / 'start'}"]
     code, output = trainer.run(run_dir, 1, *arguments, "train.steps=1")
     assert code == 0, output[-3000:]
     assert "tiny starts from" in output
     assert " loaded " in output
     assert " initialised " not in output
     assert " unused " not in output
-    found = trained(run_dir, tmp_path / "first")
+    found = trained_weights(run_dir, tmp_path / "first")
     assert found.keys() == start.keys()
     for name, tensor in found.items():
         torch.testing.assert_close(tensor, start[name], rtol=0, atol=1e-12)
@@ -112,25 +112,27 @@ def test_a_run_starts_from_a_model_of_other_patches_and_depth(recipe, tmp_path):
     start = write_start(recipe, tmp_path / "start", "data.mixture[0].sensors.aerial.patch=10")
     deeper = "model.depth=3"
     loaded = load_recipe(recipe, [deeper])
-    fresh = Maestro(build_model_config(loaded, [resolved(loaded)])).initialise(SEED)
+    initial = Maestro(build_model_config(loaded, [resolved(loaded)])).initialise(SEED)
     code, output = Trainer(recipe).run(
-        tmp_path / "run", 1, *STILL, deeper, f"model.init_from={tmp_path / 'start'}", "train.steps=1"
+        tmp_path / "run", 1, *NO_CHANGE, deeper, f"model.init_from={tmp_path / 'start'}", "train.steps=1"
     )
     assert code == 0, output[-3000:]
     rows = [line for line in output.splitlines() if "patch_embed.aerial" in line]
     assert any(" resized " in row for row in rows)
-    found, drawn = trained(tmp_path / "run", tmp_path / "model"), fresh.state_dict()
-    fates = {"taken": 0, "fresh": 0, "resized": 0}
+    found, initial_state = trained_weights(tmp_path / "run", tmp_path / "model"), initial.state_dict()
+    statuses = {"loaded": 0, "initialised": 0, "resized": 0}
     for name, tensor in found.items():
         other = start.get(name)
         if other is None:
-            fates["fresh"] += 1
-            torch.testing.assert_close(tensor, drawn[name], rtol=0, atol=1e-12)
+            statuses["initialised"] += 1
+            torch.testing.assert_close(tensor, initial_state[name], rtol=0, atol=1e-12)
         elif other.shape == tensor.shape:
-            fates["taken"] += 1
+            statuses["loaded"] += 1
             torch.testing.assert_close(tensor, other, rtol=0, atol=1e-12)
         else:
-            fates["resized"] += 1
+            statuses["resized"] += 1
             assert name.split(".")[:2] in (["patch_embed", "aerial"], ["to_pixels", "aerial"])
-            assert tensor.dim() == 1 or not torch.allclose(tensor, drawn[name], atol=1e-3)  # biases are 0
-    assert all(fates.values()), fates
+            assert tensor.dim() == 1 or not torch.allclose(
+                tensor, initial_state[name], atol=1e-3
+            )  # biases are 0
+    assert all(statuses.values()), statuses
