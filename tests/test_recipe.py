@@ -1,4 +1,4 @@
-"""The recipe: what it accepts, what it refuses, and how it says so."""
+"""Recipes: accepted and refused values, error messages, merging, and the DeepSpeed config."""
 
 from __future__ import annotations
 
@@ -137,13 +137,13 @@ def test_a_later_choice_of_steps_or_epochs_drops_the_earlier_one(tmp_path):
     assert "train.steps: epochs 1 and steps 7 are both given" in refusal(both)
 
 
-def test_without_a_length_it_is_100_epochs(minimal):
+def test_the_default_length_is_100_epochs(minimal):
     assert load_recipe(minimal).train.epochs == 100
     assert load_recipe(minimal, ["train.log_every=1"]).train.epochs == 100
 
 
 @pytest.mark.parametrize("key", ["data.mixture[0].shards", "data.mixture.0.shards"])
-def test_set_reaches_into_lists(minimal, key):
+def test_set_changes_list_items(minimal, key):
     assert load_recipe(minimal, [f"{key}=s3://bucket/x"]).data.mixture[0].shards == "s3://bucket/x"
 
 
@@ -212,7 +212,7 @@ def test_environment_values_and_defaults(minimal, monkeypatch):
     assert load_recipe(minimal).data.cache_dir == os.path.expanduser("~/.cache/maestro-scale")
 
 
-def test_a_missing_variable_names_itself_its_key_and_its_file(tmp_path, monkeypatch):
+def test_a_missing_variable_is_named_with_its_key_and_file(tmp_path, monkeypatch):
     monkeypatch.delenv("NOT_HERE", raising=False)
     data = {**MINIMAL, "data": {"mixture": [{"dataset": "d", "shards": "${NOT_HERE}/d"}]}}
     path = write(tmp_path, "r.yaml", yaml.safe_dump(data))
@@ -283,12 +283,12 @@ def test_a_broken_reference_is_refused(minimal):
     ],
 )
 def test_a_wrong_recipe_is_refused_in_one_line(minimal, overrides, message):
-    said = refusal(minimal, *overrides)
-    assert message in said
-    assert "\n" not in said
+    message = refusal(minimal, *overrides)
+    assert message in message
+    assert "\n" not in message
 
 
-def test_every_mistake_is_named_with_the_file_that_made_it(tmp_path):
+def test_every_mistake_is_named_with_the_file_that_has_it(tmp_path):
     a = write(tmp_path, "a.yaml", yaml.safe_dump({**MINIMAL, "optim": {"base_rl": 1}}))
     b = write(tmp_path, "b.yaml", "extends: a.yaml\nmodel: {sice: tiny}\n")
     assert refusal(b, "train.log_evry=1").split("\n") == [
@@ -299,9 +299,9 @@ def test_every_mistake_is_named_with_the_file_that_made_it(tmp_path):
 
 
 def test_what_is_missing_is_named(tmp_path):
-    said = refusal(write(tmp_path, "r.yaml", "data: {mixture: [{dataset: d}]}"))
-    assert "name: is missing" in said
-    assert "data.mixture[0].shards: is missing" in said
+    message = refusal(write(tmp_path, "r.yaml", "data: {mixture: [{dataset: d}]}"))
+    assert "name: is missing" in message
+    assert "data.mixture[0].shards: is missing" in message
 
 
 @pytest.mark.parametrize(
@@ -314,13 +314,13 @@ def test_what_is_missing_is_named(tmp_path):
         ("", "name: is missing"),
     ],
 )
-def test_a_file_that_is_no_recipe_is_refused(tmp_path, text, reason):
+def test_a_file_that_is_not_a_recipe_is_refused(tmp_path, text, reason):
     path = write(tmp_path, "r.yaml", text)
     assert str(path) in refusal(path)
     assert reason in refusal(path)
 
 
-def test_a_file_that_is_not_there_is_refused_with_its_neighbour():
+def test_a_file_that_is_not_there_is_refused_with_a_similar_name():
     assert "No such file" in refusal(RECIPES / "vitz.yaml")
     assert "did you mean 'vit" in refusal(RECIPES / "vitz.yaml")
 
@@ -427,7 +427,7 @@ def test_ranks_fit_exactly_when_lanes_and_batch_can_be_shared(lanes, per_lane, m
             check_world(recipe, world_size)
 
 
-def test_a_wrong_number_of_ranks_is_told_what_fits():
+def test_a_wrong_number_of_ranks_is_refused_with_what_fits():
     recipe = load_recipe(RECIPES / "vitl.yaml")
     with pytest.raises(
         RecipeError, match=r"32 cannot be shared evenly by 3 ranks: .* on 1, 2, 4, 8, 16 ranks"
@@ -437,12 +437,22 @@ def test_a_wrong_number_of_ranks_is_told_what_fits():
         check_world(recipe, 32)
 
 
+def test_micro_batches_of_a_rank_and_steps_of_a_run_are_counted(minimal):
+    recipe = load_recipe(minimal, ["train.global_batch=96", "train.micro_batch=4", "train.epochs=3"])
+    assert [recipe.num_micro_batches(ranks) for ranks in (1, 2, 8)] == [24, 12, 3]
+    assert recipe.with_zero_stage(2, 6).num_micro_batches(2) == 8
+    with pytest.raises(RecipeError, match=r"16 ranks share train\.global_batch 96, 6 each"):
+        recipe.num_micro_batches(16)
+    assert recipe.train.num_steps(50) == 150
+    assert load_recipe(minimal, ["train.steps=7"]).train.num_steps(50) == 7
+
+
 # --- DeepSpeed
 
 
 def test_under_another_zero_stage_a_stated_micro_batch_does_not_contradict(minimal):
-    said = ["deepspeed.train_micro_batch_size_per_gpu=8", "deepspeed.gradient_accumulation_steps=12"]
-    recipe = load_recipe(minimal, said)
+    given = ["deepspeed.train_micro_batch_size_per_gpu=8", "deepspeed.gradient_accumulation_steps=12"]
+    recipe = load_recipe(minimal, given)
     assert recipe.with_zero_stage(2, 8).deepspeed["gradient_accumulation_steps"] == 12
     config = recipe.with_zero_stage(3, 4).deepspeed_config(1, "cpu")
     assert (config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]) == (4, 24)
@@ -476,14 +486,14 @@ def test_under_another_zero_stage_a_stated_micro_batch_does_not_contradict(minim
     ],
 )
 def test_a_deepspeed_section_that_contradicts_the_recipe_is_refused(minimal, override, reason):
-    said = refusal(minimal, f"deepspeed.{override}")
-    assert said.startswith(f"--set: deepspeed.{override.partition('=')[0].partition('.')[0]}")
-    assert reason in said
+    message = refusal(minimal, f"deepspeed.{override}")
+    assert message.startswith(f"--set: deepspeed.{override.partition('=')[0].partition('.')[0]}")
+    assert reason in message
 
 
-@pytest.mark.parametrize(("precision", "said"), [("bf16", "false"), ("fp32", "true")])
-def test_precision_is_decided_in_one_place(minimal, precision, said):
-    message = refusal(minimal, f"train.precision={precision}", f"deepspeed.bf16.enabled={said}")
+@pytest.mark.parametrize(("precision", "enabled"), [("bf16", "false"), ("fp32", "true")])
+def test_precision_is_decided_in_one_place(minimal, precision, enabled):
+    message = refusal(minimal, f"train.precision={precision}", f"deepspeed.bf16.enabled={enabled}")
     assert f"follows from train.precision {precision}" in message
 
 
@@ -528,7 +538,7 @@ def test_bf16_without_zero_or_on_request_is_autocast(minimal):
         assert config["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
 
 
-def test_the_section_itself_is_left_alone(minimal):
+def test_the_deepspeed_section_itself_is_not_modified(minimal):
     recipe = load_recipe(minimal)
     before = recipe.to_yaml()
     recipe.deepspeed_config(2, "cuda")["zero_optimization"]["stage"] = 0
@@ -587,7 +597,7 @@ def test_every_sensor_field_can_be_overridden():
     assert set(SensorOverride.model_fields) == {f.name for f in dataclasses.fields(Sensor)} - {"name"}
 
 
-def test_sensors_are_changed_kept_and_left_out():
+def test_sensors_are_changed_unchanged_or_omitted():
     sensors = resolve_spec(
         SPEC,
         entry(sensors={"aerial": {"image_size": 60, "patch": 10, "scale": {"divisor": 100}}, "s1_des": None}),
