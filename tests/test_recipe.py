@@ -50,7 +50,7 @@ def refusal(path: Path, *overrides: str) -> str:
     return str(caught.value)
 
 
-# --- what stands in the house
+# --- shipped recipes
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.yaml")), ids=lambda p: p.stem)
@@ -283,9 +283,9 @@ def test_a_broken_reference_is_refused(minimal):
     ],
 )
 def test_a_wrong_recipe_is_refused_in_one_line(minimal, overrides, message):
-    message = refusal(minimal, *overrides)
-    assert message in message
-    assert "\n" not in message
+    error = refusal(minimal, *overrides)
+    assert message in error
+    assert "\n" not in error
 
 
 def test_every_mistake_is_named_with_the_file_that_has_it(tmp_path):
