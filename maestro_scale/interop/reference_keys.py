@@ -38,54 +38,56 @@ _STACK = re.compile(r"(encoders|decoders)\.(\w+)\.|inter\.")
 _IN_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)\.(weight|bias)")
 
 
-def reference_name(ours: str, segmentation_heads: frozenset[str] = frozenset()) -> str:
+def reference_name(name: str, segmentation_heads: frozenset[str] = frozenset()) -> str:
     """Reference name of a parameter. KeyError if no rule covers it."""
-    for pattern, theirs in _RULES:
-        if match := re.fullmatch(pattern, ours):
-            return match.expand(theirs)
-    if match := _HEAD_LINEAR.fullmatch(ours):
+    for pattern, template in _RULES:
+        if match := re.fullmatch(pattern, name):
+            return match.expand(template)
+    if match := _HEAD_LINEAR.fullmatch(name):
         last = "conv" if match[1] in segmentation_heads else "linear"
         return f"heads.{match[1]}.{last}.{match[2]}"
-    if match := _STACK.match(ours):
+    if match := _STACK.match(name):
         prefix = f"{_STACKS[match[1]]}.{match[2]}" if match[1] else _STACKS["inter"]
-        rest = ours[match.end() :]
+        rest = name[match.end() :]
         if inside := _IN_BLOCK.fullmatch(rest):
             return f"{prefix}.layers.{inside[1]}.{_BLOCK[inside[2]]}.{inside[3]}"
         return f"{prefix}.{rest}"
-    raise KeyError(f"no rule maps the parameter {ours!r} to a name of the reference checkpoints")
+    raise KeyError(f"no rule maps the parameter {name!r} to a name of the reference checkpoints")
 
 
 def from_reference(
-    theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor], segmentation_heads: frozenset[str] = frozenset()
+    reference: Mapping[str, Tensor],
+    model_state: Mapping[str, Tensor],
+    segmentation_heads: frozenset[str] = frozenset(),
 ) -> tuple[dict[str, Tensor], list[str], list[str]]:
-    """Rename and reshape reference tensors to fit the state dict ``ours``.
+    """Rename and reshape reference tensors to fit the state dict ``model_state``.
 
-    Returns (state dict, names of ours that are missing there, reference names that are not used). ValueError, with both
+    Returns (state dict, missing names of the model, reference names that are not used). ValueError, with both
     shapes, if a tensor has another number of elements.
     """
     state: dict[str, Tensor] = {}
     missing: list[str] = []
     used: set[str] = set()
-    for name, like in ours.items():
+    for name, like in model_state.items():
         key = reference_name(name, segmentation_heads)
-        if key not in theirs:
+        if key not in reference:
             missing.append(name)
             continue
         used.add(key)
-        if theirs[key].numel() != like.numel():
+        if reference[key].numel() != like.numel():
             raise ValueError(
-                f"{key} has shape {tuple(theirs[key].shape)}, the model's {name} {tuple(like.shape)}"
+                f"{key} has shape {tuple(reference[key].shape)}, the model's {name} {tuple(like.shape)}"
             )
-        state[name] = theirs[key].reshape(like.shape)
-    return state, missing, sorted(set(theirs) - used)
+        state[name] = reference[key].reshape(like.shape)
+    return state, missing, sorted(set(reference) - used)
 
 
-def to_reference(ours: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+def to_reference(model_state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """The inverse of :func:`from_reference` for a full state dict: reference names and shapes, unchanged values."""
     segmentation = frozenset(t.name for t in config.heads if t.kind == "segmentation")
     embeds = {s.embed: s for s in config.all_sensors}
-    theirs = {}
-    for name, tensor in ours.items():
+    reference = {}
+    for name, tensor in model_state.items():
         key = reference_name(name, segmentation)
         kind, part = key.split(".")[:2]
         if kind == "patch_embed" and key.endswith("conv.weight"):
@@ -95,5 +97,5 @@ def to_reference(ours: Mapping[str, Tensor], config: ModelConfig) -> dict[str, T
             tensor = tensor[..., None, None]
         elif kind == "mask_token":
             tensor = tensor[None, :, None, None]
-        theirs[key] = tensor.contiguous()
-    return theirs
+        reference[key] = tensor.contiguous()
+    return reference

@@ -107,7 +107,7 @@ def test_an_inconsistent_description_is_refused(raster, says):
             "tile a: kind has no class 'fig'; there are: apple, pear",
         ),
         ({"targets": {**LABELS, "cover": np.full((6, 6), -1)}}, "tile a: cover is int64"),
-        ({"targets": {**LABELS, "cover": np.full((6, 6), 2)}}, r"tile a: target\.cover holds the value 2"),
+        ({"targets": {**LABELS, "cover": np.full((6, 6), 2)}}, r"tile a: target\.cover contains the value 2"),
         ({"targets": {**LABELS, "kinds": 1}}, r"tile a: has, unlike the spec, the field target\.kinds"),
     ],
 )

@@ -162,7 +162,7 @@ def test_unreadable_tiles_are_left_out_on_request(tmp_path):
         ({"ref_date": np.zeros(2, np.int16)}, r"tile t: ref_date is int16 \(2,\), expected int16 \(3,\)"),
         (
             {"targets": {"kinds": np.zeros(3, np.float32), "cover": np.full((8, 8), 3, np.uint8)}},
-            "cover holds the value 3",
+            "cover contains the value 3",
         ),
         ({"key": ""}, "a key is a non-empty string"),
     ],

@@ -100,7 +100,7 @@ def _check_target(key: str, array: np.ndarray, target: Target, spec: DatasetSpec
         )
         if unknown:
             raise DatasetError(
-                f"tile {key}: {field} holds the value {unknown[0]}, which is neither one of the "
+                f"tile {key}: {field} contains the value {unknown[0]}, which is neither one of the "
                 f"{len(target.classes)} classes nor an ignored value"
             )
 
