@@ -73,7 +73,7 @@ class Fields:
         path = folder / "fields.yaml"
         path.write_text(
             f"name: fields\ndata:\n  mixture: [{{dataset: fields, shards: {str(self.shards)!r}, split: train}}]\n"
-            f"  cache_dir: {str(folder / 'cache')!r}\n  workers: 0\n"
+            f"  cache_dir: {str(folder / 'cache')!r}\n  workers: 0\ntracking: {{enabled: false}}\n"
         )
         return path
 
