@@ -143,7 +143,7 @@ def _build_engine(recipe: Recipe, parts: TrainingParts, world: World) -> Engine:
     o = recipe.optim
     schedule = SCHEDULES[o.schedule](parts.num_steps, o.warmup, 1 / o.start_div, 1 / o.final_div)
     network = parts.network.to(world.device)
-    optimizer = build_optimizer(network, recipe.lr, tuple(o.betas), o.eps, o.weight_decay, parts.layer_decay)
+    optimizer = build_optimizer(network, recipe.lr, o.betas, o.eps, o.weight_decay, parts.layer_decay)
     deepspeed = recipe.deepspeed_config(world.size, world.device.type)
     return Engine(network, optimizer, schedule, deepspeed, world, Guard(recipe.train.spike))
 

@@ -131,7 +131,7 @@ def destroy_process_group() -> None:
 def hard_exit(code: int) -> NoReturn:
     """End this process now, with everything said and given back, and without the interpreter's own end: threads of
     Gloo and of stores that are still in C++ then would abort it, and a finished run would look like a failed one."""
-    multiprocessing.util._run_finalizers(0)
+    multiprocessing.util._run_finalizers(0)  # type: ignore[attr-defined]  # private: not in typeshed
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -116,10 +116,11 @@ class Engine:
         self._sums = self._world.sum(local_sums.sum(0))
         self._global_loss = self.model.loss(dataset, self._sums, counts)
         self._plain_norm = self._norm_of_plain_gradients() if self._plain else None
-        self._judged, self._skipped = False, None
+        self._judged = False
+        self._skipped: str | None = None
 
     def _judge(self) -> None:
-        norm = self._plain_norm if self._plain else self._raw.optimizer._global_grad_norm
+        norm = self._raw.optimizer._global_grad_norm if self._plain_norm is None else self._plain_norm
         self._judged, self._loss, self._norm = True, float(self._global_loss), float(norm)
         self._skipped = self.guard.judge(self._loss, self._norm)
         # The numbers are global already; asking makes sure that no rank goes on alone. By the network of the gradients:

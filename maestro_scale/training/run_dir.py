@@ -95,7 +95,7 @@ def lock(run_dir: Path) -> FileLock:
 
 def environment() -> dict[str, Any]:
     """Versions, git revision, host and command of this process. Holds no environment variables: they hold secrets."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
             versions[name] = metadata.version(name)

@@ -43,7 +43,7 @@ def warm_up(
         raise
     if world.device.type == "cuda":
         used = torch.cuda.max_memory_reserved(world.device)
-        room = torch.cuda.get_device_properties(world.device).total_memory
-        used, share = world.maxima([used / 2**30, used / room])
+        total = torch.cuda.get_device_properties(world.device).total_memory
+        used_gib, share = world.maxima([used / 2**30, used / total])
         if world.is_main:
-            log.info("warm-up: a step takes up to %.1f GiB, %.0f %% of a device", used, 100 * share)
+            log.info("warm-up: a step takes up to %.1f GiB, %.0f %% of a device", used_gib, 100 * share)

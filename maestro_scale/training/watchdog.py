@@ -156,7 +156,7 @@ class Watchdog:
             with stack.open("w") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
         except OSError:
-            faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
+            faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
         step, doing = self._noted
         print(
             f"error: rank {self._world.rank} made no progress for {self._timeout_s:g} s at step {step}, {doing}: "

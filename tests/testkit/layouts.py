@@ -52,7 +52,7 @@ def schedule(step: int) -> float:
 
 def run_task(task: dict, world) -> dict:
     from maestro_scale.model.maestro import Maestro
-    from maestro_scale.recipe.engine_config import Derived, filled
+    from maestro_scale.recipe.engine_config import Derived, complete_config
     from maestro_scale.training.checkpoint.checkpoints import Checkpoints, Position
     from maestro_scale.training.checkpoint.retention import Retention
     from maestro_scale.training.checkpoint.state import TrainState
@@ -75,7 +75,7 @@ def run_task(task: dict, world) -> dict:
     section = {"zero_optimization": {"stage": task["stage"], **task.get("zero", {})}}
     model = Maestro(config).initialise(SEED)
     engine = Engine(
-        model, build_optimizer(model, **SETTINGS), schedule, filled(section, derived), world, Guard(0.0)
+        model, build_optimizer(model, **SETTINGS), schedule, complete_config(section, derived), world, Guard(0.0)
     )
     state = TrainState(engine.sharded, WeightEMA(0.8, engine.sharded.fragments))
     result = {"losses": [], "norms": []}

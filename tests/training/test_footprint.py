@@ -10,7 +10,7 @@ import pytest
 from testkit import held
 from testkit.runs import Job
 
-from maestro_scale.recipe.engine_config import Derived, filled
+from maestro_scale.recipe.engine_config import Derived, complete_config
 from maestro_scale.training.distributed import free_port
 from maestro_scale.training.footprint import footprint, traffic
 
@@ -59,7 +59,7 @@ def test_bytes_are_those_that_deepspeed_holds_and_sends(measured, task):
     found = measured[task["name"]]
     batch = held.layouts.GLOBAL_BATCH
     derived = Derived(batch, batch // RANKS // task["accumulate"], 1.0, RANKS, task["precision"])
-    config = filled(task["section"], derived)
+    config = complete_config(task["section"], derived)
     said = footprint(found["parameters"], RANKS, config, task["accumulate"], task["ema"])
     expected = said.device + said.host
     if config["torch_autocast"][
@@ -76,7 +76,7 @@ def test_bytes_are_those_that_deepspeed_holds_and_sends(measured, task):
 
 
 def config_of(stage: int, precision: str = "bf16", **zero) -> dict:
-    return filled({"zero_optimization": {"stage": stage, **zero}}, Derived(64, 4, 1.0, 8, precision))
+    return complete_config({"zero_optimization": {"stage": stage, **zero}}, Derived(64, 4, 1.0, 8, precision))
 
 
 def test_a_billion_parameters_on_eight_ranks_as_in_the_zero_paper():

@@ -205,7 +205,7 @@ class Checkpoints:
     def _soundest(self) -> tuple[Path | None, list[str]]:
         # All ranks together, each reads a share of the files; which there are, rank 0 says: a shared file system may
         # show each node another moment.
-        problems = []
+        problems: list[str] = []
         names = ",".join(p.name for p in reversed(_committed(self.dir)))
         for name in filter(None, str(self._world.gather(names)[0]).split(",")):
             path, share = self.dir / name, (self._world.rank, self._world.size)
@@ -319,7 +319,7 @@ def load_position(path: Path) -> Position:
 
 
 def _newest(folder: Path, hashes: bool = False) -> tuple[Path | None, list[str]]:
-    problems = []
+    problems: list[str] = []
     for path in reversed(_committed(folder)):
         problem = commit.problem(path, hashes)
         if problem is None:

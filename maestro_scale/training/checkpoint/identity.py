@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -17,6 +18,7 @@ def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     """Nested dicts and lists -> {dotted name: plain value}."""
+    items: Iterable[tuple[str, Any]]
     if isinstance(value, dict):
         items = value.items()
     elif isinstance(value, (list, tuple)):
