@@ -28,10 +28,10 @@ def start_from(model: Maestro, url: str) -> tuple[TransferredPart, ...]:
     config, state = read_model(ModelSource(url))
     theirs, ours = config.size.width, model.config.size.width
     if theirs != ours:
-        # A few parameters would still have the same shape (biases of pixels): training on with those helps nobody.
+        # A few parameters have the same shape at any width (biases of pixels); loading only those would go unnoticed.
         raise ExportError(
-            f"{url}: its encoder has width {theirs}, this model's has width {ours}, so its weights do not fit: "
-            "start from a model of the same width, or change model.size or model.width"
+            f"model.init_from={url}: its encoder has width {theirs}, this model's has width {ours}, so its weights do not "
+            "fit: start from a model of the same width, or change model.size or model.width"
         )
     statuses: list[tuple[str, TransferStatus, int, str]] = []
     used = set()
@@ -54,7 +54,9 @@ def start_from(model: Maestro, url: str) -> tuple[TransferredPart, ...]:
     ]
     parts = summarize_transfer(statuses)
     if not used:
-        raise ExportError(f"{url}: none of its parameters has the name and shape of one of this model")
+        raise ExportError(
+            f"model.init_from={url}: none of its parameters has the name and shape of one of this model"
+        )
     return parts
 
 

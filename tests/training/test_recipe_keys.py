@@ -136,3 +136,16 @@ def test_a_run_starts_from_a_model_of_other_patches_and_depth(recipe, tmp_path):
                 tensor, initial_state[name], atol=1e-3
             )  # biases are 0
     assert all(statuses.values()), statuses
+
+
+def test_a_model_of_another_width_is_refused_in_one_line(recipe, tmp_path):
+    write_start(recipe, tmp_path / "start", "model.width=64")
+    code, output = Trainer(recipe).run(
+        tmp_path / "run", 1, *NO_CHANGE, f"model.init_from={tmp_path / 'start'}", "train.steps=1"
+    )
+    assert code == 2, output[-3000:]
+    (line,) = [line for line in output.splitlines() if line.startswith("error")]
+    assert line.startswith(
+        f"error: model.init_from={tmp_path / 'start'}: its encoder has width 64, this model's has width 32"
+    )
+    assert "Traceback" not in output
