@@ -30,8 +30,8 @@ def start_from(model: Maestro, url: str) -> tuple[TransferredPart, ...]:
     if theirs != ours:
         # A few parameters have the same shape at any width (biases of pixels); loading only those would go unnoticed.
         raise ExportError(
-            f"model.init_from={url}: its encoder has width {theirs}, this model's has width {ours}, so its weights do not "
-            "fit: start from a model of the same width, or change model.size or model.width"
+            f"model.init_from={url}: its encoder has width {theirs}, this model's has width {ours}, so its weights do "
+            "not fit: start from a model of the same width, or change model.size or model.width"
         )
     statuses: list[tuple[str, TransferStatus, int, str]] = []
     used = set()
