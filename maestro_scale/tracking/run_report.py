@@ -27,7 +27,7 @@ def run_report(recipe: Recipe, run_dir: Path, reason: str) -> str:
         f"# {' '.join(filter(None, (recipe.name, _mode(run_dir))))}: {reason} after {last['step']:,} steps",
         f"MAESTRO {recipe.model.size} on {' and '.join(dict.fromkeys(e.dataset for e in recipe.data.mixture))}, "
         f"{last['samples']:,} samples, {last['skipped_steps']} steps skipped.",
-        *(_loss_table(name, of_dataset) for name, of_dataset in _by_dataset(lines).items()),
+        *(_loss_table(name, of_dataset) for name, of_dataset in _by_dataset(recipe, lines).items()),
         _speed_table(lines),
         "## Next",
         "\n".join(f"    {command}" for command in next_commands(run_dir, reason)),
@@ -62,10 +62,12 @@ def _mode(run_dir: Path) -> str | None:
     return json.loads(path.read_text()).get("mode") if path.exists() else None
 
 
-def _by_dataset(lines: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+def _by_dataset(recipe: Recipe, lines: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     grouped: dict[str, list[dict[str, Any]]] = {}
+    # Finetunings of earlier revisions logged neither the dataset, of which there is one, nor the speed.
+    default = recipe.data.mixture[0].dataset
     for line in lines:
-        grouped.setdefault(line["dataset"], []).append(line)
+        grouped.setdefault(line.get("dataset", default), []).append(line)
     return grouped
 
 
@@ -88,7 +90,9 @@ def _speed_table(lines: Sequence[dict[str, Any]]) -> str:
         "of these, waiting for data": _median(lines, "data_wait_s"),
         "TFLOP/s per rank": _median(lines, "tflops"),
         "MFU": _median(lines, "mfu"),
-        "peak memory, GiB": max((x["peak_memory_gib"] for x in lines), default=None),
+        "peak memory, GiB": max(
+            (x["peak_memory_gib"] for x in lines if "peak_memory_gib" in x), default=None
+        ),
     }
     cells = [f"| {name} | {_number(value)} |" for name, value in rows.items() if value is not None]
     return "\n".join(["| median over log lines | |", "|---|---:|", *cells])

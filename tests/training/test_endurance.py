@@ -243,7 +243,7 @@ def test_spikes_are_judged_by_running_means():
     guard.record_skip()
     guard.record_skip()
     recalled = Guard(spike=10.0)
-    recalled.recall(guard.state_dict())
+    recalled.load_state_dict(guard.state_dict())
     assert recalled == guard
     assert recalled.in_a_row == 2
     recalled.record_step(1.0, 2.0)
