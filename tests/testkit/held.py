@@ -74,7 +74,7 @@ class Sent:
 
 def run_task(task: dict, world, sent: Sent) -> dict:
     from maestro_scale.model.maestro import Maestro
-    from maestro_scale.recipe.engine_config import Derived, filled
+    from maestro_scale.recipe.engine_config import Derived, complete_config
     from maestro_scale.training.ema import WeightEMA
     from maestro_scale.training.engine import Engine
     from maestro_scale.training.guard import Guard
@@ -87,7 +87,9 @@ def run_task(task: dict, world, sent: Sent) -> dict:
     model = Maestro(CONFIG).initialise(0)
     first = next(model.parameters())
     optimizer = build_optimizer(model, **layouts.SETTINGS)
-    engine = Engine(model, optimizer, layouts.schedule, filled(task["section"], derived), world, Guard(0.0))
+    engine = Engine(
+        model, optimizer, layouts.schedule, complete_config(task["section"], derived), world, Guard(0.0)
+    )
     ema = WeightEMA(0.9, engine.sharded.fragments) if task["ema"] else None
     parts, masks, counts = layouts.global_batches(CONFIG, 0, world.size * accumulate)
     inputs = [t for p in parts for part in (p.pixels, p.noise, p.dates) for t in part.values()]

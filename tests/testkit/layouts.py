@@ -75,7 +75,12 @@ def run_task(task: dict, world) -> dict:
     section = {"zero_optimization": {"stage": task["stage"], **task.get("zero", {})}}
     model = Maestro(config).initialise(SEED)
     engine = Engine(
-        model, build_optimizer(model, **SETTINGS), schedule, complete_config(section, derived), world, Guard(0.0)
+        model,
+        build_optimizer(model, **SETTINGS),
+        schedule,
+        complete_config(section, derived),
+        world,
+        Guard(0.0),
     )
     state = TrainState(engine.sharded, WeightEMA(0.8, engine.sharded.fragments))
     result = {"losses": [], "norms": []}
