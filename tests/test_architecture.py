@@ -7,6 +7,8 @@ from collections.abc import Mapping, Set
 
 import grimp
 
+from maestro_scale.recipe import Recipe
+
 
 def import_graph(package: str) -> dict[str, Set[str]]:
     """{module: modules it imports}, imports within functions and for type checking included."""
@@ -63,3 +65,12 @@ def test_a_cycle_through_a_function_level_import_is_found(tmp_path, monkeypatch)
     finally:
         sys.modules.pop("cyclic_package", None)
     assert found == [["cyclic_package.first", "cyclic_package.second", "cyclic_package.third"]]
+
+
+def test_batch_sizes_are_global_or_micro():
+    """Invariant 9 of docs/architecture.md, for the keys of recipes: a batch is global or of one forward pass."""
+    sections = {
+        name: f.annotation for name, f in Recipe.model_fields.items() if hasattr(f.annotation, "model_fields")
+    }
+    keys = [key for section in sections.values() for key in section.model_fields if "batch" in key]
+    assert sorted(keys) == ["global_batch", "micro_batch"]

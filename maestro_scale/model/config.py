@@ -17,7 +17,12 @@ from maestro_scale.datasets.spec_check import sensor_problems, sharing_problems
 from maestro_scale.errors import dotted
 from maestro_scale.model.sizes import Size
 
+# The choices of a model; recipes (``recipe/sections.py``) offer the same ones.
 Fusion = Literal["group", "mod", "monotemp", "shared"]
+Spectral = Literal["joint", "token"]
+Norm = Literal["group", "token"]
+TargetNorm = Literal["patch_group", "patch", "none"]
+Loss = Literal["l1", "l2"]
 AttentionChoice = Literal["auto", "flash", "cudnn", "efficient", "math", "flash_attn"]
 CHECKPOINTING = r"none|blocks|every_([2-9]|[1-9]\d+)"
 
@@ -63,10 +68,10 @@ class ModelConfig:
     pos_grid: int
     fusion: Fusion = "group"
     inter_depth: int = 3
-    spectral: Literal["joint", "token"] = "joint"
-    norm: Literal["group", "token"] = "group"
-    target: Literal["patch_group", "patch", "none"] = "patch_group"
-    loss: Literal["l1", "l2"] = "l1"
+    spectral: Spectral = "joint"
+    norm: Norm = "group"
+    target: TargetNorm = "patch_group"
+    loss: Loss = "l1"
     checkpointing: str = "none"
     attention: AttentionChoice = "auto"
     pool: Literal["attentive", "mean"] = "attentive"

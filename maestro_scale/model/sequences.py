@@ -1,7 +1,8 @@
 """Fusion modes, described as attention sequences.
 
 A :class:`Sequence` lists the sensors whose tokens attend to each other and names the encoder that processes them. To
-add a fusion mode, add a list of sequences to :func:`sequences`; no other code depends on the names of the modes.
+add a fusion mode, add a list of sequences to :func:`sequences` and its name to ``config.Fusion``; apart from
+``config.inter_depth_problem``, no other code depends on the names of the modes.
 
 Shapes: B batch, R token grids per tile (dates x token groups), L tokens per grid, E width, N tokens of a sequence.
 """

@@ -5,6 +5,8 @@ Shapes: B batch, D dates, L tokens per date, P patch side, C bands, G token grou
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,7 @@ from maestro_scale.datasets.spec import Sensor
 from maestro_scale.model.config import ModelConfig
 
 VARIANCE_FLOOR = 1e-6
+ERRORS: dict[str, Callable[[Tensor], Tensor]] = {"l1": torch.abs, "l2": torch.square}  # by ``model.loss``
 
 
 def target_groups(config: ModelConfig, sensor: Sensor) -> tuple[int, ...]:
@@ -65,8 +68,7 @@ def error_sum(
     """
     precise = torch.promote_types(prediction.dtype, torch.float32)
     difference = prediction.to(precise) - normalise(config, sensor, patches)
-    error = difference.abs() if config.loss == "l1" else difference.square()
-    return (error * masked_bands(config, sensor, masked)).sum()
+    return (ERRORS[config.loss](difference) * masked_bands(config, sensor, masked)).sum()
 
 
 def num_masked_values(config: ModelConfig, sensor: Sensor, masked: Tensor) -> Tensor:

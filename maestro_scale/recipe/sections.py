@@ -6,7 +6,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from maestro_scale.model.config import CHECKPOINTING, AttentionChoice, inter_depth_problem
+from maestro_scale.model.config import (
+    CHECKPOINTING,
+    AttentionChoice,
+    Fusion,
+    Loss,
+    Norm,
+    Spectral,
+    TargetNorm,
+    inter_depth_problem,
+)
 from maestro_scale.model.sizes import SIZES, Size
 from maestro_scale.recipe.errors import ConflictError
 from maestro_scale.recipe.fields import Count, Place, Probability, Section, distinct, listed, nearest_divisors
@@ -35,17 +44,17 @@ class Model(Section):
     """Decoder width, 8 plus a multiple of 4."""
     decoder_heads: Count | None = None
     """Attention heads of the decoder; null: those of the size, or decoder_width / 32 if decoder_width is given."""
-    fusion: Literal["group", "mod", "monotemp", "shared"] = "group"
+    fusion: Fusion = "group"
     """What forms a token sequence: a group of sensors, a sensor, a date, or a date with one encoder for all."""
     inter_depth: Annotated[int, Field(ge=0)] = 3
     """Blocks, of ``depth``, that attend over all groups; 0 with monotemp and shared."""
-    spectral: Literal["joint", "token"] = "joint"
+    spectral: Spectral = "joint"
     """One token for all bands, or one per band group."""
-    norm: Literal["group", "token"] = "group"
+    norm: Norm = "group"
     """Normalisation after the patch embedding: over all tokens of a date (as published), or per token."""
-    target: Literal["patch_group", "patch", "none"] = "patch_group"
+    target: TargetNorm = "patch_group"
     """Normalisation of target pixels: over patch and band group, over the patch, or none."""
-    loss: Literal["l1", "l2"] = "l1"
+    loss: Loss = "l1"
     """Distance between reconstruction and target."""
     checkpointing: Annotated[str, Field(pattern=f"^({CHECKPOINTING})$")] = "none"
     """Activation checkpointing. blocks: each block keeps only its input and is recomputed in the backward pass, which
