@@ -45,7 +45,7 @@ def evaluation_hooks(
     """The hooks that ``evaluation.every_steps`` asks for, to be built once the engine exists.
 
     ``model`` is still whole, not yet in DeepSpeed's hands. RecipeError where there is no benchmark to score, and
-    ResultsError or ManifestError where it lacks a target or a split: before any time is spent.
+    EvaluationError or ManifestError where it lacks a target or a split: before any time is spent.
     """
     if not recipe.evaluation.every_steps:
         return lambda engine: ()
