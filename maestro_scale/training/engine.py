@@ -1,30 +1,36 @@
-"""The DeepSpeed engine around the model: built once, from the recipe's own DeepSpeed section."""
+"""The DeepSpeed engine around a network. Everything that relies on DeepSpeed's behaviour in a step is in this file.
+
+Checked against DeepSpeed 0.19.8. Do not reorder the calls: where DeepSpeed reduces gradients, computes the norm and
+calls the optimizer is what the guard, the loss of the global batch and the rehearsal step depend on.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from maestro_scale.model.masking import Mask
 from maestro_scale.stream.batch import Batch
 from maestro_scale.training.distributed import World
 from maestro_scale.training.fragments import ShardedState
 from maestro_scale.training.guard import Guard
 from maestro_scale.training.optimizer import Schedule, set_lr
 
-# What DeepSpeed counts per step; its monitors and profiler go by them.
+# DeepSpeed's own counters of steps, which its monitors and profiler read.
 _COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """One step. ``sums`` (S,): error sums per sensor of the global batch, fp32. ``norm``: of its gradient, before
-    clipping. ``skipped``: why the optimizer was kept from it, else None. ``local_sums``: (micro-batches, S), this
-    rank's own error sums."""
+    """One step of the global batch, S loss sums.
+
+    ``sums`` (S,): fp32, over all ranks. ``norm``: of the gradient, before clipping. ``skipped``: why the optimizer did
+    not run, else None. ``local_sums`` (micro-batches, S): this rank's own.
+    """
 
     loss: float
     sums: Tensor
@@ -35,11 +41,17 @@ class StepResult:
 
 
 class Engine:
-    """One optimizer step over the micro-batches of a rank; gradients are those of the *global* loss."""
+    """One optimizer step over the micro-batches of a rank; gradients are those of the *global* loss.
+
+    ``network(batch, inputs, num_terms)`` returns (its share of the global loss, loss sums (S,)), and
+    ``network.loss(dataset, sums, num_terms)`` the global loss from sums and counts (S,) over all ranks.
+    """
+
+    _skipped: str | None
 
     def __init__(
         self,
-        model: Any,
+        network: nn.Module,
         optimizer: torch.optim.Optimizer,
         schedule: Schedule,
         config: dict[str, Any],
@@ -48,30 +60,36 @@ class Engine:
     ) -> None:
         import deepspeed
 
-        self._raw, _, _, _ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=config, dist_init_required=False
+        self._deepspeed, _, _, _ = deepspeed.initialize(
+            model=network, optimizer=optimizer, config=config, dist_init_required=False
         )
-        self.model, self.guard = model, guard
-        self.sharded = ShardedState(self._raw, world.rank, world.size)
+        self.network: Any = network  # typed Any for its ``loss`` and ``config``
+        self.guard = guard
+        self.sharded = ShardedState(self._deepspeed, world.rank, world.size)
         self._world, self._schedule = world, schedule
-        self._plain = self._raw.optimizer is self._raw.basic_optimizer
+        self._is_stage_0 = self._deepspeed.optimizer is self._deepspeed.basic_optimizer
         self._stage = config.get("zero_optimization", {}).get("stage", 0)
-        # DeepSpeed calls it, once per group, when it has the norm and has changed nothing yet.
-        self._update = self._raw.basic_optimizer.step
-        self._raw.basic_optimizer.step = self._update_unless_skipped
+        # DeepSpeed calls it once per parameter group, when the gradient norm is known and no weight has changed yet:
+        # the one place where a step can be skipped without undoing anything.
+        self._optimizer_step = self._deepspeed.basic_optimizer.step
+        self._deepspeed.basic_optimizer.step = self._step_unless_skipped
+        self._judged, self._skipped = False, None
+        self._loss, self._norm = 0.0, 0.0
 
     def step(
-        self, step: int, batches: list[Batch], masks: list[dict[str, Mask]], counts: Tensor
+        self, step: int, batches: Sequence[Batch], inputs: Sequence[Any], num_terms: Tensor
     ) -> StepResult:
         """Forward, backward and, unless the guard objects, the optimizer's step number ``step`` (the first is 0).
 
-        ``counts`` (S,): hidden pixels per sensor of the whole global batch.
+        ``inputs``: the objective's, per micro-batch. ``num_terms`` (S,): of the whole global batch.
         """
-        lr = set_lr(self._raw.basic_optimizer, self._schedule(step))
-        local_sums = self._run(batches, masks, counts)
-        if not self._judged:  # DeepSpeed itself gave up on the step
+        lr = set_lr(self._deepspeed.basic_optimizer, self._schedule(step))
+        local_sums = self._forward_backward(batches, inputs, num_terms)
+        if (
+            not self._judged
+        ):  # DeepSpeed found an overflow and skipped the step before it called the optimizer
             self._judge()
-            self._forget_partial_sums()
+            self._clear_partial_sums()
             if self._skipped is None:
                 raise RuntimeError("DeepSpeed skipped a step whose loss and gradient norm are finite")
         if self._skipped is None:
@@ -80,77 +98,79 @@ class Engine:
             self.guard.record_skip()
         return StepResult(self._loss, self._sums, self._norm, lr, self._skipped, local_sums)
 
-    def rehearse(self, batches: list[Batch], masks: list[dict[str, Mask]], counts: Tensor) -> None:
-        """Go through a step and change nothing: weights, moments, the guard and every counter stay, bit by bit.
+    def rehearse(self, batches: Sequence[Batch], inputs: Sequence[Any], num_terms: Tensor) -> None:
+        """Run a step and change nothing: weights, moments, guard and counters stay the same, bit by bit.
 
-        AdamW's moments are allocated first, as zeros, which is how its own first step would begin: so the memory
-        that forward and backward find is what a step in the middle of a run finds.
+        AdamW's moments are allocated first, as zeros, which is what its own first step does. So forward and backward
+        find as much free memory as in the middle of a run.
         """
-        raw = self._raw
+        raw = self._deepspeed
         self.sharded.begin_adam_at(self.sharded.adam_step)
         before = {name: getattr(raw, name) for name in _COUNTERS}
-        update, self._update = self._update, lambda *args, **kwargs: None
+        optimizer_step, self._optimizer_step = self._optimizer_step, lambda *args, **kwargs: None
         try:
-            self._run(batches, masks, counts)
+            self._forward_backward(batches, inputs, num_terms)
         finally:
-            self._update = update
+            self._optimizer_step = optimizer_step
             for name, value in before.items():
                 setattr(raw, name, value)
 
-    def _run(self, batches: list[Batch], masks: list[dict[str, Mask]], counts: Tensor) -> Tensor:
-        if self._stage == 3 and self.model.config.others:
-            self._forget_gradients()
-        local_sums = []
-        for batch, mask in zip(batches, masks, strict=True):
-            share, sums = self._raw(batch, mask, counts)
+    def _forward_backward(self, batches: Sequence[Batch], inputs: Sequence[Any], num_terms: Tensor) -> Tensor:
+        """Also the optimizer's step: DeepSpeed makes it inside its ``step`` at the last micro-batch."""
+        if self._stage == 3 and self.network.config.others:
+            self._clear_gradients()
+        local_sums: list[Tensor] = []
+        for batch, given in zip(batches, inputs, strict=True):
+            share, sums = self._deepspeed(batch, given, num_terms)
             # The shares of all ranks and micro-batches add up to the loss, but DeepSpeed averages gradients over
             # ranks and would divide by the accumulation steps: undo the first, switch off the second.
-            self._raw.backward(share * self._world.size, scale_wrt_gas=False)
+            self._deepspeed.backward(share * self._world.size, scale_wrt_gas=False)
             local_sums.append(sums)
-            if self._raw.is_gradient_accumulation_boundary():
-                self._begin_judging(batch.dataset, torch.stack(local_sums), counts)
-            self._raw.step()
+            if self._deepspeed.is_gradient_accumulation_boundary():
+                self._begin_judging(batch.dataset, torch.stack(local_sums), num_terms)
+            self._deepspeed.step()
         return torch.stack(local_sums)
 
-    def _begin_judging(self, dataset: str, local_sums: Tensor, counts: Tensor) -> None:
+    def _begin_judging(self, dataset: str, local_sums: Tensor, num_terms: Tensor) -> None:
+        # Before DeepSpeed's step, so that the reduction runs while the device still computes the backward pass.
         self._sums = self._world.sum(local_sums.sum(0))
-        self._global_loss = self.model.loss(dataset, self._sums, counts)
-        self._plain_norm = self._norm_of_plain_gradients() if self._plain else None
-        self._judged = False
-        self._skipped: str | None = None
+        self._global_loss = self.network.loss(dataset, self._sums, num_terms)
+        self._stage_0_norm = self._norm_of_gradients() if self._is_stage_0 else None
+        self._judged, self._skipped = False, None
 
     def _judge(self) -> None:
-        norm = self._raw.optimizer._global_grad_norm if self._plain_norm is None else self._plain_norm
+        norm: Any = self._stage_0_norm if self._is_stage_0 else self._deepspeed.optimizer._global_grad_norm
         self._judged, self._loss, self._norm = True, float(self._global_loss), float(norm)
         self._skipped = self.guard.judge(self._loss, self._norm)
-        # The numbers are global already; asking makes sure that no rank goes on alone. By the network of the gradients:
-        # the device has been waited for just now.
+        # The numbers are global already; the collective makes sure that no rank continues alone. It uses the
+        # gradients' process group: the device was synchronised just now.
         objections = torch.tensor(float(self._skipped is not None), device=self._world.device)
         if float(self._world.sum(objections)) and self._skipped is None:
             self._skipped = "another rank objects"
 
-    def _update_unless_skipped(self, *args: Any, **kwargs: Any) -> Any:
-        if not self._judged:
+    def _step_unless_skipped(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._judged:  # once per step, not once per parameter group
             self._judge()
         if self._skipped is None:
-            return self._update(*args, **kwargs)
+            return self._optimizer_step(*args, **kwargs)
         return None
 
-    def _forget_gradients(self) -> None:
-        # Stage 3 overwrites a parameter's gradient only where a step uses it: what another dataset of a mixture left
-        # would be applied again. The other stages start from zero.
-        optimizer = self._raw.optimizer
+    def _clear_gradients(self) -> None:
+        # Stage 3 overwrites a parameter's gradient only where a step uses it, so gradients of another dataset of a
+        # mixture would be applied again. The other stages start from zero.
+        optimizer = self._deepspeed.optimizer
         optimizer.grad_partitions_flat_buffer.zero_()
         for partition in optimizer.fp32_partitioned_groups_flat:
             if partition.grad is not None:
                 partition.grad.zero_()
 
-    def _forget_partial_sums(self) -> None:
-        # With offload, stages 1 and 2 keep the sums of a step that they gave up (0.19.8): every later one would be NaN.
+    def _clear_partial_sums(self) -> None:
+        # With offload, stages 1 and 2 keep the sums of a step that DeepSpeed skipped (0.19.8): every later one would
+        # be NaN.
         if self._stage in (1, 2):
-            sums = getattr(self._raw.optimizer, "averaged_gradients", {})
+            sums = getattr(self._deepspeed.optimizer, "averaged_gradients", {})
             sums.update(dict.fromkeys(sums))
 
-    def _norm_of_plain_gradients(self) -> Tensor:
-        # DeepSpeed reports no norm where it leaves the optimizer as it is (stage 0).
-        return get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+    def _norm_of_gradients(self) -> Tensor:
+        # DeepSpeed reports no norm at stage 0, where it leaves the optimizer as it is.
+        return get_total_norm([p.grad for p in self.network.parameters() if p.grad is not None])
