@@ -1,1 +1,1 @@
-"""From shards to batches: the order of samples, all random draws, transforms, and the training and evaluation loaders."""
+"""From shards to batches: order of samples, random draws, transforms, and the training and evaluation loaders."""
