@@ -28,19 +28,19 @@ class WeightEMA:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Average in the weights after ``step`` (the first is 1). No communication."""
+        """Update the average with the weights after ``step`` (the first is 1). No communication."""
         decay = min(self.decay, step / (9 + step)) if self._warmup else self.decay
         if self.averages:
             torch._foreach_lerp_(self.averages, [w.float() for w in self._weights], 1 - decay)
 
     def gather_into(self, module: nn.Module, world: World) -> None:
-        """Copy the whole average into ``module``, which has the same parameters; see ``fragments.gather_into``."""
+        """Copy the complete average into ``module``, which has the same parameters; see ``fragments.gather_into``."""
         names = {name for name, _ in module.named_parameters()}
         gather_into(module, world, self._fragments, self.averages, names)
 
     @torch.no_grad()
-    def load_whole(self, state: Mapping[str, Tensor]) -> None:
-        """Replace the average by whole tensors, by parameter name."""
+    def load_complete(self, state: Mapping[str, Tensor]) -> None:
+        """Replace the average. ``state``: complete tensors by parameter name."""
         for fragment, average in zip(self._fragments, self.averages, strict=True):
             first, numel = fragment.owned
             average.copy_(state[fragment.name].view(-1).narrow(0, fragment.start + first, numel))

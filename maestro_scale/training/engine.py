@@ -73,22 +73,20 @@ class Engine:
         # the one place where a step can be skipped without undoing anything.
         self._optimizer_step = self._deepspeed.basic_optimizer.step
         self._deepspeed.basic_optimizer.step = self._step_unless_skipped
-        self._judged, self._skipped = False, None
+        self._decided, self._skipped = False, None
         self._loss, self._norm = 0.0, 0.0
 
     def step(
         self, step: int, batches: Sequence[Batch], inputs: Sequence[Any], num_terms: Tensor
     ) -> StepResult:
-        """Forward, backward and, unless the guard objects, the optimizer's step number ``step`` (the first is 0).
+        """Forward, backward and, unless the guard refuses it, the optimizer's step number ``step`` (the first is 0).
 
         ``inputs``: the objective's, per micro-batch. ``num_terms`` (S,): of the whole global batch.
         """
         lr = set_lr(self._deepspeed.basic_optimizer, self._schedule(step))
         local_sums = self._forward_backward(batches, inputs, num_terms)
-        if (
-            not self._judged
-        ):  # DeepSpeed found an overflow and skipped the step before it called the optimizer
-            self._judge()
+        if not self._decided:  # DeepSpeed found an overflow and did not call the optimizer
+            self._decide()
             self._clear_partial_sums()
             if self._skipped is None:
                 raise RuntimeError("DeepSpeed skipped a step whose loss and gradient norm are finite")
@@ -127,30 +125,30 @@ class Engine:
             self._deepspeed.backward(share * self._world.size, scale_wrt_gas=False)
             local_sums.append(sums)
             if self._deepspeed.is_gradient_accumulation_boundary():
-                self._begin_judging(batch.dataset, torch.stack(local_sums), num_terms)
+                self._reduce_loss(batch.dataset, torch.stack(local_sums), num_terms)
             self._deepspeed.step()
         return torch.stack(local_sums)
 
-    def _begin_judging(self, dataset: str, local_sums: Tensor, num_terms: Tensor) -> None:
+    def _reduce_loss(self, dataset: str, local_sums: Tensor, num_terms: Tensor) -> None:
         # Before DeepSpeed's step, so that the reduction runs while the device still computes the backward pass.
         self._sums = self._world.sum(local_sums.sum(0))
         self._global_loss = self.network.loss(dataset, self._sums, num_terms)
         self._stage_0_norm = self._norm_of_gradients() if self._is_stage_0 else None
-        self._judged, self._skipped = False, None
+        self._decided, self._skipped = False, None
 
-    def _judge(self) -> None:
+    def _decide(self) -> None:
         norm: Any = self._stage_0_norm if self._is_stage_0 else self._deepspeed.optimizer._global_grad_norm
-        self._judged, self._loss, self._norm = True, float(self._global_loss), float(norm)
-        self._skipped = self.guard.judge(self._loss, self._norm)
+        self._decided, self._loss, self._norm = True, float(self._global_loss), float(norm)
+        self._skipped = self.guard.skip_reason(self._loss, self._norm)
         # The numbers are global already; the collective makes sure that no rank continues alone. It uses the
         # gradients' process group: the device was synchronised just now.
-        objections = torch.tensor(float(self._skipped is not None), device=self._world.device)
-        if float(self._world.sum(objections)) and self._skipped is None:
-            self._skipped = "another rank objects"
+        refusals = torch.tensor(float(self._skipped is not None), device=self._world.device)
+        if float(self._world.sum(refusals)) and self._skipped is None:
+            self._skipped = "refused by another rank"
 
     def _step_unless_skipped(self, *args: Any, **kwargs: Any) -> Any:
-        if not self._judged:  # once per step, not once per parameter group
-            self._judge()
+        if not self._decided:  # once per step, not once per parameter group
+            self._decide()
         if self._skipped is None:
             return self._optimizer_step(*args, **kwargs)
         return None

@@ -1,4 +1,4 @@
-"""Whether a step may change the weights: judged from its global loss and gradient norm, before the optimizer runs."""
+"""Decides from the global loss and gradient norm, before the update, whether a step is skipped."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from maestro_scale.errors import MaestroError
 
-_MEMORY = 0.99  # of the running means, per step
-_ARMED_AFTER = 100  # steps that the means are learned from before anything counts as a spike
+_DECAY = 0.99  # of the running means, per step
+_MIN_STEPS = 100  # before the running means are reliable enough to detect a spike
 
 
 class GuardError(MaestroError):
@@ -22,7 +22,8 @@ class GuardError(MaestroError):
 class Guard:
     """Skips a step whose loss or gradient norm is not finite, or is ``spike`` times its running mean (0: no limit).
 
-    The other fields are its memory; they go into checkpoints.
+    The other fields are its state, stored in checkpoints under these names: running means over ``seen`` finished steps,
+    and the number of steps skipped ``in_a_row``.
     """
 
     spike: float
@@ -31,32 +32,32 @@ class Guard:
     seen: int = 0
     in_a_row: int = 0
 
-    def judge(self, loss: float, norm: float) -> str | None:
-        """Why the step must be skipped, in words, or None. Changes nothing."""
+    def skip_reason(self, loss: float, norm: float) -> str | None:
+        """Why a step with this loss and gradient norm must be skipped, or None. Does not change the state."""
         for name, value, mean in (("loss", loss, self.mean_loss), ("gradient norm", norm, self.mean_norm)):
             if not math.isfinite(value):
                 return f"the {name} is {value}"
-            if self.spike and self.seen >= _ARMED_AFTER and value > self.spike * mean:
+            if self.spike and self.seen >= _MIN_STEPS and value > self.spike * mean:
                 return f"the {name} {value:.4g} is over {self.spike:g} times its running mean {mean:.4g}"
         return None
 
     def record_step(self, loss: float, norm: float) -> None:
-        """Remember a step that was taken."""
+        """Update the means with a finished step."""
         self.seen += 1
         self.in_a_row = 0
-        share = max(1 - _MEMORY, 1 / self.seen)  # a plain mean at first
+        share = max(1 - _DECAY, 1 / self.seen)  # the arithmetic mean of the first 100 steps
         self.mean_loss += share * (loss - self.mean_loss)
         self.mean_norm += share * (norm - self.mean_norm)
 
     def record_skip(self) -> None:
-        """Remember a step that was skipped."""
+        """Count a skipped step. It does not enter the means."""
         self.in_a_row += 1
 
     def state_dict(self) -> dict[str, float]:
-        """What a checkpoint keeps of it."""
+        """Everything but ``spike``, which comes from the recipe."""
         return {k: v for k, v in dataclasses.asdict(self).items() if k != "spike"}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Take up what a checkpoint kept."""
+        """Restore the state of a checkpoint."""
         for name, value in state.items():
             setattr(self, name, value)

@@ -1,4 +1,4 @@
-"""Whoever watches a run: the loop tells observers what happened, on rank 0, and never waits for them."""
+"""The protocol of observers (terminal, MLflow): rank 0 notifies them of events of a run and never waits for them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What observers learn when a run starts or resumes. ``step`` is where it stands, ``num_steps`` where it ends."""
+    """Passed to observers when a run starts or resumes. ``step``: finished steps; ``num_steps``: of the whole run."""
 
     run_dir: Path
     step: int
@@ -21,7 +21,7 @@ class RunInfo:
 
 @dataclass(frozen=True)
 class SensorView:
-    """One tile through one sensor, in network units. ``pixels``, ``reconstruction``: (D, C, H, W) float32;
+    """One sensor of one sample, in network units. ``pixels``, ``reconstruction``: (D, C, H, W) float32;
     ``hidden``: (D, H, W) bool, where any band was masked; ``embedding``: (G, G, E) float32, the encoder's tokens with
     nothing masked, averaged over dates and groups of bands."""
 
@@ -34,7 +34,7 @@ class SensorView:
 
 
 class Observer(Protocol):
-    """Told of a run's life; must not raise and must not block."""
+    """Notified of the events of a run; must not raise and must not block."""
 
     def started(self, info: RunInfo) -> None:
         """The run starts, or resumes, at ``info.step``."""

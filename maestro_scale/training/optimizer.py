@@ -1,4 +1,4 @@
-"""AdamW with decay only where it belongs, and learning-rate schedules as pure functions of the step."""
+"""AdamW with weight decay for matrices only, and learning-rate schedules as pure functions of the step."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Schedule = Callable[[int], float]
 def one_cycle(num_steps: int, warmup: float, start: float, final: float) -> Schedule:
     """Cosine from ``start`` up to 1 over ``warmup`` (a share of the steps), then cosine down to ``final``.
 
-    ``step`` counts finished steps: the factor that step s (the first is 0) is taken with.
+    ``step`` counts finished steps: ``factor(s)`` is that of the step after s finished ones.
     """
     peak = max(warmup * num_steps - 1, 0.0)
     last = max(num_steps - 1, peak + 1)
@@ -58,20 +58,20 @@ def build_optimizer(
 ) -> AdamW:
     """AdamW. Biases, norms, queries and mask tokens (anything but matrices of linear maps) do not decay.
 
-    ``layer_decay``: below 1, each encoder block learns by this factor slower than the one above it (BEiT,
-    arXiv 2106.08254, for finetuning); ``lr`` is that of the topmost layers.
+    ``layer_decay``: below 1, the learning rate of each encoder block is this factor times that of the block above it
+    (BEiT, arXiv 2106.08254, for finetuning); ``lr`` is that of the topmost layers.
     """
     depths = depths_below_top(model)
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for name, p in model.named_parameters():
         below = depths.get(name, 0) if layer_decay != 1.0 else 0
         decays = p.dim() >= 2 and name.endswith("weight")
-        fresh = {
+        group = {
             "params": [],
             "weight_decay": weight_decay if decays else 0.0,
             "peak_lr": lr * layer_decay**below,
         }
-        groups.setdefault((below, not decays), fresh)["params"].append(p)
+        groups.setdefault((below, not decays), group)["params"].append(p)
     ordered = [groups[key] for key in sorted(groups)]
     return AdamW(ordered, lr=lr, betas=betas, eps=eps, fused=True)
 
@@ -84,10 +84,10 @@ def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> float:
 
 
 def depths_below_top(model: nn.Module) -> dict[str, int]:
-    """{parameter: how many layers of the encoder lie above its own}; decoder and heads, above all of them, have 0.
+    """{parameter: number of encoder layers above it}; 0 for decoder and heads, which are above all of them.
 
     From the top: blocks of ``inter``, blocks of ``encoders`` (or of an image encoder's ``backbone``), then the patch
-    embedding. What an encoder has beside its blocks counts as its topmost one.
+    embedding. Other parameters of an encoder (norms) count as its topmost block.
     """
     names = [name for name, _ in model.named_parameters()]
     stacks = {part: _num_blocks(names, part) for part in _STACKS}

@@ -1,4 +1,4 @@
-"""Asking a run to end: a signal or a file sets a flag, and all ranks agree on it between two steps."""
+"""Stop requests: a signal or a file sets a flag on one rank; all ranks agree on it in the next step."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from types import FrameType
 class StopRequest:
     """Set by SIGTERM, SIGUSR1 or SIGINT, or by a file ``STOP`` in the run directory; ``reason`` says which.
 
-    Data workers ignore these signals themselves (see stream.loader). A second SIGINT interrupts at once. What is asked
-    for while a run is being prepared is done after its first step. ``run_dir``: may be told later.
+    Loader processes ignore these signals (see ``stream/workers.py``). A second SIGINT interrupts at once. A request
+    during the start takes effect after the first step. ``run_dir`` may be set later.
     """
 
     def __init__(self, run_dir: Path | None = None) -> None:
@@ -19,20 +19,20 @@ class StopRequest:
         self.run_dir = run_dir
 
     def install(self) -> StopRequest:
-        """Take over the signals of this process: early, before what takes long."""
+        """Install the signal handlers. Call it before slow imports, so that no signal is lost."""
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._on_signal)
         return self
 
     def requested(self) -> bool:
-        """Whether this rank was asked to stop; cheap enough for every step."""
+        """Whether this rank has a stop request; cheap enough to call at every step."""
         file = self._file()
         if self.reason is None and file is not None and file.exists():
             self.reason = f"the file {file}"
         return self.reason is not None
 
     def clear_file(self) -> None:
-        """Remove the STOP file once it was obeyed, so that the next start does not stop again."""
+        """Remove the STOP file after the stop, so that the next start does not stop again."""
         if (file := self._file()) is not None:
             file.unlink(missing_ok=True)
 

@@ -1,4 +1,4 @@
-"""One step on made-up data before the first real one, so that what does not fit in memory shows in the first minute."""
+"""The rehearsal step: one step on mock data before the first real one, so that a lack of memory is found at once."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from maestro_scale.training.objectives import Objective
 
 log = logging.getLogger(__name__)
 
-_CPU_ALLOCATOR = "DefaultCPUAllocator: "  # begins what torch says when the system refuses it memory
+_CPU_ALLOCATOR = "DefaultCPUAllocator: "  # start of torch's message when the system refuses memory
 
 
 class WarmupError(MaestroError):
-    """A step does not fit in memory; the message says what was tried and what takes less."""
+    """A step does not fit in memory; the message says what was tried and what needs less."""
 
 
 def warm_up(
     engine: Engine, world: World, objective: Objective, micro_batch: int, num_micro_batches: int
 ) -> None:
-    """Rehearse a step of mock data on every rank; see ``Engine.rehearse``. WarmupError where memory runs out."""
+    """Rehearse a step on mock data on every rank, see ``Engine.rehearse``. WarmupError if memory runs out."""
     where = f"rank {world.rank} on {os.uname().nodename}"
     batch = objective.mock_batch(micro_batch)
     try:

@@ -1,9 +1,9 @@
-"""Ends a job that hangs, and names the rank it hangs on: every rank has a heart and a watcher beside its main thread.
+"""Watchdog: ends a job that hangs and names the rank that it waits for, by heartbeat and monitor threads on every rank.
 
-Each rank's heart beats into the store that the ranks met through. A rank whose main thread makes no progress for
-``timeout_s`` looks at the others: one without a heartbeat is frozen or dead; else the one that is furthest behind
-holds the rest up. The store lives in rank 0: where that is frozen, whoever asks it waits for ever, so only threads that
-nobody waits for do.
+The heartbeat thread writes the rank's progress into the rendezvous store. If the main thread makes no progress for
+``timeout_s``, the monitor thread compares the heartbeats of all ranks: a rank without new heartbeats is frozen or dead;
+otherwise the others wait for the rank that is furthest behind. The store is a server in rank 0: if that process is
+frozen, a request to it never returns, so requests are made in daemon threads that are joined with a timeout.
 """
 
 from __future__ import annotations
@@ -27,13 +27,15 @@ import torch.distributed as dist
 from maestro_scale.training.distributed import World
 
 EXIT_HANG = 3  # exit code
-_SLOWEST_BEAT_S = 5.0
+_MAX_INTERVAL_S = 5.0
+_NO_HEARTBEAT = "no heartbeat from"
+# What a rank is doing, in the order within a step.
 _ORDER = ("starting", "waiting for data", "computing", "evaluating", "writing", "ending")
 
 
 @dataclass(frozen=True)
-class Beat:
-    """What a rank last said of itself. ``step``: the one it is at."""
+class Heartbeat:
+    """The last heartbeat of a rank: the ``count``-th, at ``step`` (the current one); ``doing`` is one of ``_ORDER``."""
 
     rank: int
     host: str
@@ -42,23 +44,23 @@ class Beat:
     doing: str
 
     def __str__(self) -> str:
-        return f"rank {self.rank} on {self.host}, last seen at step {self.step}, {self.doing}"
+        return f"rank {self.rank} on {self.host}, last at step {self.step}, {self.doing}"
 
     @property
     def progress(self) -> tuple[int, int]:
-        """Grows as the rank goes on."""
+        """Increases with the progress of the rank."""
         return self.step, _ORDER.index(self.doing)
 
 
-def blame(before: list[Beat | None], after: list[Beat | None]) -> str:
-    """Which ranks hold a job up, from two looks at their beats, far enough apart for each to have beaten between."""
+def find_stalled(before: list[Heartbeat | None], after: list[Heartbeat | None]) -> str:
+    """Which ranks the job waits for, from heartbeats read twice, at least one interval apart."""
     silent = [
-        f"rank {rank}, which was never seen" if a is None else str(a)
+        f"rank {rank}, which never sent one" if a is None else str(a)
         for rank, (b, a) in enumerate(zip(before, after, strict=True))
         if a is None or (b is not None and b.count == a.count)
     ]
     if silent:
-        return f"no sign of life from {'; '.join(silent)} (frozen, dead or cut off)"
+        return f"{_NO_HEARTBEAT} {'; '.join(silent)} (frozen, dead or disconnected)"
     alive = [a for a in after if a is not None]
     least = min(a.progress for a in alive)
     behind = [a for a in alive if a.progress == least]
@@ -68,85 +70,88 @@ def blame(before: list[Beat | None], after: list[Beat | None]) -> str:
 
 
 class Watchdog:
-    """Runs between ``start`` and ``stop``. The main thread says where it is by ``note``."""
+    """Runs between ``start`` and ``stop``. The main thread reports its progress with ``note``."""
 
     def __init__(self, world: World, timeout_s: float, run_dir: Path) -> None:
         self._world, self._timeout_s, self._dir = world, timeout_s, run_dir / "hang"
-        self._beat_s = min(_SLOWEST_BEAT_S, timeout_s / 8)
+        self._interval_s = min(_MAX_INTERVAL_S, timeout_s / 8)
         self._noted, self._since = (0, _ORDER[0]), time.monotonic()
         self._ended = threading.Event()
-        self._heart = threading.Thread(target=self._live, daemon=True, name="maestro-heart")
-        self._watcher = threading.Thread(target=self._watch, daemon=True, name="maestro-watchdog")
+        self._heartbeat = threading.Thread(
+            target=self._send_heartbeats, daemon=True, name="maestro-heartbeat"
+        )
+        self._monitor = threading.Thread(target=self._watch, daemon=True, name="maestro-watchdog")
         self._count = 0
-        # A connection of its own: the process group's may be blocked in a wait.
+        # A separate connection: that of the process group may be blocked in a wait.
         self._store = dist.TCPStore(
             os.environ["MASTER_ADDR"],
             int(os.environ["MASTER_PORT"]),
             is_master=False,
             wait_for_workers=False,
-            timeout=timedelta(seconds=max(4 * self._beat_s, 2)),
+            timeout=timedelta(seconds=max(4 * self._interval_s, 2)),
         )
 
     def start(self) -> Watchdog:
-        """Begin to beat and to watch."""
-        self._beat()
-        self._heart.start()
-        self._watcher.start()
+        """Start both threads."""
+        self._send_heartbeat()
+        self._heartbeat.start()
+        self._monitor.start()
         return self
 
     def stop(self) -> None:
-        """The job is over; nobody is late any more."""
+        """End both threads."""
         self._ended.set()
-        for thread in (self._heart, self._watcher):
-            thread.join(4 * self._beat_s)
+        for thread in (self._heartbeat, self._monitor):
+            thread.join(4 * self._interval_s)
 
     def note(self, step: int, doing: str) -> None:
-        """The main thread is at ``step``, and ``doing`` is one of ``_ORDER``."""
+        """Record progress: the main thread is at ``step``; ``doing`` is one of ``_ORDER``."""
         self._noted, self._since = (step, doing), time.monotonic()
 
     def missing(self) -> str | None:
-        """After a failed collective: the ranks that are silent, in words, or None. Takes a few beats."""
-        found = self._look()
-        return found if found.startswith("no sign") else None
+        """After a failed collective: a message that names the ranks without heartbeat, or None; a few intervals."""
+        found = self._diagnose()
+        return found if found.startswith(_NO_HEARTBEAT) else None
 
-    def _live(self) -> None:
-        while not self._ended.wait(self._beat_s):
-            self._beat()
+    def _send_heartbeats(self) -> None:
+        while not self._ended.wait(self._interval_s):
+            self._send_heartbeat()
 
     def _watch(self) -> None:
-        while not self._ended.wait(self._beat_s):
+        while not self._ended.wait(self._interval_s):
             if time.monotonic() - self._since > self._timeout_s:
                 self._end()
 
-    def _beat(self) -> None:
+    def _send_heartbeat(self) -> None:
         self._count += 1
         beat = {"host": socket.gethostname(), "count": self._count, "step": self._noted[0]}
-        with contextlib.suppress(RuntimeError, OSError):  # the store went down with its rank; _look says so
+        with contextlib.suppress(RuntimeError, OSError):  # the store ended with rank 0; _diagnose reports it
             self._store.set(_key(self._world.rank), json.dumps({**beat, "doing": self._noted[1]}))
 
-    def _look(self) -> str:
+    def _diagnose(self) -> str:
         found: list[str] = []
-        looking = threading.Thread(target=lambda: found.append(self._asked()), daemon=True)
-        looking.start()
-        looking.join(8 * self._beat_s)
+        # In a thread with a timeout: a request to a store in a frozen process never returns.
+        request = threading.Thread(target=lambda: found.append(self._compare_heartbeats()), daemon=True)
+        request.start()
+        request.join(8 * self._interval_s)
         return found[0] if found else self._no_store()
 
-    def _asked(self) -> str:
+    def _compare_heartbeats(self) -> str:
         try:
-            before = self._beats()
-            time.sleep(3 * self._beat_s)
-            return blame(before, self._beats())
+            before = self._heartbeats()
+            time.sleep(3 * self._interval_s)
+            return find_stalled(before, self._heartbeats())
         except (RuntimeError, OSError):
             return self._no_store()
 
     def _no_store(self) -> str:
-        return f"no sign of life from rank 0 on {os.environ['MASTER_ADDR']}, through which the ranks met"
+        return f"{_NO_HEARTBEAT} rank 0 on {os.environ['MASTER_ADDR']}, which runs the store of the process group"
 
-    def _beats(self) -> list[Beat | None]:
-        beats: list[Beat | None] = []
+    def _heartbeats(self) -> list[Heartbeat | None]:
+        beats: list[Heartbeat | None] = []
         for rank in range(self._world.size):
             known = self._store.check([_key(rank)])
-            beats.append(Beat(rank, **json.loads(self._store.get(_key(rank)))) if known else None)
+            beats.append(Heartbeat(rank, **json.loads(self._store.get(_key(rank)))) if known else None)
         return beats
 
     def _end(self) -> None:
@@ -160,17 +165,17 @@ class Watchdog:
         step, doing = self._noted
         print(
             f"error: rank {self._world.rank} made no progress for {self._timeout_s:g} s at step {step}, {doing}: "
-            f"{self._look()}. Stacks are in {self._dir}; the same command resumes from the last checkpoint",
+            f"{self._diagnose()}. Stack traces are in {self._dir}; the same command resumes from the last checkpoint",
             file=sys.stderr,
             flush=True,
         )
-        # What is left of the job cannot be ended well: collectives do not return, destructors wait for them.
+        # No clean exit is possible: collectives do not return, and destructors wait for them.
         os._exit(EXIT_HANG)
 
 
 @contextlib.contextmanager
 def monitored(world: World, timeout_s: float, run_dir: Path) -> Iterator[Watchdog]:
-    """Run a watchdog. Where a collective fails because a rank is gone, that rank is named and this process ends."""
+    """Run a watchdog. If a collective fails because a rank died, name that rank and end this process."""
     watchdog = Watchdog(world, timeout_s, run_dir).start()
     try:
         yield watchdog

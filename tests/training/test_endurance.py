@@ -27,7 +27,7 @@ from maestro_scale.training.checkpoint.checkpoints import newest
 from maestro_scale.training.checkpoint.retention import Retention
 from maestro_scale.training.guard import Guard
 from maestro_scale.training.pretrain import open_datasets
-from maestro_scale.training.watchdog import Beat, blame
+from maestro_scale.training.watchdog import Heartbeat, find_stalled
 
 pytestmark = pytest.mark.slow
 STEPS = 60
@@ -121,7 +121,7 @@ def test_a_frozen_rank_ends_the_job_and_is_named(trainer, tmp_path, frozen_rank)
         output = job.output
         job.kill()
     assert job.processes[other].returncode == 3
-    assert f"no sign of life from rank {frozen_rank} on" in output
+    assert f"no heartbeat from rank {frozen_rank} on" in output
     assert "the same command resumes" in output
     assert "File" in (run_dir / "hang" / f"rank{other:05d}.txt").read_text()
 
@@ -211,35 +211,35 @@ def test_what_is_kept():
     assert Retention(3).superseded([5]) == []
 
 
-def test_who_is_to_blame():
+def test_stalled_ranks_are_named():
     def beat(rank, count, step, doing):
-        return Beat(rank, f"node{rank}", count, step, doing)
+        return Heartbeat(rank, f"node{rank}", count, step, doing)
 
     before = [beat(0, 5, 7, "computing"), beat(1, 5, 7, "computing"), None]
     after = [beat(0, 8, 7, "computing"), beat(1, 5, 7, "computing"), None]
-    assert blame(before, after) == (
-        "no sign of life from rank 1 on node1, last seen at step 7, computing; rank 2, which was never seen "
-        "(frozen, dead or cut off)"
+    assert find_stalled(before, after) == (
+        "no heartbeat from rank 1 on node1, last at step 7, computing; rank 2, which never sent one "
+        "(frozen, dead or disconnected)"
     )
     slow = [beat(0, 8, 8, "computing"), beat(1, 8, 8, "waiting for data")]
     assert (
-        blame(before[:2], slow)
-        == "the others wait for rank 1 on node1, last seen at step 8, waiting for data"
+        find_stalled(before[:2], slow)
+        == "the others wait for rank 1 on node1, last at step 8, waiting for data"
     )
     same = [beat(0, 8, 8, "computing"), beat(1, 8, 8, "computing")]
-    assert blame(before[:2], same) == "all 2 ranks are at step 8, computing"
+    assert find_stalled(before[:2], same) == "all 2 ranks are at step 8, computing"
 
 
-def test_spikes_are_judged_by_running_means():
+def test_a_spike_is_a_multiple_of_the_running_means():
     guard = Guard(spike=10.0)
-    assert guard.judge(math.inf, 1.0) == "the loss is inf"
-    assert guard.judge(1.0, math.nan) == "the gradient norm is nan"
+    assert guard.skip_reason(math.inf, 1.0) == "the loss is inf"
+    assert guard.skip_reason(1.0, math.nan) == "the gradient norm is nan"
     for _ in range(99):
         guard.record_step(1.0, 2.0)
-    assert guard.judge(1000.0, 2.0) is None, "the means are not known yet"
+    assert guard.skip_reason(1000.0, 2.0) is None, "the means are not known yet"
     guard.record_step(1.0, 2.0)
-    assert guard.judge(9.9, 19.9) is None
-    assert guard.judge(1.0, 20.1) == "the gradient norm 20.1 is over 10 times its running mean 2"
+    assert guard.skip_reason(9.9, 19.9) is None
+    assert guard.skip_reason(1.0, 20.1) == "the gradient norm 20.1 is over 10 times its running mean 2"
     guard.record_skip()
     guard.record_skip()
     recalled = Guard(spike=10.0)
@@ -248,4 +248,4 @@ def test_spikes_are_judged_by_running_means():
     assert recalled.in_a_row == 2
     recalled.record_step(1.0, 2.0)
     assert recalled.in_a_row == 0
-    assert Guard(spike=0.0, seen=1000, mean_loss=1.0, mean_norm=1.0).judge(1e9, 1e9) is None
+    assert Guard(spike=0.0, seen=1000, mean_loss=1.0, mean_norm=1.0).skip_reason(1e9, 1e9) is None

@@ -130,13 +130,13 @@ def test_a_spike_exceeds_a_multiple_of_the_running_mean_after_100_steps():
     guard = Guard(spike=2.0)
     for _ in range(99):
         guard.record_step(1.0, 10.0)
-    assert guard.judge(2.1, 10.0) is None
+    assert guard.skip_reason(2.1, 10.0) is None
     guard.record_step(1.0, 10.0)
     assert (guard.seen, guard.mean_loss, guard.mean_norm) == (100, pytest.approx(1.0), pytest.approx(10.0))
     guard.mean_loss, guard.mean_norm = 1.0, 10.0
-    assert guard.judge(2.0, 20.0) is None
-    assert guard.judge(2.0001, 20.0) == "the loss 2 is over 2 times its running mean 1"
-    assert guard.judge(2.0, 20.01) == "the gradient norm 20.01 is over 2 times its running mean 10"
+    assert guard.skip_reason(2.0, 20.0) is None
+    assert guard.skip_reason(2.0001, 20.0) == "the loss 2 is over 2 times its running mean 1"
+    assert guard.skip_reason(2.0, 20.01) == "the gradient norm 20.01 is over 2 times its running mean 10"
     # From step 100 on a step moves the mean by a hundredth of its distance.
     guard.record_step(3.0, 10.0)
     assert guard.mean_loss == pytest.approx(1 + 0.01 * 2)
@@ -153,8 +153,8 @@ def test_a_spike_limit_of_zero_disables_the_check():
     guard = Guard(spike=0.0)
     for _ in range(200):
         guard.record_step(1.0, 1.0)
-    assert guard.judge(1e9, 1e9) is None
-    assert guard.judge(float("nan"), 1.0) == "the loss is nan"
+    assert guard.skip_reason(1e9, 1e9) is None
+    assert guard.skip_reason(float("nan"), 1.0) == "the loss is nan"
 
 
 def test_the_average_moves_by_one_minus_the_decay():

@@ -225,7 +225,7 @@ class _Finetuning:
         run_dir = self._context.run_dir
         average = run_dir / "average" / f"step_{position.step:08d}.safetensors"
         if position.step and average.exists() and trainer.state.ema is not None:
-            trainer.state.ema.load_whole(load_file(average))
+            trainer.state.ema.load_complete(load_file(average))
             lines = JsonLines(run_dir / "validation.jsonl").read()
             scores = (ValidationScore(**line) for line in lines)
             self.validation.history = [score for score in scores if score.step <= position.step]
