@@ -10,44 +10,22 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
-
-from safetensors.torch import load_file
 
 from maestro_scale.evaluation.benchmark import Benchmark, Provenance, build_result
-from maestro_scale.evaluation.features.adapt import encoder_spec
 from maestro_scale.evaluation.features.baselines import ImageEncoder
-from maestro_scale.evaluation.features.cache import weights_digest
-from maestro_scale.evaluation.finetune.early_stop import ValidationScore
-from maestro_scale.evaluation.finetune.objective import FinetuneObjective
 from maestro_scale.evaluation.finetune.predictions import predict_split
-from maestro_scale.evaluation.finetune.predictor import build_predictor
-from maestro_scale.evaluation.finetune.validation import ValidationHook, ValidationSettings
+from maestro_scale.evaluation.finetune.setup import Finetuning
 from maestro_scale.evaluation.progress import ProgressFactory, no_progress
 from maestro_scale.evaluation.results import EvalResult
-from maestro_scale.evaluation.tasks.losses import TargetLoss, target_loss_for
-from maestro_scale.evaluation.tasks.subset import labelled_subset
-from maestro_scale.evaluation.tasks.task import task_for
 from maestro_scale.evaluation.tasks.tile_maps import TileMapWriter
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.recipe import Recipe
-from maestro_scale.shards.format.manifest import Manifest
-from maestro_scale.shards.progress import Progress
-from maestro_scale.shards.read.store import Store
-from maestro_scale.stream.source import Source
-from maestro_scale.training.assembly import RunContext, TrainingParts, assemble, check_feasible, run_directory
-from maestro_scale.training.checkpoint.checkpoints import Checkpoints, Position
-from maestro_scale.training.checkpoint.retention import Retention
-from maestro_scale.training.data import train_loader
+from maestro_scale.training.assembly import RunContext, run_directory
 from maestro_scale.training.distributed import World
-from maestro_scale.training.ema import WeightEMA
-from maestro_scale.training.engine import Engine
-from maestro_scale.training.hooks.hook import FinishedStep, Hook
 from maestro_scale.training.observer import Observer
-from maestro_scale.training.run_dir import JsonLines
 from maestro_scale.training.stop import StopRequest
-from maestro_scale.training.trainer import Trainer
 from maestro_scale.training.watchdog import monitored
 
 MODES = ("finetune", "scratch")
@@ -73,34 +51,30 @@ def finetune(
     """The result of ``mode`` on rank 0; None on the other ranks. The same call again resumes in ``run_dir``.
 
     ``maps_dir``: for predictions of whole test tiles. ``observers``: on rank 0, called for every logged step.
-    ``checkpoint``: where the encoder comes from, for environment.json. Stopped, on
-    all ranks, where the run was asked to stop. MaestroError, with one clear line.
+    ``checkpoint``: where the encoder comes from, for environment.json. Raises Stopped, on all ranks, where the run was
+    asked to stop, and MaestroError with one clear line.
     """
     started = time.perf_counter()
     stop = StopRequest(run_dir).install()
-    with (
-        run_directory(recipe, run_dir, world),
-        monitored(world, recipe.train.hang_timeout_s, run_dir) as watchdog,
-    ):
+    with run_directory(recipe, run_dir, world):
         world.barrier()
-        context = RunContext(recipe, run_dir, world, observers, watchdog, stop)
-        run = _Finetuning(encoder, benchmark, mode, checkpoint, context)
-        maps = maps_dir and TileMapWriter(maps_dir, run.splits["test"], run.target_loss.task)
-        with progress(f"{mode} {run.manifest.spec.name}", "steps") as report:
-            trainer, position = run.assemble(report)
-            outcome = trainer.run(position)
-        if outcome.reason == "stopped":
-            raise Stopped(run_dir)
-        watchdog.note(outcome.position.step, "ending")
-        predictions = predict_split(
-            run.validation.load_best(),
-            run.splits["test"],
-            world,
-            recipe.data.workers,
-            maps or None,
-            on_batch=lambda: watchdog.note(outcome.position.step, "ending"),
-        )
-        if maps:
+        # Opened before the watchdog starts: finding a fraction of the labels may read every shard.
+        run = Finetuning(encoder, benchmark, mode, checkpoint, recipe, world)
+        maps = TileMapWriter(maps_dir, run.splits["test"], run.target_loss.task) if maps_dir else None
+        with monitored(world, recipe.train.hang_timeout_s, run_dir) as watchdog:
+            context = RunContext(recipe, run_dir, world, observers, watchdog, stop)
+            with progress(f"{mode} {run.manifest.spec.name}", "steps") as report:
+                trainer, position = run.assemble(context, report)
+                outcome = trainer.run(position)
+            if outcome.reason == "stopped":
+                raise Stopped(run_dir)
+            on_batch = partial(watchdog.note, outcome.position.step, "ending")
+            on_batch()
+            network = run.validation.load_best()
+            predictions = predict_split(
+                network, run.splits["test"], world, recipe.data.workers, maps, on_batch
+            )
+        if maps is not None:
             maps.close()
     if not world.is_main:
         return None
@@ -111,130 +85,3 @@ def finetune(
     return build_result(
         benchmark, run.manifest, mode, task, replace(predictions, chosen=chosen), provenance, timings
     )
-
-
-class _Finetuning:
-    """The data, the network and the trainer of one finetuning; ``validation`` exists once it is assembled."""
-
-    validation: ValidationHook
-
-    def __init__(
-        self,
-        encoder: Maestro | ImageEncoder,
-        benchmark: Benchmark,
-        mode: str,
-        checkpoint: Path | None,
-        context: RunContext,
-    ) -> None:
-        self._about = {"mode": mode, "checkpoint": str(checkpoint.resolve()) if checkpoint else None}
-        self._encoder, self._benchmark, self._mode, self._context = encoder, benchmark, mode, context
-        self.manifest = Manifest.load(benchmark.shards)
-        self._spec = encoder_spec(encoder, benchmark.spec)
-        self.target_loss: TargetLoss = target_loss_for(task_for(self._spec, benchmark.target))
-        self.splits = self._open_splits()
-
-    def assemble(self, report: Progress) -> tuple[Trainer, Position]:
-        """The trainer and where it stands; ``report`` is told of every step."""
-        recipe, world = self._context.recipe, self._context.world
-        stream, num_steps = train_loader(recipe, [self.splits["train"]], world)
-        network, averaged = self._network(), self._network()
-        check_feasible(recipe, sum(p.numel() for p in network.parameters()), True, world)
-        averaged.to(world.device).requires_grad_(False).eval()
-
-        def build_hooks(engine: Engine, ema: WeightEMA | None) -> list[Hook]:
-            assert ema is not None
-            self.validation = ValidationHook(
-                averaged,
-                ema,
-                self.splits["val"],
-                world,
-                self._context.run_dir,
-                ValidationSettings(
-                    recipe.evaluation.validations, recipe.evaluation.patience, recipe.data.workers
-                ),
-                lambda step: self._context.watchdog.note(step, "evaluating"),
-            )
-            return [_ProgressHook(report, num_steps), self.validation]
-
-        parts = TrainingParts(
-            network=network,
-            objective=FinetuneObjective(self.target_loss, self.splits["train"], world),
-            stream=stream,
-            num_steps=num_steps,
-            checkpoints=Checkpoints(self._context.run_dir, world, Retention(keep=1)),
-            identity=self._identity(weights_digest(network), num_steps),
-            build_hooks=build_hooks,
-            ema_decay=recipe.evaluation.ema,
-            ema_warmup=True,
-            # Weights that were not pretrained have nothing to preserve.
-            layer_decay=recipe.evaluation.layer_decay if self._mode == "finetune" else 1.0,
-            about=self._about,
-        )
-        trainer, position = assemble(self._context, parts)
-        self._load_earlier_revision(trainer, position)
-        return trainer, position
-
-    def _open_splits(self) -> dict[str, Source]:
-        benchmark = self._benchmark
-        recipe, world = self._context.recipe, self._context.world
-        store = Store(benchmark.shards, benchmark.cache_dir, benchmark.cache_bytes)
-        self._train_name, fraction = benchmark.train_split(self.manifest)
-        splits = {
-            role: Source(self._spec, self.manifest.shards_of(benchmark.stored_splits(name)), store)
-            for role, name in (("train", self._train_name), ("val", "val"), ("test", "test"))
-        }
-        if fraction < 1:
-            target = self.target_loss.task.target
-            used = labelled_subset(splits["train"], target, fraction, recipe.seed, world)
-            splits["train"] = splits["train"].select_samples(used)
-        return splits
-
-    def _network(self) -> Any:
-        return build_predictor(
-            self._encoder,
-            self.manifest.spec.name,
-            self.target_loss,
-            self._context.recipe.seed,
-            self._mode == "finetune",
-        )
-
-    def _identity(self, weights: str, num_steps: int) -> dict[str, Any]:
-        """What must not change between a checkpoint and its resumption."""
-        recipe, benchmark = self._context.recipe, self._benchmark
-        stored = (*benchmark.stored_splits(self._train_name), *benchmark.stored_splits("val"))
-        return {
-            "seed": recipe.seed,
-            "weights": weights,
-            "data": self.manifest.digest_of(stored),
-            "fraction": benchmark.fraction,
-            "target": self.target_loss.task.target.name,
-            "crop_m": self._spec.crop_m,
-            "optim": recipe.optim.model_dump(mode="json"),
-            "global_batch": recipe.train.global_batch,
-            "lanes": recipe.data.lanes,
-            "flips": recipe.data.flips,
-            "num_steps": num_steps,
-            "validations": recipe.evaluation.validations,
-            "ema": recipe.evaluation.ema,
-            "layer_decay": recipe.evaluation.layer_decay,
-            "precision": recipe.train.precision_on(self._context.world.device.type),
-        }
-
-    def _load_earlier_revision(self, trainer: Trainer, position: Position) -> None:
-        """Checkpoints of earlier revisions hold neither the average nor the scores: files beside them do."""
-        run_dir = self._context.run_dir
-        average = run_dir / "average" / f"step_{position.step:08d}.safetensors"
-        if position.step and average.exists() and trainer.state.ema is not None:
-            trainer.state.ema.load_complete(load_file(average))
-            lines = JsonLines(run_dir / "validation.jsonl").read()
-            scores = (ValidationScore(**line) for line in lines)
-            self.validation.history = [score for score in scores if score.step <= position.step]
-
-
-class _ProgressHook(Hook):
-    def __init__(self, report: Progress, num_steps: int) -> None:
-        self._report, self._num_steps = report, num_steps
-
-    def after_step(self, step: FinishedStep) -> bool:
-        self._report(step.position.step, self._num_steps, 0)
-        return False

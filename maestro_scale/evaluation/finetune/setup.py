@@ -1,0 +1,164 @@
+"""What one finetuning consists of: its data, network, objective, hooks and identity, put together to a trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from maestro_scale.evaluation.benchmark import Benchmark
+from maestro_scale.evaluation.features.adapt import encoder_spec
+from maestro_scale.evaluation.features.baselines import ImageEncoder
+from maestro_scale.evaluation.features.cache import weights_digest
+from maestro_scale.evaluation.finetune.early_stop import ValidationScore
+from maestro_scale.evaluation.finetune.objective import FinetuneObjective
+from maestro_scale.evaluation.finetune.predictor import build_predictor
+from maestro_scale.evaluation.finetune.validation import ValidationHook, ValidationSettings
+from maestro_scale.evaluation.tasks.losses import TargetLoss, target_loss_for
+from maestro_scale.evaluation.tasks.subset import labelled_subset
+from maestro_scale.evaluation.tasks.task import task_for
+from maestro_scale.model.maestro import Maestro
+from maestro_scale.recipe import Recipe
+from maestro_scale.shards.format.manifest import Manifest
+from maestro_scale.shards.progress import Progress
+from maestro_scale.shards.read.store import Store
+from maestro_scale.stream.source import Source
+from maestro_scale.training.assembly import RunContext, TrainingParts, assemble, check_feasible
+from maestro_scale.training.checkpoint.checkpoints import Checkpoints, Position
+from maestro_scale.training.checkpoint.retention import Retention
+from maestro_scale.training.data import train_loader
+from maestro_scale.training.distributed import World
+from maestro_scale.training.ema import WeightEMA
+from maestro_scale.training.engine import Engine
+from maestro_scale.training.hooks.hook import FinishedStep, Hook
+from maestro_scale.training.run_dir import JsonLines
+from maestro_scale.training.trainer import Trainer
+
+
+class Finetuning:
+    """The data, the network and the trainer of one finetuning; ``validation`` exists once it is assembled."""
+
+    validation: ValidationHook
+
+    def __init__(
+        self,
+        encoder: Maestro | ImageEncoder,
+        benchmark: Benchmark,
+        mode: str,
+        checkpoint: Path | None,
+        recipe: Recipe,
+        world: World,
+    ) -> None:
+        self._about = {"mode": mode, "checkpoint": str(checkpoint.resolve()) if checkpoint else None}
+        self._encoder, self._benchmark, self._mode = encoder, benchmark, mode
+        self._recipe, self._world = recipe, world
+        self.manifest = Manifest.load(benchmark.shards)
+        self._spec = encoder_spec(encoder, benchmark.spec)
+        self.target_loss: TargetLoss = target_loss_for(task_for(self._spec, benchmark.target))
+        self.splits = self._open_splits()
+
+    def assemble(self, context: RunContext, report: Progress) -> tuple[Trainer, Position]:
+        """The trainer and where it stands; ``report`` is called after every step."""
+        recipe, world = self._recipe, self._world
+        stream, num_steps = train_loader(recipe, [self.splits["train"]], world)
+        network, averaged = self._network(), self._network()
+        check_feasible(recipe, sum(p.numel() for p in network.parameters()), True, world)
+        averaged.to(world.device).requires_grad_(False).eval()
+
+        def build_hooks(engine: Engine, ema: WeightEMA | None) -> list[Hook]:
+            assert ema is not None
+            self.validation = ValidationHook(
+                averaged,
+                ema,
+                self.splits["val"],
+                world,
+                context.run_dir,
+                ValidationSettings(
+                    recipe.evaluation.validations, recipe.evaluation.patience, recipe.data.workers
+                ),
+                lambda step: context.watchdog.note(step, "evaluating"),
+            )
+            return [_ProgressHook(report, num_steps), self.validation]
+
+        parts = TrainingParts(
+            network=network,
+            objective=FinetuneObjective(self.target_loss, self.splits["train"], world),
+            stream=stream,
+            num_steps=num_steps,
+            checkpoints=Checkpoints(context.run_dir, world, Retention(keep=1)),
+            identity=self._identity(weights_digest(network), num_steps),
+            build_hooks=build_hooks,
+            ema_decay=recipe.evaluation.ema,
+            ema_warmup=True,
+            # Weights that were not pretrained have nothing to preserve.
+            layer_decay=recipe.evaluation.layer_decay if self._mode == "finetune" else 1.0,
+            about=self._about,
+        )
+        trainer, position = assemble(context, parts)
+        self._load_earlier_revision(context.run_dir, trainer, position)
+        return trainer, position
+
+    def _open_splits(self) -> dict[str, Source]:
+        benchmark = self._benchmark
+        recipe, world = self._recipe, self._world
+        store = Store(benchmark.shards, benchmark.cache_dir, benchmark.cache_bytes)
+        self._train_name, fraction = benchmark.train_split(self.manifest)
+        splits = {
+            role: Source(self._spec, self.manifest.shards_of(benchmark.stored_splits(name)), store)
+            for role, name in (("train", self._train_name), ("val", "val"), ("test", "test"))
+        }
+        if fraction < 1:
+            target = self.target_loss.task.target
+            used = labelled_subset(splits["train"], target, fraction, recipe.seed, world)
+            splits["train"] = splits["train"].select_samples(used)
+        return splits
+
+    def _network(self) -> Any:
+        return build_predictor(
+            self._encoder,
+            self.manifest.spec.name,
+            self.target_loss,
+            self._recipe.seed,
+            self._mode == "finetune",
+        )
+
+    def _identity(self, weights: str, num_steps: int) -> dict[str, Any]:
+        """What must not change between a checkpoint and its resumption."""
+        recipe, benchmark = self._recipe, self._benchmark
+        stored = (*benchmark.stored_splits(self._train_name), *benchmark.stored_splits("val"))
+        return {
+            "seed": recipe.seed,
+            "weights": weights,
+            "data": self.manifest.digest_of(stored),
+            "fraction": benchmark.fraction,
+            "target": self.target_loss.task.target.name,
+            "crop_m": self._spec.crop_m,
+            "optim": recipe.optim.model_dump(mode="json"),
+            "global_batch": recipe.train.global_batch,
+            "lanes": recipe.data.lanes,
+            "flips": recipe.data.flips,
+            "num_steps": num_steps,
+            "validations": recipe.evaluation.validations,
+            "ema": recipe.evaluation.ema,
+            "layer_decay": recipe.evaluation.layer_decay,
+            "precision": recipe.train.precision_on(self._world.device.type),
+        }
+
+    def _load_earlier_revision(self, run_dir: Path, trainer: Trainer, position: Position) -> None:
+        """Checkpoints of earlier revisions hold neither the average nor the scores: files beside them do."""
+        average = run_dir / "average" / f"step_{position.step:08d}.safetensors"
+        if position.step and average.exists() and trainer.state.ema is not None:
+            trainer.state.ema.load_complete(load_file(average))
+            lines = JsonLines(run_dir / "validation.jsonl").read()
+            scores = (ValidationScore(**line) for line in lines)
+            self.validation.history = [score for score in scores if score.step <= position.step]
+
+
+class _ProgressHook(Hook):
+    def __init__(self, report: Progress, num_steps: int) -> None:
+        self._report, self._num_steps = report, num_steps
+
+    def after_step(self, step: FinishedStep) -> bool:
+        self._report(step.position.step, self._num_steps, 0)
+        return False
