@@ -11,6 +11,8 @@ those of a run without this hook.
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,6 +25,7 @@ from maestro_scale.datasets.spec import DatasetSpec
 from maestro_scale.evaluation.benchmark import BATCH_SIZE
 from maestro_scale.evaluation.features.adapt import adapt_encoder, encoder_spec
 from maestro_scale.evaluation.features.cache import FeatureCache
+from maestro_scale.evaluation.results import EvaluationError
 from maestro_scale.evaluation.tasks.task import Task, task_for
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.recipe import Recipe, RecipeError, resolve_spec
@@ -33,7 +36,10 @@ from maestro_scale.stream.source import Source
 from maestro_scale.training.distributed import World
 from maestro_scale.training.engine import Engine
 from maestro_scale.training.hooks.hook import FinishedStep, Hook
+from maestro_scale.training.run_dir import finite
 from maestro_scale.training.watchdog import Watchdog
+
+log = logging.getLogger(__name__)
 
 CLASSIFIERS = ("knn", "probe")
 SPLITS = ("train", "val")
@@ -56,7 +62,10 @@ def evaluation_hooks(
 
 
 class InLoopEvaluationHook(Hook):
-    """Adds ``eval/knn``, ``eval/probe`` and ``eval/delay_s`` to the line of every ``every``-th step."""
+    """Adds ``eval/knn``, ``eval/probe`` and ``eval/delay_s`` to the line of every ``every``-th step.
+
+    A score is None where it is undefined, e.g. where no label of val counts; the log says why.
+    """
 
     def __init__(
         self,
@@ -87,7 +96,8 @@ class InLoopEvaluationHook(Hook):
             scores = [samples.score(name, train, val) for name in CLASSIFIERS]
         # Also the barrier at which the other ranks wait for rank 0; every rank needs the same names and numbers.
         scores = self._world.sums(scores)
-        step.metrics.update({f"eval/{name}": score for name, score in zip(CLASSIFIERS, scores, strict=True)})
+        pairs = zip(CLASSIFIERS, scores, strict=True)
+        step.metrics.update({f"eval/{name}": finite(score) for name, score in pairs})
         step.metrics["eval/delay_s"] = time.perf_counter() - started
         return False
 
@@ -133,9 +143,14 @@ class _Samples:
         return FeatureCache(gathered[0].astype(self._task.feature_dtype), gathered[1], tiles)
 
     def score(self, name: str, train: FeatureCache, val: FeatureCache) -> float:
-        """The task's metric on val of a classifier that is fitted on train and selected on val."""
+        """The task's metric on val of a classifier that is fitted on train and selected on val; NaN: undefined."""
         fit = self._task.classifiers[name]
-        predictions = fit(train, val, val, self._seed, self._world.device)
+        try:
+            predictions = fit(train, val, val, self._seed, self._world.device)
+        except (EvaluationError, ValueError) as error:  # no label counts, or a feature is not finite
+            # Only rank 0 fits: an exception here would leave the other ranks in a collective and end the training.
+            log.warning("eval/%s is undefined: %s", name, error)
+            return float("nan")
         return float(self._task.statistic(predictions.counts.sum(axis=0, dtype=np.int64)))
 
     def _gather(self, parts: list[np.ndarray], first: int, num_rows: int) -> np.ndarray:
@@ -168,9 +183,14 @@ def _benchmark(recipe: Recipe) -> tuple[Manifest, str, DatasetSpec]:
 
 def _encoder_copy(model: Maestro, spec: DatasetSpec) -> tuple[Maestro, list[str]]:
     """(an encoder of ``spec``, without decoder; names of the parameters it shares with ``model``)."""
-    encoder, _ = adapt_encoder(model, spec)
-    if encoder is model:
-        encoder = Maestro(model.config.for_dataset(spec.name))
+    adapted, _ = adapt_encoder(model, spec)
+    # It computes in fp32: a kernel chosen for bf16 (model.attention) may not run. No gradient, so no recomputation.
+    config = dataclasses.replace(
+        adapted.config.for_dataset(spec.name), attention="auto", checkpointing="none"
+    )
+    encoder = Maestro(config)
+    # Not strict: the trained model also has the modules of other datasets.
+    encoder.load_state_dict(adapted.state_dict(), strict=False)
     unused: Any
     for unused in (encoder.to_decoder, encoder.mask_token, encoder.decoders, encoder.to_pixels):
         unused.clear()

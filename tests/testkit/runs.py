@@ -13,6 +13,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import yaml
+
 from maestro_scale.training.distributed import free_port
 
 REPO = Path(__file__).parents[2]
@@ -47,6 +49,26 @@ def write_recipe(folder: Path, shards: Path) -> Path:
     """The tiny recipe for ``shards``."""
     path = folder / "tiny.yaml"
     path.write_text(RECIPE.format(shards=json.dumps(str(shards)), cache=json.dumps(str(folder / "cache"))))
+    return path
+
+
+SECOND_SENSORS = {
+    "aerial": None,
+    "s2": {"image_size": 4, "patch": 2, "num_dates": 3},
+    "s1_asc": {"patch": 3, "num_dates": 2},
+    "s1_des": {"patch": 3, "num_dates": 2, "embed": "s1_des"},
+}
+
+
+def write_mixture_recipe(folder: Path, shards: Path) -> Path:
+    """The tiny recipe with two datasets, of weights 2 and 1: train, and val with other sensors and sizes."""
+    path = write_recipe(folder, shards)
+    recipe = yaml.safe_load(path.read_text())
+    (entry,) = recipe["data"]["mixture"]
+    entry["weight"] = 2
+    recipe["data"]["mixture"].append({**entry, "split": "val", "weight": 1, "sensors": SECOND_SENSORS})
+    recipe["data"]["mixture"][0]["sensors"]["s2"] = {"num_dates": 4, "patch": 2}
+    path.write_text(yaml.safe_dump(recipe))
     return path
 
 

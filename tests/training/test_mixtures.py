@@ -6,32 +6,18 @@ import dataclasses
 
 import pytest
 import torch
-import yaml
 from testkit.models import full_batch, small_config
-from testkit.runs import Trainer, audit, curve, write_recipe
+from testkit.runs import Trainer, audit, curve, write_mixture_recipe
 
 from maestro_scale.model.config import DatasetView, ModelConfig
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.model.masking import MaskingConfig, draw_masks
 
-SECOND = {
-    "aerial": None,
-    "s2": {"image_size": 4, "patch": 2, "num_dates": 3},
-    "s1_asc": {"patch": 3, "num_dates": 2},
-    "s1_des": {"patch": 3, "num_dates": 2, "embed": "s1_des"},
-}
-
 
 @pytest.fixture(scope="module")
 def trainer(synthetic_shards, tmp_path_factory) -> Trainer:
-    path = write_recipe(tmp_path_factory.mktemp("recipe"), synthetic_shards)
-    recipe = yaml.safe_load(path.read_text())
-    (entry,) = recipe["data"]["mixture"]
-    entry["weight"] = 2
-    recipe["data"]["mixture"].append({**entry, "split": "val", "weight": 1, "sensors": SECOND})
-    recipe["data"]["mixture"][0]["sensors"]["s2"] = {"num_dates": 4, "patch": 2}
-    recipe["train"]["steps"] = 9
-    path.write_text(yaml.safe_dump(recipe))
+    path = write_mixture_recipe(tmp_path_factory.mktemp("recipe"), synthetic_shards)
+    path.write_text(path.read_text().replace("steps: 6", "steps: 9"))
     return Trainer(path)
 
 
