@@ -53,10 +53,10 @@ def test_a_run_that_lost_its_checkpoints_does_not_start_over(trainer, done, tmp_
         (run_dir / "latest").unlink()
     before = (run_dir / "metrics.jsonl").read_bytes()
     line = refused(trainer, run_dir, *SHORT, "train.steps=8")
-    told = (
-        "the run came to an end" if lost == "all but the outcome" else "there was a checkpoint step_00000006"
+    evidence = (
+        "says that the run ended" if lost == "all but the outcome" else "names the checkpoint step_00000006"
     )
-    assert f"says that {told}" in line
+    assert evidence in line
     assert "refusing to start over" in line
     assert (run_dir / "metrics.jsonl").read_bytes() == before
     assert len(list((run_dir / "checkpoints").glob("*/state/*.safetensors"))) == 2 * (lost == "markers")
@@ -89,7 +89,7 @@ def test_where_everything_here_is_damaged_the_mirrors_newest_whole_one_is_taken(
         next(path.glob("state/*.safetensors")).write_bytes(b"")
     code, output = trainer.run(run_dir, 1, *SHORT, f"checkpoint.mirror=file://{second}")
     assert code == 0, output[-3000:]
-    assert "step_00000004 comes from" in output
+    assert "step_00000004 was restored from" in output
     assert metrics(run_dir) == metrics(done)
     assert commit.problem(newest(run_dir), hashes=True) is None
 
@@ -102,7 +102,7 @@ def test_a_disk_that_is_full_is_one_line_and_the_last_checkpoint_stays(trainer, 
     limited = Trainer(trainer.recipe, entry=LIMITED, env={"MOST_BYTES": str(largest - 1)})
     more = ["train.steps=4", "checkpoint.every_steps=1", "data.workers=0"]
     line = refused(limited, tmp_path / "run", *SHORT, *more)
-    assert "cannot be written: File too large; the last whole checkpoint stays" in line
+    assert "cannot be written: File too large; the last committed checkpoint is kept" in line
     assert newest(tmp_path / "run").name == "step_00000002"
 
 

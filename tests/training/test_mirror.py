@@ -96,7 +96,7 @@ def sent_slowly(tmp_path, monkeypatch, steps, **policy):
 
 def test_a_slow_one_gets_the_newest_and_holds_nothing_else(tmp_path, monkeypatch):
     slow, go = sent_slowly(tmp_path, monkeypatch, (1, 2, 3, 4), keep=9)
-    assert slow.holds == {"step_00000001", "step_00000004"}, "these must not be pruned"
+    assert slow.unsent == {"step_00000001", "step_00000004"}, "these must not be pruned"
     told = []
     threading.Timer(1.5, go.set).start()
     slow.wait(lambda: told.append(True))

@@ -264,7 +264,7 @@ def test_what_a_marker_says_is_what_was_written(tmp_path):
 
 
 def test_no_checkpoint_is_an_error(tmp_path):
-    with pytest.raises(CheckpointError, match="no whole checkpoint"):
+    with pytest.raises(CheckpointError, match="no intact checkpoint"):
         newest(tmp_path)
 
 

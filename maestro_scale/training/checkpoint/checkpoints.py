@@ -1,9 +1,10 @@
-"""Checkpoints that are whole or not there: staged, listed with sizes and hashes, committed by one rename.
+"""Atomic checkpoints: staged, listed with sizes and hashes, committed by one rename.
 
-Layout: ``checkpoints/step_00001234/`` holds the sharded state under ``state/`` and ``COMMIT.json``, which names every
-file with its size and sha256. A directory without a valid COMMIT.json is never loaded. Every rank writes its own
-part from a copy, in the background; between two later steps, when all are done, rank 0 commits. The file ``latest`` in
-the run directory names the newest: a run that says it has checkpoints, and has none, does not start over.
+Layout: ``checkpoints/step_00001234/`` contains the sharded state under ``state/`` and ``COMMIT.json``, which lists
+every file with its size and sha256. A directory without a valid COMMIT.json is never loaded. Every rank writes its
+own part from a copy, in the background; when all are done, rank 0 commits between two later steps. The file
+``latest`` in the run directory names the newest checkpoint, so that a run whose checkpoints were lost does not
+silently start over.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from maestro_scale.training.run_dir import OUTCOME, write_atomically
 LATEST = "latest"
 STATE = "state"
 _DAMAGED = "damaged"
-_SEEN_S = 60.0  # until every node sees what one has written
+_VISIBLE_TIMEOUT_S = 60.0  # until files of one node are visible on every other
 _STAGING = ".staging"
 _STEP = re.compile(r"step_\d{8,}")
 
@@ -44,13 +45,13 @@ log = logging.getLogger(__name__)
 
 
 class CheckpointError(MaestroError):
-    """A checkpoint is missing, damaged or of another run; the message says which and what to do."""
+    """A checkpoint is missing, damaged or of another run; the message names it and says what to do."""
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands. ``samples`` (consumed) fixes the place in the data; ``step`` counts optimizer steps,
-    ``skipped_steps`` those of them that changed nothing."""
+    """The progress of a run. ``samples`` (consumed) is the position in the data; ``step`` counts optimizer steps, of
+    which ``skipped_steps`` did not update the weights."""
 
     samples: int = 0
     step: int = 0
@@ -59,7 +60,7 @@ class Position:
 
 @dataclass(frozen=True)
 class Resumed:
-    """What a checkpoint held beside the tensors: where the run stood, and the states of the guard and the hooks.
+    """What a checkpoint stores besides tensors: the position, and the states of the guard and the hooks.
 
     ``guard`` None: there was no checkpoint.
     """
@@ -94,7 +95,7 @@ class Checkpoints:
 
     @property
     def pending(self) -> bool:
-        """Whether a checkpoint was begun and is not committed; the same on all ranks."""
+        """Whether a checkpoint has begun and is not yet committed; the same on all ranks."""
         return self._pending is not None
 
     @property
@@ -110,10 +111,11 @@ class Checkpoints:
         guard: dict[str, Any],
         hooks: dict[str, dict[str, Any]] | None = None,
     ) -> None:
-        """Copy the state and start to write it. ``identity`` is checked on resume; ``guard`` and ``hooks``, plain JSON
+        """Copy the state and start writing it. ``identity`` is checked on resume; ``guard`` and ``hooks``, plain JSON
         values, are returned by it.
 
-        A kill at any moment leaves the previous checkpoint and, at worst, a staging directory that is swept later.
+        A kill at any moment leaves the previous checkpoint and, at worst, a staging directory that a later checkpoint
+        removes.
         """
         self.finish()
         final = self.dir / f"step_{position.step:08d}"
@@ -127,13 +129,13 @@ class Checkpoints:
         self._world.barrier()
         pieces, adam_step = state.pieces(), state.sharded.adam_step
         record = {"position": vars(position), "guard": guard, "identity": identity}
-        if hooks:  # left out where empty, as in checkpoints of earlier revisions
+        if hooks:  # omitted if empty, as in checkpoints of earlier revisions
             record["hooks"] = hooks
         written = self._writer.submit(self._write, staging / STATE, pieces)
         self._pending = _Pending(position, staging, final, record, adam_step, written)
 
     def commit(self) -> None:
-        """Publish the checkpoint under way, once no rank is ``busy``. CheckpointError where writing it failed."""
+        """Publish the pending checkpoint, once no rank is ``busy``. CheckpointError if writing it failed."""
         pending, self._pending = self._pending, None
         if pending is None:
             return
@@ -150,12 +152,12 @@ class Checkpoints:
 
     def _unwritable(self, final: Path, error: OSError) -> CheckpointError:
         return CheckpointError(
-            f"{final} cannot be written: {error.strerror or error}; the last whole checkpoint stays, and the same "
-            "command resumes from it"
+            f"{final} cannot be written: {error.strerror or error}; the last committed checkpoint is kept, and the "
+            "same command resumes from it"
         )
 
     def finish(self) -> None:
-        """Wait for the checkpoint under way and publish it."""
+        """Wait for the pending checkpoint and publish it."""
         if self._pending is not None:
             self._pending.written.exception()
             self._world.barrier()
@@ -163,26 +165,26 @@ class Checkpoints:
             self._world.barrier()
 
     def close(self, alive: Callable[[], None] = lambda: None) -> None:
-        """Publish what is under way and wait until it is mirrored, which may take long: ``alive`` is told meanwhile."""
+        """Publish the pending checkpoint and wait until it is mirrored; ``alive`` is called every second."""
         self.finish()
         if self._mirror is not None:
             self._mirror.wait(alive)
 
     def latest(self) -> tuple[Path | None, list[str]]:
-        """The newest whole checkpoint, or None if there is none; and what is wrong with newer ones, in words."""
+        """The newest checkpoint with a valid marker and file sizes, or None; and the problems of newer ones."""
         return _newest(self.dir)
 
     def resume(self, state: TrainState, identity: dict[str, Any]) -> Resumed:
-        """Load the newest checkpoint that is intact, on all ranks together, on any number of them; the start of the run
-        where nothing was ever saved.
+        """Load the newest intact checkpoint; a collective, on any number of ranks. The start of the run if nothing was
+        ever saved.
 
-        Damaged ones are passed over, with a warning, and set aside. Where there is none here, the mirror's newest is
-        fetched. CheckpointError where the run had checkpoints and none is whole, where the checkpoint belongs to
-        another model, dataset or seed, or where the mirror holds another run.
+        Damaged checkpoints are skipped with a warning and renamed. If there is none here, the mirror's newest is
+        fetched. CheckpointError if the run had checkpoints and none is intact, if the checkpoint belongs to another
+        model, dataset or seed, or if the mirror contains another run.
         """
-        path, problems = self._soundest()
+        path, problems = self._newest_intact()
         for problem in problems:
-            log.warning("checkpoint passed over: %s", problem)
+            log.warning("checkpoint skipped: %s", problem)
         if self._mirror is not None and self._world.is_main:
             self._mirror.claim(identity, required=path is None)
         if path is None:
@@ -193,18 +195,18 @@ class Checkpoints:
         record = commit.read(path)
         if difference := differences(record["identity"], identity):
             raise CheckpointError(
-                f"{path} does not fit this run: {difference}. Go on with what it was made with, or use another "
-                "directory"
+                f"{path} does not fit this run: {difference}. Resume with the values that it was written with, or "
+                "use another directory"
             )
         with StateReader(path / STATE) as reader:
             state.restore(reader)
         if self._world.is_main:
-            self._set_damaged_aside(path)
+            self._rename_damaged(path)
         return Resumed(Position(**record["position"]), record["guard"], record.get("hooks", {}))
 
-    def _soundest(self) -> tuple[Path | None, list[str]]:
-        # All ranks together, each reads a share of the files; which there are, rank 0 says: a shared file system may
-        # show each node another moment.
+    def _newest_intact(self) -> tuple[Path | None, list[str]]:
+        # The ranks share the work of hashing. Rank 0 lists the checkpoints: on a shared file system, each node may see
+        # another state of the directory, and all ranks must load the same checkpoint.
         problems: list[str] = []
         names = ",".join(p.name for p in reversed(_committed(self.dir)))
         for name in filter(None, str(self._world.gather(names)[0]).split(",")):
@@ -217,49 +219,50 @@ class Checkpoints:
         return None, problems
 
     def _fetch(self) -> Path | None:
-        """The newest whole checkpoint of the mirror, copied here by rank 0; None where there is none. CheckpointError
-        on a rank that cannot see it."""
+        """The newest intact checkpoint of the mirror, copied here by rank 0; None if there is none. CheckpointError
+        on a rank where it does not become visible."""
         if self._mirror is None:
             return None
-        taken = ""
+        fetched = ""
         for name in self._mirror.names() if self._world.is_main else ():
             staging = self.dir / f"{_STAGING}_{name}"
             self._mirror.fetch(name, staging)
             if (problem := commit.problem(staging, hashes=True)) is None:
                 final = self.dir / name
                 commit.publish(staging, final, self.dir / f"{_STAGING}_replaced_{name}")
-                log.warning("%s comes from %s", final, self._mirror.url)
-                taken = name
+                log.warning("%s was restored from %s", final, self._mirror.url)
+                fetched = name
                 break
-            log.warning("checkpoint passed over: %s/%s: %s", self._mirror.url, name, problem)
-        taken = str(self._world.gather(taken)[0])
-        if not taken:
+            log.warning("checkpoint skipped: %s/%s: %s", self._mirror.url, name, problem)
+        fetched = str(self._world.gather(fetched)[0])
+        if not fetched:
             return None
-        deadline = time.monotonic() + _SEEN_S
-        while (problem := commit.problem(self.dir / taken)) is not None:
+        deadline = time.monotonic() + _VISIBLE_TIMEOUT_S
+        while (problem := commit.problem(self.dir / fetched)) is not None:
             if time.monotonic() > deadline:
                 raise CheckpointError(
-                    f"{self.dir / taken} cannot be seen here ({problem}): all nodes must share the run directory"
+                    f"{self.dir / fetched} is not visible here ({problem}): all nodes must share the run directory"
                 )
             time.sleep(1)
-        return self.dir / taken
+        return self.dir / fetched
 
     def _refuse_to_start_over(self, problems: list[str]) -> None:
         pointer, outcome = self.dir.parent / LATEST, self.dir.parent / OUTCOME
         if problems:
-            lost = f"{self.dir} holds no whole checkpoint ({problems[0]})"
+            lost = f"{self.dir} contains no intact checkpoint ({problems[0]})"
         elif pointer.exists():
-            lost = f"{pointer} says that there was a checkpoint {pointer.read_text().strip()}, {self.dir} holds none"
+            name = pointer.read_text().strip()
+            lost = f"{pointer} names the checkpoint {name}, but {self.dir} contains none"
         elif outcome.exists():
-            lost = f"{outcome} says that the run came to an end, which leaves a checkpoint, and {self.dir} holds none"
+            lost = f"{outcome} says that the run ended with a checkpoint, but {self.dir} contains none"
         else:
             return
         raise CheckpointError(
-            f"{lost}; refusing to start over in it: bring it back, use another directory, or remove this one"
+            f"{lost}; refusing to start over in it: restore it, use another directory, or remove this one"
         )
 
-    def _set_damaged_aside(self, loaded: Path) -> None:
-        # They would count among those to keep, and be the newest again.
+    def _rename_damaged(self, loaded: Path) -> None:
+        # Left in place, they would count towards ``checkpoint.keep`` and be the newest again at the next start.
         for path in _committed(self.dir):
             if step_of(path) > step_of(loaded):
                 aside = self.dir / f"{_DAMAGED}_{path.name}"
@@ -286,35 +289,37 @@ class Checkpoints:
             part.unlink()
         fsync(folder)
         commit.commit(pending.staging, pending.record, files)
-        # There may be one of this step: damaged, or left by a run that was rewound.
+        # A checkpoint of this step may exist already: damaged, or of a run that was resumed at an earlier step.
         aside = self.dir / f"{_STAGING}_replaced_{pending.final.name}"
         commit.publish(pending.staging, pending.final, aside)
         write_atomically(self.dir.parent / LATEST, f"{pending.final.name}\n")
 
     def _prune(self) -> None:
         found = {step_of(p): p for p in _committed(self.dir)}
-        held = self._mirror.holds if self._mirror is not None else set()
+        unsent = self._mirror.unsent if self._mirror is not None else set()
         for step in self._retention.superseded(found):
-            if found[step].name in held:
-                continue  # the next time
-            (found[step] / MARKER).unlink()  # first, so that a kill half-way leaves nothing that looks whole
+            if found[step].name in unsent:
+                continue  # removed after a later checkpoint
+            (found[step] / MARKER).unlink()  # first, so that a kill in between leaves no valid marker
             shutil.rmtree(found[step])
-        for stray in self.dir.iterdir():  # what a kill left behind
-            torn = _STEP.fullmatch(stray.name) and not (stray / MARKER).exists()
-            if torn or stray.name.startswith(_STAGING):  # nothing that is not ours
+        for stray in self.dir.iterdir():  # left by a kill
+            incomplete = _STEP.fullmatch(stray.name) and not (stray / MARKER).exists()
+            if incomplete or stray.name.startswith(_STAGING):  # only names that this class writes
                 shutil.rmtree(stray, ignore_errors=True)
 
 
 def newest(run_dir: Path) -> Path:
-    """The newest checkpoint of a run whose contents are what was written; CheckpointError if there is none."""
+    """The newest checkpoint of a run whose files match their hashes; CheckpointError if there is none."""
     path, problems = _newest(run_dir / "checkpoints", hashes=True)
     if path is None:
-        raise CheckpointError(f"{run_dir} holds no whole checkpoint{': ' + problems[0] if problems else ''}")
+        raise CheckpointError(
+            f"{run_dir} contains no intact checkpoint{': ' + problems[0] if problems else ''}"
+        )
     return path
 
 
 def load_position(path: Path) -> Position:
-    """Where the run stood at a committed checkpoint."""
+    """The position of a committed checkpoint."""
     return Position(**commit.read(path)["position"])
 
 

@@ -1,4 +1,4 @@
-"""Folders that are whole or not there: a marker, written last, lists every file with its size and sha256."""
+"""Atomic folders: a marker file, written last, lists every file with its size and sha256."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from maestro_scale.shards.storage import fsync
 
 MARKER = "COMMIT.json"
 
-_OWN = "sha256"  # of the rest of the marker
+_OWN = "sha256"  # key of the marker's own hash, of all its other content
 
 
 def entry(path: Path) -> dict[str, Any]:
-    """A finished file as a marker lists it; its content is on the disk when this returns."""
+    """The entry of a finished file in a marker. The file is flushed to disk first."""
     fsync(path)
     return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
 
 
 def commit(folder: Path, content: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write the marker of a folder: ``content`` beside ``files``, {path within the folder: ``entry``}."""
+    """Write the marker of a folder: ``content``, and ``files`` as {path within the folder: ``entry``}."""
     whole = {**content, "files": dict(files)}
     marker = folder / MARKER
     marker.write_text(json.dumps({**whole, _OWN: _digest(whole)}, indent=1))
@@ -32,7 +32,7 @@ def commit(folder: Path, content: Mapping[str, Any], files: Mapping[str, Mapping
 
 
 def content(text: str | bytes) -> dict[str, Any]:
-    """What a marker holds. ValueError where it is not what was written."""
+    """The content of a marker. ValueError if its hash does not match."""
     try:
         whole = json.loads(text)
     except ValueError as error:
@@ -46,7 +46,7 @@ def content(text: str | bytes) -> dict[str, Any]:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """As ``content``, of a folder. ValueError also where it has none."""
+    """As ``content``, of a folder. ValueError also if it has no marker."""
     try:
         return content((folder / MARKER).read_bytes())
     except OSError as error:
@@ -54,8 +54,8 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def problem(folder: Path, hashes: bool = False, share: tuple[int, int] = (0, 1)) -> str | None:
-    """What is wrong with a committed folder, in words, or None. Sizes always; contents only with ``hashes``, those of
-    every n-th file from the i-th on where ``share`` is (i, n)."""
+    """What is wrong with a committed folder, or None. Sizes are always checked; contents only with ``hashes``: with
+    ``share`` (i, n) those of every n-th file, starting with the i-th."""
     try:
         files = read(folder)["files"]
     except ValueError as error:
@@ -73,7 +73,7 @@ def problem(folder: Path, hashes: bool = False, share: tuple[int, int] = (0, 1))
 
 
 def publish(staging: Path, final: Path, aside: Path) -> None:
-    """Give a committed folder its name in one go. What has that name goes to ``aside``: a kill loses neither."""
+    """Rename a committed folder to ``final``, atomically. A folder of that name is moved to ``aside`` first."""
     if final.exists():
         os.replace(final, aside)
     os.replace(staging, final)

@@ -1,4 +1,4 @@
-"""Whether a checkpoint is of this run: its identity, nested plain values, must not change while a run goes on."""
+"""Compares the identity of a checkpoint, nested plain values, with that of the run that resumes from it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
-    """In what a checkpoint's identity is not that of a run, both values side by side; empty where it is the same."""
+    """The values in which two identities differ, side by side; empty if they are equal."""
     left, right = _flat(theirs), _flat(ours)
     return "; ".join(
         f"{k}: checkpoint {left.get(k)!r}, now {right.get(k)!r}"

@@ -1,4 +1,4 @@
-"""A second home for checkpoints, behind a URL: each is copied there after its commit, fetched if all else is lost."""
+"""Mirror of checkpoints behind a URL: each is copied there after its commit, and restored if all others are lost."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ log = logging.getLogger(__name__)
 
 
 class MirrorError(MaestroError):
-    """The mirror cannot be read, or holds another run's checkpoints; the message says which and what to do."""
+    """The mirror cannot be read, or contains checkpoints of another run; the message says which and what to do."""
 
 
 class ForeignMirror(MirrorError):
-    """The mirror holds another run's checkpoints."""
+    """The mirror contains checkpoints of another run."""
 
 
 class Mirror:
     """``url``/<name of the checkpoint>. Copies in the background; a failure is a warning and never stops training.
 
-    ``retention``: of what is there, whatever the run directory still holds.
+    ``retention`` applies to the mirror independently of the run directory.
     """
 
     def __init__(self, url: str, retention: Retention) -> None:
@@ -43,13 +43,14 @@ class Mirror:
         self._is_ours = False
 
     def claim(self, identity: dict[str, Any], required: bool) -> None:
-        """Say whose checkpoints come here. What is there, if anything, must be of the run with this identity.
+        """Set the identity of the run, which must be that of the checkpoints in the mirror, if there are any.
 
-        MirrorError where it is another run's; where it cannot be read only if ``required``, else that is a warning.
+        MirrorError if they are of another run. If the mirror cannot be read: MirrorError if ``required``, else a
+        warning.
         """
         self._identity = identity
         try:
-            self._make_sure()
+            self._check_identity()
         except ForeignMirror:
             raise
         except MirrorError as error:
@@ -58,10 +59,10 @@ class Mirror:
             log.warning("%s", error)
 
     def send(self, checkpoint: Path) -> None:
-        """Copy a committed checkpoint, its marker last; then remove those that the retention lets go.
+        """Copy a committed checkpoint, its marker last; then remove superseded ones.
 
-        One that still waits for its turn, and is not permanent, is left out: where checkpoints come faster than they
-        can be sent, the newest and the permanent ones are.
+        Earlier checkpoints that still wait in the queue are dropped unless they are permanent: if checkpoints are
+        written faster than they can be sent, the newest and the permanent ones are mirrored.
         """
         waiting = [(p, f) for p, f in self._sending if not f.done()]
         self._sending = [
@@ -70,22 +71,22 @@ class Mirror:
         self._sending.append((checkpoint, self._thread.submit(self._send, checkpoint)))
 
     @property
-    def holds(self) -> set[str]:
-        """Names of checkpoints that are being sent or will be, and must stay until then."""
+    def unsent(self) -> set[str]:
+        """Names of checkpoints that are being sent or queued, and must not be removed yet."""
         return {path.name for path, future in self._sending if not future.done()}
 
     def wait(self, alive: Callable[[], None] = lambda: None) -> None:
-        """Wait for what is being sent, and say every second that somebody is ``alive``."""
+        """Wait until the queue is sent; ``alive`` is called every second."""
         for _, sending in self._sending:
             while not wait([sending], timeout=1).done:
                 alive()
 
     def names(self) -> list[str]:
-        """Names of the checkpoints there, the newest first. MirrorError where that cannot be told."""
-        return self._read(lambda fs, root: sorted(_whole(fs, root), reverse=True))
+        """Names of the complete checkpoints in the mirror, newest first. MirrorError if it cannot be read."""
+        return self._read(lambda fs, root: sorted(_complete(fs, root), reverse=True))
 
     def fetch(self, name: str, into: Path) -> None:
-        """Copy a mirrored checkpoint into a new directory ``into``. MirrorError where it cannot be read."""
+        """Copy a mirrored checkpoint into a new directory ``into``. MirrorError if it cannot be read."""
         shutil.rmtree(into, ignore_errors=True)
 
         def copy(fs: Any, root: str) -> None:
@@ -96,7 +97,7 @@ class Mirror:
 
         self._read(copy)
 
-    def _make_sure(self) -> None:
+    def _check_identity(self) -> None:
         if self._is_ours:
             return
         for name in self.names():
@@ -104,11 +105,11 @@ class Mirror:
             try:
                 theirs = commit.content(marker)["identity"]
             except (ValueError, KeyError):
-                continue  # damaged: the next one tells
+                continue  # damaged: compare with the next one
             if difference := differences(theirs, self._identity):
                 raise ForeignMirror(
-                    f"checkpoint.mirror: {self.url}/{name} is of another run: {difference}. Name another "
-                    "checkpoint.mirror or another --run-dir: its last name is the mirror's folder"
+                    f"checkpoint.mirror: {self.url}/{name} is of another run: {difference}. Set another "
+                    "checkpoint.mirror or another --run-dir, whose last component is the folder in the mirror"
                 )
             break
         self._is_ours = True
@@ -121,13 +122,13 @@ class Mirror:
         except Exception as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise MirrorError(
-                f"checkpoint.mirror: {self.url} cannot be read ({reason}): see to the address, credentials and "
-                "network, or leave checkpoint.mirror out"
+                f"checkpoint.mirror: {self.url} cannot be read ({reason}): check the address, credentials and "
+                "network, or remove checkpoint.mirror"
             ) from error
 
     def _send(self, checkpoint: Path) -> None:
         try:
-            self._make_sure()
+            self._check_identity()
             fs, root = fsspec.url_to_fs(self.url)
             files = [p for p in sorted(checkpoint.rglob("*")) if p.is_file()]
             for path in sorted(files, key=lambda p: p.name == MARKER):
@@ -135,11 +136,11 @@ class Mirror:
                 fs.makedirs(remote.rsplit("/", 1)[0], exist_ok=True)
                 fs.put_file(str(path), remote)
             fs.invalidate_cache()
-            steps = {step_of(Path(name)): name for name in _whole(fs, root)}
+            steps = {step_of(Path(name)): name for name in _complete(fs, root)}
             for step in self._retention.superseded(steps):
-                fs.rm_file(f"{root}/{steps[step]}/{MARKER}")  # first: what is left is not whole
+                fs.rm_file(f"{root}/{steps[step]}/{MARKER}")  # first: without it, the rest is never loaded
                 fs.rm(f"{root}/{steps[step]}", recursive=True)
-        except Exception as error:  # noqa: BLE001 - whatever a remote store does, training goes on
+        except Exception as error:  # noqa: BLE001 - no failure of a remote store may stop training
             log.warning("%s is not mirrored to %s: %s", checkpoint.name, self.url, error)
 
 
@@ -148,5 +149,5 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step_"))
 
 
-def _whole(fs: Any, root: str) -> list[str]:
+def _complete(fs: Any, root: str) -> list[str]:
     return [marker.split("/")[-2] for marker in fs.glob(f"{root}/step_*/{MARKER}")]

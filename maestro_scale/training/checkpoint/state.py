@@ -1,4 +1,4 @@
-"""The whole of what training changes, as pieces that any layout can take up again: masters, moments, average."""
+"""The training state (master weights, AdamW moments, moving average) as slices that any layout can load."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class TrainState:
         self.sharded, self.ema = sharded, ema
 
     def pieces(self) -> list[ParameterSlice]:
-        """What this rank owns, copied to the CPU: training may go on at once."""
+        """Copies of what this rank owns, on the CPU; training may continue while they are written."""
         moments = MOMENTS if self.sharded.adam_step else ()
         pieces = []
         for i, f in enumerate(self.sharded.fragments):
@@ -33,7 +33,7 @@ class TrainState:
 
     @torch.no_grad()
     def restore(self, reader: StateReader) -> None:
-        """Take up a state that was written by any number of ranks. All ranks together."""
+        """Load a state that any number of ranks has written; a collective."""
         moments = MOMENTS if reader.adam_step else ()
         if moments:
             self.sharded.begin_adam_at(reader.adam_step)
