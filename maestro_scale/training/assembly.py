@@ -176,14 +176,16 @@ def _prepare_run_dir(
     recipe, run_dir, world = context.recipe, context.run_dir, context.world
     if position.step > parts.num_steps:
         raise RecipeError(
-            f"train: {run_dir} has taken {position.step} steps and the recipe asks for {parts.num_steps}: ask for at "
+            f"train: {run_dir} has made {position.step} steps and the recipe asks for {parts.num_steps}: ask for at "
             "least that many, or use another --run-dir"
         )
     for kind in ("audit", "skipped"):
         _rewind_ranks(run_dir / kind, position.step, world)
     if world.is_main:
         if position.step == 0 and not has_same_recipe(run_dir, recipe):
-            metrics.rewind(0)  # lines of another recipe, which was killed before its first checkpoint
+            metrics.rewind(
+                0
+            )  # lines of a run with another recipe that was killed before its first checkpoint
         metrics.resume_from(position.step, parts.num_steps)
         write_run_files(run_dir, recipe, **parts.about)
     world.barrier()  # no rank may append to a file that another one still rewinds

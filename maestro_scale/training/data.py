@@ -1,4 +1,4 @@
-"""The stream of a training, as its recipe asks for it."""
+"""The training stream of a recipe."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from maestro_scale.training.distributed import World
 
 
 def train_loader(recipe: Recipe, sources: Sequence[Source], world: World) -> tuple[TrainLoader, int]:
-    """(this rank's share of the global batches of a mixture, steps that the recipe asks for)."""
+    """(the loader of this rank's share of the global batches, number of steps of the training)."""
     data, train = recipe.data, recipe.train
     stream = TrainLoader(
         sources=tuple(sources),

@@ -1,4 +1,4 @@
-"""What DeepSpeed itself has against its section of a recipe, said before anything starts."""
+"""Validates the ``deepspeed:`` section with DeepSpeed's own parser, before anything starts."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ import torch
 from maestro_scale.recipe import RecipeError
 from maestro_scale.secrets_filter import scrub_tree
 
-_SECTION = {"DeepSpeedZeroConfig": "zero_optimization."}  # of the class that complains, where it names it not
+_SECTION = {
+    "DeepSpeedZeroConfig": "zero_optimization."
+}  # prefix of the keys that a class validates; its errors do not name it
 
 
 def check_deepspeed(config: dict[str, Any]) -> None:
-    """RecipeError, a line for each complaint, unless DeepSpeed takes the complete ``config``."""
+    """RecipeError, a line per error, unless DeepSpeed accepts the complete ``config``."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 

@@ -1,4 +1,4 @@
-"""Who we are among the ranks, and the few collectives the loop needs. One rank alone goes the same way as many."""
+"""Rank discovery and the collectives of the training. One rank alone uses the same code path as many."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class World:
     local_rank: int
     device: torch.device
     control: dist.ProcessGroup | None = (
-        None  # a CPU group for flags and clocks, so that asking costs no GPU sync
+        None  # a CPU group for flags and clocks, so that they cost no device synchronisation
     )
 
     @property
@@ -123,14 +123,16 @@ def init_distributed(timeout_s: float = 600.0) -> World:
 
 
 def destroy_process_group() -> None:
-    """Leave the process group, so that the launcher sees a clean end."""
+    """Destroy the process group, so that the launcher sees a clean exit."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def hard_exit(code: int) -> NoReturn:
-    """End this process now, with everything said and given back, and without the interpreter's own end: threads of
-    Gloo and of stores that are still in C++ then would abort it, and a finished run would look like a failed one."""
+    """Exit now: flush logs and run finalizers, but skip the interpreter's shutdown.
+
+    Threads of Gloo and TCPStore that are still in C++ would abort it, and a finished run would look like a failed one.
+    """
     multiprocessing.util._run_finalizers(0)  # type: ignore[attr-defined]  # private: not in typeshed
     logging.shutdown()
     sys.stdout.flush()
@@ -148,7 +150,7 @@ def rank_from_env(env: Mapping[str, str] = os.environ) -> tuple[int, int, int]:
 
 
 def free_port() -> int:
-    """A TCP port that nothing on this machine uses, and that no outgoing connection will take before we listen on it.
+    """A free TCP port, outside of the range that Linux gives to outgoing connections.
 
     Raises:
         OSError: of 100 ports drawn at random, all are in use.

@@ -1,4 +1,4 @@
-"""What a recipe would do, without data and without a GPU: sizes, tokens, FLOPs, memory, steps."""
+"""The dry run of a recipe, without data or GPU: parameters, tokens, FLOPs, memory, steps."""
 
 from __future__ import annotations
 

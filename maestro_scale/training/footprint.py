@@ -1,7 +1,7 @@
-"""What a rank holds and sends under DeepSpeed, counted from the number of parameters and its own config.
+"""Memory footprint and communication of a rank under DeepSpeed, from the number of parameters and DeepSpeed's config.
 
-Counted from DeepSpeed 0.19.8 (runtime/zero/stage_1_and_2.py, stage3.py, bf16_optimizer.py) and held against the bytes
-of its live tensors in tests. P parameters, N ranks; a share is P / N.
+Source: DeepSpeed 0.19.8 (runtime/zero/stage_1_and_2.py, stage3.py, bf16_optimizer.py); tests compare it with the bytes
+of its live tensors. P parameters, N ranks; a rank's shard is P / N.
 """
 
 from __future__ import annotations
@@ -19,9 +19,12 @@ _PREFETCH = 50_000_000
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of a rank at its fullest moment, activations aside. ``weights``: with those gathered from other ranks, or
-    cast. ``optimizer``: masters, moments, moving average. ``buckets``: buffers of the collectives. ``host``: what
-    offload moves to the node's memory; where the device is a CPU, it comes on top of the rest."""
+    """Peak bytes of a rank, without activations.
+
+    ``weights``: with copies that are gathered from other ranks, or cast. ``optimizer``: fp32 masters, moments, moving
+    average. ``buckets``: buffers of the collectives. ``host``: what offload moves to the node's memory; where the
+    device is a CPU, it adds to the rest.
+    """
 
     weights: int
     gradients: int
@@ -31,13 +34,13 @@ class Footprint:
 
     @property
     def device(self) -> int:
-        """All but the host's, in bytes."""
+        """Bytes on the device."""
         return self.weights + self.gradients + self.optimizer + self.buckets
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that a rank sends in an optimizer step, by collective, where each runs as a ring."""
+    """Bytes that a rank sends in an optimizer step, by collective; ring algorithms."""
 
     all_reduce: int
     reduce_scatter: int
@@ -51,7 +54,7 @@ class Traffic:
 
 @dataclass(frozen=True)
 class _Engine:
-    """What matters of a DeepSpeed config. ``value``: bytes of a weight that the model computes with."""
+    """The settings of a DeepSpeed config that decide memory. ``value``: bytes of a weight in the forward pass."""
 
     stage: int
     value: int

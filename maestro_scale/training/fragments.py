@@ -1,7 +1,7 @@
-"""What this rank holds of the weights and of AdamW's state, by parameter name, whatever the ZeRO stage.
+"""The sharded state of a rank, fp32 master weights and AdamW moments, as slices of named parameters.
 
-DeepSpeed keeps flat fp32 buffers, cut differently for each stage and number of ranks. Seen as pieces of named,
-flattened parameters they are the same thing everywhere: what one layout wrote, another one reads.
+DeepSpeed keeps flat fp32 buffers whose partition depends on the ZeRO stage and the number of ranks. Slices of named,
+flattened parameters do not, so a checkpoint of one layout can be loaded by any other.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class Fragment:
-    """Elements ``start`` to ``start + numel`` of the flattened parameter ``name``, as this rank holds them.
+    """Elements ``start`` to ``start + numel`` of the flattened parameter ``name``, in this rank's memory.
 
-    ``weights``: (numel,) fp32, a view of the master weights. ``owned``: the part of them, by offset and length,
-    that this rank writes down; every element of a parameter is owned by exactly one rank.
+    ``weights``: (numel,) fp32, a view of the master weights. ``owned``: (offset, length) of the part that this rank
+    writes to checkpoints; every element of a parameter is owned by exactly one rank. ``flat``, ``offset``: the tensor
+    that AdamW updates, and where the fragment begins in it.
     """
 
     name: str
@@ -36,7 +37,7 @@ class Fragment:
     offset: int
 
     def view(self, buffer: Tensor) -> Tensor:
-        """This fragment of something that AdamW keeps for the whole flat buffer; (numel,)."""
+        """The fragment's part (numel,) of a moment that AdamW keeps for the whole flat tensor."""
         return buffer.view(-1).narrow(0, self.offset, self.weights.numel())
 
 
@@ -54,7 +55,7 @@ class ShardedState:
 
     @property
     def adam_step(self) -> int:
-        """Updates that AdamW has made; 0: it has no moments yet."""
+        """Number of updates that AdamW has made; 0 before its moments exist."""
         steps = {int(s["step"]) for f in self.fragments if (s := self._adam.state.get(f.flat))}
         if len(steps) > 1:
             raise RuntimeError(f"AdamW's groups are not at the same step: {sorted(steps)}")
@@ -65,12 +66,12 @@ class ShardedState:
         return fragment.view(self._adam.state[fragment.flat][key])
 
     def begin_adam_at(self, step: int) -> None:
-        """Give AdamW the state it has after ``step`` updates, moments still to be filled in."""
+        """Allocate AdamW's state as after ``step`` updates; moments that did not exist are zero."""
         groups = {id(p): g for g in self._adam.param_groups for p in g["params"]}
         for fragment in self.fragments:
             state = self._adam.state[fragment.flat]
             if not state:
-                # As torch places it: beside the parameter only for the fused kernel.
+                # Where torch's AdamW places the step counter: on the device for the fused kernel only.
                 group = groups.get(id(fragment.flat), self._adam.defaults)
                 device = fragment.flat.device if group.get("fused") or group.get("capturable") else "cpu"
                 state["step"] = torch.zeros((), dtype=torch.float32, device=device)
@@ -85,7 +86,7 @@ class ShardedState:
 
     @torch.no_grad()
     def sync_to_model(self) -> None:
-        """Bring the weights that the model computes with up to date with the masters. All ranks together."""
+        """Copy the master weights into the weights of the forward pass; a collective."""
         zero = self._raw.optimizer
         if zero is self._raw.basic_optimizer:
             return

@@ -52,7 +52,7 @@ class Objective(Protocol):
         ...
 
     def mock_batch(self, micro_batch: int) -> Batch:
-        """A made-up micro-batch of the dataset that takes the most memory, for the rehearsal step."""
+        """A mock micro-batch of the dataset that takes the most memory, for the rehearsal step."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""Refuses offload that the node's memory cannot take, before anything is allocated."""
+"""Checks that offload fits the memory of the nodes, before anything is allocated."""
 
 from __future__ import annotations
 
@@ -18,11 +18,7 @@ GIB = 2**30
 def check_offload_memory(
     parameters: int, config: Mapping[str, Any], num_micro_batches: int, ema: bool, world: World
 ) -> None:
-    """All ranks must call it.
-
-    Raises:
-        RecipeError: what the ranks of a node move to its memory is more than is free there; on all ranks.
-    """
+    """A collective. RecipeError, on all ranks, where offload needs more memory than is free on a node."""
     each = footprint(parameters, world.size, config, num_micro_batches, ema).host
     if not each:
         return

@@ -1,4 +1,4 @@
-"""The run directory: what was asked, with what, and every logged number, as plain files.
+"""The run directory: resolved recipe, environment and metrics of a run, as plain files.
 
 ``recipe.yaml`` (resolved), ``environment.json``, ``manifests/``, ``metrics.jsonl``, ``audit/rankNNNNN.jsonl``,
 ``skipped/rankNNNNN.jsonl``, ``checkpoints/``; after a hang the stacks, ``hang/rankNNNNN.txt``.
@@ -34,13 +34,13 @@ class RunDirError(MaestroError):
 
 
 class JsonLines:
-    """An append-only file of JSON lines that survives being killed and rewound."""
+    """An append-only file of JSON lines; a line that a kill left incomplete is ignored."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def rewind(self, step: int) -> None:
-        """Drop every line past ``step``, and a torn one."""
+        """Drop every line past ``step``, and an incomplete one."""
         if not self.path.exists():
             return
         lines = self.path.read_text().splitlines()
@@ -53,7 +53,7 @@ class JsonLines:
             raise self._unwritable(error) from None
 
     def append(self, record: dict[str, Any]) -> None:
-        """One line, written in one go. RunDirError where the disk does not take it."""
+        """Append a line with one write. RunDirError where it cannot be written."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a") as file:
@@ -63,23 +63,23 @@ class JsonLines:
 
     def _unwritable(self, error: OSError) -> RunDirError:
         return RunDirError(
-            f"{self.path} cannot be written: {error.strerror or error}; make room, then the same command goes on"
+            f"{self.path} cannot be written: {error.strerror or error}; free space, then resume with the same command"
         )
 
     def read(self) -> list[dict[str, Any]]:
-        """Every whole line."""
+        """Every complete line."""
         if not self.path.exists():
             return []
         return [json.loads(line) for line in self.path.read_text().splitlines() if _step_of(line) < _TORN]
 
 
 def finite(number: float) -> float | None:
-    """A number that JSON can hold: None for NaN and infinities."""
+    """The number, or None for NaN and infinities, which JSON does not have."""
     return number if math.isfinite(number) else None
 
 
 def lock(run_dir: Path) -> FileLock:
-    """Hold a run directory for this process (rank 0). RunDirError where another run holds it."""
+    """Lock a run directory for this process (rank 0). RunDirError where another run has locked it."""
     held = FileLock(run_dir / ".lock")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -113,7 +113,7 @@ def environment() -> dict[str, Any]:
 
 
 def write_run_files(run_dir: Path, recipe: Recipe, **more: Any) -> None:
-    """Leave ``recipe.yaml`` and ``environment.json`` (with ``more``) in a run directory, without secrets."""
+    """Write ``recipe.yaml`` and ``environment.json`` (with ``more``) to a run directory, without secrets."""
     write_atomically(run_dir / "recipe.yaml", recipe.to_redacted_yaml())
     write_atomically(
         run_dir / "environment.json", json.dumps(scrub_tree({**environment(), **more}), indent=1)
@@ -121,7 +121,7 @@ def write_run_files(run_dir: Path, recipe: Recipe, **more: Any) -> None:
 
 
 def manifest_path(run_dir: Path, number: int, dataset: str) -> Path:
-    """Where a run keeps the manifest of the ``number``-th dataset of its mixture."""
+    """Path of the copied manifest of the ``number``-th dataset of the mixture."""
     return run_dir / "manifests" / f"{number}-{dataset}.json"
 
 
@@ -147,12 +147,12 @@ def git_revision() -> str | None:
 
 
 def write_outcome(run_dir: Path, reason: str, why: str, step: int) -> None:
-    """Leave ``outcome.json`` for whoever started the trainer: ``done``, or ``stopped`` and by what, after ``step``."""
+    """Write ``outcome.json``, which the SLURM scripts read: ``done``, or ``stopped`` and by what, after ``step``."""
     write_atomically(run_dir / OUTCOME, json.dumps({"reason": reason, "why": why, "step": step}))
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace a file's content in one go."""
+    """Replace a file's content atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(
         f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp"

@@ -196,7 +196,7 @@ def test_resuming_with_another_seed_is_refused(trainer, quiet):
 def test_fewer_steps_than_taken_are_refused(trainer, quiet):
     code, output = trainer.run(quiet[0], 1, "--set", "train.micro_batch=8", "train.steps=3")
     assert code != 0
-    assert "has taken 6 steps and the recipe asks for 3" in output
+    assert "has made 6 steps and the recipe asks for 3" in output
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Reconstructs one sample every so often, for people to look at."""
+"""Reconstructs one sample at an interval, for pictures of the training's progress."""
 
 from __future__ import annotations
 

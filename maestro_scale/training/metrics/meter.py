@@ -1,4 +1,4 @@
-"""How fast it goes: what a run did between two log lines, the same on every rank."""
+"""Throughput, MFU and memory between two log lines, the same on every rank."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def peak_tflops(device: torch.device) -> float | None:
 
 @dataclass
 class Meter:
-    """Accumulates between log lines."""
+    """Accumulates the steps of a window between two log lines."""
 
     world: World
     steps: int = 0

@@ -1,4 +1,4 @@
-"""How every node of a run is doing: processors, memory, network, accelerators, between two log lines."""
+"""Utilisation of every node of a run between two log lines: CPU, memory, network, GPUs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Nodes:
         host = hosts[world.rank]
         self._mine = self.hosts.index(host) if hosts.index(host) == world.rank else None
         self._then_s, self._received = time.monotonic(), _received()
-        psutil.cpu_percent()  # the next call tells of the time since this one
+        psutil.cpu_percent()  # the next call measures the time since this one
 
     def read(self) -> dict[str, float]:
         """``system/<host>/<what>`` since the last call; all ranks must call it. GPU figures only where there are GPUs.
