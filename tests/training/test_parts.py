@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -100,6 +101,21 @@ def test_learning_rates_of_groups_by_hand():
         ["encoders.blocks.0.weight"],
         ["encoders.blocks.0.bias"],
     ]
+
+
+def test_a_checkpoint_of_a_later_format_is_refused_and_stays(tmp_path):
+    later = tmp_path / "step_00000005"
+    (later / "state").mkdir(parents=True)
+    (later / "state" / "weights").write_bytes(b"0123456789")
+    files = {"state/weights": commit.entry(later / "state" / "weights")}
+    commit.commit(later, {"format_version": 2}, files)
+    with pytest.raises(
+        commit.NewerFormatError, match=r"step_00000005: COMMIT.json has format version 2, .* up to 1"
+    ):
+        commit.problem(later)
+    commit.commit(later, {}, files)
+    assert commit.problem(later, hashes=True) is None
+    assert json.loads((later / "COMMIT.json").read_text())["format_version"] == 1
 
 
 def test_which_checkpoints_stay_by_hand():

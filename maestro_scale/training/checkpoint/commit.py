@@ -9,11 +9,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from maestro_scale.errors import MaestroError
 from maestro_scale.shards.storage import fsync
 
 MARKER = "COMMIT.json"
+FORMAT_VERSION = 1
+"""Of the marker and of what it commits. Markers of earlier revisions have none, which is version 1."""
 
 _OWN = "sha256"  # key of the marker's own hash, of all its other content
+
+
+class NewerFormatError(MaestroError):
+    """A folder was written by a later revision. Not a damage: the folder must stay as it is."""
 
 
 def entry(path: Path) -> dict[str, Any]:
@@ -24,7 +31,7 @@ def entry(path: Path) -> dict[str, Any]:
 
 def commit(folder: Path, content: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]) -> None:
     """Write the marker of a folder: ``content``, and ``files`` as {path within the folder: ``entry``}."""
-    whole = {**content, "files": dict(files)}
+    whole = {"format_version": FORMAT_VERSION, **content, "files": dict(files)}
     marker = folder / MARKER
     marker.write_text(json.dumps({**whole, _OWN: _digest(whole)}, indent=1))
     fsync(marker)
@@ -32,7 +39,7 @@ def commit(folder: Path, content: Mapping[str, Any], files: Mapping[str, Mapping
 
 
 def content(text: str | bytes) -> dict[str, Any]:
-    """The content of a marker. ValueError if its hash does not match."""
+    """The content of a marker. ValueError if its hash does not match; NewerFormatError."""
     try:
         whole = json.loads(text)
     except ValueError as error:
@@ -42,6 +49,10 @@ def content(text: str | bytes) -> dict[str, Any]:
     own = whole.pop(_OWN)
     if own != _digest(whole):
         raise ValueError(f"{MARKER} has changed since it was written")
+    if (version := whole.get("format_version", 1)) > FORMAT_VERSION:
+        raise NewerFormatError(
+            f"{MARKER} has format version {version}, this maestro-scale reads up to {FORMAT_VERSION}: update it"
+        )
     return whole
 
 
@@ -49,6 +60,8 @@ def read(folder: Path) -> dict[str, Any]:
     """As ``content``, of a folder. ValueError also if it has no marker."""
     try:
         return content((folder / MARKER).read_bytes())
+    except NewerFormatError as error:
+        raise NewerFormatError(f"{folder}: {error}") from None
     except OSError as error:
         raise ValueError(f"unreadable {MARKER} ({error.strerror})") from error
 
