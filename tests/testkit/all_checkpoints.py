@@ -3,10 +3,10 @@
 import sys
 
 if __name__ == "__main__":
-    from maestro_scale.evaluation.finetune import finetune
+    from maestro_scale.evaluation.finetune import setup
     from maestro_scale.training.checkpoint.retention import Retention
 
-    finetune.Retention = lambda keep: Retention(99)
+    setup.Retention = lambda keep: Retention(99)
     from maestro_scale.evaluate import main
     from maestro_scale.training.distributed import hard_exit
 
