@@ -18,7 +18,7 @@ class MaestroError(Exception):
 
 
 KeyPath = tuple[str | int, ...]
-"""Where a value stands in a nested structure: ``("data", "mixture", 0, "shards")``."""
+"""Path of a value in a nested structure: ``("data", "mixture", 0, "shards")``."""
 
 
 def dotted(path: KeyPath) -> str:

@@ -17,7 +17,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="train.py", description=__doc__, allow_abbrev=False)
     parser.add_argument("--recipe", required=True, help="YAML recipe (see recipes/)")
-    parser.add_argument("--run-dir", type=Path, help="where the run lives; default runs/<name of the recipe>")
+    parser.add_argument("--run-dir", type=Path, help="run directory; default runs/<name of the recipe>")
     parser.add_argument(
         "--set",
         dest="overrides",
@@ -28,10 +28,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="change the recipe, e.g. --set train.steps=100 'data.mixture[0].shards=s3://bucket/treesatai_ts'",
     )
     parser.add_argument(
-        "--fresh", action="store_true", help="insist on starting anew: refuse a directory with a run"
+        "--fresh", action="store_true", help="start a new run: refuse a directory that contains one"
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="print what would happen, without data, and exit"
+        "--dry-run",
+        action="store_true",
+        help="print parameters, tokens, FLOPs and memory, without data, and exit",
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     return parser.parse_args(argv)

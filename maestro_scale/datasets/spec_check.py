@@ -79,7 +79,7 @@ def spec_problems(spec: DatasetSpec) -> Iterator[Problem]:
 
 
 def sensor_problems(sensor: Sensor) -> Iterator[Problem]:
-    """What contradicts itself in a sensor, whatever it reads."""
+    """Contradictions within a sensor, independent of its source."""
     if (reason := patch_problem(sensor.image_size, sensor.patch)) is not None:
         yield ("patch",), reason
     if sensor.num_dates < 1:

@@ -50,7 +50,7 @@ def evaluation_hooks(
 ) -> Callable[[Engine], Sequence[Hook]]:
     """The hooks that ``evaluation.every_steps`` asks for, to be built once the engine exists.
 
-    ``model`` is still whole, not yet in DeepSpeed's hands. RecipeError where there is no benchmark to score, and
+    ``model``: before DeepSpeed partitions it. RecipeError where there is no benchmark to score, and
     EvaluationError or ManifestError where it lacks a target or a split: before any time is spent.
     """
     if not recipe.evaluation.every_steps:

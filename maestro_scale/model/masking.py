@@ -2,7 +2,7 @@
 
 Masks are drawn here, but no random number is: they are a function of ``Batch.noise``, which the loader drew from
 (seed, epoch, sample). So a mask does not depend on rank, micro-batch size or device, and can be replayed from the
-sample's key (invariant 1 of DESIGN.md). Everything runs on the batch's device without host synchronisation.
+sample's key (invariant 1 of docs/architecture.md). Everything runs on the batch's device without host synchronisation.
 
 Shapes: B batch, R token grids, L tokens per grid, N tokens of a sequence.
 """

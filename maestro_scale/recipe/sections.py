@@ -216,7 +216,7 @@ class Checkpoint(Section):
     """When checkpoints are written and how many are kept."""
 
     every_steps: Count = 1000
-    """Steps between checkpoints: at most so many are lost when a run is killed."""
+    """Steps between checkpoints, which are the most that a kill can lose."""
     keep: Count = 3
     """Number of newest checkpoints to keep on disk."""
     every_minutes: Annotated[float, Field(ge=0)] = 0.0
@@ -262,4 +262,4 @@ class Evaluation(Section):
     validations: Count = 20
     """Number of validations in a finetuning, evenly spaced; its best weights are tested."""
     patience: Annotated[int, Field(ge=0)] = 5
-    """Early stopping of finetuning after so many validations without a better score; 0: never."""
+    """Early stopping: number of validations of a finetuning without a better score; 0: never."""

@@ -41,7 +41,7 @@ from maestro_scale.training.watchdog import Watchdog
 
 @dataclass(frozen=True)
 class RunContext:
-    """Where and among whom a training runs. ``observers``: on rank 0."""
+    """The surroundings of a training. ``observers``: on rank 0."""
 
     recipe: Recipe
     run_dir: Path
@@ -53,7 +53,7 @@ class RunContext:
 
 @dataclass(frozen=True)
 class TrainingParts:
-    """What a training chooses for itself.
+    """The parts in which trainings differ.
 
     ``network``: on the host; ``forward`` as the objective needs it. ``ema_decay`` 0 with ``ema_warmup`` keeps the last
     weights as the average; None keeps no average. ``build_hooks``: from (engine, ema), called before checkpoints are
@@ -100,7 +100,7 @@ def check_feasible(recipe: Recipe, num_parameters: int, with_ema: bool, world: W
 
 
 def assemble(context: RunContext, parts: TrainingParts) -> tuple[Trainer, Position]:
-    """The trainer, and where it stands: at the newest checkpoint, or at the start. A collective.
+    """The trainer and its position: that of the newest checkpoint, or the start. A collective.
 
     Raises RecipeError, CheckpointError, RunDirError or WarmupError.
     """

@@ -54,7 +54,7 @@ class Guard:
         self.in_a_row += 1
 
     def state_dict(self) -> dict[str, float]:
-        """Everything but ``spike``, which comes from the recipe."""
+        """Everything but ``spike``, which the recipe sets."""
         return {k: v for k, v in dataclasses.asdict(self).items() if k != "spike"}
 
     def load_state_dict(self, state: dict[str, float]) -> None:

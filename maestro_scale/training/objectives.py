@@ -1,4 +1,4 @@
-"""What a training minimises. The trainer, the engine and the hooks know an objective by this protocol only.
+"""Training objectives. The trainer and the hooks use an objective through this protocol only.
 
 A new way to train (another loss, another task) is a class with these methods and a network whose ``forward`` takes
 (batch, inputs, num_terms) and returns (share of the global loss, loss sums). Pretraining is below; finetuning is in
@@ -29,7 +29,7 @@ class Objective(Protocol):
     """Shapes: S loss sums (one per sensor in pretraining, one in finetuning)."""
 
     def inputs(self, batch: Batch, on_device: Batch) -> Any:
-        """What the network needs of a micro-batch beside its pixels: masks, or labels; on the device.
+        """The network's second argument for a micro-batch, on the device: masks, or labels.
 
         ``batch`` is on the host, ``on_device`` its copy. Must not synchronise with the device.
         """
@@ -48,7 +48,7 @@ class Objective(Protocol):
         ...
 
     def cost(self, dataset: str) -> Cost | None:
-        """What a sample costs, for tokens/s and MFU; None where that is not known."""
+        """Cost of a sample, for tokens/s and MFU; None if it is not known."""
         ...
 
     def mock_batch(self, micro_batch: int) -> Batch:
@@ -58,7 +58,7 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class PretrainObjective:
-    """Reconstruction of masked patches; masks come from the noise in the batch, so a step can be replayed.
+    """Reconstruction of masked patches; masks are computed from the noise in the batch, so a step can be replayed.
 
     ``configs`` and ``sources`` by the dataset's name in the mixture.
     """

@@ -62,13 +62,13 @@ partitions it, the second the engine.
 def no_evaluation(
     recipe: Recipe, world: World, model: Maestro, watchdog: Watchdog
 ) -> Callable[[Engine], Sequence[Hook]]:
-    """Nothing is scored while the encoder trains."""
+    """No in-loop evaluation."""
     return lambda engine: ()
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """One entry of the mixture, opened: what is stored, and how the run reads it."""
+    """One entry of the mixture: its manifest, and its source with the spec of the run."""
 
     manifest: Manifest
     source: Source
@@ -150,16 +150,16 @@ def identity(recipe: Recipe, config: ModelConfig, datasets: list[Dataset], world
 
 
 def _refuse_unless_new(recipe: Recipe, run_dir: Path, world: World) -> None:
-    # A lock file, a STOP file and what observers leave are no run.
+    # A lock file, a STOP file and files of observers can exist before the first start.
     if any((run_dir / name).exists() for name in ("metrics.jsonl", "recipe.yaml", "checkpoints")):
         raise RunDirError(
-            f"--fresh starts over only in an empty directory, and {run_dir} holds a run; use another"
+            f"--fresh starts over only in an empty directory, and {run_dir} contains a run: use another"
         )
     mirror = _mirror(recipe, run_dir) if world.is_main else None
     if mirror is not None and (names := mirror.names()):
         raise RunDirError(
-            f"--fresh starts over, and {mirror.url} holds {names[0]} of a run of this name: use another --run-dir or "
-            "checkpoint.mirror"
+            f"--fresh starts over, and {mirror.url} contains {names[0]} of a run of this name: use another --run-dir "
+            "or checkpoint.mirror"
         )
 
 
@@ -216,7 +216,7 @@ def _parts(context: RunContext, evaluation: EvaluationHooks) -> TrainingParts:
 
 
 def _initial_model(recipe: Recipe, config: ModelConfig, world: World, starts: bool) -> Maestro:
-    """The model before its first step. ``starts``: no checkpoint will be loaded, so ``model.init_from`` counts."""
+    """The model before its first step. ``starts``: no checkpoint will be loaded, so ``model.init_from`` applies."""
     model = Maestro(config).initialise(recipe.seed)
     if recipe.model.init_from is not None and starts:
         parts = start_from(model, recipe.model.init_from)

@@ -1,4 +1,4 @@
-"""The training loop, for every objective: all that happens in a step, in the order in which it happens.
+"""The training loop, the same for every objective: ``_train`` and ``_step`` are the sequence of operations of a step.
 
 ``maestro_scale/training/assembly.py`` builds a Trainer from a recipe; ``pretrain.py`` and
 ``evaluation/finetune/finetune.py`` choose its objective and hooks.
@@ -26,7 +26,7 @@ from maestro_scale.training.watchdog import Watchdog
 
 @dataclass(frozen=True)
 class TrainSchedule:
-    """How long a training is and when it saves. ``checkpoint_s``: the most seconds between checkpoints, 0: no limit."""
+    """Length and checkpoint intervals. ``checkpoint_s``: most seconds between checkpoints, 0: no limit."""
 
     num_steps: int
     global_batch: int
@@ -36,7 +36,7 @@ class TrainSchedule:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a training ended: ``done`` or ``stopped`` (then ``why`` says by what)."""
+    """How a training ended: ``done``, or ``stopped`` by ``why``."""
 
     reason: str
     position: Position
@@ -63,7 +63,7 @@ class Trainer:
     watchdog: Watchdog
 
     def resume(self) -> Position:
-        """Load the newest checkpoint, if there is one; where the training stands then."""
+        """Load the newest checkpoint, if there is one; returns the position."""
         resumed = self.checkpoints.resume(self.state, self.identity)
         if resumed.guard is not None:
             self.engine.guard.load_state_dict(resumed.guard)
@@ -73,9 +73,9 @@ class Trainer:
         return resumed.position
 
     def run(self, position: Position) -> Outcome:
-        """Train from ``position``; end the stream and the hooks, however the training ends.
+        """Train from ``position``; end the stream and the hooks in any case.
 
-        Raises GuardError after too many skipped steps in a row, and whatever the stream and the checkpoints raise.
+        Raises GuardError after too many skipped steps in a row, and the errors of the stream and the checkpoints.
         """
         reason = "failed"
         try:
@@ -93,7 +93,7 @@ class Trainer:
                 hook.on_end(reason)
 
     def _train(self, position: Position) -> Outcome:
-        """Make every step that is left. Leaves a committed checkpoint of the last one."""
+        """Run the remaining steps. The last one ends with a committed checkpoint."""
         schedule, checkpoints = self.schedule, self.checkpoints
         checkpoints.on_commit = self._committed
         steps = self.stream.steps(position.samples, schedule.num_steps)
@@ -102,7 +102,7 @@ class Trainer:
             overdue = 0 < schedule.checkpoint_s < time.monotonic() - saved_at
             step, flags = self._step(steps, position, overdue)
             position = step.position
-            # A list, so that every hook is called whatever the others return.
+            # A list, not a generator in any(): every hook must be called, even if an earlier one returns True.
             due = [hook.after_step(step) for hook in self.hooks]
             stopping, overdue, writing = flags.tolist()
             self.watchdog.note(position.step, "writing")

@@ -59,7 +59,7 @@ class Finetuning:
         self.splits = self._open_splits()
 
     def assemble(self, context: RunContext, report: Progress) -> tuple[Trainer, Position]:
-        """The trainer and where it stands; ``report`` is called after every step."""
+        """The trainer and its position; ``report`` is called after every step."""
         recipe, world = self._recipe, self._world
         stream, num_steps = train_loader(recipe, [self.splits["train"]], world)
         network, averaged = self._network(), self._network()
@@ -146,7 +146,7 @@ class Finetuning:
         }
 
     def _load_earlier_revision(self, run_dir: Path, trainer: Trainer, position: Position) -> None:
-        """Checkpoints of earlier revisions hold neither the average nor the scores: files beside them do."""
+        """Checkpoints of earlier revisions contain neither the average nor the scores, which are in separate files."""
         average = run_dir / "average" / f"step_{position.step:08d}.safetensors"
         if position.step and average.exists() and trainer.state.ema is not None:
             trainer.state.ema.load_complete(load_file(average))

@@ -37,7 +37,7 @@ class ValidationSettings:
 class ValidationHook(Hook):
     """The history of scores, ``validation.jsonl`` and ``best/step_*.safetensors`` of a finetuning.
 
-    ``network``: outside of DeepSpeed; holds the average whenever it is scored. A network of its own, because ranks
+    ``network``: outside of DeepSpeed; holds the average whenever it is scored. Not the trained one, because ranks
     have different numbers of validation batches and a forward pass under ZeRO 3 is collective.
     """
 
@@ -81,7 +81,7 @@ class ValidationHook(Hook):
             self._lines.rewind(position.step)
 
     def after_step(self, step: FinishedStep) -> bool:
-        """Validate where it is due; a checkpoint follows, so that no validation is repeated after a kill."""
+        """Validate at the scheduled steps; a checkpoint follows, so that no validation is repeated after a kill."""
         number = step.position.step
         if not early_stop.due(number, self._num_steps, self._settings.validations):
             return False

@@ -37,7 +37,9 @@ def linear_probe(
     """
     check_splits(train, validation, test_features)
     if not l2 or min(l2) <= 0:
-        raise ValueError(f"l2 {tuple(l2)} must hold strengths, all above 0: without one there is no optimum")
+        raise ValueError(
+            f"l2 {tuple(l2)} must contain values above 0 only: without regularisation there is no optimum"
+        )
     mean, scale = _moments(train.features)
     x, y = _standard(train.features, mean, scale), torch.tensor(train.labels).double()
     x_validation = _standard(validation.features, mean, scale)

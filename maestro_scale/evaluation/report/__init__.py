@@ -1,1 +1,1 @@
-"""Results beside the published tables, as HTML and Markdown."""
+"""Results next to the published tables, as HTML and Markdown."""

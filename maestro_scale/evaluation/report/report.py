@@ -66,7 +66,9 @@ def write_report(results: Sequence[ResultFile], out: Path) -> tuple[Path, Path]:
     """Write ``out`` (self-contained HTML) and the tables as ``.md`` next to it; returns both paths. EvaluationError
     where ``out`` is not the name of an HTML file, or the maps of a result cannot be read."""
     if out.suffix not in (".html", ".htm") or out.is_dir():
-        raise EvaluationError(f"--out {out}: name an .html file; its tables go to .md beside it")
+        raise EvaluationError(
+            f"--out {out}: name an .html file; its tables are written to .md with the same name"
+        )
     groups = group_results(results)
     content: dict[str, Any] = {
         "columns": COLUMNS,

@@ -1,7 +1,7 @@
 """Runs Python's garbage collector at the same step on all ranks.
 
-Left to itself, the collector stops each rank at a moment of its own, and at every collective all ranks wait for the
-one that was stopped last.
+The automatic collector would pause each rank at another time, and at every collective all ranks wait for the one that
+is paused.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class GarbageCollectionHook(Hook):
         gc.disable()
 
     def after_step(self, step: FinishedStep) -> bool:
-        """Collect where it is due."""
+        """Collect at multiples of the interval."""
         if step.position.step % self._every == 0:
             gc.collect()
         return False

@@ -47,7 +47,7 @@ class Meter:
             torch.cuda.reset_peak_memory_stats(self.world.device)
 
     def add(self, global_samples: int, sample: Cost | None, wait_s: float) -> None:
-        """One finished step of so many samples, each of which costs ``sample``; None: not known."""
+        """Count a step of ``global_samples`` samples; ``sample``: cost of one, None if not known."""
         self.steps += 1
         self.samples += global_samples
         if sample is not None:

@@ -64,6 +64,6 @@ def _gpus() -> tuple[float, float]:
         used.append((total - free) / 2**30)
         try:
             busy.append(float(torch.cuda.utilization(i)))
-        except (ImportError, RuntimeError):  # no pynvml, or a virtual GPU that does not tell
+        except (ImportError, RuntimeError):  # no pynvml, or a virtual GPU without utilisation counters
             busy.append(0.0)
     return max(used), sum(busy) / len(busy)
