@@ -298,7 +298,7 @@ def test_every_mistake_is_named_with_the_file_that_has_it(tmp_path):
     ]
 
 
-def test_what_is_missing_is_named(tmp_path):
+def test_missing_keys_are_named(tmp_path):
     message = refusal(write(tmp_path, "r.yaml", "data: {mixture: [{dataset: d}]}"))
     assert "name: is missing" in message
     assert "data.mixture[0].shards: is missing" in message

@@ -1,4 +1,4 @@
-"""Credentials are found where people put them; innocent settings stay readable."""
+"""The secrets filter hides credentials in URLs, settings and commands, and nothing else."""
 
 import pytest
 
@@ -88,7 +88,7 @@ def test_trees_keep_their_form():
     }
 
 
-def test_a_command_can_be_read_without_what_it_must_not_tell():
+def test_a_command_is_shown_without_its_secrets():
     words = [
         "train.py",
         "--set",

@@ -1,4 +1,4 @@
-"""A folder that cannot be written is one line, whichever command was to write it."""
+"""A folder that cannot be written gives one line, in every command."""
 
 import sys
 

@@ -43,7 +43,7 @@ def test_a_sensor_of_another_name_is_read_by_shared_weights():
         torch.testing.assert_close(tensor, MODEL.encoders["s1"].state_dict()[name])
 
 
-def test_a_sensor_without_weights_is_left_out_and_said():
+def test_a_sensor_without_weights_is_omitted_with_a_note():
     adapted, notes = adapt_encoder(
         MODEL, spec_of(by_name("aerial"), by_name("s2", name="landsat", embed="landsat", group="landsat"))
     )
@@ -52,7 +52,7 @@ def test_a_sensor_without_weights_is_left_out_and_said():
     assert notes[-1] == "there is encoded from aerial"
 
 
-def test_what_learns_on_keeps_every_sensor():
+def test_an_encoder_that_is_finetuned_keeps_every_sensor():
     sensors = by_name("aerial"), by_name("s2", name="landsat", embed="landsat", group="landsat")
     adapted, notes = adapt_encoder(MODEL, spec_of(*sensors), trains=True)
     assert adapted.config.sensors == sensors

@@ -74,7 +74,7 @@ def test_its_head_is_that_of_a_finetuning(fields, tmp_path):
         torch.testing.assert_close(answers, network.logits(batch), rtol=1e-4, atol=1e-5)
 
 
-def test_gradients_are_those_of_the_mean_over_pixels_however_it_is_cut(fields, tmp_path, monkeypatch):
+def test_gradients_of_the_mean_over_pixels_do_not_depend_on_the_chunks(fields, tmp_path, monkeypatch):
     model = load_model(fields.model)
     objective = target_loss_for(task_for(FIELDS))
     (batch,) = EvalLoader(source_of(fields.shards, "val", tmp_path), 64, crops=2)
@@ -100,7 +100,7 @@ def test_gradients_are_those_of_the_mean_over_pixels_however_it_is_cut(fields, t
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
-def test_classes_of_a_tile_are_found_by_the_one_token_that_tells():
+def test_classes_are_found_from_the_one_informative_token():
     """Of twelve tokens one, anywhere, carries the label: attention finds it, a mean over tokens hardly would."""
     view = DatasetView.of_spec(SCENES)
     objective = target_loss_for(task_for(SCENES))
@@ -123,7 +123,7 @@ def test_classes_of_a_tile_are_found_by_the_one_token_that_tells():
     np.testing.assert_array_equal(answer.counts, again.counts)
 
 
-def test_what_it_cannot_fit_is_said(fields, benchmark):
+def test_impossible_fits_are_refused(fields, benchmark):
     model = load_model(fields.model)
     view = model.view("fields")
     statistics = ChannelStatistics(FIELDS)

@@ -62,7 +62,7 @@ def test_tokens_lie_on_the_sensors_grid(backbone):
         np.testing.assert_array_equal(encoder.encode(other)["s2"][:, 0], embedding.tokens["s2"][:, 0])
 
 
-def test_a_photograph_reaches_the_backbone_as_it_expects_it():
+def test_images_reach_the_backbone_normalised_as_it_expects():
     seen = []
 
     class Spy(torch.nn.Module):

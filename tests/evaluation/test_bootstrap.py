@@ -14,7 +14,7 @@ def predictions(accuracy, tiles=200, seed=0):
     return target ^ (rng.random(target.shape) > accuracy), target
 
 
-def test_the_interval_holds_the_score_and_narrows_with_tiles():
+def test_the_interval_contains_the_score_and_narrows_with_tiles():
     widths = []
     for tiles in (100, 1600):
         predicted, target = predictions(0.9, tiles)

@@ -45,7 +45,7 @@ def test_cells_and_pixels_are_each_others_inverse():
     np.testing.assert_array_equal(image, [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]])
 
 
-def test_labels_finer_than_the_image_are_seen_by_their_middle():
+def test_labels_finer_than_the_image_are_sampled_at_their_centre():
     coarse = layout(grid=2, side=1)
     assert coarse.factor == 2
     labels = np.arange(16).reshape(1, 4, 4)
@@ -58,7 +58,7 @@ def test_labels_that_do_not_fit_the_image_are_refused():
         layout(grid=4)
 
 
-def test_each_pixel_of_a_tile_counts_once_however_crops_overlap():
+def test_each_pixel_of_a_tile_counts_once_with_overlapping_crops():
     rng = np.random.default_rng(1)
     truth = rng.integers(0, CLASSES, (2, 6, 6)).astype(np.uint8)
     truth[rng.random(truth.shape) < 0.2] = dense.IGNORED
@@ -79,7 +79,7 @@ def test_each_pixel_of_a_tile_counts_once_however_crops_overlap():
         )
 
 
-def test_probe_finds_a_linear_map_and_says_its_learning_rate():
+def test_probe_finds_a_linear_map_and_reports_its_learning_rate():
     train, val, test = split(60, 1), split(15, 2), split(15, 3)
     answer, chosen = dense.probe(layout(), CLASSES, train, val, test, seed=0)
     assert miou(dense.confusions(layout(), CLASSES, answer, test)) > 0.9
@@ -88,7 +88,7 @@ def test_probe_finds_a_linear_map_and_says_its_learning_rate():
     np.testing.assert_array_equal(answer, again)
 
 
-def test_probe_does_not_mind_the_scale_of_features():
+def test_probe_does_not_depend_on_the_scale_of_features():
     splits = [split(40, 1), split(10, 2), split(10, 3)]
     moved = [FeatureCache(100 + 50 * s.features.astype(np.float32), s.labels, s.tiles) for s in splits]
     scores = [
@@ -185,7 +185,7 @@ def test_votes_worked_out_by_hand():
     assert vote((dense.IGNORED, 2), (1, dense.IGNORED), (0, dense.IGNORED)) == [1, 2]  # 0.3 : 0.2; alone
 
 
-def test_the_middle_label_of_a_block_stands_for_it():
+def test_the_centre_label_of_a_block_is_used():
     # Blocks of 4 x 4 labels: row and column 2 of each. 8 x 8 labels, 2 x 2 cells of one pixel.
     crops = CropGrid(FIELDS)
     fine = dense.PixelLayout(2, 1, 5.0, crops)

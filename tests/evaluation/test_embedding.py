@@ -72,7 +72,7 @@ def test_vectors_are_the_models_in_the_order_of_the_shards(fields, shards, tmp_p
     ]
 
 
-def test_ranks_share_the_shards_and_a_missing_file_is_made_again(fields, shards, tmp_path):
+def test_ranks_share_the_shards_and_a_missing_file_is_written_again(fields, shards, tmp_path):
     maker = embedder(fields, shards, tmp_path)
     maker.write(tmp_path / "alone", "test")
     counts = [maker.write(tmp_path / "shared", "test", rank, 2) for rank in range(2)]
@@ -103,7 +103,7 @@ def test_token_grids_as_columns_and_as_images(fields, shards, tmp_path):
         assert (image.transform.a, image.transform.c, image.transform.f) == (10.0, 20.0, 0.0)
 
 
-def test_a_file_that_is_not_this_ones_is_neither_kept_nor_mixed_in(fields, shards, tmp_path):
+def test_incomplete_files_are_written_again_and_those_of_another_embedding_refused(fields, shards, tmp_path):
     out = tmp_path / "out"
     maker = embedder(fields, shards, tmp_path)
     maker.write(out, "test")
@@ -152,7 +152,7 @@ def test_where_a_crop_lies_on_the_ground(fields, tmp_path):
         )
 
 
-def test_what_cannot_be_written_is_said(fields, shards, tmp_path):
+def test_an_unwritable_output_is_reported(fields, shards, tmp_path):
     with pytest.raises(EvaluationError, match="needs --what tokens"):
         embedder(fields, shards, tmp_path, format="tiff")
     with pytest.raises(ManifestError, match="no split 'val'"):

@@ -46,7 +46,7 @@ def test_one_two_and_three_ranks_print_identical_numbers(fields, tmp_path):
 
 
 @pytest.mark.slow
-def test_three_ranks_ask_the_oracle_what_one_asks(tmp_path):
+def test_the_oracle_scores_the_same_on_three_ranks_as_on_one(tmp_path):
     with Writer(str(tmp_path / "shards"), SCENES, "test") as writer:
         for number in range(7):
             writer.add(scene_tile(number))

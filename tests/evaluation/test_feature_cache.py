@@ -74,7 +74,7 @@ def test_splits_that_take_other_parts_are_not_encoded_again(encoder, benchmark):
     assert whole.sum() > part.sum()
 
 
-def test_joined_arrays_are_what_concatenation_would_be():
+def test_joined_arrays_equal_their_concatenation():
     rng = np.random.default_rng(0)
     parts = [rng.normal(size=(n, 5, 3)) for n in (4, 1, 7)]
     whole, seen = np.concatenate(parts), ConcatArray(parts)
@@ -167,7 +167,7 @@ def test_a_job_that_dies_over_features_leaves_no_trace_of_them(fields, benchmark
     assert list(benchmark.features_dir.iterdir()) == []
 
 
-def test_other_data_crops_and_targets_have_features_of_their_own(fields, encoder, benchmark, tmp_path):
+def test_other_data_crops_and_targets_have_separate_features(fields, encoder, benchmark, tmp_path):
     """Under one address, one after the other: the key of the features holds all that they depend on."""
     model, passes = encoder
     moved = dataclasses.replace(benchmark, shards=str(tmp_path / "shards"))
@@ -196,7 +196,7 @@ def test_other_data_crops_and_targets_have_features_of_their_own(fields, encoder
 
 
 @pytest.mark.parametrize("factor", [float("nan"), 1e6])
-def test_features_that_cannot_be_kept_are_said(fields, benchmark, factor):
+def test_features_that_cannot_be_stored_are_reported(fields, benchmark, factor):
     model = load_model(fields.model)
     inner = model.encode
     model.encode = lambda batch: {k: factor * v for k, v in inner(batch).items()}
@@ -206,7 +206,7 @@ def test_features_that_cannot_be_kept_are_said(fields, benchmark, factor):
             evaluate_frozen(model, benchmark, [mode])
 
 
-def test_no_room_is_said_before_anything_is_written(encoder, benchmark, monkeypatch):
+def test_too_little_free_space_is_reported_before_anything_is_written(encoder, benchmark, monkeypatch):
     monkeypatch.setattr(module.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 100})())
     with pytest.raises(EvaluationError, match="GiB are free: free some, point --features"):
         evaluate_frozen(encoder[0], benchmark, ["knn"])
@@ -221,7 +221,7 @@ def test_ignored_and_foreign_labels_count_nowhere(encoder, benchmark):
     assert result.num_tiles == SPLITS["test"]
 
 
-def test_an_untrained_encoder_already_tells_colours_apart(fields, benchmark):
+def test_an_untrained_encoder_already_separates_colours(fields, benchmark):
     (result,) = evaluate_frozen(load_model(fields.model), benchmark, ["probe"])
     assert result.metric == "miou"
     assert result.value > 0.85

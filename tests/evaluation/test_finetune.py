@@ -1,4 +1,4 @@
-"""Finetuning from the command line: it learns, starts from what was pretrained, ends early, and survives a kill."""
+"""Finetuning from the command line: it learns, starts from pretrained weights, ends early, and survives a kill."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ def test_two_ranks_killed_and_started_again_give_the_same_bits(fields, pretraine
 
 
 @pytest.mark.slow
-def test_it_stops_when_asked_and_ends_where_validation_gets_no_better(fields, tmp_path):
+def test_it_stops_on_request_and_ends_early_without_improvement(fields, tmp_path):
     course = ["evaluation.patience=2", "optim.base_lr=1e-12"]
     args = [f"--checkpoint={fields.model}", "--mode=finetune"]
     folder = tmp_path / "out" / "finetune"
@@ -194,7 +194,7 @@ def test_it_stops_when_asked_and_ends_where_validation_gets_no_better(fields, tm
     assert [p.stem for p in (folder / "best").iterdir()] == ["step_00000002"]
 
 
-def test_what_is_no_maestro_is_not_finetuned(fields, tmp_path, capsys):
+def test_a_baseline_without_weights_is_not_finetuned(fields, tmp_path, capsys):
     recipe = f"--recipe={fields.recipe(tmp_path)}"
     assert evaluate([recipe, f"--out={tmp_path}", "--baseline=statistics", "--mode=finetune"]) == 2
     assert (

@@ -154,7 +154,7 @@ def test_the_command_over_folds_and_seeds(rotated, tmp_path, capsys):
     assert "| 2 folds | 15 |" in text.read_text()
 
 
-def test_what_cannot_end_well_is_said_before_it_begins(rotated, tmp_path, capsys):
+def test_impossible_options_are_refused_before_the_start(rotated, tmp_path, capsys):
     recipe = f"--recipe={rotated.recipe(tmp_path)}"
     (tmp_path / "part1").symlink_to(rotated.model)
     asked = [recipe, f"--checkpoint={tmp_path}/part{{fold}}", f"--out={tmp_path / 'out'}", "--mode=knn"]

@@ -159,7 +159,7 @@ def test_the_number_of_samples_is_rounded_and_at_least_one(samples, fraction, ex
     assert len(stratified_sample(np.ones((samples, 1)), fraction)) == expected
 
 
-def test_every_class_comes_at_an_even_pace():
+def test_every_class_is_evenly_spread():
     # Three of four samples are of class 0: of two, one is of class 0, as its first is due after 1/6 of all samples and
     # that of class 1 after 1/2.
     weights = np.eye(2)[[0, 0, 1, 0]]
@@ -173,14 +173,14 @@ def test_every_class_comes_at_an_even_pace():
             assert shuffled[taken].sum(0).tolist() == [count / 2, count / 2]
 
 
-def test_of_a_few_candidates_the_one_that_fits_best_is_taken():
+def test_the_best_fitting_candidate_is_chosen():
     # Sample 0 is of class a, 1 of b, 2 of both. Class a lags first; after one of three samples every class should have
     # a third of its samples. Sample 0 gives (1/2, 0): 1/36 + 1/9 off. Sample 2 gives (1/2, 1/2): 2/36 off.
     weights = np.array([[1, 0], [0, 1], [1, 1]])
     assert [stratified_sample(weights, 1 / 3, seed).tolist() for seed in range(5)] == [[2]] * 5
 
 
-def test_the_samples_of_a_fraction_stay_what_they_were():
+def test_the_samples_of_a_fraction_are_stable():
     # A change here changes every published score with few labels.
     weights = np.eye(3)[[0, 1, 2, 0, 0, 1, 2, 0, 1, 0, 0, 1]]
     assert stratified_sample(weights, 0.5, seed=1).tolist() == [0, 1, 2, 4, 10, 11]

@@ -36,7 +36,7 @@ def score(fit, test):
     return MultilabelCounts.of(fit.predicted, test.labels).wf1()
 
 
-def test_knn_finds_clusters_whatever_the_length_of_the_features():
+def test_knn_finds_clusters_of_features_of_any_length():
     test = clusters(80, 3)
     fit = knn(clusters(200, 1), clusters(60, 2), test.features)
     assert score(fit, test) > 0.98
@@ -94,7 +94,7 @@ def test_the_probe_is_deterministic_fast_and_chooses_on_validation():
     assert score(first, test) > 0.6
 
 
-def test_the_probe_bears_absent_classes_and_dead_features():
+def test_the_probe_accepts_absent_classes_and_constant_features():
     train, validation, test = data(60, seed=1), data(30, seed=2), data(20, seed=3)
     train.labels[:, 0] = False
     train.labels[:, 1] = True
@@ -129,7 +129,7 @@ def test_of_candidates_with_equal_scores_knn_takes_the_first():
     assert fit.chosen == {"k": 2, "temperature": 0.2}
 
 
-def test_of_strengths_with_equal_scores_the_probe_takes_the_strongest():
+def test_of_penalties_with_equal_scores_the_probe_takes_the_strongest():
     train, validation = (
         LabelledFeatures(np.eye(8, dtype=np.float32)[:n], np.ones((n, 1), bool)) for n in (8, 4)
     )
@@ -138,7 +138,7 @@ def test_of_strengths_with_equal_scores_the_probe_takes_the_strongest():
     assert fit.chosen == {"l2": 1.0}
 
 
-def test_a_class_with_a_score_of_one_half_is_not_answered():
+def test_a_class_with_a_probability_of_one_half_is_not_predicted():
     # Two training samples in the same direction, one of each label: their share is 1/2 for any query.
     features, labels = np.ones((2, 3), np.float32), np.array([[True], [False]])
     train = LabelledFeatures(features, labels)
@@ -173,7 +173,7 @@ def test_knn_weights_worked_out_by_hand():
 
 
 @pytest.mark.parametrize("l2", [(), (0.0,), (0.1, 0.0), (0.1, -1.0)])
-def test_strengths_that_have_no_optimum_are_refused(l2):
+def test_penalties_without_an_optimum_are_refused(l2):
     train = clusters(4, 1)
     with pytest.raises(ValueError, match="all above 0"):
         linear_probe(train, train, train.features, l2=l2)

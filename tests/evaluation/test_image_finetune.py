@@ -67,7 +67,7 @@ def test_scratch_shares_only_the_shape(objective):
 
 
 @pytest.mark.slow
-def test_the_command_continues_and_two_ranks_learn_the_same(fields, tmp_path):
+def test_the_command_resumes_and_two_ranks_learn_the_same(fields, tmp_path):
     encoder("vit").backbone.save_pretrained(tmp_path / "vit")
     args = [f"--baseline=image:{tmp_path / 'vit'}", "--mode=finetune"]
     folder = tmp_path / "one" / "finetune"

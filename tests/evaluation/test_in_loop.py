@@ -96,7 +96,7 @@ def test_scores_are_in_the_lines_of_the_due_steps_on_any_number_of_ranks(evaluat
 
 
 @pytest.mark.slow
-def test_killed_inside_an_evaluation_and_resumed_it_is_the_undisturbed_run(mixture, evaluated, tmp_path):
+def test_killed_inside_an_evaluation_and_resumed_it_equals_an_uninterrupted_run(mixture, evaluated, tmp_path):
     run_dir, started = tmp_path / "run", tmp_path / "started"
     env = {"SLOW_STEP": "6", "STARTED": str(started), "SLOW_S": "600"}
     job = Trainer(mixture, env=env, entry=SLOW).start(run_dir, 2, *settings(TWO, 3))

@@ -1,4 +1,4 @@
-"""One schedule for several learning rates: how many steps, on which rows, at which rates."""
+"""Learning-rate search: number of steps, rows and rates of its common schedule."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_every_epoch_has_every_row_once_in_batches_of_nearly_one_size():
     assert run(seed=1) != batches
 
 
-def test_a_large_split_is_seen_ten_times():
+def test_a_large_split_is_used_for_ten_epochs():
     # 31 batches an epoch make 310 steps.
     batches = run(np.arange(62), 2)
     assert len(batches) == 310

@@ -48,7 +48,7 @@ def test_multilabel_scores_equal_scikit_learn(bits, zero_division):
 
 @QUICK
 @given(BITS, st.integers(0, 12))
-def test_counts_do_not_depend_on_the_cut(bits, cut):
+def test_counts_do_not_depend_on_the_split_into_batches(bits, cut):
     predicted, target = bits
     parts = [MultilabelCounts.of(predicted[s], target[s]) for s in (slice(cut), slice(cut, None))]
     whole = MultilabelCounts.of(predicted, target)
@@ -161,7 +161,7 @@ def test_multilabel_scores_worked_out_by_hand():
     assert MultilabelCounts.from_array([[0, 0], [1, 0], [0, 0]]).wf1(zero_division=1.0) == 0.5
 
 
-def test_the_least_value_that_is_no_class_is_refused():
+def test_the_first_value_beyond_the_classes_is_refused():
     assert confusion(np.array([2, 0]), np.array([0, 2]), 3).tolist() == [[0, 0, 1], [0, 0, 0], [1, 0, 0]]
     for value in (3, -1):
         with pytest.raises(ValueError, match=f"predicted class {value} is outside the 3 classes 0-2"):

@@ -43,7 +43,7 @@ def test_shares_of_pixels_are_found_through_clouds_light_and_season():
     assert np.mean(shifted) > 0.5, "the dates told it nothing"
 
 
-def test_a_photograph_draws_the_border_that_shares_blur():
+def test_aerial_images_sharpen_borders():
     truth = np.zeros((40, 40), int)
     truth[:, 17:] = 1
     rng = np.random.default_rng(0)
@@ -65,7 +65,7 @@ def recipe(folder, name, shards):
     return f"--recipe={path}"
 
 
-def test_the_report_shows_it_beside_each_score(tmp_path):
+def test_the_report_shows_it_next_to_each_score(tmp_path):
     shards = tmp_path / "shards"
     for split, numbers in (("train", range(40)), ("val", range(40, 50)), ("test", range(50, 80))):
         with Writer(str(shards), SCENES, split) as writer:
@@ -90,7 +90,7 @@ def test_the_report_shows_it_beside_each_score(tmp_path):
     assert f"| {100 * oracle.value:.1f} | one run |" in line
 
 
-def test_in_tables_it_stands_in_the_cell_and_not_among_the_methods(tmp_path):
+def test_tables_show_it_in_the_cell_and_not_as_a_method(tmp_path):
     score = EvalResult(
         "pastis_hd", "miou", "probe", 0.6, {"a": 0.6}, (0.5, 0.7), 9, splits={"test": ("fold_5",)}
     )
@@ -106,7 +106,7 @@ def test_in_tables_it_stands_in_the_cell_and_not_among_the_methods(tmp_path):
     assert "**oracle" not in text.read_text()
 
 
-def test_data_that_no_scene_made_are_refused(fields, tmp_path, capsys):
+def test_data_not_made_by_the_generator_are_refused(fields, tmp_path, capsys):
     shards = tmp_path / "shards"
     rng = np.random.default_rng(0)
     with Writer(str(shards), SCENES, "test") as writer:

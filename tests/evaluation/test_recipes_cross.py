@@ -41,7 +41,7 @@ def test_one_model_learns_from_all_five():
         ("flair_hub_transfer", "pastis_hd", {"spot", "s2", "s1_asc", "s1_des"}, set()),
     ],
 )
-def test_an_encoder_from_elsewhere_serves_these_sensors(pretraining, benchmark, used, left):
+def test_an_encoder_of_another_dataset_serves_these_sensors(pretraining, benchmark, used, left):
     trained = load_recipe(RECIPES / f"{pretraining}.yaml", SMALL)
     specs = [resolve_spec(stored_spec(pretraining, e.dataset), e) for e in trained.data.mixture]
     model = Maestro(build_model_config(trained, specs)).initialise(0)

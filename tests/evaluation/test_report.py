@@ -92,7 +92,7 @@ def results(tmp_path) -> Path:
     return folder
 
 
-def test_numbers_stand_beside_the_published_ones(results, tmp_path):
+def test_scores_are_shown_next_to_the_published_ones(results, tmp_path):
     page, text = write_report(find_results([results]), tmp_path / "out" / "report.html")
     read = Page(page.read_text())
     words = " ".join(" ".join(read.text).split())
@@ -108,7 +108,7 @@ def test_numbers_stand_beside_the_published_ones(results, tmp_path):
     assert not re.search(r"\n\n\|[^\n]+\n\n\|", markdown), "a table is torn apart"
 
 
-def test_the_page_holds_everything_and_trusts_nothing(results, tmp_path):
+def test_the_page_is_self_contained_and_escapes_its_inputs(results, tmp_path):
     page, _ = write_report(find_results([results]), tmp_path / "report.html")
     read = Page(page.read_text())
     assert len(read.images) == 5  # bars of two benchmarks, a curve, a confusion, maps
@@ -122,7 +122,7 @@ def test_the_page_holds_everything_and_trusts_nothing(results, tmp_path):
     assert again.read_text() == page.read_text()
 
 
-def test_what_is_no_result_is_named(tmp_path):
+def test_invalid_results_are_named(tmp_path):
     with pytest.raises(EvaluationError, match=r"no results\.json in there"):
         find_results([tmp_path])
     old = tmp_path / "results.json"
@@ -187,14 +187,14 @@ def listed(*results: EvalResult, tmp_path: Path) -> list[str]:
         {"value": 0.5},  # of the same seed: another run of it, whatever the reason
     ],
 )
-def test_what_differs_in_more_than_seed_and_fold_is_not_averaged(tmp_path, change):
+def test_results_that_differ_in_more_than_seed_and_fold_are_not_averaged(tmp_path, change):
     one = dataclasses.replace(LABELLED, **{k: v for k, v in change.items() if k == "mode"})
     rows = listed(one, dataclasses.replace(one, **change), tmp_path=tmp_path)
     assert len(rows) == 2
     assert not any("±" in row for row in rows)
 
 
-def test_other_targets_and_metrics_are_no_scores_of_the_benchmark(tmp_path):
+def test_other_targets_and_metrics_are_not_scores_of_the_benchmark(tmp_path):
     other = dataclasses.replace(
         LABELLED, benchmark="pastis_hd", target="crops_present", value=0.2, trained_on=("pastis_hd",)
     )
@@ -212,7 +212,7 @@ def test_a_copy_counts_once_and_seeds_are_one_line(tmp_path):
     assert "71.0 ± 1.4" in row
 
 
-def test_encoders_of_images_stand_beside_the_published_ones(tmp_path):
+def test_image_encoders_are_shown_next_to_the_published_ones(tmp_path):
     image = dataclasses.replace(
         SEGMENTED, encoder="image:facebook/dinov2-base", trained_on=(), checkpoint_step=0
     )
@@ -222,7 +222,7 @@ def test_encoders_of_images_stand_beside_the_published_ones(tmp_path):
     assert "| **dinov2-base (not pretrained), scratch** |" in intra
 
 
-def test_an_oracle_of_other_tiles_stands_beside_nothing(tmp_path):
+def test_an_oracle_of_other_tiles_is_not_shown(tmp_path):
     score = dataclasses.replace(SEGMENTED, splits={"test": ("fold_5",)})
     oracle = dataclasses.replace(
         score, mode="oracle", encoder="oracle", value=0.9, splits={"test": ("fold_1",)}
@@ -231,7 +231,7 @@ def test_an_oracle_of_other_tiles_stands_beside_nothing(tmp_path):
     assert "oracle" not in row
 
 
-def test_where_a_report_cannot_be_written_is_said_by_its_name(results, tmp_path):
+def test_an_unwritable_report_is_named(results, tmp_path):
     found = find_results([results])
     for out in (tmp_path / "report.md", tmp_path):
         with pytest.raises(EvaluationError, match=re.escape(f"--out {out}: name an .html file")):

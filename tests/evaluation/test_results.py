@@ -73,7 +73,7 @@ def test_foreign_files_are_named(tmp_path, text, said):
         ({"confusion": 3}, "is malformed"),
     ],
 )
-def test_what_no_evaluation_writes_is_refused(tmp_path, change, said):
+def test_values_that_no_evaluation_writes_are_refused(tmp_path, change, said):
     path = tmp_path / "results.json"
     RESULT.write(path)
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))

@@ -27,7 +27,7 @@ from maestro_scale.stream.source import Source
 from tests.evaluation.conftest import FIELDS, field_tile
 
 
-def test_rows_of_a_confusion_are_labels_and_columns_answers():
+def test_rows_of_a_confusion_are_labels_and_columns_predictions():
     task = task_for(FIELDS)
     truth = np.array([[0, 0, 0, 1], [1, 1, dense.IGNORED, 1]])
     answer = np.array([[0, 1, 1, 1], [1, 1, 2, 1]])
@@ -71,7 +71,7 @@ def test_a_share_equal_to_the_threshold_is_no_label(tmp_path):
     assert class_weights(source, target).tolist() == [[0.0, 1.0, 0.0]]
 
 
-def test_a_probability_of_one_half_is_no_answer():
+def test_a_probability_of_one_half_is_not_predicted():
     presence = MultilabelLoss(MultilabelTask(Target("kind", "multilabel", ("a", "b"), threshold=0.5)))
     tiles = np.array([[[0.5, 0.5000001], [0.0, 1.0]], [[0.6, 0.4], [1.0, 1.0]]])  # probabilities, then labels
     # Tile 1 answers b, which is there; tile 2 answers a and misses b.

@@ -69,7 +69,7 @@ def test_every_test_tile_is_a_map_on_its_ground(placed, tmp_path):
     ]
 
 
-def test_a_label_per_tile_is_no_map(scenes, fields, tmp_path, capsys):
+def test_labels_of_whole_tiles_have_no_maps(scenes, fields, tmp_path, capsys):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         f"name: s\ndata:\n  mixture: [{{dataset: scenes, shards: {str(scenes)!r}, split: train}}]\n"
@@ -86,7 +86,7 @@ def test_a_label_per_tile_is_no_map(scenes, fields, tmp_path, capsys):
     assert "--maps: species has labels for whole tiles, so there is no map" in capsys.readouterr().err
 
 
-def test_a_place_travels_with_the_sample():
+def test_the_georeference_is_stored_with_the_sample():
     tile = placed_tile(3)
     assert Sample(encode(tile)).origin == GeoOrigin("EPSG:2154", 650_180.0, 6_700_000.0)
     assert Sample(encode(field_tile(3))).origin is None
@@ -99,7 +99,7 @@ def test_a_place_travels_with_the_sample():
         ("flair2", "EPSG:2154", None),
     ],
 )
-def test_readers_say_where_a_tile_lies(name, crs, corner, tmp_path):
+def test_readers_return_the_georeference_of_a_tile(name, crs, corner, tmp_path):
     datasets.synth(name, tmp_path / "raw", 1, 0)
     raw = datasets.open_raw(name, tmp_path / "raw", "train")
     origin = raw.read(raw.keys()[0]).origin

@@ -16,10 +16,10 @@ LINE = {
 REST = {"optim/lr": 0.1, "data/retries": 0, "other/new": 5}
 
 
-def test_metrics_are_grouped_by_what_they_tell():
+def test_metrics_are_grouped_by_prefix():
     assert metric_names(LINE, mixture=False) == {"loss/total": 1.0, "loss/s2": 2.0, **REST}
 
 
-def test_in_a_mixture_every_dataset_has_charts_of_its_own():
+def test_in_a_mixture_every_dataset_has_separate_charts():
     losses = {"loss/treesatai_ts.1/total": 1.0, "loss/treesatai_ts.1/s2": 2.0}
     assert metric_names(LINE, mixture=True) == {**losses, **REST}

@@ -1,4 +1,4 @@
-"""What DeepSpeed will not take is one line with the key and the value, before anything starts."""
+"""Settings that DeepSpeed refuses give one line with key and value, before anything starts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ RECIPE = REPO / "recipes" / "vitt.yaml"
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_what_recipes_ask_for_is_taken(stage):
+def test_deepspeed_accepts_the_sections_of_shipped_recipes(stage):
     check_deepspeed(
         load_recipe(RECIPE, [f"deepspeed.zero_optimization.stage={stage}"]).deepspeed_config(1, "cpu")
     )
@@ -36,7 +36,7 @@ def test_what_recipes_ask_for_is_taken(stage):
         ("comet.enabeld=true", "deepspeed.comet.enabeld: True: extra inputs"),
     ],
 )
-def test_what_it_does_not_take_is_named(said, line):
+def test_invalid_keys_and_values_are_named(said, line):
     config = load_recipe(RECIPE, [f"deepspeed.{said}"]).deepspeed_config(1, "cpu")
     with pytest.raises(RecipeError) as raised:
         check_deepspeed(config)

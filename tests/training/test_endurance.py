@@ -1,4 +1,4 @@
-"""Runs that nobody watches: killed at random moments, on changing numbers of ranks, frozen, fed with NaN, mirrored."""
+"""Unattended runs: kills at random moments, other numbers of ranks, a frozen rank, NaN in the data, a mirror."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def disturb(job, signal_number: int, after_s: float, lasting: Path) -> bool:
     return going
 
 
-def test_killed_at_random_moments_the_result_is_the_quiet_runs(trainer, quiet, tmp_path):
+def test_a_run_killed_at_random_moments_equals_an_uninterrupted_one(trainer, quiet, tmp_path):
     rng, run_dir, num_disturbed = random.Random(5), tmp_path / "run", 0
     for i in range(10):
         job = trainer.start(run_dir, 2, *LONG)
@@ -90,7 +90,7 @@ def test_killed_at_random_moments_the_result_is_the_quiet_runs(trainer, quiet, t
         assert all(torch.equal(tensor, ours[name]) for name, tensor in theirs.items())
 
 
-def test_from_two_ranks_to_one_to_two_and_other_stages(trainer, quiet, tmp_path):
+def test_a_run_resumes_on_other_numbers_of_ranks_and_stages(trainer, quiet, tmp_path):
     run_dir = tmp_path / "run"
     for ranks, stage in ((2, 2), (1, 0), (2, 3), (1, 1)):
         job = trainer.start(run_dir, ranks, *LONG, f"deepspeed.zero_optimization.stage={stage}")
@@ -188,7 +188,7 @@ def test_three_bad_steps_in_a_row_end_the_run_with_the_last_good_checkpoint(synt
     assert output.count("error") == 1
 
 
-def test_a_lost_run_comes_back_from_its_mirror(trainer, tmp_path):
+def test_a_lost_run_is_restored_from_its_mirror(trainer, tmp_path):
     mirrored = (
         "--set",
         "train.steps=6",
@@ -205,7 +205,7 @@ def test_a_lost_run_comes_back_from_its_mirror(trainer, tmp_path):
     assert curve(again) == curve(whole)[4:]
 
 
-def test_what_is_kept():
+def test_retention_keeps_the_last_and_the_permanent_checkpoints():
     assert Retention(2).superseded([1, 2, 3, 4]) == [1, 2]
     assert Retention(1, keep_every=4).superseded([2, 4, 6, 8, 10]) == [2, 6]
     assert Retention(3).superseded([5]) == []

@@ -1,4 +1,4 @@
-"""What is said about memory and traffic, against DeepSpeed's live tensors and its collectives on two real processes."""
+"""Estimated memory and traffic against DeepSpeed's tensors and collectives in two real processes."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def measured(tmp_path_factory) -> dict[str, dict]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", tasks(), ids=lambda t: t["name"])
-def test_bytes_are_those_that_deepspeed_holds_and_sends(measured, task):
+def test_bytes_equal_those_that_deepspeed_allocates_and_sends(measured, task):
     found = measured[task["name"]]
     batch = held.layouts.GLOBAL_BATCH
     derived = Derived(batch, batch // RANKS // task["accumulate"], 1.0, RANKS, task["precision"])
@@ -88,7 +88,7 @@ def test_a_billion_parameters_on_eight_ranks_as_in_the_zero_paper():
     assert said[3].gradients == 4 * p // n
 
 
-def test_what_may_be_live_bounds_gathered_weights_and_costs_gathers():
+def test_max_live_parameters_bound_gathered_weights_and_cost_gathers():
     p, n = 10**9, 8
     small = {"stage3_max_live_parameters": 10**8, "stage3_prefetch_bucket_size": 10**7}
     whole, part = config_of(3), config_of(3, **small)

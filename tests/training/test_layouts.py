@@ -1,5 +1,5 @@
-"""Every ZeRO stage, number of ranks and cut into micro-batches learns what a plain PyTorch loop learns, and each can go
-on from a checkpoint of any other."""
+"""Every ZeRO stage, number of ranks and number of micro-batches gives the result of a plain PyTorch loop, and resumes
+from a checkpoint of any other."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def plain() -> Plain:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_every_layout_follows_the_plain_loop(plain, tmp_path, ranks):
+def test_every_layout_equals_the_plain_loop(plain, tmp_path, ranks):
     tasks = [
         task(
             stage,
@@ -85,7 +85,7 @@ def test_every_layout_follows_the_plain_loop(plain, tmp_path, ranks):
                     torch.testing.assert_close(reader.read_full(kind, name), tensor, rtol=1e-4, atol=2e-6)
 
 
-def test_any_layout_goes_on_from_any_other(plain, tmp_path):
+def test_any_layout_resumes_from_any_other(plain, tmp_path):
     """0 on 1 rank → 3 on 2 → 1 on 1 → 2 on 2 → 3 on 1, four steps each."""
     way = [(0, 1), (3, 2), (1, 1), (2, 2), (3, 1)]
     losses = []

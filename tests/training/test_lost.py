@@ -1,4 +1,4 @@
-"""Checkpoints that are lost, damaged, or another run's: nothing starts over in silence, nothing good is removed."""
+"""Checkpoints that are lost, damaged or of another run: no silent restart, and no intact checkpoint is removed."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_a_run_that_lost_its_checkpoints_does_not_start_over(trainer, done, tmp_
     assert len(list((run_dir / "checkpoints").glob("*/state/*.safetensors"))) == 2 * (lost == "markers")
 
 
-def test_damaged_checkpoints_do_not_count_among_those_to_keep(trainer, done, tmp_path):
+def test_damaged_checkpoints_do_not_count_towards_retention(trainer, done, tmp_path):
     run_dir = tmp_path / "copy"
     shutil.copytree(done, run_dir)
     marker = newest(run_dir) / commit.MARKER
@@ -79,9 +79,7 @@ def test_damaged_checkpoints_do_not_count_among_those_to_keep(trainer, done, tmp
     assert trainer.train(run_dir, 1, *SHORT) == metrics(done)
 
 
-def test_where_everything_here_is_damaged_the_mirrors_newest_whole_one_is_taken(
-    trainer, done, mirror, tmp_path
-):
+def test_the_newest_intact_checkpoint_of_the_mirror_replaces_damaged_ones(trainer, done, mirror, tmp_path):
     run_dir, second = tmp_path / "run", tmp_path / "mirror"
     shutil.copytree(done, run_dir)
     shutil.copytree(mirror, second)
@@ -94,7 +92,7 @@ def test_where_everything_here_is_damaged_the_mirrors_newest_whole_one_is_taken(
     assert commit.problem(newest(run_dir), hashes=True) is None
 
 
-def test_a_disk_that_is_full_is_one_line_and_the_last_checkpoint_stays(trainer, tmp_path):
+def test_a_full_disk_is_reported_in_one_line_and_the_last_checkpoint_is_kept(trainer, tmp_path):
     code, output = trainer.run(tmp_path / "run", 1, *SHORT, "train.steps=2", "checkpoint.every_steps=1")
     assert code == 0, output[-3000:]
     # No file may grow past what a step leaves: the next state does not fit.
@@ -106,7 +104,7 @@ def test_a_disk_that_is_full_is_one_line_and_the_last_checkpoint_stays(trainer, 
     assert newest(tmp_path / "run").name == "step_00000002"
 
 
-def test_a_mirror_is_asked_before_anything_begins(trainer, done, mirror, tmp_path):
+def test_the_mirror_is_checked_before_training_starts(trainer, done, mirror, tmp_path):
     said = f"checkpoint.mirror=file://{mirror}"
     assert "--fresh starts over" in refused(trainer, tmp_path / "run", "--fresh", *SHORT, said)
     line = refused(trainer, tmp_path / "run", *SHORT, said, "seed=4")

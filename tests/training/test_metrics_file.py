@@ -1,4 +1,4 @@
-"""metrics.jsonl across kills: a line per step, written once, unless a step turns out to be another one."""
+"""metrics.jsonl across kills: one line per step, replaced only if the repeated step differs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def killed(tmp_path):
     return after
 
 
-def test_a_step_taken_again_keeps_its_line_and_that_is_what_is_told(killed):
+def test_a_repeated_step_keeps_its_first_line(killed):
     assert killed.note(line(5, 1 / 5, samples_per_s=9.0)) == line(5, 1 / 5)
     assert killed.note(line(6, 1 / 6 * (1 + 1e-6), samples_per_s=9.0)) == line(6, 1 / 6)
     assert killed.note(line(7, 1 / 7, samples_per_s=9.0)) == line(7, 1 / 7, samples_per_s=9.0)
@@ -35,7 +35,7 @@ def test_a_step_taken_again_keeps_its_line_and_that_is_what_is_told(killed):
 
 
 @pytest.mark.parametrize("other", [{"loss": 0.3}, {"loss": None}, {"loss": 1 / 5, "lr": 0.05}])
-def test_another_course_is_said_and_replaces_the_lines(killed, caplog, other):
+def test_a_repeated_step_that_differs_warns_and_replaces_the_lines(killed, caplog, other):
     taken = {**line(5), **other}
     assert killed.note(taken) == taken
     assert "step 5 was taken again with" in caplog.text
@@ -43,13 +43,13 @@ def test_another_course_is_said_and_replaces_the_lines(killed, caplog, other):
     assert killed.read() == [*(line(s, 1 / s) for s in range(1, 5)), taken, line(6, 0.2)]
 
 
-def test_lines_past_the_end_of_a_shorter_run_go(killed):
+def test_lines_past_the_end_of_a_shorter_run_are_dropped(killed):
     shorter = MetricsFile(killed.path)
     shorter.go_on(4, 5)
     assert [x["step"] for x in shorter.read()] == [1, 2, 3, 4, 5]
 
 
-def test_steps_between_lines_that_stand_have_none(killed):
+def test_repeated_steps_between_kept_lines_write_none(killed):
     killed.rewind(6)
     other = MetricsFile(killed.path)
     other.go_on(2, 9)

@@ -1,4 +1,4 @@
-"""The second home of checkpoints: kept by the same policy, never another run's, never in the way."""
+"""The mirror of checkpoints: retention, identity of the run, and no delay of the training."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def send(to, *checkpoints):
         to.wait()
 
 
-def test_what_is_there_goes_by_the_policy_whatever_is_here(tmp_path):
+def test_retention_applies_to_the_mirror_independently_of_the_run_directory(tmp_path):
     send(mirror(tmp_path, 1, 4), *(checkpoint(tmp_path / "here", step) for step in (4, 5, 6)))
     assert there(tmp_path) == [4, 6]
     # Fetched onto an empty disk, the run knows nothing of step 4, which is for good.
@@ -94,7 +94,7 @@ def sent_slowly(tmp_path, monkeypatch, steps, **policy):
     return slow, go
 
 
-def test_a_slow_one_gets_the_newest_and_holds_nothing_else(tmp_path, monkeypatch):
+def test_a_slow_mirror_gets_the_newest_checkpoint_only(tmp_path, monkeypatch):
     slow, go = sent_slowly(tmp_path, monkeypatch, (1, 2, 3, 4), keep=9)
     assert slow.unsent == {"step_00000001", "step_00000004"}, "these must not be pruned"
     told = []
@@ -104,7 +104,7 @@ def test_a_slow_one_gets_the_newest_and_holds_nothing_else(tmp_path, monkeypatch
     assert there(tmp_path) == [1, 4]
 
 
-def test_a_permanent_one_is_sent_however_slow_it_is(tmp_path, monkeypatch):
+def test_a_slow_mirror_gets_every_permanent_checkpoint(tmp_path, monkeypatch):
     slow, go = sent_slowly(tmp_path, monkeypatch, (1, 2, 3, 5), keep=1, keep_every=2)
     go.set()
     slow.wait()
@@ -112,7 +112,7 @@ def test_a_permanent_one_is_sent_however_slow_it_is(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("url", ["foo:///x", "s3://nobody-has-this/x"])
-def test_one_that_cannot_be_read_is_one_line_where_it_matters(url, monkeypatch, tmp_path, caplog):
+def test_an_unreadable_mirror_is_an_error_only_if_it_is_needed(url, monkeypatch, tmp_path, caplog):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")

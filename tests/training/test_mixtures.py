@@ -1,4 +1,4 @@
-"""One model over datasets that are seen differently: other sensors, other grids, shared weights."""
+"""One model for several datasets with other sensors and grids, and shared weights."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def quiet(trainer, tmp_path_factory):
     return run_dir, trainer.train(run_dir, 1, "--set", "deepspeed.zero_optimization.stage=0")
 
 
-def test_steps_are_shared_out_by_weight_and_say_whose_they_are(quiet):
+def test_steps_are_distributed_by_weight_and_name_their_dataset(quiet):
     _, lines = quiet
     names = [m["dataset"] for m in lines]
     assert names.count("treesatai_ts#0") == 6
@@ -46,13 +46,13 @@ def test_two_ranks_and_any_stage_give_the_same_curve(trainer, quiet, tmp_path, s
     assert audit(tmp_path / "run") == audit(quiet[0])
 
 
-def test_a_killed_mixture_goes_on_where_it_was(trainer, quiet, tmp_path):
+def test_a_killed_mixture_resumes_exactly(trainer, quiet, tmp_path):
     changes = ["--set", "deepspeed.zero_optimization.stage=0"]
     trainer.kill_at(tmp_path / "run", 1, 5, *changes)
     assert curve(trainer.train(tmp_path / "run", 1, *changes)) == curve(quiet[1])
 
 
-def test_each_dataset_is_logged_however_the_steps_fall(trainer, tmp_path):
+def test_each_dataset_is_logged_at_its_own_interval(trainer, tmp_path):
     lines = trainer.train(tmp_path / "run", 1, "--set", "train.log_every=3", "data.workers=0")
     # The 1st and every 3rd of a dataset's own steps, and the last of the run.
     assert [m["dataset"] for m in lines].count("treesatai_ts#0") == 3

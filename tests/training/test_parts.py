@@ -1,4 +1,4 @@
-"""The small parts around the loop."""
+"""Unit tests of schedules, optimizer, guard, average, retention, markers and rank discovery."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_a_checkpoint_of_a_later_format_is_refused_and_stays(tmp_path):
     assert json.loads((later / "COMMIT.json").read_text())["format_version"] == 1
 
 
-def test_which_checkpoints_stay_by_hand():
+def test_retention_by_hand():
     assert Retention(2).superseded([10, 2, 4, 8]) == [2, 4]
     assert Retention(2).superseded([8, 10]) == []
     # Permanent ones do not count among the last ``keep``.
@@ -224,7 +224,7 @@ def test_skipped_steps_are_counted_until_one_is_taken():
     assert counts == [1, 2, 0, 1, 0, 0, 1, 2, 3]
 
 
-def test_lines_past_the_step_and_torn_lines_are_dropped(tmp_path):
+def test_lines_past_the_step_and_incomplete_lines_are_dropped(tmp_path):
     lines = JsonLines(tmp_path / "m.jsonl")
     for step in range(1, 6):
         lines.append({"step": step})
@@ -266,13 +266,13 @@ def test_half_written_checkpoints_are_never_chosen(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"files": {}}', "{", "null"])
-def test_a_marker_that_is_not_ours_is_a_damaged_checkpoint(tmp_path, text):
+def test_an_unreadable_marker_is_a_damaged_checkpoint(tmp_path, text):
     folder = _checkpoint(tmp_path, 5)
     (folder / commit.MARKER).write_text(text)
     assert "unreadable COMMIT.json" in commit.problem(folder)
 
 
-def test_what_a_marker_says_is_what_was_written(tmp_path):
+def test_a_changed_marker_is_detected(tmp_path):
     marker = _checkpoint(tmp_path, 5) / commit.MARKER
     marker.write_text(marker.read_text().replace('"samples": 48', '"samples": 40'))
     with pytest.raises(CheckpointError, match="has changed since it was written"):
@@ -296,5 +296,5 @@ def test_no_checkpoint_is_an_error(tmp_path):
         ),
     ],
 )
-def test_place_among_the_ranks(env, place):
+def test_rank_discovery(env, place):
     assert rank_from_env(env) == place

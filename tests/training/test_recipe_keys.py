@@ -1,4 +1,4 @@
-"""Keys of a recipe that are rarely set do in a run what their description says."""
+"""Rarely set keys of a recipe have the documented effect in a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run directory says of its run holds no secret, however YAML would write it."""
+"""The files of a run directory contain no secrets, in any notation of YAML."""
 
 from __future__ import annotations
 

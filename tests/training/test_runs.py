@@ -1,4 +1,4 @@
-"""The promises of a run, with real processes: the same curve however it is cut, and after any kill."""
+"""Guarantees of a run, with real processes: the same curve for any layout and after any kill."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_the_curve_does_not_depend_on_ranks_micro_batches_or_stage(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (2, 2), (2, 3)])
-def test_killed_and_started_again_equals_uninterrupted(trainer, tmp_path, ranks, stage):
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(trainer, tmp_path, ranks, stage):
     changes = ["--set", f"deepspeed.zero_optimization.stage={stage}", "train.micro_batch=2", "train.steps=16"]
     whole = trainer.train(tmp_path / "whole", ranks, *changes, "tracking.pictures_every=8")
     assert len(list((tmp_path / "whole" / "pictures").iterdir())) == 2, "and drawing them changes nothing"
@@ -106,7 +106,7 @@ def test_killed_and_started_again_equals_uninterrupted(trainer, tmp_path, ranks,
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
 
 
-def test_running_again_says_done_and_changes_nothing(trainer, quiet):
+def test_a_finished_run_is_left_unchanged(trainer, quiet):
     run_dir, lines = quiet
     code, output = trainer.run(run_dir, 1, "--set", "train.micro_batch=8")
     assert code == 0
@@ -145,7 +145,7 @@ def _catches_sigterm(pid: int) -> bool:
     return bool(int(caught, 16) >> (signal.SIGTERM - 1) & 1)
 
 
-def test_a_checkpoint_whose_contents_changed_is_passed_over(trainer, quiet, tmp_path):
+def test_a_checkpoint_with_changed_contents_is_skipped(trainer, quiet, tmp_path):
     run_dir = tmp_path / "run"
     shutil.copytree(quiet[0], run_dir)
     (file,) = (newest(run_dir) / "state").glob("*.safetensors")

@@ -1,4 +1,4 @@
-"""The rehearsed step: nothing learned depends on it, and what does not fit in memory is told before the run begins."""
+"""The rehearsal step: results do not depend on it, and a lack of memory is reported before the run starts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def trainer(synthetic_shards, tmp_path_factory) -> Trainer:
 
 
 @pytest.mark.slow
-def test_weights_moments_averages_guard_and_random_state_stay_bit_by_bit(tmp_path):
+def test_the_rehearsal_leaves_weights_moments_averages_guard_and_random_state_bitwise_equal(tmp_path):
     """In every stage, on two ranks, with accumulation; and in bf16."""
     variants = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (3, "bf16")]
     tasks = [
@@ -42,7 +42,7 @@ def test_weights_moments_averages_guard_and_random_state_stay_bit_by_bit(tmp_pat
 
 
 @pytest.mark.slow
-def test_a_run_does_not_depend_on_it(trainer, tmp_path):
+def test_a_run_does_not_depend_on_the_rehearsal(trainer, tmp_path):
     """Runs killed and resumed with it equal quiet ones elsewhere: it is on unless switched off."""
     curves = [
         curve(trainer.train(tmp_path / check, 1, "--set", f"train.warmup_check={check}", "optim.ema=0.9"))
