@@ -20,8 +20,8 @@ def test_one_line_and_no_traceback(tmp_path, monkeypatch, capsys, words):
     monkeypatch.setattr(sys, "argv", ["maestro-scale", *(w.format(**places) for w in words)])
     with pytest.raises(SystemExit) as ended:
         cli.main()
-    said = capsys.readouterr().err
+    message = capsys.readouterr().err
     assert ended.value.code == 2
-    assert said.startswith(f"error: {tmp_path / 'file'}")
-    assert said.endswith("use another path, or fix its permissions and free space\n")
-    assert said.count("\n") == 1
+    assert message.startswith(f"error: {tmp_path / 'file'}")
+    assert message.endswith("use another path, or fix its permissions and free space\n")
+    assert message.count("\n") == 1

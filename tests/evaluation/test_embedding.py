@@ -171,18 +171,18 @@ def test_the_command(fields, shards, tmp_path):
         str(tmp_path / "out"),
         f"--cache-dir={tmp_path}",
     ]
-    said = []
+    message = []
     for rank in range(2):
         env = {**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
-        said.append(done.stdout + done.stderr)
-    assert "crops embedded, rank 0's share of 2" in said[0]
-    assert ", rank 0's share of 2: " in said[0], "its progress"
-    assert "crops" not in said[1]
+        message.append(done.stdout + done.stderr)
+    assert "crops embedded, rank 0's share of 2" in message[0]
+    assert ", rank 0's share of 2: " in message[0], "its progress"
+    assert "crops" not in message[1]
     assert len(tables(tmp_path / "out")) == 3
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    look = said[0].partition("; next: ")[2].splitlines()[0]
+    look = message[0].partition("; next: ")[2].splitlines()[0]
     seen = subprocess.run(look, shell=True, env=env, capture_output=True, text=True, timeout=120)
     assert "north_m: double" in seen.stdout, seen.stderr
     wrong = subprocess.run([*command, "--what=pixels"], capture_output=True, text=True, timeout=120)

@@ -157,8 +157,8 @@ def test_two_seeds_are_two_runs_and_their_mean(fields, pretrained, tmp_path):
 @pytest.mark.slow
 def test_two_ranks_killed_and_started_again_give_the_same_bits(fields, pretrained, alone, tmp_path):
     args = [f"--checkpoint={pretrained}", "--mode=finetune", "--fraction=0.5"]
-    evaluated(fields, tmp_path, tmp_path / "quiet", *args, ranks=2)
-    quiet = tmp_path / "quiet" / "finetune_50pct"
+    evaluated(fields, tmp_path, tmp_path / "uninterrupted", *args, ranks=2)
+    uninterrupted = tmp_path / "uninterrupted" / "finetune_50pct"
     trainer = Trainer(fields.recipe(tmp_path), entry=EVALUATE)
     job = trainer.start(None, 2, *command(tmp_path / "killed", *args))
     killed, deadline = tmp_path / "killed" / "finetune_50pct", time.monotonic() + 120
@@ -168,12 +168,12 @@ def test_two_ranks_killed_and_started_again_give_the_same_bits(fields, pretraine
     job.kill()
     assert not (killed / "results.json").exists()
     evaluated(fields, tmp_path, tmp_path / "killed", *args, ranks=2)
-    assert losses(killed) == losses(quiet)
-    assert (killed / "validation.jsonl").read_text() == (quiet / "validation.jsonl").read_text()
-    assert numbers(killed) == numbers(quiet)
-    assert averages(killed) == averages(quiet)
+    assert losses(killed) == losses(uninterrupted)
+    assert (killed / "validation.jsonl").read_text() == (uninterrupted / "validation.jsonl").read_text()
+    assert numbers(killed) == numbers(uninterrupted)
+    assert averages(killed) == averages(uninterrupted)
     # However it is cut into ranks, the loss is that of the global batch.
-    assert losses(quiet)[:4] == pytest.approx(losses(alone / "finetune_50pct")[:4], rel=1e-4)
+    assert losses(uninterrupted)[:4] == pytest.approx(losses(alone / "finetune_50pct")[:4], rel=1e-4)
 
 
 @pytest.mark.slow

@@ -43,15 +43,15 @@ def arguments(fields) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def quiet(fields, arguments, tmp_path_factory) -> Path:
+def uninterrupted(fields, arguments, tmp_path_factory) -> Path:
     """Directory of a finetuning on two ranks with ZeRO 3, undisturbed, with the rehearsal of a step."""
-    folder = tmp_path_factory.mktemp("quiet")
+    folder = tmp_path_factory.mktemp("uninterrupted")
     evaluated(fields, folder, folder / "out", *arguments, ranks=2, course=[stage(3)])
     return folder / "out" / "finetune"
 
 
-def test_each_line_has_the_speed_and_due_ones_the_validation(quiet):
-    lines = metrics(quiet)
+def test_each_line_has_the_speed_and_due_ones_the_validation(uninterrupted):
+    lines = metrics(uninterrupted)
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     for line in lines:
         assert line["dataset"] == "fields"
@@ -62,21 +62,21 @@ def test_each_line_has_the_speed_and_due_ones_the_validation(quiet):
         assert (line["tokens_per_s"], line["tflops"], line["mfu"]) == (None, None, None)
         assert line["skipped_steps"] == 0
     scores = {line["step"]: line["eval/validation"] for line in lines if "eval/validation" in line}
-    assert scores == {v["step"]: v["score"] for v in validated(quiet)}
+    assert scores == {v["step"]: v["score"] for v in validated(uninterrupted)}
     assert list(scores) == [2, 4, 6, 8, 10, 12]
 
 
-def test_the_rehearsal_changes_nothing(fields, arguments, quiet, tmp_path):
+def test_the_rehearsal_changes_nothing(fields, arguments, uninterrupted, tmp_path):
     course = [stage(3), "train.warmup_check=false"]
     evaluated(fields, tmp_path, tmp_path / "out", *arguments, ranks=2, course=course)
     other = tmp_path / "out" / "finetune"
-    assert losses(other) == losses(quiet)
-    assert [m["grad_norm"] for m in metrics(other)] == [m["grad_norm"] for m in metrics(quiet)]
-    assert validated(other) == validated(quiet)
-    assert averages(other) == averages(quiet)
+    assert losses(other) == losses(uninterrupted)
+    assert [m["grad_norm"] for m in metrics(other)] == [m["grad_norm"] for m in metrics(uninterrupted)]
+    assert validated(other) == validated(uninterrupted)
+    assert averages(other) == averages(uninterrupted)
 
 
-def test_stopped_by_a_file_it_resumes_on_other_ranks_and_stages(fields, arguments, quiet, tmp_path):
+def test_stopped_by_a_file_it_resumes_on_other_ranks_and_stages(fields, arguments, uninterrupted, tmp_path):
     folder = tmp_path / "out" / "finetune"
     folder.mkdir(parents=True)
     for number, (ranks, zero) in enumerate(((2, 3), (1, 0), (2, 1)), 1):
@@ -88,9 +88,9 @@ def test_stopped_by_a_file_it_resumes_on_other_ranks_and_stages(fields, argument
         assert not (folder / "results.json").exists()
     evaluated(fields, tmp_path, tmp_path / "out", *arguments, course=[stage(2)])
     assert [m["step"] for m in metrics(folder)] == list(range(1, STEPS + 1))
-    assert losses(folder) == pytest.approx(losses(quiet), rel=1e-5)
-    assert [v["step"] for v in validated(folder)] == [v["step"] for v in validated(quiet)]
-    assert numbers(folder)["value"] == pytest.approx(numbers(quiet)["value"], abs=0.02)
+    assert losses(folder) == pytest.approx(losses(uninterrupted), rel=1e-5)
+    assert [v["step"] for v in validated(folder)] == [v["step"] for v in validated(uninterrupted)]
+    assert numbers(folder)["value"] == pytest.approx(numbers(uninterrupted)["value"], abs=0.02)
 
 
 @pytest.mark.parametrize(("ranks", "zero", "precision"), [(1, 0, "fp32"), (2, 3, "bf16")])

@@ -135,12 +135,14 @@ def test_the_command_over_folds_and_seeds(rotated, tmp_path, capsys):
     assert [p.num_tiles for p in parts[::2]] == [7, 8, 5]
     assert parts[1].recipe["seed"] == 3
     assert np.array(mean.confusion).sum() == sum(np.array(p.confusion).sum() for p in parts)
-    said = f"{100 * mean.value:.1f} ± {100 * mean.deviation:.1f}"
-    assert f"knn: mIoU {said} over 2 seeds, 3 folds, {out}/knn_40pct/results.json" in capsys.readouterr().out
+    message = f"{100 * mean.value:.1f} ± {100 * mean.deviation:.1f}"
+    assert (
+        f"knn: mIoU {message} over 2 seeds, 3 folds, {out}/knn_40pct/results.json" in capsys.readouterr().out
+    )
 
     (found,) = find_results([out])  # its runs are no results of their own
     page, text = write_report([found], tmp_path / "report.html")
-    assert f"| mIoU {said} | – | 2 seeds, 3 folds | 20 | fold_3, fold_1, fold_2 |" in text.read_text()
+    assert f"| mIoU {message} | – | 2 seeds, 3 folds | 20 | fold_3, fold_1, fold_2 |" in text.read_text()
     assert "fold 2, seed 3" in page.read_text()
 
     # The same folds as jobs of their own are the same series.
@@ -167,14 +169,14 @@ def test_impossible_options_are_refused_before_the_start(rotated, tmp_path, caps
 
 
 @pytest.mark.parametrize(
-    ("asked", "said"),
+    ("asked", "message"),
     [
         (["--folds=4"], "no fold 4 in these shards (folds: 1, 2, 3; splits: fold_1, fold_2, fold_3)"),
         (["--folds=one"], "--folds 'one' is not a list of whole numbers such as 0,1,2, or all"),
         (["--folds=1", "--split", "test=fold_1"], "leave --split out"),
     ],
 )
-def test_mistakes_are_one_line(rotated, tmp_path, capsys, asked, said):
+def test_mistakes_are_one_line(rotated, tmp_path, capsys, asked, message):
     arguments = [
         f"--recipe={rotated.recipe(tmp_path)}",
         f"--checkpoint={rotated.model}",
@@ -182,7 +184,7 @@ def test_mistakes_are_one_line(rotated, tmp_path, capsys, asked, said):
     ]
     assert evaluate([*arguments, *asked]) == 2
     error = capsys.readouterr().err
-    assert said in error
+    assert message in error
     assert len(error.splitlines()) == 1
     assert not (tmp_path / "out").exists()
 

@@ -69,10 +69,10 @@ def test_with_a_tenth_of_the_labels_frozen(scenes, tmp_path):
             scores[name, mode] = EvalResult.load(tmp_path / "out" / name / f"{mode}_10pct" / "results.json")
     assert evaluate([f"--recipe={recipe}", "--baseline=oracle", f"--out={tmp_path / 'out' / 'oracle'}"]) == 0
     oracle = EvalResult.load(tmp_path / "out" / "oracle" / "oracle" / "results.json")
-    said = {f"{name} {mode}": (round(r.value, 3), r.interval) for (name, mode), r in scores.items()}
+    message = {f"{name} {mode}": (round(r.value, 3), r.interval) for (name, mode), r in scores.items()}
     for mode in MODES:
-        assert scores["pretrained", mode].interval[0] > scores["random", mode].interval[1], said
-        assert scores["pretrained", mode].value < oracle.value, said
+        assert scores["pretrained", mode].interval[0] > scores["random", mode].interval[1], message
+        assert scores["pretrained", mode].value < oracle.value, message
     _, text = write_report(find_results([tmp_path / "out"]), tmp_path / "report.html")
     lines = [x for x in text.read_text().splitlines() if "| 10 % |" in x]
     assert len(lines) == 4

@@ -40,7 +40,7 @@ def test_undefined_scores_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("{", "cannot be read"),
         ("[]", "format version None"),
@@ -48,16 +48,16 @@ def test_undefined_scores_are_refused(tmp_path):
         ('{"version": 1, "value": 2, "colour": 3}', "benchmark, colour"),
     ],
 )
-def test_foreign_files_are_named(tmp_path, text, said):
+def test_foreign_files_are_named(tmp_path, text, message):
     path = tmp_path / "results.json"
     path.write_text(text)
-    with pytest.raises(EvaluationError, match=said) as error:
+    with pytest.raises(EvaluationError, match=message) as error:
         EvalResult.load(path)
     assert str(path) in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"value": float("nan")}, "contains NaN"),
         ({"interval": [float("nan"), 0.3]}, "contains NaN"),
@@ -73,10 +73,10 @@ def test_foreign_files_are_named(tmp_path, text, said):
         ({"confusion": 3}, "is malformed"),
     ],
 )
-def test_values_that_no_evaluation_writes_are_refused(tmp_path, change, said):
+def test_values_that_no_evaluation_writes_are_refused(tmp_path, change, message):
     path = tmp_path / "results.json"
     RESULT.write(path)
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    with pytest.raises(EvaluationError, match=said) as error:
+    with pytest.raises(EvaluationError, match=message) as error:
         EvalResult.load(path)
     assert "evaluate again" in str(error.value)

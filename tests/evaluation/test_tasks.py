@@ -41,16 +41,16 @@ def test_rows_of_a_confusion_are_labels_and_columns_predictions():
 def test_a_class_that_no_tile_has_is_undefined_and_not_part_of_a_mean():
     task = MultilabelTask(Target("kind", "multilabel", ("a", "b", "c"), threshold=0.5))
     truth = np.array([[1, 0, 0], [1, 1, 0], [0, 1, 0], [0, 0, 0]], bool)
-    said = np.array([[1, 1, 0], [1, 0, 0], [0, 1, 0], [1, 0, 0]], bool)
-    answer = multilabel_predictions(said, said * 0.9, truth, {})
+    predicted = np.array([[1, 1, 0], [1, 0, 0], [0, 1, 0], [1, 0, 0]], bool)
+    answer = multilabel_predictions(predicted, predicted * 0.9, truth, {})
     per_class = task.per_class(answer.counts.sum(axis=0))
-    expected = f1_score(truth, said, average=None, zero_division=0)
+    expected = f1_score(truth, predicted, average=None, zero_division=0)
     np.testing.assert_allclose(per_class, [*expected[:2], np.nan])
     assert answer.scores["macro_f1"] == pytest.approx(expected[:2].mean())
     assert float(task.statistic(answer.counts.sum(axis=0))) == pytest.approx(
-        f1_score(truth, said, average="weighted", zero_division=0)
+        f1_score(truth, predicted, average="weighted", zero_division=0)
     )
-    wrong = multilabel_predictions(said | [False, False, True], said * 0.9, truth, {})
+    wrong = multilabel_predictions(predicted | [False, False, True], predicted * 0.9, truth, {})
     assert np.isnan(task.per_class(wrong.counts.sum(axis=0))[2])
     assert wrong.scores["macro_f1"] == pytest.approx((expected[:2].sum() + 0) / 3), "answered, so it counts"
 

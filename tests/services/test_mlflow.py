@@ -223,16 +223,16 @@ def test_secrets_appear_nowhere(server, trainer, synthetic_shards, tmp_path):
     trainer.recipe.write_text(text.replace("name: tiny", f"name: tiny-{PLANTED['recipe']}"))
     trainer.env["SOME_API_KEY"] = PLANTED["environment"]
     run_dir = tmp_path / "run"
-    said = [f"checkpoint.mirror={tmp_path}/mirror-{PLANTED['environment']}"]
-    said += [
+    secrets = [f"checkpoint.mirror={tmp_path}/mirror-{PLANTED['environment']}"]
+    secrets += [
         f"deepspeed.comet.workspace={PLANTED['environment']}",
         f"deepspeed.other.api_key={PLANTED['command']}",
     ]
-    job = trainer.start(run_dir, 1, *TRACKED, *said)
+    job = trainer.start(run_dir, 1, *TRACKED, *secrets)
     assert job.wait(240) == 0, job.output[-3000:]
     asked = [f"--checkpoint={run_dir}", f"--out={tmp_path / 'out'}", "--mode=knn"]
     code, scored = Trainer(trainer.recipe, entry=EVALUATE, env=trainer.env).run(
-        None, 1, *asked, "--set", "tracking.enabled=true", *said
+        None, 1, *asked, "--set", "tracking.enabled=true", *secrets
     )
     assert code == 0, scored[-3000:]
     program, page = str(Path(sys.executable).parent / "maestro-scale"), str(tmp_path / "out" / "report.html")

@@ -113,8 +113,8 @@ def run_task(task: dict, world, sent: Sent) -> dict:
 
     # Its gradient comes last; and just before the optimizer step.
     first.register_post_accumulate_grad_hook(lambda p: look("end of backward"))
-    judging = engine._begin_judging
-    engine._begin_judging = lambda *args: (look("before the optimizer"), judging(*args))
+    judging = engine._reduce_loss
+    engine._reduce_loss = lambda *args: (look("before the optimizer"), judging(*args))
     mine = range(world.rank * accumulate, (world.rank + 1) * accumulate)
     for step in range(2):
         sent.bytes.clear()

@@ -19,7 +19,7 @@ def test_deepspeed_accepts_the_sections_of_shipped_recipes(stage):
 
 
 @pytest.mark.parametrize(
-    ("said", "line"),
+    ("message", "line"),
     [
         ("zero_optimization.overlap_com=true", "deepspeed.zero_optimization.overlap_com: True: extra inputs"),
         (
@@ -36,8 +36,8 @@ def test_deepspeed_accepts_the_sections_of_shipped_recipes(stage):
         ("comet.enabeld=true", "deepspeed.comet.enabeld: True: extra inputs"),
     ],
 )
-def test_invalid_keys_and_values_are_named(said, line):
-    config = load_recipe(RECIPE, [f"deepspeed.{said}"]).deepspeed_config(1, "cpu")
+def test_invalid_keys_and_values_are_named(message, line):
+    config = load_recipe(RECIPE, [f"deepspeed.{message}"]).deepspeed_config(1, "cpu")
     with pytest.raises(RecipeError) as raised:
         check_deepspeed(config)
     assert str(raised.value).startswith(line)

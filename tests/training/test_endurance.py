@@ -40,9 +40,9 @@ def trainer(synthetic_shards, tmp_path_factory) -> Trainer:
 
 
 @pytest.fixture(scope="module")
-def quiet(trainer, tmp_path_factory) -> Path:
+def uninterrupted(trainer, tmp_path_factory) -> Path:
     """Two ranks, never disturbed."""
-    run_dir = tmp_path_factory.mktemp("quiet") / "run"
+    run_dir = tmp_path_factory.mktemp("uninterrupted") / "run"
     trainer.train(run_dir, 2, *LONG)
     return run_dir
 
@@ -73,7 +73,7 @@ def disturb(job, signal_number: int, after_s: float, lasting: Path) -> bool:
     return going
 
 
-def test_a_run_killed_at_random_moments_equals_an_uninterrupted_one(trainer, quiet, tmp_path):
+def test_a_run_killed_at_random_moments_equals_an_uninterrupted_one(trainer, uninterrupted, tmp_path):
     rng, run_dir, num_disturbed = random.Random(5), tmp_path / "run", 0
     for i in range(10):
         job = trainer.start(run_dir, 2, *LONG)
@@ -82,23 +82,23 @@ def test_a_run_killed_at_random_moments_equals_an_uninterrupted_one(trainer, qui
         assert "was taken again with" not in job.output, "a replayed step was another one"
     assert num_disturbed >= 4, "the run was over before it was disturbed"
     trainer.train(run_dir, 2, *LONG)
-    assert curve(metrics(run_dir)) == curve(metrics(quiet))
-    assert audit(run_dir) == audit(quiet)
+    assert curve(metrics(run_dir)) == curve(metrics(uninterrupted))
+    assert audit(run_dir) == audit(uninterrupted)
     for ema in (False, True):
-        theirs = weights(quiet, tmp_path / f"quiet-{ema}", ema)
+        theirs = weights(uninterrupted, tmp_path / f"uninterrupted-{ema}", ema)
         ours = weights(run_dir, tmp_path / f"chaos-{ema}", ema)
         assert all(torch.equal(tensor, ours[name]) for name, tensor in theirs.items())
 
 
-def test_a_run_resumes_on_other_numbers_of_ranks_and_stages(trainer, quiet, tmp_path):
+def test_a_run_resumes_on_other_numbers_of_ranks_and_stages(trainer, uninterrupted, tmp_path):
     run_dir = tmp_path / "run"
     for ranks, stage in ((2, 2), (1, 0), (2, 3), (1, 1)):
         job = trainer.start(run_dir, ranks, *LONG, f"deepspeed.zero_optimization.stage={stage}")
         disturb(job, signal.SIGKILL, 0.2, run_dir)
     lines = trainer.train(run_dir, 2, *LONG)
     assert [m["step"] for m in lines] == list(range(1, STEPS + 1))
-    assert curve(lines) == pytest.approx(curve(metrics(quiet)), rel=1e-5)
-    assert audit(run_dir) == audit(quiet)
+    assert curve(lines) == pytest.approx(curve(metrics(uninterrupted)), rel=1e-5)
+    assert audit(run_dir) == audit(uninterrupted)
 
 
 @pytest.mark.parametrize("frozen_rank", [0, 1])

@@ -60,14 +60,14 @@ def test_bytes_equal_those_that_deepspeed_allocates_and_sends(measured, task):
     batch = held.layouts.GLOBAL_BATCH
     derived = Derived(batch, batch // RANKS // task["accumulate"], 1.0, RANKS, task["precision"])
     config = complete_config(task["section"], derived)
-    said = footprint(found["parameters"], RANKS, config, task["accumulate"], task["ema"])
-    expected = said.device + said.host
+    estimate = footprint(found["parameters"], RANKS, config, task["accumulate"], task["ema"])
+    expected = estimate.device + estimate.host
     if config["torch_autocast"][
         "enabled"
     ]:  # casts live while autograd holds them, where Python does not see them
         expected -= 2 * found["parameters"]
     if task["name"].startswith(("fp32-stage0", "bf16-stage0", "bf16-stage1-1", "bf16-stage1-2")):
-        expected -= said.buckets  # which lives within one call
+        expected -= estimate.buckets  # which lives within one call
     assert expected == pytest.approx(max(found["held"].values()), rel=0.03), found["held"]
     sends = traffic(found["parameters"], RANKS, config, task["accumulate"])
     sent = {k: found["sent"].get(k, 0) for k in ("all_reduce", "reduce_scatter", "all_gather")}
@@ -82,10 +82,10 @@ def config_of(stage: int, precision: str = "bf16", **zero) -> dict:
 def test_a_billion_parameters_on_eight_ranks_as_in_the_zero_paper():
     """Section 3 of arXiv 1910.02054: 16 bytes per parameter, shared out more by each stage; our gradients are fp32."""
     p, n = 10**9, 8
-    said = [footprint(p, n, config_of(stage), 1) for stage in range(4)]
-    assert [s.optimizer for s in said] == [8 * p, *[12 * p // n] * 3]
-    assert said[2].weights == 2 * p
-    assert said[3].gradients == 4 * p // n
+    estimate = [footprint(p, n, config_of(stage), 1) for stage in range(4)]
+    assert [s.optimizer for s in estimate] == [8 * p, *[12 * p // n] * 3]
+    assert estimate[2].weights == 2 * p
+    assert estimate[3].gradients == 4 * p // n
 
 
 def test_max_live_parameters_bound_gathered_weights_and_cost_gathers():

@@ -105,9 +105,9 @@ def test_a_full_disk_is_reported_in_one_line_and_the_last_checkpoint_is_kept(tra
 
 
 def test_the_mirror_is_checked_before_training_starts(trainer, done, mirror, tmp_path):
-    said = f"checkpoint.mirror=file://{mirror}"
-    assert "--fresh starts over" in refused(trainer, tmp_path / "run", "--fresh", *SHORT, said)
-    line = refused(trainer, tmp_path / "run", *SHORT, said, "seed=4")
+    mirrored = f"checkpoint.mirror=file://{mirror}"
+    assert "--fresh starts over" in refused(trainer, tmp_path / "run", "--fresh", *SHORT, mirrored)
+    line = refused(trainer, tmp_path / "run", *SHORT, mirrored, "seed=4")
     assert f"file://{mirror}/run/step_00000006 is of another run: seed: checkpoint 3, now 4" in line
     assert not list((tmp_path / "run").glob("checkpoints/*"))
     away = refused(trainer, tmp_path / "run", *SHORT, "checkpoint.mirror=nowhere:///at/all")

@@ -22,13 +22,13 @@ def trainer(synthetic_shards, tmp_path_factory) -> Trainer:
 
 
 @pytest.fixture(scope="module")
-def quiet(trainer, tmp_path_factory):
-    run_dir = tmp_path_factory.mktemp("quiet") / "run"
+def uninterrupted(trainer, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("uninterrupted") / "run"
     return run_dir, trainer.train(run_dir, 1, "--set", "deepspeed.zero_optimization.stage=0")
 
 
-def test_steps_are_distributed_by_weight_and_name_their_dataset(quiet):
-    _, lines = quiet
+def test_steps_are_distributed_by_weight_and_name_their_dataset(uninterrupted):
+    _, lines = uninterrupted
     names = [m["dataset"] for m in lines]
     assert names.count("treesatai_ts#0") == 6
     assert names.count("treesatai_ts#1") == 3
@@ -38,18 +38,20 @@ def test_steps_are_distributed_by_weight_and_name_their_dataset(quiet):
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_two_ranks_and_any_stage_give_the_same_curve(trainer, quiet, tmp_path, stage):
+def test_two_ranks_and_any_stage_give_the_same_curve(trainer, uninterrupted, tmp_path, stage):
     # Steps that leave weights unused (the aerial encoder, here) must move them alike in every stage.
     lines = trainer.train(tmp_path / "run", 2, "--set", f"deepspeed.zero_optimization.stage={stage}")
-    assert curve(lines) == pytest.approx(curve(quiet[1]), rel=1e-5)
-    assert [m["grad_norm"] for m in lines] == pytest.approx([m["grad_norm"] for m in quiet[1]], rel=1e-3)
-    assert audit(tmp_path / "run") == audit(quiet[0])
+    assert curve(lines) == pytest.approx(curve(uninterrupted[1]), rel=1e-5)
+    assert [m["grad_norm"] for m in lines] == pytest.approx(
+        [m["grad_norm"] for m in uninterrupted[1]], rel=1e-3
+    )
+    assert audit(tmp_path / "run") == audit(uninterrupted[0])
 
 
-def test_a_killed_mixture_resumes_exactly(trainer, quiet, tmp_path):
+def test_a_killed_mixture_resumes_exactly(trainer, uninterrupted, tmp_path):
     changes = ["--set", "deepspeed.zero_optimization.stage=0"]
     trainer.kill_at(tmp_path / "run", 1, 5, *changes)
-    assert curve(trainer.train(tmp_path / "run", 1, *changes)) == curve(quiet[1])
+    assert curve(trainer.train(tmp_path / "run", 1, *changes)) == curve(uninterrupted[1])
 
 
 def test_each_dataset_is_logged_at_its_own_interval(trainer, tmp_path):

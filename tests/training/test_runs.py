@@ -50,21 +50,21 @@ def trainer(synthetic_shards, tmp_path_factory) -> Trainer:
 
 
 @pytest.mark.slow
-def test_under_the_deepspeed_launcher(trainer, quiet, tmp_path):
+def test_under_the_deepspeed_launcher(trainer, uninterrupted, tmp_path):
     launched = Trainer(trainer.recipe, "deepspeed")
     lines = launched.train(tmp_path / "run", 2, "--set", "train.micro_batch=2")
-    assert curve(lines) == pytest.approx(curve(quiet[1]), rel=1e-5)
+    assert curve(lines) == pytest.approx(curve(uninterrupted[1]), rel=1e-5)
 
 
 @pytest.fixture(scope="module")
-def quiet(trainer, tmp_path_factory):
+def uninterrupted(trainer, tmp_path_factory):
     """One rank, one micro-batch, uninterrupted: (run directory, metrics)."""
-    run_dir = tmp_path_factory.mktemp("quiet") / "run"
+    run_dir = tmp_path_factory.mktemp("uninterrupted") / "run"
     return run_dir, trainer.train(run_dir, 1, "--set", "train.micro_batch=8")
 
 
-def test_run_directory_is_complete(quiet):
-    run_dir, lines = quiet
+def test_run_directory_is_complete(uninterrupted):
+    run_dir, lines = uninterrupted
     assert [m["step"] for m in lines] == [1, 2, 3, 4, 5, 6]
     assert all(set(m) >= FIELDS for m in lines)
     assert lines[-1]["data/replaced"] == 0
@@ -78,13 +78,15 @@ def test_run_directory_is_complete(quiet):
 @pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "stage", "micro"), [(1, 0, 2), (2, 1, 4), (2, 2, 1), (2, 3, 2)])
 def test_the_curve_does_not_depend_on_ranks_micro_batches_or_stage(
-    trainer, quiet, tmp_path, ranks, stage, micro
+    trainer, uninterrupted, tmp_path, ranks, stage, micro
 ):
     changes = [f"train.micro_batch={micro}", f"deepspeed.zero_optimization.stage={stage}"]
     lines = trainer.train(tmp_path / "run", ranks, "--set", *changes)
-    assert curve(lines) == pytest.approx(curve(quiet[1]), rel=1e-5)
-    assert [m["grad_norm"] for m in lines] == pytest.approx([m["grad_norm"] for m in quiet[1]], rel=1e-3)
-    assert audit(tmp_path / "run") == audit(quiet[0])
+    assert curve(lines) == pytest.approx(curve(uninterrupted[1]), rel=1e-5)
+    assert [m["grad_norm"] for m in lines] == pytest.approx(
+        [m["grad_norm"] for m in uninterrupted[1]], rel=1e-3
+    )
+    assert audit(tmp_path / "run") == audit(uninterrupted[0])
 
 
 @pytest.mark.slow
@@ -106,15 +108,15 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(trainer, tmp_path,
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
 
 
-def test_a_finished_run_is_left_unchanged(trainer, quiet):
-    run_dir, lines = quiet
+def test_a_finished_run_is_left_unchanged(trainer, uninterrupted):
+    run_dir, lines = uninterrupted
     code, output = trainer.run(run_dir, 1, "--set", "train.micro_batch=8")
     assert code == 0
     assert "done: 6 steps" in output
     assert [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()] == lines
 
 
-def test_stop_file_ends_a_run_that_then_resumes(trainer, quiet, tmp_path):
+def test_stop_file_ends_a_run_that_then_resumes(trainer, uninterrupted, tmp_path):
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     (run_dir / "STOP").touch()
@@ -123,10 +125,10 @@ def test_stop_file_ends_a_run_that_then_resumes(trainer, quiet, tmp_path):
     assert "resume with the same command" in output
     assert newest(run_dir).name == "step_00000001"
     assert not (run_dir / "STOP").exists()
-    assert curve(trainer.train(run_dir, 1, "--set", "train.micro_batch=8")) == curve(quiet[1])
+    assert curve(trainer.train(run_dir, 1, "--set", "train.micro_batch=8")) == curve(uninterrupted[1])
 
 
-def test_a_signal_while_it_starts_stops_it_after_a_step(trainer, quiet, tmp_path):
+def test_a_signal_while_it_starts_stops_it_after_a_step(trainer, uninterrupted, tmp_path):
     job = trainer.start(tmp_path / "run", 1, "--set", "train.micro_batch=8")
     deadline = time.monotonic() + 60
     # Its handlers are there before torch is: the first thing that it does.
@@ -145,9 +147,9 @@ def _catches_sigterm(pid: int) -> bool:
     return bool(int(caught, 16) >> (signal.SIGTERM - 1) & 1)
 
 
-def test_a_checkpoint_with_changed_contents_is_skipped(trainer, quiet, tmp_path):
+def test_a_checkpoint_with_changed_contents_is_skipped(trainer, uninterrupted, tmp_path):
     run_dir = tmp_path / "run"
-    shutil.copytree(quiet[0], run_dir)
+    shutil.copytree(uninterrupted[0], run_dir)
     (file,) = (newest(run_dir) / "state").glob("*.safetensors")
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
@@ -155,7 +157,7 @@ def test_a_checkpoint_with_changed_contents_is_skipped(trainer, quiet, tmp_path)
     code, output = trainer.run(run_dir, 2)
     assert code == 0, output[-3000:]
     assert f"{newest(run_dir).name}: state/{file.name} has changed since it was written" in output
-    assert curve(metrics(run_dir)) == pytest.approx(curve(quiet[1]), rel=1e-5)
+    assert curve(metrics(run_dir)) == pytest.approx(curve(uninterrupted[1]), rel=1e-5)
     assert commit.problem(newest(run_dir), hashes=True) is None
 
 
@@ -183,8 +185,8 @@ def test_mistakes_end_with_one_line(trainer, tmp_path, ranks, changes, words):
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_resuming_with_another_seed_is_refused(trainer, quiet):
-    run_dir, _ = quiet
+def test_resuming_with_another_seed_is_refused(trainer, uninterrupted):
+    run_dir, _ = uninterrupted
     code, output = trainer.run(run_dir, 1, "--set", "train.micro_batch=8", "seed=4")
     assert code != 0
     assert "seed: checkpoint 3, now 4" in output
@@ -193,14 +195,14 @@ def test_resuming_with_another_seed_is_refused(trainer, quiet):
     assert "optim.base_lr: checkpoint 0.001, now 0.5" in output
 
 
-def test_fewer_steps_than_taken_are_refused(trainer, quiet):
-    code, output = trainer.run(quiet[0], 1, "--set", "train.micro_batch=8", "train.steps=3")
+def test_fewer_steps_than_taken_are_refused(trainer, uninterrupted):
+    code, output = trainer.run(uninterrupted[0], 1, "--set", "train.micro_batch=8", "train.steps=3")
     assert code != 0
     assert "has made 6 steps and the recipe asks for 3" in output
 
 
 @pytest.mark.slow
-def test_a_longer_schedule_is_followed_after_resuming(trainer, quiet, tmp_path):
+def test_a_longer_schedule_is_followed_after_resuming(trainer, uninterrupted, tmp_path):
     run_dir = tmp_path / "run"
     trainer.train(run_dir, 1, "--set", "train.micro_batch=8")
     (run_dir / "checkpoints" / "mine").mkdir()
@@ -218,8 +220,8 @@ def test_a_run_directory_that_cannot_be_used_is_one_line(trainer, tmp_path):
     assert "Traceback" not in output
 
 
-def test_fresh_refuses_a_directory_with_a_run(trainer, quiet):
-    code, output = trainer.run(quiet[0], 1, "--fresh", "--set", "train.micro_batch=8")
+def test_fresh_refuses_a_directory_with_a_run(trainer, uninterrupted):
+    code, output = trainer.run(uninterrupted[0], 1, "--fresh", "--set", "train.micro_batch=8")
     assert code != 0
     assert "--fresh" in output
 

@@ -43,7 +43,7 @@ def test_the_rehearsal_leaves_weights_moments_averages_guard_and_random_state_bi
 
 @pytest.mark.slow
 def test_a_run_does_not_depend_on_the_rehearsal(trainer, tmp_path):
-    """Runs killed and resumed with it equal quiet ones elsewhere: it is on unless switched off."""
+    """Runs killed and resumed with it equal uninterrupted ones elsewhere: it is on unless switched off."""
     curves = [
         curve(trainer.train(tmp_path / check, 1, "--set", f"train.warmup_check={check}", "optim.ema=0.9"))
         for check in ("true", "false")

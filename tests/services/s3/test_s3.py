@@ -92,11 +92,11 @@ def trainer(dataset, tmp_path) -> Trainer:
 
 
 @pytest.fixture(scope="module")
-def quiet(s3, dataset, tmp_path_factory) -> tuple[Path, Counter]:
+def uninterrupted(s3, dataset, tmp_path_factory) -> tuple[Path, Counter]:
     """An undisturbed run of two ranks, and the number of requests for each shard."""
     s3.faults = lambda method, path, n: None
     s3.requests.clear()
-    folder = tmp_path_factory.mktemp("quiet")
+    folder = tmp_path_factory.mktemp("uninterrupted")
     Trainer(write_recipe(folder, URL)).train(folder / "run", 2)
     return folder / "run", fetched(s3)
 
@@ -123,8 +123,8 @@ def test_the_dataset_equals_the_one_on_disk(dataset, disk):
     assert code == 0, output
 
 
-def test_any_number_of_ranks_train_on_the_same_samples(quiet, trainer, disk, tmp_path):
-    run, requests = quiet
+def test_any_number_of_ranks_train_on_the_same_samples(uninterrupted, trainer, disk, tmp_path):
+    run, requests = uninterrupted
     assert set(requests) == {s.path for s in Manifest.load(URL).shards}
     assert set(requests.values()) == {1}  # one download for all ranks of the node
     alone = Trainer(write_recipe(disk, disk)).train(tmp_path / "disk", 1)
@@ -134,7 +134,7 @@ def test_any_number_of_ranks_train_on_the_same_samples(quiet, trainer, disk, tmp
     assert curve(metrics(run)) == pytest.approx(curve(alone), rel=1e-5)
 
 
-def test_network_failures_change_only_the_counters(s3, quiet, trainer, tmp_path):
+def test_network_failures_change_only_the_counters(s3, uninterrupted, trainer, tmp_path):
     kinds = [Fault(500), Fault(cut=True), Fault(hang_s=0.3), Fault(flip=True), Fault(503)]
     seen: list[str] = []
 
@@ -146,20 +146,20 @@ def test_network_failures_change_only_the_counters(s3, quiet, trainer, tmp_path)
 
     s3.faults = faults
     lines = trainer.train(tmp_path / "run", 2)
-    assert curve(lines) == curve(metrics(quiet[0]))
-    assert audit(tmp_path / "run") == audit(quiet[0])
+    assert curve(lines) == curve(metrics(uninterrupted[0]))
+    assert audit(tmp_path / "run") == audit(uninterrupted[0])
     assert len(seen) >= 2 * len(kinds)
     assert lines[-1]["data/retries"] >= 6
     assert lines[-1]["data/refetches"] >= 2
-    assert metrics(quiet[0])[-1]["data/retries"] == 0
+    assert metrics(uninterrupted[0])[-1]["data/retries"] == 0
 
 
-def test_killed_on_two_ranks_and_continued_on_one(quiet, trainer, tmp_path):
+def test_killed_on_two_ranks_and_continued_on_one(uninterrupted, trainer, tmp_path):
     trainer.kill_at(tmp_path / "run", 2, 3)
     lines = trainer.train(tmp_path / "run", 1)
-    assert curve(lines) == pytest.approx(curve(metrics(quiet[0])), rel=1e-5)
+    assert curve(lines) == pytest.approx(curve(metrics(uninterrupted[0])), rel=1e-5)
     used = audit(tmp_path / "run")
-    assert used == audit(quiet[0])
+    assert used == audit(uninterrupted[0])
     for epoch in (used[1], used[2], used[3]), (used[4], used[5], used[6]):
         assert len(set().union(*epoch)) == 24  # of 28: the remaining ones are fewer than a batch
 

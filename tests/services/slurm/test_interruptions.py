@@ -26,7 +26,7 @@ LONG = (
 
 
 @pytest.fixture(scope="module")
-def quiet(recipe, tmp_path_factory) -> list[float]:
+def uninterrupted(recipe, tmp_path_factory) -> list[float]:
     """The curve of one process without interruption."""
     return curve(Trainer(recipe).train(tmp_path_factory.mktemp("alone") / "run", 1, *LONG))
 
@@ -39,7 +39,7 @@ def newest(run_dir: Path) -> int:
     return max((m["step"] for m in metrics(run_dir)), default=0)
 
 
-def test_requeue_and_time_limit_and_signal(cluster, recipe, quiet, tmp_path):
+def test_requeue_and_time_limit_and_signal(cluster, recipe, uninterrupted, tmp_path):
     """One job: the signal before its time limit, `scontrol requeue`, `scancel --signal=USR1 --batch`."""
     run_dir = tmp_path / "run dir"
     options = ("--time=30",)
@@ -63,11 +63,11 @@ def test_requeue_and_time_limit_and_signal(cluster, recipe, quiet, tmp_path):
     job.started(4)
     assert job.text.count("stop requested: saving a checkpoint") == 2
     assert job.end(300) == "COMPLETED", job.text + job.ranks()
-    assert curve(metrics(run_dir)) == pytest.approx(quiet, rel=1e-5)
+    assert curve(metrics(run_dir)) == pytest.approx(uninterrupted, rel=1e-5)
     assert f"done: {STEPS} steps" in job.text.splitlines()[-1]
 
 
-def test_a_node_that_dies_is_replaced(cluster, ceph, recipe, quiet, synthetic_raw, tmp_path):
+def test_a_node_that_dies_is_replaced(cluster, ceph, recipe, uninterrupted, synthetic_raw, tmp_path):
     """Streams from S3; the crashed node loses its cached shards."""
     from maestro_scale import datasets
 
@@ -90,7 +90,7 @@ def test_a_node_that_dies_is_replaced(cluster, ceph, recipe, quiet, synthetic_ra
     finally:
         cluster.revive(lost)
         way.close()
-    assert curve(metrics(run_dir)) == pytest.approx(quiet, rel=1e-5)
+    assert curve(metrics(run_dir)) == pytest.approx(uninterrupted, rel=1e-5)
     assert lost not in command("scontrol", "show", "hostnames", job.show("NodeList")).split()
 
 
