@@ -75,7 +75,7 @@ class TrainingParts:
 
 @contextmanager
 def run_directory(recipe: Recipe, run_dir: Path, world: World) -> Iterator[None]:
-    """Check the world size and hold the run directory; RecipeError or RunDirError."""
+    """Check the world size and lock the run directory; RecipeError or RunDirError."""
     check_world(recipe, world.size)
     held = lock(run_dir) if world.is_main else None
     try:

@@ -47,8 +47,8 @@ class World:
         return total
 
     def sum_with_flags(self, values: Tensor, flags: Sequence[bool]) -> tuple[Tensor, Tensor]:
-        """As ``sum``, of ``values`` (N,), and whether each flag is set on any rank, (F,) bool, in one go. Both stay on
-        the device of ``values``."""
+        """As ``sum``, of ``values`` (N,), and whether each flag is set on any rank, (F,) bool, in one collective.
+        Both stay on the device of ``values``."""
         raised = torch.tensor(flags, dtype=values.dtype).to(values.device, non_blocking=True)
         total = self.sum(torch.cat([values, raised]))
         return total[: len(values)], total[len(values) :] > 0

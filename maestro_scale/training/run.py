@@ -1,4 +1,4 @@
-"""Pretraining on the ranks of a launcher: joins them, watches them, and leaves an outcome for the launcher."""
+"""Runs a pretraining on the ranks of a launcher: process group, watchdog, trainer, and outcome file."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ def run_pretraining(
 ) -> None:
     """Run or resume a pretraining; every rank calls it.
 
-    What lies in higher layers is passed in: ``observers_for`` (terminal, MLflow), ``evaluation`` and
+    Functions of higher layers are passed in: ``observers_for`` (terminal, MLflow), ``evaluation`` and
     ``closing_message`` (from the run directory and ``done`` or ``stopped``). Raises MaestroError.
     """
     timeout_s = recipe.train.hang_timeout_s
-    # Longer than the watchdog's, which names the rank that hangs; a collective that times out does not.
+    # Longer than the watchdog's timeout: the watchdog names the rank that hangs, a failed collective does not.
     world = init_distributed(max(600.0, 2 * timeout_s))
     with monitored(world, timeout_s, run_dir) as watchdog:
         observers = observers_for(recipe) if world.is_main else ()
         outcome = pretrain(recipe, run_dir, world, observers, watchdog, stop, fresh, evaluation)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # the run is over: a repeated request must not kill it now
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # the run has ended: a repeated signal must not kill it now
     if world.is_main:
         position = outcome.position
         write_outcome(run_dir, outcome.reason, outcome.why, position.step)

@@ -1,4 +1,4 @@
-"""When to stop and which weights to keep, from the scores on validation so far."""
+"""Early stopping and selection of the best weights, from the validation scores so far."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one finetuning consists of: its data, network, objective, hooks and identity, put together to a trainer."""
+"""Builds the trainer of a finetuning: data, network, objective, hooks and identity."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What happens between steps: logging, pictures, records of skipped steps, garbage collection."""
+"""Hooks, called after each step: audit, pictures, log, records of skipped steps, garbage collection."""

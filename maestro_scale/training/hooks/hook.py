@@ -1,4 +1,4 @@
-"""The base class of hooks, and what a hook is given after each step."""
+"""The base class of hooks, and the finished step that they receive."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ class Hook:
         """The training starts, or resumes, at ``position``."""
 
     def after_step(self, step: FinishedStep) -> bool:
-        """A step was made. Returns whether a checkpoint is due now."""
+        """Called after each step. Returns whether a checkpoint must be written now."""
         return False
 
     def after_commit(self, position: Position) -> None:
-        """The checkpoint of ``position`` is committed: files that only older ones need may go."""
+        """The checkpoint of ``position`` is committed: files that only older checkpoints need can be removed."""
 
     def on_end(self, reason: str) -> None:
-        """The training is over: ``done``, ``stopped`` or ``failed``. Not collective: a rank may come here alone."""
+        """The training is over: ``done``, ``stopped`` or ``failed``. Not collective: after an error, a rank calls it alone."""
 
     def state_dict(self) -> dict[str, Any]:
         """Plain JSON values."""

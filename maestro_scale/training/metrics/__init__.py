@@ -1,1 +1,1 @@
-"""What a run measures about itself: speed, memory, node statistics, and metrics.jsonl."""
+"""Metrics of a run: throughput, memory, utilisation of nodes, and metrics.jsonl."""

@@ -17,7 +17,7 @@ _ROUNDING = 1e-3  # relative: other ranks, another ZeRO stage, bf16
 class MetricsFile(JsonLines):
     """A step that is repeated after a kill keeps the line of its first time.
 
-    It is the same step, and its line may have been sent to MLflow already. If it turns out to differ, a warning says so
+    It is the same step, and its line may have been sent to MLflow already. If it differs, a warning says so
     and the old lines are replaced.
     """
 
