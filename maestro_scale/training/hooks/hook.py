@@ -62,7 +62,7 @@ class Hook:
         """The checkpoint of ``position`` is committed: files that only older checkpoints need can be removed."""
 
     def on_end(self, reason: str) -> None:
-        """The training is over: ``done``, ``stopped`` or ``failed``. Not collective: after an error, a rank calls it alone."""
+        """The training is over: ``done``, ``stopped`` or ``failed``. Not collective: after an error a rank is alone."""
 
     def state_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
