@@ -84,6 +84,8 @@ class InLoopEvaluationHook(Hook):
         if step.position.step % self._every:
             return False
         started = time.perf_counter()
+        # Also of a rank without a batch: else the watchdog would report the rank that waits as the one that hangs.
+        self._watchdog.note(step.position.step, "evaluating")
         samples = self._samples
         self._engine.sharded.gather_into(samples.encoder, self._world, samples.shared)
 
@@ -174,6 +176,10 @@ def _benchmark(recipe: Recipe) -> tuple[Manifest, str, DatasetSpec]:
             return manifest, entry.shards, resolve_spec(manifest.spec, entry, i)
     if shards is not None:
         manifest = Manifest.load(shards)
+        # Other shards of a dataset of the mixture: the encoder reads them as it was trained, with that entry's sensors.
+        for i, entry in enumerate(recipe.data.mixture):
+            if entry.dataset == manifest.spec.name:
+                return manifest, shards, resolve_spec(manifest.spec, entry, i)
         return manifest, shards, manifest.spec
     raise RecipeError(
         "evaluation.every_steps: no dataset of data.mixture has a target to score: set evaluation.shards to a "

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from testkit.runs import Trainer, metrics, write_mixture_recipe
 
-from maestro_scale.evaluation.in_loop import _encoder_copy
+from maestro_scale.evaluation.in_loop import InLoopEvaluationHook, _benchmark, _encoder_copy
 from maestro_scale.interop.export import full_state
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.recipe import build_model_config, load_recipe
@@ -228,3 +229,26 @@ def test_the_encoder_copy_computes_in_fp32_with_any_kernel_and_has_no_decoder(mi
     assert {n for n, _ in encoder.named_parameters()} == set(shared)
     assert all(torch.equal(state[name], trained[name]) for name in shared)
     assert not any(n.startswith(("decoders", "to_pixels", "to_decoder", "mask_token")) for n in shared)
+
+
+def test_the_watchdog_knows_that_a_rank_without_a_batch_evaluates():
+    # It waits for the other ranks: reported as computing, it would be the one furthest behind, which others wait for.
+    notes = []
+    engine = SimpleNamespace(sharded=SimpleNamespace(gather_into=lambda *args: None))
+    samples = SimpleNamespace(encoder=None, shared=[], encode=lambda split, on_batch: None)
+    world = SimpleNamespace(is_main=False, sums=lambda scores: scores)
+    watchdog = SimpleNamespace(note=lambda step, doing: notes.append((step, doing)))
+    hook = InLoopEvaluationHook(engine, samples, world, watchdog, every=2)
+    for number in (1, 2):
+        hook.after_step(SimpleNamespace(position=SimpleNamespace(step=number), metrics={}))
+    assert notes == [(2, "evaluating")]
+
+
+def test_other_shards_of_a_dataset_of_the_mixture_are_read_with_its_sensors(
+    mixture, synthetic_shards, tmp_path
+):
+    copy = tmp_path / "copy"
+    copy.symlink_to(synthetic_shards)
+    _, shards, spec = _benchmark(load_recipe(mixture, [f"evaluation.shards={copy}"]))
+    assert shards == str(copy)
+    assert (spec.sensor("s2").num_dates, spec.sensor("s2").patch) == (4, 2)

@@ -86,6 +86,7 @@ class ValidationHook(Hook):
         if not early_stop.due(number, self._num_steps, self._settings.validations):
             return False
         started = time.perf_counter()
+        self._on_batch(number)  # also on a rank without a batch, see evaluation/in_loop.py
         self._ema.gather_into(self._network, self._world)
         predictions = predict_split(
             self._network,
