@@ -31,6 +31,11 @@ def print_error(line: str, rank: int = 0) -> None:
     print(f"error{where}: {line}", file=sys.stderr, flush=True)
 
 
+def launched_rank() -> int:
+    """The rank that the launcher gave to this process, known before the ranks have joined; 0 without a launcher."""
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
+
+
 def run_command(command: Callable[[], int | None], rank: int = 0) -> int:
     """The exit code of ``command()``: its own, 0 for None, or ``USAGE`` after an expected error was printed."""
     try:

@@ -43,11 +43,11 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit code. Expected errors become one line on standard error."""
     args = parse(argv)
     stop = StopRequest().install()  # before the imports, which take seconds
-    from maestro_scale.entry import run_command
+    from maestro_scale.entry import launched_rank, run_command
     from maestro_scale.secrets_filter import hide_secrets
 
     hide_secrets()
-    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
+    rank = launched_rank()
     return run_command(lambda: _run(args, stop, rank), rank)
 
 

@@ -1,6 +1,7 @@
 """The error handler of the entry points."""
 
 import errno
+import os
 import subprocess
 import sys
 
@@ -58,3 +59,17 @@ def test_every_entry_point_reports_alike(words, tmp_path):
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: missing.yaml: ")
+
+
+def test_only_rank_0_of_an_evaluation_reports_a_wrong_recipe(tmp_path):
+    words = [
+        str(REPO / "maestro_scale" / "evaluate.py"),
+        "--recipe=missing.yaml",
+        "--checkpoint=x",
+        "--out=y",
+    ]
+    env = {**os.environ, "RANK": "1"}
+    done = subprocess.run(
+        [sys.executable, *words], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stderr) == (2, "")

@@ -25,6 +25,7 @@ from maestro_scale.secrets_filter import scrub_tree
 from maestro_scale.shards.format.manifest import Manifest
 from maestro_scale.training.distributed import World, destroy_process_group, init_distributed
 from maestro_scale.training.observer import Observer
+from maestro_scale.training.stop import StopRequest
 
 ObserversFor = Callable[[Recipe], Sequence[Observer]]
 """The observers of a finetuning, on rank 0: they follow its loss and validation scores, in MLflow for example."""
@@ -186,6 +187,7 @@ class _Evaluation:
     world: World | None
     progress: ProgressFactory
     observers_for: ObserversFor
+    stop: StopRequest = field(default_factory=StopRequest)
 
     @property
     def is_main(self) -> bool:
@@ -265,6 +267,7 @@ class _Evaluation:
             self._progress,
             self.observers_for(inputs.recipe) if self.is_main else (),
             _training_run(mode, inputs.encoder),
+            self.stop,
         )
         if result is not None:
             yield mode, result

@@ -86,10 +86,10 @@ def lock(run_dir: Path) -> FileLock:
         held.acquire(timeout=0)
     except Timeout:
         raise RunDirError(
-            f"{run_dir} is in use by another run; wait for it, stop it (touch {run_dir}/STOP) or use another --run-dir"
+            f"{run_dir} is in use by another run; wait for it, stop it (touch {run_dir}/STOP) or use another directory"
         ) from None
     except OSError as error:
-        raise RunDirError(f"cannot use {run_dir} as --run-dir: {error.strerror or error}") from None
+        raise RunDirError(f"cannot use {run_dir} as run directory: {error.strerror or error}") from None
     return held
 
 

@@ -83,8 +83,9 @@ class Trainer:
                 hook.on_start(position, self.schedule.num_steps)
             outcome = self._train(position)
             reason = outcome.reason
-            if reason == "stopped" and self.world.is_main:
-                self.stop.clear_file()  # so that the next start does not stop at once
+            if self.world.is_main:
+                # Also if the last step came first: else a start with more steps would stop at once.
+                self.stop.clear_file()
             return outcome
         finally:
             self.watchdog.note(position.step, "ending")

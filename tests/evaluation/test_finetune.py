@@ -328,3 +328,16 @@ def test_patience_counts_from_the_first_of_the_best():
     # Three scores follow the best one.
     assert [early_stop.exhausted(history, patience) for patience in (1, 3, 4)] == [True, True, False]
     assert not early_stop.exhausted(history[:2], 1)
+
+
+@pytest.mark.slow
+def test_a_signal_while_one_seed_is_tested_stops_the_next(fields, tmp_path):
+    entry = REPO / "tests" / "testkit" / "signalled_in_test.py"
+    args = [f"--checkpoint={fields.model}", "--mode=finetune", "--seeds=0,1"]
+    trainer = Trainer(fields.recipe(tmp_path), entry=entry)
+    code, output = trainer.run(None, 1, *command(tmp_path / "out", *args, course=["train.steps=4"]))
+    assert code == 0, output[-4000:]
+    first, second = (tmp_path / "out" / "finetune" / f"seed_{seed}" for seed in (0, 1))
+    assert f"{second}: stopped; resume with the same command" in output
+    assert (len(losses(first)), (first / "results.json").exists()) == (4, True)
+    assert (len(losses(second)), (second / "results.json").exists()) == (1, False)

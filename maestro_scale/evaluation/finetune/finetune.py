@@ -47,15 +47,19 @@ def finetune(
     progress: ProgressFactory = no_progress,
     observers: Sequence[Observer] = (),
     checkpoint: Path | None = None,
+    stop: StopRequest | None = None,
 ) -> EvalResult | None:
     """The result of ``mode`` on rank 0; None on the other ranks. The same call again resumes in ``run_dir``.
 
     ``maps_dir``: for predictions of whole test tiles. ``observers``: on rank 0, called for every logged step.
-    ``checkpoint``: where the encoder comes from, for environment.json. Raises Stopped, on all ranks, where the run was
-    asked to stop, and MaestroError with one clear line.
+    ``checkpoint``: where the encoder comes from, for environment.json. ``stop``: shared by consecutive finetunings, so
+    that a signal after the last step of one, while it is tested, stops the next. Raises Stopped, on all ranks, where
+    the run was asked to stop, and MaestroError with one clear line.
     """
     started = time.perf_counter()
-    stop = StopRequest(run_dir).install()
+    stop = stop or StopRequest()
+    stop.run_dir = run_dir
+    stop.install()
     with run_directory(recipe, run_dir, world):
         world.barrier()
         # Opened before the watchdog starts: finding a fraction of the labels may read every shard.
