@@ -175,7 +175,7 @@ class Train(Section):
     """Number of consecutive skipped steps that ends the run."""
     hang_timeout_s: Annotated[float, Field(ge=1)] = 600.0
     """Seconds without progress after which a run ends and names the rank that hangs. Must be longer than loading a
-    checkpoint and than the slowest step."""
+    checkpoint, than the slowest step, and than the fit of a classifier on rank 0 (``evaluation.every_steps``)."""
     collect_every: Annotated[int, Field(ge=0)] = 500
     """Steps between runs of Python's garbage collector, at the same step on all ranks, so that they do not wait for
     each other in turn; 0: Python decides."""

@@ -177,7 +177,7 @@ def _prepare_run_dir(
     if position.step > parts.num_steps:
         raise RecipeError(
             f"train: {run_dir} has made {position.step} steps and the recipe asks for {parts.num_steps}: ask for at "
-            "least that many, or use another --run-dir"
+            "least that many, or use another run directory"
         )
     for kind in ("audit", "skipped"):
         _rewind_ranks(run_dir / kind, position.step, world)
