@@ -175,5 +175,5 @@ def test_knn_weights_worked_out_by_hand():
 @pytest.mark.parametrize("l2", [(), (0.0,), (0.1, 0.0), (0.1, -1.0)])
 def test_penalties_without_an_optimum_are_refused(l2):
     train = clusters(4, 1)
-    with pytest.raises(ValueError, match="all above 0"):
+    with pytest.raises(ValueError, match="must contain values above 0 only"):
         linear_probe(train, train, train.features, l2=l2)
