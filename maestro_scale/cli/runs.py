@@ -33,7 +33,7 @@ def quickstart(
 def plan(
     recipe: Annotated[Path, typer.Option(help="YAML recipe (see recipes/).")],
     gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs, over all nodes.")],
-    gpu: Annotated[str, typer.Option(help="a100-40, a100, h100-pcie, h100 or h200.")] = "h100",
+    gpu: Annotated[str, typer.Option(help="GPU model, e.g. a100, h100, h200, b200 or mi300x.")] = "h100",
     per_node: Annotated[int, typer.Option(min=1, help="GPUs per node.")] = 8,
     mfu: Annotated[
         float, typer.Option(help="Model FLOPs utilization: achieved fraction of peak FLOP/s.")

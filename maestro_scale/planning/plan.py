@@ -11,30 +11,13 @@ from maestro_scale.errors import MaestroError
 from maestro_scale.model.cost import Cost, compute_cost, num_parameters
 from maestro_scale.recipe import Recipe, build_model_config
 from maestro_scale.training.footprint import Footprint, Traffic, footprint, traffic
-from maestro_scale.training.metrics.meter import PEAK_TFLOPS
+from maestro_scale.training.metrics.gpus import GPUS, Gpu
 
 _USABLE_MEMORY = 0.9  # fraction of a GPU's memory; the CUDA context and fragmentation take the rest
 
 
 class PlanningError(MaestroError):
     """The recipe cannot run on this cluster; the message says which values are valid."""
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """A kind of GPU, by the vendor's datasheet. ``tflops``: peak of dense bf16, in TFLOP/s."""
-
-    memory_bytes: int
-    tflops: float
-
-
-GPUS = {
-    "a100-40": Gpu(40 * 10**9, PEAK_TFLOPS["A100"]),
-    "a100": Gpu(80 * 10**9, PEAK_TFLOPS["A100"]),
-    "h100-pcie": Gpu(80 * 10**9, PEAK_TFLOPS["H100 PCIe"]),
-    "h100": Gpu(80 * 10**9, PEAK_TFLOPS["H100"]),
-    "h200": Gpu(141 * 10**9, PEAK_TFLOPS["H200"]),
-}
 
 
 @dataclass(frozen=True)

@@ -9,22 +9,15 @@ import torch
 
 from maestro_scale.model.cost import Cost
 from maestro_scale.training.distributed import World
-
-# Dense bf16 peaks by the vendors' datasheets; a device that is not here has no MFU rather than a guess.
-PEAK_TFLOPS = {
-    "H200": 989.0,
-    "H100 PCIe": 756.0,
-    "H100": 989.0,
-    "A100": 312.0,
-}
+from maestro_scale.training.metrics.gpus import find_gpu
 
 
 def peak_tflops(device: torch.device) -> float | None:
     """Dense bf16 TFLOP/s of a known accelerator, else None."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
+    gpu = find_gpu(torch.cuda.get_device_name(device))
+    return gpu.tflops if gpu else None
 
 
 @dataclass
