@@ -20,7 +20,7 @@ from torch import Tensor
 
 from maestro_scale import datasets
 from maestro_scale.model.config import ModelConfig
-from maestro_scale.model.embed import patchify, unpatchify
+from maestro_scale.model.embed import network_input, patchify, unpatchify
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.model.masking import MaskingConfig, draw_masks, masks_by_sensor
 from maestro_scale.model.sizes import SIZES
@@ -82,7 +82,9 @@ def main() -> None:
         for s in config.sensors:
             visible = ~masks_by_sensor(config, masks)[s.name]
             before, after = (
-                model.patch_embed[s.embed][0](model._patches(s, b)).flatten(1, 2)[visible.flatten(1)]
+                model.patch_embed[s.embed][0](
+                    patchify(network_input(s, b.pixels[s.name]), s.patch)
+                ).flatten(1, 2)[visible.flatten(1)]
                 for b in (batch, other)
             )
             entering[s.name] = change(before, after)

@@ -138,20 +138,27 @@ class Maestro(nn.Module):
     def encode(self, batch: Batch, masks: dict[str, Mask] | None = None) -> dict[str, Tensor]:
         """Encoded tokens: {sensor: (B, R, L, E)}; with masks the visible ones only, {sequence: (rows, K, E)}."""
         view = self.view(batch.dataset)
-        inputs = {s.name: self._patches(s, batch) for s in view.sensors}
-        return self._encode(view, inputs, batch, masks)
+        inputs = self._patches(view, batch.pixels)
+        return self._encode(view, inputs, batch.dates, batch.ref_date, masks)
 
     def view(self, dataset: str) -> ModelConfig:
         """The configuration for ``dataset``; KeyError if a model of several datasets does not know it."""
         return self._views.get(dataset) or self.config.for_dataset(dataset)
 
-    def _patches(self, sensor: Sensor, batch: Batch) -> Tensor:
-        return patchify(network_input(sensor, batch.pixels[sensor.name]), sensor.patch)
+    def _patches(self, view: ModelConfig, pixels: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {s.name: patchify(network_input(s, pixels[s.name]), s.patch) for s in view.sensors}
 
     def _encode(
-        self, view: ModelConfig, patches: dict[str, Tensor], batch: Batch, masks: dict[str, Mask] | None
+        self,
+        view: ModelConfig,
+        patches: dict[str, Tensor],
+        dates: dict[str, Tensor],
+        ref_date: Tensor,
+        masks: dict[str, Mask] | None,
     ) -> dict[str, Tensor]:
-        tokens = {s.name: self._embed(view, s, patches[s.name], batch) for s in view.sensors}
+        tokens = {
+            s.name: self._embed(view, s, patches[s.name], dates[s.name], ref_date) for s in view.sensors
+        }
         encoded = {}
         for q in sequences(view):
             x = pack(q, tokens)
@@ -166,32 +173,37 @@ class Maestro(nn.Module):
             return encoded
         return {k: v for q in sequences(view) for k, v in unpack(view, q, encoded[q.name]).items()}
 
-    def _embed(self, view: ModelConfig, sensor: Sensor, patches: Tensor, batch: Batch) -> Tensor:
+    def _embed(
+        self, view: ModelConfig, sensor: Sensor, patches: Tensor, dates: Tensor, ref_date: Tensor
+    ) -> Tensor:
         groups = view.token_groups(sensor)
         parts = patches.split(list(groups), dim=-1)
         embeds = cast(nn.ModuleList, self.patch_embed[sensor.embed])  # ModuleDict is typed for plain Modules
         # Encodings are computed in fp32 and cast once, to the dtype of the tokens.
         tokens = torch.cat([e(p) for e, p in zip(embeds, parts, strict=True)], dim=1)
-        return tokens + self._encoding("enc", view, sensor, batch).to(tokens.dtype)
+        return tokens + self._encoding("enc", view, sensor, dates, ref_date).to(tokens.dtype)
 
-    def _encoding(self, role: str, view: ModelConfig, sensor: Sensor, batch: Batch) -> Tensor:
-        dates = batch.dates[sensor.name]
+    def _encoding(
+        self, role: str, view: ModelConfig, sensor: Sensor, dates: Tensor, ref_date: Tensor
+    ) -> Tensor:
         table = self.positions[role].get(sensor.grid, view.pos_grid, dates.device)
-        return token_encoding(table, dates, batch.ref_date, len(view.token_groups(sensor)))
+        return token_encoding(table, dates, ref_date, len(view.token_groups(sensor)))
 
     # -- reconstructing ------------------------------------------------------------------------------------------
 
     def reconstruct(self, batch: Batch, masks: dict[str, Mask]) -> dict[str, Tensor]:
         """{sensor: (B, D, L, P*P, C)}: predictions for every patch, in the units of the (normalised) target."""
         view = self.view(batch.dataset)
-        inputs = {s.name: self._patches(s, batch) for s in view.sensors}
-        return self._decode(view, self._encode(view, inputs, batch, masks), batch, masks)
+        inputs = self._patches(view, batch.pixels)
+        encoded = self._encode(view, inputs, batch.dates, batch.ref_date, masks)
+        return self._decode(view, encoded, batch.dates, batch.ref_date, masks)
 
     def _decode(
         self,
         view: ModelConfig,
         encoded: dict[str, Tensor],
-        batch: Batch,
+        dates: dict[str, Tensor],
+        ref_date: Tensor,
         masks: dict[str, Mask],
         masked_only: bool = False,
     ) -> dict[str, Tensor]:
@@ -201,12 +213,14 @@ class Maestro(nn.Module):
             mask = masks[q.name]
             visible = self.to_decoder[q.encoder](encoded[q.name])
             mask_tokens = pack(
-                q, {s.name: self.mask_token[s.name](len(batch), s.num_dates, s.grid**2) for s in q.sensors}
+                q, {s.name: self.mask_token[s.name](len(ref_date), s.num_dates, s.grid**2) for s in q.sensors}
             ).to(visible.dtype)
             index = mask.visible_index[:, :, None].expand(-1, -1, visible.shape[-1])
             # scatter, not boolean indexing: static shapes and no host synchronisation (invariant 11).
             x = mask_tokens.scatter(1, index, visible)
-            x = x + pack(q, {s.name: self._encoding("dec", view, s, batch) for s in q.sensors}).to(x.dtype)
+            x = x + pack(
+                q, {s.name: self._encoding("dec", view, s, dates[s.name], ref_date) for s in q.sensors}
+            ).to(x.dtype)
             if masked_only and mask.masked_index.shape[1]:
                 # The loss needs masked tokens only: the last block skips the queries and MLP of the others.
                 decoded = self.decoders[q.encoder](x, mask.masked_index)
@@ -238,15 +252,28 @@ class Maestro(nn.Module):
         (invariant 4); a mean of means would depend on the split.
         """
         view = self.view(batch.dataset)
-        patches = {s.name: self._patches(s, batch) for s in view.sensors}
-        encoded = self._encode(view, patches, batch, masks)
-        predictions = self._decode(view, encoded, batch, masks, masked_only=True)
+        return self.loss_of_tensors(view, batch.pixels, batch.dates, batch.ref_date, masks, counts)
+
+    def loss_of_tensors(
+        self,
+        view: ModelConfig,
+        pixels: dict[str, Tensor],
+        dates: dict[str, Tensor],
+        ref_date: Tensor,
+        masks: dict[str, Mask],
+        counts: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """``forward`` without the batch's host data (keys, names): a function of the view and tensors of static shapes
+        only, so that it can be compiled as one graph."""
+        patches = self._patches(view, pixels)
+        encoded = self._encode(view, patches, dates, ref_date, masks)
+        predictions = self._decode(view, encoded, dates, ref_date, masks, masked_only=True)
         masked = masks_by_sensor(view, masks)
         sums = torch.stack(
             [error_sum(view, s, predictions[s.name], patches[s.name], masked[s.name]) for s in view.sensors]
         )
         # The sums are for metrics; detached, so that keeping them does not keep the graph.
-        return self.loss(batch.dataset, sums, counts), sums.detach()
+        return combine_losses(view, sums, counts), sums.detach()
 
     def loss(self, dataset: str, sums: Tensor, counts: Tensor) -> Tensor:
         """The loss (or a part's share of it) from error sums (S,) and the ``counts`` (S,) of the global batch; fp32."""
@@ -271,8 +298,7 @@ class Maestro(nn.Module):
             data = tile_batch(data, view.sensors, self.config.dataset, min(share, 1.0))
             data = data.to(next(self.parameters()).device)
         view = self.view(data.dataset).adapted_to({k: tuple(v.shape) for k, v in data.pixels.items()}, crop_m)
-        inputs = {s.name: self._patches(s, data) for s in view.sensors}
-        tokens = self._encode(view, inputs, data, None)
+        tokens = self._encode(view, self._patches(view, data.pixels), data.dates, data.ref_date, None)
         return Embedding(tokens, torch.cat([t.mean(dim=(1, 2)) for t in tokens.values()], dim=1))
 
     def predict(self, batch: Batch) -> dict[str, Tensor]:
