@@ -491,9 +491,21 @@ def test_a_deepspeed_section_that_contradicts_the_recipe_is_refused(minimal, ove
     assert reason in message
 
 
-@pytest.mark.parametrize(("precision", "enabled"), [("bf16", "false"), ("fp32", "true")])
-def test_precision_is_decided_in_one_place(minimal, precision, enabled):
-    message = refusal(minimal, f"train.precision={precision}", f"deepspeed.bf16.enabled={enabled}")
+@pytest.mark.parametrize(
+    ("precision", "key", "value"),
+    [
+        ("bf16", "bf16.enabled", "true"),
+        ("bf16", "torch_autocast.enabled", "false"),
+        ("bf16", "torch_autocast.dtype", "float16"),
+        ("bf16_weights", "bf16.enabled", "false"),
+        ("bf16_weights", "torch_autocast.enabled", "true"),
+        ("fp32", "bf16.enabled", "true"),
+        ("fp32", "torch_autocast.enabled", "true"),
+    ],
+)
+def test_precision_is_decided_in_one_place(minimal, precision, key, value):
+    message = refusal(minimal, f"train.precision={precision}", f"deepspeed.{key}={value}")
+    assert f"deepspeed.{key}" in message
     assert f"follows from train.precision {precision}" in message
 
 
@@ -525,17 +537,36 @@ def test_accumulation_follows_from_the_ranks(minimal):
 def test_auto_precision_follows_the_device(minimal):
     recipe = load_recipe(minimal)
     assert recipe.deepspeed_config(1, "cpu")["bf16"]["enabled"] is False
-    assert recipe.deepspeed_config(1, "cuda")["bf16"]["enabled"] is True
+    config = recipe.deepspeed_config(1, "cuda")
+    assert (config["bf16"]["enabled"], config["torch_autocast"]["enabled"]) == (False, True)
     with pytest.raises(ValueError, match="pass the device"):
         recipe.deepspeed_config(1)
     assert load_recipe(minimal, ["train.precision=fp32"]).deepspeed_config(1)["bf16"]["enabled"] is False
 
 
-def test_bf16_without_zero_or_on_request_is_autocast(minimal):
-    for overrides in (["deepspeed.zero_optimization.stage=0"], ["deepspeed.torch_autocast.enabled=true"]):
-        config = load_recipe(minimal, [*overrides, "train.precision=bf16"]).deepspeed_config(1)
-        assert config["bf16"]["enabled"] is False
-        assert config["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_bf16_is_autocast_over_fp32_weights_at_every_stage(minimal, stage):
+    zero = f"deepspeed.zero_optimization.stage={stage}"
+    config = load_recipe(minimal, [zero, "train.precision=bf16"]).deepspeed_config(1)
+    assert config["bf16"]["enabled"] is False
+    autocast = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+    assert config["torch_autocast"] == autocast
+    assert config["communication_data_type"] == "fp32"
+
+
+def test_bf16_weights_need_a_stage_with_master_weights(minimal):
+    zero, weights = "deepspeed.zero_optimization.stage=", "train.precision=bf16_weights"
+    for stage in (1, 2, 3):
+        config = load_recipe(minimal, [f"{zero}{stage}", weights]).deepspeed_config(1)
+        assert (config["bf16"]["enabled"], config["torch_autocast"]["enabled"]) == (True, False)
+    message = refusal(minimal, f"{zero}0", weights)
+    assert (
+        "deepspeed.zero_optimization.stage: train.precision bf16_weights needs ZeRO stage 1, 2 or 3"
+        in message
+    )
+    # The planner compares stages of one recipe.
+    replanned = load_recipe(minimal, [weights]).with_zero_stage(0).deepspeed_config(1, "cuda")
+    assert replanned["torch_autocast"]["enabled"] is True
 
 
 def test_the_deepspeed_section_itself_is_not_modified(minimal):
@@ -557,8 +588,8 @@ def test_deepspeed_accepts_the_config(minimal, stage, device):
     assert accepted.gradient_accumulation_steps == 12
     assert accepted.zero_optimization_stage == stage
     assert accepted.gradient_clipping == 1.0
-    assert accepted.bfloat16_config.enabled == (device == "cuda" and stage > 0)
-    assert accepted.torch_autocast_enabled == (device == "cuda" and stage == 0)
+    assert accepted.torch_autocast_enabled == (device == "cuda")
+    assert not accepted.bfloat16_config.enabled
     assert accepted.zero_force_ds_cpu_optimizer is False
 
 

@@ -144,7 +144,7 @@ def _layout(
     variant = recipe.with_zero_stage(stage, micro)
     num_micro_batches, config = variant.num_micro_batches(n), variant.deepspeed_config(n, "cuda")
     memory = footprint(parameters, n, config, num_micro_batches, ema=recipe.optim.ema > 0)
-    value_bytes = 2 if recipe.train.precision_on("cuda") == "bf16" else 4
+    value_bytes = 2 if recipe.train.precision_on("cuda") != "fp32" else 4
     activations = micro * largest.activations * value_bytes
     fits = memory.device + activations <= _USABLE_MEMORY * gpu.memory_bytes
     sent = traffic(parameters, n, config, num_micro_batches)

@@ -87,7 +87,7 @@ class Derived:
     micro_batch: int
     clip: float
     world_size: int | None = None
-    precision: str | None = None  # "bf16" or "fp32"
+    precision: str | None = None  # "bf16", "bf16_weights" or "fp32"
 
     @property
     def num_micro_batches(self) -> int | None:
@@ -139,6 +139,12 @@ def problems(section: Mapping[str, Any], derived: Derived) -> Iterator[tuple[tup
                 ("zero_optimization", part),
                 f"ZeRO stage {stage} ignores it: use stage {first}{' or higher' * (first < 3)}, or leave it out",
             )
+    if derived.precision == "bf16_weights" and stage == 0:
+        yield (
+            ("zero_optimization", "stage"),
+            "train.precision bf16_weights needs ZeRO stage 1, 2 or 3, which keep the fp32 master weights: set one, or "
+            "train.precision=bf16",
+        )
     for path, value, source in _derived_settings(section, derived):
         given = _get(section, path)
         if given not in (None, "auto", value):
@@ -162,28 +168,25 @@ def _derived_settings(section: Mapping[str, Any], d: Derived) -> Iterator[tuple[
     if d.num_micro_batches is not None:
         source = f"train.global_batch {d.global_batch} on {d.world_size} ranks of micro_batch {d.micro_batch}"
         yield ("gradient_accumulation_steps",), d.num_micro_batches, source
-    yield ("fp16", "enabled"), False, "train.precision, bf16 or fp32"
+    yield ("fp16", "enabled"), False, "train.precision, which has no fp16"
     for key, value in _PINNED.items():
         yield (key,), value, "the training loop, which is written for it"
     if d.precision is not None:
-        yield from _precision_settings(section, d.precision)
+        yield from _precision_settings(d.precision)
 
 
-def _precision_settings(
-    section: Mapping[str, Any], precision: str
-) -> Iterator[tuple[tuple[str, ...], Any, str]]:
-    """bf16 weights with fp32 master weights under ZeRO, or autocast over fp32 weights if the recipe enables it.
+def _precision_settings(precision: str) -> Iterator[tuple[tuple[str, ...], Any, str]]:
+    """DeepSpeed's two kinds of bf16, of which at most one is enabled.
 
-    Without ZeRO always autocast: there DeepSpeed's bf16 optimizer begins with a dummy Adam step (issue #5104).
+    ``bf16.enabled`` is refused at ZeRO stage 0 (see ``problems``): there DeepSpeed's bf16 optimizer begins with a
+    dummy Adam step (issue #5104).
     """
-    stage, low = stage_of(section), precision == "bf16"
-    autocast = low and (stage == 0 or bool(_get(section, ("torch_autocast", "enabled"))))
-    why = f"train.precision {precision}" + (
-        " under ZeRO-0, where it means torch_autocast" if low and not stage else ""
-    )
-    yield ("bf16", "enabled"), low and not autocast, why
-    yield ("torch_autocast", "enabled"), autocast, why
-    if autocast:
+    why = f"train.precision {precision}"
+    if precision == "bf16":
+        why += ", fp32 weights under torch_autocast (bf16_weights: bf16.enabled)"
+    yield ("bf16", "enabled"), precision == "bf16_weights", why
+    yield ("torch_autocast", "enabled"), precision == "bf16", why
+    if precision == "bf16":
         yield ("torch_autocast", "dtype"), "bfloat16", why
 
 
@@ -194,6 +197,10 @@ def _default_settings(config: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ..
         True,
     )  # the default changed in 0.19.3; a step with a NaN gradient must be skipped
     yield ("bf16", "immediate_grad_update"), False
+    if _get(config, ("torch_autocast", "enabled")):
+        # DeepSpeed would send the gradients of these modules in bf16, and in stage 3 gather their weights in bf16. With
+        # none, all gradients are summed over ranks in fp32 (docs/model.md compares both).
+        yield ("torch_autocast", "lower_precision_safe_modules"), []
     yield (
         ("data_types", "grad_accum_dtype"),
         "fp32",

@@ -93,11 +93,17 @@ class Recipe(Section):
         return engine_config.complete_config(self.deepspeed, derived)
 
     def with_zero_stage(self, stage: int, micro_batch: int | None = None) -> Recipe:
-        """This recipe with another ZeRO stage and micro-batch; settings that contradict them are dropped."""
+        """This recipe with another ZeRO stage and micro-batch; settings that contradict them are dropped.
+
+        At stage 0 bf16_weights, which it does not support, becomes bf16.
+        """
         zero = dict(self.deepspeed.get("zero_optimization", {}))
         if stage != self.zero_stage:
             zero = {k: v for k, v in zero.items() if not k.startswith(("stage3_", "offload_"))}
-        train = self.train.model_copy(update={"micro_batch": micro_batch or self.train.micro_batch})
+        changes: dict[str, Any] = {"micro_batch": micro_batch or self.train.micro_batch}
+        if stage == 0 and self.train.precision == "bf16_weights":
+            changes["precision"] = "bf16"
+        train = self.train.model_copy(update=changes)
         rest = self.deepspeed
         if train.micro_batch != self.train.micro_batch:
             rest = {k: v for k, v in rest.items() if k not in engine_config.FROM_MICRO_BATCH}

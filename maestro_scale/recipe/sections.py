@@ -20,7 +20,7 @@ from maestro_scale.model.sizes import SIZES, Size
 from maestro_scale.recipe.errors import ConflictError
 from maestro_scale.recipe.fields import Count, Place, Probability, Section, distinct, listed, nearest_divisors
 
-Precision = Literal["bf16", "fp32"]
+Precision = Literal["bf16", "bf16_weights", "fp32"]
 
 
 class Model(Section):
@@ -162,8 +162,10 @@ class Train(Section):
     warmup_check: bool = True
     """Run one step on random data of the largest shape at every start, so that a lack of memory shows in the first
     minute. Does not change weights or optimizer state."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """auto: bf16 on a GPU, fp32 on a CPU (bf16 is hundreds of times slower on most CPUs)."""
+    precision: Literal["auto", "bf16", "bf16_weights", "fp32"] = "auto"
+    """bf16: fp32 weights, matrix products in bf16 (autocast). bf16_weights: computes with bf16 copies of fp32 master
+    weights, which saves memory and traffic but follows fp32 less closely; needs ZeRO stage 1 or higher. auto: bf16 on a
+    GPU, fp32 on a CPU (bf16 is hundreds of times slower on most CPUs)."""
     log_every: Count = 10
     """Steps between lines of metrics.jsonl; in a mixture, each dataset's own steps."""
     audit: bool = False

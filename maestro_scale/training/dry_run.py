@@ -91,7 +91,7 @@ def _tokens(view: DatasetView, counted: Cost) -> Table:
 
 def _memory(recipe: Recipe, parameters: int, counted: Cost, world_size: int) -> Table:
     t, worlds = recipe.train, [n for n in sorted({world_size, 8, 64}) if _holds(recipe, n)]
-    bf16 = t.precision_on("cuda") == "bf16"
+    bf16 = t.precision_on("cuda") != "fp32"
     table = Table(
         title=f"GiB per rank by ZeRO stage, AdamW, {'bf16' if bf16 else 'fp32'}, buffers included",
         title_justify="left",

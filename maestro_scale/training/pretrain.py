@@ -33,6 +33,7 @@ from maestro_scale.training.assembly import (
     seed_everything,
 )
 from maestro_scale.training.checkpoint.checkpoints import Checkpoints
+from maestro_scale.training.checkpoint.identity import precision_identity
 from maestro_scale.training.checkpoint.mirror import Mirror
 from maestro_scale.training.checkpoint.retention import Retention
 from maestro_scale.training.data import train_loader
@@ -138,7 +139,7 @@ def identity(recipe: Recipe, config: ModelConfig, datasets: list[Dataset], world
     optim = recipe.optim.model_dump(mode="json")
     train_section = {"global_batch": recipe.train.global_batch, "masking": recipe.masking.model_dump()}
     # Neither the ZeRO stage nor the number of ranks: the state on disk does not depend on them.
-    engine = {"precision": recipe.train.precision_on(world.device.type)}
+    engine = precision_identity(recipe.train.precision_on(world.device.type))
     return {
         "seed": recipe.seed,
         "model": model,
@@ -230,7 +231,8 @@ def _initial_model(recipe: Recipe, config: ModelConfig, world: World, starts: bo
 
 
 def _attention_kernel(recipe: Recipe, config: ModelConfig, world: World) -> str:
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[recipe.train.precision_on(world.device.type)]
+    fp32 = recipe.train.precision_on(world.device.type) == "fp32"
+    dtype = torch.float32 if fp32 else torch.bfloat16  # of q, k and v: also under autocast
     size = config.size
     try:
         kernels = [

@@ -103,9 +103,10 @@ def test_a_batch_with_nan_on_one_rank_is_skipped_on_all(tmp_path):
     tasks = [task(stage, f"nan{stage}", steps=10, plant=planted, accumulate=2) for stage in STAGES]
     offloaded = {"offload_optimizer": {"device": "cpu"}}
     for stage in (1, 2, 3):
-        more = {"precision": "bf16", "accumulate": 2, "plant": planted}
-        tasks.append(task(stage, f"nan{stage}-bf16", steps=10, **more))
-        tasks.append(task(stage, f"nan{stage}-bf16-offloaded", steps=10, zero=offloaded, **more))
+        for precision in ("bf16", "bf16_weights"):
+            more = {"precision": precision, "accumulate": 2, "plant": planted}
+            tasks.append(task(stage, f"nan{stage}-{precision}", steps=10, **more))
+            tasks.append(task(stage, f"nan{stage}-{precision}-offloaded", steps=10, zero=offloaded, **more))
     expected = Plain(skip=frozenset({3, 7}))
     for name, found in launch(tmp_path, 2, tasks).items():
         reasons = found["skipped"]

@@ -26,6 +26,7 @@ from maestro_scale.shards.read.store import Store
 from maestro_scale.stream.source import Source
 from maestro_scale.training.assembly import RunContext, TrainingParts, assemble, check_feasible
 from maestro_scale.training.checkpoint.checkpoints import Checkpoints, Position
+from maestro_scale.training.checkpoint.identity import precision_identity
 from maestro_scale.training.checkpoint.retention import Retention
 from maestro_scale.training.data import train_loader
 from maestro_scale.training.distributed import World
@@ -142,7 +143,7 @@ class Finetuning:
             "validations": recipe.evaluation.validations,
             "ema": recipe.evaluation.ema,
             "layer_decay": recipe.evaluation.layer_decay,
-            "precision": recipe.train.precision_on(self._world.device.type),
+            **precision_identity(recipe.train.precision_on(self._world.device.type)),
         }
 
     def _load_earlier_revision(self, run_dir: Path, trainer: Trainer, position: Position) -> None:

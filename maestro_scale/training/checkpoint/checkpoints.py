@@ -26,7 +26,7 @@ from maestro_scale.interop.sharded_state import INDEX, StateReader, write_index,
 from maestro_scale.shards.storage import fsync
 from maestro_scale.training.checkpoint import commit
 from maestro_scale.training.checkpoint.commit import MARKER
-from maestro_scale.training.checkpoint.identity import differences
+from maestro_scale.training.checkpoint.identity import changed_arithmetic, differences
 from maestro_scale.training.checkpoint.mirror import Mirror, step_of
 from maestro_scale.training.checkpoint.retention import Retention
 from maestro_scale.training.checkpoint.state import TrainState
@@ -198,6 +198,8 @@ class Checkpoints:
                 f"{path} does not fit this run: {difference}. Resume with the values that it was written with, or "
                 "use another directory"
             )
+        if self._world.is_main and (change := changed_arithmetic(record["identity"], identity)):
+            log.warning("%s: %s", path.name, change)
         with StateReader(path / STATE) as reader:
             state.restore(reader)
         if self._world.is_main:
