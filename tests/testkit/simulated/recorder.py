@@ -1,0 +1,121 @@
+"""Records of the simulated device: mixed operations, host synchronisations, copies, kernels and data races."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import wraps
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+_KIT = str(Path(__file__).parent)
+_PACKAGES = ("maestro_scale", "deepspeed")
+
+# Kinds of records. A kernel is any operation on device tensors that is not a copy between host and device.
+KERNEL, COPY, SYNC, MIX, RACE, STREAM, MARK = "kernel", "copy", "sync", "mix", "race", "stream", "mark"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One thing that happened, in program order.
+
+    ``op``: the operation. ``phase``: of the step, see :meth:`Recorder.phase`. ``site``: "package/file.py:line" of the
+    innermost frame in maestro_scale or DeepSpeed, "" where there is none (autograd's own thread). ``caller``: the
+    innermost frame in maestro_scale. ``stream``: number of the current stream, 0 is the default one. ``detail``: for
+    people.
+    """
+
+    kind: str
+    op: str
+    phase: str
+    site: str
+    caller: str
+    stream: int
+    detail: str
+
+    @property
+    def package(self) -> str:
+        """``maestro_scale``, ``deepspeed``, or "" for other code."""
+        return self.site.partition("/")[0]
+
+    @property
+    def file(self) -> str:
+        """The file of ``site``."""
+        return self.site.rpartition(":")[0]
+
+    def __str__(self) -> str:
+        return (
+            f"{self.phase}: {self.kind} {self.op} at {self.site or '?'} (stream {self.stream}) {self.detail}"
+        )
+
+
+class Recorder:
+    """The records of a simulation. ``strict``: raise at a mixed operation, as a GPU would, instead of recording it."""
+
+    def __init__(self) -> None:
+        self.records: list[Record] = []
+        self.strict = False
+        self.enabled = True
+        self._phases: list[str] = ["setup"]
+
+    def add(self, kind: str, op: str, stream: int = 0, detail: str = "") -> None:
+        """Append a record with the phase and the place in the code."""
+        if not self.enabled:
+            return
+        # A walk over the stack for every kernel would dominate the time of a run; a kernel's place is not asserted.
+        site, caller = ("", "") if kind == KERNEL else _sites(sys._getframe(1))
+        self.records.append(Record(kind, op, self._phases[-1], site, caller, stream, detail))
+        if kind == MIX and self.strict:
+            raise RuntimeError(f"host and device tensors in one operation: {self.records[-1]}")
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Everything within is recorded under ``name``. On all threads: the backward pass has its own."""
+        self._phases.append(name)
+        try:
+            yield
+        finally:
+            self._phases.pop()
+
+    def wrap(self, owner: Any, attribute: str, phase: str, mark: bool = False) -> None:
+        """Run ``owner.attribute`` in ``phase`` from now on. ``mark``: also record its begin."""
+        function: Callable[..., Any] = getattr(owner, attribute)
+
+        @wraps(function)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            with self.phase(phase):
+                if mark:
+                    self.add(MARK, phase)
+                return function(*args, **kwargs)
+
+        setattr(owner, attribute, wrapped)
+
+    def dump(self) -> list[dict[str, Any]]:
+        """All records, for a JSON file; :func:`load` reads it."""
+        return [dataclasses.asdict(record) for record in self.records]
+
+
+def load(rows: list[dict[str, Any]]) -> list[Record]:
+    """Records from :meth:`Recorder.dump`."""
+    return [Record(**row) for row in rows]
+
+
+def _sites(frame: FrameType | None) -> tuple[str, str]:
+    """(innermost frame in a package of ``_PACKAGES``, innermost in the first of them) as "package/…/file.py:line"."""
+    site = ""
+    while frame is not None:
+        path = frame.f_code.co_filename
+        if not path.startswith(_KIT):
+            for package in _PACKAGES:
+                before, found, inside = path.rpartition(f"/{package}/")
+                if found and not before.endswith("/tests"):
+                    place = f"{package}/{inside}:{frame.f_lineno}"
+                    site = site or place
+                    if package == _PACKAGES[0]:
+                        return site, place
+        frame = frame.f_back
+    return site, ""
