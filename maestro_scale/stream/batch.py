@@ -38,7 +38,8 @@ class Batch:
     ``noise[sensor]``: (B, num_noise(sensor)) float32 in [0, 1). ``targets[name]``: stacked targets. ``keys``:
     "epoch/dataset/sample" of each sample, enough to replay it (evaluation: "eval/dataset/sample/crop").
     ``tiles``: tile names. ``num_repeated_dates``: dates that were repeated or imputed.
-    ``num_replaced_samples``: samples drawn in place of one in a bad shard.
+    ``num_replaced_samples``: samples drawn in place of one in a bad shard. ``block``: (bytes,) uint8, the memory that
+    the tensors are views of, where they were made in one block (see ``stream/packing.py``).
     """
 
     dataset: str
@@ -51,9 +52,16 @@ class Batch:
     tiles: tuple[str, ...] = ()
     num_repeated_dates: int = 0
     num_replaced_samples: int = 0
+    block: Tensor | None = dataclasses.field(default=None, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Every tensor."""
+        parts = (self.pixels, self.dates, self.noise, self.targets)
+        return (*(t for part in parts for t in part.values()), self.ref_date)
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Batch:
         """The same batch with ``fn`` applied to every tensor."""
@@ -68,6 +76,7 @@ class Batch:
             noise=map_dict(self.noise),
             targets=map_dict(self.targets),
             ref_date=fn(self.ref_date),
+            block=None,
         )
 
     def first(self) -> Batch:
@@ -76,12 +85,29 @@ class Batch:
         return dataclasses.replace(sample, keys=self.keys[:1], tiles=self.tiles[:1])
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        """Every tensor on ``device``, dtypes unchanged."""
-        return self.map(lambda t: t.to(device, non_blocking=non_blocking))
+        """Every tensor on ``device``, dtypes unchanged: one copy where all are views of ``block``, else one per tensor.
 
-    def pin_memory(self) -> Batch:
-        """Every tensor in page-locked memory, so that copies to a GPU overlap with compute."""
-        return self.map(Tensor.pin_memory)
+        The result has the copied block. The copy is asynchronous only if it is ``non_blocking`` from pinned memory.
+        """
+        block = self.block
+        # Checked, because a caller may have replaced tensors: those of the block would be copied in their place.
+        if block is None or not all(_is_in(block, t) for t in self.tensors):
+            return self.map(lambda t: t.to(device, non_blocking=non_blocking))
+        moved = block.to(device, non_blocking=non_blocking)
+        if moved is block:
+            return self
+
+        def view(tensor: Tensor) -> Tensor:
+            start = tensor.storage_offset() * tensor.element_size() - block.storage_offset()
+            return moved[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+
+        return dataclasses.replace(self.map(view), block=moved)
+
+
+def _is_in(block: Tensor, tensor: Tensor) -> bool:
+    """Whether the values are a range of bytes of the block."""
+    # The address of the storage, not of its data: that is 0 for all tensors on the meta device.
+    return tensor.is_contiguous() and tensor.untyped_storage()._cdata == block.untyped_storage()._cdata
 
 
 _DICT_FIELDS = ("pixels", "dates", "noise", "targets")

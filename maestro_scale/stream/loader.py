@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,6 +37,7 @@ class Step:
 
     ``samples``: consumed by all ranks after the step, the position that checkpoints save. ``dataset``: name of the
     dataset whose samples the step uses; ``dataset_step``: number of steps that used it so far, including this one.
+    ``counters``: ``TrainLoader.counters`` of the steps up to this one; the loader may be further ahead.
     """
 
     step: int
@@ -45,6 +46,7 @@ class Step:
     dataset: str
     dataset_step: int
     batches: tuple[Batch, ...]
+    counters: Mapping[str, float]
 
 
 class TrainLoader:
@@ -190,6 +192,7 @@ class TrainLoader:
                     dataset=self._names[dataset],
                     dataset_step=dataset_step + 1,
                     batches=batches,
+                    counters=self.counters,
                 )
         finally:
             # Also when the consumer stops early; unless close() has ended the pipeline already.

@@ -1,5 +1,7 @@
 """Layout of a batch in one block of memory: samples are written straight into it, tensors are views of it.
 
+One block means one copy to the device (``Batch.to``) instead of one per tensor.
+
 Dtypes stay native. torch has no arithmetic for unsigned integers beyond uint8, but it stores, copies, pins and casts
 them, which is all that a batch needs.
 """
@@ -84,6 +86,7 @@ def unpack(block: Tensor, fields: tuple[Field, ...], metadata: BatchMetadata) ->
         tiles=metadata.tiles,
         num_repeated_dates=metadata.num_repeated_dates,
         num_replaced_samples=metadata.num_replaced_samples,
+        block=block,
     )
 
 

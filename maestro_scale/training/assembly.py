@@ -160,7 +160,7 @@ def _hooks(
     hooks += parts.build_hooks(engine, ema)
     observers = context.observers if world.is_main else []
     # After the hooks that measure a step: what they add to FinishedStep.metrics goes into its line.
-    hooks.append(LogHook(run_dir, train, world, parts.objective, parts.stream, metrics, observers))
+    hooks.append(LogHook(run_dir, train, world, parts.objective, metrics, observers))
     # After the log: where it ends the run, the last step has been logged.
     lines = JsonLines(run_dir / "skipped" / own)
     hooks.append(SkippedStepsHook(lines, world, engine.guard, parts.checkpoints, train.max_skipped))

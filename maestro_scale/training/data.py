@@ -25,6 +25,6 @@ def train_loader(recipe: Recipe, sources: Sequence[Source], world: World) -> tup
         window=data.shuffle_window,
         flips=data.flips,
         on_bad_shard=data.on_bad_shard,
-        pin=world.device.type == "cuda",
+        pin=world.device.type != "cpu",
     )
     return stream, train.num_steps(stream.steps_per_epoch)

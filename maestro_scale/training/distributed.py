@@ -49,7 +49,10 @@ class World:
     def sum_with_flags(self, values: Tensor, flags: Sequence[bool]) -> tuple[Tensor, Tensor]:
         """As ``sum``, of ``values`` (N,), and whether each flag is set on any rank, (F,) bool, in one collective.
         Both stay on the device of ``values``."""
-        raised = torch.tensor(flags, dtype=values.dtype).to(values.device, non_blocking=True)
+        raised = values.new_zeros(len(flags))
+        for i, flag in enumerate(flags):
+            if flag:  # by a kernel: a tensor of the list would be a copy from pageable memory, for which the host waits
+                raised[i].fill_(1)
         total = self.sum(torch.cat([values, raised]))
         return total[: len(values)], total[len(values) :] > 0
 

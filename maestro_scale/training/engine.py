@@ -6,7 +6,7 @@ calls the optimizer is what the guard, the loss of the global batch and the rehe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,14 +77,22 @@ class Engine:
         self._loss, self._norm = 0.0, 0.0
 
     def step(
-        self, step: int, batches: Sequence[Batch], inputs: Sequence[Any], num_terms: Tensor
+        self,
+        step: int,
+        batches: Sequence[Batch],
+        inputs: Sequence[Any],
+        num_terms: Tensor,
+        while_computing: Callable[[], None] = lambda: None,
     ) -> StepResult:
         """Forward, backward and, unless the guard refuses it, the optimizer's step number ``step`` (the first is 0).
 
         ``inputs``: the objective's, per micro-batch. ``num_terms`` (S,): of the whole global batch.
+        ``while_computing`` is called once, when the kernels of the step are queued: work of the host, and copies on
+        another stream, that the device need not wait for.
         """
         lr = set_lr(self._deepspeed.basic_optimizer, self._schedule(step))
         local_sums = self._forward_backward(batches, inputs, num_terms)
+        while_computing()
         if not self._decided:  # DeepSpeed found an overflow and did not call the optimizer
             self._decide()
             self._clear_partial_sums()

@@ -13,13 +13,14 @@ from typing import Any
 
 from torch import Tensor
 
-from maestro_scale.stream.loader import Step, TrainLoader
+from maestro_scale.stream.loader import TrainLoader
 from maestro_scale.training.checkpoint.checkpoints import Checkpoints, Position
 from maestro_scale.training.checkpoint.state import TrainState
 from maestro_scale.training.distributed import World
 from maestro_scale.training.engine import Engine
 from maestro_scale.training.hooks.hook import FinishedStep, Hook
 from maestro_scale.training.objectives import Objective
+from maestro_scale.training.prefetch import StepPrefetcher
 from maestro_scale.training.stop import StopRequest
 from maestro_scale.training.watchdog import Watchdog
 
@@ -97,7 +98,7 @@ class Trainer:
         """Run the remaining steps. The last one ends with a committed checkpoint."""
         schedule, checkpoints = self.schedule, self.checkpoints
         checkpoints.on_commit = self._committed
-        steps = self.stream.steps(position.samples, schedule.num_steps)
+        steps = StepPrefetcher(self.stream.steps(position.samples, schedule.num_steps), self.world.device)
         saved_at = time.monotonic()
         while position.step < schedule.num_steps and not self._finished:
             overdue = 0 < schedule.checkpoint_s < time.monotonic() - saved_at
@@ -115,20 +116,21 @@ class Trainer:
                 guard = self.engine.guard.state_dict()
                 checkpoints.begin(self.state, position, self.identity, guard, hook_states)
                 saved_at = time.monotonic()
-            if stopping and not step.is_last and not self._finished:
+            is_last = step.is_last
+            # Its batches are freed before the next step prefetches: at most two steps' batches are on the device.
+            del step
+            if stopping and not is_last and not self._finished:
                 checkpoints.close(partial(self.watchdog.note, position.step, "writing"))
                 return Outcome("stopped", position, self.stop.reason or "another rank's request")
         checkpoints.close(partial(self.watchdog.note, position.step, "writing"))
         return Outcome("done", position)
 
-    def _step(self, steps: Any, position: Position, overdue: bool) -> tuple[FinishedStep, Tensor]:
+    def _step(self, steps: StepPrefetcher, position: Position, overdue: bool) -> tuple[FinishedStep, Tensor]:
         """One optimizer step, and the flags (stop requested, checkpoint overdue, checkpoint being written), (3,) bool:
         each set where it is on any rank."""
         self.watchdog.note(position.step + 1, "waiting for data")
-        before = time.perf_counter()
-        data: Step = next(steps)
-        batches = [b.to(self.world.device, non_blocking=True) for b in data.batches]
-        wait_s = time.perf_counter() - before
+        waited_s = steps.waited_s
+        data, batches = steps.take()
 
         self.watchdog.note(position.step + 1, "computing")
         inputs = [self.objective.inputs(b, d) for b, d in zip(data.batches, batches, strict=True)]
@@ -136,7 +138,8 @@ class Trainer:
         # after the step, when the device has been waited for anyway.
         flags = [self.stop.requested(), overdue and self.world.is_main, self.checkpoints.busy]
         num_terms, raised = self.world.sum_with_flags(self.objective.num_terms(data.dataset, inputs), flags)
-        result = self.engine.step(position.step, batches, inputs, num_terms)
+        fetch_next = partial(self._fetch, steps, position.step + 1)
+        result = self.engine.step(position.step, batches, inputs, num_terms, fetch_next)
         if self.state.ema is not None and result.skipped is None:
             self.state.ema.update(position.step + 1)
         position = Position(
@@ -145,8 +148,16 @@ class Trainer:
             skipped_steps=position.skipped_steps + (result.skipped is not None),
         )
         is_last = position.step == self.schedule.num_steps
-        step = FinishedStep(position, data, batches, inputs, num_terms, result, wait_s, is_last)
-        return step, raised
+        wait_s = steps.waited_s - waited_s
+        return FinishedStep(position, data, batches, inputs, num_terms, result, wait_s, is_last), raised
+
+    def _fetch(self, steps: StepPrefetcher, step: int) -> None:
+        """Fetch the data of the next step while the device computes ``step``."""
+        # Noted as waiting at ``step``, not at the next one: the ranks that wait for this one in a collective are still
+        # at ``step``, and the watchdog names the rank that is furthest behind.
+        self.watchdog.note(step, "waiting for data")
+        steps.fetch()
+        self.watchdog.note(step, "computing")
 
     @property
     def _finished(self) -> bool:

@@ -8,6 +8,7 @@ import os
 import torch
 
 from maestro_scale.errors import MaestroError
+from maestro_scale.stream.device_copy import DeviceCopier
 from maestro_scale.training.distributed import World
 from maestro_scale.training.engine import Engine
 from maestro_scale.training.objectives import Objective
@@ -28,10 +29,12 @@ def warm_up(
     where = f"rank {world.rank} on {os.uname().nodename}"
     batch = objective.mock_batch(micro_batch)
     try:
-        on_device = batch.to(world.device)
-        inputs = [objective.inputs(batch, on_device)] * num_micro_batches
+        # The batches of two steps, because training copies those of the next step while it computes.
+        copier, of_step = DeviceCopier(world.device), [batch] * num_micro_batches
+        batches, _next = (copier.finish(copier.start(of_step)) for _ in range(2))
+        inputs = [objective.inputs(batch, on_device) for on_device in batches]
         num_terms = world.sum(objective.num_terms(batch.dataset, inputs))
-        engine.rehearse([on_device] * num_micro_batches, inputs, num_terms)
+        engine.rehearse(batches, inputs, num_terms)
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or _CPU_ALLOCATOR in str(error):
             raise WarmupError(

@@ -1,26 +1,81 @@
 """The trainer alone, without an engine."""
 
+import weakref
 from types import SimpleNamespace
 
+import torch
+from testkit.streams import META, FakeDevice, steps_of
+
+from maestro_scale.stream.device_copy import DeviceCopier
 from maestro_scale.training.checkpoint.checkpoints import Position
 from maestro_scale.training.stop import StopRequest
 from maestro_scale.training.trainer import Trainer, TrainSchedule
 
 
+def trainer_of(tmp_path, **changes) -> Trainer:
+    parts = {
+        "world": SimpleNamespace(is_main=True, device=torch.device("cpu")),
+        "engine": None,
+        "state": SimpleNamespace(ema=None),
+        "objective": None,
+        "stream": SimpleNamespace(steps=lambda *args: iter(()), close=lambda: None),
+        "schedule": TrainSchedule(num_steps=2, global_batch=4, checkpoint_every=1),
+        "checkpoints": SimpleNamespace(close=lambda alive: None),
+        "identity": {},
+        "hooks": [],
+        "stop": StopRequest(tmp_path),
+        "watchdog": SimpleNamespace(note=lambda *args: None),
+    }
+    return Trainer(**(parts | changes))
+
+
 def test_a_training_that_is_done_leaves_no_stop_file(tmp_path):
     (tmp_path / "STOP").touch()
-    trainer = Trainer(
-        world=SimpleNamespace(is_main=True),
-        engine=None,
-        state=None,
-        objective=None,
-        stream=SimpleNamespace(steps=lambda *args: iter(()), close=lambda: None),
-        schedule=TrainSchedule(num_steps=2, global_batch=4, checkpoint_every=1),
-        checkpoints=SimpleNamespace(close=lambda alive: None),
-        identity={},
-        hooks=[],
-        stop=StopRequest(tmp_path),
-        watchdog=SimpleNamespace(note=lambda *args: None),
-    )
-    assert trainer.run(Position(step=2)).reason == "done"
+    assert trainer_of(tmp_path).run(Position(step=2)).reason == "done"
     assert not (tmp_path / "STOP").exists()
+
+
+def test_two_steps_of_batches_are_on_the_device_at_most_and_the_next_one_is_fetched_within_the_step(
+    tmp_path, monkeypatch
+):
+    FakeDevice().install(monkeypatch)
+    blocks, alive, events = [], [], []
+    start = DeviceCopier.start
+
+    def started(copier, batches):
+        pending = start(copier, batches)
+        blocks.extend(weakref.ref(b.block) for b in pending.batches)
+        alive.append(sum(block() is not None for block in blocks))
+        return pending
+
+    monkeypatch.setattr(DeviceCopier, "start", started)
+
+    def loaded():
+        for step in steps_of(4):
+            events.append(f"load {step.step}")
+            yield step
+
+    def step(number, batches, inputs, num_terms, while_computing):
+        events.append(f"compute {number + 1}")
+        while_computing()
+        events.append(f"end {number + 1}")
+        return SimpleNamespace(skipped=None)
+
+    none = SimpleNamespace(close=lambda alive: None, pending=False, busy=False, begin=lambda *args: None)
+    trainer = trainer_of(
+        tmp_path,
+        world=SimpleNamespace(
+            is_main=True, device=META, sum_with_flags=lambda values, flags: (values, torch.zeros(3))
+        ),
+        engine=SimpleNamespace(step=step, guard=SimpleNamespace(state_dict=dict)),
+        objective=SimpleNamespace(inputs=lambda host, batch: batch, num_terms=lambda *args: torch.ones(1)),
+        stream=SimpleNamespace(steps=lambda *args: loaded(), close=lambda: None),
+        schedule=TrainSchedule(num_steps=4, global_batch=4, checkpoint_every=1),
+        checkpoints=none,
+    )
+    assert trainer.run(Position()).position == Position(samples=16, step=4)
+    assert alive == [2, 4, 4, 4]  # two micro-batches per step
+    assert events == [
+        *("load 1", "compute 1", "load 2", "end 1", "compute 2", "load 3", "end 2"),
+        *("compute 3", "load 4", "end 3", "compute 4", "end 4"),
+    ]

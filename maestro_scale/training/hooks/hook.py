@@ -20,8 +20,9 @@ class FinishedStep:
 
     ``position``: after the step. ``data``: with this rank's micro-batches on the host; ``batches``: their copies on the
     device; ``inputs``: the objective's, per micro-batch. ``num_terms`` (S,): of the global batch. ``wait_s``: the time
-    this rank waited for data. ``metrics``: more numbers for this step's line of metrics.jsonl, which a hook may add;
-    the same names on all ranks, because logging is collective.
+    this rank waited for data during the step: for its own where that was not prefetched, and for the next step's.
+    ``metrics``: more numbers for this step's line of metrics.jsonl, which a hook may add; the same names on all ranks,
+    because logging is collective.
     """
 
     position: Position

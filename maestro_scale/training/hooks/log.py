@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from maestro_scale.recipe.sections import Train
-from maestro_scale.stream.loader import TrainLoader
 from maestro_scale.training.checkpoint.checkpoints import Position
 from maestro_scale.training.distributed import World
 from maestro_scale.training.hooks.hook import FinishedStep, Hook
@@ -32,12 +31,11 @@ class LogHook(Hook):
         train: Train,
         world: World,
         objective: Objective,
-        stream: TrainLoader,
         metrics: MetricsFile,
         observers: Sequence[Observer],
     ) -> None:
         self._run_dir, self._log_every, self._global_batch = run_dir, train.log_every, train.global_batch
-        self._world, self._objective, self._stream = world, objective, stream
+        self._world, self._objective = world, objective
         self._metrics, self._observers = metrics, observers
         self._meter, self._nodes = Meter(world), Nodes(world)
 
@@ -65,7 +63,7 @@ class LogHook(Hook):
     def _log(self, step: FinishedStep) -> None:
         self._meter.exclude(step.metrics.get("eval/delay_s") or 0.0)
         # Every rank takes part: the meter, the node statistics and the counters are collective. Only rank 0 writes.
-        speeds, nodes, counters = self._meter.read(), self._nodes.read(), self._stream.counters
+        speeds, nodes, counters = self._meter.read(), self._nodes.read(), step.data.counters
         totals = dict(zip(counters, self._world.sums(list(counters.values())), strict=True))
         if not self._world.is_main:
             return

@@ -1,0 +1,66 @@
+"""Copies of batches to a device on a side stream, so that they run while the device computes.
+
+The same calls on a CPU: there is no stream, and ``Batch.to`` returns the batch itself. Only the generic
+``torch.Stream`` and ``torch.accelerator`` are used, and only through ``side_stream`` and ``compute_stream``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from maestro_scale.stream.batch import Batch
+
+
+@dataclass(frozen=True)
+class PendingCopies:
+    """Batches on the device whose copies may still run; ``copied`` is recorded after the last one, None on a CPU."""
+
+    batches: list[Batch]
+    copied: torch.Event | None
+
+
+class DeviceCopier:
+    """Copies batches to ``device``: ``start`` queues the copies, ``finish`` lets the compute stream use them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = side_stream(device)
+
+    def start(self, batches: Sequence[Batch]) -> PendingCopies:
+        """Queue one copy per batch (``Batch.to``) and return at once.
+
+        The batches are in pinned memory, else the host waits. torch's allocator of pinned memory does not reuse a block
+        before its copy is done, even if the batch is dropped.
+        """
+        if self._stream is None:
+            return PendingCopies([b.to(self._device) for b in batches], None)
+        # The blocks are allocated on the side stream: memory that belongs to the compute stream could still be in use
+        # by kernels that are queued there, and the copy would have to wait for them.
+        with self._stream:
+            copies = [b.to(self._device, non_blocking=True) for b in batches]
+        return PendingCopies(copies, self._stream.record_event())
+
+    def finish(self, copies: PendingCopies) -> list[Batch]:
+        """The batches on the device: what is queued on the compute stream from now on runs after their copies."""
+        if copies.copied is not None:
+            stream = compute_stream(self._device)
+            stream.wait_event(copies.copied)
+            for batch in copies.batches:
+                # Without it the allocator would give the memory to the next copy as soon as the batch is dropped here,
+                # while kernels of the compute stream that read it are still queued.
+                for tensor in batch.tensors if batch.block is None else (batch.block,):
+                    tensor.record_stream(stream)
+        return copies.batches
+
+
+def side_stream(device: torch.device) -> torch.Stream | None:
+    """A new stream of ``device``; None on a CPU, which has none."""
+    return None if device.type == "cpu" else torch.Stream(device=device)
+
+
+def compute_stream(device: torch.device) -> torch.Stream:
+    """The stream on which ``device`` computes."""
+    return torch.accelerator.current_stream(device)
