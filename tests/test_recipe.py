@@ -440,7 +440,7 @@ def test_a_wrong_number_of_ranks_is_refused_with_what_fits():
 def test_micro_batches_of_a_rank_and_steps_of_a_run_are_counted(minimal):
     recipe = load_recipe(minimal, ["train.global_batch=96", "train.micro_batch=4", "train.epochs=3"])
     assert [recipe.num_micro_batches(ranks) for ranks in (1, 2, 8)] == [24, 12, 3]
-    assert recipe.with_zero_stage(2, 6).num_micro_batches(2) == 8
+    assert recipe.with_zero_stage(2).with_micro_batch(6).num_micro_batches(2) == 8
     with pytest.raises(RecipeError, match=r"16 ranks share train\.global_batch 96, 6 each"):
         recipe.num_micro_batches(16)
     assert recipe.train.num_steps(50) == 150
@@ -453,8 +453,8 @@ def test_micro_batches_of_a_rank_and_steps_of_a_run_are_counted(minimal):
 def test_under_another_zero_stage_a_stated_micro_batch_does_not_contradict(minimal):
     given = ["deepspeed.train_micro_batch_size_per_gpu=8", "deepspeed.gradient_accumulation_steps=12"]
     recipe = load_recipe(minimal, given)
-    assert recipe.with_zero_stage(2, 8).deepspeed["gradient_accumulation_steps"] == 12
-    config = recipe.with_zero_stage(3, 4).deepspeed_config(1, "cpu")
+    assert recipe.with_zero_stage(2).with_micro_batch(8).deepspeed["gradient_accumulation_steps"] == 12
+    config = recipe.with_zero_stage(3).with_micro_batch(4).deepspeed_config(1, "cpu")
     assert (config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]) == (4, 24)
 
 

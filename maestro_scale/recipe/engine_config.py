@@ -81,10 +81,13 @@ _KNOWN = (
 
 @dataclass(frozen=True)
 class Derived:
-    """Values that follow from the rest of the recipe. None: not known yet, so neither filled in nor checked."""
+    """Values that follow from the rest of the recipe. None: not known yet, so neither filled in nor checked.
+
+    ``micro_batch`` is None while ``train.micro_batch`` is auto.
+    """
 
     global_batch: int
-    micro_batch: int
+    micro_batch: int | None
     clip: float
     world_size: int | None = None
     precision: str | None = None  # "bf16", "bf16_weights" or "fp32"
@@ -92,7 +95,7 @@ class Derived:
     @property
     def num_micro_batches(self) -> int | None:
         """Micro-batches of a rank per optimizer step, which DeepSpeed calls gradient accumulation steps."""
-        if self.world_size is None:
+        if self.world_size is None or self.micro_batch is None:
             return None
         return self.global_batch // (self.micro_batch * self.world_size)
 
@@ -145,6 +148,10 @@ def problems(section: Mapping[str, Any], derived: Derived) -> Iterator[tuple[tup
             "train.precision bf16_weights needs ZeRO stage 1, 2 or 3, which keep the fp32 master weights: set one, or "
             "train.precision=bf16",
         )
+    if derived.micro_batch is None:
+        for key in FROM_MICRO_BATCH:
+            if section.get(key) not in (None, "auto"):
+                yield (key,), "follows from train.micro_batch, which is auto: leave it out"
     for path, value, source in _derived_settings(section, derived):
         given = _get(section, path)
         if given not in (None, "auto", value):
@@ -163,7 +170,8 @@ def complete_config(section: Mapping[str, Any], derived: Derived) -> dict[str, A
 
 def _derived_settings(section: Mapping[str, Any], d: Derived) -> Iterator[tuple[tuple[str, ...], Any, str]]:
     yield ("train_batch_size",), d.global_batch, f"train.global_batch {d.global_batch}"
-    yield ("train_micro_batch_size_per_gpu",), d.micro_batch, f"train.micro_batch {d.micro_batch}"
+    if d.micro_batch is not None:
+        yield ("train_micro_batch_size_per_gpu",), d.micro_batch, f"train.micro_batch {d.micro_batch}"
     yield ("gradient_clipping",), d.clip, f"optim.clip {d.clip}"
     if d.num_micro_batches is not None:
         source = f"train.global_batch {d.global_batch} on {d.world_size} ranks of micro_batch {d.micro_batch}"

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator
 
 from maestro_scale.shards.storage import credentials_in
 
@@ -23,6 +23,16 @@ def _without_credentials(url: str) -> str:
 Place = Annotated[
     str, Field(min_length=1), AfterValidator(os.path.expanduser), AfterValidator(_without_credentials)
 ]
+
+
+def _auto_or_count(value: Any) -> int | str:
+    if value != "auto" and (type(value) is not int or value < 1):  # bool is a subclass of int
+        raise ValueError(f"must be auto or a whole number of at least 1, got {value!r}")
+    return value
+
+
+# A union would report one error per member.
+AutoOrCount = Annotated[int | Literal["auto"], PlainValidator(_auto_or_count)]
 
 
 def listed(value: Any) -> Any:

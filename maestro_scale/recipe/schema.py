@@ -68,11 +68,14 @@ class Recipe(Section):
         return engine_config.stage_of(self.deepspeed)
 
     def num_micro_batches(self, world_size: int) -> int:
-        """Micro-batches of a rank per optimizer step. RecipeError where the ranks do not fit the batch or the lanes."""
+        """Micro-batches of a rank per optimizer step.
+
+        Raises:
+            RecipeError: the ranks do not fit the batch or the lanes.
+            ValueError: the micro-batch is auto; see ``with_micro_batch``.
+        """
         check_world(self, world_size)
-        num_micro_batches = self._derived(world_size, None).num_micro_batches
-        assert num_micro_batches is not None  # the number of ranks is given
-        return num_micro_batches
+        return self.train.global_batch // (world_size * self.train.samples_per_micro_batch)
 
     def deepspeed_config(self, world_size: int, device: str | None = None) -> dict[str, Any]:
         """The config for ``deepspeed.initialize`` on ``world_size`` ranks.
@@ -92,22 +95,29 @@ class Recipe(Section):
             raise RecipeError("\n".join(lines))
         return engine_config.complete_config(self.deepspeed, derived)
 
-    def with_zero_stage(self, stage: int, micro_batch: int | None = None) -> Recipe:
-        """This recipe with another ZeRO stage and micro-batch; settings that contradict them are dropped.
+    def with_micro_batch(self, micro_batch: int) -> Recipe:
+        """This recipe with a micro-batch of that many samples; settings of DeepSpeed that follow from it are dropped.
+
+        The only way from ``train.micro_batch: auto`` to a number: the run's recipe.yaml keeps ``auto``.
+        """
+        if micro_batch == self.train.micro_batch:
+            return self
+        train = self.train.model_copy(update={"micro_batch": micro_batch})
+        rest = {k: v for k, v in self.deepspeed.items() if k not in engine_config.FROM_MICRO_BATCH}
+        return self.model_copy(update={"train": train, "deepspeed": rest})
+
+    def with_zero_stage(self, stage: int) -> Recipe:
+        """This recipe with another ZeRO stage; settings of the section that only other stages have are dropped.
 
         At stage 0 bf16_weights, which it does not support, becomes bf16.
         """
         zero = dict(self.deepspeed.get("zero_optimization", {}))
         if stage != self.zero_stage:
             zero = {k: v for k, v in zero.items() if not k.startswith(("stage3_", "offload_"))}
-        changes: dict[str, Any] = {"micro_batch": micro_batch or self.train.micro_batch}
-        if stage == 0 and self.train.precision == "bf16_weights":
-            changes["precision"] = "bf16"
-        train = self.train.model_copy(update=changes)
-        rest = self.deepspeed
-        if train.micro_batch != self.train.micro_batch:
-            rest = {k: v for k, v in rest.items() if k not in engine_config.FROM_MICRO_BATCH}
-        deepspeed = {**rest, "zero_optimization": {**zero, "stage": stage}}
+        train = self.train
+        if stage == 0 and train.precision == "bf16_weights":
+            train = train.model_copy(update={"precision": "bf16"})
+        deepspeed = {**self.deepspeed, "zero_optimization": {**zero, "stage": stage}}
         return self.model_copy(update={"train": train, "deepspeed": deepspeed})
 
     def to_yaml(self) -> str:
@@ -125,8 +135,9 @@ class Recipe(Section):
 
     def _derived(self, world_size: int | None, precision: str | None) -> engine_config.Derived:
         train = self.train
+        micro_batch = None if train.micro_batch == "auto" else train.micro_batch
         return engine_config.Derived(
-            train.global_batch, train.micro_batch, self.optim.clip, world_size, precision
+            train.global_batch, micro_batch, self.optim.clip, world_size, precision
         )
 
     @model_validator(mode="after")
@@ -155,7 +166,9 @@ class Recipe(Section):
 
 def check_world(recipe: Recipe, world_size: int) -> None:
     """RecipeError, with values that would fit, unless ``world_size`` ranks can share the lanes and the batch."""
-    lanes, batch, micro = recipe.data.lanes, recipe.train.global_batch, recipe.train.micro_batch
+    lanes, batch = recipe.data.lanes, recipe.train.global_batch
+    # auto chooses a divisor of the share of any number of ranks
+    micro = 1 if recipe.train.micro_batch == "auto" else recipe.train.micro_batch
     if world_size < 1:
         raise RecipeError(f"{world_size} ranks: a run needs at least one")
     fits = [w for w in range(1, lanes + 1) if lanes % w == 0 and batch % (w * micro) == 0]

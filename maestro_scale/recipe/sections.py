@@ -18,7 +18,16 @@ from maestro_scale.model.config import (
 )
 from maestro_scale.model.sizes import SIZES, Size
 from maestro_scale.recipe.errors import ConflictError
-from maestro_scale.recipe.fields import Count, Place, Probability, Section, distinct, listed, nearest_divisors
+from maestro_scale.recipe.fields import (
+    AutoOrCount,
+    Count,
+    Place,
+    Probability,
+    Section,
+    distinct,
+    listed,
+    nearest_divisors,
+)
 
 Precision = Literal["bf16", "bf16_weights", "fp32"]
 
@@ -157,8 +166,10 @@ class Train(Section):
     """Number of optimizer steps, instead of ``epochs``."""
     global_batch: Count = 96
     """Samples per optimizer step, summed over all ranks."""
-    micro_batch: Count = 8
-    """Samples per forward pass of a rank; gradients are accumulated over the micro-batches of its share."""
+    micro_batch: AutoOrCount = 8
+    """Samples per forward pass of a rank; gradients are accumulated over the micro-batches of its share. auto: the
+    largest that divides a rank's share and is estimated to fit 90 % of the memory of the GPU (on a CPU: of the rank's
+    part of the machine's memory), chosen at every start. Does not change results, up to rounding."""
     warmup_check: bool = True
     """Run one step on random data of the largest shape at every start, so that a lack of memory shows in the first
     minute. Does not change weights or optimizer state."""
@@ -181,6 +192,13 @@ class Train(Section):
     collect_every: Annotated[int, Field(ge=0)] = 500
     """Steps between runs of Python's garbage collector, at the same step on all ranks, so that they do not wait for
     each other in turn; 0: Python decides."""
+
+    @property
+    def samples_per_micro_batch(self) -> int:
+        """``micro_batch`` as a number. ValueError while it is auto: call ``Recipe.with_micro_batch`` first."""
+        if self.micro_batch == "auto":
+            raise ValueError("train.micro_batch is auto and has not been chosen yet")
+        return self.micro_batch
 
     def num_steps(self, steps_per_epoch: int) -> int:
         """Optimizer steps of the whole run."""
@@ -207,7 +225,7 @@ class Train(Section):
         if self.epochs is not None and self.steps is not None:
             reason = f"epochs {self.epochs} and steps {self.steps} are both given: keep one"
             raise ConflictError((("steps",), reason))
-        if self.global_batch % self.micro_batch:
+        if self.micro_batch != "auto" and self.global_batch % self.micro_batch:
             near = nearest_divisors(self.micro_batch, self.global_batch)
             reason = f"{self.micro_batch} does not divide train.global_batch {self.global_batch}: use {near}"
             raise ConflictError((("micro_batch",), reason))
