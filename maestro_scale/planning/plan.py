@@ -8,12 +8,11 @@ from dataclasses import dataclass
 
 from maestro_scale.datasets.spec import DatasetSpec
 from maestro_scale.errors import MaestroError
-from maestro_scale.model.cost import Cost, compute_cost, num_parameters
+from maestro_scale.model.cost import compute_cost
 from maestro_scale.recipe import Recipe, build_model_config
-from maestro_scale.training.footprint import Footprint, Traffic, footprint, traffic
+from maestro_scale.training.footprint import Traffic, traffic
+from maestro_scale.training.memory import USABLE_MEMORY, MemoryEstimator, StepMemory
 from maestro_scale.training.metrics.gpus import GPUS, Gpu
-
-_USABLE_MEMORY = 0.9  # fraction of a GPU's memory; the CUDA context and fragmentation take the rest
 
 
 class PlanningError(MaestroError):
@@ -47,20 +46,14 @@ class Cluster:
 
 @dataclass(frozen=True)
 class LayoutEstimate:
-    """Memory and communication of a rank with one ZeRO stage and micro-batch. ``activations``: estimate, in bytes."""
+    """Memory and communication of a rank with one ZeRO stage and micro-batch."""
 
     stage: int
     micro_batch: int
     num_micro_batches: int
-    footprint: Footprint
-    activations: int
+    memory: StepMemory
     traffic: Traffic
     fits: bool
-
-    @property
-    def device_bytes(self) -> int:
-        """Memory that a GPU needs, in bytes."""
-        return self.footprint.device + self.activations
 
 
 @dataclass(frozen=True)
@@ -105,12 +98,10 @@ def plan_cluster(
             f"multiples of {n}"
         )
     config = build_model_config(recipe, specs)
-    parameters, gpu = num_parameters(config), GPUS[cluster.gpu]
+    estimator, gpu = MemoryEstimator(config, specs), GPUS[cluster.gpu]
     costs = [compute_cost(config.for_dataset(v.dataset), recipe.masking.ratio) for v in config.views]
-    # A step is of one dataset, so memory is that of the largest one, and FLOPs are averaged by mixture weight.
-    largest = max(costs, key=lambda c: c.activations)
     layouts = tuple(
-        _layout(recipe, parameters, largest, gpu, n, stage, micro)
+        _layout(recipe, estimator, gpu, n, stage, micro)
         for stage in range(4)
         # Only micro-batches that divide a rank's share: all micro-batches of a step have the same size.
         for micro in (m for m in range(1, batch // n + 1) if (batch // n) % m == 0)
@@ -126,11 +117,11 @@ def plan_cluster(
     if steps is None and all(stored):
         steps = recipe.train.num_steps(sum(max(1, size[0] // batch) for size in stored if size))
     return ClusterPlan(
-        parameters=parameters,
+        parameters=estimator.parameters,
         layouts=layouts,
         # With the same MFU for all layouts, the one that communicates least is the fastest; among equal ones prefer
         # larger micro-batches (fewer kernel launches), then less memory.
-        best=min(fitting, key=lambda x: (x.traffic.total, -x.micro_batch, x.device_bytes), default=None),
+        best=min(fitting, key=lambda x: (x.traffic.total, -x.micro_batch, x.memory.device), default=None),
         samples_per_s=speed,
         bytes_per_sample=sum(b * w for b, w in zip(sizes, weights, strict=True)) / sum(weights),
         num_steps=steps,
@@ -139,16 +130,14 @@ def plan_cluster(
 
 
 def _layout(
-    recipe: Recipe, parameters: int, largest: Cost, gpu: Gpu, n: int, stage: int, micro: int
+    recipe: Recipe, estimator: MemoryEstimator, gpu: Gpu, n: int, stage: int, micro: int
 ) -> LayoutEstimate:
-    variant = recipe.with_zero_stage(stage, micro)
-    num_micro_batches, config = variant.num_micro_batches(n), variant.deepspeed_config(n, "cuda")
-    memory = footprint(parameters, n, config, num_micro_batches, ema=recipe.optim.ema > 0)
-    value_bytes = 2 if recipe.train.precision_on("cuda") != "fp32" else 4
-    activations = micro * largest.activations * value_bytes
-    fits = memory.device + activations <= _USABLE_MEMORY * gpu.memory_bytes
-    sent = traffic(parameters, n, config, num_micro_batches)
-    return LayoutEstimate(stage, micro, num_micro_batches, memory, activations, sent, fits)
+    variant = recipe.with_zero_stage(stage).with_micro_batch(micro)
+    num_micro_batches = variant.num_micro_batches(n)
+    memory = estimator.step(variant, n, "cuda")
+    sent = traffic(estimator.parameters, n, variant.deepspeed_config(n, "cuda"), num_micro_batches)
+    fits = memory.device <= USABLE_MEMORY * gpu.memory_bytes
+    return LayoutEstimate(stage, micro, num_micro_batches, memory, sent, fits)
 
 
 def _sample_bytes(spec: DatasetSpec) -> float:

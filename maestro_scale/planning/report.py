@@ -20,12 +20,22 @@ def print_plan(
         title=f"GiB per rank on {cluster.num_gpus} {cluster.gpu} ({GPUS[cluster.gpu].memory_bytes / GIB:.0f} GiB each)",
         title_justify="left",
     )
-    columns = ("stage", "micro", "weights", "gradients", "optimizer", "buckets", "activations", "total")
+    columns = (
+        "stage",
+        "micro",
+        "weights",
+        "gradients",
+        "optimizer",
+        "buckets",
+        "activations",
+        "batches",
+        "total",
+    )
     for column in (*columns, "host", "sent per step", "fits"):
         table.add_column(column, justify="right")
     for x in plan.layouts:
-        f = x.footprint
-        device = (f.weights, f.gradients, f.optimizer, f.buckets, x.activations, x.device_bytes)
+        m, f = x.memory, x.memory.footprint
+        device = (f.weights, f.gradients, f.optimizer, f.buckets, m.activations, m.batches, m.device)
         row = (f"{b / GIB:.2f}" for b in (*device, f.host, x.traffic.total))
         table.add_row(str(x.stage), str(x.micro_batch), *row, "yes" if x.fits else "no")
     console.print(table)

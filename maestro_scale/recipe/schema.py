@@ -136,9 +136,7 @@ class Recipe(Section):
     def _derived(self, world_size: int | None, precision: str | None) -> engine_config.Derived:
         train = self.train
         micro_batch = None if train.micro_batch == "auto" else train.micro_batch
-        return engine_config.Derived(
-            train.global_batch, micro_batch, self.optim.clip, world_size, precision
-        )
+        return engine_config.Derived(train.global_batch, micro_batch, self.optim.clip, world_size, precision)
 
     @model_validator(mode="after")
     def _check_across_sections(self) -> Recipe:

@@ -64,6 +64,7 @@ class TrainingParts:
     objective: Objective
     stream: TrainLoader
     num_steps: int
+    micro_batch: int
     checkpoints: Checkpoints
     identity: dict[str, Any]
     build_hooks: Callable[[Engine, WeightEMA | None], Sequence[Hook]]
@@ -93,7 +94,10 @@ def seed_everything(seed: int) -> None:
 
 
 def check_feasible(recipe: Recipe, num_parameters: int, with_ema: bool, world: World) -> None:
-    """RecipeError where DeepSpeed refuses its section or offload does not fit, before the network is allocated."""
+    """RecipeError where DeepSpeed refuses its section or offload does not fit, before the network is allocated.
+
+    ``recipe``: with a number as its micro-batch.
+    """
     deepspeed = recipe.deepspeed_config(world.size, world.device.type)
     check_deepspeed(deepspeed)
     check_offload_memory(num_parameters, deepspeed, recipe.num_micro_batches(world.size), with_ema, world)
@@ -104,7 +108,9 @@ def assemble(context: RunContext, parts: TrainingParts) -> tuple[Trainer, Positi
 
     Raises RecipeError, CheckpointError, RunDirError or WarmupError.
     """
-    recipe, run_dir, world = context.recipe, context.run_dir, context.world
+    run_dir, world = context.run_dir, context.world
+    # recipe.yaml keeps ``auto``, so that a resume on other GPUs chooses anew.
+    recipe = context.recipe.with_micro_batch(parts.micro_batch)
     engine = _build_engine(recipe, parts, world)
     ema = None
     if parts.ema_decay is not None:
@@ -133,9 +139,7 @@ def assemble(context: RunContext, parts: TrainingParts) -> tuple[Trainer, Positi
     if recipe.train.warmup_check and position.step < parts.num_steps:
         # After the checkpoint is loaded: the rehearsal keeps AdamW's moments, and needs them allocated.
         context.watchdog.note(position.step, "starting")
-        warm_up(
-            engine, world, parts.objective, recipe.train.micro_batch, recipe.num_micro_batches(world.size)
-        )
+        warm_up(engine, world, parts.objective, parts.micro_batch, recipe.num_micro_batches(world.size))
     return trainer, position
 
 
@@ -187,7 +191,7 @@ def _prepare_run_dir(
                 0
             )  # lines of a run with another recipe that was killed before its first checkpoint
         metrics.resume_from(position.step, parts.num_steps)
-        write_run_files(run_dir, recipe, **parts.about)
+        write_run_files(run_dir, recipe, micro_batch=parts.micro_batch, **parts.about)
     world.barrier()  # no rank may append to a file that another one still rewinds
 
 

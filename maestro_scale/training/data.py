@@ -10,7 +10,9 @@ from maestro_scale.stream.source import Source
 from maestro_scale.training.distributed import World
 
 
-def train_loader(recipe: Recipe, sources: Sequence[Source], world: World) -> tuple[TrainLoader, int]:
+def train_loader(
+    recipe: Recipe, sources: Sequence[Source], world: World, micro_batch: int
+) -> tuple[TrainLoader, int]:
     """(the loader of this rank's share of the global batches, number of steps of the training)."""
     data, train = recipe.data, recipe.train
     stream = TrainLoader(
@@ -18,7 +20,7 @@ def train_loader(recipe: Recipe, sources: Sequence[Source], world: World) -> tup
         seed=recipe.seed,
         lanes=data.lanes,
         global_batch=train.global_batch,
-        micro_batch=train.micro_batch,
+        micro_batch=micro_batch,
         rank=world.rank,
         world=world.size,
         workers=data.workers,

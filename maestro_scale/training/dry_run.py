@@ -8,7 +8,7 @@ from rich.table import Table
 from maestro_scale import datasets
 from maestro_scale.datasets.spec import DatasetSpec
 from maestro_scale.model.config import DatasetView
-from maestro_scale.model.cost import GIB, Cost, compute_cost, num_parameters
+from maestro_scale.model.cost import GIB, Cost, compute_cost
 from maestro_scale.recipe import (
     MixtureEntry,
     Recipe,
@@ -20,7 +20,7 @@ from maestro_scale.recipe import (
 from maestro_scale.shards.errors import ShardsError
 from maestro_scale.shards.format.manifest import Manifest
 from maestro_scale.training.deepspeed_check import check_deepspeed
-from maestro_scale.training.footprint import footprint
+from maestro_scale.training.memory import MemoryEstimator
 
 
 def dry_run(recipe: Recipe, world_size: int, console: Console | None = None) -> None:
@@ -30,13 +30,13 @@ def dry_run(recipe: Recipe, world_size: int, console: Console | None = None) -> 
     check_deepspeed(recipe.deepspeed_config(1, "cuda"))
     specs = [resolve_spec(_stored_spec(entry), entry, i) for i, entry in enumerate(recipe.data.mixture)]
     config = build_model_config(recipe, specs)
-    parameters = num_parameters(config)
+    estimator = MemoryEstimator(config, specs)
     by_dataset = {
         v.dataset: compute_cost(config.for_dataset(v.dataset), recipe.masking.ratio) for v in config.views
     }
     titles = " and ".join(dict.fromkeys(s.title for s in specs))
     console.print(f"[bold]{recipe.name}[/bold]: MAESTRO {recipe.model.size} on {titles}")
-    console.print(f"parameters        {parameters:,}")
+    console.print(f"parameters        {estimator.parameters:,}")
     for view, entry in zip(config.views, recipe.data.mixture, strict=True):
         counted = by_dataset[view.dataset]
         console.print(_tokens(view, counted))
@@ -45,8 +45,7 @@ def dry_run(recipe: Recipe, world_size: int, console: Console | None = None) -> 
             f"{counted.step_flops / 1e9:.1f} GFLOP with backward"
             + (f"; weight {entry.weight:g} in the mixture" if config.others else "")
         )
-    largest = max(by_dataset.values(), key=lambda c: c.activations)
-    console.print(_memory(recipe, parameters, largest, world_size))
+    console.print(_memory(recipe, estimator, world_size))
     weights = [e.weight for e in recipe.data.mixture]
     flops = sum(c.step_flops * w for c, w in zip(by_dataset.values(), weights, strict=True)) / sum(weights)
     console.print(_steps(recipe, flops))
@@ -89,30 +88,27 @@ def _tokens(view: DatasetView, counted: Cost) -> Table:
     return table
 
 
-def _memory(recipe: Recipe, parameters: int, counted: Cost, world_size: int) -> Table:
+def _memory(recipe: Recipe, estimator: MemoryEstimator, world_size: int) -> Table:
     t, worlds = recipe.train, [n for n in sorted({world_size, 8, 64}) if _holds(recipe, n)]
-    bf16 = t.precision_on("cuda") != "fp32"
+    micro_batch = 1 if t.micro_batch == "auto" else t.micro_batch
     table = Table(
-        title=f"GiB per rank by ZeRO stage, AdamW, {'bf16' if bf16 else 'fp32'}, buffers included",
+        title=f"GiB per rank by ZeRO stage on GPUs, AdamW, {t.precision_on('cuda')}, micro-batch {micro_batch}",
         title_justify="left",
         min_width=70,
     )
     for column in ("stage", *(f"{n} rank{'s' * (n > 1)}" for n in worlds)):
         table.add_column(column, justify="right")
     for stage in range(4):
-        laid, row = recipe.with_zero_stage(stage), []
-        for n in worlds:
-            held = footprint(
-                parameters,
-                n,
-                laid.deepspeed_config(n, "cuda"),
-                recipe.num_micro_batches(n),
-                ema=recipe.optim.ema > 0,
-            )
-            row.append(f"{held.device / GIB:.2f}")
+        variant = recipe.with_zero_stage(stage).with_micro_batch(micro_batch)
+        row = [f"{estimator.step(variant, n, 'cuda').device / GIB:.2f}" for n in worlds]
         table.add_row(f"{stage}{' (recipe)' if stage == recipe.zero_stage else ''}", *row)
-    activations = counted.activations * (2 if bf16 else 4) * t.micro_batch / GIB
-    table.caption = f"plus activations of a micro-batch of {t.micro_batch}: about {activations:.2f} GiB"
+    memory = estimator.step(recipe.with_micro_batch(micro_batch), world_size, "cuda")
+    table.caption = (
+        f"of these on {world_size} rank{'s' * (world_size > 1)}: {memory.activations / GIB:.2f} GiB activations, "
+        f"{memory.batches / GIB:.2f} GiB batches"
+    )
+    if t.micro_batch == "auto":
+        table.caption += "; train.micro_batch auto: chosen at the start; maestro-scale plan lists the choices"
     table.caption_justify = "left"
     return table
 

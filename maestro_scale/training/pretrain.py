@@ -15,7 +15,6 @@ from maestro_scale.interop.partial import start_from
 from maestro_scale.interop.transfer import transfer_table
 from maestro_scale.model import attention
 from maestro_scale.model.config import ModelConfig
-from maestro_scale.model.cost import num_parameters
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.model.masking import MaskingConfig
 from maestro_scale.recipe import Recipe, RecipeError, build_model_config, resolve_spec
@@ -42,6 +41,8 @@ from maestro_scale.training.ema import WeightEMA
 from maestro_scale.training.engine import Engine
 from maestro_scale.training.hooks.hook import Hook
 from maestro_scale.training.hooks.pictures import PicturesHook
+from maestro_scale.training.memory import MemoryEstimator
+from maestro_scale.training.micro_batch import micro_batch_of
 from maestro_scale.training.objectives import PretrainObjective
 from maestro_scale.training.observer import Observer
 from maestro_scale.training.run_dir import RunDirError, manifest_path, write_atomically
@@ -178,9 +179,13 @@ def _parts(context: RunContext, evaluation: EvaluationHooks) -> TrainingParts:
     seed_everything(recipe.seed)
     datasets = open_datasets(recipe)
     config = build_model_config(recipe, [d.source.spec for d in datasets])
-    stream, num_steps = train_loader(recipe, [d.source for d in datasets], world)
+    memory = MemoryEstimator(config, [d.source.spec for d in datasets])
+    micro_batch = micro_batch_of(
+        recipe, world, lambda changed: memory.step(changed, world.size, world.device.type)
+    )
+    stream, num_steps = train_loader(recipe, [d.source for d in datasets], world, micro_batch)
     checkpoints = Checkpoints(run_dir, world, _retention(recipe), _mirror(recipe, run_dir))
-    check_feasible(recipe, num_parameters(config), recipe.optim.ema > 0, world)
+    check_feasible(recipe.with_micro_batch(micro_batch), memory.parameters, recipe.optim.ema > 0, world)
     kernel = _attention_kernel(recipe, config, world)
     model = _initial_model(recipe, config, world, starts=checkpoints.latest()[0] is None)
     names = [view.dataset for view in config.views]
@@ -208,6 +213,7 @@ def _parts(context: RunContext, evaluation: EvaluationHooks) -> TrainingParts:
         objective=objective,
         stream=stream,
         num_steps=num_steps,
+        micro_batch=micro_batch,
         checkpoints=checkpoints,
         identity=identity(recipe, config, datasets, world),
         build_hooks=build_hooks,

@@ -47,11 +47,11 @@ def test_the_recommended_layout_fits_and_communicates_least(monkeypatch):
     assert all(x.fits for x in plan.layouts)
     assert plan.best.traffic.total == min(x.traffic.total for x in plan.layouts)
     # On a GPU that fits only the smallest layout, that one is recommended.
-    smallest = min(x.device_bytes for x in plan.layouts)
+    smallest = min(x.memory.device for x in plan.layouts)
     monkeypatch.setitem(GPUS, "h100", dataclasses.replace(GPUS["h100"], memory_bytes=smallest / 0.899))
     _, tight = planned()
     assert [x.fits for x in tight.layouts].count(True) >= 1
-    assert tight.best.device_bytes == smallest
+    assert tight.best.memory.device == smallest
     monkeypatch.setitem(GPUS, "h100", dataclasses.replace(GPUS["h100"], memory_bytes=10**6))
     assert planned()[1].best is None
 

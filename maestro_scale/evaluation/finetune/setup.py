@@ -19,7 +19,7 @@ from maestro_scale.evaluation.tasks.losses import TargetLoss, target_loss_for
 from maestro_scale.evaluation.tasks.subset import labelled_subset
 from maestro_scale.evaluation.tasks.task import task_for
 from maestro_scale.model.maestro import Maestro
-from maestro_scale.recipe import Recipe
+from maestro_scale.recipe import Recipe, RecipeError
 from maestro_scale.shards.format.manifest import Manifest
 from maestro_scale.shards.progress import Progress
 from maestro_scale.shards.read.store import Store
@@ -62,9 +62,11 @@ class Finetuning:
     def assemble(self, context: RunContext, report: Progress) -> tuple[Trainer, Position]:
         """The trainer and its position; ``report`` is called after every step."""
         recipe, world = self._recipe, self._world
-        stream, num_steps = train_loader(recipe, [self.splits["train"]], world)
+        micro_batch = self._micro_batch()
+        stream, num_steps = train_loader(recipe, [self.splits["train"]], world, micro_batch)
         network, averaged = self._network(), self._network()
-        check_feasible(recipe, sum(p.numel() for p in network.parameters()), True, world)
+        num_parameters = sum(p.numel() for p in network.parameters())
+        check_feasible(recipe.with_micro_batch(micro_batch), num_parameters, True, world)
         averaged.to(world.device).requires_grad_(False).eval()
 
         def build_hooks(engine: Engine, ema: WeightEMA | None) -> list[Hook]:
@@ -87,6 +89,7 @@ class Finetuning:
             objective=FinetuneObjective(self.target_loss, self.splits["train"], world),
             stream=stream,
             num_steps=num_steps,
+            micro_batch=micro_batch,
             checkpoints=Checkpoints(context.run_dir, world, Retention(keep=1)),
             identity=self._identity(weights_digest(network), num_steps),
             build_hooks=build_hooks,
@@ -99,6 +102,13 @@ class Finetuning:
         trainer, position = assemble(context, parts)
         self._load_earlier_revision(context.run_dir, trainer, position)
         return trainer, position
+
+    def _micro_batch(self) -> int:
+        if self._recipe.train.micro_batch == "auto":
+            raise RecipeError(
+                "train.micro_batch: auto is estimated for pretraining only: give the number of samples of a finetuning"
+            )
+        return self._recipe.train.micro_batch
 
     def _open_splits(self) -> dict[str, Source]:
         benchmark = self._benchmark
