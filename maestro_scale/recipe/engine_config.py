@@ -36,7 +36,7 @@ _ZERO_REFUSED = {
     "mics_hierarchical_params_gather": "DeepSpeed 0.19 removed MiCS; use zero_hpz_partition_size",
 }
 _OFFLOAD_FROM = {"offload_optimizer": 1, "offload_param": 3}  # the first ZeRO stage that does it
-_MAPPINGS = ("zero_optimization", "bf16", "fp16", "torch_autocast", "data_types", "checkpoint")
+_MAPPINGS = ("zero_optimization", "bf16", "fp16", "torch_autocast", "data_types", "checkpoint", "timers")
 # DeepSpeed ignores unknown top-level keys, so that a misspelt one would have no effect and no message.
 _KNOWN = (
     "activation_checkpointing",
@@ -217,6 +217,8 @@ def _default_settings(config: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ..
     yield ("seq_parallel_communication_data_type",), "fp32"
     yield ("steps_per_print",), 10**9  # the training loop prints the progress
     yield ("wall_clock_breakdown",), False
+    # On by default; it waits for the device before and after every micro-batch.
+    yield ("timers", "throughput", "enabled"), False
     yield ("dump_state",), False
     yield ("zero_allow_untested_optimizer",), False
     yield ("zero_force_ds_cpu_optimizer",), False  # torch's AdamW is used under offload too

@@ -56,7 +56,9 @@ class ShardedState:
     @property
     def adam_step(self) -> int:
         """Number of updates that AdamW has made; 0 before its moments exist."""
-        steps = {int(s["step"]) for f in self.fragments if (s := self._adam.state.get(f.flat))}
+        counters = {id(f.flat): s["step"] for f in self.fragments if (s := self._adam.state.get(f.flat))}
+        # One read: the fused kernel keeps the counters on the device.
+        steps = {int(s) for s in torch.stack(list(counters.values())).tolist()} if counters else set[int]()
         if len(steps) > 1:
             raise RuntimeError(f"AdamW's groups are not at the same step: {sorted(steps)}")
         return steps.pop() if steps else 0

@@ -269,7 +269,7 @@ def a_copy_on_a_side_stream():
         device(3)
 
 
-@case("stream record", "race aten::add")
+@case("stream record", "race add")
 def using_a_copy_without_waiting_for_it():
     _, block = copied_on_a_side_stream(wait=False)
     block + 1
@@ -366,7 +366,7 @@ def a_module_keeps_its_parameters_when_it_moves():
 
 @case()
 def strict_raises():
-    from testkit.simulated import recorder, simulation
+    from testkit.simulated.tensor import recorder, simulation
 
     message = ""
     try:
@@ -381,7 +381,7 @@ def strict_raises():
 def located() -> list[object]:
     """Records of functions that are compiled as if they were in files of the package and of DeepSpeed."""
     import torch
-    from testkit.simulated import recorder, simulation
+    from testkit.simulated.tensor import recorder, simulation
 
     recorder.records.clear()
     inner: dict[str, Callable] = {}
@@ -399,8 +399,7 @@ def located() -> list[object]:
 
 def main() -> None:
     import torch.distributed as dist
-    from testkit.simulated import recorder, simulation
-    from testkit.simulated.tensor import host_groups
+    from testkit.simulated.tensor import host_groups, recorder, simulation
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     host_groups.append(dist.new_group(backend="gloo"))

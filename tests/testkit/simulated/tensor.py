@@ -13,21 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from testkit.simulated import autocast
 from testkit.simulated.recorder import COPY, KERNEL, MIX, SYNC, Recorder
-from testkit.simulated.rules import (
-    DATA_DEPENDENT,
-    INDEXING,
-    SCALARS,
-    is_masked_fill,
-    is_view,
-    map_tensors,
-    tensors_of,
-    uses,
-)
+from testkit.simulated.rules import Operation, map_tensors, operation, tensors_of
 from testkit.simulated.streams import DeviceModule
 
 NAME = "simulated"
@@ -67,7 +58,8 @@ host_groups: list[
     Any
 ] = []  # process groups of host tensors; all others are those of the device, as with NCCL
 
-_METADATA = {"is_pinned", "_pin_memory", "pin_memory", "record_stream", "_fused_sdp_choice"}
+_METADATA = {"is_pinned", "_pin_memory", "pin_memory", "_fused_sdp_choice"}
+_HOST = torch.device("cpu")
 
 
 class SimulatedTensor(Tensor):
@@ -124,6 +116,9 @@ class _Pinned:
         self._storages = [s for s in self._storages if not s[2].expired()]
         self._storages.append((storage.data_ptr(), storage.nbytes(), StorageWeakRef(storage)))
 
+    def __len__(self) -> int:
+        return len(self._storages)
+
     def __contains__(self, tensor: Tensor) -> bool:
         at = tensor.untyped_storage().data_ptr()
         return any(first <= at < first + size and not ref.expired() for first, size, ref in self._storages)
@@ -159,48 +154,46 @@ def plain(tensor: Tensor) -> Tensor:
 
 
 def _dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    namespace, _, name = func._schema.name.partition("::")
-    inputs = tensors_of(*args, *kwargs.values())
-    on_device = [t for t in inputs if isinstance(t, SimulatedTensor)]
-    asked = torch.device(kwargs["device"]) if kwargs.get("device") is not None else None
-    to_device = bool(on_device) if asked is None else asked.type == NAME
-    with _disable_current_modes():
-        if name in _METADATA and namespace == "aten":
-            return _metadata(name, func, args, kwargs)
-        if namespace == "c10d":
-            _check_collective(name, args, inputs)
-        if not on_device and not to_device:
-            return _host(func, args, kwargs)
-        if name in ("_to_copy", "copy_", "_copy_from"):
-            source, target = (args[0], None) if name == "_to_copy" else (args[1], args[0])
-            crosses = isinstance(source, SimulatedTensor) != (
-                to_device if target is None else isinstance(target, SimulatedTensor)
-            )
-            if crosses:
-                return _copy(func, args, kwargs, source, target)
-        _check(namespace, name, func, args, kwargs, inputs, on_device)
-        return _kernel(func, args, kwargs, to_device)
+    op = operation(func)
+    used = op.uses(args, kwargs)
+    on_device = any(isinstance(t, SimulatedTensor) for t, _ in used)
+    asked = kwargs.get("device")
+    to_device = on_device if asked is None else torch.device(asked).type == NAME
+    if op.namespace == "c10d":
+        _check_collective(op.name, args, [t for t, _ in used])
+    elif op.name in _METADATA:
+        return _metadata(op.name, args)
+    if not on_device and not to_device:
+        return _host(op, func, args, kwargs, used)
+    if op.name in ("_to_copy", "copy_"):
+        source, target = (args[0], None) if op.name == "_to_copy" else (args[1], args[0])
+        arrives = to_device if target is None else isinstance(target, SimulatedTensor)
+        if arrives != isinstance(source, SimulatedTensor):
+            return _copy(func, args, kwargs, source, target)
+    _check(op, func, args, kwargs, used)
+    return _kernel(op, func, args, kwargs, used, to_device)
 
 
-def _host(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+def _host(
+    op: Operation, func: Any, args: Any, kwargs: dict[str, Any], used: list[tuple[Tensor, bool]]
+) -> Any:
     """An operation on host tensors only."""
-    pin = bool(kwargs.get("pin_memory"))
-    for tensor, writes in uses(func, args, kwargs):
-        if tensor in pinned:
-            module.timeline.host_uses(str(func), tensor, writes)
-    out = func(*args, **({**kwargs, "pin_memory": False} if pin else kwargs))
-    if pin:
-        pinned.add(out)
+    if op.launches and pinned:
+        for tensor, writes in used:
+            if tensor in pinned:
+                module.timeline.host_uses(str(func), tensor, writes)
+    if not kwargs.get("pin_memory"):
+        return func(*args, **kwargs)
+    out = func(*args, **{**kwargs, "pin_memory": False})
+    pinned.add(out)
     return out
 
 
-def _metadata(name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+def _metadata(name: str, args: Any) -> Any:
     if name == "is_pinned":
         return not isinstance(args[0], SimulatedTensor) and args[0] in pinned
     if name == "_fused_sdp_choice":
         return 0  # the kernel of plain matrix products: it has no CPU-only operations
-    if name == "record_stream":
-        return None
     if args[0] in pinned:
         return args[0]
     out = args[0].clone()
@@ -217,7 +210,7 @@ def _copy(func: Any, args: Any, kwargs: dict[str, Any], source: Tensor, target: 
     out = target
     if out is None:
         options = {key: value for key, value in kwargs.items() if key not in ("device", "pin_memory")}
-        made = func(plain(source) if not to_device else source, **{**options, "device": torch.device("cpu")})
+        made = func(plain(source) if not to_device else source, **{**options, "device": _HOST})
         if to_device:
             out = SimulatedTensor(made)
         else:
@@ -248,34 +241,22 @@ def _plain_of(tensor: Tensor) -> Tensor:
 
 
 def _check(
-    namespace: str,
-    name: str,
-    func: Any,
-    args: Any,
-    kwargs: Any,
-    inputs: list[Tensor],
-    on_device: list[Tensor],
+    op: Operation, func: Any, args: Any, kwargs: dict[str, Any], used: list[tuple[Tensor, bool]]
 ) -> None:
     """Record mixed devices and synchronisations of an operation."""
-    number = module.current_stream().stream_id
-    if namespace == "c10d":
+    if op.namespace == "c10d":
         return  # see _check_collective
-    pointwise = torch.Tag.pointwise in func.tags or name.startswith(SCALARS)
-    hosts = [t for t in inputs if not isinstance(t, SimulatedTensor)]
-    written = [id(t) for t, writes in uses(func, args, kwargs) if writes]
-    indices = [t for t in args[1] if t is not None] if name in INDEXING else []
-    for tensor in hosts:
-        if any(tensor is i for i in indices):
-            recorder.add(SYNC, f"{name} with host indices", number)
-        elif tensor.dim() or not pointwise or id(tensor) in written:
+    number = module.current_stream().stream_id
+    for tensor, writes in used:
+        if isinstance(tensor, SimulatedTensor):
+            continue
+        if op.indexes and any(tensor is i for i in tensors_of(args[1])):
+            recorder.add(SYNC, f"{op.name} with host indices", number)
+        elif tensor.dim() or writes or not op.takes_scalars:
             recorder.add(MIX, str(func), number, f"host tensor {tuple(tensor.shape)} {tensor.dtype}")
-    synchronises = name in DATA_DEPENDENT
-    synchronises |= name == "repeat_interleave" and kwargs.get("output_size") is None
-    if name in INDEXING and any(i.dtype in (torch.bool, torch.uint8) for i in indices):
-        synchronises |= not is_masked_fill(name, args, indices)
-    if synchronises:
-        op = f"{name} with a mask" if name in INDEXING else name
-        recorder.add(SYNC, op, number, ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in on_device))
+    if op.synchronises(args, kwargs):
+        shapes = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t, _ in used)
+        recorder.add(SYNC, f"{op.name} with a mask" if op.indexes else op.name, number, shapes)
 
 
 def _check_collective(name: str, args: Any, inputs: list[Tensor]) -> None:
@@ -292,46 +273,48 @@ def _check_collective(name: str, args: Any, inputs: list[Tensor]) -> None:
         recorder.add(MIX, f"{name} of host tensors in a group of device tensors", number)
 
 
-def _kernel(func: Any, args: Any, kwargs: dict[str, Any], to_device: bool) -> Any:
+def _kernel(
+    op: Operation,
+    func: Any,
+    args: Any,
+    kwargs: dict[str, Any],
+    used: list[tuple[Tensor, bool]],
+    to_device: bool,
+) -> Any:
     """Run an operation on the memory of the device."""
     number = module.current_stream().stream_id
-    synchronises = func._schema.name == "aten::_local_scalar_dense"
-    used = [(t, writes) for t, writes in uses(func, args, kwargs) if isinstance(t, SimulatedTensor)]
     options = {key: map_tensors(value, _plain_of) for key, value in kwargs.items()}
     if options.get("device") is not None:
-        options["device"] = torch.device("cpu")
-    back = {}
+        options["device"] = _HOST
+    back: dict[int, Tensor] = {}  # an operation in place returns its argument
 
     def convert(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, SimulatedTensor):
-            return tensor
-        made = plain(tensor)
+        made = _plain_of(tensor)
         back[id(made)] = tensor
         return made
 
-    plain_args = map_tensors(tuple(args), convert)
-    out = func(*plain_args, **options)
-    if torch.Tag.inplace_view in func.tags or func._schema.name in ("aten::set_", "aten::resize_"):
-        # The metadata of the plain alias has changed: give it to the tensor itself.
+    out = func(*[map_tensors(a, convert) for a in args], **options)
+    if op.changes_metadata:
+        # That of the plain alias has changed: give it to the tensor itself.
         args[0].data = SimulatedTensor(out)
         return args[0]
-    results: list[Tensor] = []
+    made: list[Tensor] = []
 
     def wrap(tensor: Tensor) -> Tensor:
-        known = back.get(id(tensor))
-        if known is not None:
+        if (known := back.get(id(tensor))) is not None:
             return known
-        made = SimulatedTensor(tensor) if to_device else tensor
-        results.append(made)
-        return made
+        if not to_device:
+            return tensor
+        made.append(SimulatedTensor(tensor))
+        return made[-1]
 
-    wrapped = map_tensors(out, wrap)
-    if not is_view(func):
-        if not synchronises:
-            recorder.add(KERNEL, func._schema.name, number)
-        reads = [t for t, writes in used if not writes]
-        writes = [t for t, writes in used if writes] + [t for t in results if isinstance(t, SimulatedTensor)]
-        module.timeline.run(func._schema.name, number, reads, writes)
-        if func._schema.name.partition("::")[2] in DATA_DEPENDENT:
+    out = map_tensors(out, wrap)
+    if op.launches:
+        recorder.add(KERNEL, op.name, number)
+        on_device = [(t, writes) for t, writes in used if isinstance(t, SimulatedTensor)]
+        reads = [t for t, writes in on_device if not writes]
+        writes = [t for t, writes in on_device if writes] + made
+        module.timeline.run(op.name, number, reads, writes)
+        if op.data_dependent:
             module.timeline.wait_host(number)
-    return wrapped
+    return out
