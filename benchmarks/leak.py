@@ -82,9 +82,9 @@ def main() -> None:
         for s in config.sensors:
             visible = ~masks_by_sensor(config, masks)[s.name]
             before, after = (
-                model.patch_embed[s.embed][0](
-                    patchify(network_input(s, b.pixels[s.name]), s.patch)
-                ).flatten(1, 2)[visible.flatten(1)]
+                model.patch_embed[s.embed][0](patchify(network_input(s, b.pixels[s.name]), s.patch)).flatten(
+                    1, 2
+                )[visible.flatten(1)]
                 for b in (batch, other)
             )
             entering[s.name] = change(before, after)

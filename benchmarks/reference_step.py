@@ -113,7 +113,7 @@ def _embed(model: Maestro, sensor: Sensor, image: Tensor) -> Tensor:
 def _encoding(model: Maestro, role: str, sensor: Sensor, batch: Batch) -> Tensor:
     """Position and date encoding, pooled from the fine grid; (B, R, L, width)."""
     view = model.view(batch.dataset)
-    fine = model.positions[role].get(view.pos_grid, view.pos_grid, batch.ref_date.device)
+    fine = model.positions[role].get(view.pos_grid, view.pos_grid, batch.ref_date)
     image = rearrange(fine, "(h w) e -> 1 e h w", h=view.pos_grid)
     if view.pos_grid % sensor.grid:
         side = sensor.grid * max(round(view.pos_grid / sensor.grid), 1)
@@ -144,7 +144,11 @@ def _decode(
     model: Maestro, q: Sequence, encoded: Tensor, order: tuple[Tensor, Tensor, Tensor], batch: Batch
 ) -> Tensor:
     masked, visible, rows = order
-    blank = pack(q, {s.name: model.mask_token[s.name](len(batch), s.num_dates, s.grid**2) for s in q.sensors})
+    blanks = {}
+    for s in q.sensors:
+        vectors = model.mask_token[s.name].vectors.repeat_interleave(s.num_dates, dim=0)
+        blanks[s.name] = vectors[None, :, None].expand(len(batch), -1, s.grid**2, -1)
+    blank = pack(q, blanks)
     seen = model.to_decoder[q.encoder](encoded)
     x = torch.zeros(*blank.shape, dtype=seen.dtype, device=seen.device)
     x[rows, masked] = blank[rows, masked].to(seen.dtype)

@@ -13,7 +13,7 @@ import torch
 from maestro_scale.model.config import ModelConfig
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.model.masking import num_masked
-from maestro_scale.model.sequences import num_rows, num_tokens, sequences
+from maestro_scale.model.sequences import Sequence, has_equal_patches, num_rows, num_tokens, sequences
 
 GIB = 2**30
 
@@ -54,7 +54,7 @@ def compute_cost(config: ModelConfig, mask_ratio: float) -> Cost:
     for s in config.sensors:
         patch_tokens = s.num_dates * s.grid**2
         values = patch_tokens * s.patch**2 * len(s.bands)
-        flops += 2 * values * (size.width + size.decoder_width)
+        flops += 2 * values * size.width
         activations += 3 * values + 2 * config.rows(s) * s.grid**2 * size.width
     stacks: list[_Stack] = []
     for q in sequences(config):
@@ -63,6 +63,7 @@ def compute_cost(config: ModelConfig, mask_ratio: float) -> Cost:
         visible_all += rows * visible
         if size.width != size.decoder_width:
             flops += 2 * rows * visible * size.width * size.decoder_width
+        flops += 2 * _predicted_values(config, q, rows * (tokens - visible)) * size.decoder_width
         # The last block of a decoder computes the outputs of masked tokens only, which are all that the loss needs.
         stacks.append(_Stack(encoder, size.depth - config.inter_depth, rows, visible, visible))
         stacks.append(_Stack(decoder, size.decoder_depth, rows, tokens, tokens - visible or tokens))
@@ -84,6 +85,14 @@ def compute_cost(config: ModelConfig, mask_ratio: float) -> Cost:
         step_flops=3 * forward + recompute_flops,
         activations=activations,
     )
+
+
+def _predicted_values(config: ModelConfig, sequence: Sequence, masked: int) -> int:
+    """Pixel values that the decoder's linear layers predict per sample, for ``masked`` tokens of all rows."""
+    if masked and has_equal_patches(config, sequence):
+        # Masked tokens only, with the weights of each sensor of the sequence (Maestro._token_errors).
+        return sum(masked * s.patch**2 * len(s.bands) for s in sequence.sensors)
+    return sum(s.num_dates * s.grid**2 * s.patch**2 * len(s.bands) for s in sequence.sensors)
 
 
 @dataclass(frozen=True)

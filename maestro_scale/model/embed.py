@@ -5,12 +5,16 @@ Shapes: B batch, D dates, C bands, HxW pixels, P patch side, L tokens per date, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from maestro_scale.datasets.spec import Scale, Sensor
+from maestro_scale.model.cast import apply_linears
+from maestro_scale.model.config import ModelConfig
 
 
 def scale(rule: Scale, pixels: Tensor) -> Tensor:
@@ -23,11 +27,26 @@ def scale(rule: Scale, pixels: Tensor) -> Tensor:
 
 def network_input(sensor: Sensor, pixels: Tensor) -> Tensor:
     """(B, D, C, H, W) raw -> (B, D, C, image_size, image_size) float32: resized, scaled, elevation differenced."""
-    # Nearest resizing commutes with per-pixel operations, so it runs first, on the smaller native dtype.
-    x = scale(sensor.scale, _nearest(_nearest(pixels, sensor.image_size, 3), sensor.image_size, 4))
+    return unpatchify(input_patches(sensor, pixels), sensor.patch)
+
+
+def input_patches(sensor: Sensor, pixels: Tensor) -> Tensor:
+    """(B, D, C, H, W) raw -> (B, D, L, P*P, C) float32: the patches of the network input.
+
+    In memory the channels come before the pixels, as the patch embedding reads them.
+    """
+    # Resizing and cutting commute with per-pixel operations, so they run first, on the smaller native dtype.
+    resized = _nearest(_nearest(pixels, sensor.image_size, 3), sensor.image_size, 4)
+    patches = _patch_view(resized, sensor.patch)
+    # One copy makes the patches contiguous and converts them.
+    x = scale(
+        sensor.scale,
+        torch.empty_like(patches, dtype=torch.float32, memory_format=torch.contiguous_format).copy_(patches),
+    )
     if sensor.elevation:
-        x = torch.stack([x[:, :, 0], 30.0 * (x[:, :, 0] - x[:, :, 1])], dim=2)
-    return x
+        above, surface = x[:, :, :, :, 0], x[:, :, :, :, 1]
+        x = torch.stack([above, 30.0 * (above - surface)], dim=4)
+    return x.flatten(2, 3).flatten(-2).transpose(-1, -2)
 
 
 def _nearest(pixels: Tensor, size: int, dim: int) -> Tensor:
@@ -41,9 +60,14 @@ def _nearest(pixels: Tensor, size: int, dim: int) -> Tensor:
     return pixels.index_select(dim, F.interpolate(positions[None, None], size=size)[0, 0].long())
 
 
+def _patch_view(x: Tensor, patch: int) -> Tensor:
+    """(B, D, C, H, W) -> (B, D, H/P, W/P, C, P, P), a view."""
+    return x.unflatten(-2, (-1, patch)).unflatten(-1, (-1, patch)).permute(0, 1, 3, 5, 2, 4, 6)
+
+
 def patchify(x: Tensor, patch: int) -> Tensor:
     """(B, D, C, H, W) -> (B, D, L, P*P, C), tokens row by row, pixels (row, column) within a patch."""
-    return rearrange(x, "b d c (h p) (w q) -> b d (h w) (p q) c", p=patch, q=patch)
+    return _patch_view(x, patch).flatten(2, 3).flatten(-2).transpose(-1, -2)
 
 
 def unpatchify(patches: Tensor, patch: int) -> Tensor:
@@ -68,7 +92,7 @@ class DateNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, D, L, E) -> (B, D, L, E)."""
         # layer_norm over tokens and channels is GroupNorm with one group, without moving the channels to the front.
-        return F.layer_norm(x, x.shape[-2:], eps=1e-5) * self.weight + self.bias
+        return torch.addcmul(self.bias, F.layer_norm(x, x.shape[-2:], eps=1e-5), self.weight)
 
 
 class PatchEmbed(nn.Module):
@@ -81,8 +105,54 @@ class PatchEmbed(nn.Module):
 
     def forward(self, patches: Tensor) -> Tensor:
         """(B, D, L, P*P, c) -> (B, D, L, E)."""
-        # Input order (band, row, column), as in a convolution, so that published weights load by a reshape.
-        return self.norm(self.proj(patches.transpose(-1, -2).flatten(-2).to(self.proj.weight.dtype)))
+        return embed_patches([patches], [self])[0]
+
+
+def embed_patches(patches: Sequence[Tensor], embeds: Sequence[PatchEmbed]) -> list[Tensor]:
+    """Each embedding of its (B, D, L, P*P, c); (B, D, L, E), in the dtype of the norms."""
+    # Input order (band, row, column), as in a convolution, so that published weights load by a reshape.
+    inputs = [
+        x.transpose(-1, -2).flatten(-2).to(e.proj.weight.dtype) for x, e in zip(patches, embeds, strict=True)
+    ]
+    tokens = apply_linears(inputs, [e.proj for e in embeds])
+    # Under autocast the norms are computed in fp32, whatever the device's own list of fp32 operations.
+    return [e.norm(x.to(e.norm.weight.dtype)) for x, e in zip(tokens, embeds, strict=True)]
+
+
+class PatchEmbeddings(nn.ModuleDict):
+    """The patch embeddings of all sensors, by ``Sensor.embed``: a list of one PatchEmbed per token group.
+
+    One module, because the parameters of all are cast together; ZeRO 3 must gather it as a whole.
+    """
+
+    def forward(self, view: ModelConfig, patches: dict[str, Tensor]) -> dict[str, Tensor]:
+        """{sensor: (B, D, L, P*P, C)} -> {sensor: (B, R, L, E)}."""
+        embeds = {
+            s.name: [e for e in self[s.embed].children() if isinstance(e, PatchEmbed)] for s in view.sensors
+        }
+        parts = [p for s in view.sensors for p in patches[s.name].split(list(view.token_groups(s)), dim=-1)]
+        tokens = iter(embed_patches(parts, [e for s in view.sensors for e in embeds[s.name]]))
+        grids = {name: [next(tokens) for _ in modules] for name, modules in embeds.items()}
+        return {name: g[0] if len(g) == 1 else torch.cat(g, dim=1) for name, g in grids.items()}
+
+
+class Projections(nn.ModuleDict):
+    """Linear layers (or identities) by name. ZeRO 3 must gather it as a whole."""
+
+    def forward(self, names: Sequence[str], inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Each input projected by the layer of its name."""
+        layers = [layer for name in names if isinstance(layer := self[name], nn.Linear)]
+        return apply_linears(inputs, layers) if layers else list(inputs)
+
+
+class PixelProjections(nn.ModuleDict):
+    """Linear layers from decoded tokens to pixels, one per token group, by ``Sensor.embed``. ZeRO 3 must gather it as a
+    whole."""
+
+    def forward(self, names: Sequence[str], groups: Sequence[int], inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Each input projected by the layer of its name and token group."""
+        layers = [list(self[n].children())[i] for n, i in zip(names, groups, strict=True)]
+        return apply_linears(inputs, [layer for layer in layers if isinstance(layer, nn.Linear)])
 
 
 class MaskTokens(nn.Module):
@@ -92,6 +162,16 @@ class MaskTokens(nn.Module):
         super().__init__()
         self.vectors = nn.Parameter(torch.empty(groups, width))
 
-    def forward(self, batch_size: int, dates: int, cells: int) -> Tensor:
-        """(B, G*D, L, width), group-major."""
-        return self.vectors.repeat_interleave(dates, dim=0)[None, :, None].expand(batch_size, -1, cells, -1)
+
+class MaskTokensBySensor(nn.ModuleDict):
+    """The mask tokens of all sensors. ZeRO 3 must gather it as a whole."""
+
+    def forward(self, sensors: Sequence[str], encoding: Tensor, kinds: Tensor) -> Tensor:
+        """(B, M, width): encodings of masked tokens of ``sensors``, plus the vector of each.
+
+        ``kinds`` (B, M): which vector, counted over the sensors and their token groups.
+        """
+        vectors = [p for name in sensors for p in self[name].parameters()]
+        if len(vectors) > 1 or len(vectors[0]) > 1:
+            return encoding + F.embedding(kinds, torch.cat(vectors))
+        return encoding + vectors[0]

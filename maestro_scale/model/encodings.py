@@ -5,9 +5,13 @@ The first E-8 channels hold the position, the last 8 the date (arXiv 2508.10894,
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from maestro_scale.model.constants import ConstantCache
 
 DATE_CHANNELS = 8
 DAYS_PER_YEAR = 365.25
@@ -38,18 +42,11 @@ def date_encoding(dates: Tensor, ref_date: Tensor) -> Tensor:
     """(B, D, 3) and (B, 3) of year, day of year, hour -> (B, D, 8) float32: years since the reference in the first
     four channels, then sine and cosine of the day of the year and of the hour."""
     dates, ref = dates.float(), ref_date.float()[:, None]
-    years = (dates[..., 0] - ref[..., 0]) + (dates[..., 1] - ref[..., 1]) / DAYS_PER_YEAR
-    day = 2 * torch.pi * dates[..., 1] / DAYS_PER_YEAR
-    hour = 2 * torch.pi * dates[..., 2] / 24
-    cycles = torch.stack([day.sin(), day.cos(), hour.sin(), hour.cos()], dim=-1)
-    return torch.cat([years[..., None].expand(*years.shape, 4), cycles], dim=-1)
-
-
-def token_encoding(table: Tensor, dates: Tensor, ref_date: Tensor, token_groups: int) -> Tensor:
-    """(B, R, L, width): position plus date of every token of a sensor, repeated for each token group."""
-    when = date_encoding(dates, ref_date).repeat(1, token_groups, 1)[:, :, None, :]
-    when = F.pad(when, (table.shape[-1] - DATE_CHANNELS, 0))
-    return table + when
+    since = dates - ref
+    years = torch.add(since[..., 0], since[..., 1], alpha=1 / DAYS_PER_YEAR)
+    day = dates[..., 1] * (2 * math.pi / DAYS_PER_YEAR)
+    hour = dates[..., 2] * (2 * math.pi / 24)
+    return torch.stack([years] * 4 + [day.sin(), day.cos(), hour.sin(), hour.cos()], dim=-1)
 
 
 class PositionTables:
@@ -60,11 +57,9 @@ class PositionTables:
 
     def __init__(self, width: int) -> None:
         self._width = width
-        self._tables: dict[tuple[int, int, torch.device], Tensor] = {}
+        self._tables: ConstantCache[Tensor] = ConstantCache()
 
-    def get(self, grid: int, pos_grid: int, device: torch.device) -> Tensor:
-        """(grid*grid, width) float32 on ``device``."""
-        key = (grid, pos_grid, device)
-        if key not in self._tables:
-            self._tables[key] = position_table(grid, pos_grid, self._width).to(device)
-        return self._tables[key]
+    def get(self, grid: int, pos_grid: int, like: Tensor) -> Tensor:
+        """(grid*grid, width) float32 on the device of ``like``."""
+        build = lambda: position_table(grid, pos_grid, self._width).to(like.device)  # noqa: E731
+        return self._tables.get((grid, pos_grid), like, build)

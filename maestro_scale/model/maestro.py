@@ -11,20 +11,30 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from maestro_scale.datasets.spec import Sensor, Target, Tile
+from maestro_scale.datasets.spec import Target, Tile
 from maestro_scale.model.config import ModelConfig
-from maestro_scale.model.embed import MaskTokens, PatchEmbed, network_input, patchify
-from maestro_scale.model.encodings import PositionTables, token_encoding
+from maestro_scale.model.constants import ConstantCache
+from maestro_scale.model.embed import (
+    MaskTokens,
+    MaskTokensBySensor,
+    PatchEmbed,
+    PatchEmbeddings,
+    PixelProjections,
+    Projections,
+    input_patches,
+)
+from maestro_scale.model.encodings import PositionTables
 from maestro_scale.model.heads import build_head
 from maestro_scale.model.initialise import initialise
+from maestro_scale.model.layout import Layout
 from maestro_scale.model.masking import Mask, masks_by_sensor
-from maestro_scale.model.sequences import pack, sequences, unpack
-from maestro_scale.model.targets import combine_losses, error_sum
+from maestro_scale.model.sequences import Sequence, has_equal_patches, pack, sequences, unpack
+from maestro_scale.model.targets import combine_losses, error_sum, masked_token_errors, weighted_loss
 from maestro_scale.model.transformer import Transformer, gather_tokens
 from maestro_scale.stream.batch import Batch
 from maestro_scale.stream.tile import tile_batch
@@ -75,7 +85,7 @@ class Maestro(nn.Module):
         # Sensors of several datasets share weights by these names.
         by_embed = {s.embed: s for s in config.all_sensors}
         by_name = {s.name: s for s in config.all_sensors}
-        self.patch_embed = nn.ModuleDict(
+        self.patch_embed = PatchEmbeddings(
             {
                 name: nn.ModuleList(
                     PatchEmbed(c, s.patch, size.width, config.norm) for c in config.token_groups(s)
@@ -86,14 +96,14 @@ class Maestro(nn.Module):
         self.encoders = nn.ModuleDict({name: encoder(size.depth - config.inter_depth) for name in encoders})
         self.inter = encoder(config.inter_depth) if config.inter_depth else None
         same = size.width == size.decoder_width  # the authors' model has no projection then
-        self.to_decoder = nn.ModuleDict(
+        self.to_decoder = Projections(
             {name: nn.Identity() if same else nn.Linear(size.width, size.decoder_width) for name in encoders}
         )
-        self.mask_token = nn.ModuleDict(
+        self.mask_token = MaskTokensBySensor(
             {n: MaskTokens(len(config.token_groups(s)), size.decoder_width) for n, s in by_name.items()}
         )
         self.decoders = nn.ModuleDict({name: decoder() for name in encoders})
-        self.to_pixels = nn.ModuleDict(
+        self.to_pixels = PixelProjections(
             {
                 name: nn.ModuleList(
                     nn.Linear(size.decoder_width, s.patch**2 * c) for c in config.token_groups(s)
@@ -106,6 +116,7 @@ class Maestro(nn.Module):
             "enc": PositionTables(size.width),
             "dec": PositionTables(size.decoder_width),
         }
+        self._layouts: ConstantCache[Layout] = ConstantCache(8)
         with torch.no_grad():
             for parameter in self.parameters():
                 parameter.fill_(math.nan)
@@ -138,109 +149,108 @@ class Maestro(nn.Module):
     def encode(self, batch: Batch, masks: dict[str, Mask] | None = None) -> dict[str, Tensor]:
         """Encoded tokens: {sensor: (B, R, L, E)}; with masks the visible ones only, {sequence: (rows, K, E)}."""
         view = self.view(batch.dataset)
-        inputs = self._patches(view, batch.pixels)
-        return self._encode(view, inputs, batch.dates, batch.ref_date, masks)
+        encoded = self._encode(
+            self.layout(view, masks, batch.ref_date), batch.pixels, batch.dates, batch.ref_date, masks
+        ).tokens
+        return encoded if masks is not None else _by_sensor(view, encoded)
 
     def view(self, dataset: str) -> ModelConfig:
         """The configuration for ``dataset``; KeyError if a model of several datasets does not know it."""
         return self._views.get(dataset) or self.config.for_dataset(dataset)
 
-    def _patches(self, view: ModelConfig, pixels: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {s.name: patchify(network_input(s, pixels[s.name]), s.patch) for s in view.sensors}
+    def layout(self, view: ModelConfig, masks: dict[str, Mask] | None, like: Tensor) -> Layout:
+        """The constants of a forward pass, on the device of ``like``; they depend on the masks' shapes only."""
+        visible = None if masks is None else tuple(m.visible_index.shape[1] for m in masks.values())
+        return self._layouts.get((view, visible), like, lambda: Layout.of(view, self.positions, masks, like))
 
     def _encode(
         self,
-        view: ModelConfig,
-        patches: dict[str, Tensor],
+        layout: Layout,
+        pixels: dict[str, Tensor],
         dates: dict[str, Tensor],
         ref_date: Tensor,
         masks: dict[str, Mask] | None,
-    ) -> dict[str, Tensor]:
-        tokens = {
-            s.name: self._embed(view, s, patches[s.name], dates[s.name], ref_date) for s in view.sensors
-        }
-        encoded = {}
-        for q in sequences(view):
+    ) -> _Encoded:
+        patches = {s.name: input_patches(s, pixels[s.name]) for s in layout.view.sensors}
+        tokens = self.patch_embed(layout.view, patches)
+        order = None if masks is None else layout.order(masks)
+        date_rows = layout.date_rows(dates, ref_date, order)
+        packed = {}
+        for q in layout.sequences:
             x = pack(q, tokens)
-            if masks is not None:
-                x = gather_tokens(x, masks[q.name].visible_index)
-            encoded[q.name] = self.encoders[q.encoder](x)
+            packed[q.name] = x if masks is None else gather_tokens(x, masks[q.name].visible_index)
+        sizes = [x.shape[0] * x.shape[1] // len(ref_date) for x in packed.values()]
+        first = next(iter(packed.values()))
+        num_encoded = sum(sizes)  # the visible tokens come first in ``order``
+        encodings = layout.encoding(
+            "enc", date_rows[:, :num_encoded], None if order is None else order[:, :num_encoded], first.dtype
+        ).split(sizes, dim=1)
+        encoded = {
+            q.name: self.encoders[q.encoder](packed[q.name] + e.reshape(packed[q.name].shape))
+            for q, e in zip(layout.sequences, encodings, strict=True)
+        }
         if self.inter is not None:
             mixed = self.inter(torch.cat(list(encoded.values()), dim=1))
             parts = mixed.split([x.shape[1] for x in encoded.values()], dim=1)
             encoded = dict(zip(encoded, parts, strict=True))
-        if masks is not None:
-            return encoded
-        return {k: v for q in sequences(view) for k, v in unpack(view, q, encoded[q.name]).items()}
-
-    def _embed(
-        self, view: ModelConfig, sensor: Sensor, patches: Tensor, dates: Tensor, ref_date: Tensor
-    ) -> Tensor:
-        groups = view.token_groups(sensor)
-        parts = patches.split(list(groups), dim=-1)
-        embeds = cast(nn.ModuleList, self.patch_embed[sensor.embed])  # ModuleDict is typed for plain Modules
-        # Encodings are computed in fp32 and cast once, to the dtype of the tokens.
-        tokens = torch.cat([e(p) for e, p in zip(embeds, parts, strict=True)], dim=1)
-        return tokens + self._encoding("enc", view, sensor, dates, ref_date).to(tokens.dtype)
-
-    def _encoding(
-        self, role: str, view: ModelConfig, sensor: Sensor, dates: Tensor, ref_date: Tensor
-    ) -> Tensor:
-        table = self.positions[role].get(sensor.grid, view.pos_grid, dates.device)
-        return token_encoding(table, dates, ref_date, len(view.token_groups(sensor)))
+        return _Encoded(encoded, patches, order, date_rows)
 
     # -- reconstructing ------------------------------------------------------------------------------------------
 
     def reconstruct(self, batch: Batch, masks: dict[str, Mask]) -> dict[str, Tensor]:
         """{sensor: (B, D, L, P*P, C)}: predictions for every patch, in the units of the (normalised) target."""
         view = self.view(batch.dataset)
-        inputs = self._patches(view, batch.pixels)
-        encoded = self._encode(view, inputs, batch.dates, batch.ref_date, masks)
-        return self._decode(view, encoded, batch.dates, batch.ref_date, masks)
+        layout = self.layout(view, masks, batch.ref_date)
+        encoded = self._encode(layout, batch.pixels, batch.dates, batch.ref_date, masks)
+        decoded = self._decode(layout, encoded, masks, {q.name: 0 for q in layout.sequences})
+        return self._predict_pixels(view, {name: _in_order(x, masks[name]) for name, x in decoded.items()})
+
+    @property
+    def _residual_dtype(self) -> torch.dtype:
+        """Dtype of the residual stream: that of the parameters, fp32 under autocast."""
+        return next(self.mask_token.parameters()).dtype
 
     def _decode(
-        self,
-        view: ModelConfig,
-        encoded: dict[str, Tensor],
-        dates: dict[str, Tensor],
-        ref_date: Tensor,
-        masks: dict[str, Mask],
-        masked_only: bool = False,
+        self, layout: Layout, encoded: _Encoded, masks: dict[str, Mask], skip: dict[str, int]
     ) -> dict[str, Tensor]:
-        """Predictions by sensor. ``masked_only``: those of visible tokens are not computed, and undefined."""
-        predictions = {}
-        for q in sequences(view):
-            mask = masks[q.name]
-            visible = self.to_decoder[q.encoder](encoded[q.name])
-            mask_tokens = pack(
-                q, {s.name: self.mask_token[s.name](len(ref_date), s.num_dates, s.grid**2) for s in q.sensors}
-            ).to(visible.dtype)
-            index = mask.visible_index[:, :, None].expand(-1, -1, visible.shape[-1])
-            # scatter, not boolean indexing: static shapes and no host synchronisation (invariant 11).
-            x = mask_tokens.scatter(1, index, visible)
-            x = x + pack(
-                q, {s.name: self._encoding("dec", view, s, dates[s.name], ref_date) for s in q.sensors}
-            ).to(x.dtype)
-            if masked_only and mask.masked_index.shape[1]:
-                # The loss needs masked tokens only: the last block skips the queries and MLP of the others.
-                decoded = self.decoders[q.encoder](x, mask.masked_index)
-                index = mask.masked_index[:, :, None].expand(-1, -1, decoded.shape[-1])
-                decoded = decoded.new_zeros(x.shape).scatter(1, index, decoded)
-            else:
-                decoded = self.decoders[q.encoder](x)
-            for name, tokens in unpack(view, q, decoded).items():
-                predictions[name] = self._to_pixels(next(s for s in q.sensors if s.name == name), tokens)
-        return {s.name: predictions[s.name] for s in view.sensors}
+        """{sequence: (rows, N - skip, width)}: decoded tokens, the visible ones first, without the first ``skip``.
 
-    def _to_pixels(self, sensor: Sensor, tokens: Tensor) -> Tensor:
-        groups = self.config.token_groups(sensor)
-        parts = tokens.chunk(len(groups), dim=1)
-        linears = cast(nn.ModuleList, self.to_pixels[sensor.embed])
-        pixels = [
-            linear(t).unflatten(-1, (sensor.patch**2, c))
-            for linear, t, c in zip(linears, parts, groups, strict=True)
-        ]
-        return torch.cat(pixels, dim=-1)
+        Attention does not depend on the order of tokens, so the visible and the masked ones are joined, not sorted.
+        """
+        assert encoded.order is not None  # decoding needs masks
+        names = [q.encoder for q in layout.sequences]
+        projected = self.to_decoder(names, [encoded.tokens[q.name] for q in layout.sequences])
+        visible = dict(zip(encoded.tokens, projected, strict=True))
+        encoding = layout.encoding("dec", encoded.dates, encoded.order, self._residual_dtype)
+        visible_sizes = [x.shape[0] * x.shape[1] // len(encoding) for x in visible.values()]
+        masked_sizes = [m.masked_index.numel() // len(encoding) for m in (masks[n] for n in visible)]
+        parts = encoding.split(visible_sizes + masked_sizes, dim=1)
+        kinds = layout.kinds[encoded.order[:, sum(visible_sizes) :]].split(masked_sizes, dim=1)
+        decoded = {}
+        for i, q in enumerate(layout.sequences):
+            x, index = visible[q.name], masks[q.name].masked_index
+            masked = self.mask_token([s.name for s in q.sensors], parts[i + len(names)], kinds[i])
+            x = torch.cat([x + parts[i].reshape(x.shape), masked.reshape(*index.shape, x.shape[-1])], dim=1)
+            decoded[q.name] = self.decoders[q.encoder](x, skip[q.name])
+        return decoded
+
+    def _predict_pixels(self, view: ModelConfig, decoded: dict[str, Tensor]) -> dict[str, Tensor]:
+        """{sequence: (rows, N, width)}, in order -> {sensor: (B, D, L, P*P, C)}, for the sensors of these sequences."""
+        tokens = _by_sensor(view, decoded)
+        sensors = [s for s in view.sensors if s.name in tokens]
+        groups = {s.name: view.token_groups(s) for s in sensors}
+        parts = [t for s in sensors for t in tokens[s.name].chunk(len(groups[s.name]), dim=1)]
+        flat = iter(
+            self.to_pixels(
+                [s.embed for s in sensors for _ in groups[s.name]],
+                [i for s in sensors for i in range(len(groups[s.name]))],
+                parts,
+            )
+        )
+        return {
+            s.name: torch.cat([next(flat).unflatten(-1, (s.patch**2, c)) for c in groups[s.name]], dim=-1)
+            for s in sensors
+        }
 
     # -- loss ----------------------------------------------------------------------------------------------------
 
@@ -251,29 +261,70 @@ class Maestro(nn.Module):
         counts, the shares of all micro-batches and ranks add up to the same loss, however the batch is split
         (invariant 4); a mean of means would depend on the split.
         """
-        view = self.view(batch.dataset)
-        return self.loss_of_tensors(view, batch.pixels, batch.dates, batch.ref_date, masks, counts)
+        layout = self.layout(self.view(batch.dataset), masks, batch.ref_date)
+        return self.loss_of_tensors(layout, batch.pixels, batch.dates, batch.ref_date, masks, counts)
 
     def loss_of_tensors(
         self,
-        view: ModelConfig,
+        layout: Layout,
         pixels: dict[str, Tensor],
         dates: dict[str, Tensor],
         ref_date: Tensor,
         masks: dict[str, Mask],
         counts: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """``forward`` without the batch's host data (keys, names): a function of the view and tensors of static shapes
-        only, so that it can be compiled as one graph."""
-        patches = self._patches(view, pixels)
-        encoded = self._encode(view, patches, dates, ref_date, masks)
-        predictions = self._decode(view, encoded, dates, ref_date, masks, masked_only=True)
-        masked = masks_by_sensor(view, masks)
-        sums = torch.stack(
-            [error_sum(view, s, predictions[s.name], patches[s.name], masked[s.name]) for s in view.sensors]
-        )
+        """``forward`` without the batch's host data (keys, names): a function of tensors of static shapes and the
+        layout's constants only, so that it can be compiled as one graph."""
+        view = layout.view
+        encoded = self._encode(layout, pixels, dates, ref_date, masks)
+        # The loss needs masked tokens only: the last block of a decoder skips the queries and MLP of the others.
+        skip = {
+            q.name: masks[q.name].visible_index.shape[1] if masks[q.name].masked_index.shape[1] else 0
+            for q in layout.sequences
+        }
+        decoded = self._decode(layout, encoded, masks, skip)
+        direct = [q for q in layout.sequences if skip[q.name] and has_equal_patches(view, q)]
+        sums = self._token_errors(layout, direct, decoded, encoded.patches, masks) if direct else {}
+        others = {q.name: decoded[q.name] for q in layout.sequences if q not in direct}
+        if others:
+            in_order = {name: _in_order(x, masks[name]) for name, x in others.items()}
+            masked = masks_by_sensor(view, masks)
+            for name, prediction in self._predict_pixels(view, in_order).items():
+                sensor = next(s for s in view.sensors if s.name == name)
+                sums[name] = error_sum(view, sensor, prediction, encoded.patches[name], masked[name])
+        stacked = torch.stack([sums[s.name] for s in view.sensors])
         # The sums are for metrics; detached, so that keeping them does not keep the graph.
-        return combine_losses(view, sums, counts), sums.detach()
+        return weighted_loss(layout.loss_weights, stacked, counts), stacked.detach()
+
+    def _token_errors(
+        self,
+        layout: Layout,
+        seqs: list[Sequence],
+        decoded: dict[str, Tensor],
+        patches: dict[str, Tensor],
+        masks: dict[str, Mask],
+    ) -> dict[str, Tensor]:
+        """{sensor: error sum} of sequences whose tokens have equal patches, from their decoded masked tokens.
+
+        Which of the tokens are those of which sensor is known on the device only, so with several sensors, the pixels
+        of every token are predicted with the weights of each, and those of its own sensor count.
+        """
+        pairs = [(q, s) for q in seqs for s in q.sensors]
+        found = iter(
+            self.to_pixels([s.embed for _, s in pairs], [0] * len(pairs), [decoded[q.name] for q, _ in pairs])
+        )
+        sums: dict[str, Tensor] = {}
+        for q in seqs:
+            index = masks[q.name].masked_index
+            # In the layout of memory, (C, P*P): a view.
+            flat = pack(q, {s.name: patches[s.name].transpose(-1, -2).flatten(-2) for s in q.sensors})
+            bands = len(q.sensors[0].bands)
+            target = gather_tokens(flat, index).unflatten(-1, (bands, -1)).transpose(-1, -2)
+            weights = layout.of_sensor[q.name][index] if len(q.sensors) > 1 else None
+            predictions = [next(found) for _ in q.sensors]
+            errors = masked_token_errors(layout.view, q.sensors[0], predictions, target, weights)
+            sums |= dict(zip((s.name for s in q.sensors), errors.unbind(), strict=True))
+        return sums
 
     def loss(self, dataset: str, sums: Tensor, counts: Tensor) -> Tensor:
         """The loss (or a part's share of it) from error sums (S,) and the ``counts`` (S,) of the global batch; fp32."""
@@ -298,10 +349,40 @@ class Maestro(nn.Module):
             data = tile_batch(data, view.sensors, self.config.dataset, min(share, 1.0))
             data = data.to(next(self.parameters()).device)
         view = self.view(data.dataset).adapted_to({k: tuple(v.shape) for k, v in data.pixels.items()}, crop_m)
-        tokens = self._encode(view, self._patches(view, data.pixels), data.dates, data.ref_date, None)
+        layout = self.layout(view, None, data.ref_date)
+        encoded = self._encode(layout, data.pixels, data.dates, data.ref_date, None)
+        tokens = _by_sensor(view, encoded.tokens)
         return Embedding(tokens, torch.cat([t.mean(dim=(1, 2)) for t in tokens.values()], dim=1))
 
     def predict(self, batch: Batch) -> dict[str, Tensor]:
         """{target: logits} of all heads."""
         tokens = self.encode(batch)
         return {name: head(tokens) for name, head in self.heads.items()}
+
+
+class _Encoded(NamedTuple):
+    """``tokens[sequence]``: (rows, K, E). ``patches[sensor]``. ``order`` and ``dates``: the tokens' indices and date
+    rows, as in :class:`Layout`; ``order`` is None without masks."""
+
+    tokens: dict[str, Tensor]
+    patches: dict[str, Tensor]
+    order: Tensor | None
+    dates: Tensor
+
+
+def _by_sensor(view: ModelConfig, packed: dict[str, Tensor]) -> dict[str, Tensor]:
+    """{sequence: (rows, N, …)} -> {sensor: (B, R, L, …)}, of the sequences given."""
+    return {
+        k: v for q in sequences(view) if q.name in packed for k, v in unpack(view, q, packed[q.name]).items()
+    }
+
+
+def _in_order(decoded: Tensor, mask: Mask) -> Tensor:
+    """Decoded tokens, visible ones first or masked ones only, in the order of the sequence; others are zero."""
+    rows, tokens = mask.masked.shape
+    index = mask.masked_index
+    if decoded.shape[1] == tokens:
+        index = torch.cat([mask.visible_index, index], dim=1)
+    # scatter, not boolean indexing: static shapes and no host synchronisation (invariant 11).
+    index = index[:, :, None].expand(-1, -1, decoded.shape[-1])
+    return decoded.new_zeros(rows, tokens, decoded.shape[-1]).scatter(1, index, decoded)

@@ -53,6 +53,12 @@ def num_rows(config: ModelConfig, sequence: Sequence) -> int:
     return config.rows(sequence.sensors[0]) if sequence.per_date else 1
 
 
+def has_equal_patches(config: ModelConfig, sequence: Sequence) -> bool:
+    """Whether every token of the sequence reconstructs a patch of the same pixels, bands and normalisation groups."""
+    shapes = {(s.patch, len(s.bands), s.band_groups) for s in sequence.sensors}
+    return len(shapes) == 1 and all(len(config.token_groups(s)) == 1 for s in sequence.sensors)
+
+
 def pack(sequence: Sequence, grids: dict[str, Tensor]) -> Tensor:
     """{sensor: (B, R, L, ...)} -> (B, N, ...), or (B*R, L, ...) per date."""
     parts = [grids[s.name] for s in sequence.sensors]

@@ -8,10 +8,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from maestro_scale.model.attention import attention_function
+from maestro_scale.model.cast import cast_linears
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with the kernel ``backend`` (an AttentionChoice); qkv without bias."""
+    """Parameters and kernel ``backend`` (an AttentionChoice) of multi-head self-attention; qkv without bias.
+
+    :class:`Block` computes it, because it casts the parameters of all its layers together.
+    """
 
     def __init__(self, width: int, heads: int, dim_head: int, backend: str = "auto") -> None:
         super().__init__()
@@ -21,17 +25,12 @@ class Attention(nn.Module):
         # As in the authors' code, one head of full width has no output projection.
         self.out = nn.Identity() if heads == 1 and dim_head == width else nn.Linear(heads * dim_head, width)
 
-    def forward(self, x: Tensor, output_index: Tensor | None = None) -> Tensor:
-        """(B, N, E) -> (B, N, E); with ``output_index`` (B, M): the output at these tokens only, (B, M, E)."""
-        # unbind before the heads are transposed: the gradients of q, k and v are then concatenated by one copy.
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)
-        if output_index is not None:
-            q = gather_tokens(q.flatten(2), output_index).unflatten(-1, (self.heads, -1))
-        return self.out(self.attend(q, k, v).flatten(2))
-
 
 class Block(nn.Module):
-    """x + Attn(LN(x)); x + MLP(LN(x))."""
+    """x + Attn(LN(x)); x + MLP(LN(x)).
+
+    Reads the parameters of its layers without calling them: ZeRO 3 must gather a block as a whole (training/engine.py).
+    """
 
     def __init__(self, width: int, heads: int, dim_head: int, mlp_width: int, backend: str = "auto") -> None:
         super().__init__()
@@ -41,11 +40,22 @@ class Block(nn.Module):
         self.up = nn.Linear(width, mlp_width)
         self.down = nn.Linear(mlp_width, width)
 
-    def forward(self, x: Tensor, output_index: Tensor | None = None) -> Tensor:
-        """(B, N, E) -> (B, N, E), or (B, M, E) at the tokens of ``output_index`` (B, M)."""
-        mixed = self.attn(self.attn_norm(x), output_index)
-        x = mixed + (x if output_index is None else gather_tokens(x, output_index))
-        return x + self.down(F.gelu(self.up(self.mlp_norm(x))))
+    def forward(self, x: Tensor, skip: int = 0) -> Tensor:
+        """(B, N, E) -> (B, N, E), or (B, N - skip, E): the output at the tokens after the first ``skip`` only.
+
+        ``x`` has the dtype of the norms, fp32 under autocast: a bf16 branch added to it gives fp32.
+        """
+        linears = [m for m in (self.attn.qkv, self.attn.out, self.up, self.down) if isinstance(m, nn.Linear)]
+        h, (qkv, *out, up, down) = cast_linears(self.attn_norm(x), linears)
+        # unbind before the heads are transposed: the gradients of q, k and v are then concatenated by one copy.
+        q, k, v = F.linear(h, *qkv).unflatten(-1, (3, self.attn.heads, -1)).unbind(2)
+        if skip:
+            q, x = q[:, skip:], x[:, skip:]
+        mixed = self.attn.attend(q, k, v).flatten(2)
+        for projection in out:
+            mixed = F.linear(mixed, *projection)
+        x = mixed + x
+        return x + F.linear(F.gelu(F.linear(self.mlp_norm(x), *up)), *down)
 
 
 class Transformer(nn.Module):
@@ -67,15 +77,15 @@ class Transformer(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.recompute_every = recompute_every
 
-    def forward(self, x: Tensor, output_index: Tensor | None = None) -> Tensor:
-        """(B, N, E) -> (B, N, E), or (B, M, E) at the tokens ``output_index`` (B, M), all the last block computes."""
+    def forward(self, x: Tensor, skip: int = 0) -> Tensor:
+        """(B, N, E) -> (B, N, E), or (B, N - skip, E): the last block computes the tokens after the first ``skip``."""
         for i, block in enumerate(self.blocks):
-            only = output_index if i == len(self.blocks) - 1 else None
+            skipped = skip if i == len(self.blocks) - 1 else 0
             if self.recompute_every and i % self.recompute_every == 0 and torch.is_grad_enabled():
                 # Non-reentrant: the reentrant variant drops gradients if x itself requires none.
-                x = checkpoint(block, x, only, use_reentrant=False)
+                x = checkpoint(block, x, skipped, use_reentrant=False)
             else:
-                x = block(x, only)
+                x = block(x, skipped)
         return self.norm(x)
 
 

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from maestro_scale.model.config import ModelConfig
 from maestro_scale.model.cost import Cost, compute_cost
-from maestro_scale.model.masking import Mask, MaskingConfig, draw_masks, masks_by_sensor
-from maestro_scale.model.targets import num_masked_values
+from maestro_scale.model.masking import Mask, MaskingConfig, draw_masks
+from maestro_scale.model.sequences import sequences
+from maestro_scale.model.targets import masked_counts
 from maestro_scale.stream.batch import Batch
 from maestro_scale.stream.mock import mock_batch
 from maestro_scale.stream.source import Source
@@ -97,8 +98,5 @@ class PretrainObjective:
 
 def hidden_counts(config: ModelConfig, masks: Sequence[dict[str, Mask]]) -> Tensor:
     """(S,) float64: hidden pixels per sensor over micro-batches."""
-    per_batch = []
-    for mask in masks:
-        hidden = masks_by_sensor(config, mask)
-        per_batch.append(torch.stack([num_masked_values(config, s, hidden[s.name]) for s in config.sensors]))
-    return torch.stack(per_batch).sum(0)
+    per_batch = [masked_counts(config, [mask[q.name].masked for q in sequences(config)]) for mask in masks]
+    return per_batch[0] if len(per_batch) == 1 else torch.stack(per_batch).sum(0)
