@@ -122,7 +122,7 @@ def embed_patches(patches: Sequence[Tensor], embeds: Sequence[PatchEmbed]) -> li
 class PatchEmbeddings(nn.ModuleDict):
     """The patch embeddings of all sensors, by ``Sensor.embed``: a list of one PatchEmbed per token group.
 
-    One module, because the parameters of all are cast together; ZeRO 3 must gather it as a whole.
+    One module, because the parameters of all are cast together: see ``GATHER_UNITS`` in maestro.py.
     """
 
     def forward(self, view: ModelConfig, patches: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -137,7 +137,7 @@ class PatchEmbeddings(nn.ModuleDict):
 
 
 class Projections(nn.ModuleDict):
-    """Linear layers (or identities) by name. ZeRO 3 must gather it as a whole."""
+    """Linear layers (or identities) by name, whose parameters are cast together."""
 
     def forward(self, names: Sequence[str], inputs: Sequence[Tensor]) -> list[Tensor]:
         """Each input projected by the layer of its name."""
@@ -146,8 +146,7 @@ class Projections(nn.ModuleDict):
 
 
 class PixelProjections(nn.ModuleDict):
-    """Linear layers from decoded tokens to pixels, one per token group, by ``Sensor.embed``. ZeRO 3 must gather it as a
-    whole."""
+    """Linear layers from decoded tokens to pixels, one per token group, by ``Sensor.embed``."""
 
     def forward(self, names: Sequence[str], groups: Sequence[int], inputs: Sequence[Tensor]) -> list[Tensor]:
         """Each input projected by the layer of its name and token group."""
@@ -162,16 +161,7 @@ class MaskTokens(nn.Module):
         super().__init__()
         self.vectors = nn.Parameter(torch.empty(groups, width))
 
-
-class MaskTokensBySensor(nn.ModuleDict):
-    """The mask tokens of all sensors. ZeRO 3 must gather it as a whole."""
-
-    def forward(self, sensors: Sequence[str], encoding: Tensor, kinds: Tensor) -> Tensor:
-        """(B, M, width): encodings of masked tokens of ``sensors``, plus the vector of each.
-
-        ``kinds`` (B, M): which vector, counted over the sensors and their token groups.
-        """
-        vectors = [p for name in sensors for p in self[name].parameters()]
-        if len(vectors) > 1 or len(vectors[0]) > 1:
-            return encoding + F.embedding(kinds, torch.cat(vectors))
-        return encoding + vectors[0]
+    def forward(self) -> Tensor:
+        """(G, width)."""
+        # A copy, because ZeRO 3 releases the parameter after this call.
+        return self.vectors.clone()

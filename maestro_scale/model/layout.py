@@ -88,7 +88,7 @@ class Layout:
         parts = [masks[q.name].visible_index for q in self.sequences]
         parts += [masks[q.name].masked_index for q in self.sequences]
         rows = [num_rows(self.view, q) for q in self.sequences] * 2
-        flat = [p.reshape(-1, r * p.shape[1]) for p, r in zip(parts, rows, strict=True)]
+        flat = [p.reshape(len(p) // r, r * p.shape[1]) for p, r in zip(parts, rows, strict=True)]
         return torch.cat(flat, dim=1) + self.offsets
 
     def date_rows(self, dates: Mapping[str, Tensor], ref_date: Tensor, order: Tensor | None) -> Tensor:

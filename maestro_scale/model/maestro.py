@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maestro_scale.datasets.spec import Target, Tile
@@ -21,7 +22,6 @@ from maestro_scale.model.config import ModelConfig
 from maestro_scale.model.constants import ConstantCache
 from maestro_scale.model.embed import (
     MaskTokens,
-    MaskTokensBySensor,
     PatchEmbed,
     PatchEmbeddings,
     PixelProjections,
@@ -35,9 +35,13 @@ from maestro_scale.model.layout import Layout
 from maestro_scale.model.masking import Mask, masks_by_sensor
 from maestro_scale.model.sequences import Sequence, has_equal_patches, pack, sequences, unpack
 from maestro_scale.model.targets import combine_losses, error_sum, masked_token_errors, weighted_loss
-from maestro_scale.model.transformer import Transformer, gather_tokens
+from maestro_scale.model.transformer import Block, Transformer, gather_tokens
 from maestro_scale.stream.batch import Batch
 from maestro_scale.stream.tile import tile_batch
+
+# Modules that read the parameters of their children. ZeRO 3 gathers parameters in hooks of each module's forward, so
+# the engine has to register these parameters with the module.
+GATHER_UNITS = (Block, PatchEmbeddings, Projections, PixelProjections)
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,7 @@ class Maestro(nn.Module):
         self.to_decoder = Projections(
             {name: nn.Identity() if same else nn.Linear(size.width, size.decoder_width) for name in encoders}
         )
-        self.mask_token = MaskTokensBySensor(
+        self.mask_token = nn.ModuleDict(
             {n: MaskTokens(len(config.token_groups(s)), size.decoder_width) for n, s in by_name.items()}
         )
         self.decoders = nn.ModuleDict({name: decoder() for name in encoders})
@@ -229,7 +233,9 @@ class Maestro(nn.Module):
         decoded = {}
         for i, q in enumerate(layout.sequences):
             x, index = visible[q.name], masks[q.name].masked_index
-            masked = self.mask_token([s.name for s in q.sensors], parts[i + len(names)], kinds[i])
+            vectors = torch.cat([self.mask_token[s.name]() for s in q.sensors])
+            # One vector for all, or that of each token's sensor and token group.
+            masked = parts[i + len(names)] + (F.embedding(kinds[i], vectors) if len(vectors) > 1 else vectors)
             x = torch.cat([x + parts[i].reshape(x.shape), masked.reshape(*index.shape, x.shape[-1])], dim=1)
             decoded[q.name] = self.decoders[q.encoder](x, skip[q.name])
         return decoded

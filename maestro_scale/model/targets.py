@@ -111,7 +111,7 @@ def masked_counts(config: ModelConfig, masked: Sequence[Tensor]) -> Tensor:
     """(S,) float64: ``num_masked_values`` of every sensor, from the token masks (rows, N) of all sequences in order."""
     tokens = torch.cat(
         [
-            m.view(-1, num_rows(config, q) * m.shape[1])
+            m.reshape(len(m) // num_rows(config, q), -1)
             for q, m in zip(sequences(config), masked, strict=True)
         ],
         dim=1,

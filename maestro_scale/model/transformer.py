@@ -29,7 +29,7 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """x + Attn(LN(x)); x + MLP(LN(x)).
 
-    Reads the parameters of its layers without calling them: ZeRO 3 must gather a block as a whole (training/engine.py).
+    Reads the parameters of its layers without calling them: see ``GATHER_UNITS`` in maestro.py.
     """
 
     def __init__(self, width: int, heads: int, dim_head: int, mlp_width: int, backend: str = "auto") -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
+from maestro_scale.model.maestro import GATHER_UNITS
 from maestro_scale.stream.batch import Batch
 from maestro_scale.training.distributed import World
 from maestro_scale.training.fragments import ShardedState
@@ -69,6 +70,12 @@ class Engine:
         self._world, self._schedule = world, schedule
         self._is_stage_0 = self._deepspeed.optimizer is self._deepspeed.basic_optimizer
         self._stage = config.get("zero_optimization", {}).get("stage", 0)
+        if self._stage == 3:
+            # Stage 3 gathers a module's own parameters in the hooks of its forward. These modules read the parameters
+            # of their children too, so that one operation can cast them together.
+            for module in (m for m in network.modules() if isinstance(m, GATHER_UNITS)):
+                for parameter in module.parameters():
+                    deepspeed.zero.register_external_parameter(module, parameter)
         # DeepSpeed calls it once per parameter group, when the gradient norm is known and no weight has changed yet:
         # the one place where a step can be skipped without undoing anything.
         self._optimizer_step = self._deepspeed.basic_optimizer.step

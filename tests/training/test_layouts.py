@@ -71,6 +71,9 @@ def test_every_layout_equals_the_plain_loop(plain, tmp_path, ranks):
     for stage, parts in (2, ("optimizer",)), (3, ("optimizer", "param")):
         offloaded = {f"offload_{part}": {"device": "cpu"} for part in parts}
         tasks.append(task(stage, f"s{stage}-a4-offloaded", accumulate=4, zero=offloaded))
+    # By default stage 3 keeps parameters as small as these gathered; here it gathers and releases each.
+    released = {"stage3_param_persistence_threshold": 0}
+    tasks += [task(3, f"s3-released-{r}", accumulate=2, recompute=r, zero=released) for r in (False, True)]
     for t in tasks:
         t["save"] = str(tmp_path / t["name"])
     for name, found in launch(tmp_path, ranks, tasks).items():
