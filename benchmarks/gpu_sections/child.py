@@ -1,0 +1,38 @@
+"""Runs one section in its own process; the arguments are name, record, work folder, seconds, and ``rehearse``."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+import time
+from pathlib import Path
+
+from benchmarks.gpu_sections import SECTIONS
+
+
+def main(argv: list[str]) -> int:
+    """Run the section; 0 unless it raises."""
+    name, record_path, work, seconds, *rest = argv
+    section = next(s for s in SECTIONS if s.name == name)
+    ends_at = time.time() + float(seconds)
+    # After the clock has started: these imports take seconds.
+    from benchmarks.gpu_sections.bench import Bench
+    from benchmarks.gpu_sections.device import Device
+    from benchmarks.gpu_sections.record import Record
+
+    logging.basicConfig(level=logging.WARNING)
+    rehearse = rest == ["rehearse"]
+    bench = Bench(rehearse, Path(work), Record(Path(record_path), ends_at), Device.detect(rehearse))
+    module, function = section.entry.split(":")
+    bench.record.save()
+    getattr(importlib.import_module(f"benchmarks.gpu_sections.{module}"), function)(bench)
+    bench.record.save()
+    return 0
+
+
+if __name__ == "__main__":
+    status = main(sys.argv[1:])
+    from maestro_scale.training.distributed import hard_exit
+
+    hard_exit(status)

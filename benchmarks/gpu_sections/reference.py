@@ -1,0 +1,78 @@
+"""Section: the authors' formulation in fp16 with autocast and a loss scale, beside ours at the same micro-batches."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any, cast
+
+import torch
+
+from benchmarks.gpu_sections.bench import Bench
+from benchmarks.gpu_sections.cases import SPEED_CASES, Case, case_recipe, config_of, rehearsed, specs_of
+from benchmarks.reference_step import reference_loss
+from maestro_scale.model.maestro import Maestro
+from maestro_scale.model.masking import MaskingConfig
+from maestro_scale.stream.mock import mock_batch
+from maestro_scale.stream.source import Source
+
+_REPEATS = 3
+
+
+def run(bench: Bench) -> None:
+    """Measure each case; their loop has no guard, no metrics and no collective."""
+    rows: list[dict[str, Any]] = []
+    for case in rehearsed(SPEED_CASES, 1) if bench.rehearse else SPEED_CASES:
+        if bench.record.left_s < 10 and not bench.rehearse:
+            rows.append({"case": case.title, "skipped": "no time left"})
+        else:
+            try:
+                rows.append({"case": case.title, **measure(bench, case)})
+            except torch.OutOfMemoryError as error:
+                # It stores attention matrices and images of all pixels: a result, not a failure.
+                rows.append({"case": case.title, "skipped": f"out of memory: {str(error)[:100]}"})
+        bench.free()
+        bench.record.put(rows=rows)
+
+
+def measure(bench: Bench, case: Case) -> dict[str, Any]:
+    """Speed of the training loop of the reference on one GPU."""
+    recipe = case_recipe(case, bench.rehearse)
+    (spec,) = specs_of(recipe)
+    config, device = config_of(recipe), bench.device
+    batch = mock_batch(Source(spec, (), cast(Any, None)), config.dataset, case.micro_batch)
+    batch = batch.pin_memory() if device.is_gpu else batch
+    masking = MaskingConfig(**recipe.masking.model_dump())
+    model = Maestro(config).initialise(0).to(device.torch)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, betas=(0.9, 0.99), weight_decay=0.01)
+    scaler = torch.amp.GradScaler(device.torch.type)
+
+    def step() -> torch.Tensor:
+        there = batch.to(device.torch, non_blocking=True)
+        with torch.autocast(device.torch.type, torch.float16):
+            loss = reference_loss(model, there, masking)
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        return loss.detach()
+
+    for _ in range(bench.pick(3, 1)):
+        loss = step()
+    bench.device.start_peak()
+    speeds = []
+    for _ in range(bench.pick(_REPEATS, 1)):
+        device.synchronize()
+        started, num_steps = time.perf_counter(), bench.pick(5, 1)
+        for _ in range(num_steps):
+            loss = step()
+        device.synchronize()
+        speeds.append(case.micro_batch * num_steps / (time.perf_counter() - started))
+    return {
+        "samples_per_s": statistics.median(speeds),
+        "samples_per_s_range": [min(speeds), max(speeds)],
+        "loss": float(loss),
+        "peak_bytes": device.peak_bytes(),
+    }
