@@ -1,4 +1,7 @@
-"""Section: ZeRO 2 over all GPUs of the machine (NCCL) against one rank, by ``train.py`` in a process per rank."""
+"""Section: ZeRO 2 over all GPUs of the machine (NCCL) against one rank.
+
+As a module it is one rank: ``python -m benchmarks.gpu_sections.multi_gpu RECIPE RUN_DIR`` with RANK and WORLD_SIZE set.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,12 @@ from benchmarks.gpu_sections.bench import Bench
 from benchmarks.gpu_sections.cases import small_recipe
 from benchmarks.gpu_sections.data import write_synthetic
 from benchmarks.gpu_sections.record import max_relative
-from benchmarks.gpu_sections.training import losses, metrics
-from maestro_scale.training.distributed import free_port
+from benchmarks.gpu_sections.training import losses, metrics, run_on_shards
+from maestro_scale.recipe import load_recipe
+from maestro_scale.training.distributed import free_port, hard_exit
+from maestro_scale.training.run import run_pretraining
+from maestro_scale.training.stop import StopRequest
 
-_REPO = Path(__file__).parents[2]
 _LIMIT = 2e-3
 
 
@@ -37,25 +42,18 @@ def run(bench: Bench) -> None:
     )
     path = bench.work / "multi_gpu.yaml"
     path.write_text(recipe.to_yaml())
-    curves = {}
-    for ranks in (1, num_ranks):
-        run_dir = bench.work / "runs" / f"ranks-{ranks}"
-        launch(path, run_dir, ranks, max(bench.record.left_s, 1))
-        curves[ranks] = losses(run_dir)
-        bench.record.put(
-            curves=curves, **{f"samples_per_s on {ranks}": metrics(run_dir)[-1]["samples_per_s"]}
-        )
-    bench.record.check(f"{num_ranks} ranks against 1", max_relative(curves[num_ranks], curves[1]), _LIMIT)
+    run_dir = bench.work / "runs" / "all-ranks"
+    launch(path, run_dir, num_ranks, max(bench.record.left_s, 1))
+    alone = run_on_shards(bench, recipe, "one-rank")
+    for ranks, folder in ((num_ranks, run_dir), (1, alone)):
+        speed = metrics(folder)[-1]["samples_per_s"]
+        bench.record.put(**{f"{ranks} ranks": {"losses": losses(folder), "samples_per_s": speed}})
+    bench.record.check(f"{num_ranks} ranks against 1", max_relative(losses(run_dir), losses(alone)), _LIMIT)
 
 
 def launch(recipe: Path, run_dir: Path, num_ranks: int, timeout_s: float) -> None:
-    """Run ``train.py``; RuntimeError with the end of its output if a rank fails or the time is over."""
-    command = [
-        sys.executable,
-        str(_REPO / "maestro_scale/train.py"),
-        f"--recipe={recipe}",
-        f"--run-dir={run_dir}",
-    ]
+    """Run a training; RuntimeError with the end of its output if a rank fails or the time is over."""
+    command = [sys.executable, "-m", "benchmarks.gpu_sections.multi_gpu", str(recipe), str(run_dir)]
     group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(num_ranks)}
     log = run_dir.parent / f"{run_dir.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -75,4 +73,9 @@ def launch(recipe: Path, run_dir: Path, num_ranks: int, timeout_s: float) -> Non
             for p in processes:
                 p.kill()
     if any(codes):
-        raise RuntimeError(f"train.py on {num_ranks} ranks: exit codes {codes}\n{log.read_text()[-2000:]}")
+        raise RuntimeError(f"{num_ranks} ranks: exit codes {codes}\n{log.read_text()[-2000:]}")
+
+
+if __name__ == "__main__":
+    run_pretraining(load_recipe(sys.argv[1]), Path(sys.argv[2]), StopRequest())
+    hard_exit(0)
