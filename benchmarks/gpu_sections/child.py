@@ -1,4 +1,4 @@
-"""Runs one section in its own process; the arguments are name, record, work folder, seconds, and ``rehearse``."""
+"""Runs one section in its own process; the arguments are entry, record, work folder, seconds, and ``rehearse``."""
 
 from __future__ import annotations
 
@@ -8,13 +8,10 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.gpu_sections import SECTIONS
-
 
 def main(argv: list[str]) -> int:
     """Run the section; 0 unless it raises."""
-    name, record_path, work, seconds, *rest = argv
-    section = next(s for s in SECTIONS if s.name == name)
+    entry, record_path, work, seconds, *rest = argv
     ends_at = time.time() + float(seconds)
     # After the clock has started: these imports take seconds.
     from benchmarks.gpu_sections.bench import Bench
@@ -24,9 +21,9 @@ def main(argv: list[str]) -> int:
     logging.basicConfig(level=logging.WARNING)
     rehearse = rest == ["rehearse"]
     bench = Bench(rehearse, Path(work), Record(Path(record_path), ends_at), Device.detect(rehearse))
-    module, function = section.entry.split(":")
+    module, function = entry.split(":")
     bench.record.save()
-    getattr(importlib.import_module(f"benchmarks.gpu_sections.{module}"), function)(bench)
+    getattr(importlib.import_module(module), function)(bench)
     bench.record.save()
     return 0
 

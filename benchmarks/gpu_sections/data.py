@@ -12,7 +12,6 @@ import numpy as np
 from maestro_scale import datasets
 from maestro_scale.datasets.spec import DatasetSpec, Modality, Target, Tile
 from maestro_scale.shards.write.writer import Writer
-from maestro_scale.stream.batch import Batch
 from maestro_scale.stream.loader import Step
 from maestro_scale.stream.mock import mock_batch
 from maestro_scale.stream.source import Source
@@ -89,17 +88,15 @@ class MockStream:
     def __init__(
         self, source: Source, name: str, micro_batch: int, num_micro_batches: int, pin: bool
     ) -> None:
-        batch = mock_batch(source, name, micro_batch)
-        self._batch: Batch = batch.pin_memory() if pin else batch
+        self._batch = mock_batch(source, name, micro_batch, pin)
         self._num_micro_batches, self._name = num_micro_batches, name
-        self.counters: dict[str, float] = {}
 
     def steps(self, samples: int, num_steps: int) -> Iterator[Step]:
         """Steps from the position ``samples`` to the end of the training."""
         global_batch = len(self._batch) * self._num_micro_batches
         for step in range(samples // global_batch + 1, num_steps + 1):
             batches = (self._batch,) * self._num_micro_batches
-            yield Step(step, 0, step * global_batch, self._name, step, batches)
+            yield Step(step, 0, step * global_batch, self._name, step, batches, {})
 
     def close(self) -> None:
         """Nothing to close."""

@@ -31,7 +31,7 @@ def estimate(bench: Bench, recipe: Recipe) -> Estimate | None:
     (layout,) = (
         x for x in plan.layouts if (x.stage, x.micro_batch) == (recipe.zero_stage, recipe.train.micro_batch)
     )
-    return Estimate(layout.device_bytes, plan.samples_per_s)
+    return Estimate(layout.memory.device, plan.samples_per_s)
 
 
 def gpu_key(bench: Bench) -> str | None:

@@ -17,6 +17,8 @@ from maestro_scale.training.run_dir import environment
 
 def run(bench: Bench) -> None:
     """Describe the machine; measure matrix product, copy and launch."""
+    if bench.device.is_gpu and not torch.cuda.is_available():
+        raise RuntimeError("torch finds no GPU: check nvidia-smi and the torch build, or use --rehearse")
     found = environment()
     bench.record.put(
         versions={**found["versions"], "python": found["python"], "cuda": torch.version.cuda},

@@ -65,9 +65,10 @@ def forward_backward(model: Maestro, batch: Batch, masking: MaskingConfig, devic
     loss.backward()
     with torch.no_grad():
         vector = model.embed(there).vector
-    gradients = {n: p.grad.cpu() for n, p in model.named_parameters() if p.grad is not None}
+    # Copies: Module.to moves gradients in place, also those that were kept from the pass on the CPU.
+    gradients = {n: p.grad.to("cpu", copy=True) for n, p in model.named_parameters() if p.grad is not None}
     masked = {name: mask.masked.cpu() for name, mask in masks.items()}
-    return Result(float(loss), sums.cpu(), gradients, masked, counts.cpu(), vector.cpu())
+    return Result(loss.item(), sums.cpu(), gradients, masked, counts.cpu(), vector.cpu())
 
 
 def compare(bench: Bench, dataset: str, host: Result, device: Result) -> None:

@@ -40,8 +40,8 @@ def measure(bench: Bench, case: Case) -> dict[str, Any]:
     recipe = case_recipe(case, bench.rehearse)
     (spec,) = specs_of(recipe)
     config, device = config_of(recipe), bench.device
-    batch = mock_batch(Source(spec, (), cast(Any, None)), config.dataset, case.micro_batch)
-    batch = batch.pin_memory() if device.is_gpu else batch
+    source = Source(spec, (), cast(Any, None))
+    batch = mock_batch(source, config.dataset, case.micro_batch, pin=device.is_gpu)
     masking = MaskingConfig(**recipe.masking.model_dump())
     model = Maestro(config).initialise(0).to(device.torch)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, betas=(0.9, 0.99), weight_decay=0.01)

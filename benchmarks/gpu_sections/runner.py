@@ -63,11 +63,7 @@ class Runner:
     @property
     def passed(self) -> bool:
         """Whether no required section failed, crashed or ran out of time; in a rehearsal every section is required."""
-        return all(
-            s["status"] in (PASSED, SKIPPED)
-            for s in self.report["sections"]
-            if s["required"] or self.rehearse
-        )
+        return all(s["status"] in (PASSED, SKIPPED) for s in self.report["sections"] if s["required"])
 
     def _collect(self, process: _Process) -> None:
         status, record = process.wait()
@@ -87,7 +83,7 @@ class Runner:
                 self._collect(process)
 
     def _add(self, section: Section, record: dict[str, Any], seconds: float) -> None:
-        head = {"name": section.name, "title": section.title, "required": section.required}
+        head = {"name": section.name, "title": section.title, "required": section.required or self.rehearse}
         self.report["sections"].append({**head, "seconds": round(seconds, 1), **record})
         self._save()
         print(
@@ -119,7 +115,7 @@ class _Process:
         record.parent.mkdir(parents=True, exist_ok=True)
         record.unlink(missing_ok=True)
         log = record.with_suffix(".log")
-        command = [sys.executable, "-m", "benchmarks.gpu_sections.child", section.name, str(record)]
+        command = [sys.executable, "-m", "benchmarks.gpu_sections.child", section.entry, str(record)]
         command += [str(runner.work.resolve()), str(limit_s), *(["rehearse"] if runner.rehearse else [])]
         with log.open("wb") as sink:
             process = subprocess.Popen(

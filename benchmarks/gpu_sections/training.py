@@ -61,7 +61,8 @@ def run_on_mock_batch(bench: Bench, recipe: Recipe, name: str, hooks: Sequence[H
     seed_everything(recipe.seed)
     pin = bench.device.is_gpu
     num_micro_batches = recipe.num_micro_batches(world.size)
-    stream = MockStream(source, config.dataset, recipe.train.micro_batch, num_micro_batches, pin)
+    micro_batch = cast(int, recipe.train.micro_batch)  # never auto here
+    stream = MockStream(source, config.dataset, micro_batch, num_micro_batches, pin)
     parts = TrainingParts(
         network=_initial_model(recipe, config, world, starts=True),
         objective=PretrainObjective(
@@ -71,6 +72,7 @@ def run_on_mock_batch(bench: Bench, recipe: Recipe, name: str, hooks: Sequence[H
         ),
         stream=cast(TrainLoader, stream),  # it has the methods that a trainer calls
         num_steps=_NUM_STEPS,
+        micro_batch=micro_batch,
         checkpoints=Checkpoints(run_dir, world, Retention(1, 0)),
         identity={},
         build_hooks=lambda engine, ema: hooks,

@@ -11,10 +11,13 @@ from maestro_scale.stream.source import Source
 from maestro_scale.stream.transform import Transform
 
 
-def mock_batch(source: Source, name: str, size: int) -> Batch:
-    """``size`` samples with the layout of ``source``, called ``name`` in the run; from a generator of its own."""
+def mock_batch(source: Source, name: str, size: int, pin: bool = False) -> Batch:
+    """``size`` samples with the layout of ``source``, called ``name`` in the run; from a generator of its own.
+
+    ``pin``: in page-locked memory, from which copies to a GPU are asynchronous.
+    """
     fields = Transform(source.spec).fields
-    block = torch.zeros(num_bytes(fields, size), dtype=torch.uint8)
+    block = torch.zeros(num_bytes(fields, size), dtype=torch.uint8, pin_memory=pin)
     rng = np.random.default_rng(0)
     for field, array in arrays_in(block, fields, size).items():
         if field.part == "noise":
