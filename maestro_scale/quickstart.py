@@ -140,6 +140,8 @@ def _shard(console: Console, paths: QuickstartPaths, seed: int) -> None:
 
 
 def _pretrain(console: Console, paths: QuickstartPaths, recipe: Path, seed: int, steps: int | None) -> None:
+    import torch
+
     console.print(f"[bold]3/5[/bold] pretraining, run directory {paths.run}")
     # The launcher of this environment first: another `deepspeed` on PATH may use another Python.
     launcher = shutil.which(
@@ -159,6 +161,8 @@ def _pretrain(console: Console, paths: QuickstartPaths, recipe: Path, seed: int,
         f"data.mixture[0].shards={json.dumps(paths.shards)}",
         f"data.cache_dir={json.dumps(str(paths.out / 'cache'))}",
         *([f"train.steps={steps}"] if steps else []),
+        # A demonstration: it uses the CPU where torch cannot use the GPUs of this machine.
+        *([] if torch.cuda.is_available() else ["train.device=cpu"]),
     ]
     log = paths.out / "pretrain.log"
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -194,6 +198,7 @@ def _evaluate(console: Console, paths: QuickstartPaths, seed: int) -> None:
     from maestro_scale.recipe import load_recipe, resolve_spec
     from maestro_scale.shards.format.manifest import Manifest
     from maestro_scale.training.checkpoint.checkpoints import load_position, newest
+    from maestro_scale.training.device import DeviceSetting
 
     torch.set_num_threads(num_threads())
     console.print("[bold]4/5[/bold] exporting the encoder")
@@ -205,9 +210,10 @@ def _evaluate(console: Console, paths: QuickstartPaths, seed: int) -> None:
     entry = load_recipe(paths.run / "recipe.yaml").data.mixture[0]
     spec = resolve_spec(Manifest.load(paths.shards).spec, entry)
     benchmark = Benchmark(spec, paths.shards, paths.out / "cache", paths.out / "features")
+    device: DeviceSetting = "auto" if torch.cuda.is_available() else "cpu"
     for name, model, trained in zip(ENCODERS, (pretrained, untrained), (step, 0), strict=True):
         provenance = Provenance(trained, seed, encoder=name, trained_on=(DATASET,) if trained else ())
-        for result in evaluate_frozen(model, benchmark, MODES, provenance):
+        for result in evaluate_frozen(model, benchmark, MODES, provenance, device_setting=device):
             result.write(paths.results / name / result.mode / "results.json")
 
 

@@ -11,6 +11,7 @@ Choice = TypeVar("Choice", bound=str)
 
 _EMBEDDINGS: tuple[Literal["vector", "tokens"], ...] = ("vector", "tokens")
 _FORMATS: tuple[Literal["parquet", "tiff"], ...] = ("parquet", "tiff")
+_DEVICES: tuple[Literal["auto", "cpu"], ...] = ("auto", "cpu")
 _PREVIEW_COMMANDS = {
     "parquet": "python -c \"import pyarrow.dataset as d; print(d.dataset('{}').to_table())\"",
     "tiff": "rio info $(find {} -name '*.tif' | head -1)",
@@ -114,29 +115,30 @@ def embed(
     cache_dir: Annotated[Path, typer.Option(help="Folder for downloaded shards.")] = Path(
         "~/.cache/maestro-scale"
     ),
+    device: Annotated[
+        str, typer.Option(help="auto: the GPU of this rank, or the CPU on a node without GPUs; cpu.")
+    ] = "auto",
 ) -> None:
     """Write an encoder's embeddings of a split. Under torchrun, deepspeed or srun the ranks share the work."""
-    import torch
-
     from maestro_scale.evaluation.embedding import EmbeddingWriter
     from maestro_scale.evaluation.features.adapt import adapt_encoder
     from maestro_scale.evaluation.features.load_encoder import load_encoder
     from maestro_scale.shards.format.manifest import Manifest
     from maestro_scale.shards.read.store import Store
     from maestro_scale.tracking.terminal import progress
-    from maestro_scale.training.distributed import rank_from_env
+    from maestro_scale.training.device import bind_process, use_device
 
     embeddings = _check_choice("--what", what, _EMBEDDINGS)
     file_format = _check_choice("--format", format, _FORMATS)
-    rank, world, local_rank = rank_from_env()
+    binding = bind_process(_check_choice("--device", device, _DEVICES))
+    rank, world = binding.launch.rank, binding.launch.size
     manifest = Manifest.load(shards)
     spec = manifest.spec
     encoder = load_encoder(model)[0]
     notes: list[str] = []
     if spec.name not in {v.dataset for v in encoder.config.views}:
         encoder, notes = adapt_encoder(encoder, spec)
-    if torch.cuda.is_available():
-        encoder.to(f"cuda:{local_rank % torch.cuda.device_count()}")
+    encoder.to(use_device(binding))
     store = Store(shards, cache_dir, 100 * 2**30)
     writer = EmbeddingWriter(encoder, store, manifest, embeddings, file_format, batch, workers)
     for note in notes if rank == 0 else ():

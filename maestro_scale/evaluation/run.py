@@ -23,6 +23,8 @@ from maestro_scale.evaluation.tasks.folds import Splits, find_folds, fold_splits
 from maestro_scale.recipe import Recipe, load_recipe
 from maestro_scale.secrets_filter import scrub_tree
 from maestro_scale.shards.format.manifest import Manifest
+from maestro_scale.training.binding import Launch
+from maestro_scale.training.device import DeviceSetting
 from maestro_scale.training.distributed import World, destroy_process_group, init_distributed
 from maestro_scale.training.observer import Observer
 from maestro_scale.training.stop import StopRequest
@@ -124,7 +126,7 @@ def run_evaluation(
     encoder = Encoder(recipe, options.checkpoint, options.baseline, runs[0].fold)
     trains = bool(set(modes) & set(TRAINED_MODES))
     encoder.check([run.fold for run in runs], trains)
-    world = _init_distributed(trains)
+    world = _init_distributed(trains, recipe.train.device)
     evaluation = _Evaluation(options, modes, world, progress, observers_for)
     evaluation.print_lines(overlap_warnings(runs))
     if record is None or not recipe.tracking.enabled:
@@ -242,6 +244,7 @@ class _Evaluation:
             self.world,
             {mode: path for mode in modes if (path := self._maps_dir(mode, inputs.subdir)) is not None},
             self._progress,
+            inputs.recipe.train.device,
         )
         for result in results:
             yield result.mode, result
@@ -294,10 +297,10 @@ class _Evaluation:
         return self.options.mode_dir(mode) / subdir / "maps" if self.options.maps else None
 
 
-def _init_distributed(trains: bool) -> World | None:
+def _init_distributed(trains: bool, device: DeviceSetting) -> World | None:
     """The process group, where there are several ranks or DeepSpeed needs one."""
-    ranks = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", 1)))
-    return init_distributed(timeout_s=_COLLECTIVE_TIMEOUT_S) if ranks > 1 or trains else None
+    ranks = Launch.from_env(os.environ).size
+    return init_distributed(_COLLECTIVE_TIMEOUT_S, device) if ranks > 1 or trains else None
 
 
 def _training_run(mode: str, encoder: Encoder) -> Path | None:

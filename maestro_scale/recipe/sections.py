@@ -177,6 +177,9 @@ class Train(Section):
     """bf16: fp32 weights, matrix products in bf16 (autocast). bf16_weights: computes with bf16 copies of fp32 master
     weights, which saves memory and traffic but follows fp32 less closely; needs ZeRO stage 1 or higher. auto: bf16 on a
     GPU, fp32 on a CPU (bf16 is hundreds of times slower on most CPUs)."""
+    device: Literal["auto", "cpu"] = "auto"
+    """auto: a GPU per rank, or the CPU on nodes without GPUs; a node whose GPUs torch cannot use is an error. cpu: the
+    CPU, also where there are GPUs."""
     log_every: Count = 10
     """Steps between lines of metrics.jsonl; in a mixture, each dataset's own steps."""
     audit: bool = False

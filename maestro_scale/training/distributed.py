@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import multiprocessing.util
 import os
 import random
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,6 +19,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
+
+from maestro_scale.training.affinity import choose_cpus, cpus_near, restrict_process
+from maestro_scale.training.binding import DeviceError, Launch, check_distinct
+from maestro_scale.training.device import DeviceSetting, bind_process, gpu_id, pci_id, use_device
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 _PORTS = range(10_000, 30_000)  # Linux gives outgoing connections 32768 and above
@@ -25,15 +33,19 @@ _PORTS = range(10_000, 30_000)  # Linux gives outgoing connections 32768 and abo
 
 @dataclass(frozen=True)
 class World:
-    """This process among all: ``rank`` of ``size``, ``local_rank`` on its node, and the device it computes on."""
+    """This process among all: ``rank`` of ``size``, ``local_rank`` on its node, and the device it computes on.
+
+    ``control``: a CPU group for flags and clocks, so that they cost no device synchronisation. ``launcher``: see
+    ``binding.Launch``.
+    """
 
     rank: int
     size: int
     local_rank: int
     device: torch.device
-    control: dist.ProcessGroup | None = (
-        None  # a CPU group for flags and clocks, so that they cost no device synchronisation
-    )
+    control: dist.ProcessGroup | None = None
+    launcher: str = "none"
+    num_nodes: int = 1
 
     @property
     def is_main(self) -> bool:
@@ -95,34 +107,84 @@ class World:
         dist.barrier(group=self.control)
 
 
-def init_distributed(timeout_s: float = 600.0) -> World:
-    """Join the process group that the launcher describes (RANK …, else SLURM's variables, else one process alone)."""
-    rank, size, local_rank = rank_from_env()
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank))
-    if size == 1:
+def init_distributed(timeout_s: float = 600.0, device: DeviceSetting = "auto") -> World:
+    """Join the process group that the launcher describes, with the device of this rank; ``device``: ``train.device``.
+
+    Raises:
+        DeviceError: the run would leave GPUs unused or share one, or the launcher's variables are incomplete.
+    """
+    binding = bind_process(device)
+    launch = binding.launch
+    os.environ.update(binding.exports)
+    if launch.size == 1:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", str(free_port()))
-    cuda = torch.cuda.is_available()
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")
+    elif missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise DeviceError(
+            f"{launch.size} ranks, but {' and '.join(missing)} not set: export the address of rank 0's node and a free "
+            "port, or start with slurm/pretrain_multinode.sh, torchrun or deepspeed"
+        )
+    cuda = binding.index is not None
+    if device == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    else:
+        os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")
     import deepspeed
 
-    device = (
-        torch.device("cuda", local_rank % max(torch.cuda.device_count(), 1)) if cuda else torch.device("cpu")
-    )
-    if cuda:
-        torch.cuda.set_device(device)
-    else:
+    if not cuda:
         # Its shared-memory collectives need a compiler and a minute on first use, and only bring something where
         # CPUs train for real.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    own = use_device(binding)
+    # Kept until the process group has connected to the same server, which ends with the last store on its port.
+    store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
+    hosts = _compare_nodes(store, launch, own)
     deepspeed.init_distributed(
         dist_backend="nccl" if cuda else "gloo",
         auto_mpi_discovery=False,
         verbose=False,
         timeout=timedelta(seconds=timeout_s),
     )
+    del store
     control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)) if cuda else None
-    return World(rank, size, local_rank, device, control)
+    return World(launch.rank, launch.size, launch.local_rank, own, control, launch.launcher, len(set(hosts)))
+
+
+def _compare_nodes(store: dist.Store, launch: Launch, device: torch.device) -> list[str]:
+    """The host of every rank, after the check for shared GPUs and the CPU affinity, which need the others' devices.
+
+    Before the process group: NCCL refuses a shared GPU too, when it connects, without saying what to change.
+    """
+    allowed = frozenset(os.sched_getaffinity(0))
+    own = json.dumps([socket.gethostname(), gpu_id(device), sorted(allowed)])
+    places = [json.loads(place) for place in _exchange(store, launch, own)]
+    hosts = [host for host, _, _ in places]
+    check_distinct([gpu for _, gpu, _ in places], hosts)
+    if (address := pci_id(device)) is not None:
+        others = [
+            frozenset(cpus)
+            for rank, (host, _, cpus) in enumerate(places)
+            if host == hosts[launch.rank] and rank != launch.rank
+        ]
+        if cpus := choose_cpus(allowed, cpus_near(address), others, os.cpu_count() or 1):
+            restrict_process(cpus)
+            log.info(
+                "rank %d: %d of %d CPUs, next to its GPU %s", launch.rank, len(cpus), len(allowed), address
+            )
+    return hosts
+
+
+def _exchange(store: dist.Store, launch: Launch, text: str) -> list[str]:
+    """The text of every rank. Rank 0 collects them: the server answers few requests per rank, not one per pair."""
+    ranks = range(launch.size)
+    store.set(f"maestro/text/{launch.rank}", text)
+    if launch.rank == 0:
+        store.set("maestro/texts", json.dumps([store.get(f"maestro/text/{r}").decode() for r in ranks]))
+    texts = json.loads(store.get("maestro/texts"))
+    store.set(f"maestro/read/{launch.rank}", "")
+    if launch.rank == 0:  # the server is in this process: should it end now, the others could not read
+        store.wait([f"maestro/read/{r}" for r in ranks])
+    return texts
 
 
 def destroy_process_group() -> None:
@@ -141,15 +203,6 @@ def hard_exit(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-def rank_from_env(env: Mapping[str, str] = os.environ) -> tuple[int, int, int]:
-    """(rank, world size, local rank). Explicit variables win over SLURM's, which are only there under srun."""
-    if "RANK" in env:
-        return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0))
-    if int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in env:
-        return int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env["SLURM_LOCALID"])
-    return 0, 1, 0
 
 
 def free_port() -> int:

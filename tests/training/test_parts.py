@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from maestro_scale.training.binding import Launch
 from maestro_scale.training.checkpoint import commit
 from maestro_scale.training.checkpoint.checkpoints import CheckpointError, Position, newest
 from maestro_scale.training.checkpoint.retention import Retention
-from maestro_scale.training.distributed import rank_from_env
 from maestro_scale.training.ema import WeightEMA
 from maestro_scale.training.fragments import Fragment
 from maestro_scale.training.guard import Guard
@@ -297,4 +297,5 @@ def test_no_checkpoint_is_an_error(tmp_path):
     ],
 )
 def test_rank_discovery(env, place):
-    assert rank_from_env(env) == place
+    launch = Launch.from_env(env)
+    assert (launch.rank, launch.size, launch.local_rank) == place

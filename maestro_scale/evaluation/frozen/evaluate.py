@@ -42,6 +42,7 @@ from maestro_scale.shards.read.store import Store
 from maestro_scale.stream.batch import Batch
 from maestro_scale.stream.eval_loader import EvalLoader
 from maestro_scale.stream.source import Source
+from maestro_scale.training.device import DeviceSetting, bind_process, use_device
 from maestro_scale.training.distributed import World
 
 ATTENTIVE = "attentive"
@@ -56,17 +57,20 @@ def evaluate_frozen(
     world: World | None = None,
     maps_dirs: Mapping[str, Path] | None = None,
     progress: ProgressFactory = no_progress,
+    device_setting: DeviceSetting = "auto",
 ) -> list[EvalResult]:
     """One result per mode, on rank 0; the other ranks only encode their share and return none.
 
     ``maps_dirs``: by mode, where predicted maps of the test tiles are written; a mode without one writes none.
+    ``device_setting``: as ``train.device``, where there is no ``world`` with a device.
+
     EvaluationError where the dataset has no target to score, ManifestError where a split is missing.
     """
     provenance = provenance or Provenance()
     manifest = Manifest.load(benchmark.shards)
     spec = encoder_spec(model, benchmark.spec)
     task = task_for(spec, benchmark.target)
-    device = world.device if world else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = world.device if world else use_device(bind_process(device_setting))
     model = model.eval().to(device)
     train_split, fraction = benchmark.train_split(manifest)
     splits = _Splits(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from maestro_scale.model.cost import Cost
+from maestro_scale.training.device import peak_memory_bytes, reset_peak_memory, synchronize
 from maestro_scale.training.distributed import World
 from maestro_scale.training.metrics.gpus import find_gpu
 
@@ -36,8 +37,7 @@ class Meter:
         """Begin a new window now."""
         self.steps, self.samples, self.tokens, self.flops, self.wait_s = 0, 0, 0, 0, 0.0
         self.started = time.perf_counter()
-        if self.world.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.world.device)
+        reset_peak_memory(self.world.device)
 
     def add(self, global_samples: int, sample: Cost | None, wait_s: float) -> None:
         """Count a step of ``global_samples`` samples; ``sample``: cost of one, None if not known."""
@@ -55,8 +55,7 @@ class Meter:
     def read(self) -> dict[str, float | None]:
         """The window's numbers (all ranks must call it), then a new window. Samples and visible tokens are of all ranks
         together, TFLOP/s (forward and backward, nothing that is recomputed) of one; waits and memory are maxima."""
-        if self.world.device.type == "cuda":
-            torch.cuda.synchronize(self.world.device)
+        synchronize(self.world.device)  # the window ends when the kernels do; once per log line
         elapsed, wait_s, memory = self.world.maxima(
             [time.perf_counter() - self.started, self.wait_s / self.steps, _memory_gib(self.world.device)]
         )
@@ -77,8 +76,8 @@ class Meter:
 
 
 def _memory_gib(device: torch.device) -> float:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
+    if device.type != "cpu":
+        return (peak_memory_bytes(device) or 0) / 2**30
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
