@@ -91,7 +91,7 @@ def _speed_table(lines: Sequence[dict[str, Any]]) -> str:
         "TFLOP/s per rank": _median(lines, "tflops"),
         "MFU": _median(lines, "mfu"),
         "peak memory, GiB": max(
-            (x["peak_memory_gib"] for x in lines if "peak_memory_gib" in x), default=None
+            (x["peak_memory_gib"] for x in lines if x.get("peak_memory_gib") is not None), default=None
         ),
     }
     cells = [f"| {name} | {_number(value)} |" for name, value in rows.items() if value is not None]

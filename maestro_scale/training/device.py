@@ -79,3 +79,11 @@ def peak_memory_bytes(device: torch.device) -> int | None:
     if (module := device_module(device)) is not None and hasattr(module, "max_memory_allocated"):
         return module.max_memory_allocated(device)
     return None
+
+
+def used_memory_bytes(device: torch.device) -> int | None:
+    """Memory of the device in use by all processes; None where the backend does not tell."""
+    if (module := device_module(device)) is not None and hasattr(module, "mem_get_info"):
+        free, total = module.mem_get_info(device)
+        return total - free
+    return None

@@ -57,7 +57,11 @@ class Meter:
         together, TFLOP/s (forward and backward, nothing that is recomputed) of one; waits and memory are maxima."""
         synchronize(self.world.device)  # the window ends when the kernels do; once per log line
         elapsed, wait_s, memory = self.world.maxima(
-            [time.perf_counter() - self.started, self.wait_s / self.steps, _memory_gib(self.world.device)]
+            [
+                time.perf_counter() - self.started,
+                self.wait_s / self.steps,
+                _memory_gib(self.world.device) or 0.0,
+            ]
         )
         # None, never 0 or a guess, where the cost of a sample is not known.
         tflops = self.flops / elapsed / self.world.size / 1e12 if self.flops else None
@@ -69,15 +73,16 @@ class Meter:
             "step_s": elapsed / self.steps,
             "tflops": tflops,
             "mfu": tflops / peak if peak and tflops else None,
-            "peak_memory_gib": memory,
+            "peak_memory_gib": memory or None,
         }
         self.restart()
         return numbers
 
 
-def _memory_gib(device: torch.device) -> float:
+def _memory_gib(device: torch.device) -> float | None:
     if device.type != "cpu":
-        return (peak_memory_bytes(device) or 0) / 2**30
+        peak = peak_memory_bytes(device)
+        return None if peak is None else peak / 2**30
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB

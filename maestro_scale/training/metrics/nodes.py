@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import psutil
 
 from maestro_scale.training import nvml
-from maestro_scale.training.device import device_module, gpu_id
+from maestro_scale.training.device import gpu_id, used_memory_bytes
 from maestro_scale.training.distributed import World
 
 _HOST = ("cpu_percent", "memory_gib", "network_mb_per_s")
@@ -41,7 +41,7 @@ class Nodes:
         # Of GPUs that report their utilisation, so that the mean is over these.
         sums = self._by_host(self._world.sums, [*host, busy or 0.0, float(busy is not None)], 0.0)
         maxima = self._by_host(self._world.maxima, [-math.inf if memory is None else memory], -math.inf)
-        read = {}
+        read: dict[str, float] = {}
         for name, (*of_host, total, count), (most,) in zip(self.hosts, sums, maxima, strict=True):
             gpu = [most if most > -math.inf else None, total / count if count else None]
             values = zip((*_HOST, *_GPU), (*of_host, *gpu), strict=True)
@@ -71,9 +71,8 @@ class Nodes:
         Of the own GPU only: asking CUDA about another one would open a context there, of hundreds of MB.
         """
         used = nvml.used_bytes(self._gpu) if self._gpu else None
-        if used is None and hasattr(module := device_module(self._world.device), "mem_get_info"):
-            free, total = module.mem_get_info(self._world.device)
-            used = total - free
+        if used is None:
+            used = used_memory_bytes(self._world.device)
         return None if used is None else used / 2**30, nvml.utilization_percent(
             self._gpu
         ) if self._gpu else None
