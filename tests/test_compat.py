@@ -69,7 +69,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def same_machine() -> bool:
-    """Whether the expected numbers come from the same kernels, so that results must be bitwise equal."""
+    """Whether the expected numbers come from the same kernels, so that they differ by the order of operations only."""
     info = Path("/proc/cpuinfo")
     names = info.read_text().splitlines() if info.exists() else []
     cpu = next((line.partition(":")[2].strip() for line in names if line.startswith("model name")), "")
@@ -77,11 +77,9 @@ def same_machine() -> bool:
     return found == EXPECTED["machine"]
 
 
-def agree(found: Any, expected: Any, rel: float = 1e-4) -> None:
-    """Assert equality: bitwise on the same kernels, up to rounding elsewhere."""
-    if same_machine():
-        assert found == expected
-        return
+def agree(found: Any, expected: Any) -> None:
+    """Assert equality up to rounding: 2a808f9 computed the same sums in another order."""
+    rel = 1e-5 if same_machine() else 1e-4
     if isinstance(expected, dict):
         assert found.keys() == expected.keys()
         pairs = [(found[k], expected[k]) for k in expected]
@@ -93,7 +91,7 @@ def agree(found: Any, expected: Any, rel: float = 1e-4) -> None:
         assert found == wanted
         return
     for mine, theirs in pairs:
-        agree(mine, theirs, rel)
+        agree(mine, theirs)
 
 
 def test_the_fixtures_stay_small():
