@@ -1,7 +1,8 @@
-"""The DeepSpeed engine around a network. Everything that relies on DeepSpeed's behaviour in a step is in this file.
+"""The DeepSpeed engine around a network: gradients of the global loss, and the guard's decision on the device.
 
-Checked against DeepSpeed 0.19.8. Do not reorder the calls: where DeepSpeed reduces gradients, computes the norm and
-calls the optimizer is what the guard, the loss of the global batch and the rehearsal step depend on.
+What relies on DeepSpeed's behaviour in a step is in this file and in ``optimizer_step.py``, checked against 0.19.8. Do
+not reorder the calls: the guard, the loss of the global batch and the rehearsal step depend on where DeepSpeed reduces
+gradients, computes the norm and calls the optimizer.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
 
 from maestro_scale.model.maestro import GATHER_UNITS
 from maestro_scale.stream.batch import Batch
@@ -20,6 +20,7 @@ from maestro_scale.training.distributed import World
 from maestro_scale.training.fragments import ShardedState
 from maestro_scale.training.guard import Guard
 from maestro_scale.training.optimizer import Schedule, set_lr
+from maestro_scale.training.optimizer_step import OptimizerStep
 
 # DeepSpeed's own counters of steps, which its monitors and profiler read.
 _COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
@@ -48,8 +49,6 @@ class Engine:
     ``network.loss(dataset, sums, num_terms)`` the global loss from sums and counts (S,) over all ranks.
     """
 
-    _skipped: str | None
-
     def __init__(
         self,
         network: nn.Module,
@@ -68,20 +67,20 @@ class Engine:
         self.guard = guard
         self.sharded = ShardedState(self._deepspeed, world.rank, world.size)
         self._world, self._schedule = world, schedule
-        self._is_stage_0 = self._deepspeed.optimizer is self._deepspeed.basic_optimizer
-        self._stage = config.get("zero_optimization", {}).get("stage", 0)
+        zero = config.get("zero_optimization", {})
+        self._stage = zero.get("stage", 0)
         if self._stage == 3:
             # Stage 3 gathers a module's own parameters in the hooks of its forward. These modules read the parameters
             # of their children too, so that one operation can cast them together.
             for module in (m for m in network.modules() if isinstance(m, GATHER_UNITS)):
                 for parameter in module.parameters():
                     deepspeed.zero.register_external_parameter(module, parameter)
-        # DeepSpeed calls it once per parameter group, when the gradient norm is known and no weight has changed yet:
-        # the one place where a step can be skipped without undoing anything.
-        self._optimizer_step = self._deepspeed.basic_optimizer.step
-        self._deepspeed.basic_optimizer.step = self._step_unless_skipped
-        self._decided, self._skipped = False, None
-        self._loss, self._norm = 0.0, 0.0
+        offload = zero.get("offload_optimizer") or {}
+        self._updates_on_host = offload.get("device", "none") != "none" and self._stage > 0
+        self._optimizer_step = OptimizerStep(
+            self._deepspeed, config.get("gradient_clipping", 0.0), world, self._decide
+        )
+        self._decision: Tensor | None = None
 
     def step(
         self,
@@ -100,16 +99,12 @@ class Engine:
         lr = set_lr(self._deepspeed.basic_optimizer, self._schedule(step))
         local_sums = self._forward_backward(batches, inputs, num_terms)
         while_computing()
-        if not self._decided:  # DeepSpeed found an overflow and did not call the optimizer
-            self._decide()
-            self._clear_partial_sums()
-            if self._skipped is None:
-                raise RuntimeError("DeepSpeed skipped a step whose loss and gradient norm are finite")
-        if self._skipped is None:
-            self.guard.record_step(self._loss, self._norm)
+        loss, norm, skipped = self._read_decision()
+        if skipped is None:
+            self.guard.record_step(loss, norm)
         else:
             self.guard.record_skip()
-        return StepResult(self._loss, self._sums, self._norm, lr, self._skipped, local_sums)
+        return StepResult(loss, self._sums, norm, lr, skipped, local_sums)
 
     def rehearse(self, batches: Sequence[Batch], inputs: Sequence[Any], num_terms: Tensor) -> None:
         """Run a step and change nothing: weights, moments, guard and counters stay the same, bit by bit.
@@ -120,11 +115,11 @@ class Engine:
         raw = self._deepspeed
         self.sharded.begin_adam_at(self.sharded.adam_step)
         before = {name: getattr(raw, name) for name in _COUNTERS}
-        optimizer_step, self._optimizer_step = self._optimizer_step, lambda *args, **kwargs: None
+        update, self._optimizer_step.run = self._optimizer_step.run, lambda: None
         try:
             self._forward_backward(batches, inputs, num_terms)
         finally:
-            self._optimizer_step = optimizer_step
+            self._optimizer_step.run = update
             for name, value in before.items():
                 setattr(raw, name, value)
 
@@ -148,25 +143,38 @@ class Engine:
         # Before DeepSpeed's step, so that the reduction runs while the device still computes the backward pass.
         self._sums = self._world.sum(local_sums.sum(0))
         self._global_loss = self.network.loss(dataset, self._sums, num_terms)
-        self._stage_0_norm = self._norm_of_gradients() if self._is_stage_0 else None
-        self._decided, self._skipped = False, None
+        self._decision = None
 
-    def _decide(self) -> None:
-        norm: Any = self._stage_0_norm if self._is_stage_0 else self._deepspeed.optimizer._global_grad_norm
-        self._decided, self._loss, self._norm = True, float(self._global_loss), float(norm)
-        self._skipped = self.guard.skip_reason(self._loss, self._norm)
-        # The numbers are global already; the collective makes sure that no rank continues alone. It uses the
-        # gradients' process group: the device was synchronised just now.
-        refusals = torch.tensor(float(self._skipped is not None), device=self._world.device)
-        if float(self._world.sum(refusals)) and self._skipped is None:
-            self._skipped = "refused by another rank"
+    def _decide(self, norm: Tensor) -> Tensor:
+        """Decide on the device whether the optimizer skips; returns ``norm`` where the optimizer runs.
 
-    def _step_unless_skipped(self, *args: Any, **kwargs: Any) -> Any:
-        if not self._decided:  # once per step, not once per parameter group
-            self._decide()
-        if self._skipped is None:
-            return self._optimizer_step(*args, **kwargs)
-        return None
+        DeepSpeed's step calls it through ``OptimizerStep`` when the gradient norm is known and no weight has changed.
+        """
+        refused = self.guard.refuses(self._global_loss, norm).double()
+        # Loss and norm are global already. One sum makes sure that no rank continues alone, and that all record rank
+        # 0's numbers. Zeros of the other ranks, not products with zero: the numbers may be infinite.
+        zero = torch.zeros_like(refused)
+        numbers = (self._global_loss, norm) if self._world.is_main else (zero, zero)
+        self._decision = self._world.sum(torch.stack([*(n.detach().double() for n in numbers), refused]))
+        if self._updates_on_host:
+            # Gradients and masters are on the host, which waits for them anyway: the read comes first here.
+            self._decision = self._decision.cpu()
+            norm = self._decision[1].to(norm.dtype)
+        self._optimizer_step.set_found_inf((self._decision[2] > 0).float())
+        return norm
+
+    def _read_decision(self) -> tuple[float, float, str | None]:
+        """Loss, gradient norm, and why the step was skipped (else None).
+
+        The one read of a step by the engine: after the kernels of the optimizer are queued. The trainer's read of the
+        stop flags follows, when the device has nothing left to do.
+        """
+        if self._decision is None:
+            raise RuntimeError("DeepSpeed's step did not ask for the gradient norm")
+        loss, norm, refusals = self._decision.tolist()
+        if not refusals:
+            return loss, norm, None
+        return loss, norm, self.guard.skip_reason(loss, norm) or "refused by another rank"
 
     def _clear_gradients(self) -> None:
         # Stage 3 overwrites a parameter's gradient only where a step uses it, so gradients of another dataset of a
@@ -176,14 +184,3 @@ class Engine:
         for partition in optimizer.fp32_partitioned_groups_flat:
             if partition.grad is not None:
                 partition.grad.zero_()
-
-    def _clear_partial_sums(self) -> None:
-        # With offload, stages 1 and 2 keep the sums of a step that DeepSpeed skipped (0.19.8): every later one would
-        # be NaN.
-        if self._stage in (1, 2):
-            sums = getattr(self._deepspeed.optimizer, "averaged_gradients", {})
-            sums.update(dict.fromkeys(sums))
-
-    def _norm_of_gradients(self) -> Tensor:
-        # DeepSpeed reports no norm at stage 0, where it leaves the optimizer as it is.
-        return get_total_norm([p.grad for p in self.network.parameters() if p.grad is not None])

@@ -6,6 +6,9 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from maestro_scale.errors import MaestroError
 
 _DECAY = 0.99  # of the running means, per step
@@ -40,6 +43,20 @@ class Guard:
             if self.spike and self.seen >= _MIN_STEPS and value > self.spike * mean:
                 return f"the {name} {value:.4g} is over {self.spike:g} times its running mean {mean:.4g}"
         return None
+
+    def refuses(self, loss: Tensor, norm: Tensor) -> Tensor:
+        """Whether ``skip_reason`` gives a reason, computed on the device of the tensors, both (); a bool tensor, ().
+
+        The limits are numbers of the host, known before the step. The comparison is in fp64, as that of
+        ``skip_reason``, so that both agree on every value.
+        """
+        values = torch.stack([loss.detach().double(), norm.detach().double()])
+        refused = ~torch.isfinite(values)
+        if self.spike and self.seen >= _MIN_STEPS:
+            # Each with its scalar: a tensor of both limits would be copied from the host.
+            over = [values[0] > self.spike * self.mean_loss, values[1] > self.spike * self.mean_norm]
+            refused = refused | torch.stack(over)
+        return refused.any()
 
     def record_step(self, loss: float, norm: float) -> None:
         """Update the means with a finished step."""
