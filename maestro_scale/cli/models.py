@@ -10,6 +10,7 @@ import typer
 Choice = TypeVar("Choice", bound=str)
 
 _EMBEDDINGS: tuple[Literal["vector", "tokens"], ...] = ("vector", "tokens")
+_PRECISIONS: tuple[Literal["auto", "bf16", "fp32"], ...] = ("auto", "bf16", "fp32")
 _FORMATS: tuple[Literal["parquet", "tiff"], ...] = ("parquet", "tiff")
 _DEVICES: tuple[Literal["auto", "cpu"], ...] = ("auto", "cpu")
 _PREVIEW_COMMANDS = {
@@ -118,6 +119,9 @@ def embed(
     device: Annotated[
         str, typer.Option(help="auto: the GPU of this rank, or the CPU on a node without GPUs; cpu.")
     ] = "auto",
+    precision: Annotated[
+        str, typer.Option(help="bf16 (autocast) or fp32; auto: bf16 on a GPU. A CPU always computes in fp32.")
+    ] = "auto",
 ) -> None:
     """Write an encoder's embeddings of a split. Under torchrun, deepspeed or srun the ranks share the work."""
     from maestro_scale.evaluation.embedding import EmbeddingWriter
@@ -130,6 +134,7 @@ def embed(
 
     embeddings = _check_choice("--what", what, _EMBEDDINGS)
     file_format = _check_choice("--format", format, _FORMATS)
+    arithmetic = _check_choice("--precision", precision, _PRECISIONS)
     binding = bind_process(_check_choice("--device", device, _DEVICES))
     rank, world = binding.launch.rank, binding.launch.size
     manifest = Manifest.load(shards)
@@ -140,7 +145,7 @@ def embed(
         encoder, notes = adapt_encoder(encoder, spec)
     encoder.to(use_device(binding))
     store = Store(shards, cache_dir, 100 * 2**30)
-    writer = EmbeddingWriter(encoder, store, manifest, embeddings, file_format, batch, workers)
+    writer = EmbeddingWriter(encoder, store, manifest, embeddings, file_format, batch, workers, arithmetic)
     for note in notes if rank == 0 else ():
         print(note)
     share = f", rank 0's share of {world}" if world > 1 else ""

@@ -21,15 +21,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import torch
+from torch import Tensor
 
 from maestro_scale.datasets.spec import GeoOrigin
 from maestro_scale.evaluation.features.adapt import encoder_spec
 from maestro_scale.evaluation.features.cache import weights_digest
+from maestro_scale.evaluation.features.on_device import RecipePrecision, eval_precision, map_on_device
 from maestro_scale.evaluation.results import EvaluationError
 from maestro_scale.evaluation.tasks.tile_maps import georeference
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.shards.format.manifest import Manifest, ShardInfo
 from maestro_scale.shards.read.store import Store
+from maestro_scale.stream.batch import Batch
 from maestro_scale.stream.crops import CropGrid
 from maestro_scale.stream.eval_loader import EvalLoader
 from maestro_scale.stream.source import Source
@@ -60,7 +63,8 @@ class EmbeddingRows:
 
 @dataclass(frozen=True)
 class EmbeddingWriter:
-    """Embeds splits of a dataset. ``what``: a vector per crop, or each sensor's token grid; ``format``: of files."""
+    """Embeds splits of a dataset. ``what``: a vector per crop, or each sensor's token grid; ``format``: of files.
+    ``precision``: on a device other than the CPU, where it is always fp32 (``eval_precision``)."""
 
     model: Maestro
     store: Store
@@ -69,6 +73,7 @@ class EmbeddingWriter:
     format: Format = "parquet"
     batch_size: int = 32
     workers: int = 0
+    precision: RecipePrecision = "auto"
 
     def __post_init__(self) -> None:
         if (self.what, self.format) == ("vector", "tiff"):
@@ -112,6 +117,7 @@ class EmbeddingWriter:
             "what": self.what,
             "format": self.format,
             "weights": weights_digest(self.model),
+            "precision": eval_precision(self._device, self.precision),
             "spec": hashlib.sha256(repr(self.manifest.spec).encode()).hexdigest(),
         }
         path = out / METADATA_FILE
@@ -120,6 +126,7 @@ class EmbeddingWriter:
         except (OSError, ValueError):
             existing = None
         if existing:
+            existing.setdefault("precision", "fp32")  # of folders from before it was recorded
             differences = [
                 f"{k} {existing.get(k)}, now {v}" for k, v in metadata.items() if existing.get(k) != v
             ]
@@ -152,7 +159,8 @@ class EmbeddingWriter:
     def _by_shard(self, source: Source) -> Iterator[tuple[ShardInfo, EmbeddingRows]]:
         """Shards in order, each as soon as all of its crops are embedded. Batches span shards, so small
         shards do not make small batches."""
-        loader = EvalLoader(source, self.batch_size, workers=self.workers)
+        pin = self._device.type != "cpu"
+        loader = EvalLoader(source, self.batch_size, workers=self.workers, pin=pin)
         pending: list[dict[str, np.ndarray]] = []
         num_pending = 0
         shards = deque(source.shards)
@@ -172,13 +180,19 @@ class EmbeddingWriter:
                 )
                 pending, num_pending = [{name: a[size:] for name, a in joined.items()}], num_pending - size
 
-    @torch.no_grad()
     def _embed_batches(self, loader: EvalLoader) -> Iterator[dict[str, np.ndarray]]:
-        device = next(self.model.parameters()).device
-        for batch in loader:
-            embedding = self.model.embed(batch.to(device))
+        def embed(batch: Batch) -> dict[str, Tensor]:
+            embedding = self.model.embed(batch)
             chosen = {"vector": embedding.vector} if self.what == "vector" else embedding.tokens
-            yield {name: t.float().cpu().numpy() for name, t in chosen.items()}
+            return {name: t.float() for name, t in chosen.items()}
+
+        for _, found in map_on_device(loader, embed, self._device, self.precision):
+            # Copies, because they are kept until the shard is complete.
+            yield {name: array.copy() for name, array in found.items()}
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
 
     def _save(self, path: Path, shard: ShardInfo, rows: EmbeddingRows, grid: CropGrid) -> None:
         partial = path.with_name(f".partial-{os.getpid()}-{path.name}")

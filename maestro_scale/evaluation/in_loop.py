@@ -20,17 +20,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from maestro_scale.datasets.spec import DatasetSpec
 from maestro_scale.evaluation.benchmark import BATCH_SIZE
 from maestro_scale.evaluation.features.adapt import adapt_encoder, encoder_spec
 from maestro_scale.evaluation.features.cache import FeatureCache
+from maestro_scale.evaluation.features.on_device import map_on_device
 from maestro_scale.evaluation.results import EvaluationError
 from maestro_scale.evaluation.tasks.task import Task, task_for
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.recipe import Recipe, RecipeError, resolve_spec
 from maestro_scale.shards.format.manifest import Manifest
 from maestro_scale.shards.read.store import Store
+from maestro_scale.stream.batch import Batch
 from maestro_scale.stream.eval_loader import EvalLoader
 from maestro_scale.stream.source import Source
 from maestro_scale.training.distributed import World
@@ -116,6 +119,7 @@ class _Samples:
         spec = encoder_spec(self.encoder, resolved)
         self._task: Task = task_for(spec)
         self._world, self._workers, self._seed = world, recipe.data.workers, recipe.seed
+        self._precision = recipe.train.precision
         store = Store(shards, Path(recipe.data.cache_dir), int(recipe.data.cache_gib * 2**30))
         self._loaders: dict[str, EvalLoader] = {}
         for split in SPLITS:
@@ -128,6 +132,7 @@ class _Samples:
                 world.rank,
                 world.size,
                 workers=self._workers,
+                pin=world.device.type != "cpu",
                 crops=self._task.num_crops,
             )
 
@@ -135,9 +140,13 @@ class _Samples:
         """Features and labels of a split on all ranks; a collective."""
         loader, device = self._loaders[split], self._world.device
         features, labels = [], []
-        for batch in loader:
+
+        def encode(batch: Batch) -> dict[str, Tensor]:
             on_batch()
-            features.append(self._task.features(self.encoder, batch.to(device)).float().cpu().numpy())
+            return {"features": self._task.features(self.encoder, batch).float()}
+
+        for batch, found in map_on_device(loader, encode, device, self._precision):
+            features.append(found["features"].copy())
             labels.append(self._task.labels(batch))
         num_rows = loader.num_samples * loader.num_crops
         tiles = np.arange(num_rows) // loader.num_crops
@@ -190,7 +199,8 @@ def _benchmark(recipe: Recipe) -> tuple[Manifest, str, DatasetSpec]:
 def _encoder_copy(model: Maestro, spec: DatasetSpec) -> tuple[Maestro, list[str]]:
     """(an encoder of ``spec``, without decoder; names of the parameters it shares with ``model``)."""
     adapted, _ = adapt_encoder(model, spec)
-    # It computes in fp32: a kernel chosen for bf16 (model.attention) may not run. No gradient, so no recomputation.
+    # On a CPU it computes in fp32: a kernel chosen for bf16 (model.attention) may not run. No gradient, so no
+    # recomputation.
     config = dataclasses.replace(
         adapted.config.for_dataset(spec.name), attention="auto", checkpointing="none"
     )

@@ -245,6 +245,7 @@ class _Evaluation:
             {mode: path for mode in modes if (path := self._maps_dir(mode, inputs.subdir)) is not None},
             self._progress,
             inputs.recipe.train.device,
+            inputs.recipe.train.precision,
         )
         for result in results:
             yield result.mode, result

@@ -1,15 +1,17 @@
-"""Copies of batches to a device on a side stream, so that they run while the device computes.
+"""Copies between host and device on side streams, so that they run while the device computes: batches in, results out.
 
-The same calls on a CPU: there is no stream, and ``Batch.to`` returns the batch itself. Only the generic
+The same calls on a CPU: there is no stream, and nothing is copied. Only the generic
 ``torch.Stream`` and ``torch.accelerator`` are used, and only through ``side_stream`` and ``compute_stream``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from maestro_scale.stream.batch import Batch
 
@@ -54,6 +56,42 @@ class DeviceCopier:
                 for tensor in batch.tensors if batch.block is None else (batch.block,):
                     tensor.record_stream(stream)
         return copies.batches
+
+
+@dataclass(frozen=True)
+class PendingResults:
+    """Results whose copies to the host may still run. ``sources``: on the device, kept until the copies are done."""
+
+    copies: dict[str, Tensor]
+    copied: torch.Event | None
+    sources: Mapping[str, Tensor]
+
+    def wait(self) -> dict[str, np.ndarray]:
+        """The results, once they have arrived."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        return {name: copy.numpy() for name, copy in self.copies.items()}
+
+
+class HostCopier:
+    """Copies results of ``device`` to pinned host memory. Its stream is not that of :class:`DeviceCopier`, where the
+    next batch would wait behind the results of this one."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = side_stream(device)
+
+    def start(self, results: Mapping[str, Tensor]) -> PendingResults:
+        """Queue the copies, to run when what is queued on the compute stream by now is done; returns at once."""
+        if self._stream is None:
+            return PendingResults(dict(results), None, results)
+        self._stream.wait_event(compute_stream(self._device).record_event())
+        with self._stream:
+            copies = {
+                name: torch.empty(r.shape, dtype=r.dtype, pin_memory=True).copy_(r, non_blocking=True)
+                for name, r in results.items()
+            }
+        return PendingResults(copies, self._stream.record_event(), results)
 
 
 def side_stream(device: torch.device) -> torch.Stream | None:

@@ -92,7 +92,7 @@ def test_gradients_of_the_mean_over_pixels_do_not_depend_on_the_chunks(fields, t
     for a, b in zip(whole, cut, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
     ((logits, labels),) = heads.logits(heads.heads[-1], split)
-    targets = objective.loss_targets(labels)
+    targets = objective.loss_targets(torch.from_numpy(labels))
     parameters = list(heads.heads[-1].parameters())
     logits = heads.heads[-1](heads._tokens(split, np.arange(len(batch))))
     loss = objective.loss_sum(logits, targets) / (targets != dense.IGNORED).sum()

@@ -96,7 +96,7 @@ def pretrained(fields, objective, tmp_path_factory):
     stream = TrainLoader((source,), seed=1, lanes=1, global_batch=16, micro_batch=16)
     for step in stream.steps(0, 30):
         (batch,) = step.batches
-        labels = objective.loss_targets(objective.task.labels(batch))
+        labels = objective.loss_targets(objective.task.label_tensor(batch))
         share, _ = network(batch, labels, torch.tensor([objective.num_terms(labels)], dtype=torch.float64))
         optimizer.zero_grad()
         share.backward()
@@ -209,16 +209,18 @@ def test_right_logits_have_no_error_and_count_on_the_diagonal(fields, objective,
         labels = torch.from_numpy(objective.task.labels(batch)).long()
         known = labels.clamp_max(NUM_CLASSES) % NUM_CLASSES
         logits = 50 * torch.nn.functional.one_hot(known, NUM_CLASSES).permute(0, 3, 1, 2).float()
-        targets = objective.loss_targets(objective.task.labels(batch))
+        targets = objective.loss_targets(objective.task.label_tensor(batch))
         assert objective.num_terms(targets) == int((labels < NUM_CLASSES).sum())
         assert float(objective.loss_sum(logits, targets)) == pytest.approx(0, abs=1e-3)
-        tiles = objective.per_tile(logits, objective.task.labels(batch))
+        tiles = objective.per_tile(objective.predict(logits).numpy(), objective.task.labels(batch))
         assert tiles.shape == (len(batch) // objective.num_crops, *objective.tile_shape)
         answer = objective.predictions(tiles)
         assert objective.task.statistic(answer.counts.sum(0)) == 1
         assert answer.counts[:, :NUM_CLASSES].sum() < 36 * len(tiles)
         wrong = objective.predictions(
-            objective.per_tile(logits.roll(1, dims=1), objective.task.labels(batch))
+            objective.per_tile(
+                objective.predict(logits.roll(1, dims=1)).numpy(), objective.task.labels(batch)
+            )
         )
         assert objective.task.statistic(wrong.counts.sum(0)) == 0
 
@@ -228,27 +230,22 @@ def test_multilabel_error_is_binary_cross_entropy_and_one_half_decides():
     batch = noise_batch(small_config(), 2)
     batch.targets["kind"] = torch.tensor([[0.9, 0.1, 0.6], [0.5, 0.7, 0.0]])
     logits = torch.tensor([[2.0, -1.0, 0.7], [0.0, 3.0, -4.0]])
-    labels = presence.loss_targets(presence.task.labels(batch))
+    labels = presence.loss_targets(presence.task.label_tensor(batch))
     assert labels.tolist() == [[True, False, True], [False, True, False]]
     expected = sum(math.log1p(math.exp(x)) for x in (-2.0, -1.0, -0.7, 0.0, -3.0, -4.0))
     assert float(presence.loss_sum(logits, labels)) == pytest.approx(expected, rel=1e-5)
     assert presence.num_terms(labels) == 6
-    answer = presence.predictions(
-        presence.per_tile(logits.roll(1, dims=0), presence.task.labels(batch)).astype(float)
-    )
+    rolled = presence.predict(logits.roll(1, dims=0)).numpy()
+    answer = presence.predictions(presence.per_tile(rolled, presence.task.labels(batch)).astype(float))
     assert answer.counts[:, :, 0].tolist() == [[False, False, True], [False, True, False]]
-    assert (
-        presence.predictions(presence.per_tile(logits, presence.task.labels(batch))).scores[
-            "mean_average_precision"
-        ]
-        == 1
-    )
+    tiles = presence.per_tile(presence.predict(logits).numpy(), presence.task.labels(batch))
+    assert presence.predictions(tiles).scores["mean_average_precision"] == 1
 
 
 def test_the_loss_of_a_batch_is_that_of_its_parts(fields, objective, tmp_path):
     network = build_predictor(load_model(fields.model), "fields", objective, seed=0, pretrained=False)
     (batch,) = EvalLoader(source_of(fields.shards, "val", tmp_path), 64, crops=2)
-    labels = objective.loss_targets(objective.task.labels(batch))
+    labels = objective.loss_targets(objective.task.label_tensor(batch))
     counts = torch.tensor([objective.num_terms(labels)], dtype=torch.float64)
     with torch.no_grad():
         whole, sums = network(batch, labels, counts)

@@ -13,7 +13,7 @@ import logging
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from maestro_scale.evaluation.features.arrays import ConcatArray, FeatureArray, RowSubset
+from maestro_scale.evaluation.features.on_device import RecipePrecision, map_on_device
 from maestro_scale.evaluation.progress import ProgressFactory, no_progress
 from maestro_scale.evaluation.results import EvaluationError
 from maestro_scale.shards.locks import Locked, file_lock, locks_unsupported
@@ -96,13 +97,15 @@ def cached_features(
     labels: Callable[[Batch], np.ndarray],
     dtype: str,
     device: torch.device,
+    precision: RecipePrecision = "auto",
     world: World | None = None,
     progress: ProgressFactory = no_progress,
 ) -> FeatureCache:
     """``features`` and ``labels`` of every batch of ``loader``, from ``folder``; encoded first if they are not there.
 
-    Every rank encodes its own batches and writes its own rows; all of them must see the folder. EvaluationError where
-    the disk lacks space, or a feature is not finite.
+    ``labels`` is called with the batch on the host. ``folder`` must depend on ``eval_precision``. Every rank encodes
+    its own batches and writes its own rows; all of them must see the folder. EvaluationError where the disk lacks
+    space, or a feature is not finite.
     """
     group = _Group(world)
     problems: dict[bytes, str | None] = {}
@@ -112,8 +115,11 @@ def cached_features(
                 time.sleep(_POLL_S)  # another job is encoding
             # Asked again: that job may have finished between the question and the lock.
             elif group.ask_main(lambda: _is_missing(folder, problems)):
+                encoded = map_on_device(
+                    loader, lambda b: {"features": features(b).float()}, device, precision
+                )
                 with progress(f"encode {folder.name.rpartition('-')[0]}", "batches") as report:
-                    _encode(folder, loader, features, labels, dtype, device, group, report)
+                    _encode(folder, loader, encoded, labels, dtype, group, report)
                 problems[_marker(folder)] = None  # hashed while it was written: no need to read it all again
     stored_features, stored_labels = (
         np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("features", "labels")
@@ -185,14 +191,12 @@ def _try_lock(folder: Path, stack: ExitStack) -> bool:
     return True
 
 
-@torch.no_grad()
 def _encode(
     folder: Path,
     loader: EvalLoader,
-    features: Callable[[Batch], Tensor],
+    encoded: Iterable[tuple[Batch, Mapping[str, np.ndarray]]],
     labels: Callable[[Batch], np.ndarray],
     dtype: str,
-    device: torch.device,
     group: _Group,
     report: Progress,
 ) -> None:
@@ -205,9 +209,9 @@ def _encode(
         arrays: dict[str, np.memmap] | None = None
         row = loader.first_row
         num_bytes = 0
-        for number, batch in enumerate(loader, 1):
+        for number, (batch, found) in enumerate(encoded, 1):
             values = {
-                "features": _to_storage(features(batch.to(device)), dtype, batch),
+                "features": _to_storage(found["features"], dtype, batch),
                 "labels": labels(batch),
             }
             if arrays is None:  # shapes are known from the first batch
@@ -236,9 +240,8 @@ def _encode(
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def _to_storage(features: Tensor, dtype: str, batch: Batch) -> np.ndarray:
-    """As ``dtype``. EvaluationError where a feature is not finite, or not representable in it."""
-    values = features.float().cpu().numpy()
+def _to_storage(values: np.ndarray, dtype: str, batch: Batch) -> np.ndarray:
+    """Features as ``dtype``. EvaluationError where one is not finite, or not representable in it."""
     with np.errstate(
         over="ignore"
     ):  # an overflow becomes infinity, and is reported below with the tile's name

@@ -76,7 +76,13 @@ def finetune(
             on_batch()
             network = run.validation.load_best()
             predictions = predict_split(
-                network, run.splits["test"], world, recipe.data.workers, maps, on_batch
+                network,
+                run.splits["test"],
+                world,
+                recipe.data.workers,
+                recipe.train.precision,
+                maps,
+                on_batch,
             )
         if maps is not None:
             maps.close()

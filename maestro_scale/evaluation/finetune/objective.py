@@ -13,7 +13,6 @@ from maestro_scale.model.cost import Cost
 from maestro_scale.stream.batch import Batch
 from maestro_scale.stream.mock import mock_batch
 from maestro_scale.stream.source import Source
-from maestro_scale.training.distributed import World
 
 
 @dataclass(frozen=True)
@@ -22,17 +21,17 @@ class FinetuneObjective:
 
     target_loss: TargetLoss
     source: Source
-    world: World
 
     def inputs(self, batch: Batch, on_device: Batch) -> Tensor:
-        """(B, …) what the logits are compared with; made on the host, from the labels."""
-        targets = self.target_loss.loss_targets(self.target_loss.task.labels(batch))
-        return targets.to(self.world.device, non_blocking=True)
+        """(B, …) what the logits are compared with. EvaluationError where a label is not a class."""
+        task = self.target_loss.task
+        # The copy on the host is checked: reading the one on the device would make the host wait.
+        task.check_labels(batch)
+        return self.target_loss.loss_targets(task.label_tensor(on_device))
 
     def num_terms(self, dataset: str, inputs: Sequence[Tensor]) -> Tensor:
         """(1,) labels that count: all classes of each sample, or the pixels that are not ignored."""
-        terms = sum(self.target_loss.num_terms(targets) for targets in inputs)
-        return torch.tensor([terms], dtype=torch.float64, device=self.world.device)
+        return torch.stack([self.target_loss.num_terms(targets) for targets in inputs]).sum(0, keepdim=True)
 
     def loss_metrics(self, dataset: str, sums: Tensor, num_terms: Tensor) -> dict[str, float | None]:
         """None: the loss has one part."""

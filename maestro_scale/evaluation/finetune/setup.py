@@ -78,7 +78,10 @@ class Finetuning:
                 world,
                 context.run_dir,
                 ValidationSettings(
-                    recipe.evaluation.validations, recipe.evaluation.patience, recipe.data.workers
+                    recipe.evaluation.validations,
+                    recipe.evaluation.patience,
+                    recipe.data.workers,
+                    recipe.train.precision,
                 ),
                 lambda step: context.watchdog.note(step, "evaluating"),
             )
@@ -86,7 +89,7 @@ class Finetuning:
 
         parts = TrainingParts(
             network=network,
-            objective=FinetuneObjective(self.target_loss, self.splits["train"], world),
+            objective=FinetuneObjective(self.target_loss, self.splits["train"]),
             stream=stream,
             num_steps=num_steps,
             micro_batch=micro_batch,

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from safetensors.torch import load_file
 
+from maestro_scale.evaluation.features.on_device import RecipePrecision
 from maestro_scale.evaluation.finetune import early_stop
 from maestro_scale.evaluation.finetune.early_stop import ValidationScore
 from maestro_scale.evaluation.finetune.predictions import predict_split
@@ -27,11 +28,13 @@ from maestro_scale.training.run_dir import JsonLines
 
 @dataclass(frozen=True)
 class ValidationSettings:
-    """``validations``: how many, evenly spread; ``patience``: without a better score before the end, 0: no limit."""
+    """``validations``: how many, evenly spread; ``patience``: without a better score before the end, 0: no limit.
+    ``precision``: as in ``eval_precision``."""
 
     validations: int
     patience: int
     workers: int
+    precision: RecipePrecision
 
 
 class ValidationHook(Hook):
@@ -93,6 +96,7 @@ class ValidationHook(Hook):
             self._source,
             self._world,
             self._settings.workers,
+            self._settings.precision,
             on_batch=lambda: self._on_batch(number),
         )
         score = float(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from maestro_scale.evaluation.features.baselines import FrozenEncoder
 from maestro_scale.evaluation.features.cache import FeatureCache
+from maestro_scale.evaluation.features.on_device import to_device
 from maestro_scale.evaluation.metrics import best_index
 from maestro_scale.evaluation.probes.lr_grid import lr_grid_search
 from maestro_scale.evaluation.results import EvaluationError
@@ -76,13 +77,13 @@ class HeadGrid:
 
     def backward(self, split: FeatureCache, rows: np.ndarray) -> None:
         """Add each head's gradients of the mean loss over these crops, a few crops at a time."""
-        targets = self._target_loss.loss_targets(np.array(split.labels[rows]))
-        num_terms = max(self._target_loss.num_terms(targets), 1)
+        targets = self._target_loss.loss_targets(to_device(np.array(split.labels[rows]), self._device))
+        num_terms = self._target_loss.num_terms(targets).clamp_min(1).float()
         for first in range(0, len(rows), self._max_crops):
             part = slice(first, first + self._max_crops)
-            tokens, part_targets = self._tokens(split, rows[part]), targets[part].to(self._device)
+            tokens = self._tokens(split, rows[part])
             for head in self.heads:  # divided by the terms of the whole batch: parts add up to its mean
-                (self._target_loss.loss_sum(head(tokens), part_targets) / num_terms).backward()
+                (self._target_loss.loss_sum(head(tokens), targets[part]) / num_terms).backward()
 
     @torch.no_grad()
     def logits(self, head: nn.Module, split: FeatureCache) -> Iterator[tuple[Tensor, np.ndarray]]:
@@ -95,9 +96,14 @@ class HeadGrid:
             logits = torch.cat([head(self._tokens(split, part)) for part in parts])
             yield logits, np.array(split.labels[first : first + size])
 
+    def predict(self, head: nn.Module, split: FeatureCache) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """As ``logits``, with predictions as of ``TargetLoss.predict`` in their place."""
+        for logits, labels in self.logits(head, split):
+            yield self._target_loss.predict(logits).cpu().numpy(), labels
+
     def _tokens(self, split: FeatureCache, rows: np.ndarray) -> dict[str, Tensor]:
         """{sensor: (m, R, L, E)}."""
-        tokens = torch.from_numpy(np.array(split.features[rows])).to(self._device).float()
+        tokens = to_device(np.array(split.features[rows]), self._device).float()
         parts = tokens.split([rows * length for rows, length in self._grids.values()], dim=1)
         return {name: p.unflatten(1, self._grids[name]) for name, p in zip(self._grids, parts, strict=True)}
 
@@ -117,7 +123,8 @@ def attentive_probe(
     rate wins a tie. EvaluationError where no label of the training split counts.
     """
     pieces = (train.labels[first : first + BATCH_CROPS] for first in range(0, len(train), BATCH_CROPS))
-    if not any(target_loss.num_terms(target_loss.loss_targets(np.array(labels))) for labels in pieces):
+    targets = (target_loss.loss_targets(torch.from_numpy(np.array(labels))) for labels in pieces)
+    if not any(target_loss.num_terms(part) for part in targets):
         raise EvaluationError("there is nothing to fit on: every label of the training split is ignored")
     heads = HeadGrid(target_loss, view, train.features.shape[-1], seed, device)
     lr_grid_search(
@@ -130,7 +137,7 @@ def attentive_probe(
     )
 
     def predict(head: nn.Module, split: FeatureCache) -> Predictions:
-        tiles = [target_loss.per_tile(logits, labels) for logits, labels in heads.logits(head, split)]
+        tiles = [target_loss.per_tile(*batch) for batch in heads.predict(head, split)]
         return target_loss.predictions(np.concatenate(tiles))
 
     counts = [predict(head, val).counts.sum(axis=0, dtype=np.int64) for head in heads.heads]
@@ -139,8 +146,8 @@ def attentive_probe(
     return replace(
         predict(chosen, test),
         chosen={"lr": LEARNING_RATES[which]},
-        maps=target_loss.first_maps(*next(heads.logits(chosen, test))),
+        maps=target_loss.first_maps(*next(heads.predict(chosen, test))),
         tile_maps=lambda: (
-            m for logits, _ in heads.logits(chosen, test) for m in target_loss.tile_maps(logits)
+            m for predicted, _ in heads.predict(chosen, test) for m in target_loss.tile_maps(predicted)
         ),
     )

@@ -23,6 +23,7 @@ from maestro_scale.evaluation.features.cache import (
     concat_features,
     weights_digest,
 )
+from maestro_scale.evaluation.features.on_device import RecipePrecision, eval_precision
 from maestro_scale.evaluation.frozen.attentive import attentive_probe, concat_tokens
 from maestro_scale.evaluation.progress import ProgressFactory, no_progress
 from maestro_scale.evaluation.results import EvalResult
@@ -58,9 +59,11 @@ def evaluate_frozen(
     maps_dirs: Mapping[str, Path] | None = None,
     progress: ProgressFactory = no_progress,
     device_setting: DeviceSetting = "auto",
+    precision: RecipePrecision = "auto",
 ) -> list[EvalResult]:
     """One result per mode, on rank 0; the other ranks only encode their share and return none.
 
+    ``precision``: of the encoder on a device other than the CPU, where it is always fp32 (``eval_precision``).
     ``maps_dirs``: by mode, where predicted maps of the test tiles are written; a mode without one writes none.
     ``device_setting``: as ``train.device``, where there is no ``world`` with a device.
 
@@ -85,6 +88,7 @@ def evaluate_frozen(
         store=Store(benchmark.shards, benchmark.cache_dir, benchmark.cache_bytes),
         seed=provenance.seed,
         device=device,
+        precision=precision,
         workers=workers,
         world=world,
         progress=progress,
@@ -162,6 +166,7 @@ class _Splits:
     store: Store
     seed: int
     device: torch.device
+    precision: RecipePrecision
     workers: int
     world: World | None
     progress: ProgressFactory
@@ -188,29 +193,38 @@ class _Splits:
     def _encode(self, split: str, kind: FeatureKind) -> FeatureCache:
         # Cached per split in shards, not per role: folds share the splits that they are made of. The key holds
         # everything that determines the features; the manifest digest stands for the data.
-        key = repr(
-            (
-                kind.name,
-                self.weights,
-                self.model.view(self.spec.name).dataset,
-                self.manifest.digest_of((split,)),
-                self.spec.crop_m,
-                self.task.num_crops,
-                self.task.target,
-                BATCH_SIZE,
-            )
+        key: tuple[object, ...] = (
+            kind.name,
+            self.weights,
+            self.model.view(self.spec.name).dataset,
+            self.manifest.digest_of((split,)),
+            self.spec.crop_m,
+            self.task.num_crops,
+            self.task.target,
+            BATCH_SIZE,
         )
+        if (precision := eval_precision(self.device, self.precision)) != "fp32":
+            key += (
+                precision,
+            )  # not in fp32: features that were cached before keys had a precision stay valid
         rank, size = (self.world.rank, self.world.size) if self.world else (0, 1)
         loader = EvalLoader(
-            self.source((split,)), BATCH_SIZE, rank, size, workers=self.workers, crops=self.task.num_crops
+            self.source((split,)),
+            BATCH_SIZE,
+            rank,
+            size,
+            workers=self.workers,
+            pin=self.device.type != "cpu",
+            crops=self.task.num_crops,
         )
         return cached_features(
-            self.benchmark.features_dir / f"{split}-{hashlib.sha256(key.encode()).hexdigest()[:16]}",
+            self.benchmark.features_dir / f"{split}-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}",
             loader,
             lambda batch: kind.extract(self.model, batch),
             self.task.labels,
             kind.dtype,
             self.device,
+            self.precision,
             self.world,
             self.progress,
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -18,10 +19,13 @@ from torch import Tensor
 
 from maestro_scale.evaluation.features.arrays import FeatureArray
 from maestro_scale.evaluation.features.cache import FeatureCache
+from maestro_scale.evaluation.features.on_device import to_device
 from maestro_scale.evaluation.metrics import best_index, confusion, mean_iou
 from maestro_scale.evaluation.probes.lr_grid import lr_grid_search
 from maestro_scale.evaluation.results import EvaluationError
 from maestro_scale.stream.crops import CropGrid
+
+Labels = TypeVar("Labels", np.ndarray, Tensor)
 
 IGNORED = 255
 CPU = torch.device("cpu")
@@ -69,7 +73,7 @@ class PixelLayout:
         """Label pixels per pixel of the image, per side."""
         return self.crop_pixels // (self.grid * self.side)
 
-    def per_cell(self, labels: np.ndarray) -> np.ndarray:
+    def per_cell(self, labels: Labels) -> Labels:
         """(M, H, W) labels -> (M, P, Q): the middle one of each block of factor×factor."""
         middle = labels[:, self.factor // 2 :: self.factor, self.factor // 2 :: self.factor]
         return rearrange(middle, "m (h p) (w q) -> m (h w) (p q)", h=self.grid, w=self.grid)
@@ -126,7 +130,7 @@ def knn(
     """
     rows = _sample(_labelled_cells(layout, train, "training"), BANK_CELLS, seed)
     bank = _unit(_take_cells(train.features, rows), device)
-    labels = torch.from_numpy(_take_cells(layout.per_cell(np.asarray(train.labels)), rows)).long().to(device)
+    labels = to_device(_take_cells(layout.per_cell(np.asarray(train.labels)), rows), device).long()
     selection = _sample(_labelled_cells(layout, val, "validation"), SELECTION_CELLS, seed + 1)
     truth = _take_cells(layout.per_cell(np.asarray(val.labels)), selection)
     ks = sorted({min(k, len(bank)) for k in NEIGHBOURS})
@@ -164,7 +168,7 @@ def probe(
     maps = _LinearMaps(train.features.shape[-1], layout.side**2, num_classes, mean, scale, device)
 
     def backward(piece: np.ndarray) -> None:
-        truth = torch.from_numpy(_take_cells(labels, piece)).long().to(device)
+        truth = to_device(_take_cells(labels, piece), device).long()
         maps.loss(_take_cells(train.features, piece), truth).backward()
 
     learners = zip(maps.weights, maps.biases, strict=True)
@@ -218,7 +222,7 @@ class _LinearMaps:
         return [_as_crops(part, split) for part in parts]
 
     def _standardise(self, features: np.ndarray) -> Tensor:
-        return (torch.from_numpy(features.astype(np.float32)).to(self._mean) - self._mean) / self._scale
+        return (to_device(features.astype(np.float32), self._mean.device) - self._mean) / self._scale
 
 
 def _labelled_cells(layout: PixelLayout, split: FeatureCache, which: str) -> np.ndarray:
@@ -253,7 +257,7 @@ def _as_crops(parts: list[np.ndarray], split: FeatureCache) -> np.ndarray:
 
 
 def _unit(features: np.ndarray, device: torch.device) -> Tensor:
-    return F.normalize(torch.from_numpy(np.asarray(features, np.float32)).to(device), dim=1)
+    return F.normalize(to_device(np.asarray(features, np.float32), device), dim=1)
 
 
 def _vote(weights: Tensor, labels: Tensor, num_classes: int) -> np.ndarray:

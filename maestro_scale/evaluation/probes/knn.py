@@ -17,7 +17,10 @@ from maestro_scale.evaluation.features.labelled_features import (
     LabelledFeatures,
     check_splits,
 )
+from maestro_scale.evaluation.features.on_device import to_device
 from maestro_scale.evaluation.metrics import MultilabelCounts
+
+CPU = torch.device("cpu")
 
 NEIGHBOURS = (5, 10, 20, 50)
 TEMPERATURES = (0.03, 0.07, 0.2)
@@ -32,28 +35,30 @@ def knn(
     test_features: np.ndarray,
     neighbours: Sequence[int] = NEIGHBOURS,
     temperatures: Sequence[float] = TEMPERATURES,
+    device: torch.device = CPU,
 ) -> ClassifierResult:
     """Classify test samples by their neighbours in ``train``; k and temperature are those with the best validation wF1.
 
     ``test_features``: (N, F). A k above the number of training samples becomes that number; the first candidate wins a
-    tie. ``chosen`` holds ``k`` and ``temperature``. ValueError where shapes disagree or a feature is not finite.
+    tie. ``device``: computes the similarities, in fp32. ``chosen`` holds ``k`` and ``temperature``. ValueError where
+    shapes disagree or a feature is not finite.
     """
     check_splits(train, validation, test_features)
     ks = sorted({min(k, len(train.features)) for k in neighbours})
-    bank, labels = _unit(train.features), torch.tensor(train.labels)
-    similarity, nearest = _nearest(_unit(validation.features), bank, ks[-1])
+    bank, labels = _unit(train.features, device), to_device(np.array(train.labels), device)
+    similarity, nearest = _nearest(_unit(validation.features, device), bank, ks[-1])
     best: tuple[float, int, float, MultilabelCounts] | None = None
     for k in ks:
         for temperature in temperatures:
             scores = _shares(similarity, nearest, labels, k, temperature)
-            counts = MultilabelCounts.of((scores > THRESHOLD).numpy(), validation.labels)
+            counts = MultilabelCounts.of((scores > THRESHOLD).cpu().numpy(), validation.labels)
             if best is None or counts.wf1() > best[0]:
                 best = (counts.wf1(), k, temperature, counts)
     if best is None:
         raise ValueError("kNN needs at least one candidate for k and for the temperature")
     _, k, temperature, counts = best
-    similarity, nearest = _nearest(_unit(test_features), bank, k)
-    scores = _shares(similarity, nearest, labels, k, temperature)
+    similarity, nearest = _nearest(_unit(test_features, device), bank, k)
+    scores = _shares(similarity, nearest, labels, k, temperature).cpu()
     return ClassifierResult(
         predicted=(scores > THRESHOLD).numpy(),
         scores=scores.numpy(),
@@ -62,15 +67,15 @@ def knn(
     )
 
 
-def _unit(features: np.ndarray) -> Tensor:
-    return torch.nn.functional.normalize(torch.from_numpy(np.array(features, np.float32)), dim=1)
+def _unit(features: np.ndarray, device: torch.device) -> Tensor:
+    return torch.nn.functional.normalize(to_device(np.array(features, np.float32), device), dim=1)
 
 
 def _nearest(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Similarities and bank indices of the k nearest, (N, k) each, nearest first."""
     parts = [torch.topk(chunk @ bank.T, k, dim=1) for chunk in queries.split(_CHUNK)]
     if not parts:
-        return torch.empty(0, k), torch.empty(0, k, dtype=torch.int64)
+        return bank.new_empty(0, k), bank.new_empty(0, k, dtype=torch.int64)
     return torch.cat([p.values for p in parts]), torch.cat([p.indices for p in parts])
 
 

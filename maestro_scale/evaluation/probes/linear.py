@@ -16,7 +16,10 @@ from maestro_scale.evaluation.features.labelled_features import (
     LabelledFeatures,
     check_splits,
 )
+from maestro_scale.evaluation.features.on_device import to_device
 from maestro_scale.evaluation.metrics import MultilabelCounts
+
+CPU = torch.device("cpu")
 
 L2 = (1.0, 0.1, 0.01, 0.001, 0.0001)
 THRESHOLD = 0.5  # by protocol: sigmoid > 0.5
@@ -26,14 +29,18 @@ _TOLERANCE = 1e-6  # largest gradient entry of the mean loss
 
 
 def linear_probe(
-    train: LabelledFeatures, validation: LabelledFeatures, test_features: np.ndarray, l2: Sequence[float] = L2
+    train: LabelledFeatures,
+    validation: LabelledFeatures,
+    test_features: np.ndarray,
+    l2: Sequence[float] = L2,
+    device: torch.device = CPU,
 ) -> ClassifierResult:
     """Fit on ``train``, select the L2 strength by validation wF1, predict ``test_features`` (N, F).
 
     Minimises the mean over samples of the summed binary cross-entropies plus l2/2·|W|² (biases are free), on
     features standardised by mean and standard deviation of the training samples. Strengths are fitted from strong to
-    weak, each from the solution of the one before; the stronger wins a tie. ``chosen`` holds ``l2``. ValueError
-    where shapes disagree or a feature is not finite.
+    weak, each from the solution of the one before; the stronger wins a tie. ``chosen`` holds ``l2``. ``device``:
+    computes the fit. ValueError where shapes disagree or a feature is not finite.
     """
     check_splits(train, validation, test_features)
     if not l2 or min(l2) <= 0:
@@ -41,18 +48,20 @@ def linear_probe(
             f"l2 {tuple(l2)} must contain values above 0 only: without regularisation there is no optimum"
         )
     mean, scale = _moments(train.features)
-    x, y = _standard(train.features, mean, scale), torch.tensor(train.labels).double()
-    x_validation = _standard(validation.features, mean, scale)
+    x = _standard(train.features, mean, scale, device)
+    y = to_device(np.array(train.labels), device).double()
+    x_validation = _standard(validation.features, mean, scale, device)
     weights = _initial(y, x.shape[1])
     best: tuple[float, float, Tensor, MultilabelCounts] | None = None
     for strength in sorted(set(l2), reverse=True):
         weights = _minimise(x, y, weights, strength)
-        counts = MultilabelCounts.of((_scores(x_validation, weights) > THRESHOLD).numpy(), validation.labels)
+        predicted = (_scores(x_validation, weights) > THRESHOLD).cpu().numpy()
+        counts = MultilabelCounts.of(predicted, validation.labels)
         if best is None or counts.wf1() > best[0]:
             best = (counts.wf1(), strength, weights, counts)
     assert best is not None  # l2 is not empty
     _, strength, weights, counts = best
-    scores = _scores(_standard(test_features, mean, scale), weights)
+    scores = _scores(_standard(test_features, mean, scale, device), weights).cpu()
     return ClassifierResult(
         predicted=(scores > THRESHOLD).numpy(),
         scores=scores.float().numpy(),
@@ -69,14 +78,14 @@ def _moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return wide.mean(axis=0), np.where(deviation > floor, deviation, np.inf)
 
 
-def _standard(features: np.ndarray, mean: np.ndarray, scale: np.ndarray) -> Tensor:
-    return torch.from_numpy((features.astype(np.float64) - mean) / scale)
+def _standard(features: np.ndarray, mean: np.ndarray, scale: np.ndarray, device: torch.device) -> Tensor:
+    return to_device((features.astype(np.float64) - mean) / scale, device)
 
 
 def _initial(y: Tensor, num_features: int) -> Tensor:
     """(F + 1, C): zero weights above biases at the log-odds of the classes, finite also for absent ones."""
     rate = (y.sum(0) + 0.5) / (len(y) + 1)
-    return torch.cat([torch.zeros(num_features, y.shape[1], dtype=y.dtype), torch.logit(rate)[None]])
+    return torch.cat([y.new_zeros(num_features, y.shape[1]), torch.logit(rate)[None]])
 
 
 def _minimise(x: Tensor, y: Tensor, start: Tensor, strength: float) -> Tensor:

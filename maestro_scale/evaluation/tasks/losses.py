@@ -30,7 +30,10 @@ from maestro_scale.evaluation.tasks.task import (
 
 
 class TargetLoss(Protocol):
-    """Loss and scores of one task. ``labels`` (B, …) are always as ``task.labels`` returns them."""
+    """Loss and scores of one task. ``labels`` (B, …) are always as ``task.labels`` returns them.
+
+    Nothing that takes tensors makes the host wait for the device.
+    """
 
     @property
     def task(self) -> Task:
@@ -47,27 +50,31 @@ class TargetLoss(Protocol):
         """Shape of ``per_tile``, without its first axis."""
         ...
 
-    def loss_targets(self, labels: np.ndarray) -> Tensor:
-        """(B, …) what logits are compared with."""
+    def loss_targets(self, labels: Tensor) -> Tensor:
+        """(B, …) what logits are compared with; ``labels`` as of ``task.label_tensor``."""
         ...
 
-    def num_terms(self, targets: Tensor) -> int:
-        """Number of terms in the loss of these targets."""
+    def num_terms(self, targets: Tensor) -> Tensor:
+        """() float64: number of terms in the loss of these targets."""
         ...
 
     def loss_sum(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Sum of the loss's terms, in fp32."""
         ...
 
-    def per_tile(self, logits: Tensor, labels: np.ndarray) -> np.ndarray:
+    def predict(self, logits: Tensor) -> Tensor:
+        """(B, …) what scores and maps need of logits: ``predicted`` below, on the device of the logits."""
+        ...
+
+    def per_tile(self, predicted: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """(T, *tile_shape): everything that scoring needs of whole tiles. Rows of all ranks can be concatenated."""
         ...
 
-    def first_maps(self, logits: Tensor, labels: np.ndarray) -> dict[str, np.ndarray] | None:
+    def first_maps(self, predicted: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray] | None:
         """``truth`` and ``answer`` maps of the first few tiles, (n, H, W) each; None for a task without maps."""
         ...
 
-    def tile_maps(self, logits: Tensor) -> Iterator[np.ndarray]:
+    def tile_maps(self, predicted: np.ndarray) -> Iterator[np.ndarray]:
         """(H, W) predicted map of each tile of a batch; empty for a task without maps."""
         ...
 
@@ -88,26 +95,30 @@ class MultilabelLoss:
         """Probabilities and labels of the C classes."""
         return 2, len(self.task.classes)
 
-    def loss_targets(self, labels: np.ndarray) -> Tensor:
+    def loss_targets(self, labels: Tensor) -> Tensor:
         """(B, C) bool."""
-        return torch.from_numpy(labels)
+        return labels
 
-    def num_terms(self, targets: Tensor) -> int:
+    def num_terms(self, targets: Tensor) -> Tensor:
         """B·C."""
-        return targets.numel()
+        return torch.full((), targets.numel(), dtype=torch.float64, device=targets.device)
 
     def loss_sum(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Logits are (B, C)."""
         return F.binary_cross_entropy_with_logits(logits.float(), targets.float(), reduction="sum")
 
-    def per_tile(self, logits: Tensor, labels: np.ndarray) -> np.ndarray:
-        """(B, 2, C): probabilities, and labels as 0 and 1."""
-        return np.stack([logits.float().sigmoid().cpu().numpy(), labels], axis=1)
+    def predict(self, logits: Tensor) -> Tensor:
+        """(B, C) probabilities."""
+        return logits.float().sigmoid()
 
-    def first_maps(self, logits: Tensor, labels: np.ndarray) -> None:
+    def per_tile(self, predicted: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """(B, 2, C): probabilities, and labels as 0 and 1."""
+        return np.stack([predicted, labels], axis=1)
+
+    def first_maps(self, predicted: np.ndarray, labels: np.ndarray) -> None:
         """None: labels are of whole tiles."""
 
-    def tile_maps(self, logits: Tensor) -> Iterator[np.ndarray]:
+    def tile_maps(self, predicted: np.ndarray) -> Iterator[np.ndarray]:
         """Empty."""
         return iter(())
 
@@ -132,22 +143,26 @@ class SegmentationLoss:
         """Pixels by (target, predicted) class; the last row counts ignored pixels."""
         return len(self.task.classes) + 1, len(self.task.classes)
 
-    def loss_targets(self, labels: np.ndarray) -> Tensor:
+    def loss_targets(self, labels: Tensor) -> Tensor:
         """(B, P, Q) int64."""
-        return torch.from_numpy(self.task.layout.per_cell(labels)).long()
+        return self.task.layout.per_cell(labels).long()
 
-    def num_terms(self, targets: Tensor) -> int:
+    def num_terms(self, targets: Tensor) -> Tensor:
         """Pixels of the model's image with a label that counts."""
-        return int((targets != dense.IGNORED).sum())
+        return (targets != dense.IGNORED).sum().double()
 
     def loss_sum(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Logits are (B, C, grid·side, grid·side)."""
         cells = rearrange(logits.float(), "b c (h p) (w q) -> b c (h w) (p q)", h=self._grid, w=self._grid)
         return F.cross_entropy(cells, targets, ignore_index=dense.IGNORED, reduction="sum")
 
-    def per_tile(self, logits: Tensor, labels: np.ndarray) -> np.ndarray:
+    def predict(self, logits: Tensor) -> Tensor:
+        """(B, P, Q) uint8 index of the most probable class."""
+        best = logits.argmax(1).byte()
+        return rearrange(best, "b (h p) (w q) -> b (h w) (p q)", h=self._grid, w=self._grid)
+
+    def per_tile(self, predicted: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """(T, C + 1, C) confusion of each tile, each of its label pixels once."""
-        predicted = self._predicted(logits)
         return dense.confusions(
             self.task.layout,
             len(self.task.classes),
@@ -155,25 +170,20 @@ class SegmentationLoss:
             FeatureCache(predicted, labels, np.arange(len(labels))),
         )
 
-    def first_maps(self, logits: Tensor, labels: np.ndarray) -> dict[str, np.ndarray]:
+    def first_maps(self, predicted: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
         """Class numbers as in ``task.labels``."""
-        predicted = self.task.layout.per_pixel(self._predicted(logits))
         return {
             "truth": self.task.first_tiles(labels),
-            "answer": self.task.first_tiles(predicted),
+            "answer": self.task.first_tiles(self.task.layout.per_pixel(predicted)),
         }
 
-    def tile_maps(self, logits: Tensor) -> Iterator[np.ndarray]:
+    def tile_maps(self, predicted: np.ndarray) -> Iterator[np.ndarray]:
         """Class numbers as in ``task.labels``."""
-        return self.task.tile_maps(self._predicted(logits))
+        return self.task.tile_maps(predicted)
 
     def predictions(self, tiles: np.ndarray) -> Predictions:
         """The most probable class of each pixel is predicted."""
         return Predictions(tiles, {}, segmentation_scores(tiles.sum(0)))
-
-    def _predicted(self, logits: Tensor) -> np.ndarray:
-        best = rearrange(logits.argmax(1), "b (h p) (w q) -> b (h w) (p q)", h=self._grid, w=self._grid)
-        return best.byte().cpu().numpy()
 
     @property
     def _grid(self) -> int:

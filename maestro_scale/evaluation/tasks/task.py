@@ -6,7 +6,7 @@ the reference grid (see ``probes.dense``), F features, C classes that count, H×
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
@@ -58,7 +58,18 @@ class Predictions:
 Classifier = Callable[[FeatureCache, FeatureCache, FeatureCache, int, torch.device], Predictions]
 """(train, val, test, seed, device): fits on train, selects hyperparameters on val, predicts test."""
 
-_VectorClassifier = Callable[[LabelledFeatures, LabelledFeatures, np.ndarray], ClassifierResult]
+
+class _VectorClassifier(Protocol):
+    def __call__(
+        self,
+        train: LabelledFeatures,
+        validation: LabelledFeatures,
+        test_features: np.ndarray,
+        *,
+        device: torch.device,
+    ) -> ClassifierResult: ...
+
+
 _CellClassifier = Callable[
     [dense.PixelLayout, int, FeatureCache, FeatureCache, FeatureCache, int, torch.device],
     tuple[np.ndarray, dict[str, float]],
@@ -103,7 +114,15 @@ class Task(Protocol):
         ...
 
     def labels(self, batch: Batch) -> np.ndarray:
-        """(B, …) labels of a batch."""
+        """(B, …) labels of a batch on the host. EvaluationError as ``check_labels``."""
+        ...
+
+    def check_labels(self, batch: Batch) -> None:
+        """EvaluationError where a batch on the host does not have labels of this task."""
+        ...
+
+    def label_tensor(self, batch: Batch) -> Tensor:
+        """As ``labels``, on the device of the batch; not checked, so that the host does not wait for the device."""
         ...
 
     def statistic(self, counts: np.ndarray) -> np.ndarray:
@@ -144,7 +163,14 @@ class MultilabelTask:
 
     def labels(self, batch: Batch) -> np.ndarray:
         """(B, C) bool: share above the target's threshold."""
-        return batch.targets[self.target.name].numpy() > self.target.threshold
+        return self.label_tensor(batch).numpy()
+
+    def check_labels(self, batch: Batch) -> None:
+        """Any share is one."""
+
+    def label_tensor(self, batch: Batch) -> Tensor:
+        """(B, C) bool: share above the target's threshold."""
+        return batch.targets[self.target.name] > self.target.threshold
 
     def statistic(self, counts: np.ndarray) -> np.ndarray:
         """wF1 of (…, 3, C)."""
@@ -163,7 +189,7 @@ class MultilabelTask:
             train: FeatureCache, val: FeatureCache, test: FeatureCache, seed: int, device: torch.device
         ) -> Predictions:
             labelled = [LabelledFeatures(np.asarray(e.features), e.labels) for e in (train, val)]
-            result = classify(labelled[0], labelled[1], np.asarray(test.features))
+            result = classify(labelled[0], labelled[1], np.asarray(test.features), device=device)
             return multilabel_predictions(
                 result.predicted, result.scores, np.asarray(test.labels), result.chosen
             )
@@ -180,6 +206,7 @@ class SegmentationTask:
     metric: ClassVar[str] = "miou"
     feature_dtype: ClassVar[str] = "float16"
     num_crops: ClassVar[int | None] = None
+    _tables: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def classifiers(self) -> Mapping[str, Classifier]:
@@ -198,6 +225,11 @@ class SegmentationTask:
 
     def labels(self, batch: Batch) -> np.ndarray:
         """(B, H, W) uint8: index among the classes that count, ``dense.IGNORED`` elsewhere."""
+        self.check_labels(batch)
+        return self.label_tensor(batch).numpy()
+
+    def check_labels(self, batch: Batch) -> None:
+        """EvaluationError where labels have another size than the crop, or a value that is not a class."""
         values = batch.targets[self.target.name].numpy()
         side = self.layout.crop_pixels
         if values.shape[1:] != (side, side):
@@ -205,14 +237,33 @@ class SegmentationTask:
                 f"{self.target.name} of {batch.keys[0]} has {values.shape[1:]} pixels where {side}x{side} are expected"
             )
         known = {i for i, _ in enumerate(self.target.classes)} | set(self.target.ignored)
-        table = np.full(256, dense.IGNORED, np.uint8)  # label value -> index among the classes that count
-        counted = [i for i, _ in enumerate(self.target.classes) if i not in self.target.ignored]
-        table[counted] = np.arange(len(counted))
-        if unknown := sorted(set(np.unique(values).tolist()) - known):
+        unknown: Collection[int]
+        if (
+            values.dtype == np.uint8
+        ):  # in finetuning every batch is checked: this is much faster than np.unique
+            unknown = values.tobytes().translate(None, delete=bytes(k for k in known if k < 256))
+        else:
+            unknown = set(np.unique(values).tolist()) - known
+        if unknown:
             raise EvaluationError(
-                f"{self.target.name} holds the value {unknown[0]} (in {batch.keys[0]} …), which is not a class"
+                f"{self.target.name} holds the value {min(unknown)} (in {batch.keys[0]} …), which is not a class"
             )
-        return table[values]
+
+    def label_tensor(self, batch: Batch) -> Tensor:
+        """(B, H, W) uint8: index among the classes that count, ``dense.IGNORED`` elsewhere."""
+        values = batch.targets[self.target.name]
+        return self._label_table(values.device)[values.long()]
+
+    def _label_table(self, device: torch.device) -> Tensor:
+        """(256,) uint8: label value -> index among the classes that count."""
+        table = self._tables.get(device)
+        if table is None:  # filled by kernels: the host would wait for the copy of a list
+            table = torch.full((256,), dense.IGNORED, dtype=torch.uint8, device=device)
+            counted = [i for i, _ in enumerate(self.target.classes) if i not in self.target.ignored]
+            for index, value in enumerate(counted):
+                table[value].fill_(index)
+            self._tables[device] = table
+        return table
 
     def statistic(self, counts: np.ndarray) -> np.ndarray:
         """mIoU of (…, C + 1, C) over the classes present, whatever was predicted on ignored pixels."""
