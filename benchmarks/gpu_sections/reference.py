@@ -10,17 +10,23 @@ import torch
 
 from benchmarks.gpu_sections.bench import Bench
 from benchmarks.gpu_sections.cases import SPEED_CASES, Case, case_recipe, config_of, rehearsed, specs_of
+from benchmarks.gpu_sections.device import exact_fp32
+from benchmarks.gpu_sections.record import relative
 from benchmarks.reference_step import reference_loss
 from maestro_scale.model.maestro import Maestro
-from maestro_scale.model.masking import MaskingConfig
+from maestro_scale.model.masking import MaskingConfig, draw_masks
+from maestro_scale.stream.batch import Batch
 from maestro_scale.stream.mock import mock_batch
 from maestro_scale.stream.source import Source
+from maestro_scale.training.objectives import hidden_counts
 
 _REPEATS = 3
+_LOSS = 1e-4  # of fp32
 
 
 def run(bench: Bench) -> None:
     """Measure each case; their loop has no guard, no metrics and no collective."""
+    exact_fp32()
     rows: list[dict[str, Any]] = []
     for case in rehearsed(SPEED_CASES, 1) if bench.rehearse else SPEED_CASES:
         if bench.record.left_s < 10 and not bench.rehearse:
@@ -44,6 +50,8 @@ def measure(bench: Bench, case: Case) -> dict[str, Any]:
     batch = mock_batch(source, config.dataset, case.micro_batch, pin=device.is_gpu)
     masking = MaskingConfig(**recipe.masking.model_dump())
     model = Maestro(config).initialise(0).to(device.torch)
+    difference = disagreement(model, mock_batch(source, config.dataset, 2).to(device.torch), masking)
+    bench.record.check(f"{case.title}: the same loss for the same masks", difference, _LOSS)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, betas=(0.9, 0.99), weight_decay=0.01)
     scaler = torch.amp.GradScaler(device.torch.type)
 
@@ -76,3 +84,13 @@ def measure(bench: Bench, case: Case) -> dict[str, Any]:
         "loss": float(loss),
         "peak_bytes": device.peak_bytes(),
     }
+
+
+@torch.no_grad()
+def disagreement(model: Maestro, batch: Batch, masking: MaskingConfig) -> float:
+    """Relative difference of our loss and theirs in fp32."""
+    view = model.view(batch.dataset)
+    masks = draw_masks(view, masking, batch)
+    ours, _ = model(batch, masks, hidden_counts(view, [masks]))
+    theirs = reference_loss(model, batch, masking, {name: mask.masked for name, mask in masks.items()})
+    return relative(ours.item(), theirs.item())
