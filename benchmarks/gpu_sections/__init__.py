@@ -34,7 +34,7 @@ SECTIONS = (
     ),
     Section("parity", "fp32: CPU = device", f"{__name__}.parity:run", 60),
     Section("waits", "Host synchronisations of a step", f"{__name__}.waits:run", 60),
-    Section("curves", "Loss curves by precision", f"{__name__}.precision:run_curves", 75),
+    Section("curves", "Loss curves by precision", f"{__name__}.precision:run_curves", 90),
     Section("zero", "ZeRO 0 to 3 agree", f"{__name__}.precision:run_zero", 60),
     Section("resume", "Resume", f"{__name__}.resume:run", 60),
     Section("evaluation", "Evaluation: CPU = device", f"{__name__}.evaluation:run", 60),

@@ -24,7 +24,7 @@ class Bench:
     @cached_property
     def world(self) -> World:
         """The process group of this process; joined at first use."""
-        return init_distributed()
+        return init_distributed(device="cpu" if self.rehearse else "auto")
 
     def pick(self, full: int, rehearsal: int) -> int:
         """A size: ``full`` on a GPU, ``rehearsal`` on a CPU."""

@@ -92,7 +92,7 @@ def bench_recipe(dataset: str, rehearse: bool, *sets: str) -> Recipe:
     tiny = []
     if rehearse:
         sets = tuple(s for s in sets if not s.startswith(("model.size=", "model={")))
-        tiny.append(_TINY_MODEL)
+        tiny += [_TINY_MODEL, "train.device=cpu"]  # also on a machine with a GPU
         if sensors := _TINY_SENSORS[dataset]:
             tiny.append(f"data.mixture[0].sensors={sensors}")
     return load_recipe(RECIPES / f"{dataset}.yaml", [*fixed, *tiny, *sets])

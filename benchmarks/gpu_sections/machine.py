@@ -11,6 +11,7 @@ import torch
 
 from benchmarks.gpu_sections.bench import Bench
 from benchmarks.gpu_sections.record import NOT_HERE
+from maestro_scale.training import nvml
 from maestro_scale.training.metrics.meter import peak_tflops
 from maestro_scale.training.run_dir import environment
 
@@ -44,6 +45,7 @@ def _gpu(bench: Bench) -> dict[str, Any]:
         "multiprocessors": properties.multi_processor_count,
         "capability": f"{properties.major}.{properties.minor}",
         "peak_tflops": peak_tflops(bench.device.torch),
+        "driver": nvml.driver_version(),
         "nccl": ".".join(map(str, torch.cuda.nccl.version())),
         "cudnn": torch.backends.cudnn.version(),
     }
