@@ -14,6 +14,7 @@ from maestro_scale.tracking.mlflow_run import DatasetInput, MetricValues, RunMet
 from maestro_scale.tracking.origin import provenance_tags
 from maestro_scale.tracking.run_report import REPORT
 from maestro_scale.training.run_dir import JsonLines, manifest_path
+from maestro_scale.training.setup import setup_tags
 
 _DOCUMENTS = ("recipe.yaml", "environment.json", "metrics.jsonl", REPORT)
 
@@ -65,5 +66,6 @@ def _tags(recipe: Recipe, run_dir: Path) -> dict[str, str]:
         "size": recipe.model.size,
         "fusion": recipe.model.fusion,
         "target": recipe.model.target,
+        **setup_tags(environment),
         **provenance_tags(environment),
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,12 +9,14 @@ from typing import Any
 
 from maestro_scale.recipe import Recipe
 from maestro_scale.training.run_dir import JsonLines
+from maestro_scale.training.setup import read_environment, setup_line
 
 REPORT = "report.md"
 
 
 def run_report(recipe: Recipe, run_dir: Path, reason: str) -> str:
-    """Markdown from ``metrics.jsonl``: first and last losses of each dataset, speed, skipped steps, next commands.
+    """Markdown from ``metrics.jsonl`` and ``environment.json``: setup, first and last losses of each dataset, speed,
+    skipped steps, next commands.
 
     ``reason``: ``done``, ``stopped`` or ``failed``.
     """
@@ -27,6 +28,7 @@ def run_report(recipe: Recipe, run_dir: Path, reason: str) -> str:
         f"# {' '.join(filter(None, (recipe.name, _mode(run_dir))))}: {reason} after {last['step']:,} steps",
         f"MAESTRO {recipe.model.size} on {' and '.join(dict.fromkeys(e.dataset for e in recipe.data.mixture))}, "
         f"{last['samples']:,} samples, {last['skipped_steps']} steps skipped.",
+        *filter(None, [setup_line(read_environment(run_dir))]),
         *(_loss_table(name, of_dataset) for name, of_dataset in _by_dataset(recipe, lines).items()),
         _speed_table(lines),
         "## Next",
@@ -58,8 +60,7 @@ def closing_message(run_dir: Path, reason: str) -> str:
 
 def _mode(run_dir: Path) -> str | None:
     """``finetune`` or ``scratch`` of the run in a directory; None for a pretraining."""
-    path = run_dir / "environment.json"
-    return json.loads(path.read_text()).get("mode") if path.exists() else None
+    return read_environment(run_dir).get("mode")
 
 
 def _by_dataset(recipe: Recipe, lines: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

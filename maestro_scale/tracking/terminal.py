@@ -20,6 +20,7 @@ from rich.progress import (
 )
 
 from maestro_scale.training.observer import RunInfo, SensorView
+from maestro_scale.training.setup import read_environment, setup_line
 
 _LINE_INTERVAL_S = 10.0
 
@@ -38,9 +39,11 @@ class TerminalProgress:
         """Show the first and last step of this start, and begin the bar."""
         self._info = info
         start = f"from step {info.step} " if info.step else ""
-        print(
-            f"{self._name}: {start}to step {info.num_steps}, in {info.run_dir}", file=sys.stderr, flush=True
-        )
+        lines = [
+            f"{self._name}: {start}to step {info.num_steps}, in {info.run_dir}",
+            setup_line(read_environment(info.run_dir)),
+        ]
+        print("\n".join(filter(None, lines)), file=sys.stderr, flush=True)
         if _supports_bar(self._console) and info.step < info.num_steps:
             self._bar = _bar(self._console, TextColumn("{task.fields[state]}"))
             self._bar.start()

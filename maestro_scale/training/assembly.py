@@ -33,6 +33,7 @@ from maestro_scale.training.observer import Observer
 from maestro_scale.training.offload_memory import check_offload_memory
 from maestro_scale.training.optimizer import SCHEDULES, build_optimizer
 from maestro_scale.training.run_dir import JsonLines, has_same_recipe, lock, write_run_files
+from maestro_scale.training.setup import describe_setup
 from maestro_scale.training.stop import StopRequest
 from maestro_scale.training.trainer import Trainer, TrainSchedule
 from maestro_scale.training.warmup import warm_up
@@ -191,7 +192,8 @@ def _prepare_run_dir(
                 0
             )  # lines of a run with another recipe that was killed before its first checkpoint
         metrics.resume_from(position.step, parts.num_steps)
-        write_run_files(run_dir, recipe, micro_batch=parts.micro_batch, **parts.about)
+        setup = describe_setup(world, recipe.train.precision_on(world.device.type))
+        write_run_files(run_dir, recipe, setup=setup, micro_batch=parts.micro_batch, **parts.about)
     world.barrier()  # no rank may append to a file that another one still rewinds
 
 
