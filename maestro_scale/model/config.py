@@ -24,6 +24,7 @@ Norm = Literal["group", "token"]
 TargetNorm = Literal["patch_group", "patch", "none"]
 Loss = Literal["l1", "l2"]
 AttentionChoice = Literal["auto", "flash", "cudnn", "efficient", "math", "flash_attn"]
+CompileMode = Literal["none", "blocks", "step"]
 CHECKPOINTING = r"none|blocks|every_([2-9]|[1-9]\d+)"
 
 

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maestro_scale.datasets.spec import Target, Tile
-from maestro_scale.model.config import ModelConfig
+from maestro_scale.model.compiled import Backend, CompiledStep, compiled_block
+from maestro_scale.model.config import CompileMode, ModelConfig
 from maestro_scale.model.constants import ConstantCache
 from maestro_scale.model.embed import (
     MaskTokens,
@@ -61,6 +62,7 @@ class Maestro(nn.Module):
         super().__init__()
         self.config = config
         self._views = {v.dataset: config.for_dataset(v.dataset) for v in config.views}
+        self._compiled_steps: dict[str, CompiledStep] = {}
         size = config.size
         encoders = dict.fromkeys(q.encoder for view in self._views.values() for q in sequences(view))
 
@@ -132,15 +134,21 @@ class Maestro(nn.Module):
         side = self.config.target_side(target) if target.kind == "segmentation" else 0
         return build_head(target, self.config.size.width, self.config.pool, ref, side)
 
-    def compile_blocks(self, backend: str = "inductor") -> Maestro:
-        """Compile each block with ``torch.compile`` at its first call; returns itself.
+    def compile_training(
+        self, mode: CompileMode, cuda_graphs: bool = False, backend: Backend = "inductor"
+    ) -> Maestro:
+        """Compile forward and backward pass of ``forward`` at the first calls, see docs/training.md; returns itself.
 
-        Per block, not the whole model: blocks of equal shapes share their compiled code, so compilation stays short.
+        Calls without gradients, and all other methods, run in eager mode: their shapes vary. ``cuda_graphs``: record
+        the mode ``step`` as CUDA graphs.
         """
-        for stack in self.modules():
-            if isinstance(stack, Transformer):
-                for block in stack.blocks:
-                    block.compile(backend=backend)
+        if mode == "step":
+            self._compiled_steps = {name: CompiledStep(name, cuda_graphs, backend) for name in self._views}
+        if mode == "blocks":
+            block = compiled_block(backend)
+            for stack in self.modules():
+                if isinstance(stack, Transformer):
+                    stack.compiled_block = block
         return self
 
     def initialise(self, seed: int) -> Maestro:
@@ -267,6 +275,8 @@ class Maestro(nn.Module):
         counts, the shares of all micro-batches and ranks add up to the same loss, however the batch is split
         (invariant 4); a mean of means would depend on the split.
         """
+        if self._compiled_steps and torch.is_grad_enabled():
+            return self._compiled_steps[batch.dataset](self, batch, masks, counts)
         layout = self.layout(self.view(batch.dataset), masks, batch.ref_date)
         return self.loss_of_tensors(layout, batch.pixels, batch.dates, batch.ref_date, masks, counts)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from maestro_scale.model.attention import attention_function
 from maestro_scale.model.cast import cast_linears
+from maestro_scale.model.compiled import CompiledBlock
 
 
 class Attention(nn.Module):
@@ -76,10 +79,14 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads, dim_head, mlp_width, backend) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.recompute_every = recompute_every
+        self.compiled_block: CompiledBlock | None = None
 
     def forward(self, x: Tensor, skip: int = 0) -> Tensor:
         """(B, N, E) -> (B, N, E), or (B, N - skip, E): the last block computes the tokens after the first ``skip``."""
-        for i, block in enumerate(self.blocks):
+        # Compiled in training only: evaluation and pictures have other shapes, each of which would be compiled.
+        compiled = self.compiled_block if torch.is_grad_enabled() else None
+        for i, module in enumerate(self.blocks):
+            block = module if compiled is None else partial(compiled, module)
             skipped = skip if i == len(self.blocks) - 1 else 0
             if self.recompute_every and i % self.recompute_every == 0 and torch.is_grad_enabled():
                 # Non-reentrant: the reentrant variant drops gradients if x itself requires none.

@@ -152,9 +152,11 @@ class Recipe(Section):
         precision = None if self.train.precision == "auto" else self.train.precision
         found = engine_config.problems(self.deepspeed, self._derived(None, precision))
         problems += [(("deepspeed", *path), reason) for path, reason in found]
-        if not problems and self.model.compile and self.zero_stage == 3:
+        mode = self.model.compile
+        if not problems and mode != "none" and self.zero_stage == 3:
             reason = (
-                "ZeRO stage 3 gathers weights inside the compiled blocks: set it to false, or use stage 2"
+                f"{mode!r} does not work with ZeRO stage 3, which gathers weights in hooks of the compiled "
+                "modules: set it to none, or use stage 2"
             )
             problems.append((("model", "compile"), reason))
         if problems:

@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from maestro_scale.model.config import (
     CHECKPOINTING,
     AttentionChoice,
+    CompileMode,
     Fusion,
     Loss,
     Norm,
@@ -30,6 +31,11 @@ from maestro_scale.recipe.fields import (
 )
 
 Precision = Literal["bf16", "bf16_weights", "fp32"]
+
+
+def _compile_mode(given: Any) -> Any:
+    """The mode of a boolean: earlier versions had no other values, and their recipes are stored with runs."""
+    return {True: "blocks", False: "none"}[given] if isinstance(given, bool) else given
 
 
 class Model(Section):
@@ -70,8 +76,9 @@ class Model(Section):
     saves memory for a third more compute; every_2, every_3, …: only every second, third, … block."""
     attention: AttentionChoice = "auto"
     """Attention kernel: torch's choice, one of its backends, or the flash-attn package."""
-    compile: bool = False
-    """Compile each block with torch.compile; ZeRO stage 2 or below."""
+    compile: Annotated[CompileMode, BeforeValidator(_compile_mode)] = "none"
+    """torch.compile in training. blocks: each transformer block; step: forward and loss of a micro-batch as one graph
+    per dataset, on a GPU replayed as CUDA graphs. ZeRO stage 2 or below. true and false mean blocks and none."""
     init_from: Place | None = None
     """Pretrained model to initialise from (a folder, s3:// or hf://). Parameters that fit are loaded, the others are
     initialised at random, and a table lists both. Not read when a run resumes."""

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from maestro_scale.model.config import CompileMode
 from maestro_scale.recipe import Recipe, RecipeError, check_world
 from maestro_scale.stream.loader import TrainLoader
 from maestro_scale.training.checkpoint.checkpoints import Checkpoints, Position
@@ -36,7 +37,7 @@ from maestro_scale.training.run_dir import JsonLines, has_same_recipe, lock, wri
 from maestro_scale.training.setup import describe_setup
 from maestro_scale.training.stop import StopRequest
 from maestro_scale.training.trainer import Trainer, TrainSchedule
-from maestro_scale.training.warmup import warm_up
+from maestro_scale.training.warmup import COMPILE_S, warm_up
 from maestro_scale.training.watchdog import Watchdog
 
 
@@ -58,7 +59,8 @@ class TrainingParts:
 
     ``network``: on the host; ``forward`` as the objective needs it. ``ema_decay`` 0 with ``ema_warmup`` keeps the last
     weights as the average; None keeps no average. ``build_hooks``: from (engine, ema), called before checkpoints are
-    read. ``about``: more for environment.json.
+    read. ``compile_mode``: of the network, whose steps are then compiled before the first. ``about``: more for
+    environment.json.
     """
 
     network: nn.Module
@@ -72,6 +74,7 @@ class TrainingParts:
     ema_decay: float | None = None
     ema_warmup: bool = False
     layer_decay: float = 1.0
+    compile_mode: CompileMode = "none"
     about: dict[str, Any] = field(default_factory=dict)
 
 
@@ -137,10 +140,14 @@ def assemble(context: RunContext, parts: TrainingParts) -> tuple[Trainer, Positi
     )
     position = trainer.resume()
     _prepare_run_dir(context, parts, metrics, position)
-    if recipe.train.warmup_check and position.step < parts.num_steps:
+    compiles = parts.compile_mode != "none"
+    # Compilation needs the rehearsal: in the loop it would look like a hang.
+    if (recipe.train.warmup_check or compiles) and position.step < parts.num_steps:
         # After the checkpoint is loaded: the rehearsal keeps AdamW's moments, and needs them allocated.
+        context.watchdog.note(position.step, "starting", COMPILE_S if compiles else 0.0)
+        num_micro_batches = recipe.num_micro_batches(world.size)
+        warm_up(engine, world, parts.objective, parts.micro_batch, num_micro_batches, parts.compile_mode)
         context.watchdog.note(position.step, "starting")
-        warm_up(engine, world, parts.objective, parts.micro_batch, recipe.num_micro_batches(world.size))
     return trainer, position
 
 
@@ -192,8 +199,9 @@ def _prepare_run_dir(
                 0
             )  # lines of a run with another recipe that was killed before its first checkpoint
         metrics.resume_from(position.step, parts.num_steps)
+        about = {"compile": parts.compile_mode, "micro_batch": parts.micro_batch, **parts.about}
         setup = describe_setup(world, recipe.train.precision_on(world.device.type))
-        write_run_files(run_dir, recipe, setup=setup, micro_batch=parts.micro_batch, **parts.about)
+        write_run_files(run_dir, recipe, setup=setup, **about)
     world.barrier()  # no rank may append to a file that another one still rewinds
 
 

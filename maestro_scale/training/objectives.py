@@ -52,8 +52,8 @@ class Objective(Protocol):
         """Cost of a sample, for tokens/s and MFU; None if it is not known."""
         ...
 
-    def mock_batch(self, micro_batch: int) -> Batch:
-        """A mock micro-batch of the dataset that takes the most memory, for the rehearsal step."""
+    def mock_batches(self, micro_batch: int) -> list[Batch]:
+        """A mock micro-batch of every dataset for the rehearsal step, first of the one that takes the most memory."""
         ...
 
 
@@ -86,10 +86,10 @@ class PretrainObjective:
         """Counted from the description of the model."""
         return self._costs[dataset]
 
-    def mock_batch(self, micro_batch: int) -> Batch:
-        """Of the dataset with the most activations."""
-        largest = max(self.configs, key=lambda name: self.cost(name).activations)
-        return mock_batch(self.sources[largest], largest, micro_batch)
+    def mock_batches(self, micro_batch: int) -> list[Batch]:
+        """By decreasing activations."""
+        names = sorted(self.configs, key=lambda name: self.cost(name).activations, reverse=True)
+        return [mock_batch(self.sources[name], name, micro_batch) for name in names]
 
     @cached_property
     def _costs(self) -> dict[str, Cost]:

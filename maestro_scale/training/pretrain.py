@@ -14,6 +14,7 @@ from rich.console import Console
 from maestro_scale.interop.partial import start_from
 from maestro_scale.interop.transfer import transfer_table
 from maestro_scale.model import attention
+from maestro_scale.model.compiled import copy_first_gradients
 from maestro_scale.model.config import ModelConfig
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.model.masking import MaskingConfig
@@ -218,7 +219,8 @@ def _parts(context: RunContext, evaluation: EvaluationHooks) -> TrainingParts:
         identity=identity(recipe, config, datasets, world),
         build_hooks=build_hooks,
         ema_decay=recipe.optim.ema or None,
-        about={"attention": kernel, "compile": recipe.model.compile},
+        compile_mode=recipe.model.compile,
+        about={"attention": kernel},
     )
 
 
@@ -231,9 +233,17 @@ def _initial_model(recipe: Recipe, config: ModelConfig, world: World, starts: bo
             Console(width=110).print(
                 transfer_table(parts, f"{recipe.name} starts from {recipe.model.init_from}")
             )
-    if recipe.model.compile:
-        model.compile_blocks()
+    _compile(model, recipe, world)
     return model
+
+
+def _compile(model: Maestro, recipe: Recipe, world: World) -> None:
+    """Compile the model at its first step, as ``model.compile`` says."""
+    # torch calls the device of AMD GPUs cuda too; no other has graphs.
+    cuda_graphs = recipe.model.compile == "step" and world.device.type == "cuda"
+    model.compile_training(recipe.model.compile, cuda_graphs)
+    if cuda_graphs and recipe.zero_stage < 2 and recipe.num_micro_batches(world.size) > 1:
+        copy_first_gradients(model)
 
 
 def _attention_kernel(recipe: Recipe, config: ModelConfig, world: World) -> str:

@@ -104,9 +104,12 @@ class Watchdog:
         for thread in (self._heartbeat, self._monitor):
             thread.join(4 * self._interval_s)
 
-    def note(self, step: int, doing: str) -> None:
-        """Record progress: the main thread is at ``step``; ``doing`` is one of ``_ORDER``."""
-        self._noted, self._since = (step, doing), time.monotonic()
+    def note(self, step: int, doing: str, extra_s: float = 0.0) -> None:
+        """Record progress: the main thread is at ``step``; ``doing`` is one of ``_ORDER``.
+
+        ``extra_s``: how much longer than ``timeout_s`` the next note may take.
+        """
+        self._noted, self._since = (step, doing), time.monotonic() + extra_s
 
     def missing(self) -> str | None:
         """After a failed collective: a message that names the ranks without heartbeat, or None; a few intervals."""

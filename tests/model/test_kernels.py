@@ -134,7 +134,7 @@ def test_compiled_blocks_follow_the_same_loss_curve():
         config = small_config(fusion="mod", inter_depth=0)
         model = Maestro(config).initialise(0)
         if compiled:
-            model.compile_blocks(backend="aot_eager")
+            model.compile_training("blocks", backend="aot_eager")
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         losses = []
         for step in range(4):

@@ -122,8 +122,8 @@ def rehearse(task: dict, engine, config, world) -> None:
     from maestro_scale.training.warmup import warm_up
 
     class MockObjective(PretrainObjective):
-        def mock_batch(self, micro_batch):
-            return full_batch(config, micro_batch, seed=1)
+        def mock_batches(self, micro_batch):
+            return [full_batch(config, micro_batch, seed=1)]
 
     if room_mb := task.get("room_mb"):
         size_kb = int(Path("/proc/self/status").read_text().split("VmSize:")[1].split()[0])

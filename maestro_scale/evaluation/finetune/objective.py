@@ -41,6 +41,6 @@ class FinetuneObjective:
         """Not known: the counts of ``model/cost.py`` are of pretraining."""
         return None
 
-    def mock_batch(self, micro_batch: int) -> Batch:
+    def mock_batches(self, micro_batch: int) -> list[Batch]:
         """Made-up samples and labels."""
-        return mock_batch(self.source, self.source.spec.name, micro_batch)
+        return [mock_batch(self.source, self.source.spec.name, micro_batch)]
