@@ -141,7 +141,8 @@ class Projections(nn.ModuleDict):
 
     def forward(self, names: Sequence[str], inputs: Sequence[Tensor]) -> list[Tensor]:
         """Each input projected by the layer of its name."""
-        layers = [layer for name in names if isinstance(layer := self[name], nn.Linear)]
+        named = [self[name] for name in names]
+        layers = [layer for layer in named if isinstance(layer, nn.Linear)]
         return apply_linears(inputs, layers) if layers else list(inputs)
 
 

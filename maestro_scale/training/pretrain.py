@@ -189,6 +189,7 @@ def _parts(context: RunContext, evaluation: EvaluationHooks) -> TrainingParts:
     check_feasible(recipe.with_micro_batch(micro_batch), memory.parameters, recipe.optim.ema > 0, world)
     kernel = _attention_kernel(recipe, config, world)
     model = _initial_model(recipe, config, world, starts=checkpoints.latest()[0] is None)
+    _compile(model, recipe.with_micro_batch(micro_batch), world)
     names = [view.dataset for view in config.views]
     objective = PretrainObjective(
         configs={name: config.for_dataset(name) for name in names},
@@ -233,7 +234,6 @@ def _initial_model(recipe: Recipe, config: ModelConfig, world: World, starts: bo
             Console(width=110).print(
                 transfer_table(parts, f"{recipe.name} starts from {recipe.model.init_from}")
             )
-    _compile(model, recipe, world)
     return model
 
 
