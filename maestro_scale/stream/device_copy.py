@@ -60,11 +60,10 @@ class DeviceCopier:
 
 @dataclass(frozen=True)
 class PendingResults:
-    """Results whose copies to the host may still run. ``sources``: on the device, kept until the copies are done."""
+    """Results whose copies to the host may still run; ``copied`` is recorded after the last one, None on a CPU."""
 
     copies: dict[str, Tensor]
     copied: torch.Event | None
-    sources: Mapping[str, Tensor]
 
     def wait(self) -> dict[str, np.ndarray]:
         """The results, once they have arrived."""
@@ -84,14 +83,15 @@ class HostCopier:
     def start(self, results: Mapping[str, Tensor]) -> PendingResults:
         """Queue the copies, to run when what is queued on the compute stream by now is done; returns at once."""
         if self._stream is None:
-            return PendingResults(dict(results), None, results)
+            return PendingResults(dict(results), None)
         self._stream.wait_event(compute_stream(self._device).record_event())
+        copies: dict[str, Tensor] = {}
         with self._stream:
-            copies = {
-                name: torch.empty(r.shape, dtype=r.dtype, pin_memory=True).copy_(r, non_blocking=True)
-                for name, r in results.items()
-            }
-        return PendingResults(copies, self._stream.record_event(), results)
+            for name, result in results.items():
+                pinned = torch.empty(result.shape, dtype=result.dtype, pin_memory=True)
+                copies[name] = pinned.copy_(result, non_blocking=True)
+                result.record_stream(self._stream)  # its memory is not reused before the copy is done
+        return PendingResults(copies, self._stream.record_event())
 
 
 def side_stream(device: torch.device) -> torch.Stream | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -125,6 +126,22 @@ def test_incomplete_files_are_written_again_and_those_of_another_embedding_refus
         with pytest.raises(EvaluationError, match="holds embeddings of something else"):
             changed.write(out, "test")
     assert tables(out) == before
+
+
+def test_embeddings_of_another_precision_are_refused_and_those_without_one_are_fp32(
+    fields, shards, tmp_path, monkeypatch
+):
+    out = tmp_path / "out"
+    maker = embedder(fields, shards, tmp_path)
+    maker.write(out, "test")
+    path = out / "_embedding.json"
+    metadata = json.loads(path.read_text())
+    assert metadata.pop("precision") == "fp32"
+    path.write_text(json.dumps(metadata))  # as written before the precision was recorded
+    assert maker.write(out, "test") == 0
+    monkeypatch.setattr("maestro_scale.evaluation.embedding.eval_precision", lambda *args: "bf16")
+    with pytest.raises(EvaluationError, match="precision fp32, now bf16"):
+        maker.write(out, "test")
 
 
 def test_where_a_crop_lies_on_the_ground(fields, tmp_path):

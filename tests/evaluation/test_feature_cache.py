@@ -57,6 +57,24 @@ def test_a_second_run_and_other_modes_make_no_forward_pass(encoder, benchmark):
     assert knn.mode == "knn"
 
 
+def test_features_of_another_precision_are_encoded_again_but_a_cpu_has_one_only(
+    encoder, benchmark, monkeypatch
+):
+    model, passes = encoder
+    evaluate_frozen(model, benchmark, ["knn"], precision="fp32")
+    before = {p.name for p in benchmark.features_dir.iterdir()}
+    passes.clear()
+    for precision in ("auto", "bf16", "bf16_weights"):
+        evaluate_frozen(model, benchmark, ["knn"], precision=precision)
+    assert passes == []
+    monkeypatch.setattr("maestro_scale.evaluation.frozen.evaluate.eval_precision", lambda *args: "bf16")
+    evaluate_frozen(model, benchmark, ["knn"], precision="bf16")
+    assert sum(passes) == CROPS_PER_TILE * sum(SPLITS.values())
+    names = {p.name for p in benchmark.features_dir.iterdir() if not p.name.startswith(".")}
+    assert len(names) == 6
+    assert names > {name for name in before if not name.startswith(".")}
+
+
 def test_splits_that_take_other_parts_are_not_encoded_again(encoder, benchmark):
     model, passes = encoder
     evaluate_frozen(model, benchmark, ["probe"])
