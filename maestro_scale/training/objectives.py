@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from maestro_scale.model.activations import activation_bytes
 from maestro_scale.model.config import ModelConfig
 from maestro_scale.model.cost import Cost, compute_cost
 from maestro_scale.model.masking import Mask, MaskingConfig, draw_masks
@@ -88,7 +89,11 @@ class PretrainObjective:
 
     def mock_batches(self, micro_batch: int) -> list[Batch]:
         """By decreasing activations."""
-        names = sorted(self.configs, key=lambda name: self.cost(name).activations, reverse=True)
+
+        def memory(name: str) -> int:  # which of them is largest does not depend on the precision
+            return activation_bytes(self.configs[name], self.masking.ratio, "bf16", micro_batch)
+
+        names = sorted(self.configs, key=memory, reverse=True)
         return [mock_batch(self.sources[name], name, micro_batch) for name in names]
 
     @cached_property
