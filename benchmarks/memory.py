@@ -38,6 +38,8 @@ from maestro_scale.model.config import ModelConfig
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.model.masking import MaskingConfig
 from maestro_scale.recipe import build_model_config, load_recipe, resolve_spec
+from maestro_scale.stream.batch import Batch
+from maestro_scale.stream.mock import mock_batch
 from maestro_scale.stream.source import Source
 from maestro_scale.training.objectives import PretrainObjective
 
@@ -89,27 +91,27 @@ class Counted:
     peak: int
 
 
-def count(spec: DatasetSpec, config: ModelConfig, precision: str, micro_batch: int, ratio: float) -> Counted:
+def count(config: ModelConfig, batch: Batch, precision: str, ratio: float) -> Counted:
     """Count a micro-batch of a model in a precision: fp32, bf16 (autocast) or bf16_weights."""
-    source = Source(spec=spec, shards=(), store=None)  # type: ignore[arg-type]  # a mock batch reads no shard
-    objective = PretrainObjective({config.dataset: config}, {config.dataset: source}, MaskingConfig(ratio=ratio))
-    real = objective.mock_batch(micro_batch)
+    objective = PretrainObjective({batch.dataset: config}, {}, MaskingConfig(ratio=ratio))
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake:
         model = _model(config, torch.bfloat16 if precision == "bf16_weights" else torch.float32)
-        batch = real.map(lambda t: t if isinstance(t, FakeTensor) else fake.from_tensor(t))
+        batch = batch.map(lambda t: t if isinstance(t, FakeTensor) else fake.from_tensor(t))
         for parameter in model.parameters():
             parameter.register_post_accumulate_grad_hook(_free_gradient)
-        for _ in range(2):  # the first fills the model's caches of constants
-            counter = LiveBytes([*model.parameters(), *batch.tensors])
-            with counter:
-                masks = objective.inputs(batch, batch)
-                counts = objective.num_terms(config.dataset, [masks])
-                with _autocast(precision):
-                    loss, sums = model(batch, masks, counts)
-                kept = counter.live
-                loss.backward()
-            del loss, sums, masks, counts
+        with torch.no_grad():  # fills the model's caches of constants
+            masks = objective.inputs(batch, batch)
+            model(batch, masks, objective.num_terms(batch.dataset, [masks]))
+            del masks
+        counter = LiveBytes([*model.parameters(), *batch.tensors])
+        with counter:
+            masks = objective.inputs(batch, batch)
+            counts = objective.num_terms(batch.dataset, [masks])
+            with _autocast(precision):
+                loss, _ = model(batch, masks, counts)
+            kept = counter.live
+            loss.backward()
     return Counted(kept, counter.peak)
 
 
@@ -151,7 +153,8 @@ class Case:
 def measure(preset: str, size: str, checkpointing: str, precision: str, micro_batch: int) -> Case:
     """Count and estimate one case."""
     spec, config, ratio = preset_model(preset, size, checkpointing)
-    counted = count(spec, config, precision, micro_batch, ratio)
+    source = Source(spec=spec, shards=(), store=None)  # type: ignore[arg-type]  # a mock batch reads no shard
+    counted = count(config, mock_batch(source, config.dataset, micro_batch), precision, ratio)
     estimate = activation_bytes(config, ratio, precision, micro_batch)
     return Case(preset, size, checkpointing, precision, micro_batch, counted.kept, counted.peak, estimate)
 
@@ -169,13 +172,17 @@ def preset_model(
 
 def main() -> int:
     """Print the table; the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--presets", nargs="+", choices=PRESETS, default=list(PRESETS))
     parser.add_argument("--sizes", nargs="+", default=list(SIZES))
     parser.add_argument("--checkpointing", nargs="+", default=list(CHECKPOINTING))
     parser.add_argument("--precisions", nargs="+", default=["bf16"])
     parser.add_argument("--micro-batch", type=int, default=8)
-    parser.add_argument("--check", action="store_true", help="exit code 1 where an estimate is off by over 10 %%")
+    parser.add_argument(
+        "--check", action="store_true", help="exit code 1 where an estimate is off by over 10 %%"
+    )
     parser.add_argument("--out", type=Path, help="also write the cases as JSON")
     args = parser.parse_args()
     cases = list(_cases(args))

@@ -56,6 +56,11 @@ def activation_bytes(config: ModelConfig, mask_ratio: float, precision: str, mic
     return peak
 
 
+def kept_bytes(config: ModelConfig, mask_ratio: float, precision: str, micro_batch: int) -> int:
+    """Estimated bytes that the forward pass of a micro-batch keeps for the backward pass."""
+    return sum(m.kept for m in _moments(config, mask_ratio, _WIDTHS[precision], micro_batch))
+
+
 def _moments(config: ModelConfig, mask_ratio: float, w: _Widths, micro_batch: int) -> Iterator[_Moment]:
     """The parts of a forward pass in order; all bytes are of the whole micro-batch."""
     size, listed = config.size, stacks(config, mask_ratio)
@@ -66,7 +71,9 @@ def _moments(config: ModelConfig, mask_ratio: float, w: _Widths, micro_batch: in
         yield _final_norm(stack, w, micro_batch)
         if stack.part != "decoder" and stack is _last_encoder(listed) and size.width != size.decoder_width:
             visible = micro_batch * sum(s.rows * s.tokens for s in listed if s.part == "encoder")
-            weights = w.weight_cast * len({q.encoder for q in sequences(config)}) * size.width * size.decoder_width
+            weights = (
+                w.weight_cast * len({q.encoder for q in sequences(config)}) * size.width * size.decoder_width
+            )
             yield _Moment(visible * size.width * w.product + weights, 0, 0)
     yield _loss(config, mask_ratio, w, micro_batch)
 
@@ -97,13 +104,17 @@ def _block(call: BlockCall, w: _Widths, micro_batch: int) -> _Moment:
     gradients = outputs * (shape.width * (w.residual + w.product) + shape.mlp * w.product)
     # Autocast casts the gradients of all matrices of a block together, when the block's activations are freed.
     cast = (w.weight_cast + _FP32) * shape.matrix_parameters if w.weight_cast else 0
-    return _Moment(kept, full - kept + n * shape.width * w.residual, max(full - kept + gradients, cast - kept))
+    return _Moment(
+        kept, full - kept + n * shape.width * w.residual, max(full - kept + gradients, cast - kept)
+    )
 
 
 def _block_bytes(shape: BlockShape, n: int, outputs: int, w: _Widths) -> int:
     """Activations that a block keeps: both norms' inputs and outputs, q, k, v, the attention's output and log-sum-exp,
     and the MLP before and after GELU."""
-    attention = 3 * n * shape.attention * w.product + outputs * (shape.attention * w.product + shape.heads * _FP32)
+    attention = 3 * n * shape.attention * w.product + outputs * (
+        shape.attention * w.product + shape.heads * _FP32
+    )
     norms = (n + outputs) * (shape.width * (w.residual + w.product) + _STATISTICS)
     return attention + norms + 2 * outputs * shape.mlp * w.product
 

@@ -80,8 +80,12 @@ def stacks(config: ModelConfig, mask_ratio: float) -> tuple[Stack, ...]:
         visible_all += rows * visible
         encoders.append(Stack("encoder", encoder, size.depth - config.inter_depth, rows, visible, visible))
         # The last block of a decoder computes the outputs of masked tokens only, which are all that the loss needs.
-        decoders.append(Stack("decoder", decoder, size.decoder_depth, rows, tokens, tokens - visible or tokens))
+        decoders.append(
+            Stack("decoder", decoder, size.decoder_depth, rows, tokens, tokens - visible or tokens)
+        )
     inter = (
-        [Stack("inter", encoder, config.inter_depth, 1, visible_all, visible_all)] if config.inter_depth else []
+        [Stack("inter", encoder, config.inter_depth, 1, visible_all, visible_all)]
+        if config.inter_depth
+        else []
     )
     return (*encoders, *inter, *decoders)

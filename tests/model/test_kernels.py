@@ -9,6 +9,7 @@ import torch
 from testkit.models import TINY, full_batch, small_config
 
 from maestro_scale.model import attention
+from maestro_scale.model.activations import kept_bytes
 from maestro_scale.model.cost import compute_cost
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.model.masking import MaskingConfig, draw_masks
@@ -73,7 +74,7 @@ def test_checkpointed_blocks_store_less_and_give_the_same_gradient(checkpointing
     assert kept < most
     config = small_config(size=size, checkpointing=checkpointing)
     plain = small_config(size=size)
-    assert compute_cost(config, 0.75).activations < compute_cost(plain, 0.75).activations
+    assert kept_bytes(config, 0.75, "fp32", 4) < kept_bytes(plain, 0.75, "fp32", 4)
     assert (
         compute_cost(plain, 0.75).step_flops
         < compute_cost(config, 0.75).step_flops
@@ -83,12 +84,11 @@ def test_checkpointed_blocks_store_less_and_give_the_same_gradient(checkpointing
 
 def test_costs_of_checkpointing_some_blocks_lie_between_none_and_all():
     size = dataclasses.replace(TINY, depth=6, decoder_depth=4)
-    counted = [
-        compute_cost(small_config(size=size, checkpointing=how), 0.75)
-        for how in ("none", "every_3", "every_2", "blocks")
-    ]
-    assert [c.step_flops for c in counted] == sorted(c.step_flops for c in counted)
-    assert [c.activations for c in counted] == sorted((c.activations for c in counted), reverse=True)
+    configs = [small_config(size=size, checkpointing=how) for how in ("none", "every_3", "every_2", "blocks")]
+    flops = [compute_cost(c, 0.75).step_flops for c in configs]
+    kept = [kept_bytes(c, 0.75, "fp32", 4) for c in configs]
+    assert flops == sorted(flops)
+    assert kept == sorted(kept, reverse=True)
     with pytest.raises(ValueError, match="every_2, every_3"):
         small_config(checkpointing="every_1")
 
@@ -100,15 +100,14 @@ def test_activations_equal_what_autograd_stores():
     kept = {}
 
     def keep(t: torch.Tensor) -> torch.Tensor:
-        if t.is_floating_point() and t.untyped_storage().data_ptr() not in weights:
-            kept[t.untyped_storage().data_ptr()] = (t.untyped_storage().nbytes() // t.element_size(), t)
+        if t.untyped_storage().data_ptr() not in weights:
+            kept[t.untyped_storage().data_ptr()] = (t.untyped_storage().nbytes(), t)
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         masks = draw_masks(config, MaskingConfig(), batch)
         model(batch, masks, hidden_counts(config, [masks]))
-    measured = sum(n for n, _ in kept.values()) / 4
-    assert compute_cost(config, 0.75).activations == pytest.approx(measured, rel=0.25)
+    assert kept_bytes(config, 0.75, "fp32", 4) == pytest.approx(sum(n for n, _ in kept.values()), rel=0.05)
 
 
 @pytest.mark.parametrize("fusion", ["group", "monotemp"])
