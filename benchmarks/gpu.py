@@ -36,7 +36,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--only", nargs="+", default=[], choices=[s.name for s in SECTIONS], metavar="SECTION"
     )
-    parser.add_argument("--out", type=Path, default=_RESULTS / "gpu.json", help="JSON to write")
+    parser.add_argument("--out", type=Path, help="JSON to write; default: benchmarks/results/gpu.json")
     parser.add_argument("--work", type=Path, help="folder for data, runs and logs; default: a temporary one")
     parser.add_argument("--budget-s", type=float, default=470.0, help="seconds for all sections")
     parser.add_argument(
@@ -61,14 +61,16 @@ def main(argv: list[str] | None = None) -> int:
             return 1
         return 0
     work = args.work or Path(tempfile.mkdtemp(prefix="maestro-gpu-"))
+    # A rehearsal must not replace measurements.
+    out = args.out or (work if args.rehearse else _RESULTS) / "gpu.json"
     try:
-        runner = Runner(work, args.out, args.rehearse, args.budget_s)
+        runner = Runner(work, out, args.rehearse, args.budget_s)
         report = runner.run(args.only)
     finally:
         if args.work is None:
             shutil.rmtree(work, ignore_errors=True)
     print_report(report)
-    print(f"{report['seconds']:.0f} s; {args.out}")
+    print(f"{report['seconds']:.0f} s; {out}")
     return 0 if runner.passed else 1
 
 
