@@ -26,7 +26,7 @@ _LIMITS: dict[Precision, tuple[float, float]] = {"fp32": (1e-3, 2e-3), "bf16": (
 def run(bench: Bench) -> None:
     """Evaluate on the CPU in fp32, and on the device in fp32 and bf16; compare."""
     exact_fp32()
-    sizes = {split: bench.pick(full, 6) for split, full in (("train", 256), ("val", 64), ("test", 64))}
+    sizes = {split: bench.pick(full, 6) for split, full in (("train", 192), ("val", 48), ("test", 48))}
     shards = write_synthetic(bench.work, "treesatai_ts", sizes)
     recipe = small_recipe(shards, bench.work, bench.rehearse)
     model = Maestro(config_of(recipe)).initialise(0)

@@ -12,7 +12,7 @@ import torch
 from benchmarks.gpu_sections.bench import Bench
 from benchmarks.gpu_sections.record import NOT_HERE
 from maestro_scale.training import nvml
-from maestro_scale.training.metrics.meter import peak_tflops
+from maestro_scale.training.metrics.gpus import find_gpu
 from maestro_scale.training.run_dir import environment
 
 
@@ -31,8 +31,8 @@ def run(bench: Bench) -> None:
     )
     bench.record.put(gpu=_gpu(bench) if bench.device.is_gpu else NOT_HERE, speed=_speed(bench))
     if bench.device.is_gpu:
-        peak = peak_tflops(bench.device.torch)
-        bench.record.expect("peak FLOP/s of this GPU is known", peak is not None, bench.device.name)
+        known = find_gpu(bench.device.name) is not None
+        bench.record.expect("peak FLOP/s of this GPU is known", known, bench.device.name)
     else:
         bench.record.unavailable("peak FLOP/s of this GPU is known")
 
@@ -44,7 +44,6 @@ def _gpu(bench: Bench) -> dict[str, Any]:
         "memory_gib": properties.total_memory / 2**30,
         "multiprocessors": properties.multi_processor_count,
         "capability": f"{properties.major}.{properties.minor}",
-        "peak_tflops": peak_tflops(bench.device.torch),
         "driver": nvml.driver_version(),
         "nccl": ".".join(map(str, torch.cuda.nccl.version())),
         "cudnn": torch.backends.cudnn.version(),

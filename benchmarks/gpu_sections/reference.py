@@ -12,6 +12,7 @@ from benchmarks.gpu_sections.bench import Bench
 from benchmarks.gpu_sections.cases import SPEED_CASES, Case, case_recipe, config_of, rehearsed, specs_of
 from benchmarks.gpu_sections.device import exact_fp32
 from benchmarks.gpu_sections.record import relative
+from benchmarks.gpu_sections.training import new_model
 from benchmarks.reference_step import reference_loss
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.model.masking import MaskingConfig, draw_masks
@@ -49,7 +50,7 @@ def measure(bench: Bench, case: Case) -> dict[str, Any]:
     source = Source(spec, (), cast(Any, None))
     batch = mock_batch(source, config.dataset, case.micro_batch, pin=device.is_gpu)
     masking = MaskingConfig(**recipe.masking.model_dump())
-    model = Maestro(config).initialise(0).to(device.torch)
+    model = new_model(config, 0).to(device.torch)
     difference = disagreement(model, mock_batch(source, config.dataset, 2).to(device.torch), masking)
     bench.record.check(f"{case.title}: the same loss for the same masks", difference, _LOSS)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, betas=(0.9, 0.99), weight_decay=0.01)

@@ -9,10 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import torch
+
 from benchmarks.gpu_sections.bench import Bench
 from benchmarks.gpu_sections.data import MockStream
 from benchmarks.gpu_sections.device import Device, Wait, WaitRecorder, profiled
 from maestro_scale import datasets
+from maestro_scale.model.config import ModelConfig
+from maestro_scale.model.maestro import Maestro
 from maestro_scale.model.masking import MaskingConfig
 from maestro_scale.recipe import Recipe, build_model_config, resolve_spec
 from maestro_scale.stream.loader import TrainLoader
@@ -22,7 +26,7 @@ from maestro_scale.training.checkpoint.checkpoints import Checkpoints, newest
 from maestro_scale.training.checkpoint.retention import Retention
 from maestro_scale.training.hooks.hook import FinishedStep, Hook
 from maestro_scale.training.objectives import PretrainObjective
-from maestro_scale.training.pretrain import _initial_model, pretrain
+from maestro_scale.training.pretrain import pretrain
 from maestro_scale.training.stop import StopRequest
 from maestro_scale.training.watchdog import monitored
 
@@ -64,7 +68,7 @@ def run_on_mock_batch(bench: Bench, recipe: Recipe, name: str, hooks: Sequence[H
     micro_batch = cast(int, recipe.train.micro_batch)  # never auto here
     stream = MockStream(source, config.dataset, micro_batch, num_micro_batches, pin)
     parts = TrainingParts(
-        network=_initial_model(recipe, config, world, starts=True),
+        network=build_network(bench, recipe, config),
         objective=PretrainObjective(
             configs={config.dataset: config},
             sources={config.dataset: source},
@@ -83,6 +87,22 @@ def run_on_mock_batch(bench: Bench, recipe: Recipe, name: str, hooks: Sequence[H
         trainer.run(position)
     del trainer, parts
     bench.free()
+
+
+def build_network(bench: Bench, recipe: Recipe, config: ModelConfig) -> Maestro:
+    """The model as ``pretrain`` builds it for one micro-batch per step."""
+    mode = recipe.model.compile
+    # A rehearsal traces forward and backward, and generates no code, which would take minutes on a CPU.
+    backend = "aot_eager" if bench.rehearse else "inductor"
+    cuda_graphs = mode == "step" and bench.device.is_gpu and not bench.rehearse
+    return new_model(config, recipe.seed).compile_training(mode, cuda_graphs, backend)
+
+
+def new_model(config: ModelConfig, seed: int) -> Maestro:
+    """``Maestro(config).initialise(seed)``, without the 8 s in which torch initialises a large one before."""
+    with torch.device("meta"):
+        model = Maestro(config)
+    return cast(Maestro, model.to_empty(device="cpu")).initialise(seed)
 
 
 def losses(run_dir: Path) -> list[float]:

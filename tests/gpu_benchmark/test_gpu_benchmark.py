@@ -19,10 +19,16 @@ from rich.console import Console
 
 from benchmarks import gpu
 from benchmarks.gpu_sections import SECTIONS, Section, pack, runner
+from benchmarks.gpu_sections.cases import Case, case_recipe, config_of, specs_of
 from benchmarks.gpu_sections.device import Device, WaitRecorder, summarize
+from benchmarks.gpu_sections.parity import forward_backward
 from benchmarks.gpu_sections.record import Record, max_relative
 from benchmarks.gpu_sections.table import print_report
-from benchmarks.gpu_sections.training import StepClock
+from benchmarks.gpu_sections.training import StepClock, new_model
+from maestro_scale.model.maestro import Maestro
+from maestro_scale.model.masking import MaskingConfig
+from maestro_scale.stream.mock import mock_batch
+from maestro_scale.stream.source import Source
 
 REPO = Path(__file__).parents[2]
 HERE = "tests.gpu_benchmark.sections"
@@ -142,6 +148,29 @@ def test_sections_on_the_simulated_device():
     assert all(c["passed"] for c in found["parity"]["checks"])
 
 
+def test_sections_on_a_fake_gpu():
+    """What only a GPU has: counted waits, peak memory, kernels; on CPU tensors, with answers for torch.cuda."""
+    done = run_python(str(REPO / "tests/gpu_benchmark/on_fake_gpu.py"))
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(done.stdout)
+    sections = found["sections"]
+    # The debug mode is on for one step of each case, and off again.
+    assert found["modes"] == ["warn", "default"] * 2
+    assert [(c["value"], c["limit"]) for c in sections["waits"]["checks"]] == [(0, 2), (0, 0)] * 2
+    memory = sections["memory"]
+    assert memory["status"] == "failed"  # 3 GiB were made up
+    for check, row in zip(memory["checks"], memory["data"].values(), strict=True):
+        assert row["peak_bytes"] == 3 * 2**30
+        assert check["value"] == pytest.approx(abs(row["plan_bytes"] / (3 * 2**30) - 1))
+    (profile,) = sections["kernels"]["data"].values()
+    assert (profile["kernels"], profile["launches"], profile["waits"]) == (0, 0, {})
+    for row in sections["speed"]["data"]["rows"]:
+        assert row["peak_bytes"] == 3 * 2**30
+        assert row["plan_samples_per_s"] > 0
+    assert sections["machine"]["status"] == "passed"
+    assert sections["machine"]["data"]["gpu"]["name"] == "NVIDIA H100 80GB HBM3"
+
+
 def call_in(filename: str, body: str, **names) -> object:
     """The value of a function ``call`` that is compiled as if it were in ``filename``."""
     scope = dict(names)
@@ -216,6 +245,18 @@ def test_a_profile_counts_kernels_launches_and_waits():
     on_cpu = summarize(events[:1], 1e-6, is_gpu=False)
     assert (on_cpu.kernels, on_cpu.launches, on_cpu.waits, on_cpu.busy_s) == (None, None, None, None)
     assert on_cpu.top == [("aten::mm", 50e-9, 1)]
+
+
+def test_a_new_model_is_that_of_a_training():
+    recipe = case_recipe(Case("treesatai_ts", "base", 2), True)
+    config = config_of(recipe)
+    ours, theirs = new_model(config, 3), Maestro(config).initialise(3)
+    assert not list(theirs.buffers())  # would not be initialised
+    assert all(map(torch.equal, ours.state_dict().values(), theirs.state_dict().values()))
+    (spec,) = specs_of(recipe)
+    batch = mock_batch(Source(spec, (), None), config.dataset, 2)
+    results = [forward_backward(m, batch, MaskingConfig(), torch.device("cpu")) for m in (ours, theirs)]
+    assert results[0].loss == results[1].loss
 
 
 def test_the_clock_measures_windows_after_the_warmup(monkeypatch):
