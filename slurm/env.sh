@@ -10,6 +10,7 @@
 #   MAESTRO_PORT   rendezvous port                  default: derived from the job id
 #   MAESTRO_CACHE  node-local shard cache           default: created for this job under MAESTRO_LOCAL ($SLURM_TMPDIR,
 #                  $TMPDIR or /tmp), and removed when the job ends
+#   MAESTRO_CPU_BIND  srun's --cpu-bind on GPU nodes   default: none, as each rank binds itself to the CPUs next to its GPU
 #   NCCL_…, GLOO_…, OMP_NUM_THREADS, MLFLOW_TRACKING_URI, AWS_…: are passed on to the tasks unchanged
 
 say() { printf '[%(%F %T)T %s] %s\n' -1 "${SLURMD_NODENAME:-$(uname -n)}" "$*"; }

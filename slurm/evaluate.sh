@@ -82,11 +82,15 @@ IFS=$'\t' read -r recipe mode fraction seed <<<"${TASKS[$SLURM_ARRAY_TASK_ID]}"
 prepare
 PER_NODE=${SLURM_GPUS_ON_NODE:-${SLURM_NTASKS_PER_NODE:-1}}
 PER_NODE=${PER_NODE%%(*}
+CPUS=$((${SLURM_CPUS_ON_NODE:-1} / PER_NODE)) # srun gives a task one CPU unless told otherwise
+[ "$CPUS" -ge 1 ] || die 2 "$PER_NODE tasks on ${SLURM_CPUS_ON_NODE:-1} CPUs: ask for fewer, or for more CPUs"
 export MASTER_ADDR=127.0.0.1 MASTER_PORT=${MAESTRO_PORT:-$((10000 + SLURM_JOB_ID % 20000))} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+BIND=() # see pretrain_multinode.sh
+[ -z "${SLURM_GPUS_ON_NODE:-}" ] || BIND=(--cpu-bind="${MAESTRO_CPU_BIND:-none}")
 NAME=$(basename "$recipe" .yaml)
 FOLDER="$OUT/$NAME/$mode-$fraction-seed$seed"
 say "$NAME, $mode, $fraction of the labels, seed $seed, on $PER_NODE tasks -> $FOLDER"
-srun --nodes=1 --ntasks="$PER_NODE" --kill-on-bad-exit=1 --quiet ${STEP[@]+"${STEP[@]}"} ${CONTAINER[@]+"${CONTAINER[@]}"} \
+srun --nodes=1 --ntasks="$PER_NODE" --cpus-per-task="$CPUS" --kill-on-bad-exit=1 --quiet ${BIND[@]+"${BIND[@]}"} ${STEP[@]+"${STEP[@]}"} ${CONTAINER[@]+"${CONTAINER[@]}"} \
   "$PYTHON" -m maestro_scale.cluster.launch "$MAESTRO_HOME/maestro_scale/evaluate.py" --recipe "$recipe" "${ENCODER[@]}" \
   --mode "$mode" --fraction "$fraction" --out "$FOLDER" --features "$OUT/features" --set "seed=$seed"
 STATUS=$?

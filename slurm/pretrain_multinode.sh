@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Pretrain on any number of nodes:  sbatch [-N NODES --gpus-per-node=8] slurm/pretrain_multinode.sh RECIPE [--run-dir DIR] [--set K=V …]
 #
-# One task per GPU (without GPUs: --ntasks-per-node). All nodes are checked first; bad ones are reported and excluded.
+# One task per GPU, with --gpus-per-node=N or --gpus-per-task=1 --ntasks-per-node=N (without GPUs: --ntasks-per-node). All nodes are checked first; bad ones are reported and excluded.
 # At the time limit or before preemption the run saves a checkpoint, and the job requeues itself and resumes. It ends
 # when the recipe is done, or after three failures without a new checkpoint. Settings: slurm/env.sh, docs/clusters.md.
 # MAESTRO_HEALTH=0 skips the health check, MAESTRO_MAX_FAILURES (3), MAESTRO_HEALTH_TIMEOUT_S (180), MAESTRO_MIN_FREE_GIB (1).
@@ -93,6 +93,10 @@ CPUS=$((${SLURM_CPUS_ON_NODE:-1} / PER_NODE))
 [ "$CPUS" -ge 1 ] || die 2 "$PER_NODE tasks per node on ${SLURM_CPUS_ON_NODE:-1} CPUs: ask for fewer, or for more CPUs"
 export MAESTRO_NODES="${NODES[*]}" MASTER_ADDR=${NODES[0]} MASTER_PORT=${MAESTRO_PORT:-$((10000 + SLURM_JOB_ID % 20000))}
 export MAESTRO_GPUS_PER_NODE=${SLURM_GPUS_ON_NODE:-0} OMP_NUM_THREADS=${OMP_NUM_THREADS:-$CPUS}
+export NCCL_DEBUG=${NCCL_DEBUG:-WARN} # its errors name a cause
+# With GPUs each rank restricts itself to the CPUs next to its GPU, which only works if it may use all of the job's.
+BIND=()
+[ -z "${SLURM_GPUS_ON_NODE:-}" ] || BIND=(--cpu-bind="${MAESTRO_CPU_BIND:-none}")
 [ "$NUM_NODES" -gt 1 ] || export MASTER_ADDR=127.0.0.1
 
 # Validate the recipe before any task starts: an error in it is reported at once, and not by every rank.
@@ -104,11 +108,16 @@ say "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)): $NUM_NODES nod
 # launch TASKS_PER_NODE CPUS LOG_NAME python arguments…: run srun. `exec`, so that the process that `supervise` signals is
 # srun itself.
 launch() {
-  local tasks=$1 cpus=$2 name=$3
+  local tasks=$1 cpus=$2 name=$3 gpus=()
   shift 3
+  if [ "$tasks" = 1 ] && [ "$PER_NODE" -gt 1 ] && [ -n "${SLURM_GPUS_ON_NODE:-}" ]; then # one task for all GPUs of a node
+    # srun inherits the job's --gpus-per-task and --gpu-bind, with which this task would see a single GPU.
+    unset SLURM_GPUS_PER_TASK SLURM_TRES_PER_TASK SLURM_GPU_BIND SLURM_TRES_BIND
+    gpus=(--gpus-per-node="$SLURM_GPUS_ON_NODE")
+  fi
   exec srun --nodes="$NUM_NODES" --ntasks="$((NUM_NODES * tasks))" --ntasks-per-node="$tasks" --cpus-per-task="$cpus" \
     --kill-on-bad-exit=1 --wait=60 --overlap --quiet --open-mode=append --output="$LOGS/$name-%4t.log" \
-    ${STEP[@]+"${STEP[@]}"} ${CONTAINER[@]+"${CONTAINER[@]}"} "$PYTHON" -m maestro_scale.cluster.launch "$@"
+    ${gpus[@]+"${gpus[@]}"} ${BIND[@]+"${BIND[@]}"} ${STEP[@]+"${STEP[@]}"} ${CONTAINER[@]+"${CONTAINER[@]}"} "$PYTHON" -m maestro_scale.cluster.launch "$@"
 }
 
 if [ "${MAESTRO_HEALTH:-1}" = 1 ]; then

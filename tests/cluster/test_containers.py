@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -36,9 +37,57 @@ def test_sources_exist_and_the_user_is_not_root(file):
     assert not {"maestro_scale", "recipes", "slurm", "pyproject.toml", "README.md"} & set(ignored)
 
 
-def test_the_cpu_image_installs_as_ci_does():
+@pytest.mark.parametrize("name", ["Dockerfile", "Dockerfile.cpu"])
+def test_an_image_has_the_versions_that_ci_tests(name):
+    text = (DOCKER / name).read_text()
+    for package in ("torch", "deepspeed", "mlflow"):
+        (pinned,) = re.findall(rf"^ARG {package.upper()}=(.+)$", text, re.MULTILINE)
+        assert f'"{package}==${{{package.upper()}}}"' in text
+        assert pinned == metadata.version(package).split("+")[0], package
+
+
+def _installed_packages(text: str) -> set[str]:
+    """Debian packages that a Dockerfile installs."""
+    (command,) = re.findall(r"apt-get install ((?:.*\\\n)*)", text)
+    return {word for word in command.replace("\\", " ").split() if not word.startswith(("-", "&"))}
+
+
+def test_the_gpu_image():
+    text = (DOCKER / "Dockerfile").read_text()
+    packages = _installed_packages(text)
+    # NCCL opens these at run time; without them it uses TCP.
+    assert {"libibverbs1", "librdmacm1", "ibverbs-providers", "rdma-core"} <= packages
+    # torch.compile and Triton compile host code.
+    assert {"g++", "python3-dev"} <= packages
+    # Nothing is compiled for the GPU in the image: no compiler of CUDA, no op of DeepSpeed.
+    assert re.search(r"^FROM nvidia/cuda:\$\{CUDA\}-base-", text, re.MULTILINE)
+    assert re.findall(r"DS_BUILD_\w+=\d", text) == ["DS_BUILD_OPS=0"]
+    (cuda,) = re.findall(r"^ARG CUDA=(\d+\.\d+)", text, re.MULTILINE)
+    (index,) = re.findall(r"/whl/cu(\d+)$", text, re.MULTILINE)
+    assert index == cuda.replace(".", "")
+    (extras,) = re.findall(r"pip install -e '\.\[([\w,]+)\]'", text)
+    assert "gpu" in extras.split(",")  # NVML
+
+
+def test_the_documented_container_commands_give_nccl_what_it_needs():
+    text = (REPO / "docs" / "clusters.md").read_text()
+    (docker,) = re.findall(r"^    docker run --gpus (?:.*\\\n)*.*$", text, re.MULTILINE)
+    for option in (
+        "--gpus all",
+        "--shm-size",
+        "--ulimit memlock=-1",
+        "--network host",
+        "--device /dev/infiniband",
+    ):
+        assert option in docker
+    (apptainer,) = re.findall(r"^    apptainer exec (?:.*\\\n)*.*$", text, re.MULTILINE)
+    assert "--nv" in apptainer
+
+
+@pytest.mark.parametrize("name", ["Dockerfile", "Dockerfile.cpu"])
+def test_an_image_installs_what_the_project_declares(name):
     """The extras exist, and pyproject.toml allows the pinned torch."""
-    text = (DOCKER / "Dockerfile.cpu").read_text()
+    text = (DOCKER / name).read_text()
     project = (REPO / "pyproject.toml").read_text()
     (extras,) = re.findall(r"pip install -e '\.\[([\w,]+)\]'", text)
     for extra in extras.split(","):
