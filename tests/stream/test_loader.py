@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -262,11 +263,24 @@ def test_no_sample_is_left_as_replacement(damaged: Source):
         digests(loader_of(only_bad, on_bad_shard="replace"), 0, 1)
 
 
+def with_repeated_dates(toy: Source) -> Source:
+    """With more dates of a sensor than tiles have."""
+    return replace(toy, spec=replace(toy.spec, sensors=(replace(toy.spec.sensors[1], num_dates=12),)))
+
+
 def test_repeated_dates_are_counted(toy: Source):
-    sensor = replace(toy.spec.sensors[1], num_dates=12)
-    loader = loader_of(replace(toy, spec=replace(toy.spec, sensors=(sensor,))))
+    loader = loader_of(with_repeated_dates(toy))
     batches = next(loader.steps(0, 1)).batches
     assert sum(b.num_repeated_dates for b in batches) == loader.counters["filled"] > 16
+
+
+def test_the_counters_of_a_step_do_not_include_later_ones(toy: Source):
+    loader = loader_of(with_repeated_dates(toy))
+    steps = list(loader.steps(0, 4))  # as a prefetch: later steps are loaded before the first is logged
+    filled = itertools.accumulate(sum(b.num_repeated_dates for b in s.batches) for s in steps)
+    assert [s.counters["filled"] for s in steps] == list(filled)
+    assert steps[-1].counters == loader.counters
+    assert steps[0].counters["filled"] < loader.counters["filled"]
 
 
 def test_steps_of_each_dataset_are_counted_and_share_no_noise(write_toy: Callable[..., Source]):
