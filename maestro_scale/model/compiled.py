@@ -29,36 +29,38 @@ MAX_BLOCK_SHAPES = 128
 
 
 class CompiledStep:
-    """``Maestro.loss_of_tensors`` for one dataset, compiled at the first call: static shapes, no graph break.
+    """``Maestro.loss_of_tensors``, compiled at the first call for each dataset: static shapes, no graph break.
 
     ``cuda_graphs``: record it as CUDA graphs (GPU only).
     """
 
-    def __init__(self, dataset: str, cuda_graphs: bool, backend: Backend = "inductor") -> None:
+    def __init__(self, cuda_graphs: bool, backend: Backend = "inductor") -> None:
         _trace_backward_without_autocast()
-        self._cuda_graphs = cuda_graphs
-        # Kept here: built in the graph, its tensors would be in memory that the next run overwrites.
-        self._layout: Layout | None = None
-        self._compiled = torch.compile(
-            _loss_function(dataset),
-            fullgraph=True,
-            dynamic=False,
-            backend=backend,
-            mode="reduce-overhead" if cuda_graphs else None,
-        )
+        self._cuda_graphs, self._backend = cuda_graphs, backend
+        # With the layouts: built in the graph, their tensors would be in memory that the next run overwrites.
+        self._by_dataset: dict[str, tuple[Layout, Callable[..., Losses]]] = {}
 
     def __call__(self, model: Maestro, batch: Batch, masks: dict[str, Mask], counts: Tensor) -> Losses:
-        """As ``Maestro.forward``; all batches have the same shapes."""
-        if self._layout is None:
-            self._layout = model.layout(model.view(batch.dataset), masks, batch.ref_date)
+        """As ``Maestro.forward``; all batches of a dataset have the same shapes."""
+        if batch.dataset not in self._by_dataset:
+            layout = model.layout(model.view(batch.dataset), masks, batch.ref_date)
+            self._by_dataset[batch.dataset] = layout, self._compile(batch.dataset)
+        layout, compiled = self._by_dataset[batch.dataset]
         if self._cuda_graphs:
             # The outputs of the previous micro-batch may be overwritten from here on: its backward pass has run.
             torch.compiler.cudagraph_mark_step_begin()
-        share, sums = self._compiled(
-            model, self._layout, batch.pixels, batch.dates, batch.ref_date, masks, counts
-        )
+        share, sums = compiled(model, layout, batch.pixels, batch.dates, batch.ref_date, masks, counts)
         # The sums are collected over micro-batches; the share is not used after its backward pass.
         return share, (sums.clone() if self._cuda_graphs else sums)
+
+    def _compile(self, dataset: str) -> Callable[..., Losses]:
+        return torch.compile(
+            _loss_function(dataset),
+            fullgraph=True,
+            dynamic=False,
+            backend=self._backend,
+            mode="reduce-overhead" if self._cuda_graphs else None,
+        )
 
 
 def compiled_block(backend: Backend = "inductor") -> CompiledBlock:

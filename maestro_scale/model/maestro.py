@@ -62,7 +62,7 @@ class Maestro(nn.Module):
         super().__init__()
         self.config = config
         self._views = {v.dataset: config.for_dataset(v.dataset) for v in config.views}
-        self._compiled_steps: dict[str, CompiledStep] = {}
+        self._compiled_step: CompiledStep | None = None
         size = config.size
         encoders = dict.fromkeys(q.encoder for view in self._views.values() for q in sequences(view))
 
@@ -143,7 +143,7 @@ class Maestro(nn.Module):
         the mode ``step`` as CUDA graphs.
         """
         if mode == "step":
-            self._compiled_steps = {name: CompiledStep(name, cuda_graphs, backend) for name in self._views}
+            self._compiled_step = CompiledStep(cuda_graphs, backend)
         if mode == "blocks":
             block = compiled_block(backend)
             for stack in self.modules():
@@ -275,8 +275,8 @@ class Maestro(nn.Module):
         counts, the shares of all micro-batches and ranks add up to the same loss, however the batch is split
         (invariant 4); a mean of means would depend on the split.
         """
-        if self._compiled_steps and torch.is_grad_enabled():
-            return self._compiled_steps[batch.dataset](self, batch, masks, counts)
+        if self._compiled_step is not None and torch.is_grad_enabled():
+            return self._compiled_step(self, batch, masks, counts)
         layout = self.layout(self.view(batch.dataset), masks, batch.ref_date)
         return self.loss_of_tensors(layout, batch.pixels, batch.dates, batch.ref_date, masks, counts)
 

@@ -62,7 +62,8 @@ def warm_up(
     if compiles:
         (seconds,) = world.maxima([time.perf_counter() - started])
         if world.is_main:
-            log.info("model.compile=%s: compiled in %.0f s", compile_mode, seconds)
+            # Printed, not logged: it explains why the first step came so late.
+            print(f"model.compile={compile_mode}: compiled in {seconds:.0f} s", flush=True)
     if world.device.type == "cuda":
         used = torch.cuda.max_memory_reserved(world.device)
         total = torch.cuda.get_device_properties(world.device).total_memory
