@@ -90,7 +90,11 @@ def run_task(task: dict, world) -> dict:
         assert position.step == task["start"]
     if task.get("rehearse"):
         rehearse(task, engine, config, world)
+    poison = Poison(model, task.get("poison", []), world.rank)
     for step in range(task["start"], task["start"] + task["steps"]):
+        if step in task.get("omit", []):
+            continue
+        poison.begin(step)
         parts, masks, counts = global_batches(config, step, world.size * accumulate)
         mine = range(world.rank * accumulate, (world.rank + 1) * accumulate)
         if [world.rank, step] in task.get("plant", []):
@@ -101,18 +105,45 @@ def run_task(task: dict, world) -> dict:
         result["losses"].append(taken.loss)
         result["norms"].append(taken.norm)
         result.setdefault("skipped", []).append(taken.skipped)
+    result["adam_step"] = engine.sharded.adam_step
     result["rng"] = digest([torch.get_rng_state()])
     result["guard"] = engine.guard.state_dict()
     held = [f.weights for f in engine.sharded.fragments]
     held += [engine.sharded.moment(f, m) for f in engine.sharded.fragments for m in MOMENTS]
-    digests = [None] * world.size
-    torch.distributed.all_gather_object(digests, digest([*held, *state.ema.averages]))
-    result["state"] = digests
+    computing = [getattr(p, "ds_tensor", p) for p in model.parameters()]  # stage 3: this rank's part
+    for key, tensors in ("state", [*held, *state.ema.averages]), ("weights", computing):
+        digests = [None] * world.size
+        torch.distributed.all_gather_object(digests, digest(tensors))
+        result[key] = digests
     if save := task.get("save"):
         checkpoints = Checkpoints(Path(save), world, Retention(9))
         checkpoints.begin(state, Position(0, task["start"] + task["steps"]), {}, {})
         checkpoints.finish()
     return result
+
+
+class Poison:
+    """Puts a value into one gradient of the model, in the first micro-batch of a step on one rank.
+
+    ``wanted``: [[rank, step, number of the parameter, value], …].
+    """
+
+    def __init__(self, model, wanted: list, rank: int) -> None:
+        self._wanted = [w for w in wanted if w[0] == rank]
+        self._due: dict[int, float] = {}
+        parameters = list(model.parameters())
+        for number in {w[2] for w in self._wanted}:
+            parameters[number].register_hook(lambda grad, number=number: self._change(number, grad))
+
+    def begin(self, step: int) -> None:
+        self._due = {number: float(value) for _, at, number, value in self._wanted if at == step}
+
+    def _change(self, number: int, gradient):
+        if number not in self._due:
+            return gradient
+        changed = gradient.clone()
+        changed.view(-1)[0] = self._due.pop(number)
+        return changed
 
 
 def rehearse(task: dict, engine, config, world) -> None:
