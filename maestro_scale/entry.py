@@ -33,7 +33,13 @@ def print_error(line: str, rank: int = 0) -> None:
 
 def launched_rank() -> int:
     """The rank that the launcher gave to this process, known before the ranks have joined; 0 without a launcher."""
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
+    names = (
+        "RANK",
+        "OMPI_COMM_WORLD_RANK",
+        "PMI_RANK",
+        "SLURM_PROCID",
+    )  # as training.binding.Launch, without its checks
+    return next((int(os.environ[name]) for name in names if name in os.environ), 0)
 
 
 def run_command(command: Callable[[], int | None], rank: int = 0) -> int:
