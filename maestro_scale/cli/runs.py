@@ -35,9 +35,13 @@ def plan(
     gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs, over all nodes.")],
     gpu: Annotated[str, typer.Option(help="GPU model, e.g. a100, h100, h200, b200 or mi300x.")] = "h100",
     per_node: Annotated[int, typer.Option(min=1, help="GPUs per node.")] = 8,
-    mfu: Annotated[
-        float, typer.Option(help="Model FLOPs utilization: achieved fraction of peak FLOP/s.")
-    ] = 0.4,
+    mfu: Annotated[float, typer.Option(help="Fraction of the peak FLOP/s that matrix products reach.")] = 0.6,
+    launch_us: Annotated[
+        float, typer.Option(help="Microseconds in which the host launches an operation.")
+    ] = 5.0,
+    network_gb_s: Annotated[
+        float, typer.Option(help="Network between nodes, GB/s per GPU and direction.")
+    ] = 50.0,
     change: Annotated[
         list[str] | None, typer.Option("--set", help="section.key=value. Can be repeated.")
     ] = None,
@@ -51,7 +55,7 @@ def plan(
     from maestro_scale.recipe import load_recipe
     from maestro_scale.training.dry_run import specs_and_sizes
 
-    cluster, overrides = Cluster(gpu, gpus, per_node, mfu), change or []
+    cluster, overrides = Cluster(gpu, gpus, per_node, mfu, launch_us, network_gb_s), change or []
     loaded = load_recipe(str(recipe), overrides)
     planned = plan_cluster(loaded, *specs_and_sizes(loaded), cluster)
     print_plan(planned, cluster, str(recipe), overrides, Console(width=120))

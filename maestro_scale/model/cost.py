@@ -38,9 +38,15 @@ class Cost:
 
 
 def num_parameters(config: ModelConfig) -> int:
-    """Number of trainable parameters, counted on the meta device, without allocating them."""
+    """Number of trainable parameters."""
+    return parameter_counts(config)[0]
+
+
+def parameter_counts(config: ModelConfig) -> tuple[int, int]:
+    """(parameters, parameter tensors), counted on the meta device, without allocating them."""
     with torch.device("meta"):
-        return sum(p.numel() for p in Maestro(config).parameters())
+        sizes = [p.numel() for p in Maestro(config).parameters()]
+    return sum(sizes), len(sizes)
 
 
 def compute_cost(config: ModelConfig, mask_ratio: float) -> Cost:

@@ -8,11 +8,16 @@ from dataclasses import dataclass
 
 from maestro_scale.datasets.spec import DatasetSpec
 from maestro_scale.errors import MaestroError
-from maestro_scale.model.cost import compute_cost
+from maestro_scale.model.config import CompileMode
+from maestro_scale.planning.speed import Assumptions, StepTime, Workload, step_time
 from maestro_scale.recipe import Recipe, build_model_config
 from maestro_scale.training.footprint import Traffic, traffic
 from maestro_scale.training.memory import USABLE_MEMORY, MemoryEstimator, StepMemory
-from maestro_scale.training.metrics.gpus import GPUS, Gpu
+from maestro_scale.training.metrics.gpus import GPUS
+
+DEFAULT_MFU = 0.6  # large bf16 matrix products reach up to 72 % of an H100's peak, those of small widths less
+DEFAULT_LAUNCH_US = 5.0  # one operation of PyTorch in eager mode on a current server CPU
+DEFAULT_NETWORK_GB_S = 50.0  # one 400 Gbit/s card per GPU
 
 
 class PlanningError(MaestroError):
@@ -21,12 +26,18 @@ class PlanningError(MaestroError):
 
 @dataclass(frozen=True)
 class Cluster:
-    """``num_gpus`` GPUs of one kind, ``per_node`` on each node; ``mfu``: achieved fraction of their peak FLOP/s."""
+    """``num_gpus`` GPUs of one kind, ``per_node`` on each node, and what the prediction of time assumes.
+
+    ``mfu``: fraction of the peak FLOP/s that matrix products reach. ``launch_us``: microseconds in which the host
+    launches an operation. ``network_gb_s``: bytes/s of the network per GPU and direction, in 10**9.
+    """
 
     gpu: str
     num_gpus: int
     per_node: int
-    mfu: float
+    mfu: float = DEFAULT_MFU
+    launch_us: float = DEFAULT_LAUNCH_US
+    network_gb_s: float = DEFAULT_NETWORK_GB_S
 
     def __post_init__(self) -> None:
         if self.gpu not in GPUS:
@@ -36,23 +47,39 @@ class Cluster:
                 f"--gpus {self.num_gpus} do not fill nodes of --per-node {self.per_node}: use a multiple of it"
             )
         if not 0 < self.mfu <= 1:
-            raise PlanningError(f"--mfu {self.mfu:g}: must be above 0 and at most 1; 0.4 is typical")
+            raise PlanningError(
+                f"--mfu {self.mfu:g}: must be above 0 and at most 1; {DEFAULT_MFU:g} is typical"
+            )
+        if self.launch_us < 0:
+            raise PlanningError(f"--launch-us {self.launch_us:g}: must not be negative")
+        if self.network_gb_s <= 0:
+            raise PlanningError(f"--network-gb-s {self.network_gb_s:g}: must be above 0")
 
     @property
     def num_nodes(self) -> int:
         """Number of nodes."""
         return math.ceil(self.num_gpus / self.per_node)
 
+    @property
+    def assumptions(self) -> Assumptions:
+        """The assumptions of the prediction of time."""
+        link = GPUS[self.gpu].link
+        if self.num_nodes > 1:
+            # A ring crosses to the next node once for each of a node's network cards, which share its traffic.
+            link = min(link, self.per_node * self.network_gb_s * 1e9)
+        return Assumptions(self.mfu, self.launch_us * 1e-6, link)
+
 
 @dataclass(frozen=True)
 class LayoutEstimate:
-    """Memory and communication of a rank with one ZeRO stage and micro-batch."""
+    """Memory, communication and step time of a rank with one ZeRO stage and micro-batch."""
 
     stage: int
     micro_batch: int
     num_micro_batches: int
     memory: StepMemory
     traffic: Traffic
+    time: StepTime
     fits: bool
 
 
@@ -60,14 +87,19 @@ class LayoutEstimate:
 class ClusterPlan:
     """The plan of a recipe on a cluster.
 
-    ``best``: the recommended layout, None if none fits. ``seconds``: None if the length of an epoch is unknown, because
-    the shards cannot be read here. ``bytes_per_sample``: as stored, averaged over the mixture by weight.
+    ``best``: the fastest layout that fits, None if none does; ``samples_per_s``, ``mfu`` and ``seconds`` are its, or
+    those of the smallest layout. ``eager`` and ``compiled``: its step time with model.compile none and step.
+    ``seconds``: None if the length of an epoch is unknown, because the shards cannot be read here.
+    ``bytes_per_sample``: as stored, averaged over the mixture by weight.
     """
 
     parameters: int
     layouts: tuple[LayoutEstimate, ...]
     best: LayoutEstimate | None
+    eager: StepTime
+    compiled: StepTime
     samples_per_s: float
+    mfu: float
     bytes_per_sample: float
     num_steps: int | None
     seconds: float | None
@@ -98,46 +130,46 @@ def plan_cluster(
             f"multiples of {n}"
         )
     config = build_model_config(recipe, specs)
-    estimator, gpu = MemoryEstimator(config, specs), GPUS[cluster.gpu]
-    costs = [compute_cost(config.for_dataset(v.dataset), recipe.masking.ratio) for v in config.views]
+    estimator, work, gpu = MemoryEstimator(config, specs), Workload.of(recipe, config), GPUS[cluster.gpu]
+
+    def layout(stage: int, micro_batch: int, compiled: CompileMode) -> LayoutEstimate:
+        variant = recipe.with_zero_stage(stage).with_micro_batch(micro_batch)
+        variant = variant.model_copy(update={"model": recipe.model.model_copy(update={"compile": compiled})})
+        times, memory = variant.num_micro_batches(n), estimator.step(variant, n, "cuda")
+        sent = traffic(estimator.parameters, n, variant.deepspeed_config(n, "cuda"), times)
+        seconds = step_time(work, variant, n, gpu, sent, cluster.assumptions)
+        fits = memory.device <= USABLE_MEMORY * gpu.memory_bytes
+        return LayoutEstimate(stage, micro_batch, times, memory, sent, seconds, fits)
+
+    mode = recipe.model.compile
     layouts = tuple(
-        _layout(recipe, estimator, gpu, n, stage, micro)
-        for stage in range(4)
+        layout(stage, micro_batch, mode)
+        for stage in range(4 if mode == "none" else 3)  # stage 3 does not work with torch.compile
         # Only micro-batches that divide a rank's share: all micro-batches of a step have the same size.
-        for micro in (m for m in range(1, batch // n + 1) if (batch // n) % m == 0)
+        for micro_batch in (m for m in range(1, batch // n + 1) if (batch // n) % m == 0)
     )
-    fitting = [x for x in layouts if x.fits]
-    weights = [e.weight for e in recipe.data.mixture]
-    flops = sum(c.step_flops * w for c, w in zip(costs, weights, strict=True)) / sum(weights)
+    # Of equally fast layouts, the one that needs the least memory.
+    fitting = sorted((x for x in layouts if x.fits), key=lambda x: (x.time.total_s, x.memory.device))
+    best = fitting[0] if fitting else None
+    shown = best or min(layouts, key=lambda x: x.memory.device)
     sizes = [
         size[1] / size[0] if size else _sample_bytes(spec) for size, spec in zip(stored, specs, strict=True)
     ]
-    speed = n * gpu.tflops * 1e12 * cluster.mfu / flops
-    steps = recipe.train.steps
+    weights, step_s, steps = work.weights, shown.time.total_s, recipe.train.steps
     if steps is None and all(stored):
         steps = recipe.train.num_steps(sum(max(1, size[0] // batch) for size in stored if size))
     return ClusterPlan(
         parameters=estimator.parameters,
         layouts=layouts,
-        # With the same MFU for all layouts, the one that communicates least is the fastest; among equal ones prefer
-        # larger micro-batches (fewer kernel launches), then less memory.
-        best=min(fitting, key=lambda x: (x.traffic.total, -x.micro_batch, x.memory.device), default=None),
-        samples_per_s=speed,
+        best=best,
+        eager=layout(shown.stage, shown.micro_batch, "none").time,
+        compiled=layout(shown.stage, shown.micro_batch, "step").time,
+        samples_per_s=batch / step_s,
+        mfu=batch * work.model_flops / step_s / (n * gpu.tflops * 1e12),
         bytes_per_sample=sum(b * w for b, w in zip(sizes, weights, strict=True)) / sum(weights),
         num_steps=steps,
-        seconds=None if steps is None else steps * batch / speed,
+        seconds=None if steps is None else steps * step_s,
     )
-
-
-def _layout(
-    recipe: Recipe, estimator: MemoryEstimator, gpu: Gpu, n: int, stage: int, micro: int
-) -> LayoutEstimate:
-    variant = recipe.with_zero_stage(stage).with_micro_batch(micro)
-    num_micro_batches = variant.num_micro_batches(n)
-    memory = estimator.step(variant, n, "cuda")
-    sent = traffic(estimator.parameters, n, variant.deepspeed_config(n, "cuda"), num_micro_batches)
-    fits = memory.device <= USABLE_MEMORY * gpu.memory_bytes
-    return LayoutEstimate(stage, micro, num_micro_batches, memory, sent, fits)
 
 
 def _sample_bytes(spec: DatasetSpec) -> float:

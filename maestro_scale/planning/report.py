@@ -9,6 +9,7 @@ from rich.table import Table
 
 from maestro_scale.model.cost import GIB
 from maestro_scale.planning.plan import GPUS, Cluster, ClusterPlan
+from maestro_scale.planning.speed import StepTime
 
 
 def print_plan(
@@ -24,26 +25,39 @@ def print_plan(
         "stage",
         "micro",
         "weights",
-        "gradients",
-        "optimizer",
+        "grads",
+        "adamw",
         "buckets",
-        "activations",
+        "acts",
         "batches",
         "total",
     )
-    for column in (*columns, "host", "sent per step", "fits"):
+    for column in (*columns, "sent", "step ms", "limit", "fits"):
         table.add_column(column, justify="right")
     for x in plan.layouts:
         m, f = x.memory, x.memory.footprint
         device = (f.weights, f.gradients, f.optimizer, f.buckets, m.activations, m.batches, m.device)
-        row = (f"{b / GIB:.2f}" for b in (*device, f.host, x.traffic.total))
+        row = [f"{b / GIB:.2f}" for b in (*device, x.traffic.total)]
+        row += [f"{x.time.total_s * 1e3:.1f}", "launch" if x.time.is_launch_bound else "compute"]
         table.add_row(str(x.stage), str(x.micro_batch), *row, "yes" if x.fits else "no")
     console.print(table)
+    if host := max(x.memory.footprint.host for x in plan.layouts):
+        console.print(f"offload           up to {host / GIB:.2f} GiB of the node's memory per rank")
     console.print(
         f"data              {plan.bytes_per_sample / 1e6:.2f} MB per sample, "
         f"{plan.node_bytes_per_s(cluster) / 1e6:.1f} MB/s to each of {cluster.num_nodes} nodes"
     )
-    console.print(f"speed             {plan.samples_per_s:,.1f} samples/s at {cluster.mfu:.0%} MFU")
+    console.print(
+        f"speed             {plan.samples_per_s:,.1f} samples/s, {plan.mfu:.1%} MFU"
+        + ("" if plan.best else " with the layout that needs the least memory")
+    )
+    for name, time in (("none", plan.eager), ("step", plan.compiled)):
+        console.print(f"compile: {name:<9}{_parts(time)}")
+    if plan.eager.is_launch_bound:
+        console.print(
+            f"launch-bound      in eager mode, launching takes {plan.eager.launch_s / plan.eager.compute_s:.1f} times "
+            "as long as computing: set model.compile=step, or a larger micro-batch by a larger train.global_batch"
+        )
     if plan.seconds is None:
         console.print(
             "time              unknown: the shards, which determine the length of an epoch, cannot be read here"
@@ -53,7 +67,10 @@ def print_plan(
             f"time              {plan.seconds / 3600:,.1f} h for {plan.num_steps:,} steps, "
             f"{plan.gpu_hours(cluster):,.0f} GPU-hours"
         )
-    console.print("Activations, speed and time are estimates, not measured on a GPU.")
+    console.print(
+        f"Predicted, not measured on a GPU: matrix products at {cluster.mfu:.0%} of the peak, {cluster.launch_us:g} us "
+        "per launched operation."
+    )
     if plan.best is None:
         console.print(
             "no layout fits: set model.checkpointing=blocks, use more GPUs, or offload the optimizer"
@@ -62,6 +79,13 @@ def print_plan(
     print(
         sbatch_command(plan, cluster, recipe_path, overrides)
     )  # plain print: rich would wrap the command, which is to be copied
+
+
+def _parts(time: StepTime) -> str:
+    ms = (time.total_s, time.compute_s, time.launch_s, time.optimizer_s, time.communication_s)
+    return "step {:.1f} ms: compute {:.1f}, beside it launch {:.1f}, optimizer {:.1f}, communication {:.1f}".format(
+        *(1e3 * s for s in ms)
+    )
 
 
 def sbatch_command(plan: ClusterPlan, cluster: Cluster, recipe_path: str, overrides: list[str]) -> str:

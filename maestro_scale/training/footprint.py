@@ -21,9 +21,10 @@ _PREFETCH = 50_000_000
 class Footprint:
     """Peak bytes of a rank, without activations.
 
-    ``weights``: with copies that are gathered from other ranks, or cast. ``optimizer``: fp32 masters, moments, moving
-    average. ``buckets``: buffers of the collectives. ``host``: what offload moves to the node's memory; where the
-    device is a CPU, it adds to the rest.
+    ``weights``: with copies that are gathered from other ranks; those that autocast casts count as activations
+    (model/activations.py), as they live from a block's forward to its backward pass. ``optimizer``: fp32 masters,
+    moments, moving average. ``buckets``: buffers of the collectives. ``host``: what offload moves to the node's memory;
+    where the device is a CPU, it adds to the rest.
     """
 
     weights: int
@@ -58,7 +59,6 @@ class _Engine:
 
     stage: int
     value: int
-    autocast: bool
     offload_optimizer: bool
     offload_param: bool
     bucket: int
@@ -74,7 +74,6 @@ class _Engine:
         return _Engine(
             stage=stage,
             value=2 if low else 4,
-            autocast=config.get("torch_autocast", {}).get("enabled", False),
             offload_optimizer=_offloaded(zero, "offload_optimizer") and stage > 0,
             offload_param=_offloaded(zero, "offload_param") and stage == 3,
             bucket=int(zero.get("reduce_bucket_size", _BUCKET)),
@@ -96,9 +95,8 @@ def footprint(
     e, share = _Engine.of(config), -(-parameters // world)
     average = 4 * share if ema else 0
     if e.stage == 0:
-        cast = 2 * parameters if e.autocast else 0
         return Footprint(
-            weights=4 * parameters + cast,
+            weights=4 * parameters,
             gradients=4 * parameters,
             optimizer=8 * parameters + average,
             buckets=4 * min(parameters, _BUCKET) if world > 1 else 0,
@@ -118,8 +116,6 @@ def footprint(
     if e.stage == 3:
         gathered = e.value * min(parameters, e.live + (e.prefetch if parameters > e.live else 0))
         weights = (0 if e.offload_param else e.value * share) + gathered
-    if e.autocast:
-        weights += 2 * min(parameters, e.live)
     if not e.offload_optimizer:
         host = e.value * share if e.offload_param else 0
         return Footprint(weights, gradients, masters_and_moments, buckets, host)
