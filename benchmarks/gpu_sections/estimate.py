@@ -11,7 +11,6 @@ from maestro_scale.recipe import Recipe
 from maestro_scale.training.metrics.gpus import GPUS, find_gpu
 
 _REHEARSED = "h100"
-_MFU = 0.4
 
 
 @dataclass(frozen=True)
@@ -27,11 +26,11 @@ def estimate(bench: Bench, recipe: Recipe) -> Estimate | None:
     gpu = gpu_key(bench)
     if gpu is None:
         return None
-    plan = plan_cluster(recipe, specs_of(recipe), [None], Cluster(gpu, num_gpus=1, per_node=1, mfu=_MFU))
+    plan = plan_cluster(recipe, specs_of(recipe), [None], Cluster(gpu, num_gpus=1, per_node=1))
     (layout,) = (
         x for x in plan.layouts if (x.stage, x.micro_batch) == (recipe.zero_stage, recipe.train.micro_batch)
     )
-    return Estimate(layout.memory.device, plan.samples_per_s)
+    return Estimate(layout.memory.device, recipe.train.global_batch / layout.time.total_s)
 
 
 def gpu_key(bench: Bench) -> str | None:
