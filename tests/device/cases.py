@@ -269,6 +269,21 @@ def a_copy_on_a_side_stream():
         device(3)
 
 
+@case("stream record", "stream wait", "stream record", "sync event.synchronize")
+def dropping_a_tensor_after_its_copy_to_the_host_has_arrived():
+    import torch
+
+    side, compute = torch.Stream(device="simulated"), torch.accelerator.current_stream("simulated")
+    values = device(3)
+    side.wait_event(compute.record_event())
+    with side:
+        pinned(3).copy_(values, non_blocking=True)
+    side.record_event().synchronize()
+    del values
+    with side:
+        device(3)
+
+
 @case("stream record", "race add")
 def using_a_copy_without_waiting_for_it():
     _, block = copied_on_a_side_stream(wait=False)

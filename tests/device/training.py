@@ -57,9 +57,10 @@ class Runs:
         run_dir = self.folder / (run or name)
         run_dir.mkdir(exist_ok=True)
         world = World(rank=0, size=1, local_rank=0, device=device, control=host_groups[0])
+        accelerator.use(device)
         recorder.records.clear()
         hooks = evaluation_hooks if evaluates else no_evaluation
-        outcome = pretrain(recipe, run_dir, world, [Quiet()], Quiet(), StopRequest(), evaluation=hooks)  # type: ignore
+        outcome = pretrain(recipe, run_dir, world, [Quiet()], Quiet(), StopRequest(), evaluation=hooks)
         lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
         self.found[name] = {
             "records": recorder.dump(),
@@ -74,7 +75,7 @@ class Runs:
 def join() -> None:
     """A process group of one rank, DeepSpeed on the simulated device, and named phases."""
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", DS_ACCELERATOR="cpu")
-    accelerator.install()
+    accelerator.use(DEVICE)
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # needs a compiler
@@ -82,10 +83,14 @@ def join() -> None:
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
     host_groups.append(dist.new_group(backend="gloo"))
     name_phases(recorder)
+    from maestro_scale.evaluation.probes import linear
+
+    linear._MAX_ITERATIONS = 3  # 20 reads each
 
 
 def run_all(runs: Runs) -> None:
     from maestro_scale.model import masking, targets
+    from maestro_scale.stream import device_copy
 
     full = (
         "tracking.pictures_every=3",
@@ -98,13 +103,16 @@ def run_all(runs: Runs) -> None:
     for stage in (0, 1, 3):
         runs.pretrain(f"stage {stage}", f"deepspeed.zero_optimization.stage={stage}", "train.steps=4", *SHORT)
     runs.pretrain("bf16", "train.precision=bf16", "train.steps=4", *SHORT)
+    runs.pretrain("cpu", "train.steps=4", *SHORT, device=torch.device("cpu"))
+    # Runs with a mistake in them, which must be found.
     for name, function, text in (
         ("item", targets.combine_losses, "sums.sum().item()"),
         ("list", masking.draw_masks, "torch.tensor([1.0], device=batch.ref_date.device)"),
         ("mix", masking.draw_masks, "batch.ref_date + torch.ones(3)"),
+        ("no wait", device_copy.DeviceCopier.finish, "return copies.batches"),
     ):
         with inject.statement(function, text) as place:
-            runs.pretrain(name, "train.steps=3", *SHORT)
+            runs.pretrain(name, "train.steps=4", *SHORT)
         runs.found[name]["place"] = place
 
 

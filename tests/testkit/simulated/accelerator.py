@@ -78,6 +78,6 @@ class SimulatedAccelerator(CPU_Accelerator):
         return isinstance(tensor, SimulatedTensor)
 
 
-def install() -> None:
-    """Make it DeepSpeed's accelerator of this process."""
-    set_accelerator(SimulatedAccelerator())
+def use(device: torch.device) -> None:
+    """Make the simulated device, or the CPU, DeepSpeed's accelerator of this process."""
+    set_accelerator(CPU_Accelerator() if device.type == "cpu" else SimulatedAccelerator())

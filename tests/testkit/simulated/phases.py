@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from importlib import import_module
+from typing import Any
 
 from testkit.simulated.recorder import Recorder
 
@@ -34,14 +37,24 @@ STEP = ("copy", "masks", "forward", "backward", "optimizer", "ema", "step", "tra
 """Phases of a step that makes no log line, picture, checkpoint or evaluation."""
 
 
+def _dataset(engine: Any, step: int, batches: Sequence[Any], *rest: Any) -> str:
+    """The dataset of a step, from the arguments of ``Engine.step``."""
+    return batches[0].dataset
+
+
 def name_phases(recorder: Recorder) -> None:
     """Wrap the functions, and DeepSpeed's backward and step, once per process."""
     from deepspeed.runtime.engine import DeepSpeedEngine
 
-    for module_name, class_name, function, phase in _FUNCTIONS:
+    recorder.open_phases = {"setup", *STEP}
+    for module_name, class_name, name, phase in _FUNCTIONS:
         module = import_module(_PACKAGE + module_name)
         owner = getattr(module, class_name) if class_name else module
-        recorder.wrap(owner, function, phase, mark=function == "step")
-    recorder.wrap(DeepSpeedEngine, "forward", "forward")
-    recorder.wrap(DeepSpeedEngine, "backward", "backward")
-    recorder.wrap(DeepSpeedEngine, "step", "optimizer")
+        function = getattr(owner, name)
+        wrapped = recorder.wrapped(function, phase, _dataset if phase == "step" else None)
+        setattr(owner, name, wrapped)
+        for other in [m for key, m in sys.modules.items() if key.startswith(_PACKAGE)]:
+            if vars(other).get(name) is function:  # it has been imported there
+                setattr(other, name, wrapped)
+    for name, phase in (("forward", "forward"), ("backward", "backward"), ("step", "optimizer")):
+        setattr(DeepSpeedEngine, name, recorder.wrapped(getattr(DeepSpeedEngine, name), phase))

@@ -22,10 +22,10 @@ KERNEL, COPY, SYNC, MIX, RACE, STREAM, MARK = "kernel", "copy", "sync", "mix", "
 class Record:
     """One thing that happened, in program order.
 
-    ``op``: the operation. ``phase``: of the step, see :meth:`Recorder.phase`. ``site``: "package/file.py:line" of the
-    innermost frame in maestro_scale or DeepSpeed, "" where there is none (autograd's own thread). ``caller``: the
-    innermost frame in maestro_scale. ``function``: the name of the function at ``site``. ``stream``: number of the current stream, 0 is the default one. ``detail``: for
-    people.
+    ``op``: the operation. ``phase``: see :meth:`Recorder.phase`. ``site``: "package/file.py:line" of the innermost
+    frame in maestro_scale or DeepSpeed, "" where there is none (autograd's own thread). ``caller``: the innermost frame
+    in maestro_scale. ``function``: the name of the function at ``site``. ``stream``: number of the current stream, 0 is
+    the default one. ``detail``: for people.
     """
 
     kind: str
@@ -60,6 +60,8 @@ class Recorder:
         self.records: list[Record] = []
         self.strict = False
         self.enabled = True
+        self.open_phases: set[str] | None = None
+        """Phases within which another one can begin; None: all."""
         self._phases: list[str] = ["setup"]
 
     def add(self, kind: str, op: str, stream: int = 0, detail: str = "") -> None:
@@ -74,25 +76,30 @@ class Recorder:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Everything within is recorded under ``name``. On all threads: the backward pass has its own."""
-        self._phases.append(name)
+        """Everything within is recorded under ``name``, unless a phase has begun that is not in ``open_phases``.
+
+        On all threads: the backward pass has its own.
+        """
+        outer = self._phases[-1]
+        self._phases.append(name if self.open_phases is None or outer in self.open_phases else outer)
         try:
             yield
         finally:
             self._phases.pop()
 
-    def wrap(self, owner: Any, attribute: str, phase: str, mark: bool = False) -> None:
-        """Run ``owner.attribute`` in ``phase`` from now on. ``mark``: also record its begin."""
-        function: Callable[..., Any] = getattr(owner, attribute)
+    def wrapped(
+        self, function: Callable[..., Any], phase: str, mark: Callable[..., str] | None = None
+    ) -> Callable[..., Any]:
+        """``function`` in ``phase``. ``mark``: also record its begin, with this function of its arguments as detail."""
 
         @wraps(function)
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
             with self.phase(phase):
-                if mark:
-                    self.add(MARK, phase)
+                if mark is not None:
+                    self.add(MARK, phase, detail=mark(*args, **kwargs))
                 return function(*args, **kwargs)
 
-        setattr(owner, attribute, wrapped)
+        return call
 
     def dump(self) -> list[dict[str, Any]]:
         """All records, for a JSON file; :func:`load` reads it. Of kernels only AdamW's, which the tests need."""
@@ -108,17 +115,18 @@ def load(rows: list[dict[str, Any]]) -> list[Record]:
 def _sites(frame: FrameType | None) -> tuple[str, str, str]:
     """The innermost frame in a package of ``_PACKAGES`` and the innermost in the first of them, as
     "package/…/file.py:line", and the function of the former."""
-    site = function = ""
-    while frame is not None:
+    site = caller = function = ""
+    while frame is not None and not (function and caller):
         path = frame.f_code.co_filename
         if not path.startswith(_KIT):
             for package in _PACKAGES:
                 before, found, inside = path.rpartition(f"/{package}/")
                 if found and not before.endswith("/tests"):
                     place = f"{package}/{inside}:{frame.f_lineno}"
-                    if not site:
-                        site, function = place, frame.f_code.co_name
+                    site = site or place
+                    if not frame.f_code.co_name.startswith("<"):  # a comprehension or a lambda
+                        function = function or frame.f_code.co_name
                     if package == _PACKAGES[0]:
-                        return site, place, function
+                        caller = caller or place
         frame = frame.f_back
-    return site, "", function
+    return site, caller, function

@@ -121,7 +121,8 @@ class Timeline:
             owner = memory.allocated_on
             assert owner is not None
             for stream, count in memory.uses.items():
-                done = self.clocks[owner].get(stream, 0) >= count
+                # The host's clock too: whatever is issued on the stream from now on follows what the host waited for.
+                done = max(self.clocks[owner].get(stream, 0), self.host.get(stream, 0)) >= count
                 if stream != owner and stream not in memory.recorded and not done:
                     what = f"freed on stream {owner} while stream {stream} may still use it (record_stream)"
                     self.recorder.add(RACE, "free", detail=what)
