@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import shutil
@@ -16,6 +17,7 @@ from importlib import metadata
 from pathlib import Path
 
 from maestro_scale.cluster import checks
+from maestro_scale.training import nvml
 
 _PACKAGES = (
     "maestro-scale",
@@ -55,7 +57,17 @@ class Finding:
 
 def run_checks(urls: Sequence[str] = (), folders: Sequence[Path] = ()) -> Iterator[Finding]:
     """Run all checks. ``urls``: sharded datasets that must be readable; ``folders``: of runs and caches."""
-    for check in (_python, _packages, _processors, _accelerators, _kernels, _compiler, _slurm, _mlflow):
+    for check in (
+        _python,
+        _packages,
+        _processors,
+        _accelerators,
+        _rdma,
+        _kernels,
+        _compiler,
+        _slurm,
+        _mlflow,
+    ):
         yield from check()
     for url in urls:
         yield from _data(url)
@@ -110,6 +122,9 @@ def _accelerators() -> Iterator[Finding]:
         result = f"{p.name}, {p.total_memory / 2**30:.0f} GiB, compute {p.major}.{p.minor}"
         yield Finding(f"GPU {i}", result, "" if has_bf16 else "no bf16 in hardware: set train.precision=fp32")
     if torch.cuda.is_available():
+        driver = nvml.driver_version()
+        advice = "" if driver else "metrics of GPUs need NVML: pip install 'maestro-scale[gpu]'"
+        yield Finding("NVML", f"driver {driver}" if driver else "not available", advice)
         for problem in checks.gpu_problems(torch.cuda.device_count()):
             yield Finding("accelerator", "not usable", problem)
     yield Finding(
@@ -117,6 +132,20 @@ def _accelerators() -> Iterator[Finding]:
         ", ".join(backends),
         "" if "gloo" in backends else "use a torch build with gloo: the ranks exchange control flags with it",
     )
+
+
+def _rdma(cards: Path = Path("/sys/class/infiniband"), library: str = "libibverbs.so.1") -> Iterator[Finding]:
+    names = sorted(card.name for card in cards.iterdir()) if cards.is_dir() else []
+    if not names:
+        yield Finding("RDMA", "no card (NCCL uses TCP between nodes)")
+        return
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        advice = "NCCL would use TCP: install libibverbs1 and ibverbs-providers"
+        yield Finding("RDMA", f"{', '.join(names)}, but no {library}", advice)
+    else:
+        yield Finding("RDMA", ", ".join(names))
 
 
 def _kernels() -> Iterator[Finding]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from maestro_scale.cluster import checks
+from maestro_scale.cluster import checks, doctor
 from maestro_scale.cluster.attempts import FINISHED, GAVE_UP, REQUEUE, Attempt, decide
 from maestro_scale.cluster.doctor import Finding, print_findings, run_checks
 from maestro_scale.cluster.health import NodeReport
@@ -125,6 +125,17 @@ def test_doctor(tmp_path, monkeypatch, synthetic_shards):
     lines: list[str] = []
     assert print_findings(iter(findings), lines.append) == sum(bool(f.advice) for f in findings)
     assert "planted-secret" not in "\n".join(lines)
+
+
+def test_doctor_on_rdma(tmp_path):
+    (finding,) = doctor._rdma(tmp_path / "none")
+    assert (finding.result, finding.advice) == ("no card (NCCL uses TCP between nodes)", "")
+    (tmp_path / "cards" / "mlx5_0").mkdir(parents=True)
+    (finding,) = doctor._rdma(tmp_path / "cards", "libc.so.6")
+    assert (finding.result, finding.advice) == ("mlx5_0", "")
+    (finding,) = doctor._rdma(tmp_path / "cards", "libnone.so.1")
+    assert finding.result == "mlx5_0, but no libnone.so.1"
+    assert "install libibverbs1" in finding.advice
 
 
 @pytest.mark.parametrize(

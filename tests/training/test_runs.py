@@ -54,6 +54,8 @@ def test_under_the_deepspeed_launcher(trainer, uninterrupted, tmp_path):
     launched = Trainer(trainer.recipe, "deepspeed")
     lines = launched.train(tmp_path / "run", 2, "--set", "train.micro_batch=2")
     assert curve(lines) == pytest.approx(curve(uninterrupted[1]), rel=1e-5)
+    setup = json.loads((tmp_path / "run" / "environment.json").read_text())["setup"]
+    assert (setup["launcher"], setup["ranks"], setup["nodes"]) == ("deepspeed", 2, 1)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +71,10 @@ def test_run_directory_is_complete(uninterrupted):
     assert all(set(m) >= FIELDS for m in lines)
     assert lines[-1]["data/replaced"] == 0
     assert lines[-1]["samples"] == 48
-    assert json.loads((run_dir / "environment.json").read_text())["versions"]["torch"]
+    environment = json.loads((run_dir / "environment.json").read_text())
+    assert environment["versions"]["torch"]
+    setup = environment["setup"]
+    assert (setup["launcher"], setup["ranks"], setup["nodes"], setup["device"]) == ("environment", 1, 1, "cpu")
     assert (run_dir / "recipe.yaml").exists()
     assert [p.name for p in sorted((run_dir / "checkpoints").iterdir())] == ["step_00000004", "step_00000006"]
     assert all((p / commit.MARKER).exists() for p in (run_dir / "checkpoints").iterdir())
