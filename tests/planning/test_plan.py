@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import io
+import re
 import shlex
 
 import pytest
 import typer.testing
+from rich.console import Console
 from testkit.runs import REPO
 
 from maestro_scale import datasets
@@ -14,6 +17,7 @@ from maestro_scale.cli import app
 from maestro_scale.model.cost import compute_cost
 from maestro_scale.planning import GPUS, Cluster, PlanningError, plan_cluster
 from maestro_scale.recipe import build_model_config, load_recipe
+from maestro_scale.training.dry_run import dry_run
 
 RECIPE = str(REPO / "recipes" / "vitb.yaml")
 SPEC = datasets.spec("treesatai_ts")
@@ -69,6 +73,21 @@ def test_invalid_clusters_are_refused():
         Cluster("h100", 8, 8, launch_us=-1)
     with pytest.raises(PlanningError, match="--network-gb-s"):
         Cluster("h100", 8, 8, network_gb_s=0)
+
+
+def test_the_dry_run_prints_the_estimate_of_plan():
+    recipe = load_recipe(RECIPE, ["train.steps=10"])
+    console = Console(width=120, record=True, file=io.StringIO())
+    dry_run(recipe, 8, console)
+    printed = console.export_text()
+    _, plan = planned("train.steps=10", gpus=8)
+    for stage in range(4):
+        (layout,) = (x for x in plan.layouts if (x.stage, x.micro_batch) == (stage, recipe.train.micro_batch))
+        line = next(x for x in printed.splitlines() if re.match(rf"│\s+{stage}( \(recipe\))? │", x))
+        assert line.split("│")[2].strip() == f"{layout.memory.device / 2**30:.2f}"  # of 8 ranks
+    console = Console(width=120, record=True, file=io.StringIO())
+    dry_run(load_recipe(RECIPE, ["train.steps=10", "train.micro_batch=auto"]), 8, console)
+    assert "train.micro_batch auto" in console.export_text().replace("\n", " ")
 
 
 def test_the_printed_command_is_a_recipe_that_runs_on_these_ranks():

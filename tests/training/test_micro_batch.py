@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
-from testkit.runs import REPO
+from testkit.runs import REPO, Trainer, curve, metrics, write_recipe
 
 from maestro_scale.recipe import RecipeError, load_recipe
 from maestro_scale.training.distributed import World
@@ -69,3 +71,16 @@ def test_ranks_of_one_machine_share_its_memory(monkeypatch):
     monkeypatch.setattr("maestro_scale.training.micro_batch._machine_memory", lambda: 1000 * GIB)
     monkeypatch.setattr(FakeWorld, "gather", lambda self, value: [value] * 4)
     assert device_memory(FakeWorld(0, 4, 0, torch.device("cpu"))) == 250 * GIB
+
+
+@pytest.mark.slow
+def test_a_run_chooses_its_micro_batch_and_records_it(synthetic_shards, tmp_path):
+    trainer = Trainer(write_recipe(tmp_path, synthetic_shards))
+    fixed = trainer.train(tmp_path / "fixed", 2, "--set", "train.micro_batch=2")
+    code, output = trainer.run(tmp_path / "auto", 2, "--set", "train.micro_batch=auto")
+    assert code == 0, output
+    # The small model fits with the whole share of a rank, 8 samples on 2 ranks.
+    assert output.count("train.micro_batch auto: 4 of 4 samples per rank") == 1
+    assert json.loads((tmp_path / "auto" / "environment.json").read_text())["micro_batch"] == 4
+    assert load_recipe(tmp_path / "auto" / "recipe.yaml").train.micro_batch == "auto"
+    assert curve(metrics(tmp_path / "auto")) == pytest.approx(curve(fixed), rel=1e-5)
