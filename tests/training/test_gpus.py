@@ -28,4 +28,5 @@ def test_a_device_name_selects_its_gpu(reported, name):
 
 def test_an_unknown_device_has_no_entry():
     assert find_gpu("NVIDIA GeForce RTX 4090") is None
+    assert find_gpu("NVIDIA RTX A1000") is None  # its name contains A100
     assert find_gpu("NVIDIA H100 80GB HBM3 MIG 1g.10gb") is None  # a slice of it

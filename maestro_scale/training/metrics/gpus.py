@@ -6,6 +6,7 @@ rather than a guess.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 _GB = 10**9
@@ -46,4 +47,5 @@ def find_gpu(device_name: str) -> Gpu | None:
     or a MIG slice, whose peak is only a part of the GPU's."""
     if " MIG " in device_name:
         return None
-    return next((gpu for gpu in GPUS.values() if gpu.device_name in device_name), None)
+    # No digit after it: "NVIDIA RTX A1000" is not an A100.
+    return next((gpu for gpu in GPUS.values() if re.search(rf"{gpu.device_name}(?!\d)", device_name)), None)
