@@ -74,7 +74,12 @@ def test_run_directory_is_complete(uninterrupted):
     environment = json.loads((run_dir / "environment.json").read_text())
     assert environment["versions"]["torch"]
     setup = environment["setup"]
-    assert (setup["launcher"], setup["ranks"], setup["nodes"], setup["device"]) == ("environment", 1, 1, "cpu")
+    assert (setup["launcher"], setup["ranks"], setup["nodes"], setup["device"]) == (
+        "environment",
+        1,
+        1,
+        "cpu",
+    )
     assert (run_dir / "recipe.yaml").exists()
     assert [p.name for p in sorted((run_dir / "checkpoints").iterdir())] == ["step_00000004", "step_00000006"]
     assert all((p / commit.MARKER).exists() for p in (run_dir / "checkpoints").iterdir())
