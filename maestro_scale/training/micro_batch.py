@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +14,6 @@ from maestro_scale.recipe import Recipe, RecipeError
 from maestro_scale.training.distributed import World
 from maestro_scale.training.memory import USABLE_MEMORY, StepMemory
 
-log = logging.getLogger(__name__)
 GIB = 2**30
 
 Estimate = Callable[[Recipe], StepMemory]
@@ -33,16 +32,15 @@ def micro_batch_of(recipe: Recipe, world: World, estimate: Estimate) -> int:
     memory_bytes = -int(world.maxima([-device_memory(world)])[0])
     micro_batch, memory = largest_micro_batch(recipe, world.size, memory_bytes, estimate)
     if world.is_main:
-        log.info(
-            "train.micro_batch auto: %d of %d samples per rank, estimated %.1f GiB (%.1f weights and optimizer, %.1f "
-            "activations, %.1f batches) of %.1f GiB",
-            micro_batch,
-            recipe.train.global_batch // world.size,
-            memory.device / GIB,
-            (memory.device - memory.activations - memory.batches) / GIB,
-            memory.activations / GIB,
-            memory.batches / GIB,
-            memory_bytes / GIB,
+        share = recipe.train.global_batch // world.size
+        engine = memory.device - memory.activations - memory.batches
+        # Printed, not logged: the trainer's process shows no log lines below warnings.
+        print(
+            f"train.micro_batch auto: {micro_batch} of {share} samples per rank, estimated "
+            f"{memory.device / GIB:.2f} GiB ({engine / GIB:.2f} weights and optimizer, {memory.activations / GIB:.2f} activations, "
+            f"{memory.batches / GIB:.2f} batches) of {memory_bytes / GIB:.1f} GiB",
+            file=sys.stderr,
+            flush=True,
         )
     return micro_batch
 
