@@ -679,3 +679,27 @@ def test_the_crop_can_be_smaller_than_the_tile_but_not_larger():
     assert resolve_spec(SPEC, entry()) == SPEC
     with pytest.raises(RecipeError, match=r"data\.mixture\[0\]\.crop_m: 61 m is larger than a tile, 60 m"):
         resolve_spec(SPEC, entry(crop_m=61))
+
+
+# --- model.compile
+
+
+@pytest.mark.parametrize(
+    ("given", "mode"),
+    [("true", "blocks"), ("false", "none"), ("none", "none"), ("blocks", "blocks"), ("step", "step")],
+)
+def test_compile_is_a_mode_and_reads_the_booleans_of_earlier_versions(minimal, given, mode):
+    assert load_recipe(minimal, [f"model.compile={given}"]).model.compile == mode
+    stored = {**MINIMAL, "model": {"compile": yaml.safe_load(given)}}
+    assert parse_recipe(stored).model.compile == mode
+
+
+def test_compile_refuses_other_values_and_stage_3(minimal):
+    assert "model.compile: must be 'none', 'blocks' or 'step', got 'steps'" in refusal(
+        minimal, "model.compile=steps"
+    )
+    for mode in ("blocks", "step"):
+        message = refusal(minimal, f"model.compile={mode}", "deepspeed.zero_optimization.stage=3")
+        assert f"model.compile: {mode!r} does not work with ZeRO stage 3" in message
+        assert "\n" not in message
+    load_recipe(minimal, ["model.compile=none", "deepspeed.zero_optimization.stage=3"])
