@@ -152,6 +152,12 @@ class Recipe(Section):
         precision = None if self.train.precision == "auto" else self.train.precision
         found = engine_config.problems(self.deepspeed, self._derived(None, precision))
         problems += [(("deepspeed", *path), reason) for path, reason in found]
+        if self.train.deterministic and self.model.attention in ("cudnn", "flash_attn"):
+            reason = (
+                f"{self.model.attention!r} has no deterministic backward pass here, which train.deterministic asks "
+                "for: use auto, flash, efficient or math"
+            )
+            problems.append((("model", "attention"), reason))
         mode = self.model.compile
         if not problems and mode != "none" and self.zero_stage == 3:
             reason = (

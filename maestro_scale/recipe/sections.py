@@ -187,6 +187,9 @@ class Train(Section):
     device: Literal["auto", "cpu"] = "auto"
     """auto: a GPU per rank, or the CPU on nodes without GPUs; a node whose GPUs torch cannot use is an error. cpu: the
     CPU, also where there are GPUs."""
+    deterministic: bool = False
+    """Deterministic algorithms only, somewhat slower on a GPU: a resumed run is then bitwise the uninterrupted one on
+    the same kind and number of GPUs. On a CPU it is in any case."""
     log_every: Count = 10
     """Steps between lines of metrics.jsonl; in a mixture, each dataset's own steps."""
     audit: bool = False

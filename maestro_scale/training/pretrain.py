@@ -37,6 +37,7 @@ from maestro_scale.training.checkpoint.identity import precision_identity
 from maestro_scale.training.checkpoint.mirror import Mirror
 from maestro_scale.training.checkpoint.retention import Retention
 from maestro_scale.training.data import train_loader
+from maestro_scale.training.determinism import configure_determinism
 from maestro_scale.training.distributed import World
 from maestro_scale.training.ema import WeightEMA
 from maestro_scale.training.engine import Engine
@@ -178,6 +179,7 @@ def _mirror(recipe: Recipe, run_dir: Path) -> Mirror | None:
 def _parts(context: RunContext, evaluation: EvaluationHooks) -> TrainingParts:
     recipe, run_dir, world = context.recipe, context.run_dir, context.world
     seed_everything(recipe.seed)
+    configure_determinism(recipe.train.deterministic)
     datasets = open_datasets(recipe)
     config = build_model_config(recipe, [d.source.spec for d in datasets])
     memory = MemoryEstimator(config, [d.source.spec for d in datasets])

@@ -29,6 +29,7 @@ from maestro_scale.training.checkpoint.checkpoints import Checkpoints, Position
 from maestro_scale.training.checkpoint.identity import precision_identity
 from maestro_scale.training.checkpoint.retention import Retention
 from maestro_scale.training.data import train_loader
+from maestro_scale.training.determinism import configure_determinism
 from maestro_scale.training.distributed import World
 from maestro_scale.training.ema import WeightEMA
 from maestro_scale.training.engine import Engine
@@ -62,6 +63,7 @@ class Finetuning:
     def assemble(self, context: RunContext, report: Progress) -> tuple[Trainer, Position]:
         """The trainer and its position; ``report`` is called after every step."""
         recipe, world = self._recipe, self._world
+        configure_determinism(recipe.train.deterministic)
         micro_batch = self._micro_batch()
         stream, num_steps = train_loader(recipe, [self.splits["train"]], world, micro_batch)
         network, averaged = self._network(), self._network()
