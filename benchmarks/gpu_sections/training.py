@@ -24,6 +24,7 @@ from maestro_scale.stream.source import Source
 from maestro_scale.training.assembly import RunContext, TrainingParts, assemble, seed_everything
 from maestro_scale.training.checkpoint.checkpoints import Checkpoints, newest
 from maestro_scale.training.checkpoint.retention import Retention
+from maestro_scale.training.engine import Engine
 from maestro_scale.training.hooks.hook import FinishedStep, Hook
 from maestro_scale.training.objectives import PretrainObjective
 from maestro_scale.training.pretrain import pretrain
@@ -39,6 +40,12 @@ def run_on_shards(
 ) -> Path:
     """Pretrain as ``train.py`` does, or resume; returns the run directory ``name``."""
     run_dir = bench.work / "runs" / name
+    engines: list[Engine] = []
+
+    def build_hooks(engine: Engine) -> Sequence[Hook]:
+        engines.append(engine)
+        return hooks
+
     with monitored(bench.world, _HANG_S, run_dir) as watchdog:
         pretrain(
             recipe,
@@ -47,8 +54,9 @@ def run_on_shards(
             (),
             watchdog,
             stop or StopRequest(),
-            evaluation=lambda recipe, world, model, watchdog: lambda engine: hooks,
+            evaluation=lambda recipe, world, model, watchdog: build_hooks,
         )
+    engines.pop().close()
     bench.free()
     return run_dir
 
@@ -85,7 +93,8 @@ def run_on_mock_batch(bench: Bench, recipe: Recipe, name: str, hooks: Sequence[H
         context = RunContext(recipe, run_dir, world, (), watchdog, StopRequest())
         trainer, position = assemble(context, parts)
         trainer.run(position)
-    del trainer, parts
+    trainer.engine.close()
+    del trainer, parts, context
     bench.free()
 
 

@@ -154,6 +154,7 @@ def test_sections_on_a_fake_gpu():
     assert done.returncode == 0, done.stderr[-4000:]
     found = json.loads(done.stdout)
     sections = found["sections"]
+    assert found["alive"] == []
     # The debug mode is on for one step of each case, and off again.
     assert found["modes"] == ["warn", "default"] * 2
     assert [(c["value"], c["limit"]) for c in sections["waits"]["checks"]] == [(0, 2), (0, 0)] * 2
