@@ -18,6 +18,7 @@ from benchmarks.gpu_sections.record import ERROR, PASSED, SKIPPED, TIMEOUT, load
 
 _REPO = Path(__file__).parents[2]
 _STDERR_LINES = 25
+_REHEARSAL_TIMES = 5
 _MIN_S = 15.0  # a section is not started with less time
 
 
@@ -46,7 +47,9 @@ class Runner:
                 if reason or left_s < _MIN_S:
                     self._add(section, {"status": SKIPPED, "skipped": reason or "no time left"}, 0.0)
                     continue
-                process = _Process.start(self, section, min(section.limit_s, left_s))
+                # A rehearsal runs on whatever cores a CI job has.
+                limit_s = section.limit_s * (_REHEARSAL_TIMES if self.rehearse else 1)
+                process = _Process.start(self, section, min(limit_s, left_s))
                 # A rehearsal is not timed, and has one core.
                 if section.background and not self.rehearse:
                     background.append(process)
