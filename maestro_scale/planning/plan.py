@@ -88,7 +88,8 @@ class ClusterPlan:
     """The plan of a recipe on a cluster.
 
     ``best``: the fastest layout that fits, None if none does; ``samples_per_s``, ``mfu`` and ``seconds`` are its, or
-    those of the smallest layout. ``eager`` and ``compiled``: its step time with model.compile none and step.
+    those of the smallest layout. ``eager`` and ``compiled``: step time of the fastest layout with model.compile none
+    and step.
     ``seconds``: None if the length of an epoch is unknown, because the shards cannot be read here.
     ``bytes_per_sample``: as stored, averaged over the mixture by weight.
     """
@@ -141,17 +142,16 @@ def plan_cluster(
         fits = memory.device <= USABLE_MEMORY * gpu.memory_bytes
         return LayoutEstimate(stage, micro_batch, times, memory, sent, seconds, fits)
 
-    mode = recipe.model.compile
-    layouts = tuple(
-        layout(stage, micro_batch, mode)
-        for stage in range(4 if mode == "none" else 3)  # stage 3 does not work with torch.compile
-        # Only micro-batches that divide a rank's share: all micro-batches of a step have the same size.
-        for micro_batch in (m for m in range(1, batch // n + 1) if (batch // n) % m == 0)
-    )
-    # Of equally fast layouts, the one that needs the least memory.
-    fitting = sorted((x for x in layouts if x.fits), key=lambda x: (x.time.total_s, x.memory.device))
-    best = fitting[0] if fitting else None
-    shown = best or min(layouts, key=lambda x: x.memory.device)
+    def layouts_of(compiled: CompileMode) -> tuple[LayoutEstimate, ...]:
+        return tuple(
+            layout(stage, micro_batch, compiled)
+            for stage in range(4 if compiled == "none" else 3)  # stage 3 does not work with torch.compile
+            # Only micro-batches that divide a rank's share: all micro-batches of a step have the same size.
+            for micro_batch in (m for m in range(1, batch // n + 1) if (batch // n) % m == 0)
+        )
+
+    layouts = layouts_of(recipe.model.compile)
+    shown = _fastest(layouts)
     sizes = [
         size[1] / size[0] if size else _sample_bytes(spec) for size, spec in zip(stored, specs, strict=True)
     ]
@@ -161,15 +161,23 @@ def plan_cluster(
     return ClusterPlan(
         parameters=estimator.parameters,
         layouts=layouts,
-        best=best,
-        eager=layout(shown.stage, shown.micro_batch, "none").time,
-        compiled=layout(shown.stage, shown.micro_batch, "step").time,
+        best=shown if shown.fits else None,
+        eager=_fastest(layouts_of("none")).time,
+        compiled=_fastest(layouts_of("step")).time,
         samples_per_s=batch / step_s,
         mfu=batch * work.model_flops / step_s / (n * gpu.tflops * 1e12),
         bytes_per_sample=sum(b * w for b, w in zip(sizes, weights, strict=True)) / sum(weights),
         num_steps=steps,
         seconds=None if steps is None else steps * step_s,
     )
+
+
+def _fastest(layouts: Sequence[LayoutEstimate]) -> LayoutEstimate:
+    """The fastest layout that fits, of equally fast ones that with the least memory; if none fits, the smallest."""
+    fitting = [x for x in layouts if x.fits]
+    if not fitting:
+        return min(layouts, key=lambda x: x.memory.device)
+    return min(fitting, key=lambda x: (x.time.total_s, x.memory.device))
 
 
 def _sample_bytes(spec: DatasetSpec) -> float:

@@ -20,12 +20,14 @@ from maestro_scale.training.metrics.gpus import Gpu
 _ACHIEVED_BANDWIDTH = 0.85  # fraction of the memory bandwidth that streaming kernels reach
 _ACHIEVED_LINK = 0.8  # fraction of the link's bandwidth that NCCL's rings reach
 _FP32_RATE = 1 / 15  # of the bf16 peak: fp32 matrix products do not use tensor cores (TF32 is off)
+_OVERLAPPED = 0.5  # of the communication beside compute, which it slows: NCCL's kernels take part of the GPU
 _FUSED = 0.5  # traffic of elementwise operations after fusion by inductor
 # Bytes per parameter: gradient norm and clipping, AdamW on fp32 weights and moments, gradients set to zero.
 _OPTIMIZER_BYTES = 44
-_OPTIMIZER_OPERATIONS = 3  # per parameter tensor
-# Per parameter tensor and micro-batch: accumulating its gradient; with ZeRO, copying it into a bucket.
-_HOOK_OPERATIONS = {0: 1, 1: 4, 2: 4, 3: 4}
+# By ZeRO stage, in bf16, as benchmarks/optimizer_operations.py counts them. The optimizer step, per parameter tensor:
+_OPTIMIZER_OPERATIONS = {0: 0.5, 1: 0.5, 2: 0.5, 3: 0.7}
+# DeepSpeed's hooks in a backward pass, per parameter tensor: accumulating its gradient, copying it into a bucket.
+_HOOK_OPERATIONS = {0: 1.0, 1: 1.5, 2: 2.5, 3: 2.1}
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,8 @@ def step_time(
     hooks = _HOOK_OPERATIONS[recipe.zero_stage] * work.tensors
     share = work.parameters / (world_size if recipe.zero_stage else 1)
     optimizer_s = max(
-        _OPTIMIZER_BYTES * share / bandwidth, _OPTIMIZER_OPERATIONS * work.tensors * assumed.launch_s
+        _OPTIMIZER_BYTES * share / bandwidth,
+        _OPTIMIZER_OPERATIONS[recipe.zero_stage] * work.tensors * assumed.launch_s,
     )
     return StepTime(
         compute_s=compute_s,
@@ -137,10 +140,8 @@ def _exposed(recipe: Recipe, sent: Traffic, assumed: Assumptions, compute_s: flo
     """Seconds of communication that compute does not hide. With overlap_comm (the default of stage 3), collectives run
     beside compute; without, gradients are reduced between kernels, and all weights are gathered after the step."""
     link = _ACHIEVED_LINK * assumed.link
-    overlaps = recipe.deepspeed.get("zero_optimization", {}).get("overlap_comm", recipe.zero_stage == 3)
-    if recipe.zero_stage == 3:
-        hidden = sent.total / link
-    else:
-        hidden = (sent.all_reduce + sent.reduce_scatter) / link
-    rest = sent.total / link - hidden
-    return rest + (max(0.0, hidden - compute_s) if overlaps else hidden)
+    if not recipe.deepspeed.get("zero_optimization", {}).get("overlap_comm", recipe.zero_stage == 3):
+        return sent.total / link
+    # Stages 1 and 2 gather the new weights after the optimizer, when nothing is left to overlap with.
+    beside = sent.total if recipe.zero_stage == 3 else sent.all_reduce
+    return sent.total / link - min(_OVERLAPPED * beside / link, compute_s)

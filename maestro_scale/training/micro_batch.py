@@ -37,8 +37,9 @@ def micro_batch_of(recipe: Recipe, world: World, estimate: Estimate) -> int:
         # Printed, not logged: the trainer's process shows no log lines below warnings.
         print(
             f"train.micro_batch auto: {micro_batch} of {share} samples per rank, estimated "
-            f"{memory.device / GIB:.2f} GiB ({engine / GIB:.2f} weights and optimizer, {memory.activations / GIB:.2f} activations, "
-            f"{memory.batches / GIB:.2f} batches) of {memory_bytes / GIB:.1f} GiB",
+            f"{memory.device / GIB:.2f} GiB ({engine / GIB:.2f} weights and optimizer, "
+            f"{memory.activations / GIB:.2f} activations, {memory.batches / GIB:.2f} batches) of "
+            f"{memory_bytes / GIB:.1f} GiB",
             file=sys.stderr,
             flush=True,
         )
