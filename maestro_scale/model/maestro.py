@@ -34,7 +34,7 @@ from maestro_scale.model.heads import build_head
 from maestro_scale.model.initialise import initialise
 from maestro_scale.model.layout import Layout
 from maestro_scale.model.masking import Mask, masks_by_sensor
-from maestro_scale.model.sequences import Sequence, has_equal_patches, pack, sequences, unpack
+from maestro_scale.model.sequences import Sequence, by_sensor, has_equal_patches, pack, sequences
 from maestro_scale.model.targets import combine_losses, error_sum, masked_token_errors, weighted_loss
 from maestro_scale.model.transformer import Block, Transformer, gather_tokens
 from maestro_scale.stream.batch import Batch
@@ -164,7 +164,7 @@ class Maestro(nn.Module):
         encoded = self._encode(
             self.layout(view, masks, batch.ref_date), batch.pixels, batch.dates, batch.ref_date, masks
         ).tokens
-        return encoded if masks is not None else _by_sensor(view, encoded)
+        return encoded if masks is not None else by_sensor(view, encoded)
 
     def view(self, dataset: str) -> ModelConfig:
         """The configuration for ``dataset``; KeyError if a model of several datasets does not know it."""
@@ -250,7 +250,7 @@ class Maestro(nn.Module):
 
     def _predict_pixels(self, view: ModelConfig, decoded: dict[str, Tensor]) -> dict[str, Tensor]:
         """{sequence: (rows, N, width)}, in order -> {sensor: (B, D, L, P*P, C)}, for the sensors of these sequences."""
-        tokens = _by_sensor(view, decoded)
+        tokens = by_sensor(view, decoded)
         sensors = [s for s in view.sensors if s.name in tokens]
         groups = {s.name: view.token_groups(s) for s in sensors}
         parts = [t for s in sensors for t in tokens[s.name].chunk(len(groups[s.name]), dim=1)]
@@ -367,7 +367,7 @@ class Maestro(nn.Module):
         view = self.view(data.dataset).adapted_to({k: tuple(v.shape) for k, v in data.pixels.items()}, crop_m)
         layout = self.layout(view, None, data.ref_date)
         encoded = self._encode(layout, data.pixels, data.dates, data.ref_date, None)
-        tokens = _by_sensor(view, encoded.tokens)
+        tokens = by_sensor(view, encoded.tokens)
         return Embedding(tokens, torch.cat([t.mean(dim=(1, 2)) for t in tokens.values()], dim=1))
 
     def predict(self, batch: Batch) -> dict[str, Tensor]:
@@ -384,13 +384,6 @@ class _Encoded(NamedTuple):
     patches: dict[str, Tensor]
     order: Tensor | None
     dates: Tensor
-
-
-def _by_sensor(view: ModelConfig, packed: dict[str, Tensor]) -> dict[str, Tensor]:
-    """{sequence: (rows, N, …)} -> {sensor: (B, R, L, …)}, of the sequences given."""
-    return {
-        k: v for q in sequences(view) if q.name in packed for k, v in unpack(view, q, packed[q.name]).items()
-    }
 
 
 def _in_order(decoded: Tensor, mask: Mask) -> Tensor:

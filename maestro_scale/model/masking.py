@@ -18,7 +18,7 @@ from torch import Tensor
 from maestro_scale.datasets.spec import Sensor
 from maestro_scale.model.config import ModelConfig
 from maestro_scale.model.constants import ConstantCache
-from maestro_scale.model.sequences import num_rows, num_tokens, pack, sequences, unpack
+from maestro_scale.model.sequences import by_sensor, num_rows, num_tokens, pack, sequences
 from maestro_scale.stream.batch import NUM_REDRAWS, Batch
 
 
@@ -90,7 +90,7 @@ def draw_masks(config: ModelConfig, masking: MaskingConfig, batch: Batch) -> dic
 
 def masks_by_sensor(config: ModelConfig, masks: dict[str, Mask]) -> dict[str, Tensor]:
     """{sensor: (B, R, L)} bool: the masked tokens by sensor instead of by sequence."""
-    return {k: v for q in sequences(config) for k, v in unpack(config, q, masks[q.name].masked).items()}
+    return by_sensor(config, {name: mask.masked for name, mask in masks.items()})
 
 
 def _structural(plan: _Plan, noise: Tensor) -> Tensor:

@@ -78,3 +78,9 @@ def unpack(config: ModelConfig, sequence: Sequence, packed: Tensor) -> dict[str,
         s.name: p.unflatten(1, (config.rows(s), s.grid**2))
         for s, p in zip(sequence.sensors, parts, strict=True)
     }
+
+
+def by_sensor(config: ModelConfig, packed: dict[str, Tensor]) -> dict[str, Tensor]:
+    """{sequence: (rows, N, …)} -> {sensor: (B, R, L, …)}, of the sequences given."""
+    given = [q for q in sequences(config) if q.name in packed]
+    return {name: x for q in given for name, x in unpack(config, q, packed[q.name]).items()}
