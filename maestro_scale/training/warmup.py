@@ -12,6 +12,7 @@ from maestro_scale.errors import MaestroError
 from maestro_scale.model.config import CompileMode
 from maestro_scale.stream.batch import Batch
 from maestro_scale.stream.device_copy import DeviceCopier
+from maestro_scale.training.device import device_module
 from maestro_scale.training.distributed import World
 from maestro_scale.training.engine import Engine
 from maestro_scale.training.objectives import Objective
@@ -64,9 +65,9 @@ def warm_up(
         if world.is_main:
             # Printed, not logged: it explains why the first step came so late.
             print(f"model.compile={compile_mode}: compiled in {seconds:.0f} s", flush=True)
-    if world.device.type == "cuda":
-        used = torch.cuda.max_memory_reserved(world.device)
-        total = torch.cuda.get_device_properties(world.device).total_memory
+    if (module := device_module(world.device)) is not None:
+        used = module.max_memory_reserved(world.device)
+        total = module.get_device_properties(world.device).total_memory
         used_gib, share = world.maxima([used / 2**30, used / total])
         if world.is_main:
             log.info("warm-up: a step takes up to %.1f GiB, %.0f %% of a device", used_gib, 100 * share)
