@@ -113,7 +113,9 @@ class Pipeline:
                     "memory, lower data.workers; the same command resumes"
                 ) from error
             slot, request = self._pending.popleft()
-            # A copy, because the block is reused; into pinned memory, so that the copy to the GPU is asynchronous.
+            # A copy, because the block is reused; into pinned memory, so that the copy to the GPU is asynchronous. A
+            # fresh block per batch costs no system call: torch keeps freed pinned blocks, and does not hand one out
+            # before the copies from it are done.
             block = self._fresh_block(request)
             block.copy_(self._blocks[slot, : len(block)])
         self._on_counters(result.counters)
