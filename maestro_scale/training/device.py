@@ -81,6 +81,13 @@ def peak_memory_bytes(device: torch.device) -> int | None:
     return None
 
 
+def total_memory_bytes(device: torch.device) -> int | None:
+    """Memory of the device; None for a CPU, and where the backend does not tell."""
+    if (module := device_module(device)) is not None and hasattr(module, "mem_get_info"):
+        return module.mem_get_info(device)[1]
+    return None
+
+
 def used_memory_bytes(device: torch.device) -> int | None:
     """Memory of the device in use by all processes; None where the backend does not tell."""
     if (module := device_module(device)) is not None and hasattr(module, "mem_get_info"):

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
-import torch
 
 from maestro_scale.recipe import Recipe, RecipeError
+from maestro_scale.training.device import total_memory_bytes
 from maestro_scale.training.distributed import World
 from maestro_scale.training.memory import USABLE_MEMORY, StepMemory
 
@@ -70,12 +70,20 @@ def largest_micro_batch(
 
 
 def device_memory(world: World) -> int:
-    """Bytes of memory of this rank's device; on a CPU, its part of the machine's. A collective."""
+    """Bytes of memory of this rank's device; on a CPU, its part of the machine's. A collective.
+
+    Raises RecipeError where the device does not tell.
+    """
     device = world.device
     hosts = world.gather(socket.gethostname())
     if device.type == "cpu":
         return _machine_memory() // hosts.count(hosts[world.rank])
-    return torch.get_device_module(device).get_device_properties(device).total_memory
+    total = total_memory_bytes(device)
+    if total is None:
+        raise RecipeError(
+            f"train.micro_batch: auto: the memory of {device} is not known: give a number of samples"
+        )
+    return total
 
 
 def _machine_memory() -> int:

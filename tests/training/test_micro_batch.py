@@ -73,6 +73,17 @@ def test_ranks_of_one_machine_share_its_memory(monkeypatch):
     assert device_memory(FakeWorld(0, 4, 0, torch.device("cpu"))) == 250 * GIB
 
 
+def test_the_memory_of_a_gpu_is_that_of_its_driver(recipe, monkeypatch):
+    world = FakeWorld(0, 4, 0, torch.device("cuda", 0))
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.cuda, "mem_get_info", lambda device: (10 * GIB, 60 * GIB))
+        assert device_memory(world) == 60 * GIB
+        assert micro_batch_of(recipe, world, estimate) == 12
+    monkeypatch.setattr("maestro_scale.training.micro_batch.total_memory_bytes", lambda device: None)
+    with pytest.raises(RecipeError, match="memory of cuda:0 is not known: give a number"):
+        device_memory(world)
+
+
 @pytest.mark.slow
 def test_a_run_chooses_its_micro_batch_and_records_it(synthetic_shards, tmp_path):
     trainer = Trainer(write_recipe(tmp_path, synthetic_shards))
