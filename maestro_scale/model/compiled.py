@@ -9,23 +9,39 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from types import FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from maestro_scale.model.config import ModelConfig
 from maestro_scale.model.layout import Layout
 from maestro_scale.model.masking import Mask
 from maestro_scale.stream.batch import Batch
-
-if TYPE_CHECKING:  # it imports this module
-    from maestro_scale.model.maestro import Maestro
 
 Losses = tuple[Tensor, Tensor]
 Backend = str | Callable[..., Any]
 CompiledBlock = Callable[[nn.Module, Tensor, int], Tensor]
 # Most compiled versions of a block. More are an error (fullgraph), not a silent change to eager mode.
 MAX_BLOCK_SHAPES = 128
+
+
+class Network(Protocol):
+    """What is compiled of :class:`maestro_scale.model.maestro.Maestro`, which imports this module."""
+
+    def view(self, dataset: str) -> ModelConfig: ...
+
+    def layout(self, view: ModelConfig, masks: dict[str, Mask] | None, like: Tensor) -> Layout: ...
+
+    def loss_of_tensors(
+        self,
+        layout: Layout,
+        pixels: dict[str, Tensor],
+        dates: dict[str, Tensor],
+        ref_date: Tensor,
+        masks: dict[str, Mask],
+        counts: Tensor,
+    ) -> Losses: ...
 
 
 class CompiledStep:
@@ -40,7 +56,7 @@ class CompiledStep:
         # With the layouts: built in the graph, their tensors would be in memory that the next run overwrites.
         self._by_dataset: dict[str, tuple[Layout, Callable[..., Losses]]] = {}
 
-    def __call__(self, model: Maestro, batch: Batch, masks: dict[str, Mask], counts: Tensor) -> Losses:
+    def __call__(self, model: Network, batch: Batch, masks: dict[str, Mask], counts: Tensor) -> Losses:
         """As ``Maestro.forward``; all batches of a dataset have the same shapes."""
         if batch.dataset not in self._by_dataset:
             layout = model.layout(model.view(batch.dataset), masks, batch.ref_date)
@@ -111,7 +127,7 @@ def _loss_function(dataset: str) -> Callable[..., Losses]:
     one's, whose guards would otherwise be evaluated in each of its steps.
     """
 
-    def step(model: Maestro, *inputs: Any) -> Losses:
+    def step(model: Network, *inputs: Any) -> Losses:
         return model.loss_of_tensors(*inputs)
 
     code = step.__code__.replace(co_name=f"step of {dataset}")
