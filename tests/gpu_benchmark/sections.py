@@ -9,10 +9,17 @@ import time
 from pathlib import Path
 
 from benchmarks.gpu_sections.bench import Bench
+from benchmarks.gpu_sections.record import load_record
 
 
 def fine(bench: Bench) -> None:
     bench.record.check("small", 1.0, 2.0)
+
+
+def beside(bench: Bench) -> None:
+    """Ends once ``compiles`` has stored its value: both run at the same time."""
+    while load_record(bench.work / "records" / "compiles.json").get("data") != {"first": 1}:
+        time.sleep(0.1)
 
 
 def wrong(bench: Bench) -> None:

@@ -86,7 +86,7 @@ def test_a_section_that_fails_loses_no_other(monkeypatch, tmp_path):
     sections = (
         section("crashes"),
         section("dies", required=False),
-        section("hangs", 15.0),
+        section("hangs", 30.0),
         section("wrong"),
         section("fine"),
     )
@@ -114,13 +114,12 @@ def test_only_a_required_section_fails_the_command(required, passes, monkeypatch
 
 
 def test_a_background_section_ends_before_a_timed_one(monkeypatch, tmp_path):
-    started = time.monotonic()
-    sections = (section("compiles", background=True), section("fine"), section("wrong", timed=True))
+    sections = (section("compiles", 600.0, background=True), section("beside"), section("wrong", timed=True))
     found, _ = run_sections(monkeypatch, tmp_path, *sections)
-    assert list(found) == ["fine", "compiles", "wrong"]
-    assert found["compiles"]["status"] == "passed"
+    assert list(found) == ["beside", "compiles", "wrong"]
+    assert found["beside"]["status"] == found["compiles"]["status"] == "passed"
+    assert found["compiles"]["seconds"] < 300  # it would run for 600 s
     assert found["compiles"]["data"] == {"first": 1}
-    assert time.monotonic() - started < 50
 
 
 def test_sections_without_time_are_skipped(monkeypatch, tmp_path):
