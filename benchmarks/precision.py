@@ -243,8 +243,15 @@ def main() -> int:
     show(curves)
     found = problems(curves)
     machine = {"torch": torch.__version__, "processor": platform.processor() or platform.machine()}
-    record = {"revision": git_revision(), **machine, "steps": args.steps, "losses": curves, "problems": found}
-    args.out.write_text(json.dumps(record, indent=1) + "\n")
+    rounded = {name: [round(loss, 7) for loss in losses] for name, losses in curves.items()}
+    record = {
+        "revision": git_revision(),
+        **machine,
+        "steps": args.steps,
+        "problems": found,
+        "losses": rounded,
+    }
+    args.out.write_text(json.dumps(record) + "\n")
     for problem in found:
         print(problem)
     return 1 if found else 0
