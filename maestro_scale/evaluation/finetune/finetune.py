@@ -70,6 +70,8 @@ def finetune(
             with progress(f"{mode} {run.manifest.spec.name}", "steps") as report:
                 trainer, position = run.assemble(context, report)
                 outcome = trainer.run(position)
+            # The process may finetune again, with another seed or from scratch.
+            trainer.engine.close()
             if outcome.reason == "stopped":
                 raise Stopped(run_dir)
             on_batch = partial(watchdog.note, outcome.position.step, "ending")
