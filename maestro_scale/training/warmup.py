@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 
@@ -16,8 +15,6 @@ from maestro_scale.training.device import device_module
 from maestro_scale.training.distributed import World
 from maestro_scale.training.engine import Engine
 from maestro_scale.training.objectives import Objective
-
-log = logging.getLogger(__name__)
 
 # Runs after which a CUDA graph is replayed: the first allocates, the second records, the third is a replay.
 GRAPH_RUNS = 3
@@ -70,7 +67,7 @@ def warm_up(
         total = module.get_device_properties(world.device).total_memory
         used_gib, share = world.maxima([used / 2**30, used / total])
         if world.is_main:
-            log.info("warm-up: a step takes up to %.1f GiB, %.0f %% of a device", used_gib, 100 * share)
+            print(f"warm-up: a step takes up to {used_gib:.1f} GiB, {share:.0%} of a device", flush=True)
 
 
 def _rehearse(
