@@ -53,3 +53,9 @@ def test_a_recipe_fills_its_cluster(path, monkeypatch):
     )  # the stage is about the fastest that plan finds
     assert not chosen.time.is_launch_bound
     assert plan.mfu > 0.2
+
+
+def test_pip_installs_the_recipes_of_every_folder():
+    project = (REPO / "pyproject.toml").read_text()
+    for folder in {path.parent.relative_to(REPO) for path in (REPO / "recipes").rglob("*.yaml")}:
+        assert f'"share/maestro_scale/{folder}" = ["{folder}/*.yaml"]' in project
