@@ -50,9 +50,9 @@ class Cluster:
             raise PlanningError(
                 f"--mfu {self.mfu:g}: must be above 0 and at most 1; {DEFAULT_MFU:g} is typical"
             )
-        if self.launch_us < 0:
-            raise PlanningError(f"--launch-us {self.launch_us:g}: must not be negative")
-        if self.network_gb_s <= 0:
+        if not 0 <= self.launch_us < math.inf:  # also false for nan
+            raise PlanningError(f"--launch-us {self.launch_us:g}: must be a number of at least 0")
+        if not self.network_gb_s > 0:
             raise PlanningError(f"--network-gb-s {self.network_gb_s:g}: must be above 0")
 
     @property

@@ -71,8 +71,12 @@ def test_invalid_clusters_are_refused():
         planned(gpus=7)
     with pytest.raises(PlanningError, match="--launch-us"):
         Cluster("h100", 8, 8, launch_us=-1)
+    with pytest.raises(PlanningError, match="--launch-us nan"):
+        Cluster("h100", 8, 8, launch_us=float("nan"))
     with pytest.raises(PlanningError, match="--network-gb-s"):
         Cluster("h100", 8, 8, network_gb_s=0)
+    with pytest.raises(PlanningError, match="--network-gb-s nan"):
+        Cluster("h100", 8, 8, network_gb_s=float("nan"))
 
 
 def test_the_dry_run_prints_the_estimate_of_plan():
