@@ -59,7 +59,13 @@ def raising(error):
 
 
 @pytest.mark.parametrize(
-    "error", [NVMLError("Not Supported"), OSError("no library"), TypeError("old binding")]
+    "error",
+    [
+        NVMLError("Not Supported"),
+        OSError("no library"),
+        TypeError("old binding"),
+        RuntimeError("broken binding"),
+    ],
 )
 @pytest.mark.parametrize(
     ("name", "missing"),
