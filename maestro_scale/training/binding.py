@@ -48,12 +48,14 @@ class Launch:
             rank, size = _numbers(env, "PMI", "RANK", "SIZE")
             return cls("mpirun", rank, size, *_numbers(env, "MPI", "LOCALRANKID", "LOCALNRANKS"))
         # In a batch script, outside of srun, SLURM describes the whole job with rank 0: such a process is alone.
-        if int(env.get("SLURM_NTASKS", 1)) > 1 and not _is_batch_step(env):
+        if int(env.get(_num_tasks(env), 1)) > 1 and not _is_batch_step(env):
             return _from_slurm(env)
         return cls("srun" if "SLURM_STEP_ID" in env else "none", 0, 1, 0, 1)
 
 
 def _from_rank(env: Mapping[str, str]) -> Launch:
+    if "WORLD_SIZE" not in env:
+        raise DeviceError("RANK is set, but WORLD_SIZE is not: set both, or unset RANK")
     rank, size = int(env["RANK"]), int(env["WORLD_SIZE"])
     # cluster/launch.py sets RANK from SLURM's variables. They describe another process where torchrun runs in a task.
     is_task = env.get("SLURM_PROCID") == env["RANK"] and env.get("SLURM_NTASKS") == env["WORLD_SIZE"]
@@ -76,8 +78,16 @@ def _from_slurm(env: Mapping[str, str]) -> Launch:
     local_size = None
     if counts and "SLURM_NODEID" in env:
         local_size = tasks_per_node(counts)[int(env["SLURM_NODEID"])]
-    rank, size, local_rank = _numbers(env, "SLURM", "PROCID", "NTASKS", "LOCALID")
+    count = _num_tasks(env).removeprefix("SLURM_")
+    rank, size, local_rank = _numbers(env, "SLURM", "PROCID", count, "LOCALID")
     return Launch("srun", rank, size, local_rank, local_size)
+
+
+def _num_tasks(env: Mapping[str, str]) -> str:
+    """The variable with the number of tasks. In the shell that salloc starts on a node, and with ``srun
+    --preserve-env``, SLURM_NTASKS is the job's, not the step's."""
+    is_step = "SLURM_STEP_ID" in env and "SLURM_STEP_NUM_TASKS" in env
+    return "SLURM_STEP_NUM_TASKS" if is_step else "SLURM_NTASKS"
 
 
 def _is_batch_step(env: Mapping[str, str]) -> bool:

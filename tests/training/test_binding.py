@@ -125,6 +125,11 @@ TABLE = {
         {**_srun(0), "SLURM_NTASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1", "CUDA_VISIBLE_DEVICES": "0,1,2,3"}, 4,
         ("srun", 0, 1), 0, "0",
     ),
+    # SLURM_NTASKS is the job's there, as salloc starts the shell with --preserve-env.
+    "python in the shell of salloc on a node": (
+        {**_srun(0), "SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1"}, 4,
+        ("srun", 0, 1), 0, "0",
+    ),
     "python in a batch script of 4 tasks": (_BATCH, 4, ("none", 0, 1), 0, "0"),
     "torchrun": (_TORCHRUN, 4, ("torchrun", 5, 8), 1, "1"),
     "torchrun in a batch script": ({**_BATCH, **_TORCHRUN}, 4, ("torchrun", 5, 8), 1, "1"),
@@ -189,6 +194,7 @@ def test_environments(name):
         ({**_TORCHRUN, "LOCAL_WORLD_SIZE": "8"}, 4, "8 tasks on this node"),
         # The number of tasks is not known, but it is at least the local rank + 1.
         ({"RANK": "6", "WORLD_SIZE": "8", "LOCAL_RANK": "6"}, 4, "7 tasks on this node"),
+        ({"RANK": "1"}, 1, "RANK is set, but WORLD_SIZE is not"),
         ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}, 1, "OMPI_COMM_WORLD_LOCAL_RANK is not set"),
     ],
 )  # fmt: skip
