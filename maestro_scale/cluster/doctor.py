@@ -18,6 +18,7 @@ from pathlib import Path
 
 from maestro_scale.cluster import checks
 from maestro_scale.training import nvml
+from maestro_scale.training.binding import gpu_sign
 
 _PACKAGES = (
     "maestro-scale",
@@ -113,9 +114,12 @@ def _accelerators() -> Iterator[Finding]:
     backends = [n for n in ("nccl", "gloo", "mpi") if getattr(dist, f"is_{n}_available")()]
     if not torch.cuda.is_available():
         built = torch.version.cuda or "no CUDA"
-        has_driver = shutil.which("nvidia-smi") is not None
-        advice = "an NVIDIA driver is installed: install a CUDA build of torch, or check CUDA_VISIBLE_DEVICES"
-        yield Finding("accelerator", f"none (torch built for {built})", advice if has_driver else "")
+        sign = gpu_sign(os.environ)  # with which a run stops
+        advice = (
+            f"this node has GPUs ({sign}): install a CUDA build of torch, or check the driver and "
+            "CUDA_VISIBLE_DEVICES"
+        )
+        yield Finding("accelerator", f"none (torch built for {built})", advice if sign else "")
     for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         p = torch.cuda.get_device_properties(i)
         has_bf16 = p.major >= 8  # since Ampere

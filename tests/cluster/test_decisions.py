@@ -127,6 +127,14 @@ def test_doctor(tmp_path, monkeypatch, synthetic_shards):
     assert "planted-secret" not in "\n".join(lines)
 
 
+def test_doctor_reports_gpus_that_a_run_would_refuse_to_leave_unused(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for sign in ("SLURM_GPUS_ON_NODE=8", None):
+        monkeypatch.setattr(doctor, "gpu_sign", lambda env, sign=sign: sign)
+        (finding,) = [f for f in doctor._accelerators() if f.check == "accelerator"]
+        assert ("this node has GPUs (SLURM_GPUS_ON_NODE=8)" in finding.advice) == (sign is not None)
+
+
 def test_doctor_on_rdma(tmp_path):
     (finding,) = doctor._rdma(tmp_path / "none")
     assert (finding.result, finding.advice) == ("no card (NCCL uses TCP between nodes)", "")
