@@ -1,12 +1,13 @@
 """Copies between host and device on side streams, so that they run while the device computes: batches in, results out.
 
 The same calls on a CPU: there is no stream, and nothing is copied. Only the generic
-``torch.Stream`` and ``torch.accelerator`` are used, and only through ``side_stream`` and ``compute_stream``.
+``torch.Stream`` and ``torch.accelerator`` are used, and only through the functions at the end of this file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,7 +42,7 @@ class DeviceCopier:
             return PendingCopies([b.to(self._device) for b in batches], None)
         # The blocks are allocated on the side stream: memory that belongs to the compute stream could still be in use
         # by kernels that are queued there, and the copy would have to wait for them.
-        with self._stream:
+        with on_stream(self._stream, self._device):
             copies = [b.to(self._device, non_blocking=True) for b in batches]
         return PendingCopies(copies, self._stream.record_event())
 
@@ -86,7 +87,7 @@ class HostCopier:
             return PendingResults(dict(results), None)
         self._stream.wait_event(compute_stream(self._device).record_event())
         copies: dict[str, Tensor] = {}
-        with self._stream:
+        with on_stream(self._stream, self._device):
             for name, result in results.items():
                 pinned = torch.empty(result.shape, dtype=result.dtype, pin_memory=True)
                 copies[name] = pinned.copy_(result, non_blocking=True)
@@ -102,3 +103,14 @@ def side_stream(device: torch.device) -> torch.Stream | None:
 def compute_stream(device: torch.device) -> torch.Stream:
     """The stream on which ``device`` computes."""
     return torch.accelerator.current_stream(device)
+
+
+@contextmanager
+def on_stream(stream: torch.Stream, device: torch.device) -> Iterator[None]:
+    """Queue operations of ``device`` on ``stream`` within the block."""
+    before = compute_stream(device)
+    torch.accelerator.set_stream(stream)  # ``with stream`` needs torch 2.7
+    try:
+        yield
+    finally:
+        torch.accelerator.set_stream(before)

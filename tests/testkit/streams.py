@@ -78,6 +78,7 @@ class FakeDevice:
         module = "maestro_scale.stream.device_copy"
         monkeypatch.setattr(f"{module}.side_stream", side_stream)
         monkeypatch.setattr(f"{module}.compute_stream", lambda device: self.current[-1])
+        monkeypatch.setattr(f"{module}.on_stream", lambda stream, device: stream)
         monkeypatch.setattr("maestro_scale.training.prefetch.compute_stream", lambda device: self.current[-1])
         monkeypatch.setattr(torch.Tensor, "record_stream", lambda t, stream: self.recorded.append(t.nbytes))
         return self

@@ -53,6 +53,7 @@ torch.nn.Module.to = _to
 torch.nn.Module.cpu = lambda self: _to(self, "cpu")
 torch.Stream = lambda device=None, **options: module.Stream()
 torch.accelerator.current_stream = module.current_stream
+torch.accelerator.set_stream = module.set_stream
 torch.accelerator.synchronize = module.synchronize
 host_groups: list[
     Any
