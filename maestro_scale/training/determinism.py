@@ -23,7 +23,8 @@ def configure_determinism(enabled: bool) -> None:
         import torch._inductor.config as inductor
 
         # Else compiled kernels are chosen by timing them, so that two starts may round differently.
-        inductor.deterministic = True
+        if hasattr(inductor, "deterministic"):  # earlier versions of torch have no such setting
+            inductor.deterministic = True
     # Also makes scaled_dot_product_attention use the deterministic backward passes of flash and memory-efficient
     # attention, and never cuDNN's.
     torch.use_deterministic_algorithms(enabled)
