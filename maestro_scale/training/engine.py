@@ -125,7 +125,7 @@ class Engine:
 
     def _forward_backward(self, batches: Sequence[Batch], inputs: Sequence[Any], num_terms: Tensor) -> Tensor:
         """Also the optimizer's step: DeepSpeed makes it inside its ``step`` at the last micro-batch."""
-        if self._stage == 3 and self.network.config.others:
+        if self.network.config.others and (self._stage == 3 or self._updates_on_host):
             self._clear_gradients()
         local_sums: list[Tensor] = []
         for batch, given in zip(batches, inputs, strict=True):
@@ -185,10 +185,15 @@ class Engine:
         return loss, norm, self.guard.skip_reason(loss, norm) or "refused by another rank"
 
     def _clear_gradients(self) -> None:
-        # Stage 3 overwrites a parameter's gradient only where a step uses it, so gradients of another dataset of a
-        # mixture would be applied again. The other stages start from zero.
+        # Stage 3, and stages 1 and 2 under offload, overwrite a parameter's gradient only where a step uses it, so
+        # gradients of another dataset of a mixture would be applied again, and not be part of the norm that the guard
+        # sees. Otherwise the other stages start from zero.
         optimizer = self._deepspeed.optimizer
-        optimizer.grad_partitions_flat_buffer.zero_()
-        for partition in optimizer.fp32_partitioned_groups_flat:
+        if self._stage == 3:
+            optimizer.grad_partitions_flat_buffer.zero_()
+            partitions = optimizer.fp32_partitioned_groups_flat
+        else:
+            partitions = optimizer.single_partition_of_fp32_groups
+        for partition in partitions:
             if partition.grad is not None:
                 partition.grad.zero_()
