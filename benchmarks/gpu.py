@@ -6,7 +6,8 @@
     python -m benchmarks.gpu --pack DIR --wheels .whl # copy what a bare machine needs
 
 Each section runs in its own process with a time limit (benchmarks/gpu_sections), so a crash or a hang loses only that
-section. Writes JSON after each section and prints tables. Exit code 1 if a required section failed.
+section. Writes JSON after each section and prints tables. Exit code 1 if a required section
+failed or was not reached in time, 2 if the files cannot be written.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from benchmarks.gpu_sections import SECTIONS
 from benchmarks.gpu_sections.pack import PackError, files_to_pack, list_files, pack
 from benchmarks.gpu_sections.runner import Runner
 from benchmarks.gpu_sections.table import print_report
+from maestro_scale.entry import run_command
 
 _RESULTS = Path(__file__).parent / "results"
 
@@ -46,7 +48,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--pack", type=Path, metavar="DIR", help="copy what must travel to DIR, and exit")
     parser.add_argument("--wheels", type=Path, metavar="DIR", help="wheels that travel, too")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.out and args.out.is_dir():
+        parser.error(f"--out {args.out} is a folder: name a file in it")
+    if args.budget_s is not None and not args.budget_s > 0:
+        parser.error(f"--budget-s {args.budget_s:g}: must be above 0")
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -62,6 +69,10 @@ def main(argv: list[str] | None = None) -> int:
             print(f"error: {error}", file=sys.stderr)
             return 1
         return 0
+    return run_command(lambda: _run(args))
+
+
+def _run(args: argparse.Namespace) -> int:
     work = args.work or Path(tempfile.mkdtemp(prefix="maestro-gpu-"))
     # A rehearsal must not replace measurements.
     out = args.out or (work if args.rehearse else _RESULTS) / "gpu.json"

@@ -21,7 +21,7 @@ class Section:
     timed: bool = False
 
 
-# First what must hold; the sections that measure time come last, when nothing else runs.
+# First what must hold; those that need the machine for themselves come last. `speed` takes what time is left.
 SECTIONS = (
     Section("machine", "Machine and versions", f"{__name__}.machine:run", 40),
     Section(
@@ -39,6 +39,7 @@ SECTIONS = (
     Section("resume", "Resume", f"{__name__}.resume:run", 60),
     Section("evaluation", "Evaluation: CPU = device", f"{__name__}.evaluation:run", 60),
     Section("memory", "Peak memory = plan", f"{__name__}.memory:run", 60, timed=True),
+    Section("multi_gpu", "ZeRO 2 over all GPUs", f"{__name__}.multi_gpu:run", 90, timed=True),
     Section("kernels", "Kernels of a step", f"{__name__}.kernels:run", 45, required=False, timed=True),
     Section("speed", "Samples/s and MFU", f"{__name__}.speed:run", 180, required=False, timed=True),
     Section("loader", "With the loader", f"{__name__}.speed:run_loader", 45, required=False, timed=True),
@@ -50,5 +51,4 @@ SECTIONS = (
         required=False,
         timed=True,
     ),
-    Section("multi_gpu", "ZeRO 2 over all GPUs", f"{__name__}.multi_gpu:run", 90, timed=True),
 )

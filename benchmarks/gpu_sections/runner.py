@@ -20,6 +20,7 @@ _REPO = Path(__file__).parents[2]
 _STDERR_LINES = 25
 _REHEARSAL_TIMES = 5
 _MIN_S = 15.0  # a section is not started with less time
+_NO_TIME = "no time left"
 
 
 @dataclass
@@ -39,13 +40,14 @@ class Runner:
         self.report = {"format": 1, "rehearsal": self.rehearse, "budget_s": self.budget_s, "sections": []}
         background: list[_Process] = []
         reason = ""
+        self._save()  # a path that cannot be written should not show after the first section
         try:
             for section in wanted:
                 left_s = self.budget_s - (time.monotonic() - started)
                 if section.timed:
                     self._end(background)
                 if reason or left_s < _MIN_S:
-                    self._add(section, {"status": SKIPPED, "skipped": reason or "no time left"}, 0.0)
+                    self._add(section, {"status": SKIPPED, "skipped": reason or _NO_TIME}, 0.0)
                     continue
                 # A rehearsal runs on whatever cores a CI job has.
                 limit_s = section.limit_s * (_REHEARSAL_TIMES if self.rehearse else 1)
@@ -65,8 +67,9 @@ class Runner:
 
     @property
     def passed(self) -> bool:
-        """Whether no required section failed, crashed or ran out of time; in a rehearsal every section is required."""
-        return all(s["status"] in (PASSED, SKIPPED) for s in self.report["sections"] if s["required"])
+        """Whether every required section passed, or does not apply here; in a rehearsal all are required."""
+        required = [s for s in self.report["sections"] if s["required"]]
+        return all(s["status"] in (PASSED, SKIPPED) and s.get("skipped") != _NO_TIME for s in required)
 
     def _collect(self, process: _Process) -> None:
         status, record = process.wait()

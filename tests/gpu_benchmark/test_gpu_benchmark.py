@@ -122,10 +122,23 @@ def test_a_background_section_ends_before_a_timed_one(monkeypatch, tmp_path):
     assert found["compiles"]["data"] == {"first": 1}
 
 
-def test_sections_without_time_are_skipped(monkeypatch, tmp_path):
-    found, passed = run_sections(monkeypatch, tmp_path, section("fine"), budget_s=0.5)
+@pytest.mark.parametrize("required", [True, False])
+def test_sections_without_time_are_skipped(required, monkeypatch, tmp_path):
+    found, passed = run_sections(monkeypatch, tmp_path, section("fine", required=required), budget_s=0.5)
     assert (found["fine"]["status"], found["fine"]["skipped"]) == ("skipped", "no time left")
-    assert passed
+    assert passed is not required  # what must hold was not checked
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_first_section(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    work = ["--rehearse", "--only", "machine", "--work", str(tmp_path / "work")]
+    assert gpu.main([*work, "--out", str(tmp_path / "file" / "gpu.json")]) == 2
+    found = capsys.readouterr()
+    assert "machine" not in found.out
+    (line,) = found.err.splitlines()
+    assert line.startswith(f"error: {tmp_path / 'file'}")
+    with pytest.raises(SystemExit):
+        gpu.main([*work, "--out", str(tmp_path)])
 
 
 def test_without_a_gpu_nothing_else_is_tried(monkeypatch, tmp_path):
