@@ -35,6 +35,17 @@ _ZERO_REFUSED = {
     "mics_shard_size": "DeepSpeed 0.19 removed MiCS; use zero_hpz_partition_size",
     "mics_hierarchical_params_gather": "DeepSpeed 0.19 removed MiCS; use zero_hpz_partition_size",
 }
+_FP32_STATE = "master weights and AdamW's moments are fp32: leave it out"
+_OWN_STEP = "DeepSpeed would replace the optimizer step, which the guard decides on: leave it out"
+# Refused where they are set to anything but false: DeepSpeed's parser accepts them.
+_REFUSED_IF_ON = {
+    ("bf16", "bf16_master_weights_and_grads"): _FP32_STATE,
+    ("bf16", "bf16_optimizer_states"): _FP32_STATE,
+    ("fp16", "fp16_master_weights_and_grads"): _FP32_STATE,
+    ("zero_force_ds_cpu_optimizer",): "the optimizer is torch's AdamW under offload too: leave it out",
+    ("zero_optimization", "offload_optimizer", "super_offload"): _OWN_STEP,
+    ("zero_optimization", "zenflow"): _OWN_STEP,
+}
 _OFFLOAD_FROM = {"offload_optimizer": 1, "offload_param": 3}  # the first ZeRO stage that does it
 _MAPPINGS = ("zero_optimization", "bf16", "fp16", "torch_autocast", "data_types", "checkpoint", "timers")
 # DeepSpeed ignores unknown top-level keys, so that a misspelt one would have no effect and no message.
@@ -118,6 +129,9 @@ def problems(section: Mapping[str, Any], derived: Derived) -> Iterator[tuple[tup
     for key, reason in _ZERO_REFUSED.items():
         if key in zero:
             yield ("zero_optimization", key), f"refused: {reason}"
+    for path, reason in _REFUSED_IF_ON.items():
+        if _get(section, path) not in (None, False):
+            yield path, f"refused: {reason}"
     for part in ("offload_optimizer", "offload_param"):
         offload = zero.get(part)
         if isinstance(offload, dict) and offload.get("device") == "nvme":
@@ -161,6 +175,11 @@ def problems(section: Mapping[str, Any], derived: Derived) -> Iterator[tuple[tup
 def complete_config(section: Mapping[str, Any], derived: Derived) -> dict[str, Any]:
     """A complete DeepSpeed config: ``section``, the derived values, and the defaults that training relies on."""
     config = copy.deepcopy(dict(section))
+    for key in FROM_MICRO_BATCH:
+        if (
+            config.get(key) == "auto"
+        ):  # while it is not known, DeepSpeed's parser would calculate with the text
+            del config[key]
     for path, value, _ in _derived_settings(section, derived):
         _put(config, path, value, over=True)
     for path, value in _default_settings(config):

@@ -18,6 +18,13 @@ def test_deepspeed_accepts_the_sections_of_shipped_recipes(stage):
     )
 
 
+def test_deepspeed_accepts_auto_while_the_micro_batch_is_not_known():
+    auto = ["train_micro_batch_size_per_gpu=auto", "gradient_accumulation_steps=auto"]
+    recipe = load_recipe(RECIPE, ["train.micro_batch=auto", *(f"deepspeed.{key}" for key in auto)])
+    check_deepspeed(recipe.deepspeed_config(1, "cpu"))
+    assert recipe.with_micro_batch(8).deepspeed_config(1, "cpu")["train_micro_batch_size_per_gpu"] == 8
+
+
 @pytest.mark.parametrize(
     ("message", "line"),
     [
