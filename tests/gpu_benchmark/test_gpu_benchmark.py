@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from rich.console import Console
+from torch.utils import backend_registration
 
 from benchmarks import gpu
 from benchmarks.gpu_sections import SECTIONS, Section, pack, runner
@@ -150,6 +151,10 @@ def test_without_a_gpu_nothing_else_is_tried(monkeypatch, tmp_path):
     assert not passed
 
 
+@pytest.mark.skipif(
+    not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
+    reason="this torch cannot register a device from Python",
+)
 def test_sections_on_the_simulated_device():
     """Parity and reference mix no host and device tensors, and compare what was computed on both."""
     done = run_python(str(REPO / "tests/gpu_benchmark/on_simulated_device.py"))
