@@ -89,7 +89,8 @@ def compiled_block(backend: Backend = "inductor") -> CompiledBlock:
     _trace_backward_without_autocast()
     # torch's limit of 8 versions is below the number of shapes: one per sequence in encoder and decoder, and another in
     # the last decoder block, for each dataset.
-    dynamo.recompile_limit = max(dynamo.recompile_limit, MAX_BLOCK_SHAPES)
+    # The name is that of torch 2.6; later versions keep it as another name of recompile_limit.
+    dynamo.cache_size_limit = max(dynamo.cache_size_limit, MAX_BLOCK_SHAPES)
     return torch.compile(_run_block, fullgraph=True, dynamic=False, backend=backend)
 
 

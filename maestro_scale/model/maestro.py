@@ -339,7 +339,7 @@ class Maestro(nn.Module):
             weights = layout.of_sensor[q.name][index] if len(q.sensors) > 1 else None
             predictions = [next(found) for _ in q.sensors]
             errors = masked_token_errors(layout.view, q.sensors[0], predictions, target, weights)
-            sums |= dict(zip((s.name for s in q.sensors), errors.unbind(), strict=True))
+            sums.update(zip((s.name for s in q.sensors), errors.unbind(), strict=True))
         return sums
 
     def loss(self, dataset: str, sums: Tensor, counts: Tensor) -> Tensor:

@@ -66,9 +66,8 @@ def test_the_step_is_compiled_once_per_dataset_and_by_nothing_else():
         assert backend.frame_count == min(seed + 1, 2)
 
 
-@torch._dynamo.config.patch(
-    recompile_limit=2
-)  # compile_training must raise it: beyond it, a step is an error
+# compile_training must raise the limit: beyond it, a step is an error. The name is that of torch 2.6.
+@torch._dynamo.config.patch(cache_size_limit=2)
 def test_blocks_are_compiled_once_per_shape_and_by_nothing_else():
     config = two_views()
     backend = CompileCounterWithBackend("aot_eager")
