@@ -5,7 +5,8 @@
 
 Trains a very small model on synthetic TreeSatAI-TS shards with the unmodified trainer, every case on the same batches;
 ranks are processes of this machine. Cases named ``bf16, … in bf16`` round a part of the weights, or the residual
-stream, on top of ``bf16``, to show which parts need fp32. Prints a table and writes benchmarks/results/precision.json;
+stream, on top of ``bf16``, to show which parts need fp32. Prints a table and writes benchmarks/results/precision.json
+(with fewer steps or cases: WORK/precision.json);
 exit code 1 if a bound in BOUNDS does not hold.
 """
 
@@ -66,6 +67,7 @@ train: {{steps: {steps}, global_batch: 8, micro_batch: 4, log_every: 1, warmup_c
 checkpoint: {{every_steps: 100000}}
 tracking: {{enabled: false, pictures_every: 0}}
 """
+_STEPS = 200
 _NORMS, _TOKENS = r"norm", r"mask_token|quer"
 
 
@@ -223,9 +225,11 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--work", type=Path, required=True, help="folder for shards and runs")
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=_STEPS)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument(
+        "--out", type=Path, help=f"default: {RESULTS.name} in benchmarks/results, or in WORK for a part"
+    )
     parser.add_argument("--rank-of", help=argparse.SUPPRESS)
     parser.add_argument("--recipe", help=argparse.SUPPRESS)
     parser.add_argument("--set", dest="sets", nargs="+", default=[], help=argparse.SUPPRESS)
@@ -251,7 +255,11 @@ def main() -> int:
         "problems": found,
         "losses": rounded,
     }
-    args.out.write_text(json.dumps(record) + "\n")
+    is_complete = args.steps == _STEPS and set(args.cases) == set(CASES)
+    out = args.out or (
+        RESULTS if is_complete else args.work / RESULTS.name
+    )  # a part must not replace the record
+    out.write_text(json.dumps(record) + "\n")
     for problem in found:
         print(problem)
     return 1 if found else 0
