@@ -48,7 +48,7 @@ class Launch:
             rank, size = _numbers(env, "PMI", "RANK", "SIZE")
             return cls("mpirun", rank, size, *_numbers(env, "MPI", "LOCALRANKID", "LOCALNRANKS"))
         # In a batch script, outside of srun, SLURM describes the whole job with rank 0: such a process is alone.
-        if int(env.get(_num_tasks(env), 1)) > 1 and not _is_batch_step(env):
+        if _number(env, _num_tasks(env), "1") > 1 and not _is_batch_step(env):
             return _from_slurm(env)
         return cls("srun" if "SLURM_STEP_ID" in env else "none", 0, 1, 0, 1)
 
@@ -56,18 +56,18 @@ class Launch:
 def _from_rank(env: Mapping[str, str]) -> Launch:
     if "WORLD_SIZE" not in env:
         raise DeviceError("RANK is set, but WORLD_SIZE is not: set both, or unset RANK")
-    rank, size = int(env["RANK"]), int(env["WORLD_SIZE"])
+    rank, size = _number(env, "RANK"), _number(env, "WORLD_SIZE")
     # cluster/launch.py sets RANK from SLURM's variables. They describe another process where torchrun runs in a task.
     is_task = env.get("SLURM_PROCID") == env["RANK"] and env.get("SLURM_NTASKS") == env["WORLD_SIZE"]
     slurm = _from_slurm(env) if is_task and "SLURM_STEP_ID" in env else None
-    local_rank = int(env.get("LOCAL_RANK", slurm.local_rank if slurm else 0))
+    local_rank = _number(env, "LOCAL_RANK", str(slurm.local_rank if slurm else 0))
     for launcher, mark, count in (
         ("torchrun", "TORCHELASTIC_RUN_ID", "LOCAL_WORLD_SIZE"),
         ("deepspeed", "CROSS_RANK", "LOCAL_SIZE"),
         ("mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
     ):
         if mark in env:
-            return Launch(launcher, rank, size, local_rank, int(env[count]) if count in env else None)
+            return Launch(launcher, rank, size, local_rank, _number(env, count) if count in env else None)
     if slurm is not None:
         return Launch("srun", rank, size, local_rank, slurm.local_size)
     return Launch("environment", rank, size, local_rank, 1 if size == 1 else None)
@@ -77,7 +77,12 @@ def _from_slurm(env: Mapping[str, str]) -> Launch:
     counts = env.get("SLURM_STEP_TASKS_PER_NODE", env.get("SLURM_TASKS_PER_NODE"))
     local_size = None
     if counts and "SLURM_NODEID" in env:
-        local_size = tasks_per_node(counts)[int(env["SLURM_NODEID"])]
+        node, sizes = _number(env, "SLURM_NODEID"), tasks_per_node(counts)
+        if node >= len(sizes):
+            raise DeviceError(
+                f"SLURM_NODEID {node} is not among the {len(sizes)} nodes of {counts!r}: start with srun"
+            )
+        local_size = sizes[node]
     count = _num_tasks(env).removeprefix("SLURM_")
     rank, size, local_rank = _numbers(env, "SLURM", "PROCID", count, "LOCALID")
     return Launch("srun", rank, size, local_rank, local_size)
@@ -96,12 +101,21 @@ def _is_batch_step(env: Mapping[str, str]) -> bool:
 
 def _numbers(env: Mapping[str, str], prefix: str, *names: str) -> list[int]:
     try:
-        return [int(env[f"{prefix}_{name}"]) for name in names]
+        return [_number(env, f"{prefix}_{name}") for name in names]
     except KeyError as error:
         raise DeviceError(
             f"{error.args[0]} is not set, although other variables of {prefix} are: start with srun, torchrun or "
             "deepspeed, or set RANK, WORLD_SIZE and LOCAL_RANK"
         ) from None
+
+
+def _number(env: Mapping[str, str], name: str, default: str | None = None) -> int:
+    text = env[name] if default is None else env.get(name) or default
+    if not text.strip().isdecimal():
+        raise DeviceError(
+            f"{name}={text!r} is not a number: unset it, or start with srun, torchrun or deepspeed"
+        )
+    return int(text)
 
 
 def tasks_per_node(text: str) -> list[int]:

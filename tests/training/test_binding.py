@@ -195,6 +195,8 @@ def test_environments(name):
         # The number of tasks is not known, but it is at least the local rank + 1.
         ({"RANK": "6", "WORLD_SIZE": "8", "LOCAL_RANK": "6"}, 4, "7 tasks on this node"),
         ({"RANK": "1"}, 1, "RANK is set, but WORLD_SIZE is not"),
+        ({"RANK": "one", "WORLD_SIZE": "2"}, 1, "RANK='one' is not a number"),
+        ({**_srun(1), "SLURM_NODEID": "7"}, 4, "SLURM_NODEID 7 is not among the 1 nodes of"),
         ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}, 1, "OMPI_COMM_WORLD_LOCAL_RANK is not set"),
     ],
 )  # fmt: skip
