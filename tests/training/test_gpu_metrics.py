@@ -188,7 +188,8 @@ def test_deepspeed_and_torch_get_the_same_device(monkeypatch):
     )
     monkeypatch.setattr(dist, "new_group", lambda **k: None)
     for name in ("MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR", "OMPI_COMM_WORLD_LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # else what init_distributed sets would stay after the test
+        monkeypatch.delenv(name)
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "3"}.items():
         monkeypatch.setenv(name, value)
     world = distributed.init_distributed(30.0)

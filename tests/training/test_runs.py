@@ -245,4 +245,10 @@ def test_dry_run_needs_no_data(tmp_path):
     spec = resolve_spec(datasets.spec("treesatai_ts"), recipe.data.mixture[0])
     parameters = num_parameters(build_model_config(recipe, [spec]))
     held = footprint(parameters, 8, recipe.deepspeed_config(8, "cuda"), 96 // (6 * 8), recipe.optim.ema > 0)
-    assert re.search(rf"2 \(recipe\) .* {held.device / 2**30:.2f} ", output), output
+    row = re.search(r"2 \(recipe\) .* ([\d.]+) ", output)
+    activations = re.search(r"([\d.]+) GiB activations", output)
+    assert row is not None, output
+    assert activations is not None, output
+    # And the batches of two steps, 24 samples of 0.4 MB.
+    expected = held.device / 2**30 + float(activations[1]) + 24 * 0.4e6 / 2**30
+    assert float(row[1]) == pytest.approx(expected, abs=0.02)
