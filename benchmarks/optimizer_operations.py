@@ -16,8 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import subprocess
 import sys
 import tempfile
 import traceback
@@ -35,6 +33,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.gpu_sections.cases import bench_recipe, config_of, specs_of
+from benchmarks.ranks import run_ranks
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.model.masking import MaskingConfig, draw_masks
 from maestro_scale.recipe.engine_config import Derived, complete_config
@@ -44,7 +43,6 @@ from maestro_scale.stream.source import Source
 from maestro_scale.training.distributed import (
     World,
     destroy_process_group,
-    free_port,
     hard_exit,
     init_distributed,
 )
@@ -212,22 +210,7 @@ def rows(ranks: int = 1) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "rows.json"
         command = [sys.executable, "-m", "benchmarks.optimizer_operations", "--rank-out", str(out)]
-        env = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "MASTER_ADDR": "127.0.0.1"}
-        env |= {"MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
-        with (Path(folder) / "log.txt").open("w") as log:
-            processes = [
-                subprocess.Popen(
-                    command,
-                    env=env | {"RANK": str(r), "LOCAL_RANK": str(r)},
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    cwd=Path(__file__).parents[1],
-                )
-                for r in range(ranks)
-            ]
-            codes = [p.wait() for p in processes]
-        if any(codes):
-            raise RuntimeError((Path(folder) / "log.txt").read_text()[-3000:])
+        run_ranks(command, ranks, Path(folder) / "log.txt")
         return [Row(**row) for row in json.loads(out.read_text())]
 
 

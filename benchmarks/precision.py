@@ -14,11 +14,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -33,9 +31,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from benchmarks.overhead import make_shards
+from benchmarks.ranks import run_ranks
 from maestro_scale.model.transformer import Block
 from maestro_scale.recipe import load_recipe
-from maestro_scale.training.distributed import destroy_process_group, free_port, hard_exit, init_distributed
+from maestro_scale.training.distributed import destroy_process_group, hard_exit, init_distributed
 from maestro_scale.training.engine import Engine
 from maestro_scale.training.pretrain import pretrain
 from maestro_scale.training.run_dir import git_revision
@@ -161,23 +160,8 @@ def curve(name: str, recipe: Path, run_dir: Path) -> list[float]:
     ]
     command = [sys.executable, "-m", "benchmarks.precision", "--rank-of", name, "--recipe", str(recipe)]
     command += ["--work", str(run_dir), "--set", *sets]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "MASTER_ADDR": "127.0.0.1"}
-    env |= {"MASTER_PORT": str(free_port()), "WORLD_SIZE": str(case.ranks)}
     run_dir.mkdir(parents=True)
-    with (run_dir / "log.txt").open("w") as log:
-        ranks = [
-            subprocess.Popen(
-                command,
-                env=env | {"RANK": str(r), "LOCAL_RANK": str(r)},
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                cwd=Path(__file__).parents[1],
-            )
-            for r in range(case.ranks)
-        ]
-        codes = [p.wait() for p in ranks]
-    if any(codes):
-        raise RuntimeError(f"{name}: {(run_dir / 'log.txt').read_text()[-3000:]}")
+    run_ranks(command, case.ranks, run_dir / "log.txt")
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [line["loss"] for line in lines]
 

@@ -17,30 +17,7 @@ def print_plan(
 ) -> None:
     """Print a plan."""
     console.print(f"parameters        {plan.parameters:,}")
-    table = Table(
-        title=f"GiB per rank on {cluster.num_gpus} {cluster.gpu} ({GPUS[cluster.gpu].memory_bytes / GIB:.0f} GiB each)",
-        title_justify="left",
-    )
-    columns = (
-        "stage",
-        "micro",
-        "weights",
-        "grads",
-        "adamw",
-        "buckets",
-        "acts",
-        "batches",
-        "total",
-    )
-    for column in (*columns, "sent", "step ms", "limit", "fits"):
-        table.add_column(column, justify="right")
-    for x in plan.layouts:
-        m, f = x.memory, x.memory.footprint
-        device = (f.weights, f.gradients, f.optimizer, f.buckets, m.activations, m.batches, m.device)
-        row = [f"{b / GIB:.2f}" for b in (*device, x.traffic.total)]
-        row += [f"{x.time.total_s * 1e3:.1f}", "launch" if x.time.is_launch_bound else "compute"]
-        table.add_row(str(x.stage), str(x.micro_batch), *row, "yes" if x.fits else "no")
-    console.print(table)
+    console.print(_layouts(plan, cluster))
     if host := max(x.memory.footprint.host for x in plan.layouts):
         console.print(f"offload           up to {host / GIB:.2f} GiB of the node's memory per rank")
     console.print(
@@ -79,6 +56,33 @@ def print_plan(
     print(
         sbatch_command(plan, cluster, recipe_path, overrides)
     )  # plain print: rich would wrap the command, which is to be copied
+
+
+def _layouts(plan: ClusterPlan, cluster: Cluster) -> Table:
+    table = Table(
+        title=f"GiB per rank on {cluster.num_gpus} {cluster.gpu} ({GPUS[cluster.gpu].memory_bytes / GIB:.0f} GiB each)",
+        title_justify="left",
+    )
+    columns = (
+        "stage",
+        "micro",
+        "weights",
+        "grads",
+        "adamw",
+        "buckets",
+        "acts",
+        "batches",
+        "total",
+    )
+    for column in (*columns, "sent", "step ms", "limit", "fits"):
+        table.add_column(column, justify="right")
+    for x in plan.layouts:
+        m, f = x.memory, x.memory.footprint
+        device = (f.weights, f.gradients, f.optimizer, f.buckets, m.activations, m.batches, m.device)
+        row = [f"{b / GIB:.2f}" for b in (*device, x.traffic.total)]
+        row += [f"{x.time.total_s * 1e3:.1f}", "launch" if x.time.is_launch_bound else "compute"]
+        table.add_row(str(x.stage), str(x.micro_batch), *row, "yes" if x.fits else "no")
+    return table
 
 
 def _parts(time: StepTime) -> str:
