@@ -48,7 +48,7 @@ def _datasets(recipe: Recipe, run_dir: Path) -> list[DatasetInput]:
         path = manifest_path(run_dir, number, entry.dataset)
         if path.exists():  # missing if the run was killed while it started
             text = path.read_text()
-            digest = Manifest.loads(text, str(path)).digest
+            digest = Manifest.loads(text, str(path)).content_digest
             datasets.append(DatasetInput(entry.dataset, digest, entry.shards, text))
     return datasets
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import pickle
+import subprocess
+from dataclasses import replace
 
 import pytest
 from shards.kit import SPEC, Toy
 
 from maestro_scale import datasets
 from maestro_scale.shards.errors import ManifestError
+from maestro_scale.shards.format import checksum
 from maestro_scale.shards.format.manifest import Manifest, ShardInfo
+from maestro_scale.shards.read.verify import verify
+from maestro_scale.shards.storage import LocalStorage
 from maestro_scale.shards.write.writer import write_shards
 
 SHARD = ShardInfo("train-000000.tar", "train", 10, 1, "0" * 64)
@@ -21,18 +28,16 @@ def test_round_trip():
     for name in datasets.known():
         manifest = Manifest(1, datasets.spec(name), (SHARD,))
         assert Manifest.loads(manifest.dumps()) == manifest
-        assert Manifest.loads(manifest.dumps()).digest == manifest.digest
+        assert Manifest.loads(manifest.dumps()).content_digest == manifest.content_digest
 
 
-def test_the_digest_depends_on_the_data_alone():
-    from dataclasses import replace
-
-    assert replace(MANIFEST, created_with={"x": "2"}, notes={}).digest == MANIFEST.digest
-    assert replace(MANIFEST, shards=MANIFEST.shards[:1]).digest != MANIFEST.digest
+def test_the_content_digest_depends_on_the_data_alone():
+    assert replace(MANIFEST, created_with={"x": "2"}, notes={}).content_digest == MANIFEST.content_digest
+    assert replace(MANIFEST, shards=MANIFEST.shards[:1]).content_digest != MANIFEST.content_digest
     assert replace(MANIFEST, shards=MANIFEST.shards[:1]).digest_of(["train"]) == MANIFEST.digest_of(["train"])
-    assert replace(MANIFEST, spec=replace(SPEC, crop_m=4.0)).digest != MANIFEST.digest
+    assert replace(MANIFEST, spec=replace(SPEC, crop_m=4.0)).content_digest != MANIFEST.content_digest
     # The same in all versions: a resumed run compares it with its checkpoint.
-    assert MANIFEST.digest == Manifest.loads(MANIFEST.dumps()).digest
+    assert MANIFEST.content_digest == Manifest.loads(MANIFEST.dumps()).content_digest
 
 
 def test_an_unknown_split_lists_the_existing_ones():
@@ -109,4 +114,71 @@ def test_defaults_may_be_left_out_of_a_manifest_written_by_hand(tmp_path):
     for sensor in data["spec"]["sensors"]:
         for name in ("token_groups", "elevation", "mask_threshold"):
             sensor.pop(name)
-    assert Manifest.loads(json.dumps(data)).digest == Manifest.load(str(tmp_path)).digest
+    assert Manifest.loads(json.dumps(data)).content_digest == Manifest.load(str(tmp_path)).content_digest
+
+
+def test_the_digest_is_that_of_the_file(tmp_path):
+    # The value that `sha256sum manifest.json` prints for these bytes, whatever dumps() would write.
+    text = json.dumps(json.loads(MANIFEST.dumps()))
+    (tmp_path / "manifest.json").write_text(text)
+    loaded = Manifest.load(str(tmp_path))
+    assert loaded.digest == hashlib.sha256(text.encode()).hexdigest() != MANIFEST.digest
+    assert MANIFEST.digest == hashlib.sha256(MANIFEST.dumps().encode()).hexdigest()
+    assert loaded == MANIFEST  # the digest is not part of the content
+    assert pickle.loads(pickle.dumps(loaded)).digest == loaded.digest
+    assert replace(loaded, seed=1).digest != loaded.digest
+
+
+def test_a_manifest_that_its_checksum_file_contradicts_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(checksum, "_WAITS_S", (0.0, 0.0))
+    path = tmp_path / "manifest.json"
+    path.write_text(MANIFEST.dumps())
+    checksum.write_checksum(LocalStorage(tmp_path))
+    assert (tmp_path / "manifest.sha256").read_text() == f"{MANIFEST.digest}  manifest.json\n"
+    subprocess.run(["sha256sum", "--check", "--strict", "manifest.sha256"], cwd=tmp_path, check=True)
+    assert Manifest.load(str(tmp_path)) == MANIFEST
+    path.write_text(MANIFEST.dumps().replace('"divisor": 255', '"divisor": 256'))
+    with pytest.raises(
+        ManifestError, match=r"manifest.json: has SHA-256 .*manifest.sha256 beside it says"
+    ) as error:
+        Manifest.load(str(tmp_path))
+    assert "\n" not in str(error.value)
+    assert verify(str(tmp_path)) == [str(error.value)]
+    (tmp_path / "manifest.sha256").write_text("d41d8cd9  manifest.json\n")
+    with pytest.raises(ManifestError, match=r"manifest.sha256: is not one line of `sha256sum manifest.json`"):
+        Manifest.load(str(tmp_path))
+    checksum.remove_checksum(LocalStorage(tmp_path))
+    assert Manifest.load(str(tmp_path)).spec.sensors[0].scale.divisor == 256
+
+
+class Publishing(LocalStorage):
+    """A folder where another process publishes a manifest just after a reader has read the old one."""
+
+    published = False
+
+    def read(self, name: str) -> bytes:
+        data = super().read(name)
+        if not self.published:
+            self.published = True
+            self.write("manifest.json", b"new")
+            self.write("manifest.sha256", checksum.checksum_bytes(b"new"))
+        return data
+
+
+def test_a_reader_that_meets_a_publication_reads_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(checksum, "_WAITS_S", (0.0,))
+    (tmp_path / "manifest.json").write_bytes(b"old")
+    assert checksum.read_manifest_bytes(Publishing(tmp_path)) == b"new"
+
+
+def test_the_checksum_file_is_of_the_manifest_that_was_published_last(tmp_path):
+    class Overtaken(LocalStorage):
+        """A slow writer: another one publishes between its reading of the manifest and its checksum."""
+
+        def write(self, name: str, data: bytes) -> None:
+            (self.folder / "manifest.json").write_bytes(b"theirs")
+            super().write(name, data)
+
+    (tmp_path / "manifest.json").write_bytes(b"mine")
+    checksum.write_checksum(Overtaken(tmp_path))
+    assert checksum.read_manifest_bytes(LocalStorage(tmp_path)) == b"theirs"

@@ -70,7 +70,7 @@ def test_samples_are_shuffled_and_evenly_spread(tmp_path):
     keys = [key for info in manifest.shards for key in store.shard(info).keys]
     assert sorted(keys) == toy_keys(11) != keys
     other = write_shards(Toy(11), str(tmp_path / "other"), "train", shard_mb=SMALL, seed=1)
-    assert other.digest != manifest.digest
+    assert other.content_digest != manifest.content_digest
 
 
 def test_a_second_split_is_added_and_notes_are_counted(tmp_path):

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -18,13 +19,13 @@ from maestro_scale.datasets.spec import DatasetSpec
 from maestro_scale.datasets.spec_check import spec_problems
 from maestro_scale.errors import dotted
 from maestro_scale.shards.errors import ManifestError, StoreError
+from maestro_scale.shards.format.checksum import MANIFEST, read_manifest_bytes, sha256_hex
 from maestro_scale.shards.format.compress import CODECS
 from maestro_scale.shards.format.serialization import dump_json, from_builtins, to_builtins
 from maestro_scale.shards.retry import RetryPolicy
 from maestro_scale.shards.storage import open_storage
 
 FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
 # Reading the manifest is the first access to a dataset, so a wrong address or an unreachable server should fail within
 # seconds, not after the minutes that a running job may wait.
 CONNECT_RETRY = RetryPolicy(deadline_s=30.0, attempt_timeout_s=15.0)
@@ -60,18 +61,21 @@ class Manifest:
 
     @classmethod
     def load(cls, url: str) -> Manifest:
-        """Read the manifest of the dataset at ``url`` (folder or fsspec URL). ManifestError if there is none."""
+        """Read the manifest of the dataset at ``url`` (folder or fsspec URL).
+
+        ManifestError if there is none, or it is not the one that ``manifest.sha256`` beside it names.
+        """
         storage = open_storage(url, CONNECT_RETRY)
         where = storage.address(MANIFEST)
         try:
-            text = storage.read(MANIFEST)
+            data = read_manifest_bytes(storage)
         except FileNotFoundError as error:
             raise ManifestError(
                 f"{where}: not found; write the dataset with `maestro-scale shard`, or check the path"
             ) from error
         except StoreError as error:
             raise ManifestError(str(error)) from error
-        return cls.loads(text, where)
+        return cls.loads(data, where)
 
     @classmethod
     def loads(cls, text: str | bytes, where: str = MANIFEST) -> Manifest:
@@ -82,25 +86,33 @@ class Manifest:
             _check(manifest)
         except ManifestError as error:
             raise ManifestError(f"{where}: {error}") from error
+        # Of the bytes that were read, which need not be those that dumps() would write.
+        manifest.__dict__["digest"] = sha256_hex(text.encode() if isinstance(text, str) else text)
         return manifest
 
     def dumps(self) -> str:
         """As JSON, one line per shard."""
         return dump_json(to_builtins(self), depth=2) + "\n"
 
-    @property
+    @cached_property
     def digest(self) -> str:
-        """SHA-256 of spec and shards, without versions and notes: equal if and only if the data is.
+        """SHA-256 of the bytes of ``manifest.json`` as it was read, or of :meth:`dumps` if it was not read.
 
-        Checkpoints, results and models record it.
+        Equal on all ranks of a job; checkpoints, results and models record it. It is what ``sha256sum`` prints, so that
+        a record can be compared with a file without this project.
         """
-        return self._digest(self.shards)
+        return sha256_hex(self.dumps().encode())
+
+    @property
+    def content_digest(self) -> str:
+        """SHA-256 of spec and shards, without versions and notes: equal if and only if the data is."""
+        return self._content_digest(self.shards)
 
     def digest_of(self, splits: Sequence[str]) -> str:
-        """Like :attr:`digest`, of some splits only, so that adding another split does not change it."""
-        return self._digest(self.shards_of(splits))
+        """Like :attr:`content_digest`, of some splits only, so that adding another split does not change it."""
+        return self._content_digest(self.shards_of(splits))
 
-    def _digest(self, shards: tuple[ShardInfo, ...]) -> str:
+    def _content_digest(self, shards: tuple[ShardInfo, ...]) -> str:
         content = {
             "format_version": self.format_version,
             "spec": to_builtins(self.spec),
