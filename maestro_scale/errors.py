@@ -17,6 +17,14 @@ class MaestroError(Exception):
     """Whether all ranks raise it together, so that rank 0 alone reports it."""
 
 
+def shorten(value: object, length: int = 60) -> str:
+    """``repr(value)``, cut to ``length`` characters. Does not format more of a text than is shown."""
+    if isinstance(value, (str, bytes)) and len(value) > length:
+        return f"{value[: length - 3]!r}…"
+    text = repr(value)
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
 KeyPath = tuple[str | int, ...]
 """Path of a value in a nested structure: ``("data", "mixture", 0, "shards")``."""
 

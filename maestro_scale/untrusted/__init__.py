@@ -1,0 +1,40 @@
+"""Bounded parsers for data from outside: JSON, YAML, tar listings, safetensors headers and zstd frames.
+
+Manifests, shards, recipes, results and checkpoints may come from others. Each function here limits size, nesting,
+number of entries and length of numbers *before* it allocates memory or recurses, so a malformed document ends in one
+:class:`InputError` within seconds and 1 GiB of memory. No other module calls the underlying
+parsers. SECURITY.md lists the limits.
+"""
+
+from maestro_scale.untrusted.documents import check_size, load_json, read_bytes, read_json, read_json_lines
+from maestro_scale.untrusted.limits import (
+    DOCUMENT,
+    HEADER,
+    MANIFEST,
+    RECIPE,
+    InputError,
+    Limits,
+)
+from maestro_scale.untrusted.tar import TarMember, list_tar
+from maestro_scale.untrusted.tensors import TensorEntry, decompress_frame, parse_safetensors_header
+from maestro_scale.untrusted.yaml_documents import load_yaml
+
+__all__ = [
+    "DOCUMENT",
+    "HEADER",
+    "MANIFEST",
+    "RECIPE",
+    "InputError",
+    "Limits",
+    "TarMember",
+    "TensorEntry",
+    "check_size",
+    "decompress_frame",
+    "list_tar",
+    "load_json",
+    "load_yaml",
+    "parse_safetensors_header",
+    "read_bytes",
+    "read_json",
+    "read_json_lines",
+]

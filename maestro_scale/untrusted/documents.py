@@ -1,0 +1,142 @@
+"""Bounded parsing of JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from maestro_scale.errors import shorten
+from maestro_scale.untrusted.limits import (
+    DOCUMENT,
+    FLOAT_CHARACTERS,
+    NUMBER_CHARACTERS,
+    InputError,
+    Limits,
+    at,
+    size_text,
+)
+
+
+def load_json(text: str | bytes, where: str = "", limits: Limits = DOCUMENT, allow_nan: bool = False) -> Any:
+    """Parse JSON within ``limits``.
+
+    ``where`` names the document in messages; leave it empty where the caller adds it. ``allow_nan``: accept NaN and
+    infinities, also a number such as 1e999.
+
+    Raises:
+        InputError: not JSON, too large, nested too deep, a key twice, a number too long or not finite, or text that is
+            not valid Unicode.
+    """
+    try:
+        return _load_json(text, limits, allow_nan)
+    except RecursionError:
+        raise InputError(at(where, f"is nested more than {limits.depth} levels deep")) from None
+    except InputError as error:
+        raise InputError(at(where, str(error))) from None
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+        raise InputError(at(where, f"is not JSON ({error})")) from None
+
+
+def read_json(path: Path, limits: Limits = DOCUMENT, allow_nan: bool = False) -> Any:
+    """As :func:`load_json`, of a file. OSError if it cannot be read."""
+    return load_json(read_bytes(path, limits), str(path), limits, allow_nan)
+
+
+def read_json_lines(path: Path, limits: Limits = DOCUMENT, allow_nan: bool = False) -> list[Any]:
+    """The values of a file with one JSON document per line; empty lines are skipped. Errors as ``read_json``."""
+    lines = enumerate(read_bytes(path, limits).split(b"\n"), 1)
+    return [load_json(line, f"{path}, line {i}", limits, allow_nan) for i, line in lines if line.strip()]
+
+
+def read_bytes(path: Path, limits: Limits = DOCUMENT) -> bytes:
+    """Content of a file. InputError if it is larger than ``limits`` or not a regular file; OSError."""
+    with path.open("rb") as file:
+        # One byte more than the limit: the size that stat reports can change, and is 0 for a pipe.
+        content = file.read(limits.bytes + 1)
+    if len(content) > limits.bytes:
+        raise InputError(f"{path}: is larger than {size_text(limits.bytes)}")
+    return content
+
+
+def check_size(num_bytes: int, where: str, limits: Limits = DOCUMENT) -> None:
+    """InputError if a document is larger than ``limits``; for sizes that are known before reading."""
+    if num_bytes > limits.bytes:
+        raise InputError(at(where, f"has {num_bytes} bytes, more than {size_text(limits.bytes)}"))
+
+
+def _load_json(text: str | bytes, limits: Limits, allow_nan: bool) -> Any:
+    check_size(len(text), "", limits)
+    if isinstance(text, (bytes, bytearray)):
+        text = text.decode("utf-8-sig")
+    # An upper bound of the number of values, before any of them is created: an empty list takes 2 bytes of text and
+    # 64 of memory. Commas and brackets within strings count too, which the limits leave space for.
+    if text.count(",") + text.count("[") + text.count("{") + text.count(":") > 2 * limits.entries:
+        raise InputError(f"has more than {limits.entries} entries")
+    value = json.loads(
+        text,
+        object_pairs_hook=_unique,
+        parse_int=_integer,
+        parse_float=float if allow_nan else _finite,
+        parse_constant=None if allow_nan else _refuse_constant,
+    )
+    _check_values(value, limits, has_surrogates=_SURROGATE.search(text) is not None)
+    return value
+
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")
+
+
+def _check_values(value: Any, limits: Limits, has_surrogates: bool) -> None:
+    """Depth and texts of a parsed document, level by level: a loop, because recursion is what is bounded here."""
+    level = [value]
+    for _ in range(limits.depth + 1):
+        containers = [item for item in level if type(item) in (dict, list)]
+        texts = [item for item in level if type(item) is str]
+        texts += [key for item in containers if type(item) is dict for key in item]
+        if texts and max(map(len, texts)) > limits.text:
+            raise InputError(f"contains a text of more than {limits.text} characters")
+        # A lone surrogate can be neither printed nor written.
+        if has_surrogates and not all(map(_is_unicode, texts)):
+            raise InputError("contains text that is not valid Unicode (a lone surrogate)")
+        if not containers:
+            return
+        level = [item for part in containers for item in (part.values() if type(part) is dict else part)]
+    raise InputError(f"is nested more than {limits.depth} levels deep")
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise InputError(f"contains the key {shorten(twice)} twice")
+    return values
+
+
+def _integer(text: str) -> int:
+    # Python parses long integers in quadratic time, and since 3.10.7 refuses more than 4,300 digits.
+    if len(text) > NUMBER_CHARACTERS:
+        raise InputError(f"contains an integer of {len(text)} digits; at most {NUMBER_CHARACTERS} are read")
+    return int(text)
+
+
+def _finite(text: str) -> float:
+    value = float(text) if len(text) <= FLOAT_CHARACTERS else math.inf
+    if not math.isfinite(value):
+        raise InputError(f"contains the number {shorten(text)}, which is too large or too long")
+    return value
+
+
+def _refuse_constant(constant: str) -> float:
+    raise InputError(f"contains {constant}, which is not a number")

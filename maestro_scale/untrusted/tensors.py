@@ -1,0 +1,97 @@
+"""Bounded parsing of safetensors headers and decompression of zstd frames."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+from maestro_scale.errors import shorten
+from maestro_scale.untrusted.documents import load_json
+from maestro_scale.untrusted.limits import FRAME_BYTES, HEADER, TENSOR_AXES, InputError, size_text
+
+
+class TensorEntry(NamedTuple):
+    """Header entry of one tensor: bytes [begin, end) of the data."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+_ITEM_BYTES = {
+    code: size
+    for size, codes in (
+        (1, ("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2")),
+        (2, ("U16", "I16", "F16", "BF16")),
+        (4, ("U32", "I32", "F32")),
+        (8, ("U64", "I64", "F64")),
+    )
+    for code in codes
+}
+
+
+def parse_safetensors_header(text: bytes, data_bytes: int) -> tuple[dict[str, str], dict[str, TensorEntry]]:
+    """Metadata and tensor entries of a safetensors header; ``data_bytes``: length of what follows it.
+
+    InputError unless every entry has valid types, its bytes match shape and dtype, and the tensors cover the data
+    without overlaps or gaps, as the format requires.
+    """
+    header = load_json(text, limits=HEADER)
+    if not isinstance(header, dict):
+        raise InputError("is not an object")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(type(value) is str for value in metadata.values()):
+        raise InputError("__metadata__ is not an object of texts")
+    entries = {name: _tensor_entry(name, fields) for name, fields in header.items()}
+    reached, previous = 0, ""
+    for begin, end, name in sorted((e.begin, e.end, name) for name, e in entries.items()):
+        if begin != reached:
+            what = (
+                f"overlaps {shorten(previous)}"
+                if begin < reached
+                else f"starts at byte {begin}, not {reached}"
+            )
+            raise InputError(f"tensor {shorten(name)} {what}")
+        reached, previous = end, name
+    if reached != data_bytes:
+        what = (
+            "points past the end" if reached > data_bytes else f"leaves {data_bytes - reached} bytes unused"
+        )
+        raise InputError(f"{what}: damaged or cut short")
+    return metadata, entries
+
+
+def _tensor_entry(name: str, fields: Any) -> TensorEntry:
+    if not isinstance(fields, dict) or fields.keys() != {"dtype", "shape", "data_offsets"}:
+        raise InputError(f"tensor {shorten(name)} does not have exactly dtype, shape and data_offsets")
+    dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
+    if type(dtype) is not str or not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
+        raise InputError(f"tensor {shorten(name)} has a dtype, shape or data_offsets of the wrong type")
+    if len(shape) > TENSOR_AXES:
+        raise InputError(f"tensor {shorten(name)} has {len(shape)} axes, more than {TENSOR_AXES}")
+    begin, end = offsets
+    if dtype in _ITEM_BYTES and math.prod(shape) * _ITEM_BYTES[dtype] != end - begin:
+        raise InputError(f"tensor {shorten(name)} has {end - begin} bytes for {dtype} {tuple(shape)}")
+    if end < begin:
+        raise InputError(f"tensor {shorten(name)} ends before it starts")
+    return TensorEntry(dtype, tuple(shape), begin, end)
+
+
+def _are_sizes(values: Any) -> bool:
+    return isinstance(values, list) and all(type(n) is int and n >= 0 for n in values)
+
+
+def decompress_frame(frame: bytes | memoryview, size: int, decompressor: Any) -> bytes:
+    """Content of one zstd frame that must have ``size`` bytes; InputError otherwise. ``decompressor``: of zstandard."""
+    import zstandard
+
+    if size > FRAME_BYTES:
+        raise InputError(f"has {size} bytes decompressed, more than {size_text(FRAME_BYTES)}")
+    try:
+        # Checked before decompression: the header of a damaged frame could ask for any amount of memory.
+        if zstandard.frame_content_size(frame) != size:
+            raise InputError(f"does not hold the {size} bytes its shape needs")
+        return decompressor.decompress(frame, max_output_size=size)
+    except zstandard.ZstdError as error:
+        raise InputError(f"cannot be decompressed ({error})") from None
