@@ -131,6 +131,7 @@ def embed(
     from maestro_scale.shards.read.store import Store
     from maestro_scale.tracking.terminal import progress
     from maestro_scale.training.device import bind_process, use_device
+    from maestro_scale.training.manifests import UsedDataset, compare_manifests_of_launch
 
     embeddings = _check_choice("--what", what, _EMBEDDINGS)
     file_format = _check_choice("--format", format, _FORMATS)
@@ -139,6 +140,7 @@ def embed(
     rank, world = binding.launch.rank, binding.launch.size
     manifest = Manifest.load(shards)
     spec = manifest.spec
+    compare_manifests_of_launch(binding.launch, [UsedDataset(spec.name, shards, manifest, (split,))])
     encoder = load_encoder(model)[0]
     notes: list[str] = []
     if spec.name not in {v.dataset for v in encoder.config.views}:

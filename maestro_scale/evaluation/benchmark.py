@@ -41,7 +41,8 @@ class Benchmark:
 
     ``spec``: resolved. ``target``: None for the dataset's first target. ``fraction``: of the training labels.
     ``splits``: by role (train, val, test) the splits in shards, where they have other names than the role;
-    ``fold``: the number of the fold of a cross-validation that they form.
+    ``fold``: the number of the fold of a cross-validation that they form. ``manifest``: as the job has read it; None to
+    read it when it is needed.
     """
 
     spec: DatasetSpec
@@ -53,6 +54,11 @@ class Benchmark:
     fraction: float = 1.0
     splits: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     fold: int | None = None
+    manifest: Manifest | None = None
+
+    def load_manifest(self) -> Manifest:
+        """The manifest of the shards; read only once in a job, as a second reading could find another one."""
+        return self.manifest or Manifest.load(self.shards)
 
     def stored_splits(self, split: str) -> tuple[str, ...]:
         """The splits in shards that a role consists of: itself, unless ``splits`` says otherwise."""
@@ -103,6 +109,7 @@ def build_result(
         seeds=(provenance.seed,),
         folds=() if benchmark.fold is None else (benchmark.fold,),
         splits=benchmark.splits_by_role(manifest),
+        datasets={manifest.spec.name: manifest.digest},
         encoder=provenance.encoder,
         trained_on=provenance.trained_on,
         checkpoint_step=provenance.step,

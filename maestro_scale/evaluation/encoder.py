@@ -23,16 +23,23 @@ class Encoder:
     """An encoder with what results record of it.
 
     ``name``: as in results; ``path``: of the checkpoint, None for a baseline; ``step``: optimizer steps it was trained
-    for; ``trained_on``: datasets; ``spec``: of the benchmark, resolved; ``per_fold``: another checkpoint for each fold.
+    for; ``trained_on``: datasets; ``spec``: of the benchmark, resolved, and ``manifest`` its manifest; ``per_fold``:
+    another checkpoint for each fold.
     """
 
     def __init__(
-        self, recipe: Recipe, checkpoint: str | None, baseline: str | None, fold: int | None
+        self,
+        recipe: Recipe,
+        checkpoint: str | None,
+        baseline: str | None,
+        fold: int | None,
+        manifest: Manifest | None = None,
     ) -> None:
         """Load ``checkpoint`` (with ``{fold}`` replaced) or build ``baseline``. EvaluationError, ExportError or
         CheckpointError where that is impossible."""
         entry = recipe.data.mixture[0]
-        self.spec = resolve_spec(Manifest.load(entry.shards).spec, entry)
+        self.manifest = manifest or Manifest.load(entry.shards)
+        self.spec = resolve_spec(self.manifest.spec, entry)
         self._recipe, self._checkpoint, self._baseline, self._fold = recipe, checkpoint, baseline, fold
         self.name = scrub(baseline or str(checkpoint))
         self.per_fold = checkpoint is not None and FOLD in checkpoint
@@ -57,7 +64,7 @@ class Encoder:
         """The encoder of a fold: itself, unless every fold has its own checkpoint."""
         if not self.per_fold or fold == self._fold:
             return self
-        return Encoder(self._recipe, self._checkpoint, self._baseline, fold)
+        return Encoder(self._recipe, self._checkpoint, self._baseline, fold, self.manifest)
 
     def check(self, folds: Sequence[int | None], trains: bool) -> None:
         """EvaluationError where the checkpoint of a fold is missing, or the encoder ``trains`` but cannot. To be called

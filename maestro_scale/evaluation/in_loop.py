@@ -39,6 +39,8 @@ from maestro_scale.stream.source import Source
 from maestro_scale.training.distributed import World
 from maestro_scale.training.engine import Engine
 from maestro_scale.training.hooks.hook import FinishedStep, Hook
+from maestro_scale.training.hooks.manifests import ManifestHook
+from maestro_scale.training.manifests import ManifestMonitor, UsedDataset, compare_manifests
 from maestro_scale.training.run_dir import finite
 from maestro_scale.training.watchdog import Watchdog
 
@@ -49,19 +51,26 @@ SPLITS = ("train", "val")
 
 
 def evaluation_hooks(
-    recipe: Recipe, world: World, model: Maestro, watchdog: Watchdog
+    recipe: Recipe, world: World, model: Maestro, watchdog: Watchdog, datasets: Sequence[UsedDataset]
 ) -> Callable[[Engine], Sequence[Hook]]:
     """The hooks that ``evaluation.every_steps`` asks for, to be built once the engine exists.
 
-    ``model``: before DeepSpeed partitions it. RecipeError where there is no benchmark to score, and
+    ``model``: before DeepSpeed partitions it. ``datasets``: of the mixture, whose manifests are not read a second time,
+    because they could have changed. RecipeError where there is no benchmark to score, and
     EvaluationError or ManifestError where it lacks a target or a split: before any time is spent.
     """
     if not recipe.evaluation.every_steps:
         return lambda engine: ()
-    samples = _Samples(recipe, model, world)
+    benchmark, resolved = _benchmark(recipe, datasets)
+    monitor = ManifestMonitor([] if benchmark in datasets else [benchmark])
+    compare_manifests(world, monitor.datasets)
+    samples = _Samples(recipe, model, world, benchmark, resolved)
     samples.encoder.to(world.device)
     every = recipe.evaluation.every_steps
-    return lambda engine: [InLoopEvaluationHook(engine, samples, world, watchdog, every)]
+    return lambda engine: [
+        InLoopEvaluationHook(engine, samples, world, watchdog, every),
+        ManifestHook(monitor, world),
+    ]
 
 
 class InLoopEvaluationHook(Hook):
@@ -113,17 +122,18 @@ class _Samples:
     ``shared``: names of the parameters that the copy takes from the trained model.
     """
 
-    def __init__(self, recipe: Recipe, model: Maestro, world: World) -> None:
-        manifest, shards, resolved = _benchmark(recipe)
+    def __init__(
+        self, recipe: Recipe, model: Maestro, world: World, benchmark: UsedDataset, resolved: DatasetSpec
+    ) -> None:
         self.encoder, self.shared = _encoder_copy(model, resolved)
         spec = encoder_spec(self.encoder, resolved)
         self._task: Task = task_for(spec)
         self._world, self._workers, self._seed = world, recipe.data.workers, recipe.seed
         self._precision = recipe.train.precision
-        store = Store(shards, Path(recipe.data.cache_dir), int(recipe.data.cache_gib * 2**30))
+        store = Store(benchmark.url, Path(recipe.data.cache_dir), int(recipe.data.cache_gib * 2**30))
         self._loaders: dict[str, EvalLoader] = {}
         for split in SPLITS:
-            source = Source(spec, manifest.shards_of((split,)), store)
+            source = Source(spec, benchmark.manifest.shards_of((split,)), store)
             crops = EvalLoader(source, BATCH_SIZE, crops=self._task.num_crops).num_crops
             num_tiles = min(-(-recipe.evaluation.num_crops // crops), sum(source.counts))
             self._loaders[split] = EvalLoader(
@@ -176,20 +186,21 @@ class _Samples:
         return self._world.sum_on_host(whole).astype(dtype)
 
 
-def _benchmark(recipe: Recipe) -> tuple[Manifest, str, DatasetSpec]:
-    """(manifest, shards, resolved spec): ``evaluation.shards``, else the first dataset of the mixture with a target."""
+def _benchmark(recipe: Recipe, datasets: Sequence[UsedDataset]) -> tuple[UsedDataset, DatasetSpec]:
+    """(dataset, resolved spec): ``evaluation.shards``, else the first dataset of the mixture with a target."""
     shards = recipe.evaluation.shards
-    for i, entry in enumerate(recipe.data.mixture):
-        manifest = Manifest.load(entry.shards)
-        if entry.shards == shards or (shards is None and manifest.spec.targets):
-            return manifest, entry.shards, resolve_spec(manifest.spec, entry, i)
+    for i, (entry, dataset) in enumerate(zip(recipe.data.mixture, datasets, strict=True)):
+        spec = dataset.manifest.spec
+        if entry.shards == shards or (shards is None and spec.targets):
+            return dataset, resolve_spec(spec, entry, i)
     if shards is not None:
         manifest = Manifest.load(shards)
+        extra = UsedDataset(f"evaluation.shards ({manifest.spec.name})", shards, manifest, SPLITS)
         # Other shards of a dataset of the mixture: the encoder reads them as it was trained, with that entry's sensors.
         for i, entry in enumerate(recipe.data.mixture):
             if entry.dataset == manifest.spec.name:
-                return manifest, shards, resolve_spec(manifest.spec, entry, i)
-        return manifest, shards, manifest.spec
+                return extra, resolve_spec(manifest.spec, entry, i)
+        return extra, manifest.spec
     raise RecipeError(
         "evaluation.every_steps: no dataset of data.mixture has a target to score: set evaluation.shards to a "
         "benchmark, or every_steps to 0"

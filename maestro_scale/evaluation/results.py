@@ -81,6 +81,8 @@ class EvalResult:
     """Share of the training labels that were used."""
     checkpoint_step: int | None = None
     """Optimizer steps the encoder was trained for; None where that is unknown, 0 for an untrained one."""
+    datasets: Mapping[str, str] = field(default_factory=dict)
+    """SHA-256 of the manifest by dataset; empty in files of earlier revisions."""
     recipe: Mapping[str, Any] | None = None
     """The resolved recipe, as plain values."""
     chosen: Mapping[str, float] = field(default_factory=dict)

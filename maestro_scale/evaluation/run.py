@@ -26,6 +26,7 @@ from maestro_scale.shards.format.manifest import Manifest
 from maestro_scale.training.binding import Launch
 from maestro_scale.training.device import DeviceSetting
 from maestro_scale.training.distributed import World, destroy_process_group, init_distributed
+from maestro_scale.training.manifests import ManifestMonitor, UsedDataset, compare_manifests
 from maestro_scale.training.observer import Observer
 from maestro_scale.training.stop import StopRequest
 
@@ -76,17 +77,19 @@ class EvalRun:
     subdir: Path
 
 
-def plan_runs(options: EvalOptions, recipe: Recipe) -> list[EvalRun]:
-    """Every fold with every seed. EvaluationError where the shards lack a fold, or options contradict each other."""
+def plan_runs(options: EvalOptions, recipe: Recipe, stored: Sequence[str]) -> list[EvalRun]:
+    """Every fold with every seed. ``stored``: the splits in shards.
+
+    EvaluationError where the shards lack a fold, or options contradict each other.
+    """
     seeds = options.seeds or (recipe.seed,)
     folds: Mapping[int | None, Splits] = {None: options.splits}
     if options.folds:
         if options.splits:
             raise EvaluationError("--folds says which splits are train, val and test: leave --split out")
-        splits = Manifest.load(recipe.data.mixture[0].shards).splits
         # Without any fold, fold 1 is asked for, so that the error names the splits there are.
-        numbers = tuple(find_folds(splits)) or (1,) if options.folds == "all" else options.folds
-        folds = {number: fold_splits(splits, number) for number in numbers}
+        numbers = tuple(find_folds(stored)) or (1,) if options.folds == "all" else options.folds
+        folds = {number: fold_splits(stored, number) for number in numbers}
     return [
         EvalRun(
             fold, splits, seed, Path(f"fold_{fold}" * (len(folds) > 1), f"seed_{seed}" * (len(seeds) > 1))
@@ -94,6 +97,12 @@ def plan_runs(options: EvalOptions, recipe: Recipe) -> list[EvalRun]:
         for fold, splits in folds.items()
         for seed in seeds
     ]
+
+
+def _used_splits(runs: Sequence[EvalRun], manifest: Manifest) -> tuple[str, ...]:
+    """The stored splits that the runs read."""
+    names = (n for run in runs for role in ("train", "val", "test") for n in run.splits.get(role, (role,)))
+    return tuple(name for name in dict.fromkeys(names) if name in manifest.splits)
 
 
 def overlap_warnings(runs: Sequence[EvalRun]) -> list[str]:
@@ -122,11 +131,17 @@ def run_evaluation(
     modes = tuple(dict.fromkeys(options.modes or recipe.evaluation.modes))
     if options.baseline == ORACLE:
         modes = (ORACLE,)
-    runs = plan_runs(options, recipe)
-    encoder = Encoder(recipe, options.checkpoint, options.baseline, runs[0].fold)
+    manifest = Manifest.load(recipe.data.mixture[0].shards)
+    runs = plan_runs(options, recipe, manifest.splits)
+    encoder = Encoder(recipe, options.checkpoint, options.baseline, runs[0].fold, manifest)
     trains = bool(set(modes) & set(TRAINED_MODES))
     encoder.check([run.fold for run in runs], trains)
     world = _init_distributed(trains, recipe.train.device)
+    dataset = UsedDataset(
+        manifest.spec.name, recipe.data.mixture[0].shards, manifest, _used_splits(runs, manifest)
+    )
+    compare_manifests(world, [dataset])
+    monitor = ManifestMonitor([dataset])
     evaluation = _Evaluation(options, modes, world, progress, observers_for)
     evaluation.print_lines(overlap_warnings(runs))
     if record is None or not recipe.tracking.enabled:
@@ -141,6 +156,7 @@ def run_evaluation(
                 if encoder.per_fold:  # each fold has a training run of its own to be recorded under
                     record(_training_run(mode, encoder), result, path)
                 results[mode].append((str(run.subdir / RESULTS), result))
+                monitor.check()
     except Stopped as stopped:
         evaluation.print_lines([f"{stopped.args[0]}: stopped; resume with the same command"])
     for mode, of_mode in results.items():
@@ -292,6 +308,7 @@ class _Evaluation:
             fraction=self.options.fraction,
             splits=run.splits,
             fold=run.fold,
+            manifest=encoder.manifest,
         )
 
     def _maps_dir(self, mode: str, subdir: Path) -> Path | None:

@@ -29,11 +29,17 @@ def export_model(checkpoint: Path, out: Path, ema: bool = False) -> Path:
     ``ema``: export the moving average of the weights instead of the weights.
     """
     commit = json.loads((checkpoint / "COMMIT.json").read_text())
+    datasets = commit.get("datasets")  # none in checkpoints of earlier revisions
     write_model(
         out,
         full_state(checkpoint / "state", "ema" if ema else WEIGHT),
         ModelConfig.from_dict(commit["identity"]["model"]),
-        {"checkpoint": checkpoint.name, **commit["position"], "seed": commit["identity"]["seed"]},
+        {
+            "checkpoint": checkpoint.name,
+            **commit["position"],
+            "seed": commit["identity"]["seed"],
+            **({"datasets": datasets} if datasets else {}),
+        },
     )
     return out
 

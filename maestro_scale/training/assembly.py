@@ -27,7 +27,9 @@ from maestro_scale.training.hooks.audit import AuditHook
 from maestro_scale.training.hooks.garbage_collection import GarbageCollectionHook
 from maestro_scale.training.hooks.hook import Hook
 from maestro_scale.training.hooks.log import LogHook
+from maestro_scale.training.hooks.manifests import ManifestHook
 from maestro_scale.training.hooks.skipped import SkippedStepsHook
+from maestro_scale.training.manifests import ManifestMonitor, UsedDataset, manifest_digests
 from maestro_scale.training.metrics.metrics_file import MetricsFile
 from maestro_scale.training.objectives import Objective
 from maestro_scale.training.observer import Observer
@@ -59,8 +61,8 @@ class TrainingParts:
 
     ``network``: on the host; ``forward`` as the objective needs it. ``ema_decay`` 0 with ``ema_warmup`` keeps the last
     weights as the average; None keeps no average. ``build_hooks``: from (engine, ema), called before checkpoints are
-    read. ``compile_mode``: of the network, whose steps are then compiled before the first. ``about``: more for
-    environment.json.
+    read. ``compile_mode``: of the network, whose steps are then compiled before the first. ``datasets``: with
+    manifests that all ranks have compared. ``about``: more for environment.json.
     """
 
     network: nn.Module
@@ -75,6 +77,7 @@ class TrainingParts:
     ema_warmup: bool = False
     layer_decay: float = 1.0
     compile_mode: CompileMode = "none"
+    datasets: Sequence[UsedDataset] = ()
     about: dict[str, Any] = field(default_factory=dict)
 
 
@@ -176,6 +179,7 @@ def _hooks(
     # After the log: where it ends the run, the last step has been logged.
     lines = JsonLines(run_dir / "skipped" / own)
     hooks.append(SkippedStepsHook(lines, world, engine.guard, parts.checkpoints, train.max_skipped))
+    hooks.append(ManifestHook(ManifestMonitor(parts.datasets), world))
     if train.collect_every:
         hooks.append(GarbageCollectionHook(train.collect_every))
     return hooks
@@ -199,7 +203,12 @@ def _prepare_run_dir(
                 0
             )  # lines of a run with another recipe that was killed before its first checkpoint
         metrics.resume_from(position.step, parts.num_steps)
-        about = {"compile": parts.compile_mode, "micro_batch": parts.micro_batch, **parts.about}
+        about = {
+            "compile": parts.compile_mode,
+            "micro_batch": parts.micro_batch,
+            "datasets": manifest_digests(parts.datasets),
+            **parts.about,
+        }
         setup = describe_setup(world, recipe.train.precision_on(world.device.type))
         write_run_files(run_dir, recipe, setup=setup, **about)
     world.barrier()  # no rank may append to a file that another one still rewinds

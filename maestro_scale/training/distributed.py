@@ -187,6 +187,22 @@ def _exchange(store: dist.Store, launch: Launch, text: str) -> list[str]:
     return texts
 
 
+def exchange_texts(launch: Launch, text: str, timeout_s: float = 600.0) -> list[str]:
+    """The text of every rank, in order of rank, for a command whose ranks otherwise work independently.
+
+    DeviceError if the launcher gives no address of rank 0, or the other ranks do not join in time.
+    """
+    try:
+        address = f"env://?rank={launch.rank}&world_size={launch.size}"
+        store, _, _ = next(rendezvous(address, timeout=timedelta(seconds=timeout_s)))
+        return _exchange(store, launch, text)
+    except (ValueError, RuntimeError) as error:  # a variable is missing; torch's DistStoreError
+        raise DeviceError(
+            f"rank {launch.rank} of {launch.size} did not meet the other ranks ({str(error).splitlines()[0]}): start "
+            "all ranks together, with MASTER_ADDR and MASTER_PORT the same on all"
+        ) from error
+
+
 def destroy_process_group() -> None:
     """Destroy the process group, so that the launcher sees a clean exit."""
     if dist.is_initialized():

@@ -23,7 +23,7 @@ from maestro_scale.secrets_filter import scrub_document
 from maestro_scale.shards.format.manifest import Manifest
 from maestro_scale.shards.read.store import Store
 from maestro_scale.shards.retry import RetryPolicy
-from maestro_scale.stream.source import Source
+from maestro_scale.stream.source import Source, mixture_names
 from maestro_scale.training.assembly import (
     RunContext,
     TrainingParts,
@@ -43,6 +43,7 @@ from maestro_scale.training.ema import WeightEMA
 from maestro_scale.training.engine import Engine
 from maestro_scale.training.hooks.hook import Hook
 from maestro_scale.training.hooks.pictures import PicturesHook
+from maestro_scale.training.manifests import UsedDataset, compare_manifests, manifest_digests
 from maestro_scale.training.memory import MemoryEstimator
 from maestro_scale.training.micro_batch import micro_batch_of
 from maestro_scale.training.objectives import PretrainObjective
@@ -55,8 +56,10 @@ from maestro_scale.training.watchdog import Watchdog
 log = logging.getLogger(__name__)
 
 
-EvaluationHooks = Callable[[Recipe, World, Maestro, Watchdog], Callable[[Engine], Sequence[Hook]]]
-"""From (recipe, world, model, watchdog) to a function from the engine to hooks.
+EvaluationHooks = Callable[
+    [Recipe, World, Maestro, Watchdog, Sequence[UsedDataset]], Callable[[Engine], Sequence[Hook]]
+]
+"""From (recipe, world, model, watchdog, datasets of the mixture) to a function from the engine to hooks.
 
 The evaluation is a layer above, so it is passed in. In two calls, because the first needs the model before DeepSpeed
 partitions it, the second the engine.
@@ -64,7 +67,7 @@ partitions it, the second the engine.
 
 
 def no_evaluation(
-    recipe: Recipe, world: World, model: Maestro, watchdog: Watchdog
+    recipe: Recipe, world: World, model: Maestro, watchdog: Watchdog, datasets: Sequence[UsedDataset]
 ) -> Callable[[Engine], Sequence[Hook]]:
     """No in-loop evaluation."""
     return lambda engine: ()
@@ -181,13 +184,17 @@ def _parts(context: RunContext, evaluation: EvaluationHooks) -> TrainingParts:
     seed_everything(recipe.seed)
     configure_determinism(recipe.train.deterministic)
     datasets = open_datasets(recipe)
+    used = _used_datasets(recipe, datasets)
+    compare_manifests(world, used)
     config = build_model_config(recipe, [d.source.spec for d in datasets])
     memory = MemoryEstimator(config, [d.source.spec for d in datasets])
     micro_batch = micro_batch_of(
         recipe, world, lambda changed: memory.step(changed, world.size, world.device.type)
     )
     stream, num_steps = train_loader(recipe, [d.source for d in datasets], world, micro_batch)
-    checkpoints = Checkpoints(run_dir, world, _retention(recipe), _mirror(recipe, run_dir))
+    checkpoints = Checkpoints(
+        run_dir, world, _retention(recipe), _mirror(recipe, run_dir), manifest_digests(used)
+    )
     check_feasible(recipe.with_micro_batch(micro_batch), memory.parameters, recipe.optim.ema > 0, world)
     kernel = _attention_kernel(recipe, config, world)
     model = _initial_model(recipe, config, world, starts=checkpoints.latest()[0] is None)
@@ -203,7 +210,7 @@ def _parts(context: RunContext, evaluation: EvaluationHooks) -> TrainingParts:
             path = manifest_path(run_dir, number, dataset.manifest.spec.name)
             write_atomically(path, scrub_document(dataset.manifest.dumps()))
 
-    evaluation_hooks = evaluation(recipe, world, model, context.watchdog)
+    evaluation_hooks = evaluation(recipe, world, model, context.watchdog, used)
 
     def build_hooks(engine: Engine, ema: WeightEMA | None) -> list[Hook]:
         hooks = list(evaluation_hooks(engine))
@@ -223,8 +230,17 @@ def _parts(context: RunContext, evaluation: EvaluationHooks) -> TrainingParts:
         build_hooks=build_hooks,
         ema_decay=recipe.optim.ema or None,
         compile_mode=recipe.model.compile,
+        datasets=used,
         about={"attention": kernel},
     )
+
+
+def _used_datasets(recipe: Recipe, datasets: Sequence[Dataset]) -> list[UsedDataset]:
+    names = mixture_names([d.manifest.spec.name for d in datasets])
+    return [
+        UsedDataset(name, entry.shards, d.manifest, tuple(entry.split))
+        for name, d, entry in zip(names, datasets, recipe.data.mixture, strict=True)
+    ]
 
 
 def _initial_model(recipe: Recipe, config: ModelConfig, world: World, starts: bool) -> Maestro:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import re
 import shutil
 import signal
@@ -65,7 +67,7 @@ def uninterrupted(trainer, tmp_path_factory):
     return run_dir, trainer.train(run_dir, 1, "--set", "train.micro_batch=8")
 
 
-def test_run_directory_is_complete(uninterrupted):
+def test_run_directory_is_complete(trainer, uninterrupted, tmp_path):
     run_dir, lines = uninterrupted
     assert [m["step"] for m in lines] == [1, 2, 3, 4, 5, 6]
     assert all(set(m) >= FIELDS for m in lines)
@@ -80,6 +82,12 @@ def test_run_directory_is_complete(uninterrupted):
         1,
         "cpu",
     )
+    shards = load_recipe(trainer.recipe).data.mixture[0].shards
+    digest = hashlib.sha256(Path(shards, "manifest.json").read_bytes()).hexdigest()
+    assert environment["datasets"] == {"treesatai_ts": digest}
+    assert commit.read(newest(run_dir))["datasets"] == {"treesatai_ts": digest}
+    config = json.loads((export_model(newest(run_dir), tmp_path) / "config.json").read_text())
+    assert config["trained"]["datasets"] == {"treesatai_ts": digest}
     assert (run_dir / "recipe.yaml").exists()
     assert [p.name for p in sorted((run_dir / "checkpoints").iterdir())] == ["step_00000004", "step_00000006"]
     assert all((p / commit.MARKER).exists() for p in (run_dir / "checkpoints").iterdir())
@@ -203,6 +211,35 @@ def test_resuming_with_another_seed_is_refused(trainer, uninterrupted):
     code, output = trainer.run(run_dir, 1, "--set", "train.micro_batch=8", "optim.base_lr=0.5")
     assert code != 0
     assert "optim.base_lr: checkpoint 0.001, now 0.5" in output
+
+
+def _with_another_divisor(shards: Path, folder: Path) -> Path:
+    """The same shards, with one digit of the manifest changed."""
+    shutil.copytree(shards, folder, copy_function=os.symlink)
+    text = (shards / "manifest.json").read_text()
+    (folder / "manifest.json").unlink()
+    (folder / "manifest.json").write_text(text.replace('"divisor": 255.0', '"divisor": 254.0', 1))
+    assert text != (folder / "manifest.json").read_text()
+    return folder
+
+
+def test_a_manifest_that_differs_in_one_digit_is_refused(trainer, uninterrupted, synthetic_shards, tmp_path):
+    changed = _with_another_divisor(synthetic_shards, tmp_path / "rank1")
+    (tmp_path / "rank0").symlink_to(synthetic_shards)
+    code, output = trainer.run(
+        uninterrupted[0], 1, "--set", "train.micro_batch=8", f"data.mixture[0].shards={changed}"
+    )
+    assert code == 2
+    assert "does not fit this run: data.manifests.0: checkpoint" in output
+    # One rank of two: nothing else would notice, and the two would train on different inputs.
+    code, output = trainer.run(
+        tmp_path / "run", 2, "--set", f"data.mixture[0].shards={tmp_path}/rank${{RANK}}"
+    )
+    assert code == 2, output[-3000:]
+    (line,) = [x for x in output.splitlines() if x.startswith("error")]
+    assert "treesatai_ts: the ranks have read different manifests" in line
+    assert "Traceback" not in output
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_fewer_steps_than_taken_are_refused(trainer, uninterrupted):

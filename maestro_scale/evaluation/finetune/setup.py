@@ -20,7 +20,6 @@ from maestro_scale.evaluation.tasks.subset import labelled_subset
 from maestro_scale.evaluation.tasks.task import task_for
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.recipe import Recipe, RecipeError
-from maestro_scale.shards.format.manifest import Manifest
 from maestro_scale.shards.progress import Progress
 from maestro_scale.shards.read.store import Store
 from maestro_scale.stream.source import Source
@@ -34,6 +33,7 @@ from maestro_scale.training.distributed import World
 from maestro_scale.training.ema import WeightEMA
 from maestro_scale.training.engine import Engine
 from maestro_scale.training.hooks.hook import FinishedStep, Hook
+from maestro_scale.training.manifests import UsedDataset, manifest_digests
 from maestro_scale.training.run_dir import JsonLines
 from maestro_scale.training.trainer import Trainer
 
@@ -55,7 +55,7 @@ class Finetuning:
         self._about = {"mode": mode, "checkpoint": str(checkpoint.resolve()) if checkpoint else None}
         self._encoder, self._benchmark, self._mode = encoder, benchmark, mode
         self._recipe, self._world = recipe, world
-        self.manifest = Manifest.load(benchmark.shards)
+        self.manifest = benchmark.load_manifest()
         self._spec = encoder_spec(encoder, benchmark.spec)
         self.target_loss: TargetLoss = target_loss_for(task_for(self._spec, benchmark.target))
         self.splits = self._open_splits()
@@ -95,18 +95,27 @@ class Finetuning:
             stream=stream,
             num_steps=num_steps,
             micro_batch=micro_batch,
-            checkpoints=Checkpoints(context.run_dir, world, Retention(keep=1)),
+            checkpoints=Checkpoints(
+                context.run_dir, world, Retention(keep=1), datasets=manifest_digests(self._datasets)
+            ),
             identity=self._identity(weights_digest(network), num_steps),
             build_hooks=build_hooks,
             ema_decay=recipe.evaluation.ema,
             ema_warmup=True,
             # Weights that were not pretrained have nothing to preserve.
             layer_decay=recipe.evaluation.layer_decay if self._mode == "finetune" else 1.0,
+            datasets=self._datasets,
             about=self._about,
         )
         trainer, position = assemble(context, parts)
         self._load_earlier_revision(context.run_dir, trainer, position)
         return trainer, position
+
+    @property
+    def _datasets(self) -> list[UsedDataset]:
+        roles = self._benchmark.splits_by_role(self.manifest).values()
+        splits = tuple(dict.fromkeys(name for names in roles for name in names))
+        return [UsedDataset(self.manifest.spec.name, self._benchmark.shards, self.manifest, splits)]
 
     def _micro_batch(self) -> int:
         if self._recipe.train.micro_batch == "auto":

@@ -70,7 +70,7 @@ def evaluate_frozen(
     EvaluationError where the dataset has no target to score, ManifestError where a split is missing.
     """
     provenance = provenance or Provenance()
-    manifest = Manifest.load(benchmark.shards)
+    manifest = benchmark.load_manifest()
     spec = encoder_spec(model, benchmark.spec)
     task = task_for(spec, benchmark.target)
     device = world.device if world else use_device(bind_process(device_setting))

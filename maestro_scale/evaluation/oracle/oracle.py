@@ -33,7 +33,6 @@ from maestro_scale.evaluation.tasks.task import (
     task_for,
 )
 from maestro_scale.evaluation.tasks.tile_maps import TileMapWriter
-from maestro_scale.shards.format.manifest import Manifest
 from maestro_scale.shards.read.store import Store
 from maestro_scale.stream.batch import Batch
 from maestro_scale.stream.eval_loader import EvalLoader
@@ -67,7 +66,7 @@ def evaluate_oracle(
     EvaluationError where the target has other classes than the scenes, Sentinel-2 is not among the sensors in use, or
     the tiles do not come from the generator.
     """
-    manifest = Manifest.load(benchmark.shards)
+    manifest = benchmark.load_manifest()
     spec = benchmark.spec
     task = task_for(spec, benchmark.target)
     started = time.perf_counter()

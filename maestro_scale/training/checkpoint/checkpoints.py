@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,10 +84,17 @@ class Checkpoints:
     """The checkpoints of one run directory. All ranks call ``begin``, ``commit`` and ``finish`` together."""
 
     def __init__(
-        self, run_dir: Path, world: World, retention: Retention, mirror: Mirror | None = None
+        self,
+        run_dir: Path,
+        world: World,
+        retention: Retention,
+        mirror: Mirror | None = None,
+        datasets: Mapping[str, str] | None = None,
     ) -> None:
+        """``datasets``: {name: SHA-256 of its manifest}, recorded in each checkpoint."""
         self.dir = run_dir / "checkpoints"
         self._world, self._retention, self._mirror = world, retention, mirror
+        self._datasets = dict(datasets or {})
         self._pending: _Pending | None = None
         self.on_commit: Callable[[Position], None] = lambda position: None
         """Called on every rank after a checkpoint was committed."""
@@ -129,6 +136,9 @@ class Checkpoints:
         self._world.barrier()
         pieces, adam_step = state.pieces(), state.sharded.adam_step
         record = {"position": vars(position), "guard": guard, "identity": identity}
+        if self._datasets:
+            # A record only: the identity has the digest of the splits in use, which another split does not change.
+            record["datasets"] = self._datasets
         if hooks:  # omitted if empty, as in checkpoints of earlier revisions
             record["hooks"] = hooks
         written = self._writer.submit(self._write, staging / STATE, pieces)
