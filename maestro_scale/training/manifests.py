@@ -132,6 +132,6 @@ def _changed(dataset: UsedDataset) -> tuple[str, str | None]:
         change = "has changed and cannot be used"
     effect = effect or "; restore it before you start the job again, which will read the new one"
     return sha256_hex(data), (
-        f"{storage.address(MANIFEST)}: the manifest of {dataset.name} {change} while this job runs, which continues with "
-        f"the manifest that it started with (SHA-256 {started.digest[:12]}){effect}"
+        f"{storage.address(MANIFEST)}: the manifest of {dataset.name} {change} while this job runs, which continues "
+        f"with the manifest that it started with (SHA-256 {started.digest[:12]}){effect}"
     )

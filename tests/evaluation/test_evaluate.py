@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from maestro_scale.evaluation import run
 from maestro_scale.evaluation.results import EvalResult
+from maestro_scale.evaluation.run import EvalOptions
+from maestro_scale.shards.storage import LocalStorage as Storage
 from maestro_scale.shards.write.writer import Writer
+from maestro_scale.training.manifests import ManifestMismatchError
 from tests.evaluation.conftest import SCENES, SPLITS, scene_tile
 from tests.evaluation.test_oracle import recipe
 from tests.testkit.runs import REPO, Trainer
@@ -81,3 +88,32 @@ def test_mistakes_are_one_line(fields, tmp_path):
     assert "is neither a run directory, nor a checkpoint, nor an exported model" in output
     assert "Traceback" not in output
     assert not (tmp_path / "out").exists()
+
+
+def test_ranks_with_other_manifests_are_refused_and_results_record_theirs(
+    fields, tmp_path, monkeypatch, caplog
+):
+    digest = hashlib.sha256((fields.shards / "manifest.json").read_bytes()).hexdigest()
+    other = SimpleNamespace(
+        size=2, is_main=True, gather=lambda text: [text, json.dumps({"fields": "c" * 64})]
+    )
+    options = EvalOptions(
+        str(fields.recipe(tmp_path)), tmp_path / "out", checkpoint=str(fields.model), modes=("knn",)
+    )
+    for modes in (("knn",), ("finetune",)):  # before any of them reads a sample
+        with monkeypatch.context() as patch:
+            patch.setattr(run, "_init_distributed", lambda trains, device: other)
+            with pytest.raises(ManifestMismatchError, match=f"rank 0: {digest[:12]}, rank 1: cccccccccccc"):
+                run.run_evaluation(replace(options, modes=modes))
+    assert not (tmp_path / "out").exists()
+
+    def change(*args) -> None:
+        """Another process adds a note while the evaluation runs."""
+        text = (fields.shards / "manifest.json").read_text()
+        monkeypatch.setattr(Storage, "read", lambda self, name: text.replace("Fields", "Changed").encode())
+
+    monkeypatch.setattr(run.EvalResult, "write", lambda self, path: (written.append(self), change()))
+    written: list[EvalResult] = []
+    run.run_evaluation(options)
+    assert written[0].datasets == {"fields": digest}
+    assert "manifest.json: the manifest of fields has changed while this job runs" in caplog.text

@@ -87,16 +87,15 @@ def test_a_manifest_that_changes_meanwhile_is_reported_once(tmp_path):
     assert check() == []
     path.write_text(replace(started, shards=(TRAIN, VAL)).dumps())  # another split was added
     assert check() == [
-        f"{path}: the manifest of toy has changed, but not in what this job uses since this job started, which "
-        f"continues with the manifest it started with (SHA-256 {started.digest[:12]})"
+        f"{path}: the manifest of toy has changed while this job runs, which continues with the manifest that it "
+        f"started with (SHA-256 {started.digest[:12]}); what the job uses is the same in both"
     ]
     assert check() == []
     path.write_text(started.dumps().replace('"divisor": 255', '"divisor": 256'))
     (warning,) = check()
-    assert "toy has changed in what this job uses" in warning
-    assert warning.endswith("a later start will read the new one, so restore it before you resume")
+    assert warning.endswith("; restore it before you start the job again, which will read the new one")
     path.write_text("{")
-    assert "has changed and cannot be parsed" in check()[0]
+    assert "has changed and cannot be used" in check()[0]
     path.unlink()
     assert "the manifest of toy was removed" in check()[0]
     path.write_text(started.dumps())
