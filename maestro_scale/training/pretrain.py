@@ -184,7 +184,7 @@ def _parts(context: RunContext, evaluation: EvaluationHooks) -> TrainingParts:
     seed_everything(recipe.seed)
     configure_determinism(recipe.train.deterministic)
     datasets = open_datasets(recipe)
-    used = _used_datasets(recipe, datasets)
+    used = used_datasets(recipe, datasets)
     compare_manifests(world, used)
     config = build_model_config(recipe, [d.source.spec for d in datasets])
     memory = MemoryEstimator(config, [d.source.spec for d in datasets])
@@ -235,7 +235,8 @@ def _parts(context: RunContext, evaluation: EvaluationHooks) -> TrainingParts:
     )
 
 
-def _used_datasets(recipe: Recipe, datasets: Sequence[Dataset]) -> list[UsedDataset]:
+def used_datasets(recipe: Recipe, datasets: Sequence[Dataset]) -> list[UsedDataset]:
+    """The datasets of the mixture with unique names, and the splits that the run reads."""
     names = mixture_names([d.manifest.spec.name for d in datasets])
     return [
         UsedDataset(name, entry.shards, d.manifest, tuple(entry.split))

@@ -18,7 +18,7 @@ from maestro_scale.model.maestro import Maestro
 from maestro_scale.recipe import build_model_config, load_recipe
 from maestro_scale.shards.write.writer import Writer
 from maestro_scale.training.checkpoint.checkpoints import newest
-from maestro_scale.training.pretrain import open_datasets
+from maestro_scale.training.pretrain import open_datasets, used_datasets
 from tests.evaluation.conftest import FIELDS, SPLITS, field_tile
 
 SLOW = Path(__file__).parents[1] / "testkit" / "slow_evaluation.py"
@@ -249,6 +249,9 @@ def test_other_shards_of_a_dataset_of_the_mixture_are_read_with_its_sensors(
 ):
     copy = tmp_path / "copy"
     copy.symlink_to(synthetic_shards)
-    _, shards, spec = _benchmark(load_recipe(mixture, [f"evaluation.shards={copy}"]))
-    assert shards == str(copy)
+    recipe = load_recipe(mixture, [f"evaluation.shards={copy}"])
+    opened = used_datasets(recipe, open_datasets(recipe))
+    assert [d.name for d in opened] == ["treesatai_ts#0", "treesatai_ts#1"]
+    dataset, spec = _benchmark(recipe, opened)
+    assert (dataset.url, dataset.name) == (str(copy), "evaluation.shards (treesatai_ts)")
     assert (spec.sensor("s2").num_dates, spec.sensor("s2").patch) == (4, 2)
