@@ -9,27 +9,36 @@ parsers. SECURITY.md lists the limits.
 from maestro_scale.untrusted.documents import check_size, load_json, read_bytes, read_json, read_json_lines
 from maestro_scale.untrusted.limits import (
     DOCUMENT,
+    FIELD_BYTES,
+    FRAME_BYTES,
     HEADER,
     MANIFEST,
     RECIPE,
+    TENSOR_AXES,
     InputError,
     Limits,
+    size_text,
 )
+from maestro_scale.untrusted.records import from_builtins
 from maestro_scale.untrusted.tar import TarMember, list_tar
 from maestro_scale.untrusted.tensors import TensorEntry, decompress_frame, parse_safetensors_header
 from maestro_scale.untrusted.yaml_documents import load_yaml
 
 __all__ = [
     "DOCUMENT",
+    "FIELD_BYTES",
+    "FRAME_BYTES",
     "HEADER",
     "MANIFEST",
     "RECIPE",
+    "TENSOR_AXES",
     "InputError",
     "Limits",
     "TarMember",
     "TensorEntry",
     "check_size",
     "decompress_frame",
+    "from_builtins",
     "list_tar",
     "load_json",
     "load_yaml",
@@ -37,4 +46,5 @@ __all__ = [
     "read_bytes",
     "read_json",
     "read_json_lines",
+    "size_text",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 import re
@@ -70,23 +71,23 @@ def check_size(num_bytes: int, where: str, limits: Limits = DOCUMENT) -> None:
 def _load_json(text: str | bytes, limits: Limits, allow_nan: bool) -> Any:
     check_size(len(text), "", limits)
     if isinstance(text, (bytes, bytearray)):
-        text = text.decode("utf-8-sig")
+        text = text.decode("utf-8-sig" if text[:3] == codecs.BOM_UTF8 else "utf-8")
     # An upper bound of the number of values, before any of them is created: an empty list takes 2 bytes of text and
     # 64 of memory. Commas and brackets within strings count too, which the limits leave space for.
-    if text.count(",") + text.count("[") + text.count("{") + text.count(":") > 2 * limits.entries:
+    containers = text.count("[") + text.count("{")
+    if containers + text.count(",") + text.count(":") > 2 * limits.entries:
         raise InputError(f"has more than {limits.entries} entries")
-    value = json.loads(
-        text,
-        object_pairs_hook=_unique,
-        parse_int=_integer,
-        parse_float=float if allow_nan else _finite,
-        parse_constant=None if allow_nan else _refuse_constant,
-    )
-    _check_values(value, limits, has_surrogates=_SURROGATE.search(text) is not None)
+    # A function called for each integer doubles the time of a header, so it is used only where it can matter.
+    decoder = _DECODERS[allow_nan, _LONG_INTEGER.search(text) is not None]
+    value = decoder.decode(text)
+    has_surrogates = not text.isascii() or ("\\u" in text and _SURROGATE.search(text) is not None)
+    if containers > limits.depth or len(text) > limits.text or has_surrogates:
+        _check_values(value, limits, has_surrogates)
     return value
 
 
-_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_LONG_INTEGER = re.compile(rf"[0-9]{{{NUMBER_CHARACTERS}}}")
 
 
 def _check_values(value: Any, limits: Limits, has_surrogates: bool) -> None:
@@ -140,3 +141,16 @@ def _finite(text: str) -> float:
 
 def _refuse_constant(constant: str) -> float:
     raise InputError(f"contains {constant}, which is not a number")
+
+
+# Created once: the header of a sample is parsed in about the time that creating a decoder takes.
+_DECODERS = {
+    (allow_nan, has_long_integer): json.JSONDecoder(
+        object_pairs_hook=_unique,
+        parse_int=_integer if has_long_integer else None,
+        parse_float=None if allow_nan else _finite,
+        parse_constant=None if allow_nan else _refuse_constant,
+    )
+    for allow_nan in (False, True)
+    for has_long_integer in (False, True)
+}

@@ -31,7 +31,7 @@ MANIFEST = Limits(bytes=96 * MIB, entries=4_000_000)
 """Manifests and indexes of shards: 300,000 shards take 60 MB."""
 DOCUMENT = Limits(bytes=64 * MIB, entries=2_000_000, text=MIB)
 """All other JSON: results, COMMIT.json, config.json, run files, raw datasets. Recipes are kept in it as text."""
-HEADER = Limits(bytes=16 * MIB, entries=200_000, depth=8, text=MIB)
+HEADER = Limits(bytes=16 * MIB, entries=200_000, text=MIB)
 """Headers of safetensors files and samples."""
 RECIPE = Limits(bytes=MIB, entries=20_000)
 """YAML. PyYAML needs about 50 us for an entry."""

@@ -62,8 +62,11 @@ def parse_safetensors_header(text: bytes, data_bytes: int) -> tuple[dict[str, st
     return metadata, entries
 
 
+_FIELDS = {"dtype", "shape", "data_offsets"}
+
+
 def _tensor_entry(name: str, fields: Any) -> TensorEntry:
-    if not isinstance(fields, dict) or fields.keys() != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(fields, dict) or fields.keys() != _FIELDS:
         raise InputError(f"tensor {shorten(name)} does not have exactly dtype, shape and data_offsets")
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
     if type(dtype) is not str or not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
@@ -79,7 +82,7 @@ def _tensor_entry(name: str, fields: Any) -> TensorEntry:
 
 
 def _are_sizes(values: Any) -> bool:
-    return isinstance(values, list) and all(type(n) is int and n >= 0 for n in values)
+    return isinstance(values, list) and (not values or (set(map(type, values)) == {int} and min(values) >= 0))
 
 
 def decompress_frame(frame: bytes | memoryview, size: int, decompressor: Any) -> bytes:

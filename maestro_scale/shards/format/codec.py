@@ -14,12 +14,14 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from typing import Any, NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 
+from maestro_scale import untrusted
 from maestro_scale.datasets.spec import GeoOrigin, Tile
-from maestro_scale.shards.errors import CodecError, one_line
+from maestro_scale.errors import shorten
+from maestro_scale.shards.errors import CodecError
 from maestro_scale.shards.format.compress import (
     CODECS,
     FieldEncoding,
@@ -30,6 +32,7 @@ from maestro_scale.shards.format.compress import (
     window_shape,
 )
 from maestro_scale.shards.format.fields import tile_fields
+from maestro_scale.untrusted import TensorEntry
 
 _TO_SAFETENSORS = {
     "bool": "BOOL",
@@ -47,7 +50,6 @@ _TO_SAFETENSORS = {
 }
 _FROM_SAFETENSORS = {code: np.dtype(name) for name, code in _TO_SAFETENSORS.items()}
 _MIN_COMPRESSED_BYTES = 4096  # smaller fields stay raw: compression would save nothing and cost a call
-_MAX_HEADER_BYTES = 16 * 1024 * 1024
 _HEADER_BYTES = 16 * 1024  # read by the first call; few headers are longer
 # Gap between the windows of two images; a smaller one is read as well, since it takes no longer than a second call.
 _MAX_GAP_BYTES = 16 * 1024
@@ -136,7 +138,9 @@ class Sample:
         self.key: str = metadata["key"]
         self._origin: str | None = metadata.get("place")
         self.names: tuple[str, ...] = tuple(self._entries)
-        self._encodings = _parse_encodings(metadata["encoded"]) if "encoded" in metadata else {}
+        self._encodings = (
+            _parse_encodings(metadata["encoded"], self._entries) if "encoded" in metadata else {}
+        )
 
     @property
     def origin(self) -> GeoOrigin | None:
@@ -144,9 +148,11 @@ class Sample:
         if self._origin is None:
             return None
         try:
-            return GeoOrigin(**json.loads(self._origin))
-        except (TypeError, ValueError) as error:
-            raise CodecError(f"sample {self.key}: its place {self._origin!r} cannot be read") from error
+            return untrusted.from_builtins(
+                GeoOrigin, untrusted.load_json(self._origin, limits=untrusted.HEADER)
+            )
+        except untrusted.InputError as error:
+            raise CodecError(f"sample {self.key}: its place cannot be read ({error})") from None
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a decoded field."""
@@ -196,7 +202,7 @@ class Sample:
         except CodecError as error:
             raise CodecError(f"sample {self.key}, field {name}: {error}") from error
 
-    def _entry(self, name: str) -> _TensorEntry:
+    def _entry(self, name: str) -> TensorEntry:
         try:
             return self._entries[name]
         except KeyError:
@@ -275,52 +281,38 @@ class _MemoryReader:
         return self._view[begin:end]
 
 
-class _TensorEntry(NamedTuple):
-    """Header entry of one tensor."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
-
-
-def _read_header(reader: ByteReader) -> tuple[dict[str, Any], dict[str, _TensorEntry], int]:
+def _read_header(reader: ByteReader) -> tuple[dict[str, str], dict[str, TensorEntry], int]:
     """Metadata, tensor entries and data offset from a safetensors header, all bounds checked."""
     length = len(reader)
     first = reader.read(0, min(length, _HEADER_BYTES))
     size = int.from_bytes(first[:8], "little") if length >= 8 else -1
-    if not 0 < size <= min(length - 8, _MAX_HEADER_BYTES):
+    if not 0 < size <= min(length - 8, untrusted.HEADER.bytes):
         raise CodecError(f"{length} bytes that do not start with a safetensors header")
     text = first[8 : 8 + size] if 8 + size <= len(first) else reader.read(8, 8 + size)
     try:
-        header = json.loads(bytes(text))
-        metadata = header.pop("__metadata__", {})
-        entries = {
-            name: _TensorEntry(str(e["dtype"]), tuple(e["shape"]), *e["data_offsets"])
-            for name, e in header.items()
-        }
-        last = length - 8 - size
-        valid = isinstance(metadata, dict) and all(
-            0 <= e.begin <= e.end <= last and all(type(n) is int for n in e.shape) for e in entries.values()
-        )
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CodecError(f"the safetensors header cannot be read ({one_line(error)})") from error
-    if not valid:
-        raise CodecError("the safetensors header points past the end: the sample is damaged or cut short")
+        metadata, entries = untrusted.parse_safetensors_header(bytes(text), length - 8 - size)
+    except untrusted.InputError as error:
+        raise CodecError(f"the safetensors header is not valid: {error}") from None
     return metadata, entries, 8 + size
 
 
-def _parse_encodings(text: str) -> dict[str, FieldEncoding]:
+def _parse_encodings(text: str, entries: Mapping[str, TensorEntry]) -> dict[str, FieldEncoding]:
     try:
-        encoded = {
-            name: FieldEncoding(
-                e["codec"], e["dtype"], tuple(e["shape"]), e["rows"], tuple(e["ends"]), e.get("strip", 0)
+        values = untrusted.load_json(text, limits=untrusted.HEADER)
+        if not isinstance(values, dict):
+            raise untrusted.InputError("is not an object")
+        encoded = {name: untrusted.from_builtins(FieldEncoding, e) for name, e in values.items()}
+    except untrusted.InputError as error:
+        raise CodecError(f"the metadata entry 'encoded' cannot be read ({error})") from None
+    for name, encoding in encoded.items():
+        stored = entries.get(name)
+        if stored is None or stored.dtype != "U8" or len(stored.shape) != 1:
+            raise CodecError(
+                f"the metadata entry 'encoded' has {shorten(name)}, which is not a tensor of bytes"
             )
-            for name, e in json.loads(text).items()
-        }
-        valid = all(e.is_valid() for e in encoded.values())
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CodecError(f"the metadata entry 'encoded' cannot be read ({one_line(error)})") from error
-    if not valid:
-        raise CodecError("the metadata entry 'encoded' is inconsistent")
+        problem = encoding.problem()
+        if problem is None and encoding.ends[-1] != stored.shape[0]:
+            problem = f"its frames end at byte {encoding.ends[-1]} of {stored.shape[0]}"
+        if problem is not None:
+            raise CodecError(f"the metadata entry 'encoded' is inconsistent: {shorten(name)}: {problem}")
     return encoded

@@ -17,6 +17,9 @@ from dataclasses import dataclass
 import numpy as np
 import zstandard
 
+from maestro_scale import untrusted
+from maestro_scale.datasets.spec_check import DTYPES
+from maestro_scale.errors import shorten
 from maestro_scale.shards.errors import CodecError
 
 CODECS = ("raw", "zstd", "delta-zstd")
@@ -53,18 +56,23 @@ class FieldEncoding:
         """Shape of one entry of axis 0."""
         return self.shape[1:]
 
-    def is_valid(self) -> bool:
-        """Whether values read from a file are consistent; may also raise TypeError or ValueError."""
-        return (
-            self.codec in CODECS
-            and np.dtype(self.dtype).kind in "biuf"
-            and min(self.shape) > 0
-            and self.rows > 0
-            and (self.strip == 0 or (self.strip > 0 and len(self.shape) > 2))
-            and len(self.ends) == -(-self.shape[0] // self.rows) * self.num_strips
-            and self.ends[0] > 0
-            and list(self.ends) == sorted(self.ends)
-        )
+    def problem(self) -> str | None:
+        """What is inconsistent in values read from a file; None if they can be decoded within the limits."""
+        if self.codec not in CODECS:
+            return f"codec {shorten(self.codec)} is not one of {', '.join(CODECS)}"
+        if self.dtype not in DTYPES:
+            return f"dtype {shorten(self.dtype)} is not supported"
+        if not 0 < len(self.shape) <= untrusted.TENSOR_AXES or min(self.shape) < 1:
+            return f"shape {shorten(self.shape)} is not that of an array with values"
+        if math.prod(self.shape) * np.dtype(self.dtype).itemsize > untrusted.FIELD_BYTES:
+            return f"shape {shorten(self.shape)} has more than {untrusted.size_text(untrusted.FIELD_BYTES)}"
+        if self.rows < 1 or self.strip < 0 or (self.strip and len(self.shape) < 3):
+            return f"rows {self.rows} and strip {self.strip} do not divide the shape {shorten(self.shape)}"
+        if len(self.ends) != -(-self.shape[0] // self.rows) * self.num_strips:
+            return f"{len(self.ends)} frames do not make up the shape {shorten(self.shape)}"
+        if self.ends[0] < 1 or list(self.ends) != sorted(self.ends):
+            return "the ends of its frames do not increase"
+        return None
 
 
 def window_shape(row_shape: tuple[int, ...], window: Window | None) -> tuple[int, ...]:
@@ -171,12 +179,9 @@ def _frame(
     number = i * encoding.num_strips + strip
     frame = read(encoding.ends[number - 1] if number else 0, encoding.ends[number])
     try:
-        # Checked before decompression: the header of a damaged frame could ask for any amount of memory.
-        if zstandard.frame_content_size(frame) != size:
-            raise CodecError(f"frame {number} does not hold the {size} bytes its shape {shape} needs")
-        content = decompressor.decompress(frame)
-    except zstandard.ZstdError as error:
-        raise CodecError(f"frame {number} cannot be decompressed ({error})") from error
+        content = untrusted.decompress_frame(frame, size, decompressor)
+    except untrusted.InputError as error:
+        raise CodecError(f"frame {number} {error}") from None
     if encoding.codec == "delta-zstd":
         return _unfilter(content, dtype, shape)
     return np.frombuffer(content, dtype).reshape(shape)

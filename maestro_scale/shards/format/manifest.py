@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import PurePosixPath
 from typing import Any
 
+from maestro_scale import untrusted
 from maestro_scale.datasets.spec import DatasetSpec
 from maestro_scale.datasets.spec_check import spec_problems
 from maestro_scale.errors import dotted
@@ -140,9 +141,9 @@ class Manifest:
 def parse_versioned(text: str | bytes, where: str) -> dict[str, Any]:
     """Parse a JSON object with a ``format_version`` that this code reads; ManifestError otherwise."""
     try:
-        data = json.loads(text)
-    except ValueError as error:
-        raise ManifestError(f"{where}: is not JSON ({error}); write it again") from error
+        data = untrusted.load_json(text, limits=untrusted.MANIFEST)
+    except untrusted.InputError as error:
+        raise ManifestError(f"{where}: {error}; write it again") from None
     version = data.get("format_version") if isinstance(data, dict) else None
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise ManifestError(f"{where}: has no format_version; it is not a manifest of maestro-scale")

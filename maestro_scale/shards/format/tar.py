@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import tarfile
 from pathlib import Path
 from urllib.parse import quote, unquote
 
+from maestro_scale import untrusted
 from maestro_scale.shards.errors import ManifestError, WriteError, one_line
 
 SUFFIX = ".safetensors"
@@ -85,14 +85,9 @@ class TarWriter:
         self.bytes += len(data)
 
 
-def scan(path: Path) -> list[tuple[str, int, int]]:
+def scan(path: Path) -> list[untrusted.TarMember]:
     """Name, payload offset and payload size of every file in a tar. ManifestError if it is not a complete tar."""
     try:
-        with tarfile.open(path, "r:") as tar:
-            members = [(m.name, m.offset_data, m.size) for m in tar if m.isfile()]
-    except (tarfile.TarError, OSError) as error:
+        return untrusted.list_tar(path)
+    except (untrusted.InputError, OSError) as error:
         raise ManifestError(f"{path}: is not a complete tar ({one_line(error)})") from error
-    # tarfile does not notice that the last payload is cut short, as it only reads headers.
-    if members and members[-1][1] + members[-1][2] > os.path.getsize(path):
-        raise ManifestError(f"{path}: is not a complete tar (the last member is cut short)")
-    return members
