@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
-import yaml
+from maestro_scale import untrusted
 
 HIDDEN = "(hidden)"
 
@@ -113,8 +113,8 @@ def _parse_yaml(text: str) -> dict[str, Any] | list[Any] | None:
     if not text.startswith(("{", "[")):
         return None
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
+        return untrusted.load_yaml(text)
+    except untrusted.InputError:
         return None
 
 

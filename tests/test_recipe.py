@@ -175,7 +175,7 @@ def test_set_takes_yaml_values_and_makes_sections(minimal):
         ("data.mixture[1].shards=x", "data.mixture is a list of 1: use data.mixture[0]"),
         ("data.mixture.shards=x", "data.mixture is a list of 1"),
         ("name.x=3", "name is 'run', so it has no 'x'"),
-        ("model.size=[a", "model.size: not valid YAML"),
+        ("model.size=[a", "model.size: is not valid YAML"),
         ("modle.size=tiny", "modle: unknown key (did you mean 'model'?)"),
     ],
 )

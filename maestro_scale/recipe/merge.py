@@ -10,14 +10,15 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from maestro_scale.errors import KeyPath, did_you_mean, dotted
+from maestro_scale import untrusted
+from maestro_scale.errors import KeyPath, did_you_mean, dotted, shorten
 from maestro_scale.recipe import environment
 from maestro_scale.recipe.errors import RecipeError
 
@@ -64,8 +65,8 @@ def read_tree(path: str | Path, overrides: Sequence[str]) -> Tree:
 
 
 def parse_yaml(text: str) -> Any:
-    """YAML 1.2 scalars: ``3e-5`` is a number, ``2024-01-01`` is text; a duplicate key is an error."""
-    return yaml.load(text, Loader=_Loader)
+    """YAML 1.2 scalars: ``3e-5`` is a number, ``2024-01-01`` is text; a duplicate key is an error. InputError."""
+    return untrusted.load_yaml(text, loader=_Loader)
 
 
 def dump_yaml(data: Any) -> str:
@@ -100,13 +101,15 @@ def _read_chain(path: Path, below: tuple[Path, ...]) -> Tree:
 
 def _read_file(path: Path) -> dict[str, Any]:
     try:
-        data = parse_yaml(path.read_text(encoding="utf-8"))
+        data = parse_yaml(untrusted.read_bytes(path, untrusted.RECIPE).decode())
     except OSError as error:
         there = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
         hint = did_you_mean(path.name, there) if there else ""
         raise RecipeError(f"{path}: cannot read the recipe: {error.strerror}{hint}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: is not valid YAML: {error}") from None
+    except untrusted.InputError as error:
+        raise RecipeError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
     if data is None:
         return {}
     if not isinstance(data, dict):
@@ -164,8 +167,8 @@ def _parse_override(text: str) -> tuple[KeyPath, Any]:
     parts = re.findall(r"[^.\[\]]+", key)
     try:
         return tuple(int(p) if p.isdecimal() else p for p in parts), parse_yaml(value)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{_SET}: {key}: not valid YAML: {' '.join(str(error).split())}") from None
+    except untrusted.InputError as error:
+        raise RecipeError(f"{_SET}: {key}: {error}") from None
 
 
 def _nested(loc: KeyPath, value: Any) -> Any:
@@ -194,7 +197,7 @@ def _assigned(node: Any, loc: KeyPath, value: Any, done: KeyPath) -> Any:
 def _scalar(text: str) -> Any:
     try:
         return parse_yaml(text)
-    except yaml.YAMLError:
+    except untrusted.InputError:
         return text
 
 
@@ -207,16 +210,16 @@ class _Loader(yaml.SafeLoader):
     }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [
-            self.construct_object(key, deep=True)
-            for key, _ in node.value
-            if key.tag != "tag:yaml.org,2002:merge"
-        ]
-        twice = sorted({str(key) for key in keys if keys.count(key) > 1})
-        if twice:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"key {twice[0]!r} is given twice", node.start_mark
-            )
+        found: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key_node.tag == "tag:yaml.org,2002:merge" or not isinstance(key, Hashable):
+                continue  # the base class expands the one and refuses the other
+            if key in found:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {shorten(key)} is given twice", key_node.start_mark
+                )
+            found.add(key)
         return super().construct_mapping(node, deep)
 
 
