@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from maestro_scale.datasets.spec import GeoOrigin
+from maestro_scale.escaping import file_name, ignores_case, printable
 from maestro_scale.evaluation.features.adapt import encoder_spec
 from maestro_scale.evaluation.features.cache import weights_digest
 from maestro_scale.evaluation.features.on_device import RecipePrecision, eval_precision, map_on_device
@@ -39,6 +40,8 @@ from maestro_scale.stream.source import Source
 from maestro_scale.training.run_dir import write_atomically
 
 METADATA_FILE = "_embedding.json"  # readers of Parquet folders skip names with an underscore
+INDEX_FILE = "index.jsonl"
+"""In a folder of images: a line per image with ``file``, ``key``, ``crop`` and ``sensor``."""
 _SHARD_KEY = (
     "maestro_scale.shard_sha256"  # in the metadata of a Parquet file, or a file in a folder of images
 )
@@ -92,8 +95,10 @@ class EmbeddingWriter:
         Parquet: ``<shard>.parquet`` with columns ``key``, ``crop``, ``north_m``, ``west_m`` (upper left corner of the
         crop on its tile), ``crs``, ``x_m``, ``y_m`` (the same corner on the ground, null where the shards have no
         origin) and a fixed-size list of float32 per array, its shape in the metadata of the field. TIFF:
-        ``<shard>/<key>.<crop>.<sensor>.tif``, a band per channel, the mean over dates. ManifestError where there is no
-        such split, EvaluationError where ``out`` holds embeddings of something else; BadShard, StoreError.
+        ``<shard>/<key>.<crop>.<sensor>.tif``, a band per channel, the mean over dates; the key is escaped
+        (``escaping.file_name``), its original form is in the tag ``key`` of the image and in ``<shard>/index.jsonl``.
+        ManifestError where there is no such split, EvaluationError where ``out`` holds embeddings of something else;
+        BadShard, StoreError.
         """
         share = self.manifest.shards_of([split])[rank::world]
         self._check_folder(out)
@@ -150,8 +155,9 @@ class EmbeddingWriter:
         return (metadata or {}).get(_SHARD_KEY.encode()) == shard.sha256.encode()
 
     def _path(self, out: Path, shard: ShardInfo) -> Path:
-        stem = out / Path(shard.path).stem
-        return stem.with_suffix(".parquet") if self.format == "parquet" else stem
+        # With its folders: two shards of one name in different folders would replace each other's embeddings.
+        suffix = ".parquet" if self.format == "parquet" else ""
+        return out / file_name(shard.path.removesuffix(".tar"), suffix)
 
     def _source(self, shards: Sequence[ShardInfo]) -> Source:
         return Source(encoder_spec(self.model, self.manifest.spec), tuple(shards), self.store)
@@ -195,7 +201,8 @@ class EmbeddingWriter:
         return next(self.model.parameters()).device
 
     def _save(self, path: Path, shard: ShardInfo, rows: EmbeddingRows, grid: CropGrid) -> None:
-        partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
+        # A short name: together with that of the shard it could exceed the limit. Ranks have different shards.
+        partial = path.with_name(f".partial-{os.getpid()}-{shard.sha256[:16]}")
         if self.format == "parquet":
             table = _table(rows, grid)
             parquet.write_table(table.replace_schema_metadata({_SHARD_KEY: shard.sha256}), partial)
@@ -237,14 +244,18 @@ def _write_images(folder: Path, rows: EmbeddingRows, grid: CropGrid) -> None:
     except ImportError:
         raise EvaluationError("--format tiff needs rasterio: pip install 'maestro-scale[datasets]'") from None
     folder.mkdir()
+    ignore_case = ignores_case(folder)
+    index: list[dict[str, object]] = []
     for name, tokens in rows.arrays.items():
         maps = tokens.mean(axis=1)  # (N, L, E)
         side = round(maps.shape[1] ** 0.5)
         cell_m = grid.crop_m / side
         for key, origin, number, values in zip(rows.keys, rows.origins, rows.crops, maps, strict=True):
             corner = grid.tiling(int(number))
+            file = file_name(key, f".{number}.{name}.tif", ignore_case)
+            index.append({"file": file, "key": key, "crop": int(number), "sensor": name})
             with rasterio.open(
-                folder / f"{key}.{number}.{name}.tif",
+                folder / file,
                 "w",
                 driver="GTiff",
                 width=side,
@@ -255,3 +266,6 @@ def _write_images(folder: Path, rows: EmbeddingRows, grid: CropGrid) -> None:
                 **georeference(origin, cell_m, corner.row_m, corner.column_m),
             ) as image:
                 image.write(values.T.reshape(-1, side, side))
+                image.update_tags(key=printable(key))
+    # JSON escapes every character; the tag of an image cannot hold control characters.
+    (folder / INDEX_FILE).write_text("".join(json.dumps(line) + "\n" for line in index))

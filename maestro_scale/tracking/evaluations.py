@@ -11,16 +11,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from maestro_scale.escaping import mlflow_key, mlflow_keys, printable
 from maestro_scale.evaluation.report.charts import class_bars
 from maestro_scale.evaluation.report.groups import ResultFile
 from maestro_scale.evaluation.report.report import CLASS_METRIC, draw_pictures, write_report
 from maestro_scale.evaluation.results import EvalResult, EvaluationError
 from maestro_scale.secrets_filter import scrub, scrub_document, scrub_mapping
-from maestro_scale.tracking.mlflow_run import tracking_uri, valid_key
+from maestro_scale.tracking.mlflow_run import tracking_uri
 from maestro_scale.tracking.mlflow_tracker import configure_mlflow, error_summary
 from maestro_scale.tracking.origin import provenance_tags
 from maestro_scale.tracking.outbox import PendingEvaluation, add_pending, list_pending, remove_pending
 from maestro_scale.tracking.run_file import find_run, find_run_dir, last_store
+from maestro_scale.tracking.store import check_run_experiment, connect, sqlite_path
 from maestro_scale.training.run_dir import environment
 
 if TYPE_CHECKING:
@@ -98,16 +100,18 @@ def _record(run_dir: Path, result: EvalResult, path: Path, provenance: Mapping[s
     step, now = result.checkpoint_step or 0, int(time.time() * 1000)
     tags = {"mlflow.parentRunId": parent.info.run_id, "benchmark": result.benchmark, "mode": result.mode}
     tags |= {_CONTENT_TAG: content_hash, "dataset": result.benchmark, **scrub_mapping(provenance)}
-    nested = client.create_run(parent.info.experiment_id, run_name=f"{name} at step {step}", tags=tags)
+    title = printable(f"{name} at step {step}")
+    nested = client.create_run(parent.info.experiment_id, run_name=title, tags=tags)
     run_id = nested.info.run_id
-    metrics = [Metric(f"eval/{valid_key(k)}", float(v), now, step) for k, v in _metrics(result).items()]
+    scores = {f"eval/{k}": float(v) for k, v in _metrics(result).items()}
+    keys = mlflow_keys(scores)  # of different classes, whatever their names
+    metrics = [Metric(keys[k], v, now, step) for k, v in scores.items()]
     num_tiles = RunTag("num_tiles", str(result.num_tiles))
     client.log_batch(run_id, metrics=metrics, params=_params(result, step), tags=[num_tiles])
     client.log_text(run_id, scrub_document(path.read_text()), path.name)
     _log_report(client, run_id, ResultFile(path, result))
-    client.log_batch(
-        parent.info.run_id, metrics=[Metric(f"eval/{name}/{result.metric}", result.value, now, step)]
-    )
+    score = mlflow_key(f"eval/{name}/{result.metric}")
+    client.log_batch(parent.info.run_id, metrics=[Metric(score, result.value, now, step)])
     # Last: only a complete evaluation is FINISHED, see _find_recorded.
     client.set_terminated(run_id, "FINISHED")
     return run_id
@@ -151,21 +155,23 @@ def _params(result: EvalResult, step: int) -> list[Param]:
     params |= {f"split/{role}": ",".join(names) for role, names in result.splits.items()}
     params["encoder"] = result.encoder
     params |= {f"chosen/{k}": v for k, v in result.chosen.items()}
-    return [Param(k, v) for k, v in scrub_mapping(params).items()]
+    plain = scrub_mapping(params)
+    keys = mlflow_keys(plain)
+    return [Param(keys[k], v) for k, v in plain.items()]
 
 
 def _find_parent(run_dir: Path) -> tuple[MlflowClient, Run]:
-    """The store and the training run of a run directory. Raises LookupError if the store does not have it."""
-    from mlflow.tracking import MlflowClient
-
+    """The store and the training run of a run directory. Raises LookupError if the store does not have
+    it, DeletedExperimentError if it is in a deleted experiment."""
     uri, last = tracking_uri(run_dir), last_store(run_dir)
-    file = Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
-    # MlflowClient would create the SQLite file.
+    file = sqlite_path(uri)
+    # connect() would create the SQLite file.
     if last is not None and (file is None or file.exists()):
-        client = MlflowClient(uri)
+        client = connect(uri)
         parent = find_run(client, run_dir)
         if parent is not None:
             return client, parent
+        check_run_experiment(client, run_dir, uri)
     elsewhere = f", which was last sent to {last}" if last not in (None, scrub(uri)) else ""
     raise LookupError(f"the store has no run of {run_dir}{elsewhere}")
 

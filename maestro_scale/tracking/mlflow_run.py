@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from filelock import FileLock, Timeout
 
+from maestro_scale.escaping import mlflow_key
 from maestro_scale.secrets_filter import scrub, scrub_document, scrub_mapping
 from maestro_scale.tracking.run_file import (
     RUN_TAG,
@@ -26,6 +26,7 @@ from maestro_scale.tracking.run_file import (
     run_dir_id,
     store_lock,
 )
+from maestro_scale.tracking.store import active_experiment, connect
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -36,10 +37,7 @@ ENDED_FILE = "ended"  # in the run directory: how the run ended, a key of STATUS
 
 # MLflow's limits on the size of a request, and on the length of values and names.
 _MAX_METRICS, _MAX_PARAMS, _MAX_TAGS = 1000, 100, 100
-_MAX_PARAM, _MAX_TAG, _MAX_KEY, _MAX_DIGEST = 6000, 5000, 250, 36
-
-# Without this tag the MLflow UI shows pages for traces of language models.
-_EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
+_MAX_PARAM, _MAX_TAG, _MAX_DIGEST = 6000, 5000, 36
 
 # Artifacts whose text is searched for secrets before it is sent.
 _TEXT_SUFFIXES = frozenset({".yaml", ".yml", ".json", ".jsonl", ".txt", ".md", ".log"})
@@ -70,6 +68,9 @@ class RunMetadata:
     artifacts: Sequence[Path] = ()
     datasets: Sequence[DatasetInput] = ()
     history: Callable[[], Iterable[tuple[int, MetricValues]]] = field(default=tuple)
+
+
+RunCard = RunMetadata  # its name in earlier revisions, which scripts import
 
 
 @dataclass(frozen=True)
@@ -130,10 +131,9 @@ class MlflowRun:
             warn: called with what could not be stored, if the run is open nevertheless.
 
         Raises:
-            RunLockedError: another process has it open. Any other error is MLflow's.
+            RunLockedError: another process has it open.
+            DeletedExperimentError: the experiment was deleted in MLflow. Any other error is MLflow's.
         """
-        from mlflow.tracking import MlflowClient
-
         logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # it logs every retry
         run_dir = metadata.run_dir
         uri = tracking_uri(run_dir)
@@ -143,11 +143,11 @@ class MlflowRun:
         except Timeout:
             raise RunLockedError(f"another process is sending {run_dir} to {scrub(uri)}") from None
         try:
-            client = MlflowClient(uri)
+            client = connect(uri)
             run = find_run(client, run_dir)
             if run is None:
                 # Before run_dir_id: a store that cannot be reached must leave no tracking.json.
-                experiment = _experiment_id(client, metadata)
+                experiment = active_experiment(client, metadata.experiment, uri, _artifact_location(run_dir))
                 tags = {RUN_TAG: run_dir_id(run_dir)}
                 parent_dir = parent_run_dir(run_dir)
                 if parent_dir is not None and (parent := find_run(client, parent_dir)) is not None:
@@ -182,7 +182,7 @@ class MlflowRun:
         pending = []
         for of_step in metrics:
             for name, value in of_step.metrics.items():
-                key = valid_key(name)
+                key = mlflow_key(name)
                 if value is None or not self._is_new(key, of_step.step):
                     continue
                 self._last[key] = of_step.step
@@ -229,7 +229,7 @@ class MlflowRun:
         from mlflow.entities import Param
 
         params = {
-            valid_key(k): _truncate(v, _MAX_PARAM) for k, v in scrub_mapping(self._metadata.params).items()
+            mlflow_key(k): _truncate(v, _MAX_PARAM) for k, v in scrub_mapping(self._metadata.params).items()
         }
         new = [Param(k, v) for k, v in params.items() if k not in stored]
         for chunk in _chunks(new, _MAX_PARAMS):
@@ -247,7 +247,7 @@ class MlflowRun:
     def _set_tags(self, tags: Mapping[str, str]) -> None:
         from mlflow.entities import RunTag
 
-        entities = [RunTag(valid_key(k), _truncate(v, _MAX_TAG)) for k, v in tags.items()]
+        entities = [RunTag(mlflow_key(k), _truncate(v, _MAX_TAG)) for k, v in tags.items()]
         for chunk in _chunks(entities, _MAX_TAGS):
             self._client.log_batch(self.id, tags=chunk)
 
@@ -271,9 +271,8 @@ class MlflowRun:
             self._client.log_inputs(self.id, datasets=inputs)
         for i, d in enumerate(self._metadata.datasets):
             if d.manifest:
-                self._client.log_text(
-                    self.id, scrub_document(d.manifest), f"manifests/{i}-{valid_key(d.name)}.json"
-                )
+                name = mlflow_key(d.name).replace("/", "_")  # one part of a path
+                self._client.log_text(self.id, scrub_document(d.manifest), f"manifests/{i}-{name}.json")
 
     def _store_artifacts(self) -> None:
         for path in self._metadata.artifacts:
@@ -285,30 +284,11 @@ class MlflowRun:
                 self._client.log_artifact(self.id, str(path))
 
 
-def _experiment_id(client: MlflowClient, metadata: RunMetadata) -> str:
-    from mlflow.exceptions import MlflowException
-
-    experiment = client.get_experiment_by_name(metadata.experiment)
-    if experiment is None:
-        # A server has its own artifact location. For a file the default is ./mlruns in the working directory.
-        local = (metadata.run_dir.resolve().parent / "mlartifacts").as_uri()
-        location = None if os.environ.get("MLFLOW_TRACKING_URI") else local
-        try:
-            return client.create_experiment(
-                metadata.experiment, artifact_location=location, tags=_EXPERIMENT_TAGS
-            )
-        except MlflowException:
-            experiment = client.get_experiment_by_name(
-                metadata.experiment
-            )  # another run created it meanwhile
-            if experiment is None:
-                raise
-    return experiment.experiment_id
-
-
-def valid_key(name: str) -> str:
-    """``name`` as a metric, parameter or tag that MLflow accepts: invalid characters become ``_``."""
-    return re.sub(r"[^\w\-. :/]", "_", name)[:_MAX_KEY]
+def _artifact_location(run_dir: Path) -> str | None:
+    """Of a new experiment. A server has its own; for a file MLflow's default is ./mlruns in the working directory."""
+    if os.environ.get("MLFLOW_TRACKING_URI"):
+        return None
+    return (run_dir.resolve().parent / "mlartifacts").as_uri()
 
 
 def _truncate(value: str, longest: int) -> str:

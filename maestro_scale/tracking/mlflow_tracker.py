@@ -26,6 +26,7 @@ from maestro_scale.tracking.mlflow_run import (
     StepMetrics,
     tracking_uri,
 )
+from maestro_scale.tracking.store import DeletedExperimentError
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +47,11 @@ def configure_mlflow() -> None:
     """Make MLflow fail fast and log little, where the environment does not say otherwise. Call before importing it."""
     for name, value in _MLFLOW_DEFAULTS.items():
         os.environ.setdefault(name, value)
+    # It logs a traceback for every database error, which the tracker reports in one line.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+
+
+quiet_mlflow = configure_mlflow  # its name in earlier revisions, which scripts import
 
 
 def error_summary(error: Exception) -> str:
@@ -176,10 +182,11 @@ class Tracker:
             self._warn("all records", RuntimeError(f"the queue of {self._policy.capacity} records is full"))
 
     def _warn(self, what: str, error: Exception) -> None:
-        """Log that something is not sent, once per kind."""
-        if what in self._warned:
+        """Log that something is not sent, once per kind; a deleted experiment also after another error of that kind."""
+        kind = str(error) if isinstance(error, DeletedExperimentError) else what
+        if kind in self._warned:
             return
-        self._warned.add(what)
+        self._warned.add(kind)
         log.warning(
             "MLflow at %s did not accept %s (%s); training continues, metrics.jsonl has every metric, `%s` sends what "
             "is missing",

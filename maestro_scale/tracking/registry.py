@@ -23,6 +23,7 @@ from maestro_scale.secrets_filter import scrub
 from maestro_scale.tracking.mlflow_run import tracking_uri
 from maestro_scale.tracking.mlflow_tracker import configure_mlflow
 from maestro_scale.tracking.run_file import find_run
+from maestro_scale.tracking.store import DeletedExperimentError, check_run_experiment
 
 if TYPE_CHECKING:
     from mlflow.models import ModelSignature
@@ -76,6 +77,7 @@ def register(model: Path, name: str, run_dir: Path) -> ModelVersion:
         client = MlflowClient(uri, uri)
         run = find_run(client, run_dir)
         if run is None:
+            check_run_experiment(client, run_dir, uri)
             raise RegistryError(
                 f"{scrub(uri)} has no run of {run_dir}, which was not tracked there: "
                 f"run `maestro-scale sync {run_dir}` first"
@@ -100,7 +102,7 @@ def register(model: Path, name: str, run_dir: Path) -> ModelVersion:
         root = run.info.artifact_uri
         tags = {"size": _size_tag(config), "dataset": ",".join(v.dataset for v in config.views)}
         version = client.create_model_version(name, f"{root}/{artifact_path}", run_id, tags=tags).version
-    except (MlflowException, OSError) as error:
+    except (MlflowException, DeletedExperimentError, OSError) as error:
         raise RegistryError(
             f"{scrub(uri)} did not accept {model}: {scrub(str(error).splitlines()[0])}"
         ) from None

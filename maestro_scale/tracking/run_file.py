@@ -45,6 +45,12 @@ def last_store(run_dir: Path) -> str | None:
     return _read(run_dir).get("tracking_uri")
 
 
+def recorded_run_id(run_dir: Path) -> str | None:
+    """Id of the MLflow run that the directory was last sent to; None if it was never sent."""
+    run_id = _read(run_dir).get("run_id")
+    return run_id if isinstance(run_id, str) else None
+
+
 def find_run(client: MlflowClient, run_dir: Path) -> Run | None:
     """The MLflow run of a run directory; None if it does not exist or was deleted. Raises any MLflow error."""
     dir_id = _read(run_dir).get("id")

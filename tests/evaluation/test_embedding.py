@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ import rasterio
 import torch
 
 from maestro_scale.datasets.spec import GeoOrigin
+from maestro_scale.escaping import printable
 from maestro_scale.evaluation.embedding import EmbeddingWriter
 from maestro_scale.evaluation.results import EvaluationError
 from maestro_scale.interop.pretrained import load_model
@@ -26,6 +28,7 @@ from maestro_scale.shards.write.writer import Writer
 from maestro_scale.stream.eval_loader import EvalLoader
 from maestro_scale.stream.source import Source
 from tests.evaluation.conftest import FIELDS, field_tile
+from tests.testkit.hostile import NAMES
 
 
 @pytest.fixture(scope="module")
@@ -205,3 +208,38 @@ def test_the_command(fields, shards, tmp_path):
     wrong = subprocess.run([*command, "--what=pixels"], capture_output=True, text=True, timeout=120)
     assert wrong.returncode == 2
     assert "vector, tokens" in wrong.stderr
+
+
+def test_keys_choose_no_path(fields, tmp_path):
+    """Names of others: every image is in the folder, and says which tile it shows."""
+    keys = [*NAMES[:12], str(tmp_path / "outside" / "tile"), "é" * 130]
+    with Writer(str(tmp_path / "shards"), FIELDS, "test") as writer:
+        for number, key in enumerate(keys):
+            writer.add(dataclasses.replace(field_tile(number), key=key))
+    maker = embedder(fields, tmp_path / "shards", tmp_path / "cache", what="tokens", format="tiff")
+    assert maker.write(tmp_path / "out", "test") == 4 * len(keys)
+    images = sorted(tmp_path.rglob("*.tif"))
+    (folder,) = {path.parent for path in images}
+    assert folder.parent == tmp_path / "out"
+    index = [json.loads(line) for line in (folder / "index.jsonl").read_text().splitlines()]
+    assert {line["file"] for line in index} == {path.name for path in images}
+    assert {(line["key"], line["crop"], line["sensor"]) for line in index} == {
+        (key, crop, "s2") for key in keys for crop in range(4)
+    }
+    for line in index[::7]:
+        with rasterio.open(folder / line["file"]) as image:
+            assert image.tags()["key"] == printable(line["key"])
+
+
+def test_shards_of_one_name_in_two_folders_are_two_files(fields, shards, tmp_path):
+    root = tmp_path / "shards"
+    shutil.copytree(shards, root)
+    manifest = json.loads((root / "manifest.json").read_text())
+    for number, shard in enumerate(manifest["shards"]):
+        (root / str(number)).mkdir()
+        for file in (shard["path"], shard["path"].replace(".tar", ".index.json")):
+            (root / file).rename(root / str(number) / file.replace(f"{number:06d}", "same"))
+        shard["path"] = f"{number}/{shard['path'].replace(f'{number:06d}', 'same')}"
+    (root / "manifest.json").write_text(json.dumps(manifest))
+    assert embedder(fields, root, tmp_path / "cache").write(tmp_path / "out", "test") == 28
+    assert list(tables(tmp_path / "out")) == [f"{n}%2Ftest-same.parquet" for n in range(3)]

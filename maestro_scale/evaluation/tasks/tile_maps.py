@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import uuid
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import numpy as np
 
 from maestro_scale.datasets.spec import GeoOrigin
+from maestro_scale.escaping import file_name, ignores_case, printable
 from maestro_scale.evaluation.results import EvaluationError
 from maestro_scale.evaluation.tasks.task import SegmentationTask, Task
 from maestro_scale.stream.source import OpenShards, Source
@@ -28,7 +29,9 @@ def georeference(
 
 
 class TileMapWriter:
-    """Writes ``<folder>/<key>.tif``: uint8 values as in the labels, with the class names as tags.
+    """Writes ``<folder>/<key>.tif``: uint8 values as in the labels, with the key and the class names as tags.
+
+    The key is escaped for a file name (``escaping.file_name``).
 
     EvaluationError where the task predicts no map.
     """
@@ -50,14 +53,17 @@ class TileMapWriter:
         # A quarter of the cache: the loader of the same shards is still in use.
         self._shards = OpenShards(source, source.store.cache_bytes // 4)
         folder.mkdir(parents=True, exist_ok=True)
+        self._ignore_case = ignores_case(folder)
 
     def write(self, number: int, tile_map: np.ndarray) -> None:
         """Write the map (H, W) of sample ``number``: indices among the classes that count."""
         import rasterio
 
         sample = self._shards.sample(*self._shards.locate(number))
-        path = self._folder / f"{quote(sample.key, safe='')}.tif"
-        partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
+        path = self._folder / file_name(sample.key, ".tif", self._ignore_case)
+        partial = path.with_name(
+            f".partial-{uuid.uuid4().hex}.tif"
+        )  # ranks on several nodes share the folder
         profile = {
             "driver": "GTiff",
             "width": tile_map.shape[1],
@@ -69,7 +75,8 @@ class TileMapWriter:
         }
         with rasterio.open(partial, "w", **profile) as image:
             image.write(self._values[tile_map][None])
-            image.update_tags(1, **{f"class_{v}": self._names[v] for v in self._values})
+            image.update_tags(key=printable(sample.key))
+            image.update_tags(1, **{f"class_{v}": printable(self._names[v]) for v in self._values})
         os.replace(partial, path)
 
     def close(self) -> None:
