@@ -6,7 +6,15 @@ number of entries and length of numbers *before* it allocates memory or recurses
 parsers. SECURITY.md lists the limits.
 """
 
-from maestro_scale.untrusted.documents import check_size, load_json, read_bytes, read_json, read_json_lines
+from maestro_scale.untrusted.documents import (
+    check_size,
+    field_of,
+    load_json,
+    read_bytes,
+    read_json,
+    read_json_lines,
+    read_record,
+)
 from maestro_scale.untrusted.limits import (
     DOCUMENT,
     FIELD_BYTES,
@@ -21,7 +29,13 @@ from maestro_scale.untrusted.limits import (
 )
 from maestro_scale.untrusted.records import from_builtins
 from maestro_scale.untrusted.tar import TarMember, list_tar
-from maestro_scale.untrusted.tensors import TensorEntry, decompress_frame, parse_safetensors_header
+from maestro_scale.untrusted.tensors import (
+    TensorEntry,
+    decompress_frame,
+    load_tensors,
+    open_tensors,
+    parse_safetensors_header,
+)
 from maestro_scale.untrusted.yaml_documents import load_yaml
 
 __all__ = [
@@ -38,13 +52,17 @@ __all__ = [
     "TensorEntry",
     "check_size",
     "decompress_frame",
+    "field_of",
     "from_builtins",
     "list_tar",
     "load_json",
+    "load_tensors",
     "load_yaml",
+    "open_tensors",
     "parse_safetensors_header",
     "read_bytes",
     "read_json",
     "read_json_lines",
+    "read_record",
     "size_text",
 ]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import json
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from maestro_scale.errors import shorten
+from maestro_scale.errors import dotted, shorten
 from maestro_scale.untrusted.limits import (
     DOCUMENT,
     FLOAT_CHARACTERS,
@@ -19,6 +21,8 @@ from maestro_scale.untrusted.limits import (
     at,
     size_text,
 )
+
+T = TypeVar("T")
 
 
 def load_json(text: str | bytes, where: str = "", limits: Limits = DOCUMENT, allow_nan: bool = False) -> Any:
@@ -46,10 +50,43 @@ def read_json(path: Path, limits: Limits = DOCUMENT, allow_nan: bool = False) ->
     return load_json(read_bytes(path, limits), str(path), limits, allow_nan)
 
 
-def read_json_lines(path: Path, limits: Limits = DOCUMENT, allow_nan: bool = False) -> list[Any]:
-    """The values of a file with one JSON document per line; empty lines are skipped. Errors as ``read_json``."""
-    lines = enumerate(read_bytes(path, limits).split(b"\n"), 1)
-    return [load_json(line, f"{path}, line {i}", limits, allow_nan) for i, line in lines if line.strip()]
+def read_record(path: Path, limits: Limits = DOCUMENT, allow_nan: bool = False) -> dict[str, Any]:
+    """As :func:`read_json`, of a file that must hold an object."""
+    return field_of(read_json(path, limits, allow_nan), dict, where=str(path))
+
+
+def read_json_lines(path: Path, limits: Limits = DOCUMENT, allow_nan: bool = False) -> Iterator[Any]:
+    """The values of a file with one JSON document per line; ``limits`` hold for each line.
+
+    Lines that cannot be parsed are skipped: a kill or a full disk leaves the last one incomplete. OSError if the file
+    cannot be read.
+    """
+    with path.open("rb") as file:
+        while line := file.readline(limits.bytes + 1):
+            with contextlib.suppress(InputError):
+                yield load_json(line, "", limits, allow_nan)
+
+
+def field_of(value: Any, kind: type[T], *path: str | int, where: str = "") -> T:
+    """The value of type ``kind`` at ``path`` of a parsed document. InputError if it is missing or of another type."""
+    for number, part in enumerate(path):
+        fits = isinstance(value, dict) if isinstance(part, str) else isinstance(value, list)
+        if not fits or (part not in value if isinstance(part, str) else not 0 <= part < len(value)):
+            raise InputError(at(where, f"has no {dotted(path[: number + 1])}"))
+        value = value[part]
+    if type(value) is not kind and not (kind is float and type(value) is int):
+        name = _KIND_NAMES.get(kind, kind.__name__)
+        raise InputError(at(where, f"{dotted(path) or 'the document'} is {shorten(value)}, expected {name}"))
+    return value
+
+
+_KIND_NAMES: dict[type, str] = {
+    dict: "an object",
+    list: "a list",
+    str: "a text",
+    int: "an integer",
+    float: "a number",
+}
 
 
 def read_bytes(path: Path, limits: Limits = DOCUMENT) -> bytes:

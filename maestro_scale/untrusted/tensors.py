@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from maestro_scale.errors import shorten
 from maestro_scale.untrusted.documents import load_json
-from maestro_scale.untrusted.limits import FRAME_BYTES, HEADER, TENSOR_AXES, InputError, size_text
+from maestro_scale.untrusted.limits import FRAME_BYTES, HEADER, TENSOR_AXES, InputError, at, size_text
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class TensorEntry(NamedTuple):
@@ -98,3 +102,31 @@ def decompress_frame(frame: bytes | memoryview, size: int, decompressor: Any) ->
         return decompressor.decompress(frame, max_output_size=size)
     except zstandard.ZstdError as error:
         raise InputError(f"cannot be decompressed ({error})") from None
+
+
+def load_tensors(source: Path | bytes) -> dict[str, Tensor]:
+    """The tensors of a safetensors file (memory-mapped) or of its bytes, on the CPU. InputError; OSError.
+
+    The library checks the header itself: its size, types, offsets and overlaps.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load, load_file
+
+    try:
+        return load_file(source) if isinstance(source, Path) else load(source)
+    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
+        raise InputError(_tensor_problem(error)) from None
+
+
+def open_tensors(path: Path) -> Any:
+    """A context manager that reads slices of the tensors of a safetensors file. InputError; OSError."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise InputError(at(str(path), _tensor_problem(error))) from None
+
+
+def _tensor_problem(error: Exception) -> str:
+    return f"is not a valid safetensors file ({' '.join(str(error).split()) or type(error).__name__})"
