@@ -18,6 +18,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from maestro_scale import untrusted
 from maestro_scale.errors import MaestroError
 from maestro_scale.evaluation.results import EvalResult, EvaluationError
 from maestro_scale.training.distributed import free_port
@@ -79,7 +80,7 @@ def quickstart(
     paths = QuickstartPaths(out.resolve(), shards)
     settings = {"seed": seed, "tiles": tiles, "steps": steps, **({"shards": shards} if shards else {})}
     if paths.done.exists():
-        previous = json.loads(paths.done.read_text())
+        previous = untrusted.read_record(paths.done)
         if previous != settings:
             raise QuickstartError(
                 f"{out} was created with {previous}, not {settings}: remove it, or use another --out"

@@ -17,6 +17,8 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from maestro_scale import untrusted
+
 FINISHED, GAVE_UP, REQUEUE = 0, 1, 10
 _STEP = re.compile(r"step_(\d{8,})")
 _ERROR_LINE = re.compile(r"^(error|\w*(Error|Exception)\b)|No space left|Killed|out of memory", re.IGNORECASE)
@@ -72,13 +74,14 @@ def decide(run_dir: Path, logs: Path, attempt: Attempt, max_failures: int) -> tu
     (bad input, a bug) would loop for ever, whereas one failure after progress is probably a node.
     """
     try:
-        outcome = json.loads((run_dir / "outcome.json").read_text())
+        outcome = untrusted.read_record(run_dir / "outcome.json")
     except (OSError, ValueError):
         outcome = {}
     if outcome.get("reason") == "done":
         return FINISHED, f"done: {outcome['step']} steps, in {run_dir}"
     file = run_dir / "attempts.jsonl"
-    earlier = [Attempt(**json.loads(line)) for line in file.read_text().splitlines()] if file.exists() else []
+    lines = untrusted.read_json_lines(file) if file.exists() else []
+    earlier = [untrusted.from_builtins(Attempt, line) for line in lines]
     stopped = outcome.get("reason") == "stopped"
     # STOP is a user's request to end the run. Any other stop is the signal before the time limit or a preemption, after
     # which the run must resume, also where the signal reached the ranks but not the batch script.

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
+from maestro_scale import untrusted
 from maestro_scale.cluster import checks
 
 
@@ -47,7 +48,9 @@ class NodeReport:
 
 def read_reports(folder: Path) -> dict[str, NodeReport]:
     """The reports written so far, by node."""
-    reports = (NodeReport(**json.loads(p.read_text())) for p in sorted(folder.glob("[!.]*.json")))
+    reports = (
+        untrusted.from_builtins(NodeReport, untrusted.read_json(p)) for p in sorted(folder.glob("[!.]*.json"))
+    )
     return {r.node: r for r in reports}
 
 

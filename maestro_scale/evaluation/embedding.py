@@ -23,6 +23,7 @@ import pyarrow.parquet as parquet
 import torch
 from torch import Tensor
 
+from maestro_scale import untrusted
 from maestro_scale.datasets.spec import GeoOrigin
 from maestro_scale.escaping import file_name, ignores_case, printable
 from maestro_scale.evaluation.features.adapt import encoder_spec
@@ -127,7 +128,7 @@ class EmbeddingWriter:
         }
         path = out / METADATA_FILE
         try:
-            existing = json.loads(path.read_text())
+            existing = untrusted.read_record(path)
         except (OSError, ValueError):
             existing = None
         if existing:

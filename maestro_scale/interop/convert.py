@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from maestro_scale import datasets
+from maestro_scale import datasets, untrusted
 from maestro_scale.datasets.spec import DatasetSpec
 from maestro_scale.interop.export import CONFIG, ExportError, write_model
 from maestro_scale.interop.pretrained import read_model
@@ -139,7 +138,7 @@ def _config(
 ) -> ModelConfig:
     if options.like is not None:
         try:
-            return ModelConfig.from_dict(json.loads(options.like.read_text())["model"])
+            return ModelConfig.from_dict(untrusted.field_of(untrusted.read_json(options.like), dict, "model"))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ExportError(
                 f"{options.like}: is not the config.json of an exported model ({error})"

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from maestro_scale import untrusted
 from maestro_scale.errors import MaestroError
 from maestro_scale.interop.sharded_state import INDEX, WEIGHT, StateReader
 from maestro_scale.interop.tensors import write_tensors
@@ -28,7 +29,7 @@ def export_model(checkpoint: Path, out: Path, ema: bool = False) -> Path:
 
     ``ema``: export the moving average of the weights instead of the weights.
     """
-    commit = json.loads((checkpoint / "COMMIT.json").read_text())
+    commit = untrusted.read_record(checkpoint / "COMMIT.json", allow_nan=True)
     datasets = commit.get("datasets")  # none in checkpoints of earlier revisions
     write_model(
         out,
@@ -67,4 +68,7 @@ def full_state(state_dir: Path, kind: str = WEIGHT) -> dict[str, Tensor]:
 
 def trained_step(folder: Path) -> int | None:
     """Number of optimizer steps of an exported model; None if its config does not contain it."""
-    return json.loads((folder / CONFIG).read_text())["trained"].get("step")
+    trained = untrusted.field_of(
+        untrusted.read_json(folder / CONFIG), dict, "trained", where=str(folder / CONFIG)
+    )
+    return trained.get("step")

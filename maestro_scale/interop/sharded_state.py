@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
+from maestro_scale import untrusted
 from maestro_scale.interop.tensors import write_tensors
 
 INDEX = "index.json"
@@ -88,7 +88,7 @@ class StateReader:
     def __init__(self, folder: Path) -> None:
         self._folder, self._open = folder, ExitStack()
         self._files: dict[str, Any] = {}  # safetensors does not export the type of its handles
-        index = json.loads((folder / INDEX).read_text())
+        index = untrusted.read_record(folder / INDEX)
         self.adam_step: int = index["adam_step"]
         self.kinds: tuple[str, ...] = tuple(index["kinds"])
         self._parameters = index["parameters"]
@@ -125,5 +125,5 @@ class StateReader:
 
     def _file(self, name: str) -> Any:
         if name not in self._files:
-            self._files[name] = self._open.enter_context(safe_open(self._folder / name, framework="pt"))
+            self._files[name] = self._open.enter_context(untrusted.open_tensors(self._folder / name))
         return self._files[name]

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load, load_file
 from torch import Tensor
 
+from maestro_scale import untrusted
 from maestro_scale.interop.export import CONFIG, FORMAT_VERSION, WEIGHTS, ExportError
 from maestro_scale.shards.errors import StoreError
 from maestro_scale.shards.storage import LocalStorage, open_storage
@@ -34,7 +32,7 @@ class ModelSource:
     def read_config(self) -> dict[str, Any]:
         """Content of config.json; ExportError if it is missing or has another format version."""
         try:
-            record = json.loads(self._storage.read(CONFIG))
+            record = untrusted.load_json(self._storage.read(CONFIG))
         except (OSError, ValueError, StoreError) as error:
             what = "there is no config.json" if isinstance(error, FileNotFoundError) else error
             raise ExportError(
@@ -53,9 +51,9 @@ class ModelSource:
         try:
             # A local file is memory-mapped instead of being read into memory first.
             if isinstance(self._storage, LocalStorage):
-                return load_file(self._storage.folder / WEIGHTS)
-            return load(self._storage.read(WEIGHTS))
-        except (OSError, SafetensorError, StoreError) as error:
+                return untrusted.load_tensors(self._storage.folder / WEIGHTS)
+            return untrusted.load_tensors(self._storage.read(WEIGHTS))
+        except (OSError, untrusted.InputError, StoreError) as error:
             raise ExportError(f"{self.url}/{WEIGHTS} cannot be read ({error}): fetch it again") from None
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from maestro_scale import untrusted
 from maestro_scale.escaping import mlflow_key, mlflow_keys, printable
 from maestro_scale.evaluation.report.charts import class_bars
 from maestro_scale.evaluation.report.groups import ResultFile
@@ -192,6 +193,6 @@ def _log_report(client: MlflowClient, run_id: str, result_file: ResultFile) -> N
 
 def _content_hash(path: Path) -> str:
     """sha256 of a results.json without its timings: the same evaluation repeated has the same hash."""
-    values = json.loads(path.read_text())
+    values = untrusted.read_record(path)
     values.pop("timings", None)
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from maestro_scale import untrusted
 from maestro_scale.training.run_dir import write_atomically
 
 OUTBOX_FILE = "unsent_evaluations.jsonl"
@@ -27,6 +28,14 @@ class PendingEvaluation:
     tags: Mapping[str, str]
 
 
+@dataclass(frozen=True)
+class _Record:
+    """A line of the file."""
+
+    results: str
+    tags: Mapping[str, str]
+
+
 def add_pending(run_dir: Path, evaluation: PendingEvaluation) -> None:
     """Add an evaluation; it replaces one with the same path. Raises OSError if the directory is not writable."""
     with _outbox_lock(run_dir):
@@ -42,8 +51,12 @@ def remove_pending(run_dir: Path, evaluation: PendingEvaluation) -> None:
 def list_pending(run_dir: Path) -> list[PendingEvaluation]:
     """All evaluations that are still to be sent, oldest first."""
     path = run_dir / OUTBOX_FILE
-    records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return [PendingEvaluation(Path(r["results"]), r["tags"]) for r in records]
+    records = (
+        [untrusted.from_builtins(_Record, r) for r in untrusted.read_json_lines(path)]
+        if path.exists()
+        else []
+    )
+    return [PendingEvaluation(Path(r.results), r.tags) for r in records]
 
 
 def _others(run_dir: Path, evaluation: PendingEvaluation) -> list[PendingEvaluation]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
+from maestro_scale import untrusted
 from maestro_scale.secrets_filter import scrub
 from maestro_scale.training.run_dir import write_atomically
 
@@ -34,7 +35,7 @@ def find_run_dir(path: Path) -> Path | None:
 def parent_run_dir(run_dir: Path) -> Path | None:
     """The run directory of the pretraining that a finetuning in ``run_dir`` starts from; None for any other run."""
     try:
-        checkpoint = json.loads((run_dir / "environment.json").read_text()).get("checkpoint")
+        checkpoint = untrusted.read_record(run_dir / "environment.json").get("checkpoint")
     except (OSError, ValueError, AttributeError):
         return None
     return find_run_dir(Path(checkpoint)) if isinstance(checkpoint, str) else None
@@ -90,7 +91,7 @@ def _is_run_dir(path: Path) -> bool:
 
 def _read(run_dir: Path) -> dict[str, Any]:
     try:
-        record = json.loads((run_dir / RUN_FILE).read_text())
+        record = untrusted.read_record(run_dir / RUN_FILE)
     except (FileNotFoundError, ValueError):
         return {}
     return record if isinstance(record, dict) else {}

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from maestro_scale import untrusted
 from maestro_scale.recipe import Recipe
 from maestro_scale.shards.format.manifest import Manifest
 from maestro_scale.tracking.metric_names import metric_names
@@ -54,7 +54,7 @@ def _datasets(recipe: Recipe, run_dir: Path) -> list[DatasetInput]:
 
 
 def _environment(run_dir: Path) -> dict[str, Any]:
-    return json.loads((run_dir / "environment.json").read_text())
+    return untrusted.read_record(run_dir / "environment.json")
 
 
 def _tags(recipe: Recipe, run_dir: Path) -> dict[str, str]:

@@ -19,6 +19,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from maestro_scale import untrusted
 from maestro_scale.errors import MaestroError
 from maestro_scale.recipe import Recipe
 from maestro_scale.secrets_filter import scrub_command, scrub_tree
@@ -70,7 +71,9 @@ class JsonLines:
         """Every complete line."""
         if not self.path.exists():
             return []
-        return [json.loads(line) for line in self.path.read_text().splitlines() if _step_of(line) < _TORN]
+        # NaN: files of earlier revisions have it
+        records = untrusted.read_json_lines(self.path, allow_nan=True)
+        return [record for record in records if isinstance(record, dict) and type(record.get("step")) is int]
 
 
 def finite(number: float) -> float | None:
@@ -166,6 +169,6 @@ _TORN = 2**62
 
 def _step_of(line: str) -> int:
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
+        return untrusted.field_of(untrusted.load_json(line, allow_nan=True), int, "step")
+    except untrusted.InputError:
         return _TORN

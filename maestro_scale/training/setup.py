@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import torch
 
+from maestro_scale import untrusted
 from maestro_scale.training import nvml
 from maestro_scale.training.distributed import World
 
@@ -49,7 +49,7 @@ def _nccl_version() -> str:
 def read_environment(run_dir: Path) -> dict[str, Any]:
     """The ``environment.json`` of a run; empty where there is none."""
     path = run_dir / "environment.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    return untrusted.read_record(path) if path.exists() else {}
 
 
 def setup_line(environment: Mapping[str, Any]) -> str:

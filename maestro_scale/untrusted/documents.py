@@ -74,7 +74,7 @@ def field_of(value: Any, kind: type[T], *path: str | int, where: str = "") -> T:
         if not fits or (part not in value if isinstance(part, str) else not 0 <= part < len(value)):
             raise InputError(at(where, f"has no {dotted(path[: number + 1])}"))
         value = value[part]
-    if type(value) is not kind and not (kind is float and type(value) is int):
+    if type(value) is not kind:
         name = _KIND_NAMES.get(kind, kind.__name__)
         raise InputError(at(where, f"{dotted(path) or 'the document'} is {shorten(value)}, expected {name}"))
     return value

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import bisect
 import hashlib
-import json
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from maestro_scale import untrusted
 from maestro_scale.datasets import raw
 from maestro_scale.datasets.flair_hub.metadata import FOLDER, batches, columns_of, find
 from maestro_scale.datasets.spec import DatasetError
@@ -190,10 +190,10 @@ def _template(length: int) -> np.ndarray | None:
 def _parse_any(text: str) -> tuple[np.ndarray, bool]:
     """YYYYMMDD of ``{"2": …, "1": …}`` (by number), ``[…]`` or a single date; and whether it is only a year."""
     if text.startswith("{"):
-        entries = json.loads(text)
+        entries = untrusted.load_json(text)
         return np.array([int(entries[name]) for name in sorted(entries, key=int)], np.int32), False
     if text.startswith("["):
-        return np.array([int(day) for day in json.loads(text)], np.int32), False
+        return np.array([int(day) for day in untrusted.load_json(text)], np.int32), False
     digits = text.replace("-", "").removesuffix(".0")[:8]
     if len(digits) == 4:
         return np.array([int(digits) * 10_000 + 701], np.int32), True

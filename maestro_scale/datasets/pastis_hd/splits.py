@@ -7,7 +7,6 @@ split once: rotation 1 is as above; in rotation 2 folds 2–4 train, 5 validates
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from maestro_scale import untrusted
 from maestro_scale.datasets import raw
 from maestro_scale.datasets.spec import DatasetError
 
@@ -102,7 +102,7 @@ def dates(src: Path, entries: Entries, key: str, column: str) -> np.ndarray:
         raise DatasetError(f"{path}: has no tile {key}; fetch the file again", "no metadata")
     where = f"{path}: tile {key}, {column}"
     try:
-        listed = json.loads(entries[key].dates[column] or "{}")
+        listed = untrusted.load_json(entries[key].dates[column] or "{}")
         days = [str(listed[i]) for i in sorted(listed, key=int)]
     except (ValueError, TypeError) as error:
         raise DatasetError(

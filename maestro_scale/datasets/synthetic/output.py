@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from maestro_scale import untrusted
 from maestro_scale.datasets.spec import DatasetError
 
 MARKER = "synth.json"
@@ -58,7 +59,7 @@ class Destination:
                 )
             return False
         try:
-            held = json.loads(marker.read_text(encoding="utf-8"))
+            held = untrusted.read_record(marker)
         except (OSError, ValueError) as error:
             raise DatasetError(f"{marker}: cannot be read ({error}); delete the folder") from error
         if held != self._what:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from maestro_scale import untrusted
 from maestro_scale.datasets import raw
 from maestro_scale.datasets.spec import DatasetError
 
@@ -105,7 +105,7 @@ def from_lst(src: Path, path: Path, sentinel: SentinelNames) -> list[Entry]:
     """The tiles of ``{split}_filenames.lst``; DatasetError if the JSON in ``src`` does not label them all."""
     names = path.read_text(encoding="utf-8").split()
     try:
-        labels = json.loads((src / LABELS_JSON).read_text(encoding="utf-8"))
+        labels = untrusted.read_record(src / LABELS_JSON)
     except (OSError, ValueError) as error:
         raise DatasetError(f"{src / LABELS_JSON}: cannot be read ({error}); {path.name} needs it") from error
     unlabelled = [n for n in names if n not in labels]

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
-
+from maestro_scale import untrusted
 from maestro_scale.evaluation.benchmark import Benchmark
 from maestro_scale.evaluation.features.adapt import encoder_spec
 from maestro_scale.evaluation.features.baselines import ImageEncoder
@@ -174,7 +173,7 @@ class Finetuning:
         """Checkpoints of earlier revisions contain neither the average nor the scores, which are in separate files."""
         average = run_dir / "average" / f"step_{position.step:08d}.safetensors"
         if position.step and average.exists() and trainer.state.ema is not None:
-            trainer.state.ema.load_complete(load_file(average))
+            trainer.state.ema.load_complete(untrusted.load_tensors(average))
             lines = JsonLines(run_dir / "validation.jsonl").read()
             scores = (ValidationScore(**line) for line in lines)
             self.validation.history = [score for score in scores if score.step <= position.step]

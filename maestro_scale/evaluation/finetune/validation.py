@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.torch import load_file
 
+from maestro_scale import untrusted
 from maestro_scale.evaluation.features.on_device import RecipePrecision
 from maestro_scale.evaluation.finetune import early_stop
 from maestro_scale.evaluation.finetune.early_stop import ValidationScore
@@ -74,7 +74,7 @@ class ValidationHook(Hook):
 
     def load_best(self) -> Predictor:
         """The network with the best weights."""
-        self._network.load_state_dict(load_file(self._best_path(self.best.step)))
+        self._network.load_state_dict(untrusted.load_tensors(self._best_path(self.best.step)))
         return self._network
 
     def on_start(self, position: Position, num_steps: int) -> None:

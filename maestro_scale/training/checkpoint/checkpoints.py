@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from maestro_scale import untrusted
 from maestro_scale.errors import MaestroError
 from maestro_scale.interop.sharded_state import INDEX, StateReader, write_index, write_slices
 from maestro_scale.shards.storage import fsync
@@ -292,7 +293,7 @@ class Checkpoints:
     def _commit(self, pending: _Pending) -> None:
         folder = pending.staging / STATE
         parts = [_part(folder, rank) for rank in range(self._world.size)]
-        written = [json.loads(part.read_text()) for part in parts]
+        written = [untrusted.read_record(part) for part in parts]
         kinds = next(w["kinds"] for w in written if w["kinds"])
         index = write_index(folder, [e for w in written for e in w["entries"]], kinds, pending.adam_step)
         files = {name: entry for w in written for name, entry in w["files"].items()}

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from maestro_scale import untrusted
 from maestro_scale.errors import MaestroError
 from maestro_scale.shards.storage import fsync
 
@@ -41,8 +42,9 @@ def commit(folder: Path, content: Mapping[str, Any], files: Mapping[str, Mapping
 def content(text: str | bytes) -> dict[str, Any]:
     """The content of a marker. ValueError if its hash does not match; NewerFormatError."""
     try:
-        whole = json.loads(text)
-    except ValueError as error:
+        # NaN: the state of the loss guard may have it
+        whole = untrusted.load_json(text, allow_nan=True)
+    except untrusted.InputError as error:
         raise ValueError(f"unreadable {MARKER} ({error})") from error
     if not isinstance(whole, dict) or not {_OWN, "files"} <= set(whole):
         raise ValueError(f"unreadable {MARKER} (it lists no files, or lacks its own hash)")
