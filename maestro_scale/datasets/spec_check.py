@@ -7,14 +7,24 @@ their own prefix before the path and raise their own error type.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from maestro_scale.datasets.spec import DatasetSpec, Modality, Sensor, Target
-from maestro_scale.errors import KeyPath, did_you_mean
-
-Problem = tuple[KeyPath, str]
-"""(path of the field from the object that was checked, reason): ``(("sensors", 0, "patch"), "4 does not …")``."""
+from maestro_scale.datasets.spec_limits import (
+    MAX_DATES,
+    MAX_ITEMS,
+    MAX_POS_GRID,
+    MAX_SIDE,
+    NUM_CLASS_INDICES,
+    Problem,
+    count_problems,
+    extent_problems,
+    module_name_problem,
+    name_problem,
+    scale_problems,
+)
+from maestro_scale.errors import KeyPath, did_you_mean, shorten
+from maestro_scale.untrusted.limits import FIELD_BYTES
 
 DTYPES = (
     "bool",
@@ -35,17 +45,14 @@ DTYPES = (
 EXTENT_TOLERANCE_M = 1e-6
 """Extents and resolutions are decimal fractions: differences up to this are rounding errors."""
 
-_NAME = re.compile(r"[A-Za-z0-9_-]+")
-_RESERVED = ("target", "ref_date")  # fields of a stored sample
-_ELEVATION_BANDS = 2
-
 
 def spec_problems(spec: DatasetSpec) -> Iterator[Problem]:
-    """What contradicts itself in the spec of a stored dataset. Whether the crop fits is left to ``crop_problems``.
+    """What contradicts itself or is impossible in the spec of a stored dataset; checked when a manifest is read.
 
-    A recipe can replace the crop, so a manifest whose own crop does not fit is still usable.
+    Whether the crop fits and the sensors can share weights is left to ``view_problems``: a recipe can change these, so
+    a manifest whose own preset does not fit is still usable.
     """
-    if (reason := _name_problem(spec.name)) is not None:
+    if (reason := name_problem(spec.name)) is not None:
         yield ("name",), reason
     named: dict[str, Sequence[Modality | Target | Sensor]] = {
         "modalities": spec.modalities,
@@ -53,22 +60,27 @@ def spec_problems(spec: DatasetSpec) -> Iterator[Problem]:
         "sensors": spec.sensors,
     }
     for part, items in named.items():
-        names = [item.name for item in items]
-        for i, name in enumerate(names):
-            if (reason := _name_problem(name)) is not None:
+        if len(items) > MAX_ITEMS:
+            yield (part,), f"has {len(items)} entries; at most {MAX_ITEMS} are supported"
+            return
+        earlier: set[str] = set()
+        for i, item in enumerate(items):
+            if (reason := name_problem(item.name)) is not None:
                 yield (part, i, "name"), reason
-            if name in names[:i]:
-                yield (part, i, "name"), f"{name!r} is there twice"
+            if item.name in earlier:
+                yield (part, i, "name"), f"{item.name!r} is there twice"
+            earlier.add(item.name)
     if not spec.modalities:
         yield ("modalities",), "is empty; a dataset has at least one"
-    for field in ("tile_m", "crop_m"):
-        yield from _extent_problems(field, getattr(spec, field))
-    if spec.pos_grid < 1:
-        yield ("pos_grid",), f"is {spec.pos_grid}, must be at least 1"
+    extents = [p for field in ("tile_m", "crop_m") for p in extent_problems(field, getattr(spec, field))]
+    if extents:
+        yield from extents
+        return  # the other rules compute with the extents
+    yield from count_problems("pos_grid", spec.pos_grid, MAX_POS_GRID)
     for i, modality in enumerate(spec.modalities):
-        yield from _below(("modalities", i), _modality_problems(modality))
+        yield from _below(("modalities", i), _modality_problems(modality, spec.tile_m))
     for i, target in enumerate(spec.targets):
-        yield from _below(("targets", i), _target_problems(target, spec.targets))
+        yield from _below(("targets", i), _target_problems(target, spec))
     for i, sensor in enumerate(spec.sensors):
         # Bands first: groups that do not add up may only follow from them.
         yield from _below(("sensors", i), source_problems(sensor, spec.modalities))
@@ -82,10 +94,17 @@ def sensor_problems(sensor: Sensor) -> Iterator[Problem]:
     """Contradictions within a sensor, independent of its source."""
     if (reason := patch_problem(sensor.image_size, sensor.patch)) is not None:
         yield ("patch",), reason
-    if sensor.num_dates < 1:
-        yield ("num_dates",), f"is {sensor.num_dates}, must be at least 1"
+    if sensor.image_size > MAX_SIDE:
+        yield ("image_size",), f"is {sensor.image_size}; at most {MAX_SIDE} is supported"
+    yield from count_problems("num_dates", sensor.num_dates, MAX_DATES)
+    yield from _below(("scale",), scale_problems(sensor.scale))
+    if not 0 <= sensor.mask_threshold <= 100:
+        yield ("mask_threshold",), f"is {sensor.mask_threshold:g}, must be a percentage from 0 to 100"
+    for field in ("name", "group", "embed"):
+        if (reason := module_name_problem(getattr(sensor, field))) is not None:
+            yield (field,), reason
     yield from group_problems(len(sensor.bands), sensor.band_groups, sensor.token_groups)
-    if sensor.elevation and len(sensor.bands) != _ELEVATION_BANDS:
+    if sensor.elevation and len(sensor.bands) != 2:
         yield ("elevation",), f"needs 2 bands (surface, terrain), there are {len(sensor.bands)}"
 
 
@@ -98,10 +117,11 @@ def source_problems(sensor: Sensor, modalities: Sequence[Modality]) -> Iterator[
     source = known[sensor.source]
     num_bands = len(source.bands)
     if not sensor.bands or not all(0 <= band < num_bands for band in sensor.bands):
-        reason = (
-            f"{list(sensor.bands)} do not index the {num_bands} bands of {source.name} (0 to {num_bands - 1})"
+        indices = shorten(list(sensor.bands))
+        yield (
+            ("bands",),
+            f"{indices} do not index the {num_bands} bands of {source.name} (0 to {num_bands - 1})",
         )
-        yield ("bands",), reason
     if not source.series and sensor.num_dates != 1:
         yield ("num_dates",), f"{source.name} is a single image, so 1, not {sensor.num_dates}"
 
@@ -117,15 +137,18 @@ def group_problems(
     num_bands: int, band_groups: Sequence[int], token_groups: Sequence[int]
 ) -> Iterator[Problem]:
     """Groups of bands that leave bands out or have too many; no ``token_groups`` are one token for all bands."""
-    if sum(band_groups) != num_bands:
-        yield ("band_groups",), f"{list(band_groups)} do not add up to {num_bands} bands"
-    if token_groups and sum(token_groups) != num_bands:
-        yield ("token_groups",), f"{list(token_groups)} do not add up to {num_bands} bands"
+    for field, sizes in (("band_groups", band_groups), ("token_groups", token_groups)):
+        if field == "token_groups" and not sizes:
+            continue
+        if any(size < 1 for size in sizes):
+            yield (field,), f"{shorten(list(sizes))} contains a group of less than one band"
+        elif sum(sizes) != num_bands:
+            yield (field,), f"{shorten(list(sizes))} do not add up to {num_bands} bands"
 
 
 def crop_problems(spec: DatasetSpec) -> Iterator[Problem]:
     """Why squares of ``crop_m`` metres cannot be cut out of the tiles for the sensors of ``spec``."""
-    if problems := [*_extent_problems("tile_m", spec.tile_m), *_extent_problems("crop_m", spec.crop_m)]:
+    if problems := [*extent_problems("tile_m", spec.tile_m), *extent_problems("crop_m", spec.crop_m)]:
         yield from problems
         return
     if spec.crop_m > spec.tile_m + EXTENT_TOLERANCE_M:
@@ -141,6 +164,34 @@ def crop_problems(spec: DatasetSpec) -> Iterator[Problem]:
         near = [f"{m:g}" for m in (below, above) if 0 < m <= spec.tile_m + EXTENT_TOLERANCE_M]
         reason = f"{spec.crop_m:g} m is not a multiple of the coarsest sensor's pixel, {step_m:g} m"
         yield ("crop_m",), f"{reason}: use {' or '.join(near or [f'{spec.tile_m:g}'])}"
+        return
+    for modality in (spec.modality(name) for name in dict.fromkeys(s.source for s in spec.sensors)):
+        side = round(spec.crop_m / modality.resolution_m)
+        if side > modality.size:
+            yield (
+                ("crop_m",),
+                f"{spec.crop_m:g} m are {side} pixels of {modality.name}, which has {modality.size} per side",
+            )
+
+
+def view_problems(spec: DatasetSpec) -> Iterator[Problem]:
+    """Why the model cannot be trained on ``spec`` with its sensors and crop, where ``spec_problems`` found nothing.
+
+    Paths contain names of sensors, as in a recipe: ``("sensors", "s2", "patch")``.
+    """
+    for sensor in spec.sensors:
+        # Bands first: groups that do not add up may only follow from them.
+        for path, reason in (*source_problems(sensor, spec.modalities), *sensor_problems(sensor)):
+            yield ("sensors", sensor.name, *path), reason
+    for path, reason in sharing_problems([("", spec.sensors)]):
+        yield ("sensors", *path), reason
+    names = {s.name for s in spec.sensors}
+    if not names:
+        yield ("sensors",), "every sensor is left out"
+    if spec.ref_sensor is not None and spec.ref_sensor not in names:
+        yield ("sensors", spec.ref_sensor), "cannot be left out, segmentation is predicted on its grid"
+    if all(s.source in {m.name for m in spec.modalities} for s in spec.sensors):
+        yield from crop_problems(spec)
 
 
 def sharing_problems(datasets: Sequence[tuple[str, Sequence[Sensor]]]) -> Iterator[Problem]:
@@ -174,35 +225,73 @@ def _embed_input(sensor: Sensor) -> str:
     return f"patch {sensor.patch} of {len(sensor.bands)} bands{groups}"
 
 
-def _name_problem(name: str) -> str | None:
-    # Names of fields join these with dots, and file names contain them.
-    if not _NAME.fullmatch(name) or name in _RESERVED:
-        return f"{name!r} is not a valid name; use letters, digits, '_' and '-'"
-    return None
-
-
-def _extent_problems(field: str, value: float) -> Iterator[Problem]:
-    if not (math.isfinite(value) and value > 0):
-        yield (field,), f"is {value:g}, must be a positive number of metres"
-
-
-def _modality_problems(modality: Modality) -> Iterator[Problem]:
+def _modality_problems(modality: Modality, tile_m: float) -> Iterator[Problem]:
     if modality.dtype not in DTYPES:
-        yield ("dtype",), f"{modality.dtype!r} is not one of {', '.join(DTYPES)}"
+        yield ("dtype",), f"{shorten(modality.dtype)} is not one of {', '.join(DTYPES)}"
+        return
     if modality.size < 1 or not modality.bands:
         yield (), f"has {len(modality.bands)} bands of {modality.size} pixels a side"
-    yield from _extent_problems("resolution_m", modality.resolution_m)
+    if problems := [*extent_problems("resolution_m", modality.resolution_m)]:
+        yield from problems
+        return
+    channels = max(len(modality.bands), len(modality.mask_bands))
+    if modality.size > MAX_SIDE or channels * modality.size**2 * _item_bytes(modality.dtype) > FIELD_BYTES:
+        yield (
+            ("size",),
+            f"{channels} channels of {modality.size} pixels a side: an image takes more than "
+            f"{FIELD_BYTES // 2**20} MiB",
+        )
+    extent_m = modality.size * modality.resolution_m
+    # Loose, because pixels at the border may exceed the tile; it finds a wrong unit, or a size of other bands.
+    if extent_m > 2 * tile_m or 2 * extent_m < tile_m:
+        yield (
+            ("resolution_m",),
+            f"{modality.size} pixels of {modality.resolution_m:g} m are {extent_m:g} m, but a tile has {tile_m:g} m",
+        )
 
 
-def _target_problems(target: Target, targets: Sequence[Target]) -> Iterator[Problem]:
+def _item_bytes(dtype: str) -> int:
+    """Bytes of a value of one of ``DTYPES``."""
+    bits = dtype.lstrip("abcdefghijklmnopqrstuvwxyz")
+    return int(bits) // 8 if bits else 1  # bool has no digits
+
+
+def _target_problems(target: Target, spec: DatasetSpec) -> Iterator[Problem]:
     if not target.classes:
         yield ("classes",), "is empty"
-    if target.kind == "segmentation" and target.resolution_m is None:
-        yield ("resolution_m",), "is missing; a segmentation target has pixels of a size"
-    if target.resolution_m is not None:
-        yield from _extent_problems("resolution_m", target.resolution_m)
+    elif len(set(target.classes)) < len(target.classes):
+        twice = next(c for i, c in enumerate(target.classes) if c in target.classes[:i])
+        yield ("classes",), f"{shorten(twice)} is there twice"
+    elif target.num_outputs == 0:
+        yield ("ignored",), "contains every class, so nothing is left to predict"
+    if not 0 <= target.threshold < 1:
+        yield ("threshold",), f"is {target.threshold:g}, must be an area share: at least 0 and less than 1"
+    if target.kind == "segmentation":
+        yield from _segmentation_problems(target, spec.tile_m)
+    elif target.resolution_m is not None:
+        yield from extent_problems("resolution_m", target.resolution_m)
     if target.of is not None:
-        yield from _derived_problems(target, {t.name: t for t in targets if t.kind == "segmentation"})
+        yield from _derived_problems(target, {t.name: t for t in spec.targets if t.kind == "segmentation"})
+
+
+def _segmentation_problems(target: Target, tile_m: float) -> Iterator[Problem]:
+    if len(target.classes) > NUM_CLASS_INDICES:
+        yield ("classes",), f"has {len(target.classes)} classes; at most {NUM_CLASS_INDICES} can be stored"
+    if wrong := [i for i in target.ignored if not 0 <= i < NUM_CLASS_INDICES]:
+        yield (
+            ("ignored",),
+            f"contains {wrong[0]}, which is not a stored value (0 to {NUM_CLASS_INDICES - 1})",
+        )
+    if target.resolution_m is None:
+        yield ("resolution_m",), "is missing; a segmentation target has pixels of a size"
+    elif problems := [*extent_problems("resolution_m", target.resolution_m)]:
+        yield from problems
+    elif math.isfinite(tile_m) and not 1 <= round(tile_m / target.resolution_m) <= MAX_SIDE:
+        yield (
+            ("resolution_m",),
+            f"{target.resolution_m:g} m gives {round(tile_m / target.resolution_m)} pixels per side of a tile of "
+            f"{tile_m:g} m; 1 to {MAX_SIDE} are supported",
+        )
 
 
 def _derived_problems(target: Target, sources: Mapping[str, Target]) -> Iterator[Problem]:

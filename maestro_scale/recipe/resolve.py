@@ -12,10 +12,8 @@ from collections.abc import Iterator, Sequence
 from maestro_scale.datasets.spec import DatasetSpec, Sensor
 from maestro_scale.datasets.spec_check import (
     Problem,
-    crop_problems,
-    sensor_problems,
     sharing_problems,
-    source_problems,
+    view_problems,
 )
 from maestro_scale.errors import KeyPath, did_you_mean, dotted
 from maestro_scale.model.config import DatasetView, ModelConfig
@@ -44,7 +42,7 @@ def resolve_spec(spec: DatasetSpec, entry: MixtureEntry, number: int = 0) -> Dat
         sensors=tuple(_changed_sensors(spec, entry)),
         crop_m=spec.crop_m if entry.crop_m is None else entry.crop_m,
     )
-    if problems := [*_unknown_sensors(spec, entry), *_view_problems(resolved)]:
+    if problems := [*_unknown_sensors(spec, entry), *view_problems(resolved)]:
         raise RecipeError(_lines(where, problems))
     return resolved
 
@@ -98,23 +96,6 @@ def _unknown_sensors(spec: DatasetSpec, entry: MixtureEntry) -> Iterator[Problem
     for name in entry.sensors:
         if name not in known:
             yield ("sensors", name), f"unknown sensor{did_you_mean(name, known)}"
-
-
-def _view_problems(spec: DatasetSpec) -> Iterator[Problem]:
-    """What does not fit in a resolved spec. The rest of it was checked when its manifest was read."""
-    for sensor in spec.sensors:
-        # Bands first: groups that do not add up may only follow from them.
-        for path, reason in (*source_problems(sensor, spec.modalities), *sensor_problems(sensor)):
-            yield ("sensors", sensor.name, *path), reason
-    for path, reason in sharing_problems([("", spec.sensors)]):
-        yield ("sensors", *path), reason
-    names = {s.name for s in spec.sensors}
-    if not names:
-        yield ("sensors",), "every sensor is left out"
-    if spec.ref_sensor is not None and spec.ref_sensor not in names:
-        yield ("sensors", spec.ref_sensor), "cannot be left out, segmentation is predicted on its grid"
-    if all(s.source in {m.name for m in spec.modalities} for s in spec.sensors):
-        yield from crop_problems(spec)
 
 
 def _lines(where: KeyPath, problems: Sequence[Problem]) -> str:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
 
 import pytest
+import torch
 
 from maestro_scale import datasets
+from maestro_scale.datasets import spec_limits
 from maestro_scale.datasets.spec import DatasetSpec, Modality, Scale, Sensor, Target
 from maestro_scale.datasets.spec_check import (
     crop_problems,
@@ -84,6 +87,45 @@ def test_the_shipped_datasets_have_no_problems(name):
         (changed("sensors", 0, band_groups=(1,)), ("sensors", 0, "band_groups"), "[1] do not add up to 3 bands"),
         (changed("sensors", 0, token_groups=(4,)), ("sensors", 0, "token_groups"), "[4] do not add up to 3"),
         (changed("sensors", 0, elevation=True), ("sensors", 0, "elevation"), "needs 2 bands"),
+        # Numbers that are impossible, or that no dataset has.
+        (dataclasses.replace(SPEC, tile_m=math.nan), ("tile_m",), "is nan, must be a positive number of metres"),
+        (dataclasses.replace(SPEC, tile_m=math.inf), ("tile_m",), "is inf, must be a positive number of metres"),
+        (dataclasses.replace(SPEC, tile_m=2e7), ("tile_m",), "is 2e+07, must be from 0.0001 to 1e+07 metres"),
+        (dataclasses.replace(SPEC, pos_grid=10**6), ("pos_grid",), "is 1000000; at most 4096 is supported"),
+        (dataclasses.replace(SPEC, name="a" * 101), ("name",), "has 101 characters; use at most 100"),
+        (changed("modalities", 1, resolution_m=0.0), ("modalities", 1, "resolution_m"), "is 0, must be a positive"),
+        (changed("modalities", 1, resolution_m=-10.0), ("modalities", 1, "resolution_m"), "is -10, must be"),
+        (changed("modalities", 1, resolution_m=math.nan), ("modalities", 1, "resolution_m"), "is nan, must be"),
+        (changed("modalities", 1, resolution_m=21.0), ("modalities", 1, "resolution_m"), "6 pixels of 21 m are 126 m"),
+        (changed("modalities", 1, resolution_m=4.9), ("modalities", 1, "resolution_m"), "but a tile has 60 m"),
+        (changed("modalities", 0, size=-24), ("modalities", 0), "has 3 bands of -24 pixels a side"),
+        (changed("modalities", 0, size=16_384), ("modalities", 0, "size"), "an image takes more than 512 MiB"),
+        (changed("modalities", 0, size=32_769), ("modalities", 0, "size"), "3 channels of 32769 pixels a side"),
+        (changed("targets", 1, threshold=math.nan), ("targets", 1, "threshold"), "is nan, must be an area share"),
+        (changed("targets", 1, threshold=-0.1), ("targets", 1, "threshold"), "is -0.1, must be an area share"),
+        (changed("targets", 1, threshold=1.0), ("targets", 1, "threshold"), "is 1, must be an area share"),
+        (changed("targets", 1, classes=("a", "b", "a")), ("targets", 1, "classes"), "'a' is there twice"),
+        (changed("targets", 0, ignored=(0, 1, 2)), ("targets", 0, "ignored"), "contains every class"),
+        (changed("targets", 0, ignored=(256,)), ("targets", 0, "ignored"), "contains 256, which is not a stored"),
+        (changed("targets", 0, ignored=(-1,)), ("targets", 0, "ignored"), "contains -1, which is not a stored"),
+        (changed("targets", 0, classes=tuple(map(str, range(257)))), ("targets", 0, "classes"), "has 257 classes"),
+        (changed("targets", 0, resolution_m=0.0), ("targets", 0, "resolution_m"), "is 0, must be a positive"),
+        (changed("targets", 0, resolution_m=0.001), ("targets", 0, "resolution_m"), "gives 60000 pixels per side"),
+        (changed("targets", 0, resolution_m=200.0), ("targets", 0, "resolution_m"), "gives 0 pixels per side"),
+        (changed("sensors", 0, scale=Scale("linear", 0.0)), ("sensors", 0, "scale", "divisor"), "is 0, must be"),
+        (changed("sensors", 0, scale=Scale("log", -5.0)), ("sensors", 0, "scale", "divisor"), "is -5, must be"),
+        (changed("sensors", 0, scale=Scale("linear", math.nan)), ("sensors", 0, "scale", "divisor"), "is nan"),
+        (changed("sensors", 0, scale=Scale("linear", math.inf)), ("sensors", 0, "scale", "divisor"), "is inf"),
+        (changed("sensors", 1, mask_threshold=math.nan), ("sensors", 1, "mask_threshold"), "is nan, must be a perc"),
+        (changed("sensors", 1, mask_threshold=-1.0), ("sensors", 1, "mask_threshold"), "is -1, must be a percentage"),
+        (changed("sensors", 1, mask_threshold=101.0), ("sensors", 1, "mask_threshold"), "is 101, must be a perc"),
+        (changed("sensors", 1, num_dates=5000), ("sensors", 1, "num_dates"), "is 5000; at most 4096 is supported"),
+        (changed("sensors", 0, image_size=40_000), ("sensors", 0, "image_size"), "is 40000; at most 32768"),
+        (changed("sensors", 0, band_groups=(4, -1)), ("sensors", 0, "band_groups"), "a group of less than one band"),
+        (changed("sensors", 0, token_groups=(3, 0)), ("sensors", 0, "token_groups"), "a group of less than one band"),
+        (changed("sensors", 0, group="s2.a"), ("sensors", 0, "group"), "'s2.a' is not a valid name"),
+        (changed("sensors", 0, embed=""), ("sensors", 0, "embed"), "'' is not a valid name"),
+        (changed("sensors", 0, name="keys"), ("sensors", 0, "name"), "'keys' is reserved by torch"),
     ],
 )  # fmt: skip
 def test_each_contradiction_is_found_at_its_path(spec, path, reason):
@@ -105,6 +147,27 @@ def test_each_contradiction_is_found_at_its_path(spec, path, reason):
 )
 def test_a_crop_that_cannot_be_cut_is_refused(crop_m, reason):
     assert list(crop_problems(dataclasses.replace(SPEC, crop_m=crop_m))) == [(("crop_m",), reason)]
+
+
+def test_a_crop_has_no_more_pixels_than_a_tile():
+    # 24 pixels of 2.5 m; a modality with 8 of them covers 20 m only.
+    spec = changed("modalities", 0, size=8)
+    assert list(crop_problems(spec)) == [(("crop_m",), "30 m are 12 pixels of aerial, which has 8 per side")]
+
+
+def test_the_reserved_names_are_those_of_torch():
+    attributes = {name for name in dir(torch.nn.ModuleDict()) if not name.startswith("_")}
+    assert attributes - set(spec_limits._MODULE_ATTRIBUTES.split()) == set()
+    with pytest.raises(KeyError, match="already exists"):
+        torch.nn.ModuleDict({"keys": torch.nn.Identity()})
+
+
+def test_many_names_take_no_quadratic_time():
+    sensors = tuple(dataclasses.replace(S2, name=f"s{i}") for i in range(100_000))
+    started = time.perf_counter()
+    found = list(spec_problems(dataclasses.replace(SPEC, sensors=sensors)))
+    assert found == [(("sensors",), "has 100000 entries; at most 1000 are supported")]
+    assert time.perf_counter() - started < 1
 
 
 @pytest.mark.parametrize("crop_m", [10.0, 30.0, 59.9999999, 60.0, 60.0000001])
