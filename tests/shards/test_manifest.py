@@ -6,6 +6,7 @@ import hashlib
 import json
 import pickle
 import subprocess
+import time
 from dataclasses import replace
 
 import pytest
@@ -85,6 +86,21 @@ def test_an_unknown_split_lists_the_existing_ones():
         ),
         (lambda m: m["shards"][0].update(sha256="abc"), r"shards\[0\].sha256: 'abc' is not 64"),
         (lambda m: m["shards"][0].update(samples=0), r"shards\[0\]: 10 bytes, 0 samples"),
+        (
+            lambda m: m["shards"][0].update(bytes=2**60, samples=2**60),
+            r"shards\[0\]: 1152921504606846976 samples in .* at most 250000 samples and 1 TiB",
+        ),
+        (lambda m: m["shards"][0].update(samples=11), r"shards\[0\]: 11 samples in 10 bytes"),
+        (lambda m: m["shards"][0].update(bytes=-1), r"shards\[0\]: -1 bytes, 1 samples"),
+        (lambda m: m["shards"][0].update(path="a\0b.tar"), r"shards\[0\].path: 'a\\x00b.tar' is not a path"),
+        (lambda m: m["shards"][0].update(path="a\nb.tar"), r"shards\[0\].path: 'a\\nb.tar' is not a path"),
+        (lambda m: m["shards"][0].update(split="s" * 101), "is not a split name; use at most 100"),
+        (lambda m: m["notes"].update(odd=-3), "notes: 'odd' is counted -3 times"),
+        (
+            lambda m: m["spec"]["sensors"][0]["scale"].update(divisor=0),
+            r"spec.sensors\[0\].scale.divisor: is 0, must be a positive number",
+        ),
+        (lambda m: m["spec"].update(tile_m=-8.0), "spec.tile_m: is -8, must be a positive number of metres"),
         (lambda m: m.update(codec="gzip"), "codec: 'gzip' is not one of raw"),
     ],
 )
@@ -96,6 +112,25 @@ def test_errors_name_the_path_of_the_entry(tmp_path, change, message):
         Manifest.load(str(tmp_path))
     assert str(tmp_path / "manifest.json") in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_numbers_that_json_does_not_have_and_repeated_keys_are_refused():
+    text = MANIFEST.dumps()
+    for number, message in (("NaN", "contains NaN"), ("Infinity", "contains Infinity"), ("1e999", "1e999")):
+        with pytest.raises(ManifestError, match=message):
+            Manifest.loads(text.replace('"tile_m": 8.0', f'"tile_m": {number}'))
+    with pytest.raises(ManifestError, match="contains the key 'tile_m' twice"):
+        Manifest.loads(text.replace('"tile_m": 8.0', '"tile_m": 8.0, "tile_m": 9.0'))
+
+
+def test_splits_of_a_large_manifest_are_found_in_linear_time():
+    shards = tuple(ShardInfo(f"{i}.tar", f"s{i}", 10, 1, "0" * 64) for i in range(20_000))
+    manifest = replace(MANIFEST, shards=shards)
+    started = time.perf_counter()
+    assert manifest.shards_of(manifest.splits) == shards
+    assert time.perf_counter() - started < 1
+    with pytest.raises(ManifestError, match=r"no split 'x' in shards; there are: s0, .*, s29, …$"):
+        manifest.shards_of(["x"])
 
 
 def test_a_missing_manifest_and_invalid_json(tmp_path):

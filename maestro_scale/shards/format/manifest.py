@@ -18,20 +18,24 @@ from typing import Any
 from maestro_scale import untrusted
 from maestro_scale.datasets.spec import DatasetSpec
 from maestro_scale.datasets.spec_check import spec_problems
-from maestro_scale.errors import dotted
+from maestro_scale.errors import dotted, shorten
 from maestro_scale.shards.errors import ManifestError, StoreError
 from maestro_scale.shards.format.checksum import MANIFEST, read_manifest_bytes, sha256_hex
 from maestro_scale.shards.format.compress import CODECS
 from maestro_scale.shards.format.serialization import dump_json, from_builtins, to_builtins
 from maestro_scale.shards.retry import RetryPolicy
 from maestro_scale.shards.storage import open_storage
+from maestro_scale.untrusted.limits import TAR_MEMBERS
 
 FORMAT_VERSION = 1
 # Reading the manifest is the first access to a dataset, so a wrong address or an unreachable server should fail within
 # seconds, not after the minutes that a running job may wait.
 CONNECT_RETRY = RetryPolicy(deadline_s=30.0, attempt_timeout_s=15.0)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_SPLIT = re.compile(r"[A-Za-z0-9_-]+")
+_SPLIT = re.compile(r"[A-Za-z0-9_-]{1,100}")
+_MAX_SHARD_BYTES = 2**40
+_MAX_PATH = 1000  # characters; object stores allow 1024 bytes
+_MAX_LISTED_SPLITS = 30  # in messages
 
 
 @dataclass(frozen=True)
@@ -128,14 +132,19 @@ class Manifest:
 
     def shards_of(self, splits: Sequence[str]) -> tuple[ShardInfo, ...]:
         """The shards of ``splits``, split by split. ManifestError if a split does not exist or none is given."""
-        known = self.splits
+        by_split: dict[str, list[ShardInfo]] = {}
+        for shard in self.shards:
+            by_split.setdefault(shard.split, []).append(shard)
+        names = ", ".join([*by_split][:_MAX_LISTED_SPLITS]) or "none"
+        names += ", …" if len(by_split) > _MAX_LISTED_SPLITS else ""
         for split in splits:
-            if split not in known:
-                names = ", ".join(known) or "none"
-                raise ManifestError(f"{self.spec.name} has no split {split!r} in shards; there are: {names}")
+            if split not in by_split:
+                raise ManifestError(
+                    f"{self.spec.name} has no split {shorten(split)} in shards; there are: {names}"
+                )
         if not splits:
-            raise ManifestError(f"no split of {self.spec.name} was given; there are: {', '.join(known)}")
-        return tuple(s for split in dict.fromkeys(splits) for s in self.shards if s.split == split)
+            raise ManifestError(f"no split of {self.spec.name} was given; there are: {names}")
+        return tuple(s for split in dict.fromkeys(splits) for s in by_split[split])
 
 
 def parse_versioned(text: str | bytes, where: str) -> dict[str, Any]:
@@ -158,7 +167,9 @@ def parse_versioned(text: str | bytes, where: str) -> dict[str, Any]:
 def check_split_name(split: str) -> None:
     """ManifestError if ``split`` cannot be part of a file name."""
     if not _SPLIT.fullmatch(split):
-        raise ManifestError(f"{split!r} is not a split name; use letters, digits, '_' and '-'")
+        raise ManifestError(
+            f"{shorten(split)} is not a split name; use at most 100 letters, digits, '_' and '-'"
+        )
 
 
 def check_spec(spec: DatasetSpec, where: str = "spec") -> None:
@@ -170,20 +181,34 @@ def check_spec(spec: DatasetSpec, where: str = "spec") -> None:
 def _check(manifest: Manifest) -> None:
     check_spec(manifest.spec)
     if manifest.codec not in CODECS:
-        raise ManifestError(f"codec: {manifest.codec!r} is not one of {', '.join(CODECS)}")
+        raise ManifestError(f"codec: {shorten(manifest.codec)} is not one of {', '.join(CODECS)}")
     seen: set[str] = set()
     for i, shard in enumerate(manifest.shards):
         where = f"shards[{i}]"
         path = PurePosixPath(shard.path)
-        if not shard.path or path.is_absolute() or ".." in path.parts or str(path) != shard.path:
-            raise ManifestError(f"{where}.path: {shard.path!r} is not a path below the dataset's root")
+        below = (
+            bool(shard.path) and not path.is_absolute() and ".." not in path.parts and str(path) == shard.path
+        )
+        # Not printable: NUL ends a path in the system's calls, and a newline would forge a line of a log.
+        if not below or not shard.path.isprintable() or len(shard.path) > _MAX_PATH:
+            raise ManifestError(f"{where}.path: {shorten(shard.path)} is not a path below the dataset's root")
         if shard.path in seen:
             raise ManifestError(f"{where}.path: {shard.path} is listed twice")
         seen.add(shard.path)
         check_split_name(shard.split)
         if not _SHA256.fullmatch(shard.sha256):
-            raise ManifestError(f"{where}.sha256: {shard.sha256!r} is not 64 lower-case hexadecimal digits")
+            raise ManifestError(
+                f"{where}.sha256: {shorten(shard.sha256)} is not 64 lower-case hexadecimal digits"
+            )
         if shard.bytes < 1 or shard.samples < 1:
             raise ManifestError(
                 f"{where}: {shard.bytes} bytes, {shard.samples} samples; empty shards must not be listed"
             )
+        if shard.samples > min(shard.bytes, TAR_MEMBERS) or shard.bytes > _MAX_SHARD_BYTES:
+            raise ManifestError(
+                f"{where}: {shard.samples} samples in {shard.bytes} bytes; a shard has at most {TAR_MEMBERS} samples "
+                "and 1 TiB"
+            )
+    for note, count in manifest.notes.items():
+        if count < 0:
+            raise ManifestError(f"notes: {shorten(note)} is counted {count} times")
