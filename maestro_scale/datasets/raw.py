@@ -1,17 +1,21 @@
-"""Functions shared by the raw readers: files, dates and casts, with errors that name file and cause."""
+"""Functions shared by the raw readers: files and dates, with errors that name file and cause."""
 
 from __future__ import annotations
 
 import csv
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from maestro_scale.datasets.spec import DatasetError, GeoOrigin
+
+_MAX_DATES = 20_000  # daily images of 50 years: a longer series in a raw file is damage
 
 
 def list_folder(folder: Path) -> frozenset[str]:
@@ -108,31 +112,118 @@ def product_dates(products: Sequence[bytes], part: int, where: str) -> np.ndarra
     return calendar_dates(days, where)
 
 
-def read_tif(path: Path, shape: tuple[int, int, int], dtype: str) -> np.ndarray:
-    """All bands of a GeoTIFF or PNG, (C, H, W); DatasetError if unreadable or not of ``shape`` and ``dtype``."""
-    return read_georeferenced_tif(path, shape, dtype)[0]
+class RasterFile(NamedTuple):
+    """Bands of a file, (C, H, W) or (T, C, H, W); ``invalid``: pixels that the file declares as invalid, or None.
+
+    ``origin``: None if the file has none or is not north up in metres.
+    """
+
+    values: np.ndarray
+    invalid: np.ndarray | None
+    origin: GeoOrigin | None
 
 
-def read_georeferenced_tif(
-    path: Path, shape: tuple[int, int, int], dtype: str
-) -> tuple[np.ndarray, GeoOrigin | None]:
-    """As :func:`read_tif`, with the origin; None if the file has none or is not north up in metres."""
+def read_tif(path: Path, shape: tuple[int, int, int], dtype: str, num_classes: int = 0) -> RasterFile:
+    """All bands (C, H, W) of a GeoTIFF or PNG; DatasetError if unreadable or not of ``shape`` and ``dtype``.
+
+    ``num_classes``: of a label image, whose classes are values even where a nodata tag says otherwise: files with a
+    nodata tag of 0 and a class 0 are common.
+    """
+    with _open_raster(path) as raster:
+        num_bands = raster.count - _has_extra_alpha(raster, shape[0])
+        found = (num_bands, raster.height, raster.width)
+        if found != shape or raster.dtypes[0] != dtype:
+            got = f"{raster.dtypes[0]} {_format_shape((raster.count, *found[1:]))}"
+            raise DatasetError(
+                f"{path}: is {got}, expected {dtype} {_format_shape(shape)}; fetch the file again"
+            )
+        return RasterFile(*_read_bands(raster, num_bands, num_classes), _origin(raster))
+
+
+def read_stack(path: Path, num_bands: int, size: int) -> RasterFile:
+    """A time series stored as bands of one GeoTIFF, date after date: (T, C, size, size) in the file's dtype.
+
+    DatasetError if unreadable, of another size, or if the bands do not divide into dates.
+    """
+    with _open_raster(path) as raster:
+        count = raster.count - _has_extra_alpha(raster, num_bands)
+        if (raster.height, raster.width) != (size, size) or count % num_bands:
+            raise DatasetError(
+                f"{path}: is {_format_shape((raster.count, raster.height, raster.width))}, expected a multiple of "
+                f"{num_bands} bands of {size}×{size}; fetch the file again"
+            )
+        shape = (-1, num_bands, size, size)
+        values, invalid = _read_bands(raster, count)
+        return RasterFile(
+            values.reshape(shape), None if invalid is None else invalid.reshape(shape), _origin(raster)
+        )
+
+
+@contextmanager
+def _open_raster(path: Path) -> Iterator[Any]:
+    """An open rasterio dataset; DatasetError if the file cannot be opened, or read in the block."""
     import rasterio
     from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
     warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)  # pixels without origin are fine
+    # With EMPTY_DIR GDAL does not list the folder at every open; raw folders hold 50,000 files and more. But then it
+    # ignores sidecar files, too: where one may have a mask or a nodata value, TRUE (no list, but look-ups by name).
+    sidecar = any(os.path.exists(f"{path}{suffix}") for suffix in (".msk", ".aux.xml"))
     try:
-        # Without this option GDAL lists the folder at every open; raw folders hold 50,000 files and more.
-        with rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR"), rasterio.open(path) as raster:
-            found = (raster.count, raster.height, raster.width)
-            if found != shape or raster.dtypes[0] != dtype:
-                got = f"{raster.dtypes[0]} {_format_shape(found)}"
-                raise DatasetError(
-                    f"{path}: is {got}, expected {dtype} {_format_shape(shape)}; fetch the file again"
-                )
-            return raster.read(), _origin(raster)
+        with (
+            rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="TRUE" if sidecar else "EMPTY_DIR"),
+            rasterio.open(path) as raster,
+        ):
+            yield raster
     except (RasterioError, OSError) as error:
         raise read_error(path, error) from error
+
+
+def _has_extra_alpha(raster: Any, num_bands: int) -> bool:
+    """Whether the last band is an alpha channel after a multiple of ``num_bands`` bands of data.
+
+    An alpha channel among the expected bands is data: GDAL marks the fourth of four uint8 bands as alpha by default,
+    and here it is near-infrared (TreeSatAI-TS, FLAIR-HUB) or in a PNG (NAIP).
+    """
+    from rasterio.enums import ColorInterp
+
+    rest = raster.count % num_bands
+    return raster.count > num_bands and rest == 1 % num_bands and raster.colorinterp[-1] == ColorInterp.alpha
+
+
+def _read_bands(raster: Any, num_bands: int, num_classes: int = 0) -> tuple[np.ndarray, np.ndarray | None]:
+    """The first ``num_bands`` bands, and the pixels that a nodata value, mask band or extra alpha declares invalid.
+
+    Not by GDAL's own mask flags alone: these take an alpha channel among the data for a mask, and ignore the nodata
+    value of a file that has a mask band too.
+    """
+    from rasterio.enums import MaskFlags
+
+    bands = list(range(1, num_bands + 1))
+    values = raster.read(bands)
+    invalid = np.zeros(values.shape, bool)
+    for i, nodata in enumerate(raster.nodatavals[:num_bands]):
+        if nodata is None or 0 <= nodata < num_classes:
+            continue
+        with np.errstate(
+            over="ignore"
+        ):  # the tag of a float32 file may be a double that is infinite in float32
+            number = values.dtype.type(nodata) if values.dtype.kind == "f" else nodata
+        invalid[i] |= np.isnan(values[i]) if np.isnan(nodata) else values[i] == number
+    flags = raster.mask_flag_enums[:num_bands]
+    masked = [
+        i
+        for i, flag in enumerate(flags)
+        if not {MaskFlags.all_valid, MaskFlags.nodata, MaskFlags.alpha} & set(flag)
+    ]
+    if masked and all(MaskFlags.per_dataset in flags[i] for i in masked):
+        invalid[masked] |= raster.read_masks(1) == 0
+    else:
+        for i in masked:
+            invalid[i] |= raster.read_masks(i + 1) == 0
+    if num_bands < raster.count:
+        invalid |= raster.read(raster.count) == 0
+    return values, invalid if invalid.any() else None
 
 
 def _origin(raster: Any) -> GeoOrigin | None:
@@ -142,52 +233,81 @@ def _origin(raster: Any) -> GeoOrigin | None:
     return GeoOrigin(crs.to_string(), t.c, t.f)
 
 
-def read_stack(path: Path, num_bands: int, size: int) -> np.ndarray:
-    """A time series stored as bands of one GeoTIFF, date after date: (T, C, size, size) in the file's dtype.
-
-    DatasetError if unreadable, of another size, or if the bands do not divide into dates.
-    """
-    import rasterio
-    from rasterio.errors import NotGeoreferencedWarning, RasterioError
-
-    warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)
-    try:
-        with rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR"), rasterio.open(path) as raster:
-            found = (raster.count, raster.height, raster.width)
-            if found[1:] != (size, size) or found[0] % num_bands:
-                raise DatasetError(
-                    f"{path}: is {_format_shape(found)}, expected a multiple of {num_bands} bands of {size}×{size}; "
-                    "fetch the file again"
-                )
-            return raster.read().reshape(-1, num_bands, size, size)
-    except (RasterioError, OSError) as error:
-        raise read_error(path, error) from error
-
-
 def read_npy(path: Path, shape: tuple[int | None, ...], dtype: str) -> np.ndarray:
     """An array; DatasetError if unreadable or not of ``dtype`` and ``shape``; None stands for any length."""
     try:
-        array = np.load(path, allow_pickle=False)  # a pickle in downloaded data could run code
-    except (OSError, ValueError, EOFError) as error:
-        raise DatasetError(f"{path}: cannot be read ({_one_line(error)}); fetch the file again") from error
-    fits = isinstance(array, np.ndarray) and array.dtype == dtype and array.ndim == len(shape)
-    if not fits or any(n not in (None, m) for n, m in zip(shape, array.shape, strict=True)):
-        got = f"{array.dtype} {_format_shape(array.shape)}" if isinstance(array, np.ndarray) else "an archive"
-        expected = "×".join("T" if n is None else str(n) for n in shape)
-        raise DatasetError(f"{path}: is {got}, expected {dtype} {expected}; fetch the file again")
-    return array
+        # Mapped first, to check the header: loading allocates what it claims. No pickles, which could run code.
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        if not isinstance(array, np.ndarray):
+            raise DatasetError(f"{path}: is an archive, expected one array; fetch the file again")
+        _check_array(array.dtype, array.shape, Field("numbers", shape, dtype), str(path))
+        return np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError, OverflowError, MemoryError) as error:
+        raise read_error(path, error) from error
 
 
-def read_h5(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """Those of the datasets ``names`` that an HDF5 file has; DatasetError if it cannot be read."""
+@dataclass(frozen=True)
+class Field:
+    """What a file should contain. ``shape``: None stands for any length; ``dtype``: empty for any real numbers."""
+
+    kind: Literal["numbers", "text"]
+    shape: tuple[int | None, ...]
+    dtype: str = ""
+
+
+def read_h5(path: Path, fields: Mapping[str, Field], optional: Sequence[str] = ()) -> dict[str, np.ndarray]:
+    """Datasets of an HDF5 file by name; text as (T,) bytes.
+
+    DatasetError if the file cannot be read, lacks one that is not ``optional``, or has something else in its place: a
+    group, another type or another shape. Both are checked before anything is read, so a file cannot claim more memory.
+    """
     import h5py
 
+    content: dict[str, np.ndarray] = {}
     try:
         # Without a lock: raw data is often on read-only or network file systems, which do not support it.
         with h5py.File(path, "r", locking=False) as file:
-            return {name: file[name][()] for name in names if name in file}
-    except (OSError, RuntimeError) as error:
+            for name, field in fields.items():
+                where = f"{path}: {name}"
+                if name not in file and name not in optional:
+                    raise DatasetError(f"{path}: has no dataset {name!r}; fetch the file again")
+                if name not in file:
+                    continue
+                item = file[name]
+                if not isinstance(item, h5py.Dataset):
+                    raise DatasetError(
+                        f"{where} is a group, expected {_expected(field)}; fetch the file again"
+                    )
+                text = item.dtype.kind == "S" or h5py.check_string_dtype(item.dtype) is not None
+                _check_array(item.dtype, item.shape, field, where, text)
+                content[name] = item[()]
+                if field.kind == "text":
+                    content[name] = content[name].astype("S")
+        return content
+    except (OSError, RuntimeError, KeyError, TypeError, ValueError, MemoryError) as error:
         raise read_error(path, error) from error
+
+
+def _check_array(
+    dtype: np.dtype, shape: tuple[int, ...] | None, field: Field, where: str, text: bool = False
+) -> None:
+    """DatasetError unless dtype and shape are those of ``field``; ``text``: whether the elements are strings."""
+    right = text if field.kind == "text" else (dtype == field.dtype if field.dtype else dtype.kind in "biuf")
+    fits = shape is not None and len(shape) == len(field.shape)
+    if (
+        not right
+        or not fits
+        or any(n not in (None, m) for n, m in zip(field.shape, shape or (), strict=True))
+    ):
+        got = f"{'text' if text else dtype} {_format_shape(shape or ())}"
+        raise DatasetError(f"{where}: is {got}, expected {_expected(field)}; fetch the file again")
+    if shape and shape[0] > _MAX_DATES and field.shape[0] is None:
+        raise DatasetError(f"{where}: has {shape[0]} dates, more than {_MAX_DATES}; fetch the file again")
+
+
+def _expected(field: Field) -> str:
+    shape = "×".join("T" if n is None else str(n) for n in field.shape)
+    return f"{field.dtype or field.kind} {shape}"
 
 
 def read_error(path: Path, error: Exception) -> DatasetError:
@@ -197,25 +317,6 @@ def read_error(path: Path, error: Exception) -> DatasetError:
             f"{path}: is missing; fetch it, or remove the tile from the list", "a file is missing"
         )
     return DatasetError(f"{path}: cannot be read ({_one_line(error)}); fetch the file again")
-
-
-def to_integers(values: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray | None, bool]:
-    """Cast floats to an integer dtype: (integers, mask of non-finite values or None, whether others were changed).
-
-    NaN and infinities become 0; other values are rounded and clipped to the range of the dtype. Lossless and fast if
-    the values are integral and in range already.
-    """
-    if values.dtype == dtype:
-        return values, None, False
-    limits = np.iinfo(dtype)
-    with np.errstate(invalid="ignore"):
-        integers = values.astype(dtype)
-    if np.array_equal(integers, values):
-        return integers, None, False
-    bad = ~np.isfinite(values)
-    clean = np.where(bad, 0, values)
-    integers = np.clip(np.rint(clean), limits.min, limits.max).astype(dtype)
-    return integers, bad if bad.any() else None, not np.array_equal(integers, clean)
 
 
 def _format_shape(shape: Sequence[int]) -> str:

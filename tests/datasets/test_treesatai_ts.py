@@ -23,6 +23,16 @@ REAL = Path(
 )
 
 
+RADAR_NOTES = tuple(
+    f"{orbit} has {what}"
+    for orbit in ("s1_asc", "s1_des")
+    for what in (
+        "NaN: filled in from other dates when read",
+        "zeros, which in linear power are no measurement: stored as NaN",
+    )
+)  # of the NaN and the zero in testkit.treesatai_tile.h5_content
+
+
 def read(src: Path, split: str = "train"):
     reader = open_raw("treesatai_ts", src, split)
     (key,) = reader.keys()
@@ -38,13 +48,14 @@ def test_pixels_bands_and_dates_equal_the_files(write_tile):
     assert s2[2, 7, 4, 5] == 2745
     s1 = tile.arrays["s1_asc"]
     assert np.isnan(s1[0, 1, 2, 3])
-    assert s1[1, 0, 0, 0] == 0
+    assert np.isnan(s1[1, 0, 0, 0])  # 0 in linear power: outside of the swath
+    assert np.isnan(s1).sum() == 3  # the zero of the formula at date 0, row 0, column 0, too
     np.testing.assert_array_equal(tile.arrays["s1_des"], s1 * 2)
     assert tile.dates["s2"].tolist() == [[2020, 60, 0], [2020, 366, 0], [2021, 1, 0]]
     assert tile.dates["s1_asc"].tolist() == [[2020, 3, 0], [2020, 3, 0]]
     assert tile.ref_date.tolist() == [2020, 186, 0]
     assert tile.dates["aerial"].tolist() == [[2020, 186, 0]]
-    assert tile.notes == ()
+    assert tile.notes == RADAR_NOTES
 
 
 def test_masks_are_snow_then_cloud_in_percent(write_tile):
@@ -94,7 +105,8 @@ def test_lists_and_json_labels_are_read_and_the_assumed_date_is_noted(write_tile
     assert tile.targets["species"][GENERA.index("Fagus")] == 0.75
     assert tile.targets["species"][GENERA.index("Picea")] == 0.125
     assert tile.ref_date.tolist() == [2020, 183, 0]
-    assert tile.notes == ("aerial date not given: the first of July of the year in the h5 name is taken",)
+    assumed = "aerial date not given: the first of July of the year in the h5 name is taken"
+    assert tile.notes == (*RADAR_NOTES, assumed)
 
 
 def test_a_filtered_split_is_a_split(write_tile):
@@ -108,13 +120,15 @@ def test_ten_mask_channels_are_cut_to_two_and_noted(write_tile):
     content["sen-2-masks"] = np.concatenate([content["sen-2-masks"], np.full((3, 8, 6, 6), 7, np.float32)], 1)
     tile = read(write_tile(content))
     assert int(tile.masks["s2"].astype(int).sum()) == 140
-    assert tile.notes == ("sen-2-masks has 10 channels: the first two are taken as snow and cloud",)
+    channels = "sen-2-masks has 10 channels: the first two are taken as snow and cloud"
+    assert tile.notes == (channels, *RADAR_NOTES)
 
 
 def test_an_h5_name_without_year_is_found_and_noted(write_tile):
     tile = read(write_tile(sen_name=f"{TILE}.h5"))
     assert tile.notes == (
         "the h5 name in the split and the one on disk differ in the year: taken as the same",
+        *RADAR_NOTES,
     )
 
 
@@ -129,7 +143,11 @@ def test_invalid_s2_values_are_corrected_and_noted(write_tile):
     tile = read(write_tile(content))
     assert tile.arrays["s2"][0, 0, 0, :3].tolist() == [12, 32767, 0]
     assert tile.masks["s2"][0, 1, 0].tolist() == [0, 0, 100, 0, 0, 0]
-    assert len(tile.notes) == 2
+    assert tile.notes == (
+        "s2 has NaN: stored as 0 and marked as cloud",
+        "s2 has values that are not integers within int16: rounded and clipped",
+        *RADAR_NOTES,
+    )
 
 
 def one_line(error: pytest.ExceptionInfo[DatasetError]) -> str:
@@ -186,7 +204,7 @@ def test_wrong_shapes_are_named(write_tile):
     content["sen-1-asc-data"] = content["sen-1-asc-data"][..., :5]
     with pytest.raises(DatasetError) as error:
         read(write_tile(content))
-    assert "sen-1-asc-data has shape (2, 2, 6, 5)" in one_line(error)
+    assert "sen-1-asc-data: is float32 2×2×6×5, expected numbers T×2×6×6" in one_line(error)
 
 
 @pytest.mark.parametrize(
@@ -209,9 +227,11 @@ def test_the_real_tile():
         "s1_asc": (115, 2, 6, 6),
         "s1_des": (235, 2, 6, 6),
     }
-    assert tile.notes == ()
+    # The asc file has 9 zeros and no NaN, the des file 4 of each.
+    assert tile.notes == (RADAR_NOTES[1], RADAR_NOTES[2], RADAR_NOTES[3])
     assert tile.arrays["s2"].max() == 14088
-    assert np.isnan(tile.arrays["s1_des"]).sum() == 4
+    assert np.isnan(tile.arrays["s1_des"]).sum() == 4 + 4
+    assert np.isnan(tile.arrays["s1_asc"]).sum() == 9
     assert len(np.unique(tile.dates["s1_des"], axis=0)) == 121
     prepared = np.load(REAL.parent / f"{REAL.name}_prepared.npz")
     np.testing.assert_array_equal(tile.ref_date, prepared["ref_date"].reshape(-1))

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from maestro_scale.datasets import raw
+from maestro_scale.datasets.fill import QUANTITIES, Series, clean_image, clean_series, percent
 from maestro_scale.datasets.flair_hub import classes
 from maestro_scale.datasets.flair_hub.dates import Dates
 from maestro_scale.datasets.flair_hub.metadata import FOLDER, Listing, list_split
@@ -109,7 +110,8 @@ COSIA = Product("AERIAL_LABEL-COSIA", "AERIAL")
 LPIS = Product("ALL_LABEL-LPIS", "AERIAL")
 LABELS = {"cosia": (COSIA, 0), "lpis_1": (LPIS, 0), "lpis_2": (LPIS, 1), "lpis_3": (LPIS, 2)}
 _NUM_BANDS = {COSIA: 1, LPIS: 3}
-_MIN_ELEVATION_M = -500.0  # lower values are nodata
+_QUANTITIES = QUANTITIES[FULL_SPEC.name]
+_PATCH_ID = re.compile(r"([A-Za-z0-9-]+)_([A-Za-z0-9-]+)_([A-Za-z0-9-]+)")
 _ORIGINAL_FLAIR = re.compile(r"(?i)flair_(aerial|sen|labels)_.*|flair[-#_]?[12]([-_].*)?|D\d{3}_\d{4}")
 
 
@@ -147,12 +149,12 @@ class Folders:
 
     def path(self, key: str, product: Product) -> Path:
         """The file of patch ``key``."""
-        try:
-            domain, zone, position = key.split("_")
-        except ValueError:
+        found = _PATCH_ID.fullmatch(key)  # the id becomes a path, so it must not contain "/" or ".."
+        if found is None:
             raise DatasetError(
                 f"{key!r} is not a patch id such as D012-2019_AF-S1-27_5-10; fix the list", "not a patch id"
-            ) from None
+            )
+        domain, zone, position = found.groups()
         folder = self.find(domain, product) or f"{domain}_{product.name}"
         return self._src / folder / zone / f"{folder}_{zone}_{position}.tif"
 
@@ -194,7 +196,7 @@ class Reader:
         for sensor in self.spec.sensors:
             if len(dates[sensor.source]) < sensor.num_dates:
                 notes.append(f"{sensor.source} has fewer than {sensor.num_dates} dates: some are seen twice")
-        labels, origin = self._labels(key)
+        labels, origin = self._labels(key, notes)
         return Tile(key, arrays, dates, masks, labels, acquired[0], tuple(notes), origin)
 
     def _acquired(self, key: str, notes: list[str]) -> np.ndarray:
@@ -212,52 +214,68 @@ class Reader:
         """(C, size, size)."""
         path = self._folders.path(key, PRODUCTS[modality.name])
         shape = (len(modality.bands), modality.size, modality.size)
-        image = raw.read_tif(path, shape, modality.dtype)
-        return _elevation(image, path, notes) if modality.name == "dem" else image
+        file = raw.read_tif(path, shape, modality.dtype)
+        return clean_image(file.values, modality, _QUANTITIES[modality.name], str(path), notes, file.invalid)
 
-    def _series(
-        self, modality: Modality, key: str, notes: list[str]
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    def _series(self, modality: Modality, key: str, notes: list[str]) -> Series:
         """(T, C, size, size), (T, 3) and, for Sentinel-2, (T, 2, size, size), sorted by date."""
         product = PRODUCTS[modality.name]
         dates = self._dates[product.dates].of(key, notes)
         path = self._folders.path(key, product)
         stack = self._stack(path, len(modality.bands), modality.size, len(dates))
-        order = np.lexsort(dates.T[::-1])  # the bins of a series are periods only in chronological order
-        if not modality.mask_bands:
-            return _radar(stack, modality.name, notes)[order], dates[order], None
-        values, invalid, changed = raw.to_integers(stack, modality.dtype)
-        if changed:
-            notes.append(f"s2 has values that are not integers within {modality.dtype}: rounded and clipped")
-        path = self._folders.path(key, S2_MASK)
-        mask = _percent(self._stack(path, len(modality.mask_bands), modality.size, len(dates)))
-        if invalid is not None:
-            notes.append("s2 has NaN: stored as 0 and marked as cloud")
-            mask[:, 1][invalid.any(axis=1)] = 100
-        return values[order], dates[order], mask[order]
+        mask = None
+        if modality.mask_bands:
+            mask_path = self._folders.path(key, S2_MASK)
+            percents = self._stack(mask_path, len(modality.mask_bands), modality.size, len(dates))
+            mask = percent(percents.values, f"the mask of {modality.name}", notes)
+            if percents.invalid is not None:
+                mask = np.where(percents.invalid, np.uint8(100), mask)
+        return clean_series(
+            stack.values,
+            dates,
+            modality,
+            _QUANTITIES[modality.name],
+            str(path),
+            notes,
+            declared=stack.invalid,
+            mask=mask,
+        )
 
-    def _stack(self, path: Path, num_bands: int, size: int, num_dates: int) -> np.ndarray:
+    def _stack(self, path: Path, num_bands: int, size: int, num_dates: int) -> raw.RasterFile:
         stack = raw.read_stack(path, num_bands, size)
-        if len(stack) != num_dates:
+        if len(stack.values) != num_dates:
             raise DatasetError(
-                f"{path}: has {len(stack)} dates, the metadata lists {num_dates}; fetch both again",
+                f"{path}: has {len(stack.values)} dates, the metadata lists {num_dates}; fetch both again",
                 kind="dates do not fit",
             )
         return stack
 
-    def _labels(self, key: str) -> tuple[dict[str, np.ndarray], GeoOrigin | None]:
+    def _labels(self, key: str, notes: list[str]) -> tuple[dict[str, np.ndarray], GeoOrigin | None]:
         """(512, 512) uint8 by target, and the origin."""
-        images: dict[Product, np.ndarray] = {}
-        labels, origin = {}, None
+        files: dict[Product, raw.RasterFile] = {}
+        labels: dict[str, np.ndarray] = {}
+        origin = None
         for target in self.spec.targets:
             product, band = LABELS[target.name]
             path = self._folders.path(key, product)
             size = FULL_SPEC.modality("aerial").size
-            if product not in images:
-                images[product], origin = raw.read_georeferenced_tif(
-                    path, (_NUM_BANDS[product], size, size), "uint8"
+            if product not in files:
+                num_classes = max(
+                    len(FULL_SPEC.target(t).classes) for t, (p, _) in LABELS.items() if p == product
                 )
-            label = labels[target.name] = images[product][band]
+                files[product] = raw.read_tif(path, (_NUM_BANDS[product], size, size), "uint8", num_classes)
+                origin = files[product].origin
+            label, declared = files[product].values[band], files[product].invalid
+            if declared is not None and declared[band].any():
+                if not target.ignored:
+                    raise DatasetError(
+                        f"{path}: band {band + 1} has pixels that the file declares as nodata, and {target.name} has "
+                        "no ignored class for them; leave the tile out",
+                        kind="pixels without a label",
+                    )
+                notes.append(f"{target.name} has pixels that the file declares as nodata: stored as ignored")
+                label = np.where(declared[band], np.uint8(target.ignored[0]), label)
+            labels[target.name] = label
             if (highest := int(label.max())) >= len(target.classes):
                 raise DatasetError(
                     f"{path}: band {band + 1} holds {highest}, {target.name} has values 0 to "
@@ -319,36 +337,3 @@ def _find_missing(
             lacking.setdefault(domain, f"{domain}_{product.name}")
     files = {key: lacking[d] for key in listing.keys if (d := key.partition("_")[0]) in lacking}
     return raw.MissingFiles(src, listing.path, files, len(listing.keys), kind="a modality folder is missing")
-
-
-def _radar(stack: np.ndarray, name: str, notes: list[str]) -> np.ndarray:
-    """Linear power as float32 with nodata as NaN."""
-    values = stack.astype(np.float32, copy=False)
-    if not np.isfinite(values).all():
-        notes.append(f"{name} has NaN: filled in from other dates when read")
-        values[~np.isfinite(values)] = np.nan
-    empty = values == 0
-    if empty.any():
-        # A measured power is never exactly 0: rasters use 0 for nodata.
-        notes.append(f"{name} has zeros, which in linear power are no measurement: stored as NaN")
-        values[empty] = np.nan
-    return values
-
-
-def _percent(mask: np.ndarray) -> np.ndarray:
-    if mask.dtype == np.uint8:
-        return mask
-    # Rounded up, so that a pixel with less than one percent of snow or cloud stays marked; NaN counts as marked.
-    return np.clip(np.ceil(np.nan_to_num(mask, nan=100.0)), 0, 100).astype(np.uint8)
-
-
-def _elevation(image: np.ndarray, path: Path, notes: list[str]) -> np.ndarray:
-    void = ~(image > _MIN_ELEVATION_M)
-    if not void.any():
-        return image
-    if void.all(axis=(1, 2)).any():
-        raise DatasetError(f"{path}: a band has no elevation at all; leave the tile out", "no elevation")
-    notes.append("dem has pixels without elevation: filled in with the band's mean")
-    for band, missing in zip(image, void, strict=True):
-        band[missing] = band[~missing].mean()
-    return image

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from maestro_scale.datasets import raw
+from maestro_scale.datasets.fill import QUANTITIES, clean_image, clean_series
 from maestro_scale.datasets.pastis_hd import splits
 from maestro_scale.datasets.spec import DatasetError, DatasetSpec, Modality, Scale, Sensor, Target, Tile
 
@@ -67,6 +68,9 @@ LABELS = "ANNOTATIONS/TARGET_{}.npy"
 DATES = {"s2": "dates-S2", "s1_asc": "dates-S1A", "s1_des": "dates-S1D"}
 
 
+_QUANTITIES = QUANTITIES[SPEC.name]
+
+
 class Reader:
     """Random access to the tiles of one split (a :class:`~maestro_scale.datasets.spec.RawDataset`)."""
 
@@ -97,10 +101,12 @@ class Reader:
                 arrays[name], dates[name] = self._series(modality, key, notes)
             else:
                 shape = (len(modality.bands), modality.size, modality.size)
-                image, origin = raw.read_georeferenced_tif(
-                    self._src / IMAGES[name].format(key), shape, modality.dtype
-                )
-                arrays[name] = image[None]
+                path = self._src / IMAGES[name].format(key)
+                file = raw.read_tif(path, shape, modality.dtype)
+                arrays[name] = clean_image(
+                    file.values, modality, _QUANTITIES[name], str(path), notes, file.invalid
+                )[None]
+                origin = file.origin
                 dates[name] = np.array([SPOT_DATE], np.int16)
         for sensor in self.spec.sensors:
             if len(dates[sensor.source]) < sensor.num_dates:
@@ -139,14 +145,13 @@ class Reader:
                 f"{path}: has {len(values)} dates, {splits.METADATA} lists {len(dates)}; fetch both again",
                 "dates do not fit",
             )
-        if modality.dtype == "float16":
-            values = _radar(modality.name, values, notes)
-        # The selection of dates cuts a series into bins, which are periods only if it is in chronological order.
-        order = np.lexsort(dates.T[::-1])
-        if (np.diff(order) != 1).any():
-            notes.append(f"{modality.name} is not in the order of time: sorted")
-            values, dates = values[order], dates[order]
-        return values, dates
+        series = clean_series(values, dates, modality, _QUANTITIES[modality.name], str(path), notes)
+        if modality.bands == S1_BANDS:
+            # The difference VV-VH may be 0, but is unknown where one of the two is.
+            unknown = np.isnan(series.values[:, :2]).any(axis=1)
+            if unknown.any():
+                series.values[:, 2][unknown] = np.nan
+        return series.values, series.dates
 
 
 def open_raw(src: Path, split: str, modalities: Sequence[str] | None = None) -> Reader:
@@ -157,7 +162,7 @@ def open_raw(src: Path, split: str, modalities: Sequence[str] | None = None) -> 
     """
     src = Path(src)
     spec = SPEC if modalities is None else SPEC.select(modalities)
-    entries = splits.read_metadata(src)
+    entries = splits.read_metadata(src, [DATES[m.name] for m in spec.modalities if m.name in DATES])
     listing, names = splits.names(src, split, entries)
     missing: dict[str, str] = {}
     for pattern in (*(IMAGES[m.name] for m in spec.modalities), LABELS):
@@ -167,20 +172,3 @@ def open_raw(src: Path, split: str, modalities: Sequence[str] | None = None) -> 
             if file.format(name) not in there:
                 missing.setdefault(name, pattern.format(name))
     return Reader(src, names, entries, raw.MissingFiles(src, listing, missing, len(names)), spec)
-
-
-def _radar(name: str, values: np.ndarray, notes: list[str]) -> np.ndarray:
-    """Decibels (T, 3, H, W) with nodata as NaN."""
-    finite = np.isfinite(values)
-    # A measured backscatter is never exactly 0 dB: rasters without NaN use 0 for nodata. The third band may be 0.
-    empty = values[:, :2] == 0
-    if finite.all() and not empty.any():
-        return values
-    if not finite.all():
-        notes.append(f"{name} has NaN: filled in from other dates when read")
-    if empty.any():
-        notes.append(f"{name} has zeros, which in decibels are no measurement: stored as NaN")
-    values = np.where(finite, values, np.float16(np.nan))
-    values[:, :2][empty] = np.nan
-    values[:, 2][np.isnan(values[:, :2]).any(axis=1)] = np.nan
-    return values

@@ -8,7 +8,7 @@ split once: rotation 1 is as above; in rotation 2 folds 2–4 train, 5 validates
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from maestro_scale.datasets.spec import DatasetError
 
 METADATA = "metadata.geojson"
 NUM_FOLDS = 5
-_DATES = ("dates-S2", "dates-S1A", "dates-S1D")
+DATE_COLUMNS = ("dates-S2", "dates-S1A", "dates-S1D")
 _ROLES = {"train": (0, 1, 2), "val": (3,), "test": (4,)}  # folds in rotation 1, from 0
 _SPLIT = re.compile(r"fold_(?P<fold>[1-5])|(?P<role>train|val|test)(_rotation_(?P<rotation>[1-5]))?")
 
@@ -47,8 +47,8 @@ def folds_of(split: str) -> tuple[int, ...] | None:
     return tuple((fold + shift) % NUM_FOLDS + 1 for fold in _ROLES[match["role"]])
 
 
-def read_metadata(src: Path) -> Entries:
-    """{tile id: entry}, read in one pass; DatasetError if the file cannot be read or lacks a column."""
+def read_metadata(src: Path, date_columns: Sequence[str] = DATE_COLUMNS) -> Entries:
+    """{tile id: entry}, read in one pass; DatasetError if the file cannot be read or lacks one of ``date_columns``."""
     import pyogrio
     from pyogrio.errors import DataSourceError
 
@@ -62,18 +62,21 @@ def read_metadata(src: Path) -> Entries:
             f"{path}: cannot be read ({' '.join(str(error).split())}); fetch it again"
         ) from error
     columns = dict(zip(meta["fields"], values, strict=True))
-    key = "id" if "id" in columns else "ID_PATCH"
-    missing = [name for name in (key, *_DATES) if name not in columns]
+    # ID_PATCH first: files that were written again by other tools have row numbers in "id".
+    key = "ID_PATCH" if "ID_PATCH" in columns else "id"
+    missing = [name for name in (key, *date_columns) if name not in columns]
     if missing:
         raise DatasetError(
             f"{path}: has no column {missing[0]!r} but {', '.join(columns)}; fetch the file again"
         )
     folds = columns.get("Fold", [None] * len(columns[key]))
-    texts = zip(*(columns[name] for name in _DATES), strict=True)
-    return {
-        str(name): Entry(_fold(fold), dict(zip(_DATES, text, strict=True)))
-        for name, fold, text in zip(columns[key], folds, texts, strict=True)
-    }
+    entries: Entries = {}
+    for i, (name, fold) in enumerate(zip(columns[key], folds, strict=True)):
+        tile = _tile_id(name)
+        if tile in entries:
+            raise DatasetError(f"{path}: has two rows with {key} {tile!r}; fetch the file again")
+        entries[tile] = Entry(_fold(fold), {column: columns[column][i] for column in date_columns})
+    return entries
 
 
 def names(src: Path, split: str, entries: Entries) -> tuple[Path, list[str]]:
@@ -103,6 +106,8 @@ def dates(src: Path, entries: Entries, key: str, column: str) -> np.ndarray:
     where = f"{path}: tile {key}, {column}"
     try:
         listed = untrusted.load_json(entries[key].dates[column] or "{}")
+        if not isinstance(listed, dict):
+            raise ValueError(f"but {type(listed).__name__}")
         days = [str(listed[i]) for i in sorted(listed, key=int)]
     except (ValueError, TypeError) as error:
         raise DatasetError(
@@ -113,10 +118,15 @@ def dates(src: Path, entries: Entries, key: str, column: str) -> np.ndarray:
     return raw.calendar_dates(days, where)
 
 
+def _tile_id(value: object) -> str:
+    # A column of integers with missing values is read as floats: 10000.0.
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
 def _fold(value: object) -> int | None:
     try:
         return int(value)  # type: ignore[call-overload]
-    except (TypeError, ValueError):  # null, or NaN in a column of floats
+    except (TypeError, ValueError, OverflowError):  # null, or NaN in a column of floats
         return None
 
 

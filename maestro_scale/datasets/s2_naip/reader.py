@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from maestro_scale.datasets import raw
+from maestro_scale.datasets.fill import QUANTITIES, clean_image, clean_series
 from maestro_scale.datasets.spec import DatasetError, DatasetSpec, Modality, Scale, Sensor, Tile
 
 S2_BANDS = ("B2", "B3", "B4", "B5", "B6", "B7", "B8", "B8A", "B11", "B12")
@@ -46,6 +47,9 @@ FULL_SPEC = DatasetSpec(
     ),
 )
 SPEC = FULL_SPEC.select(("naip", "s2", "s1"))
+
+
+_QUANTITIES = QUANTITIES[FULL_SPEC.name]
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,10 @@ class Reader:
             else:
                 shape = (len(modality.bands), modality.size, modality.size)
                 path = self._src / FILES[modality.name].image.format(key)
-                arrays[modality.name] = raw.read_tif(path, shape, modality.dtype)[None]
+                file = raw.read_tif(path, shape, modality.dtype)
+                arrays[modality.name] = clean_image(
+                    file.values, modality, _QUANTITIES[modality.name], str(path), notes, file.invalid
+                )[None]
                 dates[modality.name] = naip_date
         for sensor in self.spec.sensors:
             if len(dates[sensor.source]) < sensor.num_dates:
@@ -119,16 +126,22 @@ class Reader:
         dates = self._dates(modality.name, key)
         path = self._src / FILES[modality.name].image.format(key)
         stack = raw.read_stack(path, len(modality.bands), modality.size)
-        if len(stack) != len(dates):
+        if len(stack.values) != len(dates):
             listed = FILES[modality.name].dates.format(key)
             raise DatasetError(
-                f"{path}: has {len(stack)} dates, {listed} lists {len(dates)}; fetch both again",
+                f"{path}: has {len(stack.values)} dates, {listed} lists {len(dates)}; fetch both again",
                 kind="dates do not fit",
             )
-        values = _radar(stack, notes) if modality.name == "s1" else _optical(stack, modality, notes)
-        # The selection of dates cuts a series into bins, which are periods only if it is in chronological order.
-        order = np.lexsort(dates.T[::-1])
-        return values[order], dates[order]
+        series = clean_series(
+            stack.values,
+            dates,
+            modality,
+            _QUANTITIES[modality.name],
+            str(path),
+            notes,
+            declared=stack.invalid,
+        )
+        return series.values, series.dates
 
 
 def open_raw(src: Path, split: str, modalities: Sequence[str] | None = None) -> Reader:
@@ -169,28 +182,3 @@ def _names(src: Path, split: str) -> list[str]:
     if len(set(names)) < len(names):
         raise DatasetError(f"{path}: names {len(names) - len(set(names))} tiles twice; remove the repeats")
     return names
-
-
-def _radar(stack: np.ndarray, notes: list[str]) -> np.ndarray:
-    """Decibels as float32 with nodata as NaN."""
-    values = stack.astype(np.float32)
-    if not np.isfinite(values).all():
-        notes.append("s1 has NaN: filled in from other dates when read")
-        values[~np.isfinite(values)] = np.nan
-    empty = values == 0
-    if empty.any():
-        # A measured backscatter is never exactly 0 dB: rasters without NaN use 0 for nodata.
-        notes.append("s1 has zeros, which in decibels are no measurement: stored as NaN")
-        values[empty] = np.nan
-    return values
-
-
-def _optical(stack: np.ndarray, modality: Modality, notes: list[str]) -> np.ndarray:
-    values, invalid, changed = raw.to_integers(stack, modality.dtype)
-    if changed:
-        notes.append(
-            f"{modality.name} has values that are not integers within {modality.dtype}: rounded and clipped"
-        )
-    if invalid is not None:
-        notes.append(f"{modality.name} has NaN: stored as 0")
-    return values

@@ -7,13 +7,23 @@ MAESTRO release; ``{split}_filtered_{percent}.csv`` is a split of its own) or as
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from maestro_scale.datasets import raw
-from maestro_scale.datasets.spec import DatasetError, DatasetSpec, Modality, Scale, Sensor, Target, Tile
+from maestro_scale.datasets.fill import QUANTITIES, Series, clean_image, clean_series, percent
+from maestro_scale.datasets.spec import (
+    DatasetError,
+    DatasetSpec,
+    GeoOrigin,
+    Modality,
+    Scale,
+    Sensor,
+    Target,
+    Tile,
+)
 from maestro_scale.datasets.treesatai_ts import splits
 
 S2_BANDS = ("B2", "B3", "B4", "B5", "B6", "B7", "B8", "B8A", "B11", "B12")
@@ -55,7 +65,8 @@ _SERIES = {
     "s1_asc": ("sen-1-asc-data", "sen-1-asc-products"),
     "s1_des": ("sen-1-des-data", "sen-1-des-products"),
 }
-_H5_NAMES = (*(name for pair in _SERIES.values() for name in pair), "sen-2-masks")
+_MASK = "sen-2-masks"
+_QUANTITIES = QUANTITIES[SPEC.name]
 
 
 class Reader:
@@ -76,30 +87,85 @@ class Reader:
         entry = self._entries[key]
         self._missing.check(key)
         notes = list(entry.notes)
-        wanted = {m.name for m in self.spec.modalities}
-        arrays, dates, mask = _read_series(self._src / "sentinel-ts" / entry.sen_name, notes)
-        ref_date = _ref_date(entry, dates["s2"], notes)
-        dates["aerial"] = ref_date[None]
+        wanted = {m.name: m for m in self.spec.modalities}
+        series = self._series(entry, [m for m in self.spec.modalities if m.series], notes)
+        ref_date = self._ref_date(entry, series, notes)
+        arrays = {name: s.values for name, s in series.items()}
+        dates = {name: s.dates for name, s in series.items()}
         origin = None
         if "aerial" in wanted:
-            size = AERIAL_FILE_PIXELS
-            path = self._src / "aerial" / entry.aerial_name
-            image, origin = raw.read_georeferenced_tif(path, (4, size, size), "uint8")
-            offset_m = AERIAL_OFFSET * SPEC.modality("aerial").resolution_m
-            origin = origin and origin.shifted(offset_m, offset_m)
-            inside = slice(AERIAL_OFFSET, AERIAL_OFFSET + SPEC.modality("aerial").size)
-            # A copy, so that the image of 304 pixels can be freed.
-            arrays["aerial"] = np.ascontiguousarray(image[None, :, inside, inside])
+            arrays["aerial"], origin = self._aerial(entry, notes)
+            dates["aerial"] = ref_date[None]
         return Tile(
             key=key,
-            arrays={m: a for m, a in arrays.items() if m in wanted},
-            dates={m: d for m, d in dates.items() if m in wanted},
-            masks={"s2": mask} if "s2" in wanted else {},
+            arrays=arrays,
+            dates=dates,
+            masks={name: s.mask for name, s in series.items() if s.mask is not None},
             targets={"species": np.array(entry.shares, np.float32)},
             ref_date=ref_date,
             notes=tuple(notes),
             origin=origin,
         )
+
+    def _aerial(self, entry: splits.Entry, notes: list[str]) -> tuple[np.ndarray, GeoOrigin | None]:
+        """(1, 4, 300, 300), and the origin of its upper left corner."""
+        modality = SPEC.modality("aerial")
+        path = self._src / "aerial" / entry.aerial_name
+        file = raw.read_tif(path, (4, AERIAL_FILE_PIXELS, AERIAL_FILE_PIXELS), modality.dtype)
+        inside = (slice(None), *[slice(AERIAL_OFFSET, AERIAL_OFFSET + modality.size)] * 2)
+        declared = None if file.invalid is None else file.invalid[inside]
+        # A copy, so that the image of 304 pixels can be freed.
+        pixels = np.ascontiguousarray(file.values[inside])
+        image = clean_image(pixels, modality, _QUANTITIES["aerial"], str(path), notes, declared)
+        offset_m = AERIAL_OFFSET * modality.resolution_m
+        return image[None], file.origin and file.origin.shifted(offset_m, offset_m)
+
+    def _series(
+        self, entry: splits.Entry, modalities: Sequence[Modality], notes: list[str]
+    ) -> dict[str, Series]:
+        """The time series by modality; appends to ``notes``."""
+        path = self._src / "sentinel-ts" / entry.sen_name
+        fields: dict[str, raw.Field] = {}
+        for m in modalities:
+            data, products = _SERIES[m.name]
+            fields[data] = raw.Field("numbers", (None, len(m.bands), m.size, m.size))
+            fields[products] = raw.Field("text", (None,))
+            if m.mask_bands:
+                fields[_MASK] = raw.Field("numbers", (None, None, m.size, m.size))
+        content = raw.read_h5(path, fields, optional=(_MASK,)) if fields else {}
+        series = {}
+        for m in modalities:
+            data, products = _SERIES[m.name]
+            values = content[data]
+            dates = raw.product_dates(content[products].tolist(), -5, f"{path}: {products}")
+            if not 0 < len(values) == len(dates):
+                raise DatasetError(
+                    f"{path}: {data} has {len(values)} dates, {products} has {len(dates)}; fetch the file again"
+                )
+            mask = None
+            if m.mask_bands:
+                mask = _snow_cloud(content.get(_MASK), len(values), m.size, f"{path}: {_MASK}", notes)
+            series[m.name] = clean_series(
+                values, dates, m, _QUANTITIES[m.name], f"{path}: {data}", notes, mask=mask
+            )
+        return series
+
+    def _ref_date(self, entry: splits.Entry, series: Mapping[str, Series], notes: list[str]) -> np.ndarray:
+        """(3,) int16: the aerial date, or the first of July if the release does not give it."""
+        if entry.aerial_date is not None:
+            # pandas writes integer columns with missing values as floats: "20180501.0".
+            day = entry.aerial_date.removesuffix(".0")
+            return raw.calendar_dates([day], f"aerial_date of {entry.aerial_name}")[0]
+        year = entry.year
+        if year is not None:
+            notes.append("aerial date not given: the first of July of the year in the h5 name is taken")
+        else:
+            notes.append(
+                "aerial date not given, no year in the h5 name: the first of July of the S2 year is taken"
+            )
+            s2 = series.get("s2") or self._series(entry, [SPEC.modality("s2")], [])["s2"]
+            year = str(np.bincount(s2.dates[:, 0]).argmax())
+        return raw.calendar_dates([f"{year}0701"], entry.sen_name)[0]
 
 
 def open_raw(src: Path, split: str, modalities: Sequence[str] | None = None) -> Reader:
@@ -110,9 +176,13 @@ def open_raw(src: Path, split: str, modalities: Sequence[str] | None = None) -> 
     """
     spec = SPEC if modalities is None else SPEC.select(modalities)
     src = Path(src)
+    modality_names = {m.name for m in spec.modalities}
     top = raw.list_folder(src)
-    aerial = raw.list_folder(src / "aerial")
-    sentinel = splits.SentinelNames(raw.list_folder(src / "sentinel-ts"))
+    # Only files that are read must exist. The names of the h5 files are needed for the year of the reference date.
+    has_aerial, has_series = "aerial" in modality_names, modality_names != {"aerial"}
+    aerial = raw.list_folder(src / "aerial") if has_aerial else frozenset()
+    folder = src / "sentinel-ts"
+    sentinel = splits.SentinelNames(raw.list_folder(folder) if has_series or folder.is_dir() else frozenset())
     if f"{split}.csv" in top:
         listing = src / f"{split}.csv"
         entries = splits.from_csv(listing, sentinel)
@@ -133,76 +203,27 @@ def open_raw(src: Path, split: str, modalities: Sequence[str] | None = None) -> 
         raise DatasetError(f"{listing}: names {len(entries) - len(by_key)} tiles twice; remove the repeats")
     missing = {}
     for key, entry in by_key.items():
-        if entry.aerial_name not in aerial:
+        undated = (
+            entry.aerial_date is None and entry.year is None
+        )  # then the dates of Sentinel-2 give the year
+        if has_aerial and entry.aerial_name not in aerial:
             missing[key] = f"aerial/{entry.aerial_name}"
-        elif entry.sen_name not in sentinel.files:
+        elif (has_series or undated) and entry.sen_name not in sentinel.files:
             missing[key] = f"sentinel-ts/{entry.sen_name}"
     return Reader(src, by_key, raw.MissingFiles(src, listing, missing, len(by_key)), spec)
 
 
-def _ref_date(entry: splits.Entry, s2_dates: np.ndarray, notes: list[str]) -> np.ndarray:
-    """(3,) int16: the aerial date, or the first of July if the release does not give it."""
-    if entry.aerial_date is not None:
-        # pandas writes integer columns with missing values as floats: "20180501.0".
-        day = entry.aerial_date.removesuffix(".0")
-        return raw.calendar_dates([day], f"aerial_date of {entry.aerial_name}")[0]
-    year = entry.year
-    if year is not None:
-        notes.append("aerial date not given: the first of July of the year in the h5 name is taken")
-    else:
-        notes.append(
-            "aerial date not given, no year in the h5 name: the first of July of the S2 year is taken"
-        )
-        year = str(np.bincount(s2_dates[:, 0]).argmax())
-    return raw.calendar_dates([f"{year}0701"], entry.sen_name)[0]
-
-
-def _read_series(
-    path: Path, notes: list[str]
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], np.ndarray]:
-    """Arrays (T, C, 6, 6) and dates (T, 3) by modality, and S2's mask (T, 2, 6, 6); appends to ``notes``."""
-    content = raw.read_h5(path, _H5_NAMES)
-    arrays, dates = {}, {}
-    for modality, (data, products) in _SERIES.items():
-        for name in (data, products):
-            if name not in content:
-                raise DatasetError(f"{path}: has no dataset {name!r}; fetch the file again")
-        arrays[modality] = _checked(content[data], SPEC.modality(modality), f"{path}: {data}")
-        dates[modality] = raw.product_dates(list(content[products]), -5, f"{path}: {products}")
-        if len(dates[modality]) != len(arrays[modality]):
-            raise DatasetError(
-                f"{path}: {data} has {len(arrays[modality])} dates, {products} has {len(dates[modality])}; "
-                "fetch the file again"
-            )
-    arrays["s2"], invalid, changed = raw.to_integers(arrays["s2"], "int16")
-    if changed:
-        notes.append("s2 has values that are not integers within int16: rounded and clipped")
-    mask = _snow_cloud(content.get("sen-2-masks"), arrays["s2"].shape, f"{path}: sen-2-masks", notes)
-    if invalid is not None:
-        notes.append("s2 has NaN: stored as 0 and marked as cloud")
-        mask[:, 1][invalid.any(axis=1)] = 100
-    return arrays, dates, mask
-
-
-def _checked(values: np.ndarray, modality: Modality, where: str) -> np.ndarray:
-    expected = (len(modality.bands), modality.size, modality.size)
-    if values.ndim != 4 or values.shape[1:] != expected or len(values) == 0:
-        raise DatasetError(f"{where} has shape {values.shape}, expected (dates, *{expected}); fetch it again")
-    return np.ascontiguousarray(values, np.float32)
-
-
-def _snow_cloud(mask: np.ndarray | None, shape: tuple[int, ...], where: str, notes: list[str]) -> np.ndarray:
-    num_dates, _, height, width = shape
+def _snow_cloud(
+    mask: np.ndarray | None, num_dates: int, size: int, where: str, notes: list[str]
+) -> np.ndarray:
+    """(T, 2, size, size) uint8 in percent."""
     if mask is None:
         notes.append("no sen-2-masks: every S2 pixel is taken as clear")
-        return np.zeros((num_dates, 2, height, width), np.uint8)
-    if mask.ndim != 4 or mask.shape[1] < 2 or (len(mask), *mask.shape[2:]) != (num_dates, height, width):
-        raise DatasetError(f"{where} has shape {mask.shape}, expected ({num_dates}, 2, {height}, {width})")
+        return np.zeros((num_dates, 2, size, size), np.uint8)
+    if len(mask) != num_dates or mask.shape[1] < 2:
+        raise DatasetError(
+            f"{where} has shape {mask.shape}, expected ({num_dates}, 2, {size}, {size}); fetch the file again"
+        )
     if mask.shape[1] > 2:
         notes.append(f"sen-2-masks has {mask.shape[1]} channels: the first two are taken as snow and cloud")
-        mask = mask[:, :2]
-    if np.isnan(mask).any():
-        notes.append("sen-2-masks has NaN: taken as marked")
-        mask = np.nan_to_num(mask, nan=100.0)
-    # Rounded up, so that a pixel with less than one percent of snow or cloud stays marked.
-    return np.clip(np.ceil(mask), 0, 100).astype(np.uint8)
+    return percent(mask[:, :2], _MASK, notes)

@@ -103,8 +103,8 @@ def from_csv(path: Path, sentinel: SentinelNames) -> list[Entry]:
 
 def from_lst(src: Path, path: Path, sentinel: SentinelNames) -> list[Entry]:
     """The tiles of ``{split}_filenames.lst``; DatasetError if the JSON in ``src`` does not label them all."""
-    names = path.read_text(encoding="utf-8").split()
     try:
+        names = path.read_text(encoding="utf-8").split()
         labels = untrusted.read_record(src / LABELS_JSON)
     except (OSError, ValueError) as error:
         raise DatasetError(f"{src / LABELS_JSON}: cannot be read ({error}); {path.name} needs it") from error
@@ -115,16 +115,30 @@ def from_lst(src: Path, path: Path, sentinel: SentinelNames) -> list[Entry]:
     entries = []
     for name in names:
         sen_name, notes = sentinel.find(name, None)
-        unknown = [genus for genus, _ in labels[name] if genus not in GENERA]
+        listed = _listed_labels(labels[name], f"{src / LABELS_JSON}: {name}")
+        unknown = [genus for genus, _ in listed if genus not in GENERA]
         if unknown:
             raise DatasetError(
                 f"{src / LABELS_JSON}: {name} has unknown genus {unknown[0]!r}; known: {', '.join(GENERA)}"
             )
-        given = {genus: float(share) for genus, share in labels[name]}
+        given = dict(listed)
         shares = tuple(given.get(genus, 0.0) for genus in GENERA)
         _check_shares(shares, f"{src / LABELS_JSON}: {name}")
         entries.append(Entry(name, sen_name, None, shares, notes))
     return entries
+
+
+def _listed_labels(value: object, where: str) -> list[tuple[str, float]]:
+    """``[["Fagus", 0.75], …]``; DatasetError for anything else."""
+    pairs = value if isinstance(value, list) else [None]
+    found = []
+    for pair in pairs:
+        match pair:
+            case [str(genus), int() | float() as share] if not isinstance(share, bool):
+                found.append((genus, float(share)))
+            case _:
+                raise DatasetError(f"{where} has no list of [genus, share] pairs; fetch the file again")
+    return found
 
 
 def _check_shares(shares: Sequence[float], where: str) -> None:

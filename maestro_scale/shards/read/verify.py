@@ -12,6 +12,7 @@ from maestro_scale.shards.format.codec import Sample
 from maestro_scale.shards.format.fields import check_fields
 from maestro_scale.shards.format.index import ShardIndex, index_path
 from maestro_scale.shards.format.manifest import Manifest, ShardInfo
+from maestro_scale.shards.format.values import value_problems
 from maestro_scale.shards.jobs import ReportFunction, run_jobs
 from maestro_scale.shards.progress import Progress, ProgressCounter
 from maestro_scale.shards.read.shard import Shard
@@ -98,12 +99,14 @@ class _CheckShard:
 def _sample_problems(shard: Shard, i: int, spec: DatasetSpec) -> list[str]:
     try:
         sample: Sample = shard[i]
-        check_fields(sample.key, {name: sample.array(name) for name in sample.names}, spec)
+        fields = {name: sample.array(name) for name in sample.names}
+        check_fields(sample.key, fields, spec)
+        values = value_problems(fields, spec)
     except BadShard as error:
         return [error.cause]
     except (CodecError, DatasetError) as error:
         return [one_line(error)]
-    return []
+    return [f"tile {sample.key}: {'; '.join(values)}"] if values else []
 
 
 def _unlisted_shards(storage: Storage, manifest: Manifest) -> list[str]:

@@ -12,6 +12,7 @@ import numpy as np
 
 from maestro_scale.datasets.spec import DatasetError, DatasetSpec, Modality, Scale, Sensor, Target, Tile
 from maestro_scale.shards.format.manifest import check_spec
+from maestro_scale.shards.format.values import refuse_masked
 
 _MAX_POS_GRID = 1024
 DateLike = date | np.datetime64 | str  # datetime is a subclass of date; strings are ISO 8601
@@ -106,13 +107,20 @@ def make_tile(
 ) -> Tile:
     """Build a tile of ``spec`` from arrays by raster.
 
-    ``arrays[raster]``: (T, C, H, W), or (C, H, W) for a single image, in the raster's dtype; row 0 is north.
-    ``dates[raster]``: T dates, times or ISO strings, or one for a single image. ``masks[raster]``: (T, M, H, W) uint8,
-    0-100. ``targets[name]``: (H, W) class indices, or class shares, by class name or in the order of the classes.
-    ``ref_date``: origin of the temporal encoding; None: the first date of the first raster.
+    ``arrays[raster]``: (T, C, H, W), or (C, H, W) for a single image, in the raster's dtype; row 0 is north. In a float
+    raster NaN means "not measured"; numpy masked arrays with masked values are refused.
+    ``dates[raster]``: T dates, times or ISO strings, or one for a single image; in any order, since a series is sorted
+    when it is written. ``masks[raster]``: (T, M, H, W) uint8, 0-100. ``targets[name]``: (H, W) class indices, or class
+    shares, by class name or in the order of the classes.
+    ``ref_date``: origin of the temporal encoding; None: the earliest date of the first raster.
 
-    Raises DatasetError for invalid dates, classes or labels. Shapes and dtypes are checked when the tile is written.
+    Raises DatasetError for invalid dates, classes or labels. Shapes, dtypes and values are checked when the tile is
+    written.
     """
+    # Before numpy.asarray, which drops the mask of a masked array.
+    for names, suffix in ((arrays, ""), (dates, ".dates"), (masks or {}, ".mask"), (targets or {}, "")):
+        for name, given in names.items():
+            refuse_masked(key, f"{name}{suffix}", given)
     stored = {name: _dates(key, name, when) for name, when in dates.items()}
     first = spec.modalities[0].name
     if ref_date is None and first not in stored:
@@ -124,7 +132,7 @@ def make_tile(
         dates=stored,
         masks={name: _add_date_axis(mask) for name, mask in (masks or {}).items()},
         targets={n: _labels(key, known[n], v) if n in known else v for n, v in (targets or {}).items()},
-        ref_date=stored[first][0] if ref_date is None else _dates(key, "ref_date", ref_date)[0],
+        ref_date=min(stored[first], key=tuple) if ref_date is None else _dates(key, "ref_date", ref_date)[0],
     )
 
 

@@ -18,9 +18,9 @@ import numpy as np
 from maestro_scale.datasets.spec import DatasetError, DatasetSpec, RawDataset, Tile
 from maestro_scale.shards.errors import WriteError, one_line
 from maestro_scale.shards.format.codec import encode
-from maestro_scale.shards.format.fields import check_tile
 from maestro_scale.shards.format.index import ShardIndex
 from maestro_scale.shards.format.manifest import Manifest
+from maestro_scale.shards.format.values import checked_tile
 from maestro_scale.shards.jobs import ReportFunction, run_jobs
 from maestro_scale.shards.progress import Progress, ProgressCounter
 from maestro_scale.shards.storage import open_storage
@@ -56,8 +56,8 @@ def write_shards(
     finds all shards finished publishes the manifest, which is the same as that of a single call; the others return
     None. If a part fails, call it again: it writes what is missing.
 
-    Raises DatasetError for a tile that cannot be read or does not match its spec, WriteError if ``dst`` cannot be
-    written or contains something else.
+    Raises DatasetError for a tile that cannot be read, does not match its spec or has invalid values, WriteError if
+    ``dst`` cannot be written or contains something else.
     """
     keys = dataset.keys()
     with Destination(dst, dataset.spec, split, codec, seed, part) as destination:
@@ -118,8 +118,11 @@ class Writer:
         return self
 
     def add(self, tile: Tile) -> None:
-        """Add a tile. DatasetError if it does not match the spec, WriteError if its key was added before."""
-        check_tile(tile, self._spec)
+        """Add a tile; series that are not in chronological order are sorted, and noted.
+
+        DatasetError if it does not match the spec or has invalid values, WriteError if its key was added before.
+        """
+        tile = checked_tile(tile, self._spec)
         if tile.key in self._spooled:
             raise WriteError(f"tile {tile.key} was added twice; keys are unique within a split")
         payload = encode(tile, self._codec)
@@ -205,7 +208,7 @@ def _encode_each(dataset: RawDataset, keys: Sequence[str], codec: str, strict: b
             tile = dataset.read(key)
             if tile.key != key:
                 raise DatasetError(f"tile {key}: the reader returned tile {tile.key}; fix the reader")
-            check_tile(tile, dataset.spec)
+            tile = checked_tile(tile, dataset.spec)
             yield EncodedTile(key, encode(tile, codec), tile.notes)
         except DatasetError as error:
             if strict:

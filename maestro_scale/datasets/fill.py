@@ -1,0 +1,254 @@
+"""Fill values of the shipped datasets, and the one function by which their readers replace invalid pixels.
+
+An invalid pixel (NaN, infinite, declared as nodata by its file, outside of the limits of its quantity) becomes the fill
+of its quantity, and each kind of invalid value is counted by a note.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from maestro_scale.datasets.spec import DatasetError, Modality
+from maestro_scale.datasets.values import LARGEST, chronological, sorted_note
+
+_CLOUD = "cloud"
+_NO_VALUE = "no valid value"
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """What is measured: valid values are finite, greater than ``above`` and at most ``up_to``.
+
+    ``fill``: what replaces an invalid value. "zero": 0, and 100 % cloud where the modality has such a mask; "nan": NaN;
+    "mean": the mean of the band's valid pixels. ``outside``: note on finite values outside of the limits.
+    ``nonzero``: bands in which an exact 0 is nodata (``zeros``: note on it). ``source``: where the fill values are
+    documented, or were found.
+    """
+
+    fill: Literal["zero", "nan", "mean"]
+    source: str
+    above: float = -np.inf
+    up_to: float = LARGEST
+    outside: str = "fill values"
+    nonzero: tuple[str, ...] = ()
+    zeros: str = ""
+
+
+_BYTES = Quantity("zero", "uint8 images: no value is reserved, only what the file declares")
+_REFLECTANCE = Quantity(
+    "zero",
+    "MAJA (Theia) L2A: -10000 (cesbio.cnrs.fr/maja/sentinel-2-output-format); found in PASTIS (torchgeo #4061); "
+    "-9999 is a usual nodata tag",
+    above=-9999,
+    outside="fill values (-9999 or lower, or above 1e30)",
+)
+_LINEAR = Quantity(
+    "nan",
+    "Sentinel-1 GRD: pixels outside of the swath are exactly 0; a power is positive, and bright targets reach 1e4",
+    above=0,
+    up_to=1e6,
+    outside="fill values (negative or above 1e6)",
+    nonzero=("VV", "VH"),
+    zeros="zeros, which in linear power are no measurement",
+)
+_DECIBELS = Quantity(
+    "nan",
+    "0 in linear power is -inf dB; rasters without NaN use 0; -9999 is a usual nodata tag; measured: -60 to 40 dB",
+    above=-100,
+    up_to=100,
+    outside="fill values (outside -100 to 100 dB)",
+    nonzero=("VV", "VH"),
+    zeros="zeros, which in decibels are no measurement",
+)
+_ELEVATION = Quantity(
+    "mean",
+    "-9999, -99999 and 3.4e38 are usual nodata values of elevation models; on land: -430 to 8,849 m",
+    above=-500,
+    up_to=9000,
+    outside="pixels without elevation",
+)
+
+_FLAIR = {
+    "aerial": _BYTES,
+    "dem": _ELEVATION,
+    "s2": _REFLECTANCE,
+    "s1_asc": _LINEAR,
+    "s1_des": _LINEAR,
+    "spot": _REFLECTANCE,
+    "aerial_rlt": _BYTES,
+}
+QUANTITIES: Mapping[str, Mapping[str, Quantity]] = {
+    "treesatai_ts": {"aerial": _BYTES, "s2": _REFLECTANCE, "s1_asc": _LINEAR, "s1_des": _LINEAR},
+    "pastis_hd": {"spot": _BYTES, "s2": _REFLECTANCE, "s1_asc": _DECIBELS, "s1_des": _DECIBELS},
+    "flair_hub": _FLAIR,
+    "flair2": _FLAIR,
+    "s2_naip": {"naip": _BYTES, "s2": _REFLECTANCE, "s1": _DECIBELS, "landsat": _REFLECTANCE},
+}
+"""The quantity of each modality of the shipped datasets: the only table of their fill values (docs/datasets.md)."""
+
+
+class Series(NamedTuple):
+    """A time series in chronological order: (T, C, H, W), (T, 3) and, if the modality has one, a mask (T, M, H, W)."""
+
+    values: np.ndarray
+    dates: np.ndarray
+    mask: np.ndarray | None
+
+
+def clean_image(
+    values: np.ndarray,
+    modality: Modality,
+    quantity: Quantity,
+    where: str,
+    notes: list[str],
+    declared: np.ndarray | None = None,
+) -> np.ndarray:
+    """A single image (C, H, W) in the dtype of ``modality``, with invalid pixels replaced; appends to ``notes``.
+
+    ``declared``: pixels that the file itself declares as invalid. DatasetError if no pixel is valid.
+    """
+    cleaned, invalid = _replace(values, modality, quantity, notes, declared)
+    if invalid is None:
+        return cleaned
+    if quantity.fill == "mean":
+        if invalid.all(axis=(1, 2)).any():
+            raise DatasetError(f"{where}: a band has no elevation at all; leave the tile out", "no elevation")
+        for band, missing in zip(cleaned, invalid, strict=True):
+            band[missing] = band[~missing].mean() if missing.any() else 0
+    elif invalid.all():
+        raise DatasetError(f"{where}: no pixel has a valid value; leave the tile out", _NO_VALUE)
+    return cleaned
+
+
+def clean_series(
+    values: np.ndarray,
+    dates: np.ndarray,
+    modality: Modality,
+    quantity: Quantity,
+    where: str,
+    notes: list[str],
+    *,
+    declared: np.ndarray | None = None,
+    mask: np.ndarray | None = None,
+) -> Series:
+    """A series (T, C, H, W) in the dtype of ``modality``, in chronological order, with invalid pixels replaced.
+
+    Where the modality has a cloud mask, invalid pixels are marked in it: such dates are selected last. Without a mask,
+    dates without any valid value are removed, unless they are stored as NaN, which the selection of dates recognises.
+    ``declared``: pixels that the file itself declares as invalid. DatasetError if no pixel of any date is valid.
+    """
+    values, invalid = _replace(values, modality, quantity, notes, declared)
+    if invalid is not None:
+        empty = invalid.all(axis=(1, 2, 3))
+        if empty.all():
+            raise DatasetError(
+                f"{where}: no pixel of any date has a valid value; leave the tile out", _NO_VALUE
+            )
+        if mask is not None:
+            mask = mask.copy()
+            mask[:, modality.mask_bands.index(_CLOUD)][invalid.any(axis=1)] = 100
+        elif quantity.fill == "zero" and empty.any():
+            notes.append(f"{modality.name} has dates without any valid value: these dates are left out")
+            values, dates = values[~empty], dates[~empty]
+    order = chronological(dates)
+    if order is not None:
+        notes.append(sorted_note(modality.name))
+        values, dates = values[order], dates[order]
+        mask = None if mask is None else mask[order]
+    return Series(values, dates, mask)
+
+
+def percent(mask: np.ndarray, name: str, notes: list[str]) -> np.ndarray:
+    """A mask in percent as uint8; values outside 0 to 100 and NaN count as marked and are noted."""
+    invalid = ~((mask >= 0) & (mask <= 100))
+    if invalid.any():
+        notes.append(f"{name} has values outside 0 to 100 percent or NaN: taken as marked")
+        mask = np.where(invalid, 100, mask)
+    # Rounded up, so that a pixel with less than one percent of snow or cloud stays marked.
+    return np.ceil(mask).astype(np.uint8) if mask.dtype.kind == "f" else mask.astype(np.uint8)
+
+
+def _replace(
+    values: np.ndarray,
+    modality: Modality,
+    quantity: Quantity,
+    notes: list[str],
+    declared: np.ndarray | None,
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Values (..., C, H, W) in the dtype of the modality, invalid ones as 0 or NaN; and where they are, or None."""
+    invalid: np.ndarray | None = None
+    replacement = np.nan if quantity.fill == "nan" else 0
+    for reason, bad in _invalid(values, modality, quantity, declared):
+        notes.append(f"{modality.name} has {reason}: {_action(reason, modality, quantity)}")
+        invalid = bad if invalid is None else invalid | bad
+    if invalid is not None:
+        values = np.array(values)  # before the cast: in integers, NaN and infinity would be numbers
+        values[invalid] = replacement if values.dtype.kind == "f" else 0
+    if np.dtype(modality.dtype).kind in "iu":
+        values, changed = _to_integers(values, modality.dtype)
+        if changed:
+            notes.append(
+                f"{modality.name} has values that are not integers within {modality.dtype}: rounded and clipped"
+            )
+        return values, invalid
+    cast = values.astype(modality.dtype, copy=False)
+    if invalid is not None and values.dtype.kind != "f":
+        cast[invalid] = replacement
+    return cast, invalid
+
+
+def _invalid(
+    values: np.ndarray, modality: Modality, quantity: Quantity, declared: np.ndarray | None
+) -> Iterator[tuple[str, np.ndarray]]:
+    """(reason, where) of each kind of invalid value that occurs; a value is of one kind."""
+    nonzero = [i for i, band in enumerate(modality.bands) if band in quantity.nonzero]
+    if declared is None and _all_valid(values, quantity, nonzero):
+        return
+    zeros = np.zeros(values.shape, bool)
+    zeros[..., nonzero, :, :] = values[..., nonzero, :, :] == 0
+    kinds = [
+        ("values that the file declares as nodata", np.False_ if declared is None else declared),
+        ("NaN", np.isnan(values)),
+        ("infinite values", np.isinf(values)),
+        (quantity.zeros, zeros),
+        (quantity.outside, ~((values > quantity.above) & (values <= quantity.up_to))),
+    ]
+    rest = np.ones(values.shape, bool)
+    for reason, where in kinds:
+        bad = where & rest
+        if bad.any():
+            yield reason, bad
+            rest &= ~bad
+
+
+def _all_valid(values: np.ndarray, quantity: Quantity, nonzero: list[int]) -> bool:
+    """Whether no value is invalid, in two passes over the pixels, since nearly all rasters are valid."""
+    lowest, highest = values.min(), values.max()
+    if not (lowest > quantity.above and highest <= quantity.up_to):  # also if they are NaN
+        return False
+    return not nonzero or lowest > 0 or highest < 0 or not (values[..., nonzero, :, :] == 0).any()
+
+
+def _action(reason: str, modality: Modality, quantity: Quantity) -> str:
+    if quantity.fill == "mean":
+        return "filled in with the band's mean"
+    if quantity.fill == "nan":
+        return "filled in from other dates when read" if reason == "NaN" else "stored as NaN"
+    return "stored as 0 and marked as cloud" if modality.mask_bands else "stored as 0"
+
+
+def _to_integers(values: np.ndarray, dtype: str) -> tuple[np.ndarray, bool]:
+    """Finite values rounded and clipped to an integer dtype, and whether that changed any of them."""
+    if values.dtype == dtype:
+        return values, False
+    with np.errstate(invalid="ignore"):  # values out of range, which the comparison finds
+        integers = values.astype(dtype)
+    if np.array_equal(integers, values):
+        return integers, False
+    limits = np.iinfo(dtype)
+    integers = np.clip(np.rint(values), limits.min, limits.max).astype(dtype)
+    return integers, True
