@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import logging
 import os
 from pathlib import Path
 
@@ -13,9 +14,9 @@ class ObjectStore:
     """A running server with one bucket; requests of this process reach it directly, without faults."""
 
     def __init__(self) -> None:
-        # Threads of moto's server log every request otherwise.
         from moto.server import ThreadedMotoServer
 
+        logging.getLogger("werkzeug").setLevel(logging.ERROR)  # it logs every request
         self._server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
         self._server.start()
         self.port = self._server.get_host_and_port()[1]

@@ -71,7 +71,7 @@ def random_faults(
 
 class FaultyProxy:
     """Listens on a free port while the context is open. ``choose(request)``: the fault, or None; ``on_fault(kind)`` is
-    called for each fault that was sent."""
+    called before each fault is sent."""
 
     def __init__(
         self,
@@ -130,6 +130,10 @@ class FaultyProxy:
         # Half of the requests that fail have taken effect: the client cannot know which.
         forwarded = fault in (None, DELAY, CUT, FLIP) or number < 0.5
         response = _forward(request, self.upstream_port) if forwarded else None
+        if fault == CUT and (response is None or len(response[2]) < 2):
+            fault = None  # nothing to cut
+        if fault is not None:
+            self.on_fault(fault)
         if fault in (CODE_500, CODE_503):
             connection.sendall(_head(int(fault[-3:]), {"content-length": "0"}))
         elif fault == RESET:
@@ -143,12 +147,8 @@ class FaultyProxy:
             if fault == FLIP and body:
                 place = int(number * len(body))
                 body = body[:place] + bytes([body[place] ^ 1]) + body[place + 1 :]
-            if fault == CUT and len(body) < 2:
-                fault = None  # nothing to cut
             sent = body[: max(1, int(number * len(body)))] if fault == CUT else body
             connection.sendall(_head(status, headers) + (b"" if request.method == "HEAD" else sent))
-        if fault is not None:
-            self.on_fault(fault)
         return fault in (None, DELAY, FLIP, CODE_500, CODE_503)
 
 

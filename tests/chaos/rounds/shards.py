@@ -6,7 +6,8 @@ import json
 import time
 from pathlib import Path
 
-from tests.chaos.compare import check_error, check_success, compare_files, files_of
+from maestro_scale.shards.format.index import index_path
+from tests.chaos.compare import check_error, check_success, files_of
 from tests.chaos.findings import HANG, LEFT, WRONG, Finding
 from tests.chaos.kills import START_UP, Kill, strike
 from tests.chaos.objects import BUCKET
@@ -24,7 +25,7 @@ def local(r: Round) -> None:
     destination = r.folder / "shards"
     _disturb(r, str(destination), {})
     if _complete(r, str(destination), {}):
-        r.found(compare_files(files_of(destination), files_of(_reference(r))))
+        r.found(compare_published(files_of(destination), files_of(_reference(r))))
 
 
 def remote(r: Round) -> None:
@@ -41,19 +42,19 @@ def compare_published(objects: dict[str, bytes], files: dict[str, bytes]) -> lis
     """Objects below a prefix against a folder: the same samples in the same shards, whatever their names; objects that
     the manifest does not name are left behind."""
     have, want = (json.loads(x["manifest.json"]) for x in (objects, files))
+    for manifest in (have, want):  # the splits are in the order in which they were published
+        manifest["shards"].sort(key=lambda shard: shard["split"])
     paths = [s["path"] for s in have["shards"]]
-    known = {"manifest.json", "manifest.sha256"} | {
-        n for p in paths for n in (p, p.removesuffix(".tar") + ".index.json")
-    }
+    known = {"manifest.json", "manifest.sha256"} | {n for p in paths for n in (p, index_path(p))}
     findings = [Finding(LEFT, f"object {name}") for name in sorted(objects) if name not in known]
     shards = [[objects.get(s["path"]) for s in have["shards"]], [files[s["path"]] for s in want["shards"]]]
     if shards[0] != shards[1]:
         findings.append(Finding(WRONG, f"the shards {paths} have other contents"))
-    for manifest in (have, want):
-        for shard in manifest["shards"]:
-            shard.pop("path")
+    for shard in (*have["shards"], *want["shards"]):
+        shard.pop("path")
     if have != want:
-        findings.append(Finding(WRONG, "the manifest differs in more than the names of shards"))
+        different = sorted(k for k in have.keys() | want.keys() if have.get(k) != want.get(k))
+        findings.append(Finding(WRONG, f"the manifests differ in {different}, besides names of shards"))
     return findings
 
 
