@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from maestro_scale.errors import MaestroError
+from maestro_scale import untrusted
+from maestro_scale.errors import MaestroError, shorten
 from maestro_scale.training.run_dir import write_atomically
 
 VERSION = 1
@@ -116,54 +117,37 @@ class EvalResult:
     def load(cls, path: Path) -> EvalResult:
         """Read a file of ``write``. EvaluationError if it is missing, malformed or of another version."""
         try:
-            values = json.loads(path.read_text(), parse_constant=_refuse)
-        except (OSError, ValueError) as error:
+            values = untrusted.load_json(untrusted.read_bytes(path))
+        except (OSError, untrusted.InputError) as error:
             raise EvaluationError(f"{path} cannot be read ({error}); evaluate again to write it") from error
         version = values.get("version") if isinstance(values, dict) else None
         if version != VERSION:
             raise EvaluationError(
-                f"{path} has format version {version!r}, this maestro-scale reads {VERSION}: "
+                f"{path} has format version {shorten(version)}, this maestro-scale reads {VERSION}: "
                 "evaluate again, or read it with the maestro-scale that wrote it"
             )
         known = {f.name for f in dataclasses.fields(cls)} - {"maps"}
         required = {f.name for f in dataclasses.fields(cls) if _is_required(f)}
         wrong = sorted((set(values) - known) | (required - set(values)))
         if wrong:
+            names = ", ".join(name if name in required else shorten(name) for name in wrong[:10])
             raise EvaluationError(
-                f"{path} lacks required fields or has unknown ones: {', '.join(wrong)}; evaluate again"
+                f"{path} lacks required fields or has unknown ones: {names}; evaluate again"
             )
-        matrix = values.get("confusion")
         try:
-            result = cls(
-                **{
-                    **values,
-                    "interval": tuple(values["interval"]),
-                    "seeds": tuple(values.get("seeds", (0,))),
-                    "folds": tuple(values.get("folds", ())),
-                    "splits": {role: tuple(names) for role, names in values.get("splits", {}).items()},
-                    "runs": tuple(
-                        RunScore(**{**run, "interval": tuple(run["interval"])})
-                        for run in values.get("runs", ())
-                    ),
-                    "trained_on": tuple(values.get("trained_on", ())),
-                    "confusion": None if matrix is None else tuple(tuple(row) for row in matrix),
-                }
-            )
-            problem = next(result._problems(), None)
-        except (TypeError, KeyError, AttributeError, ValueError) as error:
+            result = untrusted.from_builtins(cls, values)
+        except untrusted.InputError as error:
             raise EvaluationError(f"{path} is malformed ({error}); evaluate again") from error
-        if problem is not None:
+        if (problem := next(result._problems(), None)) is not None:
             raise EvaluationError(f"{path} is malformed: {problem}; evaluate again")
         return result
 
     def _problems(self) -> Iterator[str]:
         """What is invalid in this result."""
         if self.metric not in METRICS:
-            yield f"metric {self.metric!r} is not one of {', '.join(METRICS)}"
-        if len(self.interval) != 2:
-            yield f"the interval has {len(self.interval)} numbers instead of 2"
+            yield f"metric {shorten(self.metric)} is not one of {', '.join(METRICS)}"
         for name, value in self._numbers().items():
-            if not isinstance(value, (int, float)) or not 0 <= value <= 1:
+            if not 0 <= value <= 1:
                 yield f"{name} is {value!r}, not a fraction of 1"
         if not self.seeds:
             yield "no seed"
@@ -175,10 +159,6 @@ class EvalResult:
         named = {"value": self.value, "interval low": self.interval[0], "interval high": self.interval[1]}
         scores = {f"per-class score of {k}": v for k, v in self.per_class.items() if v is not None}
         return named | scores | {f"score {k}": v for k, v in self.scores.items()}
-
-
-def _refuse(constant: str) -> float:
-    raise ValueError(f"it contains {constant}, which is not a number")
 
 
 def _is_required(f: dataclasses.Field) -> bool:

@@ -12,7 +12,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, get_args
 
-from maestro_scale.datasets.spec import DatasetSpec, Scale, Sensor, Target
+from maestro_scale import untrusted
+from maestro_scale.datasets.spec import DatasetSpec, Sensor, Target
 from maestro_scale.datasets.spec_check import sensor_problems, sharing_problems
 from maestro_scale.errors import dotted
 from maestro_scale.model.sizes import Size
@@ -227,13 +228,8 @@ class ModelConfig:
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> ModelConfig:
-        """The inverse of ``to_dict``; a TypeError names an unknown field."""
-        others = tuple(
-            DatasetView(**{**v, "sensors": _sensors(v["sensors"])}) for v in data.get("others", ())
-        )
-        heads = tuple(Target(**_tuples(t)) for t in data.get("heads", ()))
-        parsed = {"sensors": _sensors(data["sensors"]), "size": Size(**data["size"])}
-        return ModelConfig(**{**data, **parsed, "heads": heads, "others": others})
+        """The inverse of ``to_dict``. ValueError, naming the field, for one that is unknown, missing or invalid."""
+        return untrusted.from_builtins(ModelConfig, data)
 
 
 def inter_depth_problem(inter_depth: int, fusion: str, depth: int) -> str | None:
@@ -243,11 +239,3 @@ def inter_depth_problem(inter_depth: int, fusion: str, depth: int) -> str | None
     if not 0 <= inter_depth < depth:
         return f"{inter_depth} leaves no block to the groups: at most {depth - 1} of depth {depth}"
     return None
-
-
-def _sensors(data: Iterable[dict[str, Any]]) -> tuple[Sensor, ...]:
-    return tuple(Sensor(**{**_tuples(s), "scale": Scale(**s["scale"])}) for s in data)
-
-
-def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}

@@ -15,7 +15,7 @@ from functools import cache
 from typing import Any, Literal, TypeVar, Union
 
 from maestro_scale.errors import dotted, shorten
-from maestro_scale.untrusted.limits import InputError
+from maestro_scale.untrusted.limits import InputError, at
 
 T = TypeVar("T")
 Convert = Callable[[Any], Any]
@@ -33,8 +33,8 @@ def from_builtins(kind: type[T], data: Any) -> T:
     try:
         return _converter(kind)(data)  # type: ignore[arg-type]  # mypy: a class of a TypeVar is not Hashable
     except _Mismatch as error:
-        path = dotted(tuple(reversed(error.path))) or "the document"
-        raise InputError(f"{path}: {error.reason}") from None
+        path = dotted(tuple(reversed(error.path)))
+        raise InputError(at(path, error.reason)) from None
 
 
 class _Mismatch(Exception):
@@ -75,7 +75,11 @@ def _to_dataclass(kind: type) -> Convert:
             raise _unknown_key(next(key for key in data if key not in convert), list(convert))
         if len(data) < len(convert) and (missing := [name for name in required if name not in data]):
             raise _Mismatch("is missing", missing[0])
-        return kind(**_each(data, convert))
+        values = _each(data, convert)
+        try:
+            return kind(**values)
+        except ValueError as error:  # of its own checks
+            raise _Mismatch(str(error)) from None
 
     return converted
 

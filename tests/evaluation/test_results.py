@@ -45,7 +45,7 @@ def test_undefined_scores_are_refused(tmp_path):
         ("{", "cannot be read"),
         ("[]", "format version None"),
         ('{"version": 99}', "format version 99, this maestro-scale reads 1"),
-        ('{"version": 1, "value": 2, "colour": 3}', "benchmark, colour"),
+        ('{"version": 1, "value": 2, "colour": 3}', "benchmark, 'colour'"),
     ],
 )
 def test_foreign_files_are_named(tmp_path, text, message):
@@ -61,10 +61,10 @@ def test_foreign_files_are_named(tmp_path, text, message):
     [
         ({"value": float("nan")}, "contains NaN"),
         ({"interval": [float("nan"), 0.3]}, "contains NaN"),
-        ({"value": None}, "value is None"),
-        ({"value": "0.5"}, "value is '0.5'"),
+        ({"value": None}, "value: is None, expected float"),
+        ({"value": "0.5"}, "value: is '0.5', expected float"),
         ({"value": 50.0}, "value is 50.0, not a fraction of 1"),
-        ({"interval": [0.5]}, "the interval has 1 numbers"),
+        ({"interval": [0.5]}, "interval: has 1 entries, expected 2"),
         ({"metric": "acc"}, "metric 'acc' is not one of wf1, miou"),
         ({"seeds": []}, "no seed"),
         ({"per_class": [1, 2]}, "is malformed"),
