@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import tempfile
 import threading
 import weakref
 from collections import deque
@@ -58,7 +59,14 @@ def start_fork_server(sources: Iterable[Source]) -> None:
     clients = {module for s in sources if (module := client_module(s.store.url)) is not None}
     with _signals_blocked():
         multiprocessing.get_context("forkserver").set_forkserver_preload([__name__, *sorted(clients)])
-        forkserver.ensure_running()
+        try:
+            forkserver.ensure_running()
+        except OSError as error:
+            # Its socket lies in the temporary folder; Linux limits the path of a socket to 107 bytes.
+            raise LoaderError(
+                f"{socket.gethostname()}: loader processes cannot be started from {tempfile.gettempdir()} ({error}): "
+                "set TMPDIR to a writable folder with a path of at most 70 characters, e.g. TMPDIR=/tmp"
+            ) from error
 
 
 class Pipeline:

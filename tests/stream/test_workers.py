@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from maestro_scale.stream.source import Source
+from maestro_scale.stream.workers import LoaderError, start_fork_server
 
 PROGRAM = """
 import logging, os, signal, sys
@@ -157,3 +158,15 @@ def test_the_client_of_a_store_is_imported_once_for_all_workers(tmp_path: Path):
         [sys.executable, tmp_path / "server.py"], capture_output=True, text=True, timeout=120
     )
     assert done.stdout == "True True\n", done.stderr
+
+
+def test_a_temporary_folder_with_too_long_a_path_is_reported(tmp_path: Path, monkeypatch):
+    from multiprocessing import forkserver, process
+
+    folder = tmp_path / ("x" * 100)
+    folder.mkdir()
+    monkeypatch.setattr(forkserver, "_forkserver", forkserver.ForkServer())  # none is running yet
+    monkeypatch.setattr(forkserver, "ensure_running", forkserver._forkserver.ensure_running)
+    monkeypatch.setitem(process.current_process()._config, "tempdir", str(folder))
+    with pytest.raises(LoaderError, match=r"path too long.*: set TMPDIR to a writable folder"):
+        start_fork_server([])
