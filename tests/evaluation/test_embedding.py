@@ -224,7 +224,7 @@ def test_keys_choose_no_path(fields, tmp_path):
     index = [json.loads(line) for line in (folder / "index.jsonl").read_text().splitlines()]
     assert {line["file"] for line in index} == {path.name for path in images}
     assert {(line["key"], line["crop"], line["sensor"]) for line in index} == {
-        (key, crop, "s2") for key in keys for crop in range(4)
+        (key, crop, sensor) for key in keys for crop in range(4) for sensor in ("aerial", "s2")
     }
     for line in index[::7]:
         with rasterio.open(folder / line["file"]) as image:
