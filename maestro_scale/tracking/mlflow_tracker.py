@@ -119,7 +119,7 @@ class Tracker:
         self._retry_at = 0.0  # monotonic time before which no attempt is made
         self._warned: set[str] = set()
         self._dropped = False  # the queue was full: the store needs a backfill
-        self._was_connected = False
+        self._may_return = False  # the store was connected, and can be again without a user
         # A daemon: a hanging server must not keep the process alive after finish() has timed out.
         self._thread = threading.Thread(target=self._send_records, name="mlflow", daemon=True)
 
@@ -230,7 +230,7 @@ class Tracker:
         try:
             if self._run is None:
                 self._run = self._open_run(self._warn)
-                self._was_connected = True
+                self._may_return = True
             self._run.send(i for i in items if isinstance(i, StepMetrics))
             for item in items:
                 if isinstance(item, _Picture):
@@ -242,7 +242,7 @@ class Tracker:
         while True:
             self._retry_at = 0.0
             self._send([])
-            if self._run is not None or not self._was_connected:
+            if self._run is not None or not self._may_return:
                 break
             # A store that was connected may come back before the deadline; one that never was is not waited for.
             if time.monotonic() + _FINAL_RETRY_S > request.deadline:
@@ -264,6 +264,8 @@ class Tracker:
         if self._run is not None:
             self._run.detach()
         self._run = None
+        if isinstance(error, DeletedExperimentError):
+            self._may_return = False
         self._retry_at = time.monotonic() + self._policy.retry_s
         self._warn("metrics", error)
 
