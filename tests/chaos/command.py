@@ -55,7 +55,8 @@ def main(argv: list[str] | None = None) -> int:
     _isolate_shared_memory()
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))
     print(f"seed {seed}, in {folder}", flush=True)
-    started, site, outcomes = time.monotonic(), Site(folder, args.limit), []
+    started, site = time.monotonic(), Site(folder, args.limit)
+    outcomes: list[Outcome] = []
     try:
         for kind, number in _schedule(args.kinds or sorted(ROUNDS), args.round, seed):
             if outcomes and time.monotonic() - started > 60 * args.minutes:

@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import BinaryIO
 
 DELAY, CODE_500, CODE_503, RESET, CUT, FLIP, HANG = (
     "delay", "status 500", "status 503", "connection reset", "cut body", "flipped byte", "hang",
@@ -152,7 +153,7 @@ class FaultyProxy:
         return fault in (None, DELAY, FLIP, CODE_500, CODE_503)
 
 
-def _read_request(stream, connection: socket.socket) -> Request | None:
+def _read_request(stream: BinaryIO, connection: socket.socket) -> Request | None:
     line = stream.readline(_LINE_BYTES).decode("latin-1").split()
     if len(line) != 3:
         return None

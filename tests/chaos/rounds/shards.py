@@ -11,7 +11,7 @@ from tests.chaos.compare import check_error, check_success, files_of
 from tests.chaos.findings import HANG, LEFT, WRONG, Finding
 from tests.chaos.kills import START_UP, Kill, strike
 from tests.chaos.objects import BUCKET
-from tests.chaos.processes import WORKER
+from tests.chaos.processes import WORKER, Start
 from tests.chaos.round import Round
 from tests.chaos.rounds.common import faulty_s3
 from tests.chaos.site import SHARD_MB
@@ -98,7 +98,7 @@ def _disturb(r: Round, destination: str, env: dict[str, str]) -> None:
             _end(r, start, hit, refusal=len(set(splits)) == 1)
 
 
-def _end(r: Round, start, killed: bool, refusal: bool) -> None:
+def _end(r: Round, start: Start, killed: bool, refusal: bool) -> None:
     """Wait for a writer: it was killed, or it succeeds, or it is refused because another one writes the split."""
     if killed:
         r.was_killed(start)

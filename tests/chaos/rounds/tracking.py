@@ -18,6 +18,7 @@ from maestro_scale.training.distributed import free_port
 from tests.chaos.compare import compare_runs
 from tests.chaos.findings import WRONG, Finding
 from tests.chaos.kills import last_step
+from tests.chaos.processes import Start
 from tests.chaos.round import Round
 from tests.testkit.runs import REPO, metrics
 
@@ -78,7 +79,8 @@ class Server:
     """``mlflow server`` on a database in the round's folder."""
 
     def __init__(self, r: Round) -> None:
-        self._folder, self._port, self._process = r.folder / "mlflow", free_port(), None
+        self._folder, self._port = r.folder / "mlflow", free_port()
+        self._process: subprocess.Popen[bytes] | None = None
         self._folder.mkdir()
         self._env = r.site.environment(self._folder)
         self.uri, self.database = f"http://127.0.0.1:{self._port}", self._folder / "mlflow.db"
@@ -120,6 +122,6 @@ class Server:
             self._process = None
 
 
-def _wait_for_step(r: Round, start, step: int) -> None:
+def _wait_for_step(r: Round, start: Start, step: int) -> None:
     while start.running and last_step(r.run_dir) < step:
         time.sleep(0.01)
