@@ -95,13 +95,16 @@ def verify(
     url: Annotated[str, typer.Argument(help="Folder or s3:// prefix that holds manifest.json.")],
     workers: Annotated[int, typer.Option(min=1, help="Worker processes or connections.")] = 2,
 ) -> None:
-    """Check every shard against the manifest: size, sha256, number of samples. Exit code 1 and a list if any is bad."""
+    """Check the manifest, every shard and every sample, as training does. Exit code 1 and a list if any is bad."""
     from maestro_scale.shards.format.manifest import Manifest
     from maestro_scale.shards.read.verify import verify as verify_shards
     from maestro_scale.tracking.terminal import progress
 
     with progress(f"verify {url}", "samples") as update:
-        problems = verify_shards(url, workers, update)
+        warnings: list[str] = []
+        problems = verify_shards(url, workers, update, warnings.append)
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     for problem in problems:
         print(problem, file=sys.stderr)
     if problems:

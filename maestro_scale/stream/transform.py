@@ -12,12 +12,24 @@ from typing import Protocol
 
 import numpy as np
 
-from maestro_scale.datasets.spec import DatasetSpec, Modality, Sensor, Target
+from maestro_scale.datasets.spec import DatasetError, DatasetSpec, Modality, Sensor, Target
 from maestro_scale.datasets.spec_check import source_problems
 from maestro_scale.errors import dotted
 from maestro_scale.shards.errors import CodecError
 from maestro_scale.shards.format.compress import Window
-from maestro_scale.shards.format.fields import REF_DATE, dates_field, mask_field, target_field
+from maestro_scale.shards.format.fields import (
+    REF_DATE,
+    REF_DATE_LAYOUT,
+    Layout,
+    dates_field,
+    dates_layout,
+    mask_field,
+    mask_layout,
+    modality_layout,
+    stored_dates,
+    target_field,
+    target_layout,
+)
 from maestro_scale.stream import dates
 from maestro_scale.stream.batch import num_noise
 from maestro_scale.stream.crops import Crop, CropGrid, Orientation
@@ -106,10 +118,11 @@ class Transform:
         return num_repeated_dates
 
     def _write_targets(self, sample: StoredSample, crop: Crop, out: Arrays, row: int) -> None:
+        _check(sample, REF_DATE, REF_DATE_LAYOUT)
         out[self._ref_date][row] = sample.array(REF_DATE)
         for field, target in self._targets:
             name = target_field(target.name)
-            _check(sample, name, _stored_layout(target, self.spec))
+            _check(sample, name, target_layout(target, self.spec))
             if target.kind == "segmentation":
                 values = crop.orientation.apply(self._segmentation(sample, target, crop))
             elif target.of is None:
@@ -121,13 +134,13 @@ class Transform:
 
     def _segmentation(self, sample: StoredSample, target: Target, crop: Crop) -> np.ndarray:
         """(side, side) uint8, before the orientation."""
-        (size, _), _ = _stored_layout(target, self.spec)
+        (size, _), _ = target_layout(target, self.spec)
         window = self.grid.window(crop, _resolution_m(target, self.spec), size)
         return sample.array(target_field(target.name), window)
 
     def _class_shares(self, sample: StoredSample, target: Target, source: Target, crop: Crop) -> np.ndarray:
         """(classes,) float32: share of the crop that each class covers in the segmentation ``source``."""
-        _check(sample, target_field(source.name), _stored_layout(source, self.spec))
+        _check(sample, target_field(source.name), target_layout(source, self.spec))
         classes = self._segmentation(sample, source, crop)
         counts = np.bincount(classes.reshape(-1), minlength=256)
         return counts[[source.classes.index(c) for c in target.classes]] / np.float32(classes.size)
@@ -155,8 +168,7 @@ class _SensorTransform:
         Returns how many dates were repeated or imputed.
         """
         name, num_dates = self.modality.name, self.sensor.num_dates
-        size, num_bands = self.modality.size, len(self.modality.bands)
-        window = self.grid.window(crop, self.modality.resolution_m, size)
+        window = self.grid.window(crop, self.modality.resolution_m, self.modality.size)
 
         def read(indices: np.ndarray) -> np.ndarray:
             return self._select_bands(sample.rows(name, indices, window))
@@ -164,8 +176,12 @@ class _SensorTransform:
         def whole() -> np.ndarray:
             return self._select_bands(sample.array(name, window))
 
-        stored = sample.shape(name)[0]
-        _check(sample, name, ((stored, num_bands, size, size), self.modality.dtype))
+        # From the header, before anything is decoded: the same checks, in the same order, as those of `verify`.
+        stored = _num_stored(sample, self.modality)
+        _check(sample, name, modality_layout(self.modality, stored))
+        _check(sample, dates_field(name), dates_layout(stored))
+        if self.modality.mask_bands:
+            _check(sample, mask_field(name), mask_layout(self.modality, stored))
         if stored <= num_dates:
             # Nothing to choose from: all dates are used, whatever the masks say, and repeated if they are too few.
             chosen = dates.spread_evenly(stored, num_dates)
@@ -190,10 +206,7 @@ class _SensorTransform:
     def _mask(self, sample: StoredSample, window: Window | None) -> np.ndarray | None:
         if not self.modality.mask_bands:
             return None
-        name, size = mask_field(self.modality.name), self.modality.size
-        stored = sample.shape(self.modality.name)[0]
-        _check(sample, name, ((stored, len(self.modality.mask_bands), size, size), "uint8"))
-        return sample.array(name, window)
+        return sample.array(mask_field(self.modality.name), window)
 
     def _marked(self, sample: StoredSample, window: Window | None) -> np.ndarray | None:
         mask = self._mask(sample, window)
@@ -209,14 +222,6 @@ def _band_index(bands: Sequence[int], modality: Modality) -> slice | list[int] |
     return list(bands)
 
 
-def _stored_layout(target: Target, spec: DatasetSpec) -> tuple[tuple[int, ...], str]:
-    """Shape and dtype of a target as it is stored."""
-    if target.kind == "multilabel":
-        return (len(target.classes),), "float32"
-    side = round(spec.tile_m / _resolution_m(target, spec))
-    return (side, side), "uint8"
-
-
 def _resolution_m(target: Target, spec: DatasetSpec) -> float:
     if target.resolution_m is None:
         raise ValueError(f"{spec.name}: segmentation target {target.name} needs resolution_m in the manifest")
@@ -225,15 +230,28 @@ def _resolution_m(target: Target, spec: DatasetSpec) -> float:
 
 def _batch_layout(target: Target, spec: DatasetSpec, grid: CropGrid) -> tuple[tuple[int, ...], str]:
     """Shape and dtype of a target as it is in a batch."""
-    shape, dtype = _stored_layout(target, spec)
+    if target.kind == "segmentation":
+        _resolution_m(target, spec)  # ValueError if it is missing
+    shape, dtype = target_layout(target, spec)
     if target.kind == "segmentation":
         shape = (grid.side(_resolution_m(target, spec), shape[0]),) * 2
     return shape, dtype
 
 
-def _check(sample: StoredSample, field: str, expected: tuple[tuple[int, ...], str]) -> None:
+def _num_stored(sample: StoredSample, modality: Modality) -> int:
+    """Number of dates that the sample has of a modality."""
+    try:
+        return stored_dates(sample.key, modality, (sample.shape(modality.name), modality.dtype))
+    except (DatasetError, KeyError) as error:
+        raise CodecError(str(error.args[0])) from None
+
+
+def _check(sample: StoredSample, field: str, expected: Layout) -> None:
     # Assigning to the batch would silently broadcast or cast an array of another shape or dtype.
-    shape, dtype = sample.shape(field), sample.dtype(field)
+    try:
+        shape, dtype = sample.shape(field), sample.dtype(field)
+    except KeyError as error:
+        raise CodecError(str(error.args[0])) from None
     if (shape, dtype) != expected:
         raise CodecError(
             f"sample {sample.key}: {field} is {dtype} {shape}, but by the manifest's spec {expected[1]} "

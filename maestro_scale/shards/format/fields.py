@@ -1,8 +1,10 @@
-"""Field names of a sample, and checks of dtype and shape for each field.
+"""Field names of a sample, the layout (shape and dtype) of each field, and the checks of a sample against its spec.
 
 ``<modality>`` (T, C, H, W) · ``<modality>.dates`` (T, 3) int16 · ``<modality>.mask`` (T, M, H, W) uint8 ·
 ``target.<name>`` · ``ref_date`` (3,) int16. A date is (year, day of year, hour). Every module that needs a field name
 takes it from the functions here.
+
+The layout is checked from headers, before anything is decoded: a few bytes of a compressed field can claim any shape.
 """
 
 from __future__ import annotations
@@ -12,8 +14,14 @@ from collections.abc import Mapping
 import numpy as np
 
 from maestro_scale.datasets.spec import DatasetError, DatasetSpec, Modality, Target, Tile
+from maestro_scale.errors import shorten
+
+Layout = tuple[tuple[int, ...], str]  # shape, and name of the dtype
 
 REF_DATE = "ref_date"
+REF_DATE_LAYOUT: Layout = ((3,), "int16")
+MAX_STORED_DATES = 32_768
+"""Dates of a series in a tile. Hourly images of three years; more is a wrong axis, or made to exhaust memory."""
 _TARGET_PREFIX = "target."
 
 
@@ -42,56 +50,81 @@ def tile_fields(tile: Tile) -> dict[str, np.ndarray]:
     return fields
 
 
+def modality_layout(modality: Modality, num_dates: int) -> Layout:
+    """Of a modality in a tile with ``num_dates`` dates of it."""
+    return (num_dates, len(modality.bands), modality.size, modality.size), modality.dtype
+
+
+def dates_layout(num_dates: int) -> Layout:
+    """Of the dates of a modality."""
+    return (num_dates, 3), "int16"
+
+
+def mask_layout(modality: Modality, num_dates: int) -> Layout:
+    """Of the mask of a modality that has mask bands."""
+    return (num_dates, len(modality.mask_bands), modality.size, modality.size), "uint8"
+
+
+def target_layout(target: Target, spec: DatasetSpec) -> Layout:
+    """Of a target as it is stored."""
+    if target.kind == "multilabel":
+        return (len(target.classes),), "float32"
+    assert target.resolution_m is not None  # spec_problems requires it of a segmentation
+    side = round(spec.tile_m / target.resolution_m)
+    return (side, side), "uint8"
+
+
 def check_tile(tile: Tile, spec: DatasetSpec) -> None:
     """Check a tile against its spec. DatasetError, naming tile and field, if they differ."""
     if not isinstance(tile.key, str) or not tile.key:
         raise DatasetError(f"a tile of {spec.name} has the key {tile.key!r}; a key is a non-empty string")
-    check_fields(tile.key, tile_fields(tile), spec)
+    fields = tile_fields(tile)
+    check_layouts(tile.key, {name: (a.shape, str(a.dtype)) for name, a in fields.items()}, spec)
+    for target in spec.targets:
+        check_classes(tile.key, fields, target)
 
 
-def check_fields(key: str, fields: Mapping[str, np.ndarray], spec: DatasetSpec) -> None:
-    """Like :func:`check_tile`, for the fields of a sample by name."""
+def check_layouts(key: str, layouts: Mapping[str, Layout], spec: DatasetSpec) -> None:
+    """Check names, shapes and dtypes of the fields of a sample. DatasetError, naming the field, if they differ."""
     expected = {REF_DATE, *(target_field(t.name) for t in spec.targets)}
     for modality in spec.modalities:
         expected |= {modality.name, dates_field(modality.name)}
         expected |= {mask_field(modality.name)} if modality.mask_bands else set()
-    for name in sorted(expected ^ fields.keys()):
+    for name in sorted(expected ^ layouts.keys()):
         what = "lacks" if name in expected else "has, unlike the spec,"
         raise DatasetError(
-            f"tile {key}: {what} the field {name}; {spec.name} has {', '.join(sorted(expected))}"
+            f"tile {_shown(key)}: {what} the field {_shown(name)}; {spec.name} has {', '.join(sorted(expected))}"
         )
-    _check(key, REF_DATE, fields[REF_DATE], "int16", (3,))
+    _check(key, REF_DATE, layouts, REF_DATE_LAYOUT)
     for modality in spec.modalities:
-        _check_modality(key, fields, modality)
+        num_dates = stored_dates(key, modality, layouts[modality.name])
+        _check(key, modality.name, layouts, modality_layout(modality, num_dates))
+        _check(key, dates_field(modality.name), layouts, dates_layout(num_dates))
+        if modality.mask_bands:
+            _check(key, mask_field(modality.name), layouts, mask_layout(modality, num_dates))
     for target in spec.targets:
-        _check_target(key, fields[target_field(target.name)], target, spec)
+        _check(key, target_field(target.name), layouts, target_layout(target, spec))
 
 
-def _check_modality(key: str, fields: Mapping[str, np.ndarray], modality: Modality) -> None:
-    name, size = modality.name, modality.size
-    array = fields[name]
-    num_dates = array.shape[0] if array.ndim == 4 and modality.series else 1
+def stored_dates(key: str, modality: Modality, layout: Layout) -> int:
+    """Number of dates that a sample stores of a modality, by the layout of the field. DatasetError if there are none,
+    or too many."""
+    shape, _ = layout
+    num_dates = shape[0] if len(shape) == 4 and modality.series else 1
     if num_dates == 0:
-        raise DatasetError(f"tile {key}: {name} has no dates; leave this tile out")
-    _check(key, name, array, modality.dtype, (num_dates, len(modality.bands), size, size))
-    _check(key, dates_field(name), fields[dates_field(name)], "int16", (num_dates, 3))
-    if modality.mask_bands:
-        field = mask_field(name)
-        _check(key, field, fields[field], "uint8", (num_dates, len(modality.mask_bands), size, size))
+        raise DatasetError(f"tile {_shown(key)}: {modality.name} has no dates; leave this tile out")
+    if num_dates > MAX_STORED_DATES:
+        raise DatasetError(
+            f"tile {_shown(key)}: {modality.name} has {num_dates} dates; at most {MAX_STORED_DATES} are read"
+        )
+    return num_dates
 
 
-def _check_target(key: str, array: np.ndarray, target: Target, spec: DatasetSpec) -> None:
-    field = target_field(target.name)
-    if target.kind == "multilabel":
-        _check(key, field, array, "float32", (len(target.classes),))
+def check_classes(key: str, fields: Mapping[str, np.ndarray], target: Target) -> None:
+    """DatasetError if a segmentation contains a value that is neither a class nor ignored; its layout was checked."""
+    if target.kind != "segmentation":
         return
-    shape = array.shape
-    if target.resolution_m is not None:
-        side = round(spec.tile_m / target.resolution_m)
-        shape = (side, side)
-    if len(shape) != 2 or array.size == 0:
-        raise DatasetError(f"tile {key}: {field} has shape {array.shape}, expected (H, W)")
-    _check(key, field, array, "uint8", shape)
+    array = fields[target_field(target.name)]
     # The maximum first: np.unique sorts all pixels, and nearly all tiles pass this check.
     highest = int(array.max())
     if highest >= len(target.classes):
@@ -100,13 +133,19 @@ def _check_target(key: str, array: np.ndarray, target: Target, spec: DatasetSpec
         )
         if unknown:
             raise DatasetError(
-                f"tile {key}: {field} contains the value {unknown[0]}, which is neither one of the "
-                f"{len(target.classes)} classes nor an ignored value"
+                f"tile {_shown(key)}: {target_field(target.name)} contains the value {unknown[0]}, which is neither "
+                f"one of the {len(target.classes)} classes nor an ignored value"
             )
 
 
-def _check(key: str, field: str, array: np.ndarray, dtype: str, shape: tuple[int, ...]) -> None:
-    if array.dtype != np.dtype(dtype) or array.shape != shape:
+def _check(key: str, field: str, layouts: Mapping[str, Layout], expected: Layout) -> None:
+    if layouts[field] != expected:
+        (shape, dtype), (right_shape, right_dtype) = layouts[field], expected
         raise DatasetError(
-            f"tile {key}: {field} is {array.dtype} {array.shape}, expected {dtype} {shape}; fix the reader"
+            f"tile {_shown(key)}: {field} is {dtype} {shape}, expected {right_dtype} {right_shape}; fix the reader"
         )
+
+
+def _shown(key: str) -> str:
+    """A key in a message: as it is, unless it would fill or break the line."""
+    return key if len(key) <= 100 and key.isprintable() else shorten(key)

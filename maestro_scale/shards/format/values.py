@@ -28,7 +28,7 @@ from maestro_scale.shards.format.fields import (
 
 
 def value_problems(fields: Mapping[str, np.ndarray], spec: DatasetSpec) -> list[str]:
-    """Invalid values in the fields of a sample that fit ``spec`` (:func:`.fields.check_fields`), a line per field."""
+    """Invalid values in the fields of a sample that fit ``spec`` (:func:`.fields.check_layouts`), a line per field."""
     found: dict[str, str | None] = {}
     for modality in spec.modalities:
         name = modality.name
