@@ -7,6 +7,7 @@ import logging
 import multiprocessing.util
 import os
 import random
+import shutil
 import socket
 import sys
 from collections.abc import Sequence
@@ -215,6 +216,10 @@ def hard_exit(code: int) -> NoReturn:
     Threads of Gloo and TCPStore that are still in C++ would abort it, and a finished run would look like a failed one.
     """
     multiprocessing.util._run_finalizers(0)  # type: ignore[attr-defined]  # private: not in typeshed
+    # The folder of the fork server's socket: its finalizer has a negative priority, like those that join the threads
+    # of queues, which can block forever.
+    if folder := multiprocessing.current_process()._config.get("tempdir"):  # type: ignore[attr-defined]  # private
+        shutil.rmtree(folder, ignore_errors=True)
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

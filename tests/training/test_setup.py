@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
+import multiprocessing.util
+import os
 import sys
 from types import SimpleNamespace
 
@@ -13,7 +16,7 @@ from maestro_scale.recipe import load_recipe
 from maestro_scale.tracking.run_params import run_metadata
 from maestro_scale.tracking.run_report import run_report
 from maestro_scale.tracking.terminal import TerminalProgress
-from maestro_scale.training.distributed import World
+from maestro_scale.training.distributed import World, hard_exit
 from maestro_scale.training.observer import RunInfo
 from maestro_scale.training.run_dir import write_run_files
 from maestro_scale.training.setup import describe_setup, setup_line, setup_tags
@@ -95,3 +98,21 @@ def minimal_recipe(tmp_path):
     path = tmp_path / "minimal.yaml"
     path.write_text("name: x\ndata: {mixture: [{dataset: treesatai_ts, shards: /none}]}\n")
     return path
+
+
+def test_a_hard_exit_removes_the_folder_of_the_fork_server(tmp_path, monkeypatch):
+    folder = tmp_path / "pymp-x"
+    folder.mkdir()
+    (folder / "listener-y").touch()
+    monkeypatch.setitem(multiprocessing.current_process()._config, "tempdir", str(folder))
+    monkeypatch.setattr(multiprocessing.util, "_run_finalizers", lambda least: None)  # those of pytest
+    monkeypatch.setattr(logging, "shutdown", lambda: None)
+
+    def end(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(os, "_exit", end)
+    with pytest.raises(SystemExit) as exited:
+        hard_exit(3)
+    assert exited.value.code == 3
+    assert not folder.exists()
