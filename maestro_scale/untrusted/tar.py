@@ -21,11 +21,12 @@ class TarMember(NamedTuple):
     size: int
 
 
-def list_tar(path: Path) -> list[TarMember]:
+def list_tar(path: Path, strict: bool = False) -> list[TarMember]:
     """The regular files of an uncompressed tar (ustar, GNU or PAX), from its headers.
 
-    Directories are skipped. InputError for links, devices, sparse files, names that are too long or contain NUL,
-    sizes that are negative or exceed the file, more than ``TAR_MEMBERS`` members, damaged headers; OSError.
+    Directories and what follows the end of the archive are skipped; ``strict``: refused too. InputError for links,
+    devices, sparse files, names that are too long or contain NUL, sizes that are negative or exceed the file, more than
+    ``TAR_MEMBERS`` members, damaged headers; OSError.
 
     Not the standard library's tarfile: it recurses for each long name, seeks by sizes that it did not check, and
     interprets sparse maps.
@@ -33,14 +34,14 @@ def list_tar(path: Path) -> list[TarMember]:
     members: list[TarMember] = []
     with path.open("rb") as file:
         total = file.seek(0, 2)
-        for member in _tar_members(file, total):
+        for member in _tar_members(file, total, strict):
             members.append(member)
             if len(members) > TAR_MEMBERS:
                 raise InputError(f"has more than {TAR_MEMBERS} members")
     return members
 
 
-def _tar_members(file: Any, total: int) -> Iterator[TarMember]:
+def _tar_members(file: Any, total: int, strict: bool) -> Iterator[TarMember]:
     position = headers = 0
     name: str | None = None  # of the next member, from an extended header
     size: int | None = None
@@ -49,6 +50,8 @@ def _tar_members(file: Any, total: int) -> Iterator[TarMember]:
         if not any(block):
             if name is not None:
                 raise InputError("ends after an extended header")
+            if strict:
+                _check_rest(file, position)
             return  # the end is marked by zeros; what follows is not read
         headers += 1
         if headers > 3 * TAR_MEMBERS:
@@ -84,6 +87,8 @@ def _tar_members(file: Any, total: int) -> Iterator[TarMember]:
             is_file = kind in (b"0", b"\0", b"7") and not name.endswith("/")
             if is_file:
                 yield TarMember(name, position + _BLOCK, length)
+            elif strict:
+                raise InputError(f"member {shorten(name)} is a directory")
             elif length and kind == b"5":
                 length = 0  # a directory has no payload, whatever its size says
             name = size = None
@@ -107,6 +112,14 @@ def _read(file: Any, position: int, length: int, total: int) -> bytes:
         raise InputError("unexpected end of data")
     file.seek(position)
     return file.read(length)
+
+
+def _check_rest(file: Any, position: int) -> None:
+    """InputError unless the file contains only zeros from ``position``, where the archive ends."""
+    file.seek(position)
+    while content := file.read(1024 * 1024):
+        if any(content):
+            raise InputError(f"contains data after the end of the archive at byte {position}")
 
 
 def _check_block(block: bytes, position: int) -> None:

@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
+from maestro_scale import untrusted
 from maestro_scale.datasets.spec import DatasetError, DatasetSpec
 from maestro_scale.datasets.spec_check import view_problems
 from maestro_scale.errors import dotted, shorten
@@ -114,9 +115,9 @@ class _CheckShard:
         with TemporaryDirectory(prefix="maestro-scale-") as cache:
             store = Store(self.url, Path(cache), info.bytes)
             try:
-                _, index = store.ensure(info)
+                path, index = store.ensure(info)
                 with store.shard(info) as shard:
-                    problems = self._index_problems(info, index)
+                    problems = [*_extra_content(info, path), *self._index_problems(info, index)]
                     samples = [p for i in range(len(shard)) for p in _sample_problems(shard, i, self.spec)]
             except BadShard as error:
                 return [f"{info.path}: {error.cause}"], ()
@@ -139,6 +140,15 @@ class _CheckShard:
         if not sidecar.same_layout(index):
             return [f"{name}: does not describe {info.path} (keys, offsets or SHA-256 differ)"]
         return []
+
+
+def _extra_content(info: ShardInfo, path: Path) -> list[str]:
+    """What the tar contains besides samples. Training would not read it, but whoever unpacks the tar would."""
+    try:
+        untrusted.list_tar(path, strict=True)
+    except untrusted.InputError as error:
+        return [f"{info.path}: {error}"]
+    return []
 
 
 def _sample_problems(shard: Shard, i: int, spec: DatasetSpec) -> list[str]:
