@@ -256,7 +256,7 @@ class Field:
 
 
 def read_h5(path: Path, fields: Mapping[str, Field], optional: Sequence[str] = ()) -> dict[str, np.ndarray]:
-    """Datasets of an HDF5 file by name; text as (T,) bytes.
+    """Datasets of an HDF5 file by name; text as an array of bytes.
 
     DatasetError if the file cannot be read, lacks one that is not ``optional``, or has something else in its place: a
     group, another type or another shape. Both are checked before anything is read, so a file cannot claim more memory.
@@ -281,8 +281,6 @@ def read_h5(path: Path, fields: Mapping[str, Field], optional: Sequence[str] = (
                 text = item.dtype.kind == "S" or h5py.check_string_dtype(item.dtype) is not None
                 _check_array(item.dtype, item.shape, field, where, text)
                 content[name] = item[()]
-                if field.kind == "text":
-                    content[name] = content[name].astype("S")
         return content
     except (OSError, RuntimeError, KeyError, TypeError, ValueError, MemoryError) as error:
         raise read_error(path, error) from error
@@ -320,7 +318,7 @@ def read_error(path: Path, error: Exception) -> DatasetError:
 
 
 def _format_shape(shape: Sequence[int]) -> str:
-    return "×".join(str(n) for n in shape)
+    return "×".join(str(n) for n in shape) or "scalar"
 
 
 def _one_line(error: Exception) -> str:

@@ -38,7 +38,7 @@ def array_problem(array: np.ndarray) -> str | None:
         return "is NaN in every pixel; leave the tile out"
     if lowest > -LARGEST and highest < LARGEST:
         return None
-    bad = np.abs(array) >= LARGEST
+    bad = np.abs(array.astype(np.float64)) >= LARGEST
     return (
         f"has {int(bad.sum())} values that are infinite or too large for a measurement, the first "
         f"{_first(array, bad)}; store NaN where nothing was measured"

@@ -325,6 +325,66 @@ def test_invalid_values_are_corrected_and_noted(write_flair):
         assert [n for n in tile.notes if n.startswith(start)], start
 
 
+def test_declared_nodata_is_marked_filled_or_ignored(write_flair):
+    src = write_flair()
+    s2 = hand.stack(3, 10).astype(np.uint16).reshape(30, 10, 10)
+    s2[1, 4, 5] = 65_535  # date 0 of the file, B3
+    write_tif(path_of(src, "D012-2019_SENTINEL2_TS"), s2, nodata=65_535)
+    mask = hand.snow_cloud().reshape(6, 10, 10)
+    mask[0, 0, 0] = 255
+    write_tif(path_of(src, "D012-2019_SENTINEL2_MSK-SC"), mask, nodata=255)
+    dem = hand.dem()
+    dem[0, 0, 0] = 1234
+    write_tif(path_of(src, "D012-2019_DEM_ELEV"), dem, nodata=1234)
+    s1 = hand.power().reshape(4, 10, 10)
+    s1[3, 9, 9] = 55
+    write_tif(path_of(src, "D012-2019_SENTINEL1-ASC_TS"), s1, nodata=55)
+    label = hand.cosia().copy()
+    label[0, 7, 7] = 255
+    write_tif(path_of(src, "D012-2019_AERIAL_LABEL-COSIA"), label, nodata=255)
+    tile = read(src)
+    assert tile.arrays["s2"][1, 1, 4, 5] == 0
+    expected = hand.snow_cloud()[[1, 0, 2]]
+    expected[1, 1, 4, 5], expected[1, 0, 0, 0] = 100, 100
+    np.testing.assert_array_equal(tile.masks["s2"], expected)
+    assert tile.arrays["dem"][0, 0, 0, 0] == pytest.approx(hand.dem()[0].mean(), abs=0.1)
+    assert np.isnan(tile.arrays["s1_asc"][1, 1, 9, 9])
+    expected = hand.cosia()[0].copy()
+    expected[7, 7] = 15  # the first of the ignored classes
+    np.testing.assert_array_equal(tile.targets["cosia"], expected)
+    assert [n for n in tile.notes if "declares" in n or "percent" in n] == [
+        "dem has values that the file declares as nodata: filled in with the band's mean",
+        "the mask of s2 has values outside 0 to 100 percent or NaN: taken as marked",
+        "s2 has values that the file declares as nodata: stored as 0 and marked as cloud",
+        "s1_asc has values that the file declares as nodata: stored as NaN",
+        "cosia has pixels that the file declares as nodata: stored as ignored",
+    ]
+
+
+def test_label_pixels_without_a_class_leave_the_tile_out(write_flair):
+    src = write_flair()
+    path = path_of(src, "D012-2019_ALL_LABEL-LPIS")
+    write_tif(path, hand.lpis(), nodata=22)  # a class of the third level: a label in spite of the tag
+    np.testing.assert_array_equal(read(src, ("aerial", "lpis_1")).targets["lpis_1"], hand.lpis()[0])
+    label = hand.lpis().copy()
+    label[0, 3, 3] = 255
+    write_tif(path, label, nodata=255)
+    with pytest.raises(DatasetError, match="lpis_1 has no ignored class") as error:
+        read(src, ("aerial", "lpis_1"))
+    assert error.value.kind == "pixels without a label"
+
+
+@pytest.mark.parametrize("key", ["D012-2019_.._5-10", "D012-2019_/etc_5-10", "a_b", "a_b_c_d", "../x_y_z"])
+def test_a_patch_id_is_not_a_path(write_flair, key):
+    src = write_flair()
+    (src / "train.csv").write_text(f"patch_id\n{PATCH}\n{key}\n")
+    reader = datasets.open_raw("flair_hub", src, "train", ("aerial",))
+    assert reader.read(PATCH).key == PATCH
+    with pytest.raises(DatasetError) as error:
+        reader.read(key)
+    assert "not a patch id" in error.value.kind or "missing" in error.value.kind
+
+
 def test_bad_tiles_are_skipped_and_counted_by_kind_or_raise(write_flair, tmp_path):
     zone = tuple(f"D012-2019_AF-S1-27_0-{i}" for i in range(8))
     elsewhere = "D033-2021_UU-S2-12_0-0"

@@ -77,6 +77,50 @@ def test_dates_may_be_objects_or_text_and_ids_a_column(write_pastis):
     assert read(src).key == TILE
 
 
+def test_tile_ids_are_preferred_to_row_ids(write_pastis):
+    src = write_pastis(("10000", "10001"))
+    content = metadata(("10000", "10001"))
+    for row, feature in enumerate(content["features"]):
+        feature["id"] = row
+        feature["properties"]["id"] = 10_001 - row  # also where the row ids look like tile ids
+    content["features"][1]["properties"]["dates-S2"] = {"0": 20190105, "1": 20190104, "2": 20190103}
+    (src / "metadata.geojson").write_text(json.dumps(content))
+    reader = datasets.open_raw("pastis_hd", src, "fold_2")
+    assert reader.keys() == ["10001"]
+    assert reader.read("10001").dates["s2"][:, 1].tolist() == [3, 4, 5]
+    content["features"][1]["properties"]["ID_PATCH"] = 10_000
+    (src / "metadata.geojson").write_text(json.dumps(content))
+    with pytest.raises(DatasetError, match="has two rows with ID_PATCH '10000'"):
+        datasets.open_raw("pastis_hd", src, "fold_2")
+
+
+def test_dates_of_other_modalities_are_not_required(write_pastis):
+    src = write_pastis()
+    content = metadata((TILE,))
+    for column in ("dates-S1A", "dates-S1D"):
+        del content["features"][0]["properties"][column]
+    (src / "metadata.geojson").write_text(json.dumps(content))
+    assert read(src, modalities=("s2",)).dates.keys() == {"s2"}
+    with pytest.raises(DatasetError, match="has no column 'dates-S1A'"):
+        read(src, modalities=("s2", "s1_asc"))
+
+
+def test_fill_values_of_sentinel_2_are_no_data(write_pastis):
+    src = write_pastis()
+    values = series(3, 10).astype(np.int16)
+    values[0, 1, 2, 3], values[2] = -10_000, -9999
+    np.save(src / f"DATA_S2/S2_{TILE}.npy", values)
+    tile = read(src)
+    expected = series(3, 10).astype(np.int16)[:2]
+    expected[0, 1, 2, 3] = 0
+    np.testing.assert_array_equal(tile.arrays["s2"], expected)
+    assert tile.dates["s2"].tolist() == [[2018, 267, 0], [2018, 365, 0]]
+    assert [n for n in tile.notes if n.startswith("s2 has")][:2] == [
+        "s2 has fill values (-9999 or lower, or above 1e30): stored as 0",
+        "s2 has dates without any valid value: these dates are left out",
+    ]
+
+
 def test_dates_are_ordered_by_index_not_as_text(write_pastis):
     src = write_pastis()
     values = (series(12, 10) % 20_000).astype(np.int16)
@@ -210,6 +254,7 @@ def test_a_missing_file_split_or_column_is_named(write_pastis):
         ({}, "so the tile has no dates"),
         (None, "so the tile has no dates"),
         ("soon", "is not an object of dates"),
+        ([20190101, 20190106, 20190111], "is not an object of dates"),
         ({"first": 20190101}, "is not an object of dates"),
         ({"0": 20190101, "1": 20190106}, "has 3 dates, metadata.geojson lists 2"),
         ({"0": 20190101, "1": 20190106, "2": 20190230}, "not in the calendar"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 from pathlib import Path
 
 import h5py
@@ -16,7 +17,9 @@ from maestro_scale.datasets import open_raw
 from maestro_scale.datasets.spec import DatasetError
 from maestro_scale.datasets.treesatai_ts.reader import SPEC
 from maestro_scale.datasets.treesatai_ts.splits import GENERA
+from maestro_scale.shards.errors import WriteError
 from maestro_scale.shards.format.fields import check_tile
+from maestro_scale.shards.write.writer import write_shards
 
 REAL = Path(
     os.environ.get("MAESTRO_TREESATAI_DIR", Path(__file__).parents[2] / "../shared/data/treesatai_ts")
@@ -79,6 +82,106 @@ def test_modalities_can_be_selected(write_tile):
     check_tile(tile, reader.spec)
     with pytest.raises(DatasetError, match="has no modality 'spot'; there are: aerial, s2, s1_asc, s1_des"):
         open_raw("treesatai_ts", write_tile(), "train", ["spot"])
+
+
+def test_only_files_of_the_selected_modalities_are_required(write_tile):
+    content = h5_content()
+    del content["sen-1-des-data"], content["sen-1-des-products"]
+    src = write_tile(content)
+    tile = open_raw("treesatai_ts", src, "train", ["aerial", "s2", "s1_asc"]).read(TILE)
+    assert tile.arrays.keys() == {"aerial", "s2", "s1_asc"}
+    with pytest.raises(DatasetError, match="has no dataset 'sen-1-des-data'"):
+        read(src)
+    shutil.rmtree(src / "aerial")
+    tile = open_raw("treesatai_ts", src, "train", ["s1_asc"]).read(TILE)
+    assert tile.masks == {}
+    assert tile.ref_date.tolist() == [2020, 186, 0]
+    with pytest.raises(DatasetError, match="aerial: cannot list the folder"):
+        open_raw("treesatai_ts", src, "train")
+    shutil.rmtree(src / "sentinel-ts")
+    with pytest.raises(DatasetError, match="sentinel-ts: cannot list the folder"):
+        open_raw("treesatai_ts", src, "train", ["s2"])
+    src = write_tile()
+    shutil.rmtree(src / "sentinel-ts")
+    tile = open_raw("treesatai_ts", src, "train", ["aerial"]).read(TILE)
+    assert tile.dates["aerial"].tolist() == [[2020, 186, 0]]
+    # Without a date in the list and a year in the h5 name, the dates of Sentinel-2 are needed.
+    text = (src / "train.csv").read_text().replace("20200704", "").replace("_2020.h5", ".h5")
+    (src / "train.csv").write_text(text)
+    with pytest.raises(DatasetError, match=r"none of its 1 tiles has its files .*, first sentinel-ts/"):
+        open_raw("treesatai_ts", src, "train", ["aerial"])
+    content = h5_content()
+    del content["sen-2-masks"]
+    src = write_tile(content, sen_name=f"{TILE}.h5")
+    (src / "train.csv").write_text(text)
+    tile = open_raw("treesatai_ts", src, "train", ["aerial"]).read(TILE)
+    assert tile.ref_date.tolist() == [2020, 183, 0]
+    assert len(tile.notes) == 1
+
+
+def test_invalid_radar_values_are_nan_and_noted(write_tile):
+    content = h5_content()
+    content["sen-1-asc-data"][1, 1, 5, 3:6] = np.inf, -1, 3.4028235e38
+    tile = read(write_tile(content))
+    assert np.isnan(tile.arrays["s1_asc"][1, 1, 5, 3:6]).all()
+    assert np.isnan(tile.arrays["s1_asc"]).sum() == 3 + 3
+    assert "s1_asc has infinite values: stored as NaN" in tile.notes
+    assert "s1_asc has fill values (negative or above 1e6): stored as NaN" in tile.notes
+
+
+def test_a_series_out_of_order_is_sorted_with_its_mask(write_tile):
+    content, order = h5_content(), [2, 0, 1]
+    for name in ("sen-2-data", "sen-2-masks", "sen-2-products"):
+        content[name] = content[name][order]
+    tile = read(write_tile(content))
+    assert tile.dates["s2"].tolist() == [[2020, 60, 0], [2020, 366, 0], [2021, 1, 0]]
+    assert tile.arrays["s2"][2, 7, 4, 5] == 2745
+    assert (tile.masks["s2"][1, 0, 5, 0], tile.masks["s2"][2, 1, 0, 5]) == (40, 100)
+    assert "s2 is not in the order of time: sorted" in tile.notes
+
+
+def test_masks_outside_of_0_to_100_are_marked(write_tile):
+    content = h5_content()
+    content["sen-2-masks"][0, 0, 0, :3] = -9999, 255, np.nan
+    tile = read(write_tile(content))
+    assert tile.masks["s2"][0, 0, 0].tolist() == [100, 100, 100, 0, 0, 0]
+    assert "sen-2-masks has values outside 0 to 100 percent or NaN: taken as marked" in tile.notes
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("sen-2-products", np.array([[p] for p in S2_PRODUCTS])),
+        ("sen-2-products", np.arange(3)),
+        ("sen-1-asc-data", np.array([b"text"])),
+        ("sen-2-masks", np.zeros(3)),
+        ("sen-2-data", np.ones((2, 10, 6, 6))),
+    ],
+)
+def test_malformed_h5_content_leaves_the_tile_out(write_tile, tmp_path, name, value):
+    content = h5_content()
+    content[name] = value
+    src = write_tile(content)
+    with pytest.raises(DatasetError, match=f"{TILE}_2020.h5") as error:
+        read(src)
+    assert name in one_line(error)
+    with pytest.raises(WriteError, match="none of its tiles can be read"):
+        write_shards(open_raw("treesatai_ts", src, "train"), str(tmp_path / "out"), "train", strict=False)
+
+
+@pytest.mark.parametrize(
+    "labels", [[], 3, {f"{TILE}.tif": 3}, {f"{TILE}.tif": [["Fagus"]]}, {f"{TILE}.tif": [["Fagus", "1"]]}]
+)
+def test_malformed_json_labels_are_named(write_tile, labels):
+    src = write_tile()
+    (src / "train.csv").unlink()
+    (src / "split").mkdir()
+    (src / "split" / "train_filenames.lst").write_text(f"{TILE}.tif\n")
+    (src / "labels").mkdir()
+    (src / "labels" / "TreeSatBA_v9_60m_multi_labels.json").write_text(json.dumps(labels))
+    with pytest.raises(DatasetError, match=r"TreeSatBA_v9_60m_multi_labels\.json") as error:
+        read(src)
+    one_line(error)
 
 
 def test_arrays_fit_the_spec_and_the_reader_pickles(write_tile):

@@ -96,7 +96,7 @@ def path_of(src: Path, folder: str, patch: str = PATCH) -> Path:
     return src / folder / zone / f"{folder}_{zone}_{position}.tif"
 
 
-def write_tif(path: Path, bands: np.ndarray) -> None:
+def write_tif(path: Path, bands: np.ndarray, nodata: float | None = None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     count, height, width = bands.shape
     profile = {
@@ -105,6 +105,7 @@ def write_tif(path: Path, bands: np.ndarray) -> None:
         "height": height,
         "width": width,
         "dtype": bands.dtype.name,
+        "nodata": nodata,
         "crs": "EPSG:2154",
         "transform": rasterio.Affine(102.4 / width, 0, 650_000, 0, -102.4 / height, 6_700_000),
     }
