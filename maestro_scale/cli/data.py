@@ -125,6 +125,7 @@ def inspect(
     """Summarize a sharded dataset: shards, modalities, class balance, dates by month."""
     from rich.console import Console
 
+    from maestro_scale.shards.errors import ManifestError
     from maestro_scale.shards.read.preview import read_first_sample
     from maestro_scale.shards.read.summary import summarize
     from maestro_scale.tracking.inspection import tables
@@ -138,6 +139,8 @@ def inspect(
         console = Console(width=120)  # a log or a pipe has no width; rich would assume 80 columns
     console.print(tables(dataset))
     if png is not None:
+        if not dataset.manifest.shards:
+            raise ManifestError(f"{url}: its manifest lists no shards, so there is no tile to draw")
         tile_picture(png, read_first_sample(url, dataset.manifest.shards[0]), dataset.manifest.spec)
         print(f"{png}: one tile; next: maestro-scale plan --recipe RECIPE --gpus 8")
 

@@ -13,16 +13,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from maestro_scale.shards.errors import CodecError
+from maestro_scale.shards.errors import CodecError, ManifestError
 from maestro_scale.shards.format import codec
 from maestro_scale.shards.format.codec import Sample, encode, encode_fields
 from maestro_scale.shards.format.fields import tile_fields
 from maestro_scale.shards.format.manifest import Manifest, ShardInfo
 from maestro_scale.shards.format.tar import TarWriter
+from maestro_scale.shards.read.preview import read_first_sample
 from maestro_scale.shards.read.verify import verify
+from maestro_scale.shards.write.writer import write_shards
 from maestro_scale.stream.packing import arrays_in, num_bytes
 from maestro_scale.stream.transform import Transform
-from tests.shards.kit import SPEC, tile
+from tests.shards.kit import SPEC, Toy, tile, toy_keys
 
 
 def publish(folder: Path, spec=SPEC, **splits: str) -> None:
@@ -169,6 +171,22 @@ def test_a_tar_contains_samples_only(tmp_path, kind, reason):
     (problem,) = verify(str(tmp_path))
     assert problem.startswith("train-000000.tar: ")
     assert reason in problem
+
+
+def test_an_index_of_another_shard_and_a_manifest_without_shards(tmp_path):
+    write_shards(Toy(2), str(tmp_path), "train")
+    (info,) = Manifest.load(str(tmp_path)).shards
+    assert read_first_sample(str(tmp_path), info).key in toy_keys(2)
+    path = tmp_path / "train-000000.index.json"
+    index = json.loads(path.read_text())
+    for changes in ({"keys": [], "offsets": [], "sizes": []}, {"bytes": 2**50, "sizes": [2**49, 2**49]}):
+        path.write_text(json.dumps(index | changes))
+        with pytest.raises(ManifestError, match=r"is not the index of train-000000.tar"):
+            read_first_sample(str(tmp_path), info)
+    for file in (path, tmp_path / info.path):
+        file.unlink()
+    (tmp_path / "manifest.json").write_text(Manifest(1, SPEC, ()).dumps())
+    assert verify(str(tmp_path)) == [f"{tmp_path}/manifest.json: lists no shards"]
 
 
 def test_a_spec_that_the_model_cannot_be_trained_on(tmp_path):

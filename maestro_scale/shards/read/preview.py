@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from maestro_scale.shards.errors import BadShard, CodecError
+from maestro_scale.shards.errors import BadShard, CodecError, ManifestError
 from maestro_scale.shards.format.codec import Sample
 from maestro_scale.shards.format.index import ShardIndex, index_path
 from maestro_scale.shards.format.manifest import ShardInfo
@@ -28,6 +28,11 @@ def read_first_sample(url: str, info: ShardInfo) -> Sample:
             store = Store(url, Path(cache), 2 * info.bytes)
             path, index = store.ensure(info)
             return _sample(path.read_bytes(), index, storage.address(info.path))
+    # The index is not verified: without this, its numbers could name any range of bytes, or none.
+    if not index.keys or (index.bytes, index.sha256) != (info.bytes, info.sha256):
+        raise ManifestError(
+            f"{storage.address(name)}: is not the index of {info.path}; run `maestro-scale verify`"
+        )
     start, size = index.offsets[0], index.sizes[0]
     return _sample(_read(storage, info.path, start + size), index, storage.address(info.path))
 

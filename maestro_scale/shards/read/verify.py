@@ -20,6 +20,7 @@ from maestro_scale.datasets.spec import DatasetError, DatasetSpec
 from maestro_scale.datasets.spec_check import view_problems
 from maestro_scale.errors import dotted, shorten
 from maestro_scale.shards.errors import BadShard, CodecError, ManifestError, ShardsError, StoreError, one_line
+from maestro_scale.shards.format.checksum import MANIFEST
 from maestro_scale.shards.format.codec import Sample
 from maestro_scale.shards.format.fields import check_classes, check_layouts
 from maestro_scale.shards.format.index import ShardIndex, index_path
@@ -54,6 +55,7 @@ def verify(
         storage = open_storage(url)
         names = storage.list_names()
         problems = [f"spec.{dotted(path)}: {reason}" for path, reason in view_problems(manifest.spec)]
+        problems += [] if manifest.shards else [f"{storage.address(MANIFEST)}: lists no shards"]
         problems += _unlisted_shards(names, manifest)
         indexed = _indexed_shards(storage, names, manifest)
     except ShardsError as error:
