@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from tests.chaos.kills import START_UP, Kill, perform
 from tests.chaos.objects import environment
-from tests.chaos.processes import Start
+from tests.chaos.processes import WORKER, Start
 from tests.chaos.proxy import FaultyProxy, random_faults
 from tests.chaos.round import Round
 from tests.chaos.site import Reference
@@ -19,7 +19,10 @@ def killed_start(r: Round, command: list[str], kill: Kill, **env: str) -> bool:
     start = r.start(command, **env)
     if perform(kill, start, r.run_dir, r.site.limit_s):
         r.outcome.inject(kill.name)
-        r.was_killed(start)
+        if kill.target == WORKER:  # its rank reports it, unless all batches are built
+            r.must_fail(start, (2,), "a loader process died", or_succeed=True)
+        else:
+            r.was_killed(start)
         return True
     r.must_succeed(start)
     return False
