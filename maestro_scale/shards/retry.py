@@ -14,21 +14,30 @@ from maestro_scale.shards.errors import StoreError, one_line
 
 T = TypeVar("T")
 _LOG_AFTER_S = 5.0
+MIN_ATTEMPTS = 3  # also within a short deadline: one lost packet must not end a job
 
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """Exponential backoff with jitter: waits double from ``initial_wait_s`` to ``max_wait_s``, until ``deadline_s``."""
+    """Exponential backoff with jitter: waits double from ``initial_wait_s`` to ``max_wait_s``, until ``deadline_s``.
+
+    ``attempt_timeout_s`` and ``initial_wait_s`` are lowered where needed, so that at least MIN_ATTEMPTS attempts fit.
+    """
 
     deadline_s: float = 120.0
     attempt_timeout_s: float = 30.0  # of one attempt, body included
     initial_wait_s: float = 0.2
     max_wait_s: float = 10.0
 
+    def __post_init__(self) -> None:
+        # Three timeouts are 3/4 of the deadline; the two waits between them, with jitter, at most 1.5 · 3/20.
+        object.__setattr__(self, "attempt_timeout_s", min(self.attempt_timeout_s, self.deadline_s / 4))
+        object.__setattr__(self, "initial_wait_s", min(self.initial_wait_s, self.deadline_s / 20))
+
     @classmethod
     def with_deadline(cls, deadline_s: float) -> RetryPolicy:
         """The default waits with another deadline."""
-        return cls(deadline_s, min(cls.attempt_timeout_s, deadline_s))
+        return cls(deadline_s)
 
 
 class TransientError(Exception):
@@ -60,7 +69,8 @@ def call_with_retries(
             spent_s = time.monotonic() - started
             # Jitter: after an outage thousands of readers must not all come back at the same moment.
             pause_s = wait_s * jitter.uniform(0.5, 1.5)
-            if spent_s + pause_s > policy.deadline_s:
+            # An upload has no timeout per attempt, so its first attempts may take longer than the deadline.
+            if attempts >= MIN_ATTEMPTS and spent_s + pause_s > policy.deadline_s:
                 raise StoreError(
                     f"{what}: gave up after {attempts} attempts in {spent_s:.0f} s ({one_line(error)})"
                 ) from error

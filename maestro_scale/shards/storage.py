@@ -9,79 +9,30 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
 from maestro_scale.secrets_filter import has_credentials, scrub
 from maestro_scale.shards.errors import StoreError, WriteError, one_line
+from maestro_scale.shards.failures import advice, http_status, is_permanent, network_errors
+from maestro_scale.shards.local_storage import ConditionFailed, LocalStorage, Snapshot
 from maestro_scale.shards.retry import RetryPolicy, TransientError, call_with_retries
 
 _S3 = ("s3://", "s3a://")
 _UPLOAD_PART_BYTES = 16 * 1024 * 1024
+_CONFLICT = (409, 412)  # S3: a concurrent request to the same object; the condition does not hold
 
 
-class LocalStorage:
-    """A local or shared folder."""
+@dataclass
+class _Conditions:
+    """What was found out about the conditional writes of a store."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def address(self, name: str = "") -> str:
-        """The full path of a file, for messages."""
-        return str(self.folder / name)
-
-    def read(self, name: str) -> bytes:
-        """Content of a small file. FileNotFoundError if it is missing, StoreError if it cannot be read."""
-        try:
-            return (self.folder / name).read_bytes()
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise FileNotFoundError(self.address(name)) from error
-        except OSError as error:
-            raise StoreError(f"{self.address(name)}: cannot be read ({error.strerror})") from error
-
-    def size(self, name: str) -> int | None:
-        """Size in bytes; None if there is no such file."""
-        try:
-            return (self.folder / name).stat().st_size
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except OSError as error:
-            raise StoreError(f"{self.address(name)}: cannot be read ({error.strerror})") from error
-
-    def list_names(self) -> list[str]:
-        """Sorted names of the files and folders directly inside; empty if the folder is missing."""
-        try:
-            return sorted(os.listdir(self.folder))
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise StoreError(f"{self.address()}: cannot be listed ({error.strerror})") from error
-
-    def publish(self, source: Path, name: str) -> None:
-        """Move a complete file of the same file system to ``name``, atomically and durably."""
-        try:
-            # In this order: the data first, or a power cut after the rename could leave the final name on an empty
-            # file; then the rename, which is atomic; then the folder, whose entry is only durable after its own fsync.
-            fsync(source)
-            os.replace(source, self.folder / name)
-            fsync(self.folder)
-        except OSError as error:
-            raise WriteError(f"{self.address(name)}: cannot be written ({error.strerror})") from error
-
-    def write(self, name: str, data: bytes) -> None:
-        """Write a small file atomically."""
-        temporary = self.folder / f".{name}.{os.getpid()}.tmp"
-        try:
-            temporary.write_bytes(data)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise WriteError(f"{self.address(name)}: cannot be written ({error.strerror})") from error
-        self.publish(temporary, name)
-
-    def remove(self, name: str) -> None:
-        """Remove a file if it is there."""
-        (self.folder / name).unlink(missing_ok=True)
+    work: bool | None = None  # None: not tried yet
+    quoted_tags: bool = True
 
 
 class RemoteStorage:
@@ -97,6 +48,7 @@ class RemoteStorage:
         self._on_retry = on_retry
         self._lock = threading.Lock()
         self._clients: dict[int, tuple[Any, str]] = {}
+        self._conditions = _Conditions()
 
     def __reduce__(self) -> tuple[type[RemoteStorage], tuple[str, RetryPolicy, Callable[[], None]]]:
         # Locks and clients do not pickle; the copy creates its own.
@@ -109,6 +61,119 @@ class RemoteStorage:
     def read(self, name: str) -> bytes:
         """Content of a small object. FileNotFoundError if it is missing, StoreError if it cannot be read."""
         return self._call(name, "_cat_file", "cat_file", self._path(name))
+
+    @property
+    def conditional(self) -> bool:
+        """Whether the store is known to write an object only if a condition holds (If-None-Match, If-Match).
+
+        The first :meth:`write_snapshot` finds it out.
+        """
+        return self._conditions.work is True
+
+    def with_retry(self, retry: RetryPolicy) -> RemoteStorage:
+        """The same storage with another retry policy."""
+        other = RemoteStorage(self.url, retry, self._on_retry)
+        other._conditions = self._conditions
+        return other
+
+    def read_snapshot(self, name: str) -> Snapshot:
+        """Content of a small object, with its ETag and age if the store reports them. Raises as :meth:`read`."""
+        if not self._is_s3:
+            return Snapshot(self.read(name))
+        path = self._path(name)
+
+        async def get(fs: Any) -> Snapshot:
+            bucket, key, _ = fs.split_path(path)
+            response = await fs._call_s3("get_object", Bucket=bucket, Key=key)
+            data = await response["Body"].read()
+            date = response["ResponseMetadata"]["HTTPHeaders"].get("date")
+            age_s = None
+            if date is not None:
+                with suppress(ValueError):  # not a date
+                    age_s = (parsedate_to_datetime(date) - response["LastModified"]).total_seconds()
+            return Snapshot(data, response.get("ETag"), age_s)
+
+        return self._attempts(name, lambda fs: self._run(fs, get(fs)))
+
+    def write_snapshot(self, name: str, data: bytes, previous: Snapshot | None) -> str | None:
+        """Write a small object on condition that it is still ``previous``, or does not exist if that is None.
+
+        Returns the new ETag. ConditionFailed if the condition does not hold, which is only checked by a store that is
+        :attr:`conditional`; others write in any case. After a lost response the repeated request may find its own
+        result: the caller then reads the object.
+        """
+        if self._conditions.work is None and self._is_s3:
+            return self._write_first_snapshot(name, data, previous)
+        if not self.conditional:
+            self.write(name, data)
+            return None
+        return self._put_if(name, data, previous)
+
+    def _put_if(self, name: str, data: bytes, previous: Snapshot | None) -> str:
+        if previous is None:
+            return self._put(name, data, IfNoneMatch="*")
+        assert previous.tag is not None  # every object of S3 has an ETag
+        try:
+            return self._put(name, data, IfMatch=self._tag(previous.tag))
+        except ConditionFailed:
+            if self._conditions.work is not None:
+                raise
+        return self._put(name, data, IfMatch=previous.tag.strip('"'))
+
+    def _tag(self, tag: str) -> str:
+        return tag if self._conditions.quoted_tags else tag.strip('"')
+
+    def _put(self, name: str, data: bytes, **condition: str) -> str:
+        path = self._path(name)
+
+        async def put(fs: Any) -> str:
+            # Not by fs.pipe_file: its mode="create" covers If-None-Match alone.
+            bucket, key, _ = fs.split_path(path)
+            response = await fs._call_s3("put_object", Bucket=bucket, Key=key, Body=data, **condition)
+            return response["ETag"]
+
+        try:
+            return self._attempts(name, lambda fs: self._run(fs, put(fs)), conflicts=True)
+        except FileNotFoundError as error:
+            if "IfMatch" in condition:  # S3's response if there is no such object
+                raise ConditionFailed(self.address(name)) from error
+            raise self._no_bucket(name) from error
+        except StoreError as error:
+            raise WriteError(f"cannot write {one_line(error)}") from error
+
+    def _write_first_snapshot(self, name: str, data: bytes, previous: Snapshot | None) -> str | None:
+        """As :meth:`write_snapshot`, and find out whether the store has conditional writes, with the same object."""
+        try:
+            tag = self._put_if(name, data, previous)
+        except WriteError:
+            self.write(name, data)  # if it was not for the condition (501, 400), this fails as well
+            self._conditions.work = False
+            return None
+        checked = self._check_conditions(name, data, tag)
+        self._conditions.work = checked is not None
+        return checked
+
+    def _check_conditions(self, name: str, data: bytes, tag: str) -> str | None:
+        """Whether conditions are observed: the new ETag of the object, which contains ``data``; None if they are not.
+
+        Some stores ignore a condition, as does a botocore that does not know the argument. And some (Ceph's gateway)
+        compare If-Match with the ETag without its quotes.
+        """
+        wrong = '"' + "0" * 32 + '"'
+        if not (self._refuses(name, data, IfNoneMatch="*") and self._refuses(name, data, IfMatch=wrong)):
+            return None
+        for quoted in (True, False):
+            self._conditions.quoted_tags = quoted
+            with suppress(ConditionFailed):
+                return self._put(name, data, IfMatch=self._tag(tag))
+        return None
+
+    def _refuses(self, name: str, data: bytes, **condition: str) -> bool:
+        try:
+            self._put(name, data, **condition)
+        except ConditionFailed:
+            return True
+        return False
 
     def read_range(self, name: str, start: int, stop: int, cancel: threading.Event | None = None) -> bytes:
         """Bytes [start, stop); shorter if the object ends before ``stop``. Raises as :meth:`read`.
@@ -138,7 +203,7 @@ class RemoteStorage:
     def publish(self, source: Path, name: str) -> None:
         """Upload a local file, in parts if it is large, and delete it. The object appears complete or not at all."""
         # The client holds up to ten parts in memory: 160 MiB with these, 500 MiB with its default of 50 MiB.
-        options = {"chunksize": _UPLOAD_PART_BYTES} if self.url.startswith(_S3) else {}
+        options = {"chunksize": _UPLOAD_PART_BYTES} if self._is_s3 else {}
         self._write(name, "put_file", str(source), self._path(name), **options)
         source.unlink()
 
@@ -157,11 +222,16 @@ class RemoteStorage:
             # timeouts still end an attempt that makes no progress.
             self._attempts(name, lambda fs: getattr(fs, method)(*args, **options))
         except FileNotFoundError as error:
-            raise WriteError(
-                f"{self.address(name)}: cannot be written: no such bucket; create it first"
-            ) from error
+            raise self._no_bucket(name) from error
         except StoreError as error:
             raise WriteError(f"cannot write {one_line(error)}") from error
+
+    def _no_bucket(self, name: str) -> WriteError:
+        return WriteError(f"{self.address(name)}: cannot be written: no such bucket; create it first")
+
+    @property
+    def _is_s3(self) -> bool:
+        return self.url.startswith(_S3)
 
     def _call(
         self,
@@ -176,14 +246,23 @@ class RemoteStorage:
             # fsspec's synchronous methods have no timeout, so async file systems are called by their coroutine.
             if not fs.async_impl:
                 return getattr(fs, method)(path, **options)
-            limited = asyncio.wait_for(getattr(fs, coroutine)(path, **options), self.retry.attempt_timeout_s)
-            return asyncio.run_coroutine_threadsafe(limited, fs.loop).result()
+            return self._run(fs, getattr(fs, coroutine)(path, **options))
 
         return self._attempts(name, attempt, cancel)
 
+    def _run(self, fs: Any, coroutine: Awaitable[Any]) -> Any:
+        limited = asyncio.wait_for(coroutine, self.retry.attempt_timeout_s)
+        return asyncio.run_coroutine_threadsafe(limited, fs.loop).result()
+
     def _attempts(
-        self, name: str, action: Callable[[Any], Any], cancel: threading.Event | None = None
+        self,
+        name: str,
+        action: Callable[[Any], Any],
+        cancel: threading.Event | None = None,
+        conflicts: bool = False,
     ) -> Any:
+        """``action(client)``, repeated while it fails transiently; with ``conflicts``, HTTP 409 and 412 are
+        ConditionFailed."""
         where = self.address(name)
 
         def attempt() -> Any:
@@ -193,12 +272,12 @@ class RemoteStorage:
             except FileNotFoundError as error:
                 raise FileNotFoundError(where) from error
             except (asyncio.TimeoutError, TimeoutError) as error:
-                raise TransientError(f"no answer within {self.retry.attempt_timeout_s:.0f} s") from error
-            except _network_errors() as error:
-                if _is_permanent(error):
-                    raise StoreError(
-                        f"{where}: refused ({one_line(error)}); check credentials and address"
-                    ) from error
+                raise TransientError(f"no answer within {self.retry.attempt_timeout_s:.3g} s") from error
+            except network_errors() as error:
+                if conflicts and http_status(error) in _CONFLICT:
+                    raise ConditionFailed(where) from error
+                if is_permanent(error):
+                    raise StoreError(f"{where}: refused ({one_line(error)}); {advice(error)}") from error
                 raise TransientError(one_line(error)) from error
 
         return call_with_retries(attempt, self.retry, where, self._on_retry, cancel)
@@ -279,7 +358,7 @@ def _connect(url: str, retry: RetryPolicy) -> tuple[Any, str]:
             fs.retries = 1
             # Connect now, in one thread: otherwise the parallel range readers each create a session.
             fs.connect()
-    except _network_errors(ImportError, ValueError) as error:
+    except network_errors(ImportError, ValueError) as error:
         raise StoreError(f"{url}: cannot be opened ({one_line(error)})") from error
     return fs, path
 
@@ -301,46 +380,3 @@ def _s3_options(retry: RetryPolicy) -> dict[str, Any]:
     # the environment variable gives a new client. The listings cache is off: other jobs write to the same prefix.
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     return {"config_kwargs": config, "use_listings_cache": False, "endpoint_url": endpoint}
-
-
-def _network_errors(*others: type[BaseException]) -> tuple[type[BaseException], ...]:
-    """What a client raises, and ``others``. A function, so that the clients are only imported when one has failed."""
-    import aiohttp
-    from botocore.exceptions import BotoCoreError, ClientError
-
-    return (OSError, EOFError, BotoCoreError, ClientError, aiohttp.ClientError, *others)
-
-
-def _is_permanent(error: BaseException) -> bool:
-    """Whether a retry would fail as well: no or wrong credentials, forbidden, malformed request.
-
-    HTTP 408 and 429 and all 5xx are transient; 3xx is permanent, since it means a wrong region or endpoint.
-    """
-    from botocore.exceptions import (
-        ClientError,
-        NoCredentialsError,
-        ParamValidationError,
-        PartialCredentialsError,
-        ProfileNotFound,
-    )
-
-    if isinstance(
-        error,
-        (PermissionError, NoCredentialsError, ParamValidationError, PartialCredentialsError, ProfileNotFound),
-    ):
-        return True
-    # s3fs translates client errors to OSError and keeps the original as the cause.
-    response_error = error if isinstance(error, ClientError) else error.__cause__
-    if isinstance(response_error, ClientError):
-        status = response_error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        return 300 <= status < 500 and status not in (408, 429)
-    return False
-
-
-def fsync(path: Path) -> None:
-    """Flush a file, or the entries of a folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -8,14 +8,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from shards.kit import TILE_BYTES, Toy, fields_equal, tile, toy_keys
+from shards.kit import SPEC, TILE_BYTES, Toy, fields_equal, tile, toy_keys
 
-from maestro_scale.shards.errors import BadShard, StoreError
+from maestro_scale.shards.errors import BadShard, StoreError, WriteError
 from maestro_scale.shards.format.manifest import Manifest
 from maestro_scale.shards.read.store import Store
 from maestro_scale.shards.read.verify import verify
 from maestro_scale.shards.storage import client_module
-from maestro_scale.shards.write.writer import write_shards
+from maestro_scale.shards.write.writer import Writer, write_shards
 
 SMALL = 4 * TILE_BYTES / 1e6
 
@@ -159,6 +159,7 @@ def test_verify_reads_every_sample_against_the_spec(copy):
     data = (copy / "train-000000.tar").read_bytes()
     info = replace(manifest.shards[0], bytes=len(data), samples=4, sha256=hashlib.sha256(data).hexdigest())
     (copy / "manifest.json").write_text(replace(manifest, shards=(info, *manifest.shards[1:])).dumps())
+    (copy / "manifest.sha256").unlink()
     problems = verify(str(copy))
     assert len(problems) == 4
     assert "train-000000.index.json: is missing" in problems[0]
@@ -192,11 +193,11 @@ def test_only_the_requested_part_of_a_large_sample_is_read(dataset, copy, tmp_pa
     assert len(os.listdir("/proc/self/fd")) == open_files - 1
 
 
-def test_a_folder_without_locks_can_be_read_and_written(tmp_path, monkeypatch):
+def test_a_folder_without_locks_can_be_read_and_written(tmp_path, monkeypatch, caplog):
     import errno
     import fcntl
 
-    from maestro_scale.shards import locks
+    from maestro_scale.shards import lease, locks
 
     without = str(tmp_path / "shared")
     flock = fcntl.flock
@@ -207,7 +208,18 @@ def test_a_folder_without_locks_can_be_read_and_written(tmp_path, monkeypatch):
         flock(descriptor, operation)
 
     monkeypatch.setattr(locks.fcntl, "flock", refuse)
+    monkeypatch.setattr(lease, "SETTLE_S", 0.01)
     manifest = write_shards(Toy(3), without, "train")
+    assert "this file system has no file locks; leases protect" in caplog.text
+    with Writer(without, SPEC, "val") as writer:
+        writer.add(tile("a"))
+        with pytest.raises(
+            WriteError, match=r"another process is writing split 'val': process \d+ on .* expires in"
+        ):
+            write_shards(Toy(2), without, "val")
+        write_shards(Toy(2), without, "test")
+    assert Manifest.load(without).splits == ("train", "test", "val")
+    assert not [n for n in os.listdir(without) if n.startswith(".")]
     with Store(without, tmp_path / "cache", 0).shard(manifest.shards[0]) as shard:
         assert len(shard) == 3
     with pytest.raises(StoreError, match=r"cannot be locked .* set data.cache_dir to a local disk"):

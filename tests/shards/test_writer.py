@@ -270,7 +270,12 @@ def test_leftovers_of_another_plan_are_removed(tmp_path):
         write_shards(Toy(20, broken=(late,)), str(tmp_path), "train", shard_mb=SMALL / 2)
     assert list(tmp_path.glob("*.tar"))
     write_shards(Toy(4), str(tmp_path), "train", shard_mb=SMALL)
-    assert sorted(content(tmp_path)) == ["manifest.json", "train-000000.index.json", "train-000000.tar"]
+    assert sorted(content(tmp_path)) == [
+        "manifest.json",
+        "manifest.sha256",
+        "train-000000.index.json",
+        "train-000000.tar",
+    ]
     assert verify(str(tmp_path)) == []
 
 

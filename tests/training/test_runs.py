@@ -218,6 +218,7 @@ def _with_another_divisor(shards: Path, folder: Path) -> Path:
     shutil.copytree(shards, folder, copy_function=os.symlink)
     text = (shards / "manifest.json").read_text()
     (folder / "manifest.json").unlink()
+    (folder / "manifest.sha256").unlink()
     (folder / "manifest.json").write_text(text.replace('"divisor": 255.0', '"divisor": 254.0', 1))
     assert text != (folder / "manifest.json").read_text()
     return folder

@@ -1,28 +1,42 @@
 """Destination of a split: existing content, finished shards that can be kept, and publication in the manifest.
 
-Order of a write: lock, read what exists, write shards (each: index, then tar), publish the manifest. The manifest is
-published last because readers trust it alone: until then they see the dataset without the new split, and a write that
-is killed at any point can be continued. A published shard is never overwritten, so running jobs are not disturbed.
+Order of a write: lock, read what exists, write shards (each: index, then tar), publish the manifest, remove leftovers.
+The manifest is published last because readers trust it alone: until then they see the dataset without the new split,
+and a write that is killed at any point can be continued. A published shard is never overwritten, so running jobs are
+not disturbed.
+
+In an object store a writer that was stopped for long may continue after another has taken over its split. It can do no
+harm: names depend on the content, so it cannot overwrite the shards of the other; leftovers are removed only after
+one's own publication; and the manifest is written on condition that it is the one that was read and merged.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import random
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
+from typing import NoReturn
 
 from maestro_scale import __version__
 from maestro_scale.datasets.spec import DatasetSpec
-from maestro_scale.shards.errors import ManifestError, WriteError
+from maestro_scale.shards.errors import ManifestError, ShardsError, WriteError, one_line
+from maestro_scale.shards.format.checksum import (
+    CHECKSUM,
+    read_manifest_bytes,
+    remove_checksum,
+    write_checksum,
+)
 from maestro_scale.shards.format.compress import CODECS
 from maestro_scale.shards.format.index import ShardIndex, index_path
 from maestro_scale.shards.format.manifest import (
@@ -33,13 +47,21 @@ from maestro_scale.shards.format.manifest import (
     check_split_name,
 )
 from maestro_scale.shards.format.serialization import to_builtins
-from maestro_scale.shards.locks import Locked, file_lock, locks_unsupported
-from maestro_scale.shards.storage import LocalStorage, local_folder, open_storage
-from maestro_scale.shards.write.packing import WritePlan
+from maestro_scale.shards.local_storage import ConditionFailed, LocalStorage, Snapshot
+from maestro_scale.shards.storage import RemoteStorage, local_folder, open_storage
+from maestro_scale.shards.write.exclusion import WriterLock
+from maestro_scale.shards.write.packing import HASH_DIGITS, WritePlan, WrittenShard
 from maestro_scale.shards.write.part import WHOLE_SPLIT, WriterPart
 
-_FILE = re.compile(r"(?P<split>[A-Za-z0-9_-]+)-(?P<number>\d{6})\.(tar|index\.json)")
-_LOCK_CHECKS = 20
+log = logging.getLogger(__name__)
+_FILE = re.compile(
+    rf"(?P<split>[A-Za-z0-9_-]+)-(?P<number>\d{{6}})(-[0-9a-f]{{{HASH_DIGITS}}})?\.(tar|index\.json)"
+)
+_MAX_PUBLICATIONS = 20  # attempts while other writers change the manifest
+
+
+class SplitDiffers(WriteError):
+    """The split was published with other content."""
 
 
 class Destination:
@@ -67,10 +89,13 @@ class Destination:
     def __enter__(self) -> Destination:
         with ExitStack() as stack:
             self.staging = stack.enter_context(staging_folder(self.url))
+            self._lock = stack.enter_context(WriterLock(self.storage, self.split, self._part))
             if isinstance(self.storage, LocalStorage):
-                self._lock(stack, self.storage.folder)
+                self._remove_temporary_files(self.storage.folder)
+            # The names first: a split that is published in between is then in the manifest, but not in the list.
+            names = set(self.storage.list_names())
             self._existing = self._read_existing()
-            self._check_existing_files()
+            self._check_existing_files(names)
             self._stack = stack.pop_all()
         return self
 
@@ -93,64 +118,107 @@ class Destination:
         digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
         return WritePlan(self._spec, self.split, len(bounds), digest)
 
-    def finished_shards(self, plan: WritePlan) -> dict[int, ShardIndex]:
-        """Index of each finished shard of ``plan``, by number; removes unpublished shards of other plans.
+    def finished_shards(self, plan: WritePlan) -> dict[int, WrittenShard]:
+        """The finished shards of ``plan``, by number.
 
-        WriteError if the split is already published with other content.
+        In a folder, whose names do not depend on the content, it removes unpublished shards of other plans among those
+        that this writer writes. WriteError if the split is already published with other content, or if a shard was
+        finished twice with different content.
         """
-        published = self._existing is not None and self.split in self._existing.splits
-        numbers = {int(m["number"]) for m in self._names() if m["split"] == self.split}
-        shards: dict[int, ShardIndex] = {}
-        foreign: list[str] = []
-        for number in sorted(numbers):
-            name = plan.shard_name(number)
+        published = self._published(self._existing)
+        finished: dict[int, list[WrittenShard]] = {}
+        for name, number in sorted(self._shard_names().items()):
             index = self._index(name)
             if index is None or index.plan != plan.digest or number >= plan.num_shards:
-                foreign.append(name)
+                if name in published:
+                    self._refuse_other_content()
+                if isinstance(self.storage, LocalStorage) and self._part.includes(number):
+                    self._remove_shard(name)
             elif not index.keys or self.storage.size(name) == index.bytes:
-                # A shard whose tiles were all left out has an index without keys; publish() has removed its tar.
-                shards[number] = index
-        if published and (foreign or not shards):
-            raise WriteError(
-                f"{self.storage.address()}: already contains split {self.split!r}, with other tiles or settings; "
-                "choose another folder, or delete it"
-            )
-        for name in foreign:
-            self.storage.remove(name)
-            self.storage.remove(index_path(name))
-        return shards
+                finished.setdefault(number, []).append(WrittenShard(name, index))
+        if published and not finished:
+            self._refuse_other_content()
+        return {number: self._only(shards, published) for number, shards in finished.items()}
 
-    def publish(self, plan: WritePlan, shards: dict[int, ShardIndex]) -> Manifest:
-        """Add the finished split to the manifest, atomically; readers see the old one until then."""
-        filled = {i: shards[i] for i in range(plan.num_shards) if shards[i].keys}
+    def _only(self, shards: Sequence[WrittenShard], published: Set[str]) -> WrittenShard:
+        chosen = [s for s in shards if s.name in published] or shards
+        if len({s.index.sha256 for s in chosen}) > 1:
+            names = " and ".join(sorted(s.name for s in chosen))
+            raise WriteError(
+                f"{self.storage.address()}: {names} are the same shard with different content: the raw data has "
+                "changed since one of them was written; remove both, or choose another folder"
+            )
+        return chosen[0]
+
+    def publish(self, plan: WritePlan, shards: dict[int, WrittenShard]) -> Manifest:
+        """Add the finished split to the manifest, atomically; readers see the old one until then.
+
+        Then remove leftovers of the split: shards of other plans, unless they may belong to another writer.
+        """
+        filled = {i: shards[i] for i in range(plan.num_shards) if shards[i].index.keys}
         if not filled:
             raise WriteError(f"split {self.split}: none of its tiles can be read, nothing is written")
-        for number in shards.keys() - filled.keys():
-            self.storage.remove(plan.shard_name(number))
-        with ExitStack() as stack:
-            if isinstance(self.storage, LocalStorage):
-                _enter_lock(stack, self.storage.folder / ".manifest.lock", wait=True)
-            # Read again under the lock: another job may have published another split in the meantime. Without this, one
-            # of the two splits would be lost.
-            existing = self._read_existing()
-            manifest = self._merge_split(existing, plan, filled, [shards[i] for i in sorted(shards)])
-            if manifest != existing:
-                self.storage.write(MANIFEST, manifest.dumps().encode())
+        with self._lock.publication():
+            self._lock.check()
+            try:
+                manifest = self._write_manifest(plan, filled, [shards[i].index for i in sorted(shards)])
+            except SplitDiffers:
+                # Published by another writer in the meantime: what this one wrote will never be used.
+                published = self._published(self._read_manifest()[0])
+                for shard in filled.values():
+                    if isinstance(self.storage, RemoteStorage) and shard.name not in published:
+                        self._remove_shard(shard.name)
+                raise
+        if not self._lock.other_writers():
+            self._remove_leftovers(plan, manifest)
         return manifest
+
+    def _write_manifest(
+        self, plan: WritePlan, filled: dict[int, WrittenShard], every: Sequence[ShardIndex]
+    ) -> Manifest:
+        changed = False
+        try:
+            for attempt in range(_MAX_PUBLICATIONS):
+                # Read again: another job may have published another split in the meantime. Without this, and without
+                # the condition of the write, one of the two splits would be lost.
+                existing, snapshot = self._read_manifest()
+                manifest = self._merge_split(existing, plan, filled, every)
+                if manifest == existing:  # also after one's own write: then it has not been replaced
+                    return manifest
+                remove_checksum(self.storage)
+                changed = True
+                try:
+                    self.storage.write_snapshot(MANIFEST, manifest.dumps().encode(), snapshot)
+                except ConditionFailed:
+                    time.sleep(random.uniform(0, min(0.05 * 2**attempt, 5)))
+        finally:
+            if changed:
+                self._write_checksum()
+        raise WriteError(
+            f"{self.storage.address(MANIFEST)}: other writers changed it {_MAX_PUBLICATIONS} times; run the same "
+            "command again, finished shards are kept"
+        )
+
+    def _write_checksum(self) -> None:
+        try:
+            write_checksum(self.storage)
+        except ShardsError as error:
+            # It is optional, and a failure must not hide why the manifest was not written.
+            log.warning("%s: is not written: %s", self.storage.address(CHECKSUM), one_line(error))
 
     def _merge_split(
         self,
         existing: Manifest | None,
         plan: WritePlan,
-        filled: dict[int, ShardIndex],
+        filled: dict[int, WrittenShard],
         every: Sequence[ShardIndex],
     ) -> Manifest:
-        infos = tuple(index.shard_info(plan.shard_name(i), self.split) for i, index in filled.items())
+        infos = tuple(shard.index.shard_info(shard.name, self.split) for shard in filled.values())
         if existing is not None and self.split in existing.splits:
             if existing.shards_of([self.split]) != infos:
-                raise WriteError(
+                raise SplitDiffers(
                     f"{self.storage.address()}: split {self.split!r} differs from the published one: "
-                    "the raw data has changed; choose another folder"
+                    "another writer has published it, or the raw data has changed; choose another folder"
                 )
             return existing
         notes: Counter[str] = Counter(existing.notes if existing else {})
@@ -171,10 +239,30 @@ class Destination:
         )
 
     def _read_existing(self) -> Manifest | None:
-        if self.storage.size(MANIFEST) is None:
-            return None
+        """The manifest, compared with its checksum file; None if there is none."""
         try:
-            existing = Manifest.load(self.url)
+            data = read_manifest_bytes(self.storage)
+        except FileNotFoundError:
+            return None
+        except ManifestError as error:
+            raise WriteError(f"cannot add a split to the existing dataset: {error}") from error
+        return self._parse(data)
+
+    def _read_manifest(self) -> tuple[Manifest | None, Snapshot | None]:
+        """The manifest as it is now, and what a conditional write needs; (None, None) if there is none.
+
+        Without its checksum, which does not match while another writer publishes.
+        """
+        try:
+            snapshot = self.storage.read_snapshot(MANIFEST)
+        except FileNotFoundError:
+            return None, None
+        return self._parse(snapshot.data), snapshot
+
+    def _parse(self, data: bytes) -> Manifest:
+        """WriteError if it describes a dataset that this split cannot be added to."""
+        try:
+            existing = Manifest.loads(data, self.storage.address(MANIFEST))
         except ManifestError as error:
             raise WriteError(f"cannot add a split to the existing dataset: {error}") from error
         mine = replace(existing, spec=self._spec, codec=self._codec, seed=self._seed)
@@ -193,9 +281,8 @@ class Destination:
             )
         return existing
 
-    def _check_existing_files(self) -> None:
+    def _check_existing_files(self, names: set[str]) -> None:
         """Refuse a folder with unknown files: they could be overwritten or be mistaken for shards."""
-        names = set(self.storage.list_names())
         if self._existing is None:
             strange = [n for n in names if not n.startswith(".") and not n.endswith((".tar", ".index.json"))]
             if strange:
@@ -206,41 +293,57 @@ class Destination:
         known = {shard.path for shard in self._existing.shards} if self._existing else set()
         for name in sorted(n for n in names if n.endswith(".tar") and n not in known):
             index = self._index(name)
+            if index is None and self.storage.size(name) is None:
+                continue  # another writer has removed it
             if index is None or index.dataset != self._spec.name:
                 raise WriteError(
                     f"{self.storage.address(name)}: is not a shard that maestro-scale wrote for {self._spec.name}; "
                     "move it, or choose another folder"
                 )
 
-    def _lock(self, stack: ExitStack, folder: Path) -> None:
-        """Exclude other writers: one that writes the whole split excludes all others, parts exclude only equal parts.
+    def _refuse_other_content(self) -> NoReturn:
+        raise WriteError(
+            f"{self.storage.address()}: already contains split {self.split!r}, with other tiles or settings; "
+            "choose another folder, or delete it"
+        )
 
-        Each kind takes its own lock first and then checks those of the other kind. With this order at least one of two
-        writers that start at the same time sees the other.
-        """
-        whole = folder / f".{self.split}.lock"
-        part = f".{self.split}.part-{self._part.number}-of-{self._part.count}.lock"
-        try:
-            if self._part.count > 1:
-                _enter_lock(stack, folder / part, wait=False)
-                _require_unlocked(whole)
+    def _published(self, manifest: Manifest | None) -> set[str]:
+        """Names of the split's shards in a manifest."""
+        return {s.path for s in manifest.shards if s.split == self.split} if manifest else set()
+
+    def _shard_names(self) -> dict[str, int]:
+        """Tar name → number of every shard of the split of which a tar or an index exists."""
+        matches = filter(None, map(_FILE.fullmatch, self.storage.list_names()))
+        return {
+            f"{m.string.removesuffix('.tar').removesuffix('.index.json')}.tar": int(m["number"])
+            for m in matches
+            if m["split"] == self.split
+        }
+
+    def _remove_leftovers(self, plan: WritePlan, manifest: Manifest) -> None:
+        """Remove shards of this split that are not in the manifest; the index of an empty shard of ``plan`` stays."""
+        published = self._published(manifest)
+        for name in sorted(self._shard_names().keys() - published):
+            index = self._index(name)
+            if index is not None and index.plan == plan.digest and not index.keys:
+                self.storage.remove(name)  # an empty tar, which earlier revisions wrote
             else:
-                _enter_lock(stack, whole, wait=False)
-                for other in folder.glob(f".{self.split}.part-*.lock"):
-                    _require_unlocked(other)
+                self._remove_shard(name)
+
+    def _remove_shard(self, name: str) -> None:
+        # In this order: a tar without an index would be refused as a foreign file.
+        self.storage.remove(name)
+        self.storage.remove(index_path(name))
+
+    def _remove_temporary_files(self, folder: Path) -> None:
+        """Remove what a killed writer of this split, or of this part of it, left."""
+        try:
             for leftover in folder.glob(f".{self.split}-*.tmp"):
                 found = _FILE.match(leftover.name[1:])
                 if found and self._part.includes(int(found["number"])):
                     leftover.unlink(missing_ok=True)
-        except Locked as error:
-            raise WriteError(
-                f"{folder}: another process is writing split {self.split!r}; wait for it"
-            ) from error
         except OSError as error:
             raise WriteError(f"{folder}: cannot be written ({error.strerror})") from error
-
-    def _names(self) -> Iterator[re.Match[str]]:
-        return (m for m in map(_FILE.fullmatch, self.storage.list_names()) if m)
 
     def _index(self, shard_name: str) -> ShardIndex | None:
         name = index_path(shard_name)
@@ -248,28 +351,6 @@ class Destination:
             return ShardIndex.loads(self.storage.read(name), self.storage.address(name))
         except (FileNotFoundError, ManifestError):
             return None
-
-
-def _enter_lock(stack: ExitStack, path: Path, wait: bool) -> None:
-    try:
-        stack.enter_context(file_lock(path, wait))
-    except OSError as error:
-        # The lock only guards against a user mistake, a second writer. A file system without locks is still usable.
-        if not locks_unsupported(error):
-            raise
-        path.unlink(missing_ok=True)
-
-
-def _require_unlocked(path: Path) -> None:
-    """Locked if a writer holds this lock. Repeated, since another process may hold it briefly for the same check."""
-    for _ in range(_LOCK_CHECKS):
-        try:
-            with ExitStack() as stack:
-                _enter_lock(stack, path, wait=False)
-            return
-        except Locked:
-            time.sleep(0.1)
-    raise Locked(str(path))
 
 
 @contextmanager

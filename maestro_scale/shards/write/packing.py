@@ -12,13 +12,16 @@ from pathlib import Path
 import numpy as np
 
 from maestro_scale.datasets.spec import DatasetSpec
+from maestro_scale.shards.errors import ManifestError, WriteError
 from maestro_scale.shards.format.codec import Sample
 from maestro_scale.shards.format.index import ShardIndex, index_path
 from maestro_scale.shards.format.manifest import FORMAT_VERSION
 from maestro_scale.shards.format.statistics import count_sample
 from maestro_scale.shards.format.tar import TarWriter
 from maestro_scale.shards.jobs import ReportFunction
-from maestro_scale.shards.storage import Storage
+from maestro_scale.shards.storage import RemoteStorage, Storage
+
+HASH_DIGITS = 8  # of a tar's SHA-256 in its name
 
 
 @dataclass(frozen=True)
@@ -34,9 +37,18 @@ class WritePlan:
     num_shards: int
     digest: str
 
-    def shard_name(self, number: int) -> str:
-        """File name of shard ``number``."""
-        return f"{self.split}-{number:06d}.tar"
+    def shard_name(self, number: int, sha256: str = "") -> str:
+        """File name of shard ``number``; with ``sha256`` of its content, the name that it has in object stores."""
+        content = f"-{sha256[:HASH_DIGITS]}" if sha256 else ""
+        return f"{self.split}-{number:06d}{content}.tar"
+
+
+@dataclass(frozen=True)
+class WrittenShard:
+    """A finished shard: the name of its tar, and its index. A shard without keys has no tar."""
+
+    name: str
+    index: ShardIndex
 
 
 @dataclass(frozen=True)
@@ -76,54 +88,86 @@ def write_shard(
     number: int,
     packed: Iterable[EncodedTile],
     report: ReportFunction,
+) -> WrittenShard:
+    """Write shard ``number`` of ``plan`` with its index. Both appear under their names only when complete.
+
+    In an object store, where no lock protects a name for certain, the name depends on the content: two writers with
+    different content never write the same object.
+    """
+    tar = TarWriter(staging / f".{plan.shard_name(number)}.{os.getpid()}.tmp")
+    try:
+        index = _fill(tar, plan, packed, report)
+        name = plan.shard_name(number, index.sha256 if isinstance(storage, RemoteStorage) else "")
+        if isinstance(storage, RemoteStorage) and _is_complete(storage, name, index):
+            tar.discard()
+            return WrittenShard(name, index)
+        # The index first: then every tar that exists has its index. A kill in between leaves an index without a tar,
+        # which the next run treats as unfinished, since it compares the size of the tar.
+        storage.write(index_path(name), index.dumps().encode())
+        if index.keys:
+            storage.publish(tar.path, name)
+        else:
+            tar.discard()
+    except BaseException:  # also KeyboardInterrupt: the temporary file must not stay
+        tar.discard()
+        raise
+    return WrittenShard(name, index)
+
+
+def _is_complete(storage: RemoteStorage, name: str, index: ShardIndex) -> bool:
+    """Whether a tar of this name and content is there with an index of the same plan.
+
+    WriteError if the name belongs to other content: two different shards with equal first digits of their hashes.
+    """
+    try:
+        known = ShardIndex.loads(storage.read(index_path(name)), storage.address(index_path(name)))
+    except (FileNotFoundError, ManifestError):
+        return False
+    if known.sha256 != index.sha256:
+        raise WriteError(
+            f"{storage.address(name)}: already belongs to another shard; remove it if it is not in the manifest"
+        )
+    return known.plan == index.plan and (not index.keys or storage.size(name) == index.bytes)
+
+
+def _fill(
+    tar: TarWriter, plan: WritePlan, packed: Iterable[EncodedTile], report: ReportFunction
 ) -> ShardIndex:
-    """Write shard ``number`` of ``plan`` with its index. Both appear under their names only when complete."""
-    name = plan.shard_name(number)
-    tar = TarWriter(staging / f".{name}.{os.getpid()}.tmp")
     keys, offsets, sizes = [], [], []
     notes: Counter[str] = Counter()
     counts: Counter[str] = Counter()
     left_out: dict[str, str] = {}
     examples: dict[str, str] = {}
-    try:
-        for item in packed:
-            if item.payload is None:
-                left_out[item.key] = item.cause
-                note = f"left out: {item.kind}"
-                notes[note] += 1
-                examples.setdefault(note, item.cause)
-                report(1, 0)
-                continue
-            keys.append(item.key)
-            offsets.append(tar.add(item.key, item.payload))
-            sizes.append(len(item.payload))
-            notes.update(set(item.notes))
-            for note in item.notes:
-                examples.setdefault(note, item.key)
-            counts.update(count_sample(Sample(item.payload), plan.spec))
-            report(1, len(item.payload))
-        index = ShardIndex(
-            format_version=FORMAT_VERSION,
-            sha256=tar.finish(),
-            bytes=tar.bytes,
-            keys=tuple(keys),
-            offsets=tuple(offsets),
-            sizes=tuple(sizes),
-            dataset=plan.spec.name,
-            plan=plan.digest,
-            notes=_sorted(notes),
-            examples=dict(sorted(examples.items())),
-            left_out=left_out,
-            tally=_sorted(counts),
-        )
-        # The index first: then every tar that exists has its index. A kill in between leaves an index without a tar,
-        # which the next run treats as unfinished, since it compares the size of the tar.
-        storage.write(index_path(name), index.dumps().encode())
-        storage.publish(tar.path, name)
-    except BaseException:  # also KeyboardInterrupt: the temporary file must not stay
-        tar.discard()
-        raise
-    return index
+    for item in packed:
+        if item.payload is None:
+            left_out[item.key] = item.cause
+            note = f"left out: {item.kind}"
+            notes[note] += 1
+            examples.setdefault(note, item.cause)
+            report(1, 0)
+            continue
+        keys.append(item.key)
+        offsets.append(tar.add(item.key, item.payload))
+        sizes.append(len(item.payload))
+        notes.update(set(item.notes))
+        for note in item.notes:
+            examples.setdefault(note, item.key)
+        counts.update(count_sample(Sample(item.payload), plan.spec))
+        report(1, len(item.payload))
+    return ShardIndex(
+        format_version=FORMAT_VERSION,
+        sha256=tar.finish(),
+        bytes=tar.bytes,
+        keys=tuple(keys),
+        offsets=tuple(offsets),
+        sizes=tuple(sizes),
+        dataset=plan.spec.name,
+        plan=plan.digest,
+        notes=_sorted(notes),
+        examples=dict(sorted(examples.items())),
+        left_out=left_out,
+        tally=_sorted(counts),
+    )
 
 
 def _sorted(counts: Counter[str]) -> dict[str, int]:

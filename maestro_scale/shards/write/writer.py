@@ -18,7 +18,6 @@ import numpy as np
 from maestro_scale.datasets.spec import DatasetError, DatasetSpec, RawDataset, Tile
 from maestro_scale.shards.errors import WriteError, one_line
 from maestro_scale.shards.format.codec import encode
-from maestro_scale.shards.format.index import ShardIndex
 from maestro_scale.shards.format.manifest import Manifest
 from maestro_scale.shards.format.values import checked_tile
 from maestro_scale.shards.jobs import ReportFunction, run_jobs
@@ -26,7 +25,14 @@ from maestro_scale.shards.progress import Progress, ProgressCounter
 from maestro_scale.shards.storage import open_storage
 from maestro_scale.shards.write.destination import Destination, staging_folder
 from maestro_scale.shards.write.from_arrays import DateLike, make_tile
-from maestro_scale.shards.write.packing import EncodedTile, WritePlan, shard_bounds, shuffle_keys, write_shard
+from maestro_scale.shards.write.packing import (
+    EncodedTile,
+    WritePlan,
+    WrittenShard,
+    shard_bounds,
+    shuffle_keys,
+    write_shard,
+)
 from maestro_scale.shards.write.part import WHOLE_SPLIT, WriterPart
 
 _PROBED_SAMPLES = 8  # their mean size determines the number of samples per shard
@@ -195,7 +201,7 @@ class _WriteShard:
     codec: str
     strict: bool
 
-    def __call__(self, job: tuple[int, tuple[str, ...]], report: ReportFunction) -> ShardIndex:
+    def __call__(self, job: tuple[int, tuple[str, ...]], report: ReportFunction) -> WrittenShard:
         number, keys = job
         packed = _encode_each(self.dataset, keys, self.codec, self.strict)
         with staging_folder(self.dst) as staging:

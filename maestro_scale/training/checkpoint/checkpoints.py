@@ -24,7 +24,7 @@ from typing import Any
 from maestro_scale import untrusted
 from maestro_scale.errors import MaestroError
 from maestro_scale.interop.sharded_state import INDEX, StateReader, write_index, write_slices
-from maestro_scale.shards.storage import fsync
+from maestro_scale.shards.local_storage import fsync
 from maestro_scale.training.checkpoint import commit
 from maestro_scale.training.checkpoint.commit import MARKER
 from maestro_scale.training.checkpoint.identity import changed_arithmetic, differences

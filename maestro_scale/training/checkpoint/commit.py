@@ -11,7 +11,7 @@ from typing import Any
 
 from maestro_scale import untrusted
 from maestro_scale.errors import MaestroError
-from maestro_scale.shards.storage import fsync
+from maestro_scale.shards.local_storage import fsync
 
 MARKER = "COMMIT.json"
 FORMAT_VERSION = 1
