@@ -14,6 +14,7 @@ from torch import Tensor
 
 from maestro_scale import datasets, untrusted
 from maestro_scale.datasets.spec import DatasetSpec
+from maestro_scale.errors import shorten
 from maestro_scale.interop.export import CONFIG, ExportError, write_model
 from maestro_scale.interop.pretrained import read_model
 from maestro_scale.interop.reference_keys import from_reference, to_reference
@@ -58,6 +59,8 @@ def convert(
     content = load_untrusted(checkpoint)
     if not isinstance(content, Mapping) or not isinstance(content.get("state_dict"), Mapping):
         raise ExportError(f"{checkpoint}: contains no state_dict, so it is not a Lightning checkpoint")
+    if not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content["state_dict"].items()):
+        raise ExportError(f"{checkpoint}: its state_dict contains something else than tensors by name")
     hyper = content.get("hyper_parameters")
     state = _select_weights(checkpoint, content["state_dict"], options.weights)
     config = _config(checkpoint, state, options, hyper if isinstance(hyper, Mapping) else {})
@@ -68,6 +71,8 @@ def convert(
         converted, missing, unused = from_reference(state, like, segmentation)
     except ValueError as error:
         raise ExportError(f"{checkpoint}: {error}") from None
+    except _UNFIT as error:
+        raise _unfit(checkpoint, error) from None
     unexplained = [k for k in unused if not _is_left_out(k, options.hints.leave_out)]
     if missing or unexplained:
         listed = "; ".join(
@@ -80,7 +85,8 @@ def convert(
             "Leave sensors or heads out with --leave-out, or describe the model with --like CONFIG.json"
         )
     trained: dict[str, Any] = {"source": checkpoint.name, "weights": options.weights}
-    trained |= {"step": content.get("global_step"), "epoch": content.get("epoch")}
+    counts = {"step": content.get("global_step"), "epoch": content.get("epoch")}
+    trained |= {name: count if type(count) is int else None for name, count in counts.items()}
     write_model(out, converted, config, trained)
     statuses: list[tuple[str, TransferStatus, int, str]]
     statuses = [(k, "loaded", v.numel(), "") for k, v in converted.items()]
@@ -112,6 +118,16 @@ def convert_to_reference(folder: Path, out: Path) -> None:
     os.replace(temporary, out)
 
 
+# What reading widths, depths and names from the shapes of any tensors can raise.
+_UNFIT = (LookupError, ArithmeticError, RuntimeError, TypeError)
+
+
+def _unfit(checkpoint: Path, error: Exception) -> ExportError:
+    return ExportError(
+        f"{checkpoint}: its tensors are not those of a MAESTRO model ({type(error).__name__}: {shorten(str(error))})"
+    )
+
+
 def is_exported_model(path: Path) -> bool:
     """Whether ``path`` is a folder with an exported model."""
     return (path / CONFIG).is_file()
@@ -127,8 +143,9 @@ def _select_weights(checkpoint: Path, state: Mapping[str, Any], weights: str) ->
             f"{'use ' + there[0] if there else 'is it a MAESTRO checkpoint?'}"
         )
     if unknown := sorted(k for k in state if not k.startswith(tuple(PREFIXES.values()))):
+        listed = ", ".join(key[:100] for key in unknown[:5])
         raise ExportError(
-            f"{checkpoint}: its state_dict contains keys that a MAESTRO model does not have: {', '.join(unknown[:5])}"
+            f"{checkpoint}: its state_dict contains keys that a MAESTRO model does not have: {listed}"
         )
     return chosen
 
@@ -147,6 +164,8 @@ def _config(
         return model_config(state, _spec(state, options.dataset), options.hints, hyper)
     except (ExportError, ValueError) as error:
         raise ExportError(f"{checkpoint}: {error}") from None
+    except _UNFIT as error:
+        raise _unfit(checkpoint, error) from None
 
 
 def _spec(state: dict[str, Tensor], dataset: str | None) -> DatasetSpec:
@@ -166,5 +185,5 @@ def _spec(state: dict[str, Tensor], dataset: str | None) -> DatasetSpec:
 
 def _is_left_out(key: str, names: tuple[str, ...]) -> bool:
     """Whether an unused reference key belongs to a sensor or part that the user left out."""
-    kind, part = key.split(".")[:2]
+    kind, part, *_ = [*key.split("."), ""]
     return part in names or f"{kind}.{part}" in names

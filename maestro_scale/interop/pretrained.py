@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
+from maestro_scale.errors import shorten
 from maestro_scale.interop.export import CONFIG, WEIGHTS, ExportError
 from maestro_scale.interop.sources import ModelSource
 from maestro_scale.model.config import ModelConfig
@@ -22,21 +24,44 @@ def load_model(path: str | Path) -> Maestro:
     source = ModelSource(path)
     config, state = read_model(source)
     model = Maestro(config)
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    if missing or unexpected:
-        raise ExportError(
-            f"{source.url}/{WEIGHTS} does not fit: missing {missing[:3]}, unexpected {unexpected[:3]}"
-        )
+    model.load_state_dict(state)
     return model.eval()
 
 
 def read_model(source: ModelSource) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """(configuration, weights); ExportError if either is missing or invalid."""
+    """(configuration, weights); ExportError if either is missing or invalid, or they do not fit each other."""
     record = source.read_config()
     try:
         config = ModelConfig.from_dict(record["model"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise ExportError(
             f"{source.url}/{CONFIG} describes no model that this version supports ({error}): update maestro_scale"
         ) from None
-    return config, source.read_weights()
+    weights = source.read_weights()
+    _check_fit(f"{source.url}/{WEIGHTS}", config, weights)
+    return config, weights
+
+
+def _check_fit(where: str, config: ModelConfig, weights: dict[str, Tensor]) -> None:
+    """ExportError unless ``weights`` are those of a model of ``config``; checked before such a model has memory."""
+    # Every block and sensor has tensors of its own, so a model with more of them does not fit; building it takes long.
+    per_group = config.fusion in ("group", "shared")
+    encoders = {s.group if per_group else s.name for s in config.all_sensors}
+    if config.size.depth * len(encoders) + config.size.decoder_depth > len(weights):
+        raise ExportError(
+            f"{where} does not fit: {len(weights)} tensors are too few for the model of its {CONFIG}"
+        )
+    try:
+        with torch.device("meta"):
+            expected = {name: tuple(t.shape) for name, t in Maestro(config).state_dict().items()}
+    except (RuntimeError, ValueError, ArithmeticError, LookupError) as error:
+        raise ExportError(f"{where}: there is no model of its {CONFIG} ({shorten(str(error))})") from None
+    missing = [name for name in expected if name not in weights]
+    unexpected = [shorten(name) for name in weights if name not in expected]
+    if missing or unexpected:
+        raise ExportError(f"{where} does not fit: missing {missing[:3]}, unexpected {unexpected[:3]}")
+    for name, shape in expected.items():
+        if tuple(weights[name].shape) != shape:
+            raise ExportError(
+                f"{where} does not fit: {name} has shape {tuple(weights[name].shape)}, not {shape}"
+            )

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+MAX_SIZE = 16_384
+"""Of every dimension. A config from elsewhere could ask for a model that takes hours to describe."""
+
 
 @dataclass(frozen=True)
 class Size:
@@ -21,6 +24,9 @@ class Size:
     decoder_mlp_ratio: int = 4  # of the encoder's width, as in the authors' code
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not 0 <= value <= MAX_SIZE:
+                raise ValueError(f"{name}: is {value}, must be at most {MAX_SIZE}")
         if self.width <= 8 or (self.width - 8) % 4 or (self.decoder_width - 8) % 4:
             raise ValueError(
                 f"width {self.width} and decoder_width {self.decoder_width} must be 8 plus a multiple of 4: "
