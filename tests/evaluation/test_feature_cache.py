@@ -140,6 +140,52 @@ def test_a_split_that_is_not_what_was_written_is_encoded_again(encoder, benchmar
     ]
 
 
+def test_features_of_other_splits_or_weights_are_not_accepted_under_another_name(encoder, benchmark, caplog):
+    """Folders that were swapped, or copied over another: complete and unchanged, but not what their names say."""
+    model, passes = encoder
+    (first,) = evaluate_frozen(model, benchmark, ["knn"])
+    (train,), (test,), (val,) = (benchmark.features_dir.glob(f"{s}-*") for s in ("train", "test", "val"))
+    aside = benchmark.features_dir / "aside"
+    for source, target in ((train, aside), (test, train), (aside, test)):
+        source.rename(target)
+    passes.clear()
+    (again,) = evaluate_frozen(model, benchmark, ["knn"])
+    assert numbers(again) == numbers(first)
+    assert sum(passes) == CROPS_PER_TILE * (SPLITS["train"] + SPLITS["test"])
+    messages = [r.getMessage() for r in caplog.records if "encoded again" in r.getMessage()]
+    assert [m.partition(" is encoded")[0] for m in messages] == [str(train), str(test)]
+    assert "it was computed from other inputs (data: " in messages[0]
+    assert "split: 'test', now 'train'" in messages[0]
+    assert f"rows: {CROPS_PER_TILE * SPLITS['test']}, now {CROPS_PER_TILE * SPLITS['train']}" in messages[0]
+
+    caplog.clear()
+    with torch.no_grad():
+        next(model.parameters()).add_(0.01)
+    evaluate_frozen(model, benchmark, ["knn"])
+    (other,) = set(benchmark.features_dir.glob("val-*")) - {val}
+    assert "encoded again" not in caplog.text  # other weights have folders of their own
+    shutil.rmtree(other)
+    shutil.copytree(val, other)
+    evaluate_frozen(model, benchmark, ["knn"])
+    assert "weights: '" in caplog.text
+
+
+def test_features_without_a_record_of_their_inputs_are_encoded_again(encoder, benchmark, caplog):
+    model, passes = encoder
+    evaluate_frozen(model, benchmark, ["knn"])
+    (val,) = benchmark.features_dir.glob("val-*")
+    content = commit.read(val)
+    files = content.pop("files")
+    commit.commit(val, {"rows": content["rows"]}, files)  # as earlier revisions wrote it
+    passes.clear()
+    evaluate_frozen(model, benchmark, ["knn"])
+    assert sum(passes) == CROPS_PER_TILE * SPLITS["val"]
+    assert "it does not record what it was computed from" in caplog.text
+    passes.clear()
+    evaluate_frozen(model, benchmark, ["knn"])
+    assert passes == []
+
+
 def test_jobs_that_want_the_same_features_at_once_encode_them_once(fields, benchmark):
     """The second begins while the first is at it, and waits; it would not be waited for here were it not to."""
     entered, go, passes, found = threading.Event(), threading.Event(), [], {}

@@ -1,8 +1,10 @@
 """Features of a split on disk: encoded once per (weights, dataset view, data, task), then read by every mode and run.
 
 A folder is published by one rename and ends with a commit marker (sizes and sha256 of its files), so a reader never
-sees part of it. Concurrent jobs that need the same features are serialised by a file lock; on a file system without
-locks each of them encodes, and the last rename wins (the contents are equal).
+sees part of it. The marker also records what the features were computed from, and a reader compares that: the name of
+a folder alone proves nothing, since folders can be renamed, copied or restored under another name. Concurrent jobs
+that need the same features are serialised by a file lock; on a file system without locks each of them encodes, and
+the last rename wins (the contents are equal).
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from maestro_scale.errors import shorten
 from maestro_scale.evaluation.features.arrays import ConcatArray, FeatureArray, RowSubset
 from maestro_scale.evaluation.features.on_device import RecipePrecision, map_on_device
 from maestro_scale.evaluation.progress import ProgressFactory, no_progress
@@ -39,6 +42,7 @@ log = logging.getLogger(__name__)
 # A partial folder of a killed job is removed after this long without a write. Not earlier: where locks do not reach,
 # a job on another node may still be writing it.
 _ABANDONED_S = 24 * 3600.0
+_INPUTS = "inputs"  # key of the marker: what the features were computed from
 _POLL_S = 1.0  # while another job holds the lock
 
 
@@ -92,6 +96,7 @@ def weights_digest(network: _Network) -> str:
 
 def cached_features(
     folder: Path,
+    inputs: Mapping[str, Any],
     loader: EvalLoader,
     features: Callable[[Batch], Tensor],
     labels: Callable[[Batch], np.ndarray],
@@ -103,23 +108,25 @@ def cached_features(
 ) -> FeatureCache:
     """``features`` and ``labels`` of every batch of ``loader``, from ``folder``; encoded first if they are not there.
 
-    ``labels`` is called with the batch on the host. ``folder`` must depend on ``eval_precision``. Every rank encodes
-    its own batches and writes its own rows; all of them must see the folder. EvaluationError where the disk lacks
-    space, or a feature is not finite.
+    ``inputs``: everything that features and labels depend on, as plain JSON values by name; a folder that was made of
+    others, or does not say of what, is encoded again. ``labels`` is called with the batch on the host. Every rank
+    encodes its own batches and writes its own rows; all of them must see the folder. EvaluationError where the disk
+    lacks space, or a feature is not finite.
     """
     group = _Group(world)
     problems: dict[bytes, str | None] = {}
-    while group.ask_main(lambda: _is_missing(folder, problems)):
+    wanted = {"rows": loader.num_samples * loader.num_crops, "dtype": dtype, **inputs}
+    while group.ask_main(lambda: _is_missing(folder, wanted, problems)):
         with ExitStack() as lock:
             if not group.ask_main(lambda: _try_lock(folder, lock)):
                 time.sleep(_POLL_S)  # another job is encoding
             # Asked again: that job may have finished between the question and the lock.
-            elif group.ask_main(lambda: _is_missing(folder, problems)):
+            elif group.ask_main(lambda: _is_missing(folder, wanted, problems)):
                 encoded = map_on_device(
                     loader, lambda b: {"features": features(b).float()}, device, precision
                 )
                 with progress(f"encode {folder.name.rpartition('-')[0]}", "batches") as report:
-                    _encode(folder, loader, encoded, labels, dtype, group, report)
+                    _encode(folder, wanted, loader, encoded, labels, group, report)
                 problems[_marker(folder)] = None  # hashed while it was written: no need to read it all again
     stored_features, stored_labels = (
         np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("features", "labels")
@@ -156,16 +163,34 @@ class _Group:
             self.world.barrier()
 
 
-def _is_missing(folder: Path, problems: dict[bytes, str | None]) -> bool:
-    """Whether there are no complete features. ``problems``: by marker, so that files are hashed once per marker."""
+def _is_missing(folder: Path, wanted: Mapping[str, Any], problems: dict[bytes, str | None]) -> bool:
+    """Whether there are no complete features of ``wanted``. ``problems``: by marker, so that files are hashed once per
+    marker."""
     if not folder.exists():
         return True
     marker = _marker(folder)
     if marker not in problems:
-        problems[marker] = commit.problem(folder, hashes=True)
+        # The comparison first: it needs no hashing.
+        problems[marker] = _other_inputs(folder, wanted) or commit.problem(folder, hashes=True)
         if problems[marker] is not None:
             log.warning("%s is encoded again: %s", folder, problems[marker])
     return problems[marker] is not None
+
+
+def _other_inputs(folder: Path, wanted: Mapping[str, Any]) -> str | None:
+    """How the recorded inputs of a folder differ from ``wanted``; None if they are the same."""
+    try:
+        recorded = commit.read(folder).get(_INPUTS)
+    except ValueError as error:
+        return str(error)
+    if not isinstance(recorded, dict):
+        return "it does not record what it was computed from (written by an earlier revision)"
+    differences = [
+        f"{name}: {shorten(recorded.get(name))}, now {shorten(wanted.get(name))}"
+        for name in sorted({*recorded, *wanted})
+        if recorded.get(name) != wanted.get(name)
+    ]
+    return f"it was computed from other inputs ({'; '.join(differences[:5])})" if differences else None
 
 
 def _marker(folder: Path) -> bytes:
@@ -193,10 +218,10 @@ def _try_lock(folder: Path, stack: ExitStack) -> bool:
 
 def _encode(
     folder: Path,
+    inputs: Mapping[str, Any],
     loader: EvalLoader,
     encoded: Iterable[tuple[Batch, Mapping[str, np.ndarray]]],
     labels: Callable[[Batch], np.ndarray],
-    dtype: str,
     group: _Group,
     report: Progress,
 ) -> None:
@@ -211,7 +236,7 @@ def _encode(
         num_bytes = 0
         for number, (batch, found) in enumerate(encoded, 1):
             values = {
-                "features": _to_storage(found["features"], dtype, batch),
+                "features": _to_storage(found["features"], inputs["dtype"], batch),
                 "labels": labels(batch),
             }
             if arrays is None:  # shapes are known from the first batch
@@ -230,7 +255,7 @@ def _encode(
         group.wait()  # every rank's rows are written before rank 0 hashes the files
         if group.is_main:
             files = {f"{name}.npy": commit.entry(partial / f"{name}.npy") for name in ("features", "labels")}
-            commit.commit(partial, {"rows": num_rows}, files)
+            commit.commit(partial, {"rows": num_rows, _INPUTS: dict(inputs)}, files)
             replaced = folder.with_name(f".partial-{uuid.uuid4().hex[:12]}-{folder.name}")
             commit.publish(partial, folder, replaced)
             shutil.rmtree(replaced, ignore_errors=True)

@@ -191,22 +191,24 @@ class _Splits:
         return Source(self.spec, self.manifest.shards_of(splits), self.store)
 
     def _encode(self, split: str, kind: FeatureKind) -> FeatureCache:
-        # Cached per split in shards, not per role: folds share the splits that they are made of. The key holds
-        # everything that determines the features; the manifest digest stands for the data.
-        key: tuple[object, ...] = (
-            kind.name,
-            self.weights,
-            self.model.view(self.spec.name).dataset,
-            self.manifest.digest_of((split,)),
-            self.spec.crop_m,
-            self.task.num_crops,
-            self.task.target,
-            BATCH_SIZE,
-        )
-        if (precision := eval_precision(self.device, self.precision)) != "fp32":
-            key += (
-                precision,
-            )  # not in fp32: features that were cached before keys had a precision stay valid
+        # Cached per split in shards, not per role: folds share the splits that they are made of. The inputs are
+        # everything that determines the features; the digest of spec and shards stands for the data.
+        inputs = {
+            "features": kind.name,
+            "weights": self.weights,
+            "view": self.model.view(self.spec.name).dataset,
+            "data": self.manifest.digest_of((split,)),
+            "crop_m": self.spec.crop_m,
+            "num_crops": self.task.num_crops,
+            "target": repr(self.task.target),
+            "batch_size": BATCH_SIZE,
+            "precision": eval_precision(self.device, self.precision),
+            "split": split,
+        }
+        # The name of the folder is that of earlier revisions, whose folders are thus replaced, not left behind.
+        key: tuple[object, ...] = (*list(inputs.values())[:6], self.task.target, BATCH_SIZE)
+        if inputs["precision"] != "fp32":
+            key += (inputs["precision"],)
         rank, size = (self.world.rank, self.world.size) if self.world else (0, 1)
         loader = EvalLoader(
             self.source((split,)),
@@ -219,6 +221,7 @@ class _Splits:
         )
         return cached_features(
             self.benchmark.features_dir / f"{split}-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}",
+            inputs,
             loader,
             lambda batch: kind.extract(self.model, batch),
             self.task.labels,
