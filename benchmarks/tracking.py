@@ -30,6 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.overhead import make_shards
+from maestro_scale.parent_death import guarded
 from maestro_scale.training.distributed import free_port
 from maestro_scale.training.run_dir import JsonLines, git_revision
 
@@ -74,14 +75,16 @@ def start_server(work: Path) -> tuple[subprocess.Popen, int]:
     command += [f"--backend-store-uri=sqlite:///{work / 'mlflow.db'}"]
     command += [f"--artifacts-destination={work / 'artifacts'}"]
     with (work / "server.log").open("w") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log)
+        server = subprocess.Popen(
+            guarded(command), stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True
+        )
     for _ in range(300):
         try:
             urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2)
             return server, port
         except OSError:
             time.sleep(0.2)
-    server.kill()
+    server.terminate()
     raise SystemExit(f"the MLflow server does not respond, see {work / 'server.log'}")
 
 

@@ -21,6 +21,7 @@ from rich.table import Table
 from maestro_scale import untrusted
 from maestro_scale.errors import MaestroError
 from maestro_scale.evaluation.results import EvalResult, EvaluationError
+from maestro_scale.parent_death import end_with_parent
 from maestro_scale.training.distributed import free_port
 from maestro_scale.training.run_dir import JsonLines, write_atomically
 
@@ -177,7 +178,13 @@ def _run(command: list[str], log: Path) -> int:
     env = {**os.environ, "OMP_NUM_THREADS": str(num_threads())}
     with (
         log.open("ab") as sink,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env) as process,
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=env,
+            preexec_fn=end_with_parent(),  # the launcher ends its ranks
+        ) as process,
     ):
         assert process.stdout is not None  # stdout=PIPE
         # os.read returns what is available, so that the progress bar is shown without delay.

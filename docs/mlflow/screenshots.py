@@ -34,6 +34,7 @@ from mlflow.tracking import MlflowClient
 from PIL import Image
 
 import maestro_scale
+from maestro_scale.parent_death import end_with_parent
 from maestro_scale.quickstart import num_threads
 from maestro_scale.training.distributed import free_port
 
@@ -305,6 +306,7 @@ def dashboard(runs: Path) -> Iterator[str]:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
+        preexec_fn=end_with_parent(),
     )
     address = f"http://127.0.0.1:{port}"
     try:

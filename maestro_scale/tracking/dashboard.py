@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from maestro_scale.errors import MaestroError
+from maestro_scale.parent_death import guarded
 from maestro_scale.secrets_filter import scrub
 from maestro_scale.tracking.mlflow_tracker import configure_mlflow
 
@@ -58,7 +59,8 @@ def dashboard(runs: Path, host: str, port: int) -> int:
 def _serve(command: list[str]) -> int:
     """Run a server until it exits or this process is asked to stop; returns the exit code.
 
-    MLflow starts workers that would survive it and keep the port, so the whole process group is terminated.
+    MLflow starts workers that would survive it and keep the port, so the whole process group is terminated; the guard
+    does that if this process is killed.
     """
 
     def interrupt(*_: object) -> None:
@@ -68,7 +70,7 @@ def _serve(command: list[str]) -> int:
         signal.signal(stop_signal, interrupt)
     server = None
     try:
-        server = subprocess.Popen(command, start_new_session=True)  # its own process group
+        server = subprocess.Popen(guarded(command), stdin=subprocess.PIPE, start_new_session=True)
         return server.wait()
     except KeyboardInterrupt:
         return 0

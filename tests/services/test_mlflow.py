@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from maestro_scale.evaluation.results import EvalResult
+from maestro_scale.parent_death import guarded
 from maestro_scale.tracking.evaluations import record_evaluation
 from maestro_scale.tracking.metric_names import metric_names
 from maestro_scale.training.distributed import free_port
@@ -42,7 +43,14 @@ class Server:
         command += ["--artifacts-destination", "s3://shards/mlflow", "--port", str(self.port)]
         with (self.folder / "server.log").open("ab") as log:
             env = {**os.environ, **self._s3, "MLFLOW_S3_ENDPOINT_URL": self._s3["AWS_ENDPOINT_URL"]}
-            self._process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=env)
+            self._process = subprocess.Popen(
+                guarded(command),
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                env=env,
+            )
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
             try:

@@ -10,12 +10,24 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
+from maestro_scale.parent_death import guarded
 from maestro_scale.tracking.dashboard import DashboardError, dashboard
 from maestro_scale.training.distributed import free_port
+from tests.testkit.runs import REPO
 
-PROGRAM = str(Path(sys.executable).parent / "maestro-scale")
+SERVER = """
+import signal, socket, subprocess, sys, time
+if sys.argv[1] == "ui":
+    port = sys.argv[sys.argv.index("--port") + 1]
+    worker = [sys.executable, __file__, "worker", sys.argv[sys.argv.index("--backend-store-uri") + 1], port]
+    sys.exit(subprocess.call(worker))
+HANG
+with socket.create_server(("127.0.0.1", int(sys.argv[3]))):
+    time.sleep(600)
+"""
 
 
 def listens(port: int) -> bool:
@@ -30,13 +42,42 @@ def wait_until(condition, seconds: float) -> None:
         time.sleep(0.05)
 
 
+def processes_of(folder: Path) -> list[int]:
+    """Processes with this folder in their command line: the server and its workers."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        if any(str(folder) in word for word in process.info["cmdline"] or ()):
+            found.append(process.pid)
+    return found
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT])
-def test_the_server_ends_with_the_command(tmp_path, ending):
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "mlflow.db").touch()
-    port, env = free_port(), {**os.environ, "MLFLOW_TRACKING_URI": ""}  # empty counts as not set
-    command = [PROGRAM, "dashboard", "runs", "--port", str(port)]
+@pytest.mark.parametrize(
+    ("ending", "server"),
+    [
+        (signal.SIGTERM, "mlflow"),
+        (signal.SIGKILL, "mlflow"),
+        (signal.SIGINT, "quick"),
+        (signal.SIGHUP, "quick"),
+        (signal.SIGKILL, "hanging"),
+    ],
+)
+def test_the_server_ends_with_the_command(tmp_path, ending, server):
+    """SIGHUP: the terminal was closed. After SIGKILL the command itself can do nothing."""
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    (runs / "mlflow.db").touch()
+    if server != "mlflow":
+        # A server with a worker in its group, in place of mlflow, which takes ten seconds to start.
+        hang = "signal.signal(signal.SIGTERM, signal.SIG_IGN)" if server == "hanging" else ""
+        (tmp_path / "mlflow.py").write_text(SERVER.replace("HANG", hang))
+    port = free_port()
+    env = {
+        **os.environ,
+        "MLFLOW_TRACKING_URI": "",
+        "PYTHONPATH": f"{tmp_path}{os.pathsep}{REPO}",
+    }  # empty: not set
+    command = [sys.executable, "-m", "maestro_scale.cli", "dashboard", str(runs), "--port", str(port)]
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(
             command, cwd=tmp_path, env=env, stdout=log, stderr=log, start_new_session=True
@@ -44,15 +85,43 @@ def test_the_server_ends_with_the_command(tmp_path, ending):
     try:
         wait_until(lambda: listens(port), 120)
         process.send_signal(ending)
-        assert process.wait(30) == 0
-        assert not listens(port)
+        assert process.wait(30) == (-ending if ending == signal.SIGKILL else 0)
+        if process.returncode == 0:
+            assert not listens(port)
+        wait_until(lambda: not listens(port) and not processes_of(runs), 15)
     finally:
         process.kill()
+        for pid in processes_of(runs):
+            os.kill(pid, signal.SIGKILL)
     first_line = (tmp_path / "log").read_text().splitlines()[0]
     assert first_line.startswith(f"http://127.0.0.1:{port} shows sqlite:///{tmp_path}/runs/mlflow.db")
     with socket.socket() as s:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         s.bind(("127.0.0.1", port))  # the port is free again
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_the_exit_code_is_that_of_the_server(code):
+    command = guarded([sys.executable, "-c", f"import sys; sys.exit({code})"])
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as server:
+        assert server.wait(30) == code
+
+
+@pytest.mark.parametrize("stop", ["close", "terminate"])
+def test_a_guard_ends_no_process_of_its_parents_group(stop):
+    """Without a session of its own."""
+    command = guarded([sys.executable, "-c", "import time; time.sleep(600)"])
+    other = subprocess.Popen(["sleep", "600"])
+    try:
+        with subprocess.Popen(command, stdin=subprocess.PIPE) as server:
+            assert server.stdin is not None
+            time.sleep(0.2)
+            server.terminate() if stop == "terminate" else server.stdin.close()
+            assert server.wait(30) == -signal.SIGKILL
+        assert other.poll() is None
+    finally:
+        other.kill()
+        other.wait()
 
 
 def test_without_a_store(tmp_path, monkeypatch, capsys):
