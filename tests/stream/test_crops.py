@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, replace
 
 import numpy as np
 import pytest
 
 from maestro_scale.datasets.spec import DatasetSpec, Modality, Scale, Sensor
-from maestro_scale.stream.crops import CropGrid, Orientation
+from maestro_scale.stream.crops import UPRIGHT, Crop, CropGrid, Orientation
 
 
 def spec_of(tile_m: float, **resolution_m: float) -> DatasetSpec:
@@ -119,3 +119,29 @@ def test_the_pixels_of_a_crop_begin_at_the_nearest_one():
         (slice(154, 410), slice(0, 256)),
         (slice(256, 512), slice(0, 256)),
     ]
+
+
+def test_the_sides_of_coarse_rasters_are_rounded_and_at_least_a_pixel():
+    # A crop of 160 m: 160 / 61 = 2.6 pixels, 160 / 300 = 0.5, 160 / 1280 = 0.1.
+    grid = CropGrid(replace(SPECS[0][0], crop_m=160.0))
+    assert [grid.side(61.0, 21), grid.side(300.0, 4), grid.side(1280.0, 1)] == [3, 1, 1]
+    # It begins at 1,120 m, pixel 3.7 of 4: its one pixel is the last.
+    assert grid.window(grid.at(112, 0), 300.0, 4) == (slice(3, 4), slice(0, 1))
+    assert grid.window(grid.at(0, 112), 300.0, 4) == (slice(0, 1), slice(3, 4))
+
+
+def test_a_series_is_cut_on_its_last_two_axes():
+    grid = CropGrid(replace(SPECS[0][0], crop_m=160.0))
+    series = np.arange(3 * 5 * 128 * 128).reshape(3, 5, 128, 128)
+    np.testing.assert_array_equal(grid.cut(series, grid.at(112, 7), 10.0), series[:, :, 112:128, 7:23])
+
+
+def test_the_default_crop_is_the_upper_left_one_and_upright():
+    crop = Crop()
+    assert (crop.row_m, crop.column_m) == (0.0, 0.0)
+    assert crop.orientation is UPRIGHT
+    assert (UPRIGHT.flip_rows, UPRIGHT.flip_columns, UPRIGHT.transpose) == (False, False, False)
+    with pytest.raises(FrozenInstanceError):  # all crops share it
+        UPRIGHT.flip_rows = True
+    with pytest.raises(ValueError, match="crop -1 of a tile with 64 crops"):
+        CropGrid(replace(SPECS[0][0], crop_m=160.0)).tiling(-1)

@@ -223,3 +223,40 @@ def test_numbers_that_do_not_fit_are_refused(arguments: tuple, reason: str):
 def test_a_world_that_does_not_divide_the_lanes_is_refused():
     with pytest.raises(SampleOrderError, match="3 ranks do not divide 4 lanes"):
         SampleOrder((10,), 0, 4, 8, 4).at(0, 0, 0, 3)
+
+
+@pytest.mark.parametrize(("lanes", "global_batch"), [(0, 8), (-1, 8), (4, 0), (4, -4)])
+def test_lanes_and_batches_below_one_are_refused(lanes: int, global_batch: int):
+    with pytest.raises(
+        SampleOrderError, match=f"lanes {lanes} do not divide the global batch {global_batch}"
+    ):
+        SampleOrder((10,), 0, lanes, global_batch, 4)
+
+
+def test_negative_steps_and_ranks_are_refused():
+    plan = SampleOrder((17,), 0, 2, 8, 4)
+    with pytest.raises(IndexError, match="step -1 of an epoch of 2 steps"):
+        plan.at(0, -1)
+    with pytest.raises(SampleOrderError, match="rank -1 of 2 ranks"):
+        plan.lanes_of(-1, 2)
+    with pytest.raises(SampleOrderError, match="0 ranks do not divide 2 lanes"):
+        plan.lanes_of(0, 0)
+
+
+def test_upcoming_shards_are_ordered_by_their_first_use():
+    # One lane, three steps of 2 samples per window of 6; shards of 2 samples, so a window needs several.
+    plan = SampleOrder((2,) * 12, 9, 1, 2, 6)
+    for start in range(plan.steps_per_epoch):
+        expected: list[tuple[int, int]] = []
+        for window in range(start // 3, 4):
+            steps = range(max(3 * window, start), 3 * window + 3)
+            uses = [(s, shard) for s in steps for shard in plan.locate(plan.at(4, s))[0].tolist()]
+            expected += [(steps[0], shard) for shard in dict.fromkeys(shard for _, shard in sorted(uses))]
+        assert list(plan.upcoming_shards(4, start, 0, 1)) == expected
+
+
+def test_caches_hold_two_epochs_and_two_windows_of_every_lane():
+    # Fewer would compute a permutation again at every step; more would hold memory that is not used.
+    plan = SampleOrder((40,) * 4, 0, 4, 8, 8)
+    sizes = [c.cache_info().maxsize for c in (plan._shard_order, plan._within, plan._window_ids)]
+    assert sizes == [2, 64, 8]

@@ -87,3 +87,19 @@ def test_the_values_of_purposes_and_streams_stay_what_they_were():
     # The first 8 bytes of the name's sha256, little-endian, with the lowest bit set.
     assert stream_id("s2") == 0x2AB318AA468832AD
     assert stream_id("s1") == 0x87E1EE823C16BCE9  # e8 bc 16 3c 82 ee e1 87, and e8 becomes e9
+
+
+def test_a_stream_is_named_by_one_two_or_three_numbers_the_rest_being_zero():
+    words = CounterRNG(9, Purpose.SAMPLE, 0).seek(5, 0, 0).words(4).tolist()
+    assert CounterRNG(9, Purpose.SAMPLE).seek(5).words(4).tolist() == words
+    words = CounterRNG(9, Purpose.SAMPLE).seek(5, 6, 0).words(4).tolist()
+    assert CounterRNG(9, Purpose.SAMPLE).seek(5, 6).words(4).tolist() == words
+
+
+@pytest.mark.parametrize(("count", "words"), [(0, 0), (1, 1), (2, 1), (3, 2), (4, 2)])
+def test_two_uniforms_use_one_word(count: int, words: int):
+    # The numbers drawn next depend on it.
+    rng = CounterRNG(0, Purpose.SAMPLE).seek(1)
+    all_words = rng.words(5).tolist()
+    rng.seek(1).uniforms(count)
+    assert rng.words(3).tolist() == all_words[words : words + 3]
