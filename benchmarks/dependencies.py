@@ -90,7 +90,9 @@ def run_tests(venv: Path, arguments: list[str]) -> dict[str, object]:
 def main() -> None:
     """Install, test, and update the entry of this end in the JSON file; exit code of pytest."""
     own, _, pytest_arguments = " ".join(sys.argv[1:]).partition(" -- ")
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("end", choices=RESOLUTIONS)
     parser.add_argument("--python", help="version or path of the interpreter")
     parser.add_argument("--venv", type=Path, help="keep the environment here, or reuse it")

@@ -1,6 +1,6 @@
 """Mutation testing of the modules whose errors would be silent: sample order, masks, targets, scores, formats.
 
-    python -m benchmarks.mutation [MODULE …] [--json F]     # e.g. stream/plan; needs pip install -e '.[test,mutation]'
+    python -m benchmarks.mutation [MODULE …] [--survivors]     # needs pip install -e '.[test,mutation]'
 
 Mutants come from the operators of cosmic-ray, without those whose mutants say little (eleven replacements of every
 binary operator; annotations), and from swaps of functions (``round`` for ``int``, ``min`` for ``max``). A mutant is
@@ -8,7 +8,7 @@ killed if a test of the module's files in ``TESTS`` fails, or, counted apart, if
 run in a copy of the checkout, each mutant in a fork of a process that has imported torch and numpy before
 (benchmarks/mutation_worker.py), which takes about a second.
 
-``benchmarks/mutation_survivors.yaml`` states why a survivor cannot be killed; one without a reason is reported.
+``benchmarks/mutation_survivors.json`` states why a survivor cannot be killed; one without a reason is reported.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import ast
 import difflib
+import hashlib
 import json
 import os
 import shutil
@@ -28,12 +29,11 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-
-import yaml
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "mutation.json"
-REASONS = ROOT / "benchmarks" / "mutation_survivors.yaml"
+REASONS = ROOT / "benchmarks" / "mutation_survivors.json"
 
 TESTS: dict[str, list[str]] = {
     "stream/plan": ["tests/stream/test_plan.py"],
@@ -161,8 +161,13 @@ def _change(before: str, after: str) -> str:
     return f"{old} → {' '.join(line[2:].strip() for line in changed if line[0] == '+')}"
 
 
-def run_module(module: str, copy: Path, reasons: dict[str, str], jobs: int) -> dict[str, object]:
-    """The entry of one module in the result. SystemExit if its tests fail without a mutation."""
+def run_module(
+    module: str, copy: Path, reasons: dict[str, str], jobs: int, before: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """The entry of one module in the result. SystemExit if its tests fail without a mutation.
+
+    ``before``: an earlier entry, of which only the survivors are run again, unless the module has changed since.
+    """
     path = Path("maestro_scale") / f"{module}.py"
     source = (ROOT / path).read_text()
     start = time.monotonic()
@@ -172,6 +177,13 @@ def run_module(module: str, copy: Path, reasons: dict[str, str], jobs: int) -> d
         raise SystemExit(f"{module}: {' '.join(TESTS[module])} must pass without a mutation: {outcome}")
     limit_s = max(10.0, 8 * baseline_s)
     queue = list(mutants(source))
+    counts: Counter[str] = Counter()
+    digest = hashlib.sha256(source.encode()).hexdigest()
+    if before is not None and before["source_sha256"] == digest:
+        again = {(s["operator"], s["change"]) for s in before["survivors"]}
+        counts.update(killed=len(queue) - before["timeouts"], timeout=before["timeouts"])
+        queue = [m for m in queue if (m.operator, m.change) in again]
+        counts["killed"] -= len(queue)
 
     def share(number: int) -> list[tuple[Mutant, str]]:
         return [(m, workers[number].ask(m.source, limit_s)[0]) for m in queue[number::jobs]]
@@ -180,7 +192,8 @@ def run_module(module: str, copy: Path, reasons: dict[str, str], jobs: int) -> d
         found = [pair for part in pool.map(share, range(jobs)) for pair in part]
     for worker in workers:
         worker.close()
-    counts = Counter(outcome for _, outcome in found)
+    counts.update(outcome for _, outcome in found)
+    total = counts.total()
     survivors = []
     for mutant, outcome in sorted(found, key=lambda pair: (pair[0].line, pair[0].operator)):
         if outcome == "survived":
@@ -188,11 +201,12 @@ def run_module(module: str, copy: Path, reasons: dict[str, str], jobs: int) -> d
             survivors.append({**entry, "reason": reasons.get(f"{module}: {mutant.change}", "")})
     return {
         "tests": TESTS[module],
-        "mutants": len(found),
+        "source_sha256": digest,
+        "mutants": total,
         "killed": counts["killed"],
         "timeouts": counts["timeout"],
         "survived": counts["survived"],
-        "killed_share": round((counts["killed"] + counts["timeout"]) / len(found), 4),
+        "killed_share": round((counts["killed"] + counts["timeout"]) / total, 4),
         "tests_s": round(baseline_s, 2),
         "wall_s": round(time.monotonic() - start, 1),
         "survivors": survivors,
@@ -249,6 +263,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("modules", nargs="*", metavar="MODULE", help="default: all of them")
+    parser.add_argument("--survivors", action="store_true", help="only those of the recorded result")
     parser.add_argument("--json", type=Path, default=RESULT)
     parser.add_argument("--jobs", type=int, default=1, help="worker processes")
     arguments = parser.parse_args()
@@ -257,7 +272,7 @@ def main() -> None:
         parser.error(f"unknown module {', '.join(sorted(unknown))}; choose from {', '.join(TESTS)}")
     reasons = {
         f"{module}: {change}": reason
-        for module, entries in (yaml.safe_load(REASONS.read_text()) or {}).items()
+        for module, entries in (json.loads(REASONS.read_text())).items()
         for change, reason in entries.items()
     }
     result = json.loads(arguments.json.read_text()) if arguments.json.exists() else {"modules": {}}
@@ -267,7 +282,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="mutation-") as folder:
         copy_checkout(Path(folder))
         for module in arguments.modules or TESTS:
-            entry = run_module(module, Path(folder), reasons, arguments.jobs)
+            before = result["modules"].get(module) if arguments.survivors else None
+            entry = run_module(module, Path(folder), reasons, arguments.jobs, before)
             result["modules"][module] = entry
             print(
                 f"{module:28} {entry['mutants']:8} {entry['killed']:7} {entry['timeouts']:8} "

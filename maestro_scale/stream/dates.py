@@ -139,5 +139,5 @@ def _nan_median(values: np.ndarray) -> np.ndarray:
     ordered = np.sort(values, axis=1)  # NaN last
     count = (~np.isnan(ordered)).sum(axis=1, keepdims=True)
     low = np.take_along_axis(ordered, np.maximum(count - 1, 0) // 2, axis=1)
-    high = np.take_along_axis(ordered, np.minimum(count // 2, ordered.shape[1] - 1), axis=1)
+    high = np.take_along_axis(ordered, count // 2, axis=1)
     return ((low + high) / 2)[:, 0]

@@ -226,3 +226,43 @@ def test_a_structure_that_masks_everything_is_replaced_by_the_next_candidate_or_
     ):
         noise = {sensor.name: noise_of(sensor, tokens, candidates)}
         assert masked_by(config, masking, noise) == {sensor.name: hidden}
+
+
+def test_the_default_probabilities():
+    # As in the authors' configuration.
+    assert MaskingConfig() == MaskingConfig(
+        ratio=0.75, modality=0.25, date=0.25, location=0.25, band_group=0.0
+    )
+
+
+def test_indices_of_a_mask_ascend():
+    mask = Mask.of(torch.tensor([[True, False, True, False, False], [False, False, True, True, False]]))
+    assert mask.visible_index.tolist() == [[1, 3, 4], [0, 1, 4]]
+    assert mask.masked_index.tolist() == [[0, 2], [2, 3]]
+    single = Mask.of(torch.tensor([[False, True, True]]))
+    assert (single.visible_index.tolist(), single.masked_index.tolist()) == ([[0]], [[1, 2]])
+
+
+def test_the_mask_of_the_second_band_group_hides_its_own_tokens():
+    sensor = tiny_sensor(small_sensors()[2], num_dates=1)
+    masking = MaskingConfig(ratio=0.5, modality=0.0, date=0.0, location=0.0, band_group=0.5)
+    config = small_config(sensors=(sensor,), spectral="token")
+    noise = {sensor.name: noise_of(sensor, [0.9] * 4 + [0.1] * 4, [{"group": [HIGH, 0.0]}])}
+    assert masked_by(config, masking, noise) == {sensor.name: [[0, 0, 0, 0], [1, 1, 1, 1]]}
+
+
+def test_padding_counts_as_masked_where_a_candidate_masks_a_whole_sequence():
+    # Three sequences of 1, 4 and 8 tokens. The first candidate masks all four tokens of the second sequence, so the
+    # next is used, which masks its third token alone. Padding that was not masked would make the first one acceptable.
+    aerial, s2, s1 = small_sensors()[:3]
+    one = dataclasses.replace(aerial, image_size=aerial.patch)
+    four, eight = tiny_sensor(s2, num_dates=1), tiny_sensor(s1, num_dates=2)
+    config = small_config(sensors=(one, four, eight))
+    candidates = [{"location": [0.0] * 4}, {"location": [HIGH, HIGH, 0.0, HIGH]}]
+    noise = {
+        one.name: noise_of(one, [0.5]),
+        four.name: noise_of(four, [0.9, 0.8, 0.1, 0.7], candidates),
+        eight.name: noise_of(eight, [0.5] * 8),
+    }
+    masking = MaskingConfig(ratio=0.25, modality=0.0, date=0.0, location=0.5)
+    assert masked_by(config, masking, noise)[four.name] == [[0, 0, 1, 0]]

@@ -198,3 +198,73 @@ def test_a_gap_in_the_whole_series_takes_the_mean_of_its_own_band():
     pixels[:, :, 0, 0] = np.nan
     filled, count = dates.fill_nan(pixels[[2]], np.array([2]), lambda: pixels)
     assert (count, filled[0, :, 0].tolist()) == (1, [[2.0, 3.0], [20.0, 30.0]])
+
+
+def images(*dates_: list[float]) -> np.ndarray:
+    """(T, 1, 1, P) float32 from the pixels of each date."""
+    return np.array(dates_, np.float32)[:, None, None, :]
+
+
+NAN = np.nan
+
+
+@pytest.mark.parametrize(
+    ("pixels", "selected"),
+    [
+        # Medians 2 and 0 (the middle pixel has none); mean differences (1 + 7) / 2, (1 + 0) / 2 and 0.
+        ([[3, NAN, 7], [1, NAN, 0], [NAN, NAN, 0]], 2),
+        # Medians 5.5 and 5; 2.5, 3 and (2.5 + 3) / 2: the largest of the third is 3, over two pixels.
+        ([[8, NAN, NAN], [NAN, NAN, 2], [3, NAN, 8]], 0),
+        # Medians 3 and 5; (3 + 5) / 2, (3 + 0) / 2 and 2 of one pixel alone.
+        ([[0, 0, NAN], [6, 5, NAN], [NAN, 7, NAN]], 1),
+    ],
+)
+def test_where_all_dates_have_nan_the_mean_difference_of_their_finite_pixels_decides(pixels, selected):
+    assert dates.nearest_to_median(images(*pixels), None, 1, 0).tolist() == [selected]
+
+
+def test_a_date_with_nan_is_not_selected_where_another_has_none():
+    # Medians 4 and 5. The second pixel of the first date equals the median, but its first is NaN.
+    pixels = images([NAN, 5], [0, 4], [8, 9])
+    assert dates.nearest_to_median(pixels, None, 1, 0).tolist() == [1]
+
+
+def test_marks_are_ignored_where_every_date_has_one_marked_pixel():
+    # The first pixel is marked on all dates. Medians of all values: 10 and 1; differences 11, 2 and 40.
+    pixels = images([0, 0], [10, 3], [50, 1])
+    mask = np.array([[90, 0]] * 3, np.uint8)[:, None, None, :]
+    assert dates.nearest_to_median(pixels, mask, 1, 0).tolist() == [1]
+
+
+def test_a_mark_of_any_band_excludes_its_own_pixel():
+    # The upper right pixel is marked on the first two dates by the second band: its median is that of 9, 0 and 20.
+    pixels = np.zeros((5, 1, 2, 2), np.float32)
+    pixels[:, 0, 0, 1] = [100, 100, 9, 0, 20]
+    mask = np.zeros((5, 2, 2, 2), np.uint8)
+    mask[:2, 1, 0, 1] = 90
+    assert dates.nearest_to_median(pixels, mask, 1, 0).tolist() == [2]
+
+
+def test_a_drawn_date_with_nan_is_replaced_also_where_other_bins_have_none():
+    pixels = series(6)
+    pixels[0, 0, 0, 0] = NAN
+    assert {drawn(pixels, 2, number)[0] for number in range(50)} == {1, 2}
+
+
+def test_a_gap_takes_the_nearest_date_and_not_the_first():
+    pixels = series(4)
+    pixels[3, 0, 0, 0] = NAN
+    filled, _ = dates.fill_nan(pixels[[3]], np.array([3]), lambda: pixels)
+    assert filled[0, 0].tolist() == [[2.0, 3.0], [3.0, 3.0]]
+
+
+def test_the_mean_of_a_band_with_one_finite_value_is_that_value():
+    pixels = images([NAN, 6], [NAN, NAN])
+    filled, _ = dates.fill_nan(pixels[[1]], np.array([1]), lambda: pixels)
+    assert filled.reshape(-1).tolist() == [6.0, 6.0]
+
+
+def test_medians_of_few_dates():
+    assert dates._nan_median(images([0, 4, NAN], [10, NAN, NAN])[None])[0, 0, 0].tolist()[:2] == [5.0, 4.0]
+    assert dates._nan_median(images([7])[None]).item() == 7.0
+    assert np.isnan(dates._nan_median(images([NAN], [NAN])[None])).all()
