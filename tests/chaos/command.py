@@ -11,6 +11,7 @@ import os
 import random
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -52,6 +53,11 @@ def main(argv: list[str] | None = None) -> int:
     seed = args.seed if args.seed is not None else random.SystemRandom().randrange(10**6)
     if args.out is not None and not args.out.exists():
         raise SystemExit(f"{args.out} does not exist")
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+    ):  # also where a shell has ignored SIGINT, as it does for jobs
+        signal.signal(number, _interrupt)
     _isolate_shared_memory()
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))
     print(f"seed {seed}, in {folder}", flush=True)
@@ -111,6 +117,10 @@ def run_round(site: Site, kind: str, number: int, seed: int, keep: bool) -> Outc
     elif not keep:
         shutil.rmtree(r.folder, ignore_errors=True)
     return outcome
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _schedule(kinds: list[str], only: int | None, seed: int) -> Iterator[tuple[str, int]]:
