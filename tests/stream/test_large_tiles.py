@@ -25,7 +25,7 @@ from maestro_scale.stream.transform import StoredSample, Transform
 
 
 def tile_of(arrays: dict[str, np.ndarray], labels: np.ndarray) -> Tile:
-    dates = {m: np.stack([np.arange(len(a))] * 3, axis=1).astype(np.int16) for m, a in arrays.items()}
+    dates = {m: np.array([(2019, 1 + t, 0) for t in range(len(a))], np.int16) for m, a in arrays.items()}
     targets = {"crop_type": labels, "crops_present": np.zeros(18, np.float32)}
     return Tile("t", arrays, dates, {}, targets, np.array((2019, 182, 0), np.int16))
 
