@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from types import TracebackType
 
 from maestro_scale.shards.errors import StoreError, WriteError
-from maestro_scale.shards.local_storage import ConditionFailed, Snapshot
+from maestro_scale.shards.local_storage import ConditionFailed, LocalStorage, Snapshot
 from maestro_scale.shards.locks import Locked
 from maestro_scale.shards.retry import RetryPolicy
 from maestro_scale.shards.storage import RemoteStorage, Storage
@@ -33,6 +33,7 @@ from maestro_scale.untrusted.limits import KIB, Limits
 log = logging.getLogger(__name__)
 LIFETIME_S = 60.0
 SETTLE_S = 0.5  # without conditional writes: time until the own lease is read again
+POLL_S = 1.0  # while waiting for another holder
 _RENEWALS = 4  # per lifetime
 _CLOCK_S = 2.0  # Last-Modified has whole seconds, and the servers of one store may differ a little
 _MAX_LIFETIME_S = 3600.0
@@ -123,8 +124,8 @@ class Lease:
                 if self._is_ours():
                     break  # the response to an earlier attempt of the same request was lost
                 continue  # another writer was faster: wait_until_free decides
-            if self._storage.conditional:
-                break
+            if self._storage.conditional or (expired is None and isinstance(self._storage, LocalStorage)):
+                break  # only one of several writers can create the file, or the object
             time.sleep(SETTLE_S)
             if self._is_ours():
                 break
@@ -157,7 +158,7 @@ class Lease:
                 raise Locked(
                     f"{who} holds {self._storage.address(self.name)}, which expires in {left_s:.0f} s"
                 )
-            time.sleep(min(left_s, self._lifetime_s / 20))
+            time.sleep(min(left_s, POLL_S, self._lifetime_s / 20))
 
     def check(self) -> None:
         """Renew the lease now. LeaseLost if another writer has taken it over."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 
+from maestro_scale.shards import lease
 from maestro_scale.training.checkpoint import commit
 from maestro_scale.training.checkpoint.mirror import ForeignMirror, Mirror, MirrorError
 from maestro_scale.training.checkpoint.retention import Retention
@@ -30,7 +32,7 @@ def mirror(tmp_path, keep=2, keep_every=0, identity=SEED_3):
 
 
 def there(tmp_path):
-    return sorted(int(p.name[5:]) for p in (tmp_path / "mirror" / "run").iterdir())
+    return sorted(int(p.name[5:]) for p in (tmp_path / "mirror" / "run").glob("[!.]*"))
 
 
 def send(to, *checkpoints):
@@ -60,6 +62,89 @@ def test_another_runs_checkpoints_are_neither_used_nor_removed(tmp_path, caplog)
     send(late, checkpoint(tmp_path / "other", 9, SEED_5))
     assert "step_00000009 is not mirrored" in caplog.text
     assert there(tmp_path) == [4]
+
+
+def copies(tmp_path, monkeypatch):
+    """Mirrors of two copies of one run, and their checkpoint of the same step with different content."""
+    monkeypatch.setattr(lease, "LIFETIME_S", 0.4)
+    monkeypatch.setattr(lease, "_CLOCK_S", 0.1)
+    mirrors = [mirror(tmp_path) for _ in range(2)]
+    mine, theirs = (checkpoint(tmp_path / name, 4) for name in ("here", "copy"))
+    (theirs / "state" / "weights").write_bytes(b"of the copy")
+    commit.commit(theirs, {"identity": SEED_3}, {"state/weights": commit.entry(theirs / "state" / "weights")})
+    return mirrors, mine, theirs
+
+
+def mirrored(tmp_path):
+    return (tmp_path / "mirror" / "run" / "step_00000004" / "state" / "weights").read_bytes()
+
+
+def test_a_copy_of_a_run_does_not_mirror_while_the_first_does(tmp_path, monkeypatch, caplog):
+    (first, second), mine, theirs = copies(tmp_path, monkeypatch)
+    first.send(mine)
+    while first.unsent:
+        time.sleep(0.01)
+    send(second, theirs, checkpoint(tmp_path / "copy", 5))
+    assert "step_00000005 is not mirrored" in caplog.text
+    assert "another process mirrors to it (process " in caplog.text
+    assert (mirrored(tmp_path), there(tmp_path)) == (bytes([4]) * 10, [4])
+    first.wait()
+    caplog.clear()
+    send(second, theirs, checkpoint(tmp_path / "copy", 6))
+    assert "step_00000004 is not mirrored" in caplog.text
+    assert "different content is already there, and is kept" in caplog.text
+    assert (mirrored(tmp_path), there(tmp_path)) == (bytes([4]) * 10, [4, 6])
+
+
+def test_a_mirror_that_lost_its_lease_does_not_overwrite(tmp_path, monkeypatch, caplog):
+    """Stopped in the middle of a checkpoint, for longer than its lease."""
+    (first, second), mine, theirs = copies(tmp_path, monkeypatch)
+    check, checks = first._check_lease, []
+
+    def stop_before_the_marker():
+        checks.append(0)
+        if len(checks) == 2:
+            first._lease._released.set()  # its thread renews no longer
+            time.sleep(0.6)
+            send(second, theirs)
+        check()
+
+    monkeypatch.setattr(first, "_check_lease", stop_before_the_marker)
+    send(first, mine)
+    assert "another one mirrors to it now" in caplog.text
+    assert mirrored(tmp_path) == b"of the copy"
+    assert commit.problem(tmp_path / "mirror" / "run" / "step_00000004", hashes=True) is None
+
+
+def test_equal_checkpoints_are_accepted_and_incomplete_ones_replaced(tmp_path, caplog):
+    made = checkpoint(tmp_path / "here", 4)
+    weights = tmp_path / "mirror" / "run" / "step_00000004" / "state" / "weights"
+    send(mirror(tmp_path), made)
+    send(mirror(tmp_path), made)
+    weights.write_bytes(b"cut")
+    send(mirror(tmp_path), made)
+    assert mirrored(tmp_path) == bytes([4]) * 10
+    (weights.parents[1] / commit.MARKER).unlink()  # killed before it was complete, with other content
+    weights.write_bytes(b"x" * 10)
+    (weights.parent / "more").write_bytes(b"x")
+    send(mirror(tmp_path), made)
+    assert commit.problem(weights.parents[1], hashes=True) is None
+    assert [p.name for p in weights.parent.iterdir()] == ["weights"]
+    assert caplog.text == ""
+
+
+def test_names_in_the_mirror_cannot_leave_the_checkpoint(tmp_path):
+    import fsspec
+
+    fs = fsspec.filesystem("memory")
+    fs.pipe("/evil/step_00000004/state/weights", b"x")
+    fs.pipe("/evil/step_00000004/../../../out", b"x")
+    fs.pipe(f"/evil/step_of/{commit.MARKER}", b"x")
+    foreign = Mirror("memory://evil", Retention(1))
+    assert foreign.names() == []
+    with pytest.raises(MirrorError, match="is not a path within the checkpoint"):
+        foreign.fetch("step_00000004", tmp_path / "a" / "b" / "c")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_marker_comes_last(tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ import random
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from importlib.metadata import version
@@ -49,7 +49,7 @@ from maestro_scale.shards.format.manifest import (
 from maestro_scale.shards.format.serialization import to_builtins
 from maestro_scale.shards.local_storage import ConditionFailed, LocalStorage, Snapshot
 from maestro_scale.shards.storage import RemoteStorage, local_folder, open_storage
-from maestro_scale.shards.write.exclusion import WriterLock
+from maestro_scale.shards.write.exclusion import LostSplit, WriterLock
 from maestro_scale.shards.write.packing import HASH_DIGITS, WritePlan, WrittenShard
 from maestro_scale.shards.write.part import WHOLE_SPLIT, WriterPart
 
@@ -158,23 +158,24 @@ class Destination:
         filled = {i: shards[i] for i in range(plan.num_shards) if shards[i].index.keys}
         if not filled:
             raise WriteError(f"split {self.split}: none of its tiles can be read, nothing is written")
-        with self._lock.publication():
-            self._lock.check()
-            try:
-                manifest = self._write_manifest(plan, filled, [shards[i].index for i in sorted(shards)])
-            except SplitDiffers:
-                # Published by another writer in the meantime: what this one wrote will never be used.
-                published = self._published(self._read_manifest()[0])
-                for shard in filled.values():
-                    if isinstance(self.storage, RemoteStorage) and shard.name not in published:
-                        self._remove_shard(shard.name)
-                raise
+        try:
+            with self._lock.publication() as check_exclusion:
+                self._lock.check()
+                every = [shards[i].index for i in sorted(shards)]
+                manifest = self._write_manifest(plan, filled, every, check_exclusion)
+        except (SplitDiffers, LostSplit):
+            self._discard(filled.values())
+            raise
         if not self._lock.other_writers():
             self._remove_leftovers(plan, manifest)
         return manifest
 
     def _write_manifest(
-        self, plan: WritePlan, filled: dict[int, WrittenShard], every: Sequence[ShardIndex]
+        self,
+        plan: WritePlan,
+        filled: dict[int, WrittenShard],
+        every: Sequence[ShardIndex],
+        check_exclusion: Callable[[], None],
     ) -> Manifest:
         changed = False
         try:
@@ -187,6 +188,8 @@ class Destination:
                     return manifest
                 remove_checksum(self.storage)
                 changed = True
+                if not self.storage.conditional:
+                    check_exclusion()  # as late as possible: nothing else orders the writes of such a store
                 try:
                     self.storage.write_snapshot(MANIFEST, manifest.dumps().encode(), snapshot)
                 except ConditionFailed:
@@ -329,6 +332,18 @@ class Destination:
                 self.storage.remove(name)  # an empty tar, which earlier revisions wrote
             else:
                 self._remove_shard(name)
+
+    def _discard(self, written: Iterable[WrittenShard]) -> None:
+        """Remove what this writer wrote, if the split was published by another in the meantime.
+
+        Only in object stores: in a folder, the names of the other writer's shards are the same. If the split is not
+        published, the other writer may use these shards.
+        """
+        published = self._published(self._read_manifest()[0])
+        if published and isinstance(self.storage, RemoteStorage):
+            for shard in written:
+                if shard.name not in published:
+                    self._remove_shard(shard.name)
 
     def _remove_shard(self, name: str) -> None:
         # In this order: a tar without an index would be refused as a foreign file.

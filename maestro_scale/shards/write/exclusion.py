@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +20,10 @@ log = logging.getLogger(__name__)
 _LOCK_CHECKS = 20
 # Not ".manifest": a split may have that name, but its name cannot contain a dot.
 _PUBLICATION = ".manifest.json"
+
+
+class LostSplit(WriteError):
+    """Another writer has taken over the split."""
 
 
 class WriterLock:
@@ -59,23 +63,26 @@ class WriterLock:
         self._stack.close()
 
     def check(self) -> None:
-        """WriteError if the right was lost: this process was stopped for longer than its lease."""
+        """LostSplit if the right was lost: this process was stopped for longer than its lease."""
         if self._lease is None:
             return
         try:
             self._lease.check()
         except LeaseLost as error:
-            raise WriteError(
+            raise LostSplit(
                 f"{self._storage.address()}: this writer did not respond for {lease.LIFETIME_S:.0f} s, and another one "
                 f"has taken over split {self._split!r}; nothing was published: run the command again if needed"
             ) from error
 
     @contextmanager
-    def publication(self) -> Iterator[None]:
-        """Exclude other publications at the same destination, of any split; waits for them."""
+    def publication(self) -> Iterator[Callable[[], None]]:
+        """Exclude other publications at the same destination, of any split; waits for them.
+
+        Gives a function that raises WriteError if the exclusion has ended since, because this process was stopped.
+        """
         if isinstance(self._storage, LocalStorage) and not self._uses_leases:
             with file_lock(self._storage.folder / f"{_PUBLICATION}.lock"):
-                yield
+                yield lambda: None
             return
         publishing = Lease(self._storage, f"{_PUBLICATION}.lease")
         try:
@@ -85,8 +92,18 @@ class WriterLock:
                 f"{self._storage.address()}: another writer is publishing for too long ({error}); run the same command "
                 "again, finished shards are kept"
             ) from error
+
+        def check() -> None:
+            try:
+                publishing.check()
+            except LeaseLost as error:
+                raise WriteError(
+                    f"{self._storage.address()}: this writer did not respond for {lease.LIFETIME_S:.0f} s while it "
+                    f"published split {self._split!r}; run the same command again, finished shards are kept"
+                ) from error
+
         try:
-            yield
+            yield check
         finally:
             publishing.release()
 

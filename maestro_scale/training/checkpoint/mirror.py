@@ -1,8 +1,14 @@
-"""Mirror of checkpoints behind a URL: each is copied there after its commit, and restored if all others are lost."""
+"""Mirror of checkpoints behind a URL: each is copied there after its commit, and restored if all others are lost.
+
+One process mirrors to a place at a time: it holds a lease from its first copy until all are sent. So a second run, or a
+copy of the same run, cannot overwrite or remove the checkpoints of the first; it trains on, and warns that it is not
+mirrored. A complete checkpoint is never replaced by one of the same name with different content.
+"""
 
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -12,12 +18,18 @@ from typing import Any
 import fsspec
 
 from maestro_scale.errors import MaestroError
+from maestro_scale.shards.lease import Lease, LeaseLost
+from maestro_scale.shards.local_storage import LocalStorage
+from maestro_scale.shards.locks import Locked
+from maestro_scale.shards.storage import open_storage
 from maestro_scale.training.checkpoint import commit
 from maestro_scale.training.checkpoint.commit import MARKER
 from maestro_scale.training.checkpoint.identity import differences
 from maestro_scale.training.checkpoint.retention import Retention
 
 log = logging.getLogger(__name__)
+LEASE = ".mirror.lease"
+_NAME = re.compile(r"step_\d{1,15}")
 
 
 class MirrorError(MaestroError):
@@ -40,7 +52,7 @@ class Mirror:
         self._thread = ThreadPoolExecutor(1, "maestro-mirror")
         self._sending: list[tuple[Path, Future[None]]] = []
         self._identity: dict[str, Any] = {}
-        self._is_ours = False
+        self._lease: Lease | None = None
 
     def claim(self, identity: dict[str, Any], required: bool) -> None:
         """Set the identity of the run, which must be that of the checkpoints in the mirror, if there are any.
@@ -76,10 +88,13 @@ class Mirror:
         return {path.name for path, future in self._sending if not future.done()}
 
     def wait(self, alive: Callable[[], None] = lambda: None) -> None:
-        """Wait until the queue is sent; ``alive`` is called every second."""
+        """Wait until the queue is sent, and let others mirror here; ``alive`` is called every second."""
         for _, sending in self._sending:
             while not wait([sending], timeout=1).done:
                 alive()
+        released, self._lease = self._lease, None
+        if released is not None:
+            released.release()
 
     def names(self) -> list[str]:
         """Names of the complete checkpoints in the mirror, newest first. MirrorError if it cannot be read."""
@@ -91,15 +106,16 @@ class Mirror:
 
         def copy(fs: Any, root: str) -> None:
             for remote in fs.find(f"{root}/{name}"):
-                local = into / remote.split(f"/{name}/", 1)[1]
+                inner = remote.split(f"/{name}/", 1)[1]
+                if ".." in inner.split("/"):  # possible in the keys of an object store
+                    raise MirrorError(f"{remote} is not a path within the checkpoint")
+                local = into / inner
                 local.parent.mkdir(parents=True, exist_ok=True)
                 fs.get_file(remote, str(local))
 
         self._read(copy)
 
     def _check_identity(self) -> None:
-        if self._is_ours:
-            return
         for name in self.names():
             marker = self._read(lambda fs, root, name=name: fs.cat_file(f"{root}/{name}/{MARKER}"))
             try:
@@ -112,7 +128,6 @@ class Mirror:
                     "checkpoint.mirror or another --run-dir, whose last component is the folder in the mirror"
                 )
             break
-        self._is_ours = True
 
     def _read(self, action: Any) -> Any:
         try:
@@ -128,20 +143,69 @@ class Mirror:
 
     def _send(self, checkpoint: Path) -> None:
         try:
-            self._check_identity()
+            if self._lease is None:
+                self._check_identity()  # also if the lease is held: this error says more
+                self._lease = self._acquire()
+                self._check_identity()  # another run may have sent its first checkpoint in between
             fs, root = fsspec.url_to_fs(self.url)
-            files = [p for p in sorted(checkpoint.rglob("*")) if p.is_file()]
-            for path in sorted(files, key=lambda p: p.name == MARKER):
-                remote = f"{root}/{checkpoint.name}/{path.relative_to(checkpoint)}"
-                fs.makedirs(remote.rsplit("/", 1)[0], exist_ok=True)
-                fs.put_file(str(path), remote)
+            fs.invalidate_cache()
+            self._copy(fs, root, checkpoint)
             fs.invalidate_cache()
             steps = {step_of(Path(name)): name for name in _complete(fs, root)}
             for step in self._retention.superseded(steps):
+                self._check_lease()
                 fs.rm_file(f"{root}/{steps[step]}/{MARKER}")  # first: without it, the rest is never loaded
                 fs.rm(f"{root}/{steps[step]}", recursive=True)
         except Exception as error:  # noqa: BLE001 - no failure of a remote store may stop training
             log.warning("%s is not mirrored to %s: %s", checkpoint.name, self.url, error)
+
+    def _copy(self, fs: Any, root: str, checkpoint: Path) -> None:
+        files = [p for p in sorted(checkpoint.rglob("*")) if p.is_file()]
+        target = f"{root}/{checkpoint.name}"
+        sizes = {path: info["size"] for path, info in fs.find(target, detail=True).items()}
+        marker = _content(fs, f"{target}/{MARKER}")
+        if marker is not None and marker != (checkpoint / MARKER).read_bytes():
+            raise MirrorError(
+                "a checkpoint of this name with different content is already there, and is kept: another copy of this "
+                "run has mirrored it; set another checkpoint.mirror or another --run-dir"
+            )
+        remotes = {path: f"{target}/{path.relative_to(checkpoint)}" for path in files}
+        if marker is not None and all(_size(sizes, r) == p.stat().st_size for p, r in remotes.items()):
+            return
+        if marker is None and sizes:
+            self._check_lease()
+            fs.rm(target, recursive=True)  # of a copy that was killed
+        # s3fs: fail if the object exists. The lease does not exclude a process that was stopped for long in this place.
+        options = {"mode": "create"} if marker is None and self.url.startswith(("s3://", "s3a://")) else {}
+        for path in sorted(files, key=lambda p: p.name == MARKER):
+            self._check_lease()
+            fs.makedirs(remotes[path].rsplit("/", 1)[0], exist_ok=True)
+            fs.put_file(str(path), remotes[path], **options)
+
+    def _acquire(self) -> Lease:
+        storage = open_storage(self.url)
+        if isinstance(storage, LocalStorage):
+            storage.folder.mkdir(parents=True, exist_ok=True)
+        lease = Lease(storage, LEASE)
+        try:
+            # A run that was killed and starts again must not give up because of its own lease.
+            lease.acquire(watch=True)
+        except Locked as error:
+            raise MirrorError(
+                f"another process mirrors to it ({error}); if it is not a run to be stopped, set another "
+                "checkpoint.mirror or another --run-dir"
+            ) from error
+        return lease
+
+    def _check_lease(self) -> None:
+        assert self._lease is not None  # _send has acquired it
+        try:
+            self._lease.check()
+        except LeaseLost as error:
+            self._lease = None
+            raise MirrorError(
+                "this process did not respond for long, and another one mirrors to it now"
+            ) from error
 
 
 def step_of(checkpoint: Path) -> int:
@@ -150,4 +214,18 @@ def step_of(checkpoint: Path) -> int:
 
 
 def _complete(fs: Any, root: str) -> list[str]:
-    return [marker.split("/")[-2] for marker in fs.glob(f"{root}/step_*/{MARKER}")]
+    names = [marker.split("/")[-2] for marker in fs.glob(f"{root}/step_*/{MARKER}")]
+    return [name for name in names if _NAME.fullmatch(name)]
+
+
+def _content(fs: Any, path: str) -> bytes | None:
+    try:
+        content: bytes = fs.cat_file(path)
+    except FileNotFoundError:
+        return None
+    return content
+
+
+def _size(sizes: dict[str, int], remote: str) -> int | None:
+    """The size of a remote file; file systems list some paths with a leading slash, and some without."""
+    return next((size for path, size in sizes.items() if path.lstrip("/") == remote.lstrip("/")), None)
