@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from maestro_scale.errors import MaestroError
+from maestro_scale.errors import MaestroError, printable
 
 USAGE = 2
 """Exit code of an expected error; argparse and typer use the same for a wrong command line."""
@@ -21,7 +21,9 @@ def error_line(error: BaseException) -> str | None:
         return str(error)
     if isinstance(error, OSError) and error.filename is not None:
         reason = error.strerror or error
-        return f"{error.filename}: {reason}; use another path, or fix its permissions and free space"
+        return printable(
+            f"{error.filename}: {reason}; use another path, or fix its permissions and free space"
+        )
     return None
 
 

@@ -16,6 +16,22 @@ class MaestroError(Exception):
     same_on_all_ranks = False
     """Whether all ranks raise it together, so that rank 0 alone reports it."""
 
+    def __str__(self) -> str:
+        return printable(super().__str__())
+
+
+MAX_MESSAGE = 4000
+"""Characters of a message. Names in it may come from data and have any length."""
+
+
+def printable(text: str) -> str:
+    """``text`` cut to ``MAX_MESSAGE`` characters, with control characters escaped, which a terminal would obey."""
+    if len(text) > MAX_MESSAGE:
+        text = f"{text[: MAX_MESSAGE * 3 // 4]} … {text[-MAX_MESSAGE // 5 :]}"
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
 
 def shorten(value: object, length: int = 60) -> str:
     """``repr(value)``, cut to ``length`` characters. Does not format more of a text than is shown."""
@@ -34,10 +50,20 @@ def dotted(path: KeyPath) -> str:
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
 
 
+_MAX_NAME, _MAX_NAMES = 100, 50
+
+
 def did_you_mean(name: object, known: Iterable[str]) -> str:
     """`` (did you mean 'x'?)`` for the closest known name, or the whole list when none is close."""
-    names = sorted(known)
+    # The comparison is quadratic in the length of the names.
+    names = sorted(n for n in known if len(n) <= _MAX_NAME)
+    if len(str(name)) > _MAX_NAME:
+        return ""
     close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.6)
     if close:
         return f" (did you mean {close[0]!r}?)"
-    return f" (there are: {', '.join(names)})" if names else ""
+    return (
+        f" (there are: {', '.join(names[:_MAX_NAMES])}{', …' if len(names) > _MAX_NAMES else ''})"
+        if names
+        else ""
+    )

@@ -78,17 +78,18 @@ def decide(run_dir: Path, logs: Path, attempt: Attempt, max_failures: int) -> tu
     except (OSError, ValueError):
         outcome = {}
     if outcome.get("reason") == "done":
-        return FINISHED, f"done: {outcome['step']} steps, in {run_dir}"
+        return FINISHED, f"done: {outcome.get('step')} steps, in {run_dir}"
     file = run_dir / "attempts.jsonl"
     lines = untrusted.read_json_lines(file) if file.exists() else []
     earlier = [untrusted.from_builtins(Attempt, line) for line in lines]
     stopped = outcome.get("reason") == "stopped"
     # STOP is a user's request to end the run. Any other stop is the signal before the time limit or a preemption, after
     # which the run must resume, also where the signal reached the ranks but not the batch script.
-    if stopped and not attempt.asked and "STOP" in outcome["why"]:
+    if stopped and not attempt.asked and "STOP" in str(outcome.get("why")):
         return (
             FINISHED,
-            f"stopped by {outcome['why']} after step {outcome['step']}; submit the same command again to resume",
+            f"stopped by {outcome.get('why')} after step {outcome.get('step')}; "
+            "submit the same command again to resume",
         )
     attempt = Attempt(**{**asdict(attempt), "asked": attempt.asked or stopped})
     with file.open("a") as sink:

@@ -13,13 +13,21 @@ import psutil
 def provenance_tags(environment: Mapping[str, Any]) -> dict[str, str]:
     """Tags from the result of ``run_dir.environment()``; unknown values are omitted."""
     tags = {
-        "git_revision": environment["git_revision"],
-        "host": environment["host"],
+        "git_revision": environment.get("git_revision"),
+        "host": environment.get("host"),
         "slurm_job": environment.get("slurm_job"),
         # Shown by the MLflow UI in its own columns.
         "mlflow.user": psutil.Process().username(),
         "mlflow.source.type": "LOCAL",
-        "mlflow.source.name": Path(shlex.split(environment["command"])[0]).name,
-        "mlflow.source.git.commit": environment["git_revision"],
+        "mlflow.source.name": _program(environment.get("command")),
+        "mlflow.source.git.commit": environment.get("git_revision"),
     }
-    return {k: v for k, v in tags.items() if v}
+    return {k: str(v) for k, v in tags.items() if v}
+
+
+def _program(command: object) -> str:
+    """File name of the program in a shell command line; empty if it is not one."""
+    try:
+        return Path(shlex.split(command)[0]).name if isinstance(command, str) else ""
+    except (ValueError, IndexError):  # an open quotation, an empty line
+        return ""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from maestro_scale import untrusted
+from maestro_scale.errors import shorten
 from maestro_scale.training import nvml
 from maestro_scale.training.distributed import World
 
@@ -49,7 +50,24 @@ def _nccl_version() -> str:
 def read_environment(run_dir: Path) -> dict[str, Any]:
     """The ``environment.json`` of a run; empty where there is none."""
     path = run_dir / "environment.json"
-    return untrusted.read_record(path) if path.exists() else {}
+    record = untrusted.read_record(path) if path.exists() else {}
+    if "setup" in record:
+        try:
+            _check_setup(record["setup"])
+        except untrusted.InputError as error:
+            raise untrusted.InputError(f"{path}: setup: {error}; remove it from the file") from None
+    return record
+
+
+def _check_setup(setup: Any) -> None:
+    """InputError unless ``setup`` has what the functions below show."""
+    for name in ("gpus", "ranks", "nodes"):
+        untrusted.field_of(setup, int, name)
+    for name in ("device", "launcher", "precision"):
+        untrusted.field_of(setup, str, name)
+    untrusted.field_of(setup, dict, "versions")
+    if not isinstance(setup.get("gpu"), str | None):
+        raise untrusted.InputError(f"gpu is {shorten(setup['gpu'])}, expected a text")
 
 
 def setup_line(environment: Mapping[str, Any]) -> str:
@@ -57,7 +75,7 @@ def setup_line(environment: Mapping[str, Any]) -> str:
     setup = environment.get("setup")
     if not setup:
         return ""
-    devices = f"{setup['gpus']} x {setup['gpu'] or setup['device']}" if setup["gpus"] else "CPU"
+    devices = f"{setup['gpus']} x {setup.get('gpu') or setup['device']}" if setup["gpus"] else "CPU"
     parts = [
         f"{devices}, {_count(setup['ranks'], 'rank')} on {_count(setup['nodes'], 'node')} ({setup['launcher']})",
         setup["precision"],

@@ -25,6 +25,7 @@ from maestro_scale.untrusted.limits import (
     TENSOR_AXES,
     InputError,
     Limits,
+    is_relative_path,
     size_text,
 )
 from maestro_scale.untrusted.records import from_builtins
@@ -54,6 +55,7 @@ __all__ = [
     "decompress_frame",
     "field_of",
     "from_builtins",
+    "is_relative_path",
     "list_tar",
     "load_json",
     "load_tensors",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 
 from maestro_scale.errors import MaestroError
 
@@ -53,3 +54,16 @@ def at(where: str, what: str) -> str:
 
 def size_text(num_bytes: int) -> str:
     return f"{num_bytes // MIB} MiB"
+
+
+def is_relative_path(text: str) -> bool:
+    """Whether a path from a document stays below the folder that it is joined to."""
+    path = PurePosixPath(text)
+    # str(path) == text: no empty parts, no "." and no trailing slash, so that a path has one spelling
+    return (
+        bool(text)
+        and not path.is_absolute()
+        and ".." not in path.parts
+        and str(path) == text
+        and "\0" not in text
+    )

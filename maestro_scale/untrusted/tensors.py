@@ -119,12 +119,12 @@ def load_tensors(source: Path | bytes) -> dict[str, Tensor]:
 
 
 def open_tensors(path: Path) -> Any:
-    """A context manager that reads slices of the tensors of a safetensors file. InputError; OSError."""
+    """A context manager that reads slices of the tensors of a safetensors file. InputError if it cannot be read."""
     from safetensors import SafetensorError, safe_open
 
     try:
         return safe_open(path, framework="pt")
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise InputError(at(str(path), _tensor_problem(error))) from None
 
 

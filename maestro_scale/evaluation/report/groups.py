@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -178,11 +178,12 @@ def _group_key(r: EvalResult) -> tuple:
 def _training_key(r: EvalResult) -> str:
     """The part of the recipe that determines a result, without the seed: the view of the dataset and, for a mode that
     trains, model and training."""
-    recipe: dict[str, Any] = dict(r.recipe or {})
-    entry = dict(next(iter((recipe.get("data") or {}).get("mixture") or [{}])))
+    recipe = _section(r.recipe)
+    mixture = _section(recipe.get("data")).get("mixture")
+    entry = _section(mixture[0] if isinstance(mixture, list) and mixture else None)
     parts: list[Any] = [{k: v for k, v in entry.items() if k not in ("shards", "weight")}]
     if r.mode not in _FROZEN:
-        train, evaluation = recipe.get("train") or {}, dict(recipe.get("evaluation") or {})
+        train, evaluation = _section(recipe.get("train")), _section(recipe.get("evaluation"))
         evaluation.pop("modes", None)
         parts += [
             recipe.get("model"),
@@ -191,6 +192,11 @@ def _training_key(r: EvalResult) -> str:
             evaluation,
         ]
     return json.dumps(parts, sort_keys=True, default=str)
+
+
+def _section(value: object) -> dict[str, Any]:
+    """A copy of a section of a recipe that was read from a file; empty where it is not a mapping."""
+    return dict(value) if isinstance(value, Mapping) else {}
 
 
 def _run_ids(f: ResultFile) -> set[tuple[int | None, int]]:

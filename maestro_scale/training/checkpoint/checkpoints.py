@@ -72,6 +72,29 @@ class Resumed:
 
 
 @dataclass(frozen=True)
+class CheckpointRecord:
+    """What the marker of a checkpoint says of it."""
+
+    position: Position
+    identity: dict[str, Any]
+    guard: dict[str, Any]
+    hooks: dict[str, dict[str, Any]]
+
+
+def read_record(folder: Path) -> CheckpointRecord:
+    """The record in a committed checkpoint. ValueError if its marker is missing, damaged or malformed."""
+    content = commit.read(folder)
+    position = untrusted.from_builtins(Position, untrusted.field_of(content, dict, "position"))
+    if min(vars(position).values()) < 0:
+        raise untrusted.InputError("position: contains a negative number")
+    hooks = untrusted.field_of(content, dict, "hooks") if "hooks" in content else {}
+    for name in hooks:
+        untrusted.field_of(hooks, dict, name)
+    identity, guard = (untrusted.field_of(content, dict, name) for name in ("identity", "guard"))
+    return CheckpointRecord(position, identity, guard, hooks)
+
+
+@dataclass(frozen=True)
 class _Pending:
     position: Position
     staging: Path
@@ -203,19 +226,22 @@ class Checkpoints:
         if path is None:
             self._refuse_to_start_over(problems)
             return Resumed(Position())
-        record = commit.read(path)
-        if difference := differences(record["identity"], identity):
+        try:
+            record = read_record(path)
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {error}; remove it to resume from the one before") from None
+        if difference := differences(record.identity, identity):
             raise CheckpointError(
                 f"{path} does not fit this run: {difference}. Resume with the values that it was written with, or "
                 "use another directory"
             )
-        if self._world.is_main and (change := changed_arithmetic(record["identity"], identity)):
+        if self._world.is_main and (change := changed_arithmetic(record.identity, identity)):
             log.warning("%s: %s", path.name, change)
         with StateReader(path / STATE) as reader:
             state.restore(reader)
         if self._world.is_main:
             self._rename_damaged(path)
-        return Resumed(Position(**record["position"]), record["guard"], record.get("hooks", {}))
+        return Resumed(record.position, record.guard, record.hooks)
 
     def _newest_intact(self) -> tuple[Path | None, list[str]]:
         # The ranks share the work of hashing. Rank 0 lists the checkpoints: on a shared file system, each node may see
@@ -333,7 +359,7 @@ def newest(run_dir: Path) -> Path:
 
 def load_position(path: Path) -> Position:
     """The position of a committed checkpoint."""
-    return Position(**commit.read(path)["position"])
+    return read_record(path).position
 
 
 def _newest(folder: Path, hashes: bool = False) -> tuple[Path | None, list[str]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from maestro_scale import untrusted
-from maestro_scale.errors import MaestroError
+from maestro_scale.errors import MaestroError, shorten
 from maestro_scale.shards.local_storage import fsync
 
 MARKER = "COMMIT.json"
@@ -51,11 +51,27 @@ def content(text: str | bytes) -> dict[str, Any]:
     own = whole.pop(_OWN)
     if own != _digest(whole):
         raise ValueError(f"{MARKER} has changed since it was written")
-    if (version := whole.get("format_version", 1)) > FORMAT_VERSION:
+    version = whole.get("format_version", 1)
+    if type(version) is not int:
+        raise ValueError(f"unreadable {MARKER} (its format_version is {shorten(version)})")
+    if version > FORMAT_VERSION:
         raise NewerFormatError(
             f"{MARKER} has format version {version}, this maestro-scale reads up to {FORMAT_VERSION}: update it"
         )
+    _check_files(whole["files"])
     return whole
+
+
+def _check_files(files: Any) -> None:
+    """ValueError unless ``files`` are entries of files below the folder; the marker may come from elsewhere."""
+    if not isinstance(files, dict):
+        raise ValueError(f"unreadable {MARKER} (its files are {shorten(files)})")
+    for name, listed in files.items():
+        if not untrusted.is_relative_path(name):
+            raise ValueError(f"{MARKER} lists {shorten(name)}, which is not a path below its folder")
+        fields = listed if isinstance(listed, dict) else {}
+        if type(fields.get("bytes")) is not int or type(fields.get("sha256")) is not str:
+            raise ValueError(f"{MARKER} has no size and sha256 of {shorten(name)}")
 
 
 def read(folder: Path) -> dict[str, Any]:

@@ -45,8 +45,8 @@ def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
 
 def _precision_of(identity: dict[str, Any]) -> dict[str, Any]:
     """Of a pretraining in a section of its own, of a finetuning among the other values."""
-    section: dict[str, Any] = identity.get("engine", identity)
-    return section
+    section = identity.get("engine", identity)
+    return section if isinstance(section, dict) else {}
 
 
 def _is_earlier_bf16(identity: dict[str, Any]) -> bool:

@@ -17,6 +17,7 @@ from typing import Any
 
 import fsspec
 
+from maestro_scale import untrusted
 from maestro_scale.errors import MaestroError
 from maestro_scale.shards.lease import Lease, LeaseLost
 from maestro_scale.shards.local_storage import LocalStorage
@@ -119,7 +120,7 @@ class Mirror:
         for name in self.names():
             marker = self._read(lambda fs, root, name=name: fs.cat_file(f"{root}/{name}/{MARKER}"))
             try:
-                theirs = commit.content(marker)["identity"]
+                theirs = untrusted.field_of(commit.content(marker), dict, "identity")
             except (ValueError, KeyError):
                 continue  # damaged: compare with the next one
             if difference := differences(theirs, self._identity):
