@@ -183,7 +183,7 @@ def test_an_index_of_another_shard_and_a_manifest_without_shards(tmp_path):
         path.write_text(json.dumps(index | changes))
         with pytest.raises(ManifestError, match=r"is not the index of train-000000.tar"):
             read_first_sample(str(tmp_path), info)
-    for file in (path, tmp_path / info.path):
+    for file in (path, tmp_path / info.path, tmp_path / "manifest.sha256"):
         file.unlink()
     (tmp_path / "manifest.json").write_text(Manifest(1, SPEC, ()).dumps())
     assert verify(str(tmp_path)) == [f"{tmp_path}/manifest.json: lists no shards"]
