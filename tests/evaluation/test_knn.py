@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from sklearn.neighbors import NearestNeighbors
 
 from maestro_scale.evaluation.features.labelled_features import LabelledFeatures
 from maestro_scale.evaluation.metrics import MultilabelCounts
-from maestro_scale.evaluation.probes.knn import knn
+from maestro_scale.evaluation.probes.knn import NEIGHBOURS, TEMPERATURES, THRESHOLD, knn
 
 
 def data(num, num_features=32, num_classes=4, seed=0, noise=0.3):
@@ -91,3 +92,41 @@ def test_knn_weights_worked_out_by_hand():
     fit = knn(train, train, query, neighbours=(2,), temperatures=(0.5,))
     # e**2 = 7.389056; 7.389056 / 8.389056 = 0.880797.
     np.testing.assert_allclose(fit.scores, [[0.880797, 0.119203]], atol=1e-6)
+
+
+def test_the_candidates_of_the_protocol():
+    # Results name the chosen k and temperature; another grid would be another protocol.
+    assert NEIGHBOURS == (5, 10, 20, 50)
+    assert TEMPERATURES == (0.03, 0.07, 0.2)
+    assert THRESHOLD == 0.5
+
+
+@pytest.mark.parametrize(("neighbours", "temperatures"), [((), (0.1,)), ((5,), ())])
+def test_no_candidate_is_refused(neighbours, temperatures):
+    train = clusters(4, 1)
+    with pytest.raises(ValueError, match="at least one candidate for k and for the temperature"):
+        knn(train, train, train.features, neighbours, temperatures)
+
+
+def test_no_query_has_no_scores():
+    train = clusters(4, 1)
+    fit = knn(train, train, train.features[:0], (2,), (0.1,))
+    assert fit.scores.shape == fit.predicted.shape == (0, 3)
+
+
+def test_a_share_of_one_half_is_not_predicted():
+    # Two training samples in the same direction, one of each label: their share is 1/2 for any query.
+    train = LabelledFeatures(np.ones((2, 3), np.float32), np.array([[True], [False]]))
+    fit = knn(train, train, train.features, (2,), (0.1,))
+    assert (fit.scores.tolist(), fit.predicted.tolist()) == ([[0.5], [0.5]], [[False], [False]])
+    assert fit.validation.fn.tolist() == [1]
+
+
+def test_features_are_compared_by_direction_in_chunks_of_queries(monkeypatch):
+    train, validation, test = data(50, seed=1), data(20, seed=2), data(10, seed=3)
+    whole = knn(train, validation, test.features)
+    longer = LabelledFeatures(train.features * 3, train.labels)
+    monkeypatch.setattr("maestro_scale.evaluation.probes.knn._CHUNK", 3)
+    parts = knn(longer, validation, test.features * 7)
+    assert parts.chosen == whole.chosen
+    np.testing.assert_allclose(parts.scores, whole.scores, atol=1e-5)

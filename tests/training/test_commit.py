@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 import pytest
@@ -64,3 +65,73 @@ def test_a_changed_marker_is_detected(tmp_path):
 def test_no_checkpoint_is_an_error(tmp_path):
     with pytest.raises(CheckpointError, match="no intact checkpoint"):
         newest(tmp_path)
+
+
+def write_marker(folder, whole, own=None):
+    """A marker with the given content, its own hash by the definition: sha256 of the JSON with sorted keys."""
+    digest = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
+    folder.mkdir(exist_ok=True)
+    (folder / commit.MARKER).write_text(json.dumps({"sha256": own or digest, **whole}))
+    return folder
+
+
+def test_the_entry_of_a_file_has_its_size_and_hash(tmp_path):
+    (tmp_path / "abc").write_bytes(b"abc")
+    # The first test vector of FIPS 180.
+    sha256 = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert commit.entry(tmp_path / "abc") == {"bytes": 3, "sha256": sha256}
+    (tmp_path / "long").write_bytes(b"x" * (1 << 22) + b"y")  # two blocks
+    assert commit.entry(tmp_path / "long")["sha256"] == hashlib.sha256(b"x" * (1 << 22) + b"y").hexdigest()
+
+
+def test_markers_of_earlier_revisions_have_version_one_and_keys_in_any_order(tmp_path):
+    whole = {"files": {}}
+    assert commit.read(write_marker(tmp_path / "a", whole)) == whole
+    whole = {"step": 5, "files": {}, "a": 1, "format_version": 1}
+    assert commit.read(write_marker(tmp_path / "b", whole)) == whole
+    with pytest.raises(ValueError, match=r"COMMIT\.json has changed since it was written"):
+        commit.read(write_marker(tmp_path / "c", whole, own="0" * 64))
+
+
+@pytest.mark.parametrize(
+    "text", ['["sha256", "files"]', '{"sha256": "0"}', '{"files": {}}', '"sha256 files"']
+)
+def test_a_marker_without_files_or_its_own_hash_is_refused(text):
+    with pytest.raises(ValueError, match="lists no files, or lacks its own hash"):
+        commit.content(text)
+
+
+def test_a_folder_without_a_marker_or_a_file_is_a_problem(tmp_path):
+    assert "unreadable COMMIT.json (No such file" in commit.problem(tmp_path)
+    folder = _checkpoint(tmp_path, 5)
+    (folder / "state" / "weights").unlink()
+    assert commit.problem(folder) == "state/weights is missing"
+
+
+def test_a_share_of_the_files_is_hashed_and_all_by_default(tmp_path):
+    entries = {}
+    for name in "abc":
+        (tmp_path / name).write_bytes(b"1")
+        entries[name] = commit.entry(tmp_path / name)
+    commit.commit(tmp_path, {}, entries)
+    for name, part in (("a", 0), ("b", 1), ("c", 0)):
+        (tmp_path / name).write_bytes(b"2")
+        damage = f"{name} has changed since it was written (sha256)"
+        assert commit.problem(tmp_path, hashes=True) == damage
+        assert commit.problem(tmp_path, hashes=True, share=(part, 2)) == damage
+        assert commit.problem(tmp_path, hashes=True, share=(1 - part, 2)) is None
+        assert commit.problem(tmp_path) is None
+        (tmp_path / name).write_bytes(b"1")
+    assert commit.problem(tmp_path, hashes=True) is None
+
+
+def test_publishing_moves_a_folder_of_that_name_aside(tmp_path):
+    staging, final, aside = tmp_path / "staging", tmp_path / "final", tmp_path / "aside"
+    for content in ("1", "2"):
+        staging.mkdir()
+        (staging / "x").write_text(content)
+        commit.publish(staging, final, aside)
+        assert (final / "x").read_text() == content
+        assert not staging.exists()
+        assert aside.exists() == (content == "2")
+    assert (aside / "x").read_text() == "1"

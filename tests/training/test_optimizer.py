@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from maestro_scale.training.optimizer import build_optimizer, cosine, one_cycle, set_lr
+from maestro_scale.training.optimizer import (
+    build_optimizer,
+    cosine,
+    depths_below_top,
+    one_cycle,
+    set_lr,
+)
 
 
 def test_one_cycle_equals_torch():
@@ -105,3 +111,64 @@ def test_matrices_that_are_not_weights_of_linear_maps_do_not_decay():
     decayed, plain = build_optimizer(model, 1.0, (0.9, 0.99), 1e-8, 0.1).param_groups
     assert [tuple(p.shape) for p in decayed["params"]] == [(2, 2)]
     assert [tuple(p.shape) for p in plain["params"]] == [(3, 4)]
+
+
+def test_schedules_whose_warmup_is_the_whole_run():
+    # The peak is the last of 3 steps; what is asked beyond it is the final value.
+    assert [one_cycle(3, 1.0, 0.1, 0.01)(s) for s in (0, 1, 2, 3)] == pytest.approx([0.1, 0.55, 1.0, 0.01])
+    assert [cosine(3, 2 / 3, 0.2, 0.1)(s) for s in (0, 1, 2, 3)] == pytest.approx([0.2, 0.6, 1.0, 0.1])
+    # Without a warm-up the first step alone has the start value; 0.1 + 0.9 * (1 + cos(pi / 4)) / 2 = 0.868198.
+    factor = cosine(5, 0.0, 0.2, 0.1)
+    assert [factor(s) for s in (0, 1, 2, 4)] == pytest.approx([0.2, 0.868198, 0.55, 0.1], abs=1e-6)
+
+
+def _blocks(number: int) -> torch.nn.ModuleDict:
+    return torch.nn.ModuleDict({"blocks": torch.nn.ModuleList(torch.nn.Linear(1, 1) for _ in range(number))})
+
+
+def test_depths_are_counted_from_the_top():
+    encoder = _blocks(3)
+    encoder["norm"] = torch.nn.LayerNorm(1)
+    model = torch.nn.ModuleDict(
+        {
+            "patch_embed": torch.nn.Linear(1, 1),
+            "encoders": torch.nn.ModuleDict({"s2": encoder, "s1": _blocks(2)}),
+            "inter": _blocks(2),
+            "decoders": _blocks(4),
+        }
+    )
+    depths = {name: depth for name, depth in depths_below_top(model).items() if name.endswith("weight")}
+    assert depths == {
+        **{f"decoders.blocks.{i}.weight": 0 for i in range(4)},
+        "inter.blocks.1.weight": 1,
+        "inter.blocks.0.weight": 2,
+        "encoders.s2.norm.weight": 3,
+        "encoders.s2.blocks.2.weight": 3,
+        "encoders.s2.blocks.1.weight": 4,
+        "encoders.s1.blocks.1.weight": 4,
+        "encoders.s2.blocks.0.weight": 5,
+        "encoders.s1.blocks.0.weight": 5,
+        "patch_embed.weight": 6,
+    }
+
+
+def test_depths_of_an_image_encoder():
+    layers = torch.nn.ModuleDict({"layer": torch.nn.ModuleList(torch.nn.Linear(1, 1) for _ in range(2))})
+    backbone = {"embeddings": torch.nn.Linear(1, 1), "encoder": layers, "layernorm": torch.nn.LayerNorm(1)}
+    encoder = torch.nn.ModuleDict({"backbone": torch.nn.ModuleDict(backbone)})
+    model = torch.nn.ModuleDict({"encoder": encoder, "head": torch.nn.Linear(1, 1)})
+    depths = {name: depth for name, depth in depths_below_top(model).items() if name.endswith("weight")}
+    assert depths == {
+        "head.weight": 0,
+        "encoder.backbone.layernorm.weight": 1,
+        "encoder.backbone.encoder.layer.1.weight": 1,
+        "encoder.backbone.encoder.layer.0.weight": 2,
+        "encoder.backbone.embeddings.weight": 3,
+    }
+
+
+def test_without_layer_decay_all_layers_learn_alike_in_one_fused_step():
+    optimizer = build_optimizer(_blocks(2), 8.0, (0.8, 0.95), 1e-7, 0.1)
+    assert [(g["peak_lr"], len(g["params"])) for g in optimizer.param_groups] == [(8.0, 2), (8.0, 2)]
+    assert optimizer.defaults["fused"]
+    assert (optimizer.defaults["betas"], optimizer.defaults["eps"]) == ((0.8, 0.95), 1e-7)

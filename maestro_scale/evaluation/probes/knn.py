@@ -44,6 +44,8 @@ def knn(
     shapes disagree or a feature is not finite.
     """
     check_splits(train, validation, test_features)
+    if not neighbours or not temperatures:
+        raise ValueError("kNN needs at least one candidate for k and for the temperature")
     ks = sorted({min(k, len(train.features)) for k in neighbours})
     bank, labels = _unit(train.features, device), to_device(np.array(train.labels), device)
     similarity, nearest = _nearest(_unit(validation.features, device), bank, ks[-1])
@@ -54,8 +56,7 @@ def knn(
             counts = MultilabelCounts.of((scores > THRESHOLD).cpu().numpy(), validation.labels)
             if best is None or counts.wf1() > best[0]:
                 best = (counts.wf1(), k, temperature, counts)
-    if best is None:
-        raise ValueError("kNN needs at least one candidate for k and for the temperature")
+    assert best is not None  # there is a candidate
     _, k, temperature, counts = best
     similarity, nearest = _nearest(_unit(test_features, device), bank, k)
     scores = _shares(similarity, nearest, labels, k, temperature).cpu()
@@ -74,8 +75,6 @@ def _unit(features: np.ndarray, device: torch.device) -> Tensor:
 def _nearest(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Similarities and bank indices of the k nearest, (N, k) each, nearest first."""
     parts = [torch.topk(chunk @ bank.T, k, dim=1) for chunk in queries.split(_CHUNK)]
-    if not parts:
-        return bank.new_empty(0, k), bank.new_empty(0, k, dtype=torch.int64)
     return torch.cat([p.values for p in parts]), torch.cat([p.indices for p in parts])
 
 
