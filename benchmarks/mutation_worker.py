@@ -6,6 +6,7 @@ with the mutated source in place of the module, and runs pytest. The source on d
 
 from __future__ import annotations
 
+import gc
 import importlib
 import importlib.abc
 import importlib.machinery
@@ -53,9 +54,10 @@ class Server:
     def preload(self) -> None:
         """Import here what the tests import from other packages, so that forks need not."""
         # A fork finds out, because the project itself must not be imported in this process: each fork imports it anew.
+        # It runs the tests, since some modules are imported by a call only (sympy by torch.testing.assert_close).
         reader, writer = os.pipe()
         if (pid := os.fork()) == 0:
-            self._run_tests(None, ["--collect-only"])
+            self._run_tests(None, [])
             names = [n for n in sys.modules if n.partition(".")[0] not in OWN]
             with os.fdopen(writer, "w") as file:
                 json.dump(names, file)
@@ -69,6 +71,7 @@ class Server:
                 importlib.import_module(name)
             except Exception:  # noqa: BLE001 - modules that pytest creates; a fork imports or creates them itself
                 continue
+        gc.freeze()  # else every fork walks, and copies, what is imported here
 
     def outcome(self, source: str, limit_s: float) -> Outcome:
         """Result of the tests with ``source`` as the module; RuntimeError if pytest cannot run them at all."""
@@ -110,7 +113,19 @@ class Server:
         hypothesis.settings.load_profile("mutation")
         try:
             return int(
-                pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:xdist", *options, *self._tests])
+                pytest.main(
+                    [
+                        "-q",
+                        "-p",
+                        "no:cacheprovider",
+                        "-p",
+                        "no:xdist",
+                        "-p",
+                        "no:unraisableexception",
+                        *options,
+                        *self._tests,
+                    ]
+                )
             )
         except BaseException:  # noqa: BLE001 - the mutant broke pytest itself
             return 1
