@@ -10,6 +10,7 @@ import torch
 
 from maestro_scale.recipe import RecipeError
 from maestro_scale.secrets_filter import scrub_tree
+from maestro_scale.training.deepspeed_import import import_deepspeed
 
 _SECTION = {
     "DeepSpeedZeroConfig": "zero_optimization."
@@ -19,6 +20,7 @@ _SECTION = {
 def check_deepspeed(config: dict[str, Any]) -> None:
     """RecipeError, a line per error, unless DeepSpeed accepts the complete ``config``."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    import_deepspeed()
     from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 
     try:

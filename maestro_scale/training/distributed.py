@@ -24,6 +24,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from maestro_scale.training.affinity import choose_cpus, cpus_near, restrict_process
 from maestro_scale.training.binding import DeviceError, Launch, check_distinct
+from maestro_scale.training.deepspeed_import import import_deepspeed
 from maestro_scale.training.device import DeviceSetting, bind_process, gpu_id, pci_id, use_device
 
 log = logging.getLogger(__name__)
@@ -130,7 +131,7 @@ def init_distributed(timeout_s: float = 600.0, device: DeviceSetting = "auto") -
         os.environ["DS_ACCELERATOR"] = "cpu"
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")
-    import deepspeed
+    deepspeed = import_deepspeed()
 
     if not cuda:
         # Its shared-memory collectives need a compiler and a minute on first use, and only bring something where

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from maestro_scale.model.maestro import GATHER_UNITS
 from maestro_scale.stream.batch import Batch
+from maestro_scale.training.deepspeed_import import import_deepspeed
 from maestro_scale.training.distributed import World
 from maestro_scale.training.fragments import ShardedState
 from maestro_scale.training.guard import Guard
@@ -58,8 +59,7 @@ class Engine:
         world: World,
         guard: Guard,
     ) -> None:
-        import deepspeed
-
+        deepspeed = import_deepspeed()
         self._deepspeed, _, _, _ = deepspeed.initialize(
             model=network, optimizer=optimizer, config=config, dist_init_required=False
         )
