@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable
 
-from maestro_scale.errors import MaestroError, printable
+from maestro_scale.errors import MaestroError, message_text
+from maestro_scale.escaping import printable_lines
 
 USAGE = 2
 """Exit code of an expected error; argparse and typer use the same for a wrong command line."""
@@ -21,7 +23,7 @@ def error_line(error: BaseException) -> str | None:
         return str(error)
     if isinstance(error, OSError) and error.filename is not None:
         reason = error.strerror or error
-        return printable(
+        return message_text(
             f"{error.filename}: {reason}; use another path, or fix its permissions and free space"
         )
     return None
@@ -30,7 +32,15 @@ def error_line(error: BaseException) -> str | None:
 def print_error(line: str, rank: int = 0) -> None:
     """Print ``error: …`` to standard error; a rank above 0 says which it is, and on which host."""
     where = f" (rank {rank} on {os.uname().nodename})" if rank else ""
-    print(f"error{where}: {line}", file=sys.stderr, flush=True)
+    # Messages name keys and classes of the data, which may contain control characters.
+    print(f"error{where}: {printable_lines(line)}", file=sys.stderr, flush=True)
+
+
+class _PrintableFormatter(logging.Formatter):
+    """The message of a log record without control characters."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable_lines(super().format(record))
 
 
 def launched_rank() -> int:
@@ -46,6 +56,8 @@ def launched_rank() -> int:
 
 def run_command(command: Callable[[], int | None], rank: int = 0) -> int:
     """The exit code of ``command()``: its own, 0 for None, or ``USAGE`` after an expected error was printed."""
+    if logging.lastResort is not None:  # the handler of warnings, unless the caller has configured logging
+        logging.lastResort.setFormatter(_PrintableFormatter())
     try:
         return command() or 0
     except Exception as error:

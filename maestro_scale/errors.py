@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from maestro_scale.escaping import printable_lines
+
 
 class MaestroError(Exception):
     """Bad input or a bad environment: a user's mistake, not a bug.
@@ -17,20 +19,18 @@ class MaestroError(Exception):
     """Whether all ranks raise it together, so that rank 0 alone reports it."""
 
     def __str__(self) -> str:
-        return printable(super().__str__())
+        return message_text(super().__str__())
 
 
 MAX_MESSAGE = 4000
 """Characters of a message. Names in it may come from data and have any length."""
 
 
-def printable(text: str) -> str:
+def message_text(text: str) -> str:
     """``text`` cut to ``MAX_MESSAGE`` characters, with control characters escaped, which a terminal would obey."""
     if len(text) > MAX_MESSAGE:
         text = f"{text[: MAX_MESSAGE * 3 // 4]} … {text[-MAX_MESSAGE // 5 :]}"
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+    return printable_lines(text)
 
 
 def shorten(value: object, length: int = 60) -> str:

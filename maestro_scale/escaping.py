@@ -1,4 +1,4 @@
-"""Escape names that come from data: one function per target (file name, shell, HTML, Markdown, plot, terminal, MLflow).
+"""Escape names that come from data: one function per target (file name, shell, link, Markdown, plot, terminal, MLflow).
 
 Keys, class names, dataset names, band names and notes are chosen by whoever wrote the shards or the results. They are
 never put into a path, a command, a page or a figure as they are, but through one of these functions.
@@ -7,15 +7,17 @@ never put into a path, a command, a page or a figure as they are, but through on
 from __future__ import annotations
 
 import hashlib
-import html
 import os
 import re
 import shlex
 import tempfile
-import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import quote
+
+if TYPE_CHECKING:
+    from rich.text import Text
 
 MAX_FILE_NAME = 255
 """Longest file name in bytes on the common file systems of Linux, macOS and object stores."""
@@ -70,14 +72,17 @@ def shell_command(*words: object) -> str:
     return shlex.join(str(word) for word in words)
 
 
-def html_text(text: str) -> str:
-    """``text`` for HTML, between tags or in a quoted attribute."""
-    return html.escape(text)
+def python_command(code: str) -> str:
+    """A command line that runs one line of Python, for POSIX shells."""
+    return 'python -c "' + re.sub(r'[\\"$`]', r"\\\g<0>", code) + '"'
 
 
 def link_target(path: str) -> str:
-    """A relative or absolute path as the target of a link: never a URL with a scheme, such as ``javascript:``."""
-    return quote(path, safe="/", errors="surrogatepass")
+    """A relative or absolute path as the target of a link: never a URL with a scheme (``javascript:``) or a host.
+
+    HTML itself is escaped by the template engine: the environment of the report has ``autoescape``.
+    """
+    return re.sub("^//+", "/", quote(path, safe="/", errors="surrogatepass"))
 
 
 def markdown_text(text: str) -> str:
@@ -91,7 +96,7 @@ def plot_text(text: str, longest: int = 80) -> str:
     Matplotlib parses text between dollar signs as mathtext, where ``\\frac{a}`` is an error that ends the drawing, and
     leaves labels that begin with an underscore out of legends.
     """
-    shown = printable(text)
+    shown = printable(text[: longest + 1])
     if len(shown) > longest:
         shown = shown[: longest - 1] + "…"
     shown = shown.replace("$", r"\$")
@@ -103,14 +108,20 @@ def printable(text: str) -> str:
 
     Without it a key could clear the screen, change its title, or reverse the direction of the text after it.
     """
-    if text.isascii() and text.isprintable():
-        return text
-    return "".join(c if _is_printable(c) else c.encode("unicode_escape").decode() for c in text)
+    # Not printable: control and format characters, separators other than the blank, lone surrogates.
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def _is_printable(character: str) -> bool:
-    # Cc: control, Cf: format (direction marks), Cs: lone surrogates, which no encoder accepts, Zl and Zp: line breaks.
-    return unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
+def printable_lines(text: str) -> str:
+    """As :func:`printable`, but line breaks stay: for texts of several lines."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
+def console_text(text: str) -> Text:
+    """``text`` for rich: on one line, without markup (``[bold]``, where ``[/]`` is an error) and emoji codes."""
+    from rich.text import Text
+
+    return Text(printable(text))
 
 
 def mlflow_key(name: str) -> str:

@@ -20,6 +20,7 @@ from rich.table import Table
 
 from maestro_scale import untrusted
 from maestro_scale.errors import MaestroError
+from maestro_scale.escaping import shell_command
 from maestro_scale.evaluation.results import EvalResult, EvaluationError
 from maestro_scale.parent_death import end_with_parent
 from maestro_scale.training.distributed import free_port
@@ -256,4 +257,4 @@ def _summary(console: Console, paths: QuickstartPaths) -> None:
     if pictures:
         console.print(f"reconstruction: {pictures[-1]}")
     store = paths.run.parent / "mlflow.db"
-    console.print(f"dashboard: maestro-scale dashboard {store.parent}")
+    print("dashboard: " + shell_command("maestro-scale", "dashboard", store.parent))

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import html.parser
 import itertools
+import logging
 import shlex
 import subprocess
+import sys
 import warnings
 from pathlib import Path
 
 import pytest
 from testkit.hostile import NAMES
 
+from maestro_scale.entry import USAGE, run_command
+from maestro_scale.errors import MaestroError
 from maestro_scale.escaping import (
+    console_text,
     file_name,
-    html_text,
     ignores_case,
     link_target,
     markdown_text,
@@ -22,6 +25,7 @@ from maestro_scale.escaping import (
     mlflow_keys,
     plot_text,
     printable,
+    python_command,
     shell_command,
 )
 
@@ -85,31 +89,11 @@ def test_words_of_a_command_stay_words(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-class Texts(html.parser.HTMLParser):
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.tags, self.texts, self.titles = [], [], []
-        self.feed(page)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.titles += [value for name, value in attrs if name == "title"]
-
-    def handle_data(self, data):
-        self.texts.append(data)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_html_shows_the_name_and_has_no_other_tag(name):
-    page = Texts(f'<b title="{html_text(name)}">{html_text(name)}</b>')
-    assert page.tags == ["b"]
-    assert page.titles == [name]
-    assert "".join(page.texts) == name
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_links_have_no_scheme_and_stay_in_their_attribute(name):
     assert not set(link_target(name)) & set(":\"'<>?#\n ")
+    assert not link_target(name).startswith("//")
+    assert link_target("//host/x") == "/host/x"
     assert link_target("results/a b.json") == "results/a%20b.json"
 
 
@@ -160,6 +144,41 @@ def test_a_terminal_gets_no_control_character(name):
     assert not any(ord(c) < 32 or 0x7F <= ord(c) < 0xA0 or c in "\u202e\u2028" for c in shown)
     assert printable("Zürich 水田 ± 0.2") == "Zürich 水田 ± 0.2"
     assert printable("a\x1b[2J\nb\u202e") == "a\\x1b[2J\\nb\\u202e"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rich_shows_the_name_without_markup(name):
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=2000, color_system=None)
+    table = Table("name", box=None, pad_edge=False)
+    table.add_row(console_text(f"{name} :smile:"))
+    with console.capture() as captured:
+        console.print(table)
+    assert captured.get().splitlines()[1].rstrip() == printable(f"{name} :smile:").rstrip()
+
+
+def test_python_commands_keep_their_quotes(tmp_path):
+    code = r"""print('a "b" $HOME `id` \ c')"""
+    done = subprocess.run(
+        python_command(code).replace("python", sys.executable, 1),
+        shell=True,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == 'a "b" $HOME `id` \\ c\n'
+
+
+def test_errors_and_warnings_have_no_control_characters(capsys, monkeypatch):
+    def fail() -> None:
+        logging.getLogger("maestro_scale.test").warning("tile %s", "\x1b[2J")
+        raise MaestroError("tile \x1b[2J\nsecond line")
+
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # as without pytest: the handler of last resort
+    assert run_command(fail) == USAGE
+    assert capsys.readouterr().err == "tile \\x1b[2J\nerror: tile \\x1b[2J\nsecond line\n"
 
 
 def test_keys_of_mlflow_are_accepted_and_distinct():

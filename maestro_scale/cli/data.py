@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from maestro_scale.escaping import printable, shell_command
+
 
 def synth(
     dataset: Annotated[str, typer.Argument(help="Name of the dataset, e.g. treesatai_ts.")],
@@ -22,9 +24,8 @@ def synth(
 
     _check_dataset(dataset)
     datasets.synth(dataset, dst, tiles, seed)
-    print(
-        f"{tiles} tiles of {dataset} in {dst}; next: maestro-scale shard {dataset} {dst} SHARDS --split train"
-    )
+    command = shell_command("maestro-scale", "shard", dataset, dst, "SHARDS", "--split", "train")
+    print(f"{tiles} tiles of {dataset} in {dst}; next: {command}")
 
 
 def shard(
@@ -87,8 +88,8 @@ def shard(
     total_mb = sum(s.bytes for s in shards) / 1e6
     print(f"{sum(s.samples for s in shards)} samples in {len(shards)} shards ({total_mb:.0f} MB) at {dst}")
     for note, count in sorted(manifest.notes.items()):
-        print(f"  {count} tiles: {note} (first: {manifest.examples.get(note, 'unknown')})")
-    print(f"next: the other splits, then maestro-scale verify {dst}")
+        print(printable(f"  {count} tiles: {note} (first: {manifest.examples.get(note, 'unknown')})"))
+    print(f"next: the other splits, then {shell_command('maestro-scale', 'verify', dst)}")
 
 
 def verify(
@@ -104,15 +105,15 @@ def verify(
         warnings: list[str] = []
         problems = verify_shards(url, workers, update, warnings.append)
     for warning in warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        print(f"warning: {printable(warning)}", file=sys.stderr)
     for problem in problems:
-        print(problem, file=sys.stderr)
+        print(printable(problem), file=sys.stderr)
     if problems:
         raise typer.Exit(1)
     manifest = Manifest.load(url)
     print(
         f"{url}: {len(manifest.shards)} shards, {sum(s.samples for s in manifest.shards)} samples, all valid; "
-        f"next: maestro-scale inspect {url} --png tile.png"
+        f"next: {shell_command('maestro-scale', 'inspect', url, '--png', 'tile.png')}"
     )
 
 

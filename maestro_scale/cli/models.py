@@ -7,17 +7,14 @@ from typing import Annotated, Literal, TypeVar
 
 import typer
 
+from maestro_scale.escaping import printable, python_command, shell_command
+
 Choice = TypeVar("Choice", bound=str)
 
 _EMBEDDINGS: tuple[Literal["vector", "tokens"], ...] = ("vector", "tokens")
 _PRECISIONS: tuple[Literal["auto", "bf16", "fp32"], ...] = ("auto", "bf16", "fp32")
 _FORMATS: tuple[Literal["parquet", "tiff"], ...] = ("parquet", "tiff")
 _DEVICES: tuple[Literal["auto", "cpu"], ...] = ("auto", "cpu")
-_PREVIEW_COMMANDS = {
-    "parquet": "python -c \"import pyarrow.dataset as d; print(d.dataset('{}').to_table())\"",
-    "tiff": "rio info $(find {} -name '*.tif' | head -1)",
-}
-"""How to look at written embeddings, by format."""
 
 
 def export(
@@ -36,7 +33,8 @@ def export(
     from maestro_scale.training.checkpoint.checkpoints import newest
 
     model = export_model(newest(run_dir), out, ema)
-    print(f"exported to {model}; next: maestro-scale embed {model} SHARDS OUT, or load_model({str(model)!r})")
+    command = shell_command("maestro-scale", "embed", model, "SHARDS", "OUT")
+    print(f"exported to {model}; next: {command}, or load_model({str(model)!r})")
     if register:
         version = registry.register(out, register, run_dir)
         print(f"registered as {version.uri} at {version.store}; next: {version.load_command}")
@@ -149,15 +147,23 @@ def embed(
     store = Store(shards, cache_dir, 100 * 2**30)
     writer = EmbeddingWriter(encoder, store, manifest, embeddings, file_format, batch, workers, arithmetic)
     for note in notes if rank == 0 else ():
-        print(note)
+        print(printable(note))
     share = f", rank 0's share of {world}" if world > 1 else ""
     with progress(f"embed {spec.name} {split}{share}", "crops", rank) as update:
         num_written = writer.write(out, split, rank, world, update)
     if rank == 0:
         print(
             f"{num_written} crops embedded{share} (existing files are kept) in {out}; "
-            f"next: {_PREVIEW_COMMANDS[file_format].format(out)}"
+            f"next: {_preview_command(out, file_format)}"
         )
+
+
+def _preview_command(out: Path, file_format: str) -> str:
+    """A command that shows written embeddings."""
+    if file_format == "parquet":
+        return python_command(f"import pyarrow.dataset as d; print(d.dataset({str(out)!r}).to_table())")
+    find = shell_command("find", out, "-name", "*.tif")
+    return f'rio info "$({find} | head -1)"'
 
 
 def _check_choice(option: str, value: str, choices: tuple[Choice, ...]) -> Choice:

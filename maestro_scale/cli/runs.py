@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from maestro_scale.escaping import printable, shell_command
+
 
 def quickstart(
     out: Annotated[Path, typer.Option(help="Folder for all output. Run the command again to resume.")] = Path(
@@ -72,7 +74,7 @@ def sync(
     if result.num_unreadable:
         print(f"{result.num_unreadable} lines of {run_dir}/metrics.jsonl cannot be read and were not sent")
     for reason in result.lost_evaluations:
-        print(f"an evaluation was not sent: {reason}")
+        print(f"an evaluation was not sent: {printable(reason)}")
     evaluations = f", and {result.num_evaluations} more evaluations" if result.num_evaluations else ""
     print(
         f"{result.store} has all {result.num_lines} lines and {result.num_pictures} more pictures of {run_dir} "
@@ -107,7 +109,8 @@ def report(
 
     found = find_results(results)
     html, markdown = write_report(found, out)
-    print(f"{len(found)} results in {html} and {markdown}; next: python -m webbrowser {html}")
+    command = shell_command("python", "-m", "webbrowser", html)
+    print(f"{len(found)} results in {html} and {markdown}; next: {command}")
 
 
 def doctor(

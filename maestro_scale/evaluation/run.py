@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from maestro_scale.escaping import printable_lines, shell_command
 from maestro_scale.evaluation.benchmark import Benchmark, Provenance
 from maestro_scale.evaluation.encoder import Encoder
 from maestro_scale.evaluation.finetune.finetune import MODES as TRAINED_MODES
@@ -169,7 +170,8 @@ def run_evaluation(
             record(_training_run(mode, encoder), result, path)
         print(f"{mode}: {score_text(result)}, {path}", flush=True)
     if any(results.values()):
-        print(f"next: maestro-scale report {options.out} --out report.html", flush=True)
+        command = shell_command("maestro-scale", "report", options.out, "--out", "report.html")
+        print(f"next: {command}", flush=True)
     if world is not None:
         destroy_process_group()
 
@@ -214,7 +216,7 @@ class _Evaluation:
     def print_lines(self, lines: Sequence[str]) -> None:
         """Print on rank 0."""
         if lines and self.is_main:
-            print("\n".join(lines), flush=True)
+            print(printable_lines("\n".join(lines)), flush=True)
 
     def evaluate(self, encoder: Encoder, run: EvalRun) -> Iterator[tuple[str, EvalResult]]:
         """(mode, result) of a run, on rank 0; the other ranks compute along and yield nothing."""

@@ -8,6 +8,8 @@ from typing import Literal
 
 from rich.table import Table
 
+from maestro_scale.escaping import console_text
+
 TransferStatus = Literal["loaded", "resized", "initialised", "unused"]
 """``initialised``: not in the other model, so the random initial values stay. ``unused``: only in the other model."""
 
@@ -46,9 +48,11 @@ def _part_name(parameter: str) -> str:
 
 def transfer_table(parts: Iterable[TransferredPart], title: str) -> Table:
     """One row per part, for the terminal."""
-    found = Table(title=title, title_justify="left")
+    found = Table(title=console_text(title), title_justify="left")
     for column in ("part", "", "tensors", "parameters", "why"):
         found.add_column(column, justify="right" if column in ("tensors", "parameters") else "left")
     for p in parts:
-        found.add_row(p.name, p.status, str(p.num_tensors), f"{p.num_values:,}", p.why)
+        # The names are those of the tensors in the file.
+        name, why = console_text(p.name), console_text(p.why)
+        found.add_row(name, p.status, str(p.num_tensors), f"{p.num_values:,}", why)
     return found

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from maestro_scale import untrusted
-from maestro_scale.escaping import mlflow_key, mlflow_keys, printable
+from maestro_scale.escaping import mlflow_key, mlflow_keys, printable, shell_command
 from maestro_scale.evaluation.report.charts import class_bars
 from maestro_scale.evaluation.report.groups import ResultFile
 from maestro_scale.evaluation.report.report import CLASS_METRIC, draw_pictures, write_report
@@ -54,7 +54,7 @@ def record_evaluation(checkpoint: Path | None, result: EvalResult, path: Path) -
     try:
         return _record(run_dir, result, path, tags)
     except Exception as error:  # noqa: BLE001 - MLflow and its clients raise any type; the result is on disk
-        advice = f"`maestro-scale sync {run_dir}` sends it"
+        advice = f"`{shell_command('maestro-scale', 'sync', run_dir)}` sends it"
         try:
             add_pending(run_dir, PendingEvaluation(path.resolve(), scrub_mapping(tags)))
         except OSError as write_error:

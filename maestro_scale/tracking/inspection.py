@@ -8,6 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from maestro_scale.escaping import console_text, printable
 from maestro_scale.shards.format.manifest import ShardInfo
 from maestro_scale.shards.read.summary import SplitSummary, Summary
 
@@ -36,7 +37,7 @@ def _split_table(summary: Summary) -> Table:
     for s in summary.splits:
         size = f"{s.num_bytes / 1e6:,.1f}"
         each = f"{s.num_bytes / s.num_samples / 1e3:,.1f}"
-        table.add_row(s.split, f"{s.num_shards:,}", f"{s.num_samples:,}", size, each)
+        _add_row(table, s.split, f"{s.num_shards:,}", f"{s.num_samples:,}", size, each)
     return table
 
 
@@ -49,9 +50,11 @@ def _shard_table(shards: Sequence[ShardInfo]) -> Table:
     gap = len(shards) > _MAX_SHARDS
     for i in [*listed[:half], *listed[-half:]] if gap else listed:
         if gap and i == len(shards) - half:
-            table.add_row(f"… {len(shards) - 2 * half:,} more", "", "", "")
+            _add_row(table, f"… {len(shards) - 2 * half:,} more", "", "", "")
         shard = shards[i]
-        table.add_row(shard.path, f"{shard.samples:,}", f"{shard.bytes / 1e6:,.1f}", f"{shard.sha256[:12]}…")
+        _add_row(
+            table, shard.path, f"{shard.samples:,}", f"{shard.bytes / 1e6:,.1f}", f"{shard.sha256[:12]}…"
+        )
     return table
 
 
@@ -65,7 +68,7 @@ def _modality_table(summary: Summary) -> Table:
     for m in summary.manifest.spec.modalities:
         dates = sum(sum(s.months[m.name]) for s in summary.splits) / num_samples
         size = f"{m.size}x{m.size}"
-        table.add_row(m.name, " ".join(m.bands), size, f"{m.resolution_m:g}", m.dtype, f"{dates:.1f}")
+        _add_row(table, m.name, " ".join(m.bands), size, f"{m.resolution_m:g}", m.dtype, f"{dates:.1f}")
     return table
 
 
@@ -84,7 +87,7 @@ def _class_table(splits: Sequence[SplitSummary], target: str, kind: str) -> Tabl
             total = split.num_samples if kind == "multilabel" else max(sum(counts.values()), 1)
             share = counts[name] / total
             cells += [f"{counts[name]:,}", f"{100 * share:5.1f} % {'█' * round(_BAR_WIDTH * share)}"]
-        table.add_row(name, *cells)
+        _add_row(table, name, *cells)
     return table
 
 
@@ -97,7 +100,7 @@ def _month_table(splits: Sequence[SplitSummary]) -> Table:
         table.add_column(name, justify="right")
     for split in splits:
         for modality, counts in split.months.items():
-            table.add_row(split.split, modality, histogram(counts), *map(_abbreviate, counts))
+            _add_row(table, split.split, modality, histogram(counts), *map(_abbreviate, counts))
     return table
 
 
@@ -107,7 +110,7 @@ def _note_table(summary: Summary) -> Table:
     table.add_column("assumption, fix or omission")
     table.add_column("first")
     for note, count in sorted(summary.manifest.notes.items()):
-        table.add_row(f"{count:,}", note, summary.manifest.examples.get(note, ""))
+        _add_row(table, f"{count:,}", note, summary.manifest.examples.get(note, ""))
     return table
 
 
@@ -119,7 +122,7 @@ def histogram(counts: Sequence[int]) -> str:
 
 
 def _titled(table: Table) -> tuple[Text, Table]:
-    title, table.title = Text(str(table.title), style="bold"), None
+    title, table.title = Text(printable(str(table.title)), style="bold"), None
     return title, table
 
 
@@ -131,6 +134,11 @@ def _abbreviate(count: int) -> str:
 
 def _table(title: str) -> Table:
     return Table(title=title, box=None, pad_edge=False)
+
+
+def _add_row(table: Table, *cells: str) -> None:
+    """Names of classes, bands, tiles and shards come from the dataset."""
+    table.add_row(*map(console_text, cells))
 
 
 def _columns(table: Table, first: str, *others: str) -> None:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from maestro_scale.escaping import shell_command
 from maestro_scale.secrets_filter import scrub
 from maestro_scale.tracking.mlflow_run import (
     STATUS,
@@ -134,7 +135,7 @@ class Tracker:
         return cls(
             lambda warn: MlflowRun.open(metadata, _now_ms(), warn),
             scrub(tracking_uri(metadata.run_dir)),
-            sync_command=f"maestro-scale sync {metadata.run_dir}",
+            sync_command=shell_command("maestro-scale", "sync", metadata.run_dir),
         ).start_thread()
 
     def start_thread(self) -> Tracker:

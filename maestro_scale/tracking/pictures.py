@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from maestro_scale.escaping import plot_text
 from maestro_scale.training.observer import SensorView
 
 if TYPE_CHECKING:
@@ -113,7 +114,15 @@ def reconstruction_picture(path: Path, views: Sequence[SensorView], title: str) 
         wspace=0.04,
         hspace=0.0,
     )
-    figure.text(0.02, 1 - 0.20 / height, title, fontsize=12, color=FOREGROUND, weight="bold", va="center")
+    figure.text(
+        0.02,
+        1 - 0.20 / height,
+        plot_text(title, 200),
+        fontsize=12,
+        color=FOREGROUND,
+        weight="bold",
+        va="center",
+    )
     for row, (view, dates) in enumerate(zip(views, dates_of, strict=True)):
         axes = [figure.add_subplot(grid[row, column]) for column in range(len(_COLUMNS))]
         image = _draw_sensor(axes, view, dates)
@@ -221,7 +230,7 @@ def _draw_sensor(axes: Sequence[Axes], view: SensorView, dates: np.ndarray) -> A
 
 def _caption(view: SensorView, bands: Composite, dates: np.ndarray) -> str:
     which = f"dates {', '.join(str(d + 1) for d in dates)} of {len(view.pixels)}"
-    parts = [view.name, bands.label, *([which] if len(view.pixels) > 1 else [])]
+    parts = [plot_text(view.name), plot_text(bands.label), *([which] if len(view.pixels) > 1 else [])]
     return "   ".join([*parts, f"{100 * view.hidden.mean():.0f} % masked"])
 
 

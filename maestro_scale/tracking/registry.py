@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from maestro_scale.errors import MaestroError
+from maestro_scale.escaping import python_command, shell_command
 from maestro_scale.interop.export import CONFIG, WEIGHTS
 from maestro_scale.interop.pretrained import load_model, read_model
 from maestro_scale.interop.sources import REGISTERED_FOLDER, TRACKING_URI, ModelSource
@@ -50,7 +51,7 @@ class ModelVersion:
     def load_command(self) -> str:
         """A shell command that loads it from any folder; sets ``MLFLOW_TRACKING_URI`` if the environment does not."""
         store = "" if os.environ.get(TRACKING_URI) else f"{TRACKING_URI}={shlex.quote(self.store)} "
-        return f'{store}python -c "from maestro_scale import load_model; load_model({self.uri!r})"'
+        return store + python_command(f"from maestro_scale import load_model; load_model({self.uri!r})")
 
 
 def register(model: Path, name: str, run_dir: Path) -> ModelVersion:
@@ -80,7 +81,7 @@ def register(model: Path, name: str, run_dir: Path) -> ModelVersion:
             check_run_experiment(client, run_dir, uri)
             raise RegistryError(
                 f"{scrub(uri)} has no run of {run_dir}, which was not tracked there: "
-                f"run `maestro-scale sync {run_dir}` first"
+                f"run `{shell_command('maestro-scale', 'sync', run_dir)}` first"
             )
         run_id = run.info.run_id
         with tempfile.TemporaryDirectory() as folder:
@@ -97,8 +98,11 @@ def register(model: Path, name: str, run_dir: Path) -> ModelVersion:
                 pip_requirements=["maestro-scale"],
             )
             client.log_artifacts(run_id, str(pyfunc), artifact_path)
-        if not client.search_registered_models(f"name = '{name}'"):
+        try:
             client.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
         root = run.info.artifact_uri
         tags = {"size": _size_tag(config), "dataset": ",".join(v.dataset for v in config.views)}
         version = client.create_model_version(name, f"{root}/{artifact_path}", run_id, tags=tags).version

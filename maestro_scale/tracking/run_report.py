@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from maestro_scale.escaping import markdown_text, shell_command
 from maestro_scale.recipe import Recipe
 from maestro_scale.training.run_dir import JsonLines
 from maestro_scale.training.setup import read_environment, setup_line
@@ -22,13 +23,15 @@ def run_report(recipe: Recipe, run_dir: Path, reason: str) -> str:
     """
     lines = list(JsonLines(run_dir / "metrics.jsonl").read())
     if not lines:
-        return f"# {recipe.name}: {reason} before the first log line\n"
+        return f"# {markdown_text(recipe.name)}: {reason} before the first log line\n"
     last = lines[-1]
+    name = " ".join(filter(None, (recipe.name, _mode(run_dir))))
+    datasets = " and ".join(dict.fromkeys(e.dataset for e in recipe.data.mixture))
     parts = [
-        f"# {' '.join(filter(None, (recipe.name, _mode(run_dir))))}: {reason} after {last['step']:,} steps",
-        f"MAESTRO {recipe.model.size} on {' and '.join(dict.fromkeys(e.dataset for e in recipe.data.mixture))}, "
+        f"# {markdown_text(name)}: {reason} after {last['step']:,} steps",
+        f"MAESTRO {recipe.model.size} on {markdown_text(datasets)}, "
         f"{last['samples']:,} samples, {last['skipped_steps']} steps skipped.",
-        *filter(None, [setup_line(read_environment(run_dir))]),
+        *filter(None, [markdown_text(setup_line(read_environment(run_dir)))]),
         *(_loss_table(name, of_dataset) for name, of_dataset in _by_dataset(recipe, lines).items()),
         _speed_table(lines),
         "## Next",
@@ -40,13 +43,18 @@ def run_report(recipe: Recipe, run_dir: Path, reason: str) -> str:
 def next_commands(run_dir: Path, reason: str) -> tuple[str, ...]:
     """Commands to run next, after a run that ended for ``reason``."""
     if _mode(run_dir):
-        return (f"maestro-scale report {run_dir} --out report.html",) if reason == "done" else ()
+        report = shell_command("maestro-scale", "report", run_dir, "--out", "report.html")
+        return (report,) if reason == "done" else ()
+    recipe = run_dir / "recipe.yaml"
     if reason != "done":
-        return (f"deepspeed maestro_scale/train.py --recipe {run_dir}/recipe.yaml --run-dir {run_dir}",)
+        return (
+            shell_command("deepspeed", "maestro_scale/train.py", "--recipe", recipe, "--run-dir", run_dir),
+        )
+    evaluate = ("--recipe", recipe, "--checkpoint", run_dir, "--out", "RESULTS")
     return (
-        f"maestro-scale export {run_dir} MODEL",
-        f"deepspeed maestro_scale/evaluate.py --recipe {run_dir}/recipe.yaml --checkpoint {run_dir} --out RESULTS",
-        f"maestro-scale dashboard {run_dir.parent}",
+        shell_command("maestro-scale", "export", run_dir, "MODEL"),
+        shell_command("deepspeed", "maestro_scale/evaluate.py", *evaluate),
+        shell_command("maestro-scale", "dashboard", run_dir.parent),
     )
 
 
@@ -76,10 +84,10 @@ def _loss_table(dataset: str, lines: Sequence[dict[str, Any]]) -> str:
     first, last = lines[0], lines[-1]
     names = ["loss", *(k for k in last if k.startswith("loss/"))]
     rows = [
-        f"| {name.removeprefix('loss/')} | {_number(first.get(name))} | {_number(last.get(name))} |"
+        f"| {markdown_text(name.removeprefix('loss/'))} | {_number(first.get(name))} | {_number(last.get(name))} |"
         for name in names
     ]
-    head = f"| {dataset} | step {first['step']:,} | step {last['step']:,} |\n|---|---:|---:|"
+    head = f"| {markdown_text(dataset)} | step {first['step']:,} | step {last['step']:,} |\n|---|---:|---:|"
     return "\n".join([head, *rows])
 
 

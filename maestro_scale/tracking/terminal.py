@@ -114,7 +114,7 @@ def _supports_bar(console: Console) -> bool:
 
 
 def _bar(console: Console, last: TextColumn) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
     return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), last, console=console)
 
 

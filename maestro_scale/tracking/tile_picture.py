@@ -15,6 +15,7 @@ import numpy as np
 
 from maestro_scale.datasets.spec import DatasetSpec, Modality, Scale, Target
 from maestro_scale.errors import MaestroError
+from maestro_scale.escaping import plot_text
 from maestro_scale.shards.format.codec import Sample
 from maestro_scale.shards.format.fields import dates_field, mask_field, target_field
 from maestro_scale.tracking.pictures import (
@@ -68,7 +69,7 @@ def tile_picture(path: Path, sample: Sample, spec: DatasetSpec) -> Path:
     figure.text(
         0.015,
         1 - 0.2 / height,
-        f"{spec.title}   {sample.key}",
+        f"{plot_text(spec.title)}   {plot_text(sample.key)}",
         fontsize=12,
         color=FOREGROUND,
         weight="bold",
@@ -126,7 +127,7 @@ def _date_panels(sample: Sample, modality: Modality, spec: DatasetSpec) -> list[
     return [
         Panel(
             image[i],
-            f"{modality.name}   {bands.label}",
+            f"{modality.name}   {plot_text(bands.label)}",
             _iso_date(acquired[i]) + (f"   date {shown[i] + 1} of {num_dates}" if modality.series else ""),
         )
         for i in range(len(shown))
@@ -175,7 +176,7 @@ def _is_map(target: Target) -> bool:
 
 
 def _format_shares(shares: dict[str, float], most: int) -> str:
-    parts = [f"{name} {100 * share:.0f} %" for name, share in list(shares.items())[:most]]
+    parts = [f"{plot_text(name, 40)} {100 * share:.0f} %" for name, share in list(shares.items())[:most]]
     return ", ".join(parts) + (f" and {len(shares) - most} more" if len(shares) > most else "") or "none"
 
 

@@ -7,6 +7,7 @@ from rich.table import Table
 
 from maestro_scale import datasets
 from maestro_scale.datasets.spec import DatasetSpec
+from maestro_scale.escaping import console_text
 from maestro_scale.model.config import DatasetView
 from maestro_scale.model.cost import GIB, Cost, compute_cost
 from maestro_scale.recipe import (
@@ -35,7 +36,7 @@ def dry_run(recipe: Recipe, world_size: int, console: Console | None = None) -> 
         v.dataset: compute_cost(config.for_dataset(v.dataset), recipe.masking.ratio) for v in config.views
     }
     titles = " and ".join(dict.fromkeys(s.title for s in specs))
-    console.print(f"[bold]{recipe.name}[/bold]: MAESTRO {recipe.model.size} on {titles}")
+    console.print(console_text(f"{recipe.name}: MAESTRO {recipe.model.size} on {titles}"))
     console.print(f"parameters        {estimator.parameters:,}")
     for view, entry in zip(config.views, recipe.data.mixture, strict=True):
         counted = by_dataset[view.dataset]
@@ -81,7 +82,7 @@ def _tokens(view: DatasetView, counted: Cost) -> Table:
         table.add_column(column, justify="left" if column in ("sensor", "group") else "right")
     for s in view.sensors:
         numbers = (s.num_dates, s.image_size, s.patch, len(s.bands), counted.tokens[s.name])
-        table.add_row(s.name, s.group, *map(str, numbers))
+        table.add_row(s.name, console_text(s.group), *map(str, numbers))
     table.add_section()
     table.add_row("all", "", "", "", "", "", f"{sum(counted.tokens.values())}")
     table.add_row("visible to the encoder", "", "", "", "", "", f"{counted.visible_tokens}")

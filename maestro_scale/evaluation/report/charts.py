@@ -17,11 +17,13 @@ from matplotlib.colors import ListedColormap, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from maestro_scale.escaping import plot_text
 from maestro_scale.evaluation.probes.dense import IGNORED
 
 _INK, _PAPER, _GREY = "#26241f", "#fbfaf8", "#cbc9c4"
 _SERIES = ("#2c6e8f", "#c8702a", "#5a8a3c", "#8a4f7d", "#b3a125", "#7a6a58")
 _DPI = 110
+_MAX_PIXELS = 30_000
 _MAX_CLASSES_WITH_NUMBERS = 20
 
 
@@ -46,8 +48,8 @@ def class_bars(scores: Mapping[str, Mapping[str, float | None]], metric: str) ->
     for i, (name, values) in enumerate(scores.items()):
         at = np.arange(len(classes)) + 0.4 - (i + 0.5) * height
         lengths = [100 * (values.get(c) or 0.0) for c in classes]
-        axes.barh(at, lengths, height=0.92 * height, color=_SERIES[i % len(_SERIES)], label=name)
-    axes.set_yticks(np.arange(len(classes)), classes)
+        axes.barh(at, lengths, height=0.92 * height, color=_SERIES[i % len(_SERIES)], label=plot_text(name))
+    axes.set_yticks(np.arange(len(classes)), map(plot_text, classes))
     axes.set_xlim(0, 100)
     axes.set_xlabel(f"{metric} (%)")
     _style(axes)
@@ -64,8 +66,9 @@ def confusion_matrix(counts: Sequence[Sequence[int]], classes: Sequence[str]) ->
     figure = Figure(figsize=(side + 0.6, side), facecolor=_PAPER)
     axes = figure.add_subplot()
     axes.imshow(shares, cmap="YlGnBu", vmin=0, vmax=100)
-    axes.set_xticks(range(len(classes)), classes, rotation=90, fontsize=8)
-    axes.set_yticks(range(len(classes)), classes, fontsize=8)
+    names = [plot_text(c) for c in classes]
+    axes.set_xticks(range(len(classes)), names, rotation=90, fontsize=8)
+    axes.set_yticks(range(len(classes)), names, fontsize=8)
     axes.set_xlabel("predicted")
     axes.set_ylabel("label (share of its pixels, %)")
     if len(classes) <= _MAX_CLASSES_WITH_NUMBERS:
@@ -99,7 +102,7 @@ def label_curves(curves: Sequence[Curve], metric: str) -> bytes:
             ms=4,
             capsize=3,
             color=_SERIES[i % len(_SERIES)],
-            label=curve.name,
+            label=plot_text(curve.name),
         )
     axes.set_xscale("log")
     ticks = sorted({100 * f for curve in curves for f in curve.fractions})
@@ -126,7 +129,7 @@ def maps(truth: np.ndarray, predicted: np.ndarray, classes: Sequence[str]) -> by
             axes.set_yticks([])
         grid[row][0].set_ylabel(name)
     present = [c for c in np.union1d(truth, predicted) if c != IGNORED]
-    handles = [Patch(color=colours(int(c)), label=classes[c]) for c in present]
+    handles = [Patch(color=colours(int(c)), label=plot_text(classes[c])) for c in present]
     if (truth == IGNORED).any():
         handles.append(Patch(color=_GREY, label="ignored"))
     left = 1 - 1.9 / (2.4 * num + 2.2)
@@ -154,5 +157,7 @@ def _style(axes: Axes) -> None:
 def _png(figure: Figure, tight: bool = True) -> bytes:
     FigureCanvasAgg(figure)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=_DPI, bbox_inches="tight" if tight else None)
+    # Hundreds of classes: matplotlib refuses pictures of 2^16 pixels a side.
+    dpi = min(_DPI, _MAX_PIXELS / max(figure.get_size_inches()))
+    figure.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight" if tight else None)
     return buffer.getvalue()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import zipfile
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
+from maestro_scale.escaping import link_target, markdown_text, printable_lines
 from maestro_scale.evaluation.report import charts
 from maestro_scale.evaluation.report.groups import ResultFile, ResultGroup, group_results
 from maestro_scale.evaluation.report.published import (
@@ -78,21 +80,34 @@ def write_report(results: Sequence[ResultFile], out: Path) -> tuple[Path, Path]:
         "benchmarks": _benchmarks(groups),
         "metric": _METRIC,
         "where": lambda path: _relative(path, out),
+        "link": lambda path: link_target(_relative(path, out)),
         "recipe": lambda recipe: yaml.safe_dump(recipe, sort_keys=False, width=110),
     }
-    env = Environment(
-        loader=PackageLoader("maestro_scale.evaluation.report", "templates"),
-        autoescape=lambda name: name is not None and name.endswith(".html"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = env.get_template("report.html").render(content)
-    text = env.get_template("report.md").render(content)
+    page = _environment(printable_lines, is_html=True).get_template("report.html").render(content)
+    text = _environment(markdown_text, is_html=False).get_template("report.md").render(content)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, page)
     write_atomically(out.with_suffix(".md"), text)
     return out, out.with_suffix(".md")
+
+
+def _environment(escape: Callable[[str], str], is_html: bool) -> Environment:
+    """Templates whose values are all passed through ``escape`` and, in HTML, also through the engine's own escaping:
+    names in a result are as trustworthy as the file."""
+
+    def finalize(value: object) -> object:
+        if isinstance(value, Markup):  # escaped by a filter: not to be escaped again
+            return Markup(escape(value))
+        return escape(value) if isinstance(value, str) else value
+
+    return Environment(
+        loader=PackageLoader("maestro_scale.evaluation.report", "templates"),
+        autoescape=is_html,
+        finalize=finalize,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
 
 
 def _tables(groups: Sequence[ResultGroup]) -> list[Table]:
