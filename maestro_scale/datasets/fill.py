@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from maestro_scale.datasets.spec import DatasetError, Modality
-from maestro_scale.datasets.values import LARGEST, chronological, sorted_note
+from maestro_scale.datasets.values import LARGEST, chronological, extremes, is_zero, sorted_note
 
 _CLOUD = "cloud"
 _NO_VALUE = "no valid value"
@@ -227,10 +227,10 @@ def _invalid(
 
 def _all_valid(values: np.ndarray, quantity: Quantity, nonzero: list[int]) -> bool:
     """Whether no value is invalid, in two passes over the pixels, since nearly all rasters are valid."""
-    lowest, highest = values.min(), values.max()
+    lowest, highest = extremes(values)
     if not (lowest > quantity.above and highest <= quantity.up_to):  # also if they are NaN
         return False
-    return not nonzero or lowest > 0 or highest < 0 or not (values[..., nonzero, :, :] == 0).any()
+    return not nonzero or lowest > 0 or highest < 0 or not is_zero(values[..., nonzero, :, :]).any()
 
 
 def _action(reason: str, modality: Modality, quantity: Quantity) -> str:

@@ -28,17 +28,38 @@ def sorted_note(name: str) -> str:
     return f"{name} is not in the order of time: sorted"
 
 
+def extremes(array: np.ndarray) -> tuple[float, float]:
+    """The lowest and the highest value; at least one of them is NaN if any value is NaN. Not for empty arrays.
+
+    float16 has no vector instructions in numpy, so its bits are compared as integers: the order of positive numbers is
+    that of their bits, NaN last, and the order of negative numbers is reversed.
+    """
+    if array.dtype != np.float16:
+        return float(array.min()), float(array.max())
+    signed, unsigned = array.view(np.int16), array.view(np.uint16)
+    any_positive, any_negative = signed.max() >= 0, signed.min() < 0
+    lowest = unsigned.max() if any_negative else unsigned.min()
+    highest = signed.max() if any_positive else signed.min()
+    return float(lowest.view(np.float16)), float(highest.view(np.float16))
+
+
+def is_zero(array: np.ndarray) -> np.ndarray:
+    """Where an array is 0; for float16 by its bits without the sign, see :func:`extremes`."""
+    return (array.view(np.uint16) & 0x7FFF) == 0 if array.dtype == np.float16 else array == 0
+
+
 def array_problem(array: np.ndarray) -> str | None:
     """Why a stored raster is invalid: infinite values or fill values beyond :data:`LARGEST`, or nothing but NaN."""
     if array.dtype.kind != "f" or not array.size:
         return None
-    # fmin and fmax ignore NaN: two passes without a temporary array, since nearly all rasters are valid.
-    lowest, highest = (float(f.reduce(array, axis=None)) for f in (np.fmin, np.fmax))
-    if np.isnan(lowest):
-        return "is NaN in every pixel; leave the tile out"
+    lowest, highest = extremes(array)
     if lowest > -LARGEST and highest < LARGEST:
         return None
-    bad = np.abs(array.astype(np.float64)) >= LARGEST
+    if np.isnan(array).all():
+        return "is NaN in every pixel; leave the tile out"
+    bad = np.isinf(array) if array.dtype == np.float16 else np.abs(array) >= LARGEST
+    if not bad.any():
+        return None
     return (
         f"has {int(bad.sum())} values that are infinite or too large for a measurement, the first "
         f"{_first(array, bad)}; store NaN where nothing was measured"

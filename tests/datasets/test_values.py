@@ -12,6 +12,8 @@ from maestro_scale.datasets.values import (
     array_problem,
     chronological,
     dates_problem,
+    extremes,
+    is_zero,
     mask_problem,
     masked_problem,
     shares_problem,
@@ -202,6 +204,40 @@ def test_stored_rasters_are_finite_or_nan():
     for value in (-3.4028235e38, 3.4028235e38, 9.96921e36, 1e30):
         assert "has 1 values" in str(array_problem(np.array([0, value], np.float32)))
     assert array_problem(np.full((2, 2), np.nan)) == "is NaN in every pixel; leave the tile out"
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "int16"])
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([3, 1, 2], (1, 3)),
+        ([-3, -1, -2], (-3, -1)),
+        ([-3, 5, 0], (-3, 5)),
+        ([0, 7], (0, 7)),
+        ([-7, 0], (-7, 0)),
+        ([-4, -4], (-4, -4)),
+    ],
+)
+def test_extremes(dtype, values, expected):
+    assert extremes(np.array(values, dtype)) == expected
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_extremes_of_nan_and_infinity(dtype):
+    assert extremes(np.array([-np.inf, 2, np.inf], dtype)) == (-np.inf, np.inf)
+    assert extremes(np.array([-np.inf, -2], dtype)) == (-np.inf, -2)
+    for values in (
+        [1, np.nan],
+        [-1, np.nan],
+        [1, -np.nan],
+        [-1, -np.nan, 2],
+        [np.nan, np.inf],
+        [-np.nan, -np.inf],
+    ):
+        lowest, highest = extremes(np.array(values, dtype))
+        assert np.isnan(lowest) or np.isnan(highest), values
+    signed_zeros = np.array([[0.0, -0.0, 6e-8, -6e-8]], dtype)
+    assert is_zero(signed_zeros).tolist() == [[True, True, False, False]]
 
 
 @pytest.mark.parametrize(
