@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from maestro_scale import untrusted
 from maestro_scale.datasets.spec import DatasetError, GeoOrigin
 
 _MAX_DATES = 20_000  # daily images of 50 years: a longer series in a raw file is damage
@@ -29,9 +31,9 @@ def list_folder(folder: Path) -> frozenset[str]:
 def read_csv(path: Path) -> tuple[dict[str, int], list[list[str]]]:
     """Column name → index, and the rows; DatasetError if unreadable or if a row lacks values or has too many."""
     try:
-        with open(path, newline="", encoding="utf-8-sig") as stream:
-            header, *rows = [row for row in csv.reader(stream) if row] or [[]]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        text = untrusted.read_bytes(path).decode("utf-8-sig")
+        header, *rows = [row for row in csv.reader(io.StringIO(text, newline="")) if row] or [[]]
+    except (OSError, ValueError, csv.Error) as error:
         raise DatasetError(f"{path}: cannot be read as CSV ({error})") from error
     for i, row in enumerate(rows):
         if len(row) != len(header):

@@ -292,6 +292,22 @@ def test_invalid_dates_are_named(write_flair, dates, kind, message):
     one_line(error)
 
 
+def test_metadata_columns_of_another_type_are_named(write_flair):
+    src = write_flair()
+    path = src / "GLOBAL_ALL_MTD" / "GLOBAL_SENTINEL2_MTD_DATES.gpkg"
+    write_gpkg(path, {"patch_id": [PATCH], "acquisition_dates": [b"\xff\xfe"]})
+    with pytest.raises(DatasetError, match=r"GLOBAL_SENTINEL2_MTD_DATES\.gpkg") as error:
+        read(src)
+    one_line(error)
+    (src / "train.csv").unlink()
+    write_gpkg(
+        src / "GLOBAL_ALL_MTD" / "GLOBAL_ALL_MTD_SPLIT.gpkg", {"patch_id": [PATCH], "split_1": [b"\x01"]}
+    )
+    with pytest.raises(DatasetError, match=r"GLOBAL_ALL_MTD_SPLIT\.gpkg") as error:
+        read(src)
+    one_line(error)
+
+
 def test_dates_in_other_notations_are_read(write_flair):
     src = write_flair()
     write_dates(src, "AERIAL", {PATCH: "2019-07-04"}, "date")

@@ -12,7 +12,7 @@ import numpy as np
 
 from maestro_scale import untrusted
 from maestro_scale.datasets import raw
-from maestro_scale.datasets.flair_hub.metadata import FOLDER, batches, columns_of, find
+from maestro_scale.datasets.flair_hub.metadata import FOLDER, batches, columns_of, find, readable
 from maestro_scale.datasets.spec import DatasetError
 
 _EPOCH = np.datetime64("1900-01-01", "D")  # two bytes count days from here to 2079
@@ -45,7 +45,8 @@ class Dates:
                 f"{path}: has neither column 'acquisition_dates' nor 'date' but {', '.join(columns)}; "
                 "fetch the file again"
             )
-        return cls(path, keys, _load(path, column, keys))
+        with readable(path):
+            return cls(path, keys, _load(path, column, keys))
 
     def of(self, key: str, notes: list[str]) -> np.ndarray:
         """(T, 3) int16 of patch ``key``, in the order of the file; appends assumptions to ``notes``.

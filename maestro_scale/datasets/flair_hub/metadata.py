@@ -47,9 +47,10 @@ def list_split(src: Path, split: str, lists: Sequence[str], column: str, assumed
     wanted = (found["column"] or column) if found else ""
     if path is not None and found and wanted in columns:
         phase = _PHASES[found["phase"]]
-        keys = []
-        for batch in batches(path, wanted):
-            keys += batch["patch_id"].filter(pc.equal(batch[wanted], phase)).to_pylist()
+        keys: list[str] = []
+        with readable(path):
+            for batch in batches(path, wanted):
+                keys += map(str, batch["patch_id"].filter(pc.equal(batch[wanted], phase)).to_pylist())
         return _checked(keys, path, () if found["column"] or not assumed else (assumed,))
     there = sorted(p.stem for p in src.glob("*.csv"))
     there += [
@@ -88,7 +89,7 @@ def columns_of(path: Path) -> tuple[str, ...]:
     """Names of a GeoPackage's columns."""
     import pyogrio
 
-    with _readable(path):
+    with readable(path):
         return tuple(pyogrio.read_info(path)["fields"])
 
 
@@ -98,18 +99,19 @@ def batches(path: Path, column: str) -> Iterator[Any]:
 
     if "patch_id" not in columns_of(path):
         raise DatasetError(f"{path}: has no column 'patch_id'; fetch the file again")
-    with _readable(path):
+    with readable(path):
         options = {"columns": ["patch_id", column], "read_geometry": False, "batch_size": _BATCH_ROWS}
         with pyogrio.open_arrow(path, use_pyarrow=True, **options) as (_, reader):
             yield from reader
 
 
 @contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    from pyogrio.errors import DataLayerError, DataSourceError
+def readable(path: Path) -> Iterator[None]:
+    """DatasetError for what pyogrio and Arrow raise in the block: an unreadable file, or columns of another type."""
+    import pyarrow as pa
 
     try:
         yield
-    except (DataSourceError, DataLayerError, RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, pa.ArrowException) as error:  # pyogrio's errors are RuntimeErrors
         cause = " ".join(str(error).split())
         raise DatasetError(f"{path}: cannot be read ({cause}); fetch the file again") from error

@@ -50,14 +50,13 @@ def folds_of(split: str) -> tuple[int, ...] | None:
 def read_metadata(src: Path, date_columns: Sequence[str] = DATE_COLUMNS) -> Entries:
     """{tile id: entry}, read in one pass; DatasetError if the file cannot be read or lacks one of ``date_columns``."""
     import pyogrio
-    from pyogrio.errors import DataSourceError
 
     path = src / METADATA
     if METADATA not in raw.list_folder(src):
         raise DatasetError(f"{path}: is missing, and with it folds and dates; fetch it, or check the path")
     try:
         meta, _, _, values = pyogrio.raw.read(path, read_geometry=False)
-    except (DataSourceError, ValueError) as error:
+    except (RuntimeError, ValueError, OSError) as error:  # pyogrio's errors are RuntimeErrors
         raise DatasetError(
             f"{path}: cannot be read ({' '.join(str(error).split())}); fetch it again"
         ) from error

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from maestro_scale import untrusted
 from maestro_scale.datasets import raw
 from maestro_scale.datasets.fill import QUANTITIES, clean_image, clean_series
 from maestro_scale.datasets.spec import DatasetError, DatasetSpec, Modality, Scale, Sensor, Tile
@@ -112,9 +113,9 @@ class Reader:
         files = FILES[modality]
         path = self._src / files.dates.format(key)
         try:
-            products = path.read_bytes().split()
-        except OSError as error:
-            raise DatasetError(f"{path}: cannot be read ({error.strerror}); fetch the file again") from error
+            products = untrusted.read_bytes(path).split()
+        except (OSError, ValueError) as error:
+            raise raw.read_error(path, error) from error
         if not products:
             raise DatasetError(
                 f"{path}: is empty, so the tile has no dates; fetch the file again", "no dates"

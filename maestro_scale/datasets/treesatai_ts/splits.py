@@ -104,10 +104,10 @@ def from_csv(path: Path, sentinel: SentinelNames) -> list[Entry]:
 def from_lst(src: Path, path: Path, sentinel: SentinelNames) -> list[Entry]:
     """The tiles of ``{split}_filenames.lst``; DatasetError if the JSON in ``src`` does not label them all."""
     try:
-        names = path.read_text(encoding="utf-8").split()
+        names = untrusted.read_bytes(path).decode().split()
         labels = untrusted.read_record(src / LABELS_JSON)
     except (OSError, ValueError) as error:
-        raise DatasetError(f"{src / LABELS_JSON}: cannot be read ({error}); {path.name} needs it") from error
+        raise DatasetError(f"{path}: it or its labels cannot be read ({error}); fetch both again") from error
     unlabelled = [n for n in names if n not in labels]
     if unlabelled:
         lacking = f"lacks {len(unlabelled)} tiles of {path.name}, first {unlabelled[0]}"
