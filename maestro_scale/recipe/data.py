@@ -96,8 +96,8 @@ class Data(Section):
     cache_gib: Annotated[float, Field(gt=0)] = 100
     """Size limit of the cache in GiB."""
     retry_s: Annotated[float, Field(gt=0)] = 120
-    """Seconds for which a failing request to an object store is retried before the run ends; 403 and 404 are not
-    retried."""
+    """Seconds for which a failing request to an object store is retried before the run ends, at least three times;
+    permanent errors such as 403 and 404 are not retried."""
     on_bad_shard: Literal["fail", "replace"] = "fail"
     """After a second failed download of a shard: fail (stop and name it), or replace its samples deterministically and
     count them."""

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
 
+import fsspec
 import pytest
 import s3fs
 from shards.kit import SPEC, TILE_BYTES, Toy, fields_equal, tile, toy_keys
 from shards.s3 import Fault, Proxy
 
+from maestro_scale.datasets.spec import DatasetError
+from maestro_scale.shards import lease
 from maestro_scale.shards.errors import BadShard, ManifestError, StoreError, WriteError
 from maestro_scale.shards.format.index import index_path
 from maestro_scale.shards.format.manifest import Manifest
@@ -22,6 +28,8 @@ from maestro_scale.shards.read.store import Store, StoreCounters
 from maestro_scale.shards.read.summary import summarize
 from maestro_scale.shards.read.verify import verify
 from maestro_scale.shards.retry import RetryPolicy
+from maestro_scale.shards.write.packing import shuffle_keys
+from maestro_scale.shards.write.part import WriterPart
 from maestro_scale.shards.write.writer import Writer, write_shards
 
 SMALL = 4 * TILE_BYTES / 1e6
@@ -366,3 +374,186 @@ def test_a_killed_download_releases_its_reservation(s3, dataset, tmp_path):
     store.shard(other).close()  # one shard fits: the reservation of the killed process is released
     assert not list((tmp_path / "cache").glob("shards/*.part"))
     assert len(store.shard(info)) == info.samples
+
+
+def objects(url):
+    fs = s3fs.S3FileSystem(use_listings_cache=False)
+    path = url.removeprefix("s3://")
+    return {p.rpartition("/")[2]: fs.cat(p) for p in (fs.ls(path, refresh=True) if fs.exists(path) else ())}
+
+
+def held(url, name, process="", lifetime_s=60.0):
+    """Put the lease of a writer on another machine, or of a process of this one."""
+    content = {
+        "owner": "0" * 32,
+        "host": "elsewhere",
+        "pid": 7,
+        "process": process,
+        "lifetime_s": lifetime_s,
+        "renewals": 3,
+    }
+    s3fs.S3FileSystem().pipe(f"{url}/{name}", json.dumps(content).encode())
+
+
+def test_a_second_writer_is_refused_before_it_writes(s3):
+    url = "s3://shards/second"
+    with Writer(url, SPEC, "train") as writer:
+        writer.add(tile("a"))
+        s3.requests.clear()
+        with pytest.raises(
+            WriteError,
+            match=r"second: another process is writing split 'train': process \d+ on .* holds .*\.train\.lease, which "
+            r"expires in \d+ s; wait for it or, if it was killed, try again then",
+        ):
+            write_shards(Toy(6), url, "train")
+        with pytest.raises(WriteError, match="another process is writing split 'train'"):
+            write_shards(Toy(6), url, "train", part=WriterPart(1, 2))
+        own = {path.rpartition("/")[2] for method, path in s3.requests if method == "PUT"}
+        assert own <= {".train.part-1-of-2.lease"}
+        write_shards(Toy(3), url, "val")  # another split at the same time
+    assert Manifest.load(url).splits == ("val", "train")
+    assert verify(url) == []
+    assert not [name for name in objects(url) if name.startswith(".")]
+
+
+def test_a_lease_expires_by_the_clock_of_the_store(s3, monkeypatch):
+    url = "s3://shards/expired"
+    held(url, ".train.lease")
+    with pytest.raises(WriteError, match=r"process 7 on 'elsewhere' holds .* expires in \d+ s"):
+        write_shards(Toy(2), url, "train")
+    monkeypatch.setattr(lease, "_CLOCK_S", 0.0)
+    held(url, ".train.lease", lifetime_s=0.5)
+    held(url, ".train.part-1-of-3.lease", lifetime_s=0.5)
+    monkeypatch.setattr(time, "time", lambda: 0.0)  # not by the clock of this machine
+    time.sleep(2)  # the store counts whole seconds
+    assert write_shards(Toy(2), url, "train").splits == ("train",)
+    assert verify(url) == []
+    assert not [name for name in objects(url) if name.startswith(".")]
+
+
+def test_the_lease_of_a_killed_process_of_this_machine_is_taken_over_at_once(s3):
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    process = lease._process_name(child.pid)
+    assert process
+    held("s3://shards/killed", ".train.lease", process)
+    with pytest.raises(WriteError, match="another process is writing"):
+        write_shards(Toy(2), "s3://shards/killed", "train")
+    child.kill()
+    child.wait()
+    assert write_shards(Toy(2), "s3://shards/killed", "train").splits == ("train",)
+
+
+def test_a_writer_that_lost_its_lease_publishes_nothing(s3):
+    url = "s3://shards/lost"
+
+    def write():
+        with Writer(url, SPEC, "train") as writer:
+            writer.add(tile("a"))
+            held(url, ".train.lease")  # another one has taken it over
+
+    with pytest.raises(
+        WriteError, match="did not respond for 60 s, and another one has taken over split 'train'"
+    ):
+        write()
+    assert "manifest.json" not in objects(url)
+    assert ".train.lease" in objects(url)  # of the other writer
+
+
+def test_parts_work_together_and_are_resumed(s3, dataset):
+    url = "s3://shards/parts"
+
+    def part(number, keys=()):
+        part = WriterPart(number, 2)
+        return write_shards(Toy(12, keys), url, "train", shard_mb=SMALL, part=part)
+
+    last = shuffle_keys(toy_keys(12), 0)[-1]
+    with pytest.raises(DatasetError):
+        part(1, (last,))  # it has written its first shard, number 0, and not number 2
+    before = objects(url)
+    assert [n for n in before if n.endswith(".tar")] == [dataset.shards[0].path]
+    held(url, ".train.part-2-of-2.lease")
+    with pytest.raises(WriteError, match=r"another process is writing .*part-2-of-2\.lease"):
+        part(2)
+    assert part(1) is None  # at the same time as part 2
+    assert before.items() <= objects(url).items()
+    s3fs.S3FileSystem().rm(f"{url}/.train.part-2-of-2.lease")
+    assert part(2) == dataset
+    assert verify(url) == []
+
+
+def test_leftovers_are_removed_after_the_publication_and_only_without_other_writers(s3):
+    url = "s3://shards/left"
+    late = shuffle_keys(toy_keys(20), seed=0)[-1]
+    with pytest.raises(DatasetError):
+        write_shards(Toy(20, broken=(late,)), url, "train", shard_mb=SMALL / 2)
+    left = objects(url)
+    assert any(name.endswith(".tar") for name in left)
+    held(url, ".train.part-1-of-2.lease")
+    write_shards(Toy(4), url, "train", part=WriterPart(2, 2))
+    with pytest.raises(WriteError, match="another process"):
+        write_shards(Toy(4), url, "train", part=WriterPart(1, 2))
+    assert left.items() <= objects(url).items()
+    s3fs.S3FileSystem().rm(f"{url}/.train.part-1-of-2.lease")
+    (info,) = write_shards(Toy(4), url, "train").shards
+    assert set(objects(url)) == {"manifest.json", "manifest.sha256", info.path, index_path(info.path)}
+
+
+def test_raw_data_that_changed_between_two_writers_is_reported(s3, dataset):
+    """One shard, written twice by writers with equal settings, with different content."""
+    url, other = "s3://shards/changed", "s3://shards/changed-too"
+    for place, broken in ((url, ()), (other, shuffle_keys(toy_keys(12), 0)[-1:])):
+        write_shards(Toy(12, tuple(broken)), place, "train", shard_mb=SMALL, strict=False)
+    fs = s3fs.S3FileSystem()
+    fs.rm([f"{url}/manifest.json", f"{url}/manifest.sha256"])
+    for path in fs.glob(f"{other}/train-000002-*"):
+        fs.copy(path, f"{url}/{path.rpartition('/')[2]}")
+    with pytest.raises(
+        WriteError,
+        match=r"train-000002-\w+.tar and train-000002-\w+.tar are the same shard .*: the raw data has changed",
+    ):
+        write_shards(Toy(12), url, "train", shard_mb=SMALL)
+    (stranger,) = {p for p in fs.glob(f"{url}/train-000002-*.tar") if not p.endswith(dataset.shards[2].path)}
+    fs.rm([stranger, index_path(stranger)])
+    assert write_shards(Toy(12), url, "train", shard_mb=SMALL) == dataset
+
+
+def test_datasets_with_plain_names_are_read_and_extended(s3, tmp_path):
+    """As earlier revisions have written them to object stores."""
+    url = "s3://shards/plain"
+    first = write_shards(Toy(12), str(tmp_path), "train", shard_mb=SMALL)
+    fs = s3fs.S3FileSystem()
+    for path in tmp_path.glob("*.*"):
+        if path.name != "manifest.sha256":
+            fs.put_file(str(path), f"{url}/{path.name}")
+    assert verify(url) == []
+    assert write_shards(Toy(12), url, "train", shard_mb=SMALL) == first  # nothing is written again
+    fs.rm([f"{url}/manifest.json", f"{url}/{first.shards[1].path}"])
+    resumed = write_shards(Toy(12), url, "train", shard_mb=SMALL)
+    again = resumed.shards[1]
+    assert [s.path for s in resumed.shards] == [
+        "train-000000.tar",
+        f"train-000001-{again.sha256[:8]}.tar",
+        "train-000002.tar",
+    ]
+    assert write_shards(Toy(2), url, "val").splits == ("train", "val")
+    assert verify(url) == []
+
+
+def test_a_store_without_conditions_and_clock_is_watched(monkeypatch):
+    """memory:// stands for any file system of fsspec: a lease that does not change for its lifetime has expired."""
+    monkeypatch.setattr(lease, "LIFETIME_S", 0.4)
+    monkeypatch.setattr(lease, "SETTLE_S", 0.01)
+    url = "memory://leases/toy"
+    with Writer(url, SPEC, "train") as writer:
+        writer.add(tile("a"))
+        with pytest.raises(WriteError, match="another process is writing split 'train'"):
+            write_shards(Toy(2), url, "train")  # it is renewed meanwhile
+        write_shards(Toy(2), url, "val")
+    assert Manifest.load(url).splits == ("val", "train")
+    fs = fsspec.filesystem("memory")
+    fs.pipe("/leases/toy/.test.lease", b"not a lease, and not renewed")
+    started = time.monotonic()
+    write_shards(Toy(2), url, "test")
+    assert time.monotonic() - started > 0.4
+    assert verify(url) == []
+    assert not [p for p in fs.ls("/leases/toy", detail=False) if "lease" in p.rpartition("/")[2]]

@@ -16,15 +16,18 @@ from pathlib import Path
 
 import pytest
 from services.s3.server import BUCKET
-from shards.kit import SPEC, TILE_BYTES, Toy, Wide
+from shards.kit import SPEC, TILE_BYTES, Toy, Wide, tile
 from shards.s3 import Fault, Proxy
 from testkit.runs import Trainer, audit, curve, metrics, write_recipe
 
 from maestro_scale import datasets
+from maestro_scale.shards.errors import WriteError
 from maestro_scale.shards.format.manifest import Manifest
+from maestro_scale.shards.local_storage import ConditionFailed
 from maestro_scale.shards.read.store import Store
 from maestro_scale.shards.read.verify import verify
-from maestro_scale.shards.write.writer import write_shards
+from maestro_scale.shards.storage import open_storage
+from maestro_scale.shards.write.writer import Writer, write_shards
 from maestro_scale.stream.loader import TrainLoader
 from maestro_scale.stream.source import Source
 from maestro_scale.stream.workers import start_fork_server
@@ -223,7 +226,8 @@ def test_damaged_datasets_are_reported(own, trainer, tmp_path):
 WRITE = """
 import sys
 from shards.kit import Wide
-from maestro_scale.shards.write.writer import write_shards
+from maestro_scale.shards.storage import open_storage
+from maestro_scale.shards.write.writer import Writer, write_shards
 if __name__ == "__main__":
     write_shards(Wide(9), sys.argv[1], "train", shard_mb=40)
 """
@@ -254,6 +258,40 @@ def test_a_killed_upload_in_parts_is_resumed(s3, tmp_path):
     on_disk = write_shards(Wide(9), str(tmp_path / "disk"), "train", shard_mb=40)
     assert without_names(manifest) == without_names(on_disk)
     assert verify(url) == []
+
+
+def test_two_writers_exclude_each_other(s3):
+    """With the conditional requests of a real server, which are tried out by the first lease."""
+    url = f"s3://{BUCKET}/writers"
+    with Writer(url, SPEC, "train") as writer:
+        writer.add(tile("a"))
+        assert writer._destination.storage.conditional
+        s3.requests.clear()
+        with pytest.raises(WriteError, match=r"another process is writing split 'train'.* expires in \d+ s"):
+            write_shards(Toy(3), url, "train")
+        assert {method for method, _ in s3.requests} <= {"GET", "HEAD"}  # it has written nothing
+        write_shards(Toy(3), url, "val")
+        held = open_storage(url).read_snapshot(".train.lease")
+        assert 0 <= held.age_s < 60
+    assert Manifest.load(url).splits == ("val", "train")
+    assert verify(url) == []
+
+
+def test_the_manifest_is_replaced_only_if_it_has_not_changed(s3):
+    """Every other writer adds a split between the reading and the writing of the manifest."""
+    url = f"s3://{BUCKET}/merged"
+    write_shards(Toy(2), url, "first")
+    storage = open_storage(url)
+    storage.write_snapshot("probe", b"1", None)
+    manifest = storage.read_snapshot("manifest.json")
+    write_shards(Toy(3), url, "second")
+    with pytest.raises(ConditionFailed):
+        storage.write_snapshot("manifest.json", manifest.data, manifest)
+    with pytest.raises(ConditionFailed):
+        storage.write_snapshot("manifest.json", manifest.data, None)
+    now = storage.read_snapshot("manifest.json")
+    assert storage.write_snapshot("manifest.json", now.data, now) is not None
+    assert Manifest.load(url).splits == ("first", "second")
 
 
 def test_the_first_batch_waits_only_for_its_own_shards(s3, tmp_path):
