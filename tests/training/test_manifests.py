@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -11,7 +12,9 @@ import pytest
 from shards.kit import SPEC
 
 from maestro_scale.shards.format.manifest import Manifest, ShardInfo
+from maestro_scale.training.binding import DeviceError
 from maestro_scale.training.checkpoint.checkpoints import Position
+from maestro_scale.training.distributed import exchange_texts, free_port
 from maestro_scale.training.hooks.manifests import ManifestHook
 from maestro_scale.training.manifests import (
     ManifestMismatchError,
@@ -113,3 +116,18 @@ def test_a_store_that_does_not_answer_is_not_a_change(monkeypatch, tmp_path):
     ManifestMonitor([used], warnings.append).check()
     assert warnings == []
     shutil.rmtree(path)
+
+
+def test_ranks_without_a_process_group_exchange_texts(monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    with ThreadPoolExecutor(2) as threads:  # of one process, as two would take seconds to start
+        ranks = [
+            threads.submit(exchange_texts, SimpleNamespace(rank=rank, size=2), f"text of {rank}", 60)
+            for rank in (0, 1)
+        ]
+        assert [rank.result() for rank in ranks] == [["text of 0", "text of 1"]] * 2
+    with pytest.raises(DeviceError, match="rank 1 of 2 did not meet the other ranks") as error:
+        exchange_texts(SimpleNamespace(rank=1, size=2), "text", 1.0)
+    assert "\n" not in str(error.value)
