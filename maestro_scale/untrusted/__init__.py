@@ -6,6 +6,7 @@ number of entries and length of numbers *before* it allocates memory or recurses
 parsers. SECURITY.md lists the limits.
 """
 
+from maestro_scale.untrusted.arrays import load_npz, open_npy
 from maestro_scale.untrusted.documents import (
     check_size,
     field_of,
@@ -58,8 +59,10 @@ __all__ = [
     "is_relative_path",
     "list_tar",
     "load_json",
+    "load_npz",
     "load_tensors",
     "load_yaml",
+    "open_npy",
     "open_tensors",
     "parse_safetensors_header",
     "read_bytes",

@@ -44,6 +44,7 @@ FLOAT_CHARACTERS = (
 TAR_MEMBERS = 250_000
 TAR_NAME_BYTES = 4096  # of a member's name, also of a PAX record
 FRAME_BYTES = 64 * MIB  # decompressed size of one zstd frame
+ARCHIVE_BYTES = 64 * MIB  # decompressed size of one array of an .npz file
 FIELD_BYTES = 512 * MIB  # decompressed size of one field of a sample
 TENSOR_AXES = 16
 

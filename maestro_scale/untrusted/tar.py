@@ -73,7 +73,7 @@ def _tar_members(file: Any, total: int, strict: bool) -> Iterator[TarMember]:
                 records = _pax_records(content)
                 if kind == b"x":
                     name = records.get("path", name)
-                    size = int(records["size"]) if records.get("size", "").isdecimal() else size
+                    size = _pax_size(records["size"]) if "size" in records else size
         else:
             length = length if size is None else size
             own = _text(block[:100])
@@ -93,6 +93,8 @@ def _tar_members(file: Any, total: int, strict: bool) -> Iterator[TarMember]:
                 length = 0  # a directory has no payload, whatever its size says
             name = size = None
         position += _BLOCK + -(-length // _BLOCK) * _BLOCK
+    if name is not None:
+        raise InputError("ends after an extended header")
 
 
 _PARSED = (b"0", b"\0", b"7", b"5", b"x", b"L", b"g")
@@ -140,6 +142,12 @@ def _number(field: bytes) -> int:
     if digits and not re.fullmatch(rb"[0-7]+", digits):
         raise InputError(f"invalid number {shorten(digits)} in a header")
     return int(digits or b"0", 8)
+
+
+def _pax_size(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,20}", text):
+        raise InputError(f"invalid size {shorten(text)} in a PAX header")
+    return int(text)
 
 
 def _text(field: bytes) -> str:

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from maestro_scale import untrusted
 from maestro_scale.errors import shorten
 from maestro_scale.evaluation.features.arrays import ConcatArray, FeatureArray, RowSubset
 from maestro_scale.evaluation.features.on_device import RecipePrecision, map_on_device
@@ -129,7 +130,7 @@ def cached_features(
                     _encode(folder, wanted, loader, encoded, labels, group, report)
                 problems[_marker(folder)] = None  # hashed while it was written: no need to read it all again
     stored_features, stored_labels = (
-        np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("features", "labels")
+        untrusted.open_npy(folder / f"{name}.npy") for name in ("features", "labels")
     )
     tiles = np.repeat(np.arange(loader.num_samples), loader.num_crops)
     return FeatureCache(stored_features, stored_labels, tiles)
@@ -298,4 +299,4 @@ def _create_arrays(
         for name, (shape, dtype) in layout.items():
             np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, shape)
     group.wait()
-    return {name: np.load(folder / f"{name}.npy", mmap_mode="r+") for name in layout}
+    return {name: untrusted.open_npy(folder / f"{name}.npy", "r+") for name in layout}

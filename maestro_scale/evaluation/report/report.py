@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,9 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from maestro_scale import untrusted
 from maestro_scale.escaping import link_target, markdown_text, printable_lines
+from maestro_scale.evaluation.probes.dense import IGNORED
 from maestro_scale.evaluation.report import charts
 from maestro_scale.evaluation.report.groups import ResultFile, ResultGroup, group_results
 from maestro_scale.evaluation.report.published import (
@@ -32,6 +33,7 @@ from maestro_scale.training.run_dir import write_atomically
 
 _METRIC = {"wf1": "wF1", "miou": "mIoU"}
 CLASS_METRIC = {"wf1": "F1", "miou": "IoU"}  # of one class
+_MAX_MAPS = 64
 _MAX_BARS = 5  # encoders in a chart of scores per class
 
 
@@ -269,12 +271,24 @@ def draw_pictures(file: ResultFile) -> dict[str, bytes]:
         drawn["confusion"] = charts.confusion_matrix(result.confusion, classes)
     if (path := file.path.parent / MAPS).exists():
         try:
-            with np.load(path) as stored:
-                truth, predicted = stored["truth"], stored["answer"]
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            truth, predicted = untrusted.load_npz(path, ("truth", "answer"))
+            _check_maps(truth, predicted, len(classes))
+        except (OSError, untrusted.InputError) as error:
             raise EvaluationError(f"{path} cannot be read ({error}); remove it, or evaluate again") from error
         drawn["maps"] = charts.maps(truth, predicted, classes)
     return drawn
+
+
+def _check_maps(truth: np.ndarray, predicted: np.ndarray, num_classes: int) -> None:
+    """InputError unless both are labels (n, H, W) of a few tiles."""
+    if truth.dtype != np.uint8 or predicted.dtype != np.uint8 or truth.shape != predicted.shape:
+        raise untrusted.InputError("truth and answer are not uint8 of one shape")
+    if truth.ndim != 3 or not 0 < len(truth) <= _MAX_MAPS or not truth.size:
+        raise untrusted.InputError(
+            f"has maps of shape {truth.shape}, expected (n, H, W) of at most {_MAX_MAPS} tiles"
+        )
+    if any(label >= num_classes and label != IGNORED for label in np.union1d(truth, predicted)):
+        raise untrusted.InputError(f"has labels above the {num_classes} classes of the result")
 
 
 def _details(group: ResultGroup) -> dict[str, Any]:

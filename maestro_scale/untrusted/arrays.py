@@ -1,0 +1,54 @@
+"""Bounded reading of NumPy files, without pickles."""
+
+from __future__ import annotations
+
+import io
+import math
+import zipfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from maestro_scale.errors import shorten
+from maestro_scale.untrusted.limits import ARCHIVE_BYTES, InputError, size_text
+
+_DAMAGED = (ValueError, EOFError, OverflowError, MemoryError, KeyError, SyntaxError, NotImplementedError)
+
+
+def open_npy(path: Path, mode: Literal["r", "r+"] = "r") -> np.memmap:
+    """The array of an ``.npy`` file, mapped: a header cannot claim more than the file has. InputError; OSError."""
+    try:
+        array = np.load(path, mmap_mode=mode, allow_pickle=False)
+    except _DAMAGED as error:
+        raise InputError(f"{path}: is not an array ({shorten(str(error), 200)})") from None
+    if not isinstance(array, np.memmap):
+        array.close()
+        raise InputError(f"{path}: is an archive, expected one array")
+    return array
+
+
+def load_npz(path: Path, names: Sequence[str]) -> list[np.ndarray]:
+    """Arrays of an ``.npz`` file by name. InputError if one is missing, damaged or above ``ARCHIVE_BYTES``; OSError."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return [_member(archive, f"{name}.npy") for name in names]
+    except (*_DAMAGED, zipfile.BadZipFile, zlib.error) as error:
+        raise InputError(f"{path}: cannot be read ({shorten(str(error), 200)})") from None
+
+
+def _member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    with archive.open(name) as file:
+        content = file.read(ARCHIVE_BYTES + 1)  # the size in the directory may be wrong
+    if len(content) > ARCHIVE_BYTES:
+        raise InputError(f"{name} has more than {size_text(ARCHIVE_BYTES)}")
+    header = io.BytesIO(content)
+    version = np.lib.format.read_magic(header)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read(header)
+    # Reading allocates what the header claims.
+    if dtype.hasobject or math.prod(shape) * dtype.itemsize != len(content) - header.tell():
+        raise InputError(f"{name} does not have the bytes of its shape {shape}")
+    return np.load(io.BytesIO(content), allow_pickle=False)
