@@ -145,8 +145,10 @@ class RemoteStorage:
         """As :meth:`write_snapshot`, and find out whether the store has conditional writes, with the same object."""
         try:
             tag = self._put_if(name, data, previous)
-        except WriteError:
-            self.write(name, data)  # if it was not for the condition (501, 400), this fails as well
+        except WriteError as error:
+            if http_status(error) not in (400, 501):
+                raise
+            self.write(name, data)
             self._conditions.work = False
             return None
         checked = self._check_conditions(name, data, tag)

@@ -15,6 +15,7 @@ from shards.kit import SPEC, TILE_BYTES, Toy, tile, toy_keys
 from maestro_scale.shards.errors import WriteError
 from maestro_scale.shards.format.manifest import Manifest
 from maestro_scale.shards.read.verify import verify
+from maestro_scale.shards.write.destination import Destination
 from maestro_scale.shards.write.part import WriterPart
 from maestro_scale.shards.write.writer import Writer, write_shards
 
@@ -114,6 +115,21 @@ def test_a_part_excludes_the_same_part_and_a_full_write(tmp_path):
         writer.add(tile("a"))
         with pytest.raises(WriteError, match="another process is writing split 'train'"):
             write(tmp_path, "1/2")
+
+
+def test_parts_of_one_folder_have_equal_settings(tmp_path, whole):
+    """A part with other tiles would replace shards that another part is about to publish."""
+    part = WriterPart(1, 2)
+    with Destination(str(tmp_path), SPEC, "train", "raw", 0, part) as destination:
+        destination.make_plan(["a", "b"], [(0, 1), (1, 2)])
+        with pytest.raises(
+            WriteError, match="another part of split 'train' is being written with other tiles"
+        ):
+            write(tmp_path, "2/2")
+    assert write(tmp_path, "2/2") is None
+    (tmp_path / ".train.part-1-of-2.lock").write_text("the plan of a killed part")
+    assert write(tmp_path, "2/2") is None
+    assert write(tmp_path, "1/2") == Manifest.load(str(whole))
 
 
 @pytest.mark.parametrize("text", ["0/3", "4/3", "3", "1/0", "-1/2", "a/b", "1/2/3", ""])

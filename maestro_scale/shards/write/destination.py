@@ -116,6 +116,7 @@ class Destination:
             bounds,
         ]
         digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        self._lock.declare(digest)
         return WritePlan(self._spec, self.split, len(bounds), digest)
 
     def finished_shards(self, plan: WritePlan) -> dict[int, WrittenShard]:

@@ -74,6 +74,23 @@ class WriterLock:
                 f"has taken over split {self._split!r}; nothing was published: run the command again if needed"
             ) from error
 
+    def declare(self, plan: str) -> None:
+        """State what this writer writes. WriteError if another part of the split is being written with another plan.
+
+        Only needed with file locks: in a folder, shards of different plans have equal names.
+        """
+        if self._uses_leases or not isinstance(self._storage, LocalStorage):
+            return
+        own = self._storage.folder / self._name("lock")
+        own.write_text(plan)
+        for name in self._parts("lock"):
+            path = self._storage.folder / name
+            if path != own and not _has_equal_plan(path, plan):
+                raise WriteError(
+                    f"{self._storage.address()}: another part of split {self._split!r} is being written with other "
+                    "tiles or settings; wait for it, and give all parts the same arguments"
+                )
+
     @contextmanager
     def publication(self) -> Iterator[Callable[[], None]]:
         """Exclude other publications at the same destination, of any split; waits for them.
@@ -128,6 +145,9 @@ class WriterLock:
         """
         if self._part.count > 1:
             return [f".{self._split}.{kind}"]
+        return self._parts(kind)
+
+    def _parts(self, kind: str) -> list[str]:
         prefix = f".{self._split}.part-"
         return [n for n in self._storage.list_names() if n.startswith(prefix) and n.endswith(f".{kind}")]
 
@@ -144,6 +164,7 @@ class WriterLock:
                 folder,
             )
             return False
+        (folder / self._name("lock")).write_text("")  # it may be the file of a killed writer
         for name in self._conflicting("lock"):
             _require_unlocked(folder / name)
         return True
@@ -159,6 +180,24 @@ class WriterLock:
         if not self._uses_leases:
             return f"{message}; wait for it"
         return f"{message}: {error}; wait for it or, if it was killed, try again then"
+
+
+def _has_equal_plan(path: Path, plan: str) -> bool:
+    """Whether a lock file is free, or its holder has declared no plan or this one.
+
+    Repeated, since a new holder first empties the file of a killed one.
+    """
+    for _ in range(_LOCK_CHECKS):
+        try:
+            if path.read_text() in ("", plan):
+                return True
+            with file_lock(path, wait=False):
+                return True
+        except FileNotFoundError:
+            return True
+        except Locked:
+            time.sleep(0.1)
+    return False
 
 
 def _require_unlocked(path: Path) -> None:
