@@ -16,9 +16,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from maestro_scale.escaping import printable
+from maestro_scale.evaluation.report.charts import class_bars
 from maestro_scale.evaluation.report.groups import find_results
 from maestro_scale.evaluation.report.report import write_report
 from maestro_scale.evaluation.results import EvalResult, EvaluationError
+from tests.testkit.hostile import NAMES
 
 CLASSES = ("meadow", "corn", "vines")
 SEGMENTED = EvalResult(
@@ -120,6 +123,57 @@ def test_the_page_is_self_contained_and_escapes_its_inputs(results, tmp_path):
         assert link.startswith("#") or (tmp_path / link).exists()
     again, _ = write_report(find_results([results]), tmp_path / "again.html")
     assert again.read_text() == page.read_text()
+
+
+def test_hostile_names_are_only_text(tmp_path):
+    """Every text of a result that is from the data, the recipe or the command line."""
+    num = len(NAMES)
+    hostile = dataclasses.replace(
+        SEGMENTED,
+        per_class=dict.fromkeys(NAMES, 0.5),
+        confusion=((1,) * num,) * num,
+        scores=dict.fromkeys(NAMES, 0.5),
+        chosen=dict.fromkeys(NAMES, 0.5),
+        recipe={name: {"value": name} for name in NAMES},
+        maps={
+            "truth": np.arange(64, dtype=np.uint8).reshape(1, 8, 8) % num,
+            "answer": np.ones((1, 8, 8), np.uint8),
+        },
+    )
+    names = NAMES[2::4]
+    for i, name in enumerate(names):
+        known = "pastis_hd" if i % 2 else name  # the first table has only known benchmarks
+        one = dataclasses.replace(
+            hostile, benchmark=known, target=name, encoder=name, splits={"test": (name,)}
+        )
+        if i:  # figures of one result suffice
+            one = dataclasses.replace(one, confusion=None, maps=None, recipe=None, per_class={name: 0.5})
+        one = dataclasses.replace(one, trained_on=("pastis_hd", name))
+        one.write(tmp_path / "results" / f"javascript:alert({i})" / "results.json")
+    page, markdown = write_report(find_results([tmp_path / "results"]), tmp_path / "report.html")
+    read = Page(page.read_text())  # no script, every tag closed
+    assert {attribute for image in read.images for attribute in image} == {"src", "alt"}
+    assert all(link.startswith(("#", "results/javascript%3Aalert")) for link in read.links)
+    text = "".join(read.text)
+    for name in NAMES:
+        assert "\n".join(map(printable, name.split("\n"))) in text, name
+    assert not set(page.read_text() + markdown.read_text()) & set("\x1b\x07\x00\r\u202e\u2028")
+    rows = [line for line in markdown.read_text().splitlines() if line.startswith("| ")]
+    cells = {len(re.findall(r"(?<!\\)\|", row)) for row in rows[-len(names) :]}
+    assert cells == {12}  # 11 columns
+    assert "<script" not in re.sub(r"\\<", "", markdown.read_text())
+
+
+def test_of_many_classes_the_best_are_drawn(tmp_path, monkeypatch):
+    """Pictures of thousands of classes would take minutes, and have more pixels than matplotlib can draw."""
+    monkeypatch.setattr("maestro_scale.evaluation.report.charts.MAX_CLASSES", 3)
+    scores = {f"class {i}": i / 10 for i in range(10)}
+    drawn = []
+    monkeypatch.setattr("maestro_scale.evaluation.report.charts._png", drawn.append)
+    class_bars({"knn": scores}, "F1")
+    (axes,) = drawn[0].axes
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["class 7", "class 8", "class 9"]
+    assert axes.get_xlabel() == "F1 (%), the 3 best of 10 classes"
 
 
 def test_invalid_results_are_named(tmp_path):

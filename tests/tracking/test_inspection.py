@@ -8,14 +8,17 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 from shards.kit import Toy, tile, toy_keys
+from testkit.hostile import NAMES
 from typer.testing import CliRunner
 
 from maestro_scale.cli import app
-from maestro_scale.shards.errors import BadShard
+from maestro_scale.datasets.spec import DatasetSpec, Modality, Target, Tile
+from maestro_scale.escaping import printable
+from maestro_scale.shards.errors import ManifestError
 from maestro_scale.shards.format.codec import Sample, encode
 from maestro_scale.shards.format.manifest import Manifest
 from maestro_scale.shards.read.preview import read_first_sample
-from maestro_scale.shards.write.writer import write_shards
+from maestro_scale.shards.write.writer import Writer, write_shards
 from maestro_scale.tracking.inspection import histogram
 from maestro_scale.tracking.tile_picture import panels
 
@@ -106,8 +109,51 @@ def test_a_tile_is_read_with_or_without_an_index_and_a_wrong_index_is_named(shar
     name = info.path.replace(".tar", ".index.json")
     other = Manifest.load(str(shards)).shards[1].path.replace(".tar", ".index.json")
     (tmp_path / name).write_text((shards / other).read_text())
-    with pytest.raises(BadShard, match=r"train-000000\.tar"):
+    with pytest.raises(ManifestError, match=r"is not the index of train-000000\.tar"):
         read_first_sample(str(tmp_path), info)
+
+
+MATHTEXT, ESCAPE = r"$\frac{a}$", "\x1b[2J\x1b]0;title\x07"
+HOSTILE = DatasetSpec(
+    "hostile",
+    MATHTEXT + ESCAPE,
+    60.0,
+    60.0,
+    6,
+    (
+        Modality("s2", (MATHTEXT, ESCAPE, *NAMES[:2]), 10.0, 6, "int16", series=True),
+        Modality("dem", (MATHTEXT,), 10.0, 6, "float32"),
+    ),
+    (
+        Target("cover", "segmentation", NAMES, resolution_m=10.0),
+        Target("kinds", "multilabel", NAMES),
+    ),
+    (),
+)
+
+
+@pytest.mark.parametrize("key", [MATHTEXT, ESCAPE])
+def test_names_of_the_dataset_are_shown_and_do_nothing(tmp_path, key):
+    arrays = {"s2": np.ones((2, 4, 6, 6), np.int16), "dem": np.zeros((1, 1, 6, 6), np.float32)}
+    dates = {
+        "s2": np.array([[2020, 1, 12], [2020, 200, 12]], np.int16),
+        "dem": np.array([[2020, 1, 12]], np.int16),
+    }
+    cover = np.arange(36).reshape(6, 6).astype(np.uint8) % len(NAMES)
+    kinds = np.full(len(NAMES), 1 / len(NAMES), np.float32)
+    for number, name in enumerate((key, "other")):
+        targets = {"cover": cover, "kinds": kinds}
+        one = Tile(name, arrays, dates, {}, targets, np.array([2020, 1, 12], np.int16), notes=(ESCAPE,))
+        with Writer(str(tmp_path / "shards"), HOSTILE, f"split{number}") as writer:
+            writer.add(one)
+    picture = tmp_path / "tile.png"
+    result = CliRunner().invoke(app, ["inspect", str(tmp_path / "shards"), "--png", str(picture)])
+    assert result.exit_code == 0, result.output
+    assert "\x1b" not in result.output
+    words = "".join(result.output.split())
+    for name in NAMES:
+        assert "".join(printable(name[:20]).split()) in words
+    assert imread(picture).std() > 0
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from maestro_scale.evaluation.probes.dense import IGNORED
 _INK, _PAPER, _GREY = "#26241f", "#fbfaf8", "#cbc9c4"
 _SERIES = ("#2c6e8f", "#c8702a", "#5a8a3c", "#8a4f7d", "#b3a125", "#7a6a58")
 _DPI = 110
-_MAX_PIXELS = 30_000
+MAX_CLASSES = 256  # with thousands drawing takes minutes, and exceeds matplotlib's 2^16 pixels a side
 _MAX_CLASSES_WITH_NUMBERS = 20
 
 
@@ -42,6 +42,8 @@ def class_bars(scores: Mapping[str, Mapping[str, float | None]], metric: str) ->
     """{encoder: {class: score}} as horizontal bars, classes in the order of the first encoder's scores."""
     first = next(iter(scores.values()))
     classes = sorted(first, key=lambda name: -1.0 if (score := first[name]) is None else score)
+    which = f", the {MAX_CLASSES} best of {len(classes)} classes" if len(classes) > MAX_CLASSES else ""
+    classes = classes[-MAX_CLASSES:]
     figure = Figure(figsize=(7.5, 0.6 + len(classes) * (0.12 + 0.14 * len(scores))), facecolor=_PAPER)
     axes = figure.add_subplot(facecolor=_PAPER)
     height = 0.8 / len(scores)
@@ -51,7 +53,7 @@ def class_bars(scores: Mapping[str, Mapping[str, float | None]], metric: str) ->
         axes.barh(at, lengths, height=0.92 * height, color=_SERIES[i % len(_SERIES)], label=plot_text(name))
     axes.set_yticks(np.arange(len(classes)), map(plot_text, classes))
     axes.set_xlim(0, 100)
-    axes.set_xlabel(f"{metric} (%)")
+    axes.set_xlabel(f"{metric} (%){which}")
     _style(axes)
     if len(scores) > 1:
         axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
@@ -157,7 +159,5 @@ def _style(axes: Axes) -> None:
 def _png(figure: Figure, tight: bool = True) -> bytes:
     FigureCanvasAgg(figure)
     buffer = io.BytesIO()
-    # Hundreds of classes: matplotlib refuses pictures of 2^16 pixels a side.
-    dpi = min(_DPI, _MAX_PIXELS / max(figure.get_size_inches()))
-    figure.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight" if tight else None)
+    figure.savefig(buffer, format="png", dpi=_DPI, bbox_inches="tight" if tight else None)
     return buffer.getvalue()

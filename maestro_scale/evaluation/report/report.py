@@ -267,7 +267,7 @@ def draw_pictures(file: ResultFile) -> dict[str, bytes]:
     result = file.result
     drawn: dict[str, bytes] = {}
     classes = list(result.per_class)
-    if result.confusion:
+    if result.confusion and len(classes) <= charts.MAX_CLASSES:
         drawn["confusion"] = charts.confusion_matrix(result.confusion, classes)
     if (path := file.path.parent / MAPS).exists():
         try:
