@@ -175,7 +175,7 @@ def run_module(
     outcome, baseline_s = workers[0].ask(source, 120.0)
     if outcome != "survived":
         raise SystemExit(f"{module}: {' '.join(TESTS[module])} must pass without a mutation: {outcome}")
-    limit_s = max(10.0, 8 * baseline_s)
+    limit_s = 10.0  # of processor time; the tests take below 2 s
     queue = list(mutants(source))
     counts: Counter[str] = Counter()
     digest = hashlib.sha256(source.encode()).hexdigest()

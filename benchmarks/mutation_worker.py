@@ -12,7 +12,9 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import json
+import math
 import os
+import resource
 import signal
 import sys
 import time
@@ -21,6 +23,7 @@ from pathlib import Path
 from types import ModuleType
 
 OWN = {"maestro_scale", "tests", "testkit", "conftest", "benchmarks", "__main__", "__mp_main__"}
+_WALL_FACTOR = 10
 Outcome = tuple[str, float]  # "killed", "survived" or "timeout"; seconds
 
 
@@ -74,21 +77,29 @@ class Server:
         gc.freeze()  # else every fork walks, and copies, what is imported here
 
     def outcome(self, source: str, limit_s: float) -> Outcome:
-        """Result of the tests with ``source`` as the module; RuntimeError if pytest cannot run them at all."""
+        """Result of the tests with ``source`` as the module; RuntimeError if pytest cannot run them at all.
+
+        ``limit_s``: of processor time, so that a busy machine gives the same result; ten times that of wall time.
+        """
         start = time.monotonic()
         if (pid := os.fork()) == 0:
             os.setpgid(0, 0)
+            cpu_limit = math.ceil(limit_s)
+            resource.setrlimit(resource.RLIMIT_CPU, (cpu_limit, cpu_limit))
             os._exit(self._run_tests(source, ["--exitfirst", "--hypothesis-seed=0"]))
-        while time.monotonic() - start < limit_s:
+        while time.monotonic() - start < _WALL_FACTOR * limit_s:
             done, status = os.waitpid(pid, os.WNOHANG)
             if done:
                 code = os.waitstatus_to_exitcode(status)
                 if code == 5:
                     raise RuntimeError(f"no test in {self._tests}")
+                if code in (-signal.SIGXCPU, -signal.SIGKILL):
+                    break
                 return ("survived" if code == 0 else "killed"), time.monotonic() - start
             time.sleep(0.01)
-        os.killpg(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+        else:
+            os.killpg(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
         return "timeout", limit_s
 
     def _run_tests(self, source: str | None, options: list[str]) -> int:

@@ -11,7 +11,6 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from sklearn.metrics import average_precision_score
 
 from maestro_scale.evaluation.results import EvaluationError
 
@@ -107,6 +106,9 @@ def average_precision(scores: np.ndarray, target: np.ndarray) -> np.ndarray:
 
     The area under the step function, without interpolation (sklearn.metrics.average_precision_score).
     """
+    # Here, since each rank of a training imports this module, and scikit-learn takes as long as torch to import.
+    from sklearn.metrics import average_precision_score
+
     pairs = zip(np.asarray(scores).T, np.asarray(target, bool).T, strict=True)
     return np.array([average_precision_score(t, s) if t.any() else np.nan for s, t in pairs])
 

@@ -16,7 +16,6 @@ from maestro_scale.evaluation.finetune.finetune import MODES as TRAINED_MODES
 from maestro_scale.evaluation.finetune.finetune import Stopped, finetune
 from maestro_scale.evaluation.finetune.predictor import TRAINABLE
 from maestro_scale.evaluation.frozen.evaluate import evaluate_frozen
-from maestro_scale.evaluation.oracle.oracle import evaluate_oracle
 from maestro_scale.evaluation.progress import ProgressFactory, no_progress
 from maestro_scale.evaluation.report.summary import summarise
 from maestro_scale.evaluation.results import ORACLE, RESULTS, EvalResult, EvaluationError
@@ -239,6 +238,9 @@ class _Evaluation:
                 yield from self._trained(inputs, mode)
 
     def _oracle(self, inputs: _Inputs) -> Iterator[tuple[str, EvalResult]]:
+        # Here, because it imports SciPy, which no other mode needs.
+        from maestro_scale.evaluation.oracle.oracle import evaluate_oracle
+
         result = evaluate_oracle(
             inputs.benchmark,
             inputs.provenance,

@@ -9,7 +9,17 @@ import torch
 from testkit.models import small_config, small_sensors
 
 from maestro_scale.model.config import ModelConfig
-from maestro_scale.model.targets import combine_losses, denormalise, error_sum, normalise, num_masked_values
+from maestro_scale.model.sequences import pack, sequences
+from maestro_scale.model.targets import (
+    combine_losses,
+    denormalise,
+    error_sum,
+    masked_bands,
+    masked_counts,
+    masked_token_errors,
+    normalise,
+    num_masked_values,
+)
 
 # Two bands in groups of their own, patches of 2 x 2 pixels, 2 x 2 patches.
 SENSOR = dataclasses.replace(small_sensors()[2], image_size=4, patch=2, num_dates=1)
@@ -84,3 +94,92 @@ def test_the_loss_weights_each_sensors_mean_by_its_tokens():
     # Nothing of s2 is hidden: (16 * 2 + 18 * 2 + 18 * 0.5) / 52 = 77 / 52.
     sums[1], counts[1] = 0.0, 0.0
     assert combine_losses(config, sums, counts).item() == pytest.approx(77 / 52, rel=1e-6)
+
+
+# Five bands in groups of 2, 2 and 1.
+GROUPED = dataclasses.replace(SENSOR, bands=(0, 1, 2, 3, 4), band_groups=(2, 2, 1), token_groups=(2, 2, 1))
+
+
+def test_groups_of_different_sizes_are_normalised_apart_and_stay_in_order():
+    # (2 patches, 4 pixels, 5 bands). The first patch: groups around 1 and 12 with deviations of 1 and 2, and a constant
+    # band. The second: 0 in the first group, 7 in the second, deviations of 1 in the last.
+    first = torch.tensor([[0.0, 2.0, 10.0, 14.0, 5.0]] * 4, dtype=torch.float64)
+    second = torch.tensor([[0.0, 0.0, 7.0, 7.0, x] for x in (1.0, 1.0, 3.0, 3.0)], dtype=torch.float64)
+    patches = torch.stack([first, second])
+    # 1 / sqrt(8 / 7) = 0.935414; 2 / sqrt(32 / 7) is the same; 1 / sqrt(4 / 3) = 0.866025.
+    a, b = 0.935414, 0.866025
+    expected = torch.tensor([[[-a, a, -a, a, 0.0]] * 4, [[0.0] * 4 + [x] for x in (-b, -b, b, b)]]).double()
+    config = config_of(sensors=(GROUPED,))
+    torch.testing.assert_close(normalise(config, GROUPED, patches), expected, rtol=0, atol=1e-5)
+    series = patches[None, None]  # (B, D, L, P*P, C)
+    back = denormalise(config, GROUPED, normalise(config, GROUPED, series), series)
+    torch.testing.assert_close(back, series, rtol=0, atol=1e-9)
+
+
+def test_bands_are_masked_by_group_date_and_patch():
+    # Two tiles, two dates, four patches, a token for each of the groups of 2, 2 and 1 bands: rows are group-major.
+    sensor = dataclasses.replace(GROUPED, num_dates=2)
+    config = config_of(sensors=(sensor,), spectral="token")
+    masked = torch.zeros(2, 6, 4, dtype=torch.bool)
+    masked[0, 1, 2] = True  # first group, second date
+    masked[1, 4, 3] = True  # third group, first date
+    bands = masked_bands(config, sensor, masked)
+    assert bands.shape == (2, 2, 4, 1, 5)
+    assert bands.nonzero().tolist() == [[0, 1, 2, 0, 0], [0, 1, 2, 0, 1], [1, 0, 3, 0, 4]]
+    # Of 3 x 3 pixels each: 9 * 2 and 9 * 1.
+    assert num_masked_values(config, dataclasses.replace(sensor, patch=3, image_size=6), masked).item() == 27
+
+
+def test_the_error_is_that_of_the_prediction_minus_the_target():
+    truth, prediction = patch([3.0] * 4, [1.0] * 4), patch([5.0] * 4, [0.0] * 4)
+    total = error_sum(config_of(target="none"), SENSOR, prediction, truth, torch.tensor([[[True]]]))
+    assert total.item() == 4 * 2 + 4 * 1
+
+
+def test_errors_of_masked_tokens_are_summed_by_sensor():
+    # Two rows of three masked tokens; the prediction of sensor 0 is off by k in each of the 8 values of token k,
+    # that of sensor 1 by 10 k.
+    patches = torch.arange(2 * 3 * 4 * 2, dtype=torch.float32).view(2, 3, 4, 2)
+    number = torch.arange(1.0, 7.0).view(2, 3, 1, 1)
+    first, second = ((patches - step * number).flatten(2) for step in (1, 10))
+    of_sensor = torch.tensor([[[1, 0], [0, 1], [0, 1]], [[1, 0], [1, 0], [0, 1]]])
+    config = config_of(target="none")
+    sums = masked_token_errors(config, SENSOR, [first, second], patches, of_sensor)
+    assert sums.tolist() == [8 * (1 + 4 + 5), 80 * (2 + 3 + 6)]
+    squared = config_of(target="none", loss="l2")
+    sums = masked_token_errors(squared, SENSOR, [first, second], patches, of_sensor)
+    assert sums.tolist() == [8 * (1 + 16 + 25), 800 * (4 + 9 + 36)]
+    assert masked_token_errors(config, SENSOR, [first], patches, None).tolist() == [8 * 21]
+    # Targets are normalised by token: of band values -1, -1, 1, 1 to -0.866025 and 0.866025.
+    values = torch.tensor([-1.0, -1.0, 1.0, 1.0])[None, None, :, None].repeat(2, 3, 1, 2) * number
+    error = masked_token_errors(config_of(), SENSOR, [torch.zeros(2, 3, 8)], values, None)
+    assert error.item() == pytest.approx(6 * 8 * 0.866025, rel=1e-4)
+
+
+@pytest.mark.parametrize("fusion", ["group", "mod", "monotemp"])
+def test_masked_values_of_all_sequences_are_counted_by_sensor(fusion):
+    # Values of a token: aerial 5 * 5 pixels of 4 bands, s2 2 * 2 of 10, s1 2 * 2 of 2. Masked tokens of two tiles:
+    # aerial 3 and 1, s2 5 and 0, s1_asc 1 and 1, s1_des 0 and 3.
+    config = small_config(fusion=fusion)
+    by_sensor = {s.name: torch.zeros(2, config.rows(s), s.grid**2, dtype=torch.bool) for s in config.sensors}
+    by_sensor["aerial"][0, 0, :3] = by_sensor["aerial"][1, 0, 15] = True
+    by_sensor["s2"][0, 3, 4:] = True
+    by_sensor["s1_asc"][:, 1, 8] = True
+    by_sensor["s1_des"][1, 0, :3] = True
+    masks = [pack(q, by_sensor) for q in sequences(config)]
+    counts = masked_counts(config, masks)
+    assert (counts.tolist(), counts.dtype) == ([4 * 100, 5 * 40, 2 * 8, 3 * 8], torch.float64)
+
+
+def test_masked_values_of_tokens_of_band_groups():
+    # aerial has tokens of 1 and of 3 bands, of 25 pixels.
+    config = small_config(sensors=small_sensors()[:1], spectral="token")
+    masked = torch.zeros(1, 32, dtype=torch.bool)
+    masked[0, [0, 15, 16]] = True
+    assert masked_counts(config, [masked]).tolist() == [2 * 25 + 75]
+
+
+def test_a_sensor_with_one_masked_value_counts():
+    config = small_config()
+    sums, counts = torch.tensor([3.0, 0.0, 0.0, 0.0]), torch.tensor([1.0, 1.0, 1.0, 1.0]).double()
+    assert combine_losses(config, sums, counts).item() == pytest.approx(16 * 3 / 88, rel=1e-6)
