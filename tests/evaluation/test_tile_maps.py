@@ -27,13 +27,14 @@ def placed_tile(number: int):
 
 @pytest.fixture(scope="module")
 def placed(fields, tmp_path_factory) -> Fields:
-    """The fields, each somewhere, but for the last."""
+    """The fields, each somewhere, but for the last, whose key is a path."""
     shards, first = tmp_path_factory.mktemp("placed") / "shards", 0
     last = sum(SPLITS.values()) - 1
     for split, count in SPLITS.items():
         with Writer(str(shards), FIELDS, split) as writer:
             for number in range(first, first + count):
-                writer.add(field_tile(number) if number == last else placed_tile(number))
+                lost = dataclasses.replace(field_tile(number), key="../lost/tile")
+                writer.add(lost if number == last else placed_tile(number))
         first += count
     return Fields(shards, fields.model)
 
@@ -47,13 +48,17 @@ def test_every_test_tile_is_a_map_on_its_ground(placed, tmp_path):
     assert evaluate([*asked, "--mode=probe", "--maps"]) == 0
     folder, first = tmp_path / "out" / "probe", SPLITS["train"] + SPLITS["val"]
     numbers = range(first, first + SPLITS["test"])
-    assert sorted(p.name for p in (folder / "maps").iterdir()) == [f"field-{n:03d}.tif" for n in numbers]
+    names = {n: f"field-{n:03d}.tif" for n in numbers} | {numbers[-1]: "%2E.%2Flost%2Ftile.tif"}
+    assert {p.name for p in (folder / "maps").iterdir()} == set(names.values())
     confusion = np.zeros((4, 4), int)
     for number in numbers:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", NotGeoreferencedWarning)
-            with rasterio.open(folder / "maps" / f"field-{number:03d}.tif") as image:
+            with rasterio.open(folder / "maps" / names[number]) as image:
                 answer, crs, bounds = image.read(1), image.crs, image.bounds
+                assert image.tags()["key"] == (
+                    "../lost/tile" if number == numbers[-1] else f"field-{number:03d}"
+                )
                 assert image.tags(1) == {"class_0": "wood", "class_2": "meadow", "class_3": "lake"}
         if number == numbers[-1]:
             assert (crs, bounds) == (None, (0, -60, 60, 0))

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from testkit.hostile import NAMES
 from testkit.tracked import finished_run
 
 from maestro_scale.evaluation.results import EvalResult
@@ -310,3 +311,35 @@ def test_a_locked_database_loses_no_metric(runs, caplog):
         training.finish()
     assert training.stored() == list(range(1, 101))
     assert caplog.text.count("did not accept metrics") <= 1
+
+
+def test_an_evaluation_with_hostile_names_is_recorded(runs, tmp_path):
+    run_dir = finished_run(runs / "run")
+    sync(run_dir)
+    result = EvalResult(
+        NAMES[0],
+        "wf1",
+        "knn",
+        0.5,
+        {name: (i + 1) / 100 for i, name in enumerate(NAMES)},
+        (0.4, 0.6),
+        9,
+        splits={"test": NAMES},
+        encoder="\x1b[2J",
+        scores=dict.fromkeys(NAMES, 0.25),
+        chosen=dict.fromkeys(NAMES, 1.0),
+        checkpoint_step=1,
+    )
+    result.write(tmp_path / "results.json")
+    run_id = record_evaluation(run_dir, result, tmp_path / "results.json")
+    assert run_id is not None
+    run = client(run_dir).get_run(run_id)
+    of_classes = {k: v for k, v in run.data.metrics.items() if k.startswith("eval/class/")}
+    assert sorted(of_classes.values()) == [(i + 1) / 100 for i in range(len(NAMES))]
+    parent = client(run_dir).get_run(json.loads((run_dir / "tracking.json").read_text())["run_id"])
+    assert parent.data.metrics["eval/_/_/x/knn/wf1"] == 0.5
+    assert {a.path for a in client(run_dir).list_artifacts(run_id)} == {
+        "results.json",
+        "report.html",
+        "pictures",
+    }
