@@ -84,6 +84,7 @@ def test_each_kind_of_invalid_value_has_one_note():
     values[0, 0, 0] = np.nan, np.inf
     values[1, 0, 0] = 0, -3
     values[2, 0, 0, 0] = 7
+    values[2, 0, 1, 1] = 1e6  # the highest valid value
     declared = values == 7
     declared[0, 0, 0, 0] = True  # also NaN: counted as declared
     notes: list[str] = []
@@ -98,6 +99,7 @@ def test_each_kind_of_invalid_value_has_one_note():
     )
     assert np.isnan(out.values[:, 0, 0]).tolist() == [[True, True], [True, True], [True, False]]
     assert np.isnan(out.values).sum() == 5
+    assert out.values[2, 0, 1].tolist() == [0.5, 1e6]
     assert notes == [
         "m has values that the file declares as nodata: stored as NaN",
         "m has infinite values: stored as NaN",
@@ -135,6 +137,15 @@ def test_dates_without_any_valid_value_are_removed_where_nothing_marks_them():
     assert out.values[:, 0, 0, 0].tolist() == [100, 200]
     assert out.dates[:, 1].tolist() == [10, 30]
     assert notes[1:] == ["m has dates without any valid value: these dates are left out"]
+
+
+def test_dates_of_nan_stay_because_the_selection_of_dates_recognises_them():
+    values = np.stack([np.full((1, 1, 2), v, np.float32) for v in (-12, 0, -13)])
+    notes: list[str] = []
+    out = clean_series(values, DATES, modality("float32"), QUANTITIES["s2_naip"]["s1"], "f", notes)
+    assert out.dates.tolist() == DATES.tolist()
+    assert np.isnan(out.values[1]).all()
+    assert len(notes) == 1
 
 
 @pytest.mark.parametrize("name", ["s2", "s1_asc"])
@@ -203,6 +214,7 @@ def test_stored_rasters_are_finite_or_nan():
     )
     for value in (-3.4028235e38, 3.4028235e38, 9.96921e36, 1e30):
         assert "has 1 values" in str(array_problem(np.array([0, value], np.float32)))
+    assert "has 1 values" in str(array_problem(np.array([0, 1e30])))
     assert array_problem(np.full((2, 2), np.nan)) == "is NaN in every pixel; leave the tile out"
 
 
