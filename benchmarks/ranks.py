@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
+from maestro_scale.parent_death import end_with_parent
 from maestro_scale.training.distributed import free_port
 
 
@@ -26,6 +27,7 @@ def run_ranks(command: Sequence[str], ranks: int, log: Path) -> None:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 cwd=Path(__file__).parents[1],
+                preexec_fn=end_with_parent(),
             )
             for r in range(ranks)
         ]

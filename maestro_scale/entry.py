@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable
 
 from maestro_scale.errors import MaestroError, message_text
@@ -12,12 +14,15 @@ from maestro_scale.escaping import printable_lines
 
 USAGE = 2
 """Exit code of an expected error; argparse and typer use the same for a wrong command line."""
+_BUG = 1  # exit code of Python after an exception
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def error_line(error: BaseException) -> str | None:
     """The line that explains an expected error to a user; None where ``error`` is a bug.
 
-    An OSError that names a file is expected: a folder is missing, read-only or full.
+    An OSError that names a file is expected: a folder is missing, read-only or full. So are a full disk in any case,
+    and a machine without a home or temporary folder.
     """
     if isinstance(error, MaestroError):
         return str(error)
@@ -26,6 +31,16 @@ def error_line(error: BaseException) -> str | None:
         return message_text(
             f"{error.filename}: {reason}; use another path, or fix its permissions and free space"
         )
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return f"{error.strerror}: free space on the disks of the output, the cache and TMPDIR"
+    if isinstance(error, OSError) and "No usable temporary directory" in str(error):
+        return "no temporary folder can be written: set TMPDIR to one, or free space in /tmp"
+    # By pathlib, pwd and getpass: they have no exception of their own for it.
+    if (isinstance(error, RuntimeError) and "determine home directory" in str(error)) or (
+        isinstance(error, (KeyError, OSError))
+        and ("getpwuid" in str(error) or "No username set" in str(error))
+    ):
+        return f"user {os.getuid()} has no home folder or name on this machine: export HOME=… and USER=…"
     return None
 
 
@@ -55,14 +70,33 @@ def launched_rank() -> int:
 
 
 def run_command(command: Callable[[], int | None], rank: int = 0) -> int:
-    """The exit code of ``command()``: its own, 0 for None, or ``USAGE`` after an expected error was printed."""
+    """The exit code of ``command()``: its own, 0 for None, or ``USAGE`` after an expected error was printed.
+
+    With several ranks, the others learn that this one ends, an error that is the same on several ranks is printed by
+    the lowest of them, and a bug is printed here, because the interpreter's exit could wait for the other ranks.
+    """
     if logging.lastResort is not None:  # the handler of warnings, unless the caller has configured logging
         logging.lastResort.setFormatter(_PrintableFormatter())
     try:
         return command() or 0
     except Exception as error:
-        if (line := error_line(error)) is None:
+        line = error_line(error)
+        if _has_peers():
+            from maestro_scale.training.failure import end_rank  # imports torch
+
+            if line is None:
+                traceback.print_exc()
+            code = getattr(error, "exit_code", _BUG if line is None else USAGE)
+            end_rank(error, line, rank, code, lambda: print_error(line, rank) if line is not None else None)
+            return code
+        if line is None:
             raise
         if rank == 0 or not getattr(error, "same_on_all_ranks", False):
             print_error(line, rank)
         return USAGE
+
+
+def _has_peers() -> bool:
+    """Whether this process is one of several ranks that can meet."""
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return all(os.environ.get(name) for name in names) and os.environ["WORLD_SIZE"] != "1"

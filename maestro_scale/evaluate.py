@@ -98,13 +98,20 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit code. Expected errors become one line on standard error."""
     args = parse(argv)
     # Imported only now: they take seconds, which --help and a mistyped option need not wait for.
+    from maestro_scale.launcher_death import watch_launcher
+    from maestro_scale.training.stop import StopRequest
+
+    stop = StopRequest()
+    watch_launcher(stop)
     from maestro_scale.entry import launched_rank, run_command
     from maestro_scale.evaluation.run import run_evaluation
     from maestro_scale.secrets_filter import hide_secrets
     from maestro_scale.tracking.terminal import progress
 
     hide_secrets()
-    return run_command(lambda: run_evaluation(_options(args), progress, _record, _observers), launched_rank())
+    return run_command(
+        lambda: run_evaluation(_options(args), progress, _record, _observers, stop), launched_rank()
+    )
 
 
 def _options(args: argparse.Namespace) -> EvalOptions:

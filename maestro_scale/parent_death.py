@@ -3,6 +3,7 @@
 A killed process cannot clean up, and its children become orphans: a server keeps its port, a launcher its ranks.
 
 - :func:`end_with_parent` is for one process. Linux only; elsewhere it does nothing.
+- :func:`request_signal` is what a process can do that its parent did not start in this way.
 - :func:`guarded` is for a server that starts workers, which would survive it: the guard is the leader of a process
   group, and ends the whole group once its standard input closes, which the kernel does when the parent ends.
 
@@ -42,6 +43,12 @@ def end_with_parent(signal_number: int = signal.SIGTERM) -> Callable[[], None]:
             os.kill(os.getpid(), signal_number)
 
     return set_signal
+
+
+def request_signal(signal_number: int) -> None:
+    """Let the kernel send ``signal_number`` to this process when the thread that started it ends; Linux only."""
+    if (prctl := _prctl()) is not None:
+        prctl(_PR_SET_PDEATHSIG, signal_number, 0, 0, 0)
 
 
 def guarded(command: Sequence[str]) -> list[str]:

@@ -10,6 +10,7 @@ import os
 import sys
 from pathlib import Path
 
+from maestro_scale.launcher_death import watch_launcher
 from maestro_scale.training.stop import StopRequest
 
 
@@ -43,6 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit code. Expected errors become one line on standard error."""
     args = parse(argv)
     stop = StopRequest().install()  # before the imports, which take seconds
+    watch_launcher(stop)
     from maestro_scale.entry import launched_rank, run_command
     from maestro_scale.secrets_filter import hide_secrets
 

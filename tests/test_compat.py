@@ -206,7 +206,9 @@ def test_a_probe_of_a_model_has_the_same_score(folder):
         result.pop("timings")
         result.pop("recipe")
     manifest = (folder / "shards" / "manifest.json").read_bytes()
-    assert list(new.pop("datasets").values()) == [hashlib.sha256(manifest).hexdigest()]  # not in earlier revisions
+    assert list(new.pop("datasets").values()) == [
+        hashlib.sha256(manifest).hexdigest()
+    ]  # not in earlier revisions
     agree(new, old)
 
 

@@ -10,7 +10,8 @@ import sys
 import typer
 
 from maestro_scale.cli import data, models, runs
-from maestro_scale.entry import run_command
+from maestro_scale.entry import launched_rank, run_command
+from maestro_scale.launcher_death import watch_launcher
 from maestro_scale.secrets_filter import hide_secrets
 
 app = typer.Typer(
@@ -43,4 +44,5 @@ for _command in (
 def main() -> None:
     """Run a command and exit. An expected error is printed in one line and gives exit code 2 (see ``entry``)."""
     hide_secrets()
-    sys.exit(run_command(app))
+    watch_launcher()  # of `embed`, which runs on several ranks
+    sys.exit(run_command(app, launched_rank()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -26,9 +27,9 @@ from maestro_scale.shards.format.manifest import Manifest
 from maestro_scale.training.binding import Launch
 from maestro_scale.training.device import DeviceSetting
 from maestro_scale.training.distributed import World, destroy_process_group, init_distributed
-from maestro_scale.training.manifests import ManifestMonitor, UsedDataset, compare_manifests
 from maestro_scale.training.observer import Observer
 from maestro_scale.training.stop import StopRequest
+from maestro_scale.training.watchdog import Watchdog, monitored
 
 ObserversFor = Callable[[Recipe], Sequence[Observer]]
 """The observers of a finetuning, on rank 0: they follow its loss and validation scores, in MLflow for example."""
@@ -121,11 +122,13 @@ def run_evaluation(
     progress: ProgressFactory = no_progress,
     record: RecordResult | None = None,
     observers_for: ObserversFor = lambda recipe: (),
+    stop: StopRequest | None = None,
 ) -> None:
     """Evaluate, and write ``results.json`` per mode: of several runs their mean, with each run's own below it.
 
     ``record`` stores results elsewhere too, where the recipe has tracking on. Everything that can be refused is
-    refused before the first batch: MaestroError with one line. Interrupted, the same call resumes.
+    refused before the first batch: MaestroError with one line. Interrupted, the same call resumes. ``stop``: installed
+    while a finetuning trains.
     """
     recipe = load_recipe(options.recipe, options.overrides)
     modes = tuple(dict.fromkeys(options.modes or recipe.evaluation.modes))
@@ -137,15 +140,23 @@ def run_evaluation(
     trains = bool(set(modes) & set(TRAINED_MODES))
     encoder.check([run.fold for run in runs], trains)
     world = _init_distributed(trains, recipe.train.device)
-    dataset = UsedDataset(
-        manifest.spec.name, recipe.data.mixture[0].shards, manifest, _used_splits(runs, manifest)
-    )
-    compare_manifests(world, [dataset])
-    monitor = ManifestMonitor([dataset])
-    evaluation = _Evaluation(options, modes, world, progress, observers_for)
-    evaluation.print_lines(overlap_warnings(runs))
-    if record is None or not recipe.tracking.enabled:
-        record = _no_record
+    with _watched(world, recipe.train.hang_timeout_s, options.out) as watchdog:
+        evaluation = _Evaluation(
+            options, modes, world, watchdog, progress, observers_for, stop or StopRequest()
+        )
+        evaluation.print_lines(overlap_warnings(runs))
+        if record is None or not recipe.tracking.enabled:
+            record = _no_record
+        _evaluate_runs(evaluation, encoder, runs, record)
+    if world is not None:
+        destroy_process_group()
+
+
+def _evaluate_runs(
+    evaluation: _Evaluation, encoder: Encoder, runs: Sequence[EvalRun], record: RecordResult
+) -> None:
+    """Evaluate every run, and write the results of each and their summary."""
+    options, modes = evaluation.options, evaluation.modes
     results: dict[str, list[tuple[str, EvalResult]]] = {mode: [] for mode in modes}
     try:
         for run in runs:
@@ -156,7 +167,6 @@ def run_evaluation(
                 if encoder.per_fold:  # each fold has a training run of its own to be recorded under
                     record(_training_run(mode, encoder), result, path)
                 results[mode].append((str(run.subdir / RESULTS), result))
-                monitor.check()
     except Stopped as stopped:
         evaluation.print_lines([f"{stopped.args[0]}: stopped; resume with the same command"])
     for mode, of_mode in results.items():
@@ -171,8 +181,17 @@ def run_evaluation(
     if any(results.values()):
         command = shell_command("maestro-scale", "report", options.out, "--out", "report.html")
         print(f"next: {command}", flush=True)
-    if world is not None:
-        destroy_process_group()
+
+
+@contextmanager
+def _watched(world: World | None, timeout_s: float, out: Path) -> Iterator[Watchdog | None]:
+    """Run a watchdog that has paused: a rank that is alive may fit, or wait for the others, for any time."""
+    if world is None:
+        yield None
+        return
+    with monitored(world, timeout_s, out) as watchdog:
+        watchdog.pause()
+        yield watchdog
 
 
 def score_text(result: EvalResult) -> str:
@@ -204,9 +223,10 @@ class _Evaluation:
     options: EvalOptions
     modes: Sequence[str]
     world: World | None
+    watchdog: Watchdog | None
     progress: ProgressFactory
     observers_for: ObserversFor
-    stop: StopRequest = field(default_factory=StopRequest)
+    stop: StopRequest
 
     @property
     def is_main(self) -> bool:
@@ -292,6 +312,7 @@ class _Evaluation:
             self.observers_for(inputs.recipe) if self.is_main else (),
             _training_run(mode, inputs.encoder),
             self.stop,
+            self.watchdog,
         )
         if result is not None:
             yield mode, result

@@ -14,6 +14,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any, Protocol, TypeVar, cast
 
 from maestro_scale.datasets.spec import DatasetError
+from maestro_scale.launcher_death import exit_with_parent
 from maestro_scale.shards.errors import ShardsError
 
 Job = TypeVar("Job")
@@ -96,8 +97,9 @@ def _distribute(
 
 
 def _worker_loop(function: JobFunction[Any, Any], pipe: Connection) -> None:
-    # Ctrl-C is delivered to the whole process group. Only the parent handles it; workers end when its pipe closes,
-    # which the kernel also does if the parent is killed.
+    # Ctrl-C is delivered to the whole process group. Only the parent handles it; workers end when its pipe closes, and
+    # also within a long read if the parent is killed.
+    exit_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def report(samples: int, num_bytes: int) -> None:

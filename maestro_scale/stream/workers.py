@@ -27,10 +27,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from maestro_scale.errors import MaestroError
+from maestro_scale.launcher_death import exit_with_parent
 from maestro_scale.shards.read.counters import StoreCounters
 from maestro_scale.shards.storage import client_module
 from maestro_scale.stream.batch import Batch
 from maestro_scale.stream.batch_builder import BatchBuilder, BatchRequest, WorkerResult
+from maestro_scale.stream.semaphores import owned_semaphores
 from maestro_scale.stream.source import Source
 
 # Schedulers and terminals signal the whole process group; only the training process reacts, and stops its workers.
@@ -152,7 +154,7 @@ class Pipeline:
 
     def _start(self, workers: int, per_worker: int) -> Any:
         start_fork_server(self._builder.settings.sources)
-        with _signals_blocked():
+        with _signals_blocked(), owned_semaphores():
             loader: DataLoader[WorkerResult] = DataLoader(
                 _WorkerDataset(self._builder, self._blocks),
                 sampler=self._numbered_requests(),
@@ -225,16 +227,7 @@ def _init_worker(environment: dict[str, str], worker: int) -> None:
     os.environ.update(environment)
     for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_exit_with_parent, daemon=True, name="maestro-orphan").start()
-
-
-def _exit_with_parent() -> None:
-    # DataLoader compares the parent's pid for this, but the parent of a worker is the fork server, which lives as long
-    # as there are workers.
-    parent = multiprocessing.parent_process()
-    assert parent is not None  # this is a worker
-    parent.join()
-    os._exit(1)
+    exit_with_parent()
 
 
 def _kill(processes: tuple[BaseProcess, ...]) -> None:

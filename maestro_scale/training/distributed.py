@@ -10,7 +10,7 @@ import random
 import shutil
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,16 +20,25 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.rendezvous import rendezvous
 
 from maestro_scale.training.affinity import choose_cpus, cpus_near, restrict_process
 from maestro_scale.training.binding import DeviceError, Launch, check_distinct
 from maestro_scale.training.deepspeed_import import import_deepspeed
 from maestro_scale.training.device import DeviceSetting, bind_process, gpu_id, pci_id, use_device
+from maestro_scale.training.job_store import (
+    JobStore,
+    RendezvousError,
+    has_agent_store,
+    join,
+    wait_for_key,
+    wait_for_ranks,
+)
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+# Until all ranks have started: nodes may differ by minutes where they import from a shared disk.
+_JOIN_S = 600.0
 _PORTS = range(10_000, 30_000)  # Linux gives outgoing connections 32768 and above
 
 
@@ -109,11 +118,19 @@ class World:
         dist.barrier(group=self.control)
 
 
-def init_distributed(timeout_s: float = 600.0, device: DeviceSetting = "auto") -> World:
+def init_distributed(
+    timeout_s: float = 600.0,
+    device: DeviceSetting = "auto",
+    interrupted: Callable[[], str | None] = lambda: None,
+) -> World:
     """Join the process group that the launcher describes, with the device of this rank; ``device``: ``train.device``.
+
+    ``timeout_s``: of a collective. ``interrupted``: why not to wait for ranks that have not joined, if that is so.
 
     Raises:
         DeviceError: the run would leave GPUs unused or share one, or the launcher's variables are incomplete.
+        RendezvousError: the port is in use, or a rank does not join.
+        LostRankError: another rank has failed.
     """
     binding = bind_process(device)
     launch = binding.launch
@@ -138,28 +155,41 @@ def init_distributed(timeout_s: float = 600.0, device: DeviceSetting = "auto") -
         # CPUs train for real.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     own = use_device(binding)
-    # Kept until the process group has connected to the same server, which ends with the last store on its port.
-    store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
-    hosts = _compare_nodes(store, launch, own)
+    # The process group connects to the same server, which lives as long as this store.
+    job = _join(launch, interrupted)
+    hosts = _compare_nodes(job, launch, own, interrupted)
     deepspeed.init_distributed(
         dist_backend="nccl" if cuda else "gloo",
         auto_mpi_discovery=False,
         verbose=False,
         timeout=timedelta(seconds=timeout_s),
     )
-    del store
     control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)) if cuda else None
     return World(launch.rank, launch.size, launch.local_rank, own, control, launch.launcher, len(set(hosts)))
 
 
-def _compare_nodes(store: dist.Store, launch: Launch, device: torch.device) -> list[str]:
+def _join(launch: Launch, interrupted: Callable[[], str | None]) -> JobStore:
+    try:
+        return join(launch, _JOIN_S, interrupted)
+    except RendezvousError:
+        if launch.size > 1 or has_agent_store():
+            raise
+    # A rank that is alone needs no port that others know. The deepspeed launcher gives 29500 to every job of a node.
+    log.info("port %s is in use: another one is used", os.environ["MASTER_PORT"])
+    os.environ["MASTER_PORT"] = str(free_port())
+    return join(launch, _JOIN_S, interrupted)
+
+
+def _compare_nodes(
+    job: JobStore, launch: Launch, device: torch.device, interrupted: Callable[[], str | None]
+) -> list[str]:
     """The host of every rank, after the check for shared GPUs and the CPU affinity, which need the others' devices.
 
     Before the process group: NCCL refuses a shared GPU too, when it connects, without saying what to change.
     """
     allowed = frozenset(os.sched_getaffinity(0))
     own = json.dumps([socket.gethostname(), gpu_id(device), sorted(allowed)])
-    places = [json.loads(place) for place in _exchange(store, launch, own)]
+    places = [json.loads(place) for place in _exchange(job, own, interrupted)]
     hosts = [host for host, _, _ in places]
     check_distinct([gpu for _, gpu, _ in places], hosts)
     if (address := pci_id(device)) is not None:
@@ -176,33 +206,27 @@ def _compare_nodes(store: dist.Store, launch: Launch, device: torch.device) -> l
     return hosts
 
 
-def _exchange(store: dist.Store, launch: Launch, text: str) -> list[str]:
+def _exchange(job: JobStore, text: str, interrupted: Callable[[], str | None]) -> list[str]:
     """The text of every rank. Rank 0 collects them: the server answers few requests per rank, not one per pair."""
-    ranks = range(launch.size)
-    store.set(f"maestro/text/{launch.rank}", text)
-    if launch.rank == 0:
-        store.set("maestro/texts", json.dumps([store.get(f"maestro/text/{r}").decode() for r in ranks]))
-    texts = json.loads(store.get("maestro/texts"))
-    store.set(f"maestro/read/{launch.rank}", "")
-    if launch.rank == 0:  # the server is in this process: should it end now, the others could not read
-        store.wait([f"maestro/read/{r}" for r in ranks])
+    store = job.store
+    store.set(f"maestro/text/{job.rank}", text)
+    if job.rank == 0:
+        wait_for_ranks(job, "maestro/text", _JOIN_S, interrupted)
+        texts = [store.get(f"maestro/text/{r}").decode() for r in range(job.size)]
+        store.set("maestro/texts", json.dumps(texts))
+    texts = json.loads(wait_for_key(job, "maestro/texts", _JOIN_S, interrupted))
+    store.set(f"maestro/read/{job.rank}", "")
+    if job.rank == 0:  # the server may be in this process: should it end now, the others could not read
+        wait_for_ranks(job, "maestro/read", _JOIN_S, interrupted)
     return texts
 
 
-def exchange_texts(launch: Launch, text: str, timeout_s: float = 600.0) -> list[str]:
+def exchange_texts(launch: Launch, text: str, timeout_s: float = _JOIN_S) -> list[str]:
     """The text of every rank, in order of rank, for a command whose ranks otherwise work independently.
 
-    DeviceError if the launcher gives no address of rank 0, or the other ranks do not join in time.
+    RendezvousError if the other ranks do not join in time, LostRankError if one of them has failed.
     """
-    try:
-        address = f"env://?rank={launch.rank}&world_size={launch.size}"
-        store, _, _ = next(rendezvous(address, timeout=timedelta(seconds=timeout_s)))
-        return _exchange(store, launch, text)
-    except (ValueError, RuntimeError) as error:  # a variable is missing; torch's DistStoreError
-        raise DeviceError(
-            f"rank {launch.rank} of {launch.size} did not meet the other ranks ({str(error).splitlines()[0]}): start "
-            "all ranks together, with MASTER_ADDR and MASTER_PORT the same on all"
-        ) from error
+    return _exchange(join(launch, timeout_s), text, lambda: None)
 
 
 def destroy_process_group() -> None:

@@ -31,7 +31,7 @@ def run_pretraining(
     """
     timeout_s = recipe.train.hang_timeout_s
     # Longer than the watchdog's timeout: the watchdog names the rank that hangs, a failed collective does not.
-    world = init_distributed(max(600.0, 2 * timeout_s), recipe.train.device)
+    world = init_distributed(max(600.0, 2 * timeout_s), recipe.train.device, lambda: stop.reason)
     with monitored(world, timeout_s, run_dir) as watchdog:
         observers = observers_for(recipe) if world.is_main else ()
         outcome = pretrain(recipe, run_dir, world, observers, watchdog, stop, fresh, evaluation)

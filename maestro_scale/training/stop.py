@@ -17,6 +17,8 @@ class StopRequest:
     def __init__(self, run_dir: Path | None = None) -> None:
         self.reason: str | None = None
         self.run_dir = run_dir
+        self.num_polls = 0
+        """How often ``requested`` was called: whether a training loop runs that will notice a request."""
 
     def install(self) -> StopRequest:
         """Install the signal handlers. Call it before slow imports, so that no signal is lost."""
@@ -26,6 +28,7 @@ class StopRequest:
 
     def requested(self) -> bool:
         """Whether this rank has a stop request; cheap enough to call at every step."""
+        self.num_polls += 1
         file = self._file()
         if self.reason is None and file is not None and file.exists():
             self.reason = f"the file {file}"

@@ -14,7 +14,9 @@ from maestro_scale.training.watchdog import Watchdog
 def test_a_note_can_extend_the_time_until_the_next_one(monkeypatch, tmp_path):
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "1")
-    monkeypatch.setattr(dist, "TCPStore", lambda *args, **kwargs: SimpleNamespace(set=lambda *pair: None))
+    monkeypatch.setattr(
+        dist, "TCPStore", lambda *args, **kwargs: SimpleNamespace(set=lambda *pair: None, add=lambda *pair: 0)
+    )
     ended = threading.Event()
     monkeypatch.setattr(Watchdog, "_end", lambda self: ended.set())
     watchdog = Watchdog(SimpleNamespace(rank=0, size=1), 0.5, tmp_path)  # type: ignore[arg-type]  # not a World

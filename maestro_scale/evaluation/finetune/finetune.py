@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,7 @@ from maestro_scale.training.assembly import RunContext, run_directory
 from maestro_scale.training.distributed import World
 from maestro_scale.training.observer import Observer
 from maestro_scale.training.stop import StopRequest
-from maestro_scale.training.watchdog import monitored
+from maestro_scale.training.watchdog import Watchdog, monitored
 
 MODES = ("finetune", "scratch")
 
@@ -48,13 +49,15 @@ def finetune(
     observers: Sequence[Observer] = (),
     checkpoint: Path | None = None,
     stop: StopRequest | None = None,
+    watchdog: Watchdog | None = None,
 ) -> EvalResult | None:
     """The result of ``mode`` on rank 0; None on the other ranks. The same call again resumes in ``run_dir``.
 
     ``maps_dir``: for predictions of whole test tiles. ``observers``: on rank 0, called for every logged step.
     ``checkpoint``: where the encoder comes from, for environment.json. ``stop``: shared by consecutive finetunings, so
-    that a signal after the last step of one, while it is tested, stops the next. Raises Stopped, on all ranks, where
-    the run was asked to stop, and MaestroError with one clear line.
+    that a signal after the last step of one, while it is tested, stops the next. ``watchdog``: that of the evaluation,
+    which has paused; None: one is started. Raises Stopped, on all ranks, where the run was asked to stop, and
+    MaestroError with one clear line.
     """
     started = time.perf_counter()
     stop = stop or StopRequest()
@@ -62,11 +65,15 @@ def finetune(
     stop.install()
     with run_directory(recipe, run_dir, world):
         world.barrier()
-        # Opened before the watchdog starts: finding a fraction of the labels may read every shard.
-        run = Finetuning(encoder, benchmark, mode, checkpoint, recipe, world)
-        maps = TileMapWriter(maps_dir, run.splits["test"], run.target_loss.task) if maps_dir else None
-        with monitored(world, recipe.train.hang_timeout_s, run_dir) as watchdog:
-            context = RunContext(recipe, run_dir, world, observers, watchdog, stop)
+        guarded = (
+            nullcontext(watchdog) if watchdog else monitored(world, recipe.train.hang_timeout_s, run_dir)
+        )
+        with guarded as watching:
+            watching.pause()  # finding a fraction of the labels may read every shard
+            run = Finetuning(encoder, benchmark, mode, checkpoint, recipe, world)
+            maps = TileMapWriter(maps_dir, run.splits["test"], run.target_loss.task) if maps_dir else None
+            watching.note(0, "starting")
+            context = RunContext(recipe, run_dir, world, observers, watching, stop)
             with progress(f"{mode} {run.manifest.spec.name}", "steps") as report:
                 trainer, position = run.assemble(context, report)
                 outcome = trainer.run(position)
@@ -74,7 +81,7 @@ def finetune(
             trainer.engine.close()
             if outcome.reason == "stopped":
                 raise Stopped(run_dir)
-            on_batch = partial(watchdog.note, outcome.position.step, "ending")
+            on_batch = partial(watching.note, outcome.position.step, "ending")
             on_batch()
             network = run.validation.load_best()
             predictions = predict_split(
@@ -86,6 +93,7 @@ def finetune(
                 maps,
                 on_batch,
             )
+            watching.pause()
         if maps is not None:
             maps.close()
     if not world.is_main:
