@@ -33,13 +33,13 @@ def finetune(r: Round) -> None:
     reference = r.site.evaluation("finetune")
     command = r.site.evaluate(r.site.recipe(r.folder), r.folder / "out", 2, "finetune", *FINETUNING)
     r.run_dir = r.folder / "out" / "finetune"
-    killed_start(r, command, draw_kill(r.rng, _TARGETS, max_steps=10))
+    killed_start(r, command, draw_kill(r.rng, _TARGETS, max_steps=7))
     kill_after(r, r.start(command), reference, r.rng.choice(_TARGETS), "finetune")
     if r.must_succeed(r.start(command)):
         other = reference.folder / "finetune"
         r.found(compare_json(r.run_dir / "results.json", other / "results.json"))
         r.found(compare_runs(r.run_dir, other, exact=True))
-        for path in sorted(other.glob("average/*.safetensors")):
+        for path in sorted(other.glob("best/*.safetensors")):
             r.found(compare_safetensors(r.run_dir / path.relative_to(other), path))
 
 
