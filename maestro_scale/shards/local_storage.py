@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import stat
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,13 @@ class Snapshot:
     age_s: float | None = None
 
 
+def check_limit(data: bytes, limit: int, where: str) -> bytes:
+    """``data``, of which up to ``limit`` + 1 bytes were read. StoreError if it is larger than ``limit``."""
+    if len(data) > limit:
+        raise StoreError(f"{where}: is larger than {limit / 2**20:.3g} MiB, which no such file needs")
+    return data
+
+
 class LocalStorage:
     """A local or shared folder."""
 
@@ -40,10 +48,20 @@ class LocalStorage:
         """The full path of a file, for messages."""
         return str(self.folder / name)
 
-    def read(self, name: str) -> bytes:
-        """Content of a small file. FileNotFoundError if it is missing, StoreError if it cannot be read."""
+    def read(self, name: str, limit: int | None = None) -> bytes:
+        """Content of a small file. FileNotFoundError if it is missing, StoreError if it cannot be read.
+
+        ``limit``: most bytes; StoreError for a larger file, or one that is not a regular file.
+        """
+        path = self.folder / name
         try:
-            return (self.folder / name).read_bytes()
+            if limit is None:
+                return path.read_bytes()
+            # Before it is opened: a named pipe would block, a device would never end.
+            if not stat.S_ISREG(path.stat().st_mode):
+                raise StoreError(f"{self.address(name)}: is not a regular file")
+            with path.open("rb") as file:
+                return check_limit(file.read(limit + 1), limit, self.address(name))
         except (FileNotFoundError, NotADirectoryError) as error:
             raise FileNotFoundError(self.address(name)) from error
         except OSError as error:

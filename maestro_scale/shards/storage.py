@@ -19,7 +19,7 @@ from typing import Any
 from maestro_scale.secrets_filter import has_credentials, scrub
 from maestro_scale.shards.errors import StoreError, WriteError, one_line
 from maestro_scale.shards.failures import advice, http_status, is_permanent, network_errors
-from maestro_scale.shards.local_storage import ConditionFailed, LocalStorage, Snapshot
+from maestro_scale.shards.local_storage import ConditionFailed, LocalStorage, Snapshot, check_limit
 from maestro_scale.shards.retry import RetryPolicy, TransientError, call_with_retries
 
 _S3 = ("s3://", "s3a://")
@@ -58,9 +58,14 @@ class RemoteStorage:
         """The URL of an object, for messages."""
         return f"{self.url}/{name}" if name else self.url
 
-    def read(self, name: str) -> bytes:
-        """Content of a small object. FileNotFoundError if it is missing, StoreError if it cannot be read."""
-        return self._call(name, "_cat_file", "cat_file", self._path(name))
+    def read(self, name: str, limit: int | None = None) -> bytes:
+        """Content of a small object. FileNotFoundError if it is missing, StoreError if it cannot be read.
+
+        ``limit``: most bytes; StoreError for a larger object, of which no more than that is transferred.
+        """
+        if limit is None:
+            return self._call(name, "_cat_file", "cat_file", self._path(name))
+        return check_limit(self.read_range(name, 0, limit + 1), limit, self.address(name))
 
     @property
     def conditional(self) -> bool:

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from maestro_scale import untrusted
 from maestro_scale.errors import MaestroError
 from maestro_scale.shards.errors import ManifestError, StoreError
 from maestro_scale.shards.format.checksum import MANIFEST, sha256_hex
@@ -118,7 +119,7 @@ def _changed(dataset: UsedDataset) -> tuple[str, str | None]:
     storage = open_storage(dataset.url, _CHECK_RETRY)
     started, data, effect, change = dataset.manifest, b"", "", "has changed"
     try:
-        data = storage.read(MANIFEST)
+        data = storage.read(MANIFEST, untrusted.MANIFEST.bytes)
         if sha256_hex(data) == started.digest:
             return started.digest, None
         present = Manifest.loads(data)

@@ -110,7 +110,9 @@ def test_ranks_with_other_manifests_are_refused_and_results_record_theirs(
     def change(*args) -> None:
         """Another process adds a note while the evaluation runs."""
         text = (fields.shards / "manifest.json").read_text()
-        monkeypatch.setattr(Storage, "read", lambda self, name: text.replace("Fields", "Changed").encode())
+        monkeypatch.setattr(
+            Storage, "read", lambda self, name, limit=None: text.replace("Fields", "Changed").encode()
+        )
 
     monkeypatch.setattr(run.EvalResult, "write", lambda self, path: (written.append(self), change()))
     written: list[EvalResult] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import pickle
 import subprocess
 import time
@@ -12,12 +13,12 @@ from dataclasses import replace
 import pytest
 from shards.kit import SPEC, Toy
 
-from maestro_scale import datasets
+from maestro_scale import datasets, untrusted
 from maestro_scale.shards.errors import ManifestError
 from maestro_scale.shards.format import checksum
 from maestro_scale.shards.format.manifest import Manifest, ShardInfo
 from maestro_scale.shards.read.verify import verify
-from maestro_scale.shards.storage import LocalStorage
+from maestro_scale.shards.storage import LocalStorage, open_storage
 from maestro_scale.shards.write.writer import write_shards
 
 SHARD = ShardInfo("train-000000.tar", "train", 10, 1, "0" * 64)
@@ -180,8 +181,15 @@ def test_a_manifest_that_its_checksum_file_contradicts_is_refused(tmp_path, monk
     assert "\n" not in str(error.value)
     assert verify(str(tmp_path)) == [str(error.value)]
     (tmp_path / "manifest.sha256").write_text("d41d8cd9  manifest.json\n")
-    with pytest.raises(ManifestError, match=r"manifest.sha256: is not one line of `sha256sum manifest.json`"):
+    with pytest.raises(
+        ManifestError, match=r"manifest.sha256: has no single line of `sha256sum manifest.json`"
+    ):
         Manifest.load(str(tmp_path))
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    (tmp_path / "manifest.sha256").write_text(
+        f"{'0' * 64} *train-000000.tar\r\n{digest} *./manifest.json\r\n"
+    )
+    assert Manifest.load(str(tmp_path)).digest == digest
     checksum.remove_checksum(LocalStorage(tmp_path))
     assert Manifest.load(str(tmp_path)).spec.sensors[0].scale.divisor == 256
 
@@ -191,8 +199,8 @@ class Publishing(LocalStorage):
 
     published = False
 
-    def read(self, name: str) -> bytes:
-        data = super().read(name)
+    def read(self, name: str, limit: int | None = None) -> bytes:
+        data = super().read(name, limit)
         if not self.published:
             self.published = True
             self.write("manifest.json", b"new")
@@ -217,3 +225,25 @@ def test_the_checksum_file_is_of_the_manifest_that_was_published_last(tmp_path):
     (tmp_path / "manifest.json").write_bytes(b"mine")
     checksum.write_checksum(Overtaken(tmp_path))
     assert checksum.read_manifest_bytes(LocalStorage(tmp_path)) == b"theirs"
+
+
+@pytest.mark.parametrize("url", ["folder", "memory://limits/toy"])
+def test_a_manifest_that_is_too_large_is_not_read(tmp_path, monkeypatch, url):
+    url = str(tmp_path) if url == "folder" else url
+    monkeypatch.setattr(checksum, "MANIFEST_LIMITS", replace(untrusted.MANIFEST, bytes=10_000))
+    storage = open_storage(url)
+    storage.write("manifest.json", MANIFEST.dumps().encode())
+    assert Manifest.load(url) == MANIFEST
+    storage.write("manifest.json", MANIFEST.dumps().encode() + b" " * 10_000)
+    with pytest.raises(
+        ManifestError, match=r"manifest.json: is larger than 0.00954 MiB, which no such file needs"
+    ):
+        Manifest.load(url)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_a_manifest_that_is_not_a_file_neither_blocks_nor_fills_the_memory(tmp_path, kind):
+    path = tmp_path / "manifest.json"
+    os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
+    with pytest.raises(ManifestError, match=r"manifest.json: is not a regular file"):
+        Manifest.load(str(tmp_path))

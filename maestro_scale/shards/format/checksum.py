@@ -17,10 +17,12 @@ import time
 
 from maestro_scale.shards.errors import ManifestError, StoreError
 from maestro_scale.shards.storage import RemoteStorage, Storage
+from maestro_scale.untrusted.limits import MANIFEST as MANIFEST_LIMITS
 
 MANIFEST = "manifest.json"
 CHECKSUM = "manifest.sha256"
-_LINE = re.compile(rb"([0-9a-f]{64}) [ *]manifest\.json\r?\n?")
+_LINE = re.compile(rb"^([0-9a-f]{64}) [ *](?:\./)?manifest\.json\r?$", re.MULTILINE)
+_CHECKSUM_BYTES = 1024 * 1024  # it may list the checksums of all shards too
 _WAITS_S = (0.1, 0.3, 0.6, 1.0)  # between readings: a publication needs two small writes
 
 
@@ -42,21 +44,21 @@ def read_manifest_bytes(storage: Storage) -> bytes:
         StoreError: a file cannot be read.
         ManifestError: the two files do not belong together, also after reading them again for about two seconds.
     """
-    data = storage.read(MANIFEST)
+    data = storage.read(MANIFEST, MANIFEST_LIMITS.bytes)
     for wait_s in (*_WAITS_S, None):
         problem = checksum_problem(storage, data)
         if problem is None:
             return data
         if wait_s is not None:
             time.sleep(wait_s)
-            data = storage.read(MANIFEST)
+            data = storage.read(MANIFEST, MANIFEST_LIMITS.bytes)
     raise ManifestError(problem)
 
 
 def checksum_problem(storage: Storage, manifest: bytes) -> str | None:
     """Why the checksum file contradicts the bytes of the manifest; None if it agrees or does not exist."""
     try:
-        content = storage.read(CHECKSUM)
+        content = storage.read(CHECKSUM, _CHECKSUM_BYTES)
     except FileNotFoundError:
         return None
     except StoreError as error:
@@ -64,10 +66,10 @@ def checksum_problem(storage: Storage, manifest: bytes) -> str | None:
         if isinstance(storage, RemoteStorage) and isinstance(error.__cause__, PermissionError):
             return None
         raise
-    line = _LINE.fullmatch(content)
-    if line is None:
-        return f"{storage.address(CHECKSUM)}: is not one line of `sha256sum {MANIFEST}`; write it again, or remove it"
-    stated, found = line[1].decode(), sha256_hex(manifest)
+    lines = _LINE.findall(content)
+    if len(lines) != 1:
+        return f"{storage.address(CHECKSUM)}: has no single line of `sha256sum {MANIFEST}`; write it again or remove it"
+    stated, found = lines[0].decode(), sha256_hex(manifest)
     if stated == found:
         return None
     return (

@@ -12,10 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from maestro_scale import untrusted
 from maestro_scale.shards.errors import ManifestError
 from maestro_scale.shards.format.manifest import FORMAT_VERSION, ShardInfo, parse_versioned
 from maestro_scale.shards.format.serialization import dump_json, from_builtins, to_builtins
 from maestro_scale.shards.format.tar import member_key, scan
+from maestro_scale.shards.storage import Storage
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,11 @@ class ShardIndex:
         except ManifestError as error:
             raise ManifestError(f"{where}: {error}") from error
         return index
+
+    @classmethod
+    def read(cls, storage: Storage, name: str) -> ShardIndex:
+        """Read and parse an index. FileNotFoundError if there is none; StoreError; ManifestError if it is invalid."""
+        return cls.loads(storage.read(name, untrusted.MANIFEST.bytes), storage.address(name))
 
     @classmethod
     def from_tar(cls, path: Path, sha256: str) -> ShardIndex:

@@ -22,7 +22,7 @@ def read_first_sample(url: str, info: ShardInfo) -> Sample:
     storage = open_storage(url)
     name = index_path(info.path)
     try:
-        index = ShardIndex.loads(storage.read(name), storage.address(name))
+        index = ShardIndex.read(storage, name)
     except FileNotFoundError:
         with TemporaryDirectory(prefix="maestro-scale-") as cache:
             store = Store(url, Path(cache), 2 * info.bytes)

@@ -63,7 +63,7 @@ def summarize(url: str) -> Summary:
 def _shard_counts(storage: Storage, url: str, info: ShardInfo, spec: DatasetSpec) -> Mapping[str, int]:
     name = index_path(info.path)
     try:
-        index = ShardIndex.loads(storage.read(name), storage.address(name))
+        index = ShardIndex.read(storage, name)
     except FileNotFoundError:
         index = None
     if index is not None and index.sha256 != info.sha256:

@@ -134,10 +134,10 @@ class _CheckShard:
     def _index_problems(self, info: ShardInfo, index: ShardIndex) -> list[str]:
         name = index_path(info.path)
         try:
-            sidecar = ShardIndex.loads(open_storage(self.url).read(name), name)
+            sidecar = ShardIndex.read(open_storage(self.url), name)
         except FileNotFoundError:
             return [f"{name}: is missing, although other shards have an index"] if self.index_expected else []
-        except ManifestError as error:
+        except (ManifestError, StoreError) as error:
             return [one_line(error)]
         if not sidecar.same_layout(index):
             return [f"{name}: does not describe {info.path} (keys, offsets or SHA-256 differ)"]

@@ -364,7 +364,7 @@ class Destination:
     def _index(self, shard_name: str) -> ShardIndex | None:
         name = index_path(shard_name)
         try:
-            return ShardIndex.loads(self.storage.read(name), self.storage.address(name))
+            return ShardIndex.read(self.storage, name)
         except (FileNotFoundError, ManifestError):
             return None
 

@@ -120,7 +120,7 @@ def _is_complete(storage: RemoteStorage, name: str, index: ShardIndex) -> bool:
     WriteError if the name belongs to other content: two different shards with equal first digits of their hashes.
     """
     try:
-        known = ShardIndex.loads(storage.read(index_path(name)), storage.address(index_path(name)))
+        known = ShardIndex.read(storage, index_path(name))
     except (FileNotFoundError, ManifestError):
         return False
     if known.sha256 != index.sha256:
