@@ -31,6 +31,31 @@ def test_a_file_that_cannot_be_used_is_named(capsys):
     assert capsys.readouterr().err.startswith("error: /data/out: No space left on device; ")
 
 
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        # As raised by file.write, pathlib, tempfile, pwd and getpass: none of them names a file.
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device: free space on "),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "Disk quota exceeded: free space on "),
+        (RuntimeError("Could not determine home directory."), "user {uid} has no home folder or name "),
+        (KeyError("getpwuid(): uid not found: 12345"), "user {uid} has no home folder or name "),
+        (OSError("No username set in the environment"), "user {uid} has no home folder or name "),
+        (
+            FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp', '/var/tmp']"),
+            "no temporary folder can be written: set TMPDIR",
+        ),
+    ],
+)
+def test_a_full_disk_and_a_missing_home_are_expected(capsys, error, line):
+    def fail():
+        raise error
+
+    assert run_command(fail) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: " + line.format(uid=os.getuid()))
+    assert message.count("\n") == 1
+
+
 @pytest.mark.parametrize("bug", [ValueError("a bug"), OSError("without a file")])
 def test_a_bug_keeps_its_traceback(bug):
     def fail():
