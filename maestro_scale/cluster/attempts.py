@@ -10,6 +10,7 @@ directory; exit code 2 if the recipe is invalid.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -80,8 +81,7 @@ def decide(run_dir: Path, logs: Path, attempt: Attempt, max_failures: int) -> tu
     if outcome.get("reason") == "done":
         return FINISHED, f"done: {outcome.get('step')} steps, in {run_dir}"
     file = run_dir / "attempts.jsonl"
-    lines = untrusted.read_json_lines(file) if file.exists() else []
-    earlier = [untrusted.from_builtins(Attempt, line) for line in lines]
+    earlier = _read_attempts(file)
     stopped = outcome.get("reason") == "stopped"
     # STOP is a user's request to end the run. Any other stop is the signal before the time limit or a preemption, after
     # which the run must resume, also where the signal reached the ranks but not the batch script.
@@ -109,6 +109,15 @@ def decide(run_dir: Path, logs: Path, attempt: Attempt, max_failures: int) -> tu
         REQUEUE,
         f"{errors}\nfailed {num_failures} of {max_failures} times after step {attempt.step} (status {attempt.status})",
     )
+
+
+def _read_attempts(file: Path) -> list[Attempt]:
+    """The attempts in a file; empty if there is none. Damaged lines are skipped: the job must be requeued anyway."""
+    attempts = []
+    for line in untrusted.read_json_lines(file) if file.exists() else ():
+        with contextlib.suppress(untrusted.InputError):
+            attempts.append(untrusted.from_builtins(Attempt, line))
+    return attempts
 
 
 def _run_dir(arguments: list[str], num_ranks: int) -> int:
