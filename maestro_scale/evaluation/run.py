@@ -27,6 +27,7 @@ from maestro_scale.shards.format.manifest import Manifest
 from maestro_scale.training.binding import Launch
 from maestro_scale.training.device import DeviceSetting
 from maestro_scale.training.distributed import World, destroy_process_group, init_distributed
+from maestro_scale.training.manifests import ManifestMonitor, UsedDataset, compare_manifests
 from maestro_scale.training.observer import Observer
 from maestro_scale.training.stop import StopRequest
 from maestro_scale.training.watchdog import Watchdog, monitored
@@ -140,20 +141,27 @@ def run_evaluation(
     trains = bool(set(modes) & set(TRAINED_MODES))
     encoder.check([run.fold for run in runs], trains)
     world = _init_distributed(trains, recipe.train.device)
+    url = recipe.data.mixture[0].shards
+    dataset = UsedDataset(manifest.spec.name, url, manifest, _used_splits(runs, manifest))
     with _watched(world, recipe.train.hang_timeout_s, options.out) as watchdog:
+        compare_manifests(world, [dataset])
         evaluation = _Evaluation(
             options, modes, world, watchdog, progress, observers_for, stop or StopRequest()
         )
         evaluation.print_lines(overlap_warnings(runs))
         if record is None or not recipe.tracking.enabled:
             record = _no_record
-        _evaluate_runs(evaluation, encoder, runs, record)
+        _evaluate_runs(evaluation, encoder, runs, record, ManifestMonitor([dataset]))
     if world is not None:
         destroy_process_group()
 
 
 def _evaluate_runs(
-    evaluation: _Evaluation, encoder: Encoder, runs: Sequence[EvalRun], record: RecordResult
+    evaluation: _Evaluation,
+    encoder: Encoder,
+    runs: Sequence[EvalRun],
+    record: RecordResult,
+    monitor: ManifestMonitor,
 ) -> None:
     """Evaluate every run, and write the results of each and their summary."""
     options, modes = evaluation.options, evaluation.modes
@@ -167,6 +175,7 @@ def _evaluate_runs(
                 if encoder.per_fold:  # each fold has a training run of its own to be recorded under
                     record(_training_run(mode, encoder), result, path)
                 results[mode].append((str(run.subdir / RESULTS), result))
+                monitor.check()
     except Stopped as stopped:
         evaluation.print_lines([f"{stopped.args[0]}: stopped; resume with the same command"])
     for mode, of_mode in results.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -103,6 +104,7 @@ def test_ranks_with_other_manifests_are_refused_and_results_record_theirs(
     for modes in (("knn",), ("finetune",)):  # before any of them reads a sample
         with monkeypatch.context() as patch:
             patch.setattr(run, "_init_distributed", lambda trains, device: other)
+            patch.setattr(run, "_watched", lambda *args: nullcontext())
             with pytest.raises(ManifestMismatchError, match=f"rank 0: {digest[:12]}, rank 1: cccccccccccc"):
                 run.run_evaluation(replace(options, modes=modes))
     assert not (tmp_path / "out").exists()
