@@ -130,7 +130,7 @@ def safetensors_header(data: bytes, rng: random.Random) -> bytes | None:
         return None
     if texts and rng.random() < 0.5:
         key = rng.choice(texts)
-        changed = json_value(metadata[key].encode(), rng)
+        changed = json_value(metadata[key].encode(errors="replace"), rng)
         if changed is None:
             return None
         metadata[key] = changed.decode(errors="replace")
