@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -202,8 +203,8 @@ class EmbeddingWriter:
         return next(self.model.parameters()).device
 
     def _save(self, path: Path, shard: ShardInfo, rows: EmbeddingRows, grid: CropGrid) -> None:
-        # A short name: together with that of the shard it could exceed the limit. Ranks have different shards.
-        partial = path.with_name(f".partial-{os.getpid()}-{shard.sha256[:16]}")
+        # A random name: that of the shard with a prefix could exceed the limit, and ranks on other nodes share the folder.
+        partial = path.with_name(f".partial-{uuid.uuid4().hex}")
         if self.format == "parquet":
             table = _table(rows, grid)
             parquet.write_table(table.replace_schema_metadata({_SHARD_KEY: shard.sha256}), partial)
