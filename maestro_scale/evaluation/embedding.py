@@ -203,7 +203,7 @@ class EmbeddingWriter:
         return next(self.model.parameters()).device
 
     def _save(self, path: Path, shard: ShardInfo, rows: EmbeddingRows, grid: CropGrid) -> None:
-        # A random name: that of the shard with a prefix could exceed the limit, and ranks on other nodes share the folder.
+        # A random name: with a prefix that of the shard could exceed the limit, and other nodes share the folder.
         partial = path.with_name(f".partial-{uuid.uuid4().hex}")
         if self.format == "parquet":
             table = _table(rows, grid)
