@@ -23,6 +23,7 @@ from maestro_scale.recipe import environment
 from maestro_scale.recipe.errors import RecipeError
 
 _SET = "--set"
+_MAX_LEVELS, _MAX_KEY = 20, 200  # of a key in --set: parts, and characters of one
 # Exactly one of these keys may be set: where a later layer sets one, those of earlier layers are dropped.
 _EXCLUSIVE = {"train": ("epochs", "steps")}
 
@@ -163,8 +164,10 @@ def _parse_override(text: str) -> tuple[KeyPath, Any]:
     key, equals, value = text.partition("=")
     key = key.strip()
     if not equals or not re.fullmatch(r"[^.\[\]\s]+(\.[^.\[\]\s]+|\[\d+\])*", key):
-        raise RecipeError(f"{_SET}: {text!r} is not section.key=value")
+        raise RecipeError(f"{_SET}: {shorten(text, 200)} is not section.key=value")
     parts = re.findall(r"[^.\[\]]+", key)
+    if len(parts) > _MAX_LEVELS or any(len(part) > _MAX_KEY for part in parts):
+        raise RecipeError(f"{_SET}: {shorten(key)} is longer than any key of a recipe")
     try:
         return tuple(int(p) if p.isdecimal() else p for p in parts), parse_yaml(value)
     except untrusted.InputError as error:

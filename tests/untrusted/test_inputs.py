@@ -148,6 +148,21 @@ def test_recipes(tmp_path, content, message):
     assert len(str(caught.value)) < 5000
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("a." + LONG + "=1", "is longer than any key"),
+        (".".join("a" * 2000) + "=1", "is longer than any key"),
+        ("name=" + LONG, "an integer of more than 40 digits"),
+        ("model=" + "[" * 900, "nest"),
+        ("model=&a [*a]", "is within what it refers to"),
+        ("x" * 100_000, "is not section.key=value"),
+    ],
+)
+def test_overrides(override, message):
+    assert message in refused(lambda: load_recipe(str(FIXTURES / "pretrain.yaml"), [override]), RecipeError)
+
+
 def test_manifests_name_files_below_the_dataset():
     manifest = json.loads((FIXTURES / "shards" / "manifest.json").read_bytes())
     for path in ("a\0b.tar", "../a.tar", "/a.tar", "a/../b.tar", "", "x\n.tar"):
