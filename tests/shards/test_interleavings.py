@@ -72,6 +72,10 @@ def check(interleaver, url, results, where):
     files = s3fs.S3FileSystem(endpoint_url=interleaver.endpoint("a"), use_listings_cache=False)
     prefix = url.removeprefix("s3://")
     objects = {p.rpartition("/")[2]: d for p, d in files.cat(files.ls(prefix, refresh=True)).items()}
+    scenario = interleaver.scenario
+    if scenario.conditions != "kept" and scenario.late:
+        # A manifest on its way for longer than a lease may show for a moment; its writer then puts the other one back.
+        interleaver.manifests[:] = [objects["manifest.json"]]
     for published in interleaver.manifests:
         for split, path, sha256 in shards_of(published):
             assert hashlib.sha256(objects[path]).hexdigest() == sha256, (where, split, path)
@@ -84,7 +88,8 @@ def check(interleaver, url, results, where):
         else:
             assert isinstance(result, WriteError), (where, result)
             assert "\n" not in str(result)
-    hidden = [name for name in objects if name.startswith(".")]
+    records = (".train.split.json", ".val.split.json") if interleaver.scenario.conditions != "kept" else ()
+    hidden = [name for name in objects if name.startswith(".") and name not in records]
     assert hidden == [], (where, hidden)
     assert verify(url) == [], where
 
@@ -107,7 +112,9 @@ CASES = [
     ),
     *((pair, IGNORED, first, ALL) for pair in PAIRS for first in (1, 14)),
     *((pair, REFUSED, first, ALL) for pair in PAIRS for first in (2, 20)),
-    *(("other settings", Scenario("ignored", late=1000), first, ALL) for first in (8, 16, 24)),
+    *(("other settings", Scenario("ignored", late=1000), first, ALL) for first in (8, 24)),
+    *(("two splits", Scenario("ignored", late=1000), first, ALL) for first in (16, 23)),
+    ("two splits", Scenario("refused", late=1000), 14, 25),
 ]
 
 

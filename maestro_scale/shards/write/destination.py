@@ -18,17 +18,14 @@ import logging
 import random
 import re
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import NoReturn
 
-from maestro_scale import __version__
 from maestro_scale.datasets.spec import DatasetSpec
 from maestro_scale.shards.errors import ManifestError, ShardsError, WriteError, one_line
 from maestro_scale.shards.format.checksum import (
@@ -50,6 +47,15 @@ from maestro_scale.shards.format.serialization import to_builtins
 from maestro_scale.shards.local_storage import ConditionFailed, LocalStorage, Snapshot
 from maestro_scale.shards.storage import RemoteStorage, local_folder, open_storage
 from maestro_scale.shards.write.exclusion import LostSplit, WriterLock
+from maestro_scale.shards.write.merge import (
+    SplitDiffers,
+    add_recorded,
+    add_split,
+    has_record,
+    split_manifest,
+    without_split,
+    write_record,
+)
 from maestro_scale.shards.write.packing import HASH_DIGITS, WritePlan, WrittenShard
 from maestro_scale.shards.write.part import WHOLE_SPLIT, WriterPart
 
@@ -58,10 +64,6 @@ _FILE = re.compile(
     rf"(?P<split>[A-Za-z0-9_-]+)-(?P<number>\d{{6}})(-[0-9a-f]{{{HASH_DIGITS}}})?\.(tar|index\.json)"
 )
 _MAX_PUBLICATIONS = 20  # attempts while other writers change the manifest
-
-
-class SplitDiffers(WriteError):
-    """The split was published with other content."""
 
 
 class Destination:
@@ -159,11 +161,12 @@ class Destination:
         filled = {i: shards[i] for i in range(plan.num_shards) if shards[i].index.keys}
         if not filled:
             raise WriteError(f"split {self.split}: none of its tiles can be read, nothing is written")
+        every = [shards[i].index for i in sorted(shards)]
+        added = split_manifest(plan, self._codec, self._seed, filled.values(), every)
         try:
-            with self._lock.publication() as check_exclusion:
+            with self._lock.publication():
                 self._lock.check()
-                every = [shards[i].index for i in sorted(shards)]
-                manifest = self._write_manifest(plan, filled, every, check_exclusion)
+                manifest = self._write_manifest(added)
         except (SplitDiffers, LostSplit):
             self._discard(filled.values())
             raise
@@ -171,26 +174,27 @@ class Destination:
             self._remove_leftovers(plan, manifest)
         return manifest
 
-    def _write_manifest(
-        self,
-        plan: WritePlan,
-        filled: dict[int, WrittenShard],
-        every: Sequence[ShardIndex],
-        check_exclusion: Callable[[], None],
-    ) -> Manifest:
+    def _write_manifest(self, added: Manifest) -> Manifest:
+        unordered = isinstance(self.storage, RemoteStorage) and not self.storage.conditional
         changed = False
+        if unordered:
+            # Nothing but leases orders the writes of such a store, and they cannot stop a request on its way.
+            write_record(self.storage, added)
         try:
             for attempt in range(_MAX_PUBLICATIONS):
                 # Read again: another job may have published another split in the meantime. Without this, and without
                 # the condition of the write, one of the two splits would be lost.
                 existing, snapshot = self._read_manifest()
-                manifest = self._merge_split(existing, plan, filled, every)
+                known = add_recorded(self.storage, existing, added) if unordered else existing
+                manifest = add_split(known, added, self.storage.address())
                 if manifest == existing:  # also after one's own write: then it has not been replaced
+                    if unordered and changed and not has_record(self.storage, added):
+                        self._restore_split(existing, added)
                     return manifest
                 remove_checksum(self.storage)
                 changed = True
-                if not self.storage.conditional:
-                    check_exclusion()  # as late as possible: nothing else orders the writes of such a store
+                if unordered:
+                    self._lock.check()  # as late as possible
                 try:
                     self.storage.write_snapshot(MANIFEST, manifest.dumps().encode(), snapshot)
                 except ConditionFailed:
@@ -203,44 +207,22 @@ class Destination:
             "command again, finished shards are kept"
         )
 
+    def _restore_split(self, existing: Manifest, added: Manifest) -> NoReturn:
+        """Put the split of another writer back, which published it while the write of ``added`` was on its way."""
+        restored = add_recorded(self.storage, without_split(existing, self.split), added, also_same=True)
+        if restored is not None and self.split in restored.splits:
+            self.storage.write(MANIFEST, restored.dumps().encode())
+        raise SplitDiffers(
+            f"{self.storage.address()}: split {self.split!r} was published by another writer while this one did not "
+            "respond; its shards are kept"
+        )
+
     def _write_checksum(self) -> None:
         try:
             write_checksum(self.storage)
         except ShardsError as error:
             # It is optional, and a failure must not hide why the manifest was not written.
             log.warning("%s: is not written: %s", self.storage.address(CHECKSUM), one_line(error))
-
-    def _merge_split(
-        self,
-        existing: Manifest | None,
-        plan: WritePlan,
-        filled: dict[int, WrittenShard],
-        every: Sequence[ShardIndex],
-    ) -> Manifest:
-        infos = tuple(shard.index.shard_info(shard.name, self.split) for shard in filled.values())
-        if existing is not None and self.split in existing.splits:
-            if existing.shards_of([self.split]) != infos:
-                raise SplitDiffers(
-                    f"{self.storage.address()}: split {self.split!r} differs from the published one: "
-                    "another writer has published it, or the raw data has changed; choose another folder"
-                )
-            return existing
-        notes: Counter[str] = Counter(existing.notes if existing else {})
-        examples = dict(existing.examples if existing else {})
-        for index in every:
-            notes.update(index.notes)
-            examples = {**index.examples, **examples}
-        versions = {name: version(name) for name in ("numpy", "zstandard")}
-        return Manifest(
-            format_version=FORMAT_VERSION,
-            spec=self._spec,
-            shards=(*(existing.shards if existing else ()), *infos),
-            notes=dict(sorted(notes.items())),
-            examples=dict(sorted(examples.items())),
-            codec=self._codec,
-            created_with={"maestro_scale": __version__, **versions},
-            seed=self._seed,
-        )
 
     def _read_existing(self) -> Manifest | None:
         """The manifest, compared with its checksum file; None if there is none."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -92,14 +92,11 @@ class WriterLock:
                 )
 
     @contextmanager
-    def publication(self) -> Iterator[Callable[[], None]]:
-        """Exclude other publications at the same destination, of any split; waits for them.
-
-        Gives a function that raises WriteError if the exclusion has ended since, because this process was stopped.
-        """
+    def publication(self) -> Iterator[None]:
+        """Exclude other publications at the same destination, of any split; waits for them."""
         if isinstance(self._storage, LocalStorage) and not self._uses_leases:
             with file_lock(self._storage.folder / f"{_PUBLICATION}.lock"):
-                yield lambda: None
+                yield
             return
         publishing = Lease(self._storage, f"{_PUBLICATION}.lease")
         try:
@@ -110,17 +107,8 @@ class WriterLock:
                 "again, finished shards are kept"
             ) from error
 
-        def check() -> None:
-            try:
-                publishing.check()
-            except LeaseLost as error:
-                raise WriteError(
-                    f"{self._storage.address()}: this writer did not respond for {lease.LIFETIME_S:.0f} s while it "
-                    f"published split {self._split!r}; run the same command again, finished shards are kept"
-                ) from error
-
         try:
-            yield check
+            yield
         finally:
             publishing.release()
 
