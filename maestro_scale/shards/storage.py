@@ -167,12 +167,21 @@ class RemoteStorage:
         compare If-Match with the ETag without its quotes.
         """
         wrong = '"' + "0" * 32 + '"'
-        if not (self._refuses(name, data, IfNoneMatch="*") and self._refuses(name, data, IfMatch=wrong)):
+        # Twice: a writer that takes the lease for expired may have removed the object in between.
+        if not any(self._refuses(name, data, IfNoneMatch="*") for _ in range(2)):
+            return None
+        if not self._refuses(name, data, IfMatch=wrong):
             return None
         for quoted in (True, False):
             self._conditions.quoted_tags = quoted
             with suppress(ConditionFailed):
                 return self._put(name, data, IfMatch=self._tag(tag))
+        try:
+            unchanged = self.read_snapshot(name).tag == tag
+        except FileNotFoundError:
+            unchanged = False
+        if not unchanged:  # nothing was found out: another writer was faster
+            raise ConditionFailed(self.address(name))
         return None
 
     def _refuses(self, name: str, data: bytes, **condition: str) -> bool:
