@@ -98,9 +98,10 @@ class _Checkpoint:
         self.refused: set[str] = set()
         """Names that would be called and are not known."""
         self._records, self.pickle = _read_archive(path)
-        self._bytes = path.stat().st_size
-        self._elements_left = 4 * self._bytes  # tensors may share bytes: tied weights do
-        self._mapped = torch.UntypedStorage.from_file(str(path), False, self._bytes)
+        # Tensors may share bytes, as tied weights do; but each is copied when it is converted.
+        stored = sum(record.size for name, record in self._records.items() if name.startswith("data/"))
+        self._elements_left = 4 * stored
+        self._mapped = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
 
     def call(self, path: str, args: tuple[Any, ...]) -> Any:
         """The value of a call that the pickle describes."""
