@@ -30,6 +30,7 @@ from maestro_scale.errors import MaestroError
 from maestro_scale.launcher_death import exit_with_parent
 from maestro_scale.shards.read.counters import StoreCounters
 from maestro_scale.shards.storage import client_module
+from maestro_scale.shards.temporary import use_for_multiprocessing
 from maestro_scale.stream.batch import Batch
 from maestro_scale.stream.batch_builder import BatchBuilder, BatchRequest, WorkerResult
 from maestro_scale.stream.semaphores import owned_semaphores
@@ -61,6 +62,7 @@ def start_fork_server(sources: Iterable[Source]) -> None:
     clients = {module for s in sources if (module := client_module(s.store.url)) is not None}
     with _signals_blocked():
         multiprocessing.get_context("forkserver").set_forkserver_preload([__name__, *sorted(clients)])
+        use_for_multiprocessing()
         try:
             forkserver.ensure_running()
         except OSError as error:

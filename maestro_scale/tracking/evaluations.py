@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from maestro_scale.evaluation.report.groups import ResultFile
 from maestro_scale.evaluation.report.report import CLASS_METRIC, draw_pictures, write_report
 from maestro_scale.evaluation.results import EvalResult, EvaluationError
 from maestro_scale.secrets_filter import scrub, scrub_document, scrub_mapping
+from maestro_scale.shards.temporary import temporary_folder
 from maestro_scale.tracking.mlflow_run import tracking_uri
 from maestro_scale.tracking.mlflow_tracker import configure_mlflow, error_summary
 from maestro_scale.tracking.origin import provenance_tags
@@ -181,10 +181,10 @@ def _log_report(client: MlflowClient, run_id: str, result_file: ResultFile) -> N
     """Store the HTML report of this result, and its pictures as files, which the MLflow UI can show."""
     result = result_file.result
     bars = class_bars({result.mode: result.per_class}, CLASS_METRIC[result.metric])
-    with tempfile.TemporaryDirectory() as folder:
-        page, _ = write_report([result_file], Path(folder) / "report.html")
+    with temporary_folder() as folder:
+        page, _ = write_report([result_file], folder / "report.html")
         client.log_text(run_id, scrub(page.read_text()), page.name)
-        picture_dir = Path(folder) / "pictures"
+        picture_dir = folder / "pictures"
         picture_dir.mkdir()
         for name, png in {"classes": bars, **draw_pictures(result_file)}.items():
             (picture_dir / f"{name}.png").write_bytes(png)

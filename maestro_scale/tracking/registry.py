@@ -6,7 +6,6 @@ import hashlib
 import os
 import shlex
 import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from maestro_scale.interop.pretrained import load_model, read_model
 from maestro_scale.interop.sources import REGISTERED_FOLDER, TRACKING_URI, ModelSource
 from maestro_scale.model.config import ModelConfig
 from maestro_scale.secrets_filter import scrub
+from maestro_scale.shards.temporary import temporary_folder
 from maestro_scale.tracking.mlflow_run import tracking_uri
 from maestro_scale.tracking.mlflow_tracker import configure_mlflow
 from maestro_scale.tracking.run_file import find_run
@@ -84,8 +84,8 @@ def register(model: Path, name: str, run_dir: Path) -> ModelVersion:
                 f"run `{shell_command('maestro-scale', 'sync', run_dir)}` first"
             )
         run_id = run.info.run_id
-        with tempfile.TemporaryDirectory() as folder:
-            pyfunc, exported = Path(folder) / "pyfunc", Path(folder) / Path(REGISTERED_FOLDER).name
+        with temporary_folder() as folder:
+            pyfunc, exported = folder / "pyfunc", folder / Path(REGISTERED_FOLDER).name
             exported.mkdir()
             for file_name in (CONFIG, WEIGHTS):
                 shutil.copy(model / file_name, exported)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
 from maestro_scale.interop.export import CONFIG, ExportError, export_model, trained_step
 from maestro_scale.interop.pretrained import load_model
 from maestro_scale.model.maestro import Maestro
+from maestro_scale.shards.temporary import temporary_folder
 from maestro_scale.training.checkpoint import commit
 from maestro_scale.training.checkpoint.checkpoints import newest
 
@@ -23,6 +23,6 @@ def load_encoder(path: Path) -> tuple[Maestro, int | None]:
     elif problem := commit.problem(path, hashes=True):
         raise ExportError(f"{path}: {problem}; use another checkpoint")
     # Checkpoints are sharded by rank and ZeRO stage: the export is the one place that puts weights together.
-    with tempfile.TemporaryDirectory() as folder:
-        exported = export_model(path, Path(folder))
+    with temporary_folder() as folder:
+        exported = export_model(path, folder)
         return load_model(exported), trained_step(exported)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from tempfile import TemporaryDirectory
-
 from maestro_scale.shards.errors import BadShard, CodecError, ManifestError
 from maestro_scale.shards.format.codec import Sample
 from maestro_scale.shards.format.index import ShardIndex, index_path
 from maestro_scale.shards.format.manifest import ShardInfo
 from maestro_scale.shards.read.store import Store
 from maestro_scale.shards.storage import LocalStorage, Storage, open_storage
+from maestro_scale.shards.temporary import temporary_folder
 
 
 def read_first_sample(url: str, info: ShardInfo) -> Sample:
@@ -24,8 +22,8 @@ def read_first_sample(url: str, info: ShardInfo) -> Sample:
     try:
         index = ShardIndex.read(storage, name)
     except FileNotFoundError:
-        with TemporaryDirectory(prefix="maestro-scale-") as cache:
-            store = Store(url, Path(cache), 2 * info.bytes)
+        with temporary_folder() as cache:
+            store = Store(url, cache, 2 * info.bytes)
             path, index = store.ensure(info)
             return _sample(path.read_bytes(), index, storage.address(info.path))
     # The index is not verified: without this, its numbers could name any range of bytes, or none.

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from maestro_scale.datasets.spec import DatasetSpec
 from maestro_scale.shards.errors import ManifestError
@@ -15,6 +13,7 @@ from maestro_scale.shards.format.manifest import Manifest, ShardInfo
 from maestro_scale.shards.format.statistics import count_sample, parse_counts
 from maestro_scale.shards.read.store import Store
 from maestro_scale.shards.storage import Storage, open_storage
+from maestro_scale.shards.temporary import temporary_folder
 
 
 @dataclass(frozen=True)
@@ -73,8 +72,8 @@ def _shard_counts(storage: Storage, url: str, info: ShardInfo, spec: DatasetSpec
     if index is not None and index.tally:
         return index.tally
     counts: Counter[str] = Counter()
-    with TemporaryDirectory(prefix="maestro-scale-") as cache:
-        shard = Store(url, Path(cache), 2 * info.bytes).shard(info)
+    with temporary_folder() as cache:
+        shard = Store(url, cache, 2 * info.bytes).shard(info)
         for i in range(len(shard)):
             counts.update(count_sample(shard[i], spec))
         shard.close()

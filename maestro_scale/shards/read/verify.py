@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 
@@ -31,6 +30,7 @@ from maestro_scale.shards.progress import Progress, ProgressCounter
 from maestro_scale.shards.read.shard import Shard
 from maestro_scale.shards.read.store import Store
 from maestro_scale.shards.storage import Storage, open_storage
+from maestro_scale.shards.temporary import temporary_folder
 
 _MAX_LISTED_SAMPLES = 5  # problems listed per shard; the others are only counted
 _ROLES = ("train", "val", "test")  # splits that must not share a tile
@@ -114,8 +114,8 @@ class _CheckShard:
 
     def __call__(self, info: ShardInfo, report: ReportFunction) -> tuple[list[str], tuple[str, ...]]:
         # A temporary cache, so that shards are verified again even if an earlier run has recorded them as verified.
-        with TemporaryDirectory(prefix="maestro-scale-") as cache:
-            store = Store(self.url, Path(cache), info.bytes)
+        with temporary_folder() as cache:
+            store = Store(self.url, cache, info.bytes)
             try:
                 path, index = store.ensure(info)
                 with store.shard(info) as shard:

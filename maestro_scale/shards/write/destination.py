@@ -22,7 +22,6 @@ from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import NoReturn
 
@@ -46,6 +45,7 @@ from maestro_scale.shards.format.manifest import (
 from maestro_scale.shards.format.serialization import to_builtins
 from maestro_scale.shards.local_storage import ConditionFailed, LocalStorage, Snapshot
 from maestro_scale.shards.storage import RemoteStorage, local_folder, open_storage
+from maestro_scale.shards.temporary import temporary_folder
 from maestro_scale.shards.write.exclusion import LostSplit, WriterLock
 from maestro_scale.shards.write.merge import (
     SplitDiffers,
@@ -360,8 +360,8 @@ def staging_folder(dst: str) -> Iterator[Path]:
     """
     folder = local_folder(dst)
     if folder is None:
-        with TemporaryDirectory(prefix="maestro-scale-") as temporary:
-            yield Path(temporary)
+        with temporary_folder() as temporary:
+            yield temporary
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
