@@ -19,7 +19,7 @@ import socket
 import threading
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from types import TracebackType
 
 from maestro_scale.shards.errors import StoreError, WriteError
@@ -142,6 +142,8 @@ class Lease:
                 found = self._storage.read_snapshot(self.name)
             except FileNotFoundError:
                 return None
+            if found.age_s is not None and found.age_s < -_CLOCK_S:
+                found = replace(found, age_s=None)  # the servers of the store disagree about the time
             renewed = first is not None and found.data != first
             if first is None or renewed:
                 first, since = found.data, time.monotonic()
