@@ -8,18 +8,21 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
-
-import numpy as np
+from typing import TYPE_CHECKING, Literal
 
 from maestro_scale.errors import shorten
 from maestro_scale.untrusted.limits import ARCHIVE_BYTES, InputError, size_text
+
+if TYPE_CHECKING:
+    import numpy as np  # imported by the functions: `maestro-scale --help` starts without it
 
 _DAMAGED = (ValueError, EOFError, OverflowError, MemoryError, KeyError, SyntaxError, NotImplementedError)
 
 
 def open_npy(path: Path, mode: Literal["r", "r+"] = "r") -> np.memmap:
     """The array of an ``.npy`` file, mapped: a header cannot claim more than the file has. InputError; OSError."""
+    import numpy as np
+
     try:
         array = np.load(path, mmap_mode=mode, allow_pickle=False)
     except _DAMAGED as error:
@@ -40,6 +43,8 @@ def load_npz(path: Path, names: Sequence[str]) -> list[np.ndarray]:
 
 
 def _member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    import numpy as np
+
     with archive.open(name) as file:
         content = file.read(ARCHIVE_BYTES + 1)  # the size in the directory may be wrong
     if len(content) > ARCHIVE_BYTES:

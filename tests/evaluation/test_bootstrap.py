@@ -1,5 +1,7 @@
 """Bootstrap intervals and paired differences."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -116,3 +118,41 @@ def test_levels_and_numbers_that_make_no_interval_are_refused(level, resamples):
     with pytest.raises(ValueError, match="must lie within"):
         bootstrap_interval(wf1, np.ones((3, 3, 2)), resamples, level=level)
     assert len(bootstrap_interval(wf1, np.ones((3, 3, 2)), 1, level=0.5)) == 2
+
+
+def total(sums: np.ndarray) -> np.ndarray:
+    return sums.reshape(len(sums), -1).sum(1)
+
+
+def test_defaults_are_a_thousand_resamples_of_seed_zero_at_95_percent():
+    counts = np.random.default_rng(0).random((20, 2))
+    assert bootstrap_interval(total, counts) == bootstrap_interval(total, counts, 1000, 0, 0.95)
+    assert bootstrap_interval(total, counts) != bootstrap_interval(total, counts, 999, 0, 0.95)
+    assert bootstrap_interval(total, counts) != bootstrap_interval(total, counts, 1001, 0, 0.95)
+    assert bootstrap_interval(total, counts) != bootstrap_interval(total, counts, 1000, 1, 0.95)
+    whole = paired_difference(total, counts, counts[::-1])
+    assert whole == paired_difference(total, counts, counts[::-1], 1000, 0, 0.95)
+    for other in ((999, 0), (1001, 0), (1000, 1)):
+        assert whole != paired_difference(total, counts, counts[::-1], *other, 0.95)
+
+
+def test_a_difference_is_a_minus_b():
+    a, b = np.full((4, 1), 3), np.full((4, 1), 1)
+    difference = paired_difference(total, a, b, 10)
+    assert (difference.value, difference.low, difference.high) == (8.0, 8.0, 8.0)
+    with pytest.raises(ValueError, match="over no tiles"):
+        paired_difference(total, a[:0], b[:0])
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        difference.value = 0.0
+
+
+def test_resamples_of_many_tiles_are_drawn_one_at_a_time(monkeypatch):
+    # More tiles than cells of a chunk: still one resample per chunk.
+    monkeypatch.setattr(bootstrap, "_CHUNK_CELLS", 3)
+    chunks = list(bootstrap._weights(4, 3, 3))
+    assert [c.shape for c in chunks] == [(1, 4)] * 3
+    assert [c.tolist()[0] for c in chunks] == [[1, 1, 0, 2], [0, 0, 2, 2], [0, 1, 1, 2]]
+    # 8 cells: two resamples of four tiles, then one.
+    monkeypatch.setattr(bootstrap, "_CHUNK_CELLS", 8)
+    assert [c.shape for c in bootstrap._weights(4, 3, 3)] == [(2, 4), (1, 4)]
+    assert next(bootstrap._weights(4, 3, 3)).dtype == np.float64

@@ -1,5 +1,7 @@
 """Metrics against scikit-learn; counts do not depend on how the samples are split."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import sklearn.metrics as reference
@@ -12,6 +14,7 @@ from maestro_scale.evaluation.metrics import (
     average_precision,
     best_index,
     confusion,
+    f1,
     iou,
     mean_iou,
     segmentation_scores,
@@ -166,3 +169,76 @@ def test_the_first_value_beyond_the_classes_is_refused():
     for value in (3, -1):
         with pytest.raises(ValueError, match=f"predicted class {value} is outside the 3 classes 0-2"):
             confusion(np.array([value]), np.array([0]), 3)
+
+
+def test_shapes_and_types_of_tile_counts():
+    with pytest.raises(ValueError, match=r"must both be \(samples, classes\)"):
+        tile_counts(np.ones(3, bool), np.ones(3, bool))
+    for predicted, target in (
+        (np.ones((1, 2)), np.ones((1, 2), bool)),
+        (np.ones((1, 2), bool), np.ones((1, 2))),
+    ):
+        with pytest.raises(ValueError, match="apply a threshold"):
+            tile_counts(predicted, target)
+    counts = tile_counts(np.array([[True, True, False, False]]), np.array([[True, False, True, False]]))
+    assert counts.astype(int).tolist() == [[[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0]]]
+
+
+def test_scores_without_a_division_are_zero_by_default():
+    # No class is present: the plain mean of 2 * 0 / (0 + 1) and of an undefined one.
+    counts = np.array([[0, 0], [1, 0], [0, 0]])
+    assert f1(counts).tolist() == [0.0, 0.0]
+    assert wf1(counts) == 0.0
+    assert MultilabelCounts.from_array(counts).f1().tolist() == [0.0, 0.0]
+    assert (MultilabelCounts.from_array(counts).wf1(), MultilabelCounts.from_array(counts).macro_f1()) == (
+        0.0,
+        0.0,
+    )
+    undefined = MultilabelCounts.zeros(2)
+    assert np.isnan(undefined.macro_f1(zero_division=np.nan))
+    assert undefined.as_array().tolist() == [[0, 0]] * 3
+    # A class without support has weight 0, also if its score is NaN.
+    assert wf1(np.array([[1, 0], [0, 0], [1, 0]]), np.nan) == pytest.approx(2 / 3)
+
+
+def test_a_single_labelled_sample_is_the_whole_weight():
+    # Support 1 and 0: the score of the first class, 2 / 3.
+    assert wf1(np.array([[1, 0], [1, 3], [0, 0]])) == pytest.approx(2 / 3)
+
+
+def test_confusions_are_counted_by_target_row():
+    matrix = confusion(np.array([[0, 1], [2, 2]]), np.array([[0, 0], [2, 1]]), 3)
+    assert (matrix.tolist(), matrix.dtype) == ([[1, 1, 0], [0, 0, 1], [0, 0, 1]], np.int64)
+    with pytest.raises(ValueError, match="they must agree"):
+        confusion(np.array([0]), np.array([0, 1]), 2)
+    with pytest.raises(ValueError, match=r"target class -1 is outside the 2 classes 0-1 \(ignored: \[7\]\)"):
+        confusion(np.array([0]), np.array([-1]), 2, ignored=(7,))
+    with pytest.raises(ValueError, match=r"ignored: none"):
+        confusion(np.array([0]), np.array([2]), 2)
+
+
+def test_iou_of_many_confusions_at_once():
+    first, second = np.array([[1, 1], [0, 0]]), np.array([[0, 2], [1, 3]])
+    scores = iou(np.stack([first, second]))
+    np.testing.assert_allclose(scores, [[1 / 2, np.nan], [0.0, 3 / 6]])
+    np.testing.assert_allclose(mean_iou(np.stack([first, second])), [1 / 2, 1 / 4])
+    # One pixel alone counts.
+    assert mean_iou(np.array([[1, 0], [0, 0]])) == 1.0
+    assert np.isnan(mean_iou(np.zeros((2, 2))))
+
+
+def test_average_precision_of_equal_scores():
+    # Two of four are positive and all scores are equal: one step, precision 1 / 2.
+    assert average_precision(np.ones((4, 1)), np.array([[1], [0], [1], [0]])).tolist() == [0.5]
+
+
+def test_the_best_of_one_candidate():
+    assert best_index([0.0]) == 0
+    with pytest.raises(EvaluationError, match="validation split counts"):
+        best_index([float("nan")])
+
+
+def test_counts_are_values():
+    counts = MultilabelCounts.zeros(2)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        counts.tp = np.ones(2)
