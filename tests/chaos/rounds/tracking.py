@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -82,6 +83,7 @@ class Server:
         self._folder, self._port = r.folder / "mlflow", free_port()
         self._process: subprocess.Popen[bytes] | None = None
         self._folder.mkdir()
+        self._created = self._folder.stat().st_mtime
         self._env = r.site.environment(self._folder)
         self.uri, self.database = f"http://127.0.0.1:{self._port}", self._folder / "mlflow.db"
 
@@ -115,11 +117,14 @@ class Server:
         raise RuntimeError(f"the MLflow server does not respond, see {self._folder / 'server.log'}")
 
     def stop(self) -> None:
-        """SIGKILL it and its workers."""
+        """SIGKILL it and its workers, and remove what MLflow's server keeps in /dev/shm: a folder of its own jobs."""
         if self._process is not None:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
             self._process = None
+        for folder in Path("/dev/shm").glob("tmp*"):
+            if folder.is_dir() and folder.stat().st_mtime >= self._created:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _wait_for_step(r: Round, start: Start, step: int) -> None:
