@@ -28,7 +28,10 @@ else:
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "dependencies.json"
 RESOLUTIONS = {"lowest": "lowest-direct", "newest": "highest"}
-DEFAULT_PYTHON = {"lowest": "3.10", "newest": "3.12"}  # the ends of requires-python
+DEFAULT_PYTHON = {
+    "lowest": "3.10",
+    "newest": "3.12",
+}  # the ends of requires-python; uv finds or installs them
 
 _VERSIONS = """
 import json, platform, sys
@@ -60,6 +63,10 @@ def install(end: str, python: str, venv: Path) -> None:
     extras = ",".join(project["optional-dependencies"])
     resolution = ["--resolution", RESOLUTIONS[end]]
     subprocess.run([*command, *resolution, "--editable", f".[{extras}]"], cwd=ROOT, check=True)
+    if not Path("/dev/nvidiactl").exists():
+        # A build of torch with CUDA brings triton, and DeepSpeed 0.19.3 cannot be imported with triton but without a
+        # GPU. The CPU build, which such a machine would have, does not bring it.
+        subprocess.run([uv, "pip", "uninstall", "--python", command[-1], "triton"], check=False)
 
 
 def run_tests(venv: Path, arguments: list[str]) -> dict[str, object]:

@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """In the processes of xdist, order the files by their number of slow tests, the most first.
+
+    With --dist=loadfile a long file that starts last keeps one process busy while the other has nothing left to do.
+    """
+    if hasattr(config, "workerinput"):
+        slow = Counter(
+            item.path for item in items if {"slow", "root"} & {m.name for m in item.iter_markers()}
+        )
+        items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture(scope="session")
