@@ -127,9 +127,9 @@ def test_numbers_that_json_does_not_have_and_repeated_keys_are_refused():
 def test_splits_of_a_large_manifest_are_found_in_linear_time():
     shards = tuple(ShardInfo(f"{i}.tar", f"s{i}", 10, 1, "0" * 64) for i in range(20_000))
     manifest = replace(MANIFEST, shards=shards)
-    started = time.perf_counter()
+    started = time.process_time()
     assert manifest.shards_of(manifest.splits) == shards
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
     with pytest.raises(ManifestError, match=r"no split 'x' in shards; there are: s0, .*, s29, …$"):
         manifest.shards_of(["x"])
 
