@@ -7,7 +7,7 @@
 #   MAESTRO_IMAGE  container for the tasks: FILE.sif runs under Apptainer, anything else is passed to srun as Pyxis'
 #                  --container-image; MAESTRO_MOUNTS lists additional mounts (a:b,c:d)
 #   MAESTRO_IFNAME network interface of the nodes   default: on each node, the one that routes to the other nodes
-#   MAESTRO_PORT   rendezvous port                  default: derived from the job id
+#   MAESTRO_PORT   rendezvous port                  default: a free port of the first node, derived from the job id
 #   MAESTRO_CACHE  node-local shard cache           default: created for this job under MAESTRO_LOCAL ($SLURM_TMPDIR,
 #                  $TMPDIR or /tmp), and removed when the job ends
 #   MAESTRO_CPU_BIND  srun's --cpu-bind on GPU nodes   default: none, as each rank binds itself to the CPUs next to its GPU
@@ -98,6 +98,13 @@ prepare() {
   enter_image
   run_python -c 'import maestro_scale' 2>/dev/null ||
     die 2 "$PYTHON cannot import maestro_scale: set MAESTRO_ENV to a venv or conda environment where it was installed (or set MAESTRO_IMAGE)"
+}
+
+# Export MASTER_PORT. This script runs on the node of rank 0. After `prepare`.
+rendezvous_port() {
+  MASTER_PORT=${MAESTRO_PORT:-$(run_python -m maestro_scale.cluster.port "$SLURM_JOB_ID")} ||
+    die 2 "no free port on $(uname -n): set MAESTRO_PORT"
+  export MASTER_PORT
 }
 
 need_slurm() {

@@ -84,7 +84,8 @@ PER_NODE=${SLURM_GPUS_ON_NODE:-${SLURM_NTASKS_PER_NODE:-1}}
 PER_NODE=${PER_NODE%%(*}
 CPUS=$((${SLURM_CPUS_ON_NODE:-1} / PER_NODE)) # srun gives a task one CPU unless told otherwise
 [ "$CPUS" -ge 1 ] || die 2 "$PER_NODE tasks on ${SLURM_CPUS_ON_NODE:-1} CPUs: ask for fewer, or for more CPUs"
-export MASTER_ADDR=127.0.0.1 MASTER_PORT=${MAESTRO_PORT:-$((10000 + SLURM_JOB_ID % 20000))} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+rendezvous_port
+export MASTER_ADDR=127.0.0.1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 BIND=() # see pretrain_multinode.sh
 [ -z "${SLURM_GPUS_ON_NODE:-}" ] || BIND=(--cpu-bind="${MAESTRO_CPU_BIND:-none}")
 NAME=$(basename "$recipe" .yaml)

@@ -91,7 +91,8 @@ PER_NODE=${SLURM_GPUS_ON_NODE:-${SLURM_NTASKS_PER_NODE:-1}}
 PER_NODE=${PER_NODE%%(*}
 CPUS=$((${SLURM_CPUS_ON_NODE:-1} / PER_NODE))
 [ "$CPUS" -ge 1 ] || die 2 "$PER_NODE tasks per node on ${SLURM_CPUS_ON_NODE:-1} CPUs: ask for fewer, or for more CPUs"
-export MAESTRO_NODES="${NODES[*]}" MASTER_ADDR=${NODES[0]} MASTER_PORT=${MAESTRO_PORT:-$((10000 + SLURM_JOB_ID % 20000))}
+export MAESTRO_NODES="${NODES[*]}" MASTER_ADDR=${NODES[0]}
+rendezvous_port
 export MAESTRO_GPUS_PER_NODE=${SLURM_GPUS_ON_NODE:-0} OMP_NUM_THREADS=${OMP_NUM_THREADS:-$CPUS}
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN} # its errors name a cause
 # With GPUs each rank restricts itself to the CPUs next to its GPU, which only works if it may use all of the job's.

@@ -57,14 +57,15 @@ def consecutive_failures(attempts: list[Attempt], job: str, step: int) -> int:
 
 
 def find_errors(logs: Path, max_lines: int = 6) -> list[str]:
-    """Lines of the ranks' logs that explain the exit, as "LOG: LINE"; lines that begin with "error" come first."""
+    """Lines of the ranks' logs that explain the exit, as "LOG: LINE"; lines that begin with "error" come first, and
+    those of ranks that only lost another rank last."""
     first_log: dict[str, str] = {}  # all ranks often fail with the same line: keep the first
     for log in sorted(logs.glob("rank-*.log")):
         for line in log.read_text(errors="replace").splitlines():
             line = line.strip()
             if _ERROR_LINE.search(line):
                 first_log.setdefault(line[:400], log.name)
-    lines = sorted(first_log, key=lambda line: not line.startswith("error"))
+    lines = sorted(first_log, key=lambda line: (": lost " in line, not line.startswith("error")))
     return [f"{first_log[line]}: {line}" for line in lines[:max_lines]]
 
 

@@ -147,6 +147,10 @@ class Watchdog:
         fitting a classifier, or waits for a rank that does."""
         self.note(self._noted[0], doing, extra_s=float("inf"))
 
+    def write_stacks_to(self, run_dir: Path) -> None:
+        """From now on, stack traces of a hang go to ``hang/`` in ``run_dir``."""
+        self._dir = run_dir / "hang"
+
     @property
     def _paused(self) -> bool:
         return self._since == float("inf")
@@ -254,12 +258,14 @@ class Watchdog:
         except OSError:
             faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
         step, doing = self._noted
+        found = self._diagnose()
         print(
             f"error: rank {self._world.rank} made no progress for {self._timeout_s:g} s at step {step}, {doing}: "
-            f"{self._diagnose()}. Stack traces are in {self._dir}; the same command resumes from the last checkpoint",
+            f"{found}. Stack traces are in {self._dir}; the same command resumes from the last checkpoint",
             file=sys.stderr,
             flush=True,
         )
+        self._tell_others(LostRankError(f"the job makes no progress: {found}", EXIT_HANG))
         # No clean exit is possible: collectives do not return, and destructors wait for them.
         os._exit(EXIT_HANG)
 
@@ -269,16 +275,21 @@ class Watchdog:
         where = f" (rank {rank} on {host})" if rank else ""
         print(f"error{where}: {lost}; the same command resumes", file=sys.stderr, flush=True)
         sys.stdout.flush()
-
-        def tell_others() -> None:
-            # The same text: all survivors name the rank that was lost first, not those that end because of it.
-            self._job.report(Failure(rank, host, "lost", str(lost), lost.exit_code))
-            self._job.leave(LINGER_S if self._job.hosts else 0.0, self._num_silent)
-
-        within(LINGER_S + 2, tell_others)
+        self._tell_others(lost)
         within(_GRACE_S, lambda: multiprocessing.util._run_finalizers(0))  # type: ignore[attr-defined]  # private
         # Not sys.exit: destructors would wait for collectives that never end.
         os._exit(lost.exit_code)
+
+    def _tell_others(self, lost: LostRankError) -> None:
+        """Report that this rank ends because of ``lost``; rank 0 keeps the store until the others have read it."""
+        # The same text: all survivors name the rank that was lost first, not those that end because of it.
+        failure = Failure(self._world.rank, socket.gethostname(), "lost", str(lost), lost.exit_code)
+
+        def request() -> None:
+            self._job.report(failure)
+            self._job.leave(LINGER_S if self._job.hosts else 0.0, self._num_silent)
+
+        within(LINGER_S + 2, request)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from maestro_scale.cluster import checks, doctor
-from maestro_scale.cluster.attempts import FINISHED, GAVE_UP, REQUEUE, Attempt, decide
+from maestro_scale.cluster.attempts import FINISHED, GAVE_UP, REQUEUE, Attempt, decide, find_errors
 from maestro_scale.cluster.doctor import Finding, print_findings, run_checks
 from maestro_scale.cluster.health import NodeReport
 from maestro_scale.cluster.launch import task_environment
@@ -184,3 +184,15 @@ def test_following_a_run_without_permanent_checkpoints_is_refused(tmp_path):
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
     assert "checkpoint.keep_every" in done.stderr
+
+
+def test_the_rank_that_knows_the_cause_is_reported_before_those_that_lost_it(tmp_path):
+    for rank in range(8):
+        (tmp_path / f"rank-{rank:04d}.log").write_text(
+            "Traceback\n"
+            f"error (rank {rank} on a): lost rank 8 on b, which ended with its own error message (exit code 2)\n"
+        )
+    (tmp_path / "rank-0008.log").write_text("error (rank 8 on b): shards/a.tar: damaged\n")
+    lines = find_errors(tmp_path)
+    assert lines[0] == "rank-0008.log: error (rank 8 on b): shards/a.tar: damaged"
+    assert len(lines) == 6

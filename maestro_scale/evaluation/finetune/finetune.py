@@ -69,6 +69,7 @@ def finetune(
             nullcontext(watchdog) if watchdog else monitored(world, recipe.train.hang_timeout_s, run_dir)
         )
         with guarded as watching:
+            watching.write_stacks_to(run_dir)
             watching.pause()  # finding a fraction of the labels may read every shard
             run = Finetuning(encoder, benchmark, mode, checkpoint, recipe, world)
             maps = TileMapWriter(maps_dir, run.splits["test"], run.target_loss.task) if maps_dir else None
