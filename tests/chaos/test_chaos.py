@@ -6,6 +6,7 @@ import http.client
 import json
 import random
 import shutil
+import sqlite3
 import tempfile
 import threading
 from collections import Counter
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from maestro_scale.tracking.metric_names import metric_names
 from tests.chaos import proxy
 from tests.chaos.command import run_round
 from tests.chaos.compare import check_error, check_killed, check_success, compare_files, compare_runs
@@ -26,6 +28,7 @@ from tests.chaos.processes import Start, tagged, wait_until_gone
 from tests.chaos.report import BEGIN, END, Invocation, replace_between_markers, tables, write_page
 from tests.chaos.round import Round
 from tests.chaos.rounds.shards import compare_published
+from tests.chaos.rounds.tracking import compare_store
 from tests.chaos.site import Site
 
 BODY = bytes(range(256)) * 40
@@ -356,3 +359,28 @@ def test_a_round_of_embeddings(monkeypatch, synthetic_shards):
         outcome = run_round(Site(Path(folder) / "site", 100), "embed", 0, 1, keep=False)
     assert outcome.findings == []
     assert outcome.starts >= 2
+
+
+def test_lost_doubled_and_changed_metrics_of_mlflow_are_found(tmp_path):
+    (tmp_path / "tracking.json").write_text('{"run_id": "r"}')
+    lines = [{"step": s, "loss": 1 / s, "grad_norm": 0.5} for s in (1, 2)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    rows = [
+        (name, line["step"], value, "r")
+        for line in lines
+        for name, value in metric_names(line, mixture=False).items()
+    ]
+    assert len(rows) >= 4
+
+    def found(stored) -> int:
+        path = tmp_path / "mlflow.db"
+        path.unlink(missing_ok=True)
+        with sqlite3.connect(path) as store:
+            store.execute("CREATE TABLE metrics (key, step, value, run_uuid)")
+            store.executemany("INSERT INTO metrics VALUES (?, ?, ?, ?)", stored)
+        return kinds(compare_store(path, tmp_path))[WRONG]
+
+    assert found(rows) == 0
+    assert found(rows[1:]) == 1
+    assert found([*rows, rows[0]]) == 1
+    assert found([(*rows[0][:2], rows[0][2] + 0.1, "r"), *rows[1:]]) == 1
