@@ -35,6 +35,7 @@ class CounterRNG:
     def __init__(self, seed: int, purpose: Purpose, dataset: int = 0) -> None:
         self._key = np.array([seed % _WORD, (purpose << 32) + dataset], np.uint64)
         self._philox = np.random.Philox(key=self._key)
+        self._start = self._philox.state  # of a new generator: an empty buffer
 
     def seek(self, first: int, second: int = 0, third: int = 0) -> CounterRNG:
         """Move to the start of the stream named by three numbers in [0, 2**64); returns self.
@@ -42,14 +43,8 @@ class CounterRNG:
         The lowest word of the counter starts at 0 and counts the blocks of four words within the stream, so streams do
         not overlap. Buffer and position are reset: words left from an earlier stream must not be used.
         """
-        self._philox.state = {
-            "bit_generator": "Philox",
-            "state": {"counter": np.array([0, third, second, first], np.uint64), "key": self._key},
-            "buffer": np.zeros(4, np.uint64),
-            "buffer_pos": 4,
-            "has_uint32": 0,
-            "uinteger": 0,
-        }
+        self._start["state"]["counter"] = np.array([0, third, second, first], np.uint64)
+        self._philox.state = self._start
         return self
 
     def words(self, count: int) -> np.ndarray:
