@@ -135,3 +135,25 @@ def test_publishing_moves_a_folder_of_that_name_aside(tmp_path):
         assert not staging.exists()
         assert aside.exists() == (content == "2")
     assert (aside / "x").read_text() == "1"
+
+
+def test_the_state_of_the_loss_guard_may_be_nan(tmp_path):
+    commit.commit(tmp_path, {"mean_loss": float("nan")}, {})
+    assert commit.read(tmp_path)["mean_loss"] != commit.read(tmp_path)["mean_loss"]
+
+
+@pytest.mark.parametrize(
+    "listed", [{"bytes": "3", "sha256": "0"}, {"bytes": 3, "sha256": 0}, {"bytes": 3}, 5]
+)
+def test_an_entry_of_a_file_has_its_size_and_hash(tmp_path, listed):
+    with pytest.raises(ValueError, match="COMMIT"):
+        commit.read(write_marker(tmp_path / "a", {"files": {"x": listed}}))
+
+
+def test_shares_follow_the_order_of_names(tmp_path):
+    (tmp_path / "a").write_bytes(b"1")
+    (tmp_path / "b").write_bytes(b"1")
+    commit.commit(tmp_path, {}, {name: commit.entry(tmp_path / name) for name in "ba"})
+    (tmp_path / "a").write_bytes(b"2")
+    assert commit.problem(tmp_path, hashes=True, share=(1, 2)) is None
+    assert commit.problem(tmp_path, hashes=True, share=(0, 2)) is not None
