@@ -12,13 +12,15 @@ import pytest
 from testkit.runs import REPO
 
 CASES = Path(os.environ.get("MAESTRO_CASES_DIR", REPO.parent / "shared" / "cases"))
-# The scripts were written for an older revision: module names of then, and of now.
+# The scripts were written for an older revision: names of then, and of now.
 RENAMED = {
     "maestro_scale.shards.manifest": "maestro_scale.shards.format.manifest",
     "maestro_scale.shards.peek import first_sample": "maestro_scale.shards.read.preview import "
     "read_first_sample as first_sample",
     "maestro_scale.shards.verify": "maestro_scale.shards.read.verify",
     "maestro_scale.shards.writer": "maestro_scale.shards.write.writer",
+    "quiet_mlflow": "configure_mlflow",
+    "RunCard": "RunMetadata",
 }
 
 pytestmark = [

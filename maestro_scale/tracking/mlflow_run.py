@@ -70,9 +70,6 @@ class RunMetadata:
     history: Callable[[], Iterable[tuple[int, MetricValues]]] = field(default=tuple)
 
 
-RunCard = RunMetadata  # its name in earlier revisions, which scripts import
-
-
 @dataclass(frozen=True)
 class StepMetrics:
     """The metrics of one step, measured at ``time_ms`` (Unix time); None values are not sent."""

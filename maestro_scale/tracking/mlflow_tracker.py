@@ -52,9 +52,6 @@ def configure_mlflow() -> None:
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
 
 
-quiet_mlflow = configure_mlflow  # its name in earlier revisions, which scripts import
-
-
 def error_summary(error: Exception) -> str:
     """Type and first line of the message of an error, without secrets. The message may be empty."""
     return scrub(f"{type(error).__name__}: {error}".splitlines()[0])
