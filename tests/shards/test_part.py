@@ -136,3 +136,24 @@ def test_parts_of_one_folder_have_equal_settings(tmp_path, whole):
 def test_an_invalid_part_is_refused(text):
     with pytest.raises(WriteError, match="is not i/n"):
         WriterPart.parse(text)
+
+
+def test_a_strict_writer_accepts_no_shard_without_its_tiles(tmp_path):
+    broken = Toy(12, tuple(toy_keys(12)[3:4]))
+    options = {"split": "train", "shard_mb": SMALL}
+    part = tmp_path / "part"
+    write_shards(broken, str(part), strict=False, part=WriterPart(1, 2), **options)
+    write_shards(broken, str(part), strict=False, part=WriterPart(2, 2), **options)
+    published = write_shards(Toy(12), str(part), strict=False, **options)
+    with pytest.raises(WriteError, match=r"without 1 tiles that could not be read \(first: 'Betula_spec.*truncated"):
+        write_shards(Toy(12), str(part), strict=True, **options)
+    assert Manifest.load(str(part)) == published and verify(str(part)) == []
+
+    (part / "manifest.json").unlink()  # as if killed before the publication
+    (part / "manifest.sha256").unlink()
+    lacking = next(n for n in range(len(published.shards)) if published.shards[n].samples == 3)
+    with pytest.raises(WriteError, match="without 1 tiles"):  # of another part, which may still run
+        write_shards(Toy(12), str(part), strict=True, part=WriterPart(2 - lacking % 2, 2), **options)
+    manifest = write_shards(Toy(12), str(part), strict=True, **options)
+    assert manifest is not None and sum(s.samples for s in manifest.shards) == 12
+    assert verify(str(part)) == []

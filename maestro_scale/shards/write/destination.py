@@ -26,6 +26,7 @@ from types import TracebackType
 from typing import NoReturn
 
 from maestro_scale.datasets.spec import DatasetSpec
+from maestro_scale.errors import shorten
 from maestro_scale.shards.errors import ManifestError, ShardsError, WriteError, one_line
 from maestro_scale.shards.format.checksum import (
     CHECKSUM,
@@ -121,12 +122,13 @@ class Destination:
         self._lock.declare(digest)
         return WritePlan(self._spec, self.split, len(bounds), digest)
 
-    def finished_shards(self, plan: WritePlan) -> dict[int, WrittenShard]:
-        """The finished shards of ``plan``, by number.
+    def finished_shards(self, plan: WritePlan, strict: bool = False) -> dict[int, WrittenShard]:
+        """The finished shards of ``plan``, by number; if ``strict``, only those from which no tile was left out.
 
         In a folder, whose names do not depend on the content, it removes unpublished shards of other plans among those
-        that this writer writes. WriteError if the split is already published with other content, or if a shard was
-        finished twice with different content.
+        that this writer writes. WriteError if the split is already published with other content, if a shard was
+        finished twice with different content, or if ``strict`` and a shard that this writer may not write again lacks
+        tiles.
         """
         published = self._published(self._existing)
         finished: dict[int, list[WrittenShard]] = {}
@@ -137,6 +139,10 @@ class Destination:
                     self._refuse_other_content()
                 if isinstance(self.storage, LocalStorage) and self._part.includes(number):
                     self._remove_shard(name)
+            elif strict and index.left_out:
+                # Of an earlier call that was not strict: the tile may be readable now, else its error is raised.
+                if published or not self._part.includes(number):
+                    self._refuse_left_out(name, index)
             elif not index.keys or self.storage.size(name) == index.bytes:
                 finished.setdefault(number, []).append(WrittenShard(name, index))
         if published and not finished:
@@ -291,6 +297,13 @@ class Destination:
         raise WriteError(
             f"{self.storage.address()}: already contains split {self.split!r}, with other tiles or settings; "
             "choose another folder, or delete it"
+        )
+
+    def _refuse_left_out(self, name: str, index: ShardIndex) -> NoReturn:
+        key, cause = min(index.left_out.items())
+        raise WriteError(
+            f"{self.storage.address(name)}: was written without {len(index.left_out)} tiles that could not be read "
+            f"(first: {shorten(key)}: {cause}); write the split into another folder, or omit --strict"
         )
 
     def _published(self, manifest: Manifest | None) -> set[str]:

@@ -56,7 +56,8 @@ def write_shards(
     Shards that an earlier, interrupted call finished are kept. The manifest is published last; if one exists, the split
     is added to it. ``progress(samples done, total samples, bytes written)`` is called repeatedly. With
     ``strict=False``, tiles that cannot be read are left out, counted by kind in the manifest's notes, with the first
-    example of each, and listed with their causes in the index.
+    example of each, and listed with their causes in the index. A strict call does not accept shards that an earlier one
+    wrote without such tiles: it writes them again, or fails if they are published or belong to another part.
 
     ``part``: write only these shards, as one of several jobs with the same arguments, on any machines. The job that
     finds all shards finished publishes the manifest, which is the same as that of a single call; the others return
@@ -75,7 +76,7 @@ def write_shards(
         mean_bytes = _mean_bytes(_encode_each(dataset, order, codec, strict), split)
         bounds = shard_bounds(len(order), mean_bytes, shard_mb * 1_000_000)
         plan = destination.make_plan(order, bounds)
-        finished = destination.finished_shards(plan)
+        finished = destination.finished_shards(plan, strict)
         sizes = {i: stop - start for i, (start, stop) in enumerate(bounds) if part.includes(i)}
         missing = [i for i in sizes if i not in finished]
         tracker = ProgressCounter(
@@ -87,7 +88,7 @@ def write_shards(
             finished[missing[position]] = index
         if part.count > 1:
             # List again: other parts may have finished shards in the meantime.
-            finished = destination.finished_shards(plan)
+            finished = destination.finished_shards(plan, strict)
         return destination.publish(plan, finished) if len(finished) == len(bounds) else None
 
 
