@@ -25,7 +25,7 @@ BATCH_SIZE = 32
 class Provenance:
     """Where an encoder comes from; stored in every result. ``step``: 0 for an untrained one.
 
-    ``encoder``: its name; ``trained_on``: datasets it was pretrained on.
+    ``encoder``: its name; ``trained_on``: datasets it was pretrained on; ``weights``: as in ``EvalResult``.
     """
 
     step: int | None = None
@@ -33,6 +33,7 @@ class Provenance:
     recipe: Mapping[str, Any] | None = None
     encoder: str = ""
     trained_on: tuple[str, ...] = ()
+    weights: str = ""
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,7 @@ def build_result(
         splits=benchmark.splits_by_role(manifest),
         datasets={manifest.spec.name: manifest.digest},
         encoder=provenance.encoder,
+        weights=provenance.weights,
         trained_on=provenance.trained_on,
         checkpoint_step=provenance.step,
         recipe=provenance.recipe,

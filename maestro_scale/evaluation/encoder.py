@@ -7,6 +7,7 @@ from pathlib import Path
 
 from maestro_scale.evaluation.features.adapt import adapt_encoder
 from maestro_scale.evaluation.features.baselines import FrozenEncoder, build_baseline
+from maestro_scale.evaluation.features.cache import weights_digest
 from maestro_scale.evaluation.features.load_encoder import load_encoder
 from maestro_scale.evaluation.finetune.predictor import TRAINABLE
 from maestro_scale.evaluation.results import ORACLE, EvaluationError
@@ -23,8 +24,8 @@ class Encoder:
     """An encoder with what results record of it.
 
     ``name``: as in results; ``path``: of the checkpoint, None for a baseline; ``step``: optimizer steps it was trained
-    for; ``trained_on``: datasets; ``spec``: of the benchmark, resolved, and ``manifest`` its manifest; ``per_fold``:
-    another checkpoint for each fold.
+    for; ``trained_on``: datasets; ``weights``: as in ``EvalResult``; ``spec``: of the benchmark, resolved, and
+    ``manifest`` its manifest; ``per_fold``: another checkpoint for each fold.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Encoder:
         self.path: Path | None = None
         self.step: int | None = 0
         self.trained_on: tuple[str, ...] = ()
+        self.weights = ""
         self._model: FrozenEncoder | None = None
         if baseline == ORACLE:
             return  # the oracle reads pixels: it has no encoder
@@ -57,6 +59,8 @@ class Encoder:
         self.path = self._path(fold)
         model, self.step = load_encoder(self.path)
         self._model = model
+        if not self.per_fold:  # else the runs of one mean would differ
+            self.weights = weights_digest(model)
         if self.step != 0:
             self.trained_on = tuple(v.dataset for v in model.config.views)
 

@@ -76,6 +76,9 @@ class EvalResult:
     """Name in the shards of the target that was predicted."""
     encoder: str = ""
     """What was evaluated, as named on the command line: a run, a checkpoint, an exported model or a baseline."""
+    weights: str = ""
+    """SHA-256 of the checkpoint's model configuration and weights; empty for a baseline, for a checkpoint per fold, and
+    in files of earlier revisions."""
     trained_on: tuple[str, ...] = ()
     """Datasets the encoder was pretrained on; empty if it was not."""
     fraction: float = 1.0

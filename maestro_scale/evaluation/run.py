@@ -254,7 +254,7 @@ class _Evaluation:
             encoder,
             recipe,
             self._benchmark(encoder, recipe, run),
-            Provenance(encoder.step, recipe.seed, plain, encoder.name, encoder.trained_on),
+            Provenance(encoder.step, recipe.seed, plain, encoder.name, encoder.trained_on, encoder.weights),
             run.subdir,
         )
         if ORACLE in self.modes:
@@ -303,7 +303,7 @@ class _Evaluation:
         model, notes = inputs.encoder.for_benchmark(trains=True)
         provenance = inputs.provenance
         if mode == "scratch":  # what the encoder was trained on plays no part
-            provenance = dataclasses.replace(provenance, step=0, trained_on=())
+            provenance = dataclasses.replace(provenance, step=0, trained_on=(), weights="")
         else:
             self.print_lines(notes)
         assert self.world is not None  # joined where a mode trains

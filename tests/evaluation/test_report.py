@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from maestro_scale.escaping import printable
+from maestro_scale.evaluation.report import charts
 from maestro_scale.evaluation.report.charts import class_bars
 from maestro_scale.evaluation.report.groups import find_results
 from maestro_scale.evaluation.report.report import write_report
@@ -160,7 +161,7 @@ def test_hostile_names_are_only_text(tmp_path):
     assert not set(page.read_text() + markdown.read_text()) & set("\x1b\x07\x00\r\u202e\u2028")
     rows = [line for line in markdown.read_text().splitlines() if line.startswith("| ")]
     cells = {len(re.findall(r"(?<!\\)\|", row)) for row in rows[-len(names) :]}
-    assert cells == {12}  # 11 columns
+    assert cells == {13}  # 12 columns
     assert "<script" not in re.sub(r"\\<", "", markdown.read_text())
 
 
@@ -238,12 +239,17 @@ def listed(*results: EvalResult, tmp_path: Path) -> list[str]:
         {"mode": "finetune", "recipe": {"train": {"steps": 7}}},
         {"splits": {"test": ("other",)}},
         {"mode": "scratch", "encoder": "image:vit"},
+        {"datasets": {"treesatai_ts": "b" * 64}},  # other tiles under the same name
+        {"weights": "c" * 64},  # another model at the same path
+        {"mode": "finetune", "recipe": {"data": {"flips": False}}},
         {"value": 0.5},  # of the same seed: another run of it, whatever the reason
     ],
 )
 def test_results_that_differ_in_more_than_seed_and_fold_are_not_averaged(tmp_path, change):
     one = dataclasses.replace(LABELLED, **{k: v for k, v in change.items() if k == "mode"})
-    rows = listed(one, dataclasses.replace(one, **change), tmp_path=tmp_path)
+    one = dataclasses.replace(one, datasets={"treesatai_ts": "a" * 64})
+    other = {"value": 0.6, "seeds": (1,), **change} if "value" not in change else change
+    rows = listed(one, dataclasses.replace(one, **other), tmp_path=tmp_path)
     assert len(rows) == 2
     assert not any("±" in row for row in rows)
 
@@ -283,6 +289,31 @@ def test_an_oracle_of_other_tiles_is_not_shown(tmp_path):
     )
     (row,) = listed(score, oracle, tmp_path=tmp_path)
     assert "oracle" not in row
+    score, oracle = (
+        dataclasses.replace(r, splits={}, datasets={"pastis_hd": digest * 64})
+        for r, digest in ((score, "a"), (oracle, "b"))
+    )
+    (row,) = listed(score, oracle, tmp_path=tmp_path)
+    assert "oracle" not in row
+
+
+def test_a_curve_over_labels_is_of_one_encoder_and_dataset(tmp_path, monkeypatch):
+    curves = []
+    monkeypatch.setattr(charts, "label_curves", lambda found, metric: curves.extend(found) or b"png")
+    points = [
+        ("a/model", "d", 1.0, 0.7),
+        ("a/model", "d", 0.1, 0.4),
+        ("b/model", "d", 0.1, 0.9),
+        ("a/model", "e", 0.5, 0.8),
+    ]
+    listed(
+        *(
+            dataclasses.replace(LABELLED, encoder=e, datasets={"treesatai_ts": d}, fraction=f, value=v)
+            for e, d, f, v in points
+        ),
+        tmp_path=tmp_path,
+    )
+    assert [curve.values for curve in curves] == [[0.4, 0.7]]
 
 
 def test_an_unwritable_report_is_named(results, tmp_path):

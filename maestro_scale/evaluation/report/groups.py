@@ -172,7 +172,21 @@ def _group_key(r: EvalResult) -> tuple:
     """Everything but seed, fold and score. Splits of a cross-validation differ by fold, so they are left out there."""
     splits = None if r.folds else json.dumps(r.splits, sort_keys=True)
     question = (r.benchmark, r.metric, r.target, r.fraction, bool(r.folds), splits)
-    return (*question, r.encoder, r.trained_on, r.checkpoint_step, r.mode, _training_key(r))
+    return (
+        *question,
+        data_key(r),
+        r.encoder,
+        r.weights,
+        r.trained_on,
+        r.checkpoint_step,
+        r.mode,
+        _training_key(r),
+    )
+
+
+def data_key(r: EvalResult) -> str:
+    """SHA-256 of the manifest of the benchmark's shards: datasets of one name may have different tiles."""
+    return r.datasets.get(r.benchmark, "")
 
 
 def _training_key(r: EvalResult) -> str:
@@ -190,6 +204,7 @@ def _training_key(r: EvalResult) -> str:
             recipe.get("optim"),
             {k: train.get(k) for k in _TRAINING_KEYS},
             evaluation,
+            _section(recipe.get("data")).get("flips"),
         ]
     return json.dumps(parts, sort_keys=True, default=str)
 

@@ -18,7 +18,7 @@ from maestro_scale import untrusted
 from maestro_scale.escaping import link_target, markdown_text, printable_lines
 from maestro_scale.evaluation.probes.dense import IGNORED
 from maestro_scale.evaluation.report import charts
-from maestro_scale.evaluation.report.groups import ResultFile, ResultGroup, group_results
+from maestro_scale.evaluation.report.groups import ResultFile, ResultGroup, data_key, group_results
 from maestro_scale.evaluation.report.published import (
     COLUMNS,
     CROSS,
@@ -28,7 +28,7 @@ from maestro_scale.evaluation.report.published import (
     INTRA_REFERENCE,
     PublishedRow,
 )
-from maestro_scale.evaluation.results import MAPS, EvaluationError
+from maestro_scale.evaluation.results import MAPS, EvalResult, EvaluationError
 from maestro_scale.training.run_dir import write_atomically
 
 _METRIC = {"wf1": "wF1", "miou": "mIoU"}
@@ -79,6 +79,7 @@ def write_report(results: Sequence[ResultFile], out: Path) -> tuple[Path, Path]:
         "tables": _tables(groups),
         "oracle": lambda group: _oracle_score(group, groups),
         "curves": _curves(groups),
+        "data": data_key,
         "benchmarks": _benchmarks(groups),
         "metric": _METRIC,
         "where": lambda path: _relative(path, out),
@@ -139,7 +140,9 @@ def _oracle_score(group: ResultGroup, groups: Sequence[ResultGroup]) -> str:
         return ""
     for other in groups:
         test_splits = {other.first.splits.get("test"), group.first.splits.get("test")} - {None}
-        if other.is_oracle and _benchmark_key(other) == _benchmark_key(group) and len(test_splits) < 2:
+        same_data = len({data_key(other.first), data_key(group.first)} - {""}) < 2
+        same_tiles = same_data and len(test_splits) < 2
+        if other.is_oracle and _benchmark_key(other) == _benchmark_key(group) and same_tiles:
             return f"{100 * other.value:.1f}"
     return ""
 
@@ -204,18 +207,24 @@ def _curves(groups: Sequence[ResultGroup]) -> dict[str, str]:
     """{benchmark: chart as a data URL} where an encoder was scored on more than one fraction of the labels."""
     charts_by_benchmark = {}
     for benchmark, members in _by_benchmark(groups).items():
-        by_name: dict[str, list[ResultGroup]] = defaultdict(list)
+        by_encoder: dict[tuple[object, ...], list[ResultGroup]] = defaultdict(list)
         for group in members:
-            by_name[group.name].append(group)
+            by_encoder[_curve_key(group.first)].append(group)
         curves = [
-            _curve(name, sorted(of_name, key=lambda g: g.first.fraction))
-            for name, of_name in by_name.items()
-            if len({g.first.fraction for g in of_name}) > 1
+            _curve(of_encoder[0].name, sorted(of_encoder, key=lambda g: g.first.fraction))
+            for of_encoder in by_encoder.values()
+            if len({g.first.fraction for g in of_encoder}) > 1
         ]
         if curves:
             chart = charts.label_curves(curves, _METRIC[members[0].first.metric])
             charts_by_benchmark[benchmark] = _data_url(chart)
     return charts_by_benchmark
+
+
+def _curve_key(first: EvalResult) -> tuple[object, ...]:
+    """What results on several fractions of the labels have in common."""
+    weights = (first.encoder, first.weights, first.trained_on, first.checkpoint_step)
+    return (*weights, first.mode, data_key(first), first.splits.get("test"))
 
 
 def _curve(name: str, groups: Sequence[ResultGroup]) -> charts.Curve:
