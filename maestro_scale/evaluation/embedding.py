@@ -2,7 +2,8 @@
 
 A file is renamed into place once it is complete, so the same command run again writes only what is missing. Ranks take
 every n-th shard and need no communication. ``_embedding.json`` records what the files contain: embeddings of another
-model are refused in the same folder.
+model are refused in the same folder. Each file names its shard and a digest of that record, since files can be copied
+from another folder; one that does not match is written again.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import os
 import shutil
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +27,7 @@ import torch
 from torch import Tensor
 
 from maestro_scale import untrusted
+from maestro_scale.datasets.raster_file import new_raster
 from maestro_scale.datasets.spec import GeoOrigin
 from maestro_scale.escaping import file_name, ignores_case, printable
 from maestro_scale.evaluation.features.adapt import encoder_spec
@@ -47,6 +50,8 @@ INDEX_FILE = "index.jsonl"
 _SHARD_KEY = (
     "maestro_scale.shard_sha256"  # in the metadata of a Parquet file, or a file in a folder of images
 )
+
+_RECORD_KEY = "maestro_scale.embedding_sha256"  # likewise
 
 What = Literal["vector", "tokens"]
 Format = Literal["parquet", "tiff"]
@@ -103,23 +108,26 @@ class EmbeddingWriter:
         BadShard, StoreError.
         """
         share = self.manifest.shards_of([split])[rank::world]
-        self._check_folder(out)
-        todo = [shard for shard in share if not self._is_written(self._path(out, shard), shard)]
+        record = self._record()
+        digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+        # Files of earlier revisions name no record: then the one of the folder says what they contain.
+        accepted = {digest, None} if _check_folder(out, record) else {digest}
+        todo = [shard for shard in share if not self._is_written(self._path(out, shard), shard, accepted)]
         if not todo:
             return 0
         source = self._source(todo)
         grid = CropGrid(source.spec)
         done, total = 0, sum(s.samples for s in todo) * grid.num_crops
         for shard, rows in self._by_shard(source):
-            self._save(self._path(out, shard), shard, rows, grid)
+            self._save(self._path(out, shard), shard, rows, grid, digest)
             done += len(rows.keys)
             if progress:
                 progress(done, total, sum(a.nbytes for a in rows.arrays.values()))
         return done
 
-    def _check_folder(self, out: Path) -> None:
-        """Record what the folder contains; every rank writes the same. EvaluationError if it holds something else."""
-        metadata = {
+    def _record(self) -> dict[str, str]:
+        """What the files contain."""
+        return {
             "dataset": self.manifest.spec.name,
             "what": self.what,
             "format": self.format,
@@ -127,34 +135,26 @@ class EmbeddingWriter:
             "precision": eval_precision(self._device, self.precision),
             "spec": hashlib.sha256(repr(self.manifest.spec).encode()).hexdigest(),
         }
-        path = out / METADATA_FILE
-        try:
-            existing = untrusted.read_record(path)
-        except (OSError, ValueError):
-            existing = None
-        if existing:
-            existing.setdefault("precision", "fp32")  # of folders from before it was recorded
-            differences = [
-                f"{k} {existing.get(k)}, now {v}" for k, v in metadata.items() if existing.get(k) != v
-            ]
-            if differences:
-                raise EvaluationError(
-                    f"{out} holds embeddings of something else ({'; '.join(differences)}): use another folder"
-                )
-        else:
-            write_atomically(path, json.dumps(metadata, indent=1))
 
-    def _is_written(self, path: Path, shard: ShardInfo) -> bool:
-        """Whether the complete file of this shard exists; a shard with another sha256 is embedded again."""
+    def _is_written(self, path: Path, shard: ShardInfo, accepted: Set[str | None]) -> bool:
+        """Whether the complete file of this shard exists; a shard with another sha256 is embedded again.
+
+        ``accepted``: digests of the record.
+        """
         try:
-            if self.format == "tiff":
-                return (path / _SHARD_KEY).read_text() == shard.sha256
-            metadata = parquet.read_metadata(
-                path
-            ).metadata  # at the end of the file: a truncated file has none
-        except (OSError, pa.ArrowInvalid):
+            sha256, record = self._sources(path)
+        except (OSError, ValueError, pa.ArrowInvalid):
             return False
-        return (metadata or {}).get(_SHARD_KEY.encode()) == shard.sha256.encode()
+        return sha256 == shard.sha256 and record in accepted
+
+    def _sources(self, path: Path) -> tuple[str | None, str | None]:
+        """(SHA-256 of the shard, digest of the record) that a file, or a folder of images, names."""
+        if self.format == "tiff":
+            record = path / _RECORD_KEY
+            return (path / _SHARD_KEY).read_text(), record.read_text() if record.exists() else None
+        metadata = parquet.read_metadata(path).metadata or {}  # at the end: a truncated file has none
+        sha256, digest = (metadata.get(key.encode()) for key in (_SHARD_KEY, _RECORD_KEY))
+        return sha256 and sha256.decode(), digest and digest.decode()
 
     def _path(self, out: Path, shard: ShardInfo) -> Path:
         # With its folders: two shards of one name in different folders would replace each other's embeddings.
@@ -202,17 +202,67 @@ class EmbeddingWriter:
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def _save(self, path: Path, shard: ShardInfo, rows: EmbeddingRows, grid: CropGrid) -> None:
+    def _save(self, path: Path, shard: ShardInfo, rows: EmbeddingRows, grid: CropGrid, record: str) -> None:
         # A random name: with a prefix that of the shard could exceed the limit, and other nodes share the folder.
         partial = path.with_name(f".partial-{uuid.uuid4().hex}")
-        if self.format == "parquet":
-            table = _table(rows, grid)
-            parquet.write_table(table.replace_schema_metadata({_SHARD_KEY: shard.sha256}), partial)
-        else:
-            _write_images(partial, rows, grid)
-            (partial / _SHARD_KEY).write_text(shard.sha256)
-            shutil.rmtree(path, ignore_errors=True)
+        sources = {_SHARD_KEY: shard.sha256, _RECORD_KEY: record}
+        try:
+            if self.format == "parquet":
+                parquet.write_table(_table(rows, grid).replace_schema_metadata(sources), partial)
+            else:
+                _write_images(partial, rows, grid)
+                for name, digest in sources.items():
+                    (partial / name).write_text(digest)
+                shutil.rmtree(path, ignore_errors=True)
+            os.replace(partial, path)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            with suppress(OSError):
+                partial.unlink()
+            raise
+
+
+def _check_folder(out: Path, record: dict[str, str]) -> bool:
+    """Record what the folder contains; every rank writes the same. Returns whether it was recorded before.
+
+    EvaluationError if it holds something else.
+    """
+    path = out / METADATA_FILE
+    recorded = _read_record(path)
+    if recorded is None:
+        path.unlink(missing_ok=True)  # damaged
+        if _create(path, json.dumps(record, indent=1)):
+            return False
+        recorded = _read_record(path) or {}  # another rank, or another job, was faster
+    recorded.setdefault("precision", "fp32")  # of folders from before it was recorded
+    differences = [f"{k} {recorded.get(k)}, now {v}" for k, v in record.items() if recorded.get(k) != v]
+    if differences:
+        raise EvaluationError(
+            f"{out} holds embeddings of something else ({'; '.join(differences)}): use another folder"
+        )
+    return True
+
+
+def _read_record(path: Path) -> dict[str, Any] | None:
+    try:
+        return untrusted.read_record(path) or None
+    except (OSError, ValueError):
+        return None
+
+
+def _create(path: Path, text: str) -> bool:
+    """Create a file with its content at once; False if it exists, so that two jobs cannot both create it."""
+    partial = path.with_name(f".partial-{uuid.uuid4().hex}")
+    write_atomically(partial, text)
+    try:
+        os.link(partial, path)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without hard links
         os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return True
 
 
 def _table(rows: EmbeddingRows, grid: CropGrid) -> pa.Table:
@@ -242,7 +292,7 @@ def _table(rows: EmbeddingRows, grid: CropGrid) -> pa.Table:
 def _write_images(folder: Path, rows: EmbeddingRows, grid: CropGrid) -> None:
     """An image per crop and sensor, of the mean over dates."""
     try:
-        import rasterio
+        import rasterio  # noqa: F401
     except ImportError:
         raise EvaluationError("--format tiff needs rasterio: pip install 'maestro-scale[datasets]'") from None
     folder.mkdir()
@@ -256,9 +306,8 @@ def _write_images(folder: Path, rows: EmbeddingRows, grid: CropGrid) -> None:
             corner = grid.tiling(int(number))
             file = file_name(key, f".{number}.{name}.tif", ignore_case)
             index.append({"file": file, "key": key, "crop": int(number), "sensor": name})
-            with rasterio.open(
+            with new_raster(
                 folder / file,
-                "w",
                 driver="GTiff",
                 width=side,
                 height=side,

@@ -18,6 +18,7 @@ import torch
 
 from maestro_scale.datasets.spec import GeoOrigin
 from maestro_scale.escaping import printable
+from maestro_scale.evaluation import embedding
 from maestro_scale.evaluation.embedding import EmbeddingWriter
 from maestro_scale.evaluation.results import EvaluationError
 from maestro_scale.interop.pretrained import load_model
@@ -129,6 +130,42 @@ def test_incomplete_files_are_written_again_and_those_of_another_embedding_refus
         with pytest.raises(EvaluationError, match="holds embeddings of something else"):
             changed.write(out, "test")
     assert tables(out) == before
+
+
+@pytest.mark.parametrize("format", ["parquet", "tiff"])
+def test_files_of_another_model_are_written_again(fields, shards, tmp_path, format):
+    maker = embedder(fields, shards, tmp_path, what="tokens", format=format)
+    stranger = load_model(fields.model)
+    with torch.no_grad():
+        next(stranger.parameters()).add_(0.1)
+    other = dataclasses.replace(maker, model=stranger)
+    maker.write(tmp_path / "out", "test")
+    other.write(tmp_path / "other", "test")
+    mine, theirs = (sorted((tmp_path / folder).glob("test-*"))[0] for folder in ("out", "other"))
+    mine.rename(tmp_path / "mine")
+    theirs.rename(mine)
+    assert maker.write(tmp_path / "out", "test") == 8  # the crops of its two tiles
+    # Without a record, a file says what it contains, or is not used.
+    (tmp_path / "out" / "_embedding.json").write_text("{")
+    assert maker.write(tmp_path / "out", "test") == 0
+    (tmp_path / "other" / "_embedding.json").unlink()
+    assert maker.write(tmp_path / "other", "test") == 28
+
+
+def test_two_jobs_with_different_models_cannot_share_a_folder(fields, shards, tmp_path, monkeypatch):
+    first = embedder(fields, shards, tmp_path)
+    second = dataclasses.replace(first, what="tokens")
+    create = embedding._create
+
+    def create_late(path, text):
+        monkeypatch.setattr(embedding, "_create", create)
+        first.write(tmp_path / "out", "test")
+        return create(path, text)
+
+    monkeypatch.setattr(embedding, "_create", create_late)
+    with pytest.raises(EvaluationError, match="holds embeddings of something else"):
+        second.write(tmp_path / "out", "test")
+    assert first.write(tmp_path / "out", "test") == 0
 
 
 def test_embeddings_of_another_precision_are_refused_and_those_without_one_are_fp32(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import resource
+import signal
 import warnings
 
 import numpy as np
@@ -11,6 +13,7 @@ import rasterio
 from rasterio.errors import NotGeoreferencedWarning
 
 from maestro_scale import datasets
+from maestro_scale.datasets.raster_file import new_raster
 from maestro_scale.datasets.spec import GeoOrigin
 from maestro_scale.evaluate import main as evaluate
 from maestro_scale.evaluation.results import EvalResult
@@ -89,6 +92,25 @@ def test_labels_of_whole_tiles_have_no_maps(scenes, fields, tmp_path, capsys):
     ]
     assert evaluate(asked) == 2
     assert "--maps: species has labels for whole tiles, so there is no map" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_an_error(tmp_path):
+    """GDAL itself writes 8 kB into a file that cannot have more than 4 kB, without an error."""
+    noise = np.random.default_rng(0).integers(0, 256, (1, 90, 90)).astype(np.uint8)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then write() fails with an error
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))
+    try:
+        with (
+            pytest.raises(OSError, match="File too large"),
+            new_raster(
+                tmp_path / "map.tif", driver="GTiff", width=90, height=90, count=1, dtype="uint8"
+            ) as raster,
+        ):
+            raster.write(noise)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 def test_the_georeference_is_stored_with_the_sample():

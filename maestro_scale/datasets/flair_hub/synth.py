@@ -15,6 +15,7 @@ import numpy as np
 from maestro_scale.datasets.flair_hub import reader as flair_hub
 from maestro_scale.datasets.flair_hub.classes import COSIA_IGNORED, LPIS_1, LPIS_2, LPIS_3
 from maestro_scale.datasets.flair_hub.metadata import FOLDER, SPLITS
+from maestro_scale.datasets.raster_file import new_raster
 from maestro_scale.datasets.spec import DatasetError
 from maestro_scale.datasets.synthetic.output import Destination
 from maestro_scale.datasets.synthetic.scene import Scene
@@ -309,8 +310,5 @@ def _write_tif(path: Path, make: Callable[[Patch], np.ndarray], patch: Patch, re
         "crs": "EPSG:2154",
         "transform": rasterio.Affine(resolution_m, 0, west, 0, -resolution_m, north),
     }
-    with (
-        rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR"),
-        rasterio.open(path, "w", **profile) as raster,
-    ):
+    with new_raster(path, **profile) as raster:
         raster.write(bands)

@@ -13,6 +13,7 @@ import numpy as np
 
 from maestro_scale.datasets.pastis_hd.reader import DATES, IMAGES, LABELS, S2_BANDS, SPEC, VOID
 from maestro_scale.datasets.pastis_hd.splits import METADATA, NUM_FOLDS
+from maestro_scale.datasets.raster_file import new_raster
 from maestro_scale.datasets.spec import DatasetError
 from maestro_scale.datasets.synthetic.output import Destination
 from maestro_scale.datasets.synthetic.scene import Scene
@@ -112,10 +113,7 @@ def _write_spot(path: Path, scene: Scene) -> None:
         "transform": rasterio.Affine(1, 0, west, 0, -1, north),
         "interleave": "pixel",
     }
-    with (
-        rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR"),
-        rasterio.open(path, "w", **profile) as raster,
-    ):
+    with new_raster(path, **profile) as raster:
         raster.write(image)
 
 

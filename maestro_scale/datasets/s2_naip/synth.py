@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from maestro_scale.datasets.raster_file import new_raster
 from maestro_scale.datasets.s2_naip.reader import FILES, FULL_SPEC, LANDSAT_BANDS, S2_BANDS
 from maestro_scale.datasets.spec import DatasetError
 from maestro_scale.datasets.synthetic.output import Destination
@@ -110,7 +111,6 @@ def _product(modality: str, scene: Scene, year: int, day: int) -> str:
 
 
 def _write_naip(path: Path, scene: Scene, acquired: date) -> None:
-    import rasterio
     from rasterio.errors import NotGeoreferencedWarning
 
     warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)  # a PNG has no georeference
@@ -124,7 +124,7 @@ def _write_naip(path: Path, scene: Scene, acquired: date) -> None:
         "width": naip.size,
         "zlevel": 1,
     }
-    with rasterio.open(path, "w", **profile) as raster:
+    with new_raster(path, **profile) as raster:
         raster.write(np.rint(photo * 255).astype(np.uint8))
 
 
@@ -144,8 +144,5 @@ def _write_stack(path: Path, make: _Make, scene: Scene, days: np.ndarray, name: 
         "crs": f"EPSG:{zone}",
         "transform": rasterio.Affine(10, 0, column * extent, 0, -10, -row * extent),
     }
-    with (
-        rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR"),
-        rasterio.open(path, "w", **profile) as raster,
-    ):
+    with new_raster(path, **profile) as raster:
         raster.write(values.reshape(-1, *values.shape[2:]))

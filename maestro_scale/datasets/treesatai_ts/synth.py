@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from maestro_scale.datasets.raster_file import new_raster
 from maestro_scale.datasets.spec import DatasetError
 from maestro_scale.datasets.synthetic.output import Destination
 from maestro_scale.datasets.synthetic.scene import Scene
@@ -76,10 +77,7 @@ def _write_aerial(path: Path, scene: Scene, day: int) -> None:
         "zlevel": 1,
         "interleave": "pixel",
     }
-    with (
-        rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR"),
-        rasterio.open(path, "w", **profile) as raster,
-    ):
+    with new_raster(path, **profile) as raster:
         raster.write(image)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from maestro_scale.datasets.raster_file import new_raster
 from maestro_scale.datasets.spec import GeoOrigin
 from maestro_scale.escaping import file_name, ignores_case, printable
 from maestro_scale.evaluation.results import EvaluationError
@@ -57,8 +58,6 @@ class TileMapWriter:
 
     def write(self, number: int, tile_map: np.ndarray) -> None:
         """Write the map (H, W) of sample ``number``: indices among the classes that count."""
-        import rasterio
-
         sample = self._shards.sample(*self._shards.locate(number))
         path = self._folder / file_name(sample.key, ".tif", self._ignore_case)
         partial = path.with_name(
@@ -73,7 +72,7 @@ class TileMapWriter:
             "compress": "deflate",
             **georeference(sample.origin, self._resolution_m),
         }
-        with rasterio.open(partial, "w", **profile) as image:
+        with new_raster(partial, **profile) as image:
             image.write(self._values[tile_map][None])
             image.update_tags(key=printable(sample.key))
             image.update_tags(1, **{f"class_{v}": printable(self._names[v]) for v in self._values})
