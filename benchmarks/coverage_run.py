@@ -22,7 +22,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "coverage.json"
 GOAL = 90.0
-WHOLE_SUITE = ["--numprocesses=2", "--dist=loadfile", "--no-loadscope-reorder"]
+WHOLE_SUITE = ["--numprocesses=2", "--dist=loadgroup", "--no-loadscope-reorder"]
 
 
 def measure(pytest_arguments: list[str]) -> tuple[int, dict[str, Any]]:

@@ -8,16 +8,25 @@ from pathlib import Path
 import pytest
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """In the processes of xdist, order the files by their number of slow tests, the most first.
+# Only one SLURM cluster can run per machine: two files of its tests at a time would wait for each other.
+ONE_AT_A_TIME = {Path(__file__).parent / "services" / "slurm": "slurm"}
 
-    With --dist=loadfile a long file that starts last keeps one process busy while the other has nothing left to do.
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """For xdist with --dist=loadgroup: the tests of a file form a group; groups with most slow tests come first.
+
+    A long group that starts last would keep one process busy while the other has nothing left to do.
     """
-    if hasattr(config, "workerinput"):
-        slow = Counter(
-            item.path for item in items if {"slow", "root"} & {m.name for m in item.iter_markers()}
-        )
-        items.sort(key=lambda item: -slow[item.path])
+    if not hasattr(config, "workerinput"):
+        return
+    groups = {item.path: ONE_AT_A_TIME.get(item.path.parent, item.nodeid.split("::")[0]) for item in items}
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(groups[item.path]))
+    slow = Counter(
+        groups[item.path] for item in items if {"slow", "root"} & {m.name for m in item.iter_markers()}
+    )
+    items.sort(key=lambda item: -slow[groups[item.path]])
 
 
 @pytest.fixture(scope="session")
