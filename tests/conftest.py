@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-
 # Only one SLURM cluster can run per machine: two files of its tests at a time would wait for each other.
 ONE_AT_A_TIME = {Path(__file__).parent / "services" / "slurm": "slurm"}
 
