@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from maestro_scale.escaping import printable_lines
 
@@ -37,8 +37,33 @@ def shorten(value: object, length: int = 60) -> str:
     """``repr(value)``, cut to ``length`` characters. Does not format more of a text than is shown."""
     if isinstance(value, (str, bytes)) and len(value) > length:
         return f"{value[: length - 3]!r}…"
-    text = repr(value)
-    return text if len(text) <= length else f"{text[: length - 1]}…"
+    text = ""
+    for part in _repr_parts(value):
+        text += part
+        if len(text) > length:
+            return f"{text[: length - 1]}…"
+    return text
+
+
+def _repr_parts(value: object) -> Iterator[str]:
+    """``repr(value)`` in parts. Nested containers are formatted as far as the parts are read: containers that contain
+    each other several times have a text of exponential length, and deep ones exceed Python's recursion limit."""
+    brackets = _BRACKETS.get(type(value))
+    if brackets is None:
+        yield repr(value)
+        return
+    assert isinstance(value, (list, tuple, dict))  # the keys of _BRACKETS
+    yield brackets[0]
+    for number, item in enumerate(value):
+        yield ", " if number else ""
+        yield from _repr_parts(item)
+        if isinstance(value, dict):
+            yield ": "
+            yield from _repr_parts(value[item])
+    yield ",)" if isinstance(value, tuple) and len(value) == 1 else brackets[1]
+
+
+_BRACKETS = {list: "[]", tuple: "()", dict: "{}"}
 
 
 KeyPath = tuple[str | int, ...]

@@ -24,10 +24,9 @@ _SECRET_NAME = re.compile(
 )
 # user:password@, also with a slash in the password (AWS secrets have them); but not host:port/…@.
 _USERINFO = re.compile(r"""(?<=://)(?:[^/\s'"@:]+:(?!\d+[/\s])[^\s'"@]+@(?:[^/\s'"@]+@)?|[^/\s'"]+@)""")
-_QUERY = re.compile(
-    r"([?&](?:sig|[\w.-]*(?:signature|token|secret|credential|password|key)[\w.-]*)=)[^&\s'\"]+",
-    re.IGNORECASE,
-)
+_WORD = re.compile(r"""[^\s'"]+""")
+_QUERY = re.compile(r"""([?&]([\w.-]+)=)[^&\s'"]+""")
+_QUERY_NAME = re.compile(r"sig$|.*(?:signature|token|secret|credential|password|key)", re.IGNORECASE)
 # AWS access key ids, Hugging Face and GitHub tokens, HTTP authorization headers.
 _TOKENS = re.compile(
     r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b|\bhf_[A-Za-z0-9]{20,}|\bgh[pousr]_[A-Za-z0-9]{20,}"
@@ -46,11 +45,22 @@ def is_secret_name(name: str) -> bool:
 def scrub(text: str) -> str:
     """``text`` without users and passwords in URLs, signed query parameters, tokens of known formats, and the values of
     secret environment variables."""
-    for name, value in os.environ.items():
-        if is_secret_name(name) and len(value) >= _MIN_SECRET_LENGTH:
-            text = text.replace(value, HIDDEN)
-    text = _USERINFO.sub("", text)
-    return _TOKENS.sub(HIDDEN, _QUERY.sub(rf"\g<1>{HIDDEN}", text))
+    secrets = {v for k, v in os.environ.items() if is_secret_name(k) and len(v) >= _MIN_SECRET_LENGTH}
+    for value in sorted(secrets, key=len, reverse=True):  # a secret may be a part of another one
+        text = text.replace(value, HIDDEN)
+    if "://" in text and "@" in text:
+        text = _WORD.sub(_without_userinfo, text)
+    return _TOKENS.sub(HIDDEN, _QUERY.sub(_without_value, text))
+
+
+def _without_userinfo(word: re.Match[str]) -> str:
+    # Only up to the last @: where none follows, each :// would be searched to the end of the word.
+    head, at, tail = word[0].rpartition("@")
+    return _USERINFO.sub("", head + at) + tail
+
+
+def _without_value(match: re.Match[str]) -> str:
+    return f"{match[1]}{HIDDEN}" if _QUERY_NAME.match(match[2]) else match[0]
 
 
 def hide_secrets() -> None:

@@ -1,5 +1,7 @@
 """The secrets filter hides credentials in URLs, settings and commands, and nothing else."""
 
+import time
+
 import pytest
 
 from maestro_scale.secrets_filter import (
@@ -65,6 +67,19 @@ def test_values_of_secret_variables_are_hidden_anywhere(monkeypatch):
     monkeypatch.setenv("MY_API_KEY", "0123456789abc")
     monkeypatch.setenv("SHORT_TOKEN", "true")
     assert scrub("x=0123456789abc, enabled: true") == f"x={HIDDEN}, enabled: true"
+
+
+def test_a_secret_that_is_part_of_another_one(monkeypatch):
+    monkeypatch.setenv("A_TOKEN", "abcdefgh")
+    monkeypatch.setenv("B_TOKEN", "abcdefgh-ijklmnop")
+    assert scrub("abcdefgh-ijklmnop abcdefgh") == f"{HIDDEN} {HIDDEN}"
+
+
+@pytest.mark.parametrize("text", ["://a:" * 50_000, "?" + "key" * 50_000, "a@b" + "://a:" * 50_000])
+def test_long_texts_are_searched_in_linear_time(text):
+    started = time.process_time()
+    assert scrub(text) == text
+    assert time.process_time() - started < 1
 
 
 def test_documents_keep_their_form():

@@ -19,6 +19,8 @@ from maestro_scale.untrusted import InputError
 
 MAX_OPCODES = 4_000_000  # a tensor takes about 60
 MAX_TEXT_BYTES = 16 * 1024 * 1024
+MAX_TUPLE_KEYS = 1000
+KEY_BITS = 60
 _SCALARS = (str, int, float, bool, bytes, type(None))
 
 
@@ -58,6 +60,7 @@ class Interpreter:
         self._stack: list[Any] = []
         self._marks: list[int] = []
         self._memo: dict[int, Any] = {}
+        self._num_tuple_keys = 0
 
     def load(self) -> Any:
         """The value. InputError if the pickle is damaged or has an opcode that a checkpoint does not need."""
@@ -169,7 +172,21 @@ class Interpreter:
         if len(items) % 2:
             raise InputError("the pickle has a key without a value")
         for key, value in zip(items[::2], items[1::2], strict=True):
-            target[_as_key(key)] = value
+            target[self._as_key(key)] = value
+
+    def _as_key(self, key: Any) -> Hashable:
+        # Hashing a tuple of tuples that contain each other twice takes exponential time.
+        parts = key if isinstance(key, tuple) else (key,)
+        if not all(isinstance(part, _SCALARS) for part in parts):
+            raise InputError("the pickle has a key that is not a text or a number")
+        # Numbers with equal hashes are easy to find, and n of them fill a dict in n^2 time: integers that differ by a
+        # multiple of 2^61 - 1, and tuples. Hashes of texts are random.
+        if any(isinstance(part, int) and part.bit_length() > KEY_BITS for part in parts):
+            raise InputError(f"the pickle has a key of more than {KEY_BITS} bits")
+        self._num_tuple_keys += isinstance(key, tuple)
+        if self._num_tuple_keys > MAX_TUPLE_KEYS:
+            raise InputError(f"the pickle has more than {MAX_TUPLE_KEYS} keys that are tuples")
+        return key
 
     def _put(self, index: int) -> None:
         self._memo[index] = self._top(object)
@@ -184,14 +201,6 @@ class Interpreter:
         if length > 32:
             raise InputError(f"an integer of {length} bytes")
         self._push(int.from_bytes(self._read(length), "little", signed=True))
-
-
-def _as_key(key: Any) -> Hashable:
-    # Hashing a tuple of tuples that contain each other twice takes exponential time.
-    parts = key if isinstance(key, tuple) else (key,)
-    if not all(isinstance(part, _SCALARS) for part in parts):
-        raise InputError("the pickle has a key that is not a text or a number")
-    return key
 
 
 _OPERATIONS: dict[bytes, Callable[[Interpreter], None]] = {

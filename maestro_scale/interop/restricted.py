@@ -168,19 +168,19 @@ class _Checkpoint:
             raise untrusted.InputError("tensors with more elements than the file has")
         first, size = storage.record
         values = self._mapped[first : first + size - size % storage.dtype.itemsize]
-        tensor = torch.empty(0, dtype=storage.dtype)
-        return (
-            tensor.set_(values, offset, shape, strides) if count else torch.empty(shape, dtype=storage.dtype)
-        )
+        try:
+            if not count:
+                return torch.empty(shape, dtype=storage.dtype)
+            return torch.empty(0, dtype=storage.dtype).set_(values, offset, shape, strides)
+        except RuntimeError:  # the product of some axes exceeds 64 bits
+            raise untrusted.InputError(f"a tensor of shape {shape}, which torch does not have") from None
 
 
 def _read_archive(path: Path) -> tuple[dict[str, _Record], bytes]:
     """The files below the archive's folder by name, and the bytes of data.pkl. InputError; OSError."""
     try:
-        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
-            infos = archive.infolist()
-            if len(infos) > MAX_RECORDS:
-                raise untrusted.InputError(f"has more than {MAX_RECORDS} records")
+        with path.open("rb") as file:
+            infos = untrusted.open_zip(file, MAX_RECORDS).infolist()
             records = {info.filename.partition("/")[2]: _record(info, file) for info in infos}
             if "data.pkl" not in records or "constants.pkl" in records:
                 raise untrusted.InputError("is a zip archive, but not a checkpoint of torch.save")

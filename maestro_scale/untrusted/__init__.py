@@ -39,6 +39,7 @@ from maestro_scale.untrusted.tensors import (
     parse_safetensors_header,
 )
 from maestro_scale.untrusted.yaml_documents import load_yaml
+from maestro_scale.untrusted.zip import open_zip
 
 __all__ = [
     "DOCUMENT",
@@ -64,6 +65,7 @@ __all__ = [
     "load_yaml",
     "open_npy",
     "open_tensors",
+    "open_zip",
     "parse_safetensors_header",
     "read_bytes",
     "read_json",

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from maestro_scale.errors import shorten
-from maestro_scale.untrusted.limits import ARCHIVE_BYTES, InputError, size_text
+from maestro_scale.untrusted.limits import ARCHIVE_BYTES, ARCHIVE_MEMBERS, InputError, size_text
+from maestro_scale.untrusted.zip import open_zip
 
 if TYPE_CHECKING:
     import numpy as np  # imported by the functions: `maestro-scale --help` starts without it
@@ -36,7 +37,7 @@ def open_npy(path: Path, mode: Literal["r", "r+"] = "r") -> np.memmap:
 def load_npz(path: Path, names: Sequence[str]) -> list[np.ndarray]:
     """Arrays of an ``.npz`` file by name. InputError if one is missing, damaged or above ``ARCHIVE_BYTES``; OSError."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with path.open("rb") as file, open_zip(file, ARCHIVE_MEMBERS) as archive:
             return [_member(archive, f"{name}.npy") for name in names]
     except (*_DAMAGED, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{path}: cannot be read ({shorten(str(error), 200)})") from None

@@ -38,13 +38,17 @@ RECIPE = Limits(bytes=MIB, entries=20_000)
 """YAML. PyYAML needs about 50 us for an entry."""
 
 NUMBER_CHARACTERS = 40  # of an integer; 128 bits need 39
+YAML_INTEGER_CHARACTERS = 20  # so that no integer keys have equal hashes, as those that differ by 2^61 - 1
 FLOAT_CHARACTERS = (
     400  # of a float; the shortest exact text of a double has at most 24, other tools write more
 )
 TAR_MEMBERS = 250_000
+PAX_RECORDS = 4 * TAR_MEMBERS  # in all extended headers of a tar
 TAR_NAME_BYTES = 4096  # of a member's name, also of a PAX record
 FRAME_BYTES = 64 * MIB  # decompressed size of one zstd frame
 ARCHIVE_BYTES = 64 * MIB  # decompressed size of one array of an .npz file
+ARCHIVE_MEMBERS = 10_000  # of an .npz file
+ZIP_DIRECTORY_BYTES = 64 * MIB
 FIELD_BYTES = 512 * MIB  # decompressed size of one field of a sample
 TENSOR_AXES = 16
 

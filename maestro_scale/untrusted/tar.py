@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from maestro_scale.errors import shorten
-from maestro_scale.untrusted.limits import TAR_MEMBERS, TAR_NAME_BYTES, InputError
+from maestro_scale.untrusted.limits import PAX_RECORDS, TAR_MEMBERS, TAR_NAME_BYTES, InputError
 
 _BLOCK = 512
 
@@ -42,7 +42,7 @@ def list_tar(path: Path, strict: bool = False) -> list[TarMember]:
 
 
 def _tar_members(file: Any, total: int, strict: bool) -> Iterator[TarMember]:
-    position = headers = 0
+    position = headers = num_records = 0
     name: str | None = None  # of the next member, from an extended header
     size: int | None = None
     while position < total or not position:
@@ -70,7 +70,10 @@ def _tar_members(file: Any, total: int, strict: bool) -> Iterator[TarMember]:
             if kind == b"L":
                 name = _text(content)
             else:
-                records = _pax_records(content)
+                records, count = _pax_records(content)
+                num_records += count
+                if num_records > PAX_RECORDS:
+                    raise InputError(f"has more than {PAX_RECORDS} records in PAX headers")
                 if kind == b"x":
                     name = records.get("path", name)
                     size = _pax_size(records["size"]) if "size" in records else size
@@ -158,10 +161,10 @@ def _text(field: bytes) -> str:
         raise InputError(f"member {shorten(text)} has a name that is not UTF-8") from None
 
 
-def _pax_records(content: bytes) -> dict[str, str]:
-    """Records ``<length> <key>=<value>\\n`` of an extended header."""
+def _pax_records(content: bytes) -> tuple[dict[str, str], int]:
+    """Path and size among the records ``<length> <key>=<value>\\n`` of an extended header, and the number of all."""
     records: dict[str, str] = {}
-    position = 0
+    position = count = 0
     while position < len(content) and content[position]:
         match = re.compile(rb"(\d{1,6}) ([^=]+)=").match(content, position)
         end = position + int(match[1]) if match else 0
@@ -176,4 +179,5 @@ def _pax_records(content: bytes) -> dict[str, str]:
             except UnicodeDecodeError:
                 raise InputError("a name in a PAX header is not UTF-8") from None
         position = end
-    return records
+        count += 1
+    return records, count

@@ -8,7 +8,7 @@ from typing import Any
 
 from maestro_scale.errors import shorten
 from maestro_scale.untrusted.documents import check_size
-from maestro_scale.untrusted.limits import NUMBER_CHARACTERS, RECIPE, InputError, Limits, at
+from maestro_scale.untrusted.limits import RECIPE, YAML_INTEGER_CHARACTERS, InputError, Limits, at
 
 
 def load_yaml(text: str, where: str = "", limits: Limits = RECIPE, loader: Any = None) -> Any:
@@ -75,8 +75,10 @@ def _check_events(events: Iterable[Any], limits: Limits) -> None:
             if len(event.value) > limits.text:
                 raise InputError(f"contains a text of more than {limits.text} characters")
             # Python parses long integers in quadratic time, and refuses to print more than 4,300 digits.
-            if event.implicit[0] and len(event.value) > NUMBER_CHARACTERS and _INTEGER.fullmatch(event.value):
-                raise InputError(f"contains an integer of more than {NUMBER_CHARACTERS} digits")
+            # And many keys of equal hashes fill a dict in quadratic time.
+            is_long = len(event.value) > YAML_INTEGER_CHARACTERS
+            if event.implicit[0] and is_long and _INTEGER.fullmatch(event.value):
+                raise InputError(f"contains an integer of more than {YAML_INTEGER_CHARACTERS} digits")
             done = _Subtree(event.anchor)
         elif isinstance(event, yaml.CollectionEndEvent):
             done = open_nodes.pop()

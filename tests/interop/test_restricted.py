@@ -108,6 +108,13 @@ def test_a_tensor_that_fits_is_read(tmp_path):
         (b"}](K\x01K\x02es.", "empty stack"),
         (b"}]K\x01s.", "a key that is not a text or a number"),
         (b"}(K\x01u.", "a key without a value"),
+        (b"}\x8a\x08" + (2**60).to_bytes(8, "little") + b"Ns.", "a key of more than 60 bits"),
+        (b"}\x8a\x08" + (2**60).to_bytes(8, "little") + b"\x85Ns.", "a key of more than 60 bits"),
+        (
+            b"}(" + b"".join(b"M%b\x85N" % n.to_bytes(2, "little") for n in range(1001)) + b"u.",
+            "1000 keys that are",
+        ),
+        (tensor(0, (0, 2**46, 2**46), (1, 1, 1)) + b".", "which torch does not have"),
         (b"K\x01]a.", "fills"),
         (b"\x8a\xff" + b"\x7f" * 255 + b".", "an integer of 255 bytes"),
         (b"X\xff\xff\xff\x7f.", "a text of"),
@@ -131,6 +138,31 @@ def test_values_that_contain_each_other_are_not_hashed(tmp_path):
     with pytest.raises(ExportError, match="a key that is not a text or a number"):
         load_untrusted(archive(tmp_path / "a", b"\x80\x02}" + nested + b"K\x01s."))
     assert time.process_time() - started < 1
+
+
+@pytest.mark.parametrize(
+    "value",
+    [b"K\x01K\x01\x86" + b"q\x00h\x00\x86" * 60, b"]" * 100_000 + b"a" * 99_999],
+    ids=["in each other", "deep"],
+)
+def test_values_in_values_are_shown_as_far_as_a_message_needs(tmp_path, value):
+    """The text of the first has 2^60 numbers; that of the second exceeds the recursion limit."""
+    started = time.process_time()
+    with pytest.raises(ExportError, match="expected a text"):
+        load_untrusted(archive(tmp_path / "a", b"\x80\x02c_codecs\nencode\n" + value + b"\x85R."))
+    assert time.process_time() - started < 2
+
+
+def test_the_directory_is_bounded_before_it_is_parsed(tmp_path, monkeypatch):
+    many = archive(tmp_path / "a", b"\x80\x02N.", **{f"data/{i}": b"" for i in range(20)})
+    assert load_untrusted(many) is None
+    monkeypatch.setattr("maestro_scale.interop.restricted.MAX_RECORDS", 20)
+    monkeypatch.setattr(zipfile, "ZipInfo", None)  # what is created for each record
+    with pytest.raises(ExportError, match="more than 20 records"):
+        load_untrusted(many)
+    monkeypatch.setattr("maestro_scale.untrusted.zip.ZIP_DIRECTORY_BYTES", 1000)
+    with pytest.raises(ExportError, match="a directory of more than 0 MiB"):
+        load_untrusted(many)
 
 
 def test_encodings_are_not_applied(tmp_path):

@@ -126,7 +126,7 @@ def test_results_with_lists_or_text_where_numbers_belong(tmp_path, change):
         ("a: " + "[" * 900 + "]" * 900, "nest"),
         ("- " * 900, "nested more than 64 levels"),
         ("data: &a {b: *a}", "alias 'a' is within what it refers to"),
-        ("name: " + LONG, "an integer of more than 40 digits"),
+        ("name: " + LONG, "an integer of more than 20 digits"),
         ("name: '" + "x" * 10_000_000 + "'", "larger than 1 MiB"),
         (
             "\n".join(["a0: &a0 [x]", *(f"a{i}: &a{i} [{f'*a{i - 1},' * 9}]" for i in range(1, 60))]),
@@ -153,7 +153,7 @@ def test_recipes(tmp_path, content, message):
     [
         ("a." + LONG + "=1", "is longer than any key"),
         (".".join("a" * 2000) + "=1", "is longer than any key"),
-        ("name=" + LONG, "an integer of more than 40 digits"),
+        ("name=" + LONG, "an integer of more than 20 digits"),
         ("model=" + "[" * 900, "nest"),
         ("model=&a [*a]", "is within what it refers to"),
         ("x" * 100_000, "is not section.key=value"),

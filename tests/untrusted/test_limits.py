@@ -120,9 +120,10 @@ class TestYaml:
             ("[" * 500_000, "nest"),  # libyaml has a limit of its own
             ("a: &a [*a]", "alias 'a' is within what it refers to"),
             ("a: &a {b: {c: *a}}", "alias 'a' is within what it refers to"),
-            ("a: 1" + "0" * 5000, "an integer of more than 40 digits"),
-            ("a: 0x" + "f" * 5000, "an integer of more than 40 digits"),
-            ("a: 1" + ":59" * 20_000, "an integer of more than 40 digits"),
+            ("a: 1" + "0" * 5000, "an integer of more than 20 digits"),
+            ("a: 0x" + "f" * 5000, "an integer of more than 20 digits"),
+            ("100000000000000000000: 1", "an integer of more than 20 digits"),
+            ("a: 1" + ":59" * 20_000, "an integer of more than 20 digits"),
             ("a: '" + "x" * 10_000_000 + "'", "10000005 bytes, more than 1 MiB"),
             ("a: '" + "x" * 500_000 + "'", "a text of more than 65536 characters"),
             ("---\n" * 250_000, "more than 20000 entries"),
@@ -238,6 +239,12 @@ class TestTar:
         with tarfile.open(path) as tar:
             expected = [(m.name, m.offset_data, m.size) for m in tar]
         assert [tuple(m) for m in untrusted.list_tar(path)] == expected
+
+    def test_records_of_extended_headers_are_limited(self, tmp_path, monkeypatch):
+        path = tar_of(tmp_path / "a.tar", ["a", "b"], tarfile.PAX_FORMAT, pax_headers={"x": "1", "y": "2"})
+        assert len(untrusted.list_tar(path)) == 2
+        monkeypatch.setattr("maestro_scale.untrusted.tar.PAX_RECORDS", 3)
+        assert "more than 3 records in PAX headers" in refusal(lambda: untrusted.list_tar(path))
 
     def test_directories_are_skipped(self, tmp_path):
         path = tar_of(tmp_path / "a.tar", ["dir"], type=tarfile.DIRTYPE)
@@ -413,6 +420,11 @@ class TestArrays:
         monkeypatch.setattr("maestro_scale.untrusted.arrays.ARCHIVE_BYTES", 2**16)
         assert "b.npy has more than" in refusal(lambda: untrusted.load_npz(path, ["b"]))
 
+    def test_the_number_of_files_in_an_archive_is_limited(self, tmp_path, monkeypatch):
+        np.savez(tmp_path / "a.npz", **{f"x{i}": np.zeros(1) for i in range(5)})
+        monkeypatch.setattr("maestro_scale.untrusted.arrays.ARCHIVE_MEMBERS", 4)
+        assert "more than 4 records" in refusal(lambda: untrusted.load_npz(tmp_path / "a.npz", ["x1"]))
+
     def test_pickles_are_refused(self, tmp_path):
         np.savez(tmp_path / "a.npz", a=np.array([{}], object))
         np.save(tmp_path / "a.npy", np.array([{}], object))
@@ -456,3 +468,5 @@ class TestMessages:
         assert shorten("x" * 1_000_000) == "'" + "x" * 57 + "'…"
         assert shorten([1, 2]) == "[1, 2]"
         assert len(shorten(list(range(1000)))) == 60
+        for value in ([], (), {}, (1,), (1, [2, "a'"]), {"a": (None, {}), 2: [1.5]}, {1}, b"a"):
+            assert shorten(value) == repr(value)

@@ -40,7 +40,6 @@ EXCEPTIONS = {
     ("training/job_store.py", "json.loads"): "failures that the ranks of one job report to each other",
     ("training/manifests.py", "json.loads"): "texts that the ranks of one job exchange",
     ("training/watchdog.py", "json.loads"): "heartbeats that the ranks of one job exchange",
-    ("interop/restricted.py", "zipfile.ZipFile"): "reads the directory of a checkpoint, with its own bounds",
 }
 
 
