@@ -107,8 +107,10 @@ class EmbeddingWriter:
         ManifestError where there is no such split, EvaluationError where ``out`` holds embeddings of something else;
         BadShard, StoreError.
         """
-        share = self.manifest.shards_of([split])[rank::world]
+        shards = self.manifest.shards_of([split])
+        share = shards[rank::world]
         record = self._record()
+        self._check_paths(out, shards)
         digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
         # Files of earlier revisions name no record: then the one of the folder says what they contain.
         accepted = {digest, None} if _check_folder(out, record) else {digest}
@@ -135,6 +137,23 @@ class EmbeddingWriter:
             "precision": eval_precision(self._device, self.precision),
             "spec": hashlib.sha256(repr(self.manifest.spec).encode()).hexdigest(),
         }
+
+    def _check_paths(self, out: Path, shards: Sequence[ShardInfo]) -> None:
+        """EvaluationError if ``out`` has no record and holds files of others that would be replaced: their names are
+        chosen by the manifest."""
+        if _read_record(out / METADATA_FILE) is not None:
+            return
+        for path in (self._path(out, shard) for shard in shards):
+            if os.path.lexists(path) and not self._is_embedding(path):
+                raise EvaluationError(
+                    f"{path} exists, but {out} holds no embeddings (it has no {METADATA_FILE}): use another folder"
+                )
+
+    def _is_embedding(self, path: Path) -> bool:
+        try:
+            return self._sources(path)[0] is not None
+        except (OSError, ValueError, pa.ArrowInvalid):
+            return False
 
     def _is_written(self, path: Path, shard: ShardInfo, accepted: Set[str | None]) -> bool:
         """Whether the complete file of this shard exists; a shard with another sha256 is embedded again.

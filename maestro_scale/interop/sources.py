@@ -32,7 +32,7 @@ class ModelSource:
     def read_config(self) -> dict[str, Any]:
         """Content of config.json; ExportError if it is missing or has another format version."""
         try:
-            record = untrusted.load_json(self._storage.read(CONFIG))
+            record = untrusted.load_json(self._storage.read(CONFIG, untrusted.DOCUMENT.bytes))
         except (OSError, ValueError, StoreError) as error:
             what = "there is no config.json" if isinstance(error, FileNotFoundError) else error
             raise ExportError(

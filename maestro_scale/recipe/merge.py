@@ -102,7 +102,7 @@ def _read_chain(path: Path, below: tuple[Path, ...]) -> Tree:
 
 def _read_file(path: Path) -> dict[str, Any]:
     try:
-        data = parse_yaml(untrusted.read_bytes(path, untrusted.RECIPE).decode())
+        data = parse_yaml(untrusted.read_bytes(path, untrusted.RECIPE, pipe=True).decode())
     except OSError as error:
         there = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
         hint = did_you_mean(path.name, there) if there else ""

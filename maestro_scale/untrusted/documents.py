@@ -7,6 +7,7 @@ import contextlib
 import json
 import math
 import re
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -46,7 +47,7 @@ def load_json(text: str | bytes, where: str = "", limits: Limits = DOCUMENT, all
 
 
 def read_json(path: Path, limits: Limits = DOCUMENT, allow_nan: bool = False) -> Any:
-    """As :func:`load_json`, of a file. OSError if it cannot be read."""
+    """As :func:`load_json`, of a file. InputError if it is not a regular file; OSError if it cannot be read."""
     return load_json(read_bytes(path, limits), str(path), limits, allow_nan)
 
 
@@ -58,9 +59,10 @@ def read_record(path: Path, limits: Limits = DOCUMENT, allow_nan: bool = False) 
 def read_json_lines(path: Path, limits: Limits = DOCUMENT, allow_nan: bool = False) -> Iterator[Any]:
     """The values of a file with one JSON document per line; ``limits`` hold for each line.
 
-    Lines that cannot be parsed are skipped: a kill or a full disk leaves the last one incomplete. OSError if the file
-    cannot be read.
+    Lines that cannot be parsed are skipped: a kill or a full disk leaves the last one incomplete. InputError if the
+    file is not a regular file; OSError if it cannot be read.
     """
+    check_regular(path)
     with path.open("rb") as file:
         while line := file.readline(limits.bytes + 1):
             with contextlib.suppress(InputError):
@@ -89,14 +91,24 @@ _KIND_NAMES: dict[type, str] = {
 }
 
 
-def read_bytes(path: Path, limits: Limits = DOCUMENT) -> bytes:
-    """Content of a file. InputError if it is larger than ``limits`` or not a regular file; OSError."""
+def read_bytes(path: Path, limits: Limits = DOCUMENT, pipe: bool = False) -> bytes:
+    """Content of a file. InputError if it is larger than ``limits``, or neither a regular file nor, with ``pipe``, a
+    pipe or a device; OSError."""
+    if not pipe:
+        check_regular(path)
     with path.open("rb") as file:
         # One byte more than the limit: the size that stat reports can change, and is 0 for a pipe.
         content = file.read(limits.bytes + 1)
     if len(content) > limits.bytes:
         raise InputError(f"{path}: is larger than {size_text(limits.bytes)}")
     return content
+
+
+def check_regular(path: Path) -> None:
+    """InputError if ``path`` is not a regular file; OSError if it does not exist."""
+    # Before it is opened: a named pipe would block, a device would never end.
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise InputError(f"{path}: is not a regular file")
 
 
 def check_size(num_bytes: int, where: str, limits: Limits = DOCUMENT) -> None:

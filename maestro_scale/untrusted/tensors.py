@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from maestro_scale.errors import shorten
-from maestro_scale.untrusted.documents import load_json
+from maestro_scale.untrusted.documents import check_regular, load_json
 from maestro_scale.untrusted.limits import FRAME_BYTES, HEADER, TENSOR_AXES, InputError, at, size_text
 
 if TYPE_CHECKING:
@@ -112,6 +112,8 @@ def load_tensors(source: Path | bytes) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load, load_file
 
+    if isinstance(source, Path):
+        check_regular(source)
     try:
         return load_file(source) if isinstance(source, Path) else load(source)
     except (SafetensorError, ValueError, KeyError, RuntimeError) as error:

@@ -268,6 +268,18 @@ def test_keys_choose_no_path(fields, tmp_path):
             assert image.tags()["key"] == printable(line["key"])
 
 
+@pytest.mark.parametrize("format", ["tiff", "parquet"])
+def test_files_of_others_are_kept(fields, shards, tmp_path, format):
+    """A manifest chooses the names within the output folder."""
+    maker = embedder(fields, shards, tmp_path / "cache", what="tokens", format=format)
+    other = tmp_path / "out" / "test-000001" if format == "tiff" else tmp_path / "out" / "test-000001.parquet"
+    other.mkdir(parents=True)
+    (other / "notes.txt").write_text("x")
+    with pytest.raises(EvaluationError, match=r"test-000001.* exists, but .* holds no embeddings"):
+        maker.write(tmp_path / "out", "test")
+    assert [path.name for path in (tmp_path / "out").rglob("*")] == [other.name, "notes.txt"]
+
+
 def test_shards_of_one_name_in_two_folders_are_two_files(fields, shards, tmp_path):
     root = tmp_path / "shards"
     shutil.copytree(shards, root)

@@ -82,6 +82,10 @@ def test_an_unknown_split_lists_the_existing_ones():
             r"shards\[0\].path: '../x.tar' is not a path below",
         ),
         (
+            lambda m: m["shards"][1].update(path="train-000000"),
+            r"shards\[1\].path: train-000000 is listed twice, with or without .tar",
+        ),
+        (
             lambda m: m["shards"][1].update(path=SHARD.path),
             r"shards\[1\].path: train-000000.tar is listed twice",
         ),

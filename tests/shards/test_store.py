@@ -12,6 +12,8 @@ from shards.kit import SPEC, TILE_BYTES, Toy, fields_equal, tile, toy_keys
 
 from maestro_scale.shards.errors import BadShard, StoreError, WriteError
 from maestro_scale.shards.format.manifest import Manifest
+from maestro_scale.shards.read.cache import Cache
+from maestro_scale.shards.read.counters import CounterTotal
 from maestro_scale.shards.read.store import Store
 from maestro_scale.shards.read.verify import verify
 from maestro_scale.shards.storage import client_module
@@ -224,6 +226,22 @@ def test_a_folder_without_locks_can_be_read_and_written(tmp_path, monkeypatch, c
         assert len(shard) == 3
     with pytest.raises(StoreError, match=r"cannot be locked .* set data.cache_dir to a local disk"):
         Store(without, tmp_path / "shared" / "cache", 0).shard(manifest.shards[0])
+
+
+def test_other_files_in_the_cache_folder_are_kept(tmp_path):
+    """data.cache_dir may be the parent of a folder ``shards`` with a dataset."""
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    others = [folder / name for name in ("train-000000.tar", "image.iso.part", f"{'a' * 63}.tar")]
+    for path in others:
+        path.write_bytes(bytes(1000))
+    evicted = folder / f"{'a' * 64}.tar"
+    evicted.write_bytes(bytes(1000))
+    cache = Cache(tmp_path, 1500, CounterTotal())
+    cache.prepare()
+    with cache.reserve("b" * 64, 1000, 0.0):
+        assert not evicted.exists()
+    assert sorted(folder.iterdir()) == sorted(others)
 
 
 def test_a_cache_that_cannot_be_created_is_reported(dataset, tmp_path):

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
+from functools import partial
 
+import fsspec
 import pytest
 
+from maestro_scale import untrusted
 from maestro_scale.shards import lease
 from maestro_scale.training.checkpoint import commit
 from maestro_scale.training.checkpoint.mirror import ForeignMirror, Mirror, MirrorError
@@ -134,8 +137,6 @@ def test_equal_checkpoints_are_accepted_and_incomplete_ones_replaced(tmp_path, c
 
 
 def test_names_in_the_mirror_cannot_leave_the_checkpoint(tmp_path):
-    import fsspec
-
     fs = fsspec.filesystem("memory")
     fs.pipe("/evil/step_00000004/state/weights", b"x")
     fs.pipe("/evil/step_00000004/../../../out", b"x")
@@ -145,6 +146,22 @@ def test_names_in_the_mirror_cannot_leave_the_checkpoint(tmp_path):
     with pytest.raises(MirrorError, match="is not a path within the checkpoint"):
         foreign.fetch("step_00000004", tmp_path / "a" / "b" / "c")
     assert not (tmp_path / "out").exists()
+    fs.store.clear()
+    fs.store[f"/evil/step_00000004/{tmp_path}/out"] = fs.open("/evil/x", "wb")  # a key with an empty part
+    assert fs.find("/evil/step_00000004") == [f"/evil/step_00000004/{tmp_path}/out"]
+    with pytest.raises(MirrorError, match="is not a path within the checkpoint"):
+        foreign.fetch("step_00000004", tmp_path / "a" / "b" / "c")
+
+
+def test_a_marker_that_is_too_large_is_not_transferred(tmp_path, monkeypatch):
+    fs = fsspec.filesystem("memory")
+    fs.pipe(f"/large/step_00000004/{commit.MARKER}", b"x" * 2000)
+    monkeypatch.setattr(
+        untrusted, "check_size", partial(untrusted.check_size, limits=untrusted.Limits(1000, 1))
+    )
+    monkeypatch.setattr(type(fs), "cat_file", None)
+    with pytest.raises(MirrorError, match="2000 bytes, more than"):
+        Mirror("memory://large", Retention(1)).claim({}, required=True)
 
 
 def test_the_marker_comes_last(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import struct
 import tarfile
 import time
@@ -18,6 +19,9 @@ import zstandard
 
 from maestro_scale import untrusted
 from maestro_scale.errors import MAX_MESSAGE, MaestroError, did_you_mean, shorten
+from maestro_scale.interop.export import ExportError
+from maestro_scale.interop.pretrained import load_model
+from maestro_scale.training.checkpoint import commit
 from maestro_scale.untrusted import InputError, Limits
 from maestro_scale.untrusted.limits import NUMBER_CHARACTERS, RECIPE
 
@@ -93,7 +97,9 @@ class TestJson:
         assert "1001 bytes" in refusal(lambda: untrusted.load_json(" " * 1001, limits=limits))
 
     def test_a_file_that_grows_or_never_ends_is_not_read_whole(self):
-        assert "is larger than 1 MiB" in refusal(lambda: untrusted.read_bytes(Path("/dev/zero"), RECIPE))
+        assert "is larger than 1 MiB" in refusal(
+            lambda: untrusted.read_bytes(Path("/dev/zero"), RECIPE, pipe=True)
+        )
 
     def test_lines_that_are_incomplete_are_skipped(self, tmp_path):
         path = tmp_path / "lines"
@@ -109,6 +115,17 @@ class TestJson:
         assert refusal(lambda: untrusted.field_of(document, dict, "a", 1)) == "has no a[1]"
         assert refusal(lambda: untrusted.field_of(document, dict, "a", "b", where="f")) == "f: has no a.b"
         assert "expected an integer" in refusal(lambda: untrusted.field_of({"n": True}, int, "n"))
+
+
+def test_a_named_pipe_is_not_opened(tmp_path):
+    """Opening one blocks until another process writes to it."""
+    for name in ("pipe.json", "config.json", "COMMIT.json", "model.safetensors"):
+        os.mkfifo(tmp_path / name)
+    for read in (untrusted.read_json, untrusted.read_json_lines, untrusted.load_tensors):
+        assert "is not a regular file" in refusal(lambda read=read: list(read(tmp_path / "pipe.json")))
+    with pytest.raises(ExportError, match="is not a regular file"):
+        load_model(tmp_path)
+    assert "is not a regular file" in (commit.problem(tmp_path) or "")
 
 
 class TestYaml:

@@ -192,9 +192,10 @@ def _check(manifest: Manifest) -> None:
         # Not printable: NUL ends a path in the system's calls, and a newline would forge a line of a log.
         if not below or not shard.path.isprintable() or len(shard.path) > _MAX_PATH:
             raise ManifestError(f"{where}.path: {shorten(shard.path)} is not a path below the dataset's root")
-        if shard.path in seen:
-            raise ManifestError(f"{where}.path: {shard.path} is listed twice")
-        seen.add(shard.path)
+        # Without the suffix, because the names of indexes and embeddings do not have it.
+        if (name := shard.path.removesuffix(".tar")) in seen:
+            raise ManifestError(f"{where}.path: {shard.path} is listed twice, with or without .tar")
+        seen.add(name)
         check_split_name(shard.split)
         if not _SHA256.fullmatch(shard.sha256):
             raise ManifestError(

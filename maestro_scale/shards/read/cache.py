@@ -17,6 +17,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -29,6 +30,7 @@ from maestro_scale.shards.locks import Locked, file_lock, remove_unless_shared
 from maestro_scale.shards.read.counters import CounterTotal, StoreCounters
 
 _SPACE_POLL_S = 0.1
+_FILE = re.compile(r"[0-9a-f]{64}\.(tar|part)")
 
 
 class CacheFullError(StoreError):
@@ -151,7 +153,7 @@ class Cache:
     def _remove_stale_partials(self, mine: Path) -> None:
         """Delete downloads of killed processes: those whose shard lock is free."""
         for part in (self.folder / "shards").glob("*.part"):
-            if part == mine:
+            if part == mine or not _FILE.fullmatch(part.name):
                 continue
             try:
                 with file_lock(self.folder / "locks" / f"{part.stem}.lock", wait=False):
@@ -163,6 +165,9 @@ class Cache:
         """Evict unpinned shards, least recently used first, until ``num_bytes`` fit; returns whether they do."""
         sizes = {}
         for path in (self.folder / "shards").iterdir():
+            # Other files, such as the shards of a dataset in a folder of this name, are neither counted nor removed.
+            if not _FILE.fullmatch(path.name):
+                continue
             try:
                 sizes[path] = path.stat().st_size
             except FileNotFoundError:

@@ -77,7 +77,7 @@ def _check_files(files: Any) -> None:
 def read(folder: Path) -> dict[str, Any]:
     """As ``content``, of a folder. ValueError also if it has no marker."""
     try:
-        return content((folder / MARKER).read_bytes())
+        return content(untrusted.read_bytes(folder / MARKER))
     except NewerFormatError as error:
         raise NewerFormatError(f"{folder}: {error}") from None
     except OSError as error:
@@ -94,7 +94,7 @@ def problem(folder: Path, hashes: bool = False, share: tuple[int, int] = (0, 1))
     first, every = share
     for number, (name, expected) in enumerate(sorted(files.items())):
         file = folder / name
-        if not file.exists():
+        if not file.is_file():
             return f"{name} is missing"
         if file.stat().st_size != expected["bytes"]:
             return f"{name} has {file.stat().st_size} bytes instead of {expected['bytes']}"

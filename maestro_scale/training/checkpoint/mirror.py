@@ -108,7 +108,8 @@ class Mirror:
         def copy(fs: Any, root: str) -> None:
             for remote in fs.find(f"{root}/{name}"):
                 inner = remote.split(f"/{name}/", 1)[1]
-                if ".." in inner.split("/"):  # possible in the keys of an object store
+                # Keys of an object store may contain ".." and, after an empty part, an absolute path.
+                if not untrusted.is_relative_path(inner):
                     raise MirrorError(f"{remote} is not a path within the checkpoint")
                 local = into / inner
                 local.parent.mkdir(parents=True, exist_ok=True)
@@ -118,7 +119,7 @@ class Mirror:
 
     def _check_identity(self) -> None:
         for name in self.names():
-            marker = self._read(lambda fs, root, name=name: fs.cat_file(f"{root}/{name}/{MARKER}"))
+            marker = self._read(lambda fs, root, name=name: _content(fs, f"{root}/{name}/{MARKER}") or b"")
             try:
                 theirs = untrusted.field_of(commit.content(marker), dict, "identity")
             except (ValueError, KeyError):
@@ -221,6 +222,7 @@ def _complete(fs: Any, root: str) -> list[str]:
 
 def _content(fs: Any, path: str) -> bytes | None:
     try:
+        untrusted.check_size(fs.size(path), path)
         content: bytes = fs.cat_file(path)
     except FileNotFoundError:
         return None
