@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +18,11 @@ import numpy as np
 from maestro_scale import untrusted
 from maestro_scale.datasets.spec import DatasetError, GeoOrigin
 
+_PNG = b"\x89PNG\r\n\x1a\n"
+_MAX_BLOCK_BYTES = (
+    64 * 1024 * 1024
+)  # of a tile, strip or chunk, decompressed; the libraries allocate it at once
+_MAX_TEXT_BYTES = 64 * 1024 * 1024  # of all texts of a dataset of HDF5
 _MAX_DATES = 20_000  # daily images of 50 years: a longer series in a raw file is damage
 
 
@@ -170,15 +176,33 @@ def _open_raster(path: Path) -> Iterator[Any]:
     warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)  # pixels without origin are fine
     # With EMPTY_DIR GDAL does not list the folder at every open; raw folders hold 50,000 files and more. But then it
     # ignores sidecar files, too: where one may have a mask or a nodata value, TRUE (no list, but look-ups by name).
-    sidecar = any(os.path.exists(f"{path}{suffix}") for suffix in (".msk", ".aux.xml"))
+    has_mask = os.path.exists(f"{path}.msk")
+    sidecar = has_mask or os.path.exists(f"{path}.aux.xml")
     try:
-        with (
-            rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="TRUE" if sidecar else "EMPTY_DIR"),
-            rasterio.open(path) as raster,
-        ):
-            yield raster
+        with rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="TRUE" if sidecar else "EMPTY_DIR"):
+            if has_mask:  # GDAL opens it with any driver
+                with rasterio.open(f"{path}.msk", driver="GTiff") as mask:
+                    _check_blocks(path, mask)
+            with rasterio.open(path, driver=_driver(path)) as raster:
+                _check_blocks(path, raster)
+                yield raster
     except (RasterioError, OSError) as error:
         raise read_error(path, error) from error
+
+
+def _driver(path: Path) -> str:
+    """GDAL's driver for a file. Its choice among all of them includes some for files that name other files and
+    addresses, such as a VRT, whatever the suffix."""
+    with path.open("rb") as file:
+        return "PNG" if file.read(len(_PNG)) == _PNG else "GTiff"
+
+
+def _check_blocks(path: Path, raster: Any) -> None:
+    for (height, width), dtype in zip(raster.block_shapes, raster.dtypes, strict=True):
+        if height * width * np.dtype(dtype).itemsize > _MAX_BLOCK_BYTES:
+            raise DatasetError(
+                f"{path}: has tiles of {width}×{height} pixels, which exceed 64 MiB; write it again"
+            )
 
 
 def _has_extra_alpha(raster: Any, num_bands: int) -> bool:
@@ -273,6 +297,7 @@ def read_h5(path: Path, fields: Mapping[str, Field], optional: Sequence[str] = (
                     raise DatasetError(f"{path}: has no dataset {name!r}; fetch the file again")
                 if name not in file:
                     continue
+                _check_link(file, name, where)
                 item = file[name]
                 if not isinstance(item, h5py.Dataset):
                     raise DatasetError(
@@ -280,10 +305,44 @@ def read_h5(path: Path, fields: Mapping[str, Field], optional: Sequence[str] = (
                     )
                 text = item.dtype.kind == "S" or h5py.check_string_dtype(item.dtype) is not None
                 _check_array(item.dtype, item.shape, field, where, text)
-                content[name] = item[()]
+                _check_storage(item, where)
+                content[name] = _read_texts(item, path, where) if text else item[()]
         return content
     except (OSError, RuntimeError, KeyError, TypeError, ValueError, MemoryError) as error:
         raise read_error(path, error) from error
+
+
+def _check_link(file: Any, name: str, where: str) -> None:
+    """DatasetError if ``name`` is in another file, which a file from others could choose."""
+    import h5py
+
+    # A soft link may lead to an external one.
+    if not isinstance(file.get(name, getlink=True), h5py.HardLink):
+        raise DatasetError(f"{where} is a link, which is not followed; fetch the file again")
+
+
+def _check_storage(item: Any, where: str) -> None:
+    """As :func:`_check_link`, for the values of a dataset; also if its chunks take too much memory."""
+    if item.external is not None or item.is_virtual:
+        raise DatasetError(f"{where} has values in another file, which is not read; fetch the file again")
+    if item.chunks is not None and math.prod(item.chunks) * item.dtype.itemsize > _MAX_BLOCK_BYTES:
+        raise DatasetError(
+            f"{where} has chunks of {_format_shape(item.chunks)}, which exceed 64 MiB; write it again"
+        )
+
+
+def _read_texts(item: Any, path: Path, where: str) -> np.ndarray:
+    # Many elements of variable length may be the same bytes of the file.
+    if item.size * path.stat().st_size <= _MAX_TEXT_BYTES or item.dtype.kind == "S":
+        return np.asarray(item[()])
+    texts: list[Any] = []
+    total = 0
+    for index in np.ndindex(item.shape):
+        texts.append(item[index])
+        total += len(texts[-1])
+        if total > _MAX_TEXT_BYTES:
+            raise DatasetError(f"{where} has texts of more than 64 MiB; fetch the file again")
+    return np.array(texts, object).reshape(item.shape)
 
 
 def _check_array(

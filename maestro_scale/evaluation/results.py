@@ -6,7 +6,7 @@ import dataclasses
 import io
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -154,6 +154,8 @@ class EvalResult:
                 yield f"{name} is {value!r}, not a fraction of 1"
         if not self.seeds:
             yield "no seed"
+        if _num_entries(self.recipe, untrusted.RECIPE.entries) > untrusted.RECIPE.entries:
+            yield f"the recipe has more than {untrusted.RECIPE.entries} entries"
         num_classes = len(self.per_class)
         if self.confusion is not None and {len(self.confusion), *map(len, self.confusion)} != {num_classes}:
             yield f"the confusion has {len(self.confusion)} rows for {num_classes} classes"
@@ -162,6 +164,21 @@ class EvalResult:
         named = {"value": self.value, "interval low": self.interval[0], "interval high": self.interval[1]}
         scores = {f"per-class score of {k}": v for k, v in self.per_class.items() if v is not None}
         return named | scores | {f"score {k}": v for k, v in self.scores.items()}
+
+
+def _num_entries(document: Any, stop: int) -> int:
+    """Keys and list items of a document; counted up to a few more than ``stop``."""
+    count, level = 0, [document]
+    while level and count <= stop:
+        parts = [part.values() if isinstance(part, Mapping) else part for part in level]
+        level = [
+            item
+            for part in parts
+            if not isinstance(part, str) and isinstance(part, Iterable)
+            for item in part
+        ]
+        count += len(level)
+    return count
 
 
 def _is_required(f: dataclasses.Field) -> bool:

@@ -205,3 +205,79 @@ def test_other_arrays_are_named(tmp_path, array, message):
     np.save(path, array, allow_pickle=True)
     with pytest.raises(DatasetError, match=message):
         read_npy(path, (None, 10), "float32")
+
+
+def vrt(source: Path) -> str:
+    return (
+        '<VRTDataset rasterXSize="3" rasterYSize="2"><VRTRasterBand dataType="Byte" band="1"><SimpleSource>'
+        f'<SourceFilename relativeToVRT="0">{source}</SourceFilename><SourceBand>1</SourceBand>'
+        "</SimpleSource></VRTRasterBand></VRTDataset>"
+    )
+
+
+def test_a_file_that_names_another_one_is_not_an_image(tmp_path):
+    """GDAL would also fetch it from an address (/vsicurl/http://…)."""
+    other = write(tmp_path / "other.tif", pixels("uint8", 1))
+    (tmp_path / "a.tif").write_text(vrt(other))
+    with pytest.raises(DatasetError, match=r"a\.tif: cannot be read \(.*not recognized"):
+        read_tif(tmp_path / "a.tif", (1, 2, 3), "uint8")
+    (tmp_path / "other.tif.msk").write_text(vrt(other))
+    with pytest.raises(DatasetError, match=r"other\.tif: cannot be read"):
+        read_tif(other, (1, 2, 3), "uint8")
+
+
+def external(path: Path, other: Path) -> None:
+    with h5py.File(path, "w") as file:
+        file.create_dataset("a", (6,), "uint8", external=[(str(other), 0, 6)])
+
+
+def virtual(path: Path, other: Path) -> None:
+    layout = h5py.VirtualLayout((6,), "uint8")
+    layout[:] = h5py.VirtualSource(str(other), "b", (6,))
+    with h5py.File(path, "w") as file:
+        file.create_virtual_dataset("a", layout)
+
+
+def external_link(path: Path, other: Path) -> None:
+    with h5py.File(path, "w") as file:
+        file["link"] = h5py.ExternalLink(str(other), "b")
+        file["a"] = h5py.SoftLink("/link")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [(external, "values in another file"), (virtual, "values in another file"), (external_link, "is a link")],
+)
+def test_an_hdf5_file_does_not_read_others(tmp_path, make, message):
+    with h5py.File(tmp_path / "other.h5", "w") as file:
+        file["b"] = np.arange(6, dtype="uint8")
+    make(tmp_path / "a.h5", tmp_path / "other.h5")
+    with pytest.raises(DatasetError, match=message):
+        read_h5(tmp_path / "a.h5", {"a": Field("numbers", (None,), "uint8")})
+
+
+def test_tiles_and_chunks_are_limited(tmp_path):
+    """The libraries allocate one at once, also for an image of a few pixels."""
+    tiles = {"tiled": True, "blockxsize": 16_384, "blockysize": 4096 + 16, "compress": "deflate"}
+    path = write(tmp_path / "a.tif", pixels("uint8", 1), **tiles)
+    with pytest.raises(DatasetError, match="tiles of 16384×4112 pixels, which exceed 64 MiB"):
+        read_tif(path, (1, 2, 3), "uint8")
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        chunks = {"maxshape": (None, None), "chunks": (2**13, 2**13 + 1)}
+        file.create_dataset("a", (2, 2), "uint8", **chunks)
+    with pytest.raises(DatasetError, match="chunks of 8192×8193, which exceed 64 MiB"):
+        read_h5(tmp_path / "a.h5", {"a": Field("numbers", (None, 2), "uint8")})
+
+
+def test_texts_are_limited_in_sum(tmp_path, monkeypatch):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["a"] = [["x" * 300, "y" * 300]] * 2
+    field = {"a": Field("text", (None, 2))}
+    (whole,) = read_h5(tmp_path / "a.h5", field).values()
+    monkeypatch.setattr("maestro_scale.datasets.raw._MAX_TEXT_BYTES", 1200)
+    (one_by_one,) = read_h5(tmp_path / "a.h5", field).values()
+    assert one_by_one.dtype == whole.dtype
+    assert one_by_one.tolist() == whole.tolist() == [[b"x" * 300, b"y" * 300]] * 2
+    monkeypatch.setattr("maestro_scale.datasets.raw._MAX_TEXT_BYTES", 1199)
+    with pytest.raises(DatasetError, match="texts of more than 64 MiB"):
+        read_h5(tmp_path / "a.h5", field)

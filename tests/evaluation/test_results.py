@@ -71,6 +71,7 @@ def test_foreign_files_are_named(tmp_path, text, message):
         ({"per_class": {"a": 2}}, "per-class score of a is 2"),
         ({"confusion": [[1, 2, 3]]}, "the confusion has 1 rows for 2 classes"),
         ({"confusion": 3}, "is malformed"),
+        ({"recipe": {"a": [{"b": 0}] * 10_000}}, "the recipe has more than 20000 entries"),
     ],
 )
 def test_values_that_no_evaluation_writes_are_refused(tmp_path, change, message):
