@@ -63,7 +63,7 @@ def _repr_parts(value: object) -> Iterator[str]:
     yield ",)" if isinstance(value, tuple) and len(value) == 1 else brackets[1]
 
 
-_BRACKETS = {list: "[]", tuple: "()", dict: "{}"}
+_BRACKETS: dict[type, str] = {list: "[]", tuple: "()", dict: "{}"}
 
 
 KeyPath = tuple[str | int, ...]

@@ -18,7 +18,7 @@ HIDDEN = "(hidden)"
 _MIN_SECRET_LENGTH = 8
 
 _SECRET_NAME = re.compile(
-    r"(passw(or)?d|passphrase|secret|credential|api_?key|access_?key|private_?key|signature"
+    r"(passw(or)?d|passphrase|secret|credential|api_?key|access_?key|private_?key|signature|connection_?string"
     r"|([._/-]|^)(token|auth|authorization)$|[._-](key|pass|pwd)$)",  # but not PWD, the working directory
     re.IGNORECASE,
 )
@@ -27,10 +27,11 @@ _USERINFO = re.compile(r"""(?<=://)(?:[^/\s'"@:]+:(?!\d+[/\s])[^\s'"@]+@(?:[^/\s
 _WORD = re.compile(r"""[^\s'"]+""")
 _QUERY = re.compile(r"""([?&]([\w.-]+)=)[^&\s'"]+""")
 _QUERY_NAME = re.compile(r"sig$|.*(?:signature|token|secret|credential|password|key)", re.IGNORECASE)
-# AWS access key ids, Hugging Face and GitHub tokens, HTTP authorization headers.
+# AWS access key ids, Hugging Face, GitHub and GitLab tokens, Azure connection strings, HTTP authorization headers.
 _TOKENS = re.compile(
     r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b|\bhf_[A-Za-z0-9]{20,}|\bgh[pousr]_[A-Za-z0-9]{20,}"
-    r"|(?<=Bearer )[\w.~+/=-]+"
+    r"|\bgithub_pat_\w{20,}|\bglpat-[\w-]{20,}|(?<=AccountKey=)[^;\s'\"]+|(?<=SharedAccessKey=)[^;\s'\"]+"
+    r"|(?<=Bearer )[\w.~+/=-]+|(?<=Basic )[\w+/=]{12,}"
 )
 _ASSIGNMENT = re.compile(
     r"""^(?P<head>\s*(?:-\s+)?["']?(?P<name>[\w.-]+)["']?\s*[:=]\s*)(?P<value>\S.*?)(?P<tail>,?)$"""

@@ -26,6 +26,13 @@ from maestro_scale.secrets_filter import (
         ("https://h/x?sv=1&sig=ab%2B&b=2", f"https://h/x?sv=1&sig={HIDDEN}&b=2"),
         ("hf_abcdefghijklmnopqrstuvwxyz", HIDDEN),
         ("Authorization: Bearer abc.def", f"Authorization: Bearer {HIDDEN}"),
+        ("Authorization: Basic dXNlcjpwYXNzd29yZA==", f"Authorization: Basic {HIDDEN}"),
+        (
+            "AccountName=a;AccountKey=ab/cd==;EndpointSuffix=b",
+            f"AccountName=a;AccountKey={HIDDEN};EndpointSuffix=b",
+        ),
+        ("github_pat_11ABCDEFG0abcdefghijklm", HIDDEN),
+        ("glpat-abcdefghij1234567890", HIDDEN),
         # innocent
         ("http://127.0.0.1:9000/path@2", "http://127.0.0.1:9000/path@2"),
         ("s3://bucket/tiles/a@2x.tar", "s3://bucket/tiles/a@2x.tar"),
@@ -48,6 +55,7 @@ def test_urls_and_tokens(text, left):
         "DB_PASS",
         "MYSQL_PWD",
         "SSH_PASSPHRASE",
+        "AZURE_STORAGE_CONNECTION_STRING",
     ],
 )
 def test_secret_names(name):

@@ -97,12 +97,13 @@ def convert(
 def convert_to_reference(folder: Path, out: Path) -> None:
     """Write an exported model as a Lightning checkpoint with reference names and shapes, atomically."""
     source = ModelSource(folder)
-    trained = source.read_config()["trained"]
+    trained = source.read_config().get("trained")
+    counts = {k: v for k, v in trained.items() if type(v) is int} if isinstance(trained, dict) else {}
     config, weights = read_model(source)
     state = to_reference(weights, config)
     content = {
-        "epoch": trained.get("epoch") or 0,
-        "global_step": trained.get("step") or 0,
+        "epoch": counts.get("epoch", 0),
+        "global_step": counts.get("step", 0),
         "pytorch-lightning_version": "2.0.0",  # the oldest that the reference accepts; Lightning migrates from it
         "state_dict": {f"{PREFIXES['raw']}{k}": v for k, v in state.items()},
         "hyper_parameters": {

@@ -29,16 +29,23 @@ def export_model(checkpoint: Path, out: Path, ema: bool = False) -> Path:
 
     ``ema``: export the moving average of the weights instead of the weights.
     """
-    commit = untrusted.read_record(checkpoint / "COMMIT.json", allow_nan=True)
+    marker = checkpoint / "COMMIT.json"
+    commit = untrusted.read_record(marker, allow_nan=True)
     datasets = commit.get("datasets")  # none in checkpoints of earlier revisions
+    position = untrusted.field_of(commit, dict, "position", where=str(marker))
+    seed = untrusted.field_of(commit, int, "identity", "seed", where=str(marker))
+    try:
+        config = ModelConfig.from_dict(untrusted.field_of(commit, dict, "identity", "model"))
+    except (ValueError, TypeError, ArithmeticError) as error:
+        raise ExportError(f"{marker} describes no model that this version supports ({error})") from None
     write_model(
         out,
         full_state(checkpoint / "state", "ema" if ema else WEIGHT),
-        ModelConfig.from_dict(commit["identity"]["model"]),
+        config,
         {
             "checkpoint": checkpoint.name,
-            **commit["position"],
-            "seed": commit["identity"]["seed"],
+            **position,
+            "seed": seed,
             **({"datasets": datasets} if datasets else {}),
         },
     )

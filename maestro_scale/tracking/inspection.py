@@ -86,7 +86,8 @@ def _class_table(splits: Sequence[SplitSummary], target: str, kind: str) -> Tabl
             counts = split.classes[target]
             total = split.num_samples if kind == "multilabel" else max(sum(counts.values()), 1)
             share = counts[name] / total
-            cells += [f"{counts[name]:,}", f"{100 * share:5.1f} % {'█' * round(_BAR_WIDTH * share)}"]
+            bar = "█" * round(_BAR_WIDTH * min(share, 1))  # the counts of an index are not verified
+            cells += [f"{counts[name]:,}", f"{100 * share:5.1f} % {bar}"]
         _add_row(table, name, *cells)
     return table
 

@@ -14,7 +14,7 @@ def open_zip(file: BinaryIO, max_members: int) -> zipfile.ZipFile:
     """The archive in an open file, which stays open. InputError if its directory has more than ``max_members`` entries
     or 64 MiB; the errors of ``zipfile`` if it is damaged."""
     bounded = _DirectoryFile(file, max_members)
-    archive = zipfile.ZipFile(bounded)  # type: ignore[arg-type]  # it has the methods that ZipFile calls
+    archive = zipfile.ZipFile(bounded)
     bounded.reads_directory = False
     return archive
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import sys
 import types
@@ -126,6 +127,11 @@ def test_a_checkpoint_survives_a_round_trip(tmp_path, mask_config, changes):
     for key, tensor in expected.items():
         assert back["state_dict"][key].shape == tensor.shape, key
         assert torch.equal(back["state_dict"][key], tensor), key
+    written = json.loads((tmp_path / "ours" / "config.json").read_text())
+    written["trained"] = ["of", "others"]  # a model from elsewhere: nothing is known of its training
+    (tmp_path / "ours" / "config.json").write_text(json.dumps(written))
+    convert_to_reference(tmp_path / "ours", tmp_path / "back" / "theirs.ckpt")
+    assert torch.load(tmp_path / "back" / "theirs.ckpt", weights_only=True)["global_step"] == 0
 
 
 @pytest.mark.parametrize("name", FIXTURES)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 
 import numpy as np
 import pytest
@@ -62,6 +64,17 @@ def test_the_tables(shards, tmp_path):
     assert (counts[0], sum(counts)) == (january, dates)
     assert str(sum(2 for t in tiles if t.notes)) in row(result.output, "   ")
     assert imread(picture).std() > 0.1
+
+
+def test_counts_of_an_index_are_not_trusted(shards, tmp_path):
+    folder = shutil.copytree(shards, tmp_path / "shards")
+    path = folder / "train-000000.index.json"
+    index = json.loads(path.read_text())
+    for count, message in ((2**62, "oak"), (-1, "tally: contains a negative number")):
+        path.write_text(json.dumps({**index, "tally": {"class/kinds/0": count}}))
+        result = CliRunner().invoke(app, ["inspect", str(folder)])
+        assert message in f"{result.output} {result.exception}"
+        assert len(result.output) < 100_000
 
 
 def test_verify_prints_its_progress_and_the_next_command(shards):
