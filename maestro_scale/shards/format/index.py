@@ -88,8 +88,8 @@ class ShardIndex:
         for key, offset, size in zip(self.keys, self.offsets, self.sizes, strict=True):
             if offset < 0 or size < 0 or offset + size > self.bytes:
                 raise ManifestError(f"sample {key} ends at byte {offset + size} of {self.bytes}")
-        for name, counts in (("notes", self.notes), ("tally", self.tally)):
-            if min(counts.values(), default=0) < 0:
+        for name, numbers in (("notes", self.notes), ("tally", self.tally)):
+            if min(numbers.values(), default=0) < 0:
                 raise ManifestError(f"{name}: contains a negative number")
 
 
