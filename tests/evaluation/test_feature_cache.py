@@ -1,6 +1,8 @@
 """Cached features: one forward pass per crop and encoder; an incomplete cache is encoded again."""
 
 import dataclasses
+import errno
+import os
 import shutil
 import threading
 import time
@@ -275,6 +277,17 @@ def test_too_little_free_space_is_reported_before_anything_is_written(encoder, b
     with pytest.raises(EvaluationError, match="GiB are free: free some, point --features"):
         evaluate_frozen(encoder[0], benchmark, ["knn"])
     assert not list(benchmark.features_dir.rglob("*.npy"))
+
+
+def test_space_that_others_take_is_reported(encoder, benchmark, monkeypatch):
+    def allocate(descriptor, offset, size):
+        assert size > 100
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", allocate)
+    with pytest.raises(EvaluationError, match="features need"):
+        evaluate_frozen(encoder[0], benchmark, ["probe"])
+    assert not [p for p in benchmark.features_dir.iterdir() if p.is_dir()]
 
 
 def test_ignored_and_foreign_labels_count_nowhere(encoder, benchmark):

@@ -9,9 +9,11 @@ the last rename wins (the contents are equal).
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
+import os
 import shutil
 import time
 import uuid
@@ -283,6 +285,16 @@ def _to_storage(values: np.ndarray, dtype: str, batch: Batch) -> np.ndarray:
     return stored
 
 
+def _allocate(path: Path) -> None:
+    """Reserve the blocks of a sparse file: a write to a mapped page that finds the disk full ends the process by
+    SIGBUS."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        os.posix_fallocate(descriptor, 0, os.fstat(descriptor).st_size)
+    finally:
+        os.close(descriptor)
+
+
 def _create_arrays(
     folder: Path, layout: dict[str, tuple[tuple[int, ...], np.dtype]], group: _Group
 ) -> dict[str, np.memmap]:
@@ -290,13 +302,20 @@ def _create_arrays(
     if group.is_main:
         needed = sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in layout.values())
         free = shutil.disk_usage(folder.parent).free
+        problem = EvaluationError(
+            f"features need {needed / 2**30:.1f} GiB in {folder.parent}, {free / 2**30:.1f} GiB are free: free "
+            "some, point --features at a larger disk, or shard fewer tiles"
+        )
         if needed > free:
-            raise EvaluationError(
-                f"features need {needed / 2**30:.1f} GiB in {folder.parent}, {free / 2**30:.1f} GiB are free: free "
-                "some, point --features at a larger disk, or shard fewer tiles"
-            )
+            raise problem
         folder.mkdir()
         for name, (shape, dtype) in layout.items():
             np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, shape)
+            try:
+                _allocate(folder / f"{name}.npy")
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                raise problem from error
     group.wait()
     return {name: untrusted.open_npy(folder / f"{name}.npy", "r+") for name in layout}
