@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,16 +17,17 @@ from testkit.runs import REPO, Trainer, metrics
 
 from maestro_scale.datasets.spec import Target
 from maestro_scale.evaluate import main as evaluate
-from maestro_scale.evaluation.finetune import early_stop
+from maestro_scale.evaluation.finetune import early_stop, validation
 from maestro_scale.evaluation.finetune.early_stop import ValidationScore
 from maestro_scale.evaluation.finetune.predictor import build_predictor
-from maestro_scale.evaluation.results import EvalResult
+from maestro_scale.evaluation.results import EvalResult, EvaluationError
 from maestro_scale.evaluation.tasks.losses import MultilabelLoss, target_loss_for
 from maestro_scale.evaluation.tasks.task import MultilabelTask, task_for
 from maestro_scale.interop.export import write_model
 from maestro_scale.interop.pretrained import load_model
 from maestro_scale.stream.eval_loader import EvalLoader
 from maestro_scale.stream.loader import TrainLoader
+from maestro_scale.training.checkpoint.checkpoints import Position
 from maestro_scale.training.optimizer import build_optimizer, set_lr
 from tests.evaluation.conftest import FIELDS, SPLITS, field_tile
 from tests.evaluation.test_fraction import source_of
@@ -307,6 +309,41 @@ def test_validations_are_spread_evenly_and_include_the_end(num_steps, validation
     assert due[-1] == num_steps
     assert len(due) <= validations
     assert len(set(np.diff([0, *due[:-1]]).tolist())) <= 1
+
+
+def test_only_the_weights_that_were_validated_are_tested(tmp_path, monkeypatch):
+    network = torch.nn.Linear(3, 2)
+    network.config = SimpleNamespace(to_dict=dict)
+    network.target_loss = SimpleNamespace(task=SimpleNamespace(statistic=lambda counts: counts[0] / 10))
+    ema = SimpleNamespace(gather_into=lambda *args: torch.nn.init.normal_(network.weight))
+    world = SimpleNamespace(is_main=True)
+    settings = validation.ValidationSettings(validations=3, patience=0, workers=0, precision="fp32")
+    hook = validation.ValidationHook(network, ema, None, world, tmp_path, settings, lambda step: None)
+    hook.on_start(Position(), 3)
+    scores = iter((4, 7, 5))
+    monkeypatch.setattr(
+        validation, "predict_split", lambda *a, **k: SimpleNamespace(counts=np.array([[next(scores)]]))
+    )
+    for step in (1, 2, 3):
+        hook.after_step(SimpleNamespace(position=SimpleNamespace(step=step), metrics={}))
+        hook.load_state_dict(json.loads(json.dumps(hook.state_dict())))
+    last = network.weight.clone()
+    assert hook.load_best() is network
+    assert not torch.equal(network.weight, last)
+    best = tmp_path / "best" / "step_00000002.safetensors"
+    other = tmp_path / "best" / "step_00000001.safetensors"
+    other.replace(best)
+    with pytest.raises(
+        EvaluationError, match=r"are not the weights that were validated; remove .* and finetune again"
+    ):
+        hook.load_best()
+    best.unlink()
+    with pytest.raises(EvaluationError, match=r"cannot be loaded .*No such file"):
+        hook.load_best()
+    hook.history = [ValidationScore(2, 0.7)]  # of an earlier revision
+    torch.save({}, best)
+    with pytest.raises(EvaluationError, match=r"cannot be loaded .*not a valid safetensors file"):
+        hook.load_best()
 
 
 def test_validations_by_hand():

@@ -8,10 +8,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ValidationScore:
-    """A score on the validation split of the weights after ``step``."""
+    """A score on the validation split of the weights after ``step``.
+
+    ``weights``: their digest where they were the best so far; empty in checkpoints of earlier revisions.
+    """
 
     step: int
     score: float
+    weights: str = ""
 
 
 def best(history: Sequence[ValidationScore]) -> ValidationScore:

@@ -11,13 +11,16 @@ from typing import Any
 import numpy as np
 
 from maestro_scale import untrusted
+from maestro_scale.evaluation.features.cache import weights_digest
 from maestro_scale.evaluation.features.on_device import RecipePrecision
 from maestro_scale.evaluation.finetune import early_stop
 from maestro_scale.evaluation.finetune.early_stop import ValidationScore
 from maestro_scale.evaluation.finetune.predictions import predict_split
 from maestro_scale.evaluation.finetune.predictor import Predictor
 from maestro_scale.evaluation.metrics import best_index
+from maestro_scale.evaluation.results import EvaluationError
 from maestro_scale.interop.tensors import write_tensors_atomically
+from maestro_scale.shards.errors import one_line
 from maestro_scale.stream.source import Source
 from maestro_scale.training.checkpoint.checkpoints import Position
 from maestro_scale.training.distributed import World
@@ -73,8 +76,16 @@ class ValidationHook(Hook):
         return early_stop.exhausted(self.history, self._settings.patience)
 
     def load_best(self) -> Predictor:
-        """The network with the best weights."""
-        self._network.load_state_dict(untrusted.load_tensors(self._best_path(self.best.step)))
+        """The network with the best weights. EvaluationError unless they are those that were validated."""
+        path, problem = self._best_path(self.best.step), ""
+        try:
+            self._network.load_state_dict(untrusted.load_tensors(path))
+        except (untrusted.InputError, RuntimeError, OSError) as error:
+            problem = f"cannot be loaded ({one_line(error)})"
+        if not problem and self.best.weights not in ("", weights_digest(self._network)):
+            problem = "are not the weights that were validated"
+        if problem:
+            raise EvaluationError(f"{path}: {problem}; remove {self._run_dir} and finetune again")
         return self._network
 
     def on_start(self, position: Position, num_steps: int) -> None:
@@ -104,10 +115,12 @@ class ValidationHook(Hook):
         )
         best_index([score])
         self.history.append(ValidationScore(number, score))
+        if self.best.step == number:
+            self.history[-1] = ValidationScore(number, score, weights_digest(self._network))
         if self._world.is_main:
             if self.best.step == number:
                 write_tensors_atomically(self._network.state_dict(), self._best_path(number))
-            self._lines.append(asdict(self.history[-1]))
+            self._lines.append({"step": number, "score": score})
         step.metrics.update({"eval/validation": score, "eval/delay_s": time.perf_counter() - started})
         return True
 
