@@ -94,7 +94,13 @@ prepare() {
     export MAESTRO_CACHE="$LOCAL_DIR/maestro-${USER:-$(id -un)}-${SLURM_JOB_ID:-$$}"
     CACHE_IS_OURS=1
   fi
-  mkdir -p "$MAESTRO_CACHE" 2>/dev/null || die 2 "cannot create the cache $MAESTRO_CACHE on $(uname -n): set MAESTRO_LOCAL to a folder on its local disk with free space"
+  local mode=()
+  [ "$CACHE_IS_OURS" = 0 ] || mode=(-m 700)
+  mkdir -p ${mode[@]+"${mode[@]}"} "$MAESTRO_CACHE" 2>/dev/null || die 2 "cannot create the cache $MAESTRO_CACHE on $(uname -n): set MAESTRO_LOCAL to a folder on its local disk with free space"
+  # Its name can be guessed, and everybody can write to /tmp: another user could put shards there that count as verified.
+  if [ "$CACHE_IS_OURS" = 1 ] && { [ -L "$MAESTRO_CACHE" ] || [ ! -O "$MAESTRO_CACHE" ]; }; then
+    die 2 "the cache $MAESTRO_CACHE on $(uname -n) belongs to another user: set MAESTRO_LOCAL to a folder of your own on a local disk"
+  fi
   enter_image
   run_python -c 'import maestro_scale' 2>/dev/null ||
     die 2 "$PYTHON cannot import maestro_scale: set MAESTRO_ENV to a venv or conda environment where it was installed (or set MAESTRO_IMAGE)"
