@@ -53,13 +53,14 @@ def export_model(checkpoint: Path, out: Path, ema: bool = False) -> Path:
 
 
 def write_model(out: Path, state: dict[str, Tensor], config: ModelConfig, trained: dict[str, Any]) -> None:
-    """Write the weights and then the configuration, each atomically."""
+    """Write the weights and then the configuration. A kill leaves the earlier model, the new one, or none."""
     out.mkdir(parents=True, exist_ok=True)
     record = {"format_version": FORMAT_VERSION, "model": config.to_dict(), "trained": trained}
     # config.json last: loading starts with it, so a model that is being written cannot be loaded.
     write_tensors(state, out / (WEIGHTS + ".tmp"))
-    os.replace(out / (WEIGHTS + ".tmp"), out / WEIGHTS)
     (out / (CONFIG + ".tmp")).write_text(json.dumps(record, indent=1))
+    (out / CONFIG).unlink(missing_ok=True)  # of an earlier model, whose step is not that of the new weights
+    os.replace(out / (WEIGHTS + ".tmp"), out / WEIGHTS)
     os.replace(out / (CONFIG + ".tmp"), out / CONFIG)
 
 

@@ -35,6 +35,25 @@ def model(exported) -> Maestro:
     return load_model(exported)
 
 
+def test_an_export_over_another_model_never_mixes_both(exported, model, tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    write_model(folder, model.state_dict(), model.config, {"step": 7})
+
+    replace = os.replace
+
+    def die_after_the_weights(source, target):
+        if Path(target).name == CONFIG:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", die_after_the_weights)
+    other = {name: tensor + 1 for name, tensor in model.state_dict().items()}
+    with pytest.raises(KeyboardInterrupt):
+        write_model(folder, other, model.config, {"step": 9})
+    with pytest.raises(ExportError):
+        load_model(folder)
+
+
 def agrees(loaded: Maestro, expected: Maestro) -> bool:
     ours = loaded.state_dict()
     return loaded.config == expected.config and all(

@@ -157,3 +157,19 @@ def test_shares_follow_the_order_of_names(tmp_path):
     (tmp_path / "a").write_bytes(b"2")
     assert commit.problem(tmp_path, hashes=True, share=(1, 2)) is None
     assert commit.problem(tmp_path, hashes=True, share=(0, 2)) is not None
+
+
+def test_an_older_checkpoint_is_not_taken_silently(tmp_path, caplog):
+    for step in (4, 6):
+        folder = tmp_path / "checkpoints" / f"step_{step:08d}"
+        folder.mkdir(parents=True)
+        (folder / "weights").write_bytes(b"ten  bytes")
+        commit.commit(folder, {"step": step}, {"weights": commit.entry(folder / "weights")})
+    assert newest(tmp_path).name == "step_00000006"
+    assert not caplog.records
+    (folder / "weights").write_bytes(b"ten  BYTES")
+    assert newest(tmp_path).name == "step_00000004"
+    (message,) = caplog.messages
+    assert (
+        "step_00000004 is used, since newer ones are damaged: step_00000006: weights has changed" in message
+    )

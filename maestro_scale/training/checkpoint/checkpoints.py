@@ -348,11 +348,18 @@ class Checkpoints:
 
 
 def newest(run_dir: Path) -> Path:
-    """The newest checkpoint of a run whose files match their hashes; CheckpointError if there is none."""
+    """The newest checkpoint of a run whose files match their hashes; CheckpointError if there is none.
+
+    A warning where a newer one is damaged: its score or its model would be taken for that of the whole run.
+    """
     path, problems = _newest(run_dir / "checkpoints", hashes=True)
     if path is None:
         raise CheckpointError(
             f"{run_dir} contains no intact checkpoint{': ' + problems[0] if problems else ''}"
+        )
+    if problems and os.environ.get("RANK", "0") == "0":  # every rank of an evaluation gets here
+        log.warning(
+            "%s: %s is used, since newer ones are damaged: %s", run_dir, path.name, "; ".join(problems)
         )
     return path
 
