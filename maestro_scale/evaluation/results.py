@@ -106,15 +106,14 @@ class EvalResult:
                 raise ValueError(f"{self.benchmark} {self.mode}: {name} is {value}; undefined must be None")
         values = dataclasses.asdict(dataclasses.replace(self, maps=None))
         values.pop("maps")
-        (path.parent / MAPS).unlink(
-            missing_ok=True
-        )  # those of an earlier result must not be shown with this one
+        # Those of an earlier result must not be shown with this one, nor these with it if this process is killed.
+        (path.parent / MAPS).unlink(missing_ok=True)
+        write_atomically(path, json.dumps(values, indent=1, allow_nan=False) + "\n")
         if self.maps is not None:
             archive = io.BytesIO()
             arrays: dict[str, Any] = dict(self.maps)  # Any: numpy's stubs take keywords for its options too
             np.savez_compressed(archive, **arrays)
             write_atomically(path.parent / MAPS, archive.getvalue())
-        write_atomically(path, json.dumps(values, indent=1, allow_nan=False) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> EvalResult:

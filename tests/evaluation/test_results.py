@@ -3,8 +3,10 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 
+from maestro_scale.evaluation import results
 from maestro_scale.evaluation.results import VERSION, EvalResult, EvaluationError
 
 RESULT = EvalResult(
@@ -81,3 +83,21 @@ def test_values_that_no_evaluation_writes_are_refused(tmp_path, change, message)
     with pytest.raises(EvaluationError, match=message) as error:
         EvalResult.load(path)
     assert "evaluate again" in str(error.value)
+
+
+@pytest.mark.parametrize("num_writes", [0, 1])
+def test_a_kill_never_leaves_maps_beside_another_result(tmp_path, monkeypatch, num_writes):
+    path = tmp_path / "results.json"
+    maps = {name: np.zeros((1, 2, 2), np.uint8) for name in ("truth", "answer")}
+    dataclasses.replace(RESULT, maps=maps).write(path)
+    done = []
+
+    def die_later(target, content):
+        if len(done) == num_writes:
+            raise KeyboardInterrupt
+        done.append(target.write_bytes(content.encode() if isinstance(content, str) else content))
+
+    monkeypatch.setattr(results, "write_atomically", die_later)
+    with pytest.raises(KeyboardInterrupt):
+        dataclasses.replace(RESULT, value=0.3, maps=maps).write(path)
+    assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
