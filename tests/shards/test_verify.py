@@ -8,6 +8,7 @@ import io
 import json
 import tarfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -171,6 +172,18 @@ def test_a_tar_contains_samples_only(tmp_path, kind, reason):
     (problem,) = verify(str(tmp_path))
     assert problem.startswith("train-000000.tar: ")
     assert reason in problem
+
+
+def test_shards_that_are_missing_are_found_without_a_folder_for_each(tmp_path, monkeypatch):
+    manifest = write_shards(Toy(3), str(tmp_path), "train")
+    shards = tuple(ShardInfo(f"{i}.tar", "train", 10, 1, "0" * 64) for i in range(50))
+    (tmp_path / "manifest.json").write_text(replace(manifest, shards=shards).dumps())
+    (tmp_path / "manifest.sha256").unlink()
+    monkeypatch.setattr("maestro_scale.shards.read.verify.temporary_folder", None)
+    problems = verify(str(tmp_path))
+    assert [p for p in problems if p.endswith(".tar: is missing")] == [
+        f"{i}.tar: is missing" for i in range(50)
+    ]
 
 
 def test_an_index_of_another_shard_and_a_manifest_without_shards(tmp_path):

@@ -29,7 +29,7 @@ from maestro_scale.shards.jobs import ReportFunction, run_jobs
 from maestro_scale.shards.progress import Progress, ProgressCounter
 from maestro_scale.shards.read.shard import Shard
 from maestro_scale.shards.read.store import Store
-from maestro_scale.shards.storage import Storage, open_storage
+from maestro_scale.shards.storage import LocalStorage, Storage, open_storage
 from maestro_scale.shards.temporary import temporary_folder
 
 _MAX_LISTED_SAMPLES = 5  # problems listed per shard; the others are only counted
@@ -113,6 +113,10 @@ class _CheckShard:
     index_expected: bool
 
     def __call__(self, info: ShardInfo, report: ReportFunction) -> tuple[list[str], tuple[str, ...]]:
+        storage = open_storage(self.url)
+        if isinstance(storage, LocalStorage) and storage.size(info.path) is None:
+            # Before a folder is created for it: a manifest may list 300,000 shards that do not exist.
+            return [f"{info.path}: is missing"], ()
         # A temporary cache, so that shards are verified again even if an earlier run has recorded them as verified.
         with temporary_folder() as cache:
             store = Store(self.url, cache, info.bytes)
