@@ -75,8 +75,8 @@ class Cache:
     def verified_index(self, path: Path, sha256: str) -> ShardIndex | None:
         """The index of the file at ``path`` if it is unchanged since it was verified as ``sha256``; else None.
 
-        Also updates the time of last use. "Unchanged" means same inode, size and modification time: hashing 128 MB at
-        every open would cost more than reading the samples.
+        Also updates the time of last use. "Unchanged" means same inode, size and times of modification and change:
+        hashing 128 MB at every open would cost more than reading the samples.
         """
         record = self._record_path(path, sha256)
         try:
@@ -203,7 +203,8 @@ def _touch(path: Path) -> None:
 
 def _file_state(path: Path) -> str:
     status = path.stat()
-    return f"{status.st_ino}-{status.st_size}-{status.st_mtime_ns}"
+    # The time of the last change too, which no program can set: copies and edits may keep the modification time.
+    return f"{status.st_ino}-{status.st_size}-{status.st_mtime_ns}-{status.st_ctime_ns}"
 
 
 def _allocate(path: Path, num_bytes: int) -> None:
