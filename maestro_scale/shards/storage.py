@@ -337,8 +337,10 @@ def credentials_in(url: str) -> str | None:
 
 
 def local_folder(url: str | os.PathLike) -> Path | None:
-    """The folder that ``url`` names; None if it is a URL of another scheme."""
+    """The folder that ``url`` names; None if it is a URL of another scheme. StoreError for a URL with one slash."""
     text = os.fspath(url)
+    if text.startswith(("s3:/", "s3a:/", "gs:/", "file:/")) and "://" not in text:  # e.g. of a pathlib.Path
+        raise StoreError(f"{text}: is not a URL, and would be a folder; write {text.replace(':/', '://', 1)}")
     if text.startswith("file://"):
         text = text.removeprefix("file://")
     return None if "://" in text else Path(text).expanduser()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -259,6 +260,17 @@ def test_any_fsspec_url_works(tmp_path):
     with Store(url, tmp_path / "cache", 10**9).shard(manifest.shards[0]) as shard:
         assert all(fields_equal(s, tile(s.key)) for s in shard)
     assert verify(url) == []
+
+
+def test_a_url_that_lost_a_slash_is_not_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        StoreError, match="s3:/bucket/toy: is not a URL, and would be a folder; write s3://bucket/toy"
+    ):
+        write_shards(Toy(5), Path("s3://bucket/toy"), "train")
+    with pytest.raises(StoreError, match="write s3://bucket/toy"):
+        Manifest.load("s3:/bucket/toy")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
