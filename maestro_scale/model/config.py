@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal, get_args
 from maestro_scale import untrusted
 from maestro_scale.datasets.spec import DatasetSpec, Sensor, Target
 from maestro_scale.datasets.spec_check import sensor_problems, sharing_problems
+from maestro_scale.datasets.spec_limits import MAX_ITEMS
 from maestro_scale.errors import dotted
 from maestro_scale.model.sizes import Size
 
@@ -84,6 +85,9 @@ class ModelConfig:
     others: tuple[DatasetView, ...] = ()
 
     def __post_init__(self) -> None:
+        for name, items in (("sensors", self.sensors), ("heads", self.heads), ("others", self.others)):
+            if len(items) > MAX_ITEMS:
+                raise ValueError(f"{name}: has {len(items)} entries; at most {MAX_ITEMS} are supported")
         if (reason := inter_depth_problem(self.inter_depth, self.fusion, self.size.depth)) is not None:
             raise ValueError(f"inter_depth: {reason}")
         if not re.fullmatch(CHECKPOINTING, self.checkpointing):

@@ -17,8 +17,9 @@ import torch
 from testkit.models import full_batch, small_config
 
 from maestro_scale import load_model
-from maestro_scale.datasets.spec import DatasetError, Tile
+from maestro_scale.datasets.spec import DatasetError, Target, Tile
 from maestro_scale.interop.export import CONFIG, WEIGHTS, ExportError, write_model
+from maestro_scale.model.config import DatasetView
 from maestro_scale.model.maestro import Maestro
 
 
@@ -180,6 +181,14 @@ def test_invalid_models_are_refused(exported, tmp_path, damage, message):
     damage(tmp_path)
     with pytest.raises(ExportError, match=message):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["sensors", "heads", "others"])
+def test_a_model_with_too_many_parts_is_refused_before_it_is_built(model, name):
+    view, head = DatasetView("a", model.config.sensors, 4), Target("a", "multilabel", ("b",))
+    item = {"sensors": model.config.sensors[0], "heads": head, "others": view}
+    with pytest.raises(ValueError, match=rf"{name}: has 1001 entries; at most 1000 are supported"):
+        dataclasses.replace(model.config, **{name: (item[name],) * 1001})
 
 
 # -- embedding ---------------------------------------------------------------------------------------------------------
