@@ -57,10 +57,10 @@ def record_evaluation(checkpoint: Path | None, result: EvalResult, path: Path) -
         advice = f"`{shell_command('maestro-scale', 'sync', run_dir)}` sends it"
         try:
             add_pending(run_dir, PendingEvaluation(path.resolve(), scrub_mapping(tags)))
-        except OSError as write_error:
+        except (OSError, untrusted.InputError) as write_error:
             advice = (
                 f"and sync cannot send it: the outbox in {run_dir} is not writable "
-                f"({write_error.strerror or write_error})"
+                f"({getattr(write_error, 'strerror', None) or write_error})"
             )
         log.warning(
             "MLflow at %s did not accept the evaluation (%s); it is in %s, %s",
