@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -205,10 +206,10 @@ def test_a_probe_of_a_model_has_the_same_score(folder):
     for result in (new, old):
         result.pop("timings")
         result.pop("recipe")
+    # Not in earlier revisions: the digests of the data and of the weights.
     manifest = (folder / "shards" / "manifest.json").read_bytes()
-    assert list(new.pop("datasets").values()) == [
-        hashlib.sha256(manifest).hexdigest()
-    ]  # not in earlier revisions
+    assert list(new.pop("datasets").values()) == [hashlib.sha256(manifest).hexdigest()]
+    assert re.fullmatch("[0-9a-f]{64}", new.pop("weights"))
     agree(new, old)
 
 

@@ -188,6 +188,20 @@ def test_features_without_a_record_of_their_inputs_are_encoded_again(encoder, be
     assert passes == []
 
 
+def test_a_marker_that_lists_no_files_does_not_make_features(encoder, benchmark, caplog):
+    model, passes = encoder
+    evaluate_frozen(model, benchmark, ["knn"])
+    (val,) = benchmark.features_dir.glob("val-*")
+    content = commit.read(val)
+    del content["files"], content["format_version"]
+    commit.commit(val, content, {})
+    (val / "features.npy").unlink()
+    passes.clear()
+    evaluate_frozen(model, benchmark, ["knn"])
+    assert sum(passes) == CROPS_PER_TILE * SPLITS["val"]
+    assert "does not list features.npy and labels.npy" in caplog.text
+
+
 def test_jobs_that_want_the_same_features_at_once_encode_them_once(fields, benchmark):
     """The second begins while the first is at it, and waits; it would not be waited for here were it not to."""
     entered, go, passes, found = threading.Event(), threading.Event(), [], {}

@@ -45,6 +45,7 @@ log = logging.getLogger(__name__)
 # A partial folder of a killed job is removed after this long without a write. Not earlier: where locks do not reach,
 # a job on another node may still be writing it.
 _ABANDONED_S = 24 * 3600.0
+_ARRAYS = ("features", "labels")  # one .npy file each
 _INPUTS = "inputs"  # key of the marker: what the features were computed from
 _POLL_S = 1.0  # while another job holds the lock
 
@@ -131,9 +132,7 @@ def cached_features(
                 with progress(f"encode {folder.name.rpartition('-')[0]}", "batches") as report:
                     _encode(folder, wanted, loader, encoded, labels, group, report)
                 problems[_marker(folder)] = None  # hashed while it was written: no need to read it all again
-    stored_features, stored_labels = (
-        untrusted.open_npy(folder / f"{name}.npy") for name in ("features", "labels")
-    )
+    stored_features, stored_labels = (untrusted.open_npy(folder / f"{name}.npy") for name in _ARRAYS)
     tiles = np.repeat(np.arange(loader.num_samples), loader.num_crops)
     return FeatureCache(stored_features, stored_labels, tiles)
 
@@ -183,9 +182,12 @@ def _is_missing(folder: Path, wanted: Mapping[str, Any], problems: dict[bytes, s
 def _other_inputs(folder: Path, wanted: Mapping[str, Any]) -> str | None:
     """How the recorded inputs of a folder differ from ``wanted``; None if they are the same."""
     try:
-        recorded = commit.read(folder).get(_INPUTS)
+        content = commit.read(folder)
     except ValueError as error:
         return str(error)
+    if not {f"{name}.npy" for name in _ARRAYS} <= set(content["files"]):
+        return f"its {commit.MARKER} does not list {' and '.join(f'{name}.npy' for name in _ARRAYS)}"
+    recorded = content.get(_INPUTS)
     if not isinstance(recorded, dict):
         return "it does not record what it was computed from (written by an earlier revision)"
     differences = [
@@ -257,7 +259,7 @@ def _encode(
                 array.flush()
         group.wait()  # every rank's rows are written before rank 0 hashes the files
         if group.is_main:
-            files = {f"{name}.npy": commit.entry(partial / f"{name}.npy") for name in ("features", "labels")}
+            files = {f"{name}.npy": commit.entry(partial / f"{name}.npy") for name in _ARRAYS}
             commit.commit(partial, {"rows": num_rows, _INPUTS: dict(inputs)}, files)
             replaced = folder.with_name(f".partial-{uuid.uuid4().hex[:12]}-{folder.name}")
             commit.publish(partial, folder, replaced)
