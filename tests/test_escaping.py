@@ -60,14 +60,16 @@ def test_file_names_are_distinct_components_and_can_be_created(tmp_path):
     keys = [*NAMES, "\ud800", "", shortened.removesuffix(SUFFIX), "x" * 299, "x" * 300 + "y", "é" * 201]
     names = [file_name(key, SUFFIX) for key in keys]
     assert len(set(names)) == len(keys)
+    folder = tmp_path / "folder"
+    folder.mkdir()
     for name in names:
-        (tmp_path / name).write_text("")
+        (folder / name).write_text("")
         assert name.isascii()
         assert name[0] not in ".-"
         assert name.endswith(SUFFIX)
         assert len(name) <= 255
-    assert {p.name for p in tmp_path.iterdir()} == set(names)
-    assert [p for p in tmp_path.parent.rglob("*.tif") if p.parent != tmp_path] == []
+    assert {p.name for p in folder.iterdir()} == set(names)
+    assert list(tmp_path.iterdir()) == [folder]
 
 
 def test_file_names_differ_in_more_than_case_where_it_is_ignored(tmp_path, monkeypatch):

@@ -54,7 +54,7 @@ def run_on_shards(
             (),
             watchdog,
             stop or StopRequest(),
-            evaluation=lambda recipe, world, model, watchdog: build_hooks,
+            evaluation=lambda *_: build_hooks,
         )
     engines.pop().close()
     bench.free()

@@ -26,12 +26,14 @@ def file_lock(path: Path, wait: bool = True) -> Iterator[None]:
     Locked if it is held by another and ``wait`` is false; OSError if the file cannot be created or the file system
     has no locks (:func:`locks_unsupported`).
     """
-    descriptor = _acquire(path, wait)
+    descriptor, owner = _acquire(path, wait), os.getpid()
     try:
         yield
     finally:
-        # Deleted while still locked: deleting it after release could delete the file of the next holder.
-        path.unlink(missing_ok=True)
+        # A forked child has a copy of the descriptor, and may close this context when it ends: the lock is not its own.
+        if os.getpid() == owner:
+            # Deleted while still locked: deleting it after release could delete the file of the next holder.
+            path.unlink(missing_ok=True)
         os.close(descriptor)
 
 

@@ -30,7 +30,7 @@ def temporary_folder() -> Iterator[Path]:
             # The lock first: a folder without a lock that is held counts as abandoned.
             stack.enter_context(file_lock(_marker(path), wait=False))
             path.mkdir(mode=0o700)
-            stack.callback(shutil.rmtree, path, ignore_errors=True)
+            stack.callback(_remove, path, os.getpid())
         except (Locked, OSError):  # no locks on this file system: an ordinary temporary folder
             path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="maestro-")))
         yield path
@@ -61,6 +61,12 @@ def remove_abandoned(parent: Path) -> int:
         except (Locked, OSError):  # it runs, or another process removes it
             continue
     return count
+
+
+def _remove(folder: Path, owner: int) -> None:
+    # Not in a forked child: multiprocessing drops the finalizers of its parent there, which closes the context.
+    if os.getpid() == owner:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _marker(folder: Path) -> Path:

@@ -26,7 +26,7 @@ _INTEGERS = range(-(2**63), 2**63)  # numpy and torch have no larger ones
 def from_builtins(kind: type[T], data: Any) -> T:
     """An instance of the dataclass ``kind`` from the dicts, lists and scalars of a JSON document.
 
-    Fields may be scalars, dataclasses, tuples, mappings, literals, optional or Any. Fields with a default may be
+    Fields may be scalars, dataclasses, tuples, lists, mappings, literals, optional or Any. Fields with a default may be
     missing. InputError, with the path of the entry, for an unknown key, a missing required one or a value of the wrong
     type.
     """
@@ -53,6 +53,8 @@ def _converter(hint: Any) -> Convert:
         return _to_dataclass(hint)
     if origin is tuple:
         return _to_tuple(args)
+    if origin is list:
+        return _to_list(_to_tuple((*args, ...)))
     if origin is not None and isinstance(origin, type) and issubclass(origin, Mapping):
         return _to_mapping(_converter(args[1]))
     if origin is Literal:
@@ -107,7 +109,7 @@ def _to_tuple(args: tuple[Any, ...]) -> Convert:
     length = None if args[-1] is Ellipsis else len(args)
 
     def converted(data: Any) -> tuple[Any, ...]:
-        if not isinstance(data, list):
+        if not isinstance(data, (list, tuple)):  # a tuple: plain values that were never written as JSON
             raise _Mismatch(f"is {shorten(data)}, expected a list")
         if length is not None and len(data) != length:
             raise _Mismatch(f"has {len(data)} entries, expected {length}")
@@ -129,6 +131,10 @@ def _to_tuple(args: tuple[Any, ...]) -> Convert:
         return tuple(values)
 
     return converted
+
+
+def _to_list(convert: Convert) -> Convert:
+    return lambda data: list(convert(data))
 
 
 def _to_mapping(convert: Convert) -> Convert:

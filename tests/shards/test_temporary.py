@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -55,6 +56,23 @@ def test_the_folder_of_a_killed_process_is_removed_and_that_of_a_running_one_is_
     with temporary.temporary_folder():
         assert not folder.exists()
     assert list(parent.iterdir()) == []
+
+
+def _nothing() -> None:
+    """What a forked process does."""
+
+
+def test_a_forked_process_does_not_remove_the_folder_of_its_parent(parent, monkeypatch):
+    monkeypatch.setitem(multiprocessing.process.current_process()._config, "tempdir", None)
+    temporary.use_for_multiprocessing()
+    folder = Path(multiprocessing.process.current_process()._config["tempdir"])
+    child = multiprocessing.get_context("fork").Process(
+        target=_nothing
+    )  # it drops the finalizers of its parent
+    child.start()
+    child.join()
+    assert folder.is_dir()
+    assert folder.with_name(f"{folder.name}.lock").exists()
 
 
 def test_links_are_not_followed_and_other_names_are_kept(parent):

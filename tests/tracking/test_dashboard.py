@@ -85,7 +85,7 @@ def test_the_server_ends_with_the_command(tmp_path, ending, server):
     try:
         wait_until(lambda: listens(port), 120)
         process.send_signal(ending)
-        assert process.wait(30) == (-ending if ending == signal.SIGKILL else 0)
+        assert process.wait(120) == (-ending if ending == signal.SIGKILL else 0)
         if process.returncode == 0:
             assert not listens(port)
         wait_until(lambda: not listens(port) and not processes_of(runs), 15)

@@ -12,10 +12,11 @@ import pytest
 from shards.kit import SPEC
 
 from maestro_scale.shards.format.manifest import Manifest, ShardInfo
-from maestro_scale.training.binding import DeviceError
+from maestro_scale.training.binding import Launch
 from maestro_scale.training.checkpoint.checkpoints import Position
 from maestro_scale.training.distributed import exchange_texts, free_port
 from maestro_scale.training.hooks.manifests import ManifestHook
+from maestro_scale.training.job_store import RendezvousError
 from maestro_scale.training.manifests import (
     ManifestMismatchError,
     ManifestMonitor,
@@ -122,12 +123,14 @@ def test_ranks_without_a_process_group_exchange_texts(monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    monkeypatch.setattr("maestro_scale.training.job_store._current", None)  # restored at the end
     with ThreadPoolExecutor(2) as threads:  # of one process, as two would take seconds to start
         ranks = [
-            threads.submit(exchange_texts, SimpleNamespace(rank=rank, size=2), f"text of {rank}", 60)
+            threads.submit(exchange_texts, Launch("environment", rank, 2, rank, 2), f"text of {rank}", 60)
             for rank in (0, 1)
         ]
         assert [rank.result() for rank in ranks] == [["text of 0", "text of 1"]] * 2
-    with pytest.raises(DeviceError, match="rank 1 of 2 did not meet the other ranks") as error:
-        exchange_texts(SimpleNamespace(rank=1, size=2), "text", 1.0)
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    with pytest.raises(RendezvousError, match="rank 0 did not start within 1 s") as error:
+        exchange_texts(Launch("environment", 1, 2, 1, 2), "text", 1.0)
     assert "\n" not in str(error.value)
