@@ -47,7 +47,7 @@ TESTS: dict[str, list[str]] = {
     "evaluation/bootstrap": ["tests/evaluation/test_bootstrap.py"],
     "evaluation/probes/knn": ["tests/evaluation/test_knn.py"],
     "training/optimizer": ["tests/training/test_optimizer.py"],
-    "shards/format/codec": ["tests/shards/test_codec.py", "tests/shards/test_codec_layout.py"],
+    "shards/format/codec": ["tests/shards/test_codec_layout.py", "tests/shards/test_codec.py"],
     "training/checkpoint/commit": ["tests/training/test_commit.py"],
 }
 """Module → the test files that must kill its mutants: below 10 s each, no training run."""
