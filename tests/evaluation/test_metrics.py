@@ -213,6 +213,8 @@ def test_confusions_are_counted_by_target_row():
         confusion(np.array([0]), np.array([0, 1]), 2)
     with pytest.raises(ValueError, match=r"target class -1 is outside the 2 classes 0-1 \(ignored: \[7\]\)"):
         confusion(np.array([0]), np.array([-1]), 2, ignored=(7,))
+    with pytest.raises(ValueError, match=r"target class 5 is outside .* \(ignored: \[7, 9\]\)"):
+        confusion(np.array([0, 0]), np.array([5, 6]), 2, ignored=(9, 7))
     with pytest.raises(ValueError, match=r"ignored: none"):
         confusion(np.array([0]), np.array([2]), 2)
 
@@ -225,6 +227,25 @@ def test_iou_of_many_confusions_at_once():
     # One pixel alone counts.
     assert mean_iou(np.array([[1, 0], [0, 0]])) == 1.0
     assert np.isnan(mean_iou(np.zeros((2, 2))))
+    np.testing.assert_allclose(mean_iou(np.stack([first, second, first])), [1 / 2, 1 / 4, 1 / 2])
+
+
+def test_undefined_scores_are_not_divided():
+    with np.errstate(all="raise"):
+        assert np.isnan(mean_iou(np.zeros((2, 2))))
+        assert wf1(np.zeros((3, 2))) == 0.0
+
+
+def test_a_class_of_one_pixel_is_present():
+    # Class 0: 1 hit of 1, answered twice; class 1: 2 of 3, answered twice.
+    scores = segmentation_scores(np.array([[1, 0], [1, 2], [0, 0]]))
+    assert scores["mean_f1"] == pytest.approx((2 / 3 + 4 / 5) / 2)
+    assert scores["miou_with_other"] == pytest.approx((1 / 2 + 2 / 3) / 2)
+
+
+def test_average_precision_needs_a_score_for_every_class():
+    with pytest.raises(ValueError, match="zip"):
+        average_precision(np.ones((4, 2)), np.ones((4, 1)))
 
 
 def test_average_precision_of_equal_scores():

@@ -168,7 +168,8 @@ def test_depths_of_an_image_encoder():
 
 
 def test_without_layer_decay_all_layers_learn_alike_in_one_fused_step():
-    optimizer = build_optimizer(_blocks(2), 8.0, (0.8, 0.95), 1e-7, 0.1)
-    assert [(g["peak_lr"], len(g["params"])) for g in optimizer.param_groups] == [(8.0, 2), (8.0, 2)]
+    model = torch.nn.ModuleDict({"encoders": _blocks(2), "head": torch.nn.Linear(1, 1)})
+    optimizer = build_optimizer(model, 8.0, (0.8, 0.95), 1e-7, 0.1)
+    assert [(g["peak_lr"], len(g["params"])) for g in optimizer.param_groups] == [(8.0, 3), (8.0, 3)]
     assert optimizer.defaults["fused"]
     assert (optimizer.defaults["betas"], optimizer.defaults["eps"]) == ((0.8, 0.95), 1e-7)
