@@ -153,10 +153,9 @@ def test_rows_of_pixels_are_skipped_in_series_of_any_number_of_axes(shape):
     array = numbered(*shape)
     source, sample, start = opened(array)
     images = np.prod(shape[:-2])
-    rows = np.arange(shape[0])
-    assert np.array_equal(sample.rows("x", rows, (slice(10, 86), slice(2, 7))), array[..., 10:86, 2:7])
+    assert np.array_equal(sample.array("x", (slice(10, 86), slice(2, 7))), array[..., 10:86, 2:7])
     assert source.new_reads(start) == [(i * 17600 + 160, i * 17600 + 1376) for i in range(images)]
-    assert np.array_equal(sample.rows("x", rows, (slice(10, 87), slice(2, 7))), array[..., 10:87, 2:7])
+    assert np.array_equal(sample.array("x", (slice(10, 87), slice(2, 7))), array[..., 10:87, 2:7])
     assert len(source.new_reads(start)) == shape[0]
 
 
