@@ -35,6 +35,9 @@ PLACES = {
     ("encode", f"{EVALUATION}probes/linear.py", "linear_probe"),
     ("setup", "maestro_scale/training/assembly.py", "_build_engine"),
     ("setup", f"{EVALUATION}finetune/setup.py", "assemble"),
+    # The digest of the best weights, which are copied to the host to be saved, and are checked when they are loaded.
+    ("setup", f"{EVALUATION}features/cache.py", "weights_digest"),
+    ("validation", f"{EVALUATION}features/cache.py", "weights_digest"),
     ("log", "maestro_scale/training/device.py", "synchronize"),
     ("validation", *RESULTS),
     ("validation", f"{EVALUATION}finetune/predictions.py", "predict_split"),

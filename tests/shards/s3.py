@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import http.client
 import threading
+import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+def reset(port: int) -> None:
+    """Empty a moto server: all servers of one process share their buckets."""
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/moto-api/reset", method="POST")
+    urllib.request.urlopen(request, timeout=30).close()
 
 
 @dataclass

@@ -9,6 +9,7 @@ import pytest
 import s3fs
 from shards.interleaved import Interleaver, Scenario, Schedule, shards_of
 from shards.kit import TILE_BYTES, Toy
+from shards.s3 import reset
 
 from maestro_scale.shards import lease, storage
 from maestro_scale.shards.errors import WriteError
@@ -25,6 +26,7 @@ def interleaver():
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
+    reset(server.get_host_and_port()[1])
     between = Interleaver(server.get_host_and_port()[1])
     options = storage._s3_options
 

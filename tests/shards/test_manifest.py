@@ -133,7 +133,7 @@ def test_splits_of_a_large_manifest_are_found_in_linear_time():
     manifest = replace(MANIFEST, shards=shards)
     started = time.process_time()
     assert manifest.shards_of(manifest.splits) == shards
-    assert time.process_time() - started < 1
+    assert time.process_time() - started < 5  # quadratic: minutes
     with pytest.raises(ManifestError, match=r"no split 'x' in shards; there are: s0, .*, s29, …$"):
         manifest.shards_of(["x"])
 

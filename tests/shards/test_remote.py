@@ -15,7 +15,7 @@ import fsspec
 import pytest
 import s3fs
 from shards.kit import SPEC, TILE_BYTES, Toy, fields_equal, tile, toy_keys
-from shards.s3 import Fault, Proxy
+from shards.s3 import Fault, Proxy, reset
 
 from maestro_scale.datasets.spec import DatasetError
 from maestro_scale.shards import lease
@@ -45,6 +45,7 @@ def server():
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     port = server.get_host_and_port()[1]
+    reset(port)
     with pytest.MonkeyPatch.context() as patch:
         lead_to(patch, f"http://127.0.0.1:{port}")
         s3fs.S3FileSystem().mkdir("shards")

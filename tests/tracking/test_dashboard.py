@@ -80,7 +80,14 @@ def test_the_server_ends_with_the_command(tmp_path, ending, server):
     command = [sys.executable, "-m", "maestro_scale.cli", "dashboard", str(runs), "--port", str(port)]
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(
-            command, cwd=tmp_path, env=env, stdout=log, stderr=log, start_new_session=True
+            command,
+            cwd=tmp_path,
+            env=env,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            # A shell's background job ignores SIGINT, and so would all that it starts.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
     try:
         wait_until(lambda: listens(port), 120)
