@@ -135,7 +135,7 @@ def _remove_stale(path: Path) -> None:
 
 @contextmanager
 def _creation_lock(path: Path) -> Iterator[None]:
-    """Hold the lock of a store that is created, or wait until it exists; goes on without it after a minute."""
+    """Hold the lock of a store that is created, or wait until it exists, at most a minute."""
     deadline = time.monotonic() + _CREATE_WAIT_S
     with ExitStack() as stack:
         while _is_empty(path) and time.monotonic() < deadline:
@@ -148,7 +148,7 @@ def _creation_lock(path: Path) -> Iterator[None]:
 
 
 def _is_empty(path: Path) -> bool:
-    """Whether there is no file, or a file without tables."""
+    """Whether the file is missing or has no tables."""
     try:
         return path.stat().st_size == 0
     except FileNotFoundError:

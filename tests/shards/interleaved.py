@@ -83,7 +83,7 @@ class Schedule:
             turn = "a"
         other = "b" if turn == "a" else "a"
         if self._last.get(turn, ("", 0))[1] >= _REPEATED:
-            # It waits: the other one goes on from here.
+            # It waits, so the other one runs next.
             del self._last[turn]
             self.first, self.then = (
                 (self.counts["a"], 10**6) if turn == "a" else (self.first, self.counts["b"])
