@@ -2,8 +2,8 @@
 
     python -m benchmarks.coverage_run [--json F] [PYTEST ARGUMENTS]     # needs pip install -e '.[test]'
 
-Without arguments the whole suite runs in two processes as in .ci/run (which measures no coverage, since that takes a
-third longer). `coverage` starts in every Python process through the settings in pyproject.toml (`[tool.coverage]`);
+Without arguments the whole suite runs in two processes as in .ci/run, which measures no coverage.
+`coverage` starts in every Python process through the settings in pyproject.toml (`[tool.coverage]`);
 what a process that is killed had covered is lost. Prints the files below 90 % and writes all to
 benchmarks/results/coverage.json, so a run of some folders overwrites the figures of the whole suite: give it --json.
 """
