@@ -88,6 +88,17 @@ def test_a_second_split_is_added_and_notes_are_counted(tmp_path):
     assert verify(str(tmp_path)) == []
 
 
+def test_examples_do_not_depend_on_the_order_of_the_splits(tmp_path):
+    """Of 11 shuffled tiles the first with this note is tile 1, of 3 it is tile 2: the smaller key is kept."""
+    counts = {"train": 11, "val": 3}
+    alone = {s: write_shards(Toy(n), str(tmp_path / s), s).examples["odd one"] for s, n in counts.items()}
+    assert alone == {"train": "Betula_spec._1_a/b%1", "val": "Betula_spec._2_a/b%2"}
+    for order in (("train", "val"), ("val", "train")):
+        for split in order:
+            manifest = write_shards(Toy(counts[split]), str(tmp_path / "-".join(order)), split)
+        assert manifest.examples == {"odd one": "Betula_spec._1_a/b%1"}
+
+
 @pytest.mark.parametrize(
     ("dataset", "options", "message"),
     [

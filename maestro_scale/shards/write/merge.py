@@ -50,7 +50,10 @@ def split_manifest(
 
 
 def add_split(existing: Manifest | None, added: Manifest, where: str) -> Manifest:
-    """``existing`` with the one split of ``added``. SplitDiffers if it has that split with other shards."""
+    """``existing`` with the one split of ``added``. SplitDiffers if it has that split with other shards.
+
+    Of two examples of a note the smaller one is kept, so that they do not depend on which split was published first.
+    """
     if existing is None:
         return added
     (split,) = added.splits
@@ -61,11 +64,13 @@ def add_split(existing: Manifest | None, added: Manifest, where: str) -> Manifes
                 "data has changed; choose another folder"
             )
         return existing
+    both = existing.examples.keys() & added.examples.keys()
+    smaller = {note: min(existing.examples[note], added.examples[note]) for note in both}
     return replace(
         added,
         shards=(*existing.shards, *added.shards),
         notes=dict(sorted((Counter(existing.notes) + Counter(added.notes)).items())),
-        examples=dict(sorted({**added.examples, **existing.examples}.items())),
+        examples=dict(sorted({**added.examples, **existing.examples, **smaller}.items())),
     )
 
 
