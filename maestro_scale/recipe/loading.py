@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
 from maestro_scale.errors import KeyPath, did_you_mean, dotted
 from maestro_scale.recipe.errors import ConflictError, RecipeError
 from maestro_scale.recipe.merge import Tree, read_tree
+from maestro_scale.recipe.fields import Section
 from maestro_scale.recipe.schema import Recipe
+
+Document = TypeVar("Document", bound=Section)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -21,18 +24,18 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: one line per mistake, each with its file, its key and the nearest valid name.
     """
-    return validated(read_tree(path, overrides))
+    return validated(read_tree(path, overrides), Recipe)
 
 
 def parse_recipe(data: Mapping[str, Any], source: str = "recipe") -> Recipe:
     """A recipe from plain data, as ``load_recipe`` would validate it; no ``extends``, no environment."""
-    return validated(Tree(dict(data), {(): source}))
+    return validated(Tree(dict(data), {(): source}), Recipe)
 
 
-def validated(tree: Tree) -> Recipe:
-    """The recipe in ``tree``; RecipeError if it is not one."""
+def validated(tree: Tree, schema: type[Document]) -> Document:
+    """The recipe, or other document of ``schema``, in ``tree``; RecipeError if it is not one."""
     try:
-        return _validate(tree.data)
+        return _validate(tree.data, schema)
     except ValidationError as error:
         first = error
     # A value from the environment was parsed as YAML (0012 became 12), but text fields need it as written.
@@ -41,14 +44,14 @@ def validated(tree: Tree) -> Recipe:
         if loc in tree.texts:
             data = _replaced(data, loc, tree.texts[loc])
     try:
-        return _validate(data)
+        return _validate(data, schema)
     except ValidationError as error:
-        raise RecipeError("\n".join(_lines(error, tree))) from None
+        raise RecipeError("\n".join(_lines(error, tree, schema))) from None
 
 
-def _validate(data: Mapping[str, Any]) -> Recipe:
+def _validate(data: Mapping[str, Any], schema: type[Document]) -> Document:
     # In strict mode pydantic accepts a list for a tuple only from JSON; it still refuses text for a number.
-    return Recipe.model_validate_json(json.dumps(data, default=str))
+    return schema.model_validate_json(json.dumps(data, default=str))
 
 
 def _replaced(node: Any, loc: KeyPath, value: Any) -> Any:
@@ -59,19 +62,19 @@ def _replaced(node: Any, loc: KeyPath, value: Any) -> Any:
     return {**node, loc[0]: _replaced(node[loc[0]], loc[1:], value)}
 
 
-def _lines(error: ValidationError, tree: Tree) -> Iterator[str]:
+def _lines(error: ValidationError, tree: Tree, schema: type[BaseModel]) -> Iterator[str]:
     for e in error.errors():
         loc, cause = tuple(e["loc"]), e.get("ctx", {}).get("error")
-        parts = cause.problems if isinstance(cause, ConflictError) else [((), _reason(e, loc))]
+        parts = cause.problems if isinstance(cause, ConflictError) else [((), _reason(e, loc, schema))]
         for sub, reason in parts:
             where = (*loc, *sub)
             yield f"{tree.origin(where)}: {dotted(where)}: {reason}"
 
 
-def _reason(error: Mapping[str, Any], loc: KeyPath) -> str:
+def _reason(error: Mapping[str, Any], loc: KeyPath, schema: type[BaseModel]) -> str:
     kind, given, context = error["type"], error["input"], error.get("ctx", {})
     if kind == "extra_forbidden":
-        return f"unknown key{did_you_mean(loc[-1], _keys_of(Recipe, loc[:-1]))}"
+        return f"unknown key{did_you_mean(loc[-1], _keys_of(schema, loc[:-1]))}"
     if kind == "missing":
         return "is missing"
     if kind == "value_error":
