@@ -90,6 +90,16 @@ def exit_with_parent() -> None:
     threading.Thread(target=_exit_with_parent, daemon=True, name="maestro-orphan").start()
 
 
+def kill_workers() -> None:
+    """Kill the worker processes that this process has started, before ``os._exit``, which does not end them.
+
+    :func:`exit_with_parent` does not run in a worker that was stopped (SIGSTOP, a debugger).
+    """
+    for worker in multiprocessing.active_children():
+        with suppress(OSError, ValueError, AttributeError):  # it has just ended
+            worker.kill()
+
+
 def _exit_with_parent() -> None:
     # The parent's process id does not tell it: the parent of a worker may be the fork server, which lives as long as
     # there are workers.
@@ -139,4 +149,5 @@ def _end(
 def _leave(reason: str) -> None:
     with suppress(OSError, ValueError):  # the terminal may have ended with the launcher
         print(f"error: rank {os.environ.get('RANK', 0)} stopped by {reason}", file=sys.stderr, flush=True)
+    kill_workers()
     os._exit(_EXIT)

@@ -49,6 +49,37 @@ def test_a_rank_ends_when_its_launcher_is_killed():
     assert errors == f"error: rank 0 stopped by the end of its launcher (process {launcher.pid})\n"
 
 
+WITH_WORKER = """
+import multiprocessing, os, signal, sys, time
+from maestro_scale import launcher_death
+
+def work(ready):
+    launcher_death.exit_with_parent()
+    ready.set()
+    time.sleep(600)
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("forkserver")
+    ready = context.Event()
+    worker = context.Process(target=work, args=(ready,), daemon=True)
+    worker.start()
+    ready.wait()
+    os.kill(worker.pid, signal.SIGSTOP)
+    print(worker.pid, flush=True)
+    launcher_death._leave("a test")
+"""
+
+
+def test_a_rank_that_leaves_ends_its_stopped_worker(tmp_path):
+    script = tmp_path / "rank.py"
+    script.write_text(WITH_WORKER)
+    # Its output ends when the fork server and the resource tracker have ended too, which wait for the worker.
+    rank = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
+    assert rank.returncode == 3
+    assert rank.stderr.startswith("error: rank 0 stopped by a test\n")
+    assert identity(int(rank.stdout)) is None
+
+
 def test_only_launchers_that_stay_are_watched():
     own = os.getpid()
     assert launchers({}, own) == []

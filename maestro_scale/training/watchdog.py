@@ -26,6 +26,7 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
+from maestro_scale.launcher_death import kill_workers
 from maestro_scale.training.distributed import World
 from maestro_scale.training.job_store import EXIT_HANG, Failure, JobStore, LostRankError, within
 
@@ -267,6 +268,7 @@ class Watchdog:
         )
         self._tell_others(LostRankError(f"the job makes no progress: {found}", EXIT_HANG))
         # No clean exit is possible: collectives do not return, and destructors wait for them.
+        kill_workers()
         os._exit(EXIT_HANG)
 
     def end_lost(self, lost: LostRankError) -> NoReturn:
@@ -278,6 +280,7 @@ class Watchdog:
         self._tell_others(lost)
         within(_GRACE_S, lambda: multiprocessing.util._run_finalizers(0))  # type: ignore[attr-defined]  # private
         # Not sys.exit: destructors would wait for collectives that never end.
+        kill_workers()
         os._exit(lost.exit_code)
 
     def _tell_others(self, lost: LostRankError) -> None:

@@ -230,19 +230,21 @@ def test_an_unresponsive_endpoint_fails_at_the_deadline(s3, dataset, tmp_path, m
         ).shard(dataset.shards[0])
 
 
-def test_a_corrupted_download_is_repeated_once_then_reported(s3, dataset, tmp_path):
+def test_a_corrupted_download_is_repeated_twice_then_reported(s3, dataset, tmp_path):
     info = dataset.shards[0]
-    flips = [True]
+    flips = [True, True]
     s3.faults = lambda method, path, n: (
         Fault(flip=True) if method == "GET" and flips and flips.pop() else None
     )
     store = make_store(tmp_path)
     assert len(store.shard(info)) == info.samples
-    assert store.counters.refetches == 1
+    assert store.counters.refetches == 2
     s3.faults = lambda method, path, n: (
         Fault(flip=True) if path.endswith(".tar") and method == "GET" else None
     )
-    with pytest.raises(BadShard, match=r"train-000001-\w+.tar: bad shard: has SHA-256 .*checked twice"):
+    with pytest.raises(
+        BadShard, match=r"train-000001-\w+.tar: bad shard: has SHA-256 .*in each of 3 downloads"
+    ):
         store.shard(dataset.shards[1])
     assert not list((tmp_path / "cache" / "shards").glob("*.part"))
 

@@ -34,6 +34,7 @@ _HASH_BYTES = 1024 * 1024
 _PREFETCH_THREADS = 2
 _SPACE_WAIT_S = 30.0
 _OPEN_ATTEMPTS = 16
+_DOWNLOADS = 3  # of one shard, if its SHA-256 or size differs
 
 
 class Store:
@@ -174,8 +175,8 @@ class Store:
     def _fetch(self, info: ShardInfo, path: Path, cancel: threading.Event, space_wait_s: float) -> ShardIndex:
         cause = ""
         with self._cache.reserve(info.sha256, info.bytes, space_wait_s) as part, _set_on_exit(cancel):
-            # Twice: a transfer may be damaged by chance. The second failure means that the object itself is wrong.
-            for attempt in range(2):
+            # A transfer may be damaged by chance, by an unreliable network more than once.
+            for attempt in range(_DOWNLOADS):
                 if attempt:
                     self._total.add(StoreCounters(refetches=1))
                 size = self._remote.size(info.path)
@@ -186,7 +187,7 @@ class Store:
                 if sha256 == info.sha256:
                     return self._accept(info, part, path)
                 cause = _mismatch(info, size, sha256)
-        raise BadShard(self._storage.address(info.path), f"{cause}; checked twice")
+        raise BadShard(self._storage.address(info.path), f"{cause}; in each of {_DOWNLOADS} downloads")
 
     def _download(self, info: ShardInfo, part: Path, cancel: threading.Event) -> str:
         """Download into ``part`` by parallel range requests; returns the SHA-256 of the received bytes."""
