@@ -136,21 +136,63 @@ def test_equal_checkpoints_are_accepted_and_incomplete_ones_replaced(tmp_path, c
     assert caplog.text == ""
 
 
-def test_names_in_the_mirror_cannot_leave_the_checkpoint(tmp_path):
+def test_a_damaged_marker_in_the_mirror_is_replaced(tmp_path, caplog):
+    made = checkpoint(tmp_path / "here", 4)
+    copy = tmp_path / "mirror" / "run" / "step_00000004"
+    send(mirror(tmp_path), made)
+    marker = copy / commit.MARKER
+    marker.write_bytes(marker.read_bytes()[:-40])
+    (copy / "state" / "weights").write_bytes(b"x" * 10)
+    send(mirror(tmp_path), made)
+    assert commit.problem(copy, hashes=True) is None
+    assert caplog.text == ""
+
+
+def test_the_marker_of_a_later_revision_is_kept(tmp_path, monkeypatch, caplog):
+    made = checkpoint(tmp_path / "here", 4)
+    monkeypatch.setattr(commit, "FORMAT_VERSION", 2)
+    later = checkpoint(tmp_path / "later", 4)
+    monkeypatch.undo()
+    marker = tmp_path / "mirror" / "run" / "step_00000004" / commit.MARKER
+    marker.parent.mkdir(parents=True)
+    marker.write_bytes((later / commit.MARKER).read_bytes())
+    to = Mirror(f"file://{tmp_path}/mirror/run", Retention(2))
+    send(to, made)
+    assert marker.read_bytes() == (later / commit.MARKER).read_bytes()
+    assert "step_00000004 is not mirrored" in caplog.text
+
+
+def test_a_fetch_copies_what_the_marker_lists_and_nothing_else(tmp_path):
+    """Other objects may have any size, and keys that are paths elsewhere."""
+    made = checkpoint(tmp_path / "here", 4)
     fs = fsspec.filesystem("memory")
-    fs.pipe("/evil/step_00000004/state/weights", b"x")
-    fs.pipe("/evil/step_00000004/../../../out", b"x")
+    fs.store.clear()
+    fs.put(f"{made}/", "/evil/step_00000004/", recursive=True)
+    fs.pipe("/evil/step_00000004/more", b"x")
+    fs.store["/evil/step_00000004/../../../out"] = fs.open("/evil/step_00000004/more", "rb")
+    fs.store[f"/evil/step_00000004/{tmp_path}/out"] = fs.open("/evil/step_00000004/more", "rb")
     fs.pipe(f"/evil/step_of/{commit.MARKER}", b"x")
     foreign = Mirror("memory://evil", Retention(1))
-    assert foreign.names() == []
-    with pytest.raises(MirrorError, match="is not a path within the checkpoint"):
-        foreign.fetch("step_00000004", tmp_path / "a" / "b" / "c")
+    assert foreign.names() == ["step_00000004"]
+    into = tmp_path / "a" / "b" / "step_00000004"
+    foreign.fetch("step_00000004", into)
+    assert sorted(str(p.relative_to(tmp_path / "a")) for p in (tmp_path / "a").rglob("*") if p.is_file()) == [
+        "b/step_00000004/COMMIT.json",
+        "b/step_00000004/state/weights",
+    ]
+    assert commit.problem(into, hashes=True) is None
     assert not (tmp_path / "out").exists()
+
+
+def test_a_marker_that_lists_a_path_elsewhere_is_refused(tmp_path):
+    made = tmp_path / "here" / "step_00000004"
+    made.mkdir(parents=True)
+    commit.commit(made, {"identity": SEED_3}, {"../../out": {"bytes": 1, "sha256": "0"}})
+    fs = fsspec.filesystem("memory")
     fs.store.clear()
-    fs.store[f"/evil/step_00000004/{tmp_path}/out"] = fs.open("/evil/x", "wb")  # a key with an empty part
-    assert fs.find("/evil/step_00000004") == [f"/evil/step_00000004/{tmp_path}/out"]
-    with pytest.raises(MirrorError, match="is not a path within the checkpoint"):
-        foreign.fetch("step_00000004", tmp_path / "a" / "b" / "c")
+    fs.put_file(str(made / commit.MARKER), f"/evil/step_00000004/{commit.MARKER}")
+    with pytest.raises(MirrorError, match="is not a path below its folder"):
+        Mirror("memory://evil", Retention(1)).fetch("step_00000004", tmp_path / "a" / "b" / "c")
 
 
 def test_a_marker_that_is_too_large_is_not_transferred(tmp_path, monkeypatch):

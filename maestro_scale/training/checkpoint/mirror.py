@@ -106,14 +106,12 @@ class Mirror:
         shutil.rmtree(into, ignore_errors=True)
 
         def copy(fs: Any, root: str) -> None:
-            for remote in fs.find(f"{root}/{name}"):
-                inner = remote.split(f"/{name}/", 1)[1]
-                # Keys of an object store may contain ".." and, after an empty part, an absolute path.
-                if not untrusted.is_relative_path(inner):
-                    raise MirrorError(f"{remote} is not a path within the checkpoint")
+            # Only what the marker lists: the place may hold other objects, of any size and name.
+            marker = _content(fs, f"{root}/{name}/{MARKER}") or b""
+            for inner in (*commit.content(marker)["files"], MARKER):
                 local = into / inner
                 local.parent.mkdir(parents=True, exist_ok=True)
-                fs.get_file(remote, str(local))
+                fs.get_file(f"{root}/{name}/{inner}", str(local))
 
         self._read(copy)
 
@@ -166,6 +164,10 @@ class Mirror:
         target = f"{root}/{checkpoint.name}"
         sizes = {path: info["size"] for path, info in fs.find(target, detail=True).items()}
         marker = _content(fs, f"{target}/{MARKER}")
+        if marker is not None and not _is_intact(marker):
+            self._check_lease()
+            fs.rm_file(f"{target}/{MARKER}")
+            marker = None
         if marker is not None and marker != (checkpoint / MARKER).read_bytes():
             raise MirrorError(
                 "a checkpoint of this name with different content is already there, and is kept: another copy of this "
@@ -176,7 +178,8 @@ class Mirror:
             return
         if marker is None and sizes:
             self._check_lease()
-            fs.rm(target, recursive=True)  # of a copy that was killed
+            fs.invalidate_cache()
+            fs.rm(target, recursive=True)  # of a copy that was killed, or damaged
         # s3fs: fail if the object exists. The lease does not exclude a process that was stopped for long in this place.
         options = {"mode": "create"} if marker is None and self.url.startswith(("s3://", "s3a://")) else {}
         for path in sorted(files, key=lambda p: p.name == MARKER):
@@ -218,6 +221,17 @@ def step_of(checkpoint: Path) -> int:
 def _complete(fs: Any, root: str) -> list[str]:
     names = [marker.split("/")[-2] for marker in fs.glob(f"{root}/step_*/{MARKER}")]
     return [name for name in names if _NAME.fullmatch(name)]
+
+
+def _is_intact(marker: bytes) -> bool:
+    """Whether a marker is what some revision wrote; one of a later revision must stay as it is."""
+    try:
+        commit.content(marker)
+    except commit.NewerFormatError:
+        return True
+    except ValueError:
+        return False
+    return True
 
 
 def _content(fs: Any, path: str) -> bytes | None:
