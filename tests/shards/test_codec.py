@@ -112,6 +112,29 @@ def test_raw_fields_are_aligned_read_only_views():
     assert not np.array_equal(before, array)
 
 
+class OnDisk:
+    """Bytes outside memory."""
+
+    def __init__(self, data: bytes):
+        self.data = data
+
+    def __len__(self):
+        return len(self.data)
+
+    def read(self, begin, end):
+        return memoryview(self.data)[begin:end]
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("where", [bytes, OnDisk])
+def test_an_empty_window_and_no_rows_are_empty_arrays(codec, where):
+    stored = (np.arange(5 * 2 * 200 * 100) % 251).astype(np.uint16).reshape(5, 2, 200, 100)
+    sample = Sample(where(encode_fields("k", {"x": stored}, codec)))
+    assert sample.array("x", (slice(7, 7), slice(0, 40))).shape == (5, 2, 0, 40)
+    assert sample.rows("x", np.array([3, 1]), (slice(0, 60), slice(9, 9))).shape == (2, 2, 60, 0)
+    assert sample.rows("x", np.array([], int), (slice(0, 6), slice(0, 9))).shape == (0, 2, 6, 9)
+
+
 def test_delta_zstd_is_smaller():
     sizes = [len(encode(tile("a"), codec)) for codec in CODECS]
     assert sizes == sorted(sizes, reverse=True)
