@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -21,6 +21,7 @@ from maestro_scale.evaluation.progress import ProgressFactory, no_progress
 from maestro_scale.evaluation.report.summary import summarise
 from maestro_scale.evaluation.results import ORACLE, RESULTS, EvalResult, EvaluationError
 from maestro_scale.evaluation.tasks.folds import Splits, find_folds, fold_splits
+from maestro_scale.evaluation.tasks.task import task_for
 from maestro_scale.recipe import Recipe, load_recipe
 from maestro_scale.secrets_filter import scrub_tree
 from maestro_scale.shards.format.manifest import Manifest
@@ -29,6 +30,7 @@ from maestro_scale.training.device import DeviceSetting
 from maestro_scale.training.distributed import World, destroy_process_group, init_distributed
 from maestro_scale.training.manifests import ManifestMonitor, UsedDataset, compare_manifests
 from maestro_scale.training.observer import Observer
+from maestro_scale.training.run_dir import lock
 from maestro_scale.training.stop import StopRequest
 from maestro_scale.training.watchdog import Watchdog, monitored
 
@@ -140,11 +142,16 @@ def run_evaluation(
     encoder = Encoder(recipe, options.checkpoint, options.baseline, runs[0].fold, manifest)
     trains = bool(set(modes) & set(TRAINED_MODES))
     encoder.check([run.fold for run in runs], trains)
+    task_for(encoder.spec, options.target)  # refused here: nothing is written yet
     world = _init_distributed(trains, recipe.train.device)
     url = recipe.data.mixture[0].shards
     dataset = UsedDataset(manifest.spec.name, url, manifest, _used_splits(runs, manifest))
-    with _watched(world, recipe.train.hang_timeout_s, options.out) as watchdog:
+    with _watched(world, recipe.train.hang_timeout_s, options.out) as watchdog, ExitStack() as locks:
         compare_manifests(world, [dataset])
+        if world is None or world.is_main:
+            for mode in modes:
+                if mode not in TRAINED_MODES:  # those lock their run directory themselves
+                    locks.enter_context(lock(options.mode_dir(mode)))
         evaluation = _Evaluation(
             options, modes, world, watchdog, progress, observers_for, stop or StopRequest()
         )

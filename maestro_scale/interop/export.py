@@ -54,6 +54,8 @@ def export_model(checkpoint: Path, out: Path, ema: bool = False) -> Path:
 
 def write_model(out: Path, state: dict[str, Tensor], config: ModelConfig, trained: dict[str, Any]) -> None:
     """Write the weights and then the configuration. A kill leaves the earlier model, the new one, or none."""
+    if (out / "manifest.json").exists():
+        raise ExportError(f"{out} contains shards of a dataset; export to another folder")
     out.mkdir(parents=True, exist_ok=True)
     record = {"format_version": FORMAT_VERSION, "model": config.to_dict(), "trained": trained}
     # config.json last: loading starts with it, so a model that is being written cannot be loaded.

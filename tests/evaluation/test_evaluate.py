@@ -17,6 +17,7 @@ from maestro_scale.evaluation.run import EvalOptions
 from maestro_scale.shards.storage import LocalStorage as Storage
 from maestro_scale.shards.write.writer import Writer
 from maestro_scale.training.manifests import ManifestMismatchError
+from maestro_scale.training.run_dir import RunDirError, lock
 from tests.evaluation.conftest import SCENES, SPLITS, scene_tile
 from tests.evaluation.test_oracle import recipe
 from tests.testkit.runs import REPO, Trainer
@@ -89,6 +90,16 @@ def test_mistakes_are_one_line(fields, tmp_path):
     assert "is neither a run directory, nor a checkpoint, nor an exported model" in output
     assert "Traceback" not in output
     assert not (tmp_path / "out").exists()
+
+
+def test_two_evaluations_of_a_mode_into_one_folder_are_refused(fields, tmp_path):
+    recipe = str(fields.recipe(tmp_path))
+    options = EvalOptions(recipe, tmp_path / "out", baseline="statistics", modes=("knn",))
+    with lock(tmp_path / "out" / "knn"), pytest.raises(RunDirError, match="out/knn is in use by another run"):
+        run.run_evaluation(options)
+    assert not (tmp_path / "out" / "knn" / "results.json").exists()
+    run.run_evaluation(options)
+    assert EvalResult.load(tmp_path / "out" / "knn" / "results.json").mode == "knn"
 
 
 def test_ranks_with_other_manifests_are_refused_and_results_record_theirs(

@@ -55,6 +55,13 @@ def test_an_export_over_another_model_never_mixes_both(exported, model, tmp_path
         load_model(folder)
 
 
+def test_a_model_is_not_written_among_shards(model, tmp_path):
+    (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(ExportError, match="contains shards of a dataset; export to another folder"):
+        write_model(tmp_path, model.state_dict(), model.config, {"step": 7})
+    assert [p.name for p in tmp_path.iterdir()] == ["manifest.json"]
+
+
 def agrees(loaded: Maestro, expected: Maestro) -> bool:
     ours = loaded.state_dict()
     return loaded.config == expected.config and all(
