@@ -27,6 +27,7 @@ RUN_DIR=$1
 shift
 [ -z "${SLURM_JOB_ID:-}" ] || unset "${!SLURM_@}" # the submitted jobs must not inherit the SLURM variables of this one
 prepare
+[ "$CACHE_IS_OURS" = 0 ] || export -n MAESTRO_CACHE # nor the cache of this one, which is removed at its end
 while :; do
   # Read the outcome before listing checkpoints: a run that is done by now has written all of them.
   OVER=0
