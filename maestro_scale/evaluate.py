@@ -31,9 +31,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     encoder.add_argument(
         "--baseline",
         metavar="NAME",
-        help="instead of a checkpoint: statistics (of the channels), random (the recipe's model, untrained), "
-        "image:WEIGHTS (an image encoder of transformers, e.g. image:facebook/dinov2-base), or oracle (on synthetic "
-        "data only: a predictor that knows how the scenes are generated; it has no modes)",
+        help="instead of a checkpoint: statistics (of the channels), untrained (the recipe's model; also: random), "
+        "image:WEIGHTS (an image encoder of transformers, e.g. image:facebook/dinov2-base), presto:WEIGHTS, "
+        "galileo:WEIGHTS, torchgeo:MODEL, terratorch:MODEL, python:pkg.module:Class (your own encoder, see "
+        "docs/evaluation.md), or oracle (on synthetic data only: a predictor that knows how the scenes are generated; "
+        "it has no modes). Options follow after commas: NAME:ARGUMENT,key=value",
     )
     parser.add_argument(
         "--mode",

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from maestro_scale.evaluation.baselines.baseline import FrozenEncoder
+from maestro_scale.evaluation.baselines.registry import build_baseline
 from maestro_scale.evaluation.features.adapt import adapt_encoder
-from maestro_scale.evaluation.features.baselines import FrozenEncoder, build_baseline
 from maestro_scale.evaluation.features.cache import weights_digest
 from maestro_scale.evaluation.features.load_encoder import load_encoder
 from maestro_scale.evaluation.finetune.predictor import TRAINABLE

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from maestro_scale.evaluation.baselines.statistics import ChannelStatistics
 from maestro_scale.evaluation.benchmark import Benchmark
-from maestro_scale.evaluation.features.baselines import ChannelStatistics
 from maestro_scale.evaluation.features.cache import FeatureCache
 from maestro_scale.evaluation.finetune.predictor import build_predictor
 from maestro_scale.evaluation.frozen import attentive

@@ -7,8 +7,10 @@ import pytest
 import torch
 from transformers import Dinov2Config, Dinov2Model, DINOv3ViTConfig, DINOv3ViTModel
 
+from maestro_scale.evaluation.baselines.image import ImageEncoder
+from maestro_scale.evaluation.baselines.registry import build_baseline
+from maestro_scale.evaluation.baselines.statistics import ChannelStatistics
 from maestro_scale.evaluation.benchmark import Benchmark
-from maestro_scale.evaluation.features.baselines import ChannelStatistics, ImageEncoder, build_baseline
 from maestro_scale.evaluation.frozen.evaluate import evaluate_frozen
 from maestro_scale.evaluation.results import EvalResult, EvaluationError
 from maestro_scale.recipe import load_recipe
@@ -82,7 +84,7 @@ def test_images_reach_the_backbone_normalised_as_it_expects():
 
 
 def test_more_bands_keep_the_kernels_of_colours():
-    from maestro_scale.evaluation.features.baselines import _mixing
+    from maestro_scale.evaluation.baselines.image import _mixing
 
     torch.testing.assert_close(
         _mixing(("NIR", "R", "G", "B")),
@@ -102,7 +104,7 @@ def test_baselines_are_scored_as_encoders_are(fields, tmp_path):
 
 def test_unknown_baselines_are_named(fields, tmp_path):
     recipe = load_recipe(fields.recipe(tmp_path))
-    with pytest.raises(EvaluationError, match="there are: statistics, random, image:WEIGHTS"):
+    with pytest.raises(EvaluationError, match="there are: statistics, untrained, random, image:WEIGHTS"):
         build_baseline("resnet", recipe, FIELDS)
     with pytest.raises(EvaluationError, match="no image encoder can be loaded from there"):
         build_baseline(f"image:{tmp_path}", recipe, FIELDS)

@@ -10,8 +10,8 @@ import pytest
 from maestro_scale import evaluate
 from maestro_scale.cli import app
 from maestro_scale.entry import run_command
+from maestro_scale.evaluation.baselines.statistics import ChannelStatistics
 from maestro_scale.evaluation.features.adapt import encoder_spec
-from maestro_scale.evaluation.features.baselines import ChannelStatistics
 from maestro_scale.evaluation.results import EvaluationError
 from maestro_scale.model.config import DatasetView
 from tests.evaluation.conftest import FIELDS

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import Dinov2Config, Dinov2Model, DINOv3ViTConfig, DINOv3ViTModel, ViTConfig, ViTModel
 
-from maestro_scale.evaluation.features.baselines import ImageEncoder
+from maestro_scale.evaluation.baselines.image import ImageEncoder
 from maestro_scale.evaluation.finetune.predictor import build_predictor
 from maestro_scale.evaluation.tasks.losses import target_loss_for
 from maestro_scale.evaluation.tasks.task import task_for

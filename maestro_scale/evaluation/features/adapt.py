@@ -7,7 +7,7 @@ import dataclasses
 from maestro_scale.datasets.spec import DatasetSpec, Sensor
 from maestro_scale.datasets.spec_check import crop_problems, sharing_problems, source_problems
 from maestro_scale.errors import dotted
-from maestro_scale.evaluation.features.baselines import FrozenEncoder
+from maestro_scale.evaluation.baselines.baseline import FrozenEncoder
 from maestro_scale.evaluation.results import EvaluationError
 from maestro_scale.model.config import DatasetView, ModelConfig
 from maestro_scale.model.maestro import Maestro

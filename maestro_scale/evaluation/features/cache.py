@@ -94,7 +94,7 @@ def weights_digest(network: _Network) -> str:
     sha = hashlib.sha256(json.dumps(network.config.to_dict(), sort_keys=True).encode())
     for name, tensor in sorted(network.state_dict().items()):
         sha.update(name.encode())
-        sha.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()
 
 

@@ -14,8 +14,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from maestro_scale.evaluation.baselines.baseline import TrainableBaseline
 from maestro_scale.evaluation.benchmark import Benchmark, Provenance, build_result
-from maestro_scale.evaluation.features.baselines import ImageEncoder
 from maestro_scale.evaluation.finetune.predictions import predict_split
 from maestro_scale.evaluation.finetune.setup import Finetuning
 from maestro_scale.evaluation.progress import ProgressFactory, no_progress
@@ -37,7 +37,7 @@ class Stopped(Exception):
 
 
 def finetune(
-    encoder: Maestro | ImageEncoder,
+    encoder: Maestro | TrainableBaseline,
     benchmark: Benchmark,
     recipe: Recipe,
     mode: str,

@@ -1,15 +1,14 @@
-"""The network of a finetuning: an encoder with a head, for MAESTRO and for image encoders."""
+"""The network of a finetuning: an encoder with a head, for MAESTRO and for baselines."""
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from functools import singledispatch
 
 import torch
 from torch import Tensor, nn
 
-from maestro_scale.evaluation.features.baselines import BaselineConfig, ImageEncoder
+from maestro_scale.evaluation.baselines.baseline import BaselineConfig, TrainableBaseline
 from maestro_scale.evaluation.results import EvaluationError
 from maestro_scale.evaluation.tasks.losses import TargetLoss
 from maestro_scale.model.config import ModelConfig
@@ -18,7 +17,7 @@ from maestro_scale.model.initialise import initialise
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.stream.batch import Batch
 
-TRAINABLE = (Maestro, ImageEncoder)  # what `build_predictor` accepts
+TRAINABLE = (Maestro, TrainableBaseline)  # what `build_predictor` accepts
 
 
 class Predictor(nn.Module):
@@ -63,10 +62,10 @@ class MaestroPredictor(Predictor, Maestro):  # type: ignore[misc]  # two forward
         return self.predict(batch)[self.target_loss.task.target.name]
 
 
-class ImagePredictor(Predictor):
-    """An image encoder whose dates and sensors are pooled by the same head as MAESTRO's."""
+class BaselinePredictor(Predictor):
+    """A baseline whose dates and sensors are pooled by the same head as MAESTRO's."""
 
-    def __init__(self, encoder: ImageEncoder, target_loss: TargetLoss) -> None:
+    def __init__(self, encoder: TrainableBaseline, target_loss: TargetLoss) -> None:
         super().__init__()
         self.config, self.target_loss, self.encoder = encoder.config, target_loss, encoder
         view, target = encoder.config.view, target_loss.task.target
@@ -118,8 +117,10 @@ def _(
 
 @build_predictor.register
 def _(
-    encoder: ImageEncoder, dataset: str, target_loss: TargetLoss, seed: int, pretrained: bool
-) -> ImagePredictor:
-    made = ImagePredictor(copy.deepcopy(encoder) if pretrained else encoder.reinitialised(seed), target_loss)
+    encoder: TrainableBaseline, dataset: str, target_loss: TargetLoss, seed: int, pretrained: bool
+) -> BaselinePredictor:
+    made = BaselinePredictor(
+        encoder.prepared_for_training() if pretrained else encoder.reinitialised(seed), target_loss
+    )
     initialise(made.head, seed)
     return made

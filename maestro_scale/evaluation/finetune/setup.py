@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from maestro_scale import untrusted
+from maestro_scale.evaluation.baselines.baseline import TrainableBaseline
 from maestro_scale.evaluation.benchmark import Benchmark
 from maestro_scale.evaluation.features.adapt import encoder_spec
-from maestro_scale.evaluation.features.baselines import ImageEncoder
 from maestro_scale.evaluation.features.cache import weights_digest
 from maestro_scale.evaluation.finetune.early_stop import ValidationScore
 from maestro_scale.evaluation.finetune.objective import FinetuneObjective
@@ -44,7 +44,7 @@ class Finetuning:
 
     def __init__(
         self,
-        encoder: Maestro | ImageEncoder,
+        encoder: Maestro | TrainableBaseline,
         benchmark: Benchmark,
         mode: str,
         checkpoint: Path | None,

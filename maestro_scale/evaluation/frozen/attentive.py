@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from maestro_scale.evaluation.features.baselines import FrozenEncoder
+from maestro_scale.evaluation.baselines.baseline import FrozenEncoder, token_view
 from maestro_scale.evaluation.features.cache import FeatureCache
 from maestro_scale.evaluation.features.on_device import to_device
 from maestro_scale.evaluation.metrics import best_index
@@ -37,7 +37,7 @@ _MAX_TOKENS = (
 def concat_tokens(model: FrozenEncoder, batch: Batch) -> Tensor:
     """(B, N, E) in the order of the sensors. EvaluationError where the width of the tokens does not fit the head."""
     grids = model.encode(batch)
-    widths = {s.name: grids[s.name].shape[-1] for s in model.view(batch.dataset).sensors}
+    widths = {s.name: grids[s.name].shape[-1] for s in token_view(model, batch.dataset).sensors}
     if len(set(widths.values())) > 1:
         listed = ", ".join(f"{name} {width}" for name, width in widths.items())
         raise EvaluationError(
@@ -51,7 +51,11 @@ def concat_tokens(model: FrozenEncoder, batch: Batch) -> Tensor:
 
 
 class HeadGrid:
-    """One head per learning rate, all with the same initial weights, drawn from ``seed``."""
+    """One head per learning rate, all with the same initial weights, drawn from ``seed``.
+
+    ``view``: of the dataset, with the reference sensor; ``tokens``: with the sensors and grids of the encoded tokens
+    (None: those of ``view``).
+    """
 
     def __init__(
         self,
@@ -60,9 +64,11 @@ class HeadGrid:
         width: int,
         seed: int,
         device: torch.device,
+        tokens: ModelConfig | DatasetView | None = None,
     ) -> None:
+        tokens = tokens or view
         self._target_loss, self._device = target_loss, device
-        self._grids = {s.name: (view.rows(s), s.grid**2) for s in view.sensors}
+        self._grids = {s.name: (tokens.rows(s), s.grid**2) for s in tokens.sensors}
         target, task = target_loss.task.target, target_loss.task
         ref = next((s for s in view.sensors if s.name == view.ref_sensor), None)
         side = task.layout.side if isinstance(task, SegmentationTask) else 0
@@ -116,17 +122,20 @@ def attentive_probe(
     test: FeatureCache,
     seed: int,
     device: torch.device,
+    tokens: ModelConfig | DatasetView | None = None,
 ) -> Predictions:
     """Predictions of an attentive head, the one of finetuning, on frozen tokens ``features`` (M, N, E).
 
-    One head per learning rate, all trained in the same pass; the one with the best validation score is used, the lowest
-    rate wins a tie. EvaluationError where no label of the training split counts.
+    ``view`` and ``tokens`` as of HeadGrid. One head per learning rate, all trained in the same pass; the one with the
+    best validation score is used, the lowest rate wins a tie.
+
+    EvaluationError where no label of the training split counts.
     """
     pieces = (train.labels[first : first + BATCH_CROPS] for first in range(0, len(train), BATCH_CROPS))
     targets = (target_loss.loss_targets(torch.from_numpy(np.array(labels))) for labels in pieces)
     if not any(target_loss.num_terms(part) for part in targets):
         raise EvaluationError("there is nothing to fit on: every label of the training split is ignored")
-    heads = HeadGrid(target_loss, view, train.features.shape[-1], seed, device)
+    heads = HeadGrid(target_loss, view, train.features.shape[-1], seed, device, tokens)
     lr_grid_search(
         [head.parameters() for head in heads.heads],
         LEARNING_RATES,

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from maestro_scale.datasets.spec import DatasetSpec
+from maestro_scale.evaluation.baselines.baseline import FrozenEncoder, token_view
 from maestro_scale.evaluation.benchmark import BATCH_SIZE, Benchmark, Provenance, build_result
 from maestro_scale.evaluation.features.adapt import encoder_spec
-from maestro_scale.evaluation.features.baselines import FrozenEncoder
 from maestro_scale.evaluation.features.cache import (
     FeatureCache,
     cached_features,
@@ -135,12 +135,12 @@ def _classifier(
 ) -> Classifier:
     if mode != ATTENTIVE:
         return task.classifiers[mode]
-    target_loss, view = target_loss_for(task), model.view(spec.name)
+    target_loss, view, tokens = target_loss_for(task), model.view(spec.name), token_view(model, spec.name)
 
     def fit(
         train: FeatureCache, val: FeatureCache, test: FeatureCache, seed: int, device: torch.device
     ) -> Predictions:
-        return attentive_probe(target_loss, view, train, val, test, seed, device)
+        return attentive_probe(target_loss, view, train, val, test, seed, device, tokens)
 
     return fit
 

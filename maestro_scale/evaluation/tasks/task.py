@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from maestro_scale.datasets.spec import DatasetSpec, Target
-from maestro_scale.evaluation.features.baselines import FrozenEncoder
+from maestro_scale.evaluation.baselines.baseline import FrozenEncoder
 from maestro_scale.evaluation.features.cache import FeatureCache
 from maestro_scale.evaluation.features.labelled_features import ClassifierResult, LabelledFeatures
 from maestro_scale.evaluation.metrics import (

@@ -1,24 +1,20 @@
-"""Baselines for a pretrained encoder: channel statistics, random weights, and image encoders of ``transformers``."""
+"""Image encoders of ``transformers`` (DINOv2, DINOv3, ViT) as a baseline: every date of every sensor is an image."""
 
 from __future__ import annotations
 
 import copy
 import inspect
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
 from maestro_scale.datasets.spec import DatasetSpec, Sensor
+from maestro_scale.evaluation.baselines.baseline import TrainableBaseline
 from maestro_scale.evaluation.results import EvaluationError
-from maestro_scale.model.config import DatasetView
-from maestro_scale.model.embed import network_input, patchify
-from maestro_scale.model.maestro import Embedding, Maestro
-from maestro_scale.recipe import Recipe, build_model_config
-from maestro_scale.stream.batch import Batch
+from maestro_scale.model.embed import network_input
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel  # an optional dependency, imported where weights are loaded
@@ -28,62 +24,7 @@ _RGB = ("R", "G", "B")
 _MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-@dataclass(frozen=True)
-class BaselineConfig:
-    """A baseline and the dataset it encodes; part of the key of its cached features."""
-
-    kind: str
-    view: DatasetView
-    others: tuple[DatasetView, ...] = ()
-    """As in ``ModelConfig``: further datasets. A baseline has none."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain values."""
-        return asdict(self)
-
-
-class Baseline(nn.Module):
-    """An encoder with the interface of Maestro: ``view``, ``encode``, ``embed``. One dataset, whatever its name."""
-
-    def __init__(self, kind: str, spec: DatasetSpec) -> None:
-        super().__init__()
-        self.config = BaselineConfig(kind, DatasetView.of_spec(spec))
-
-    def view(self, dataset: str) -> DatasetView:
-        """The view of its only dataset."""
-        return self.config.view
-
-    def encode(self, batch: Batch) -> dict[str, Tensor]:
-        """Token grids {sensor: (B, D, L, E)}."""
-        return {s.name: self.tokens(s, batch.pixels[s.name]) for s in self.config.view.sensors}
-
-    def embed(self, batch: Batch) -> Embedding:
-        """Token grids, and the concatenated means of each sensor's tokens."""
-        tokens = self.encode(batch)
-        return Embedding(tokens, torch.cat([t.mean(dim=(1, 2)) for t in tokens.values()], dim=1))
-
-    def tokens(self, sensor: Sensor, pixels: Tensor) -> Tensor:
-        """(B, D, C, H, W) raw pixels -> (B, D, L, E)."""
-        raise NotImplementedError
-
-
-FrozenEncoder = Maestro | Baseline
-"""What features can be computed with."""
-
-
-class ChannelStatistics(Baseline):
-    """Per patch the mean and standard deviation of every band: E = 2·C. Has no weights."""
-
-    def __init__(self, spec: DatasetSpec) -> None:
-        super().__init__("statistics", spec)
-
-    def tokens(self, sensor: Sensor, pixels: Tensor) -> Tensor:
-        """(B, D, L, 2·C)."""
-        patches = patchify(network_input(sensor, pixels), sensor.patch)
-        return torch.cat([patches.mean(dim=3), patches.std(dim=3, correction=0)], dim=-1)
-
-
-class ImageEncoder(Baseline):
+class ImageEncoder(TrainableBaseline):
     """A vision transformer for images of three channels (DINOv2, DINOv3 …, by ``transformers``).
 
     Each date is one image (late fusion: features of dates are pooled afterwards). The patch embedding is adapted to C
@@ -123,6 +64,10 @@ class ImageEncoder(Baseline):
             fresh.backbone = _drop_unused(type(self.backbone)(self.backbone.config))
         return fresh
 
+    def prepared_for_training(self) -> ImageEncoder:
+        """A copy; its unused parameters were removed when it was built."""
+        return copy.deepcopy(self)
+
 
 def _drop_unused(backbone: PreTrainedModel) -> PreTrainedModel:
     """Remove mask tokens and poolers: the tokens do not depend on them, so they would never get a gradient."""
@@ -153,22 +98,8 @@ def _mixing(bands: tuple[str, ...]) -> Tensor:
     return mixing * 3 / len(bands)
 
 
-def build_baseline(name: str, recipe: Recipe, spec: DatasetSpec) -> Maestro | Baseline:
-    """``statistics``; ``random``: the recipe's model, untrained; ``image:WEIGHTS``: a folder or a name on the hub.
-
-    EvaluationError for any other name, or where the weights cannot be loaded.
-    """
-    kind, _, weights = name.partition(":")
-    if name == "statistics":
-        return ChannelStatistics(spec)
-    if name == "random":
-        return Maestro(build_model_config(recipe, [spec])).initialise(recipe.seed).eval()
-    if kind == "image" and weights:
-        return ImageEncoder(spec, _load_backbone(weights), weights).eval()
-    raise EvaluationError(f"no baseline is called {name!r}; there are: statistics, random, image:WEIGHTS")
-
-
-def _load_backbone(weights: str) -> PreTrainedModel:
+def load_backbone(weights: str) -> PreTrainedModel:
+    """The vision transformer in a folder or of a name on the hub. EvaluationError where it cannot be loaded."""
     try:
         from transformers import AutoModel
     except ImportError:

@@ -1,0 +1,92 @@
+"""The common interface of baselines and MAESTRO in an evaluation: views of a dataset, token grids and embeddings."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from maestro_scale.datasets.spec import DatasetSpec, Sensor
+from maestro_scale.model.config import DatasetView, ModelConfig
+from maestro_scale.model.maestro import Embedding, Maestro
+from maestro_scale.stream.batch import Batch
+
+
+@dataclass(frozen=True)
+class BaselineConfig:
+    """A baseline and the dataset it encodes; part of the key of its cached features."""
+
+    kind: str
+    view: DatasetView
+    others: tuple[DatasetView, ...] = ()
+    """As in ``ModelConfig``: further datasets. A baseline has none."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values."""
+        return asdict(self)
+
+
+class Baseline(nn.Module):
+    """An encoder with the interface of Maestro: ``view``, ``encode``, ``embed``. One dataset, whatever its name.
+
+    ``adaptation``: how bands, resolution and dates of the dataset are adapted to the encoder; stored in results.
+    """
+
+    config: BaselineConfig
+    adaptation = ""
+
+    def __init__(self, kind: str, spec: DatasetSpec) -> None:
+        super().__init__()
+        self.config = BaselineConfig(kind, DatasetView.of_spec(spec))
+
+    def view(self, dataset: str) -> DatasetView:
+        """The view of its only dataset."""
+        return self.config.view
+
+    def token_view(self) -> DatasetView:
+        """As ``view``, with the sensors, rows and grids of the tokens that ``encode`` returns."""
+        return self.config.view
+
+    def encode(self, batch: Batch) -> dict[str, Tensor]:
+        """Token grids {sensor: (B, D, L, E)}."""
+        return {s.name: self.tokens(s, batch.pixels[s.name]) for s in self.config.view.sensors}
+
+    def embed(self, batch: Batch) -> Embedding:
+        """Token grids, and the concatenated means of each sensor's tokens."""
+        tokens = self.encode(batch)
+        return Embedding(tokens, torch.cat([t.mean(dim=(1, 2)) for t in tokens.values()], dim=1))
+
+    def tokens(self, sensor: Sensor, pixels: Tensor) -> Tensor:
+        """(B, D, C, H, W) raw pixels -> (B, D, L, E)."""
+        raise NotImplementedError
+
+
+class TrainableBaseline(Baseline):
+    """A baseline that can be finetuned: its tokens have one ``width``."""
+
+    width: int
+
+    def reinitialised(self, seed: int) -> TrainableBaseline:
+        """The same encoder with random initial weights. EvaluationError where it cannot be re-initialised."""
+        raise NotImplementedError
+
+    def prepared_for_training(self) -> TrainableBaseline:
+        """A copy to be trained; parameters that the tokens do not depend on need no gradient."""
+        raise NotImplementedError
+
+
+FrozenEncoder = Maestro | Baseline
+"""What features can be computed with."""
+
+
+def token_view(model: FrozenEncoder, dataset: str) -> ModelConfig | DatasetView:
+    """The sensors, rows and grids of the tokens that ``model.encode`` returns for a dataset."""
+    return model.token_view() if isinstance(model, Baseline) else model.view(dataset)
+
+
+def token_sensor(like: Sensor, name: str, rows: int, grid: int) -> Sensor:
+    """A sensor that describes token grids: ``rows`` of grid² tokens."""
+    return dataclasses.replace(like, name=name, num_dates=rows, image_size=grid, patch=1)

@@ -1,0 +1,146 @@
+"""The baselines by name: ``--baseline NAME[:ARGUMENT[,option=value,…]]``. To add one, add a row to ``BASELINES``."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from maestro_scale.datasets.spec import DatasetSpec
+from maestro_scale.errors import did_you_mean
+from maestro_scale.evaluation.baselines.baseline import Baseline
+from maestro_scale.evaluation.baselines.image import ImageEncoder, load_backbone
+from maestro_scale.evaluation.baselines.inputs import sensor_inputs
+from maestro_scale.evaluation.baselines.plugin import PluginBaseline
+from maestro_scale.evaluation.baselines.protocol import parse_options
+from maestro_scale.evaluation.baselines.statistics import ChannelStatistics
+from maestro_scale.evaluation.results import ORACLE, EvaluationError
+from maestro_scale.model.maestro import Maestro
+from maestro_scale.recipe import Recipe, build_model_config
+
+Build = Callable[[str, Recipe, DatasetSpec], Maestro | Baseline]
+"""(argument, recipe, resolved spec) → the encoder."""
+
+
+@dataclass(frozen=True)
+class BaselineKind:
+    """A row of the table. ``argument``: what follows the colon; empty if nothing may.
+
+    ``build``: makes the encoder; or ``module:Class`` of an external encoder (``protocol.ExternalEncoder``), whose
+    options hold the argument by its name in lower case. ``published``: its weights were trained by others.
+    """
+
+    argument: str
+    build: Build | str
+    help: str
+    published: bool = True
+
+
+def _statistics(argument: str, recipe: Recipe, spec: DatasetSpec) -> Baseline:
+    return ChannelStatistics(spec)
+
+
+def _untrained(argument: str, recipe: Recipe, spec: DatasetSpec) -> Maestro:
+    return Maestro(build_model_config(recipe, [spec])).initialise(recipe.seed).eval()
+
+
+def _image(argument: str, recipe: Recipe, spec: DatasetSpec) -> Baseline:
+    return ImageEncoder(spec, load_backbone(argument), argument).eval()
+
+
+def _python(argument: str, recipe: Recipe, spec: DatasetSpec) -> Baseline:
+    path, options = parse_options(argument)
+    return _external(f"python:{path}", _load_class(path), spec, options)
+
+
+_PACKAGE = __package__
+_UNTRAINED = "the recipe's model with its initial weights"
+
+BASELINES: Mapping[str, BaselineKind] = {
+    "statistics": BaselineKind(
+        "", _statistics, "mean and deviation of every band per patch", published=False
+    ),
+    "untrained": BaselineKind("", _untrained, _UNTRAINED, published=False),
+    "random": BaselineKind("", _untrained, "the same as untrained", published=False),
+    "image": BaselineKind(
+        "WEIGHTS", _image, "a vision transformer of transformers: a folder, or a name on the hub"
+    ),
+    "presto": BaselineKind(
+        "WEIGHTS", f"{_PACKAGE}.presto:Presto", "Presto (arXiv 2304.14065): its default_model.pt"
+    ),
+    "galileo": BaselineKind(
+        "WEIGHTS", f"{_PACKAGE}.galileo:Galileo", "Galileo (arXiv 2502.09356): its encoder.pt"
+    ),
+    "torchgeo": BaselineKind(
+        "MODEL", f"{_PACKAGE}.torchgeo:TorchGeo", "a model of torchgeo, where it is installed"
+    ),
+    "terratorch": BaselineKind(
+        "MODEL", f"{_PACKAGE}.terratorch:TerraTorch", "a backbone of terratorch, where it is installed"
+    ),
+    "python": BaselineKind(
+        "pkg.module:Class", _python, "anyone's encoder, with the interface of ExternalEncoder"
+    ),
+}
+"""The oracle is not among them: it is a mode, see ``oracle/``."""
+
+
+def baseline_names() -> list[str]:
+    """``NAME`` or ``NAME:ARGUMENT`` of every baseline."""
+    table = [f"{name}:{kind.argument}" if kind.argument else name for name, kind in BASELINES.items()]
+    return [*table, ORACLE]
+
+
+def build_baseline(name: str, recipe: Recipe, spec: DatasetSpec) -> Maestro | Baseline:
+    """The encoder of ``--baseline NAME`` for a resolved spec.
+
+    EvaluationError for an unknown name, an argument that is missing or superfluous, or an encoder that cannot be built.
+    """
+    head, _, argument = name.partition(":")
+    kind = BASELINES.get(head)
+    if kind is None:
+        raise EvaluationError(
+            f"no baseline is called {name!r}{did_you_mean(head, BASELINES)}; there are: {', '.join(baseline_names())}"
+        )
+    if bool(argument) != bool(kind.argument):
+        expected = f"{head}:{kind.argument}" if kind.argument else head
+        raise EvaluationError(f"--baseline {name}: write {expected}")
+    if not isinstance(kind.build, str):
+        return kind.build(argument, recipe, spec)
+    value, options = parse_options(argument)
+    return _external(
+        f"{head}:{value}", _load_class(kind.build), spec, {kind.argument.lower(): value, **options}
+    )
+
+
+def _external(name: str, cls: Any, spec: DatasetSpec, options: Mapping[str, str]) -> PluginBaseline:
+    """Build an external encoder. EvaluationError, with its name, where it raises one."""
+    try:
+        encoder = cls(sensor_inputs(spec), options)
+    except EvaluationError as error:
+        raise EvaluationError(f"--baseline {name}: {error}") from None
+    if not isinstance(encoder, nn.Module):
+        raise EvaluationError(f"--baseline {name}: {type(encoder).__name__} is not a torch.nn.Module")
+    return PluginBaseline(name, spec, encoder, options)
+
+
+def _load_class(path: str) -> Any:
+    """The class ``pkg.module:Class``. EvaluationError where there is none."""
+    module_name, _, class_name = path.partition(":")
+    if not module_name or not class_name.isidentifier():
+        raise EvaluationError(f"--baseline python:{path}: write python:pkg.module:Class")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise EvaluationError(
+            f"--baseline python:{path}: {module_name} cannot be imported ({error}); is its folder on PYTHONPATH?"
+        ) from None
+    found = getattr(module, class_name, None)
+    if found is None:
+        classes = [n for n, v in vars(module).items() if isinstance(v, type)]
+        raise EvaluationError(
+            f"--baseline python:{path}: {module_name} has no class {class_name}{did_you_mean(class_name, classes)}"
+        )
+    return found
