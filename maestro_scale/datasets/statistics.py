@@ -19,17 +19,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from maestro_scale.datasets.bands import RADAR, group_of, is_radar, wavelength_nm
+from maestro_scale.datasets.patterns import (
+    MIN_DATES,
+    autocorrelation,
+    cut_windows,
+    evenly,
+    mean_of,
+    movement,
+    normalised_targets,
+    pattern_kept,
+    relative_deviation,
+    residual_correlation,
+)
 from maestro_scale.datasets.spec import DatasetSpec, Modality
 
-WINDOW = 6
-RESIDUAL_PATCH = 3  # pixels per side, of residuals and deviations: the patches of the recorded Landsat values
-TARGET_PATCH = 2  # pixels per side, of reconstruction targets: that of the presets for 10 m
-TARGET_EPS = 1e-6  # added to the variance of a target, as in the model
-_MAX_DATES, _MAX_WINDOWS = 160, 64  # evenly spaced; bounds time and memory on large tiles
-_MIN_DATES = 4  # clear dates of a window or a tile, for a statistic over dates
+_MAX_DATES = 160  # evenly spaced; bounds time and memory
 _BRIGHT = 2.0  # times the lower quartile of the visible bands: cloud or snow, if no mask is stored
 _IMAGE_M, _IMAGE_WINDOW = 1.0, 30  # metres per pixel to which images are averaged, and pixels of a window
 _MAX_IMAGE_M = 1.5
@@ -112,7 +118,7 @@ def tile_statistics(
             values |= _optical(optical, arrays[name], dates[name], masks.get(name))
         if isinstance(radar, list):
             each = [_radar(m, arrays[m.name], dates[m.name]) for m in radar]
-            values |= {key: _mean([part[key] for part in each]) for key in each[0]}
+            values |= {key: mean_of([part[key] for part in each]) for key in each[0]}
         if isinstance(image, Modality):
             values |= _image(image, arrays[image.name])
     for key in UNITS:
@@ -126,90 +132,6 @@ def tile_statistics(
     return TileStatistics({k: values[k] for k in UNITS if k not in missing}, missing)
 
 
-def autocorrelation(windows: np.ndarray) -> np.ndarray:
-    """(T, C) spatial autocorrelation at lag 1 of windows (T, C, N, S, S).
-
-    The Pearson correlation of the values of neighbouring pixels of a window, over its S·(S−1) pairs; the mean of
-    horizontal and vertical neighbours, then of the windows.
-    """
-    flat = (*windows.shape[:-2], -1)
-    right = _correlation(windows[..., 1:].reshape(flat), windows[..., :-1].reshape(flat))
-    below = _correlation(windows[..., 1:, :].reshape(flat), windows[..., :-1, :].reshape(flat))
-    return np.nanmean((right + below) / 2, axis=2)
-
-
-def residual_correlation(windows: np.ndarray) -> np.ndarray:
-    """(C, C) correlation between bands of the residuals within patches of 3 × 3 pixels, of windows (T, C, N, S, S).
-
-    A residual is a value minus the mean of its patch, date and band, in the units of the data. One Pearson correlation
-    over all pixels of all patches and dates, so bright dates weigh more.
-    """
-    patches = _patches(windows, RESIDUAL_PATCH)
-    residuals = patches - patches.mean(axis=-1, keepdims=True)
-    flat = residuals.swapaxes(0, 1).reshape(windows.shape[1], -1)
-    flat = flat[:, np.isfinite(flat).all(axis=0)]
-    if not flat.size:
-        return np.full((len(flat), len(flat)), np.nan)
-    products = flat @ flat.T  # the mean of residuals is zero
-    norms = np.sqrt(np.diag(products))
-    return products / np.outer(norms, norms)
-
-
-def relative_deviation(windows: np.ndarray) -> np.ndarray:
-    """(T, C, patches) standard deviation divided by mean within patches of 3 × 3 pixels, of windows (T, C, N, S, S)."""
-    patches = _patches(windows, RESIDUAL_PATCH)
-    return patches.std(axis=-1) / patches.mean(axis=-1)
-
-
-def normalised_targets(windows: np.ndarray) -> np.ndarray:
-    """(T, C, tokens, 4) reconstruction targets of tokens of 2 × 2 pixels, of windows (T, C, N, S, S).
-
-    Per token and date (x − mean) / sqrt(variance + 1e-6) over the pixels and all C bands, with the unbiased variance
-    (MAESTRO, arXiv 2508.10894, and its code): the targets of one band group. ``windows`` are scaled as in the model.
-    """
-    patches = _patches(windows, TARGET_PATCH)
-    mean = patches.mean(axis=(1, 3), keepdims=True)
-    variance = patches.var(axis=(1, 3), ddof=1, keepdims=True)
-    return (patches - mean) / np.sqrt(variance + TARGET_EPS)
-
-
-def movement(targets: np.ndarray) -> float:
-    """How much the band means of targets (T, C, tokens, pixels) move: their standard deviation over the dates.
-
-    The mean over the pixels of a token, then the standard deviation over the dates (at least 4), then the mean over
-    tokens and bands. What is constant over dates or common to the bands of a target's group does not count.
-    """
-    means = targets.mean(axis=-1)
-    enough = np.isfinite(means).sum(axis=0) >= _MIN_DATES
-    return _mean(np.nanstd(means, axis=0)[enough])
-
-
-def pattern_kept(windows: np.ndarray) -> np.ndarray:
-    """(C,) how much of the spatial pattern in a window is kept from one date to the next, of windows (T, C, N, S, S).
-
-    The Pearson correlation over the pixels of a window on two dates that follow each other among those measured in
-    that window; mean over pairs of dates and windows. ``windows`` must not hold a date twice.
-    """
-    kept = []
-    for n in range(windows.shape[2]):
-        window = windows[:, :, n].reshape(*windows.shape[:2], -1)
-        window = window[np.isfinite(window).all(axis=(1, 2))]
-        kept.append(_correlation(window[1:], window[:-1]))
-    return np.nanmean(np.concatenate(kept), axis=0)
-
-
-def cut_windows(values: np.ndarray, side: int = WINDOW) -> np.ndarray:
-    """(T, C, N, side, side) windows of rasters (T, C, H, W) beside each other, at most 64, evenly spaced.
-
-    ``side`` becomes the size of the raster if that is smaller; pixels beyond the last full window are left out.
-    """
-    side = min(side, *values.shape[-2:])
-    rows, cols = (n // side for n in values.shape[-2:])
-    cut = values[..., : rows * side, : cols * side].reshape(*values.shape[:2], rows, side, cols, side)
-    cut = cut.swapaxes(3, 4).reshape(*values.shape[:2], rows * cols, side, side)
-    return cut[:, :, _evenly(rows * cols, _MAX_WINDOWS)]
-
-
 def _optical(
     modality: Modality, array: np.ndarray, dates: np.ndarray, mask: np.ndarray | None
 ) -> dict[str, float]:
@@ -219,25 +141,23 @@ def _optical(
     )
     known = np.concatenate([visible, nir, swir])
     which = _distinct(dates)
-    values = array[which][:, known].astype(np.float64)
+    windows = cut_windows(array[which][:, known]).astype(np.float64)
     visible, nir, swir = np.split(np.arange(len(known)), np.cumsum([len(visible), len(nir)]))
-    bad = np.logical_not((values > 0).all(axis=1, keepdims=True))
+    clear: np.ndarray = np.all(windows > 0, axis=(1, 3, 4))
     if mask is not None:
-        bad = bad | (mask[which] > 0).any(axis=1, keepdims=True)
-    windows, marked = cut_windows(values), cut_windows(bad)
-    clear = np.logical_not(marked.any(axis=(1, 3, 4)))
-    if mask is None:
+        clear &= np.all(cut_windows(mask[which]) == 0, axis=(1, 3, 4))
+    elif clear.any():
         brightness = np.where(clear, windows[:, visible].mean(axis=(1, 3, 4)), np.nan)
         clear &= brightness <= _BRIGHT * np.nanquantile(brightness, 0.25, axis=0)
     windows = np.where(clear[:, None, :, None, None], windows, np.nan)
     found: dict[str, float] = {}
-    found["optical_autocorrelation"] = _mean(autocorrelation(windows))
+    found["optical_autocorrelation"] = mean_of(autocorrelation(windows))
     correlation = residual_correlation(windows)
     found["residual_visible_nir"] = float(correlation[np.ix_(visible, nir)].mean())
     if len(swir):
         found["residual_swir_nir"] = float(correlation[np.ix_(swir, nir)].mean())
         found["residual_visible_swir"] = float(correlation[np.ix_(visible, swir)].mean())
-    found["residual_within_groups"] = _mean(
+    found["residual_within_groups"] = mean_of(
         [
             correlation[np.ix_(g, g)][np.triu_indices(len(g), 1)].mean()
             for g in (visible, nir, swir)
@@ -252,35 +172,34 @@ def _optical(
     scaled = windows / (0.5 * (_DIGITAL if np.nanmax(windows, initial=0) > _DIGITAL / 1000 else 1))
     found["movement_patch"] = movement(normalised_targets(scaled)[:, nir])
     found["movement_patch_group"] = movement(normalised_targets(scaled[:, nir]))
-    found["optical_kept"] = _mean(pattern_kept(windows))
+    found["optical_kept"] = mean_of(pattern_kept(windows))
     means = np.nanmean(windows, axis=(2, 3, 4))
     red = _nearest(modality, known[visible], _RED_NM)
     infrared = _nearest(modality, known[nir], _NIR_NM)
     r, n = (means[:, np.flatnonzero(known == band)[0]] for band in (red, infrared))
     ndvi = (n - r) / (n + r)
     ndvi = ndvi[np.isfinite(ndvi)]
-    enough = len(ndvi) >= _MIN_DATES
+    enough = len(ndvi) >= MIN_DATES
     low, high = np.quantile(ndvi, (0.1, 0.9)) if enough else (np.nan, np.nan)
     return found | {"season_ndvi": float(high - low), "lowest_ndvi": float(low)}
 
 
 def _radar(modality: Modality, array: np.ndarray, dates: np.ndarray) -> dict[str, float]:
     polarisations = [i for i, band in enumerate(modality.bands) if band.strip().upper() in RADAR]
-    values = array[_distinct(dates)][:, polarisations].astype(np.float64)
-    if (values < 0).any():  # decibels, where 0 is nodata; linear power is never negative
-        values = np.where(values != 0, values, np.nan)
+    windows = cut_windows(array[_distinct(dates)][:, polarisations]).astype(np.float64)
+    if (windows < 0).any():  # decibels, where 0 is nodata; linear power is never negative
+        windows = np.where(windows != 0, windows, np.nan)
     else:
-        values = 10 * np.log10(np.where(values > 0, values, np.nan))
-    windows = cut_windows(values)
-    clear = np.isfinite(windows).all(axis=(1, 3, 4))
+        windows = 10 * np.log10(np.where(windows > 0, windows, np.nan))
+    clear: np.ndarray = np.all(np.isfinite(windows), axis=(1, 3, 4))
     windows = np.where(clear[:, None, :, None, None], windows, np.nan)
     means = np.nanmean(windows, axis=(2, 3, 4))
-    enough = np.isfinite(means).sum() >= _MIN_DATES * means.shape[1]
+    enough = np.isfinite(means).sum() >= MIN_DATES * means.shape[1]
     return {
-        "radar_autocorrelation": _mean(autocorrelation(windows)),
-        "radar_kept": _mean(pattern_kept(windows)),
-        "radar_deviation": _mean(windows.std(axis=(3, 4))),
-        "radar_movement": _mean(np.nanstd(means, axis=0)) if enough else np.nan,
+        "radar_autocorrelation": mean_of(autocorrelation(windows)),
+        "radar_kept": mean_of(pattern_kept(windows)),
+        "radar_deviation": mean_of(windows.std(axis=(3, 4))),
+        "radar_movement": mean_of(np.nanstd(means, axis=0)) if enough else np.nan,
     }
 
 
@@ -292,8 +211,8 @@ def _image(modality: Modality, array: np.ndarray) -> dict[str, float]:
     values = fine.reshape(1, -1, rows, factor, cols, factor).mean(axis=(3, 5))
     windows = cut_windows(values, _IMAGE_WINDOW)
     return {
-        "image_autocorrelation": _mean(autocorrelation(windows)),
-        "image_deviation": 100 * _mean(windows.std(axis=(3, 4)) / windows.mean(axis=(3, 4))),
+        "image_autocorrelation": mean_of(autocorrelation(windows)),
+        "image_deviation": 100 * mean_of(windows.std(axis=(3, 4)) / windows.mean(axis=(3, 4))),
     }
 
 
@@ -329,28 +248,45 @@ def _nearest(modality: Modality, bands: np.ndarray, nm: int) -> int:
 def _distinct(dates: np.ndarray) -> np.ndarray:
     """Indices of the first entry of every date, in time, at most 160: TreeSatAI-TS repeats dates of Sentinel-1."""
     first = np.unique(dates, axis=0, return_index=True)[1]
-    return first[_evenly(len(first), _MAX_DATES)]
+    return first[evenly(len(first), _MAX_DATES)]
 
 
-def _evenly(count: int, most: int) -> np.ndarray:
-    return np.arange(count) if count <= most else np.linspace(0, count - 1, most).round().astype(int)
+@dataclass(frozen=True)
+class Measured:
+    """A statistic over tiles: their mean, the 10 % and the 90 % quantile, and how many tiles had it."""
+
+    mean: float
+    low: float
+    high: float
+    num_tiles: int
 
 
-def _patches(windows: np.ndarray, side: int) -> np.ndarray:
-    """(T, C, patches, side²) of windows (T, C, N, S, S); pixels beyond the last full patch are left out."""
-    num = windows.shape[-1] // side
-    cut = windows[..., : num * side, : num * side]
-    cut = cut.reshape(*windows.shape[:3], num, side, num, side).swapaxes(4, 5)
-    return cut.reshape(*windows.shape[:2], -1, side * side)
+class DatasetStatistics:
+    """Collects the statistics of tiles."""
 
+    def __init__(self) -> None:
+        self._values: dict[str, list[float]] = {name: [] for name in UNITS}
+        self._reasons: dict[str, str] = {}
+        self.num_tiles = 0
 
-def _correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Pearson correlation over the last axis; NaN where one side is constant."""
-    a, b = (x - x.mean(axis=-1, keepdims=True) for x in (a, b))
-    norm = np.sqrt((a * a).sum(axis=-1) * (b * b).sum(axis=-1))
-    return np.divide((a * b).sum(axis=-1), norm, out=np.full(norm.shape, np.nan), where=norm > 0)
+    def add(self, tile: TileStatistics) -> None:
+        """Add one tile."""
+        self.num_tiles += 1
+        for name, value in tile.values.items():
+            self._values[name].append(value)
+        self._reasons |= tile.reasons
 
+    def measured(self) -> dict[str, Measured]:
+        """The statistics that at least one tile had, in the order of :data:`UNITS`."""
+        found = {}
+        for name, values in self._values.items():
+            if values:
+                low, high = np.quantile(values, (0.1, 0.9))
+                found[name] = Measured(float(np.mean(values)), float(low), float(high), len(values))
+        return found
 
-def _mean(values: ArrayLike) -> float:
-    array = np.asarray(values, float)
-    return float(np.nanmean(array)) if array.size else np.nan
+    def reasons(self) -> dict[str, str]:
+        """Why the others are missing."""
+        return {
+            name: self._reasons[name] for name in UNITS if not self._values[name] and name in self._reasons
+        }
