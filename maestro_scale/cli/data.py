@@ -122,14 +122,25 @@ def inspect(
     png: Annotated[
         Path | None, typer.Option(help="PNG file to draw one tile to: all modalities and labels.")
     ] = None,
+    statistics: Annotated[
+        bool,
+        typer.Option(
+            "--statistics",
+            help="Also spatial and temporal statistics of the pixels, beside those of real data.",
+        ),
+    ] = False,
+    max_tiles: Annotated[
+        int, typer.Option(min=1, help="Tiles that --statistics reads, spread over the shards.")
+    ] = 64,
 ) -> None:
     """Summarize a sharded dataset: shards, modalities, class balance, dates by month."""
     from rich.console import Console
 
     from maestro_scale.shards.errors import ManifestError
+    from maestro_scale.shards.read.measure import measure
     from maestro_scale.shards.read.preview import read_first_sample
     from maestro_scale.shards.read.summary import summarize
-    from maestro_scale.tracking.inspection import tables
+    from maestro_scale.tracking.inspection import statistics_table, tables
     from maestro_scale.tracking.tile_picture import check_picture, tile_picture
 
     if png is not None:
@@ -139,6 +150,8 @@ def inspect(
     if not console.is_terminal:
         console = Console(width=120)  # a log or a pipe has no width; rich would assume 80 columns
     console.print(tables(dataset))
+    if statistics:
+        console.print(statistics_table(measure(url, max_tiles)))
     if png is not None:
         if not dataset.manifest.shards:
             raise ManifestError(f"{url}: its manifest lists no shards, so there is no tile to draw")

@@ -8,6 +8,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from maestro_scale.datasets.real_ranges import REAL_RANGES, SOURCES
+from maestro_scale.datasets.statistics import UNITS, DatasetStatistics
 from maestro_scale.escaping import console_text, printable
 from maestro_scale.shards.format.manifest import ShardInfo
 from maestro_scale.shards.read.summary import SplitSummary, Summary
@@ -28,6 +30,31 @@ def tables(summary: Summary) -> RenderableType:
         parts.append(_note_table(summary))
     # Titles are separate lines: rich would wrap the title of a table at the width of the table.
     return Group(*(line for table in parts for line in (*_titled(table), "")))
+
+
+def statistics_table(statistics: DatasetStatistics) -> RenderableType:
+    """The statistics of a sample of tiles beside those of real tiles, and why the others were not computed."""
+    table = _table(
+        f"statistics of {statistics.num_tiles:,} tiles (definitions: maestro_scale/datasets/statistics.py)"
+    )
+    table.add_column("statistic", no_wrap=True)
+    for name in ("mean", "10 %", "90 %", "tiles", "real"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    table.add_column("source of the range")
+    for name, measured in statistics.measured().items():
+        real, unit = REAL_RANGES[name], f" {UNITS[name]}".rstrip()
+        values = (f"{v:.{_digits(name)}f}" for v in (measured.mean, measured.low, measured.high))
+        recorded = f"{real.low:.{_digits(name)}f}–{real.high:.{_digits(name)}f}{unit}"
+        source = f"{real.source} (forest)" if real.of_forest else real.source
+        _add_row(table, name, *values, f"{measured.num_tiles:,}", recorded, real.side(measured.mean), source)
+    parts: list[RenderableType] = [*_titled(table)]
+    parts += [Text(printable(f"{name}: {reason}")) for name, reason in statistics.reasons().items()]
+    return Group(*parts, Text(SOURCES), "")
+
+
+def _digits(name: str) -> int:
+    return 1 if UNITS[name] == "%" else 2
 
 
 def _split_table(summary: Summary) -> Table:
