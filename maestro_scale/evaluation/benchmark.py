@@ -11,11 +11,13 @@ import numpy as np
 
 from maestro_scale.datasets.spec import DatasetSpec
 from maestro_scale.evaluation.bootstrap import bootstrap_interval
+from maestro_scale.evaluation.counts import TileCounts
 from maestro_scale.evaluation.metrics import best_index
 from maestro_scale.evaluation.results import EvalResult
 from maestro_scale.evaluation.tasks.subset import TRAIN, train_split
 from maestro_scale.evaluation.tasks.task import Predictions, Task
 from maestro_scale.shards.format.manifest import Manifest
+from maestro_scale.shards.read.store import Store
 
 BATCH_SIZE = 32
 """Crops per forward pass. It is part of the key of cached features: kernels may round differently at another size."""
@@ -79,6 +81,13 @@ class Benchmark:
             **{role: self.stored_splits(role) for role in ("val", "test")},
         }
 
+    def test_keys(self, manifest: Manifest) -> tuple[str, ...]:
+        """Keys of the test tiles, in the order in which they are predicted."""
+        store = Store(self.shards, self.cache_dir, self.cache_bytes)
+        return tuple(
+            key for info in manifest.shards_of(self.stored_splits("test")) for key in store.read_keys(info)
+        )
+
 
 def build_result(
     benchmark: Benchmark,
@@ -120,4 +129,5 @@ def build_result(
         timings=timings,
         fraction=benchmark.fraction,
         maps=predictions.maps,
+        counts=TileCounts(benchmark.test_keys(manifest), predictions.counts),
     )

@@ -7,7 +7,7 @@ Shapes: N samples, C classes; ``…`` are leading axes, such as bootstrap resamp
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -153,6 +153,15 @@ def mean_iou(matrix: np.ndarray) -> np.ndarray:
     present = ~np.isnan(scores)
     total, count = np.where(present, scores, 0.0).sum(-1), present.sum(-1)
     return np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
+
+
+def tile_mean_iou(counts: np.ndarray) -> np.ndarray:
+    """As ``mean_iou``, of counts (…, C + 1, C) whose last row is of ignored pixels, as they are kept per tile."""
+    return mean_iou(np.asarray(counts)[..., :-1, :])
+
+
+STATISTICS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {"wf1": wf1, "miou": tile_mean_iou}
+"""By the name of the metric: its score of counts of ``counts.npz`` summed over tiles; leading axes are resamples."""
 
 
 def best_index(scores: Sequence[float], split: str = "validation") -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 import json
 import math
@@ -15,6 +16,8 @@ import numpy as np
 
 from maestro_scale import untrusted
 from maestro_scale.errors import MaestroError, shorten
+from maestro_scale.evaluation.counts import FILE as COUNTS
+from maestro_scale.evaluation.counts import TileCounts
 from maestro_scale.training.run_dir import write_atomically
 
 VERSION = 1
@@ -22,6 +25,7 @@ RESULTS = "results.json"
 MAPS = "maps.npz"
 ORACLE = "oracle"  # the mode, and the name of the baseline
 METRICS = ("wf1", "miou")
+_FILES = ("maps", "counts")  # attributes that are in files of their own
 
 
 class EvaluationError(MaestroError):
@@ -93,21 +97,36 @@ class EvalResult:
     """Hyperparameters selected on validation; empty for several runs."""
     timings: Mapping[str, float] = field(default_factory=dict)
     """Seconds spent, by part."""
+    counts_sha256: str = field(default="", compare=False)
+    """SHA-256 of the ``counts.npz`` beside the JSON file; empty for several runs, each of which has its own, and in
+    files of earlier revisions."""
     version: int = VERSION
     """Version of this format."""
     maps: Mapping[str, np.ndarray] | None = field(default=None, compare=False, repr=False)
     """``truth`` (labels) and ``answer`` (predictions) of a few tiles, (n, H, W) uint8. Written to ``maps.npz`` next to
     the JSON file; ``load`` does not read them."""
+    counts: TileCounts | None = field(default=None, compare=False, repr=False)
+    """Counts of each tile, of a single run. Written to ``counts.npz``, which ``load_counts`` reads."""
 
     def write(self, path: Path) -> None:
         """Write as JSON, atomically. ValueError if a score is not finite."""
         for name, value in self._numbers().items():
             if not math.isfinite(value):
                 raise ValueError(f"{self.benchmark} {self.mode}: {name} is {value}; undefined must be None")
-        values = dataclasses.asdict(dataclasses.replace(self, maps=None))
-        values.pop("maps")
+        values = dataclasses.asdict(dataclasses.replace(self, maps=None, counts=None))
+        for name in _FILES:
+            values.pop(name)
+        values["counts_sha256"] = ""
         # Those of an earlier result must not be shown with this one, nor these with it if this process is killed.
         (path.parent / MAPS).unlink(missing_ok=True)
+        # Before the JSON file, whose presence says that the evaluation has ended. Counts beside another result, after a
+        # kill between the two writes, are noticed by their hash.
+        if self.counts is not None:
+            content = self.counts.dumps()
+            values["counts_sha256"] = hashlib.sha256(content).hexdigest()
+            write_atomically(path.parent / COUNTS, content)
+        else:
+            (path.parent / COUNTS).unlink(missing_ok=True)
         write_atomically(path, json.dumps(values, indent=1, allow_nan=False) + "\n")
         if self.maps is not None:
             archive = io.BytesIO()
@@ -128,7 +147,7 @@ class EvalResult:
                 f"{path} has format version {shorten(version)}, this maestro-scale reads {VERSION}: "
                 "evaluate again, or read it with the maestro-scale that wrote it"
             )
-        known = {f.name for f in dataclasses.fields(cls)} - {"maps"}
+        known = {f.name for f in dataclasses.fields(cls)} - set(_FILES)
         required = {f.name for f in dataclasses.fields(cls) if _is_required(f)}
         wrong = sorted((set(values) - known) | (required - set(values)))
         if wrong:
@@ -143,6 +162,25 @@ class EvalResult:
         if (problem := next(result._problems(), None)) is not None:
             raise EvaluationError(f"{path} is malformed: {problem}; evaluate again")
         return result
+
+    def load_counts(self, path: Path) -> TileCounts:
+        """The counts of a single run. ``path``: of its JSON file. EvaluationError if there are none, as in results of
+        earlier revisions, or they are malformed or those of another result."""
+        file = path.parent / COUNTS
+        if not self.counts_sha256:
+            raise EvaluationError(f"{path} has no counts per tile; evaluate again to write {COUNTS}")
+        try:
+            content = untrusted.read_bytes(file)
+            if hashlib.sha256(content).hexdigest() != self.counts_sha256:
+                raise untrusted.InputError("is not the file of this result")
+            counts = TileCounts.loads(content)
+        except (OSError, untrusted.InputError) as error:
+            raise EvaluationError(f"{file} cannot be read ({error}); evaluate again to write it") from error
+        if len(counts.keys) != self.num_tiles:
+            raise EvaluationError(
+                f"{file} has {len(counts.keys)} tiles, {path} {self.num_tiles}; evaluate again"
+            )
+        return counts
 
     def _problems(self) -> Iterator[str]:
         """What is invalid in this result."""

@@ -6,7 +6,7 @@ number of entries and length of numbers *before* it allocates memory or recurses
 parsers. SECURITY.md lists the limits.
 """
 
-from maestro_scale.untrusted.arrays import load_npz, open_npy
+from maestro_scale.untrusted.arrays import load_npz, open_npy, parse_npz
 from maestro_scale.untrusted.documents import (
     check_size,
     field_of,
@@ -66,6 +66,7 @@ __all__ = [
     "open_npy",
     "open_tensors",
     "open_zip",
+    "parse_npz",
     "parse_safetensors_header",
     "read_bytes",
     "read_json",

@@ -8,7 +8,7 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, BinaryIO, Literal
 
 from maestro_scale.errors import shorten
 from maestro_scale.untrusted.limits import ARCHIVE_BYTES, ARCHIVE_MEMBERS, InputError, size_text
@@ -37,19 +37,32 @@ def open_npy(path: Path, mode: Literal["r", "r+"] = "r") -> np.memmap:
 def load_npz(path: Path, names: Sequence[str]) -> list[np.ndarray]:
     """Arrays of an ``.npz`` file by name. InputError if one is missing, damaged or above ``ARCHIVE_BYTES``; OSError."""
     try:
-        with path.open("rb") as file, open_zip(file, ARCHIVE_MEMBERS) as archive:
-            return [_member(archive, f"{name}.npy") for name in names]
+        with path.open("rb") as file:
+            return _members(file, names, ARCHIVE_BYTES)
     except (*_DAMAGED, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{path}: cannot be read ({shorten(str(error), 200)})") from None
 
 
-def _member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+def parse_npz(content: bytes, names: Sequence[str], max_bytes: int = ARCHIVE_BYTES) -> list[np.ndarray]:
+    """As :func:`load_npz`, of the content of a file, which the caller can hash first. ``max_bytes``: of each array."""
+    try:
+        return _members(io.BytesIO(content), names, max_bytes)
+    except (*_DAMAGED, zipfile.BadZipFile, zlib.error) as error:
+        raise InputError(f"is not an archive of arrays ({shorten(str(error), 200)})") from None
+
+
+def _members(file: BinaryIO, names: Sequence[str], max_bytes: int) -> list[np.ndarray]:
+    with open_zip(file, ARCHIVE_MEMBERS) as archive:
+        return [_member(archive, f"{name}.npy", max_bytes) for name in names]
+
+
+def _member(archive: zipfile.ZipFile, name: str, max_bytes: int) -> np.ndarray:
     import numpy as np
 
     with archive.open(name) as file:
-        content = file.read(ARCHIVE_BYTES + 1)  # the size in the directory may be wrong
-    if len(content) > ARCHIVE_BYTES:
-        raise InputError(f"{name} has more than {size_text(ARCHIVE_BYTES)}")
+        content = file.read(max_bytes + 1)  # the size in the directory may be wrong
+    if len(content) > max_bytes:
+        raise InputError(f"{name} has more than {size_text(max_bytes)}")
     header = io.BytesIO(content)
     version = np.lib.format.read_magic(header)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0

@@ -1,12 +1,16 @@
-"""results.json: a round trip, and refusal of undefined or unknown values."""
+"""results.json and counts.npz: a round trip, and refusal of undefined, unknown or malformed values."""
 
 import dataclasses
+import hashlib
+import io
 import json
 
 import numpy as np
 import pytest
 
+from maestro_scale import untrusted
 from maestro_scale.evaluation import results
+from maestro_scale.evaluation.counts import TileCounts
 from maestro_scale.evaluation.results import VERSION, EvalResult, EvaluationError
 
 RESULT = EvalResult(
@@ -101,3 +105,105 @@ def test_a_kill_never_leaves_maps_beside_another_result(tmp_path, monkeypatch, n
     with pytest.raises(KeyboardInterrupt):
         dataclasses.replace(RESULT, value=0.3, maps=maps).write(path)
     assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
+
+
+KEYS = ("b", "a", "水/田\n", "\x00")
+COUNTS = TileCounts(KEYS, np.arange(12).reshape(4, 3) * 100)
+COUNTED = dataclasses.replace(RESULT, seeds=(0,), num_tiles=4, counts=COUNTS)
+
+
+def test_counts_per_tile_are_written_beside_the_result_and_named_by_it(tmp_path):
+    path = tmp_path / "results.json"
+    COUNTED.write(path)
+    content = (tmp_path / "counts.npz").read_bytes()
+    assert json.loads(path.read_text())["counts_sha256"] == hashlib.sha256(content).hexdigest()
+    loaded = EvalResult.load(path)
+    assert loaded.counts is None
+    counts = loaded.load_counts(path)
+    assert counts.keys == KEYS
+    assert counts.array.tolist() == [[0, 100, 200], [300, 400, 500], [600, 700, 800], [900, 1000, 1100]]
+    assert counts.array.dtype == np.uint16
+    assert counts.dumps() == content
+    RESULT.write(path)
+    assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype"),
+    [
+        ([[True], [False]], np.uint8),
+        ([[0.0], [255.0]], np.uint8),
+        ([[0], [256]], np.uint16),
+        ([[70_000], [1]], np.uint32),
+        ([[-1], [127]], np.int8),
+        ([[-1], [128]], np.int16),
+        ([[0.5], [1.0]], np.float64),
+    ],
+)
+def test_counts_have_the_smallest_type_that_holds_them(values, dtype):
+    read = TileCounts.loads(TileCounts(("a", "b"), np.array(values)).dumps())
+    assert read.array.dtype == dtype
+    assert read.array.tolist() == np.array(values).tolist()
+
+
+def test_counts_without_a_number_or_a_key_are_refused():
+    with pytest.raises(ValueError, match="a count is not finite"):
+        TileCounts(("a",), np.array([[np.nan]])).dumps()
+    with pytest.raises(ValueError, match="2 keys for counts of 1 tiles"):
+        TileCounts(("a", "b"), np.ones((1, 3)))
+
+
+def test_counts_of_another_result_are_noticed(tmp_path):
+    path, other = tmp_path / "a" / "results.json", tmp_path / "b" / "results.json"
+    COUNTED.write(path)
+    dataclasses.replace(COUNTED, counts=TileCounts(KEYS, COUNTS.array + 1)).write(other)
+    # As after a kill between the two writes: the old result stays readable, without counts.
+    (path.parent / "counts.npz").write_bytes((other.parent / "counts.npz").read_bytes())
+    with pytest.raises(EvaluationError, match="is not the file of this result"):
+        EvalResult.load(path).load_counts(path)
+    (path.parent / "counts.npz").unlink()
+    with pytest.raises(EvaluationError, match=r"counts\.npz cannot be read"):
+        EvalResult.load(path).load_counts(path)
+    dataclasses.replace(COUNTED, num_tiles=5).write(other)
+    with pytest.raises(EvaluationError, match=r"has 4 tiles, .* 5"):
+        EvalResult.load(other).load_counts(other)
+
+
+def test_results_of_earlier_revisions_have_no_counts(tmp_path):
+    path = tmp_path / "results.json"
+    RESULT.write(path)
+    content = json.loads(path.read_text())
+    content.pop("counts_sha256")
+    path.write_text(json.dumps(content))
+    with pytest.raises(EvaluationError, match="has no counts per tile; evaluate again"):
+        EvalResult.load(path).load_counts(path)
+
+
+def archive(**arrays) -> bytes:
+    file = io.BytesIO()
+    np.savez_compressed(file, **arrays)
+    return file.getvalue()
+
+
+NAMES = np.frombuffer(b'["a", "b"]', np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is not an archive"),
+        (archive(keys=NAMES), "is not an archive"),
+        (archive(keys=NAMES.astype(np.int32), counts=np.ones(2)), "keys are not bytes"),
+        (archive(keys=np.frombuffer(b"{}", np.uint8), counts=np.ones(2)), "expected a list"),
+        (archive(keys=np.frombuffer(b"[1, 2]", np.uint8), counts=np.ones(2)), "a key that is not a text"),
+        (archive(keys=NAMES, counts=np.ones(3)), "counts of shape .3,. for 2 keys"),
+        (archive(keys=NAMES, counts=np.float64(1)), "counts of shape .. for 2 keys"),
+        (archive(keys=NAMES, counts=np.array(["1", "2"])), "counts that are not finite numbers"),
+        (archive(keys=NAMES, counts=np.array([1, np.inf])), "counts that are not finite numbers"),
+        (archive(keys=NAMES, counts=np.ones((2, 40_000_000), np.uint8)), "has more than 64 MiB"),
+    ],
+)
+def test_malformed_counts_are_refused(monkeypatch, content, message):
+    monkeypatch.setattr("maestro_scale.evaluation.counts.MAX_BYTES", 64 * 2**20)
+    with pytest.raises(untrusted.InputError, match=message):
+        TileCounts.loads(content)

@@ -19,7 +19,8 @@ def summarise(runs: Sequence[tuple[str, EvalResult]]) -> EvalResult:
 
     Scores are means over runs, those per class over the runs whose test set has the class; pixel counts and timings are
     sums. Seeds score the same tiles, folds score different ones. The interval is the mean of the runs' intervals, which
-    is conservative: the mean over runs varies less than a single run. Maps and recipe are the first run's.
+    is conservative: the mean over runs varies less than a single run. Maps and recipe are the first run's; counts
+    of tiles are stored with each run.
     """
     results = [result for _, result in runs]
     first = results[0]
@@ -42,6 +43,7 @@ def summarise(runs: Sequence[tuple[str, EvalResult]]) -> EvalResult:
             role: _distinct(name for r in results for name in r.splits.get(role, ())) for role in first.splits
         },
         chosen={},
+        counts=None,
         timings={name: sum(r.timings.get(name, 0.0) for r in results) for name in first.timings},
         runs=tuple(
             RunScore(r.value, r.interval, r.seeds[0], r.folds[0] if r.folds else None, path)

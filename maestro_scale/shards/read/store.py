@@ -12,11 +12,11 @@ import os
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from maestro_scale.shards.errors import BadShard, ManifestError, StoreError, one_line
-from maestro_scale.shards.format.index import ShardIndex
+from maestro_scale.shards.format.index import ShardIndex, index_path
 from maestro_scale.shards.format.manifest import ShardInfo
 from maestro_scale.shards.locks import open_shared
 from maestro_scale.shards.read.cache import Cache
@@ -82,6 +82,19 @@ class Store:
         raise StoreError(
             f"{self.cache_dir}: shards are evicted as soon as they are fetched; raise data.cache_gib"
         )
+
+    def read_keys(self, info: ShardInfo) -> tuple[str, ...]:
+        """Keys of a shard's samples, in order. The shard is fetched only if it has neither been verified on this node
+        nor has an index beside it. Raises as :meth:`shard`."""
+        self._cache.prepare()
+        index = self._cache.verified_index(self._path(info), info.sha256)
+        if index is None:
+            with suppress(FileNotFoundError, ManifestError):
+                index = ShardIndex.read(self._storage, index_path(info.path))
+        # An index beside a shard is not verified: it may be that of another shard.
+        if index is None or index.shard_info(info.path, info.split) != info:
+            _, index = self.ensure(info)
+        return index.keys
 
     def prefetch(self, infos: Iterable[ShardInfo]) -> None:
         """Fetch and verify shards in the background, in this order. Replaces earlier requests that have not started.
