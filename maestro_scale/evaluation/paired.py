@@ -17,6 +17,7 @@ Shapes: S seeds, T tiles of a test split.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -40,6 +41,8 @@ class Run:
     seed: int
     fold: int | None
     counts: TileCounts
+    variant: str = ""
+    """Scores of several variants, e.g. of a factor that is not compared, are averaged."""
 
 
 @dataclass(frozen=True)
@@ -221,25 +224,27 @@ class _Arm:
 
 
 def _arm(runs: Sequence[Run]) -> _Arm:
-    table = {(r.seed, r.fold): r for r in runs}
+    table = {(r.seed, r.fold, r.variant): r for r in runs}
     seeds = tuple(sorted({r.seed for r in runs}))
     folds = sorted({r.fold for r in runs}, key=lambda fold: -1 if fold is None else fold)
-    if not runs or len(table) != len(runs) or len(table) != len(seeds) * len(folds):
+    variants = sorted({r.variant for r in runs})
+    if not runs or len(table) != len(runs) or len(table) != len(seeds) * len(folds) * len(variants):
         raise EvaluationError("the runs are not one per seed and fold, so they have no common mean")
     statistic = STATISTICS[runs[0].metric]
-    values, matrices, keys = [], {}, {}
+    values, matrices, keys = np.zeros(len(seeds)), {}, {}
+    share = 1 / (len(folds) * len(variants))
     for fold in folds:
-        counts = [table[seed, fold].counts for seed in seeds]
-        keys[fold] = counts[0].keys
-        rows = [_rows(c.keys, keys[fold]) for c in counts]
-        scored = [
-            influences(statistic, c.array[r]) for c, r in zip(counts, rows, strict=True) if r is not None
-        ]
-        if len(scored) < len(seeds):
-            raise EvaluationError("the seeds of one result were scored on different tiles")
-        values.append([value for value, _ in scored])
-        matrices[fold] = np.stack([row for _, row in scored]) / len(folds)
-    return _Arm(seeds, np.mean(values, axis=0), matrices, keys)
+        keys[fold] = table[seeds[0], fold, variants[0]].counts.keys
+        matrices[fold] = np.zeros((len(seeds), len(keys[fold])))
+        for (number, seed), variant in itertools.product(enumerate(seeds), variants):
+            counts = table[seed, fold, variant].counts
+            rows = _rows(counts.keys, keys[fold])
+            if rows is None:
+                raise EvaluationError("the seeds of one result were scored on different tiles")
+            value, influence = influences(statistic, counts.array[rows])
+            values[number] += share * value
+            matrices[fold][number] += share * influence
+    return _Arm(seeds, values, matrices, keys)
 
 
 def _align(arm: _Arm, keys: Mapping[int | None, tuple[str, ...]]) -> _Arm | None:

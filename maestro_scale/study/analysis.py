@@ -1,0 +1,251 @@
+"""Analyse a study: the mean score of each group of cells that differ in their seed, and a verdict per question.
+
+Intervals are over seeds and tiles, see :mod:`maestro_scale.evaluation.paired`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import logging
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+
+from maestro_scale.evaluation.paired import Estimate, Run, difference, estimate
+from maestro_scale.evaluation.results import EvalResult, EvaluationError
+from maestro_scale.study.config import Question, Study
+from maestro_scale.study.records import CellRecord, EvaluationRecord
+from maestro_scale.study.verdict import Verdict, adjust, judge
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Score:
+    """The mean score over seeds of one encoder, evaluated in one way. A row of the table."""
+
+    dataset: str
+    benchmark: str
+    mode: str
+    fraction: float
+    levels: Mapping[str, str]
+    baseline: str
+    metric: str
+    """Empty where no seed is finished."""
+    seeds: tuple[int, ...]
+    """Those that are finished."""
+    num_planned: int
+    """Seeds of the study."""
+    mean: float | None = None
+    deviation: float | None = None
+    """Over seeds; None for fewer than two."""
+    estimate: Estimate | None = None
+    """None where no counts per tile are stored."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the study says about one question on one dataset."""
+
+    question: Question
+    dataset: str
+    benchmark: str
+    metric: str
+    better: tuple[str, ...]
+    """Names of the cells whose mean is compared, finished on both sides."""
+    worse: tuple[str, ...]
+    num_missing: int
+    """Cells of the question, on either side, without a result."""
+    difference: Estimate | None
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cost of one cell. None where it is not known, as of a cell that was not run."""
+
+    cell: str
+    seconds: float | None
+    gpu_hours: float | None
+
+
+@dataclass(frozen=True)
+class StudyResult:
+    """All that the pages of a study show."""
+
+    study: Study
+    scores: tuple[Score, ...]
+    answers: tuple[Answer, ...]
+    costs: tuple[Cost, ...]
+
+
+def analyse(study: Study, cells: Sequence[CellRecord]) -> StudyResult:
+    """Scores and answers from the results that are there; missing ones are shown as missing."""
+    store = _Results()
+    answers = [answer for question in study.questions for answer in _answers(study, question, cells, store)]
+    verdicts = adjust([answer.verdict for answer in answers])
+    return StudyResult(
+        study,
+        tuple(_scores(cells, store)),
+        tuple(
+            dataclasses.replace(answer, verdict=verdict)
+            for answer, verdict in zip(answers, verdicts, strict=True)
+        ),
+        tuple(
+            Cost(cell.name, cell.seconds, None if cell.seconds is None else cell.gpus * cell.seconds / 3600)
+            for cell in sorted(cells, key=lambda c: c.name)
+        ),
+    )
+
+
+class _Results:
+    """Results by record, each read once; of counts only those that are needed."""
+
+    def __init__(self) -> None:
+        self._results: dict[EvaluationRecord, EvalResult | None] = {}
+
+    def result(self, record: EvaluationRecord) -> EvalResult | None:
+        """None where it is not finished."""
+        if record not in self._results:
+            self._results[record] = EvalResult.load(record.path) if record.path.exists() else None
+        return self._results[record]
+
+    def runs(self, record: EvaluationRecord, seed: int, variant: str = "") -> list[Run]:
+        """The counts of a finished record, one per fold. EvaluationError where there are none."""
+        result = self.result(record)
+        assert result is not None  # the caller has asked
+        if not result.runs:
+            fold = result.folds[0] if result.folds else None
+            return [Run(result.metric, seed, fold, result.load_counts(record.path), variant)]
+        found = []
+        for run in result.runs:
+            path = record.path.parent / run.path
+            if not path.resolve().is_relative_to(record.path.parent.resolve()):
+                raise EvaluationError(f"{record.path}: the path of a run, {run.path!r}, is not below it")
+            found.append(Run(result.metric, seed, run.fold, EvalResult.load(path).load_counts(path), variant))
+        return found
+
+
+def _scores(cells: Sequence[CellRecord], store: _Results) -> Iterator[Score]:
+    groups: dict[tuple[object, ...], list[tuple[CellRecord, EvaluationRecord]]] = defaultdict(list)
+    for cell in cells:
+        for record in cell.evaluations:
+            place = (cell.dataset, record.benchmark, record.mode, record.fraction, cell.baseline)
+            key = (*place, *sorted(cell.levels.items()))
+            groups[key].append((cell, record))
+    for members in groups.values():
+        yield _score(sorted(members, key=lambda m: m[0].seed), store)
+
+
+def _score(members: Sequence[tuple[CellRecord, EvaluationRecord]], store: _Results) -> Score:
+    cell, record = members[0]
+    results = [(c.seed, r, found) for c, r in members if (found := store.result(r)) is not None]
+    values = [result.value for _, _, result in results]
+    estimated = None
+    if results:
+        try:
+            estimated = estimate([run for seed, r, _ in results for run in store.runs(r, seed)])
+        except EvaluationError as error:
+            log.warning("%s %s: no interval: %s", cell.name, record.mode, error)
+    return Score(
+        cell.dataset,
+        record.benchmark,
+        record.mode,
+        record.fraction,
+        dict(cell.levels),
+        cell.baseline,
+        results[0][2].metric if results else "",
+        tuple(seed for seed, _, _ in results),
+        len(members),
+        fmean(values) if values else None,
+        stdev(values) if len(values) > 1 else None,
+        estimated,
+    )
+
+
+def _answers(
+    study: Study, question: Question, cells: Sequence[CellRecord], store: _Results
+) -> Iterator[Answer]:
+    """One answer per dataset of the question."""
+    datasets = dict.fromkeys(cell.dataset for cell in cells)
+    for dataset in question.datasets or datasets:
+        members = [cell for cell in cells if cell.dataset == dataset and not cell.baseline]
+        benchmarks = [record.benchmark for cell in members for record in cell.evaluations]
+        if benchmark := question.benchmark or next(iter(benchmarks), ""):
+            yield _answer(question, dataset, benchmark, members, store)
+
+
+def _answer(
+    question: Question, dataset: str, benchmark: str, cells: Sequence[CellRecord], store: _Results
+) -> Answer:
+    # A level that only one side names holds for the other side too: all else is equal.
+    better = {**question.worse, **question.better}
+    worse = {**question.better, **question.worse}
+    first = _side(cells, better, question.mode, benchmark, question.fraction)
+    second = _side(cells, worse, question.worse_mode or question.mode, benchmark, question.fraction)
+    records = [*first.values(), *second.values()]
+    num_missing = sum(store.result(record) is None for _, record in records)
+    first, second = _complete(first, second, store)
+    estimated = None
+    if first and second:
+        try:
+            estimated = difference(_runs(first, store), _runs(second, store))
+        except EvaluationError as error:
+            log.warning("question %s: no difference: %s", question.name, error)
+    return Answer(
+        question,
+        dataset,
+        benchmark,
+        next((r.metric for _, record in records if (r := store.result(record)) is not None), ""),
+        _names(first),
+        _names(second),
+        num_missing,
+        estimated,
+        judge(estimated, question.at_least, question.margin) if estimated else Verdict("no result"),
+    )
+
+
+_Side = dict[tuple[str, int], tuple[CellRecord, EvaluationRecord]]
+"""By the levels of factors that are not compared, as text, and the seed."""
+
+
+def _side(
+    cells: Iterable[CellRecord], levels: Mapping[str, str], mode: str, benchmark: str, fraction: float
+) -> _Side:
+    """The cells with these levels and their evaluations that a question is about."""
+    # A level without pretraining is trained from scratch where the others are finetuned.
+    modes = (mode, "scratch") if mode == "finetune" else (mode,)
+    found: _Side = {}
+    for cell, wanted in itertools.product(cells, modes):
+        if any(cell.levels.get(factor) != level for factor, level in levels.items()):
+            continue
+        rest = json.dumps({f: level for f, level in sorted(cell.levels.items()) if f not in levels})
+        for record in cell.evaluations:
+            if (record.benchmark, record.mode, record.fraction) == (benchmark, wanted, fraction):
+                found.setdefault((rest, cell.seed), (cell, record))
+    return found
+
+
+def _complete(first: _Side, second: _Side, store: _Results) -> tuple[_Side, _Side]:
+    """The finished part of both sides: variants that both have, and seeds that all variants of a side have."""
+    finished = [
+        {place: found for place, found in side.items() if store.result(found[1]) is not None}
+        for side in (first, second)
+    ]
+    variants = {variant for variant, _ in finished[0]} & {variant for variant, _ in finished[1]}
+    complete = []
+    for side in finished:
+        seeds = {s for _, s in side if all((variant, s) in side for variant in variants)}
+        complete.append({(v, s): found for (v, s), found in side.items() if v in variants and s in seeds})
+    return complete[0], complete[1]
+
+
+def _runs(side: _Side, store: _Results) -> list[Run]:
+    return [run for (variant, seed), (_, r) in side.items() for run in store.runs(r, seed, variant)]
+
+
+def _names(side: _Side) -> tuple[str, ...]:
+    return tuple(sorted(cell.name for cell, _ in side.values()))
