@@ -11,8 +11,8 @@ from pydantic import BaseModel, ValidationError
 
 from maestro_scale.errors import KeyPath, did_you_mean, dotted
 from maestro_scale.recipe.errors import ConflictError, RecipeError
-from maestro_scale.recipe.merge import Tree, read_tree
 from maestro_scale.recipe.fields import Section
+from maestro_scale.recipe.merge import Tree, read_tree
 from maestro_scale.recipe.schema import Recipe
 
 Document = TypeVar("Document", bound=Section)

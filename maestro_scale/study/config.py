@@ -1,4 +1,4 @@
-"""The configuration of a study: data, base recipes, factors with levels, questions. Each field is documented below it."""
+"""The configuration of a study: data, base recipes, factors with levels, questions."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ class Data(Section):
     shards: Place | None = None
     """Folder or s3:// prefix of existing shards; null: synthetic tiles, written once below the root of the studies."""
     tiles: dict[Name, Count] = Field(default_factory=dict)
-    """Synthetic tiles by split."""
+    """Tiles by split: of synthetic data, or of existing shards that the machine of --dry-run cannot read."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the synthetic tiles."""
 
     @model_validator(mode="after")
     def _check_source(self) -> Data:
-        if (self.shards is None) == (not self.tiles):
-            reason = "give either shards, or tiles by split (train, val, test) of synthetic data"
+        if self.shards is None and not self.tiles:
+            reason = "give shards, or tiles by split (train, val, test) of synthetic data"
             raise ConflictError((("tiles",), reason))
         return self
 
@@ -79,7 +79,9 @@ class Evaluations(Section):
     @model_validator(mode="after")
     def _check_modes(self) -> Evaluations:
         if SCRATCH in self.modes:
-            reason = "scratch needs no checkpoint of a cell: add a level {encoder: scratch} to a factor, and mode finetune"
+            reason = (
+                "scratch needs no checkpoint: add a level {encoder: scratch} to a factor, and mode finetune"
+            )
             raise ConflictError((("modes",), reason))
         if self.data is not None and self.recipe is None:
             reason = "a benchmark on other data than the pretraining needs a recipe of its own"
@@ -276,11 +278,13 @@ class Study(Section):
     def _unknown_setups(self) -> Iterator[tuple[KeyPath, str]]:
         known = self._setup_names()
         for i, question in enumerate(self.questions):
-            for name in question.datasets:
-                if name not in known:
-                    yield ("questions", i, "datasets"), f"unknown dataset {name!r}{did_you_mean(name, known)}"
-        if self.sample is not None and self.sample.dataset not in (None, *known):
-            name = self.sample.dataset
+            for unknown in (n for n in question.datasets if n not in known):
+                yield (
+                    ("questions", i, "datasets"),
+                    f"unknown dataset {unknown!r}{did_you_mean(unknown, known)}",
+                )
+        name = self.sample.dataset if self.sample is not None else None
+        if name is not None and name not in known:
             yield ("sample", "dataset"), f"unknown dataset {name!r}{did_you_mean(name, known)}"
 
     def _setup_names(self) -> tuple[str, ...]:
@@ -304,7 +308,7 @@ def _with_absolute_paths(tree: Tree, study: Path) -> dict[str, Any]:
             return {key: changed(value, (*loc, key)) for key, value in node.items()}
         if isinstance(node, list):
             return [changed(value, (*loc, i)) for i, value in enumerate(node)]
-        is_recipe = loc[-1] == "base" and len(loc) == 5 or loc[-1] == "recipe" and len(loc) == 7
+        is_recipe = (loc[-1], len(loc)) in (("base", 5), ("recipe", 7))
         if loc[0] != "scales" or not is_recipe or not isinstance(node, str):
             return node
         origin = Path(tree.origin(loc))

@@ -1,0 +1,292 @@
+"""Expansion of a study into cells: one resolved recipe, or an encoder without pretraining, with a seed and evaluations.
+
+A cell has a directory below ROOT/cells that is named by a readable prefix and a hash of all that determines its result.
+So a cell that two studies share, or that is repeated after a kill, is run once, and a changed recipe is another cell.
+An evaluation has a directory in the cell, named by the benchmark and a hash of the protocol.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from maestro_scale.errors import did_you_mean
+from maestro_scale.evaluation.results import RESULTS, EvalResult, EvaluationError
+from maestro_scale.evaluation.run import EvalOptions
+from maestro_scale.recipe import Recipe, RecipeError, load_recipe
+from maestro_scale.study import data as study_data
+from maestro_scale.study.config import (
+    DATASET,
+    ENCODER,
+    SCRATCH,
+    Data,
+    Evaluations,
+    Levels,
+    Scale,
+    Setup,
+    Study,
+)
+
+RESULT_VERSION = 1
+"""Part of every hash. Raise it when a change of the code changes the results of training or of an evaluation."""
+
+TRAINED_MODES = ("finetune", "scratch")
+
+# Keys of a recipe that do not change its results.
+_RUNTIME = {
+    "": ("name", "tracking", "checkpoint", "evaluation"),
+    "data": ("cache_dir", "cache_gib", "workers", "retry_s"),
+    "train": ("log_every", "hang_timeout_s", "collect_every", "audit", "warmup_check"),
+}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation of a cell. ``folder``: its directory; ``recipe``: with the seed of the cell.
+
+    ``identity``: what determines the result, beside the encoder.
+    """
+
+    benchmark: str
+    mode: str
+    fraction: float
+    folder: Path
+    recipe: Recipe
+    data: Data
+    target: str | None
+    splits: Mapping[str, tuple[str, ...]]
+    identity: Mapping[str, Any] = field(repr=False)
+
+    @property
+    def results(self) -> Path:
+        """Path of its results.json."""
+        options = EvalOptions(recipe="", out=self.folder, fraction=self.fraction)
+        return options.mode_dir(self.mode) / RESULTS
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether there is a result that can be read."""
+        return self.load() is not None
+
+    def load(self) -> EvalResult | None:
+        """The result; None if it is missing or damaged."""
+        try:
+            return EvalResult.load(self.results)
+        except EvaluationError:
+            return None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One point of a study: its directory, what is trained, how it is evaluated.
+
+    ``dataset``: name of the setup; ``levels``: of every factor, empty for a baseline of the setup; ``encoder``: None if
+    the cell pretrains, else a baseline or ``scratch``; ``identity``: what determines the weights of the encoder.
+    """
+
+    dataset: str
+    levels: Mapping[str, str]
+    seed: int
+    encoder: str | None
+    directory: Path
+    recipe: Recipe = field(repr=False)
+    data: Data = field(repr=False)
+    evaluations: tuple[Evaluation, ...] = field(repr=False)
+    identity: Mapping[str, Any] = field(repr=False)
+
+    @property
+    def name(self) -> str:
+        """The name of its directory."""
+        return self.directory.name
+
+    @property
+    def label(self) -> str:
+        """Dataset, levels and seed, as the study names them."""
+        levels = [f"{factor}={level}" for factor, level in self.levels.items()] or [
+            f"baseline={self.encoder}"
+        ]
+        return " ".join([self.dataset, *levels, f"seed={self.seed}"])
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all evaluations have a result."""
+        return all(evaluation.is_finished for evaluation in self.evaluations)
+
+
+def expand(study: Study, scale: str, root: Path) -> list[Cell]:
+    """All cells of a study at one scale, in the order in which they are run: complete grids, seed by seed, so that an
+    interrupted study has all levels of the first seeds. RecipeError where a recipe or level is invalid."""
+    chosen, root = scale_of(study, scale), root.resolve()
+    return [
+        cell
+        for name, setup in chosen.setups.items()
+        for seed in setup.seeds
+        for cell in (*_grid(study, name, setup, seed, root), *_baselines(name, setup, seed, root))
+    ]
+
+
+def scale_of(study: Study, name: str) -> Scale:
+    """A scale by name; RecipeError if there is none."""
+    if name not in study.scales:
+        raise RecipeError(f"{study.name}: unknown scale {name!r}{did_you_mean(name, study.scales)}")
+    return study.scales[name]
+
+
+def combinations(study: Study, dataset: str) -> list[Levels]:
+    """The levels of the cells of a dataset: the listed ones or the full grid, without the excluded ones."""
+    if study.cells:
+        first = {factor: next(iter(levels)) for factor, levels in study.factors.items()}
+        listed = [c for c in study.cells if c.get(DATASET, dataset) == dataset]
+        grid = [{**first, **{f: v for f, v in c.items() if f != DATASET}} for c in listed]
+    else:
+        factors = [[(factor, level) for level in levels] for factor, levels in study.factors.items()]
+        grid = [dict(levels) for levels in itertools.product(*factors)]
+    if study.sample is not None:
+        return []
+    return [c for c in grid if not any(_matches({**c, DATASET: dataset}, e) for e in study.exclude)]
+
+
+def make_cell(
+    dataset: str, setup: Setup, seed: int, root: Path, levels: Levels, keys: Mapping[str, Any]
+) -> Cell:
+    """A cell whose levels set ``keys`` of the recipe."""
+    keys = dict(keys)
+    encoder = keys.pop(ENCODER, None)
+    shards = study_data.place(setup.data, root)
+    common = {**setup.set, "data.mixture[0].shards": shards, "seed": seed}
+    recipe = _load(setup.base, {**common, **keys}, setup.data)
+    # The protocol of the evaluation must not depend on the levels, but the sensors and the architecture must.
+    shared = {k: v for k, v in keys.items() if k.split(".")[0] in ("data", "model")}
+    identity = _encoder_identity(encoder, recipe, setup.data)
+    named = [recipe.data.mixture[0].dataset]
+    if encoder is None:
+        named += [recipe.model.fusion, recipe.model.spectral, recipe.model.target]
+    else:
+        named.append("".join(c if c.isalnum() or c in "._-" else "-" for c in encoder)[:40])
+    directory = root / "cells" / f"{'-'.join([*named, f's{seed}', _digest(identity)[:10]])}"
+    evaluations = tuple(
+        evaluation
+        for group in setup.evaluations
+        for evaluation in _evaluations(group, setup, encoder, {**common, **shared}, directory, root)
+    )
+    return Cell(dataset, dict(levels), seed, encoder, directory, recipe, setup.data, evaluations, identity)
+
+
+def distinct(cells: Sequence[Cell]) -> list[Cell]:
+    """One cell per directory, with the evaluations of all: cells whose levels make no difference are run once."""
+    merged: dict[Path, Cell] = {}
+    for cell in cells:
+        first = merged.setdefault(cell.directory, cell)
+        known = {e.results for e in first.evaluations}
+        more = tuple(e for e in cell.evaluations if e.results not in known)
+        if more:
+            merged[cell.directory] = Cell(**{**vars(first), "evaluations": (*first.evaluations, *more)})
+    return list(merged.values())
+
+
+def _grid(study: Study, dataset: str, setup: Setup, seed: int, root: Path) -> Iterator[Cell]:
+    for levels in combinations(study, dataset):
+        keys: dict[str, Any] = {}
+        for factor, level in levels.items():
+            keys |= study.factors[factor][level]
+        yield make_cell(dataset, setup, seed, root, levels, keys)
+
+
+def _baselines(dataset: str, setup: Setup, seed: int, root: Path) -> Iterator[Cell]:
+    for baseline in setup.baselines:
+        yield make_cell(dataset, setup, seed, root, {}, {ENCODER: baseline})
+
+
+def _evaluations(
+    group: Evaluations,
+    setup: Setup,
+    encoder: str | None,
+    keys: Mapping[str, Any],
+    directory: Path,
+    root: Path,
+) -> Iterator[Evaluation]:
+    """The evaluations of a benchmark, those on frozen features first: they take less time."""
+    data = group.data or setup.data
+    if group.recipe is None:
+        recipe = _load(setup.base, {**keys, **group.set}, data)
+    else:
+        shards = study_data.place(data, root)
+        recipe = _load(
+            group.recipe, {**group.set, "data.mixture[0].shards": shards, "seed": keys["seed"]}, data
+        )
+    # Written by the study itself, below the MLflow run of the cell, also where there is no training run.
+    recipe = recipe.model_copy(update={"tracking": recipe.tracking.model_copy(update={"enabled": False})})
+    for mode in _modes(group.modes, encoder):
+        identity = _protocol(recipe, mode, data, group)
+        folder = directory / "evaluations" / f"{group.name}-{_digest(identity)[:8]}"
+        for fraction in group.fractions:
+            yield Evaluation(
+                group.name, mode, fraction, folder, recipe, data, group.target, group.splits, identity
+            )
+
+
+def _modes(modes: Sequence[str], encoder: str | None) -> list[str]:
+    """Of a cell: from scratch there is no frozen encoder; baselines are not finetuned, except the random network."""
+    if encoder == SCRATCH:
+        return [SCRATCH for mode in modes if mode == "finetune"]
+    ordered = sorted(modes, key=lambda mode: mode in TRAINED_MODES)
+    return [m for m in ordered if encoder is None or m not in TRAINED_MODES]
+
+
+def _load(base: str, keys: Mapping[str, Any], data: Data) -> Recipe:
+    recipe = load_recipe(base, [f"{key}={json.dumps(value)}" for key, value in keys.items()])
+    if recipe.data.mixture[0].dataset != data.dataset:
+        raise RecipeError(
+            f"{base}: data.mixture[0].dataset is {recipe.data.mixture[0].dataset!r}, the data of the study is "
+            f"{data.dataset!r}: use another base recipe"
+        )
+    return recipe
+
+
+def _matches(levels: Mapping[str, str], pattern: Mapping[str, str]) -> bool:
+    return all(levels.get(factor) == level for factor, level in pattern.items())
+
+
+def _encoder_identity(encoder: str | None, recipe: Recipe, data: Data) -> dict[str, Any]:
+    """What determines the weights: of a baseline neither the training nor, without weights, the network."""
+    whole = _identity(recipe, data)
+    common = {"version": RESULT_VERSION, "encoder": encoder, "seed": recipe.seed}
+    if encoder is None:
+        return {**common, "recipe": whole}
+    view = {k: v for k, v in whole["data"]["mixture"][0].items() if k not in ("split", "weight")}
+    if encoder in (SCRATCH, "random"):
+        return {**common, "data": view, "model": whole["model"]}
+    return {**common, "data": view}
+
+
+def _protocol(recipe: Recipe, mode: str, data: Data, group: Evaluations) -> dict[str, Any]:
+    whole = _identity(recipe, data)
+    common = {
+        "version": RESULT_VERSION,
+        "target": group.target,
+        "splits": {role: list(names) for role, names in group.splits.items()},
+    }
+    if mode in TRAINED_MODES:
+        return {**common, "recipe": {**whole, "evaluation": recipe.evaluation.model_dump(mode="json")}}
+    train = {key: whole["train"][key] for key in ("precision", "device")}
+    return {**common, "seed": recipe.seed, "data": whole["data"]["mixture"][0], "train": train}
+
+
+def _identity(recipe: Recipe, data: Data) -> dict[str, Any]:
+    """A recipe without what does not change results; the address of the study's data is replaced by its identity, so
+    that the folder of the study plays no part."""
+    plain = recipe.model_dump(mode="json")
+    for section, keys in _RUNTIME.items():
+        for key in keys:
+            (plain[section] if section else plain).pop(key, None)
+    plain["data"]["mixture"][0]["shards"] = study_data.identity(data)
+    return plain
+
+
+def _digest(identity: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,133 @@
+"""The data of a study: its identity, its place below the root, and the synthetic shards, which are written once."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import shutil
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from maestro_scale import datasets
+from maestro_scale.datasets.spec import DatasetError, DatasetSpec, RawDataset, Tile
+from maestro_scale.shards.format.manifest import Manifest
+from maestro_scale.shards.locks import file_lock
+from maestro_scale.shards.write.packing import shuffle_keys
+from maestro_scale.shards.write.writer import write_shards
+from maestro_scale.study.config import Data
+from maestro_scale.training.run_dir import write_atomically
+
+_PACKAGE = Path(datasets.__file__).parent
+_DONE = "complete.json"
+_SHARD_MB = 32
+
+
+def identity(data: Data) -> dict[str, Any]:
+    """What determines the samples: the address of existing shards; of synthetic data the numbers, the seed and the
+    code that generates the scenes."""
+    if data.shards is not None:
+        return {"dataset": data.dataset, "shards": data.shards}
+    return {
+        "dataset": data.dataset,
+        "tiles": dict(data.tiles),
+        "seed": data.seed,
+        "generator": generator_digest(data.dataset),
+    }
+
+
+@cache
+def generator_digest(dataset: str) -> str:
+    """Hash of the code that generates the scenes of a dataset, without comments and docstrings: tiles of another
+    revision of the code must not count as the same data."""
+    files = [*(_PACKAGE / "synthetic").glob("*.py"), *(_PACKAGE / dataset).glob("*.py")]
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        digest.update(f"{path.name}\0{_code(path.read_text())}\0".encode())
+    return digest.hexdigest()[:16]
+
+
+def place(data: Data, root: Path) -> str:
+    """Address of the shards."""
+    if data.shards is not None:
+        return data.shards
+    digest = hashlib.sha256(json.dumps(identity(data), sort_keys=True).encode()).hexdigest()
+    return str(root / "data" / f"{data.dataset}-{digest[:10]}")
+
+
+def is_complete(data: Data, root: Path) -> bool:
+    """Whether the shards exist, as far as the study writes them."""
+    return data.shards is not None or (Path(place(data, root)) / _DONE).exists()
+
+
+def write(data: Data, root: Path, workers: int = 2) -> None:
+    """Write the synthetic shards unless they exist; interrupted, the same call resumes. Waits for another process that
+    writes them. DatasetError where that is impossible."""
+    if is_complete(data, root):
+        return
+    if data.dataset not in datasets.known():
+        known = ", ".join(datasets.known())
+        raise DatasetError(
+            f"{data.dataset}: no synthetic data of this name; give shards, or use one of {known}"
+        )
+    folder = Path(place(data, root))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with file_lock(folder.with_name(f".{folder.name}.lock")):
+        if is_complete(data, root):
+            return
+        raw = folder.with_name(f"{folder.name}.raw")
+        datasets.synth(data.dataset, raw, sum(data.tiles.values()), data.seed)
+        tiles = _AllTiles(data.dataset, raw)
+        # In random order, as the names of the tiles may begin with their class. The splits of the raw data have fixed
+        # shares, which a study of many test tiles could not use.
+        keys, start = shuffle_keys(tiles.keys(), data.seed), 0
+        for split, count in data.tiles.items():
+            part = _Subset(tiles, keys[start : start + count])
+            start += count
+            write_shards(part, str(folder), split, workers=workers, shard_mb=_SHARD_MB, seed=data.seed)
+        Manifest.load(str(folder))
+        write_atomically(folder / _DONE, json.dumps(identity(data), indent=1) + "\n")
+        shutil.rmtree(raw)
+
+
+class _AllTiles:
+    """The tiles of all splits of a raw dataset."""
+
+    def __init__(self, dataset: str, src: Path) -> None:
+        self._splits = [datasets.open_raw(dataset, src, split) for split in ("train", "val", "test")]
+        self._split_of = {key: split for split in self._splits for key in split.keys()}  # noqa: SIM118 - no mapping
+
+    @property
+    def spec(self) -> DatasetSpec:
+        return self._splits[0].spec
+
+    def keys(self) -> list[str]:
+        return list(self._split_of)
+
+    def read(self, key: str) -> Tile:
+        return self._split_of[key].read(key)
+
+
+class _Subset:
+    """Some tiles of a raw dataset."""
+
+    def __init__(self, dataset: RawDataset, keys: list[str]) -> None:
+        self.spec, self._dataset, self._keys = dataset.spec, dataset, keys
+
+    def keys(self) -> list[str]:
+        return self._keys
+
+    def read(self, key: str) -> Tile:
+        return self._dataset.read(key)
+
+
+def _code(source: str) -> str:
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if (
+            isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+            and ast.get_docstring(node) is not None
+        ):
+            node.body = node.body[1:] or [ast.Pass()]
+    return ast.unparse(tree)
