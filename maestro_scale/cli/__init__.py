@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from maestro_scale.cli import data, models, runs
+from maestro_scale.cli import data, models, runs, study
 from maestro_scale.entry import launched_rank, run_command
 from maestro_scale.launcher_death import watch_launcher
 from maestro_scale.secrets_filter import hide_secrets
@@ -36,6 +36,7 @@ for _command in (
     runs.sync,
     runs.dashboard,
     runs.report,
+    study.study,
     runs.doctor,
 ):
     app.command()(_command)

@@ -221,13 +221,12 @@ def _evaluations(
         )
     # Written by the study itself, below the MLflow run of the cell, also where there is no training run.
     recipe = recipe.model_copy(update={"tracking": recipe.tracking.model_copy(update={"enabled": False})})
+    splits: dict[str, tuple[str, ...]] = {role: names for role, names in group.splits.items()}  # noqa: C416 - str keys
     for mode in _modes(group.modes, encoder):
         identity = _protocol(recipe, mode, data, group)
         folder = directory / "evaluations" / f"{group.name}-{_digest(identity)[:8]}"
         for fraction in group.fractions:
-            yield Evaluation(
-                group.name, mode, fraction, folder, recipe, data, group.target, group.splits, identity
-            )
+            yield Evaluation(group.name, mode, fraction, folder, recipe, data, group.target, splits, identity)
 
 
 def _modes(modes: Sequence[str], encoder: str | None) -> list[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from maestro_scale import datasets
-from maestro_scale.datasets.spec import DatasetError, DatasetSpec, RawDataset, Tile
+from maestro_scale.datasets.spec import DatasetError, RawDataset, Tile
 from maestro_scale.shards.format.manifest import Manifest
 from maestro_scale.shards.locks import file_lock
 from maestro_scale.shards.write.packing import shuffle_keys
@@ -96,11 +96,8 @@ class _AllTiles:
 
     def __init__(self, dataset: str, src: Path) -> None:
         self._splits = [datasets.open_raw(dataset, src, split) for split in ("train", "val", "test")]
+        self.spec = self._splits[0].spec
         self._split_of = {key: split for split in self._splits for key in split.keys()}  # noqa: SIM118 - no mapping
-
-    @property
-    def spec(self) -> DatasetSpec:
-        return self._splits[0].spec
 
     def keys(self) -> list[str]:
         return list(self._split_of)

@@ -144,7 +144,7 @@ class MlflowRun:
             run = find_run(client, run_dir)
             if run is None:
                 # Before run_dir_id: a store that cannot be reached must leave no tracking.json.
-                experiment = active_experiment(client, metadata.experiment, uri, _artifact_location(run_dir))
+                experiment = active_experiment(client, metadata.experiment, uri, artifact_location(run_dir))
                 tags = {RUN_TAG: run_dir_id(run_dir)}
                 parent_dir = parent_run_dir(run_dir)
                 if parent_dir is not None and (parent := find_run(client, parent_dir)) is not None:
@@ -281,7 +281,7 @@ class MlflowRun:
                 self._client.log_artifact(self.id, str(path))
 
 
-def _artifact_location(run_dir: Path) -> str | None:
+def artifact_location(run_dir: Path) -> str | None:
     """Of a new experiment. A server has its own; for a file MLflow's default is ./mlruns in the working directory."""
     if os.environ.get("MLFLOW_TRACKING_URI"):
         return None

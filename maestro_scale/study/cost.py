@@ -1,0 +1,132 @@
+"""Cost of a cell before it runs: steps, samples, seconds on this machine, GPU hours.
+
+Seconds follow from FLOPs at the rate of finished cells of the same root, else of the recorded machine. GPU hours of a
+pretraining are those of ``planning``; evaluations are added by their FLOPs at the same fraction of the peak.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from maestro_scale.datasets.spec import DatasetSpec
+from maestro_scale.model.cost import compute_cost
+from maestro_scale.planning import GPUS, Cluster, plan_cluster
+from maestro_scale.recipe import Recipe, build_model_config
+from maestro_scale.study.cells import TRAINED_MODES, Cell, Evaluation
+from maestro_scale.study.config import Data, Gpu
+from maestro_scale.study.worker import is_trained, seconds_spent
+from maestro_scale.training.dry_run import specs_and_sizes
+
+_CPU_FLOPS = 17e9
+"""FLOP/s of one core in training: quickstart's step of 32 samples takes 0.2 s of one core."""
+_STAGE_S = 6.0
+"""Seconds of a stage without its FLOPs: process group, reading shards, fitting a probe."""
+
+
+@dataclass(frozen=True)
+class CellCost:
+    """Cost of a whole cell. ``steps`` and ``samples``: of the pretraining, None where the length of an epoch is unknown
+    because the shards cannot be read; ``flops``: training and evaluation; ``stages``: processes that are started."""
+
+    steps: int | None
+    samples: int | None
+    train_flops: float
+    evaluate_flops: float
+    stages: int
+    gpu_hours: float | None = None
+
+    @property
+    def flops(self) -> float:
+        """FLOPs of training and evaluation."""
+        return self.train_flops + self.evaluate_flops
+
+    def seconds(self, flops_per_s: float) -> float:
+        """Estimated duration at a rate."""
+        return self.flops / flops_per_s + self.stages * _STAGE_S
+
+
+def cell_cost(cell: Cell, gpu: Gpu | None) -> CellCost:
+    """The cost of a cell, from its recipe."""
+    specs, sizes = specs_of(cell.recipe, cell.data)
+    steps = None if cell.encoder is not None else _num_steps(cell.recipe, sizes)
+    config = build_model_config(cell.recipe, specs)
+    batch = cell.recipe.train.global_batch
+    sample = compute_cost(config.for_dataset(config.views[0].dataset), cell.recipe.masking.ratio)
+    train = sample.step_flops * batch * steps if steps else 0.0
+    evaluate = sum(_evaluation_flops(cell, e) for e in cell.evaluations)
+    stages = (cell.encoder is None) + len({(e.folder, e.fraction) for e in cell.evaluations})
+    hours = None
+    if gpu is not None:
+        hours = evaluate / (GPUS[gpu.kind].tflops * 1e12 * gpu.mfu) / 3600
+        if cell.encoder is None:
+            cluster = Cluster(gpu.kind, 1, 1, gpu.mfu)
+            planned = plan_cluster(cell.recipe, specs, sizes, cluster).gpu_hours(cluster)
+            hours = None if planned is None else hours + planned
+    samples = None if steps is None else steps * batch
+    return CellCost(steps, samples, train, evaluate, stages, hours)
+
+
+def measured_rate(cells: Iterable[tuple[Cell, CellCost]]) -> float:
+    """FLOP/s of a cell: the median over finished cells with a pretraining, else that of the recorded machine."""
+    rates = [
+        cost.train_flops / spent
+        for cell, cost in cells
+        if cost.train_flops and is_trained(cell) and (spent := seconds_spent(cell).get("train", 0.0)) > 0
+    ]
+    return statistics.median(rates) if rates else _CPU_FLOPS
+
+
+def specs_of(recipe: Recipe, data: Data) -> tuple[list[DatasetSpec], list[tuple[int, int] | None]]:
+    """As ``specs_and_sizes``; the number of samples of data that cannot be read here is that of the study's file."""
+    specs, sizes = specs_and_sizes(recipe)
+    if sizes[0] is None and data.tiles:
+        count = sum(data.tiles.get(split, 0) for split in recipe.data.mixture[0].split)
+        sizes[0] = (count, count * _bytes_per_sample(specs[0])) if count else None
+    return specs, sizes
+
+
+def _bytes_per_sample(spec: DatasetSpec) -> int:
+    return sum(s.num_dates * len(s.bands) * spec.modality(s.source).size ** 2 * 2 for s in spec.sensors)
+
+
+def _num_steps(recipe: Recipe, sizes: Sequence[tuple[int, int] | None]) -> int | None:
+    if recipe.train.steps is not None:
+        return recipe.train.steps
+    known = [size for size in sizes if size is not None]
+    if len(known) < len(sizes):
+        return None
+    return recipe.train.num_steps(sum(max(1, samples // recipe.train.global_batch) for samples, _ in known))
+
+
+def _evaluation_flops(cell: Cell, evaluation: Evaluation) -> float:
+    """Of the forward passes over all tiles, or of a finetuning; 0 where the number of tiles is unknown."""
+    forward, tiles, batches = _forward_flops(evaluation.recipe, evaluation.data)
+    if cell.encoder not in (None, "random", "scratch"):
+        return 0.0
+    if evaluation.mode not in TRAINED_MODES:
+        return forward * sum(tiles.values())
+    recipe = evaluation.recipe
+    train = max(1, int(tiles.get("train", 0) * evaluation.fraction))
+    steps = recipe.train.num_steps(max(1, train // recipe.train.global_batch))
+    validated = tiles.get("val", 0) * min(recipe.evaluation.validations, steps)
+    return forward * (3 * steps * batches + validated + tiles.get("test", 0))
+
+
+def _forward_flops(recipe: Recipe, data: Data) -> tuple[float, dict[str, int], int]:
+    """(FLOPs of the encoder without masking for a tile, tiles by role, samples of a step)."""
+    specs, _ = specs_of(recipe, data)
+    return _flops_without_mask(recipe, specs[0]), dict(data.tiles), recipe.train.global_batch
+
+
+def _flops_without_mask(recipe: Recipe, spec: DatasetSpec) -> float:
+    # All tokens are visible: the ratio is as small as the configuration allows. The decoder, which an evaluation does
+    # not have, is a small part of it.
+    config = build_model_config(
+        recipe.model_copy(
+            update={"data": recipe.data.model_copy(update={"mixture": recipe.data.mixture[:1]})}
+        ),
+        [spec],
+    )
+    return float(compute_cost(config, 1e-6).forward_flops)

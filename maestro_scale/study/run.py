@@ -1,0 +1,216 @@
+"""Runs the cells of a study on this machine, several at a time, and prints one line per cell."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from maestro_scale.errors import MaestroError
+from maestro_scale.escaping import printable
+from maestro_scale.study import data as study_data
+from maestro_scale.study.cells import Cell
+from maestro_scale.study.config import Scale
+from maestro_scale.study.processes import STOPPED, StopFlag, fork, last_error, poll, wait
+from maestro_scale.study.tracking import end_study
+from maestro_scale.study.worker import LOCKED, LOG, run_cell, seconds_spent
+
+_POLL_S = 0.1
+_RETRY_S = 10.0  # until a cell that another study runs is tried again
+
+
+class StudyError(MaestroError):
+    """The study cannot be run as requested; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How cells are run. ``jobs``: at a time; ``threads``: of each, 0: the cores divided by the jobs; ``slim``: keep
+    only the weights of finished cells."""
+
+    study: str
+    root: Path
+    jobs: int = 1
+    threads: int = 0
+    slim: bool = False
+
+    @property
+    def study_dir(self) -> Path:
+        """The folder of the study's own files."""
+        return self.root / "studies" / self.study
+
+    @property
+    def num_threads(self) -> int:
+        """Compute threads of a cell."""
+        return self.threads or max(1, (os.cpu_count() or 1) // self.jobs)
+
+
+@dataclass
+class Outcome:
+    """What a call of ``run_cells`` did. ``failures``: a line per failed cell."""
+
+    finished: int = 0
+    failures: list[str] = field(default_factory=list)
+    is_stopped: bool = False
+
+    @property
+    def exit_code(self) -> int:
+        """0, 1 after a failure, STOPPED after a signal."""
+        return STOPPED if self.is_stopped else int(bool(self.failures))
+
+
+@dataclass(frozen=True)
+class _Running:
+    cell: Cell
+    slot: int
+
+
+def run_cells(
+    cells: Sequence[Cell], scale: Scale, options: RunOptions, stop: StopFlag | None = None
+) -> Outcome:
+    """Run every cell that is not finished. A failed cell does not stop the others; a signal stops all, and the same
+    call continues. ``cells``: distinct."""
+    stop = stop or StopFlag().install()
+    missing = [cell for cell in cells if not cell.is_finished]
+    done = len(cells) - len(missing)
+    outcome = Outcome()
+    _print(f"{options.study}: {len(cells)} cells, {done} finished, in {options.root}")
+    if not missing:
+        return outcome
+    if not _write_data(missing, options, stop):
+        return replace(outcome, is_stopped=stop.is_set, failures=[] if stop.is_set else ["data"])
+    environment = _environments(scale, options)
+    if scale.gpu is None:
+        preload(options.num_threads)
+    # Only now: the parents keep what they had at the fork.
+    pending, later = deque(missing), deque[Cell]()
+    running: dict[int, _Running] = {}
+    free, retry_at = deque(range(options.jobs)), 0.0
+    while pending or later or running:
+        if stop.is_set:
+            pending.clear()
+            later.clear()
+        elif later and time.monotonic() >= retry_at:
+            pending.extend(later)
+            later.clear()
+        while pending and free and not stop.is_set:
+            cell, slot = pending.popleft(), free.popleft()
+            running[_start(cell, options, environment[slot], stop)] = _Running(cell, slot)
+        for pid in list(running):
+            if (code := poll(pid)) is None:
+                continue
+            stop.children.discard(pid)
+            ended = running.pop(pid)
+            free.append(ended.slot)
+            if code == LOCKED:
+                later.append(ended.cell)
+                retry_at = time.monotonic() + _RETRY_S
+            else:
+                done = _report(ended.cell, code, outcome, done, len(cells))
+        time.sleep(_POLL_S)
+    outcome.is_stopped = stop.is_set
+    if not stop.is_set:
+        end_study(list(cells), options.study_dir, not outcome.failures)
+    return outcome
+
+
+def preload(threads: int) -> None:
+    """Import what the stages need, once, before the forks. On the CPU only: DeepSpeed's import may use a GPU, which a
+    forked process could not use again."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    from maestro_scale.training.deepspeed_import import import_deepspeed
+
+    import_deepspeed()
+    from maestro_scale.tracking.mlflow_tracker import configure_mlflow
+
+    configure_mlflow()
+    import mlflow.tracking  # noqa: F401
+
+
+def _start(cell: Cell, options: RunOptions, environment: dict[str, str], stop: StopFlag) -> int:
+    def work() -> int:
+        os.environ.update(environment)
+        return run_cell(cell, options.study, options.study_dir, options.slim, options.num_threads)
+
+    pid = fork(work, cell.directory / LOG, session=True)
+    stop.children.add(pid)
+    return pid
+
+
+def _environments(scale: Scale, options: RunOptions) -> list[dict[str, str]]:
+    """The environment variables of each slot: threads, and one GPU each."""
+    common = {"OMP_NUM_THREADS": str(options.num_threads)}
+    if scale.gpu is None:
+        return [common] * options.jobs
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = given.split(",") if given else [str(i) for i in range(_num_gpus())]
+    if len(gpus) < options.jobs:
+        raise StudyError(
+            f"--jobs {options.jobs}: a cell uses a GPU, and this machine has {len(gpus)}: use fewer"
+        )
+    return [{**common, "CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus[: options.jobs]]
+
+
+def _num_gpus() -> int:
+    # In a process of its own: counting may initialise CUDA, which the forked cells could not use again.
+    import subprocess
+
+    script = "import torch; print(torch.cuda.device_count())"
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    return int(found.stdout) if found.stdout.strip().isdigit() else 0
+
+
+def _write_data(cells: Sequence[Cell], options: RunOptions, stop: StopFlag) -> bool:
+    """Write the synthetic data that the cells read; false after a failure or a signal."""
+    used = {
+        study_data.place(d, options.root): d
+        for c in cells
+        for d in (c.data, *(e.data for e in c.evaluations))
+    }
+    for address, data in used.items():
+        if study_data.is_complete(data, options.root):
+            continue
+        _print(f"writing {sum(data.tiles.values())} synthetic tiles of {data.dataset} to {address}")
+
+        def write(data=data) -> int:  # type: ignore[no-untyped-def]  # the default binds the variable of the loop
+            study_data.write(data, options.root, workers=max(1, options.jobs))
+            return 0
+
+        if wait(fork(write, None), stop) or stop.is_set:
+            return False
+    return True
+
+
+def _report(cell: Cell, code: int, outcome: Outcome, done: int, total: int) -> int:
+    """Print how a cell ended; returns the number of finished cells."""
+    if code == 0:
+        outcome.finished += 1
+        done += 1
+        seconds = sum(seconds_spent(cell).values())
+        _print(f"[{done}/{total}] {cell.label}: {_scores(cell)}, {seconds:.0f} s, {cell.name}")
+    elif code == STOPPED:
+        _print(f"stopped: {cell.label}; the same command continues it")
+    else:
+        log = cell.directory / LOG
+        outcome.failures.append(f"failed: {cell.label}: {last_error(log)} (exit code {code}), log {log}")
+        print(printable(outcome.failures[-1]), file=sys.stderr, flush=True)
+    return done
+
+
+def _scores(cell: Cell) -> str:
+    texts = []
+    for evaluation in cell.evaluations:
+        if (result := evaluation.load()) is not None:
+            fraction = "" if evaluation.fraction == 1 else f" {100 * evaluation.fraction:g}%"
+            texts.append(f"{evaluation.mode}{fraction} {100 * result.value:.1f}")
+    return ", ".join(texts)
+
+
+def _print(line: str) -> None:
+    print(printable(line), flush=True)

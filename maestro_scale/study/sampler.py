@@ -1,0 +1,125 @@
+"""Search for the best values of recipe keys by Optuna: every trial is a cell per seed, its value their mean score.
+
+The trials are stored in the folder of the study. A trial that a kill interrupted is completed first, and the sampler is
+built from the seed and the number of the trial, so an interrupted search continues as an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from maestro_scale.study.cells import Cell, distinct, make_cell, scale_of
+from maestro_scale.study.config import Sample, Study
+from maestro_scale.study.run import Outcome, StudyError
+from maestro_scale.training.run_dir import write_atomically
+
+if TYPE_CHECKING:
+    import optuna
+
+STORE = "optuna.db"
+TRIALS = "trials.json"
+
+RunCells = Callable[[Sequence[Cell]], Outcome]
+"""Runs cells; returns when they have ended."""
+
+
+def search(study: Study, scale: str, root: Path, study_dir: Path, run: RunCells) -> Outcome:
+    """Run the trials that are missing; writes ``trials.json``. StudyError without Optuna."""
+    sample = study.sample
+    assert sample is not None  # the caller's choice
+    optuna = _optuna()
+    study_dir.mkdir(parents=True, exist_ok=True)
+    searched = optuna.create_study(
+        storage=f"sqlite:///{study_dir / STORE}", study_name=scale, direction="maximize", load_if_exists=True
+    )
+    total = Outcome()
+    while trial := _next_trial(optuna, searched, sample):
+        cells = trial_cells(study, scale, root, trial.params)
+        outcome = run(distinct(cells))
+        total.finished += outcome.finished
+        total.failures += outcome.failures
+        if outcome.is_stopped:
+            total.is_stopped = True
+            return total
+        scores = [score for cell in cells if (score := _score(cell, sample.mode)) is not None]
+        # A combination that cannot be trained is a failed trial: the sampler avoids it, the search continues.
+        complete = len(scores) == len(cells)
+        state = optuna.trial.TrialState.COMPLETE if complete else optuna.trial.TrialState.FAIL
+        searched.tell(trial.number, fmean(scores) if complete else None, state=state)
+        _write_trials(searched, study_dir)
+    return total
+
+
+def trial_cells(study: Study, scale: str, root: Path, params: Mapping[str, Any]) -> list[Cell]:
+    """The cells of a trial, one per seed."""
+    assert study.sample is not None
+    setups = scale_of(study, scale).setups
+    name = study.sample.dataset or next(iter(setups))
+    if name not in setups:
+        raise StudyError(f"sample.dataset: scale {scale} has no dataset {name!r}: use {', '.join(setups)}")
+    levels = {key: f"{value:g}" if isinstance(value, float) else str(value) for key, value in params.items()}
+    return [
+        make_cell(name, setups[name], seed, root.resolve(), levels, params) for seed in setups[name].seeds
+    ]
+
+
+def known_trials(study_dir: Path, scale: str) -> list[dict[str, Any]]:
+    """The parameters of the trials that were started; needs Optuna if there are any."""
+    if not (study_dir / STORE).exists():
+        return []
+    optuna = _optuna()
+    searched = optuna.load_study(storage=f"sqlite:///{study_dir / STORE}", study_name=scale)
+    return [trial.params for trial in searched.trials if trial.params]
+
+
+def _next_trial(optuna: Any, searched: optuna.Study, sample: Sample) -> Any:
+    """An interrupted trial, else a new one; None if all have ended."""
+    running = [t for t in searched.trials if t.state == optuna.trial.TrialState.RUNNING]
+    complete = [t for t in running if set(t.params) == set(sample.space)]
+    for trial in running:
+        if trial not in complete:  # killed while its values were drawn
+            searched.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+    if complete:
+        return complete[0]
+    ended = sum(len(t.params) == len(sample.space) for t in searched.trials)
+    if ended >= sample.trials:
+        return None
+    seed = sample.seed + ended
+    samplers = optuna.samplers
+    searched.sampler = (
+        samplers.TPESampler(seed=seed) if sample.method == "tpe" else samplers.RandomSampler(seed=seed)
+    )
+    trial = searched.ask()
+    for key, values in sample.space.items():
+        if values.choices:
+            trial.suggest_categorical(key, list(values.choices))
+        elif values.integer:
+            trial.suggest_int(key, int(values.low or 0), int(values.high or 0), log=values.log)
+        else:
+            trial.suggest_float(key, values.low or 0.0, values.high or 0.0, log=values.log)
+    return trial
+
+
+def _score(cell: Cell, mode: str) -> float | None:
+    return next((r.value for e in cell.evaluations if e.mode == mode and (r := e.load()) is not None), None)
+
+
+def _write_trials(searched: optuna.Study, study_dir: Path) -> None:
+    rows = [
+        {"number": t.number, "params": t.params, "value": t.value, "state": t.state.name}
+        for t in searched.trials
+    ]
+    write_atomically(study_dir / TRIALS, json.dumps(rows, indent=1) + "\n")
+
+
+def _optuna() -> Any:
+    try:
+        import optuna
+    except ImportError:
+        raise StudyError("sample needs optuna: pip install 'maestro-scale[study]'") from None
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna

@@ -1,0 +1,174 @@
+"""Runs one cell: pretraining, evaluations and MLflow, each stage by the entry points train.py and evaluate.py.
+
+Files of a cell, beside those of a run directory: ``cell.json`` (what its hash is of), ``cell.yaml`` (the recipe that
+is given to train.py), ``log.txt``, ``cost.json`` (seconds by stage), ``evaluations/``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from maestro_scale import untrusted
+from maestro_scale.shards.locks import Locked, file_lock
+from maestro_scale.study.cells import SCRATCH, TRAINED_MODES, Cell, Evaluation
+from maestro_scale.study.processes import STOPPED, StopFlag, fork, wait
+from maestro_scale.study.tracking import record_cell
+from maestro_scale.training.checkpoint.checkpoints import newest
+from maestro_scale.training.run_dir import OUTCOME, write_atomically
+
+FAILED, LOCKED = 1, 75
+LOG, COST = "log.txt", "cost.json"
+_MODEL = "model"
+_LOCK = ".cell.lock"
+_CODE = Path(__file__).parents[1]
+
+
+def run_cell(cell: Cell, study: str, study_dir: Path, slim: bool, threads: int) -> int:
+    """Run what is missing of a cell. Returns 0, FAILED, STOPPED, or LOCKED if another process runs the cell.
+
+    ``slim``: afterwards keep the exported weights instead of the checkpoint with the optimizer state.
+    """
+    stop = StopFlag().install()
+    cell.directory.mkdir(parents=True, exist_ok=True)
+    try:
+        with file_lock(cell.directory / _LOCK, wait=False):
+            code = _run_stages(cell, stop, threads)
+            if code == 0:
+                record_cell(cell, study, study_dir)
+                shutil.rmtree(cell.directory / "features", ignore_errors=True)
+                if slim and cell.encoder is None:
+                    _drop_optimizer_state(cell)
+            return code
+    except Locked:
+        return LOCKED
+
+
+def is_trained(cell: Cell) -> bool:
+    """Whether the pretraining of a cell has finished; true for a cell that has none."""
+    if cell.encoder is not None:
+        return True
+    try:
+        outcome = untrusted.read_record(cell.directory / OUTCOME)
+    except (OSError, ValueError):
+        return False
+    return outcome.get("reason") == "done"
+
+
+def seconds_spent(cell: Cell) -> dict[str, float]:
+    """Seconds by stage (``train``, ``evaluate``), over all starts; empty for a cell that was never run."""
+    try:
+        record = untrusted.read_record(cell.directory / COST)
+        return {str(k): float(v) for k, v in record.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def training_words(cell: Cell) -> list[str]:
+    """The arguments of train.py."""
+    return [f"--recipe={cell.directory / 'cell.yaml'}", f"--run-dir={cell.directory}"]
+
+
+def evaluation_words(cell: Cell, evaluations: Sequence[Evaluation]) -> list[str]:
+    """The arguments of evaluate.py for evaluations that differ in the mode only."""
+    first = evaluations[0]
+    words = [f"--recipe={first.folder / 'evaluation.yaml'}", f"--out={first.folder}"]
+    words += [f"--mode={evaluation.mode}" for evaluation in evaluations]
+    words += [f"--fraction={first.fraction:g}", f"--features={cell.directory / 'features'}"]
+    if cell.encoder is None:
+        exported = cell.directory / _MODEL
+        words.append(f"--checkpoint={exported if exported.is_dir() else cell.directory}")
+    else:  # scratch trains the recipe's network from its initial weights: those of the random one
+        words.append(f"--baseline={'random' if cell.encoder == SCRATCH else cell.encoder}")
+    if first.target is not None:
+        words.append(f"--target={first.target}")
+    if first.splits:
+        words += ["--split", *(f"{role}={','.join(names)}" for role, names in first.splits.items())]
+    return words
+
+
+def pending_evaluations(cell: Cell) -> Iterator[list[Evaluation]]:
+    """The evaluations without a result, by command: those on frozen features share one, so that they share the
+    features; each training has a process of its own."""
+    missing = [e for e in cell.evaluations if not e.is_finished]
+    frozen = [e for e in missing if e.mode not in TRAINED_MODES]
+    for _, group in itertools.groupby(frozen, key=lambda e: (e.folder, e.fraction)):
+        yield list(group)
+    yield from ([e] for e in missing if e.mode in TRAINED_MODES)
+
+
+def write_inputs(cell: Cell) -> None:
+    """Write the recipes that train.py and evaluate.py are given, and what the hash of the cell is of."""
+    record = {"encoder": cell.encoder, "seed": cell.seed, "identity": cell.identity}
+    files = {cell.directory / "cell.json": json.dumps(record, indent=1) + "\n"}
+    if cell.encoder is None:
+        files[cell.directory / "cell.yaml"] = cell.recipe.to_yaml()
+    files |= {e.folder / "evaluation.yaml": e.recipe.to_yaml() for e in cell.evaluations}
+    for path, text in files.items():
+        if not path.exists() or path.read_text() != text:
+            write_atomically(path, text)
+
+
+def _run_stages(cell: Cell, stop: StopFlag, threads: int) -> int:
+    write_inputs(cell)
+    if not is_trained(cell):
+        code = _stage(cell, "train", training_words(cell), stop, threads)
+        if stop.is_set:
+            return STOPPED
+        if code or not is_trained(cell):
+            return code or FAILED
+    for group in list(pending_evaluations(cell)):
+        code = _stage(cell, "evaluate", evaluation_words(cell, group), stop, threads)
+        if stop.is_set:
+            return STOPPED
+        if code or not all(e.is_finished for e in group):
+            return code or FAILED
+    return 0
+
+
+def _stage(cell: Cell, name: str, words: list[str], stop: StopFlag, threads: int) -> int:
+    if stop.is_set:
+        return STOPPED
+    started = time.monotonic()
+    code = wait(fork(lambda: _main(name, words, threads), cell.directory / LOG), stop)
+    spent = seconds_spent(cell)
+    spent[name] = round(spent.get(name, 0.0) + time.monotonic() - started, 2)
+    with suppress(OSError):  # a full disk: the stage has reported it
+        write_atomically(cell.directory / COST, json.dumps(spent))
+    return code
+
+
+def _main(name: str, words: list[str], threads: int) -> int:
+    """Run train.py or evaluate.py in this process."""
+    from maestro_scale import evaluate, train
+
+    sys.argv = [str(_CODE / f"{name}.py"), *words]
+    print(f"== {name}.py {' '.join(words)}", flush=True)
+    import torch
+
+    torch.set_num_threads(threads)
+    code = train.main(words) if name == "train" else evaluate.main(words)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # as training.distributed.hard_exit: DeepSpeed's threads must not delay the end
+
+
+def _drop_optimizer_state(cell: Cell) -> None:
+    from maestro_scale.interop.export import export_model
+
+    checkpoints, model = cell.directory / "checkpoints", cell.directory / _MODEL
+    if not checkpoints.is_dir():
+        return
+    fresh = cell.directory / f".{_MODEL}.tmp"
+    shutil.rmtree(fresh, ignore_errors=True)
+    export_model(newest(cell.directory), fresh)
+    shutil.rmtree(model, ignore_errors=True)
+    fresh.rename(model)
+    shutil.rmtree(checkpoints)
