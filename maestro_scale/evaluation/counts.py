@@ -18,6 +18,8 @@ FILE = "counts.npz"
 MAX_BYTES = 256 * 2**20
 """Of the counts of a file, decompressed: 60,000 tiles of FLAIR-HUB take 58 MB."""
 
+_INTEGERS = (np.uint8, np.int8, np.uint16, np.int16, np.uint32, np.int32, np.uint64, np.int64)
+
 
 @dataclass(frozen=True)
 class TileCounts:
@@ -64,4 +66,5 @@ def _smallest(counts: np.ndarray) -> np.ndarray:
         if (counts != np.rint(counts)).any() or np.abs(counts).max(initial=0) >= 2**53:
             return counts.astype(np.float64)
     low, high = int(counts.min(initial=0)), int(counts.max(initial=0))
-    return counts.astype(np.result_type(np.min_scalar_type(low), np.min_scalar_type(high)))
+    fits = (t for t in _INTEGERS if np.iinfo(t).min <= low and high <= np.iinfo(t).max)
+    return counts.astype(next(fits))

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import base64
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from maestro_scale import untrusted
-from maestro_scale.escaping import link_target, markdown_text, printable_lines
+from maestro_scale.escaping import link_target
 from maestro_scale.evaluation.probes.dense import IGNORED
 from maestro_scale.evaluation.report import charts
 from maestro_scale.evaluation.report.groups import ResultFile, ResultGroup, data_key, group_results
+from maestro_scale.evaluation.report.pages import data_url, html_templates, markdown_templates
 from maestro_scale.evaluation.report.published import (
     COLUMNS,
     CROSS,
@@ -33,6 +31,7 @@ from maestro_scale.training.run_dir import write_atomically
 
 _METRIC = {"wf1": "wF1", "miou": "mIoU"}
 CLASS_METRIC = {"wf1": "F1", "miou": "IoU"}  # of one class
+_PACKAGE = "maestro_scale.evaluation.report"
 _MAX_MAPS = 64
 _MAX_BARS = 5  # encoders in a chart of scores per class
 
@@ -86,31 +85,12 @@ def write_report(results: Sequence[ResultFile], out: Path) -> tuple[Path, Path]:
         "link": lambda path: link_target(_relative(path, out)),
         "recipe": lambda recipe: yaml.safe_dump(recipe, sort_keys=False, width=110),
     }
-    page = _environment(printable_lines, is_html=True).get_template("report.html").render(content)
-    text = _environment(markdown_text, is_html=False).get_template("report.md").render(content)
+    page = html_templates(_PACKAGE).get_template("report.html").render(content)
+    text = markdown_templates(_PACKAGE).get_template("report.md").render(content)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, page)
     write_atomically(out.with_suffix(".md"), text)
     return out, out.with_suffix(".md")
-
-
-def _environment(escape: Callable[[str], str], is_html: bool) -> Environment:
-    """Templates whose values are all passed through ``escape`` and, in HTML, also through the engine's own escaping:
-    names in a result are as trustworthy as the file."""
-
-    def finalize(value: object) -> object:
-        if isinstance(value, Markup):  # escaped by a filter: not to be escaped again
-            return Markup(escape(value))
-        return escape(value) if isinstance(value, str) else value
-
-    return Environment(
-        loader=PackageLoader("maestro_scale.evaluation.report", "templates"),
-        autoescape=is_html,
-        finalize=finalize,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
 
 
 def _tables(groups: Sequence[ResultGroup]) -> list[Table]:
@@ -217,7 +197,7 @@ def _curves(groups: Sequence[ResultGroup]) -> dict[str, str]:
         ]
         if curves:
             chart = charts.label_curves(curves, _METRIC[members[0].first.metric])
-            charts_by_benchmark[benchmark] = _data_url(chart)
+            charts_by_benchmark[benchmark] = data_url(chart)
     return charts_by_benchmark
 
 
@@ -249,7 +229,7 @@ def _benchmarks(groups: Sequence[ResultGroup]) -> list[dict[str, Any]]:
         sections.append(
             {
                 "name": benchmark,
-                "bars": _data_url(charts.class_bars(best, metric)),
+                "bars": data_url(charts.class_bars(best, metric)),
                 "absent": absent,
                 "members": [_details(g) for g in members],
             }
@@ -301,17 +281,13 @@ def _check_maps(truth: np.ndarray, predicted: np.ndarray, num_classes: int) -> N
 
 
 def _details(group: ResultGroup) -> dict[str, Any]:
-    drawn = {name: _data_url(png) for name, png in draw_pictures(group.files[0]).items()}
+    drawn = {name: data_url(png) for name, png in draw_pictures(group.files[0]).items()}
     return {
         "group": group,
         "first": group.first,
         "confusion": drawn.get("confusion"),
         "maps": drawn.get("maps"),
     }
-
-
-def _data_url(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
 def _relative(path: Path, out: Path) -> str:
