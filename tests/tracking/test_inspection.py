@@ -14,12 +14,15 @@ from testkit.hostile import NAMES
 from typer.testing import CliRunner
 
 from maestro_scale.cli import app
+from maestro_scale.datasets.patterns import evenly
 from maestro_scale.datasets.spec import DatasetSpec, Modality, Target, Tile
+from maestro_scale.datasets.statistics import tile_statistics
 from maestro_scale.escaping import printable
-from maestro_scale.shards.errors import ManifestError
+from maestro_scale.shards.errors import BadShard, ManifestError
 from maestro_scale.shards.format.codec import Sample, encode
 from maestro_scale.shards.format.manifest import Manifest
-from maestro_scale.shards.read.preview import read_first_sample
+from maestro_scale.shards.read import measure
+from maestro_scale.shards.read.preview import read_first_sample, read_samples
 from maestro_scale.shards.write.writer import Writer, write_shards
 from maestro_scale.tracking.inspection import histogram
 from maestro_scale.tracking.tile_picture import panels
@@ -64,6 +67,46 @@ def test_the_tables(shards, tmp_path):
     assert (counts[0], sum(counts)) == (january, dates)
     assert str(sum(2 for t in tiles if t.notes)) in row(result.output, "   ")
     assert imread(picture).std() > 0.1
+
+
+def test_statistics_of_a_sample_of_tiles(shards, tmp_path, monkeypatch):
+    """Tiles are spread over the shards; the numbers are those of the tiles, with and without an index."""
+    read = []
+    monkeypatch.setattr(
+        measure, "read_samples", lambda *a: (read.append(s.key) or s for s in read_samples(*a))
+    )
+    found = measure.measure(str(shards), 10)
+    tiles = [tile(key) for key in read]
+    assert found.num_tiles == len(set(read)) == 10
+    manifest = Manifest.load(str(shards))
+    assert len(manifest.shards) >= 10  # so at most one tile of each
+    values = [tile_statistics(TOY.spec, t.arrays, t.dates, t.masks).values for t in tiles]
+    want = np.mean([v["radar_autocorrelation"] for v in values if "radar_autocorrelation" in v])
+    assert found.measured()["radar_autocorrelation"].mean == pytest.approx(want)
+    assert found.reasons()["season_ndvi"].startswith("no series with bands of known visible")
+
+    bare = tmp_path / "bare"
+    shutil.copytree(shards, bare, ignore=shutil.ignore_patterns("*.index.json"))
+    assert measure.measure(str(bare), 10).measured() == found.measured()
+    few = measure.measure(str(shards), 1000)
+    assert few.num_tiles == sum(manifest.shards[i].samples for i in evenly(len(manifest.shards), 16))
+
+    result = CliRunner().invoke(app, ["inspect", str(shards), "--statistics", "--max-tiles", "10"])
+    assert result.exit_code == 0, result.output
+    assert "statistics of 10 tiles" in result.output
+    words = row(result.output, "radar_autocorrelation")
+    assert words[1] == f"{want:.2f}"
+    assert words[4:7] == ["10", "0.34–0.48", "below"]
+    assert "season_ndvi: no series with bands" in result.output
+
+
+def test_a_sample_that_differs_from_the_spec_is_named(tmp_path):
+    write_shards(Toy(2), str(tmp_path), "train")
+    path = tmp_path / "manifest.json"
+    path.write_text(path.read_text().replace('"VV"', '"VV", "VH"'))
+    (tmp_path / "manifest.sha256").unlink()
+    with pytest.raises(BadShard, match=r"train-000000.tar: bad shard: tile .*: s1 is float16"):
+        measure.measure(str(tmp_path), 2)
 
 
 def test_counts_of_an_index_are_not_trusted(shards, tmp_path):
