@@ -15,7 +15,10 @@ from maestro_scale.escaping import console_text, shell_command
 from maestro_scale.study import data as study_data
 from maestro_scale.study.cells import Cell, distinct, expand, scale_of
 from maestro_scale.study.config import Scale, Study, load_study
+from maestro_scale.study.records import CellRecord, EvaluationRecord
 from maestro_scale.study.run import Outcome, RunOptions, StudyError, run_cells
+from maestro_scale.study.worker import seconds_spent
+from maestro_scale.training.run_dir import write_atomically
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ class StudyRun:
         """Run the missing cells unless ``report_only``, then write the result; returns the exit code."""
         outcome = Outcome() if report_only else self.run()
         if not outcome.is_stopped:
-            self.write_inputs()
+            self.write_result()
         return outcome.exit_code
 
     def run_cell(self, number: int) -> Outcome:
@@ -151,18 +154,41 @@ class StudyRun:
         trials = known_trials(self.options.study_dir, self.scale_name)
         return [c for p in trials for c in trial_cells(self.study, self.scale_name, self.root, p)]
 
-    def write_inputs(self) -> None:
-        """Write the description of the study beside its results."""
-        from maestro_scale.training.run_dir import write_atomically
+    def records(self) -> list[CellRecord]:
+        """The cells for the analysis: those of the grid, also where several share a directory."""
+        gpus = 0 if self.scale.gpu is None else 1
+        return [_record(cell, gpus) for cell in self.cells]
+
+    def write_result(self) -> None:
+        """Write the pages of the study, and which cells it consists of, from the results that are there."""
+        from maestro_scale.study.analysis import analyse
+        from maestro_scale.study.page import write_pages
 
         record = {
             "file": str(self.request.file.resolve()),
             "scale": self.scale_name,
             "overrides": list(self.request.overrides),
             "study": self.study.model_dump(mode="json"),
-            "cells": [cell.name for cell in self.distinct],
+            "cells": [{"label": cell.label, "name": cell.name} for cell in self.cells],
         }
         write_atomically(self.options.study_dir / "cells.json", json.dumps(record, indent=1) + "\n")
+        command = shell_command("maestro-scale", "study", *self.request.words(self.scale_name))
+        pages = write_pages(analyse(self.study, self.records()), self.options.study_dir, command)
+        print(f"result: {', '.join(map(str, pages))}")
+
+
+def _record(cell: Cell, gpus: int) -> CellRecord:
+    evaluations = [EvaluationRecord(e.benchmark, e.mode, e.results, e.fraction) for e in cell.evaluations]
+    return CellRecord(
+        cell.name,
+        cell.dataset,
+        cell.seed,
+        dict(cell.levels),
+        "" if cell.levels or cell.encoder is None else cell.encoder,
+        evaluations,
+        sum(seconds_spent(cell).values()) or None,
+        gpus,
+    )
 
 
 def _only_scale(study: Study) -> str:
