@@ -134,7 +134,7 @@ def _shard(console: Console, paths: QuickstartPaths, seed: int) -> None:
     console.print(f"[bold]2/5[/bold] shards in {paths.shards}")
     for split in SPLITS:
         raw = datasets.open_raw(DATASET, paths.raw, split)
-        write_shards(raw, paths.shards, split, workers=2, codec="raw", shard_mb=16, seed=seed)
+        write_shards(raw, paths.shards, split, workers=2, codec="raw", shard_mb=16, seed=seed, synthetic=True)
     problems = verify(paths.shards)
     if problems:
         raise QuickstartError(f"the shards are damaged: {problems[0]}; remove {paths.shards} and run again")

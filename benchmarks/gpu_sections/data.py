@@ -74,8 +74,13 @@ def _labels(spec: DatasetSpec, target: Target, kind: int) -> np.ndarray:
         shares = np.zeros(len(target.classes), np.float32)
         shares[kind % len(target.classes)] = 1.0
         return shares
+    if not target.is_map:
+        value = kind % len(target.classes) if target.kind == "classification" else kind
+        return np.full((1,), value, np.int16 if target.kind == "classification" else np.float32)
     resolution_m = target.resolution_m or spec.modalities[0].resolution_m
     side = round(spec.tile_m / resolution_m)
+    if target.kind == "regression":
+        return np.full((side, side), kind, np.float32)
     return np.full((side, side), kind % len(target.classes), np.uint8)
 
 

@@ -78,6 +78,7 @@ def shard(
             progress=update,
             strict=strict,
             part=writer_part,
+            synthetic=datasets.is_synthetic(src),
         )
     if manifest is None:
         print(

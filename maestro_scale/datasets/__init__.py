@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 from maestro_scale.datasets.spec import DatasetSpec, RawDataset
+from maestro_scale.datasets.synthetic.output import MARKER
 
 _DATASETS = {  # name: (module with SPEC and open_raw, function that writes synthetic tiles)
     "treesatai_ts": ("treesatai_ts.reader", "treesatai_ts.synth:write"),
@@ -57,6 +58,11 @@ def synth(name: str, dst: Path, tiles: int, seed: int) -> None:
     """
     module, function = _known(name)[1].split(":")
     getattr(_module(module), function)(Path(dst), tiles, seed)
+
+
+def is_synthetic(src: Path) -> bool:
+    """Whether a folder of raw data was written by :func:`synth`; then its scores are not those of the real data."""
+    return (Path(src) / MARKER).is_file()
 
 
 def _reader(name: str) -> ModuleType:

@@ -16,6 +16,15 @@ import numpy as np
 
 from maestro_scale.errors import MaestroError
 
+TargetKind = Literal["multilabel", "segmentation", "classification", "regression"]
+
+MISSING_CLASS = -1
+"""The stored value of a classification target where the label is missing."""
+
+OMIT_DEFAULT = {"omit_default": True}
+"""Metadata of a field that was added to the format: it is not written while it has its default, so that the digests of
+manifests, checkpoints and models that were written before it existed do not change."""
+
 
 @dataclass(frozen=True)
 class Scale:
@@ -83,19 +92,32 @@ class Target:
     ``segmentation``: (H, W) uint8 class indices at ``resolution_m``; values in ``ignored`` are left
     out of losses and metrics. ``of``: for shares, the segmentation target they are computed from (by class names), so
     that they can be computed for a crop of a tile.
+    ``classification``: (1,) int16 class index of the whole tile; ``MISSING_CLASS`` where the label is missing, which is
+    left out of losses and metrics like the values in ``ignored``.
+    ``regression``: float32 in ``units``, (1,) of the whole tile, or (H, W) where there is a ``resolution_m``. NaN is a
+    missing value, which is left out of losses and metrics. ``classes`` is empty.
     """
 
     name: str
-    kind: Literal["multilabel", "segmentation"]
-    classes: tuple[str, ...]
+    kind: TargetKind
+    classes: tuple[str, ...] = ()
     ignored: tuple[int, ...] = ()
     threshold: float = 0.0
     resolution_m: float | None = None
     of: str | None = None
+    # Not part of the repr: it is a key of cached features, which do not depend on units.
+    units: str = field(default="", repr=False, metadata=OMIT_DEFAULT)
+
+    @property
+    def is_map(self) -> bool:
+        """Whether a tile has a label per pixel, rather than one for the whole tile."""
+        return self.kind == "segmentation" or (self.kind == "regression" and self.resolution_m is not None)
 
     @property
     def num_outputs(self) -> int:
-        """Number of predicted classes: all but the ignored ones."""
+        """Number of predicted values: all classes but the ignored ones, or the one number of a regression."""
+        if self.kind == "regression":
+            return 1
         return sum(i not in self.ignored for i in range(len(self.classes)))
 
 
@@ -111,7 +133,7 @@ class DatasetSpec:
     modalities: tuple[Modality, ...]
     targets: tuple[Target, ...]
     sensors: tuple[Sensor, ...]
-    ref_sensor: str | None = None  # the sensor whose token grid segmentation is predicted on
+    ref_sensor: str | None = None  # the sensor whose token grid maps are predicted on
 
     def modality(self, name: str) -> Modality:
         """The modality called ``name``; KeyError with the known names if there is none."""

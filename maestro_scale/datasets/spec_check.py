@@ -11,10 +11,12 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from maestro_scale.datasets.spec import DatasetSpec, Modality, Sensor, Target
 from maestro_scale.datasets.spec_limits import (
+    MAX_CLASSES,
     MAX_DATES,
     MAX_ITEMS,
     MAX_POS_GRID,
     MAX_SIDE,
+    MAX_UNITS,
     NUM_CLASS_INDICES,
     Problem,
     count_problems,
@@ -257,6 +259,11 @@ def _item_bytes(dtype: str) -> int:
 
 
 def _target_problems(target: Target, spec: DatasetSpec) -> Iterator[Problem]:
+    if target.kind == "regression":
+        yield from _regression_problems(target, spec.tile_m)
+        return
+    if target.units:
+        yield ("units",), f"is {shorten(target.units)}, but only a regression target has units"
     if not target.classes:
         yield ("classes",), "is empty"
     elif len(set(target.classes)) < len(target.classes):
@@ -270,6 +277,8 @@ def _target_problems(target: Target, spec: DatasetSpec) -> Iterator[Problem]:
         yield from _segmentation_problems(target, spec.tile_m)
     elif target.resolution_m is not None:
         yield from extent_problems("resolution_m", target.resolution_m)
+    if target.kind == "classification":
+        yield from _classification_problems(target)
     if target.of is not None:
         yield from _derived_problems(target, {t.name: t for t in spec.targets if t.kind == "segmentation"})
 
@@ -284,12 +293,39 @@ def _segmentation_problems(target: Target, tile_m: float) -> Iterator[Problem]:
         )
     if target.resolution_m is None:
         yield ("resolution_m",), "is missing; a segmentation target has pixels of a size"
-    elif problems := [*extent_problems("resolution_m", target.resolution_m)]:
-        yield from problems
-    elif math.isfinite(tile_m) and not 1 <= round(tile_m / target.resolution_m) <= MAX_SIDE:
+    else:
+        yield from _map_problems(target.resolution_m, tile_m)
+
+
+def _classification_problems(target: Target) -> Iterator[Problem]:
+    if len(target.classes) > MAX_CLASSES:
+        yield ("classes",), f"has {len(target.classes)} classes; at most {MAX_CLASSES} are supported"
+    if wrong := [i for i in target.ignored if not 0 <= i < MAX_CLASSES]:
+        yield ("ignored",), f"contains {wrong[0]}, which is not a stored value (0 to {MAX_CLASSES - 1})"
+    if target.resolution_m is not None:
         yield (
             ("resolution_m",),
-            f"{target.resolution_m:g} m gives {round(tile_m / target.resolution_m)} pixels per side of a tile of "
+            "is given, but the label is of the whole tile; use a segmentation target for maps",
+        )
+
+
+def _regression_problems(target: Target, tile_m: float) -> Iterator[Problem]:
+    for field in ("classes", "ignored", "threshold", "of"):
+        if getattr(target, field):
+            yield (field,), "is given, but a regression target has none; missing values are NaN"
+    if len(target.units) > MAX_UNITS or not target.units.isprintable():
+        yield ("units",), f"{shorten(target.units)} is not at most {MAX_UNITS} printable characters"
+    if target.resolution_m is not None:
+        yield from _map_problems(target.resolution_m, tile_m)
+
+
+def _map_problems(resolution_m: float, tile_m: float) -> Iterator[Problem]:
+    if problems := [*extent_problems("resolution_m", resolution_m)]:
+        yield from problems
+    elif math.isfinite(tile_m) and not 1 <= round(tile_m / resolution_m) <= MAX_SIDE:
+        yield (
+            ("resolution_m",),
+            f"{resolution_m:g} m gives {round(tile_m / resolution_m)} pixels per side of a tile of "
             f"{tile_m:g} m; 1 to {MAX_SIDE} are supported",
         )
 

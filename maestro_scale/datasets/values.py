@@ -57,6 +57,11 @@ def array_problem(array: np.ndarray) -> str | None:
         return None
     if np.isnan(array).all():
         return "is NaN in every pixel; leave the tile out"
+    return numbers_problem(array)
+
+
+def numbers_problem(array: np.ndarray) -> str | None:
+    """Why floating-point values are not measurements: some are infinite or beyond :data:`LARGEST`. NaN is "missing"."""
     bad = np.isinf(array) if array.dtype == np.float16 else np.abs(array) >= LARGEST
     if not bad.any():
         return None

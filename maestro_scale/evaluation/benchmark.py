@@ -14,8 +14,8 @@ from maestro_scale.evaluation.bootstrap import bootstrap_interval
 from maestro_scale.evaluation.counts import TileCounts
 from maestro_scale.evaluation.metrics import best_index
 from maestro_scale.evaluation.results import EvalResult
+from maestro_scale.evaluation.tasks.protocol import DEFAULT_LOSS, LossSettings, Predictions, Task
 from maestro_scale.evaluation.tasks.subset import TRAIN, train_split
-from maestro_scale.evaluation.tasks.task import Predictions, Task
 from maestro_scale.shards.format.manifest import Manifest
 from maestro_scale.shards.read.store import Store
 
@@ -45,7 +45,7 @@ class Benchmark:
     ``spec``: resolved. ``target``: None for the dataset's first target. ``fraction``: of the training labels.
     ``splits``: by role (train, val, test) the splits in shards, where they have other names than the role;
     ``fold``: the number of the fold of a cross-validation that they form. ``manifest``: as the job has read it; None to
-    read it when it is needed.
+    read it when it is needed. ``loss``: of the modes that train with a loss.
     """
 
     spec: DatasetSpec
@@ -58,6 +58,7 @@ class Benchmark:
     splits: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     fold: int | None = None
     manifest: Manifest | None = None
+    loss: LossSettings = DEFAULT_LOSS
 
     def load_manifest(self) -> Manifest:
         """The manifest of the shards; read only once in a job, as a second reading could find another one."""
@@ -99,7 +100,7 @@ def build_result(
     timings: dict[str, float],
 ) -> EvalResult:
     """The result of a mode's predictions on the test split. EvaluationError if no label of it counts."""
-    total = predictions.counts.sum(axis=0, dtype=np.int64)
+    total = task.total(predictions.counts)
     value = float(task.statistic(total))
     best_index([value], "test")
     return EvalResult(
@@ -107,6 +108,8 @@ def build_result(
         metric=task.metric,
         mode=mode,
         target=task.target.name,
+        units=task.target.units,
+        synthetic=manifest.synthetic,
         value=value,
         per_class={
             name: None if np.isnan(score) else float(score)
@@ -114,7 +117,7 @@ def build_result(
         },
         interval=bootstrap_interval(task.statistic, predictions.counts),
         num_tiles=len(predictions.counts),
-        confusion=task.confusion(total),
+        confusion=predictions.confusion or task.confusion(total),
         scores={name: score for name, score in predictions.scores.items() if np.isfinite(score)},
         seeds=(provenance.seed,),
         folds=() if benchmark.fold is None else (benchmark.fold,),

@@ -28,7 +28,8 @@ from maestro_scale.evaluation.features.adapt import adapt_encoder, encoder_spec
 from maestro_scale.evaluation.features.cache import FeatureCache
 from maestro_scale.evaluation.features.on_device import map_on_device
 from maestro_scale.evaluation.results import EvaluationError
-from maestro_scale.evaluation.tasks.task import Task, task_for
+from maestro_scale.evaluation.tasks.protocol import Task
+from maestro_scale.evaluation.tasks.task import task_for
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.recipe import Recipe, RecipeError, resolve_spec
 from maestro_scale.shards.format.manifest import Manifest
@@ -172,7 +173,7 @@ class _Samples:
             # Only rank 0 fits: an exception here would leave the other ranks in a collective and end the training.
             log.warning("eval/%s is undefined: %s", name, error)
             return float("nan")
-        return float(self._task.statistic(predictions.counts.sum(axis=0, dtype=np.int64)))
+        return float(self._task.statistic(self._task.total(predictions.counts)))
 
     def _gather(self, parts: list[np.ndarray], first: int, num_rows: int) -> np.ndarray:
         """Rows of all ranks, (num_rows, …). Each row is one rank's and zero elsewhere, so a sum is exact."""

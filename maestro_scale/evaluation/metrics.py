@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from maestro_scale.evaluation.regression_metrics import rmse
 from maestro_scale.evaluation.results import EvaluationError
 
 
@@ -81,6 +82,25 @@ def tile_counts(predicted: np.ndarray, target: np.ndarray) -> np.ndarray:
             f"predictions ({predicted.dtype}) and targets ({target.dtype}) must be bool: apply a threshold"
         )
     return np.stack([predicted & target, predicted & ~target, ~predicted & target], axis=1)
+
+
+def class_counts(predicted: np.ndarray, target: np.ndarray, num_classes: int) -> np.ndarray:
+    """Counts of one class per sample, (N, 3, C) bool as of :func:`tile_counts`; zero where the target is negative.
+
+    ``predicted``, ``target``: (N,) class indices.
+    """
+    classes = np.arange(num_classes)
+    counted = (target >= 0)[:, None]
+    return tile_counts((predicted[:, None] == classes) & counted, target[:, None] == classes)
+
+
+def classification_scores(counts: np.ndarray) -> dict[str, float]:
+    """``accuracy`` and ``macro_f1`` of counts (3, C) of one class per sample; classes that are neither in a target nor
+    predicted have no F1 and are left out of the mean, as in scikit-learn."""
+    summed = MultilabelCounts.from_array(counts)
+    num = int(summed.support.sum())
+    accuracy = float(summed.tp.sum() / num) if num else float("nan")
+    return {"accuracy": accuracy, "macro_f1": summed.macro_f1(zero_division=np.nan)}
 
 
 def f1(counts: np.ndarray, zero_division: float = 0.0) -> np.ndarray:
@@ -160,18 +180,25 @@ def tile_mean_iou(counts: np.ndarray) -> np.ndarray:
     return mean_iou(np.asarray(counts)[..., :-1, :])
 
 
-STATISTICS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {"wf1": wf1, "miou": tile_mean_iou}
+STATISTICS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
+    "wf1": wf1,
+    "miou": tile_mean_iou,
+    "rmse": rmse,
+}
 """By the name of the metric: its score of counts of ``counts.npz`` summed over tiles; leading axes are resamples."""
 
 
-def best_index(scores: Sequence[float], split: str = "validation") -> int:
-    """Index of the highest score, the first of equal ones. EvaluationError if one is undefined."""
+def best_index(scores: Sequence[float], split: str = "validation", sign: int = 1) -> int:
+    """Index of the best score, the first of equal ones. EvaluationError if one is undefined.
+
+    ``sign``: of the metric (``MetricKind.sign``): -1 where a lower score is better.
+    """
     if np.isnan(scores).any():
         raise EvaluationError(
-            f"no label of the {split} split counts (every one is ignored), so it cannot select or score anything: "
-            "use another split"
+            f"no label of the {split} split counts (every one is ignored or missing), so it cannot select or score "
+            "anything: use another split"
         )
-    return int(np.argmax(scores))
+    return int(np.argmax(sign * np.asarray(scores)))
 
 
 def segmentation_scores(counts: np.ndarray) -> dict[str, float]:

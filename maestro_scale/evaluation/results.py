@@ -18,13 +18,14 @@ from maestro_scale import untrusted
 from maestro_scale.errors import MaestroError, shorten
 from maestro_scale.evaluation.counts import FILE as COUNTS
 from maestro_scale.evaluation.counts import TileCounts
+from maestro_scale.evaluation.metric_kinds import METRIC_KINDS, UNBOUNDED_SCORES, MetricKind
 from maestro_scale.training.run_dir import write_atomically
 
 VERSION = 1
 RESULTS = "results.json"
 MAPS = "maps.npz"
 ORACLE = "oracle"  # the mode, and the name of the baseline
-METRICS = ("wf1", "miou")
+METRICS = tuple(METRIC_KINDS)
 _FILES = ("maps", "counts")  # attributes that are in files of their own
 
 
@@ -46,26 +47,29 @@ class RunScore:
 
 @dataclass(frozen=True)
 class EvalResult:
-    """A score of one encoder on one benchmark. Scores are fractions of 1, not percent."""
+    """A score of one encoder on one benchmark. Scores are fractions of 1, not percent; those of a regression are in
+    ``units``."""
 
     benchmark: str
     """Name of the dataset or benchmark, e.g. ``treesatai_ts``."""
     metric: str
-    """``wf1`` or ``miou``."""
+    """One of :data:`METRICS`: ``wf1`` (multilabel, classification), ``miou`` (segmentation), ``rmse`` (regression)."""
     mode: str
     """``knn``, ``probe``, ``attentive``, ``finetune``, ``scratch`` or ``oracle``."""
     value: float
     """The score; the mean over ``runs`` where there are several."""
     per_class: Mapping[str, float | None]
-    """Score per class name; None where the class is in no target."""
+    """Score per class name; None where the class is in no target; empty for a regression."""
     interval: tuple[float, float]
     """Bootstrap interval (low, high) over tiles, at 95 %; of several runs the mean of their intervals."""
     num_tiles: int
     """Samples that were scored; the sum over folds."""
     confusion: tuple[tuple[int, ...], ...] | None = None
-    """Pixels by (target, predicted) class, for segmentation; summed over runs."""
+    """Pixels (segmentation) or tiles (classification) by (target, predicted) class; summed over runs."""
     scores: Mapping[str, float] = field(default_factory=dict)
-    """Other scores by name, fractions of 1: see ``metrics.segmentation_scores`` and ``tasks.Multilabel``."""
+    """Other scores by name, fractions of 1 except ``metric_kinds.UNBOUNDED_SCORES``: see
+    ``metrics.segmentation_scores``, ``metrics.classification_scores``, ``regression_metrics.regression_scores`` and
+    ``tasks.task.multilabel_predictions``."""
     seeds: tuple[int, ...] = (0,)
     """One fit per seed."""
     folds: tuple[int, ...] = ()
@@ -78,6 +82,12 @@ class EvalResult:
     """The runs that ``value`` is the mean of; empty for a single run."""
     target: str = ""
     """Name in the shards of the target that was predicted."""
+    units: str = ""
+    """Of ``value``, ``interval``, ``deviation``, ``mae`` and ``bias`` of a regression; empty for other targets, whose
+    scores are fractions of 1, and where the dataset states none."""
+    synthetic: bool | None = None
+    """Whether the tiles are synthetic scenes; None where the manifest does not say (written by earlier revisions, or by
+    other code than ``maestro-scale shard``)."""
     encoder: str = ""
     """What was evaluated, as named on the command line: a run, a checkpoint, an exported model or a baseline."""
     weights: str = ""
@@ -103,8 +113,8 @@ class EvalResult:
     version: int = VERSION
     """Version of this format."""
     maps: Mapping[str, np.ndarray] | None = field(default=None, compare=False, repr=False)
-    """``truth`` (labels) and ``answer`` (predictions) of a few tiles, (n, H, W) uint8. Written to ``maps.npz`` next to
-    the JSON file; ``load`` does not read them."""
+    """``truth`` (labels) and ``answer`` (predictions) of a few tiles, (n, H, W) uint8, or float32 of a
+    regression. Written to ``maps.npz`` next to the JSON file; ``load`` does not read them."""
     counts: TileCounts | None = field(default=None, compare=False, repr=False)
     """Counts of each tile, of a single run. Written to ``counts.npz``, which ``load_counts`` reads."""
 
@@ -186,9 +196,13 @@ class EvalResult:
         """What is invalid in this result."""
         if self.metric not in METRICS:
             yield f"metric {shorten(self.metric)} is not one of {', '.join(METRICS)}"
-        for name, value in self._numbers().items():
+            return
+        for name, value in self._fractions().items():
             if not 0 <= value <= 1:
                 yield f"{name} is {value!r}, not a fraction of 1"
+        for name, value in self._numbers().items():
+            if not math.isfinite(value):
+                yield f"{name} is {value!r}, not a finite number"
         if not self.seeds:
             yield "no seed"
         if _num_entries(self.recipe, untrusted.RECIPE.entries) > untrusted.RECIPE.entries:
@@ -196,6 +210,18 @@ class EvalResult:
         num_classes = len(self.per_class)
         if self.confusion is not None and {len(self.confusion), *map(len, self.confusion)} != {num_classes}:
             yield f"the confusion has {len(self.confusion)} rows for {num_classes} classes"
+
+    @property
+    def kind(self) -> MetricKind:
+        """The properties of its metric."""
+        return METRIC_KINDS[self.metric]
+
+    def _fractions(self) -> dict[str, float]:
+        """The numbers that must be in 0 to 1."""
+        scores = {f"score {name}" for name in UNBOUNDED_SCORES}
+        if not self.kind.is_fraction:
+            scores |= {"value", "interval low", "interval high"}
+        return {name: value for name, value in self._numbers().items() if name not in scores}
 
     def _numbers(self) -> dict[str, float]:
         named = {"value": self.value, "interval low": self.interval[0], "interval high": self.interval[1]}

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from maestro_scale.escaping import printable_lines, shell_command
+from maestro_scale.escaping import printable, printable_lines, shell_command
 from maestro_scale.evaluation.benchmark import Benchmark, Provenance
 from maestro_scale.evaluation.encoder import Encoder
 from maestro_scale.evaluation.finetune.finetune import MODES as TRAINED_MODES
@@ -21,6 +21,7 @@ from maestro_scale.evaluation.progress import ProgressFactory, no_progress
 from maestro_scale.evaluation.report.summary import summarise
 from maestro_scale.evaluation.results import ORACLE, RESULTS, EvalResult, EvaluationError
 from maestro_scale.evaluation.tasks.folds import Splits, find_folds, fold_splits
+from maestro_scale.evaluation.tasks.protocol import LossSettings
 from maestro_scale.evaluation.tasks.task import task_for
 from maestro_scale.recipe import Recipe, load_recipe
 from maestro_scale.secrets_filter import scrub_tree
@@ -212,13 +213,15 @@ def _watched(world: World | None, timeout_s: float, out: Path) -> Iterator[Watch
 
 def score_text(result: EvalResult) -> str:
     """``mIoU 65.6 (64.0-67.0)``, or ``mIoU 65.6 ± 0.4 over 3 seeds, 5 folds``."""
-    name, score = {"wf1": "wF1", "miou": "mIoU"}[result.metric], f"{100 * result.value:.1f}"
-    if result.deviation is None:
-        low, high = result.interval
-        return f"{name} {score} ({100 * low:.1f}-{100 * high:.1f})"
+    kind, units = result.kind, f" {result.units}" if result.units else ""
+    # Runs without random numbers agree for every seed: their variation is that over tiles.
+    if not result.deviation:
+        low, high = (kind.number(bound) for bound in result.interval)
+        return f"{kind.title} {kind.number(result.value)} ({low}-{high}){printable(units)}"
     counts = {"seeds": len(result.seeds), "folds": len(result.folds)}
     over = ", ".join(f"{n} {what}" for what, n in counts.items() if n > 1)
-    return f"{name} {score} ± {100 * result.deviation:.1f} over {over}"
+    deviation = kind.number(result.deviation)
+    return f"{kind.title} {kind.number(result.value)} ± {deviation}{printable(units)} over {over}"
 
 
 @dataclass(frozen=True)
@@ -350,6 +353,7 @@ class _Evaluation:
             splits=run.splits,
             fold=run.fold,
             manifest=encoder.manifest,
+            loss=LossSettings(recipe.evaluation.class_weights, recipe.evaluation.regression_loss),
         )
 
     def _maps_dir(self, mode: str, subdir: Path) -> Path | None:

@@ -34,8 +34,8 @@ CHECKPOINTING = r"none|blocks|every_([2-9]|[1-9]\d+)"
 class DatasetView:
     """What a model's config records of one dataset that it serves; part of the format of config.json and checkpoints.
 
-    ``pos_grid``: cells per side of the ground grid; ``ref_sensor``: the sensor that segmentation is predicted on;
-    ``crop_m``: ground extent that the sensors share (None: a segmentation target has the pixels of ``ref_sensor``).
+    ``pos_grid``: cells per side of the ground grid; ``ref_sensor``: the sensor that maps are predicted on;
+    ``crop_m``: ground extent that the sensors share (None: a map has the pixels of ``ref_sensor``).
     """
 
     dataset: str
@@ -101,7 +101,7 @@ class ModelConfig:
         for path, reason in sharing_problems([(v.dataset, v.sensors) for v in self.views]):
             raise ValueError(f"{dotted(path)}: {reason}")
         for target in self.heads:
-            if target.kind == "segmentation":
+            if target.is_map:
                 self.target_side(target)
         for s in self.all_sensors:
             for path, reason in sensor_problems(s):
@@ -205,7 +205,7 @@ class ModelConfig:
         return sensor.num_dates * len(self.token_groups(sensor))
 
     def target_side(self, target: Target) -> int:
-        """Pixels per side, per token of the reference sensor's grid, that a segmentation head predicts.
+        """Pixels per side, per token of the reference sensor's grid, that the head of a map predicts.
 
         Raises:
             ValueError: there is no reference sensor, or its tokens do not divide the target's pixels.
@@ -213,7 +213,7 @@ class ModelConfig:
         ref = next((s for s in self.sensors if s.name == self.ref_sensor), None)
         if ref is None:
             raise ValueError(
-                f"target {target.name}: segmentation is predicted on the tokens of ref_sensor, which is "
+                f"target {target.name}: {target.kind} is predicted on the tokens of ref_sensor, which is "
                 f"{self.ref_sensor!r}; set it to one of {', '.join(s.name for s in self.sensors)}"
             )
         if self.crop_m is None or target.resolution_m is None:
@@ -228,7 +228,11 @@ class ModelConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
-        return dataclasses.asdict(self)
+        data = dataclasses.asdict(self)
+        for head in data["heads"]:  # spec.OMIT_DEFAULT: digests of weights contain this
+            if not head["units"]:
+                del head["units"]
+        return data
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> ModelConfig:

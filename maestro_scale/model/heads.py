@@ -47,12 +47,14 @@ POOLS: dict[str, type[AttentivePool] | type[MeanPool]] = {"attentive": Attentive
 
 
 class ClassificationHead(nn.Module):
-    """Class logits from one pooling over all tokens of all sensors."""
+    """Class logits, or the one value of a regression, from one pooling over all tokens of all sensors."""
 
     def __init__(self, target: Target, width: int, pool: nn.Module) -> None:
         super().__init__()
         self.pool = pool
-        self.linear = nn.Linear(width, len(target.classes))
+        # A multilabel head predicts the ignored classes too: its number of outputs is part of published checkpoints.
+        outputs = len(target.classes) if target.kind == "multilabel" else target.num_outputs
+        self.linear = nn.Linear(width, outputs)
 
     def forward(self, tokens: dict[str, Tensor]) -> Tensor:
         """{sensor: (B, R, L, E)} -> (B, classes)."""
@@ -60,7 +62,7 @@ class ClassificationHead(nn.Module):
 
 
 class SegmentationHead(nn.Module):
-    """Pixel logits: pools over all sensors and dates at each cell of the reference sensor's grid."""
+    """Logits (or values) of pixels: pools over all sensors and dates at each cell of the reference sensor's grid."""
 
     def __init__(self, target: Target, width: int, pool: nn.Module, grid: int, pixels_per_token: int) -> None:
         super().__init__()
@@ -84,11 +86,53 @@ class SegmentationHead(nn.Module):
         return maps.flatten(2).unflatten(0, tokens.shape[:2]).permute(0, 3, 1, 2)
 
 
+class _Standardised(nn.Module):
+    """Mean and deviation of a regression target, for heads that predict (value - mean) / deviation.
+
+    They are buffers, so that a stored head contains them; 0 and 1 until :meth:`set_scale`. Outputs stay standardised
+    where they are trained: in bf16 a large mean would round away the differences that the loss measures.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+
+    def _register_scale(self) -> None:
+        self.register_buffer("mean", torch.zeros(()))
+        self.register_buffer("deviation", torch.ones(()))
+
+    @torch.no_grad()
+    def set_scale(self, mean: float, deviation: float) -> None:
+        """Set mean and deviation of the labels that the head is trained on."""
+        self.mean.fill_(mean)
+        self.deviation.fill_(deviation)
+
+    def in_units(self, output: Tensor) -> Tensor:
+        """Outputs in the units of the target, in fp32."""
+        return output.float() * self.deviation.float() + self.mean.float()
+
+
+class RegressionHead(_Standardised, ClassificationHead):
+    """One standardised value per tile, (B, 1); see ``in_units``."""
+
+    def __init__(self, target: Target, width: int, pool: nn.Module) -> None:
+        super().__init__(target, width, pool)
+        self._register_scale()
+
+
+class RegressionMapHead(_Standardised, SegmentationHead):
+    """One standardised value per pixel, (B, 1, H, W); see ``in_units``."""
+
+    def __init__(self, target: Target, width: int, pool: nn.Module, grid: int, pixels_per_token: int) -> None:
+        super().__init__(target, width, pool, grid, pixels_per_token)
+        self._register_scale()
+
+
 def build_head(target: Target, width: int, pool: str, ref: Sensor | None, side: int) -> nn.Module:
-    """The head of a target. ``pool``: a key of ``POOLS``; ``ref``: the sensor whose token grid a segmentation is
-    predicted on, ``side``: pixels per side of each token."""
+    """The head of a target. ``pool``: a key of ``POOLS``; ``ref``: the sensor whose token grid a map is predicted on,
+    ``side``: pixels per side of each token."""
     pooling = POOLS[pool](width)
-    if target.kind == "multilabel":
-        return ClassificationHead(target, width, pooling)
-    assert ref is not None  # ModelConfig requires a reference sensor for segmentation
-    return SegmentationHead(target, width, pooling, ref.grid, side)
+    is_number = target.kind == "regression"
+    if not target.is_map:
+        return (RegressionHead if is_number else ClassificationHead)(target, width, pooling)
+    assert ref is not None  # ModelConfig requires a reference sensor for a map
+    return (RegressionMapHead if is_number else SegmentationHead)(target, width, pooling, ref.grid, side)

@@ -131,7 +131,7 @@ class Maestro(nn.Module):
 
     def _head(self, target: Target) -> nn.Module:
         ref = next((s for s in self.config.sensors if s.name == self.config.ref_sensor), None)
-        side = self.config.target_side(target) if target.kind == "segmentation" else 0
+        side = self.config.target_side(target) if target.is_map else 0
         return build_head(target, self.config.size.width, self.config.pool, ref, side)
 
     def compile_training(
@@ -371,7 +371,7 @@ class Maestro(nn.Module):
         return Embedding(tokens, torch.cat([t.mean(dim=(1, 2)) for t in tokens.values()], dim=1))
 
     def predict(self, batch: Batch) -> dict[str, Tensor]:
-        """{target: logits} of all heads."""
+        """{target: logits} of all heads; of a regression in units of its standard deviation (``RegressionHead``)."""
         tokens = self.encode(batch)
         return {name: head(tokens) for name, head in self.heads.items()}
 

@@ -123,8 +123,8 @@ class Transform:
         for field, target in self._targets:
             name = target_field(target.name)
             _check(sample, name, target_layout(target, self.spec))
-            if target.kind == "segmentation":
-                values = crop.orientation.apply(self._segmentation(sample, target, crop))
+            if target.is_map:
+                values = crop.orientation.apply(self._map(sample, target, crop))
             elif target.of is None:
                 values = sample.array(name)
             else:
@@ -132,8 +132,8 @@ class Transform:
                 values = self._class_shares(sample, target, self.spec.target(target.of), crop)
             out[field][row] = values
 
-    def _segmentation(self, sample: StoredSample, target: Target, crop: Crop) -> np.ndarray:
-        """(side, side) uint8, before the orientation."""
+    def _map(self, sample: StoredSample, target: Target, crop: Crop) -> np.ndarray:
+        """(side, side), before the orientation."""
         (size, _), _ = target_layout(target, self.spec)
         window = self.grid.window(crop, _resolution_m(target, self.spec), size)
         return sample.array(target_field(target.name), window)
@@ -141,7 +141,7 @@ class Transform:
     def _class_shares(self, sample: StoredSample, target: Target, source: Target, crop: Crop) -> np.ndarray:
         """(classes,) float32: share of the crop that each class covers in the segmentation ``source``."""
         _check(sample, target_field(source.name), target_layout(source, self.spec))
-        classes = self._segmentation(sample, source, crop)
+        classes = self._map(sample, source, crop)
         counts = np.bincount(classes.reshape(-1), minlength=256)
         return counts[[source.classes.index(c) for c in target.classes]] / np.float32(classes.size)
 
@@ -224,7 +224,9 @@ def _band_index(bands: Sequence[int], modality: Modality) -> slice | list[int] |
 
 def _resolution_m(target: Target, spec: DatasetSpec) -> float:
     if target.resolution_m is None:
-        raise ValueError(f"{spec.name}: segmentation target {target.name} needs resolution_m in the manifest")
+        raise ValueError(
+            f"{spec.name}: {target.kind} target {target.name} needs resolution_m in the manifest"
+        )
     return target.resolution_m
 
 
@@ -233,7 +235,7 @@ def _batch_layout(target: Target, spec: DatasetSpec, grid: CropGrid) -> tuple[tu
     if target.kind == "segmentation":
         _resolution_m(target, spec)  # ValueError if it is missing
     shape, dtype = target_layout(target, spec)
-    if target.kind == "segmentation":
+    if target.is_map:
         shape = (grid.side(_resolution_m(target, spec), shape[0]),) * 2
     return shape, dtype
 

@@ -14,7 +14,7 @@ from maestro_scale import untrusted
 from maestro_scale.escaping import mlflow_key, mlflow_keys, printable, shell_command
 from maestro_scale.evaluation.report.charts import class_bars
 from maestro_scale.evaluation.report.groups import ResultFile
-from maestro_scale.evaluation.report.report import CLASS_METRIC, draw_pictures, write_report
+from maestro_scale.evaluation.report.report import draw_pictures, write_report
 from maestro_scale.evaluation.results import EvalResult, EvaluationError
 from maestro_scale.secrets_filter import scrub, scrub_document, scrub_mapping
 from maestro_scale.shards.temporary import temporary_folder
@@ -155,6 +155,8 @@ def _params(result: EvalResult, step: int) -> list[Param]:
         params["folds"] = ",".join(map(str, result.folds))
     params |= {f"split/{role}": ",".join(names) for role, names in result.splits.items()}
     params["encoder"] = result.encoder
+    if result.units:
+        params["units"] = result.units
     params |= {f"chosen/{k}": v for k, v in result.chosen.items()}
     plain = scrub_mapping(params)
     keys = mlflow_keys(plain)
@@ -180,13 +182,15 @@ def _find_parent(run_dir: Path) -> tuple[MlflowClient, Run]:
 def _log_report(client: MlflowClient, run_id: str, result_file: ResultFile) -> None:
     """Store the HTML report of this result, and its pictures as files, which the MLflow UI can show."""
     result = result_file.result
-    bars = class_bars({result.mode: result.per_class}, CLASS_METRIC[result.metric])
+    bars = {}
+    if result.per_class:  # a regression has no classes
+        bars["classes"] = class_bars({result.mode: result.per_class}, result.kind.of_class)
     with temporary_folder() as folder:
         page, _ = write_report([result_file], folder / "report.html")
         client.log_text(run_id, scrub(page.read_text()), page.name)
         picture_dir = folder / "pictures"
         picture_dir.mkdir()
-        for name, png in {"classes": bars, **draw_pictures(result_file)}.items():
+        for name, png in {**bars, **draw_pictures(result_file)}.items():
             (picture_dir / f"{name}.png").write_bytes(png)
         client.log_artifacts(run_id, str(picture_dir), picture_dir.name)
 

@@ -100,8 +100,10 @@ def _modality_table(summary: Summary) -> Table:
 
 
 def _class_table(splits: Sequence[SplitSummary], target: str, kind: str) -> Table:
-    """Class balance: the fraction of samples that contain a class (multilabel), or of pixels (segmentation)."""
-    unit = "samples with the class" if kind == "multilabel" else "pixels"
+    """Class balance: the fraction of samples with a class (multilabel, classification), or of pixels (segmentation);
+    of a regression the fraction of values that are not missing."""
+    of_samples = kind in ("multilabel", "classification")
+    unit = "samples with the class" if of_samples else "values" if kind == "regression" else "pixels"
     table = _table(f"{target}: {unit}")
     table.add_column("class")
     for split in splits:
@@ -111,7 +113,7 @@ def _class_table(splits: Sequence[SplitSummary], target: str, kind: str) -> Tabl
         cells = []
         for split in splits:
             counts = split.classes[target]
-            total = split.num_samples if kind == "multilabel" else max(sum(counts.values()), 1)
+            total = split.num_samples if of_samples else max(sum(counts.values()), 1)
             share = counts[name] / total
             bar = "█" * round(_BAR_WIDTH * min(share, 1))  # the counts of an index are not verified
             cells += [f"{counts[name]:,}", f"{100 * share:5.1f} % {bar}"]

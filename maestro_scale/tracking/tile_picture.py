@@ -112,7 +112,9 @@ def panels(sample: Sample, spec: DatasetSpec) -> list[list[Panel]]:
             series.append(_date_panels(sample, modality, spec))
         else:
             single += _date_panels(sample, modality, spec)
-    single += [_class_panel(sample, t) for t in spec.targets if _is_map(t)]
+    for target in spec.targets:
+        if target.is_map:
+            single.append((_value_panel if target.kind == "regression" else _class_panel)(sample, target))
     return [single[i : i + MAX_DATES] for i in range(0, len(single), MAX_DATES)] + series
 
 
@@ -158,21 +160,42 @@ def _class_panel(sample: Sample, target: Target) -> Panel:
     return Panel(colours[labels], target.name, _format_shares(shares, 2))
 
 
+def _value_panel(sample: Sample, target: Target) -> Panel:
+    """A map of numbers from its lowest (dark) to its highest value; missing ones have the background colour."""
+    from matplotlib import colormaps
+
+    values = sample.array(target_field(target.name))
+    missing = np.isnan(values)
+    if missing.all():
+        return Panel(np.broadcast_to(np.asarray(BACKGROUND), (*values.shape, 3)), target.name, "missing")
+    low, high = float(np.nanmin(values)), float(np.nanmax(values))
+    colours = colormaps["viridis"]((values - low) / ((high - low) or 1.0))[..., :3]
+    colours[missing] = BACKGROUND
+    return Panel(colours, target.name, plot_text(f"{low:.4g} to {high:.4g} {target.units}".rstrip(), 60))
+
+
 def _subtitle(sample: Sample, spec: DatasetSpec) -> str:
     """The reference date, and the labels that are not maps."""
     parts = [f"reference date {_iso_date(sample.array('ref_date'))}"]
     for target in spec.targets:
-        if _is_map(target):
+        if target.is_map:
             continue
         shares = sample.array(target_field(target.name))
+        if target.kind in ("classification", "regression"):
+            parts.append(f"{target.name}: {_tile_label(shares[0], target)}")
+            continue
         order = [i for i in np.argsort(-shares, kind="stable") if shares[i] > target.threshold]
         labels = _format_shares({target.classes[i]: float(shares[i]) for i in order}, _MAX_LABELS)
         parts.append(f"{target.name}: {labels}")
     return "   ·   ".join(parts)
 
 
-def _is_map(target: Target) -> bool:
-    return target.kind == "segmentation"
+def _tile_label(value: np.generic, target: Target) -> str:
+    """The class or the number of a whole tile."""
+    if target.kind == "regression":
+        return "missing" if np.isnan(value) else plot_text(f"{value:.4g} {target.units}".rstrip(), 60)
+    index = int(value)
+    return plot_text(target.classes[index], 40) if 0 <= index < len(target.classes) else "missing"
 
 
 def _format_shares(shares: dict[str, float], most: int) -> str:

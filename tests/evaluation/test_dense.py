@@ -213,7 +213,7 @@ def test_samples_of_cells_are_drawn_only_from_too_many():
 def test_moments_are_those_of_all_cells_and_dead_features_are_left_out():
     # Feature 0: 1, 3, 5, 7 has mean 4 and deviation sqrt(5); feature 1 never moves.
     features = np.array([[[1, 9], [3, 9]], [[5, 9], [7, 9]]], np.float16)
-    mean, scale = dense._moments(features)
+    mean, scale = dense.feature_moments(features)
     np.testing.assert_allclose(mean, [4, 9])
     np.testing.assert_allclose(scale, [5**0.5, np.inf])
 

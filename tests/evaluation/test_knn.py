@@ -8,7 +8,8 @@ from sklearn.neighbors import NearestNeighbors
 from testkit.labelled import clusters, data, score
 
 from maestro_scale.evaluation.features.labelled_features import LabelledFeatures
-from maestro_scale.evaluation.probes.knn import NEIGHBOURS, TEMPERATURES, THRESHOLD, knn
+from maestro_scale.evaluation.probes.decision import THRESHOLD
+from maestro_scale.evaluation.probes.knn import NEIGHBOURS, TEMPERATURES, knn
 
 
 def test_knn_finds_clusters_of_features_of_any_length():

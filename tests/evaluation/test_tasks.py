@@ -13,10 +13,10 @@ from testkit.models import noise_batch, small_config
 from maestro_scale.datasets.spec import Target
 from maestro_scale.evaluation.probes import dense
 from maestro_scale.evaluation.tasks.losses import MultilabelLoss
+from maestro_scale.evaluation.tasks.maps import resample_tokens
 from maestro_scale.evaluation.tasks.subset import class_weights
 from maestro_scale.evaluation.tasks.task import (
     MultilabelTask,
-    _resample_tokens,
     multilabel_predictions,
     task_for,
 )
@@ -92,6 +92,6 @@ def test_wf1_weights_classes_by_their_labels():
 
 def test_tokens_of_another_grid_are_interpolated_to_the_reference():
     # Four tokens 0, 2, 4, 6 in a 2 x 2 grid, to 4 x 4: bilinear between centres, constant outside of them.
-    found = _resample_tokens(torch.tensor([0.0, 2.0, 4.0, 6.0]).view(1, 4, 1), 4).view(4, 4)
+    found = resample_tokens(torch.tensor([0.0, 2.0, 4.0, 6.0]).view(1, 4, 1), 4).view(4, 4)
     assert found[0].tolist() == [0.0, 0.5, 1.5, 2.0]
     assert found[:, 0].tolist() == [0.0, 1.0, 3.0, 4.0]

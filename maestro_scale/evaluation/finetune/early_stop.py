@@ -18,16 +18,16 @@ class ValidationScore:
     weights: str = ""
 
 
-def best(history: Sequence[ValidationScore]) -> ValidationScore:
-    """The highest score; of equal ones the earliest."""
-    return max(history, key=lambda v: (v.score, -v.step))
+def best(history: Sequence[ValidationScore], sign: int = 1) -> ValidationScore:
+    """The best score; of equal ones the earliest. ``sign``: of the metric, -1 where a lower score is better."""
+    return max(history, key=lambda v: (sign * v.score, -v.step))
 
 
-def exhausted(history: Sequence[ValidationScore], patience: int) -> bool:
+def exhausted(history: Sequence[ValidationScore], patience: int, sign: int = 1) -> bool:
     """Whether the last ``patience`` scores were all no better than one before them; never with patience 0."""
     if not history or patience == 0:
         return False
-    at = history.index(best(history))
+    at = history.index(best(history, sign))
     return len(history) - 1 - at >= patience
 
 

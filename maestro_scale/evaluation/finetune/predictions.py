@@ -13,7 +13,7 @@ from maestro_scale.evaluation.benchmark import BATCH_SIZE
 from maestro_scale.evaluation.features.on_device import RecipePrecision, map_on_device
 from maestro_scale.evaluation.finetune.predictor import Predictor
 from maestro_scale.evaluation.tasks.first_maps import FirstMaps
-from maestro_scale.evaluation.tasks.task import Predictions
+from maestro_scale.evaluation.tasks.protocol import Predictions
 from maestro_scale.evaluation.tasks.tile_maps import TileMapWriter
 from maestro_scale.stream.batch import Batch
 from maestro_scale.stream.eval_loader import EvalLoader
@@ -48,7 +48,9 @@ def predict_split(
         crops=loss.num_crops,
     )
     tiles = np.zeros((loader.num_samples, *loss.tile_shape))
-    tile, maps = loader.first_row // loss.num_crops, FirstMaps(loader.num_samples)
+    is_number = loss.task.target.kind == "regression"
+    maps = FirstMaps(loader.num_samples, "float32" if is_number else "uint8")
+    tile = loader.first_row // loss.num_crops
 
     def predict(batch: Batch) -> dict[str, Tensor]:
         on_batch()

@@ -70,12 +70,13 @@ class BaselinePredictor(Predictor):
         self.config, self.target_loss, self.encoder = encoder.config, target_loss, encoder
         view, target = encoder.config.view, target_loss.task.target
         ref = next((s for s in view.sensors if s.name == view.ref_sensor), None)
-        if target.kind == "segmentation" and ref is None:
+        if target.is_map and ref is None:
             raise EvaluationError(
                 f"{view.dataset}: {target.name} is predicted on the tokens of {view.ref_sensor!r}: do not drop it"
             )
         # Pixels of the reference image, as the target loss has them.
         self.head = build_head(target, encoder.width, "attentive", ref, ref.patch if ref else 0)
+        target_loss.prepare(self.head)
 
     def logits(self, batch: Batch) -> Tensor:
         """As of Predictor."""
@@ -112,6 +113,7 @@ def _(
         for name, tensor in made.state_dict().items():
             if name in state:
                 tensor.copy_(state[name])
+    target_loss.prepare(made.heads[target_loss.task.target.name])
     return made
 
 

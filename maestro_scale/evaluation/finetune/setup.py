@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from maestro_scale import untrusted
+from maestro_scale.datasets.spec import Target
 from maestro_scale.evaluation.baselines.baseline import TrainableBaseline
 from maestro_scale.evaluation.benchmark import Benchmark
 from maestro_scale.evaluation.features.adapt import encoder_spec
@@ -14,8 +15,8 @@ from maestro_scale.evaluation.finetune.early_stop import ValidationScore
 from maestro_scale.evaluation.finetune.objective import FinetuneObjective
 from maestro_scale.evaluation.finetune.predictor import build_predictor
 from maestro_scale.evaluation.finetune.validation import ValidationHook, ValidationSettings
-from maestro_scale.evaluation.tasks.losses import TargetLoss, target_loss_for
-from maestro_scale.evaluation.tasks.subset import labelled_subset
+from maestro_scale.evaluation.tasks.losses import TargetLoss, needs_label_counts, target_loss_for
+from maestro_scale.evaluation.tasks.subset import labelled_subset, read_label_counts
 from maestro_scale.evaluation.tasks.task import task_for
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.recipe import Recipe, RecipeError
@@ -56,8 +57,12 @@ class Finetuning:
         self._recipe, self._world = recipe, world
         self.manifest = benchmark.load_manifest()
         self._spec = encoder_spec(encoder, benchmark.spec)
-        self.target_loss: TargetLoss = target_loss_for(task_for(self._spec, benchmark.target))
-        self.splits = self._open_splits()
+        task = task_for(self._spec, benchmark.target, benchmark.loss)
+        self.splits = self._open_splits(task.target)
+        counts = None
+        if needs_label_counts(task):
+            counts = read_label_counts(self.splits["train"], task, world)
+        self.target_loss: TargetLoss = target_loss_for(task, counts)
 
     def assemble(self, context: RunContext, report: Progress) -> tuple[Trainer, Position]:
         """The trainer and its position; ``report`` is called after every step."""
@@ -123,7 +128,7 @@ class Finetuning:
             )
         return self._recipe.train.micro_batch
 
-    def _open_splits(self) -> dict[str, Source]:
+    def _open_splits(self, target: Target) -> dict[str, Source]:
         benchmark = self._benchmark
         recipe, world = self._recipe, self._world
         store = Store(benchmark.shards, benchmark.cache_dir, benchmark.cache_bytes)
@@ -133,7 +138,6 @@ class Finetuning:
             for role, name in (("train", self._train_name), ("val", "val"), ("test", "test"))
         }
         if fraction < 1:
-            target = self.target_loss.task.target
             used = labelled_subset(splits["train"], target, fraction, recipe.seed, world)
             splits["train"] = splits["train"].select_samples(used)
         return splits
@@ -166,6 +170,7 @@ class Finetuning:
             "validations": recipe.evaluation.validations,
             "ema": recipe.evaluation.ema,
             "layer_decay": recipe.evaluation.layer_decay,
+            **benchmark.loss.identity(),
             **precision_identity(recipe.train.precision_on(self._world.device.type)),
         }
 

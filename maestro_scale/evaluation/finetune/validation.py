@@ -8,8 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from maestro_scale import untrusted
 from maestro_scale.evaluation.features.cache import weights_digest
 from maestro_scale.evaluation.features.on_device import RecipePrecision
@@ -17,6 +15,7 @@ from maestro_scale.evaluation.finetune import early_stop
 from maestro_scale.evaluation.finetune.early_stop import ValidationScore
 from maestro_scale.evaluation.finetune.predictions import predict_split
 from maestro_scale.evaluation.finetune.predictor import Predictor
+from maestro_scale.evaluation.metric_kinds import METRIC_KINDS
 from maestro_scale.evaluation.metrics import best_index
 from maestro_scale.evaluation.results import EvaluationError
 from maestro_scale.interop.tensors import write_tensors_atomically
@@ -64,16 +63,17 @@ class ValidationHook(Hook):
         self._lines = JsonLines(run_dir / "validation.jsonl")
         self._num_steps = 0
         self.history: list[ValidationScore] = []
+        self._sign = METRIC_KINDS[network.target_loss.task.metric].sign
 
     @property
     def best(self) -> ValidationScore:
         """The best score so far."""
-        return early_stop.best(self.history)
+        return early_stop.best(self.history, self._sign)
 
     @property
     def finished(self) -> bool:
         """Whether the scores have stopped improving."""
-        return early_stop.exhausted(self.history, self._settings.patience)
+        return early_stop.exhausted(self.history, self._settings.patience, self._sign)
 
     def load_best(self) -> Predictor:
         """The network with the best weights. EvaluationError unless they are those that were validated."""
@@ -110,9 +110,8 @@ class ValidationHook(Hook):
             self._settings.precision,
             on_batch=lambda: self._on_batch(number),
         )
-        score = float(
-            self._network.target_loss.task.statistic(predictions.counts.sum(axis=0, dtype=np.int64))
-        )
+        task = self._network.target_loss.task
+        score = float(task.statistic(task.total(predictions.counts)))
         best_index([score])
         self.history.append(ValidationScore(number, score))
         if self.best.step == number:
@@ -129,7 +128,11 @@ class ValidationHook(Hook):
         if not self._world.is_main:
             return
         stored = [score for score in self.history if score.step <= position.step]
-        kept = {self._best_path(early_stop.best(scores).step) for scores in (stored, self.history) if scores}
+        kept = {
+            self._best_path(early_stop.best(scores, self._sign).step)
+            for scores in (stored, self.history)
+            if scores
+        }
         averages = self._run_dir.glob("average/step_*")  # of an earlier revision; checkpoints hold them now
         for path in {*averages, *self._run_dir.glob("best/step_*")} - kept:
             path.unlink()

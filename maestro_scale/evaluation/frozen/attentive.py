@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from maestro_scale.evaluation.baselines.baseline import FrozenEncoder, token_view
 from maestro_scale.evaluation.features.cache import FeatureCache
 from maestro_scale.evaluation.features.on_device import to_device
+from maestro_scale.evaluation.metric_kinds import METRIC_KINDS
 from maestro_scale.evaluation.metrics import best_index
 from maestro_scale.evaluation.probes.lr_grid import lr_grid_search
 from maestro_scale.evaluation.results import EvaluationError
 from maestro_scale.evaluation.tasks.losses import TargetLoss
-from maestro_scale.evaluation.tasks.task import Predictions, SegmentationTask
+from maestro_scale.evaluation.tasks.protocol import Predictions
 from maestro_scale.model.config import DatasetView, ModelConfig
 from maestro_scale.model.heads import POOL_HEADS, build_head
 from maestro_scale.model.initialise import initialise
@@ -69,12 +70,13 @@ class HeadGrid:
         tokens = tokens or view
         self._target_loss, self._device = target_loss, device
         self._grids = {s.name: (tokens.rows(s), s.grid**2) for s in tokens.sensors}
-        target, task = target_loss.task.target, target_loss.task
+        target, layout = target_loss.task.target, target_loss.task.layout
         ref = next((s for s in view.sensors if s.name == view.ref_sensor), None)
-        side = task.layout.side if isinstance(task, SegmentationTask) else 0
+        side = layout.side if layout else 0
         self.heads = [build_head(target, width, "attentive", ref, side).to(device) for _ in LEARNING_RATES]
         for head in self.heads:
             initialise(head, seed)
+            target_loss.prepare(head)
         # With a map to predict, a head resamples every token grid to the reference grid and pools each cell by itself.
         cells = ref.grid**2 if ref is not None and side else 0
         tokens_per_crop = sum(rows * (cells or length) for rows, length in self._grids.values())
@@ -134,7 +136,9 @@ def attentive_probe(
     pieces = (train.labels[first : first + BATCH_CROPS] for first in range(0, len(train), BATCH_CROPS))
     targets = (target_loss.loss_targets(torch.from_numpy(np.array(labels))) for labels in pieces)
     if not any(target_loss.num_terms(part) for part in targets):
-        raise EvaluationError("there is nothing to fit on: every label of the training split is ignored")
+        raise EvaluationError(
+            "there is nothing to fit on: every label of the training split is ignored or missing"
+        )
     heads = HeadGrid(target_loss, view, train.features.shape[-1], seed, device, tokens)
     lr_grid_search(
         [head.parameters() for head in heads.heads],
@@ -149,8 +153,10 @@ def attentive_probe(
         tiles = [target_loss.per_tile(*batch) for batch in heads.predict(head, split)]
         return target_loss.predictions(np.concatenate(tiles))
 
-    counts = [predict(head, val).counts.sum(axis=0, dtype=np.int64) for head in heads.heads]
-    which = best_index([float(target_loss.task.statistic(c)) for c in counts])
+    task = target_loss.task
+    totals = [task.total(predict(head, val).counts) for head in heads.heads]
+    sign = METRIC_KINDS[task.metric].sign
+    which = best_index([float(task.statistic(total)) for total in totals], sign=sign)
     chosen = heads.heads[which]
     return replace(
         predict(chosen, test),

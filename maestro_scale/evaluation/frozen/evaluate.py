@@ -27,16 +27,10 @@ from maestro_scale.evaluation.features.on_device import RecipePrecision, eval_pr
 from maestro_scale.evaluation.frozen.attentive import attentive_probe, concat_tokens
 from maestro_scale.evaluation.progress import ProgressFactory, no_progress
 from maestro_scale.evaluation.results import EvalResult
-from maestro_scale.evaluation.tasks.losses import target_loss_for
+from maestro_scale.evaluation.tasks.losses import needs_label_counts, target_loss_for
+from maestro_scale.evaluation.tasks.protocol import Classifier, Predictions, Task
 from maestro_scale.evaluation.tasks.subset import TRAIN, labelled_subset
-from maestro_scale.evaluation.tasks.task import (
-    Classifier,
-    MultilabelTask,
-    Predictions,
-    SegmentationTask,
-    Task,
-    task_for,
-)
+from maestro_scale.evaluation.tasks.task import task_for
 from maestro_scale.evaluation.tasks.tile_maps import TileMapWriter
 from maestro_scale.shards.format.manifest import Manifest
 from maestro_scale.shards.read.store import Store
@@ -72,7 +66,7 @@ def evaluate_frozen(
     provenance = provenance or Provenance()
     manifest = benchmark.load_manifest()
     spec = encoder_spec(model, benchmark.spec)
-    task = task_for(spec, benchmark.target)
+    task = task_for(spec, benchmark.target, benchmark.loss)
     device = world.device if world else use_device(bind_process(device_setting))
     model = model.eval().to(device)
     train_split, fraction = benchmark.train_split(manifest)
@@ -130,16 +124,16 @@ def _feature_kind(mode: str, task: Task) -> FeatureKind:
     return FeatureKind("pooled", task.features, task.feature_dtype)
 
 
-def _classifier(
-    mode: str, task: MultilabelTask | SegmentationTask, model: FrozenEncoder, spec: DatasetSpec
-) -> Classifier:
+def _classifier(mode: str, task: Task, model: FrozenEncoder, spec: DatasetSpec) -> Classifier:
     if mode != ATTENTIVE:
         return task.classifiers[mode]
-    target_loss, view, tokens = target_loss_for(task), model.view(spec.name), token_view(model, spec.name)
+    view, tokens = model.view(spec.name), token_view(model, spec.name)
 
     def fit(
         train: FeatureCache, val: FeatureCache, test: FeatureCache, seed: int, device: torch.device
     ) -> Predictions:
+        counts = task.label_counts(np.asarray(train.labels)) if needs_label_counts(task) else None
+        target_loss = target_loss_for(task, counts)
         return attentive_probe(target_loss, view, train, val, test, seed, device, tokens)
 
     return fit

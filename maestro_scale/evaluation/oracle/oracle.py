@@ -25,9 +25,9 @@ from maestro_scale.evaluation.probes import dense
 from maestro_scale.evaluation.progress import ProgressFactory, no_progress
 from maestro_scale.evaluation.results import ORACLE, EvalResult, EvaluationError
 from maestro_scale.evaluation.tasks.first_maps import FirstMaps
+from maestro_scale.evaluation.tasks.protocol import Predictions, Task
 from maestro_scale.evaluation.tasks.task import (
     MultilabelTask,
-    Predictions,
     SegmentationTask,
     multilabel_predictions,
     task_for,
@@ -111,8 +111,8 @@ class Oracle:
     """Predicts tiles and counts the predictions. ``num_crops``: of a tile; ``tile_shape``: of what scoring needs of it,
     as in ``tasks.losses.TargetLoss``."""
 
-    def __init__(self, spec: DatasetSpec, task: MultilabelTask | SegmentationTask) -> None:
-        if task.target.name not in SCENE_TARGETS:
+    def __init__(self, spec: DatasetSpec, task: Task) -> None:
+        if task.target.name not in SCENE_TARGETS or not isinstance(task, MultilabelTask | SegmentationTask):
             raise EvaluationError(
                 f"{spec.name}: {task.target.name} is not a map of a scene's classes; the oracle knows "
                 f"{', '.join(SCENE_TARGETS)}"

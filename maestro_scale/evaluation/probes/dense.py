@@ -7,7 +7,7 @@ F features.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -38,7 +38,7 @@ SELECTION_CELLS = 20_000  # at most, of validation, that k and the temperature a
 LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 BATCH_CELLS = 1024
 
-_CHUNK_CELLS = 2048  # compared or predicted at once: bounds the memory of similarities and votes
+CHUNK_CELLS = 2048  # compared or predicted at once: bounds the memory of similarities and votes
 _SAMPLE_STREAM = 1  # of the random numbers under a seed, see lr_grid
 
 
@@ -128,24 +128,26 @@ def knn(
     k and the temperature are those with the best validation mIoU; the first wins a tie. Of more than ``BANK_CELLS``
     training cells a sample is used, drawn from ``seed``.
     """
-    rows = _sample(_labelled_cells(layout, train, "training"), BANK_CELLS, seed)
-    bank = _unit(_take_cells(train.features, rows), device)
-    labels = to_device(_take_cells(layout.per_cell(np.asarray(train.labels)), rows), device).long()
-    selection = _sample(_labelled_cells(layout, val, "validation"), SELECTION_CELLS, seed + 1)
-    truth = _take_cells(layout.per_cell(np.asarray(val.labels)), selection)
+    rows = sample_cells(labelled_cells(_counted(layout, train), "training"), BANK_CELLS, seed)
+    bank = unit_vectors(take_cells(train.features, rows), device)
+    labels = to_device(take_cells(layout.per_cell(np.asarray(train.labels)), rows), device).long()
+    selection = sample_cells(labelled_cells(_counted(layout, val), "validation"), SELECTION_CELLS, seed + 1)
+    truth = take_cells(layout.per_cell(np.asarray(val.labels)), selection)
     ks = sorted({min(k, len(bank)) for k in NEIGHBOURS})
     counts = {(k, t): np.zeros((num_classes, num_classes), np.int64) for k in ks for t in TEMPERATURES}
-    for piece in np.array_split(np.arange(len(truth)), -(-len(truth) // _CHUNK_CELLS)):
-        near = torch.topk(_unit(_take_cells(val.features, selection[piece]), device) @ bank.T, ks[-1], dim=1)
+    for piece in np.array_split(np.arange(len(truth)), -(-len(truth) // CHUNK_CELLS)):
+        near = torch.topk(
+            unit_vectors(take_cells(val.features, selection[piece]), device) @ bank.T, ks[-1], dim=1
+        )
         for k, t in counts:
             votes = _vote(near.values[:, :k] / t, labels[near.indices[:, :k]], num_classes)
             counts[k, t] += confusion(votes, truth[piece], num_classes, ignored=(IGNORED,))
     k, t = list(counts)[best_index([float(mean_iou(c)) for c in counts.values()])]
     predicted = []
-    for features in _chunks(test.features):
-        near = torch.topk(_unit(features, device) @ bank.T, k, dim=1)
+    for features in feature_chunks(test.features):
+        near = torch.topk(unit_vectors(features, device) @ bank.T, k, dim=1)
         predicted.append(_vote(near.values / t, labels[near.indices], num_classes))
-    return _as_crops(predicted, test), {"k": k, "temperature": t}
+    return as_crops(predicted, test), {"k": k, "temperature": t}
 
 
 def probe(
@@ -156,84 +158,90 @@ def probe(
     test: FeatureCache,
     seed: int,
     device: torch.device = CPU,
+    class_weights: Sequence[float] | None = None,
 ) -> tuple[np.ndarray, dict[str, float]]:
     """Predictions (M, P, Q) uint8 of a linear map F → Q·C per cell, on standardised features, and the hyperparameters.
 
     One map per learning rate, all trained in the same pass (AdamW, one-cycle cosine, cross-entropy over the pixels that
     count); the one with the best validation mIoU is used. The order of the batches is drawn from ``seed``.
+    ``class_weights``: (C,) of the cross-entropy, which then is a weighted mean.
     """
-    rows = _labelled_cells(layout, train, "training")
+    rows = labelled_cells(_counted(layout, train), "training")
     labels = layout.per_cell(np.asarray(train.labels))
-    mean, scale = _moments(train.features)
-    maps = _LinearMaps(train.features.shape[-1], layout.side**2, num_classes, mean, scale, device)
+    mean, scale = feature_moments(train.features)
+    maps = LinearMaps(train.features.shape[-1], layout.side**2 * num_classes, mean, scale, device)
+    weight = None if class_weights is None else torch.tensor(class_weights, device=device)
 
     def backward(piece: np.ndarray) -> None:
-        truth = to_device(_take_cells(labels, piece), device).long()
-        maps.loss(_take_cells(train.features, piece), truth).backward()
+        truth = to_device(take_cells(labels, piece), device).long()
+        losses = [
+            F.cross_entropy(
+                logits.view(-1, num_classes), truth.flatten(), weight, ignore_index=IGNORED, reduction="mean"
+            )
+            for logits in maps.outputs(take_cells(train.features, piece))
+        ]
+        torch.stack(losses).sum().backward()  # each map's gradient is that of its own loss
+
+    def best_class(logits: Tensor) -> np.ndarray:
+        return logits.view(len(logits), -1, num_classes).argmax(-1).byte().cpu().numpy()
 
     learners = zip(maps.weights, maps.biases, strict=True)
     lr_grid_search(list(learners), LEARNING_RATES, rows, BATCH_CELLS, seed, backward)
-    counts = [confusions(layout, num_classes, p, val).sum(0) for p in maps.predict(val)]
+    counts = [confusions(layout, num_classes, p, val).sum(0) for p in maps.predict(val, best_class)]
     chosen = best_index([float(mean_iou(c[:num_classes])) for c in counts])
-    return maps.predict(test, only=chosen)[0], {"lr": LEARNING_RATES[chosen]}
+    return maps.predict(test, best_class, only=chosen)[0], {"lr": LEARNING_RATES[chosen]}
 
 
-class _LinearMaps:
-    """A linear map per learning rate over the same standardised features, from zero weights."""
+class LinearMaps:
+    """A linear map F → outputs per learning rate, over the same standardised features, from zero weights."""
 
     def __init__(
-        self,
-        width: int,
-        pixels: int,
-        classes: int,
-        mean: np.ndarray,
-        scale: np.ndarray,
-        device: torch.device,
+        self, width: int, outputs: int, mean: np.ndarray, scale: np.ndarray, device: torch.device
     ) -> None:
-        self.pixels, self.classes = pixels, classes
         self._mean, self._scale = (torch.from_numpy(a).float().to(device) for a in (mean, scale))
 
         def zeros(*shape: int) -> list[Tensor]:
             return [torch.zeros(*shape, device=device, requires_grad=True) for _ in LEARNING_RATES]
 
-        self.weights, self.biases = zeros(width, pixels * classes), zeros(pixels * classes)
+        self.weights, self.biases = zeros(width, outputs), zeros(outputs)
 
-    def loss(self, features: np.ndarray, truth: Tensor) -> Tensor:
-        """The sum over maps of the mean cross-entropy of (n, F) against (n, Q)."""
+    def outputs(self, features: np.ndarray) -> list[Tensor]:
+        """(n, outputs) of every map, of features (n, F)."""
         x = self._standardise(features)
-        losses = [
-            F.cross_entropy(
-                (x @ w + b).view(-1, self.classes), truth.flatten(), ignore_index=IGNORED, reduction="mean"
-            )
-            for w, b in zip(self.weights, self.biases, strict=True)
-        ]
-        return torch.stack(losses).sum()  # each map's gradient is that of its own loss
+        return [x @ w + b for w, b in zip(self.weights, self.biases, strict=True)]
 
     @torch.no_grad()
-    def predict(self, split: FeatureCache, only: int | None = None) -> list[np.ndarray]:
-        """(M, P, Q) uint8 of every map, or of one."""
+    def predict(
+        self, split: FeatureCache, decide: Callable[[Tensor], np.ndarray], only: int | None = None
+    ) -> list[np.ndarray]:
+        """(M, P, Q) of every map, or of one; ``decide``: outputs of n cells to predictions (n, Q)."""
         maps = range(len(self.weights)) if only is None else [only]
         parts: list[list[np.ndarray]] = [[] for _ in maps]
-        for features in _chunks(split.features):
+        for features in feature_chunks(split.features):
             x = self._standardise(features)
             for part, i in zip(parts, maps, strict=True):
-                logits = (x @ self.weights[i] + self.biases[i]).view(len(x), self.pixels, self.classes)
-                part.append(logits.argmax(-1).byte().cpu().numpy())
-        return [_as_crops(part, split) for part in parts]
+                part.append(decide(x @ self.weights[i] + self.biases[i]))
+        return [as_crops(part, split) for part in parts]
 
     def _standardise(self, features: np.ndarray) -> Tensor:
         return (to_device(features.astype(np.float32), self._mean.device) - self._mean) / self._scale
 
 
-def _labelled_cells(layout: PixelLayout, split: FeatureCache, which: str) -> np.ndarray:
-    """Numbers of the cells, among all M·P, with a pixel that counts. EvaluationError if there is none."""
-    rows = np.flatnonzero((layout.per_cell(np.asarray(split.labels)) != IGNORED).any(-1))
+def _counted(layout: PixelLayout, split: FeatureCache) -> np.ndarray:
+    """(M, P, Q) bool: whether the label of a pixel counts."""
+    return layout.per_cell(np.asarray(split.labels)) != IGNORED
+
+
+def labelled_cells(counted: np.ndarray, which: str) -> np.ndarray:
+    """Numbers of the cells, among all M·P, with a pixel that counts (M, P, Q). EvaluationError if there is none."""
+    rows = np.flatnonzero(counted.any(-1))
     if not len(rows):
-        raise EvaluationError(f"no pixel of the {which} split counts: every label is ignored")
+        raise EvaluationError(f"no pixel of the {which} split counts: every label is ignored or missing")
     return rows
 
 
-def _sample(rows: np.ndarray, most: int, seed: int) -> np.ndarray:
+def sample_cells(rows: np.ndarray, most: int, seed: int) -> np.ndarray:
+    """At most ``most`` of these rows, drawn from ``seed``; ascending."""
     if len(rows) <= most:
         return rows
     return np.sort(
@@ -241,22 +249,25 @@ def _sample(rows: np.ndarray, most: int, seed: int) -> np.ndarray:
     )
 
 
-def _take_cells(crops: FeatureArray, cells: np.ndarray) -> np.ndarray:
+def take_cells(crops: FeatureArray, cells: np.ndarray) -> np.ndarray:
     """(n, …): cells by number, among all M·P, of (M, P, …)."""
     return crops[np.divmod(cells, crops.shape[1])]
 
 
-def _chunks(features: FeatureArray) -> Iterator[np.ndarray]:
-    crops = max(_CHUNK_CELLS // features.shape[1], 1)
+def feature_chunks(features: FeatureArray) -> Iterator[np.ndarray]:
+    """(n, F) features of all cells in order, a few crops at a time."""
+    crops = max(CHUNK_CELLS // features.shape[1], 1)
     for first in range(0, len(features), crops):
         yield np.asarray(features[first : first + crops]).reshape(-1, features.shape[-1])
 
 
-def _as_crops(parts: list[np.ndarray], split: FeatureCache) -> np.ndarray:
+def as_crops(parts: list[np.ndarray], split: FeatureCache) -> np.ndarray:
+    """(M, P, Q) from the predictions (n, Q) of consecutive chunks."""
     return np.concatenate(parts).reshape(len(split), -1, parts[0].shape[-1])
 
 
-def _unit(features: np.ndarray, device: torch.device) -> Tensor:
+def unit_vectors(features: np.ndarray, device: torch.device) -> Tensor:
+    """Features (n, F) at length 1, in fp32."""
     return F.normalize(to_device(np.asarray(features, np.float32), device), dim=1)
 
 
@@ -274,13 +285,13 @@ def _vote(weights: Tensor, labels: Tensor, num_classes: int) -> np.ndarray:
     return votes[..., :num_classes].argmax(-1).byte().cpu().numpy()
 
 
-def _moments(features: FeatureArray) -> tuple[np.ndarray, np.ndarray]:
+def feature_moments(features: FeatureArray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and scale (F,) over all cells, in float64 and one pass, as the features may be larger than memory.
 
     A feature that is constant in training has scale inf, which drops it.
     """
     total, squares, count = np.zeros(features.shape[-1]), np.zeros(features.shape[-1]), 0
-    for chunk in _chunks(features):
+    for chunk in feature_chunks(features):
         wide = chunk.astype(np.float64)
         total, squares, count = total + wide.sum(0), squares + (wide**2).sum(0), count + len(wide)
     mean = total / count

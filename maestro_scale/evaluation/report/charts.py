@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import matplotlib
 import numpy as np
@@ -18,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from maestro_scale.escaping import plot_text
+from maestro_scale.evaluation.metric_kinds import MetricKind
 from maestro_scale.evaluation.probes.dense import IGNORED
 
 _INK, _PAPER, _GREY = "#26241f", "#fbfaf8", "#cbc9c4"
@@ -29,7 +31,7 @@ _MAX_CLASSES_WITH_NUMBERS = 20
 
 @dataclass(frozen=True)
 class Curve:
-    """Scores of one encoder over fractions of the labels, with intervals; all of one length, fractions of 1."""
+    """Scores of one encoder over fractions of the labels, with intervals; all of one length, not in percent."""
 
     name: str
     fractions: Sequence[float]
@@ -60,8 +62,10 @@ def class_bars(scores: Mapping[str, Mapping[str, float | None]], metric: str) ->
     return _png(figure)
 
 
-def confusion_matrix(counts: Sequence[Sequence[int]], classes: Sequence[str]) -> bytes:
-    """Pixels by (target, predicted) class, (C, C), as shares of each target class."""
+def confusion_matrix(
+    counts: Sequence[Sequence[int]], classes: Sequence[str], what: Literal["pixels", "tiles"] = "pixels"
+) -> bytes:
+    """Pixels or tiles by (target, predicted) class, (C, C), as shares of each target class."""
     pixels = np.asarray(counts, np.float64)
     shares = 100 * pixels / np.maximum(pixels.sum(1, keepdims=True), 1)
     side = 1.8 + 0.36 * len(classes)
@@ -72,7 +76,7 @@ def confusion_matrix(counts: Sequence[Sequence[int]], classes: Sequence[str]) ->
     axes.set_xticks(range(len(classes)), names, rotation=90, fontsize=8)
     axes.set_yticks(range(len(classes)), names, fontsize=8)
     axes.set_xlabel("predicted")
-    axes.set_ylabel("label (share of its pixels, %)")
+    axes.set_ylabel(f"label (share of its {what}, %)")
     if len(classes) <= _MAX_CLASSES_WITH_NUMBERS:
         for row, column in np.ndindex(shares.shape):
             if shares[row, column] >= 0.5:
@@ -89,13 +93,14 @@ def confusion_matrix(counts: Sequence[Sequence[int]], classes: Sequence[str]) ->
     return _png(figure)
 
 
-def label_curves(curves: Sequence[Curve], metric: str) -> bytes:
+def label_curves(curves: Sequence[Curve], kind: MetricKind, units: str = "") -> bytes:
     """Score over the fraction of labels, with intervals."""
     figure = Figure(figsize=(6.5, 4), facecolor=_PAPER)
     axes = figure.add_subplot(facecolor=_PAPER)
     for i, curve in enumerate(curves):
-        shares, values = 100 * np.asarray(curve.fractions), 100 * np.asarray(curve.values)
-        spread = np.abs(100 * np.array([curve.low, curve.high]) - values)
+        scale = 100 if kind.is_fraction else 1
+        shares, values = 100 * np.asarray(curve.fractions), scale * np.asarray(curve.values)
+        spread = np.abs(scale * np.array([curve.low, curve.high]) - values)
         axes.errorbar(
             shares,
             values,
@@ -111,7 +116,7 @@ def label_curves(curves: Sequence[Curve], metric: str) -> bytes:
     axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
     axes.minorticks_off()
     axes.set_xlabel("labels used (%)")
-    axes.set_ylabel(f"{metric} (%)")
+    axes.set_ylabel(plot_text(f"{kind.title} ({kind.unit(units)})" if kind.unit(units) else kind.title))
     _style(axes)
     axes.legend(frameon=False, fontsize=8)
     return _png(figure)
@@ -140,6 +145,24 @@ def maps(truth: np.ndarray, predicted: np.ndarray, classes: Sequence[str]) -> by
         left=0.05, right=1 - 2.0 / (2.4 * num + 2.2), top=0.98, bottom=0.02, wspace=0.05, hspace=0.05
     )
     return _png(figure, tight=False)
+
+
+def value_maps(truth: np.ndarray, predicted: np.ndarray, units: str) -> bytes:
+    """Numbers (n, H, W) of labels above those of predictions, on the scale of the labels; missing ones in grey."""
+    num = len(truth)
+    figure = Figure(figsize=(2.4 * num + 1.4, 5), facecolor=_PAPER)
+    grid = figure.subplots(2, num, squeeze=False)
+    known = truth[~np.isnan(truth)]
+    low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 1.0)
+    for row, (name, images) in enumerate((("label", truth), ("predicted", predicted))):
+        for axes, image in zip(grid[row], images, strict=True):
+            axes.set_facecolor(_GREY)
+            shown = axes.imshow(image, cmap="viridis", vmin=low, vmax=high, interpolation="nearest")
+            axes.set_xticks([])
+            axes.set_yticks([])
+        grid[row][0].set_ylabel(name)
+    figure.colorbar(shown, ax=grid.ravel().tolist(), label=plot_text(units))
+    return _png(figure)
 
 
 def _palette(count: int) -> list[tuple[float, ...]]:

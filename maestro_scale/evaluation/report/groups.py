@@ -17,7 +17,8 @@ IMAGE_PREFIX = "image:"  # of the names of baselines with published weights
 
 # Keys of a recipe's `train` that change the trained weights.
 _TRAINING_KEYS = ("epochs", "steps", "global_batch", "precision")
-_FROZEN = ("knn", "probe", "attentive", ORACLE)
+FROZEN_MODES = ("knn", "probe", "attentive", ORACLE)
+_DEFAULT_LOSS = {"class_weights": "none", "regression_loss": "l2"}
 
 
 @dataclass(frozen=True)
@@ -102,17 +103,18 @@ class ResultGroup:
                 (r.folds[0] if r.folds else None, r.seeds[0], r.value, f.path)
             ]:
                 name = f"seed {seed}" if number is None else f"fold {number}, seed {seed}"
-                lines.append((name, f"{100 * value:.1f}", path))
+                lines.append((name, r.kind.number(value), path))
         return lines
 
     @property
     def score_text(self) -> str:
-        """``78.8 ± 0.2`` over seeds and folds, or ``78.8 (77.9-79.6)`` with the bootstrap interval of the only run."""
-        values = [100 * value for value in self._values]
-        if len(values) > 1:
-            return f"{fmean(values):.1f} ± {stdev(values):.1f}"
+        """``78.8 ± 0.2`` over seeds and folds, or ``78.8 (77.9-79.6)`` with the bootstrap interval of the only run, or
+        of runs that agree by construction (a method without random numbers has the same score for every seed)."""
+        values, number = self._values, self.first.kind.number
+        if len(set(values)) > 1:
+            return f"{number(fmean(values))} ± {number(stdev(values))}"
         low, high = self.first.interval
-        return f"{values[0]:.1f} ({100 * low:.1f}-{100 * high:.1f})"
+        return f"{number(values[0])} ({number(low)}-{number(high)})"
 
     @property
     def kind(self) -> str:
@@ -195,9 +197,12 @@ def _training_key(r: EvalResult) -> str:
     recipe = _section(r.recipe)
     mixture = _section(recipe.get("data")).get("mixture")
     entry = _section(mixture[0] if isinstance(mixture, list) and mixture else None)
+    evaluation = _section(recipe.get("evaluation"))
+    # Keys that files of earlier revisions do not have: their default changes nothing.
+    loss = {k: v for k in _DEFAULT_LOSS if (v := evaluation.pop(k, None)) not in (None, _DEFAULT_LOSS[k])}
     parts: list[Any] = [{k: v for k, v in entry.items() if k not in ("shards", "weight")}]
-    if r.mode not in _FROZEN:
-        train, evaluation = _section(recipe.get("train")), _section(recipe.get("evaluation"))
+    if r.mode not in FROZEN_MODES:
+        train = _section(recipe.get("train"))
         evaluation.pop("modes", None)
         parts += [
             recipe.get("model"),
@@ -206,7 +211,7 @@ def _training_key(r: EvalResult) -> str:
             evaluation,
             _section(recipe.get("data")).get("flips"),
         ]
-    return json.dumps(parts, sort_keys=True, default=str)
+    return json.dumps(parts + [loss] * bool(loss), sort_keys=True, default=str)
 
 
 def _section(value: object) -> dict[str, Any]:

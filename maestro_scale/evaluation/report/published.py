@@ -9,12 +9,13 @@ from maestro_scale.evaluation.results import EvalResult
 
 @dataclass(frozen=True)
 class BenchmarkColumn:
-    """A column of the tables: a dataset, its target and metric."""
+    """A column of the tables: a dataset, its target, metric and official test splits (by their names in shards)."""
 
     benchmark: str
     title: str
     metric: str
     target: str
+    test_splits: tuple[str, ...] = ("test",)
 
     def is_of(self, result: EvalResult) -> bool:
         """Whether a result is a score of this benchmark."""
@@ -32,7 +33,7 @@ class PublishedRow:
 
 COLUMNS = (
     BenchmarkColumn("treesatai_ts", "TreeSatAI-TS", "wF1", "species"),
-    BenchmarkColumn("pastis_hd", "PASTIS-HD", "mIoU", "crop_type"),
+    BenchmarkColumn("pastis_hd", "PASTIS-HD", "mIoU", "crop_type", ("test", "fold_5", "test_rotation_1")),
     BenchmarkColumn("flair2", "FLAIR#2", "mIoU", "cosia"),
     BenchmarkColumn("flair_hub", "FLAIR-HUB", "mIoU", "cosia"),
 )
@@ -60,5 +61,12 @@ CROSS = (
 
 # The row that a result is compared with: the finetuned encoder of the paper's own method with the same pretraining.
 INTRA_REFERENCE = INTRA[0]
+SCRATCH_REFERENCE = INTRA[4]
 CROSS_REFERENCE = {"flair_hub": CROSS[0], "s2_naip": CROSS[1]}
 IMAGE_REFERENCE = {"dinov2": CROSS[2]}  # by a part of the image encoder's name
+
+PRETRAINING_DATA = ("the benchmark's own data", "flair_hub", "s2_naip")
+"""Rows of the paper's cross-dataset comparison of MAESTRO, by the names of datasets here."""
+
+TEMPLATE_FRACTIONS = (0.01, 0.1, 1.0)
+"""Columns of a table over shares of the labels: those of the lists that TreeSatAI-TS ships."""

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 import numpy as np
 import torch
 
-from maestro_scale.evaluation.tasks.task import NUM_MAPS
+from maestro_scale.evaluation.tasks.protocol import NUM_MAPS
 from maestro_scale.training.distributed import World
 
 
 class FirstMaps:
-    """Every rank adds the tiles it evaluated; ``gather`` returns all of them, (n, H, W) uint8 by name."""
+    """Every rank adds the tiles it evaluated; ``gather`` returns all of them, (n, H, W) ``dtype`` by name."""
 
-    def __init__(self, num_tiles: int) -> None:
-        self._num = min(num_tiles, NUM_MAPS)
+    def __init__(self, num_tiles: int, dtype: Literal["uint8", "float32"] = "uint8") -> None:
+        self._num, self._dtype = min(num_tiles, NUM_MAPS), dtype
         self._maps: dict[str, np.ndarray] = {}
 
     def add(self, first: int, maps: Mapping[str, np.ndarray] | None) -> None:
         """Add maps (k, H, W) of consecutive tiles from number ``first`` on; None where the task has none."""
         for name, values in (maps or {}).items() if first < self._num else ():
-            all_tiles = self._maps.setdefault(name, np.zeros((self._num, *values.shape[1:]), np.uint8))
+            all_tiles = self._maps.setdefault(name, np.zeros((self._num, *values.shape[1:]), self._dtype))
             rows = all_tiles[first : first + len(values)]
             rows[:] = values[: len(rows)]
 
@@ -35,8 +36,9 @@ class FirstMaps:
         side = int(sides[0])
         if not side:
             return None
-        empty = np.zeros((self._num, side, side), np.uint8)
-        stacked = np.stack([self._maps.get(name, empty) for name in names]).astype(np.int32)
+        empty = np.zeros((self._num, side, side), self._dtype)
+        wide = np.int32 if self._dtype == "uint8" else np.float32  # uint8 cannot be summed on every device
+        stacked = np.stack([self._maps.get(name, empty) for name in names]).astype(wide)
         # Every tile was added by one rank and is 0 on the others: the sum is a gather.
-        total = world.sum(torch.from_numpy(stacked).to(world.device)).cpu().numpy().astype(np.uint8)
+        total = world.sum(torch.from_numpy(stacked).to(world.device)).cpu().numpy().astype(self._dtype)
         return dict(zip(names, total, strict=True))

@@ -15,18 +15,23 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 from maestro_scale.evaluation.features.cache import FeatureCache
 from maestro_scale.evaluation.metrics import segmentation_scores
 from maestro_scale.evaluation.probes import dense
-from maestro_scale.evaluation.tasks.task import (
-    MultilabelTask,
-    Predictions,
-    SegmentationTask,
-    Task,
-    multilabel_predictions,
+from maestro_scale.evaluation.tasks.class_weights import ClassWeights, class_weights
+from maestro_scale.evaluation.tasks.classification import ClassificationLoss, ClassificationTask
+from maestro_scale.evaluation.tasks.maps import first_tiles, tile_maps
+from maestro_scale.evaluation.tasks.protocol import Predictions, Task, integer_total
+from maestro_scale.evaluation.tasks.regression import (
+    LabelScale,
+    RegressionLoss,
+    RegressionMapLoss,
+    RegressionMapTask,
+    RegressionTask,
 )
+from maestro_scale.evaluation.tasks.task import MultilabelTask, SegmentationTask, multilabel_predictions
 
 
 class TargetLoss(Protocol):
@@ -48,6 +53,10 @@ class TargetLoss(Protocol):
     @property
     def tile_shape(self) -> tuple[int, ...]:
         """Shape of ``per_tile``, without its first axis."""
+        ...
+
+    def prepare(self, head: nn.Module) -> None:
+        """Store in a new head what predictions need besides its weights."""
         ...
 
     def loss_targets(self, labels: Tensor) -> Tensor:
@@ -85,9 +94,10 @@ class TargetLoss(Protocol):
 
 @dataclass(frozen=True)
 class MultilabelLoss:
-    """Binary cross-entropy of every class, the mean over samples and classes."""
+    """Binary cross-entropy of every class, the mean over samples and classes; weighted where ``weights`` are given."""
 
     task: MultilabelTask
+    weights: ClassWeights | None = None
     num_crops: int = 1
 
     @property
@@ -95,17 +105,22 @@ class MultilabelLoss:
         """Probabilities and labels of the C classes."""
         return 2, len(self.task.classes)
 
+    def prepare(self, head: nn.Module) -> None:
+        """Nothing."""
+
     def loss_targets(self, labels: Tensor) -> Tensor:
         """(B, C) bool."""
         return labels
 
     def num_terms(self, targets: Tensor) -> Tensor:
-        """B·C."""
-        return torch.full((), targets.numel(), dtype=torch.float64, device=targets.device)
+        """B·C, or the sum of the weights."""
+        count = torch.full((), targets.numel(), dtype=torch.float64, device=targets.device)
+        return count if self.weights is None else count * self.weights.on(targets.device).double().mean()
 
     def loss_sum(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Logits are (B, C)."""
-        return F.binary_cross_entropy_with_logits(logits.float(), targets.float(), reduction="sum")
+        weight = None if self.weights is None else self.weights.on(targets.device)
+        return F.binary_cross_entropy_with_logits(logits.float(), targets.float(), weight, reduction="sum")
 
     def predict(self, logits: Tensor) -> Tensor:
         """(B, C) probabilities."""
@@ -129,9 +144,11 @@ class MultilabelLoss:
 
 @dataclass(frozen=True)
 class SegmentationLoss:
-    """Cross-entropy of every pixel, the mean over the pixels that count."""
+    """Cross-entropy of every pixel, the mean over the pixels that count; weighted by class where ``weights`` are
+    given."""
 
     task: SegmentationTask
+    weights: ClassWeights | None = None
 
     @property
     def num_crops(self) -> int:
@@ -143,13 +160,20 @@ class SegmentationLoss:
         """Pixels by (target, predicted) class; the last row counts ignored pixels."""
         return len(self.task.classes) + 1, len(self.task.classes)
 
+    def prepare(self, head: nn.Module) -> None:
+        """Nothing."""
+
     def loss_targets(self, labels: Tensor) -> Tensor:
         """(B, P, Q) int64."""
         return self.task.layout.per_cell(labels).long()
 
     def num_terms(self, targets: Tensor) -> Tensor:
-        """Pixels of the model's image with a label that counts."""
-        return (targets != dense.IGNORED).sum().double()
+        """Pixels of the model's image with a label that counts, or the sum of their weights."""
+        counted = targets != dense.IGNORED
+        if self.weights is None:
+            return counted.sum().double()
+        weight = self.weights.on(targets.device)[torch.where(counted, targets, 0)]
+        return torch.where(counted, weight, 0.0).sum(dtype=torch.float64)
 
     def loss_sum(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Logits are (B, C, grid·side, grid·side)."""
@@ -157,7 +181,8 @@ class SegmentationLoss:
         if torch.are_deterministic_algorithms_enabled():
             # Only the loss of (N, C) has a deterministic algorithm on GPUs, not that of maps.
             cells, targets = rearrange(cells, "b c n m -> (b n m) c"), targets.flatten()
-        return F.cross_entropy(cells, targets, ignore_index=dense.IGNORED, reduction="sum")
+        weight = None if self.weights is None else self.weights.on(targets.device)
+        return F.cross_entropy(cells, targets, weight, ignore_index=dense.IGNORED, reduction="sum")
 
     def predict(self, logits: Tensor) -> Tensor:
         """(B, P, Q) uint8 index of the most probable class."""
@@ -176,23 +201,40 @@ class SegmentationLoss:
     def first_maps(self, predicted: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
         """Class numbers as in ``task.labels``."""
         return {
-            "truth": self.task.first_tiles(labels),
-            "answer": self.task.first_tiles(self.task.layout.per_pixel(predicted)),
+            "truth": first_tiles(self.task.layout, labels),
+            "answer": first_tiles(self.task.layout, self.task.layout.per_pixel(predicted)),
         }
 
     def tile_maps(self, predicted: np.ndarray) -> Iterator[np.ndarray]:
         """Class numbers as in ``task.labels``."""
-        return self.task.tile_maps(predicted)
+        return tile_maps(self.task.layout, predicted)
 
     def predictions(self, tiles: np.ndarray) -> Predictions:
         """The most probable class of each pixel is predicted."""
-        return Predictions(tiles, {}, segmentation_scores(tiles.sum(0)))
+        return Predictions(tiles, {}, segmentation_scores(integer_total(tiles)))
 
     @property
     def _grid(self) -> int:
         return self.task.layout.grid
 
 
-def target_loss_for(task: MultilabelTask | SegmentationTask) -> TargetLoss:
-    """The loss of a task."""
-    return MultilabelLoss(task) if isinstance(task, MultilabelTask) else SegmentationLoss(task)
+def needs_label_counts(task: Task) -> bool:
+    """Whether the loss of a task depends on the training labels as a whole, so that they must be read before."""
+    return isinstance(task, RegressionTask | RegressionMapTask) or task.loss.class_weights != "none"
+
+
+def target_loss_for(task: Task, label_counts: np.ndarray | None = None) -> TargetLoss:
+    """The loss of a task. ``label_counts``: of all training labels (``Task.label_counts``), where
+    ``needs_label_counts``; without them a regression is not standardised."""
+    if isinstance(task, RegressionTask | RegressionMapTask):
+        scale = LabelScale() if label_counts is None else LabelScale.of(label_counts)
+        if isinstance(task, RegressionTask):
+            return RegressionLoss(task, scale)
+        return RegressionMapLoss(task, scale)
+    weights = class_weights(task.loss, task.classes, label_counts)
+    if isinstance(task, ClassificationTask):
+        return ClassificationLoss(task, weights)
+    if isinstance(task, MultilabelTask):
+        return MultilabelLoss(task, weights)
+    assert isinstance(task, SegmentationTask)  # task_for makes no other kind
+    return SegmentationLoss(task, weights)

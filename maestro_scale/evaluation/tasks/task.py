@@ -1,4 +1,4 @@
-"""Evaluation tasks by kind of target: the features and labels of a batch, classifiers on them, and scores from counts.
+"""Evaluation tasks of multilabel and segmentation targets, and the task of any target (``task_for``).
 
 A class counts unless its index is among the target's ignored values. Shapes: B crops, M crops of a split, P cells of
 the reference grid (see ``probes.dense``), F features, C classes that count, H×W label pixels.
@@ -6,13 +6,12 @@ the reference grid (see ``probes.dense``), F features, C classes that count, H×
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from maestro_scale.datasets.spec import DatasetSpec, Target
@@ -33,109 +32,20 @@ from maestro_scale.evaluation.probes import dense
 from maestro_scale.evaluation.probes.knn import knn
 from maestro_scale.evaluation.probes.linear import linear_probe
 from maestro_scale.evaluation.results import EvaluationError
+from maestro_scale.evaluation.tasks.class_weights import class_weights
+from maestro_scale.evaluation.tasks.classification import ClassificationTask
+from maestro_scale.evaluation.tasks.maps import cell_features, first_tiles, tile_maps
+from maestro_scale.evaluation.tasks.protocol import (
+    DEFAULT_LOSS,
+    Classifier,
+    LossSettings,
+    Predictions,
+    Task,
+    integer_total,
+)
+from maestro_scale.evaluation.tasks.regression import RegressionMapTask, RegressionTask
 from maestro_scale.stream.batch import Batch
 from maestro_scale.stream.crops import CropGrid
-
-NUM_MAPS = 4  # tiles whose label and predicted maps are stored with a result
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """Predictions on the test split, as far as scores and maps need them."""
-
-    counts: np.ndarray
-    """(tiles, …) exact integer counts of each tile; their sum is what is scored, resamples of them its interval."""
-    chosen: Mapping[str, float]
-    """Hyperparameters selected on validation."""
-    scores: Mapping[str, float] = field(default_factory=dict)
-    """Scores other than the task's, by name."""
-    maps: Mapping[str, np.ndarray] | None = None
-    """``truth`` (labels) and ``answer`` (predictions) of the first few tiles, (n, H, W) uint8 each."""
-    tile_maps: Callable[[], Iterator[np.ndarray]] | None = None
-    """Predicted maps (H, W) of all tiles in order; a function, so that they are computed only where they are wanted."""
-
-
-Classifier = Callable[[FeatureCache, FeatureCache, FeatureCache, int, torch.device], Predictions]
-"""(train, val, test, seed, device): fits on train, selects hyperparameters on val, predicts test."""
-
-
-class _VectorClassifier(Protocol):
-    def __call__(
-        self,
-        train: LabelledFeatures,
-        validation: LabelledFeatures,
-        test_features: np.ndarray,
-        *,
-        device: torch.device,
-    ) -> ClassifierResult: ...
-
-
-_CellClassifier = Callable[
-    [dense.PixelLayout, int, FeatureCache, FeatureCache, FeatureCache, int, torch.device],
-    tuple[np.ndarray, dict[str, float]],
-]
-
-
-class Task(Protocol):
-    """What is predicted on a benchmark and how it is scored."""
-
-    @property
-    def target(self) -> Target:
-        """The target in the shards."""
-        ...
-
-    @property
-    def metric(self) -> str:
-        """One of ``results.METRICS``."""
-        ...
-
-    @property
-    def feature_dtype(self) -> str:
-        """In which features are stored on disk."""
-        ...
-
-    @property
-    def num_crops(self) -> int | None:
-        """Crops of a large tile that are evaluated; None for all."""
-        ...
-
-    @property
-    def classifiers(self) -> Mapping[str, Classifier]:
-        """Classifiers on ``features``, by mode."""
-        ...
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Names of the C classes that count."""
-        ...
-
-    def features(self, model: FrozenEncoder, batch: Batch) -> Tensor:
-        """(B, …, F) features of a batch."""
-        ...
-
-    def labels(self, batch: Batch) -> np.ndarray:
-        """(B, …) labels of a batch on the host. EvaluationError as ``check_labels``."""
-        ...
-
-    def check_labels(self, batch: Batch) -> None:
-        """EvaluationError where a batch on the host does not have labels of this task."""
-        ...
-
-    def label_tensor(self, batch: Batch) -> Tensor:
-        """As ``labels``, on the device of the batch; not checked, so that the host does not wait for the device."""
-        ...
-
-    def statistic(self, counts: np.ndarray) -> np.ndarray:
-        """The score of summed counts; leading axes are resamples."""
-        ...
-
-    def per_class(self, counts: np.ndarray) -> np.ndarray:
-        """(C,) scores of summed counts, NaN where a class is in no target."""
-        ...
-
-    def confusion(self, counts: np.ndarray) -> tuple[tuple[int, ...], ...] | None:
-        """Pixels by (target, predicted) class of summed counts; None for a task without pixels."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -143,14 +53,16 @@ class MultilabelTask:
     """Any number of classes per tile, predicted from one feature vector per tile; scored by wF1."""
 
     target: Target
+    loss: LossSettings = DEFAULT_LOSS
     metric: ClassVar[str] = "wf1"
     feature_dtype: ClassVar[str] = "float32"
     num_crops: ClassVar[int | None] = 1  # one prediction per tile
+    layout: ClassVar[None] = None
 
     @property
     def classifiers(self) -> Mapping[str, Classifier]:
         """kNN and logistic regression."""
-        return {"knn": self._classifier(knn), "probe": self._classifier(linear_probe)}
+        return {"knn": self._knn, "probe": self._probe}
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -170,7 +82,17 @@ class MultilabelTask:
 
     def label_tensor(self, batch: Batch) -> Tensor:
         """(B, C) bool: share above the target's threshold."""
-        return batch.targets[self.target.name] > self.target.threshold
+        return self.encode_labels(batch.targets[self.target.name])
+
+    def encode_labels(self, values: Tensor) -> Tensor:
+        """(B, C) shares -> (B, C) bool."""
+        return values > self.target.threshold
+
+    def label_counts(self, labels: np.ndarray) -> np.ndarray:
+        """(C,) tiles with each class."""
+        return labels.sum(axis=0, dtype=np.float64)
+
+    total = staticmethod(integer_total)
 
     def statistic(self, counts: np.ndarray) -> np.ndarray:
         """wF1 of (…, 3, C)."""
@@ -184,17 +106,34 @@ class MultilabelTask:
     def confusion(self, counts: np.ndarray) -> None:
         """None: labels are of whole tiles."""
 
-    def _classifier(self, classify: _VectorClassifier) -> Classifier:
-        def fit(
-            train: FeatureCache, val: FeatureCache, test: FeatureCache, seed: int, device: torch.device
-        ) -> Predictions:
-            labelled = [LabelledFeatures(np.asarray(e.features), e.labels) for e in (train, val)]
-            result = classify(labelled[0], labelled[1], np.asarray(test.features), device=device)
-            return multilabel_predictions(
-                result.predicted, result.scores, np.asarray(test.labels), result.chosen
-            )
+    def _knn(
+        self, train: FeatureCache, val: FeatureCache, test: FeatureCache, seed: int, device: torch.device
+    ) -> Predictions:
+        result = knn(*_labelled(train, val), np.asarray(test.features), device=device)
+        return _multilabel_result(result, test)
 
-        return fit
+    def _probe(
+        self, train: FeatureCache, val: FeatureCache, test: FeatureCache, seed: int, device: torch.device
+    ) -> Predictions:
+        weights = class_weights(self.loss, self.classes, self.label_counts(np.asarray(train.labels)))
+        result = linear_probe(
+            *_labelled(train, val),
+            np.asarray(test.features),
+            device=device,
+            class_weights=None if weights is None else weights.values,
+        )
+        return _multilabel_result(result, test)
+
+
+def _labelled(train: FeatureCache, val: FeatureCache) -> tuple[LabelledFeatures, LabelledFeatures]:
+    return (
+        LabelledFeatures(np.asarray(train.features), train.labels),
+        LabelledFeatures(np.asarray(val.features), val.labels),
+    )
+
+
+def _multilabel_result(result: ClassifierResult, test: FeatureCache) -> Predictions:
+    return multilabel_predictions(result.predicted, result.scores, np.asarray(test.labels), result.chosen)
 
 
 @dataclass(frozen=True)
@@ -203,6 +142,7 @@ class SegmentationTask:
 
     target: Target
     layout: dense.PixelLayout
+    loss: LossSettings = DEFAULT_LOSS
     metric: ClassVar[str] = "miou"
     feature_dtype: ClassVar[str] = "float16"
     num_crops: ClassVar[int | None] = None
@@ -211,7 +151,7 @@ class SegmentationTask:
     @property
     def classifiers(self) -> Mapping[str, Classifier]:
         """kNN over cells, and a linear map per cell."""
-        return {"knn": self._classifier(dense.knn), "probe": self._classifier(dense.probe)}
+        return {"knn": self._knn, "probe": self._probe}
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -220,8 +160,7 @@ class SegmentationTask:
 
     def features(self, model: FrozenEncoder, batch: Batch) -> Tensor:
         """(B, P, F = S·E): per cell the mean over dates of each sensor's tokens, concatenated over sensors."""
-        grids = model.encode(batch).values()
-        return torch.cat([_resample_tokens(t.mean(dim=1), self.layout.grid) for t in grids], dim=-1)
+        return cell_features(model, batch, self.layout.grid)
 
     def labels(self, batch: Batch) -> np.ndarray:
         """(B, H, W) uint8: index among the classes that count, ``dense.IGNORED`` elsewhere."""
@@ -251,7 +190,10 @@ class SegmentationTask:
 
     def label_tensor(self, batch: Batch) -> Tensor:
         """(B, H, W) uint8: index among the classes that count, ``dense.IGNORED`` elsewhere."""
-        values = batch.targets[self.target.name]
+        return self.encode_labels(batch.targets[self.target.name])
+
+    def encode_labels(self, values: Tensor) -> Tensor:
+        """(B, H, W) stored values -> as ``label_tensor``."""
         return self._label_table(values.device)[values.long()]
 
     def _label_table(self, device: torch.device) -> Tensor:
@@ -265,6 +207,12 @@ class SegmentationTask:
             self._tables[device] = table
         return table
 
+    def label_counts(self, labels: np.ndarray) -> np.ndarray:
+        """(C,) pixels of each class."""
+        return np.bincount(labels.reshape(-1), minlength=256)[: len(self.classes)].astype(np.float64)
+
+    total = staticmethod(integer_total)
+
     def statistic(self, counts: np.ndarray) -> np.ndarray:
         """mIoU of (…, C + 1, C) over the classes present, whatever was predicted on ignored pixels."""
         return mean_iou(self._counted(counts))
@@ -277,36 +225,32 @@ class SegmentationTask:
         """Rows are targets."""
         return tuple(tuple(row) for row in self._counted(counts).tolist())
 
-    def first_tiles(self, crops: np.ndarray) -> np.ndarray:
-        """(n, H, W): the first few tiles, assembled from crops (M, h, w)."""
-        per_tile = self.layout.crop_grid.num_crops
-        firsts = range(0, min(len(crops), NUM_MAPS * per_tile), per_tile)
-        return np.stack([self.layout.assemble(crops[first : first + per_tile]) for first in firsts])
-
-    def tile_maps(self, predicted: np.ndarray) -> Iterator[np.ndarray]:
-        """(H, W) uint8 of each tile, assembled from predictions (M, P, Q) of its crops."""
-        per_tile = self.layout.crop_grid.num_crops
-        for first in range(0, len(predicted), per_tile):
-            yield self.layout.assemble(self.layout.per_pixel(predicted[first : first + per_tile]))
-
     def _counted(self, counts: np.ndarray) -> np.ndarray:
         return counts[..., : len(self.classes), :]
 
-    def _classifier(self, classify: _CellClassifier) -> Classifier:
-        def fit(
-            train: FeatureCache, val: FeatureCache, test: FeatureCache, seed: int, device: torch.device
-        ) -> Predictions:
-            predicted, chosen = classify(self.layout, len(self.classes), train, val, test, seed, device)
-            counts = dense.confusions(self.layout, len(self.classes), predicted, test)
-            maps = {
-                "truth": self.first_tiles(test.labels),
-                "answer": self.first_tiles(self.layout.per_pixel(predicted)),
-            }
-            return Predictions(
-                counts, chosen, segmentation_scores(counts.sum(0)), maps, lambda: self.tile_maps(predicted)
-            )
+    def _knn(
+        self, train: FeatureCache, val: FeatureCache, test: FeatureCache, seed: int, device: torch.device
+    ) -> Predictions:
+        return self._result(*dense.knn(self.layout, len(self.classes), train, val, test, seed, device), test)
 
-        return fit
+    def _probe(
+        self, train: FeatureCache, val: FeatureCache, test: FeatureCache, seed: int, device: torch.device
+    ) -> Predictions:
+        weights = class_weights(self.loss, self.classes, self.label_counts(np.asarray(train.labels)))
+        values = None if weights is None else weights.values
+        predicted, chosen = dense.probe(
+            self.layout, len(self.classes), train, val, test, seed, device, values
+        )
+        return self._result(predicted, chosen, test)
+
+    def _result(self, predicted: np.ndarray, chosen: Mapping[str, float], test: FeatureCache) -> Predictions:
+        counts = dense.confusions(self.layout, len(self.classes), predicted, test)
+        maps = {
+            "truth": first_tiles(self.layout, test.labels),
+            "answer": first_tiles(self.layout, self.layout.per_pixel(predicted)),
+        }
+        scores = segmentation_scores(counts.sum(0))
+        return Predictions(counts, chosen, scores, maps, lambda: tile_maps(self.layout, predicted))
 
 
 def multilabel_predictions(
@@ -322,16 +266,19 @@ def multilabel_predictions(
     return Predictions(tile_counts(predicted, labels), chosen, scores)
 
 
-def _resample_tokens(tokens: Tensor, grid: int) -> Tensor:
-    """(B, L, E) -> (B, grid², E): bilinear interpolation where the sensor has another grid than the reference."""
-    side = round(tokens.shape[1] ** 0.5)
-    if side == grid:
-        return tokens
-    maps = tokens.transpose(1, 2).unflatten(-1, (side, side))
-    return F.interpolate(maps, size=(grid, grid), mode="bilinear").flatten(2).transpose(1, 2)
+_TILE_TASKS: Mapping[str, Callable[[Target, LossSettings], Task]] = {
+    "multilabel": MultilabelTask,
+    "classification": ClassificationTask,
+    "regression": RegressionTask,
+}
+_MAP_TASKS: Mapping[str, Callable[[Target, dense.PixelLayout, LossSettings], Task]] = {
+    "segmentation": SegmentationTask,
+    "regression": RegressionMapTask,
+}
+"""By kind of target; ``tasks.losses.target_loss_for`` has the loss of each task."""
 
 
-def task_for(spec: DatasetSpec, target: str | None = None) -> MultilabelTask | SegmentationTask:
+def task_for(spec: DatasetSpec, target: str | None = None, loss: LossSettings = DEFAULT_LOSS) -> Task:
     """The task of predicting ``target`` (default: the dataset's first); ``spec``: with the sensors the encoder reads.
 
     EvaluationError where the dataset has no such target, or the reference grid does not fit its labels.
@@ -344,8 +291,8 @@ def task_for(spec: DatasetSpec, target: str | None = None) -> MultilabelTask | S
     if target is not None and target not in names:
         raise EvaluationError(f"{spec.name} has no target {target!r}; it has: {', '.join(names)}")
     chosen = spec.target(target or names[0])
-    if chosen.kind == "multilabel":
-        return MultilabelTask(chosen)
+    if not chosen.is_map:
+        return _TILE_TASKS[chosen.kind](chosen, loss)
     refs = [s for s in spec.sensors if s.name == spec.ref_sensor]
     if not refs:
         raise EvaluationError(
@@ -355,6 +302,6 @@ def task_for(spec: DatasetSpec, target: str | None = None) -> MultilabelTask | S
     try:
         crops = CropGrid(spec)
         layout = dense.PixelLayout(refs[0].grid, refs[0].patch, chosen.resolution_m or spec.crop_m, crops)
-        return SegmentationTask(chosen, layout)
+        return _MAP_TASKS[chosen.kind](chosen, layout, loss)
     except ValueError as error:
         raise EvaluationError(f"{spec.name}: sensor {refs[0].name}: {error}") from None

@@ -13,7 +13,14 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from maestro_scale.datasets.spec import DatasetError, DatasetSpec, Modality, Target, Tile
+from maestro_scale.datasets.spec import (
+    MISSING_CLASS,
+    DatasetError,
+    DatasetSpec,
+    Modality,
+    Target,
+    Tile,
+)
 from maestro_scale.errors import shorten
 
 Layout = tuple[tuple[int, ...], str]  # shape, and name of the dtype
@@ -69,9 +76,12 @@ def target_layout(target: Target, spec: DatasetSpec) -> Layout:
     """Of a target as it is stored."""
     if target.kind == "multilabel":
         return (len(target.classes),), "float32"
+    dtype = {"segmentation": "uint8", "classification": "int16", "regression": "float32"}[target.kind]
+    if not target.is_map:
+        return (1,), dtype
     assert target.resolution_m is not None  # spec_problems requires it of a segmentation
     side = round(spec.tile_m / target.resolution_m)
-    return (side, side), "uint8"
+    return (side, side), dtype
 
 
 def check_tile(tile: Tile, spec: DatasetSpec) -> None:
@@ -121,15 +131,17 @@ def stored_dates(key: str, modality: Modality, layout: Layout) -> int:
 
 
 def check_classes(key: str, fields: Mapping[str, np.ndarray], target: Target) -> None:
-    """DatasetError if a segmentation contains a value that is neither a class nor ignored; its layout was checked."""
-    if target.kind != "segmentation":
+    """DatasetError if a segmentation or classification contains a value that is neither a class nor ignored (nor, in a
+    classification, missing); its layout was checked."""
+    if target.kind not in ("segmentation", "classification"):
         return
     array = fields[target_field(target.name)]
     # The maximum first: np.unique sorts all pixels, and nearly all tiles pass this check.
-    highest = int(array.max())
-    if highest >= len(target.classes):
+    lowest = int(array.min()) if target.kind == "classification" else 0  # a segmentation is unsigned
+    if lowest < 0 or int(array.max()) >= len(target.classes):
+        missing = {MISSING_CLASS} if target.kind == "classification" else set()
         unknown = sorted(
-            set(np.unique(array).tolist()) - set(range(len(target.classes))) - set(target.ignored)
+            set(np.unique(array).tolist()) - set(range(len(target.classes))) - set(target.ignored) - missing
         )
         if unknown:
             raise DatasetError(

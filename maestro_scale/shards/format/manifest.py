@@ -16,7 +16,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from maestro_scale import untrusted
-from maestro_scale.datasets.spec import DatasetSpec
+from maestro_scale.datasets.spec import OMIT_DEFAULT, DatasetSpec
 from maestro_scale.datasets.spec_check import spec_problems
 from maestro_scale.errors import dotted, shorten
 from maestro_scale.shards.errors import ManifestError, StoreError
@@ -63,6 +63,8 @@ class Manifest:
     created_with: Mapping[str, str] = field(default_factory=dict)  # package → version
     seed: int = 0  # of the order in which the samples were written
     examples: Mapping[str, str] = field(default_factory=dict)  # note → first tile or cause counted by it
+    # Whether the tiles are synthetic scenes; None: unknown, as in manifests of earlier revisions.
+    synthetic: bool | None = field(default=None, metadata=OMIT_DEFAULT)
 
     @classmethod
     def load(cls, url: str) -> Manifest:

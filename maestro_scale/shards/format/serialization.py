@@ -23,6 +23,7 @@ def to_builtins(value: Any) -> Any:
         return {
             name: float(getattr(value, name)) if is_float else to_builtins(getattr(value, name))
             for name, is_float in _fields(kind)
+            if not _is_omitted(kind, name, getattr(value, name))
         }
     if isinstance(value, Mapping):
         return {key: to_builtins(item) for key, item in value.items()}
@@ -36,6 +37,16 @@ def _fields(kind: type) -> list[tuple[str, bool]]:
     """Name of each field of a dataclass, and whether it is a float."""
     hints = typing.get_type_hints(kind)
     return [(f.name, hints[f.name] is float) for f in dataclasses.fields(kind)]
+
+
+def _is_omitted(kind: type, name: str, value: Any) -> bool:
+    """Whether a field that is written only where it differs from its default has the default (spec.OMIT_DEFAULT)."""
+    return name in _optional(kind) and value == _optional(kind)[name]
+
+
+@cache
+def _optional(kind: Any) -> dict[str, Any]:
+    return {f.name: f.default for f in dataclasses.fields(kind) if f.metadata.get("omit_default")}
 
 
 def from_builtins(kind: type[T], data: Any) -> T:

@@ -14,6 +14,7 @@ from maestro_scale.datasets.values import (
     dates_problem,
     mask_problem,
     masked_problem,
+    numbers_problem,
     shares_problem,
     sorted_note,
 )
@@ -39,6 +40,8 @@ def value_problems(fields: Mapping[str, np.ndarray], spec: DatasetSpec) -> list[
     for target in spec.targets:
         if target.kind == "multilabel":
             found[target_field(target.name)] = shares_problem(fields[target_field(target.name)])
+        elif target.kind == "regression":
+            found[target_field(target.name)] = numbers_problem(fields[target_field(target.name)])
     found[REF_DATE] = dates_problem(fields[REF_DATE][None])
     return [f"{name} {problem}" for name, problem in found.items() if problem is not None]
 

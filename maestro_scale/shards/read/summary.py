@@ -20,7 +20,8 @@ from maestro_scale.shards.temporary import temporary_folder
 class SplitSummary:
     """One split.
 
-    ``classes[target][name]``: number of samples (multilabel) or pixels (segmentation) with that class.
+    ``classes[target][name]``: number of samples (multilabel, classification) or pixels (segmentation) with that class;
+    of a regression the numbers of values called ``value`` and ``missing``.
     ``months[modality]``: number of dates in January, …, December.
     """
 

@@ -74,7 +74,14 @@ class Destination:
     """
 
     def __init__(
-        self, dst: str, spec: DatasetSpec, split: str, codec: str, seed: int, part: WriterPart = WHOLE_SPLIT
+        self,
+        dst: str,
+        spec: DatasetSpec,
+        split: str,
+        codec: str,
+        seed: int,
+        part: WriterPart = WHOLE_SPLIT,
+        synthetic: bool | None = None,
     ) -> None:
         try:
             check_split_name(split)
@@ -87,6 +94,7 @@ class Destination:
         self.storage = open_storage(dst)
         self.split = split
         self._spec, self._codec, self._seed, self._part = spec, codec, seed, part
+        self._synthetic = synthetic
         self._stack = ExitStack()
 
     def __enter__(self) -> Destination:
@@ -168,7 +176,7 @@ class Destination:
         if not filled:
             raise WriteError(f"split {self.split}: none of its tiles can be read, nothing is written")
         every = [shards[i].index for i in sorted(shards)]
-        added = split_manifest(plan, self._codec, self._seed, filled.values(), every)
+        added = split_manifest(plan, self._codec, self._seed, filled.values(), every, self._synthetic)
         try:
             with self._lock.publication():
                 self._lock.check()

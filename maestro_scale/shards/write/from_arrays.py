@@ -10,7 +10,16 @@ from typing import Any, Literal
 
 import numpy as np
 
-from maestro_scale.datasets.spec import DatasetError, DatasetSpec, Modality, Scale, Sensor, Target, Tile
+from maestro_scale.datasets.spec import (
+    MISSING_CLASS,
+    DatasetError,
+    DatasetSpec,
+    Modality,
+    Scale,
+    Sensor,
+    Target,
+    Tile,
+)
 from maestro_scale.shards.format.manifest import check_spec
 from maestro_scale.shards.format.values import refuse_masked
 
@@ -110,8 +119,9 @@ def make_tile(
     ``arrays[raster]``: (T, C, H, W), or (C, H, W) for a single image, in the raster's dtype; row 0 is north. In a float
     raster NaN means "not measured"; numpy masked arrays with masked values are refused.
     ``dates[raster]``: T dates, times or ISO strings, or one for a single image; in any order, since a series is sorted
-    when it is written. ``masks[raster]``: (T, M, H, W) uint8, 0-100. ``targets[name]``: (H, W) class indices, or class
-    shares, by class name or in the order of the classes.
+    when it is written. ``masks[raster]``: (T, M, H, W) uint8, 0-100. ``targets[name]``: (H, W) class indices
+    (segmentation); class shares, by class name or in the order of the classes (multilabel); a class name, its index or
+    None (classification); a number or (H, W) of them, NaN where missing (regression).
     ``ref_date``: origin of the temporal encoding; None: the earliest date of the first raster.
 
     Raises DatasetError for invalid dates, classes or labels. Shapes, dtypes and values are checked when the tile is
@@ -180,6 +190,13 @@ def _labels(key: str, target: Target, value: Any) -> np.ndarray:
                 f"tile {key}: {target.name} is {array.dtype} {array.shape}; give class indices, 0 to 255"
             )
         return array.astype(np.uint8)
+    if target.kind == "classification":
+        return np.array([_class_index(key, target, value)], np.int16)
+    if target.kind == "regression":
+        try:
+            return np.atleast_1d(np.asarray(np.nan if value is None else value, np.float32))
+        except (TypeError, ValueError) as error:
+            raise DatasetError(f"tile {key}: {target.name} is {value!r}; give numbers") from error
     if isinstance(value, Mapping):
         unknown = [name for name in value if name not in target.classes]
         if unknown:
@@ -188,3 +205,18 @@ def _labels(key: str, target: Target, value: Any) -> np.ndarray:
             )
         value = [value.get(name, 0.0) for name in target.classes]
     return np.asarray(value, np.float32)
+
+
+def _class_index(key: str, target: Target, value: Any) -> int:
+    """The stored value of one class, given by its name or index; None is a missing label."""
+    if value is None:
+        return MISSING_CLASS
+    if isinstance(value, str) and value in target.classes:
+        return target.classes.index(value)
+    if isinstance(value, (int, np.integer)) and (
+        value == MISSING_CLASS or 0 <= value < len(target.classes) or value in target.ignored
+    ):
+        return int(value)
+    raise DatasetError(
+        f"tile {key}: {target.name} has no class {value!r}; there are: {', '.join(target.classes)} (None: missing)"
+    )

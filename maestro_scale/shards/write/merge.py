@@ -28,7 +28,12 @@ class SplitDiffers(WriteError):
 
 
 def split_manifest(
-    plan: WritePlan, codec: str, seed: int, filled: Iterable[WrittenShard], every: Sequence[ShardIndex]
+    plan: WritePlan,
+    codec: str,
+    seed: int,
+    filled: Iterable[WrittenShard],
+    every: Sequence[ShardIndex],
+    synthetic: bool | None = None,
 ) -> Manifest:
     """The manifest of one split alone: its shards, and the notes of all indices, also those of empty shards."""
     notes: Counter[str] = Counter()
@@ -46,6 +51,7 @@ def split_manifest(
         codec=codec,
         created_with={"maestro_scale": __version__, **versions},
         seed=seed,
+        synthetic=synthetic,
     )
 
 
@@ -71,7 +77,15 @@ def add_split(existing: Manifest | None, added: Manifest, where: str) -> Manifes
         shards=(*existing.shards, *added.shards),
         notes=dict(sorted((Counter(existing.notes) + Counter(added.notes)).items())),
         examples=dict(sorted({**added.examples, **existing.examples, **smaller}.items())),
+        synthetic=_is_synthetic(existing, added),
     )
+
+
+def _is_synthetic(a: Manifest, b: Manifest) -> bool | None:
+    """Of both together: synthetic tiles in one split are enough; unknown where one is unknown and the other real."""
+    if a.synthetic or b.synthetic:
+        return True
+    return a.synthetic if a.synthetic == b.synthetic else None
 
 
 def write_record(storage: Storage, added: Manifest) -> None:

@@ -50,6 +50,7 @@ def write_shards(
     progress: Progress | None = None,
     strict: bool = True,
     part: WriterPart = WHOLE_SPLIT,
+    synthetic: bool | None = None,
 ) -> Manifest | None:
     """Write every tile of ``dataset`` as split ``split`` of the shards at ``dst`` (folder or fsspec URL).
 
@@ -61,13 +62,14 @@ def write_shards(
 
     ``part``: write only these shards, as one of several jobs with the same arguments, on any machines. The job that
     finds all shards finished publishes the manifest, which is the same as that of a single call; the others return
-    None. If a part fails, call it again: it writes what is missing.
+    None. If a part fails, call it again: it writes what is missing. ``synthetic``: whether the tiles are synthetic
+    scenes, as recorded in the manifest; None: unknown.
 
     Raises DatasetError for a tile that cannot be read, does not match its spec or has invalid values, WriteError if
     ``dst`` cannot be written or contains something else.
     """
     keys = dataset.keys()
-    with Destination(dst, dataset.spec, split, codec, seed, part) as destination:
+    with Destination(dst, dataset.spec, split, codec, seed, part, synthetic) as destination:
         if len(set(keys)) < len(keys):
             raise WriteError(
                 f"split {split}: {len(keys) - len(set(keys))} keys are repeated; make them unique"
@@ -112,8 +114,9 @@ class Writer:
         codec: str = "raw",
         shard_mb: int = 128,
         seed: int = 0,
+        synthetic: bool | None = None,
     ) -> None:
-        self._destination = Destination(dst, spec, split, codec, seed)
+        self._destination = Destination(dst, spec, split, codec, seed, synthetic=synthetic)
         self._spec, self._codec, self._seed = spec, codec, seed
         self._shard_bytes = shard_mb * 1_000_000
         self._spooled: dict[str, tuple[int, int, tuple[str, ...]]] = {}
