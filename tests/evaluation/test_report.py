@@ -28,7 +28,7 @@ CLASSES = ("meadow", "corn", "vines")
 SEGMENTED = EvalResult(
     benchmark="pastis_hd",
     metric="miou",
-    mode="probe",
+    mode="finetune",
     value=0.656,
     per_class={"meadow": 0.7, "corn": 0.612, "vines": None},
     interval=(0.64, 0.67),
@@ -45,7 +45,7 @@ SEGMENTED = EvalResult(
 LABELLED = EvalResult(
     benchmark="treesatai_ts",
     metric="wf1",
-    mode="knn",
+    mode="finetune",
     value=0.70,
     per_class={"Abies": 0.5, "Acer": 0.8},
     interval=(0.69, 0.71),
@@ -105,9 +105,9 @@ def test_scores_are_shown_next_to_the_published_ones(results, tmp_path):
     assert "MAESTRO from FLAIR-HUB 79.6 68.0 – –" in words
     assert "nan" not in words.lower()
     assert "Not in any label of the test set, so without a score: vines." in words
-    assert "naip from s2_naip, step 500, knn" in words
+    assert "naip from s2_naip, step 500, finetune" in words
     markdown = text.read_text()
-    assert "| **naip from s2_naip, step 500, knn** | 72.0 ± 2.0 [-6.8] | – | – | – |" in markdown
+    assert "| **naip from s2_naip, step 500, finetune** | 72.0 ± 2.0 [-6.8] | – | – | – |" in markdown
     assert "| AnySat | 75.1 | 66.5 | 55.1 | – |" in markdown
     assert not re.search(r"\n\n\|[^\n]+\n\n\|", markdown), "a table is torn apart"
 
@@ -277,8 +277,9 @@ def test_image_encoders_are_shown_next_to_the_published_ones(tmp_path):
         SEGMENTED, encoder="image:facebook/dinov2-base", trained_on=(), checkpoint_step=0
     )
     listed(image, dataclasses.replace(image, mode="scratch"), tmp_path=tmp_path)
-    intra, cross = (tmp_path / "listed.md").read_text().split("## Pretrained elsewhere")
-    assert "| **dinov2-base, probe** | – | 65.6 (64.0-67.0) [+1.2] |" in cross
+    text = (tmp_path / "listed.md").read_text()
+    intra, cross = text.split("## Real data, finetuned: pretrained elsewhere")
+    assert "| **dinov2-base, finetune** | – | 65.6 (64.0-67.0) [+1.2] |" in cross
     assert "| **dinov2-base (not pretrained), scratch** |" in intra
 
 
@@ -299,7 +300,7 @@ def test_an_oracle_of_other_tiles_is_not_shown(tmp_path):
 
 def test_a_curve_over_labels_is_of_one_encoder_and_dataset(tmp_path, monkeypatch):
     curves = []
-    monkeypatch.setattr(charts, "label_curves", lambda found, metric: curves.extend(found) or b"png")
+    monkeypatch.setattr(charts, "label_curves", lambda found, kind, units: curves.extend(found) or b"png")
     points = [
         ("a/model", "d", 1.0, 0.7),
         ("a/model", "d", 0.1, 0.4),

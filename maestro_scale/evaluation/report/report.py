@@ -129,8 +129,9 @@ def draw_pictures(file: ResultFile) -> dict[str, bytes]:
     drawn: dict[str, bytes] = {}
     classes = list(result.per_class)
     if result.confusion and len(classes) <= charts.MAX_CLASSES:
-        what = "pixels" if result.metric == "miou" else "tiles"
-        drawn["confusion"] = charts.confusion_matrix(result.confusion, classes, what)
+        drawn["confusion"] = charts.confusion_matrix(
+            result.confusion, classes, "pixels" if result.metric == "miou" else "tiles"
+        )
     if (path := file.path.parent / MAPS).exists():
         try:
             truth, predicted = untrusted.load_npz(path, ("truth", "answer"))

@@ -28,6 +28,7 @@ from maestro_scale.evaluation.report.published import (
 from maestro_scale.evaluation.results import EvalResult
 
 EMPTY = "–"
+_TITLES = {"r2": "R²", "mae": "MAE", "macro_f1": "macro F1"}
 
 
 @dataclass(frozen=True)
@@ -144,12 +145,13 @@ def _paper_table(
     if published:
         note = (
             "Highlighted: evaluated here, with a 95 % bootstrap interval over tiles, or mean ± deviation over seeds "
-            "and folds, and the difference to the published row of the same pretraining and mode, if the test split is the "
-            "official one. The others are the published numbers of arXiv 2508.10894, on the real test sets."
+            "and folds, and the difference to the published row of the same pretraining and mode, if the test "
+            "split is the official one. The others are the published numbers of arXiv 2508.10894, on the real "
+            "test sets."
         )
     unknown = sum(g.first.synthetic is None for g in groups)
     if published and unknown:
-        note += f" {unknown} of them do not record whether their data is synthetic (written by an earlier revision)."
+        note += f" Results that do not record whether their data is synthetic, of earlier revisions: {unknown}."
     lines = (*_our_rows(groups, every), *(_published_row(r) for r in published))
     return Table(title, tuple((c.title, f"{c.metric}, %") for c in COLUMNS), lines, note)
 
@@ -268,9 +270,9 @@ def _other_table(title: str, key: tuple[str, str, str], groups: Sequence[ResultG
         scores = [_score_text(name, group.first.scores.get(name)) for name in names]
         cells = (Cell(group.score_text, anchor=group.anchor), *map(Cell, scores))
         step = f", step {group.first.checkpoint_step}" if group.first.trained_on else ""
-        lines.append(TableRow(f"{_origin(group)}{step}, {group.first.mode}", cells, True))
+        lines.append(TableRow(f"{_origin(group)}{step}, {group.first.mode}", cells, False))
     columns = [(kind.title, kind.unit(units))]
-    columns += [(name.replace("_", " "), _score_unit(name, units)) for name in names]
+    columns += [(_TITLES.get(name, name.replace("_", " ")), _score_unit(name, units)) for name in names]
     name = f"{benchmark}: {target}" if target else benchmark
     note = "Evaluated here: with a 95 % bootstrap interval over tiles, or mean ± deviation over seeds and folds. "
     note += f"{kind.title}: {'higher' if kind.higher_is_better else 'lower'} is better."
