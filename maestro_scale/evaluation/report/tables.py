@@ -151,7 +151,9 @@ def _paper_table(
         )
     unknown = sum(g.first.synthetic is None for g in groups)
     if published and unknown:
-        note += f" Results that do not record whether their data is synthetic, of earlier revisions: {unknown}."
+        note += (
+            f" Results that do not record whether their data is synthetic, of earlier revisions: {unknown}."
+        )
     lines = (*_our_rows(groups, every), *(_published_row(r) for r in published))
     return Table(title, tuple((c.title, f"{c.metric}, %") for c in COLUMNS), lines, note)
 
