@@ -35,7 +35,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.gpu_sections.cases import bench_recipe, config_of, specs_of
 from benchmarks.ranks import run_ranks
 from maestro_scale.model.maestro import Maestro
-from maestro_scale.model.masking import MaskingConfig, draw_masks
+from maestro_scale.model.masking import draw_masks
+from maestro_scale.recipe import build_masking
 from maestro_scale.recipe.engine_config import Derived, complete_config
 from maestro_scale.stream.batch import Batch
 from maestro_scale.stream.mock import mock_batch
@@ -151,7 +152,7 @@ def _setup() -> tuple[Maestro, Batch, dict[str, Any]]:
     # The mock batch needs the description of the dataset only.
     source = cast(Source, SimpleNamespace(spec=specs_of(recipe)[0]))
     batch = mock_batch(source, config.dataset, 2)
-    masks = draw_masks(config, MaskingConfig(**recipe.masking.model_dump()), batch)
+    masks = draw_masks(config, build_masking(recipe), batch)
     return Maestro(config).initialise(0), batch, masks
 
 

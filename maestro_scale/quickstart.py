@@ -216,8 +216,10 @@ def _evaluate(console: Console, paths: QuickstartPaths, seed: int) -> None:
     untrained = Maestro(pretrained.config).initialise(seed).eval()
     console.print("[bold]5/5[/bold] evaluating frozen embeddings on held-out tiles")
     step = load_position(newest(paths.run)).step
-    entry = load_recipe(paths.run / "recipe.yaml").data.mixture[0]
-    spec = resolve_spec(Manifest.load(paths.shards).spec, entry)
+    recipe = load_recipe(paths.run / "recipe.yaml")
+    spec = resolve_spec(
+        Manifest.load(paths.shards).spec, recipe.data.mixture[0], spectral=recipe.model.spectral
+    )
     benchmark = Benchmark(spec, paths.shards, paths.out / "cache", paths.out / "features")
     device: DeviceSetting = "auto" if torch.cuda.is_available() else "cpu"
     for name, model, trained in zip(ENCODERS, (pretrained, untrained), (step, 0), strict=True):

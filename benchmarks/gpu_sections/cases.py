@@ -117,7 +117,10 @@ def small_recipe(shards: Path, work: Path, rehearse: bool, *sets: str) -> Recipe
 
 def specs_of(recipe: Recipe) -> list[DatasetSpec]:
     """The resolved spec of each dataset of a recipe, without its shards."""
-    return [resolve_spec(datasets.spec(e.dataset), e, i) for i, e in enumerate(recipe.data.mixture)]
+    return [
+        resolve_spec(datasets.spec(e.dataset), e, i, recipe.model.spectral)
+        for i, e in enumerate(recipe.data.mixture)
+    ]
 
 
 def config_of(recipe: Recipe) -> ModelConfig:

@@ -14,6 +14,7 @@ from benchmarks.gpu_sections.device import exact_fp32
 from benchmarks.gpu_sections.record import relative
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.model.masking import MaskingConfig, draw_masks
+from maestro_scale.recipe import build_masking
 from maestro_scale.stream.batch import Batch
 from maestro_scale.stream.mock import mock_batch
 from maestro_scale.stream.source import Source
@@ -44,7 +45,7 @@ def run(bench: Bench) -> None:
         config = config_of(recipe)
         (spec,) = specs_of(recipe)
         batch = mock_batch(Source(spec, (), cast(Any, None)), config.dataset, 2)
-        masking = MaskingConfig(**recipe.masking.model_dump())
+        masking = build_masking(recipe)
         model = Maestro(config).initialise(0)
         host = forward_backward(model, batch, masking, torch.device("cpu"))
         device = forward_backward(model, batch, masking, bench.device.torch)

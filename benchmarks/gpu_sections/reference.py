@@ -16,6 +16,7 @@ from benchmarks.gpu_sections.training import new_model
 from benchmarks.reference_step import reference_loss
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.model.masking import MaskingConfig, draw_masks
+from maestro_scale.recipe import build_masking
 from maestro_scale.stream.batch import Batch
 from maestro_scale.stream.mock import mock_batch
 from maestro_scale.stream.source import Source
@@ -49,7 +50,7 @@ def measure(bench: Bench, case: Case) -> dict[str, Any]:
     config, device = config_of(recipe), bench.device
     source = Source(spec, (), cast(Any, None))
     batch = mock_batch(source, config.dataset, case.micro_batch, pin=device.is_gpu)
-    masking = MaskingConfig(**recipe.masking.model_dump())
+    masking = build_masking(recipe)
     model = new_model(config, 0).to(device.torch)
     difference = disagreement(model, mock_batch(source, config.dataset, 2).to(device.torch), masking)
     bench.record.check(f"{case.title}: the same loss for the same masks", difference, _LOSS)

@@ -17,8 +17,7 @@ from benchmarks.gpu_sections.device import Device, Wait, WaitRecorder, profiled
 from maestro_scale import datasets
 from maestro_scale.model.config import ModelConfig
 from maestro_scale.model.maestro import Maestro
-from maestro_scale.model.masking import MaskingConfig
-from maestro_scale.recipe import Recipe, build_model_config, resolve_spec
+from maestro_scale.recipe import Recipe, build_masking, build_model_config, resolve_spec
 from maestro_scale.stream.loader import TrainLoader
 from maestro_scale.stream.source import Source
 from maestro_scale.training.assembly import RunContext, TrainingParts, assemble, seed_everything
@@ -80,7 +79,7 @@ def run_on_mock_batch(bench: Bench, recipe: Recipe, name: str, hooks: Sequence[H
         objective=PretrainObjective(
             configs={config.dataset: config},
             sources={config.dataset: source},
-            masking=MaskingConfig(**recipe.masking.model_dump()),
+            masking=build_masking(recipe),
         ),
         stream=cast(TrainLoader, stream),  # it has the methods that a trainer calls
         num_steps=_NUM_STEPS,

@@ -71,7 +71,7 @@ class Sensor:
     mask_threshold: float = 0.0  # a pixel is marked where any mask band exceeds this (percent)
     token_groups: tuple[
         int, ...
-    ] = ()  # bands per token under `spectral: token`; empty: one token for all bands
+    ] = ()  # bands per token under `spectral: token`; empty: recipe/resolve.py:resolve_spec takes the band groups
     elevation: bool = False  # channel 1 becomes 30 * (channel 0 - channel 1), after scaling
 
     @property

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal
 
 from maestro_scale.datasets.spec import DatasetSpec, Modality, Sensor, Target
 from maestro_scale.datasets.spec_limits import (
@@ -220,6 +221,33 @@ def sharing_problems(datasets: Sequence[tuple[str, Sequence[Sensor]]]) -> Iterat
                     f"{list(s.token_groups)}, but {'.'.join(map(str, there))} has {list(other.token_groups)}: sensors "
                     "of one name share their mask tokens",
                 )
+
+
+def target_group_problems(
+    sensors: Sequence[Sensor], target: Literal["patch_group", "patch", "none"]
+) -> Iterator[Problem]:
+    """Sensors with a group of one value, over which a target cannot be normalised: (name of the sensor, key), reason.
+
+    ``target``: over which values of a patch the target is normalised (``model.target``). The variance of one value is
+    0 / 0, so the loss would be NaN. A property of the model, not of the data: a spec with such groups can be stored.
+    """
+    for s in sensors:
+        if target == "none" or s.patch != 1:
+            continue
+        if target == "patch" and len(s.bands) == 1:
+            reason = (
+                "1 pixel of 1 band is a single value, which model.target=patch cannot normalise: use a larger patch or "
+                "model.target=none"
+            )
+            yield (s.name, "patch"), reason
+        if target == "patch_group" and 1 in s.band_groups:
+            index = s.band_groups.index(1)
+            reason = (
+                f"{shorten(list(s.band_groups))}: group {index} has one band, and with patch 1 a single value, which "
+                "model.target=patch_group cannot normalise: use larger groups, a larger patch, or model.target="
+                f"{'none' if len(s.bands) == 1 else 'patch'}"
+            )
+            yield (s.name, "band_groups"), reason
 
 
 def _embed_input(sensor: Sensor) -> str:

@@ -41,7 +41,10 @@ class Encoder:
         CheckpointError where that is impossible."""
         entry = recipe.data.mixture[0]
         self.manifest = manifest or Manifest.load(entry.shards)
-        self.spec = resolve_spec(self.manifest.spec, entry)
+        # Only the model of a baseline follows from the recipe. That of a checkpoint has token groups of its own, which
+        # adapt_encoder gives to the sensors.
+        spectral = "joint" if baseline is None else recipe.model.spectral
+        self.spec = resolve_spec(self.manifest.spec, entry, spectral=spectral)
         self._recipe, self._checkpoint, self._baseline, self._fold = recipe, checkpoint, baseline, fold
         self.name = scrub(baseline or str(checkpoint))
         self.per_fold = checkpoint is not None and FOLD in checkpoint

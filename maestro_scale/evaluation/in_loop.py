@@ -193,14 +193,14 @@ def _benchmark(recipe: Recipe, datasets: Sequence[UsedDataset]) -> tuple[UsedDat
     for i, (entry, dataset) in enumerate(zip(recipe.data.mixture, datasets, strict=True)):
         spec = dataset.manifest.spec
         if entry.shards == shards or (shards is None and spec.targets):
-            return dataset, resolve_spec(spec, entry, i)
+            return dataset, resolve_spec(spec, entry, i, recipe.model.spectral)
     if shards is not None:
         manifest = Manifest.load(shards)
         extra = UsedDataset(f"evaluation.shards ({manifest.spec.name})", shards, manifest, SPLITS)
         # Other shards of a dataset of the mixture: the encoder reads them as it was trained, with that entry's sensors.
         for i, entry in enumerate(recipe.data.mixture):
             if entry.dataset == manifest.spec.name:
-                return extra, resolve_spec(manifest.spec, entry, i)
+                return extra, resolve_spec(manifest.spec, entry, i, recipe.model.spectral)
         return extra, manifest.spec
     raise RecipeError(
         "evaluation.every_steps: no dataset of data.mixture has a target to score: set evaluation.shards to a "

@@ -9,7 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
+from maestro_scale.datasets.spec import Sensor
 from maestro_scale.model.config import ModelConfig
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.model.masking import num_masked
@@ -47,6 +49,22 @@ def parameter_counts(config: ModelConfig) -> tuple[int, int]:
     with torch.device("meta"):
         sizes = [p.numel() for p in Maestro(config).parameters()]
     return sum(sizes), len(sizes)
+
+
+def sensor_parameters(config: ModelConfig) -> dict[str, int]:
+    """Parameters by sensor of the modules that depend on its bands: patch embedding, mask tokens, projection to pixels.
+
+    Sensors of one ``embed`` share the first and the last. All other parameters are of encoders, decoders and heads.
+    """
+    with torch.device("meta"):
+        model = Maestro(config)
+
+    def modules(sensor: Sensor) -> tuple[nn.Module, ...]:
+        return model.patch_embed[sensor.embed], model.mask_token[sensor.name], model.to_pixels[sensor.embed]
+
+    return {
+        s.name: sum(p.numel() for module in modules(s) for p in module.parameters()) for s in config.sensors
+    }
 
 
 def compute_cost(config: ModelConfig, mask_ratio: float) -> Cost:

@@ -269,7 +269,8 @@ class Maestro(nn.Module):
     # -- loss ----------------------------------------------------------------------------------------------------
 
     def forward(self, batch: Batch, masks: dict[str, Mask], counts: Tensor) -> tuple[Tensor, Tensor]:
-        """This batch's share of the global loss, and its error sums (S,) per sensor, in fp32.
+        """This batch's share of the global loss, and its error sums per sensor (2 S,), in fp32: those of the S
+        predictions, then those of predicting zero.
 
         ``counts`` (S,): masked values of each sensor in the whole *global* batch. As each part is divided by global
         counts, the shares of all micro-batches and ranks add up to the same loss, however the batch is split
@@ -308,9 +309,10 @@ class Maestro(nn.Module):
             for name, prediction in self._predict_pixels(view, in_order).items():
                 sensor = next(s for s in view.sensors if s.name == name)
                 sums[name] = error_sum(view, sensor, prediction, encoded.patches[name], masked[name])
-        stacked = torch.stack([sums[s.name] for s in view.sensors])
-        # The sums are for metrics; detached, so that keeping them does not keep the graph.
-        return weighted_loss(layout.loss_weights, stacked, counts), stacked.detach()
+        errors = torch.stack([sums[s.name][0] for s in view.sensors])
+        # For metrics: detached, as they must not keep the graph; in one tensor, which one collective sums.
+        zero = torch.stack([sums[s.name][1] for s in view.sensors])
+        return weighted_loss(layout.loss_weights, errors, counts), torch.cat([errors.detach(), zero])
 
     def _token_errors(
         self,
@@ -319,8 +321,8 @@ class Maestro(nn.Module):
         decoded: dict[str, Tensor],
         patches: dict[str, Tensor],
         masks: dict[str, Mask],
-    ) -> dict[str, Tensor]:
-        """{sensor: error sum} of sequences whose tokens have equal patches, from their decoded masked tokens.
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """As ``error_sum``, of sequences whose tokens have equal patches, from their decoded masked tokens.
 
         Which of the tokens are those of which sensor is known on the device only, so with several sensors, the pixels
         of every token are predicted with the weights of each, and those of its own sensor count.
@@ -329,7 +331,7 @@ class Maestro(nn.Module):
         found = iter(
             self.to_pixels([s.embed for _, s in pairs], [0] * len(pairs), [decoded[q.name] for q, _ in pairs])
         )
-        sums: dict[str, Tensor] = {}
+        sums: dict[str, tuple[Tensor, Tensor]] = {}
         for q in seqs:
             index = masks[q.name].masked_index
             # In the layout of memory, (C, P*P): a view.
@@ -338,13 +340,14 @@ class Maestro(nn.Module):
             target = gather_tokens(flat, index).unflatten(-1, (bands, -1)).transpose(-1, -2)
             weights = layout.of_sensor[q.name][index] if len(q.sensors) > 1 else None
             predictions = [next(found) for _ in q.sensors]
-            errors = masked_token_errors(layout.view, q.sensors[0], predictions, target, weights)
-            sums.update(zip((s.name for s in q.sensors), errors.unbind(), strict=True))
+            errors, zero = masked_token_errors(layout.view, q.sensors[0], predictions, target, weights)
+            names = (s.name for s in q.sensors)
+            sums.update(zip(names, zip(errors.unbind(), zero.unbind(), strict=True), strict=True))
         return sums
 
     def loss(self, dataset: str, sums: Tensor, counts: Tensor) -> Tensor:
-        """The loss (or a part's share of it) from error sums (S,) and the ``counts`` (S,) of the global batch; fp32."""
-        return combine_losses(self.view(dataset), sums, counts)
+        """The loss (or a part's share) from the sums of ``forward`` and the ``counts`` of the global batch; fp32."""
+        return combine_losses(self.view(dataset), sums[: len(counts)], counts)
 
     def embed(
         self, data: Batch | Tile, crop_m: float | None = None, tile_m: float | None = None

@@ -65,14 +65,16 @@ def masked_bands(config: ModelConfig, sensor: Sensor, masked: Tensor) -> Tensor:
 
 def error_sum(
     config: ModelConfig, sensor: Sensor, prediction: Tensor, patches: Tensor, masked: Tensor
-) -> Tensor:
-    """Sum of |error| (l1) or error**2 (l2) over the masked values; scalar, in fp32 or, for doubles, in double.
+) -> tuple[Tensor, Tensor]:
+    """Sum of |error| (l1) or error**2 (l2) over the masked values, and that of predicting zero; scalars, in fp32 or,
+    for doubles, in double.
 
     bf16 predictions are widened first: a sum in bf16 would lose all but two digits.
     """
     precise = torch.promote_types(prediction.dtype, torch.float32)
-    difference = prediction.to(precise) - normalise(config, sensor, patches)
-    return (ERRORS[config.loss](difference) * masked_bands(config, sensor, masked)).sum()
+    target, bands = normalise(config, sensor, patches), masked_bands(config, sensor, masked)
+    errors = (ERRORS[config.loss](prediction.to(precise) - target) * bands).sum()
+    return errors, (ERRORS[config.loss](target) * bands).sum()
 
 
 def masked_token_errors(
@@ -81,20 +83,23 @@ def masked_token_errors(
     predictions: Sequence[Tensor],
     patches: Tensor,
     of_sensor: Tensor | None,
-) -> Tensor:
-    """Error sums (T,) of the masked tokens of a sequence of T sensors with equal patches, in fp32 or double.
+) -> tuple[Tensor, Tensor]:
+    """Error sums (T,) of the masked tokens of a sequence of T sensors with equal patches, and those of predicting zero,
+    in fp32 or double.
 
     ``predictions``: by sensor, (rows, M, P*P*C), of all masked tokens. ``patches``: their patches (rows, M, P*P, C).
     ``of_sensor`` (rows, M, T): 1 where a token is one of the sensor, else 0; None if T is 1. ``sensor``: any of them.
     """
     # A bf16 prediction minus an fp32 target is computed in fp32.
     target = normalise(config, sensor, patches)
+    zero = ERRORS[config.loss](target)
     errors = ERRORS[config.loss](
         torch.stack([p.unflatten(-1, target.shape[-2:]) for p in predictions], dim=2) - target[:, :, None]
     )
     if of_sensor is None:
-        return errors.sum()[None]
-    return (errors.sum(dim=(-2, -1)) * of_sensor).sum(dim=(0, 1))
+        return errors.sum()[None], zero.sum()[None]
+    parts = ((errors.sum(dim=(-2, -1)) * of_sensor), zero.sum(dim=(-2, -1))[:, :, None] * of_sensor)
+    return parts[0].sum(dim=(0, 1)), parts[1].sum(dim=(0, 1))
 
 
 def num_masked_values(config: ModelConfig, sensor: Sensor, masked: Tensor) -> Tensor:

@@ -36,7 +36,8 @@ class SensorOverride(Section):
     band_groups: tuple[Count, ...] | None = None
     """Sizes of the consecutive groups of bands that targets are normalised over; they add up to the number of bands."""
     token_groups: tuple[Count, ...] | None = None
-    """Bands per token with model.spectral=token; they add up to the number of bands; []: one token for all."""
+    """Bands per token with model.spectral=token; they add up to the number of bands. null: those of the dataset, else
+    ``band_groups``; []: one token for all."""
     scale: ScaleOverride | None = None
     """How raw values become network inputs."""
     group: str | None = None
@@ -105,6 +106,10 @@ class Data(Section):
     """Number of consecutive samples of a lane that are shuffled together."""
     flips: bool = True
     """Flip and transpose at random, the same for all sensors of a sample."""
+    first_date: Literal["auto", "any", "ends"] = "auto"
+    """Where the bins of dates begin in training, if ``num_dates`` does not divide the T dates of a series: at a date
+    drawn from 0 … T mod num_dates (any, as in the reference), or at one of the two ends of this range (ends, as in
+    earlier revisions). auto: any, or what the run's checkpoints were trained with. Evaluation begins at 0."""
 
     @model_validator(mode="after")
     def _check_no_split_twice(self) -> Data:

@@ -25,6 +25,7 @@ from maestro_scale.recipe.sections import (
     Train,
 )
 from maestro_scale.secrets_filter import scrub_tree
+from maestro_scale.stream.dates import FirstDate
 
 Scalar = str | int | float | bool
 
@@ -66,6 +67,18 @@ class Recipe(Section):
     def zero_stage(self) -> int:
         """DeepSpeed's ZeRO stage, 0 to 3."""
         return engine_config.stage_of(self.deepspeed)
+
+    @property
+    def first_date(self) -> FirstDate:
+        """``data.first_date`` of a new run."""
+        return "any" if self.data.first_date == "auto" else self.data.first_date
+
+    @property
+    def has_structural_masks(self) -> bool:
+        """``masking.structure`` of a new run: whether modalities, dates, locations and band groups are masked whole."""
+        if self.masking.structure == "auto":
+            return self.model.fusion in ("group", "mod")
+        return self.masking.structure
 
     def num_micro_batches(self, world_size: int) -> int:
         """Micro-batches of a rank per optimizer step.

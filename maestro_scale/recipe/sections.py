@@ -31,6 +31,7 @@ from maestro_scale.recipe.fields import (
 )
 
 Precision = Literal["bf16", "bf16_weights", "fp32"]
+Decay = Literal["matrices", "all"]
 
 
 def _compile_mode(given: Any) -> Any:
@@ -64,7 +65,7 @@ class Model(Section):
     inter_depth: Annotated[int, Field(ge=0)] = 3
     """Blocks, of ``depth``, that attend over all groups; 0 with monotemp and shared."""
     spectral: Spectral = "joint"
-    """One token for all bands, or one per band group."""
+    """One token for all bands of a patch (joint), or one per group of bands (token; ``token_groups`` of the sensor)."""
     norm: Norm = "group"
     """Normalisation after the patch embedding: over all tokens of a date (as published), or per token."""
     target: TargetNorm = "patch_group"
@@ -137,6 +138,9 @@ class Masking(Section):
     """Probability that a location is masked on all dates of a sensor."""
     band_group: Probability = 0.0
     """Probability that all tokens of a band group are masked (only with model.spectral=token)."""
+    structure: Literal["auto", True, False] = "auto"
+    """Whether structural masks (modality, date, location, band_group) are drawn; else tokens are masked at random only.
+    auto: with fusion group and mod, as in the reference, or what the run's checkpoints were trained with."""
 
 
 class Optim(Section):
@@ -150,6 +154,9 @@ class Optim(Section):
     """Added to the denominator of the update."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     """Decoupled weight decay."""
+    decay: Decay = "matrices"
+    """What decays: the matrices of linear maps only, or all parameters (biases, norms, queries and mask tokens too), as
+    in the reference."""
     schedule: Literal["one_cycle", "cosine"] = "one_cycle"
     """one_cycle: cosine warm-up and cosine decay; cosine: linear warm-up and cosine decay."""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.2
@@ -161,7 +168,9 @@ class Optim(Section):
     clip: Annotated[float, Field(ge=0)] = 1.0
     """Largest norm of the global gradient (gradient clipping); 0: no clipping."""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Decay per step of an exponential moving average of the weights, e.g. 0.9999; 0: none."""
+    """Decay per update of an exponential moving average of the weights, e.g. 0.9999; 0: none."""
+    ema_epochs: Annotated[int, Field(ge=0)] = 0
+    """Epochs between updates of the average; 0: it is updated after every step."""
 
 
 class Train(Section):
@@ -289,7 +298,9 @@ class Evaluation(Section):
     num_crops: Count = 256
     """Pretraining: crops of train, and of val, that every_steps encodes."""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    """Decay per step of the moving average of finetuned weights, which is evaluated; 0: the last weights."""
+    """Decay per update of the moving average of finetuned weights, which is evaluated; 0: the last weights."""
+    ema_epochs: Annotated[int, Field(ge=0)] = 0
+    """Epochs between updates of this average; 0: it is updated after every step, with a smaller decay at first."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Finetuning: learning rate of an encoder block as a fraction of that of the block above it; 1: all the same."""
     validations: Count = 20

@@ -17,6 +17,7 @@ from maestro_scale.shards.errors import CodecError, ShardsError
 from maestro_scale.shards.read.counters import StoreCounters
 from maestro_scale.shards.read.store import BadShard
 from maestro_scale.stream.batch import Batch
+from maestro_scale.stream.dates import FirstDate
 from maestro_scale.stream.packing import Arrays, BatchMetadata, arrays_in, num_bytes, unpack
 from maestro_scale.stream.rng import CounterRNG, Purpose
 from maestro_scale.stream.source import OpenShards, Source, mixture_names
@@ -73,6 +74,7 @@ class BuilderSettings:
     flips: bool = True
     replace_bad: bool = False
     num_processes: int = 1
+    first_date: FirstDate = "any"
 
 
 class _Written(NamedTuple):
@@ -93,7 +95,8 @@ class BatchBuilder:
         self.settings = settings
         self.names = mixture_names([s.spec.name for s in settings.sources])
         self._transforms = [
-            Transform(s.spec, settings.seed, i, settings.flips) for i, s in enumerate(settings.sources)
+            Transform(s.spec, settings.seed, i, settings.flips, settings.first_date)
+            for i, s in enumerate(settings.sources)
         ]
         self._shards: list[OpenShards] = []
         self._pid = 0

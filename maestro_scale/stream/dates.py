@@ -5,15 +5,21 @@ Shapes: T dates stored, D dates selected, n = floor(T / D) dates per bin, C band
 A date is *marked* if the mask (snow, cloud) exceeds the threshold in any pixel. Training draws from
 each bin an unmarked date without NaN; if there is none, a date without NaN; if there is none, any date, unmarked if
 possible.
+
+The T mod D dates that fit into no bin are left out at the beginning, at the end, or partly at both: training draws
+where the bins begin, evaluation begins at the first date.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import numpy as np
 
 from maestro_scale.stream.rng import CounterRNG
+
+FirstDate = Literal["any", "ends"]
 
 
 def spread_evenly(stored: int, num_dates: int) -> np.ndarray:
@@ -38,17 +44,22 @@ def draw(
     marked: np.ndarray | None,
     read: Callable[[np.ndarray], np.ndarray],
     rng: CounterRNG,
+    first_date: FirstDate = "any",
 ) -> tuple[np.ndarray, np.ndarray]:
     """Training: (D,) indices drawn at random from T > D stored dates, and their pixels (D, C, H, W).
 
     ``marked``: (T,) bool or None. ``read``: indices → pixels. Only the drawn dates are read, and further candidates of
     a bin only where a drawn one has NaN, so that a long series is not decoded. Within a bin every eligible date is
-    equally likely.
+    equally likely. ``first_date``: of the bins, any of 0 … T mod D as in the reference, or one of the two ends of this
+    range.
     """
     words = rng.words(stored + 1)
-    # T mod D dates fit into no bin: the last word's highest bit says whether they are left out at the start or the end.
+    # The same number of words in both cases, so that no other draw depends on the choice. With a rest of 1 the first
+    # date is the same too: the highest bit of the last word.
     rest = stored % num_dates
-    bin_dates = bins(stored, num_dates, skip=rest if words[-1] >> np.uint64(63) else 0)
+    where = int(words[-1])
+    skip = where * (rest + 1) >> 64 if first_date == "any" else rest * (where >> 63)
+    bin_dates = bins(stored, num_dates, skip)
     # The smallest of n random words is equally likely to be any of them. The highest bit is freed for the mark, so that
     # every unmarked date comes before every marked one.
     priority = words[:-1][bin_dates] >> np.uint64(1)

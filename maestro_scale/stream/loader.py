@@ -18,6 +18,7 @@ from maestro_scale.stream.batch_builder import (
     BuilderSettings,
     SampleRef,
 )
+from maestro_scale.stream.dates import FirstDate
 from maestro_scale.stream.mixture import Mixture
 from maestro_scale.stream.plan import SampleOrder, SampleOrderError
 from maestro_scale.stream.source import Source, mixture_names
@@ -72,6 +73,7 @@ class TrainLoader:
         flips: bool = True,
         on_bad_shard: Literal["fail", "replace"] = "fail",
         pin: bool = False,
+        first_date: FirstDate = "any",
     ) -> None:
         self.sources, self.rank, self.world, self.workers = tuple(sources), rank, world, workers
         self.global_batch, self.micro_batch, self.pin = global_batch, micro_batch, pin
@@ -93,6 +95,7 @@ class TrainLoader:
             flips,
             on_bad_shard == "replace",
             max(workers, 1) * min(world, MAX_RANKS_PER_NODE),
+            first_date,
         )
         BatchBuilder(self._settings)  # raises here what would otherwise be raised in a worker
         if workers:

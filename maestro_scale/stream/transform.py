@@ -65,13 +65,21 @@ class Transform:
     """Writes transformed samples of one dataset into the rows of a batch's arrays.
 
     ``spec``: resolved, so that its sensors and crop are those of the run; ``dataset``: its index in the mixture;
-    ``flips``: whether training flips and transposes samples. ValueError if a sensor or the crop does not fit.
+    ``flips``: whether training flips and transposes samples; ``first_date``: as in ``dates.draw``. ValueError if a
+    sensor or the crop does not fit.
     """
 
-    def __init__(self, spec: DatasetSpec, seed: int = 0, dataset: int = 0, flips: bool = True) -> None:
+    def __init__(
+        self,
+        spec: DatasetSpec,
+        seed: int = 0,
+        dataset: int = 0,
+        flips: bool = True,
+        first_date: dates.FirstDate = "any",
+    ) -> None:
         self.spec, self.flips = spec, flips
         self.grid = CropGrid(spec)
-        self._sensors = [_SensorTransform(spec, s, self.grid) for s in spec.sensors]
+        self._sensors = [_SensorTransform(spec, s, self.grid, first_date) for s in spec.sensors]
         self._targets = [
             (Field("targets", t.name, *_batch_layout(t, spec, self.grid)), t) for t in spec.targets
         ]
@@ -149,7 +157,10 @@ class Transform:
 class _SensorTransform:
     """The part of a Transform that concerns one sensor."""
 
-    def __init__(self, spec: DatasetSpec, sensor: Sensor, grid: CropGrid) -> None:
+    def __init__(
+        self, spec: DatasetSpec, sensor: Sensor, grid: CropGrid, first_date: dates.FirstDate
+    ) -> None:
+        self._first_date = first_date
         for path, reason in source_problems(sensor, spec.modalities):
             raise ValueError(f"{spec.name}.sensors.{sensor.name}.{dotted(path)}: {reason}")
         self.sensor, self.grid, self.modality = sensor, grid, spec.modality(sensor.source)
@@ -188,7 +199,7 @@ class _SensorTransform:
             pixels = whole() if stored == num_dates else whole()[chosen]
         elif rng is not None:
             marked = self._marked(sample, window)
-            chosen, pixels = dates.draw(stored, num_dates, marked, read, rng)
+            chosen, pixels = dates.draw(stored, num_dates, marked, read, rng, self._first_date)
         else:
             series = whole()
             chosen = dates.nearest_to_median(

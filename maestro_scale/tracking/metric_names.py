@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,24 +12,26 @@ _GROUPS = {
     "system": ("peak_memory_gib",),
 }
 _GROUP_OF = {name: group for group, names in _GROUPS.items() for name in names}
+_BY_DATASET = ("loss", "explained")  # prefixes
 _EXCLUDED = frozenset({"step", "dataset"})  # MLflow's x-axis; the dataset is part of the loss names
 
 
 def metric_names(record: Mapping[str, Any], mixture: bool) -> dict[str, float | None]:
     """Metrics ``loss/total``, ``loss/<sensor>``, ``optim/lr``, ``speed/samples_per_s`` … of a line of metrics.jsonl.
 
-    In a mixture the losses are ``loss/<dataset>/total`` and ``loss/<dataset>/<sensor>``: each step is of one dataset,
-    and a single curve would jump between them. A field that has a prefix keeps it; an unknown one goes to ``other/``.
+    In a mixture the losses are ``loss/<dataset>/total`` and ``loss/<dataset>/<sensor>``, and ``explained`` likewise:
+    each step is of one dataset, and a single curve would jump between them. A field that has a prefix keeps it; an
+    unknown one goes to ``other/``.
     """
-    loss = "loss"
-    if mixture:
-        loss += "/" + record["dataset"].replace("#", ".")  # MLflow allows no '#'
-    return {_name(k, loss): v for k, v in record.items() if k not in _EXCLUDED}
+    # MLflow allows no '#'.
+    dataset = record["dataset"].replace("#", ".") + "/" if mixture else ""
+    return {_name(k, dataset): v for k, v in record.items() if k not in _EXCLUDED}
 
 
-def _name(name: str, loss: str) -> str:
+def _name(name: str, dataset: str) -> str:
     if name == "loss":
-        return f"{loss}/total"
-    if "/" in name:
-        return re.sub(r"^loss/", f"{loss}/", name)
+        return f"loss/{dataset}total"
+    prefix, _, rest = name.partition("/")
+    if rest:
+        return f"{prefix}/{dataset}{rest}" if prefix in _BY_DATASET else name
     return f"{_GROUP_OF.get(name, 'other')}/{name}"

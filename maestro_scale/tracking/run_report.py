@@ -82,7 +82,7 @@ def _by_dataset(recipe: Recipe, lines: Sequence[dict[str, Any]]) -> dict[str, li
 
 def _loss_table(dataset: str, lines: Sequence[dict[str, Any]]) -> str:
     first, last = lines[0], lines[-1]
-    names = ["loss", *(k for k in last if k.startswith("loss/"))]
+    names = ["loss", *(k for k in last if k.startswith(("loss/", "explained/")))]
     rows = [
         f"| {markdown_text(name.removeprefix('loss/'))} | {_number(first.get(name))} | {_number(last.get(name))} |"
         for name in names

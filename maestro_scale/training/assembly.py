@@ -60,9 +60,10 @@ class TrainingParts:
     """The parts in which trainings differ.
 
     ``network``: on the host; ``forward`` as the objective needs it. ``ema_decay`` 0 with ``ema_warmup`` keeps the last
-    weights as the average; None keeps no average. ``build_hooks``: from (engine, ema), called before checkpoints are
-    read. ``compile_mode``: of the network, whose steps are then compiled before the first. ``datasets``: with
-    manifests that all ranks have compared. ``about``: more for environment.json.
+    weights as the average; None keeps no average. ``ema_epochs``: between its updates; 0: every step. ``build_hooks``:
+    from (engine, ema), called before checkpoints are read. ``compile_mode``: of the network, whose steps are then
+    compiled before the first. ``datasets``: with manifests that all ranks have compared. ``about``: more for
+    environment.json.
     """
 
     network: nn.Module
@@ -75,6 +76,7 @@ class TrainingParts:
     build_hooks: Callable[[Engine, WeightEMA | None], Sequence[Hook]]
     ema_decay: float | None = None
     ema_warmup: bool = False
+    ema_epochs: int = 0
     layer_decay: float = 1.0
     compile_mode: CompileMode = "none"
     datasets: Sequence[UsedDataset] = ()
@@ -121,7 +123,8 @@ def assemble(context: RunContext, parts: TrainingParts) -> tuple[Trainer, Positi
     engine = _build_engine(recipe, parts, world)
     ema = None
     if parts.ema_decay is not None:
-        ema = WeightEMA(parts.ema_decay, engine.sharded.fragments, parts.ema_warmup)
+        every = parts.ema_epochs * parts.stream.steps_per_epoch or 1
+        ema = WeightEMA(parts.ema_decay, engine.sharded.fragments, parts.ema_warmup, every)
     metrics = MetricsFile(run_dir / "metrics.jsonl")
     trainer = Trainer(
         world=world,
@@ -158,7 +161,9 @@ def _build_engine(recipe: Recipe, parts: TrainingParts, world: World) -> Engine:
     o = recipe.optim
     schedule = SCHEDULES[o.schedule](parts.num_steps, o.warmup, 1 / o.start_div, 1 / o.final_div)
     network = parts.network.to(world.device)
-    optimizer = build_optimizer(network, recipe.lr, o.betas, o.eps, o.weight_decay, parts.layer_decay)
+    optimizer = build_optimizer(
+        network, recipe.lr, o.betas, o.eps, o.weight_decay, parts.layer_decay, o.decay
+    )
     deepspeed = recipe.deepspeed_config(world.size, world.device.type)
     return Engine(network, optimizer, schedule, deepspeed, world, Guard(recipe.train.spike))
 

@@ -27,6 +27,7 @@ def train_loader(
         window=data.shuffle_window,
         flips=data.flips,
         on_bad_shard=data.on_bad_shard,
+        first_date=recipe.first_date,
         pin=world.device.type != "cpu",
     )
     return stream, train.num_steps(stream.steps_per_epoch)

@@ -8,8 +8,8 @@ from rich.table import Table
 from maestro_scale import datasets
 from maestro_scale.datasets.spec import DatasetSpec
 from maestro_scale.escaping import console_text
-from maestro_scale.model.config import DatasetView
-from maestro_scale.model.cost import GIB, Cost, compute_cost
+from maestro_scale.model.config import ModelConfig
+from maestro_scale.model.cost import GIB, Cost, compute_cost, sensor_parameters
 from maestro_scale.recipe import (
     MixtureEntry,
     Recipe,
@@ -29,7 +29,10 @@ def dry_run(recipe: Recipe, world_size: int, console: Console | None = None) -> 
     console = console or Console(width=110)
     check_world(recipe, world_size)
     check_deepspeed(recipe.deepspeed_config(1, "cuda"))
-    specs = [resolve_spec(_stored_spec(entry), entry, i) for i, entry in enumerate(recipe.data.mixture)]
+    specs = [
+        resolve_spec(_stored_spec(entry), entry, i, recipe.model.spectral)
+        for i, entry in enumerate(recipe.data.mixture)
+    ]
     config = build_model_config(recipe, specs)
     estimator = MemoryEstimator(config, specs)
     by_dataset = {
@@ -40,7 +43,7 @@ def dry_run(recipe: Recipe, world_size: int, console: Console | None = None) -> 
     console.print(f"parameters        {estimator.parameters:,}")
     for view, entry in zip(config.views, recipe.data.mixture, strict=True):
         counted = by_dataset[view.dataset]
-        console.print(_tokens(view, counted))
+        console.print(_tokens(config.for_dataset(view.dataset), counted))
         console.print(
             f"FLOPs per sample  {counted.forward_flops / 1e9:.1f} GFLOP forward, "
             f"{counted.step_flops / 1e9:.1f} GFLOP with backward"
@@ -65,7 +68,7 @@ def specs_and_sizes(recipe: Recipe) -> tuple[list[DatasetSpec], list[tuple[int, 
         else:
             shards = manifest.shards_of(entry.split)
             stored, size = manifest.spec, (sum(s.samples for s in shards), sum(s.bytes for s in shards))
-        specs.append(resolve_spec(stored, entry, i))
+        specs.append(resolve_spec(stored, entry, i, recipe.model.spectral))
         sizes.append(size)
     return specs, sizes
 
@@ -76,16 +79,30 @@ def _stored_spec(entry: MixtureEntry) -> DatasetSpec:
     return Manifest.load(entry.shards).spec  # a user's own dataset is described by its manifest alone
 
 
-def _tokens(view: DatasetView, counted: Cost) -> Table:
+def _tokens(view: ModelConfig, counted: Cost) -> Table:
+    """``view``: the model for one dataset."""
     table = Table(title=f"Tokens per sample, {view.dataset}", title_justify="left")
-    for column in ("sensor", "group", "dates", "pixels", "patch", "bands", "tokens"):
+    for column in ("sensor", "group", "dates", "pixels", "patch", "bands", "tokens", "parameters"):
         table.add_column(column, justify="left" if column in ("sensor", "group") else "right")
+    parameters = sensor_parameters(view)
     for s in view.sensors:
-        numbers = (s.num_dates, s.image_size, s.patch, len(s.bands), counted.tokens[s.name])
+        bands = "+".join(map(str, view.token_groups(s)))  # of each token of a patch
+        numbers = (
+            s.num_dates,
+            s.image_size,
+            s.patch,
+            bands,
+            counted.tokens[s.name],
+            f"{parameters[s.name]:,}",
+        )
         table.add_row(s.name, console_text(s.group), *map(str, numbers))
     table.add_section()
     table.add_row("all", "", "", "", "", "", f"{sum(counted.tokens.values())}")
     table.add_row("visible to the encoder", "", "", "", "", "", f"{counted.visible_tokens}")
+    table.caption = (
+        "parameters: of embedding, mask tokens and projection to pixels; the others are of no single sensor"
+    )
+    table.caption_justify = "left"
     return table
 
 

@@ -14,21 +14,24 @@ EMA = "ema"
 
 
 class WeightEMA:
-    """``average = decay · average + (1 - decay) · weights`` after every step; starts at the initial weights.
+    """``average = decay · average + (1 - decay) · weights`` after every ``every`` steps; starts at the initial weights.
 
     The weights are the fp32 masters, so that an update below half a bf16 ulp still counts. ``averages``: one tensor
     (owned elements,) per fragment, on the device of the master weights. ``warmup``: the decay of step t is at most
     t / (9 + t), because a long average would hold little but the initial weights in a short training.
     """
 
-    def __init__(self, decay: float, fragments: list[Fragment], warmup: bool = False) -> None:
+    def __init__(self, decay: float, fragments: list[Fragment], warmup: bool = False, every: int = 1) -> None:
+        self.every = every
         self.decay, self._warmup, self._fragments = decay, warmup, fragments
         self._weights = [f.weights.narrow(0, *f.owned) for f in fragments]
         self.averages: list[Tensor] = [w.float().clone() for w in self._weights]
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Update the average with the weights after ``step`` (the first is 1). No communication."""
+        """Update the average with the weights after ``step`` (the first is 1), where it is due. No communication."""
+        if step % self.every:
+            return
         decay = min(self.decay, step / (9 + step)) if self._warmup else self.decay
         if self.averages:
             torch._foreach_lerp_(self.averages, [w.float() for w in self._weights], 1 - decay)

@@ -29,10 +29,10 @@ _COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 
 @dataclass(frozen=True)
 class StepResult:
-    """One step of the global batch, S loss sums.
+    """One step of the global batch, N sums of the network: its loss sums, and others for metrics.
 
-    ``sums`` (S,): fp32, over all ranks. ``norm``: of the gradient, before clipping. ``skipped``: why the optimizer did
-    not run, else None. ``local_sums`` (micro-batches, S): this rank's own.
+    ``sums`` (N,): fp32, over all ranks. ``norm``: of the gradient, before clipping. ``skipped``: why the optimizer did
+    not run, else None. ``local_sums`` (micro-batches, N): this rank's own.
     """
 
     loss: float
@@ -46,8 +46,8 @@ class StepResult:
 class Engine:
     """One optimizer step over the micro-batches of a rank; gradients are those of the *global* loss.
 
-    ``network(batch, inputs, num_terms)`` returns (its share of the global loss, loss sums (S,)), and
-    ``network.loss(dataset, sums, num_terms)`` the global loss from sums and counts (S,) over all ranks.
+    ``network(batch, inputs, num_terms)`` returns (its share of the global loss, sums (N,)), and
+    ``network.loss(dataset, sums, num_terms)`` the global loss from sums (N,) and counts (S,) over all ranks.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """Training objectives. The trainer and the hooks use an objective through this protocol only.
 
 A new way to train (another loss, another task) is a class with these methods and a network whose ``forward`` takes
-(batch, inputs, num_terms) and returns (share of the global loss, loss sums). Pretraining is below; finetuning is in
+(batch, inputs, num_terms) and returns (share of the global loss, sums). Pretraining is below; finetuning is in
 ``evaluation/finetune/objective.py``.
 """
 
@@ -28,7 +28,8 @@ from maestro_scale.training.run_dir import finite
 
 
 class Objective(Protocol):
-    """Shapes: S loss sums (one per sensor in pretraining, one in finetuning)."""
+    """Shapes: S loss sums (one per sensor in pretraining, one in finetuning). ``sums`` of the network begin with them;
+    pretraining appends S others for metrics."""
 
     def inputs(self, batch: Batch, on_device: Batch) -> Any:
         """The network's second argument for a micro-batch, on the device: masks, or labels.
@@ -46,7 +47,7 @@ class Objective(Protocol):
         ...
 
     def loss_metrics(self, dataset: str, sums: Tensor, num_terms: Tensor) -> dict[str, float | None]:
-        """The parts of the loss for metrics.jsonl, from global sums and counts (S,)."""
+        """The parts of the loss for metrics.jsonl, from the network's global sums and counts (S,)."""
         ...
 
     def cost(self, dataset: str) -> Cost | None:
@@ -78,10 +79,17 @@ class PretrainObjective:
         return hidden_counts(self.configs[dataset], inputs)
 
     def loss_metrics(self, dataset: str, sums: Tensor, num_terms: Tensor) -> dict[str, float | None]:
-        """``loss/<sensor>``: the mean error of its hidden pixels; None where none is hidden."""
-        sensors = self.configs[dataset].sensors
-        pairs = zip(sensors, sums.tolist(), num_terms.tolist(), strict=True)
-        return {f"loss/{s.name}": (finite(total / count) if count else None) for s, total, count in pairs}
+        """``loss/<sensor>``: the mean error of its hidden pixels. ``explained/<sensor>``: 1 minus its ratio to that of
+        predicting zero, the mean of a normalised target; 0: nothing is learnt. None where no pixel is hidden.
+        """
+        names, values = [s.name for s in self.configs[dataset].sensors], sums.tolist()
+        errors, zero = values[: len(names)], values[len(names) :]
+        metrics: dict[str, float | None] = {}
+        for name, error, count in zip(names, errors, num_terms.tolist(), strict=True):
+            metrics[f"loss/{name}"] = finite(error / count) if count else None
+        for name, error, reference in zip(names, errors, zero, strict=True):
+            metrics[f"explained/{name}"] = finite(1 - error / reference) if reference else None
+        return metrics
 
     def cost(self, dataset: str) -> Cost:
         """Counted from the description of the model."""

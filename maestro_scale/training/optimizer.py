@@ -1,11 +1,11 @@
-"""AdamW with weight decay for matrices only, and learning-rate schedules as pure functions of the step."""
+"""AdamW with its groups of parameters, and learning-rate schedules as pure functions of the step."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -55,8 +55,10 @@ def build_optimizer(
     eps: float,
     weight_decay: float,
     layer_decay: float = 1.0,
+    decay: Literal["matrices", "all"] = "matrices",
 ) -> AdamW:
-    """AdamW. Biases, norms, queries and mask tokens (anything but matrices of linear maps) do not decay.
+    """AdamW. ``decay``: which parameters decay: ``matrices`` of linear maps (not biases, norms, queries and mask
+    tokens), or ``all``, as in the reference.
 
     ``layer_decay``: below 1, the learning rate of each encoder block is this factor times that of the block above it
     (BEiT, arXiv 2106.08254, for finetuning); ``lr`` is that of the topmost layers.
@@ -65,7 +67,7 @@ def build_optimizer(
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for name, p in model.named_parameters():
         below = depths.get(name, 0) if layer_decay != 1.0 else 0
-        decays = p.dim() >= 2 and name.endswith("weight")
+        decays = decay == "all" or (p.dim() >= 2 and name.endswith("weight"))
         group = {
             "params": [],
             "weight_decay": weight_decay if decays else 0.0,

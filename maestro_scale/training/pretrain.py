@@ -17,8 +17,7 @@ from maestro_scale.model import attention
 from maestro_scale.model.compiled import copy_first_gradients
 from maestro_scale.model.config import ModelConfig
 from maestro_scale.model.maestro import Maestro
-from maestro_scale.model.masking import MaskingConfig
-from maestro_scale.recipe import Recipe, RecipeError, build_model_config, resolve_spec
+from maestro_scale.recipe import Recipe, RecipeError, build_masking, build_model_config, resolve_spec
 from maestro_scale.secrets_filter import scrub_document
 from maestro_scale.shards.format.manifest import Manifest
 from maestro_scale.shards.read.store import Store
@@ -33,7 +32,7 @@ from maestro_scale.training.assembly import (
     seed_everything,
 )
 from maestro_scale.training.checkpoint.checkpoints import Checkpoints
-from maestro_scale.training.checkpoint.identity import precision_identity
+from maestro_scale.training.checkpoint.identity import precision_identity, with_recorded_draws
 from maestro_scale.training.checkpoint.mirror import Mirror
 from maestro_scale.training.checkpoint.retention import Retention
 from maestro_scale.training.data import train_loader
@@ -116,7 +115,7 @@ def open_datasets(recipe: Recipe) -> list[Dataset]:
             RetryPolicy.with_deadline(recipe.data.retry_s),
         )
         source = Source(
-            spec=resolve_spec(manifest.spec, entry, i),
+            spec=resolve_spec(manifest.spec, entry, i, recipe.model.spectral),
             shards=manifest.shards_of(entry.split),
             store=store,
             weight=entry.weight,
@@ -133,6 +132,7 @@ def identity(recipe: Recipe, config: ModelConfig, datasets: list[Dataset], world
             "lanes": recipe.data.lanes,
             "shuffle_window": recipe.data.shuffle_window,
             "flips": recipe.data.flips,
+            "first_date": recipe.first_date,
         },
         # Of the splits in use: adding another split to the dataset does not change this run.
         "manifests": [
@@ -143,7 +143,8 @@ def identity(recipe: Recipe, config: ModelConfig, datasets: list[Dataset], world
         "crops_m": [d.source.spec.crop_m for d in datasets],
     }
     optim = recipe.optim.model_dump(mode="json")
-    train_section = {"global_batch": recipe.train.global_batch, "masking": recipe.masking.model_dump()}
+    masking = {**recipe.masking.model_dump(), "structure": recipe.has_structural_masks}
+    train_section = {"global_batch": recipe.train.global_batch, "masking": masking}
     # Neither the ZeRO stage nor the number of ranks: the state on disk does not depend on them.
     engine = precision_identity(recipe.train.precision_on(world.device.type))
     return {
@@ -186,15 +187,16 @@ def _parts(context: RunContext, evaluation: EvaluationHooks) -> TrainingParts:
     datasets = open_datasets(recipe)
     used = used_datasets(recipe, datasets)
     compare_manifests(world, used)
+    checkpoints = Checkpoints(
+        run_dir, world, _retention(recipe), _mirror(recipe, run_dir), manifest_digests(used)
+    )
+    recipe = with_recorded_draws(recipe, checkpoints.recorded_identity(), world)
     config = build_model_config(recipe, [d.source.spec for d in datasets])
     memory = MemoryEstimator(config, [d.source.spec for d in datasets])
     micro_batch = micro_batch_of(
         recipe, world, lambda changed: memory.step(changed, world.size, world.device.type)
     )
     stream, num_steps = train_loader(recipe, [d.source for d in datasets], world, micro_batch)
-    checkpoints = Checkpoints(
-        run_dir, world, _retention(recipe), _mirror(recipe, run_dir), manifest_digests(used)
-    )
     check_feasible(recipe.with_micro_batch(micro_batch), memory.parameters, recipe.optim.ema > 0, world)
     kernel = _attention_kernel(recipe, config, world)
     model = _initial_model(recipe, config, world, starts=checkpoints.latest()[0] is None)
@@ -203,7 +205,7 @@ def _parts(context: RunContext, evaluation: EvaluationHooks) -> TrainingParts:
     objective = PretrainObjective(
         configs={name: config.for_dataset(name) for name in names},
         sources=dict(zip(names, (d.source for d in datasets), strict=True)),
-        masking=MaskingConfig(**recipe.masking.model_dump()),
+        masking=build_masking(recipe),
     )
     if world.is_main:
         for number, dataset in enumerate(datasets):
@@ -229,6 +231,7 @@ def _parts(context: RunContext, evaluation: EvaluationHooks) -> TrainingParts:
         identity=identity(recipe, config, datasets, world),
         build_hooks=build_hooks,
         ema_decay=recipe.optim.ema or None,
+        ema_epochs=recipe.optim.ema_epochs,
         compile_mode=recipe.model.compile,
         datasets=used,
         about={"attention": kernel},

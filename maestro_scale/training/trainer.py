@@ -140,8 +140,11 @@ class Trainer:
         num_terms, raised = self.world.sum_with_flags(self.objective.num_terms(data.dataset, inputs), flags)
         fetch_next = partial(self._fetch, steps, position.step + 1)
         result = self.engine.step(position.step, batches, inputs, num_terms, fetch_next)
-        if self.state.ema is not None and result.skipped is None:
-            self.state.ema.update(position.step + 1)
+        # A skipped step has changed no weights, so it is left out of an average of all steps. Of an average of epochs,
+        # every epoch counts, also one whose last step was skipped.
+        ema = self.state.ema
+        if ema is not None and (result.skipped is None or ema.every > 1):
+            ema.update(position.step + 1)
         position = Position(
             samples=position.samples + self.schedule.global_batch,
             step=position.step + 1,

@@ -22,7 +22,7 @@ def adapt_encoder(model: Maestro, spec: DatasetSpec, trains: bool = False) -> tu
     decoder is always new, as nothing is reconstructed. EvaluationError where no sensor has weights, or where a shared
     patch embedding would get another patch size or number of bands.
     """
-    config, view = model.config, DatasetView.of_spec(spec)
+    config, view = model.config, _with_token_groups(model.config, DatasetView.of_spec(spec))
     if any(v.dataset == view.dataset and v.sensors == view.sensors for v in config.views):
         return model, []
     reasons = {s.name: reason for s in view.sensors if (reason := _missing_weights(model, s)) is not None}
@@ -44,6 +44,17 @@ def adapt_encoder(model: Maestro, spec: DatasetSpec, trains: bool = False) -> tu
         if name in pretrained and pretrained[name].shape == tensor.shape:
             tensor.copy_(pretrained[name])
     return adapted.eval(), [*notes, f"{view.dataset} is encoded from {', '.join(s.name for s in in_use)}"]
+
+
+def _with_token_groups(config: ModelConfig, view: DatasetView) -> DatasetView:
+    """The view with the token groups of the model, by ``embed``, for sensors whose spec has none."""
+    groups = {s.embed: (len(s.bands), s.token_groups) for s in config.all_sensors}
+    sensors = []
+    for s in view.sensors:
+        num_bands, theirs = groups.get(s.embed, (0, ()))
+        fits = config.spectral == "token" and not s.token_groups and num_bands == len(s.bands)
+        sensors.append(dataclasses.replace(s, token_groups=theirs) if fits else s)
+    return dataclasses.replace(view, sensors=tuple(sensors))
 
 
 def encoder_spec(encoder: FrozenEncoder, spec: DatasetSpec) -> DatasetSpec:

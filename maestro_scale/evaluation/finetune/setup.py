@@ -25,7 +25,7 @@ from maestro_scale.shards.read.store import Store
 from maestro_scale.stream.source import Source
 from maestro_scale.training.assembly import RunContext, TrainingParts, assemble, check_feasible
 from maestro_scale.training.checkpoint.checkpoints import Checkpoints, Position
-from maestro_scale.training.checkpoint.identity import precision_identity
+from maestro_scale.training.checkpoint.identity import precision_identity, with_recorded_draws
 from maestro_scale.training.checkpoint.retention import Retention
 from maestro_scale.training.data import train_loader
 from maestro_scale.training.determinism import configure_determinism
@@ -69,6 +69,10 @@ class Finetuning:
         recipe, world = self._recipe, self._world
         configure_determinism(recipe.train.deterministic)
         micro_batch = self._micro_batch()
+        checkpoints = Checkpoints(
+            context.run_dir, world, Retention(keep=1), datasets=manifest_digests(self._datasets)
+        )
+        recipe = self._recipe = with_recorded_draws(recipe, checkpoints.recorded_identity(), world)
         stream, num_steps = train_loader(recipe, [self.splits["train"]], world, micro_batch)
         network, averaged = self._network(), self._network()
         num_parameters = sum(p.numel() for p in network.parameters())
@@ -99,13 +103,13 @@ class Finetuning:
             stream=stream,
             num_steps=num_steps,
             micro_batch=micro_batch,
-            checkpoints=Checkpoints(
-                context.run_dir, world, Retention(keep=1), datasets=manifest_digests(self._datasets)
-            ),
+            checkpoints=checkpoints,
             identity=self._identity(weights_digest(network), num_steps),
             build_hooks=build_hooks,
             ema_decay=recipe.evaluation.ema,
-            ema_warmup=True,
+            # An average of all steps would hold the initial weights for long; one of epochs follows the reference.
+            ema_warmup=recipe.evaluation.ema_epochs == 0,
+            ema_epochs=recipe.evaluation.ema_epochs,
             # Weights that were not pretrained have nothing to preserve.
             layer_decay=recipe.evaluation.layer_decay if self._mode == "finetune" else 1.0,
             datasets=self._datasets,
@@ -166,9 +170,11 @@ class Finetuning:
             "global_batch": recipe.train.global_batch,
             "lanes": recipe.data.lanes,
             "flips": recipe.data.flips,
+            "first_date": recipe.first_date,
             "num_steps": num_steps,
             "validations": recipe.evaluation.validations,
             "ema": recipe.evaluation.ema,
+            "ema_epochs": recipe.evaluation.ema_epochs,
             "layer_decay": recipe.evaluation.layer_decay,
             **benchmark.loss.identity(),
             **precision_identity(recipe.train.precision_on(self._world.device.type)),

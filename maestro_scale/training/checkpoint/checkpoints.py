@@ -17,6 +17,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from maestro_scale.shards.local_storage import fsync
 from maestro_scale.training.checkpoint import commit
 from maestro_scale.training.checkpoint.commit import MARKER
 from maestro_scale.training.checkpoint.identity import changed_arithmetic, differences
-from maestro_scale.training.checkpoint.mirror import Mirror, step_of
+from maestro_scale.training.checkpoint.mirror import Mirror, MirrorError, step_of
 from maestro_scale.training.checkpoint.retention import Retention
 from maestro_scale.training.checkpoint.state import TrainState
 from maestro_scale.training.distributed import World
@@ -40,7 +41,6 @@ _DAMAGED = "damaged"
 _VISIBLE_TIMEOUT_S = 60.0  # until files of one node are visible on every other
 _STAGING = ".staging"
 _STEP = re.compile(r"step_\d{8,}")
-
 
 log = logging.getLogger(__name__)
 
@@ -207,6 +207,16 @@ class Checkpoints:
     def latest(self) -> tuple[Path | None, list[str]]:
         """The newest checkpoint with a valid marker and file sizes, or None; and the problems of newer ones."""
         return _newest(self.dir)
+
+    def recorded_identity(self) -> dict[str, Any] | None:
+        """The identity in the newest checkpoint, here or in the mirror; None if there is none. A collective."""
+        found = None
+        with suppress(ValueError, MirrorError):  # ``resume`` reads the same files, and decides what to do
+            if self._world.is_main and (path := self.latest()[0]) is not None:
+                found = read_record(path).identity
+            elif self._world.is_main and self._mirror is not None:
+                found = self._mirror.identity()
+        return self._world.from_main(found)
 
     def resume(self, state: TrainState, identity: dict[str, Any]) -> Resumed:
         """Load the newest intact checkpoint; a collective, on any number of ranks. The start of the run if nothing was

@@ -2,8 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import Any
+
+from maestro_scale.recipe import Recipe
+from maestro_scale.training.distributed import World
+
+log = logging.getLogger(__name__)
+
+# What earlier revisions did, which had no setting for it and did not record it, by key of the identity: of a
+# pretraining (in sections) and of a finetuning.
+_EARLIER: dict[str, Any] = {
+    "data.order.first_date": "ends",
+    "train.masking.structure": True,
+    "optim.decay": "matrices",
+    "optim.ema_epochs": 0,
+    "first_date": "ends",
+    "ema_epochs": 0,
+}
 
 
 def precision_identity(precision: str) -> dict[str, str]:
@@ -25,13 +42,51 @@ def changed_arithmetic(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
     )
 
 
+def with_recorded_draws(recipe: Recipe, recorded: dict[str, Any] | None, world: World) -> Recipe:
+    """The recipe with what ``auto`` means for dates and masks: as the run's checkpoints were trained with, if it has
+    any, so that a run of an earlier revision continues with the numbers that it would have drawn.
+
+    ``recorded``: identity of the newest checkpoint. A value that the recipe states is kept; the resume refuses one that
+    differs.
+    """
+    if recorded is None:
+        return recipe
+    found = {**_EARLIER, **_flat(recorded)}
+    data, masking = recipe.data, recipe.masking
+    is_pretraining = isinstance(recorded.get("data"), dict)  # of a finetuning it is a digest
+    first_date = found["data.order.first_date" if is_pretraining else "first_date"]
+    structure = found["train.masking.structure"]
+    if data.first_date == "auto" and first_date in ("any", "ends"):
+        data = data.model_copy(update={"first_date": first_date})
+    if masking.structure == "auto" and is_pretraining and isinstance(structure, bool):
+        masking = masking.model_copy(update={"structure": structure})
+    continued = recipe.model_copy(update={"data": data, "masking": masking})
+    if world.is_main and (kept := _kept(recipe, continued)):
+        log.warning(
+            "this run continues as an earlier revision began it, with %s; a new run has %s",
+            ", ".join(now for now, _ in kept),
+            ", ".join(new for _, new in kept),
+        )
+    return continued
+
+
+def _kept(new: Recipe, continued: Recipe) -> list[tuple[str, str]]:
+    """(setting of a continued run, of a new one) where they differ."""
+    pairs = {
+        "data.first_date": (continued.first_date, new.first_date),
+        "masking.structure": (continued.has_structural_masks, new.has_structural_masks),
+    }
+    return [(f"{key}={str(a).lower()}", f"{key}={str(b).lower()}") for key, (a, b) in pairs.items() if a != b]
+
+
 def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
     """The values in which two identities differ, side by side; empty if they are equal.
 
-    A checkpoint of an earlier revision in bf16 fits a run in bf16 and in bf16_weights: its state is the fp32 master
-    weights, which both start from.
+    Of a checkpoint that lacks settings which came later, what it did is compared. One of an earlier revision in bf16
+    fits a run in bf16 and in bf16_weights: its state is the fp32 master weights, which both start from.
     """
     left, right = _flat(theirs), _flat(ours)
+    left = {**{key: value for key, value in _EARLIER.items() if key in right}, **left}
     if _is_earlier_bf16(theirs) and _precision_of(ours).get("precision") in ("bf16", "bf16_weights"):
         for values in (left, right):
             for key in ("precision", "weights_dtype"):

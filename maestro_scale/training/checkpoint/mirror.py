@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -115,19 +115,27 @@ class Mirror:
 
         self._read(copy)
 
-    def _check_identity(self) -> None:
+    def identity(self) -> dict[str, Any] | None:
+        """The identity in the newest intact checkpoint; None if there is none. MirrorError if it cannot be read."""
+        return next((identity for _, identity in self._identities()), None)
+
+    def _identities(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """(name, identity) of the mirrored checkpoints whose markers are intact, newest first."""
         for name in self.names():
             marker = self._read(lambda fs, root, name=name: _content(fs, f"{root}/{name}/{MARKER}") or b"")
             try:
-                theirs = untrusted.field_of(commit.content(marker), dict, "identity")
+                yield name, untrusted.field_of(commit.content(marker), dict, "identity")
             except (ValueError, KeyError):
-                continue  # damaged: compare with the next one
+                continue  # damaged: the next one counts
+
+    def _check_identity(self) -> None:
+        for name, theirs in self._identities():
             if difference := differences(theirs, self._identity):
                 raise ForeignMirror(
                     f"checkpoint.mirror: {self.url}/{name} is of another run: {difference}. Set another "
                     "checkpoint.mirror or another --run-dir, whose last component is the folder in the mirror"
                 )
-            break
+            return
 
     def _read(self, action: Any) -> Any:
         try:
