@@ -16,11 +16,14 @@ from pydantic import BaseModel
 
 from maestro_scale import datasets
 from maestro_scale.datasets.spec import DatasetSpec, Modality, Scale, Sensor
+from maestro_scale.model.masking import MaskingConfig
 from maestro_scale.model.sizes import SIZES
 from maestro_scale.recipe import (
     MixtureEntry,
     Recipe,
     RecipeError,
+    build_masking,
+    build_model_config,
     check_world,
     load_recipe,
     parse_recipe,
@@ -603,6 +606,8 @@ def test_deepspeed_accepts_the_config(minimal, stage, device):
     assert accepted.gradient_accumulation_steps == 12
     assert accepted.zero_optimization_stage == stage
     assert accepted.gradient_clipping == 1.0
+    unclipped = load_recipe(minimal, [f"deepspeed.zero_optimization.stage={stage}", "optim.clip=0"])
+    assert DeepSpeedConfig(unclipped.deepspeed_config(1, device)).gradient_clipping == 0.0
     assert accepted.torch_autocast_enabled == (device == "cuda")
     assert not accepted.bfloat16_config.enabled
     assert accepted.zero_force_ds_cpu_optimizer is False
@@ -687,6 +692,60 @@ def test_changes_that_do_not_fit_are_refused(sensors, reason):
     with pytest.raises(RecipeError) as caught:
         resolve_spec(SPEC, entry(sensors=sensors), 1)
     assert reason in str(caught.value)
+
+
+def test_with_token_a_sensor_has_a_token_per_band_group_unless_told_otherwise():
+    def groups(**sensors):
+        spec = resolve_spec(SPEC, entry(sensors=sensors), spectral="token")
+        return {s.name: s.token_groups for s in spec.sensors}
+
+    assert groups() == {"aerial": (1, 3), "s1_asc": (1, 1), "s1_des": (1, 1)}
+    assert groups(aerial={"token_groups": []})["aerial"] == ()
+    assert groups(aerial={"token_groups": [2, 2]})["aerial"] == (2, 2)
+    assert groups(aerial={"bands": [0, 1, 2], "band_groups": [2, 1]})["aerial"] == (2, 1)
+    assert groups(aerial={"band_groups": [4]})["aerial"] == ()  # one group: the token of all bands
+    given = dataclasses.replace(SPEC, sensors=(dataclasses.replace(SPEC.sensors[0], token_groups=(3, 1)),))
+    assert resolve_spec(given, entry(), spectral="token").sensors[0].token_groups == (3, 1)
+
+
+@pytest.mark.parametrize(
+    ("sensor", "target", "reason"),
+    [
+        ({}, "patch_group", None),
+        ({"patch": 1}, "patch_group", r"sensors.aerial.band_groups: [1, 3]: group 0 has one band"),
+        ({"patch": 1}, "patch", None),
+        ({"patch": 1}, "none", None),
+        ({"patch": 1, "band_groups": [2, 2]}, "patch_group", None),
+        ({"patch": 1, "bands": [3], "band_groups": [1]}, "patch", "sensors.aerial.patch: 1 pixel of 1 band"),
+        ({"patch": 1, "bands": [3], "band_groups": [1]}, "patch_group", "or model.target=none"),
+        ({"patch": 1, "bands": [3], "band_groups": [1]}, "none", None),
+        ({"patch": 2, "bands": [3], "band_groups": [1]}, "patch_group", None),
+    ],
+)
+@pytest.mark.parametrize("spectral", ["joint", "token"])
+def test_target_groups_of_one_value_are_refused(sensor, target, reason, spectral):
+    mixture = [{"dataset": "toy", "shards": "/x", "sensors": {"aerial": sensor}}]
+    model = {"target": target, "spectral": spectral}
+    recipe = parse_recipe({"name": "x", "data": {"mixture": mixture}, "model": model})
+    specs = [resolve_spec(SPEC, recipe.data.mixture[0], spectral=spectral)]
+    if reason is None:
+        build_model_config(recipe, specs)
+        return
+    with pytest.raises(RecipeError) as caught:
+        build_model_config(recipe, specs)
+    assert "data.mixture[0].sensors.aerial" in str(caught.value)
+    assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize("fusion", ["group", "mod", "monotemp", "shared"])
+@pytest.mark.parametrize("structure", ["auto", True, False])
+def test_structural_masks_of_a_fusion(fusion, structure):
+    mixture = [{"dataset": "toy", "shards": "/x"}]
+    model, masking = {"fusion": fusion, "inter_depth": 0}, {"structure": structure, "date": 0.5}
+    recipe = parse_recipe({"name": "x", "data": {"mixture": mixture}, "model": model, "masking": masking})
+    drawn = structure is True or (structure == "auto" and fusion in ("group", "mod"))
+    expected = MaskingConfig(0.75, 0.25, 0.5, 0.25, 0.0) if drawn else MaskingConfig(0.75, 0.0, 0.0, 0.0, 0.0)
+    assert build_masking(recipe) == expected
 
 
 def test_the_crop_can_be_smaller_than_the_tile_but_not_larger():

@@ -43,6 +43,18 @@ def test_a_sensor_of_another_name_is_read_by_shared_weights():
         torch.testing.assert_close(tensor, MODEL.encoders["s1"].state_dict()[name])
 
 
+def test_sensors_get_the_token_groups_of_the_model():
+    model = Maestro(small_config(dataset="here", spectral="token")).initialise(1).eval()
+    # As a dataset describes them, and the recipe of an evaluation does not say that tokens are groups.
+    sensors = [dataclasses.replace(s, token_groups=()) for s in small_sensors()]
+    same, notes = adapt_encoder(model, spec_of(*sensors, name="here"))
+    assert (same is model, notes) == (True, [])
+    other, _ = adapt_encoder(model, spec_of(sensors[1]))
+    assert other.config.sensors[0].token_groups == (4, 4, 2)
+    tokens = other.encode(full_batch(other.config, 2))["s2"]
+    assert tokens.shape == (2, 3 * 4, 9, 32)  # a grid of 9 tokens for each group and date
+
+
 def test_a_sensor_without_weights_is_omitted_with_a_note():
     adapted, notes = adapt_encoder(
         MODEL, spec_of(by_name("aerial"), by_name("s2", name="landsat", embed="landsat", group="landsat"))

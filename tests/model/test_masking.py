@@ -228,6 +228,18 @@ def test_a_structure_that_masks_everything_is_replaced_by_the_next_candidate_or_
         assert masked_by(config, masking, noise) == {sensor.name: hidden}
 
 
+@pytest.mark.parametrize(
+    ("masking", "share"), [(MaskingConfig(0.75, 0, 0, 0, 0), 0.0179), (MaskingConfig(), 0.118)]
+)
+def test_a_place_is_rarely_hidden_on_all_dates_without_structural_masks(masking, share):
+    # Each of 16 dates hides 7 of 9 tokens, as its own sequence: (7 / 9) ** 16 = 0.0179. With structural masks, 11.8 %.
+    sensor = dataclasses.replace(small_sensors()[1], num_dates=16)
+    config = small_config(sensors=(sensor,), fusion="monotemp")
+    hidden = masks_by_sensor(config, draw_masks(config, masking, noise_batch(config, 4000)))["s2"]
+    assert (hidden.sum(2) == 7).all()
+    assert hidden.all(1).float().mean().item() == pytest.approx(share, abs=0.006 if share > 0.1 else 0.003)
+
+
 def test_the_default_probabilities():
     # As in the authors' configuration.
     assert MaskingConfig() == MaskingConfig(

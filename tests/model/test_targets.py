@@ -53,21 +53,25 @@ def test_bands_are_normalised_together_or_not_at_all_where_the_target_says_so():
     assert torch.equal(normalise(config_of(target="patch_group"), SENSOR, values), torch.zeros_like(values))
 
 
-@pytest.mark.parametrize(("loss", "expected"), [("l1", 8.0), ("l2", 20.0)])
-def test_the_error_is_summed_over_masked_patches_only(loss, expected):
-    # Two patches; the second is visible. Errors of the hidden one: 1, 1, 1, 1 in band 1 and 0, 0, 0, 4 in band 2.
+@pytest.mark.parametrize(("loss", "expected", "zero"), [("l1", 8.0, 10.0), ("l2", 20.0, 22.0)])
+def test_the_error_is_summed_over_masked_patches_only(loss, expected, zero):
+    # Two patches; the second is visible. Errors of the hidden one: 1, 1, 1, 1 in band 1 and 0, 0, 0, 4 in band 2. Those
+    # of predicting zero are its values: 1, 3, 0, 0 and 0, 2, 2, 2. The squares of the latter add up to 10 + 12.
     config = config_of(target="none", loss=loss)
-    truth = torch.cat([patch([0.0] * 4), patch([0.0] * 4)], dim=2)
-    answer = torch.cat([patch([1.0, -1.0, 1.0, -1.0], [0.0, 0.0, 0.0, 4.0]), patch([9.0] * 4)], dim=2)
+    values = patch([1.0, -3.0, 0.0, 0.0], [0.0, 2.0, 2.0, -2.0])
+    truth = torch.cat([values, patch([5.0] * 4)], dim=2)
+    answer = torch.cat(
+        [values + patch([1.0, -1.0, 1.0, -1.0], [0.0, 0.0, 0.0, 4.0]), patch([9.0] * 4)], dim=2
+    )
     hidden = torch.tensor([[[True, False]]])
-    assert error_sum(config, SENSOR, answer, truth, hidden).item() == expected
+    assert torch.stack(error_sum(config, SENSOR, answer, truth, hidden)).tolist() == [expected, zero]
 
 
 def test_errors_of_half_precision_are_summed_in_single():
     # 3,000 errors of 1 in bfloat16 would stop adding up at 256.
     values = torch.zeros(1, 1, 375, 4, 2, dtype=torch.bfloat16)
     hidden = torch.ones(1, 1, 375, dtype=torch.bool)
-    total = error_sum(config_of(target="none"), SENSOR, values + 1, values, hidden)
+    total, _ = error_sum(config_of(target="none"), SENSOR, values + 1, values, hidden)
     assert (total.item(), total.dtype) == (3000.0, torch.float32)
 
 
@@ -132,7 +136,7 @@ def test_bands_are_masked_by_group_date_and_patch():
 
 def test_the_error_is_that_of_the_prediction_minus_the_target():
     truth, prediction = patch([3.0] * 4, [1.0] * 4), patch([5.0] * 4, [0.0] * 4)
-    total = error_sum(config_of(target="none"), SENSOR, prediction, truth, torch.tensor([[[True]]]))
+    total, _ = error_sum(config_of(target="none"), SENSOR, prediction, truth, torch.tensor([[[True]]]))
     assert total.item() == 4 * 2 + 4 * 1
 
 
@@ -144,16 +148,19 @@ def test_errors_of_masked_tokens_are_summed_by_sensor():
     first, second = ((patches - step * number).flatten(2) for step in (1, 10))
     of_sensor = torch.tensor([[[1, 0], [0, 1], [0, 1]], [[1, 0], [1, 0], [0, 1]]])
     config = config_of(target="none")
-    sums = masked_token_errors(config, SENSOR, [first, second], patches, of_sensor)
+    sums, zero = masked_token_errors(config, SENSOR, [first, second], patches, of_sensor)
     assert sums.tolist() == [8 * (1 + 4 + 5), 80 * (2 + 3 + 6)]
+    # The values of token k are 8 k … 8 k + 7: they add up to 64 k + 28.
+    assert zero.tolist() == [64 * (0 + 3 + 4) + 3 * 28, 64 * (1 + 2 + 5) + 3 * 28]
     squared = config_of(target="none", loss="l2")
-    sums = masked_token_errors(squared, SENSOR, [first, second], patches, of_sensor)
+    sums, _ = masked_token_errors(squared, SENSOR, [first, second], patches, of_sensor)
     assert sums.tolist() == [8 * (1 + 16 + 25), 800 * (4 + 9 + 36)]
-    assert masked_token_errors(config, SENSOR, [first], patches, None).tolist() == [8 * 21]
+    sums, zero = masked_token_errors(config, SENSOR, [first], patches, None)
+    assert (sums.tolist(), zero.tolist()) == ([8 * 21], [47 * 48 / 2])
     # Targets are normalised by token: of band values -1, -1, 1, 1 to -0.866025 and 0.866025.
     values = torch.tensor([-1.0, -1.0, 1.0, 1.0])[None, None, :, None].repeat(2, 3, 1, 2) * number
-    error = masked_token_errors(config_of(), SENSOR, [torch.zeros(2, 3, 8)], values, None)
-    assert error.item() == pytest.approx(6 * 8 * 0.866025, rel=1e-4)
+    for error in masked_token_errors(config_of(), SENSOR, [torch.zeros(2, 3, 8)], values, None):
+        assert error.item() == pytest.approx(6 * 8 * 0.866025, rel=1e-4)
 
 
 @pytest.mark.parametrize("fusion", ["group", "mod", "monotemp"])

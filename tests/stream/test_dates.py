@@ -20,20 +20,29 @@ def series(num_dates: int) -> np.ndarray:
     ).copy()
 
 
-def drawn(pixels: np.ndarray, num_dates: int, number: int, marked: np.ndarray | None = None) -> np.ndarray:
+def drawn(
+    pixels: np.ndarray,
+    num_dates: int,
+    number: int,
+    marked: np.ndarray | None = None,
+    first_date: dates.FirstDate = "any",
+) -> np.ndarray:
     rng = CounterRNG(0, Purpose.SAMPLE).seek(0, number)
-    chosen, seen = dates.draw(len(pixels), num_dates, marked, lambda i: pixels[i], rng)
+    chosen, seen = dates.draw(len(pixels), num_dates, marked, lambda i: pixels[i], rng, first_date)
     np.testing.assert_array_equal(seen, pixels[chosen])
     return chosen
 
 
-@given(st.integers(2, 40), st.data())
-def test_one_date_of_each_bin(stored: int, data: st.DataObject):
+@given(st.integers(2, 40), st.sampled_from(["any", "ends"]), st.data())
+def test_one_date_of_each_bin(stored: int, first_date: dates.FirstDate, data: st.DataObject):
     num_dates = data.draw(st.integers(1, stored - 1))
     marked = np.array(data.draw(st.lists(st.booleans(), min_size=stored, max_size=stored)))
-    chosen = drawn(series(stored), num_dates, data.draw(st.integers(0, 99)), marked)
+    chosen = drawn(series(stored), num_dates, data.draw(st.integers(0, 99)), marked, first_date)
     size, rest = stored // num_dates, stored % num_dates
-    possible = [dates.bins(stored, num_dates, skip) for skip in {0, rest}]
+    possible = [
+        dates.bins(stored, num_dates, skip)
+        for skip in (range(rest + 1) if first_date == "any" else (0, rest))
+    ]
     fitting = [b for b in possible if all(c in row for c, row in zip(chosen, b, strict=True))]
     assert fitting
     assert any(
@@ -43,11 +52,34 @@ def test_one_date_of_each_bin(stored: int, data: st.DataObject):
 
 
 def test_the_rest_is_left_out_at_either_end_and_all_else_is_equally_likely():
-    counts = Counter(int(c) for n in range(4000) for c in drawn(series(7), 2, n))
+    counts = Counter(int(c) for n in range(4000) for c in drawn(series(7), 2, n, first_date="ends"))
     # Bins are {0,1,2},{3,4,5} or {1,2,3},{4,5,6}, each with probability 1/2.
     expected = {0: 1 / 6, 1: 1 / 3, 2: 1 / 3, 3: 1 / 3, 4: 1 / 3, 5: 1 / 3, 6: 1 / 6}
     for date, share in expected.items():
         assert counts[date] / 4000 == pytest.approx(share, abs=0.03)
+
+
+def test_the_first_date_of_the_bins_is_any_of_the_rest():
+    # Of 5 dates, 3 are bins of one: they begin at date 0, 1 or 2, each with probability 1/3.
+    draws = [tuple(drawn(series(5), 3, n)) for n in range(3000)]
+    assert set(draws) == {(0, 1, 2), (1, 2, 3), (2, 3, 4)}
+    assert all(1000 - 80 < count < 1000 + 80 for count in Counter(draws).values())
+    at_ends = [tuple(drawn(series(5), 3, n, first_date="ends")) for n in range(200)]
+    assert set(at_ends) == {(0, 1, 2), (2, 3, 4)}
+
+
+@pytest.mark.parametrize(
+    ("word", "first"), [(0, 0), (0x3F, 0), (0x40, 1), (0x7F, 1), (0x80, 2), (0xC0, 3), (0xFF, 3)]
+)
+def test_the_last_word_is_the_first_date(word, first):
+    # A rest of 3: a quarter of the words for each of 0 … 3. Bins have one date, so the other words do not matter.
+    class Words:
+        def words(self, count: int) -> np.ndarray:
+            assert count == 7 + 1
+            return np.array([0] * 7 + [word << 56], np.uint64)
+
+    chosen, _ = dates.draw(7, 4, None, lambda i: series(7)[i], Words())
+    assert chosen.tolist() == [first, first + 1, first + 2, first + 3]
 
 
 def test_dates_with_clouds_or_nan_are_drawn_only_if_their_bin_has_no_other():

@@ -9,6 +9,7 @@ LINE = {
     "dataset": "treesatai_ts#1",
     "loss": 1.0,
     "loss/s2": 2.0,
+    "explained/s2": 0.25,
     "lr": 0.1,
     "data/retries": 0,
     "new": 5,
@@ -17,9 +18,18 @@ REST = {"optim/lr": 0.1, "data/retries": 0, "other/new": 5}
 
 
 def test_metrics_are_grouped_by_prefix():
-    assert metric_names(LINE, mixture=False) == {"loss/total": 1.0, "loss/s2": 2.0, **REST}
+    assert metric_names(LINE, mixture=False) == {
+        "loss/total": 1.0,
+        "loss/s2": 2.0,
+        "explained/s2": 0.25,
+        **REST,
+    }
 
 
 def test_in_a_mixture_every_dataset_has_separate_charts():
-    losses = {"loss/treesatai_ts.1/total": 1.0, "loss/treesatai_ts.1/s2": 2.0}
+    losses = {
+        "loss/treesatai_ts.1/total": 1.0,
+        "loss/treesatai_ts.1/s2": 2.0,
+        "explained/treesatai_ts.1/s2": 0.25,
+    }
     assert metric_names(LINE, mixture=True) == {**losses, **REST}

@@ -106,6 +106,13 @@ def test_only_matrices_decay():
     assert plain["weight_decay"] == 0.0
 
 
+def test_everything_decays_where_the_recipe_says_so():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4))
+    (group,) = build_optimizer(model, 1.0, (0.9, 0.99), 1e-8, 0.1, decay="all").param_groups
+    assert len(group["params"]) == 4
+    assert group["weight_decay"] == 0.1
+
+
 def test_matrices_that_are_not_weights_of_linear_maps_do_not_decay():
     model = torch.nn.ParameterDict({"queries": torch.zeros(3, 4), "linear_weight": torch.zeros(2, 2)})
     decayed, plain = build_optimizer(model, 1.0, (0.9, 0.99), 1e-8, 0.1).param_groups

@@ -86,6 +86,18 @@ def test_the_average_moves_by_one_minus_the_decay():
     assert ema.averages[0].tolist() == [3.75, 4.75]
 
 
+def test_an_average_of_epochs_takes_in_the_last_weights_of_each():
+    weights = torch.tensor([0.0])
+    ema = WeightEMA(0.75, [Fragment("w", (1,), 0, weights, (0, 1), weights, 0)], every=3)
+    found = []
+    for step in range(1, 8):
+        weights += 4.0
+        ema.update(step)
+        found.append(ema.averages[0].item())
+    # After step 3 the weight is 12, after step 6 it is 24: 0.25 * 12 = 3, then 0.75 * 3 + 0.25 * 24 = 8.25.
+    assert found == [0, 0, 3, 3, 3, 8.25, 8.25]
+
+
 def test_the_decay_of_a_short_training_grows_from_one_tenth():
     weights = torch.tensor([0.0])
     ema = WeightEMA(0.25, [Fragment("w", (1,), 0, weights, (0, 1), weights, 0)], warmup=True)
