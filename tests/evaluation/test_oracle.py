@@ -7,7 +7,8 @@ import dataclasses
 import numpy as np
 
 from maestro_scale.datasets.pastis_hd.reader import S2_BANDS
-from maestro_scale.datasets.synthetic.scene import BAND_NM, Scene
+from maestro_scale.datasets.synthetic.scene import Scene
+from maestro_scale.datasets.synthetic.vegetation import BAND_NM
 from maestro_scale.evaluate import main as evaluate
 from maestro_scale.evaluation.oracle.oracle import _refine_borders
 from maestro_scale.evaluation.oracle.signatures import ReflectanceSeries, unmix

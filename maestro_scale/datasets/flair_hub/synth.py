@@ -128,7 +128,7 @@ def write_variant(dst: Path, tiles: int, seed: int, dataset: str, listing: str) 
     """
     if tiles < 1 or seed < 0:
         raise DatasetError(f"cannot write {tiles} tiles with seed {seed}: tiles starts at 1, seed at 0")
-    target = Destination(dst, {"dataset": dataset, "tiles": tiles, "seed": seed, "generator": 1})
+    target = Destination(dst, {"dataset": dataset, "tiles": tiles, "seed": seed})
     places = patches(tiles, seed)
     for patch in patches(tiles, seed):
         _write_patch(target, patch)

@@ -35,7 +35,7 @@ def write(dst: Path, tiles: int, seed: int) -> None:
     """Write ``tiles`` tiles; DatasetError if ``dst`` holds anything but (a part of) the same dataset."""
     if tiles < 1 or seed < 0:
         raise DatasetError(f"cannot write {tiles} tiles with seed {seed}: tiles starts at 1, seed at 0")
-    target = Destination(dst, {"dataset": "pastis_hd", "tiles": tiles, "seed": seed, "generator": 1})
+    target = Destination(dst, {"dataset": "pastis_hd", "tiles": tiles, "seed": seed})
     rows = []
     for index in range(tiles):
         scene = Scene(seed, index, SPEC.tile_m, VOID, _NUM_PARCELS)

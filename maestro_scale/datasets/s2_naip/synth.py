@@ -30,7 +30,7 @@ def write(dst: Path, tiles: int, seed: int) -> None:
     """Write ``tiles`` tiles; DatasetError if ``dst`` holds anything but (a part of) the same dataset."""
     if tiles < 1 or seed < 0:
         raise DatasetError(f"cannot write {tiles} tiles with seed {seed}: tiles starts at 1, seed at 0")
-    target = Destination(dst, {"dataset": "s2_naip", "tiles": tiles, "seed": seed, "generator": 1})
+    target = Destination(dst, {"dataset": "s2_naip", "tiles": tiles, "seed": seed})
     listed: dict[str, list[str]] = {"train": [], "val": [], "test": []}
     for index in range(tiles):
         scene = Scene(seed, index, FULL_SPEC.tile_m, _NUM_CLASSES)

@@ -1,7 +1,7 @@
 """Spatially correlated noise on the ground: defined in metres, averaged over the pixels of any sensor.
 
-A field is a sum of octaves. An octave is a lattice of Gaussian numbers, interpolated by cubic B-splines. A pixel's value
-is the integral of the splines over the pixel's footprint, so that the mean of fine pixels equals the coarse pixel.
+A field is a sum of octaves. An octave is a lattice of Gaussian numbers, interpolated by cubic B-splines. The value of a
+pixel is the mean of the splines over its footprint, so that the mean of fine pixels equals the coarse pixel.
 Shapes: F fields, O octaves, H×W pixels.
 """
 

@@ -22,9 +22,9 @@ _NATIVE_M = {
 }
 _BLUR_M = 4.0  # of the optics, beyond the pixel
 GAIN_SIGMA = 0.10  # of a date: view and sun
-CALIBRATION_SIGMA = 0.025  # of a date and band: correction of the atmosphere
-HAZE = 0.05  # largest, at 490 nm; falls with the square of the wavelength
-RELATIVE_NOISE, ABSOLUTE_NOISE = 0.02, 0.0015  # of a pixel
+CALIBRATION_SIGMA = 0.03  # of a date and band: correction of the atmosphere
+HAZE = 0.06  # largest, at 490 nm; falls with the square of the wavelength
+RELATIVE_NOISE, ABSOLUTE_NOISE = 0.04, 0.0015  # of a pixel and band: misregistration of bands, detector
 _CLOUD_SPACINGS = octaves(640.0, 40.0)
 
 

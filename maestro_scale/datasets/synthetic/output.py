@@ -15,18 +15,20 @@ from maestro_scale import untrusted
 from maestro_scale.datasets.spec import DatasetError
 
 MARKER = "synth.json"
+SCENES_VERSION = 2
+"""Of the scenes. Increase it with every change of their values, so that no folder mixes two versions."""
 
 
 class Destination:
     """The folder of one synthetic dataset. Opened again, only missing files are written.
 
-    ``what`` identifies the dataset and is stored in ``synth.json``; DatasetError if the folder holds anything else.
-    A file is written under a temporary name and renamed, so that one that exists is complete.
+    ``what`` identifies the dataset and is stored in ``synth.json``, with the version of the scenes; DatasetError if the
+    folder holds anything else. A file is written under a temporary name and renamed, so that one that exists is complete.
     """
 
     def __init__(self, folder: Path, what: Mapping[str, str | int]) -> None:
         self._folder = folder
-        self._what = dict(what)
+        self._what = {**what, "generator": SCENES_VERSION}
         if not self._holds_the_same():
             folder.mkdir(parents=True, exist_ok=True)
             self.write_text(MARKER, json.dumps(self._what))
@@ -62,6 +64,11 @@ class Destination:
             held = untrusted.read_record(marker)
         except (OSError, ValueError) as error:
             raise DatasetError(f"{marker}: cannot be read ({error}); delete the folder") from error
+        if {**held, "generator": SCENES_VERSION} == self._what != held:
+            raise DatasetError(
+                f"{self._folder}: holds scenes of version {held.get('generator')!r}, which this release (version "
+                f"{SCENES_VERSION}) does not write; choose another folder"
+            )
         if held != self._what:
             raise DatasetError(
                 f"{self._folder}: holds another synthetic dataset ({held}); choose another folder"

@@ -6,15 +6,16 @@ Shapes: C bands, V variants, S parcels, H×W pixels.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 
 from maestro_scale.datasets.synthetic.classes import Variant
 from maestro_scale.datasets.synthetic.fields import Fields, Grid
 
-PERIOD_M = (2.8, 4.6, 7.6)  # of rows and crowns by texture
-_CROWN_CONTRAST, _ROW_CONTRAST, _GRAIN_CONTRAST = 0.45, 0.22, 0.06
-_GRAIN_M = (20.0, 5.0, 1.25)  # gaps and branches, at scales that no class determines
+PERIOD_M = (2.6, 4.2, 6.8)  # of rows and crowns by texture
+_CROWN_CONTRAST, _ROW_CONTRAST, _GRAIN_CONTRAST = 0.50, 0.22, 0.10
+_GRAIN_M = (2.5, 1.25)  # gaps and branches, at scales that no class determines
 
 
 def texture(
@@ -26,7 +27,7 @@ def texture(
 ) -> np.ndarray:
     """(H, W) relative brightness around 1 of rows (fields) or crowns (forest) on ``parcels`` (H, W)."""
     stretch = rng("stretch").uniform(0.92, 1.08)
-    grain = Fields(lambda octave: rng(f"grain{octave}"), grid.extent_m, _GRAIN_M, np.full((1, 3), 1.0))
+    grain = Fields(lambda octave: rng(f"grain{octave}"), grid.extent_m, _GRAIN_M, np.ones((1, len(_GRAIN_M))))
     light = 1 + np.float32(_GRAIN_CONTRAST) * grain.sample(grid)[0]
     period = np.array([PERIOD_M[v.texture] for v in variant_of_parcel]) * stretch
     if rows:
@@ -65,15 +66,17 @@ def _crowns(
             continue
         # The splines of a lattice have their energy at wavelengths of about twice its spacing.
         spacing = PERIOD_M[number] * stretch / 2
-        surface = Fields(
-            lambda _, number=number: rng(f"crowns{number}"), grid.extent_m, (spacing,), np.ones((1, 1))
-        )
+        surface = Fields(partial(_stream, rng, f"crown{number}"), grid.extent_m, (spacing,), np.ones((1, 1)))
         height = surface.sample(grid)[0]
         down, right = np.gradient(height)
         slope = (np.cos(sun) * right + np.sin(sun) * down) * np.float32(spacing / grid.resolution_m)
-        shaded = 1 + np.float32(_CROWN_CONTRAST) * np.tanh(slope) * np.float32(0.8) + np.float32(0.1) * height
+        shaded = 1 + np.float32(_CROWN_CONTRAST) * np.tanh(slope)
         light[inside] = shaded[inside]
     return light
+
+
+def _stream(rng: Callable[[str], np.random.Generator], purpose: str, octave: int) -> np.random.Generator:
+    return rng(f"{purpose}{octave}")
 
 
 def develop(

@@ -18,18 +18,17 @@ _BACKSCATTER_DB = ((-10.0, -16.0), (-9.5, -15.2), (-9.0, -14.6), (-9.3, -14.8)) 
 _SEASONAL_DB = ((0.8, 3.5), (0.6, 2.5), (0.0, 0.0), (0.0, 0.0))
 _STRUCTURE_DB = ((0.0, 0.0), (-0.6, 1.6))  # VV, VH by structure: open, dense (more volume, less ground)
 _WET_GROUND_DB = (1.0, 0.6)  # VV, VH between dry and wet season
-_RAIN_DB = (0.9, 0.25)  # by date: of the tile, and of one polarisation
+_RAIN_DB = (1.15, 0.3)  # by date: of the tile, and of one polarisation
 
 LOOKS = 4.4
 """Equivalent number of looks of Sentinel-1 IW GRD in high resolution (ESA, Sentinel-1 product definition: 4.4)."""
 _RESPONSE = (0.14, 0.72, 0.14)  # of the sensor and its resampling to 10 m, along either axis
 
 
-def backscatter_db(
-    tile: Nuisance, days: np.ndarray, orbit: str, variants: Sequence[Variant]
-) -> np.ndarray:
-    """(P, V, T, 2) VV and VH in dB of pure ``variants`` under a tile's season, level and slope, without rain. P is 1 for
-    a tile of numbers; ``orbit``: "asc" or "des". Variants that differ in texture alone are equal."""
+def backscatter_db(tile: Nuisance, days: np.ndarray, orbit: str, variants: Sequence[Variant]) -> np.ndarray:
+    """(P, V, T, 2) VV and VH in dB of pure ``variants`` under a tile's season, level and slope, without rain.
+
+    P is 1 for a tile of numbers; ``orbit``: "asc" or "des". Variants that differ in texture alone are equal."""
     vigour, delay, level, slope = (
         np.atleast_1d(v) for v in (tile.vigour, tile.delay_days, tile.radar_db, tile.slope_db)
     )

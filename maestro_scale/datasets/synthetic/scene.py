@@ -26,11 +26,8 @@ from maestro_scale.datasets.synthetic.ground import Ground
 from maestro_scale.datasets.synthetic.landscape import Landscape
 from maestro_scale.datasets.synthetic.vegetation import BAND_NM, Nuisance, signatures
 
-VERSION = 2
-"""Of the scenes; increase it with every change of their values, so that no folder mixes two versions."""
-
 _RADAR_SPACINGS = octaves(80.0, 5.0)
-_RADAR_DB = 1.8  # of the persistent pattern
+_RADAR_DB = 2.4  # of the persistent pattern
 _RADAR_ROUGHNESS = 0.1
 _SHARED = 0.5  # share of its variance that both orbits and polarisations have in common
 _RELIEF_SPACINGS = octaves(1280.0, 20.0)

@@ -25,11 +25,11 @@ BAND_NM = {
 NM = (450, 490, 560, 665, 705, 740, 783, 842, 1000, 1610, 2190)
 _SOIL = (0.05, 0.06, 0.085, 0.12, 0.14, 0.165, 0.18, 0.19, 0.22, 0.27, 0.22)
 # Grass, moss and litter: what the ground becomes from soil under its own season.
-_UNDERSTOREY = (0.03, 0.036, 0.062, 0.048, 0.105, 0.225, 0.265, 0.285, 0.30, 0.19, 0.10)
+_UNDERSTOREY = (0.022, 0.027, 0.050, 0.034, 0.090, 0.225, 0.270, 0.290, 0.30, 0.16, 0.080)
 # Full vegetation by family. They differ in shape (red edge, SWIR), little in brightness.
 _LEAVES = (
-    (0.022, 0.028, 0.060, 0.030, 0.095, 0.30, 0.36, 0.39, 0.40, 0.19, 0.085),
-    (0.022, 0.028, 0.048, 0.032, 0.075, 0.25, 0.31, 0.35, 0.38, 0.15, 0.065),
+    (0.020, 0.025, 0.055, 0.026, 0.095, 0.32, 0.39, 0.43, 0.44, 0.20, 0.085),
+    (0.020, 0.025, 0.045, 0.028, 0.075, 0.27, 0.34, 0.39, 0.42, 0.15, 0.065),
     (0.030, 0.040, 0.080, 0.045, 0.125, 0.27, 0.31, 0.34, 0.36, 0.23, 0.125),
     (0.020, 0.026, 0.042, 0.034, 0.070, 0.20, 0.23, 0.26, 0.27, 0.13, 0.065),
 )
@@ -39,7 +39,7 @@ _PEAK_WIDTH_DAYS = 36.0
 _BARE_GREEN = 0.10
 _EVERGREEN = 0.75
 _GROUND_PEAK_DAY, _GROUND_WIDTH_DAYS = 150, 75.0
-_GROUND_WINTER = 0.45  # share of the understorey that stays through the winter
+_GROUND_WINTER = 0.7  # share of the understorey that stays through the winter
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ NUISANCE = {
     "tilt": (-0.15, 0.15),
     "soil": (0.6, 1.4),
     "soil_tilt": (-0.3, 0.3),
-    "understorey": (0.35, 0.95),
+    "understorey": (0.5, 1.0),
     "vigour": (0.75, 1.1),
     "delay_days": (-8, 8),
     "radar_db": (-2, 2),
@@ -95,9 +95,7 @@ def signatures(tile: Nuisance, days: np.ndarray, nm: np.ndarray, variants: Seque
 def phenology(days: np.ndarray) -> np.ndarray:
     """(7, T) greenness in 0–1 on ``days`` of the year by season: five shifted, evergreen, two seasons in a year."""
     days = np.asarray(days, float)
-    shifted = _BARE_GREEN + (1 - _BARE_GREEN) * _bump(
-        days - np.array(_PEAK_DAYS)[:, None], _PEAK_WIDTH_DAYS
-    )
+    shifted = _BARE_GREEN + (1 - _BARE_GREEN) * _bump(days - np.array(_PEAK_DAYS)[:, None], _PEAK_WIDTH_DAYS)
     evergreen = np.full((1, *days.shape), _EVERGREEN)
     return np.concatenate([shifted, evergreen, np.maximum(shifted[:1], shifted[3:4])])
 

@@ -27,7 +27,7 @@ def write(dst: Path, tiles: int, seed: int) -> None:
     """Write ``tiles`` tiles; DatasetError if ``dst`` holds anything but (a part of) the same dataset."""
     if tiles < 1 or seed < 0:
         raise DatasetError(f"cannot write {tiles} tiles with seed {seed}: tiles starts at 1, seed at 0")
-    target = Destination(dst, {"dataset": "treesatai_ts", "tiles": tiles, "seed": seed, "generator": 1})
+    target = Destination(dst, {"dataset": "treesatai_ts", "tiles": tiles, "seed": seed})
     rows: dict[str, list[list[str]]] = {"train": [], "val": [], "test": []}
     labels = {}
     for index in range(tiles):

@@ -17,7 +17,7 @@ import torch
 from scipy.ndimage import uniform_filter, zoom
 
 from maestro_scale.datasets.spec import DatasetSpec, Sensor
-from maestro_scale.datasets.synthetic.scene import BAND_NM
+from maestro_scale.datasets.synthetic.vegetation import BAND_NM
 from maestro_scale.evaluation.benchmark import Benchmark, Provenance, build_result
 from maestro_scale.evaluation.metrics import segmentation_scores
 from maestro_scale.evaluation.oracle.signatures import ReflectanceSeries, unmix

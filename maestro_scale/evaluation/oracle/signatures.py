@@ -2,28 +2,31 @@
 
 Known are the classes' signatures and the ranges of the parameters that all classes of a tile share (light, soil,
 vigour, season). These five numbers are found by search, then every pixel is unmixed.
-Shapes: T dates, C bands, N pixels, K classes, P candidates.
+Shapes: T dates, C bands, N pixels, K classes, A optical appearances of classes, P candidates.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import nnls
 
-from maestro_scale.datasets.synthetic.scene import NUISANCE, Nuisance, signatures
+from maestro_scale.datasets.synthetic.classes import Variant, appearances, variants_of
+from maestro_scale.datasets.synthetic.ground import deviation
+from maestro_scale.datasets.synthetic.optical import ABSOLUTE_NOISE, CALIBRATION_SIGMA, HAZE, RELATIVE_NOISE
+from maestro_scale.datasets.synthetic.vegetation import NUISANCE, Nuisance, signatures
 
 _ROUNDS, _CANDIDATES, _NUM_BEST = (
     5,
     192,
     16,
 )  # of the search; the best are the ones the next round is drawn around
-_SEARCHED = ("tilt", "soil", "soil_tilt", "vigour", "delay_days")
+_SEARCHED = ("tilt", "soil", "soil_tilt", "understorey", "vigour", "delay_days")
 _SEED = 0
 
-# Noise of the generator, relative and absolute, and its haze at 490 nm, falling with the square of the wavelength.
-_RELATIVE, _ABSOLUTE, _HAZE = 0.02, 0.003, 0.03
+_HAZE = HAZE / 2  # deviation of the haze at 490 nm, falling with the square of the wavelength
 # Clouds and snow are brighter at 705 than at 1610 nm, and no ground is.
 _VEIL_NM, _VEIL_RATIO = (705, 1610), 0.75
 _HAZY_NM = 600  # haze is negligible in bands above
@@ -49,7 +52,8 @@ class ReflectanceSeries:
         """(C,): standard deviation of the logarithm of a value."""
         level = np.maximum(np.median(self.values, axis=(0, 2)), 1e-3)
         haze = _HAZE * (490 / self.nm) ** 2
-        return np.sqrt(_RELATIVE**2 + (_ABSOLUTE**2 + haze**2) / level**2)
+        relative = RELATIVE_NOISE**2 + CALIBRATION_SIGMA**2 + deviation(self.nm) ** 2
+        return np.sqrt(relative + (ABSOLUTE_NOISE**2 + haze**2) / level**2)
 
 
 def unmix(series: ReflectanceSeries, num_classes: int, min_share: float) -> tuple[np.ndarray, float]:
@@ -62,17 +66,19 @@ def unmix(series: ReflectanceSeries, num_classes: int, min_share: float) -> tupl
     clear, noise = series.clear, series.noise
     if not clear.any():
         return np.full((num_classes, series.values.shape[2]), 1 / num_classes), 0.0
-    tile, misfit = _search(series, clear, noise, num_classes)
-    pure = _pure_reflectance(tile, series, num_classes)[0]  # (K, T, C)
-    shares = np.eye(num_classes)[:, _nearest(series, clear, noise, pure)]
-    classes = np.arange(num_classes)
+    # Variants that differ in texture or radar alone look alike: they are unmixed as one, which is divided afterwards.
+    looks, likely = appearances(variants_of(num_classes), "family", "season")
+    tile, misfit = _search(series, clear, noise, looks)
+    pure = _pure_reflectance(tile, series, looks)[0]  # (A, T, C)
+    shares = np.eye(len(looks))[:, _nearest(series, clear, noise, pure)]
+    chosen = np.arange(len(looks))
     for _ in range(_UNMIXING_ROUNDS):
         light = _normalise_light(series, clear, noise, np.einsum("ktc,kn->tcn", pure, shares))
         shares = np.zeros_like(shares)
-        shares[classes] = _shares(light, clear, noise, pure, classes)
+        shares[chosen] = _shares(light, clear, noise, pure, chosen)
         means = shares.mean(axis=1)
-        classes = np.flatnonzero(means > min(min_share, means.max() / 2))
-    return shares, misfit
+        chosen = np.flatnonzero(means > min(min_share, means.max() / 2))
+    return likely @ shares, misfit
 
 
 def _nearest(series: ReflectanceSeries, clear: np.ndarray, noise: np.ndarray, pure: np.ndarray) -> np.ndarray:
@@ -84,7 +90,7 @@ def _nearest(series: ReflectanceSeries, clear: np.ndarray, noise: np.ndarray, pu
 
 
 def _search(
-    series: ReflectanceSeries, clear: np.ndarray, noise: np.ndarray, num_classes: int
+    series: ReflectanceSeries, clear: np.ndarray, noise: np.ndarray, looks: Sequence[Variant]
 ) -> tuple[Nuisance, float]:
     """The parameters that all classes of the tile share, and the misfit, by the cross-entropy method: candidates are
     redrawn around the best of the round before."""
@@ -96,13 +102,13 @@ def _search(
     count = np.maximum(clear.sum(axis=0) * (len(noise) - 1), 1)
     for _ in range(_ROUNDS):
         tile = _as_tile(drawn)
-        pure = np.log(_pure_reflectance(tile, series, num_classes))  # (P, K, T, C)
+        pure = np.log(_pure_reflectance(tile, series, looks))  # (P, A, T, C)
         model = _centred(pure, noise)
         flat = model.reshape(-1, model.shape[2] * model.shape[3])
         cross = flat @ observed.transpose(0, 2, 1).reshape(flat.shape[1], -1)
         norms = (model**2).sum(axis=3).reshape(-1, len(clear)) @ clear
         chi2 = ((observed**2).sum(axis=(0, 2)) - 2 * cross + norms) / count
-        nearest = np.maximum(chi2.reshape(len(drawn), num_classes, -1).min(axis=1), 0)
+        nearest = np.maximum(chi2.reshape(len(drawn), len(looks), -1).min(axis=1), 0)
         score = np.log1p(nearest).mean(axis=1)  # logarithm: mixed pixels match no class and must not dominate
         best = drawn[np.argsort(score)[:_NUM_BEST]]
         misfit = float(np.sqrt(np.median(nearest[score.argmin()])))
@@ -112,9 +118,9 @@ def _search(
     return _as_tile(best[:1]), misfit
 
 
-def _pure_reflectance(tile: Nuisance, series: ReflectanceSeries, num_classes: int) -> np.ndarray:
-    """(P, K, T, C) reflectance of pure classes in the light of the tile, without its brightness."""
-    pure = signatures(tile, series.days, series.nm, num_classes)
+def _pure_reflectance(tile: Nuisance, series: ReflectanceSeries, looks: Sequence[Variant]) -> np.ndarray:
+    """(P, A, T, C) reflectance of pure classes in the light of the tile, without its brightness."""
+    pure = signatures(tile, series.days, series.nm, looks)
     return pure * (1 + np.atleast_1d(tile.tilt)[:, None] * np.log(series.nm / 800.0))[:, None, None]
 
 
