@@ -96,7 +96,8 @@ def analyse(study: Study, cells: Sequence[CellRecord]) -> StudyResult:
         ),
         tuple(
             Cost(cell.name, cell.seconds, None if cell.seconds is None else cell.gpus * cell.seconds / 3600)
-            for cell in sorted(cells, key=lambda c: c.name)
+            # By name: cells whose levels make no difference share a directory.
+            for _, cell in sorted({cell.name: cell for cell in cells}.items())
         ),
     )
 
@@ -108,9 +109,14 @@ class _Results:
         self._results: dict[EvaluationRecord, EvalResult | None] = {}
 
     def result(self, record: EvaluationRecord) -> EvalResult | None:
-        """None where it is not finished."""
+        """None where it is not finished, or cannot be read."""
         if record not in self._results:
-            self._results[record] = EvalResult.load(record.path) if record.path.exists() else None
+            self._results[record] = None
+            if record.path.exists():
+                try:
+                    self._results[record] = EvalResult.load(record.path)
+                except EvaluationError as error:
+                    log.warning("%s", error)
         return self._results[record]
 
     def runs(self, record: EvaluationRecord, seed: int, variant: str = "") -> list[Run]:
@@ -204,8 +210,16 @@ def _answer(
         _names(second),
         num_missing,
         estimated,
-        judge(estimated, question.at_least, question.margin) if estimated else Verdict("no result"),
+        _verdict(question, first, second, estimated),
     )
+
+
+def _verdict(question: Question, first: _Side, second: _Side, found: Estimate | None) -> Verdict:
+    if found is None:
+        return Verdict("no result")
+    if _names(first) == _names(second):  # levels that set what the recipe has anyway
+        return Verdict("same cells")
+    return judge(found, question.at_least, question.margin)
 
 
 _Side = dict[tuple[str, int], tuple[CellRecord, EvaluationRecord]]

@@ -10,7 +10,10 @@ from typing import Literal
 
 from maestro_scale.evaluation.paired import Component, Estimate, t_quantile, t_tail
 
-Word = Literal["holds", "opposite", "smaller", "matches", "differs", "not resolved", "no result"]
+Word = Literal[
+    "holds", "opposite", "smaller", "matches", "differs", "not resolved", "same cells", "no result"
+]
+"""``same cells``: both sides are the same, as where their levels set what the recipe has anyway."""
 
 POWER = 0.8
 """Probability that the stated number of seeds or tiles decides, if the observed difference is the true one."""
@@ -35,7 +38,7 @@ class Verdict:
     @property
     def is_resolved(self) -> bool:
         """Whether the interval lies on one side of the border."""
-        return self.word not in ("not resolved", "no result")
+        return self.word not in ("not resolved", "same cells", "no result")
 
 
 def judge(difference: Estimate, at_least: float = 0.0, margin: float | None = None) -> Verdict:
@@ -57,6 +60,8 @@ def judge(difference: Estimate, at_least: float = 0.0, margin: float | None = No
         return Verdict(word, p_value)
     if not difference.covers_seeds:
         return Verdict("not resolved")
+    if not distance:  # no number of seeds decides
+        return Verdict("not resolved", p_value)
     seeds, tiles = min(difference.num_seeds), difference.num_tiles
     return Verdict(
         "not resolved",
