@@ -203,11 +203,11 @@ def test_where_crops_overlap_the_later_one_counts():
 
 def test_samples_of_cells_are_drawn_only_from_too_many():
     rows = np.arange(100, 200)
-    assert dense._sample(rows, 100, 0) is rows
-    some = dense._sample(rows, 99, 0)
+    assert dense.sample_cells(rows, 100, 0) is rows
+    some = dense.sample_cells(rows, 99, 0)
     assert len(some) == len(set(some.tolist())) == 99
     assert (np.diff(some) > 0).all()
-    assert set(dense._sample(rows, 20, 0).tolist()) != set(dense._sample(rows, 20, 1).tolist())
+    assert set(dense.sample_cells(rows, 20, 0).tolist()) != set(dense.sample_cells(rows, 20, 1).tolist())
 
 
 def test_moments_are_those_of_all_cells_and_dead_features_are_left_out():
@@ -220,6 +220,6 @@ def test_moments_are_those_of_all_cells_and_dead_features_are_left_out():
 
 def test_knn_draws_its_bank_and_its_validation_places_separately(monkeypatch):
     drawn = []
-    monkeypatch.setattr(dense, "_sample", lambda rows, most, seed: drawn.append((most, seed)) or rows)
+    monkeypatch.setattr(dense, "sample_cells", lambda rows, most, seed: drawn.append((most, seed)) or rows)
     dense.knn(layout(), CLASSES, split(3, 1), split(2, 2), split(2, 3), seed=7)
     assert drawn == [(100_000, 7), (20_000, 8)]
