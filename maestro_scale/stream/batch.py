@@ -38,8 +38,10 @@ class Batch:
     ``noise[sensor]``: (B, num_noise(sensor)) float32 in [0, 1). ``targets[name]``: stacked targets. ``keys``:
     "epoch/dataset/sample" of each sample, enough to replay it (evaluation: "eval/dataset/sample/crop").
     ``tiles``: tile names. ``num_repeated_dates``: dates that were repeated or imputed.
-    ``num_replaced_samples``: samples drawn in place of one in a bad shard. ``block``: (bytes,) uint8, the memory that
-    the tensors are views of, where they were made in one block (see ``stream/packing.py``).
+    ``num_replaced_samples``: samples drawn in place of one in a bad shard. ``places``: location of each tile as stored,
+    for ``shards.format.codec.parse_place`` (pretraining does not parse it); None where it is not known.
+    ``block``: (bytes,) uint8, the memory that the tensors are views of, where they were made in one block (see
+    ``stream/packing.py``).
     """
 
     dataset: str
@@ -52,6 +54,7 @@ class Batch:
     tiles: tuple[str, ...] = ()
     num_repeated_dates: int = 0
     num_replaced_samples: int = 0
+    places: tuple[str | None, ...] = ()
     block: Tensor | None = dataclasses.field(default=None, repr=False, compare=False)
 
     def __len__(self) -> int:
@@ -82,7 +85,7 @@ class Batch:
     def first(self) -> Batch:
         """A batch of the first sample only."""
         sample = self.map(lambda t: t[:1])
-        return dataclasses.replace(sample, keys=self.keys[:1], tiles=self.tiles[:1])
+        return dataclasses.replace(sample, keys=self.keys[:1], tiles=self.tiles[:1], places=self.places[:1])
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """Every tensor on ``device``, dtypes unchanged: one copy where all are views of ``block``, else one per tensor.

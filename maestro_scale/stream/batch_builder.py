@@ -78,10 +78,12 @@ class BuilderSettings:
 
 
 class _Written(NamedTuple):
-    """A sample that was written into a batch: its tile's name, and how many of its dates were repeated or imputed."""
+    """A sample that was written into a batch: its tile's name and place (as of ``Batch``), and how many of its dates
+    were repeated or imputed."""
 
     tile: str
     num_repeated_dates: int
+    place: str | None
 
 
 class BatchBuilder:
@@ -141,7 +143,7 @@ class BatchBuilder:
         if request.prefetch:
             shards.prefetch(request.prefetch)
         arrays = arrays_in(block, transform.fields, len(request.refs))
-        keys, tiles, num_repeated_dates, num_replaced_samples = [], [], 0, 0
+        keys, tiles, places, num_repeated_dates, num_replaced_samples = [], [], [], 0, 0
         for row, ref in enumerate(request.refs):
             written = self._write_sample(request, ref, ref, arrays, row)
             key = self._key(request, ref)
@@ -150,9 +152,15 @@ class BatchBuilder:
                 key, num_replaced_samples = f"{key}~{substitute}", num_replaced_samples + 1
             keys.append(key)
             tiles.append(written.tile)
+            places.append(written.place)
             num_repeated_dates += written.num_repeated_dates
         return BatchMetadata(
-            self.names[request.dataset], tuple(keys), tuple(tiles), num_repeated_dates, num_replaced_samples
+            self.names[request.dataset],
+            tuple(keys),
+            tuple(tiles),
+            num_repeated_dates,
+            num_replaced_samples,
+            tuple(places),
         )
 
     def close(self) -> None:
@@ -172,8 +180,10 @@ class BatchBuilder:
         try:
             sample = shards.sample(stored.shard, stored.index)
             if request.epoch is None:
-                return _Written(sample.key, transform.evaluate(sample, ref.crop, arrays, row))
-            return _Written(sample.key, transform.train(sample, request.epoch, ref.number, arrays, row))
+                num_repeated_dates = transform.evaluate(sample, ref.crop, arrays, row)
+            else:
+                num_repeated_dates = transform.train(sample, request.epoch, ref.number, arrays, row)
+            return _Written(sample.key, num_repeated_dates, sample.place)
         except (BadShard, CodecError) as error:
             if isinstance(error, CodecError):
                 error = BadShard(shards.source.shards[stored.shard].path, str(error))

@@ -43,6 +43,7 @@ class BatchMetadata:
     tiles: tuple[str, ...]
     num_repeated_dates: int
     num_replaced_samples: int
+    places: tuple[str | None, ...] = ()
 
 
 def num_bytes(fields: tuple[Field, ...], size: int) -> int:
@@ -86,6 +87,7 @@ def unpack(block: Tensor, fields: tuple[Field, ...], metadata: BatchMetadata) ->
         tiles=metadata.tiles,
         num_repeated_dates=metadata.num_repeated_dates,
         num_replaced_samples=metadata.num_replaced_samples,
+        places=metadata.places,
         block=block,
     )
 

@@ -89,7 +89,9 @@ class PluginBaseline(TrainableBaseline):
         """Token grids {sensor: (B, R, L, E)}, in the order of the sensors. EvaluationError where they have another
         shape."""
         some = next(iter(batch.pixels.values()))
-        found = self._external.tokens(self._units.convert(batch, latlon(batch, self._spec, some.device)))
+        found = self._external.tokens(
+            self._units.convert(batch, latlon(batch, self._spec.tile_m, some.device))
+        )
         tokens = {VECTOR: found[:, None, None]} if isinstance(found, Tensor) and found.dim() == 2 else found
         if not isinstance(tokens, Mapping) or not tokens:
             raise EvaluationError(

@@ -111,6 +111,16 @@ def _pack(metadata: dict[str, str], stored: dict[str, tuple[str, list[int], byte
     return b"".join([len(text).to_bytes(8, "little"), text, *parts])
 
 
+def parse_place(key: str, place: str | None) -> GeoOrigin | None:
+    """The location of a tile from its stored text (``Sample.place``). CodecError, with ``key``, if it is malformed."""
+    if place is None:
+        return None
+    try:
+        return untrusted.from_builtins(GeoOrigin, untrusted.load_json(place, limits=untrusted.HEADER))
+    except untrusted.InputError as error:
+        raise CodecError(f"sample {key}: its place cannot be read ({error})") from None
+
+
 class ByteReader(Protocol):
     """Random access to bytes that are not in memory, such as a part of a file."""
 
@@ -128,7 +138,7 @@ class Sample:
     windows are read. CodecError if it is not a valid sample.
     """
 
-    __slots__ = ("_encodings", "_entries", "_origin", "_source", "_start", "key", "names")
+    __slots__ = ("_encodings", "_entries", "_source", "_start", "key", "names", "place")
 
     def __init__(self, buffer: bytes | memoryview | ByteReader) -> None:
         self._source = _MemoryReader(buffer) if isinstance(buffer, (bytes, bytearray, memoryview)) else buffer
@@ -136,7 +146,8 @@ class Sample:
         if not isinstance(metadata.get("key"), str):
             raise CodecError("the safetensors metadata has no 'key'; save with metadata={'key': …}")
         self.key: str = metadata["key"]
-        self._origin: str | None = metadata.get("place")
+        self.place: str | None = metadata.get("place")
+        """The location of the tile as it is stored: see ``parse_place``."""
         self.names: tuple[str, ...] = tuple(self._entries)
         self._encodings = (
             _parse_encodings(metadata["encoded"], self._entries) if "encoded" in metadata else {}
@@ -145,14 +156,7 @@ class Sample:
     @property
     def origin(self) -> GeoOrigin | None:
         """Location of the tile, if it was stored. CodecError if it cannot be parsed."""
-        if self._origin is None:
-            return None
-        try:
-            return untrusted.from_builtins(
-                GeoOrigin, untrusted.load_json(self._origin, limits=untrusted.HEADER)
-            )
-        except untrusted.InputError as error:
-            raise CodecError(f"sample {self.key}: its place cannot be read ({error})") from None
+        return parse_place(self.key, self.place)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a decoded field."""
