@@ -69,21 +69,24 @@ class Estimate:
     level: float = LEVEL
 
     @property
-    def variance(self) -> float:
+    def total(self) -> Component:
         """Of ``value``, over seeds and tiles."""
         unbiased = self.seed.variance + self.tile.variance - self.inter.variance
-        return max(unbiased, self.seed.variance, self.tile.variance)
+        largest = max(self.seed, self.tile, key=lambda c: c.variance)
+        if unbiased <= largest.variance:
+            return largest
+        parts = (self.seed, self.tile, self.inter)
+        return Component(unbiased, unbiased**2 / sum(c.variance**2 / c.freedom for c in parts))
 
     @property
     def error(self) -> float:
         """Standard error."""
-        return math.sqrt(self.variance)
+        return math.sqrt(self.total.variance)
 
     @property
     def freedom(self) -> float:
-        """Degrees of freedom of ``variance``, after Satterthwaite."""
-        parts = sum(c.variance**2 / c.freedom for c in (self.seed, self.tile, self.inter) if c.variance)
-        return self.variance**2 / parts if parts else math.inf
+        """Degrees of freedom of the error."""
+        return self.total.freedom
 
     @property
     def half_width(self) -> float:

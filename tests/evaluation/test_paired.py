@@ -14,7 +14,16 @@ import pytest
 
 from maestro_scale.evaluation.counts import TileCounts
 from maestro_scale.evaluation.metrics import mean_iou, tile_mean_iou, wf1
-from maestro_scale.evaluation.paired import Run, difference, estimate, influences, t_quantile, t_tail
+from maestro_scale.evaluation.paired import (
+    Component,
+    Estimate,
+    Run,
+    difference,
+    estimate,
+    influences,
+    t_quantile,
+    t_tail,
+)
 from maestro_scale.evaluation.results import EvaluationError
 
 
@@ -38,17 +47,25 @@ def test_one_seed_gives_the_paired_interval_over_tiles():
 
 
 def test_two_seeds_add_the_variance_between_seeds():
-    found = difference([run("1110", 3), run("1111", 8)], [run("0000", 8), run("1000", 3)])
-    # Differences: 0, 1, 1, 0 with seed 3; 1, 1, 1, 1 with seed 8. Their means are 1/2 and 1.
-    assert found.value == pytest.approx(0.75)
+    found = difference([run("0001", 3), run("0111", 8)], [run("1000", 8), run("1000", 3)])
+    # Differences: -1, 0, 0, 1 with seed 3; -1, 1, 1, 1 with seed 8. Their means are 0 and 1/2.
+    assert found.value == pytest.approx(0.25)
     assert found.seed.variance == pytest.approx(0.125 / 2)
-    # Means of the tiles 1/2, 1, 1, 1/2: variance 1/12.
-    assert found.tile.variance == pytest.approx(1 / 48)
+    # Means of the tiles -1, 1/2, 1/2, 1: sum of squared deviations 2.25.
+    assert found.tile.variance == pytest.approx(2.25 / 3 / 4)
     # Residuals ±1/4, eight of them, 3 degrees of freedom.
     assert found.inter.variance == pytest.approx(8 / 16 / 3 / 8)
-    assert found.variance == pytest.approx(0.0625)
-    assert found.freedom == pytest.approx(0.0625**2 / (0.0625**2 + 2 * (1 / 48) ** 2 / 3))
+    variance = 0.0625 + 0.1875 - 1 / 48
+    assert found.total.variance == pytest.approx(variance)
+    assert found.freedom == pytest.approx(variance**2 / (0.0625**2 + 0.1875**2 / 3 + (1 / 48) ** 2 / 3))
     assert (found.num_seeds, found.pairs_seeds, found.covers_seeds) == ((2,), True, True)
+
+
+def test_the_variance_is_at_least_that_of_seeds_and_of_tiles():
+    part = Component(4e-4, 8)
+    for seed, tile in ((part, Component(1e-4, 2)), (Component(1e-4, 2), part)):
+        found = Estimate(0.1, seed, tile, Component(3e-4, 16), (3,), 9, True, True)
+        assert found.total == part
 
 
 def test_seeds_that_move_alike_cancel_only_in_pairs():

@@ -98,11 +98,11 @@ def test_an_interaction_shrinks_with_both():
     found = Estimate(
         0.01, Component(5e-4, 4), Component(3e-4, 99), Component(1e-4, 396), (5,), 100, True, True
     )
-    assert found.variance == pytest.approx(7e-4)
-    assert scaled(found, 1, 1).variance == pytest.approx(7e-4)
+    assert found.total.variance == pytest.approx(7e-4)
+    assert scaled(found, 1, 1).total.variance == pytest.approx(7e-4)
     # 4e-4 of the seeds, 2e-4 of the tiles, 1e-4 of both.
-    assert scaled(found, 2, 1).variance == pytest.approx(2e-4 + 2e-4 + 0.5e-4)
-    assert scaled(found, 2, 4).variance == pytest.approx(2e-4 + 0.5e-4 + 1e-4 / 8)
+    assert scaled(found, 2, 1).total.variance == pytest.approx(2e-4 + 2e-4 + 0.5e-4)
+    assert scaled(found, 2, 4).total.variance == pytest.approx(2e-4 + 0.5e-4 + 1e-4 / 8)
     assert scaled(found, 2, 1).seed.freedom == pytest.approx(9)
     assert scaled(found, 1, 2).tile.freedom == pytest.approx(199)
 
