@@ -21,13 +21,15 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
+from maestro_scale.errors import shorten
 from maestro_scale.evaluation.bootstrap import Statistic
 from maestro_scale.evaluation.counts import TileCounts
 from maestro_scale.evaluation.metrics import STATISTICS
-from maestro_scale.evaluation.results import EvaluationError
+from maestro_scale.evaluation.results import EvalResult, EvaluationError
 
 LEVEL = 0.95
 _CHUNK_BYTES = 64 * 2**20  # of counts whose statistic is computed at once
@@ -128,6 +130,22 @@ def t_tail(value: float, freedom: float) -> float:
     from scipy.special import ndtr, stdtr
 
     return float(ndtr(-value) if math.isinf(freedom) else stdtr(freedom, -value))
+
+
+def load_runs(path: Path, result: EvalResult) -> list[Run]:
+    """The counts of a result and ``path`` of its JSON file, one run per seed and fold. EvaluationError as of
+    ``EvalResult.load_counts``."""
+    if not result.runs:
+        fold = result.folds[0] if result.folds else None
+        return [Run(result.metric, result.seeds[0], fold, result.load_counts(path))]
+    found = []
+    for score in result.runs:
+        of_run = path.parent / score.path
+        if not of_run.resolve().is_relative_to(path.parent.resolve()):
+            raise EvaluationError(f"{path}: the path of a run, {shorten(score.path)}, is not below it")
+        counts = EvalResult.load(of_run).load_counts(of_run)
+        found.append(Run(result.metric, score.seed, score.fold, counts))
+    return found
 
 
 def estimate(runs: Sequence[Run], level: float = LEVEL) -> Estimate:

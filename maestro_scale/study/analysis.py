@@ -14,7 +14,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
-from maestro_scale.evaluation.paired import Estimate, Run, difference, estimate
+from maestro_scale.evaluation.metric_kinds import METRIC_KINDS
+from maestro_scale.evaluation.paired import Estimate, Run, difference, estimate, load_runs
 from maestro_scale.evaluation.results import EvalResult, EvaluationError
 from maestro_scale.study.config import Question, Study
 from maestro_scale.study.records import CellRecord, EvaluationRecord
@@ -60,6 +61,7 @@ class Answer:
     num_missing: int
     """Cells of the question, on either side, without a result."""
     difference: Estimate | None
+    """Of the means, better minus worse; of a metric that is better when lower, worse minus better."""
     verdict: Verdict
 
 
@@ -123,16 +125,9 @@ class _Results:
         """The counts of a finished record, one per fold. EvaluationError where there are none."""
         result = self.result(record)
         assert result is not None  # the caller has asked
-        if not result.runs:
-            fold = result.folds[0] if result.folds else None
-            return [Run(result.metric, seed, fold, result.load_counts(record.path), variant)]
-        found = []
-        for run in result.runs:
-            path = record.path.parent / run.path
-            if not path.resolve().is_relative_to(record.path.parent.resolve()):
-                raise EvaluationError(f"{record.path}: the path of a run, {run.path!r}, is not below it")
-            found.append(Run(result.metric, seed, run.fold, EvalResult.load(path).load_counts(path), variant))
-        return found
+        return [
+            dataclasses.replace(run, seed=seed, variant=variant) for run in load_runs(record.path, result)
+        ]
 
 
 def _scores(cells: Sequence[CellRecord], store: _Results) -> Iterator[Score]:
@@ -195,17 +190,22 @@ def _answer(
     records = [*first.values(), *second.values()]
     num_missing = sum(store.result(record) is None for _, record in records)
     first, second = _complete(first, second, store)
+    metric = next((r.metric for _, record in records if (r := store.result(record)) is not None), "")
     estimated = None
     if first and second:
         try:
-            estimated = difference(_runs(first, store), _runs(second, store))
+            sides = [_runs(first, store), _runs(second, store)]
+            # A positive difference is an improvement, also of an error.
+            estimated = (
+                difference(*sides) if METRIC_KINDS[metric].higher_is_better else difference(*sides[::-1])
+            )
         except EvaluationError as error:
             log.warning("question %s: no difference: %s", question.name, error)
     return Answer(
         question,
         dataset,
         benchmark,
-        next((r.metric for _, record in records if (r := store.result(record)) is not None), ""),
+        metric,
         _names(first),
         _names(second),
         num_missing,

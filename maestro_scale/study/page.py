@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from maestro_scale.evaluation.metric_kinds import METRIC_KINDS, significant
 from maestro_scale.evaluation.paired import Estimate
 from maestro_scale.evaluation.report.pages import data_url, html_templates, markdown_templates
 from maestro_scale.study.analysis import Answer, Score, StudyResult
@@ -20,7 +21,6 @@ from maestro_scale.training.run_dir import environment, write_atomically
 
 STEM = "study"
 NOTHING = "–"
-_METRIC = {"wf1": "wF1", "miou": "mIoU"}
 _ORIGIN = ("command", "git_revision", "platform", "host")
 
 
@@ -93,10 +93,8 @@ def _bar(answer: Answer) -> Bar:
     return Bar(
         f"{question.name}, {answer.dataset}, {question.mode}",
         answer.verdict.word,
-        100 * found.value,
-        100 * found.low,
-        100 * found.high,
-        [100 * border for border in borders if border],
+        *(_scale(answer.metric) * value for value in (found.value, found.low, found.high)),
+        [_scale(answer.metric) * border for border in borders if border],
     )
 
 
@@ -108,9 +106,9 @@ def _question_row(answer: Answer) -> dict[str, str]:
         "name": question.name,
         "claim": _claim(answer),
         "where": f"{answer.dataset}, {answer.benchmark}, {question.mode}{against}{labels}",
-        "metric": _METRIC.get(answer.metric, answer.metric) or NOTHING,
-        "difference": f"{100 * found.value:+.2f}" if found else NOTHING,
-        "interval": f"{100 * found.low:+.2f} to {100 * found.high:+.2f}" if found else NOTHING,
+        "metric": METRIC_KINDS[answer.metric].title if answer.metric else NOTHING,
+        "difference": _number(answer.metric, found.value, "+") if found else NOTHING,
+        "interval": _interval(answer.metric, found, "+") if found else NOTHING,
         "seeds": _pair_text(found) if found else NOTHING,
         "tiles": f"{found.num_tiles:,}" + ("" if found.pairs_tiles else " (not paired)")
         if found
@@ -124,12 +122,25 @@ def _question_row(answer: Answer) -> dict[str, str]:
 
 
 def _claim(answer: Answer) -> str:
-    question = answer.question
+    question, scale = answer.question, _scale(answer.metric)
     if question.margin is not None:
-        return f"{question.claim} (margin {100 * question.margin:g} points)"
-    return question.claim + (
-        f" (by at least {100 * question.at_least:g} points)" if question.at_least else ""
-    )
+        return f"{question.claim} (margin {scale * question.margin:g})"
+    return question.claim + (f" (by at least {scale * question.at_least:g})" if question.at_least else "")
+
+
+def _scale(metric: str) -> int:
+    """Fractions are shown in percentage points."""
+    return 100 if not metric or METRIC_KINDS[metric].is_fraction else 1
+
+
+def _number(metric: str, value: float, sign: str = "") -> str:
+    if METRIC_KINDS[metric].is_fraction:
+        return f"{100 * value:{sign}.2f}"
+    return ("+" if sign and value >= 0 else "") + significant(value)
+
+
+def _interval(metric: str, found: Estimate, sign: str = "") -> str:
+    return f"{_number(metric, found.low, sign)} to {_number(metric, found.high, sign)}"
 
 
 def _pair_text(found: Estimate) -> str:
@@ -154,9 +165,9 @@ def _score_row(score: Score) -> dict[str, str]:
         "labels": f"{100 * score.fraction:g} %",
         "score": NOTHING
         if score.mean is None
-        else f"{_METRIC.get(score.metric, score.metric)} {100 * score.mean:.2f}",
-        "deviation": NOTHING if score.deviation is None else f"{100 * score.deviation:.2f}",
-        "interval": f"{100 * found.low:.2f} to {100 * found.high:.2f}" if found else NOTHING,
+        else f"{METRIC_KINDS[score.metric].title} {_number(score.metric, score.mean)}",
+        "deviation": NOTHING if score.deviation is None else _number(score.metric, score.deviation),
+        "interval": _interval(score.metric, found) if found else NOTHING,
         "seeds": str(len(score.seeds))
         if len(score.seeds) == score.num_planned
         else f"{len(score.seeds)} of {score.num_planned}",

@@ -25,7 +25,7 @@ _OPEN = "#6b675e"
 
 @dataclass(frozen=True)
 class Bar:
-    """A difference with its interval, in percentage points. ``border``: what the claim compares it with."""
+    """A difference with its interval, in percentage points or units. ``borders``: what the claim compares it with."""
 
     label: str
     word: str
@@ -46,9 +46,11 @@ def effects(bars: Sequence[Bar]) -> bytes:
         axes.plot([bar.value], [row], "o", color=colour, ms=5)
         for border in bar.borders:
             axes.plot([border, border], [row - 0.35, row + 0.35], color=_INK, lw=0.8, ls=":")
+        words = axes.text(1.01, row, bar.word, transform=axes.get_yaxis_transform(), va="center")
+        words.set(color=colour, fontsize=8)
     axes.set_yticks(range(len(bars)), [plot_text(bar.label) for bar in bars])
     axes.set_ylim(max(len(bars), 1) - 0.4, -0.6)
-    axes.set_xlabel("difference of scores in percentage points, 95 % interval over seeds and tiles")
+    axes.set_xlabel("difference with 95 % interval over seeds and tiles")
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.tick_params(labelsize=8, colors=_INK)
