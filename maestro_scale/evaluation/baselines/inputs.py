@@ -46,7 +46,7 @@ _LANDSAT = {
 }
 # Colours of aerial and SPOT images: the middle of the usual filters.
 _COLOURS = {"B": 485.0, "G": 560.0, "R": 660.0, "NIR": 830.0, "PAN": 600.0}
-_RADAR = ("VV", "VH", "HH", "HV")
+_RADAR = ("VV", "VH", "HH", "HV", "VV-VH")
 _ELEVATION = ("DSM", "DTM", "DEM", "elevation", "slope", "aspect")
 _UNITS = {
     "DSM": "m",
