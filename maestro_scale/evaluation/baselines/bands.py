@@ -93,12 +93,14 @@ COMMON: Mapping[str, Statistics] = MappingProxyType(
 @dataclass(frozen=True)
 class Reading:
     """How a model reads a sensor. ``bands``: in the order of the model; ``channels``: their indices in the sensor's
-    pixels, None where the value is 0. ``unit``: of the pixels."""
+    pixels, None where the value is 0. ``unit``: of the pixels. ``replaced``: for messages, which bands are not those
+    of the sensor, in brackets."""
 
     sensor: SensorInput
     bands: tuple[str, ...]
     channels: tuple[int | None, ...]
     unit: str
+    replaced: str = ""
 
     @property
     def is_radar(self) -> bool:
@@ -167,7 +169,9 @@ def _reading(
     unit = next(sensor.units[i] for i in at.values() if i is not None)
     if unit not in units:
         return f"has values in {unit}, and the statistics of the model are for {' and '.join(units)}"
-    return Reading(sensor, bands, tuple(at.values()), unit)
+    notes = [f"{b} is {0 if i is None else NEAREST[b]}" for b, i in at.items() if b not in index]
+    replaced = f" ({', '.join(notes)})" if notes else ""
+    return Reading(sensor, bands, tuple(at.values()), unit, replaced)
 
 
 def model_input(reading: Reading, pixels: Tensor, statistics: Statistics, side: int) -> Tensor:

@@ -6,7 +6,8 @@ Shapes: B samples, D dates, C bands, S×S pixels of a resized image, L tokens of
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -19,14 +20,7 @@ from torch import Tensor, nn
 
 from maestro_scale import untrusted
 from maestro_scale.errors import MaestroError, did_you_mean
-from maestro_scale.evaluation.baselines.bands import (
-    NEAREST,
-    Reading,
-    Reads,
-    Statistics,
-    find_readings,
-    model_input,
-)
+from maestro_scale.evaluation.baselines.bands import Reading, Reads, Statistics, find_readings, model_input
 from maestro_scale.evaluation.baselines.protocol import Images, SensorInput, check_options
 from maestro_scale.evaluation.results import EvaluationError
 from maestro_scale.interop.restricted import load_untrusted
@@ -121,17 +115,21 @@ class LibraryEncoder(nn.Module):
             raise EvaluationError(
                 f"no model is called {self.model_name!r}{did_you_mean(self.model_name, self.models)}"
             )
-        self.model = self.models[self.model_name]
         self.readings, excluded = find_readings(
             sensors, self.model.reads, self.model.statistics, self.model.subset
         )
         import_library(self.library, self.requirement)
         self.adapter = self._build(weights or self.model.weights)
         self.width = self.adapter.width
-        read = [f"{r.sensor.name}: {' '.join(r.bands)}{_replaced(r)}" for r in self.readings]
+        read = [f"{r.sensor.name}: {' '.join(r.bands)}{r.replaced}" for r in self.readings]
         self.adaptation = f"{self.model.adaptation} Reads {'; '.join(read)}." + (
             f" Left out: {'; '.join(excluded)}." if excluded else ""
         )
+
+    @property
+    def model(self) -> LibraryModel:
+        """Its row of the table. Not an attribute: read-only mappings cannot be copied with the encoder."""
+        return self.models[self.model_name]
 
     def tokens(self, images: Images) -> dict[str, Tensor]:
         """As of the protocol."""
@@ -266,21 +264,12 @@ def _flatten(content: Any, prefix: str) -> list[tuple[str, Tensor]]:
     ]
 
 
-def _common_prefix(tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> str:
-    """What stands before the names of the parameters in the file (``encoder.``, ``model.``)."""
-    longest = max(parameters, key=len)
-    prefixes = {"", *(t.removesuffix(longest) for t in tensors if t.endswith(f".{longest}"))}
-    return max(sorted(prefixes), key=lambda p: sum(p + name in tensors for name in parameters))
-
-
-def _replaced(reading: Reading) -> str:
-    """Bands that the sensor lacks, and what stands in for them."""
-    channels = dict(zip(reading.bands, reading.channels, strict=True))
-    nearest = [
-        f"{b} is {n}" for b, n in NEAREST.items() if b in channels and channels[b] == channels.get(n, -1)
-    ]
-    notes = [*nearest, *(f"{b} is 0" for b, c in channels.items() if c is None)]
-    return f" ({', '.join(notes)})" if notes else ""
+def _common_prefix(tensors: Iterable[str], parameters: Collection[str]) -> str:
+    """What stands before the names of most parameters in the file (``encoder.``, ``model.``)."""
+    prefixes = Counter(
+        t.removesuffix(p) for t in tensors for p in parameters if t == p or t.endswith(f".{p}")
+    )
+    return max(sorted(prefixes), key=prefixes.__getitem__, default="")
 
 
 def _rows(images: Images, rows: Tensor) -> Images:

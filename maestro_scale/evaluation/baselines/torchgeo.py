@@ -53,7 +53,7 @@ class TorchGeoAdapter(Adapter):
             if wanted is not None and channels != wanted:
                 raise EvaluationError(
                     f"{name}@{weights} reads {channels} bands; supported are weights of {wanted}: "
-                    f"{', '.join(n for n, m in members.items() if m.meta['in_chans'] == wanted)}"
+                    f"{', '.join(n for n, m in members.items() if m.meta.get('in_chans') == wanted)}"
                 )
             arguments["weights"] = members[weights]
         return models.get_model(name, **arguments)
