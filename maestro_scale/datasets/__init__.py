@@ -12,15 +12,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from maestro_scale.datasets.spec import DatasetSpec, RawDataset
+from maestro_scale.datasets.spec import DatasetError, DatasetSpec, RawDataset
 from maestro_scale.datasets.synthetic.output import MARKER
 
-_DATASETS = {  # name: (module with SPEC and open_raw, function that writes synthetic tiles)
+# name: (module with SPEC and open_raw, function that writes synthetic tiles; empty where there are none)
+_DATASETS = {
     "treesatai_ts": ("treesatai_ts.reader", "treesatai_ts.synth:write"),
     "pastis_hd": ("pastis_hd.reader", "pastis_hd.synth:write"),
     "flair_hub": ("flair_hub.reader", "flair_hub.synth:write"),
     "flair2": ("flair_hub.flair2", "flair_hub.synth:write_flair2"),
     "s2_naip": ("s2_naip.reader", "s2_naip.synth:write"),
+    "fuel_moisture": ("fuel_moisture.reader", ""),
 }
 
 
@@ -56,7 +58,10 @@ def synth(name: str, dst: Path, tiles: int, seed: int) -> None:
     ``dst`` cannot be mistaken for a complete one; the same call again completes it. Raises KeyError for an unknown
     dataset, DatasetError if ``dst`` holds anything else.
     """
-    module, function = _known(name)[1].split(":")
+    writer = _known(name)[1]
+    if not writer:
+        raise DatasetError(f"{name} has no synthetic data: download it, see docs/datasets.md")
+    module, function = writer.split(":")
     getattr(_module(module), function)(Path(dst), tiles, seed)
 
 

@@ -71,6 +71,9 @@ _ELEVATION = Quantity(
     up_to=9000,
     outside="pixels without elevation",
 )
+_COMPLETE = Quantity(
+    "nan", "a published table without gaps: no value is reserved; every value is checked to be finite"
+)
 
 _FLAIR = {
     "aerial": _BYTES,
@@ -87,6 +90,7 @@ QUANTITIES: Mapping[str, Mapping[str, Quantity]] = {
     "flair_hub": _FLAIR,
     "flair2": _FLAIR,
     "s2_naip": {"naip": _BYTES, "s2": _REFLECTANCE, "s1": _DECIBELS, "landsat": _REFLECTANCE},
+    "fuel_moisture": dict.fromkeys(("s2", "s1", "weather", "terrain", "era5", "srtm"), _COMPLETE),
 }
 """The quantity of each modality of the shipped datasets: the only table of their fill values (docs/datasets.md)."""
 
