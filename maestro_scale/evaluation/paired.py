@@ -45,6 +45,8 @@ class Run:
     counts: TileCounts
     variant: str = ""
     """Scores of several variants, e.g. of a factor that is not compared, are averaged."""
+    data: str = ""
+    """Digest of the manifest: tiles of other data may have the same keys. Empty where it is not known."""
 
 
 @dataclass(frozen=True)
@@ -135,16 +137,17 @@ def t_tail(value: float, freedom: float) -> float:
 def load_runs(path: Path, result: EvalResult) -> list[Run]:
     """The counts of a result and ``path`` of its JSON file, one run per seed and fold. EvaluationError as of
     ``EvalResult.load_counts``."""
+    data = result.datasets.get(result.benchmark, "")
     if not result.runs:
         fold = result.folds[0] if result.folds else None
-        return [Run(result.metric, result.seeds[0], fold, result.load_counts(path))]
+        return [Run(result.metric, result.seeds[0], fold, result.load_counts(path), data=data)]
     found = []
     for score in result.runs:
         of_run = path.parent / score.path
         if not of_run.resolve().is_relative_to(path.parent.resolve()):
             raise EvaluationError(f"{path}: the path of a run, {shorten(score.path)}, is not below it")
         counts = EvalResult.load(of_run).load_counts(of_run)
-        found.append(Run(result.metric, score.seed, score.fold, counts))
+        found.append(Run(result.metric, score.seed, score.fold, counts, data=data))
     return found
 
 
@@ -168,8 +171,8 @@ def difference(a: Sequence[Run], b: Sequence[Run], level: float = LEVEL) -> Esti
     """Mean score of ``a`` minus that of ``b``.
 
     Where both have two or more seeds in common, only these are used, in pairs; otherwise all seeds, as independent.
-    Tiles are paired by their keys where both were scored on the same ones. EvaluationError where the metrics differ, or
-    the runs are not one per seed and fold.
+    Tiles are paired by their keys where both were scored on the same ones of the same data. EvaluationError where the
+    metrics differ, or the runs are not one per seed and fold.
     """
     if len({r.metric for r in (*a, *b)}) != 1:
         raise EvaluationError("results of different metrics cannot be compared")
@@ -178,7 +181,7 @@ def difference(a: Sequence[Run], b: Sequence[Run], level: float = LEVEL) -> Esti
     if pairs_seeds:
         a, b = ([r for r in runs if r.seed in common] for runs in (a, b))
     first, second = _arm(a), _arm(b)
-    aligned = _align(second, first.keys)
+    aligned = _align(second, first.keys) if len({r.data for r in (*a, *b)} - {""}) < 2 else None
     pairs_tiles = aligned is not None
     second = aligned or second
     arms = (first, second)

@@ -87,14 +87,16 @@ def verdict_text(verdict: Verdict, num_seeds: int = 2) -> str:
 
 
 def _bar(answer: Answer) -> Bar:
-    found, question = answer.difference, answer.question
+    found, question, scale = answer.difference, answer.question, _scale(answer.metric)
     assert found is not None  # those without are left out
     borders = (question.at_least,) if question.margin is None else (-question.margin, question.margin)
     return Bar(
         f"{question.name}, {answer.dataset}, {question.mode}",
         answer.verdict.word,
-        *(_scale(answer.metric) * value for value in (found.value, found.low, found.high)),
-        [_scale(answer.metric) * border for border in borders if border],
+        scale * found.value,
+        scale * found.low,
+        scale * found.high,
+        [scale * border for border in borders if border],
     )
 
 

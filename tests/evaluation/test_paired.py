@@ -6,6 +6,7 @@ influence of a tile is its hit minus the mean.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 
@@ -102,6 +103,9 @@ def test_tiles_are_paired_by_key_whatever_their_order():
     assert others.tile.variance == pytest.approx(
         2 * 0.25 / 4
     )  # 1/4 is the variance of 1, 1, 1, 0 and of 0, 0, 0, 1
+    other_data = [dataclasses.replace(r, data=digest) for r, digest in zip((*a, *b), "xxyy", strict=True)]
+    assert not difference(other_data[:2], other_data[2:]).pairs_tiles
+    assert difference(other_data[:2], b).pairs_tiles  # not known: an earlier revision
     repeated = difference(a, [run("0001", 0, "dcbb"), run("0001", 1, "dcbb")])
     assert not repeated.pairs_tiles
 

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from maestro_scale.escaping import printable
+from maestro_scale.evaluation.counts import TileCounts
 from maestro_scale.evaluation.report import charts
 from maestro_scale.evaluation.report.charts import class_bars
 from maestro_scale.evaluation.report.groups import find_results
@@ -315,6 +316,48 @@ def test_a_curve_over_labels_is_of_one_encoder_and_dataset(tmp_path, monkeypatch
         tmp_path=tmp_path,
     )
     assert [curve.values for curve in curves] == [[0.4, 0.7]]
+
+
+def counted(hits: str, encoder: str, seed: int = 0, **changes) -> EvalResult:
+    """A result whose wF1 is the share of tiles that are hits."""
+    array = np.array([[[1], [0], [0]] if hit == "1" else [[0], [1], [1]] for hit in hits])
+    counts = TileCounts(tuple(f"t{i}" for i in range(len(hits))), array)
+    value = hits.count("1") / len(hits)
+    result = dataclasses.replace(LABELLED, encoder=encoder, value=value, seeds=(seed,), num_tiles=len(hits))
+    return dataclasses.replace(result, counts=counts, **changes)
+
+
+def test_results_on_the_same_tiles_are_compared_in_pairs(tmp_path):
+    listed = [
+        counted("1110", "runs/ours"),
+        counted("1000", "runs/<b>theirs</b>"),
+        counted("1111", "oracle", mode="oracle"),
+        counted("11101", "runs/more"),
+        counted("1110", "runs/other", datasets={"treesatai_ts": "b" * 64}),
+        dataclasses.replace(counted("1100", "runs/old"), counts=None),
+    ]
+    listed[0] = dataclasses.replace(listed[0], datasets={"treesatai_ts": "a" * 64})
+    for number, result in enumerate(listed):
+        result.write(tmp_path / str(number) / "results.json")
+    page, text = write_report(find_results([tmp_path / str(n) for n in range(6)]), tmp_path / "r.html")
+    # Differences of the tiles 0, 1, 1, 0: 1/2 ± 3.1824 · √(1/12), see test_paired.py.
+    row = r"| treesatai_ts | ours, finetune | b\>, finetune | +50.0 | -41.9 to +141.9 | 4 tiles |"
+    section = text.read_text().split("## Differences on the same tiles")[1].split("## Every result")[0]
+    assert [line for line in section.splitlines() if line.startswith("| treesat")] == [row]
+    words = " ".join(" ".join(Page(page.read_text()).text).split())
+    assert (
+        "Differences on the same tiles score minus difference 95 % interval over ours, finetune b>, finetune +50.0"
+        in words
+    )
+
+
+def test_seeds_of_results_are_compared_in_pairs(tmp_path):
+    for seed, (ours, theirs) in enumerate((("1110", "1000"), ("1100", "1000"))):
+        counted(ours, "runs/ours", seed).write(tmp_path / "a" / str(seed) / "results.json")
+        counted(theirs, "runs/theirs", seed).write(tmp_path / "b" / str(seed) / "results.json")
+    _, text = write_report(find_results([tmp_path / "b", tmp_path / "a"]), tmp_path / "r.html")
+    assert "theirs, finetune | ours, finetune | -37.5 |" in text.read_text()
+    assert "| 2 seeds, 4 tiles |" in text.read_text()
 
 
 def test_an_unwritable_report_is_named(results, tmp_path):

@@ -15,6 +15,7 @@ from maestro_scale.escaping import link_target
 from maestro_scale.evaluation.metric_kinds import METRIC_KINDS
 from maestro_scale.evaluation.probes.dense import IGNORED
 from maestro_scale.evaluation.report import charts
+from maestro_scale.evaluation.report.differences import difference_rows
 from maestro_scale.evaluation.report.groups import ResultFile, ResultGroup, data_key, group_results
 from maestro_scale.evaluation.report.pages import data_url, html_templates, markdown_templates
 from maestro_scale.evaluation.report.tables import (
@@ -90,10 +91,12 @@ def _curve(name: str, groups: Sequence[ResultGroup]) -> charts.Curve:
 
 
 def _benchmarks(groups: Sequence[ResultGroup]) -> list[dict[str, Any]]:
-    """Per benchmark: scores per class of the best few, and of every result its confusion, maps and origin."""
+    """Per benchmark: scores per class of the best few, differences, and of every result its confusion, maps and
+    origin."""
     sections = []
     for benchmark, members in _by_benchmark(groups).items():
         kind = members[0].first.kind
+        differences = difference_rows(members)  # in the order of the command line
         members = sorted(members, key=lambda g: -kind.sign * g.value)
         shown = [g for g in members if g.first.fraction == 1] or members
         best = {f"{g.name} ({g.score_text})": g.first.per_class for g in shown[:_MAX_BARS]}
@@ -103,6 +106,7 @@ def _benchmarks(groups: Sequence[ResultGroup]) -> list[dict[str, Any]]:
                 "name": benchmark,
                 "bars": data_url(charts.class_bars(best, kind.of_class)) if any(best.values()) else "",
                 "absent": absent,
+                "differences": differences,
                 "members": [_details(g) for g in members],
             }
         )
