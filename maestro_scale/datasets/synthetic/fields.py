@@ -7,7 +7,7 @@ Shapes: F fields, O octaves, H×W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -16,7 +16,7 @@ from scipy import sparse
 
 _SPLINE_VARIANCE = (151 / 315) ** 2  # of an interpolated lattice of unit variance, averaged over positions
 _REACH = 3  # lattice points beyond the scene, which the splines at its edge need
-_MARGIN_M = 2.0  # largest margin of an image around the scene
+MARGIN_M = 2.0  # largest margin of an image around the scene
 _NEGLIGIBLE = 0.2  # an octave finer than this share of a footprint averages to nearly zero
 
 
@@ -40,24 +40,20 @@ class Grid:
 
 
 class Fields:
-    """``count`` independent fields over a scene. ``rng``: the stream of an octave, by its number.
+    """Independent fields over a scene, drawn from ``rng``.
 
-    ``amplitudes`` (F or 1, O): standard deviation of each octave of ``spacings`` (metres between lattice points).
+    ``amplitudes`` (F, O): standard deviation of each octave. ``spacings`` (O,): metres between lattice points,
+    decreasing.
     """
 
     def __init__(
-        self,
-        rng: Callable[[int], np.random.Generator],
-        extent_m: float,
-        spacings: Sequence[float],
-        amplitudes: np.ndarray,
+        self, rng: np.random.Generator, extent_m: float, spacings: Sequence[float], amplitudes: np.ndarray
     ) -> None:
         self._rng = rng
         self._extent_m = extent_m
         self._spacings = tuple(spacings)
-        self._amplitudes = np.asarray(amplitudes, np.float32)
-        # Each octave has a stream of its own: a sensor that does not resolve one need not draw it.
-        self._lattices: dict[int, np.ndarray] = {}
+        self._amplitudes = np.asarray(amplitudes, np.float32) / np.float32(np.sqrt(_SPLINE_VARIANCE))
+        self._lattices: list[np.ndarray] = []
 
     def sample(
         self, grid: Grid, mix: np.ndarray | None = None, footprint_m: float | None = None
@@ -67,29 +63,27 @@ class Fields:
         ``mix`` (G, F): sample G linear combinations instead.
         """
         width = grid.resolution_m if footprint_m is None else footprint_m
-        partial, weights = [], []
-        for octave, spacing in enumerate(self._spacings):
-            if spacing < _NEGLIGIBLE * width:
-                continue
-            lattice = self._lattice(octave)
-            if mix is not None:
-                lattice = np.tensordot(mix.astype(np.float32), lattice, 1)
-            weight = _weights(grid, spacing, width, lattice.shape[1])
-            count, side, _ = lattice.shape
-            rows = weight @ lattice.transpose(1, 0, 2).reshape(side, -1)  # (H, F * side)
+        resolved = sum(spacing >= _NEGLIGIBLE * width for spacing in self._spacings)
+        self._draw(resolved)
+        each, joined = _weights(grid, self._extent_m, self._spacings[:resolved], width)
+        partial = []
+        for lattice, weight in zip(self._lattices, each, strict=False):
+            mixed = lattice if mix is None else np.tensordot(mix.astype(np.float32), lattice, 1)
+            count, side, _ = mixed.shape
+            rows = weight @ mixed.transpose(1, 0, 2).reshape(side, -1)  # (H, F * side)
             partial.append(rows.reshape(-1, count, side).transpose(2, 1, 0).reshape(side, -1))
-            weights.append(weight)
         # One product for all octaves: the pass over the pixels is the expensive one.
-        values = sparse.hstack(weights, format="csr") @ np.concatenate(partial)  # (W, F * H)
+        values = joined @ np.concatenate(partial)  # (W, F * H)
         return np.ascontiguousarray(values.reshape(grid.size, -1, grid.size).transpose(1, 2, 0))
 
-    def _lattice(self, octave: int) -> np.ndarray:
-        if octave not in self._lattices:
-            amplitude = self._amplitudes[:, octave] / np.float32(np.sqrt(_SPLINE_VARIANCE))
+    def _draw(self, count: int) -> None:
+        """Have the first ``count`` lattices. They are drawn in this order from one stream, so that they do not depend
+        on how many of them a sensor resolves."""
+        for octave in range(len(self._lattices), count):
             side = _lattice_size(self._extent_m, self._spacings[octave])
-            drawn = self._rng(octave).standard_normal((len(amplitude), side, side), np.float32)
-            self._lattices[octave] = drawn * amplitude[:, None, None]
-        return self._lattices[octave]
+            drawn = self._rng.standard_normal((len(self._amplitudes), side, side), np.float32)
+            drawn *= self._amplitudes[:, octave, None, None]
+            self._lattices.append(drawn)
 
 
 def octaves(largest_m: float, smallest_m: float) -> tuple[float, ...]:
@@ -107,22 +101,29 @@ def fractal(spacings: Sequence[float], roughness: float) -> np.ndarray:
 
 
 def _lattice_size(extent_m: float, spacing: float) -> int:
-    return int(np.ceil((extent_m + 2 * _MARGIN_M) / spacing)) + 2 * _REACH + 1
+    return int(np.ceil((extent_m + 2 * MARGIN_M) / spacing)) + 2 * _REACH + 1
 
 
-@lru_cache(maxsize=256)
-def _weights(grid: Grid, spacing: float, width: float, side: int) -> sparse.csr_matrix:
-    """(pixels, side) means of the lattice's splines over the pixels of one axis."""
-    low = (grid.centres - width / 2 + _MARGIN_M) / spacing + _REACH
-    high = low + width / spacing
-    first = np.floor(low).astype(int) - 1
-    taps = first[:, None] + np.arange(int(np.ceil(width / spacing)) + 4)
-    weight = (_integral(high[:, None] - taps) - _integral(low[:, None] - taps)) * spacing / width
-    inside = (taps >= 0) & (taps < side)
-    rows = np.repeat(np.arange(len(taps)), taps.shape[1]).reshape(taps.shape)
-    return sparse.csr_matrix(
-        (weight[inside].astype(np.float32), (rows[inside], taps[inside])), shape=(len(taps), side)
-    )
+@lru_cache(maxsize=64)
+def _weights(
+    grid: Grid, extent_m: float, spacings: tuple[float, ...], width: float
+) -> tuple[tuple[sparse.csr_matrix, ...], sparse.csr_matrix]:
+    """By octave, (pixels, side) means of the lattice's splines over the pixels of one axis; and all of them joined."""
+    found = []
+    for spacing in spacings:
+        side = _lattice_size(extent_m, spacing)
+        low = (grid.centres - width / 2 + MARGIN_M) / spacing + _REACH
+        high = low + width / spacing
+        taps = (np.floor(low).astype(int) - 1)[:, None] + np.arange(int(np.ceil(width / spacing)) + 4)
+        weight = (_integral(high[:, None] - taps) - _integral(low[:, None] - taps)) * spacing / width
+        inside = (taps >= 0) & (taps < side)
+        rows = np.broadcast_to(np.arange(len(taps))[:, None], taps.shape)
+        found.append(
+            sparse.csr_matrix(
+                (weight[inside].astype(np.float32), (rows[inside], taps[inside])), shape=(len(taps), side)
+            )
+        )
+    return tuple(found), sparse.hstack(found, format="csr")
 
 
 def _integral(u: np.ndarray) -> np.ndarray:

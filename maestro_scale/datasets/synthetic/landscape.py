@@ -29,14 +29,14 @@ class _Cut(NamedTuple):
 
 class Landscape:
     """The parcels of a square of ``extent_m`` metres: 2–6 stands of 1–3 classes or, if ``num_fields`` is not 0, that
-    many fields of a third as many classes. ``rng`` draws all of it."""
+    many fields of a sixth as many classes. ``rng`` draws all of it."""
 
     def __init__(self, extent_m: float, num_classes: int, num_fields: int, rng: np.random.Generator) -> None:
         variants = variants_of(num_classes)
         self._extent_m, self._num_classes = extent_m, num_classes
         present = rng.permutation(num_classes)
         few = int(rng.choice([1, 2, 3], p=[0.60, 0.30, 0.10]))
-        present = present[: -(-num_fields // 3) or few]
+        present = present[: -(-num_fields // 6) or few]
         count = max(len(present) + int(rng.integers(1, 4)), num_fields)
         classes = np.concatenate([present, rng.choice(present, count - len(present))])
         self.classes = rng.permutation(classes)

@@ -23,7 +23,7 @@ _NATIVE_M = {
 _BLUR_M = 4.0  # of the optics, beyond the pixel
 GAIN_SIGMA = 0.10  # of a date: view and sun
 CALIBRATION_SIGMA = 0.03  # of a date and band: correction of the atmosphere
-HAZE = 0.06  # largest, at 490 nm; falls with the square of the wavelength
+HAZE = 0.075  # largest, at 490 nm; falls with the square of the wavelength
 RELATIVE_NOISE, ABSOLUTE_NOISE = 0.04, 0.0015  # of a pixel and band: misregistration of bands, detector
 _CLOUD_SPACINGS = octaves(640.0, 40.0)
 
@@ -98,7 +98,7 @@ def weather(
     if not covered:
         return snow, cloud
     amplitude = np.repeat(fractal(_CLOUD_SPACINGS, 0.7)[None], len(covered), axis=0)
-    shapes = Fields(lambda octave: rng(f"cloud{octave}"), grid.extent_m, _CLOUD_SPACINGS, amplitude)
+    shapes = Fields(rng("clouds"), grid.extent_m, _CLOUD_SPACINGS, amplitude)
     for (veil, t), shape in zip(covered, shapes.sample(grid), strict=True):
         veil[t] = np.clip(level[t] + shape if veil is cloud else 0.7 + 0.3 * shape, 0, 1)
     return snow, cloud

@@ -23,7 +23,8 @@ class Destination:
     """The folder of one synthetic dataset. Opened again, only missing files are written.
 
     ``what`` identifies the dataset and is stored in ``synth.json``, with the version of the scenes; DatasetError if the
-    folder holds anything else. A file is written under a temporary name and renamed, so that one that exists is complete.
+    folder holds anything else. A file is written under a temporary name and renamed, so that one that exists is
+    complete.
     """
 
     def __init__(self, folder: Path, what: Mapping[str, str | int]) -> None:

@@ -37,7 +37,7 @@ _RELIEF_SPACINGS = octaves(1280.0, 20.0)
 class Scene:
     """A square of ``extent_m`` metres with 1–3 dominant classes out of ``num_classes`` (at most 20).
 
-    ``num_parcels``: for large scenes, this many fields, of a third as many classes, instead.
+    ``num_parcels``: for large scenes, this many fields, of a sixth as many classes, instead.
     Every method is deterministic and independent of earlier calls. Raises ValueError for more classes than there are
     signatures.
     """
@@ -62,7 +62,7 @@ class Scene:
     @cached_property
     def tile(self) -> Nuisance:
         """What all classes of the tile have in common."""
-        return Nuisance.draw(self.rng("nuisance"))
+        return Nuisance.draw(self.rng("nuisance"), fields=self.num_parcels > 0)
 
     @cached_property
     def landscape(self) -> Landscape:
@@ -89,7 +89,7 @@ class Scene:
     def relief(self, resolution_m: float) -> np.ndarray:
         """(H, W) height of the terrain relative to the scene's mean level, in units of its standard deviation."""
         amplitudes = fractal(_RELIEF_SPACINGS, 1.0)[None]
-        fields = Fields(lambda o: self.rng(f"relief{o}"), self.extent_m, _RELIEF_SPACINGS, amplitudes)
+        fields = Fields(self.rng("relief"), self.extent_m, _RELIEF_SPACINGS, amplitudes)
         return fields.sample(self._grid(resolution_m))[0]
 
     # ---- sensors
@@ -122,7 +122,7 @@ class Scene:
         of_parcel = [self.variants[k] for k in self.landscape.classes]
         pure = signatures(self.tile, np.array([day]), nm, of_parcel)[0][:, 0].astype(np.float32)  # (S, C)
         relative = self._ground.on_day(day, nm, grid, parcels)
-        colours = pure.T[:, parcels] * np.exp(relative, out=relative)
+        colours = [p.take(parcels) * r for p, r in zip(pure.T, relative, strict=True)]
         light = photo.texture(self.rng, grid, parcels, of_parcel, rows=self.num_parcels > 0)
         fx, fy = rng.uniform(-0.6, 0.6, 2) / self.extent_m
         light *= 1 + np.float32(0.10) * plane_wave(grid.centres, grid.centres, fx, fy, rng.uniform())
@@ -151,7 +151,7 @@ class Scene:
     @cached_property
     def _radar_fields(self) -> Fields:
         amplitudes = np.repeat(fractal(_RADAR_SPACINGS, _RADAR_ROUGHNESS)[None], 5, axis=0)
-        return Fields(lambda o: self.rng(f"radar{o}"), self.extent_m, _RADAR_SPACINGS, amplitudes)
+        return Fields(self.rng("radar"), self.extent_m, _RADAR_SPACINGS, amplitudes)
 
     @cached_property
     def _known_shares(self) -> dict[float, np.ndarray]:

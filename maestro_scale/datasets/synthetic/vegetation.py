@@ -28,18 +28,18 @@ _SOIL = (0.05, 0.06, 0.085, 0.12, 0.14, 0.165, 0.18, 0.19, 0.22, 0.27, 0.22)
 _UNDERSTOREY = (0.022, 0.027, 0.050, 0.034, 0.090, 0.225, 0.270, 0.290, 0.30, 0.16, 0.080)
 # Full vegetation by family. They differ in shape (red edge, SWIR), little in brightness.
 _LEAVES = (
-    (0.020, 0.025, 0.055, 0.026, 0.095, 0.32, 0.39, 0.43, 0.44, 0.20, 0.085),
-    (0.020, 0.025, 0.045, 0.028, 0.075, 0.27, 0.34, 0.39, 0.42, 0.15, 0.065),
-    (0.030, 0.040, 0.080, 0.045, 0.125, 0.27, 0.31, 0.34, 0.36, 0.23, 0.125),
+    (0.020, 0.025, 0.055, 0.026, 0.100, 0.35, 0.43, 0.47, 0.48, 0.21, 0.085),
+    (0.020, 0.025, 0.045, 0.028, 0.075, 0.29, 0.37, 0.42, 0.45, 0.15, 0.065),
+    (0.030, 0.040, 0.080, 0.045, 0.125, 0.29, 0.34, 0.375, 0.39, 0.23, 0.125),
     (0.020, 0.026, 0.042, 0.034, 0.070, 0.20, 0.23, 0.26, 0.27, 0.13, 0.065),
 )
 # One greening curve with its peak at five times of the year: equal in mean, spread and shape.
 _PEAK_DAYS = (65, 115, 165, 215, 265)
-_PEAK_WIDTH_DAYS = 36.0
-_BARE_GREEN = 0.10
+_PEAK_WIDTH_DAYS = 42.0
+_BARE_GREEN = 0.05
 _EVERGREEN = 0.75
 _GROUND_PEAK_DAY, _GROUND_WIDTH_DAYS = 150, 75.0
-_GROUND_WINTER = 0.7  # share of the understorey that stays through the winter
+_GROUND_WINTER = 0.67  # share of the understorey that stays through the winter
 
 
 @dataclass(frozen=True)
@@ -57,17 +57,19 @@ class Nuisance:
     slope_db: float | np.ndarray
 
     @classmethod
-    def draw(cls, rng: np.random.Generator) -> Nuisance:
-        """Draw those of one tile, uniform in the ranges of ``NUISANCE``."""
-        return cls(**{name: float(rng.uniform(low, high)) for name, (low, high) in NUISANCE.items()})
+    def draw(cls, rng: np.random.Generator, fields: bool) -> Nuisance:
+        """Draw those of one tile, uniform in the ranges of ``NUISANCE``; fields have less of an understorey."""
+        ranges = NUISANCE | {"understorey": _FIELDS if fields else _FOREST}
+        return cls(**{name: float(rng.uniform(low, high)) for name, (low, high) in ranges.items()})
 
 
+_FOREST, _FIELDS = (0.5, 1.0), (0.25, 0.75)
 NUISANCE = {
     "gain": (0.65, 1.4),
     "tilt": (-0.15, 0.15),
     "soil": (0.6, 1.4),
     "soil_tilt": (-0.3, 0.3),
-    "understorey": (0.5, 1.0),
+    "understorey": (0.25, 1.0),
     "vigour": (0.75, 1.1),
     "delay_days": (-8, 8),
     "radar_db": (-2, 2),
