@@ -73,8 +73,9 @@ def error_sum(
     """
     precise = torch.promote_types(prediction.dtype, torch.float32)
     target, bands = normalise(config, sensor, patches), masked_bands(config, sensor, masked)
-    errors = (ERRORS[config.loss](prediction.to(precise) - target) * bands).sum()
-    return errors, (ERRORS[config.loss](target) * bands).sum()
+    # First, so that its temporary tensors are freed before autograd keeps those of the errors.
+    zero = (ERRORS[config.loss](target) * bands).sum()
+    return (ERRORS[config.loss](prediction.to(precise) - target) * bands).sum(), zero
 
 
 def masked_token_errors(
@@ -92,14 +93,15 @@ def masked_token_errors(
     """
     # A bf16 prediction minus an fp32 target is computed in fp32.
     target = normalise(config, sensor, patches)
-    zero = ERRORS[config.loss](target)
+    # First, so that its temporary tensor is freed before autograd keeps those of the errors.
+    zero = ERRORS[config.loss](target).sum(dim=None if of_sensor is None else (-2, -1))
     errors = ERRORS[config.loss](
         torch.stack([p.unflatten(-1, target.shape[-2:]) for p in predictions], dim=2) - target[:, :, None]
     )
     if of_sensor is None:
-        return errors.sum()[None], zero.sum()[None]
-    parts = ((errors.sum(dim=(-2, -1)) * of_sensor), zero.sum(dim=(-2, -1))[:, :, None] * of_sensor)
-    return parts[0].sum(dim=(0, 1)), parts[1].sum(dim=(0, 1))
+        return errors.sum()[None], zero[None]
+    by_sensor = errors.sum(dim=(-2, -1)) * of_sensor, zero[:, :, None] * of_sensor
+    return by_sensor[0].sum(dim=(0, 1)), by_sensor[1].sum(dim=(0, 1))
 
 
 def num_masked_values(config: ModelConfig, sensor: Sensor, masked: Tensor) -> Tensor:

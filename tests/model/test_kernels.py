@@ -110,11 +110,13 @@ def test_activations_equal_what_autograd_stores():
     assert kept_bytes(config, 0.75, "fp32", 4) == pytest.approx(sum(n for n, _ in kept.values()), rel=0.05)
 
 
-@pytest.mark.parametrize("fusion", ["group", "monotemp"])
-def test_flops_equal_what_deepspeed_counts(fusion):
+@pytest.mark.parametrize(
+    ("fusion", "spectral"), [("group", "joint"), ("monotemp", "joint"), ("group", "token")]
+)
+def test_flops_equal_what_deepspeed_counts(fusion, spectral):
     from deepspeed.profiling.flops_profiler import FlopsProfiler
 
-    config = small_config(fusion=fusion, attention="math")
+    config = small_config(fusion=fusion, spectral=spectral, attention="math")
     batch, model = full_batch(config, 2), Maestro(config).initialise(0)
     masks = draw_masks(config, MaskingConfig(), batch)
     counts = hidden_counts(config, [masks])

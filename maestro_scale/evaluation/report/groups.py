@@ -204,13 +204,24 @@ def _training_key(r: EvalResult) -> str:
     if r.mode not in FROZEN_MODES:
         train = _section(recipe.get("train"))
         evaluation.pop("modes", None)
+        optim, data = _section(recipe.get("optim")), _section(recipe.get("data"))
+        for section, key, default in (
+            (optim, "decay", "matrices"),
+            (optim, "ema_epochs", 0),
+            (evaluation, "ema_epochs", 0),
+        ):
+            if section.get(key) == default:
+                del section[key]
         parts += [
             recipe.get("model"),
-            recipe.get("optim"),
+            optim,
             {k: train.get(k) for k in _TRAINING_KEYS},
             evaluation,
-            _section(recipe.get("data")).get("flips"),
+            data.get("flips"),
         ]
+        # Revisions without the key began the bins of dates at either end.
+        first_date = data.get("first_date", "ends")
+        parts += [] if first_date == "ends" else ["first_date any"]
     return json.dumps(parts + [loss] * bool(loss), sort_keys=True, default=str)
 
 
