@@ -136,19 +136,24 @@ def t_tail(value: float, freedom: float) -> float:
 
 def load_runs(path: Path, result: EvalResult) -> list[Run]:
     """The counts of a result and ``path`` of its JSON file, one run per seed and fold. EvaluationError as of
-    ``EvalResult.load_counts``."""
-    data = result.datasets.get(result.benchmark, "")
+    ``EvalResult.load_counts``, and where the counts do not give the score of their result."""
     if not result.runs:
-        fold = result.folds[0] if result.folds else None
-        return [Run(result.metric, result.seeds[0], fold, result.load_counts(path), data=data)]
+        return [_load_run(path, result, result.seeds[0], result.folds[0] if result.folds else None)]
     found = []
     for score in result.runs:
         of_run = path.parent / score.path
         if not of_run.resolve().is_relative_to(path.parent.resolve()):
             raise EvaluationError(f"{path}: the path of a run, {shorten(score.path)}, is not below it")
-        counts = EvalResult.load(of_run).load_counts(of_run)
-        found.append(Run(result.metric, score.seed, score.fold, counts, data=data))
+        found.append(_load_run(of_run, EvalResult.load(of_run), score.seed, score.fold))
     return found
+
+
+def _load_run(path: Path, result: EvalResult, seed: int, fold: int | None) -> Run:
+    counts = result.load_counts(path)
+    value = _score(STATISTICS[result.metric], _total(counts.array))
+    if not math.isclose(value, result.value, rel_tol=1e-6, abs_tol=1e-9):
+        raise EvaluationError(f"{path}: its counts give the score {value:.6g}, not {result.value:.6g}")
+    return Run(result.metric, seed, fold, counts, data=result.datasets.get(result.benchmark, ""))
 
 
 def estimate(runs: Sequence[Run], level: float = LEVEL) -> Estimate:
@@ -212,15 +217,26 @@ def influences(statistic: Statistic, counts: np.ndarray) -> tuple[float, np.ndar
     The infinitesimal jackknife (Jaeckel 1972; Efron 1982, chapter 6), whose derivative is taken by counting a tile
     twice: no class loses its last tile, as when one is left out.
     """
-    wide = np.float64 if counts.dtype.kind == "f" else np.int64
-    total = counts.sum(axis=0, dtype=wide)
-    value = float(statistic(total))
+    total = _total(counts)
+    value = _score(statistic, total)
     size = max(_CHUNK_BYTES // max(total.nbytes, 1), 1)
-    chunks = [counts[first : first + size] for first in range(0, len(counts), size)]
+    chunks = (counts[first : first + size] for first in range(0, len(counts), size))
     raised = np.concatenate([statistic(total + chunk) for chunk in chunks])
-    if not np.isfinite(value):
-        raise EvaluationError("no label of the test tiles counts, so there is no score to compare")
     return value, (len(counts) + 1) * (raised - value)
+
+
+def _total(counts: np.ndarray) -> np.ndarray:
+    return counts.sum(axis=0, dtype=np.float64 if counts.dtype.kind == "f" else np.int64)
+
+
+def _score(statistic: Statistic, total: np.ndarray) -> float:
+    try:
+        value = float(statistic(total))
+    except (ValueError, IndexError, TypeError):  # a file that is wrong
+        raise EvaluationError(f"counts of shape {total.shape} per tile are not those of the metric") from None
+    if not math.isfinite(value):
+        raise EvaluationError("no label of the test tiles counts, so there is no score to compare")
+    return value
 
 
 Matrices = Mapping[int | None, np.ndarray]

@@ -17,6 +17,7 @@ from maestro_scale.untrusted.documents import (
     read_record,
 )
 from maestro_scale.untrusted.limits import (
+    COUNTS_BYTES,
     DOCUMENT,
     FIELD_BYTES,
     FRAME_BYTES,
@@ -42,6 +43,7 @@ from maestro_scale.untrusted.yaml_documents import load_yaml
 from maestro_scale.untrusted.zip import open_zip
 
 __all__ = [
+    "COUNTS_BYTES",
     "DOCUMENT",
     "FIELD_BYTES",
     "FRAME_BYTES",

@@ -47,6 +47,7 @@ PAX_RECORDS = 4 * TAR_MEMBERS  # in all extended headers of a tar
 TAR_NAME_BYTES = 4096  # of a member's name, also of a PAX record
 FRAME_BYTES = 64 * MIB  # decompressed size of one zstd frame
 ARCHIVE_BYTES = 64 * MIB  # decompressed size of one array of an .npz file
+COUNTS_BYTES = 128 * MIB  # decompressed size of the counts per tile of a result
 ARCHIVE_MEMBERS = 10_000  # of an .npz file
 ZIP_DIRECTORY_BYTES = 64 * MIB
 FIELD_BYTES = 512 * MIB  # decompressed size of one field of a sample

@@ -22,10 +22,11 @@ from maestro_scale.evaluation.paired import (
     difference,
     estimate,
     influences,
+    load_runs,
     t_quantile,
     t_tail,
 )
-from maestro_scale.evaluation.results import EvaluationError
+from maestro_scale.evaluation.results import EvalResult, EvaluationError, RunScore
 
 
 def run(hits: str, seed: int = 0, keys: str = "", fold: int | None = None, variant: str = "") -> Run:
@@ -143,6 +144,28 @@ def test_runs_that_form_no_table_are_refused():
         difference([run("10")], [Run("miou", 0, None, run("10").counts)])
     with pytest.raises(EvaluationError, match="no label of the test tiles counts"):
         estimate([Run("miou", 0, None, TileCounts(("a",), np.zeros((1, 3, 2), int)))])
+
+
+def test_counts_that_do_not_give_the_score_of_their_result_are_refused(tmp_path):
+    path = tmp_path / "results.json"
+    counts = run("1110").counts
+    result = EvalResult(
+        "b", "wf1", "knn", 0.75, {"a": 0.75}, (0.5, 1.0), 4, counts=counts, datasets={"b": "d"}
+    )
+    result.write(path)
+    (loaded,) = load_runs(path, EvalResult.load(path))
+    assert (loaded.metric, loaded.seed, loaded.fold, loaded.data) == ("wf1", 0, None, "d")
+    dataclasses.replace(result, value=0.7).write(path)
+    with pytest.raises(EvaluationError, match=r"its counts give the score 0.75, not 0.7$"):
+        load_runs(path, EvalResult.load(path))
+    dataclasses.replace(result, metric="miou", counts=TileCounts(counts.keys, np.ones((4, 3)))).write(path)
+    with pytest.raises(EvaluationError, match="are not those of the metric"):
+        load_runs(path, EvalResult.load(path))
+    # A mean that names itself as its run.
+    itself = (RunScore(0.75, (0.0, 1.0), 0, 1, "results.json"),)
+    dataclasses.replace(result, runs=itself, counts=None).write(path)
+    with pytest.raises(EvaluationError, match="has no counts per tile"):
+        load_runs(path, EvalResult.load(path))
 
 
 def test_influences_agree_with_the_bootstrap_variance_and_do_not_depend_on_chunks(monkeypatch):

@@ -204,6 +204,6 @@ NAMES = np.frombuffer(b'["a", "b"]', np.uint8)
     ],
 )
 def test_malformed_counts_are_refused(monkeypatch, content, message):
-    monkeypatch.setattr("maestro_scale.evaluation.counts.MAX_BYTES", 64 * 2**20)
+    monkeypatch.setattr("maestro_scale.untrusted.COUNTS_BYTES", 64 * 2**20)
     with pytest.raises(untrusted.InputError, match=message):
         TileCounts.loads(content)

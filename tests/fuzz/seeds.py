@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from maestro_scale.evaluation.counts import TileCounts
 from maestro_scale.shards.format.codec import encode_fields
 from tests.fuzz.targets import RUN_FILES, TARGETS
 
@@ -40,6 +41,7 @@ def documents() -> dict[str, list[bytes]]:
             b"a.b=[1, {c: d}]",
         ],
         "results": results,
+        "counts": [_counts((4, 3, 2)), _counts((2, 5, 4)), _counts((3, 6))],
         "commit": [commit],
         "state_index": [next(FIXTURES.glob("run/checkpoints/*/state/index.json")).read_bytes()],
         "checkpoint": [b"P" + _pickle(), b"Z" + _archive()],
@@ -67,6 +69,11 @@ def _sample(codec: str) -> bytes:
         "target.kinds": np.zeros(3, np.float32),
     }
     return encode_fields("tile", fields, codec)
+
+
+def _counts(shape: tuple[int, ...]) -> bytes:
+    array = np.random.default_rng(0).integers(0, 300, shape)
+    return TileCounts(tuple(map(str, range(len(array)))), array).dumps()
 
 
 def _tars() -> list[bytes]:

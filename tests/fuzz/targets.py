@@ -133,6 +133,18 @@ def results(data: bytes) -> None:
         _ = group.anchor, group.first
 
 
+def counts(data: bytes) -> None:
+    """A ``counts.npz``, and the comparison of what it holds with itself."""
+    from maestro_scale.evaluation.counts import TileCounts
+    from maestro_scale.evaluation.metrics import STATISTICS
+    from maestro_scale.evaluation.paired import Run, difference
+
+    read = TileCounts.loads(data)
+    for metric in STATISTICS:
+        with expected_errors():
+            difference([Run(metric, 0, None, read)], [Run(metric, 0, None, read)])
+
+
 def commit(data: bytes) -> None:
     """As it is, and again with a hash that fits, which the format requires and a mutation would never find."""
     from maestro_scale.training.checkpoint import commit as marker
@@ -282,5 +294,6 @@ def _fixture_spec() -> Any:
 _spec: Any = None
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
-    f.__name__: f for f in (manifest, index, sample, tar, recipe, override, results, commit, state_index)
+    f.__name__: f
+    for f in (manifest, index, sample, tar, recipe, override, results, counts, commit, state_index)
 } | {f.__name__: f for f in (checkpoint, model, tensors, run)}

@@ -14,7 +14,7 @@ from tests.fuzz.mutate import mutate
 from tests.fuzz.seeds import documents
 from tests.fuzz.targets import TARGETS, expected_errors
 
-SHARES = {"results": 1, "commit": 1, "checkpoint": 1, "model": 1, "run": 1}
+SHARES = {"results": 1, "counts": 1, "commit": 1, "checkpoint": 1, "model": 1, "run": 1}
 SHARES |= {"override": 0.1, "state_index": 0.1, "tensors": 0.1}  # much of these is also read by the others
 
 
