@@ -13,7 +13,7 @@ from maestro_scale.cli import app
 
 COMMANDS = {
     *("quickstart", "synth", "shard", "verify", "inspect", "plan", "export", "convert-ign"),
-    *("embed", "sync", "dashboard", "report", "doctor"),
+    *("embed", "sync", "dashboard", "report", "study", "doctor"),
 }
 
 

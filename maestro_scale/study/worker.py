@@ -6,7 +6,6 @@ is given to train.py), ``log.txt``, ``cost.json`` (seconds by stage), ``evaluati
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import shutil
@@ -99,8 +98,10 @@ def pending_evaluations(cell: Cell) -> Iterator[list[Evaluation]]:
     features; each training has a process of its own."""
     missing = [e for e in cell.evaluations if not e.is_finished]
     frozen = [e for e in missing if e.mode not in TRAINED_MODES]
-    for _, group in itertools.groupby(frozen, key=lambda e: (e.folder, e.fraction)):
-        yield list(group)
+    groups: dict[tuple[Path, float], list[Evaluation]] = {}
+    for evaluation in frozen:
+        groups.setdefault((evaluation.folder, evaluation.fraction), []).append(evaluation)
+    yield from groups.values()
     yield from ([e] for e in missing if e.mode in TRAINED_MODES)
 
 

@@ -1,0 +1,186 @@
+"""Cells: the grid, the directories, and which changes make another cell."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from testkit.studies import STUDY, write_results, write_study
+
+from maestro_scale.evaluation.results import EvalResult
+from maestro_scale.recipe import RecipeError
+from maestro_scale.study.cells import distinct, expand
+from maestro_scale.study.config import load_study
+
+TWO = {
+    "target": {"patch": {"model.target": "patch"}, "none": {"model.target": "none"}},
+    "depth": {"one": {}, "two": {"model.depth": 3}},
+}
+
+
+def cells_of(path: Path, *overrides: str, root: Path | None = None):
+    return expand(load_study(path, overrides), "cpu", root or path.parent / "root")
+
+
+def names(path: Path, *overrides: str, root: Path | None = None) -> list[str]:
+    return [cell.name for cell in cells_of(path, *overrides, root=root)]
+
+
+def test_the_grid_is_all_combinations_with_all_seeds(tmp_path):
+    path = write_study(tmp_path, factors=TWO, setup={"seeds": [4, 7], "baselines": ["random"]})
+    cells = cells_of(path)
+    assert [(c.seed, c.encoder, *c.levels.values()) for c in cells] == [
+        (4, None, "patch", "one"),
+        (4, None, "patch", "two"),
+        (4, None, "none", "one"),
+        (4, None, "none", "two"),
+        (4, "random"),
+        (7, None, "patch", "one"),
+        (7, None, "patch", "two"),
+        (7, None, "none", "one"),
+        (7, None, "none", "two"),
+        (7, "random"),
+    ]
+    assert len({c.name for c in cells}) == 10
+    assert [c.recipe.model.target for c in cells[:4]] == ["patch", "patch", "none", "none"]
+    assert [c.recipe.model.depth for c in cells[:2]] == [2, 3]
+    assert all(c.recipe.seed == c.seed for c in cells)
+
+
+def test_listed_and_excluded_cells(tmp_path):
+    path = write_study(tmp_path, factors=TWO)
+    excluded = cells_of(path, "exclude=[{target: none, depth: two}]")
+    assert [tuple(c.levels.values()) for c in excluded] == [
+        ("patch", "one"),
+        ("patch", "two"),
+        ("none", "one"),
+    ]
+    listed = cells_of(path, "cells=[{depth: two}, {target: none, dataset: trees}]")
+    assert [tuple(c.levels.values()) for c in listed] == [("patch", "two"), ("none", "one")]
+    assert cells_of(path, "exclude=[{dataset: trees}]") == []
+
+
+def test_the_directory_depends_on_what_determines_the_result_alone(tmp_path):
+    path = write_study(tmp_path)
+    first = names(path)
+    assert first[0].startswith("treesatai_ts-group-joint-patch-s0-")
+    same = [
+        "name=other",
+        "claim=other",
+        "scales.cpu.datasets.trees.set={tracking.experiment: other, data.workers: 0, checkpoint.keep: 1}",
+        "scales.cpu.datasets.trees.evaluations[0].modes=[knn,probe]",
+        "questions=[]",
+    ]
+    for override in same:
+        assert names(path, override) == first, override
+    assert names(path, root=tmp_path / "elsewhere") == first
+    other = [
+        "scales.cpu.datasets.trees.seeds=[1]",
+        "scales.cpu.datasets.trees.set={train.steps: 7}",
+        "scales.cpu.datasets.trees.set={optim.clip: 2.0}",
+        "scales.cpu.datasets.trees.data.tiles.train=7",
+        "scales.cpu.datasets.trees.data.seed=1",
+    ]
+    for override in other:
+        assert not set(names(path, override)) & set(first), override
+
+
+def test_another_generator_of_scenes_makes_other_cells(tmp_path, monkeypatch):
+    path = write_study(tmp_path)
+    first = names(path)
+    monkeypatch.setattr("maestro_scale.study.data.generator_digest", lambda dataset: "changed")
+    assert not set(names(path)) & set(first)
+
+
+def test_studies_share_a_cell(tmp_path):
+    path = write_study(tmp_path)
+    first = names(path)
+    other = write_study(tmp_path, factors={"size": {"tiny": {"model.target": "patch"}}}, questions=[])
+    assert names(other) == first[:1]
+
+
+def test_levels_without_effect_are_run_once_with_the_evaluations_of_all(tmp_path):
+    path = write_study(tmp_path, factors={"a": {"x": {}, "y": {"model.target": "patch_group"}}}, questions=[])
+    cells = cells_of(path)
+    assert [c.levels["a"] for c in cells] == ["x", "y"]
+    (one,) = distinct(cells)
+    assert [e.mode for e in one.evaluations] == ["knn"]
+    more = cells_of(path, "scales.cpu.datasets.trees.evaluations[0].modes=[probe]")
+    (one,) = distinct([cells[0], more[0]])
+    assert [e.mode for e in one.evaluations] == ["knn", "probe"]
+
+
+def test_the_protocol_of_an_evaluation_does_not_follow_the_optimisation_of_a_level(tmp_path):
+    factors = {"optim": {"ours": {}, "other": {"optim.clip": 2.0, "model.fusion": "mod", "train.steps": 9}}}
+    evaluations = [{"name": "trees", "modes": ["knn", "finetune"], "set": {"train.epochs": 3}}]
+    path = write_study(tmp_path, factors=factors, questions=[], setup={"evaluations": evaluations})
+    ours, other = cells_of(path)
+    recipes = [cell.evaluations[1].recipe for cell in (ours, other)]
+    assert [r.optim.clip for r in recipes] == [1.0, 1.0]
+    assert [r.train.epochs for r in recipes] == [3, 3]
+    assert [r.train.steps for r in recipes] == [None, None]
+    assert [r.model.fusion for r in recipes] == ["group", "mod"]
+    assert other.recipe.optim.clip == 2.0
+    assert ours.evaluations[0].folder.name == other.evaluations[0].folder.name
+    assert not any(r.tracking.enabled for r in recipes)
+
+
+def test_another_protocol_has_another_folder(tmp_path):
+    evaluations = [{"name": "trees", "modes": ["knn", "finetune"], "fractions": [1.0, 0.1]}]
+    path = write_study(tmp_path, setup={"evaluations": evaluations})
+    key = "scales.cpu.datasets.trees.evaluations[0].set"
+    first, second = (cells_of(path, f"{key}={{train.epochs: {n}}}")[0] for n in (1, 2))
+    paths = [
+        [str(e.results.relative_to(cell.directory)) for e in cell.evaluations] for cell in (first, second)
+    ]
+    assert paths[0][:2] == paths[1][:2]
+    assert not set(paths[0][2:]) & set(paths[1][2:])
+    assert [p.split("/")[2:] for p in paths[0]] == [
+        ["knn", "results.json"],
+        ["knn_10pct", "results.json"],
+        ["finetune", "results.json"],
+        ["finetune_10pct", "results.json"],
+    ]
+
+
+def test_encoders_without_pretraining(tmp_path):
+    factors = {
+        "encoder": {
+            "pretrained": {},
+            "scratch": {"encoder": "scratch"},
+            "statistics": {"encoder": "statistics"},
+        },
+    }
+    evaluations = [{"name": "trees", "modes": ["finetune", "probe"]}]
+    path = write_study(tmp_path, factors=factors, questions=[], setup={"evaluations": evaluations})
+    cells = cells_of(path)
+    modes = [[e.mode for e in c.evaluations] for c in cells]
+    assert modes == [["probe", "finetune"], ["scratch"], ["probe"]]
+    assert [c.encoder for c in cells] == [None, "scratch", "statistics"]
+    # Neither the length of the pretraining nor, for statistics, the network plays a part.
+    longer = cells_of(path, "scales.cpu.datasets.trees.set={train.steps: 9, train.micro_batch: 8}")
+    assert [a.name == b.name for a, b in zip(cells, longer, strict=True)] == [False, True, True]
+    deeper = cells_of(path, "scales.cpu.datasets.trees.set={model.depth: 3}")
+    assert [a.name == b.name for a, b in zip(cells, deeper, strict=True)] == [False, False, True]
+
+
+def test_a_cell_is_finished_when_every_result_can_be_read(tmp_path):
+    path = write_study(tmp_path, setup={"evaluations": [{"name": "trees", "modes": ["knn", "probe"]}]})
+    cell = cells_of(path)[0]
+    assert not cell.is_finished
+    write_results(cell, 0.25)
+    assert cell.is_finished
+    assert EvalResult.load(cell.evaluations[1].results).value == 0.25
+    cell.evaluations[1].results.write_text("{")
+    assert not cell.is_finished
+
+
+def test_mistakes_in_levels_and_data_name_the_place(tmp_path):
+    path = write_study(tmp_path)
+    with pytest.raises(RecipeError, match=r"model\.target: must be"):
+        cells_of(path, 'factors.target.patch={"model.target": "pach"}')
+    with pytest.raises(RecipeError, match="the data of the study is 'pastis_hd'"):
+        cells_of(path, "scales.cpu.datasets.trees.data.dataset=pastis_hd")
+    with pytest.raises(RecipeError, match="unknown scale 'gpu'"):
+        expand(load_study(path), "gpu", tmp_path)
+    assert list(STUDY["scales"]) == ["cpu"]

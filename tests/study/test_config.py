@@ -1,0 +1,95 @@
+"""The configuration of a study: strict, with the nearest valid name in messages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from testkit.runs import REPO
+from testkit.studies import STUDY, write_study
+
+from maestro_scale.recipe import RecipeError
+from maestro_scale.study.cells import expand
+from maestro_scale.study.config import load_study
+
+SHIPPED = sorted((REPO / "recipes" / "study").glob("*.yaml"))
+
+
+def refusal(path: Path, *overrides: str) -> str:
+    with pytest.raises(RecipeError) as caught:
+        load_study(path, overrides)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+def test_shipped_studies_expand_at_both_scales(path, tmp_path, monkeypatch):
+    monkeypatch.delenv("MAESTRO_DATA", raising=False)
+    study = load_study(path)
+    assert study.name == path.stem
+    assert set(study.scales) == {"cpu", "gpu"}
+    for scale in study.scales:
+        cells = expand(study, scale, tmp_path)
+        levels = [{(f, level) for f, level in c.levels.items()} for c in cells]
+        for question in study.questions:
+            for side in (question.better, question.worse):
+                assert any(set(side.items()) <= found for found in levels), (
+                    f"{question.name}: no cell has {side}"
+                )
+        if scale == "cpu":
+            for setup in study.scales["cpu"].setups.values():
+                assert setup.data.tiles["test"] >= 1500
+                assert len(setup.seeds) >= 5
+
+
+def test_paths_are_relative_to_the_file_that_gives_them(tmp_path):
+    folder = tmp_path / "base"
+    folder.mkdir()
+    write_study(folder)
+    child = tmp_path / "child.yaml"
+    child.write_text("extends: base/study.yaml\nname: child\n")
+    assert load_study(child).scales["cpu"].setups["trees"].base == str(folder / "tiny.yaml")
+    changed = load_study(child, ["scales.cpu.datasets.trees.base=other.yaml"])
+    assert changed.scales["cpu"].setups["trees"].base == str(tmp_path / "other.yaml")
+
+
+def test_null_leaves_out_a_dataset_of_an_extended_file(tmp_path):
+    write_study(tmp_path)
+    child = tmp_path / "child.yaml"
+    child.write_text("extends: study.yaml\nscales: {cpu: {datasets: {trees: null}}}\n")
+    assert load_study(child).scales["cpu"].setups == {}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("scales.cpu.datasets.trees.sedes=[1]", "unknown key (did you mean 'seeds'?)"),
+        ("scales.cpu.datasets.trees.seeds=[1,1]", "1 is given twice"),
+        ("questions[0].better.target=pach", "unknown level 'pach' (did you mean 'patch'?)"),
+        ("questions[0].better.taget=patch", "unknown factor (did you mean 'target'?)"),
+        ("questions[0].worse.target=patch", "equal to better"),
+        ("questions[0].datasets=tree", "unknown dataset 'tree' (did you mean 'trees'?)"),
+        ("questions[0].mode=kn", "did you mean 'knn'?"),
+        ("questions[0].margin=-1", "greater than 0"),
+        ("scales.cpu.datasets.trees.evaluations[0].modes=[scratch]", "add a level {encoder: scratch}"),
+        ("exclude=[{dataset: tree}]", "unknown level 'tree'"),
+        ("factors.dataset.x={}", "rename the factor"),
+        ("sample={trials: 2, space: {optim.base_lr: {low: 1, high: 2}}}", "leave out factors and cells"),
+    ],
+)
+def test_mistakes_are_refused_with_a_hint(tmp_path, override, message):
+    assert message in refusal(write_study(tmp_path), override)
+
+
+def test_a_range_has_an_order(tmp_path):
+    path = write_study(tmp_path, factors={}, questions=[])
+    space = "sample={{trials: 2, space: {{optim.base_lr: {}}}}}"
+    assert "not above low" in refusal(path, space.format("{low: 2, high: 1}"))
+    assert "either low and high, or choices" in refusal(path, space.format("{low: 2}"))
+    assert "above 0 with log" in refusal(path, space.format("{low: 0, high: 1, log: true}"))
+    assert load_study(path, [space.format("{choices: [1, 2]}")]).sample is not None
+
+
+def test_data_are_given_once(tmp_path):
+    setup = {"data": {"dataset": "treesatai_ts"}}
+    assert "give shards, or tiles" in refusal(write_study(tmp_path, setup=setup))
+    assert STUDY["name"] == "tiny"

@@ -1,0 +1,197 @@
+"""Running cells: which are started, what is printed, failures, locks, data; without training anything."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+from testkit.studies import write_results, write_study
+from typer.testing import CliRunner
+
+from maestro_scale.cli import app
+from maestro_scale.shards.locks import file_lock
+from maestro_scale.study import run, worker
+from maestro_scale.study.cells import distinct, expand
+from maestro_scale.study.config import load_study
+from maestro_scale.study.processes import STOPPED, StopFlag
+from maestro_scale.study.run import RunOptions, run_cells
+
+
+@pytest.fixture
+def prepared(tmp_path, monkeypatch):
+    """(cells, scale, options) of a study of two cells with two seeds, whose data need not be written."""
+    path = write_study(tmp_path, tmp_path / "no shards", setup={"seeds": [0, 1]})
+    study = load_study(path)
+    monkeypatch.setattr(run, "preload", lambda threads: None)
+    monkeypatch.setattr(run, "end_study", lambda cells, folder, complete: None)
+    root = tmp_path / "root"
+    cells = distinct(expand(study, "cpu", root))
+    return cells, study.scales["cpu"], RunOptions("tiny", root, jobs=2)
+
+
+def note(cell, text: str) -> None:
+    cell.directory.mkdir(parents=True, exist_ok=True)
+    with (cell.directory / "calls").open("a") as file:
+        file.write(f"{text} {os.environ['OMP_NUM_THREADS']}\n")
+
+
+def test_finished_cells_are_skipped_and_a_failure_stops_no_other(prepared, monkeypatch, capsys):
+    cells, scale, options = prepared
+
+    def run_cell(cell, *_):
+        note(cell, "run")
+        if cell is cells[1]:
+            print("error: out of memory")
+            return 2
+        write_results(cell)
+        return 0
+
+    monkeypatch.setattr(run, "run_cell", run_cell)
+    write_results(cells[0])
+    outcome = run_cells(cells, scale, options)
+    assert (outcome.finished, outcome.exit_code) == (2, 1)
+    assert [(c.directory / "calls").exists() for c in cells] == [False, True, True, True]
+    threads = max(1, (os.cpu_count() or 1) // 2)
+    assert (cells[2].directory / "calls").read_text() == f"run {threads}\n"
+    captured = capsys.readouterr()
+    log = cells[1].directory / "log.txt"
+    assert captured.err == f"failed: {cells[1].label}: error: out of memory (exit code 2), log {log}\n"
+    assert "4 cells, 1 finished" in captured.out
+    assert "[3/4]" in captured.out
+    # Repeated, only the failed one is run.
+    assert run_cells(cells, scale, options).exit_code == 1
+    assert [len((c.directory / "calls").read_text().splitlines()) for c in cells[1:]] == [2, 1, 1]
+
+
+def test_a_cell_that_another_study_runs_is_waited_for(prepared, monkeypatch):
+    cells, scale, options = prepared
+    started = time.monotonic()
+    monkeypatch.setattr(run, "_RETRY_S", 0.2)
+
+    def run_cell(cell, *_):
+        note(cell, "run")
+        if cell is cells[0] and time.monotonic() < started + 0.5:
+            return worker.LOCKED
+        write_results(cell)
+        return 0
+
+    monkeypatch.setattr(run, "run_cell", run_cell)
+    assert run_cells(cells[:2], scale, options).exit_code == 0
+    assert 2 <= len((cells[0].directory / "calls").read_text().splitlines()) <= 6
+
+
+def test_two_studies_exclude_each_other_per_cell(prepared, monkeypatch):
+    (cell, *_), _, options = prepared
+    monkeypatch.setattr(worker, "_run_stages", lambda *_: pytest.fail("it is locked"))
+    cell.directory.mkdir(parents=True)
+    with file_lock(cell.directory / ".cell.lock"):
+        assert worker.run_cell(cell, "tiny", options.study_dir, False, 1) == worker.LOCKED
+
+
+def test_a_signal_starts_no_further_cell_and_is_the_exit_code(prepared, monkeypatch):
+    cells, scale, options = prepared
+    stop = StopFlag()
+
+    def run_cell(cell, *_):
+        note(cell, "run")
+        mine = StopFlag().install()
+        while not mine.is_set:
+            time.sleep(0.01)
+        return STOPPED
+
+    def start(cell, *arguments):
+        pid = real(cell, *arguments)
+        if len(stop.children) == 2:
+            while not all((c.directory / "calls").exists() for c in cells[:2]):
+                time.sleep(0.01)
+            time.sleep(0.1)
+            stop._on_signal(15, None)
+        return pid
+
+    real = run._start
+    monkeypatch.setattr(run, "run_cell", run_cell)
+    monkeypatch.setattr(run, "_start", start)
+    outcome = run_cells(cells, scale, options, stop)
+    assert (outcome.exit_code, outcome.failures) == (STOPPED, [])
+    assert [(c.directory / "calls").exists() for c in cells] == [True, True, False, False]
+
+
+def test_more_jobs_than_gpus_are_refused(prepared, monkeypatch):
+    cells, _, options = prepared
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    study = load_study(write_study(options.root.parent), ["scales.cpu.gpu={kind: h100}"])
+    with pytest.raises(run.StudyError, match="this machine has 1"):
+        run_cells(cells, study.scales["cpu"], options)
+    assert (
+        run._environments(study.scales["cpu"], RunOptions("tiny", options.root, 1))[0]["CUDA_VISIBLE_DEVICES"]
+        == "3"
+    )
+
+
+def test_the_words_of_the_entry_points(prepared):
+    (cell, *_), _, options = prepared
+    (evaluation,) = cell.evaluations
+    assert worker.training_words(cell) == [
+        f"--recipe={cell.directory}/cell.yaml",
+        f"--run-dir={cell.directory}",
+    ]
+    assert worker.evaluation_words(cell, cell.evaluations) == [
+        f"--recipe={evaluation.folder}/evaluation.yaml",
+        f"--out={evaluation.folder}",
+        "--mode=knn",
+        "--fraction=1",
+        f"--features={cell.directory}/features",
+        f"--checkpoint={cell.directory}",
+    ]
+    (cell.directory / "model").mkdir(parents=True)
+    assert worker.evaluation_words(cell, cell.evaluations)[-1] == f"--checkpoint={cell.directory}/model"
+    assert options.study_dir == options.root / "studies" / "tiny"
+
+
+def test_frozen_modes_share_a_process_and_each_training_has_its_own(tmp_path):
+    evaluations = [{"name": "trees", "modes": ["finetune", "probe", "knn"], "fractions": [1.0, 0.5]}]
+    path = write_study(tmp_path, setup={"evaluations": evaluations})
+    cell = expand(load_study(path), "cpu", tmp_path)[0]
+    groups = [[(e.mode, e.fraction) for e in group] for group in worker.pending_evaluations(cell)]
+    assert groups == [
+        [("probe", 1.0), ("knn", 1.0)],
+        [("probe", 0.5), ("knn", 0.5)],
+        [("finetune", 1.0)],
+        [("finetune", 0.5)],
+    ]
+
+
+def test_dry_run_lists_every_cell_with_its_cost_and_state(tmp_path):
+    path = write_study(tmp_path, setup={"baselines": ["statistics"]})
+    root = tmp_path / "root"
+    write_results(expand(load_study(path), "cpu", root)[1])
+    words = ["study", str(path), "--root", str(root), "--jobs", "1"]
+    done = CliRunner().invoke(app, [*words, "--dry-run"])
+    assert done.exit_code == 0, done.output
+    rows = [line.split("│")[1:-1] for line in done.output.splitlines() if line.startswith("│")]
+    table = [[cell.strip() for cell in row] for row in rows]
+    assert [row[:4] for row in table] == [
+        ["0", "trees target=patch seed=0", "6", "48"],
+        ["1", "trees target=none seed=0", "6", "48"],
+        ["2", "trees baseline=statistics seed=0", "-", "-"],
+    ]
+    assert [row[5] for row in table] == ["", "finished", ""]
+    assert all(int(row[4]) >= 1 for row in table)
+    assert "3 cells, 1 finished" in done.output
+    assert not (root / "data").exists()
+    printed = CliRunner().invoke(app, [*words, "--print"]).output.splitlines()
+    assert printed == [f"maestro-scale study {path} --scale cpu --root {root} --cell {n}" for n in (0, 2)]
+
+
+def test_dry_run_of_a_gpu_scale_gives_gpu_hours(tmp_path):
+    path = write_study(tmp_path)
+    words = ["--set", "scales.cpu.gpu={kind: h100, mfu: 0.5}", "--dry-run", "--root", str(tmp_path)]
+    done = CliRunner().invoke(app, ["study", str(path), *words])
+    assert done.exit_code == 0, done.output
+    assert "GPU hours (h100, MFU 0.5)" in done.output
+
+
+def test_a_cell_number_that_does_not_exist_is_refused(tmp_path):
+    done = CliRunner().invoke(app, ["study", str(write_study(tmp_path)), "--cell", "9"])
+    assert "the study has the cells 0 to 1" in str(done.exception)
