@@ -23,6 +23,7 @@ from maestro_scale.evaluation.report.charts import class_bars
 from maestro_scale.evaluation.report.groups import find_results
 from maestro_scale.evaluation.report.report import write_report
 from maestro_scale.evaluation.results import EvalResult, EvaluationError
+from maestro_scale.evaluation.run import score_text
 from tests.testkit.hostile import NAMES
 
 CLASSES = ("meadow", "corn", "vines")
@@ -368,3 +369,93 @@ def test_an_unwritable_report_is_named(results, tmp_path):
     (results / "a" / "maps.npz").write_bytes(b"no archive")
     with pytest.raises(EvaluationError, match=r"maps\.npz cannot be read"):
         write_report(found, tmp_path / "report.html")
+
+
+def sections(*results: EvalResult, tmp_path: Path) -> dict[str, str]:
+    """{title: text} of the Markdown of these results."""
+    listed(*results, tmp_path=tmp_path)
+    parts = (tmp_path / "listed.md").read_text().split("\n## ")
+    return {part.partition("\n")[0]: part for part in parts[1:]}
+
+
+OWN = "Real data, finetuned: pretrained on the benchmark's own data"
+
+
+def test_synthetic_data_and_frozen_encoders_have_tables_of_their_own(tmp_path):
+    real = dataclasses.replace(SEGMENTED, synthetic=False)
+    found = sections(
+        real,
+        dataclasses.replace(real, mode="probe", value=0.5),
+        dataclasses.replace(real, synthetic=True, value=0.4, encoder="toy"),
+        dataclasses.replace(real, synthetic=True, mode="knn", value=0.3, encoder="toy"),
+        tmp_path=tmp_path,
+    )
+    assert "65.6 (64.0-67.0) [-3.0]" in found[OWN]
+    assert "50.0" in found["Real data, frozen encoder"]
+    assert "40.0" in found["Synthetic data, finetuned"]
+    assert "30.0" in found["Synthetic data, frozen encoder"]
+    others = [text for title, text in found.items() if title != OWN and "pretrained elsewhere" not in title]
+    assert not any("[" in text or "AnySat" in text for text in others)
+    assert "toy" not in found[OWN]
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        ({}, "[-3.0]"),
+        ({"splits": {"test": ("fold_5",)}}, "[-3.0]"),
+        ({"splits": {"test": ("mine",)}}, None),  # other tiles
+        ({"synthetic": True}, None),
+        ({"mode": "probe"}, None),  # the published are finetuned
+        ({"fraction": 0.5}, None),
+        ({"mode": "scratch", "trained_on": ()}, "[+1.1]"),  # to the supervised ViT, 64.5
+        ({"trained_on": ("pastis_hd", "flair_hub")}, None),
+        ({"trained_on": ("flair_hub",)}, "[-2.4]"),  # to 68.0
+    ],
+)
+def test_a_difference_is_to_the_same_data_split_mode_and_metric(tmp_path, change, difference):
+    changes = {"splits": {}, "synthetic": False} | change
+    listed(dataclasses.replace(SEGMENTED, **changes), tmp_path=tmp_path)
+    text = (tmp_path / "listed.md").read_text()
+    assert re.findall(r"\[[+-][\d.]+\]", text) == ([difference] if difference else [])
+
+
+def test_data_that_the_oracle_accepts_is_synthetic(tmp_path):
+    old = dataclasses.replace(SEGMENTED, datasets={"pastis_hd": "a" * 64})
+    oracle = dataclasses.replace(old, mode="oracle", encoder="oracle", value=0.9)
+    found = sections(old, oracle, tmp_path=tmp_path)
+    assert "65.6 (64.0-67.0) (oracle 90.0)" in found["Synthetic data, finetuned"]
+    assert "65.6" not in found[OWN]
+
+
+def test_runs_that_agree_by_construction_keep_their_interval(tmp_path):
+    (row,) = listed(*(dataclasses.replace(LABELLED, seeds=(s,)) for s in range(3)), tmp_path=tmp_path)
+    assert "70.0 (69.0-71.0)" in row
+    mean = dataclasses.replace(LABELLED, deviation=0.0, seeds=(0, 1, 2))
+    assert score_text(mean) == "wF1 70.0 (69.0-71.0)"
+
+
+def test_templates_of_the_paper_are_there_with_empty_cells(tmp_path):
+    found = sections(LABELLED, dataclasses.replace(LABELLED, fraction=0.1, value=0.6), tmp_path=tmp_path)
+    transfer = found["Real data, finetuned: by pretraining data"].splitlines()
+    assert "| s2_naip, finetune | 70.0 (69.0-71.0) | – | – | – | " in transfer
+    assert "| the benchmark's own data | – | – | – | – | " in transfer
+    assert "| flair_hub | – | – | – | – | " in transfer
+    few = found["Real data, few labels: treesatai_ts"]
+    assert "| naip from s2_naip, finetune | – | 60.0 (69.0-71.0) | 70.0 (69.0-71.0) | " in few
+    empty = sections(SEGMENTED, tmp_path=tmp_path / "other")["Real data, few labels: TreeSatAI-TS"]
+    assert "| – | – | – | – | " in empty
+
+
+def test_a_regression_is_shown_in_its_units_lowest_first(tmp_path):
+    one = EvalResult(
+        "fuel", "rmse", "probe", 31.2, {}, (29.0, 33.0), 5, scores={"r2": -0.31, "mae": 22.14}, units="%"
+    )
+    maps = {name: np.full((1, 4, 4), value, np.float32) for name, value in (("truth", 1), ("answer", 2))}
+    best = dataclasses.replace(one, value=9.04, interval=(8.0, 10.1), encoder="b", maps=maps, fraction=1.0)
+    found = sections(one, best, tmp_path=tmp_path)["fuel (real data, frozen encoder)"]
+    assert "| method | RMSE (%) | R² | MAE (%) | " in found
+    assert found.index("9.04 (8.00-10.1)") < found.index("31.2 (29.0-33.0) | -0.310 | 22.1")
+    assert "lower is better" in found
+    assert score_text(one) == "RMSE 31.2 (29.0-33.0) %"
+    assert "labels and predictions" in (tmp_path / "listed.html").read_text()

@@ -8,6 +8,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from sklearn.metrics import (
     accuracy_score,
     f1_score,
@@ -19,7 +20,11 @@ from sklearn.metrics import (
 from maestro_scale.datasets.spec import Target
 from maestro_scale.evaluation.baselines.registry import build_baseline
 from maestro_scale.evaluation.benchmark import Benchmark, Provenance
+from maestro_scale.evaluation.finetune import early_stop
+from maestro_scale.evaluation.finetune.early_stop import ValidationScore
 from maestro_scale.evaluation.frozen.evaluate import evaluate_frozen
+from maestro_scale.evaluation.metric_kinds import METRIC_KINDS
+from maestro_scale.evaluation.metrics import best_index
 from maestro_scale.evaluation.probes.regression import NumberFeatures, knn_regression, ridge
 from maestro_scale.evaluation.regression_metrics import regression_scores, rmse, tile_sums
 from maestro_scale.evaluation.results import EvalResult, EvaluationError
@@ -28,11 +33,19 @@ from maestro_scale.evaluation.tasks.classification import ClassificationLoss, Cl
 from maestro_scale.evaluation.tasks.losses import target_loss_for
 from maestro_scale.evaluation.tasks.protocol import LossSettings
 from maestro_scale.evaluation.tasks.regression import LabelScale, RegressionLoss, RegressionTask
+from maestro_scale.evaluation.tasks.subset import class_weights as subset_weights
+from maestro_scale.evaluation.tasks.subset import read_label_counts
 from maestro_scale.evaluation.tasks.task import task_for
+from maestro_scale.interop.export import write_model
 from maestro_scale.model.config import ModelConfig
+from maestro_scale.model.heads import build_head
 from maestro_scale.model.maestro import Maestro
+from maestro_scale.shards.format.manifest import Manifest
+from maestro_scale.shards.read.store import Store
+from maestro_scale.stream.source import Source
 from tests.testkit.models import TINY
-from tests.testkit.stands import SPEC, write_stands
+from tests.testkit.runs import REPO, Trainer
+from tests.testkit.stands import SPEC, stand, write_stands
 
 KIND = ClassificationTask(Target("kind", "classification", ("a", "b", "c")))
 HEIGHT = RegressionTask(Target("height", "regression", units="m"))
@@ -187,8 +200,6 @@ def test_class_weights_scale_the_loss_and_keep_its_size():
 
 @pytest.mark.parametrize("target", ["genus", "biomass", "vigour"])
 def test_heads_of_an_attentive_probe_keep_the_scale_of_their_labels(stands, tmp_path, target):
-    from maestro_scale.model.heads import build_head
-
     task = task_for(SPEC, target)
     counts = np.array([4.0, 40.0, 436.0]) if target != "genus" else None
     loss = target_loss_for(task, counts)
@@ -237,3 +248,70 @@ def test_results_of_a_regression_may_leave_0_to_1_and_others_not(tmp_path):
             EvalResult.load(other)
     with pytest.raises(ValueError, match="score r2"):
         dataclasses.replace(result, scores={"r2": float("nan")}).write(path)
+
+
+def test_of_validation_scores_the_lowest_is_best_where_the_metric_says_so():
+    history = [
+        ValidationScore(10, 5.0),
+        ValidationScore(20, 3.0),
+        ValidationScore(30, 3.0),
+        ValidationScore(40, 4.0),
+    ]
+    assert METRIC_KINDS["rmse"].sign == -1
+    assert early_stop.best(history, -1).step == 20
+    assert early_stop.best(history).step == 10
+    assert early_stop.exhausted(history, 2, -1)
+    assert not early_stop.exhausted(history, 3, -1)
+    assert best_index([3.0, 1.0, 1.0], sign=-1) == 1
+
+
+def test_label_counts_are_those_of_every_training_tile(stands, tmp_path):
+    store = Store(str(stands), tmp_path / "cache", 2**20)
+    source = Source(SPEC, Manifest.load(str(stands)).shards_of(["train"]), store)
+    labels = [stand(n)["targets"] for n in range(60)]
+    weights = np.array([t["biomass"] for t in labels if t["biomass"] is not None], np.float32).astype(float)
+    found = read_label_counts(source, task_for(SPEC, "biomass"))
+    np.testing.assert_allclose(found, [52, weights.sum(), (weights**2).sum()], rtol=1e-12)
+    assert LabelScale.of(found).deviation == pytest.approx(weights.std(), rel=1e-6)
+    genera = [t["genus"] for t in labels]
+    expected = [genera.count(name) for name in ("oak", "pine", "larch")]
+    assert read_label_counts(source, task_for(SPEC, "genus")).tolist() == expected
+    assert read_label_counts(source, task_for(SPEC, "vigour"))[0] == 60 * 35
+
+
+def test_a_fraction_of_numbers_is_drawn_from_all_deciles(stands, tmp_path):
+    store = Store(str(stands), tmp_path / "cache", 2**20)
+    source = Source(SPEC, Manifest.load(str(stands)).shards_of(["train"]), store)
+    deciles = subset_weights(source, SPEC.target("biomass"))
+    assert deciles.sum(0).tolist() in ([5, 5, 5, 6, 5, 5, 5, 5, 5, 6], [6, 5, 5, 5, 5, 6, 5, 5, 5, 5])
+    assert (deciles.sum(1) == 0).sum() == 8  # no label
+    assert subset_weights(source, SPEC.target("genus")).sum(0).shape == (3,)
+
+
+@pytest.mark.slow
+def test_a_finetuning_learns_a_number_keeps_its_scale_and_tests_the_lowest_error(stands, tmp_path):
+    config = ModelConfig(
+        sensors=SPEC.sensors, size=TINY, pos_grid=4, inter_depth=1, ref_sensor="s2", dataset="stands"
+    )
+    write_model(tmp_path / "model", Maestro(config).initialise(0).state_dict(), config, {"step": 0})
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"name: stands\ndata:\n  mixture: [{{dataset: stands, shards: {str(stands)!r}, split: train}}]\n"
+        f"  cache_dir: {str(tmp_path / 'cache')!r}\n  workers: 0\ntracking: {{enabled: false}}\n"
+    )
+    course = "train.steps=100 train.global_batch=16 train.micro_batch=16 train.precision=fp32 data.lanes=1 "
+    course += "optim.base_lr=2e-3 evaluation.ema=0.9 evaluation.validations=4 checkpoint.every_steps=100"
+    trainer = Trainer(recipe, entry=REPO / "maestro_scale" / "evaluate.py")
+    arguments = [f"--checkpoint={tmp_path / 'model'}", "--mode=finetune", "--target=biomass"]
+    code, output = trainer.run(None, 1, f"--out={tmp_path / 'out'}", *arguments, "--set", *course.split())
+    assert code == 0, output[-4000:]
+    folder = tmp_path / "out" / "finetune"
+    result = EvalResult.load(folder / "results.json")
+    assert "t/ha" in output
+    assert result.scores["r2"] > 0.4
+    scores = {
+        v["step"]: v["score"] for v in map(json.loads, (folder / "validation.jsonl").read_text().splitlines())
+    }
+    assert result.chosen == {"step": min(scores, key=scores.get), "validation": min(scores.values())}
+    (best,) = (folder / "best").iterdir()
+    assert 95 < load_file(best)["heads.biomass.mean"].item() < 110  # t/ha

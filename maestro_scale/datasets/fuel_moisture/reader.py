@@ -157,7 +157,7 @@ class Reader:
 
     def _bands(self, row: int, modality: Modality) -> np.ndarray:
         """(3 or 1, C, 1, 1)."""
-        columns = {name: self._values[row, :, i] for i, name in enumerate(CHANNELS)}
+        columns: dict[str, np.ndarray] = {name: self._values[row, :, i] for i, name in enumerate(CHANNELS)}
         columns["temperature_c"] = columns["temperature_2m"] - np.float32(_ZERO_CELSIUS_K)
         columns["precipitation_mm"] = 1000 * columns["total_precipitation"]
         columns["elevation_100m"] = columns["elevation"] / 100
