@@ -68,7 +68,7 @@ def run_task(task: dict, world) -> dict:
     derived = Derived(
         GLOBAL_BATCH,
         GLOBAL_BATCH // world.size // accumulate,
-        CLIP,
+        task.get("clip", CLIP),
         world.size,
         task.get("precision", "fp32"),
     )

@@ -30,6 +30,8 @@ def layouts() -> list[dict]:
                 if stage or (not zero and precision != "bf16_weights"):
                     name = f"{stage}-{precision}{'-offloaded' if zero else ''}"
                     found.append(task(stage, name, STEPS, precision=precision, zero=zero, accumulate=2))
+    # Without clipping, as optim.clip 0 sets DeepSpeed's gradient_clipping.
+    found += [task(s, f"{s}-unclipped", STEPS, precision="fp32", accumulate=2, clip=0.0) for s in range(4)]
     return found
 
 
@@ -53,6 +55,11 @@ def test_after_a_refused_step_everything_is_bitwise_as_if_it_had_never_been_aske
         for part in ("state", "weights", "adam_step", "guard"):
             assert refused[part] == never[part], (name, part)
         assert refused["adam_step"] == STEPS - len(REFUSED), name
+    # All stages leave out clipping alike, and it matters: the norms of the first steps are above the limit.
+    unclipped = [found[f"{stage}-unclipped-clean"] for stage in range(4)]
+    for run in unclipped[1:]:
+        assert run["losses"] == pytest.approx(unclipped[0]["losses"], rel=1e-5)
+    assert unclipped[0]["losses"] != pytest.approx(found["0-fp32-clean"]["losses"], rel=1e-5)
 
 
 @pytest.mark.parametrize("seen", [99, 100])
