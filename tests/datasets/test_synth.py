@@ -98,6 +98,18 @@ def test_an_interrupted_run_is_incomplete_and_completed_by_the_next(tmp_path, mo
     assert content(tmp_path / "cut") == content(tmp_path / "whole")
 
 
+def test_a_folder_of_older_scenes_is_not_completed(tmp_path):
+    marker = tmp_path / "old" / "synth.json"
+    marker.parent.mkdir()
+    marker.write_text('{"dataset": "treesatai_ts", "tiles": 4, "seed": 1, "generator": 1}')
+    message = (
+        r"old: holds scenes of version 1, which this release \(version 2\) does not write; choose another"
+    )
+    with pytest.raises(DatasetError, match=message):
+        datasets.synth("treesatai_ts", tmp_path / "old", 4, seed=1)
+    assert [p.name for p in marker.parent.iterdir()] == ["synth.json"]
+
+
 def test_other_data_is_not_touched(synthetic, tmp_path):
     (tmp_path / "train.csv").write_text("mine")
     with pytest.raises(DatasetError, match="not an empty folder"):

@@ -247,9 +247,7 @@ def _elevation(patch: Patch) -> np.ndarray:
     """(2, 512, 512) float32 metres: surface, and the terrain below it."""
     rng = patch.scene.rng("dem")
     cover = patch.scene.cover(0.2)
-    slope = np.linspace(-0.5, 0.5, len(cover), dtype=np.float32)
-    tilt = rng.uniform(-20, 20, 2).astype(np.float32)
-    terrain = np.float32(rng.uniform(5, 900)) + tilt[0] * slope + tilt[1] * slope[:, None]
+    terrain = np.float32(rng.uniform(5, 900)) + np.float32(rng.uniform(1, 12)) * patch.scene.relief(0.2)
     heights = np.array(_HEIGHT_M, np.float32)[cover] * rng.uniform(0.7, 1.3)
     rough = 1 + 0.2 * rng.standard_normal(cover.shape, np.float32)
     return np.stack([terrain + heights * rough, terrain]).astype(np.float32)

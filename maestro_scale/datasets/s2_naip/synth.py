@@ -19,6 +19,7 @@ from maestro_scale.datasets.synthetic.scene import Scene
 YEARS = (2019, 2020, 2021)
 ZONES = (32611, 32614, 32618)  # EPSG codes of UTM zones
 _NUM_CLASSES = 15
+_NUM_PARCELS = 24
 _SEASON_DAYS = 75  # Sentinel images are within this many days of NAIP's date
 # By index modulo ten: 70/10/20, every split taken within the first three tiles.
 _SPLITS = ("train", "test", "val", "train", "train", "test", "train", "train", "train", "train")
@@ -33,7 +34,7 @@ def write(dst: Path, tiles: int, seed: int) -> None:
     target = Destination(dst, {"dataset": "s2_naip", "tiles": tiles, "seed": seed})
     listed: dict[str, list[str]] = {"train": [], "val": [], "test": []}
     for index in range(tiles):
-        scene = Scene(seed, index, FULL_SPEC.tile_m, _NUM_CLASSES)
+        scene = Scene(seed, index, FULL_SPEC.tile_m, _NUM_CLASSES, _NUM_PARCELS)
         name = _name(index)
         acquired = _acquired(scene)
         target.write(FILES["naip"].image.format(name), partial(_write_naip, scene=scene, acquired=acquired))
