@@ -46,6 +46,15 @@ class RunScore:
 
 
 @dataclass(frozen=True)
+class SensorScore:
+    """The oracle's score with some kinds of sensors alone."""
+
+    value: float
+    interval: tuple[float, float]
+    per_class: Mapping[str, float | None]
+
+
+@dataclass(frozen=True)
 class EvalResult:
     """A score of one encoder on one benchmark. Scores are fractions of 1, not percent; those of a regression are in
     ``units``."""
@@ -105,6 +114,8 @@ class EvalResult:
     """The resolved recipe, as plain values."""
     chosen: Mapping[str, float] = field(default_factory=dict)
     """Hyperparameters selected on validation; empty for several runs."""
+    by_sensors: Mapping[str, SensorScore] = field(default_factory=dict)
+    """Of the oracle: its score by set of sensors (``optical``, ``radar+image``, …); empty for encoders."""
     timings: Mapping[str, float] = field(default_factory=dict)
     """Seconds spent, by part."""
     counts_sha256: str = field(default="", compare=False)
@@ -226,6 +237,9 @@ class EvalResult:
     def _numbers(self) -> dict[str, float]:
         named = {"value": self.value, "interval low": self.interval[0], "interval high": self.interval[1]}
         scores = {f"per-class score of {k}": v for k, v in self.per_class.items() if v is not None}
+        for sensors, score in self.by_sensors.items():
+            numbers = (score.value, *score.interval, *(v for v in score.per_class.values() if v is not None))
+            scores |= {f"number {i} of {sensors}": v for i, v in enumerate(numbers)}
         return named | scores | {f"score {k}": v for k, v in self.scores.items()}
 
 

@@ -1,29 +1,34 @@
 """An upper reference for scores on synthetic scenes: predictions that use the generator's class signatures.
 
-The oracle knows the signatures of the classes and reads of every tile what an encoder reads, noise included. It unmixes
-the Sentinel-2 series into class shares per pixel of 10 m (:mod:`.signatures`); where labels are finer, it refines the
-borders with the image of highest resolution. It does not use radar and elevation, so the best possible predictor
-reaches a little more.
+The oracle knows the signatures of the classes and reads of every tile what an encoder reads, noise included. For each
+kind of sensor it computes the likelihood of every variant of the classes in cells of 10 m (:mod:`.evidence`), adds the
+kinds that it may use, and infers which few variants the tile consists of (:mod:`.mixture`); where labels are finer, it
+refines borders with the image of highest resolution (:mod:`.borders`). It is evaluated with every single kind, every
+pair, and all. Elevation is not used, and errors of neighbouring cells are treated as independent after a reduction of
+their weight, so that the best possible predictor reaches a little more.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.ndimage import uniform_filter, zoom
 
-from maestro_scale.datasets.spec import DatasetSpec, Sensor
-from maestro_scale.datasets.synthetic.vegetation import BAND_NM
+from maestro_scale.datasets.spec import DatasetSpec
+from maestro_scale.datasets.synthetic.classes import variants_of
 from maestro_scale.evaluation.benchmark import Benchmark, Provenance, build_result
 from maestro_scale.evaluation.metrics import segmentation_scores
-from maestro_scale.evaluation.oracle.signatures import ReflectanceSeries, unmix
+from maestro_scale.evaluation.oracle.borders import class_map
+from maestro_scale.evaluation.oracle.mixture import class_shares, responsibilities
+from maestro_scale.evaluation.oracle.sensors import SensorKinds
+from maestro_scale.evaluation.oracle.simulation import SceneKind
 from maestro_scale.evaluation.probes import dense
 from maestro_scale.evaluation.progress import ProgressFactory, no_progress
-from maestro_scale.evaluation.results import ORACLE, EvalResult, EvaluationError
+from maestro_scale.evaluation.results import ORACLE, EvalResult, EvaluationError, SensorScore
 from maestro_scale.evaluation.tasks.first_maps import FirstMaps
 from maestro_scale.evaluation.tasks.protocol import Predictions, Task
 from maestro_scale.evaluation.tasks.task import (
@@ -39,18 +44,15 @@ from maestro_scale.stream.eval_loader import EvalLoader
 from maestro_scale.stream.source import Source
 from maestro_scale.training.distributed import World
 
-# Targets with the classes of the scenes, in their order: the number of classes of the scenes (None: as the target).
-SCENE_TARGETS = {"species": None, "crop_type": 19, "crops_present": 19, "cosia": 15}
-
-_REFLECTANCE = 10_000  # digital number of a reflectance of 1
-_MIN_SHARE = 0.01  # of a crop, for a class to be on its map
-_MAX_MISFIT = (
-    6.0  # standard deviations of the noise; scenes of the generator stay below 3, clouded ones below this
-)
-_SMOOTHING_M = 1.0  # of the high-resolution image, against its noise
-_COLOUR_NOISE = 0.06  # of the logarithm of a band relative to the brightness, after smoothing
-_MIN_PRIOR = 1e-3  # of a class at a pixel, so that colour can outweigh blurred shares
-_ROUNDS = 3  # of border refinement
+# Targets with the classes of the scenes, in their order: the number of classes of the scenes (None: as the target), and
+# whether the scenes are fields.
+SCENE_TARGETS = {
+    "species": (None, False),
+    "crop_type": (19, True),
+    "crops_present": (19, True),
+    "cosia": (15, False),
+}
+_MAX_MISFIT = 1.6  # standard deviations; scenes of the generator are at 1
 
 
 def evaluate_oracle(
@@ -63,8 +65,9 @@ def evaluate_oracle(
 ) -> EvalResult | None:
     """The oracle's result on the test split, on rank 0; None on the other ranks. ``maps_dir``: for its predicted maps.
 
-    EvaluationError where the target has other classes than the scenes, Sentinel-2 is not among the sensors in use, or
-    the tiles do not come from the generator.
+    ``value`` is the score with all sensors, ``by_sensors`` has those of their subsets. EvaluationError where the target
+    has other classes than the scenes, no sensor in use is of a kind that scenes have, or the tiles do not come from the
+    generator.
     """
     manifest = benchmark.load_manifest()
     spec = benchmark.spec
@@ -76,7 +79,7 @@ def evaluate_oracle(
     writer = TileMapWriter(maps_dir, source, task) if maps_dir else None
     rank, size = (world.rank, world.size) if world else (0, 1)
     loader = EvalLoader(source, oracle.num_crops, rank, size, workers=workers, crops=task.num_crops)
-    tiles = np.zeros((loader.num_samples, *oracle.tile_shape))
+    tiles = np.zeros((loader.num_samples, len(oracle.set_names), *oracle.tile_shape))
     misfits = np.zeros(loader.num_samples)
     first_maps = FirstMaps(loader.num_samples)
     first = loader.first_row // oracle.num_crops
@@ -103,13 +106,17 @@ def evaluate_oracle(
     if world is not None and not world.is_main:
         return None
     timings = {"fit_s": time.perf_counter() - started}
-    predictions = replace(oracle.predictions(tiles), maps=maps)
-    return build_result(benchmark, manifest, ORACLE, task, predictions, provenance, timings)
+    by_sensors = {}
+    for number, name in enumerate(oracle.set_names):
+        predictions = replace(oracle.predictions(tiles[:, number]), maps=maps)
+        result = build_result(benchmark, manifest, ORACLE, task, predictions, provenance, timings)
+        by_sensors[name] = SensorScore(result.value, result.interval, result.per_class)
+    return replace(result, by_sensors=by_sensors)  # the last set is that of all sensors
 
 
 class Oracle:
     """Predicts tiles and counts the predictions. ``num_crops``: of a tile; ``tile_shape``: of what scoring needs of it,
-    as in ``tasks.losses.TargetLoss``."""
+    as in ``tasks.losses.TargetLoss``; ``set_names``: the sets of kinds of sensors, that of all kinds last."""
 
     def __init__(self, spec: DatasetSpec, task: Task) -> None:
         if task.target.name not in SCENE_TARGETS or not isinstance(task, MultilabelTask | SegmentationTask):
@@ -118,22 +125,14 @@ class Oracle:
                 f"{', '.join(SCENE_TARGETS)}"
             )
         self._task = task
-        self._num_classes = SCENE_TARGETS[task.target.name] or len(task.target.classes)
-        self._spec = spec
-        series = [
-            s for s in spec.sensors if spec.modality(s.source).series and set(self._bands(s)) <= set(BAND_NM)
-        ]
-        if not series:
-            raise EvaluationError(
-                f"{spec.name}: the oracle needs Sentinel-2, which is not among the sensors in use"
-            )
-        self._series = series[0]
-        images = [
-            s
-            for s in spec.sensors
-            if not spec.modality(s.source).series and {"R", "G", "B"} <= set(self._bands(s))
-        ]
-        self._image = min(images, key=lambda s: spec.modality(s.source).resolution_m, default=None)
+        self._sensors = SensorKinds.of(spec)
+        kinds = self._sensors.kinds
+        self._sets = [s for size in range(1, len(kinds) + 1) for s in itertools.combinations(kinds, size)]
+        self.set_names = tuple("+".join(s) for s in self._sets)
+        num_classes, fields = SCENE_TARGETS[task.target.name]
+        self._crop_m = spec.crop_m
+        self._kind = SceneKind(num_classes or len(task.target.classes), spec.crop_m, fields)
+        self._variants = variants_of(self._kind.num_classes)
         if isinstance(task, SegmentationTask):
             self.num_crops = task.layout.crop_grid.num_crops
             self.tile_shape: tuple[int, ...] = (len(task.classes) + 1, len(task.classes))
@@ -144,85 +143,58 @@ class Oracle:
             self._classes = [of.classes.index(name) for name in task.classes]
 
     def predict_tile(self, batch: Batch) -> tuple[np.ndarray, float, dict[str, np.ndarray] | None]:
-        """(what scoring needs, misfit, ``truth`` and ``answer`` maps (1, H, W) or None) of the crops of one tile."""
-        unmixed = [self._class_shares(batch, row) for row in range(len(batch))]
-        misfit = float(np.median([m for _, m in unmixed]))
+        """Of the crops of one tile: for each set what scoring needs, the misfit, and of the last set the ``truth`` and
+        ``answer`` maps (1, H, W), or None."""
+        crops = [self._crop(batch, row) for row in range(len(batch))]
+        misfit = float(np.median([crop.misfit for crop in crops]))
         labels = self._task.labels(batch)
         if isinstance(self._task, MultilabelTask):
-            shares = unmixed[0][0].mean(axis=(1, 2))[self._classes]
-            return np.stack([_class_scores(shares, self._task.target.threshold), labels[0]]), misfit, None
+            threshold = self._task.target.threshold
+            (crop,) = crops
+            scores = [_class_scores(shares.mean(axis=(1, 2)), threshold) for shares in crop.shares]
+            return np.stack([np.stack([s, labels[0]]) for s in scores]), misfit, None
         layout = self._task.layout
-        predicted = np.stack([self._map(layout, batch, row, s) for row, (s, _) in enumerate(unmixed)])
-        truth, answer = layout.assemble(labels), layout.assemble(predicted)
-        counts = dense.tile_confusion(len(self._task.classes), answer, truth)
-        return counts, misfit, {"truth": truth[None], "answer": answer[None]}
+        truth = layout.assemble(labels)
+        counts = []
+        for number, kinds in enumerate(self._sets):
+            maps = [
+                self._map(layout, batch, row, crops[row].shares[number], kinds) for row in range(len(batch))
+            ]
+            answer = layout.assemble(np.stack(maps))
+            counts.append(dense.tile_confusion(len(self._task.classes), answer, truth))
+        return np.stack(counts), misfit, {"truth": truth[None], "answer": answer[None]}
 
     def predictions(self, tiles: np.ndarray) -> Predictions:
-        """Counts and scores from all tiles."""
+        """Counts and scores from all tiles, of one set of sensors."""
         if isinstance(self._task, MultilabelTask):
             return multilabel_predictions(tiles[:, 0] > 0.5, tiles[:, 0], tiles[:, 1] > 0.5, {})
         return Predictions(tiles, {}, segmentation_scores(tiles.sum(0)))
 
-    def _bands(self, sensor: Sensor) -> list[str]:
-        bands = self._spec.modality(sensor.source).bands
-        return [bands[b] for b in sensor.bands]
+    def _crop(self, batch: Batch, row: int) -> _Crop:
+        evidence = self._sensors.evidence(batch, row, self._kind, self._variants, self._crop_m)
+        cells = round(self._crop_m / 10)
+        labels = np.array([v.label for v in self._variants])
+        nothing = np.zeros((len(labels), cells, cells))
+        shares = []
+        for kinds in self._sets:
+            logs = sum((evidence[kind].logs for kind in kinds if kind in evidence), nothing)
+            shares.append(class_shares(responsibilities(logs), labels, self._kind.num_classes)[self._classes])
+        return _Crop(shares, max((e.misfit for e in evidence.values()), default=0.0))
 
-    def _class_shares(self, batch: Batch, row: int) -> tuple[np.ndarray, float]:
-        """(K, h, w) shares of the scene's classes in the pixels of Sentinel-2, and the misfit."""
-        name = self._series.name
-        values = batch.pixels[name][row].numpy() / _REFLECTANCE
-        nm = np.array([BAND_NM[b] for b in self._bands(self._series)], float)
-        days = batch.dates[name][row, :, 1].numpy()
-        threshold = self._task.target.threshold if isinstance(self._task, MultilabelTask) else 0.0
-        flat = values.reshape(*values.shape[:2], -1)
-        shares, misfit = unmix(
-            ReflectanceSeries(flat, days, nm), self._num_classes, max(0.85 * threshold, _MIN_SHARE)
-        )
-        return shares.reshape(-1, *values.shape[2:]), misfit
-
-    def _map(self, layout: dense.PixelLayout, batch: Batch, row: int, shares: np.ndarray) -> np.ndarray:
+    def _map(
+        self, layout: dense.PixelLayout, batch: Batch, row: int, shares: np.ndarray, kinds: tuple[str, ...]
+    ) -> np.ndarray:
         """(H, W) uint8 index among the classes that count, on the pixels of the labels."""
-        shares = shares[self._classes]
-        side = layout.crop_pixels
-        factor = side / shares.shape[-1]
-        prior = (
-            zoom(shares, (1, factor, factor), order=1, mode="nearest", grid_mode=True)
-            if factor != 1
-            else shares
-        )
-        if factor <= 1 or self._image is None:
-            return prior.argmax(axis=0).astype(np.uint8)
-        image = batch.pixels[self._image.name][row, 0].numpy().astype(np.float32)
-        size = max(round(_SMOOTHING_M * image.shape[-1] / layout.crop_grid.crop_m), 1)
-        smooth = np.stack([uniform_filter(band, size, mode="nearest") for band in image])
-        if smooth.shape[-1] != side:
-            smooth = zoom(
-                smooth, (1, side / smooth.shape[-1], side / smooth.shape[-1]), order=1, grid_mode=True
-            )
-        return _refine_borders(np.log(np.maximum(smooth, 1.0)), prior).astype(np.uint8)
+        image = self._sensors.picture(batch, row) if "image" in kinds else None
+        return class_map(shares, layout.crop_pixels, image, layout.crop_grid.crop_m)
 
 
-def _refine_borders(logs: np.ndarray, prior: np.ndarray) -> np.ndarray:
-    """(H, W) classes from log values of an image (C, H, W) and blurred shares (K, H, W).
+@dataclass(frozen=True)
+class _Crop:
+    """``shares`` (K, h, w) of the classes that count, for each set of sensors; ``misfit`` of the worst kind."""
 
-    Alternates between the median colour of each class and the most probable class of each pixel. Brightness is removed,
-    because the light varies over the tile.
-    """
-    colour = logs - logs.mean(axis=0)
-    belief = np.log(np.maximum(prior, _MIN_PRIOR))
-    present = np.flatnonzero(prior.mean(axis=(1, 2)) > 0)
-    classes = prior.argmax(axis=0)
-    for _ in range(_ROUNDS):
-        posterior = np.full(prior.shape, -np.inf, np.float32)
-        for k in present:
-            inside = (classes == k) & (prior[k] > 0.5)
-            if inside.any():
-                offset = colour - np.median(colour[:, inside], axis=1)[:, None, None]
-                posterior[k] = belief[k] - 0.5 * (offset**2).sum(axis=0) / _COLOUR_NOISE**2
-            else:
-                posterior[k] = belief[k] - 0.5 * len(colour)
-        classes = posterior.argmax(axis=0)
-    return classes
+    shares: list[np.ndarray]
+    misfit: float
 
 
 def _class_scores(shares: np.ndarray, threshold: float) -> np.ndarray:

@@ -78,7 +78,29 @@ def build_tables(groups: Sequence[ResultGroup]) -> list[Table]:
     for synthetic in (False, True):
         of_data = [g for g in shown if is_synthetic(g, groups) == synthetic]
         tables += _fraction_tables(of_data, synthetic)
-    return tables
+    return tables + [_sensor_table(g) for g in groups if g.first.by_sensors]
+
+
+def _sensor_table(group: ResultGroup) -> Table:
+    """What the oracle's score is with some kinds of sensors alone: a row per class, a column per set."""
+    result = group.first
+    sets = result.by_sensors
+    overall = [
+        f"{result.kind.number(s.value)} ({result.kind.number(s.interval[0])}-{result.kind.number(s.interval[1])})"
+        for s in sets.values()
+    ]
+    lines = [TableRow("all classes", tuple(map(Cell, overall)), True)]
+    for name in result.per_class:
+        scores = [s.per_class.get(name) for s in sets.values()]
+        cells = tuple(Cell(EMPTY if s is None else f"{100 * s:.1f}") for s in scores)
+        lines.append(TableRow(name, cells, False))
+    return Table(
+        f"{result.benchmark}: score of the oracle by kinds of sensors",
+        tuple((name, f"{result.kind.title}, %") for name in sets),
+        tuple(lines),
+        "A class that two kinds together separate is low in the column of either, and high in that of both. "
+        f"In the rows of classes: {result.kind.of_class}.",
+    )
 
 
 def is_synthetic(group: ResultGroup, groups: Sequence[ResultGroup]) -> bool:
