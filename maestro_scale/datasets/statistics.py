@@ -253,9 +253,11 @@ def _distinct(dates: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Measured:
-    """A statistic over tiles: their mean, the 10 % and the 90 % quantile, and how many tiles had it."""
+    """A statistic over tiles: their mean and its standard error (0 of one tile), the 10 % and the 90 % quantile, and
+    how many tiles had it."""
 
     mean: float
+    error: float
     low: float
     high: float
     num_tiles: int
@@ -282,7 +284,10 @@ class DatasetStatistics:
         for name, values in self._values.items():
             if values:
                 low, high = np.quantile(values, (0.1, 0.9))
-                found[name] = Measured(float(np.mean(values)), float(low), float(high), len(values))
+                error = np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else 0.0
+                found[name] = Measured(
+                    float(np.mean(values)), float(error), float(low), float(high), len(values)
+                )
         return found
 
     def reasons(self) -> dict[str, str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from maestro_scale.datasets import open_raw
+from maestro_scale.datasets import open_raw, synth
 from maestro_scale.datasets.bands import group_of, wavelength_nm
 from maestro_scale.datasets.patterns import (
     autocorrelation,
@@ -208,6 +208,8 @@ def test_statistics_of_tiles_are_averaged_and_reasons_kept_where_no_tile_has_a_v
     measured = statistics.measured()
     assert list(measured) == ["season_ndvi", "radar_kept"]  # the order of tables
     assert (measured["radar_kept"].mean, measured["radar_kept"].num_tiles) == (3, 3)
+    assert measured["radar_kept"].error == pytest.approx(np.sqrt(7 / 3))  # variance (4 + 1 + 9) / 2
+    assert measured["season_ndvi"].error == 0
     assert (measured["radar_kept"].low, measured["radar_kept"].high) == pytest.approx((1.2, 5.2))
     assert statistics.reasons() == {"image_deviation": "none"}
     assert statistics.num_tiles == 4
@@ -235,3 +237,31 @@ def test_the_real_tile_is_within_the_recorded_ranges():
     # Values that were recorded of this tile by another implementation: science.md.
     assert found.values["deviation_visible"] == pytest.approx(12.7, abs=0.15)
     assert found.values["movement_patch"] == pytest.approx(0.15, abs=0.005)
+
+
+@pytest.mark.parametrize(
+    ("name", "tiles", "splits"),
+    [
+        ("treesatai_ts", 100, ("train", "val", "test")),
+        ("pastis_hd", 5, tuple(f"fold_{i}" for i in range(1, 6))),
+    ],
+)
+def test_synthetic_scenes_are_within_the_ranges_of_real_tiles(tmp_path, name, tiles, splits):
+    """The mean over tiles, up to two standard errors of it. Values that depend on what grows are those of forest."""
+    synth(name, tmp_path / name, tiles, 0)
+    statistics = DatasetStatistics()
+    modalities = None if name == "treesatai_ts" else ["s2", "s1_asc", "s1_des"]
+    for split in splits:
+        reader = open_raw(name, tmp_path / name, split, modalities)
+        for one in map(reader.read, reader.keys()):
+            statistics.add(tile_statistics(reader.spec, one.arrays, one.dates, one.masks))
+    measured = statistics.measured()
+    assert statistics.num_tiles == tiles
+    comparable = [n for n in UNITS if name == "treesatai_ts" or not REAL_RANGES[n].of_forest]
+    outside = {}
+    for statistic in comparable:
+        found, real = measured[statistic], REAL_RANGES[statistic]
+        nearest = np.clip(found.mean, real.low, real.high)
+        if not real.contains(found.mean) and abs(found.mean - nearest) > 2 * found.error:
+            outside[statistic] = (found.mean, real.low, real.high)
+    assert outside == {}
