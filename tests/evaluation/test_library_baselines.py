@@ -1,6 +1,7 @@
 """Encoders of torchgeo and terratorch: bands, units, weights and errors with small modules of the libraries' interface;
 the real libraries' interface where they are installed (``python -m benchmarks.external_baselines`` installs them)."""
 
+import copy
 import dataclasses
 import importlib.util
 import inspect
@@ -16,7 +17,7 @@ from torch import nn
 
 from maestro_scale.datasets.pastis_hd.reader import SPEC as PASTIS
 from maestro_scale.datasets.treesatai_ts.reader import SPEC as TREESATAI
-from maestro_scale.evaluation.baselines import torchgeo
+from maestro_scale.evaluation.baselines import terratorch, torchgeo
 from maestro_scale.evaluation.baselines.bands import COMMON, find_readings, model_input
 from maestro_scale.evaluation.baselines.inputs import sensor_inputs
 from maestro_scale.evaluation.baselines.library import Metadata, resize_positions
@@ -356,18 +357,102 @@ def test_a_date_changes_only_the_tokens_that_may_see_it(real_terratorch, name):
     assert set(torch.nonzero(changed).flatten().tolist()) == expected
 
 
-def test_croma_and_panopticon_give_the_tokens_of_their_own_forward(real_torchgeo):
-    """At the size that they were built for, the tokens are those of the library's forward pass."""
-    s2 = sensor_inputs(with_sensors(TREESATAI, "s2"))
-    torch.manual_seed(0)
-    croma = TorchGeo(s2, {"model": "croma_base@random"})
-    (reading,) = croma.readings
-    reading = dataclasses.replace(reading, sensor=dataclasses.replace(reading.sensor, grid=15))
-    own = importlib.import_module("torchgeo.models").get_model("croma_base", modalities=["optical"])
-    own.load_state_dict(croma.adapter.backbone.state_dict(), strict=False)
-    croma.adapter._bias[15] = own.attn_bias
-    x = torch.rand(1, 1, 12, 120, 120)
-    with torch.no_grad():
-        expected = own(x_optical=((x[:, 0] + 2) / 4).clamp(0, 1))["optical_encodings"]
-        found = croma.adapter(x, reading, Metadata(torch.zeros(1, 1, 3), None))[:, 0]
+def reading_of(sensor, reads, grid):
+    """How a model reads a sensor of TreeSatAI-TS whose token grid has another size."""
+    (reading,), _ = find_readings(
+        sensor_inputs(with_sensors(TREESATAI, sensor)), reads, {**COMMON, "reflectance": {}}, subset=False
+    )
+    return dataclasses.replace(reading, sensor=dataclasses.replace(reading.sensor, grid=grid))
+
+
+# At the image size that a module was built for, an adapter's tokens are those of the module's own forward pass.
+SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2}
+UNKNOWN = Metadata(torch.zeros(2, 1, 3, dtype=torch.int16), None)
+
+
+@torch.no_grad()
+def test_dofa_gives_the_tokens_of_its_own_forward(real_torchgeo):
+    dofa = importlib.import_module("torchgeo.models.dofa")
+    own = dofa.DOFA(img_size=48, patch_size=16, num_classes=3, **SMALL).eval()
+    own.pos_embed.normal_()
+    norm, reading = own.fc_norm, reading_of("s2", torchgeo._ANY, 3)
+    x = torch.rand(2, 1, 10, 48, 48)
+    expected = own.forward_features(x[:, 0], [w / 1000 for w in reading.wavelengths_nm])
+    tokens = torchgeo.Dofa(own, None, [reading])(x, reading, UNKNOWN)
+    torch.testing.assert_close(norm(tokens[:, 0].mean(dim=1)), expected)
+
+
+@torch.no_grad()
+def test_vision_transformers_give_the_tokens_of_their_own_forward(real_torchgeo):
+    timm, scale_mae = (importlib.import_module(m) for m in ("timm", "torchgeo.models.scale_mae"))
+    reading = reading_of("s2", {"sentinel-2": ("B4", "B3", "B2")}, 3)
+    metres = reading.pixel_m(48)
+    assert metres == pytest.approx(1.25)  # 60 m in 48 pixels
+    x = torch.rand(2, 1, 3, 48, 48)
+    for adapter, own in (
+        (torchgeo.TimmVit, timm.create_model("vit_small_patch16_224", img_size=48, **SMALL).eval()),
+        (torchgeo.ScaleMae, scale_mae.ScaleMAE(metres, 48, 16, **SMALL).eval()),
+    ):
+        expected = own.forward_features(x[:, 0])[:, 1:]
+        torch.testing.assert_close(adapter(own, None, [reading])(x, reading, UNKNOWN)[:, 0], expected)
+
+
+@torch.no_grad()
+def test_panopticon_gives_the_tokens_of_its_own_forward(real_torchgeo):
+    own = importlib.import_module("torchgeo.models.panopticon").Panopticon(img_size=42).eval()
+    reading = reading_of("s1_des", {"sentinel-1": ("VV", "VH")}, 3)
+    x = torch.rand(2, 1, 2, 42, 42)
+    ids = torch.tensor([[-9.0, -10.0]]).repeat(2, 1)
+    expected = own.model.forward_features({"imgs": x[:, 0], "chn_ids": ids})[:, 1:]
+    found = torchgeo.Panopticon(own, None, [reading])(x, reading, UNKNOWN)[:, 0]
     torch.testing.assert_close(found, expected)
+
+
+@torch.no_grad()
+def test_copernicus_fm_gives_the_tokens_of_its_own_forward(real_torchgeo):
+    library = importlib.import_module("torchgeo.models.copernicusfm")
+    own = library.CopernicusFM(img_size=48, patch_size=16, **SMALL).eval()
+    norm, reading = own.fc_norm, reading_of("s1_asc", {"sentinel-1": ("VV", "VH")}, 3)
+    x = torch.rand(2, 1, 2, 48, 48)
+    dates = torch.tensor([[[1971, 2, 0]], [[2020, 10, 0]]], dtype=torch.int16)
+    days, unknown = [366, 18271], math.nan
+    table = torch.tensor([[5.0, 50.0, days[0], unknown], [6.0, 40.0, days[1], unknown]])
+    expected = own.forward_features(x[:, 0], table, [5e7, 5e7], [1e9, 1e9])
+    metadata = Metadata(dates, torch.tensor([[50.0, 5.0], [40.0, 6.0]]))
+    found = torchgeo.CopernicusFm(own, None, [reading])(x, reading, metadata)[:, 0]
+    torch.testing.assert_close(norm(found.mean(dim=1)), expected)
+
+
+@torch.no_grad()
+def test_croma_gives_the_tokens_of_its_own_forward(real_torchgeo):
+    croma = importlib.import_module("torchgeo.models.croma")
+    own = croma.CROMA(["sar", "optical"], 32, 2, 16, 8, 24).eval()
+    model = types.SimpleNamespace()
+    for sensor, channels, argument in (("s2", 12, "x_optical"), ("s1_asc", 2, "x_sar")):
+        reading = reading_of(sensor, torchgeo._CROMA_READS, 3)
+        x = 3 * torch.randn(2, 1, channels, 24, 24)
+        other = {"x_sar": torch.zeros(2, 2, 24, 24), "x_optical": torch.zeros(2, 12, 24, 24)}
+        scaled = {argument: (x[:, 0] / 4 + 0.5).clamp(0, 1)}
+        expected = own(**{**other, **scaled})[argument.removeprefix("x_") + "_encodings"]
+        adapter = torchgeo.Croma(copy.deepcopy(own), model, [reading])
+        torch.testing.assert_close(adapter(x, reading, UNKNOWN)[:, 0], expected)
+
+
+@torch.no_grad()
+def test_clay_gives_the_tokens_of_its_own_forward(real_terratorch):
+    modules = importlib.import_module("terratorch.models.backbones.clay_v1.modules")
+    own = modules.EmbeddingEncoder(24, 8, 32, 2, 2, 16, 2.0).eval()
+    backbone = nn.Module()
+    backbone.clay_encoder = own
+    reading = reading_of("s2", {"sentinel-2": terratorch._CLAY_BANDS}, 3)
+    x = torch.rand(2, 1, 10, 24, 24)
+    dates = torch.tensor([[[2020, 15, 6]], [[2020, 200, 18]]], dtype=torch.int16)
+    weeks = [2 * math.pi * w / 52 for w in (3, 29)]
+    time = torch.tensor(
+        [[math.sin(weeks[0]), math.cos(weeks[0]), 1, 0], [math.sin(weeks[1]), math.cos(weeks[1]), -1, 0]]
+    )
+    cube = {"pixels": x[:, 0], "time": time, "latlon": torch.zeros(2, 4), "gsd": 2.5}
+    cube["waves"] = torch.tensor([0.492, 0.56, 0.665, 0.704, 0.741, 0.783, 0.833, 0.865, 1.614, 2.202])
+    expected = own(cube)[-1][:, 1:]
+    found = terratorch.Clay(backbone, None, [reading])(x, reading, Metadata(dates, None))[:, 0]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
