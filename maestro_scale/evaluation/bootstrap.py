@@ -1,13 +1,13 @@
 """Bootstrap intervals over tiles: the variation of a score over test sets of the same size and kind.
 
 Scores are functions of counts that are summed over tiles, so a resample is a weighted sum of per-tile counts: nothing
-is predicted again, and the statistic is computed for all resamples at once.
+is predicted again, and the statistic is computed for all resamples at once. Two results are compared in
+:mod:`..paired`, over seeds too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -15,15 +15,6 @@ Statistic = Callable[[np.ndarray], np.ndarray]
 """Summed counts (R, …) of R resamples → (R,) scores; e.g. ``metrics.wf1`` or ``metrics.mean_iou``."""
 
 _CHUNK_CELLS = 4_000_000  # tiles × resamples drawn at once: 32 MB of weights
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Score of A minus score of B on the same tiles, with its interval."""
-
-    value: float
-    low: float
-    high: float
 
 
 def bootstrap_interval(
@@ -37,30 +28,6 @@ def bootstrap_interval(
     """
     _check(counts, resamples, level)
     return _interval(_resampled(statistic, counts, resamples, seed), level)
-
-
-def paired_difference(
-    statistic: Statistic,
-    counts_a: np.ndarray,
-    counts_b: np.ndarray,
-    resamples: int = 1000,
-    seed: int = 0,
-    level: float = 0.95,
-) -> Difference:
-    """The difference of A and B on the same tiles in the same order, both with the same resamples.
-
-    Tighter than two separate intervals, as a tile that is hard for both cancels out. Raises as
-    ``bootstrap_interval``, and ValueError if the two shapes differ.
-    """
-    if counts_a.shape != counts_b.shape:
-        raise ValueError(
-            f"counts of A {counts_a.shape} and B {counts_b.shape} differ: they need the same tiles"
-        )
-    _check(counts_a, resamples, level)
-    drawn = [_resampled(statistic, counts, resamples, seed) for counts in (counts_a, counts_b)]
-    low, high = _interval(drawn[0] - drawn[1], level)
-    value = statistic(counts_a.sum(0)[None]) - statistic(counts_b.sum(0)[None])
-    return Difference(float(value[0]), low, high)
 
 
 def _check(counts: np.ndarray, resamples: int, level: float) -> None:

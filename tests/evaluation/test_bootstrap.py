@@ -1,12 +1,10 @@
-"""Bootstrap intervals and paired differences."""
-
-import dataclasses
+"""Bootstrap intervals."""
 
 import numpy as np
 import pytest
 
 from maestro_scale.evaluation import bootstrap
-from maestro_scale.evaluation.bootstrap import bootstrap_interval, paired_difference
+from maestro_scale.evaluation.bootstrap import bootstrap_interval
 from maestro_scale.evaluation.metrics import MultilabelCounts, confusion, mean_iou, tile_counts, wf1
 
 
@@ -40,18 +38,6 @@ def test_it_is_reproducible_and_does_not_depend_on_chunks(monkeypatch):
     monkeypatch.setattr(bootstrap, "_CHUNK_CELLS", 350)
     assert bootstrap_interval(wf1, counts, 100, seed=3) == whole
     assert bootstrap_interval(wf1, counts, 100, seed=4) != whole
-
-
-def test_paired_tiles_separate_what_two_intervals_cannot():
-    predicted, target = predictions(0.85, tiles=400)
-    better = predicted.copy()
-    better[:60] = target[:60]
-    a, b = tile_counts(better, target), tile_counts(predicted, target)
-    difference = paired_difference(wf1, a, b, 300)
-    assert 0 < difference.low < difference.value < difference.high
-    assert paired_difference(wf1, b, b, 50).high == 0
-    with pytest.raises(ValueError, match="the same tiles"):
-        paired_difference(wf1, a, b[:-1])
 
 
 def test_confusions_of_tiles_can_be_drawn_too():
@@ -130,20 +116,6 @@ def test_defaults_are_a_thousand_resamples_of_seed_zero_at_95_percent():
     assert bootstrap_interval(total, counts) != bootstrap_interval(total, counts, 999, 0, 0.95)
     assert bootstrap_interval(total, counts) != bootstrap_interval(total, counts, 1001, 0, 0.95)
     assert bootstrap_interval(total, counts) != bootstrap_interval(total, counts, 1000, 1, 0.95)
-    whole = paired_difference(total, counts, counts[::-1])
-    assert whole == paired_difference(total, counts, counts[::-1], 1000, 0, 0.95)
-    for other in ((999, 0), (1001, 0), (1000, 1)):
-        assert whole != paired_difference(total, counts, counts[::-1], *other, 0.95)
-
-
-def test_a_difference_is_a_minus_b():
-    a, b = np.full((4, 1), 3), np.full((4, 1), 1)
-    difference = paired_difference(total, a, b, 10)
-    assert (difference.value, difference.low, difference.high) == (8.0, 8.0, 8.0)
-    with pytest.raises(ValueError, match="over no tiles"):
-        paired_difference(total, a[:0], b[:0])
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        difference.value = 0.0
 
 
 def test_resamples_of_many_tiles_are_drawn_one_at_a_time(monkeypatch):

@@ -9,16 +9,18 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from maestro_scale.evaluation import run
+from maestro_scale.evaluation.paired import load_runs
 from maestro_scale.evaluation.results import EvalResult
 from maestro_scale.evaluation.run import EvalOptions
 from maestro_scale.shards.storage import LocalStorage as Storage
 from maestro_scale.shards.write.writer import Writer
 from maestro_scale.training.manifests import ManifestMismatchError
 from maestro_scale.training.run_dir import RunDirError, lock
-from tests.evaluation.conftest import SCENES, SPLITS, scene_tile
+from tests.evaluation.conftest import SCENES, SPLITS, field_tile, scene_tile
 from tests.evaluation.test_oracle import recipe
 from tests.testkit.runs import REPO, Trainer
 
@@ -51,7 +53,20 @@ def test_one_two_and_three_ranks_print_identical_numbers(fields, tmp_path):
     assert len(maps[0]) == 3 * SPLITS["test"]
     assert maps[0] == maps[2]
     assert maps[1].items() <= maps[0].items()
-    assert EvalResult.load(tmp_path / "out-1" / "probe" / "results.json").value > 0.85
+    path = tmp_path / "out-1" / "probe" / "results.json"
+    result = EvalResult.load(path)
+    assert result.value > 0.85
+    # The hashes of the counts are among the numbers above: they are the same for any number of ranks, too.
+    counts = result.load_counts(path)
+    assert sorted(counts.keys) == [f"field-{n:03d}" for n in range(27, 38)]
+    assert tuple(map(tuple, counts.array.sum(0)[:3].tolist())) == result.confusion
+    for key, of_tile in zip(counts.keys, counts.array, strict=True):
+        cover = field_tile(int(key.removeprefix("field-"))).targets["cover"]
+        assert of_tile.sum(1).tolist() == [
+            *((cover == c).sum() for c in (0, 2, 3)),
+            np.isin(cover, (1, 9)).sum(),
+        ]
+    assert len(load_runs(path, result)) == 1
 
 
 @pytest.mark.slow

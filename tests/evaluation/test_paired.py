@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from maestro_scale.evaluation.counts import TileCounts
-from maestro_scale.evaluation.metrics import mean_iou, tile_mean_iou, wf1
+from maestro_scale.evaluation.metrics import mean_iou, tile_counts, tile_mean_iou, wf1
 from maestro_scale.evaluation.paired import (
     Component,
     Estimate,
@@ -46,6 +46,23 @@ def test_one_seed_gives_the_paired_interval_over_tiles():
     assert found.low == pytest.approx(0.5 - 3.18245 * math.sqrt(1 / 12), abs=1e-5)
     assert (found.num_seeds, found.num_tiles, found.covers_seeds) == ((1, 1), 4, False)
     assert found.pairs_tiles
+
+
+def test_paired_tiles_separate_what_two_intervals_cannot():
+    rng = np.random.default_rng(0)
+    target = rng.random((400, 5)) < 0.3
+    predicted = target ^ (rng.random(target.shape) > 0.85)
+    better = np.concatenate([target[:60], predicted[60:]])
+    keys = tuple(map(str, range(400)))
+    a, b = ([Run("wf1", 0, None, TileCounts(keys, tile_counts(p, target)))] for p in (better, predicted))
+    found = difference(a, b)
+    assert 0 < found.low < found.value < found.high
+    assert estimate(a).low < estimate(b).high
+    other_keys = TileCounts(tuple(f"other-{key}" for key in keys), b[0].counts.array)
+    unpaired = difference(a, [dataclasses.replace(b[0], counts=other_keys)])
+    assert unpaired.low < 0
+    same = difference(b, b)
+    assert (same.value, same.low, same.high) == (0, 0, 0)
 
 
 def test_two_seeds_add_the_variance_between_seeds():

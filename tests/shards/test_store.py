@@ -64,6 +64,36 @@ def test_every_sample_is_read(dataset, tmp_path):
         shard[0]
 
 
+def test_keys_are_read_without_the_shard_where_it_has_an_index(copy, tmp_path):
+    first, second = Manifest.load(str(copy)).shards[:2]
+    expected = {
+        info.path: Store(str(copy), tmp_path / "other", 0).shard(info).keys for info in (first, second)
+    }
+    store = Store(str(copy), tmp_path / "cache", 0)
+    index = copy / first.path.replace(".tar", ".index.json")
+    (copy / first.path).rename(copy / "away")
+    assert store.read_keys(first) == expected[first.path]
+    # The index of another shard, a damaged one, or none: then the shard itself is needed.
+    for content in ((copy / second.path.replace(".tar", ".index.json")).read_bytes(), b"{", None):
+        index.unlink()
+        if content is not None:
+            index.write_bytes(content)
+        with pytest.raises(BadShard, match="is missing"):
+            store.read_keys(first)
+        (copy / "away").rename(copy / first.path)
+        assert store.read_keys(first) == expected[first.path]
+        (copy / first.path).rename(copy / "away")
+
+
+def test_keys_of_a_verified_shard_need_no_index(copy, tmp_path, monkeypatch):
+    info = Manifest.load(str(copy)).shards[0]
+    store = Store(str(copy), tmp_path / "cache", 0)
+    keys = store.shard(info).keys
+    monkeypatch.setattr(store, "_storage", None)
+    monkeypatch.setattr(store, "_path", lambda info: copy / info.path)
+    assert store.read_keys(info) == keys
+
+
 def test_a_local_shard_is_hashed_once_per_state(dataset, copy, tmp_path, monkeypatch):
     from maestro_scale.shards.read import store as module
 
