@@ -5,23 +5,19 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
-from maestro_scale.datasets.spec import DatasetSpec
 from maestro_scale.errors import did_you_mean
-from maestro_scale.evaluation.baselines.baseline import Baseline
-from maestro_scale.evaluation.baselines.image import ImageEncoder, load_backbone
-from maestro_scale.evaluation.baselines.inputs import sensor_inputs
-from maestro_scale.evaluation.baselines.plugin import PluginBaseline
-from maestro_scale.evaluation.baselines.protocol import parse_options
-from maestro_scale.evaluation.baselines.statistics import ChannelStatistics
 from maestro_scale.evaluation.results import ORACLE, EvaluationError
-from maestro_scale.model.maestro import Maestro
-from maestro_scale.recipe import Recipe, build_model_config
 
-Build = Callable[[str, Recipe, DatasetSpec], Maestro | Baseline]
+if TYPE_CHECKING:  # imported where an encoder is built: names and help texts need no torch
+    from maestro_scale.datasets.spec import DatasetSpec
+    from maestro_scale.evaluation.baselines.baseline import Baseline
+    from maestro_scale.evaluation.baselines.plugin import PluginBaseline
+    from maestro_scale.model.maestro import Maestro
+    from maestro_scale.recipe import Recipe
+
+Build = Callable[[str, "Recipe", "DatasetSpec"], "Maestro | Baseline"]
 """(argument, recipe, resolved spec) → the encoder."""
 
 
@@ -40,18 +36,27 @@ class BaselineKind:
 
 
 def _statistics(argument: str, recipe: Recipe, spec: DatasetSpec) -> Baseline:
+    from maestro_scale.evaluation.baselines.statistics import ChannelStatistics
+
     return ChannelStatistics(spec)
 
 
 def _untrained(argument: str, recipe: Recipe, spec: DatasetSpec) -> Maestro:
+    from maestro_scale.model.maestro import Maestro
+    from maestro_scale.recipe import build_model_config
+
     return Maestro(build_model_config(recipe, [spec])).initialise(recipe.seed).eval()
 
 
 def _image(argument: str, recipe: Recipe, spec: DatasetSpec) -> Baseline:
+    from maestro_scale.evaluation.baselines.image import ImageEncoder, load_backbone
+
     return ImageEncoder(spec, load_backbone(argument), argument).eval()
 
 
 def _python(argument: str, recipe: Recipe, spec: DatasetSpec) -> Baseline:
+    from maestro_scale.evaluation.baselines.protocol import parse_options
+
     path, options = parse_options(argument)
     return _external(f"python:{path}", _load_class(path), spec, options)
 
@@ -93,6 +98,28 @@ def baseline_names() -> list[str]:
     return [*table, ORACLE]
 
 
+def is_external(encoder: str) -> bool:
+    """Whether an encoder, as named in results, is a baseline of another architecture."""
+    head, colon, _ = encoder.partition(":")
+    return bool(colon) and head in BASELINES
+
+
+def has_published_weights(encoder: str) -> bool:
+    """Whether an encoder, as named in results, is a baseline whose weights were trained by others."""
+    kind = BASELINES.get(encoder.partition(":")[0])
+    return kind is not None and kind.published and ":" in encoder
+
+
+def short_name(encoder: str) -> str:
+    """An encoder, as named in results, without folders: ``presto:/data/model.pt`` → ``presto:model.pt``.
+
+    Image encoders are known by the name of their weights alone.
+    """
+    head, _, argument = encoder.partition(":")
+    last = encoder.rstrip("/").rpartition("/")[2]
+    return f"{head}:{last}" if head in BASELINES and head != "image" and "/" in argument else last
+
+
 def build_baseline(name: str, recipe: Recipe, spec: DatasetSpec) -> Maestro | Baseline:
     """The encoder of ``--baseline NAME`` for a resolved spec.
 
@@ -109,6 +136,8 @@ def build_baseline(name: str, recipe: Recipe, spec: DatasetSpec) -> Maestro | Ba
         raise EvaluationError(f"--baseline {name}: write {expected}")
     if not isinstance(kind.build, str):
         return kind.build(argument, recipe, spec)
+    from maestro_scale.evaluation.baselines.protocol import parse_options
+
     value, options = parse_options(argument)
     return _external(
         f"{head}:{value}", _load_class(kind.build), spec, {kind.argument.lower(): value, **options}
@@ -117,6 +146,11 @@ def build_baseline(name: str, recipe: Recipe, spec: DatasetSpec) -> Maestro | Ba
 
 def _external(name: str, cls: Any, spec: DatasetSpec, options: Mapping[str, str]) -> PluginBaseline:
     """Build an external encoder. EvaluationError, with its name, where it raises one."""
+    from torch import nn
+
+    from maestro_scale.evaluation.baselines.inputs import sensor_inputs
+    from maestro_scale.evaluation.baselines.plugin import PluginBaseline
+
     try:
         encoder = cls(sensor_inputs(spec), options)
     except EvaluationError as error:

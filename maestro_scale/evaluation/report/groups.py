@@ -11,9 +11,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from maestro_scale.evaluation.baselines.registry import has_published_weights, short_name
 from maestro_scale.evaluation.results import ORACLE, RESULTS, EvalResult, EvaluationError
-
-IMAGE_PREFIX = "image:"  # of the names of baselines with published weights
 
 # Keys of a recipe's `train` that change the trained weights.
 _TRAINING_KEYS = ("epochs", "steps", "global_batch", "precision")
@@ -50,7 +49,7 @@ class ResultGroup:
     @property
     def encoder(self) -> str:
         """Name of the encoder without its folder."""
-        return Path(self.first.encoder).name or "encoder"
+        return short_name(self.first.encoder) or "encoder"
 
     @property
     def is_oracle(self) -> bool:
@@ -58,9 +57,9 @@ class ResultGroup:
         return self.first.mode == ORACLE
 
     @property
-    def is_image(self) -> bool:
-        """Whether the encoder is an image encoder with its published weights."""
-        return self.first.encoder.startswith(IMAGE_PREFIX) and self.first.mode != "scratch"
+    def is_published(self) -> bool:
+        """Whether the encoder is a baseline with weights that others published."""
+        return has_published_weights(self.first.encoder) and self.first.mode != "scratch"
 
     @property
     def value(self) -> float:
@@ -118,9 +117,9 @@ class ResultGroup:
 
     @property
     def kind(self) -> str:
-        """``intra``: pretrained on the benchmark's dataset only; ``cross``: on other data, image encoders included;
-        ``none``: not pretrained."""
-        if self.is_image:
+        """``intra``: pretrained on the benchmark's dataset only; ``cross``: on other data, and every baseline with
+        published weights; ``none``: not pretrained."""
+        if self.is_published:
             return "cross"
         if not self.first.trained_on:
             return "none"

@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from maestro_scale.evaluation.baselines.registry import is_external
 from maestro_scale.evaluation.metric_kinds import METRIC_KINDS, UNBOUNDED_SCORES, significant
 from maestro_scale.evaluation.report.groups import FROZEN_MODES, ResultGroup, data_key
 from maestro_scale.evaluation.report.published import (
@@ -208,7 +209,7 @@ def _our_row(
 
 def _origin(group: ResultGroup) -> str:
     """Name of the encoder, and what it was pretrained on."""
-    if group.is_image:
+    if group.is_published:
         return group.encoder
     trained_on = group.first.trained_on
     return group.encoder + (f" from {' + '.join(trained_on)}" if trained_on else " (not pretrained)")
@@ -236,10 +237,10 @@ def _reference(
     if is_synthetic(group, every) or not official or first.fraction != 1 or not column.is_of(first):
         return None
     if first.mode == "scratch":
-        return None if first.encoder.startswith("image:") else SCRATCH_REFERENCE
+        return None if is_external(first.encoder) else SCRATCH_REFERENCE
     if first.mode != "finetune":
         return None
-    if group.is_image:
+    if group.is_published:
         return next((row for name, row in IMAGE_REFERENCE.items() if name in first.encoder.lower()), None)
     if group.kind == "cross":
         return CROSS_REFERENCE.get(first.trained_on[0]) if len(first.trained_on) == 1 else None
@@ -255,7 +256,7 @@ def _transfer_table(title: str, groups: Sequence[ResultGroup]) -> Table:
     the one with most steps."""
     found: dict[tuple[str, str], list[ResultGroup]] = defaultdict(list)
     for group in groups:
-        if not group.is_image and group.first.trained_on:
+        if not group.is_published and group.first.trained_on:
             own = group.kind == "intra"
             source = "the benchmark's own data" if own else " + ".join(group.first.trained_on)
             found[f"{source}, {group.first.mode}", group.first.benchmark].append(group)
