@@ -27,7 +27,8 @@ BATCH_SIZE = 32
 class Provenance:
     """Where an encoder comes from; stored in every result. ``step``: 0 for an untrained one.
 
-    ``encoder``: its name; ``trained_on``: datasets it was pretrained on; ``weights``: as in ``EvalResult``.
+    ``encoder``: its name; ``trained_on``: datasets it was pretrained on; ``weights`` and
+    ``adaptation``: as in ``EvalResult``.
     """
 
     step: int | None = None
@@ -36,6 +37,7 @@ class Provenance:
     encoder: str = ""
     trained_on: tuple[str, ...] = ()
     weights: str = ""
+    adaptation: str = ""
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,7 @@ def build_result(
         encoder=provenance.encoder,
         weights=provenance.weights,
         trained_on=provenance.trained_on,
+        adaptation=provenance.adaptation,
         checkpoint_step=provenance.step,
         recipe=provenance.recipe,
         chosen=predictions.chosen,

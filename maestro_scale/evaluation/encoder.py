@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from maestro_scale.evaluation.baselines.baseline import FrozenEncoder
+from maestro_scale.evaluation.baselines.baseline import Baseline, FrozenEncoder, TrainableBaseline
 from maestro_scale.evaluation.baselines.registry import build_baseline
 from maestro_scale.evaluation.features.adapt import adapt_encoder
 from maestro_scale.evaluation.features.cache import weights_digest
@@ -25,8 +25,8 @@ class Encoder:
     """An encoder with what results record of it.
 
     ``name``: as in results; ``path``: of the checkpoint, None for a baseline; ``step``: optimizer steps it was trained
-    for; ``trained_on``: datasets; ``weights``: as in ``EvalResult``; ``spec``: of the benchmark, resolved, and
-    ``manifest`` its manifest; ``per_fold``: another checkpoint for each fold.
+    for; ``trained_on``: datasets; ``weights`` and ``adaptation``: as in ``EvalResult``; ``spec``: of the benchmark,
+    resolved, and ``manifest`` its manifest; ``per_fold``: another checkpoint for each fold.
     """
 
     def __init__(
@@ -52,11 +52,14 @@ class Encoder:
         self.step: int | None = 0
         self.trained_on: tuple[str, ...] = ()
         self.weights = ""
+        self.adaptation = ""
         self._model: FrozenEncoder | None = None
         if baseline == ORACLE:
             return  # the oracle reads pixels: it has no encoder
         if baseline is not None:
             self._model = build_baseline(baseline, recipe, self.spec)
+            if isinstance(self._model, Baseline):
+                self.adaptation = self._model.adaptation
             return
         if self.per_fold and fold is None:
             raise EvaluationError(f"--checkpoint {checkpoint}: {FOLD} needs --folds")
@@ -74,13 +77,15 @@ class Encoder:
             return self
         return Encoder(self._recipe, self._checkpoint, self._baseline, fold, self.manifest)
 
-    def check(self, folds: Sequence[int | None], trains: bool) -> None:
-        """EvaluationError where the checkpoint of a fold is missing, or the encoder ``trains`` but cannot. To be called
-        before the first run, which may take hours."""
-        if trains and self._baseline is not None and not isinstance(self._model, TRAINABLE):
+    def check(self, folds: Sequence[int | None], trained_modes: Collection[str]) -> None:
+        """EvaluationError where the checkpoint of a fold is missing, or the encoder cannot be trained in one of
+        ``trained_modes``. To be called before the first run, which may take hours."""
+        if trained_modes and self._baseline is not None and not isinstance(self._model, TRAINABLE):
             raise EvaluationError(
                 f"--baseline {self._baseline} is not trained here: use --mode knn, probe or attentive"
             )
+        if isinstance(self._model, TrainableBaseline):
+            self._model.check_trainable(trained_modes)
         missing = [p for fold in folds if self.path and not (p := self._path(fold)).exists()]
         if missing:
             raise EvaluationError(f"--checkpoint: there is no {' and no '.join(map(str, missing))}")

@@ -102,6 +102,9 @@ class EvalResult:
     weights: str = ""
     """SHA-256 of the checkpoint's model configuration and weights; empty for a baseline, for a checkpoint per fold, and
     in files of earlier revisions."""
+    adaptation: str = ""
+    """How an external encoder adapts bands, resolution and dates of the benchmark; empty for others, and in files of
+    earlier revisions."""
     trained_on: tuple[str, ...] = ()
     """Datasets the encoder was pretrained on; empty if it was not."""
     fraction: float = 1.0

@@ -141,8 +141,9 @@ def run_evaluation(
     manifest = Manifest.load(recipe.data.mixture[0].shards)
     runs = plan_runs(options, recipe, manifest.splits)
     encoder = Encoder(recipe, options.checkpoint, options.baseline, runs[0].fold, manifest)
-    trains = bool(set(modes) & set(TRAINED_MODES))
-    encoder.check([run.fold for run in runs], trains)
+    trained_modes = set(modes) & set(TRAINED_MODES)
+    trains = bool(trained_modes)
+    encoder.check([run.fold for run in runs], trained_modes)
     task_for(encoder.spec, options.target)  # refused here: nothing is written yet
     world = _init_distributed(trains, recipe.train.device)
     url = recipe.data.mixture[0].shards
@@ -264,7 +265,15 @@ class _Evaluation:
             encoder,
             recipe,
             self._benchmark(encoder, recipe, run),
-            Provenance(encoder.step, recipe.seed, plain, encoder.name, encoder.trained_on, encoder.weights),
+            Provenance(
+                encoder.step,
+                recipe.seed,
+                plain,
+                encoder.name,
+                encoder.trained_on,
+                encoder.weights,
+                encoder.adaptation,
+            ),
             run.subdir,
         )
         if ORACLE in self.modes:

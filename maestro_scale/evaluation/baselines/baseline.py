@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -68,6 +69,9 @@ class TrainableBaseline(Baseline):
     """A baseline that can be finetuned: its tokens have one ``width``."""
 
     width: int
+
+    def check_trainable(self, modes: Collection[str]) -> None:
+        """EvaluationError where the encoder cannot be trained in one of these modes (finetune, scratch)."""
 
     def reinitialised(self, seed: int) -> TrainableBaseline:
         """The same encoder with random initial weights. EvaluationError where it cannot be re-initialised."""

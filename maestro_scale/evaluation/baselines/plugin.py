@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -107,6 +107,13 @@ class PluginBaseline(TrainableBaseline):
         """Token grids, and the concatenated means of each sensor's tokens."""
         tokens = self.encode(batch)
         return Embedding(tokens, torch.cat([t.mean(dim=(1, 2)) for t in tokens.values()], dim=1))
+
+    def check_trainable(self, modes: Collection[str]) -> None:
+        """EvaluationError where no parameter can be trained, or where mode scratch cannot re-initialise the encoder."""
+        if "finetune" in modes:
+            self.prepared_for_training()
+        if "scratch" in modes:
+            self.reinitialised(0)
 
     def reinitialised(self, seed: int) -> PluginBaseline:
         """The same encoder with random initial weights: of its method ``reinitialise()``, or of ``reset_parameters()``
