@@ -88,8 +88,8 @@ def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> float:
 def depths_below_top(model: nn.Module) -> dict[str, int]:
     """{parameter: number of encoder layers above it}; 0 for decoder and heads, which are above all of them.
 
-    From the top: blocks of ``inter``, blocks of ``encoders`` (or of an image encoder's ``backbone``), then the patch
-    embedding. Other parameters of an encoder (norms) count as its topmost block.
+    From the top: blocks of ``inter``, blocks of ``encoders`` (or of the ``backbone`` or ``encoder`` of a
+    baseline), then the patch embedding. Other parameters of an encoder (norms) count as its topmost block.
     """
     names = [name for name, _ in model.named_parameters()]
     stacks = {part: _num_blocks(names, part) for part in _STACKS}
@@ -106,9 +106,12 @@ def depths_below_top(model: nn.Module) -> dict[str, int]:
 
 
 # From the top.
-_STACKS = (r"inter\.", r"encoders\.", r"encoder\.backbone\.")
+_STACKS = (r"inter\.", r"encoders\.", r"encoder\.backbone\.", r"encoder\.encoder\.")
 _BLOCK = re.compile(r".*?\.(?:blocks|layers?)\.(\d+)\.")
-_EMBEDDING = re.compile(r"patch_embed\.|encoder\.backbone\.embeddings\.")
+# Of an external encoder: whatever is called an embedding and is not within a block.
+_EMBEDDING = re.compile(
+    r"patch_embed\.|encoder\.backbone\.embeddings\.|encoder\.encoder\.(?!.*(?:blocks|layers?)\.\d).*embed"
+)
 
 
 def _num_blocks(names: Iterable[str], part: str) -> int:

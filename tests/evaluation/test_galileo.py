@@ -108,20 +108,12 @@ def test_other_weights_are_refused(tmp_path):
 
 def test_every_used_weight_is_trained():
     tuned = build_baseline("galileo:untrained", None, TREESAT).prepared_for_training()
-    frozen = {
-        n.removeprefix("encoder.network.").split(".")[0]
-        for n, p in tuned.named_parameters()
-        if not p.requires_grad
-    }
+    frozen = {n.removeprefix("encoder.network.").split(".")[0] for n, _ in tuned.named_buffers()}
     assert frozen == {
-        "space_embed",
-        "time_embed",
-        "static_embed",
-        "sp_channel_embed",
-        "t_channel_embed",
-        "month_embed",
+        *("space_embed", "time_embed", "static_embed", "sp_channel_embed", "t_channel_embed"),
+        *("month_embed", "pos_embed", "resize"),
     }
-    names = [n for n, p in tuned.named_parameters() if p.requires_grad and "static_embed" in n]
+    names = [n for n, _ in tuned.named_parameters() if "static_embed" in n]
     assert names == [
         "encoder.network.static_embed.location.weight",
         "encoder.network.static_embed.location.bias",

@@ -13,6 +13,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from torch import nn
 
 from maestro_scale.datasets.flair_hub.reader import FULL_SPEC as FLAIR
 from maestro_scale.datasets.treesatai_ts.reader import SPEC as TREESAT
@@ -22,6 +23,7 @@ from maestro_scale.evaluation.baselines.protocol import Images
 from maestro_scale.evaluation.baselines.registry import build_baseline
 from maestro_scale.evaluation.baselines.series import cartesian
 from maestro_scale.evaluation.results import EvaluationError
+from maestro_scale.training.optimizer import depths_below_top
 from tests.evaluation.conftest import FIELDS
 
 DATA = Path(os.environ.get("MAESTRO_PRESTO_DIR", Path(__file__).parents[2] / "../shared/data/presto"))
@@ -185,10 +187,21 @@ def test_weights_of_another_model_are_refused(tmp_path):
 def test_every_used_weight_is_trained_and_random_ones_are_drawn_from_the_seed():
     baseline = build_baseline("presto:untrained", None, TREESAT)
     tuned = baseline.prepared_for_training()
-    frozen = {n.split(".")[3] for n, p in tuned.named_parameters() if not p.requires_grad and "eo_patch" in n}
-    assert frozen == {"ERA5", "SRTM"}
-    names = [n for n, p in tuned.named_parameters() if not p.requires_grad and "eo_patch" not in n]
-    assert names == ["encoder.network.dw_embed.weight", "encoder.network.month_embed.weight"]
+    assert all(p.requires_grad for p in tuned.parameters())
+    buffers = {n.removeprefix("encoder.network.") for n, _ in tuned.named_buffers()}
+    assert buffers == {
+        *(f"eo_patch_embed.{g}.{part}" for g in ("ERA5", "SRTM") for part in ("weight", "bias")),
+        "dw_embed.weight",
+        "month_embed.weight",
+        "pos_embed",
+    }
+    network = nn.Module()
+    network.encoder, network.head = tuned, nn.Linear(2, 2)  # the names of BaselinePredictor
+    depths = depths_below_top(network)
+    assert {depths[f"encoder.encoder.network.{n}"] for n in ("blocks.1.norm1.weight", "norm.weight")} == {1}
+    assert depths["encoder.encoder.network.blocks.0.mlp.fc1.weight"] == 2
+    assert depths["encoder.encoder.network.eo_patch_embed.S1.weight"] == 3
+    assert depths["head.weight"] == 0
     kernel = "encoder.network.blocks.0.mlp.fc1.weight"
     one, same, two = (baseline.reinitialised(seed).state_dict()[kernel] for seed in (1, 1, 2))
     assert torch.equal(one, same)

@@ -78,7 +78,7 @@ class TrainableBaseline(Baseline):
         raise NotImplementedError
 
     def prepared_for_training(self) -> TrainableBaseline:
-        """A copy to be trained; parameters that the tokens do not depend on need no gradient."""
+        """A copy to be trained: the tokens depend on each of its parameters."""
         raise NotImplementedError
 
 

@@ -132,8 +132,11 @@ class PluginBaseline(TrainableBaseline):
         return copy.deepcopy(self)._freeze_unused()
 
     def _freeze_unused(self) -> PluginBaseline:
-        """Parameters that the tokens do not depend on, such as mask tokens, would never get a gradient, and the
-        optimizer would decay them to 0."""
+        """Turn parameters that the tokens do not depend on, such as mask tokens, and frozen ones into buffers.
+
+        They would never get a gradient, and the optimizer would decay them to 0; DeepSpeed expects that every parameter
+        is trained.
+        """
         tokens = self.encode(_synthetic_batch(self._spec))
         trainable = [p for p in self.encoder.parameters() if p.requires_grad]
         total = torch.stack([t.float().sum() for t in tokens.values()]).sum()
@@ -142,8 +145,12 @@ class PluginBaseline(TrainableBaseline):
                 f"{self.config.kind}: no parameter of the encoder can be trained: use --mode knn, probe or attentive"
             )
         gradients = torch.autograd.grad(total, trainable, allow_unused=True)
-        for parameter, gradient in zip(trainable, gradients, strict=True):
-            parameter.requires_grad_(gradient is not None)
+        used = {id(p) for p, gradient in zip(trainable, gradients, strict=True) if gradient is not None}
+        for module in self.encoder.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                if id(parameter) not in used:
+                    delattr(module, name)
+                    module.register_buffer(name, parameter.detach())
         return self
 
     def _problem(self, key: str, tokens: object, size: int) -> str | None:
