@@ -106,17 +106,19 @@ def disk(r: Round) -> None:
 
 def stop(r: Round) -> None:
     """SIGSTOP of a process: the watchdog ends the job and names the rank; the run then resumes."""
-    reference = r.site.training(2, 2).folder
+    reference = r.site.training(2, 2)
+    # Longer than the start takes on this machine: it makes no progress either.
+    timeout_s = max(20, round(reference.seconds))
     target = r.rng.choice(("rank 0", "rank 1", WORKER))
     stopped = Kill(target, STEP, r.rng.randint(1, 12), r.rng.uniform(0, 0.1), signal.SIGSTOP)
-    start = r.start(_command(r, 2, 2)("train.hang_timeout_s=20"))
+    start = r.start(_command(r, 2, 2)(f"train.hang_timeout_s={timeout_s}"))
     if perform(stopped, start, r.run_dir, r.site.limit_s):
         r.outcome.inject(stopped.name)
         r.must_fail(start, (3,), _HUNG)
     else:
         r.must_succeed(start)
     if r.must_succeed(r.start(_command(r, 2, 2)())):
-        r.found(compare_runs(r.run_dir, reference, exact=True))
+        r.found(compare_runs(r.run_dir, reference.folder, exact=True))
 
 
 def clock(r: Round) -> None:
