@@ -120,9 +120,9 @@ class StudyRun:
 
     def dry_run(self, console: Console) -> None:
         """Print every cell with its cost, and the total."""
-        from maestro_scale.study.cost import cell_cost, measured_rate
+        from maestro_scale.study.cost import cell_costs, measured_rate
 
-        costs = [cell_cost(cell, self.scale.gpu) for cell in self.distinct]
+        costs = cell_costs(self.distinct, self.scale.gpu)
         rate = measured_rate(zip(self.distinct, costs, strict=True))
         table = Table(title=f"{self.options.study}: {len(self.distinct)} cells", title_justify="left")
         unit = "GPU h" if self.scale.gpu else "s"

@@ -47,6 +47,25 @@ class CellCost:
         return self.flops / flops_per_s + self.stages * _STAGE_S
 
 
+def cell_costs(cells: Iterable[Cell], gpu: Gpu | None) -> list[CellCost]:
+    """The cost of each cell. Computed once for cells that differ in the seed: a plan takes seconds."""
+    known: dict[str, CellCost] = {}
+    costs = []
+    for cell in cells:
+        recipes = [(e.mode, e.fraction, e.recipe) for e in cell.evaluations]
+        key = repr(
+            (cell.encoder, _without_seed(cell.recipe), [(m, f, _without_seed(r)) for m, f, r in recipes])
+        )
+        if key not in known:
+            known[key] = cell_cost(cell, gpu)
+        costs.append(known[key])
+    return costs
+
+
+def _without_seed(recipe: Recipe) -> str:
+    return recipe.model_copy(update={"seed": 0}).model_dump_json()
+
+
 def cell_cost(cell: Cell, gpu: Gpu | None) -> CellCost:
     """The cost of a cell, from its recipe."""
     specs, sizes = specs_of(cell.recipe, cell.data)
