@@ -14,11 +14,12 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
 import venv
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -63,6 +64,7 @@ FINETUNED = (
     "terratorch:terramind_v1_tiny",
 )
 FINETUNE_STEPS = 4
+MARK = "record: "
 TILES = {"treesatai_ts": 20, "pastis_hd": 5}
 SETTINGS = ("data.workers=0", "tracking.enabled=false", "train.device=cpu")
 
@@ -189,47 +191,56 @@ def encode(name: str, work: Path) -> dict[str, object]:
     return found
 
 
-def evaluate(name: str, python: Path, work: Path, modes: Sequence[str]) -> dict[str, object]:
-    """Score and seconds of modes on TreeSatAI-TS, by the command that users run."""
+def evaluate(name: str, work: Path, modes: Sequence[str]) -> dict[str, object]:
+    """Score and seconds of modes on TreeSatAI-TS. Runs within the environment."""
+    from maestro_scale.evaluate import main as evaluate_main
+
     out = work / "results" / name.replace(":", "-")
+    shutil.rmtree(out, ignore_errors=True)
     settings = [*SETTINGS, f"data.cache_dir={work / 'cache'}"]
     if "finetune" in modes:
         settings += [f"train.steps={FINETUNE_STEPS}", "train.global_batch=4", "train.micro_batch=4"]
         settings += ["train.epochs=null", "data.lanes=1", "evaluation.validations=1"]
-    _, seconds = _run(
-        python,
-        work,
-        (
-            "maestro_scale/evaluate.py",
-            "--recipe=recipes/eval/treesatai_ts.yaml",
-            f"--baseline={name}@random",
-            f"--out={out}",
-            *(f"--mode={m}" for m in modes),
-            "--set",
-            *settings,
-        ),
+    recipe, baseline = "--recipe=recipes/eval/treesatai_ts.yaml", f"--baseline={name}@random"
+    started = time.perf_counter()
+    code = evaluate_main(
+        [recipe, baseline, f"--out={out}", *(f"--mode={m}" for m in modes), "--set", *settings]
     )
+    if code:
+        raise RuntimeError(f"{name}: evaluate.py ended with exit code {code}")
     values = {m: json.loads((out / m / "results.json").read_text())["value"] for m in modes}
-    return {"seconds": round(seconds, 1), "wf1_of_random_weights": values}
+    return {"seconds": round(time.perf_counter() - started, 1), "wf1_of_random_weights": values}
 
 
-def measure(name: str, python: Path, work: Path) -> dict[str, object]:
-    """The record of a model."""
-    try:
-        text, _ = _run(
-            python, work, ("-m", "benchmarks.external_baselines", f"--encode={name}", f"--work={work}")
-        )
-        row: dict[str, object] = json.loads(text.splitlines()[-1])
-        row["frozen"] = evaluate(name, python, work, ("knn", "probe"))
-        if name in FINETUNED:
-            row["finetune"] = {
-                "steps": FINETUNE_STEPS,
-                **evaluate(name, python, work, ("finetune",)),
-            }
-    except RuntimeError as error:
-        return {"error": str(error)}
-    row["load_average"] = round(os.getloadavg()[1], 1)  # seconds are those of a machine that others use, too
-    return row
+def measure(names: Sequence[str], modes: Sequence[str], work: Path) -> None:
+    """Print a line of JSON per model: [name, record]. Runs within the environment, where the libraries are imported
+    once."""
+    for name in names:
+        try:
+            row = (
+                {**encode(name, work), "frozen": evaluate(name, work, ("knn", "probe"))} if not modes else {}
+            )
+            if modes:
+                row["finetune"] = {"steps": FINETUNE_STEPS, **evaluate(name, work, modes)}
+        except Exception as error:  # noqa: BLE001  the record names the error of each model
+            row = {"error": f"{type(error).__name__}: {error}"}
+        # Seconds are those of a machine that others use, too.
+        row["load_average"] = round(os.getloadavg()[1], 1)
+        print(MARK + json.dumps([name, row]), flush=True)
+
+
+def rows(python: Path, work: Path, names: Sequence[str], modes: Sequence[str]) -> Iterator[tuple[str, dict]]:
+    """(model, record) as the worker prints them."""
+    command = [str(python), "-m", "benchmarks.external_baselines", f"--work={work}", "--models", *names]
+    command += ["--measure", *modes]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env=_environment(work), cwd=ROOT
+    ) as worker:
+        assert worker.stdout is not None  # a pipe
+        for line in worker.stdout:
+            if line.startswith(MARK):
+                name, row = json.loads(line.removeprefix(MARK))
+                yield name, row
 
 
 def _versions(python: Path, work: Path) -> dict[str, str]:
@@ -248,10 +259,10 @@ def main() -> int:
         "--work", type=Path, help="folder for shards and results (default: work in the environment)"
     )
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, metavar="MODEL")
-    parser.add_argument("--encode", help=argparse.SUPPRESS)
+    parser.add_argument("--measure", nargs="*", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.encode:
-        print(json.dumps(encode(args.encode, args.work)))
+    if args.measure is not None:
+        measure(args.models, args.measure, args.work)
         return 0
     if args.venv is None:
         parser.error("--venv is required")
@@ -266,13 +277,19 @@ def main() -> int:
     )
     record["revision"] = revision.stdout.strip()
     record["weights"] = "random: the scores say only that the evaluation ran"
-    for name in args.models:
-        row = measure(name, python, work)
-        record["models"][name] = row
-        ordered = {m: record["models"][m] for m in MODELS if m in record["models"]}
-        RECORD.write_text(json.dumps({**record, "models": ordered}, indent=1) + "\n")
-        print(f"{name}: {row.get('error') or 'ran'}", flush=True)
-    return 1 if any("error" in row for row in record["models"].values()) else 0
+    finetuned = [name for name in args.models if name in FINETUNED]
+    # A process of its own for each finetuning, because DeepSpeed's state is global.
+    jobs = [(args.models, ()), *(([name], ("finetune",)) for name in finetuned)]
+    for names, modes in jobs:
+        for name, row in rows(python, work, names, modes):
+            record["models"][name] = {**(record["models"].get(name, {}) if modes else {}), **row}
+            ordered = {m: record["models"][m] for m in MODELS if m in record["models"]}
+            RECORD.write_text(json.dumps({**record, "models": ordered}, indent=1) + "\n")
+            print(f"{name} {' '.join(modes)}: {row.get('error') or 'ran'}", flush=True)
+    missing = [name for name in args.models if name not in record["models"]]
+    for name in missing:
+        print(f"{name}: the worker ended before it", flush=True)
+    return 1 if missing or any("error" in row for row in record["models"].values()) else 0
 
 
 if __name__ == "__main__":

@@ -166,7 +166,7 @@ class LibraryEncoder(nn.Module):
                 torch.manual_seed(0)
                 adapter = self._adapter(None)
             if weights != RANDOM:
-                load_file(adapter, path)
+                load_weights(adapter, path)
             return adapter
         if "/" in weights or path.suffix:
             raise EvaluationError(f"{self.model_name}: there is no file {weights}")
@@ -217,7 +217,7 @@ def resize_positions(positions: Tensor, grid: int) -> Tensor:
 
 
 @torch.no_grad()
-def load_file(adapter: Adapter, path: Path) -> None:
+def load_weights(adapter: Adapter, path: Path) -> None:
     """Load weights of safetensors, or of ``torch.save``. EvaluationError where a parameter is missing or has another
     shape; names may have a common prefix, and tables of positions may be of another grid."""
     tensors = _read_tensors(path)
