@@ -26,9 +26,10 @@ from maestro_scale.datasets.synthetic.ground import Ground
 from maestro_scale.datasets.synthetic.landscape import Landscape
 from maestro_scale.datasets.synthetic.vegetation import BAND_NM, Nuisance, signatures
 
-_RADAR_SPACINGS = octaves(80.0, 5.0)
-_RADAR_DB = 2.4  # of the persistent pattern
-_RADAR_ROUGHNESS = 0.1
+_RADAR_SPACINGS = octaves(40.0, 5.0)
+_RADAR_DB = 2.1  # of the persistent pattern
+_RADAR_PARCEL_DB = (0.9, 0.3)  # of parcels: of both polarisations, and of one
+_RADAR_ROUGHNESS = -0.1
 _SHARED = 0.5  # share of its variance that both orbits and polarisations have in common
 _RELIEF_SPACINGS = octaves(1280.0, 20.0)
 
@@ -131,14 +132,16 @@ class Scene:
     def radar(self, days: np.ndarray, orbit: str, resolution_m: float) -> np.ndarray:
         """(T, 2, H, W) VV and VH backscatter in linear power with speckle; ``orbit``: "asc" or "des"."""
         rng, grid = self.rng(f"s1-{orbit}"), self._grid(resolution_m)
-        shares, present = self._present(self._parcel_shares(resolution_m))
+        parcels = self._parcel_shares(resolution_m)
+        shares, present = self._present(parcels)
         pure = radar.backscatter_db(self.tile, days, orbit, present)[0] + radar.rain_db(rng, len(days))
         power = np.einsum("vtc,vhw->tchw", (10 ** (pure / 10)).astype(np.float32), shares)
         # Persistent: corners, slopes and gaps return the same on every pass of an orbit.
         patterns = self._radar_fields.sample(grid, footprint_m=2 * resolution_m)
         own = patterns[1:3] if orbit == "asc" else patterns[3:5]
         decibels = np.sqrt(np.float32(_SHARED)) * patterns[0] + np.sqrt(np.float32(1 - _SHARED)) * own
-        power *= 10 ** (np.float32(_RADAR_DB / 10) * decibels)
+        decibels = np.float32(_RADAR_DB) * decibels + np.tensordot(self._radar_parcels_db, parcels, 1)
+        power *= 10 ** (decibels / np.float32(10))
         power *= radar.speckle(rng, power.shape)
         return power
 
@@ -156,6 +159,13 @@ class Scene:
     @cached_property
     def _known_shares(self) -> dict[float, np.ndarray]:
         return {}
+
+    @cached_property
+    def _radar_parcels_db(self) -> np.ndarray:
+        """(2, S) by how much a parcel is brighter than its class, on all dates: tillage, rows, density."""
+        both, single = _RADAR_PARCEL_DB
+        drawn = self.rng("rparcels").standard_normal((3, len(self.landscape.classes)))
+        return (both * drawn[0] + single * drawn[1:]).astype(np.float32)
 
     def _parcel_shares(self, resolution_m: float) -> np.ndarray:
         if resolution_m not in self._known_shares:
