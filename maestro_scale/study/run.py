@@ -12,6 +12,7 @@ from pathlib import Path
 
 from maestro_scale.errors import MaestroError
 from maestro_scale.escaping import printable
+from maestro_scale.evaluation.run import score_text
 from maestro_scale.study import data as study_data
 from maestro_scale.study.cells import Cell
 from maestro_scale.study.config import Scale
@@ -208,7 +209,7 @@ def _scores(cell: Cell) -> str:
     for evaluation in cell.evaluations:
         if (result := evaluation.load()) is not None:
             fraction = "" if evaluation.fraction == 1 else f" {100 * evaluation.fraction:g}%"
-            texts.append(f"{evaluation.mode}{fraction} {100 * result.value:.1f}")
+            texts.append(f"{evaluation.mode}{fraction} {score_text(result)}")
     return ", ".join(texts)
 
 

@@ -105,7 +105,9 @@ def _next_trial(optuna: Any, searched: optuna.Study, sample: Sample) -> Any:
 
 
 def _score(cell: Cell, mode: str) -> float | None:
-    return next((r.value for e in cell.evaluations if e.mode == mode and (r := e.load()) is not None), None)
+    """Larger is better, whatever the metric."""
+    found = (r for e in cell.evaluations if e.mode == mode and (r := e.load()) is not None)
+    return next((result.kind.sign * result.value for result in found), None)
 
 
 def _write_trials(searched: optuna.Study, study_dir: Path) -> None:

@@ -1,0 +1,55 @@
+"""Searches by Optuna: every trial runs a cell per seed; interrupted ones continue with the same trials."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+from testkit.studies import write_results, write_study
+
+from maestro_scale.study import sampler
+from maestro_scale.study.config import load_study
+from maestro_scale.study.run import Outcome, StudyError
+
+SAMPLE = {"trials": 4, "mode": "knn", "space": {"optim.base_lr": {"low": 1e-4, "high": 1e-2, "log": True}}}
+
+
+@pytest.fixture
+def study(tmp_path):
+    return load_study(write_study(tmp_path, factors={}, questions=[], sample=SAMPLE, setup={"seeds": [0, 1]}))
+
+
+def test_without_optuna_the_message_has_the_command(study, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(StudyError, match=r"pip install 'maestro-scale\[study\]'"):
+        sampler.search(study, "cpu", tmp_path, tmp_path / "study", lambda cells: Outcome())
+
+
+def test_an_interrupted_search_continues_with_the_same_trials(study, tmp_path):
+    pytest.importorskip("optuna")
+
+    def search(folder: str, stop_at: int | None = None) -> list[list[float]]:
+        calls: list[list[float]] = []
+
+        def run(cells) -> Outcome:
+            if stop_at is not None and len(calls) == stop_at:
+                return Outcome(is_stopped=True)
+            calls.append([cell.recipe.optim.base_lr for cell in cells])
+            for cell in cells:  # best at the largest learning rate; the seeds differ
+                write_results(cell, min(1.0, 50 * cell.recipe.optim.base_lr + 0.01 * cell.seed))
+            return Outcome(finished=len(cells))
+
+        outcome = sampler.search(study, "cpu", tmp_path / folder, tmp_path / folder / "study", run)
+        assert outcome.is_stopped == (stop_at is not None)
+        return calls
+
+    whole = search("whole")
+    assert len(whole) == 4
+    assert all(a == b for a, b in whole)
+    interrupted = search("interrupted", stop_at=2)
+    assert interrupted + search("interrupted") == whole
+    trials = json.loads((tmp_path / "interrupted" / "study" / "trials.json").read_text())
+    assert [t["state"] for t in trials] == ["COMPLETE"] * 4
+    assert trials[0]["value"] == pytest.approx(min(1.0, 50 * whole[0][0]) + 0.005)
+    assert search("interrupted") == []
