@@ -48,7 +48,13 @@ def test_statistics_are_the_means_and_deviations_of_patches():
     np.testing.assert_allclose(tokens["aerial"][1, 0, 1], expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("backbone", [dinov2, dinov3])
+def pixio():
+    module = pytest.importorskip("transformers.models.pixio", reason="transformers before 5 has no Pixio")
+    torch.manual_seed(0)
+    return module.PixioModel(module.PixioConfig(**SMALL, patch_size=16, image_size=32)).eval()
+
+
+@pytest.mark.parametrize("backbone", [dinov2, dinov3, pixio])
 def test_tokens_lie_on_the_sensors_grid(backbone):
     encoder = ImageEncoder(FIELDS, backbone(), "tiny")
     with torch.no_grad():

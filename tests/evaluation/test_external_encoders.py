@@ -21,13 +21,13 @@ from maestro_scale.evaluation.benchmark import Benchmark
 from maestro_scale.evaluation.features.cache import weights_digest
 from maestro_scale.evaluation.finetune.predictor import build_predictor
 from maestro_scale.evaluation.frozen.evaluate import evaluate_frozen
-from maestro_scale.evaluation.results import EvaluationError
+from maestro_scale.evaluation.results import EvalResult, EvaluationError
 from maestro_scale.evaluation.tasks.losses import target_loss_for
 from maestro_scale.evaluation.tasks.task import task_for
 from maestro_scale.stream.batch import Batch
 from tests.evaluation.conftest import FIELDS
 from tests.evaluation.test_baselines import batch as pixels_of
-from tests.evaluation.test_finetune import evaluated, losses, numbers
+from tests.evaluation.test_finetune import evaluated, losses
 
 HERE = "python:tests.evaluation.external_encoders"
 
@@ -219,15 +219,28 @@ def test_frozen_modes_score_a_plugin(fields, tmp_path, monkeypatch):
     assert 0 < vector.value < results["probe"].value, "a vector per crop cannot show where the fields are"
 
 
+def test_the_example_of_the_documentation_runs(pytestconfig, fields, tmp_path, monkeypatch):
+    page = (pytestconfig.rootpath / "docs" / "evaluation.md").read_text()
+    (tmp_path / "my_encoder.py").write_text(page.partition("```python\n")[2].partition("```")[0])
+    monkeypatch.syspath_prepend(tmp_path)
+    encoder = build_baseline("python:my_encoder:CellEncoder,width=32", None, FIELDS)
+    assert encoder.adaptation == "B2 B3 as reflectance, means of cells, every date by itself"
+    assert {k: tuple(v.shape) for k, v in encoder.encode(batch()).items()} == {"s2": (2, 2, 16, 32)}
+    benchmark = Benchmark(FIELDS, str(fields.shards), tmp_path / "cache", tmp_path / "features")
+    (result,) = evaluate_frozen(encoder, benchmark, ["knn"])
+    assert result.value > 0.5
+    encoder.check_trainable(["finetune", "scratch"])
+
+
 @pytest.mark.slow
-def test_a_plugin_is_finetuned_alike_on_one_rank_and_two(fields, tmp_path):
+def test_two_ranks_finetune_a_plugin_and_score_it_as_one_does(fields, tmp_path):
     args = [f"--baseline={HERE}:PixelMeans", "--mode=finetune", "--mode=knn"]
-    course = ["train.steps=4"]
-    evaluated(fields, tmp_path, tmp_path / "one", *args, course=course)
-    evaluated(fields, tmp_path, tmp_path / "two", *args, ranks=2, course=course)
-    one, two = (tmp_path / n for n in ("one", "two"))
-    assert losses(two / "finetune") == pytest.approx(losses(one / "finetune"), rel=1e-4)
-    assert losses(one / "finetune")[-1] < losses(one / "finetune")[0]
-    assert numbers(one / "knn")["value"] == numbers(two / "knn")["value"]
-    result = json.loads((one / "knn" / "results.json").read_text())
-    assert result["adaptation"] == "bands by a linear map per sensor, dates one by one"
+    out = tmp_path / "out"
+    evaluated(fields, tmp_path, out, *args, ranks=2, course=["train.steps=3"])
+    assert losses(out / "finetune")[-1] < losses(out / "finetune")[0]
+    result = EvalResult.load(out / "knn" / "results.json")
+    assert result.adaptation == "bands by a linear map per sensor, dates one by one"
+    benchmark = Benchmark(FIELDS, str(fields.shards), tmp_path / "cache", tmp_path / "features")
+    (alone,) = evaluate_frozen(plugin(), benchmark, ["knn"])
+    assert alone.value == result.value
+    assert alone.confusion == result.confusion
