@@ -101,6 +101,9 @@ def test_seeds_that_move_alike_cancel_only_in_pairs():
     assert unpaired.seed.variance == pytest.approx(2 * 7 / 144)
     assert unpaired.seed.freedom == pytest.approx(4)
     assert (unpaired.num_seeds, unpaired.pairs_seeds, unpaired.pairs_tiles) == ((3, 3), False, True)
+    # The interactions of the sides do not cancel either: residuals of (-5 -1 3 3; 1 5 -3 -3; 4 -4 0 0) / 12, whose
+    # squares sum to 5/6, with 6 degrees of freedom, on each side.
+    assert unpaired.inter.variance == pytest.approx(2 * 5 / 6 / 6 / 12)
 
 
 def test_only_common_seeds_are_compared_where_there_are_two():

@@ -189,6 +189,20 @@ def test_a_level_from_scratch_answers_for_finetuning(cells):
     assert answer.difference.value == pytest.approx(0.25)
 
 
+def test_a_lower_error_is_better(cells):
+    """Errors of 1 and 2 on every tile: sums of the number of values, and of squared errors, as of RMSE."""
+    for target, error in (("group", 1.0), ("patch", 2.0)):
+        for seed in range(2):
+            path = cells.add(None, seed, target=target)
+            sums = np.zeros((8, 6))
+            sums[:, 0], sums[:, 2] = 1, error**2
+            kept = dataclasses.replace(result("1" * 8, seed), metric="rmse", value=error, per_class={})
+            dataclasses.replace(kept, counts=TileCounts(KEYS, sums)).write(path)
+    (answer,) = analyse(study(GROUP_PATCH), cells.records).answers
+    assert answer.difference.value == pytest.approx(1)
+    assert answer.verdict.word == "holds"
+
+
 def test_modes_can_be_compared_with_each_other(cells):
     for seed in range(2):
         cells.add("11110000", seed, "finetune", target="group")
