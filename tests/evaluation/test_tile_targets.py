@@ -7,6 +7,7 @@ import json
 
 import numpy as np
 import pytest
+import rasterio
 import torch
 from safetensors.torch import load_file
 from sklearn.metrics import (
@@ -99,6 +100,21 @@ def test_a_map_of_numbers_is_learned_from_overlapping_crops(stands, tmp_path):
         )  # of 36 pixels one is missing, none counts twice
         assert result.maps["answer"].dtype == np.float32
         assert np.isnan(result.maps["truth"][0, 0, 0])
+
+
+def test_predicted_maps_of_numbers_are_geotiffs_with_their_units(stands, tmp_path):
+    folder = tmp_path / "maps"
+    encoder = build_baseline("statistics", None, SPEC)
+    evaluate_frozen(encoder, benchmark(stands, tmp_path, "vigour"), ("probe",), maps_dirs={"probe": folder})
+    assert len(list(folder.glob("*.tif"))) == 40
+    with rasterio.open(folder / "stand-080.tif") as image:  # the first test tile by key, not in the shards
+        assert (image.dtypes, image.shape, image.tags(1)) == (("float32",), (6, 6), {"units": "1"})
+        error = image.read(1) - stand(80)["targets"]["vigour"]
+    assert np.sqrt(np.nanmean(error**2)) < 0.1
+    with pytest.raises(EvaluationError, match="biomass has labels for whole tiles"):
+        evaluate_frozen(
+            encoder, benchmark(stands, tmp_path, "biomass"), ("probe",), maps_dirs={"probe": folder}
+        )
 
 
 def test_scores_of_classes_equal_those_of_scikit_learn():
