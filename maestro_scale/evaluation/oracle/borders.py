@@ -9,7 +9,9 @@ import numpy as np
 from scipy.ndimage import uniform_filter, zoom
 
 _SMOOTHING_M = 1.0  # of the image, against its noise
-_COLOUR_NOISE = 0.06  # of the logarithm of a band relative to the brightness, after smoothing
+_COLOUR_NOISE = (
+    0.3  # of the logarithm of a band relative to the brightness, after smoothing: pigments of the ground
+)
 _MIN_PRIOR = 1e-3  # of a class at a pixel, so that colour can outweigh blurred shares
 _ROUNDS = 3
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -22,7 +22,8 @@ from maestro_scale.datasets.synthetic.scene import Scene
 from maestro_scale.datasets.synthetic.vegetation import BAND_NM, signatures
 
 _SEED = 2**40 + 7  # no seed of a dataset that anyone would choose
-_NUM_SCENES, _NUM_PHOTOS = 96, 40
+_NUM_SCENES, _NUM_PHOTOS = 96, 32
+_PHOTO_CELLS = 6  # per side: photographs are expensive
 _DAYS = np.arange(10, 366, 45)  # so far apart that the changing patterns of two dates are independent
 _PHOTO_DAY = 180
 _PURE = 0.95
@@ -106,6 +107,7 @@ def photo_differences(
     nm = np.array([BAND_NM[b] for b in bands], float)
     colours: list[np.ndarray] = []
     textures: dict[int, list[np.ndarray]] = {}
+    kind = replace(kind, extent_m=_PHOTO_CELLS * cell * resolution_m)
     for index in range(_NUM_PHOTOS):
         scene = kind.scene(index)
         colour, features = photo_features(scene.photo(_PHOTO_DAY, bands, resolution_m), resolution_m, cell)
