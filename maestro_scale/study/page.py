@@ -91,7 +91,7 @@ def _bar(answer: Answer) -> Bar:
     assert found is not None  # those without are left out
     borders = (question.at_least,) if question.margin is None else (-question.margin, question.margin)
     return Bar(
-        f"{question.name}, {answer.dataset}, {question.mode}",
+        f"{question.name}, {_place(answer)}, {question.mode}",
         answer.verdict.word,
         scale * found.value,
         scale * found.low,
@@ -107,7 +107,7 @@ def _question_row(answer: Answer) -> dict[str, str]:
     return {
         "name": question.name,
         "claim": _claim(answer),
-        "where": f"{answer.dataset}, {answer.benchmark}, {question.mode}{against}{labels}",
+        "where": f"{_place(answer)}, {question.mode}{against}{labels}",
         "metric": METRIC_KINDS[answer.metric].title if answer.metric else NOTHING,
         "difference": _number(answer.metric, found.value, "+") if found else NOTHING,
         "interval": _interval(answer.metric, found, "+") if found else NOTHING,
@@ -121,6 +121,11 @@ def _question_row(answer: Answer) -> dict[str, str]:
         "word": answer.verdict.word.replace(" ", "-"),
         "verdict": verdict_text(answer.verdict, min(found.num_seeds) if found else 2),
     }
+
+
+def _place(answer: Answer) -> str:
+    """Dataset and benchmark, which often have the same name."""
+    return ", ".join(dict.fromkeys((answer.dataset, answer.benchmark)))
 
 
 def _claim(answer: Answer) -> str:

@@ -289,13 +289,11 @@ def test_pages_show_every_figure(cells, tmp_path):
     none = {"better": {"target": "none"}, "worse": {"target": "patch"}}
     _, page, text = rendered(cells, tmp_path / "out", study({**GROUP_PATCH, "margin": 0.9}, none))
     assert re.search(
-        r"\| q0 \| It is so. \(margin 90\) \| trees, trees, probe \| wF1 \| \+25.00 "
+        r"\| q0 \| It is so. \(margin 90\) \| trees, probe \| wF1 \| \+25.00 "
         r"\| [-+.\d]+ to [-+.\d]+ \| 3 \| 8 \| [\\<.\d ]+ \| [\\<.\d ]+ \| – \| \*\*matches within the margin\*\* \|",
         text,
     )
-    assert (
-        "| q1 | It is so. | trees, trees, probe | wF1 | – | – | – | – | – | – | 1 | **no result** |" in text
-    )
+    assert "| q1 | It is so. | trees, probe | wF1 | – | – | – | – | – | – | 1 | **no result** |" in text
     assert re.search(
         r"\| trees \| trees \| target group \| probe \| 100 % \| wF1 50.00 \| 25.00 \| [-.\d]+ to [-.\d]+ \| 3 \| 8 \|",
         text,
@@ -306,7 +304,7 @@ def test_pages_show_every_figure(cells, tmp_path):
     assert "| command | maestro-scale study targets.yaml |" in text
     assert not re.search(r"\n\n\|[^\n]+\n\n\|", text), "a table is torn apart"
     words = " ".join(" ".join(page.text).split())
-    assert "q0 It is so. (margin 90) trees, trees, probe wF1 +25.00" in words
+    assert "q0 It is so. (margin 90) trees, probe wF1 +25.00" in words
     (image,) = page.images
     svg = base64.b64decode(image["src"].removeprefix("data:image/svg+xml;base64,"))
     assert svg == (tmp_path / "out" / "study.svg").read_bytes()
