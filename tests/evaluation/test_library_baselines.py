@@ -9,6 +9,7 @@ import math
 import re
 import sys
 import types
+import urllib.error
 
 import numpy as np
 import pytest
@@ -193,6 +194,18 @@ def test_errors_name_model_weights_and_bands():
         TerraTorch(aerial, {"model": "prithvi_eo_v2_300@random"})
     with pytest.raises(EvaluationError, match="no option 'patch'"):
         TorchGeo(sensors, {"model": "croma_base", "patch": "8"})
+
+
+@pytest.mark.usefixtures("fake_torchgeo")
+def test_weights_that_cannot_be_downloaded_are_one_line(monkeypatch):
+    def get_model(name, **arguments):
+        raise urllib.error.URLError("no route\nto host")
+
+    monkeypatch.setattr(sys.modules["torchgeo.models"], "get_model", get_model)
+    with pytest.raises(
+        EvaluationError, match=r"DOFA_MAE of dofa_base_patch16_224 cannot be downloaded \(.*@FILE"
+    ):
+        TorchGeo(sensor_inputs(TREESATAI), {"model": "dofa_base_patch16_224"})
 
 
 def test_a_missing_library_is_named_with_the_command_that_installs_it(monkeypatch):

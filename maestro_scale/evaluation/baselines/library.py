@@ -170,7 +170,13 @@ class LibraryEncoder(nn.Module):
             return adapter
         if "/" in weights or path.suffix:
             raise EvaluationError(f"{self.model_name}: there is no file {weights}")
-        return self._adapter(weights)
+        try:
+            return self._adapter(weights)
+        except OSError as error:  # of urllib and of huggingface_hub
+            reason = str(error).splitlines()[0]
+            raise EvaluationError(
+                f"the weights {weights} of {self.model_name} cannot be downloaded ({reason}): use @FILE or @{RANDOM}"
+            ) from None
 
     def _adapter(self, weights: str | None) -> Adapter:
         cls = self.model.adapter
