@@ -23,6 +23,7 @@ import numpy as np
 from maestro_scale.datasets.bands import RADAR, group_of, is_radar, wavelength_nm
 from maestro_scale.datasets.patterns import (
     MIN_DATES,
+    WINDOW,
     autocorrelation,
     cut_windows,
     evenly,
@@ -64,6 +65,7 @@ UNITS: Mapping[str, str] = {
     "image_deviation": "%",
 }
 """All statistics and their units, in the order of tables. :func:`tile_statistics` defines them."""
+_OF_TILES = ("season_ndvi", "lowest_ndvi", "radar_movement")  # of means over the tile: no window is needed
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,8 @@ def tile_statistics(
             missing[key] = reason
         elif key not in values:
             missing[key] = "no bands of short-wave infrared"
+        elif key not in _OF_TILES and (size := _window_problem(modality)):
+            missing[key] = size
         elif not np.isfinite(values[key]):
             missing[key] = "too few clear dates, or constant values"
     return TileStatistics({k: values[k] for k in UNITS if k not in missing}, missing)
@@ -214,6 +218,16 @@ def _image(modality: Modality, array: np.ndarray) -> dict[str, float]:
         "image_autocorrelation": mean_of(autocorrelation(windows)),
         "image_deviation": 100 * mean_of(windows.std(axis=(3, 4)) / windows.mean(axis=(3, 4))),
     }
+
+
+def _window_problem(modality: Modality | list[Modality]) -> str:
+    """Why spatial statistics of a modality are not comparable: it is smaller than the windows. Empty if it is not."""
+    first = modality[0] if isinstance(modality, list) else modality
+    side = WINDOW if first.series else _IMAGE_WINDOW
+    pixels = first.size if first.series else first.size // max(round(_IMAGE_M / first.resolution_m), 1)
+    if pixels >= side:
+        return ""
+    return f"{first.name} has fewer than {side} pixels per side, which a window of these statistics has"
 
 
 def _part(name: str) -> str:

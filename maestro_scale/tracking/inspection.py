@@ -49,7 +49,10 @@ def statistics_table(statistics: DatasetStatistics) -> RenderableType:
         source = f"{real.source} (forest)" if real.of_forest else real.source
         _add_row(table, name, *values, f"{measured.num_tiles:,}", recorded, real.side(measured.mean), source)
     parts: list[RenderableType] = [*_titled(table)]
-    parts += [Text(printable(f"{name}: {reason}")) for name, reason in statistics.reasons().items()]
+    without: dict[str, list[str]] = {}
+    for name, reason in statistics.reasons().items():
+        without.setdefault(reason, []).append(name)
+    parts += [Text(printable(f"{reason}: {', '.join(names)}")) for reason, names in without.items()]
     return Group(*parts, Text(SOURCES), "")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -159,6 +160,18 @@ def test_a_tile_of_a_dataset_with_other_bands_says_what_does_not_apply():
     assert without.values == {}
     assert without.reasons["radar_kept"] == "no series with VV, VH, HH or HV"
     assert without.reasons["movement_patch"].startswith("no series with bands of known visible")
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_rasters_smaller_than_a_window_have_statistics_of_the_tile_alone(size):
+    arrays, dates, masks = tile()
+    arrays = {name: array[..., :size, :size] for name, array in arrays.items()}
+    masks = {name: array[..., :size, :size] for name, array in masks.items()}
+    spec = replace(SPEC, modalities=tuple(replace(m, size=size) for m in SPEC.modalities))
+    found = tile_statistics(spec, arrays, dates, masks)
+    assert list(found.values) == ["season_ndvi", "lowest_ndvi", "radar_movement"]
+    assert found.reasons["radar_kept"].startswith("s1 has fewer than 6 pixels per side")
+    assert found.reasons["movement_patch"].startswith("s2 has fewer than 6 pixels per side")
 
 
 @pytest.mark.parametrize("how", ["mask", "nodata", "bright"])

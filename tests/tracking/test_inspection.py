@@ -97,7 +97,9 @@ def test_statistics_of_a_sample_of_tiles(shards, tmp_path, monkeypatch):
     words = row(result.output, "radar_autocorrelation")
     assert words[1] == f"{want:.2f}"
     assert words[4:7] == ["10", "0.34–0.48", "below"]
-    assert "season_ndvi: no series with bands" in result.output
+    assert (
+        "no series with bands of known visible and near-infrared wavelengths: optical_auto" in result.output
+    )
 
 
 def test_a_sample_that_differs_from_the_spec_is_named(tmp_path):
