@@ -83,7 +83,7 @@ def evaluate(
                 target=target,
                 seeds=seeds,
                 features=out / "features",
-                overrides=("tracking.enabled=false", *_places(out)),
+                overrides=("tracking.enabled=false", f"seed={seeds[0]}", *_places(out)),
                 **encoder,
             )
         )

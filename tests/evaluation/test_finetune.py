@@ -314,7 +314,10 @@ def test_validations_are_spread_evenly_and_include_the_end(num_steps, validation
 def test_only_the_weights_that_were_validated_are_tested(tmp_path, monkeypatch):
     network = torch.nn.Linear(3, 2)
     network.config = SimpleNamespace(to_dict=dict)
-    network.target_loss = SimpleNamespace(task=SimpleNamespace(statistic=lambda counts: counts[0] / 10))
+    task = SimpleNamespace(
+        metric="miou", total=lambda counts: counts.sum(0), statistic=lambda counts: counts[0] / 10
+    )
+    network.target_loss = SimpleNamespace(task=task)
     ema = SimpleNamespace(gather_into=lambda *args: torch.nn.init.normal_(network.weight))
     world = SimpleNamespace(is_main=True)
     settings = validation.ValidationSettings(validations=3, patience=0, workers=0, precision="fp32")
