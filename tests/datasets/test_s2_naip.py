@@ -277,7 +277,8 @@ def test_from_synth_to_a_model_trained_on_two_ranks_and_evaluated_elsewhere(
     )
     code, output = score(elsewhere)
     assert (code, "is encoded from aerial, s2, s1_asc, s1_des" in output) == (0, True), output
-    assert EvalResult.load(tmp_path / "knn" / "results.json").value > 0
+    # Not wF1: among 28 labelled tiles of classes of equal season, no class may get more than half of the votes.
+    assert EvalResult.load(tmp_path / "knn" / "results.json").scores["mean_average_precision"] > 0.1
 
 
 def test_synthetic_files_have_the_real_layout(tmp_path):

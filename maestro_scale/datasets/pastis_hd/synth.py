@@ -65,10 +65,8 @@ def _acquired(scene: Scene, modality: str) -> list[date]:
 
 def _sentinel2(scene: Scene, days: np.ndarray, modality: str) -> np.ndarray:
     """(T, 10, 128, 128) int16, reflectance times 10,000."""
-    snow, cloud = scene.weather(days, _RES_M)
-    values = scene.optical(
-        days, S2_BANDS, _RES_M, snow, cloud * 0.7
-    )  # the cloudiest dates are not in the release
+    snow, cloud = scene.weather(days, _RES_M, most=0.5)  # the cloudiest dates are not in the release
+    values = scene.optical(days, S2_BANDS, _RES_M, snow, cloud)
     return np.clip(np.rint(values * 10_000), 0, 32_767).astype(np.int16)
 
 

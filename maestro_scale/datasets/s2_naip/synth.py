@@ -82,8 +82,8 @@ def _landsat(scene: Scene, days: np.ndarray) -> np.ndarray:
 
 def _reflectance(scene: Scene, days: np.ndarray, bands: tuple[str, ...]) -> np.ndarray:
     """(T, C, 64, 64) uint16, reflectance times 10,000."""
-    snow, cloud = scene.weather(days, 10.0)
-    values = scene.optical(days, bands, 10.0, snow, cloud * 0.5)  # the release selected clear images
+    snow, cloud = scene.weather(days, 10.0, most=0.3)  # the release selected clear images
+    values = scene.optical(days, bands, 10.0, snow, cloud)
     return np.clip(np.rint(values * 10_000), 0, 65_535).astype(np.uint16)
 
 

@@ -24,10 +24,7 @@ woody plants does not follow their leaves, so that neither image nor radar conta
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-
-import numpy as np
 
 BROADLEAF, SHRUB, WOODY, CONIFER = range(4)
 EVERGREEN, TWO_SEASONS = 5, 6  # after the five shifted seasons
@@ -78,17 +75,3 @@ def variants_of(num_classes: int) -> tuple[Variant, ...]:
             f"num_classes is {num_classes}; scenes have signatures for 1 to {NUM_CLASSES} classes"
         )
     return tuple(v for v in VARIANTS if v.label < num_classes)
-
-
-def appearances(variants: Sequence[Variant], *attributes: str) -> tuple[tuple[Variant, ...], np.ndarray]:
-    """The distinct combinations of ``attributes`` (A,), e.g. of family and season for an optical series, by one of
-    their variants; and (K, A): how likely each class is, given an appearance, if variants are equally likely."""
-    groups: dict[tuple[int, ...], list[Variant]] = {}
-    for variant in variants:
-        groups.setdefault(tuple(getattr(variant, name) for name in attributes), []).append(variant)
-    of_class = np.bincount([v.label for v in variants])
-    likely = np.zeros((len(of_class), len(groups)))
-    for column, group in enumerate(groups.values()):
-        for variant in group:
-            likely[variant.label, column] += 1 / of_class[variant.label]
-    return tuple(group[0] for group in groups.values()), likely / likely.sum(axis=0)

@@ -15,9 +15,9 @@ from maestro_scale.datasets.synthetic.fields import Fields, Grid, fractal, octav
 
 SPACINGS = octaves(40.0, 5.0)
 _ROUGHNESS = 0.15  # Hurst exponent of the fields
-_SIGMA = (0.13, 0.32, 0.21, 0.18)  # of the logarithm: illumination, pigments, leaf area, moisture
-_PARCEL_SIGMA = (0.06, 0.26, 0.10, 0.16)  # the same, between parcels
-_DATE_SIGMA = (0.0, 0.06, 0.05, 0.20)  # of all of a scene from date to date: dust, wilting, rain
+_SIGMA = (0.125, 0.305, 0.21, 0.175)  # of the logarithm: illumination, pigments, leaf area, moisture
+_PARCEL_SIGMA = (0.05, 0.22, 0.10, 0.14)  # the same, between parcels
+_DATE_SIGMA = (0.0, 0.06, 0.05, 0.22)  # of all of a scene from date to date: dust, wilting, rain
 _CHANGING = 0.6  # share of the variance that changes from date to date
 _MEMORY_DAYS = 12.0  # after which the changing part is another one
 _NM = (450, 560, 665, 705, 740, 783, 1000, 1400, 1610, 2190)

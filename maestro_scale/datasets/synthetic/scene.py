@@ -111,9 +111,16 @@ class Scene:
         optical.add_noise(values, rng)
         return values
 
-    def weather(self, days: np.ndarray, resolution_m: float) -> tuple[np.ndarray, np.ndarray]:
-        """Snow and cloud cover (T, H, W) in 0–1: clear, broken or overcast by date, more in winter."""
-        return optical.weather(self.rng, days, self._grid(resolution_m))
+    def weather(
+        self, days: np.ndarray, resolution_m: float, most: float = 1.0
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Snow and cloud cover (T, H, W) in 0–1: clear, broken or overcast by date, more in winter.
+
+        Dates with more than ``most`` of cloud are clear instead, as if the release had chosen others.
+        """
+        snow, cloud = optical.weather(self.rng, days, self._grid(resolution_m))
+        cloud[cloud.mean(axis=(1, 2)) > most] = 0
+        return snow, cloud
 
     def photo(self, day: int, bands: Sequence[str], resolution_m: float, margin_m: float = 0.0) -> np.ndarray:
         """(C, H, W) brightness in 0–1 as a camera gives it: cover, texture, light, balance and noise."""
