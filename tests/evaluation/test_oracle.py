@@ -18,10 +18,12 @@ from maestro_scale.evaluate import main as evaluate
 from maestro_scale.evaluation.oracle.borders import class_map, refine_borders
 from maestro_scale.evaluation.oracle.evidence import optical_evidence, photo_evidence, radar_evidence
 from maestro_scale.evaluation.oracle.mixture import class_shares, responsibilities
+from maestro_scale.evaluation.oracle.sensors import SensorKinds
 from maestro_scale.evaluation.oracle.simulation import SceneKind, decibels
 from maestro_scale.evaluation.report.groups import find_results
 from maestro_scale.evaluation.report.report import write_report
-from maestro_scale.evaluation.results import EvalResult, SensorScore
+from maestro_scale.evaluation.report.summary import summarise
+from maestro_scale.evaluation.results import EvalResult, EvaluationError, SensorScore
 from maestro_scale.shards.write.writer import Writer
 from tests.evaluation.conftest import FIELDS, SCENES, scene_tile
 
@@ -228,6 +230,29 @@ def test_every_set_of_sensors_has_a_score_and_more_sensors_tell_more(tmp_path):
     (line,) = [x for x in text.read_text().splitlines() if x.startswith("| a |")]
     assert line.split(" | ")[1] == f"{100 * sets['optical'].per_class['a']:.1f}"
     assert "multi: score of the oracle by kinds of sensors" in page.read_text()
+
+
+def test_of_several_folds_the_scores_by_sensors_are_averaged():
+    def fold(number: int, value: float, oak: float | None) -> tuple[str, EvalResult]:
+        score = SensorScore(value, (value - 0.1, value + 0.1), {"oak": oak})
+        result = EvalResult("pastis_hd", "miou", "oracle", 0.9, {"oak": 0.9}, (0.8, 1.0), 9, folds=(number,))
+        return f"fold_{number}", dataclasses.replace(result, by_sensors={"radar": score})
+
+    mean = summarise([fold(1, 0.4, 0.2), fold(2, 0.6, 0.4), fold(3, 0.8, None)]).by_sensors["radar"]
+    assert (mean.value, *mean.interval) == pytest.approx((0.6, 0.5, 0.7))
+    assert mean.per_class["oak"] == pytest.approx(0.3)
+
+
+def test_a_dataset_without_sensors_of_scenes_is_refused():
+    dem = Modality("dem", ("DSM",), 1.0, 60, "float32")
+    sensor = Sensor("dem", "dem", 60, 10, 1, (0,), (1,), Scale("linear", 1), "dem", "dem")
+    spec = dataclasses.replace(MULTI, modalities=(dem,), sensors=(sensor,))
+    with pytest.raises(
+        EvaluationError, match="multi: the oracle needs an optical or radar series or an image"
+    ):
+        SensorKinds.of(spec)
+    only = SensorKinds.of(dataclasses.replace(MULTI, sensors=MULTI.sensors[2:]))
+    assert only.kinds == ("radar",)
 
 
 def test_tables_show_it_in_the_cell_and_not_as_a_method(tmp_path):

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from maestro_scale.evaluation.results import EvalResult, RunScore
+from maestro_scale.evaluation.results import EvalResult, RunScore, SensorScore
 
 _T = TypeVar("_T")
 
@@ -44,12 +44,19 @@ def summarise(runs: Sequence[tuple[str, EvalResult]]) -> EvalResult:
         },
         chosen={},
         counts=None,
+        by_sensors={name: _mean_score([r.by_sensors[name] for r in results]) for name in first.by_sensors},
         timings={name: sum(r.timings.get(name, 0.0) for r in results) for name in first.timings},
         runs=tuple(
             RunScore(r.value, r.interval, r.seeds[0], r.folds[0] if r.folds else None, path)
             for path, r in runs
         ),
     )
+
+
+def _mean_score(scores: Sequence[SensorScore]) -> SensorScore:
+    """The mean of the runs' scores with the same kinds of sensors, as of the scores with all of them."""
+    low, high = (fmean(s.interval[i] for s in scores) for i in (0, 1))
+    return SensorScore(fmean(s.value for s in scores), (low, high), _means([s.per_class for s in scores]))
 
 
 def _means(scores: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
