@@ -194,11 +194,10 @@ def _answer(
     estimated = None
     if first and second:
         try:
-            sides = [_runs(first, store), _runs(second, store)]
-            # A positive difference is an improvement, also of an error.
-            estimated = (
-                difference(*sides) if METRIC_KINDS[metric].higher_is_better else difference(*sides[::-1])
-            )
+            higher, lower = _runs(first, store), _runs(second, store)
+            if not METRIC_KINDS[metric].higher_is_better:  # a positive difference is an improvement
+                higher, lower = lower, higher
+            estimated = difference(higher, lower)
         except EvaluationError as error:
             log.warning("question %s: no difference: %s", question.name, error)
     return Answer(
