@@ -174,7 +174,7 @@ def encode(name: str, work: Path) -> dict[str, object]:
         source = Source(encoder.spec, encoder.manifest.shards_of(("test",)), store)
         batch = next(iter(EvalLoader(source, batch_size=2)))
         started = time.perf_counter()
-        baseline = build_baseline(f"{name}@random", recipe, encoder.spec)
+        baseline = build_baseline(f"{name}@untrained", recipe, encoder.spec)
         built = time.perf_counter()
         with torch.no_grad():
             tokens = baseline.encode(batch)
@@ -201,7 +201,7 @@ def evaluate(name: str, work: Path, modes: Sequence[str]) -> dict[str, object]:
     if "finetune" in modes:
         settings += [f"train.steps={FINETUNE_STEPS}", "train.global_batch=4", "train.micro_batch=4"]
         settings += ["train.epochs=null", "data.lanes=1", "evaluation.validations=1"]
-    recipe, baseline = "--recipe=recipes/eval/treesatai_ts.yaml", f"--baseline={name}@random"
+    recipe, baseline = "--recipe=recipes/eval/treesatai_ts.yaml", f"--baseline={name}@untrained"
     started = time.perf_counter()
     code = evaluate_main(
         [recipe, baseline, f"--out={out}", *(f"--mode={m}" for m in modes), "--set", *settings]

@@ -125,7 +125,7 @@ def with_sensors(spec, *names):
 
 @pytest.mark.usefixtures("fake_torchgeo")
 def test_wavelengths_reach_a_spectral_model_in_micrometres():
-    encoder = TorchGeo(sensor_inputs(TREESATAI), {"model": "dofa_base_patch16_224@random"})
+    encoder = TorchGeo(sensor_inputs(TREESATAI), {"model": "dofa_base_patch16_224@untrained"})
     tokens = encoder.tokens(images(TREESATAI))
     assert {k: tuple(v.shape) for k, v in tokens.items()} == {
         "aerial": (2, 1, 225, WIDTH),
@@ -142,7 +142,7 @@ def test_wavelengths_reach_a_spectral_model_in_micrometres():
 @pytest.mark.usefixtures("fake_torchgeo")
 def test_a_baseline_of_a_library_is_built_by_name(tmp_path):
     recipe = load_recipe("recipes/eval/treesatai_ts.yaml", [])
-    baseline = build_baseline("torchgeo:dofa_base_patch16_224@random", recipe, TREESATAI)
+    baseline = build_baseline("torchgeo:dofa_base_patch16_224@untrained", recipe, TREESATAI)
     assert baseline.width == WIDTH
     assert "aerial: B8 B4 B3 B2" in baseline.adaptation
     scratch = baseline.reinitialised(3)
@@ -159,8 +159,8 @@ def test_weights_are_published_random_or_of_a_file(tmp_path):
         ).adapter.backbone
 
     assert build("").weights is build("@DOFA_MAE").weights is not None
-    assert build("@random").weights is None
-    assert torch.equal(build("@random").cls_token, build("@random").cls_token)
+    assert build("@untrained").weights is None
+    assert torch.equal(build("@untrained").cls_token, build("@random").cls_token)
     trained = FakeDofa()
     trained.pos_embed.data = torch.randn(1, 10, WIDTH)  # of another grid
     state = {f"encoder.{k}": v for k, v in trained.state_dict().items() if not k.startswith("fc_norm")}
@@ -186,12 +186,12 @@ def test_errors_name_model_weights_and_bands():
         ("dofa_base_patch16", sensors, "did you mean 'dofa_base_patch16_224'"),
         ("dofa_small_patch16_224", sensors, "dofa_small_patch16_224 has no published weights"),
         ("vit_small_patch16_224@OTHER", sensors, "reads 7 bands; supported are weights of 13"),
-        ("croma_base@random", aerial, r"aerial \(image\) lacks B5, B6, B7, B8A, B9, B11, B12"),
+        ("croma_base@untrained", aerial, r"aerial \(image\) lacks B5, B6, B7, B8A, B9, B11, B12"),
     ):
         with pytest.raises(EvaluationError, match=message):
             TorchGeo(found, {"model": model})
     with pytest.raises(EvaluationError, match=r"aerial \(image\) lacks B8A, B11, B12"):
-        TerraTorch(aerial, {"model": "prithvi_eo_v2_300@random"})
+        TerraTorch(aerial, {"model": "prithvi_eo_v2_300@untrained"})
     with pytest.raises(EvaluationError, match="no option 'patch'"):
         TorchGeo(sensors, {"model": "croma_base", "patch": "8"})
 
@@ -211,12 +211,12 @@ def test_weights_that_cannot_be_downloaded_are_one_line(monkeypatch):
 def test_a_missing_library_is_named_with_the_command_that_installs_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchgeo", None)  # importing it raises ImportError
     with pytest.raises(EvaluationError, match=re.escape("pip install 'torchgeo>=0.8,<0.9'")):
-        TorchGeo(sensor_inputs(TREESATAI), {"model": "croma_base@random"})
+        TorchGeo(sensor_inputs(TREESATAI), {"model": "croma_base@untrained"})
 
 
 @pytest.mark.usefixtures("fake_terratorch")
 def test_prithvi_reads_sequences_with_their_dates():
-    encoder = TerraTorch(sensor_inputs(TREESATAI), {"model": "prithvi_eo_v2_300_tl@random"})
+    encoder = TerraTorch(sensor_inputs(TREESATAI), {"model": "prithvi_eo_v2_300_tl@untrained"})
     given = images(TREESATAI)
     given.pixels["s2"][:, 5, :, 2:4, :2] = 0.9  # date 6 of 16: brighter in the cell at row 2, column 1
     tokens = encoder.tokens(given)["s2"]
@@ -237,7 +237,7 @@ def test_prithvi_reads_sequences_with_their_dates():
 
 @pytest.mark.usefixtures("fake_terratorch")
 def test_tokens_do_not_depend_on_whether_the_places_of_other_samples_are_known():
-    encoder = TerraTorch(sensor_inputs(TREESATAI), {"model": "prithvi_eo_v2_300_tl@random"})
+    encoder = TerraTorch(sensor_inputs(TREESATAI), {"model": "prithvi_eo_v2_300_tl@untrained"})
     latlon = torch.tensor([[math.nan, math.nan], [48.0, 2.0], [math.nan, math.nan]])
     given = images(TREESATAI, 3, latlon)
     for i, value in enumerate((0.1, 0.2, 0.3)):
@@ -360,7 +360,7 @@ def test_the_common_statistics_are_those_of_terratorch(real_terratorch):
 
 @pytest.mark.parametrize("name", ["terramind_v1_tiny", "prithvi_eo_v2_tiny_tl"])
 def test_a_date_changes_only_the_tokens_that_may_see_it(real_terratorch, name):
-    encoder = TerraTorch(sensor_inputs(with_sensors(TREESATAI, "s2")), {"model": f"{name}@random"})
+    encoder = TerraTorch(sensor_inputs(with_sensors(TREESATAI, "s2")), {"model": f"{name}@untrained"})
     given = images(with_sensors(TREESATAI, "s2"))
     with torch.no_grad():
         before = encoder.tokens(given)["s2"]

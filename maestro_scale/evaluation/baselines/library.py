@@ -25,8 +25,8 @@ from maestro_scale.evaluation.baselines.protocol import Images, SensorInput, che
 from maestro_scale.evaluation.results import EvaluationError
 from maestro_scale.interop.restricted import load_untrusted
 
-RANDOM = "random"
-"""Weights of ``MODEL@random``: initial ones, from seed 0."""
+UNTRAINED = ("untrained", "random")
+"""Names of initial weights, drawn from seed 0."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class LibraryModel:
 
 
 class LibraryEncoder(nn.Module):
-    """An external encoder (``protocol.ExternalEncoder``) of a model of a library: ``MODEL``, ``MODEL@random``,
+    """An external encoder (``protocol.ExternalEncoder``) of a model of a library: ``MODEL``, ``MODEL@untrained``,
     ``MODEL@NAME`` for published weights of that name, ``MODEL@FILE``.
 
     Images are resized so that a patch of the model covers a cell of the sensor's token grid. EvaluationError for a
@@ -159,13 +159,13 @@ class LibraryEncoder(nn.Module):
 
     def _build(self, weights: str) -> Adapter:
         if not weights:
-            raise EvaluationError(f"{self.model_name} has no published weights: use @{RANDOM} or @FILE")
+            raise EvaluationError(f"{self.model_name} has no published weights: use @untrained or @FILE")
         path = Path(weights)
-        if weights == RANDOM or path.is_file():
+        if weights in UNTRAINED or path.is_file():
             with torch.random.fork_rng(devices=()):
                 torch.manual_seed(0)
                 adapter = self._adapter(None)
-            if weights != RANDOM:
+            if weights not in UNTRAINED:
                 load_weights(adapter, path)
             return adapter
         if "/" in weights or path.suffix:
@@ -175,7 +175,7 @@ class LibraryEncoder(nn.Module):
         except OSError as error:  # of urllib and of huggingface_hub
             reason = str(error).splitlines()[0]
             raise EvaluationError(
-                f"the weights {weights} of {self.model_name} cannot be downloaded ({reason}): use @FILE or @{RANDOM}"
+                f"the weights {weights} of {self.model_name} cannot be downloaded ({reason}): use @FILE or @untrained"
             ) from None
 
     def _adapter(self, weights: str | None) -> Adapter:

@@ -40,7 +40,7 @@ _PUBLISHED = "published"
 def build_backbone(name: str, weights: str | None, **arguments: object) -> nn.Module:
     """A backbone of terratorch's registry. EvaluationError for weights other than the published ones."""
     if weights not in (None, _PUBLISHED):
-        raise EvaluationError(f"{name} has no weights {weights!r}: use @{_PUBLISHED}, @random or @FILE")
+        raise EvaluationError(f"{name} has no weights {weights!r}: use @{_PUBLISHED}, @untrained or @FILE")
     registry = import_library("terratorch", REQUIREMENT).BACKBONE_REGISTRY
     return registry.build(name, pretrained=weights is not None, **arguments)
 
@@ -129,7 +129,9 @@ class Clay(Adapter):
     def build(name: str, model: LibraryModel, weights: str | None, readings: list[Reading]) -> nn.Module:
         """As of Adapter."""
         if weights not in (None, _PUBLISHED):
-            raise EvaluationError(f"{name} has no weights {weights!r}: use @{_PUBLISHED}, @random or @FILE")
+            raise EvaluationError(
+                f"{name} has no weights {weights!r}: use @{_PUBLISHED}, @untrained or @FILE"
+            )
         embedder = import_library("terratorch.models.backbones.clay_v1.embedder", REQUIREMENT)
         backbone = embedder.clay_v1_base(pretrained=weights is not None)
         return backbone.requires_grad_(True)  # terratorch freezes loaded weights

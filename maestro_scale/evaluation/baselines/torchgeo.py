@@ -47,7 +47,7 @@ class TorchGeoAdapter(Adapter):
             members = models.get_model_weights(name).__members__
             if weights not in members:
                 raise EvaluationError(
-                    f"{name} has no weights {weights!r}{did_you_mean(weights, members)}; or use @random or @FILE"
+                    f"{name} has no weights {weights!r}{did_you_mean(weights, members)}; or use @untrained or @FILE"
                 )
             channels, wanted = members[weights].meta.get("in_chans"), arguments.pop("in_chans", None)
             if wanted is not None and channels != wanted:
