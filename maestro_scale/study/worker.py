@@ -43,7 +43,7 @@ def run_cell(cell: Cell, study: str, study_dir: Path, slim: bool, threads: int) 
             if code == 0:
                 record_cell(cell, study, study_dir)
                 shutil.rmtree(cell.directory / "features", ignore_errors=True)
-                if slim and cell.encoder is None:
+                if slim:
                     _drop_optimizer_state(cell)
             return code
     except Locked:
@@ -162,6 +162,10 @@ def _main(name: str, words: list[str], threads: int) -> int:
 
 
 def _drop_optimizer_state(cell: Cell) -> None:
+    for evaluation in cell.evaluations:  # of a finetuning; its best weights stay
+        shutil.rmtree(evaluation.results.parent / "checkpoints", ignore_errors=True)
+    if cell.encoder is not None:
+        return
     from maestro_scale.interop.export import export_model
 
     checkpoints, model = cell.directory / "checkpoints", cell.directory / _MODEL
