@@ -136,7 +136,7 @@ def _dtype(precision: str) -> torch.dtype:
 
 
 def test_a_frozen_rank_ends_the_finetuning_and_is_named(fields, arguments, tmp_path):
-    timeout_s, folder = 8, tmp_path / "out" / "finetune"
+    timeout_s, folder = 15, tmp_path / "out" / "finetune"
     course = [stage(3), "train.steps=100000", f"train.hang_timeout_s={timeout_s}"]
     trainer = Trainer(fields.recipe(tmp_path), entry=EVALUATE)
     job = trainer.start(None, 2, *command(tmp_path / "out", *arguments, course=course))
