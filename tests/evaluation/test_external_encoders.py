@@ -236,7 +236,7 @@ def test_the_example_of_the_documentation_runs(pytestconfig, fields, tmp_path, m
 def test_two_ranks_finetune_a_plugin_and_score_it_as_one_does(fields, tmp_path):
     args = [f"--baseline={HERE}:PixelMeans", "--mode=finetune", "--mode=knn"]
     out = tmp_path / "out"
-    evaluated(fields, tmp_path, out, *args, ranks=2, course=["train.steps=3"])
+    evaluated(fields, tmp_path, out, *args, ranks=2, course=["train.steps=4"])
     assert losses(out / "finetune")[-1] < losses(out / "finetune")[0]
     result = EvalResult.load(out / "knn" / "results.json")
     assert result.adaptation == "bands by a linear map per sensor, dates one by one"
