@@ -20,6 +20,7 @@ from maestro_scale.evaluate import main as evaluate
 from maestro_scale.evaluation.finetune import early_stop, validation
 from maestro_scale.evaluation.finetune.early_stop import ValidationScore
 from maestro_scale.evaluation.finetune.predictor import build_predictor
+from maestro_scale.evaluation.paired import difference, load_runs
 from maestro_scale.evaluation.results import EvalResult, EvaluationError
 from maestro_scale.evaluation.tasks.losses import MultilabelLoss, target_loss_for
 from maestro_scale.evaluation.tasks.task import MultilabelTask, task_for
@@ -129,6 +130,12 @@ def test_finetuning_learns_and_does_better_than_from_scratch(alone):
     assert (numbers(tuned)["mode"], numbers(tuned)["checkpoint_step"]) == ("finetune", 30)
     assert (numbers(scratch)["mode"], numbers(scratch)["checkpoint_step"]) == ("scratch", 0)
     assert numbers(tuned)["fraction"] == 0.5
+    # The counts of both are of the same tiles, and give their scores.
+    runs = [load_runs(p / "results.json", EvalResult.load(p / "results.json")) for p in (tuned, scratch)]
+    found = difference(*runs)
+    assert found.value == pytest.approx(numbers(tuned)["value"] - numbers(scratch)["value"])
+    assert (found.pairs_tiles, found.num_tiles) == (True, SPLITS["test"])
+    assert runs[0][0].counts.array.dtype == np.uint8
     with np.load(tuned / "maps.npz") as maps:
         assert maps["answer"].shape == maps["truth"].shape == (4, 6, 6)
         counted = maps["truth"] < NUM_CLASSES
