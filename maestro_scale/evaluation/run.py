@@ -197,9 +197,7 @@ def _evaluate_runs(
             record(_training_run(mode, encoder), result, path)
         print(f"{mode}: {score_text(result)}, {path}", flush=True)
         for sensors, score in result.by_sensors.items():
-            print(
-                f"  {sensors}: {result.kind.title} {result.kind.number(score.value)}", flush=True
-            )
+            print(f"  {sensors}: {result.kind.title} {result.kind.number(score.value)}", flush=True)
     if any(results.values()):
         command = shell_command("maestro-scale", "report", options.out, "--out", "report.html")
         print(f"next: {command}", flush=True)
