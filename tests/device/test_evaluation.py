@@ -29,7 +29,7 @@ PLACES = {
     ("encode", f"{EVALUATION}frozen/attentive.py", "predict"),
     ("encode", f"{EVALUATION}probes/dense.py", "__init__"),
     ("encode", f"{EVALUATION}probes/dense.py", "_vote"),
-    ("encode", f"{EVALUATION}probes/dense.py", "predict"),
+    ("encode", f"{EVALUATION}probes/dense.py", "best_class"),
     ("encode", f"{EVALUATION}probes/knn.py", "knn"),
     ("encode", f"{EVALUATION}probes/linear.py", "_minimise"),
     ("encode", f"{EVALUATION}probes/linear.py", "linear_probe"),
