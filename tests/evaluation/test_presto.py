@@ -18,7 +18,7 @@ from torch import nn
 from maestro_scale.datasets.flair_hub.reader import FULL_SPEC as FLAIR
 from maestro_scale.datasets.treesatai_ts.reader import SPEC as TREESAT
 from maestro_scale.evaluation.baselines.inputs import sensor_inputs
-from maestro_scale.evaluation.baselines.presto import Presto, PrestoNetwork
+from maestro_scale.evaluation.baselines.presto import GROUPS, Presto, PrestoNetwork
 from maestro_scale.evaluation.baselines.protocol import Images
 from maestro_scale.evaluation.baselines.registry import build_baseline
 from maestro_scale.evaluation.baselines.series import cartesian
@@ -116,13 +116,13 @@ def test_each_patch_is_a_series_of_monthly_means():
     )
     assert "3x3 cells of 20 m" in presto.adaptation
     given = images(TREESAT)
-    given.pixels["s2"][:, :, :, :2, 2:4] = torch.rand(2, 16, 10, 2, 2)  # the second patch of the first row
+    given.pixels["s2"][:, :, :, :2, 4:6] = torch.rand(2, 16, 10, 2, 2)  # the last patch of the first row
     with torch.no_grad():
         tokens = presto.tokens(given)["joint"]
         assert tokens.shape == (2, 1, 9, 128)
-        same = torch.tensor([0, 2, 3, 4, 5, 6, 7, 8])
+        same = torch.tensor([0, 1, 3, 4, 5, 6, 7, 8])
         torch.testing.assert_close(tokens[:, :, same], tokens[:, :, :1].expand(-1, -1, 8, -1))
-        assert not torch.allclose(tokens[:, :, 1], tokens[:, :, 0], atol=1e-3)
+        assert not torch.allclose(tokens[:, :, 2], tokens[:, :, 0], atol=1e-3)
         assert not torch.allclose(tokens[0], tokens[1], atol=1e-3), "coordinates were not read"
         # The two dates of January (days 1 and 24) are averaged: only their mean matters.
         given.pixels["s2"][:, 0] -= 0.1
@@ -130,6 +130,18 @@ def test_each_patch_is_a_series_of_monthly_means():
         torch.testing.assert_close(presto.tokens(given)["joint"], tokens)
         given.pixels["s2"][:, 2] += 0.1
         assert not torch.allclose(presto.tokens(given)["joint"], tokens, atol=1e-3)
+
+
+def test_inputs_are_scaled_as_in_the_published_code():
+    values = {"S1": (-12.5, 0.5), "S2_RGB": (0.2, 0.2), "ERA5": (289.65, 0.5), "SRTM": (1000.0, 0.5)}
+    for group in GROUPS:
+        if group.name in values:
+            raw, expected = values[group.name]
+            scaled = group.normalised(torch.full((len(group.bands), 1, 1), raw))
+            assert scaled[0].item() == pytest.approx(expected), group.name
+    weather, terrain = (next(g for g in GROUPS if g.name == name) for name in ("ERA5", "SRTM"))
+    assert weather.normalised(torch.full((2, 1, 1), 0.015))[1].item() == pytest.approx(0.5)
+    assert terrain.normalised(torch.full((2, 1, 1), 25.0))[1].item() == pytest.approx(0.5)
 
 
 def test_groups_and_options_are_chosen_by_what_a_dataset_has():
