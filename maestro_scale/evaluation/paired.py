@@ -29,7 +29,7 @@ from maestro_scale.errors import shorten
 from maestro_scale.evaluation.bootstrap import Statistic
 from maestro_scale.evaluation.counts import TileCounts
 from maestro_scale.evaluation.metrics import STATISTICS
-from maestro_scale.evaluation.results import EvalResult, EvaluationError
+from maestro_scale.evaluation.results import EvalResult, EvaluationError, RunScore
 
 LEVEL = 0.95
 _CHUNK_BYTES = 64 * 2**20  # of counts whose statistic is computed at once
@@ -136,7 +136,8 @@ def t_tail(value: float, freedom: float) -> float:
 
 def load_runs(path: Path, result: EvalResult) -> list[Run]:
     """The counts of a result and ``path`` of its JSON file, one run per seed and fold. EvaluationError as of
-    ``EvalResult.load_counts``, and where the counts do not give the score of their result."""
+    ``EvalResult.load_counts``, where the counts do not give the score of their result, and where a run is not the one
+    that a mean was computed from."""
     if not result.runs:
         return [_load_run(path, result, result.seeds[0], result.folds[0] if result.folds else None)]
     found = []
@@ -144,8 +145,25 @@ def load_runs(path: Path, result: EvalResult) -> list[Run]:
         of_run = path.parent / score.path
         if not of_run.resolve().is_relative_to(path.parent.resolve()):
             raise EvaluationError(f"{path}: the path of a run, {shorten(score.path)}, is not below it")
-        found.append(_load_run(of_run, EvalResult.load(of_run), score.seed, score.fold))
+        run = EvalResult.load(of_run)
+        if not _is_run(run, score, result):
+            raise EvaluationError(
+                f"{of_run} is not the run that {path} is a mean of (seed {score.seed}, score {score.value:.6g}): "
+                "evaluate again"
+            )
+        found.append(_load_run(of_run, run, score.seed, score.fold))
     return found
+
+
+def _is_run(run: EvalResult, score: RunScore, mean: EvalResult) -> bool:
+    """Whether a result is the run that a mean recorded: another evaluation may have replaced it."""
+    same = ("benchmark", "metric", "mode", "target", "encoder", "weights", "datasets", "fraction")
+    return (
+        run.value == score.value
+        and run.seeds == (score.seed,)
+        and run.folds == (() if score.fold is None else (score.fold,))
+        and all(getattr(run, name) == getattr(mean, name) for name in same)
+    )
 
 
 def _load_run(path: Path, result: EvalResult, seed: int, fold: int | None) -> Run:

@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from maestro_scale.errors import did_you_mean
+from maestro_scale.evaluation.baselines.registry import UNTRAINED
 from maestro_scale.evaluation.results import RESULTS, EvalResult, EvaluationError
 from maestro_scale.evaluation.run import EvalOptions
+from maestro_scale.evaluation.tasks.protocol import LossSettings
 from maestro_scale.recipe import Recipe, RecipeError, load_recipe
 from maestro_scale.study import data as study_data
 from maestro_scale.study.config import (
@@ -172,7 +174,7 @@ def make_cell(
     evaluations = tuple(
         evaluation
         for group in setup.evaluations
-        for evaluation in _evaluations(group, setup, encoder, {**common, **shared}, directory, root)
+        for evaluation in _evaluations(group, setup, encoder, recipe, {**common, **shared}, directory, root)
     )
     return Cell(dataset, dict(levels), seed, encoder, directory, recipe, setup.data, evaluations, identity)
 
@@ -206,6 +208,7 @@ def _evaluations(
     group: Evaluations,
     setup: Setup,
     encoder: str | None,
+    of_cell: Recipe,
     keys: Mapping[str, Any],
     directory: Path,
     root: Path,
@@ -224,6 +227,9 @@ def _evaluations(
     splits: dict[str, tuple[str, ...]] = {role: names for role, names in group.splits.items()}  # noqa: C416 - str keys
     for mode in _modes(group.modes, encoder):
         identity = _protocol(recipe, mode, data, group)
+        if encoder in UNTRAINED and recipe.model != of_cell.model:
+            # evaluate.py builds it from this recipe; the hash of the cell is of the other one.
+            identity["model"] = recipe.model.model_dump(mode="json")
         folder = directory / "evaluations" / f"{group.name}-{_digest(identity)[:8]}"
         for fraction in group.fractions:
             yield Evaluation(group.name, mode, fraction, folder, recipe, data, group.target, splits, identity)
@@ -258,7 +264,7 @@ def _encoder_identity(encoder: str | None, recipe: Recipe, data: Data) -> dict[s
     if encoder is None:
         return {**common, "recipe": whole}
     view = {k: v for k, v in whole["data"]["mixture"][0].items() if k not in ("split", "weight")}
-    if encoder in (SCRATCH, "random"):
+    if encoder in (SCRATCH, *UNTRAINED):
         return {**common, "data": view, "model": whole["model"]}
     return {**common, "data": view}
 
@@ -273,7 +279,11 @@ def _protocol(recipe: Recipe, mode: str, data: Data, group: Evaluations) -> dict
     if mode in TRAINED_MODES:
         return {**common, "recipe": {**whole, "evaluation": recipe.evaluation.model_dump(mode="json")}}
     train = {key: whole["train"][key] for key in ("precision", "device")}
-    return {**common, "seed": recipe.seed, "data": whole["data"]["mixture"][0], "train": train}
+    found = {**common, "seed": recipe.seed, "data": whole["data"]["mixture"][0], "train": train}
+    if mode != "knn":  # it has no loss
+        settings = recipe.evaluation
+        found |= LossSettings(settings.class_weights, settings.regression_loss).identity()
+    return found
 
 
 def _identity(recipe: Recipe, data: Data) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from maestro_scale.datasets.spec import DatasetSpec
+from maestro_scale.evaluation.baselines.registry import UNTRAINED
 from maestro_scale.model.cost import compute_cost
 from maestro_scale.planning import GPUS, Cluster, plan_cluster
 from maestro_scale.recipe import Recipe, build_model_config
@@ -122,7 +123,7 @@ def _num_steps(recipe: Recipe, sizes: Sequence[tuple[int, int] | None]) -> int |
 def _evaluation_flops(cell: Cell, evaluation: Evaluation) -> float:
     """Of the forward passes over all tiles, or of a finetuning; 0 where the number of tiles is unknown."""
     forward, tiles, batches = _forward_flops(evaluation.recipe, evaluation.data)
-    if cell.encoder not in (None, "random", "scratch"):
+    if cell.encoder not in (None, "scratch", *UNTRAINED):
         return 0.0
     if evaluation.mode not in TRAINED_MODES:
         return forward * sum(tiles.values())

@@ -22,6 +22,7 @@ from maestro_scale.training.run_dir import write_atomically
 _PACKAGE = Path(datasets.__file__).parent
 _DONE = "complete.json"
 _SHARD_MB = 32
+_SPLITS = ("train", "val", "test")
 
 
 def identity(data: Data) -> dict[str, Any]:
@@ -82,7 +83,8 @@ def write(data: Data, root: Path, workers: int = 2) -> None:
         # In random order, as the names of the tiles may begin with their class. The splits of the raw data have fixed
         # shares, which a study of many test tiles could not use.
         keys, start = shuffle_keys(tiles.keys(), data.seed), 0
-        for split, count in data.tiles.items():
+        # Not in the order of the file: it is not part of the identity, so it must not decide which tiles a split has.
+        for split, count in sorted(data.tiles.items(), key=lambda item: _order(item[0])):
             part = _Subset(tiles, keys[start : start + count])
             start += count
             write_shards(part, str(folder), split, workers=workers, shard_mb=_SHARD_MB, seed=data.seed)
@@ -91,11 +93,15 @@ def write(data: Data, root: Path, workers: int = 2) -> None:
         shutil.rmtree(raw)
 
 
+def _order(split: str) -> tuple[int, str]:
+    return (_SPLITS.index(split) if split in _SPLITS else len(_SPLITS), split)
+
+
 class _AllTiles:
     """The tiles of all splits of a raw dataset."""
 
     def __init__(self, dataset: str, src: Path) -> None:
-        self._splits = [datasets.open_raw(dataset, src, split) for split in ("train", "val", "test")]
+        self._splits = [datasets.open_raw(dataset, src, split) for split in _SPLITS]
         self.spec = self._splits[0].spec
         self._split_of = {key: split for split in self._splits for key in split.keys()}  # noqa: SIM118 - no mapping
 

@@ -26,6 +26,7 @@ from maestro_scale.evaluation.paired import (
     t_quantile,
     t_tail,
 )
+from maestro_scale.evaluation.report.summary import summarise
 from maestro_scale.evaluation.results import EvalResult, EvaluationError, RunScore
 
 
@@ -182,10 +183,32 @@ def test_counts_that_do_not_give_the_score_of_their_result_are_refused(tmp_path)
     with pytest.raises(EvaluationError, match="are not those of the metric"):
         load_runs(path, EvalResult.load(path))
     # A mean that names itself as its run.
-    itself = (RunScore(0.75, (0.0, 1.0), 0, 1, "results.json"),)
+    itself = (RunScore(0.75, (0.0, 1.0), 0, None, "results.json"),)
     dataclasses.replace(result, runs=itself, counts=None).write(path)
     with pytest.raises(EvaluationError, match="has no counts per tile"):
         load_runs(path, EvalResult.load(path))
+
+
+def test_runs_that_another_evaluation_has_replaced_are_refused(tmp_path):
+    def result(hits: str, seed: int, **changes) -> EvalResult:
+        value = hits.count("1") / len(hits)
+        made = EvalResult("b", "wf1", "knn", value, {"a": value}, (0.0, 1.0), 4, seeds=(seed,), encoder="a")
+        return dataclasses.replace(made, counts=run(hits).counts, **changes)
+
+    runs = [(f"seed_{seed}/results.json", result(hits, seed)) for seed, hits in ((0, "1110"), (1, "1100"))]
+    for name, of_run in runs:
+        of_run.write(tmp_path / name)
+    path = tmp_path / "results.json"
+    mean = summarise(runs)
+    mean.write(path)
+    assert [r.seed for r in load_runs(path, mean)] == [0, 1]
+    # An evaluation of another encoder, or of the same one with another score, that was killed after its first seed.
+    for replaced in (result("1110", 0, encoder="b"), result("1000", 0), result("1110", 2)):
+        replaced.write(tmp_path / "seed_0" / "results.json")
+        with pytest.raises(
+            EvaluationError, match=r"seed_0/results.json is not the run that .* \(seed 0, score 0.75"
+        ):
+            load_runs(path, mean)
 
 
 def test_influences_agree_with_the_bootstrap_variance_and_do_not_depend_on_chunks(monkeypatch):

@@ -245,10 +245,12 @@ def listed(*results: EvalResult, tmp_path: Path) -> list[str]:
         {"weights": "c" * 64},  # another model at the same path
         {"mode": "finetune", "recipe": {"data": {"flips": False}}},
         {"value": 0.5},  # of the same seed: another run of it, whatever the reason
+        {"mode": "knn", "encoder": "random", "recipe": {"model": {"size": "small"}}},
     ],
 )
 def test_results_that_differ_in_more_than_seed_and_fold_are_not_averaged(tmp_path, change):
-    one = dataclasses.replace(LABELLED, **{k: v for k, v in change.items() if k == "mode"})
+    common = ("mode",) if change.get("encoder") != "random" else ("mode", "encoder")
+    one = dataclasses.replace(LABELLED, **{k: v for k, v in change.items() if k in common})
     one = dataclasses.replace(one, datasets={"treesatai_ts": "a" * 64})
     other = {"value": 0.6, "seeds": (1,), **change} if "value" not in change else change
     rows = listed(one, dataclasses.replace(one, **other), tmp_path=tmp_path)

@@ -143,6 +143,36 @@ def test_another_protocol_has_another_folder(tmp_path):
     ]
 
 
+def test_what_changes_a_result_on_frozen_features_has_another_folder(tmp_path):
+    evaluations = [{"name": "trees", "modes": ["knn", "probe", "attentive"]}]
+    baselines = ["random", "untrained", "statistics"]
+    path = write_study(
+        tmp_path, factors={}, setup={"evaluations": evaluations, "baselines": baselines}, questions=[]
+    )
+
+    def folders(change: str) -> list[set[str]]:
+        """By mode, the paths of all results."""
+        cells = cells_of(path, f"scales.cpu.datasets.trees.evaluations[0].set={{{change}}}")
+        assert len({cell.name for cell in cells}) == 4
+        return [{str(cell.evaluations[i].results) for cell in cells} for i in range(3)]
+
+    knn, probe, attentive = folders("")
+    for loss in ("evaluation.class_weights: balanced", "evaluation.class_weights: {Abies: 2.0}"):
+        found = folders(loss)
+        assert found[0] == knn  # it has no loss
+        assert not found[1] & probe
+        assert not found[2] & attentive
+    assert not folders("evaluation.regression_loss: smooth_l1")[2] & attentive
+    for mode, before in zip(folders("model.depth: 3"), (knn, probe, attentive), strict=True):
+        assert len(mode & before) == 2  # of the cell and of statistics; the untrained networks are others
+
+
+def test_the_network_of_every_untrained_baseline_is_part_of_its_cell(tmp_path):
+    path = write_study(tmp_path, setup={"baselines": ["random", "untrained"]})
+    deeper = "scales.cpu.datasets.trees.set={model.depth: 3}"
+    assert not set(names(path)) & set(names(path, deeper))
+
+
 def test_encoders_without_pretraining(tmp_path):
     factors = {
         "encoder": {

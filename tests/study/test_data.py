@@ -21,6 +21,17 @@ def test_every_split_has_its_number_of_tiles(tmp_path):
     study_data.write(data, tmp_path)  # nothing to do
 
 
+def test_the_order_of_the_splits_does_not_change_their_tiles(tmp_path):
+    def digests(*splits: str) -> list[list[str]]:
+        root = tmp_path / "-".join(splits)
+        data = Data(dataset="treesatai_ts", tiles=dict.fromkeys(splits, 2), seed=1)
+        study_data.write(data, root, workers=1)
+        manifest = Manifest.load(study_data.place(data, root))
+        return [[shard.sha256 for shard in manifest.shards_of([s])] for s in sorted(splits)]
+
+    assert digests("train", "val") == digests("val", "train")
+
+
 def test_the_place_follows_the_content(tmp_path):
     def place(**changes) -> str:
         values = {"dataset": "treesatai_ts", "tiles": {"train": 2}, "seed": 1, **changes}

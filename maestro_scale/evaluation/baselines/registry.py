@@ -91,6 +91,9 @@ BASELINES: Mapping[str, BaselineKind] = {
 }
 """The oracle is not among them: it is a mode, see ``oracle/``."""
 
+UNTRAINED = ("untrained", "random")
+"""The baselines whose network is that of the recipe."""
+
 
 def baseline_names() -> list[str]:
     """``NAME`` or ``NAME:ARGUMENT`` of every baseline."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from maestro_scale.evaluation.baselines.registry import has_published_weights, short_name
+from maestro_scale.evaluation.baselines.registry import UNTRAINED, has_published_weights, short_name
 from maestro_scale.evaluation.results import ORACLE, RESULTS, EvalResult, EvaluationError
 
 # Keys of a recipe's `train` that change the trained weights.
@@ -200,7 +200,9 @@ def _training_key(r: EvalResult) -> str:
     # Keys that files of earlier revisions do not have: their default changes nothing.
     loss = {k: v for k in _DEFAULT_LOSS if (v := evaluation.pop(k, None)) not in (None, _DEFAULT_LOSS[k])}
     parts: list[Any] = [{k: v for k, v in entry.items() if k not in ("shards", "weight")}]
-    if r.mode not in FROZEN_MODES:
+    if r.mode in FROZEN_MODES:
+        parts += [recipe.get("model")] * (r.encoder in UNTRAINED)  # whose network is that of the recipe
+    else:
         train = _section(recipe.get("train"))
         evaluation.pop("modes", None)
         optim, data = _section(recipe.get("optim")), _section(recipe.get("data"))
