@@ -151,7 +151,7 @@ class StudyRun:
     def _sampled(self) -> list[Cell]:
         from maestro_scale.study.sampler import known_trials, trial_cells
 
-        trials = known_trials(self.options.study_dir, self.scale_name)
+        trials = known_trials(self.study, self.scale_name, self.root, self.options.study_dir)
         return [c for p in trials for c in trial_cells(self.study, self.scale_name, self.root, p)]
 
     def records(self) -> list[CellRecord]:

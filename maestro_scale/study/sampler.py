@@ -6,6 +6,7 @@ built from the seed and the number of the trial, so an interrupted search contin
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -34,7 +35,10 @@ def search(study: Study, scale: str, root: Path, study_dir: Path, run: RunCells)
     optuna = _optuna()
     study_dir.mkdir(parents=True, exist_ok=True)
     searched = optuna.create_study(
-        storage=f"sqlite:///{study_dir / STORE}", study_name=scale, direction="maximize", load_if_exists=True
+        storage=f"sqlite:///{study_dir / STORE}",
+        study_name=_search_name(study, scale, root),
+        direction="maximize",
+        load_if_exists=True,
     )
     total = Outcome()
     while trial := _next_trial(optuna, searched, sample):
@@ -67,13 +71,35 @@ def trial_cells(study: Study, scale: str, root: Path, params: Mapping[str, Any])
     ]
 
 
-def known_trials(study_dir: Path, scale: str) -> list[dict[str, Any]]:
-    """The parameters of the trials that were started; needs Optuna if there are any."""
+def known_trials(study: Study, scale: str, root: Path, study_dir: Path) -> list[dict[str, Any]]:
+    """The parameters of the trials of this search that were started; needs Optuna if there are any."""
     if not (study_dir / STORE).exists():
         return []
     optuna = _optuna()
-    searched = optuna.load_study(storage=f"sqlite:///{study_dir / STORE}", study_name=scale)
+    storage, name = f"sqlite:///{study_dir / STORE}", _search_name(study, scale, root)
+    if name not in optuna.get_all_study_names(storage):
+        return []
+    searched = optuna.load_study(storage=storage, study_name=name)
     return [trial.params for trial in searched.trials if trial.params]
+
+
+def _search_name(study: Study, scale: str, root: Path) -> str:
+    """Name in the store, by what determines the trials and their values: those of another space, objective or base
+    recipe must not count as trials of this search. More ``trials`` continue it."""
+    assert study.sample is not None
+    cells = [
+        (
+            cell.name,
+            [
+                str(e.results.relative_to(cell.directory))
+                for e in cell.evaluations
+                if e.mode == study.sample.mode
+            ],
+        )
+        for cell in trial_cells(study, scale, root, {})
+    ]
+    identity = [study.sample.model_dump(mode="json", exclude={"trials"}), cells]
+    return f"{scale}-{hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]}"
 
 
 def _next_trial(optuna: Any, searched: optuna.Study, sample: Sample) -> Any:

@@ -53,3 +53,38 @@ def test_an_interrupted_search_continues_with_the_same_trials(study, tmp_path):
     assert [t["state"] for t in trials] == ["COMPLETE"] * 4
     assert trials[0]["value"] == pytest.approx(min(1.0, 50 * whole[0][0]) + 0.005)
     assert search("interrupted") == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "sample.mode=probe",
+        "sample.seed=1",
+        "sample.space={optim.clip: {low: 0.5, high: 2.0}}",
+        "scales.cpu.datasets.trees.set={train.steps: 7}",
+        "scales.cpu.datasets.trees.seeds=[5]",
+    ],
+)
+def test_trials_of_another_search_do_not_count(tmp_path, change):
+    pytest.importorskip("optuna")
+    evaluations = [{"name": "trees", "modes": ["knn", "probe"]}]
+    setup = {"seeds": [0], "evaluations": evaluations}
+    path = write_study(tmp_path, factors={}, questions=[], sample=SAMPLE, setup=setup)
+
+    def search(*overrides: str) -> int:
+        def run(cells) -> Outcome:
+            for cell in cells:
+                write_results(cell)
+            return Outcome(finished=len(cells))
+
+        changed = load_study(path, overrides)
+        finished = sampler.search(changed, "cpu", tmp_path, tmp_path / "study", run).finished
+        assert (
+            len(sampler.known_trials(changed, "cpu", tmp_path, tmp_path / "study")) == changed.sample.trials
+        )
+        return finished
+
+    assert search() == 4
+    assert search(change) == 4
+    assert search() == 0
+    assert search("sample.trials=5") == 1
