@@ -288,6 +288,10 @@ def _arm(runs: Sequence[Run]) -> _Arm:
     variants = sorted({r.variant for r in runs})
     if not runs or len(table) != len(runs) or len(table) != len(seeds) * len(folds) * len(variants):
         raise EvaluationError("the runs are not one per seed and fold, so they have no common mean")
+    if len({r.data for r in runs} - {""}) > 1:  # the keys of its tiles may be the same
+        raise EvaluationError(
+            "the seeds of one result were scored on different data: evaluate the older ones again"
+        )
     statistic = STATISTICS[runs[0].metric]
     values, matrices, keys = np.zeros(len(seeds)), {}, {}
     share = 1 / (len(folds) * len(variants))

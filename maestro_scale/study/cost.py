@@ -15,8 +15,9 @@ from maestro_scale.evaluation.baselines.registry import UNTRAINED
 from maestro_scale.model.cost import compute_cost
 from maestro_scale.planning import GPUS, Cluster, plan_cluster
 from maestro_scale.recipe import Recipe, build_model_config
+from maestro_scale.stream.crops import CropGrid
 from maestro_scale.study.cells import TRAINED_MODES, Cell, Evaluation
-from maestro_scale.study.config import Data, Gpu
+from maestro_scale.study.config import SCRATCH, Data, Gpu
 from maestro_scale.study.worker import is_trained, seconds_spent
 from maestro_scale.training.dry_run import specs_and_sizes
 
@@ -122,22 +123,24 @@ def _num_steps(recipe: Recipe, sizes: Sequence[tuple[int, int] | None]) -> int |
 
 def _evaluation_flops(cell: Cell, evaluation: Evaluation) -> float:
     """Of the forward passes over all tiles, or of a finetuning; 0 where the number of tiles is unknown."""
-    forward, tiles, batches = _forward_flops(evaluation.recipe, evaluation.data)
-    if cell.encoder not in (None, "scratch", *UNTRAINED):
+    if cell.encoder not in (None, *UNTRAINED, SCRATCH):
         return 0.0
+    recipe, tiles = evaluation.recipe, evaluation.data.tiles
+    (spec, *_), _ = specs_of(recipe, evaluation.data)
+    forward, crops = _flops_without_mask(recipe, spec), _crops_per_tile(spec, evaluation.target)
     if evaluation.mode not in TRAINED_MODES:
-        return forward * sum(tiles.values())
-    recipe = evaluation.recipe
+        return forward * crops * sum(tiles.values())
     train = max(1, int(tiles.get("train", 0) * evaluation.fraction))
     steps = recipe.train.num_steps(max(1, train // recipe.train.global_batch))
     validated = tiles.get("val", 0) * min(recipe.evaluation.validations, steps)
-    return forward * (3 * steps * batches + validated + tiles.get("test", 0))
+    trained = 3 * steps * recipe.train.global_batch
+    return forward * (trained + crops * (validated + tiles.get("test", 0)))
 
 
-def _forward_flops(recipe: Recipe, data: Data) -> tuple[float, dict[str, int], int]:
-    """(FLOPs of the encoder without masking for a tile, tiles by role, samples of a step)."""
-    specs, _ = specs_of(recipe, data)
-    return _flops_without_mask(recipe, specs[0]), dict(data.tiles), recipe.train.global_batch
+def _crops_per_tile(spec: DatasetSpec, target: str | None) -> int:
+    """Crops of a tile that are evaluated: all of them for a map, else one."""
+    chosen = spec.target(target) if target is not None else next(iter(spec.targets), None)
+    return CropGrid(spec).num_crops if chosen is not None and chosen.is_map else 1
 
 
 def _flops_without_mask(recipe: Recipe, spec: DatasetSpec) -> float:

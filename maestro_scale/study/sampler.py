@@ -106,9 +106,9 @@ def _next_trial(optuna: Any, searched: optuna.Study, sample: Sample) -> Any:
     """An interrupted trial, else a new one; None if all have ended."""
     running = [t for t in searched.trials if t.state == optuna.trial.TrialState.RUNNING]
     complete = [t for t in running if set(t.params) == set(sample.space)]
-    for trial in running:
-        if trial not in complete:  # killed while its values were drawn
-            searched.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+    for interrupted in running:
+        if interrupted not in complete:  # killed while its values were drawn
+            searched.tell(interrupted.number, state=optuna.trial.TrialState.FAIL)
     if complete:
         return complete[0]
     ended = sum(len(t.params) == len(sample.space) for t in searched.trials)

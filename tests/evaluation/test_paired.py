@@ -107,6 +107,15 @@ def test_seeds_that_move_alike_cancel_only_in_pairs():
     assert unpaired.inter.variance == pytest.approx(2 * 5 / 6 / 6 / 12)
 
 
+def test_seeds_that_were_scored_on_different_data_have_no_common_mean():
+    old, new, unknown = (
+        dataclasses.replace(run("1100", seed), data=data) for seed, data in enumerate(("old", "new", ""))
+    )
+    with pytest.raises(EvaluationError, match="different data"):
+        estimate([old, new])
+    assert estimate([new, unknown]).value == 0.5
+
+
 def test_only_common_seeds_are_compared_where_there_are_two():
     a = [run("1111", 0), run("1111", 1), run("0000", 7)]
     b = [run("0011", 0), run("0011", 1), run("1111", 9)]

@@ -9,7 +9,7 @@ from testkit.studies import STUDY, write_results, write_study
 
 from maestro_scale.evaluation.results import EvalResult
 from maestro_scale.recipe import RecipeError
-from maestro_scale.study.cells import distinct, expand
+from maestro_scale.study.cells import distinct, expand, weights_digest
 from maestro_scale.study.config import load_study
 
 TWO = {
@@ -192,6 +192,23 @@ def test_encoders_without_pretraining(tmp_path):
     assert [a.name == b.name for a, b in zip(cells, longer, strict=True)] == [False, True, True]
     deeper = cells_of(path, "scales.cpu.datasets.trees.set={model.depth: 3}")
     assert [a.name == b.name for a, b in zip(cells, deeper, strict=True)] == [False, False, True]
+
+
+def test_other_weights_in_the_same_file_are_another_cell(tmp_path):
+    weights = tmp_path / "presto,v2.pt"
+    found = []
+    for content in (b"a", b"bc", b"a"):
+        weights.write_bytes(content)
+        path = write_study(
+            tmp_path, factors={}, questions=[], setup={"baselines": [f"presto:{weights},dates=monthly"]}
+        )
+        found.append(names(path)[1])
+    assert found[0] == found[2] != found[1]
+    folder = tmp_path / "vit"
+    folder.mkdir()
+    assert weights_digest(f"image:{folder}") != weights_digest(f"presto:{weights}") != ""
+    assert weights_digest(f"torchgeo:dofa_base_patch16_224@{weights}") == weights_digest(f"presto:{weights}")
+    assert weights_digest("torchgeo:croma_base") == weights_digest("statistics") == ""
 
 
 def test_a_cell_is_finished_when_every_result_can_be_read(tmp_path):
