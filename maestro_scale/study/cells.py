@@ -12,12 +12,11 @@ import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from maestro_scale.errors import did_you_mean
-from maestro_scale.evaluation.baselines.protocol import parse_options
+from maestro_scale.evaluation.baselines.content import content_digest, files_below, files_digest
 from maestro_scale.evaluation.baselines.registry import UNTRAINED
 from maestro_scale.evaluation.results import RESULTS, EvalResult, EvaluationError
 from maestro_scale.evaluation.run import EvalOptions
@@ -263,13 +262,14 @@ def _encoder_identity(encoder: str | None, recipe: Recipe, data: Data) -> dict[s
     """What determines the weights: of a baseline neither the training nor, without weights, the network."""
     whole = _identity(recipe, data)
     common = {"version": RESULT_VERSION, "encoder": encoder, "seed": recipe.seed}
+    if encoder is not None and (content := content_digest(encoder)):
+        common["content"] = content
     if encoder is None:
         return {**common, "recipe": whole}
     view = {k: v for k, v in whole["data"]["mixture"][0].items() if k not in ("split", "weight")}
     if encoder in (SCRATCH, *UNTRAINED):
         return {**common, "data": view, "model": whole["model"]}
-    weights = weights_digest(encoder)
-    return {**common, "data": view, **({"weights": weights} if weights else {})}
+    return {**common, "data": view}
 
 
 def _protocol(recipe: Recipe, mode: str, data: Data, group: Evaluations) -> dict[str, Any]:
@@ -297,33 +297,9 @@ def _identity(recipe: Recipe, data: Data) -> dict[str, Any]:
         for key in keys:
             (plain[section] if section else plain).pop(key, None)
     plain["data"]["mixture"][0]["shards"] = study_data.identity(data)
+    if recipe.model.init_from and (folder := Path(recipe.model.init_from).expanduser()).is_dir():
+        plain["model"]["init_from"] = files_digest(files_below(folder)) or recipe.model.init_from
     return plain
-
-
-def weights_digest(encoder: str) -> str:
-    """Hash of the files that the name of a baseline ends with (``presto:FILE``, ``torchgeo:MODEL@FILE``,
-    ``image:FOLDER``), without options; empty where it names none."""
-    argument, _ = parse_options(encoder.partition(":")[2])
-    path = Path(argument.rpartition("@")[2] or argument)
-    if not argument or not path.exists():
-        return ""
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    digest = hashlib.sha256()
-    for file in files:
-        found = file.stat()
-        content = _file_digest(file, found.st_size, found.st_mtime_ns)
-        digest.update(f"{file.relative_to(path)}\0{content}\0".encode())
-    return digest.hexdigest()
-
-
-@lru_cache(maxsize=1024)
-def _file_digest(path: Path, size: int, modified_ns: int) -> str:
-    """SHA-256 of a file; read once while its size and time of change stay the same."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _digest(identity: Mapping[str, Any]) -> str:

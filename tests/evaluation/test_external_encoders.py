@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -171,6 +173,35 @@ def test_the_key_of_features_has_name_options_and_weights():
     assert digests["same"] == weights_digest(one)
     assert len({*digests.values()}) == 3
     assert one.adaptation == "bands by a linear map per sensor, dates one by one"
+
+
+def test_features_of_an_edited_module_are_encoded_again(fields, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    source = """
+import torch
+from torch import nn
+
+class Encoder(nn.Module):
+    width, adaptation = 1, "none"
+
+    def __init__(self, sensors, options):
+        super().__init__()
+
+    def tokens(self, images):
+        return {"s2": images.pixels["s2"].mean((2, 3, 4))[:, :, None, None] * FACTOR}
+"""
+    benchmark = Benchmark(FIELDS, str(fields.shards), tmp_path / "cache", tmp_path / "features")
+
+    def stored(factor: str) -> np.ndarray:
+        (tmp_path / "edited_encoder.py").write_text(source.replace("FACTOR", factor))
+        sys.modules.pop("edited_encoder", None)
+        importlib.invalidate_caches()
+        evaluate_frozen(build_baseline("python:edited_encoder:Encoder", None, FIELDS), benchmark, ["knn"])
+        (folder,) = (tmp_path / "features").glob("test-*")
+        return np.load(folder / "features.npy").astype(np.float64)
+
+    one = stored("1")
+    np.testing.assert_allclose(stored("100"), 100 * one, rtol=1e-2)
 
 
 def test_a_vector_is_one_token():

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from testkit.studies import STUDY, write_results, write_study
 
+from maestro_scale.evaluation.baselines.content import content_digest
 from maestro_scale.evaluation.results import EvalResult
 from maestro_scale.recipe import RecipeError
-from maestro_scale.study.cells import distinct, expand, weights_digest
+from maestro_scale.study.cells import distinct, expand
 from maestro_scale.study.config import load_study
 
 TWO = {
@@ -173,6 +174,25 @@ def test_the_network_of_every_untrained_baseline_is_part_of_its_cell(tmp_path):
     assert not set(names(path)) & set(names(path, deeper))
 
 
+def test_replaced_files_of_a_baseline_make_another_cell(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    weights, module, model = tmp_path / "w.pt", tmp_path / "edited_module.py", tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    baselines = [f"presto:{weights},dates=monthly", f"image:{model}", "python:edited_module:A", "statistics"]
+    setup = {"baselines": baselines, "set": {"model.init_from": str(model)}}
+    path = write_study(tmp_path, factors={}, questions=[], setup=setup)
+
+    def all_names(content: str) -> list[str]:
+        for file in (weights, module, model / "model.safetensors"):
+            file.write_text(content)
+        return names(path)
+
+    before, after = all_names("a = 1"), all_names("a = 2")
+    assert all_names("a = 1") == before
+    assert [a == b for a, b in zip(before, after, strict=True)] == [False, False, False, False, True]
+
+
 def test_encoders_without_pretraining(tmp_path):
     factors = {
         "encoder": {
@@ -206,9 +226,9 @@ def test_other_weights_in_the_same_file_are_another_cell(tmp_path):
     assert found[0] == found[2] != found[1]
     folder = tmp_path / "vit"
     folder.mkdir()
-    assert weights_digest(f"image:{folder}") != weights_digest(f"presto:{weights}") != ""
-    assert weights_digest(f"torchgeo:dofa_base_patch16_224@{weights}") == weights_digest(f"presto:{weights}")
-    assert weights_digest("torchgeo:croma_base") == weights_digest("statistics") == ""
+    assert content_digest(f"image:{folder}") != content_digest(f"presto:{weights}") != ""
+    assert content_digest(f"torchgeo:dofa_base_patch16_224@{weights}") == content_digest(f"presto:{weights}")
+    assert content_digest("torchgeo:croma_base") == content_digest("statistics") == ""
 
 
 def test_a_cell_is_finished_when_every_result_can_be_read(tmp_path):

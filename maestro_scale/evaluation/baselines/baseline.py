@@ -38,6 +38,8 @@ class Baseline(nn.Module):
 
     config: BaselineConfig
     adaptation = ""
+    code = ""
+    """Digest of the code of an encoder of the user's own: part of what its cached features depend on."""
 
     def __init__(self, kind: str, spec: DatasetSpec) -> None:
         super().__init__()

@@ -55,10 +55,14 @@ def _image(argument: str, recipe: Recipe, spec: DatasetSpec) -> Baseline:
 
 
 def _python(argument: str, recipe: Recipe, spec: DatasetSpec) -> Baseline:
+    from maestro_scale.evaluation.baselines.content import content_digest
     from maestro_scale.evaluation.baselines.protocol import parse_options
 
     path, options = parse_options(argument)
-    return _external(f"python:{path}", _load_class(path), spec, options)
+    name = f"python:{path}"
+    encoder = _external(name, _load_class(path), spec, options)
+    encoder.code = content_digest(name)
+    return encoder
 
 
 _PACKAGE = __package__

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from maestro_scale.datasets.spec import DatasetSpec
-from maestro_scale.evaluation.baselines.baseline import FrozenEncoder, token_view
+from maestro_scale.evaluation.baselines.baseline import Baseline, FrozenEncoder, token_view
 from maestro_scale.evaluation.benchmark import BATCH_SIZE, Benchmark, Provenance, build_result
 from maestro_scale.evaluation.features.adapt import encoder_spec
 from maestro_scale.evaluation.features.cache import (
@@ -203,6 +203,8 @@ class _Splits:
         key: tuple[object, ...] = (*list(inputs.values())[:6], self.task.target, BATCH_SIZE)
         if inputs["precision"] != "fp32":
             key += (inputs["precision"],)
+        if isinstance(self.model, Baseline) and self.model.code:
+            inputs["code"] = self.model.code
         rank, size = (self.world.rank, self.world.size) if self.world else (0, 1)
         loader = EvalLoader(
             self.source((split,)),
