@@ -19,6 +19,7 @@ from maestro_scale.model.sequences import Sequence, has_equal_patches, sequences
 from maestro_scale.model.stacks import BlockCall, stacks
 
 GIB = 2**30
+_NO_MASKING = 1e-6  # a mask ratio at which no token is masked
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,8 @@ def sensor_parameters(config: ModelConfig) -> dict[str, int]:
 def compute_cost(config: ModelConfig, mask_ratio: float) -> Cost:
     """The cost of pretraining one sample."""
     size = config.size
-    flops = block_flops = recompute_flops = visible = 0
-    for s in config.sensors:
-        values = s.num_dates * s.grid**2 * s.patch**2 * len(s.bands)
-        flops += 2 * values * size.width
+    block_flops = recompute_flops = visible = 0
+    flops = _embedding_flops(config)
     listed = stacks(config, mask_ratio)
     for q, stack in zip(sequences(config), (s for s in listed if s.part == "decoder"), strict=True):
         masked = num_masked(mask_ratio, stack.tokens) * stack.rows
@@ -93,6 +92,23 @@ def compute_cost(config: ModelConfig, mask_ratio: float) -> Cost:
         visible_tokens=visible,
         forward_flops=forward,
         step_flops=3 * forward + recompute_flops,
+    )
+
+
+def encoder_flops(config: ModelConfig) -> int:
+    """FLOPs of the encoder's forward pass for one sample without masking, as in evaluation and supervised training."""
+    blocks = (
+        _flops(call)
+        for stack in stacks(config, _NO_MASKING)
+        if stack.part == "encoder"
+        for call in stack.calls(config.recompute_every)
+    )
+    return _embedding_flops(config) + sum(blocks)
+
+
+def _embedding_flops(config: ModelConfig) -> int:
+    return sum(
+        2 * s.num_dates * s.grid**2 * s.patch**2 * len(s.bands) * config.size.width for s in config.sensors
     )
 
 

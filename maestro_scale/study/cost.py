@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from maestro_scale.datasets.spec import DatasetSpec
 from maestro_scale.evaluation.baselines.registry import UNTRAINED
-from maestro_scale.model.cost import compute_cost
+from maestro_scale.model.cost import compute_cost, encoder_flops
 from maestro_scale.planning import GPUS, Cluster, plan_cluster
 from maestro_scale.recipe import Recipe, build_model_config
 from maestro_scale.stream.crops import CropGrid
@@ -144,12 +144,6 @@ def _crops_per_tile(spec: DatasetSpec, target: str | None) -> int:
 
 
 def _flops_without_mask(recipe: Recipe, spec: DatasetSpec) -> float:
-    # All tokens are visible: the ratio is as small as the configuration allows. The decoder, which an evaluation does
-    # not have, is a small part of it.
-    config = build_model_config(
-        recipe.model_copy(
-            update={"data": recipe.data.model_copy(update={"mixture": recipe.data.mixture[:1]})}
-        ),
-        [spec],
-    )
-    return float(compute_cost(config, 1e-6).forward_flops)
+    first = recipe.data.model_copy(update={"mixture": recipe.data.mixture[:1]})
+    config = build_model_config(recipe.model_copy(update={"data": first}), [spec])
+    return float(encoder_flops(config))

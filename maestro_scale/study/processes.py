@@ -1,6 +1,6 @@
-"""Forked child processes of a study: output to a log, end with the parent, forwarded signals.
+"""Forked child processes of a study and of quickstart: output to a log, end with the parent, forwarded signals.
 
-A cell trains for minutes, and importing torch, DeepSpeed and MLflow takes tens of seconds of CPU time. So a study
+A cell trains for minutes, and importing torch, DeepSpeed and MLflow takes tens of seconds of CPU time. So the command
 imports them once and forks: one process per cell, and in it one per stage, so that each training and evaluation starts
 from the same state as in a process of its own. The parents never compute: they start no threads and use no GPU.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -16,6 +17,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 from maestro_scale.entry import error_line, print_error
 from maestro_scale.parent_death import request_signal
@@ -24,6 +26,7 @@ STOPPED = 143
 """Exit code of a process that ended because it was asked to."""
 _GRACE_S = 120.0  # for a training to save a checkpoint, before SIGKILL
 _POLL_S = 0.05
+_CODE = Path(__file__).parents[1]
 
 
 class StopFlag:
@@ -44,6 +47,21 @@ class StopFlag:
         for pid in tuple(self.children):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
+
+
+def preload(threads: int) -> None:
+    """Import what the stages need, once, before the forks. On the CPU only: DeepSpeed's import may use a GPU, which a
+    forked process could not use again."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    from maestro_scale.training.deepspeed_import import import_deepspeed
+
+    import_deepspeed()
+    from maestro_scale.tracking.mlflow_tracker import configure_mlflow
+
+    configure_mlflow()
+    import mlflow.tracking  # noqa: F401
 
 
 def fork(work: Callable[[], int], log: Path | None, session: bool = False) -> int:
@@ -83,6 +101,21 @@ def fork(work: Callable[[], int], log: Path | None, session: bool = False) -> in
         os._exit(code)  # no atexit handlers: they are those of the parent
 
 
+def run_entry(name: str, words: list[str], threads: int) -> NoReturn:
+    """Run train.py or evaluate.py (``name`` without suffix) with ``words`` in this process, and end it."""
+    from maestro_scale import evaluate, train
+
+    sys.argv = [str(_CODE / f"{name}.py"), *words]
+    print(f"== {name}.py {' '.join(words)}", flush=True)
+    import torch
+
+    torch.set_num_threads(threads)
+    code = train.main(words) if name == "train" else evaluate.main(words)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # as training.distributed.hard_exit: DeepSpeed's threads must not delay the end
+
+
 def wait(pid: int, stop: StopFlag) -> int:
     """Exit code of a child (128 + signal if it was killed). A child that ignores the stop request for two minutes is
     killed."""
@@ -110,6 +143,14 @@ def poll(pid: int) -> int | None:
         return None
     code = os.waitstatus_to_exitcode(status)
     return code if code >= 0 else 128 - code
+
+
+def num_gpus() -> int:
+    """Number of GPUs that torch can use."""
+    # In a process of its own: counting may initialise CUDA, which the forked cells could not use again.
+    script = "import torch; print(torch.cuda.device_count())"
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    return int(found.stdout) if found.stdout.strip().isdigit() else 0
 
 
 def last_error(log: Path) -> str:

@@ -16,7 +16,7 @@ from maestro_scale.evaluation.run import score_text
 from maestro_scale.study import data as study_data
 from maestro_scale.study.cells import Cell
 from maestro_scale.study.config import Scale
-from maestro_scale.study.processes import STOPPED, StopFlag, fork, last_error, poll, wait
+from maestro_scale.study.processes import STOPPED, StopFlag, fork, last_error, num_gpus, poll, preload, wait
 from maestro_scale.study.tracking import end_study
 from maestro_scale.study.worker import LOCKED, LOG, run_cell, seconds_spent
 
@@ -119,21 +119,6 @@ def run_cells(
     return outcome
 
 
-def preload(threads: int) -> None:
-    """Import what the stages need, once, before the forks. On the CPU only: DeepSpeed's import may use a GPU, which a
-    forked process could not use again."""
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    from maestro_scale.training.deepspeed_import import import_deepspeed
-
-    import_deepspeed()
-    from maestro_scale.tracking.mlflow_tracker import configure_mlflow
-
-    configure_mlflow()
-    import mlflow.tracking  # noqa: F401
-
-
 def _start(cell: Cell, options: RunOptions, environment: dict[str, str], stop: StopFlag) -> int:
     def work() -> int:
         os.environ.update(environment)
@@ -150,21 +135,12 @@ def _environments(scale: Scale, options: RunOptions) -> list[dict[str, str]]:
     if scale.gpu is None:
         return [common] * options.jobs
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = given.split(",") if given else [str(i) for i in range(_num_gpus())]
+    gpus = given.split(",") if given else [str(i) for i in range(num_gpus())]
     if len(gpus) < options.jobs:
         raise StudyError(
             f"--jobs {options.jobs}: a cell uses a GPU, and this machine has {len(gpus)}: use fewer"
         )
     return [{**common, "CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus[: options.jobs]]
-
-
-def _num_gpus() -> int:
-    # In a process of its own: counting may initialise CUDA, which the forked cells could not use again.
-    import subprocess
-
-    script = "import torch; print(torch.cuda.device_count())"
-    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    return int(found.stdout) if found.stdout.strip().isdigit() else 0
 
 
 def _write_data(cells: Sequence[Cell], options: RunOptions, stop: StopFlag) -> bool:

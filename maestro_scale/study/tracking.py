@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 
 from maestro_scale.shards.locks import file_lock
 from maestro_scale.study.cells import Cell
-from maestro_scale.tracking.evaluations import record_evaluation
-from maestro_scale.tracking.mlflow_run import artifact_location, tracking_uri
+from maestro_scale.tracking.evaluations import create_run, record_evaluation
+from maestro_scale.tracking.mlflow_run import tracking_uri
 from maestro_scale.tracking.mlflow_tracker import configure_mlflow, error_summary
-from maestro_scale.tracking.run_file import RUN_TAG, find_run, record_store, run_dir_id
-from maestro_scale.tracking.store import active_experiment, connect
+from maestro_scale.tracking.run_file import find_run
+from maestro_scale.tracking.store import connect
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -75,13 +75,7 @@ def _study_run(client: MlflowClient, cell: Cell, study: str, study_dir: Path) ->
 
 
 def _create(client: MlflowClient, folder: Path, cell: Cell, name: str) -> Run:
-    uri = tracking_uri(cell.directory)
-    experiment = active_experiment(
-        client, cell.recipe.tracking.experiment, uri, artifact_location(cell.directory)
-    )
-    run = client.create_run(experiment, run_name=name, tags={RUN_TAG: run_dir_id(folder)})
-    record_store(folder, run.info.run_id, uri)
-    return run
+    return create_run(client, folder, cell.directory, cell.recipe.tracking.experiment, name)
 
 
 def _tag(client: MlflowClient, run: Run, cell: Cell, study: str, parent: Run) -> None:

@@ -7,9 +7,7 @@ is given to train.py), ``log.txt``, ``cost.json`` (seconds by stage), ``evaluati
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -18,16 +16,15 @@ from pathlib import Path
 from maestro_scale import untrusted
 from maestro_scale.shards.locks import Locked, file_lock
 from maestro_scale.study.cells import SCRATCH, TRAINED_MODES, Cell, Evaluation
-from maestro_scale.study.processes import STOPPED, StopFlag, fork, wait
+from maestro_scale.study.processes import STOPPED, StopFlag, fork, run_entry, wait
 from maestro_scale.study.tracking import record_cell
 from maestro_scale.training.checkpoint.checkpoints import newest
-from maestro_scale.training.run_dir import OUTCOME, write_atomically
+from maestro_scale.training.run_dir import has_finished, write_atomically
 
 FAILED, LOCKED = 1, 75
 LOG, COST = "log.txt", "cost.json"
 _MODEL = "model"
 _LOCK = ".cell.lock"
-_CODE = Path(__file__).parents[1]
 
 
 def run_cell(cell: Cell, study: str, study_dir: Path, slim: bool, threads: int) -> int:
@@ -52,13 +49,7 @@ def run_cell(cell: Cell, study: str, study_dir: Path, slim: bool, threads: int) 
 
 def is_trained(cell: Cell) -> bool:
     """Whether the pretraining of a cell has finished; true for a cell that has none."""
-    if cell.encoder is not None:
-        return True
-    try:
-        outcome = untrusted.read_record(cell.directory / OUTCOME)
-    except (OSError, ValueError):
-        return False
-    return outcome.get("reason") == "done"
+    return cell.encoder is not None or has_finished(cell.directory)
 
 
 def seconds_spent(cell: Cell) -> dict[str, float]:
@@ -138,27 +129,12 @@ def _stage(cell: Cell, name: str, words: list[str], stop: StopFlag, threads: int
     if stop.is_set:
         return STOPPED
     started = time.monotonic()
-    code = wait(fork(lambda: _main(name, words, threads), cell.directory / LOG), stop)
+    code = wait(fork(lambda: run_entry(name, words, threads), cell.directory / LOG), stop)
     spent = seconds_spent(cell)
     spent[name] = round(spent.get(name, 0.0) + time.monotonic() - started, 2)
     with suppress(OSError):  # a full disk: the stage has reported it
         write_atomically(cell.directory / COST, json.dumps(spent))
     return code
-
-
-def _main(name: str, words: list[str], threads: int) -> int:
-    """Run train.py or evaluate.py in this process."""
-    from maestro_scale import evaluate, train
-
-    sys.argv = [str(_CODE / f"{name}.py"), *words]
-    print(f"== {name}.py {' '.join(words)}", flush=True)
-    import torch
-
-    torch.set_num_threads(threads)
-    code = train.main(words) if name == "train" else evaluate.main(words)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # as training.distributed.hard_exit: DeepSpeed's threads must not delay the end
 
 
 def _drop_optimizer_state(cell: Cell) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,12 +18,19 @@ from maestro_scale.evaluation.report.report import draw_pictures, write_report
 from maestro_scale.evaluation.results import EvalResult, EvaluationError
 from maestro_scale.secrets_filter import scrub, scrub_document, scrub_mapping
 from maestro_scale.shards.temporary import temporary_folder
-from maestro_scale.tracking.mlflow_run import tracking_uri
+from maestro_scale.tracking.mlflow_run import artifact_location, tracking_uri
 from maestro_scale.tracking.mlflow_tracker import configure_mlflow, error_summary
 from maestro_scale.tracking.origin import provenance_tags
 from maestro_scale.tracking.outbox import PendingEvaluation, add_pending, list_pending, remove_pending
-from maestro_scale.tracking.run_file import find_run, find_run_dir, last_store
-from maestro_scale.tracking.store import check_run_experiment, connect, sqlite_path
+from maestro_scale.tracking.run_file import (
+    RUN_TAG,
+    find_run,
+    find_run_dir,
+    last_store,
+    record_store,
+    run_dir_id,
+)
+from maestro_scale.tracking.store import active_experiment, check_run_experiment, connect, sqlite_path
 from maestro_scale.training.run_dir import environment
 
 if TYPE_CHECKING:
@@ -70,6 +77,36 @@ def record_evaluation(checkpoint: Path | None, result: EvalResult, path: Path) -
             advice,
         )
         return None
+
+
+def record_encoder(
+    folder: Path, experiment: str, name: str, results: Sequence[tuple[EvalResult, Path]]
+) -> None:
+    """Store evaluations of an encoder that has no training run, below a run of its own, which ``folder`` stands for.
+
+    A repeated call finds the runs that exist. Never raises: it logs a warning.
+    """
+    configure_mlflow()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        client = connect(tracking_uri(folder))
+        if find_run(client, folder) is None:
+            run = create_run(client, folder, folder, experiment, name)
+            client.set_terminated(run.info.run_id, "FINISHED")
+    except Exception as error:  # noqa: BLE001 - MLflow and its clients raise any type; the results are on disk
+        log.warning("MLflow: the evaluations of %s were not recorded: %s", name, error_summary(error))
+        return
+    for result, path in results:
+        record_evaluation(folder, result, path)
+
+
+def create_run(client: MlflowClient, folder: Path, home: Path, experiment: str, name: str) -> Run:
+    """A new MLflow run for ``folder``, in the store of the run directory ``home``. Raises any MLflow error."""
+    uri = tracking_uri(home)
+    experiment_id = active_experiment(client, experiment, uri, artifact_location(home))
+    run = client.create_run(experiment_id, run_name=name, tags={RUN_TAG: run_dir_id(folder)})
+    record_store(folder, run.info.run_id, uri)
+    return run
 
 
 def send_pending(run_dir: Path) -> tuple[int, list[str]]:

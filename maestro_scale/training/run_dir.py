@@ -154,6 +154,15 @@ def write_outcome(run_dir: Path, reason: str, why: str, step: int) -> None:
     write_atomically(run_dir / OUTCOME, json.dumps({"reason": reason, "why": why, "step": step}))
 
 
+def has_finished(run_dir: Path) -> bool:
+    """Whether the last start of a run reached its last step, by ``outcome.json``."""
+    try:
+        outcome = untrusted.read_record(run_dir / OUTCOME)
+    except (OSError, ValueError):
+        return False
+    return outcome.get("reason") == "done"
+
+
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Replace a file's content atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
