@@ -100,7 +100,7 @@ def encoder_flops(config: ModelConfig) -> int:
     blocks = (
         _flops(call)
         for stack in stacks(config, _NO_MASKING)
-        if stack.part == "encoder"
+        if stack.part != "decoder"  # of a group (encoder) and over all groups (inter)
         for call in stack.calls(config.recompute_every)
     )
     return _embedding_flops(config) + sum(blocks)
