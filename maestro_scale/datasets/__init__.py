@@ -65,6 +65,16 @@ def synth(name: str, dst: Path, tiles: int, seed: int) -> None:
     getattr(_module(module), function)(Path(dst), tiles, seed)
 
 
+def scenes(name: str, tiles: int, seed: int, window_m: float) -> RawDataset:
+    """The middle of ``tiles`` synthetic scenes, ``window_m`` metres wide, as tiles that are not on disk. KeyError for
+    an unknown dataset, DatasetError for one without such tiles, or a width that does not fit its pixels."""
+    module = _known(name)[1].partition(":")[0]
+    make = getattr(_module(module), "Windows", None) if module else None
+    if make is None:
+        raise DatasetError(f"{name} has no synthetic tiles of another size: leave window_m out")
+    return make(tiles, seed, window_m)
+
+
 def is_synthetic(src: Path) -> bool:
     """Whether a folder of raw data was written by :func:`synth`; then its scores are not those of the real data."""
     return (Path(src) / MARKER).is_file()

@@ -157,6 +157,18 @@ class DatasetSpec:
             ref_sensor=self.ref_sensor if self.ref_sensor in {s.name for s in sensors} else None,
         )
 
+    def windowed(self, window_m: float) -> DatasetSpec:
+        """The spec of tiles that are ``window_m`` metres wide. DatasetError unless that is at least the crop, at most
+        the tile, and a multiple of the coarsest pixel."""
+        coarsest_m = max(m.resolution_m for m in self.modalities)
+        if not self.crop_m <= window_m <= self.tile_m or window_m % coarsest_m:
+            raise DatasetError(
+                f"{self.name}: a window of {window_m:g} m: use a multiple of {coarsest_m:g} from {self.crop_m:g} to "
+                f"{self.tile_m:g}"
+            )
+        modalities = (replace(m, size=round(window_m / m.resolution_m)) for m in self.modalities)
+        return replace(self, tile_m=window_m, modalities=tuple(modalities))
+
     def sensor(self, name: str) -> Sensor:
         """The sensor called ``name``; KeyError with the known names if there is none."""
         return _find(self.sensors, name, f"sensor of {self.name}")

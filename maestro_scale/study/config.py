@@ -42,9 +42,14 @@ class Data(Section):
     """Tiles by split: of synthetic data, or of existing shards that the machine of --dry-run cannot read."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the synthetic tiles."""
+    window_m: Annotated[float, Field(gt=0)] | None = None
+    """Synthetic tiles of pastis_hd: this many metres of the middle of each scene, so that there are many independent
+    tiles; null: whole scenes."""
 
     @model_validator(mode="after")
     def _check_source(self) -> Data:
+        if self.shards is not None and self.window_m is not None:
+            raise ConflictError((("window_m",), "is of synthetic tiles: leave it out where shards are given"))
         if self.shards is None and not self.tiles:
             reason = "give shards, or tiles by split (train, val, test) of synthetic data"
             raise ConflictError((("tiles",), reason))

@@ -100,8 +100,10 @@ def measured_rate(cells: Iterable[tuple[Cell, CellCost]]) -> float:
 
 
 def specs_of(recipe: Recipe, data: Data) -> tuple[list[DatasetSpec], list[tuple[int, int] | None]]:
-    """As ``specs_and_sizes``; the number of samples of data that cannot be read here is that of the study's file."""
+    """As ``specs_and_sizes``; size and number of tiles that cannot be read here are those of the study's file."""
     specs, sizes = specs_and_sizes(recipe)
+    if data.window_m is not None:
+        specs[0] = specs[0].windowed(data.window_m)
     if sizes[0] is None and data.tiles:
         count = sum(data.tiles.get(split, 0) for split in recipe.data.mixture[0].split)
         sizes[0] = (count, count * _bytes_per_sample(specs[0])) if count else None

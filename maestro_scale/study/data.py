@@ -35,6 +35,7 @@ def identity(data: Data) -> dict[str, Any]:
         "tiles": dict(data.tiles),
         "seed": data.seed,
         "generator": generator_digest(data.dataset),
+        **({} if data.window_m is None else {"window_m": data.window_m}),
     }
 
 
@@ -78,8 +79,7 @@ def write(data: Data, root: Path, workers: int = 2) -> None:
         if is_complete(data, root):
             return
         raw = folder.with_name(f"{folder.name}.raw")
-        datasets.synth(data.dataset, raw, sum(data.tiles.values()), data.seed)
-        tiles = _AllTiles(data.dataset, raw)
+        tiles = _synthetic_tiles(data, raw)
         # In random order, as the names of the tiles may begin with their class. The splits of the raw data have fixed
         # shares, which a study of many test tiles could not use.
         keys, start = shuffle_keys(tiles.keys(), data.seed), 0
@@ -87,10 +87,21 @@ def write(data: Data, root: Path, workers: int = 2) -> None:
         for split, count in sorted(data.tiles.items(), key=lambda item: _order(item[0])):
             part = _Subset(tiles, keys[start : start + count])
             start += count
-            write_shards(part, str(folder), split, workers=workers, shard_mb=_SHARD_MB, seed=data.seed)
+            write_shards(
+                part, str(folder), split, workers=workers, shard_mb=_SHARD_MB, seed=data.seed, synthetic=True
+            )
         Manifest.load(str(folder))
         write_atomically(folder / _DONE, json.dumps(identity(data), indent=1) + "\n")
-        shutil.rmtree(raw)
+        shutil.rmtree(raw, ignore_errors=True)
+
+
+def _synthetic_tiles(data: Data, raw: Path) -> RawDataset:
+    """All tiles: windows of scenes, or whole ones, which are written to ``raw``."""
+    count = sum(data.tiles.values())
+    if data.window_m is not None:
+        return datasets.scenes(data.dataset, count, data.seed, data.window_m)
+    datasets.synth(data.dataset, raw, count, data.seed)
+    return _AllTiles(data.dataset, raw)
 
 
 def _order(split: str) -> tuple[int, str]:

@@ -37,8 +37,9 @@ def test_shipped_studies_expand_at_both_scales(path, tmp_path, monkeypatch):
                 )
         if scale == "cpu":
             for setup in study.scales["cpu"].setups.values():
-                crops = 64 if setup.data.dataset == "pastis_hd" else 1  # of a tile, each evaluated by itself
-                assert setup.data.tiles["test"] * crops >= 1500
+                assert (
+                    setup.data.tiles["test"] >= 1500
+                )  # counts are of tiles: crops of one are not independent
                 assert len(setup.seeds) >= 5
 
 

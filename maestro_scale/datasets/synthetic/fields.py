@@ -22,7 +22,8 @@ _NEGLIGIBLE = 0.2  # an octave finer than this share of a footprint averages to 
 
 @dataclass(frozen=True)
 class Grid:
-    """Square pixels of ``resolution_m`` over a scene of ``extent_m``, with ``margin_m`` more on every side."""
+    """Square pixels of ``resolution_m`` over a scene of ``extent_m``, with ``margin_m`` more on every side; less, where
+    it is negative."""
 
     extent_m: float
     resolution_m: float

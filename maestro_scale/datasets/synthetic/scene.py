@@ -38,7 +38,8 @@ _RELIEF_SPACINGS = octaves(1280.0, 20.0)
 class Scene:
     """A square of ``extent_m`` metres with 1–3 dominant classes out of ``num_classes`` (at most 20).
 
-    ``num_parcels``: for large scenes, this many fields, of a sixth as many classes, instead.
+    ``num_parcels``: for large scenes, this many fields, of a sixth as many classes, instead. ``window_m``: width of the
+    square in the middle that sensors and labels cover; 0: the whole scene.
     Every method is deterministic and independent of earlier calls. Raises ValueError for more classes than there are
     signatures.
     """
@@ -48,6 +49,7 @@ class Scene:
     extent_m: float
     num_classes: int
     num_parcels: int = 0
+    window_m: float = 0.0
 
     def __post_init__(self) -> None:
         variants_of(self.num_classes)
@@ -85,7 +87,7 @@ class Scene:
 
     def shares(self) -> np.ndarray:
         """(K,) area share of every class; sums to one."""
-        return self.fractions(self.extent_m / 60).mean(axis=(1, 2))
+        return self.fractions((self.window_m or self.extent_m) / 60).mean(axis=(1, 2))
 
     def relief(self, resolution_m: float) -> np.ndarray:
         """(H, W) height of the terrain relative to the scene's mean level, in units of its standard deviation."""
@@ -186,4 +188,5 @@ class Scene:
         return shares[present], [self.variants[k] for k in present]
 
     def _grid(self, resolution_m: float, margin_m: float = 0.0) -> Grid:
-        return Grid(self.extent_m, resolution_m, margin_m)
+        outside_m = (self.extent_m - self.window_m) / 2 if self.window_m else 0.0
+        return Grid(self.extent_m, resolution_m, margin_m - outside_m)
