@@ -16,7 +16,7 @@ from maestro_scale.study import data as study_data
 from maestro_scale.study.cells import Cell, distinct, expand, scale_of
 from maestro_scale.study.config import Scale, Study, load_study
 from maestro_scale.study.records import CellRecord, EvaluationRecord
-from maestro_scale.study.run import Outcome, RunOptions, StudyError, run_cells
+from maestro_scale.study.run import Outcome, RunOptions, StudyError, check_data, run_cells
 from maestro_scale.study.worker import seconds_spent
 from maestro_scale.training.run_dir import write_atomically
 
@@ -67,6 +67,7 @@ class StudyRun:
 
     def run(self) -> Outcome:
         """Run the missing cells on this machine."""
+        check_data(self.distinct)
         run = partial(run_cells, scale=self.scale, options=self.options)
         if self.study.sample is None:
             return run(self.distinct)
@@ -88,6 +89,7 @@ class StudyRun:
         """Run one cell by its number in the dry run."""
         if not 0 <= number < len(self.distinct):
             raise StudyError(f"--cell {number}: the study has the cells 0 to {len(self.distinct) - 1}")
+        check_data(self.distinct)
         return run_cells([self.distinct[number]], self.scale, self.options)
 
     def missing(self) -> list[int]:
@@ -108,6 +110,7 @@ class StudyRun:
         from maestro_scale.study.slurm import submit
 
         numbers = self.missing()
+        check_data(self.distinct)
         if not numbers:
             return f"{self.options.study}: all {len(self.distinct)} cells are finished"
         for (

@@ -7,18 +7,22 @@ import sys
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from maestro_scale.errors import MaestroError
 from maestro_scale.escaping import printable
 from maestro_scale.evaluation.run import score_text
+from maestro_scale.shards.errors import ManifestError
+from maestro_scale.shards.format.manifest import Manifest
 from maestro_scale.study import data as study_data
 from maestro_scale.study.cells import Cell
 from maestro_scale.study.config import Scale
 from maestro_scale.study.processes import STOPPED, StopFlag, fork, last_error, num_gpus, poll, preload, wait
 from maestro_scale.study.tracking import end_study
 from maestro_scale.study.worker import LOCKED, LOG, run_cell, seconds_spent
+from maestro_scale.training.run_dir import manifest_path
 
 _POLL_S = 0.1
 _RETRY_S = 10.0  # until a cell that another study runs is tried again
@@ -117,6 +121,37 @@ def run_cells(
     if not stop.is_set:
         end_study(list(cells), options.study_dir, not outcome.failures)
     return outcome
+
+
+def check_data(cells: Sequence[Cell]) -> None:
+    """StudyError where a cell was trained on other samples than those that its shards hold now: it would be compared
+    with cells that are run after their replacement. Another split of the same shards does not matter."""
+    present: dict[str, Manifest | None] = {}
+    for cell in cells:
+        trained = manifest_path(cell.directory, 0, cell.data.dataset)
+        if cell.data.shards is None or not trained.exists():
+            continue
+        if cell.data.shards not in present:
+            present[cell.data.shards] = _manifest(cell.data.shards)
+        splits, now = cell.recipe.data.mixture[0].split, present[cell.data.shards]
+        if now is None:
+            continue
+        with suppress(ManifestError):
+            before = Manifest.loads(trained.read_bytes(), str(trained))
+            if before.digest_of(splits) == now.digest_of(splits):
+                continue
+        raise StudyError(
+            f"{cell.data.shards} holds other samples than those that {cell.name} was trained on: restore them, give "
+            f"another --root, or remove {cell.directory} and the other cells of these data"
+        )
+
+
+def _manifest(address: str) -> Manifest | None:
+    """None where it cannot be read; the stages of a cell report that."""
+    try:
+        return Manifest.load(address)
+    except MaestroError:
+        return None
 
 
 def _start(cell: Cell, options: RunOptions, environment: dict[str, str], stop: StopFlag) -> int:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import time
+from pathlib import Path
 
 import pytest
 from testkit.studies import write_results, write_study
@@ -11,11 +14,13 @@ from typer.testing import CliRunner
 
 from maestro_scale.cli import app
 from maestro_scale.shards.locks import file_lock
+from maestro_scale.study import data as study_data
 from maestro_scale.study import run, worker
 from maestro_scale.study.cells import distinct, expand
-from maestro_scale.study.config import load_study
+from maestro_scale.study.command import Request, StudyRun
+from maestro_scale.study.config import Data, load_study
 from maestro_scale.study.processes import STOPPED, StopFlag
-from maestro_scale.study.run import RunOptions, run_cells
+from maestro_scale.study.run import RunOptions, StudyError, check_data, run_cells
 
 
 @pytest.fixture
@@ -62,6 +67,35 @@ def test_finished_cells_are_skipped_and_a_failure_stops_no_other(prepared, monke
     # Repeated, only the failed one is run.
     assert run_cells(cells, scale, options).exit_code == 1
     assert [len((c.directory / "calls").read_text().splitlines()) for c in cells[1:]] == [2, 1, 1]
+
+
+def test_other_samples_at_the_address_of_existing_shards_are_refused(tmp_path):
+    def shards(seed: int) -> Path:
+        data = Data(dataset="treesatai_ts", tiles={"train": 7}, seed=seed)
+        study_data.write(data, tmp_path, workers=1)
+        return Path(study_data.place(data, tmp_path))
+
+    first, other, place = shards(0), shards(1), tmp_path / "shards"
+    shutil.copytree(first, place)
+    study = write_study(tmp_path, place)
+    started = StudyRun(Request(study, "", tmp_path / "root"))
+    check_data(started.distinct)  # nothing was run
+    cell = started.distinct[1]
+    trained = cell.directory / "manifests" / "0-treesatai_ts.json"
+    trained.parent.mkdir(parents=True)
+    shutil.copy(first / "manifest.json", trained)
+    manifest = json.loads(trained.read_text())
+    manifest["shards"] += [{**s, "split": "val", "path": f"v-{s['path']}"} for s in manifest["shards"]]
+    (place / "manifest.json").write_text(json.dumps(manifest))
+    (place / "manifest.sha256").unlink(missing_ok=True)
+    check_data(started.distinct)  # another split does not matter
+    shutil.rmtree(place)
+    shutil.copytree(other, place)
+    for start in (started.run, lambda: started.run_cell(0), lambda: started.submit(1, [])):
+        with pytest.raises(StudyError, match=f"shards holds other samples than those that {cell.name} was"):
+            start()
+    shutil.rmtree(place)
+    check_data(started.distinct)  # cannot be read here
 
 
 def test_a_cell_that_another_study_runs_is_waited_for(prepared, monkeypatch):
