@@ -694,7 +694,7 @@ def test_changes_that_do_not_fit_are_refused(sensors, reason):
     assert reason in str(caught.value)
 
 
-def test_with_token_a_sensor_has_a_token_per_band_group_unless_told_otherwise():
+def test_with_token_a_sensor_has_a_token_per_band_group_by_default():
     def groups(**sensors):
         spec = resolve_spec(SPEC, entry(sensors=sensors), spectral="token")
         return {s.name: s.token_groups for s in spec.sensors}

@@ -266,7 +266,7 @@ def test_published_weights_give_the_recorded_scores_on_real_series():
 
 
 def test_a_group_needs_all_of_its_bands():
-    """Two bands of Sentinel-2 are no group of Presto."""
+    """Two bands of Sentinel-2 are not a group of Presto."""
     with pytest.raises(EvaluationError, match="reads none of the dataset's sensors"):
         build_baseline("presto:untrained", None, FIELDS)
     spec = dataclasses.replace(TREESAT, sensors=TREESAT.sensors[1:2])

@@ -75,7 +75,7 @@ def test_a_run_of_this_revision_continues_without_a_message(caplog):
 def test_a_finetuning_continues_with_its_dates():
     assert with_recorded_draws(recipe("monotemp"), TUNED, MAIN).first_date == "ends"
     assert with_recorded_draws(recipe(), {**TUNED, "first_date": "any"}, MAIN).first_date == "any"
-    # Masks are no part of a finetuning.
+    # A finetuning has no masks.
     assert not with_recorded_draws(recipe("monotemp"), TUNED, MAIN).has_structural_masks
 
 

@@ -64,7 +64,7 @@ _RAW = Scale("linear", 1.0)
 
 
 def sensor_inputs(spec: DatasetSpec) -> dict[str, SensorInput]:
-    """What external encoders are told of the sensors of a resolved spec, by name."""
+    """The sensors of a resolved spec as external encoders receive them, by name."""
     return {s.name: _sensor_input(spec, s) for s in spec.sensors}
 
 

@@ -18,12 +18,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from maestro_scale import untrusted
-from maestro_scale.errors import MaestroError, did_you_mean
+from maestro_scale.errors import did_you_mean
 from maestro_scale.evaluation.baselines.bands import Reading, Reads, Statistics, find_readings, model_input
 from maestro_scale.evaluation.baselines.protocol import Images, SensorInput, check_options
+from maestro_scale.evaluation.baselines.transformer import read_file
 from maestro_scale.evaluation.results import EvaluationError
-from maestro_scale.interop.restricted import load_untrusted
 
 UNTRAINED = ("untrained", "random")
 """Names of initial weights, drawn from seed 0."""
@@ -246,10 +245,7 @@ def load_weights(adapter: Adapter, path: Path) -> None:
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a file by dotted name."""
-    try:
-        content = untrusted.load_tensors(path) if path.suffix == ".safetensors" else load_untrusted(path)
-    except MaestroError as error:
-        raise EvaluationError(f"{path}: no weights can be read ({error})") from None
+    content = read_file(path)
     for key in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]

@@ -89,9 +89,7 @@ BASELINES: Mapping[str, BaselineKind] = {
     "terratorch": BaselineKind(
         "MODEL", f"{_PACKAGE}.terratorch:TerraTorch", "a backbone of terratorch, where it is installed"
     ),
-    "python": BaselineKind(
-        "pkg.module:Class", _python, "anyone's encoder, with the interface of ExternalEncoder"
-    ),
+    "python": BaselineKind("pkg.module:Class", _python, "any encoder with the interface of ExternalEncoder"),
 }
 """The oracle is not among them: it is a mode, see ``oracle/``."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -79,12 +80,17 @@ def initialise_linear(module: nn.Module) -> None:
             part.reset_parameters()
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The state dict in a file of ``torch.save`` or safetensors, within bounds. EvaluationError if it is not one."""
+def read_file(path: Path) -> Any:
+    """The content of a file of ``torch.save`` or safetensors, within bounds. EvaluationError if it is neither."""
     try:
-        content = untrusted.load_tensors(path) if path.suffix == ".safetensors" else load_untrusted(path)
+        return untrusted.load_tensors(path) if path.suffix == ".safetensors" else load_untrusted(path)
     except (ExportError, untrusted.InputError, OSError) as error:
         raise EvaluationError(f"{path}: cannot be read as weights ({error})") from None
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The state dict in a file. EvaluationError as of ``read_file``, and where it has none."""
+    content = read_file(path)
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     if (
