@@ -10,8 +10,10 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from maestro_scale.datasets.spec import DatasetSpec
+from maestro_scale.datasets.spec import DatasetSpec, Target
 from maestro_scale.evaluation.baselines.registry import UNTRAINED
+from maestro_scale.evaluation.probes import dense, lr_grid
+from maestro_scale.model.config import ModelConfig
 from maestro_scale.model.cost import compute_cost, encoder_flops
 from maestro_scale.planning import GPUS, Cluster, plan_cluster
 from maestro_scale.recipe import Recipe, build_model_config
@@ -24,7 +26,7 @@ from maestro_scale.training.dry_run import specs_and_sizes
 _CPU_FLOPS = 17e9
 """FLOP/s of one core in training: quickstart's step of 32 samples takes 0.2 s of one core."""
 _STAGE_S = 6.0
-"""Seconds of a stage without its FLOPs: process group, reading shards, fitting a probe."""
+"""Seconds of a stage without its FLOPs: process group, reading shards, fitting a probe of whole tiles."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def cell_cost(cell: Cell, gpu: Gpu | None) -> CellCost:
     batch = cell.recipe.train.global_batch
     sample = compute_cost(config.for_dataset(config.views[0].dataset), cell.recipe.masking.ratio)
     train = sample.step_flops * batch * steps if steps else 0.0
-    evaluate = sum(_evaluation_flops(cell, e) for e in cell.evaluations)
+    evaluate = _evaluation_flops(cell)
     stages = (cell.encoder is None) + len({(e.folder, e.fraction) for e in cell.evaluations})
     hours = None
     if gpu is not None:
@@ -123,29 +125,69 @@ def _num_steps(recipe: Recipe, sizes: Sequence[tuple[int, int] | None]) -> int |
     return recipe.train.num_steps(sum(max(1, samples // recipe.train.global_batch) for samples, _ in known))
 
 
-def _evaluation_flops(cell: Cell, evaluation: Evaluation) -> float:
-    """Of the forward passes over all tiles, or of a finetuning; 0 where the number of tiles is unknown."""
+def _evaluation_flops(cell: Cell) -> float:
+    """Of all evaluations; 0 for other encoders than ours, and where the number of tiles is unknown.
+
+    Frozen modes of one protocol share the features.
+    """
     if cell.encoder not in (None, *UNTRAINED, SCRATCH):
         return 0.0
-    recipe, tiles = evaluation.recipe, evaluation.data.tiles
-    (spec, *_), _ = specs_of(recipe, evaluation.data)
-    forward, crops = _flops_without_mask(recipe, spec), _crops_per_tile(spec, evaluation.target)
-    if evaluation.mode not in TRAINED_MODES:
-        return forward * crops * sum(tiles.values())
+    trained = [e for e in cell.evaluations if e.mode in TRAINED_MODES]
+    frozen = [e for e in cell.evaluations if e.mode not in TRAINED_MODES]
+    by_folder = {e.folder: e for e in frozen}
+    features = sum(_feature_flops(e) for e in by_folder.values())
+    return features + sum(map(_finetuning_flops, trained)) + sum(map(_probe_flops, frozen))
+
+
+def _feature_flops(evaluation: Evaluation) -> float:
+    """Of the forward passes over all crops."""
+    spec, crops = _spec_and_crops(evaluation)
+    return _flops_without_mask(evaluation.recipe, spec) * crops * sum(evaluation.data.tiles.values())
+
+
+def _finetuning_flops(evaluation: Evaluation) -> float:
+    """Of the steps, with backward passes, and of validations and test."""
+    (spec, crops), recipe, tiles = _spec_and_crops(evaluation), evaluation.recipe, evaluation.data.tiles
     train = max(1, int(tiles.get("train", 0) * evaluation.fraction))
     steps = recipe.train.num_steps(max(1, train // recipe.train.global_batch))
     validated = tiles.get("val", 0) * min(recipe.evaluation.validations, steps)
-    trained = 3 * steps * recipe.train.global_batch
-    return forward * (trained + crops * (validated + tiles.get("test", 0)))
+    samples = 3 * steps * recipe.train.global_batch + crops * (validated + tiles.get("test", 0))
+    return _flops_without_mask(recipe, spec) * samples
 
 
-def _crops_per_tile(spec: DatasetSpec, target: str | None) -> int:
-    """Crops of a tile that are evaluated: all of them for a map, else one."""
-    chosen = spec.target(target) if target is not None else next(iter(spec.targets), None)
-    return CropGrid(spec).num_crops if chosen is not None and chosen.is_map else 1
+def _probe_flops(evaluation: Evaluation) -> float:
+    """Of the linear maps from cells to pixels; 0 for other modes and labels of whole tiles, whose fit takes seconds."""
+    spec, crops = _spec_and_crops(evaluation)
+    target, ref = (
+        _target(spec, evaluation.target),
+        next((s for s in spec.sensors if s.name == spec.ref_sensor), None),
+    )
+    if evaluation.mode != "probe" or target is None or not target.is_map or ref is None:
+        return 0.0
+    cells = int(evaluation.data.tiles.get("train", 0) * evaluation.fraction) * crops * ref.grid**2
+    batches = -(-cells // dense.BATCH_CELLS)
+    steps = max(lr_grid.EPOCHS * batches, lr_grid.MIN_STEPS)
+    width = _model_of(evaluation.recipe, spec).size.width * len(spec.sensors)
+    multiplied = width * ref.patch**2 * target.num_outputs
+    return 6.0 * len(dense.LEARNING_RATES) * steps * min(cells, dense.BATCH_CELLS) * multiplied
+
+
+def _spec_and_crops(evaluation: Evaluation) -> tuple[DatasetSpec, int]:
+    """The benchmark's spec, and the crops of a tile that are evaluated: all of them for a map, else one."""
+    (spec, *_), _ = specs_of(evaluation.recipe, evaluation.data)
+    target = _target(spec, evaluation.target)
+    return spec, CropGrid(spec).num_crops if target is not None and target.is_map else 1
+
+
+def _target(spec: DatasetSpec, name: str | None) -> Target | None:
+    return spec.target(name) if name is not None else next(iter(spec.targets), None)
 
 
 def _flops_without_mask(recipe: Recipe, spec: DatasetSpec) -> float:
+    return float(encoder_flops(_model_of(recipe, spec)))
+
+
+def _model_of(recipe: Recipe, spec: DatasetSpec) -> ModelConfig:
+    """The model for the first dataset of the recipe alone."""
     first = recipe.data.model_copy(update={"mixture": recipe.data.mixture[:1]})
-    config = build_model_config(recipe.model_copy(update={"data": first}), [spec])
-    return float(encoder_flops(config))
+    return build_model_config(recipe.model_copy(update={"data": first}), [spec])
