@@ -356,6 +356,32 @@ def test_only_the_weights_that_were_validated_are_tested(tmp_path, monkeypatch):
         hook.load_best()
 
 
+def test_a_run_that_went_on_after_its_patience_is_not_resumed_with_it(tmp_path):
+    history = [ValidationScore(10 * i, s) for i, s in enumerate((0.5, 0.4, 0.3, 0.9), 1)]
+    state = {"history": [dataclasses.asdict(score) for score in history]}
+    task = SimpleNamespace(target_loss=SimpleNamespace(task=SimpleNamespace(metric="miou")))
+
+    def load(patience: int, scores: int) -> list[ValidationScore]:
+        settings = validation.ValidationSettings(
+            validations=4, patience=patience, workers=0, precision="fp32"
+        )
+        world = SimpleNamespace(is_main=True)
+        hook = validation.ValidationHook(task, None, None, world, tmp_path, settings, lambda step: None)
+        hook.load_state_dict({"history": state["history"][:scores]})
+        return hook.history
+
+    assert load(0, 4) == load(3, 4) == history
+    assert load(2, 3) == history[:3]  # it ended there
+    with pytest.raises(
+        EvaluationError, match=r"patience=2 ends this run at step 30, and it was trained to step 40"
+    ):
+        load(2, 4)
+    with pytest.raises(
+        EvaluationError, match=r"patience=1 ends this run at step 20, and it was trained to step 30"
+    ):
+        load(1, 3)
+
+
 def test_validations_by_hand():
     def due(num_steps: int, validations: int) -> list[int]:
         return [s for s in range(1, num_steps + 1) if early_stop.due(s, num_steps, validations)]

@@ -142,8 +142,20 @@ class ValidationHook(Hook):
         return {"history": [asdict(score) for score in self.history]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The history of a checkpoint."""
+        """The history of a checkpoint. EvaluationError where it goes on after the end that the patience gives: its best
+        score may be one that a run with this patience never reaches."""
         self.history = [ValidationScore(**score) for score in state["history"]]
+        patience = self._settings.patience
+        ends = (
+            n
+            for n in range(len(self.history))
+            if early_stop.exhausted(self.history[:n], patience, self._sign)
+        )
+        if (end := next(ends, None)) is not None:
+            raise EvaluationError(
+                f"{self._run_dir}: evaluation.patience={patience} ends this run at step {self.history[end - 1].step}, and "
+                f"it was trained to step {self.history[-1].step} with a larger one; finetune into another directory"
+            )
 
     def _best_path(self, step: int) -> Path:
         return self._run_dir / "best" / f"step_{step:08d}.safetensors"
