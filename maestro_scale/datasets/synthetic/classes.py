@@ -19,7 +19,8 @@ to VV). Only some of the four differ between the classes of a block:
 Pairs in braces are exclusive ors: class 9 is (season 0, open) or (season 4, dense), class 10 is (season 0, dense) or
 (season 4, open), equally often. The season of a tile says nothing about 9 against 10, nor does the radar structure;
 both together determine it. The seasons of these pairs are equal in an aerial image of mid-June, and the backscatter of
-woody plants does not follow their leaves, so that neither image nor radar contains the season.
+woody plants does not follow their leaves, so that neither image nor radar contains the season. SPOT images of PASTIS-HD
+are of 1 July, when seasons 1 and 3 differ: there one image separates 11 from 12.
 """
 
 from __future__ import annotations
