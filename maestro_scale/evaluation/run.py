@@ -69,7 +69,7 @@ class EvalOptions:
 
     def mode_dir(self, mode: str) -> Path:
         """The folder of a mode's results; another one for each fraction of the labels."""
-        return self.out / (mode if self.fraction == 1 else f"{mode}_{100 * self.fraction:g}pct")
+        return self.out / (mode if self.fraction == 1 else f"{mode}_{100 * self.fraction:.12g}pct")
 
 
 @dataclass(frozen=True)

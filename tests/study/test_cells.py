@@ -12,6 +12,7 @@ from maestro_scale.evaluation.results import EvalResult
 from maestro_scale.recipe import RecipeError
 from maestro_scale.study.cells import distinct, expand
 from maestro_scale.study.config import load_study
+from maestro_scale.study.worker import evaluation_words
 
 TWO = {
     "target": {"patch": {"model.target": "patch"}, "none": {"model.target": "none"}},
@@ -191,6 +192,19 @@ def test_replaced_files_of_a_baseline_make_another_cell(tmp_path, monkeypatch):
     before, after = all_names("a = 1"), all_names("a = 2")
     assert all_names("a = 1") == before
     assert [a == b for a, b in zip(before, after, strict=True)] == [False, False, False, False, True]
+
+
+def test_fractions_that_differ_little_have_folders_of_their_own(tmp_path):
+    fractions = [0.07, 0.1234567, 0.1234568]
+    evaluations = [{"name": "trees", "modes": ["knn"], "fractions": fractions}]
+    cell, _ = cells_of(write_study(tmp_path, setup={"evaluations": evaluations}))
+    assert [e.results.parent.name for e in cell.evaluations] == [
+        "knn_7pct",
+        "knn_12.34567pct",
+        "knn_12.34568pct",
+    ]
+    for evaluation in cell.evaluations:
+        assert f"--fraction={evaluation.fraction}" in evaluation_words(cell, [evaluation])
 
 
 def test_encoders_without_pretraining(tmp_path):

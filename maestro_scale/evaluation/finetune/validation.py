@@ -153,8 +153,8 @@ class ValidationHook(Hook):
         )
         if (end := next(ends, None)) is not None:
             raise EvaluationError(
-                f"{self._run_dir}: evaluation.patience={patience} ends this run at step {self.history[end - 1].step}, and "
-                f"it was trained to step {self.history[-1].step} with a larger one; finetune into another directory"
+                f"{self._run_dir}: evaluation.patience={patience} ends this run at step {self.history[end - 1].step}, "
+                f"and it was trained to step {self.history[-1].step} with a larger one; finetune into another directory"
             )
 
     def _best_path(self, step: int) -> Path:

@@ -23,7 +23,7 @@ def train_split(manifest: Manifest, fraction: float) -> tuple[str, float]:
     where the shards have it; else that fraction of ``train``. EvaluationError unless 0 < fraction <= 1."""
     if not 0 < fraction <= 1:
         raise EvaluationError(f"a fraction of {fraction:g}: give one above 0 and at most 1, 0.1 for 10 %")
-    official = f"{TRAIN}_filtered_{100 * fraction:g}"
+    official = f"{TRAIN}_filtered_{100 * fraction:.12g}"
     return (official, 1.0) if official in manifest.splits else (TRAIN, fraction)
 
 
