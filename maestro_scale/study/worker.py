@@ -71,7 +71,7 @@ def evaluation_words(cell: Cell, evaluations: Sequence[Evaluation]) -> list[str]
     first = evaluations[0]
     words = [f"--recipe={first.folder / 'evaluation.yaml'}", f"--out={first.folder}"]
     words += [f"--mode={evaluation.mode}" for evaluation in evaluations]
-    words += [f"--fraction={first.fraction!r}", f"--features={cell.directory / 'features'}"]
+    words += [f"--fraction={first.fraction:.12g}", f"--features={cell.directory / 'features'}"]
     if cell.encoder is None:
         exported = cell.directory / _MODEL
         words.append(f"--checkpoint={exported if exported.is_dir() else cell.directory}")
