@@ -354,6 +354,19 @@ def test_results_on_the_same_tiles_are_compared_in_pairs(tmp_path):
     )
 
 
+def test_counts_that_cannot_be_used_are_named(tmp_path, caplog):
+    for name, hits in (("a", "1110"), ("b", "1000"), ("old", "1100")):
+        result = counted(hits, f"runs/{name}")
+        result = dataclasses.replace(result, counts=None) if name == "old" else result
+        result.write(tmp_path / name / "results.json")
+    (tmp_path / "a" / "counts.npz").write_bytes((tmp_path / "b" / "counts.npz").read_bytes())
+    _, text = write_report(find_results([tmp_path / n for n in ("b", "a", "old")]), tmp_path / "r.html")
+    assert "minus" not in text.read_text()
+    (line,) = caplog.messages
+    assert line.startswith("no differences of a, finetune: ")
+    assert "counts.npz cannot be read (is not the file of this result)" in line
+
+
 def test_seeds_of_results_are_compared_in_pairs(tmp_path):
     for seed, (ours, theirs) in enumerate((("1110", "1000"), ("1100", "1000"))):
         counted(ours, "runs/ours", seed).write(tmp_path / "a" / str(seed) / "results.json")

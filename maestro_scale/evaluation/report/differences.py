@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from maestro_scale.evaluation.paired import Estimate, Run, difference, load_runs
 from maestro_scale.evaluation.report.groups import ResultGroup
 from maestro_scale.evaluation.results import EvaluationError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -64,5 +67,8 @@ def _runs(group: ResultGroup) -> list[Run] | None:
     """The counts of every run; None where one has none."""
     try:
         return [run for f in group.files for run in load_runs(f.path, f.result)]
-    except EvaluationError:
+    except EvaluationError as error:
+        # Files of earlier revisions have none; of others, the reader must not take the missing row for no difference.
+        if any(f.result.counts_sha256 or f.result.runs for f in group.files):
+            log.warning("no differences of %s: %s", _name(group), error)
         return None
