@@ -56,12 +56,11 @@ def test_the_targets_are_those_of_the_paper(synthetic_shards):
 
 
 def score(encoder: str, mode: str, value: float) -> EvalResult:
-    return EvalResult(
-        "treesatai_ts", "wf1", mode, value, {}, (value - 0.05, value + 0.05), 12, encoder=encoder
-    )
+    interval, precision = (value - 0.05, value + 0.05), {"mean_average_precision": value + 0.01}
+    return EvalResult("treesatai_ts", "wf1", mode, value, {}, interval, 12, scores=precision, encoder=encoder)
 
 
-def test_the_table_has_a_row_per_encoder_with_intervals():
+def test_the_table_has_a_row_per_encoder_and_mode_with_intervals():
     values = {
         "pretrained": [0.5, 0.6],
         "scratch": [0.55],
@@ -79,11 +78,14 @@ def test_the_table_has_a_row_per_encoder_with_intervals():
         [c.strip() for c in line.split("│")[1:-1]] for line in printed.getvalue().splitlines() if "│" in line
     ]
     assert rows == [
-        ["pretrained", "50.0 (45.0-55.0)", "60.0 (55.0-65.0)", "–"],
-        ["scratch, equal cost", "–", "–", "55.0 (50.0-60.0)"],
-        ["statistics", "30.0 (25.0-35.0)", "40.0 (35.0-45.0)", "–"],
-        ["untrained", "20.0 (15.0-25.0)", "35.0 (30.0-40.0)", "–"],
-        ["oracle", "–", "–", "90.0 (85.0-95.0)"],
+        ["pretrained", "kNN on features", "50.0 (45.0-55.0)", "51.0"],
+        ["pretrained", "linear probe", "60.0 (55.0-65.0)", "61.0"],
+        ["from scratch, equal cost", "trained network", "55.0 (50.0-60.0)", "56.0"],
+        ["statistics", "kNN on features", "30.0 (25.0-35.0)", "31.0"],
+        ["statistics", "linear probe", "40.0 (35.0-45.0)", "41.0"],
+        ["untrained", "kNN on features", "20.0 (15.0-25.0)", "21.0"],
+        ["untrained", "linear probe", "35.0 (30.0-40.0)", "36.0"],
+        ["oracle", "generator's signatures", "90.0 (85.0-95.0)", "91.0"],
     ]
 
 
@@ -102,7 +104,7 @@ def test_quickstart(tmp_path):
     for words in (
         "4/4",
         "pretrained",
-        "scratch, equal cost",
+        "from scratch, equal cost",
         "statistics",
         "untrained",
         "oracle",
