@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from maestro_scale.evaluation.baselines.baseline import Baseline, FrozenEncoder, TrainableBaseline
+from maestro_scale.evaluation.baselines.content import content_digest
 from maestro_scale.evaluation.baselines.registry import build_baseline
 from maestro_scale.evaluation.features.adapt import adapt_encoder
 from maestro_scale.evaluation.features.cache import weights_digest
@@ -60,6 +61,7 @@ class Encoder:
             self._model = build_baseline(baseline, recipe, self.spec)
             if isinstance(self._model, Baseline):
                 self.adaptation = self._model.adaptation
+                self.weights = content_digest(baseline)
             return
         if self.per_fold and fold is None:
             raise EvaluationError(f"--checkpoint {checkpoint}: {FOLD} needs --folds")

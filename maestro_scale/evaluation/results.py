@@ -100,8 +100,8 @@ class EvalResult:
     encoder: str = ""
     """What was evaluated, as named on the command line: a run, a checkpoint, an exported model or a baseline."""
     weights: str = ""
-    """SHA-256 of the checkpoint's model configuration and weights; empty for a baseline, for a checkpoint per fold, and
-    in files of earlier revisions."""
+    """SHA-256 of the checkpoint's model configuration and weights, or of the local files that a baseline names; empty
+    for other baselines, for a checkpoint per fold, and in files of earlier revisions."""
     adaptation: str = ""
     """How an external encoder adapts bands, resolution and dates of the benchmark; empty for others, and in files of
     earlier revisions."""

@@ -20,12 +20,14 @@ from maestro_scale.evaluation.baselines.inputs import PhysicalUnits, sensor_inpu
 from maestro_scale.evaluation.baselines.protocol import Images, parse_options
 from maestro_scale.evaluation.baselines.registry import BASELINES, build_baseline, short_name
 from maestro_scale.evaluation.benchmark import Benchmark
+from maestro_scale.evaluation.encoder import Encoder
 from maestro_scale.evaluation.features.cache import weights_digest
 from maestro_scale.evaluation.finetune.predictor import build_predictor
 from maestro_scale.evaluation.frozen.evaluate import evaluate_frozen
 from maestro_scale.evaluation.results import EvalResult, EvaluationError
 from maestro_scale.evaluation.tasks.losses import target_loss_for
 from maestro_scale.evaluation.tasks.task import task_for
+from maestro_scale.recipe import load_recipe
 from maestro_scale.stream.batch import Batch
 from tests.evaluation.conftest import FIELDS
 from tests.evaluation.test_baselines import batch as pixels_of
@@ -202,6 +204,22 @@ class Encoder(nn.Module):
 
     one = stored("1")
     np.testing.assert_allclose(stored("100"), 100 * one, rtol=1e-2)
+
+
+def test_results_record_the_content_of_an_encoder(fields, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe(fields.recipe(tmp_path))
+
+    def recorded(name: str) -> str:
+        return Encoder(recipe, None, name, None).weights
+
+    plain = recorded(f"{HERE}:PixelMeans")
+    assert len(plain) == 64
+    (tmp_path / "w.pt").write_text("1")
+    with_file = recorded(f"{HERE}:PixelMeans,note=w.pt")
+    (tmp_path / "w.pt").write_text("2")
+    assert len({plain, with_file, recorded(f"{HERE}:PixelMeans,note=w.pt")}) == 3
+    assert recorded("statistics") == ""
 
 
 def test_a_vector_is_one_token():
