@@ -89,16 +89,24 @@ def pattern_kept(windows: np.ndarray) -> np.ndarray:
     return _mean_over(np.concatenate(kept), axis=0)
 
 
-def cut_windows(values: np.ndarray, side: int = WINDOW) -> np.ndarray:
-    """(T, C, N, side, side) windows of rasters (T, C, H, W) beside each other, at most 64, evenly spaced.
+def cut_windows(values: np.ndarray, dates: ArrayLike | None = None) -> np.ndarray:
+    """(T, C, N, side, side) windows of 6 × 6 pixels of rasters (T, C, H, W) beside each other, at most 64, evenly
+    spaced. Copies nothing else of ``values``, which may be large. ``dates``: indices; None: all.
 
-    ``side`` becomes the size of the raster if that is smaller; pixels beyond the last full window are left out.
+    ``side`` is that of the raster if it is smaller; pixels beyond the last full window are left out.
     """
-    side = min(side, *values.shape[-2:])
-    rows, cols = (n // side for n in values.shape[-2:])
-    cut = values[..., : rows * side, : cols * side].reshape(*values.shape[:2], rows, side, cols, side)
-    cut = cut.swapaxes(3, 4).reshape(*values.shape[:2], rows * cols, side, side)
-    return cut[:, :, evenly(rows * cols, MAX_WINDOWS)]
+    side = min(WINDOW, *values.shape[-2:])
+    rows, cols = window_places(values.shape[-2], values.shape[-1], side)
+    height, width = (n // side * side for n in values.shape[-2:])
+    cut = values[..., :height, :width].reshape(*values.shape[:2], height // side, side, width // side, side)
+    at = np.arange(len(values)) if dates is None else np.asarray(dates)
+    return np.ascontiguousarray(cut[at[:, None], :, rows, :, cols].swapaxes(1, 2))
+
+
+def window_places(height: int, width: int, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """(N,) rows and (N,) columns, in windows, of at most 64 windows beside each other, evenly spaced."""
+    rows, cols = height // side, width // side
+    return np.divmod(evenly(rows * cols, MAX_WINDOWS), cols)
 
 
 def evenly(count: int, most: int) -> np.ndarray:

@@ -33,6 +33,7 @@ from maestro_scale.datasets.patterns import (
     pattern_kept,
     relative_deviation,
     residual_correlation,
+    window_places,
 )
 from maestro_scale.datasets.spec import DatasetSpec, Modality
 
@@ -145,11 +146,11 @@ def _optical(
     )
     known = np.concatenate([visible, nir, swir])
     which = _distinct(dates)
-    windows = cut_windows(array[which][:, known]).astype(np.float64)
+    windows = cut_windows(array, which)[:, known].astype(np.float64)
     visible, nir, swir = np.split(np.arange(len(known)), np.cumsum([len(visible), len(nir)]))
     clear: np.ndarray = np.all(windows > 0, axis=(1, 3, 4))
     if mask is not None:
-        clear &= np.all(cut_windows(mask[which]) == 0, axis=(1, 3, 4))
+        clear &= np.all(cut_windows(mask, which) == 0, axis=(1, 3, 4))
     elif clear.any():
         brightness = np.where(clear, windows[:, visible].mean(axis=(1, 3, 4)), np.nan)
         clear &= brightness <= _BRIGHT * np.nanquantile(brightness, 0.25, axis=0)
@@ -190,7 +191,7 @@ def _optical(
 
 def _radar(modality: Modality, array: np.ndarray, dates: np.ndarray) -> dict[str, float]:
     polarisations = [i for i, band in enumerate(modality.bands) if band.strip().upper() in RADAR]
-    windows = cut_windows(array[_distinct(dates)][:, polarisations]).astype(np.float64)
+    windows = cut_windows(array, _distinct(dates))[:, polarisations].astype(np.float64)
     if (windows < 0).any():  # decibels, where 0 is nodata; linear power is never negative
         windows = np.where(windows != 0, windows, np.nan)
     else:
@@ -210,14 +211,23 @@ def _radar(modality: Modality, array: np.ndarray, dates: np.ndarray) -> dict[str
 def _image(modality: Modality, array: np.ndarray) -> dict[str, float]:
     factor = max(round(_IMAGE_M / modality.resolution_m), 1)
     rows, cols = (n // factor for n in array.shape[-2:])
-    fine = array[:1, :, : rows * factor, : cols * factor].astype(np.float64)
-    fine[:, :, ~np.isfinite(fine[0]).all(axis=0)] = np.nan
-    values = fine.reshape(1, -1, rows, factor, cols, factor).mean(axis=(3, 5))
-    windows = cut_windows(values, _IMAGE_WINDOW)
+    side = min(_IMAGE_WINDOW, rows, cols)
+    # Window by window, because an image may have a hundred million pixels.
+    places = zip(*window_places(rows, cols, side), strict=True)
+    windows = np.stack([_averaged_window(array[:1], r, c, side, factor) for r, c in places], axis=2)
     return {
         "image_autocorrelation": mean_of(autocorrelation(windows)),
         "image_deviation": 100 * mean_of(windows.std(axis=(3, 4)) / windows.mean(axis=(3, 4))),
     }
+
+
+def _averaged_window(array: np.ndarray, row: int, col: int, side: int, factor: int) -> np.ndarray:
+    """(1, C, side, side) of images (1, C, H, W), averaged over factor² pixels; NaN where one of them is in any band."""
+    rows, cols = (slice(i * side * factor, (i + 1) * side * factor) for i in (row, col))
+    pixels = array[:, :, rows, cols].reshape(1, -1, side, factor, side, factor)
+    means = pixels.mean(axis=(3, 5), dtype=np.float64)
+    means[:, :, ~np.isfinite(means[0]).all(axis=0)] = np.nan
+    return means
 
 
 def _window_problem(modality: Modality | list[Modality]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,9 @@ import numpy as np
 from maestro_scale import untrusted
 
 FILE = "counts.npz"
+
+MAX_PER_TILE = 2**20
+"""Counts of a tile; segmentation with 255 classes has 65,280."""
 
 _INTEGERS = (np.uint8, np.int8, np.uint16, np.int16, np.uint32, np.int32, np.uint64, np.int64)
 
@@ -51,6 +55,8 @@ class TileCounts:
             raise untrusted.InputError("has a key that is not a text")
         if counts.ndim < 1 or len(counts) != len(names):
             raise untrusted.InputError(f"has counts of shape {counts.shape} for {len(names)} keys")
+        if math.prod(counts.shape[1:]) > MAX_PER_TILE:  # their sum has 8 bytes for each
+            raise untrusted.InputError(f"has more than {MAX_PER_TILE} counts per tile")
         is_float = counts.dtype.kind == "f"
         if counts.dtype.kind not in "uif" or (is_float and not np.isfinite(counts).all()):
             raise untrusted.InputError("has counts that are not finite numbers")

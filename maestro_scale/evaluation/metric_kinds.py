@@ -50,5 +50,8 @@ METRIC_KINDS = {
 }
 """By the name in results.json."""
 
+MAX_SCORE = 1e50
+"""Magnitude beyond which a score is taken for damage: its variance over seeds and tiles would overflow."""
+
 UNBOUNDED_SCORES = ("r2", "mae", "bias")
 """Names of other scores that are not fractions of 1: R² is at most 1 and may be negative, the others have units."""

@@ -28,6 +28,7 @@ import numpy as np
 from maestro_scale.errors import shorten
 from maestro_scale.evaluation.bootstrap import Statistic
 from maestro_scale.evaluation.counts import TileCounts
+from maestro_scale.evaluation.metric_kinds import MAX_SCORE
 from maestro_scale.evaluation.metrics import STATISTICS
 from maestro_scale.evaluation.results import EvalResult, EvaluationError, RunScore
 
@@ -240,6 +241,8 @@ def influences(statistic: Statistic, counts: np.ndarray) -> tuple[float, np.ndar
     size = max(_CHUNK_BYTES // max(total.nbytes, 1), 1)
     chunks = (counts[first : first + size] for first in range(0, len(counts), size))
     raised = np.concatenate([statistic(total + chunk) for chunk in chunks])
+    if not (np.abs(raised) <= MAX_SCORE).all():  # also of NaN
+        raise EvaluationError("the counts of a tile are not those of the metric")
     return value, (len(counts) + 1) * (raised - value)
 
 
@@ -252,6 +255,8 @@ def _score(statistic: Statistic, total: np.ndarray) -> float:
         value = float(statistic(total))
     except (ValueError, IndexError, TypeError):  # a file that is wrong
         raise EvaluationError(f"counts of shape {total.shape} per tile are not those of the metric") from None
+    if abs(value) > MAX_SCORE:
+        raise EvaluationError(f"the counts give {value:g}, too large for a score")
     if not math.isfinite(value):
         raise EvaluationError("no label of the test tiles counts, so there is no score to compare")
     return value

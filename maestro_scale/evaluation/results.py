@@ -18,7 +18,7 @@ from maestro_scale import untrusted
 from maestro_scale.errors import MaestroError, shorten
 from maestro_scale.evaluation.counts import FILE as COUNTS
 from maestro_scale.evaluation.counts import TileCounts
-from maestro_scale.evaluation.metric_kinds import METRIC_KINDS, UNBOUNDED_SCORES, MetricKind
+from maestro_scale.evaluation.metric_kinds import MAX_SCORE, METRIC_KINDS, UNBOUNDED_SCORES, MetricKind
 from maestro_scale.training.run_dir import write_atomically
 
 VERSION = 1
@@ -217,6 +217,10 @@ class EvalResult:
         for name, value in self._numbers().items():
             if not math.isfinite(value):
                 yield f"{name} is {value!r}, not a finite number"
+        for name, value in (self._numbers() | self._numbers_of_runs()).items():
+            # R² is a ratio of squares, and only averaged.
+            if abs(value) > (MAX_SCORE**4 if name.startswith("score ") else MAX_SCORE):
+                yield f"{name} is {value!r}, too large for a score"
         if not self.seeds:
             yield "no seed"
         if _num_entries(self.recipe, untrusted.RECIPE.entries) > untrusted.RECIPE.entries:
@@ -244,6 +248,13 @@ class EvalResult:
             numbers = (score.value, *score.interval, *(v for v in score.per_class.values() if v is not None))
             scores |= {f"number {i} of {sensors}": v for i, v in enumerate(numbers)}
         return named | scores | {f"score {k}": v for k, v in self.scores.items()}
+
+    def _numbers_of_runs(self) -> dict[str, float]:
+        numbers = [(score.value, *score.interval) for score in self.runs]
+        named = {
+            f"number {i} of run {number}": v for number, of in enumerate(numbers) for i, v in enumerate(of)
+        }
+        return named if self.deviation is None else {**named, "deviation": self.deviation}
 
 
 def _num_entries(document: Any, stop: int) -> int:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from maestro_scale.errors import did_you_mean
+from maestro_scale.errors import did_you_mean, shorten
 from maestro_scale.evaluation.baselines.content import content_digest, files_below, files_digest
 from maestro_scale.evaluation.baselines.registry import UNTRAINED
 from maestro_scale.evaluation.results import RESULTS, EvalResult, EvaluationError
@@ -160,17 +160,21 @@ def make_cell(
     """A cell whose levels set ``keys`` of the recipe."""
     keys = dict(keys)
     encoder = keys.pop(ENCODER, None)
+    if not isinstance(encoder, str | None):
+        raise RecipeError(
+            f"{ENCODER} of a level is {shorten(encoder)}: give the name of a baseline, or {SCRATCH}"
+        )
     shards = study_data.place(setup.data, root)
     common = {**setup.set, "data.mixture[0].shards": shards, "seed": seed}
     recipe = _load(setup.base, {**common, **keys}, setup.data)
     # The protocol of the evaluation must not depend on the levels, but the sensors and the architecture must.
     shared = {k: v for k, v in keys.items() if k.split(".")[0] in ("data", "model")}
     identity = _encoder_identity(encoder, recipe, setup.data)
-    named = [recipe.data.mixture[0].dataset]
+    named = [_plain(recipe.data.mixture[0].dataset)]
     if encoder is None:
         named += [recipe.model.fusion, recipe.model.spectral, recipe.model.target]
     else:
-        named.append("".join(c if c.isalnum() or c in "._-" else "-" for c in encoder)[:40])
+        named.append(_plain(encoder)[:40])
     directory = root / "cells" / f"{'-'.join([*named, f's{seed}', _digest(identity)[:10]])}"
     evaluations = tuple(
         evaluation
@@ -252,6 +256,12 @@ def _load(base: str, keys: Mapping[str, Any], data: Data) -> Recipe:
             f"{data.dataset!r}: use another base recipe"
         )
     return recipe
+
+
+def _plain(name: str) -> str:
+    """A readable part of a file name; names of different cells differ in their hash."""
+    shown = "".join(c if c.isalnum() or c in "._-" else "-" for c in name)
+    return shown.replace(".", "-", 1) if shown.startswith(".") else shown
 
 
 def _matches(levels: Mapping[str, str], pattern: Mapping[str, str]) -> bool:

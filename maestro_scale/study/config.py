@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from maestro_scale.errors import KeyPath, did_you_mean
-from maestro_scale.recipe.errors import ConflictError
+from maestro_scale.errors import KeyPath, did_you_mean, dotted, shorten
+from maestro_scale.recipe.errors import ConflictError, RecipeError
 from maestro_scale.recipe.fields import Count, Place, Section, distinct, listed, some
 from maestro_scale.recipe.loading import validated
 from maestro_scale.recipe.merge import Tree, read_tree
@@ -22,6 +23,12 @@ Keys = dict[Annotated[str, Field(min_length=1, max_length=200)], Any]
 Levels = dict[str, str]
 """A level for each of some factors."""
 Fraction = Annotated[float, Field(gt=0, le=1)]
+
+MAX_CELLS = 5_000
+"""Of a scale. The grid grows exponentially with the number of factors."""
+
+MAX_NUMBER = 1e15
+"""Of the range of a search; whole numbers up to it are exact."""
 
 DATASET = "dataset"
 """Where cells are listed or excluded: the name of a setup, beside the factors."""
@@ -198,6 +205,10 @@ class Range(Section):
         if self.low is not None and self.high is not None:
             if self.low >= self.high:
                 raise ConflictError((("high",), f"{self.high:g} is not above low {self.low:g}"))
+            if not max(abs(self.low), abs(self.high)) <= MAX_NUMBER:
+                raise ConflictError((("high",), f"numbers are at most {MAX_NUMBER:g}"))
+            if self.integer and not (self.low.is_integer() and self.high.is_integer()):
+                raise ConflictError((("integer",), f"{self.low:g} or {self.high:g} is not a whole number"))
             if self.log and self.low <= 0:
                 raise ConflictError((("low",), "must be above 0 with log"))
         return self
@@ -255,9 +266,20 @@ class Study(Section):
             problems.append((("factors", DATASET), "is the name of the setups of a scale: rename the factor"))
         if self.sample is not None and (self.factors or self.cells):
             problems.append((("sample",), "searches keys of the recipe: leave out factors and cells"))
+        problems += self._large_scales()
         if problems:
             raise ConflictError(*problems)
         return self
+
+    def _large_scales(self) -> Iterator[tuple[KeyPath, str]]:
+        grid = len(self.cells) or math.prod(map(len, self.factors.values()))
+        for name, scale in self.scales.items():
+            count = sum((grid + len(s.baselines)) * len(s.seeds) for s in scale.setups.values())
+            if count > MAX_CELLS:
+                yield (
+                    ("scales", name),
+                    f"has {count:,} cells, more than {MAX_CELLS:,}: use fewer factors, levels or seeds, or list cells",
+                )
 
     def _unknown_levels(self) -> Iterator[tuple[KeyPath, str]]:
         named: list[tuple[KeyPath, Mapping[str, str]]] = []
@@ -316,6 +338,8 @@ def _with_absolute_paths(tree: Tree, study: Path) -> dict[str, Any]:
         is_recipe = (loc[-1], len(loc)) in (("base", 5), ("recipe", 7))
         if loc[0] != "scales" or not is_recipe or not isinstance(node, str):
             return node
+        if "\0" in node:
+            raise RecipeError(f"{study}: {dotted(loc)}: {shorten(node)} is not a path")
         origin = Path(tree.origin(loc))
         file = origin if origin.suffix else study  # --set: relative to the study file
         return str(file.resolve().parent / Path(node).expanduser())

@@ -13,6 +13,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from maestro_scale import untrusted
+from maestro_scale.errors import shorten
 from maestro_scale.study.cells import Cell, distinct, make_cell, scale_of
 from maestro_scale.study.config import Sample, Study
 from maestro_scale.study.run import Outcome, StudyError
@@ -34,12 +36,7 @@ def search(study: Study, scale: str, root: Path, study_dir: Path, run: RunCells)
     assert sample is not None  # the caller's choice
     optuna = _optuna()
     study_dir.mkdir(parents=True, exist_ok=True)
-    searched = optuna.create_study(
-        storage=f"sqlite:///{study_dir / STORE}",
-        study_name=_search_name(study, scale, root),
-        direction="maximize",
-        load_if_exists=True,
-    )
+    searched = _open(optuna, study_dir / STORE, _search_name(study, scale, root))
     total = Outcome()
     while trial := _next_trial(optuna, searched, sample):
         cells = trial_cells(study, scale, root, trial.params)
@@ -75,12 +72,26 @@ def known_trials(study: Study, scale: str, root: Path, study_dir: Path) -> list[
     """The parameters of the trials of this search that were started; needs Optuna if there are any."""
     if not (study_dir / STORE).exists():
         return []
-    optuna = _optuna()
-    storage, name = f"sqlite:///{study_dir / STORE}", _search_name(study, scale, root)
-    if name not in optuna.get_all_study_names(storage):
-        return []
-    searched = optuna.load_study(storage=storage, study_name=name)
+    searched = _open(_optuna(), study_dir / STORE, _search_name(study, scale, root))
     return [trial.params for trial in searched.trials if trial.params]
+
+
+def _open(optuna: Any, path: Path, name: str) -> optuna.Study:
+    """The stored search of this name, created if there is none. StudyError where the file is damaged."""
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        if path.exists():
+            untrusted.check_regular(path)
+        searched: optuna.Study = optuna.create_study(
+            storage=f"sqlite:///{path}", study_name=name, direction="maximize", load_if_exists=True
+        )
+        _ = searched.trials  # reads all
+    except (SQLAlchemyError, ValueError, KeyError, RuntimeError) as error:
+        raise StudyError(
+            f"{path} cannot be read ({shorten(str(error), 200)}); remove it to start the search again"
+        ) from error
+    return searched
 
 
 def _search_name(study: Study, scale: str, root: Path) -> str:
@@ -119,15 +130,15 @@ def _next_trial(optuna: Any, searched: optuna.Study, sample: Sample) -> Any:
     searched.sampler = (
         samplers.TPESampler(seed=seed) if sample.method == "tpe" else samplers.RandomSampler(seed=seed)
     )
-    trial = searched.ask()
+    asked = searched.ask()
     for key, values in sample.space.items():
         if values.choices:
-            trial.suggest_categorical(key, list(values.choices))
+            asked.suggest_categorical(key, list(values.choices))
         elif values.integer:
-            trial.suggest_int(key, int(values.low or 0), int(values.high or 0), log=values.log)
+            asked.suggest_int(key, int(values.low or 0), int(values.high or 0), log=values.log)
         else:
-            trial.suggest_float(key, values.low or 0.0, values.high or 0.0, log=values.log)
-    return trial
+            asked.suggest_float(key, values.low or 0.0, values.high or 0.0, log=values.log)
+    return asked
 
 
 def _score(cell: Cell, mode: str) -> float | None:

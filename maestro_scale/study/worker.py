@@ -24,6 +24,7 @@ from maestro_scale.training.run_dir import has_finished, write_atomically
 FAILED, LOCKED = 1, 75
 LOG, COST = "log.txt", "cost.json"
 _MODEL = "model"
+_MAX_SECONDS = 1e10  # of a stage; other numbers are damage
 _LOCK = ".cell.lock"
 
 
@@ -56,9 +57,9 @@ def seconds_spent(cell: Cell) -> dict[str, float]:
     """Seconds by stage (``train``, ``evaluate``), over all starts; empty for a cell that was never run."""
     try:
         record = untrusted.read_record(cell.directory / COST)
-        return {str(k): float(v) for k, v in record.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError):
         return {}
+    return {k: float(v) for k, v in record.items() if isinstance(v, int | float) and 0 <= v < _MAX_SECONDS}
 
 
 def training_words(cell: Cell) -> list[str]:

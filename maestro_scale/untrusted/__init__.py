@@ -8,6 +8,7 @@ parsers. SECURITY.md lists the limits.
 
 from maestro_scale.untrusted.arrays import load_npz, open_npy, parse_npz
 from maestro_scale.untrusted.documents import (
+    check_regular,
     check_size,
     field_of,
     load_json,
@@ -55,6 +56,7 @@ __all__ = [
     "Limits",
     "TarMember",
     "TensorEntry",
+    "check_regular",
     "check_size",
     "decompress_frame",
     "field_of",

@@ -11,19 +11,31 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Literal
 
 from maestro_scale.errors import shorten
+from maestro_scale.untrusted.documents import check_regular
 from maestro_scale.untrusted.limits import ARCHIVE_BYTES, ARCHIVE_MEMBERS, InputError, size_text
 from maestro_scale.untrusted.zip import open_zip
 
 if TYPE_CHECKING:
     import numpy as np  # imported by the functions: `maestro-scale --help` starts without it
 
-_DAMAGED = (ValueError, EOFError, OverflowError, MemoryError, KeyError, SyntaxError, NotImplementedError)
+# A header may hold any Python literal, such as a shape of truth values: a TypeError.
+_DAMAGED = (
+    ValueError,
+    TypeError,
+    EOFError,
+    OverflowError,
+    MemoryError,
+    KeyError,
+    SyntaxError,
+    NotImplementedError,
+)
 
 
 def open_npy(path: Path, mode: Literal["r", "r+"] = "r") -> np.memmap:
     """The array of an ``.npy`` file, mapped: a header cannot claim more than the file has. InputError; OSError."""
     import numpy as np
 
+    check_regular(path)
     try:
         array = np.load(path, mmap_mode=mode, allow_pickle=False)
     except _DAMAGED as error:
@@ -36,6 +48,7 @@ def open_npy(path: Path, mode: Literal["r", "r+"] = "r") -> np.memmap:
 
 def load_npz(path: Path, names: Sequence[str]) -> list[np.ndarray]:
     """Arrays of an ``.npz`` file by name. InputError if one is missing, damaged or above ``ARCHIVE_BYTES``; OSError."""
+    check_regular(path)
     try:
         with path.open("rb") as file:
             return _members(file, names, ARCHIVE_BYTES)

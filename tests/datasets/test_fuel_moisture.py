@@ -77,7 +77,7 @@ def test_no_place_is_in_two_splits(tmp_path, files):
 
 def test_bad_files_are_named(files):
     np.save(files / "month.npy", np.full((NUM, 3), 12))
-    with pytest.raises(DatasetError, match="months outside 0 to 11"):
+    with pytest.raises(DatasetError, match=r"month\.npy: has numbers outside 0 to 11"):
         datasets.open_raw("fuel_moisture", files, "train")
     np.save(files / "month.npy", np.zeros((NUM, 2)))
     with pytest.raises(
@@ -89,6 +89,32 @@ def test_bad_files_are_named(files):
         datasets.open_raw("fuel_moisture", files, "train")
     with pytest.raises(DatasetError, match="has no synthetic data"):
         datasets.synth("fuel_moisture", files, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("target", np.nan, r"target\.npy: has numbers outside -1e\+06 to 1e\+06"),  # terciles would be NaN
+        ("target", np.inf, r"target\.npy: has numbers outside"),
+        ("latlon", np.nan, r"latlon\.npy: has numbers outside -180 to 180"),
+        ("month", np.nan, r"month\.npy: has numbers outside 0 to 11"),
+        ("is_test", np.nan, r"is_test\.npy: has numbers outside 0 to 1"),
+        ("dynamic_world", 9.0, r"dynamic_world\.npy: has numbers outside 0 to 8"),
+        ("s1_s2_era5_srtm", 1e300, r"srtm\.npy: has numbers outside"),
+    ],
+)
+def test_numbers_that_no_measurement_has_are_refused(files, name, value, message):
+    array = np.load(files / f"{name}.npy").astype(float)
+    array.flat[0] = value
+    np.save(files / f"{name}.npy", array)
+    with pytest.raises(DatasetError, match=message):
+        datasets.open_raw("fuel_moisture", files, "train")
+
+
+def test_a_folder_without_training_pixels_is_refused(files):
+    np.save(files / "is_test.npy", np.ones(NUM))
+    with pytest.raises(DatasetError, match="all 12 pixels are in test"):
+        datasets.open_raw("fuel_moisture", files, "test")
 
 
 def test_no_target_group_of_a_sensor_is_one_value():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -278,3 +279,15 @@ def test_synthetic_scenes_are_within_the_ranges_of_real_tiles(tmp_path, name, ti
         if not real.contains(found.mean) and abs(found.mean - nearest) > 2 * found.error:
             outside[statistic] = (found.mean, real.low, real.high)
     assert outside == {}
+
+
+def test_a_large_image_is_averaged_window_by_window():
+    image = Modality("aerial", ("R", "G", "B"), 0.5, 6000, "uint8", series=False)
+    spec = DatasetSpec("a", "a", 3000.0, 3000.0, 1, (image,), (), (), "")
+    array = np.zeros((1, 3, 6000, 6000), np.uint8)
+    array[:, :, ::2] = 2
+    tracemalloc.start()
+    tile_statistics(spec, {"aerial": array}, {"aerial": np.array([[2021, 100, 12]])}, {})
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < array.nbytes / 4  # as float64 it has eight times as many

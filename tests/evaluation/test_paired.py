@@ -191,6 +191,13 @@ def test_counts_that_do_not_give_the_score_of_their_result_are_refused(tmp_path)
     dataclasses.replace(result, metric="miou", counts=TileCounts(counts.keys, np.ones((4, 3)))).write(path)
     with pytest.raises(EvaluationError, match="are not those of the metric"):
         load_runs(path, EvalResult.load(path))
+    # Sums of which only the total is a score: those of one tile would overflow.
+    sums = np.array([[1.0, 0, 1e300, 0, 0, 0], [1.0, 0, -1e300, 0, 0, 0], [2.0, 0, 1.0, 0, 0, 0]])
+    of_sums = TileCounts(("a", "b", "c"), sums)
+    with pytest.raises(EvaluationError, match="counts of a tile are not those of the metric"):
+        estimate([Run("rmse", 0, None, of_sums)])
+    with pytest.raises(EvaluationError, match="too large for a score"):
+        estimate([Run("rmse", 0, None, TileCounts(("a",), sums[:1]))])
     # A mean that names itself as its run.
     itself = (RunScore(0.75, (0.0, 1.0), 0, None, "results.json"),)
     dataclasses.replace(result, runs=itself, counts=None).write(path)

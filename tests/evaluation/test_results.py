@@ -77,6 +77,12 @@ def test_foreign_files_are_named(tmp_path, text, message):
         ({"per_class": {"a": 2}}, "per-class score of a is 2"),
         ({"confusion": [[1, 2, 3]]}, "the confusion has 1 rows for 2 classes"),
         ({"confusion": 3}, "is malformed"),
+        ({"metric": "rmse", "per_class": {}, "confusion": None, "value": 1.7e308}, "too large for a score"),
+        ({"deviation": 1.7e308}, "deviation is 1.7e.308, too large for a score"),
+        (
+            {"runs": [{"value": 0.5, "interval": [0.0, 1e300], "seed": 0, "fold": None, "path": ""}]},
+            "run 0 is 1e.300, too large for a score",
+        ),
         ({"recipe": {"a": [{"b": 0}] * 10_000}}, "the recipe has more than 20000 entries"),
     ],
 )
@@ -201,6 +207,7 @@ NAMES = np.frombuffer(b'["a", "b"]', np.uint8)
         (archive(keys=NAMES, counts=np.array(["1", "2"])), "counts that are not finite numbers"),
         (archive(keys=NAMES, counts=np.array([1, np.inf])), "counts that are not finite numbers"),
         (archive(keys=NAMES, counts=np.ones((2, 40_000_000), np.uint8)), "has more than 64 MiB"),
+        (archive(keys=NAMES, counts=np.ones((2, 3, 400_000), np.uint8)), "more than 1048576 counts per tile"),
     ],
 )
 def test_malformed_counts_are_refused(monkeypatch, content, message):

@@ -95,3 +95,32 @@ def test_data_are_given_once(tmp_path):
     setup = {"data": {"dataset": "treesatai_ts"}}
     assert "give shards, or tiles" in refusal(write_study(tmp_path, setup=setup))
     assert STUDY["name"] == "tiny"
+
+
+def test_a_grid_that_cannot_be_run_is_refused_before_it_is_expanded(tmp_path):
+    levels = {f"l{j}": {"train.steps": j + 1} for j in range(10)}
+    path = write_study(tmp_path, factors={f"f{i}": levels for i in range(9)}, questions=[])
+    assert "scales.cpu: has 1,000,000,000 cells, more than 5,000" in refusal(path)
+
+
+def test_values_that_are_no_path_no_encoder_and_no_range(tmp_path):
+    assert "trees.base: 'a\\x00b' is not a path" in refusal(write_study(tmp_path, setup={"base": "a\0b"}))
+    for encoder in (5, ["random"]):
+        factors = {"target": {"patch": {"encoder": encoder}, "none": {}}}
+        with pytest.raises(RecipeError, match=r"encoder of a level is .*: give the name of a baseline"):
+            expand(load_study(write_study(tmp_path, factors=factors)), "cpu", tmp_path)
+    for given, message in (
+        ({"low": 0.2, "high": 0.8, "integer": True}, "0.2 or 0.8 is not a whole number"),
+        ({"low": 1, "high": 1e300}, "numbers are at most 1e+15"),
+    ):
+        sample = {"trials": 1, "space": {"train.steps": given}}
+        assert message in refusal(write_study(tmp_path, factors={}, questions=[], sample=sample))
+
+
+def test_the_directory_of_a_cell_is_below_the_root(tmp_path):
+    path = write_study(tmp_path, setup={"data": {"dataset": "../../../a/b", "shards": "s"}})
+    base = tmp_path / "tiny.yaml"
+    base.write_text(base.read_text().replace("dataset: treesatai_ts", "dataset: ../../../a/b"))
+    root = tmp_path / "root"
+    for cell in expand(load_study(path), "cpu", root):
+        assert cell.directory.parent == root / "cells"

@@ -88,3 +88,15 @@ def test_trials_of_another_search_do_not_count(tmp_path, change):
     assert search(change) == 4
     assert search() == 0
     assert search("sample.trials=5") == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"SQLite format 3\0" + bytes(2000), b"x" * 5000])
+def test_a_damaged_store_is_named(study, tmp_path, content):
+    pytest.importorskip("optuna")
+    (tmp_path / sampler.STORE).write_bytes(content)
+    if not content:  # a kill before the first trial
+        assert sampler.known_trials(study, "cpu", tmp_path, tmp_path) == []
+        return
+    with pytest.raises(StudyError, match=r"optuna\.db cannot be read .*; remove it") as caught:
+        sampler.known_trials(study, "cpu", tmp_path, tmp_path)
+    assert "\n" not in str(caught.value)

@@ -429,6 +429,19 @@ class TestArrays:
             file.write(bytes(64))
         assert "is not an array" in refusal(lambda: untrusted.open_npy(path))
 
+    def test_a_header_with_other_values_than_integers_is_refused(self, tmp_path):
+        path = tmp_path / "a.npy"
+        with path.open("wb") as file:
+            header = {"descr": "<f8", "fortran_order": False, "shape": (True,)}
+            np.lib.format.write_array_header_1_0(file, header)
+            file.write(bytes(8))
+        assert "is not an array" in refusal(lambda: untrusted.open_npy(path))
+
+    def test_a_named_pipe_is_refused(self, tmp_path):
+        os.mkfifo(tmp_path / "a.npy")
+        assert "is not a regular file" in refusal(lambda: untrusted.open_npy(tmp_path / "a.npy"))
+        assert "is not a regular file" in refusal(lambda: untrusted.load_npz(tmp_path / "a.npy", ["a"]))
+
     def test_an_archive_is_limited(self, tmp_path, monkeypatch):
         path = tmp_path / "a.npz"
         np.savez_compressed(path, a=np.zeros((2, 3), np.uint8), b=np.zeros(2**20, np.uint8))

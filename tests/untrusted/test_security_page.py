@@ -7,7 +7,9 @@ import re
 from pathlib import Path
 
 from maestro_scale import errors
+from maestro_scale.evaluation import counts
 from maestro_scale.interop import pickled, restricted
+from maestro_scale.study import config
 from maestro_scale.untrusted import limits
 
 PAGE = Path("SECURITY.md").read_text()
@@ -15,9 +17,15 @@ ROW = re.compile(r"^\| .+ \| ([\d,]+)( MiB)?[^|]* \| `([\w.]+)` \|$", re.MULTILI
 
 
 def test_the_table_has_the_numbers_of_the_code():
-    modules = {"pickled": pickled, "restricted": restricted, "errors": errors}
+    modules = {
+        "pickled": pickled,
+        "restricted": restricted,
+        "errors": errors,
+        "counts": counts,
+        "config": config,
+    }
     rows = ROW.findall(PAGE)
-    assert len(rows) == 31
+    assert len(rows) == 33
     for number, unit, path in rows:
         head, *rest = path.split(".")
         value = modules.get(head) or getattr(limits, head)

@@ -55,6 +55,7 @@ _YEAR = 2018  # the data has months only
 _NOTE = f"the data has months without years: the year of the first is taken as {_YEAR}"
 _VAL_EVERY = 5  # of the places that are not in test
 _MAX_BYTES = 16 * 2**20  # of one file; the largest has 1 MB
+_MAX_VALUE = 1e6  # of a channel or a label
 _ZERO_CELSIUS_K = 273.15
 
 
@@ -116,15 +117,15 @@ class Reader:
         values = _load(src, "s1_s2_era5_srtm", (None, 3, len(CHANNELS)))
         num = len(values)
         self._values = values.astype(np.float32)
-        self._months = _load(src, "month", (num, 3)).astype(np.int64)
-        self._latlon = _load(src, "latlon", (num, 2))
-        self._cover = _load(src, "dynamic_world", (num, 3)).astype(np.int64)
+        self._months = _load(src, "month", (num, 3), (0, 11)).astype(np.int64)
+        self._latlon = _load(src, "latlon", (num, 2), (-180, 180))
+        self._cover = _load(src, "dynamic_world", (num, 3), (0, len(LAND_COVER) - 1)).astype(np.int64)
         self._moisture = _load(src, "target", (num,)).astype(np.float32)
-        is_test = _load(src, "is_test", (num,)).astype(bool)
-        if not (np.isfinite(self._values).all() and ((self._months >= 0) & (self._months < 12)).all()):
-            raise DatasetError(f"{src}: has values that are not finite, or months outside 0 to 11")
-        if not ((self._cover >= 0) & (self._cover < len(LAND_COVER))).all():
-            raise DatasetError(f"{src}/dynamic_world.npy: has classes outside 0 to {len(LAND_COVER) - 1}")
+        is_test = _load(src, "is_test", (num,), (0, 1)).astype(bool)
+        if is_test.all():
+            raise DatasetError(
+                f"{src}/is_test.npy: all {num} pixels are in test, so there are none for training"
+            )
         # Of the official training part: a quantile of all labels would look at the test labels.
         self._terciles = np.quantile(self._moisture[~is_test], (1 / 3, 2 / 3))
         rows = np.flatnonzero(_split_of(self._latlon, is_test) == SPLITS.index(split))
@@ -168,8 +169,14 @@ class Reader:
         return (values if modality.series else values[:1]).astype(modality.dtype)
 
 
-def _load(src: Path, name: str, shape: tuple[int | None, ...]) -> np.ndarray:
-    """An array of numbers; DatasetError if it is missing or has another shape (None: any length)."""
+def _load(
+    src: Path,
+    name: str,
+    shape: tuple[int | None, ...],
+    limits: tuple[float, float] = (-_MAX_VALUE, _MAX_VALUE),
+) -> np.ndarray:
+    """An array of numbers; DatasetError if it is missing, has another shape (None: any length) or a number that is not
+    within ``limits``."""
     path = src / f"{name}.npy"
     try:
         array = np.asarray(untrusted.open_npy(path))
@@ -180,6 +187,8 @@ def _load(src: Path, name: str, shape: tuple[int | None, ...]) -> np.ndarray:
     fits = array.ndim == len(shape) and all(n in (None, m) for n, m in zip(shape, array.shape, strict=True))
     if not fits or array.dtype.kind not in "iuf" or array.nbytes > _MAX_BYTES:
         raise DatasetError(f"{path}: is {array.dtype} {array.shape}, expected numbers of shape {shape}")
+    if not ((array >= limits[0]) & (array <= limits[1])).all():  # also of NaN
+        raise DatasetError(f"{path}: has numbers outside {limits[0]:g} to {limits[1]:g}")
     return array
 
 
