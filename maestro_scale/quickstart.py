@@ -52,12 +52,12 @@ ENCODERS: dict[str, tuple[str, ...]] = {
     ORACLE: (ORACLE,),
 }
 """The modes of each row of the result table."""
-LABELS = {SCRATCH: "from scratch, equal cost"}
+LABELS = {SCRATCH: "scratch, equal cost"}
 PREDICTED_BY = {
     "knn": "kNN on features",
     "probe": "linear probe",
     SCRATCH: "trained network",
-    ORACLE: "generator's signatures",
+    ORACLE: "class signatures",
 }
 _LANES = 2
 

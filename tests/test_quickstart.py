@@ -80,12 +80,12 @@ def test_the_table_has_a_row_per_encoder_and_mode_with_intervals():
     assert rows == [
         ["pretrained", "kNN on features", "50.0 (45.0-55.0)", "51.0"],
         ["pretrained", "linear probe", "60.0 (55.0-65.0)", "61.0"],
-        ["from scratch, equal cost", "trained network", "55.0 (50.0-60.0)", "56.0"],
+        ["scratch, equal cost", "trained network", "55.0 (50.0-60.0)", "56.0"],
         ["statistics", "kNN on features", "30.0 (25.0-35.0)", "31.0"],
         ["statistics", "linear probe", "40.0 (35.0-45.0)", "41.0"],
         ["untrained", "kNN on features", "20.0 (15.0-25.0)", "21.0"],
         ["untrained", "linear probe", "35.0 (30.0-40.0)", "36.0"],
-        ["oracle", "generator's signatures", "90.0 (85.0-95.0)", "91.0"],
+        ["oracle", "class signatures", "90.0 (85.0-95.0)", "91.0"],
     ]
 
 
@@ -104,7 +104,7 @@ def test_quickstart(tmp_path):
     for words in (
         "4/4",
         "pretrained",
-        "from scratch, equal cost",
+        "scratch, equal cost",
         "statistics",
         "untrained",
         "oracle",

@@ -132,7 +132,7 @@ def scene_tile(number: int) -> Tile:
 def scenes(tmp_path_factory) -> Path:
     """Shards of scenes: what there is to learn is in the course of the year, hidden under light, soil and season."""
     root, first = tmp_path_factory.mktemp("scenes"), 0
-    for split, count in {"train": 800, "val": 100, "test": 250}.items():
+    for split, count in {"train": 800, "val": 100, "test": 500}.items():
         with Writer(str(root / "shards"), SCENES, split) as writer:
             for number in range(first, first + count):
                 writer.add(scene_tile(number))
