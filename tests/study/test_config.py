@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 from testkit.runs import REPO
 from testkit.studies import STUDY, write_study
 
@@ -12,7 +13,9 @@ from maestro_scale.recipe import RecipeError
 from maestro_scale.study.cells import expand
 from maestro_scale.study.config import load_study
 
-SHIPPED = sorted((REPO / "recipes" / "study").glob("*.yaml"))
+STUDIES = REPO / "recipes" / "study"
+SHIPPED = sorted(STUDIES.glob("*.yaml"))
+FURTHER = sorted((STUDIES / "further").glob("*.yaml"))  # cells that are no conclusion of the paper
 
 
 def refusal(path: Path, *overrides: str) -> str:
@@ -21,11 +24,11 @@ def refusal(path: Path, *overrides: str) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [*SHIPPED, *FURTHER], ids=lambda p: f"{p.parent.name}-{p.stem}")
 def test_shipped_studies_expand_at_both_scales(path, tmp_path, monkeypatch):
     monkeypatch.delenv("MAESTRO_DATA", raising=False)
     study = load_study(path)
-    assert study.name == path.stem
+    assert study.name == path.stem + ("_further" if path in FURTHER else "")
     assert set(study.scales) == {"cpu", "gpu"}
     for scale in study.scales:
         cells = expand(study, scale, tmp_path)
@@ -41,6 +44,28 @@ def test_shipped_studies_expand_at_both_scales(path, tmp_path, monkeypatch):
                     setup.data.tiles["test"] >= 1500
                 )  # counts are of tiles: crops of one are not independent
                 assert len(setup.seeds) >= 5
+
+
+def test_no_other_recipe_changes_the_base_of_the_cpu_studies():
+    for path in (STUDIES / "base").glob("*_cpu.yaml"):
+        base = yaml.safe_load(path.read_text()).get("extends", "treesatai_ts_cpu.yaml")
+        assert (path.parent / base).parent == STUDIES / "base", f"{path.name} extends {base}"
+    base = (STUDIES / "base" / "treesatai_ts_cpu.yaml").read_text()
+    assert "extends" not in yaml.safe_load(base)
+
+
+def test_dissimilar_sensors_are_encoded_together_on_both_datasets(tmp_path):
+    cells = expand(load_study(STUDIES / "modalities.yaml"), "cpu", tmp_path)
+    groups = {
+        c.dataset: {name: sensor.group for name, sensor in c.recipe.data.mixture[0].sensors.items()}
+        for c in cells
+        if c.levels.get("fusion", "").startswith("all")
+    }
+    radar = {"s1_asc": "all", "s1_des": "all"}
+    assert groups == {
+        "treesatai_ts": {"aerial": "all", "s2": "all", **radar},
+        "pastis_hd": {"spot": "all", "s2": "all", **radar},
+    }
 
 
 def test_paths_are_relative_to_the_file_that_gives_them(tmp_path):
