@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -167,8 +168,7 @@ def make_cell(
     shards = study_data.place(setup.data, root)
     common = {**setup.set, "data.mixture[0].shards": shards, "seed": seed}
     recipe = _load(setup.base, {**common, **keys}, setup.data)
-    # The protocol of the evaluation must not depend on the levels, but the sensors and the architecture must.
-    shared = {k: v for k, v in keys.items() if k.split(".")[0] in ("data", "model")}
+    shared = dict(inputs_and_network(keys))
     identity = _encoder_identity(encoder, recipe, setup.data)
     named = [_plain(recipe.data.mixture[0].dataset)]
     if encoder is None:
@@ -182,6 +182,26 @@ def make_cell(
         for evaluation in _evaluations(group, setup, encoder, recipe, {**common, **shared}, directory, root)
     )
     return Cell(dataset, dict(levels), seed, encoder, directory, recipe, setup.data, evaluations, identity)
+
+
+def inputs_and_network(keys: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Those keys of a level that an evaluation shares: what a sample of the benchmark is (sensors, crop) and the
+    network. All others are of the pretraining alone, as the evaluation is one protocol for all cells."""
+    for key, value in keys.items():
+        path = tuple(re.findall(r"[^.\[\]]+", key))  # as --set: mixture[0] and mixture.0 are the same
+        if _is_shared(path):
+            yield key, value
+        elif isinstance(value, Mapping):  # a whole section
+            yield from inputs_and_network({f"{key}.{name}": part for name, part in value.items()})
+        elif isinstance(value, list | tuple):
+            yield from inputs_and_network({f"{key}[{i}]": part for i, part in enumerate(value)})
+
+
+def _is_shared(path: tuple[str, ...]) -> bool:
+    if path[0] == "model":  # a finetuning starts from the weights of the cell, not from init_from
+        return len(path) > 1 and path[1] != "init_from"
+    # The benchmark is the first dataset of the mixture.
+    return path[:3] == ("data", "mixture", "0") and path[3:4] in (("sensors",), ("crop_m",))
 
 
 def distinct(cells: Sequence[Cell]) -> list[Cell]:

@@ -66,9 +66,9 @@ class Data(Section):
 class Evaluations(Section):
     """A benchmark on which every cell is evaluated, and the ways of evaluation.
 
-    The recipe of an evaluation has the ``data`` and ``model`` sections of the cell's recipe, including the changes of
-    its levels; all other sections (``optim``, ``train``, …) are those of the base recipe without the levels, so that
-    every cell is evaluated by the same protocol.
+    The recipe of an evaluation is the base recipe without the levels, so that every cell is evaluated by the same
+    protocol, with those keys of the levels that the encoder needs: ``model`` without ``init_from``, and of the first
+    dataset ``sensors`` and ``crop_m``.
     """
 
     name: Name

@@ -10,7 +10,7 @@ from testkit.studies import STUDY, write_results, write_study
 from maestro_scale.evaluation.baselines.content import content_digest
 from maestro_scale.evaluation.results import EvalResult
 from maestro_scale.recipe import RecipeError
-from maestro_scale.study.cells import distinct, expand
+from maestro_scale.study.cells import distinct, expand, inputs_and_network
 from maestro_scale.study.config import load_study
 from maestro_scale.study.worker import evaluation_words
 
@@ -125,6 +125,35 @@ def test_the_protocol_of_an_evaluation_does_not_follow_the_optimisation_of_a_lev
     assert other.recipe.optim.clip == 2.0
     assert ours.evaluations[0].folder.name == other.evaluations[0].folder.name
     assert not any(r.tracking.enabled for r in recipes)
+
+
+def test_an_evaluation_shares_the_sensors_and_the_network_of_a_level_and_nothing_else(tmp_path):
+    first = "data.mixture[0]."
+    level = {
+        "data.first_date": "ends",
+        "data.flips": False,
+        f"{first}split": ["val"],
+        f"{first}sensors.s2.patch": 6,
+        "data.mixture.0.crop_m": 30.0,
+        "model": {"fusion": "mod", "init_from": "weights"},
+        "masking.ratio": 0.5,
+    }
+    assert dict(inputs_and_network(level)) == {
+        f"{first}sensors.s2.patch": 6,
+        "data.mixture.0.crop_m": 30.0,
+        "model.fusion": "mod",
+    }
+    sections = {
+        "data": {"lanes": 2, "mixture": [{"weight": 2, "sensors": {"s2": {"patch": 6}}}, {"crop_m": 9}]}
+    }
+    assert dict(inputs_and_network(sections)) == {"data.mixture[0].sensors": {"s2": {"patch": 6}}}
+    levels = {"dates": {"any": {}, "ends": {"data.first_date": "ends", f"{first}split": ["val"]}}}
+    evaluations = [{"name": "trees", "modes": ["finetune"]}]
+    path = write_study(tmp_path, factors=levels, questions=[], setup={"evaluations": evaluations})
+    cells = cells_of(path)
+    assert [c.recipe.data.first_date for c in cells] == ["auto", "ends"]
+    assert [c.evaluations[0].recipe.data.first_date for c in cells] == ["auto", "auto"]
+    assert cells[0].evaluations[0].folder.name == cells[1].evaluations[0].folder.name
 
 
 def test_another_protocol_has_another_folder(tmp_path):
