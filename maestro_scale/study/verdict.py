@@ -48,6 +48,7 @@ def judge(difference: Estimate, at_least: float = 0.0, margin: float | None = No
     ``at_least``, but not below 0. ``matches``: within ±margin; ``differs``: outside. Otherwise, and always with a
     single seed, whose interval does not cover the variation of training, ``not resolved``.
     """
+    power = POWER
     if margin is None:
         p_value = difference.p_value(at_least)
         distance = abs(difference.value - at_least)
@@ -55,6 +56,8 @@ def judge(difference: Estimate, at_least: float = 0.0, margin: float | None = No
     else:
         p_value = _equivalence_p(difference, margin)
         distance = abs(margin - abs(difference.value))
+        if abs(difference.value) < margin:  # both of two one-sided tests must decide
+            power = (1 + POWER) / 2
         word = _of_equivalence(difference, margin)
     if word != "not resolved" and difference.covers_seeds:
         return Verdict(word, p_value)
@@ -66,8 +69,8 @@ def judge(difference: Estimate, at_least: float = 0.0, margin: float | None = No
     return Verdict(
         "not resolved",
         p_value,
-        _smallest(lambda m: _decides(difference, distance, m / seeds, 1), seeds + 1, _MAX_SEEDS),
-        _smallest(lambda n: _decides(difference, distance, 1, n / tiles), tiles + 1, _MAX_TILES),
+        _smallest(lambda m: _decides(difference, distance, power, m / seeds, 1), seeds + 1, _MAX_SEEDS),
+        _smallest(lambda n: _decides(difference, distance, power, 1, n / tiles), tiles + 1, _MAX_TILES),
     )
 
 
@@ -125,11 +128,12 @@ def _equivalence_p(difference: Estimate, margin: float) -> float:
     return min(1.0, 2 * t_tail(abs(inside) / difference.error, difference.freedom))
 
 
-def _decides(difference: Estimate, distance: float, seeds: float, tiles: float) -> bool:
+def _decides(difference: Estimate, distance: float, power: float, seeds: float, tiles: float) -> bool:
     """Whether that many times the seeds and tiles decide with probability POWER: the usual condition for the size of a
-    sample, (t_{1-α/2} + t_{power}) · error ≤ distance (e.g. Chow, Shao and Wang 2008, section 3.1)."""
+    sample, (t_{1-α/2} + t_{power}) · error ≤ distance (Chow, Shao and Wang 2008, section 3.1). For equivalence
+    ``power`` is (1 + POWER) / 2: each of the two one-sided tests may fail in half of the other cases."""
     larger = scaled(difference, seeds, tiles)
-    quantiles = (t_quantile(p, larger.freedom) for p in ((1 + larger.level) / 2, POWER))
+    quantiles = (t_quantile(p, larger.freedom) for p in ((1 + larger.level) / 2, power))
     return sum(quantiles) * larger.error <= distance
 
 

@@ -76,7 +76,18 @@ def test_the_seeds_that_would_decide():
     assert (verdict.needed_seeds, verdict.needed_tiles) == (20, None)
     # The distance to the border counts: of -0.01 to 0.02 it is the same.
     assert judge(seeds_only(-0.01), at_least=0.02).needed_seeds == 20
-    assert judge(seeds_only(0.01), margin=0.04).needed_seeds == 20
+    # Beyond a margin too, of which one border counts.
+    assert judge(seeds_only(0.07), margin=0.04).needed_seeds == 20
+
+
+def test_the_seeds_and_tiles_that_would_show_equivalence():
+    # Chow, Shao and Wang: (t_0.975 + t_0.9) · 0.02 · √(5/m) ≤ 0.04 - |0.01|, as both of two one-sided tests must decide:
+    # with 25 seeds (2.0639 + 1.3178) · 0.008944 = 0.03025, with 26 seeds (2.0595 + 1.3163) · 0.008771 = 0.02961.
+    assert judge(seeds_only(0.01), margin=0.04).needed_seeds == 26
+    assert judge(seeds_only(-0.01), margin=0.04).needed_seeds == 26
+    # (1.9600 + 1.2816)² · 0.2² / 0.03² = 467.0 tiles; with t of 468 degrees of freedom (1.9650 + 1.2834)² · 44.44 =
+    # 469.0. At a difference of 0 the number of a one-sided claim, 351, is 1.34 times too small.
+    assert judge(tiles_only(0.0), margin=0.03).needed_tiles == 469
 
 
 def test_the_tiles_that_would_decide():
