@@ -1,14 +1,16 @@
 """Search for the best values of recipe keys by Optuna: every trial is a cell per seed, its value their mean score.
 
 The trials are stored in the folder of the study. A trial that a kill interrupted is completed first, and the sampler is
-built from the seed and the number of the trial, so an interrupted search continues as an uninterrupted one.
+built from the seed and the number of the trial, so an interrupted search continues as an uninterrupted one. A trial
+whose cell failed stays open too, as the reason may be a full disk: the next start runs it again, like a failed cell.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 STORE = "optuna.db"
 TRIALS = "trials.json"
+_MAX_FAILED = 5  # in one call
 
 RunCells = Callable[[Sequence[Cell]], Outcome]
 """Runs cells; returns when they have ended."""
@@ -37,8 +40,8 @@ def search(study: Study, scale: str, root: Path, study_dir: Path, run: RunCells)
     optuna = _optuna()
     study_dir.mkdir(parents=True, exist_ok=True)
     searched = _open(optuna, study_dir / STORE, _search_name(study, scale, root))
-    total = Outcome()
-    while trial := _next_trial(optuna, searched, sample):
+    total, failed = Outcome(), set[int]()
+    while trial := _next_trial(optuna, searched, sample, failed):
         cells = trial_cells(study, scale, root, trial.params)
         outcome = run(distinct(cells))
         total.finished += outcome.finished
@@ -47,11 +50,17 @@ def search(study: Study, scale: str, root: Path, study_dir: Path, run: RunCells)
             total.is_stopped = True
             return total
         scores = [score for cell in cells if (score := _score(cell, sample.mode)) is not None]
-        # A combination that cannot be trained is a failed trial: the sampler avoids it, the search continues.
-        complete = len(scores) == len(cells)
-        state = optuna.trial.TrialState.COMPLETE if complete else optuna.trial.TrialState.FAIL
-        searched.tell(trial.number, fmean(scores) if complete else None, state=state)
+        if len(scores) == len(cells):
+            searched.tell(trial.number, fmean(scores))
+        else:
+            failed.add(trial.number)
         _write_trials(searched, study_dir)
+        if len(failed) >= _MAX_FAILED:  # the values of further trials would be drawn from too few results
+            total.failures.append(
+                f"{len(failed)} trials failed: the search stops; the same command continues it"
+            )
+            print(total.failures[-1], file=sys.stderr, flush=True)
+            break
     return total
 
 
@@ -113,9 +122,11 @@ def _search_name(study: Study, scale: str, root: Path) -> str:
     return f"{scale}-{hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]}"
 
 
-def _next_trial(optuna: Any, searched: optuna.Study, sample: Sample) -> Any:
-    """An interrupted trial, else a new one; None if all have ended."""
-    running = [t for t in searched.trials if t.state == optuna.trial.TrialState.RUNNING]
+def _next_trial(optuna: Any, searched: optuna.Study, sample: Sample, failed: Set[int]) -> Any:
+    """An interrupted trial, else a new one; None if all have ended. ``failed``: numbers of those that failed now."""
+    running = [
+        t for t in searched.trials if t.state == optuna.trial.TrialState.RUNNING and t.number not in failed
+    ]
     complete = [t for t in running if set(t.params) == set(sample.space)]
     for interrupted in running:
         if interrupted not in complete:  # killed while its values were drawn

@@ -55,6 +55,47 @@ def test_an_interrupted_search_continues_with_the_same_trials(study, tmp_path):
     assert search("interrupted") == []
 
 
+def test_a_trial_whose_cell_failed_is_run_again_at_the_next_start(study, tmp_path):
+    pytest.importorskip("optuna")
+    is_full, calls = True, []
+
+    def run(cells) -> Outcome:
+        calls.append(cells[0].recipe.optim.base_lr)
+        write_results(cells[0])
+        if is_full and len(calls) == 2:
+            return Outcome(finished=1, failures=["failed: No space left on device"])
+        write_results(cells[1])
+        return Outcome(finished=2)
+
+    def search() -> Outcome:
+        return sampler.search(study, "cpu", tmp_path, tmp_path / "study", run)
+
+    def states() -> list[str]:
+        return [t["state"] for t in json.loads((tmp_path / "study" / "trials.json").read_text())]
+
+    assert search().exit_code == 1
+    assert len(calls) == 4  # the others are run
+    assert states() == ["COMPLETE", "RUNNING", "COMPLETE", "COMPLETE"]
+    is_full = False
+    assert search().exit_code == 0
+    assert calls[4:] == [calls[1]]
+    assert states() == ["COMPLETE"] * 4
+
+
+def test_a_search_in_which_every_trial_fails_stops(study, tmp_path, monkeypatch):
+    pytest.importorskip("optuna")
+    monkeypatch.setattr(sampler, "_MAX_FAILED", 2)
+    calls = []
+
+    def run(cells) -> Outcome:
+        calls.append(cells)
+        return Outcome(failures=["failed"])
+
+    outcome = sampler.search(study, "cpu", tmp_path, tmp_path / "study", run)
+    assert (len(calls), outcome.exit_code) == (2, 1)
+    assert "2 trials failed" in outcome.failures[-1]
+
+
 @pytest.mark.parametrize(
     "change",
     [

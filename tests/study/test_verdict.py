@@ -81,7 +81,7 @@ def test_the_seeds_that_would_decide():
 
 
 def test_the_seeds_and_tiles_that_would_show_equivalence():
-    # Chow, Shao and Wang: (t_0.975 + t_0.9) · 0.02 · √(5/m) ≤ 0.04 - |0.01|, as both of two one-sided tests must decide:
+    # Chow, Shao and Wang: (t_0.975 + t_0.9) · 0.02 · √(5/m) ≤ 0.04 - |0.01|, as two one-sided tests must decide:
     # with 25 seeds (2.0639 + 1.3178) · 0.008944 = 0.03025, with 26 seeds (2.0595 + 1.3163) · 0.008771 = 0.02961.
     assert judge(seeds_only(0.01), margin=0.04).needed_seeds == 26
     assert judge(seeds_only(-0.01), margin=0.04).needed_seeds == 26
