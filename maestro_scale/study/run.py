@@ -7,14 +7,12 @@ import sys
 import time
 from collections import deque
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from maestro_scale.errors import MaestroError
 from maestro_scale.escaping import printable
 from maestro_scale.evaluation.run import score_text
-from maestro_scale.shards.errors import ManifestError
 from maestro_scale.shards.format.manifest import Manifest
 from maestro_scale.study import data as study_data
 from maestro_scale.study.cells import Cell
@@ -124,8 +122,9 @@ def run_cells(
 
 
 def check_data(cells: Sequence[Cell]) -> None:
-    """StudyError where a cell was trained on other samples than those that its shards hold now: it would be compared
-    with cells that are run after their replacement. Another split of the same shards does not matter."""
+    """StudyError where a cell was trained, or may have been evaluated, on other samples than those that its shards hold
+    now: it would be compared with cells that are run after their replacement. A split that was added, or that the cell
+    does not use, does not matter."""
     present: dict[str, Manifest | None] = {}
     for cell in cells:
         trained = manifest_path(cell.directory, 0, cell.data.dataset)
@@ -133,17 +132,31 @@ def check_data(cells: Sequence[Cell]) -> None:
             continue
         if cell.data.shards not in present:
             present[cell.data.shards] = _manifest(cell.data.shards)
-        splits, now = cell.recipe.data.mixture[0].split, present[cell.data.shards]
-        if now is None:
+        if (now := present[cell.data.shards]) is None:
             continue
-        with suppress(ManifestError):
-            before = Manifest.loads(trained.read_bytes(), str(trained))
-            if before.digest_of(splits) == now.digest_of(splits):
-                continue
-        raise StudyError(
-            f"{cell.data.shards} holds other samples than those that {cell.name} was trained on: restore them, give "
-            f"another --root, or remove {cell.directory} and the other cells of these data"
+        before = Manifest.loads(trained.read_bytes(), str(trained))
+        changed = sorted(
+            split
+            for split in _splits(cell) & {*before.splits}
+            if split not in now.splits or before.digest_of((split,)) != now.digest_of((split,))
         )
+        if changed:
+            raise StudyError(
+                f"{cell.data.shards} holds other samples than when {cell.name} was trained (split {', '.join(changed)}): "
+                f"restore them, give another --root, or remove {cell.directory} and the other cells of these data"
+            )
+
+
+def _splits(cell: Cell) -> set[str]:
+    """The splits of its shards that a cell is trained and evaluated on."""
+    evaluated = (
+        name
+        for e in cell.evaluations
+        if e.data.shards == cell.data.shards
+        for role in ("train", "val", "test")
+        for name in e.splits.get(role, (role,))
+    )
+    return {*cell.recipe.data.mixture[0].split, *evaluated}
 
 
 def _manifest(address: str) -> Manifest | None:

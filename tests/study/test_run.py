@@ -71,7 +71,7 @@ def test_finished_cells_are_skipped_and_a_failure_stops_no_other(prepared, monke
 
 def test_other_samples_at_the_address_of_existing_shards_are_refused(tmp_path):
     def shards(seed: int) -> Path:
-        data = Data(dataset="treesatai_ts", tiles={"train": 7}, seed=seed)
+        data = Data(dataset="treesatai_ts", tiles={"train": 4, "test": 3}, seed=seed)
         study_data.write(data, tmp_path, workers=1)
         return Path(study_data.place(data, tmp_path))
 
@@ -85,14 +85,24 @@ def test_other_samples_at_the_address_of_existing_shards_are_refused(tmp_path):
     trained.parent.mkdir(parents=True)
     shutil.copy(first / "manifest.json", trained)
     manifest = json.loads(trained.read_text())
-    manifest["shards"] += [{**s, "split": "val", "path": f"v-{s['path']}"} for s in manifest["shards"]]
-    (place / "manifest.json").write_text(json.dumps(manifest))
     (place / "manifest.sha256").unlink(missing_ok=True)
-    check_data(started.distinct)  # another split does not matter
+
+    def changed(**changes: str) -> None:
+        """Write the manifest with other values of the shards of the test split."""
+        shards = [{**s, **changes} if s["split"] == "test" else s for s in manifest["shards"]]
+        shards += [{**s, "split": "more", "path": f"more-{s['path']}"} for s in manifest["shards"][:1]]
+        (place / "manifest.json").write_text(json.dumps({**manifest, "shards": shards}))
+
+    changed()
+    check_data(started.distinct)  # a split was added
+    for changes in ({"sha256": "0" * 64}, {"split": "other"}):
+        changed(**changes)
+        with pytest.raises(StudyError, match=r"was trained \(split test\)"):
+            check_data(started.distinct)
     shutil.rmtree(place)
     shutil.copytree(other, place)
     for start in (started.run, lambda: started.run_cell(0), lambda: started.submit(1, [])):
-        with pytest.raises(StudyError, match=f"shards holds other samples than those that {cell.name} was"):
+        with pytest.raises(StudyError, match=f"shards holds other samples than when {cell.name} was"):
             start()
     shutil.rmtree(place)
     check_data(started.distinct)  # cannot be read here
