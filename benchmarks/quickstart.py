@@ -3,8 +3,8 @@
     python benchmarks/quickstart.py --seeds 1 2 3 4 5 --out /tmp/quickstart-seeds
 
 Prints a table and writes benchmarks/results/quickstart.json. Exit code 1 if for any seed the masked loss falls by less
-than 25 %. Whether the intervals of the probe (pretrained and untrained) are apart is in the table; with one seed of this
-size they are not (README.md).
+than 25 %. Whether the intervals of the probe (pretrained and untrained) are apart is in the table; for seed 0
+they are not (README.md).
 """
 
 from __future__ import annotations
