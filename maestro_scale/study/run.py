@@ -142,8 +142,8 @@ def check_data(cells: Sequence[Cell]) -> None:
         )
         if changed:
             raise StudyError(
-                f"{cell.data.shards} holds other samples than when {cell.name} was trained (split {', '.join(changed)}): "
-                f"restore them, give another --root, or remove {cell.directory} and the other cells of these data"
+                f"{cell.data.shards} holds other samples than when {cell.name} was trained "
+                f"(split {', '.join(changed)}): restore them, give another --root, or remove {cell.directory} and the other cells of these data"
             )
 
 

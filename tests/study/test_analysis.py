@@ -247,8 +247,9 @@ def test_folds_of_a_result_are_read_from_its_runs(cells, tmp_path, caplog):
             runs = []
             for fold in (1, 2):
                 keys = KEYS[4 * fold - 4 : 4 * fold]
-                result(hits, seed, keys=keys).write(path.parent / f"fold_{fold}" / "results.json")
-                runs.append(RunScore(0.5, (0.0, 1.0), seed, fold, f"fold_{fold}/results.json"))
+                of_fold = dataclasses.replace(result(hits, seed, keys=keys), folds=(fold,))
+                of_fold.write(path.parent / f"fold_{fold}" / "results.json")
+                runs.append(RunScore(of_fold.value, (0.0, 1.0), seed, fold, f"fold_{fold}/results.json"))
             mean = dataclasses.replace(result(hits * 2, seed), runs=tuple(runs), folds=(1, 2), counts=None)
             mean.write(path)
     (answer,) = analyse(study(GROUP_PATCH), cells.records).answers
