@@ -143,7 +143,8 @@ def check_data(cells: Sequence[Cell]) -> None:
         if changed:
             raise StudyError(
                 f"{cell.data.shards} holds other samples than when {cell.name} was trained "
-                f"(split {', '.join(changed)}): restore them, give another --root, or remove {cell.directory} and the other cells of these data"
+                f"(split {', '.join(changed)}): restore them, give another --root, "
+                f"or remove {cell.directory} and the other cells of these data"
             )
 
 
