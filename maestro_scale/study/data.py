@@ -20,6 +20,7 @@ from maestro_scale.study.config import Data
 from maestro_scale.training.run_dir import write_atomically
 
 _PACKAGE = Path(datasets.__file__).parent
+_READING = ("fill.py", "raster_file.py", "raw.py")
 _DONE = "complete.json"
 _SHARD_MB = 32
 _SPLITS = ("train", "val", "test")
@@ -41,9 +42,9 @@ def identity(data: Data) -> dict[str, Any]:
 
 @cache
 def generator_digest(dataset: str) -> str:
-    """Hash of the code that generates the scenes of a dataset, without comments and docstrings: tiles of another
-    revision of the code must not count as the same data."""
-    files = [*(_PACKAGE / "synthetic").glob("*.py")]
+    """Hash of the code that generates the scenes of a dataset and reads them, without comments and docstrings: tiles of
+    another revision of the code must not count as the same data."""
+    files = [*(_PACKAGE / "synthetic").glob("*.py"), *(_PACKAGE / name for name in _READING)]
     if dataset in datasets.known():
         files += (_PACKAGE / dataset).glob("*.py")
     digest = hashlib.sha256()
