@@ -54,6 +54,7 @@ def test_errors_name_the_nearest_baseline_and_what_is_missing():
         "python:tests.nowhere:X": "tests.nowhere cannot be imported .*PYTHONPATH",
         f"{HERE}:PixelMean": "has no class PixelMean .did you mean 'PixelMeans'..",
         f"{HERE}:NoModule": "NoModule is not a torch.nn.Module",
+        "python:os:system": "python:os:system: system is not a torch.nn.Module",
         f"{HERE}:Wrong,returns=nothing": r"tokens\(\) returned dict: return a dict of sensors",
         f"{HERE}:Wrong,returns=sensor": "the key 'aeral', which is not a sensor .did you mean 'aerial'..",
         f"{HERE}:Wrong,returns=axes": r"\(2, 4, 3\) for aerial, where \(B, R, L, E\) is expected",

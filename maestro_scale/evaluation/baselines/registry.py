@@ -182,4 +182,8 @@ def _load_class(path: str) -> Any:
         raise EvaluationError(
             f"--baseline python:{path}: {module_name} has no class {class_name}{did_you_mean(class_name, classes)}"
         )
+    from torch import nn
+
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):  # os:system would be called otherwise
+        raise EvaluationError(f"--baseline python:{path}: {class_name} is not a torch.nn.Module")
     return found
