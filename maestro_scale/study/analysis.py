@@ -72,6 +72,8 @@ class Cost:
     cell: str
     seconds: float | None
     gpu_hours: float | None
+    machines: tuple[str, ...] = ()
+    """Threads and kind of device of its processes."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,18 @@ class StudyResult:
     scores: tuple[Score, ...]
     answers: tuple[Answer, ...]
     costs: tuple[Cost, ...]
+
+    @property
+    def mixed_machines(self) -> dict[tuple[str, str], tuple[str, ...]]:
+        """Threads and devices by question and dataset, where the compared cells were not all run with the same."""
+        by_cell = {cost.cell: cost.machines for cost in self.costs}
+        found = {
+            (a.question.name, a.dataset): sorted(
+                {m for c in (*a.better, *a.worse) for m in by_cell.get(c, ())}
+            )
+            for a in self.answers
+        }
+        return {place: tuple(machines) for place, machines in found.items() if len(machines) > 1}
 
 
 def analyse(study: Study, cells: Sequence[CellRecord]) -> StudyResult:
@@ -97,7 +111,12 @@ def analyse(study: Study, cells: Sequence[CellRecord]) -> StudyResult:
             for answer, verdict in zip(answers, verdicts, strict=True)
         ),
         tuple(
-            Cost(cell.name, cell.seconds, None if cell.seconds is None else cell.gpus * cell.seconds / 3600)
+            Cost(
+                cell.name,
+                cell.seconds,
+                None if cell.seconds is None else cell.gpus * cell.seconds / 3600,
+                cell.machines,
+            )
             # By name: cells whose levels make no difference share a directory.
             for _, cell in sorted({cell.name: cell for cell in cells}.items())
         ),
@@ -189,7 +208,7 @@ def _answer(
     second = _side(cells, worse, question.worse_mode or question.mode, benchmark, question.fraction)
     records = [*first.values(), *second.values()]
     num_missing = sum(store.result(record) is None for _, record in records)
-    first, second = _complete(first, second, store)
+    first, second = _compared(*_complete(first, second, store))
     metric = next((r.metric for _, record in records if (r := store.result(record)) is not None), "")
     estimated = None
     if first and second:
@@ -254,6 +273,16 @@ def _complete(first: _Side, second: _Side, store: _Results) -> tuple[_Side, _Sid
         seeds = {s for _, s in side if all((variant, s) in side for variant in variants)}
         complete.append({(v, s): found for (v, s), found in side.items() if v in variants and s in seeds})
     return complete[0], complete[1]
+
+
+def _compared(first: _Side, second: _Side) -> tuple[_Side, _Side]:
+    """Without the seeds that ``paired.difference`` leaves out: those of one side only, where both have several in
+    common."""
+    common = {seed for _, seed in first} & {seed for _, seed in second}
+    if len(common) < 2:
+        return first, second
+    first, second = ({p: found for p, found in s.items() if p[1] in common} for s in (first, second))
+    return first, second
 
 
 def _runs(side: _Side, store: _Results) -> list[Run]:

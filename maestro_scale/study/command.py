@@ -17,7 +17,7 @@ from maestro_scale.study.cells import Cell, distinct, expand, scale_of
 from maestro_scale.study.config import Scale, Study, load_study
 from maestro_scale.study.records import CellRecord, EvaluationRecord
 from maestro_scale.study.run import Outcome, RunOptions, StudyError, check_data, run_cells
-from maestro_scale.study.worker import seconds_spent
+from maestro_scale.study.worker import machines_used, seconds_spent
 from maestro_scale.training.run_dir import write_atomically
 
 
@@ -191,6 +191,7 @@ def _record(cell: Cell, gpus: int) -> CellRecord:
         evaluations,
         sum(seconds_spent(cell).values()) or None,
         gpus,
+        machines_used(cell),
     )
 
 

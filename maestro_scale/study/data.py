@@ -70,6 +70,7 @@ def write(data: Data, root: Path, workers: int = 2) -> None:
     """Write the synthetic shards unless they exist; interrupted, the same call resumes. Waits for another process that
     writes them. DatasetError where that is impossible."""
     if is_complete(data, root):
+        remove_leftovers(data, root)
         return
     if data.dataset not in datasets.known():
         known = ", ".join(datasets.known())
@@ -81,7 +82,7 @@ def write(data: Data, root: Path, workers: int = 2) -> None:
     with file_lock(folder.with_name(f".{folder.name}.lock")):
         if is_complete(data, root):
             return
-        raw = folder.with_name(f"{folder.name}.raw")
+        raw = _raw(data, root)
         tiles = _synthetic_tiles(data, raw)
         # In random order, as the names of the tiles may begin with their class. The splits of the raw data have fixed
         # shares, which a study of many test tiles could not use.
@@ -95,7 +96,18 @@ def write(data: Data, root: Path, workers: int = 2) -> None:
             )
         Manifest.load(str(folder))
         write_atomically(folder / _DONE, json.dumps(identity(data), indent=1) + "\n")
-        shutil.rmtree(raw, ignore_errors=True)
+        remove_leftovers(data, root)
+
+
+def remove_leftovers(data: Data, root: Path) -> None:
+    """Remove the raw tiles of complete shards, which a kill may leave."""
+    if data.shards is None and is_complete(data, root):
+        shutil.rmtree(_raw(data, root), ignore_errors=True)
+
+
+def _raw(data: Data, root: Path) -> Path:
+    folder = Path(place(data, root))
+    return folder.with_name(f"{folder.name}.raw")
 
 
 def _synthetic_tiles(data: Data, raw: Path) -> RawDataset:

@@ -41,12 +41,14 @@ def write_pages(result: StudyResult, folder: Path, command: str | None = None) -
     }
     digest = hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
     costs = [vars(cost) for cost in result.costs]
-    values = {**table, "table_sha256": digest, "costs": costs, "origin": origin}
+    notes = _machine_notes(result)
+    values = {**table, "table_sha256": digest, "costs": costs, "notes": notes, "origin": origin}
     content = {
         "study": result.study,
         "questions": [_question_row(a) for a in result.answers],
         "scores": [_score_row(s) for s in result.scores],
         "costs": _cost_rows(result),
+        "notes": notes,
         "origin": {name.replace("_", " "): str(value or NOTHING) for name, value in origin.items()},
         "figure": data_url(figure, "image/svg+xml"),
         "digest": digest,
@@ -188,13 +190,28 @@ def _cost_rows(result: StudyResult) -> list[dict[str, str]]:
             "cell": cost.cell,
             "seconds": NOTHING if cost.seconds is None else f"{cost.seconds:,.0f}",
             "gpu_hours": NOTHING if cost.gpu_hours is None else f"{cost.gpu_hours:.2f}",
+            "machine": "; ".join(cost.machines) or NOTHING,
         }
         for cost in result.costs
     ]
     seconds = [c.seconds for c in result.costs if c.seconds is not None]
     hours = [c.gpu_hours for c in result.costs if c.gpu_hours is not None]
-    total = {"cell": "all", "seconds": f"{sum(seconds):,.0f}", "gpu_hours": f"{sum(hours):.2f}"}
+    total = {
+        "cell": "all",
+        "seconds": f"{sum(seconds):,.0f}",
+        "gpu_hours": f"{sum(hours):.2f}",
+        "machine": "",
+    }
     return [*rows, total] if seconds else rows
+
+
+def _machine_notes(result: StudyResult) -> list[str]:
+    """A sentence per comparison of cells that were not all run with the same threads and device."""
+    return [
+        f"{question} on {dataset}: its cells were run with {' and with '.join(machines)}, "
+        "so a part of the difference may be rounding."
+        for (question, dataset), machines in result.mixed_machines.items()
+    ]
 
 
 def _answer_values(answer: Answer) -> dict[str, Any]:

@@ -26,6 +26,7 @@ STOPPED = 143
 """Exit code of a process that ended because it was asked to."""
 _GRACE_S = 120.0  # for a training to save a checkpoint, before SIGKILL
 _POLL_S = 0.05
+_CALL_S = 5.0  # between calls of ``while_running``
 _CODE = Path(__file__).parents[1]
 
 
@@ -116,20 +117,30 @@ def run_entry(name: str, words: list[str], threads: int) -> NoReturn:
     os._exit(code)  # as training.distributed.hard_exit: DeepSpeed's threads must not delay the end
 
 
-def wait(pid: int, stop: StopFlag) -> int:
+def device_kind() -> str:
+    """Name of the GPU of this process, or CPU. Only in a process that trains or evaluates: it may initialise CUDA."""
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+
+
+def wait(pid: int, stop: StopFlag, while_running: Callable[[], None] = lambda: None) -> int:
     """Exit code of a child (128 + signal if it was killed). A child that ignores the stop request for two minutes is
-    killed."""
+    killed. ``while_running`` is called every few seconds."""
     stop.children.add(pid)
     if stop.is_set:  # the signal came between fork and add
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGTERM)
-    deadline = None
+    deadline, called = None, time.monotonic()
     try:
         while (code := poll(pid)) is None:
             if stop.is_set and deadline is None:
                 deadline = time.monotonic() + _GRACE_S
             if deadline is not None and time.monotonic() > deadline:
                 os.kill(pid, signal.SIGKILL)
+            if time.monotonic() - called > _CALL_S:
+                while_running()
+                called = time.monotonic()
             time.sleep(_POLL_S)
         return code
     finally:

@@ -39,3 +39,5 @@ class CellRecord:
     """Wall time of pretraining and evaluations; None where it is unknown."""
     gpus: int = 0
     """GPUs that were in use for ``seconds``."""
+    machines: tuple[str, ...] = ()
+    """Threads and kind of device of its processes, as ``1 thread, CPU``; several where its starts differ."""

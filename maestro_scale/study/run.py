@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -16,7 +17,7 @@ from maestro_scale.evaluation.run import score_text
 from maestro_scale.shards.format.manifest import Manifest
 from maestro_scale.study import data as study_data
 from maestro_scale.study.cells import Cell
-from maestro_scale.study.config import Scale
+from maestro_scale.study.config import Data, Scale
 from maestro_scale.study.processes import STOPPED, StopFlag, fork, last_error, num_gpus, poll, preload, wait
 from maestro_scale.study.tracking import end_study
 from maestro_scale.study.worker import LOCKED, LOG, run_cell, seconds_spent
@@ -73,13 +74,19 @@ class _Running:
 
 
 def run_cells(
-    cells: Sequence[Cell], scale: Scale, options: RunOptions, stop: StopFlag | None = None
+    cells: Sequence[Cell],
+    scale: Scale,
+    options: RunOptions,
+    stop: StopFlag | None = None,
+    is_whole: bool = True,
 ) -> Outcome:
     """Run every cell that is not finished. A failed cell does not stop the others; a signal stops all, and the same
-    call continues. ``cells``: distinct."""
+    call continues. ``cells``: distinct; ``is_whole``: they are the whole study, whose run in MLflow then ends."""
     stop = stop or StopFlag().install()
     missing = [cell for cell in cells if not cell.is_finished]
     done = len(cells) - len(missing)
+    for data in _data_of(cells).values():
+        study_data.remove_leftovers(data, options.root)
     outcome = Outcome()
     _print(f"{options.study}: {len(cells)} cells, {done} finished, in {options.root}")
     if not missing:
@@ -116,7 +123,7 @@ def run_cells(
                 done = _report(ended.cell, code, outcome, done, len(cells))
         time.sleep(_POLL_S)
     outcome.is_stopped = stop.is_set
-    if not stop.is_set:
+    if is_whole and not stop.is_set:
         end_study(list(cells), options.study_dir, not outcome.failures)
     return outcome
 
@@ -194,12 +201,8 @@ def _environments(scale: Scale, options: RunOptions) -> list[dict[str, str]]:
 
 def _write_data(cells: Sequence[Cell], options: RunOptions, stop: StopFlag) -> bool:
     """Write the synthetic data that the cells read; false after a failure or a signal."""
-    used = {
-        study_data.place(d, options.root): d
-        for c in cells
-        for d in (c.data, *(e.data for e in c.evaluations))
-    }
-    for address, data in used.items():
+    for data in _data_of(cells).values():
+        address = study_data.place(data, options.root)
         if study_data.is_complete(data, options.root):
             continue
         _print(f"writing {sum(data.tiles.values())} synthetic tiles of {data.dataset} to {address}")
@@ -211,6 +214,12 @@ def _write_data(cells: Sequence[Cell], options: RunOptions, stop: StopFlag) -> b
         if wait(fork(write, None), stop) or stop.is_set:
             return False
     return True
+
+
+def _data_of(cells: Sequence[Cell]) -> dict[str, Data]:
+    """All data that the cells read, each once."""
+    used = (data for c in cells for data in (c.data, *(e.data for e in c.evaluations)))
+    return {json.dumps(study_data.identity(data), sort_keys=True): data for data in used}
 
 
 def _report(cell: Cell, code: int, outcome: Outcome, done: int, total: int) -> int:

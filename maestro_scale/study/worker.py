@@ -1,7 +1,8 @@
 """Runs one cell: pretraining, evaluations and MLflow, each stage by the entry points train.py and evaluate.py.
 
 Files of a cell, beside those of a run directory: ``cell.json`` (what its hash is of), ``cell.yaml`` (the recipe that
-is given to train.py), ``log.txt``, ``cost.json`` (seconds by stage), ``evaluations/``.
+is given to train.py), ``log.txt``, ``cost.json`` (seconds by stage), ``machines.json`` (threads and device by stage),
+``evaluations/``.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from pathlib import Path
 from maestro_scale import untrusted
 from maestro_scale.shards.locks import Locked, file_lock
 from maestro_scale.study.cells import SCRATCH, TRAINED_MODES, Cell, Evaluation
-from maestro_scale.study.processes import STOPPED, StopFlag, fork, run_entry, wait
+from maestro_scale.study.processes import STOPPED, StopFlag, device_kind, fork, run_entry, wait
 from maestro_scale.study.tracking import record_cell
 from maestro_scale.training.checkpoint.checkpoints import newest
 from maestro_scale.training.run_dir import has_finished, write_atomically
 
 FAILED, LOCKED = 1, 75
-LOG, COST = "log.txt", "cost.json"
+LOG, COST, MACHINES = "log.txt", "cost.json", "machines.json"
 _MODEL = "model"
 _MAX_SECONDS = 1e10  # of a stage; other numbers are damage
 _LOCK = ".cell.lock"
@@ -60,6 +61,12 @@ def seconds_spent(cell: Cell) -> dict[str, float]:
     except (OSError, ValueError):
         return {}
     return {k: float(v) for k, v in record.items() if isinstance(v, int | float) and 0 <= v < _MAX_SECONDS}
+
+
+def machines_used(cell: Cell) -> tuple[str, ...]:
+    """Threads and kinds of device of all stages and starts, e.g. ``1 thread, CPU``; empty for a cell that was never
+    run. Results depend on them in the last digits."""
+    return tuple(dict.fromkeys(machine for used in _machines(cell).values() for machine in used))
 
 
 def training_words(cell: Cell) -> list[str]:
@@ -129,13 +136,39 @@ def _run_stages(cell: Cell, stop: StopFlag, threads: int) -> int:
 def _stage(cell: Cell, name: str, words: list[str], stop: StopFlag, threads: int) -> int:
     if stop.is_set:
         return STOPPED
-    started = time.monotonic()
-    code = wait(fork(lambda: run_entry(name, words, threads), cell.directory / LOG), stop)
-    spent = seconds_spent(cell)
-    spent[name] = round(spent.get(name, 0.0) + time.monotonic() - started, 2)
-    with suppress(OSError):  # a full disk: the stage has reported it
-        write_atomically(cell.directory / COST, json.dumps(spent))
+    started, before = time.monotonic(), seconds_spent(cell)
+
+    def write_cost() -> None:
+        spent = {**before, name: round(before.get(name, 0.0) + time.monotonic() - started, 2)}
+        with suppress(OSError):  # a full disk: the stage reports it
+            write_atomically(cell.directory / COST, json.dumps(spent))
+
+    def work() -> int:
+        _record_machine(cell, name, threads)
+        run_entry(name, words, threads)
+
+    # Also while it runs: a kill of this process must not lose the seconds.
+    code = wait(fork(work, cell.directory / LOG), stop, write_cost)
+    write_cost()
     return code
+
+
+def _record_machine(cell: Cell, stage: str, threads: int) -> None:
+    """Add a start of a stage to the record, in its process."""
+    device = "CPU" if cell.recipe.train.device == "cpu" else device_kind()
+    machine, used = f"{threads} thread{'s' * (threads != 1)}, {device}", _machines(cell)
+    used[stage] = list(dict.fromkeys([*used.get(stage, []), machine]))
+    with suppress(OSError):
+        write_atomically(cell.directory / MACHINES, json.dumps(used))
+
+
+def _machines(cell: Cell) -> dict[str, list[str]]:
+    """Descriptions by stage; empty where the record is missing or damaged."""
+    try:
+        record = untrusted.read_record(cell.directory / MACHINES)
+        return {str(stage): [str(machine) for machine in used] for stage, used in record.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
 
 
 def _drop_optimizer_state(cell: Cell) -> None:

@@ -179,6 +179,15 @@ def test_a_cell_that_is_missing_leaves_its_seed_out(cells):
     assert (answer.difference.num_seeds, answer.num_missing) == ((3,), 1)
 
 
+def test_only_seeds_that_are_compared_are_listed(cells):
+    three_seeds(cells)
+    cells.add("11111111", 7, target="group")  # the other side has no seed 7
+    (answer,) = analyse(study(GROUP_PATCH), cells.records).answers
+    assert answer.difference.num_seeds == (3,)
+    assert answer.better == tuple(f"trees-group-probe-{seed}" for seed in range(3))
+    assert answer.worse == tuple(f"trees-patch-probe-{seed}" for seed in range(3))
+
+
 def test_a_level_from_scratch_answers_for_finetuning(cells):
     for seed in range(2):
         cells.add("11110000", seed, "finetune", target="group")
@@ -329,6 +338,23 @@ def test_equal_results_give_equal_tables_whatever_they_cost(cells, tmp_path):
     cells.add("11111111", 3, target="none")
     rendered(cells, tmp_path / "c", study(GROUP_PATCH))
     assert json.loads((tmp_path / "c" / "study.json").read_text())["table_sha256"] != a["table_sha256"]
+
+
+def test_a_comparison_of_cells_with_other_threads_has_a_note(cells, tmp_path):
+    three_seeds(cells)
+    one, two = "1 thread, CPU", "2 threads, CPU"
+    cells.records = [dataclasses.replace(r, machines=(one,)) for r in cells.records]
+    _, _, text = rendered(cells, tmp_path / "a", study(GROUP_PATCH))
+    assert f"| trees-group-probe-0 | 90 | 0.03 | {one} |" in text
+    assert "rounding" not in text
+    cells.records[1] = dataclasses.replace(cells.records[1], machines=(one, two))
+    none = {"better": {"target": "group"}, "worse": {"target": "none"}}
+    _, page, other = rendered(cells, tmp_path / "b", study(GROUP_PATCH, none))
+    note = f"q0 on trees: its cells were run with {one} and with {two}, so a part of the difference may be rounding."
+    assert note in other
+    assert note in " ".join(" ".join(page.text).split())
+    assert other.count("rounding") == 1
+    assert json.loads((tmp_path / "b" / "study.json").read_text())["notes"] == [note]
 
 
 def test_a_study_without_a_result_has_pages_too(cells, tmp_path):

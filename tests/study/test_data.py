@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,6 +29,18 @@ def test_every_split_has_its_number_of_tiles(tmp_path):
     assert study_data.is_complete(data, tmp_path)
     assert [p.name for p in (tmp_path / "data").iterdir() if p.name.endswith(".raw")] == []
     study_data.write(data, tmp_path)  # nothing to do
+
+
+def test_a_kill_after_the_last_file_leaves_no_raw_tiles_after_the_next_start(tmp_path, monkeypatch):
+    data = Data(dataset="treesatai_ts", tiles={"train": 2}, seed=1)
+    monkeypatch.setattr(study_data, "remove_leftovers", lambda data, root: None)  # killed before
+    study_data.write(data, tmp_path, workers=1)
+    monkeypatch.undo()
+    raw = tmp_path / "data" / f"{Path(study_data.place(data, tmp_path)).name}.raw"
+    assert raw.is_dir()
+    study_data.write(data, tmp_path)
+    assert not raw.exists()
+    assert study_data.is_complete(data, tmp_path)
 
 
 def test_the_order_of_the_splits_does_not_change_their_tiles(tmp_path):

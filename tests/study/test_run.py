@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import time
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from typer.testing import CliRunner
 from maestro_scale.cli import app
 from maestro_scale.shards.locks import file_lock
 from maestro_scale.study import data as study_data
-from maestro_scale.study import run, worker
+from maestro_scale.study import processes, run, worker
 from maestro_scale.study.cells import distinct, expand
 from maestro_scale.study.command import Request, StudyRun
 from maestro_scale.study.config import Data, load_study
@@ -171,6 +172,32 @@ def test_more_jobs_than_gpus_are_refused(prepared, monkeypatch):
         run._environments(study.scales["cpu"], RunOptions("tiny", options.root, 1))[0]["CUDA_VISIBLE_DEVICES"]
         == "3"
     )
+
+
+def test_seconds_and_machine_of_a_stage_are_recorded_while_it_runs(prepared, monkeypatch):
+    (cell, *_), _, _ = prepared
+    cell.directory.mkdir(parents=True)
+    (cell.directory / worker.COST).write_text('{"train": 100.0}')
+    monkeypatch.setattr(processes, "_CALL_S", 0.05)
+    monkeypatch.setattr(worker, "device_kind", lambda: "H100")
+    monkeypatch.setattr(worker, "run_entry", lambda *_: time.sleep(60))
+    pid = processes.fork(lambda: worker._stage(cell, "train", [], StopFlag(), 2), None)
+    deadline = time.monotonic() + 20
+    while worker.seconds_spent(cell)["train"] <= 100.05 or not worker.machines_used(cell):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGKILL)
+    processes.wait(pid, StopFlag())
+    assert worker.seconds_spent(cell)["train"] > 100.05
+    monkeypatch.setattr(worker, "run_entry", lambda *_: 0)
+    worker._stage(cell, "evaluate", [], StopFlag(), 1)
+    worker._stage(cell, "evaluate", [], StopFlag(), 2)
+    device = "CPU" if cell.recipe.train.device == "cpu" else "H100"
+    assert worker.machines_used(cell) == (f"2 threads, {device}", f"1 thread, {device}")
+    assert json.loads((cell.directory / worker.MACHINES).read_text())["evaluate"] == [
+        f"1 thread, {device}",
+        f"2 threads, {device}",
+    ]
 
 
 def test_the_words_of_the_entry_points(prepared):
