@@ -145,7 +145,7 @@ def _stage(cell: Cell, name: str, words: list[str], stop: StopFlag, threads: int
 
     def work() -> int:
         _record_machine(cell, name, threads)
-        run_entry(name, words, threads)
+        return run_entry(name, words, threads)
 
     # Also while it runs: a kill of this process must not lose the seconds.
     code = wait(fork(work, cell.directory / LOG), stop, write_cost)

@@ -32,7 +32,7 @@ def test_every_split_has_its_number_of_tiles(tmp_path):
 
 
 def test_a_kill_after_the_last_file_leaves_no_raw_tiles_after_the_next_start(tmp_path, monkeypatch):
-    data = Data(dataset="treesatai_ts", tiles={"train": 2}, seed=1)
+    data = Data(dataset="treesatai_ts", tiles={"train": 7}, seed=1)
     monkeypatch.setattr(study_data, "remove_leftovers", lambda data, root: None)  # killed before
     study_data.write(data, tmp_path, workers=1)
     monkeypatch.undo()

@@ -180,7 +180,7 @@ def test_seconds_and_machine_of_a_stage_are_recorded_while_it_runs(prepared, mon
     (cell.directory / worker.COST).write_text('{"train": 100.0}')
     monkeypatch.setattr(processes, "_CALL_S", 0.05)
     monkeypatch.setattr(worker, "device_kind", lambda: "H100")
-    monkeypatch.setattr(worker, "run_entry", lambda *_: time.sleep(60))
+    monkeypatch.setattr(worker, "run_entry", lambda *_: time.sleep(60) or 0)
     pid = processes.fork(lambda: worker._stage(cell, "train", [], StopFlag(), 2), None)
     deadline = time.monotonic() + 20
     while worker.seconds_spent(cell)["train"] <= 100.05 or not worker.machines_used(cell):
