@@ -66,6 +66,14 @@ def evaluated(stands, tmp_path, target: str, modes, baseline: str = "statistics"
     return evaluate_frozen(encoder, benchmark(stands, tmp_path, target), modes, Provenance(encoder=baseline))
 
 
+def test_no_label_is_no_score():
+    """One tile of class a that is found, and no labelled tile: the second score must not be 0."""
+    counts = np.zeros((2, 3, 3))
+    counts[0, 0, 0] = 1
+    assert KIND.statistic(counts)[0] == 1
+    assert np.isnan(KIND.statistic(counts)[1])
+
+
 def test_one_class_per_tile_is_learned_and_missing_labels_do_not_count(stands, tmp_path):
     for result in evaluated(stands, tmp_path, "genus", ("knn", "probe")):
         assert result.value > 0.85

@@ -100,8 +100,9 @@ class ClassificationTask:
     total = staticmethod(integer_total)
 
     def statistic(self, counts: np.ndarray) -> np.ndarray:
-        """wF1 of (…, 3, C)."""
-        return wf1(counts)
+        """wF1 of (…, 3, C); NaN where no tile has a label, as in a test split without labels."""
+        labelled = np.asarray(counts)[..., [0, 2], :].sum((-2, -1)) > 0
+        return np.where(labelled, wf1(counts), np.nan)
 
     def per_class(self, counts: np.ndarray) -> np.ndarray:
         """F1 per class."""
