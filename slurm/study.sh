@@ -4,6 +4,8 @@
 #
 #   sbatch --array=0-34%8 --gpus-per-task=1 slurm/study.sh FILE --scale gpu --root ROOT
 #
+# The number of a task is that of a cell in FILE as it is when the task starts, so do not edit FILE before; with --slurm
+# it is that of a line in the file of names after --cells.
 # A cell uses one task with at most one GPU. A requeued task resumes. Settings: slurm/env.sh, docs/clusters.md.
 #SBATCH --job-name=maestro-study
 #SBATCH --nodes=1

@@ -10,7 +10,12 @@ import typer
 
 
 def study(
-    file: Annotated[Path, typer.Argument(help="YAML file of the study (see recipes/study/).")],
+    files: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="FILE...", help="YAML file of the study (see recipes/study/); several: run in turn."
+        ),
+    ],
     scale: Annotated[str, typer.Option(help="Scale of the file, e.g. cpu or gpu.")] = "",
     root: Annotated[
         Path, typer.Option(help="Folder of all studies: data, cells and results. Cells in it are shared.")
@@ -39,7 +44,13 @@ def study(
         list[str] | None, typer.Option(help="With --slurm: an option of sbatch. Can be repeated.")
     ] = None,
     cell: Annotated[
-        int | None, typer.Option(min=0, help="Run only the cell of this number of the dry run.")
+        str, typer.Option(help="Run only this cell, by the name of its folder, or its number in the dry run.")
+    ] = "",
+    cells: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --cell N: N is the number of a line, from 0, in this file of names (--slurm)."
+        ),
     ] = None,
     report: Annotated[
         bool, typer.Option("--report", help="Run nothing: write the result of the cells that are finished.")
@@ -50,23 +61,31 @@ def study(
 ) -> None:
     """Run an ablation study: a grid of recipes, seeds and evaluations, and what it says about each question.
 
-    Finished cells are skipped and interrupted ones resume. Exit code 1 if a cell failed.
+    Finished cells are skipped and interrupted ones resume. Several studies share cells. Exit code 1 if a cell failed.
     """
     from rich.console import Console
 
-    from maestro_scale.study.command import Request, StudyRun
+    from maestro_scale.study.command import Request, StudyRun, plan, run_all
+    from maestro_scale.study.run import StudyError
 
-    request = Request(file, scale, root, change or [], max(jobs, 1), threads, slim)
-    run = StudyRun(request)
-    if jobs == 0 and run.scale.gpu is None:
-        run = StudyRun(Request(file, scale, root, change or [], os.cpu_count() or 1, threads, slim))
+    if len(files) > 1 and cell:
+        raise StudyError("--cell: give one study")
+
+    def load(file: Path) -> StudyRun:
+        run = StudyRun(Request(file, scale, root, change or [], max(jobs, 1), threads, slim))
+        if jobs or run.scale.gpu is not None:
+            return run
+        return StudyRun(Request(file, scale, root, change or [], os.cpu_count() or 1, threads, slim))
+
+    runs = [load(file) for file in files]
     if dry_run:
-        run.dry_run(Console(width=None if Console().is_terminal else 140))
+        plan(runs, Console(width=None if Console().is_terminal else 140))
     elif print_commands:
-        print("\n".join(run.commands()))
+        print("\n".join(line for run in runs for line in run.commands()))
     elif slurm:
-        print(run.submit(limit, sbatch or []))
-    elif cell is not None:
-        raise typer.Exit(run.run_cell(cell).exit_code)
+        for run in runs:
+            print(run.submit(limit, sbatch or []), flush=True)
+    elif cell:
+        raise typer.Exit(runs[0].run_cell(cell, cells).exit_code)
     else:
-        raise typer.Exit(run.finish(report))
+        raise typer.Exit(run_all(runs, report))

@@ -11,12 +11,16 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from maestro_scale import untrusted
+from maestro_scale.errors import shorten
 from maestro_scale.escaping import console_text, shell_command
 from maestro_scale.study import data as study_data
 from maestro_scale.study.cells import Cell, distinct, expand, scale_of
 from maestro_scale.study.config import Scale, Study, load_study
+from maestro_scale.study.processes import STOPPED
 from maestro_scale.study.records import CellRecord, EvaluationRecord
 from maestro_scale.study.run import Outcome, RunOptions, StudyError, check_data, run_cells
+from maestro_scale.study.tracking import end_study
 from maestro_scale.study.worker import machines_used, seconds_spent
 from maestro_scale.training.run_dir import write_atomically
 
@@ -81,75 +85,66 @@ class StudyRun:
     def finish(self, report_only: bool = False) -> int:
         """Run the missing cells unless ``report_only``, then write the result; returns the exit code."""
         outcome = Outcome() if report_only else self.run()
+        if report_only:
+            self._end_if_complete()
         if not outcome.is_stopped:
             self.write_result()
         return outcome.exit_code
 
-    def run_cell(self, number: int) -> Outcome:
-        """Run one cell by its number in the dry run."""
-        if not 0 <= number < len(self.distinct):
-            raise StudyError(f"--cell {number}: the study has the cells 0 to {len(self.distinct) - 1}")
+    def run_cell(self, wanted: str, names: Path | None = None) -> Outcome:
+        """Run one cell, by its name or its number in the dry run; with ``names`` by its line, from 0, in this file."""
+        cell = self._find(_line(names, wanted) if names is not None else wanted)
         check_data(self.distinct)
-        return run_cells([self.distinct[number]], self.scale, self.options)
+        outcome = run_cells([cell], self.scale, self.options, is_whole=False)
+        self._end_if_complete()
+        return outcome
 
-    def missing(self) -> list[int]:
-        """The numbers of the cells that are not finished."""
+    def _find(self, wanted: str) -> Cell:
+        if wanted.isdecimal():
+            if int(wanted) < len(self.distinct):
+                return self.distinct[int(wanted)]
+            raise StudyError(f"--cell {wanted}: the study has the cells 0 to {len(self.distinct) - 1}")
+        for cell in self.distinct:
+            if cell.name == wanted:
+                return cell
+        raise StudyError(
+            f"--cell {shorten(wanted, 200)}: {self.options.study} has no cell of this name: its file, a recipe, "
+            "data or weights were changed since it was listed; list the cells again (--print, --slurm)"
+        )
+
+    def _end_if_complete(self) -> None:
+        """Set the study's run in MLflow to FINISHED when its last cell is: cells of an array end one by one."""
+        if all(cell.is_finished for cell in self.distinct):
+            end_study(self.distinct, self.options.study_dir, True)
+
+    def missing(self) -> list[str]:
+        """The names of the cells that are not finished."""
         if self.study.sample is not None:
             raise StudyError(
                 "a study with `sample` chooses its cells one after the other: run it on one machine"
             )
-        return [number for number, cell in enumerate(self.distinct) if not cell.is_finished]
+        return [cell.name for cell in self.distinct if not cell.is_finished]
 
     def commands(self) -> list[str]:
         """A shell command per missing cell."""
         words = self.request.words(self.scale_name)
-        return [shell_command("maestro-scale", "study", *words, "--cell", n) for n in self.missing()]
+        return [shell_command("maestro-scale", "study", *words, "--cell", name) for name in self.missing()]
 
     def submit(self, limit: int, options: Sequence[str]) -> str:
         """Submit the missing cells to SLURM; returns a line that says what was submitted."""
         from maestro_scale.study.slurm import submit
 
-        numbers = self.missing()
+        names = self.missing()
         check_data(self.distinct)
-        if not numbers:
+        if not names:
             return f"{self.options.study}: all {len(self.distinct)} cells are finished"
         for (
             cell
         ) in self.distinct:  # here, because tasks on several nodes would wait for the one that writes it
             for data in (cell.data, *(e.data for e in cell.evaluations)):
                 study_data.write(data, self.root)
-        array, report = submit(numbers, self.request.words(self.scale_name), self.root, limit, options)
-        return f"array {array} of {len(numbers)} cells, then job {report} for the result in {self.options.study_dir}"
-
-    def dry_run(self, console: Console) -> None:
-        """Print every cell with its cost, and the total."""
-        from maestro_scale.study.cost import cell_costs, measured_rate
-
-        costs = cell_costs(self.distinct, self.scale.gpu)
-        rate = measured_rate(zip(self.distinct, costs, strict=True))
-        table = Table(title=f"{self.options.study}: {len(self.distinct)} cells", title_justify="left")
-        unit = "GPU h" if self.scale.gpu else "s"
-        for column in ("#", "cell", "steps", "samples", unit, "state"):
-            table.add_column(column, justify="left" if column in ("cell", "state") else "right")
-        total = missing = 0.0
-        for number, (cell, cost) in enumerate(zip(self.distinct, costs, strict=True)):
-            spent = cost.gpu_hours if self.scale.gpu else cost.seconds(rate)
-            done = cell.is_finished
-            total, missing = total + (spent or 0.0), missing + (0.0 if done else spent or 0.0)
-            shown = "?" if spent is None else f"{spent:.2f}" if self.scale.gpu else f"{spent:.0f}"
-            numbers = ["-" if n is None else f"{n:,}" for n in (cost.steps, cost.samples)]
-            state = "finished" if done else "started" if (cell.directory / "cell.json").exists() else ""
-            table.add_row(str(number), console_text(cell.label), *numbers, shown, state)
-        console.print(table)
-        finished = sum(cell.is_finished for cell in self.distinct)
-        if self.scale.gpu:
-            text = f"{total:.1f} GPU hours ({self.scale.gpu.kind}, MFU {self.scale.gpu.mfu:g}), {missing:.1f} missing"
-        else:
-            jobs = self.options.jobs
-            text = (
-                f"{total / 3600:.1f} core hours, {missing / jobs / 3600:.1f} hours missing with --jobs {jobs}"
-            )
-        console.print(f"{len(self.distinct)} cells, {finished} finished: {text}")
+        array, report = submit(names, self.request.words(self.scale_name), self.root, limit, options)
+        return f"array {array} of {len(names)} cells, then job {report} for the result in {self.options.study_dir}"
 
     def _sampled(self) -> list[Cell]:
         from maestro_scale.study.sampler import known_trials, trial_cells
@@ -178,6 +173,61 @@ class StudyRun:
         command = shell_command("maestro-scale", "study", *self.request.words(self.scale_name))
         pages = write_pages(analyse(self.study, self.records()), self.options.study_dir, command)
         print(f"result: {', '.join(map(str, pages))}")
+
+
+def run_all(runs: Sequence[StudyRun], report_only: bool) -> int:
+    """Run studies one after the other, of which the later ones find the shared cells finished. Returns the exit code:
+    after a signal STOPPED, else the largest."""
+    codes = [0]
+    for run in runs:
+        codes.append(run.finish(report_only))
+        if codes[-1] == STOPPED:
+            return STOPPED
+    return max(codes)
+
+
+def plan(runs: Sequence[StudyRun], console: Console) -> None:
+    """Print every cell of one or several studies with its cost, and the total; a cell that they share once."""
+    from maestro_scale.study.cost import cell_costs, measured_rate
+
+    cells = distinct([cell for run in runs for cell in run.distinct])
+    gpus = {None if run.scale.gpu is None else run.scale.gpu.model_dump_json() for run in runs}
+    if len(gpus) > 1:
+        raise StudyError("--dry-run: the studies are planned for different GPUs: list them one by one")
+    gpu = runs[0].scale.gpu
+    costs = cell_costs(cells, gpu)
+    rate = measured_rate(zip(cells, costs, strict=True))
+    title = ", ".join(run.options.study for run in runs)
+    table = Table(title=f"{title}: {len(cells)} cells", title_justify="left")
+    for column in ("#", "cell", "steps", "samples", "GPU h" if gpu else "s", "state"):
+        table.add_column(column, justify="left" if column in ("cell", "state") else "right")
+    total = missing = 0.0
+    finished = [cell.is_finished for cell in cells]
+    for number, (cell, cost) in enumerate(zip(cells, costs, strict=True)):
+        spent = cost.gpu_hours if gpu else cost.seconds(rate)
+        total, missing = total + (spent or 0.0), missing + (0.0 if finished[number] else spent or 0.0)
+        shown = "?" if spent is None else f"{spent:.2f}" if gpu else f"{spent:.0f}"
+        numbers = ["-" if n is None else f"{n:,}" for n in (cost.steps, cost.samples)]
+        is_started = (cell.directory / "cell.json").exists()
+        state = "finished" if finished[number] else "started" if is_started else ""
+        table.add_row(str(number), console_text(cell.label), *numbers, shown, state)
+    console.print(table)
+    if gpu:
+        text = f"{total:.1f} GPU hours ({gpu.kind}, MFU {gpu.mfu:g}), {missing:.1f} missing"
+    else:
+        jobs = runs[0].options.jobs
+        text = f"{total / 3600:.1f} core hours, {missing / jobs / 3600:.1f} hours missing with --jobs {jobs}"
+    console.print(f"{len(cells)} cells, {sum(finished)} finished: {text}")
+
+
+def _line(file: Path, number: str) -> str:
+    try:
+        lines = untrusted.read_bytes(file, untrusted.RECIPE).decode().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise StudyError(f"--cells {file}: cannot be read ({error}): submit the study again") from None
+    if not number.isdecimal() or int(number) >= len(lines):
+        raise StudyError(f"--cell {shorten(number)}: {file} has the lines 0 to {len(lines) - 1}")
+    return lines[int(number)]
 
 
 def _record(cell: Cell, gpus: int) -> CellRecord:

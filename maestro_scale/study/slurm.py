@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -9,14 +10,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from maestro_scale.study.run import StudyError
+from maestro_scale.training.run_dir import write_atomically
 
 SCRIPT = Path(__file__).parents[2] / "slurm" / "study.sh"
 
 
 def submit(
-    numbers: Sequence[int], words: Sequence[str], root: Path, limit: int, options: Sequence[str]
+    names: Sequence[str], words: Sequence[str], root: Path, limit: int, options: Sequence[str]
 ) -> tuple[str, str]:
-    """Submit the cells by their numbers; returns the ids of the array and of the job that writes the result.
+    """Submit the cells by their names; returns the ids of the array and of the job that writes the result.
+
+    The tasks find the names in a file below ``root``, by their numbers in the array: the file of the study may be
+    changed while they wait, and the number of a cell with it.
 
     ``words``: the arguments of ``maestro-scale study``; ``limit``: largest number of tasks at a time, 0: none;
     ``options``: of sbatch. StudyError where sbatch is missing or refuses.
@@ -27,25 +32,18 @@ def submit(
         raise StudyError(f"--slurm needs {SCRIPT}, which is in the checkout: install with pip install -e")
     logs = root / "slurm"
     logs.mkdir(parents=True, exist_ok=True)
-    array = f"--array={ranges(numbers)}" + (f"%{limit}" if limit else "")
-    first = _sbatch([array, f"--output={logs}/%x-%A_%a.log", *options], words)
+    text = "".join(f"{name}\n" for name in names)
+    # Named by its content, so that a later array of other cells does not replace it.
+    listed = logs / f"cells-{hashlib.sha256(text.encode()).hexdigest()[:16]}.txt"
+    write_atomically(listed, text)
+    array = f"--array=0-{len(names) - 1}" + (f"%{limit}" if limit else "")
+    first = _sbatch([array, f"--output={logs}/%x-%A_%a.log", *options], [*words, "--cells", str(listed)])
     after = [
         f"--dependency=afterany:{first}",
         f"--output={logs}/%x-%j.log",
         "--job-name=maestro-study-report",
     ]
     return first, _sbatch([*after, *options], [*words, "--report"])
-
-
-def ranges(numbers: Sequence[int]) -> str:
-    """``[0, 1, 2, 5]`` as ``0-2,5``, which keeps the argument of sbatch short."""
-    parts: list[list[int]] = []
-    for number in sorted(numbers):
-        if parts and parts[-1][-1] == number - 1:
-            parts[-1][1:] = [number]
-        else:
-            parts.append([number])
-    return ",".join("-".join(map(str, part)) for part in parts)
 
 
 def _sbatch(options: Sequence[str], words: Sequence[str]) -> str:

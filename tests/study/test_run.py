@@ -15,13 +15,13 @@ from typer.testing import CliRunner
 
 from maestro_scale.cli import app
 from maestro_scale.shards.locks import file_lock
+from maestro_scale.study import command, processes, run, slurm, worker
 from maestro_scale.study import data as study_data
-from maestro_scale.study import processes, run, worker
 from maestro_scale.study.cells import distinct, expand
 from maestro_scale.study.command import Request, StudyRun
 from maestro_scale.study.config import Data, load_study
 from maestro_scale.study.processes import STOPPED, StopFlag
-from maestro_scale.study.run import RunOptions, StudyError, check_data, run_cells
+from maestro_scale.study.run import Outcome, RunOptions, StudyError, check_data, run_cells
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ def test_other_samples_at_the_address_of_existing_shards_are_refused(tmp_path):
             check_data(started.distinct)
     shutil.rmtree(place)
     shutil.copytree(other, place)
-    for start in (started.run, lambda: started.run_cell(0), lambda: started.submit(1, [])):
+    for start in (started.run, lambda: started.run_cell("0"), lambda: started.submit(1, [])):
         with pytest.raises(StudyError, match=f"shards holds other samples than when {cell.name} was"):
             start()
     shutil.rmtree(place)
@@ -252,7 +252,9 @@ def test_dry_run_lists_every_cell_with_its_cost_and_state(tmp_path):
     assert "3 cells, 1 finished" in done.output
     assert not (root / "data").exists()
     printed = CliRunner().invoke(app, [*words, "--print"]).output.splitlines()
-    assert printed == [f"maestro-scale study {path} --scale cpu --root {root} --cell {n}" for n in (0, 2)]
+    cells = expand(load_study(path), "cpu", root)
+    names = [cells[n].name for n in (0, 2)]
+    assert printed == [f"maestro-scale study {path} --scale cpu --root {root} --cell {n}" for n in names]
 
 
 def test_dry_run_of_a_gpu_scale_gives_gpu_hours(tmp_path):
@@ -261,6 +263,82 @@ def test_dry_run_of_a_gpu_scale_gives_gpu_hours(tmp_path):
     done = CliRunner().invoke(app, ["study", str(path), *words])
     assert done.exit_code == 0, done.output
     assert "GPU hours (h100, MFU 0.5)" in done.output
+
+
+def test_a_waiting_task_runs_its_cell_after_an_edit_of_the_study(tmp_path, monkeypatch):
+    path, root = write_study(tmp_path), tmp_path / "root"
+    sent: list[list[str]] = []
+    monkeypatch.setattr(slurm.shutil, "which", lambda name: name)
+    monkeypatch.setattr(slurm, "_sbatch", lambda options, words: sent.append([*options, *words]) or "7")
+    monkeypatch.setattr(study_data, "write", lambda *_: None)
+    started = StudyRun(Request(path, "", root))
+    first, second = started.distinct
+    started.submit(1, [])
+    array, report = sent
+    assert "--array=0-1%1" in array
+    names = Path(array[array.index("--cells") + 1])
+    assert "--cells" not in report
+    assert names.read_text() == f"{first.name}\n{second.name}\n"
+
+    ran = []
+    monkeypatch.setattr(command, "run_cells", lambda cells, *_, **__: ran.extend(cells) or Outcome())
+    more = {"new": {"model.target": "patch_group"}, "none": {"model.target": "none"}}
+    write_study(tmp_path, factors={"target": more}, questions=[])
+    edited = StudyRun(Request(path, "", root))
+    assert edited.distinct[0].name != first.name
+    edited.run_cell("1", names)
+    assert [cell.name for cell in ran] == [second.name]
+    edited.run_cell(second.name)
+    assert len(ran) == 2
+    for call in (lambda: edited.run_cell("0", names), lambda: edited.run_cell(first.name)):
+        with pytest.raises(
+            StudyError, match=f"'{first.name}': tiny-cpu has no cell of this name: its file"
+        ) as e:
+            call()
+        assert "\n" not in str(e.value)
+    with pytest.raises(StudyError, match="has the lines 0 to 1"):
+        edited.run_cell("2", names)
+    assert len(ran) == 2
+
+
+def test_single_cells_end_the_run_of_the_study_in_mlflow_only_when_all_are_finished(tmp_path, monkeypatch):
+    started = StudyRun(Request(write_study(tmp_path), "", tmp_path / "root"))
+    ended: list[bool] = []
+    monkeypatch.setattr(run, "preload", lambda threads: None)
+    monkeypatch.setattr(run, "_write_data", lambda *_: True)
+    monkeypatch.setattr(run, "run_cell", lambda cell, *_: write_results(cell) or 0)
+    monkeypatch.setattr(run, "end_study", lambda *_: pytest.fail("one cell is not the study"))
+    monkeypatch.setattr(command, "end_study", lambda cells, folder, complete: ended.append(complete))
+    started.run_cell("0")
+    assert ended == []
+    started.run_cell("1")
+    assert ended == [True]
+
+
+def test_several_studies_are_planned_and_run_together(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    first, root = write_study(tmp_path / "a"), tmp_path / "root"
+    levels = {"none": {"model.target": "none"}, "new": {"model.target": "patch_group"}}
+    evaluations = [{"name": "trees", "modes": ["probe"]}]
+    setup = {"evaluations": evaluations}
+    other = write_study(tmp_path / "b", name="other", factors={"target": levels}, questions=[], setup=setup)
+    words = ["study", str(first), str(other), "--root", str(root), "--jobs", "1"]
+    output = CliRunner().invoke(app, [*words, "--dry-run"]).output
+    assert "tiny-cpu, other-cpu: 3 cells" in output  # one is shared
+    codes = {"tiny-cpu": 1, "other-cpu": 0}
+    order = []
+
+    def finish(self, report_only):
+        order.append(self.options.study)
+        return codes[self.options.study]
+
+    monkeypatch.setattr(StudyRun, "finish", finish)
+    assert CliRunner().invoke(app, words).exit_code == 1
+    assert order == ["tiny-cpu", "other-cpu"]
+    codes["tiny-cpu"] = STOPPED
+    assert CliRunner().invoke(app, words).exit_code == STOPPED
+    assert order[2:] == ["tiny-cpu"]
 
 
 def test_a_cell_number_that_does_not_exist_is_refused(tmp_path):
