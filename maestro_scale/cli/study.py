@@ -13,7 +13,7 @@ def study(
     files: Annotated[
         list[Path],
         typer.Argument(
-            metavar="FILE...", help="YAML file of the study (see recipes/study/); several: run in turn."
+            metavar="FILE", help="YAML file of the study (see recipes/study/); several: run in turn."
         ),
     ],
     scale: Annotated[str, typer.Option(help="Scale of the file, e.g. cpu or gpu.")] = "",
