@@ -182,6 +182,7 @@ def _run_stages(console: Console, paths: QuickstartPaths, seed: int, tiles: int,
         f"seed={seed}",
         f"data.mixture[0].shards={json.dumps(paths.shards)}",
         f"data.cache_dir={json.dumps(str(paths.out / 'cache'))}",
+        "train.micro_batch=32",  # the global batch: it runs on one rank
         *([f"train.steps={steps}"] if steps else []),
         # A demonstration: it uses the CPU where torch cannot use the GPUs of this machine.
         *([] if has_gpu else ["train.device=cpu"]),

@@ -72,6 +72,9 @@ def _members(file: BinaryIO, names: Sequence[str], max_bytes: int) -> list[np.nd
 def _member(archive: zipfile.ZipFile, name: str, max_bytes: int) -> np.ndarray:
     import numpy as np
 
+    # What numpy writes; the decompressors of the others raise errors of their own kinds.
+    if archive.getinfo(name).compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise InputError(f"{name} is not stored in a way that numpy writes")
     with archive.open(name) as file:
         content = file.read(max_bytes + 1)  # the size in the directory may be wrong
     if len(content) > max_bytes:

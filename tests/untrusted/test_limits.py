@@ -8,6 +8,7 @@ import os
 import struct
 import tarfile
 import time
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -449,6 +450,15 @@ class TestArrays:
         assert "cannot be read" in refusal(lambda: untrusted.load_npz(path, ["c"]))
         monkeypatch.setattr("maestro_scale.untrusted.arrays.ARCHIVE_BYTES", 2**16)
         assert "b.npy has more than" in refusal(lambda: untrusted.load_npz(path, ["b"]))
+
+    @pytest.mark.parametrize("compression", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+    def test_compressions_that_numpy_does_not_write_are_refused(self, tmp_path, compression):
+        np.save(tmp_path / "a.npy", np.zeros(3))
+        with zipfile.ZipFile(tmp_path / "a.npz", "w", compression) as archive:
+            archive.write(tmp_path / "a.npy", "a.npy")
+        assert "is not stored in a way that numpy writes" in refusal(
+            lambda: untrusted.load_npz(tmp_path / "a.npz", ["a"])
+        )
 
     def test_the_number_of_files_in_an_archive_is_limited(self, tmp_path, monkeypatch):
         np.savez(tmp_path / "a.npz", **{f"x{i}": np.zeros(1) for i in range(5)})
