@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import numpy as np  # imported by the functions: `maestro-scale --help` starts without it
 
 # A header may hold any Python literal, such as a shape of truth values: a TypeError.
+_PLAIN_FLAGS = 0x808  # the size follows the data; the name is UTF-8
 _DAMAGED = (
     ValueError,
     TypeError,
@@ -72,8 +73,10 @@ def _members(file: BinaryIO, names: Sequence[str], max_bytes: int) -> list[np.nd
 def _member(archive: zipfile.ZipFile, name: str, max_bytes: int) -> np.ndarray:
     import numpy as np
 
-    # What numpy writes; the decompressors of the others raise errors of their own kinds.
-    if archive.getinfo(name).compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+    # What numpy writes. Encrypted, patched or otherwise compressed members raise errors of their own kinds.
+    info = archive.getinfo(name)
+    is_plain = not info.flag_bits & ~_PLAIN_FLAGS
+    if not is_plain or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise InputError(f"{name} is not stored in a way that numpy writes")
     with archive.open(name) as file:
         content = file.read(max_bytes + 1)  # the size in the directory may be wrong

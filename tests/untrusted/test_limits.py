@@ -460,6 +460,12 @@ class TestArrays:
             lambda: untrusted.load_npz(tmp_path / "a.npz", ["a"])
         )
 
+    def test_an_encrypted_member_is_refused(self, tmp_path):
+        np.savez(tmp_path / "a.npz", a=np.zeros(3))
+        content = bytearray((tmp_path / "a.npz").read_bytes())
+        content[content.index(b"PK\x01\x02") + 8] |= 1  # the flag in the directory
+        assert "is not stored in a way" in refusal(lambda: untrusted.parse_npz(bytes(content), ["a"]))
+
     def test_the_number_of_files_in_an_archive_is_limited(self, tmp_path, monkeypatch):
         np.savez(tmp_path / "a.npz", **{f"x{i}": np.zeros(1) for i in range(5)})
         monkeypatch.setattr("maestro_scale.untrusted.arrays.ARCHIVE_MEMBERS", 4)
