@@ -216,15 +216,15 @@ def _watched(world: World | None, timeout_s: float, out: Path) -> Iterator[Watch
 
 def score_text(result: EvalResult) -> str:
     """``mIoU 65.6 (64.0-67.0)``, or ``mIoU 65.6 ± 0.4 over 3 seeds, 5 folds``."""
-    kind, units = result.kind, f" {result.units}" if result.units else ""
+    kind, units = result.kind, printable(f" {result.units}" if result.units else "")
     # Runs without random numbers agree for every seed: their variation is that over tiles.
-    if not result.deviation:
-        low, high = (kind.number(bound) for bound in result.interval)
-        return f"{kind.title} {kind.number(result.value)} ({low}-{high}){printable(units)}"
+    if result.deviation:
+        spread = f"± {kind.number(result.deviation)}{units}"
+    else:
+        spread = f"({'-'.join(kind.number(bound) for bound in result.interval)}){units}"
     counts = {"seeds": len(result.seeds), "folds": len(result.folds)}
     over = ", ".join(f"{n} {what}" for what, n in counts.items() if n > 1)
-    deviation = kind.number(result.deviation)
-    return f"{kind.title} {kind.number(result.value)} ± {deviation}{printable(units)} over {over}"
+    return f"{kind.title} {kind.number(result.value)} {spread}" + (f" over {over}" if over else "")
 
 
 @dataclass(frozen=True)

@@ -160,7 +160,11 @@ def test_two_seeds_are_two_runs_and_their_mean(fields, pretrained, tmp_path):
     assert mean["value"] == pytest.approx(sum(numbers(r)["value"] for r in runs) / 2)
     assert (mean["seeds"], mean["splits"]["test"]) == ((0, 1), ("test",))
     assert [r["path"] for r in mean["runs"]] == ["seed_0/results.json", "seed_1/results.json"]
-    assert f"± {100 * mean['deviation']:.1f} over 2 seeds" in output
+    low, high = mean["interval"]
+    spread = (
+        f"± {100 * mean['deviation']:.1f}" if mean["deviation"] else f"({100 * low:.1f}-{100 * high:.1f})"
+    )
+    assert f"finetune: mIoU {100 * mean['value']:.1f} {spread} over 2 seeds" in output
 
 
 @pytest.mark.slow

@@ -447,7 +447,7 @@ def test_runs_that_agree_by_construction_keep_their_interval(tmp_path):
     (row,) = listed(*(dataclasses.replace(LABELLED, seeds=(s,)) for s in range(3)), tmp_path=tmp_path)
     assert "70.0 (69.0-71.0)" in row
     mean = dataclasses.replace(LABELLED, deviation=0.0, seeds=(0, 1, 2))
-    assert score_text(mean) == "wF1 70.0 (69.0-71.0)"
+    assert score_text(mean) == "wF1 70.0 (69.0-71.0) over 3 seeds"
 
 
 def test_templates_of_the_paper_are_there_with_empty_cells(tmp_path):
