@@ -172,7 +172,7 @@ def test_weights_are_published_random_or_of_a_file(tmp_path):
     for weights, message in (
         ("@DOFA_MEA", "did you mean 'DOFA_MAE'"),
         (f"@{tmp_path / 'other.pt'}", "has no patch_embed.kernel"),
-        ("@nowhere/dofa.pt", "there is no file nowhere/dofa.pt"),
+        ("@nowhere/dofa.pt", "the weights file nowhere/dofa.pt does not exist"),
     ):
         with pytest.raises(EvaluationError, match=message):
             build(weights)

@@ -168,7 +168,9 @@ class LibraryEncoder(nn.Module):
                 load_weights(adapter, path)
             return adapter
         if "/" in weights or path.suffix:
-            raise EvaluationError(f"{self.model_name}: there is no file {weights}")
+            raise EvaluationError(
+                f"{self.model_name}: the weights file {weights} does not exist; check the path"
+            )
         try:
             return self._adapter(weights)
         except OSError as error:  # of urllib and of huggingface_hub

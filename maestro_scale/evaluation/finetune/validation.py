@@ -142,8 +142,8 @@ class ValidationHook(Hook):
         return {"history": [asdict(score) for score in self.history]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The history of a checkpoint. EvaluationError where it goes on after the end that the patience gives: its best
-        score may be one that a run with this patience never reaches."""
+        """The history of a checkpoint. EvaluationError where it continues after the end that the patience gives: its
+        best score may be one that a run with this patience never reaches."""
         self.history = [ValidationScore(**score) for score in state["history"]]
         patience = self._settings.patience
         ends = (
