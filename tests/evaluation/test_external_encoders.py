@@ -283,7 +283,8 @@ def test_the_example_of_the_documentation_runs(pytestconfig, fields, tmp_path, m
 
 
 @pytest.mark.slow
-def test_two_ranks_finetune_a_plugin_and_score_it_as_one_does(fields, tmp_path):
+def test_two_ranks_finetune_a_plugin_and_score_it_as_one_does(fields, tmp_path, monkeypatch, pytestconfig):
+    monkeypatch.setenv("PYTHONPATH", str(pytestconfig.rootpath))  # the ranks import the encoder from tests/
     args = [f"--baseline={HERE}:PixelMeans", "--mode=finetune", "--mode=knn"]
     out = tmp_path / "out"
     evaluated(fields, tmp_path, out, *args, ranks=2, course=["train.steps=4"])

@@ -85,7 +85,8 @@ def dataset(s3, synthetic_raw) -> Manifest:
 def disk(synthetic_raw, tmp_path_factory) -> Path:
     """The same dataset in a folder."""
     folder = tmp_path_factory.mktemp("disk")
-    write_shards(datasets.open_raw("treesatai_ts", synthetic_raw, "train"), str(folder), "train", shard_mb=1)
+    raw = datasets.open_raw("treesatai_ts", synthetic_raw, "train")
+    write_shards(raw, str(folder), "train", shard_mb=1, synthetic=True)
     return folder
 
 
