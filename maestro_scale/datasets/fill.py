@@ -7,72 +7,27 @@ of its quantity, and each kind of invalid value is counted by a note.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 
+from maestro_scale.datasets.quantity import QUANTITY_KINDS, Quantity
 from maestro_scale.datasets.spec import DatasetError, Modality
-from maestro_scale.datasets.values import LARGEST, chronological, extremes, is_zero, sorted_note
+from maestro_scale.datasets.values import chronological, extremes, is_zero, sorted_note
 
 _CLOUD = "cloud"
 _NO_VALUE = "no valid value"
 
 
-@dataclass(frozen=True)
-class Quantity:
-    """What is measured: valid values are finite, greater than ``above`` and at most ``up_to``.
-
-    ``fill``: what replaces an invalid value. "zero": 0, and 100 % cloud where the modality has such a mask; "nan": NaN;
-    "mean": the mean of the band's valid pixels. ``outside``: note on finite values outside of the limits.
-    ``nonzero``: bands in which an exact 0 is nodata (``zeros``: note on it). ``source``: where the fill values are
-    documented, or were found.
-    """
-
-    fill: Literal["zero", "nan", "mean"]
-    source: str
-    above: float = -np.inf
-    up_to: float = LARGEST
-    outside: str = "fill values"
-    nonzero: tuple[str, ...] = ()
-    zeros: str = ""
-
-
-_BYTES = Quantity("zero", "uint8 images: no value is reserved, only what the file declares")
-_REFLECTANCE = Quantity(
-    "zero",
-    "MAJA (Theia) L2A: -10000 (cesbio.cnrs.fr/maja/sentinel-2-output-format); found in PASTIS (torchgeo #4061); "
-    "-9999 is a usual nodata tag",
-    above=-9999,
-    outside="fill values (-9999 or lower, or above 1e30)",
-)
-_LINEAR = Quantity(
-    "nan",
-    "Sentinel-1 GRD: pixels outside of the swath are exactly 0; a power is positive, and bright targets reach 1e4",
-    above=0,
-    up_to=1e6,
-    outside="fill values (negative or above 1e6)",
-    nonzero=("VV", "VH"),
-    zeros="zeros, which in linear power are no measurement",
-)
-_DECIBELS = Quantity(
-    "nan",
-    "0 in linear power is -inf dB; rasters without NaN use 0; -9999 is a usual nodata tag; measured: -60 to 40 dB",
-    above=-100,
-    up_to=100,
-    outside="fill values (outside -100 to 100 dB)",
-    nonzero=("VV", "VH"),
-    zeros="zeros, which in decibels are no measurement",
-)
-_ELEVATION = Quantity(
-    "mean",
-    "-9999, -99999 and 3.4e38 are usual nodata values of elevation models; on land: -430 to 8,849 m",
-    above=-500,
-    up_to=9000,
-    outside="pixels without elevation",
-)
-_COMPLETE = Quantity(
-    "nan", "a published table without gaps: no value is reserved; every value is checked to be finite"
+_BYTES = QUANTITY_KINDS["image"]
+_REFLECTANCE = QUANTITY_KINDS["reflectance"]
+_LINEAR = QUANTITY_KINDS["backscatter_linear"]
+_DECIBELS = QUANTITY_KINDS["backscatter_db"]
+_ELEVATION = QUANTITY_KINDS["elevation"]
+_COMPLETE = replace(
+    QUANTITY_KINDS["any"],
+    source="a published table without gaps: no value is reserved; every value is checked to be finite",
 )
 
 _FLAIR = {
