@@ -201,7 +201,7 @@ class RemoteStorage:
     def size(self, name: str) -> int | None:
         """Size in bytes; None if there is no such object."""
         try:
-            return self._call(name, "_info", "info", self._path(name), refresh=True)["size"]
+            return self._call(name, "_info", "info", self._path(name), **self._uncached)["size"]
         except FileNotFoundError:
             return None
 
@@ -209,7 +209,7 @@ class RemoteStorage:
         """Sorted names of the objects and prefixes directly below the prefix; empty if there are none."""
         path = self._path("").rstrip("/")
         try:
-            entries = self._call("", "_ls", "ls", path, detail=False, refresh=True)
+            entries = self._call("", "_ls", "ls", path, detail=False, **self._uncached)
         except FileNotFoundError:
             return []
         return sorted(
@@ -244,6 +244,11 @@ class RemoteStorage:
 
     def _no_bucket(self, name: str) -> WriteError:
         return WriteError(f"{self.address(name)}: cannot be written: no such bucket; create it first")
+
+    @property
+    def _uncached(self) -> dict[str, bool]:
+        # fsspec's client for HTTP caches nothing, and passes other arguments on to the request.
+        return {} if self.url.startswith(("http://", "https://")) else {"refresh": True}
 
     @property
     def _is_s3(self) -> bool:

@@ -23,6 +23,7 @@ from maestro_scale.shards.errors import BadShard, ManifestError, StoreError, Wri
 from maestro_scale.shards.format.index import index_path
 from maestro_scale.shards.format.manifest import Manifest
 from maestro_scale.shards.read import store as store_module
+from maestro_scale.shards.read.as_webdataset import as_webdataset
 from maestro_scale.shards.read.cache import CacheFullError
 from maestro_scale.shards.read.store import Store, StoreCounters
 from maestro_scale.shards.read.summary import summarize
@@ -121,6 +122,13 @@ def test_round_trip_with_cache(s3, dataset, tmp_path):
     before = len(s3.requests)
     make_store(tmp_path).shard(info).close()
     assert len(s3.requests) == before
+
+
+def test_a_stock_webdataset_pipeline_reads_the_store(s3, dataset):
+    s3.faults = lambda method, path, n: Fault(503) if method == "GET" and n == 3 else None
+    samples = list(as_webdataset(URL, "train", fields=["s2"]))
+    assert sorted(s["__key__"] for s in samples) == toy_keys(12)
+    assert all((s["s2"] == tile(s["__key__"]).arrays["s2"]).all() for s in samples)
 
 
 def test_writing_behaves_as_on_disk(own, dataset, s3):
