@@ -30,7 +30,7 @@ from maestro_scale.recipe import (
     resolve_spec,
 )
 from maestro_scale.recipe.data import SensorOverride
-from maestro_scale.recipe.merge import dump_yaml, parse_yaml
+from maestro_scale.strict_yaml.merge import dump_yaml, parse_yaml
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 # Studies, and the scales that they extend, are not recipes; tests/study loads them.

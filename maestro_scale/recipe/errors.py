@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from maestro_scale.errors import KeyPath, MaestroError, dotted
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from maestro_scale.strict_yaml.errors import ConflictError, DocumentError
+
+__all__ = ["ConflictError", "RecipeError", "recipe_errors"]
 
 
-class RecipeError(MaestroError, ValueError):
+class RecipeError(DocumentError):
     """A recipe cannot be used. The message has one line per mistake: ``file: key.path: reason``."""
 
-    same_on_all_ranks = True
 
-
-class ConflictError(ValueError):
-    """Values that are each valid but do not go together: (key path from here, reason) of each mistake."""
-
-    def __init__(self, *problems: tuple[KeyPath, str]) -> None:
-        super().__init__("\n".join(f"{dotted(path)}: {reason}" for path, reason in problems))
-        self.problems = problems
+@contextmanager
+def recipe_errors() -> Iterator[None]:
+    """Within the block, errors of YAML documents in general are raised as errors of a recipe."""
+    try:
+        yield
+    except RecipeError:
+        raise
+    except DocumentError as error:
+        raise RecipeError(*error.args) from None

@@ -1,16 +1,26 @@
-"""Base class of all recipe sections, and the field types they share."""
+"""The field types of recipes, beside those of all YAML documents."""
 
 from __future__ import annotations
 
 import os
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator
+from pydantic import AfterValidator, Field, PlainValidator
 
 from maestro_scale.shards.storage import credentials_in
+from maestro_scale.strict_yaml.fields import Count, Probability, Section, distinct, listed, some
 
-Probability = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
+__all__ = [
+    "AutoOrCount",
+    "Count",
+    "Place",
+    "Probability",
+    "Section",
+    "distinct",
+    "listed",
+    "nearest_divisors",
+    "some",
+]
 
 
 def _without_credentials(url: str) -> str:
@@ -33,42 +43,6 @@ def _auto_or_count(value: Any) -> int | str:
 
 # A union would report one error per member.
 AutoOrCount = Annotated[int | Literal["auto"], PlainValidator(_auto_or_count)]
-
-
-def listed(value: Any) -> Any:
-    """A single name, where a list of names is expected, as a list of one."""
-    if isinstance(value, list):  # pydantic's strict mode accepts lists for tuples only when parsing JSON
-        return tuple(value)
-    return (value,) if isinstance(value, str) else value
-
-
-def some(values: tuple) -> tuple:
-    """ValueError unless there is at least one value."""
-    if not values:
-        raise ValueError("must name at least one")
-    return values
-
-
-def distinct(values: tuple) -> tuple:
-    """ValueError unless there is at least one value and none is given twice."""
-    some(values)
-    twice = [str(v) for i, v in enumerate(values) if v in values[:i]]
-    if twice:
-        raise ValueError(f"{twice[0]} is given twice")
-    return values
-
-
-class Section(BaseModel):
-    """Frozen; an unknown key is an error; text is never converted to a number or the reverse."""
-
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        strict=True,
-        allow_inf_nan=False,
-        validate_default=True,
-        use_attribute_docstrings=True,
-    )
 
 
 def nearest_divisors(wanted: int, number: int) -> str:

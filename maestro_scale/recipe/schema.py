@@ -10,11 +10,10 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from maestro_scale.errors import KeyPath, dotted
-from maestro_scale.recipe import engine_config, environment
+from maestro_scale.recipe import engine_config
 from maestro_scale.recipe.data import Data
 from maestro_scale.recipe.errors import ConflictError, RecipeError
 from maestro_scale.recipe.fields import Section, nearest_divisors
-from maestro_scale.recipe.merge import dump_yaml
 from maestro_scale.recipe.sections import (
     Checkpoint,
     Evaluation,
@@ -26,6 +25,8 @@ from maestro_scale.recipe.sections import (
 )
 from maestro_scale.secrets_filter import scrub_tree
 from maestro_scale.stream.dates import FirstDate
+from maestro_scale.strict_yaml import environment
+from maestro_scale.strict_yaml.merge import dump_yaml
 
 Scalar = str | int | float | bool
 

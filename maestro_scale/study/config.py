@@ -12,8 +12,8 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from maestro_scale.errors import KeyPath, did_you_mean, dotted, shorten
 from maestro_scale.recipe.errors import ConflictError, RecipeError
 from maestro_scale.recipe.fields import Count, Place, Section, distinct, listed, some
-from maestro_scale.recipe.loading import validated
-from maestro_scale.recipe.merge import Tree, read_tree
+from maestro_scale.recipe.loading import read_tree, validated
+from maestro_scale.strict_yaml.merge import Tree
 
 Mode = Literal["knn", "probe", "attentive", "finetune", "scratch"]
 Name = Annotated[str, Field(pattern=r"^\w[\w.\-]*$", max_length=60)]

@@ -174,7 +174,7 @@ class TestYaml:
         }
 
     def test_many_keys_are_compared_in_linear_time(self):
-        from maestro_scale.recipe.merge import parse_yaml
+        from maestro_scale.strict_yaml.merge import parse_yaml
 
         started = time.process_time()
         assert len(parse_yaml("\n".join(f"k{i}: 1" for i in range(9000)))) == 9000

@@ -1,4 +1,4 @@
-"""Merges recipe files, ``extends``, ``--set`` overrides and the environment into one tree of plain values.
+"""Merges files, ``extends``, ``--set`` overrides and the environment into one tree of plain values.
 
 Every layer (a file, then the files that extend it, then ``--set``) is merged over the ones before: mappings
 key by key, anything else is replaced. ``origins`` records which layer set a value, for error messages. Values are
@@ -19,8 +19,8 @@ import yaml
 
 from maestro_scale import untrusted
 from maestro_scale.errors import KeyPath, did_you_mean, dotted, shorten
-from maestro_scale.recipe import environment
-from maestro_scale.recipe.errors import RecipeError
+from maestro_scale.strict_yaml import environment
+from maestro_scale.strict_yaml.errors import DocumentError
 
 _SET = "--set"
 _MAX_LEVELS, _MAX_KEY = 20, 200  # of a key in --set: parts, and characters of one
@@ -30,7 +30,7 @@ _EXCLUSIVE = {"train": ("epochs", "steps")}
 
 @dataclass(frozen=True)
 class Tree:
-    """A recipe before validation.
+    """A document before validation.
 
     ``texts``: the environment's text of values that consist of one ``${VAR}``: text fields take it as written (a run
     named 0012), all others its YAML value.
@@ -47,16 +47,19 @@ class Tree:
         return self.origins[loc]
 
 
-def read_tree(path: str | Path, overrides: Sequence[str]) -> Tree:
-    """The file, what it extends, ``overrides`` and the environment, merged; RecipeError if any is invalid."""
-    tree = _with_overrides(_read_chain(Path(path), ()), overrides)
+def read_tree(path: str | Path, overrides: Sequence[str], kind: str = "recipe") -> Tree:
+    """The file, what it extends, ``overrides`` and the environment, merged; DocumentError if any is invalid.
+
+    ``kind``: of document, for messages.
+    """
+    tree = _with_overrides(_read_chain(Path(path), (), kind), overrides)
     texts: dict[KeyPath, str] = {}
 
     def resolved(loc: KeyPath, text: str) -> Any:
         try:
             value = environment.substitute(text, os.environ)
         except environment.Unresolved as error:
-            raise RecipeError(f"{tree.origin(loc)}: {dotted(loc)}: {error}") from None
+            raise DocumentError(f"{tree.origin(loc)}: {dotted(loc)}: {error}") from None
         if not environment.is_whole_reference(text):
             return value
         texts[loc] = value
@@ -75,47 +78,47 @@ def dump_yaml(data: Any) -> str:
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
 
 
-def _read_chain(path: Path, below: tuple[Path, ...]) -> Tree:
+def _read_chain(path: Path, below: tuple[Path, ...], kind: str) -> Tree:
     """``path`` merged over everything it extends. ``below``: the files that led here."""
     here = path.resolve()
     if here in below:
-        raise RecipeError(f"{below[-1]}: extends: a cycle: {' → '.join(p.name for p in (*below, here))}")
-    data = _read_file(path)
+        raise DocumentError(f"{below[-1]}: extends: a cycle: {' → '.join(p.name for p in (*below, here))}")
+    data = _read_file(path, kind)
     parent = data.pop("extends", None)
     layer = Tree({k: v for k, v in data.items() if v is not None}, dict(_origins(data, str(path))))
     if parent is None:
         return layer
     if not isinstance(parent, str):
-        raise RecipeError(f"{path}: extends: must be the path of one recipe, got {parent!r}")
+        raise DocumentError(f"{path}: extends: must be the path of one {kind}, got {parent!r}")
     try:
         target = path.parent / Path(environment.substitute(parent, os.environ)).expanduser()
     except environment.Unresolved as error:
-        raise RecipeError(f"{path}: extends: {error}") from None
+        raise DocumentError(f"{path}: extends: {error}") from None
     if not target.is_file():
         there = [p.name for p in target.parent.glob("*.yaml")] if target.parent.is_dir() else []
-        raise RecipeError(f"{path}: extends: {target} does not exist{did_you_mean(target.name, there)}")
-    base = _read_chain(target, (*below, here))
+        raise DocumentError(f"{path}: extends: {target} does not exist{did_you_mean(target.name, there)}")
+    base = _read_chain(target, (*below, here), kind)
     return Tree(
         _merged(_without_exclusive(base.data, layer.data), layer.data), {**base.origins, **layer.origins}
     )
 
 
-def _read_file(path: Path) -> dict[str, Any]:
+def _read_file(path: Path, kind: str) -> dict[str, Any]:
     try:
         data = parse_yaml(untrusted.read_bytes(path, untrusted.RECIPE, pipe=True).decode())
     except OSError as error:
         there = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
         hint = did_you_mean(path.name, there) if there else ""
-        raise RecipeError(f"{path}: cannot read the recipe: {error.strerror}{hint}") from None
+        raise DocumentError(f"{path}: cannot read the {kind}: {error.strerror}{hint}") from None
     except UnicodeDecodeError as error:
-        raise RecipeError(f"{path}: is not valid YAML: {error}") from None
+        raise DocumentError(f"{path}: is not valid YAML: {error}") from None
     except untrusted.InputError as error:
-        raise RecipeError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
+        raise DocumentError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
     if data is None:
         return {}
     if not isinstance(data, dict):
-        raise RecipeError(
-            f"{path}: a recipe is a mapping of sections, this file holds a {type(data).__name__}"
+        raise DocumentError(
+            f"{path}: a {kind} is a mapping of sections, this file holds a {type(data).__name__}"
         )
     return data
 
@@ -164,14 +167,14 @@ def _parse_override(text: str) -> tuple[KeyPath, Any]:
     key, equals, value = text.partition("=")
     key = key.strip()
     if not equals or not re.fullmatch(r"[^.\[\]\s]+(\.[^.\[\]\s]+|\[\d+\])*", key):
-        raise RecipeError(f"{_SET}: {shorten(text, 200)} is not section.key=value")
+        raise DocumentError(f"{_SET}: {shorten(text, 200)} is not section.key=value")
     parts = re.findall(r"[^.\[\]]+", key)
     if len(parts) > _MAX_LEVELS or any(len(part) > _MAX_KEY for part in parts):
-        raise RecipeError(f"{_SET}: {shorten(key)} is longer than any key of a recipe")
+        raise DocumentError(f"{_SET}: {shorten(key)} is longer than any key")
     try:
         return tuple(int(p) if p.isdecimal() else p for p in parts), parse_yaml(value)
     except untrusted.InputError as error:
-        raise RecipeError(f"{_SET}: {key}: {error}") from None
+        raise DocumentError(f"{_SET}: {key}: {error}") from None
 
 
 def _nested(loc: KeyPath, value: Any) -> Any:
@@ -185,14 +188,16 @@ def _assigned(node: Any, loc: KeyPath, value: Any, done: KeyPath) -> Any:
     head, rest = loc[0], loc[1:]
     if isinstance(node, list):
         if not isinstance(head, int) or head >= len(node):
-            raise RecipeError(
+            raise DocumentError(
                 f"{_SET}: {dotted((*done, head))}: {dotted(done)} is a list of {len(node)}: "
                 f"use {dotted(done)}[0]{f' to [{len(node) - 1}]' if len(node) > 1 else ''}"
             )
         return [_assigned(v, rest, value, (*done, i)) if i == head else v for i, v in enumerate(node)]
     if isinstance(head, int) or not isinstance(node, dict | None):
         what = "nothing yet" if node is None else f"{node!r}" if not isinstance(node, dict) else "a mapping"
-        raise RecipeError(f"{_SET}: {dotted((*done, *loc))}: {dotted(done)} is {what}, so it has no {head!r}")
+        raise DocumentError(
+            f"{_SET}: {dotted((*done, *loc))}: {dotted(done)} is {what}, so it has no {head!r}"
+        )
     node = node or {}
     return {**node, head: _assigned(node.get(head), rest, value, (*done, head))}
 

@@ -1,4 +1,4 @@
-"""``${VAR}`` and ``${VAR:-default}`` in the values of a recipe."""
+"""``${VAR}`` and ``${VAR:-default}`` in the values of a document."""
 
 from __future__ import annotations
 

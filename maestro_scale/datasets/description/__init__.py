@@ -1,0 +1,1 @@
+"""Datasets described in YAML: which files hold which raster, target and split, and how they become tiles."""
