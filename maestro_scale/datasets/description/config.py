@@ -141,10 +141,13 @@ def _numbers(value: Any) -> Any:
 class Dates(Section):
     """Where the dates of a raster's images are."""
 
-    from_: Annotated[Literal["name", "tag", "csv", "text", "coordinate", "constant"], Field(alias="from")]
+    from_: Annotated[
+        Literal["name", "tag", "csv", "text", "coordinate", "constant", "reference"], Field(alias="from")
+    ]
     """name: ``{date}`` in ``files``. tag: a metadata tag of each file. csv: a table with a row per image, or per tile.
-    text: a text file per tile with a line per image, in order. coordinate: of the file (NetCDF, HDF5, Zarr), or what
-    the format itself records (STAC). constant: one date for all."""
+    text: a text file per tile with a line per image, in order. coordinate: of the file (NetCDF, HDF5, Zarr; Parquet:
+    a column), or what the format itself records (STAC). constant: one date for all. reference: the reference date of
+    the tile, for what has no date of its own, such as an elevation model."""
     format: Text | None = None
     """How dates are written, with the codes of strptime (``%Y%m%d``, ``%Y-%j``, ``%Y%m%dT%H%M%S``); null: ISO 8601 or
     YYYYMMDD. Of names, the format stands in the pattern: ``{date:%Y%m%d}``."""
@@ -199,13 +202,14 @@ class ImageFiles(Section):
     """Tile key, if it is made of several names of the pattern: ``"{zone}_{row}_{column}"``; null: ``{key}``."""
     variable: Text | None = None
     """What in a file holds the images: variable (NetCDF), dataset (HDF5), array (Zarr), array of an npz, column
-    (Parquet), suffix of the member (WebDataset), asset (STAC). ``{band}`` in it stands for the band."""
+    (Parquet), suffix of the member (WebDataset; of a zipped Zarr with the array, ``zarr.zip/bands``), asset (STAC).
+    ``{band}`` in it stands for the band."""
     axes: Annotated[tuple[Axis, ...], BeforeValidator(listed)] | None = None
     """Order of the axes of an array: key, date, band, y, x. Null: of GeoTIFF (and of an array of that many axes) band,
     y, x. ``[date, band, y, x]`` for a GeoTIFF: its bands are those of the first date, then those of the second …"""
     keys: Text | None = None
-    """Where one file holds many tiles: the coordinate, dataset, column or property with the keys of its tiles, in
-    order; null: the index, from 0."""
+    """Where one file holds many tiles: the coordinate, dataset (of HDF5: of a table its first column), column or
+    property with the keys of its tiles, in order; null: the index, from 0."""
     dates: Annotated[Dates, BeforeValidator(lambda v: {"from": v} if isinstance(v, str) else v)] | None = None
     """Where the dates are; null: ``{date}`` of the pattern, else those of the format (STAC, time coordinate)."""
     nodata: Annotated[tuple[float, ...], BeforeValidator(_numbers)] = ()
