@@ -18,6 +18,10 @@ from maestro_scale.errors import MaestroError
 
 TargetKind = Literal["multilabel", "segmentation", "classification", "regression"]
 
+NODATA = "nodata"
+"""The mask band that marks invalid pixels, with 100 (others: 0). It is not a mask like the others: marked pixels count
+neither in the selection of dates nor in the loss, and are filled in from other dates where they are input."""
+
 MISSING_CLASS = -1
 """The stored value of a classification target where the label is missing."""
 
@@ -49,7 +53,15 @@ class Modality:
     series: bool = False  # True: T varies by tile and each date has an entry in Tile.dates
     mask_bands: tuple[
         str, ...
-    ] = ()  # e.g. ("snow", "cloud"), uint8 0-100 per pixel; empty: no mask is stored
+    ] = ()  # e.g. ("snow", "cloud"), uint8 0-100 per pixel; empty: no mask is stored. See NODATA
+    # What the values are, of QUANTITY_KINDS (datasets/quantity.py); empty: not said. Not part of the repr: it is a key
+    # of cached features, which do not depend on it.
+    quantity: str = field(default="", repr=False, metadata=OMIT_DEFAULT)
+
+    @property
+    def nodata_band(self) -> int | None:
+        """Index of the mask band that marks invalid pixels; None: the modality has none."""
+        return self.mask_bands.index(NODATA) if NODATA in self.mask_bands else None
 
 
 @dataclass(frozen=True)

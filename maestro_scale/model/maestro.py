@@ -33,7 +33,7 @@ from maestro_scale.model.encodings import PositionTables
 from maestro_scale.model.heads import build_head
 from maestro_scale.model.initialise import initialise
 from maestro_scale.model.layout import Layout
-from maestro_scale.model.masking import Mask, masks_by_sensor
+from maestro_scale.model.masking import Mask, counted_by_sensor
 from maestro_scale.model.sequences import Sequence, by_sensor, has_equal_patches, pack, sequences
 from maestro_scale.model.targets import combine_losses, error_sum, masked_token_errors, weighted_loss
 from maestro_scale.model.transformer import Block, Transformer, gather_tokens
@@ -305,7 +305,7 @@ class Maestro(nn.Module):
         others = {q.name: decoded[q.name] for q in layout.sequences if q not in direct}
         if others:
             in_order = {name: _in_order(x, masks[name]) for name, x in others.items()}
-            masked = masks_by_sensor(view, masks)
+            masked = counted_by_sensor(view, masks)
             for name, prediction in self._predict_pixels(view, in_order).items():
                 sensor = next(s for s in view.sensors if s.name == name)
                 sums[name] = error_sum(view, sensor, prediction, encoded.patches[name], masked[name])
@@ -339,6 +339,10 @@ class Maestro(nn.Module):
             bands = len(q.sensors[0].bands)
             target = gather_tokens(flat, index).unflatten(-1, (bands, -1)).transpose(-1, -2)
             weights = layout.of_sensor[q.name][index] if len(q.sensors) > 1 else None
+            complete = masks[q.name].complete
+            if complete is not None:
+                counts = complete.gather(1, index)[:, :, None].float()
+                weights = counts if weights is None else weights * counts
             predictions = [next(found) for _ in q.sensors]
             errors, zero = masked_token_errors(layout.view, q.sensors[0], predictions, target, weights)
             names = (s.name for s in q.sensors)

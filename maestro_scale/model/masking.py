@@ -36,11 +36,18 @@ class MaskingConfig:
 @dataclass(frozen=True)
 class Mask:
     """The mask of one sequence. ``masked``: (rows, N) bool. ``visible_index`` (rows, K) and ``masked_index``
-    (rows, N - K): int64 token indices, each in ascending order."""
+    (rows, N - K): int64 token indices, each in ascending order. ``complete``: (rows, N) bool, tokens that count in the
+    loss where they are masked, since their patches have no invalid pixel; None: all of them."""
 
     masked: Tensor
     visible_index: Tensor
     masked_index: Tensor
+    complete: Tensor | None = None
+
+    @property
+    def counted(self) -> Tensor:
+        """(rows, N) bool: the tokens whose errors are the loss."""
+        return self.masked if self.complete is None else self.masked & self.complete
 
     @staticmethod
     def of(masked: Tensor) -> Mask:
@@ -59,7 +66,7 @@ def num_masked(ratio: float, tokens: int) -> int:
 
 
 def draw_masks(config: ModelConfig, masking: MaskingConfig, batch: Batch) -> dict[str, Mask]:
-    """{sequence name: Mask} for a batch, from ``batch.noise`` alone."""
+    """{sequence name: Mask} for a batch, from ``batch.noise``; what counts in the loss, from ``batch.nodata``."""
     # All sequences at once, padded to the longest: each operation below is one for the batch.
     noise = torch.cat([batch.noise[s.name] for s in config.sensors], dim=1)
     plan = _PLANS.get((config, masking), noise, lambda: _Plan.of(config, masking, noise.device))
@@ -74,6 +81,7 @@ def draw_masks(config: ModelConfig, masking: MaskingConfig, batch: Batch) -> dic
     # Ascending order, so that the encoder's input keeps the order of tokens and is the same on every device.
     index = classes.argsort(dim=2, stable=True)
     masks, row = {}, 0
+    complete = _complete_tokens(config, batch) if batch.nodata else {}
     for sequence in sequences(config):
         rows, tokens = num_rows(config, sequence), num_tokens(config, sequence)
         visible = tokens - num_masked(masking.ratio, tokens)
@@ -82,7 +90,10 @@ def draw_masks(config: ModelConfig, masking: MaskingConfig, batch: Batch) -> dic
             return x[:, row : row + rows, start:stop].flatten(0, 1)
 
         masks[sequence.name] = Mask(
-            part(masked, 0, tokens), part(index, 0, visible), part(index, visible, tokens)
+            part(masked, 0, tokens),
+            part(index, 0, visible),
+            part(index, visible, tokens),
+            complete.get(sequence.name),
         )
         row += rows
     return masks
@@ -91,6 +102,27 @@ def draw_masks(config: ModelConfig, masking: MaskingConfig, batch: Batch) -> dic
 def masks_by_sensor(config: ModelConfig, masks: dict[str, Mask]) -> dict[str, Tensor]:
     """{sensor: (B, R, L)} bool: the masked tokens by sensor instead of by sequence."""
     return by_sensor(config, {name: mask.masked for name, mask in masks.items()})
+
+
+def counted_by_sensor(config: ModelConfig, masks: dict[str, Mask]) -> dict[str, Tensor]:
+    """As :func:`masks_by_sensor`, of the masked tokens that count in the loss."""
+    return by_sensor(config, {name: mask.counted for name, mask in masks.items()})
+
+
+def _complete_tokens(config: ModelConfig, batch: Batch) -> dict[str, Tensor]:
+    """{sequence name: (rows, N)} bool: the tokens of patches without an invalid pixel."""
+    # One value for each token, so that the same ``pack`` orders them as it orders the tokens.
+    complete = {}
+    for s in config.sensors:
+        groups = len(config.token_groups(s))
+        if s.name in batch.nodata:
+            complete[s.name] = ~batch.nodata[s.name].repeat(1, groups, 1)
+        else:
+            shape = (len(batch), groups * s.num_dates, s.grid**2)
+            complete[s.name] = torch.ones(shape, dtype=torch.bool, device=batch.ref_date.device)
+    # A sequence without such a sensor is computed as if there were none.
+    affected = (q for q in sequences(config) if any(s.name in batch.nodata for s in q.sensors))
+    return {q.name: pack(q, complete) for q in affected}
 
 
 def _structural(plan: _Plan, noise: Tensor) -> Tensor:

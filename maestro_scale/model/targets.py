@@ -17,6 +17,7 @@ from maestro_scale.model.constants import ConstantCache
 from maestro_scale.model.sequences import num_rows, sequences
 
 VARIANCE_FLOOR = 1e-6
+_NO_WEIGHT = 1e-300
 ERRORS: dict[str, Callable[[Tensor], Tensor]] = {"l1": torch.abs, "l2": torch.square}  # by ``model.loss``
 
 
@@ -89,7 +90,8 @@ def masked_token_errors(
     in fp32 or double.
 
     ``predictions``: by sensor, (rows, M, P*P*C), of all masked tokens. ``patches``: their patches (rows, M, P*P, C).
-    ``of_sensor`` (rows, M, T): 1 where a token is one of the sensor, else 0; None if T is 1. ``sensor``: any of them.
+    ``of_sensor`` (rows, M, T): 1 where a token is one of the sensor and counts, else 0; None if T is 1 and all count.
+    ``sensor``: any of them.
     """
     # A bf16 prediction minus an fp32 target is computed in fp32.
     target = normalise(config, sensor, patches)
@@ -158,9 +160,11 @@ def combine_losses(config: ModelConfig, sums: Tensor, counts: Tensor) -> Tensor:
 def weighted_loss(weights: Tensor, sums: Tensor, counts: Tensor) -> Tensor:
     """``combine_losses`` from the ``loss_weights`` (S,).
 
-    A sensor without masked pixels in the whole global batch has no mean; its weight is left out.
+    A sensor without masked pixels in the whole global batch has no mean; its weight is left out. Without any, where all
+    of them have nodata, the loss is 0.
     """
-    weights = weights * (counts > 0)
+    # Not 0, so that the sum is not 0 either; any other weight absorbs it.
+    weights = weights.masked_fill(counts == 0, _NO_WEIGHT)
     # In double until here: counts exceed 2**24. clamp_min avoids 0 / 0 where the weight is 0.
     share = weights / weights.sum() / counts.clamp_min(1)
     return (sums * share.to(sums.dtype)).sum()

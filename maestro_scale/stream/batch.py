@@ -40,6 +40,8 @@ class Batch:
     ``tiles``: tile names. ``num_repeated_dates``: dates that were repeated or imputed.
     ``num_replaced_samples``: samples drawn in place of one in a bad shard. ``places``: location of each tile as stored,
     for ``shards.format.codec.parse_place`` (pretraining does not parse it); None where it is not known.
+    ``nodata[sensor]``: (B, D, L) bool, patches with an invalid pixel, of sensors whose raster stores nodata: they do
+    not count in the loss.
     ``block``: (bytes,) uint8, the memory that the tensors are views of, where they were made in one block (see
     ``stream/packing.py``).
     """
@@ -55,6 +57,7 @@ class Batch:
     num_repeated_dates: int = 0
     num_replaced_samples: int = 0
     places: tuple[str | None, ...] = ()
+    nodata: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     block: Tensor | None = dataclasses.field(default=None, repr=False, compare=False)
 
     def __len__(self) -> int:
@@ -63,7 +66,7 @@ class Batch:
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """Every tensor."""
-        parts = (self.pixels, self.dates, self.noise, self.targets)
+        parts = (self.pixels, self.dates, self.noise, self.targets, self.nodata)
         return (*(t for part in parts for t in part.values()), self.ref_date)
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Batch:
@@ -78,6 +81,7 @@ class Batch:
             dates=map_dict(self.dates),
             noise=map_dict(self.noise),
             targets=map_dict(self.targets),
+            nodata=map_dict(self.nodata),
             ref_date=fn(self.ref_date),
             block=None,
         )
@@ -113,7 +117,7 @@ def _is_in(block: Tensor, tensor: Tensor) -> bool:
     return tensor.is_contiguous() and tensor.untyped_storage()._cdata == block.untyped_storage()._cdata
 
 
-_DICT_FIELDS = ("pixels", "dates", "noise", "targets")
+_DICT_FIELDS = ("pixels", "dates", "noise", "targets", "nodata")
 
 
 def digest(batch: Batch) -> str:

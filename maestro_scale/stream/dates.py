@@ -4,7 +4,8 @@ Shapes: T dates stored, D dates selected, n = floor(T / D) dates per bin, C band
 
 A date is *marked* if the mask (snow, cloud) exceeds the threshold in any pixel. Training draws from
 each bin an unmarked date without NaN; if there is none, a date without NaN; if there is none, any date, unmarked if
-possible.
+possible. Nodata, where a raster stores it, weighs more than the mask: a date with it is drawn after all others of its
+bin, and a date without any valid pixel is left out of the series (see :func:`with_data`).
 
 The T mod D dates that fit into no bin are left out at the beginning, at the end, or partly at both: training draws
 where the bins begin, evaluation begins at the first date.
@@ -33,6 +34,20 @@ def bins(stored: int, num_dates: int, skip: int = 0) -> np.ndarray:
     return skip + np.arange(num_dates * size).reshape(num_dates, size)
 
 
+def with_data(nodata: np.ndarray) -> np.ndarray | None:
+    """(S,) indices of the dates with a valid pixel, from nodata (T, H, W) bool; None for all of them: if each has one,
+    or none has."""
+    empty = nodata.reshape(len(nodata), -1).all(axis=1)
+    return None if empty.all() or not empty.any() else np.flatnonzero(~empty)
+
+
+def rank(marked: np.ndarray | None, nodata: np.ndarray) -> np.ndarray:
+    """(T,) uint8: 0 for complete, unmarked dates, 1 for marked ones, 2 for those with nodata (T, H, W), drawn last."""
+    ranks = np.zeros(len(nodata), np.uint8) if marked is None else marked.astype(np.uint8)
+    ranks[nodata.reshape(len(nodata), -1).any(axis=1)] = 2
+    return ranks
+
+
 def is_marked(mask: np.ndarray, threshold: float) -> np.ndarray:
     """(T,) bool from a mask (T, M, H, W) in percent: whether any pixel of a date exceeds ``threshold``."""
     return mask.reshape(len(mask), -1).max(axis=1) > threshold
@@ -48,10 +63,10 @@ def draw(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Training: (D,) indices drawn at random from T > D stored dates, and their pixels (D, C, H, W).
 
-    ``marked``: (T,) bool or None. ``read``: indices → pixels. Only the drawn dates are read, and further candidates of
-    a bin only where a drawn one has NaN, so that a long series is not decoded. Within a bin every eligible date is
-    equally likely. ``first_date``: of the bins, any of 0 … T mod D as in the reference, or one of the two ends of this
-    range.
+    ``marked``: (T,) bool, or uint8 of :func:`rank`, or None. ``read``: indices → pixels. Only the drawn dates are read,
+    and further candidates of a bin only where a drawn one has NaN, so that a long series is not decoded. Within a bin
+    every eligible date is equally likely. ``first_date``: of the bins, any of 0 … T mod D as in the reference, or one
+    of the two ends of this range.
     """
     words = rng.words(stored + 1)
     # The same number of words in both cases, so that no other draw depends on the choice. With a rest of 1 the first
@@ -63,7 +78,9 @@ def draw(
     # The smallest of n random words is equally likely to be any of them. The highest bit is freed for the mark, so that
     # every unmarked date comes before every marked one.
     priority = words[:-1][bin_dates] >> np.uint64(1)
-    if marked is not None:
+    if marked is not None and marked.dtype != bool:
+        priority = priority >> np.uint64(1) | marked[bin_dates].astype(np.uint64) << np.uint64(62)
+    elif marked is not None:
         priority |= marked[bin_dates].astype(np.uint64) << np.uint64(63)
     chosen = bin_dates[np.arange(num_dates), priority.argmin(axis=1)]
     pixels = read(chosen)
@@ -78,17 +95,24 @@ def draw(
 
 
 def nearest_to_median(
-    pixels: np.ndarray, mask: np.ndarray | None, num_dates: int, threshold: float
+    pixels: np.ndarray,
+    mask: np.ndarray | None,
+    num_dates: int,
+    threshold: float,
+    nodata: np.ndarray | None = None,
 ) -> np.ndarray:
     """Evaluation: (D,) indices for T > D dates, of each bin the date nearest to the bin's median image.
 
-    ``pixels``: (T, C, H, W) raw. ``mask``: (T, M, H, W) or None. The distance is the mean absolute difference to
+    ``pixels``: (T, C, H, W) raw. ``mask``: (T, M, H, W) or None. ``nodata``: (T, H, W) bool or None: pixels that are
+    treated as NaN. The distance is the mean absolute difference to
     the per-pixel median over the bin's dates without NaN and marked pixels; dates with such a pixel are not selected.
     If every date of a bin has one, its marks are ignored; if all have NaN, the distance is the mean over the finite
     pixels. Of equal distances the first date is selected.
     """
     bin_dates = bins(len(pixels), num_dates)
     values = pixels[bin_dates].astype(np.float32)  # (D, n, C, H, W)
+    if nodata is not None:
+        values = np.where(nodata[bin_dates][:, :, None], np.float32(np.nan), values)
     if mask is not None:
         marked: np.ndarray = np.asarray((mask > threshold).any(axis=1))[bin_dates][
             :, :, None
@@ -108,30 +132,46 @@ def nearest_to_median(
 
 
 def fill_nan(
-    pixels: np.ndarray, chosen: np.ndarray, whole: Callable[[], np.ndarray]
+    pixels: np.ndarray,
+    chosen: np.ndarray,
+    whole: Callable[[], np.ndarray],
+    nodata: np.ndarray | None = None,
 ) -> tuple[np.ndarray, int]:
     """Pixels (D, C, H, W) of dates ``chosen`` with NaN imputed, and how many dates had NaN.
 
     A NaN becomes the value of the nearest date in the series (the earlier of two) that is not NaN in this pixel; else
     the mean of its band over the series; else 0. ``whole``: returns the series (T, C, H, W), called only if needed.
+    ``nodata``: of the series, (T, H, W) bool or None: pixels that are treated as NaN, also in integers.
     """
-    if pixels.dtype.kind != "f":
+    missing = _missing(pixels, None if nodata is None else nodata[chosen])
+    if missing is None:
         return pixels, 0
-    rows = np.flatnonzero(_has_nan(pixels))
+    rows = np.flatnonzero(missing.reshape(len(missing), -1).any(axis=1))
     if not len(rows):
         return pixels, 0
     pixels, series = np.array(pixels), whole()
-    finite = ~np.isnan(series)
+    absent = _missing(series, nodata)
+    assert absent is not None  # of the same dtype as the pixels
+    finite = ~absent
     # In double: a float32 sum over a whole series loses digits, and its value would depend on numpy's summation order.
     sums = np.where(finite, series, 0).sum(axis=(0, 2, 3), dtype=np.float64)
-    means = (sums / np.maximum(finite.sum(axis=(0, 2, 3)), 1)).astype(pixels.dtype)
+    means = sums / np.maximum(finite.sum(axis=(0, 2, 3)), 1)
+    means = (means if pixels.dtype.kind == "f" else np.rint(means)).astype(pixels.dtype)
     for i in rows:
         order = np.abs(np.arange(len(series)) - chosen[i]).argsort(kind="stable")
         first = finite[order].argmax(axis=0)
         nearest = np.take_along_axis(series[order], first[None], axis=0)[0]
-        nearest = np.where(np.isnan(nearest), means[:, None, None], nearest)
-        pixels[i] = np.where(np.isnan(pixels[i]), nearest, pixels[i])
+        known = np.take_along_axis(finite[order], first[None], axis=0)[0]
+        nearest = np.where(known, nearest, means[:, None, None])
+        pixels[i] = np.where(missing[i], nearest, pixels[i])
     return pixels, len(rows)
+
+
+def _missing(pixels: np.ndarray, nodata: np.ndarray | None) -> np.ndarray | None:
+    """Where values (T, C, H, W) are NaN or ``nodata`` (T, H, W); None where neither can be."""
+    if pixels.dtype.kind != "f":
+        return None if nodata is None else np.broadcast_to(nodata[:, None], pixels.shape)
+    return np.isnan(pixels) if nodata is None else np.isnan(pixels) | nodata[:, None]
 
 
 def _has_nan(pixels: np.ndarray) -> np.ndarray:

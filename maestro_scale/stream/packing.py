@@ -66,7 +66,8 @@ def unpack(block: Tensor, fields: tuple[Field, ...], metadata: BatchMetadata) ->
     dates: dict[str, Tensor] = {}
     noise: dict[str, Tensor] = {}
     targets: dict[str, Tensor] = {}
-    parts = {"pixels": pixels, "dates": dates, "noise": noise, "targets": targets}
+    nodata: dict[str, Tensor] = {}
+    parts = {"pixels": pixels, "dates": dates, "noise": noise, "targets": targets, "nodata": nodata}
     ref_date: Tensor | None = None
     for field, start, stop, shape in _offsets(fields, len(metadata.keys)):
         tensor = block[start:stop].view(_torch_dtype(field.dtype)).view(shape)
@@ -88,6 +89,7 @@ def unpack(block: Tensor, fields: tuple[Field, ...], metadata: BatchMetadata) ->
         num_repeated_dates=metadata.num_repeated_dates,
         num_replaced_samples=metadata.num_replaced_samples,
         places=metadata.places,
+        nodata=nodata,
         block=block,
     )
 

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 
 from maestro_scale.datasets.spec import DatasetError, DatasetSpec, Modality, Sensor, Target
 from maestro_scale.datasets.spec_check import source_problems
@@ -89,7 +91,7 @@ class Transform:
     @property
     def fields(self) -> tuple[Field, ...]:
         """Layout of a sample in a batch."""
-        per_sensor = [f for s in self._sensors for f in (s.pixels, s.dates, s.noise)]
+        per_sensor = [f for s in self._sensors for f in s.fields]
         return (*per_sensor, self._ref_date, *(f for f, _ in self._targets))
 
     def train(self, sample: StoredSample, epoch: int, number: int, out: Arrays, row: int) -> int:
@@ -170,8 +172,20 @@ class _SensorTransform:
         self.pixels = Field("pixels", sensor.name, shape, self.modality.dtype)
         self.dates = Field("dates", sensor.name, (sensor.num_dates, 3), "int16")
         self.noise = Field("noise", sensor.name, (num_noise(sensor),), "float32")
+        # Only of rasters that store nodata: other batches do not change.
+        self.nodata = (
+            None
+            if self.modality.nodata_band is None
+            else Field("nodata", sensor.name, (sensor.num_dates, sensor.grid**2), "bool")
+        )
+        self._resized = nearest_pixels(side, sensor.image_size)
         self.stream = stream_id(sensor.name)
         self._bands = _band_index(sensor.bands, self.modality)
+
+    @property
+    def fields(self) -> tuple[Field, ...]:
+        """Layout of the sensor's part of a sample in a batch."""
+        return (self.pixels, self.dates, self.noise, *(() if self.nodata is None else (self.nodata,)))
 
     def write(self, sample: StoredSample, crop: Crop, out: Arrays, row: int, rng: CounterRNG | None) -> int:
         """Write pixels and dates; dates are drawn from ``rng``, or chosen by the median rule without one.
@@ -180,12 +194,13 @@ class _SensorTransform:
         """
         name, num_dates = self.modality.name, self.sensor.num_dates
         window = self.grid.window(crop, self.modality.resolution_m, self.modality.size)
+        usable: np.ndarray | None = None  # dates with a valid pixel; None: all
 
         def read(indices: np.ndarray) -> np.ndarray:
-            return self._select_bands(sample.rows(name, indices, window))
+            return self._select_bands(sample.rows(name, _of(usable, indices), window))
 
         def whole() -> np.ndarray:
-            return self._select_bands(sample.array(name, window))
+            return self._select_bands(_of(sample.array(name, window), usable))
 
         # From the header, before anything is decoded: the same checks, in the same order, as those of `verify`.
         stored = _num_stored(sample, self.modality)
@@ -193,35 +208,83 @@ class _SensorTransform:
         _check(sample, dates_field(name), dates_layout(stored))
         if self.modality.mask_bands:
             _check(sample, mask_field(name), mask_layout(self.modality, stored))
+        nodata = self._nodata(sample, window)
+        if nodata is not None:
+            usable = dates.with_data(nodata)
+            nodata = _of(nodata, usable)
+            stored = len(nodata)
         if stored <= num_dates:
             # Nothing to choose from: all dates are used, whatever the masks say, and repeated if they are too few.
             chosen = dates.spread_evenly(stored, num_dates)
             pixels = whole() if stored == num_dates else whole()[chosen]
         elif rng is not None:
-            marked = self._marked(sample, window)
+            marked = self._marked(sample, window, usable)
+            if nodata is not None:
+                marked = dates.rank(marked, nodata)
             chosen, pixels = dates.draw(stored, num_dates, marked, read, rng, self._first_date)
         else:
             series = whole()
-            chosen = dates.nearest_to_median(
-                series, self._mask(sample, window), num_dates, self.sensor.mask_threshold
-            )
+            mask = self._mask(sample, window, usable)
+            chosen = dates.nearest_to_median(series, mask, num_dates, self.sensor.mask_threshold, nodata)
             pixels = series[chosen]
-        pixels, imputed = dates.fill_nan(pixels, chosen, whole)
+        pixels, imputed = dates.fill_nan(pixels, chosen, whole, nodata)
         out[self.pixels][row] = crop.orientation.apply(pixels)
-        out[self.dates][row] = sample.rows(dates_field(name), chosen)
+        out[self.dates][row] = sample.rows(dates_field(name), _of(usable, chosen))
+        if self.nodata is not None:
+            out[self.nodata][row] = (
+                False if nodata is None else self._incomplete_patches(crop.orientation.apply(nodata[chosen]))
+            )
         return imputed + max(num_dates - stored, 0)
 
     def _select_bands(self, pixels: np.ndarray) -> np.ndarray:
         return pixels if self._bands is None else pixels[:, self._bands]
 
-    def _mask(self, sample: StoredSample, window: Window | None) -> np.ndarray | None:
-        if not self.modality.mask_bands:
+    def _nodata(self, sample: StoredSample, window: Window | None) -> np.ndarray | None:
+        """(T, H, W) bool; None if no pixel is invalid."""
+        band = self.modality.nodata_band
+        if band is None:
             return None
-        return sample.array(mask_field(self.modality.name), window)
+        nodata = sample.array(mask_field(self.modality.name), window)[:, band] > 0
+        return nodata if nodata.any() else None
 
-    def _marked(self, sample: StoredSample, window: Window | None) -> np.ndarray | None:
-        mask = self._mask(sample, window)
+    def _mask(
+        self, sample: StoredSample, window: Window | None, usable: np.ndarray | None
+    ) -> np.ndarray | None:
+        """(T, M, H, W) of the dates ``usable``, without the band of nodata; None if there is no other."""
+        band = self.modality.nodata_band
+        if not self.modality.mask_bands or (band is not None and len(self.modality.mask_bands) == 1):
+            return None
+        mask = _of(sample.array(mask_field(self.modality.name), window), usable)
+        return mask if band is None else np.delete(mask, band, axis=1)
+
+    def _incomplete_patches(self, nodata: np.ndarray) -> np.ndarray:
+        """(D, H, W) bool → (D, patches): which patches of the network's input have an invalid pixel."""
+        grid, patch = self.sensor.grid, self.sensor.patch
+        resized = nodata[:, self._resized[:, None], self._resized]
+        return resized.reshape(-1, grid, patch, grid, patch).any(axis=(2, 4)).reshape(len(nodata), -1)
+
+    def _marked(
+        self, sample: StoredSample, window: Window | None, usable: np.ndarray | None
+    ) -> np.ndarray | None:
+        mask = self._mask(sample, window, usable)
         return None if mask is None else dates.is_marked(mask, self.sensor.mask_threshold)
+
+
+def nearest_pixels(old: int, new: int) -> np.ndarray:
+    """(new,) indices of the pixels that the network's input takes from an axis of ``old`` pixels (model/embed.py)."""
+    if old == new:
+        return np.arange(old)
+    positions = torch.arange(old, dtype=torch.float32)
+    return F.interpolate(positions[None, None], size=new)[0, 0].long().numpy()
+
+
+def _of(array: np.ndarray | None, indices: np.ndarray | None) -> np.ndarray:
+    """The entries at ``indices``; all of them without indices, the indices themselves without an array."""
+    if array is None or indices is None:
+        found = indices if array is None else array
+        assert found is not None
+        return found
+    return array[indices]
 
 
 def _band_index(bands: Sequence[int], modality: Modality) -> slice | list[int] | None:

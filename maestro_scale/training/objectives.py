@@ -110,6 +110,6 @@ class PretrainObjective:
 
 
 def hidden_counts(config: ModelConfig, masks: Sequence[dict[str, Mask]]) -> Tensor:
-    """(S,) float64: hidden pixels per sensor over micro-batches."""
-    per_batch = [masked_counts(config, [mask[q.name].masked for q in sequences(config)]) for mask in masks]
+    """(S,) float64: hidden pixels per sensor over micro-batches, without those of patches with invalid pixels."""
+    per_batch = [masked_counts(config, [mask[q.name].counted for q in sequences(config)]) for mask in masks]
     return per_batch[0] if len(per_batch) == 1 else torch.stack(per_batch).sum(0)
