@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from maestro_scale.errors import MaestroError
+from maestro_scale.remote.errors import ConditionFailed, StorageError, StoreError, one_line
 
+__all__ = [
+    "BadShard",
+    "CodecError",
+    "ConditionFailed",
+    "ManifestError",
+    "ShardsError",
+    "StoreError",
+    "WriteError",
+    "one_line",
+]
 
-class ShardsError(MaestroError):
-    """Base class: a dataset in shards cannot be written or read."""
+ShardsError = StorageError
+"""Base class: a dataset in shards cannot be written or read."""
 
 
 class ManifestError(ShardsError):
@@ -21,10 +31,6 @@ class WriteError(ShardsError):
     """Shards cannot be written to the given destination."""
 
 
-class StoreError(ShardsError):
-    """The object store, the network or the cache failed, and retries did not help."""
-
-
 class BadShard(StoreError):
     """A shard differs from its manifest entry. ``path``: its address; ``cause``: what is wrong."""
 
@@ -36,8 +42,3 @@ class BadShard(StoreError):
     def __reduce__(self) -> tuple[type[BadShard], tuple[str, str]]:
         # Exceptions pickle by ``args`` (the message), which does not fit __init__; loader workers raise this one.
         return BadShard, (self.path, self.cause)
-
-
-def one_line(error: BaseException) -> str:
-    """The message of an error on one line; the name of its type if it has no message."""
-    return " ".join(str(error).split()) or type(error).__name__

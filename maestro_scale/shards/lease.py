@@ -22,10 +22,10 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from types import TracebackType
 
+from maestro_scale.remote.retry import RetryPolicy
 from maestro_scale.shards.errors import StoreError, WriteError
 from maestro_scale.shards.local_storage import ConditionFailed, LocalStorage, Snapshot
 from maestro_scale.shards.locks import Locked
-from maestro_scale.shards.retry import RetryPolicy
 from maestro_scale.shards.storage import RemoteStorage, Storage
 from maestro_scale.untrusted import load_json
 from maestro_scale.untrusted.limits import KIB, Limits

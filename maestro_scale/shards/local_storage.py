@@ -9,11 +9,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from maestro_scale.shards.errors import StoreError, WriteError
-
-
-class ConditionFailed(Exception):
-    """A file was not written: it exists, or has changed, contrary to the condition of the write."""
+from maestro_scale.remote.errors import check_limit
+from maestro_scale.shards.errors import ConditionFailed, StoreError, WriteError
 
 
 @dataclass(frozen=True)
@@ -27,13 +24,6 @@ class Snapshot:
     data: bytes
     tag: str | None = None
     age_s: float | None = None
-
-
-def check_limit(data: bytes, limit: int, where: str) -> bytes:
-    """``data``, of which up to ``limit`` + 1 bytes were read. StoreError if it is larger than ``limit``."""
-    if len(data) > limit:
-        raise StoreError(f"{where}: is larger than {limit / 2**20:.3g} MiB, which no such file needs")
-    return data
 
 
 class LocalStorage:

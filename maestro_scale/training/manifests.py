@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 
 from maestro_scale import untrusted
 from maestro_scale.errors import MaestroError
+from maestro_scale.remote.retry import RetryPolicy
 from maestro_scale.shards.errors import ManifestError, StoreError
 from maestro_scale.shards.format.checksum import MANIFEST, sha256_hex
 from maestro_scale.shards.format.manifest import Manifest
-from maestro_scale.shards.retry import RetryPolicy
 from maestro_scale.shards.storage import open_storage
 from maestro_scale.training.binding import Launch
 from maestro_scale.training.distributed import World, exchange_texts

@@ -18,10 +18,10 @@ from maestro_scale.model.compiled import copy_first_gradients
 from maestro_scale.model.config import ModelConfig
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.recipe import Recipe, RecipeError, build_masking, build_model_config, resolve_spec
+from maestro_scale.remote.retry import RetryPolicy
 from maestro_scale.secrets_filter import scrub_document
 from maestro_scale.shards.format.manifest import Manifest
 from maestro_scale.shards.read.store import Store
-from maestro_scale.shards.retry import RetryPolicy
 from maestro_scale.stream.source import Source, mixture_names
 from maestro_scale.training.assembly import (
     RunContext,

@@ -11,7 +11,8 @@ from shards.interleaved import Interleaver, Scenario, Schedule, shards_of
 from shards.kit import TILE_BYTES, Toy
 from shards.s3 import reset
 
-from maestro_scale.shards import lease, storage
+from maestro_scale.remote import reader
+from maestro_scale.shards import lease
 from maestro_scale.shards.errors import WriteError
 from maestro_scale.shards.format.manifest import Manifest
 from maestro_scale.shards.read.verify import verify
@@ -28,7 +29,7 @@ def interleaver():
     server.start()
     reset(server.get_host_and_port()[1])
     between = Interleaver(server.get_host_and_port()[1])
-    options = storage._s3_options
+    options = reader._s3_options
 
     def own_endpoint(retry):
         """The endpoint of the writer whose thread connects; its lease connects in the same thread."""
@@ -40,7 +41,7 @@ def interleaver():
         patch.setenv("AWS_ACCESS_KEY_ID", "test")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        patch.setattr(storage, "_s3_options", own_endpoint)
+        patch.setattr(reader, "_s3_options", own_endpoint)
         patch.setattr(lease, "SETTLE_S", 0.01)
         patch.setattr(lease, "POLL_S", 0.01)
         s3fs.S3FileSystem(endpoint_url=between.endpoint("a")).mkdir("shards")

@@ -18,6 +18,7 @@ from shards.kit import SPEC, TILE_BYTES, Toy, fields_equal, tile, toy_keys
 from shards.s3 import Fault, Proxy, reset
 
 from maestro_scale.datasets.spec import DatasetError
+from maestro_scale.remote.retry import RetryPolicy
 from maestro_scale.shards import lease
 from maestro_scale.shards.errors import BadShard, ManifestError, StoreError, WriteError
 from maestro_scale.shards.format.index import index_path
@@ -28,7 +29,6 @@ from maestro_scale.shards.read.cache import CacheFullError
 from maestro_scale.shards.read.store import Store, StoreCounters
 from maestro_scale.shards.read.summary import summarize
 from maestro_scale.shards.read.verify import verify
-from maestro_scale.shards.retry import RetryPolicy
 from maestro_scale.shards.write.packing import shuffle_keys
 from maestro_scale.shards.write.part import WriterPart
 from maestro_scale.shards.write.writer import Writer, write_shards

@@ -15,8 +15,8 @@ from botocore import exceptions as boto
 from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
+from maestro_scale.remote.retry import MIN_ATTEMPTS, RetryPolicy, TransientError, call_with_retries
 from maestro_scale.shards.errors import StoreError
-from maestro_scale.shards.retry import MIN_ATTEMPTS, RetryPolicy, TransientError, call_with_retries
 from maestro_scale.shards.storage import RemoteStorage, open_storage
 
 CONNECTION = SimpleNamespace(ssl=True, host="host", port=443, is_ssl=True)
@@ -155,7 +155,7 @@ def test_three_attempts_that_time_out_fit_within_the_deadline(deadline_s, monkey
     """30 s was one attempt: its timeout was the whole deadline."""
     policy = RetryPolicy.with_deadline(deadline_s)
     now = [0.0]
-    monkeypatch.setattr("maestro_scale.shards.retry.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("maestro_scale.remote.retry.time.monotonic", lambda: now[0])
 
     class Stop:
         def wait(self, pause_s: float) -> bool:

@@ -19,11 +19,11 @@ from maestro_scale import untrusted
 from maestro_scale.datasets.spec import OMIT_DEFAULT, DatasetSpec
 from maestro_scale.datasets.spec_check import spec_problems
 from maestro_scale.errors import dotted, shorten
+from maestro_scale.remote.retry import RetryPolicy
 from maestro_scale.shards.errors import ManifestError, StoreError
 from maestro_scale.shards.format.checksum import MANIFEST, read_manifest_bytes, sha256_hex
 from maestro_scale.shards.format.compress import CODECS
 from maestro_scale.shards.format.serialization import dump_json, from_builtins, to_builtins
-from maestro_scale.shards.retry import RetryPolicy
 from maestro_scale.shards.storage import open_storage
 from maestro_scale.untrusted.limits import TAR_MEMBERS
 

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from maestro_scale.remote.retry import RetryPolicy, TransientError, call_with_retries
 from maestro_scale.shards.errors import BadShard, ManifestError, StoreError, one_line
 from maestro_scale.shards.format.index import ShardIndex, index_path
 from maestro_scale.shards.format.manifest import ShardInfo
@@ -23,7 +24,6 @@ from maestro_scale.shards.read.cache import Cache
 from maestro_scale.shards.read.counters import CounterTotal, StoreCounters
 from maestro_scale.shards.read.prefetch import Prefetcher, ordered_map
 from maestro_scale.shards.read.shard import Shard
-from maestro_scale.shards.retry import RetryPolicy, TransientError, call_with_retries
 from maestro_scale.shards.storage import LocalStorage, RemoteStorage, open_storage
 
 __all__ = ["BadShard", "Shard", "Store", "StoreCounters", "StoreError"]

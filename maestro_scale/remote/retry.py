@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from maestro_scale.shards.errors import StoreError, one_line
+from maestro_scale.remote.errors import StoreError, one_line
 
 T = TypeVar("T")
 _LOG_AFTER_S = 5.0
