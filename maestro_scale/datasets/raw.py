@@ -18,7 +18,7 @@ import numpy as np
 from maestro_scale import untrusted
 from maestro_scale.datasets.spec import DatasetError, GeoOrigin
 
-_PNG = b"\x89PNG\r\n\x1a\n"
+_SIGNATURES = {b"\x89PNG\r\n\x1a\n": "PNG", b"\0\0\0\x0cjP  \r\n\x87\n": "JP2OpenJPEG"}
 _MAX_BLOCK_BYTES = (
     64 * 1024 * 1024
 )  # of a tile, strip or chunk, decompressed; the libraries allocate it at once
@@ -137,15 +137,16 @@ def read_tif(path: Path, shape: tuple[int, int, int], dtype: str, num_classes: i
     ``num_classes``: of a label image, whose classes are values even where a nodata tag says otherwise: files with a
     nodata tag of 0 and a class 0 are common.
     """
-    with _open_raster(path) as raster:
-        num_bands = raster.count - _has_extra_alpha(raster, shape[0])
+    with open_raster(path) as raster:
+        num_bands = raster.count - has_extra_alpha(raster, shape[0])
         found = (num_bands, raster.height, raster.width)
         if found != shape or raster.dtypes[0] != dtype:
             got = f"{raster.dtypes[0]} {_format_shape((raster.count, *found[1:]))}"
             raise DatasetError(
                 f"{path}: is {got}, expected {dtype} {_format_shape(shape)}; fetch the file again"
             )
-        return RasterFile(*_read_bands(raster, num_bands, num_classes), _origin(raster))
+        pixels = _first_bands(raster, num_bands, num_classes)
+        return RasterFile(*pixels, origin_of(raster))
 
 
 def read_stack(path: Path, num_bands: int, size: int) -> RasterFile:
@@ -153,22 +154,22 @@ def read_stack(path: Path, num_bands: int, size: int) -> RasterFile:
 
     DatasetError if unreadable, of another size, or if the bands do not divide into dates.
     """
-    with _open_raster(path) as raster:
-        count = raster.count - _has_extra_alpha(raster, num_bands)
+    with open_raster(path) as raster:
+        count = raster.count - has_extra_alpha(raster, num_bands)
         if (raster.height, raster.width) != (size, size) or count % num_bands:
             raise DatasetError(
                 f"{path}: is {_format_shape((raster.count, raster.height, raster.width))}, expected a multiple of "
                 f"{num_bands} bands of {size}×{size}; fetch the file again"
             )
         shape = (-1, num_bands, size, size)
-        values, invalid = _read_bands(raster, count)
+        values, invalid = _first_bands(raster, count)
         return RasterFile(
-            values.reshape(shape), None if invalid is None else invalid.reshape(shape), _origin(raster)
+            values.reshape(shape), None if invalid is None else invalid.reshape(shape), origin_of(raster)
         )
 
 
 @contextmanager
-def _open_raster(path: Path) -> Iterator[Any]:
+def open_raster(path: Path) -> Iterator[Any]:
     """An open rasterio dataset; DatasetError if the file cannot be opened, or read in the block."""
     import rasterio
     from rasterio.errors import NotGeoreferencedWarning, RasterioError
@@ -194,7 +195,8 @@ def _driver(path: Path) -> str:
     """GDAL's driver for a file. Its choice among all of them includes some for files that name other files and
     addresses, such as a VRT, whatever the suffix."""
     with path.open("rb") as file:
-        return "PNG" if file.read(len(_PNG)) == _PNG else "GTiff"
+        start = file.read(max(map(len, _SIGNATURES)))
+    return next((driver for signature, driver in _SIGNATURES.items() if start.startswith(signature)), "GTiff")
 
 
 def _check_blocks(path: Path, raster: Any) -> None:
@@ -205,7 +207,7 @@ def _check_blocks(path: Path, raster: Any) -> None:
             )
 
 
-def _has_extra_alpha(raster: Any, num_bands: int) -> bool:
+def has_extra_alpha(raster: Any, num_bands: int) -> bool:
     """Whether the last band is an alpha channel after a multiple of ``num_bands`` bands of data.
 
     An alpha channel among the expected bands is data: GDAL marks the fourth of four uint8 bands as alpha by default,
@@ -217,18 +219,24 @@ def _has_extra_alpha(raster: Any, num_bands: int) -> bool:
     return raster.count > num_bands and rest == 1 % num_bands and raster.colorinterp[-1] == ColorInterp.alpha
 
 
-def _read_bands(raster: Any, num_bands: int, num_classes: int = 0) -> tuple[np.ndarray, np.ndarray | None]:
-    """The first ``num_bands`` bands, and the pixels that a nodata value, mask band or extra alpha declares invalid.
+def _first_bands(raster: Any, num: int, num_classes: int = 0) -> tuple[np.ndarray, np.ndarray | None]:
+    return read_bands(raster, range(1, num + 1), alpha=num < raster.count, num_classes=num_classes)
 
-    Not by GDAL's own mask flags alone: these take an alpha channel among the data for a mask, and ignore the nodata
-    value of a file that has a mask band too.
+
+def read_bands(
+    raster: Any, bands: Sequence[int], *, alpha: bool = False, num_classes: int = 0, window: Any = None
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Bands, by number from 1, and the pixels that a nodata value or mask band declares invalid.
+
+    ``alpha``: the last band of the file is an alpha channel that declares invalid pixels, too. ``window``: of rasterio;
+    None: the whole image. Not by GDAL's own mask flags alone: these take an alpha channel among the data for a mask,
+    and ignore the nodata value of a file that has a mask band too.
     """
     from rasterio.enums import MaskFlags
 
-    bands = list(range(1, num_bands + 1))
-    values = raster.read(bands)
+    values = raster.read(list(bands), window=window)
     invalid = np.zeros(values.shape, bool)
-    for i, nodata in enumerate(raster.nodatavals[:num_bands]):
+    for i, nodata in enumerate(raster.nodatavals[band - 1] for band in bands):
         if nodata is None or 0 <= nodata < num_classes:
             continue
         with np.errstate(
@@ -236,23 +244,24 @@ def _read_bands(raster: Any, num_bands: int, num_classes: int = 0) -> tuple[np.n
         ):  # the tag of a float32 file may be a double that is infinite in float32
             number = values.dtype.type(nodata) if values.dtype.kind == "f" else nodata
         invalid[i] |= np.isnan(values[i]) if np.isnan(nodata) else values[i] == number
-    flags = raster.mask_flag_enums[:num_bands]
+    flags = [raster.mask_flag_enums[band - 1] for band in bands]
     masked = [
         i
         for i, flag in enumerate(flags)
         if not {MaskFlags.all_valid, MaskFlags.nodata, MaskFlags.alpha} & set(flag)
     ]
     if masked and all(MaskFlags.per_dataset in flags[i] for i in masked):
-        invalid[masked] |= raster.read_masks(1) == 0
+        invalid[masked] |= raster.read_masks(1, window=window) == 0
     else:
         for i in masked:
-            invalid[i] |= raster.read_masks(i + 1) == 0
-    if num_bands < raster.count:
-        invalid |= raster.read(raster.count) == 0
+            invalid[i] |= raster.read_masks(bands[i], window=window) == 0
+    if alpha:
+        invalid |= raster.read(raster.count, window=window) == 0
     return values, invalid if invalid.any() else None
 
 
-def _origin(raster: Any) -> GeoOrigin | None:
+def origin_of(raster: Any) -> GeoOrigin | None:
+    """Where an open raster lies; None if it does not say, or is not north up in metres."""
     t, crs = raster.transform, raster.crs
     if not crs or not crs.is_projected or t.b or t.d or t.e >= 0:
         return None

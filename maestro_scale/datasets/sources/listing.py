@@ -1,0 +1,58 @@
+"""Listing of files that match the pattern of a section, for sources with an image per file."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator
+
+from maestro_scale.datasets.description.config import ImageFiles
+from maestro_scale.datasets.description.patterns import BAND, Pattern, scan_local
+from maestro_scale.datasets.sources.protocol import ImageRef
+from maestro_scale.datasets.spec import DatasetError
+
+log = logging.getLogger(__name__)
+Lister = Callable[[str], Iterable[tuple[str, bool]]]
+
+
+def pattern_of(section: ImageFiles) -> Pattern:
+    """The pattern of ``section.files``, in which ``{band}`` is one of its bands; DatasetError if it is not valid."""
+    assert section.files is not None  # sections without files of their own get those of their raster
+    pattern = Pattern(section.files, [str(b) for b in section.band_sources], section.key)
+    if BAND in pattern.names and (numbers := [b for b in section.band_sources if isinstance(b, int)]):
+        raise DatasetError(
+            f"{section.files}: has {{band}}, but band {numbers[0]} is given by number; give the text that stands for it"
+        )
+    return pattern
+
+
+def list_files(section: ImageFiles, src: str, list_folder: Lister | None = None) -> Iterator[ImageRef]:
+    """One image per file that matches, with all bands of the section or, of ``{band}``, one. No file is opened.
+
+    ``list_folder``: of :meth:`.Pattern.walk`, for addresses that are no local folders. Files that match but for the
+    date are counted in a warning, with the first one.
+    """
+    pattern = pattern_of(section)
+    every = tuple(range(len(section.band_sources)))
+    single = {str(band): (i,) for i, band in enumerate(section.band_sources)}
+    local = list_folder is None
+    undated: list[str] = []
+    count = 0
+
+    def nearly(path: str) -> None:
+        nonlocal count
+        count += 1
+        if not undated:
+            undated.append(path)
+
+    for path, match in pattern.walk(list_folder or scan_local(src), nearly):
+        bands = every if match.band is None else single[match.band]
+        address = os.path.join(src, path) if local else f"{src.rstrip('/')}/{path}"
+        yield ImageRef(address, match.key, match.date, bands, match.split, (), match.names)
+    if count:
+        log.warning(
+            "%d files match %s but for the date, which cannot be read; they are left out, the first: %s",
+            count,
+            section.files,
+            undated[0],
+        )
