@@ -45,6 +45,8 @@ DTYPES = (
 )
 """Dtypes that shards can hold, by their numpy names."""
 
+_MAX_DEFAULT_POS_GRID = 1024
+
 EXTENT_TOLERANCE_M = 1e-6
 """Extents and resolutions are decimal fractions: differences up to this are rounding errors."""
 
@@ -91,6 +93,14 @@ def spec_problems(spec: DatasetSpec) -> Iterator[Problem]:
     names = [s.name for s in spec.sensors]
     if spec.ref_sensor is not None and spec.ref_sensor not in names:
         yield ("ref_sensor",), f"{spec.ref_sensor!r} is not one of the sensors ({', '.join(names)})"
+
+
+def default_pos_grid(sensors: Sequence[Sensor]) -> int:
+    """Position grid: a common multiple of the sensors' token grids; if that is too large, the largest of them."""
+    # An invalid patch must not divide by zero here; spec_problems refuses it afterwards.
+    grids = [max(s.image_size // max(s.patch, 1), 1) for s in sensors] or [1]
+    common = math.lcm(*grids)
+    return common if common <= _MAX_DEFAULT_POS_GRID else max(grids)
 
 
 def sensor_problems(sensor: Sensor) -> Iterator[Problem]:

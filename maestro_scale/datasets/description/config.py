@@ -96,11 +96,13 @@ One file with many tiles and dates (NetCDF, HDF5, Zarr, NumPy): ``variable`` and
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, WithJsonSchema, model_validator
 
 from maestro_scale.datasets.spec import TargetKind
+from maestro_scale.errors import KeyPath, did_you_mean
 from maestro_scale.strict_yaml.errors import ConflictError
 from maestro_scale.strict_yaml.fields import Count, Section, listed, some
 
@@ -543,3 +545,124 @@ class Description(Section):
     """The raster or raster target whose files say where a tile lies; null: the first that does."""
     synthetic: bool | None = None
     """Whether the images are synthetic, as recorded in the manifest; null: as the folder says."""
+
+    @model_validator(mode="after")
+    def _check_references(self) -> Description:
+        problems = [*_reference_problems(self)]
+        if problems:
+            raise ConflictError(*problems)
+        return self
+
+
+def _reference_problems(d: Description) -> Iterator[tuple[KeyPath, str]]:
+    """Names that stand for nothing, and values that do not go together, across the sections of a description."""
+    rasters = {name: raster for name, raster in d.rasters.items() if raster is not None}
+    targets = {name: target for name, target in d.targets.items() if target is not None}
+    if not rasters:
+        yield ("rasters",), "needs at least one"
+    for name, raster in rasters.items():
+        yield from _raster_problems(("rasters", name), raster)
+        if raster.sensor is not None:
+            yield from _preset_problems(("rasters", name, "sensor"), raster.sensor, raster)
+    for name, preset in d.sensors.items():
+        if preset.source not in rasters:
+            yield (
+                ("sensors", name, "source"),
+                f"no raster is called {preset.source!r}{did_you_mean(preset.source, rasters)}",
+            )
+        else:
+            yield from _preset_problems(("sensors", name), preset, rasters[preset.source])
+        if name in rasters and rasters[name].sensor is not None:
+            yield ("sensors", name), f"raster {name} has a sensor of this name; call it otherwise"
+    if d.ref_date is not None and d.ref_date not in rasters:
+        yield ("ref_date",), f"no raster is called {d.ref_date!r}{did_you_mean(d.ref_date, rasters)}"
+    if d.origin is not None and d.origin not in {*rasters, *targets}:
+        yield (
+            ("origin",),
+            f"no raster or target is called {d.origin!r}{did_you_mean(d.origin, [*rasters, *targets])}",
+        )
+    for name, target in targets.items():
+        yield from _target_problems(("targets", name), target, targets)
+
+
+def _raster_problems(loc: KeyPath, raster: Raster) -> Iterator[tuple[KeyPath, str]]:
+    names = [band.name for band in raster.bands]
+    if len(set(names)) < len(names):
+        twice = next(n for i, n in enumerate(names) if n in names[:i])
+        yield (*loc, "bands"), f"{twice!r} is given twice"
+    yield from _date_problems(loc, raster)
+    low, high = raster.valid or (None, None)
+    if low is not None and high is not None and low >= high:
+        yield (*loc, "valid"), f"{low:g} to {high:g} is no range"
+    for name, rule in raster.masks.items():
+        if rule.files is not None:
+            yield from _date_problems((*loc, "masks", name), rule)
+
+
+def _date_problems(loc: KeyPath, section: ImageFiles) -> Iterator[tuple[KeyPath, str]]:
+    dates, where = section.dates, (*loc, "dates")
+    in_name = "{date" in (section.files or "")
+    if dates is None:
+        return
+    if dates.from_ == "name" and not in_name:
+        yield where, f"from name, but files has no {{date}}: {section.files}"
+    if dates.from_ == "constant" and dates.date is None:
+        yield where, "from constant needs date"
+    if dates.from_ in ("csv", "text") and dates.file is None:
+        yield where, f"from {dates.from_} needs file"
+    if dates.from_ == "text" and dates.file is not None and "{key}" not in dates.file:
+        yield (*where, "file"), "needs {key}: a text file holds the dates of one tile"
+
+
+def _preset_problems(loc: KeyPath, preset: SensorPreset, raster: Raster) -> Iterator[tuple[KeyPath, str]]:
+    names = [band.name for band in raster.bands]
+    for band in preset.bands or ():
+        if band not in names:
+            yield (*loc, "bands"), f"the raster has no band {band!r}{did_you_mean(band, names)}"
+    if preset.scale is None and raster.quantity in ("any", "image") and raster.dtype != "uint8":
+        yield (
+            (*loc, "scale"),
+            f"is needed for {raster.dtype} of quantity {raster.quantity}: give a divisor, so that most scaled values "
+            "lie in 0 to 1, or say the quantity",
+        )
+
+
+def _target_problems(
+    loc: KeyPath, target: Target, targets: Mapping[str, Target]
+) -> Iterator[tuple[KeyPath, str]]:
+    for field in ("ignored",):
+        for name in getattr(target, field):
+            if name not in target.classes:
+                yield (*loc, field), f"no class is called {name!r}{did_you_mean(name, target.classes)}"
+    for label, name in target.values.items():
+        if name is not None and name not in target.classes:
+            yield (*loc, "values", label), f"no class is called {name!r}{did_you_mean(name, target.classes)}"
+    if target.outside is not None and target.outside not in target.classes:
+        yield (
+            (*loc, "outside"),
+            f"no class is called {target.outside!r}{did_you_mean(target.outside, target.classes)}",
+        )
+    given = next(n for n in ("raster", "vector", "table", "name", "of") if getattr(target, n) is not None)
+    allowed = {
+        "multilabel": ("table", "of"),
+        "segmentation": ("raster", "vector"),
+        "classification": ("table", "name"),
+        "regression": ("raster", "vector", "table"),
+    }[target.kind]
+    if given not in allowed:
+        yield (*loc, given), f"is not for {target.kind}, which is from {' or '.join(allowed)}"
+    if given in ("raster", "vector") and target.resolution_m is None:
+        yield (*loc, "resolution_m"), f"is needed for a {given}"
+    if target.of is not None and (target.of not in targets or targets[target.of].kind != "segmentation"):
+        known = [name for name, other in targets.items() if other.kind == "segmentation"]
+        yield (*loc, "of"), f"no segmentation target is called {target.of!r}{did_you_mean(target.of, known)}"
+    table = target.table
+    if table is not None and target.kind in ("classification", "regression") and table.column is None:
+        yield (*loc, "table", "column"), f"is needed for {target.kind}"
+    if table is not None and table.column is not None and table.columns is not None:
+        yield (*loc, "table", "columns"), "excludes column: keep one"
+    if table is not None and table.columns is not None and len(table.columns) != len(target.classes):
+        yield (
+            (*loc, "table", "columns"),
+            f"has {len(table.columns)} columns for {len(target.classes)} classes",
+        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
@@ -20,10 +19,10 @@ from maestro_scale.datasets.spec import (
     Target,
     Tile,
 )
+from maestro_scale.datasets.spec_check import default_pos_grid
 from maestro_scale.shards.format.manifest import check_spec
 from maestro_scale.shards.format.values import refuse_masked
 
-_MAX_POS_GRID = 1024
 DateLike = date | np.datetime64 | str  # datetime is a subclass of date; strings are ISO 8601
 
 
@@ -94,7 +93,7 @@ def describe(
         title=title or name,
         tile_m=tile_m,
         crop_m=crop_m,
-        pos_grid=_pos_grid(sensors),
+        pos_grid=default_pos_grid(sensors),
         modalities=tuple(modalities),
         targets=tuple(targets),
         sensors=tuple(sensors),
@@ -144,14 +143,6 @@ def make_tile(
         targets={n: _labels(key, known[n], v) if n in known else v for n, v in (targets or {}).items()},
         ref_date=min(stored[first], key=tuple) if ref_date is None else _dates(key, "ref_date", ref_date)[0],
     )
-
-
-def _pos_grid(sensors: Sequence[Sensor]) -> int:
-    """Position grid: a common multiple of the sensors' token grids; if that is too large, the largest of them."""
-    # An invalid patch must not divide by zero here; check_spec refuses it afterwards.
-    grids = [max(s.image_size // max(s.patch, 1), 1) for s in sensors] or [1]
-    common = math.lcm(*grids)
-    return common if common <= _MAX_POS_GRID else max(grids)
 
 
 def _add_date_axis(array: np.ndarray) -> np.ndarray:

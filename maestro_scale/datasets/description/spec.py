@@ -1,0 +1,130 @@
+"""The spec of a described dataset: modalities, targets and the preset of sensors that its description stands for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from maestro_scale.datasets.description.config import (
+    Description,
+    QuantityKind,
+    Raster,
+    SensorPreset,
+)
+from maestro_scale.datasets.description.config import Target as TargetKeys
+from maestro_scale.datasets.spec import DatasetSpec, Modality, Scale, Sensor, Target
+from maestro_scale.datasets.spec_check import default_pos_grid
+
+_SCALES: Mapping[QuantityKind, Scale] = {
+    "reflectance": Scale("linear", 10_000),
+    "backscatter_db": Scale("linear", 20),
+    "backscatter_linear": Scale("log", 5),
+    "elevation": Scale("linear", 1000),
+}
+_MAX_TOKENS = 20  # per side, of a sensor without ``patch``
+_DATES = 8  # per sample, of a series without ``num_dates``
+
+
+def dataset_spec(description: Description) -> DatasetSpec:
+    """The spec that ``description`` stands for; whether it is consistent is for spec_check to say."""
+    rasters = {name: raster for name, raster in description.rasters.items() if raster is not None}
+    crop_m = description.crop_m or description.tile_m
+    modalities = tuple(_modality(name, raster, description.tile_m) for name, raster in rasters.items())
+    sensors = [
+        _sensor(name, name, raster.sensor, raster, crop_m)
+        for name, raster in rasters.items()
+        if raster.sensor is not None
+    ]
+    sensors += [
+        _sensor(name, preset.source, preset, rasters[preset.source], crop_m)
+        for name, preset in description.sensors.items()
+    ]
+    targets = tuple(_target(name, t) for name, t in description.targets.items() if t is not None)
+    return DatasetSpec(
+        name=description.name,
+        title=description.title or description.name,
+        tile_m=description.tile_m,
+        crop_m=crop_m,
+        pos_grid=description.pos_grid or default_pos_grid(sensors),
+        modalities=modalities,
+        targets=targets,
+        sensors=tuple(sensors),
+        ref_sensor=description.ref_sensor or _ref_sensor(sensors, targets, modalities),
+    )
+
+
+def default_scale(quantity: QuantityKind, dtype: str) -> Scale | None:
+    """How values of a quantity become network inputs if nothing else is said; None: it has to be said."""
+    if quantity in ("image", "any"):
+        return Scale("linear", 255) if dtype == "uint8" else None
+    return _SCALES[quantity]
+
+
+def default_patch(image_size: int) -> int:
+    """The smallest divisor, of at least 2, that gives at most 20 patches a side."""
+    least = max(2, -(-image_size // _MAX_TOKENS))
+    return next((d for d in range(least, image_size + 1) if image_size % d == 0), max(image_size, 1))
+
+
+def _modality(name: str, raster: Raster, tile_m: float) -> Modality:
+    return Modality(
+        name=name,
+        bands=tuple(band.name for band in raster.bands),
+        resolution_m=raster.resolution_m,
+        size=round(tile_m / raster.resolution_m),
+        dtype=raster.dtype,
+        series=raster.series,
+        mask_bands=tuple(raster.masks),
+    )
+
+
+def _sensor(name: str, source: str, preset: SensorPreset, raster: Raster, crop_m: float) -> Sensor:
+    names = [band.name for band in raster.bands]
+    bands = tuple(range(len(names))) if preset.bands is None else tuple(map(names.index, preset.bands))
+    image_size = preset.image_size or round(crop_m / raster.resolution_m)
+    scale = default_scale(raster.quantity, raster.dtype) or Scale()
+    if preset.scale is not None:
+        scale = Scale(preset.scale.kind, preset.scale.divisor)
+    return Sensor(
+        name=name,
+        source=source,
+        image_size=image_size,
+        patch=preset.patch or default_patch(image_size),
+        num_dates=preset.num_dates or (_DATES if raster.series else 1),
+        bands=bands,
+        band_groups=(len(bands),) if preset.band_groups is None else preset.band_groups,
+        scale=scale,
+        group=preset.group or name,
+        embed=preset.embed or name,
+        mask_threshold=preset.mask_threshold,
+        token_groups=preset.token_groups,
+        elevation=preset.elevation,
+    )
+
+
+def _target(name: str, keys: TargetKeys) -> Target:
+    return Target(
+        name=name,
+        kind=keys.kind,
+        classes=keys.classes,
+        ignored=tuple(keys.classes.index(c) for c in keys.ignored),
+        threshold=keys.threshold,
+        resolution_m=keys.resolution_m,
+        of=keys.of,
+        units=keys.units,
+    )
+
+
+def _ref_sensor(
+    sensors: Sequence[Sensor], targets: Sequence[Target], modalities: Sequence[Modality]
+) -> str | None:
+    """The sensor whose pixels are nearest to those of the first map among the targets; else the first sensor."""
+    resolution_m = next((t.resolution_m for t in targets if t.is_map and t.resolution_m), None)
+    if not sensors or resolution_m is None:
+        return sensors[0].name if sensors else None
+    pixels_m = {m.name: m.resolution_m for m in modalities}
+
+    def distance(sensor: Sensor) -> float:
+        pixel_m = pixels_m[sensor.source]
+        return max(pixel_m / resolution_m, resolution_m / pixel_m)
+
+    return min(sensors, key=distance).name

@@ -1,0 +1,131 @@
+"""Tables with a row per tile or image: CSV, Parquet and the attributes of a GeoPackage."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from maestro_scale.datasets import raw
+from maestro_scale.datasets.spec import DatasetError
+from maestro_scale.errors import did_you_mean, shorten
+
+_VECTOR = (".gpkg", ".geojson", ".shp", ".fgb")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns of a file by name, each as texts; an empty text is a missing value."""
+
+    path: Path
+    columns: Mapping[str, Sequence[str]]
+
+    @classmethod
+    def read(cls, path: Path, wanted: Sequence[str] | None = None) -> Table:
+        """Read a table; DatasetError if it cannot be read, or lacks one of the ``wanted`` columns."""
+        if path.suffix == ".parquet":
+            columns = _parquet(path, wanted)
+        elif path.suffix in _VECTOR:
+            columns = _attributes(path)
+        else:
+            header, rows = raw.read_csv(path)
+            columns = {name: [row[i].strip() for row in rows] for name, i in header.items()}
+        table = cls(path, columns)
+        for name in wanted or ():
+            table.column(name)
+        return table
+
+    @property
+    def first(self) -> str:
+        """The name of the first column."""
+        if not self.columns:
+            raise DatasetError(f"{self.path}: has no columns; it needs a first line with their names")
+        return next(iter(self.columns))
+
+    def column(self, name: str | None) -> Sequence[str]:
+        """A column; None: the first. DatasetError if there is none of this name."""
+        name = self.first if name is None else name
+        if name not in self.columns:
+            raise DatasetError(f"{self.path}: has no column {name!r}{did_you_mean(name, self.columns)}")
+        return self.columns[name]
+
+    def rows_by_key(self, key: str | None) -> dict[str, list[int]]:
+        """Indices of the rows of each key, in order."""
+        rows: dict[str, list[int]] = {}
+        for i, text in enumerate(self.column(key)):
+            rows.setdefault(text, []).append(i)
+        return rows
+
+
+class KeyedRows:
+    """The rows of a table by tile key, where a row may name a file of the tile instead: ``tiles/a_3.tif`` is a_3."""
+
+    def __init__(self, table: Table, key: str | None, wanted: Sequence[str]) -> None:
+        """``wanted``: the keys that are looked up. DatasetError if the table has none of them."""
+        self._table = table
+        self._rows = table.rows_by_key(key)
+        column = table.first if key is None else key
+        if wanted and not any(k in self._rows for k in wanted):
+            by_stem = {stem(text): rows for text, rows in self._rows.items()}
+            if not any(k in by_stem for k in wanted):
+                there = f"it holds {shorten(next(iter(self._rows)))}" if self._rows else "it is empty"
+                raise DatasetError(
+                    f"{table.path}: column {column!r} has none of the {len(wanted)} tiles, first "
+                    f"{shorten(wanted[0])}; {there}; name the column with the keys, or fix the pattern of the files"
+                )
+            self._rows = by_stem
+
+    def rows(self, key: str) -> list[int]:
+        """Indices of the rows of ``key``, in order; empty if there are none."""
+        return self._rows.get(key, [])
+
+
+def stem(text: str) -> str:
+    """The name of a file without folders and suffix; of other text the text."""
+    return PurePosixPath(text).name.split(".")[0] if "." in text or "/" in text else text
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file that are not empty; DatasetError if it cannot be read."""
+    from maestro_scale import untrusted
+
+    try:
+        text = untrusted.read_bytes(path).decode("utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise raw.read_error(path, error) from error
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def _parquet(path: Path, wanted: Sequence[str] | None) -> dict[str, list[str]]:
+    import pyarrow.parquet as parquet
+    from pyarrow import ArrowException
+
+    try:
+        file = parquet.ParquetFile(path)
+        names = [
+            n for n in file.schema_arrow.names if wanted is None or n in wanted
+        ] or file.schema_arrow.names
+        columns = file.read(columns=names).to_pydict()
+    except (OSError, ArrowException, ValueError) as error:
+        raise raw.read_error(path, error) from error
+    return {name: [_text(v) for v in values] for name, values in columns.items()}
+
+
+def _attributes(path: Path) -> dict[str, list[str]]:
+    import pyogrio
+    from pyogrio.errors import DataSourceError
+
+    try:
+        frame = pyogrio.read_dataframe(path, read_geometry=False)
+    except (DataSourceError, OSError, ValueError) as error:
+        raise raw.read_error(path, error) from error
+    return {str(name): [_text(v) for v in frame[name].tolist()] for name in frame.columns}
+
+
+def _text(value: Any) -> str:
+    if value is None or value != value:  # NaN stands for a missing value
+        return ""
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))  # columns of integers with missing values are floats
+    return str(value)
