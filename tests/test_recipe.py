@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from maestro_scale import datasets
+from maestro_scale.datasets.description.load import shipped_spec
 from maestro_scale.datasets.spec import DatasetSpec, Modality, Scale, Sensor
 from maestro_scale.model.masking import MaskingConfig
 from maestro_scale.model.sizes import SIZES
@@ -69,7 +70,7 @@ def test_shipped_recipes_load_without_data_and_run_on_one_and_two_ranks(path, mo
     for world_size in (1, 2):
         check_world(recipe, world_size)
     for entry_ in recipe.data.mixture:
-        resolve_spec(datasets.spec(entry_.dataset), entry_)
+        resolve_spec(shipped_spec(entry_.dataset) or datasets.spec(entry_.dataset), entry_)
 
 
 @pytest.mark.parametrize(

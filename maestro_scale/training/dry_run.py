@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from maestro_scale import datasets
+from maestro_scale.datasets.description.load import shipped_spec
 from maestro_scale.datasets.spec import DatasetSpec
 from maestro_scale.escaping import console_text
 from maestro_scale.model.config import ModelConfig
@@ -76,7 +77,12 @@ def specs_and_sizes(recipe: Recipe) -> tuple[list[DatasetSpec], list[tuple[int, 
 def _stored_spec(entry: MixtureEntry) -> DatasetSpec:
     if entry.dataset in datasets.known():
         return datasets.spec(entry.dataset)
-    return Manifest.load(entry.shards).spec  # a user's own dataset is described by its manifest alone
+    try:
+        return Manifest.load(entry.shards).spec
+    except ShardsError:
+        if (spec := shipped_spec(entry.dataset)) is not None:
+            return spec
+        raise  # a user's own dataset is described by its manifest alone
 
 
 def _tokens(view: ModelConfig, counted: Cost) -> Table:

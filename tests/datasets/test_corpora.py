@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from maestro_scale.datasets.description.config import Description
+from maestro_scale.recipe import load_recipe
 from maestro_scale.strict_yaml.loading import validated
 from maestro_scale.strict_yaml.merge import read_tree
+from maestro_scale.training.dry_run import dry_run
 
 REPO = Path(__file__).parents[2]
 DESCRIPTIONS = sorted((REPO / "descriptions").glob("*.yaml"))
@@ -32,3 +36,12 @@ def test_pip_installs_the_descriptions():
         '"share/maestro_scale/descriptions" = ["descriptions/*.yaml"]'
         in (REPO / "pyproject.toml").read_text()
     )
+
+
+@pytest.mark.parametrize("name", ["terramesh", "ssl4eo_s12"])
+def test_dry_run_of_a_recipe_needs_no_data(name, monkeypatch, tmp_path):
+    monkeypatch.setenv("MAESTRO_DATA", str(tmp_path))
+    output = io.StringIO()
+    dry_run(load_recipe(REPO / "recipes" / f"{name}.yaml"), 8, Console(file=output, width=110))
+    for words in ("s2", "s1_grd", "dem", "parameters", "GFLOP", "GiB per rank"):
+        assert words in output.getvalue()

@@ -49,6 +49,12 @@ def shipped() -> tuple[str, ...]:
     return tuple(sorted({path.stem for folder in _folders() for path in folder.glob("*.yaml")}))
 
 
+def shipped_spec(name: str) -> DatasetSpec | None:
+    """The spec of a dataset whose description ships with the package; None if there is none."""
+    path = find_description(name) if name in shipped() else None
+    return None if path is None else dataset_spec(load_description(path))
+
+
 def _folders() -> Iterator[Path]:
     """Where descriptions are: in a checkout, and where pip installs them."""
     yield Path(__file__).parents[3] / "descriptions"
