@@ -1,0 +1,361 @@
+"""Features of vector files: areas of interest, and labels that are rasterised.
+
+GeoPackage, GeoJSON, GeoParquet and Shapefile. Suffix and first bytes must agree before GDAL opens a file, since GDAL
+has drivers for files that name other files and addresses.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from maestro_scale import untrusted
+from maestro_scale.datasets.scenes.grid import Box, parse_crs
+from maestro_scale.datasets.scenes.warp import tile_transform, transformed_bounds, transformer
+from maestro_scale.datasets.spec import DatasetError
+
+_SQLITE = b"SQLite format 3\x00"
+_PARQUET = b"PAR1"
+_DRIVERS = {".gpkg": "GPKG", ".geojson": "GeoJSON", ".json": "GeoJSON", ".shp": "ESRI Shapefile"}
+FORMATS = "GeoPackage (.gpkg), GeoJSON (.geojson), GeoParquet (.parquet) or Shapefile (.shp)"
+
+IN_MEMORY_BYTES = 64 * 2**20
+"""A GeoPackage larger than this is read by rectangles, through its spatial index, instead of as a whole."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features in one coordinate system. ``labels``: as they are in the file; None without a column."""
+
+    geometries: np.ndarray  # (N,) shapely
+    labels: np.ndarray | None  # (N,) object
+
+    def __len__(self) -> int:
+        return len(self.geometries)
+
+
+class VectorFile:
+    """The features of one layer of a file, by rectangle, in the coordinate system ``crs``.
+
+    Picklable: what it has read stays in the process. DatasetError that names file and cause.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        crs: str,
+        *,
+        layer: str | None = None,
+        column: str | None = None,
+        order: str | None = None,
+        file_crs: str | None = None,
+    ) -> None:
+        self.path, self.crs, self.column, self._order = path, crs, column, order
+        self._driver = _driver(path)
+        self._layer = _layer(path, layer) if self._driver == "GPKG" else None
+        self._columns = tuple(dict.fromkeys(c for c in (column, order) if c is not None))
+        self.file_crs = self._check_header(file_crs)
+        self._whole = self._driver != "GPKG" or path.stat().st_size <= IN_MEMORY_BYTES
+        self._loaded: tuple[Box | None, Features, Any] | None = None
+
+    def within(self, box: Box) -> Features:
+        """The features that touch a box, in the order in which they are drawn."""
+        if self._loaded is None or not (self._loaded[0] is None or _contains(self._loaded[0], box)):
+            self.load(None if self._whole else box)
+        assert self._loaded is not None
+        _, features, tree = self._loaded
+        import shapely
+
+        found = np.sort(tree.query(shapely.box(*box)))
+        return Features(
+            features.geometries[found], None if features.labels is None else features.labels[found]
+        )
+
+    def load(self, box: Box | None) -> None:
+        """Read all features, or those of a box, into memory; :meth:`within` then reads no file for boxes in it."""
+        import shapely
+
+        features = self._read(box)
+        self._loaded = (box, features, shapely.STRtree(features.geometries))
+
+    def prepare(self, box: Box) -> None:
+        """Read the features of a box, of which parts are needed next."""
+        if not self._whole:
+            self.load(box)
+
+    def _read(self, box: Box | None) -> Features:
+        import pyproj
+        import shapely
+
+        bounds = None if box is None else transformed_bounds(self.crs, self.file_crs, box)
+        table = self._table(bounds)
+        geometries = shapely.force_2d(np.asarray(table["geometry"], object))
+        valid = ~(shapely.is_missing(geometries) | shapely.is_empty(geometries))
+        geometries = geometries[valid]
+        if self.file_crs != self.crs:
+            move = transformer(self.file_crs, self.crs)
+            try:
+                geometries = shapely.transform(
+                    geometries, lambda xy: np.stack(move.transform(xy[:, 0], xy[:, 1]), 1)
+                )
+            except pyproj.exceptions.ProjError as error:
+                raise DatasetError(f"{self.path}: cannot be transformed to {self.crs} ({error})") from error
+            geometries = geometries[np.isfinite(shapely.bounds(geometries)).all(axis=1)]
+        labels = None if self.column is None else np.asarray(table[self.column], object)[valid]
+        if self._order is not None:
+            ranks = np.asarray(table[self._order])[valid]
+            order = np.argsort(ranks, kind="stable")
+            geometries, labels = geometries[order], None if labels is None else labels[order]
+        return Features(geometries, labels)
+
+    def _table(self, bounds: Box | None) -> Mapping[str, Any]:
+        """Columns by name, and ``geometry``."""
+        import pyarrow
+        import pyogrio
+        import shapely
+
+        try:
+            if self._driver == "Parquet":
+                import pyarrow.parquet as pq
+
+                name = _geometry_column(self.path)
+                table = pq.read_table(self.path, columns=[name, *self._columns])
+                columns = {c: table[c].to_pandas().to_numpy(object) for c in self._columns}
+                return {"geometry": shapely.from_wkb(table[name].to_numpy(zero_copy_only=False)), **columns}
+            _, _, geometry, fields = pyogrio.raw.read(
+                self._source, layer=self._layer, columns=list(self._columns), bbox=bounds, force_2d=True
+            )
+            found = pyogrio.read_info(self._source, layer=self._layer)["fields"].tolist()
+            names = [n for n in found if n in self._columns]
+            return {"geometry": shapely.from_wkb(geometry), **dict(zip(names, fields, strict=True))}
+        except (pyarrow.ArrowException, OSError, ValueError, shapely.errors.ShapelyError) as error:
+            raise _unreadable(self.path, error) from error
+        except (pyogrio.errors.DataSourceError, pyogrio.errors.DataLayerError) as error:
+            raise _unreadable(self.path, error) from error
+
+    @property
+    def _source(self) -> str:
+        return str(self.path)
+
+    def _check_header(self, file_crs: str | None) -> str:
+        """The coordinate system of the file; DatasetError if it has none, or lacks a column."""
+        if self._driver == "Parquet":
+            columns, crs = _parquet_header(self.path)
+        else:
+            columns, crs = _ogr_header(self.path, self._layer)
+        for column in self._columns:
+            if column not in columns:
+                raise DatasetError(
+                    f"{self.path}: has no column {column!r}; there are: {', '.join(columns[:50]) or 'none'}",
+                    "a column is missing",
+                )
+        if crs is None and file_crs is None:
+            raise DatasetError(
+                f"{self.path}: has no coordinate system; write one into the file", "CRS is missing"
+            )
+        return parse_crs(crs or file_crs, str(self.path))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_loaded": None}
+
+
+def burn(
+    features: Features,
+    values: np.ndarray,
+    box: Box,
+    size: int,
+    *,
+    outside: float,
+    all_touched: bool,
+    dtype: Literal["uint8", "float32"],
+) -> np.ndarray:
+    """(size, size): the value of the last feature at each pixel, ``outside`` where there is none. Row 0 is north."""
+    from rasterio.features import rasterize
+    from rasterio.transform import Affine
+
+    target = np.full((size, size), outside, dtype)
+    if len(features):
+        shapes = zip(features.geometries.tolist(), values.tolist(), strict=True)
+        rasterize(shapes, out=target, transform=Affine(*tile_transform(box, size)), all_touched=all_touched)
+    return target
+
+
+@dataclass(frozen=True)
+class VectorClasses:
+    """Labels of features as indices of classes.
+
+    ``indices``: label, as text → index, or None for labels that are left out. ``classes``: names, for messages.
+    """
+
+    indices: Mapping[str, int | None]
+    where: str
+
+    def of(self, features: Features) -> tuple[Features, np.ndarray]:
+        """The features that have a class, and their indices (N,) uint8.
+
+        DatasetError for a label that stands for no class.
+        """
+        if features.labels is None:
+            return features, np.zeros(len(features), np.uint8)
+        texts = [label_text(label) for label in features.labels.tolist()]
+        unknown = sorted({t for t in texts if t is not None and t not in self.indices})
+        if unknown:
+            count = sum(t in unknown for t in texts)
+            raise DatasetError(
+                f"{self.where}: {count} features have labels that are no class, the first: {unknown[0]!r}; add it to "
+                "classes, or to values",
+                "a label is no class",
+            )
+        found = [None if t is None else self.indices[t] for t in texts]
+        keep = np.array([f is not None for f in found], bool)
+        kept = Features(features.geometries[keep], features.labels[keep])
+        return kept, np.array([f for f in found if f is not None], np.uint8)
+
+
+def label_text(label: Any) -> str | None:
+    """A label as text, whole numbers without a decimal point; None for a missing one."""
+    if label is None or (isinstance(label, (float, np.floating)) and math.isnan(label)):
+        return None
+    if isinstance(label, (float, np.floating)) and float(label).is_integer():
+        return str(int(label))
+    return str(label)
+
+
+def numbers(features: Features, where: str) -> tuple[Features, np.ndarray]:
+    """The features whose label is a number, and the numbers (N,) float32. DatasetError for text that is none."""
+    assert features.labels is not None
+    try:
+        values = np.array([math.nan if v is None else float(v) for v in features.labels.tolist()], np.float32)
+    except (TypeError, ValueError) as error:
+        raise DatasetError(
+            f"{where}: has a label that is no number ({error}); choose another column"
+        ) from None
+    keep = ~np.isnan(values)
+    return Features(features.geometries[keep], features.labels[keep]), values[keep]
+
+
+def read_area(path: Path, crs: str, layer: str | None = None) -> Any:
+    """The union of all polygons of a file, in ``crs``. DatasetError if it has none."""
+    import shapely
+
+    features = VectorFile(path, crs, layer=layer)
+    features.load(None)
+    assert features._loaded is not None
+    shapes = features._loaded[1].geometries
+    polygons = shapes[np.isin(shapely.get_type_id(shapes), (3, 6))]
+    if not len(polygons):
+        raise DatasetError(
+            f"{path}: has no polygon among {len(shapes)} features; an area is made of polygons"
+        )
+    return shapely.union_all(shapely.make_valid(polygons))
+
+
+def _driver(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(_SQLITE))
+    except OSError as error:
+        raise DatasetError(
+            f"{path}: cannot be read ({error.strerror}); check the path", "a file is missing"
+        ) from error
+    suffix = path.suffix.lower()
+    driver = "Parquet" if start.startswith(_PARQUET) else _DRIVERS.get(suffix)
+    right = {
+        "Parquet": True,
+        "GPKG": start == _SQLITE,
+        "GeoJSON": start.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"),
+        "ESRI Shapefile": start.startswith(b"\x00\x00\x27\x0a"),
+    }
+    if driver is None or not right[driver]:
+        raise DatasetError(f"{path}: is not a vector file of a known format; use {FORMATS}")
+    return driver
+
+
+def _layer(path: Path, wanted: str | None) -> str:
+    import pyogrio
+
+    try:
+        layers = [str(name) for name in pyogrio.list_layers(path)[:, 0]]
+    except (pyogrio.errors.DataSourceError, OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
+    if wanted is None and len(layers) == 1:
+        return layers[0]
+    if wanted not in layers:
+        what = f"has no layer {wanted!r}" if wanted else f"has {len(layers)} layers; set layer"
+        raise DatasetError(f"{path}: {what}; there are: {', '.join(layers[:50])}")
+    return str(wanted)
+
+
+def _ogr_header(path: Path, layer: str | None) -> tuple[list[str], Any]:
+    import pyogrio
+
+    try:
+        info = pyogrio.read_info(path, layer=layer)
+    except (pyogrio.errors.DataSourceError, pyogrio.errors.DataLayerError, OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
+    return [str(f) for f in info["fields"]], info["crs"]
+
+
+def _parquet_header(path: Path) -> tuple[list[str], Any]:
+    import pyarrow
+    import pyarrow.parquet as pq
+
+    try:
+        schema = pq.read_schema(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise _unreadable(path, error) from error
+    return schema.names, _geo_metadata(path)[1]
+
+
+def _geometry_column(path: Path) -> str:
+    return _geo_metadata(path)[0]
+
+
+def _geo_metadata(path: Path) -> tuple[str, Any]:
+    """Name and CRS of the geometry column: the ``geo`` metadata of GeoParquet (geoparquet.org/releases/v1.1.0).
+
+    Without a ``crs``, it is longitude and latitude (OGC:CRS84); null means unknown.
+    """
+    import pyarrow.parquet as pq
+    from pyproj import CRS
+    from pyproj.exceptions import CRSError
+
+    raw = (pq.read_schema(path).metadata or {}).get(b"geo")
+    if raw is None:
+        raise DatasetError(f"{path}: is a Parquet file without geometries (no `geo` metadata); use {FORMATS}")
+    try:
+        content = untrusted.load_json(raw, str(path))
+    except untrusted.InputError as error:
+        raise DatasetError(f"{path}: has invalid `geo` metadata ({error})") from error
+    try:
+        name = str(content["primary_column"])
+        column = content["columns"][name]
+        encoding = str(column["encoding"])
+        crs = column.get("crs", "OGC:CRS84")
+        if isinstance(crs, dict):  # PROJJSON
+            crs = CRS.from_json_dict(crs).to_wkt()
+    except (KeyError, TypeError, AttributeError, CRSError) as error:
+        raise DatasetError(
+            f"{path}: has incomplete `geo` metadata ({error}); write the file again"
+        ) from error
+    if encoding != "WKB":
+        raise DatasetError(f"{path}: has geometries encoded as {encoding}, not WKB; write the file again")
+    return name, crs
+
+
+def _unreadable(path: Path, error: Exception) -> DatasetError:
+    return DatasetError(f"{path}: cannot be read ({' '.join(str(error).split())}); fetch the file again")
+
+
+def _contains(outer: Box, inner: Box) -> bool:
+    return (
+        outer.west <= inner.west
+        and outer.south <= inner.south
+        and outer.east >= inner.east
+        and outer.north >= inner.north
+    )
