@@ -218,6 +218,8 @@ class ImageFiles(Section):
     """Values in the files that mean "not measured", beside those that the file itself declares."""
     crs: Text | None = None
     """Coordinate system of files that declare none, for example EPSG:2154."""
+    window: Window | None = None
+    """Row and column where the tile begins in images that are larger than it. Null: the images are the tile."""
 
     @property
     def band_sources(self) -> tuple[int | str, ...]:
@@ -315,8 +317,6 @@ class Raster(ImageFiles):
     """Numpy name of the stored type."""
     series: bool = False
     """Whether a tile has several images, each with its date."""
-    window: Window | None = None
-    """Row and column where the tile begins in images that are larger than it. Null: the images are the tile."""
     scale: float = 1.0
     """Stored value = scale · value in the file + offset. A scale that the file declares is not applied."""
     offset: float = 0.0
@@ -346,8 +346,6 @@ class RasterTarget(ImageFiles):
     """As of a raster."""
     band: BandSource = 1
     """The band: number in its file from 1, or what stands for it."""
-    window: Window | None = None
-    """As of a raster."""
 
     @property
     def band_sources(self) -> tuple[int | str, ...]:
