@@ -57,6 +57,8 @@ class Modality:
     # What the values are, of QUANTITY_KINDS (datasets/quantity.py); empty: not said. Not part of the repr: it is a key
     # of cached features, which do not depend on it.
     quantity: str = field(default="", repr=False, metadata=OMIT_DEFAULT)
+    # Whether a tile may lack it. Said by a raw dataset; not stored: a manifest says what the tiles of a shard lack.
+    optional: bool = field(default=False, repr=False, metadata=OMIT_DEFAULT)
 
     @property
     def nodata_band(self) -> int | None:
@@ -169,6 +171,11 @@ class DatasetSpec:
             ref_sensor=self.ref_sensor if self.ref_sensor in {s.name for s in sensors} else None,
         )
 
+    def stored(self) -> DatasetSpec:
+        """The spec as a manifest has it: without ``Modality.optional``, so that a split in which no tile lacks anything
+        has the same spec, whatever its reader would permit."""
+        return replace(self, modalities=tuple(replace(m, optional=False) for m in self.modalities))
+
     def windowed(self, window_m: float) -> DatasetSpec:
         """The spec of tiles that are ``window_m`` metres wide. DatasetError unless that is at least the crop, at most
         the tile, and a multiple of the coarsest pixel."""
@@ -214,7 +221,7 @@ class Tile:
     ``masks[modality]``: (T, M, H, W) uint8 0-100, only where the modality has mask bands.
     ``targets[name]``: as :class:`Target` says. ``ref_date``: (3,) int16, the date that time encodings are relative to.
     ``notes``: what the reader assumed or corrected, as text; counted in the manifest. ``origin``: None if the source
-    has none.
+    has none. A tile that lacks an optional modality has no array, dates and mask of it; it has at least one modality.
     """
 
     key: str
@@ -228,7 +235,12 @@ class Tile:
 
 
 class RawDataset(Protocol):
-    """A raw dataset on disk: random access to the tiles of one split. Must pickle (it travels to writer processes)."""
+    """A raw dataset on disk: random access to the tiles of one split. Must pickle (it travels to writer processes).
+
+    One with optional modalities should also have ``absent(key) -> tuple[str, ...]``: those that the tile lacks, in the
+    order of the spec, without reading it. Tiles that lack the same modalities are stored together, so the writer has
+    to know before it writes the first shard; without this method it reads every tile twice.
+    """
 
     spec: DatasetSpec
 

@@ -32,6 +32,7 @@ from maestro_scale.datasets.spec import GeoOrigin
 from maestro_scale.escaping import file_name, ignores_case, printable
 from maestro_scale.evaluation.features.adapt import encoder_spec
 from maestro_scale.evaluation.features.cache import weights_digest
+from maestro_scale.evaluation.features.missing import tile_vector
 from maestro_scale.evaluation.features.on_device import RecipePrecision, eval_precision, map_on_device
 from maestro_scale.evaluation.results import EvaluationError
 from maestro_scale.evaluation.tasks.tile_maps import georeference
@@ -104,6 +105,8 @@ class EmbeddingWriter:
         origin) and a fixed-size list of float32 per array, its shape in the metadata of the field. TIFF:
         ``<shard>/<key>.<crop>.<sensor>.tif``, a band per channel, the mean over dates; the key is escaped
         (``escaping.file_name``), its original form is in the tag ``key`` of the image and in ``<shard>/index.jsonl``.
+        Of tiles that lack sensors, a vector has the usual length (``features.missing``); token grids of these sensors
+        are left out.
         ManifestError where there is no such split, EvaluationError where ``out`` holds embeddings of something else;
         BadShard, StoreError.
         """
@@ -205,12 +208,15 @@ class EmbeddingWriter:
                     shard,
                     EmbeddingRows(keys, origins, crops, {name: a[:size] for name, a in joined.items()}),
                 )
-                pending, num_pending = [{name: a[size:] for name, a in joined.items()}], num_pending - size
+                num_pending -= size
+                # Nothing rather than empty arrays: the tiles of the next shard may have other sensors.
+                pending = [{name: a[size:] for name, a in joined.items()}] if num_pending else []
 
     def _embed_batches(self, loader: EvalLoader) -> Iterator[dict[str, np.ndarray]]:
         def embed(batch: Batch) -> dict[str, Tensor]:
-            embedding = self.model.embed(batch)
-            chosen = {"vector": embedding.vector} if self.what == "vector" else embedding.tokens
+            if self.what == "vector":
+                return {"vector": tile_vector(self.model, batch).float()}
+            chosen = self.model.embed(batch).tokens
             return {name: t.float() for name, t in chosen.items()}
 
         for _, found in map_on_device(loader, embed, self._device, self.precision):

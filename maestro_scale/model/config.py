@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, get_args
 
 from maestro_scale import untrusted
+from maestro_scale.datasets.sensor_sets import split_name
 from maestro_scale.datasets.spec import DatasetSpec, Sensor, Target
 from maestro_scale.datasets.spec_check import sensor_problems, sharing_problems
 from maestro_scale.datasets.spec_limits import MAX_ITEMS
@@ -173,11 +174,18 @@ class ModelConfig:
         return scale
 
     def for_dataset(self, dataset: str) -> ModelConfig:
-        """The same model for one dataset only. A model with a single view uses it for any dataset.
+        """The same model for one dataset only, or for its tiles that lack sensors (``sensor_sets.without``), which has
+        no heads. A model with a single view uses it for any dataset.
 
         Raises:
             KeyError: none of several views has this name; the message lists them.
         """
+        dataset, absent = split_name(dataset)
+        if absent:
+            whole = self.for_dataset(dataset)
+            sensors = tuple(s for s in whole.sensors if s.name not in absent)
+            ref = whole.ref_sensor if whole.ref_sensor in {s.name for s in sensors} else None
+            return replace(whole, sensors=sensors, ref_sensor=ref, heads=())
         if not self.others:
             return self
         for view in self.views:

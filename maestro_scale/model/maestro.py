@@ -167,7 +167,8 @@ class Maestro(nn.Module):
         return encoded if masks is not None else by_sensor(view, encoded)
 
     def view(self, dataset: str) -> ModelConfig:
-        """The configuration for ``dataset``; KeyError if a model of several datasets does not know it."""
+        """The configuration for ``dataset``, or for its tiles that lack sensors; KeyError if a model of several
+        datasets does not know it."""
         return self._views.get(dataset) or self.config.for_dataset(dataset)
 
     def layout(self, view: ModelConfig, masks: dict[str, Mask] | None, like: Tensor) -> Layout:

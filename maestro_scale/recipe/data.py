@@ -77,6 +77,9 @@ class MixtureEntry(Section):
     """How often the mixture draws a step from it, relative to the other entries."""
     sensors: dict[str, SensorOverride | None] = Field(default_factory=dict)
     """Changes to its sensors by name; null omits the sensor."""
+    incomplete: Literal["use", "leave_out"] = "use"
+    """Tiles that lack a sensor in use: train on the sensors that they have, in steps of their own (docs/loader.md), or
+    leave them out. Pretraining only: an evaluation scores every tile."""
     crop_m: Annotated[float, Field(gt=0)] | None = None
     """Ground extent of the random crop in metres: at most the tile, else a multiple of the coarsest sensor's pixel;
     null: the dataset's default."""

@@ -19,7 +19,7 @@ from maestro_scale.shards.read.store import BadShard
 from maestro_scale.stream.batch import Batch
 from maestro_scale.stream.dates import FirstDate
 from maestro_scale.stream.packing import Arrays, BatchMetadata, arrays_in, num_bytes, unpack
-from maestro_scale.stream.rng import CounterRNG, Purpose
+from maestro_scale.stream.rng import CounterRNG, Purpose, seed_without
 from maestro_scale.stream.source import OpenShards, Source, mixture_names
 from maestro_scale.stream.transform import Transform
 
@@ -67,7 +67,12 @@ class WorkerResult:
 
 @dataclass(frozen=True)
 class BuilderSettings:
-    """Settings that all loader processes of a rank share. ``num_processes``: processes that share the node's cache."""
+    """Settings that all loader processes of a rank share. ``num_processes``: processes that share the node's cache.
+
+    ``sources``: what requests name by number. Several may be of one entry of the mixture, each with the tiles that lack
+    certain sensors; ``entries``: the entry of each, by number (empty: every source is an entry), ``names``: of each
+    (empty: of the datasets).
+    """
 
     sources: tuple[Source, ...]
     seed: int = 0
@@ -75,6 +80,8 @@ class BuilderSettings:
     replace_bad: bool = False
     num_processes: int = 1
     first_date: FirstDate = "any"
+    entries: tuple[int, ...] = ()
+    names: tuple[str, ...] = ()
 
 
 class _Written(NamedTuple):
@@ -95,10 +102,11 @@ class BatchBuilder:
 
     def __init__(self, settings: BuilderSettings) -> None:
         self.settings = settings
-        self.names = mixture_names([s.spec.name for s in settings.sources])
+        self.names = settings.names or mixture_names([s.name for s in settings.sources])
+        self._entries = settings.entries or tuple(range(len(settings.sources)))
         self._transforms = [
-            Transform(s.spec, settings.seed, i, settings.flips, settings.first_date)
-            for i, s in enumerate(settings.sources)
+            Transform(s.spec, self._seed(s), entry, settings.flips, settings.first_date, s.absent)
+            for s, entry in zip(settings.sources, self._entries, strict=True)
         ]
         self._shards: list[OpenShards] = []
         self._pid = 0
@@ -107,8 +115,11 @@ class BatchBuilder:
     def __reduce__(self) -> tuple[type[BatchBuilder], tuple[BuilderSettings]]:
         return BatchBuilder, (self.settings,)
 
+    def _seed(self, source: Source) -> int:
+        return seed_without(self.settings.seed, source.absent)
+
     def transform(self, dataset: int) -> Transform:
-        """The transform of a dataset of the mixture."""
+        """The transform of a source."""
         return self._transforms[dataset]
 
     def num_bytes(self, size: int) -> int:
@@ -202,7 +213,8 @@ class BatchBuilder:
         """
         assert request.epoch is not None  # nothing is replaced in evaluation
         shards = self._shards[request.dataset]
-        rng = CounterRNG(self.settings.seed, Purpose.REPLACEMENT, request.dataset)
+        seed = self._seed(shards.source)
+        rng = CounterRNG(seed, Purpose.REPLACEMENT, self._entries[request.dataset])
         rng.seek(request.epoch, ref.number)
         for _ in range(_MAX_REPLACEMENTS):
             number = rng.below(shards.num_samples)
@@ -225,7 +237,10 @@ class BatchBuilder:
             return
         # All processes together may pin at most half of the cache by open shards, so that downloads find space.
         share = 2 * self.settings.num_processes
-        self._shards = [OpenShards(s, s.store.cache_bytes // share) for s in self.settings.sources]
+        self._shards = [
+            OpenShards(s, s.store.cache_bytes // (share * self._entries.count(entry)))
+            for s, entry in zip(self.settings.sources, self._entries, strict=True)
+        ]
         self._pid, self._last_counters = os.getpid(), self._sum_counters()
 
     def _take_counters(self) -> StoreCounters:

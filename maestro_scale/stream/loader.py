@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from maestro_scale.datasets.sensor_sets import without
 from maestro_scale.shards.read.counters import StoreCounters
 from maestro_scale.stream.batch import Batch
 from maestro_scale.stream.batch_builder import (
@@ -19,8 +20,10 @@ from maestro_scale.stream.batch_builder import (
     SampleRef,
 )
 from maestro_scale.stream.dates import FirstDate
-from maestro_scale.stream.mixture import Mixture
+from maestro_scale.stream.mixture import NestedMixture
 from maestro_scale.stream.plan import SampleOrder, SampleOrderError
+from maestro_scale.stream.rng import seed_without
+from maestro_scale.stream.sensor_sets import divide
 from maestro_scale.stream.source import Source, mixture_names
 from maestro_scale.stream.workers import LoaderError, Pipeline, start_fork_server
 
@@ -57,6 +60,10 @@ class TrainLoader:
     ``rank`` of ``world``, ``workers`` and ``micro_batch`` do not change the samples of a step. A step uses one
     source, chosen by weight, so that all ranks run the same sensors and shapes. With several sources an epoch has
     as many steps as their epochs together. SampleOrderError or ValueError (one line) for numbers that do not fit.
+
+    A source of which some tiles lack sensors is divided by the sensors that the tiles have (``sensor_sets.divide``).
+    In each epoch of the source every part has exactly its own steps, evenly spread. ``sources``: after the division, by
+    name (``flair_hub``, ``flair_hub~s1_asc``).
     """
 
     def __init__(
@@ -75,14 +82,24 @@ class TrainLoader:
         pin: bool = False,
         first_date: FirstDate = "any",
     ) -> None:
-        self.sources, self.rank, self.world, self.workers = tuple(sources), rank, world, workers
+        self.rank, self.world, self.workers = rank, world, workers
         self.global_batch, self.micro_batch, self.pin = global_batch, micro_batch, pin
-        self._mixture = Mixture([s.weight for s in self.sources])
-        self._names = mixture_names([s.spec.name for s in self.sources])
+        entry_names = mixture_names([s.spec.name for s in sources])
+        parts = [_divided(s, name, global_batch, rank) for s, name in zip(sources, entry_names, strict=True)]
+        entries = tuple(i for i, of_entry in enumerate(parts) for _ in of_entry)
+        divided = tuple(s for of_entry in parts for s in of_entry)
+        names = tuple(without(entry_names[i], s.absent) for i, s in zip(entries, divided, strict=True))
+        self.sources = dict(zip(names, divided, strict=True))
+        self._names = names
         self._orders = [
-            SampleOrder(s.counts, seed, lanes, global_batch, window, dataset=i)
-            for i, s in enumerate(self.sources)
+            SampleOrder(s.counts, seed_without(seed, s.absent), lanes, global_batch, window, dataset=i)
+            for i, s in zip(entries, divided, strict=True)
         ]
+        steps = [
+            [o.steps_per_epoch for i, o in zip(entries, self._orders, strict=True) if i == e]
+            for e in range(len(parts))
+        ]
+        self._mixture = NestedMixture([s.weight for s in sources], steps)
         self._orders[0].lanes_of(rank, world)  # raises unless the ranks divide the lanes
         local = global_batch // world
         if micro_batch < 1 or local % micro_batch:
@@ -90,16 +107,18 @@ class TrainLoader:
                 f"micro_batch {micro_batch} does not divide the {local} samples of a rank per step"
             )
         self._settings = BuilderSettings(
-            self.sources,
+            divided,
             seed,
             flips,
             on_bad_shard == "replace",
             max(workers, 1) * min(world, MAX_RANKS_PER_NODE),
             first_date,
+            entries,
+            names,
         )
         BatchBuilder(self._settings)  # raises here what would otherwise be raised in a worker
         if workers:
-            start_fork_server(self.sources)
+            start_fork_server(divided)
         self._pipelines: list[Pipeline] = []
         self._store_counters, self._num_repeated_dates, self._num_replaced_samples = StoreCounters(), 0, 0
         for name, order in zip(self._names, self._orders, strict=True):
@@ -230,6 +249,17 @@ class TrainLoader:
         if count and not self._num_replaced_samples:
             log.warning("step %d: samples of a bad shard are replaced; see the counter 'replaced'", step)
         self._num_replaced_samples += count
+
+
+def _divided(source: Source, name: str, global_batch: int, rank: int) -> tuple[Source, ...]:
+    """The parts of a source by the sensors that its tiles have."""
+    try:
+        division = divide(source, global_batch)
+    except SampleOrderError as error:
+        raise SampleOrderError(f"{name}: {error}") from None
+    for line in division.lines if rank == 0 else ():
+        log.warning("%s: %s", name, line)
+    return division.sources
 
 
 class _Lookahead:

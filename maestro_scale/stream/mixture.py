@@ -1,4 +1,7 @@
-"""Schedule of a mixture: the dataset of each step, exact, equal on all ranks, and computed for any step directly."""
+"""Schedule of a mixture: the dataset of each step, exact, equal on all ranks, and computed for any step directly.
+
+The tiles of a dataset that have different sensors are scheduled in the same way, within the steps of the dataset.
+"""
 
 from __future__ import annotations
 
@@ -32,3 +35,22 @@ class Mixture:
                 return dataset, before
             step -= before
         raise AssertionError("the last rate is 1, so the last dataset takes every remaining step")
+
+
+class NestedMixture:
+    """A mixture of datasets, each of one or more parts.
+
+    ``weights``: of the datasets. ``steps[dataset]``: steps per epoch of each of its parts. Of every sum(steps[dataset])
+    steps of a dataset, which are its epoch, each part has exactly its own number, evenly spread.
+    """
+
+    def __init__(self, weights: Sequence[float], steps: Sequence[Sequence[int]]) -> None:
+        self._datasets = Mixture(weights)
+        self._parts = [Mixture(counts) for counts in steps]
+        self._firsts = [sum(map(len, steps[:i])) for i in range(len(steps))]
+
+    def at(self, step: int) -> tuple[int, int]:
+        """(part, counted over all datasets; number of earlier steps that used it) of step ``step``, from 0."""
+        dataset, of_dataset = self._datasets.at(step)
+        part, of_part = self._parts[dataset].at(of_dataset)
+        return self._firsts[dataset] + part, of_part

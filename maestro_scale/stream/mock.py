@@ -16,7 +16,7 @@ def mock_batch(source: Source, name: str, size: int, pin: bool = False) -> Batch
 
     ``pin``: in page-locked memory, from which copies to a GPU are asynchronous.
     """
-    fields = Transform(source.spec).fields
+    fields = Transform(source.spec, absent=source.absent).fields
     block = torch.zeros(num_bytes(fields, size), dtype=torch.uint8, pin_memory=pin)
     rng = np.random.default_rng(0)
     for field, array in arrays_in(block, fields, size).items():

@@ -11,6 +11,7 @@ Only raw words are used: NumPy guarantees the stream of a bit generator, but may
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from enum import IntEnum
 
 import numpy as np
@@ -63,6 +64,12 @@ class CounterRNG:
     def permutation(self, count: int) -> np.ndarray:
         """(count,) int64: 0 … count - 1 in random order; the stable sort makes it the same on every machine."""
         return np.argsort(self.words(count), kind="stable")
+
+
+def seed_without(seed: int, absent: Sequence[str]) -> int:
+    """The seed of tiles that lack sensors: ``seed`` if they lack none, else another one for each set of sensors, so
+    that their random numbers do not depend on what other tiles lack."""
+    return seed + stream_id("without " + "+".join(absent)) if absent else seed
 
 
 def stream_id(name: str) -> int:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from maestro_scale.datasets.sensor_sets import without
 from maestro_scale.datasets.spec import DatasetSpec
 from maestro_scale.shards.format.codec import Sample
 from maestro_scale.shards.format.manifest import ShardInfo
@@ -22,14 +23,20 @@ class Source:
     manifest order.
 
     ``weight``: how often a mixture draws a step from it, relative to the others. ``indices``: of every shard, the
-    samples in use; None for all.
+    samples in use; None for all. ``absent``: sensors of ``spec`` that are not read, because tiles lack them.
     """
 
     spec: DatasetSpec
     shards: tuple[ShardInfo, ...]
     store: Store
     weight: float = 1.0
-    indices: tuple[tuple[int, ...], ...] | None = None
+    indices: tuple[Sequence[int], ...] | None = None
+    absent: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The dataset's name, and the sensors that are not read."""
+        return without(self.spec.name, self.absent)
 
     @property
     def counts(self) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ and order of draws within a stream must never change, or resumed runs and replay
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -67,8 +67,8 @@ class Transform:
     """Writes transformed samples of one dataset into the rows of a batch's arrays.
 
     ``spec``: resolved, so that its sensors and crop are those of the run; ``dataset``: its index in the mixture;
-    ``flips``: whether training flips and transposes samples; ``first_date``: as in ``dates.draw``. ValueError if a
-    sensor or the crop does not fit.
+    ``flips``: whether training flips and transposes samples; ``first_date``: as in ``dates.draw``; ``absent``: sensors
+    of ``spec`` that the samples lack. ValueError if a sensor or the crop does not fit.
     """
 
     def __init__(
@@ -78,10 +78,14 @@ class Transform:
         dataset: int = 0,
         flips: bool = True,
         first_date: dates.FirstDate = "any",
+        absent: Collection[str] = (),
     ) -> None:
         self.spec, self.flips = spec, flips
+        # Of all sensors: tiles that lack the coarsest one have the same crops as the others.
         self.grid = CropGrid(spec)
-        self._sensors = [_SensorTransform(spec, s, self.grid, first_date) for s in spec.sensors]
+        self._sensors = [
+            _SensorTransform(spec, s, self.grid, first_date) for s in spec.sensors if s.name not in absent
+        ]
         self._targets = [
             (Field("targets", t.name, *_batch_layout(t, spec, self.grid)), t) for t in spec.targets
         ]

@@ -327,6 +327,9 @@ def _identity(recipe: Recipe, data: Data) -> dict[str, Any]:
         for key in keys:
             (plain[section] if section else plain).pop(key, None)
     plain["data"]["mixture"][0]["shards"] = study_data.identity(data)
+    for entry in plain["data"]["mixture"]:
+        if entry["incomplete"] == "use":  # added later: cells that were computed before keep their identity
+            del entry["incomplete"]
     if recipe.model.init_from and (folder := Path(recipe.model.init_from).expanduser()).is_dir():
         plain["model"]["init_from"] = files_digest(files_below(folder)) or recipe.model.init_from
     return plain

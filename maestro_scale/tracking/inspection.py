@@ -23,6 +23,8 @@ _BAR_WIDTH = 20
 def tables(summary: Summary) -> RenderableType:
     """All tables of a summary: splits, shards, modalities, class balance, dates by month, notes."""
     parts = [_split_table(summary), _shard_table(summary.manifest.shards), _modality_table(summary)]
+    if any(shard.absent for shard in summary.manifest.shards):
+        parts.append(_absent_table(summary))
     for target in summary.manifest.spec.targets:
         parts.append(_class_table(summary.splits, target.name, target.kind))
     parts.append(_month_table(summary.splits))
@@ -99,6 +101,18 @@ def _modality_table(summary: Summary) -> Table:
         dates = sum(sum(s.months[m.name]) for s in summary.splits) / num_samples
         size = f"{m.size}x{m.size}"
         _add_row(table, m.name, " ".join(m.bands), size, f"{m.resolution_m:g}", m.dtype, f"{dates:.1f}")
+    return table
+
+
+def _absent_table(summary: Summary) -> Table:
+    table = _table("tiles by the modalities that they lack")
+    table.add_column("without")
+    for split in summary.splits:
+        table.add_column(split.split, justify="right")
+    found = {absent for split in summary.splits for absent in split.absent}
+    for absent in sorted(found, key=lambda names: (len(names), names)):
+        counts = (f"{split.absent.get(absent, 0):,}" for split in summary.splits)
+        _add_row(table, ", ".join(absent) or "(complete)", *counts)
     return table
 
 

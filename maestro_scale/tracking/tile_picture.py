@@ -108,6 +108,8 @@ def panels(sample: Sample, spec: DatasetSpec) -> list[list[Panel]]:
     single: list[Panel] = []
     series: list[list[Panel]] = []
     for modality in spec.modalities:
+        if modality.name not in sample.names:  # the tile lacks it
+            continue
         if modality.series:
             series.append(_date_panels(sample, modality, spec))
         else:

@@ -165,7 +165,8 @@ def _build_engine(recipe: Recipe, parts: TrainingParts, world: World) -> Engine:
         network, recipe.lr, o.betas, o.eps, o.weight_decay, parts.layer_decay, o.decay
     )
     deepspeed = recipe.deepspeed_config(world.size, world.device.type)
-    return Engine(network, optimizer, schedule, deepspeed, world, Guard(recipe.train.spike))
+    uses_vary = len(parts.stream.sources) > 1
+    return Engine(network, optimizer, schedule, deepspeed, world, Guard(recipe.train.spike), uses_vary)
 
 
 def _hooks(

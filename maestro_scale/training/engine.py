@@ -48,6 +48,7 @@ class Engine:
 
     ``network(batch, inputs, num_terms)`` returns (its share of the global loss, sums (N,)), and
     ``network.loss(dataset, sums, num_terms)`` the global loss from sums (N,) and counts (S,) over all ranks.
+    ``uses_vary``: the steps use different parameters, as their batches have different sensors.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Engine:
         config: dict[str, Any],
         world: World,
         guard: Guard,
+        uses_vary: bool = False,
     ) -> None:
         deepspeed = import_deepspeed()
         self._deepspeed, _, _, _ = deepspeed.initialize(
@@ -65,6 +67,7 @@ class Engine:
         )
         self.network: Any = network  # typed Any for its ``loss`` and ``config``
         self.guard = guard
+        self._uses_vary = uses_vary or bool(network.config.others)
         self.sharded = ShardedState(self._deepspeed, world.rank, world.size)
         self._world, self._schedule = world, schedule
         zero = config.get("zero_optimization", {})
@@ -125,7 +128,7 @@ class Engine:
 
     def _forward_backward(self, batches: Sequence[Batch], inputs: Sequence[Any], num_terms: Tensor) -> Tensor:
         """Also the optimizer's step: DeepSpeed makes it inside its ``step`` at the last micro-batch."""
-        if self.network.config.others and (self._stage == 3 or self._updates_on_host):
+        if self._uses_vary and (self._stage == 3 or self._updates_on_host):
             self._clear_gradients()
         local_sums: list[Tensor] = []
         for batch, given in zip(batches, inputs, strict=True):
@@ -186,8 +189,8 @@ class Engine:
 
     def _clear_gradients(self) -> None:
         # Stage 3, and stages 1 and 2 under offload, overwrite a parameter's gradient only where a step uses it, so
-        # gradients of another dataset of a mixture would be applied again, and not be part of the norm that the guard
-        # sees. Otherwise the other stages start from zero.
+        # gradients of another dataset of a mixture, or of a sensor that the tiles lack, would be applied again, and not
+        # be part of the norm that the guard sees. Otherwise the other stages start from zero.
         optimizer = self._deepspeed.optimizer
         if self._stage == 3:
             optimizer.grad_partitions_flat_buffer.zero_()

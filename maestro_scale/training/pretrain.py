@@ -22,6 +22,7 @@ from maestro_scale.remote.retry import RetryPolicy
 from maestro_scale.secrets_filter import scrub_document
 from maestro_scale.shards.format.manifest import Manifest
 from maestro_scale.shards.read.store import Store
+from maestro_scale.stream.sensor_sets import complete
 from maestro_scale.stream.source import Source, mixture_names
 from maestro_scale.training.assembly import (
     RunContext,
@@ -120,6 +121,10 @@ def open_datasets(recipe: Recipe) -> list[Dataset]:
             store=store,
             weight=entry.weight,
         )
+        if entry.incomplete == "leave_out":
+            source, left_out = complete(source)
+            if left_out:
+                log.info("%s: %d tiles that lack a sensor are left out", manifest.spec.name, left_out)
         datasets.append(Dataset(manifest, source))
     return datasets
 
@@ -142,6 +147,8 @@ def identity(recipe: Recipe, config: ModelConfig, datasets: list[Dataset], world
         "weights": [e.weight for e in recipe.data.mixture],
         "crops_m": [d.source.spec.crop_m for d in datasets],
     }
+    if any(e.incomplete != "use" for e in recipe.data.mixture):  # absent from identities of earlier revisions
+        data["incomplete"] = [e.incomplete for e in recipe.data.mixture]
     optim = recipe.optim.model_dump(mode="json")
     masking = {**recipe.masking.model_dump(), "structure": recipe.has_structural_masks}
     train_section = {"global_batch": recipe.train.global_batch, "masking": masking}
@@ -201,10 +208,9 @@ def _parts(context: RunContext, evaluation: EvaluationHooks) -> TrainingParts:
     kernel = _attention_kernel(recipe, config, world)
     model = _initial_model(recipe, config, world, starts=checkpoints.latest()[0] is None)
     _compile(model, recipe.with_micro_batch(micro_batch), world)
-    names = [view.dataset for view in config.views]
     objective = PretrainObjective(
-        configs={name: config.for_dataset(name) for name in names},
-        sources=dict(zip(names, (d.source for d in datasets), strict=True)),
+        configs={name: config.for_dataset(name) for name in stream.sources},
+        sources=stream.sources,
         masking=build_masking(recipe),
     )
     if world.is_main:

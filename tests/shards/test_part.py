@@ -16,6 +16,7 @@ from maestro_scale.shards.errors import WriteError
 from maestro_scale.shards.format.manifest import Manifest
 from maestro_scale.shards.read.verify import verify
 from maestro_scale.shards.write.destination import Destination
+from maestro_scale.shards.write.packing import PlannedShard
 from maestro_scale.shards.write.part import WriterPart
 from maestro_scale.shards.write.writer import Writer, write_shards
 
@@ -121,7 +122,7 @@ def test_parts_of_one_folder_have_equal_settings(tmp_path, whole):
     """A part with other tiles would replace shards that another part is about to publish."""
     part = WriterPart(1, 2)
     with Destination(str(tmp_path), SPEC, "train", "raw", 0, part) as destination:
-        destination.make_plan(["a", "b"], [(0, 1), (1, 2)])
+        destination.make_plan(["a", "b"], [PlannedShard(0, 1), PlannedShard(1, 2)])
         with pytest.raises(
             WriteError, match="another part of split 'train' is being written with other tiles"
         ):

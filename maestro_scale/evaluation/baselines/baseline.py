@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from maestro_scale.datasets.sensor_sets import split_name
 from maestro_scale.datasets.spec import DatasetSpec, Sensor
 from maestro_scale.model.config import DatasetView, ModelConfig
 from maestro_scale.model.maestro import Embedding, Maestro
@@ -38,6 +39,8 @@ class Baseline(nn.Module):
 
     config: BaselineConfig
     adaptation = ""
+    encodes_each_sensor = True
+    """Whether each sensor is encoded by itself, so that tiles may lack some."""
     code = ""
     """Digest of the code of an encoder of the user's own: part of what its cached features depend on."""
 
@@ -54,8 +57,21 @@ class Baseline(nn.Module):
         return self.config.view
 
     def encode(self, batch: Batch) -> dict[str, Tensor]:
-        """Token grids {sensor: (B, D, L, E)}."""
-        return {s.name: self.tokens(s, batch.pixels[s.name]) for s in self.config.view.sensors}
+        """Token grids {sensor: (B, D, L, E)} of the sensors that the tiles have."""
+        absent = split_name(batch.dataset)[1]
+        return {
+            s.name: self.tokens(s, batch.pixels[s.name])
+            for s in self.config.view.sensors
+            if s.name not in absent
+        }
+
+    def width_of(self, name: str) -> int:
+        """E of a sensor's tokens."""
+        sensor = next(s for s in self.config.view.sensors if s.name == name)
+        device = next((t.device for t in (*self.parameters(), *self.buffers())), None)
+        blank = torch.zeros(1, 1, len(sensor.bands), sensor.image_size, sensor.image_size, device=device)
+        with torch.no_grad():
+            return self.tokens(sensor, blank).shape[-1]
 
     def embed(self, batch: Batch) -> Embedding:
         """Token grids, and the concatenated means of each sensor's tokens."""

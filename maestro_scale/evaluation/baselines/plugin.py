@@ -49,6 +49,8 @@ class PluginBaseline(TrainableBaseline):
     EvaluationError says what is wrong.
     """
 
+    encodes_each_sensor = False
+
     def __init__(self, name: str, spec: DatasetSpec, encoder: nn.Module, options: Mapping[str, str]) -> None:
         super().__init__(name, spec)
         self.encoder = encoder.eval()

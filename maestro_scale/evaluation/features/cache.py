@@ -52,15 +52,20 @@ _POLL_S = 1.0  # while another job holds the lock
 
 @dataclass(frozen=True)
 class FeatureCache:
-    """``features`` (M, …, F) and ``labels`` (M, …) of M crops, memory-mapped; ``tiles`` (M,): sample of each crop."""
+    """``features`` (M, …, F) and ``labels`` (M, …) of M crops, memory-mapped; ``tiles`` (M,): sample of each crop.
+
+    ``absent`` (M,) text: the sensors that the tile lacks, joined by ``+``; None: every tile has all.
+    """
 
     features: FeatureArray
     labels: np.ndarray
     tiles: np.ndarray
+    absent: np.ndarray | None = None
 
     def take(self, rows: np.ndarray) -> FeatureCache:
         """Only these crops; features stay on disk, labels are read into memory."""
-        return FeatureCache(RowSubset(self.features, rows), self.labels[rows], self.tiles[rows])
+        absent = None if self.absent is None else self.absent[rows]
+        return FeatureCache(RowSubset(self.features, rows), self.labels[rows], self.tiles[rows], absent)
 
     def __len__(self) -> int:
         return len(self.tiles)
@@ -75,7 +80,14 @@ def concat_features(parts: Sequence[FeatureCache]) -> FeatureCache:
         ConcatArray([p.features for p in parts]),
         np.concatenate([p.labels for p in parts]),
         np.concatenate([first + p.tiles for first, p in zip(firsts, parts, strict=True)]),
+        _concat_absent(parts),
     )
+
+
+def _concat_absent(parts: Sequence[FeatureCache]) -> np.ndarray | None:
+    if all(p.absent is None for p in parts):
+        return None
+    return np.concatenate([np.full(len(p), "") if p.absent is None else p.absent for p in parts])
 
 
 class _Config(Protocol):
@@ -134,7 +146,7 @@ def cached_features(
                 problems[_marker(folder)] = None  # hashed while it was written: no need to read it all again
     stored_features, stored_labels = (untrusted.open_npy(folder / f"{name}.npy") for name in _ARRAYS)
     tiles = np.repeat(np.arange(loader.num_samples), loader.num_crops)
-    return FeatureCache(stored_features, stored_labels, tiles)
+    return FeatureCache(stored_features, stored_labels, tiles, loader.absent_of_items())
 
 
 @dataclass(frozen=True)

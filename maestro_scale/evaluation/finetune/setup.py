@@ -11,6 +11,7 @@ from maestro_scale.evaluation.baselines.baseline import TrainableBaseline
 from maestro_scale.evaluation.benchmark import Benchmark
 from maestro_scale.evaluation.features.adapt import encoder_spec
 from maestro_scale.evaluation.features.cache import weights_digest
+from maestro_scale.evaluation.features.missing import check_can_encode
 from maestro_scale.evaluation.finetune.early_stop import ValidationScore
 from maestro_scale.evaluation.finetune.objective import FinetuneObjective
 from maestro_scale.evaluation.finetune.predictor import build_predictor
@@ -141,6 +142,7 @@ class Finetuning:
             role: Source(self._spec, self.manifest.shards_of(benchmark.stored_splits(name)), store)
             for role, name in (("train", self._train_name), ("val", "val"), ("test", "test"))
         }
+        check_can_encode(self._encoder, splits.values())
         if fraction < 1:
             used = labelled_subset(splits["train"], target, fraction, recipe.seed, world)
             splits["train"] = splits["train"].select_samples(used)

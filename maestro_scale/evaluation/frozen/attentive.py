@@ -5,15 +5,18 @@ Shapes: M crops, N tokens (of all sensors, concatenated), E width, R token grids
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from maestro_scale.datasets.sensor_sets import split_name
 from maestro_scale.evaluation.baselines.baseline import FrozenEncoder, token_view
 from maestro_scale.evaluation.features.cache import FeatureCache
+from maestro_scale.evaluation.features.missing import token_width
 from maestro_scale.evaluation.features.on_device import to_device
 from maestro_scale.evaluation.metric_kinds import METRIC_KINDS
 from maestro_scale.evaluation.metrics import best_index
@@ -36,9 +39,18 @@ _MAX_TOKENS = (
 
 
 def concat_tokens(model: FrozenEncoder, batch: Batch) -> Tensor:
-    """(B, N, E) in the order of the sensors. EvaluationError where the width of the tokens does not fit the head."""
+    """(B, N, E) in the order of the sensors; zeros where the tiles lack one, which ``HeadGrid`` leaves out.
+
+    EvaluationError where the width of the tokens does not fit the head.
+    """
     grids = model.encode(batch)
-    widths = {s.name: grids[s.name].shape[-1] for s in token_view(model, batch.dataset).sensors}
+    dataset, absent = split_name(batch.dataset)
+    view = token_view(model, dataset)
+    if absent:
+        some = next(iter(grids.values()))
+        shapes = {s.name: (len(some), view.rows(s), s.grid**2) for s in view.sensors if s.name in absent}
+        grids |= {name: some.new_zeros(*shape, token_width(model, name)) for name, shape in shapes.items()}
+    widths = {s.name: grids[s.name].shape[-1] for s in view.sensors}
     if len(set(widths.values())) > 1:
         listed = ", ".join(f"{name} {width}" for name, width in widths.items())
         raise EvaluationError(
@@ -87,11 +99,11 @@ class HeadGrid:
         """Add each head's gradients of the mean loss over these crops, a few crops at a time."""
         targets = self._target_loss.loss_targets(to_device(np.array(split.labels[rows]), self._device))
         num_terms = self._target_loss.num_terms(targets).clamp_min(1).float()
-        for first in range(0, len(rows), self._max_crops):
-            part = slice(first, first + self._max_crops)
-            tokens = self._tokens(split, rows[part])
+        for part, tokens in self._parts(split, rows):
+            # An index only where it is needed: a slice of the targets is a view.
+            chosen = targets[part] if isinstance(part, slice) else targets[to_device(part, self._device)]
             for head in self.heads:  # divided by the terms of the whole batch: parts add up to its mean
-                (self._target_loss.loss_sum(head(tokens), targets[part]) / num_terms).backward()
+                (self._target_loss.loss_sum(head(tokens), chosen) / num_terms).backward()
 
     @torch.no_grad()
     def logits(self, head: nn.Module, split: FeatureCache) -> Iterator[tuple[Tensor, np.ndarray]]:
@@ -100,8 +112,11 @@ class HeadGrid:
         size = crops * max(self._max_crops // crops, 1)  # a tile's map needs all of its crops
         for first in range(0, len(split), size):
             rows = np.arange(first, min(first + size, len(split)))
-            parts = np.array_split(rows, -(-len(rows) // self._max_crops))
-            logits = torch.cat([head(self._tokens(split, part)) for part in parts])
+            found = [(part, head(tokens)) for part, tokens in self._parts(split, rows, evenly=True)]
+            logits = torch.cat([values for _, values in found])
+            if not isinstance(found[0][0], slice):  # by set of sensors, so not in order
+                order = np.argsort(np.concatenate([part for part, _ in found]))
+                logits = logits[to_device(order, self._device)]
             yield logits, np.array(split.labels[first : first + size])
 
     def predict(self, head: nn.Module, split: FeatureCache) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -109,11 +124,35 @@ class HeadGrid:
         for logits, labels in self.logits(head, split):
             yield self._target_loss.predict(logits).cpu().numpy(), labels
 
-    def _tokens(self, split: FeatureCache, rows: np.ndarray) -> dict[str, Tensor]:
-        """{sensor: (m, R, L, E)}."""
+    def _parts(
+        self, split: FeatureCache, rows: np.ndarray, evenly: bool = False
+    ) -> Iterator[tuple[slice | np.ndarray, dict[str, Tensor]]]:
+        """(which of ``rows``, their tokens) of a few crops at a time, those of tiles with the same sensors together."""
+        if split.absent is None or not (lacking := split.absent[rows]).any():
+            firsts = np.arange(0, len(rows), self._max_crops)
+            if evenly:
+                firsts = np.array([p[0] for p in np.array_split(np.arange(len(rows)), len(firsts))])
+            for first, stop in itertools.pairwise([*firsts.tolist(), len(rows)]):
+                part = slice(first, stop)
+                yield part, self._tokens(split, rows[part])
+            return
+        for absent in np.unique(lacking):
+            positions = np.flatnonzero(lacking == absent)
+            for first in range(0, len(positions), self._max_crops):
+                some = positions[first : first + self._max_crops]
+                yield some, self._tokens(split, rows[some], absent.split("+"))
+
+    def _tokens(
+        self, split: FeatureCache, rows: np.ndarray, absent: Collection[str] = ()
+    ) -> dict[str, Tensor]:
+        """{sensor: (m, R, L, E)}, without the sensors ``absent``."""
         tokens = to_device(np.array(split.features[rows]), self._device).float()
         parts = tokens.split([rows * length for rows, length in self._grids.values()], dim=1)
-        return {name: p.unflatten(1, self._grids[name]) for name, p in zip(self._grids, parts, strict=True)}
+        return {
+            name: p.unflatten(1, self._grids[name])
+            for name, p in zip(self._grids, parts, strict=True)
+            if name not in absent
+        }
 
 
 def attentive_probe(

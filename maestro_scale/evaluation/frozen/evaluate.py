@@ -23,6 +23,7 @@ from maestro_scale.evaluation.features.cache import (
     concat_features,
     weights_digest,
 )
+from maestro_scale.evaluation.features.missing import check_can_encode
 from maestro_scale.evaluation.features.on_device import RecipePrecision, eval_precision
 from maestro_scale.evaluation.frozen.attentive import attentive_probe, concat_tokens
 from maestro_scale.evaluation.progress import ProgressFactory, no_progress
@@ -87,6 +88,7 @@ def evaluate_frozen(
         world=world,
         progress=progress,
     )
+    check_can_encode(model, [splits.source(splits.stored(role)) for role in (train_split, "val", "test")])
     started = time.perf_counter()
     # Opened first: whatever makes maps impossible is reported before hours of encoding.
     test = splits.source(benchmark.stored_splits("test"))
@@ -179,6 +181,10 @@ class _Splits:
                 split = split.take(np.flatnonzero(np.isin(split.tiles, used)))
             found.append(split)
         return found
+
+    def stored(self, role: str) -> tuple[str, ...]:
+        """The splits in shards of a role."""
+        return self.benchmark.stored_splits(role)
 
     def source(self, splits: Sequence[str]) -> Source:
         """The samples of some splits in shards."""

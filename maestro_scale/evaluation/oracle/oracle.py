@@ -41,6 +41,7 @@ from maestro_scale.evaluation.tasks.tile_maps import TileMapWriter
 from maestro_scale.shards.read.store import Store
 from maestro_scale.stream.batch import Batch
 from maestro_scale.stream.eval_loader import EvalLoader
+from maestro_scale.stream.sensor_sets import absent_sensors
 from maestro_scale.stream.source import Source
 from maestro_scale.training.distributed import World
 
@@ -75,6 +76,10 @@ def evaluate_oracle(
     started = time.perf_counter()
     store = Store(benchmark.shards, benchmark.cache_dir, benchmark.cache_bytes)
     source = Source(spec, manifest.shards_of(benchmark.stored_splits("test")), store)
+    if lacking := {name for shard in source.shards for name in absent_sensors(spec, shard)}:
+        raise EvaluationError(
+            f"{benchmark.shards}: has tiles that lack {', '.join(sorted(lacking))}: the oracle needs every sensor"
+        )
     oracle = Oracle(spec, task)
     writer = TileMapWriter(maps_dir, source, task) if maps_dir else None
     rank, size = (world.rank, world.size) if world else (0, 1)

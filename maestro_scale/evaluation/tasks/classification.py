@@ -15,6 +15,7 @@ from maestro_scale.datasets.spec import MISSING_CLASS, Target
 from maestro_scale.evaluation.baselines.baseline import FrozenEncoder
 from maestro_scale.evaluation.features.cache import FeatureCache
 from maestro_scale.evaluation.features.labelled_features import LabelledFeatures
+from maestro_scale.evaluation.features.missing import tile_vector
 from maestro_scale.evaluation.metrics import class_counts, classification_scores, confusion, f1, wf1
 from maestro_scale.evaluation.probes.decision import ONE_CLASS
 from maestro_scale.evaluation.probes.knn import knn
@@ -58,7 +59,7 @@ class ClassificationTask:
 
     def features(self, model: FrozenEncoder, batch: Batch) -> Tensor:
         """(B, F = S·E): the mean over each sensor's tokens, concatenated over sensors."""
-        return model.embed(batch).vector
+        return tile_vector(model, batch)
 
     def labels(self, batch: Batch) -> np.ndarray:
         """(B,) int64: index among the classes that count, ``UNLABELLED`` where there is none."""

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from maestro_scale.evaluation.baselines.baseline import FrozenEncoder
+from maestro_scale.evaluation.features.missing import filled
 from maestro_scale.evaluation.probes.dense import PixelLayout
 from maestro_scale.evaluation.tasks.protocol import NUM_MAPS
 from maestro_scale.stream.batch import Batch
@@ -20,8 +21,8 @@ from maestro_scale.stream.batch import Batch
 
 def cell_features(model: FrozenEncoder, batch: Batch, grid: int) -> Tensor:
     """(B, P, F = S·E): per cell the mean over dates of each sensor's tokens, concatenated over sensors."""
-    grids = model.encode(batch).values()
-    return torch.cat([resample_tokens(t.mean(dim=1), grid) for t in grids], dim=-1)
+    cells = {name: resample_tokens(t.mean(dim=1), grid) for name, t in model.encode(batch).items()}
+    return torch.cat(list(filled(model, batch, cells).values()), dim=-1)
 
 
 def resample_tokens(tokens: Tensor, grid: int) -> Tensor:

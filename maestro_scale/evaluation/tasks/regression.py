@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from maestro_scale.datasets.spec import Target
 from maestro_scale.evaluation.baselines.baseline import FrozenEncoder
 from maestro_scale.evaluation.features.cache import FeatureCache
+from maestro_scale.evaluation.features.missing import tile_vector
 from maestro_scale.evaluation.probes import dense, dense_regression
 from maestro_scale.evaluation.probes.regression import (
     NumberFeatures,
@@ -106,7 +107,7 @@ class RegressionTask(_Numbers):
 
     def features(self, model: FrozenEncoder, batch: Batch) -> Tensor:
         """(B, F = S·E): the mean over each sensor's tokens, concatenated over sensors."""
-        return model.embed(batch).vector
+        return tile_vector(model, batch)
 
     def encode_labels(self, values: Tensor) -> Tensor:
         """(B, 1) -> (B,)."""

@@ -18,6 +18,7 @@ from maestro_scale.datasets.spec import DatasetSpec, Target
 from maestro_scale.evaluation.baselines.baseline import FrozenEncoder
 from maestro_scale.evaluation.features.cache import FeatureCache
 from maestro_scale.evaluation.features.labelled_features import ClassifierResult, LabelledFeatures
+from maestro_scale.evaluation.features.missing import tile_vector
 from maestro_scale.evaluation.metrics import (
     MultilabelCounts,
     average_precision,
@@ -71,7 +72,7 @@ class MultilabelTask:
 
     def features(self, model: FrozenEncoder, batch: Batch) -> Tensor:
         """(B, F = S·E): the mean over each sensor's tokens, concatenated over sensors."""
-        return model.embed(batch).vector
+        return tile_vector(model, batch)
 
     def labels(self, batch: Batch) -> np.ndarray:
         """(B, C) bool: share above the target's threshold."""

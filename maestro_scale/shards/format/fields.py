@@ -9,7 +9,7 @@ The layout is checked from headers, before anything is decoded: a few bytes of a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 
@@ -89,24 +89,41 @@ def check_tile(tile: Tile, spec: DatasetSpec) -> None:
     if not isinstance(tile.key, str) or not tile.key:
         raise DatasetError(f"a tile of {spec.name} has the key {tile.key!r}; a key is a non-empty string")
     fields = tile_fields(tile)
-    check_layouts(tile.key, {name: (a.shape, str(a.dtype)) for name, a in fields.items()}, spec)
+    check_layouts(
+        tile.key, {name: (a.shape, str(a.dtype)) for name, a in fields.items()}, spec, absent_of(tile, spec)
+    )
     for target in spec.targets:
         check_classes(tile.key, fields, target)
 
 
-def check_layouts(key: str, layouts: Mapping[str, Layout], spec: DatasetSpec) -> None:
-    """Check names, shapes and dtypes of the fields of a sample. DatasetError, naming the field, if they differ."""
+def absent_of(tile: Tile, spec: DatasetSpec) -> tuple[str, ...]:
+    """The optional modalities that a tile lacks. DatasetError if it has none at all."""
+    absent = tuple(m.name for m in spec.modalities if m.optional and m.name not in tile.arrays)
+    if len(absent) == len(spec.modalities):
+        raise DatasetError(f"tile {_shown(tile.key)}: has no modality at all", "no modality")
+    return absent
+
+
+def check_layouts(
+    key: str, layouts: Mapping[str, Layout], spec: DatasetSpec, absent: Collection[str] = ()
+) -> None:
+    """Check names, shapes and dtypes of the fields of a sample. DatasetError, naming the field, if they differ.
+
+    ``absent``: the modalities that it must lack.
+    """
     expected = {REF_DATE, *(target_field(t.name) for t in spec.targets)}
-    for modality in spec.modalities:
+    present = [m for m in spec.modalities if m.name not in absent]
+    for modality in present:
         expected |= {modality.name, dates_field(modality.name)}
         expected |= {mask_field(modality.name)} if modality.mask_bands else set()
     for name in sorted(expected ^ layouts.keys()):
         what = "lacks" if name in expected else "has, unlike the spec,"
+        where = f"{spec.name} has" if not absent else f"without {', '.join(absent)} it has"
         raise DatasetError(
-            f"tile {_shown(key)}: {what} the field {_shown(name)}; {spec.name} has {', '.join(sorted(expected))}"
+            f"tile {_shown(key)}: {what} the field {_shown(name)}; {where} {', '.join(sorted(expected))}"
         )
     _check(key, REF_DATE, layouts, REF_DATE_LAYOUT)
-    for modality in spec.modalities:
+    for modality in present:
         num_dates = stored_dates(key, modality, layouts[modality.name])
         _check(key, modality.name, layouts, modality_layout(modality, num_dates))
         _check(key, dates_field(modality.name), layouts, dates_layout(num_dates))

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from maestro_scale import untrusted
+from maestro_scale.datasets.spec import OMIT_DEFAULT
 from maestro_scale.shards.errors import ManifestError
 from maestro_scale.shards.format.manifest import FORMAT_VERSION, ShardInfo, parse_versioned
 from maestro_scale.shards.format.serialization import dump_json, from_builtins, to_builtins
@@ -39,6 +40,7 @@ class ShardIndex:
     left_out: Mapping[str, str] = field(default_factory=dict)  # key → why the tile could not be read
     tally: Mapping[str, int] = field(default_factory=dict)  # counts of classes and dates, see .statistics
     examples: Mapping[str, str] = field(default_factory=dict)  # note → first tile or cause counted by it
+    absent: tuple[str, ...] = field(default=(), metadata=OMIT_DEFAULT)  # modalities that all its tiles lack
 
     @classmethod
     def loads(cls, text: str | builtins.bytes, where: str) -> ShardIndex:
@@ -70,7 +72,11 @@ class ShardIndex:
 
     def shard_info(self, path: str, split: str) -> ShardInfo:
         """The manifest entry of this shard."""
-        return ShardInfo(path, split, self.bytes, len(self.keys), self.sha256)
+        return ShardInfo(path, split, self.bytes, len(self.keys), self.sha256, self.absent)
+
+    def describes(self, info: ShardInfo) -> bool:
+        """Whether it is the index of this file. What the tiles lack is known to an index of the writer only."""
+        return (self.bytes, self.sha256, len(self.keys)) == (info.bytes, info.sha256, info.samples)
 
     def same_layout(self, other: ShardIndex) -> bool:
         """Whether both describe the same samples at the same offsets of the same file."""

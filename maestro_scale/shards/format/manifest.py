@@ -47,6 +47,7 @@ class ShardInfo:
     bytes: int
     samples: int
     sha256: str  # of the whole file, in lower-case hexadecimal
+    absent: tuple[str, ...] = field(default=(), metadata=OMIT_DEFAULT)  # modalities that all its tiles lack
 
 
 @dataclass(frozen=True)
@@ -212,6 +213,18 @@ def _check(manifest: Manifest) -> None:
                 f"{where}: {shard.samples} samples in {shard.bytes} bytes; a shard has at most {TAR_MEMBERS} samples "
                 "and 1 TiB"
             )
+        if shard.absent:
+            _check_absent(shard, where, [m.name for m in manifest.spec.modalities])
     for note, count in manifest.notes.items():
         if count < 0:
             raise ManifestError(f"notes: {shorten(note)} is counted {count} times")
+
+
+def _check_absent(shard: ShardInfo, where: str, modalities: Sequence[str]) -> None:
+    unknown = [name for name in shard.absent if name not in modalities]
+    if unknown:
+        raise ManifestError(f"{where}.absent: unknown modality {shorten(unknown[0])}")
+    if list(shard.absent) != [name for name in modalities if name in shard.absent]:
+        raise ManifestError(f"{where}.absent: list each modality once, in the order of spec.modalities")
+    if len(shard.absent) == len(modalities):
+        raise ManifestError(f"{where}.absent: lists every modality; a tile has at least one")

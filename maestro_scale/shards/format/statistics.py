@@ -39,7 +39,10 @@ def count_sample(sample: Sample, spec: DatasetSpec) -> Counter[str]:
             for i, count in enumerate(np.bincount(values.reshape(-1)).tolist()):
                 if count:
                     counts[f"{_CLASS}/{target.name}/{i}"] = count
+    names = set(sample.names)
     for modality in spec.modalities:
+        if modality.name not in names:  # the tile lacks it
+            continue
         days = sample.array(dates_field(modality.name))[:, 1]
         # In leap years the last day of each month from February on counts as the next month: good enough here.
         months = np.searchsorted(_DAYS_BEFORE_MONTH, days, side="left")

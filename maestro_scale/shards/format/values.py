@@ -33,6 +33,8 @@ def value_problems(fields: Mapping[str, np.ndarray], spec: DatasetSpec) -> list[
     found: dict[str, str | None] = {}
     for modality in spec.modalities:
         name = modality.name
+        if name not in fields:  # the tile lacks it
+            continue
         found[name] = array_problem(fields[name])
         found[dates_field(name)] = dates_problem(fields[dates_field(name)])
         if modality.mask_bands:

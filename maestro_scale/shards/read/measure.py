@@ -8,7 +8,7 @@ from maestro_scale.datasets.statistics import DatasetStatistics, TileStatistics,
 from maestro_scale.shards.errors import BadShard, CodecError
 from maestro_scale.shards.format.codec import Sample
 from maestro_scale.shards.format.fields import check_layouts, dates_field, mask_field
-from maestro_scale.shards.format.manifest import Manifest
+from maestro_scale.shards.format.manifest import Manifest, ShardInfo
 from maestro_scale.shards.read.preview import read_samples
 
 MAX_SHARDS = 16  # of one dataset that are opened: a shard without an index is downloaded
@@ -27,7 +27,7 @@ def measure(url: str, max_tiles: int) -> DatasetStatistics:
         of_shard = (max_tiles * (number + 1)) // len(shards) - (max_tiles * number) // len(shards)
         for sample in read_samples(url, info, evenly(info.samples, of_shard).tolist()):
             try:
-                statistics.add(sample_statistics(sample, manifest.spec))
+                statistics.add(sample_statistics(sample, _spec_of(manifest.spec, info)))
             except (CodecError, DatasetError) as error:
                 raise BadShard(f"{url}/{info.path}", str(error)) from error
     return statistics
@@ -42,3 +42,10 @@ def sample_statistics(sample: Sample, spec: DatasetSpec) -> TileStatistics:
         {m.name: sample.array(dates_field(m.name)) for m in spec.modalities},
         {m.name: sample.array(mask_field(m.name)) for m in spec.modalities if m.mask_bands},
     )
+
+
+def _spec_of(spec: DatasetSpec, info: ShardInfo) -> DatasetSpec:
+    """The spec of the tiles of a shard, which may lack modalities."""
+    if not info.absent:
+        return spec
+    return spec.select([m.name for m in spec.modalities if m.name not in info.absent])

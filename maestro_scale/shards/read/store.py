@@ -92,7 +92,7 @@ class Store:
             with suppress(FileNotFoundError, ManifestError):
                 index = ShardIndex.read(self._storage, index_path(info.path))
         # An index beside a shard is not verified: it may be that of another shard.
-        if index is None or index.shard_info(info.path, info.split) != info:
+        if index is None or not index.describes(info):
             _, index = self.ensure(info)
         return index.keys
 

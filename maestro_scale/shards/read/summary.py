@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from maestro_scale.datasets.spec import DatasetSpec
 from maestro_scale.shards.errors import ManifestError
@@ -23,6 +23,8 @@ class SplitSummary:
     ``classes[target][name]``: number of samples (multilabel, classification) or pixels (segmentation) with that class;
     of a regression the numbers of values called ``value`` and ``missing``.
     ``months[modality]``: number of dates in January, …, December.
+    ``absent``: number of samples by the modalities that they lack; one entry, of those that lack none, if all are
+    complete.
     """
 
     split: str
@@ -31,6 +33,7 @@ class SplitSummary:
     num_bytes: int
     classes: Mapping[str, Mapping[str, int]]
     months: Mapping[str, tuple[int, ...]]
+    absent: Mapping[tuple[str, ...], int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,10 @@ def summarize(url: str) -> Summary:
             counts.update(_shard_counts(storage, url, info, manifest.spec))
         classes, months = parse_counts(counts, manifest.spec)
         num_samples, num_bytes = sum(s.samples for s in shards), sum(s.bytes for s in shards)
-        splits.append(SplitSummary(split, len(shards), num_samples, num_bytes, classes, months))
+        absent: Counter[tuple[str, ...]] = Counter()
+        for info in shards:
+            absent[info.absent] += info.samples
+        splits.append(SplitSummary(split, len(shards), num_samples, num_bytes, classes, months, absent))
     return Summary(manifest, tuple(splits))
 
 

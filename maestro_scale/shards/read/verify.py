@@ -124,7 +124,8 @@ class _CheckShard:
                 path, index = store.ensure(info)
                 with store.shard(info) as shard:
                     problems = [*_extra_content(info, path), *self._index_problems(info, index)]
-                    samples = [p for i in range(len(shard)) for p in _sample_problems(shard, i, self.spec)]
+                    numbers = range(len(shard))
+                    samples = [p for i in numbers for p in _sample_problems(shard, i, self.spec, info.absent)]
             except BadShard as error:
                 return [f"{info.path}: {error.cause}"], ()
         report(info.samples, info.bytes)
@@ -145,7 +146,16 @@ class _CheckShard:
             return [one_line(error)]
         if not sidecar.same_layout(index):
             return [f"{name}: does not describe {info.path} (keys, offsets or SHA-256 differ)"]
+        if sidecar.plan and sidecar.absent != info.absent:
+            return [
+                f"{name}: says that tiles lack {_listed(sidecar.absent)}, the manifest: {_listed(info.absent)}"
+            ]
         return []
+
+
+def _listed(modalities: Sequence[str]) -> str:
+    """Modalities in a message."""
+    return ", ".join(modalities) or "nothing"
 
 
 def _extra_content(info: ShardInfo, path: Path) -> list[str]:
@@ -157,11 +167,11 @@ def _extra_content(info: ShardInfo, path: Path) -> list[str]:
     return []
 
 
-def _sample_problems(shard: Shard, i: int, spec: DatasetSpec) -> list[str]:
+def _sample_problems(shard: Shard, i: int, spec: DatasetSpec, absent: Sequence[str]) -> list[str]:
     try:
         sample: Sample = shard[i]
         layouts = {name: (sample.shape(name), str(sample.dtype(name))) for name in sample.names}
-        check_layouts(sample.key, layouts, spec)
+        check_layouts(sample.key, layouts, spec, absent)
         _ = sample.origin  # CodecError if it cannot be parsed
         fields = _Fields(sample)
         for target in spec.targets:

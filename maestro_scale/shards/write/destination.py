@@ -57,7 +57,7 @@ from maestro_scale.shards.write.merge import (
     without_split,
     write_record,
 )
-from maestro_scale.shards.write.packing import HASH_DIGITS, WritePlan, WrittenShard
+from maestro_scale.shards.write.packing import HASH_DIGITS, PlannedShard, WritePlan, WrittenShard
 from maestro_scale.shards.write.part import WHOLE_SPLIT, WriterPart
 
 log = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ class Destination:
         self.url = str(dst)
         self.storage = open_storage(dst)
         self.split = split
-        self._spec, self._codec, self._seed, self._part = spec, codec, seed, part
+        self._spec, self._codec, self._seed, self._part = spec.stored(), codec, seed, part
         self._synthetic = synthetic
         self._stack = ExitStack()
 
@@ -115,8 +115,8 @@ class Destination:
     ) -> None:
         self._stack.close()
 
-    def make_plan(self, order: Sequence[str], bounds: Sequence[tuple[int, int]]) -> WritePlan:
-        """The plan that writes the samples ``order`` as shards with ``bounds``."""
+    def make_plan(self, order: Sequence[str], shards: Sequence[PlannedShard]) -> WritePlan:
+        """The plan that writes the samples ``order`` as ``shards``."""
         content = [
             FORMAT_VERSION,
             to_builtins(self._spec),
@@ -124,11 +124,13 @@ class Destination:
             self._codec,
             self._seed,
             order,
-            bounds,
+            [(shard.start, shard.stop) for shard in shards],
         ]
+        if any(shard.absent for shard in shards):  # else the digest is that of earlier revisions
+            content.append([shard.absent for shard in shards])
         digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
         self._lock.declare(digest)
-        return WritePlan(self._spec, self.split, len(bounds), digest)
+        return WritePlan(self._spec, self.split, tuple(shards), digest)
 
     def finished_shards(self, plan: WritePlan, strict: bool = False) -> dict[int, WrittenShard]:
         """The finished shards of ``plan``, by number; if ``strict``, only those from which no tile was left out.

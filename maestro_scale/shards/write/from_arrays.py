@@ -37,6 +37,7 @@ class Raster:
     band_groups: sizes of consecutive groups of similar bands (visible, infrared); empty: one group.
     group: rasters with the same group are encoded as one sequence; default: the raster's own name.
     embed: rasters with the same name share a patch embedding, also across datasets; default: the raster's own name.
+    optional: a tile may lack it.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Raster:
     band_groups: Sequence[int] = ()
     group: str = ""
     embed: str = ""
+    optional: bool = False
 
 
 def describe(
@@ -72,7 +74,16 @@ def describe(
         size, image_size = (round(extent_m / r.resolution_m) for extent_m in (tile_m, crop_m))
         series = r.num_dates is not None
         modalities.append(
-            Modality(r.name, tuple(r.bands), r.resolution_m, size, r.dtype, series, tuple(r.mask_bands))
+            Modality(
+                r.name,
+                tuple(r.bands),
+                r.resolution_m,
+                size,
+                r.dtype,
+                series,
+                tuple(r.mask_bands),
+                optional=r.optional,
+            )
         )
         sensors.append(
             Sensor(
@@ -120,8 +131,8 @@ def make_tile(
     ``dates[raster]``: T dates, times or ISO strings, or one for a single image; in any order, since a series is sorted
     when it is written. ``masks[raster]``: (T, M, H, W) uint8, 0-100. ``targets[name]``: (H, W) class indices
     (segmentation); class shares, by class name or in the order of the classes (multilabel); a class name, its index or
-    None (classification); a number or (H, W) of them, NaN where missing (regression).
-    ``ref_date``: origin of the temporal encoding; None: the earliest date of the first raster.
+    None (classification); a number or (H, W) of them, NaN where missing (regression). An optional raster that the tile
+    lacks is left out. ``ref_date``: origin of the temporal encoding; None: the earliest date of the first raster.
 
     Raises DatasetError for invalid dates, classes or labels. Shapes, dtypes and values are checked when the tile is
     written.
@@ -131,7 +142,7 @@ def make_tile(
         for name, given in names.items():
             refuse_masked(key, f"{name}{suffix}", given)
     stored = {name: _dates(key, name, when) for name, when in dates.items()}
-    first = spec.modalities[0].name
+    first = next((m.name for m in spec.modalities if not m.optional or m.name in stored), "any raster")
     if ref_date is None and first not in stored:
         raise DatasetError(f"tile {key}: {first} has no dates; give dates[{first!r}], or ref_date")
     known = {t.name: t for t in spec.targets}

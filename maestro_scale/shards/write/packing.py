@@ -25,6 +25,15 @@ HASH_DIGITS = 8  # of a tar's SHA-256 in its name
 
 
 @dataclass(frozen=True)
+class PlannedShard:
+    """The samples [start, stop) of the stored order; ``absent``: the modalities that all of them lack."""
+
+    start: int
+    stop: int
+    absent: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class WritePlan:
     """What is written for a split.
 
@@ -34,8 +43,13 @@ class WritePlan:
 
     spec: DatasetSpec
     split: str
-    num_shards: int
+    shards: tuple[PlannedShard, ...]
     digest: str
+
+    @property
+    def num_shards(self) -> int:
+        """Number of shards, with those that turn out to be empty."""
+        return len(self.shards)
 
     def shard_name(self, number: int, sha256: str = "") -> str:
         """File name of shard ``number``; with ``sha256`` of its content, the name that it has in object stores."""
@@ -96,7 +110,7 @@ def write_shard(
     """
     tar = TarWriter(staging / f".{plan.shard_name(number)}.{os.getpid()}.tmp")
     try:
-        index = _fill(tar, plan, packed, report)
+        index = _fill(tar, plan, plan.shards[number].absent, packed, report)
         name = plan.shard_name(number, index.sha256 if isinstance(storage, RemoteStorage) else "")
         if isinstance(storage, RemoteStorage) and _is_complete(storage, name, index):
             tar.discard()
@@ -131,7 +145,11 @@ def _is_complete(storage: RemoteStorage, name: str, index: ShardIndex) -> bool:
 
 
 def _fill(
-    tar: TarWriter, plan: WritePlan, packed: Iterable[EncodedTile], report: ReportFunction
+    tar: TarWriter,
+    plan: WritePlan,
+    absent: tuple[str, ...],
+    packed: Iterable[EncodedTile],
+    report: ReportFunction,
 ) -> ShardIndex:
     keys, offsets, sizes = [], [], []
     notes: Counter[str] = Counter()
@@ -167,6 +185,7 @@ def _fill(
         examples=dict(sorted(examples.items())),
         left_out=left_out,
         tally=_sorted(counts),
+        absent=absent,
     )
 
 

@@ -11,13 +11,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from maestro_scale.datasets.spec import DatasetError, DatasetSpec, RawDataset, Tile
 from maestro_scale.shards.errors import WriteError, one_line
 from maestro_scale.shards.format.codec import encode
+from maestro_scale.shards.format.fields import absent_of
 from maestro_scale.shards.format.manifest import Manifest
 from maestro_scale.shards.format.values import checked_tile
 from maestro_scale.shards.jobs import ReportFunction, run_jobs
@@ -25,12 +26,12 @@ from maestro_scale.shards.progress import Progress, ProgressCounter
 from maestro_scale.shards.storage import open_storage
 from maestro_scale.shards.write.destination import Destination, staging_folder
 from maestro_scale.shards.write.from_arrays import DateLike, make_tile
+from maestro_scale.shards.write.grouping import Absent, Group, group_keys, plan_shards, survey
 from maestro_scale.shards.write.packing import (
     EncodedTile,
+    PlannedShard,
     WritePlan,
     WrittenShard,
-    shard_bounds,
-    shuffle_keys,
     write_shard,
 )
 from maestro_scale.shards.write.part import WHOLE_SPLIT, WriterPart
@@ -74,24 +75,23 @@ def write_shards(
             raise WriteError(
                 f"split {split}: {len(keys) - len(set(keys))} keys are repeated; make them unique"
             )
-        order = shuffle_keys(keys, seed)
-        mean_bytes = _mean_bytes(_encode_each(dataset, order, codec, strict), split)
-        bounds = shard_bounds(len(order), mean_bytes, shard_mb * 1_000_000)
-        plan = destination.make_plan(order, bounds)
+        groups = group_keys(survey(dataset, workers), seed)
+        order = [key for group in groups for key in group.keys]
+        plan = destination.make_plan(order, _plan_shards(dataset, groups, split, codec, shard_mb, strict))
         finished = destination.finished_shards(plan, strict)
-        sizes = {i: stop - start for i, (start, stop) in enumerate(bounds) if part.includes(i)}
+        sizes = {i: s.stop - s.start for i, s in enumerate(plan.shards) if part.includes(i)}
         missing = [i for i in sizes if i not in finished]
         tracker = ProgressCounter(
             sum(num for i, num in sizes.items() if i in finished), sum(sizes.values()), progress
         )
         work = _WriteShard(dataset, destination.url, plan, codec, strict)
-        jobs = [(i, tuple(order[slice(*bounds[i])])) for i in missing]
+        jobs = [(i, tuple(order[plan.shards[i].start : plan.shards[i].stop])) for i in missing]
         for position, index in run_jobs(work, jobs, workers, tracker):
             finished[missing[position]] = index
         if part.count > 1:
             # List again: other parts may have finished shards in the meantime.
             finished = destination.finished_shards(plan, strict)
-        return destination.publish(plan, finished) if len(finished) == len(bounds) else None
+        return destination.publish(plan, finished) if len(finished) == plan.num_shards else None
 
 
 class Writer:
@@ -119,7 +119,7 @@ class Writer:
         self._destination = Destination(dst, spec, split, codec, seed, synthetic=synthetic)
         self._spec, self._codec, self._seed = spec, codec, seed
         self._shard_bytes = shard_mb * 1_000_000
-        self._spooled: dict[str, tuple[int, int, tuple[str, ...]]] = {}
+        self._spooled: dict[str, _Spooled] = {}
 
     def __enter__(self) -> Writer:
         self._destination.__enter__()
@@ -145,7 +145,7 @@ class Writer:
                 f"{self._destination.staging}: the temporary file cannot be written ({error.strerror}); "
                 "free some disk space"
             ) from error
-        self._spooled[tile.key] = (start, len(payload), tile.notes)
+        self._spooled[tile.key] = _Spooled(start, len(payload), tile.notes, absent_of(tile, self._spec))
 
     def add_arrays(
         self,
@@ -174,15 +174,16 @@ class Writer:
 
     def _write(self) -> None:
         destination = self._destination
-        order = shuffle_keys(list(self._spooled), self._seed)
-        bounds = shard_bounds(
-            len(order), _mean_bytes(self._read(order), destination.split), self._shard_bytes
-        )
-        plan = destination.make_plan(order, bounds)
+        groups = group_keys({key: tile.absent for key, tile in self._spooled.items()}, self._seed)
+        order = [key for group in groups for key in group.keys]
+        if not order:
+            raise _nothing_readable(destination.split)
+        planned = plan_shards(groups, lambda keys: _mean_bytes(self._read(keys)), self._shard_bytes)
+        plan = destination.make_plan(order, planned)
         shards = destination.finished_shards(plan)
-        for number, (start, stop) in enumerate(bounds):
+        for number, shard in enumerate(plan.shards):
             if number not in shards:
-                packed = self._read(order[start:stop])
+                packed = self._read(order[shard.start : shard.stop])
                 shards[number] = write_shard(
                     destination.storage, destination.staging, plan, number, packed, _ignore_report
                 )
@@ -190,9 +191,18 @@ class Writer:
 
     def _read(self, keys: Sequence[str]) -> Iterator[EncodedTile]:
         for key in keys:
-            start, size, notes = self._spooled[key]
-            self._spool.seek(start)
-            yield EncodedTile(key, self._spool.read(size), notes)
+            spooled = self._spooled[key]
+            self._spool.seek(spooled.start)
+            yield EncodedTile(key, self._spool.read(spooled.size), spooled.notes)
+
+
+class _Spooled(NamedTuple):
+    """A tile in the temporary file of a Writer; ``absent``: the modalities that it lacks."""
+
+    start: int
+    size: int
+    notes: tuple[str, ...]
+    absent: Absent
 
 
 @dataclass(frozen=True)
@@ -207,18 +217,44 @@ class _WriteShard:
 
     def __call__(self, job: tuple[int, tuple[str, ...]], report: ReportFunction) -> WrittenShard:
         number, keys = job
-        packed = _encode_each(self.dataset, keys, self.codec, self.strict)
+        absent = self.plan.shards[number].absent
+        packed = _encode_each(self.dataset, keys, self.codec, self.strict, absent)
         with staging_folder(self.dst) as staging:
             return write_shard(open_storage(self.dst), staging, self.plan, number, packed, report)
 
 
-def _encode_each(dataset: RawDataset, keys: Sequence[str], codec: str, strict: bool) -> Iterator[EncodedTile]:
+def _plan_shards(
+    dataset: RawDataset, groups: Sequence[Group], split: str, codec: str, shard_mb: int, strict: bool
+) -> list[PlannedShard]:
+    """WriteError if no tile of any group can be read."""
+    causes: list[str] = []
+    absent = {group.keys[0]: group.absent for group in groups}
+
+    def mean_bytes(keys: Sequence[str]) -> float:
+        return _mean_bytes(_encode_each(dataset, keys, codec, strict, absent[keys[0]]), causes)
+
+    shards = plan_shards(groups, mean_bytes, shard_mb * 1_000_000)
+    if len(causes) == len(groups):
+        raise _nothing_readable(split, causes[0] if causes else "")
+    return shards
+
+
+def _encode_each(
+    dataset: RawDataset, keys: Sequence[str], codec: str, strict: bool, absent: Absent
+) -> Iterator[EncodedTile]:
+    """``absent``: the modalities that these tiles lack."""
     for key in keys:
         try:
             tile = dataset.read(key)
             if tile.key != key:
                 raise DatasetError(f"tile {key}: the reader returned tile {tile.key}; fix the reader")
             tile = checked_tile(tile, dataset.spec)
+            if (found := absent_of(tile, dataset.spec)) != absent:
+                raise DatasetError(
+                    f"tile {key}: lacks {', '.join(found) or 'nothing'}, but was announced to lack "
+                    f"{', '.join(absent) or 'nothing'}; fix the reader",
+                    kind="other modalities than announced",
+                )
             yield EncodedTile(key, encode(tile, codec), tile.notes)
         except DatasetError as error:
             if strict:
@@ -226,8 +262,8 @@ def _encode_each(dataset: RawDataset, keys: Sequence[str], codec: str, strict: b
             yield EncodedTile(key, None, cause=one_line(error), kind=error.kind)
 
 
-def _mean_bytes(packed: Iterator[EncodedTile], split: str) -> float:
-    """Mean size in a tar of the first few readable samples.
+def _mean_bytes(packed: Iterator[EncodedTile], causes: list[str] | None = None) -> float:
+    """Mean size in a tar of the first few readable samples; without any, 0, and why is appended to ``causes``.
 
     An estimate from a few samples, so that shards have a fixed number of samples before any of them is written: then
     they can be written in parallel, and an interrupted run gets the same bounds again.
@@ -240,9 +276,15 @@ def _mean_bytes(packed: Iterator[EncodedTile], split: str) -> float:
         if len(sizes) == _PROBED_SAMPLES:
             break
     if not sizes:
-        why = f"; the first: {cause}" if cause else ""
-        raise WriteError(f"split {split}: none of its tiles can be read, nothing is written{why}")
+        if causes is not None:
+            causes.append(cause)
+        return 0.0
     return sum(sizes) / len(sizes)
+
+
+def _nothing_readable(split: str, cause: str = "") -> WriteError:
+    why = f"; the first: {cause}" if cause else ""
+    return WriteError(f"split {split}: none of its tiles can be read, nothing is written{why}")
 
 
 def _ignore_report(samples: int, num_bytes: int) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from maestro_scale.datasets.sensor_sets import split_name
 from maestro_scale.datasets.spec import Sensor
 from maestro_scale.model.config import ModelConfig
 from maestro_scale.model.embed import network_input, patchify, unpatchify
@@ -38,7 +39,7 @@ class PicturesHook(Hook):
         if step.data.dataset_step % self._every and not step.is_last:
             return False
         # On every rank: under ZeRO 3 the forward pass gathers parameters. Only rank 0 has observers.
-        bands = self._bands[step.data.dataset]
+        bands = self._bands[split_name(step.data.dataset)[0]]
         views = reconstruction_views(self._model, step.batches[0], step.inputs[0], bands)
         for observer in self._observers:
             observer.pictured(step.position.step, views)
