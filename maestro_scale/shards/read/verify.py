@@ -193,6 +193,9 @@ class _Fields(Mapping[str, np.ndarray]):
     def __getitem__(self, name: str) -> np.ndarray:
         return self._sample.array(name)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._sample.names  # that of Mapping would decode the field
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._sample.names)
 
