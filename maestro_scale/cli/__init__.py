@@ -26,6 +26,7 @@ app = typer.Typer(
 for _command in (
     runs.quickstart,
     data.synth,
+    data.describe,
     data.shard,
     data.verify,
     data.inspect,

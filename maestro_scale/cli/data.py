@@ -28,6 +28,41 @@ def synth(
     print(f"{tiles} tiles of {dataset} in {dst}; next: {command}")
 
 
+def describe(
+    src: Annotated[
+        str,
+        typer.Argument(
+            help="Folder with images and labels. With --recipe: folder or s3:// prefix of shards."
+        ),
+    ],
+    blocks: Annotated[
+        bool,
+        typer.Option(
+            "--blocks", help="Draw train, val and test by blocks of ground; else all tiles are train."
+        ),
+    ] = False,
+    recipe: Annotated[
+        bool, typer.Option("--recipe", help="Print a first recipe for a dataset in shards, instead.")
+    ] = False,
+) -> None:
+    """Print a first draft of the description of a folder: what was found, and what is assumed, for you to correct."""
+    if recipe:
+        from maestro_scale.recipe.draft import draft_recipe
+
+        print(draft_recipe(src), end="")
+        return
+    from maestro_scale.datasets.describe import describe as describe_folder
+
+    def say(message: str) -> None:
+        print(f"warning: {printable(message)}", file=sys.stderr)
+
+    print(describe_folder(src, blocks, say), end="")
+    command = shell_command("maestro-scale", "shard", "MY.yaml", src, "SHARDS", "--split", "train")
+    print(
+        f"next: check the lines with 'assumed' in what you save as MY.yaml, then: {command}", file=sys.stderr
+    )
+
+
 def shard(
     dataset: Annotated[str, typer.Argument(help="Name of the dataset, e.g. treesatai_ts.")],
     src: Annotated[Path, typer.Argument(help="Folder with the raw dataset.")],

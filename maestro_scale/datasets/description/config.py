@@ -198,6 +198,8 @@ class ImageFiles(Section):
     the band, ``{split}`` the split; any other name, such as ``{orbit}``, stands for text that may differ. A name does
     not match ``/``; a name that occurs twice matches the same text. ``*`` matches text that does not matter. Null, of a
     mask: the files of its raster."""
+    exclude: Texts = ()
+    """Patterns of files to leave out, of those that ``files`` matches: ``"*_mask.tif"`` beside ``{key}.tif``."""
     source: SourceKind | None = None
     """Storage format; null: by the suffix of ``files``."""
     key: Text | None = None

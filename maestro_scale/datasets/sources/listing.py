@@ -33,6 +33,7 @@ def list_files(section: ImageFiles, src: str, list_folder: Lister | None = None)
     date are counted in a warning, with the first one.
     """
     pattern = pattern_of(section)
+    excluded = [Pattern(text) for text in section.exclude]
     every = tuple(range(len(section.band_sources)))
     single = {str(band): (i,) for i, band in enumerate(section.band_sources)}
     local = list_folder is None
@@ -46,6 +47,8 @@ def list_files(section: ImageFiles, src: str, list_folder: Lister | None = None)
             undated.append(path)
 
     for path, match in pattern.walk(list_folder or scan_local(src), nearly):
+        if any(other.match(path) for other in excluded):
+            continue
         bands = every if match.band is None else single[match.band]
         address = os.path.join(src, path) if local else f"{src.rstrip('/')}/{path}"
         yield ImageRef(address, match.key, match.date, bands, match.split, (), match.names)
