@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from maestro_scale.errors import did_you_mean
 from maestro_scale.escaping import printable, shell_command
+
+if TYPE_CHECKING:
+    from maestro_scale.datasets.spec import RawDataset
 
 
 def synth(
@@ -64,8 +68,15 @@ def describe(
 
 
 def shard(
-    dataset: Annotated[str, typer.Argument(help="Name of the dataset, e.g. treesatai_ts.")],
-    src: Annotated[Path, typer.Argument(help="Folder with the raw dataset.")],
+    dataset: Annotated[
+        str,
+        typer.Argument(
+            help="Name of a dataset, e.g. treesatai_ts, or a description of your own: MY.yaml (docs/description.md)."
+        ),
+    ],
+    src: Annotated[
+        str, typer.Argument(help="Folder with the raw dataset; for a description also an address.")
+    ],
     dst: Annotated[str, typer.Argument(help="Folder or s3:// prefix for the shards.")],
     split: Annotated[str, typer.Option(help="Split to write, e.g. train. Run the command once per split.")],
     workers: Annotated[
@@ -90,17 +101,23 @@ def shard(
             help="i/n: write only part i of n, for n parallel jobs. The job that finishes last writes the manifest."
         ),
     ] = "1/1",
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Change a key of the description, e.g. rasters.s2.nodata=0. Repeatable.",
+        ),
+    ] = None,
 ) -> None:
     """Convert one split of a raw dataset to shards. An interrupted run resumes: finished shards are kept."""
-    from maestro_scale import datasets
     from maestro_scale.shards.write.part import WriterPart
     from maestro_scale.shards.write.writer import write_shards
     from maestro_scale.tracking.terminal import progress
 
-    _check_dataset(dataset)
     writer_part = WriterPart.parse(part)
     selected = [name.strip() for name in modalities.split(",")] if modalities else None
-    raw = datasets.open_raw(dataset, src, split, selected)
+    raw, synthetic = _open(dataset, src, split, selected, overrides or [])
     with progress(f"shard {dataset} {split}", "samples") as update:
         manifest = write_shards(
             raw,
@@ -113,7 +130,7 @@ def shard(
             progress=update,
             strict=strict,
             part=writer_part,
-            synthetic=datasets.is_synthetic(src),
+            synthetic=synthetic,
         )
     if manifest is None:
         print(
@@ -193,6 +210,35 @@ def inspect(
             raise ManifestError(f"{url}: its manifest lists no shards, so there is no tile to draw")
         tile_picture(png, read_first_sample(url, dataset.manifest.shards[0]), dataset.manifest.spec)
         print(f"{png}: one tile; next: maestro-scale plan --recipe RECIPE --gpus 8")
+
+
+def _open(
+    dataset: str, src: str, split: str, modalities: list[str] | None, overrides: list[str]
+) -> tuple[RawDataset, bool | None]:
+    """The raw dataset of a name or a description, and whether its tiles are synthetic."""
+    from maestro_scale import datasets
+    from maestro_scale.datasets.description.dataset import open_described
+    from maestro_scale.datasets.description.load import find_description, load_description, shipped
+    from maestro_scale.datasets.spec import DatasetError
+
+    if dataset in datasets.known():
+        if overrides:
+            raise DatasetError(
+                f"--set changes a description, and {dataset} has a reader of its own; leave it out"
+            )
+        return datasets.open_raw(dataset, Path(src), split, modalities), datasets.is_synthetic(Path(src))
+    path = find_description(dataset)
+    if path is None:
+        known = [*datasets.known(), *shipped()]
+        raise DatasetError(
+            f"no dataset is called {dataset!r}{did_you_mean(dataset, known)}; give one of them, or a description "
+            "MY.yaml (docs/description.md)"
+        )
+    description = load_description(path, overrides)
+    synthetic = description.synthetic
+    if synthetic is None and "://" not in src:
+        synthetic = datasets.is_synthetic(Path(src))
+    return open_described(description, src, split, modalities), synthetic
 
 
 def _check_dataset(dataset: str) -> None:

@@ -167,16 +167,18 @@ def quantity_of(raster: Raster) -> Quantity:
     )
 
 
-def mask_band(rule: MaskRule, stack: Stack, name: str, notes: list[str]) -> np.ndarray:
-    """(T, h, w) uint8: the percentage to which each pixel of a mask's images is marked; unknown ones are marked."""
-    values = stack.values[:, 0]
+def mask_band(
+    rule: MaskRule, values: np.ndarray, invalid: np.ndarray | None, where: str, name: str, notes: list[str]
+) -> np.ndarray:
+    """(T, h, w) uint8: the percentage to which each pixel of the images of a mask (T, h, w) is marked.
+
+    Pixels of which nothing is known (``invalid``) are marked.
+    """
     if rule.percent:
         marked = percent(values, name, notes)
     elif rule.bits:
         if values.dtype.kind not in "iu":
-            raise DatasetError(
-                f"{stack.address}: is {values.dtype}, which has no bits; give classes or above"
-            )
+            raise DatasetError(f"{where}: is {values.dtype}, which has no bits; give classes or above")
         bits = np.bitwise_or.reduce([np.uint64(1) << np.uint64(bit) for bit in rule.bits])
         marked = _percent_of((values.astype(np.uint64) & bits) != 0)
     elif rule.above is not None:
@@ -185,7 +187,7 @@ def mask_band(rule: MaskRule, stack: Stack, name: str, notes: list[str]) -> np.n
         marked = _percent_of(np.isin(values, rule.classes))
     if rule.invert:
         marked = (100 - marked).astype(np.uint8)
-    return marked if stack.invalid is None else np.where(stack.invalid[:, 0], np.uint8(100), marked)
+    return marked if invalid is None else np.where(invalid, np.uint8(100), marked)
 
 
 def match_images(images: Stack, masks: Stack, name: str) -> list[int]:

@@ -1,0 +1,167 @@
+"""A described dataset as a raw dataset: random access to the tiles of one split, from files on disk."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from maestro_scale.datasets.description import splits
+from maestro_scale.datasets.description.assemble import Stack, check_aligned, match_images, read_stack
+from maestro_scale.datasets.description.config import Description, Raster
+from maestro_scale.datasets.description.config import Target as TargetKeys
+from maestro_scale.datasets.description.index import SectionImages, keys_of, list_section, sections
+from maestro_scale.datasets.description.spec import dataset_spec
+from maestro_scale.datasets.description.targets import TableLabels, TargetReader
+from maestro_scale.datasets.description.tile import MaskImages, RasterImages, make_tile, origin_of
+from maestro_scale.datasets.spec import DatasetError, DatasetSpec, Modality, RawDataset, Tile
+
+
+def open_described(
+    description: Description, src: str, split: str, modalities: Sequence[str] | None = None
+) -> RawDataset:
+    """Split ``split`` of the described dataset below ``src`` (folder or address); ``modalities``: None for all.
+
+    Lists the files, and opens none of tiles. Raises DatasetError (one line) if the description and what is there do not
+    go together at all: no file that matches, no such split, a table without these tiles. What concerns single tiles is
+    raised when they are read.
+    """
+    description = only(description, modalities)
+    if description.grid is not None:
+        scenes = importlib.import_module("maestro_scale.datasets.scenes.dataset")
+        return scenes.open_scenes(description, src, split)
+    spec = dataset_spec(description)
+    images = {
+        where: list_section(where, section, src, split, description.splits)
+        for where, section in sections(description).items()
+    }
+    rasters = [images[f"rasters.{m.name}"] for m in spec.modalities]
+    by_folder = any("{split}" in (s.section.files or "") for s in images.values())
+    keys, listing = splits.select(description.splits, src, split, keys_of(rasters), by_folder)
+    if not by_folder and description.splits.blocks is not None:
+        blocks = importlib.import_module("maestro_scale.datasets.description.blocks")
+        keys = blocks.tiles_of_split(description.splits.blocks, split, keys, rasters, description)
+    required = [f"rasters.{m.name}" for m in spec.modalities if _raster(description, m.name).required]
+    _check_complete(keys, [images[r] for r in required], listing)
+    wanted = set(keys)
+    images = {where: _only(found, wanted) for where, found in images.items()}
+    tables = {
+        t.name: TableLabels.load(t, target_keys(description)[t.name], src, keys)
+        for t in spec.targets
+        if target_keys(description)[t.name].table is not None
+    }
+    labels = {
+        t.name: images[f"targets.{t.name}.raster"]
+        for t in spec.targets
+        if f"targets.{t.name}.raster" in images
+    }
+    return DescribedTiles(
+        description, spec, tuple(keys), images, TargetReader(spec, target_keys(description), labels, tables)
+    )
+
+
+def only(description: Description, names: Sequence[str] | None) -> Description:
+    """The description with these rasters only; DatasetError for a name that it does not have."""
+    if names is None:
+        return description
+    dataset_spec(description).select(names)  # says what is wrong with the names
+    kept = {n: r for n, r in description.rasters.items() if n in names}
+    sensors = {n: s for n, s in description.sensors.items() if s.source in names}
+    used = {*(n for n, r in kept.items() if r is not None and r.sensor is not None), *sensors}
+    return description.model_copy(
+        update={
+            "rasters": kept,
+            "sensors": sensors,
+            "ref_sensor": description.ref_sensor if description.ref_sensor in used else None,
+        }
+    )
+
+
+def target_keys(description: Description) -> Mapping[str, TargetKeys]:
+    """The targets of a description, without those that are left out."""
+    return {name: keys for name, keys in description.targets.items() if keys is not None}
+
+
+@dataclass
+class DescribedTiles:
+    """Tiles of which each is an image of every raster and date (a :class:`~maestro_scale.datasets.spec.RawDataset`).
+
+    ``images``: by section of the description.
+    """
+
+    description: Description
+    spec: DatasetSpec
+    listed: tuple[str, ...]
+    images: Mapping[str, SectionImages]
+    targets: TargetReader
+
+    def keys(self) -> list[str]:
+        """Sorted tile keys."""
+        return list(self.listed)
+
+    def read(self, key: str) -> Tile:
+        """One tile; DatasetError that names file and cause."""
+        notes: list[str] = []
+        found: dict[str, RasterImages] = {}
+        for modality in self.spec.modalities:
+            section = self.images[f"rasters.{modality.name}"]
+            if key in section.by_key or _raster(self.description, modality.name).required:
+                found[modality.name] = self._raster_images(modality, section, key)
+        if not found:
+            raise DatasetError(
+                f"tile {key} has no file of any raster; remove it from the list", "a file is missing"
+            )
+        places = [(n, i.stack.place) for n, i in found.items() if i.stack.place is not None]
+        labels, label_places = self.targets.read(
+            key, self._names(key), places[0][1] if places else None, notes
+        )
+        everywhere = [(n, p) for n, p in (*places, *label_places) if p is not None]
+        check_aligned(everywhere)
+        origin = origin_of(self.description, dict(everywhere), notes)
+        return make_tile(self.description, self.spec, key, found, labels, origin, notes)
+
+    def _raster_images(self, modality: Modality, section: SectionImages, key: str) -> RasterImages:
+        stack = read_stack(section, key, modality.size, modality.resolution_m)
+        masks = {}
+        for name in _raster(self.description, modality.name).masks:
+            of_mask = self.images[f"{section.where}.masks.{name}"]
+            masks[name] = _mask_images(
+                stack, read_stack(of_mask, key, modality.size, None, coarser=True), name
+            )
+        return RasterImages(stack, masks)
+
+    def _names(self, key: str) -> dict[str, str]:
+        """The names in the patterns of the rasters, with their text in the first file of the tile."""
+        names: dict[str, str] = {}
+        for modality in self.spec.modalities:
+            for ref in self.images[f"rasters.{modality.name}"].by_key.get(key, ())[:1]:
+                names = {**dict(ref.names), **names}
+        return names
+
+
+def _mask_images(stack: Stack, masks: Stack, name: str) -> MaskImages:
+    order = match_images(stack, masks, name)
+    return MaskImages(
+        masks.values[order, 0], None if masks.invalid is None else masks.invalid[order, 0], masks.address
+    )
+
+
+def _raster(description: Description, name: str) -> Raster:
+    raster = description.rasters[name]
+    assert raster is not None
+    return raster
+
+
+def _only(images: SectionImages, keys: set[str]) -> SectionImages:
+    return replace(images, by_key={k: refs for k, refs in images.by_key.items() if k in keys})
+
+
+def _check_complete(keys: Sequence[str], rasters: Sequence[SectionImages], listing: str) -> None:
+    """DatasetError if no tile has a file of all these rasters: then a pattern is wrong."""
+    for raster in rasters:
+        if not any(key in raster.by_key for key in keys):
+            there = next(iter(sorted(raster.by_key)), "")
+            raise DatasetError(
+                f"{raster.where}.files: {raster.section.files} has none of the {len(keys)} tiles of {listing}, first "
+                f"{keys[0]}, but {there}; the {{key}} of all patterns must be the same text"
+            )
