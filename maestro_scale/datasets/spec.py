@@ -9,8 +9,9 @@ Shapes: T dates stored, D dates per sample, C bands, H×W pixels (row 0 is north
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -253,6 +254,19 @@ class RawDataset(Protocol):
         ...
 
 
+@runtime_checkable
+class InRuns(Protocol):
+    """What a :class:`RawDataset` may offer, too: an order in which its tiles are cheap to read."""
+
+    def runs(self, keys: Sequence[str]) -> list[list[str]]:
+        """These keys, each once, in groups that are cheap to read together, and in that order."""
+        ...
+
+    def run(self, keys: Sequence[str]) -> AbstractContextManager[None]:
+        """Within it, the tiles of one of the groups are read, in its order."""
+        ...
+
+
 class DatasetError(MaestroError):
     """Raw data is missing or malformed; the message is one line: what, where and what to do.
 
@@ -262,6 +276,10 @@ class DatasetError(MaestroError):
     def __init__(self, message: str, kind: str = "cannot be read") -> None:
         super().__init__(message)
         self.kind = kind
+
+
+class LeftOut(DatasetError):
+    """A rule of the dataset leaves the tile out: it is counted by kind, and no failure, even of a strict call."""
 
 
 class _HasName(Protocol):

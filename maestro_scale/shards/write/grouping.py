@@ -8,9 +8,10 @@ would have if no modality could be missing.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
-from maestro_scale.datasets.spec import DatasetError, RawDataset
+from maestro_scale.datasets.spec import DatasetError, InRuns, RawDataset
 from maestro_scale.shards.format.fields import absent_of
 from maestro_scale.shards.jobs import ReportFunction, run_jobs
 from maestro_scale.shards.write.packing import PlannedShard, shard_bounds, shuffle_keys
@@ -59,7 +60,10 @@ def survey(dataset: RawDataset, workers: int) -> dict[str, Absent]:
     keys = dataset.keys()
     if not any(m.optional for m in dataset.spec.modalities):
         return dict.fromkeys(keys, ())
-    jobs = [tuple(keys[i : i + _SURVEYED_TILES]) for i in range(0, len(keys), _SURVEYED_TILES)]
+    if isinstance(dataset, InRuns):
+        jobs = [tuple(run) for run in dataset.runs(keys)]
+    else:
+        jobs = [tuple(keys[i : i + _SURVEYED_TILES]) for i in range(0, len(keys), _SURVEYED_TILES)]
     found: dict[str, Absent] = {}
     for number, absent in run_jobs(_Survey(dataset), jobs, workers, _ignore_report):
         found.update(zip(jobs[number], absent, strict=True))
@@ -73,7 +77,8 @@ class _Survey:
     dataset: RawDataset
 
     def __call__(self, keys: Sequence[str], report: ReportFunction) -> list[Absent]:
-        return list(self._absent(keys))
+        with self.dataset.run(keys) if isinstance(self.dataset, InRuns) else nullcontext():
+            return list(self._absent(keys))
 
     def _absent(self, keys: Iterable[str]) -> Iterator[Absent]:
         said = getattr(self.dataset, "absent", None)

@@ -6,7 +6,7 @@ import itertools
 import os
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -67,13 +67,21 @@ class WrittenShard:
 
 @dataclass(frozen=True)
 class EncodedTile:
-    """An encoded tile, or, with ``payload`` None, the reason why a tile is left out."""
+    """An encoded tile, or, with ``payload`` None, the reason why a tile is left out.
+
+    ``by_rule``: a rule of the dataset leaves it out, not a failure.
+    """
 
     key: str
     payload: bytes | None
     notes: tuple[str, ...] = ()
     cause: str = ""
     kind: str = ""  # kind of the cause; left-out tiles are counted by it
+    by_rule: bool = False
+
+    def with_payload(self, payload: bytes | None) -> EncodedTile:
+        """The tile with other bytes: those that it was stored without."""
+        return replace(self, payload=payload)
 
 
 def shuffle_keys(keys: Iterable[str], seed: int) -> list[str]:
@@ -158,7 +166,8 @@ def _fill(
     examples: dict[str, str] = {}
     for item in packed:
         if item.payload is None:
-            left_out[item.key] = item.cause
+            if not item.by_rule:
+                left_out[item.key] = item.cause
             note = f"left out: {item.kind}"
             notes[note] += 1
             examples.setdefault(note, item.cause)

@@ -10,12 +10,13 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from maestro_scale.datasets.spec import DatasetError, DatasetSpec, RawDataset, Tile
+from maestro_scale.datasets.spec import DatasetError, DatasetSpec, InRuns, LeftOut, RawDataset, Tile
 from maestro_scale.shards.errors import WriteError, one_line
 from maestro_scale.shards.format.codec import encode
 from maestro_scale.shards.format.fields import absent_of
@@ -35,6 +36,7 @@ from maestro_scale.shards.write.packing import (
     write_shard,
 )
 from maestro_scale.shards.write.part import WHOLE_SPLIT, WriterPart
+from maestro_scale.shards.write.spool import WriteSpooled, rounds, spooled
 
 _PROBED_SAMPLES = 8  # their mean size determines the number of samples per shard
 
@@ -86,8 +88,10 @@ def write_shards(
         )
         work = _WriteShard(dataset, destination.url, plan, codec, strict)
         jobs = [(i, tuple(order[plan.shards[i].start : plan.shards[i].stop])) for i in missing]
-        for position, index in run_jobs(work, jobs, workers, tracker):
-            finished[missing[position]] = index
+        for number, index in _written(
+            work, jobs, workers, shard_mb * 1_000_000, destination.staging, tracker
+        ):
+            finished[number] = index
         if part.count > 1:
             # List again: other parts may have finished shards in the meantime.
             finished = destination.finished_shards(plan, strict)
@@ -239,27 +243,73 @@ def _plan_shards(
     return shards
 
 
+def _written(
+    work: _WriteShard,
+    jobs: Sequence[tuple[int, tuple[str, ...]]],
+    workers: int,
+    shard_bytes: int,
+    staging: Path,
+    report: ReportFunction,
+) -> Iterator[tuple[int, WrittenShard]]:
+    """(number, shard) of each job, in order of completion."""
+    if not isinstance(work.dataset, InRuns):
+        for position, shard in run_jobs(work, jobs, workers, report):
+            yield jobs[position][0], shard
+        return
+    keys_of = dict(jobs)
+    for numbers in rounds([number for number, _ in jobs], shard_bytes, staging, work.dst):
+        keys = [key for number in numbers for key in keys_of[number]]
+        shards = work.plan.shards
+        absent = {key: shards[n].absent for n in numbers if shards[n].absent for key in keys_of[n]}
+        encode_tile = _Encode(work.dataset, work.codec, work.strict, absent)
+        prefix = staging / f".{work.plan.shard_name(numbers[0])}.spool"
+        with spooled(work.dataset, encode_tile, keys, prefix, workers, report) as tiles:
+            later = [(number, tuple(tiles[key] for key in keys_of[number])) for number in numbers]
+            for position, shard in run_jobs(WriteSpooled(work.dst, work.plan), later, workers, report):
+                yield numbers[position], shard
+
+
 def _encode_each(
     dataset: RawDataset, keys: Sequence[str], codec: str, strict: bool, absent: Absent
 ) -> Iterator[EncodedTile]:
     """``absent``: the modalities that these tiles lack."""
-    for key in keys:
+    encode_tile = _Encode(dataset, codec, strict, dict.fromkeys(keys, absent))
+    yield from map(encode_tile, keys)
+
+
+@dataclass(frozen=True)
+class _Encode:
+    """Reads and encodes one tile. ``absent``: the modalities that tiles lack, by key; others lack none."""
+
+    dataset: RawDataset
+    codec: str
+    strict: bool
+    absent: Mapping[str, Absent]
+
+    def __call__(self, key: str) -> EncodedTile:
         try:
-            tile = dataset.read(key)
-            if tile.key != key:
-                raise DatasetError(f"tile {key}: the reader returned tile {tile.key}; fix the reader")
-            tile = checked_tile(tile, dataset.spec)
-            if (found := absent_of(tile, dataset.spec)) != absent:
-                raise DatasetError(
-                    f"tile {key}: lacks {', '.join(found) or 'nothing'}, but was announced to lack "
-                    f"{', '.join(absent) or 'nothing'}; fix the reader",
-                    kind="other modalities than announced",
-                )
-            yield EncodedTile(key, encode(tile, codec), tile.notes)
+            tile = self._checked(key)
+            return EncodedTile(key, encode(tile, self.codec), tile.notes)
+        except LeftOut as rule:
+            return EncodedTile(key, None, cause=one_line(rule), kind=rule.kind, by_rule=True)
         except DatasetError as error:
-            if strict:
+            if self.strict:
                 raise
-            yield EncodedTile(key, None, cause=one_line(error), kind=error.kind)
+            return EncodedTile(key, None, cause=one_line(error), kind=error.kind)
+
+    def _checked(self, key: str) -> Tile:
+        spec, absent = self.dataset.spec, self.absent.get(key, ())
+        tile = self.dataset.read(key)
+        if tile.key != key:
+            raise DatasetError(f"tile {key}: the reader returned tile {tile.key}; fix the reader")
+        tile = checked_tile(tile, spec)
+        if (found := absent_of(tile, spec)) != absent:
+            raise DatasetError(
+                f"tile {key}: lacks {', '.join(found) or 'nothing'}, but was announced to lack "
+                f"{', '.join(absent) or 'nothing'}; fix the reader",
+                kind="other modalities than announced",
+            )
+        return tile
 
 
 def _mean_bytes(packed: Iterator[EncodedTile], causes: list[str] | None = None) -> float:
