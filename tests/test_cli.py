@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from maestro_scale.cli import app
 
 COMMANDS = {
+    "describe",
     *("quickstart", "synth", "shard", "verify", "inspect", "plan", "export", "convert-ign"),
     *("embed", "sync", "dashboard", "report", "study", "doctor"),
 }

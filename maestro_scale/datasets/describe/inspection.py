@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from maestro_scale.datasets.describe import labels, words
+from maestro_scale.datasets.describe.arrays import LabelArray, draft_arrays
 from maestro_scale.datasets.describe.draft import (
     Draft,
     TargetDraft,
@@ -61,6 +62,10 @@ class Inspection:
         """The draft; DatasetError (one line) if there is nothing that could be described."""
         listing = list_files(self._root)
         rasters = self._rasters(listing)
+        arrays = draft_arrays(self._root, listing.paths)
+        rasters += arrays.rasters
+        self._messages += arrays.messages
+        self._used = set(arrays.used)
         if not rasters:
             raise DatasetError(self._nothing(listing))
         rasters.sort(key=lambda r: _ORDER.index(name) if (name := r.name.split("_")[0]) in _ORDER else 5)
@@ -80,6 +85,7 @@ class Inspection:
         if is_scenes:
             self._grid(draft)
         self._label_rasters(draft)
+        self._label_arrays(draft, arrays.labels)
         self._vectors(draft, listing)
         self._tables(draft, listing)
         self._class_folders(draft)
@@ -172,7 +178,7 @@ class Inspection:
     def _are_scenes(self, rasters: Sequence[RasterDraft]) -> bool:
         """Whether images are to be cut into tiles, rather than tiles themselves."""
         if any(r.bounds is None for r in rasters):
-            return False
+            return False  # arrays, and images without coordinates
         headers = [self._prober.headers([f.path for f in r.family.files]) for r in rasters if r.family]
         sides = [max(h.width, h.height) for some in headers for h in some]
         if max(sides) > _SCENE_SIDE:
@@ -192,7 +198,7 @@ class Inspection:
             family = r.family
             assert family is not None
             own = {f.path for f in family.files}
-            if "{band}" in r.files:
+            if "{band}" in r.files or r.variable is not None:
                 continue  # bands are listed by name
             pattern = Pattern(r.files, (), r.key)
             others = [p for p in listing.paths if p not in own and pattern.match(p)]
@@ -228,7 +234,7 @@ class Inspection:
         )
         more = "" if listing.complete else f" (of at least {listing.num_seen}: a sample)"
         form = "scenes, which are cut into tiles" if is_scenes else "tiles, each in its own files"
-        return f"Found: {len(listing.paths)} files{more}: {counts}. Taken as {form}."
+        return f"Found: {_number(len(listing.paths), 'file')}{more}: {counts}. Taken as {form}."
 
     def _nothing(self, listing: Listing) -> str:
         suffixes = Counter(Path(p).suffix.lower() or "no suffix" for p in listing.paths).most_common(4)
@@ -309,6 +315,25 @@ class Inspection:
                 f"{len(paths)} files, {headers[0].dtype}, {headers[0].width}×{headers[0].height} pixels of "
                 f"{resolution:g} m, {_values_text(values)}"
             )
+            self._targets.append(target)
+
+    def _label_arrays(self, draft: Draft, found: Sequence[LabelArray]) -> None:
+        for label in found:
+            array, values = label.array, label.array.values
+            if values is None:
+                continue
+            name = unique_name(label.name, [t.name for t in self._targets])
+            resolution = array.resolution_m or draft.sizes.tile_m / array.size("x")
+            target = TargetDraft(
+                name,
+                {"kind": "segmentation", "raster": label.where, "resolution_m": resolution},
+                _values_text(values),
+            )
+            if values.distinct is None or len(values.distinct) > _MAX_LABELS:
+                target.fields |= {"kind": "regression", "units": ""}
+                target.notes["kind"] = Note("numbers, since there are many values; write their units", True)
+            else:
+                self._set_classes(target, values, array.nodata, label.where)
             self._targets.append(target)
 
     def _set_classes(

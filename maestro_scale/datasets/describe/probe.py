@@ -188,9 +188,15 @@ def _opened(path: Path) -> Any:
     warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)
     with path.open("rb") as file:
         start = file.read(12)
-    # One driver: among all of GDAL's there are some for files that name other files and addresses, such as a VRT.
-    driver = next((name for name, magic in _MAGIC if start.startswith(magic)), "GTiff")
-    return rasterio.open(path, driver=driver)
+    return rasterio.open(path, driver=driver_of(start))
+
+
+def driver_of(start: bytes) -> str:
+    """GDAL's driver for a file that begins like this: GeoTIFF, PNG or JPEG 2000.
+
+    Among all drivers of GDAL there are some for files that name other files and addresses, such as a VRT.
+    """
+    return next((name for name, magic in _MAGIC if start.startswith(magic)), "GTiff")
 
 
 def _header_of(raster: Any, num_bytes: int) -> Header:

@@ -18,6 +18,15 @@ _S2_L2A = ("B1", "B2", "B3", "B4", "B5", "B6", "B7", "B8", "B8A", "B9", "B11", "
 _S2_L1C = (*_S2_L2A[:10], "B10", *_S2_L2A[10:])
 _PLANET_4 = ("B", "G", "R", "NIR")  # PlanetScope and SkySat 4-band products: blue, green, red, near-infrared
 _PLANET_8 = ("coastal", "B", "green_i", "G", "yellow", "R", "rededge", "NIR")
+_USUAL_RESOLUTION_M = {
+    "s2": 10.0,
+    "s1": 10.0,
+    "landsat": 30.0,
+    "planet": 3.0,
+    "naip": 1.0,
+    "spot": 1.5,
+    "aerial": 0.2,
+}
 _LANDSAT_SCALE = (0.275, -2000.0)
 """Collection 2 surface reflectance is 2.75e-5 · DN - 0.2 (usgs.gov/landsat-missions, scale factors of Collection 2
 level 2); here times 10,000, as Sentinel-2's."""
@@ -66,7 +75,7 @@ class RasterDraft:
     resampling: str = "bilinear"
     required: bool = True
     elevation: bool = False
-    axes: str | None = None
+    axes: tuple[str, ...] | None = None
     source: str | None = None
     variable: str | None = None
     exclude: tuple[str, ...] = ()
@@ -96,7 +105,9 @@ def draft_raster(family: Family, prober: Prober, name: str) -> RasterDraft | Non
         files=family.pattern,
         key=family.key_template,
         bands=[],
-        resolution_m=min((h.resolution_m for h in headers if h.resolution_m), default=1.0),
+        resolution_m=min(
+            (h.resolution_m for h in headers if h.resolution_m), default=usual_resolution_m(sensor)
+        ),
         dtype=first.dtype,
         found="",
         num_bands=first.count - first.has_alpha,
@@ -113,16 +124,21 @@ def draft_raster(family: Family, prober: Prober, name: str) -> RasterDraft | Non
         draft.assume(
             "resolution_m", f"the files are in degrees ({first.resolution:.6g} per pixel), this is nearest"
         )
-    _set_bands(draft, family, headers, sensor)
+    set_bands(draft, family, headers, sensor)
     nodata = {h.nodata for h in headers}
     values = prober.values(paths, nodata=())
     _set_dates(draft, family, first)
-    _set_quantity(draft, family, sensor, values, headers)
+    set_quantity(draft, family, sensor, values, headers)
     dtypes = sorted({h.dtype for h in headers})
     if len(dtypes) > 1:
         draft.assume("dtype", f"the files have {' and '.join(dtypes)}: give one that holds all values")
     draft.found = _found_text(family, headers, values, nodata)
     return draft
+
+
+def usual_resolution_m(sensor: str | None) -> float:
+    """Pixel size of a sensor's images, for files that do not say."""
+    return _USUAL_RESOLUTION_M.get((sensor or "").split("_")[0], 1.0)
 
 
 def sensor_of(family: Family) -> str | None:
@@ -148,7 +164,8 @@ def _one_band_each(family: Family) -> list[str]:
     return [paths[i] for i in range(most) for paths in lists if i < len(paths)]
 
 
-def _set_bands(draft: RasterDraft, family: Family, headers: Sequence[Header], sensor: str | None) -> None:
+def set_bands(draft: RasterDraft, family: Family, headers: Sequence[Header], sensor: str | None) -> None:
+    """Set the bands: those in the names of files, those that the files name, or the usual ones of that number."""
     first = headers[0]
     count = first.count - first.has_alpha
     if first.has_alpha:
@@ -181,7 +198,7 @@ def _set_bands(draft: RasterDraft, family: Family, headers: Sequence[Header], se
             if rule is None:
                 draft.bands.append((canonical_band(band, sensor), i + 1))
             else:
-                _add_masks(draft, rule, {"band": i + 1}, None)
+                add_masks(draft, rule, {"band": i + 1}, None)
         if len({n for n, _ in draft.bands}) == len(draft.bands) > 0:
             return
         draft.bands = []
@@ -260,9 +277,10 @@ def _set_dates(draft: RasterDraft, family: Family, first: Header) -> None:
         draft.dates = {"from": "reference"} if sensor_of(family) == "dem" else None
 
 
-def _set_quantity(
+def set_quantity(
     draft: RasterDraft, family: Family, sensor: str | None, values: Values | None, headers: Sequence[Header]
 ) -> None:
+    """Set what is measured, and what follows from it: type, scale, nodata value, divisor."""
     first = headers[0]
     integer = np_kind(first.dtype) in "iu"
     if first.dtype in ("float64", "int64", "uint64"):
@@ -359,12 +377,13 @@ def attach_mask(draft: RasterDraft, family: Family, prober: Prober) -> None:
     files = {} if family.pattern == draft.files else {"files": family.pattern}
     key = {"key": family.key_template} if family.key_template and family.pattern != draft.files else {}
     headers = prober.headers([family.files[0].path])
-    _add_masks(draft, rule, {**files, **key}, values, headers[0].count if headers else 1)
+    add_masks(draft, rule, {**files, **key}, values, headers[0].count if headers else 1)
 
 
-def _add_masks(
+def add_masks(
     draft: RasterDraft, rule: str, where: Mapping[str, object], values: Values | None, count: int = 1
 ) -> None:
+    """Add the mask bands of a rule of ``words.MASKS``. ``where``: fields of the files; ``count``: their bands."""
     high = 0.0 if values is None else values.high
     found: dict[str, tuple[dict[str, object], str]] = {}
     if rule == "scl":

@@ -11,7 +11,7 @@ from maestro_scale.escaping import printable
 
 _WIDTH = 120
 _PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9_.]*|\d{4}-\d{2}-\d{2}")
-_RESERVED = {"null", "true", "false", "yes", "no", "on", "off", "y", "n", "inf", "nan"}
+_RESERVED = {"null", "true", "false", "yes", "no", "on", "off", "inf", "nan"}
 
 
 class Document:
