@@ -7,8 +7,10 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 
+from maestro_scale.datasets.bands import group_of, is_radar
 from maestro_scale.datasets.describe.rasters import Note, RasterDraft
 from maestro_scale.datasets.describe.sizes import Sizes
 from maestro_scale.datasets.describe.yaml_text import Document
@@ -156,12 +158,15 @@ class Draft:
         sensor: dict[str, object] = {"patch": sized.patch}
         if r.series:
             sensor["num_dates"] = sized.num_dates
+        if groups := band_groups([name for name, _ in r.bands]):
+            sensor["band_groups"] = groups
         if r.divisor is not None:
             sensor["scale"] = {"divisor": r.divisor}
         if r.elevation:
             sensor["elevation"] = True
         text = f"assumed: a token is {sized.patch} pixels ({sized.patch * sized.resolution_m:g} m) a side"
         text += f", a sample has {sized.num_dates} dates" if r.series else ""
+        text += ", like bands are groups" if "band_groups" in sensor else ""
         text += ", inputs are values / divisor" if r.divisor is not None else ""
         doc.put(4, "sensor", sensor, text)
 
@@ -177,6 +182,18 @@ class Draft:
             proposal = Document()
             proposal.put(0, "splits", {"blocks": self.blocks})
             doc.comment(str(proposal).strip())
+
+
+def band_groups(bands: Sequence[str]) -> list[int]:
+    """Numbers of consecutive bands of one kind, as the presets normalise targets over; empty if that is one group.
+
+    Visible, near-infrared and short-wave infrared bands; radar polarisations are groups of their own.
+    """
+    if is_radar(tuple(bands)):
+        return [1] * len(bands) if len(bands) > 1 else []
+    kinds = [group_of(band) for band in bands]
+    sizes = [len(list(same)) for _, same in groupby(kinds)]
+    return sizes if None not in kinds and 1 < len(sizes) <= 4 else []
 
 
 def dataset_name(folder: Path) -> str:

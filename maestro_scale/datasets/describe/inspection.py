@@ -446,7 +446,7 @@ class Inspection:
         paths = [
             p
             for p in listing.paths
-            if p.lower().endswith(labels.TABLE_SUFFIXES) and p not in self._geoparquet
+            if p.lower().endswith(labels.TABLE_SUFFIXES) and p not in self._geoparquet | self._used
         ]
         keys = set().union(*(r.keys for r in draft.rasters))
         keys = self._with_prefix(draft, listing, paths[:20], keys)
