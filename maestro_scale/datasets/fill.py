@@ -17,7 +17,9 @@ from maestro_scale.datasets.spec import DatasetError, Modality
 from maestro_scale.datasets.values import chronological, extremes, is_zero, sorted_note
 
 _CLOUD = "cloud"
-_NO_VALUE = "no valid value"
+_NO_VALUE, _NO_ELEVATION = "no valid value", "no elevation"
+NOTHING_VALID = frozenset({_NO_VALUE, _NO_ELEVATION})
+"""The kinds of error of images in which nothing is measured."""
 
 
 _BYTES = QUANTITY_KINDS["image"]
@@ -75,7 +77,7 @@ def clean_image(
         return cleaned
     if quantity.fill == "mean":
         if invalid.all(axis=(1, 2)).any():
-            raise DatasetError(f"{where}: a band has no elevation at all; leave the tile out", "no elevation")
+            raise DatasetError(f"{where}: a band has no elevation at all; leave the tile out", _NO_ELEVATION)
         for band, missing in zip(cleaned, invalid, strict=True):
             band[missing] = band[~missing].mean() if missing.any() else 0
     elif invalid.all():

@@ -1,28 +1,33 @@
-"""The descriptions of public corpora: valid, found after an installation, and on docs/corpora.md."""
+"""The descriptions of public corpora: ``shard`` of a few tiles in each layout, against values computed by hand."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
+from testkit import corpora
+from typer.testing import CliRunner
 
-from maestro_scale.datasets.description.config import Description
+from maestro_scale.cli import app
+from maestro_scale.datasets.description.load import load_description
 from maestro_scale.recipe import load_recipe
-from maestro_scale.strict_yaml.loading import validated
-from maestro_scale.strict_yaml.merge import read_tree
+from maestro_scale.shards import Manifest, as_webdataset
 from maestro_scale.training.dry_run import dry_run
 
 REPO = Path(__file__).parents[2]
 DESCRIPTIONS = sorted((REPO / "descriptions").glob("*.yaml"))
+Tiles = Mapping[str, Mapping[str, np.ndarray]]
+L2A_OF_10 = [1, 2, 3, 4, 5, 6, 7, 8, 10, 11]  # of the 12 bands, those that sensors use
 
 
 @pytest.mark.parametrize("path", DESCRIPTIONS, ids=lambda path: path.stem)
 def test_description_is_valid(path):
-    description = validated(read_tree(path, (), "description"), Description)
     # ssl4eo_s12_zarr is another version of a dataset: it keeps the name of it, as its shards fit the same recipe.
-    assert path.stem.removesuffix("_zarr") == description.name
+    assert load_description(path).name == path.stem.removesuffix("_zarr")
 
 
 def test_page_lists_every_description():
@@ -45,3 +50,96 @@ def test_dry_run_of_a_recipe_needs_no_data(name, monkeypatch, tmp_path):
     dry_run(load_recipe(REPO / "recipes" / f"{name}.yaml"), 8, Console(file=output, width=110))
     for words in ("s2", "s1_grd", "dem", "parameters", "GFLOP", "GiB per rank"):
         assert words in output.getvalue()
+
+
+@pytest.fixture
+def shard(tmp_path) -> Callable[..., Tiles]:
+    """``shard(name, src, split)``: the tiles that the command writes, by key."""
+
+    def run(name: str, src: Path, split: str = "train") -> Tiles:
+        dst = tmp_path / "shards"
+        command = ["shard", name, str(src), str(dst), "--split", split, "--workers", "1"]
+        done = CliRunner().invoke(app, command, catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        tiles = list(as_webdataset(str(dst), split))
+        return {tile["__key__"]: tile for tile in tiles}
+
+    run.notes = lambda: dict(Manifest.load(str(tmp_path / "shards")).notes)
+    return run
+
+
+def day(text: str) -> tuple[int, int, int]:
+    """Year, day of year and hour of an ISO date."""
+    date = np.datetime64(text, "h")
+    year = date.astype("datetime64[Y]")
+    return (
+        int(year.astype(int)) + 1970,
+        int((date.astype("datetime64[D]") - year.astype("datetime64[D]")).astype(int)) + 1,
+        int((date - date.astype("datetime64[D]")).astype(int)),
+    )
+
+
+def check_image(tile: Mapping[str, np.ndarray], name: str, values: np.ndarray, dates: list[str]) -> None:
+    stored = tile[name]
+    np.testing.assert_array_equal(stored, values.astype(stored.dtype))
+    assert tile[f"{name}.dates"].tolist() == [list(day(d)) for d in dates]
+
+
+def check_optical_mask(tile: Mapping[str, np.ndarray], num_dates: int) -> None:
+    """Clouds of :func:`corpora.clouds`: 3 to 6 are cloud, 2 is snow; nothing is without a value."""
+    classes = corpora.clouds(num_dates, 264)
+    mask = tile["s2.mask"]
+    np.testing.assert_array_equal(mask[:, 0], 100 * (classes >= 3))
+    np.testing.assert_array_equal(mask[:, 1], 100 * (classes == 2))
+    assert not mask[:, 2:].any()
+
+
+def test_copernicus_pretrain(shard, tmp_path):
+    keys = corpora.write_copernicus_pretrain(tmp_path / "src")
+    tiles = shard("copernicus_pretrain", tmp_path / "src")
+    assert sorted(tiles) == sorted(key.replace("/", "_") for key in keys)
+    first, second = (tiles[key.replace("/", "_")] for key in keys)
+    optical = ["2022-03-22T17", "2022-11-21T17"]
+    check_image(first, "s2", corpora.pixels(0, 2, 13, 264), optical)
+    check_image(first, "s1_grd", corpora.decibels(0, 2, 2, 264), ["2022-03-21T00", "2022-11-22T00"])
+    check_image(second, "s2", corpora.pixels(1, 2, 13, 264), optical)
+    assert "s1_grd" not in second
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_flair_toy(shard, tmp_path, number):
+    keys = corpora.write_flair1_toy(tmp_path, number)
+    tiles = shard(f"flair{number}_toy", tmp_path / f"flair_{number}_toy_dataset")
+    assert sorted(tiles) == sorted(keys["train"])
+    row, column = np.ogrid[:512, :512]
+    tile = tiles["002993"]
+    bands = np.stack([(20 * b + row + column) % 256 for b in range(5)])[None]
+    check_image(tile, "aerial", bands[:, :4], ["2020-01-01"])
+    check_image(tile, "height", bands[:, 4:], ["2020-01-01"])
+    # Labels of 1 to 19; those after 12 are "other", the 13th class.
+    np.testing.assert_array_equal(tile["target.landcover"], np.minimum((row // 8 + column // 8) % 19, 12))
+    assert (
+        sorted(shard(f"flair{number}_toy", tmp_path / f"flair_{number}_toy_dataset", "test")) == keys["test"]
+    )
+
+
+def test_flair_hub_toy_needs_no_description(shard, write_flair, tmp_path):
+    """Its lists of tiles have many columns; the layout is that of FLAIR-HUB."""
+    src = write_flair()
+    lists = (src / "train.csv").read_text().split()
+    (src / "train.csv").write_text(
+        "".join(f"{line},{'x' if i else 'AERIAL_RGBI'}\n" for i, line in enumerate(lists))
+    )
+    assert sorted(shard("flair_hub", src)) == sorted(lists[1:])
+
+
+def test_eurosat_ms(shard, tmp_path):
+    keys = corpora.write_eurosat(tmp_path)
+    order = [0, 1, 2, 3, 4, 5, 6, 7, 12, 8, 9, 10, 11]  # B8A comes last in the files
+    for split, number in (("train", 1), ("test", 301)):
+        tiles = shard("eurosat_ms", tmp_path, split)
+        assert sorted(tiles) == sorted(keys[split])
+        for i, kind in enumerate(corpora.EUROSAT_CLASSES):
+            tile = tiles[f"{kind}_{number}"]
+            assert tile["target.landuse"].tolist() == [i]
+        check_image(tile, "s2", corpora.pixels(9, 1, 13, 64)[:, order] + number, ["2017-07-01"])

@@ -6,14 +6,29 @@ import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from maestro_scale.datasets.description import splits
-from maestro_scale.datasets.description.assemble import Stack, check_aligned, match_images, read_stack
+from maestro_scale.datasets.description.assemble import (
+    Stack,
+    check_aligned,
+    match_images,
+    read_stack,
+    stored,
+)
 from maestro_scale.datasets.description.config import Description, Raster
 from maestro_scale.datasets.description.config import Target as TargetKeys
-from maestro_scale.datasets.description.index import SectionImages, keys_of, list_section, sections
+from maestro_scale.datasets.description.index import (
+    SectionImages,
+    keys_of,
+    list_section,
+    optional_sections,
+    sections,
+)
 from maestro_scale.datasets.description.spec import dataset_spec
 from maestro_scale.datasets.description.targets import TableLabels, TargetReader
 from maestro_scale.datasets.description.tile import MaskImages, RasterImages, make_tile, origin_of
+from maestro_scale.datasets.fill import NOTHING_VALID
 from maestro_scale.datasets.spec import DatasetError, DatasetSpec, Modality, RawDataset, Tile
 
 
@@ -31,8 +46,9 @@ def open_described(
         scenes = importlib.import_module("maestro_scale.datasets.scenes.dataset")
         return scenes.open_scenes(description, src, split)
     spec = dataset_spec(description)
+    optional = optional_sections(description)
     images = {
-        where: list_section(where, section, src, split, description.splits)
+        where: list_section(where, section, src, split, description.splits, required=where not in optional)
         for where, section in sections(description).items()
     }
     rasters = [images[f"rasters.{m.name}"] for m in spec.modalities]
@@ -98,6 +114,33 @@ class DescribedTiles:
     def keys(self) -> list[str]:
         """Sorted tile keys."""
         return list(self.listed)
+
+    def absent(self, key: str) -> tuple[str, ...]:
+        """The rasters that a tile lacks, of those that are not required. DatasetError as :meth:`read`."""
+        lacking = []
+        for modality in self.spec.modalities:
+            section = self.images[f"rasters.{modality.name}"]
+            if modality.optional and (
+                key not in section.by_key or not self._has_values(modality, section, key)
+            ):
+                lacking.append(modality.name)
+        return tuple(lacking)
+
+    def _has_values(self, modality: Modality, section: SectionImages, key: str) -> bool:
+        """Whether anything of a raster is measured in a tile: an array of many tiles has pixels for each of them."""
+        if "key" not in (section.section.axes or ()):
+            return True
+        raster = _raster(self.description, modality.name)
+        stack = read_stack(section, key, modality.size, modality.resolution_m)
+        undated = np.zeros((len(stack.values), 3), np.int16)
+        mask = np.zeros((len(stack.values), len(modality.mask_bands), *stack.values.shape[2:]), np.uint8)
+        try:
+            stored(raster, modality, stack, undated, mask if modality.mask_bands else None, [])
+        except DatasetError as error:
+            if error.kind not in NOTHING_VALID:
+                raise
+            return False
+        return True
 
     def read(self, key: str) -> Tile:
         """One tile; DatasetError that names file and cause."""

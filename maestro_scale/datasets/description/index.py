@@ -39,6 +39,14 @@ def sections(description: Description) -> dict[str, ImageFiles]:
     return found
 
 
+def optional_sections(description: Description) -> frozenset[str]:
+    """The keys of those sections that no tile needs: rasters that are not required, and their masks."""
+    optional = [n for n, r in description.rasters.items() if r is not None and not r.required]
+    return frozenset(
+        w for w in sections(description) for n in optional if f"{w}.".startswith(f"rasters.{n}.")
+    )
+
+
 def mask_section(raster: Raster, rule: MaskRule) -> MaskRule:
     """The rule with what it takes from its raster: the files if it has none of its own, and how they are read."""
     shared = {"key", "crs"}
@@ -48,11 +56,18 @@ def mask_section(raster: Raster, rule: MaskRule) -> MaskRule:
 
 
 def list_section(
-    where: str, section: ImageFiles, src: str, split: str, splits: Splits, by_tile: bool = True
+    where: str,
+    section: ImageFiles,
+    src: str,
+    split: str,
+    splits: Splits,
+    by_tile: bool = True,
+    required: bool = True,
 ) -> SectionImages:
     """The images of a section that belong to ``split``; DatasetError if there are none at all, or without a key.
 
-    ``by_tile``: whether every image needs a key; if not, those without have the key "".
+    ``by_tile``: whether every image needs a key; if not, those without have the key "". ``required``: whether there
+    must be any.
     """
     called = set(names_of(split, splits))
     by_key: dict[str, list[ImageRef]] = {}
@@ -67,7 +82,7 @@ def list_section(
                 "grid: to cut tiles from scenes"
             )
         by_key.setdefault(ref.key or "", []).append(ref)
-    if not by_key:
+    if not by_key and required:
         if others:
             raise DatasetError(
                 f"{where}.files: no file of split {split!r}; there are files of {_listed(sorted(others))}; say what it "

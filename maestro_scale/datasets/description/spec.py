@@ -74,6 +74,7 @@ def _modality(name: str, raster: Raster, tile_m: float) -> Modality:
         dtype=raster.dtype,
         series=raster.series,
         mask_bands=tuple(raster.masks),
+        optional=not raster.required,
     )
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from maestro_scale.datasets.description.assemble import Place, Stack, mask_band, stored
 from maestro_scale.datasets.description.config import Description, Raster
 from maestro_scale.datasets.description.patterns import Date
+from maestro_scale.datasets.fill import NOTHING_VALID
 from maestro_scale.datasets.spec import NODATA, DatasetError, DatasetSpec, GeoOrigin, Tile
 
 _NO_DATE: Date = (2000, 1, 0)
@@ -57,14 +58,22 @@ def make_tile(
                 "series: true, or fix the pattern",
                 "several images of a raster that is no series",
             )
-        series = stored(
-            raster,
-            modality,
-            stack,
-            _dates(modality.name, raster, stack, reference, found),
-            _mask(raster, modality.mask_bands, images[modality.name], found),
-            found,
-        )
+        kept = list(found)
+        try:
+            series = stored(
+                raster,
+                modality,
+                stack,
+                _dates(modality.name, raster, stack, reference, kept),
+                _mask(raster, modality.mask_bands, images[modality.name], kept),
+                kept,
+            )
+        except DatasetError as error:
+            if raster.required or error.kind not in NOTHING_VALID:
+                raise
+            found.append(f"{modality.name} has no valid value: stored without it")
+            continue
+        found = kept
         arrays[modality.name], dates[modality.name] = series.values, series.dates
         if series.mask is not None:
             masks[modality.name] = series.mask
