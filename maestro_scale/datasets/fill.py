@@ -12,9 +12,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from maestro_scale.datasets.quantity import QUANTITY_KINDS, Quantity
+from maestro_scale.datasets.quantity import FILL_VALUES, QUANTITY_KINDS, Quantity
 from maestro_scale.datasets.spec import DatasetError, Modality
-from maestro_scale.datasets.values import chronological, extremes, is_zero, sorted_note
+from maestro_scale.datasets.values import (
+    InvalidNote,
+    chronological,
+    extremes,
+    finite_extremes,
+    is_zero,
+    sorted_note,
+)
 
 _CLOUD = "cloud"
 _NO_VALUE, _NO_ELEVATION = "no valid value", "no elevation"
@@ -70,16 +77,15 @@ def clean_image(
 ) -> np.ndarray:
     """A single image (C, H, W) in the dtype of ``modality``, with invalid pixels replaced; appends to ``notes``.
 
-    ``declared``: pixels that the file itself declares as invalid. DatasetError if no pixel is valid.
+    ``declared``: pixels that the file itself declares as invalid. DatasetError if no pixel is valid. For modalities
+    without masks; :func:`clean_series` marks the pixels, too.
     """
+    _check_real(values, where)
     cleaned, invalid = _replace(values, modality, quantity, notes, declared)
     if invalid is None:
         return cleaned
     if quantity.fill == "mean":
-        if invalid.all(axis=(1, 2)).any():
-            raise DatasetError(f"{where}: a band has no elevation at all; leave the tile out", _NO_ELEVATION)
-        for band, missing in zip(cleaned, invalid, strict=True):
-            band[missing] = band[~missing].mean() if missing.any() else 0
+        _fill_with_means(cleaned[None], invalid[None], where)
     elif invalid.all():
         raise DatasetError(f"{where}: no pixel has a valid value; leave the tile out", _NO_VALUE)
     return cleaned
@@ -98,29 +104,60 @@ def clean_series(
 ) -> Series:
     """A series (T, C, H, W) in the dtype of ``modality``, in chronological order, with invalid pixels replaced.
 
-    Where the modality has a cloud mask, invalid pixels are marked in it: such dates are selected last. Without a mask,
-    dates without any valid value are removed, unless they are stored as NaN, which the selection of dates recognises.
+    Where the modality stores nodata (``spec.NODATA``), invalid pixels are marked in this band, and dates without any
+    valid value are removed. Else, where it has a cloud mask, they are marked in it: such dates are selected last.
+    Without both, dates without any valid value are removed, unless they are stored as NaN, which the selection of dates
+    recognises. ``mask``: (T, M, H, W) uint8, or without the band of nodata; None if there is no other.
     ``declared``: pixels that the file itself declares as invalid. DatasetError if no pixel of any date is valid.
     """
+    _check_real(values, where)
     values, invalid = _replace(values, modality, quantity, notes, declared)
+    marks = None if modality.nodata_band is None else np.zeros((len(values), *values.shape[2:]), bool)
     if invalid is not None:
         empty = invalid.all(axis=(1, 2, 3))
         if empty.all():
             raise DatasetError(
                 f"{where}: no pixel of any date has a valid value; leave the tile out", _NO_VALUE
             )
-        if mask is not None:
+        left_out = empty
+        if marks is not None:
+            marks = np.asarray(invalid.any(axis=1))
+        elif mask is not None and _CLOUD in modality.mask_bands:
             mask = mask.copy()
             mask[:, modality.mask_bands.index(_CLOUD)][invalid.any(axis=1)] = 100
-        elif quantity.fill == "zero" and empty.any():
+            left_out = np.zeros_like(empty)
+        elif _stores_nan(modality, quantity):
+            left_out = np.zeros_like(empty)
+        if left_out.any():
             notes.append(f"{modality.name} has dates without any valid value: these dates are left out")
-            values, dates = values[~empty], dates[~empty]
+            values, dates, invalid = values[~empty], dates[~empty], invalid[~empty]
+            mask, marks = (None if m is None else m[~empty] for m in (mask, marks))
+        if marks is None and quantity.fill == "mean":
+            values = np.array(values)
+            _fill_with_means(values, invalid, where)
+    if marks is not None:
+        mask = with_marks(mask, marks, modality)
     order = chronological(dates)
     if order is not None:
         notes.append(sorted_note(modality.name))
         values, dates = values[order], dates[order]
         mask = None if mask is None else mask[order]
     return Series(values, dates, mask)
+
+
+def with_marks(mask: np.ndarray | None, marks: np.ndarray, modality: Modality) -> np.ndarray:
+    """The mask (T, M, H, W) of a modality that stores nodata, with ``marks`` (T, H, W) bool in its band of nodata, and
+    those that are there already. ``mask``: also without this band, or None where there is no other."""
+    band, num_bands = modality.nodata_band, len(modality.mask_bands)
+    assert band is not None
+    channel = np.where(marks, np.uint8(100), np.uint8(0))
+    if mask is None:
+        return channel[:, None]
+    if mask.shape[1] == num_bands - 1:
+        return np.insert(mask, band, channel, axis=1)
+    mask = mask.copy()
+    mask[:, band] = np.where(mask[:, band] > 0, np.uint8(100), channel)
+    return mask
 
 
 def percent(mask: np.ndarray, name: str, notes: list[str]) -> np.ndarray:
@@ -133,6 +170,58 @@ def percent(mask: np.ndarray, name: str, notes: list[str]) -> np.ndarray:
     return np.ceil(mask).astype(np.uint8) if mask.dtype.kind == "f" else mask.astype(np.uint8)
 
 
+def invalid_values(
+    values: np.ndarray, modality: Modality, quantity: Quantity, declared: np.ndarray | None
+) -> Iterator[tuple[str, np.ndarray, bool]]:
+    """(reason, where, expected) of each kind of invalid value in (..., C, H, W) that occurs; a value is of one kind.
+
+    ``expected``: the file declares them, or they are known fill values; others are rather a fault than a gap.
+    ``declared``: pixels that are declared as invalid, or None; given back as they are.
+    """
+    nonzero = [i for i, band in enumerate(modality.bands) if band in quantity.nonzero]
+    if declared is None and _all_valid(values, quantity, nonzero):
+        return
+    zeros = np.zeros(values.shape, bool)
+    zeros[..., nonzero, :, :] = values[..., nonzero, :, :] == 0
+    kinds: list[tuple[str, np.ndarray | np.bool, bool]] = [
+        ("values that the file declares as nodata", np.False_ if declared is None else declared, True),
+        ("NaN", np.isnan(values), True),
+        ("infinite values", np.isinf(values), False),
+        (quantity.zeros, zeros, True),
+        (quantity.outside, ~quantity.valid(values), False),
+    ]
+    rest = np.ones(values.shape, bool)
+    for reason, where, expected in kinds:
+        bad = declared if declared is not None and where is declared else where & rest
+        if bad.any():
+            yield reason, bad, expected or bool(quantity.is_fill(values[bad]).all())
+            rest &= ~bad
+
+
+def remarkable_values(array: np.ndarray, name: str, quantity: Quantity | None) -> Iterator[str]:
+    """Notes on valid values of a raster that are rarely measurements: usual fill values, and unusual ones of its
+    quantity (None: not said)."""
+    if array.dtype.kind not in "iuf" or array.dtype.itemsize == 1 or not array.size:
+        return
+    lowest, highest = finite_extremes(array)
+    suspects = [*FILL_VALUES, *([np.iinfo(np.uint16).max] if array.dtype == np.uint16 else [])]
+    for value in dict.fromkeys((lowest, highest)):
+        if value in suspects:
+            yield f"{name} has the value {value:g}, a usual fill value: stored as it is; if it is one, declare it"
+    low, high = (-np.inf, np.inf) if quantity is None else quantity.usual
+    if lowest < low or highest > high:
+        yield f"{name} has values outside of {low:g} to {high:g}: stored as they are; check units and scale"
+
+
+def _fill_with_means(values: np.ndarray, invalid: np.ndarray, where: str) -> None:
+    """Replace invalid pixels of (T, C, H, W) by the mean of the others of the same image and band."""
+    if invalid.all(axis=(2, 3)).any():
+        raise DatasetError(f"{where}: a band has no elevation at all; leave the tile out", _NO_ELEVATION)
+    for image, missing_bands in zip(values, invalid, strict=True):
+        for band, missing in zip(image, missing_bands, strict=True):
+            band[missing] = band[~missing].mean() if missing.any() else 0
+
+
 def _replace(
     values: np.ndarray,
     modality: Modality,
@@ -142,9 +231,10 @@ def _replace(
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Values (..., C, H, W) in the dtype of the modality, invalid ones as 0 or NaN; and where they are, or None."""
     invalid: np.ndarray | None = None
-    replacement = np.nan if quantity.fill == "nan" else 0
-    for reason, bad in _invalid(values, modality, quantity, declared):
-        notes.append(f"{modality.name} has {reason}: {_action(reason, modality, quantity)}")
+    replacement = np.nan if _stores_nan(modality, quantity) else 0
+    for reason, bad, expected in invalid_values(values, modality, quantity, declared):
+        note = f"{modality.name} has {reason}: {action(reason, modality, quantity)}"
+        notes.append(note if expected else InvalidNote(note))
         invalid = bad if invalid is None else invalid | bad
     if invalid is not None:
         values = np.array(values)  # before the cast: in integers, NaN and infinity would be numbers
@@ -162,44 +252,38 @@ def _replace(
     return cast, invalid
 
 
-def _invalid(
-    values: np.ndarray, modality: Modality, quantity: Quantity, declared: np.ndarray | None
-) -> Iterator[tuple[str, np.ndarray]]:
-    """(reason, where) of each kind of invalid value that occurs; a value is of one kind."""
-    nonzero = [i for i, band in enumerate(modality.bands) if band in quantity.nonzero]
-    if declared is None and _all_valid(values, quantity, nonzero):
-        return
-    zeros = np.zeros(values.shape, bool)
-    zeros[..., nonzero, :, :] = values[..., nonzero, :, :] == 0
-    kinds = [
-        ("values that the file declares as nodata", np.False_ if declared is None else declared),
-        ("NaN", np.isnan(values)),
-        ("infinite values", np.isinf(values)),
-        (quantity.zeros, zeros),
-        (quantity.outside, ~((values > quantity.above) & (values <= quantity.up_to))),
-    ]
-    rest = np.ones(values.shape, bool)
-    for reason, where in kinds:
-        bad = where & rest
-        if bad.any():
-            yield reason, bad
-            rest &= ~bad
+def _stores_nan(modality: Modality, quantity: Quantity) -> bool:
+    """Whether invalid pixels are stored as NaN; else as 0, or filled in."""
+    gaps = quantity.fill == "nan" or modality.nodata_band is not None
+    return gaps and np.dtype(modality.dtype).kind == "f"
+
+
+def _check_real(values: np.ndarray, where: str) -> None:
+    if values.dtype.kind not in "biuf":
+        raise DatasetError(
+            f"{where}: is {values.dtype}; give real numbers (of complex ones the amplitude or the power)"
+        )
 
 
 def _all_valid(values: np.ndarray, quantity: Quantity, nonzero: list[int]) -> bool:
     """Whether no value is invalid, in two passes over the pixels, since nearly all rasters are valid."""
+    if not values.size:
+        return True
     lowest, highest = extremes(values)
     if not (lowest > quantity.above and highest <= quantity.up_to):  # also if they are NaN
         return False
     return not nonzero or lowest > 0 or highest < 0 or not is_zero(values[..., nonzero, :, :]).any()
 
 
-def _action(reason: str, modality: Modality, quantity: Quantity) -> str:
+def action(reason: str, modality: Modality, quantity: Quantity) -> str:
+    """What becomes of invalid values, for a note."""
+    if modality.nodata_band is not None:
+        return "marked as nodata"
     if quantity.fill == "mean":
         return "filled in with the band's mean"
-    if quantity.fill == "nan":
+    if _stores_nan(modality, quantity):
         return "filled in from other dates when read" if reason == "NaN" else "stored as NaN"
-    return "stored as 0 and marked as cloud" if modality.mask_bands else "stored as 0"
+    return "stored as 0 and marked as cloud" if _CLOUD in modality.mask_bands else "stored as 0"
 
 
 def _to_integers(values: np.ndarray, dtype: str) -> tuple[np.ndarray, bool]:

@@ -7,7 +7,7 @@ shipped datasets use the same kinds (``fill.py:QUANTITIES``).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -33,25 +33,56 @@ FILL_VALUES: Mapping[float, str] = {
 limits; within the limits only the file or the description can say that they are fill values."""
 
 
+_LARGEST_VALID = float(np.nextafter(LARGEST, 0))
+
+
 @dataclass(frozen=True)
 class Quantity:
-    """What is measured: valid values are finite, greater than ``above`` and at most ``up_to``.
+    """What is measured: valid values are finite, greater than ``above`` and at most ``up_to``, in the units in which
+    they are stored.
 
     ``fill``: what replaces an invalid value. "zero": 0, and 100 % cloud where the modality has such a mask; "nan": NaN;
     "mean": the mean of the band's valid pixels. ``outside``: note on finite values outside of the limits.
     ``nonzero``: bands in which an exact 0 is nodata (``zeros``: note on it). ``usual``: the lowest and highest value
     that is not remarkable; others within the limits are stored, and noted. ``source``: where the fill values are
-    documented, or were found.
+    documented, or were found. ``fills``: fill values beside :data:`FILL_VALUES` that are known to occur.
     """
 
     fill: Literal["zero", "nan", "mean"]
     source: str
-    above: float = -np.inf
-    up_to: float = LARGEST
+    above: float = -LARGEST
+    up_to: float = _LARGEST_VALID
     outside: str = "fill values"
     nonzero: tuple[str, ...] = ()
     zeros: str = ""
     usual: tuple[float, float] = (-np.inf, np.inf)
+    fills: tuple[float, ...] = ()
+
+    def within(self, low: float | None, high: float | None) -> Quantity:
+        """The quantity with other limits: valid are ``low`` to ``high``, both included; None: the limit that it has."""
+        above = self.above if low is None else float(np.nextafter(low, -np.inf))
+        up_to = self.up_to if high is None else high
+        text = f"values outside of {self.above if low is None else low:g} to {up_to:g}"
+        return replace(self, above=above, up_to=up_to, outside=text, usual=(-np.inf, np.inf))
+
+    def valid(self, values: np.ndarray) -> np.ndarray:
+        """Which values are within the limits; NaN is not."""
+        above, up_to = self.above, self.up_to
+        if values.dtype.kind == "f":
+            # numpy rounds the limit to the dtype of the array, perhaps up: 1e20 would be at most the number below it.
+            above, up_to = _rounded_down(above, values.dtype), _rounded_down(up_to, values.dtype)
+        return (values > above) & (values <= up_to)
+
+    def is_fill(self, values: np.ndarray) -> np.ndarray:
+        """Which values are usual fill values."""
+        return np.isin(values.astype(np.float64), [*FILL_VALUES, *self.fills])
+
+
+def _rounded_down(limit: float, dtype: np.dtype) -> float:
+    """The highest value of a floating-point dtype that is not above ``limit``."""
+    with np.errstate(over="ignore"):
+        rounded = dtype.type(limit)
+    return float(np.nextafter(rounded, dtype.type(-np.inf)) if float(rounded) > limit else rounded)
 
 
 _POLARISATIONS = ("VV", "VH", "HH", "HV")
@@ -64,8 +95,8 @@ QUANTITY_KINDS: Mapping[str, Quantity] = {
         "MAJA (Theia) L2A: -10000 (cesbio.cnrs.fr/maja/sentinel-2-output-format); found in PASTIS (torchgeo #4061); "
         "-9999 is a usual nodata tag",
         above=-9999,
-        outside="fill values (-9999 or lower, or above 1e30)",
-        usual=(-5000, 40_000),
+        outside="fill values (-9999 or lower, or from 1e20)",
+        usual=(-5000, 65_000),
     ),
     "backscatter_linear": Quantity(
         "nan",
@@ -86,6 +117,7 @@ QUANTITY_KINDS: Mapping[str, Quantity] = {
         nonzero=_POLARISATIONS,
         zeros="zeros, which in decibels are no measurement",
         usual=(-70, 50),
+        fills=(-np.inf,),
     ),
     "elevation": Quantity(
         "mean",
@@ -93,6 +125,7 @@ QUANTITY_KINDS: Mapping[str, Quantity] = {
         above=-500,
         up_to=9000,
         outside="pixels without elevation",
+        usual=(-450, 8900),
     ),
 }
 """The kinds of quantities by name, for ``quantity:`` of a description."""

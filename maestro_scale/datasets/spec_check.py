@@ -10,7 +10,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
-from maestro_scale.datasets.spec import DatasetSpec, Modality, Sensor, Target
+from maestro_scale.datasets.quantity import QUANTITY_KINDS
+from maestro_scale.datasets.spec import NODATA, DatasetSpec, Modality, Sensor, Target
 from maestro_scale.datasets.spec_limits import (
     MAX_CLASSES,
     MAX_DATES,
@@ -269,6 +270,13 @@ def _modality_problems(modality: Modality, tile_m: float) -> Iterator[Problem]:
     if modality.dtype not in DTYPES:
         yield ("dtype",), f"{shorten(modality.dtype)} is not one of {', '.join(DTYPES)}"
         return
+    if modality.quantity and modality.quantity not in QUANTITY_KINDS:
+        yield (
+            ("quantity",),
+            f"unknown quantity {shorten(modality.quantity)}{did_you_mean(modality.quantity, QUANTITY_KINDS)}",
+        )
+    if modality.mask_bands.count(NODATA) > 1:
+        yield ("mask_bands",), f"{NODATA!r} is there twice"
     if modality.size < 1 or not modality.bands:
         yield (), f"has {len(modality.bands)} bands of {modality.size} pixels a side"
     if problems := [*extent_problems("resolution_m", modality.resolution_m)]:

@@ -8,10 +8,19 @@ from __future__ import annotations
 
 import numpy as np
 
-LARGEST = 1e30
-"""Numbers beyond this are fill values: GDAL writes 3.4e38, netCDF 9.97e36. No measured quantity is this large."""
+LARGEST = 1e20
+"""Numbers from this on are fill values: GDAL writes 3.4e38, netCDF 9.97e36, climate models 1e20. No measurement is this
+large."""
 
+_YEARS = (1900, 2100)  # other years are written by programs that have no date (1, 1601, 1858, 9999)
 _MAX_SHARE = 1.001  # shares are rounded in files, so that a sum of 1 may be stored as slightly more
+
+
+class InvalidNote(str):
+    """A note on values that nothing declares as nodata, of which a fault is more likely than a gap: strict writers stop
+    at the first."""
+
+    __slots__ = ()
 
 
 def chronological(dates: np.ndarray) -> np.ndarray | None:
@@ -48,8 +57,16 @@ def is_zero(array: np.ndarray) -> np.ndarray:
     return (array.view(np.uint16) & 0x7FFF) == 0 if array.dtype == np.float16 else array == 0
 
 
+def finite_extremes(array: np.ndarray) -> tuple[float, float]:
+    """The lowest and the highest value of those that are not NaN; NaN if there are none."""
+    lowest, highest = extremes(array)
+    if array.dtype.kind == "f" and (np.isnan(lowest) or np.isnan(highest)):
+        return float(np.fmin.reduce(array, axis=None)), float(np.fmax.reduce(array, axis=None))
+    return lowest, highest
+
+
 def array_problem(array: np.ndarray) -> str | None:
-    """Why a stored raster is invalid: infinite values or fill values beyond :data:`LARGEST`, or nothing but NaN."""
+    """Why a stored raster is invalid: infinite values or fill values from :data:`LARGEST` on, or nothing but NaN."""
     if array.dtype.kind != "f" or not array.size:
         return None
     lowest, highest = extremes(array)
@@ -61,7 +78,7 @@ def array_problem(array: np.ndarray) -> str | None:
 
 
 def numbers_problem(array: np.ndarray) -> str | None:
-    """Why floating-point values are not measurements: some are infinite or beyond :data:`LARGEST`. NaN is "missing"."""
+    """Why floating-point values are not measurements: some are infinite or :data:`LARGEST`. NaN is "missing"."""
     bad = np.isinf(array) if array.dtype == np.float16 else np.abs(array) >= LARGEST
     if not bad.any():
         return None
@@ -71,12 +88,34 @@ def numbers_problem(array: np.ndarray) -> str | None:
     )
 
 
+def marks_problem(marks: np.ndarray, array: np.ndarray) -> str | None:
+    """Why the mask band ``nodata`` (T, H, W) of a raster (T, C, H, W) is invalid."""
+    bad = (marks != 0) & (marks != 100)
+    if bad.any():
+        return f"has {int(bad.sum())} values in band nodata that are neither 0 nor 100, the first {_first(marks, bad)}"
+    if marks.all():
+        return "marks every pixel as nodata; leave the tile out"
+    if array.dtype.kind == "f":
+        unmarked = np.isnan(array).any(axis=1) & (marks == 0)
+        if unmarked.any():
+            where = ", ".join(map(str, np.argwhere(unmarked)[0].tolist()))
+            return (
+                f"does not mark {int(unmarked.sum())} pixels that are NaN as nodata, the first at ({where})"
+            )
+    return None
+
+
 def mask_problem(mask: np.ndarray) -> str | None:
     """Why a mask (T, M, H, W) uint8 is not in percent."""
     if not mask.size or int(mask.max()) <= 100:
         return None
-    bad = mask > 100
-    return f"has {int(bad.sum())} values above 100 percent, the first {_first(mask, bad)}; use 0 to 100"
+    return percent_problem(mask, mask > 100)
+
+
+def percent_problem(mask: np.ndarray, bad: np.ndarray) -> str:
+    """The reason why a mask is invalid at ``bad``."""
+    what = "above 100 percent" if (mask[bad] > 100).all() else "outside of 0 to 100 percent"
+    return f"has {int(bad.sum())} values {what}, the first {_first(mask, bad)}; use 0 to 100"
 
 
 def dates_problem(dates: np.ndarray) -> str | None:
@@ -94,6 +133,15 @@ def dates_problem(dates: np.ndarray) -> str | None:
     return None
 
 
+def dates_note(dates: np.ndarray, name: str) -> str | None:
+    """The note on dates (T, 3) of years in which there were no images, nor will be soon."""
+    first, last = _YEARS
+    odd = (dates[:, 0] < first) | (dates[:, 0] > last)
+    if not odd.any():
+        return None
+    return f"{name} has dates before {first} or after {last}: stored as they are; check how missing dates are written"
+
+
 def shares_problem(shares: np.ndarray) -> str | None:
     """Why the class shares (classes,) of a tile are not numbers from 0 to 1."""
     bad = ~((shares >= 0) & (shares <= _MAX_SHARE))
@@ -102,16 +150,28 @@ def shares_problem(shares: np.ndarray) -> str | None:
     return f"has {int(bad.sum())} shares outside 0 to 1, the first {_first(shares, bad)}; give area shares"
 
 
-def masked_problem(array: object) -> str | None:
-    """Why a numpy masked array cannot be stored: the format has no place for its mask, so nodata would become data."""
+def numpy_mask(array: object) -> np.ndarray | None:
+    """Where a numpy masked array, or a list of them, is masked: bool of its shape; None where it is nowhere."""
     if isinstance(array, (list, tuple)):
-        return next((p for p in map(masked_problem, array) if p is not None), None)
-    if not isinstance(array, np.ma.MaskedArray) or not np.ma.is_masked(array):
+        parts = [numpy_mask(a) for a in array]
+        if all(p is None for p in parts):
+            return None
+        return np.stack(
+            [np.zeros(np.shape(a), bool) if p is None else p for a, p in zip(array, parts, strict=True)]
+        )
+    return np.ma.getmaskarray(np.ma.asanyarray(array)) if np.ma.is_masked(array) else None
+
+
+def masked_problem(array: object) -> str | None:
+    """Why a numpy masked array cannot be stored where there is no place for its mask: nodata would become data."""
+    bad = numpy_mask(array)
+    if bad is None:
         return None
-    bad = np.ma.getmaskarray(array)
     first = ", ".join(str(int(i)) for i in np.argwhere(bad)[0])
-    cure = "fill them with NaN: .filled(np.nan)" if array.dtype.kind == "f" else "fill them: .filled(value)"
-    return f"is a masked array with {int(bad.sum())} masked values, the first at ({first}); {cure}"
+    count = f"is a masked array with {int(bad.sum())} masked values, the first at ({first})"
+    if np.asarray(array).dtype.kind == "f":
+        return f"{count}; fill them with NaN: .filled(np.nan)"
+    return f"{count}; fill them: .filled(value)"
 
 
 def _first(array: np.ndarray, bad: np.ndarray) -> str:

@@ -116,7 +116,7 @@ def test_fill_values_of_sentinel_2_are_no_data(write_pastis):
     np.testing.assert_array_equal(tile.arrays["s2"], expected)
     assert tile.dates["s2"].tolist() == [[2018, 267, 0], [2018, 365, 0]]
     assert [n for n in tile.notes if n.startswith("s2 has")][:2] == [
-        "s2 has fill values (-9999 or lower, or above 1e30): stored as 0",
+        "s2 has fill values (-9999 or lower, or from 1e20): stored as 0",
         "s2 has dates without any valid value: these dates are left out",
     ]
 

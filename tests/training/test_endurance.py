@@ -133,7 +133,7 @@ def poisoned_shards(raw: Path, out: Path, which: slice) -> set[str]:
     keys = reader.keys()
     bad = set(keys[which])
     # Writers refuse infinite values: as shards of an earlier revision may have them, the check is left out.
-    unchecked = mock.patch("maestro_scale.shards.write.writer.checked_tile", lambda tile, spec: tile)
+    unchecked = mock.patch("maestro_scale.shards.write.writer.checked_tile", lambda tile, spec, strict: tile)
     with unchecked, Writer(str(out), reader.spec, "train") as writer:
         for key in keys:
             tile = reader.read(key)

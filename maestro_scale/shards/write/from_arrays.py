@@ -20,8 +20,9 @@ from maestro_scale.datasets.spec import (
     Tile,
 )
 from maestro_scale.datasets.spec_check import default_pos_grid
+from maestro_scale.datasets.values import numpy_mask
 from maestro_scale.shards.format.manifest import check_spec
-from maestro_scale.shards.format.values import refuse_masked
+from maestro_scale.shards.format.values import refuse_masked, unmasked_labels
 
 DateLike = date | np.datetime64 | str  # datetime is a subclass of date; strings are ISO 8601
 
@@ -33,7 +34,9 @@ class Raster:
     num_dates: None for a single image; for a time series the number of dates per sample of a batch.
     patch: side in pixels of the square that becomes one token; it must divide the crop.
     divisor, scale: as in :class:`~maestro_scale.datasets.spec.Scale`; most scaled values should be in 0 to 1.
-    mask_bands: names of the channels of a per-date mask, for example ("snow", "cloud"), in percent.
+    mask_bands: names of the channels of a per-date mask, for example ("snow", "cloud"), in percent. "nodata" is one in
+    which invalid pixels are marked: they do not count in the selection of dates and in the loss.
+    quantity: what the values are, of ``datasets.quantity.QUANTITY_KINDS``; impossible values are invalid.
     band_groups: sizes of consecutive groups of similar bands (visible, infrared); empty: one group.
     group: rasters with the same group are encoded as one sequence; default: the raster's own name.
     embed: rasters with the same name share a patch embedding, also across datasets; default: the raster's own name.
@@ -53,6 +56,7 @@ class Raster:
     group: str = ""
     embed: str = ""
     optional: bool = False
+    quantity: str = ""
 
 
 def describe(
@@ -83,6 +87,7 @@ def describe(
                 series,
                 tuple(r.mask_bands),
                 optional=r.optional,
+                quantity=r.quantity,
             )
         )
         sensors.append(
@@ -127,9 +132,11 @@ def make_tile(
     """Build a tile of ``spec`` from arrays by raster.
 
     ``arrays[raster]``: (T, C, H, W), or (C, H, W) for a single image, in the raster's dtype; row 0 is north. In a float
-    raster NaN means "not measured"; numpy masked arrays with masked values are refused.
+    raster NaN means "not measured". Pixels that a numpy masked array masks are stored as NaN, or marked in the mask
+    band "nodata"; in integers without this band they are refused.
     ``dates[raster]``: T dates, times or ISO strings, or one for a single image; in any order, since a series is sorted
-    when it is written. ``masks[raster]``: (T, M, H, W) uint8, 0-100. ``targets[name]``: (H, W) class indices
+    when it is written. ``masks[raster]``: (T, M, H, W), 0-100 or bool; the channel "nodata" may be left out, since
+    invalid pixels are marked when the tile is written. ``targets[name]``: (H, W) class indices
     (segmentation); class shares, by class name or in the order of the classes (multilabel); a class name, its index or
     None (classification); a number or (H, W) of them, NaN where missing (regression). An optional raster that the tile
     lacks is left out. ``ref_date``: origin of the temporal encoding; None: the earliest date of the first raster.
@@ -138,7 +145,7 @@ def make_tile(
     written.
     """
     # Before numpy.asarray, which drops the mask of a masked array.
-    for names, suffix in ((arrays, ""), (dates, ".dates"), (masks or {}, ".mask"), (targets or {}, "")):
+    for names, suffix in ((dates, ".dates"), (masks or {}, ".mask")):
         for name, given in names.items():
             refuse_masked(key, f"{name}{suffix}", given)
     stored = {name: _dates(key, name, when) for name, when in dates.items()}
@@ -146,18 +153,27 @@ def make_tile(
     if ref_date is None and first not in stored:
         raise DatasetError(f"tile {key}: {first} has no dates; give dates[{first!r}], or ref_date")
     known = {t.name: t for t in spec.targets}
+    notes: list[str] = []
+    labels = {
+        n: _labels(key, known[n], unmasked_labels(key, known[n], v, notes)) if n in known else v
+        for n, v in (targets or {}).items()
+    }
     return Tile(
         key=key,
         arrays={name: _add_date_axis(array) for name, array in arrays.items()},
         dates=stored,
         masks={name: _add_date_axis(mask) for name, mask in (masks or {}).items()},
-        targets={n: _labels(key, known[n], v) if n in known else v for n, v in (targets or {}).items()},
+        targets=labels,
         ref_date=min(stored[first], key=tuple) if ref_date is None else _dates(key, "ref_date", ref_date)[0],
+        notes=tuple(notes),
     )
 
 
 def _add_date_axis(array: np.ndarray) -> np.ndarray:
+    masked = numpy_mask(array)
     array = np.asarray(array)
+    if masked is not None:
+        array = np.ma.array(array, mask=masked)
     return array[None] if array.ndim == 3 else array
 
 
@@ -211,6 +227,8 @@ def _labels(key: str, target: Target, value: Any) -> np.ndarray:
 
 def _class_index(key: str, target: Target, value: Any) -> int:
     """The stored value of one class, given by its name or index; None is a missing label."""
+    if isinstance(value, np.ndarray) and value.size == 1:
+        value = value.item()
     if value is None:
         return MISSING_CLASS
     if isinstance(value, str) and value in target.classes:

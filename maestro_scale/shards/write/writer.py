@@ -61,7 +61,8 @@ def write_shards(
     is added to it. ``progress(samples done, total samples, bytes written)`` is called repeatedly. With
     ``strict=False``, tiles that cannot be read are left out, counted by kind in the manifest's notes, with the first
     example of each, and listed with their causes in the index. A strict call does not accept shards that an earlier one
-    wrote without such tiles: it writes them again, or fails if they are published or belong to another part.
+    wrote without such tiles: it writes them again, or fails if they are published or belong to another part. A strict
+    call also fails at the first value that is invalid though nothing declares it as nodata.
 
     ``part``: write only these shards, as one of several jobs with the same arguments, on any machines. The job that
     finds all shards finished publishes the manifest, which is the same as that of a single call; the others return
@@ -105,6 +106,7 @@ class Writer:
             for key, image, day in tiles:
                 writer.add_arrays(key, {"s2": image}, {"s2": day})
 
+    ``strict``: fail at the first value that is invalid though nothing declares it as nodata, instead of marking it.
     Tiles may be added in any order. They are encoded into a temporary file and, when the block ends, written shuffled,
     exactly as :func:`write_shards` would. If the block ends by an exception, nothing is written.
     """
@@ -119,7 +121,9 @@ class Writer:
         shard_mb: int = 128,
         seed: int = 0,
         synthetic: bool | None = None,
+        strict: bool = False,
     ) -> None:
+        self._strict = strict
         self._destination = Destination(dst, spec, split, codec, seed, synthetic=synthetic)
         self._spec, self._codec, self._seed = spec, codec, seed
         self._shard_bytes = shard_mb * 1_000_000
@@ -132,11 +136,12 @@ class Writer:
         return self
 
     def add(self, tile: Tile) -> None:
-        """Add a tile; series that are not in chronological order are sorted, and noted.
+        """Add a tile; series that are not in chronological order are sorted, invalid values of rasters that store
+        nodata are marked, and both is noted.
 
         DatasetError if it does not match the spec or has invalid values, WriteError if its key was added before.
         """
-        tile = checked_tile(tile, self._spec)
+        tile = checked_tile(tile, self._spec, self._strict)
         if tile.key in self._spooled:
             raise WriteError(f"tile {tile.key} was added twice; keys are unique within a split")
         payload = encode(tile, self._codec)
@@ -302,7 +307,7 @@ class _Encode:
         tile = self.dataset.read(key)
         if tile.key != key:
             raise DatasetError(f"tile {key}: the reader returned tile {tile.key}; fix the reader")
-        tile = checked_tile(tile, spec)
+        tile = checked_tile(tile, spec, self.strict)
         if (found := absent_of(tile, spec)) != absent:
             raise DatasetError(
                 f"tile {key}: lacks {', '.join(found) or 'nothing'}, but was announced to lack "
