@@ -6,12 +6,13 @@ import csv
 import io
 import math
 import os
+import uuid
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 
@@ -19,10 +20,12 @@ from maestro_scale import untrusted
 from maestro_scale.datasets.spec import DatasetError, GeoOrigin
 
 _SIGNATURES = {b"\x89PNG\r\n\x1a\n": "PNG", b"\0\0\0\x0cjP  \r\n\x87\n": "JP2OpenJPEG"}
+_SIGNATURE_BYTES = 12
 _MAX_BLOCK_BYTES = (
     64 * 1024 * 1024
 )  # of a tile, strip or chunk, decompressed; the libraries allocate it at once
-_MAX_TEXT_BYTES = 64 * 1024 * 1024  # of all texts of a dataset of HDF5
+MAX_TEXT_BYTES = 64 * 1024 * 1024
+"""Of all texts of a dataset of HDF5."""
 _MAX_DATES = 20_000  # daily images of 50 years: a longer series in a raw file is damage
 
 
@@ -191,15 +194,85 @@ def open_raster(path: Path) -> Iterator[Any]:
         raise read_error(path, error) from error
 
 
+@contextmanager
+def open_raster_file(file: BinaryIO, where: str) -> Iterator[Any]:
+    """As :func:`open_raster`, of an open file, of which only what is needed is read; ``where`` names it in messages.
+
+    A mask or nodata value in a file beside it is not looked for.
+    """
+    import rasterio
+    from rasterio.errors import NotGeoreferencedWarning, RasterioError
+
+    warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)
+    name = f"{uuid.uuid4().hex}.tif"  # rasterio keeps openers by path
+    failures: list[OSError] = []
+
+    def opener(path: str, mode: str = "rb") -> BinaryIO:
+        if not path.endswith(name):
+            raise FileNotFoundError(path)
+        return _Reopened(file, failures)  # type: ignore[return-value]
+
+    try:
+        file.seek(0)
+        driver = _driver_of(file.read(_SIGNATURE_BYTES))
+        with (
+            rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR"),
+            rasterio.open(name, driver=driver, opener=opener) as raster,
+        ):
+            _check_blocks(where, raster)
+            yield raster
+    except (RasterioError, OSError) as error:
+        # GDAL's own message would call a network that failed a damaged file.
+        cause = (_one_line(failures[0]) if failures else _one_line(error)).replace(name, "")
+        raise DatasetError(f"{where}: cannot be read ({cause}); fetch the file again") from error
+
+
+class _Reopened:
+    """An open file with a position of its own; closing it leaves the file open. Errors of reads are kept."""
+
+    def __init__(self, file: BinaryIO, failures: list[OSError]) -> None:
+        self._file, self._failures, self._position = file, failures, 0
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        start = self._position if whence == 1 else 0
+        self._position = self._file.seek(0, 2) + offset if whence == 2 else start + offset
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def read(self, size: int = -1) -> bytes:
+        try:
+            self._file.seek(self._position)
+            data = self._file.read(size)
+        except OSError as error:
+            self._failures.append(error)
+            raise
+        self._position += len(data)
+        return data
+
+    def close(self) -> None:
+        pass
+
+    def __enter__(self) -> _Reopened:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
 def _driver(path: Path) -> str:
+    with path.open("rb") as file:
+        return _driver_of(file.read(_SIGNATURE_BYTES))
+
+
+def _driver_of(start: bytes) -> str:
     """GDAL's driver for a file. Its choice among all of them includes some for files that name other files and
     addresses, such as a VRT, whatever the suffix."""
-    with path.open("rb") as file:
-        start = file.read(max(map(len, _SIGNATURES)))
     return next((driver for signature, driver in _SIGNATURES.items() if start.startswith(signature)), "GTiff")
 
 
-def _check_blocks(path: Path, raster: Any) -> None:
+def _check_blocks(path: Path | str, raster: Any) -> None:
     for (height, width), dtype in zip(raster.block_shapes, raster.dtypes, strict=True):
         if height * width * np.dtype(dtype).itemsize > _MAX_BLOCK_BYTES:
             raise DatasetError(
@@ -306,7 +379,7 @@ def read_h5(path: Path, fields: Mapping[str, Field], optional: Sequence[str] = (
                     raise DatasetError(f"{path}: has no dataset {name!r}; fetch the file again")
                 if name not in file:
                     continue
-                _check_link(file, name, where)
+                check_link(file, name, where)
                 item = file[name]
                 if not isinstance(item, h5py.Dataset):
                     raise DatasetError(
@@ -314,14 +387,14 @@ def read_h5(path: Path, fields: Mapping[str, Field], optional: Sequence[str] = (
                     )
                 text = item.dtype.kind == "S" or h5py.check_string_dtype(item.dtype) is not None
                 _check_array(item.dtype, item.shape, field, where, text)
-                _check_storage(item, where)
+                check_storage(item, where)
                 content[name] = _read_texts(item, path, where) if text else item[()]
         return content
     except (OSError, RuntimeError, KeyError, TypeError, ValueError, MemoryError) as error:
         raise read_error(path, error) from error
 
 
-def _check_link(file: Any, name: str, where: str) -> None:
+def check_link(file: Any, name: str, where: str) -> None:
     """DatasetError if ``name`` is in another file, which a file from others could choose."""
     import h5py
 
@@ -330,8 +403,8 @@ def _check_link(file: Any, name: str, where: str) -> None:
         raise DatasetError(f"{where} is a link, which is not followed; fetch the file again")
 
 
-def _check_storage(item: Any, where: str) -> None:
-    """As :func:`_check_link`, for the values of a dataset; also if its chunks take too much memory."""
+def check_storage(item: Any, where: str) -> None:
+    """As :func:`check_link`, for the values of a dataset; also if its chunks take too much memory."""
     if item.external is not None or item.is_virtual:
         raise DatasetError(f"{where} has values in another file, which is not read; fetch the file again")
     if item.chunks is not None and math.prod(item.chunks) * item.dtype.itemsize > _MAX_BLOCK_BYTES:
@@ -342,14 +415,14 @@ def _check_storage(item: Any, where: str) -> None:
 
 def _read_texts(item: Any, path: Path, where: str) -> np.ndarray:
     # Many elements of variable length may be the same bytes of the file.
-    if item.size * path.stat().st_size <= _MAX_TEXT_BYTES or item.dtype.kind == "S":
+    if item.size * path.stat().st_size <= MAX_TEXT_BYTES or item.dtype.kind == "S":
         return np.asarray(item[()])
     texts: list[Any] = []
     total = 0
     for index in np.ndindex(item.shape):
         texts.append(item[index])
         total += len(texts[-1])
-        if total > _MAX_TEXT_BYTES:
+        if total > MAX_TEXT_BYTES:
             raise DatasetError(f"{where} has texts of more than 64 MiB; fetch the file again")
     return np.array(texts, object).reshape(item.shape)
 

@@ -74,6 +74,16 @@ class RemoteReader:
             n for n in (e.rstrip("/").rsplit("/", 1)[-1] for e in entries if e.rstrip("/") != path) if n
         )
 
+    def list_entries(self) -> list[tuple[str, bool]]:
+        """Name, and whether it is a prefix, of what is directly below the prefix; empty if there is nothing."""
+        path = self._path("").rstrip("/")
+        try:
+            entries = self._call("", "_ls", "ls", path, detail=True, **self._uncached)
+        except FileNotFoundError:
+            return []
+        found = [(e["name"].rstrip("/"), e["type"] == "directory") for e in entries]
+        return sorted((name.rsplit("/", 1)[-1], is_prefix) for name, is_prefix in found if name != path)
+
     @property
     def _uncached(self) -> dict[str, Any]:
         # fsspec's client for HTTP caches nothing, and passes other arguments on to the request.

@@ -6,7 +6,7 @@ number of entries and length of numbers *before* it allocates memory or recurses
 parsers. SECURITY.md lists the limits.
 """
 
-from maestro_scale.untrusted.arrays import load_npz, open_npy, parse_npz
+from maestro_scale.untrusted.arrays import NpyLayout, NpzArrays, load_npz, npy_layout, open_npy, parse_npz
 from maestro_scale.untrusted.documents import (
     check_regular,
     check_size,
@@ -54,6 +54,8 @@ __all__ = [
     "TENSOR_AXES",
     "InputError",
     "Limits",
+    "NpyLayout",
+    "NpzArrays",
     "TarMember",
     "TensorEntry",
     "check_regular",
@@ -67,6 +69,7 @@ __all__ = [
     "load_npz",
     "load_tensors",
     "load_yaml",
+    "npy_layout",
     "open_npy",
     "open_tensors",
     "open_zip",

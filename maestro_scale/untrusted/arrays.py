@@ -8,7 +8,7 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Literal
+from typing import TYPE_CHECKING, BinaryIO, Literal, NamedTuple
 
 from maestro_scale.errors import shorten
 from maestro_scale.untrusted.documents import check_regular
@@ -45,6 +45,59 @@ def open_npy(path: Path, mode: Literal["r", "r+"] = "r") -> np.memmap:
         array.close()
         raise InputError(f"{path}: is an archive, expected one array")
     return array
+
+
+class NpyLayout(NamedTuple):
+    """Where the elements of an ``.npy`` file are: from byte ``offset`` on, in C order unless ``fortran_order``."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    fortran_order: bool
+    offset: int
+
+
+def npy_layout(file: BinaryIO, num_bytes: int) -> NpyLayout:
+    """The header of an open ``.npy`` file of ``num_bytes``. InputError if it is none, holds objects, or claims more
+    than the file has; OSError."""
+    import numpy as np
+
+    try:
+        file.seek(0)
+        version = np.lib.format.read_magic(file)
+        read = (
+            np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        )
+        shape, fortran_order, dtype = read(file)
+        offset = file.tell()
+        needed = math.prod(shape) * dtype.itemsize
+    except _DAMAGED as error:
+        raise InputError(f"is not an array ({shorten(str(error), 200)})") from None
+    if dtype.hasobject or min(shape, default=0) < 0 or offset + needed > num_bytes:
+        raise InputError(f"does not have the bytes of its shape {shape}, or holds objects")
+    return NpyLayout(shape, dtype, fortran_order, offset)
+
+
+class NpzArrays:
+    """The arrays of an open ``.npz`` file by name. All methods raise InputError or OSError.
+
+    ``max_bytes``: of each array, decompressed.
+    """
+
+    def __init__(self, file: BinaryIO, max_bytes: int) -> None:
+        self._file, self._max_bytes = file, max_bytes
+        try:
+            with open_zip(file, ARCHIVE_MEMBERS) as archive:
+                members = archive.namelist()
+        except (*_DAMAGED, zipfile.BadZipFile, zlib.error) as error:
+            raise InputError(f"is not an archive of arrays ({shorten(str(error), 200)})") from None
+        self.names = tuple(n.removesuffix(".npy") for n in members if n.endswith(".npy"))
+
+    def load(self, name: str) -> np.ndarray:
+        """One array."""
+        try:
+            return _members(self._file, [name], self._max_bytes)[0]
+        except (*_DAMAGED, zipfile.BadZipFile, zlib.error) as error:
+            raise InputError(f"{name} cannot be read ({shorten(str(error), 200)})") from None
 
 
 def load_npz(path: Path, names: Sequence[str]) -> list[np.ndarray]:

@@ -222,6 +222,9 @@ class ImageFiles(Section):
     """Coordinate system of files that declare none, for example EPSG:2154."""
     window: Window | None = None
     """Row and column where the tile begins in images that are larger than it. Null: the images are the tile."""
+    unpack: bool = False
+    """Apply the ``scale_factor`` and ``add_offset`` that arrays of NetCDF, HDF5 and Zarr files declare; values become
+    floating-point numbers. False: values as they are stored."""
 
     @property
     def band_sources(self) -> tuple[int | str, ...]:
@@ -320,7 +323,8 @@ class Raster(ImageFiles):
     series: bool = False
     """Whether a tile has several images, each with its date."""
     scale: float = 1.0
-    """Stored value = scale · value in the file + offset. A scale that the file declares is not applied."""
+    """Stored value = scale · value in the file + offset. A scale that the file declares is not applied (but see
+    ``unpack``)."""
     offset: float = 0.0
     """See ``scale``: Sentinel-2 since processing baseline 04.00 needs -1000."""
     masks: dict[Name, MaskRule] = Field(default_factory=dict)

@@ -17,6 +17,7 @@ import numpy as np
 from maestro_scale.datasets import raw
 from maestro_scale.datasets.description.config import ImageFiles
 from maestro_scale.datasets.description.patterns import parse_date_text
+from maestro_scale.datasets.sources import remote
 from maestro_scale.datasets.sources.listing import list_files
 from maestro_scale.datasets.sources.protocol import Date, ImageRef, Pixels, Window
 from maestro_scale.datasets.spec import DatasetError
@@ -33,7 +34,12 @@ def list_images(section: ImageFiles, src: str) -> Iterator[ImageRef]:
 @contextmanager
 def open_file(address: str, section: ImageFiles) -> Iterator[RasterFile]:
     """As :meth:`.protocol.Source.open_file`."""
-    with raw.open_raster(Path(address)) as raster:
+    if not remote.is_remote(address):
+        with raw.open_raster(Path(remote.local_path(address))) as raster:
+            yield RasterFile(raster, address, section)
+        return
+    # Not by GDAL's own network access: this has the credentials and retries of all remote files.
+    with remote.open_binary(address) as file, raw.open_raster_file(file, address) as raster:
         yield RasterFile(raster, address, section)
 
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 
 from maestro_scale.datasets.description.config import ImageFiles
-from maestro_scale.datasets.description.patterns import BAND, Pattern, scan_local
+from maestro_scale.datasets.description.patterns import BAND, Pattern
+from maestro_scale.datasets.sources import remote
 from maestro_scale.datasets.sources.protocol import ImageRef
 from maestro_scale.datasets.spec import DatasetError
 
 log = logging.getLogger(__name__)
-Lister = Callable[[str], Iterable[tuple[str, bool]]]
 
 
 def pattern_of(section: ImageFiles) -> Pattern:
@@ -26,17 +25,16 @@ def pattern_of(section: ImageFiles) -> Pattern:
     return pattern
 
 
-def list_files(section: ImageFiles, src: str, list_folder: Lister | None = None) -> Iterator[ImageRef]:
+def list_files(section: ImageFiles, src: str) -> Iterator[ImageRef]:
     """One image per file that matches, with all bands of the section or, of ``{band}``, one. No file is opened.
 
-    ``list_folder``: of :meth:`.Pattern.walk`, for addresses that are no local folders. Files that match but for the
-    date are counted in a warning, with the first one.
+    ``src``: a folder, or an address that fsspec lists. Of a web server, which does not list its files, only a path
+    without names in braces can be given. Files that match but for the date are counted in a warning, with the first.
     """
     pattern = pattern_of(section)
     excluded = [Pattern(text) for text in section.exclude]
     every = tuple(range(len(section.band_sources)))
     single = {str(band): (i,) for i, band in enumerate(section.band_sources)}
-    local = list_folder is None
     undated: list[str] = []
     count = 0
 
@@ -46,11 +44,14 @@ def list_files(section: ImageFiles, src: str, list_folder: Lister | None = None)
         if not undated:
             undated.append(path)
 
-    for path, match in pattern.walk(list_folder or scan_local(src), nearly):
+    if pattern.is_literal and remote.is_remote(address := remote.join(src, pattern.text)):
+        yield ImageRef(address, None, None, every)
+        return
+    for path, match in pattern.walk(remote.scan(src), nearly):
         if any(other.match(path) for other in excluded):
             continue
         bands = every if match.band is None else single[match.band]
-        address = os.path.join(src, path) if local else f"{src.rstrip('/')}/{path}"
+        address = remote.join(src, path)
         yield ImageRef(address, match.key, match.date, bands, match.split, (), match.names)
     if count:
         log.warning(

@@ -11,7 +11,7 @@ from maestro_scale.datasets.spec import DatasetError
 
 MODULES: dict[SourceKind, str] = {
     "geotiff": "files",
-    "netcdf": "xarray_files",
+    "netcdf": "netcdf",
     "hdf5": "hdf5",
     "zarr": "zarr",
     "numpy": "numpy_files",
