@@ -274,10 +274,10 @@ def test_texts_are_limited_in_sum(tmp_path, monkeypatch):
         file["a"] = [["x" * 300, "y" * 300]] * 2
     field = {"a": Field("text", (None, 2))}
     (whole,) = read_h5(tmp_path / "a.h5", field).values()
-    monkeypatch.setattr("maestro_scale.datasets.raw._MAX_TEXT_BYTES", 1200)
+    monkeypatch.setattr("maestro_scale.datasets.raw.MAX_TEXT_BYTES", 1200)
     (one_by_one,) = read_h5(tmp_path / "a.h5", field).values()
     assert one_by_one.dtype == whole.dtype
     assert one_by_one.tolist() == whole.tolist() == [[b"x" * 300, b"y" * 300]] * 2
-    monkeypatch.setattr("maestro_scale.datasets.raw._MAX_TEXT_BYTES", 1199)
+    monkeypatch.setattr("maestro_scale.datasets.raw.MAX_TEXT_BYTES", 1199)
     with pytest.raises(DatasetError, match="texts of more than 64 MiB"):
         read_h5(tmp_path / "a.h5", field)
