@@ -19,10 +19,14 @@ if TYPE_CHECKING:
     from maestro_scale.training.observer import Observer
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--recipe", required=True, help="YAML recipe whose first dataset is the benchmark")
+def parse(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> argparse.Namespace:
+    """The command line. ``prog``: name of the command in its help."""
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__, allow_abbrev=False)
+    parser.add_argument(
+        "--recipe",
+        required=True,
+        help="YAML file whose first dataset is the benchmark, or the name of a recipe that comes with the package",
+    )
     encoder = parser.add_mutually_exclusive_group(required=True)
     encoder.add_argument(
         "--checkpoint",
@@ -96,9 +100,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> int:
     """Run the command; returns the exit code. Expected errors become one line on standard error."""
-    args = parse(argv)
+    args = parse(argv, prog)
     # Imported only now: they take seconds, which --help and a mistyped option need not wait for.
     from maestro_scale.launcher_death import watch_launcher
     from maestro_scale.training.stop import StopRequest

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sysconfig
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from maestro_scale.escaping import shell_command
 from maestro_scale.evaluation.results import ORACLE, EvalResult, EvaluationError
 from maestro_scale.recipe import Recipe, build_model_config, load_recipe, resolve_spec
 from maestro_scale.shards.format.manifest import Manifest
+from maestro_scale.strict_yaml import shipped
 from maestro_scale.study.processes import (
     STOPPED,
     StopFlag,
@@ -133,20 +133,6 @@ def quickstart(
     write_atomically(paths.done, json.dumps(settings))
 
 
-def find_recipe(name: str) -> Path:
-    """Path of a shipped recipe, in the checkout or where pip installed it. Raises QuickstartError if it is missing."""
-    folders = (
-        Path(__file__).parents[1] / "recipes",
-        Path(sysconfig.get_path("data")) / "share/maestro_scale/recipes",
-    )
-    for folder in folders:
-        if (folder / name).exists():
-            return folder / name
-    raise QuickstartError(
-        f"no recipe {name} in {folders[0]} or {folders[1]}: reinstall maestro-scale, or use a checkout"
-    )
-
-
 def num_threads() -> int:
     """Number of compute threads of a lane: OMP_NUM_THREADS, else its part of the cores."""
     return int(os.environ.get("OMP_NUM_THREADS", 0)) or max((os.cpu_count() or 1) // _LANES, 1)
@@ -169,7 +155,11 @@ def equal_cost_steps(recipe: Recipe) -> int:
 
 
 def _run_stages(console: Console, paths: QuickstartPaths, seed: int, tiles: int, steps: int | None) -> None:
-    recipe = find_recipe("quickstart.yaml")
+    recipe = shipped.find("recipe", "quickstart")
+    if recipe is None:
+        raise QuickstartError(
+            "the recipe quickstart is missing in this installation: reinstall maestro-scale"
+        )
     stop, threads = StopFlag().install(), num_threads()
     # While the tiles are written, this process imports what the later stages need.
     writing = fork(lambda: _write_data(console, paths, seed, tiles), None, session=True)

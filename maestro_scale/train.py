@@ -1,6 +1,7 @@
 """Pretrain MAESTRO: ``deepspeed maestro_scale/train.py --recipe recipes/vitl.yaml [--run-dir DIR] [--set K=V …]``.
 
-The same command run again resumes. Works under ``deepspeed``, ``torchrun``, ``srun`` and plain ``python``.
+The same command run again resumes. Works under ``deepspeed``, ``torchrun``, ``srun``, plain ``python``, and as
+``maestro-scale train``.
 """
 
 from __future__ import annotations
@@ -8,16 +9,21 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from maestro_scale.launcher_death import watch_launcher
 from maestro_scale.training.stop import StopRequest
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="train.py", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--recipe", required=True, help="YAML recipe (see recipes/)")
+def parse(argv: Sequence[str] | None = None, prog: str = "train.py") -> argparse.Namespace:
+    """The command line. ``prog``: name of the command in its help."""
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__, allow_abbrev=False)
+    parser.add_argument(
+        "--recipe",
+        required=True,
+        help="YAML file, or the name of a recipe that comes with the package, e.g. vitl",
+    )
     parser.add_argument("--run-dir", type=Path, help="run directory; default runs/<name of the recipe>")
     parser.add_argument(
         "--set",
@@ -40,9 +46,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = "train.py") -> int:
     """Run the command; returns the exit code. Expected errors become one line on standard error."""
-    args = parse(argv)
+    args = parse(argv, prog)
     stop = StopRequest().install()  # before the imports, which take seconds
     watch_launcher(stop)
     from maestro_scale.entry import launched_rank, run_command

@@ -15,6 +15,7 @@ COMMANDS = {
     "describe",
     *("quickstart", "synth", "shard", "verify", "inspect", "plan", "export", "convert-ign"),
     *("embed", "sync", "dashboard", "report", "study", "doctor"),
+    *("train", "evaluate", "recipes", "init"),
 }
 
 

@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from maestro_scale.cli import data, models, runs, study
+from maestro_scale.cli import data, launch, models, recipes, runs, study
 from maestro_scale.entry import launched_rank, run_command
 from maestro_scale.launcher_death import watch_launcher
 from maestro_scale.secrets_filter import hide_secrets
@@ -30,7 +30,11 @@ for _command in (
     data.shard,
     data.verify,
     data.inspect,
+    recipes.recipes,
+    recipes.init,
     runs.plan,
+    launch.train,
+    launch.evaluate,
     models.export,
     models.convert_ign,
     models.embed,
@@ -40,7 +44,9 @@ for _command in (
     study.study,
     runs.doctor,
 ):
-    app.command()(_command)
+    app.command(context_settings=launch.SETTINGS if _command in (launch.train, launch.evaluate) else None)(
+        _command
+    )
 
 
 def main() -> None:

@@ -13,7 +13,9 @@ def study(
     files: Annotated[
         list[Path],
         typer.Argument(
-            metavar="FILE", help="YAML file of the study (see recipes/study/); several: run in turn."
+            metavar="STUDY",
+            help="YAML file of the study, or the name of one that comes with the package, e.g. targets; "
+            "several: run in turn.",
         ),
     ],
     scale: Annotated[str, typer.Option(help="Scale of the file, e.g. cpu or gpu.")] = "",
@@ -65,6 +67,7 @@ def study(
     """
     from rich.console import Console
 
+    from maestro_scale.strict_yaml.merge import locate
     from maestro_scale.study.command import Request, StudyRun, plan, run_all
     from maestro_scale.study.run import StudyError
 
@@ -77,7 +80,7 @@ def study(
             return run
         return StudyRun(Request(file, scale, root, change or [], os.cpu_count() or 1, threads, slim))
 
-    runs = [load(file) for file in files]
+    runs = [load(locate(file, "study")) for file in files]
     if dry_run:
         plan(runs, Console(width=None if Console().is_terminal else 140))
     elif print_commands:

@@ -12,7 +12,9 @@ from maestro_scale.strict_yaml import loading, merge
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe file, what it extends, ``section.key=value`` overrides and the environment.
+    """Read a recipe, what it extends, ``section.key=value`` overrides and the environment.
+
+    ``path``: a file, or the name of a recipe that comes with the package: ``vitl``, ``eval/treesatai_ts``.
 
     Raises:
         RecipeError: one line per mistake, each with its file, its key and the nearest valid name.
@@ -25,10 +27,10 @@ def parse_recipe(data: Mapping[str, Any], source: str = "recipe") -> Recipe:
     return validated(merge.Tree(dict(data), {(): source}), Recipe)
 
 
-def read_tree(path: str | Path, overrides: Sequence[str]) -> merge.Tree:
+def read_tree(path: str | Path, overrides: Sequence[str], kind: str = "recipe") -> merge.Tree:
     """As :func:`.merge.read_tree`; RecipeError if the file, what it extends or an override is invalid."""
     with recipe_errors():
-        return merge.read_tree(path, overrides)
+        return merge.read_tree(path, overrides, kind)
 
 
 def validated(tree: merge.Tree, schema: type[loading.Document]) -> loading.Document:

@@ -19,7 +19,7 @@ import yaml
 
 from maestro_scale import untrusted
 from maestro_scale.errors import KeyPath, did_you_mean, dotted, shorten
-from maestro_scale.strict_yaml import environment
+from maestro_scale.strict_yaml import environment, shipped
 from maestro_scale.strict_yaml.errors import DocumentError
 
 _SET = "--set"
@@ -50,9 +50,9 @@ class Tree:
 def read_tree(path: str | Path, overrides: Sequence[str], kind: str = "recipe") -> Tree:
     """The file, what it extends, ``overrides`` and the environment, merged; DocumentError if any is invalid.
 
-    ``kind``: of document, for messages.
+    ``path``: a file, or the name of a document that ships with the package (:mod:`.shipped`). ``kind``: of document.
     """
-    tree = _with_overrides(_read_chain(Path(path), (), kind), overrides)
+    tree = _with_overrides(_read_chain(locate(path, kind), (), kind), overrides)
     texts: dict[KeyPath, str] = {}
 
     def resolved(loc: KeyPath, text: str) -> Any:
@@ -68,6 +68,11 @@ def read_tree(path: str | Path, overrides: Sequence[str], kind: str = "recipe") 
     return Tree(environment.mapped(tree.data, resolved), tree.origins, texts)
 
 
+def read_layers(path: str | Path, kind: str = "recipe") -> dict[str, Any]:
+    """The data of a file merged over what it extends, with references to the environment as they are written."""
+    return _read_chain(locate(path, kind), (), kind).data
+
+
 def parse_yaml(text: str) -> Any:
     """YAML 1.2 scalars: ``3e-5`` is a number, ``2024-01-01`` is text; a duplicate key is an error. InputError."""
     return untrusted.load_yaml(text, loader=_Loader)
@@ -76,6 +81,21 @@ def parse_yaml(text: str) -> Any:
 def dump_yaml(data: Any) -> str:
     """YAML that :func:`parse_yaml` reads back unchanged: text that it would read as a number is quoted."""
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+
+
+def locate(path: str | Path, kind: str) -> Path:
+    """The file ``path``, else the shipped document of that name; DocumentError if it can be neither.
+
+    What has a suffix is a file, whether it exists or not.
+    """
+    file, name = Path(path), str(path)
+    if file.suffix or (file.exists() and not file.is_dir()):  # a folder `quickstart` is not the recipe
+        return file
+    found = shipped.find(kind, name)
+    if found is None:
+        hint = did_you_mean(name, shipped.names(kind))
+        raise DocumentError(f"{name}: is neither a file nor the name of a {kind}{hint}")
+    return found
 
 
 def _read_chain(path: Path, below: tuple[Path, ...], kind: str) -> Tree:
@@ -94,6 +114,8 @@ def _read_chain(path: Path, below: tuple[Path, ...], kind: str) -> Tree:
         target = path.parent / Path(environment.substitute(parent, os.environ)).expanduser()
     except environment.Unresolved as error:
         raise DocumentError(f"{path}: extends: {error}") from None
+    if not target.suffix and (named := shipped.find(kind, parent)) is not None:
+        target = named
     if not target.is_file():
         there = [p.name for p in target.parent.glob("*.yaml")] if target.parent.is_dir() else []
         raise DocumentError(f"{path}: extends: {target} does not exist{did_you_mean(target.name, there)}")
@@ -109,6 +131,8 @@ def _read_file(path: Path, kind: str) -> dict[str, Any]:
     except OSError as error:
         there = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
         hint = did_you_mean(path.name, there) if there else ""
+        if shipped.find(kind, path.stem) is not None:
+            hint = f"; the {kind} that comes with maestro-scale is called {path.stem}"
         raise DocumentError(f"{path}: cannot read the {kind}: {error.strerror}{hint}") from None
     except UnicodeDecodeError as error:
         raise DocumentError(f"{path}: is not valid YAML: {error}") from None

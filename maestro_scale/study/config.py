@@ -323,7 +323,7 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
 
     Paths of recipes are relative to the file that gives them. Raises RecipeError: one line per mistake.
     """
-    tree = read_tree(path, overrides)
+    tree = read_tree(path, overrides, "study")
     return validated(Tree(_with_absolute_paths(tree, Path(path)), tree.origins, tree.texts), Study)
 
 

@@ -45,15 +45,12 @@ def next_commands(run_dir: Path, reason: str) -> tuple[str, ...]:
     if _mode(run_dir):
         report = shell_command("maestro-scale", "report", run_dir, "--out", "report.html")
         return (report,) if reason == "done" else ()
-    recipe = run_dir / "recipe.yaml"
+    options = (*_ranks(run_dir), "--recipe", run_dir / "recipe.yaml")
     if reason != "done":
-        return (
-            shell_command("deepspeed", "maestro_scale/train.py", "--recipe", recipe, "--run-dir", run_dir),
-        )
-    evaluate = ("--recipe", recipe, "--checkpoint", run_dir, "--out", "RESULTS")
+        return (shell_command("maestro-scale", "train", *options, "--run-dir", run_dir),)
     return (
         shell_command("maestro-scale", "export", run_dir, "MODEL"),
-        shell_command("deepspeed", "maestro_scale/evaluate.py", *evaluate),
+        shell_command("maestro-scale", "evaluate", *options, "--checkpoint", run_dir, "--out", "RESULTS"),
         shell_command("maestro-scale", "dashboard", run_dir.parent),
     )
 
@@ -64,6 +61,12 @@ def closing_message(run_dir: Path, reason: str) -> str:
         return ""
     commands = "\n".join(f"    {command}" for command in next_commands(run_dir, reason))
     return f"losses and speed are in {run_dir / REPORT}; next:\n{commands}"
+
+
+def _ranks(run_dir: Path) -> tuple[str, ...]:
+    """The option for as many ranks as the run had; none where they were on several nodes."""
+    setup = read_environment(run_dir).get("setup")
+    return ("--nproc", str(setup["ranks"])) if setup and setup["nodes"] == 1 < setup["ranks"] else ()
 
 
 def _mode(run_dir: Path) -> str | None:

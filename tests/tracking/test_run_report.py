@@ -43,7 +43,7 @@ def test_losses_of_each_dataset_and_speeds(tmp_path):
     ):
         assert words in text, text
     assert "MFU" not in text
-    assert "train.py" in run_report(recipe, tmp_path, "stopped")
+    assert "maestro-scale train --recipe" in run_report(recipe, tmp_path, "stopped")
 
 
 def test_a_run_without_a_log_line(tmp_path):
