@@ -74,6 +74,30 @@ def test_a_mask_band_is_found_within_the_file_and_beside_it(tmp_path, internal):
     np.testing.assert_array_equal(read_tif(path, (2, 2, 3), "uint16").invalid, expected)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "tags", "marked"),
+    [
+        ("int16", ("nan", "nan"), []),  # NaN, and numbers beyond the dtype, do not occur in integers
+        ("uint8", ("-9999", "300"), []),
+        ("int16", ("100", "110"), [(0, 0, 0), (1, 0, 0)]),
+        ("float32", ("nan", "110"), [(0, 1, 1), (1, 0, 0)]),
+    ],
+)
+def test_each_band_has_its_nodata_value(tmp_path, dtype, tags, marked):
+    """In a file beside the image, since TIFF has one for all bands."""
+    values = pixels(dtype)
+    if dtype == "float32":
+        values[0, 1, 1] = np.nan
+    path = write(tmp_path / "a.tif", values)
+    bands = "".join(
+        f'<PAMRasterBand band="{i}"><NoDataValue>{tag}</NoDataValue></PAMRasterBand>'
+        for i, tag in enumerate(tags, 1)
+    )
+    (tmp_path / "a.tif.aux.xml").write_text(f"<PAMDataset>{bands}</PAMDataset>")
+    invalid = read_tif(path, (2, 2, 3), dtype).invalid
+    assert ([] if invalid is None else [tuple(i) for i in np.argwhere(invalid).tolist()]) == marked
+
+
 def test_an_alpha_channel_beside_the_bands_is_a_mask(tmp_path):
     values = pixels("uint8", 4)
     values[3] = [[255, 0, 255], [255, 255, 255]]

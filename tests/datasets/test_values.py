@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from maestro_scale import datasets
-from maestro_scale.datasets.fill import QUANTITIES, clean_image, clean_series, percent
+from maestro_scale.datasets.fill import QUANTITIES, clean_image, clean_series, invalid_values, percent
+from maestro_scale.datasets.quantity import QUANTITY_KINDS
 from maestro_scale.datasets.spec import DatasetError, Modality
 from maestro_scale.datasets.values import (
+    LARGEST,
+    InvalidNote,
     array_problem,
     chronological,
     dates_problem,
@@ -314,3 +319,124 @@ def test_masked_arrays_are_found_also_in_lists():
     assert masked_problem([data.astype(int), np.ma.masked_equal(data.astype(int), 3)]) == (
         "is a masked array with 1 masked values, the first at (1, 1, 0); fill them: .filled(value)"
     )
+
+
+def test_invalid_pixels_are_marked_as_nodata_where_the_modality_stores_it():
+    """Beside a cloud mask, which stays; the date without any valid value is left out."""
+    values = np.full((3, 2, 1, 2), 300, np.int16)
+    values[0] = -9999
+    values[2, 1, 0, 0] = -10_000
+    declared = np.zeros(values.shape, bool)
+    declared[1, 0, 0, 1] = True
+    cloud = np.array([7, 8, 9], np.uint8).reshape(3, 1, 1, 1) * np.ones((3, 1, 1, 2), np.uint8)
+    s2 = modality("int16", bands=("B2", "B3"), mask=("nodata", "cloud"))
+    for mask in (cloud, np.insert(cloud, 0, 0, axis=1)):  # with and without the band
+        notes: list[str] = []
+        out = clean_series(
+            values, DATES, s2, QUANTITY_KINDS["reflectance"], "f", notes, declared=declared, mask=mask
+        )
+        assert out.mask is not None
+        assert out.mask.dtype == np.uint8
+        assert out.mask[:, 0].tolist() == [[[0, 100]], [[100, 0]]]
+        assert out.mask[:, 1, 0, 0].tolist() == [8, 9]
+        assert out.dates.tolist() == DATES[1:].tolist()
+        assert out.values[:, :, 0].tolist() == [[[300, 0], [300, 300]], [[300, 300], [0, 300]]]
+        assert notes == [
+            "m has values that the file declares as nodata: marked as nodata",
+            "m has fill values (-9999 or lower, or from 1e20): marked as nodata",
+            "m has dates without any valid value: these dates are left out",
+        ]
+    alone = modality("int16", bands=("B2", "B3"), mask=("nodata",))
+    out = clean_series(np.full((1, 2, 1, 2), 5, np.int16), DATES[:1], alone, QUANTITY_KINDS["any"], "f", [])
+    assert out.mask is not None
+    assert out.mask.tolist() == [[[[0, 0]]]]
+
+
+@pytest.mark.parametrize("kind", QUANTITY_KINDS)
+def test_floats_of_any_quantity_are_nan_where_they_are_marked(kind):
+    value = {"elevation": 12_000, "backscatter_linear": -1, "backscatter_db": 200}.get(kind, -np.inf)
+    notes: list[str] = []
+    series = clean_series(
+        column(value, 0.25),
+        DATES[:2],
+        modality("float32", mask=("nodata",)),
+        QUANTITY_KINDS[kind],
+        "f",
+        notes,
+    )
+    np.testing.assert_array_equal(series.values, column(np.nan, 0.25))
+    assert series.mask is not None
+    assert series.mask[:, 0].tolist() == [[[100, 0]], [[0, 0]]]
+    (note,) = notes
+    assert isinstance(note, InvalidNote)
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "expected"),
+    [
+        ("elevation", -9999, True),
+        ("elevation", -32_768, True),
+        ("elevation", 3.4028235e38, True),
+        ("elevation", 12_000, False),
+        ("reflectance", -10_000, True),
+        ("reflectance", -12_345, False),
+        ("reflectance", 9.96921e36, True),
+        ("backscatter_db", -np.inf, True),
+        ("backscatter_db", np.inf, False),
+        ("backscatter_db", -9999, True),
+        ("backscatter_db", 0, True),
+        ("backscatter_linear", 0, True),
+        ("backscatter_linear", -0.5, False),
+        ("backscatter_linear", np.inf, False),
+        ("any", 1e20, True),
+        ("any", np.nan, True),
+        ("any", 2e20, False),
+        ("image", np.inf, False),
+    ],
+)
+def test_strict_writers_stop_at_values_that_are_no_known_fill(kind, value, expected):
+    quantity = QUANTITY_KINDS[kind]
+    found = list(invalid_values(column(value, 0.25), modality("float32"), quantity, None))
+    assert [known for _, _, known in found] == [expected]
+    # A declared one never stops.
+    declared = column(value, 0.25) == column(value, 0.25)
+    assert all(
+        known for _, _, known in invalid_values(column(value, 0.25), modality("float32"), quantity, declared)
+    )
+
+
+def test_integers_have_no_nan_and_elevation_of_a_series_has_means():
+    notes: list[str] = []
+    out = clean_series(
+        column(0, 7, dtype="int16"),
+        DATES[:2],
+        modality("int16"),
+        QUANTITY_KINDS["backscatter_db"],
+        "f",
+        notes,
+    )
+    assert out.values[:, 0, 0].tolist() == [[0, 5], [7, 5]]
+    assert notes == ["m has zeros, which in decibels are no measurement: stored as 0"]
+    dem = clean_series(
+        column(-9999, 7), DATES[:2], modality("float32", bands=("DTM",)), QUANTITY_KINDS["elevation"], "f", []
+    )
+    assert dem.values[:, 0, 0].tolist() == [[0.5, 0.5], [7, 0.5]]
+
+
+def test_complex_numbers_are_refused():
+    numbers = np.ones((2, 1, 1, 2), np.complex64)
+    with pytest.raises(DatasetError, match="f: is complex64; give real numbers"):
+        clean_series(numbers, DATES[:2], modality("float32"), QUANTITY_KINDS["any"], "f", [])
+    with pytest.raises(DatasetError, match="f: is complex64"):
+        clean_image(numbers[0], modality("float32"), QUANTITY_KINDS["any"], "f", [])
+
+
+@given(st.floats(width=32), st.floats(-1e6, 1e6), st.sampled_from(["float16", "float32", "float64"]))
+def test_limits_hold_in_every_dtype(value, limit, dtype):
+    """A limit that is between two numbers of a dtype is not rounded to the next one."""
+    with np.errstate(over="ignore"):
+        array = np.array([value], dtype)
+    inside = QUANTITY_KINDS["any"].within(limit, None)
+    assert inside.valid(array)[0] == (limit <= float(array[0]) < LARGEST)
+    below = QUANTITY_KINDS["any"].within(None, limit)
+    assert below.valid(array)[0] == (-LARGEST < float(array[0]) <= limit)
