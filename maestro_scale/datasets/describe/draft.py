@@ -55,7 +55,7 @@ class Draft:
         doc.comment(f"A first draft, by: maestro-scale describe {self.source}")
         doc.comment(self.header)
         doc.comment(
-            'Lines with "assumed" are guesses: check these first. All keys are listed in docs/describe.md.'
+            'Lines with "assumed" are guesses: check these first. All keys are listed in docs/description.md.'
         )
         for remark in self.remarks:
             doc.comment(remark)

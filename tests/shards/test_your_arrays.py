@@ -1,4 +1,4 @@
-"""The commands of docs/your_dataset.md run in real processes, from arrays to scores."""
+"""The commands of docs/your_arrays.md run in real processes, from arrays to scores."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from testkit.runs import REPO, curve, metrics
 from maestro_scale.shards.format.manifest import Manifest
 from maestro_scale.shards.read.store import Store
 
-PAGE = (REPO / "docs" / "your_dataset.md").read_text()
+PAGE = (REPO / "docs" / "your_arrays.md").read_text()
 BIN = Path(sys.executable).parent
 
 
