@@ -17,8 +17,6 @@ from testkit.runs import REPO, curve, metrics
 from maestro_scale.shards.format.manifest import Manifest
 
 PAGE = (REPO / "docs" / "your_dataset.md").read_text()
-# Without a launcher: its start-up takes longer than the test's training.
-LAUNCHER = f'deepspeed() {{ script=$1; shift; "{sys.executable}" "{REPO}/$script" "$@"; }}\n'
 
 
 def block(name: str) -> str:
@@ -27,7 +25,7 @@ def block(name: str) -> str:
 
 def run(name: str, folder: Path, *more: str) -> str:
     """Output of a block of the page in a shell; ``more``: words to add to its last command."""
-    script = LAUNCHER + " ".join([block(name).rstrip(), *more])
+    script = " ".join([block(name).rstrip(), *more])
     rank = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")  # an earlier test may have set them
     env = {
         **{k: v for k, v in os.environ.items() if k not in rank},

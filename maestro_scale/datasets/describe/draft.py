@@ -126,9 +126,13 @@ class Draft:
         resolution = notes.get("resolution_m", "")
         if sized.resolution_m != r.resolution_m:
             resolution = (
-                f"assumed: coarser than the files ({r.resolution_m:g} m), so that a tile holds six pixels of the "
-                "coarsest raster too"
+                f"assumed: near the files' {r.resolution_m:g} m; a whole number of pixels fits into a tile"
             )
+            if sized.resolution_m > 1.5 * r.resolution_m:
+                resolution = (
+                    f"assumed: coarser than the files' {r.resolution_m:g} m, as a tile also holds six pixels of the "
+                    "coarsest raster"
+                )
         doc.put(4, "resolution_m", sized.resolution_m, resolution)
         doc.put(4, "dtype", r.dtype, notes.get("dtype", ""))
         if r.series:

@@ -59,25 +59,37 @@ def usual_patch(resolution_m: float) -> int:
 
 
 def sizes_of_scenes(rasters: Sequence[Input]) -> Sizes:
-    """Tiles to cut from scenes; of a sample that is a whole tile."""
+    """Tiles to cut from scenes; a sample is a whole tile.
+
+    A tile is a whole number of pixels of every raster, and at least six of the coarsest. As scenes are warped in any
+    case, a resolution that does not fit is changed a little.
+    """
     resolutions = [_millimetres(r.resolution_m) for r in rasters]
     coarsest, finest = max(resolutions), min(resolutions)
-    # A tile is a whole number of pixels of every raster, and at least six of the coarsest.
+    at_least = 6 * coarsest
+    sizes = None
     for grid in _GRIDS:
-        wanted = grid * usual_patch(finest / _UNIT) * finest
-        if (at_least := 6 * coarsest) > wanted * 1.5:
-            side = _too_fine(rasters, at_least)
-            if side is not None:
-                return side
-        step = math.lcm(coarsest, *(r for r in resolutions))
-        patches = [usual_patch(r / _UNIT) * r for r in resolutions]
-        whole = math.lcm(step, *patches)
-        unit = whole if whole <= 2 * max(wanted, at_least) else step
-        tile = unit * max(1, round(max(wanted, at_least) / unit))
-        sizes = _sized(rasters, tile / _UNIT, tile / _UNIT)
-        if sizes.tokens <= MAX_TOKENS or grid == _GRIDS[-1]:
-            return sizes
-    raise AssertionError("the last grid is returned in any case")
+        wanted = max(grid * usual_patch(finest / _UNIT) * finest, at_least)
+        whole = math.lcm(*resolutions, *(usual_patch(r / _UNIT) * r for r in resolutions))
+        unit = next((u for u in (whole, math.lcm(*resolutions)) if u <= 1.5 * wanted), coarsest)
+        tile_m = unit * max(-(-at_least // unit), round(wanted / unit)) / _UNIT
+        sizes = _sized([_fitted(r, tile_m) for r in rasters], tile_m, tile_m)
+        if sizes.tokens <= MAX_TOKENS:
+            break
+    assert sizes is not None
+    return sizes
+
+
+def _fitted(raster: Input, tile_m: float) -> Input:
+    """The raster with pixels of which a whole number fits into a tile, and not too many."""
+    side = tile_m / raster.resolution_m
+    if side > _MAX_SIDE * 1.5:
+        resolution_m = tile_m / 240
+    elif abs(side - round(side)) > 1e-6:
+        resolution_m = tile_m / round(side)
+    else:
+        return raster
+    return Input(round(resolution_m, 9), raster.num_dates, raster.side)
 
 
 def sizes_of_tiles(rasters: Sequence[Input], tile_m: float) -> Sizes:
@@ -98,20 +110,6 @@ def _is_usual(sizes: Sizes) -> bool:
     """Whether there are not too many tokens, of patches that differ from the usual ones by a factor of at most two."""
     usual = [(r.patch, usual_patch(r.resolution_m)) for r in sizes.rasters]
     return sizes.tokens <= MAX_TOKENS and all(u <= 2 * p and p <= 2 * u for p, u in usual)
-
-
-def _too_fine(rasters: Sequence[Input], at_least: int) -> Sizes | None:
-    """Sizes with the finest rasters stored with larger pixels, where some see so much more than others; else None."""
-    tile_m = at_least / _UNIT
-    most = _MAX_SIDE
-    if all(tile_m / r.resolution_m <= most for r in rasters):
-        return None
-    changed = []
-    for r in rasters:
-        side = round(tile_m / r.resolution_m)
-        resolution_m = r.resolution_m if side <= most else tile_m / 240
-        changed.append(Input(resolution_m, r.num_dates, r.side))
-    return _sized(changed, tile_m, tile_m)
 
 
 def _sized(rasters: Sequence[Input], tile_m: float, crop_m: float) -> Sizes:
