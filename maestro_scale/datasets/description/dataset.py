@@ -18,13 +18,7 @@ from maestro_scale.datasets.description.assemble import (
 )
 from maestro_scale.datasets.description.config import Description, Raster
 from maestro_scale.datasets.description.config import Target as TargetKeys
-from maestro_scale.datasets.description.index import (
-    SectionImages,
-    keys_of,
-    list_section,
-    optional_sections,
-    sections,
-)
+from maestro_scale.datasets.description.index import SectionImages, keys_of, list_sections
 from maestro_scale.datasets.description.spec import dataset_spec
 from maestro_scale.datasets.description.targets import TableLabels, TargetReader
 from maestro_scale.datasets.description.tile import MaskImages, RasterImages, make_tile, origin_of
@@ -46,11 +40,7 @@ def open_described(
         scenes = importlib.import_module("maestro_scale.datasets.scenes.dataset")
         return scenes.open_scenes(description, src, split)
     spec = dataset_spec(description)
-    optional = optional_sections(description)
-    images = {
-        where: list_section(where, section, src, split, description.splits, required=where not in optional)
-        for where, section in sections(description).items()
-    }
+    images = list_sections(description, src, split)
     rasters = [images[f"rasters.{m.name}"] for m in spec.modalities]
     by_folder = any("{split}" in (s.section.files or "") for s in images.values())
     keys, listing = splits.select(description.splits, src, split, keys_of(rasters), by_folder)

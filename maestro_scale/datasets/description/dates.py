@@ -97,8 +97,10 @@ def _texts(cell: str, where: str) -> list[str]:
         value = untrusted.load_json(cell)
     except untrusted.InputError as error:
         raise DatasetError(f"{where}: is not a list of dates ({error})", "a date cannot be read") from error
-    items = list(value.values()) if isinstance(value, dict) else value
-    return [str(item) for item in items]
+    if isinstance(value, dict):  # {"1": 20190103, "2": …}: by number
+        by_number = all(name.isdecimal() for name in value)
+        value = [value[name] for name in (sorted(value, key=int) if by_number else value)]
+    return [str(item) for item in value]
 
 
 def _is_one(cell: str) -> bool:

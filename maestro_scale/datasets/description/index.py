@@ -8,10 +8,15 @@ from dataclasses import dataclass
 
 from maestro_scale.datasets.description.config import Description, ImageFiles, MaskRule, Raster, Splits
 from maestro_scale.datasets.description.dates import ListedDates
+from maestro_scale.datasets.description.patterns import Pattern
+from maestro_scale.datasets.sources.listing import pattern_of
 from maestro_scale.datasets.sources.protocol import ImageRef
-from maestro_scale.datasets.sources.table import source_of
+from maestro_scale.datasets.sources.table import source_kind, source_of
 from maestro_scale.datasets.spec import DatasetError
 from maestro_scale.errors import shorten
+
+_BY_NAME = ("geotiff", "netcdf", "hdf5", "zarr", "numpy")
+"""Sources that list files which match the pattern."""
 
 
 @dataclass(frozen=True)
@@ -55,26 +60,58 @@ def mask_section(raster: Raster, rule: MaskRule) -> MaskRule:
     return rule.model_copy(update={n: getattr(raster, n) for n in shared if getattr(rule, n) is None})
 
 
-def list_section(
+def list_sections(
+    description: Description, src: str, split: str, by_tile: bool = True
+) -> dict[str, SectionImages]:
+    """The images of all sections that belong to ``split``, by their key in the description.
+
+    A file that matches the patterns of several sections is of the one with the most literal text: ``a_mask.tif`` is of
+    ``{key}_mask.tif``, not of ``{key}.tif``. ``by_tile``: whether every image needs a key; if not, those without have
+    the key "". DatasetError if a section has no images, or images without a key.
+    """
+    every, optional = sections(description), optional_sections(description)
+    patterns = {where: _pattern(section) for where, section in every.items()}
+    found = {}
+    for where, section in every.items():
+        mine = patterns[where]
+        closer = {p.text: p for p in patterns.values() if mine and p and p.num_literal > mine.num_literal}
+        found[where] = _list_section(
+            where,
+            section,
+            src,
+            split,
+            description.splits,
+            by_tile,
+            list(closer.values()),
+            where not in optional,
+        )
+    return found
+
+
+def _pattern(section: ImageFiles) -> Pattern | None:
+    """The pattern of the section's files; None if they are not matched by name."""
+    return pattern_of(section) if source_kind(section) in _BY_NAME else None
+
+
+def _list_section(
     where: str,
     section: ImageFiles,
     src: str,
     split: str,
     splits: Splits,
-    by_tile: bool = True,
-    required: bool = True,
+    by_tile: bool,
+    closer: Sequence[Pattern],
+    required: bool,
 ) -> SectionImages:
-    """The images of a section that belong to ``split``; DatasetError if there are none at all, or without a key.
-
-    ``by_tile``: whether every image needs a key; if not, those without have the key "". ``required``: whether there
-    must be any.
-    """
     called = set(names_of(split, splits))
     by_key: dict[str, list[ImageRef]] = {}
     others: set[str] = set()
+    start = len(src.rstrip("/")) + 1
     for ref in source_of(section).list_images(section, src):
         if ref.split is not None and ref.split not in called:
             others.add(ref.split)
+            continue
+        if closer and any(p.regex.fullmatch(ref.address[start:]) for p in closer):
             continue
         if ref.key is None and by_tile:
             raise DatasetError(

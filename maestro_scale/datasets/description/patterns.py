@@ -77,6 +77,11 @@ class Pattern:
         return SPLIT in self.names
 
     @property
+    def num_literal(self) -> int:
+        """Characters that every match has."""
+        return len(_FIELD.sub("", self.text))
+
+    @property
     def is_literal(self) -> bool:
         """Whether it is one path."""
         return not _FIELD.search(self.text)

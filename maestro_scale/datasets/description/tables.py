@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from maestro_scale.datasets import raw
 from maestro_scale.datasets.spec import DatasetError
 from maestro_scale.errors import did_you_mean, shorten
 
-_VECTOR = (".gpkg", ".geojson", ".shp", ".fgb")
+_VECTOR = (".gpkg", ".geojson", ".shp")
+_SUFFIX = re.compile(r"\.[A-Za-z][A-Za-z0-9]{1,7}$")
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,11 @@ class KeyedRows:
 
 
 def stem(text: str) -> str:
-    """The name of a file without folders and suffix; of other text the text."""
-    return PurePosixPath(text).name.split(".")[0] if "." in text or "/" in text else text
+    """The name of a file without folders and suffixes; other text as it is."""
+    name = text.rstrip("/").rpartition("/")[2]
+    while (shorter := _SUFFIX.sub("", name)) and shorter != name:
+        name = shorter
+    return name
 
 
 def read_lines(path: Path) -> list[str]:
@@ -114,13 +119,18 @@ def _parquet(path: Path, wanted: Sequence[str] | None) -> dict[str, list[str]]:
 
 def _attributes(path: Path) -> dict[str, list[str]]:
     import pyogrio
-    from pyogrio.errors import DataSourceError
 
+    from maestro_scale.datasets.description.vectors import driver_of
+
+    driver_of(path)  # of a format that names no other files
     try:
-        frame = pyogrio.read_dataframe(path, read_geometry=False)
-    except (DataSourceError, OSError, ValueError) as error:
+        meta, _, _, values = pyogrio.raw.read(path, read_geometry=False)
+    except (RuntimeError, ValueError, OSError) as error:  # pyogrio's errors are RuntimeErrors
         raise raw.read_error(path, error) from error
-    return {str(name): [_text(v) for v in frame[name].tolist()] for name in frame.columns}
+    return {
+        str(name): [_text(v) for v in column.tolist()]
+        for name, column in zip(meta["fields"], values, strict=True)
+    }
 
 
 def _text(value: Any) -> str:

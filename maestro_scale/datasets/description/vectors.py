@@ -56,7 +56,7 @@ class VectorFile:
         file_crs: str | None = None,
     ) -> None:
         self.path, self.crs, self.column, self._order = path, crs, column, order
-        self._driver = _driver(path)
+        self._driver = driver_of(path)
         self._layer = _layer(path, layer) if self._driver == "GPKG" else None
         self._columns = tuple(dict.fromkeys(c for c in (column, order) if c is not None))
         self.file_crs = self._check_header(file_crs)
@@ -255,7 +255,8 @@ def read_area(path: Path, crs: str, layer: str | None = None) -> Any:
     return shapely.union_all(shapely.make_valid(polygons))
 
 
-def _driver(path: Path) -> str:
+def driver_of(path: Path) -> str:
+    """The driver for a vector file; DatasetError unless suffix and first bytes say the same format."""
     try:
         with path.open("rb") as file:
             start = file.read(len(_SQLITE))
