@@ -169,7 +169,7 @@ def _naip(name: str, src: Path, dst: Path, keys: list[str], split: str) -> dict[
             "naip": {"files": "naip/{key}.png", "dates": dates("naip", -1)},
             "s2": {"files": "sentinel2/{key}_stacked.tif", "dates": dates("s2", -5), **stack},
             "s1": {"files": "sentinel1/{key}.tif", "dates": dates("s1", -5), **stack},
-        }
+        },
     }
 
 
@@ -207,7 +207,7 @@ def _flair(name: str, src: Path, dst: Path, keys: list[str], split: str) -> dict
         **{s: {**files(s), **dates(s, "acquisition_dates"), "axes": axes} for s in series},
     }
     rasters["s2"]["masks"] = {
-        mask: {**files("mask"), "band": i, "axes": axes, "percent": True}
+        mask: {**files("mask"), "band": i, "axes": axes, "bands_per_date": 2, "percent": True}
         for i, mask in enumerate(("snow", "cloud"), start=1)
     }
     (target,) = datasets.spec(name).targets

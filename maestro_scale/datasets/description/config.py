@@ -211,6 +211,8 @@ class ImageFiles(Section):
     axes: Annotated[tuple[Axis, ...], BeforeValidator(listed)] | None = None
     """Order of the axes of an array: key, date, band, y, x. Null: of GeoTIFF (and of an array of that many axes) band,
     y, x. ``[date, band, y, x]`` for a GeoTIFF: its bands are those of the first date, then those of the second …"""
+    bands_per_date: Count | None = None
+    """Of a GeoTIFF with the bands of several dates: how many each date has in the file. Null: those that are listed."""
     keys: Text | None = None
     """Where one file holds many tiles: the coordinate, dataset (of HDF5: of a table its first column), column or
     property with the keys of its tiles, in order; null: the index, from 0."""
@@ -335,8 +337,9 @@ class Raster(ImageFiles):
     """Lowest and highest valid value, as stored, if another range than the quantity's applies."""
     resampling: Resampling = "bilinear"
     """How pixels are warped to the grid; masks and label images: nearest."""
-    required: bool = True
-    """Whether a tile without it is left out (and counted). False: the tile is stored with what it has."""
+    required: bool | None = None
+    """Whether a tile without it is left out, and counted. false: the tile is stored with what it has. Null: as false,
+    but it is an error if no tile has it, since then ``files`` is wrong."""
     sensor: SensorPreset | None = SensorPreset()
     """How the model uses it. null: it is stored only."""
 

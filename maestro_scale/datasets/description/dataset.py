@@ -24,6 +24,7 @@ from maestro_scale.datasets.description.targets import TableLabels, TargetReader
 from maestro_scale.datasets.description.tile import MaskImages, RasterImages, make_tile, origin_of
 from maestro_scale.datasets.fill import NOTHING_VALID
 from maestro_scale.datasets.spec import DatasetError, DatasetSpec, Modality, RawDataset, Tile
+from maestro_scale.errors import shorten
 
 
 def open_described(
@@ -47,8 +48,7 @@ def open_described(
     if not by_folder and description.splits.blocks is not None:
         blocks = importlib.import_module("maestro_scale.datasets.description.blocks")
         keys = blocks.tiles_of_split(description.splits.blocks, split, keys, rasters, description)
-    required = [f"rasters.{m.name}" for m in spec.modalities if _raster(description, m.name).required]
-    _check_complete(keys, [images[r] for r in required], listing)
+    _check_complete(description, keys, images, listing)
     wanted = set(keys)
     images = {where: _only(found, wanted) for where, found in images.items()}
     tables = {
@@ -138,7 +138,7 @@ class DescribedTiles:
         found: dict[str, RasterImages] = {}
         for modality in self.spec.modalities:
             section = self.images[f"rasters.{modality.name}"]
-            if key in section.by_key or _raster(self.description, modality.name).required:
+            if key in section.by_key or not modality.optional:
                 found[modality.name] = self._raster_images(modality, section, key)
         if not found:
             raise DatasetError(
@@ -189,12 +189,27 @@ def _only(images: SectionImages, keys: set[str]) -> SectionImages:
     return replace(images, by_key={k: refs for k, refs in images.by_key.items() if k in keys})
 
 
-def _check_complete(keys: Sequence[str], rasters: Sequence[SectionImages], listing: str) -> None:
-    """DatasetError if no tile has a file of all these rasters: then a pattern is wrong."""
+def _check_complete(
+    description: Description, keys: Sequence[str], images: Mapping[str, SectionImages], listing: str
+) -> None:
+    """DatasetError if no tile has a file of a raster, or has it with another raster: then a pattern is wrong."""
+    rasters = [
+        images[f"rasters.{name}"] for name, raster in description.rasters.items() if raster is not None
+    ]
     for raster in rasters:
-        if not any(key in raster.by_key for key in keys):
-            there = next(iter(sorted(raster.by_key)), "")
+        if not raster.by_key:
+            continue  # it may be missing, as the description says
+        own = [key for key in keys if key in raster.by_key]
+        others = [r for r in rasters if r is not raster and r.by_key]
+        first = next(iter(sorted(raster.by_key)), "")
+        if not own:
             raise DatasetError(
                 f"{raster.where}.files: {raster.section.files} has none of the {len(keys)} tiles of {listing}, first "
-                f"{keys[0]}, but {there}; the {{key}} of all patterns must be the same text"
+                f"{shorten(keys[0])}, but {shorten(first)}; the {{key}} of all patterns must be the same text"
+            )
+        if others and not any(key in other.by_key for other in others for key in own):
+            there = next(iter(sorted(others[0].by_key)))
+            raise DatasetError(
+                f"{raster.where}.files: no tile has both {raster.section.files} (first {shorten(own[0])}) and "
+                f"{others[0].section.files} (first {shorten(there)}); the {{key}} of all patterns must be the same text"
             )

@@ -45,8 +45,8 @@ def sections(description: Description) -> dict[str, ImageFiles]:
 
 
 def optional_sections(description: Description) -> frozenset[str]:
-    """The keys of those sections that no tile needs: rasters that are not required, and their masks."""
-    optional = [n for n, r in description.rasters.items() if r is not None and not r.required]
+    """The keys of those sections of which there may be no image: rasters that are not required, and their masks."""
+    optional = [n for n, r in description.rasters.items() if r is not None and r.required is False]
     return frozenset(
         w for w in sections(description) for n in optional if f"{w}.".startswith(f"rasters.{n}.")
     )
@@ -56,7 +56,7 @@ def mask_section(raster: Raster, rule: MaskRule) -> MaskRule:
     """The rule with what it takes from its raster: the files if it has none of its own, and how they are read."""
     shared = {"key", "crs"}
     if rule.files is None:
-        shared |= {"files", "source", "variable", "axes", "keys", "window"}
+        shared |= {"files", "source", "variable", "axes", "bands_per_date", "keys", "window"}
     return rule.model_copy(update={n: getattr(raster, n) for n in shared if getattr(rule, n) is None})
 
 

@@ -28,7 +28,9 @@ def dataset_spec(description: Description) -> DatasetSpec:
     """The spec that ``description`` stands for; whether it is consistent is for spec_check to say."""
     rasters = {name: raster for name, raster in description.rasters.items() if raster is not None}
     crop_m = description.crop_m or description.tile_m
-    modalities = tuple(_modality(name, raster, description.tile_m) for name, raster in rasters.items())
+    modalities = tuple(
+        _modality(name, raster, description.tile_m, len(rasters) > 1) for name, raster in rasters.items()
+    )
     sensors = [
         _sensor(name, name, raster.sensor, raster, crop_m)
         for name, raster in rasters.items()
@@ -65,7 +67,7 @@ def default_patch(image_size: int) -> int:
     return next((d for d in range(least, image_size + 1) if image_size % d == 0), max(image_size, 1))
 
 
-def _modality(name: str, raster: Raster, tile_m: float) -> Modality:
+def _modality(name: str, raster: Raster, tile_m: float, has_others: bool) -> Modality:
     return Modality(
         name=name,
         bands=tuple(band.name for band in raster.bands),
@@ -74,7 +76,7 @@ def _modality(name: str, raster: Raster, tile_m: float) -> Modality:
         dtype=raster.dtype,
         series=raster.series,
         mask_bands=tuple(raster.masks),
-        optional=not raster.required,
+        optional=has_others and not raster.required,
     )
 
 

@@ -69,7 +69,7 @@ def make_tile(
                 kept,
             )
         except DatasetError as error:
-            if raster.required or error.kind not in NOTHING_VALID:
+            if not modality.optional or error.kind not in NOTHING_VALID:
                 raise
             found.append(f"{modality.name} has no valid value: stored without it")
             continue

@@ -53,17 +53,20 @@ class RasterFile:
         """``ref``, or a reference for each date of a stack."""
         if not self._stacked:
             return [ref]
-        return [replace(ref, part=(i,)) for i in range(self._num_dates(len(ref.bands)))]
+        return [replace(ref, part=(i,)) for i in range(self._num_dates(self._per_date(ref)))]
 
     def image(self, ref: ImageRef) -> RasterImage:
         """One image; DatasetError if the file lacks one of its bands."""
-        num_bands = len(ref.bands)
         if not self._stacked:
             return RasterImage(self._raster, self._address, self._section, *self._bands_of(ref))
-        num_dates, date = self._num_dates(num_bands), int(ref.part[0])
+        per_date = self._per_date(ref)
+        num_dates, date = self._num_dates(per_date), int(ref.part[0])
         by_date = self._axes.index("date") < self._axes.index("band")
-        bands = [date * num_bands + b if by_date else b * num_dates + date for b in range(num_bands)]
-        alpha = raw.has_extra_alpha(self._raster, num_bands)
+        # Names of bands stand for their order: a stack repeats them.
+        listed = [self._section.band_sources[i] for i in ref.bands]
+        wanted = [band - 1 if isinstance(band, int) else i for i, band in enumerate(listed)]
+        bands = [date * per_date + b if by_date else b * num_dates + date for b in wanted]
+        alpha = raw.has_extra_alpha(self._raster, per_date)
         return RasterImage(self._raster, self._address, self._section, [b + 1 for b in bands], alpha)
 
     @property
@@ -73,6 +76,16 @@ class RasterFile:
     @property
     def _stacked(self) -> bool:
         return "date" in self._axes
+
+    def _per_date(self, ref: ImageRef) -> int:
+        """Bands of one date in a stack."""
+        numbers = [b for b in self._section.band_sources if isinstance(b, int)]
+        per_date = self._section.bands_per_date or max([len(ref.bands), *numbers])
+        if max(numbers, default=0) > per_date:
+            raise DatasetError(
+                f"{self._section.files}: has band {max(numbers)}, but {per_date} bands per date"
+            )
+        return per_date
 
     def _num_dates(self, num_bands: int) -> int:
         count = self._raster.count - raw.has_extra_alpha(self._raster, num_bands)

@@ -46,7 +46,7 @@ def compare(name: str, src: Path, dst: Path, split: str, num: int) -> None:
 
 
 def test_treesatai_ts(synthetic_raw, tmp_path):
-    compare("treesatai_ts", synthetic_raw, tmp_path / "plain", "val", 2)
+    compare("treesatai_ts", synthetic_raw, tmp_path / "plain", "val", 1)
 
 
 @pytest.mark.parametrize(
