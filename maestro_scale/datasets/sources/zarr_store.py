@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from zarr.abc.store import OffsetByteRequest, RangeByteRequest, Store, SuffixByteRequest
 
-if TYPE_CHECKING:
-    from maestro_scale.datasets.sources.zarr import _Checked
+from maestro_scale.datasets.sources.zarr_files import CheckedFiles
 
 
 class ReadOnlyStore(Store):
@@ -20,7 +19,7 @@ class ReadOnlyStore(Store):
     supports_partial_writes = False
     supports_listing = True
 
-    def __init__(self, files: _Checked) -> None:
+    def __init__(self, files: CheckedFiles) -> None:
         super().__init__(read_only=True)
         self._files = files
 
