@@ -19,7 +19,7 @@ import numpy as np
 from maestro_scale.datasets.description.config import ImageFiles
 from maestro_scale.datasets.sources.array_image import ArrayImage, ArrayStore, Placed, Reported, StoredArray
 from maestro_scale.datasets.sources.georeference import Georeference, crs_of_attributes, spaced
-from maestro_scale.datasets.sources.listing import list_files
+from maestro_scale.datasets.sources.listing import list_files, some_names
 from maestro_scale.datasets.sources.protocol import Date, ImageRef
 from maestro_scale.datasets.sources.times import NO_DATE, read_dates, text_of
 from maestro_scale.datasets.spec import DatasetError
@@ -162,7 +162,7 @@ class ArrayFile:
         if len(found) > 1:  # coordinates of several dimensions are named by what refers to them
             found = [name for name in found if not self._is_coordinate(name)]
         if len(found) != 1:
-            there = f"there are {shorten(', '.join(found), 200)}" if found else "there is none with images"
+            there = f"there are {some_names(found)}" if found else "there is none with images"
             raise self._error(f"which array has the images is not said: set variable ({there})", "variable")
         return found[0]
 
@@ -222,7 +222,7 @@ class ArrayFile:
             elif _canonical(want) in texts:
                 yield texts[_canonical(want)]
             else:
-                known = f"called {shorten(', '.join(names), 200)}" if names else "without names"
+                known = f"called {some_names(names)}" if names else "without names"
                 raise self._error(
                     f"{array.name} has {count} bands {known}, and none called {want}; say which by from: NUMBER",
                     "bands",

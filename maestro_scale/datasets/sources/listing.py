@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from maestro_scale.datasets.description.config import ImageFiles
 from maestro_scale.datasets.description.patterns import BAND, Pattern
@@ -60,3 +61,9 @@ def list_files(section: ImageFiles, src: str) -> Iterator[ImageRef]:
             section.files,
             undated[0],
         )
+
+
+def some_names(names: Iterable[str], most: int = 20) -> str:
+    """The first names of a list, for messages."""
+    shown = list(itertools.islice(names, most + 1))
+    return ", ".join(shown[:most]) + (", …" if len(shown) > most else "")
