@@ -75,6 +75,10 @@ class MissingFiles:
                 f"{listing}: none of its {num_tiles} tiles has its files in {src}, first {first}; check the path"
             )
 
+    def lacks(self, key: str) -> bool:
+        """Whether tile ``key`` lacks a file."""
+        return key in self._files
+
     def check(self, key: str) -> None:
         """Raise DatasetError if tile ``key`` lacks a file."""
         if key in self._files:
@@ -394,12 +398,31 @@ def read_h5(path: Path, fields: Mapping[str, Field], optional: Sequence[str] = (
         raise read_error(path, error) from error
 
 
-def check_link(file: Any, name: str, where: str) -> None:
-    """DatasetError if ``name`` is in another file, which a file from others could choose."""
+def h5_lengths(path: Path, names: Sequence[str]) -> dict[str, int]:
+    """Lengths of the first axis of datasets of an HDF5 file, by name; 0 for one that it lacks. Reads no values.
+
+    DatasetError if the file cannot be read.
+    """
     import h5py
 
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            shapes = {n: getattr(file[n], "shape", None) or (1,) for n in names if _has_hard_link(file, n)}
+            return {n: shapes[n][0] if n in shapes else int(n in file) for n in names}
+    except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
+        raise read_error(path, error) from error
+
+
+def _has_hard_link(file: Any, name: str) -> bool:
+    import h5py
+
+    return isinstance(file.get(name, getlink=True), h5py.HardLink)
+
+
+def check_link(file: Any, name: str, where: str) -> None:
+    """DatasetError if ``name`` is in another file, which a file from others could choose."""
     # A soft link may lead to an external one.
-    if not isinstance(file.get(name, getlink=True), h5py.HardLink):
+    if not _has_hard_link(file, name):
         raise DatasetError(f"{where} is a link, which is not followed; fetch the file again")
 
 

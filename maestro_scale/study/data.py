@@ -14,6 +14,7 @@ from maestro_scale import datasets
 from maestro_scale.datasets.spec import DatasetError, RawDataset, Tile
 from maestro_scale.shards.format.manifest import Manifest
 from maestro_scale.shards.locks import file_lock
+from maestro_scale.shards.write.grouping import absent_from
 from maestro_scale.shards.write.packing import shuffle_keys
 from maestro_scale.shards.write.writer import write_shards
 from maestro_scale.study.config import Data
@@ -137,6 +138,9 @@ class _AllTiles:
     def read(self, key: str) -> Tile:
         return self._split_of[key].read(key)
 
+    def absent(self, key: str) -> tuple[str, ...]:
+        return absent_from(self._split_of[key], key)
+
 
 class _Subset:
     """Some tiles of a raw dataset."""
@@ -149,6 +153,9 @@ class _Subset:
 
     def read(self, key: str) -> Tile:
         return self._dataset.read(key)
+
+    def absent(self, key: str) -> tuple[str, ...]:
+        return absent_from(self._dataset, key)
 
 
 def _code(source: str) -> str:

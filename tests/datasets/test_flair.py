@@ -440,6 +440,30 @@ def test_bad_tiles_are_skipped_and_counted_by_kind_or_raise(write_flair, tmp_pat
     assert verify(str(out)) == []
 
 
+def test_tiles_of_a_domain_without_a_folder_of_an_optional_product_are_stored_without_it(
+    write_flair, tmp_path
+):
+    elsewhere = "D033-2021_UU-S2-12_0-0"
+    src = write_flair()
+    for folder, bands in hand.files().items():
+        if "SENTINEL1-ASC" not in folder:
+            write_tif(path_of(src, folder.replace("D012-2019", "D033-2021"), elsewhere), bands)
+    for sensor, when in (("SENTINEL2", hand.S2_DATES), ("SENTINEL1-DESC", hand.S1_DATES)):
+        write_dates(src, sensor, dict.fromkeys((PATCH, elsewhere), when), "acquisition_dates")
+    write_dates(src, "AERIAL", dict.fromkeys((PATCH, elsewhere), "20190704"), "date")
+    (src / "train.csv").write_text(f"patch_id\n{PATCH}\n{elsewhere}\n")
+    reader = datasets.open_raw("flair_hub", src, "train")
+    assert [reader.absent(key) for key in (PATCH, elsewhere)] == [(), ("s1_asc",)]
+    manifest = write_shards(reader, str(tmp_path / "shards"), "train")
+    assert [(s.samples, s.absent) for s in manifest.shards] == [(1, ()), (1, ("s1_asc",))]
+    assert (manifest.notes["lacks s1_asc"], manifest.examples["lacks s1_asc"]) == (1, elsewhere)
+    assert verify(str(tmp_path / "shards")) == []
+    # A product that no domain has is another mistake, and one that is not optional still counts as missing.
+    shutil.rmtree(src / "D012-2019_SENTINEL1-ASC_TS")
+    with pytest.raises(DatasetError, match="has no folder of SENTINEL1-ASC_TS for any domain"):
+        datasets.open_raw("flair_hub", src, "train")
+
+
 def test_long_series_equal_their_json(tmp_path):
     """A quick way reads what is written as usual, another what is not; both must agree with plain JSON."""
     days = [20190101 + 100 * month + day for month in range(12) for day in range(10)]

@@ -19,6 +19,7 @@ from maestro_scale.datasets.treesatai_ts.reader import SPEC, _mixes_polarisation
 from maestro_scale.datasets.treesatai_ts.splits import GENERA
 from maestro_scale.shards.errors import WriteError
 from maestro_scale.shards.format.fields import check_tile
+from maestro_scale.shards.read.verify import verify
 from maestro_scale.shards.write.writer import write_shards
 
 REAL = Path(
@@ -84,14 +85,37 @@ def test_modalities_can_be_selected(write_tile):
         open_raw("treesatai_ts", write_tile(), "train", ["spot"])
 
 
+def test_a_tile_that_lacks_an_orbit_is_stored_without_it(write_tile, tmp_path):
+    content = h5_content()
+    del content["sen-1-des-data"], content["sen-1-des-products"]
+    reader = open_raw("treesatai_ts", write_tile(content), "train")
+    tile = reader.read(TILE)
+    assert tile.arrays.keys() == tile.dates.keys() == {"aerial", "s2", "s1_asc"}
+    assert reader.absent(TILE) == ("s1_des",)
+    check_tile(tile, reader.spec)
+    manifest = write_shards(reader, str(tmp_path / "shards"), "train")
+    assert [s.absent for s in manifest.shards] == [("s1_des",)]
+    assert manifest.notes["lacks s1_des"] == 1
+    assert verify(str(tmp_path / "shards")) == []
+    empty = h5_content()
+    empty["sen-1-asc-data"], empty["sen-1-asc-products"] = content["sen-1-asc-data"][:0], []
+    assert open_raw("treesatai_ts", write_tile(empty), "train").absent(TILE) == ("s1_asc",)
+    # Values without their dates, or another sensor, are an error as before.
+    del content["sen-1-asc-products"]
+    with pytest.raises(DatasetError, match="has no dataset 'sen-1-asc-products'"):
+        open_raw("treesatai_ts", write_tile(content), "train").read(TILE)
+    content = h5_content()
+    del content["sen-2-data"]
+    with pytest.raises(DatasetError, match="has no dataset 'sen-2-data'"):
+        open_raw("treesatai_ts", write_tile(content), "train").read(TILE)
+
+
 def test_only_files_of_the_selected_modalities_are_required(write_tile):
     content = h5_content()
     del content["sen-1-des-data"], content["sen-1-des-products"]
     src = write_tile(content)
     tile = open_raw("treesatai_ts", src, "train", ["aerial", "s2", "s1_asc"]).read(TILE)
     assert tile.arrays.keys() == {"aerial", "s2", "s1_asc"}
-    with pytest.raises(DatasetError, match="has no dataset 'sen-1-des-data'"):
-        read(src)
     shutil.rmtree(src / "aerial")
     tile = open_raw("treesatai_ts", src, "train", ["s1_asc"]).read(TILE)
     assert tile.masks == {}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -52,10 +52,10 @@ FULL_SPEC = DatasetSpec(
         Modality("aerial", ("R", "G", "B", "NIR"), 0.2, 512, "uint8"),
         Modality("dem", ("DSM", "DTM"), 0.2, 512, "float32"),
         Modality("s2", S2_BANDS, 10.24, 10, "uint16", series=True, mask_bands=("snow", "cloud")),
-        Modality("s1_asc", ("VV", "VH"), 10.24, 10, "float32", series=True),
-        Modality("s1_des", ("VV", "VH"), 10.24, 10, "float32", series=True),
-        Modality("spot", ("R", "G", "B", "NIR"), 1.6, 64, "uint16"),
-        Modality("aerial_rlt", ("PAN",), 0.4, 256, "uint8"),
+        Modality("s1_asc", ("VV", "VH"), 10.24, 10, "float32", series=True, optional=True),
+        Modality("s1_des", ("VV", "VH"), 10.24, 10, "float32", series=True, optional=True),
+        Modality("spot", ("R", "G", "B", "NIR"), 1.6, 64, "uint16", optional=True),
+        Modality("aerial_rlt", ("PAN",), 0.4, 256, "uint8", optional=True),
     ),
     targets=(
         Target("cosia", "segmentation", classes.COSIA, ignored=classes.COSIA_IGNORED, resolution_m=0.2),
@@ -177,6 +177,15 @@ class Reader:
         """Sorted patch ids: domain, zone and position."""
         return list(self._listing.keys)
 
+    def absent(self, key: str) -> tuple[str, ...]:
+        """The modalities of which the release has no folder for the domain of a tile."""
+        domain = key.partition("_")[0]
+        return tuple(
+            m.name
+            for m in self.spec.modalities
+            if m.optional and self._folders.find(domain, PRODUCTS[m.name]) is None
+        )
+
     def read(self, key: str) -> Tile:
         """One tile, each series in chronological order; DatasetError that names file and cause."""
         self._missing.check(key)
@@ -185,8 +194,11 @@ class Reader:
         arrays: dict[str, np.ndarray] = {}
         dates: dict[str, np.ndarray] = {}
         masks: dict[str, np.ndarray] = {}
+        absent = self.absent(key)
         for modality in self.spec.modalities:
             name = modality.name
+            if name in absent:
+                continue
             if modality.series:
                 arrays[name], dates[name], mask = self._series(modality, key, notes)
                 masks |= {} if mask is None else {name: mask}
@@ -194,7 +206,7 @@ class Reader:
                 arrays[name] = self._image(modality, key, notes)[None]
                 dates[name] = self._dates[PRODUCTS[name].dates].of(key, notes)[:1]
         for sensor in self.spec.sensors:
-            if len(dates[sensor.source]) < sensor.num_dates:
+            if sensor.source not in absent and len(dates[sensor.source]) < sensor.num_dates:
                 notes.append(f"{sensor.source} has fewer than {sensor.num_dates} dates: some are seen twice")
         labels, origin = self._labels(key, notes)
         return Tile(key, arrays, dates, masks, labels, acquired[0], tuple(notes), origin)
@@ -305,7 +317,8 @@ def open_raw(
     products += [S2_MASK] if any(m.mask_bands for m in spec.modalities) else []
     products += [LABELS[t.name][0] for t in spec.targets]
     folders = Folders(src, names)
-    missing = _find_missing(src, listing, folders, list(dict.fromkeys(products)))
+    optional = {PRODUCTS[m.name] for m in spec.modalities if m.optional}
+    missing = _find_missing(src, listing, folders, list(dict.fromkeys(products)), optional)
     sensors = dict.fromkeys(["AERIAL", *(PRODUCTS[m.name].dates for m in spec.modalities)])
     dates = {sensor: Dates.load(src, sensor, listing.keys) for sensor in sensors}
     return Reader(listing, folders, dates, missing, spec)
@@ -321,9 +334,10 @@ def _refuse_original(src: Path, names: frozenset[str]) -> None:
 
 
 def _find_missing(
-    src: Path, listing: Listing, folders: Folders, products: Sequence[Product]
+    src: Path, listing: Listing, folders: Folders, products: Sequence[Product], optional: Collection[Product]
 ) -> raw.MissingFiles:
-    """The tiles of domains that lack a folder; DatasetError if a product has none at all."""
+    """The tiles of domains that lack a folder, other than of an ``optional`` product; DatasetError if a product has
+    none at all."""
     domains = Counter(key.partition("_")[0] for key in listing.keys)
     lacking: dict[str, str] = {}
     for product in products:
@@ -333,7 +347,7 @@ def _find_missing(
                 f"{src}: has no folder of {product.name} for any domain of {listing.path.name}, first "
                 f"{without[0]}_{product.name}; check the path, or choose other modalities"
             )
-        for domain in without:
+        for domain in without if product not in optional else ():
             lacking.setdefault(domain, f"{domain}_{product.name}")
     files = {key: lacking[d] for key in listing.keys if (d := key.partition("_")[0]) in lacking}
     return raw.MissingFiles(src, listing.path, files, len(listing.keys), kind="a modality folder is missing")

@@ -45,8 +45,9 @@ SPEC = DatasetSpec(
     modalities=(
         Modality("aerial", ("NIR", "R", "G", "B"), 0.2, 300, "uint8"),
         Modality("s2", S2_BANDS, 10.0, 6, "int16", series=True, mask_bands=("snow", "cloud")),
-        Modality("s1_asc", ("VV", "VH"), 10.0, 6, "float32", series=True),
-        Modality("s1_des", ("VV", "VH"), 10.0, 6, "float32", series=True),
+        # A file may lack an orbit.
+        Modality("s1_asc", ("VV", "VH"), 10.0, 6, "float32", series=True, optional=True),
+        Modality("s1_des", ("VV", "VH"), 10.0, 6, "float32", series=True, optional=True),
     ),
     targets=(Target("species", "multilabel", splits.GENERA, threshold=0.07),),
     sensors=(
@@ -82,6 +83,15 @@ class Reader:
     def keys(self) -> list[str]:
         """Sorted tile keys: the aerial file names without suffix."""
         return sorted(self._entries)
+
+    def absent(self, key: str) -> tuple[str, ...]:
+        """The orbits of Sentinel-1 that the file of a tile lacks, from its headers."""
+        optional = [m.name for m in self.spec.modalities if m.optional]
+        if not optional or self._missing.lacks(key):
+            return ()  # a missing file is the error of reading the tile
+        path = self._src / "sentinel-ts" / self._entries[key].sen_name
+        lengths = raw.h5_lengths(path, [_SERIES[name][0] for name in optional])
+        return tuple(name for name in optional if not lengths[_SERIES[name][0]])
 
     def read(self, key: str) -> Tile:
         """One tile; DatasetError that names file and cause, KeyError if the split has no such tile."""
@@ -127,16 +137,22 @@ class Reader:
         """The time series by modality; appends to ``notes``."""
         path = self._src / "sentinel-ts" / entry.sen_name
         fields: dict[str, raw.Field] = {}
+        optional = [_MASK, *(_SERIES[m.name][0] for m in modalities if m.optional)]
+        optional += [_SERIES[m.name][1] for m in modalities if m.optional]
         for m in modalities:
             data, products = _SERIES[m.name]
             fields[data] = raw.Field("numbers", (None, len(m.bands), m.size, m.size))
             fields[products] = raw.Field("text", (None,))
             if m.mask_bands:
                 fields[_MASK] = raw.Field("numbers", (None, None, m.size, m.size))
-        content = raw.read_h5(path, fields, optional=(_MASK,)) if fields else {}
+        content = raw.read_h5(path, fields, optional) if fields else {}
         series = {}
         for m in modalities:
             data, products = _SERIES[m.name]
+            if m.optional and not len(content.get(data, ())):
+                continue  # the tile lacks it
+            if products not in content:
+                raise DatasetError(f"{path}: has no dataset {products!r}; fetch the file again")
             values = content[data]
             dates = raw.product_dates(content[products].tolist(), -5, f"{path}: {products}")
             if not 0 < len(values) == len(dates):

@@ -70,6 +70,16 @@ def survey(dataset: RawDataset, workers: int) -> dict[str, Absent]:
     return {key: found[key] for key in keys}
 
 
+def absent_from(dataset: RawDataset, key: str) -> Absent:
+    """What a tile lacks: as ``absent`` of the dataset says, else found by reading the tile, which may raise."""
+    if not any(m.optional for m in dataset.spec.modalities):
+        return ()
+    said = getattr(dataset, "absent", None)
+    absent = tuple(said(key)) if said else absent_of(dataset.read(key), dataset.spec)
+    # A tile without any modality is no group of its own: it cannot be stored, as reading it will tell.
+    return absent if len(absent) < len(dataset.spec.modalities) else ()
+
+
 @dataclass(frozen=True)
 class _Survey:
     """Job function of the writer processes."""
@@ -81,10 +91,9 @@ class _Survey:
             return list(self._absent(keys))
 
     def _absent(self, keys: Iterable[str]) -> Iterator[Absent]:
-        said = getattr(self.dataset, "absent", None)
         for key in keys:
             try:
-                yield tuple(said(key)) if said else absent_of(self.dataset.read(key), self.dataset.spec)
+                yield absent_from(self.dataset, key)
             except DatasetError:
                 yield ()
 

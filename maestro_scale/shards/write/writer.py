@@ -154,7 +154,8 @@ class Writer:
                 f"{self._destination.staging}: the temporary file cannot be written ({error.strerror}); "
                 "free some disk space"
             ) from error
-        self._spooled[tile.key] = _Spooled(start, len(payload), tile.notes, absent_of(tile, self._spec))
+        absent = absent_of(tile, self._spec)
+        self._spooled[tile.key] = _Spooled(start, len(payload), (*tile.notes, *_absent_notes(absent)), absent)
 
     def add_arrays(
         self,
@@ -294,7 +295,8 @@ class _Encode:
     def __call__(self, key: str) -> EncodedTile:
         try:
             tile = self._checked(key)
-            return EncodedTile(key, encode(tile, self.codec), tile.notes)
+            notes = (*tile.notes, *_absent_notes(self.absent.get(key, ())))
+            return EncodedTile(key, encode(tile, self.codec), notes)
         except LeftOut as rule:
             return EncodedTile(key, None, cause=one_line(rule), kind=rule.kind, by_rule=True)
         except DatasetError as error:
@@ -315,6 +317,11 @@ class _Encode:
                 kind="other modalities than announced",
             )
         return tile
+
+
+def _absent_notes(absent: Absent) -> Iterator[str]:
+    if absent:
+        yield f"lacks {', '.join(absent)}"
 
 
 def _mean_bytes(packed: Iterator[EncodedTile], causes: list[str] | None = None) -> float:
