@@ -7,7 +7,7 @@ Shapes: T images (dates), C bands, h×w pixels, M mask bands. Tiles from files (
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
@@ -15,8 +15,8 @@ import numpy as np
 from maestro_scale.datasets.description.config import ImageFiles, MaskRule, Raster
 from maestro_scale.datasets.description.index import SectionImages
 from maestro_scale.datasets.description.patterns import Date
-from maestro_scale.datasets.fill import Series, clean_image, clean_series, percent
-from maestro_scale.datasets.quantity import QUANTITY_KINDS, Quantity
+from maestro_scale.datasets.fill import Series, clean_series, percent
+from maestro_scale.datasets.quantity import QUANTITY_KINDS
 from maestro_scale.datasets.sources.protocol import Image, ImageRef, Pixels, Window
 from maestro_scale.datasets.sources.table import source_of
 from maestro_scale.datasets.spec import DatasetError, GeoOrigin, Modality
@@ -134,37 +134,27 @@ def stored(
 ) -> Series:
     """A stack as it is stored: scaled, in the type of ``modality``, invalid pixels replaced and noted, in time order.
 
-    ``dates``: (T, 3) int16. ``mask``: (T, M, h, w) in percent, or None. DatasetError if nothing is valid.
+    ``dates``: (T, 3) int16. ``mask``: (T, M, h, w) in percent, or None. What it marks as nodata is invalid. DatasetError
+    if nothing is valid.
     """
     values, invalid = stack.values, stack.invalid
+    if (
+        mask is not None
+        and modality.nodata_band is not None
+        and (marks := mask[:, modality.nodata_band] > 0).any()
+    ):
+        marked = np.broadcast_to(marks[:, None], values.shape)
+        invalid = marked if invalid is None else invalid | marked
     if raster.scale != 1 or raster.offset != 0:
         values = values * np.float64(raster.scale) + raster.offset
         if np.dtype(modality.dtype).kind in "iu":
             values = np.rint(values)
     elif values.dtype != modality.dtype and not np.can_cast(values.dtype, modality.dtype):
         notes.append(f"{modality.name} has files of type {values.dtype}: stored as {modality.dtype}")
-    quantity = quantity_of(raster)
-    if modality.series:
-        return clean_series(
-            values, dates, modality, quantity, stack.address, notes, declared=invalid, mask=mask
-        )
-    declared = None if invalid is None else invalid[0]
-    image = clean_image(values[0], modality, quantity, stack.address, notes, declared)
-    return Series(image[None], dates, mask)
-
-
-def quantity_of(raster: Raster) -> Quantity:
-    """What a raster measures, with the valid range that its description gives."""
     quantity = QUANTITY_KINDS[raster.quantity]
-    if raster.valid is None:
-        return quantity
-    low, high = raster.valid
-    return replace(
-        quantity,
-        above=quantity.above if low is None else float(np.nextafter(low, -np.inf)),
-        up_to=quantity.up_to if high is None else high,
-        outside="values outside of the valid range of the description",
-    )
+    if raster.valid is not None:
+        quantity = quantity.within(*raster.valid)
+    return clean_series(values, dates, modality, quantity, stack.address, notes, declared=invalid, mask=mask)
 
 
 def mask_band(

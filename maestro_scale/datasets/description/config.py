@@ -330,11 +330,16 @@ class Raster(ImageFiles):
     offset: float = 0.0
     """See ``scale``: Sentinel-2 since processing baseline 04.00 needs -1000."""
     masks: dict[Name, MaskRule] = Field(default_factory=dict)
-    """Mask bands by name, in order: ``cloud`` and ``snow`` are known to the selection of dates."""
+    """Mask bands by name, in order: ``cloud`` and ``snow`` are known to the selection of dates. Pixels that a rule called
+    ``nodata`` marks are not measured, as if the file declared them so."""
     quantity: QuantityKind = "any"
     """What is measured: it determines which values are valid, and how invalid ones are stored."""
     valid: tuple[float | None, float | None] | None = None
     """Lowest and highest valid value, as stored, if another range than the quantity's applies."""
+    nodata_mask: bool = True
+    """Store which pixels are invalid, as mask band ``nodata``: these count neither in the selection of dates nor in the
+    loss. false saves its space (a byte per pixel and date, without compression) where images have no gaps; invalid
+    values are then stored as 0 or NaN."""
     resampling: Resampling = "bilinear"
     """How pixels are warped to the grid; masks and label images: nearest."""
     required: bool | None = None

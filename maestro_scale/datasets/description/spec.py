@@ -11,7 +11,8 @@ from maestro_scale.datasets.description.config import (
     SensorPreset,
 )
 from maestro_scale.datasets.description.config import Target as TargetKeys
-from maestro_scale.datasets.spec import DatasetSpec, Modality, Scale, Sensor, Target
+from maestro_scale.datasets.quantity import QUANTITY_KINDS
+from maestro_scale.datasets.spec import NODATA, DatasetSpec, Modality, Scale, Sensor, Target
 from maestro_scale.datasets.spec_check import default_pos_grid
 
 _SCALES: Mapping[QuantityKind, Scale] = {
@@ -75,9 +76,18 @@ def _modality(name: str, raster: Raster, tile_m: float, has_others: bool) -> Mod
         size=round(tile_m / raster.resolution_m),
         dtype=raster.dtype,
         series=raster.series,
-        mask_bands=tuple(raster.masks),
+        mask_bands=(*raster.masks, *([NODATA] if raster.nodata_mask and NODATA not in raster.masks else [])),
+        quantity=_stored_quantity(raster),
         optional=has_others and not raster.required,
     )
+
+
+def _stored_quantity(raster: Raster) -> QuantityKind:
+    """What stored values are checked against: not the quantity if the description's valid range is wider than its."""
+    low, high = raster.valid or (None, None)
+    limits = QUANTITY_KINDS[raster.quantity]
+    wider = (low is not None and low <= limits.above) or (high is not None and high > limits.up_to)
+    return "any" if wider else raster.quantity
 
 
 def _sensor(name: str, source: str, preset: SensorPreset, raster: Raster, crop_m: float) -> Sensor:

@@ -140,7 +140,7 @@ def _mask(raster: Raster, bands: Sequence[str], images: RasterImages, notes: lis
     num, _, height, width = images.stack.values.shape
     mask = np.zeros((num, len(bands), height, width), np.uint8)
     for i, name in enumerate(bands):
-        if name == NODATA:
+        if name == NODATA and name not in raster.masks:
             continue
         found = images.masks[name]
         mask[:, i] = mask_band(
