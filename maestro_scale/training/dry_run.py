@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
 from rich.console import Console
 from rich.table import Table
 
 from maestro_scale import datasets
 from maestro_scale.datasets.description.load import shipped_spec
+from maestro_scale.datasets.sensor_sets import without
 from maestro_scale.datasets.spec import DatasetSpec
 from maestro_scale.escaping import console_text
 from maestro_scale.model.config import ModelConfig
@@ -21,6 +25,9 @@ from maestro_scale.recipe import (
 )
 from maestro_scale.shards.errors import ShardsError
 from maestro_scale.shards.format.manifest import Manifest
+from maestro_scale.shards.storage import local_folder
+from maestro_scale.stream.sensor_sets import absent_sensors, complete, divide
+from maestro_scale.stream.source import Source
 from maestro_scale.training.deepspeed_check import check_deepspeed
 from maestro_scale.training.memory import MemoryEstimator
 
@@ -50,6 +57,8 @@ def dry_run(recipe: Recipe, world_size: int, console: Console | None = None) -> 
             f"{counted.step_flops / 1e9:.1f} GFLOP with backward"
             + (f"; weight {entry.weight:g} in the mixture" if config.others else "")
         )
+    for table in _sensor_sets(recipe, specs, [v.dataset for v in config.views]):
+        console.print(table)
     console.print(_memory(recipe, estimator, world_size))
     weights = [e.weight for e in recipe.data.mixture]
     flops = sum(c.step_flops * w for c, w in zip(by_dataset.values(), weights, strict=True)) / sum(weights)
@@ -110,6 +119,35 @@ def _tokens(view: ModelConfig, counted: Cost) -> Table:
     )
     table.caption_justify = "left"
     return table
+
+
+def _sensor_sets(recipe: Recipe, specs: Sequence[DatasetSpec], names: Sequence[str]) -> Iterator[Table]:
+    """A table for each dataset of which some tiles lack sensors. Only of manifests that are read in no time: a dry run
+    needs no data. SampleOrderError where a set of tiles is too small for a step."""
+    for entry, spec, name in zip(recipe.data.mixture, specs, names, strict=True):
+        if local_folder(entry.shards) is None and entry.dataset in datasets.known():
+            continue
+        try:
+            shards = Manifest.load(entry.shards).shards_of(entry.split)
+        except ShardsError:
+            continue
+        source = Source(spec, shards, cast(Any, None))  # no sample is read, so there is no store
+        if entry.incomplete == "leave_out":
+            source, _ = complete(source)
+        if not any(absent_sensors(spec, shard) for shard in source.shards):
+            continue
+        division = divide(source, recipe.train.global_batch)
+        table = Table(title=f"Steps by sensors of the tiles, {name}", title_justify="left", min_width=70)
+        table.add_column("tiles")
+        for column in ("number", "steps per epoch"):
+            table.add_column(column, justify="right")
+        for part in division.sources:
+            count = sum(part.counts)
+            steps = max(count // recipe.train.global_batch, 1)
+            table.add_row(console_text(without(name, part.absent)), f"{count:,}", f"{steps:,}")
+        table.caption = "; ".join((*division.lines, "~: without"))
+        table.caption_justify = "left"
+        yield table
 
 
 def _memory(recipe: Recipe, estimator: MemoryEstimator, world_size: int) -> Table:
