@@ -143,3 +143,93 @@ def test_eurosat_ms(shard, tmp_path):
             tile = tiles[f"{kind}_{number}"]
             assert tile["target.landuse"].tolist() == [i]
         check_image(tile, "s2", corpora.pixels(9, 1, 13, 64)[:, order] + number, ["2017-07-01"])
+
+
+def test_terramesh(shard, tmp_path):
+    keys = corpora.write_terramesh(tmp_path / "TerraMesh")
+    tiles = shard("terramesh", tmp_path / "TerraMesh")
+    assert sorted(tiles) == sorted(keys)
+    for i, key in enumerate(keys):
+        tile, subset = tiles[key], key.split("_")[0]
+        dates = [corpora.TERRAMESH_TIMES[subset]]
+        check_image(tile, "s2", corpora.pixels(i, 1, 12, 264), dates)
+        check_optical_mask(tile, 1)
+        own, other = ("s1_rtc", "s1_grd") if subset == "majortom" else ("s1_grd", "s1_rtc")
+        check_image(tile, own, corpora.decibels(i, 1, 2, 264), dates)
+        assert other not in tile
+        check_image(tile, "dem", corpora.elevation(i, 264), dates)  # it has no date of its own
+
+
+def test_ssl4eo_s12(shard, tmp_path):
+    keys = corpora.write_ssl4eo_s12(tmp_path)
+    tiles = shard("ssl4eo_s12", tmp_path)
+    assert sorted(tiles) == sorted(keys)
+    for i, key in enumerate(keys):
+        check_image(tiles[key], "s2", corpora.pixels(i, 4, 12, 264), corpora.SSL4EO_TIMES)
+        check_optical_mask(tiles[key], 4)
+        check_image(tiles[key], "s1_grd", corpora.decibels(i, 4, 2, 264), corpora.SSL4EO_RADAR_TIMES)
+        check_image(tiles[key], "dem", corpora.elevation(i, 264), corpora.SSL4EO_TIMES[:1])
+
+
+def test_ssl4eo_s12_zarr(shard, tmp_path):
+    keys = corpora.write_ssl4eo_s12_zarr(tmp_path, "val")
+    tiles = shard("ssl4eo_s12_zarr", tmp_path, "val")
+    assert sorted(tiles) == sorted(keys)
+    for i, key in enumerate(keys):
+        check_image(tiles[key], "s2", corpora.pixels(i, 4, 12, 264), corpora.SSL4EO_TIMES)
+        check_optical_mask(tiles[key], 4)
+        check_image(tiles[key], "s1_grd", corpora.decibels(i, 4, 2, 264), corpora.SSL4EO_RADAR_TIMES)
+
+
+@pytest.mark.parametrize("level", ["L2A", "L1C"])
+def test_major_tom_sentinel_2(shard, tmp_path, level):
+    cells = corpora.write_major_tom(tmp_path, f"Core-S2{level}")
+    tiles = shard(f"major_tom_s2_{level.lower()}", tmp_path / f"Core-S2{level}")
+    assert sorted(tiles) == sorted(cells)
+    for i, cell in enumerate(cells):
+        for name, num_bands, size in (
+            ("s2_10m", 4, 1068),
+            ("s2_20m", 6, 534),
+            ("s2_60m", 2 + (level == "L1C"), 178),
+        ):
+            check_image(tiles[cell], name, corpora.pixels(i, 1, num_bands, size), ["2023-01-19T16"])
+
+
+def test_major_tom_sentinel_1(shard, tmp_path):
+    cells = corpora.write_major_tom(tmp_path, "Core-S1RTC")
+    tiles = shard("major_tom_s1_rtc", tmp_path / "Core-S1RTC")
+    for i, cell in enumerate(cells):
+        linear = corpora.pixels(i, 1, 2, 1068).astype(np.float32) / 8192
+        linear[0, 0, 0, 0] = np.nan  # nodata
+        check_image(tiles[cell], "s1_rtc", linear, ["2023-01-21T05"])
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "size"), [("mmearth", "data_100k_v001", 128), ("mmearth64", "data_1M_v001_64", 64)]
+)
+def test_mmearth(shard, tmp_path, name, folder, size):
+    keys = corpora.write_mmearth(tmp_path, name=folder, size=size)
+    dates = "".join(f"{key},{date}\n" for key, date in zip(keys, corpora.MMEARTH_DATES, strict=True))
+    (tmp_path / folder / "tile_dates.csv").write_text(
+        f"tile,date\n{dates}"
+    )  # docs/corpora.md has the command
+    tiles = shard(name, tmp_path / folder)
+    assert sorted(tiles) == sorted(keys)
+    order = [0, 1, 2, 3, 4, 5, 6, 8, 7, 9, 11, 12]  # B8A before B8 in the file; without B10
+    for i, key in enumerate(keys):
+        tile, date = tiles[key], [corpora.MMEARTH_DATES[i]]
+        check_image(tile, "s2", corpora.pixels(i, 1, 13, size)[:, order], date)
+        radar = corpora.decibels(i, 1, 8, size).astype(np.float32)
+        check_image(tile, "s1_asc", radar[:, :2], date)
+        if i == 2:
+            assert "s1_des" not in tile
+        else:
+            check_image(tile, "s1_des", radar[:, 4:6], date)
+        check_image(tile, "dem", corpora.elevation(i, size), date)
+        scl = corpora.scene_classes(i, size)
+        np.testing.assert_array_equal(tile["s2.mask"][0, 0], 100 * np.isin(scl, [3, 8, 9, 10]))
+        np.testing.assert_array_equal(tile["s2.mask"][0, 1], 100 * (scl == 11))
+        # Codes 10, 20, … 100 in turn, then 255, which is no label.
+        np.testing.assert_array_equal(
+            tile["target.worldcover"], np.arange(size * size).reshape(size, size) % 12
+        )

@@ -236,6 +236,12 @@ MMEARTH_BANDS = ("B1", "B2", "B3", "B4", "B5", "B6", "B7", "B8A", "B8", "B9", "B
 MMEARTH_DATES = ("2018-07-16", "2019-11-02", "2020-03-28")
 
 
+def scene_classes(tile: int, size: int) -> np.ndarray:
+    """(size, size) uint8: the classes 0 to 11 of Sentinel-2's scene classification; 255 in tile 1, which is L1C."""
+    classes = np.arange(size * size).reshape(size, size) // 5 % 12
+    return np.full_like(classes, 255, np.uint8) if tile == 1 else classes.astype(np.uint8)
+
+
 def write_mmearth(
     root: Path, *, name: str = "data_1M_v001_64", size: int = 64, num_tiles: int = 3
 ) -> list[str]:
@@ -256,6 +262,7 @@ def write_mmearth(
         radar[:, [2, 3, 6, 7]] = -np.inf  # HH, HV
         radar[2, 4:] = -np.inf  # no descending orbit
         store("sentinel2", optical)
+        store("sentinel2_scl", np.stack([scene_classes(i, size)[None] for i in range(num_tiles)]))
         store("sentinel1", radar)
         heights = np.concatenate([elevation(i, size) for i in range(num_tiles)])
         store("aster", np.concatenate([heights, np.full_like(heights, 3)], axis=1).astype(np.int16))
