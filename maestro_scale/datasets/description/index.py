@@ -57,6 +57,8 @@ def mask_section(raster: Raster, rule: MaskRule) -> MaskRule:
     shared = {"key", "crs"}
     if rule.files is None:
         shared |= {"files", "source", "variable", "axes", "bands_per_date", "keys", "window"}
+        if raster.dates is not None and raster.dates.from_ == "coordinate":
+            shared.add("dates")
     return rule.model_copy(update={n: getattr(raster, n) for n in shared if getattr(rule, n) is None})
 
 
