@@ -118,6 +118,8 @@ def shard(
     writer_part = WriterPart.parse(part)
     selected = [name.strip() for name in modalities.split(",")] if modalities else None
     raw, synthetic = _open(dataset, src, split, selected, overrides or [])
+    for reason, num in getattr(raw, "left_out", {}).items():
+        print(printable(f"{num} tiles {reason}: left out"))
     with progress(f"shard {dataset} {split}", "samples") as update:
         manifest = write_shards(
             raw,

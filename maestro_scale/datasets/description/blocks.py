@@ -10,12 +10,19 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 
+from maestro_scale.datasets.description.assemble import is_projected
+from maestro_scale.datasets.description.config import Description, SplitBlocks
+from maestro_scale.datasets.description.index import SectionImages
+from maestro_scale.datasets.sources.table import source_of
 from maestro_scale.datasets.spec import DatasetError
+from maestro_scale.errors import did_you_mean, shorten
 
+_THREADS = 8
 _GROUP = 4  # blocks per side of a group
 _EARTH_M = 6_371_000.0
 _SLACK = 1.01  # of distances on a sphere, and in projections
@@ -94,6 +101,70 @@ def draw_blocks(
                 "a split is empty",
             )
     return BlockSplits(tuple(names[k] if k >= 0 else None for k in splits), dropped)
+
+
+def tiles_of_split(
+    section: SplitBlocks,
+    split: str,
+    keys: Sequence[str],
+    rasters: Sequence[SectionImages],
+    description: Description,
+) -> tuple[list[str], dict[str, int]]:
+    """The tiles of ``split``, and how many are left out, by reason.
+
+    Opens one file of every tile, for where it lies: of the first of ``rasters`` whose files say so. DatasetError if a
+    tile has none, or if there is no such split.
+    """
+    if split not in section.fractions:
+        raise DatasetError(
+            f"splits.blocks.fractions: has no split {split!r}{did_you_mean(split, section.fractions)}"
+        )
+    with ThreadPoolExecutor(_THREADS) as pool:
+        places = list(pool.map(lambda key: _corner(key, rasters), keys))
+    missing = [key for key, place in zip(keys, places, strict=True) if place is None]
+    if missing:
+        raise DatasetError(
+            f"splits.blocks: {len(missing)} of {len(keys)} tiles do not say where they lie in metres, the first: "
+            f"{shorten(missing[0])}; split them by lists or a column",
+            "no place on the ground",
+        )
+    known = [place for place in places if place is not None]
+    corners = np.array([(west, north) for _, west, north in known], float)
+    tile_m = description.tile_m
+    bounds = np.stack([corners[:, 0], corners[:, 1] - tile_m, corners[:, 0] + tile_m, corners[:, 1]], axis=1)
+    drawn = draw_blocks(
+        bounds,
+        size_m=section.size_m,
+        fractions=section.fractions,
+        distance_m=section.distance_m,
+        seed=section.seed,
+        systems=[crs for crs, _, _ in known],
+    )
+    chosen = [key for key, of in zip(keys, drawn.splits, strict=True) if of == split]
+    return chosen, left_out(section, split, drawn)
+
+
+def left_out(section: SplitBlocks, split: str, drawn: BlockSplits) -> dict[str, int]:
+    """Number of tiles of a split that are left out for the distance, with the reason."""
+    num = drawn.dropped[split]
+    return {f"of {split} are nearer than {section.distance_m:g} m to another split": num} if num else {}
+
+
+def _corner(key: str, rasters: Sequence[SectionImages]) -> tuple[str, float, float] | None:
+    """Coordinate system and upper left corner of a tile, from the first file that says; None if none does."""
+    for raster in rasters:
+        section = raster.section
+        for ref in raster.by_key.get(key, ())[:1]:
+            with source_of(section).open_file(ref.address, section) as file:
+                image = file.image(file.images(ref)[0])
+                crs, transform = section.crs or image.crs, image.transform
+                if crs is None or transform is None or not is_projected(crs):
+                    continue
+                a, _, west, _, e, north = transform
+                row, column = getattr(section, "window", None) or (0, 0)
+                north += e * image.height if e > 0 else 0.0
+                return crs, west + a * column, north - abs(e) * row
+    return None
 
 
 def _check(bounds: np.ndarray, size_m: float, fractions: Mapping[str, float]) -> None:

@@ -344,7 +344,7 @@ class Raster(ImageFiles):
     """How pixels are warped to the grid; masks and label images: nearest."""
     required: bool | None = None
     """Whether a tile without it is left out, and counted. false: the tile is stored with what it has. Null: as false,
-    but it is an error if no tile has it, since then ``files`` is wrong."""
+    but it is an error if no tile has it, since then ``files`` is wrong; with ``grid`` as true."""
     sensor: SensorPreset | None = SensorPreset()
     """How the model uses it. null: it is stored only."""
 
@@ -516,8 +516,9 @@ class Grid(Section):
     """Coordinate system in metres, for example EPSG:2154; null: that of the first raster's files."""
     stride_m: Metres | None = None
     """Distance from tile to tile; null: ``tile_m``. Smaller: tiles overlap."""
-    origin: Annotated[tuple[float, float], BeforeValidator(listed)] = (0.0, 0.0)
-    """East and north coordinate of a corner of the grid."""
+    origin: Annotated[tuple[float, float], BeforeValidator(listed)] | None = None
+    """East and north coordinate of a corner of the grid. Null: the corner next to 0 at which the pixels of the first
+    raster begin, so that they are copied, not resampled."""
     area: Annotated[Area, BeforeValidator(lambda v: {"file": v} if isinstance(v, str) else v)] | None = None
     """Polygons: tiles whose centre lies inside are kept; null: all tiles that the first raster covers."""
     min_valid: Annotated[float, Field(ge=0, le=1)] = 0.5

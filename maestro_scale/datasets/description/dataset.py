@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -16,13 +15,16 @@ from maestro_scale.datasets.description.assemble import (
     read_stack,
     stored,
 )
+from maestro_scale.datasets.description.blocks import tiles_of_split
 from maestro_scale.datasets.description.config import Description, Raster
 from maestro_scale.datasets.description.config import Target as TargetKeys
 from maestro_scale.datasets.description.index import SectionImages, keys_of, list_sections
 from maestro_scale.datasets.description.spec import dataset_spec
 from maestro_scale.datasets.description.targets import TableLabels, TargetReader
 from maestro_scale.datasets.description.tile import MaskImages, RasterImages, make_tile, origin_of
+from maestro_scale.datasets.description.vector_targets import VectorLabels
 from maestro_scale.datasets.fill import NOTHING_VALID
+from maestro_scale.datasets.scenes.dataset import open_scenes
 from maestro_scale.datasets.spec import DatasetError, DatasetSpec, Modality, RawDataset, Tile
 from maestro_scale.errors import shorten
 
@@ -38,16 +40,15 @@ def open_described(
     """
     description = only(description, modalities)
     if description.grid is not None:
-        scenes = importlib.import_module("maestro_scale.datasets.scenes.dataset")
-        return scenes.open_scenes(description, src, split)
+        return open_scenes(description, src, split)
     spec = dataset_spec(description)
     images = list_sections(description, src, split)
     rasters = [images[f"rasters.{m.name}"] for m in spec.modalities]
     by_folder = any("{split}" in (s.section.files or "") for s in images.values())
     keys, listing = splits.select(description.splits, src, split, keys_of(rasters), by_folder)
+    num_left_out: dict[str, int] = {}
     if not by_folder and description.splits.blocks is not None:
-        blocks = importlib.import_module("maestro_scale.datasets.description.blocks")
-        keys = blocks.tiles_of_split(description.splits.blocks, split, keys, rasters, description)
+        keys, num_left_out = tiles_of_split(description.splits.blocks, split, keys, rasters, description)
     _check_complete(description, keys, images, listing)
     wanted = set(keys)
     images = {where: _only(found, wanted) for where, found in images.items()}
@@ -61,9 +62,13 @@ def open_described(
         for t in spec.targets
         if f"targets.{t.name}.raster" in images
     }
-    return DescribedTiles(
-        description, spec, tuple(keys), images, TargetReader(spec, target_keys(description), labels, tables)
-    )
+    vectors = {
+        t.name: VectorLabels(t, target_keys(description)[t.name], src, spec.tile_m)
+        for t in spec.targets
+        if target_keys(description)[t.name].vector is not None
+    }
+    targets = TargetReader(spec, target_keys(description), labels, tables, vectors)
+    return DescribedTiles(description, spec, tuple(keys), images, targets, num_left_out)
 
 
 def only(description: Description, names: Sequence[str] | None) -> Description:
@@ -92,7 +97,7 @@ def target_keys(description: Description) -> Mapping[str, TargetKeys]:
 class DescribedTiles:
     """Tiles of which each is an image of every raster and date (a :class:`~maestro_scale.datasets.spec.RawDataset`).
 
-    ``images``: by section of the description.
+    ``images``: by section of the description. ``left_out``: numbers of tiles in no split, by reason.
     """
 
     description: Description
@@ -100,6 +105,7 @@ class DescribedTiles:
     listed: tuple[str, ...]
     images: Mapping[str, SectionImages]
     targets: TargetReader
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
     def keys(self) -> list[str]:
         """Sorted tile keys."""

@@ -30,7 +30,8 @@ def dataset_spec(description: Description) -> DatasetSpec:
     rasters = {name: raster for name, raster in description.rasters.items() if raster is not None}
     crop_m = description.crop_m or description.tile_m
     modalities = tuple(
-        _modality(name, raster, description.tile_m, len(rasters) > 1) for name, raster in rasters.items()
+        _modality(name, raster, description.tile_m, len(rasters) > 1 and not is_required(description, raster))
+        for name, raster in rasters.items()
     )
     sensors = [
         _sensor(name, name, raster.sensor, raster, crop_m)
@@ -55,6 +56,11 @@ def dataset_spec(description: Description) -> DatasetSpec:
     )
 
 
+def is_required(description: Description, raster: Raster) -> bool:
+    """Whether a tile without this raster is left out."""
+    return description.grid is not None if raster.required is None else raster.required
+
+
 def default_scale(quantity: QuantityKind, dtype: str) -> Scale | None:
     """How values of a quantity become network inputs if nothing else is said; None: it has to be said."""
     if quantity in ("image", "any"):
@@ -68,7 +74,7 @@ def default_patch(image_size: int) -> int:
     return next((d for d in range(least, image_size + 1) if image_size % d == 0), max(image_size, 1))
 
 
-def _modality(name: str, raster: Raster, tile_m: float, has_others: bool) -> Modality:
+def _modality(name: str, raster: Raster, tile_m: float, optional: bool) -> Modality:
     return Modality(
         name=name,
         bands=tuple(band.name for band in raster.bands),
@@ -78,7 +84,7 @@ def _modality(name: str, raster: Raster, tile_m: float, has_others: bool) -> Mod
         series=raster.series,
         mask_bands=(*raster.masks, *([NODATA] if raster.nodata_mask and NODATA not in raster.masks else [])),
         quantity=_stored_quantity(raster),
-        optional=has_others and not raster.required,
+        optional=optional,
     )
 
 

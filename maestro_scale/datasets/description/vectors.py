@@ -6,7 +6,6 @@ has drivers for files that name other files and addresses.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +36,10 @@ class Features:
 
     def __len__(self) -> int:
         return len(self.geometries)
+
+    def selected(self, which: np.ndarray) -> Features:
+        """Those of a mask or of indices."""
+        return Features(self.geometries[which], None if self.labels is None else self.labels[which])
 
 
 class VectorFile:
@@ -72,9 +75,7 @@ class VectorFile:
         import shapely
 
         found = np.sort(tree.query(shapely.box(*box)))
-        return Features(
-            features.geometries[found], None if features.labels is None else features.labels[found]
-        )
+        return features.selected(found)
 
     def load(self, box: Box | None) -> None:
         """Read all features, or those of a box, into memory; :meth:`within` then reads no file for boxes in it."""
@@ -183,60 +184,6 @@ def burn(
         shapes = zip(features.geometries.tolist(), values.tolist(), strict=True)
         rasterize(shapes, out=target, transform=Affine(*tile_transform(box, size)), all_touched=all_touched)
     return target
-
-
-@dataclass(frozen=True)
-class VectorClasses:
-    """Labels of features as indices of classes.
-
-    ``indices``: label, as text → index, or None for labels that are left out. ``classes``: names, for messages.
-    """
-
-    indices: Mapping[str, int | None]
-    where: str
-
-    def of(self, features: Features) -> tuple[Features, np.ndarray]:
-        """The features that have a class, and their indices (N,) uint8.
-
-        DatasetError for a label that stands for no class.
-        """
-        if features.labels is None:
-            return features, np.zeros(len(features), np.uint8)
-        texts = [label_text(label) for label in features.labels.tolist()]
-        unknown = sorted({t for t in texts if t is not None and t not in self.indices})
-        if unknown:
-            count = sum(t in unknown for t in texts)
-            raise DatasetError(
-                f"{self.where}: {count} features have labels that are no class, the first: {unknown[0]!r}; add it to "
-                "classes, or to values",
-                "a label is no class",
-            )
-        found = [None if t is None else self.indices[t] for t in texts]
-        keep = np.array([f is not None for f in found], bool)
-        kept = Features(features.geometries[keep], features.labels[keep])
-        return kept, np.array([f for f in found if f is not None], np.uint8)
-
-
-def label_text(label: Any) -> str | None:
-    """A label as text, whole numbers without a decimal point; None for a missing one."""
-    if label is None or (isinstance(label, (float, np.floating)) and math.isnan(label)):
-        return None
-    if isinstance(label, (float, np.floating)) and float(label).is_integer():
-        return str(int(label))
-    return str(label)
-
-
-def numbers(features: Features, where: str) -> tuple[Features, np.ndarray]:
-    """The features whose label is a number, and the numbers (N,) float32. DatasetError for text that is none."""
-    assert features.labels is not None
-    try:
-        values = np.array([math.nan if v is None else float(v) for v in features.labels.tolist()], np.float32)
-    except (TypeError, ValueError) as error:
-        raise DatasetError(
-            f"{where}: has a label that is no number ({error}); choose another column"
-        ) from None
-    keep = ~np.isnan(values)
-    return Features(features.geometries[keep], features.labels[keep]), values[keep]
 
 
 def read_area(path: Path, crs: str, layer: str | None = None) -> Any:

@@ -27,6 +27,7 @@ from maestro_scale.datasets.scenes.warp import (
 )
 from maestro_scale.datasets.sources import protocol
 from maestro_scale.datasets.sources.protocol import OpenFile
+from maestro_scale.datasets.spec import DatasetError
 
 Opener = Callable[[str, str], AbstractContextManager[OpenFile]]
 """Opens a file: (layer, address). Picklable: it travels to writer processes."""
@@ -119,8 +120,17 @@ class Windows:
         self._held.clear()
 
     def _direct(self, scene: Scene, window: Window) -> Pixels:
-        image = self._files.get(scene.layer, scene.ref.address).image(scene.ref)
-        return Pixels(*image.read(protocol.Window(*window)))
+        try:
+            image = self._files.get(scene.layer, scene.ref.address).image(scene.ref)
+            return Pixels(*image.read(protocol.Window(*window)))
+        except (
+            OSError,
+            RuntimeError,
+        ) as error:  # of the libraries: the file stays open, outside of its source
+            cause = " ".join(str(error).split())
+            raise DatasetError(
+                f"{scene.ref.address}: cannot be read ({cause}); fetch the file again"
+            ) from error
 
     def _wanted(self, scene: Scene, window: Window, box: Box, shape: Shape) -> Window:
         """The window of the strip at this column of cells, up to the end of its blocks."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -46,15 +47,13 @@ def plan_cells(
     """
     import shapely
 
-    needed = [s for s in series if s.raster.name in required] or list(series)
-    covers = {s.raster.name: coverage(s, grid) for s in needed}
-    _check_overlap(covers)
-    extent = needed[0].bounds
-    for other in needed[1:]:
-        extent = _intersection(extent, other.bounds)
+    covers = _covers(grid, series, required)
+    _check_overlap({name: cover for name, (cover, _) in covers.items()})
+    extents = [Box(*shapely.bounds(cover).tolist()) for cover, _ in covers.values()]
+    extent = reduce(_intersection, extents)
     if area is not None:
         bounds = shapely.bounds(area.geometry)
-        if not any(shapely.intersects(area.geometry, cover) for cover in covers.values()):
+        if not any(shapely.intersects(area.geometry, cover) for cover, _ in covers.values()):
             raise DatasetError(
                 f"{area.file}: lies outside of all scenes: it covers {_text(Box(*bounds.tolist()))}, they cover "
                 f"{_text(extent)} (metres of {grid.crs}); check its coordinate system",
@@ -73,18 +72,32 @@ def plan_cells(
             cols, rows, bounds = cols[inside], rows[inside], bounds[inside]
         num_area += len(cols)
         keep = np.ones(len(cols), bool)
-        for of in needed:
-            share = covered_share(covers[of.raster.name], bounds)
-            enough = (share >= of.raster.min_valid - _ROUNDING) & (share > 0)
+        for name, (cover, min_valid) in covers.items():
+            share = covered_share(cover, bounds)
+            enough = (share >= min_valid - _ROUNDING) & (share > 0)
             touched = keep & ~enough & (share > 0)
             if touched.any():
-                reason = f"{of.raster.name} covers less than {of.raster.min_valid:.0%}"
+                reason = f"are covered by {name} to less than {min_valid:.0%}"
                 left_out[reason] = left_out.get(reason, 0) + int(touched.sum())
             keep &= enough
         cells += map(Cell, cols[keep].tolist(), rows[keep].tolist())
     if not cells:
         _refuse_none(grid, area, num_area, left_out)
     return CellPlan(tuple(cells), left_out)
+
+
+def _covers(
+    grid: Grid, series: Sequence[SceneSeries], required: Sequence[str]
+) -> dict[str, tuple[Any, float]]:
+    """What each required raster covers, and its ``min_valid``; if none is required, what all cover together."""
+    import shapely
+
+    there = [s for s in series if s.shots]
+    if not required:
+        every = shapely.union_all([coverage(s, grid) for s in there])
+        return {"any raster": (every, min(s.raster.min_valid for s in there))}
+    needed = [s for s in there if s.raster.name in required]
+    return {s.raster.name: (coverage(s, grid), s.raster.min_valid) for s in needed}
 
 
 def coverage(series: SceneSeries, grid: Grid) -> Any:
@@ -152,7 +165,7 @@ def _refuse_none(grid: Grid, area: AreaOfInterest | None, num_area: int, left_ou
             "larger area",
             "no tiles",
         )
-    why = "".join(f"; {count} tiles: {reason}" for reason, count in left_out.items())
+    why = "".join(f"; {count} tiles {reason}" for reason, count in left_out.items())
     raise DatasetError(
         f"grid: no tile of {grid.tile_m:g} m is covered by the images{why}; use a smaller tile_m or min_valid",
         "no tiles",

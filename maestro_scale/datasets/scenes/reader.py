@@ -17,14 +17,19 @@ class SceneReader:
 
     def __init__(self, grid: Grid, series: Sequence[SceneSeries], opener: Opener) -> None:
         self.grid, self.series = grid, tuple(series)
+        self._by_name = {of.raster.name: of for of in series}
         self._opener = opener
         self._windows: Windows | None = None
 
     def read(self, cell: Cell) -> dict[str, Series | None]:
         """The series of each raster over a cell; None where no image has enough valid pixels."""
+        return {name: self.read_one(name, cell) for name in self._by_name}
+
+    def read_one(self, name: str, cell: Cell) -> Series | None:
+        """The series of one raster over a cell."""
         windows = self._open()
         windows.leave(self.grid.box(cell).west)
-        return {of.raster.name: of.read(cell, windows) for of in self.series}
+        return self._by_name[name].read(cell, windows)
 
     def runs(self, cells: Sequence[Cell]) -> list[list[Cell]]:
         """The cells in an order in which each block of a file is read about once, see :meth:`run`."""

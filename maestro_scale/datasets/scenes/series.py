@@ -25,8 +25,8 @@ from maestro_scale.datasets.scenes.warp import (
 )
 from maestro_scale.datasets.sources.protocol import Date
 
-Mosaic = Literal["day", "time"]
-"""Which images are one image: those of a day, or of an hour."""
+Mosaic = Literal["day", "all"]
+"""Which images are one image: those of a day, or all, of a raster that is no series."""
 
 FEW_VALID = "few valid pixels"
 """Kind of the error of a cell with too few valid pixels: it is left out."""
@@ -58,12 +58,13 @@ class SceneRaster:
 
 @dataclass(frozen=True)
 class Series:
-    """Values (T, C, n, n), which are invalid (None: none), the date of each image (None: undated), and by name the
+    """Values (T, C, n, n), which are invalid (None: none), date (None: undated) and file of each image, and by name the
     values of masks (T, 1, n, n) in their own types with the pixels that no mask covers (None: none)."""
 
     values: np.ndarray
     invalid: np.ndarray | None
     dates: tuple[Date | None, ...]
+    names: tuple[str, ...]
     masks: Mapping[str, Pixels] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -73,6 +74,7 @@ class _Image:
     bands: Pixels  # (C, n, n)
     masks: Mapping[str, Pixels]  # (1, n, n)
     date: Date | None  # of the shot that comes first in the mosaic
+    name: str
 
     @property
     def bad(self) -> np.ndarray | None:
@@ -88,13 +90,6 @@ class SceneSeries:
         self.shots = tuple(sorted(shots, key=lambda s: s.name))
         self._grid = grid
         self._bounds = np.array([s.box for s in self.shots], float).reshape(-1, 4)
-
-    @property
-    def bounds(self) -> Box:
-        """The bounds of all its shots."""
-        west, south = self._bounds[:, :2].min(axis=0).tolist()
-        east, north = self._bounds[:, 2:].max(axis=0).tolist()
-        return Box(west, south, east, north)
 
     def touching(self, box: Box) -> list[Shot]:
         """The shots whose bounds have a common point with a box, sorted by name."""
@@ -120,11 +115,11 @@ class SceneSeries:
             return None
         values, invalid = _stacked([image.bands for image in images])
         masks = {name: _stacked([image.masks[name] for image in images]) for name in self.raster.masks}
-        dates = tuple(image.date for image in images)
-        return Series(values, invalid, dates, masks, self._notes(num_left_out))
+        dates, names = tuple(image.date for image in images), tuple(image.name for image in images)
+        return Series(values, invalid, dates, names, masks, self._notes(num_left_out))
 
     def _moment(self, date: Date | None) -> Date | None:
-        return (date[0], date[1], 0) if date and self.raster.mosaic == "day" else date
+        return (date[0], date[1], 0) if date and self.raster.mosaic == "day" else None
 
     def _mosaic(self, shots: Sequence[Shot], box: Box, windows: Windows) -> _Image | None:
         """One image: per pixel the first shot in which all bands are valid. None if no shot covers the box.
@@ -166,7 +161,7 @@ class SceneSeries:
             masks[name] = found or Pixels(
                 np.zeros((1, *shape[1:]), scene.dtype), np.ones((1, *shape[1:]), bool)
             )
-        return _Image(bands, masks, shot.date)
+        return _Image(bands, masks, shot.date, shot.name)
 
     def _one(
         self, scene: Scene, box: Box, windows: Windows, resampling: Resampling, invalid: Invalid
@@ -178,7 +173,7 @@ class SceneSeries:
             inner = clipped(window, scene.place)
             if inner is None:
                 return None
-            return padded(windows.read(scene, inner, box, shape), inner, window)
+            return padded(_marked(windows.read(scene, inner, box, shape), invalid), inner, window)
         window = source_window(scene.place, crs, box, shape)
         if window is None:
             return None
@@ -218,7 +213,7 @@ def _completed(result: _Image, other: _Image) -> _Image:
     take = bad if other_bad is None else bad & ~other_bad
     bands = _taken(result.bands, other.bands, take)
     masks = {name: _taken(mask, other.masks[name], take) for name, mask in result.masks.items()}
-    return _Image(bands, masks, result.date)
+    return _Image(bands, masks, result.date, result.name)
 
 
 def _taken(result: Pixels, other: Pixels, take: np.ndarray) -> Pixels:

@@ -154,6 +154,12 @@ class RasterImage:
         """Type of the first band; GDAL converts the others to it."""
         return np.dtype(self._raster.dtypes[self._bands[0] - 1])
 
+    @property
+    def block(self) -> tuple[int, int]:
+        """Rows and columns of the blocks that are decompressed as a whole."""
+        height, width = self._raster.block_shapes[self._bands[0] - 1]
+        return int(height), int(width)
+
     @cached_property
     def crs(self) -> str | None:
         """As the file declares it."""

@@ -62,7 +62,11 @@ class Pixels(NamedTuple):
 
 
 class Image(Protocol):
-    """An image of an open file. Properties are read from headers: no pixel is read for them."""
+    """An image of an open file. Properties are read from headers: no pixel is read for them.
+
+    An image that can be larger than a tile should also have ``block``, the rows and columns of the blocks (chunks) that
+    are decompressed as a whole: tiles are then cut in an order in which each is read once.
+    """
 
     @property
     def count(self) -> int:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import reduce
+
 import numpy as np
 import pytest
 from testkit.scene_files import READS, located_shots, open_tiff, scene_ref, utm_grid, write_scene
 
-from maestro_scale.datasets.scenes.grid import Cell
+from maestro_scale.datasets.scenes.grid import Box, Cell
 from maestro_scale.datasets.scenes.reader import SceneReader
 from maestro_scale.datasets.scenes.series import SceneRaster, SceneSeries
 
@@ -24,7 +26,7 @@ def reader_of(shots, grid, num_bands=1, min_valid=0.5, resampling="bilinear", ma
 
 
 def all_cells(grid, reader) -> list[Cell]:
-    cols, rows = grid.ranges(reader.series[0].bounds)
+    cols, rows = grid.ranges(reduce(Box.union, (shot.box for shot in reader.series[0].shots)))
     return [Cell(col, row) for row in rows for col in cols]
 
 

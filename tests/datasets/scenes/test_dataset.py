@@ -1,0 +1,186 @@
+"""Described scenes: from files to shards, with labels, an area and splits; and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import geopandas
+import numpy as np
+import pytest
+import shapely
+from testkit.scene_files import write_scene
+
+from maestro_scale.datasets.description.dataset import open_described
+from maestro_scale.datasets.description.load import load_description
+from maestro_scale.datasets.spec import DatasetError, LeftOut
+from maestro_scale.shards.read.verify import verify
+from maestro_scale.shards.write.writer import write_shards
+
+WEST, NORTH, CRS = 499_840.0, 5_000_000.0, "EPSG:32631"
+DESCRIPTION = """
+name: valley
+tile_m: 320
+grid: {min_valid: 0.5}
+rasters:
+  s2:
+    files: "S2_{tile}_{date:%Y%m%d}.tif"
+    bands: [B2, B3]
+    resolution_m: 10
+    dtype: uint16
+    series: true
+    quantity: reflectance
+    masks: {cloud: {files: "SCL_{tile}_{date:%Y%m%d}.tif", classes: [9]}}
+    sensor: {patch: 2, num_dates: 2}
+  dem:
+    files: dem.tif
+    bands: [height]
+    resolution_m: 20
+    dtype: float32
+    dates: {from: constant, date: 2020-01-01}
+    quantity: elevation
+    sensor: {patch: 4}
+"""
+LABELS = """
+targets:
+  cover:
+    kind: segmentation
+    vector: {files: cover.gpkg, column: kind}
+    resolution_m: 10
+    classes: [forest, meadow, other]
+    ignored: [other]
+    outside: other
+  map:
+    kind: segmentation
+    raster: {files: map.tif, nodata: 255}
+    resolution_m: 20
+    classes: [a, b, none]
+    ignored: [none]
+  height:
+    kind: regression
+    vector: {files: cover.gpkg, column: height}
+    resolution_m: 20
+"""
+BLOCKS = """
+splits: {blocks: {size_m: 640, fractions: {train: 0.5, val: 0.25, test: 0.25}, distance_m: 100}}
+"""
+
+
+@pytest.fixture(scope="module")
+def src(tmp_path_factory) -> Path:
+    """Two granules of two dates each, which overlap by 64 pixels; an elevation model; labels."""
+    folder = tmp_path_factory.mktemp("src")
+    rng = np.random.default_rng(0)
+    for i, tile in enumerate(("A", "B")):
+        for day in ("20200601", "20200701"):
+            values = rng.integers(1, 5000, (2, 320, 192)).astype("uint16")
+            write_scene(folder / f"S2_{tile}_{day}.tif", values, WEST + i * 1280, NORTH, nodata=0)
+            cloud = rng.choice([4, 9], (1, 160, 96)).astype("uint8")
+            write_scene(folder / f"SCL_{tile}_{day}.tif", cloud, WEST + i * 1280, NORTH, 20.0)
+    height = rng.uniform(0, 900, (1, 200, 200)).astype("float32")
+    write_scene(folder / "dem.tif", height, WEST - 320, NORTH + 320, 20.0, nodata=-9999)
+    write_scene(
+        folder / "map.tif",
+        rng.choice([0, 1, 255], (1, 200, 200)).astype("uint8"),
+        WEST - 320,
+        NORTH + 320,
+        20,
+    )
+    boxes = [
+        shapely.box(WEST, NORTH - 100, WEST + 1000, NORTH),
+        shapely.box(WEST + 500, NORTH - 3200, WEST + 900, NORTH),
+    ]
+    frame = geopandas.GeoDataFrame(
+        {"kind": ["forest", "meadow"], "height": [10.0, 20.0]}, geometry=boxes, crs=CRS
+    )
+    frame.to_file(folder / "cover.gpkg", driver="GPKG")
+    area = shapely.box(WEST, NORTH - 640, WEST + 960, NORTH)
+    geopandas.GeoDataFrame(geometry=[area], crs=CRS).to_crs(4326).to_file(
+        folder / "area.geojson", driver="GeoJSON"
+    )
+    return folder
+
+
+def described(folder: Path, text: str, *overrides: str):
+    path = folder / "valley.yaml"
+    path.write_text(text)
+    return load_description(path, overrides)
+
+
+def opened(src: Path, tmp_path: Path, text: str = DESCRIPTION, *overrides: str, split: str = "train"):
+    return open_described(described(tmp_path, text, *overrides), str(src), split)
+
+
+def test_scenes_become_shards(src, tmp_path):
+    dataset = opened(src, tmp_path, DESCRIPTION + LABELS)
+    keys = dataset.keys()
+    assert len(keys) == 100
+    assert keys[0] == "32631_E0499840_N4997120"
+    manifest = write_shards(dataset, str(tmp_path / "shards"), "train", workers=1, shard_mb=1, strict=True)
+    assert sum(s.samples for s in manifest.shards) == 100
+    assert verify(str(tmp_path / "shards")) == []
+    tile = dataset.read("32631_E0501440_N5000000")
+    assert tile.arrays["s2"].shape == (2, 2, 32, 32)
+    assert tile.arrays["dem"].shape == (1, 1, 16, 16)
+    assert tile.dates["s2"][:, 1].tolist() == [153, 183]
+    assert set(np.unique(tile.masks["s2"][:, 0])) <= {0, 100}
+    assert (tile.origin.crs, tile.origin.west_m, tile.origin.north_m) == (CRS, 501_440, NORTH)
+
+
+def test_labels_are_rasterised(src, tmp_path):
+    tile = opened(src, tmp_path, DESCRIPTION + LABELS).read("32631_E0500160_N5000000")
+    cover = np.full((32, 32), 2)
+    cover[:10] = 0
+    cover[:, 18:] = 1  # from 500,340 m on, drawn later
+    np.testing.assert_array_equal(tile.targets["cover"], cover)
+    heights = np.array([10, 20, np.nan])[cover[1::2, 1::2]]
+    np.testing.assert_array_equal(tile.targets["height"], heights)
+    assert set(np.unique(tile.targets["map"])) == {0, 1, 2}
+
+
+def test_an_area_keeps_the_tiles_whose_centre_it_contains(src, tmp_path):
+    dataset = opened(src, tmp_path, DESCRIPTION, "grid.area=area.geojson")
+    assert len(dataset.keys()) == 6
+
+
+def test_blocks_split_the_tiles_at_a_distance(src, tmp_path):
+    tiles = {}
+    for split in ("train", "val", "test"):
+        dataset = opened(src, tmp_path, DESCRIPTION + BLOCKS, split=split)
+        tiles[split] = dataset.keys()
+        assert sum(dataset.left_out.values()) < 60
+    assert all(tiles.values())
+    with pytest.raises(DatasetError, match="has no split 'tst' \\(did you mean 'test'"):
+        opened(src, tmp_path, DESCRIPTION + BLOCKS, split="tst")
+
+
+def test_tiles_with_few_valid_pixels_are_left_out(src, tmp_path):
+    dataset = opened(src, tmp_path, DESCRIPTION, "rasters.s2.valid=[6000,null]")
+    with pytest.raises(LeftOut, match="s2 has no image with enough valid pixels"):
+        dataset.read(dataset.keys()[0])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["grid.crs=EPSG:4326"], r"grid.crs: WGS 84 is in degree, .* for example EPSG:32631 \(the UTM zone"),
+        (["grid.crs=EPSG:2154x"], "grid.crs: 'EPSG:2154x' is not a coordinate reference system"),
+        (["grid.area=far.geojson"], "far.geojson: lies outside of all scenes: it covers"),
+        (["grid.area=none.gpkg"], "none.gpkg: cannot be read"),
+        (["rasters.dem.files=far.tif"], "rasters s2 and dem do not overlap"),
+        (
+            ["rasters.dem.files=bare.tif"],
+            r"1 images of rasters.dem have no coordinate system, the first: bare.tif; set",
+        ),
+        (["rasters.s2.files=S?_{tile}_{date:%Y%m%d}.tif"], "no file matches"),
+        (["rasters.s2.window=[0,0]"], "rasters.s2.window: excludes grid"),
+        (["grid.stride_m=6000", "grid.origin=[100,100]"], "no tile of 320 m is covered by the images"),
+    ],
+)
+def test_what_does_not_fit_is_told_in_one_line(src, tmp_path, overrides, message):
+    far = shapely.box(0, 40, 0.1, 40.1)
+    geopandas.GeoDataFrame(geometry=[far], crs=4326).to_file(src / "far.geojson", driver="GeoJSON")
+    write_scene(src / "far.tif", np.ones((1, 64, 64), "float32"), 100_000, 100_000, 20.0)
+    write_scene(src / "bare.tif", np.ones((1, 64, 64), "float32"), WEST, NORTH, 20.0, crs=None)
+    with pytest.raises(DatasetError, match=message) as caught:
+        opened(src, tmp_path, DESCRIPTION, *overrides)
+    assert "\n" not in str(caught.value)
