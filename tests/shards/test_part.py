@@ -133,6 +133,17 @@ def test_parts_of_one_folder_have_equal_settings(tmp_path, whole):
     assert write(tmp_path, "1/2") == Manifest.load(str(whole))
 
 
+def test_a_list_of_tiles_that_changed_between_parts_is_named(tmp_path):
+    assert write(tmp_path, "1/2") is None
+    with pytest.raises(
+        WriteError, match=r"part 2/2 is written, but \d+ shards of other parts .* run the other"
+    ):
+        write(tmp_path, "2/2", Toy(41, BROKEN))
+    assert not (tmp_path / "manifest.json").exists()
+    assert write(tmp_path, "1/2", Toy(41, BROKEN)) == Manifest.load(str(tmp_path))
+    assert verify(str(tmp_path)) == []
+
+
 @pytest.mark.parametrize("text", ["0/3", "4/3", "3", "1/0", "-1/2", "a/b", "1/2/3", ""])
 def test_an_invalid_part_is_refused(text):
     with pytest.raises(WriteError, match="is not i/n"):

@@ -134,8 +134,8 @@ def stored(
 ) -> Series:
     """A stack as it is stored: scaled, in the type of ``modality``, invalid pixels replaced and noted, in time order.
 
-    ``dates``: (T, 3) int16. ``mask``: (T, M, h, w) in percent, or None. What it marks as nodata is invalid. DatasetError
-    if nothing is valid.
+    ``dates``: (T, 3) int16. ``mask``: (T, M, h, w) in percent, or None; what it marks as nodata is invalid.
+    DatasetError if nothing is valid.
     """
     values, invalid = stack.values, stack.invalid
     if (

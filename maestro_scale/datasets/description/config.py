@@ -330,8 +330,8 @@ class Raster(ImageFiles):
     offset: float = 0.0
     """See ``scale``: Sentinel-2 since processing baseline 04.00 needs -1000."""
     masks: dict[Name, MaskRule] = Field(default_factory=dict)
-    """Mask bands by name, in order: ``cloud`` and ``snow`` are known to the selection of dates. Pixels that a rule called
-    ``nodata`` marks are not measured, as if the file declared them so."""
+    """Mask bands by name, in order: ``cloud`` and ``snow`` are known to the selection of dates. Pixels that a rule
+    called ``nodata`` marks are not measured, as if the file declared them so."""
     quantity: QuantityKind = "any"
     """What is measured: it determines which values are valid, and how invalid ones are stored."""
     valid: tuple[float | None, float | None] | None = None

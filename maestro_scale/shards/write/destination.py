@@ -169,6 +169,25 @@ class Destination:
             )
         return chosen[0]
 
+    def refuse_other_plans(self, plan: WritePlan) -> None:
+        """WriteError if other parts have written shards of another plan, and none of them is running any more.
+
+        Such a split never becomes complete: the list of raw tiles, or an argument, differed between the jobs.
+        """
+        if self._lock.other_writers():
+            return
+        others = []
+        for name, number in sorted(self._shard_names().items()):
+            index = None if self._part.includes(number) else self._index(name)
+            if index is not None and index.plan != plan.digest:
+                others.append(name)
+        if others:
+            raise WriteError(
+                f"{self.storage.address()}: part {self._part} is written, but {len(others)} shards of other parts "
+                f"(first {others[0]}) are of another list of tiles or other arguments, so split {self.split!r} is not "
+                "complete: run the other parts again, on the raw data as it is now; this part is kept"
+            )
+
     def publish(self, plan: WritePlan, shards: dict[int, WrittenShard]) -> Manifest:
         """Add the finished split to the manifest, atomically; readers see the old one until then.
 

@@ -66,8 +66,9 @@ def write_shards(
 
     ``part``: write only these shards, as one of several jobs with the same arguments, on any machines. The job that
     finds all shards finished publishes the manifest, which is the same as that of a single call; the others return
-    None. If a part fails, call it again: it writes what is missing. ``synthetic``: whether the tiles are synthetic
-    scenes, as recorded in the manifest; None: unknown.
+    None. If a part fails, call it again: it writes what is missing. If tiles or arguments changed between parts, the
+    later one raises WriteError, which says what to call again. ``synthetic``: whether the tiles are synthetic scenes,
+    as recorded in the manifest; None: unknown.
 
     Raises DatasetError for a tile that cannot be read, does not match its spec or has invalid values, WriteError if
     ``dst`` cannot be written or contains something else.
@@ -96,7 +97,10 @@ def write_shards(
         if part.count > 1:
             # List again: other parts may have finished shards in the meantime.
             finished = destination.finished_shards(plan, strict)
-        return destination.publish(plan, finished) if len(finished) == plan.num_shards else None
+        if len(finished) == plan.num_shards:
+            return destination.publish(plan, finished)
+        destination.refuse_other_plans(plan)
+        return None
 
 
 class Writer:
