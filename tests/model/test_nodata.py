@@ -135,3 +135,19 @@ def test_batches_of_rasters_without_nodata_are_computed_as_before():
         "s2": False,
         "s1": True,
     }
+
+
+def test_a_compiled_step_has_the_same_loss():
+    config = small_config()
+    batch = with_nodata(config, full_batch(config, 2), ("s1_asc", "aerial"))
+    masks = draw_masks(config, MaskingConfig(), batch)
+    counts = hidden_counts(config, [masks])
+    losses = []
+    for compiled in (False, True):
+        model = Maestro(config).initialise(0)
+        if compiled:
+            model.compile_training("step", backend="eager")
+        loss, sums = model(batch, masks, counts)
+        loss.backward()
+        losses.append((loss.item(), sums.tolist()))
+    assert losses[0] == losses[1]
