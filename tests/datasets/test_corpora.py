@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from maestro_scale.cli import app
 from maestro_scale.datasets.description.load import load_description
 from maestro_scale.recipe import load_recipe
-from maestro_scale.shards import Manifest, as_webdataset
+from maestro_scale.shards import as_webdataset
 from maestro_scale.training.dry_run import dry_run
 
 REPO = Path(__file__).parents[2]
@@ -54,17 +54,16 @@ def test_dry_run_of_a_recipe_needs_no_data(name, monkeypatch, tmp_path):
 
 @pytest.fixture
 def shard(tmp_path) -> Callable[..., Tiles]:
-    """``shard(name, src, split)``: the tiles that the command writes, by key."""
+    """``shard(name, src, split, …)``: the tiles that the command writes, by key."""
 
-    def run(name: str, src: Path, split: str = "train") -> Tiles:
+    def run(name: str, src: Path, split: str = "train", *options: str) -> Tiles:
         dst = tmp_path / "shards"
-        command = ["shard", name, str(src), str(dst), "--split", split, "--workers", "1"]
+        command = ["shard", name, str(src), str(dst), "--split", split, "--workers", "1", *options]
         done = CliRunner().invoke(app, command, catch_exceptions=False)
         assert done.exit_code == 0, done.output
         tiles = list(as_webdataset(str(dst), split))
         return {tile["__key__"]: tile for tile in tiles}
 
-    run.notes = lambda: dict(Manifest.load(str(tmp_path / "shards")).notes)
     return run
 
 
@@ -233,3 +232,14 @@ def test_mmearth(shard, tmp_path, name, folder, size):
         np.testing.assert_array_equal(
             tile["target.worldcover"], np.arange(size * size).reshape(size, size) % 12
         )
+
+
+def test_a_corpus_can_be_written_in_pieces(shard, tmp_path, monkeypatch):
+    keys = corpora.write_ssl4eo_s12_zarr(tmp_path)
+    for modality in ("S2L2A", "S1GRD"):
+        files = tmp_path / "train" / modality
+        (files / "ssl4eos12_train_seasonal_data_000102.zarr.zip").write_bytes(b"of another piece")
+    monkeypatch.setenv("PIECE", "0000*")
+    assert (
+        sorted(shard("ssl4eo_s12_zarr", tmp_path, "train_0", "--set", "splits.names.train_0=train")) == keys
+    )
