@@ -16,6 +16,8 @@ from typer.testing import CliRunner
 
 from maestro_scale.cli import app, launch
 from maestro_scale.recipe import RecipeError, load_recipe
+from maestro_scale.shards.errors import ManifestError
+from maestro_scale.shards.format.manifest import Manifest
 from maestro_scale.strict_yaml import shipped
 
 
@@ -46,6 +48,16 @@ def test_a_wrong_name_is_one_line(tmp_path, monkeypatch, name, message):
     with pytest.raises(RecipeError, match=message) as caught:
         load_recipe(name)
     assert "\n" not in str(caught.value)
+
+
+def test_missing_data_names_the_folder_and_the_variable(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MAESTRO_DATA", raising=False)
+    with pytest.raises(ManifestError, match=f"relative to {tmp_path}; MAESTRO_DATA is not set.$"):
+        Manifest.load(load_recipe("vitt").data.mixture[0].shards)
+    monkeypatch.setenv("MAESTRO_DATA", str(tmp_path))
+    with pytest.raises(ManifestError, match="or check the path$"):
+        Manifest.load(load_recipe("vitt").data.mixture[0].shards)
 
 
 def test_every_installation_has_a_place_for_recipes(monkeypatch, tmp_path):

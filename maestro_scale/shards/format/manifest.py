@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ from maestro_scale.shards.storage import open_storage
 from maestro_scale.untrusted.limits import TAR_MEMBERS
 
 FORMAT_VERSION = 1
+_DATA_VARIABLE = "MAESTRO_DATA"  # of the recipes that come with the package
 # Reading the manifest is the first access to a dataset, so a wrong address or an unreachable server should fail within
 # seconds, not after the minutes that a running job may wait.
 CONNECT_RETRY = RetryPolicy(deadline_s=30.0, attempt_timeout_s=15.0)
@@ -80,6 +82,7 @@ class Manifest:
         except FileNotFoundError as error:
             raise ManifestError(
                 f"{where}: not found; write the dataset with `maestro-scale shard`, or check the path"
+                f"{_path_hint(where)}"
             ) from error
         except StoreError as error:
             raise ManifestError(str(error)) from error
@@ -179,6 +182,14 @@ def check_spec(spec: DatasetSpec, where: str = "spec") -> None:
     """ManifestError, with the path of the first field that is wrong, where ``spec`` contradicts itself."""
     for path, reason in spec_problems(spec):
         raise ManifestError(f"{dotted((where, *path))}: {reason}")
+
+
+def _path_hint(where: str) -> str:
+    """For a relative path: where it starts. Recipes use ./data where the variable of their data is not set."""
+    if "://" in where or os.path.isabs(where):
+        return ""
+    unset = "" if os.environ.get(_DATA_VARIABLE) else f"; {_DATA_VARIABLE} is not set"
+    return f" (relative to {os.getcwd()}{unset})"
 
 
 def _check(manifest: Manifest) -> None:
