@@ -32,7 +32,7 @@ from maestro_scale.untrusted.limits import (
     size_text,
 )
 from maestro_scale.untrusted.records import from_builtins
-from maestro_scale.untrusted.tar import TarMember, list_tar
+from maestro_scale.untrusted.tar import TarMember, list_tar, list_tar_file
 from maestro_scale.untrusted.tensors import (
     TensorEntry,
     decompress_frame,
@@ -65,6 +65,7 @@ __all__ = [
     "from_builtins",
     "is_relative_path",
     "list_tar",
+    "list_tar_file",
     "load_json",
     "load_npz",
     "load_tensors",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from maestro_scale.errors import shorten
 from maestro_scale.untrusted.limits import PAX_RECORDS, TAR_MEMBERS, TAR_NAME_BYTES, InputError
@@ -31,13 +31,18 @@ def list_tar(path: Path, strict: bool = False) -> list[TarMember]:
     Not the standard library's tarfile: it recurses for each long name, seeks by sizes that it did not check, and
     interprets sparse maps.
     """
-    members: list[TarMember] = []
     with path.open("rb") as file:
-        total = file.seek(0, 2)
-        for member in _tar_members(file, total, strict):
-            members.append(member)
-            if len(members) > TAR_MEMBERS:
-                raise InputError(f"has more than {TAR_MEMBERS} members")
+        return list_tar_file(file, strict)
+
+
+def list_tar_file(file: IO[bytes], strict: bool = False) -> list[TarMember]:
+    """As :func:`list_tar`, of an open file, of which only the headers are read."""
+    members: list[TarMember] = []
+    total = file.seek(0, 2)
+    for member in _tar_members(file, total, strict):
+        members.append(member)
+        if len(members) > TAR_MEMBERS:
+            raise InputError(f"has more than {TAR_MEMBERS} members")
     return members
 
 

@@ -45,6 +45,15 @@ def open_file(address: str, section: ImageFiles) -> Iterator[ArrayFile]:
 @contextmanager
 def open_store(file: str | BinaryIO, where: str) -> Iterator[Hdf5Store]:
     """The datasets of a file, by its path, or opened."""
+    store = new_store(file, where)
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+def new_store(file: str | BinaryIO, where: str) -> Hdf5Store:
+    """As :func:`open_store`; it is closed by :meth:`Hdf5Store.close`, or when nothing refers to it any more."""
     import h5py
 
     try:
@@ -53,7 +62,7 @@ def open_store(file: str | BinaryIO, where: str) -> Iterator[Hdf5Store]:
                 pass
         # Without a lock: raw data is often on read-only or network file systems, which do not support it.
         options = {"locking": False} if isinstance(file, str) else {}
-        opened = h5py.File(file, "r", rdcc_nbytes=_CACHE_BYTES, **options)
+        return Hdf5Store(h5py.File(file, "r", rdcc_nbytes=_CACHE_BYTES, **options), where)
     except FileNotFoundError as error:
         raise remote.missing(where) from error
     except ERRORS as error:
@@ -61,8 +70,6 @@ def open_store(file: str | BinaryIO, where: str) -> Iterator[Hdf5Store]:
         raise DatasetError(
             f"{where}: cannot be read ({shorten(cause, 200)}); fetch the file again"
         ) from error
-    with opened:
-        yield Hdf5Store(opened, where)
 
 
 class Hdf5Store:
@@ -74,6 +81,10 @@ class Hdf5Store:
         self._file, self.where = file, where
         self._names: list[str] | None = None
         self._num_bytes = file.id.get_filesize()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
 
     def names(self) -> Sequence[str]:
         """Paths of datasets within the file; links are left out."""

@@ -58,13 +58,13 @@ class NumpyStore:
         self, where: str, single: _NpyArray | None = None, archive: untrusted.NpzArrays | None = None
     ) -> None:
         self.where, self._single, self._archive = where, single, archive
-        self._loaded: dict[str, _Array] = {}
+        self._loaded: dict[str, MemoryArray] = {}
 
     def names(self) -> Sequence[str]:
         """Names of the arrays."""
         return [ARRAY] if self._archive is None else self._archive.names
 
-    def find(self, name: str) -> _Array | _NpyArray | None:
+    def find(self, name: str) -> MemoryArray | _NpyArray | None:
         """The array of this name."""
         if self._archive is None:
             return self._single if name == ARRAY else None
@@ -72,7 +72,7 @@ class NumpyStore:
             return None
         if name not in self._loaded:
             try:
-                self._loaded[name] = _Array(self._archive.load(name))
+                self._loaded[name] = MemoryArray(self._archive.load(name))
             except (untrusted.InputError, OSError) as error:
                 raise DatasetError(f"{self.where}: {error}; fetch the file again") from error
         return self._loaded[name]
@@ -81,7 +81,7 @@ class NumpyStore:
         return other
 
 
-class _Array:
+class MemoryArray:
     """An array in memory (an :class:`.arrays.StoredArray`)."""
 
     dimensions = None

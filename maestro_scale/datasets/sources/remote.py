@@ -11,7 +11,7 @@ import os
 import posixpath
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 from urllib.parse import urlsplit
 
 from maestro_scale import untrusted
@@ -75,6 +75,15 @@ def open_binary(address: str) -> BinaryIO:
     """
     if is_remote(address):
         return io.BufferedReader(RemoteFile(address), _BLOCK_BYTES)
+    return _open_local(address)
+
+
+def open_unbuffered(address: str) -> IO[bytes]:
+    """As :func:`open_binary`, for small reads far from each other."""
+    return RemoteFile(address) if is_remote(address) else _open_local(address)  # type: ignore[return-value]
+
+
+def _open_local(address: str) -> BinaryIO:
     path = local_path(address)
     try:
         return open(path, "rb")
