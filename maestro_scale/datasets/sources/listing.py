@@ -48,11 +48,14 @@ def list_files(section: ImageFiles, src: str) -> Iterator[ImageRef]:
     if pattern.is_literal and remote.is_remote(address := remote.join(src, pattern.text)):
         yield ImageRef(address, None, None, every)
         return
+    # Of a million files, joining each with the root by itself would take most of the time.
+    root = remote.join(src, "")
+    root = root if root.endswith("/") else f"{root}/"
     for path, match in pattern.walk(remote.scan(src), nearly):
         if any(other.match(path) for other in excluded):
             continue
         bands = every if match.band is None else single[match.band]
-        address = remote.join(src, path)
+        address = path if path.startswith("/") else root + path
         yield ImageRef(address, match.key, match.date, bands, match.split, (), match.names)
     if count:
         log.warning(

@@ -43,6 +43,10 @@ class ImageRef:
     part: tuple[int | str, ...] = ()
     names: tuple[tuple[str, str], ...] = ()
 
+    def __reduce__(self) -> tuple:
+        # What dataclasses do for slots takes ten times as long, and a worker gets millions.
+        return ImageRef, (self.address, self.key, self.date, self.bands, self.split, self.part, self.names)
+
 
 class Window(NamedTuple):
     """A rectangle of pixels of an image."""
