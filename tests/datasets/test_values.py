@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -440,3 +442,17 @@ def test_limits_hold_in_every_dtype(value, limit, dtype):
     assert inside.valid(array)[0] == (limit <= float(array[0]) < LARGEST)
     below = QUANTITY_KINDS["any"].within(None, limit)
     assert below.valid(array)[0] == (-LARGEST < float(array[0]) <= limit)
+
+
+def test_every_kind_of_quantity_is_documented_with_the_modalities_that_are_of_it():
+    text = (Path(__file__).parents[2] / "docs" / "datasets.md").read_text(encoding="utf-8")
+    rows = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("| `")}
+    for kind, quantity in QUANTITY_KINDS.items():
+        row = rows[f"`{kind}`"]
+        names = {
+            name
+            for dataset, modalities in QUANTITIES.items()
+            for name, of in modalities.items()
+            if of is quantity and dataset != "fuel_moisture"
+        }
+        assert all(f"`{name}`" in row for name in names), kind

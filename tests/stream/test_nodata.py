@@ -17,6 +17,7 @@ from maestro_scale.stream import dates
 from maestro_scale.stream.batch import digest
 from maestro_scale.stream.packing import BatchMetadata, arrays_in, num_bytes, unpack
 from maestro_scale.stream.rng import CounterRNG, Purpose
+from maestro_scale.stream.tile import tile_batch
 from maestro_scale.stream.transform import Transform, nearest_pixels
 
 SIZE = 6
@@ -169,6 +170,14 @@ def test_a_raster_without_invalid_pixels_draws_what_one_without_the_band_draws()
         assert "nodata" not in found
         assert found["dates"][:, 1].tolist() == days
         np.testing.assert_array_equal(found["pixels"], pixels)
+
+
+def test_a_tile_that_is_embedded_has_no_nan():
+    nodata = corner(3, 0, 1)
+    toy = spec("float32", 3)
+    batch = tile_batch(tile(nodata, "float32"), toy.sensors)
+    assert batch.pixels["x"][0, :, 0, 0, 0].tolist() == [300, 300, 300]
+    assert batch.pixels["x"][0, :, 1, 5, 5].tolist() == [100, 200, 300]
 
 
 def test_the_marks_travel_with_the_batch():
