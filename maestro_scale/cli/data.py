@@ -36,7 +36,7 @@ def describe(
     src: Annotated[
         str,
         typer.Argument(
-            help="Folder with images and labels. With --recipe: folder or s3:// prefix of shards."
+            help="Folder, s3:// prefix or file with images. With --recipe: folder or s3:// prefix of shards."
         ),
     ],
     blocks: Annotated[
@@ -60,8 +60,9 @@ def describe(
     def say(message: str) -> None:
         print(f"warning: {printable(message)}", file=sys.stderr)
 
-    print(describe_folder(src, blocks, say), end="")
-    command = shell_command("maestro-scale", "shard", "MY.yaml", src, "SHARDS", "--split", "train")
+    draft = describe_folder(src, blocks, say)
+    print(draft.to_yaml(), end="")
+    command = shell_command("maestro-scale", "shard", "MY.yaml", draft.source, "SHARDS", "--split", "train")
     print(
         f"next: check the lines with 'assumed' in what you save as MY.yaml, then: {command}", file=sys.stderr
     )

@@ -8,24 +8,20 @@ and writes YAML (:mod:`draft`). It is deterministic: the same files give the sam
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
+from maestro_scale.datasets.describe.draft import Draft
 from maestro_scale.datasets.describe.inspection import Inspection
-from maestro_scale.datasets.spec import DatasetError
 
-__all__ = ["describe"]
+__all__ = ["Draft", "describe"]
 
 
-def describe(src: str, blocks: bool = False, say: Callable[[str], None] = lambda message: None) -> str:
-    """The draft of a description of ``src``, as YAML with comments.
+def describe(src: str, blocks: bool = False, say: Callable[[str], None] = lambda message: None) -> Draft:
+    """The draft of a description of a folder, an address, or a single file.
 
     ``blocks``: with splits by blocks of ground, instead of one split. ``say``: receives a line for each file that
     cannot be read. DatasetError (one line) if ``src`` holds nothing that can be described.
     """
-    folder = Path(src)
-    if not folder.is_dir():
-        raise DatasetError(f"{src}: is not a folder; check the path")
-    draft = Inspection(folder, blocks).draft()
+    draft = Inspection(src, blocks).draft()
     for message in draft.messages:
         say(message)
-    return draft.to_yaml()
+    return draft

@@ -6,7 +6,6 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from maestro_scale.datasets.describe import words
 from maestro_scale.datasets.describe.containers import Array, read_arrays, suffix_of
@@ -42,14 +41,14 @@ class Found:
     used: list[str]
 
 
-def draft_arrays(root: Path, paths: Sequence[str]) -> Found:
+def draft_arrays(src: str, paths: Sequence[str]) -> Found:
     """Rasters and labels of the files with arrays among ``paths``."""
     found = Found([], [], [], [])
     chosen = [p for p in paths if suffix_of(p)]
     labels: list[tuple[Family, Array]] = []
     for family in families(chosen, lambda path: None):
         first = family.files[len(family.files) // 2].path
-        arrays = read_arrays(root / first)
+        arrays = read_arrays(src, first)
         if isinstance(arrays, str):
             if not first.lower().endswith(".parquet"):  # others are tables
                 found.messages.append(f"{first}: {arrays}; files like it are left out")

@@ -7,7 +7,7 @@ be known is assumed, and said.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +16,14 @@ from typing import Any
 import numpy as np
 
 from maestro_scale import untrusted
-from maestro_scale.datasets.describe.files import is_zarr
+from maestro_scale.datasets import raw
 from maestro_scale.datasets.describe.probe import Values
+from maestro_scale.datasets.description.config import ImageFiles
+from maestro_scale.datasets.sources import remote
+from maestro_scale.datasets.sources.array_image import ArrayStore, StoredArray
+from maestro_scale.datasets.sources.arrays import ArrayFile
+from maestro_scale.datasets.sources.table import source_of
+from maestro_scale.datasets.spec import DatasetError
 from maestro_scale.errors import MaestroError
 
 SUFFIXES = (".nc", ".nc4", ".h5", ".hdf5", ".he5", ".zarr", ".zarr.zip", ".npy", ".npz", ".parquet", ".tar")
@@ -55,6 +61,8 @@ _MAX_ARRAYS = 40
 _MIN_SIDE = 6  # pixels: smaller arrays are no images
 _MANY = 64  # along an unnamed first axis: more than that are tiles, fewer are dates
 _SAMPLE_BYTES = 64 * 2**20
+_MAX_COORDINATE = 1_000_000
+_KEY_NAMES = ("key", "id", "name", "tile", "metadata")
 _METRES_PER_DEGREE = 111_320.0
 
 
@@ -86,7 +94,7 @@ class Array:
 
 @dataclass
 class _Sample:
-    """What an image file says: an array without its values, and how to read some of them."""
+    """An array without its values, and how to read some of them. ``extra``: further fields of :class:`Array`."""
 
     variable: str | None
     shape: tuple[int, ...]
@@ -102,27 +110,24 @@ def suffix_of(path: str) -> str | None:
     return max(found, key=len) if found else None
 
 
-def read_arrays(path: Path) -> list[Array] | str:
-    """The arrays of a file that may be images, or why it cannot be read."""
-    suffix = suffix_of(path.name) or (".zarr" if is_zarr(path) else "")
-    readers: dict[str, Callable[[Path], Any]] = {
-        ".nc": _netcdf, ".nc4": _netcdf, ".h5": _hdf5, ".hdf5": _hdf5, ".he5": _hdf5, ".zarr": _zarr,
-        ".zarr.zip": _zarr, ".npy": _npy, ".npz": _npz, ".parquet": _parquet, ".tar": _tar,
-    }  # fmt: skip
+def read_arrays(src: str, path: str) -> list[Array] | str:
+    """The arrays of a file below ``src`` that may be images, or why it cannot be read."""
+    address = remote.join(src, path)
+    readers = {".parquet": _parquet, ".tar": _tar}
+    reader = readers.get(suffix_of(path) or "", _stored)
     try:
-        with contextmanager(readers[suffix])(path) as samples:
+        with reader(address) as samples:
             found = [_array(s) for s in samples[:_MAX_ARRAYS]]
+    except MaestroError as error:
+        return str(error).removeprefix(f"{address}: ")
     except Exception as error:  # noqa: BLE001 - each library has its own errors for damaged files
         return " ".join(str(error).split())[:200] or type(error).__name__
     arrays = [a for a in found if a is not None]
-    if not arrays:
-        return "holds no arrays that could be images"
-    sides = [a.size("y") * a.size("x") for a in arrays]
-    return [a for a, side in zip(arrays, sides, strict=True) if side > 1]
+    return arrays or "holds no arrays that could be images"
 
 
 def _array(sample: _Sample) -> Array | None:
-    if len(sample.shape) < 2 or not set(sample.dtype.strip("0123456789")) <= set("uint float"):
+    if len(sample.shape) < 2 or np.dtype(sample.dtype).kind not in "uif":
         return None
     axes = axes_of(sample.dims, sample.shape)
     if axes is None or min(sample.shape[axes.index(a)] for a in "yx") < _MIN_SIDE:
@@ -132,7 +137,7 @@ def _array(sample: _Sample) -> Array | None:
         for axis, n in zip(axes, sample.shape, strict=True)
     )
     small = int(np.prod([s.stop for s in window])) * 8 <= _SAMPLE_BYTES
-    values = _values_of(sample.read(window), sample.extra.get("nodata")) if small else None
+    values = _values_of(np.asarray(sample.read(window)), sample.extra.get("nodata")) if small else None
     return Array(
         sample.variable,
         sample.shape,
@@ -178,74 +183,44 @@ def _values_of(array: np.ndarray, nodata: float | None) -> Values | None:
     return Values(*found, float(invalid.mean()), float((valid == 0).mean()), labels)
 
 
-def _netcdf(path: Path) -> Iterator[list[_Sample]]:
-    import xarray
-
-    with xarray.open_dataset(path, engine="h5netcdf", decode_cf=False) as dataset:
-        yield _from_xarray(dataset)
-
-
-def _zarr(path: Path) -> Iterator[list[_Sample]]:
-    import zarr
-
-    store = zarr.storage.ZipStore(path, mode="r") if path.is_file() else str(path)
-    root = zarr.open(store, mode="r")
-    arrays = {"": root} if not hasattr(root, "members") else dict(root.members(max_depth=3))
-    names = {n: a for n, a in sorted(arrays.items()) if hasattr(a, "shape")}
-    dims = {n: _zarr_dims(a) for n, a in names.items()}
-    samples = []
-    for name, array in names.items():
-        extra: dict[str, Any] = {}
-        for d in dims[name]:
-            prefix = name.rpartition("/")[0]
-            coordinate = f"{prefix}/{d}" if prefix else d
-            if coordinate in names and d.lower() in _AXES["date"]:
-                extra["dates"] = d
-            if coordinate in names and d.lower() in _AXES["key"]:
-                extra["keys"] = d
-            if coordinate in names and d.lower() in _AXES["x"]:
-                extra |= _spacing(np.asarray(names[coordinate][:]), d)
-        fill = array.attrs.get("_FillValue")
-        extra["nodata"] = float(fill) if isinstance(fill, (int, float)) else None
-        samples.append(
-            _Sample(name or None, tuple(array.shape), str(array.dtype), dims[name], array.__getitem__, extra)
-        )
-    yield samples
+@contextmanager
+def _stored(address: str) -> Iterator[list[_Sample]]:
+    """Arrays of NetCDF, HDF5, Zarr and NumPy files, by the sources that will read them."""
+    section = ImageFiles(files=address)
+    with source_of(section).open_file(address, section) as file:
+        assert isinstance(file, ArrayFile)
+        store = file.store
+        names = list(store.names())[:1000]
+        arrays = {n: a for n in names if (a := store.find(n)) is not None}
+        yield [_stored_sample(store, arrays, name) for name in sorted(arrays) if len(arrays[name].shape) > 1]
 
 
-def _zarr_dims(array: Any) -> tuple[str, ...]:
-    names = getattr(array.metadata, "dimension_names", None) or array.attrs.get("_ARRAY_DIMENSIONS") or ()
-    return tuple(str(n) for n in names if n)
-
-
-def _from_xarray(dataset: Any) -> list[_Sample]:
-    samples = []
-    for name, variable in sorted(dataset.data_vars.items()):
-        extra: dict[str, Any] = {}
-        for d in map(str, variable.dims):
-            if d in dataset.variables and d.lower() in _AXES["date"]:
-                extra["dates"] = d
-            if d in dataset.variables and d.lower() in _AXES["key"]:
-                extra["keys"] = d
-            if d in dataset.variables and d.lower() in _AXES["x"]:
-                extra |= _spacing(dataset.variables[d].values, d)
-        attributes = variable.attrs
-        fill = attributes.get("_FillValue", attributes.get("missing_value"))
-        extra["nodata"] = None if fill is None else float(np.asarray(fill).ravel()[0])
-        extra["scale"], extra["offset"] = (
-            float(attributes.get(n, default)) for n, default in (("scale_factor", 1.0), ("add_offset", 0.0))
-        )
-        samples.append(
-            _Sample(
-                str(name),
-                tuple(variable.shape),
-                str(variable.dtype),
-                tuple(map(str, variable.dims)),
-                lambda window, variable=variable: np.asarray(variable[window].values),
-                extra,
-            )
-        )
-    return samples
+def _stored_sample(store: ArrayStore, arrays: Mapping[str, StoredArray], name: str) -> _Sample:
+    array = arrays[name]
+    dims = tuple(array.dimensions or ())
+    extra: dict[str, Any] = {}
+    for d in dims:
+        beside = arrays.get(store.beside(name, d))
+        if beside is None or len(beside.shape) != 1 or d == name:
+            continue
+        if d.lower() in _AXES["date"]:
+            extra["dates"] = d
+        elif d.lower() in _AXES["key"]:
+            extra["keys"] = d
+        elif d.lower() in _AXES["x"] and beside.shape[0] <= _MAX_COORDINATE:
+            extra |= _spacing(np.asarray(beside.read((slice(0, beside.shape[0]),))), d)
+    if not dims and array.shape[0] > _MANY and len(array.shape) > 3:
+        same = [
+            n for n, other in arrays.items() if len(other.shape) == 1 and other.shape[0] == array.shape[0]
+        ]
+        extra["keys"] = next((n for n in same if any(k in n.lower() for k in _KEY_NAMES)), None)
+    fill = array.attribute("_FillValue")
+    fill = array.attribute("missing_value") if fill is None else fill
+    if isinstance(fill, (int, float)) and not isinstance(fill, bool):
+        extra["nodata"] = float(fill)
+    # Only one array, such as that of an .npy file, needs no name.
+    variable = None if name in ("", "array") and len(arrays) == 1 else name
+    return _Sample(variable, tuple(array.shape), str(array.dtype), dims, array.read, extra)
 
 
 def _spacing(x: np.ndarray, name: str) -> dict[str, Any]:
@@ -257,51 +232,16 @@ def _spacing(x: np.ndarray, name: str) -> dict[str, Any]:
     return {"resolution_m": float(f"{step * _METRES_PER_DEGREE:.2g}") if degrees else round(step, 6)}
 
 
-def _hdf5(path: Path) -> Iterator[list[_Sample]]:
-    import h5py
-
-    with h5py.File(path, "r", locking=False) as file:
-        found: list[tuple[str, Any]] = []
-
-        def visit(name: str, item: Any) -> None:
-            # External and virtual datasets have their values in other files, which are not read.
-            if isinstance(item, h5py.Dataset) and not item.is_virtual and item.external is None:
-                found.append((name, item))
-
-        file.visititems(visit)
-        lengths = {n: item for n, item in found if item.ndim == 1 and item.dtype.kind in "SOiuV"}
-        samples = []
-        for name, item in sorted(found):
-            if item.ndim < 2:
-                continue
-            extra: dict[str, Any] = {}
-            same = [n for n, other in lengths.items() if item.ndim > 3 and len(other) == item.shape[0]]
-            named = [
-                n for n in same if any(k in n.lower() for k in ("key", "id", "name", "tile", "metadata"))
-            ]
-            if item.shape[0] > _MANY and named:
-                extra["keys"] = named[0]
-            samples.append(_Sample(name, item.shape, str(item.dtype), (), item.__getitem__, extra))
-        yield samples
-
-
-def _npy(path: Path) -> Iterator[list[_Sample]]:
-    array = untrusted.open_npy(path)
-    yield [_Sample(None, array.shape, str(array.dtype), (), array.__getitem__)]
-
-
-def _npz(path: Path) -> Iterator[list[_Sample]]:
-    with path.open("rb") as file, untrusted.open_zip(file, 1000) as archive:
-        names = [n.removesuffix(".npy") for n in archive.namelist() if n.endswith(".npy")]
-    arrays = dict(zip(names, untrusted.load_npz(path, names), strict=True))
-    yield [_Sample(n, a.shape, str(a.dtype), (), a.__getitem__) for n, a in sorted(arrays.items())]
-
-
-def _parquet(path: Path) -> Iterator[list[_Sample]]:
+@contextmanager
+def _parquet(address: str) -> Iterator[list[_Sample]]:
     """Columns with the bytes of image files, in the first row."""
     import pyarrow.parquet as pq
 
-    file = pq.ParquetFile(path)
+    with remote.open_binary(address) as opened:
+        yield _parquet_samples(pq.ParquetFile(opened))
+
+
+def _parquet_samples(file: Any) -> list[_Sample]:
     names = [f.name for f in file.schema_arrow if str(f.type) in ("binary", "large_binary")]
     texts = [f.name for f in file.schema_arrow if str(f.type) in ("string", "large_string")]
     keys = next((n for n in texts if any(k in n.lower() for k in ("cell", "key", "id", "name"))), None)
@@ -315,11 +255,15 @@ def _parquet(path: Path) -> Iterator[list[_Sample]]:
         if content and (image := _image_sample(name, content)) is not None:
             image.extra |= {"keys": keys, "dates": dates}
             samples.append(image)
-    yield samples
+    return samples
 
 
-def _tar(path: Path) -> Iterator[list[_Sample]]:
+@contextmanager
+def _tar(address: str) -> Iterator[list[_Sample]]:
     """Members of the first sample: files with the same name up to the first dot (WebDataset)."""
+    if remote.is_remote(address):
+        raise DatasetError(f"{address}: describe one shard that was copied to this machine")
+    path = Path(remote.local_path(address))
     members = untrusted.list_tar(path)[:200]
     samples = []
     if members:
@@ -346,15 +290,10 @@ def _sample_name(name: str) -> str:
 
 def _image_sample(name: str, content: bytes) -> _Sample | None:
     """The image in the bytes of a GeoTIFF, PNG or JPEG 2000 file; None if it is none of them."""
-    from rasterio.errors import RasterioError
-    from rasterio.io import MemoryFile
-
-    from maestro_scale.datasets.describe.probe import driver_of
-
     if content[:2] not in (b"II", b"MM", b"\x89P", b"\x00\x00", b"\xff\x4f"):
         return None
     try:
-        with MemoryFile(content) as memory, memory.open(driver=driver_of(content[:12])) as raster:
+        with raw.open_raster_file(io.BytesIO(content), name) as raster:
             array = raster.read()
             extra: dict[str, Any] = {"nodata": raster.nodata}
             if raster.crs and raster.crs.is_projected:
@@ -363,5 +302,5 @@ def _image_sample(name: str, content: bytes) -> _Sample | None:
             if all(names):
                 extra["band_names"] = names
             return _Sample(name, array.shape, str(array.dtype), ("band", "y", "x"), array.__getitem__, extra)
-    except (RasterioError, MaestroError, ValueError):
+    except DatasetError:
         return None

@@ -200,9 +200,10 @@ def band_groups(bands: Sequence[str]) -> list[int]:
     return sizes if None not in kinds and 1 < len(sizes) <= 4 else []
 
 
-def dataset_name(folder: Path) -> str:
-    """The name of a dataset in this folder."""
-    name = re.sub(r"[^A-Za-z0-9]+", "_", folder.resolve().name).strip("_").lower()
+def dataset_name(src: str) -> str:
+    """The name of a dataset in this folder or at this address."""
+    last = src.rpartition("/")[2] if "://" in src else Path(src).resolve().name
+    name = re.sub(r"[^A-Za-z0-9]+", "_", last).strip("_").lower()
     return name[:60] or "dataset"
 
 

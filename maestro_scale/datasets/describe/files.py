@@ -1,36 +1,62 @@
-"""A bounded, deterministic list of the files in a folder."""
+"""A bounded, deterministic list of the files below a folder or an address."""
 
 from __future__ import annotations
 
-import os
+import posixpath
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from maestro_scale.datasets.sources import remote
 from maestro_scale.datasets.spec import DatasetError
 
 MAX_FILES = 20_000
 """Files that are looked at. Names repeat: more would say the same."""
 _MAX_FOLDERS = 2_000
 _PER_FOLDER = 2_000
+_MAX_COPY_BYTES = 256 * 2**20
 _SIDECARS = (".aux.xml", ".ovr", ".msk", ".tfw", ".md5", ".sha256")
+_ZARR = (".zgroup", ".zarray", ".zmetadata", "zarr.json")
 
 
 @dataclass(frozen=True)
 class Listing:
-    """Paths relative to a folder, sorted, with ``/``; ``complete`` is False where there are more."""
+    """Paths relative to ``src`` (a folder or an address), sorted; ``complete`` is False where there are more."""
 
-    root: Path
+    src: str
     paths: tuple[str, ...]
     num_seen: int
     complete: bool
 
 
-def list_files(root: Path) -> Listing:
-    """The files below ``root``, folder by folder, at most :data:`MAX_FILES` spread over the folders.
+def list_source(src: str) -> Listing:
+    """The files of a folder, of an address such as ``s3://bucket/data``, or a single file or Zarr as one.
 
-    Hidden files, sidecar files of GDAL and links out of a cycle are left out. A Zarr store is one path.
+    At most :data:`MAX_FILES`, spread over the folders. Hidden files, sidecar files of GDAL and links out of a cycle are
+    left out. A Zarr is one path. DatasetError (one line) if there is no such folder or file.
     """
-    folders, found = [""], []
+    src = src.rstrip("/") or "/"
+    folder, _, name = src.rpartition("/")
+    if remote.is_remote(src):
+        # An address does not say what it is: its name does.
+        if "." in name and (not name.endswith(".zarr")):
+            return Listing(folder, (name,), 1, True)
+    elif Path(src).is_file():
+        return Listing(str(Path(src).parent), (Path(src).name,), 1, True)
+    elif not Path(src).is_dir():
+        raise DatasetError(f"{src}: is no folder or file; check the path")
+    listing = _list(src)
+    if listing.paths == ("",):  # the folder is a Zarr itself
+        return Listing(folder or ".", (name,), 1, True)
+    return listing
+
+
+def _list(src: str) -> Listing:
+    entries = remote.scan(src)
+    folders: list[str] = [""]
+    found: list[str] = []
     num_seen, complete, visited = 0, True, 0
     while folders:
         below: list[str] = []
@@ -39,38 +65,53 @@ def list_files(root: Path) -> Listing:
                 complete = False
                 break
             visited += 1
-            names, subfolders = _entries(root / folder)
-            num_seen += len(names)
-            if len(names) > _PER_FOLDER:
+            names = sorted(entries(folder))
+            if any(name in _ZARR for name, is_folder in names if not is_folder):
+                found.append(folder.rstrip("/"))
+                num_seen += 1
+                continue
+            files = [n for n, is_folder in names if not is_folder and not _is_hidden(n)]
+            num_seen += len(files)
+            if len(files) > _PER_FOLDER:
                 complete = False
-                step = len(names) / _PER_FOLDER
-                names = [names[int(i * step)] for i in range(_PER_FOLDER)]
-            found += [f"{folder}{name}" for name in names]
-            below += [f"{folder}{name}/" for name in subfolders]
+                files = _spread(files, _PER_FOLDER)
+            found += [f"{folder}{name}" for name in files]
+            local = not remote.is_remote(src)
+            below += [
+                f"{folder}{name}/"
+                for name, is_folder in names
+                if is_folder
+                and not _is_hidden(name)
+                and not (local and (Path(src) / folder / name).is_symlink())
+            ]
         folders = below
     if len(found) > MAX_FILES:
         complete = False
-        step = len(found) / MAX_FILES
-        found = [found[int(i * step)] for i in range(MAX_FILES)]
-    return Listing(root, tuple(sorted(found)), num_seen, complete)
+        found = _spread(found, MAX_FILES)
+    return Listing(src, tuple(sorted(found)), num_seen, complete)
 
 
-def _entries(folder: Path) -> tuple[list[str], list[str]]:
-    files, folders = [], []
-    try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name.startswith(".") or entry.name.lower().endswith(_SIDECARS):
-                    continue
-                if not entry.is_dir() or is_zarr(Path(entry.path)):
-                    files.append(entry.name)
-                elif not entry.is_symlink():
-                    folders.append(entry.name)
-    except OSError as error:
-        raise DatasetError(f"{folder}: cannot list the folder ({error.strerror}); check the path") from error
-    return sorted(files), sorted(folders)
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name.lower().endswith(_SIDECARS)
 
 
-def is_zarr(path: Path) -> bool:
-    """Whether a folder is a Zarr store (versions 2 and 3)."""
-    return any((path / name).is_file() for name in (".zgroup", ".zarray", ".zmetadata", "zarr.json"))
+def _spread(items: list[str], most: int) -> list[str]:
+    step = len(items) / most
+    return [items[int(i * step)] for i in range(most)]
+
+
+@contextmanager
+def local_copy(src: str, path: str) -> Iterator[Path]:
+    """A file on this machine: itself, or for the block a copy of a remote one, of at most 256 MiB. DatasetError."""
+    address = remote.join(src, path)
+    if not remote.is_remote(address):
+        yield Path(remote.local_path(address))
+        return
+    with remote.open_binary(address) as file:
+        content = file.read(_MAX_COPY_BYTES + 1)
+    if len(content) > _MAX_COPY_BYTES:
+        raise DatasetError(f"{address}: is larger than 256 MiB; copy it to this machine")
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / ("copy" + posixpath.splitext(path)[1])
+        copy.write_bytes(content)
+        yield copy

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from maestro_scale.datasets.describe import labels, words
 from maestro_scale.datasets.describe.arrays import LabelArray, draft_arrays
@@ -19,7 +20,7 @@ from maestro_scale.datasets.describe.draft import (
     unique_name,
     utm_crs,
 )
-from maestro_scale.datasets.describe.files import Listing, list_files
+from maestro_scale.datasets.describe.files import Listing, list_source, local_copy
 from maestro_scale.datasets.describe.names import Family, families
 from maestro_scale.datasets.describe.probe import SUFFIXES, Prober, Values
 from maestro_scale.datasets.describe.rasters import (
@@ -32,7 +33,10 @@ from maestro_scale.datasets.describe.rasters import (
 )
 from maestro_scale.datasets.describe.sizes import Input, Sizes, sizes_of_scenes, sizes_of_tiles
 from maestro_scale.datasets.description.patterns import Pattern
+from maestro_scale.datasets.sources import remote
 from maestro_scale.datasets.spec import DatasetError
+
+_T = TypeVar("_T")
 
 _SCENE_SIDE = 1500  # pixels: larger images are no tiles
 _FEW_PLACES, _FEW_SIDE = 50, 200  # nor are a few images of at least this side
@@ -51,18 +55,19 @@ _WORLDCOVER = {
 class Inspection:
     """What a folder holds. ``blocks``: propose splits by blocks of ground as part of the description."""
 
-    def __init__(self, root: Path, blocks: bool = False) -> None:
-        self._root, self._blocks = root, blocks
-        self._prober = Prober(root)
+    def __init__(self, src: str, blocks: bool = False) -> None:
+        self._listing = list_source(src)
+        self._src, self._blocks = self._listing.src, blocks
+        self._prober = Prober(self._src)
         self._remarks: list[str] = []
         self._messages: list[str] = []
         self._targets: list[TargetDraft] = []
 
     def draft(self) -> Draft:
         """The draft; DatasetError (one line) if there is nothing that could be described."""
-        listing = list_files(self._root)
+        listing = self._listing
         rasters = self._rasters(listing)
-        arrays = draft_arrays(self._root, listing.paths)
+        arrays = draft_arrays(self._src, listing.paths)
         rasters += arrays.rasters
         self._messages += arrays.messages
         self._used = set(arrays.used)
@@ -76,8 +81,8 @@ class Inspection:
         sizes = self._sizes(rasters, is_scenes)
         self._give_dates(rasters)
         draft = Draft(
-            name=dataset_name(self._root),
-            source=str(self._root),
+            name=dataset_name(self._src),
+            source=self._src,
             header=self._header(listing, rasters, is_scenes),
             rasters=rasters,
             sizes=sizes,
@@ -93,6 +98,22 @@ class Inspection:
         draft.targets = self._targets
         draft.remarks, draft.messages = self._remarks, self._messages
         return draft
+
+    def _read(self, reader: Callable[..., _T | str], path: str, *more: object) -> _T | str:
+        """What a reader of :mod:`labels` finds in a file, or why it cannot be read."""
+        try:
+            with local_copy(self._src, path) as file:
+                return reader(file, path, *more)
+        except DatasetError as error:
+            return str(error)
+
+    def _list_keys(self, path: str) -> list[str]:
+        with local_copy(self._src, path) as file:
+            return labels.list_keys(file)
+
+    def _is_geoparquet(self, path: str) -> bool:
+        with remote.open_binary(remote.join(self._src, path)) as file:
+            return labels.is_geoparquet(file)
 
     # Rasters
 
@@ -242,11 +263,11 @@ class Inspection:
         if self._prober.unreadable:
             path, reason = next(iter(sorted(self._prober.unreadable.items())))
             return (
-                f"{self._root}: none of {len(self._prober.unreadable)} images can be read, first {path} ({reason}); "
+                f"{self._src}: none of {len(self._prober.unreadable)} images can be read, first {path} ({reason}); "
                 "fetch them again"
             )
         return (
-            f"{self._root}: holds no images that could be described ({found or 'it is empty'}); give a folder with "
+            f"{self._src}: holds no images that could be described ({found or 'it is empty'}); give a folder with "
             "GeoTIFF, JPEG 2000, PNG, NetCDF, HDF5, Zarr, NumPy, Parquet or tar files, or a STAC file"
         )
 
@@ -359,17 +380,13 @@ class Inspection:
 
     def _vectors(self, draft: Draft, listing: Listing) -> None:
         paths = [p for p in listing.paths if p.lower().endswith(labels.VECTOR_SUFFIXES)]
-        paths += [
-            p
-            for p in listing.paths
-            if p.lower().endswith(".parquet") and labels.is_geoparquet(self._root / p)
-        ]
+        paths += [p for p in listing.paths if p.lower().endswith(".parquet") and self._is_geoparquet(p)]
         self._geoparquet = set(paths)
         if len(paths) > 20:
             self._remarks.append(f"Not used: {len(paths)} vector files (one per tile?), first {paths[0]}.")
             return
         for path in paths:
-            vector = labels.read_vector(self._root, path)
+            vector = self._read(labels.read_vector, path)
             if isinstance(vector, str):
                 self._messages.append(f"{path}: cannot be read ({vector}); left out")
             elif vector.is_area and draft.grid is not None and "area" not in draft.grid:
@@ -452,7 +469,7 @@ class Inspection:
         keys = self._with_prefix(draft, listing, paths[:20], keys)
         self._split_lists(draft, listing, keys)
         for path in paths[:20]:
-            table = labels.read_table(self._root, path, keys)
+            table = self._read(labels.read_table, path, keys)
             if isinstance(table, str):
                 self._messages.append(f"{path}: cannot be read ({table}); left out")
                 continue
@@ -481,8 +498,8 @@ class Inspection:
         lists = [
             p for p in listing.paths if Path(p).stem.lower() in words.SPLITS and p.endswith((".txt", ".lst"))
         ]
-        listed: set[str] = set().union(*(labels.list_keys(self._root / p) for p in lists))
-        tables = [labels.read_table(self._root, p, prefixed) for p in paths]
+        listed: set[str] = set().union(*(self._list_keys(p) for p in lists))
+        tables = [self._read(labels.read_table, p, prefixed) for p in paths]
         matched = max((t.num_matched for t in tables if isinstance(t, labels.Table)), default=0)
         if not matched and not prefixed & {Path(k).stem for k in listed}:
             return keys
@@ -502,7 +519,7 @@ class Inspection:
             if stem.lower() in words.SPLITS and suffix.lower() in (".txt", ".csv", ".lst"):
                 groups.setdefault((str(Path(path).parent), suffix), []).append(path)
         for (folder, suffix), paths in sorted(groups.items()):
-            lists = {Path(p).stem: labels.list_keys(self._root / p) for p in paths}
+            lists = {Path(p).stem: self._list_keys(p) for p in paths}
             if any(set(found) & keys for found in lists.values()) and draft.splits is None:
                 pattern = f"{{split}}{suffix}" if folder == "." else f"{folder}/{{split}}{suffix}"
                 draft.splits = {"lists": {"file": pattern}, **_split_names(lists)}
@@ -616,7 +633,7 @@ class Inspection:
         if self._blocks:
             if draft.blocks is None:
                 raise DatasetError(
-                    f"{self._root}: the images have no coordinates, so no blocks of ground can be drawn; leave out "
+                    f"{self._src}: the images have no coordinates, so no blocks of ground can be drawn; leave out "
                     "--blocks"
                 )
             draft.splits, draft.blocks = {"blocks": draft.blocks}, None

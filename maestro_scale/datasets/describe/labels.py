@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from maestro_scale import untrusted
 from maestro_scale.datasets.describe import words
@@ -117,20 +117,18 @@ def _may_be_label(column: Column) -> bool:
     return column.kind == "number" or (column.kind == "classes" and len(column.values) > 1)
 
 
-def read_vector(root: Path, path: str) -> Vector | str:
-    """What a vector file holds, or why it cannot be read."""
+def read_vector(file: Path, path: str) -> Vector | str:
+    """What a vector file holds, which is ``path`` in the folder, or why it cannot be read."""
     if path.lower().endswith(".parquet"):
-        return _read_geoparquet(root, path)
+        return _read_geoparquet(file, path)
     import pyogrio
 
     try:
-        layers = [str(name) for name, geometry in pyogrio.list_layers(root / path) if geometry]
+        layers = [str(name) for name, geometry in pyogrio.list_layers(file) if geometry]
         if not layers:
             return "has no layer with a geometry"
-        infos = {name: pyogrio.read_info(root / path, layer=name, force_total_bounds=True) for name in layers}
-        layer = max(
-            layers, key=lambda name: (infos[name]["features"] > 0, best_of(root / path, name) is not None)
-        )
+        infos = {name: pyogrio.read_info(file, layer=name, force_total_bounds=True) for name in layers}
+        layer = max(layers, key=lambda name: (infos[name]["features"] > 0, best_of(file, name) is not None))
         info = infos[layer]
         return Vector(
             path=path,
@@ -140,7 +138,7 @@ def read_vector(root: Path, path: str) -> Vector | str:
             num_features=int(info["features"]),
             crs=info["crs"],
             bounds=None if info["total_bounds"] is None else tuple(map(float, info["total_bounds"])),
-            columns=_frame_columns(root / path, layer),
+            columns=_frame_columns(file, layer),
         )
     except Exception as error:  # noqa: BLE001 - GDAL's drivers raise errors of many kinds for damaged files
         return _one_line(error)
@@ -158,11 +156,11 @@ def _frame_columns(path: Path, layer: str) -> tuple[Column, ...]:
     return tuple(_column(str(name), frame[name].dropna().tolist()) for name in frame.columns)
 
 
-def _read_geoparquet(root: Path, path: str) -> Vector | str:
+def _read_geoparquet(location: Path, path: str) -> Vector | str:
     import pyarrow.parquet as pq
 
     try:
-        file = pq.ParquetFile(root / path)
+        file = pq.ParquetFile(location)
         meta = untrusted.load_json((file.schema_arrow.metadata or {})[b"geo"], path)
         main = meta["columns"][meta["primary_column"]]
         names = [n for n in file.schema_arrow.names if n not in meta["columns"]]
@@ -188,20 +186,20 @@ def _read_geoparquet(root: Path, path: str) -> Vector | str:
         return _one_line(error)
 
 
-def is_geoparquet(path: Path) -> bool:
+def is_geoparquet(file: BinaryIO) -> bool:
     """Whether a Parquet file has geometries."""
     import pyarrow.parquet as pq
 
     try:
-        return b"geo" in (pq.read_schema(path).metadata or {})
+        return b"geo" in (pq.read_schema(file).metadata or {})
     except Exception:  # noqa: BLE001 - not a Parquet file; who reads it next says so
         return False
 
 
-def read_table(root: Path, path: str, keys: Iterable[str]) -> Table | str:
+def read_table(file: Path, path: str, keys: Iterable[str]) -> Table | str:
     """A CSV or Parquet file and which of its columns has most of ``keys``, or why it cannot be read."""
     try:
-        names, rows = _read_rows(root / path)
+        names, rows = _read_rows(file)
     except Exception as error:  # noqa: BLE001 - as above
         return _one_line(error)
     if not names or not rows:

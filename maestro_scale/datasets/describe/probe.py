@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-_MAGIC = (
-    ("PNG", b"\x89PNG\r\n\x1a\n"),
-    ("JP2OpenJPEG", b"\x00\x00\x00\x0cjP  \r\n\x87\n"),
-    ("JP2OpenJPEG", b"\xff\x4f\xff\x51"),
-)
+from maestro_scale.datasets import raw
+from maestro_scale.datasets.sources import remote
+from maestro_scale.datasets.spec import DatasetError
+
 SUFFIXES = (".tif", ".tiff", ".jp2", ".png")
 _MAX_DISTINCT = 256
 _WINDOW = 256  # pixels per side of the windows that values are read from
@@ -75,10 +74,10 @@ class Values:
 
 
 class Prober:
-    """Reads headers of the files below a folder, each once. ``unreadable``: path → why, of those that failed."""
+    """Reads headers of the files below a folder or an address, each once. ``unreadable``: path → why."""
 
-    def __init__(self, root: Path) -> None:
-        self._root = root
+    def __init__(self, src: str) -> None:
+        self._src = src
         self._headers: dict[str, Header | None] = {}
         self.unreadable: dict[str, str] = {}
 
@@ -139,7 +138,7 @@ class Prober:
         bands = list(range(1, count + 1)) if count <= 16 else spread(range(1, count + 1), 16)
         parts = []
         try:
-            with _opened(self._root / path) as raster:
+            with _opened(remote.join(self._src, path)) as (raster, _):
                 for window in windows:
                     values = raster.read(bands, window=window)
                     invalid = (
@@ -152,20 +151,21 @@ class Prober:
                     if header.has_mask or header.has_alpha:
                         invalid |= raster.dataset_mask(window=window) == 0
                     parts.append((values, invalid))
-        except _errors() as error:
+        except (DatasetError, ValueError) as error:
             self._fail(path, error)
         return parts
 
     def _read_header(self, path: str) -> Header | None:
         try:
-            with _opened(self._root / path) as raster:
-                return _header_of(raster, (self._root / path).stat().st_size)
-        except _errors() as error:
+            with _opened(remote.join(self._src, path)) as (raster, num_bytes):
+                return _header_of(raster, num_bytes)
+        except (DatasetError, ValueError) as error:
             self._fail(path, error)
             return None
 
     def _fail(self, path: str, error: Exception) -> None:
-        self.unreadable[path] = " ".join(str(error).split())[:200]
+        text = " ".join(str(error).split()).removeprefix(f"{remote.join(self._src, path)}: ")
+        self.unreadable[path] = text[:200]
 
 
 def spread(items: Sequence[Any], most: int) -> list[Any]:
@@ -175,28 +175,18 @@ def spread(items: Sequence[Any], most: int) -> list[Any]:
     return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)] if most > 1 else [items[0]]
 
 
-def _errors() -> tuple[type[Exception], ...]:
-    from rasterio.errors import RasterioError
-
-    return (RasterioError, OSError, ValueError)
-
-
-def _opened(path: Path) -> Any:
-    import rasterio
-    from rasterio.errors import NotGeoreferencedWarning
-
-    warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)
-    with path.open("rb") as file:
-        start = file.read(12)
-    return rasterio.open(path, driver=driver_of(start))
-
-
-def driver_of(start: bytes) -> str:
-    """GDAL's driver for a file that begins like this: GeoTIFF, PNG or JPEG 2000.
-
-    Among all drivers of GDAL there are some for files that name other files and addresses, such as a VRT.
-    """
-    return next((name for name, magic in _MAGIC if start.startswith(magic)), "GTiff")
+@contextmanager
+def _opened(address: str) -> Iterator[tuple[Any, int]]:
+    """An open raster, and the size of its file in bytes."""
+    if remote.is_remote(address):
+        with remote.open_binary(address) as file:
+            num_bytes = file.seek(0, 2)
+            with raw.open_raster_file(file, address) as raster:
+                yield raster, num_bytes
+        return
+    path = Path(remote.local_path(address))
+    with raw.open_raster(path) as raster:
+        yield raster, path.stat().st_size
 
 
 def _header_of(raster: Any, num_bytes: int) -> Header:

@@ -65,6 +65,11 @@ class ArrayFile:
         self._coordinates: dict[str, np.ndarray] = {}
         self._placed: dict[str, Placed] = {}
 
+    @property
+    def store(self) -> ArrayStore:
+        """All arrays of the file."""
+        return self._store
+
     def keys(self, ref: ImageRef) -> list[str]:
         """Keys of the tiles along the axis of the keys. ``ref``: of the whole file."""
         array = self._arrays(ref)[0][0]
