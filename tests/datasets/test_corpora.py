@@ -199,8 +199,9 @@ def test_major_tom_sentinel_1(shard, tmp_path):
     tiles = shard("major_tom_s1_rtc", tmp_path / "Core-S1RTC")
     for i, cell in enumerate(cells):
         linear = corpora.pixels(i, 1, 2, 1068).astype(np.float32) / 8192
-        linear[0, 0, 0, 0] = np.nan  # nodata
+        linear[0, :, 0, 0] = np.nan  # nodata in one band, so the pixel is marked
         check_image(tiles[cell], "s1_rtc", linear, ["2023-01-21T05"])
+        assert np.argwhere(tiles[cell]["s1_rtc.mask"]).tolist() == [[0, 0, 0, 0]]
 
 
 @pytest.mark.parametrize(
