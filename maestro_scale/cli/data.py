@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -38,7 +39,7 @@ def describe(
         typer.Argument(
             help="Folder, s3:// prefix or file with images. With --recipe: folder or s3:// prefix of shards."
         ),
-    ],
+    ] = "",
     blocks: Annotated[
         bool,
         typer.Option(
@@ -48,8 +49,18 @@ def describe(
     recipe: Annotated[
         bool, typer.Option("--recipe", help="Print a first recipe for a dataset in shards, instead.")
     ] = False,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print the JSON schema of descriptions, for editors, and exit.")
+    ] = False,
 ) -> None:
     """Print a first draft of the description of a folder: what was found, and what is assumed, for you to correct."""
+    if schema:
+        from maestro_scale.datasets.description.reference import schema as description_schema
+
+        print(json.dumps(description_schema(), indent=1))
+        return
+    if not src:
+        raise typer.BadParameter("name a folder, or give --schema", param_hint="SRC")
     if recipe:
         from maestro_scale.recipe.draft import draft_recipe
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sysconfig
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from maestro_scale.datasets.description.config import Description
@@ -12,6 +11,7 @@ from maestro_scale.datasets.spec import DatasetSpec, Modality, Sensor, Target
 from maestro_scale.datasets.spec_check import spec_problems, view_problems
 from maestro_scale.datasets.spec_limits import Problem
 from maestro_scale.errors import KeyPath, dotted
+from maestro_scale.strict_yaml import shipped as documents
 from maestro_scale.strict_yaml.errors import DocumentError
 from maestro_scale.strict_yaml.loading import validated
 from maestro_scale.strict_yaml.merge import read_tree
@@ -39,26 +39,18 @@ def find_description(name: str) -> Path | None:
     """The file of a description: ``name`` itself if it is a path, or one that ships with the package; else None."""
     if name.endswith(_SUFFIXES):
         return Path(name)
-    return next(
-        (folder / f"{name}.yaml" for folder in _folders() if (folder / f"{name}.yaml").is_file()), None
-    )
+    return documents.find("description", name)
 
 
 def shipped() -> tuple[str, ...]:
     """Names of the descriptions that ship with the package."""
-    return tuple(sorted({path.stem for folder in _folders() for path in folder.glob("*.yaml")}))
+    return tuple(documents.names("description"))
 
 
 def shipped_spec(name: str) -> DatasetSpec | None:
     """The spec of a dataset whose description ships with the package; None if there is none."""
     path = find_description(name) if name in shipped() else None
     return None if path is None else dataset_spec(load_description(path))
-
-
-def _folders() -> Iterator[Path]:
-    """Where descriptions are: in a checkout, and where pip installs them."""
-    yield Path(__file__).parents[3] / "descriptions"
-    yield Path(sysconfig.get_path("data")) / "share/maestro_scale/descriptions"
 
 
 def _line(loc: KeyPath, reason: str, description: Description, spec: DatasetSpec) -> Problem:
