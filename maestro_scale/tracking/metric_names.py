@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from maestro_scale.datasets.sensor_sets import split_name
+
 _GROUPS = {
     "optim": ("lr", "grad_norm", "skipped_steps"),
     "speed": ("samples_per_s", "tokens_per_s", "step_s", "tflops", "mfu"),
@@ -20,11 +22,14 @@ def metric_names(record: Mapping[str, Any], mixture: bool) -> dict[str, float | 
     """Metrics ``loss/total``, ``loss/<sensor>``, ``optim/lr``, ``speed/samples_per_s`` … of a line of metrics.jsonl.
 
     In a mixture the losses are ``loss/<dataset>/total`` and ``loss/<dataset>/<sensor>``, and ``explained`` likewise:
-    each step is of one dataset, and a single curve would jump between them. A field that has a prefix keeps it; an
-    unknown one goes to ``other/``.
+    each step is of one dataset, and a single curve would jump between them. So do those of tiles that lack sensors, in
+    any run: ``loss/<dataset>.without.<sensor>/total``. A field that has a prefix keeps it; an unknown one goes to
+    ``other/``.
     """
-    # MLflow allows no '#'.
-    dataset = record["dataset"].replace("#", ".") + "/" if mixture else ""
+    name, absent = split_name(record["dataset"])
+    # MLflow allows no '#', '~' and '+'.
+    parts = (name.replace("#", "."), *(["without", *absent] if absent else []))
+    dataset = ".".join(parts) + "/" if mixture or absent else ""
     return {_name(k, dataset): v for k, v in record.items() if k not in _EXCLUDED}
 
 
