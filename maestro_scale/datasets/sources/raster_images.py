@@ -12,6 +12,7 @@ import numpy as np
 
 from maestro_scale.datasets.description.config import ImageFiles
 from maestro_scale.datasets.sources.files import RasterFile, RasterImage
+from maestro_scale.datasets.sources.georeference import Affine
 from maestro_scale.datasets.sources.protocol import Date, ImageRef, Pixels, Window
 from maestro_scale.datasets.spec import DatasetError
 
@@ -27,11 +28,18 @@ class RasterParts:
         self._open: weakref.WeakSet[ExitStack] = weakref.WeakSet()
 
     def image(
-        self, ref: ImageRef, files: Sequence[Opener], band_each: bool, date: Date | None = None
+        self,
+        ref: ImageRef,
+        files: Sequence[Opener],
+        band_each: bool,
+        date: Date | None = None,
+        crs: str | None = None,
+        transform: Affine | None = None,
     ) -> JoinedImage:
         """The bands of ``ref`` in order, from one file each or from one for all.
 
-        ``date``: what the place that the files are from says; else the tags of the first file.
+        ``date``: what the place that the files are from says; else the tags of the first file. ``crs``, ``transform``:
+        where the files lie if they do not say.
         """
         stack = ExitStack()
         images: list[RasterImage] = []
@@ -42,7 +50,7 @@ class RasterParts:
                     images.append(RasterImage(raster, where, self._section, [1], False))
                 else:
                     images.append(RasterFile(raster, where, self._section).image(ref))
-            joined = JoinedImage(images, [where for where, _ in files], date)
+            joined = JoinedImage(images, [where for where, _ in files], date, crs, transform)
         except BaseException:
             stack.close()
             raise
@@ -60,8 +68,15 @@ class RasterParts:
 class JoinedImage:
     """Bands of one image in one or more raster files of one grid (a :class:`.protocol.Image`)."""
 
-    def __init__(self, images: Sequence[RasterImage], names: Sequence[str], date: Date | None) -> None:
-        self._images, self._date = images, date
+    def __init__(
+        self,
+        images: Sequence[RasterImage],
+        names: Sequence[str],
+        date: Date | None,
+        crs: str | None,
+        transform: Affine | None,
+    ) -> None:
+        self._images, self._date, self._crs, self._transform = images, date, crs, transform
         first = images[0]
         for image, name in zip(images[1:], names[1:], strict=True):
             ours, theirs = ((i.height, i.width, str(i.dtype), i.transform, i.crs) for i in (first, image))
@@ -90,11 +105,11 @@ class JoinedImage:
 
     @property
     def crs(self) -> str | None:
-        return self._images[0].crs
+        return self._images[0].crs or self._crs
 
     @property
-    def transform(self) -> tuple[float, float, float, float, float, float] | None:
-        return self._images[0].transform
+    def transform(self) -> Affine | None:
+        return self._images[0].transform or self._transform
 
     @cached_property
     def date(self) -> Date | None:
