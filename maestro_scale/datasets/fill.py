@@ -114,14 +114,19 @@ def clean_series(
     values, invalid = _replace(values, modality, quantity, notes, declared)
     marks = None if modality.nodata_band is None else np.zeros((len(values), *values.shape[2:]), bool)
     if invalid is not None:
+        if marks is not None:
+            # A pixel counts with all its bands or not at all.
+            marks = np.asarray(invalid.any(axis=1))
+            invalid = np.broadcast_to(marks[:, None], values.shape)
         empty = invalid.all(axis=(1, 2, 3))
         if empty.all():
-            raise DatasetError(
-                f"{where}: no pixel of any date has a valid value; leave the tile out", _NO_VALUE
-            )
+            what = "a valid value" if marks is None else "valid values in all bands"
+            raise DatasetError(f"{where}: no pixel of any date has {what}; leave the tile out", _NO_VALUE)
         left_out = empty
         if marks is not None:
-            marks = np.asarray(invalid.any(axis=1))
+            values = np.where(
+                invalid, np.asarray(np.nan if values.dtype.kind == "f" else 0, values.dtype), values
+            )
         elif mask is not None and _CLOUD in modality.mask_bands:
             mask = mask.copy()
             mask[:, modality.mask_bands.index(_CLOUD)][invalid.any(axis=1)] = 100

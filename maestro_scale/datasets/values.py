@@ -159,7 +159,9 @@ def numpy_mask(array: object) -> np.ndarray | None:
         return np.stack(
             [np.zeros(np.shape(a), bool) if p is None else p for a, p in zip(array, parts, strict=True)]
         )
-    return np.ma.getmaskarray(np.ma.asanyarray(array)) if np.ma.is_masked(array) else None
+    if not isinstance(array, np.ma.MaskedArray) or not np.ma.is_masked(array):
+        return None
+    return np.ma.getmaskarray(array)
 
 
 def masked_problem(array: object) -> str | None:

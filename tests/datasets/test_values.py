@@ -342,7 +342,7 @@ def test_invalid_pixels_are_marked_as_nodata_where_the_modality_stores_it():
         assert out.mask[:, 0].tolist() == [[[0, 100]], [[100, 0]]]
         assert out.mask[:, 1, 0, 0].tolist() == [8, 9]
         assert out.dates.tolist() == DATES[1:].tolist()
-        assert out.values[:, :, 0].tolist() == [[[300, 0], [300, 300]], [[300, 300], [0, 300]]]
+        assert out.values[:, :, 0].tolist() == [[[300, 0], [300, 0]], [[0, 300], [0, 300]]]
         assert notes == [
             "m has values that the file declares as nodata: marked as nodata",
             "m has fill values (-9999 or lower, or from 1e20): marked as nodata",
@@ -352,6 +352,20 @@ def test_invalid_pixels_are_marked_as_nodata_where_the_modality_stores_it():
     out = clean_series(np.full((1, 2, 1, 2), 5, np.int16), DATES[:1], alone, QUANTITY_KINDS["any"], "f", [])
     assert out.mask is not None
     assert out.mask.tolist() == [[[[0, 0]]]]
+
+
+def test_a_pixel_counts_with_all_its_bands_or_not_at_all():
+    """Images of one polarisation among others."""
+    values = np.full((3, 2, 1, 2), -12, np.float32)
+    values[1, 1] = 0  # VH was not recorded
+    radar = modality("float32", bands=("VV", "VH"), mask=("nodata",))
+    out = clean_series(values, DATES, radar, QUANTITY_KINDS["backscatter_db"], "f", [])
+    assert out.dates.tolist() == DATES[[0, 2]].tolist()
+    assert not np.isnan(out.values).any()
+    values[:, 1] = 0
+    with pytest.raises(DatasetError, match="f: no pixel of any date has valid values in all bands") as error:
+        clean_series(values, DATES, radar, QUANTITY_KINDS["backscatter_db"], "f", [])
+    assert error.value.kind == "no valid value"
 
 
 @pytest.mark.parametrize("kind", QUANTITY_KINDS)

@@ -206,6 +206,19 @@ def test_masks_are_percentages(mask, expected, bands):
     assert not np.delete(tile.masks["x"], cloud, axis=1).any()
 
 
+@pytest.mark.parametrize("bands", [("nodata",), ("cloud", "nodata")])
+@pytest.mark.parametrize("shape", [(2, 1, 3, 3), (3, 1, 2, 2), (2, 2, 2, 3), (2, 2, 2), (2,), (2, 3, 2, 2)])
+@pytest.mark.parametrize("dtype", ["uint8", "float64", "<U1"])
+@pytest.mark.parametrize("is_masked", [False, True])
+def test_masks_of_another_shape_or_type_are_refused_in_one_line(bands, shape, dtype, is_masked):
+    spec = spec_of("int16", bands)
+    array = np.ma.masked_less(values("int16", 1), 5) if is_masked else values("int16")
+    tile = replace(tile_of(spec, array), masks={"x": np.zeros(shape, dtype)})
+    with pytest.raises(DatasetError, match=r"tile k: x\.mask is ") as error:
+        checked_tile(tile, spec)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("given_value", [1, 100, 255])
 def test_marks_that_are_given_count_and_empty_the_pixel(given_value):
     spec = spec_of("int16", ("cloud", "nodata"), "reflectance")

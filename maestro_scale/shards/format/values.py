@@ -172,8 +172,8 @@ def _without_numpy_masks(tile: Tile, spec: DatasetSpec, notes: list[str]) -> Til
             continue
         data[masked] = np.nan if data.dtype.kind == "f" else 0
         arrays[name] = data
-        if stores_nodata:
-            mask = _percent(tile.key, name, masks[name]) if name in masks else None
+        mask = _percent(tile.key, name, masks[name]) if name in masks else None
+        if stores_nodata and _fits(mask, data):
             masks[name] = with_marks(mask, np.asarray(masked.any(axis=1)), modality)
         notes.append(
             f"{name} has values that numpy masks: {'marked as nodata' if stores_nodata else 'stored as NaN'}"
@@ -194,14 +194,22 @@ def _with_whole_masks(tile: Tile, spec: DatasetSpec) -> Tile:
         if name in masks:
             masks[name] = _percent(tile.key, name, masks[name])
         array, mask = np.asarray(tile.arrays.get(name, ())), masks.get(name)
-        if band is None or array.ndim != 4 or (mask is not None and mask.ndim != 4):
-            continue  # what does not fit is refused with the other shapes
+        if band is None or not _fits(mask, array):
+            continue  # refused with other wrong shapes
         num_given = 0 if mask is None else mask.shape[1]
         if num_given == len(modality.mask_bands) - 1:
             masks[name] = with_marks(mask, np.zeros((len(array), *array.shape[2:]), bool), modality)
         elif mask is not None and num_given == len(modality.mask_bands):
             masks[name] = with_marks(mask, mask[:, band] > 0, modality)
     return replace(tile, masks=masks)
+
+
+def _fits(mask: np.ndarray | None, array: np.ndarray) -> bool:
+    """Whether a mask, if there is one, is of the dates and pixels of a raster (T, C, H, W)."""
+    if array.ndim != 4 or mask is None:
+        return array.ndim == 4
+    same = len(mask) == len(array) and mask.shape[2:] == array.shape[2:] if mask.ndim == 4 else False
+    return mask.dtype == np.uint8 and same
 
 
 def _percent(key: str, name: str, mask: np.ndarray) -> np.ndarray:
