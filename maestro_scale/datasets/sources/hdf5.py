@@ -5,6 +5,8 @@ Links to other files, and datasets whose values are in other files, are not foll
 
 from __future__ import annotations
 
+import gc
+import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, BinaryIO
@@ -61,8 +63,11 @@ def new_store(file: str | BinaryIO, where: str) -> Hdf5Store:
             with open(file, "rb"):  # h5py's message for a missing file does not say so
                 pass
         # Without a lock: raw data is often on read-only or network file systems, which do not support it.
-        options = {"locking": False} if isinstance(file, str) else {}
-        return Hdf5Store(h5py.File(file, "r", rdcc_nbytes=_CACHE_BYTES, **options), where)
+        if isinstance(file, str):
+            opened = h5py.File(file, "r", rdcc_nbytes=_CACHE_BYTES, locking=False)
+        else:
+            opened = h5py.File(_Uncollected(file), "r", rdcc_nbytes=_CACHE_BYTES)
+        return Hdf5Store(opened, where)
     except FileNotFoundError as error:
         raise remote.missing(where) from error
     except ERRORS as error:
@@ -70,6 +75,40 @@ def new_store(file: str | BinaryIO, where: str) -> Hdf5Store:
         raise DatasetError(
             f"{where}: cannot be read ({shorten(cause, 200)}); fetch the file again"
         ) from error
+
+
+class _Uncollected(io.RawIOBase):
+    """A file whose reads are never interrupted by the garbage collector.
+
+    h5py holds its lock while it reads. A remote read waits for fsspec's thread, and if the collector runs there and
+    finds an object of h5py, that thread waits for the lock: neither would ever continue.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def readinto(self, buffer: Any) -> int:
+        was_enabled = gc.isenabled()
+        gc.disable()
+        try:
+            data = self._file.read(len(buffer))
+        finally:
+            if was_enabled:
+                gc.enable()
+        buffer[: len(data)] = data
+        return len(data)
 
 
 class Hdf5Store:

@@ -128,18 +128,21 @@ class CheckedFiles:
 
     def __init__(self, files: Files, where: str) -> None:
         self.files, self._where = files, where
+        self._documents: dict[
+            str, bytes | None
+        ] = {}  # asked for several times, also those that are not there
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes | None:
         if name.rsplit("/", 1)[-1] not in _DOCUMENTS:
             return self.files.read(name, start, stop)
-        content = self.files.read(name, 0, untrusted.DOCUMENT.bytes + 1)
-        if content is None:
-            return None
-        # The library may read parts, so what is checked is all of it.
-        _check_document(
-            untrusted.load_json(content, f"{self._where}: {name}", allow_nan=True), f"{self._where}: {name}"
-        )
-        return content[start:stop]
+        if name not in self._documents:
+            content = self.files.read(name, 0, untrusted.DOCUMENT.bytes + 1)
+            if content is not None:
+                where = f"{self._where}: {name}"
+                _check_document(untrusted.load_json(content, where, allow_nan=True), where)
+            self._documents[name] = content
+        known = self._documents[name]
+        return None if known is None else known[start:stop]
 
 
 def _check_document(document: Any, where: str) -> None:
