@@ -43,21 +43,27 @@ def test_pip_installs_the_descriptions():
     )
 
 
+def planned(name: str) -> str:
+    """What the dry run of a recipe prints for 8 ranks."""
+    output = io.StringIO()
+    dry_run(load_recipe(REPO / "recipes" / f"{name}.yaml"), 8, Console(file=output, width=110))
+    return output.getvalue()
+
+
 @pytest.mark.parametrize("name", ["terramesh", "ssl4eo_s12"])
 def test_dry_run_of_a_recipe_needs_no_data(name, monkeypatch, tmp_path):
     monkeypatch.setenv("MAESTRO_DATA", str(tmp_path))
-    output = io.StringIO()
-    dry_run(load_recipe(REPO / "recipes" / f"{name}.yaml"), 8, Console(file=output, width=110))
     for words in ("s2", "s1_grd", "dem", "parameters", "GFLOP", "GiB per rank"):
-        assert words in output.getvalue()
+        assert words in planned(name)
 
 
 @pytest.fixture
-def shard(tmp_path) -> Callable[..., Tiles]:
-    """``shard(name, src, split, …)``: the tiles that the command writes, by key."""
+def shard(tmp_path, monkeypatch) -> Callable[..., Tiles]:
+    """``shard(name, src, split, …)``: the tiles that the command writes to ``$MAESTRO_DATA/{name}``, by key."""
+    monkeypatch.setenv("MAESTRO_DATA", str(tmp_path / "data"))
 
     def run(name: str, src: Path, split: str = "train", *options: str) -> Tiles:
-        dst = tmp_path / "shards"
+        dst = tmp_path / "data" / name
         command = ["shard", name, str(src), str(dst), "--split", split, "--workers", "1", *options]
         done = CliRunner().invoke(app, command, catch_exceptions=False)
         assert done.exit_code == 0, done.output
@@ -157,6 +163,7 @@ def test_terramesh(shard, tmp_path):
         check_image(tile, own, corpora.decibels(i, 1, 2, 264), dates)
         assert other not in tile
         check_image(tile, "dem", corpora.elevation(i, 264), dates)  # it has no date of its own
+    assert "2 tiles without s1_grd and 2 without s1_rtc" in planned("terramesh")
 
 
 def test_ssl4eo_s12(shard, tmp_path):
@@ -168,6 +175,7 @@ def test_ssl4eo_s12(shard, tmp_path):
         check_optical_mask(tiles[key], 4)
         check_image(tiles[key], "s1_grd", corpora.decibels(i, 4, 2, 264), corpora.SSL4EO_RADAR_TIMES)
         check_image(tiles[key], "dem", corpora.elevation(i, 264), corpora.SSL4EO_TIMES[:1])
+    assert "100 epochs" in planned("ssl4eo_s12")
 
 
 def test_ssl4eo_s12_zarr(shard, tmp_path):
