@@ -105,9 +105,12 @@ def write_file(path: Path, content: bytes) -> None:
 
 def _sample(bands: np.ndarray, names: Sequence[str], times: Sequence[str], tile: int, masked: bool) -> bytes:
     """One ``.zarr.zip`` of TerraMesh and of the WebDataset version of SSL4EO-S12 v1.1."""
+    import xarray
+    from rasterio.crs import CRS
+
     size = bands.shape[-1]
     variables: dict[str, Any] = {
-        "bands": (("time", "band", "y", "x"), bands),
+        "bands": (("time", "band", "y", "x"), bands, {"grid_mapping": "spatial_ref"}),
         "center_lat": 45.0 + tile,
         "center_lon": 15.0,
     }
@@ -119,7 +122,7 @@ def _sample(bands: np.ndarray, names: Sequence[str], times: Sequence[str], tile:
         "x": 500_005.0 + 10 * np.arange(size),
         "y": 4_999_995.0 - 10 * np.arange(size),
         "sample": f"{tile:07d}_0",
-        "spatial_ref": 0,
+        "spatial_ref": xarray.Variable((), 0, {"crs_wkt": CRS.from_epsg(32633).to_wkt()}),
     }
     return zarr_zip(variables, coords, (1, *bands.shape[1:]))
 
@@ -300,14 +303,16 @@ COPERNICUS_S1 = (
 
 
 def write_copernicus_pretrain(root: Path) -> list[str]:
-    """The raw GeoTIFFs of two local patches of a grid cell. The second one lacks Sentinel-1. → keys."""
+    """The raw GeoTIFFs of two local patches of a grid cell. The second one lacks Sentinel-1, and its first image of
+    Sentinel-2 is larger by two rows and a column. → keys."""
     grid, patches = "0772176_-96.00_44.00", ("0865831_-95.92_43.96", "0865832_-95.95_43.99")
     for tile, patch in enumerate(patches):
         optical = pixels(tile, 2, 13, 264).astype(np.uint16)
         backscatter = decibels(tile, 2, 2, 264).astype(np.float32)
         for t in range(2):
             s2 = root / "s2_toa_mix" / "images" / grid / patch / f"{COPERNICUS_S2[t]}.tif"
-            write_file(s2, geotiff(optical[t], 10, compress="deflate"))
+            more = ((0, 0), (0, 2), (0, 1)) if (tile, t) == (1, 0) else 0
+            write_file(s2, geotiff(np.pad(optical[t], more), 10, compress="deflate"))
             s1 = root / "s1_grd_utm" / "images" / grid / patch / f"{COPERNICUS_S1[t]}.tif"
             if tile == 0:
                 write_file(s1, geotiff(backscatter[t], 10, compress="deflate"))
