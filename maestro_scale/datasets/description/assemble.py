@@ -83,13 +83,14 @@ def read_stack(
         with source.open_file(address, section) as file:
             for ref in (r for each in listed for r in file.images(each)):
                 image = file.image(ref)
+                pixels = _read(image, address, section, size, coarser)
                 here = _place(image, address, section, resolution_m)
                 place = here if not found else _common_place(place, here, address)
                 identity = (ref.date or image.date, ref.names, ref.part)
                 parts = found.setdefault(identity, _Parts(address))
-                parts.add(ref, _read(image, address, section, size, coarser), section)
+                parts.add(ref, pixels, section)
     order = sorted(found, key=_stored_order if any(part for _, _, part in found) else _time_order)
-    pixels = [found[identity].joined(section, key) for identity in order]
+    joined = [found[identity].joined(section, key) for identity in order]
     addresses = [found[identity].address for identity in order]
     dates = images.dates.of(key, addresses, len(order))
     if (section.dates is None or section.dates.from_ == "name") and "{date" in (section.files or ""):
@@ -98,10 +99,10 @@ def read_stack(
                 raise DatasetError(
                     f"{address}: has a date that is not in the calendar; fix the name", "no date"
                 )
-    values = np.stack([p.values for p in pixels])
+    values = np.stack([p.values for p in joined])
     return Stack(
         values=values,
-        invalid=declared_invalid(values, [p.invalid for p in pixels], section),
+        invalid=declared_invalid(values, [p.invalid for p in joined], section),
         dates=tuple(date or identity[0] for date, identity in zip(dates, order, strict=True)),
         names=tuple(names for _, names, _ in order),
         address=addresses[0],
