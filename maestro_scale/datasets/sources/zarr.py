@@ -76,7 +76,7 @@ class ZarrStore:
                     if not files.list_folder("")
                     else DatasetError(f"{where}: is no Zarr: it has neither zarr.json nor .zgroup")
                 )
-            self._root = _open(checked)
+            self._root = _open(checked, where)
         except DatasetError:
             raise
         except self.errors as error:
@@ -179,7 +179,7 @@ def _fill_value(value: Any, dtype: np.dtype) -> Any:
     return value
 
 
-def _open(files: CheckedFiles) -> Any:
+def _open(files: CheckedFiles, where: str) -> Any:
     """The root group or array."""
     import zarr
 
@@ -188,7 +188,7 @@ def _open(files: CheckedFiles) -> Any:
 
         return zarr.open(ReadOnlyStore(files), mode="r")
     if files.read("zarr.json") is not None:
-        raise DatasetError("Zarr format 3 needs zarr 3 (Python 3.11 or later)")
+        raise DatasetError(f"{where}: is Zarr format 3, which needs zarr 3 (Python 3.11 or later)")
     mapping = FilesMapping(files)
     if ".zmetadata" in mapping:
         return zarr.open_consolidated(mapping, mode="r")
