@@ -9,6 +9,7 @@ the images, their bands, keys, dates and place on the ground. Attributes have th
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -49,7 +50,8 @@ def list_arrays(
         with open_file(ref.address, section) as file:
             keys = file.keys(ref)
         for i, key in enumerate(keys):
-            yield replace(ref, key=key, part=(i,))
+            # Interned: each raster of a description lists the same keys, of which there may be millions.
+            yield replace(ref, key=sys.intern(key), part=(i,))
 
 
 class ArrayFile:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import io
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -31,28 +32,37 @@ _MAX_GROUP_BYTES = 256 * 1024 * 1024  # of the columns of a row group that are r
 def list_images(section: ImageFiles, src: str) -> Iterator[ImageRef]:
     """As :meth:`.protocol.Source.list_images`: an image per row. Reads the columns with keys and dates."""
     for ref in list_files(section, src):
-        with open_file(ref.address, section) as table:
+        with open_file(ref.address, section) as table, _reported(ref.address):
             yield from table.rows(ref)
 
 
 @contextmanager
 def open_file(address: str, section: ImageFiles) -> Iterator[ParquetTable]:
     """As :meth:`.protocol.Source.open_file`."""
-    import pyarrow
     from pyarrow import parquet
 
     parts = RasterParts(section)
     with remote.open_binary(address) as file:
         try:
-            opened = parquet.ParquetFile(file, pre_buffer=False)
-            yield ParquetTable(opened, address, section, parts)
-        except (pyarrow.ArrowException, OSError) as error:
-            cause = " ".join(str(error).split())
-            raise DatasetError(
-                f"{address}: cannot be read ({shorten(cause, 200)}); fetch the file again"
-            ) from error
+            with _reported(address):
+                table = ParquetTable(parquet.ParquetFile(file, pre_buffer=False), address, section, parts)
+            yield table
         finally:
             parts.close()
+
+
+@contextmanager
+def _reported(address: str) -> Iterator[None]:
+    """Errors of the library in the block become a DatasetError that names the file."""
+    import pyarrow
+
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError) as error:
+        cause = " ".join(str(error).split())
+        raise DatasetError(
+            f"{address}: cannot be read ({shorten(cause, 200)}); fetch the file again"
+        ) from error
 
 
 class ParquetTable:
@@ -82,7 +92,7 @@ class ParquetTable:
                     raise self._error(
                         f"column {keys} has {empty} empty keys in row group {group}", "wrong keys"
                     )
-                names = [text_of(v) for v in values]
+                names = [sys.intern(text_of(v)) for v in values]
             when = self._read_dates(table[dates], dates) if dates is not None else [ref.date] * count
             for row in range(count):
                 yield replace(ref, key=names[row], date=when[row], part=(group, row))
@@ -96,7 +106,8 @@ class ParquetTable:
         """The image of a row."""
         group, row = (int(i) for i in ref.part)
         columns, each = self._image_columns(ref)
-        contents = self._cells(group, row, columns)
+        with _reported(self._address):
+            contents = self._cells(group, row, columns)
         files = []
         for column, content in zip(columns, contents, strict=True):
             where = f"{self._address}: {column} of {ref.key or f'row {row} of row group {group}'}"

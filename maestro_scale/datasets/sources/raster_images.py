@@ -15,6 +15,7 @@ from maestro_scale.datasets.sources.files import RasterFile, RasterImage
 from maestro_scale.datasets.sources.georeference import Affine
 from maestro_scale.datasets.sources.protocol import Date, ImageRef, Pixels, Window
 from maestro_scale.datasets.spec import DatasetError
+from maestro_scale.errors import shorten
 
 Opener = tuple[str, Callable[[], AbstractContextManager[Any]]]
 """What messages call a raster file, and a function that opens it with rasterio."""
@@ -76,7 +77,8 @@ class JoinedImage:
         crs: str | None,
         transform: Affine | None,
     ) -> None:
-        self._images, self._date, self._crs, self._transform = images, date, crs, transform
+        self._images, self._names = images, names
+        self._date, self._crs, self._transform = date, crs, transform
         first = images[0]
         for image, name in zip(images[1:], names[1:], strict=True):
             ours, theirs = ((i.height, i.width, str(i.dtype), i.transform, i.crs) for i in (first, image))
@@ -117,7 +119,9 @@ class JoinedImage:
 
     def read(self, window: Window | None = None) -> Pixels:
         """Pixels of all bands."""
-        found = [image.read(window) for image in self._images]
+        found = [
+            self._read(image, name, window) for image, name in zip(self._images, self._names, strict=True)
+        ]
         if len(found) == 1:
             return found[0]
         values = np.concatenate([p.values for p in found])
@@ -125,3 +129,14 @@ class JoinedImage:
             return Pixels(values, None)
         marked = [np.zeros(p.values.shape, bool) if p.invalid is None else p.invalid for p in found]
         return Pixels(values, np.concatenate(marked))
+
+    def _read(self, image: RasterImage, name: str, window: Window | None) -> Pixels:
+        from rasterio.errors import RasterioError
+
+        try:
+            return image.read(window)
+        except (RasterioError, OSError) as error:
+            cause = " ".join(str(error.__cause__ or error).split())  # of GDAL, which says more
+            raise DatasetError(
+                f"{name}: cannot be read ({shorten(cause, 200)}); fetch the file again"
+            ) from error

@@ -8,6 +8,7 @@ import pickle
 import tarfile
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import webdataset as wds
 import xarray
@@ -27,6 +28,8 @@ from datasets.sources.kit import (
     stack,
 )
 from datasets.sources.test_parquet import geotiff
+from datasets.sources.test_stac import item
+from pyarrow import parquet
 from testkit.corpora import zarr_zip
 from testkit.web_server import serve
 
@@ -185,3 +188,22 @@ def test_zarr_in_a_tar_is_that_of_xarray(tars):
     opened = xarray.open_zarr(zarr.storage.ZipStore(tars / "x.zarr.zip"))
     np.testing.assert_array_equal(opened.bands.values, cube() + 1)
     (tars / "x.zarr.zip").unlink()
+
+
+def test_damaged_pixels_are_one_line(tmp_path):
+    """The header of the GeoTIFF is right, its pixels are not: in a tar, a table and a catalog."""
+    values = np.random.default_rng(0).integers(0, 99, (2, 64, 64)).astype(np.int16)
+    content = bytearray(geotiff(values, compress="deflate", tiled=True, blockxsize=16, blockysize=16))
+    content[5000:5200] = bytes(200)
+    (tmp_path / "x.tif").write_bytes(content)
+    with wds.TarWriter(str(tmp_path / "t.tar"), encoder=False) as writer:
+        writer.write({"__key__": "k", "tif": bytes(content)})
+    parquet.write_table(pa.table({"tif": [bytes(content)]}), tmp_path / "t.parquet")
+    (tmp_path / "c.json").write_text(json.dumps(item(0, {"tif": "x.tif"}).to_dict()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        for name in ("x.tif", "t.tar", "t.parquet", "c.json"):
+            files = section(name, variable=None if name == "x.tif" else "tif")
+            (ref,) = refs_of(files, ".")
+            with pytest.raises(DatasetError, match=r"(x\.tif|t\.tar: k\.tif|tif of 0): cannot be read \("):
+                read(files, ref)
