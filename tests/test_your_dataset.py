@@ -89,4 +89,4 @@ def test_the_page_leads_from_a_folder_to_a_score(tmp_path):
     run("probe", tmp_path)
     results = json.loads((tmp_path / "results" / "probe" / "results.json").read_text())
     assert results["benchmark"] == "valley"
-    assert results["value"] > 40  # three classes
+    assert results["value"] > 0.6  # a third without any knowledge

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from maestro_scale.datasets.describe import words
 from maestro_scale.datasets.describe.containers import Array, read_arrays, suffix_of
+from maestro_scale.datasets.describe.draft import unique_name
 from maestro_scale.datasets.describe.names import Family, families
 from maestro_scale.datasets.describe.probe import Header
 from maestro_scale.datasets.describe.rasters import (
@@ -126,10 +127,7 @@ def _draft(family: Family, array: Array, constant: tuple[str, ...], taken: Seque
     named = replace(family, words=(*family.words, *constant))
     sensor = words.sensor_of(constant) or words.sensor_of(family.words)
     plain = [w for w in named.words if re.fullmatch(r"[A-Za-z][A-Za-z0-9]{1,20}", w) and not words.is_band(w)]
-    name = sensor or (plain[-1].lower() if plain else "image")
-    name = (
-        name if name not in taken else next(f"{name}_{i}" for i in range(2, 99) if f"{name}_{i}" not in taken)
-    )
+    name = unique_name(sensor or (plain[-1].lower() if plain else "image"), taken)
     height, width, count = (array.size(axis) for axis in ("y", "x", "band"))
     header = Header(
         width=width, height=height, count=count, dtype=array.dtype, crs=array.crs, is_metric=True,

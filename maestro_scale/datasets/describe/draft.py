@@ -14,6 +14,7 @@ from maestro_scale.datasets.bands import group_of, is_radar
 from maestro_scale.datasets.describe.rasters import Note, RasterDraft
 from maestro_scale.datasets.describe.sizes import Sizes
 from maestro_scale.datasets.describe.yaml_text import Document
+from maestro_scale.datasets.spec_limits import module_name_problem, name_problem
 
 
 @dataclass
@@ -210,6 +211,8 @@ def dataset_name(src: str) -> str:
 def unique_name(name: str, taken: Sequence[str]) -> str:
     """``name``, or with a number behind it if it is taken."""
     name = re.sub(r"[^A-Za-z0-9_\-]+", "_", name).strip("_-")[:60] or "raster"
+    if name_problem(name) or module_name_problem(name):
+        name = f"{name}_1"  # of a field of shards, or of a part of torch's modules
     if name not in taken:
         return name
     return next(f"{name}_{i}" for i in range(2, len(taken) + 3) if f"{name}_{i}" not in taken)

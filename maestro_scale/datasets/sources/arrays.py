@@ -266,6 +266,8 @@ class ArrayFile:
             values = values[int(part[0])]
         values = values.reshape(-1)
         if len(values) != (1 if count is None else count):
+            if dates is None and count is None:
+                return None  # those of other arrays of the file, such as a series beside one map of labels
             images = "one image" if count is None else f"{count} images"
             raise self._error(f"{found} has {len(values)} dates for {images}; set dates.coordinate", NO_DATE)
         where = f"{self._store.where}: {found}"
