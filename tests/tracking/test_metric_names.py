@@ -33,3 +33,15 @@ def test_in_a_mixture_every_dataset_has_separate_charts():
         "explained/treesatai_ts.1/s2": 0.25,
     }
     assert metric_names(LINE, mixture=True) == {**losses, **REST}
+
+
+def test_steps_of_tiles_that_lack_sensors_have_curves_of_their_own():
+    record = {"step": 3, "dataset": "flair_hub~s1_asc+s1_des", "loss": 1.0, "loss/s2": 0.5, "lr": 0.1}
+    prefix = "flair_hub.without.s1_asc.s1_des"
+    expected = {f"loss/{prefix}/total": 1.0, f"loss/{prefix}/s2": 0.5, "optim/lr": 0.1}
+    assert metric_names(record, mixture=False) == expected
+    assert metric_names(record | {"dataset": "flair_hub#1~s1_asc+s1_des"}, mixture=True).keys() == {
+        f"loss/{prefix.replace('hub', 'hub.1')}/total",
+        f"loss/{prefix.replace('hub', 'hub.1')}/s2",
+        "optim/lr",
+    }
