@@ -53,8 +53,9 @@ def planned(name: str) -> str:
 @pytest.mark.parametrize("name", ["terramesh", "ssl4eo_s12"])
 def test_dry_run_of_a_recipe_needs_no_data(name, monkeypatch, tmp_path):
     monkeypatch.setenv("MAESTRO_DATA", str(tmp_path))
+    output = planned(name)
     for words in ("s2", "s1_grd", "dem", "parameters", "GFLOP", "GiB per rank"):
-        assert words in planned(name)
+        assert words in output
 
 
 @pytest.fixture
@@ -188,9 +189,9 @@ def test_ssl4eo_s12_zarr(shard, tmp_path):
         check_image(tiles[key], "s1_grd", corpora.decibels(i, 4, 2, 264), corpora.SSL4EO_RADAR_TIMES)
 
 
-@pytest.mark.parametrize("level", ["L2A", "L1C"])
-def test_major_tom_sentinel_2(shard, tmp_path, level):
-    cells = corpora.write_major_tom(tmp_path, f"Core-S2{level}")
+@pytest.mark.parametrize(("level", "num"), [("L2A", 2), ("L1C", 1)])
+def test_major_tom_sentinel_2(shard, tmp_path, level, num):
+    cells = corpora.write_major_tom(tmp_path, f"Core-S2{level}", cells=("922D_249L", "454U_120R")[:num])
     tiles = shard(f"major_tom_s2_{level.lower()}", tmp_path / f"Core-S2{level}")
     assert sorted(tiles) == sorted(cells)
     for i, cell in enumerate(cells):
@@ -244,7 +245,7 @@ def test_mmearth(shard, tmp_path, name, folder, size):
 
 
 def test_a_corpus_can_be_written_in_pieces(shard, tmp_path, monkeypatch):
-    keys = corpora.write_ssl4eo_s12_zarr(tmp_path)
+    keys = corpora.write_ssl4eo_s12_zarr(tmp_path, num_tiles=1)
     for modality in ("S2L2A", "S1GRD"):
         files = tmp_path / "train" / modality
         (files / "ssl4eos12_train_seasonal_data_000102.zarr.zip").write_bytes(b"of another piece")
