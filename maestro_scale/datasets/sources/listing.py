@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import sys
 from collections.abc import Iterable, Iterator
 
 from maestro_scale.datasets.description.config import ImageFiles
@@ -56,7 +57,8 @@ def list_files(section: ImageFiles, src: str) -> Iterator[ImageRef]:
             continue
         bands = every if match.band is None else single[match.band]
         address = path if path.startswith("/") else root + path
-        yield ImageRef(address, match.key, match.date, bands, match.split, (), match.names)
+        key = None if match.key is None else sys.intern(match.key)  # the images of a tile share its text
+        yield ImageRef(address, key, match.date, bands, match.split, (), match.names)
     if count:
         log.warning(
             "%d files match %s but for the date, which cannot be read; they are left out, the first: %s",

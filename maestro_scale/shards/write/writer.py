@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ from maestro_scale.shards.write.packing import (
 from maestro_scale.shards.write.part import WHOLE_SPLIT, WriterPart
 from maestro_scale.shards.write.spool import WriteSpooled, rounds, spooled
 
+_PROBED_FAILURES = 200  # without one readable sample among them, the others are not tried
 _PROBED_SAMPLES = 8  # their mean size determines the number of samples per shard
 
 
@@ -240,16 +242,25 @@ class _WriteShard:
 def _plan_shards(
     dataset: RawDataset, groups: Sequence[Group], split: str, codec: str, shard_mb: int, strict: bool
 ) -> list[PlannedShard]:
-    """WriteError if no tile of any group can be read."""
-    causes: list[str] = []
+    """WriteError if no tile of any group can be read, or none of the first few hundred of one."""
+    failures: list[EncodedTile] = []
     absent = {group.keys[0]: group.absent for group in groups}
+    num_empty = 0
 
     def mean_bytes(keys: Sequence[str]) -> float:
-        return _mean_bytes(_encode_each(dataset, keys, codec, strict, absent[keys[0]]), causes)
+        nonlocal num_empty
+        tried = keys[:_PROBED_FAILURES]
+        num_before = len(failures)
+        mean = _mean_bytes(_encode_each(dataset, tried, codec, strict, absent[keys[0]]), failures)
+        if not mean and len(tried) < len(keys):
+            # They are a random sample: to read all others would take hours, and tell nothing new.
+            raise _nothing_readable(split, failures[num_before:], f"the first {len(tried)} of {len(keys)}")
+        num_empty += not mean
+        return mean
 
     shards = plan_shards(groups, mean_bytes, shard_mb * 1_000_000)
-    if len(causes) == len(groups):
-        raise _nothing_readable(split, causes[0] if causes else "")
+    if num_empty == len(groups):
+        raise _nothing_readable(split, failures)
     return shards
 
 
@@ -328,29 +339,32 @@ def _absent_notes(absent: Absent) -> Iterator[str]:
         yield f"lacks {', '.join(absent)}"
 
 
-def _mean_bytes(packed: Iterator[EncodedTile], causes: list[str] | None = None) -> float:
-    """Mean size in a tar of the first few readable samples; without any, 0, and why is appended to ``causes``.
+def _mean_bytes(packed: Iterator[EncodedTile], failures: list[EncodedTile] | None = None) -> float:
+    """Mean size in a tar of the first few readable samples; 0 without any. Others are appended to ``failures``.
 
     An estimate from a few samples, so that shards have a fixed number of samples before any of them is written: then
     they can be written in parallel, and an interrupted run gets the same bounds again.
     """
-    sizes, cause = [], ""
+    sizes = []
     for item in packed:
-        cause = cause or item.cause
         if item.payload is not None:
             sizes.append(len(item.payload) + 1024)  # header, and padding to full blocks
+        elif failures is not None:
+            failures.append(item)
         if len(sizes) == _PROBED_SAMPLES:
             break
-    if not sizes:
-        if causes is not None:
-            causes.append(cause)
-        return 0.0
-    return sum(sizes) / len(sizes)
+    return sum(sizes) / len(sizes) if sizes else 0.0
 
 
-def _nothing_readable(split: str, cause: str = "") -> WriteError:
-    why = f"; the first: {cause}" if cause else ""
-    return WriteError(f"split {split}: none of its tiles can be read, nothing is written{why}")
+def _nothing_readable(split: str, failures: Sequence[EncodedTile] = (), which: str = "") -> WriteError:
+    """``which``: of the tiles were tried; empty: all. A line for each kind of failure, with the first example."""
+    message = f"split {split}: none of {which or 'its'} tiles can be read, nothing is written"
+    first = {item.kind: item.cause for item in reversed(failures)}
+    counts = Counter(item.kind for item in failures)
+    if len(counts) == 1:
+        return WriteError(f"{message}; the first: {failures[0].cause}")
+    lines = (f"  {num} tiles: {kind} (first: {first[kind]})" for kind, num in counts.most_common())
+    return WriteError("\n".join((message, *lines)))
 
 
 def _ignore_report(samples: int, num_bytes: int) -> None:

@@ -112,6 +112,22 @@ def test_nothing_is_written_where_no_tile_can_be_read(shard, tmp_path):
     assert not (tmp_path / "out/manifest.json").exists()
 
 
+def test_each_kind_is_told_where_no_tile_can_be_read(shard, src, monkeypatch):
+    for i in range(TILES):
+        (src / f"t{i:02d}/20200101_B02.tif").write_bytes(b"damaged")
+    (src / "t03/20200101_B02.tif").unlink()
+    code, _, error = shard()
+    first, *lines = error.splitlines()
+    assert (code, first) == (2, "error: split train: none of its tiles can be read, nothing is written")
+    assert lines[0].startswith("  11 tiles: cannot be read (first: ")
+    assert lines[1].startswith("  1 tiles: a band is missing (first: ")
+    assert "t03" in lines[1]
+    monkeypatch.setattr("maestro_scale.shards.write.writer._PROBED_FAILURES", 2)
+    code, _, error = shard()
+    assert code == 2
+    assert "none of the first 2 of 12 tiles can be read, nothing is written" in error
+
+
 def test_unknown_names_and_splits(shard, src, tmp_path, monkeypatch, capsys):
     code, _, error = run(monkeypatch, capsys, "teramesh", src, tmp_path / "x", "--split", "train")
     assert (code, "did you mean 'terramesh'?" in error) == (2, True)
