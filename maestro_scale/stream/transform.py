@@ -254,12 +254,10 @@ class _SensorTransform:
     def _mask(
         self, sample: StoredSample, window: Window | None, usable: np.ndarray | None
     ) -> np.ndarray | None:
-        """(T, M, H, W) of the dates ``usable``, without the band of nodata; None if there is no other."""
-        band = self.modality.nodata_band
-        if not self.modality.mask_bands or (band is not None and len(self.modality.mask_bands) == 1):
+        """(T, M, H, W) of the dates ``usable``. With the band of nodata, which changes nothing: it weighs more anyway."""
+        if not self.modality.mask_bands:
             return None
-        mask = _of(sample.array(mask_field(self.modality.name), window), usable)
-        return mask if band is None else np.delete(mask, band, axis=1)
+        return _of(sample.array(mask_field(self.modality.name), window), usable)
 
     def _incomplete_patches(self, nodata: np.ndarray) -> np.ndarray:
         """(D, H, W) bool → (D, patches): which patches of the network's input have an invalid pixel."""

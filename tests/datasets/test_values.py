@@ -348,6 +348,13 @@ def test_invalid_pixels_are_marked_as_nodata_where_the_modality_stores_it():
             "m has fill values (-9999 or lower, or from 1e20): marked as nodata",
             "m has dates without any valid value: these dates are left out",
         ]
+    # Marks that are there already stay.
+    marked = np.insert(cloud, 0, np.array([0, 100, 0], np.uint8).reshape(3, 1, 1), axis=1)
+    out = clean_series(
+        values, DATES, s2, QUANTITY_KINDS["reflectance"], "f", [], declared=declared, mask=marked
+    )
+    assert out.mask is not None
+    assert out.mask[:, 0].tolist() == [[[100, 100]], [[100, 0]]]
     alone = modality("int16", bands=("B2", "B3"), mask=("nodata",))
     out = clean_series(np.full((1, 2, 1, 2), 5, np.int16), DATES[:1], alone, QUANTITY_KINDS["any"], "f", [])
     assert out.mask is not None

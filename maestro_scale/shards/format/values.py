@@ -244,8 +244,6 @@ def _marked(tile: Tile, spec: DatasetSpec, notes: list[str]) -> Tile:
         quantity = _quantity(modality) or QUANTITY_KINDS["any"]
         given = np.broadcast_to(marks[:, None], array.shape) if marks.any() else None
         empty: float = np.nan if array.dtype.kind == "f" else 0
-        if given is not None:
-            array = np.where(given, np.asarray(empty, array.dtype), array)
         found = marks
         for reason, where, expected in invalid_values(array, modality, quantity, given):
             found = found | where.any(axis=1)
