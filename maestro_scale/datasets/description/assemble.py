@@ -18,7 +18,6 @@ from maestro_scale.datasets.description.patterns import Date
 from maestro_scale.datasets.fill import Series, clean_series, percent
 from maestro_scale.datasets.quantity import QUANTITY_KINDS
 from maestro_scale.datasets.sources.protocol import Image, ImageRef, Pixels, Window
-from maestro_scale.datasets.sources.table import source_of
 from maestro_scale.datasets.spec import DatasetError, GeoOrigin, Modality
 
 _PIXEL_TOLERANCE = 0.02  # relative: 10.24 m may be called 10.2
@@ -76,11 +75,10 @@ def read_stack(
     by_address: dict[str, list[ImageRef]] = {}
     for ref in sorted(refs, key=lambda r: r.address):
         by_address.setdefault(ref.address, []).append(ref)
-    source = source_of(section)
     found: dict[Identity, _Parts] = {}
     place: Place | None = None
     for address, listed in by_address.items():
-        with source.open_file(address, section) as file:
+        with images.files.open(section, address) as file:
             for ref in (r for each in listed for r in file.images(each)):
                 image = file.image(ref)
                 pixels = _read(image, address, section, size, coarser)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from maestro_scale.datasets.description.config import Description, ImageFiles, MaskRule, Raster, Splits
 from maestro_scale.datasets.description.dates import ListedDates
 from maestro_scale.datasets.description.patterns import Pattern
 from maestro_scale.datasets.sources.listing import pattern_of
+from maestro_scale.datasets.sources.opened import OpenFiles
 from maestro_scale.datasets.sources.protocol import ImageRef
 from maestro_scale.datasets.sources.table import source_kind, source_of
 from maestro_scale.datasets.spec import DatasetError
@@ -21,12 +22,14 @@ _BY_NAME = ("geotiff", "netcdf", "hdf5", "zarr", "numpy")
 
 @dataclass(frozen=True)
 class SectionImages:
-    """The images of one section. ``where``: its key in the description, for messages. ``by_key``: in no order."""
+    """The images of one section. ``where``: its key in the description, for messages. ``by_key``: in no order.
+    ``files``: those of them that are open."""
 
     where: str
     section: ImageFiles
     by_key: Mapping[str, tuple[ImageRef, ...]]
     dates: ListedDates
+    files: OpenFiles = field(default_factory=OpenFiles, compare=False, repr=False)
 
 
 def sections(description: Description) -> dict[str, ImageFiles]:
