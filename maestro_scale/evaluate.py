@@ -30,7 +30,8 @@ def parse(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> argpa
     encoder = parser.add_mutually_exclusive_group(required=True)
     encoder.add_argument(
         "--checkpoint",
-        help="a run directory, one of its checkpoints, or an exported model; {fold} in it becomes the fold's number",
+        help="a run directory (of a finetuning too), one of its checkpoints, or an exported model; {fold} in it "
+        "becomes the fold's number",
     )
     encoder.add_argument(
         "--baseline",
@@ -43,10 +44,11 @@ def parse(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> argpa
     )
     parser.add_argument(
         "--mode",
-        choices=("knn", "probe", "attentive", "finetune", "scratch"),
+        choices=("knn", "probe", "attentive", "finetune", "scratch", "test"),
         action="append",
         help="repeatable; default: evaluation.modes of the recipe. probe: linear; attentive: the head of a finetuning "
-        "on the frozen encoder; finetune and scratch train with the recipe's optim and train sections",
+        "on the frozen encoder; finetune and scratch train with the recipe's optim and train sections; test: a "
+        "finetuned model (the directory of a finetuning, or its export) on the test split, without training",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument("--target", help="what to predict; default: the dataset's first target")

@@ -36,7 +36,7 @@ def test_reconstruction(name):
 def test_logits(name):
     fixture = load(name)
     with torch.no_grad():
-        logits = build(fixture).predict(batch_of(fixture))
+        logits = build(fixture).head_outputs(batch_of(fixture))
     for target, theirs in fixture.under("logits").items():
         close(logits[target], theirs.reshape(logits[target].shape))
 

@@ -18,7 +18,12 @@ _DEVICES: tuple[Literal["auto", "cpu"], ...] = ("auto", "cpu")
 
 
 def export(
-    run_dir: Annotated[Path, typer.Argument(help="A run directory with at least one checkpoint.")],
+    run_dir: Annotated[
+        Path,
+        typer.Argument(
+            help="A run directory with at least one checkpoint, or that of a finetuning (OUT/finetune)."
+        ),
+    ],
     out: Annotated[Path, typer.Argument(help="Folder for model.safetensors and config.json.")],
     ema: Annotated[
         bool, typer.Option(help="Export the moving average of the weights (optim.ema) instead.")
@@ -27,12 +32,12 @@ def export(
         str, typer.Option(help="Also register it as a new version of this model in MLflow's model registry.")
     ] = "",
 ) -> None:
-    """Export the newest checkpoint as safetensors. ``load_model`` needs only torch to load it."""
-    from maestro_scale.interop.export import export_model
+    """Export the newest checkpoint as safetensors; of a finetuning, the tested weights with their head. ``load_model``
+    needs only torch to load it."""
+    from maestro_scale.evaluation.features.load_encoder import export_run
     from maestro_scale.tracking import registry
-    from maestro_scale.training.checkpoint.checkpoints import newest
 
-    model = export_model(newest(run_dir), out, ema)
+    model = export_run(run_dir, out, ema)
     command = shell_command("maestro-scale", "embed", model, "SHARDS", "OUT")
     print(f"exported to {model}; next: {command}, or load_model({str(model)!r})")
     if register:

@@ -92,6 +92,20 @@ class Encoder:
         if missing:
             raise EvaluationError(f"--checkpoint: there is no {' and no '.join(map(str, missing))}")
 
+    def check_finetuned(self) -> None:
+        """EvaluationError unless it is a finetuned model."""
+        if not isinstance(self._model, Maestro) or self._model.finetuned is None:
+            raise EvaluationError(
+                f"--mode test predicts with a finetuned model, which {self.name} is not: give the directory of a "
+                "finetuning (OUT/finetune) or its export"
+            )
+
+    @property
+    def finetuned(self) -> Maestro:
+        """The finetuned model; see ``check_finetuned``."""
+        assert isinstance(self._model, Maestro)
+        return self._model
+
     def for_benchmark(self, trains: bool) -> tuple[FrozenEncoder, list[str]]:
         """(the encoder, adapted to the benchmark, notes for the user). ``trains``: it will be trained, so sensors
         without pretrained weights stay."""

@@ -64,7 +64,7 @@ class EvalResult:
     metric: str
     """One of :data:`METRICS`: ``wf1`` (multilabel, classification), ``miou`` (segmentation), ``rmse`` (regression)."""
     mode: str
-    """``knn``, ``probe``, ``attentive``, ``finetune``, ``scratch`` or ``oracle``."""
+    """``knn``, ``probe``, ``attentive``, ``finetune``, ``scratch``, ``test`` (of a finetuned model) or ``oracle``."""
     value: float
     """The score; the mean over ``runs`` where there are several."""
     per_class: Mapping[str, float | None]

@@ -16,6 +16,8 @@ from maestro_scale.evaluation.encoder import Encoder
 from maestro_scale.evaluation.finetune.finetune import MODES as TRAINED_MODES
 from maestro_scale.evaluation.finetune.finetune import Stopped, finetune
 from maestro_scale.evaluation.finetune.predictor import TRAINABLE
+from maestro_scale.evaluation.finetune.tested import MODE as TEST
+from maestro_scale.evaluation.finetune.tested import evaluate_finetuned
 from maestro_scale.evaluation.frozen.evaluate import evaluate_frozen
 from maestro_scale.evaluation.progress import ProgressFactory, no_progress
 from maestro_scale.evaluation.report.summary import summarise
@@ -144,8 +146,10 @@ def run_evaluation(
     trained_modes = set(modes) & set(TRAINED_MODES)
     trains = bool(trained_modes)
     encoder.check([run.fold for run in runs], trained_modes)
+    if TEST in modes:
+        encoder.check_finetuned()
     task_for(encoder.spec, options.target)  # refused here: nothing is written yet
-    world = _init_distributed(trains, recipe.train.device)
+    world = _init_distributed(trains or TEST in modes, recipe.train.device)
     url = recipe.data.mixture[0].shards
     dataset = UsedDataset(manifest.spec.name, url, manifest, _used_splits(runs, manifest))
     with _watched(world, recipe.train.hang_timeout_s, options.out) as watchdog, ExitStack() as locks:
@@ -281,11 +285,13 @@ class _Evaluation:
         if ORACLE in self.modes:
             yield from self._oracle(inputs)
             return
-        if frozen := [mode for mode in self.modes if mode not in TRAINED_MODES]:
+        if frozen := [mode for mode in self.modes if mode not in (*TRAINED_MODES, TEST)]:
             yield from self._frozen(inputs, frozen)
         for mode in self.modes:
             if mode in TRAINED_MODES:
                 yield from self._trained(inputs, mode)
+            elif mode == TEST:
+                yield from self._tested(inputs)
 
     def _oracle(self, inputs: _Inputs) -> Iterator[tuple[str, EvalResult]]:
         # Here, because it imports SciPy, which no other mode needs.
@@ -319,6 +325,19 @@ class _Evaluation:
         )
         for result in results:
             yield result.mode, result
+
+    def _tested(self, inputs: _Inputs) -> Iterator[tuple[str, EvalResult]]:
+        assert self.world is not None  # joined for this mode
+        result = evaluate_finetuned(
+            inputs.encoder.finetuned,
+            inputs.benchmark,
+            inputs.recipe,
+            self.world,
+            inputs.provenance,
+            self._maps_dir(TEST, inputs.subdir),
+        )
+        if result is not None:
+            yield TEST, result
 
     def _trained(self, inputs: _Inputs, mode: str) -> Iterator[tuple[str, EvalResult]]:
         model, notes = inputs.encoder.for_benchmark(trains=True)

@@ -7,24 +7,30 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from maestro_scale import untrusted
 from maestro_scale.errors import shorten
 from maestro_scale.interop.export import CONFIG, WEIGHTS, ExportError
 from maestro_scale.interop.sources import ModelSource
 from maestro_scale.model.config import ModelConfig
+from maestro_scale.model.finetuned import Finetuned
 from maestro_scale.model.maestro import Maestro
+from maestro_scale.shards.errors import ManifestError
+from maestro_scale.shards.format.manifest import check_spec
 
 
 def load_model(path: str | Path) -> Maestro:
     """Load a model written by ``maestro-scale export`` or ``convert-ign``, on the CPU, in evaluation mode.
 
-    The model contains the scaling of its inputs. ``path``: a folder, ``s3://bucket/prefix``,
+    The model contains the scaling of its inputs, and that of a finetuning its head (``predict``). ``path``: a folder, ``s3://bucket/prefix``,
     ``hf://owner/name[@revision][/folder]``, or ``models:/name/version`` of an MLflow registry. Raises ExportError if
     there is no such model or its weights do not fit its configuration.
     """
     source = ModelSource(path)
     config, state = read_model(source)
-    model = Maestro(config)
+    finetuned = _finetuned(source)
+    model = Maestro(config, decodes=finetuned is None)
     model.load_state_dict(state)
+    model.finetuned = finetuned
     return model.eval()
 
 
@@ -38,22 +44,34 @@ def read_model(source: ModelSource) -> tuple[ModelConfig, dict[str, Tensor]]:
             f"{source.url}/{CONFIG} describes no model that this version supports ({error}): update maestro_scale"
         ) from None
     weights = source.read_weights()
-    _check_fit(f"{source.url}/{WEIGHTS}", config, weights)
+    _check_fit(f"{source.url}/{WEIGHTS}", config, weights, decodes="finetuned" not in record)
     return config, weights
 
 
-def _check_fit(where: str, config: ModelConfig, weights: dict[str, Tensor]) -> None:
+def _finetuned(source: ModelSource) -> Finetuned | None:
+    record = source.read_config().get("finetuned")
+    if record is None:
+        return None
+    try:
+        found = untrusted.from_builtins(Finetuned, record)
+        check_spec(found.spec)
+    except (TypeError, ValueError, ArithmeticError, ManifestError) as error:
+        raise ExportError(f"{source.url}/{CONFIG}: finetuned: {error}; update maestro_scale") from None
+    return found
+
+
+def _check_fit(where: str, config: ModelConfig, weights: dict[str, Tensor], decodes: bool) -> None:
     """ExportError unless ``weights`` are those of a model of ``config``; checked before such a model has memory."""
     # Every block and sensor has tensors of its own, so a model with more of them does not fit; building it takes long.
     per_group = config.fusion in ("group", "shared")
     encoders = {s.group if per_group else s.name for s in config.all_sensors}
-    if config.size.depth * len(encoders) + config.size.decoder_depth > len(weights):
+    if config.size.depth * len(encoders) + config.size.decoder_depth * decodes > len(weights):
         raise ExportError(
             f"{where} does not fit: {len(weights)} tensors are too few for the model of its {CONFIG}"
         )
     try:
         with torch.device("meta"):
-            expected = {name: tuple(t.shape) for name, t in Maestro(config).state_dict().items()}
+            expected = {name: tuple(t.shape) for name, t in Maestro(config, decodes).state_dict().items()}
     except (RuntimeError, ValueError, ArithmeticError, LookupError) as error:
         raise ExportError(f"{where}: there is no model of its {CONFIG} ({shorten(str(error))})") from None
     missing = [name for name in expected if name not in weights]

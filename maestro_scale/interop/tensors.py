@@ -1,4 +1,4 @@
-"""Writing of safetensors files, with failures of the disk raised as OSError.
+"""Writing of safetensors files, with failures of the disk raised as OSError, and their SHA-256.
 
 safetensors reports them as SafetensorError, which callers would not recognise as a full disk.
 """
@@ -6,6 +6,7 @@ safetensors reports them as SafetensorError, which callers would not recognise a
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import re
 from collections.abc import Mapping
@@ -31,3 +32,12 @@ def write_tensors_atomically(tensors: Mapping[str, Tensor], path: Path) -> None:
     temporary = path.with_suffix(".tmp")
     write_tensors(tensors, temporary)
     os.replace(temporary, path)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file in lower-case hexadecimal. OSError if it cannot be read."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()

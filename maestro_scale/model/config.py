@@ -28,6 +28,7 @@ TargetNorm = Literal["patch_group", "patch", "none"]
 Loss = Literal["l1", "l2"]
 AttentionChoice = Literal["auto", "flash", "cudnn", "efficient", "math", "flash_attn"]
 CompileMode = Literal["none", "blocks", "step"]
+DecoderName = Literal["attentive", "linear", "upernet"]
 CHECKPOINTING = r"none|blocks|every_([2-9]|[1-9]\d+)"
 
 
@@ -84,6 +85,8 @@ class ModelConfig:
     heads: tuple[Target, ...] = ()
     dataset: str = ""
     others: tuple[DatasetView, ...] = ()
+    decoder: DecoderName = "attentive"
+    """Of the heads: a key of ``decoders.DECODERS``."""
 
     def __post_init__(self) -> None:
         for name, items in (("sensors", self.sensors), ("heads", self.heads), ("others", self.others)):
@@ -104,6 +107,11 @@ class ModelConfig:
         for target in self.heads:
             if target.is_map:
                 self.target_side(target)
+            elif self.decoder == "upernet":
+                raise ValueError(
+                    f"decoder: upernet predicts maps, and {target.name} is a label of the whole tile: use attentive or "
+                    "linear"
+                )
         for s in self.all_sensors:
             for path, reason in sensor_problems(s):
                 raise ValueError(f"sensor {s.name}: {dotted(path)}: {reason}")
@@ -240,6 +248,8 @@ class ModelConfig:
         for head in data["heads"]:  # spec.OMIT_DEFAULT: digests of weights contain this
             if not head["units"]:
                 del head["units"]
+        if self.decoder == "attentive":
+            del data["decoder"]
         return data
 
     @staticmethod

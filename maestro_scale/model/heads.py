@@ -1,4 +1,4 @@
-"""Heads for downstream tasks: pooling of the encoded tokens, then one linear layer.
+"""Heads for downstream tasks: pooling of the encoded tokens, then one linear layer. ``decoders.py`` has the others.
 
 Shapes: B batch, R token grids per sensor, L tokens per grid, E width.
 """
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maestro_scale.datasets.spec import Sensor, Target
+from maestro_scale.datasets.spec import Target
 
 POOL_HEADS = 8
 
@@ -27,7 +27,7 @@ class AttentivePool(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, N, E) -> (B, E)."""
         k, v = self.to_kv(self.norm(tokens)).unflatten(-1, (2, POOL_HEADS, -1)).permute(2, 0, 3, 1, 4)
-        q = self.query.view(1, POOL_HEADS, 1, -1).expand(len(tokens), -1, -1, -1)
+        q = self.query.view(1, POOL_HEADS, 1, -1).expand(tokens.shape[0], -1, -1, -1)
         return self.norm_out(F.scaled_dot_product_attention(q, k, v).flatten(1))
 
 
@@ -46,15 +46,19 @@ class MeanPool(nn.Module):
 POOLS: dict[str, type[AttentivePool] | type[MeanPool]] = {"attentive": AttentivePool, "mean": MeanPool}
 
 
+def num_outputs(target: Target) -> int:
+    """Outputs of a head. A multilabel head predicts the ignored classes too: its number of outputs is part of published
+    checkpoints."""
+    return len(target.classes) if target.kind == "multilabel" else target.num_outputs
+
+
 class ClassificationHead(nn.Module):
     """Class logits, or the one value of a regression, from one pooling over all tokens of all sensors."""
 
     def __init__(self, target: Target, width: int, pool: nn.Module) -> None:
         super().__init__()
         self.pool = pool
-        # A multilabel head predicts the ignored classes too: its number of outputs is part of published checkpoints.
-        outputs = len(target.classes) if target.kind == "multilabel" else target.num_outputs
-        self.linear = nn.Linear(width, outputs)
+        self.linear = nn.Linear(width, num_outputs(target))
 
     def forward(self, tokens: dict[str, Tensor]) -> Tensor:
         """{sensor: (B, R, L, E)} -> (B, classes)."""
@@ -72,21 +76,31 @@ class SegmentationHead(nn.Module):
 
     def forward(self, tokens: dict[str, Tensor]) -> Tensor:
         """{sensor: (B, R, L, E)} -> (B, classes, grid*side, grid*side)."""
-        cells = torch.cat([self._resize(t) for t in tokens.values()], dim=2)  # (B, grid*grid, R_all, E)
-        pooled = self.pool(cells.flatten(0, 1))
-        logits = self.linear(pooled).view(len(cells), self.grid, self.grid, self.side, self.side, -1)
-        return logits.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
-
-    def _resize(self, tokens: Tensor) -> Tensor:
-        """(B, R, L, E) -> (B, grid*grid, R, E), bilinear."""
-        grid = round(tokens.shape[2] ** 0.5)
-        maps = tokens.flatten(0, 1).transpose(1, 2).unflatten(-1, (grid, grid))
-        if grid != self.grid:
-            maps = F.interpolate(maps, size=(self.grid, self.grid), mode="bilinear")
-        return maps.flatten(2).unflatten(0, tokens.shape[:2]).permute(0, 3, 1, 2)
+        logits = self.linear(self.pool(tokens_by_cell(tokens, self.grid).flatten(0, 1)))
+        return pixels_of_cells(logits.unflatten(0, (-1, self.grid**2)), self.grid, self.side)
 
 
-class _Standardised(nn.Module):
+def tokens_by_cell(tokens: dict[str, Tensor], grid: int) -> Tensor:
+    """{sensor: (B, R, L, E)} -> (B, grid*grid, R of all sensors, E): bilinear where a sensor has another grid."""
+    return torch.cat([resize_tokens(t, grid) for t in tokens.values()], dim=2)
+
+
+def resize_tokens(tokens: Tensor, grid: int) -> Tensor:
+    """(B, R, L, E) -> (B, grid*grid, R, E), bilinear."""
+    side = round(tokens.shape[2] ** 0.5)
+    maps = tokens.flatten(0, 1).transpose(1, 2).unflatten(-1, (side, side))
+    if side != grid:
+        maps = F.interpolate(maps, size=(grid, grid), mode="bilinear")
+    return maps.flatten(2).unflatten(0, tokens.shape[:2]).permute(0, 3, 1, 2)
+
+
+def pixels_of_cells(values: Tensor, grid: int, side: int) -> Tensor:
+    """(B, grid*grid, side*side*C), pixels row by row -> (B, C, grid*side, grid*side)."""
+    pixels = values.view(values.shape[0], grid, grid, side, side, -1)
+    return pixels.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+
+class Standardised(nn.Module):
     """Mean and deviation of a regression target, for heads that predict (value - mean) / deviation.
 
     They are buffers, so that a stored head contains them; 0 and 1 until :meth:`set_scale`. Outputs stay standardised
@@ -111,7 +125,7 @@ class _Standardised(nn.Module):
         return output.float() * self.deviation.float() + self.mean.float()
 
 
-class RegressionHead(_Standardised, ClassificationHead):
+class RegressionHead(Standardised, ClassificationHead):
     """One standardised value per tile, (B, 1); see ``in_units``."""
 
     def __init__(self, target: Target, width: int, pool: nn.Module) -> None:
@@ -119,20 +133,9 @@ class RegressionHead(_Standardised, ClassificationHead):
         self._register_scale()
 
 
-class RegressionMapHead(_Standardised, SegmentationHead):
+class RegressionMapHead(Standardised, SegmentationHead):
     """One standardised value per pixel, (B, 1, H, W); see ``in_units``."""
 
     def __init__(self, target: Target, width: int, pool: nn.Module, grid: int, pixels_per_token: int) -> None:
         super().__init__(target, width, pool, grid, pixels_per_token)
         self._register_scale()
-
-
-def build_head(target: Target, width: int, pool: str, ref: Sensor | None, side: int) -> nn.Module:
-    """The head of a target. ``pool``: a key of ``POOLS``; ``ref``: the sensor whose token grid a map is predicted on,
-    ``side``: pixels per side of each token."""
-    pooling = POOLS[pool](width)
-    is_number = target.kind == "regression"
-    if not target.is_map:
-        return (RegressionHead if is_number else ClassificationHead)(target, width, pooling)
-    assert ref is not None  # ModelConfig requires a reference sensor for a map
-    return (RegressionMapHead if is_number else SegmentationHead)(target, width, pooling, ref.grid, side)

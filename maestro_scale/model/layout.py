@@ -101,7 +101,7 @@ class Layout:
     def encoding(self, role: str, dates: Tensor, order: Tensor | None, dtype: torch.dtype) -> Tensor:
         """(B, tokens, E): positions and dates of the tokens in ``order``, combined in fp32; ``dates``: their rows."""
         table = self.positions[role]
-        positions = table.expand(len(dates), -1, -1) if order is None else table[order]
+        positions = table.expand(dates.shape[0], -1, -1) if order is None else table[order]
         return torch.cat([positions, dates], dim=-1).to(dtype)
 
 

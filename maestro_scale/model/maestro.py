@@ -10,6 +10,8 @@ Shapes: B batch, D dates, G token groups, R = G*D token grids, L tokens per grid
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,6 +23,7 @@ from maestro_scale.datasets.spec import Target, Tile
 from maestro_scale.model.compiled import Backend, CompiledStep, compiled_block
 from maestro_scale.model.config import CompileMode, ModelConfig
 from maestro_scale.model.constants import ConstantCache
+from maestro_scale.model.decoders import DECODERS, build_head
 from maestro_scale.model.embed import (
     MaskTokens,
     PatchEmbed,
@@ -30,7 +33,14 @@ from maestro_scale.model.embed import (
     input_patches,
 )
 from maestro_scale.model.encodings import PositionTables
-from maestro_scale.model.heads import build_head
+from maestro_scale.model.finetuned import (
+    Finetuned,
+    Prediction,
+    assembled,
+    crops_of,
+    label_factor,
+    predict_target,
+)
 from maestro_scale.model.initialise import initialise
 from maestro_scale.model.layout import Layout
 from maestro_scale.model.masking import Mask, counted_by_sensor
@@ -38,6 +48,7 @@ from maestro_scale.model.sequences import Sequence, by_sensor, has_equal_patches
 from maestro_scale.model.targets import combine_losses, error_sum, masked_token_errors, weighted_loss
 from maestro_scale.model.transformer import Block, Transformer, gather_tokens
 from maestro_scale.stream.batch import Batch
+from maestro_scale.stream.tensors import Pixels, tensors_batch
 from maestro_scale.stream.tile import tile_batch
 
 # Modules that read the parameters of their children. ZeRO 3 gathers parameters in hooks of each module's forward, so
@@ -56,11 +67,15 @@ class Embedding:
 
 class Maestro(nn.Module):
     """The autoencoder with its heads. Parameters are NaN until ``initialise(seed)`` is called or weights are loaded, so
-    that a forgotten one shows in the first loss."""
+    that a forgotten one shows in the first loss.
 
-    def __init__(self, config: ModelConfig) -> None:
+    ``decodes``: False for a finetuned network, which has no parameters to reconstruct pixels with.
+    """
+
+    def __init__(self, config: ModelConfig, decodes: bool = True) -> None:
         super().__init__()
         self.config = config
+        self.finetuned: Finetuned | None = None
         self._views = {v.dataset: config.for_dataset(v.dataset) for v in config.views}
         self._compiled_step: CompiledStep | None = None
         size = config.size
@@ -117,6 +132,9 @@ class Maestro(nn.Module):
                 for name, s in by_embed.items()
             }
         )
+        if not decodes:
+            for unused in (self.to_decoder, self.mask_token, self.decoders, self.to_pixels):
+                unused.clear()
         self.heads = nn.ModuleDict({t.name: self._head(t) for t in config.heads})
         self.positions = {
             "enc": PositionTables(size.width),
@@ -132,7 +150,14 @@ class Maestro(nn.Module):
     def _head(self, target: Target) -> nn.Module:
         ref = next((s for s in self.config.sensors if s.name == self.config.ref_sensor), None)
         side = self.config.target_side(target) if target.is_map else 0
-        return build_head(target, self.config.size.width, self.config.pool, ref, side)
+        names = [s.name for s in self.config.sensors]
+        size, decoder, num_depths = self.config.size, self.config.decoder, len(self.head_depths)
+        return build_head(target, size.width, self.config.pool, ref, side, decoder, names, num_depths)
+
+    @property
+    def head_depths(self) -> tuple[int, ...]:
+        """The blocks whose tokens the heads read."""
+        return DECODERS[self.config.decoder].depths(self.config.size.depth)
 
     def compile_training(
         self, mode: CompileMode, cuda_graphs: bool = False, backend: Backend = "inductor"
@@ -184,6 +209,57 @@ class Maestro(nn.Module):
         ref_date: Tensor,
         masks: dict[str, Mask] | None,
     ) -> _Encoded:
+        packed, patches, order, date_rows = self._inputs(layout, pixels, dates, ref_date, masks)
+        encoded = {q.name: self.encoders[q.encoder](packed[q.name]) for q in layout.sequences}
+        if self.inter is not None:
+            mixed = self.inter(torch.cat(list(encoded.values()), dim=1))
+            parts = mixed.split([x.shape[1] for x in encoded.values()], dim=1)
+            encoded = dict(zip(encoded, parts, strict=True))
+        return _Encoded(encoded, patches, order, date_rows)
+
+    def tokens_at_depths(
+        self,
+        layout: Layout,
+        pixels: dict[str, Tensor],
+        dates: dict[str, Tensor],
+        ref_date: Tensor,
+        depths: Items[int],
+    ) -> list[dict[str, Tensor]]:
+        """Tokens after the blocks ``depths`` (from 0, ascending), {sensor: (B, R, L, E)} each; no token is masked.
+
+        Each is normalised as the last block of its stack is: those of block ``depth - 1`` are what ``encode`` returns.
+        """
+        packed = self._inputs(layout, pixels, dates, ref_date, None).tokens
+        num_own = self.config.size.depth - self.config.inter_depth  # blocks before the inter-group ones
+        # The inter-group blocks continue from the last of the others.
+        own = [d for d in depths if d < num_own]
+        needed = {*own, num_own - 1}
+        stacks = {}
+        for q in layout.sequences:
+            stack = self.encoders[q.encoder]
+            assert isinstance(stack, Transformer)
+            stacks[q.name] = stack.at_depths(packed[q.name], needed)
+        found = [
+            {name: outputs[i] for name, outputs in stacks.items()}
+            for i, d in enumerate(sorted(needed))
+            if d in own
+        ]
+        if self.inter is not None and len(own) < len(depths):
+            last = [outputs[-1] for outputs in stacks.values()]
+            deeper = self.inter.at_depths(torch.cat(last, dim=1), {d - num_own for d in depths})
+            sizes = [x.shape[1] for x in last]
+            found += [dict(zip(stacks, x.split(sizes, dim=1), strict=True)) for x in deeper]
+        return [by_sensor(layout.view, tokens) for tokens in found]
+
+    def _inputs(
+        self,
+        layout: Layout,
+        pixels: dict[str, Tensor],
+        dates: dict[str, Tensor],
+        ref_date: Tensor,
+        masks: dict[str, Mask] | None,
+    ) -> _Encoded:
+        """The encoders' inputs: embedded patches with their encodings."""
         patches = {s.name: input_patches(s, pixels[s.name]) for s in layout.view.sensors}
         tokens = self.patch_embed(layout.view, patches)
         order = None if masks is None else layout.order(masks)
@@ -192,21 +268,17 @@ class Maestro(nn.Module):
         for q in layout.sequences:
             x = pack(q, tokens)
             packed[q.name] = x if masks is None else gather_tokens(x, masks[q.name].visible_index)
-        sizes = [x.shape[0] * x.shape[1] // len(ref_date) for x in packed.values()]
+        sizes = [x.shape[0] * x.shape[1] // ref_date.shape[0] for x in packed.values()]
         first = next(iter(packed.values()))
         num_encoded = sum(sizes)  # the visible tokens come first in ``order``
         encodings = layout.encoding(
             "enc", date_rows[:, :num_encoded], None if order is None else order[:, :num_encoded], first.dtype
         ).split(sizes, dim=1)
-        encoded = {
-            q.name: self.encoders[q.encoder](packed[q.name] + e.reshape(packed[q.name].shape))
+        inputs = {
+            q.name: packed[q.name] + e.reshape(packed[q.name].shape)
             for q, e in zip(layout.sequences, encodings, strict=True)
         }
-        if self.inter is not None:
-            mixed = self.inter(torch.cat(list(encoded.values()), dim=1))
-            parts = mixed.split([x.shape[1] for x in encoded.values()], dim=1)
-            encoded = dict(zip(encoded, parts, strict=True))
-        return _Encoded(encoded, patches, order, date_rows)
+        return _Encoded(inputs, patches, order, date_rows)
 
     # -- reconstructing ------------------------------------------------------------------------------------------
 
@@ -355,15 +427,21 @@ class Maestro(nn.Module):
         return combine_losses(self.view(dataset), sums[: len(counts)], counts)
 
     def embed(
-        self, data: Batch | Tile, crop_m: float | None = None, tile_m: float | None = None
+        self,
+        data: Batch | Tile | Pixels,
+        crop_m: float | None = None,
+        tile_m: float | None = None,
+        dates: Mapping[str, Tensor] | None = None,
+        ref_date: Tensor | None = None,
     ) -> Embedding:
-        """Embeddings of a batch or a tile, without masks: token grids per sensor, one vector per sample.
+        """Embeddings of a batch, a tile or tensors, without masks: token grids per sensor, one vector per sample.
 
         Sensors may be missing, and a sensor may have any number of dates. ``crop_m``: ground extent of the images in
         metres, if it is not that of training. ``tile_m``: extent of a tile, whose central ``crop_m`` are used (None:
-        the tile has the extent of training).
+        the tile has the extent of training). ``dates``, ``ref_date``: of tensors, see ``tensors.named_inputs``.
 
         Raises:
+            TypeError: data of another kind.
             ValueError: the model does not support a sensor, its bands or the extent; the message says what it does.
             DatasetError: the tile has no data for the model.
         """
@@ -371,17 +449,91 @@ class Maestro(nn.Module):
             view = self.view(self.config.dataset)
             share = 1.0 if tile_m is None else (crop_m or view.crop_m or tile_m) / tile_m
             data = tile_batch(data, view.sensors, self.config.dataset, min(share, 1.0))
-            data = data.to(next(self.parameters()).device)
+            data = data.to(self._device)
+        elif not isinstance(data, Batch):
+            data = self._batch_of(data, dates, ref_date)
         view = self.view(data.dataset).adapted_to({k: tuple(v.shape) for k, v in data.pixels.items()}, crop_m)
         layout = self.layout(view, None, data.ref_date)
         encoded = self._encode(layout, data.pixels, data.dates, data.ref_date, None)
         tokens = by_sensor(view, encoded.tokens)
         return Embedding(tokens, torch.cat([t.mean(dim=(1, 2)) for t in tokens.values()], dim=1))
 
-    def predict(self, batch: Batch) -> dict[str, Tensor]:
-        """{target: logits} of all heads; of a regression in units of its standard deviation (``RegressionHead``)."""
-        tokens = self.encode(batch)
+    @property
+    def _device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def _batch_of(self, pixels: Pixels, dates: Mapping[str, Tensor] | None, ref_date: Tensor | None) -> Batch:
+        dataset = self.config.dataset
+        sensors = self.view(dataset).sensors
+        return tensors_batch(dataset, sensors, pixels, dates, ref_date).to(self._device)
+
+    def head_outputs(self, batch: Batch, view: ModelConfig | None = None) -> dict[str, Tensor]:
+        """{target: logits} of all heads; of a regression in units of its standard deviation (``Standardised``).
+
+        ``view``: for another number of dates, or fewer sensors, than those of the batch's dataset.
+        """
+        view, depths = view or self.view(batch.dataset), self.head_depths
+        layout = self.layout(view, None, batch.ref_date)
+        if len(depths) > 1:
+            by_depth = self.tokens_at_depths(layout, batch.pixels, batch.dates, batch.ref_date, depths)
+            return {name: head(by_depth) for name, head in self.heads.items()}
+        encoded = self._encode(layout, batch.pixels, batch.dates, batch.ref_date, None)
+        tokens = by_sensor(view, encoded.tokens)
         return {name: head(tokens) for name, head in self.heads.items()}
+
+    @torch.no_grad()
+    def predict(
+        self,
+        data: Batch | Tile | Pixels,
+        target: str | None = None,
+        dates: Mapping[str, Tensor] | None = None,
+        ref_date: Tensor | None = None,
+    ) -> Prediction:
+        """What a finetuned model predicts for a batch, a tile or tensors of the extent of its crop.
+
+        A tile is prepared as evaluation does: dates are selected, and maps are put together from crops that cover it.
+        ``target``: of a model with several heads. ``dates``, ``ref_date``: as of ``embed``.
+
+        Raises:
+            TypeError, DatasetError: as ``embed``.
+            ValueError: as ``embed``; or the model has no such head, as it was not finetuned.
+        """
+        head = self._target(target)
+        if isinstance(data, Tile) and self.finetuned is not None:
+            batch, grid = crops_of(data, self.finetuned)
+            found = self._predicted(batch.to(self._device), head)
+            resolution_m = head.resolution_m or self.finetuned.spec.crop_m
+            return assembled(found, grid, resolution_m) if head.is_map else found
+        if isinstance(data, Tile):
+            sensors = self.view(self.config.dataset).sensors
+            data = tile_batch(data, sensors, self.config.dataset).to(self._device)
+        elif not isinstance(data, Batch):
+            data = self._batch_of(data, dates, ref_date)
+        return self._predicted(data, head)
+
+    def _predicted(self, batch: Batch, target: Target) -> Prediction:
+        shapes = {name: tuple(x.shape) for name, x in batch.pixels.items()}
+        view = self.view(batch.dataset).adapted_to(shapes)
+        missing = [s.name for s in self.view(batch.dataset).sensors if s.name not in shapes]
+        if missing and self.config.decoder == "linear":
+            raise ValueError(f"decoder linear needs every sensor; {missing[0]} is missing")
+        outputs = self.head_outputs(batch, view)[target.name]
+        known = self.finetuned
+        factor = label_factor(known.spec, target, outputs.shape[-1]) if known and target.is_map else 1
+        return predict_target(target, self.heads[target.name], outputs, factor)
+
+    def _target(self, name: str | None) -> Target:
+        heads = {t.name: t for t in self.config.heads}
+        if not heads:
+            raise ValueError(
+                "the model has no head to predict with: finetune it (evaluate.py --mode finetune) and export that run, "
+                "or use embed"
+            )
+        if name is None and len(heads) == 1:
+            return next(iter(heads.values()))
+        if name not in heads:
+            raise ValueError(f"target {name!r}: the model predicts {', '.join(heads)}; name one of them")
+        return heads[name]
 
 
 class _Encoded(NamedTuple):

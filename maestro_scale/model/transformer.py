@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
 from functools import partial
 
 import torch
@@ -83,6 +84,16 @@ class Transformer(nn.Module):
 
     def forward(self, x: Tensor, skip: int = 0) -> Tensor:
         """(B, N, E) -> (B, N, E), or (B, N - skip, E): the last block computes the tokens after the first ``skip``."""
+        for output in self._outputs(x, skip):  # a list of all would keep what checkpointing releases
+            x = output
+        return self.norm(x)
+
+    def at_depths(self, x: Tensor, depths: Collection[int]) -> list[Tensor]:
+        """Outputs of the blocks ``depths`` (from 0) in ascending order, each (B, N, E) and through the final norm."""
+        return [self.norm(y) for i, y in enumerate(self._outputs(x)) if i in depths]
+
+    def _outputs(self, x: Tensor, skip: int = 0) -> Iterator[Tensor]:
+        """The output of each block."""
         # Compiled in training only: evaluation and pictures have other shapes, each of which would be compiled.
         compiled = self.compiled_block if torch.is_grad_enabled() else None
         for i, module in enumerate(self.blocks):
@@ -93,7 +104,7 @@ class Transformer(nn.Module):
                 x = checkpoint(block, x, skipped, use_reentrant=False)
             else:
                 x = block(x, skipped)
-        return self.norm(x)
+            yield x
 
 
 def gather_tokens(x: Tensor, index: Tensor) -> Tensor:

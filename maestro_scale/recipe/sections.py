@@ -10,6 +10,7 @@ from maestro_scale.model.config import (
     CHECKPOINTING,
     AttentionChoice,
     CompileMode,
+    DecoderName,
     Fusion,
     Loss,
     Norm,
@@ -77,6 +78,9 @@ class Model(Section):
     saves memory for a third more compute; every_2, every_3, …: only every second, third, … block."""
     attention: AttentionChoice = "auto"
     """Attention kernel: torch's choice, one of its backends, or the flash-attn package."""
+    decoder: DecoderName = "attentive"
+    """What a finetuning predicts with: attention over all sensors and dates (of each cell of a map) and one linear
+    layer; one linear layer on the means over dates; or, for maps only, UPerNet on four depths of the encoder."""
     compile: Annotated[CompileMode, BeforeValidator(_compile_mode)] = "none"
     """torch.compile in training. blocks: each transformer block; step: forward and loss of a micro-batch as one graph
     per dataset, on a GPU replayed as CUDA graphs. ZeRO stage 2 or below. true and false mean blocks and none."""

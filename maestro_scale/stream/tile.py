@@ -1,16 +1,21 @@
-"""One tile as a batch of size one: all its sensors and dates, without crop, flips or random numbers."""
+"""One tile as a batch: of all its sensors and dates, without crop; or of its crops, prepared as in evaluation."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from maestro_scale.datasets.spec import DatasetError, Sensor, Tile
+from maestro_scale.datasets.spec import DatasetError, DatasetSpec, Sensor, Tile
+from maestro_scale.shards.errors import CodecError
+from maestro_scale.shards.format.codec import Sample, encode
 from maestro_scale.stream.batch import Batch
 from maestro_scale.stream.dates import fill_nan
+from maestro_scale.stream.packing import BatchMetadata, arrays_in, num_bytes, unpack
+from maestro_scale.stream.transform import Transform
 
 
 def tile_batch(tile: Tile, sensors: Iterable[Sensor], dataset: str = "", centre: float = 1.0) -> Batch:
@@ -48,6 +53,62 @@ def tile_batch(tile: Tile, sensors: Iterable[Sensor], dataset: str = "", centre:
         keys=(tile.key,),
         tiles=(tile.key,),
     )
+
+
+def fitted_spec(tile: Tile, spec: DatasetSpec) -> DatasetSpec:
+    """``spec`` without targets, for the extent of ``tile``, and the masks and optional modalities that it has.
+
+    DatasetError where the tile lacks what a sensor reads, and it is not optional.
+    """
+    optional = {m.name for m in spec.modalities if m.optional}
+    sensors = tuple(s for s in spec.sensors if s.source in tile.arrays or s.source not in optional)
+    sources = dict.fromkeys(s.source for s in sensors)
+    missing = [name for name in sources if name not in tile.arrays] or ([] if sources else [*optional])
+    if missing:
+        raise DatasetError(
+            f"tile {tile.key}: has {', '.join(tile.arrays) or 'nothing'}, the model also reads {missing[0]}"
+        )
+    modalities = tuple(
+        replace(
+            m,
+            size=tile.arrays[m.name].shape[-1],
+            mask_bands=m.mask_bands if m.name in tile.masks else (),
+        )
+        for m in spec.modalities
+        if m.name in sources
+    )
+    # The finest pixel tells the extent best: those of other sensors may not divide it.
+    finest = min(modalities, key=lambda m: m.resolution_m)
+    stored = spec.modality(finest.name).size
+    tile_m = spec.tile_m if finest.size == stored else finest.size * finest.resolution_m
+    return replace(spec, modalities=modalities, sensors=sensors, targets=(), tile_m=tile_m)
+
+
+def evaluation_batch(tile: Tile, spec: DatasetSpec, num_crops: int) -> Batch:
+    """The first ``num_crops`` crops of a tile, with the dates, that an evaluation of it stored in shards would give the
+    model. ``spec``: resolved, as of ``fitted_spec``.
+
+    DatasetError where the tile does not fit the spec.
+    """
+    try:
+        transform = Transform(spec)
+        names = {m.name for m in spec.modalities}
+        kept = replace(
+            tile,
+            arrays={n: a for n, a in tile.arrays.items() if n in names},
+            dates={n: d for n, d in tile.dates.items() if n in names},
+            masks={n: m for n, m in tile.masks.items() if n in names},
+            targets={},
+        )
+        sample = Sample(encode(kept))
+        block = torch.empty(num_bytes(transform.fields, num_crops), dtype=torch.uint8)
+        arrays = arrays_in(block, transform.fields, num_crops)
+        repeated = sum(transform.evaluate(sample, crop, arrays, crop) for crop in range(num_crops))
+    except (CodecError, ValueError) as error:
+        raise DatasetError(f"tile {tile.key}: {error}") from None
+    keys = tuple(f"eval/{spec.name}/0/{crop}" for crop in range(num_crops))
+    metadata = BatchMetadata(spec.name, keys, (tile.key,) * num_crops, repeated, 0, (None,) * num_crops)
+    return unpack(block, transform.fields, metadata)
 
 
 def _middle(array: np.ndarray, share: float) -> np.ndarray:

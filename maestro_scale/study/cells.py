@@ -254,7 +254,7 @@ def _evaluations(
         identity = _protocol(recipe, mode, data, group)
         if encoder in UNTRAINED and recipe.model != of_cell.model:
             # evaluate.py builds it from this recipe; the hash of the cell is of the other one.
-            identity["model"] = recipe.model.model_dump(mode="json")
+            identity["model"] = _identity(recipe, data)["model"]
         folder = directory / "evaluations" / f"{group.name}-{_digest(identity)[:8]}"
         for fraction in group.fractions:
             yield Evaluation(group.name, mode, fraction, folder, recipe, data, group.target, splits, identity)
@@ -326,6 +326,8 @@ def _identity(recipe: Recipe, data: Data) -> dict[str, Any]:
     for section, keys in _RUNTIME.items():
         for key in keys:
             (plain[section] if section else plain).pop(key, None)
+    if plain["model"]["decoder"] == "attentive":  # the only one before there was a setting
+        del plain["model"]["decoder"]
     plain["data"]["mixture"][0]["shards"] = study_data.identity(data)
     for entry in plain["data"]["mixture"]:
         if entry["incomplete"] == "use":  # added later: cells that were computed before keep their identity

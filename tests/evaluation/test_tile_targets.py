@@ -39,7 +39,7 @@ from maestro_scale.evaluation.tasks.subset import read_label_counts
 from maestro_scale.evaluation.tasks.task import task_for
 from maestro_scale.interop.export import write_model
 from maestro_scale.model.config import ModelConfig
-from maestro_scale.model.heads import build_head
+from maestro_scale.model.decoders import build_head
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.shards.format.manifest import Manifest
 from maestro_scale.shards.read.store import Store

@@ -117,8 +117,8 @@ def test_a_checkpoint_survives_a_round_trip(tmp_path, mask_config, changes):
     batch = full_batch(model.config, 2)
     with torch.no_grad():
         assert torch.equal(ours.embed(batch).vector, model.embed(batch).vector)
-        for target, logits in model.predict(batch).items():
-            assert torch.equal(ours.predict(batch)[target], logits)
+        for target, logits in model.head_outputs(batch).items():
+            assert torch.equal(ours.head_outputs(batch)[target], logits)
     convert_to_reference(tmp_path / "ours", tmp_path / "back" / "theirs.ckpt")
     back = torch.load(tmp_path / "back" / "theirs.ckpt", weights_only=True)
     assert back["global_step"] == 1234
@@ -145,10 +145,10 @@ def test_fixtures_convert_to_the_same_weights(tmp_path, mask_config, name):
     checkpoint = mask_config(tmp_path / "fixture.ckpt", content)
     convert(checkpoint, tmp_path / "ours", ConvertOptions(like=tmp_path / "like" / "config.json"))
     with torch.no_grad():
-        logits = load_model(tmp_path / "ours").predict(batch_of(fixture))
+        logits = load_model(tmp_path / "ours").head_outputs(batch_of(fixture))
         for target, theirs in fixture.under("logits").items():
             close(logits[target], theirs.reshape(logits[target].shape))
-            assert torch.equal(logits[target], expected.predict(batch_of(fixture))[target])
+            assert torch.equal(logits[target], expected.head_outputs(batch_of(fixture))[target])
     convert_to_reference(tmp_path / "ours", tmp_path / "back.ckpt")
     back = torch.load(tmp_path / "back.ckpt", weights_only=True)["state_dict"]
     assert back.keys() == state.keys()

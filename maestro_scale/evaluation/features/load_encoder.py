@@ -1,10 +1,17 @@
-"""Load a pretrained encoder from a run directory, one of its checkpoints, or an exported model."""
+"""Load a pretrained or finetuned encoder from a run directory, one of its checkpoints, or an exported model."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from maestro_scale.interop.export import CONFIG, ExportError, export_model, trained_step
+from maestro_scale.interop.export import (
+    CONFIG,
+    ExportError,
+    export_finetuned,
+    export_model,
+    is_finetuning,
+    trained_step,
+)
 from maestro_scale.interop.pretrained import load_model
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.shards.temporary import temporary_folder
@@ -17,12 +24,24 @@ def load_encoder(path: Path) -> tuple[Maestro, int | None]:
     if (path / CONFIG).exists():
         return load_model(path), trained_step(path)
     if (path / "checkpoints").is_dir():
-        path = newest(path)
-    elif not (path / commit.MARKER).exists():
+        with temporary_folder() as folder:
+            exported = export_run(path, folder)
+            return load_model(exported), trained_step(exported)
+    if not (path / commit.MARKER).exists():
         raise ExportError(f"{path} is neither a run directory, nor a checkpoint, nor an exported model")
-    elif problem := commit.problem(path, hashes=True):
+    if problem := commit.problem(path, hashes=True):
         raise ExportError(f"{path}: {problem}; use another checkpoint")
     # Checkpoints are sharded by rank and ZeRO stage: the export is the one place that puts weights together.
     with temporary_folder() as folder:
         exported = export_model(path, folder)
         return load_model(exported), trained_step(exported)
+
+
+def export_run(run_dir: Path, out: Path, ema: bool = False) -> Path:
+    """Export a run to the folder ``out``: its newest checkpoint, or, of a finetuning, the weights that were tested with
+    head and view. ``ema``: the average of a pretraining's weights; the tested weights of a finetuning are one already.
+
+    ExportError or CheckpointError where it has nothing to export."""
+    if is_finetuning(run_dir):
+        return export_finetuned(run_dir, out)
+    return export_model(newest(run_dir), out, ema)

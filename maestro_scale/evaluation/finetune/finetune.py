@@ -17,10 +17,12 @@ from pathlib import Path
 from maestro_scale.evaluation.baselines.baseline import TrainableBaseline
 from maestro_scale.evaluation.benchmark import Benchmark, Provenance, build_result
 from maestro_scale.evaluation.finetune.predictions import predict_split
+from maestro_scale.evaluation.finetune.predictor import MaestroPredictor
 from maestro_scale.evaluation.finetune.setup import Finetuning
 from maestro_scale.evaluation.progress import ProgressFactory, no_progress
 from maestro_scale.evaluation.results import EvalResult
 from maestro_scale.evaluation.tasks.tile_maps import TileMapWriter
+from maestro_scale.interop.export import write_finetuned
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.recipe import Recipe
 from maestro_scale.training.assembly import RunContext, run_directory
@@ -103,6 +105,9 @@ def finetune(
     chosen = {"step": float(best.step), "validation": best.score}
     timings = {"fit_s": time.perf_counter() - started}
     task = run.target_loss.task
-    return build_result(
+    result = build_result(
         benchmark, run.manifest, mode, task, replace(predictions, chosen=chosen), provenance, timings
     )
+    if isinstance(network, MaestroPredictor):  # a baseline is a library's encoder, which is not exported
+        write_finetuned(run_dir, run.record(network, result))
+    return result

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from maestro_scale.evaluation.baselines.baseline import BaselineConfig, TrainableBaseline
 from maestro_scale.evaluation.results import EvaluationError
 from maestro_scale.evaluation.tasks.losses import TargetLoss
-from maestro_scale.model.config import ModelConfig
-from maestro_scale.model.heads import build_head
+from maestro_scale.model.config import DecoderName, ModelConfig
+from maestro_scale.model.decoders import build_head
 from maestro_scale.model.initialise import initialise
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.stream.batch import Batch
@@ -52,20 +52,20 @@ class MaestroPredictor(Predictor, Maestro):  # type: ignore[misc]  # two forward
     """
 
     def __init__(self, config: ModelConfig, target_loss: TargetLoss) -> None:
-        super().__init__(config)
+        super().__init__(config, decodes=False)
         self.target_loss = target_loss
-        for unused in (self.to_decoder, self.mask_token, self.decoders, self.to_pixels):
-            unused.clear()
 
     def logits(self, batch: Batch) -> Tensor:
         """As of Predictor."""
-        return self.predict(batch)[self.target_loss.task.target.name]
+        return self.head_outputs(batch)[self.target_loss.task.target.name]
 
 
 class BaselinePredictor(Predictor):
     """A baseline whose dates and sensors are pooled by the same head as MAESTRO's."""
 
-    def __init__(self, encoder: TrainableBaseline, target_loss: TargetLoss) -> None:
+    def __init__(
+        self, encoder: TrainableBaseline, target_loss: TargetLoss, decoder: DecoderName = "attentive"
+    ) -> None:
         super().__init__()
         self.config, self.target_loss, self.encoder = encoder.config, target_loss, encoder
         view, target = encoder.config.view, target_loss.task.target
@@ -75,7 +75,12 @@ class BaselinePredictor(Predictor):
                 f"{view.dataset}: {target.name} is predicted on the tokens of {view.ref_sensor!r}: do not drop it"
             )
         # Pixels of the reference image, as the target loss has them.
-        self.head = build_head(target, encoder.width, "attentive", ref, ref.patch if ref else 0)
+        names = [s.name for s in encoder.token_view().sensors]
+        side = ref.patch if ref else 0
+        try:
+            self.head = build_head(target, encoder.width, "attentive", ref, side, decoder, names)
+        except ValueError as error:
+            raise EvaluationError(f"{view.dataset}: {error}") from None
         target_loss.prepare(self.head)
 
     def logits(self, batch: Batch) -> Tensor:
@@ -85,10 +90,16 @@ class BaselinePredictor(Predictor):
 
 @singledispatch
 def build_predictor(
-    encoder: nn.Module, dataset: str, target_loss: TargetLoss, seed: int, pretrained: bool
+    encoder: nn.Module,
+    dataset: str,
+    target_loss: TargetLoss,
+    seed: int,
+    pretrained: bool,
+    decoder: DecoderName = "attentive",
 ) -> Predictor:
     """The network before the first step: a new head on ``encoder``, or, unless ``pretrained``, on the same encoder
-    re-initialised from ``seed``. EvaluationError where the encoder does not fit the target."""
+    re-initialised from ``seed``. ``decoder``: the kind of head. EvaluationError where the encoder or the decoder does
+    not fit the target."""
     raise TypeError(
         f"{type(encoder).__name__} cannot be trained: use one of {', '.join(c.__name__ for c in TRAINABLE)}"
     )
@@ -97,12 +108,20 @@ def build_predictor(
 @build_predictor.register
 @torch.no_grad()
 def _(
-    encoder: Maestro, dataset: str, target_loss: TargetLoss, seed: int, pretrained: bool
+    encoder: Maestro,
+    dataset: str,
+    target_loss: TargetLoss,
+    seed: int,
+    pretrained: bool,
+    decoder: DecoderName = "attentive",
 ) -> MaestroPredictor:
     # Without crop_m the head predicts the pixels of the reference image, as the target loss has them.
     try:
         config = dataclasses.replace(
-            encoder.config.for_dataset(dataset), heads=(target_loss.task.target,), crop_m=None
+            encoder.config.for_dataset(dataset),
+            heads=(target_loss.task.target,),
+            crop_m=None,
+            decoder=decoder,
         )
     except ValueError as error:
         raise EvaluationError(f"{dataset}: {error}") from None
@@ -119,10 +138,15 @@ def _(
 
 @build_predictor.register
 def _(
-    encoder: TrainableBaseline, dataset: str, target_loss: TargetLoss, seed: int, pretrained: bool
+    encoder: TrainableBaseline,
+    dataset: str,
+    target_loss: TargetLoss,
+    seed: int,
+    pretrained: bool,
+    decoder: DecoderName = "attentive",
 ) -> BaselinePredictor:
     made = BaselinePredictor(
-        encoder.prepared_for_training() if pretrained else encoder.reinitialised(seed), target_loss
+        encoder.prepared_for_training() if pretrained else encoder.reinitialised(seed), target_loss, decoder
     )
     initialise(made.head, seed)
     return made

@@ -14,11 +14,16 @@ from maestro_scale.evaluation.features.cache import weights_digest
 from maestro_scale.evaluation.features.missing import check_can_encode
 from maestro_scale.evaluation.finetune.early_stop import ValidationScore
 from maestro_scale.evaluation.finetune.objective import FinetuneObjective
-from maestro_scale.evaluation.finetune.predictor import build_predictor
+from maestro_scale.evaluation.finetune.predictor import MaestroPredictor, build_predictor
 from maestro_scale.evaluation.finetune.validation import ValidationHook, ValidationSettings
+from maestro_scale.evaluation.results import EvalResult
 from maestro_scale.evaluation.tasks.losses import TargetLoss, needs_label_counts, target_loss_for
 from maestro_scale.evaluation.tasks.subset import labelled_subset, read_label_counts
 from maestro_scale.evaluation.tasks.task import task_for
+from maestro_scale.interop.export import FinetunedRun
+from maestro_scale.interop.tensors import file_sha256
+from maestro_scale.model.config import ModelConfig
+from maestro_scale.model.finetuned import Finetuned
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.recipe import Recipe, RecipeError
 from maestro_scale.shards.progress import Progress
@@ -120,6 +125,29 @@ class Finetuning:
         self._load_earlier_revision(context.run_dir, trainer, position)
         return trainer, position
 
+    def record(self, network: MaestroPredictor, result: EvalResult) -> FinetunedRun:
+        """What an export of this run contains, once it was tested. ``network``: with the best weights."""
+        best, config = self.validation.best_weights, network.config
+        assert isinstance(config, ModelConfig)
+        finetuned = Finetuned(
+            spec=self._spec,
+            target=result.target,
+            metric=result.metric,
+            mode=self._mode,
+            step=self.validation.best.step,
+            validation=self.validation.best.score,
+            test=result.value,
+            trained_on=result.trained_on,
+        )
+        trained = {
+            "checkpoint": best.stem,
+            "step": self.validation.best.step,
+            "seed": self._recipe.seed,
+            "datasets": dict(result.datasets),
+        }
+        name = best.relative_to(best.parents[1]).as_posix()
+        return FinetunedRun(name, file_sha256(best), config, finetuned, trained)
+
     @property
     def _datasets(self) -> list[UsedDataset]:
         roles = self._benchmark.splits_by_role(self.manifest).values()
@@ -155,6 +183,7 @@ class Finetuning:
             self.target_loss,
             self._recipe.seed,
             self._mode == "finetune",
+            self._recipe.model.decoder,
         )
 
     def _identity(self, weights: str, num_steps: int) -> dict[str, Any]:
@@ -178,6 +207,7 @@ class Finetuning:
             "ema": recipe.evaluation.ema,
             "ema_epochs": recipe.evaluation.ema_epochs,
             "layer_decay": recipe.evaluation.layer_decay,
+            **({} if recipe.model.decoder == "attentive" else {"decoder": recipe.model.decoder}),
             **benchmark.loss.identity(),
             **precision_identity(recipe.train.precision_on(self._world.device.type)),
         }

@@ -71,6 +71,11 @@ class ValidationHook(Hook):
         return early_stop.best(self.history, self._sign)
 
     @property
+    def best_weights(self) -> Path:
+        """The file of the best weights so far."""
+        return self._best_path(self.best.step)
+
+    @property
     def finished(self) -> bool:
         """Whether the scores have stopped improving."""
         return early_stop.exhausted(self.history, self._settings.patience, self._sign)

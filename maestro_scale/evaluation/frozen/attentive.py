@@ -25,7 +25,8 @@ from maestro_scale.evaluation.results import EvaluationError
 from maestro_scale.evaluation.tasks.losses import TargetLoss
 from maestro_scale.evaluation.tasks.protocol import Predictions
 from maestro_scale.model.config import DatasetView, ModelConfig
-from maestro_scale.model.heads import POOL_HEADS, build_head
+from maestro_scale.model.decoders import build_head
+from maestro_scale.model.heads import POOL_HEADS
 from maestro_scale.model.initialise import initialise
 from maestro_scale.stream.batch import Batch
 

@@ -30,7 +30,7 @@ from maestro_scale.evaluation.regression_metrics import NUM_SUMS, regression_sco
 from maestro_scale.evaluation.results import EvaluationError
 from maestro_scale.evaluation.tasks.maps import cell_features, first_tiles, tile_maps
 from maestro_scale.evaluation.tasks.protocol import DEFAULT_LOSS, Classifier, LossSettings, Predictions
-from maestro_scale.model.heads import RegressionHead, RegressionMapHead
+from maestro_scale.model.heads import Standardised
 from maestro_scale.stream.batch import Batch
 
 NUM_LABEL_SUMS = 3  # number, sum, sum of squares
@@ -220,7 +220,7 @@ class _NumberLoss:
 
     def prepare(self, head: nn.Module) -> None:
         """Store mean and deviation of the labels in a new head."""
-        assert isinstance(head, RegressionHead | RegressionMapHead)  # built for this target
+        assert isinstance(head, Standardised)  # built for this target
         head.set_scale(self.scale.mean, self.scale.deviation)
 
     def num_terms(self, targets: Tensor) -> Tensor:

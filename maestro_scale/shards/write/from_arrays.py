@@ -13,6 +13,7 @@ from maestro_scale.datasets.spec import (
     MISSING_CLASS,
     DatasetError,
     DatasetSpec,
+    GeoOrigin,
     Modality,
     Scale,
     Sensor,
@@ -167,6 +168,65 @@ def make_tile(
         ref_date=min(stored[first], key=tuple) if ref_date is None else _dates(key, "ref_date", ref_date)[0],
         notes=tuple(notes),
     )
+
+
+def tile(
+    arrays: Mapping[str, np.ndarray],
+    dates: Mapping[str, DateLike | Sequence[DateLike]] | DateLike | None = None,
+    *,
+    key: str = "tile",
+    ref_date: DateLike | None = None,
+    masks: Mapping[str, np.ndarray] | None = None,
+    origin: GeoOrigin | None = None,
+) -> Tile:
+    """A tile for ``load_model(…).embed`` or ``.predict`` from arrays by raster, without a description of the dataset.
+
+    ``arrays[raster]``: raw values (T, C, H, W), (C, H, W) of one date, or (H, W) of one date and band; row 0 is north.
+    The names are those of the model's sensors (``Sensor.source``). ``dates``: as of ``make_tile``, or one for all
+    rasters; a raster of one date that has none gets the reference date. ``ref_date``: None: the earliest date of the
+    first raster that has dates. ``masks[raster]``: (T, M, H, W) uint8, 0-100. ``origin``: the upper left corner.
+
+    Raises DatasetError, in one line, for invalid or missing dates and for arrays of another shape.
+    """
+    if not arrays:
+        raise DatasetError(f"tile {key}: has no arrays; give {{raster: (dates, bands, H, W)}}")
+    for names, suffix in ((arrays, ""), (masks or {}, ".mask")):
+        for name, given in names.items():
+            refuse_masked(key, f"{name}{suffix}", given)
+    stacked = {name: _stacked(key, name, array) for name, array in arrays.items()}
+    by_name = dates if isinstance(dates, Mapping) else {} if dates is None else dict.fromkeys(arrays, dates)
+    if unknown := [name for name in by_name if name not in arrays]:
+        raise DatasetError(f"tile {key}: dates of {unknown[0]!r}, but arrays of {', '.join(arrays)}")
+    stored = {name: _dates(key, name, by_name[name]) for name in arrays if name in by_name}
+    if ref_date is None and not stored:
+        raise DatasetError(f"tile {key}: has no dates; give dates={{{next(iter(arrays))!r}: '2021-06-01'}}")
+    reference = (
+        min(next(iter(stored.values())), key=tuple)
+        if ref_date is None
+        else _dates(key, "ref_date", ref_date)[0]
+    )
+    for name, array in stacked.items():
+        stored.setdefault(name, reference[None].repeat(1 if len(array) == 1 else 0, axis=0))
+        if len(stored[name]) != len(array):
+            raise DatasetError(f"tile {key}: {name} has {len(array)} images and {len(stored[name])} dates")
+    return Tile(
+        key=key,
+        arrays=stacked,
+        dates=stored,
+        masks={name: _add_date_axis(mask) for name, mask in (masks or {}).items()},
+        targets={},
+        ref_date=reference,
+        origin=origin,
+    )
+
+
+def _stacked(key: str, name: str, array: np.ndarray) -> np.ndarray:
+    array = np.asarray(array)
+    if not 2 <= array.ndim <= 4 or array.dtype.kind not in "uif":
+        raise DatasetError(
+            f"tile {key}: {name} is {array.dtype} {array.shape}; give numbers (dates, bands, H, W) or (bands, H, W)"
+        )
+    return array[(None,) * (4 - array.ndim)]
 
 
 def _add_date_axis(array: np.ndarray) -> np.ndarray:

@@ -1,0 +1,269 @@
+"""Decoders of a finetuning on synthetic PASTIS-HD and FLAIR-HUB: attentive, linear and UPerNet, on the same encoder.
+
+    python -m benchmarks.decoders --work /tmp/decoders
+
+A small encoder with random weights learns with each decoder, with the same steps, batches and learning rates: as in
+mode ``scratch``, since no small pretrained encoder of these sensors is at hand. Per learning rate and seed the mIoU of
+the test tiles; the learning rate of a decoder is the one with the best mean on the validation tiles. Prints a table and
+writes benchmarks/results/decoders.json; exit code 1 if UPerNet is worse than the attentive head by more than twice the
+standard error of the paired differences over seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from maestro_scale.datasets.spec import DatasetSpec
+from maestro_scale.evaluation.finetune.predictor import MaestroPredictor, build_predictor
+from maestro_scale.evaluation.tasks.losses import TargetLoss, target_loss_for
+from maestro_scale.evaluation.tasks.task import task_for
+from maestro_scale.model.config import DecoderName, ModelConfig
+from maestro_scale.model.maestro import Maestro
+from maestro_scale.model.sizes import Size
+from maestro_scale.recipe import load_recipe, resolve_spec
+from maestro_scale.shards.format.manifest import Manifest
+from maestro_scale.shards.read.store import Store
+from maestro_scale.stream.eval_loader import EvalLoader
+from maestro_scale.stream.loader import TrainLoader
+from maestro_scale.stream.source import Source
+from maestro_scale.training.run_dir import git_revision
+
+RESULTS = Path(__file__).parent / "results" / "decoders.json"
+DECODERS: tuple[DecoderName, ...] = ("attentive", "linear", "upernet")
+SIZE = Size(64, 4, 2, 32, 2, 1, 32, 1, 32, 2)
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A dataset at small scale: ``tiles`` of all splits, ``sensors`` as in a recipe, ``steps`` of ``batch`` samples."""
+
+    dataset: str
+    tiles: int
+    steps: int
+    batch: int
+    sensors: str
+    crop_m: float | None = None
+
+
+CASES = (
+    Case(
+        "pastis_hd",
+        10,
+        120,
+        8,
+        "{s2: {num_dates: 4}, s1_asc: null, s1_des: null}",
+    ),
+    Case(
+        "flair_hub",
+        60,
+        120,
+        4,
+        "{aerial: {image_size: 256}, s2: {num_dates: 4}, dem: null, s1_asc: null, s1_des: null}",
+    ),
+)
+
+
+def write_shards(case: Case, work: Path) -> Path:
+    """The shards of a case, written once."""
+    shards, raw = work / case.dataset, work / f"{case.dataset}_raw"
+    if not (shards / "manifest.json").exists():
+        command = [sys.executable, "-m", "maestro_scale.cli"]
+        subprocess.run(
+            [*command, "synth", case.dataset, str(raw), "--tiles", str(case.tiles), "--seed", "3"], check=True
+        )
+        for split in SPLITS:
+            subprocess.run(
+                [*command, "shard", case.dataset, str(raw), str(shards), "--split", split], check=True
+            )
+    return shards
+
+
+def resolved(case: Case, shards: Path, work: Path) -> DatasetSpec:
+    """The spec of a case's view."""
+    path = work / f"{case.dataset}.yaml"
+    crop = f", crop_m: {case.crop_m}" if case.crop_m else ""
+    path.write_text(
+        f"name: decoders\ndata: {{mixture: [{{dataset: {case.dataset}, shards: {str(shards)!r}, "
+        f"sensors: {case.sensors}{crop}}}]}}\n"
+    )
+    recipe = load_recipe(str(path))
+    return resolve_spec(Manifest.load(str(shards)).spec, recipe.data.mixture[0])
+
+
+def train(
+    network: MaestroPredictor, source: Source, case: Case, seed: int, lr: float, loss: TargetLoss
+) -> float:
+    """Train with one cycle; returns seconds per step."""
+    optimizer = torch.optim.AdamW(network.parameters(), lr=lr, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, case.steps, pct_start=0.2)
+    stream = TrainLoader((source,), seed=seed, lanes=1, global_batch=case.batch, micro_batch=case.batch)
+    started = time.perf_counter()
+    for step in stream.steps(0, case.steps):
+        (batch,) = step.batches
+        labels = loss.loss_targets(loss.task.label_tensor(batch))
+        share, _ = network(batch, labels, loss.num_terms(labels)[None])
+        optimizer.zero_grad()
+        share.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    return (time.perf_counter() - started) / case.steps
+
+
+@torch.no_grad()
+def score(network: MaestroPredictor, source: Source, loss: TargetLoss) -> float:
+    """mIoU of all tiles of a split."""
+    size = loss.num_crops * max(16 // loss.num_crops, 1)
+    tiles = []
+    for batch in EvalLoader(source, size, crops=loss.num_crops):
+        predicted = torch.cat([loss.predict(network.logits(part)) for part in _parts(batch)])
+        tiles.append(loss.per_tile(predicted.numpy(), loss.task.labels(batch)))
+    return float(loss.task.statistic(loss.task.total(np.concatenate(tiles))))
+
+
+def _parts(batch):
+    """A batch in pieces of 16 crops, which fit the caches of a CPU."""
+    for first in range(0, len(batch), 16):
+        piece = batch.map(lambda t, first=first: t[first : first + 16])
+        piece.keys = batch.keys[first : first + 16]
+        yield piece
+
+
+def measure(case: Case, work: Path, seeds: int, rates: tuple[float, ...]) -> list[dict]:
+    """A row per decoder, learning rate and seed."""
+    shards = write_shards(case, work)
+    spec = resolved(case, shards, work)
+    manifest = Manifest.load(str(shards))
+    store = Store(str(shards), work / "cache", 20 * 2**30)
+    sources = {name: Source(spec, manifest.shards_of([name]), store) for name in SPLITS}
+    loss = target_loss_for(task_for(spec))
+    view = {"sensors": spec.sensors, "pos_grid": spec.pos_grid, "ref_sensor": spec.ref_sensor}
+    config = ModelConfig(
+        size=SIZE, inter_depth=1, norm="token", dataset=spec.name, crop_m=spec.crop_m, **view
+    )
+    rows = []
+    for lr in rates:
+        for seed in range(seeds):
+            encoder = Maestro(config).initialise(seed)
+            for decoder in DECODERS:
+                network = build_predictor(encoder, spec.name, loss, seed, True, decoder)
+                assert isinstance(network, MaestroPredictor)
+                seconds = train(network, sources["train"], case, seed, lr, loss)
+                row = {"dataset": case.dataset, "decoder": decoder, "lr": lr, "seed": seed}
+                row |= {name: score(network, sources[name], loss) for name in ("val", "test")}
+                row |= {
+                    "step_s": round(seconds, 4),
+                    "head_parameters": sum(p.numel() for p in network.heads.parameters()),
+                }
+                rows.append(row)
+                print(row, flush=True)
+    return rows
+
+
+def summary(rows: list[dict]) -> list[dict]:
+    """Per dataset and decoder, at its best learning rate: mean, deviation, and the paired difference to attentive."""
+    found = []
+    for dataset in dict.fromkeys(r["dataset"] for r in rows):
+        scores: dict[str, dict[int, float]] = {}
+        for decoder in DECODERS:
+            of = [r for r in rows if r["dataset"] == dataset and r["decoder"] == decoder]
+            means = {
+                lr: statistics.mean(r["val"] for r in of if r["lr"] == lr)
+                for lr in dict.fromkeys(r["lr"] for r in of)
+            }
+            lr = max(means, key=means.__getitem__)
+            chosen = [r for r in of if r["lr"] == lr]
+            scores[decoder] = {r["seed"]: r["test"] for r in chosen}
+            values = list(scores[decoder].values())
+            row = {"dataset": dataset, "decoder": decoder, "lr": lr, "seeds": len(values)}
+            row |= {"miou": statistics.mean(values), "deviation": _deviation(values)}
+            row |= {k: statistics.median(r[k] for r in chosen) for k in ("step_s", "head_parameters")}
+            paired = [v - scores["attentive"][s] for s, v in scores[decoder].items()]
+            row |= {
+                "difference": statistics.mean(paired),
+                "standard_error": _deviation(paired) / len(paired) ** 0.5,
+            }
+            row["resolved"] = decoder != "attentive" and abs(row["difference"]) > 2 * row["standard_error"]
+            found.append(row)
+    return found
+
+
+def _deviation(values: list[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def main() -> int:
+    """Entry point."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--work", type=Path, required=True, help="folder for data, kept between runs")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rates", type=float, nargs="+", default=[2e-3])
+    parser.add_argument("--datasets", nargs="+", default=[c.dataset for c in CASES])
+    parser.add_argument("--steps", type=int, help="instead of those of each case")
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    rows: list[dict] = []
+    for case in CASES:
+        if case.dataset in args.datasets:
+            if args.steps:
+                case = Case(**{**vars(case), "steps": args.steps})
+            rows += measure(case, args.work, args.seeds, tuple(args.rates))
+    found = summary(rows)
+    table = Table(title="mIoU in % on synthetic tiles, mean ± deviation over seeds")
+    for column in (
+        "dataset",
+        "decoder",
+        "learning rate",
+        "mIoU",
+        "minus attentive",
+        "s per step",
+        "parameters",
+    ):
+        table.add_column(column)
+    for r in found:
+        table.add_row(
+            r["dataset"],
+            r["decoder"],
+            f"{r['lr']:g}",
+            f"{100 * r['miou']:.1f} ± {100 * r['deviation']:.1f}",
+            ""
+            if r["decoder"] == "attentive"
+            else f"{100 * r['difference']:+.1f} ± {100 * r['standard_error']:.1f}",
+            f"{r['step_s']:.2f}",
+            f"{r['head_parameters']:,.0f}",
+        )
+    Console(width=120).print(table)
+    machine = {"processor": platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}
+    record = {
+        "machine": machine,
+        "revision": git_revision(),
+        "cases": [vars(c) for c in CASES if c.dataset in args.datasets],
+        "size": vars(SIZE),
+        "summary": found,
+        "rows": rows,
+    }
+    RESULTS.write_text(json.dumps(record, indent=1) + "\n")
+    worse = [r for r in found if r["decoder"] == "upernet" and r["resolved"] and r["difference"] < 0]
+    return 1 if worse else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
