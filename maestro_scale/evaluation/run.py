@@ -148,7 +148,8 @@ def run_evaluation(
     encoder.check([run.fold for run in runs], trained_modes)
     if TEST in modes:
         encoder.check_finetuned()
-    task_for(encoder.spec, options.target)  # refused here: nothing is written yet
+    if set(modes) != {TEST}:  # a finetuned model has a spec of its own
+        task_for(encoder.spec, options.target)  # refused here: nothing is written yet
     world = _init_distributed(trains or TEST in modes, recipe.train.device)
     url = recipe.data.mixture[0].shards
     dataset = UsedDataset(manifest.spec.name, url, manifest, _used_splits(runs, manifest))

@@ -38,12 +38,13 @@ class TerraTorchBackbone(nn.Module):
     ) -> list[Tensor]:
         """Raw values (B, C, H, W) or (B, C, T, H, W), of the only sensor or by sensor -> maps.
 
-        ``temporal_coords``: (B, T, 2) of year and day of the year, as TerraTorch passes them, or (B, T, 3) with the hour.
+        ``temporal_coords``: (B, T, 2) of year and day of the year, as TerraTorch passes it, or (B, T, 3) with the hour.
         """
-        named = x if isinstance(x, Mapping) else {self.inner.sensors[0]: x} if len(self.inner.sensors) == 1 else x
-        if not isinstance(named, Mapping):
-            return self.inner(named)  # whose error names the sensors
-        pixels = {n: t.transpose(1, 2) if t.dim() == 5 else t for n, t in named.items()}
+        if not isinstance(x, Mapping) and len(self.inner.sensors) == 1:
+            x = {self.inner.sensors[0]: x}
+        if not isinstance(x, Mapping):
+            return self.inner(x)  # whose error names the sensors
+        pixels = {n: t.transpose(1, 2) if t.dim() == 5 else t for n, t in x.items()}
         when = temporal_coords
         if when is not None and not isinstance(when, Mapping):
             when = dict.fromkeys(pixels, when)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
@@ -17,14 +19,16 @@ from testkit.runs import REPO, Trainer, metrics
 
 from maestro_scale.datasets.spec import Target
 from maestro_scale.evaluate import main as evaluate
+from maestro_scale.evaluation.features.load_encoder import export_run, load_encoder
 from maestro_scale.evaluation.finetune import early_stop, validation
 from maestro_scale.evaluation.finetune.early_stop import ValidationScore
 from maestro_scale.evaluation.finetune.predictor import build_predictor
+from maestro_scale.evaluation.finetune.tested import check_target
 from maestro_scale.evaluation.paired import difference, load_runs
 from maestro_scale.evaluation.results import EvalResult, EvaluationError
 from maestro_scale.evaluation.tasks.losses import MultilabelLoss, target_loss_for
 from maestro_scale.evaluation.tasks.task import MultilabelTask, task_for
-from maestro_scale.interop.export import write_model
+from maestro_scale.interop.export import ExportError, write_model
 from maestro_scale.interop.pretrained import load_model
 from maestro_scale.stream.eval_loader import EvalLoader
 from maestro_scale.stream.loader import TrainLoader
@@ -148,6 +152,91 @@ def test_finetuning_learns_and_does_better_than_from_scratch(alone):
             cover = field_tile(int(path.stem[-3:])).targets["cover"]
             agree.append((image.read(1) == cover)[np.isin(cover, (0, 2, 3))].mean())
     assert np.mean(agree) > 0.9
+
+
+@pytest.fixture(scope="module")
+def exported(alone, tmp_path_factory):
+    """The export of the finetuning in ``alone``."""
+    return export_run(alone / "finetune_50pct", tmp_path_factory.mktemp("exported") / "model")
+
+
+@pytest.mark.slow
+def test_an_export_knows_what_it_predicts(alone, exported):
+    model = load_model(exported)
+    known, result = model.finetuned, numbers(alone / "finetune_50pct")
+    assert (known.target, known.metric, known.mode) == ("cover", "miou", "finetune")
+    assert (known.test, known.trained_on) == (result["value"], result["trained_on"])
+    assert (known.step, known.validation) == (result["chosen"]["step"], result["chosen"]["validation"])
+    assert known.spec.sensors == FIELDS.sensors
+    assert known.spec.crop_m == FIELDS.crop_m
+    assert model.config.heads == FIELDS.targets
+    assert not model.decoders
+    trained = json.loads((exported / "config.json").read_text())["trained"]
+    assert (trained["step"], trained["datasets"]) == (known.step, result["datasets"])
+    other = dataclasses.replace(FIELDS.targets[0], ignored=(1,))
+    with pytest.raises(EvaluationError, match="cover has other classes"):
+        check_target(known, other, "fields")
+
+
+@pytest.mark.slow
+def test_an_export_predicts_the_maps_of_the_evaluation_with_torch_alone(alone, exported, tmp_path):
+    tile = field_tile(SPLITS["train"] + SPLITS["val"])
+    with rasterio.open(alone / "finetune_50pct" / "maps" / f"{tile.key}.tif") as image:
+        expected = image.read(1)
+    np.savez(
+        tmp_path / "tile.npz",
+        **tile.arrays,
+        **{f"{k}.dates": v for k, v in tile.dates.items()},
+        ref=tile.ref_date,
+    )
+    program = (
+        "import sys, numpy as np\nfrom maestro_scale import load_model\nfrom maestro_scale.datasets.spec import Tile\n"
+        f"t = np.load({str(tmp_path / 'tile.npz')!r})\nnames = ('aerial', 's2')\n"
+        "tile = Tile('a', {n: t[n] for n in names}, {n: t[n + '.dates'] for n in names}, {}, {}, t['ref'])\n"
+        f"found = load_model({str(exported)!r}).predict(tile)\n"
+        "print([m for m in ('deepspeed', 'mlflow', 'pydantic', 'webdataset', 'sklearn') if m in sys.modules])\n"
+        "print(found.kind, found.classes, tuple(found.probabilities.shape))\n"
+        "print(found.values[0].tolist())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    modules, what, values = done.stdout.splitlines()
+    assert modules == "[]"
+    assert what == "segmentation {0: 'wood', 2: 'meadow', 3: 'lake'} (1, 3, 6, 6)"
+    assert json.loads(values) == expected.tolist()
+
+
+@pytest.mark.slow
+def test_mode_test_repeats_the_score(fields, alone, exported, tmp_path):
+    expected = numbers(alone / "finetune_50pct")
+    # Another crop in the recipe: the model's own counts.
+    args = [f"--checkpoint={alone / 'finetune_50pct'}", "--mode=test"]
+    output = evaluated(fields, tmp_path, tmp_path / "out", *args, course=["data.mixture[0].crop_m=60"])
+    assert "test: mIoU" in output
+    found = numbers(tmp_path / "out" / "test")
+    same = (
+        "value",
+        "interval",
+        "per_class",
+        "confusion",
+        "scores",
+        "num_tiles",
+        "counts_sha256",
+        "trained_on",
+        "chosen",
+    )
+    assert {k: found[k] for k in same} == {k: expected[k] for k in same}
+    assert (found["mode"], found["checkpoint_step"]) == ("test", expected["chosen"]["step"])
+    assert load_encoder(alone / "finetune_50pct")[0].finetuned == load_model(exported).finetuned
+
+
+def test_a_finetuning_that_has_not_ended_has_nothing_to_export(tmp_path):
+    (tmp_path / "validation.jsonl").touch()
+    with pytest.raises(ExportError, match="has not ended, or one of an earlier revision or of a baseline"):
+        export_run(tmp_path, tmp_path / "out")
+    (tmp_path / "finetuned.json").write_text('{"format_version": 1, "weights": "../x"}')
+    with pytest.raises(ExportError, match=r"finetuned\.json: .*is missing.* again to write it"):
+        export_run(tmp_path, tmp_path / "out")
 
 
 @pytest.mark.slow

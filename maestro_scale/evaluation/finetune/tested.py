@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from maestro_scale.datasets.spec import Target
 from maestro_scale.evaluation.benchmark import Benchmark, Provenance, build_result
 from maestro_scale.evaluation.features.adapt import encoder_spec
 from maestro_scale.evaluation.finetune.predictions import predict_split
@@ -17,6 +18,7 @@ from maestro_scale.evaluation.tasks.losses import TargetLoss, target_loss_for
 from maestro_scale.evaluation.tasks.regression import LabelScale, RegressionMapTask, RegressionTask
 from maestro_scale.evaluation.tasks.task import task_for
 from maestro_scale.evaluation.tasks.tile_maps import TileMapWriter
+from maestro_scale.model.finetuned import Finetuned
 from maestro_scale.model.heads import Standardised
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.recipe import Recipe
@@ -49,11 +51,7 @@ def evaluate_finetuned(
     spec = dataclasses.replace(benchmark.spec, crop_m=known.spec.crop_m, pos_grid=known.spec.pos_grid)
     spec = encoder_spec(model, spec)
     task = task_for(spec, known.target, benchmark.loss)
-    if task.target != (learned := known.spec.target(known.target)):
-        raise EvaluationError(
-            f"{spec.name}: {task.target.name} has other classes, ignored values or resolution than the target that the "
-            f"model was finetuned for ({learned.kind} of {len(learned.classes)} classes)"
-        )
+    check_target(known, task.target, spec.name)
     loss = _target_loss(model, task)
     network = MaestroPredictor(dataclasses.replace(model.config, others=()), loss)
     network.load_state_dict(model.state_dict())
@@ -72,6 +70,16 @@ def evaluate_finetuned(
     provenance = dataclasses.replace(provenance, trained_on=known.trained_on)
     timings = {"predict_s": time.perf_counter() - started}
     return build_result(benchmark, manifest, MODE, task, predictions, provenance, timings)
+
+
+def check_target(known: Finetuned, target: Target, dataset: str) -> None:
+    """EvaluationError unless ``target`` of a dataset is what the model was finetuned for."""
+    learned = known.spec.target(known.target)
+    if target != learned:
+        raise EvaluationError(
+            f"{dataset}: {target.name} has other classes, ignored values or resolution than the target that the model "
+            f"was finetuned for ({learned.kind} of {len(learned.classes)} classes)"
+        )
 
 
 def _target_loss(model: Maestro, task: object) -> TargetLoss:
