@@ -63,12 +63,12 @@ class Case:
 
 
 CASES = (
-    Case("pastis_hd", 10, 300, 16, "{spot: null, s2: {num_dates: 4}, s1_asc: null, s1_des: null}"),
+    Case("pastis_hd", 10, 250, 8, "{spot: null, s2: {num_dates: 4}, s1_asc: null, s1_des: null}"),
     Case(
         "flair_hub",
         60,
-        300,
-        16,
+        250,
+        8,
         "{aerial: {image_size: 128}, s2: null, dem: null, s1_asc: null, s1_des: null}",
         25.6,
     ),

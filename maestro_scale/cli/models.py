@@ -84,8 +84,10 @@ def convert_ign(
     from maestro_scale.interop.transfer import transfer_table
 
     if interop.is_exported_model(src):
-        interop.convert_to_reference(src, out)
+        notes = interop.convert_to_reference(src, out)
         print(f"{src} converted to the authors' format in {out}")
+        for note in notes:
+            print(printable(f"note: {note}"))
         return
     for option, value, valid in (
         ("--weights", weights, tuple(interop.PREFIXES)),

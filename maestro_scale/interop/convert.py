@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from torch import Tensor
 from maestro_scale import datasets, untrusted
 from maestro_scale.datasets.spec import DatasetSpec
 from maestro_scale.errors import shorten
-from maestro_scale.interop.export import CONFIG, ExportError, write_model
+from maestro_scale.interop.export import CONFIG, FORMAT_VERSION, ExportError, write_model
 from maestro_scale.interop.pretrained import read_model
 from maestro_scale.interop.reference_keys import from_reference, to_reference
 from maestro_scale.interop.reference_model import ConversionHints, matching_specs, model_config
@@ -24,8 +25,12 @@ from maestro_scale.interop.sources import ModelSource
 from maestro_scale.interop.transfer import TransferredPart, TransferStatus, summarize_transfer
 from maestro_scale.model.config import ModelConfig
 from maestro_scale.model.maestro import Maestro
+from maestro_scale.model.sizes import SIZES, Size
 
 PREFIXES = {"raw": "model.", "ema": "ema_model."}
+OWN = "maestro_scale"
+"""Key of a checkpoint that this project wrote: the configuration of the model."""
+_SIZE_NAMES = {"tiny": "tiny", "small": "small", "base": "medium", "large": "large"}
 _LOSSES = {("patch_group", "l1"): "l1_norm", ("patch_group", "l2"): "l2_norm"}
 
 
@@ -63,9 +68,16 @@ def convert(
         raise ExportError(f"{checkpoint}: its state_dict contains something else than tensors by name")
     hyper = content.get("hyper_parameters")
     state = _select_weights(checkpoint, content["state_dict"], options.weights)
-    config = _config(checkpoint, state, options, hyper if isinstance(hyper, Mapping) else {})
-    with torch.device("meta"):
-        like = Maestro(config).state_dict()
+    own = content.get(OWN)
+    if own is not None and options.like is None and options.dataset is None:
+        config = _own_config(checkpoint, own)
+    else:
+        config = _config(checkpoint, state, options, hyper if isinstance(hyper, Mapping) else {})
+    try:
+        with torch.device("meta"):
+            like = Maestro(config).state_dict()
+    except (RuntimeError, ValueError, ArithmeticError, LookupError) as error:
+        raise _unfit(checkpoint, error) from None
     segmentation = frozenset(t.name for t in config.heads if t.kind == "segmentation")
     try:
         converted, missing, unused = from_reference(state, like, segmentation)
@@ -94,8 +106,15 @@ def convert(
     return summarize_transfer(statuses)
 
 
-def convert_to_reference(folder: Path, out: Path) -> None:
-    """Write an exported model as a Lightning checkpoint with reference names and shapes, atomically."""
+def convert_to_reference(folder: Path, out: Path) -> list[str]:
+    """Write an exported model as a Lightning checkpoint with reference names and shapes, atomically.
+
+    ``SSLModule.load_from_checkpoint(out, strict=False, datasets=…)`` of IGNF/MAESTRO loads it: all arguments of its
+    constructor but ``datasets`` are hyper-parameters (``maestro/train/model.py`` of 6a30075), and the weights are also
+    those of its moving average. The configuration is stored too, so that converting back needs no options.
+
+    Returns lines for the user on what the authors' code cannot do with it.
+    """
     source = ModelSource(folder)
     trained = source.read_config().get("trained")
     counts = {k: v for k, v in trained.items() if type(v) is int} if isinstance(trained, dict) else {}
@@ -105,18 +124,50 @@ def convert_to_reference(folder: Path, out: Path) -> None:
         "epoch": counts.get("epoch", 0),
         "global_step": counts.get("step", 0),
         "pytorch-lightning_version": "2.0.0",  # the oldest that the reference accepts; Lightning migrates from it
-        "state_dict": {f"{PREFIXES['raw']}{k}": v for k, v in state.items()},
+        # Both names share their bytes in the file.
+        "state_dict": {f"{prefix}{k}": v for prefix in PREFIXES.values() for k, v in state.items()},
         "hyper_parameters": {
-            "model": "mae",
+            # A stand-in for their MaskConfig, whose package is not needed to read this one; only its attributes are
+            # used, and in pretraining alone. The values are those of maestro/conf/mask.py.
+            "mask": argparse.Namespace(
+                mask_ratio=0.75,
+                mask_scale=0.0,
+                mask_mod=0.25,
+                mask_bands=None,
+                mask_dates=0.25,
+                mask_loc=0.25,
+            ),
+            "interpolate": "nearest",
             "fusion_mode": config.fusion,
             "inter_depth": config.inter_depth,
+            "model": "mae",
+            "model_size": _SIZE_NAMES.get(_ours(config.size)),
+            "type_head": "attentive" if config.pool == "attentive" else "linear",
             "loss": _LOSSES.get((config.target, config.loss), config.loss),
+            "use_date_enc": True,
+            "use_ema": True,
         },
+        OWN: {"format_version": FORMAT_VERSION, "model": config.to_dict()},
     }
     temporary = out.with_name(out.name + ".tmp")
     out.parent.mkdir(parents=True, exist_ok=True)
     torch.save(content, temporary)
     os.replace(temporary, out)
+    return list(_limits(config))
+
+
+def _limits(config: ModelConfig) -> Iterator[str]:
+    """What the authors' code cannot do with a model."""
+    if _ours(config.size) not in _SIZE_NAMES:
+        yield f"the authors' code has the sizes {', '.join(_SIZE_NAMES.values())} only: it cannot build this one"
+    if config.norm != "group":
+        yield f"the authors' code normalises patch embeddings over a date, this model per {config.norm}: tokens differ"
+    if config.decoder != "attentive":
+        yield f"the authors' code has no {config.decoder} decoder: it ignores this head"
+
+
+def _ours(size: Size) -> str:
+    return next((name for name, known in SIZES.items() if known == size), "")
 
 
 # What reading widths, depths and names from the shapes of any tensors can raise.
@@ -167,6 +218,16 @@ def _config(
         raise ExportError(f"{checkpoint}: {error}") from None
     except _UNFIT as error:
         raise _unfit(checkpoint, error) from None
+
+
+def _own_config(checkpoint: Path, own: Any) -> ModelConfig:
+    try:
+        return ModelConfig.from_dict(untrusted.field_of(own, dict, "model"))
+    except (ValueError, TypeError, ArithmeticError) as error:
+        raise ExportError(
+            f"{checkpoint}: {OWN}.model is not a configuration that this version supports ({error}); describe the "
+            "model with --like CONFIG.json or --dataset NAME"
+        ) from None
 
 
 def _spec(state: dict[str, Tensor], dataset: str | None) -> DatasetSpec:

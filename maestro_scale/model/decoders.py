@@ -48,21 +48,33 @@ class HeadInputs:
 
 
 class LinearHead(nn.Module):
-    """One linear map of each sensor's mean over dates and, of a target of whole tiles, over places."""
+    """One linear map of each sensor's mean over dates and, of a target of whole tiles, over places.
+
+    A sensor that the tiles lack gets the mean of the others, as the features of a probe do.
+    """
 
     def __init__(self, inputs: HeadInputs) -> None:
         super().__init__()
-        self.grid, self.side = inputs.grid, inputs.side
+        self.grid, self.side, self.sensors = inputs.grid, inputs.side, inputs.sensors
         width = inputs.width * len(inputs.sensors)
         self.norm = nn.LayerNorm(width)
         self.linear = nn.Linear(width, num_outputs(inputs.target) * max(inputs.side, 1) ** 2)
 
     def forward(self, tokens: Tokens) -> Tensor:
         """(B, C), or (B, C, grid*side, grid*side)."""
-        if not self.side:
-            return self.linear(self.norm(torch.cat([t.mean(dim=(1, 2)) for t in tokens.values()], dim=-1)))
-        means = [resize_tokens(t.mean(dim=1, keepdim=True), self.grid).squeeze(2) for t in tokens.values()]
-        return pixels_of_cells(self.linear(self.norm(torch.cat(means, dim=-1))), self.grid, self.side)
+        if self.side:
+            means = {
+                name: resize_tokens(x.mean(dim=1, keepdim=True), self.grid).squeeze(2)
+                for name, x in tokens.items()
+            }
+        else:
+            means = {name: x.mean(dim=(1, 2)) for name, x in tokens.items()}
+        if len(means) < len(self.sensors):
+            means |= dict.fromkeys(
+                set(self.sensors) - set(means), torch.stack(list(means.values())).mean(dim=0)
+            )
+        outputs = self.linear(self.norm(torch.cat([means[name] for name in self.sensors], dim=-1)))
+        return pixels_of_cells(outputs, self.grid, self.side) if self.side else outputs
 
 
 class UPerNet(nn.Module):

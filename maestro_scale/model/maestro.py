@@ -514,9 +514,6 @@ class Maestro(nn.Module):
     def _predicted(self, batch: Batch, target: Target) -> Prediction:
         shapes = {name: tuple(x.shape) for name, x in batch.pixels.items()}
         view = self.view(batch.dataset).adapted_to(shapes)
-        missing = [s.name for s in self.view(batch.dataset).sensors if s.name not in shapes]
-        if missing and self.config.decoder == "linear":
-            raise ValueError(f"decoder linear needs every sensor; {missing[0]} is missing")
         outputs = self.head_outputs(batch, view)[target.name]
         known = self.finetuned
         factor = label_factor(known.spec, target, outputs.shape[-1]) if known and target.is_map else 1

@@ -213,6 +213,9 @@ def test_every_decoder_predicts_maps_alike_whatever_the_batch(decoder):
     }
     for name, x in model.head_outputs(batch.first()).items():
         assert torch.allclose(x, outputs[name][:1], atol=1e-5)
+    fewer = model.predict({"s2": batch.pixels["s2"], "aerial": batch.pixels["aerial"]}, "cover")
+    assert fewer.probabilities.shape == (3, 2, 20, 20)
+    assert fewer.probabilities.isfinite().all()
     model.heads["height"].set_scale(10.0, 2.0)
     assert torch.allclose(model.heads["height"].in_units(outputs["height"]), outputs["height"] * 2 + 10)
 
