@@ -43,7 +43,7 @@ class TiffImage:
     """An image of the protocol; counts the pixels that it reads."""
 
     def __init__(self, raster, ref: ImageRef) -> None:
-        self._raster, self._bands = raster, [band + 1 for band in ref.bands]
+        self._raster, self._bands = raster, [min(band + 1, raster.count) for band in ref.bands]
         self.count, self.height, self.width = len(self._bands), raster.height, raster.width
         self.dtype, self.date = np.dtype(raster.dtypes[0]), None
         self.crs = raster.crs.to_string() if raster.crs else None

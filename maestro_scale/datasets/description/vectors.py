@@ -94,7 +94,7 @@ class VectorFile:
         import shapely
 
         bounds = None if box is None else transformed_bounds(self.crs, self.file_crs, box)
-        table = self._table(bounds)
+        table = self._table(None if bounds is None else tuple(bounds))
         geometries = shapely.force_2d(np.asarray(table["geometry"], object))
         valid = ~(shapely.is_missing(geometries) | shapely.is_empty(geometries))
         geometries = geometries[valid]
@@ -114,7 +114,7 @@ class VectorFile:
             geometries, labels = geometries[order], None if labels is None else labels[order]
         return Features(geometries, labels)
 
-    def _table(self, bounds: Box | None) -> Mapping[str, Any]:
+    def _table(self, bounds: tuple[float, ...] | None) -> Mapping[str, Any]:
         """Columns by name, and ``geometry``."""
         import pyarrow
         import pyogrio
@@ -129,7 +129,11 @@ class VectorFile:
                 columns = {c: table[c].to_pandas().to_numpy(object) for c in self._columns}
                 return {"geometry": shapely.from_wkb(table[name].to_numpy(zero_copy_only=False)), **columns}
             _, _, geometry, fields = pyogrio.raw.read(
-                self._source, layer=self._layer, columns=list(self._columns), bbox=bounds, force_2d=True
+                self._source,
+                layer=self._layer,
+                columns=list(self._columns),
+                bbox=bounds,
+                force_2d=True,
             )
             found = pyogrio.read_info(self._source, layer=self._layer)["fields"].tolist()
             names = [n for n in found if n in self._columns]

@@ -146,21 +146,21 @@ class NotMeasured:
 
     raster: Raster
 
-    def __call__(self, values: np.ndarray) -> np.ndarray | None:
-        """(C, h, w) bool; None for none."""
+    def __call__(self, values: np.ndarray, bands: tuple[int, ...]) -> np.ndarray | None:
+        """As :data:`.series.Invalid`."""
         raster, quantity = self.raster, QUANTITY_KINDS[self.raster.quantity]
         if raster.valid is not None:
             quantity = quantity.within(*raster.valid)
+        names = [raster.bands[band].name for band in bands]
         bad = np.zeros(values.shape, bool)
         for number in raster.nodata:
             bad |= np.isnan(values) if np.isnan(number) else values == number
-        lowest, highest = (v * raster.scale + raster.offset for v in extremes(values))
+        lowest, highest = sorted(v * raster.scale + raster.offset for v in extremes(values))
         if not (lowest > quantity.above and highest <= quantity.up_to):  # also if they are NaN
-            stored = values * np.float64(raster.scale) + raster.offset
-            bad |= ~((stored > quantity.above) & (stored <= quantity.up_to))
-        zero_bands = [i for i, band in enumerate(raster.bands) if band.name in quantity.nonzero]
-        if zero_bands and len(zero_bands) == len(values):
-            bad[zero_bands] |= values[zero_bands] == 0
+            bad |= ~quantity.valid(values * np.float64(raster.scale) + raster.offset)
+        for i, name in enumerate(names):
+            if name in quantity.nonzero:
+                bad[i] |= values[i] == 0
         return bad if bad.any() else None
 
 
@@ -273,8 +273,8 @@ class Declared:
 
     section: ImageFiles
 
-    def __call__(self, values: np.ndarray) -> np.ndarray | None:
-        """(C, h, w) bool; None for none."""
+    def __call__(self, values: np.ndarray, bands: tuple[int, ...]) -> np.ndarray | None:
+        """As :data:`.series.Invalid`."""
         bad = np.isin(values, self.section.nodata)
         if values.dtype.kind == "f":
             bad |= np.isnan(values)

@@ -31,11 +31,13 @@ Mosaic = Literal["day", "all"]
 FEW_VALID = "few valid pixels"
 """Kind of the error of a cell with too few valid pixels: it is left out."""
 
-Invalid = Callable[[np.ndarray], "np.ndarray | None"]
-"""Which values (C, h, w) of a file are no measurement, beside those that the file declares; None for none."""
+Invalid = Callable[[np.ndarray, tuple[int, ...]], "np.ndarray | None"]
+"""Which values (C, h, w) of a file with these bands of a raster are no measurement, beside those that it declares; None
+for none."""
 
 
-def _nothing(values: np.ndarray) -> np.ndarray | None:
+def not_finite(values: np.ndarray, bands: tuple[int, ...]) -> np.ndarray | None:
+    """NaN and infinities."""
     return ~np.isfinite(values) if values.dtype.kind == "f" and not np.isfinite(values).all() else None
 
 
@@ -53,7 +55,7 @@ class SceneRaster:
     min_valid: float  # of the pixels of an image of a tile, with all bands valid
     masks: tuple[str, ...] = ()
     mosaic: Mosaic = "day"
-    invalid: Invalid = _nothing
+    invalid: Invalid = not_finite
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,7 @@ class SceneSeries:
         masks = {}
         for name in self.raster.masks:
             scene = shot.masks[name]
-            found = self._one(scene, box, windows, "nearest", _nothing)
+            found = self._one(scene, box, windows, "nearest", not_finite)
             masks[name] = found or Pixels(
                 np.zeros((1, *shape[1:]), scene.dtype), np.ones((1, *shape[1:]), bool)
             )
@@ -173,11 +175,11 @@ class SceneSeries:
             inner = clipped(window, scene.place)
             if inner is None:
                 return None
-            return padded(_marked(windows.read(scene, inner, box, shape), invalid), inner, window)
+            return padded(_marked(windows.read(scene, inner, box, shape), invalid, scene), inner, window)
         window = source_window(scene.place, crs, box, shape)
         if window is None:
             return None
-        pixels = _marked(windows.read(scene, window, box, shape), invalid)
+        pixels = _marked(windows.read(scene, window, box, shape), invalid, scene)
         return resample(pixels, scene.place, window, crs, box, shape[0], resampling)
 
     def _notes(self, num_left_out: int) -> tuple[str, ...]:
@@ -189,8 +191,8 @@ class SceneSeries:
         )
 
 
-def _marked(pixels: Pixels, invalid: Invalid) -> Pixels:
-    more = invalid(pixels.values)
+def _marked(pixels: Pixels, invalid: Invalid, scene: Scene) -> Pixels:
+    more = invalid(pixels.values, scene.ref.bands)
     if more is None:
         return pixels
     return Pixels(pixels.values, more if pixels.invalid is None else pixels.invalid | more)
