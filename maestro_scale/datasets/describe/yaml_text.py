@@ -67,5 +67,6 @@ def scalar(value: object) -> str:
     text = str(value)
     if _PLAIN.fullmatch(text) and text.lower() not in _RESERVED:
         return text
-    quoted = json.dumps(text, ensure_ascii=False).replace("$", "$$")  # ${…} would be the environment
-    return quoted if quoted.isprintable() else json.dumps(text).replace("$", "$$")
+    text = text.replace("${", "$${")  # ${…} would be the environment
+    quoted = json.dumps(text, ensure_ascii=False)
+    return quoted if quoted.isprintable() else json.dumps(text)
