@@ -40,14 +40,22 @@ def list_folder(folder: Path) -> frozenset[str]:
 def read_csv(path: Path) -> tuple[dict[str, int], list[list[str]]]:
     """Column name → index, and the rows; DatasetError if unreadable or if a row lacks values or has too many."""
     try:
-        text = untrusted.read_bytes(path).decode("utf-8-sig")
-        header, *rows = [row for row in csv.reader(io.StringIO(text, newline="")) if row] or [[]]
-    except (OSError, ValueError, csv.Error) as error:
+        return parse_csv(untrusted.read_bytes(path), str(path))
+    except (OSError, untrusted.InputError) as error:
         raise DatasetError(f"{path}: cannot be read as CSV ({error})") from error
+
+
+def parse_csv(content: bytes, where: str) -> tuple[dict[str, int], list[list[str]]]:
+    """As :func:`read_csv`, of the content of a file that ``where`` names."""
+    try:
+        text = content.decode("utf-8-sig")
+        header, *rows = [row for row in csv.reader(io.StringIO(text, newline="")) if row] or [[]]
+    except (ValueError, csv.Error) as error:
+        raise DatasetError(f"{where}: cannot be read as CSV ({error})") from error
     for i, row in enumerate(rows):
         if len(row) != len(header):
             raise DatasetError(
-                f"{path}: row {i + 2} has {len(row)} values for {len(header)} columns; fix the file"
+                f"{where}: row {i + 2} has {len(row)} values for {len(header)} columns; fix the file"
             )
     return {name.strip(): i for i, name in enumerate(header)}, rows
 

@@ -156,6 +156,11 @@ class DescribedTiles:
         )
         everywhere = [(n, p) for n, p in (*places, *label_places) if p is not None]
         check_aligned(everywhere)
+        if not everywhere:
+            notes.append("no file says where the tile lies: stored without origin")
+        else:
+            unplaced = [name for name, images in found.items() if images.stack.place is None]
+            notes += [f"{name} has files without coordinates: taken as aligned" for name in unplaced]
         origin = origin_of(self.description, dict(everywhere), notes)
         return make_tile(self.description, self.spec, key, found, labels, origin, notes)
 

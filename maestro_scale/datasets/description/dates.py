@@ -6,12 +6,12 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from maestro_scale import untrusted
 from maestro_scale.datasets.description.config import Dates, ImageFiles
 from maestro_scale.datasets.description.patterns import Date, parse_date_text
 from maestro_scale.datasets.description.tables import Table, read_lines, stem
+from maestro_scale.datasets.sources import remote
 from maestro_scale.datasets.spec import DatasetError
 
 _SEPARATORS = re.compile(r"[\s,;]+")
@@ -49,9 +49,8 @@ class ListedDates:
             return [self.constant] * num
         where = str(self.dates.file)
         if self.dates.from_ == "text":
-            path = Path(self.src, where.replace("{key}", key))
-            texts = read_lines(path)
-            where = str(path)
+            where = remote.join(self.src, where.replace("{key}", key))
+            texts = read_lines(where)
         else:
             texts = [t for cell in self._cells(key, addresses) for t in _texts(cell, f"{where}: {key}")]
         listed = [parse_date_text(t, self.dates.format, self.dates.part, f"{where}: {key}") for t in texts]
@@ -81,7 +80,7 @@ def file_key(address: str) -> str:
 
 
 def _read_table(dates: Dates, src: str) -> dict[str, tuple[str, ...]]:
-    table = Table.read(Path(src, str(dates.file)))
+    table = Table.read(remote.join(src, str(dates.file)))
     column = table.column(dates.column or "date")
     # Parsed for each tile when it is read, so that a wrong date concerns one tile only.
     by_key = {key: tuple(column[row] for row in rows) for key, rows in table.rows_by_key(dates.key).items()}

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
 from maestro_scale.datasets.description.config import Splits
 from maestro_scale.datasets.description.index import names_of
-from maestro_scale.datasets.description.tables import Table, read_lines, stem
+from maestro_scale.datasets.description.tables import Table, is_there, read_lines, stem
+from maestro_scale.datasets.sources import remote
 from maestro_scale.datasets.spec import DatasetError
 from maestro_scale.errors import shorten
 
@@ -56,28 +56,28 @@ def select(
         raise DatasetError(
             f"{path}: names {len(twice)} tiles twice, first {shorten(twice[0])}; remove the repeats"
         )
-    return sorted(listed), str(path)
+    return sorted(listed), path
 
 
-def _from_lists(splits: Splits, src: str, split: str) -> tuple[Path, list[str]]:
+def _from_lists(splits: Splits, src: str, split: str) -> tuple[str, list[str]]:
     assert splits.lists is not None
     names = names_of(split, splits)
-    paths = [Path(src, splits.lists.file.replace("{split}", name)) for name in names]
-    path = next((p for p in paths if p.is_file()), None)
+    paths = [remote.join(src, splits.lists.file.replace("{split}", name)) for name in names]
+    path = next((p for p in paths if is_there(p)), None)
     if path is None:
         raise DatasetError(
             f"{paths[0]}: is missing, so there is no split {split!r}; the description says lists: {splits.lists.file}"
         )
-    if path.suffix in (".csv", ".parquet"):
+    if path.endswith((".csv", ".parquet")):
         table = Table.read(path)
         return path, [key for key in table.column(splits.lists.column) if key]
     return path, read_lines(path)
 
 
-def _from_column(splits: Splits, src: str, split: str) -> tuple[Path, list[str]]:
+def _from_column(splits: Splits, src: str, split: str) -> tuple[str, list[str]]:
     assert splits.column is not None
     section, names = splits.column, set(names_of(split, splits))
-    path = Path(src, section.file)
+    path = remote.join(src, section.file)
     table = Table.read(path)
     words = table.column(section.column)
     keys = [key for key, word in zip(table.column(section.key), words, strict=True) if word in names and key]

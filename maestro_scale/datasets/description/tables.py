@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from maestro_scale.datasets import raw
+from maestro_scale.datasets.sources import remote
 from maestro_scale.datasets.spec import DatasetError
 from maestro_scale.errors import did_you_mean, shorten
+from maestro_scale.untrusted.limits import Limits
 
 _VECTOR = (".gpkg", ".geojson", ".shp")
+_TABLE = Limits(bytes=512 * 2**20, entries=0)  # of CSV and text: a million rows of 20 columns take less
 _SUFFIX = re.compile(r"\.[A-Za-z][A-Za-z0-9]{1,7}$")
 
 
@@ -20,20 +24,20 @@ _SUFFIX = re.compile(r"\.[A-Za-z][A-Za-z0-9]{1,7}$")
 class Table:
     """Columns of a file by name, each as texts; an empty text is a missing value."""
 
-    path: Path
+    address: str
     columns: Mapping[str, Sequence[str]]
 
     @classmethod
-    def read(cls, path: Path, wanted: Sequence[str] | None = None) -> Table:
+    def read(cls, address: str, wanted: Sequence[str] | None = None) -> Table:
         """Read a table; DatasetError if it cannot be read, or lacks one of the ``wanted`` columns."""
-        if path.suffix == ".parquet":
-            columns = _parquet(path, wanted)
-        elif path.suffix in _VECTOR:
-            columns = _attributes(path)
+        if address.endswith(".parquet"):
+            columns = _parquet(address, wanted)
+        elif address.endswith(_VECTOR):
+            columns = _attributes(address)
         else:
-            header, rows = raw.read_csv(path)
+            header, rows = raw.parse_csv(remote.read_document(address, _TABLE), address)
             columns = {name: [row[i].strip() for row in rows] for name, i in header.items()}
-        table = cls(path, columns)
+        table = cls(address, columns)
         for name in wanted or ():
             table.column(name)
         return table
@@ -42,14 +46,14 @@ class Table:
     def first(self) -> str:
         """The name of the first column."""
         if not self.columns:
-            raise DatasetError(f"{self.path}: has no columns; it needs a first line with their names")
+            raise DatasetError(f"{self.address}: has no columns; it needs a first line with their names")
         return next(iter(self.columns))
 
     def column(self, name: str | None) -> Sequence[str]:
         """A column; None: the first. DatasetError if there is none of this name."""
         name = self.first if name is None else name
         if name not in self.columns:
-            raise DatasetError(f"{self.path}: has no column {name!r}{did_you_mean(name, self.columns)}")
+            raise DatasetError(f"{self.address}: has no column {name!r}{did_you_mean(name, self.columns)}")
         return self.columns[name]
 
     def rows_by_key(self, key: str | None) -> dict[str, list[int]]:
@@ -73,7 +77,7 @@ class KeyedRows:
             if not any(k in by_stem for k in wanted):
                 there = f"it holds {shorten(next(iter(self._rows)))}" if self._rows else "it is empty"
                 raise DatasetError(
-                    f"{table.path}: column {column!r} has none of the {len(wanted)} tiles, first "
+                    f"{table.address}: column {column!r} has none of the {len(wanted)} tiles, first "
                     f"{shorten(wanted[0])}; {there}; name the column with the keys, or fix the pattern of the files"
                 )
             self._rows = by_stem
@@ -91,37 +95,52 @@ def stem(text: str) -> str:
     return name
 
 
-def read_lines(path: Path) -> list[str]:
+def read_lines(address: str) -> list[str]:
     """The lines of a text file that are not empty; DatasetError if it cannot be read."""
-    from maestro_scale import untrusted
-
     try:
-        text = untrusted.read_bytes(path).decode("utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise raw.read_error(path, error) from error
+        text = remote.read_document(address, _TABLE).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DatasetError(f"{address}: is not text ({error}); fetch it again") from error
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
-def _parquet(path: Path, wanted: Sequence[str] | None) -> dict[str, list[str]]:
+def is_there(address: str) -> bool:
+    """Whether a file of a table is there."""
+    if not remote.is_remote(address):
+        return os.path.isfile(remote.local_path(address))
+    try:
+        remote.open_binary(address).close()
+    except DatasetError:
+        return False
+    return True
+
+
+def _parquet(address: str, wanted: Sequence[str] | None) -> dict[str, list[str]]:
     import pyarrow.parquet as parquet
     from pyarrow import ArrowException
 
     try:
-        file = parquet.ParquetFile(path)
-        names = [
-            n for n in file.schema_arrow.names if wanted is None or n in wanted
-        ] or file.schema_arrow.names
-        columns = file.read(columns=names).to_pydict()
+        with remote.open_binary(address) as opened:
+            file = parquet.ParquetFile(opened)
+            every = file.schema_arrow.names
+            columns = file.read(
+                columns=[n for n in every if wanted is None or n in wanted] or every
+            ).to_pydict()
     except (OSError, ArrowException, ValueError) as error:
-        raise raw.read_error(path, error) from error
+        raise DatasetError(f"{address}: cannot be read ({error}); fetch the file again") from error
     return {name: [_text(v) for v in values] for name, values in columns.items()}
 
 
-def _attributes(path: Path) -> dict[str, list[str]]:
+def _attributes(address: str) -> dict[str, list[str]]:
     import pyogrio
 
     from maestro_scale.datasets.description.vectors import driver_of
 
+    if remote.is_remote(address):
+        raise DatasetError(
+            f"{address}: a table in this format is read from a disk only; fetch it, or use CSV or Parquet"
+        )
+    path = Path(remote.local_path(address))
     driver_of(path)  # of a format that names no other files
     try:
         meta, _, _, values = pyogrio.raw.read(path, read_geometry=False)

@@ -6,7 +6,6 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from maestro_scale.datasets.description.config import TableTarget
 from maestro_scale.datasets.description.config import Target as TargetKeys
 from maestro_scale.datasets.description.index import SectionImages
 from maestro_scale.datasets.description.tables import KeyedRows, Table
+from maestro_scale.datasets.sources import remote
 from maestro_scale.datasets.spec import MISSING_CLASS, DatasetError, DatasetSpec, Target
 from maestro_scale.errors import did_you_mean, shorten
 
@@ -189,7 +189,7 @@ class TableLabels:
         assert section is not None
         columns = _columns(target, section)
         names = None if section.key is None else [section.key, *columns]
-        table = Table.read(Path(src, section.file), names)
+        table = Table.read(remote.join(src, section.file), names)
         for name in columns:
             table.column(name)
         return cls(target, keys, table, KeyedRows(table, section.key, wanted), columns)
@@ -197,7 +197,7 @@ class TableLabels:
     def read(self, key: str) -> np.ndarray:
         """The target of one tile; a tile without a row has no label. DatasetError for two rows, or a wrong value."""
         rows = self.rows.rows(key)
-        where = f"{self.table.path}: {key}"
+        where = f"{self.table.address}: {key}"
         if len(rows) > 1:
             raise DatasetError(f"{where}: has {len(rows)} rows; remove the repeats", "two rows of one tile")
         texts = [self.table.columns[c][rows[0]] if rows else "" for c in self.columns]

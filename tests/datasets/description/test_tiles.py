@@ -414,7 +414,9 @@ def test_a_bad_file_concerns_its_tile_alone(tmp_path, name):
 
 def test_a_missing_coordinate_system_can_be_given(tmp_path):
     write_tif(tmp_path / "a.tif", pixels(1), crs=None)
-    assert opened(tmp_path, {"s2": raster("{key}.tif", **ONE)}).read("a").origin is None
+    tile = opened(tmp_path, {"s2": raster("{key}.tif", **ONE)}).read("a")
+    assert tile.origin is None
+    assert "no file says where the tile lies: stored without origin" in tile.notes
     rasters = {"s2": raster("{key}.tif", crs="EPSG:32631", **ONE)}
     assert opened(tmp_path, rasters).read("a").origin == GeoOrigin("EPSG:32631", 0.0, 5_000_000.0)
 
@@ -476,3 +478,24 @@ def test_rasters_can_be_selected(tmp_path):
     assert [s.name for s in dataset.spec.sensors] == ["s2"]
     with pytest.raises(DatasetError, match="has no modality 's3'; there are: s2, s1"):
         open_described(description, str(tmp_path), "train", ["s3"])
+
+
+def test_files_and_tables_at_an_address(tmp_path):
+    import fsspec
+
+    store = fsspec.filesystem("memory")
+    for key in "ab":
+        store.pipe(f"/tiles/s2/{key}.tif", write_tif(tmp_path / f"{key}.tif", pixels(1)).read_bytes())
+    store.pipe("/tiles/train.txt", b"a\n")
+    store.pipe("/tiles/days.csv", b"tile,date\na,2020-01-02\n")
+    store.pipe("/tiles/t.csv", b"tile,x\na,1.5\n")
+    target = {"kind": "regression", "table": {"file": "t.csv", "column": "x"}}
+    rasters = {"s2": raster("s2/{key}.tif", dates={"from": "csv", "file": "days.csv"})}
+    options = {"targets": {"x": target}, "splits": {"lists": {"file": "{split}.txt"}}}
+    dataset = open_described(describe(rasters, **options), "memory://tiles", "train")
+    assert dataset.keys() == ["a"]
+    tile = dataset.read("a")
+    np.testing.assert_array_equal(tile.arrays["s2"][0], pixels(1))
+    assert (tile.dates["s2"].tolist(), tile.targets["x"].tolist()) == ([[2020, 2, 0]], [1.5])
+    with pytest.raises(DatasetError, match="memory://tiles/val.txt: is missing"):
+        open_described(describe(rasters, **options), "memory://tiles", "val")
