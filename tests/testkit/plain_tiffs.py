@@ -47,6 +47,7 @@ def rewrite(name: str, src: Path, dst: Path, keys: Sequence[str], split: str = "
             "resolution_m": modality.resolution_m,
             "dtype": modality.dtype,
             "series": modality.series,
+            "nodata_mask": "nodata" in modality.mask_bands,  # stored as the shipped reader stores it
             "quantity": quantities["s1"] if modality.name.startswith("s1") else kind,
         }
     description = {

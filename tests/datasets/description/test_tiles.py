@@ -497,5 +497,5 @@ def test_files_and_tables_at_an_address(tmp_path):
     tile = dataset.read("a")
     np.testing.assert_array_equal(tile.arrays["s2"][0], pixels(1))
     assert (tile.dates["s2"].tolist(), tile.targets["x"].tolist()) == ([[2020, 2, 0]], [1.5])
-    with pytest.raises(DatasetError, match="memory://tiles/val.txt: is missing"):
+    with pytest.raises(DatasetError, match=r"memory://tiles/val\.txt: is missing"):
         open_described(describe(rasters, **options), "memory://tiles", "val")
