@@ -106,7 +106,7 @@ class _SpoolRun:
                         start = file.tell()
                         file.write(tile.payload)
                         found[key] = _Spooled(tile.with_payload(None), path, start, len(tile.payload))
-                    report(1, 0)
+                    report(1, found[key].size)
         except OSError as error:
             raise WriteError(
                 f"{path}: cannot be written ({error.strerror}); free some disk space, or choose another folder"
@@ -123,10 +123,10 @@ class WriteSpooled:
 
     def __call__(self, job: tuple[int, tuple[_Spooled, ...]], report: ReportFunction) -> WrittenShard:
         number, tiles = job
-
-        def report_bytes(samples: int, num_bytes: int) -> None:
-            report(0, num_bytes)  # the samples counted when they were read
-
         with staging_folder(self.dst) as staging:
             packed = (tile.load() for tile in tiles)
-            return write_shard(open_storage(self.dst), staging, self.plan, number, packed, report_bytes)
+            return write_shard(open_storage(self.dst), staging, self.plan, number, packed, _counted)
+
+
+def _counted(samples: int, num_bytes: int) -> None:
+    """Ignore progress: the tiles counted when they were read."""

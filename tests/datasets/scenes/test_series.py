@@ -47,9 +47,15 @@ def test_pixels_on_the_grid_are_copied(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "shift", [(0.0, 0.0), (130.0, -70.0), (3.0, 0.0)], ids=["aligned", "offset", "resampled"]
+    ("shift", "crs"),
+    [
+        ((0.0, 0.0), "EPSG:32631"),
+        ((130.0, -70.0), "EPSG:32631"),
+        ((3.0, 0.0), "EPSG:32631"),
+        ((0.0, 0.0), "EPSG:32632"),
+    ],
+    ids=["aligned", "offset", "resampled", "another zone"],
 )
-@pytest.mark.parametrize("crs", ["EPSG:32631", "EPSG:32632"])
 def test_a_run_gives_what_single_reads_give_and_reads_blocks_once(tmp_path, shift, crs):
     from pyproj import Transformer
 
@@ -57,16 +63,16 @@ def test_a_run_gives_what_single_reads_give_and_reads_blocks_once(tmp_path, shif
     if crs != "EPSG:32631":
         x, y = (round(v, -1) for v in Transformer.from_crs("EPSG:32631", crs, always_xy=True).transform(x, y))
     refs = []
-    for day in (1, 2, 3):
-        values = image(day, 2, 320)
-        values[:, :50, :90] = 0
+    for day in (1, 2):
+        values = image(day, 1, 192)
+        values[:, :30, :50] = 0
         path = write_scene(tmp_path / f"{day}.tif", values, x, y, crs=crs, nodata=0)
-        refs.append(scene_ref(path, (2020, day, 0), (0, 1)))
+        refs.append(scene_ref(path, (2020, day, 0)))
     grid = utm_grid()
-    reader = reader_of(located_shots(refs, tmp_path, grid.crs, 2), grid, 2, min_valid=0.3)
+    reader = reader_of(located_shots(refs, tmp_path, grid.crs), grid, min_valid=0.3)
     cells = all_cells(grid, reader)
     single = {cell: reader.read(cell)["s2"] for cell in cells}
-    assert sum(s is not None for s in single.values()) > 80
+    assert sum(s is not None for s in single.values()) > 20
     READS.clear()
     seen = []
     for run in reader.runs(cells):
@@ -82,4 +88,4 @@ def test_a_run_gives_what_single_reads_give_and_reads_blocks_once(tmp_path, shif
                 if series.invalid is not None:
                     np.testing.assert_array_equal(series.invalid, single[cell].invalid)
     assert sorted(seen) == sorted(cells)
-    assert sum(READS) <= 3 * 320 * 320 * 1.3
+    assert sum(READS) <= 2 * 192 * 192 * 1.5
