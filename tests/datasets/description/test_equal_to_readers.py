@@ -61,3 +61,14 @@ def _has(name: str, src: Path, split: str) -> bool:
         return bool(datasets.open_raw(name, src, split).keys())
     except datasets.DatasetError:
         return False
+
+
+@pytest.mark.parametrize("name", ["treesatai_ts", "pastis_hd", "flair_hub", "s2_naip"])
+def test_tiles_written_by_hand_with_gaps(name, tmp_path, write_tile, write_pastis, write_flair, write_naip):
+    write = {
+        "treesatai_ts": write_tile,
+        "pastis_hd": write_pastis,
+        "flair_hub": write_flair,
+        "s2_naip": write_naip,
+    }[name]
+    compare(name, write(), tmp_path / "plain", "train", 1)
