@@ -32,6 +32,7 @@ from maestro_scale.datasets.describe.rasters import (
     sensor_of,
 )
 from maestro_scale.datasets.describe.sizes import Input, Sizes, sizes_of_scenes, sizes_of_tiles
+from maestro_scale.datasets.describe.stac_items import draft_items
 from maestro_scale.datasets.description.patterns import Pattern
 from maestro_scale.datasets.sources import remote
 from maestro_scale.datasets.spec import DatasetError
@@ -72,6 +73,8 @@ class Inspection:
         self._messages += arrays.messages
         self._used = set(arrays.used)
         if not rasters:
+            rasters = self._stac(listing)
+        if not rasters:
             raise DatasetError(self._nothing(listing))
         rasters.sort(key=lambda r: _ORDER.index(name) if (name := r.name.split("_")[0]) in _ORDER else 5)
         is_scenes = self._are_scenes(rasters)
@@ -98,6 +101,18 @@ class Inspection:
         draft.targets = self._targets
         draft.remarks, draft.messages = self._remarks, self._messages
         return draft
+
+    def _stac(self, listing: Listing) -> list[RasterDraft]:
+        """Of the first STAC file, in a folder without images of its own."""
+        paths = sorted(
+            (p for p in listing.paths if p.lower().endswith(".json")), key=lambda p: (p.count("/"), p)
+        )
+        for path in paths[:5]:
+            try:
+                return draft_items(self._src, path, self._prober)
+            except DatasetError as error:
+                self._messages.append(f"{path}: {str(error).removeprefix(f'{path}: ')}")
+        return []
 
     def _read(self, reader: Callable[..., _T | str], path: str, *more: object) -> _T | str:
         """What a reader of :mod:`labels` finds in a file, or why it cannot be read."""
@@ -219,7 +234,7 @@ class Inspection:
             family = r.family
             assert family is not None
             own = {f.path for f in family.files}
-            if "{band}" in r.files or r.variable is not None:
+            if "{band}" in r.files or r.variable is not None or r.source == "stac":
                 continue  # bands are listed by name
             pattern = Pattern(r.files, (), r.key)
             others = [p for p in listing.paths if p not in own and pattern.match(p)]

@@ -268,7 +268,9 @@ class _MaskIndex:
     def _key(self, ref: ImageRef, names: frozenset[str]) -> tuple:
         date: Date | None = ref.date if self._dated else None
         names_of = tuple(n for n in ref.names if n[0] in names)
-        return ref.key if self._keyed else None, date, names_of, ref.part
+        # Numbers are the same image of several arrays; texts are names of files, which differ.
+        numbers = tuple(p for p in ref.part if isinstance(p, int))
+        return ref.key if self._keyed else None, date, names_of, numbers
 
 
 def _lon_lat(scene: Scene) -> tuple[float, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import geopandas
@@ -253,3 +254,38 @@ def test_hostile_names_stay_within_their_comments_and_values(tmp_path):
         write(tmp_path / "d" / name / f"{k}.tif", (3, 64, 64), 0, 255, "uint8")
     description = drafted(tmp_path / "d", tmp_path)
     assert open_described(description, str(tmp_path / "d"), "train").keys() == ["a", "b"]
+
+
+def test_the_items_of_a_stac_file(tmp_path):
+    src = tmp_path / "stac"
+    features = []
+    for day in DAYS:
+        assets = {}
+        for band in ("B02", "B04", "B08", "scl"):
+            low, high, dtype = (3, 9, "uint8") if band == "scl" else (400, 3000, "uint16")
+            write(src / "assets" / f"{day}_{band}.tif", (1, 256, 256), low, high, dtype)
+            assets[band] = {"href": f"./assets/{day}_{band}.tif"}
+        date = f"{day[:4]}-{day[4:6]}-{day[6:]}T10:30:21Z"
+        features.append(
+            {
+                "type": "Feature",
+                "stac_version": "1.0.0",
+                "id": day,
+                "geometry": None,
+                "links": [],
+                "properties": {"datetime": date, "platform": "sentinel-2b"},
+                "assets": assets,
+            }
+        )
+    (src / "items.json").write_text(json.dumps({"type": "FeatureCollection", "features": features}))
+    draft = describe(str(src / "items.json"))
+    assert draft.source == str(src)
+    path = tmp_path / "draft.yaml"
+    path.write_text(draft.to_yaml())
+    description = load_description(path)
+    s2 = description.rasters["s2"]
+    assert (s2.files, s2.source, s2.series) == ("items.json", "stac", True)
+    assert [b.from_ for b in s2.bands] == ["B02", "B04", "B08"]
+    tile = first_tile(description, src)
+    assert tile.dates["s2"].tolist() == [[2022, 154, 10], [2022, 169, 10]]
+    assert tile.masks["s2"].any()
