@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import re
 import sys
 from collections.abc import Iterable, Iterator
 
@@ -31,8 +32,13 @@ def list_files(section: ImageFiles, src: str) -> Iterator[ImageRef]:
     """One image per file that matches, with all bands of the section or, of ``{band}``, one. No file is opened.
 
     ``src``: a folder, or an address that fsspec lists. Of a web server, which does not list its files, only a path
-    without names in braces can be given. Files that match but for the date are counted in a warning, with the first.
+    without names in braces can be given. ``files`` may be an address itself: then ``src`` does not matter. Files that
+    match but for the date are counted in a warning, with the first.
     """
+    if section.files is not None and "://" in section.files:
+        # The pattern begins after the last folder that it names without braces.
+        src = re.split(r"[{*]", section.files, maxsplit=1)[0].rpartition("/")[0]
+        section = section.model_copy(update={"files": section.files[len(src) + 1 :]})
     pattern = pattern_of(section)
     excluded = [Pattern(text) for text in section.exclude]
     every = tuple(range(len(section.band_sources)))

@@ -202,7 +202,8 @@ def test_any_address_of_fsspec(folder):
     fs = fsspec.filesystem("memory")
     fs.put(f"{folder}/", "/raw/", recursive=True)
     check(FORMATS["zarr 2"], "memory://raw")
-    check(FORMATS["netcdf"], "memory://raw")
+    check({"files": "memory://raw/{key}.nc"}, folder / "elsewhere")
+    check({**FORMATS["stac"], "files": "memory://raw/items.json"}, folder / "elsewhere")
 
 
 def test_a_remote_file_behaves_as_a_file(folder):
