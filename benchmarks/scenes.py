@@ -249,7 +249,13 @@ def compare(
         cut = in_processes(cut_tiles, [(dataset, runs[i::workers]) for i in range(workers)])
         speed = read.seconds / cut.seconds
         rounds.append(
-            {"read": read._asdict(), "cut": cut._asdict(), "speed": speed, "load": os.getloadavg()[0]}
+            {
+                "read": read._asdict(),
+                "cut": cut._asdict(),
+                "speed": speed,
+                "cpu_ratio": cut.cpu_s / read.cpu_s,
+                "load": os.getloadavg()[0],
+            }
         )
         print(f"{len(keys)} tiles: read {read}, cut {cut}, speed {speed:.2f}", flush=True)
     return rounds

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from maestro_scale.datasets.description.assemble import Place, Stack
+from maestro_scale.datasets.description.assemble import Place, Stack, mask_band
 from maestro_scale.datasets.description.blocks import draw_blocks, left_out
-from maestro_scale.datasets.description.config import Description, ImageFiles, Raster, SplitBlocks
+from maestro_scale.datasets.description.config import Description, ImageFiles, MaskRule, Raster, SplitBlocks
 from maestro_scale.datasets.description.config import Target as TargetKeys
 from maestro_scale.datasets.description.index import SectionImages, list_sections, sections
 from maestro_scale.datasets.description.spec import dataset_spec
@@ -39,7 +39,8 @@ from maestro_scale.datasets.scenes.plan import AreaOfInterest, CellPlan, plan_ce
 from maestro_scale.datasets.scenes.problems import Problems
 from maestro_scale.datasets.scenes.reader import SceneReader
 from maestro_scale.datasets.scenes.series import FEW_VALID, SceneRaster, SceneSeries, Series
-from maestro_scale.datasets.spec import DatasetError, DatasetSpec, LeftOut, Target, Tile
+from maestro_scale.datasets.scenes.warp import Pixels
+from maestro_scale.datasets.spec import NODATA, DatasetError, DatasetSpec, LeftOut, Target, Tile
 from maestro_scale.datasets.values import extremes
 from maestro_scale.errors import did_you_mean
 
@@ -165,6 +166,18 @@ class NotMeasured:
 
 
 @dataclass(frozen=True)
+class Marked:
+    """Finds the pixels that a mask rule marks."""
+
+    rule: MaskRule
+    where: str
+
+    def __call__(self, mask: Pixels) -> np.ndarray:
+        """(n, n) bool of a mask (1, n, n)."""
+        return mask_band(self.rule, mask.values, mask.invalid, self.where, NODATA, [])[0] > 0
+
+
+@dataclass(frozen=True)
 class SceneLabels:
     """Reads a target that is a label image in scenes."""
 
@@ -245,6 +258,7 @@ def _raster_series(
         tuple(raster.masks),
         "day" if raster.series else "all",
         NotMeasured(raster),
+        {NODATA: Marked(raster.masks[NODATA], f"{where}.masks.{NODATA}")} if NODATA in raster.masks else {},
     )
     return SceneSeries(settings, found, grid)
 

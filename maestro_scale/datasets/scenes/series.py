@@ -45,7 +45,8 @@ def not_finite(values: np.ndarray, bands: tuple[int, ...]) -> np.ndarray | None:
 class SceneRaster:
     """How scenes become one raster of the tiles.
 
-    ``invalid``: finds values that must not be mixed with their neighbours when an image is resampled.
+    ``invalid``: finds values that must not be mixed with their neighbours when an image is resampled. ``marks``: of
+    masks (1, n, n) that say where nothing was measured, by name, (n, n) bool.
     """
 
     name: str
@@ -56,6 +57,7 @@ class SceneRaster:
     masks: tuple[str, ...] = ()
     mosaic: Mosaic = "day"
     invalid: Invalid = not_finite
+    marks: Mapping[str, Callable[[Pixels], np.ndarray]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -163,6 +165,9 @@ class SceneSeries:
             masks[name] = found or Pixels(
                 np.zeros((1, *shape[1:]), scene.dtype), np.ones((1, *shape[1:]), bool)
             )
+        for name, marks in self.raster.marks.items():
+            if (bad := marks(masks[name])).any():
+                bands = Pixels(bands.values, _mask_of(bands) | bad)
         return _Image(bands, masks, shot.date, shot.name)
 
     def _one(

@@ -159,6 +159,13 @@ def test_tiles_with_few_valid_pixels_are_left_out(src, tmp_path):
         dataset.read(dataset.keys()[0])
 
 
+def test_pixels_that_a_mask_marks_as_nodata_do_not_count_as_covered(src, tmp_path):
+    text = DESCRIPTION.replace("masks: {cloud:", "masks: {nodata:").replace("classes: [9]", "classes: [4, 9]")
+    dataset = opened(src, tmp_path, text)
+    with pytest.raises(LeftOut, match="s2 has no image with enough valid pixels"):
+        dataset.read(dataset.keys()[0])
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
