@@ -254,7 +254,7 @@ class _SensorTransform:
     def _mask(
         self, sample: StoredSample, window: Window | None, usable: np.ndarray | None
     ) -> np.ndarray | None:
-        """(T, M, H, W) of the dates ``usable``; None without a mask. The band of nodata, which weighs more, stays in."""
+        """(T, M, H, W) of the dates ``usable``; None without a mask. With the band of nodata, which weighs more."""
         if not self.modality.mask_bands:
             return None
         return _of(sample.array(mask_field(self.modality.name), window), usable)
