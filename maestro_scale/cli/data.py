@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +13,12 @@ import typer
 
 from maestro_scale.errors import did_you_mean
 from maestro_scale.escaping import printable, shell_command
+
+_GEO = {
+    *("rasterio", "h5py", "pandas", "pyogrio", "xarray", "rioxarray", "odc", "pystac", "zarr", "h5netcdf"),
+    *("geopandas", "shapely", "pyproj"),
+}
+"""Libraries of the extras ``datasets`` and ``geo``."""
 
 if TYPE_CHECKING:
     from maestro_scale.datasets.spec import RawDataset
@@ -129,10 +137,11 @@ def shard(
 
     writer_part = WriterPart.parse(part)
     selected = [name.strip() for name in modalities.split(",")] if modalities else None
-    raw, synthetic = _open(dataset, src, split, selected, overrides or [])
+    with _libraries():
+        raw, synthetic = _open(dataset, src, split, selected, overrides or [])
     for reason, num in getattr(raw, "left_out", {}).items():
         print(printable(f"{num} tiles {reason}: left out"))
-    with progress(f"shard {dataset} {split}", "samples") as update:
+    with _libraries(), progress(f"shard {dataset} {split}", "samples") as update:
         manifest = write_shards(
             raw,
             dst,
@@ -253,6 +262,21 @@ def _open(
     if synthetic is None and "://" not in src:
         synthetic = datasets.is_synthetic(Path(src))
     return open_described(description, src, split, modalities), synthetic
+
+
+@contextmanager
+def _libraries() -> Iterator[None]:
+    """Within the block, a library of an extra that is not installed is an error that says how to install it."""
+    from maestro_scale.datasets.spec import DatasetError
+
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in _GEO:
+            raise
+        raise DatasetError(
+            f"reading these files needs {error.name}: pip install 'maestro-scale[geo]'"
+        ) from error
 
 
 def _check_dataset(dataset: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -144,6 +145,16 @@ def test_unknown_names_and_splits(shard, src, tmp_path, monkeypatch, capsys):
     )
     assert (code, "no file matches" in error) == (2, True)
     assert not (tmp_path / "x").exists()
+
+
+def test_a_missing_library_is_named(shard, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rasterio", None)
+    monkeypatch.setitem(sys.modules, "rasterio.errors", None)
+    code, _, error = shard()
+    assert (code, error.splitlines()[-1]) == (
+        2,
+        "error: reading these files needs rasterio: pip install 'maestro-scale[geo]'",
+    )
 
 
 def test_describe_prints_the_schema():
