@@ -37,6 +37,7 @@ _RASTERS = ("tif", "tiff", "png", "jp2")
 _ARRAYS = ("npy", "npz", "zarr.zip", "nc", "nc4", "h5", "hdf5")
 _TEXTS = ("json", "txt", "text")
 _MAX_TEXT = untrusted.HEADER
+_PREFETCHED_BYTES = 16 * 1024 * 1024
 
 
 def list_images(section: ImageFiles, src: str) -> Iterator[ImageRef]:
@@ -201,7 +202,8 @@ class TarFile:
     def _store(self, own: tuple[int | str, ...], ref: ImageRef) -> SampleStore:
         if self._last is None or self._last[0] != own:
             members = {str(own[i]).lower(): (int(own[i + 1]), int(own[i + 2])) for i in range(0, len(own), 3)}
-            self._last = (own, SampleStore(self._file, members, f"{self._address}: {ref.key}"))
+            most = _PREFETCHED_BYTES if remote.is_remote(self._address) else 0
+            self._last = (own, SampleStore(self._file, members, f"{self._address}: {ref.key}", most))
         return self._last[1]
 
 
@@ -221,8 +223,9 @@ class SampleStore:
 
     errors = (*zarr.ZarrStore.errors, *hdf5.ERRORS)
 
-    def __init__(self, file: BinaryIO, members: Sample, where: str) -> None:
-        self._file, self.members, self.where = file, members, where
+    def __init__(self, file: BinaryIO, members: Sample, where: str, prefetched: int = 0) -> None:
+        """``prefetched``: largest size of a member that is read as a whole, by one request instead of several."""
+        self._file, self.members, self.where, self._prefetched = file, members, where, prefetched
         self._stores: dict[str, ArrayStore] = {}
 
     @property
@@ -281,7 +284,14 @@ class SampleStore:
     def _member(self, suffix: str) -> BinaryIO:
         if suffix not in self.members:
             raise DatasetError(f"{self.where}: has no member {suffix}; set variable", "a variable is missing")
-        return io.BufferedReader(remote.Part(self._file, *self.members[suffix]))
+        start, size = self.members[suffix]
+        if size > self._prefetched:
+            return io.BufferedReader(remote.Part(self._file, start, size))
+        try:
+            self._file.seek(start)
+            return io.BytesIO(self._file.read(size))
+        except OSError as error:
+            raise DatasetError(f"{self.where}.{suffix}: cannot be read ({error})") from error
 
     def _text(self, suffix: str, path: str, is_json: bool) -> StoredArray | None:
         where = f"{self.where}.{suffix}"
