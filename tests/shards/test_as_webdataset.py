@@ -70,6 +70,23 @@ def test_ranks_and_workers_read_other_shards(shards, monkeypatch):
     assert len(list(islice(endless, 30))) == 30
 
 
+def test_a_tile_has_the_fields_of_its_sensors(tmp_path):
+    rasters = [
+        Raster("s2", ("red",), 10, "int16", 2, optional=True),
+        Raster("dem", ("height",), 10, "int16", 2),
+    ]
+    with Writer(str(tmp_path), describe("some", 60, rasters), "train") as writer:
+        for i in range(6):
+            arrays = {"dem": np.full((1, 6, 6), i, np.int16)} | (
+                {"s2": np.ones((1, 6, 6), np.int16)} if i % 2 else {}
+            )
+            writer.add_arrays(f"k{i}", arrays, dict.fromkeys(arrays, "2021-05-01"))
+    samples = list(as_webdataset(str(tmp_path), "train"))
+    assert {s["__key__"]: "s2.dates" in s for s in samples} == {f"k{i}": i % 2 == 1 for i in range(6)}
+    chosen = as_webdataset(str(tmp_path), "train").select(lambda tile: "s2" in tile)
+    assert sorted(s["__key__"] for s in chosen) == ["k1", "k3", "k5"]
+
+
 def test_a_wrong_split_or_field_is_refused(shards):
     with pytest.raises(ManifestError, match="has no split 'tset'"):
         as_webdataset(str(shards), "tset")
