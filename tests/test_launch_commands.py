@@ -56,7 +56,7 @@ def test_missing_data_names_the_folder_and_the_variable(tmp_path, monkeypatch):
     with pytest.raises(ManifestError, match=f"relative to {tmp_path}; MAESTRO_DATA is not set.$"):
         Manifest.load(load_recipe("vitt").data.mixture[0].shards)
     monkeypatch.setenv("MAESTRO_DATA", str(tmp_path))
-    with pytest.raises(ManifestError, match="or check the path$"):
+    with pytest.raises(ManifestError, match=r"or check the path$"):
         Manifest.load(load_recipe("vitt").data.mixture[0].shards)
 
 

@@ -12,10 +12,13 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import yaml
 
 from maestro_scale.training.distributed import free_port
+from testkit import preloaded
+from testkit.preloaded import ForkedProcess
 
 REPO = Path(__file__).parents[2]
 TRAIN = REPO / "maestro_scale" / "train.py"
@@ -79,12 +82,7 @@ class Job:
         log.parent.mkdir(parents=True, exist_ok=True)
         self._log = log
         with log.open("wb") as sink:
-            self.processes = [
-                subprocess.Popen(
-                    c, env=e, cwd=REPO, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True
-                )
-                for c, e in commands
-            ]
+            self.processes = [_start(command, env, sink) for command, env in commands]
 
     @property
     def output(self) -> str:
@@ -164,6 +162,15 @@ class Trainer:
             assert time.monotonic() < deadline, f"step {step} was not reached"
             time.sleep(0.01)
         job.kill()
+
+
+def _start(command: list[str], env: dict[str, str], sink: BinaryIO) -> subprocess.Popen | ForkedProcess:
+    server = preloaded.server()
+    if server is not None and server.suits(command, env):
+        return server.start(command, env, REPO, sink.fileno())
+    return subprocess.Popen(
+        command, env=env, cwd=REPO, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True
+    )
 
 
 def _session(entry: Path) -> int:
