@@ -17,7 +17,7 @@ import numpy as np
 
 from maestro_scale import untrusted
 from maestro_scale.datasets import raw
-from maestro_scale.datasets.describe.probe import Values
+from maestro_scale.datasets.describe.probe import Values, spread_of
 from maestro_scale.datasets.description.config import ImageFiles
 from maestro_scale.datasets.sources import remote
 from maestro_scale.datasets.sources.array_image import ArrayStore, StoredArray
@@ -177,10 +177,9 @@ def _values_of(array: np.ndarray, nodata: float | None) -> Values | None:
     valid = array[~invalid]
     if not valid.size:
         return None
-    found = np.percentile(valid.astype(np.float64), [0, 2, 50, 98, 100]).tolist()
     distinct = np.unique(valid) if valid.dtype.kind in "iu" else None
     labels = tuple(distinct.tolist()) if distinct is not None and len(distinct) <= 256 else None
-    return Values(*found, float(invalid.mean()), float((valid == 0).mean()), labels)
+    return spread_of(valid, float(invalid.mean()), float((valid == 0).mean()), labels)
 
 
 @contextmanager
@@ -250,7 +249,9 @@ def _parquet_samples(file: Any) -> list[_Sample]:
     )
     batch = next(file.iter_batches(batch_size=1, columns=names), None)
     samples = []
-    for name in names if batch is not None and batch.num_rows else []:
+    if batch is None or not batch.num_rows:
+        return []
+    for name in names:
         content = batch.column(name)[0].as_py()
         if content and (image := _image_sample(name, content)) is not None:
             image.extra |= {"keys": keys, "dates": dates}

@@ -13,8 +13,9 @@ from typing import Any, BinaryIO
 
 from maestro_scale import untrusted
 from maestro_scale.datasets.describe import words
+from maestro_scale.datasets.description.vectors import driver_of
 
-VECTOR_SUFFIXES = (".gpkg", ".geojson", ".shp", ".fgb")
+VECTOR_SUFFIXES = (".gpkg", ".geojson", ".shp")
 TABLE_SUFFIXES = (".csv", ".parquet")
 _MAX_ROWS = 200_000
 _MAX_CLASSES = 64
@@ -56,7 +57,6 @@ class Vector:
     geometry: str
     num_features: int
     crs: str | None
-    bounds: tuple[float, float, float, float] | None
     columns: tuple[Column, ...]
 
     @property
@@ -124,10 +124,11 @@ def read_vector(file: Path, path: str) -> Vector | str:
     import pyogrio
 
     try:
+        driver_of(file)  # GDAL has drivers for files that name others, whatever their suffix
         layers = [str(name) for name, geometry in pyogrio.list_layers(file) if geometry]
         if not layers:
             return "has no layer with a geometry"
-        infos = {name: pyogrio.read_info(file, layer=name, force_total_bounds=True) for name in layers}
+        infos = {name: pyogrio.read_info(file, layer=name) for name in layers}
         layer = max(layers, key=lambda name: (infos[name]["features"] > 0, best_of(file, name) is not None))
         info = infos[layer]
         return Vector(
@@ -137,7 +138,6 @@ def read_vector(file: Path, path: str) -> Vector | str:
             geometry=str(info["geometry_type"]),
             num_features=int(info["features"]),
             crs=info["crs"],
-            bounds=None if info["total_bounds"] is None else tuple(map(float, info["total_bounds"])),
             columns=_frame_columns(file, layer),
         )
     except Exception as error:  # noqa: BLE001 - GDAL's drivers raise errors of many kinds for damaged files
@@ -171,7 +171,6 @@ def _read_geoparquet(location: Path, path: str) -> Vector | str:
                 break
         crs = main.get("crs")
         identifier = crs.get("id") if isinstance(crs, dict) else None
-        bounds = main.get("bbox")
         return Vector(
             path=path,
             layer=None,
@@ -179,7 +178,6 @@ def _read_geoparquet(location: Path, path: str) -> Vector | str:
             geometry=" ".join(map(str, main.get("geometry_types", []))) or "Unknown",
             num_features=file.metadata.num_rows,
             crs=f"{identifier['authority']}:{identifier['code']}" if identifier else None,
-            bounds=tuple(map(float, bounds)) if bounds and len(bounds) == 4 else None,
             columns=tuple(_column(n, [r[n] for r in rows if r[n] is not None]) for n in names),
         )
     except Exception as error:  # noqa: BLE001 - metadata of any form

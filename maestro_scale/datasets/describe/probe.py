@@ -73,6 +73,14 @@ class Values:
     distinct: tuple[int, ...] | None
 
 
+def spread_of(
+    valid: np.ndarray, invalid: float, zeros: float, distinct: tuple[int, ...] | None = None
+) -> Values:
+    """The values of a sample of valid pixels."""
+    low, p02, median, p98, high = np.percentile(valid.astype(np.float64), [0, 2, 50, 98, 100]).tolist()
+    return Values(low, p02, median, p98, high, invalid, zeros, distinct)
+
+
 class Prober:
     """Reads headers of the files below a folder or an address, each once. ``unreadable``: path → why."""
 
@@ -121,9 +129,8 @@ class Prober:
                     distinct = distinct if len(distinct) <= _MAX_DISTINCT else None
         if not num_valid:
             return None
-        found = np.percentile(np.concatenate(sampled), [0, 2, 50, 98, 100]).tolist()
         labels = None if distinct is None else tuple(sorted(distinct))
-        return Values(*found, 1 - num_valid / num_all, num_zeros / num_valid, labels)
+        return spread_of(np.concatenate(sampled), 1 - num_valid / num_all, num_zeros / num_valid, labels)
 
     def _read_windows(self, path: str, side: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """(values, invalid) of windows in the middle and towards two corners of a file."""
