@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,7 +27,7 @@ from maestro_scale.datasets.scenes.warp import (
     source_window,
 )
 from maestro_scale.datasets.sources import protocol
-from maestro_scale.datasets.sources.protocol import OpenFile
+from maestro_scale.datasets.sources.protocol import ImageRef, OpenFile
 from maestro_scale.datasets.spec import DatasetError
 
 Opener = Callable[[str, str], AbstractContextManager[OpenFile]]
@@ -38,20 +39,53 @@ GDAL_CACHE_BYTES = 32 * 2**20
 
 
 class OpenFiles:
-    """Files that are open in this process, reused, within a bounded cache of GDAL.
+    """Files that are open in this process, reused, within a bounded cache of GDAL. Reads their images by window.
 
-    All are closed when there are too many, in the reverse order of their opening: the environments of GDAL in which
-    sources open files are nested.
+    All is done in a thread of its own, since GDAL's environment belongs to a thread: sources enter one to open a file,
+    and environments must be left in the reverse order, also by whoever else uses GDAL meanwhile. When there are too
+    many files, all are closed.
     """
 
     def __init__(self, opener: Opener, most: int = _MAX_OPEN) -> None:
+        self._files = _Files(opener, most)
+        self._thread = ThreadPoolExecutor(1)
+        self._finalizer = weakref.finalize(
+            self, _close, self._thread, self._files
+        )  # also when the process ends
+
+    def read(self, layer: str, ref: ImageRef, window: Window) -> Pixels:
+        """The pixels of a window of an image; DatasetError if it cannot be read."""
+        return self._thread.submit(self._files.read, layer, ref, window).result()
+
+    def close(self) -> None:
+        """Close all of them, for good."""
+        self._finalizer()
+
+
+class _Files:
+    """What the thread of :class:`OpenFiles` does."""
+
+    def __init__(self, opener: Opener, most: int) -> None:
         self._opener, self._most = opener, most
         self._stack = ExitStack()
         self._open: dict[tuple[str, str], OpenFile] = {}
-        weakref.finalize(self, self._stack.close)  # also when the process ends
 
-    def get(self, layer: str, address: str) -> OpenFile:
-        """The open file of an address; DatasetError if it cannot be opened."""
+    def read(self, layer: str, ref: ImageRef, window: Window) -> Pixels:
+        try:
+            image = self._file(layer, ref.address).image(ref)
+            return Pixels(*image.read(protocol.Window(*window)))
+        except (
+            OSError,
+            RuntimeError,
+        ) as error:  # of the libraries: the file stays open, outside of its source
+            cause = " ".join(str(error).split())
+            raise DatasetError(f"{ref.address}: cannot be read ({cause}); fetch the file again") from error
+
+    def close(self) -> None:
+        self._open.clear()
+        self._stack.close()
+
+    def _file(self, layer: str, address: str) -> OpenFile:
         import rasterio
 
         key = layer, address
@@ -63,10 +97,14 @@ class OpenFiles:
             self._open[key] = self._stack.enter_context(self._opener(layer, address))
         return self._open[key]
 
-    def close(self) -> None:
-        """Close all of them."""
-        self._open.clear()
-        self._stack.close()
+
+def _close(thread: ThreadPoolExecutor, files: _Files) -> None:
+    try:
+        thread.submit(files.close).result()
+    except RuntimeError:  # the interpreter is ending, and has joined its threads
+        with suppress(Exception):  # GDAL's environment is not that of this thread
+            files.close()
+    thread.shutdown(wait=False)
 
 
 @dataclass
@@ -102,7 +140,10 @@ class Windows:
             return self._direct(scene, window)
         held = self._held.get(scene)
         if held is None or not _contains(held.window, window):
-            held = self._moved(scene, self._wanted(scene, window, box, shape), held)
+            try:
+                held = self._moved(scene, self._wanted(scene, window, box, shape), held)
+            except DatasetError:  # a damaged block concerns only the tiles that it is needed for
+                return self._direct(scene, window)
             self._held[scene] = held
         row, col = window[0] - held.window[0], window[1] - held.window[1]
         rows, cols = slice(row, row + window[2]), slice(col, col + window[3])
@@ -120,17 +161,7 @@ class Windows:
         self._held.clear()
 
     def _direct(self, scene: Scene, window: Window) -> Pixels:
-        try:
-            image = self._files.get(scene.layer, scene.ref.address).image(scene.ref)
-            return Pixels(*image.read(protocol.Window(*window)))
-        except (
-            OSError,
-            RuntimeError,
-        ) as error:  # of the libraries: the file stays open, outside of its source
-            cause = " ".join(str(error).split())
-            raise DatasetError(
-                f"{scene.ref.address}: cannot be read ({cause}); fetch the file again"
-            ) from error
+        return self._files.read(scene.layer, scene.ref, window)
 
     def _wanted(self, scene: Scene, window: Window, box: Box, shape: Shape) -> Window:
         """The window of the strip at this column of cells, up to the end of its blocks."""

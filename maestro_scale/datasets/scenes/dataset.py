@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -136,6 +137,9 @@ class SceneTiles:
                 labels.prepare(grid.crs, box)
         with self.reader.run(cells):
             yield
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "cells": ()}  # a writer process is given the keys that it reads
 
 
 @dataclass(frozen=True)

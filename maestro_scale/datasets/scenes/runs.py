@@ -13,7 +13,8 @@ BUFFER_BYTES = 160 * 2**20
 """Most memory of the buffers of a process, as an estimate from the sizes of pixels and blocks."""
 
 _MAX_HEIGHT = 64  # cells per column of a strip
-_MAX_CELLS = 1024  # of a run: processes share out the runs
+_MAX_CELLS, _MIN_CELLS = 512, 16  # of a run
+_MIN_RUNS = 16  # of a small dataset: processes share out the runs
 
 
 def runs(cells: Sequence[Cell], series: Sequence[SceneSeries], grid: Grid) -> list[list[Cell]]:
@@ -23,12 +24,13 @@ def runs(cells: Sequence[Cell], series: Sequence[SceneSeries], grid: Grid) -> li
     """
     rows = {row: list(group) for row, group in groupby(sorted(set(cells), key=_by_row), key=lambda c: c.row)}
     pending = sorted(rows)
+    most = min(max(len(set(cells)) // _MIN_RUNS, _MIN_CELLS), _MAX_CELLS)
     result: list[list[Cell]] = []
     while pending:
         height = _height([rows[r] for r in pending[:_MAX_HEIGHT]], series, grid)
         strip = [r for r in pending if r < pending[0] + height]
         pending = pending[len(strip) :]
-        result += _segments(sorted(c for r in strip for c in rows[r]), height)
+        result += _segments(sorted(c for r in strip for c in rows[r]), height, most)
     return result
 
 
@@ -36,8 +38,8 @@ def _by_row(cell: Cell) -> tuple[int, int]:
     return cell.row, cell.col
 
 
-def _segments(strip: Sequence[Cell], height: int) -> list[list[Cell]]:
-    """A strip in runs of at most ``_MAX_CELLS``, cut between columns and at wide gaps."""
+def _segments(strip: Sequence[Cell], height: int, most: int) -> list[list[Cell]]:
+    """A strip in runs of at most ``most`` cells, or a column, cut between columns and at wide gaps."""
     segments: list[list[Cell]] = []
     for _, group in groupby(strip, key=lambda c: c.col):
         column = list(group)
@@ -45,7 +47,7 @@ def _segments(strip: Sequence[Cell], height: int) -> list[list[Cell]]:
         if (
             not current
             or column[0].col - current[-1].col > 2 * height
-            or len(current) + len(column) > max(_MAX_CELLS, height)
+            or len(current) + len(column) > max(most, height)
         ):
             segments.append(column)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import geopandas
@@ -135,6 +136,55 @@ def test_labels_are_rasterised(src, tmp_path):
     heights = np.array([10, 20, np.nan])[cover[1::2, 1::2]]
     np.testing.assert_array_equal(tile.targets["height"], heights)
     assert set(np.unique(tile.targets["map"])) == {0, 1, 2}
+
+
+def test_a_process_that_writes_reads_the_same(src, tmp_path):
+    dataset = opened(src, tmp_path, DESCRIPTION + LABELS)
+    key = dataset.keys()[40]
+    there = pickle.loads(pickle.dumps(dataset))
+    assert there.cells == ()
+    with there.run([key]):
+        tile = there.read(key)
+    for name, array in dataset.read(key).arrays.items():
+        np.testing.assert_array_equal(tile.arrays[name], array)
+
+
+def test_images_in_two_systems_need_a_grid_in_one(src, tmp_path):
+    for i, crs in enumerate((CRS, CRS, "EPSG:32632")):
+        write_scene(tmp_path / f"S2_{i}_20200601.tif", np.ones((2, 64, 64), "uint16"), WEST, NORTH, crs=crs)
+    text = DESCRIPTION.replace("    masks: {cloud", "    # masks: {cloud")
+    text = text[: text.index("  dem:")]
+    message = (
+        r"the images have 2 coordinate systems: EPSG:32631 \(2 images\) and others in 1, the first: S2_2_20200601.tif "
+        r"\(EPSG:32632\); set grid.crs"
+    )
+    with pytest.raises(DatasetError, match=message):
+        opened(tmp_path, tmp_path, text)
+    assert len(opened(tmp_path, tmp_path, text, f"grid.crs={CRS}").keys()) >= 4
+
+
+def test_damaged_images_are_told_with_their_number(src, tmp_path):
+    for i in range(3):
+        path = write_scene(tmp_path / f"S2_{i}_20200601.tif", np.ones((2, 64, 64), "uint16"), WEST, NORTH)
+        if i:
+            path.write_bytes(b"II*\0" + bytes(20))
+    text = DESCRIPTION.replace("    masks: {cloud", "    # masks: {cloud")
+    text = text[: text.index("  dem:")]
+    with pytest.raises(
+        DatasetError, match=r"2 images of rasters\.s2 cannot be read, the first: .*S2_1_20200601\.tif: cannot"
+    ):
+        opened(tmp_path, tmp_path, text)
+    path.unlink()
+    values = np.random.default_rng(0).integers(1, 5000, (2, 128, 128)).astype("uint16")
+    path = write_scene(tmp_path / "S2_1_20200601.tif", values, WEST, NORTH)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 :] = bytes(len(data) - len(data) // 2)
+    path.write_bytes(data)
+    path.with_name("S2_0_20200601.tif").unlink()
+    dataset = opened(tmp_path, tmp_path, text)
+    manifest = write_shards(dataset, str(tmp_path / "shards"), "train", strict=False)
+    assert manifest.notes["left out: cannot be read"] == 8
+    assert "S2_1_20200601.tif: cannot be read" in manifest.examples["left out: cannot be read"]
 
 
 def test_an_area_keeps_the_tiles_whose_centre_it_contains(src, tmp_path):
