@@ -14,6 +14,7 @@ from maestro_scale.datasets.description.config import Target as TargetKeys
 from maestro_scale.datasets.quantity import QUANTITY_KINDS
 from maestro_scale.datasets.spec import NODATA, DatasetSpec, Modality, Scale, Sensor, Target
 from maestro_scale.datasets.spec_check import default_pos_grid
+from maestro_scale.datasets.spec_limits import MAX_SIDE
 
 _SCALES: Mapping[QuantityKind, Scale] = {
     "reflectance": Scale("linear", 10_000),
@@ -70,6 +71,8 @@ def default_scale(quantity: QuantityKind, dtype: str) -> Scale | None:
 
 def default_patch(image_size: int) -> int:
     """The smallest divisor, of at least 2, that gives at most 20 patches a side."""
+    if image_size > MAX_SIDE:  # spec_problems refuses it
+        return 1
     least = max(2, -(-image_size // _MAX_TOKENS))
     return next((d for d in range(least, image_size + 1) if image_size % d == 0), max(image_size, 1))
 
@@ -79,13 +82,18 @@ def _modality(name: str, raster: Raster, tile_m: float, optional: bool) -> Modal
         name=name,
         bands=tuple(band.name for band in raster.bands),
         resolution_m=raster.resolution_m,
-        size=round(tile_m / raster.resolution_m),
+        size=_pixels(tile_m, raster.resolution_m),
         dtype=raster.dtype,
         series=raster.series,
         mask_bands=(*raster.masks, *([NODATA] if raster.nodata_mask and NODATA not in raster.masks else [])),
         quantity=_stored_quantity(raster),
         optional=optional,
     )
+
+
+def _pixels(extent_m: float, resolution_m: float) -> int:
+    """Pixels of an extent; of one that spec_problems refuses a number that it refuses, too."""
+    return round(min(extent_m / resolution_m, 1e9))
 
 
 def _stored_quantity(raster: Raster) -> QuantityKind:
@@ -99,7 +107,7 @@ def _stored_quantity(raster: Raster) -> QuantityKind:
 def _sensor(name: str, source: str, preset: SensorPreset, raster: Raster, crop_m: float) -> Sensor:
     names = [band.name for band in raster.bands]
     bands = tuple(range(len(names))) if preset.bands is None else tuple(map(names.index, preset.bands))
-    image_size = preset.image_size or round(crop_m / raster.resolution_m)
+    image_size = preset.image_size or _pixels(crop_m, raster.resolution_m)
     scale = default_scale(raster.quantity, raster.dtype) or Scale()
     if preset.scale is not None:
         scale = Scale(preset.scale.kind, preset.scale.divisor)
