@@ -37,6 +37,7 @@ from maestro_scale.shards.format.codec import Sample
 from maestro_scale.shards.format.compress import CODECS
 from maestro_scale.shards.format.manifest import Manifest
 from maestro_scale.shards.read.store import Store
+from maestro_scale.shards.write.grouping import absent_from
 from maestro_scale.shards.write.writer import write_shards
 from maestro_scale.training.run_dir import git_revision
 
@@ -62,6 +63,9 @@ class Repeated:
     def keys(self) -> list[str]:
         names = self.raw.keys()
         return [f"{i}-{name}" for i in range(self.times) for name in names]
+
+    def absent(self, key: str) -> tuple[str, ...]:
+        return absent_from(self.raw, key.partition("-")[2])
 
     def read(self, key: str) -> Tile:
         return replace(self.raw.read(key.partition("-")[2]), key=key)
