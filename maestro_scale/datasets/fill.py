@@ -203,6 +203,15 @@ def invalid_values(
             rest &= ~bad
 
 
+def invalid_note(text: str, values: np.ndarray, bad: np.ndarray, quantity: Quantity) -> InvalidNote:
+    """The note ``text`` on values that are invalid at ``bad``, of which some are no fill values."""
+    note = InvalidNote(text)
+    where = np.argwhere(bad)
+    index = tuple(where[int((~quantity.is_fill(values[bad])).argmax())].tolist())
+    note.example = f"{values[index].item():g} at ({', '.join(map(str, index))})"
+    return note
+
+
 def remarkable_values(array: np.ndarray, name: str, quantity: Quantity | None) -> Iterator[str]:
     """Notes on valid values of a raster that are rarely measurements: usual fill values, and unusual ones of its
     quantity (None: not said)."""
@@ -239,7 +248,7 @@ def _replace(
     replacement = np.nan if _stores_nan(modality, quantity) else 0
     for reason, bad, expected in invalid_values(values, modality, quantity, declared):
         note = f"{modality.name} has {reason}: {action(reason, modality, quantity)}"
-        notes.append(note if expected else InvalidNote(note))
+        notes.append(note if expected else invalid_note(note, values, bad, quantity))
         invalid = bad if invalid is None else invalid | bad
     if invalid is not None:
         values = np.array(values)  # before the cast: in integers, NaN and infinity would be numbers

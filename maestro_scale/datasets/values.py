@@ -18,9 +18,9 @@ _MAX_SHARE = 1.001  # shares are rounded in files, so that a sum of 1 may be sto
 
 class InvalidNote(str):
     """A note on values that nothing declares as nodata, of which a fault is more likely than a gap: strict writers stop
-    at the first."""
+    at the first. ``example``: a value, and where it is."""
 
-    __slots__ = ()
+    example: str = ""
 
 
 def chronological(dates: np.ndarray) -> np.ndarray | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -426,6 +427,18 @@ def test_strict_writers_stop_at_values_that_are_no_known_fill(kind, value, expec
     assert all(
         known for _, _, known in invalid_values(column(value, 0.25), modality("float32"), quantity, declared)
     )
+
+
+def test_the_example_of_an_undeclared_value_is_no_fill_value():
+    values = column(-9999, -12_345, dtype="int16")
+    values[0, 0, 0, 1] = -10_000
+    notes: list[str] = []
+    clean_series(values, DATES[:2], modality("int16"), QUANTITY_KINDS["reflectance"], "f", notes)
+    note = notes[0]
+    assert isinstance(note, InvalidNote)
+    assert note.example == "-12345 at (1, 0, 0, 0)"
+    again = pickle.loads(pickle.dumps(note))
+    assert (again, again.example) == (note, note.example)
 
 
 def test_integers_have_no_nan_and_elevation_of_a_series_has_means():

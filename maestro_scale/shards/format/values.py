@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from maestro_scale.datasets.fill import action, invalid_values, remarkable_values, with_marks
+from maestro_scale.datasets.fill import action, invalid_note, invalid_values, remarkable_values, with_marks
 from maestro_scale.datasets.quantity import QUANTITY_KINDS, Quantity
 from maestro_scale.datasets.spec import MISSING_CLASS, DatasetError, DatasetSpec, Modality, Target, Tile
 from maestro_scale.datasets.values import (
@@ -92,7 +92,8 @@ def checked_tile(tile: Tile, spec: DatasetSpec, strict: bool = False) -> Tile:
         tile = replace(tile, notes=(*tile.notes, *notes))
     invalid = next((note for note in tile.notes if isinstance(note, InvalidNote)), None)
     if strict and invalid is not None:
-        raise DatasetError(f"tile {tile.key}: {invalid}; it is not declared as nodata", _KIND)
+        first = f" (the first: {invalid.example})" if invalid.example else ""
+        raise DatasetError(f"tile {tile.key}: {invalid}{first}; nothing declares it as nodata", _KIND)
     return tile
 
 
@@ -250,7 +251,7 @@ def _marked(tile: Tile, spec: DatasetSpec, notes: list[str]) -> Tile:
             if where is given:
                 continue
             note = f"{modality.name} has {reason}: {action(reason, modality, quantity)}"
-            notes.append(note if expected else InvalidNote(note))
+            notes.append(note if expected else invalid_note(note, array, where, quantity))
         if found is not marks:
             arrays[modality.name] = np.where(found[:, None], np.asarray(empty, array.dtype), array)
             masks[modality.name] = with_marks(mask, found, modality)
