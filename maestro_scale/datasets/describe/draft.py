@@ -182,7 +182,7 @@ class Draft:
         doc.comment(self.splits_note or "assumed: no splits were found, so all tiles are in the split train.")
         if self.blocks is not None:
             doc.comment(
-                "To draw train, val and test by blocks of ground, so that no test tile is beside a train tile:"
+                "To draw train, val and test by blocks of ground, so that test tiles do not lie among train tiles:"
             )
             proposal = Document()
             proposal.put(0, "splits", {"blocks": self.blocks})

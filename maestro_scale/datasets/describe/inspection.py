@@ -643,7 +643,8 @@ class Inspection:
             draft.blocks = {
                 "size_m": side * draft.sizes.tile_m,
                 "fractions": {"train": 0.7, "val": 0.15, "test": 0.15},
-                "distance_m": 0,
+                # In small blocks nearly every train tile has a neighbour of another split.
+                "distance_m": draft.sizes.tile_m if side >= 3 else 0,
             }
         if self._blocks:
             if draft.blocks is None:
@@ -653,7 +654,7 @@ class Inspection:
                 )
             draft.splits, draft.blocks = {"blocks": draft.blocks}, None
             draft.splits_note = (
-                "assumed: blocks drawn at random; tiles of two splits nearer than distance_m are left out"
+                "assumed: blocks drawn at random; tiles nearer than distance_m to another split are left out"
             )
 
 
