@@ -38,7 +38,7 @@ def test_page_lists_every_description():
 
 def test_pip_installs_the_descriptions():
     assert (
-        '"share/maestro_scale/descriptions" = ["descriptions/*.yaml"]'
+        '"share/maestro_scale/descriptions" = ["descriptions/*.yaml", "descriptions/*.schema.json"]'
         in (REPO / "pyproject.toml").read_text()
     )
 
