@@ -63,12 +63,12 @@ class Case:
 
 
 CASES = (
-    Case("pastis_hd", 10, 250, 8, "{spot: null, s2: {num_dates: 4}, s1_asc: null, s1_des: null}"),
+    Case("pastis_hd", 10, 300, 16, "{spot: null, s2: {num_dates: 4}, s1_asc: null, s1_des: null}"),
     Case(
         "flair_hub",
         60,
-        250,
-        8,
+        300,
+        16,
         "{aerial: {image_size: 128}, s2: null, dem: null, s1_asc: null, s1_des: null}",
         25.6,
     ),
@@ -154,7 +154,7 @@ def score(network: MaestroPredictor, crops: list[Batch]) -> float:
     return float(loss.task.statistic(np.sum(counts, axis=0)))
 
 
-def measure(case: Case, work: Path, seeds: int, lr: float) -> list[dict]:
+def measure(case: Case, work: Path, seeds: int, lr: float, decoders: list[DecoderName]) -> list[dict]:
     """A row per decoder and seed."""
     shards = write_shards(case, work)
     spec = resolved(case, shards, work)
@@ -170,7 +170,7 @@ def measure(case: Case, work: Path, seeds: int, lr: float) -> list[dict]:
     rows = []
     for seed in range(seeds):
         encoder = Maestro(config).initialise(seed)
-        for decoder in DECODERS:
+        for decoder in decoders:
             network = build_predictor(encoder, spec.name, loss, seed, True, decoder)
             assert isinstance(network, MaestroPredictor)
             seconds = train(network, fit, case, seed, lr)
@@ -186,7 +186,7 @@ def summary(rows: list[dict]) -> list[dict]:
     found = []
     for dataset in dict.fromkeys(r["dataset"] for r in rows):
         scores: dict[str, dict[int, float]] = {}
-        for decoder in DECODERS:
+        for decoder in dict.fromkeys(r["decoder"] for r in rows if r["dataset"] == dataset):
             chosen = [r for r in rows if r["dataset"] == dataset and r["decoder"] == decoder]
             scores[decoder] = {r["seed"]: r["test"] for r in chosen}
             values = list(scores[decoder].values())
@@ -216,6 +216,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--datasets", nargs="+", default=[c.dataset for c in CASES])
+    parser.add_argument("--decoders", nargs="+", choices=DECODERS, default=list(DECODERS))
     parser.add_argument("--steps", type=int, help="instead of those of each case")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
@@ -225,7 +226,11 @@ def main() -> int:
         if case.dataset in args.datasets:
             if args.steps:
                 case = Case(**{**vars(case), "steps": args.steps})
-            rows += measure(case, args.work, args.seeds, args.lr)
+            rows += measure(case, args.work, args.seeds, args.lr, args.decoders)
+    if RESULTS.exists():  # of the other datasets
+        rows = [
+            r for r in json.loads(RESULTS.read_text())["rows"] if r["dataset"] not in args.datasets
+        ] + rows
     found = summary(rows)
     table = Table(title="mIoU in % on synthetic tiles, mean ± deviation over seeds")
     for column in (
@@ -254,7 +259,7 @@ def main() -> int:
     record = {
         "machine": machine,
         "revision": git_revision(),
-        "cases": [vars(c) for c in CASES if c.dataset in args.datasets],
+        "cases": [vars(c) for c in CASES if c.dataset in {r["dataset"] for r in rows}],
         "size": vars(SIZE),
         "lr": args.lr,
         "test_share": TEST_SHARE,
