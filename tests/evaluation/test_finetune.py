@@ -113,6 +113,29 @@ def pretrained(fields, objective, tmp_path_factory):
     return folder / "model"
 
 
+@pytest.mark.parametrize("decoder", ["linear", "upernet"])
+def test_other_decoders_learn(fields, objective, tmp_path, decoder):
+    network = build_predictor(load_model(fields.model), "fields", objective, 0, True, decoder)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
+    source = source_of(fields.shards, "train", tmp_path)
+    losses = []
+    for step in TrainLoader((source,), seed=1, lanes=1, global_batch=16, micro_batch=16).steps(0, 20):
+        (batch,) = step.batches
+        labels = objective.loss_targets(objective.task.label_tensor(batch))
+        share, _ = network(batch, labels, objective.num_terms(labels)[None])
+        optimizer.zero_grad()
+        share.backward()
+        optimizer.step()
+        losses.append(share.item())
+    assert losses[-1] < 0.6 * math.log(NUM_CLASSES)
+    species = target_loss_for(MultilabelTask(Target("species", "multilabel", ("a", "b"))))
+    if decoder == "upernet":
+        with pytest.raises(
+            EvaluationError, match="upernet predicts maps, and species is a label of the whole tile"
+        ):
+            build_predictor(load_model(fields.model), "fields", species, 0, True, decoder)
+
+
 @pytest.fixture(scope="module")
 def alone(fields, pretrained, tmp_path_factory):
     """Finetuning and scratch on half of the labels, on one rank."""

@@ -232,3 +232,29 @@ def test_the_config_of_the_first_decoder_is_as_before():
         small_config(heads=(Target("a", "multilabel", ("x",)),), decoder="upernet")
     alone = Maestro(small_config(heads=(Target("a", "multilabel", ("x",)),), decoder="linear")).initialise(0)
     assert alone.head_outputs(full_batch(alone.config, 2))["a"].shape == (2, 1)
+
+
+@torch.no_grad()
+def test_predictions_of_every_kind_of_target():
+    heads = (
+        Target("species", "multilabel", ("oak", "pine", "rest")),
+        Target("soil", "classification", ("clay", "unknown", "sand"), ignored=(1,)),
+        Target("age", "regression", units="years"),
+        *TARGETS,
+    )
+    model = built(heads=heads, ref_sensor="aerial")
+    batch = full_batch(model.config, 2)
+    model.heads["age"].set_scale(40.0, 5.0)
+    found = {t.name: model.predict(batch, t.name) for t in heads}
+    outputs = model.head_outputs(batch)
+    assert torch.equal(found["species"].values, outputs["species"] > 0)
+    assert found["species"].classes == {0: "oak", 1: "pine", 2: "rest"}
+    assert found["soil"].classes == {0: "clay", 2: "sand"}
+    assert found["soil"].values.tolist() == [(0, 2)[i] for i in outputs["soil"].argmax(1).tolist()]
+    assert torch.allclose(found["soil"].probabilities.sum(1), torch.ones(2))
+    assert (found["age"].units, found["age"].probabilities, found["age"].classes) == ("years", None, {})
+    assert torch.allclose(found["age"].values, outputs["age"][:, 0] * 5 + 40)
+    assert set(found["cover"].values.unique().tolist()) <= {0, 2}
+    assert found["height"].values.shape == (2, 20, 20)
+    with pytest.raises(ValueError, match="target None: the model predicts species, soil, age, cover, height"):
+        model.predict(batch)
