@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import json
 import os
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -257,6 +258,25 @@ def test_the_authors_loader_takes_a_model_and_gives_it_back(
     # The moving average shares the bytes of the weights.
     bytes_of_weights = sum(w.nbytes for w in expected.values())
     assert (tmp_path / "theirs.ckpt").stat().st_size < 1.5 * bytes_of_weights
+
+
+def test_conversion_takes_little_more_memory_than_the_file(tmp_path):
+    big = dataclasses.replace(SIZE, width=488, mlp_ratio=4, depth=4)
+    model = Maestro(config(size=big)).requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.zero_()
+    write_model(tmp_path / "ours", model.state_dict(), model.config, {})
+    program = (
+        "import resource, sys\nfrom pathlib import Path\nfrom maestro_scale.interop import convert as c\n"
+        "peak = lambda: 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\nfirst = peak()\n"
+        f"folder = Path({str(tmp_path)!r})\nc.convert_to_reference(folder / 'ours', folder / 'theirs.ckpt')\n"
+        "c.convert(folder / 'theirs.ckpt', folder / 'again')\nprint(peak() - first)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    size = (tmp_path / "theirs.ckpt").stat().st_size
+    assert size > 2**25
+    assert int(done.stdout) < 2.5 * size
 
 
 def test_what_the_authors_code_lacks_is_said(tmp_path):
