@@ -46,6 +46,9 @@ _LABEL_PIXELS = 256  # of a label map, per side of a tile
 _BLOCKS = 40  # wanted number of blocks, of which splits are drawn
 _ORDER = ("aerial", "naip", "spot", "planet", "s2", "", "landsat", "s1", "dem")
 """Of rasters by the begin of their names: the first one gives the grid; empty: all others."""
+_METADATA = re.compile(
+    r"mtd|meta|dates|index|tiles|grid|split", re.IGNORECASE
+)  # names of vector files without labels
 _WORLDCOVER = {
     10: "tree_cover", 20: "shrubland", 30: "grassland", 40: "cropland", 50: "built_up", 60: "bare_or_sparse",
     70: "snow_and_ice", 80: "water", 90: "wetland", 95: "mangroves", 100: "moss_and_lichen",
@@ -329,8 +332,9 @@ class Inspection:
             values = self._prober.values(paths, most=16, whole=True)
             if not headers or values is None:
                 continue
-            plain = [w for w in family.words if not w.isdigit()]
-            name = unique_name((plain[-1] if plain else "label").lower(), [t.name for t in self._targets])
+            plain = [w.lower() for w in family.words if not w.isdigit()]
+            name = words.label_of(family.words) or (plain[-1] if plain else "label")
+            name = unique_name(name, [t.name for t in self._targets])
             raster: dict[str, object] = {"files": family.pattern}
             if family.key_template:
                 raster["key"] = family.key_template
@@ -412,6 +416,8 @@ class Inspection:
                 draft.grid_notes["area"] = Note(
                     f"{vector.num_features} polygons; remove it to keep all tiles", True
                 )
+            elif vector.label is None and _METADATA.search(Path(path).stem):
+                self._remarks.append(f"Not used: {path}, as it has no attribute with classes.")
             elif not vector.is_polygons:
                 self._remarks.append(
                     f"Not used: {path} has {vector.geometry} features; labels need polygons."

@@ -22,7 +22,7 @@ _MAX_CLASSES = 64
 _MAX_BYTES = 64 * 2**20
 _IDS = re.compile(r"(?:.*_)?(?:fid|id|gid|uid|uuid|objectid|ogc_fid|index|no|nr|num|number)", re.IGNORECASE)
 _NO_LABELS = re.compile(
-    r"split|fold|set|subset|date|day|time|year|month|area|area_m2|length|perimeter|shape_.*|x|y|lon|lat|longitude"
+    r"split.*|fold.*|set|subset|date|day|time|year|month|area|area_m2|length|perimeter|shape_.*|x|y|lon|lat|longitude"
     r"|latitude|easting|northing|geometry|geom|bounds|remarks?|comments?|source|cloud.*|path|file.*|image|name_?\d*",
     re.IGNORECASE,
 )

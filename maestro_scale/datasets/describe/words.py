@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from typing import Literal
 
 Role = Literal["raster", "mask", "label", "area", "skip"]
@@ -176,8 +177,9 @@ _IMAGES = (
 
 
 def role_of(words: tuple[str, ...]) -> Role:
-    """What the files with these constant words are; the last word that says so counts."""
-    for word in (w.lower() for w in reversed(words)):
+    """What the files with these constant words are; the last word that says so counts, short ones (``S1``) least."""
+    lows = [w.lower() for w in reversed(words)]
+    for word in (*(w for w in lows if len(w) > 2), *(w for w in lows if len(w) <= 2)):
         if word in MASKS:
             return "mask"
         if word in _SKIPPED:
@@ -191,22 +193,29 @@ def role_of(words: tuple[str, ...]) -> Role:
     return "raster"
 
 
+def label_of(words: tuple[str, ...]) -> str | None:
+    """The last of these constant words that says that files are labels."""
+    return next((w.lower() for w in reversed(words) if w.lower() in _LABELS), None)
+
+
 def mask_rule(words: tuple[str, ...]) -> str | None:
     """The rule of :data:`MASKS` for the files with these constant words."""
     return next((MASKS[w.lower()] for w in reversed(words) if w.lower() in MASKS), None)
 
 
 def sensor_of(words: tuple[str, ...]) -> str | None:
-    """The usual name of the sensor that these constant words name, or None."""
+    """The usual name of the sensor that these constant words name, the longest of them (``SENTINEL2``), or None."""
     lows = [w.lower() for w in words]
-    for name, names in _SENSORS:
-        if any(low in names for low in lows):
-            orbit = next(
-                (o for o in ("asc", "des") for w in lows if w in (o, f"{o}c", f"{o}cending", f"{o}ending")),
-                "",
-            )
-            return f"{name}_{orbit}" if orbit and name == "s1" else name
-    return None
+    lows += [a + b for a, b in pairwise(lows) if b.isdigit()]  # sen-2
+    found = [(len(low), name) for name, names in _SENSORS for low in lows if low in names]
+    if not found:
+        return None
+    longest = max(length for length, _ in found)
+    name = next(name for length, name in found if length == longest)
+    orbit = next(
+        (o for o in ("asc", "des") for w in lows if w in (o, f"{o}c", f"{o}cending", f"{o}ending")), ""
+    )
+    return f"{name}_{orbit}" if orbit and name == "s1" else name
 
 
 def band_order(band: str) -> tuple[int, int, str]:
