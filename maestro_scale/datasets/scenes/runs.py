@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import groupby
 
@@ -13,8 +14,9 @@ BUFFER_BYTES = 160 * 2**20
 """Most memory of the buffers of a process, as an estimate from the sizes of pixels and blocks."""
 
 _MAX_HEIGHT = 64  # cells per column of a strip
-_MAX_CELLS, _MIN_CELLS = 512, 16  # of a run
+_MAX_CELLS = 512  # of a run
 _MIN_RUNS = 16  # of a small dataset: processes share out the runs
+_MIN_BLOCKS = 4  # in the length of a run: those at its ends are read twice
 
 
 def runs(cells: Sequence[Cell], series: Sequence[SceneSeries], grid: Grid) -> list[list[Cell]]:
@@ -24,14 +26,24 @@ def runs(cells: Sequence[Cell], series: Sequence[SceneSeries], grid: Grid) -> li
     """
     rows = {row: list(group) for row, group in groupby(sorted(set(cells), key=_by_row), key=lambda c: c.row)}
     pending = sorted(rows)
-    most = min(max(len(set(cells)) // _MIN_RUNS, _MIN_CELLS), _MAX_CELLS)
+    wanted = min(len(set(cells)) // _MIN_RUNS, _MAX_CELLS)
+    columns = _MIN_BLOCKS * max((_block_columns(of, grid) for of in series), default=1)
     result: list[list[Cell]] = []
     while pending:
         height = _height([rows[r] for r in pending[:_MAX_HEIGHT]], series, grid)
         strip = [r for r in pending if r < pending[0] + height]
         pending = pending[len(strip) :]
-        result += _segments(sorted(c for r in strip for c in rows[r]), height, most)
+        result += _segments(sorted(c for r in strip for c in rows[r]), height, max(wanted, columns * height))
     return result
+
+
+def _block_columns(series: SceneSeries, grid: Grid) -> int:
+    """Columns of cells that a block of the first image covers."""
+    if not series.shots:
+        return 1
+    scene = series.shots[0].bands[0]
+    width_m = (scene.box.east - scene.box.west) * min(scene.block[1] / scene.place.width, 1)
+    return math.ceil(width_m / grid.stride_m)
 
 
 def _by_row(cell: Cell) -> tuple[int, int]:
@@ -44,11 +56,7 @@ def _segments(strip: Sequence[Cell], height: int, most: int) -> list[list[Cell]]
     for _, group in groupby(strip, key=lambda c: c.col):
         column = list(group)
         current = segments[-1] if segments else []
-        if (
-            not current
-            or column[0].col - current[-1].col > 2 * height
-            or len(current) + len(column) > max(most, height)
-        ):
+        if not current or column[0].col - current[-1].col > 2 * height or len(current) + len(column) > most:
             segments.append(column)
         else:
             current += column

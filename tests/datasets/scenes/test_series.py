@@ -60,7 +60,7 @@ def test_pixels_on_the_grid_are_copied(tmp_path):
 def test_a_run_gives_what_single_reads_give_and_reads_blocks_once(tmp_path, monkeypatch, shift, crs):
     from pyproj import Transformer
 
-    monkeypatch.setattr(order, "_MIN_CELLS", 100)  # else a run of so few cells is mostly edges
+    monkeypatch.setattr(order, "_MIN_BLOCKS", 100)  # else a run of so few cells is mostly edges
     x, y = WEST + shift[0], NORTH + shift[1]
     if crs != "EPSG:32631":
         x, y = (round(v, -1) for v in Transformer.from_crs("EPSG:32631", crs, always_xy=True).transform(x, y))
