@@ -38,7 +38,10 @@ for none."""
 
 def not_finite(values: np.ndarray, bands: tuple[int, ...]) -> np.ndarray | None:
     """NaN and infinities."""
-    return ~np.isfinite(values) if values.dtype.kind == "f" and not np.isfinite(values).all() else None
+    if values.dtype.kind != "f":
+        return None
+    bad: np.ndarray = ~np.isfinite(values)
+    return bad if bad.any() else None
 
 
 @dataclass(frozen=True)
