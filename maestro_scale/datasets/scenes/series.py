@@ -86,7 +86,7 @@ class _Image:
     @property
     def bad(self) -> np.ndarray | None:
         """(n, n) where any band is invalid; None for nowhere."""
-        return None if self.bands.invalid is None else self.bands.invalid.any(axis=0)
+        return None if self.bands.invalid is None else np.asarray(self.bands.invalid.any(axis=0))
 
 
 class SceneSeries:
