@@ -170,11 +170,16 @@ def _bin_weights(size: int, bins: int, like: Tensor) -> Tensor:
 
 
 class UPerNetHead(nn.Module):
-    """UPerNet over the tokens of several depths, whose sensors and dates are pooled attentively at each cell."""
+    """UPerNet over the tokens of several depths, whose sensors and dates are pooled attentively at each cell.
+
+    It adds to what the attentive head predicts from the deepest: the pyramid takes far more steps to learn than a
+    linear layer, and corrects it where it has.
+    """
 
     def __init__(self, inputs: HeadInputs) -> None:
         super().__init__()
-        self.grid = inputs.grid
+        self.grid, self.side = inputs.grid, inputs.side
+        self.linear = nn.Linear(inputs.width, inputs.side**2 * num_outputs(inputs.target))
         # Of encoders that show the last depth only, all levels are made from it.
         self.pools = nn.ModuleList(AttentivePool(inputs.width) for _ in range(inputs.num_depths))
         self.net = UPerNet([inputs.width] * NUM_LEVELS, num_outputs(inputs.target), inputs.side)
@@ -183,7 +188,9 @@ class UPerNetHead(nn.Module):
         """Tokens by depth -> (B, C, grid*side, grid*side)."""
         depths = [tokens] if isinstance(tokens, dict) else tokens
         maps = [self._map(pool, t) for pool, t in zip(self.pools, depths, strict=True)]
-        return self.net([maps[i * len(maps) // NUM_LEVELS] for i in range(NUM_LEVELS)])
+        correction = self.net([maps[i * len(maps) // NUM_LEVELS] for i in range(NUM_LEVELS)])
+        cells = self.linear(maps[-1].flatten(2).transpose(1, 2))
+        return pixels_of_cells(cells, self.grid, self.side) + correction
 
     def _map(self, pool: nn.Module, tokens: Tokens) -> Tensor:
         cells = tokens_by_cell(tokens, self.grid)

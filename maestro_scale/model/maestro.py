@@ -450,7 +450,7 @@ class Maestro(nn.Module):
             share = 1.0 if tile_m is None else (crop_m or view.crop_m or tile_m) / tile_m
             data = tile_batch(data, view.sensors, self.config.dataset, min(share, 1.0))
             data = data.to(self._device)
-        elif not isinstance(data, Batch):
+        elif not hasattr(data, "pixels"):  # anything with the fields of a batch is one
             data = self._batch_of(data, dates, ref_date)
         view = self.view(data.dataset).adapted_to({k: tuple(v.shape) for k, v in data.pixels.items()}, crop_m)
         layout = self.layout(view, None, data.ref_date)
@@ -507,7 +507,7 @@ class Maestro(nn.Module):
         if isinstance(data, Tile):
             sensors = self.view(self.config.dataset).sensors
             data = tile_batch(data, sensors, self.config.dataset).to(self._device)
-        elif not isinstance(data, Batch):
+        elif not hasattr(data, "pixels"):
             data = self._batch_of(data, dates, ref_date)
         return self._predicted(data, head)
 
