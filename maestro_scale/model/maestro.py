@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -450,7 +450,7 @@ class Maestro(nn.Module):
             share = 1.0 if tile_m is None else (crop_m or view.crop_m or tile_m) / tile_m
             data = tile_batch(data, view.sensors, self.config.dataset, min(share, 1.0))
             data = data.to(self._device)
-        elif not hasattr(data, "pixels"):  # anything with the fields of a batch is one
+        else:
             data = self._batch_of(data, dates, ref_date)
         view = self.view(data.dataset).adapted_to({k: tuple(v.shape) for k, v in data.pixels.items()}, crop_m)
         layout = self.layout(view, None, data.ref_date)
@@ -462,10 +462,17 @@ class Maestro(nn.Module):
     def _device(self) -> torch.device:
         return next(self.parameters()).device
 
-    def _batch_of(self, pixels: Pixels, dates: Mapping[str, Tensor] | None, ref_date: Tensor | None) -> Batch:
+    def _batch_of(
+        self, data: Batch | Pixels, dates: Mapping[str, Tensor] | None, ref_date: Tensor | None
+    ) -> Batch:
+        """A batch as it is (anything with its fields is one), tensors as a batch."""
+        if isinstance(data, Batch):
+            return data
+        if hasattr(data, "pixels"):
+            return cast(Batch, data)
         dataset = self.config.dataset
         sensors = self.view(dataset).sensors
-        return tensors_batch(dataset, sensors, pixels, dates, ref_date).to(self._device)
+        return tensors_batch(dataset, sensors, data, dates, ref_date).to(self._device)
 
     def head_outputs(self, batch: Batch, view: ModelConfig | None = None) -> dict[str, Tensor]:
         """{target: logits} of all heads; of a regression in units of its standard deviation (``Standardised``).
@@ -507,7 +514,7 @@ class Maestro(nn.Module):
         if isinstance(data, Tile):
             sensors = self.view(self.config.dataset).sensors
             data = tile_batch(data, sensors, self.config.dataset).to(self._device)
-        elif not hasattr(data, "pixels"):
+        else:
             data = self._batch_of(data, dates, ref_date)
         return self._predicted(data, head)
 
