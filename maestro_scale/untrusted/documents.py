@@ -127,7 +127,7 @@ def _load_json(text: str | bytes, limits: Limits, allow_nan: bool) -> Any:
     if containers + text.count(",") + text.count(":") > 2 * limits.entries:
         raise InputError(f"has more than {limits.entries} entries")
     # A function called for each integer doubles the time of a header, so it is used only where it can matter.
-    decoder = _DECODERS[allow_nan, _LONG_INTEGER.search(text) is not None]
+    decoder = _DECODERS[allow_nan, _LONG_INTEGER.search(f" {text}") is not None]
     value = decoder.decode(text)
     has_surrogates = not text.isascii() or ("\\u" in text and _SURROGATE.search(text) is not None)
     if containers > limits.depth or len(text) > limits.text or has_surrogates:
@@ -136,7 +136,8 @@ def _load_json(text: str | bytes, limits: Limits, allow_nan: bool) -> Any:
 
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
-_LONG_INTEGER = re.compile(rf"[0-9]{{{NUMBER_CHARACTERS}}}")
+# Only what can be an integer of JSON: the digits of a text follow a quotation mark or a letter.
+_LONG_INTEGER = re.compile(rf"[:,\[ \t\r\n-][0-9]{{{NUMBER_CHARACTERS}}}")
 
 
 def _check_values(value: Any, limits: Limits, has_surrogates: bool) -> None:
