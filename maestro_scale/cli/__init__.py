@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from maestro_scale.cli import data, launch, models, recipes, runs, study
+from maestro_scale.cli import data, launch, models, predict, recipes, runs, study
 from maestro_scale.entry import launched_rank, run_command
 from maestro_scale.launcher_death import watch_launcher
 from maestro_scale.secrets_filter import hide_secrets
@@ -38,6 +38,7 @@ for _command in (
     models.export,
     models.convert_ign,
     models.embed,
+    predict.predict,
     runs.sync,
     runs.dashboard,
     runs.report,
@@ -52,5 +53,5 @@ for _command in (
 def main() -> None:
     """Run a command and exit. An expected error is printed in one line and gives exit code 2 (see ``entry``)."""
     hide_secrets()
-    watch_launcher()  # of `embed`, which runs on several ranks
+    watch_launcher()  # of `embed` and `predict`, which run on several ranks
     sys.exit(run_command(app, launched_rank()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +13,7 @@ from maestro_scale.datasets.spec import DatasetError, DatasetSpec, Sensor, Tile
 from maestro_scale.shards.errors import CodecError
 from maestro_scale.shards.format.codec import Sample, encode
 from maestro_scale.stream.batch import Batch
+from maestro_scale.stream.crops import Crop, CropGrid
 from maestro_scale.stream.dates import fill_nan
 from maestro_scale.stream.packing import BatchMetadata, arrays_in, num_bytes, unpack
 from maestro_scale.stream.transform import Transform
@@ -90,24 +91,33 @@ def evaluation_batch(tile: Tile, spec: DatasetSpec, num_crops: int) -> Batch:
 
     DatasetError where the tile does not fit the spec.
     """
+    names = {m.name for m in spec.modalities}
+    kept = replace(
+        tile,
+        arrays={n: a for n, a in tile.arrays.items() if n in names},
+        dates={n: d for n, d in tile.dates.items() if n in names},
+        masks={n: m for n, m in tile.masks.items() if n in names},
+        targets={},
+    )
     try:
-        transform = Transform(spec)
-        names = {m.name for m in spec.modalities}
-        kept = replace(
-            tile,
-            arrays={n: a for n, a in tile.arrays.items() if n in names},
-            dates={n: d for n, d in tile.dates.items() if n in names},
-            masks={n: m for n, m in tile.masks.items() if n in names},
-            targets={},
-        )
-        sample = Sample(encode(kept))
-        block = torch.empty(num_bytes(transform.fields, num_crops), dtype=torch.uint8)
-        arrays = arrays_in(block, transform.fields, num_crops)
-        repeated = sum(transform.evaluate(sample, crop, arrays, crop) for crop in range(num_crops))
+        sample, grid = Sample(encode(kept)), CropGrid(spec)
     except (CodecError, ValueError) as error:
         raise DatasetError(f"tile {tile.key}: {error}") from None
-    keys = tuple(f"eval/{spec.name}/0/{crop}" for crop in range(num_crops))
-    metadata = BatchMetadata(spec.name, keys, (tile.key,) * num_crops, repeated, 0, (None,) * num_crops)
+    return crops_batch(sample, spec, [grid.tiling(number) for number in range(num_crops)])
+
+
+def crops_batch(sample: Sample, spec: DatasetSpec, crops: Sequence[Crop]) -> Batch:
+    """Crops anywhere on a stored tile, prepared as in evaluation. ``spec``: resolved, with the sensors that the tile
+    has, and no targets. DatasetError where the tile does not fit it."""
+    try:
+        transform = Transform(spec)
+        block = torch.empty(num_bytes(transform.fields, len(crops)), dtype=torch.uint8)
+        arrays = arrays_in(block, transform.fields, len(crops))
+        repeated = sum(transform.evaluate_crop(sample, crop, arrays, row) for row, crop in enumerate(crops))
+    except (CodecError, ValueError) as error:
+        raise DatasetError(f"tile {sample.key}: {error}") from None
+    keys = tuple(f"eval/{spec.name}/0/{row}" for row in range(len(crops)))
+    metadata = BatchMetadata(spec.name, keys, (sample.key,) * len(crops), repeated, 0, (None,) * len(crops))
     return unpack(block, transform.fields, metadata)
 
 

@@ -124,7 +124,10 @@ class Transform:
 
         Returns and raises as :meth:`train`.
         """
-        crop = self.grid.tiling(index)
+        return self.evaluate_crop(sample, self.grid.tiling(index), out, row)
+
+    def evaluate_crop(self, sample: StoredSample, crop: Crop, out: Arrays, row: int) -> int:
+        """As :meth:`evaluate`, of a crop anywhere on the tile."""
         num_repeated_dates = sum(sensor.write(sample, crop, out, row, None) for sensor in self._sensors)
         for sensor in self._sensors:
             out[sensor.noise][row] = 0

@@ -1,0 +1,126 @@
+"""The command that maps an area with a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from maestro_scale.escaping import printable, shell_command
+
+_FORMATS: tuple[Literal["cog", "parquet"], ...] = ("cog", "parquet")
+_PRECISIONS: tuple[Literal["auto", "bf16", "fp32"], ...] = ("auto", "bf16", "fp32")
+_DEVICES: tuple[Literal["auto", "cpu"], ...] = ("auto", "cpu")
+
+
+def predict(
+    model: Annotated[
+        Path,
+        typer.Argument(
+            help="The directory of a finetuning (OUT/finetune), its export, or any exported model."
+        ),
+    ],
+    src: Annotated[
+        str,
+        typer.Argument(
+            help="Shards (folder or address with manifest.json), a description MY.yaml (of tiles, or of scenes: with "
+            "grid), or a folder of the model's dataset."
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Argument(help="Folder for the maps. An interrupted run continues where it stopped.")
+    ],
+    files: Annotated[
+        str | None,
+        typer.Option(help="Folder or address with the files of MY.yaml. [default: the folder of MY.yaml]"),
+    ] = None,
+    split: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Split to predict. Repeatable. [default: all of shards and descriptions, else test]"
+        ),
+    ] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(help="Which dataset of a model of several. [default: its first, or SRC's name]"),
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option(help="What to predict, of a model with several heads.")
+    ] = None,
+    overlap: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            max=0.9,
+            help="Share of a window that the next one covers again; 0: no blending. [default: 0.5 for maps, 0 for "
+            "points]",
+        ),
+    ] = None,
+    probabilities: Annotated[
+        bool, typer.Option("--probabilities", help="Of classes also their probabilities, a band each.")
+    ] = False,
+    embeddings: Annotated[
+        str | None,
+        typer.Option(help="Instead of the target: cog (a map of tokens) or parquet (a vector per window)."),
+    ] = None,
+    sensor: Annotated[
+        str | None, typer.Option(help="Of --embeddings cog: whose tokens. [default: the reference sensor]")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Change a key of MY.yaml, e.g. grid.area=farm.gpkg. Repeatable.",
+        ),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Windows per forward pass.")] = 8,
+    cache_dir: Annotated[Path, typer.Option(help="Folder for downloaded shards.")] = Path(
+        "~/.cache/maestro-scale"
+    ),
+    device: Annotated[
+        str, typer.Option(help="auto: the GPU of this rank, or the CPU on a node without GPUs; cpu.")
+    ] = "auto",
+    precision: Annotated[
+        str, typer.Option(help="bf16 (autocast) or fp32; auto: bf16 on a GPU. A CPU always computes in fp32.")
+    ] = "auto",
+) -> None:
+    """Map an area: classes or numbers as GeoTIFF (COG), labels of tiles as GeoParquet.
+
+    Under torchrun, deepspeed or srun the ranks share the work."""
+    from maestro_scale.cli.models import _check_choice as check
+    from maestro_scale.evaluation.features.load_encoder import load_encoder
+    from maestro_scale.inference import command
+    from maestro_scale.inference.run import Run
+    from maestro_scale.tracking.terminal import progress
+    from maestro_scale.training.device import bind_process, use_device
+
+    options = command.Options(
+        splits=command.all_splits(split or ()),
+        files=files,
+        dataset=dataset,
+        target=target,
+        overlap=overlap,
+        probabilities=probabilities,
+        embeddings=None if embeddings is None else check("--embeddings", embeddings, _FORMATS),
+        sensor=sensor,
+        overrides=tuple(overrides or ()),
+        cache_dir=cache_dir,
+    )
+    arithmetic = check("--precision", precision, _PRECISIONS)
+    binding = bind_process(check("--device", device, _DEVICES))
+    rank, world = binding.launch.rank, binding.launch.size
+    used = use_device(binding)
+    encoder = load_encoder(model)[0].to(used)
+    how = Run(used, rank, world, batch, arithmetic)
+    share = f", rank 0's share of {world}" if world > 1 else ""
+    with progress(f"predict{share}", "windows", rank) as update:
+        num_windows, notes = command.predict(encoder, src, out, options, how, update)
+    if rank == 0:
+        for note in notes:
+            print(printable(note))
+        print(
+            f"{num_windows} windows predicted{share} (existing files are kept) in {out}; "
+            f"next: {shell_command('ls', out)}"
+        )

@@ -1,0 +1,121 @@
+"""The folder of predictions: what it contains, which parts are done, and what is put together of them.
+
+Ranks need no communication: each writes parts of its own, renamed into place when they are complete, and one rank puts
+the parts of a map together once all are there. The same command continues where a job was killed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+
+from maestro_scale import untrusted
+from maestro_scale.escaping import file_name, ignores_case
+from maestro_scale.inference.errors import InferenceError
+
+RECORD = "_predict.json"
+PARTS = ".parts"
+_POLL_S = 0.5
+
+
+class Folder:
+    """An output folder that holds predictions of one model, source and options.
+
+    InferenceError if it holds those of others, or files that are none of predictions.
+    """
+
+    def __init__(self, path: Path, record: Mapping[str, object]) -> None:
+        self.path = path
+        path.mkdir(parents=True, exist_ok=True)
+        recorded = self._read()
+        if recorded is None:
+            strangers = [p.name for p in sorted(path.iterdir()) if p.suffix in (".tif", ".parquet")]
+            if strangers and self._read() is None:
+                raise InferenceError(
+                    f"{path} has {strangers[0]}, but no {RECORD}: it holds no predictions, and its files would be "
+                    "replaced; use another folder"
+                )
+            self._create(json.dumps(record, indent=1))
+            recorded = self._read() or {}
+        differences = [f"{k} {recorded.get(k)}, now {v}" for k, v in record.items() if recorded.get(k) != v]
+        if differences:
+            raise InferenceError(
+                f"{path} holds predictions of something else ({'; '.join(differences)}): use another folder"
+            )
+        self.ignore_case = ignores_case(path)
+
+    def file(self, folder: str, key: str, suffix: str) -> Path:
+        """The path of a file by its key, which may be any text."""
+        return self.path / folder / file_name(key, suffix, self.ignore_case)
+
+    def part(self, area: int, number: int) -> Path:
+        """The file of a part of a map."""
+        return self.path / PARTS / f"{area:06d}-{number:06d}.bin"
+
+    def write_part(self, path: Path, content: bytes) -> None:
+        """Write a part, at once."""
+        path.parent.mkdir(exist_ok=True)
+        partial = path.with_name(f".partial-{uuid.uuid4().hex}")
+        try:
+            partial.write_bytes(content)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def wait_for(self, paths: Sequence[Path], say: Callable[[int], None]) -> None:
+        """Return when all these parts are there, which other ranks write; ``say`` is told how many are missing."""
+        missing = [p for p in paths if not p.exists()]
+        while missing:
+            say(len(missing))
+            time.sleep(_POLL_S)
+            missing = [p for p in missing if not p.exists()]
+
+    def remove_parts(self, paths: Sequence[Path]) -> None:
+        """Remove parts that have been put together, and their folder once it is empty."""
+        for path in paths:
+            path.unlink(missing_ok=True)
+        with suppress(OSError):  # there are others
+            (self.path / PARTS).rmdir()
+
+    def _read(self) -> dict[str, object] | None:
+        try:
+            return untrusted.read_record(self.path / RECORD) or None
+        except (OSError, ValueError):
+            return None
+
+    def _create(self, text: str) -> None:
+        """Create the record, unless another rank has."""
+        partial = self.path / f".partial-{uuid.uuid4().hex}"
+        partial.write_text(text)
+        try:
+            os.link(partial, self.path / RECORD)
+        except FileExistsError:
+            if self._read() is None:  # damaged
+                os.replace(partial, self.path / RECORD)
+        except OSError:  # a file system without hard links
+            os.replace(partial, self.path / RECORD)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def packed(arrays: Sequence[np.ndarray]) -> bytes:
+    """The values of the images of a part, one after the other."""
+    return b"".join(np.ascontiguousarray(a).tobytes() for a in arrays)
+
+
+def unpacked(path: Path, number: int, shapes: Sequence[tuple[tuple[int, ...], str]]) -> np.ndarray:
+    """Image ``number`` of a part. InferenceError if it has another size, as a damaged file has."""
+    sizes = [int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in shapes]
+    if path.stat().st_size != sum(sizes):
+        raise InferenceError(f"{path}: is damaged; remove it and start again")
+    shape, dtype = shapes[number]
+    with path.open("rb") as file:
+        file.seek(sum(sizes[:number]))
+        return np.frombuffer(file.read(sizes[number]), dtype).reshape(shape)

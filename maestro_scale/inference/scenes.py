@@ -1,0 +1,151 @@
+"""Windows of scenes: a description with ``grid``, whose cells become overlapping windows of the extent of the model.
+
+What is connected is one map: scenes of two regions do not make one file that is mostly empty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from maestro_scale.datasets.description.config import Description, Splits
+from maestro_scale.datasets.description.dataset import only
+from maestro_scale.datasets.description.splits import WHOLE
+from maestro_scale.datasets.description.vectors import read_area
+from maestro_scale.datasets.scenes.dataset import SceneTiles, open_scenes
+from maestro_scale.datasets.scenes.grid import Cell
+from maestro_scale.datasets.spec import DatasetSpec, GeoOrigin, LeftOut
+from maestro_scale.inference.errors import InferenceError
+from maestro_scale.inference.source import Layout, Piece, read_piece
+from maestro_scale.inference.windows import Area
+from maestro_scale.shards.format.codec import Sample, encode
+from maestro_scale.stream.crops import Crop
+
+
+class SceneSource:
+    """The windows of scenes. ``spec``: with the sensors of the model; its tiles are windows."""
+
+    def __init__(
+        self, spec: DatasetSpec, dataset: SceneTiles, name: str, layout: Layout, area: Any = None
+    ) -> None:
+        self.spec, self._dataset, self._polygon = spec, dataset, area
+        grid = dataset.reader.grid
+        cells = list(dataset.cells)
+        if area is not None:
+            cells = _touching(area, cells, dataset)
+        pixel_m, side = layout.resolution_m, max(round(spec.crop_m / layout.resolution_m), 1)
+        reach = max(int(grid.tile_m / grid.stride_m - 1e-9), 1)
+        groups = connected(cells, reach)
+        self.areas: list[Area] = []
+        self._cells: list[list[Cell]] = []
+        self._origins: list[GeoOrigin] = []
+        for group in groups:
+            boxes = [grid.box(cell) for cell in group]
+            west, north = min(b.west for b in boxes), max(b.north for b in boxes)
+            rows = np.array([round((north - b.north) / pixel_m) for b in boxes], np.int64)
+            columns = np.array([round((b.west - west) / pixel_m) for b in boxes], np.int64)
+            label = name if len(groups) == 1 else f"{name}_{grid.key(group[0])}"
+            height, width = int(rows.max()) + side, int(columns.max()) + side
+            self.areas.append(Area(label, height, width, pixel_m, rows, columns, side))
+            self._cells.append(group)
+            self._origins.append(GeoOrigin(grid.crs, west, north))
+
+    def read(self, area: int, numbers: np.ndarray, batch_size: int) -> Iterator[Piece]:
+        """As of Source."""
+        grid = self._dataset.reader.grid
+        by_key = {grid.key(self._cells[area][n]): int(n) for n in numbers}
+        for run in self._dataset.runs(list(by_key)):
+            with self._dataset.run(run):
+                for key in run:
+                    try:
+                        tile = self._dataset.read(key)
+                    except LeftOut:
+                        continue  # nothing is measured there
+                    yield read_piece(
+                        Sample(encode(tile)), self.spec, [by_key[key]], [Crop()], self._origins[area]
+                    )
+
+    def origin(self, area: int) -> GeoOrigin | None:
+        """As of Source."""
+        return self._origins[area]
+
+    def outside(self, area: int, box: tuple[int, int, int, int]) -> np.ndarray | None:
+        """(height, width) bool of a part of a map, where it is outside of the area of interest; None: all is inside."""
+        if self._polygon is None:
+            return None
+        from rasterio.features import geometry_mask
+        from rasterio.transform import from_origin
+
+        top, left, height, width = box
+        pixel_m, corner = self.areas[area].resolution_m, self._origins[area]
+        transform = from_origin(
+            corner.west_m + left * pixel_m, corner.north_m - top * pixel_m, pixel_m, pixel_m
+        )
+        mask: np.ndarray = geometry_mask([self._polygon], (height, width), transform)
+        return mask
+
+
+def open_scene_source(description: Description, src: str, spec: DatasetSpec, layout: Layout) -> SceneSource:
+    """The scenes of a description below ``src``. ``spec``: of the model on this description, with a tile of ``crop_m``.
+
+    Splits, targets and ``min_valid`` of the description do not count: every place where something is measured is
+    mapped, within the area of interest.
+    """
+    grid = description.grid
+    assert grid is not None
+    polygon = None
+    needed = list(dict.fromkeys(s.source for s in spec.sensors))
+    cut = only(description, needed)
+    rasters = {n: r and r.model_copy(update={"nodata_mask": True}) for n, r in cut.rasters.items()}
+    windows = cut.model_copy(
+        update={
+            "tile_m": spec.crop_m,
+            "crop_m": spec.crop_m,
+            "targets": {},
+            "splits": Splits(),
+            "rasters": rasters,
+            "grid": grid.model_copy(update={"stride_m": layout.stride_m, "area": None, "min_valid": 0.0}),
+        }
+    )
+    dataset = open_scenes(windows, src, WHOLE)
+    if grid.area is not None:
+        polygon = read_area(Path(src, grid.area.file), dataset.reader.grid.crs, grid.area.layer)
+    spec = replace(spec, tile_m=spec.crop_m, modalities=dataset.spec.modalities)
+    return SceneSource(spec, dataset, description.name, layout, polygon)
+
+
+def connected(cells: Sequence[Cell], reach: int) -> list[list[Cell]]:
+    """Groups of cells, each sorted, of which none is nearer than ``reach`` rows and columns to another; in order."""
+    left = set(cells)
+    groups = []
+    for start in sorted(left):
+        if start not in left:
+            continue
+        left.discard(start)
+        group, todo = [start], [start]
+        while todo:
+            col, row = todo.pop()
+            for dc in range(-reach, reach + 1):
+                for dr in range(-reach, reach + 1):
+                    cell = Cell(col + dc, row + dr)
+                    if cell in left:
+                        left.discard(cell)
+                        group.append(cell)
+                        todo.append(cell)
+        groups.append(sorted(group, key=lambda c: (c.row, c.col)))
+    return groups
+
+
+def _touching(area: Any, cells: Sequence[Cell], dataset: SceneTiles) -> list[Cell]:
+    import shapely
+
+    cols, rows = np.array(cells, np.int64).T
+    shapely.prepare(area)
+    hit = shapely.intersects(area, shapely.box(*dataset.reader.grid.bounds(cols, rows).T))
+    if not hit.any():
+        raise InferenceError("grid.area: lies outside of all scenes; check its coordinate system")
+    return [cell for cell, touches in zip(cells, hit.tolist(), strict=True) if touches]

@@ -1,0 +1,97 @@
+"""Windows cover every pixel, and blending leaves what all windows agree on."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from maestro_scale.datasets.scenes.grid import Cell
+from maestro_scale.inference.blending import Blend, weights
+from maestro_scale.inference.outputs import resized
+from maestro_scale.inference.scenes import connected
+from maestro_scale.inference.windows import BLOCK, Area, Box, chunk_side, starts, stride_m
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 60), st.integers(1, 20), st.integers(1, 20), st.integers(0, 40))
+def test_windows_cover_an_axis(length, window, stride, offset):
+    found = starts(length, window, min(stride, window), offset)
+    covered = np.zeros(length, bool)
+    for start in found:
+        assert 0 <= start <= max(length - window, 0)
+        covered[start : start + window] = True
+    assert covered.all()
+
+
+def test_strides_are_whole_pixels_of_sensors_and_map():
+    assert stride_m(160, 0.5, [10, 10]) == 80
+    assert stride_m(102.4, 0.5, [10.24, 0.2]) == 51.2
+    assert stride_m(102.4, 0.3, [0.2, 0.8]) == 71.2
+    assert stride_m(160, 0.9, [60, 10]) == 60  # not less than a pixel
+    assert stride_m(100, 0.5, [10, 3.3]) == 50  # they have no common multiple in a window
+
+
+def test_sums_of_a_chunk_fit_into_memory():
+    side = chunk_side(19, 512, 256 * 2**20)
+    assert side % BLOCK == 0
+    assert 4 * 20 * side**2 <= 256 * 2**20
+    assert chunk_side(1, 512, 2**40) == 4096
+
+
+def test_weights_of_half_overlapping_windows_add_up_to_one():
+    w = weights(16)
+    assert float(w.min()) > 0
+    axis = w.sum(dim=0) / 8  # the sum of the other factor
+    np.testing.assert_allclose(axis[:8] + axis[8:], 1, atol=1e-6)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(4, 30), st.integers(4, 30), st.integers(3, 9), st.integers(1, 4), st.integers(0, 5))
+def test_parts_of_a_map_equal_the_whole(height, width, side, stride, seed):
+    rng = np.random.default_rng(seed)
+    places = [(r, c) for r in starts(height, side, stride) for c in starts(width, side, stride)]
+    rows, columns = np.array(places).T
+    area = Area("a", height, width, 1.0, rows, columns, side)
+    values = [torch.from_numpy(rng.normal(size=(2, side, side)).astype(np.float32)) for _ in places]
+
+    def blended(box):
+        blend = Blend(box, 2, side, torch.device("cpu"))
+        for n in area.windows_of(box).tolist():
+            blend.add(values[n], int(rows[n]), int(columns[n]))
+        return blend.mean()
+
+    whole, covered = blended(Box(0, 0, height, width))
+    assert covered.all()
+    for box in area.chunks(5):
+        part, _ = blended(box)
+        rows_of, cols_of = slice(box.top, box.top + box.height), slice(box.left, box.left + box.width)
+        np.testing.assert_array_equal(part, whole[:, rows_of, cols_of])
+
+
+def test_equal_windows_stay_and_invalid_pixels_do_not_count():
+    blend = Blend(Box(0, 0, 6, 8), 1, 4, torch.device("cpu"))
+    invalid = np.zeros((4, 4), bool)
+    invalid[:, :2] = True
+    for row in (0, 2):
+        for column in (0, 2, 4):
+            blend.add(torch.full((1, 4, 4), 7.0), row, column, invalid)
+    mean, covered = blend.mean()
+    np.testing.assert_allclose(mean[0][covered], 7, rtol=1e-6)
+    assert covered[:, 2:].all()
+    assert not covered[:, :2].any()
+    assert mean[0][~covered].tolist() == [0] * 12
+
+
+def test_masks_at_the_pixels_of_a_map():
+    mask = np.array([[True, False], [False, False]])
+    assert resized(mask, 4).sum() == 4
+    assert resized(resized(mask, 4), 2).tolist() == mask.tolist()
+    assert resized(None, 4) is None
+
+
+def test_scenes_apart_are_maps_of_their_own():
+    near = [Cell(0, 0), Cell(1, 0), Cell(3, 1)]
+    far = [Cell(9, 9), Cell(9, 10)]
+    assert connected([*far, *near], 2) == [sorted(near, key=lambda c: (c.row, c.col)), far]
