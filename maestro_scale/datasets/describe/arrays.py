@@ -154,6 +154,8 @@ def _draft(family: Family, array: Array, constant: tuple[str, ...], taken: Seque
         num_dates=array.size("date"),
     )
     draft.extent_m = draft.side * draft.resolution_m
+    if not family.keys and "key" not in array.axes and array.bounds is not None:
+        draft.bounds, draft.crs = array.bounds, frozenset([array.crs or ""])
     if array.resolution_m is None:
         draft.assume("resolution_m", "the files do not say; write the size of a pixel in metres")
     if array.variable == "{band}":
@@ -174,7 +176,7 @@ def _draft(family: Family, array: Array, constant: tuple[str, ...], taken: Seque
         f"{number} file{'s' if number > 1 else ''}; {array.dtype} {shape} ({', '.join(array.axes)}); "
     )
     draft.found += tag + spread
-    if height != width:
+    if height != width and draft.bounds is None:
         draft.notes["files"] = Note(
             f"images of {height}×{width} pixels are not square: set window, or cut them", True
         )

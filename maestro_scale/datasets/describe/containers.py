@@ -20,7 +20,7 @@ from maestro_scale.datasets import raw
 from maestro_scale.datasets.describe.probe import Values, spread_of
 from maestro_scale.datasets.description.config import ImageFiles
 from maestro_scale.datasets.sources import remote
-from maestro_scale.datasets.sources.array_image import ArrayStore, StoredArray
+from maestro_scale.datasets.sources.array_image import StoredArray
 from maestro_scale.datasets.sources.arrays import ArrayFile
 from maestro_scale.datasets.sources.table import source_of
 from maestro_scale.datasets.spec import DatasetError
@@ -191,11 +191,11 @@ def _stored(address: str) -> Iterator[list[_Sample]]:
         store = file.store
         names = list(store.names())[:1000]
         arrays = {n: a for n in names if (a := store.find(n)) is not None}
-        yield [_stored_sample(store, arrays, name) for name in sorted(arrays) if len(arrays[name].shape) > 1]
+        yield [_stored_sample(file, arrays, name) for name in sorted(arrays) if len(arrays[name].shape) > 1]
 
 
-def _stored_sample(store: ArrayStore, arrays: Mapping[str, StoredArray], name: str) -> _Sample:
-    array = arrays[name]
+def _stored_sample(file: ArrayFile, arrays: Mapping[str, StoredArray], name: str) -> _Sample:
+    array, store = arrays[name], file.store
     dims = tuple(array.dimensions or ())
     extra: dict[str, Any] = {}
     for d in dims:
@@ -217,9 +217,24 @@ def _stored_sample(store: ArrayStore, arrays: Mapping[str, StoredArray], name: s
     fill = array.attribute("missing_value") if fill is None else fill
     if isinstance(fill, (int, float)) and not isinstance(fill, bool):
         extra["nodata"] = float(fill)
+    if {"y", "x"} <= set(axes := _named(dims)):
+        extra |= _place(file, name, array.shape[axes.index("y")], array.shape[axes.index("x")])
     # Only one array, such as that of an .npy file, needs no name.
     variable = None if name in ("", "array") and len(arrays) == 1 else name
     return _Sample(variable, tuple(array.shape), str(array.dtype), dims, array.read, extra)
+
+
+def _place(file: ArrayFile, name: str, height: int, width: int) -> dict[str, Any]:
+    """Coordinate system and bounds of an array; nothing where the file does not say both."""
+    try:
+        found = file.georeference(name)
+    except DatasetError:
+        return {}
+    if found.crs is None or found.transform is None or found.transform[1] or found.transform[3]:
+        return {}
+    a, _, west, _, e, north = found.transform
+    south, east = north + e * height, west + a * width
+    return {"crs": found.crs, "bounds": (west, min(south, north), east, max(south, north))}
 
 
 def _spacing(x: np.ndarray, name: str) -> dict[str, Any]:

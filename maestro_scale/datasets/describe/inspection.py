@@ -83,6 +83,9 @@ class Inspection:
         is_scenes = self._are_scenes(rasters)
         if is_scenes:
             rasters = merge_resolutions(rasters)
+        else:
+            for r in rasters:
+                self._give_key(r)
         self._exclude(rasters, listing)
         sizes = self._sizes(rasters, is_scenes)
         self._give_dates(rasters)
@@ -217,7 +220,9 @@ class Inspection:
     def _are_scenes(self, rasters: Sequence[RasterDraft]) -> bool:
         """Whether images are to be cut into tiles, rather than tiles themselves."""
         if any(r.bounds is None for r in rasters):
-            return False  # arrays, and images without coordinates
+            return False  # arrays of several places, and images without coordinates
+        if not all(r.keys for r in rasters) or any(map(self._is_map, self._label_families)):
+            return True  # what names no place shows all of it
         headers = [self._prober.headers([f.path for f in r.family.files]) for r in rasters if r.family]
         sides = [max(h.width, h.height) for some in headers for h in some]
         if max(sides) > _SCENE_SIDE:
@@ -244,6 +249,17 @@ class Inspection:
             if others:
                 ends = sorted({_ending(p, [f.path for f in family.files]) for p in others})
                 r.exclude = tuple(ends[:20])
+
+    def _is_map(self, family: Family) -> bool:
+        """Whether the files of a family have coordinates, but no keys."""
+        return not family.keys and any(h.bounds for h in self._prober.headers([f.path for f in family.files]))
+
+    def _give_key(self, raster: RasterDraft) -> None:
+        """A key for images of one place, whose names say none."""
+        several = "key" in (raster.axes or ()) or raster.files.endswith((".parquet", ".tar"))
+        if not raster.keys and not several:
+            raster.key = dataset_name(self._src)
+            raster.assume("key", "nothing names a tile, so all images are of one")
 
     def _sizes(self, rasters: Sequence[RasterDraft], is_scenes: bool) -> Sizes:
         inputs = [Input(r.resolution_m, r.num_dates if r.series else 1, r.side) for r in rasters]
@@ -336,8 +352,8 @@ class Inspection:
             name = words.label_of(family.words) or (plain[-1] if plain else "label")
             name = unique_name(name, [t.name for t in self._targets])
             raster: dict[str, object] = {"files": family.pattern}
-            if family.key_template:
-                raster["key"] = family.key_template
+            if family.key_template or not (family.keys or draft.grid):
+                raster["key"] = family.key_template or dataset_name(self._src)
             resolution = headers[0].resolution_m or draft.sizes.tile_m / headers[0].width
             target = TargetDraft(name, {}, "")
             if values.distinct is None or len(values.distinct) > _MAX_LABELS:
@@ -363,6 +379,8 @@ class Inspection:
             if values is None:
                 continue
             name = unique_name(label.name, [t.name for t in self._targets])
+            if draft.grid is None and any(r.key == dataset_name(self._src) for r in draft.rasters):
+                label.where.setdefault("key", dataset_name(self._src))
             resolution = array.resolution_m or draft.sizes.tile_m / array.size("x")
             target = TargetDraft(
                 name,

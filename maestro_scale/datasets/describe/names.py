@@ -27,6 +27,7 @@ _PART = re.compile(
 )
 _DATES = (
     ("", r"\d{8}T\d{6}", "%Y%m%dT%H%M%S"),
+    ("", r"\d{7}T\d{6}", "%Y%jT%H%M%S"),  # HLS
     ("", r"\d{14}", "%Y%m%d%H%M%S"),
     ("", r"\d{8}", "%Y%m%d"),
     ("", r"\d{4}-\d{2}-\d{2}", "%Y-%m-%d"),

@@ -333,7 +333,7 @@ def set_quantity(
 def _set_reflectance(
     draft: RasterDraft, family: Family, sensor: str | None, values: Values, first: Header, span: str
 ) -> None:
-    optical = sensor in ("s2", "planet", "naip", "spot", "aerial") or bool(
+    optical = sensor in ("s2", "landsat", "planet", "naip", "spot", "aerial") or bool(
         {n for n, _ in draft.bands} & {"B4", "B8", "R", "NIR", "red", "nir"}
     )
     if np_kind(first.dtype) == "f" and optical and 0 <= values.p98 <= 2:
@@ -349,14 +349,25 @@ def _set_reflectance(
 
 
 def _note_s2_offset(draft: RasterDraft, family: Family, sensor: str | None, values: Values) -> None:
-    """Since processing baseline 04.00 of January 2022, Sentinel-2 products have 1000 added to reflectance × 10,000."""
-    last = max((f.date for f in family.files if f.date), default=None)
-    if sensor != "s2" or last is None or last < _S2_OFFSET_SINCE:
+    """Since processing baseline 04.00 of January 2022, Sentinel-2 products have 1000 added to reflectance × 10,000.
+
+    Also older images that were processed again. The names of products say their baseline.
+    """
+    if sensor != "s2" or "S30" in family.words:  # HLS takes the 1000 away
         return
-    baseline = next((w for w in family.words if re.fullmatch(r"N0[4-9]\d\d", w)), None)
-    if baseline:
+    baselines = sorted(m[1] for f in family.files if (m := re.search(r"_(N\d{4})_", f.path)))
+    added = [b for b in baselines if b >= "N0400"]
+    last = max((f.date for f in family.files if f.date), default=None)
+    if not added and (baselines or last is None or last < _S2_OFFSET_SINCE):
+        return
+    mixed = (
+        f", not to {baselines[0]}: put these images into a raster of their own" if added != baselines else ""
+    )
+    if added and (not mixed or 2 * len(added) >= len(baselines)):
         draft.offset, draft.dtype = -1000.0, "int16"
-        draft.notes["offset"] = Note(f"processing baseline {baseline} adds 1000")
+        draft.notes["offset"] = Note(f"processing baseline {added[0]} adds 1000{mixed}", bool(mixed))
+    elif added:
+        draft.assume("offset", f"processing baseline {added[0]} adds 1000{mixed}")
     elif values.p02 > 900:
         draft.offset, draft.dtype = -1000.0, "int16"
         draft.assume(

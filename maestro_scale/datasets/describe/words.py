@@ -105,10 +105,13 @@ SPLITS = {
 _SENSORS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("s1", ("s1", "s1a", "s1b", "s1c", "sentinel1", "sen1", "sar", "grd", "rtc", "s1grd", "s1rtc")),
     (
-        "landsat",
-        ("landsat", "landsat8", "landsat9", "lc08", "lc09", "le07", "lt05", "oli", "hls", "l8", "l9"),
+        "s2",
+        ("s2", "s2a", "s2b", "s2c", "sentinel2", "sen2", "msi", "s2l2a", "s2l1c", "msil2a", "msil1c", "s30"),
     ),
-    ("s2", ("s2", "s2a", "s2b", "s2c", "sentinel2", "sen2", "msi", "s2l2a", "s2l1c", "msil2a", "msil1c")),
+    (
+        "landsat",
+        ("landsat", "landsat8", "landsat9", "lc08", "lc09", "le07", "lt05", "oli", "hls", "l30", "l8", "l9"),
+    ),
     (
         "planet",
         ("planet", "planetscope", "psscene", "psscene4band", "analyticms", "analytic", "skysat", "3b"),

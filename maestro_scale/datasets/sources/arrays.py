@@ -124,6 +124,11 @@ class ArrayFile:
             place = self._georeference(array, fixed.get("key"))
             return ArrayImage(self._store, arrays, fixed, place, date, self._section.unpack)
 
+    def georeference(self, name: str) -> Georeference:
+        """Where an array lies that is of one place."""
+        with Reported(self._store):
+            return self._georeference(self._place(name), None)
+
     def _fixed(self, array: Placed, part: tuple[int | str, ...]) -> dict[str, int]:
         names = [axis for axis in ("key", "date") if axis in array.axes]
         if len(part) == len(names) - 1 and names[-1:] == ["date"] and array.size("date") == 1:

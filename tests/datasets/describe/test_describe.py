@@ -7,6 +7,7 @@ from pathlib import Path
 
 import geopandas
 import numpy as np
+import pyproj
 import pytest
 import rasterio
 import xarray
@@ -217,6 +218,88 @@ def test_a_cube_per_tile_in_netcdf(tmp_path):
     tile = first_tile(description, src)
     assert tile.dates["s2"].tolist() == [[2021, 5, 0], [2021, 36, 0], [2021, 64, 0]]
     assert tile.targets["label"].shape == (32, 32)
+
+
+def test_a_cube_of_one_place_is_cut_into_tiles(tmp_path):
+    values = np.arange(2 * 96 * 80, dtype="int16").reshape(2, 96, 80)
+    cube = xarray.Dataset(
+        {band: (("time", "y", "x"), values + i) for i, band in enumerate(("B02", "B03"))},
+        coords={
+            "time": np.array(["2021-01-05", "2021-02-05"], "datetime64[ns]"),
+            "x": WEST + 5 + 10 * np.arange(80.0),
+            "y": NORTH - 5 - 10 * np.arange(96.0)[::-1],  # from south to north
+            "spatial_ref": ((), 0, pyproj.CRS.from_epsg(32632).to_cf()),
+        },
+    )
+    (tmp_path / "d").mkdir()
+    cube.to_netcdf(tmp_path / "d" / "cube.nc", engine="h5netcdf")
+    description = drafted(tmp_path / "d", tmp_path)
+    assert description.grid.crs == "EPSG:32632"
+    dataset = open_described(description, str(tmp_path / "d"), "train")
+    size = round(description.tile_m / 10)
+    tile = dataset.read(f"32632_E{WEST:07d}_N{NORTH:07d}")
+    np.testing.assert_array_equal(tile.arrays["band"][1, 1], values[1, ::-1][:size, :size] + 1)
+
+
+@pytest.mark.parametrize("crs", ["EPSG:32632", None])
+def test_small_images_of_one_place(tmp_path, crs):
+    place = {} if crs else {"crs": None, "transform": rasterio.Affine.identity()}
+    for day in DAYS:
+        write(tmp_path / "d" / f"image_{day}.tif", (4, 64, 64), **place)
+        write(tmp_path / "d" / f"labels_{day}.tif", (1, 64, 64), 0, 3, "uint8", **place)
+    for day in DAYS[1:]:
+        (tmp_path / "d" / f"labels_{day}.tif").unlink()
+    (tmp_path / "d" / f"labels_{DAYS[0]}.tif").rename(tmp_path / "d" / "labels.tif")
+    description = drafted(tmp_path / "d", tmp_path)
+    assert (description.grid is not None) == (crs is not None)
+    tile = first_tile(description, tmp_path / "d")
+    assert len(tile.arrays["image"]) == 2
+    assert tile.targets["labels"].ndim == 2
+
+
+def test_tiles_with_one_map_of_labels_are_scenes(tmp_path):
+    for k in range(3):
+        write(tmp_path / "d" / f"image_{k}.tif", (4, 64, 64), west=WEST + 640 * k)
+    write(tmp_path / "d" / "landcover.tif", (1, 64, 192), 0, 3, "uint8")
+    description = drafted(tmp_path / "d", tmp_path)
+    assert description.grid is not None
+    assert "landcover" in first_tile(description, tmp_path / "d").targets
+
+
+def test_harmonised_landsat_and_sentinel_are_two_rasters(tmp_path):
+    for product, infrared in (("S30", "B8A"), ("L30", "B05")):
+        for day in ("2022153", "2022169"):
+            for band in ("B02", "B03", "B04", infrared, "Fmask"):
+                path = tmp_path / "d" / f"HLS.{product}.T32UQD.{day}T102021.v2.0.{band}.tif"
+                kind = (0, 2, "uint8") if band == "Fmask" else (1000, 3000, "int16")
+                write(path, (1, 64, 64), *kind, m=30)
+    description = drafted(tmp_path / "d", tmp_path)
+    s2, landsat = description.rasters["s2"], description.rasters["landsat"]
+    assert [b.name for b in s2.bands] == ["B2", "B3", "B4", "B8A"]
+    assert [b.name for b in landsat.bands] == ["L2", "L3", "L4", "L5"]
+    assert (s2.quantity, landsat.quantity, s2.offset) == ("reflectance", "reflectance", 0)
+    assert first_tile(description, tmp_path / "d").dates["s2"].tolist() == [[2022, 153, 10], [2022, 169, 10]]
+
+
+@pytest.mark.parametrize(
+    ("baselines", "offset", "said"),
+    [
+        (("N0500", "N0500"), -1000, "processing baseline N0500 adds 1000"),
+        (("N0214", "N0300"), 0, ""),
+        (
+            ("N0300", "N0510"),
+            -1000,
+            "N0510 adds 1000, not to N0300: put these images into a raster of their own",
+        ),
+    ],
+)
+def test_the_baseline_of_a_product_says_whether_1000_was_added(tmp_path, baselines, offset, said):
+    for day, baseline in zip(("20190603", "20190613"), baselines, strict=True):
+        name = f"S2A_MSIL2A_{day}T102021_{baseline}_R065_T32UQD_{day}T150000.SAFE"
+        for band in ("B02", "B03", "B04"):
+            write(tmp_path / "d" / name / f"T32UQD_{day}T102021_{band}_10m.tif", (1, 64, 64), 1200)
+    assert drafted(tmp_path / "d", tmp_path).rasters["s2"].offset == offset
+    assert said in " ".join((tmp_path / "draft.yaml").read_text().replace("#", " ").split())
 
 
 def test_the_command_prints_yaml_alone_and_messages_elsewhere(tmp_path):
