@@ -28,6 +28,7 @@ _SAME_PIXEL = 1e-3  # of a pixel: two grids that differ by less are the same; fi
 _MARGIN = 4  # source pixels that the widest kernel (Lanczos: 3) needs around a tile, and one
 _TOLERANCE = 0.01  # of a pixel, of GDAL's approximation of the transformation between two CRS
 _EDGE_POINTS = 21  # per edge of a box that is transformed: edges are curves in another CRS
+_KERNELS = ("bilinear", "cubic", "cubic_spline", "lanczos")  # that grow with the pixels of the tile
 _EXACT_IN_FLOAT32 = ("uint8", "int8", "uint16", "int16", "float16", "float32")
 
 
@@ -141,6 +142,7 @@ def resample(
         dst_nodata=np.nan,
         resampling=Methods[method],
         tolerance=_TOLERANCE,
+        **(_scales(place, crs, box, size) if method in _KERNELS else {}),
         UNIFIED_SRC_NODATA="NO",  # a band that is invalid does not make the others invalid
     )
     invalid = np.isnan(target)
@@ -151,6 +153,27 @@ def resample(
     else:
         values = target.astype(dtype, copy=False)
     return Pixels(values, invalid if invalid.any() else None)
+
+
+def _scales(place: Placement, crs: str, box: Box, size: int) -> dict[str, float]:
+    """Options of GDAL: pixels of the tile per pixel of the image, along the image's rows and columns.
+
+    GDAL would guess them from the window, which is smaller at the edge of an image and larger where it is rotated.
+    """
+    a, b, _, d, e, _ = place.transform
+    step = (box.east - box.west) / size
+    x, y = (box.west + box.east) / 2, (box.south + box.north) / 2
+    xs, ys = np.array([x, x + step, x]), np.array([y, y, y + step])
+    if place.crs != crs:
+        xs, ys = transformer(crs, place.crs).transform(xs, ys)
+    dx, dy = np.diff(xs)[0], np.diff(ys)[0]
+    ex, ey = xs[2] - xs[0], ys[2] - ys[0]
+    det = a * e - b * d
+    cols = math.hypot(e * dx - b * dy, e * ex - b * ey) / abs(det)
+    rows = math.hypot(a * dy - d * dx, a * ey - d * ex) / abs(det)
+    if not (math.isfinite(cols) and math.isfinite(rows) and cols > 0 and rows > 0):
+        return {}
+    return {"XSCALE": 1 / cols, "YSCALE": 1 / rows}
 
 
 def transformed_bounds(crs_from: str, crs_to: str, box: Box) -> Box | None:
