@@ -128,7 +128,8 @@ def colours(values: Sequence[int]) -> dict[int, tuple[int, int, int, int]]:
     for value in values:
         hue, shade = value * 0.618034 % 1, value % 4
         rgb = colorsys.hls_to_rgb(hue, (0.45, 0.62, 0.35, 0.75)[shade], (0.75, 0.6, 0.7, 0.65)[shade])
-        table[value] = (*(round(255 * part) for part in rgb), 255)
+        red, green, blue = (round(255 * part) for part in rgb)
+        table[value] = (red, green, blue, 255)
     return table
 
 

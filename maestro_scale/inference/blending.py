@@ -54,7 +54,7 @@ class Blend:
         weight = self._weights[inside]
         if invalid is not None:
             weight = weight * torch.from_numpy(~invalid[inside]).to(weight.device)
-        self._sums[:, rows, columns] += values[(slice(None), *inside)].float() * weight
+        self._sums[:, rows, columns] += values[:, inside[0], inside[1]].float() * weight
         self._total[rows, columns] += weight
 
     def mean(self) -> tuple[np.ndarray, np.ndarray]:

@@ -70,7 +70,7 @@ class ClassMap:
         self._values = np.array(counted, np.uint8)
         self.num_channels = len(counted)
         names = {i: target.classes[i] for i in counted}
-        self.images = (Image("", Bands((target.name,), "uint8", NO_CLASS, names)),)
+        self.images: tuple[Image, ...] = (Image("", Bands((target.name,), "uint8", NO_CLASS, names)),)
         if probabilities:
             bands = Bands(tuple(names.values()), "uint8", NO_CLASS, scale=1 / PERCENT)
             self.images += (Image("probabilities", bands),)
@@ -97,7 +97,9 @@ class ValueMap:
         assert target.resolution_m is not None
         self._model, self._target = model, target
         self.resolution_m, self.num_channels = target.resolution_m, 1
-        self.images = (Image("", Bands((target.name,), "float32", float("nan"), units=target.units)),)
+        self.images: tuple[Image, ...] = (
+            Image("", Bands((target.name,), "float32", float("nan"), units=target.units)),
+        )
 
     def values(self, batch: Batch) -> Tensor | None:
         """As of MapOutput."""
@@ -120,7 +122,7 @@ class EmbeddingMap:
         self.resolution_m = spec.crop_m / spec.sensor(wanted).grid
         self.num_channels = model.config.size.width
         bands = tuple(f"{wanted}_{i}" for i in range(self.num_channels))
-        self.images = (Image("", Bands(bands, "float32", float("nan"))),)
+        self.images: tuple[Image, ...] = (Image("", Bands(bands, "float32", float("nan"))),)
 
     def values(self, batch: Batch) -> Tensor | None:
         """As of MapOutput."""

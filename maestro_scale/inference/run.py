@@ -71,7 +71,9 @@ def predict_maps(
     paths = [[folder.file(i.folder, a.name, ".tif") for i in output.images] for a in source.areas]
     for image in output.images:
         (folder.path / image.folder).mkdir(exist_ok=True)
-    num_done, large, units = 0, {}, []
+    num_done = 0
+    large: dict[int, list[Chunk]] = {}
+    units = []
     for unit in _units(source.areas, output.num_channels, run):
         if unit[0].count > 1:
             large.setdefault(unit[0].area, []).append(unit[0])

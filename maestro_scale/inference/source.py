@@ -45,7 +45,9 @@ class Source(Protocol):
     """The areas that are mapped, and their windows."""
 
     spec: DatasetSpec
-    areas: Sequence[Area]
+
+    @property
+    def areas(self) -> Sequence[Area]: ...
 
     def read(self, area: int, numbers: np.ndarray, batch_size: int) -> Iterator[Piece]:
         """These windows of an area, each once, in an order that depends on the arguments alone; those without valid
@@ -178,7 +180,7 @@ def _invalid(sample: Sample, spec: DatasetSpec, crop: Crop) -> np.ndarray | None
         marks = sample.array(mask_field(modality.name), window)[:, modality.mask_bands.index(NODATA)]
     except CodecError as error:
         raise InferenceError(f"tile {sample.key}: {error}") from None
-    invalid = (marks > 0).all(axis=0)
+    invalid: np.ndarray = np.asarray((marks > 0).all(axis=0))
     return invalid if invalid.any() else None
 
 

@@ -80,7 +80,8 @@ def divide(source: Source, global_batch: int) -> Division:
 
 def runs(source: Source) -> Iterator[tuple[Absent, int]]:
     """(sensors that the tiles lack, number of samples) of consecutive shards whose tiles have the same sensors."""
-    absent, samples = (), 0
+    absent: Absent = ()
+    samples = 0
     for shard, count in zip(source.shards, source.counts, strict=True):
         lacking = absent_sensors(source.spec, shard)
         if lacking != absent and samples:

@@ -67,7 +67,7 @@ class Engine:
         )
         self.network: Any = network  # typed Any for its ``loss`` and ``config``
         self.guard = guard
-        self._uses_vary = uses_vary or bool(network.config.others)
+        self._uses_vary = uses_vary
         self.sharded = ShardedState(self._deepspeed, world.rank, world.size)
         self._world, self._schedule = world, schedule
         zero = config.get("zero_optimization", {})
@@ -128,7 +128,8 @@ class Engine:
 
     def _forward_backward(self, batches: Sequence[Batch], inputs: Sequence[Any], num_terms: Tensor) -> Tensor:
         """Also the optimizer's step: DeepSpeed makes it inside its ``step`` at the last micro-batch."""
-        if self._uses_vary and (self._stage == 3 or self._updates_on_host):
+        uses_vary = self._uses_vary or self.network.config.others
+        if uses_vary and (self._stage == 3 or self._updates_on_host):
             self._clear_gradients()
         local_sums: list[Tensor] = []
         for batch, given in zip(batches, inputs, strict=True):

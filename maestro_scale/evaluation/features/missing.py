@@ -43,8 +43,10 @@ def filled(model: FrozenEncoder, batch: Batch, parts: Mapping[str, Tensor]) -> d
             whole[sensor.name] = parts[sensor.name]
             continue
         width = token_width(model, sensor.name)
-        fits = mean is not None and mean.shape[-1] == width
-        whole[sensor.name] = mean if fits else some.new_zeros(*some.shape[:-1], width)
+        if mean is not None and mean.shape[-1] == width:
+            whole[sensor.name] = mean
+        else:
+            whole[sensor.name] = some.new_zeros(*some.shape[:-1], width)
     return whole
 
 
