@@ -22,6 +22,7 @@ from maestro_scale.inference.errors import InferenceError
 
 RECORD = "_predict.json"
 PARTS = ".parts"
+_BESIDE = ".aux.xml"
 _POLL_S = 0.5
 
 
@@ -53,7 +54,9 @@ class Folder:
 
     def file(self, folder: str, key: str, suffix: str) -> Path:
         """The path of a file by its key, which may be any text."""
-        return self.path / folder / file_name(key, suffix, self.ignore_case)
+        # Shortened so that the name of the file beside it, which GDAL determines, is not too long either.
+        name = file_name(key, suffix + _BESIDE, self.ignore_case)
+        return self.path / folder / name.removesuffix(_BESIDE)
 
     def part(self, area: int, number: int) -> Path:
         """The file of a part of a map."""

@@ -27,6 +27,7 @@ SIZE = 96  # pixels per side of a scene
 WEST, NORTH, CRS = 499_200.0, 4_998_400.0, "EPSG:32631"
 CLASSES = ("field", "void", "wood", "lake")
 COUNTED = (0, 2, 3)
+NOISE = 200  # so that a pixel is known by its surroundings only
 SPEC = describe(
     "valley",
     480.0,
@@ -68,7 +69,7 @@ def landscape(size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
     fields = [gaussian_filter(rng.normal(size=(size, size)), 5) for _ in COUNTED]
     kind = np.argmax(fields, axis=0)
-    pixels = COLOURS[kind].transpose(2, 0, 1) + rng.normal(0, 120, (3, size, size))
+    pixels = COLOURS[kind].transpose(2, 0, 1) + rng.normal(0, NOISE, (3, size, size))
     return pixels.clip(1, 4000).astype(np.int16), np.array(COUNTED)[kind]
 
 

@@ -1,0 +1,371 @@
+"""``maestro-scale predict``: one map whatever the windows, ranks and kills; files that GIS programs understand."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from xml.etree import ElementTree
+
+import geopandas
+import numpy as np
+import pyarrow.parquet as parquet
+import pytest
+import rasterio
+import torch
+from rio_cogeo.cogeo import cog_validate
+from testkit.hostile import NAMES
+from testkit.models import TINY
+from typer.testing import CliRunner
+
+from maestro_scale.cli import app
+from maestro_scale.datasets.cog import Bands, write_cog
+from maestro_scale.datasets.description.load import load_description
+from maestro_scale.datasets.spec import Target
+from maestro_scale.escaping import file_name, printable
+from maestro_scale.inference import run, windows
+from maestro_scale.inference.command import (
+    Data,
+    Options,
+    WindowLayout,
+    open_data,
+    open_source,
+    predict,
+    view_on,
+)
+from maestro_scale.inference.errors import InferenceError
+from maestro_scale.interop.export import write_model
+from maestro_scale.interop.pretrained import load_model
+from maestro_scale.model.config import ModelConfig
+from maestro_scale.model.finetuned import Finetuned
+from maestro_scale.model.maestro import Maestro
+from maestro_scale.shards.write.writer import Writer
+from tests.inference.conftest import CLASSES, CRS, DESCRIPTION, NORTH, SIZE, SPEC, WEST, landscape, tile
+
+CPU = run.Run(torch.device("cpu"))
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    """{path: content} of what users see."""
+    return {
+        str(p.relative_to(folder)): p.read_bytes()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file() and p.name != "_predict.json"
+    }
+
+
+def scene_map(model, valley, out: Path, **options) -> np.ndarray:
+    """The classes of the scene's pixels."""
+    predict(model, str(valley.description), out, Options(files=str(valley.scene), **options), CPU)
+    with rasterio.open(out / "valley.tif") as image:
+        row, column = round((image.bounds.top - NORTH) / 10), round((WEST - image.bounds.left) / 10)
+        assert (image.crs.to_string(), image.res) == (CRS, (10.0, 10.0))
+        return image.read(1)[row : row + SIZE, column : column + SIZE]
+
+
+def test_a_map_of_a_scene_does_not_depend_on_the_offset_of_windows(model, valley, tmp_path):
+    maps = {}
+    for overlap in (0.0, 0.5):
+        for offset in (0, 40):
+            origin = (f"grid.origin=[{offset},{offset}]",)
+            out = tmp_path / f"{overlap}-{offset}"
+            maps[overlap, offset] = scene_map(model, valley, out, overlap=overlap, overrides=origin)
+    assert all(set(np.unique(m)) == {0, 2, 3} for m in maps.values())  # no pixel without a class
+    blended = (maps[0.5, 0] == maps[0.5, 40]).mean()
+    apart = (maps[0.0, 0] == maps[0.0, 40]).mean()
+    assert blended >= 0.995
+    assert 1 - apart > 1.5 * (1 - blended)
+    scores = {k: (m == valley.truth).mean() for k, m in maps.items()}
+    assert min(scores[0.5, 0], scores[0.5, 40]) >= max(scores[0.0, 0], scores[0.0, 40])
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Chunks of 32 pixels, so that the scene has 16."""
+    monkeypatch.setattr(windows, "BLOCK", 32)
+    return replace(CPU, memory_bytes=1, batch_size=5)
+
+
+def test_ranks_and_kills_write_the_same_bytes(model, valley, tmp_path, small_chunks):
+    options = Options(files=str(valley.scene), probabilities=True)
+
+    def run_rank(out, rank=0, world=1, progress=None):
+        how = replace(small_chunks, rank=rank, world=world)
+        return predict(model, str(valley.description), out, options, how, progress)[0]
+
+    total = run_rank(tmp_path / "alone")
+    expected = bytes_of(tmp_path / "alone")
+    assert set(expected) == {"valley.tif", "valley.tif.aux.xml", "probabilities/valley.tif"}
+    # Rank 0 puts the map together, once the others have written their parts.
+    shares = [run_rank(tmp_path / "shared", rank, 3) for rank in (1, 2, 0)]
+    assert sum(shares) == total
+    assert min(shares) > total / 5
+    assert bytes_of(tmp_path / "shared") == expected
+
+    class Killed(Exception):
+        pass
+
+    def kill(done, *_):
+        if done > total / 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run_rank(tmp_path / "killed", progress=kill)
+    (tmp_path / "killed" / ".parts" / ".partial-1").write_bytes(b"half")
+    assert 0 < run_rank(tmp_path / "killed") < total
+    (tmp_path / "killed" / ".parts" / ".partial-1").unlink(missing_ok=True)
+    assert bytes_of(tmp_path / "killed") == expected
+    assert run_rank(tmp_path / "killed") == 0
+    # Chunks make no difference, but for what rounding may do where two classes are equally likely.
+    predict(model, str(valley.description), tmp_path / "whole", options, CPU)
+    with (
+        rasterio.open(tmp_path / "whole" / "valley.tif") as one,
+        rasterio.open(tmp_path / "alone" / "valley.tif") as other,
+    ):
+        assert (one.read() == other.read()).mean() > 0.999
+
+
+def test_tiles_of_shards_are_maps_with_colours_and_names(model, valley, tmp_path):
+    options = Options(probabilities=True, cache_dir=tmp_path / "cache")
+    whole = tmp_path / "out"
+    assert predict(model, str(valley.shards), whole, options, CPU)[0] == 3 * 25
+    names = {key: file_name(key, ".tif") for key in ("a/b", "../c", "d")}
+    assert {p.name for p in whole.glob("*.tif")} == set(names.values())
+    for number, (key, name) in enumerate(names.items()):
+        for path in (whole / name, whole / "probabilities" / name):
+            assert cog_validate(path, strict=True, quiet=True)[:3] == (True, [], [])
+        with rasterio.open(whole / name) as image:
+            classes = image.read(1)
+            colours = image.colormap(1)
+            assert (image.count, image.dtypes[0], image.nodata, image.crs.to_string()) == (
+                1,
+                "uint8",
+                255,
+                CRS,
+            )
+            assert image.bounds.left == WEST + 1000 * number
+            assert image.tags()["key"] == key
+            assert image.tags(1) == {"class_0": "field", "class_2": "wood", "class_3": "lake"}
+            assert image.colorinterp[0].name == "palette"
+        assert len({colours[v] for v in (0, 2, 3)}) == 3
+        truth = landscape(48, 10 + number)[1]
+        assert (classes == truth).mean() > 0.95
+        xml = ElementTree.parse(whole / f"{name}.aux.xml")
+        assert [c.text for c in xml.iter("Category")] == ["field", None, "wood", "lake"]
+        assert [[f.text for f in row][:2] for row in xml.iter("Row")] == [
+            ["0", "field"],
+            ["2", "wood"],
+            ["3", "lake"],
+        ]
+        with rasterio.open(whole / "probabilities" / name) as image:
+            shares = image.read()
+            assert image.descriptions == ("field", "wood", "lake")
+            assert image.scales == (0.004,) * 3
+        assert np.abs(shares.sum(axis=0, dtype=int) - 250).max() <= 2
+        assert (np.array([0, 2, 3])[shares.argmax(axis=0)] == classes).mean() > 0.99
+    # Several ranks have batches of the same windows.
+    for rank in (1, 0):
+        predict(model, str(valley.shards), tmp_path / "shared", options, replace(CPU, rank=rank, world=2))
+    assert bytes_of(tmp_path / "shared") == bytes_of(whole)
+    (whole / names["d"]).unlink()
+    assert predict(model, str(valley.shards), whole, options, CPU)[0] > 0
+    assert bytes_of(tmp_path / "shared") == bytes_of(whole)
+
+
+def test_names_from_data_stay_in_the_folder(model, tmp_path):
+    pixels, truth = landscape(48, 0)
+    with Writer(str(tmp_path / "shards"), SPEC, "test") as writer:
+        for number, key in enumerate(NAMES):
+            writer.add(tile(key, pixels, truth, number))
+    options = Options(cache_dir=tmp_path / "cache", overlap=0.0)
+    predict(model, str(tmp_path / "shards"), tmp_path / "out", options, CPU)
+    found = sorted((tmp_path / "out").rglob("*.tif"))
+    assert len(found) == len(NAMES)
+    tags = set()
+    for path in found:
+        with rasterio.open(path) as image:
+            tags.add(image.tags()["key"])
+    assert tags == {printable(name) for name in NAMES}
+    assert {p.name for p in tmp_path.iterdir()} == {"shards", "cache", "out"}
+
+
+def test_where_nothing_is_measured_there_is_no_class(model, valley, tmp_path):
+    scene = tmp_path / "scene" / "s2_20200601.tif"
+    scene.parent.mkdir()
+    with rasterio.open(valley.scene / "s2_20200601.tif") as image:
+        profile, pixels = image.profile, image.read()
+    pixels[:, 30:60, :20] = 0
+    with rasterio.open(scene, "w", **profile) as image:
+        image.write(pixels)
+    area = {"type": "Polygon", "coordinates": [_ring(WEST, NORTH - 600, WEST + 600, NORTH)]}
+    (tmp_path / "scene" / "area.geojson").write_text(
+        json.dumps(
+            {
+                "type": "FeatureCollection",
+                "crs": {"type": "name", "properties": {"name": "urn:ogc:def:crs:EPSG::32631"}},
+                "features": [{"type": "Feature", "properties": {}, "geometry": area}],
+            }
+        )
+    )
+    found = replace(valley, scene=scene.parent)
+    classes = scene_map(model, found, tmp_path / "out")
+    expected = np.zeros(classes.shape, bool)
+    expected[30:60, :20] = True
+    assert ((classes == 255) == expected).all()
+    classes = scene_map(model, found, tmp_path / "cut", overrides=("grid.area=area.geojson",))
+    expected[:60, :60] |= False
+    assert (classes[:60, :60] != 255).sum() == 3600 - 600
+    assert classes.shape == (min(SIZE, classes.shape[0]), classes.shape[1])
+    assert (classes[60:] == 255).all()
+    assert (classes[:, 60:] == 255).all()
+
+
+def _ring(west, south, east, north):
+    return [[west, south], [east, south], [east, north], [west, north], [west, south]]
+
+
+def write_finetuned(folder: Path, target: Target) -> Maestro:
+    """A model with random weights and a head for a target."""
+    spec = replace(SPEC, targets=(target,))
+    config = ModelConfig(
+        spec.sensors,
+        TINY,
+        spec.pos_grid,
+        inter_depth=1,
+        ref_sensor="s2",
+        heads=spec.targets,
+        crop_m=160.0,
+        dataset="valley",
+    )
+    state = Maestro(config, decodes=False).initialise(0).state_dict()
+    write_model(
+        folder, state, config, {"step": 1}, Finetuned(spec, target.name, "r2", "finetune", 1, 0.5, 0.5)
+    )
+    return load_model(folder)
+
+
+def test_numbers_have_units(valley, tmp_path):
+    model = write_finetuned(tmp_path / "model", Target("height", "regression", resolution_m=10.0, units="m"))
+    options = Options(cache_dir=tmp_path / "cache")
+    predict(model, str(valley.shards), tmp_path / "out", options, CPU)
+    path = tmp_path / "out" / "d.tif"
+    assert cog_validate(path, strict=True, quiet=True)[0]
+    with rasterio.open(path) as image:
+        assert (image.dtypes, image.units, image.descriptions) == (("float32",), ("m",), ("height",))
+        assert np.isnan(image.nodata)
+        assert np.isfinite(image.read()).all()
+    with pytest.raises(InferenceError, match="--probabilities: height is regression"):
+        predict(model, str(valley.shards), tmp_path / "p", replace(options, probabilities=True), CPU)
+
+
+@pytest.mark.parametrize("kind", ["classification", "multilabel", "regression"])
+def test_labels_of_tiles_are_points(valley, tmp_path, kind):
+    classes = () if kind == "regression" else ("a", "b", "c")
+    model = write_finetuned(tmp_path / "model", Target("label", kind, classes))
+    options = Options(cache_dir=tmp_path / "cache")
+    for rank in (1, 0):
+        predict(model, str(valley.shards), tmp_path / "out", options, replace(CPU, rank=rank, world=2))
+    predict(model, str(valley.shards), tmp_path / "alone", options, CPU)
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "alone")
+    frame = geopandas.read_parquet(tmp_path / "out" / "valley.parquet")
+    assert len(frame) == 27  # nine windows per tile
+    assert str(frame.crs.to_authority()) == "('OGC', 'CRS84')"
+    there = frame.to_crs(CRS).geometry
+    number = ("a/b", "../c", "d").index(frame.key[0])
+    assert (round(there.x[0]), round(there.y[0])) == (WEST + 1000 * number + 80, NORTH - 80)
+    assert list(frame.columns[:3]) == ["key", "first_date", "last_date"]
+    assert str(frame.first_date[0]) == "2020-06-01"
+    values = {"classification": "class", "multilabel": "classes", "regression": "value"}
+    assert values[kind] in frame.columns
+    assert [c for c in frame.columns if c.startswith("p_")] == [f"p_{c}" for c in classes]
+
+
+def test_embeddings_as_images_and_as_points(model, valley, tmp_path):
+    options = Options(cache_dir=tmp_path / "cache", embeddings="cog", files=str(valley.scene))
+    predict(model, str(valley.description), tmp_path / "cog", options, CPU)
+    path = tmp_path / "cog" / "valley.tif"
+    assert cog_validate(path, strict=True, quiet=True)[0]
+    with rasterio.open(path) as image:
+        assert (image.count, image.res, image.descriptions[1]) == (32, (20.0, 20.0), "s2_1")
+    points = replace(options, embeddings="parquet")
+    predict(model, str(valley.shards), tmp_path / "points", replace(points, files=None), CPU)
+    frame = geopandas.read_parquet(tmp_path / "points" / "valley.parquet")
+    assert len(frame.vector[0]) == 32
+    assert parquet.read_schema(tmp_path / "points" / "valley.parquet").field("vector").type.list_size == 32
+
+
+def test_tiles_of_a_description_and_of_a_dataset(model, valley, tmp_path):
+    text = DESCRIPTION.replace("grid: {}\n", "").replace("s2_{date", "{key}_{date").replace("480", "960")
+    (tmp_path / "tiles.yaml").write_text(text)
+    options = Options(files=str(valley.scene), overlap=0.0)
+    predict(model, str(tmp_path / "tiles.yaml"), tmp_path / "out", options, CPU)
+    with rasterio.open(tmp_path / "out" / "s2.tif") as image:
+        assert (image.read(1) == valley.truth).mean() > 0.95
+    with pytest.raises(InferenceError, match="no reader for the model's dataset 'valley'"):
+        predict(model, str(valley.scene), tmp_path / "none", Options(), CPU)
+
+
+def test_offsets_move_the_windows_of_tiles(model, valley, tmp_path):
+    options = Options(cache_dir=tmp_path / "cache")
+    data = open_data(model, str(valley.shards), options)
+    spec, notes = view_on(model, data.spec)
+    assert (notes, spec.crop_m, spec.targets) == ([], 160.0, ())
+    layout = WindowLayout(10.0, 80.0)
+    starts = [
+        sorted(set(open_source(data, spec, layout, options, k).areas[0].rows.tolist())) for k in (0.0, 0.5)
+    ]
+    assert starts == [[0, 8, 16, 24, 32], [0, 4, 12, 20, 28, 32]]
+    other = replace(data.spec, modalities=(replace(data.spec.modalities[0], bands=("B4", "B3", "B2")),))
+    with pytest.raises(InferenceError, match="change the description"):
+        view_on(model, other)
+    with pytest.raises(InferenceError, match="the model reads s2"):
+        view_on(model, replace(data.spec, modalities=(replace(data.spec.modalities[0], name="aerial"),)))
+    assert isinstance(data, Data)
+
+
+def test_the_command_and_its_refusals(valley, tmp_path):
+    def invoke(*args):
+        words = [str(valley.model), str(valley.shards), str(tmp_path / "out"), *args]
+        return CliRunner().invoke(app, ["predict", *words, "--cache-dir", str(tmp_path / "cache")])
+
+    done = invoke("--overlap", "0", "--device", "cpu")
+    assert done.exit_code == 0, done.output
+    assert "27 windows predicted" in done.output
+    again = invoke("--overlap", "0.5")
+    assert isinstance(again.exception, InferenceError)
+    assert re.search("holds predictions of something else .*stride_m 160.0, now 80.0", str(again.exception))
+    wrong = invoke("--target", "height")
+    assert "--target: the model predicts cover" in str(wrong.exception)
+    assert invoke("--embeddings", "csv").exit_code == 2
+    assert "--set changes a description" in str(invoke("--set", "grid.area=x").exception)
+    stranger = tmp_path / "stranger"
+    stranger.mkdir()
+    (stranger / "d.tif").write_bytes(b"mine")
+    words = [str(valley.model), str(valley.shards), str(stranger)]
+    assert "holds no predictions" in str(CliRunner().invoke(app, ["predict", *words]).exception)
+    assert (stranger / "d.tif").read_bytes() == b"mine"
+
+
+def test_an_image_is_written_in_parts_with_overviews(tmp_path):
+    rng = np.random.default_rng(0)
+    whole = rng.integers(0, 200, (1, 700, 1300)).astype(np.uint8)
+    parts = [(r, c, whole[:, r : r + 512, c : c + 512]) for r in (0, 512) for c in (0, 512, 1024)]
+    place = {"crs": CRS, "transform": rasterio.Affine(10, 0, 0, 0, -10, 0)}
+    bands = Bands(("x",), "uint8", 255)
+    for name, chosen in (("a.tif", parts), ("b.tif", parts), ("c.tif", parts[:3])):
+        write_cog(tmp_path / name, bands, (700, 1300), iter(chosen), place, {"key": "x"})
+        assert cog_validate(tmp_path / name, strict=True, quiet=True)[:3] == (True, [], [])
+    assert (tmp_path / "a.tif").read_bytes() == (tmp_path / "b.tif").read_bytes()
+    with rasterio.open(tmp_path / "a.tif") as image:
+        assert (image.read() == whole).all()
+        assert image.overviews(1)
+    with rasterio.open(tmp_path / "c.tif") as image:
+        assert (image.read()[:, 512:] == 255).all()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.tif", "b.tif", "c.tif"]
+
+
+def test_the_shipped_description_of_the_test_is_valid(tmp_path):
+    (tmp_path / "valley.yaml").write_text(DESCRIPTION)
+    assert load_description(tmp_path / "valley.yaml").grid is not None
+    assert CLASSES[1] == "void"
