@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from maestro_scale.datasets.sources import remote
+from maestro_scale.datasets.sources.listing import is_text
 from maestro_scale.datasets.spec import DatasetError
 
 MAX_FILES = 20_000
@@ -34,8 +35,9 @@ class Listing:
 def list_source(src: str) -> Listing:
     """The files of a folder, of an address such as ``s3://bucket/data``, or a single file or Zarr as one.
 
-    At most :data:`MAX_FILES`, spread over the folders. Hidden files, sidecar files of GDAL and links out of a cycle are
-    left out. A Zarr is one path. DatasetError (one line) if there is no such folder or file.
+    At most :data:`MAX_FILES`, spread over the folders. Hidden files, sidecar files of GDAL, links out of a cycle and
+    names that are not UTF-8 are left out. A Zarr is one path. DatasetError (one line) if there is no such folder or
+    file.
     """
     src = src.rstrip("/") or "/"
     folder, _, name = src.rpartition("/")
@@ -92,7 +94,7 @@ def _list(src: str) -> Listing:
 
 
 def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or name.lower().endswith(_SIDECARS)
+    return name.startswith(".") or name.lower().endswith(_SIDECARS) or not is_text(name)
 
 
 def _spread(items: list[str], most: int) -> list[str]:

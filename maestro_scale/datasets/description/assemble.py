@@ -20,6 +20,9 @@ from maestro_scale.datasets.quantity import QUANTITY_KINDS
 from maestro_scale.datasets.sources.protocol import Image, ImageRef, Pixels, Window
 from maestro_scale.datasets.spec import DatasetError, GeoOrigin, Modality
 
+NOT_ALIGNED = 0.05
+"""Distance in pixels between where images begin that is more than rounding."""
+
 _PIXEL_TOLERANCE = 0.02  # relative: 10.24 m may be called 10.2
 Names = tuple[tuple[str, str], ...]
 Identity = tuple[Date | None, Names, tuple[int | str, ...]]
@@ -45,7 +48,8 @@ class Place:
 class Stack:
     """Images of one raster: ``values`` (T, C, h, w) in the type of the files, ``invalid`` (T, C, h, w) or None.
 
-    ``names``: per image the other names of its pattern. ``place``: None if the files do not say.
+    ``names``: per image the other names of its pattern. ``place``: None if the files do not say. ``apart``: the largest
+    distance between where its images begin, in pixels.
     """
 
     values: np.ndarray
@@ -54,6 +58,7 @@ class Stack:
     names: tuple[Names, ...]
     address: str
     place: Place | None = None
+    apart: float = 0.0
 
 
 def read_stack(
@@ -77,13 +82,16 @@ def read_stack(
         by_address.setdefault(ref.address, []).append(ref)
     found: dict[Identity, _Parts] = {}
     place: Place | None = None
+    apart = 0.0
     for address, listed in by_address.items():
         with images.files.open(section, address) as file:
             for ref in (r for each in listed for r in file.images(each)):
                 image = file.image(ref)
                 pixels = _read(image, address, section, size, coarser)
                 here = _place(image, address, section, resolution_m)
-                place = here if not found else _common_place(place, here, address)
+                if found and place is not None and here is not None:
+                    apart = max(apart, check_aligned([("the first image", place), ("this image", here)]))
+                place = here if not found or here is None else place
                 identity = (ref.date or image.date, ref.names, ref.part)
                 parts = found.setdefault(identity, _Parts(address))
                 parts.add(ref, pixels, section)
@@ -105,6 +113,7 @@ def read_stack(
         names=tuple(names for _, names, _ in order),
         address=addresses[0],
         place=place,
+        apart=apart,
     )
 
 
@@ -193,7 +202,7 @@ def match_images(images: Stack, masks: Stack, name: str) -> list[int]:
             f"{masks.address}: {name} has {len(masks.dates)} images for {len(images.dates)}; fetch both again",
             "a mask is missing",
         )
-    if len(images.dates) == len(masks.dates) == 1:
+    if len(images.dates) == len(masks.dates) == 1 and _day(images.dates[0]) == _day(masks.dates[0]):
         return [0]
     common = {n for n, _ in images.names[0]} & {n for n, _ in masks.names[0]}
 
@@ -216,8 +225,12 @@ def match_images(images: Stack, masks: Stack, name: str) -> list[int]:
     return matched
 
 
-def check_aligned(places: Sequence[tuple[str, Place]]) -> None:
-    """DatasetError unless all rasters of a tile, by name, are in one coordinate system and begin at one corner."""
+def check_aligned(places: Sequence[tuple[str, Place]]) -> float:
+    """The largest distance between where rasters of a tile, by name, begin: in pixels, of two rasters of the larger.
+
+    DatasetError unless all are in one coordinate system, and no two are more than a pixel apart.
+    """
+    largest = 0.0
     for name, place in places[1:]:
         first_name, first = places[0]
         if not same_crs(first.crs, place.crs):
@@ -227,13 +240,15 @@ def check_aligned(places: Sequence[tuple[str, Place]]) -> None:
                 "another coordinate system",
             )
         apart = max(abs(first.west - place.west), abs(first.north - place.north))
-        if apart > max(first.pixel, place.pixel):
+        largest = max(largest, apart / max(first.pixel, place.pixel))
+        if largest > 1:
             raise DatasetError(
                 f"{place.address}: {name} begins {apart:g} from where {first_name} begins ({first.address}), in units "
                 f"of {_crs_name(first.crs)}; rasters of a tile cover the same ground: fix the files, or cut tiles with "
                 "grid:",
                 "rasters that do not cover the same ground",
             )
+    return largest
 
 
 @lru_cache(maxsize=1000)
@@ -355,16 +370,12 @@ def _place(image: Image, address: str, section: ImageFiles, resolution_m: float 
     return Place(address, crs, west + a * column, north - abs(e) * row, a)
 
 
-def _common_place(place: Place | None, here: Place | None, address: str) -> Place | None:
-    """The place of all images of a stack; DatasetError if they lie apart. None if one of them does not say."""
-    if place is None or here is None:
-        return None
-    check_aligned([("the first image", place), ("this image", here)])
-    return place
-
-
 def _percent_of(marked: np.ndarray) -> np.ndarray:
     return marked.astype(np.uint8) * np.uint8(100)
+
+
+def _day(date: Date | None) -> tuple[int, ...]:
+    return () if date is None else date[:2]
 
 
 def _date_text(date: Date | None) -> str:

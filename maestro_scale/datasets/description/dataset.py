@@ -9,6 +9,7 @@ import numpy as np
 
 from maestro_scale.datasets.description import splits
 from maestro_scale.datasets.description.assemble import (
+    NOT_ALIGNED,
     Stack,
     check_aligned,
     match_images,
@@ -145,7 +146,7 @@ class DescribedTiles:
         for modality in self.spec.modalities:
             section = self.images[f"rasters.{modality.name}"]
             if key in section.by_key or not modality.optional:
-                found[modality.name] = self._raster_images(modality, section, key)
+                found[modality.name] = self._raster_images(modality, section, key, notes)
         if not found:
             raise DatasetError(
                 f"tile {key} has no file of any raster; remove it from the list", "a file is missing"
@@ -155,7 +156,8 @@ class DescribedTiles:
             key, self._names(key), places[0][1] if places else None, notes
         )
         everywhere = [(n, p) for n, p in (*places, *label_places) if p is not None]
-        check_aligned(everywhere)
+        if check_aligned(everywhere) > NOT_ALIGNED:
+            notes.append("rasters begin at different corners, less than a pixel apart: taken as aligned")
         if not everywhere:
             notes.append("no file says where the tile lies: stored without origin")
         else:
@@ -164,14 +166,19 @@ class DescribedTiles:
         origin = origin_of(self.description, dict(everywhere), notes)
         return make_tile(self.description, self.spec, key, found, labels, origin, notes)
 
-    def _raster_images(self, modality: Modality, section: SectionImages, key: str) -> RasterImages:
+    def _raster_images(
+        self, modality: Modality, section: SectionImages, key: str, notes: list[str]
+    ) -> RasterImages:
         stack = read_stack(section, key, modality.size, modality.resolution_m)
+        if stack.apart > NOT_ALIGNED:
+            notes.append(f"{modality.name} has images that begin less than a pixel apart: taken as aligned")
         masks = {}
         for name in _raster(self.description, modality.name).masks:
             of_mask = self.images[f"{section.where}.masks.{name}"]
-            masks[name] = _mask_images(
-                stack, read_stack(of_mask, key, modality.size, None, coarser=True), name
-            )
+            found = read_stack(of_mask, key, modality.size, None, coarser=True)
+            if stack.place is not None and found.place is not None:
+                check_aligned([(modality.name, stack.place), (f"its mask {name}", found.place)])
+            masks[name] = _mask_images(stack, found, name)
         return RasterImages(stack, masks)
 
     def _names(self, key: str) -> dict[str, str]:

@@ -106,7 +106,8 @@ class VectorFile:
                 )
             except pyproj.exceptions.ProjError as error:
                 raise DatasetError(f"{self.path}: cannot be transformed to {self.crs} ({error})") from error
-            geometries = geometries[np.isfinite(shapely.bounds(geometries)).all(axis=1)]
+            near = np.isfinite(shapely.bounds(geometries)).all(axis=1)
+            geometries, valid = geometries[near], np.flatnonzero(valid)[near]
         labels = None if self.column is None else np.asarray(table[self.column], object)[valid]
         if self._order is not None:
             ranks = np.asarray(table[self._order])[valid]

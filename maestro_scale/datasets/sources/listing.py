@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -33,7 +34,7 @@ def list_files(section: ImageFiles, src: str) -> Iterator[ImageRef]:
 
     ``src``: a folder, or an address that fsspec lists. Of a web server, which does not list its files, only a path
     without names in braces can be given. ``files`` may be an address itself: then ``src`` does not matter. Files that
-    match but for the date are counted in a warning, with the first.
+    match but for the date, or whose names are no UTF-8, are counted in a warning, with the first.
     """
     if section.files is not None and "://" in section.files:
         # The pattern begins after the last folder that it names without braces.
@@ -44,6 +45,7 @@ def list_files(section: ImageFiles, src: str) -> Iterator[ImageRef]:
     every = tuple(range(len(section.band_sources)))
     single = {str(band): (i,) for i, band in enumerate(section.band_sources)}
     undated: list[str] = []
+    undecoded: list[str] = []
     count = 0
 
     def nearly(path: str) -> None:
@@ -61,6 +63,9 @@ def list_files(section: ImageFiles, src: str) -> Iterator[ImageRef]:
     for path, match in pattern.walk(remote.scan(src), nearly):
         if any(other.match(path) for other in excluded):
             continue
+        if not is_text(path):
+            undecoded.append(path)
+            continue
         bands = every if match.band is None else single[match.band]
         address = path if path.startswith("/") else root + path
         key = None if match.key is None else sys.intern(match.key)  # the images of a tile share its text
@@ -72,6 +77,18 @@ def list_files(section: ImageFiles, src: str) -> Iterator[ImageRef]:
             section.files,
             undated[0],
         )
+    if undecoded:
+        log.warning(
+            "%d files match %s, but their names are not UTF-8; they are left out, rename them, the first: %s",
+            len(undecoded),
+            section.files,
+            os.fsencode(undecoded[0]).decode(errors="backslashreplace"),
+        )
+
+
+def is_text(path: str) -> bool:
+    """Whether a path is Unicode, as it is to be in shards and messages; Linux allows any bytes."""
+    return path.isascii() or not any("\ud800" <= character <= "\udfff" for character in path)
 
 
 def some_names(names: Iterable[str], most: int = 20) -> str:

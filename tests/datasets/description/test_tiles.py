@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import pickle
 from pathlib import Path
 
@@ -437,6 +438,41 @@ def test_dates_that_cannot_be_read(tmp_path, caplog):
     assert dataset.read("b").dates["s2"].tolist() == [[2020, 1, 0]]
     error = error_of(dataset, "a")
     assert (error.kind, "d.csv: a: 'soon' is not a date" in str(error)) == ("a date cannot be read", True)
+
+
+def test_images_that_lie_a_part_of_a_pixel_apart_are_noted(tmp_path):
+    write_tif(tmp_path / "a_20200101.tif", pixels(1))
+    write_tif(tmp_path / "a_20200201.tif", pixels(1), west=5.0)  # half a pixel
+    write_tif(tmp_path / "b_20200101.tif", pixels(1))
+    dataset = opened(tmp_path, {"s2": raster("{key}_{date:%Y%m%d}.tif", series=True)})
+    note = "s2 has images that begin less than a pixel apart: taken as aligned"
+    assert (note in dataset.read("a").notes, note in dataset.read("b").notes) == (True, False)
+
+
+@pytest.mark.parametrize(
+    ("mask", "place", "message"),
+    [
+        ("SCL_20200201", {}, "the image of year 2020, day 1 has no mask cloud"),
+        ("SCL_20200101", {"west": 800.0}, "its mask cloud begins 800 from where s2 begins"),
+        ("SCL_20200101", {"crs": "EPSG:32633"}, "its mask cloud is in EPSG:32633, s2 in EPSG:32632"),
+    ],
+)
+def test_a_mask_of_another_day_or_place_is_not_taken(tmp_path, mask, place, message):
+    write_tif(tmp_path / "a_20200101.tif", pixels(1))
+    write_tif(tmp_path / f"a_{mask}.tif", pixels(1), **place)
+    masks = {"cloud": {"files": "{key}_SCL_{date:%Y%m%d}.tif", "classes": [9]}}
+    dataset = opened(tmp_path, {"s2": raster("{key}_{date:%Y%m%d}.tif", masks=masks)})
+    assert message in str(error_of(dataset, "a"))
+
+
+def test_names_that_are_no_text_are_left_out(tmp_path, caplog):
+    write_tif(tmp_path / "a.tif", pixels(1))
+    os.link(tmp_path / "a.tif", os.fsencode(tmp_path) + b"/\xe9t\xe9.tif")
+    with caplog.at_level(logging.WARNING):
+        dataset = opened(tmp_path, {"s2": raster("{key}.tif", **ONE)})
+    assert dataset.keys() == ["a"]
+    assert r"1 files match {key}.tif, but their names are not UTF-8" in caplog.text
+    assert r"\xe9t\xe9.tif" in caplog.text
 
 
 def test_images_that_do_not_go_together(tmp_path):

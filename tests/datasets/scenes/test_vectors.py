@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import geopandas
 import numpy as np
+import pandas
 import pytest
 import shapely
 
@@ -42,6 +43,13 @@ def test_every_format_gives_the_same_features(tmp_path, name, stored):
     found = VectorFile(path, CRS, column="kind").within(BOX)
     assert found.labels.tolist() == [3, 7]
     assert shapely.hausdorff_distance(found.geometries[1], SHAPES[1]) < 0.01
+
+
+def test_features_outside_of_the_system_do_not_take_the_labels_of_others(tmp_path):
+    far = geopandas.GeoDataFrame({"kind": [9]}, geometry=[shapely.box(9, 95, 10, 96)], crs="EPSG:4326")
+    frame = pandas.concat([far, FRAME.to_crs(4326)[["kind", "geometry"]]], ignore_index=True)
+    found = VectorFile(write(tmp_path / "a.gpkg", frame), CRS, column="kind").within(BOX)
+    assert found.labels.tolist() == [3, 7]
 
 
 def test_a_large_geopackage_is_read_by_rectangles(tmp_path, monkeypatch):
