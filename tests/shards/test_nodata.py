@@ -291,6 +291,15 @@ def test_remarkable_values_are_stored_and_noted(dtype, quantity, value, note):
         assert stored(spec, tile_of(spec, array)).notes == tile.notes
 
 
+def test_a_fill_value_among_numeric_labels_is_noted():
+    spec = spec_of("float32")
+    tile = stored(spec, tile_of(spec, values("float32"), height=np.array([[1, -9999], [np.nan, 4]])))
+    np.testing.assert_array_equal(tile.targets["height"], np.array([[1, -9999], [np.nan, 4]], np.float32))
+    assert tile.notes == (
+        "height has the value -9999, a usual fill value: stored as it is; if it is one, declare it",
+    )
+
+
 def test_complex_numbers_are_refused():
     spec = spec_of("float32")
     with pytest.raises(DatasetError, match="x is complex64"):

@@ -88,6 +88,8 @@ def checked_tile(tile: Tile, spec: DatasetSpec, strict: bool = False) -> Tile:
         notes += remarkable_values(np.asarray(tile.arrays[modality.name]), modality.name, _quantity(modality))
         if (note := dates_note(np.asarray(tile.dates[modality.name]), modality.name)) is not None:
             notes.append(note)
+    for target in (t for t in spec.targets if t.kind == "regression"):
+        notes += remarkable_values(np.asarray(tile.targets[target.name]), target.name, None)
     if notes:
         tile = replace(tile, notes=(*tile.notes, *notes))
     invalid = next((note for note in tile.notes if isinstance(note, InvalidNote)), None)
