@@ -36,6 +36,7 @@ from maestro_scale.shards.format.manifest import Manifest
 from maestro_scale.shards.read.store import Store
 from maestro_scale.stream.batch import Batch
 from maestro_scale.stream.eval_loader import EvalLoader
+from maestro_scale.stream.sensor_sets import proportional, readable
 from maestro_scale.stream.source import Source
 from maestro_scale.training.distributed import World
 from maestro_scale.training.engine import Engine
@@ -118,7 +119,8 @@ class InLoopEvaluationHook(Hook):
 
 
 class _Samples:
-    """The encoder copy and the first samples of train and val, which shards hold in shuffled order.
+    """The encoder copy and the first samples of train and val, which shards hold in shuffled order: by set of sensors, in
+    proportion to its tiles, where tiles lack sensors.
 
     ``shared``: names of the parameters that the copy takes from the trained model.
     """
@@ -134,11 +136,12 @@ class _Samples:
         store = Store(benchmark.url, Path(recipe.data.cache_dir), int(recipe.data.cache_gib * 2**30))
         self._loaders: dict[str, EvalLoader] = {}
         for split in SPLITS:
-            source = Source(spec, benchmark.manifest.shards_of((split,)), store)
+            # Of tiles that have none of the sensors there is nothing to score, as there is nothing to train on.
+            source, _ = readable(Source(spec, benchmark.manifest.shards_of((split,)), store))
             crops = EvalLoader(source, BATCH_SIZE, crops=self._task.num_crops).num_crops
             num_tiles = min(-(-recipe.evaluation.num_crops // crops), sum(source.counts))
             self._loaders[split] = EvalLoader(
-                source.select_samples(range(num_tiles)),
+                source.select_samples(proportional(source, num_tiles)),
                 BATCH_SIZE,
                 world.rank,
                 world.size,

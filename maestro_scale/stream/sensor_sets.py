@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import numpy as np
+
 from maestro_scale.datasets.spec import DatasetSpec
 from maestro_scale.shards.format.manifest import ShardInfo
 from maestro_scale.stream.plan import SampleOrderError
@@ -90,6 +92,23 @@ def runs(source: Source) -> Iterator[tuple[Absent, int]]:
         absent, samples = lacking, samples + count
     if samples:
         yield absent, samples
+
+
+def proportional(source: Source, num_samples: int) -> np.ndarray:
+    """(num_samples,) ascending numbers of samples, of each set of sensors in proportion to its tiles, and its first
+    ones: with one set those that come first, which few shards hold. At most all."""
+    by_set: dict[Absent, list[np.ndarray]] = {}
+    first = 0
+    for absent, count in runs(source):
+        by_set.setdefault(absent, []).append(np.arange(first, first + count))
+        first += count
+    chosen, seen, taken = [], 0, 0
+    for numbers in map(np.concatenate, by_set.values()):
+        seen += len(numbers)
+        wanted = min(num_samples, first) * seen // first
+        chosen.append(numbers[: wanted - taken])
+        taken = wanted
+    return np.sort(np.concatenate(chosen)) if chosen else np.arange(0)
 
 
 class _Part(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -20,17 +21,23 @@ from maestro_scale.evaluation.features.cache import FeatureCache, concat_feature
 from maestro_scale.evaluation.features.missing import check_can_encode, filled, tile_vector
 from maestro_scale.evaluation.frozen.attentive import HeadGrid, concat_tokens
 from maestro_scale.evaluation.frozen.evaluate import evaluate_frozen
+from maestro_scale.evaluation.in_loop import _Samples
 from maestro_scale.evaluation.results import EvalResult, EvaluationError
 from maestro_scale.evaluation.run import EvalOptions, run_evaluation
 from maestro_scale.evaluation.tasks.losses import target_loss_for
 from maestro_scale.evaluation.tasks.maps import cell_features
 from maestro_scale.evaluation.tasks.task import task_for
 from maestro_scale.interop.pretrained import load_model
+from maestro_scale.model.maestro import Maestro
+from maestro_scale.recipe import build_model_config, load_recipe
 from maestro_scale.shards.format.manifest import Manifest
 from maestro_scale.shards.read.store import Store
 from maestro_scale.shards.write.writer import Writer
 from maestro_scale.stream.eval_loader import EvalLoader
+from maestro_scale.stream.sensor_sets import runs
 from maestro_scale.stream.source import Source
+from maestro_scale.training.distributed import World
+from maestro_scale.training.manifests import UsedDataset
 from tests.evaluation.conftest import FIELDS, SPLITS, Fields, field_tile
 from tests.testkit.runs import REPO, Trainer
 
@@ -214,3 +221,18 @@ def test_a_baseline_scores_every_tile_and_one_that_needs_all_sensors_says_so(gap
         check_can_encode(model, [source_of(gaps, tmp_path)])
     with pytest.raises(EvaluationError, match="this encoder needs all of its sensors"):
         evaluate_frozen(model, benchmark, ["knn"])
+
+
+@pytest.mark.parametrize("sensors", [FIELDS.sensors, FIELDS.sensors[1:]])
+def test_scores_during_a_training_are_of_tiles_of_every_set(gaps, tmp_path, sensors):
+    """Of 20 tiles of train 10 are complete, and 5 lack each sensor: with one sensor, 5 tiles have none. 4 crops a tile."""
+    spec = replace(FIELDS, sensors=sensors)
+    recipe = load_recipe(gaps.recipe(tmp_path), ["evaluation.num_crops=32"])
+    model = Maestro(build_model_config(recipe, [spec])).initialise(0)
+    benchmark = UsedDataset("fields", str(gaps.shards), Manifest.load(str(gaps.shards)), ("train",))
+    samples = _Samples(recipe, model, World(0, 1, 0, CPU), benchmark, spec)
+    loader = samples._loaders["train"]
+    assert loader.num_samples == 8
+    counts = collections.Counter(absent for absent, n in runs(loader.source) for _ in range(n))
+    both = {(): 4, ("aerial",): 2, ("s2",): 2}
+    assert counts == (both if len(sensors) == 2 else {(): 8})

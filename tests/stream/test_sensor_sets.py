@@ -21,7 +21,7 @@ from maestro_scale.stream.eval_loader import EvalLoader
 from maestro_scale.stream.loader import Step, TrainLoader
 from maestro_scale.stream.mixture import NestedMixture
 from maestro_scale.stream.plan import SampleOrderError
-from maestro_scale.stream.sensor_sets import complete, divide, runs
+from maestro_scale.stream.sensor_sets import complete, divide, proportional, runs
 from maestro_scale.stream.source import Source
 
 OPTIONAL = replace(SPEC, modalities=tuple(replace(m, optional=m.name != "aerial") for m in SPEC.modalities))
@@ -277,3 +277,15 @@ def test_runs_of_interleaved_shards():
     source = source_of(shard(1, 2), shard(2, 3), shard(3, 1, "s1"), shard(4, 2), shard(5, 2, "s1"))
     assert list(runs(source)) == [((), 5), (("s1",), 1), ((), 2), (("s1",), 2)]
     assert np.sum([n for _, n in runs(source)]) == 10
+
+
+def test_a_part_of_a_split_has_tiles_of_every_set_in_proportion():
+    source = source_of(shard(1, 8), shard(2, 4), shard(3, 6, "s1"), shard(4, 2, "s2"))
+    assert proportional(source, 10).tolist() == [0, 1, 2, 3, 4, 5, 12, 13, 14, 18]
+    assert proportional(source, 3).tolist() == [0, 12, 18]
+    assert proportional(source, 99).tolist() == list(range(20))
+    # Two splits, each with its own shards of a set.
+    source = source_of(shard(1, 2), shard(2, 2, "s1"), shard(3, 2), shard(4, 2, "s1"))
+    assert proportional(source, 4).tolist() == [0, 1, 2, 3]
+    assert proportional(source, 6).tolist() == [0, 1, 2, 3, 4, 6]
+    assert proportional(source_of(shard(1, 5), shard(2, 5)), 7).tolist() == list(range(7))
