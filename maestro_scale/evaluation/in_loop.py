@@ -119,8 +119,8 @@ class InLoopEvaluationHook(Hook):
 
 
 class _Samples:
-    """The encoder copy and the first samples of train and val, which shards hold in shuffled order: by set of sensors, in
-    proportion to its tiles, where tiles lack sensors.
+    """The encoder copy and the first samples of train and val, which shards hold in shuffled order; where tiles lack
+    sensors, the first of each set of sensors, in proportion.
 
     ``shared``: names of the parameters that the copy takes from the trained model.
     """

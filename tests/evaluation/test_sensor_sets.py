@@ -225,7 +225,7 @@ def test_a_baseline_scores_every_tile_and_one_that_needs_all_sensors_says_so(gap
 
 @pytest.mark.parametrize("sensors", [FIELDS.sensors, FIELDS.sensors[1:]])
 def test_scores_during_a_training_are_of_tiles_of_every_set(gaps, tmp_path, sensors):
-    """Of 20 tiles of train 10 are complete, and 5 lack each sensor: with one sensor, 5 tiles have none. 4 crops a tile."""
+    """Of 20 tiles 10 are complete, and 5 lack each sensor: with one sensor, 5 tiles have none. 4 crops a tile."""
     spec = replace(FIELDS, sensors=sensors)
     recipe = load_recipe(gaps.recipe(tmp_path), ["evaluation.num_crops=32"])
     model = Maestro(build_model_config(recipe, [spec])).initialise(0)
