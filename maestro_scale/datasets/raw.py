@@ -494,4 +494,5 @@ def _format_shape(shape: Sequence[int]) -> str:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    """The message; rasterio's "Read failed. See previous exception" has GDAL's, which says more, as its cause."""
+    return " ".join(str(error.__cause__ or error).split())

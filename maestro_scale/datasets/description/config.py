@@ -106,6 +106,8 @@ from maestro_scale.errors import KeyPath, did_you_mean
 from maestro_scale.strict_yaml.errors import ConflictError
 from maestro_scale.strict_yaml.fields import Count, Section, listed, some
 
+_WHOLE = 0.01  # pixels: a size of 0.333333 m is a third
+
 SourceKind = Literal["geotiff", "netcdf", "hdf5", "zarr", "numpy", "parquet", "webdataset", "stac"]
 """Storage formats; one module each in datasets/sources/."""
 Axis = Literal["key", "date", "band", "y", "x"]
@@ -596,6 +598,19 @@ def _reference_problems(d: Description) -> Iterator[tuple[KeyPath, str]]:
         )
     for name, target in targets.items():
         yield from _target_problems(("targets", name), target, targets)
+    if d.grid is not None:
+        for kind, found in (("rasters", rasters), ("targets", targets)):
+            for name, section in found.items():
+                yield from _grid_problems((kind, name, "resolution_m"), d.tile_m, section.resolution_m)
+
+
+def _grid_problems(loc: KeyPath, tile_m: float, resolution_m: float | None) -> Iterator[tuple[KeyPath, str]]:
+    """Pixels that do not fill a tile would be stored with another size than the description says."""
+    if resolution_m is not None and abs((num := tile_m / resolution_m) - round(num)) > _WHOLE:
+        yield (
+            loc,
+            f"a tile of {tile_m:g} m has {num:g} pixels of {resolution_m:g} m; with grid, make tile_m a multiple",
+        )
 
 
 def _raster_problems(loc: KeyPath, raster: Raster) -> Iterator[tuple[KeyPath, str]]:

@@ -78,7 +78,7 @@ class _Files:
             OSError,
             RuntimeError,
         ) as error:  # of the libraries: the file stays open, outside of its source
-            cause = " ".join(str(error).split())
+            cause = " ".join(str(error.__cause__ or error).split())  # of GDAL, which says more
             raise DatasetError(f"{ref.address}: cannot be read ({cause}); fetch the file again") from error
 
     def close(self) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 
 from maestro_scale.datasets.description.config import ImageFiles
 from maestro_scale.datasets.scenes.buffer import Opener
-from maestro_scale.datasets.scenes.grid import Box, check_metric, parse_crs
+from maestro_scale.datasets.scenes.grid import Box, check_metric, is_on_earth, parse_crs
 from maestro_scale.datasets.scenes.images import Scene, Shot
 from maestro_scale.datasets.scenes.problems import Problems
 from maestro_scale.datasets.scenes.warp import Placement, transformer
@@ -106,12 +106,18 @@ def _scene(layer: Layer, name: str, ref: ImageRef, image: Image) -> Scene:
     if not crs:
         raise _NoPlaceError(
             f"images of {layer.name} have no coordinate system",
-            f"set rasters.{layer.name}.crs, for example to EPSG:32631",
+            f"set {layer.name}.crs, for example to EPSG:32631",
         )
     a, b, _, d, e, _ = image.transform
     if not all(map(math.isfinite, image.transform)) or a * e - b * d == 0:
         raise _NoPlaceError(f"images of {layer.name} have an invalid transform", "georeference them again")
-    place = Placement(parse_crs(crs, name), image.transform, image.width, image.height)
+    system = parse_crs(crs, name)
+    if not is_on_earth(system):
+        raise _NoPlaceError(
+            f"images of {layer.name} are in a local coordinate system",
+            "which says nothing of where on Earth they lie: georeference them",
+        )
+    place = Placement(system, image.transform, image.width, image.height)
     date = image.date if ref.date is None else ref.date
     block = tuple(getattr(image, "block", None) or (1, 1))
     return Scene(

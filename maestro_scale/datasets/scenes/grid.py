@@ -10,6 +10,7 @@ import hashlib
 import math
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -160,6 +161,14 @@ def parse_crs(text: Any, where: str) -> str:
     if code is not None and CRS.from_epsg(code).equals(crs, ignore_axis_order=True):
         return f"EPSG:{code}"
     return str(crs.to_wkt())
+
+
+@lru_cache(maxsize=64)
+def is_on_earth(crs: str) -> bool:
+    """Whether a CRS is related to the Earth: not the local system of a drawing or a camera."""
+    from pyproj import CRS
+
+    return CRS.from_user_input(crs).geodetic_crs is not None
 
 
 def check_metric(crs: str, example: tuple[float, float] | None = None) -> None:

@@ -89,13 +89,17 @@ def test_the_schema_accepts_what_the_models_accept():
             "targets.t={kind: classification, classes: [a, b], table: {file: x.csv, column: c}, values: {1: c}}",
             r"targets\.t\.values\.1: no class is called 'c'",
         ),
+        (
+            "grid={stride_m: 77}\ntile_m=77",
+            r"rasters\.s2\.resolution_m: a tile of 77 m has 7\.7 pixels of 10 m; with grid, make tile_m a multiple",
+        ),
         ("splits={lists: {file: a}, column: {file: b}}", r"splits\.column: excludes lists: keep one"),
     ],
 )
 def test_mistakes_are_named_by_key(change, message, tmp_path):
     path = write_yaml(tmp_path / "a.yaml", {"s2": raster("{key}.tif")})
     with pytest.raises(DocumentError, match=message):
-        load_description(path, [change])
+        load_description(path, change.splitlines())
 
 
 def test_all_mistakes_are_told_at_once_with_their_file(tmp_path):

@@ -226,8 +226,9 @@ def test_pixels_that_a_mask_marks_as_nodata_do_not_count_as_covered(src, tmp_pat
         (["rasters.dem.files=far.tif"], "rasters s2 and dem do not overlap"),
         (
             ["rasters.dem.files=bare.tif"],
-            r"1 images of rasters.dem have no coordinate system, the first: bare.tif; set",
+            r"1 images of rasters.dem have no coordinate system, the first: bare.tif; set rasters.dem.crs",
         ),
+        (["rasters.dem.files=local.tif"], "1 images of rasters.dem are in a local coordinate system"),
         (["rasters.s2.files=S?_{tile}_{date:%Y%m%d}.tif"], "no file matches"),
         (["rasters.s2.window=[0,0]"], "rasters.s2.window: excludes grid"),
         (["grid.stride_m=6000", "grid.origin=[100,100]"], "no tile of 320 m is covered by the images"),
@@ -238,6 +239,8 @@ def test_what_does_not_fit_is_told_in_one_line(src, tmp_path, overrides, message
     geopandas.GeoDataFrame(geometry=[far], crs=4326).to_file(src / "far.geojson", driver="GeoJSON")
     write_scene(src / "far.tif", np.ones((1, 64, 64), "float32"), 100_000, 100_000, 20.0)
     write_scene(src / "bare.tif", np.ones((1, 64, 64), "float32"), WEST, NORTH, 20.0, crs=None)
+    local = 'LOCAL_CS["of a drawing",UNIT["metre",1]]'
+    write_scene(src / "local.tif", np.ones((1, 64, 64), "float32"), WEST, NORTH, 20.0, crs=local)
     with pytest.raises(DatasetError, match=message) as caught:
         opened(src, tmp_path, DESCRIPTION, *overrides)
     assert "\n" not in str(caught.value)
