@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from maestro_scale import untrusted
+from maestro_scale.datasets import geoparquet
 from maestro_scale.datasets.raster_file import new_raster
 from maestro_scale.datasets.spec import GeoOrigin
 from maestro_scale.escaping import file_name, ignores_case, printable
@@ -37,6 +38,8 @@ from maestro_scale.evaluation.features.on_device import RecipePrecision, eval_pr
 from maestro_scale.evaluation.results import EvaluationError
 from maestro_scale.evaluation.tasks.tile_maps import georeference
 from maestro_scale.model.maestro import Maestro
+from maestro_scale.shards.format.codec import Sample
+from maestro_scale.shards.format.fields import dates_field
 from maestro_scale.shards.format.manifest import Manifest, ShardInfo
 from maestro_scale.shards.read.store import Store
 from maestro_scale.stream.batch import Batch
@@ -55,6 +58,8 @@ _SHARD_KEY = (
 _RECORD_KEY = "maestro_scale.embedding_sha256"  # likewise
 
 What = Literal["vector", "tokens"]
+Day = tuple[int, int]
+"""Year, day of the year."""
 Format = Literal["parquet", "tiff"]
 
 
@@ -63,13 +68,15 @@ class EmbeddingRows:
     """Embeddings ``arrays`` (N, …) of N crops, by name.
 
     ``keys``: of their tiles; ``origins``: of the tiles on the ground, None where the shards have none; ``crops`` (N,):
-    number of the crop on its tile.
+    number of the crop on its tile. ``first_days``, ``last_days``: of the images of the tiles.
     """
 
     keys: Sequence[str]
     origins: Sequence[GeoOrigin | None]
     crops: np.ndarray
     arrays: dict[str, np.ndarray]
+    first_days: Sequence[Day | None]
+    last_days: Sequence[Day | None]
 
 
 @dataclass(frozen=True)
@@ -102,9 +109,11 @@ class EmbeddingWriter:
 
         Parquet: ``<shard>.parquet`` with columns ``key``, ``crop``, ``north_m``, ``west_m`` (upper left corner of the
         crop on its tile), ``crs``, ``x_m``, ``y_m`` (the same corner on the ground, null where the shards have no
-        origin) and a fixed-size list of float32 per array, its shape in the metadata of the field. TIFF:
-        ``<shard>/<key>.<crop>.<sensor>.tif``, a band per channel, the mean over dates; the key is escaped
-        (``escaping.file_name``), its original form is in the tag ``key`` of the image and in ``<shard>/index.jsonl``.
+        origin), ``first_date`` and ``last_date`` of the tile's images, a fixed-size list of float32 per array, its
+        shape in the metadata of the field, and ``geometry``, the crop as a polygon (GeoParquet; null without origin, no
+        such column without pyproj). TIFF: ``<shard>/<key>.<crop>.<sensor>.tif``, a COG with a band per channel, the
+        mean over dates; the key is escaped (``escaping.file_name``), its original form is in the tag ``key`` of the
+        image and in ``<shard>/index.jsonl``.
         Of tiles that lack sensors, a vector has the usual length (``features.missing``); token grids of these sensors
         are left out.
         ManifestError where there is no such split, EvaluationError where ``out`` holds embeddings of something else;
@@ -194,6 +203,7 @@ class EmbeddingWriter:
         pending: list[dict[str, np.ndarray]] = []
         num_pending = 0
         shards = deque(source.shards)
+        sources = {s.source for s in source.spec.sensors}
         for arrays in self._embed_batches(loader):
             pending.append(arrays)
             num_pending += len(next(iter(arrays.values())))
@@ -201,12 +211,18 @@ class EmbeddingWriter:
                 shard = shards.popleft()
                 joined = {name: np.concatenate([p[name] for p in pending]) for name in pending[0]}
                 with source.store.shard(shard) as tiles:
-                    of_crops = [(t.key, t.origin) for t in tiles for _ in range(loader.num_crops)]
-                    keys, origins = zip(*of_crops, strict=True)
+                    of_crops = [
+                        row
+                        for row in ((t.key, t.origin, *_days(t, sources)) for t in tiles)
+                        for _ in range(loader.num_crops)
+                    ]
+                    keys, origins, first, last = zip(*of_crops, strict=True)
                 crops = np.tile(np.arange(loader.num_crops), shard.samples)
                 yield (
                     shard,
-                    EmbeddingRows(keys, origins, crops, {name: a[:size] for name, a in joined.items()}),
+                    EmbeddingRows(
+                        keys, origins, crops, {name: a[:size] for name, a in joined.items()}, first, last
+                    ),
                 )
                 num_pending -= size
                 # Nothing rather than empty arrays: the tiles of the next shard may have other sensors.
@@ -233,7 +249,10 @@ class EmbeddingWriter:
         sources = {_SHARD_KEY: shard.sha256, _RECORD_KEY: record}
         try:
             if self.format == "parquet":
-                parquet.write_table(_table(rows, grid).replace_schema_metadata(sources), partial)
+                table = _table(rows, grid)
+                parquet.write_table(
+                    table.replace_schema_metadata({**(table.schema.metadata or {}), **sources}), partial
+                )
             else:
                 _write_images(partial, rows, grid)
                 for name, digest in sources.items():
@@ -307,15 +326,24 @@ def _table(rows: EmbeddingRows, grid: CropGrid) -> pa.Table:
             [o and o.north_m - c.row_m for o, c in on_ground], pa.float64()
         ),
     }
+    for name, days in (("first_date", rows.first_days), ("last_date", rows.last_days)):
+        columns[pa.field(name, pa.date32())] = geoparquet.dates(days)
     for name, values in rows.arrays.items():
         flat = pa.FixedSizeListArray.from_arrays(values.ravel(), int(np.prod(values.shape[1:])))
         shape = "x".join(map(str, values.shape[1:]))
         columns[pa.field(name, flat.type, metadata={"shape": shape})] = flat
-    return pa.Table.from_arrays(list(columns.values()), schema=pa.schema(list(columns)))
+    table = pa.Table.from_arrays(list(columns.values()), schema=pa.schema(list(columns)))
+    if not geoparquet.can_place():
+        return table
+    squares = [
+        None if o is None else geoparquet.square(o.shifted(c.column_m, c.row_m), grid.crop_m)
+        for o, c in on_ground
+    ]
+    return geoparquet.with_geometry(table, squares, "Polygon")
 
 
 def _write_images(folder: Path, rows: EmbeddingRows, grid: CropGrid) -> None:
-    """An image per crop and sensor, of the mean over dates."""
+    """A COG per crop and sensor, of the mean over dates."""
     try:
         import rasterio  # noqa: F401
     except ImportError:
@@ -327,13 +355,15 @@ def _write_images(folder: Path, rows: EmbeddingRows, grid: CropGrid) -> None:
         maps = tokens.mean(axis=1)  # (N, L, E)
         side = round(maps.shape[1] ** 0.5)
         cell_m = grid.crop_m / side
-        for key, origin, number, values in zip(rows.keys, rows.origins, rows.crops, maps, strict=True):
+        for i, (key, origin, number, values) in enumerate(
+            zip(rows.keys, rows.origins, rows.crops, maps, strict=True)
+        ):
             corner = grid.tiling(int(number))
             file = file_name(key, f".{number}.{name}.tif", ignore_case)
             index.append({"file": file, "key": key, "crop": int(number), "sensor": name})
             with new_raster(
                 folder / file,
-                driver="GTiff",
+                driver="COG",
                 width=side,
                 height=side,
                 count=values.shape[1],
@@ -342,6 +372,22 @@ def _write_images(folder: Path, rows: EmbeddingRows, grid: CropGrid) -> None:
                 **georeference(origin, cell_m, corner.row_m, corner.column_m),
             ) as image:
                 image.write(values.T.reshape(-1, side, side))
-                image.update_tags(key=printable(key))
+                image.update_tags(
+                    key=printable(key), first_date=_iso(rows.first_days[i]), last_date=_iso(rows.last_days[i])
+                )
+                image.descriptions = tuple(f"{name}_{band}" for band in range(values.shape[1]))
     # JSON escapes every character; the tag of an image cannot hold control characters.
     (folder / INDEX_FILE).write_text("".join(json.dumps(line) + "\n" for line in index))
+
+
+def _days(sample: Sample, sources: Set[str]) -> tuple[Day, Day]:
+    """The first and the last day of the tile's images of these modalities."""
+    fields = [dates_field(name) for name in sources]
+    rows = np.concatenate([sample.array(field) for field in fields if field in sample.names])
+    days = [(int(year), int(day)) for year, day, _ in rows.tolist()]
+    return min(days), max(days)
+
+
+def _iso(day: Day | None) -> str:
+    found = geoparquet.dates([day])[0].as_py()
+    return "" if found is None else str(found.isoformat())

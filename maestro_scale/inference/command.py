@@ -28,12 +28,11 @@ from maestro_scale.inference.outputs import (
     EmbeddingMap,
     EmbeddingPoints,
     MapOutput,
-    PointOutput,
     TargetPoints,
     ValueMap,
 )
 from maestro_scale.inference.scenes import open_scene_source
-from maestro_scale.inference.source import Source, from_raw, from_shards
+from maestro_scale.inference.source import Layout, Source, from_raw, from_shards
 from maestro_scale.inference.windows import stride_m
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.shards.format.checksum import MANIFEST
@@ -43,6 +42,7 @@ from maestro_scale.shards.storage import open_storage
 
 EmbeddingFormat = Literal["cog", "parquet"]
 _YAML = (".yaml", ".yml")
+_OVERLAP = 0.5  # of the windows of maps
 
 
 @dataclass(frozen=True)
@@ -65,14 +65,6 @@ class Options:
 
 
 @dataclass(frozen=True)
-class WindowLayout:
-    """Pixels of the map, and the distance from window to window."""
-
-    resolution_m: float
-    stride_m: float
-
-
-@dataclass(frozen=True)
 class Data:
     """What SRC is: ``spec`` as it says itself; exactly one of ``manifest``, ``scenes`` and ``tiles``."""
 
@@ -92,18 +84,20 @@ def predict(
     data = open_data(model, src, options)
     spec, notes = view_on(model, data.spec, options.dataset)
     output = _output(model, spec, options)
-    is_map = hasattr(output, "resolution_m")
-    overlap = options.overlap if options.overlap is not None else (0.5 if is_map else 0.0)
+    points = output if isinstance(output, TargetPoints | EmbeddingPoints) else None
+    maps = None if isinstance(output, TargetPoints | EmbeddingPoints) else output
+    overlap = options.overlap if options.overlap is not None else (_OVERLAP if maps else 0.0)
     if not 0 <= overlap <= 0.9:
         raise InferenceError(f"--overlap {overlap:g}: is a share of a window, from 0 to 0.9")
     step_m = max(spec.modality(s.source).resolution_m for s in spec.sensors)
-    pixel_m = output.resolution_m if is_map else step_m  # type: ignore[union-attr]
-    layout = WindowLayout(pixel_m, stride_m(spec.crop_m, overlap, [step_m, pixel_m]))
+    pixel_m = maps.resolution_m if maps else step_m
+    layout = Layout(pixel_m, stride_m(spec.crop_m, overlap, [step_m, pixel_m]))
     source = open_source(data, spec, layout, options)
     folder = Folder(out, _record(model, data, source, layout, options, how))
-    if is_map:
-        return run.predict_maps(source, output, folder, how, progress), notes  # type: ignore[arg-type]
-    return run.predict_points(source, output, folder, spec.name, how, progress), notes  # type: ignore[arg-type]
+    if points is not None:
+        return run.predict_points(source, points, folder, spec.name, how, progress), notes
+    assert maps is not None
+    return run.predict_maps(source, maps, folder, how, progress), notes
 
 
 def open_data(model: Maestro, src: str, options: Options) -> Data:
@@ -197,7 +191,7 @@ def view_on(model: Maestro, stored: DatasetSpec, dataset: str | None = None) -> 
 
 
 def open_source(
-    data: Data, spec: DatasetSpec, layout: WindowLayout, options: Options, offset: float = 0.0
+    data: Data, spec: DatasetSpec, layout: Layout, options: Options, offset: float = 0.0
 ) -> Source:
     """The windows of the data."""
     if data.scenes is not None:
@@ -211,7 +205,9 @@ def open_source(
     return from_shards(spec, data.manifest, store, data.splits, layout, offset)
 
 
-def _output(model: Maestro, spec: DatasetSpec, options: Options) -> MapOutput | PointOutput:
+def _output(
+    model: Maestro, spec: DatasetSpec, options: Options
+) -> MapOutput | TargetPoints | EmbeddingPoints:
     if options.embeddings == "parquet":
         return EmbeddingPoints(model, len(spec.sensors))
     if options.embeddings == "cog":
@@ -237,7 +233,7 @@ def _output(model: Maestro, spec: DatasetSpec, options: Options) -> MapOutput | 
 
 
 def _record(
-    model: Maestro, data: Data, source: Source, layout: WindowLayout, options: Options, how: run.Run
+    model: Maestro, data: Data, source: Source, layout: Layout, options: Options, how: run.Run
 ) -> dict[str, object]:
     """What the folder contains; equal on all ranks, however many they are."""
     keys = "\n".join(area.name for area in source.areas)

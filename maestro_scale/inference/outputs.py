@@ -34,7 +34,7 @@ class Image:
 
 
 class MapOutput(Protocol):
-    """A map. ``resolution_m``: of its pixels, None: one value per window, which is no map."""
+    """A map of pixels of ``resolution_m``. ``num_channels``: C."""
 
     resolution_m: float
     num_channels: int

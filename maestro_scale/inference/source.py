@@ -59,13 +59,12 @@ class Source(Protocol):
         ...
 
 
-class Layout(Protocol):
-    """How windows lie on an area: see ``plan.WindowLayout``."""
+@dataclass(frozen=True)
+class Layout:
+    """Pixels of the map, and the distance from window to window, in metres."""
 
-    @property
-    def resolution_m(self) -> float: ...
-    @property
-    def stride_m(self) -> float: ...
+    resolution_m: float
+    stride_m: float
 
 
 class TileSource:
@@ -82,7 +81,7 @@ class TileSource:
         layout: Layout,
         offset: float = 0.0,
     ) -> None:
-        self.spec, self._read_sample = spec, read_sample
+        self.spec, self._sample = spec, read_sample
         self._grid = grid = CropGrid(spec)
         step_m, pixel_m = grid.step_m, layout.resolution_m
         stride = max(round(layout.stride_m / step_m), 1)
@@ -110,9 +109,6 @@ class TileSource:
     def origin(self, area: int) -> GeoOrigin | None:
         """As of Source."""
         return self._sample(area).origin
-
-    def _sample(self, area: int) -> Sample:
-        return self._read_sample(area)
 
 
 def from_shards(

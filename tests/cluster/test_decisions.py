@@ -157,6 +157,8 @@ def test_doctor_on_rdma(tmp_path):
             ["evaluate.sh", "--checkpoint", "x", "--out", "y", "--recipes", "/none.yaml"],
             "recipe /none.yaml does not exist",
         ),
+        (["predict.sh", "model", "shards"], "usage: sbatch slurm/predict.sh"),
+        (["predict.sh", "model", "shards", "out"], "no SLURM job here"),
         (["follow.sh", "/none"], "no run directory"),
     ],
 )

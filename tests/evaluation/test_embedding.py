@@ -10,11 +10,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import geopandas
 import numpy as np
 import pyarrow.parquet as parquet
 import pytest
 import rasterio
 import torch
+from rio_cogeo.cogeo import cog_validate
 
 from maestro_scale.datasets.spec import GeoOrigin
 from maestro_scale.escaping import printable
@@ -75,6 +77,32 @@ def test_vectors_are_the_models_in_the_order_of_the_shards(fields, shards, tmp_p
         (20, 0),
         (20, 20),
     ]
+
+
+def test_files_are_geoparquet_and_cogs(fields, tmp_path):
+    with Writer(str(tmp_path / "shards"), FIELDS, "test") as writer:
+        for number in range(2):
+            origin = GeoOrigin("EPSG:2154", 650_000.0 + 1000 * number, 6_860_000.0) if number else None
+            writer.add(dataclasses.replace(field_tile(number), origin=origin))
+    maker = embedder(fields, tmp_path / "shards", tmp_path)
+    maker.write(tmp_path / "out", "test")
+    frame = geopandas.read_parquet(next((tmp_path / "out").glob("*.parquet")))
+    placed = frame[frame.key == "field-001"]
+    assert frame[frame.key == "field-000"].geometry.isna().all()
+    assert len(placed) == 4
+    there = placed.to_crs("EPSG:2154")
+    np.testing.assert_allclose(there.geometry.area, 1600, rtol=1e-6)
+    np.testing.assert_allclose(there.geometry.bounds.minx, there.x_m, atol=1e-3)
+    np.testing.assert_allclose(there.geometry.bounds.maxy, there.y_m, atol=1e-3)
+    assert {str(d) for d in frame.first_date} == {"2020-01-20"}
+    assert {str(d) for d in frame.last_date} == {"2020-10-16"}
+    images = dataclasses.replace(maker, what="tokens", format="tiff")
+    images.write(tmp_path / "images", "test")
+    for path in (tmp_path / "images").rglob("*.tif"):
+        assert cog_validate(path, strict=True, quiet=True)[0]
+        with rasterio.open(path) as image:
+            assert image.descriptions[0] == f"{path.stem.rpartition('.')[2]}_0"
+            assert image.tags()["first_date"] == "2020-01-20"
 
 
 def test_ranks_share_the_shards_and_a_missing_file_is_written_again(fields, shards, tmp_path):

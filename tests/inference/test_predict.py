@@ -28,13 +28,13 @@ from maestro_scale.inference import run, windows
 from maestro_scale.inference.command import (
     Data,
     Options,
-    WindowLayout,
     open_data,
     open_source,
     predict,
     view_on,
 )
 from maestro_scale.inference.errors import InferenceError
+from maestro_scale.inference.source import Layout
 from maestro_scale.interop.export import write_model
 from maestro_scale.interop.pretrained import load_model
 from maestro_scale.model.config import ModelConfig
@@ -311,7 +311,7 @@ def test_offsets_move_the_windows_of_tiles(model, valley, tmp_path):
     data = open_data(model, str(valley.shards), options)
     spec, notes = view_on(model, data.spec)
     assert (notes, spec.crop_m, spec.targets) == ([], 160.0, ())
-    layout = WindowLayout(10.0, 80.0)
+    layout = Layout(10.0, 80.0)
     starts = [
         sorted(set(open_source(data, spec, layout, options, k).areas[0].rows.tolist())) for k in (0.0, 0.5)
     ]
