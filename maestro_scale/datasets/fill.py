@@ -213,8 +213,8 @@ def invalid_note(text: str, values: np.ndarray, bad: np.ndarray, quantity: Quant
 
 
 def remarkable_values(array: np.ndarray, name: str, quantity: Quantity | None) -> Iterator[str]:
-    """Notes on valid values of a raster, or labels, that are rarely measurements: usual fill values, and unusual ones of
-    its quantity (None: not said)."""
+    """Notes on valid values of a raster or of labels that are rarely measurements: usual fill values, and unusual ones
+    of its quantity (None: not said)."""
     if array.dtype.kind not in "iuf" or array.dtype.itemsize == 1 or not array.size:
         return
     lowest, highest = finite_extremes(array)

@@ -48,6 +48,7 @@ class Benchmark:
     ``splits``: by role (train, val, test) the splits in shards, where they have other names than the role;
     ``fold``: the number of the fold of a cross-validation that they form. ``manifest``: as the job has read it; None to
     read it when it is needed. ``loss``: of the modes that train with a loss.
+    ``trains_on_incomplete``: whether a finetuning uses the training tiles that lack a sensor.
     """
 
     spec: DatasetSpec
@@ -61,6 +62,7 @@ class Benchmark:
     fold: int | None = None
     manifest: Manifest | None = None
     loss: LossSettings = DEFAULT_LOSS
+    trains_on_incomplete: bool = True
 
     def load_manifest(self) -> Manifest:
         """The manifest of the shards; read only once in a job, as a second reading could find another one."""

@@ -385,6 +385,7 @@ class _Evaluation:
             fold=run.fold,
             manifest=encoder.manifest,
             loss=LossSettings(recipe.evaluation.class_weights, recipe.evaluation.regression_loss),
+            trains_on_incomplete=entry.incomplete == "use",
         )
 
     def _maps_dir(self, mode: str, subdir: Path) -> Path | None:

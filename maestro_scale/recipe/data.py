@@ -79,7 +79,7 @@ class MixtureEntry(Section):
     """Changes to its sensors by name; null omits the sensor."""
     incomplete: Literal["use", "leave_out"] = "use"
     """Tiles that lack a sensor in use: train on the sensors that they have, in steps of their own (docs/loader.md), or
-    leave them out. Pretraining only: an evaluation scores every tile."""
+    leave them out, in pretraining and finetuning. Validation and test score every tile."""
     crop_m: Annotated[float, Field(gt=0)] | None = None
     """Ground extent of the random crop in metres: at most the tile, else a multiple of the coarsest sensor's pixel;
     null: the dataset's default."""

@@ -19,11 +19,12 @@ from maestro_scale.evaluation.benchmark import Benchmark
 from maestro_scale.evaluation.embedding import EmbeddingWriter
 from maestro_scale.evaluation.features.cache import FeatureCache, concat_features
 from maestro_scale.evaluation.features.missing import check_can_encode, filled, tile_vector
+from maestro_scale.evaluation.finetune.setup import Finetuning
 from maestro_scale.evaluation.frozen.attentive import HeadGrid, concat_tokens
 from maestro_scale.evaluation.frozen.evaluate import evaluate_frozen
 from maestro_scale.evaluation.in_loop import _Samples
 from maestro_scale.evaluation.results import EvalResult, EvaluationError
-from maestro_scale.evaluation.run import EvalOptions, run_evaluation
+from maestro_scale.evaluation.run import EvalOptions, _Evaluation, run_evaluation
 from maestro_scale.evaluation.tasks.losses import target_loss_for
 from maestro_scale.evaluation.tasks.maps import cell_features
 from maestro_scale.evaluation.tasks.task import task_for
@@ -236,3 +237,23 @@ def test_scores_during_a_training_are_of_tiles_of_every_set(gaps, tmp_path, sens
     counts = collections.Counter(absent for absent, n in runs(loader.source) for _ in range(n))
     both = {(): 4, ("aerial",): 2, ("s2",): 2}
     assert counts == (both if len(sensors) == 2 else {(): 8})
+
+
+@pytest.mark.parametrize(("incomplete", "num_train"), [("use", 20), ("leave_out", 10)])
+def test_a_finetuning_leaves_incomplete_tiles_out_where_the_recipe_says_so(
+    gaps, tmp_path, incomplete, num_train
+):
+    recipe = load_recipe(gaps.recipe(tmp_path), [f"data.mixture[0].incomplete={incomplete}"])
+    encoder = SimpleNamespace(spec=FIELDS, manifest=None)
+    asked = SimpleNamespace(options=EvalOptions(str(tmp_path), tmp_path))
+    run = SimpleNamespace(splits={}, fold=None)
+    benchmark = _Evaluation._benchmark(asked, encoder, recipe, run)
+    world = World(0, 1, 0, CPU)
+    finetuning = Finetuning(load_model(gaps.model), benchmark, "finetune", None, recipe, world)
+    assert {role: sum(s.counts) for role, s in finetuning.splits.items()} == {
+        "train": num_train,
+        "val": SPLITS["val"],
+        "test": SPLITS["test"],
+    }
+    found = finetuning._identity("", 1)
+    assert found.get("incomplete", "use") == incomplete

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from maestro_scale.model.maestro import Maestro
 from maestro_scale.recipe import Recipe, RecipeError
 from maestro_scale.shards.progress import Progress
 from maestro_scale.shards.read.store import Store
+from maestro_scale.stream.sensor_sets import complete
 from maestro_scale.stream.source import Source
 from maestro_scale.training.assembly import RunContext, TrainingParts, assemble, check_feasible
 from maestro_scale.training.checkpoint.checkpoints import Checkpoints, Position
@@ -42,6 +44,8 @@ from maestro_scale.training.hooks.hook import FinishedStep, Hook
 from maestro_scale.training.manifests import UsedDataset, manifest_digests
 from maestro_scale.training.run_dir import JsonLines
 from maestro_scale.training.trainer import Trainer
+
+log = logging.getLogger(__name__)
 
 
 class Finetuning:
@@ -174,6 +178,11 @@ class Finetuning:
         if fraction < 1:
             used = labelled_subset(splits["train"], target, fraction, recipe.seed, world)
             splits["train"] = splits["train"].select_samples(used)
+        if not benchmark.trains_on_incomplete:
+            splits["train"], left_out = complete(splits["train"])
+            if left_out:
+                name = self.manifest.spec.name
+                log.info("%s: %d training tiles that lack a sensor are left out", name, left_out)
         return splits
 
     def _network(self) -> Any:
@@ -208,6 +217,7 @@ class Finetuning:
             "ema_epochs": recipe.evaluation.ema_epochs,
             "layer_decay": recipe.evaluation.layer_decay,
             **({} if recipe.model.decoder == "attentive" else {"decoder": recipe.model.decoder}),
+            **({} if benchmark.trains_on_incomplete else {"incomplete": "leave_out"}),
             **benchmark.loss.identity(),
             **precision_identity(recipe.train.precision_on(self._world.device.type)),
         }
