@@ -200,7 +200,10 @@ def test_major_tom_sentinel_2(shard, tmp_path, level, num):
             ("s2_20m", 6, 534),
             ("s2_60m", 2 + (level == "L1C"), 178),
         ):
-            check_image(tiles[cell], name, corpora.pixels(i, 1, num_bands, size), ["2023-01-19T16"])
+            values = corpora.pixels(i, 1, num_bands, size)
+            values[0, :, 0, 0] = 0  # nodata in one band, so the pixel is marked
+            check_image(tiles[cell], name, values, ["2023-01-19T16"])
+            assert np.argwhere(tiles[cell][f"{name}.mask"]).tolist() == [[0, 0, 0, 0]]
 
 
 def test_major_tom_sentinel_1(shard, tmp_path):

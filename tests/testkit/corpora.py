@@ -226,6 +226,7 @@ def write_major_tom(
         else:
             for names, meters in ((MAJOR_TOM_10M, 10), (MAJOR_TOM_20M, 20), (MAJOR_TOM_60M[dataset], 60)):
                 values = pixels(tile, 1, len(names), 10_680 // meters)[0].astype(np.uint16)
+                values[0, 0, 0] = 0  # nodata of Sentinel-2
                 for name, band in zip(names, values, strict=True):
                     row[name] = geotiff(band[None], meters, compress="deflate")
             row["cloud_mask"] = geotiff(np.zeros((1, 1068, 1068), np.uint8), 10, compress="deflate")
