@@ -57,8 +57,8 @@ class Blend:
         self._sums[:, rows, columns] += values[:, inside[0], inside[1]].float() * weight
         self._total[rows, columns] += weight
 
-    def mean(self) -> tuple[np.ndarray, np.ndarray]:
-        """((C, height, width) float32, 0 where no window counts; (height, width) bool, where one does)."""
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """((C, height, width) float32, 0 where no window counts; (height, width) bool, where one does). The mean is in
+        the memory of the sums: nothing can be added afterwards."""
         covered = self._total > 0
-        mean = self._sums / torch.where(covered, self._total, 1.0)
-        return mean.cpu().numpy(), covered.cpu().numpy()
+        return self._sums.div_(torch.where(covered, self._total, 1.0)), covered

@@ -246,6 +246,7 @@ def _record(
         "stride_m": layout.stride_m,
         "resolution_m": layout.resolution_m,
         "batch": how.batch_size,
+        "memory": how.most_bytes,
         "target": options.target,
         "probabilities": options.probabilities,
         "embeddings": options.embeddings,

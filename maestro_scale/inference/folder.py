@@ -62,12 +62,14 @@ class Folder:
         """The file of a part of a map."""
         return self.path / PARTS / f"{area:06d}-{number:06d}.bin"
 
-    def write_part(self, path: Path, content: bytes) -> None:
-        """Write a part, at once."""
+    def write_part(self, path: Path, arrays: Sequence[np.ndarray]) -> None:
+        """Write a part, at once: the values of these arrays, one after the other."""
         path.parent.mkdir(exist_ok=True)
         partial = path.with_name(f".partial-{uuid.uuid4().hex}")
         try:
-            partial.write_bytes(content)
+            with partial.open("wb") as file:
+                for array in arrays:
+                    file.write(np.ascontiguousarray(array).data)
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
@@ -106,11 +108,6 @@ class Folder:
             os.replace(partial, self.path / RECORD)
         finally:
             partial.unlink(missing_ok=True)
-
-
-def packed(arrays: Sequence[np.ndarray]) -> bytes:
-    """The values of the images of a part, one after the other."""
-    return b"".join(np.ascontiguousarray(a).tobytes() for a in arrays)
 
 
 def unpacked(path: Path, number: int, shapes: Sequence[tuple[tuple[int, ...], str]]) -> np.ndarray:

@@ -44,8 +44,10 @@ class MapOutput(Protocol):
         """(B, C, n, n) of the windows of a batch; None if their sensors say nothing about it."""
         ...
 
-    def finish(self, mean: np.ndarray, covered: np.ndarray) -> list[np.ndarray]:
-        """The values (bands, H, W) of each image from the blended channels (C, H, W) and where there are any (H, W)."""
+    def finish(self, mean: Tensor, covered: Tensor) -> list[np.ndarray]:
+        """The values (bands, H, W) of each image from the blended channels (C, H, W) and where there are any (H, W).
+
+        May change ``mean``."""
         ...
 
 
@@ -79,14 +81,15 @@ class ClassMap:
         """As of MapOutput."""
         return self._model.predict(batch, self._target.name).probabilities
 
-    def finish(self, mean: np.ndarray, covered: np.ndarray) -> list[np.ndarray]:
+    def finish(self, mean: Tensor, covered: Tensor) -> list[np.ndarray]:
         """As of MapOutput."""
-        classes = self._values[mean.argmax(axis=0)]
-        classes[~covered] = NO_CLASS
+        classes = self._values[mean.argmax(dim=0).to(torch.uint8).cpu().numpy()]
+        nothing = ~covered.cpu().numpy()
+        classes[nothing] = NO_CLASS
         if len(self.images) == 1:
             return [classes[None]]
-        shares = np.rint(mean * PERCENT).clip(0, PERCENT).astype(np.uint8)
-        shares[:, ~covered] = NO_CLASS
+        shares = mean.mul_(PERCENT).round_().clamp_(0, PERCENT).to(torch.uint8).cpu().numpy()
+        shares[:, nothing] = NO_CLASS
         return [classes[None], shares]
 
 
@@ -105,7 +108,7 @@ class ValueMap:
         """As of MapOutput."""
         return self._model.predict(batch, self._target.name).values[:, None]
 
-    def finish(self, mean: np.ndarray, covered: np.ndarray) -> list[np.ndarray]:
+    def finish(self, mean: Tensor, covered: Tensor) -> list[np.ndarray]:
         """As of MapOutput."""
         return [_masked(mean, covered)]
 
@@ -132,7 +135,7 @@ class EmbeddingMap:
         side = round(tokens.shape[1] ** 0.5)
         return tokens.transpose(1, 2).unflatten(2, (side, side))
 
-    def finish(self, mean: np.ndarray, covered: np.ndarray) -> list[np.ndarray]:
+    def finish(self, mean: Tensor, covered: Tensor) -> list[np.ndarray]:
         """As of MapOutput."""
         return [_masked(mean, covered)]
 
@@ -211,7 +214,6 @@ def joined(batches: Sequence[Batch]) -> Batch:
     )
 
 
-def _masked(mean: np.ndarray, covered: np.ndarray) -> np.ndarray:
-    values = mean.astype(np.float32)
-    values[:, ~covered] = np.nan
+def _masked(mean: Tensor, covered: Tensor) -> np.ndarray:
+    values: np.ndarray = mean.masked_fill_(~covered, float("nan")).cpu().numpy()
     return values

@@ -27,14 +27,14 @@ from maestro_scale.escaping import printable
 from maestro_scale.evaluation.features.on_device import RecipePrecision, eval_precision
 from maestro_scale.evaluation.tasks.tile_maps import georeference
 from maestro_scale.inference.blending import Blend
-from maestro_scale.inference.folder import Folder, packed, unpacked
+from maestro_scale.inference.folder import Folder, unpacked
 from maestro_scale.inference.outputs import MapOutput, PointOutput, joined, resized
 from maestro_scale.inference.source import Piece, Source
 from maestro_scale.inference.windows import Area, Box, chunk_side
 from maestro_scale.stream.batch import Batch
 
-MEMORY_BYTES = 256 * 2**20
-"""Of the sums of a unit, whatever the size of the map."""
+MEMORY_BYTES = {"cpu": 768 * 2**20, "cuda": 4 * 2**30}
+"""Of the sums of a unit, on the device, whatever the size of the map."""
 _POINTS = 4096  # windows of a unit of a table
 
 Progress = Callable[[int, int, int], None]
@@ -42,14 +42,20 @@ Progress = Callable[[int, int, int], None]
 
 @dataclass(frozen=True)
 class Run:
-    """Where and how to compute. ``memory_bytes``: of the sums of a unit."""
+    """Where and how to compute. ``memory_bytes``: of the sums of a unit, None: as of
+    ``MEMORY_BYTES``."""
 
     device: torch.device
     rank: int = 0
     world: int = 1
     batch_size: int = 8
     precision: RecipePrecision = "auto"
-    memory_bytes: int = MEMORY_BYTES
+    memory_bytes: int | None = None
+
+    @property
+    def most_bytes(self) -> int:
+        """Of the sums of a unit."""
+        return self.memory_bytes or MEMORY_BYTES.get(self.device.type, MEMORY_BYTES["cpu"])
 
 
 @dataclass(frozen=True)
@@ -89,7 +95,7 @@ def predict_maps(
     for unit in todo:
         for chunk, arrays, origin in _blended(source, output, unit, run):
             if chunk.count > 1:
-                folder.write_part(folder.part(chunk.area, chunk.number), packed(arrays))
+                folder.write_part(folder.part(chunk.area, chunk.number), arrays)
             else:
                 area = source.areas[chunk.area]
                 for image, path, values in zip(output.images, paths[chunk.area], arrays, strict=True):
@@ -140,7 +146,7 @@ def predict_points(
         sink = pa.BufferOutputStream()
         table = pa.concat_tables(tables) if tables else pa.table({})
         parquet.write_table(table, sink)
-        folder.write_part(parts[number], sink.getvalue().to_pybytes())
+        folder.write_part(parts[number], [np.frombuffer(sink.getvalue(), np.uint8)])
     if run.rank == 0:
         folder.wait_for(parts, _Waiting(name))
         _write_table(path, parts)
@@ -153,7 +159,7 @@ def _units(areas: Sequence[Area], num_channels: int, run: Run) -> Iterator[list[
     group: list[Chunk] = []
     held = 0
     for index, area in enumerate(areas):
-        side = chunk_side(num_channels, area.side, run.memory_bytes)
+        side = chunk_side(num_channels, area.side, run.most_bytes)
         boxes = area.chunks(side)
         chunks = [Chunk(index, n, len(boxes), box, area.windows_of(box)) for n, box in enumerate(boxes)]
         if len(chunks) > 1:
@@ -161,7 +167,7 @@ def _units(areas: Sequence[Area], num_channels: int, run: Run) -> Iterator[list[
             continue
         size = 4 * (num_channels + 1) * area.height * area.width
         full = sum(len(c.windows) for c in group) >= run.batch_size
-        if group and (full or held + size > run.memory_bytes):
+        if group and (full or held + size > run.most_bytes):
             yield group
             group, held = [], 0
         group.append(chunks[0])
@@ -240,10 +246,10 @@ def _blended(
             first += len(piece.numbers)
     outside = getattr(source, "outside", None)
     for chunk in unit:
-        mean, covered = blend_of(chunk.area).mean()
+        mean, covered = blend_of(chunk.area).finish()
         del blends[chunk.area]
         if outside is not None and (beyond := outside(chunk.area, chunk.box)) is not None:
-            covered &= ~beyond
+            covered &= ~torch.from_numpy(beyond).to(covered.device)
         origin = origins[chunk.area] if chunk.area in origins else source.origin(chunk.area)
         yield chunk, output.finish(mean, covered), origin
 

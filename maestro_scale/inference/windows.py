@@ -14,8 +14,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-BLOCK = 512
-"""Pixels per side of the blocks of a map's file; sides of chunks are multiples of it."""
+BLOCK = 128
+"""Sides of chunks are multiples of it."""
+_WINDOWS = 8  # per side of a chunk, if they fit into memory
+_LEAST = (
+    1024  # pixels per side, if they fit into memory: the maps of small windows would have very many chunks
+)
 
 _MICRO = 1_000_000  # lengths in metres are compared in micrometres
 
@@ -67,10 +71,10 @@ def starts(length: int, window: int, stride: int, offset: int = 0) -> list[int]:
     return sorted({0, last, *inner})
 
 
-def chunk_side(num_channels: int, window: int, most_bytes: int, most: int = 4096) -> int:
+def chunk_side(num_channels: int, window: int, most_bytes: int) -> int:
     """Pixels per side of a chunk whose sums of ``num_channels`` float32 and weights fit into ``most_bytes``."""
     fits = math.isqrt(max(most_bytes // (4 * (num_channels + 1)), 1))
-    return max(min(fits, most) // BLOCK * BLOCK, BLOCK)
+    return max(min(fits, max(_WINDOWS * window, _LEAST)) // BLOCK * BLOCK, BLOCK)
 
 
 def stride_m(window_m: float, overlap: float, lengths_m: Sequence[float]) -> float:

@@ -38,6 +38,7 @@ def test_sums_of_a_chunk_fit_into_memory():
     assert side % BLOCK == 0
     assert 4 * 20 * side**2 <= 256 * 2**20
     assert chunk_side(1, 512, 2**40) == 4096
+    assert chunk_side(1, 16, 2**40) == 1024
 
 
 def test_weights_of_half_overlapping_windows_add_up_to_one():
@@ -60,7 +61,8 @@ def test_parts_of_a_map_equal_the_whole(height, width, side, stride, seed):
         blend = Blend(box, 2, side, torch.device("cpu"))
         for n in area.windows_of(box).tolist():
             blend.add(values[n], int(rows[n]), int(columns[n]))
-        return blend.mean()
+        mean, covered = blend.finish()
+        return mean.numpy(), covered.numpy()
 
     whole, covered = blended(Box(0, 0, height, width))
     assert covered.all()
@@ -77,7 +79,7 @@ def test_equal_windows_stay_and_invalid_pixels_do_not_count():
     for row in (0, 2):
         for column in (0, 2, 4):
             blend.add(torch.full((1, 4, 4), 7.0), row, column, invalid)
-    mean, covered = blend.mean()
+    mean, covered = (found.numpy() for found in blend.finish())
     np.testing.assert_allclose(mean[0][covered], 7, rtol=1e-6)
     assert covered[:, 2:].all()
     assert not covered[:, :2].any()
