@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import lru_cache
 
 from maestro_scale.datasets.spec import DatasetError
@@ -26,6 +26,7 @@ _DIRECTIVES = {
     "S": r"\d{2}", "f": r"\d{1,6}", "b": r"[A-Za-z]{3}", "B": r"[A-Za-z]+", "%": "%",
 }  # fmt: skip
 _ANY_DATE = r"\d{4}-?\d{2}-?\d{2}(?:[T_ ]?\d{2}:?\d{2}(?::?\d{2})?)?"  # of {date} without a format
+_OFFSET = re.compile(r"(?<=[T_ ])(?P<time>\d\d:?\d\d.*?)(?P<sign>[+-])(?P<hours>\d\d):?(?P<minutes>\d\d)?$")
 _DATE_GROUP = re.compile(r"date\d+")
 _FIELD = re.compile(r"\{(?P<name>[A-Za-z_]\w*)(?::(?P<format>[^{}]*))?\}|(?P<any>\*\*/|\*)|(?P<brace>[{}])")
 
@@ -259,13 +260,19 @@ def parse_date_text(text: str, format: str | None, part: int | None, where: str)
 
 
 def _parse_iso(text: str) -> datetime:
-    digits = re.sub(r"[-:T_ Z]", "", text.partition(".")[0].partition("+")[0])
+    """In UTC; a text without an offset is in UTC."""
+    offset = timedelta()
+    if found := _OFFSET.search(text):
+        hours, minutes = int(found["hours"]), int(found["minutes"] or 0)
+        offset = timedelta(hours=hours, minutes=minutes) * (-1 if found["sign"] == "-" else 1)
+        text = text[: found.end("time")]
+    digits = re.sub(r"[-:T_ Z]", "", text.partition(".")[0])
     if not (digits.isascii() and digits.isdigit()):
         raise ValueError(text)
     formats = {8: "%Y%m%d", 10: "%Y%m%d%H", 12: "%Y%m%d%H%M", 14: "%Y%m%d%H%M%S"}
     if len(digits) not in formats:
         raise ValueError(text)
-    return datetime.strptime(digits, formats[len(digits)])
+    return datetime.strptime(digits, formats[len(digits)]) - offset
 
 
 def _triple(when: datetime) -> Date:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -131,6 +131,8 @@ class TargetReader:
                     )
                 index = Labels.of(target, keys).class_of(names[keys.name], key)
                 found[target.name] = np.array([index], np.int16)
+            if target.of is None and _is_missing(target, found[target.name]):
+                notes.append(f"{target.name} has no label")
         for target in self.spec.targets:
             if target.of is not None:
                 found[target.name] = shares_of(target, self.spec.target(target.of), found[target.of])
@@ -146,7 +148,17 @@ class TargetReader:
                 "pattern",
                 "several images of a target",
             )
-        return stack
+        if stack.invalid is None or target.kind == "regression":
+            return stack
+        known = are_classes(target, self.keys[target.name], stack.values)
+        return replace(stack, invalid=stack.invalid & ~known)
+
+
+def _is_missing(target: Target, found: np.ndarray) -> bool:
+    """Whether a tile has no label at all, where labels are of tiles."""
+    if target.kind == "classification":
+        return bool((found == MISSING_CLASS).all())
+    return target.kind == "regression" and bool(np.isnan(found).all())
 
 
 def label_image(target: Target, keys: TargetKeys, stack: Stack, notes: list[str]) -> np.ndarray:
@@ -158,12 +170,16 @@ def label_image(target: Target, keys: TargetKeys, stack: Stack, notes: list[str]
         if invalid is not None:
             numbers[invalid] = np.nan
         return numbers
-    labels = Labels.of(target, keys)
-    if invalid is not None and keys.raster is not None:
-        # A nodata tag of 0 in files in which 0 is a class is common; what the description says counts.
-        classes = np.isin(values, list(labels.of_numbers)) & ~np.isin(values, keys.raster.nodata)
-        invalid = invalid & ~classes
-    return labels.map_of(values, invalid, stack.address, notes)
+    return Labels.of(target, keys).map_of(values, invalid, stack.address, notes)
+
+
+def are_classes(target: Target, keys: TargetKeys, values: np.ndarray) -> np.ndarray:
+    """Which values of files with labels are classes, and count as such even if their file declares them as nodata.
+
+    A nodata tag of 0 in files in which 0 is a class is common; what the description declares has precedence.
+    """
+    nodata = () if keys.raster is None else keys.raster.nodata
+    return np.isin(values, list(Labels.of(target, keys).of_numbers)) & ~np.isin(values, nodata)
 
 
 def shares_of(target: Target, source: Target, labels: np.ndarray) -> np.ndarray:

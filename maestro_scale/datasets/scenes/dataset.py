@@ -20,7 +20,7 @@ from maestro_scale.datasets.description.config import Target as TargetKeys
 from maestro_scale.datasets.description.index import SectionImages, list_sections, sections
 from maestro_scale.datasets.description.spec import dataset_spec
 from maestro_scale.datasets.description.splits import select
-from maestro_scale.datasets.description.targets import TableLabels, TargetReader, label_image
+from maestro_scale.datasets.description.targets import TableLabels, TargetReader, are_classes, label_image
 from maestro_scale.datasets.description.tile import MaskImages, RasterImages, make_tile
 from maestro_scale.datasets.description.vector_targets import VectorLabels
 from maestro_scale.datasets.description.vectors import read_area
@@ -262,6 +262,7 @@ def _raster_series(
         tuple(raster.masks),
         "day" if raster.series else "all",
         NotMeasured(raster),
+        None,
         {NODATA: Marked(raster.masks[NODATA], f"{where}.masks.{NODATA}")} if NODATA in raster.masks else {},
     )
     return SceneSeries(settings, found, grid)
@@ -281,7 +282,17 @@ def _label_series(
     assert target.resolution_m is not None
     size = round(description.tile_m / target.resolution_m)
     found = shots(located[layer], {}, 1, problems)
-    settings = SceneRaster(layer, 1, size, "nearest", 0.0, (), "all", Declared(keys.raster))
+    settings = SceneRaster(
+        layer,
+        1,
+        size,
+        "nearest",
+        0.0,
+        (),
+        "all",
+        Declared(keys.raster),
+        None if target.kind == "regression" else Classes(target, keys),
+    )
     return SceneSeries(settings, found, grid)
 
 
@@ -297,6 +308,18 @@ class Declared:
         if values.dtype.kind == "f":
             bad |= np.isnan(values)
         return bad if bad.any() else None
+
+
+@dataclass(frozen=True)
+class Classes:
+    """Finds values of a label image that are classes, whatever nodata tag their file has."""
+
+    target: Target
+    keys: TargetKeys
+
+    def __call__(self, values: np.ndarray, bands: tuple[int, ...]) -> np.ndarray | None:
+        """As :data:`.series.Invalid`."""
+        return are_classes(self.target, self.keys, values)
 
 
 def _cells(

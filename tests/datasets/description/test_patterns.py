@@ -43,11 +43,25 @@ def test_a_date_may_be_spread_over_the_path():
         ("2020-01-02", (2020, 2, 0)),
         ("2020-01-02T13:40:00Z", (2020, 2, 13)),
         ("20200102T134001", (2020, 2, 13)),
+        ("2020-01-02 13:40", (2020, 2, 13)),
     ],
 )
 def test_dates_without_a_format_are_iso(text, wanted):
     assert parse_date(text, None) == wanted
     assert Pattern("{key}_{date}.tif").match(f"a_{text.removesuffix('Z')}.tif").date == wanted
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("2020-01-02T13:40:00+02:00", (2020, 2, 11)),
+        ("2020-01-01 22:30-05:00", (2020, 2, 3)),
+        ("2020-01-01T00:30:00.5+01:00", (2019, 365, 23)),
+        ("20200102T134001+0000", (2020, 2, 13)),
+    ],
+)
+def test_times_of_other_zones_become_utc(text, wanted):
+    assert parse_date(text, None) == wanted
 
 
 def test_a_date_in_a_product_name():

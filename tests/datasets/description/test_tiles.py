@@ -238,6 +238,7 @@ def test_targets_from_images_tables_and_names(tmp_path):
     assert tile.targets["genus"].tolist() == [MISSING_CLASS]
     assert np.isnan(tile.targets["mass"]).all()
     assert tile.targets["present"].tolist() == [0, 1]
+    assert {"genus has no label", "mass has no label"} <= set(tile.notes)
     error = error_of(opened(tmp_path, rasters, targets=tables), "c")
     assert "t.csv: c: genus is 'Elm'" in str(error)
     assert error.kind == "a label outside the list"

@@ -138,6 +138,26 @@ def test_labels_are_rasterised(src, tmp_path):
     assert set(np.unique(tile.targets["map"])) == {0, 1, 2}
 
 
+@pytest.mark.parametrize("shift", [0.0, 7.0])  # copied, and resampled
+@pytest.mark.parametrize("tag", [None, 0, 255])
+def test_ground_that_no_label_image_shows_has_no_label(tmp_path, tag, shift):
+    write_scene(tmp_path / "S2_A_20200601.tif", np.ones((2, 32, 32), "uint16"), WEST, NORTH)
+    labels = np.zeros((1, 16, 8), "uint8")
+    labels[:, 4:] = 1
+    labels[:, 12:] = 255
+    write_scene(tmp_path / "map.tif", labels, WEST + shift, NORTH, 20.0, nodata=tag)
+    text = DESCRIPTION.replace("    masks: {cloud", "    # masks: {cloud")
+    text = (
+        text[: text.index("  dem:")]
+        + "targets:"
+        + LABELS[LABELS.index("\n  map:") : LABELS.index("\n  height:")]
+    )
+    (found,) = opened(tmp_path, tmp_path, text).read(f"32631_E{WEST:07.0f}_N{NORTH:07.0f}").targets.values()
+    wanted = np.full((16, 16), 2)  # "none"
+    wanted[:4, :8], wanted[4:12, :8] = 0, 1
+    np.testing.assert_array_equal(found, wanted)
+
+
 def test_a_process_that_writes_reads_the_same(src, tmp_path):
     dataset = opened(src, tmp_path, DESCRIPTION + LABELS)
     key = dataset.keys()[40]
