@@ -33,7 +33,7 @@ from maestro_scale.inference.source import Piece, Source
 from maestro_scale.inference.windows import Area, Box, chunk_side
 from maestro_scale.stream.batch import Batch
 
-MEMORY_BYTES = {"cpu": 768 * 2**20, "cuda": 4 * 2**30}
+MEMORY_BYTES = {"cpu": 512 * 2**20, "cuda": 4 * 2**30}
 """Of the sums of a unit, on the device, whatever the size of the map."""
 _POINTS = 4096  # windows of a unit of a table
 
