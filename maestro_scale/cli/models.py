@@ -31,6 +31,10 @@ def export(
     register: Annotated[
         str, typer.Option(help="Also register it as a new version of this model in MLflow's model registry.")
     ] = "",
+    alias: Annotated[
+        list[str] | None,
+        typer.Option(help="Alias of the registered version, besides newest. Can be repeated."),
+    ] = None,
 ) -> None:
     """Export the newest checkpoint as safetensors; of a finetuning, the tested weights with their head. ``load_model``
     needs only torch to load it."""
@@ -41,7 +45,7 @@ def export(
     command = shell_command("maestro-scale", "embed", model, "SHARDS", "OUT")
     print(f"exported to {model}; next: {command}, or load_model({str(model)!r})")
     if register:
-        version = registry.register(out, register, run_dir)
+        version = registry.register(out, register, run_dir, alias or ())
         print(f"registered as {version.uri} at {version.store}; next: {version.load_command}")
 
 

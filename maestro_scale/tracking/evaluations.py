@@ -5,21 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from maestro_scale import untrusted
-from maestro_scale.escaping import mlflow_key, mlflow_keys, printable, shell_command
+from maestro_scale.escaping import markdown_text, mlflow_key, mlflow_keys, printable, shell_command
 from maestro_scale.evaluation.report.charts import class_bars
 from maestro_scale.evaluation.report.groups import ResultFile
 from maestro_scale.evaluation.report.report import draw_pictures, write_report
 from maestro_scale.evaluation.results import EvalResult, EvaluationError
 from maestro_scale.secrets_filter import scrub, scrub_document, scrub_mapping
 from maestro_scale.shards.temporary import temporary_folder
-from maestro_scale.tracking.mlflow_run import artifact_location, tracking_uri
+from maestro_scale.tracking.metric_names import score_at_a_glance
+from maestro_scale.tracking.mlflow_run import NOTE_TAG, artifact_location, tracking_uri
 from maestro_scale.tracking.mlflow_tracker import configure_mlflow, error_summary
+from maestro_scale.tracking.model_scores import update_versions
 from maestro_scale.tracking.origin import provenance_tags
 from maestro_scale.tracking.outbox import PendingEvaluation, add_pending, list_pending, remove_pending
 from maestro_scale.tracking.run_file import (
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_MAX_SECONDS = 1e9
+_MAX_NOTE = 5000  # the length of a tag
 _CONTENT_TAG = "maestro.results"
 
 
@@ -91,8 +94,11 @@ def record_encoder(
         folder.mkdir(parents=True, exist_ok=True)
         client = connect(tracking_uri(folder))
         if find_run(client, folder) is None:
-            run = create_run(client, folder, folder, experiment, name)
-            client.set_terminated(run.info.run_id, "FINISHED")
+            spans = [_span_ms(result, path) for result, path in results]
+            start_ms = min((start for start, _ in spans), default=None)
+            run = create_run(client, folder, folder, experiment, name, start_ms)
+            end_ms = max((end for _, end in spans), default=None)
+            client.set_terminated(run.info.run_id, "FINISHED", end_ms)
     except Exception as error:  # noqa: BLE001 - MLflow and its clients raise any type; the results are on disk
         log.warning("MLflow: the evaluations of %s were not recorded: %s", name, error_summary(error))
         return
@@ -100,11 +106,13 @@ def record_encoder(
         record_evaluation(folder, result, path)
 
 
-def create_run(client: MlflowClient, folder: Path, home: Path, experiment: str, name: str) -> Run:
+def create_run(
+    client: MlflowClient, folder: Path, home: Path, experiment: str, name: str, start_ms: int | None = None
+) -> Run:
     """A new MLflow run for ``folder``, in the store of the run directory ``home``. Raises any MLflow error."""
     uri = tracking_uri(home)
     experiment_id = active_experiment(client, experiment, uri, artifact_location(home))
-    run = client.create_run(experiment_id, run_name=name, tags={RUN_TAG: run_dir_id(folder)})
+    run = client.create_run(experiment_id, start_ms, {RUN_TAG: run_dir_id(folder)}, run_name=name)
     record_store(folder, run.info.run_id, uri)
     return run
 
@@ -135,24 +143,58 @@ def _record(run_dir: Path, result: EvalResult, path: Path, provenance: Mapping[s
     name = f"{result.benchmark}/{result.mode}" + (
         "" if result.fraction == 1 else f"/{100 * result.fraction:g}pct"
     )
-    step, now = result.checkpoint_step or 0, int(time.time() * 1000)
+    step, (start_ms, end_ms) = result.checkpoint_step or 0, _span_ms(result, path)
     tags = {"mlflow.parentRunId": parent.info.run_id, "benchmark": result.benchmark, "mode": result.mode}
-    tags |= {_CONTENT_TAG: content_hash, "dataset": result.benchmark, **scrub_mapping(provenance)}
-    title = printable(f"{name} at step {step}")
-    nested = client.create_run(parent.info.experiment_id, run_name=title, tags=tags)
+    tags |= {_CONTENT_TAG: content_hash, "dataset": result.benchmark, "results": str(path.resolve())}
+    tags |= {f"data/{mlflow_key(k)}/manifest_sha256": v for k, v in result.datasets.items()}
+    tags = scrub_mapping({**tags, **provenance})
+    tags[NOTE_TAG] = scrub(_description(result))[:_MAX_NOTE]
+    title = printable(f"{name} at step {step}{_seeds(result)}")
+    nested = client.create_run(parent.info.experiment_id, start_ms, tags, run_name=title)
     run_id = nested.info.run_id
     scores = {f"eval/{k}": float(v) for k, v in _metrics(result).items()}
     keys = mlflow_keys(scores)  # of different classes, whatever their names
-    metrics = [Metric(keys[k], v, now, step) for k, v in scores.items()]
+    metrics = [Metric(keys[k], v, end_ms, step) for k, v in scores.items()]
     num_tiles = RunTag("num_tiles", str(result.num_tiles))
     client.log_batch(run_id, metrics=metrics, params=_params(result, step), tags=[num_tiles])
     client.log_text(run_id, scrub_document(path.read_text()), path.name)
     _log_report(client, run_id, ResultFile(path, result))
-    score = mlflow_key(f"eval/{name}/{result.metric}")
-    client.log_batch(parent.info.run_id, metrics=[Metric(score, result.value, now, step)])
+    score = f"{name}/{result.metric}"
+    on_parent = [mlflow_key(f"eval/{score}"), mlflow_key(score_at_a_glance(score))]
+    client.log_batch(parent.info.run_id, metrics=[Metric(k, result.value, end_ms, step) for k in on_parent])
+    update_versions(client, parent, step)
     # Last: only a complete evaluation is FINISHED, see _find_recorded.
-    client.set_terminated(run_id, "FINISHED")
+    client.set_terminated(run_id, "FINISHED", end_ms)
     return run_id
+
+
+def _span_ms(result: EvalResult, path: Path) -> tuple[int, int]:
+    """When an evaluation started and ended: it ended by writing ``path``, after the seconds that it states."""
+    end_ms = round(1000 * path.stat().st_mtime)
+    seconds = sum(s for s in result.timings.values() if 0 <= s < _MAX_SECONDS)
+    return max(0, end_ms - round(1000 * seconds)), end_ms
+
+
+def _seeds(result: EvalResult) -> str:
+    """What tells evaluations of one checkpoint apart: seeds other than the default, folds."""
+    parts = []
+    if result.seeds != (0,):
+        parts.append(f"seed {','.join(map(str, result.seeds))}")
+    if result.folds:
+        parts.append(f"fold {','.join(map(str, result.folds))}")
+    return "".join(f", {part}" for part in parts)
+
+
+def _description(result: EvalResult) -> str:
+    """The score in a sentence of Markdown."""
+    low, high = result.interval
+    step = "" if result.checkpoint_step is None else f" at step {result.checkpoint_step:,}"
+    units = f" {result.units}" if result.units else ""
+    return markdown_text(
+        f"{result.metric} {result.value:.4g}{units} (95 % interval {low:.4g} to {high:.4g}) of {result.encoder}"
+        f"{step} on {result.benchmark}: {result.mode} with {100 * result.fraction:g} % of the labels, "
+        f"{result.num_tiles:,} tiles."
+    )
 
 
 def _find_recorded(client: MlflowClient, parent: Run, content_hash: str) -> str | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,14 +27,17 @@ from maestro_scale.tracking.run_file import (
     run_dir_id,
     store_lock,
 )
-from maestro_scale.tracking.store import active_experiment, connect
+from maestro_scale.tracking.run_times import STATUS, RunEnd
+from maestro_scale.tracking.store import ARTIFACTS, active_experiment, connect
+from maestro_scale.tracking.views import write_views
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
     from mlflow.tracking import MlflowClient
 
-STATUS = {"done": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
-ENDED_FILE = "ended"  # in the run directory: how the run ended, a key of STATUS
+PICTURE = "reconstruction"  # key of the pictures of a run
+NOTE_TAG = "mlflow.note.content"  # the description of a run
+OWN_NOTE_TAG = "mlflow.maestro.note"  # the description as it was last written here
 
 # MLflow's limits on the size of a request, and on the length of values and names.
 _MAX_METRICS, _MAX_PARAMS, _MAX_TAGS = 1000, 100, 100
@@ -57,8 +61,21 @@ class DatasetInput:
 
 
 @dataclass(frozen=True)
+class StepMetrics:
+    """The metrics of one step, measured at ``time_ms`` (Unix time); None values are not sent."""
+
+    step: int
+    time_ms: int
+    metrics: MetricValues
+
+
+@dataclass(frozen=True)
 class RunMetadata:
-    """What is stored of a run when it is opened. ``history`` reads the (step, metrics) logged so far."""
+    """What is stored of a run when it is opened.
+
+    ``history`` reads the metrics logged so far, ``description`` the Markdown that MLflow shows above the run;
+    ``start_ms``: when the run was first started, None for now.
+    """
 
     run_dir: Path
     experiment: str
@@ -67,16 +84,9 @@ class RunMetadata:
     tags: Mapping[str, str]
     artifacts: Sequence[Path] = ()
     datasets: Sequence[DatasetInput] = ()
-    history: Callable[[], Iterable[tuple[int, MetricValues]]] = field(default=tuple)
-
-
-@dataclass(frozen=True)
-class StepMetrics:
-    """The metrics of one step, measured at ``time_ms`` (Unix time); None values are not sent."""
-
-    step: int
-    time_ms: int
-    metrics: MetricValues
+    history: Callable[[], Iterable[StepMetrics]] = field(default=tuple)
+    description: Callable[[], str] = field(default=str)
+    start_ms: int | None = None
 
 
 def tracking_uri(run_dir: Path) -> str:
@@ -106,25 +116,28 @@ class MlflowRun:
         self._client = client
         self._lock = lock
         self.id: str = run.info.run_id
+        self._experiment: str = run.info.experiment_id
         self._metadata = metadata
         self._warn = warn
         self._stored: dict[str, set[int]] = {}  # steps per metric that the store had at the last backfill
         self._last: dict[str, int] = {}  # last step per metric sent since then
+        self._pictures: set[int] | None = None  # steps that have one; None: not yet read
+        self._note = run.data.tags.get(NOTE_TAG, "")
+        self._own_note = run.data.tags.get(OWN_NOTE_TAG, "")
         self._store_metadata(run)
 
     @classmethod
     def open(
         cls,
         metadata: RunMetadata,
-        time_ms: int,
         warn: Callable[[str, Exception], None],
-        end_reason: str | None = None,
+        end: RunEnd | None = None,
     ) -> MlflowRun:
         """Create the MLflow run of a run directory, or reopen it, and send the history that the store lacks.
 
         Args:
-            end_reason: ``done``, ``stopped`` or ``failed`` for a run that has ended. Its status is then set at once
-                and never to RUNNING: a later call may fail and would leave a finished run marked as running.
+            end: of a run that has ended. Its status is then set at once and never to RUNNING: a later call may fail
+                and would leave a finished run marked as running.
             warn: called with what could not be stored, if the run is open nevertheless.
 
         Raises:
@@ -149,25 +162,27 @@ class MlflowRun:
                 parent_dir = parent_run_dir(run_dir)
                 if parent_dir is not None and (parent := find_run(client, parent_dir)) is not None:
                     tags["mlflow.parentRunId"] = parent.info.run_id
-                run = client.create_run(experiment, run_name=scrub(metadata.run_name), tags=tags)
-            if end_reason is None:
+                run = client.create_run(
+                    experiment, metadata.start_ms, tags, run_name=scrub(metadata.run_name)
+                )
+            if end is None:
                 client.update_run(run.info.run_id, status="RUNNING")
             else:
-                client.set_terminated(run.info.run_id, STATUS[end_reason])
+                client.set_terminated(run.info.run_id, STATUS[end.reason], end.time_ms)
             record_store(run_dir, run.info.run_id, uri)
             opened = cls(client, run, metadata, warn, lock)
-            opened.backfill(time_ms)
+            opened.backfill()
             return opened
         except BaseException:
             lock.release()
             raise
 
-    def backfill(self, time_ms: int) -> None:
+    def backfill(self) -> None:
         """Send the metrics of the history that the store does not have."""
         keys = self._client.get_run(self.id).data.metrics
         self._stored = {k: {m.step for m in self._client.get_metric_history(self.id, k)} for k in keys}
         self._last = {}
-        self.send(StepMetrics(step, time_ms, metrics) for step, metrics in self._metadata.history())
+        self.send(self._metadata.history())
         # Steps up to the end of the history are complete. The store may have later ones, sent before a kill; they are
         # remembered, because the run trains them again after its resume and logs them a second time.
         self._stored = {k: {s for s in v if s > self._last.get(k, -1)} for k, v in self._stored.items()}
@@ -187,18 +202,36 @@ class MlflowRun:
         for chunk in _chunks(pending, _MAX_METRICS):
             self._client.log_batch(self.id, metrics=chunk)
 
-    def log_picture(self, path: Path) -> None:
-        """Store a picture under ``pictures/``; it replaces one with the same name."""
-        self._try("a picture", lambda: self._client.log_artifact(self.id, str(path), "pictures"))
+    def log_picture(self, step: int, path: Path) -> None:
+        """Store a picture of a step, for the slider of MLflow's charts, unless the step has one."""
+        self._try("a picture", lambda: self._store_picture(step, path))
 
-    def stored_pictures(self) -> set[str]:
-        """File names of the pictures in the store."""
-        return {Path(a.path).name for a in self._client.list_artifacts(self.id, "pictures")}
+    def _store_picture(self, step: int, path: Path) -> None:
+        from mlflow import Image
 
-    def close(self, reason: str) -> None:
-        """Store the artifacts again in their final state and end the run as ``done``, ``stopped`` or ``failed``."""
+        if step in self.stored_pictures():
+            return
+        time_ms = round(1000 * path.stat().st_mtime)
+        self._client.log_image(
+            self.id, Image(str(path)), key=PICTURE, step=step, timestamp=time_ms, synchronous=True
+        )
+        self.stored_pictures().add(step)
+
+    def stored_pictures(self) -> set[int]:
+        """Steps that have a picture in the store."""
+        if self._pictures is None:
+            # MLflow's names: KEY+step+STEP+timestamp+…, before its release 3.10 with % instead of +.
+            names = (Path(a.path).name for a in self._client.list_artifacts(self.id, "images"))
+            found = (re.match(rf"{PICTURE}[+%]step[+%](\d+)[+%].*\.png$", name) for name in names)
+            self._pictures = {int(match[1]) for match in found if match}
+        return self._pictures
+
+    def close(self, end: RunEnd) -> None:
+        """Store the artifacts again in their final state and end the run."""
         self._try("artifacts", self._store_artifacts)  # metrics.jsonl has grown, report.md is new
-        self._client.set_terminated(self.id, STATUS[reason])
+        self._try("the description", self._store_description)
+        self._try("views", self._store_views)
+        self._client.set_terminated(self.id, STATUS[end.reason], end.time_ms)
         self.detach()
 
     def detach(self) -> None:
@@ -215,6 +248,12 @@ class MlflowRun:
         self._try("tags", self._store_tags)
         self._try("datasets", self._store_datasets)
         self._try("artifacts", self._store_artifacts)
+        self._try("the description", self._store_description)
+        # The views are written again when the run ends, with charts of all its metrics.
+        self._try("views", self._store_views)
+
+    def _store_views(self) -> None:
+        write_views(self._client, self._experiment)
 
     def _try(self, what: str, action: Callable[[], None]) -> None:
         try:
@@ -247,6 +286,15 @@ class MlflowRun:
         entities = [RunTag(mlflow_key(k), _truncate(v, _MAX_TAG)) for k, v in tags.items()]
         for chunk in _chunks(entities, _MAX_TAGS):
             self._client.log_batch(self.id, tags=chunk)
+
+    def _store_description(self) -> None:
+        """Store the description, unless a user has written another one in MLflow."""
+        text = _truncate(scrub(self._metadata.description()), _MAX_TAG)
+        if not text or text == self._note or self._note not in ("", self._own_note):
+            return
+        # Tags of MLflow's own prefix are not shown.
+        self._set_tags({NOTE_TAG: text, OWN_NOTE_TAG: text})
+        self._note = self._own_note = text
 
     def _store_datasets(self) -> None:
         from mlflow.entities import Dataset, InputTag
@@ -285,7 +333,8 @@ def artifact_location(run_dir: Path) -> str | None:
     """Of a new experiment. A server has its own; for a file MLflow's default is ./mlruns in the working directory."""
     if os.environ.get("MLFLOW_TRACKING_URI"):
         return None
-    return (run_dir.resolve().parent / "mlartifacts").as_uri()
+    home = parent_run_dir(run_dir) or run_dir
+    return (home.resolve().parent / ARTIFACTS).as_uri()
 
 
 def _truncate(value: str, longest: int) -> str:

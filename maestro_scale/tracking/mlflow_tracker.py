@@ -20,13 +20,13 @@ from typing import Protocol
 from maestro_scale.escaping import shell_command
 from maestro_scale.secrets_filter import scrub
 from maestro_scale.tracking.mlflow_run import (
-    STATUS,
     MetricValues,
     MlflowRun,
     RunMetadata,
     StepMetrics,
     tracking_uri,
 )
+from maestro_scale.tracking.run_times import STATUS, RunEnd
 from maestro_scale.tracking.store import DeletedExperimentError
 
 log = logging.getLogger(__name__)
@@ -62,11 +62,11 @@ class OpenRun(Protocol):
 
     def send(self, metrics: Iterable[StepMetrics]) -> None: ...
 
-    def log_picture(self, path: Path) -> None: ...
+    def log_picture(self, step: int, path: Path) -> None: ...
 
-    def backfill(self, time_ms: int) -> None: ...
+    def backfill(self) -> None: ...
 
-    def close(self, reason: str) -> None: ...
+    def close(self, end: RunEnd) -> None: ...
 
     def detach(self) -> None: ...
 
@@ -88,12 +88,13 @@ DEFAULT_FLUSH_POLICY = FlushPolicy()
 
 @dataclass(frozen=True)
 class _Picture:
+    step: int
     path: Path
 
 
 @dataclass(frozen=True)
 class _CloseRequest:
-    reason: str
+    end: RunEnd
     deadline: float
 
 
@@ -130,7 +131,7 @@ class Tracker:
         """
         configure_mlflow()
         return cls(
-            lambda warn: MlflowRun.open(metadata, _now_ms(), warn),
+            lambda warn: MlflowRun.open(metadata, warn),
             scrub(tracking_uri(metadata.run_dir)),
             sync_command=shell_command("maestro-scale", "sync", metadata.run_dir),
         ).start_thread()
@@ -140,14 +141,17 @@ class Tracker:
         self._thread.start()
         return self
 
-    def log(self, step: int, metrics: MetricValues) -> None:
-        """Log the metrics of a step. Steps must ascend; None values, and what the store already has, are not sent."""
-        self._put(StepMetrics(step, _now_ms(), dict(metrics)))
+    def log(self, step: int, metrics: MetricValues, time_s: float | None = None) -> None:
+        """Log the metrics of a step. Steps must ascend; None values, and what the store already has, are not sent.
+
+        ``time_s``: when they were measured, seconds since 1970; None: now.
+        """
+        time_ms = _now_ms() if time_s is None else round(1000 * time_s)
+        self._put(StepMetrics(step, time_ms, dict(metrics)))
 
     def log_picture(self, step: int, path: Path) -> None:
-        """Store a picture of a step. Its file name should contain the step, and it must exist until ``finish``."""
-        del step  # MLflow artifacts have no step
-        self._put(_Picture(path))
+        """Store a picture of a step, a PNG file that must exist until ``finish``."""
+        self._put(_Picture(step, path))
 
     def finish(self, status: str, wait_s: float = 30.0) -> None:
         """Send the remaining records and end the run as ``done``, ``stopped`` or ``failed``; blocks up to ``wait_s``.
@@ -158,7 +162,7 @@ class Tracker:
             raise ValueError(f"status {status!r} must be one of {', '.join(STATUS)}")
         deadline = time.monotonic() + wait_s
         try:
-            self._queue.put(_CloseRequest(status, deadline), timeout=wait_s)
+            self._queue.put(_CloseRequest(RunEnd(status, _now_ms()), deadline), timeout=wait_s)
         except queue.Full:
             self._dropped = True
         self._thread.join(max(0.0, deadline - time.monotonic()))
@@ -232,7 +236,7 @@ class Tracker:
             self._run.send(i for i in items if isinstance(i, StepMetrics))
             for item in items:
                 if isinstance(item, _Picture):
-                    self._run.log_picture(item.path)
+                    self._run.log_picture(item.step, item.path)
         except Exception as error:  # noqa: BLE001 - no error of MLflow may end the training
             self._disconnect(error)
 
@@ -252,8 +256,8 @@ class Tracker:
             # Records were dropped while connected, and later steps were sent since: only a comparison of the store with
             # the history finds the gaps.
             if self._dropped:
-                self._run.backfill(_now_ms())
-            self._run.close(request.reason)
+                self._run.backfill()
+            self._run.close(request.end)
         except Exception as error:  # noqa: BLE001 - as in _send
             self._disconnect(error)
 
@@ -271,7 +275,7 @@ class Tracker:
 class NullTracker:
     """A tracker that does nothing, with the interface of ``Tracker``."""
 
-    def log(self, step: int, metrics: MetricValues) -> None:
+    def log(self, step: int, metrics: MetricValues, time_s: float | None = None) -> None:
         """Do nothing."""
 
     def log_picture(self, step: int, path: Path) -> None:

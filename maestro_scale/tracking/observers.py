@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,12 @@ from typing import Any
 from maestro_scale.recipe import Recipe
 from maestro_scale.secrets_filter import scrub
 from maestro_scale.tracking.metric_names import metric_names
-from maestro_scale.tracking.mlflow_run import ENDED_FILE, MetricValues
+from maestro_scale.tracking.mlflow_run import MetricValues
 from maestro_scale.tracking.mlflow_tracker import NullTracker, Tracker
-from maestro_scale.tracking.pictures import reconstruction_picture
+from maestro_scale.tracking.pictures import picture_path, reconstruction_picture
 from maestro_scale.tracking.run_params import run_metadata
 from maestro_scale.tracking.run_report import REPORT, run_report
+from maestro_scale.tracking.run_times import ENDED_FILE, RunEnd, write_end
 from maestro_scale.tracking.terminal import TerminalProgress
 from maestro_scale.training.observer import Observer, RunInfo, SensorView
 from maestro_scale.training.run_dir import write_atomically
@@ -51,7 +53,7 @@ class TrackingObserver:
 
     def logged(self, record: dict[str, Any]) -> None:
         """Log the metrics of a step."""
-        self._tracker.log(record["step"], self._metrics(record))
+        self._tracker.log(record["step"], self._metrics(record), record.get("time"))
 
     def pictured(self, step: int, views: list[SensorView]) -> None:
         """Draw a reconstruction in the background; it is dropped if too many are pending."""
@@ -65,13 +67,13 @@ class TrackingObserver:
         try:
             text = run_report(self._recipe, self._run_dir, reason)
             write_atomically(self._run_dir / REPORT, scrub(text))
-            write_atomically(self._run_dir / ENDED_FILE, reason)
+            write_end(self._run_dir, RunEnd(reason, round(1000 * time.time())))
         except OSError as error:  # e.g. a full disk; it must not hide the error that ended the run
             log.warning("%s was not written: %s", REPORT, error)
         self._tracker.finish(reason)
 
     def _draw(self, step: int, views: list[SensorView]) -> None:
-        path = self._run_dir / "pictures" / f"step_{step:08d}.png"
+        path = picture_path(self._run_dir, step)
         try:
             reconstruction_picture(path, views, f"{self._recipe.name}, step {step}")
         except Exception as error:  # noqa: BLE001 - a picture that fails, for whatever reason, must not end the run

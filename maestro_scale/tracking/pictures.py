@@ -143,6 +143,16 @@ def reconstruction_picture(path: Path, views: Sequence[SensorView], title: str) 
     return path
 
 
+def picture_path(run_dir: Path, step: int) -> Path:
+    """The file of the picture of a step."""
+    return run_dir / "pictures" / f"step_{step:08d}.png"
+
+
+def picture_step(path: Path) -> int:
+    """The step of a file of ``picture_path``. ValueError for another file."""
+    return int(path.stem.removeprefix("step_"))
+
+
 def select_dates(num_dates: int) -> np.ndarray:
     """Indices of up to four dates, evenly spaced from the first to the last."""
     return np.unique(np.linspace(0, num_dates - 1, min(num_dates, MAX_DATES)).round().astype(int))

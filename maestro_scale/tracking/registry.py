@@ -6,7 +6,7 @@ import hashlib
 import os
 import shlex
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,20 +14,28 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from maestro_scale.errors import MaestroError
-from maestro_scale.escaping import python_command, shell_command
+from maestro_scale.escaping import mlflow_key, python_command, shell_command
 from maestro_scale.interop.export import CONFIG, WEIGHTS
 from maestro_scale.interop.pretrained import load_model, read_model
 from maestro_scale.interop.sources import REGISTERED_FOLDER, TRACKING_URI, ModelSource
 from maestro_scale.model.config import ModelConfig
-from maestro_scale.secrets_filter import scrub
+from maestro_scale.secrets_filter import scrub, scrub_mapping
 from maestro_scale.shards.temporary import temporary_folder
-from maestro_scale.tracking.mlflow_run import tracking_uri
+from maestro_scale.tracking.mlflow_run import NOTE_TAG, tracking_uri
 from maestro_scale.tracking.mlflow_tracker import configure_mlflow
+from maestro_scale.tracking.model_scores import STEP_TAG, describe, scores
 from maestro_scale.tracking.run_file import find_run
 from maestro_scale.tracking.store import DeletedExperimentError, check_run_experiment
 
 if TYPE_CHECKING:
     from mlflow.models import ModelSignature
+
+
+NEWEST = "newest"  # alias of the last version; MLflow reserves "latest"
+_MODEL_DESCRIPTION = (
+    "Encoders of maestro-scale, one version per export. `maestro_scale.load_model('models:/NAME@newest')` loads the "
+    "last one."
+)
 
 
 class RegistryError(MaestroError):
@@ -54,8 +62,10 @@ class ModelVersion:
         return store + python_command(f"from maestro_scale import load_model; load_model({self.uri!r})")
 
 
-def register(model: Path, name: str, run_dir: Path) -> ModelVersion:
+def register(model: Path, name: str, run_dir: Path, aliases: Sequence[str] = ()) -> ModelVersion:
     """Register an exported model as a new version of ``name``, stored as an artifact of the MLflow run of ``run_dir``.
+
+    The version gets the alias ``newest`` and ``aliases``, a description, and the scores of its checkpoint as tags.
 
     Raises:
         ExportError: ``model`` is not an exported model.
@@ -99,13 +109,30 @@ def register(model: Path, name: str, run_dir: Path) -> ModelVersion:
             )
             client.log_artifacts(run_id, str(pyfunc), artifact_path)
         try:
-            client.create_registered_model(name)
+            client.create_registered_model(name, description=_MODEL_DESCRIPTION)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
         root = run.info.artifact_uri
-        tags = {"size": _size_tag(config), "dataset": ",".join(v.dataset for v in config.views)}
-        version = client.create_model_version(name, f"{root}/{artifact_path}", run_id, tags=tags).version
+        step = trained.get("step")
+        of_run = client.get_run(run_id).data
+        found = scores(client, run, step)
+        tags = {
+            "size": of_run.tags.get("size") or _size_tag(config),
+            "dataset": ",".join(v.dataset for v in config.views),
+            "sensors": ",".join(s.name for s in config.sensors),
+            **({} if step is None else {STEP_TAG: str(step)}),
+            **found,
+        }
+        version = client.create_model_version(
+            name,
+            f"{root}/{artifact_path}",
+            run_id,
+            tags={mlflow_key(k): v for k, v in scrub_mapping(tags).items()},
+            description=describe(of_run.tags.get(NOTE_TAG, ""), found),
+        ).version
+        for alias in dict.fromkeys((NEWEST, *aliases)):
+            client.set_registered_model_alias(name, alias, str(version))
     except (MlflowException, DeletedExperimentError, OSError) as error:
         raise RegistryError(
             f"{scrub(uri)} did not accept {model}: {scrub(str(error).splitlines()[0])}"

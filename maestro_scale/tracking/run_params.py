@@ -10,9 +10,10 @@ from maestro_scale import untrusted
 from maestro_scale.recipe import Recipe
 from maestro_scale.shards.format.manifest import Manifest
 from maestro_scale.tracking.metric_names import metric_names
-from maestro_scale.tracking.mlflow_run import DatasetInput, MetricValues, RunMetadata
+from maestro_scale.tracking.mlflow_run import DatasetInput, RunMetadata, StepMetrics
 from maestro_scale.tracking.origin import provenance_tags
-from maestro_scale.tracking.run_report import REPORT
+from maestro_scale.tracking.run_report import REPORT, report_head
+from maestro_scale.tracking.run_times import line_times_ms, start_ms
 from maestro_scale.training.run_dir import JsonLines, manifest_path
 from maestro_scale.training.setup import setup_tags
 
@@ -27,8 +28,13 @@ def run_metadata(recipe: Recipe, run_dir: Path) -> RunMetadata:
     metrics = JsonLines(run_dir / "metrics.jsonl")
     mixture = recipe.data.mixture
 
-    def history() -> Iterable[tuple[int, MetricValues]]:
-        return ((line["step"], metric_names(line, len(mixture) > 1)) for line in metrics.read())
+    def history() -> Iterable[StepMetrics]:
+        lines = metrics.read()
+        times = line_times_ms(lines, metrics.path)
+        return [
+            StepMetrics(line["step"], time_ms, metric_names(line, len(mixture) > 1))
+            for line, time_ms in zip(lines, times, strict=True)
+        ]
 
     return RunMetadata(
         run_dir=run_dir,
@@ -39,6 +45,8 @@ def run_metadata(recipe: Recipe, run_dir: Path) -> RunMetadata:
         artifacts=[run_dir / name for name in _DOCUMENTS],
         datasets=_datasets(recipe, run_dir),
         history=history,
+        description=lambda: report_head(recipe, run_dir),
+        start_ms=start_ms(run_dir, metrics.read()),
     )
 
 
@@ -62,6 +70,7 @@ def _tags(recipe: Recipe, run_dir: Path) -> dict[str, str]:
     mode = environment.get("mode")  # of a finetuning; a pretraining has none
     return {
         **({"mode": mode} if mode else {}),
+        "run_dir": str(run_dir.resolve()),
         "dataset": ",".join(e.dataset for e in recipe.data.mixture),
         "size": recipe.model.size,
         "fusion": recipe.model.fusion,

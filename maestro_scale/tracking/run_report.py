@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from maestro_scale.escaping import markdown_text, shell_command
 from maestro_scale.recipe import Recipe
+from maestro_scale.tracking.run_times import ENDED_FILE
 from maestro_scale.training.run_dir import JsonLines
 from maestro_scale.training.setup import read_environment, setup_line
 
@@ -26,11 +28,9 @@ def run_report(recipe: Recipe, run_dir: Path, reason: str) -> str:
         return f"# {markdown_text(recipe.name)}: {reason} before the first log line\n"
     last = lines[-1]
     name = " ".join(filter(None, (recipe.name, _mode(run_dir))))
-    datasets = " and ".join(dict.fromkeys(e.dataset for e in recipe.data.mixture))
     parts = [
         f"# {markdown_text(name)}: {reason} after {last['step']:,} steps",
-        f"MAESTRO {recipe.model.size} on {markdown_text(datasets)}, "
-        f"{last['samples']:,} samples, {last['skipped_steps']} steps skipped.",
+        f"{_subject(recipe)}, {last['samples']:,} samples, {last['skipped_steps']} steps skipped.",
         *filter(None, [markdown_text(setup_line(read_environment(run_dir)))]),
         *(_loss_table(name, of_dataset) for name, of_dataset in _by_dataset(recipe, lines).items()),
         _speed_table(lines),
@@ -38,6 +38,20 @@ def run_report(recipe: Recipe, run_dir: Path, reason: str) -> str:
         "\n".join(f"    {command}" for command in next_commands(run_dir, reason)),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def report_head(recipe: Recipe, run_dir: Path) -> str:
+    """The report of a run that has ended, up to its first table; of another run what is known of it. Markdown."""
+    try:
+        # A run that was resumed has the report of its last start.
+        report = (run_dir / REPORT).read_text() if (run_dir / ENDED_FILE).exists() else ""
+    except (OSError, ValueError):
+        report = ""
+    if not report:
+        setup = markdown_text(setup_line(read_environment(run_dir)))
+        return "\n\n".join(filter(None, [f"{_subject(recipe)}.", setup]))
+    parts = itertools.takewhile(lambda part: not part.startswith(("|", "## ")), report.split("\n\n"))
+    return "\n\n".join(parts).strip()
 
 
 def next_commands(run_dir: Path, reason: str) -> tuple[str, ...]:
@@ -67,6 +81,11 @@ def _ranks(run_dir: Path) -> tuple[str, ...]:
     """The option for as many ranks as the run had; none where they were on several nodes."""
     setup = read_environment(run_dir).get("setup")
     return ("--nproc", str(setup["ranks"])) if setup and setup["nodes"] == 1 < setup["ranks"] else ()
+
+
+def _subject(recipe: Recipe) -> str:
+    datasets = " and ".join(dict.fromkeys(e.dataset for e in recipe.data.mixture))
+    return f"MAESTRO {recipe.model.size} on {markdown_text(datasets)}"
 
 
 def _mode(run_dir: Path) -> str | None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import socket
+import sqlite3
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import unquote, urlsplit
 
 from maestro_scale.escaping import printable
 from maestro_scale.secrets_filter import scrub
@@ -20,10 +23,21 @@ if TYPE_CHECKING:
     from mlflow.entities import Experiment
     from mlflow.tracking import MlflowClient
 
+log = logging.getLogger(__name__)
+
+ARTIFACTS = "mlartifacts"  # folder beside a SQLite store
 _CREATE_WAIT_S = 60.0  # creating the tables takes seconds, on a busy node or a slow disk longer
 _POLL_S = 0.1
 _NEW = ".new"  # suffix of a store that is not published yet
 _ABANDONED_S = 3600.0  # age from which such a file is of a killed process
+_LOCKED_S = 10.0  # wait for a store in which another process writes
+# Columns of MLflow's tables with the address of a file; those that a release does not have are skipped.
+_ADDRESSES = {
+    "experiments": ("artifact_location",),
+    "runs": ("artifact_uri",),
+    "model_versions": ("source", "storage_location"),
+    "logged_models": ("artifact_location",),
+}
 # Without this tag the MLflow UI shows pages for traces of language models.
 _EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 
@@ -38,7 +52,63 @@ def connect(uri: str) -> MlflowClient:
 
     if (path := sqlite_path(uri)) is not None:
         _create_sqlite(path)
+        relocate(path)
     return MlflowClient(uri)
+
+
+def relocate(path: Path) -> None:
+    """Point a SQLite store that was moved or copied with its folder to the artifacts beside it.
+
+    MLflow keeps absolute addresses: a copy would show the files of the original, and write to them. Nothing is changed
+    where there are no artifacts beside the store, where the address is the same folder by another name, or where the
+    store cannot be written.
+    """
+    folder = path.resolve().parent / ARTIFACTS
+    if not folder.is_dir():
+        return
+    try:
+        with closing(sqlite3.connect(path, timeout=_LOCKED_S)) as database, database:
+            addresses = [
+                (table, column)
+                for table, columns in _ADDRESSES.items()
+                for column in columns
+                if column in {row[1] for row in database.execute(f"PRAGMA table_info({table})")}
+            ]
+            found = database.execute("SELECT experiment_id, artifact_location FROM experiments").fetchall()
+            for experiment, old in found:
+                runs = database.execute("SELECT run_uuid FROM runs WHERE experiment_id = ?", (experiment,))
+                if not _is_elsewhere(old, folder, [run for (run,) in runs]):
+                    continue
+                for table, column in addresses:
+                    database.execute(
+                        f"UPDATE {table} SET {column} = ? || substr({column}, ?) "
+                        f"WHERE {column} = ? OR substr({column}, 1, ?) = ?",
+                        (folder.as_uri(), len(old) + 1, old, len(old) + 1, f"{old}/"),
+                    )
+                _forget_addresses()
+    except sqlite3.Error as error:
+        log.warning("%s may show the files of the folder that it was copied from (%s)", path, error)
+
+
+def _forget_addresses() -> None:
+    """MLflow keeps the addresses of runs for the life of the process; those of a copy have the same ids."""
+    with suppress(ImportError, AttributeError):
+        from mlflow.tracking._tracking_service import utils
+
+        utils._artifact_repos_cache.clear()
+
+
+def _is_elsewhere(address: object, folder: Path, runs: Sequence[str]) -> bool:
+    """Whether an experiment's address is of another folder than ``folder``, which has the artifacts of ``runs``."""
+    if not isinstance(address, str) or not address.startswith("file://") or address == folder.as_uri():
+        return False
+    old = Path(unquote(urlsplit(address).path))
+    if old.name != ARTIFACTS:  # not given by active_experiment
+        return False
+    try:
+        return not old.samefile(folder) and any((folder / run).is_dir() for run in runs)
+    except OSError:  # it does not exist any more
+        return True
 
 
 def sqlite_path(uri: str) -> Path | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,10 +12,13 @@ from maestro_scale.recipe import load_recipe
 from maestro_scale.secrets_filter import scrub
 from maestro_scale.shards.errors import ShardsError
 from maestro_scale.tracking.evaluations import send_pending
-from maestro_scale.tracking.mlflow_run import ENDED_FILE, STATUS, MlflowRun, RunLockedError, tracking_uri
+from maestro_scale.tracking.mlflow_run import MlflowRun, RunLockedError, tracking_uri
 from maestro_scale.tracking.mlflow_tracker import configure_mlflow, error_summary
 from maestro_scale.tracking.outbox import list_pending
+from maestro_scale.tracking.pictures import picture_step
 from maestro_scale.tracking.run_params import run_metadata
+from maestro_scale.tracking.run_times import read_end
+from maestro_scale.training.run_dir import JsonLines
 
 
 class SyncError(MaestroError):
@@ -54,27 +56,27 @@ def sync(run_dir: Path) -> SyncResult:
     store = scrub(tracking_uri(run_dir))
     try:
         metadata = run_metadata(load_recipe(run_dir / "recipe.yaml"), run_dir)
-        num_lines = sum(1 for _ in metadata.history())
+        lines = JsonLines(run_dir / "metrics.jsonl").read()
+        num_lines = len(lines)
         # A kill can leave an incomplete last line, which history() skips.
         num_unreadable = len((run_dir / "metrics.jsonl").read_text().splitlines()) - num_lines
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ShardsError) as error:
         raise SyncError(f"{run_dir} cannot be read as a run directory ({scrub(str(error))})") from error
-    end_reason = None if _is_running(run_dir) else _end_reason(run_dir)
+    end = None if _is_running(run_dir) else read_end(run_dir, lines)
     try:
         run = MlflowRun.open(
             metadata,
-            int(time.time() * 1000),
             lambda what, error: failures.append(f"{what}: {error}"),
-            end_reason,
+            end,
         )
-        pictures = sorted((run_dir / "pictures").glob("*.png"))
-        missing = [p for p in pictures if p.name not in run.stored_pictures()]
-        for path in missing:
-            run.log_picture(path)
-        if end_reason is None:
+        pictures = {picture_step(p): p for p in sorted((run_dir / "pictures").glob("step_*.png"))}
+        missing = sorted(pictures.keys() - run.stored_pictures())
+        for step in missing:
+            run.log_picture(step, pictures[step])
+        if end is None:
             run.detach()
         else:
-            run.close(end_reason)
+            run.close(end)
         # After the run is open: evaluations are nested in it.
         num_evaluations, lost = send_pending(run_dir)
     except RunLockedError as error:
@@ -97,15 +99,8 @@ def sync(run_dir: Path) -> SyncResult:
         len(missing),
         num_evaluations,
         tuple(lost),
-        end_reason is not None,
+        end is not None,
     )
-
-
-def _end_reason(run_dir: Path) -> str:
-    """How the run ended, a key of STATUS. A run that was killed left no record: ``stopped``."""
-    path = run_dir / ENDED_FILE
-    reason = path.read_text() if path.exists() else ""
-    return reason if reason in STATUS else "stopped"
 
 
 def _is_running(run_dir: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -36,7 +37,7 @@ from maestro_scale.training.observer import Observer
 from maestro_scale.training.offload_memory import check_offload_memory
 from maestro_scale.training.optimizer import SCHEDULES, build_optimizer
 from maestro_scale.training.run_dir import JsonLines, has_same_recipe, lock, write_run_files
-from maestro_scale.training.setup import describe_setup
+from maestro_scale.training.setup import describe_setup, first_start
 from maestro_scale.training.stop import StopRequest
 from maestro_scale.training.trainer import Trainer, TrainSchedule
 from maestro_scale.training.warmup import COMPILE_S, warm_up
@@ -204,12 +205,15 @@ def _prepare_run_dir(
     for kind in ("audit", "skipped"):
         _rewind_ranks(run_dir / kind, position.step, world)
     if world.is_main:
+        started = first_start(run_dir)
         if position.step == 0 and not has_same_recipe(run_dir, recipe):
             metrics.rewind(
                 0
             )  # lines of a run with another recipe that was killed before its first checkpoint
+            started = None
         metrics.resume_from(position.step, parts.num_steps)
         about = {
+            "started": round(time.time(), 3) if started is None else started,
             "compile": parts.compile_mode,
             "micro_batch": parts.micro_batch,
             "datasets": manifest_digests(parts.datasets),

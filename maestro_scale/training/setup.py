@@ -16,6 +16,7 @@ from maestro_scale.training.distributed import World
 
 _KERNELS = ("attention", "compile", "micro_batch")
 """Keys of ``environment.json``, beside ``setup``, that decide how fast a step is."""
+_LAST_TIME = 2.0**40  # seconds; MLflow stores milliseconds as 64-bit integers
 _VERSIONS = {"torch": "torch", "cuda": "CUDA", "nccl": "NCCL", "driver": "driver", "deepspeed": "DeepSpeed"}
 """Names of the versions in ``setup_line``, in its order."""
 
@@ -68,6 +69,15 @@ def _check_setup(setup: Any) -> None:
     untrusted.field_of(setup, dict, "versions")
     if not isinstance(setup.get("gpu"), str | None):
         raise untrusted.InputError(f"gpu is {shorten(setup['gpu'])}, expected a text")
+
+
+def first_start(run_dir: Path) -> float | None:
+    """Unix time at which a run was first started; None where ``environment.json`` does not say."""
+    try:
+        started = untrusted.read_record(run_dir / "environment.json").get("started")
+    except (OSError, untrusted.InputError):
+        return None
+    return started if isinstance(started, float) and 0 < started < _LAST_TIME else None
 
 
 def setup_line(environment: Mapping[str, Any]) -> str:

@@ -13,7 +13,16 @@ from safetensors.numpy import load_file
 
 from tests.chaos.findings import LOST, REPEATED, UNCLEAR, WRONG, Finding
 
-MEASURED = ("samples_per_s", "tokens_per_s", "data_wait_s", "step_s", "tflops", "mfu", "peak_memory_gib")
+MEASURED = (
+    "time",
+    "samples_per_s",
+    "tokens_per_s",
+    "data_wait_s",
+    "step_s",
+    "tflops",
+    "mfu",
+    "peak_memory_gib",
+)
 """Fields of metrics.jsonl that are measured, besides data/…, system/… and eval/delay_s."""
 RELATIVE_LOSS, RELATIVE_NORM, ABSOLUTE_WEIGHT = 1e-5, 1e-3, 1e-4
 """Tolerances on another number of ranks or ZeRO stage, as in tests/training/test_runs.py; weights after 24 steps."""

@@ -113,15 +113,18 @@ def test_a_run_and_its_evaluation(server, trainer, tmp_path):
     assert check_every_metric_is_there_once(server, run_dir) == "FINISHED"
     run_id = json.loads((run_dir / "tracking.json").read_text())["run_id"]
     stored = client(server)
-    documents = {"recipe.yaml", "environment.json", "metrics.jsonl", "report.md", "manifests", "pictures"}
+    documents = {"recipe.yaml", "environment.json", "metrics.jsonl", "report.md", "manifests", "images"}
     assert {a.path for a in stored.list_artifacts(run_id)} == documents
-    pictures = [a.path for a in stored.list_artifacts(run_id, "pictures")]
-    assert pictures == ["pictures/step_00000004.png", "pictures/step_00000006.png"]
+    pictures = [a.path for a in stored.list_artifacts(run_id, "images") if a.path.endswith(".png")]
+    assert sorted(path.split("+")[2] for path in pictures) == ["4", "6"]
 
     host = socket.gethostname()
     memory = stored.get_metric_history(run_id, f"system/{host}/memory_gib")
     assert [m.step for m in memory] == [1, 2, 3, 4, 5, 6]
     assert all(0 < m.value < 10_000 for m in memory)
+    info, lines = stored.get_run(run_id).info, metrics(run_dir)
+    assert [m.timestamp for m in memory] == [round(1000 * line["time"]) for line in lines]
+    assert info.start_time < memory[0].timestamp < memory[-1].timestamp <= info.end_time
 
     result = EvalResult(
         "treesatai_ts", "wf1", "knn", 0.5, {"Abies": 0.25, "Acer": None}, (0.4, 0.6), 9, checkpoint_step=6

@@ -19,14 +19,18 @@ from maestro_scale.training.distributed import free_port
 from tests.testkit.runs import REPO
 
 SERVER = """
-import signal, socket, subprocess, sys, time
-if sys.argv[1] == "ui":
+import http.server, signal, subprocess, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+if __name__ == "__main__" and sys.argv[1] == "ui":
     port = sys.argv[sys.argv.index("--port") + 1]
     worker = [sys.executable, __file__, "worker", sys.argv[sys.argv.index("--backend-store-uri") + 1], port]
     sys.exit(subprocess.call(worker))
-HANG
-with socket.create_server(("127.0.0.1", int(sys.argv[3]))):
-    time.sleep(600)
+if __name__ == "__main__":
+    HANG
+    http.server.HTTPServer(("127.0.0.1", int(sys.argv[3])), Handler).serve_forever()
 """
 
 
@@ -69,7 +73,7 @@ def test_the_server_ends_with_the_command(tmp_path, ending, server):
     (runs / "mlflow.db").touch()
     if server != "mlflow":
         # A server with a worker in its group, in place of mlflow, which takes ten seconds to start.
-        hang = "signal.signal(signal.SIGTERM, signal.SIG_IGN)" if server == "hanging" else ""
+        hang = "signal.signal(signal.SIGTERM, signal.SIG_IGN)" if server == "hanging" else "pass"
         (tmp_path / "mlflow.py").write_text(SERVER.replace("HANG", hang))
     port = free_port()
     env = {
@@ -90,7 +94,8 @@ def test_the_server_ends_with_the_command(tmp_path, ending, server):
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
     try:
-        wait_until(lambda: listens(port), 120)
+        wait_until(lambda: " shows " in (tmp_path / "log").read_text(), 120)
+        assert listens(port)
         process.send_signal(ending)
         assert process.wait(120) == (-ending if ending == signal.SIGKILL else 0)
         if process.returncode == 0:
@@ -100,8 +105,10 @@ def test_the_server_ends_with_the_command(tmp_path, ending, server):
         process.kill()
         for pid in processes_of(runs):
             os.kill(pid, signal.SIGKILL)
-    first_line = (tmp_path / "log").read_text().splitlines()[0]
-    assert first_line.startswith(f"http://127.0.0.1:{port} shows sqlite:///{tmp_path}/runs/mlflow.db")
+    assert (
+        f"http://127.0.0.1:{port} shows sqlite:///{tmp_path}/runs/mlflow.db;"
+        in (tmp_path / "log").read_text()
+    )
     with socket.socket() as s:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         s.bind(("127.0.0.1", port))  # the port is free again
@@ -129,6 +136,52 @@ def test_a_guard_ends_no_process_of_its_parents_group(stop):
     finally:
         other.kill()
         other.wait()
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_it_ends_with_its_parent_unless_hangups_are_ignored(tmp_path, ignored):
+    """A script that starts it in a session of its own; the second as under nohup."""
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "mlflow.db").touch()
+    (tmp_path / "mlflow.py").write_text(SERVER.replace("HANG", "pass"))
+    port, log = free_port(), tmp_path / "log"
+    env = {**os.environ, "MLFLOW_TRACKING_URI": "", "PYTHONPATH": f"{tmp_path}{os.pathsep}{REPO}"}
+    words = [
+        sys.executable,
+        "-m",
+        "maestro_scale.cli",
+        "dashboard",
+        str(tmp_path / "runs"),
+        "--port",
+        str(port),
+    ]
+    script = f"""
+import signal, subprocess, sys, time
+{"signal.signal(signal.SIGHUP, signal.SIG_IGN)" if ignored else ""}
+with open({str(log)!r}, "wb") as log:
+    subprocess.Popen({words!r}, stdout=log, stderr=log, start_new_session=True)
+while b" shows " not in open({str(log)!r}, "rb").read():
+    time.sleep(0.1)
+"""
+    try:
+        subprocess.run([sys.executable, "-c", script], env=env, cwd=tmp_path, timeout=120, check=True)
+        if ignored:
+            time.sleep(1)
+            assert listens(port)
+        else:
+            wait_until(lambda: not listens(port) and not processes_of(tmp_path / "runs"), 30)
+    finally:
+        for pid in processes_of(tmp_path / "runs"):
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_a_port_in_use_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+    (tmp_path / "mlflow.db").touch()
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(DashboardError, match=f"--port {port}: Address already in use; choose another"):
+            dashboard(tmp_path, "127.0.0.1", port)
 
 
 def test_without_a_store(tmp_path, monkeypatch, capsys):

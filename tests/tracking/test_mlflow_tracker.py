@@ -21,6 +21,7 @@ from maestro_scale.tracking.mlflow_run import (
     StepMetrics,
 )
 from maestro_scale.tracking.mlflow_tracker import FlushPolicy, NullTracker, Tracker
+from maestro_scale.tracking.run_times import RunEnd
 
 SECRET = "hunter2-correct-horse"
 TIMEOUT_S = 120  # creating the database takes seconds, more on a busy machine
@@ -69,6 +70,12 @@ def sent(run_dir: Path) -> list[int]:
     return Store(run_dir).steps() if path.exists() and "run_id" in json.loads(path.read_text()) else []
 
 
+def draw(path: Path) -> None:
+    from PIL import Image
+
+    Image.new("RGB", (4, 4)).save(path)
+
+
 def wait_until(condition):
     """Wait for the background thread; fails after 30 s."""
     for _ in range(600):
@@ -80,7 +87,7 @@ def wait_until(condition):
 
 def test_a_run_is_stored_completely(run_dir):
     (run_dir / "recipe.yaml").write_text("name: tiny\n")
-    (run_dir / "step_00000010.png").write_bytes(b"png")
+    draw(run_dir / "step_00000010.png")
     tracker = start(
         run_dir,
         params={"optim.base_lr": 3e-4, **{f"p{i}": i for i in range(250)}, "long": "x" * 7000},
@@ -90,7 +97,8 @@ def test_a_run_is_stored_completely(run_dir):
     )
     for step in range(1, 21):
         tracker.log(step, {"loss": 1 / step, "loss/s2": None if step == 3 else 0.5, "odd|name": math.nan})
-    tracker.log_picture(10, run_dir / "step_00000010.png")
+    for _ in range(2):  # the second time after a resume
+        tracker.log_picture(10, run_dir / "step_00000010.png")
     tracker.finish("done", TIMEOUT_S)
 
     store = Store(run_dir)
@@ -107,8 +115,10 @@ def test_a_run_is_stored_completely(run_dir):
     assert store.run.data.tags["data/treesatai_ts/manifest_sha256"] == "a" * 64
     (read,) = store.run.inputs.dataset_inputs
     assert read.dataset.name == "treesatai_ts"
-    assert store.artifacts() == {"recipe.yaml", "pictures"}
-    assert store.artifacts("pictures") == {"pictures/step_00000010.png"}
+    assert store.artifacts() == {"recipe.yaml", "images"}
+    (picture,) = [p for p in store.artifacts("images") if p.endswith(".png")]
+    assert picture.startswith("images/reconstruction+step+10+timestamp+")
+    assert store.run.data.tags["mlflow.loggedImages"] == "True"
     assert (run_dir.parent / "mlartifacts").is_dir()
 
 
@@ -161,7 +171,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 def read_history(run_dir):
     for line in (run_dir / "metrics.jsonl").read_text().splitlines():
         record = json.loads(line)
-        yield record.pop("step"), record
+        yield StepMetrics(record.pop("step"), 1000, record)
 
 
 def test_records_lost_from_the_queue_by_sigkill_are_sent_by_the_next_process(run_dir):
@@ -199,7 +209,7 @@ def test_an_outage_leaves_no_gap(run_dir, monkeypatch, caplog):
             if step == 41:
                 wait_until(lambda: caplog.records)
                 down.clear()
-            logged.append((step, {"loss": 1.0}))
+            logged.append(StepMetrics(step, 1000, {"loss": 1.0}))
             tracker.log(step, {"loss": 1.0})
             time.sleep(0.01)
         tracker.finish("done", TIMEOUT_S)
@@ -251,14 +261,14 @@ class SlowRun:
         time.sleep(self.wait_s if metrics else 0)
         self.steps += [m.step for m in metrics]
 
-    def log_picture(self, path: Path) -> None:
+    def log_picture(self, step: int, path: Path) -> None:
         raise OSError("no space left")
 
-    def backfill(self, time_ms: int) -> None:
+    def backfill(self) -> None:
         self.num_backfills += 1
 
-    def close(self, reason: str) -> None:
-        self.closed = reason
+    def close(self, end: RunEnd) -> None:
+        self.closed = end.reason
 
     def detach(self) -> None:
         pass
@@ -313,14 +323,15 @@ def test_finish_stops_at_the_timeout():
 def test_metrics_are_stored_if_artifacts_cannot_be(run_dir, monkeypatch, caplog):
     from mlflow.tracking import MlflowClient
 
-    def refuse(*_args):
+    def refuse(*_args, **_named):
         raise PermissionError("bucket says no")
 
-    monkeypatch.setattr(MlflowClient, "log_artifact", refuse)
+    monkeypatch.setattr(MlflowClient, "log_image", refuse)
+    draw(run_dir / "1.png")
     tracker = start(run_dir)
     for step in (1, 2, 3):
         tracker.log(step, {"loss": 1.0})
-        tracker.log_picture(step, run_dir / f"{step}.png")
+        tracker.log_picture(step, run_dir / "1.png")
     tracker.finish("done", TIMEOUT_S)
     assert Store(run_dir).steps() == [1, 2, 3]
     assert caplog.text.count("bucket says no") == 1
@@ -364,13 +375,13 @@ def test_a_directory_has_one_run_per_store_whatever_its_address(run_dir, monkeyp
 
 def test_two_processes_do_not_send_the_same_run_to_the_same_store(run_dir):
     def open_run(warn=lambda *_: None):
-        return MlflowRun.open(RunMetadata(run_dir, "maestro", run_dir.name, {}, {}), 0, warn)
+        return MlflowRun.open(RunMetadata(run_dir, "maestro", run_dir.name, {}, {}), warn)
 
     first = open_run()
     with pytest.raises(RunLockedError, match="another process is sending"):
         open_run()
-    first.close("done")
-    open_run().close("done")
+    first.close(RunEnd("done", 5))
+    open_run().close(RunEnd("done", 5))
 
 
 def test_no_secret_reaches_the_store(run_dir, monkeypatch):
@@ -416,6 +427,8 @@ def test_metrics_keep_the_time_of_their_measurement():
     tracker.log(1, {"loss": 1.0})
     time.sleep(0.05)
     tracker.log(2, {"loss": 1.0})
+    tracker.log(3, {"loss": 1.0}, time_s=12.5)
     tracker.finish("done")
+    assert times.pop() == 12500
     assert before - 1 <= times[0] <= times[1] - 40
     assert StepMetrics(1, 2, {}).step == 1

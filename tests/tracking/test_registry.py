@@ -12,8 +12,10 @@ from testkit.models import small_config
 from testkit.tracked import finished_run
 
 from maestro_scale import load_model
+from maestro_scale.evaluation.results import EvalResult
 from maestro_scale.interop.export import ExportError, write_model
 from maestro_scale.model.maestro import Maestro
+from maestro_scale.tracking.evaluations import record_evaluation
 from maestro_scale.tracking.registry import register
 from maestro_scale.tracking.sync import sync
 
@@ -28,12 +30,39 @@ def no_store(tmp_path, monkeypatch):
     return tmp_path / "elsewhere"
 
 
+def result(folder: Path, mode: str, value: float) -> tuple[EvalResult, Path]:
+    evaluated = EvalResult("treesatai_ts", "wf1", mode, value, {}, (0.1, 0.9), 9, checkpoint_step=1)
+    evaluated.write(folder / mode / "results.json")
+    return evaluated, folder / mode / "results.json"
+
+
+def registered(run_dir: Path) -> dict[str, str]:
+    """Scores of the newest version, after checks of what else is registered."""
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{run_dir.parent / 'mlflow.db'}")
+    version = client.get_model_version_by_alias("trees", "newest")
+    assert sorted(version.aliases) == ["good", "newest"]
+    assert (version.tags["size"], version.tags["step"]) == ("tiny", "1")
+    scores = {k: v for k, v in version.tags.items() if k.startswith("eval/")}
+    assert version.description.startswith("MAESTRO tiny on treesatai")
+    for name, value in scores.items():
+        score = name.removeprefix("eval/")
+        assert f"| {score} | {value} |" in version.description
+    return scores
+
+
 def test_the_printed_command_loads_the_model(tmp_path, no_store):
     run_dir = finished_run(tmp_path / "my runs" / "run")
     sync(run_dir)
     model = Maestro(small_config(norm="token", dataset="test", crop_m=60.0)).initialise(0)
     write_model(tmp_path / "model", model.state_dict(), model.config, {"step": 1})
-    version = register(tmp_path / "model", "trees", run_dir)
+    record_evaluation(run_dir, *result(tmp_path, "knn", 0.5))
+    version = register(tmp_path / "model", "trees", run_dir, ["good"])
+    assert registered(run_dir) == {"eval/treesatai_ts/knn/wf1": "0.5"}
+    record_evaluation(run_dir, *result(tmp_path, "probe", 0.75))
+    expected = {"eval/treesatai_ts/knn/wf1": "0.5", "eval/treesatai_ts/probe/wf1": "0.75"}
+    assert registered(run_dir) == expected
     assert version.load_command.startswith("MLFLOW_TRACKING_URI=")
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     done = subprocess.run(

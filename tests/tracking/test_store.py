@@ -24,9 +24,10 @@ from testkit.tracked import finished_run
 from maestro_scale.evaluation.results import EvalResult
 from maestro_scale.tracking import store
 from maestro_scale.tracking.evaluations import record_evaluation
-from maestro_scale.tracking.mlflow_run import MlflowRun, RunMetadata
+from maestro_scale.tracking.mlflow_run import MlflowRun, RunMetadata, StepMetrics
 from maestro_scale.tracking.mlflow_tracker import FlushPolicy, Tracker, configure_mlflow
 from maestro_scale.tracking.outbox import list_pending
+from maestro_scale.tracking.run_times import RunEnd
 from maestro_scale.tracking.store import DeletedExperimentError, connect
 from maestro_scale.tracking.sync import SyncError, sync
 
@@ -65,7 +66,7 @@ class Training:
 
     def log(self, first: int, last: int) -> None:
         for step in range(first, last + 1):
-            self.history.append((step, {"loss": step / 10}))
+            self.history.append(StepMetrics(step, 1000 * step, {"loss": step / 10}))
             self.tracker.log(step, {"loss": step / 10})
 
     def log_until(self, condition) -> None:
@@ -105,10 +106,10 @@ CHILDREN = """
 import os, sys, time
 from pathlib import Path
 from maestro_scale.tracking.mlflow_tracker import Tracker, configure_mlflow
-from maestro_scale.tracking.mlflow_run import RunMetadata
+from maestro_scale.tracking.mlflow_run import RunMetadata, StepMetrics
 configure_mlflow()
 import mlflow.store.tracking.sqlalchemy_store  # once, before the processes are forked
-history = [(step, {"loss": step / 10}) for step in range(1, 21)]
+history = [StepMetrics(step, 1000, {"loss": step / 10}) for step in range(1, 21)]
 runs = Path(sys.argv[1])
 children = []
 for number in range(4):
@@ -118,7 +119,7 @@ for number in range(4):
         while len(list(runs.glob("run*"))) < 4:  # all start together
             time.sleep(0.001)
         tracker = Tracker.start(RunMetadata(run_dir, "maestro", run_dir.name, {}, {}, history=lambda: history))
-        for step, metrics in history:
+        for step, metrics in ((h.step, h.metrics) for h in history):
             tracker.log(step, metrics)
         tracker.finish("done", 120)
         sys.stderr.flush()
@@ -247,10 +248,10 @@ def test_the_restore_command_restores_it(runs, monkeypatch):
     from mlflow.experiments import commands
 
     def open_run() -> MlflowRun:
-        return MlflowRun.open(RunMetadata(runs / "run", "forests", "run", {}, {}), 0, lambda *_: None)
+        return MlflowRun.open(RunMetadata(runs / "run", "forests", "run", {}, {}), lambda *_: None)
 
     (runs / "run").mkdir()
-    open_run().close("done")
+    open_run().close(RunEnd("done", 5))
     experiment = client(runs / "run").get_experiment_by_name("forests")
     client(runs / "run").delete_experiment(experiment.experiment_id)
     with pytest.raises(DeletedExperimentError) as error:
@@ -261,7 +262,7 @@ def test_the_restore_command_restores_it(runs, monkeypatch):
     done = CliRunner().invoke(commands, words[2:])
     assert done.exit_code == 0, done.output
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    open_run().close("done")
+    open_run().close(RunEnd("done", 5))
 
 
 def test_a_run_that_is_deleted_while_it_trains_is_created_again_with_every_metric(runs):

@@ -90,6 +90,7 @@ def test_the_tags_of_a_run(run_dir):
     tags = run_metadata(load_recipe(run_dir / "recipe.yaml"), run_dir).tags
     assert tags.pop("mlflow.user")
     assert tags == {
+        "run_dir": str(run_dir),
         "dataset": "treesatai_ts",
         "size": "tiny",
         "fusion": "group",

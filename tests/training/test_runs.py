@@ -26,6 +26,7 @@ from maestro_scale.training.footprint import footprint
 
 FIELDS = {
     "step",
+    "time",
     "epoch",
     "samples",
     "loss",

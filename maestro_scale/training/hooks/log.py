@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,7 @@ class LogHook(Hook):
         result, dataset = step.result, step.data.dataset
         record: dict[str, Any] = {
             "step": step.position.step,
+            "time": round(time.time(), 3),
             "epoch": step.data.epoch,
             "samples": step.position.samples,
             "dataset": dataset,
