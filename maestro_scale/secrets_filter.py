@@ -26,7 +26,10 @@ _SECRET_NAME = re.compile(
 _USERINFO = re.compile(r"""(?<=://)(?:[^/\s'"@:]+:(?!\d+[/\s])[^\s'"@]+@(?:[^/\s'"@]+@)?|[^/\s'"]+@)""")
 _WORD = re.compile(r"""[^\s'"]+""")
 _QUERY = re.compile(r"""([?&]([\w.-]+)=)[^&\s'"]+""")
-_QUERY_NAME = re.compile(r"sig$|.*(?:signature|token|secret|credential|password|key)", re.IGNORECASE)
+# The id of a saved view of MLflow is no secret.
+_QUERY_NAME = re.compile(
+    r"(?!viewStateShareKey$)(?:sig$|.*(?:signature|token|secret|credential|password|key))", re.IGNORECASE
+)
 # AWS access key ids, Hugging Face, GitHub and GitLab tokens, Azure connection strings, HTTP authorization headers.
 _TOKENS = re.compile(
     r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b|\bhf_[A-Za-z0-9]{20,}|\bgh[pousr]_[A-Za-z0-9]{20,}"

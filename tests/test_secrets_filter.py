@@ -24,6 +24,10 @@ from maestro_scale.secrets_filter import (
         ("https://token@host", "https://host"),
         ("https://h/x?a=1&X-Amz-Signature=ab12&b=2", f"https://h/x?a=1&X-Amz-Signature={HIDDEN}&b=2"),
         ("https://h/x?sv=1&sig=ab%2B&b=2", f"https://h/x?sv=1&sig={HIDDEN}&b=2"),
+        (
+            "http://h/#/x?viewStateShareKey=maestro-runs&key=ab",
+            f"http://h/#/x?viewStateShareKey=maestro-runs&key={HIDDEN}",
+        ),
         ("hf_abcdefghijklmnopqrstuvwxyz", HIDDEN),
         ("Authorization: Bearer abc.def", f"Authorization: Bearer {HIDDEN}"),
         ("Authorization: Basic dXNlcjpwYXNzd29yZA==", f"Authorization: Basic {HIDDEN}"),

@@ -17,7 +17,7 @@ from maestro_scale.evaluation.report.report import draw_pictures, write_report
 from maestro_scale.evaluation.results import EvalResult, EvaluationError
 from maestro_scale.secrets_filter import scrub, scrub_document, scrub_mapping
 from maestro_scale.shards.temporary import temporary_folder
-from maestro_scale.tracking.metric_names import score_at_a_glance
+from maestro_scale.tracking.metric_names import brief_score
 from maestro_scale.tracking.mlflow_run import NOTE_TAG, artifact_location, tracking_uri
 from maestro_scale.tracking.mlflow_tracker import configure_mlflow, error_summary
 from maestro_scale.tracking.model_scores import update_versions
@@ -160,7 +160,7 @@ def _record(run_dir: Path, result: EvalResult, path: Path, provenance: Mapping[s
     client.log_text(run_id, scrub_document(path.read_text()), path.name)
     _log_report(client, run_id, ResultFile(path, result))
     score = f"{name}/{result.metric}"
-    on_parent = [mlflow_key(f"eval/{score}"), mlflow_key(score_at_a_glance(score))]
+    on_parent = [mlflow_key(f"eval/{score}"), mlflow_key(brief_score(score))]
     client.log_batch(parent.info.run_id, metrics=[Metric(k, result.value, end_ms, step) for k in on_parent])
     update_versions(client, parent, step)
     # Last: only a complete evaluation is FINISHED, see _find_recorded.

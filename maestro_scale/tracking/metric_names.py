@@ -1,6 +1,6 @@
 """Mapping from the fields of metrics.jsonl to MLflow metric names, grouped by prefix (``loss/``, ``speed/``, …).
 
-MLflow draws a section of charts per prefix, in alphabetical order. The section ``at_a_glance`` therefore comes first
+MLflow draws a section of charts per prefix, in alphabetical order. The section ``brief`` therefore comes first
 and repeats the loss, the speed and the scores of the encoder; the counters of the loader, ``data/…`` in metrics.jsonl,
 are ``stream/…`` and come last.
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 from maestro_scale.datasets.sensor_sets import split_name
 
-GLANCE = "at_a_glance"
+BRIEF = "brief"
 _GROUPS = {
     "optim": ("lr", "grad_norm", "skipped_steps"),
     "speed": ("samples_per_s", "tokens_per_s", "step_s", "data_wait_s", "tflops", "mfu"),
@@ -41,23 +41,23 @@ def metric_names(record: Mapping[str, Any], mixture: bool) -> dict[str, float | 
     parts = (name.replace("#", "."), *(["without", *absent] if absent else []))
     dataset = ".".join(parts) + "/" if name and (mixture or absent) else ""
     names = {_name(k, dataset): v for k, v in record.items() if k not in _EXCLUDED}
-    return names | _at_a_glance(record, dataset)
+    return names | _brief(record, dataset)
 
 
-def score_at_a_glance(name: str) -> str:
+def brief_score(name: str) -> str:
     """The name in the first section of the score ``eval/<name>``."""
-    return f"{GLANCE}/score_{name.replace('/', '_')}"
+    return f"{BRIEF}/score_{name.replace('/', '_')}"
 
 
-def _at_a_glance(record: Mapping[str, Any], dataset: str) -> dict[str, float | None]:
+def _brief(record: Mapping[str, Any], dataset: str) -> dict[str, float | None]:
     of_dataset = f"_{dataset.rstrip('/')}" if dataset else ""
     glance = {f"loss{of_dataset}": "loss", "samples_per_s": "samples_per_s"}
     scores = {
-        score_at_a_glance(k.removeprefix("eval/")): v
+        brief_score(k.removeprefix("eval/")): v
         for k, v in record.items()
         if k.startswith("eval/") and k != _DELAY
     }
-    return {f"{GLANCE}/{name}": record[key] for name, key in glance.items() if key in record} | scores
+    return {f"{BRIEF}/{name}": record[key] for name, key in glance.items() if key in record} | scores
 
 
 def _name(name: str, dataset: str) -> str:

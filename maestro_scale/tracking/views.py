@@ -15,13 +15,13 @@ import logging
 import re
 import time
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
 from maestro_scale import untrusted
-from maestro_scale.tracking.metric_names import GLANCE
+from maestro_scale.tracking.metric_names import BRIEF
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -31,7 +31,10 @@ log = logging.getLogger(__name__)
 TAG_PREFIX = "mlflow.sharedViewState."
 RUNS = "maestro-runs"  # the view that the dashboard opens
 _MAX_RUNS = 200  # whose metrics are searched
-_MAX_KEYS = 20  # curves of a chart
+_MAX_CHARTS = 20  # of a kind
+_MIN_WIDTH = 120  # of a column: numbers of six digits
+_FIRST_COLUMNS = {"attributes.`Run Name`": 260, "runDateAndNestInfo": 150, "duration": 90}
+_PREFIXES = (BRIEF, "eval", "eval/class", "explained", "loss", "optim", "speed", "stream", "other")
 _MAX_VALUE = 5000  # of an experiment tag in MLflow 3.0
 
 _RECIPE_COLUMNS = (
@@ -75,46 +78,51 @@ def build_views(metrics: Iterable[str], params: Iterable[str]) -> list[View]:
     names, known = sorted(set(metrics)), set(params)
 
     def like(*patterns: str) -> list[str]:
-        return [n for p in patterns for n in names if re.fullmatch(p, n)][:_MAX_KEYS]
+        return [n for p in patterns for n in names if re.fullmatch(p, n)][:_MAX_CHARTS]
 
-    scores = like(rf"{GLANCE}/score_.*")
-    glance = [*like(rf"{GLANCE}/loss.*"), *scores, *like(rf"{GLANCE}/samples_per_s")]
-    training = [
-        ("loss", like(rf"{GLANCE}/loss.*")),
-        ("loss by sensor", [n for n in like("loss/.*") if not n.endswith("/total")]),
-        ("explained variance by sensor", like("explained/.*")),
-        ("learning rate", like("optim/lr")),
-        ("gradient norm", like("optim/grad_norm")),
-    ]
-    speed = [
-        ("samples per second", like("speed/samples_per_s")),
-        ("model FLOP utilisation", like("speed/mfu", "speed/tflops")),
-        ("seconds of a step, and waiting for data", like("speed/step_s", "speed/data_wait_s")),
-        ("memory of the device, GiB", like("system/peak_memory_gib", "system/.*/gpu.*memory.*")),
-        ("memory of the nodes, GiB", like("system/.*/memory_gib")),
-    ]
-    of_runs = like(r"eval/[^/]+", "eval/(?!class/)[^/]+")
-    of_runs = [n for n in dict.fromkeys(of_runs) if not n.endswith(("_low", "_high", "_deviation", "_s"))]
-    over_steps = like("eval/(?!class/).+/.+", "eval/(knn|probe|validation)")
-    evaluations = [_line("scores of the encoder by step", over_steps, "evaluations")] if over_steps else []
-    evaluations += [_bar(f"{n.removeprefix('eval/')} by evaluation", n) for n in of_runs]
-    evaluations += [_scatter(f"{n.removeprefix('eval/')} by fraction of the labels", n) for n in of_runs]
+    losses, scores = like(rf"{BRIEF}/loss.*"), like(rf"{BRIEF}/score_.*")
+    whole = [n for n in scores if not re.search(r"_[\d.]+pct_", n)]  # of all training labels
+    # Numbers of an evaluation, without intervals, deviations and seconds.
+    of_runs = [n for n in like("eval/[^/]+") if not re.search("_(low|high|deviation|s)$", n)]
+    overview = _columns(metrics=[*losses, *whole, *like(f"{BRIEF}/samples_per_s")], tags=_TAG_COLUMNS)
+    training = {
+        "loss": [_line(_title(n), n) for n in losses],
+        "scores of the encoder": [_line(_title(n), n) for n in [*scores, *like("eval/(?!.*_s$)[^/]+")]],
+        "loss by sensor": [_line(_title(n), n) for n in like("loss/.*") if not n.endswith("total")],
+        "explained variance by sensor": [_line(_title(n), n) for n in like("explained/.*")],
+        "learning rate and gradient norm": [_line(_title(n), n) for n in like("optim/lr", "optim/grad_norm")],
+    }
+    speed = {
+        "samples per second, utilisation": [
+            _line(_title(n), n) for n in like("speed/samples_per_s", "speed/mfu", "speed/tflops")
+        ],
+        "seconds of a step, and waiting for data": [
+            _line(_title(n), n) for n in like("speed/step_s", "speed/data_wait_s")
+        ],
+        "memory, GiB": [
+            _line(_title(n), n) for n in like("system/peak_memory_gib", "system/.+/.*memory_gib")
+        ],
+    }
+    evaluations = {
+        "by evaluation": [_bar(_title(n), n) for n in of_runs],
+        "by step of the checkpoint": [_scatter(_title(n), n, "step") for n in of_runs],
+        "by fraction of the labels": [_scatter(_title(n), n, "fraction") for n in of_runs],
+        "by mode": [_parallel("mode, fraction and score", ("mode", "fraction"), of_runs)] if of_runs else [],
+    }
+    # Ordered by another column than the start, evaluations are not nested below closed training runs.
+    of_evaluations = {"searchFilter": "tags.benchmark != ''", "orderByKey": "attributes.end_time"}
+    recipe = [p for p in _RECIPE_COLUMNS if p in known or not known]
     return [
-        View(RUNS, "Runs", False, _table(_columns(metrics=glance, tags=_TAG_COLUMNS))),
-        View("maestro-training", "Training", True, _charts("training", _lines(training, "training"), glance)),
-        View("maestro-speed", "Speed", True, _charts("speed", _lines(speed, "speed"), like("speed/.*"))),
+        View(RUNS, "Runs", False, _table(overview)),
+        View("maestro-training", "Training", True, _table(overview) | _charts(training)),
+        View("maestro-speed", "Speed", True, _table(_columns(metrics=like("speed/.*"))) | _charts(speed)),
         View(
             "maestro-evaluations",
             "Evaluations",
             True,
-            _charts("evaluations", evaluations, [*scores, *of_runs], _EVALUATION_COLUMNS),
+            _table(_columns(_EVALUATION_COLUMNS, of_runs)) | _charts(evaluations) | of_evaluations,
         ),
-        View(
-            "maestro-recipes",
-            "Compare recipes",
-            False,
-            _table(_columns(params=[p for p in _RECIPE_COLUMNS if p in known or not known], metrics=glance)),
-        ),
+        View("maestro-recipes", "Compare recipes", False, _table(_columns(recipe, [*losses, *whole]))),
     ]
 
 
@@ -161,55 +169,62 @@ def _read(value: str) -> dict[str, Any]:
     return envelope if isinstance(envelope, dict) else {}
 
 
-def _columns(params: Iterable[str] = (), metrics: Iterable[str] = (), tags: Iterable[str] = ()) -> list[str]:
+def _columns(
+    params: Iterable[str] = (), metrics: Iterable[str] = (), tags: Iterable[str] = ()
+) -> dict[str, int]:
+    """Columns and their widths in pixels, which show the whole name."""
     groups = {"metrics": metrics, "params": params, "tags": tags}
     # MLflow's own name of a column: its kind, and its key in backquotes.
-    return ["attributes.`Duration`", *(f"{kind}.`{key}`" for kind, keys in groups.items() for key in keys)]
+    return {
+        f"{kind}.`{key}`": max(_MIN_WIDTH, 40 + round(7.5 * len(key)))
+        for kind, keys in groups.items()
+        for key in keys
+    }
 
 
-def _table(columns: Sequence[str]) -> dict[str, Any]:
+def _table(columns: Mapping[str, int]) -> dict[str, Any]:
     # What is left out has its default.
     return {
         "searchFilter": "",
         "orderByKey": "attributes.start_time",
         "orderByAsc": False,
         "lifecycleFilter": "Active",
-        "selectedColumns": list(columns),
+        "selectedColumns": ["attributes.`Duration`", *columns],
+        "columnOrder": [*_FIRST_COLUMNS, *columns],
+        "columnWidths": {**_FIRST_COLUMNS, **columns},
         "runsHiddenMode": "FIRST_20_RUNS",
         "hideEmptyCharts": True,
     }
 
 
-def _charts(
-    section: str, charts: Sequence[dict[str, Any]], metrics: Sequence[str], params: Sequence[str] = ()
-) -> dict[str, Any]:
+def _charts(sections: Mapping[str, Sequence[dict[str, Any]]]) -> dict[str, Any]:
     # The page adds charts of all other metrics, in sections of their prefixes; these are closed.
-    prefixes = (GLANCE, "eval", "eval/class", "explained", "loss", "optim", "speed", "stream", "other")
-    closed = [*(p for p in prefixes if p != section), "Model metrics", "System metrics"]
-    sections = [_section(section, True), *(_section(name, False) for name in closed)]
-    if section == "speed":  # the name of a prefix too: the page puts its charts below ours
-        sections[0]["name"] = "speed "
-        sections.insert(1, _section("speed", False) | {"uuid": "maestro-prefix-speed"})
+    shown = [_section(name, True) for name, charts in sections.items() if charts]
+    closed = [_section(name, False) for name in (*_PREFIXES, "Model metrics", "System metrics")]
     return {
-        **_table(_columns(params=params, metrics=metrics)),
-        "compareRunCharts": list(charts),
-        "compareRunSections": sections,
+        "compareRunCharts": [
+            chart | {"uuid": f"maestro-{name}-{number}", "metricSectionId": f"maestro-open-{name}"}
+            for name, charts in sections.items()
+            for number, chart in enumerate(charts)
+        ],
+        "compareRunSections": [*shown, *closed],
         "isAccordionReordered": True,
     }
 
 
 def _section(name: str, is_open: bool) -> dict[str, Any]:
-    return {"uuid": f"maestro-{name}", "name": name, "display": is_open, "isReordered": False}
+    uuid = f"maestro-{'open' if is_open else 'closed'}-{name}"
+    return {"uuid": uuid, "name": name, "display": is_open, "isReordered": False}
 
 
-def _lines(charts: Iterable[tuple[str, list[str]]], section: str) -> list[dict[str, Any]]:
-    return [_line(title, keys, section) for title, keys in charts if keys]
+def _title(key: str) -> str:
+    """Short, because the page cuts the titles of charts."""
+    return key.partition("/")[2].removeprefix("score_")
 
 
-def _line(title: str, keys: Sequence[str], section: str) -> dict[str, Any]:
-    return _chart("LINE", title, section) | {
-        "metricKey": keys[0],
-        "selectedMetricKeys": list(keys),
+def _line(title: str, key: str) -> dict[str, Any]:
+    return _chart("LINE", title) | {
+        "metricKey": key,
         "lineSmoothness": 0,
         "scaleType": "linear",
         "xAxisKey": "step",
@@ -224,20 +239,19 @@ def _line(title: str, keys: Sequence[str], section: str) -> dict[str, Any]:
 
 
 def _bar(title: str, key: str) -> dict[str, Any]:
-    return _chart("BAR", title, "evaluations") | {"metricKey": key, "runsCountToCompare": 20}
+    return _chart("BAR", title) | {"metricKey": key}
 
 
-def _scatter(title: str, key: str) -> dict[str, Any]:
-    axes = {"xaxis": {"key": "fraction", "type": "PARAM"}, "yaxis": {"key": key, "type": "METRIC"}}
-    return _chart("SCATTER", title, "evaluations") | axes | {"runsCountToCompare": 100}
+def _scatter(title: str, key: str, param: str) -> dict[str, Any]:
+    axes = {"xaxis": {"key": param, "type": "PARAM"}, "yaxis": {"key": key, "type": "METRIC"}}
+    return _chart("SCATTER", title) | axes | {"runsCountToCompare": 100}
 
 
-def _chart(kind: str, title: str, section: str) -> dict[str, Any]:
-    return {
-        "type": kind,
-        "uuid": f"maestro-{section}-{title}",
-        "metricSectionId": f"maestro-{section}",
-        "displayName": title,
-        "isGenerated": False,
-        "deleted": False,
-    }
+def _parallel(title: str, params: Sequence[str], metrics: Sequence[str]) -> dict[str, Any]:
+    chosen = {"selectedParams": list(params), "selectedMetrics": list(metrics[:3]), "showAllRuns": False}
+    return _chart("PARALLEL", title) | chosen
+
+
+def _chart(kind: str, title: str) -> dict[str, Any]:
+    common = {"type": kind, "displayName": title, "runsCountToCompare": 20}
+    return common | {"isGenerated": False, "deleted": False}

@@ -67,7 +67,7 @@ def test_a_run_that_is_sent_later_has_its_own_times_and_its_copy_its_own_files(r
     sync(run_dir)
     run = run_of(run_dir)
     assert (run.info.start_time, run.info.end_time) == (1000 * int(START), 1000 * int(START + 181))
-    for name in ("loss/total", "at_a_glance/loss", "system/node/cpu"):
+    for name in ("loss/total", "brief/loss", "system/node/cpu"):
         history = client(run_dir).get_metric_history(run.info.run_id, name)
         assert [(m.step, m.timestamp / 1000 - START) for m in history] == [(1, 60), (2, 120), (3, 180)]
     assert run.data.tags["mlflow.note.content"] == "# tiny: done after 3 steps\n\nMAESTRO tiny."
@@ -89,7 +89,7 @@ def test_a_run_that_is_sent_later_has_its_own_times_and_its_copy_its_own_files(r
     nested = client(run_dir).get_run(record_evaluation(run_dir, result, tmp_path / "results.json"))
     assert (nested.info.start_time / 1000 - START, nested.info.end_time / 1000 - START) == (455, 500)
     assert nested.info.run_name == "treesatai_ts/knn at step 0, seed 7"
-    assert run_of(run_dir).data.metrics["at_a_glance/score_treesatai_ts_knn_wf1"] == 0.5
+    assert run_of(run_dir).data.metrics["brief/score_treesatai_ts_knn_wf1"] == 0.5
 
     # What a user writes stays.
     client(run_dir).set_tag(run.info.run_id, "mlflow.note.content", "mine")
