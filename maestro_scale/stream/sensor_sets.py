@@ -2,10 +2,10 @@
 
 Training (:func:`divide`): each set becomes a source of its own, with an order of its own, and the steps of an epoch are
 distributed over the sources by their numbers of steps (``loader.TrainLoader``). A set that is too small for one global
-batch is completed with tiles of another set that have all its sensors, of which some are then not read; or two such
-sets are joined, and read the sensors that both have; whichever leaves fewer images unread. So no tile is left out, and
-none is used more than once per epoch. Which tiles these are follows from the manifest, the sensors in use and the
-global batch alone.
+batch is completed with tiles of another set that have all its sensors, of which some are then not read; or read as a
+set of which it has all sensors; or two such sets are joined, and read the sensors that both have; whichever leaves
+fewer images unread. So no tile is left out, and none is used more than once per epoch. Which tiles these are follows
+from the manifest, the sensors in use and the global batch alone.
 
 Evaluation (:func:`runs`): consecutive shards of one set form a run, whose batches contain nothing else.
 """
@@ -148,7 +148,7 @@ def _complete(groups: list[_Group], sensors: Sequence[str], global_batch: int) -
     lines = []
     while len(groups) > 1 and (small := min(groups, key=lambda g: g.size)).size < global_batch:
         ways = [*_loans(small, groups, global_batch), *_unions(small, groups, sensors, global_batch)]
-        what = f"{small.size} tiles without {', '.join(small.absent) or 'nothing'}"
+        what = f"{small.size} tiles {_lacking(small.absent)}"
         if not ways:
             raise SampleOrderError(
                 f"{what} are less than a global batch of {global_batch}, and no other tiles can complete it: lower "
@@ -165,14 +165,23 @@ def _complete(groups: list[_Group], sensors: Sequence[str], global_batch: int) -
             )
         elif other is not None:
             absent = tuple(name for name in sensors if name in {*small.absent, *other.absent})
-            lines.append(
-                f"{what} and {other.size} without {', '.join(other.absent) or 'nothing'} are less than a global batch: "
-                f"they are read together, without {', '.join(absent)}"
-            )
+            if other.size < global_batch:
+                lines.append(
+                    f"{what} and {other.size} {_lacking(other.absent)} are less than a global batch: they are read "
+                    f"together, without {', '.join(absent)}"
+                )
+            else:
+                lines.append(
+                    f"{what} are less than a global batch: they are read as those without {', '.join(absent)}"
+                )
             other.parts, other.absent = sorted([*other.parts, *small.parts]), absent
             groups.remove(small)
             _join_equal(groups, other)
     return lines
+
+
+def _lacking(absent: Absent) -> str:
+    return f"without {', '.join(absent)}" if absent else "with all sensors"
 
 
 _Way = tuple[int, int, "_Group | None", "_Group | None"]
@@ -190,10 +199,11 @@ def _loans(small: _Group, groups: Sequence[_Group], global_batch: int) -> Iterat
 def _unions(
     small: _Group, groups: Sequence[_Group], sensors: Sequence[str], global_batch: int
 ) -> Iterator[_Way]:
-    """Other small groups that share sensors with ``small``."""
+    """Other small groups that share sensors with ``small``, and groups of any size of which it has all sensors."""
     for number, group in enumerate(groups):
         absent = {*group.absent, *small.absent}
-        if group is not small and group.size < global_batch and len(absent) < len(sensors):
+        joins = group.size < global_batch or len(absent) == len(group.absent)
+        if group is not small and joins and len(absent) < len(sensors):
             unread = sum(g.size * (len(absent) - len(g.absent)) for g in (group, small))
             yield unread, len(groups) + number, None, group
 

@@ -222,6 +222,19 @@ def test_the_way_that_leaves_the_fewest_images_unread_completes_a_small_set():
     assert sum(sum(s.counts) for s in division.sources) == 33
 
 
+def test_a_few_tiles_that_have_more_sensors_are_read_as_those_that_have_fewer():
+    # As places with both products of a corpus whose other places have one: no set has all of their sensors.
+    shards = (shard(1, 2), shard(2, 30, "s1"), shard(3, 20, "s2"))
+    division = divide(source_of(*shards), 8)
+    assert [(s.absent, used(s)) for s in division.sources] == [
+        (("s1",), [("1", [0, 1]), ("2", list(range(30)))]),
+        (("s2",), [("3", list(range(20)))]),
+    ]
+    assert division.lines == (
+        "2 tiles with all sensors are less than a global batch: they are read as those without s1",
+    )
+
+
 def test_a_small_set_that_nothing_can_complete_is_refused_with_a_line():
     for shards in (
         (shard(1, 12), shard(2, 3, "s1")),  # 7 complete tiles would be left: less than a global batch
