@@ -39,6 +39,7 @@ for _command in (
     models.convert_ign,
     models.embed,
     predict.predict,
+    predict.search,
     runs.sync,
     runs.dashboard,
     runs.report,

@@ -1,4 +1,4 @@
-"""The command that maps an area with a model."""
+"""Commands on areas: maps and embeddings of them, and what resembles a place."""
 
 from __future__ import annotations
 
@@ -124,3 +124,68 @@ def predict(
             f"{num_windows} windows predicted{share} (existing files are kept) in {out}; "
             f"next: {shell_command('ls', out)}"
         )
+
+
+def search(
+    embeddings: Annotated[
+        Path,
+        typer.Argument(help="Folder of `embed` or of `predict --embeddings parquet`, or one of its files."),
+    ],
+    query: Annotated[str, typer.Argument(help="A tile's key, key#crop, or a place: LONGITUDE,LATITUDE.")],
+    top: Annotated[int, typer.Option(min=1, help="Number of neighbours.")] = 12,
+    out: Annotated[
+        Path | None, typer.Option(help="GeoJSON file for the neighbours. [default: standard output]")
+    ] = None,
+    shards: Annotated[
+        str | None, typer.Option(help="Shards with the tiles, for the pictures of --png.")
+    ] = None,
+    png: Annotated[Path | None, typer.Option(help="Contact sheet of the neighbours, a PNG file.")] = None,
+) -> None:
+    """Nearest neighbours of a tile or a place, by the cosine of embeddings, as GeoJSON and as a contact sheet."""
+    import sys
+
+    from maestro_scale.inference.errors import InferenceError
+    from maestro_scale.inference.search import geojson
+    from maestro_scale.inference.search import search as neighbours_of
+    from maestro_scale.tracking.tile_picture import check_picture
+
+    if (png is None) != (shards is None):
+        raise InferenceError("--png and --shards belong together: pictures are drawn of the tiles in shards")
+    if png is not None:
+        check_picture(png)
+    found = neighbours_of(embeddings, query, top)
+    text = geojson(found)
+    if out is None:
+        print(text)
+    else:
+        out.write_text(text + "\n")
+        print(f"{len(found)} places in {out}")
+    if png is not None and shards is not None:
+        _draw(png, shards, [(n.key, f"{n.similarity:.3f}") for n in found])
+        print(f"pictures in {png}", file=sys.stderr)
+
+
+def _draw(png: Path, shards: str, wanted: list[tuple[str, str]]) -> None:
+    """A contact sheet of tiles by (key, text)."""
+    from maestro_scale.inference.errors import InferenceError
+    from maestro_scale.shards.format.codec import Sample
+    from maestro_scale.shards.format.manifest import Manifest
+    from maestro_scale.shards.read.preview import read_samples
+    from maestro_scale.shards.read.store import Store
+    from maestro_scale.shards.temporary import temporary_folder
+    from maestro_scale.tracking.contact_sheet import contact_sheet
+
+    manifest = Manifest.load(shards)
+    keys = {key for key, _ in wanted}
+    samples: dict[str, Sample] = {}
+    with temporary_folder() as cache:
+        store = Store(shards, cache, 2**40)
+        for shard in manifest.shards:
+            numbers = [n for n, key in enumerate(store.read_keys(shard)) if key in keys - samples.keys()]
+            samples |= {sample.key: sample for sample in read_samples(shards, shard, numbers)}
+        tiles = [(samples[key], text) for key, text in wanted if key in samples]
+        if not tiles:
+            raise InferenceError(
+                f"{shards} has none of the tiles that were found; give the shards that were embedded"
+            )
+        contact_sheet(png, tiles, manifest.spec)

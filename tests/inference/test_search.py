@@ -1,0 +1,88 @@
+"""``maestro-scale search``: neighbours by cosine, by key and by place, as GeoJSON and pictures."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as parquet
+import pytest
+from typer.testing import CliRunner
+
+from maestro_scale.cli import app
+from maestro_scale.datasets import geoparquet
+from maestro_scale.datasets.spec import GeoOrigin
+from maestro_scale.evaluation.embedding import EmbeddingWriter
+from maestro_scale.inference import search as module
+from maestro_scale.inference.errors import InferenceError
+from maestro_scale.inference.search import search
+from maestro_scale.interop.pretrained import load_model
+from maestro_scale.shards.format.manifest import Manifest
+from maestro_scale.shards.read.store import Store
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Forty vectors in two files."""
+    monkeypatch.setattr(module, "_ROWS", 7)
+    vectors = np.random.default_rng(0).normal(size=(40, 5)).astype(np.float32)
+    (tmp_path / "e").mkdir()
+    for number in range(2):
+        rows = range(20 * number, 20 * number + 20)
+        table = pa.table(
+            {
+                "key": [f"tile-{n // 2}" for n in rows],
+                "crop": [n % 2 for n in rows],
+                "vector": pa.array([vectors[n].tolist() for n in rows], pa.list_(pa.float32(), 5)),
+            }
+        )
+        shapes = [
+            geoparquet.square(GeoOrigin("EPSG:2154", 650_000.0 + 200 * n, 6_860_000.0), 100.0) for n in rows
+        ]
+        parquet.write_table(
+            geoparquet.with_geometry(table, shapes, "Polygon"), tmp_path / "e" / f"{number}.parquet"
+        )
+    return tmp_path / "e", vectors
+
+
+def test_neighbours_are_those_of_all_vectors(folder):
+    path, vectors = folder
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    found = search(path, "tile-11#1", 6)
+    expected = np.argsort(-(unit @ unit[23]), kind="stable")[:7]
+    assert [(n.key, n.crop) for n in found] == [(f"tile-{n // 2}", n % 2) for n in expected]
+    np.testing.assert_allclose([n.similarity for n in found], (unit @ unit[23])[expected], rtol=1e-5)
+    assert (found[0].key, found[0].crop) == ("tile-11", 1)
+    assert found[0].similarity == pytest.approx(1)
+    assert search(path, "tile-3")[0].crop == 0
+
+
+def test_a_place_is_the_tile_there(folder):
+    path, _ = folder
+    lon, lat = np.mean(search(path, "tile-7#1")[0].shape["coordinates"][0][:4], axis=0)
+    assert (search(path, f"{lon},{lat}")[0].key, search(path, f"{lon},{lat}")[0].crop) == ("tile-7", 1)
+    with pytest.raises(InferenceError, match="no embedding of such a place"):
+        search(path, "10,10")
+    with pytest.raises(InferenceError, match="no embedding of such a tile"):
+        search(path, "tile-99")
+    with pytest.raises(InferenceError, match="no Parquet files"):
+        search(path.parent, "tile-1")
+
+
+def test_the_command_writes_geojson_and_pictures(valley, tmp_path):
+    manifest = Manifest.load(str(valley.shards))
+    store = Store(str(valley.shards), tmp_path / "cache", 2**30)
+    model = load_model(valley.model)
+    EmbeddingWriter(model, store, manifest).write(tmp_path / "out", "test")
+    words = ["--top", "3", "--out", str(tmp_path / "found.geojson"), "--png", str(tmp_path / "sheet.png")]
+    done = CliRunner().invoke(
+        app, ["search", str(tmp_path / "out"), "a/b", *words, "--shards", str(valley.shards)]
+    )
+    assert done.exit_code == 0, done.output
+    features = json.loads((tmp_path / "found.geojson").read_text())["features"]
+    assert len(features) == 4
+    first = features[0]
+    assert (first["properties"]["key"], first["properties"]["first_date"]) == ("a/b", "2020-06-01")
+    assert len(first["geometry"]["coordinates"][0]) == 5
+    assert (tmp_path / "sheet.png").stat().st_size > 5000
