@@ -29,6 +29,7 @@ _MARGIN = 4  # source pixels that the widest kernel (Lanczos: 3) needs around a 
 _TOLERANCE = 0.01  # of a pixel, of GDAL's approximation of the transformation between two CRS
 _EDGE_POINTS = 21  # per edge of a box that is transformed: edges are curves in another CRS
 _KERNELS = ("bilinear", "cubic", "cubic_spline", "lanczos")  # that grow with the pixels of the tile
+_OVERSHOOTING = ("cubic", "lanczos")  # whose kernels have negative weights
 _EXACT_IN_FLOAT32 = ("uint8", "int8", "uint16", "int16", "float16", "float32")
 
 
@@ -146,6 +147,8 @@ def resample(
         UNIFIED_SRC_NODATA="NO",  # a band that is invalid does not make the others invalid
     )
     invalid = np.isnan(target)
+    if method in _OVERSHOOTING:
+        _limit(target, source)
     if dtype.kind in "iu":
         limits = np.iinfo(dtype)
         target[invalid] = 0
@@ -153,6 +156,13 @@ def resample(
     else:
         values = target.astype(dtype, copy=False)
     return Pixels(values, invalid if invalid.any() else None)
+
+
+def _limit(target: np.ndarray, source: np.ndarray) -> None:
+    """Keep each band of ``target`` within the values of ``source``, so that no power becomes negative; NaN stays."""
+    for band, values in zip(target, source, strict=True):
+        lowest, highest = np.fmin.reduce(values, axis=None), np.fmax.reduce(values, axis=None)
+        np.clip(band, lowest, highest, out=band)
 
 
 def _scales(place: Placement, crs: str, box: Box, size: int) -> dict[str, float]:

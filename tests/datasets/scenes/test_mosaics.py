@@ -159,6 +159,17 @@ def test_pixels_of_a_tile_do_not_depend_on_how_much_of_it_an_image_covers(method
     np.testing.assert_array_equal(found[0][0, :, :6], found[1][0, :, :6])
 
 
+def test_a_sharp_edge_of_radar_does_not_become_negative():
+    from maestro_scale.datasets.scenes.grid import Box
+
+    values = np.full((1, 64, 64), 1e-4, "float32")
+    values[:, 30:34, 30:34] = 5
+    box = Box(500_103, 4_999_503, 500_423, 4_999_823)
+    found = resample(Pixels(values, None), PLACE, (0, 0, 64, 64), "EPSG:32631", box, 32, "cubic")
+    assert found.invalid is None
+    assert (found.values.min(), found.values.max() <= 5) == (np.float32(1e-4), True)
+
+
 def test_a_rotated_image_is_not_blurred():
     from maestro_scale.datasets.scenes.grid import Box
 
