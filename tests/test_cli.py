@@ -16,6 +16,7 @@ COMMANDS = {
     *("quickstart", "synth", "shard", "verify", "inspect", "plan", "export", "convert-ign"),
     *("embed", "sync", "dashboard", "report", "study", "doctor"),
     *("train", "evaluate", "recipes", "init"),
+    *("predict", "search"),
 }
 
 
