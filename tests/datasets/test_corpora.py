@@ -92,12 +92,19 @@ def check_image(tile: Mapping[str, np.ndarray], name: str, values: np.ndarray, d
 
 
 def check_optical_mask(tile: Mapping[str, np.ndarray], num_dates: int) -> None:
-    """Clouds of :func:`corpora.clouds`: 3 to 6 are cloud, 2 is snow; nothing is without a value."""
+    """Clouds of :func:`corpora.clouds`: 3 to 5 are cloud, 2 is snow, and 6 has no value."""
     classes = corpora.clouds(num_dates, 264)
     mask = tile["s2.mask"]
-    np.testing.assert_array_equal(mask[:, 0], 100 * (classes >= 3))
+    np.testing.assert_array_equal(mask[:, 0], 100 * np.isin(classes, (3, 4, 5)))
     np.testing.assert_array_equal(mask[:, 1], 100 * (classes == 2))
-    assert not mask[:, 2:].any()
+    np.testing.assert_array_equal(mask[:, 2], 100 * (classes == 6))
+    assert mask.shape[1] == 3
+
+
+def optical(tile: int, num_dates: int) -> np.ndarray:
+    """The stored pixels of Sentinel-2: 0 in all bands where the cloud mask says that there is no data."""
+    empty = corpora.clouds(num_dates, 264)[:, None] == 6
+    return np.where(empty, 0, corpora.pixels(tile, num_dates, 12, 264))
 
 
 def test_copernicus_pretrain(shard, tmp_path):
@@ -158,7 +165,7 @@ def test_terramesh(shard, tmp_path):
     for i, key in enumerate(keys):
         tile, subset = tiles[key], key.split("_")[0]
         dates = [corpora.TERRAMESH_TIMES[subset]]
-        check_image(tile, "s2", corpora.pixels(i, 1, 12, 264), dates)
+        check_image(tile, "s2", optical(i, 1), dates)
         check_optical_mask(tile, 1)
         own, other = ("s1_rtc", "s1_grd") if subset == "majortom" else ("s1_grd", "s1_rtc")
         check_image(tile, own, corpora.decibels(i, 1, 2, 264), dates)
@@ -172,7 +179,7 @@ def test_ssl4eo_s12(shard, tmp_path):
     tiles = shard("ssl4eo_s12", tmp_path)
     assert sorted(tiles) == sorted(keys)
     for i, key in enumerate(keys):
-        check_image(tiles[key], "s2", corpora.pixels(i, 4, 12, 264), corpora.SSL4EO_TIMES)
+        check_image(tiles[key], "s2", optical(i, 4), corpora.SSL4EO_TIMES)
         check_optical_mask(tiles[key], 4)
         check_image(tiles[key], "s1_grd", corpora.decibels(i, 4, 2, 264), corpora.SSL4EO_RADAR_TIMES)
         check_image(tiles[key], "dem", corpora.elevation(i, 264), corpora.SSL4EO_TIMES[:1])
@@ -184,7 +191,7 @@ def test_ssl4eo_s12_zarr(shard, tmp_path):
     tiles = shard("ssl4eo_s12_zarr", tmp_path, "val")
     assert sorted(tiles) == sorted(keys)
     for i, key in enumerate(keys):
-        check_image(tiles[key], "s2", corpora.pixels(i, 4, 12, 264), corpora.SSL4EO_TIMES)
+        check_image(tiles[key], "s2", optical(i, 4), corpora.SSL4EO_TIMES)
         check_optical_mask(tiles[key], 4)
         check_image(tiles[key], "s1_grd", corpora.decibels(i, 4, 2, 264), corpora.SSL4EO_RADAR_TIMES)
 
