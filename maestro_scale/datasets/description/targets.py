@@ -233,6 +233,12 @@ class TableLabels:
             and self.keys.table.column is None
         ):
             numbers = [_number(t, where, c) for t, c in zip(texts, self.columns, strict=True)]
+            if all(map(math.isnan, numbers)):
+                raise DatasetError(
+                    f"{where}: has a row, but no share of any class of {self.target.name}; add them, or remove "
+                    "the tile",
+                    "no label",
+                )
             return np.nan_to_num(np.array(numbers, np.float32), nan=0.0)
         labels = Labels.of(self.target, self.keys)
         shares = np.zeros(len(self.target.classes), np.float32)

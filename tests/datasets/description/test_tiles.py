@@ -244,6 +244,20 @@ def test_targets_from_images_tables_and_names(tmp_path):
     assert error.kind == "a label outside the list"
 
 
+def test_an_empty_share_is_0_beside_others_and_no_label_where_all_are_empty(tmp_path):
+    for key in "ab":
+        write_tif(tmp_path / f"{key}.tif", pixels(1))
+    (tmp_path / "t.csv").write_text("tile,A,B\na,0.25,\nb,,\n")
+    target = {"kind": "multilabel", "classes": ["A", "B"], "table": {"file": "t.csv", "key": "tile"}}
+    dataset = opened(tmp_path, {"s2": raster("{key}.tif", **ONE)}, targets={"parts": target})
+    assert dataset.read("a").targets["parts"].tolist() == [0.25, 0]
+    error = error_of(dataset, "b")
+    assert (error.kind, "t.csv: b: has a row, but no share of any class of parts" in str(error)) == (
+        "no label",
+        True,
+    )
+
+
 def test_label_images_that_do_not_fit(tmp_path):
     write_tif(tmp_path / "a.tif", pixels(1))
     labels = np.zeros((1, SIZE, SIZE), np.uint8)
