@@ -36,6 +36,7 @@ from PIL import Image
 import maestro_scale
 from maestro_scale.parent_death import end_with_parent
 from maestro_scale.quickstart import num_threads
+from maestro_scale.tracking.views import write_views
 from maestro_scale.training.distributed import free_port
 
 RUN = "quickstart"
@@ -274,10 +275,14 @@ def pages(client: MlflowClient, model: str) -> Iterator[Page]:
         ids = json.dumps([r.info.run_id for r in chosen])
         return f"#/compare-runs?runs={quote(ids)}&experiments={quote(json.dumps([experiment]))}"
 
-    yield Page("runs", here, (run.info.run_name, nested.info.run_name), script=_expand(nested.info.run_name))
+    views = {view.id: view.link("", experiment).lstrip("/") for view in write_views(client, experiment)}
+    table = (run.info.run_name, nested.info.run_name, "brief/loss", "device")
+    yield Page("runs", views["maestro-runs"], table, script=_expand(nested.info.run_name))
+    yield Page("training", views["maestro-training"], ("brief/loss",), chart, height=1300)
+    yield Page("evaluations", views["maestro-evaluations"], ("eval/wf1",), chart, height=1300)
     losses = _search("loss", shown="aerial", hidden="downloaded_bytes")
     yield Page("charts", f"{here}/{run.info.run_id}/model-metrics", ("total", "aerial"), chart, losses)
-    speed = _search("speed/|data_wait", shown="samples_per_s", hidden="downloaded_bytes")
+    speed = _search("speed/", shown="samples_per_s", hidden="downloaded_bytes")
     shown = ("data_wait_s", "samples_per_s", "tokens_per_s", OTHER)
     yield Page("throughput", f"{here}?compareRunsMode=CHART", shown, chart, speed, height=1480)
     setting = OTHER_SETTING.split("=")[0]
@@ -289,8 +294,8 @@ def pages(client: MlflowClient, model: str) -> Iterator[Page]:
     yield Page("labels", filtered, shown, script=script)
     yield Page("scatter", compare(probes), ("fraction", "eval/wf1"), ".js-plotly-plot canvas", _SCATTER)
     yield Page("system", f"{here}/{run.info.run_id}/system-metrics", ("system",), chart)
-    picture = client.list_artifacts(run.info.run_id, "pictures")[-1].path
-    yield Page("pictures", f"{here}/{run.info.run_id}/artifacts/{picture}", (Path(picture).name,), "img[src]")
+    slider = _search("reconstruction", shown="reconstruction", hidden="samples_per_s")
+    yield Page("pictures", f"{here}/{run.info.run_id}/model-metrics", ("reconstruction",), "img[src]", slider)
     classes = f"{here}/{nested.info.run_id}/artifacts/pictures/classes.png"
     yield Page("evaluation", classes, ("classes.png", "report.html"), "img[src]")
     yield Page("models", f"#/models/{model}", (model, "Version 1"))

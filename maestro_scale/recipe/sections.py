@@ -282,6 +282,10 @@ class Tracking(Section):
     """Steps between pictures of reconstructions, counted as in train.log_every; 0: none."""
     enabled: bool = True
     """Whether to log to MLflow; metrics.jsonl is always written."""
+    tensorboard: bool = False
+    """Whether to write event files for TensorBoard too, to ``RUN_DIR/tensorboard``."""
+    plugins: tuple[str, ...] = ()
+    """Trackers of installed packages (docs/mlflow.md)."""
 
 
 class Evaluation(Section):

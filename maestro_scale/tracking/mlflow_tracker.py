@@ -98,7 +98,7 @@ class _CloseRequest:
     deadline: float
 
 
-class Tracker:
+class MlflowTracker:
     """Tracks one run in MLflow, on rank 0. Methods except ``finish`` do not block, and no MLflow error escapes."""
 
     def __init__(
@@ -123,7 +123,7 @@ class Tracker:
         self._thread = threading.Thread(target=self._send_records, name="mlflow", daemon=True)
 
     @classmethod
-    def start(cls, metadata: RunMetadata) -> Tracker:
+    def start(cls, metadata: RunMetadata) -> MlflowTracker:
         """Track a run. If its directory already has an MLflow run, that run continues.
 
         The store is ``MLFLOW_TRACKING_URI``, or ``mlflow.db`` next to the run directory. Whenever the background
@@ -136,7 +136,7 @@ class Tracker:
             sync_command=shell_command("maestro-scale", "sync", metadata.run_dir),
         ).start_thread()
 
-    def start_thread(self) -> Tracker:
+    def start_thread(self) -> MlflowTracker:
         """Start the background thread."""
         self._thread.start()
         return self
@@ -270,19 +270,6 @@ class Tracker:
             self._may_return = False
         self._retry_at = time.monotonic() + self._policy.retry_s
         self._warn("metrics", error)
-
-
-class NullTracker:
-    """A tracker that does nothing, with the interface of ``Tracker``."""
-
-    def log(self, step: int, metrics: MetricValues, time_s: float | None = None) -> None:
-        """Do nothing."""
-
-    def log_picture(self, step: int, path: Path) -> None:
-        """Do nothing."""
-
-    def finish(self, status: str, wait_s: float = 30.0) -> None:
-        """Do nothing."""
 
 
 def _now_ms() -> int:

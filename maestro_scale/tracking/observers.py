@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from maestro_scale.recipe import Recipe
-from maestro_scale.secrets_filter import scrub
+from maestro_scale.secrets_filter import scrub, scrub_mapping
 from maestro_scale.tracking.metric_names import metric_names
 from maestro_scale.tracking.mlflow_run import MetricValues
-from maestro_scale.tracking.mlflow_tracker import NullTracker, Tracker
+from maestro_scale.tracking.mlflow_tracker import MlflowTracker
 from maestro_scale.tracking.pictures import picture_path, reconstruction_picture
 from maestro_scale.tracking.run_params import run_metadata
 from maestro_scale.tracking.run_report import REPORT, run_report
 from maestro_scale.tracking.run_times import ENDED_FILE, RunEnd, write_end
+from maestro_scale.tracking.tensorboard_tracker import TensorBoardTracker, check_installed
 from maestro_scale.tracking.terminal import TerminalProgress
+from maestro_scale.tracking.tracker import GuardedTracker, RunStart, Tracker, find_plugins
 from maestro_scale.training.observer import Observer, RunInfo, SensorView
 from maestro_scale.training.run_dir import write_atomically
 
@@ -32,11 +36,15 @@ def observers_for(recipe: Recipe) -> list[Observer]:
 
 
 class TrackingObserver:
-    """Draws pictures into ``run_dir/pictures``, writes ``report.md``, and logs to MLflow if the recipe enables it."""
+    """Draws pictures into ``run_dir/pictures``, writes ``report.md``, and logs to the trackers of the recipe."""
 
     def __init__(self, recipe: Recipe) -> None:
         self._recipe = recipe
-        self._tracker: Tracker | NullTracker = NullTracker()
+        # Before time is spent on a run that would not be tracked as asked.
+        if recipe.tracking.tensorboard:
+            check_installed()
+        self._plugins = find_plugins(recipe.tracking.plugins)
+        self._trackers: list[Tracker] = []
         self._run_dir = Path()
         # A picture takes about a second, which must not delay the step.
         self._executor = ThreadPoolExecutor(1, "pictures")
@@ -47,13 +55,24 @@ class TrackingObserver:
         self._run_dir = info.run_dir
         # Of an earlier start: if this one is killed, sync must not find a reason that is no longer true.
         (self._run_dir / ENDED_FILE).unlink(missing_ok=True)
-        if not self._recipe.tracking.enabled:
+        tracking = self._recipe.tracking
+        if not (tracking.enabled or tracking.tensorboard or self._plugins):
             return
-        self._tracker = Tracker.start(run_metadata(self._recipe, info.run_dir))
+        run = run_metadata(self._recipe, info.run_dir)
+        if tracking.enabled:
+            self._trackers.append(MlflowTracker.start(run))
+        params, tags = scrub_mapping(run.params), scrub_mapping(run.tags)
+        start = RunStart(info.run_dir, scrub(run.run_name), info.step, params, tags)
+        others: dict[str, Callable[[RunStart], Tracker]] = dict(self._plugins)
+        if tracking.tensorboard:
+            others["TensorBoard"] = TensorBoardTracker
+        self._trackers += [GuardedTracker(name, partial(make, start)) for name, make in others.items()]
 
     def logged(self, record: dict[str, Any]) -> None:
         """Log the metrics of a step."""
-        self._tracker.log(record["step"], self._metrics(record), record.get("time"))
+        metrics = self._metrics(record) if self._trackers else {}
+        for tracker in self._trackers:
+            tracker.log(record["step"], metrics, record.get("time"))
 
     def pictured(self, step: int, views: list[SensorView]) -> None:
         """Draw a reconstruction in the background; it is dropped if too many are pending."""
@@ -70,7 +89,8 @@ class TrackingObserver:
             write_end(self._run_dir, RunEnd(reason, round(1000 * time.time())))
         except OSError as error:  # e.g. a full disk; it must not hide the error that ended the run
             log.warning("%s was not written: %s", REPORT, error)
-        self._tracker.finish(reason)
+        for tracker in self._trackers:
+            tracker.finish(reason)
 
     def _draw(self, step: int, views: list[SensorView]) -> None:
         path = picture_path(self._run_dir, step)
@@ -79,7 +99,8 @@ class TrackingObserver:
         except Exception as error:  # noqa: BLE001 - a picture that fails, for whatever reason, must not end the run
             log.warning("the picture of step %d was not drawn: %s", step, error)
         else:
-            self._tracker.log_picture(step, path)
+            for tracker in self._trackers:
+                tracker.log_picture(step, path)
 
     def _metrics(self, record: dict[str, Any]) -> MetricValues:
         return metric_names(record, mixture=len(self._recipe.data.mixture) > 1)

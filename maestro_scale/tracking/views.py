@@ -51,7 +51,6 @@ _RECIPE_COLUMNS = (
     "data.mixture_0_.dataset",
     "seed",
 )
-_TAG_COLUMNS = ("dataset", "size", "device", "gpu", "ranks", "precision")
 _EVALUATION_COLUMNS = ("benchmark", "mode", "fraction", "seeds", "step")
 
 
@@ -82,35 +81,40 @@ def build_views(metrics: Iterable[str], params: Iterable[str]) -> list[View]:
 
     losses, scores = like(rf"{BRIEF}/loss.*"), like(rf"{BRIEF}/score_.*")
     whole = [n for n in scores if not re.search(r"_[\d.]+pct_", n)]  # of all training labels
+    over_steps = like(r"eval/(?!class/).+/.+/[^/]+", "eval/(knn|probe|validation)")
     # Numbers of an evaluation, without intervals, deviations and seconds.
     of_runs = [n for n in like("eval/[^/]+") if not re.search("_(low|high|deviation|s)$", n)]
-    overview = _columns(metrics=[*losses, *whole, *like(f"{BRIEF}/samples_per_s")], tags=_TAG_COLUMNS)
+    # What tells runs apart comes before the scores, whose names are long.
+    overview = {
+        **_columns(metrics=losses, tags=("size", "device")),
+        **_columns(metrics=[*whole, *like(f"{BRIEF}/samples_per_s")]),
+        **_columns(tags=("dataset", "gpu", "ranks", "precision")),
+    }
     training = {
-        "loss": [_line(_title(n), n) for n in losses],
-        "scores of the encoder": [_line(_title(n), n) for n in [*scores, *like("eval/(?!.*_s$)[^/]+")]],
-        "loss by sensor": [_line(_title(n), n) for n in like("loss/.*") if not n.endswith("total")],
-        "explained variance by sensor": [_line(_title(n), n) for n in like("explained/.*")],
-        "learning rate and gradient norm": [_line(_title(n), n) for n in like("optim/lr", "optim/grad_norm")],
+        "loss": [_line(n) for n in losses],
+        "scores of the encoder": [_line(n) for n in over_steps],
+        "loss by sensor": [_line(n) for n in like("loss/.*") if not n.endswith("total")],
+        "explained variance by sensor": [_line(n) for n in like("explained/.*")],
+        "learning rate and gradient norm": [_line(n) for n in like("optim/lr", "optim/grad_norm")],
     }
     speed = {
         "samples per second, utilisation": [
-            _line(_title(n), n) for n in like("speed/samples_per_s", "speed/mfu", "speed/tflops")
+            _line(n) for n in like("speed/samples_per_s", "speed/mfu", "speed/tflops")
         ],
         "seconds of a step, and waiting for data": [
-            _line(_title(n), n) for n in like("speed/step_s", "speed/data_wait_s")
+            _line(n) for n in like("speed/step_s", "speed/data_wait_s")
         ],
-        "memory, GiB": [
-            _line(_title(n), n) for n in like("system/peak_memory_gib", "system/.+/.*memory_gib")
-        ],
+        "memory, GiB": [_line(n) for n in like("system/peak_memory_gib", "system/.+/.*memory_gib")],
     }
     evaluations = {
-        "by evaluation": [_bar(_title(n), n) for n in of_runs],
-        "by step of the checkpoint": [_scatter(_title(n), n, "step") for n in of_runs],
-        "by fraction of the labels": [_scatter(_title(n), n, "fraction") for n in of_runs],
-        "by mode": [_parallel("mode, fraction and score", ("mode", "fraction"), of_runs)] if of_runs else [],
+        "by evaluation": [_bar(n) for n in of_runs],
+        "by step of the checkpoint": [_scatter(n, "step") for n in of_runs],
+        "by fraction of the labels": [_scatter(n, "fraction") for n in of_runs],
+        "by mode": [_parallel(("mode", "fraction"), of_runs)] if of_runs else [],
     }
     # Ordered by another column than the start, evaluations are not nested below closed training runs.
-    of_evaluations = {"searchFilter": "tags.benchmark != ''", "orderByKey": "attributes.end_time"}
+    order = {"orderByKey": f"metrics.`{of_runs[0]}`"} if of_runs else {}
+    of_evaluations = {"searchFilter": "tags.benchmark != ''", **order}
     recipe = [p for p in _RECIPE_COLUMNS if p in known or not known]
     return [
         View(RUNS, "Runs", False, _table(overview)),
@@ -173,7 +177,7 @@ def _columns(
     params: Iterable[str] = (), metrics: Iterable[str] = (), tags: Iterable[str] = ()
 ) -> dict[str, int]:
     """Columns and their widths in pixels, which show the whole name."""
-    groups = {"metrics": metrics, "params": params, "tags": tags}
+    groups = {"params": params, "metrics": metrics, "tags": tags}
     # MLflow's own name of a column: its kind, and its key in backquotes.
     return {
         f"{kind}.`{key}`": max(_MIN_WIDTH, 40 + round(7.5 * len(key)))
@@ -199,7 +203,11 @@ def _table(columns: Mapping[str, int]) -> dict[str, Any]:
 
 def _charts(sections: Mapping[str, Sequence[dict[str, Any]]]) -> dict[str, Any]:
     # The page adds charts of all other metrics, in sections of their prefixes; these are closed.
-    shown = [_section(name, True) for name, charts in sections.items() if charts]
+    shown = [
+        _section(name, True) | {"columns": _num_columns(charts)}
+        for name, charts in sections.items()
+        if charts
+    ]
     closed = [_section(name, False) for name in (*_PREFIXES, "Model metrics", "System metrics")]
     return {
         "compareRunCharts": [
@@ -217,13 +225,14 @@ def _section(name: str, is_open: bool) -> dict[str, Any]:
     return {"uuid": uuid, "name": name, "display": is_open, "isReordered": False}
 
 
-def _title(key: str) -> str:
-    """Short, because the page cuts the titles of charts."""
-    return key.partition("/")[2].removeprefix("score_")
+def _num_columns(charts: Sequence[dict[str, Any]]) -> int:
+    """Charts beside each other: the page cuts titles, which are the names of metrics."""
+    longest = max(len(chart.get("metricKey", "")) for chart in charts)
+    return min(len(charts), 3 if longest < 20 else 2)
 
 
-def _line(title: str, key: str) -> dict[str, Any]:
-    return _chart("LINE", title) | {
+def _line(key: str) -> dict[str, Any]:
+    return _chart("LINE") | {
         "metricKey": key,
         "lineSmoothness": 0,
         "scaleType": "linear",
@@ -238,20 +247,19 @@ def _line(title: str, key: str) -> dict[str, Any]:
     }
 
 
-def _bar(title: str, key: str) -> dict[str, Any]:
-    return _chart("BAR", title) | {"metricKey": key}
+def _bar(key: str) -> dict[str, Any]:
+    return _chart("BAR") | {"metricKey": key}
 
 
-def _scatter(title: str, key: str, param: str) -> dict[str, Any]:
+def _scatter(key: str, param: str) -> dict[str, Any]:
     axes = {"xaxis": {"key": param, "type": "PARAM"}, "yaxis": {"key": key, "type": "METRIC"}}
-    return _chart("SCATTER", title) | axes | {"runsCountToCompare": 100}
+    return _chart("SCATTER") | axes | {"runsCountToCompare": 100}
 
 
-def _parallel(title: str, params: Sequence[str], metrics: Sequence[str]) -> dict[str, Any]:
+def _parallel(params: Sequence[str], metrics: Sequence[str]) -> dict[str, Any]:
     chosen = {"selectedParams": list(params), "selectedMetrics": list(metrics[:3]), "showAllRuns": False}
-    return _chart("PARALLEL", title) | chosen
+    return _chart("PARALLEL") | chosen
 
 
-def _chart(kind: str, title: str) -> dict[str, Any]:
-    common = {"type": kind, "displayName": title, "runsCountToCompare": 20}
-    return common | {"isGenerated": False, "deleted": False}
+def _chart(kind: str) -> dict[str, Any]:
+    return {"type": kind, "runsCountToCompare": 20, "isGenerated": False, "deleted": False}

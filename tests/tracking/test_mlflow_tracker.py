@@ -20,7 +20,7 @@ from maestro_scale.tracking.mlflow_run import (
     RunMetadata,
     StepMetrics,
 )
-from maestro_scale.tracking.mlflow_tracker import FlushPolicy, NullTracker, Tracker
+from maestro_scale.tracking.mlflow_tracker import FlushPolicy, MlflowTracker
 from maestro_scale.tracking.run_times import RunEnd
 
 SECRET = "hunter2-correct-horse"
@@ -42,7 +42,7 @@ def run_dir(runs, request, monkeypatch):
 
 
 def start(run_dir, params=None, tags=None, artifacts=(), datasets=(), history=tuple):
-    return Tracker.start(
+    return MlflowTracker.start(
         RunMetadata(run_dir, "maestro", run_dir.name, params or {}, tags or {}, artifacts, datasets, history)
     )
 
@@ -151,10 +151,10 @@ CHILD = """
 import json, os, signal, sys, time
 from pathlib import Path
 from maestro_scale.tracking.mlflow_run import RunMetadata
-from maestro_scale.tracking.mlflow_tracker import Tracker
+from maestro_scale.tracking.mlflow_tracker import MlflowTracker
 run_dir = Path(sys.argv[1])
 begin = time.perf_counter()
-tracker = Tracker.start(RunMetadata(run_dir, "maestro", run_dir.name, {}, {}))
+tracker = MlflowTracker.start(RunMetadata(run_dir, "maestro", run_dir.name, {}, {}))
 assert time.perf_counter() - begin < 1, "start waited for mlflow"
 with (run_dir / "metrics.jsonl").open("a") as file:
     for step in range(1, 31):
@@ -242,7 +242,7 @@ def test_a_failing_store_is_retried_after_the_interval():
         tried.append(time.monotonic())
         raise ConnectionError("away")
 
-    tracker = Tracker(open_run, "the store", FlushPolicy(flush_s=0.01, retry_s=0.5)).start_thread()
+    tracker = MlflowTracker(open_run, "the store", FlushPolicy(flush_s=0.01, retry_s=0.5)).start_thread()
     while len(tried) < 3:
         tracker.log(len(tried), {"loss": 1.0})
         time.sleep(0.01)
@@ -276,7 +276,9 @@ class SlowRun:
 
 def test_a_slow_store_does_not_slow_the_caller_and_the_queue_is_bounded(caplog):
     run = SlowRun(0.3)
-    tracker = Tracker(lambda warn: run, "the store", FlushPolicy(flush_s=0.01, capacity=50)).start_thread()
+    tracker = MlflowTracker(
+        lambda warn: run, "the store", FlushPolicy(flush_s=0.01, capacity=50)
+    ).start_thread()
     begin = time.perf_counter()
     for step in range(1, 2001):
         tracker.log(step, {"loss": 1.0})
@@ -297,7 +299,7 @@ def test_a_store_that_is_unavailable_at_the_end_is_retried_until_the_deadline(mo
             raise ConnectionError("away")
         return run
 
-    tracker = Tracker(open_run, "the store", FlushPolicy(flush_s=0.01, retry_s=60)).start_thread()
+    tracker = MlflowTracker(open_run, "the store", FlushPolicy(flush_s=0.01, retry_s=60)).start_thread()
     tracker.log(1, {"loss": 1.0})
     wait_until(lambda: run.steps == [1])
     away += [1, 2]
@@ -311,7 +313,7 @@ def test_a_store_that_is_unavailable_at_the_end_is_retried_until_the_deadline(mo
 
 
 def test_finish_stops_at_the_timeout():
-    tracker = Tracker(lambda warn: SlowRun(30), "the store", FlushPolicy(flush_s=0.01)).start_thread()
+    tracker = MlflowTracker(lambda warn: SlowRun(30), "the store", FlushPolicy(flush_s=0.01)).start_thread()
     tracker.log(1, {"loss": 1.0})
     begin = time.perf_counter()
     tracker.finish("done", wait_s=0.3)
@@ -411,18 +413,11 @@ def test_no_secret_reaches_the_store(run_dir, monkeypatch):
             assert secret.encode() not in content, path
 
 
-def test_the_null_tracker_does_nothing():
-    tracker = NullTracker()
-    tracker.log(1, {"loss": 1.0})
-    tracker.log_picture(1, Path("nowhere.png"))
-    tracker.finish("done")
-
-
 def test_metrics_keep_the_time_of_their_measurement():
     run = SlowRun(0)
     times = []
     run.send = lambda metrics: times.extend(m.time_ms for m in metrics)
-    tracker = Tracker(lambda warn: run, "the store", FlushPolicy(flush_s=0.2)).start_thread()
+    tracker = MlflowTracker(lambda warn: run, "the store", FlushPolicy(flush_s=0.2)).start_thread()
     before = time.time() * 1000
     tracker.log(1, {"loss": 1.0})
     time.sleep(0.05)

@@ -25,7 +25,7 @@ from maestro_scale.evaluation.results import EvalResult
 from maestro_scale.tracking import store
 from maestro_scale.tracking.evaluations import record_evaluation
 from maestro_scale.tracking.mlflow_run import MlflowRun, RunMetadata, StepMetrics
-from maestro_scale.tracking.mlflow_tracker import FlushPolicy, Tracker, configure_mlflow
+from maestro_scale.tracking.mlflow_tracker import FlushPolicy, MlflowTracker, configure_mlflow
 from maestro_scale.tracking.outbox import list_pending
 from maestro_scale.tracking.run_times import RunEnd
 from maestro_scale.tracking.store import DeletedExperimentError, connect
@@ -59,7 +59,7 @@ class Training:
     def __init__(self, run_dir: Path, experiment: str = "maestro") -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         self.run_dir, self.history = run_dir, []
-        self.tracker = Tracker.start(
+        self.tracker = MlflowTracker.start(
             RunMetadata(run_dir, experiment, run_dir.name, {}, {}, history=lambda: list(self.history))
         )
         self.tracker._policy = FlushPolicy(flush_s=0.02, retry_s=0.1)
@@ -105,7 +105,7 @@ def wait_until(condition) -> None:
 CHILDREN = """
 import os, sys, time
 from pathlib import Path
-from maestro_scale.tracking.mlflow_tracker import Tracker, configure_mlflow
+from maestro_scale.tracking.mlflow_tracker import MlflowTracker, configure_mlflow
 from maestro_scale.tracking.mlflow_run import RunMetadata, StepMetrics
 configure_mlflow()
 import mlflow.store.tracking.sqlalchemy_store  # once, before the processes are forked
@@ -118,7 +118,7 @@ for number in range(4):
         run_dir.mkdir(parents=True)
         while len(list(runs.glob("run*"))) < 4:  # all start together
             time.sleep(0.001)
-        tracker = Tracker.start(RunMetadata(run_dir, "maestro", run_dir.name, {}, {}, history=lambda: history))
+        tracker = MlflowTracker.start(RunMetadata(run_dir, "maestro", run_dir.name, {}, {}, history=lambda: history))
         for step, metrics in ((h.step, h.metrics) for h in history):
             tracker.log(step, metrics)
         tracker.finish("done", 120)
