@@ -14,10 +14,7 @@ import typer
 from maestro_scale.errors import did_you_mean
 from maestro_scale.escaping import printable, shell_command
 
-_GEO = {
-    *("rasterio", "h5py", "pandas", "pyogrio", "xarray", "rioxarray", "odc", "pystac", "zarr", "h5netcdf"),
-    *("geopandas", "shapely", "pyproj"),
-}
+_GEO = {"rasterio", "h5py", "pandas", "pyogrio", "xarray", "pystac", "zarr", "shapely", "pyproj"}
 """Libraries of the extras ``datasets`` and ``geo``."""
 
 if TYPE_CHECKING:
