@@ -117,6 +117,8 @@ def quickstart(
     Raises QuickstartError, and SystemExit(STOPPED) after a signal.
     """
     console = Console(soft_wrap=True)
+    if out.exists() and not out.is_dir():
+        raise QuickstartError(f"--out {out}: is a file; give a folder, existing or new")
     paths = QuickstartPaths(out.resolve(), shards)
     settings = {"seed": seed, "tiles": tiles, "steps": steps, **({"shards": shards} if shards else {})}
     if paths.done.exists():

@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "train.py") -> int:
 
 
 def _run(args: argparse.Namespace, stop: StopRequest, rank: int) -> None:
-    from maestro_scale.recipe import load_recipe
+    from maestro_scale.recipe import check_world, load_recipe
 
     recipe = load_recipe(args.recipe, args.overrides)
     if args.dry_run:
@@ -72,8 +72,10 @@ def _run(args: argparse.Namespace, stop: StopRequest, rank: int) -> None:
     from maestro_scale.evaluation.in_loop import evaluation_hooks
     from maestro_scale.tracking.observers import observers_for
     from maestro_scale.tracking.run_report import closing_message
+    from maestro_scale.training.binding import Launch
     from maestro_scale.training.run import run_pretraining
 
+    check_world(recipe, Launch.from_env(os.environ).size)  # before ranks wait for each other
     stop.run_dir = args.run_dir or Path("runs") / recipe.name
     run_pretraining(recipe, stop.run_dir, stop, args.fresh, observers_for, evaluation_hooks, closing_message)
 

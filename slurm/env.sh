@@ -5,13 +5,17 @@
 #   MAESTRO_ENV    the Python environment: one or more of these, separated by ';' and activated in order:
 #                  module:NAME[,NAME…]  conda:NAME  folder of a venv  folder of a conda environment  file to source
 #   MAESTRO_IMAGE  container for the tasks: FILE.sif runs under Apptainer, anything else is passed to srun as Pyxis'
-#                  --container-image; MAESTRO_MOUNTS lists additional mounts (a:b,c:d)
+#                  --container-image. Mounted are this checkout, the working directory, the folders of the recipe, the
+#                  run and the data, MAESTRO_DATA and MAESTRO_CACHE; MAESTRO_MOUNTS lists more (a:b,c:d)
 #   MAESTRO_IFNAME network interface of the nodes   default: on each node, the one that routes to the other nodes
 #   MAESTRO_PORT   rendezvous port                  default: a free port of the first node, derived from the job id
 #   MAESTRO_CACHE  node-local shard cache           default: created for this job under MAESTRO_LOCAL ($SLURM_TMPDIR,
 #                  $TMPDIR or /tmp), and removed when the job ends
+#   MAESTRO_CHECK  1: print what would run (nodes, ranks, commands, mounts, data), and exit; also without SLURM
 #   MAESTRO_CPU_BIND  srun's --cpu-bind on GPU nodes   default: none, as each rank binds itself to the CPUs next to its GPU
 #   NCCL_…, GLOO_…, OMP_NUM_THREADS, MLFLOW_TRACKING_URI, AWS_…: are passed on to the tasks unchanged
+
+MAESTRO_HOME=$(cd "$MAESTRO_HOME" && pwd) # absolute: it is mounted, and passed to tasks
 
 say() { printf '[%(%F %T)T %s] %s\n' -1 "${SLURMD_NODENAME:-$(uname -n)}" "$*"; }
 
@@ -55,27 +59,39 @@ activate() {
   set -u
 }
 
+FOLDERS=() # more folders that a container must see
+
 # Set CONTAINER (command prefix before python) and STEP (options of srun) for the container image.
 enter_image() {
   CONTAINER=() STEP=()
   [ -n "${MAESTRO_IMAGE:-}" ] || return 0
-  local mounts="$MAESTRO_HOME:$MAESTRO_HOME,$PWD:$PWD${MAESTRO_MOUNTS:+,$MAESTRO_MOUNTS}"
+  local mounts="" folder
+  for folder in "$MAESTRO_HOME" "$PWD" "${MAESTRO_DATA:-}" "$([ "${CACHE_IS_OURS:-0}" = 1 ] || echo "${MAESTRO_CACHE:-}")" ${FOLDERS[@]+"${FOLDERS[@]}"}; do
+    [ -d "$folder" ] || continue # not set, or an address
+    case "$folder" in
+      *[:,]*) say "warning: $folder cannot be mounted: its name contains ':' or ','" >&2; continue ;;
+    esac
+    case ",$mounts," in *",$folder:$folder,"*) ;; *) mounts="${mounts:+$mounts,}$folder:$folder" ;; esac
+  done
+  mounts="$mounts${MAESTRO_MOUNTS:+,$MAESTRO_MOUNTS}${LOCAL_DIR:+,$LOCAL_DIR:$LOCAL_DIR}"
+  # shellcheck disable=SC2034 # for MAESTRO_CHECK
+  MOUNTS=$mounts
   case "$MAESTRO_IMAGE" in
     *.sif)
       [ -f "$MAESTRO_IMAGE" ] || die 2 "MAESTRO_IMAGE: $MAESTRO_IMAGE does not exist on $(uname -n)"
       local program
       program=$(command -v apptainer || command -v singularity) || die 2 "MAESTRO_IMAGE is a .sif, but this node has no apptainer"
-      CONTAINER=("$program" exec --bind "$mounts${LOCAL_DIR:+,$LOCAL_DIR:$LOCAL_DIR}" --pwd "$PWD")
+      CONTAINER=("$program" exec --bind "$mounts" --pwd "$PWD")
       [ -z "${SLURM_GPUS_ON_NODE:-}" ] || CONTAINER+=(--nv)
       CONTAINER+=("$MAESTRO_IMAGE")
       ;;
-    *) STEP=(--container-image="$MAESTRO_IMAGE" --container-mounts="$mounts${LOCAL_DIR:+,$LOCAL_DIR:$LOCAL_DIR}" --container-workdir="$PWD") ;;
+    *) STEP=(--container-image="$MAESTRO_IMAGE" --container-mounts="$mounts" --container-workdir="$PWD") ;;
   esac
 }
 
 # Run `python ARGS` on this node, in the environment of the tasks.
 run_python() {
-  if [ ${#STEP[@]} -gt 0 ]; then
+  if [ ${#STEP[@]} -gt 0 ] && [ "$CHECK_OUTSIDE" = 0 ]; then
     srun --overlap --nodes=1 --ntasks=1 --quiet "${STEP[@]}" "$PYTHON" "$@"
   else
     ${CONTAINER[@]+"${CONTAINER[@]}"} "$PYTHON" "$@"
@@ -112,6 +128,18 @@ rendezvous_port() {
     die 2 "no free port on $(uname -n): set MAESTRO_PORT"
   export MASTER_PORT
 }
+
+# With MAESTRO_CHECK=1 outside of a job: pretend to have one of as many nodes and tasks as the script asks for.
+CHECK_OUTSIDE=0
+pretend_job() {
+  [ "${MAESTRO_CHECK:-0}" = 1 ] && [ -z "${SLURM_JOB_ID:-}" ] || return 0
+  CHECK_OUTSIDE=1
+  SLURM_JOB_ID=0 SLURM_JOB_NUM_NODES=${SLURM_JOB_NUM_NODES:-$1}
+  export SLURM_JOB_ID
+}
+
+# check_line NAME VALUE…: a line of the check
+check_line() { printf '%-9s %s\n' "$1" "${*:2}"; }
 
 need_slurm() {
   [ -n "${SLURM_JOB_ID:-}" ] ||

@@ -9,6 +9,7 @@
 #   --seeds "0 1 2"                                  default: 0
 #   --baseline NAME             instead of --checkpoint
 #
+# MAESTRO_CHECK=1 prints what would be submitted, and exits.
 # Submits one array job and, after it, a job for `maestro-scale report`; prints both job ids. A requeued task resumes.
 # With more than one GPU or task per node (-- --gpus-per-node=8) an evaluation runs on all of them.
 # Settings: slurm/env.sh, docs/clusters.md.
@@ -61,6 +62,15 @@ if [ "$REPORT" = 1 ]; then
   prepare
   run_python -m maestro_scale.cli report "$OUT" --out "$OUT/report.html" || die 1 "the report failed: see the lines above"
   say "report: $OUT/report.html"
+  exit 0
+fi
+
+if [ "${MAESTRO_CHECK:-0}" = 1 ]; then
+  for task in "${!TASKS[@]}"; do check_line "task $task" "${TASKS[$task]//$'\t'/, }"; done
+  check_line encoder "${ENCODER[*]}"
+  check_line results "$OUT, then $OUT/report.html"
+  check_line sbatch "--array=0-$((${#TASKS[@]} - 1)) $*"
+  say "nothing was submitted (MAESTRO_CHECK=1)"
   exit 0
 fi
 

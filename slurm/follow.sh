@@ -20,6 +20,8 @@ export MAESTRO_HOME
 # shellcheck source=slurm/env.sh
 . "$MAESTRO_HOME/slurm/env.sh"
 
+[ "${MAESTRO_CHECK:-0}" = 0 ] || die 2 "MAESTRO_CHECK: use MAESTRO_CHECK=1 bash slurm/evaluate.sh … for its evaluations"
+
 ONCE=0
 [ "${1:-}" != --once ] || { ONCE=1; shift; }
 [ $# -gt 0 ] && [ -d "$1" ] || die 2 "no run directory: slurm/follow.sh RUN_DIR"

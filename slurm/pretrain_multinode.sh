@@ -4,10 +4,12 @@
 # One task per GPU, with --gpus-per-node=N or --gpus-per-task=1 --ntasks-per-node=N (without GPUs: --ntasks-per-node). All nodes are checked first; bad ones are reported and excluded.
 # At the time limit or before preemption the run saves a checkpoint, and the job requeues itself and resumes. It ends
 # when the recipe is done, or after three failures without a new checkpoint. Settings: slurm/env.sh, docs/clusters.md.
+# MAESTRO_CHECK=1 sbatch … (or bash instead of sbatch, without SLURM) prints what would run, and exits.
 # MAESTRO_HEALTH=0 skips the health check, MAESTRO_MAX_FAILURES (3), MAESTRO_HEALTH_TIMEOUT_S (180), MAESTRO_MIN_FREE_GIB (1).
 #SBATCH --job-name=maestro
 #SBATCH --nodes=2
 #SBATCH --exclusive
+#SBATCH --mem=0
 #SBATCH --signal=B:USR1@180
 #SBATCH --requeue
 #SBATCH --open-mode=append
@@ -23,6 +25,8 @@ export MAESTRO_HOME
 # shellcheck source=slurm/env.sh
 . "$MAESTRO_HOME/slurm/env.sh"
 
+CHECK=${MAESTRO_CHECK:-0}
+pretend_job 2 # as above
 need_slurm slurm/pretrain_multinode.sh
 [ $# -gt 0 ] && [ "${1#-}" = "$1" ] || die 2 "no recipe: sbatch slurm/pretrain_multinode.sh recipes/vitb.yaml [--set section.key=value]"
 RECIPE=$1
@@ -84,8 +88,17 @@ clean() {
     rm -rf "$MAESTRO_CACHE" 2>/dev/null
 }
 
+[ ! -f "$RECIPE" ] || FOLDERS+=("$(cd "$(dirname "$RECIPE")" && pwd)") # it may extend others there
 prepare
-mapfile -t NODES < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+if [ "$CHECK_OUTSIDE" = 1 ]; then
+  NODES=()
+  for ((i = 1; i <= SLURM_JOB_NUM_NODES; i++)); do NODES+=("NODE$i"); done
+else
+  mapfile -t NODES < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+  # GPUs of the first node, whether or not the job has them: gpu:8(S:0-1)
+  MAESTRO_NODE_GRES=$(scontrol show node "${NODES[0]}" 2>/dev/null | sed -n 's/^ *Gres=\(gpu[^ ]*\).*/\1/p')
+  export MAESTRO_NODE_GRES
+fi
 NUM_NODES=${#NODES[@]}
 PER_NODE=${SLURM_GPUS_ON_NODE:-${SLURM_NTASKS_PER_NODE:-1}}
 PER_NODE=${PER_NODE%%(*}
@@ -100,11 +113,37 @@ BIND=()
 [ -z "${SLURM_GPUS_ON_NODE:-}" ] || BIND=(--cpu-bind="${MAESTRO_CPU_BIND:-none}")
 [ "$NUM_NODES" -gt 1 ] || export MASTER_ADDR=127.0.0.1
 
-# Validate the recipe before any task starts: an error in it is reported at once, and not by every rank.
-RUN_DIR=$(run_python -m maestro_scale.cluster.attempts run-dir "$((NUM_NODES * PER_NODE))" --recipe "$RECIPE" "$@") || die 2 "the recipe cannot be used; see the lines above"
-LOGS="$RUN_DIR/logs/$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"
-mkdir -p "$LOGS" || die 2 "cannot write to $RUN_DIR from $(uname -n): --run-dir must be on a disk that all nodes share, with free space"
-say "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)): $NUM_NODES nodes (${NODES[*]}), $PER_NODE tasks each; run in $RUN_DIR, logs of ranks in $LOGS"
+# Check the recipe and its data before any task starts: an error in it is reported at once, and not by every rank.
+RANKS=$((NUM_NODES * PER_NODE))
+if [ -n "${MAESTRO_IMAGE:-}" ]; then # once more, with the folders that the recipe names
+  LISTED=$(run_python -m maestro_scale.cluster.preflight folders "$RANKS" --recipe "$RECIPE" "$@") || die 2 "the recipe cannot be used; see the lines above"
+  while IFS= read -r folder; do
+    [ "$folder" != "${LISTED%%$'\n'*}" ] || [ "$CHECK" = 1 ] || mkdir -p "$folder" 2>/dev/null # the first is the parent of the run directory
+    FOLDERS+=("$folder")
+  done <<<"$LISTED"
+  enter_image
+fi
+if [ "$CHECK" = 1 ]; then
+  check_line nodes "$NUM_NODES: ${NODES[*]}$([ "$CHECK_OUTSIDE" = 0 ] || echo " (the default; sbatch -N says how many)")"
+  check_line ranks "$RANKS: $PER_NODE per node, $CPUS CPUs and ${SLURM_GPUS_ON_NODE:-0} GPUs of a node; rank 0 at $MASTER_ADDR:$MASTER_PORT"
+  check_line python "$(command -v "$PYTHON")${MAESTRO_IMAGE:+ in $MAESTRO_IMAGE}"
+  check_line mounts "${MOUNTS:-none: no MAESTRO_IMAGE}"
+  check_line cache "$MAESTRO_CACHE$([ "$CACHE_IS_OURS" = 0 ] || echo ", removed at the end")"
+  run_python -m maestro_scale.cluster.preflight show "$RANKS" --recipe "$RECIPE" "$@"
+  STATUS=$?
+  LOGS='RUN_DIR/logs/JOB.START'
+else
+  RUN_DIR=$(run_python -m maestro_scale.cluster.preflight run-dir "$RANKS" --recipe "$RECIPE" "$@")
+  case $? in
+    0) ;;
+    4) clean; die 2 "the data of the recipe is missing or cannot be read, see the line above; no node is at fault. Check the paths, MAESTRO_DATA=${MAESTRO_DATA:-} and credentials, and submit again" ;;
+    5) clean; die 2 "the job has no GPUs, see the line above" ;;
+    *) clean; die 2 "the recipe cannot be used; see the lines above" ;;
+  esac
+  LOGS="$RUN_DIR/logs/$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"
+  mkdir -p "$LOGS" || die 2 "cannot write to $RUN_DIR from $(uname -n): --run-dir must be on a disk that all nodes share, with free space"
+  say "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)): $NUM_NODES nodes (${NODES[*]}), $PER_NODE tasks each; run in $RUN_DIR, logs of ranks in $LOGS"
+fi
 
 # launch TASKS_PER_NODE CPUS LOG_NAME python arguments…: run srun. `exec`, so that the process that `supervise` signals is
 # srun itself.
@@ -116,10 +155,22 @@ launch() {
     unset SLURM_GPUS_PER_TASK SLURM_TRES_PER_TASK SLURM_GPU_BIND SLURM_TRES_BIND
     gpus=(--gpus-per-node="$SLURM_GPUS_ON_NODE")
   fi
-  exec srun --nodes="$NUM_NODES" --ntasks="$((NUM_NODES * tasks))" --ntasks-per-node="$tasks" --cpus-per-task="$cpus" \
+  local command=(srun --nodes="$NUM_NODES" --ntasks="$((NUM_NODES * tasks))" --ntasks-per-node="$tasks" --cpus-per-task="$cpus" \
     --kill-on-bad-exit=1 --wait=60 --overlap --quiet --open-mode=append --output="$LOGS/$name-%4t.log" \
-    ${gpus[@]+"${gpus[@]}"} ${BIND[@]+"${BIND[@]}"} ${STEP[@]+"${STEP[@]}"} ${CONTAINER[@]+"${CONTAINER[@]}"} "$PYTHON" -m maestro_scale.cluster.launch "$@"
+    ${gpus[@]+"${gpus[@]}"} ${BIND[@]+"${BIND[@]}"} ${STEP[@]+"${STEP[@]}"} ${CONTAINER[@]+"${CONTAINER[@]}"} "$PYTHON" -m maestro_scale.cluster.launch "$@")
+  [ "$CHECK" = 0 ] || { check_line "$name" "$(printf '%q ' "${command[@]}")"; return 0; }
+  exec "${command[@]}"
 }
+
+if [ "$CHECK" = 1 ]; then
+  [ "${MAESTRO_HEALTH:-1}" = 0 ] ||
+    (launch 1 "${SLURM_CPUS_ON_NODE:-1}" health -m maestro_scale.cluster.health --recipe "$RECIPE" --reports "$LOGS" "$@")
+  (launch "$PER_NODE" "$CPUS" rank "$MAESTRO_HOME/maestro_scale/train.py" --recipe "$RECIPE" "$@")
+  if [ "$CACHE_IS_OURS" = 1 ]; then rm -rf "$MAESTRO_CACHE"; fi
+  [ "$STATUS" = 0 ] || die 2 "this would end at once; see the lines above"
+  say "nothing was started (MAESTRO_CHECK=1)"
+  exit 0
+fi
 
 if [ "${MAESTRO_HEALTH:-1}" = 1 ]; then
   say "checking the nodes"

@@ -22,6 +22,10 @@ export MAESTRO_HOME
 # shellcheck source=slurm/env.sh
 . "$MAESTRO_HOME/slurm/env.sh"
 
+if [ "${MAESTRO_CHECK:-0}" = 1 ] && [ -z "${SLURM_ARRAY_TASK_ID:-}" ]; then
+  pretend_job 1
+  SLURM_ARRAY_TASK_ID=1 SLURM_ARRAY_TASK_MIN=1 SLURM_ARRAY_TASK_MAX=8 SLURM_ARRAY_TASK_COUNT=8 # as above
+fi
 need_slurm slurm/shard_dataset.sh
 [ -n "${SLURM_ARRAY_TASK_ID:-}" ] || die 2 "this job is not an array: sbatch --array=1-8 slurm/shard_dataset.sh …"
 [ $# -ge 3 ] || die 2 "usage: sbatch --array=1-8 slurm/shard_dataset.sh DATASET RAW DST --split SPLIT"
@@ -30,7 +34,18 @@ PARTS=${MAESTRO_PARTS:-$SLURM_ARRAY_TASK_MAX}
 if [ -z "${MAESTRO_PARTS:-}" ] && { [ "$SLURM_ARRAY_TASK_MIN" != 1 ] || [ "$SLURM_ARRAY_TASK_COUNT" != "$PARTS" ]; }; then
   die 2 "an array other than 1-N repeats some parts: set their total number with MAESTRO_PARTS=N"
 fi
+[ ! -d "$2" ] || FOLDERS+=("$(cd "$2" && pwd)")
+case "$3" in *://*) ;; *) [ "${MAESTRO_CHECK:-0}" = 1 ] || mkdir -p "$(dirname "$3")" 2>/dev/null; FOLDERS+=("$(cd "$(dirname "$3")" 2>/dev/null && pwd)") ;; esac
 prepare
+if [ "${MAESTRO_CHECK:-0}" = 1 ]; then
+  check_line part "$SLURM_ARRAY_TASK_ID of $PARTS"
+  check_line mounts "${MOUNTS:-none: no MAESTRO_IMAGE}"
+  check_line command "$(printf '%q ' maestro-scale shard "$@" --workers "${SLURM_CPUS_PER_TASK:-2}" --part "$SLURM_ARRAY_TASK_ID/$PARTS")"
+  [ "$CACHE_IS_OURS" = 0 ] || rm -rf "$MAESTRO_CACHE"
+  [ -e "$2" ] || die 2 "the raw data $2 does not exist on $(uname -n)"
+  say "nothing was written (MAESTRO_CHECK=1)"
+  exit 0
+fi
 say "part $SLURM_ARRAY_TASK_ID of $PARTS: $*"
 run_python -m maestro_scale.cli shard "$@" --workers "${SLURM_CPUS_PER_TASK:-2}" --part "$SLURM_ARRAY_TASK_ID/$PARTS"
 STATUS=$?

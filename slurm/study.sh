@@ -23,6 +23,8 @@ export MAESTRO_HOME
 # shellcheck source=slurm/env.sh
 . "$MAESTRO_HOME/slurm/env.sh"
 
+[ "${MAESTRO_CHECK:-0}" = 0 ] || die 2 "MAESTRO_CHECK: use maestro-scale study FILE --dry-run"
+
 need_slurm slurm/study.sh
 prepare
 CELL=()

@@ -7,6 +7,7 @@ from typing import Annotated, Literal, TypeVar
 
 import typer
 
+from maestro_scale.errors import shorten
 from maestro_scale.escaping import printable, python_command, shell_command
 
 Choice = TypeVar("Choice", bound=str)
@@ -136,6 +137,7 @@ def embed(
     from maestro_scale.evaluation.embedding import EmbeddingWriter
     from maestro_scale.evaluation.features.adapt import adapt_encoder
     from maestro_scale.evaluation.features.load_encoder import load_encoder
+    from maestro_scale.evaluation.results import EvaluationError
     from maestro_scale.shards.format.manifest import Manifest
     from maestro_scale.shards.read.store import Store
     from maestro_scale.tracking.terminal import progress
@@ -149,6 +151,11 @@ def embed(
     rank, world = binding.launch.rank, binding.launch.size
     manifest = Manifest.load(shards)
     spec = manifest.spec
+    if split not in manifest.splits:
+        there = ", ".join(manifest.splits)
+        raise EvaluationError(
+            f"{shards} has no split {shorten(split)}; there are: {there}; name one with --split"
+        )
     compare_manifests_of_launch(binding.launch, [UsedDataset(spec.name, shards, manifest, (split,))])
     encoder = load_encoder(model)[0]
     notes: list[str] = []

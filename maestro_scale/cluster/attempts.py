@@ -2,8 +2,6 @@
 
 Imports no torch: it runs in the batch script after a failure, where seconds count and torch may be what fails.
 
-``python -m maestro_scale.cluster.attempts run-dir NUM_RANKS --recipe …``: validates the recipe and prints the run
-directory; exit code 2 if the recipe is invalid.
 ``python -m maestro_scale.cluster.attempts decide --run_dir …``: exit code 0 finished, 10 requeue, 1 gave up.
 """
 
@@ -121,25 +119,8 @@ def _read_attempts(file: Path) -> list[Attempt]:
     return attempts
 
 
-def _run_dir(arguments: list[str], num_ranks: int) -> int:
-    from maestro_scale.recipe import RecipeError, check_world, load_recipe
-    from maestro_scale.train import parse
-
-    args = parse(arguments)
-    try:
-        recipe = load_recipe(args.recipe, args.overrides)
-        check_world(recipe, num_ranks)
-    except RecipeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print((args.run_dir or Path("runs") / recipe.name).absolute())
-    return 0
-
-
 def main(argv: list[str]) -> int:
     """The command line, see the module docstring."""
-    if argv[:1] == ["run-dir"]:
-        return _run_dir(argv[2:], int(argv[1]))
     parser = argparse.ArgumentParser(prog="attempts", allow_abbrev=False)
     parser.add_argument("--run_dir", type=Path, required=True)
     parser.add_argument("--logs", type=Path, required=True)

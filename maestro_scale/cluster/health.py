@@ -109,7 +109,9 @@ def all_reduce_ms(rank: int, size: int, timeout_s: float) -> float:
 
 def _listen() -> socket.socket:
     """A socket on a free port that accepts and closes connections on a background thread."""
-    server = socket.create_server(("", 0), backlog=256)
+    both = socket.has_dualstack_ipv6()  # nodes may reach each other by IPv6 alone
+    family = socket.AF_INET6 if both else socket.AF_INET
+    server = socket.create_server(("", 0), family=family, backlog=256, dualstack_ipv6=both)
 
     def accept_connections() -> None:
         while True:

@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-import fcntl
 import socket
-import struct
 
-_SIOCGIFADDR = 0x8915
+import psutil
 
 
 def interface_to(host: str) -> str | None:
-    """Name of the interface (``eth0``, ``ib0`` …) that routes to ``host`` (IPv4); None if there is no address or route.
+    """Name of the interface (``eth0``, ``ib0`` …) that routes to ``host`` (IPv4 or IPv6); None if there is no address
+    or route.
 
     No packet is sent: connecting a UDP socket only selects the route.
     """
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((host, 9))
-        except OSError:
-            return None
-        address = probe.getsockname()[0]
-        for _, name in socket.if_nameindex():
-            request = struct.pack("256s", name.encode()[:15])
+    try:
+        found = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)
+    except OSError:
+        return None
+    for family, kind, protocol, _, address in found:
+        with socket.socket(family, kind, protocol) as probe:
             try:
-                reply = fcntl.ioctl(probe, _SIOCGIFADDR, request)
-            except OSError:  # the interface has no IPv4 address
-                continue
-            if socket.inet_ntoa(reply[20:24]) == address:
+                probe.connect(address)
+            except OSError:
+                continue  # no route by this family
+            own = _plain(probe.getsockname()[0])
+        for name, addresses in psutil.net_if_addrs().items():
+            if any(a.family == family and _plain(a.address) == own for a in addresses):
                 return name
     return None
+
+
+def _plain(address: str) -> str:
+    """Without the interface of a link-local IPv6 address: ``fe80::1%eth0``."""
+    return address.partition("%")[0]

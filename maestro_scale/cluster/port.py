@@ -21,10 +21,11 @@ def choose_port(job_id: int) -> int:
     """
     for attempt in range(100):
         port = _FIRST + (job_id + attempt * _STEP) % _COUNT
-        with socket.socket() as probe, suppress(OSError):
-            # As the store does: a port whose last connections are still being closed can be used.
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(("", port))
+        with suppress(OSError):
+            # As the store, for IPv6 and IPv4, and with a port whose last connections are still being closed.
+            both = socket.has_dualstack_ipv6()
+            family = socket.AF_INET6 if both else socket.AF_INET
+            socket.create_server(("", port), family=family, dualstack_ipv6=both).close()
             return port
     raise OSError(f"100 ports from {_FIRST} on are all in use: set MAESTRO_PORT to a free one")
 

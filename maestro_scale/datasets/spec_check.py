@@ -208,6 +208,9 @@ def view_problems(spec: DatasetSpec) -> Iterator[Problem]:
         yield from crop_problems(spec)
 
 
+SHARING_ADVICE = ": change both alike, or give it its own embed"
+
+
 def sharing_problems(datasets: Sequence[tuple[str, Sequence[Sensor]]]) -> Iterator[Problem]:
     """Why the sensors of these (name, sensors) cannot share weights; a path begins with the name, unless that is empty.
 
@@ -223,7 +226,7 @@ def sharing_problems(datasets: Sequence[tuple[str, Sequence[Sensor]]]) -> Iterat
                 yield (
                     (*here, "embed"),
                     f"{s.embed!r} is shared with {'.'.join(map(str, there))}, but {_embed_input(s)} differs from "
-                    f"{_embed_input(other)}: change both alike, or give it its own embed",
+                    f"{_embed_input(other)}{SHARING_ADVICE}",
                 )
             there, other = names.setdefault(s.name, (here, s))
             if s.max_token_groups != other.max_token_groups:

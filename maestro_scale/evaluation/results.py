@@ -164,6 +164,10 @@ class EvalResult:
         try:
             values = untrusted.load_json(untrusted.read_bytes(path))
         except (OSError, untrusted.InputError) as error:
+            if not path.exists():
+                raise EvaluationError(
+                    f"{path} does not exist; give a results.json, or a folder with some"
+                ) from None
             raise EvaluationError(f"{path} cannot be read ({error}); evaluate again to write it") from error
         version = values.get("version") if isinstance(values, dict) else None
         if version != VERSION:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from maestro_scale.errors import shorten
 from maestro_scale.escaping import printable, printable_lines, shell_command
 from maestro_scale.evaluation.benchmark import Benchmark, Provenance
 from maestro_scale.evaluation.encoder import Encoder
@@ -24,6 +25,7 @@ from maestro_scale.evaluation.report.summary import summarise
 from maestro_scale.evaluation.results import ORACLE, RESULTS, EvalResult, EvaluationError
 from maestro_scale.evaluation.tasks.folds import Splits, find_folds, fold_splits
 from maestro_scale.evaluation.tasks.protocol import LossSettings
+from maestro_scale.evaluation.tasks.subset import train_split
 from maestro_scale.evaluation.tasks.task import task_for
 from maestro_scale.recipe import Recipe, load_recipe
 from maestro_scale.secrets_filter import scrub_tree
@@ -112,6 +114,25 @@ def _used_splits(runs: Sequence[EvalRun], manifest: Manifest) -> tuple[str, ...]
     return tuple(name for name in dict.fromkeys(names) if name in manifest.splits)
 
 
+def _check_splits(
+    runs: Sequence[EvalRun], options: EvalOptions, modes: Sequence[str], manifest: Manifest
+) -> None:
+    """EvaluationError where a split is missing that a mode reads, before an encoder is loaded."""
+    train, _ = train_split(manifest, options.fraction)
+    reads = (
+        {"test": "test"} if set(modes) <= {TEST, ORACLE} else {"train": train, "val": "val", "test": "test"}
+    )
+    for run in runs:
+        for role, split in reads.items():
+            missing = [name for name in run.splits.get(role, (split,)) if name not in manifest.splits]
+            if missing:
+                raise EvaluationError(
+                    f"{manifest.spec.name} has no split {shorten(missing[0])} in shards (there are: "
+                    f"{', '.join(manifest.splits)}), needed for {role}: write it with `maestro-scale shard … --split "
+                    f"{role}`, or name another one with --split {role}=NAME"
+                )
+
+
 def overlap_warnings(runs: Sequence[EvalRun]) -> list[str]:
     """A line per run and role whose splits are test splits too: such a score says nothing about other tiles."""
     return [
@@ -142,6 +163,7 @@ def run_evaluation(
         modes = (ORACLE,)
     manifest = Manifest.load(recipe.data.mixture[0].shards)
     runs = plan_runs(options, recipe, manifest.splits)
+    _check_splits(runs, options, modes, manifest)
     encoder = Encoder(recipe, options.checkpoint, options.baseline, runs[0].fold, manifest)
     trained_modes = set(modes) & set(TRAINED_MODES)
     trains = bool(trained_modes)

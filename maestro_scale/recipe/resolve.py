@@ -40,7 +40,8 @@ def resolve_spec(
     where = ("data", "mixture", number)
     if spec.name != entry.dataset:
         raise RecipeError(
-            f"{dotted((*where, 'dataset'))}: {entry.dataset!r}, but {entry.shards} holds {spec.name!r}"
+            f"{dotted((*where, 'dataset'))}: {entry.dataset!r}, but {entry.shards} holds {spec.name!r}: set "
+            f"{dotted((*where, 'shards'))} to shards of {entry.dataset}, or use a recipe of {spec.name}"
         )
     resolved = dataclasses.replace(
         spec,

@@ -189,7 +189,9 @@ def _connect(url: str, retry: RetryPolicy) -> tuple[Any, str]:
             # Connect now, in one thread: otherwise the parallel range readers each create a session.
             fs.connect()
     except network_errors(ImportError, ValueError) as error:
-        raise StoreError(f"{url}: cannot be opened ({one_line(error)})") from error
+        raise StoreError(
+            f"{url}: cannot be opened ({one_line(error)}); give a folder, or an address such as s3://bucket/name"
+        ) from error
     return fs, path
 
 

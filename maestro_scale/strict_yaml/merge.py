@@ -93,7 +93,13 @@ def locate(path: str | Path, kind: str) -> Path:
         return file
     found = shipped.find(kind, name)
     if found is None:
+        if file.is_dir():
+            inside = file / f"{kind}.yaml"
+            hint = f"{inside} is the one of this run" if inside.exists() else f"give the {kind}'s YAML file"
+            raise DocumentError(f"{name}: is a folder; {hint}")
         hint = did_you_mean(name, shipped.names(kind))
+        if "there are:" in hint and kind == "recipe":  # half a hundred
+            hint = "; `maestro-scale recipes` lists them"
         raise DocumentError(f"{name}: is neither a file nor the name of a {kind}{hint}")
     return found
 
@@ -191,7 +197,11 @@ def _parse_override(text: str) -> tuple[KeyPath, Any]:
     key, equals, value = text.partition("=")
     key = key.strip()
     if not equals or not re.fullmatch(r"[^.\[\]\s]+(\.[^.\[\]\s]+|\[\d+\])*", key):
-        raise DocumentError(f"{_SET}: {shorten(text, 200)} is not section.key=value")
+        raise DocumentError(f"{_SET}: {shorten(text, 200)} is not section.key=value (one word, no spaces)")
+    if not value.strip():
+        raise DocumentError(
+            f"{_SET}: {shorten(key)} has no value; null resets it to its default, \"''\" is no text"
+        )
     parts = re.findall(r"[^.\[\]]+", key)
     if len(parts) > _MAX_LEVELS or any(len(part) > _MAX_KEY for part in parts):
         raise DocumentError(f"{_SET}: {shorten(key)} is longer than any key")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import random
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +17,7 @@ import torch
 from torch import nn
 
 from maestro_scale.model.config import CompileMode
-from maestro_scale.recipe import Recipe, RecipeError, check_world
+from maestro_scale.recipe import Recipe, RecipeError, check_world, load_recipe
 from maestro_scale.stream.loader import TrainLoader
 from maestro_scale.training.checkpoint.checkpoints import Checkpoints, Position
 from maestro_scale.training.checkpoint.state import TrainState
@@ -35,13 +37,15 @@ from maestro_scale.training.metrics.metrics_file import MetricsFile
 from maestro_scale.training.objectives import Objective
 from maestro_scale.training.observer import Observer
 from maestro_scale.training.offload_memory import check_offload_memory
-from maestro_scale.training.optimizer import SCHEDULES, build_optimizer
-from maestro_scale.training.run_dir import JsonLines, has_same_recipe, lock, write_run_files
+from maestro_scale.training.optimizer import SCHEDULES, Schedule, build_optimizer
+from maestro_scale.training.run_dir import JsonLines, RunDirError, has_same_recipe, lock, write_run_files
 from maestro_scale.training.setup import describe_setup, first_start
 from maestro_scale.training.stop import StopRequest
 from maestro_scale.training.trainer import Trainer, TrainSchedule
 from maestro_scale.training.warmup import COMPILE_S, warm_up
 from maestro_scale.training.watchdog import Watchdog
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,16 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def check_disk(run_dir: Path, num_parameters: int, with_ema: bool) -> None:
+    """RunDirError where the disk of the run directory has no room for one checkpoint: weights, moments and average."""
+    needed, free = 4 * num_parameters * (4 if with_ema else 3), shutil.disk_usage(run_dir).free
+    if needed > free:
+        raise RunDirError(
+            f"{run_dir}: a checkpoint takes {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free: free some, or "
+            "use --run-dir on a larger disk"
+        )
+
+
 def check_feasible(recipe: Recipe, num_parameters: int, with_ema: bool, world: World) -> None:
     """RecipeError where DeepSpeed refuses its section or offload does not fit, before the network is allocated.
 
@@ -146,6 +160,8 @@ def assemble(context: RunContext, parts: TrainingParts) -> tuple[Trainer, Positi
         watchdog=context.watchdog,
     )
     position = trainer.resume()
+    if world.is_main and (line := _new_length(context.recipe, run_dir, parts, position)):
+        log.warning(line)
     _prepare_run_dir(context, parts, metrics, position)
     compiles = parts.compile_mode != "none"
     # Compilation needs the rehearsal: in the loop it would look like a hang.
@@ -158,9 +174,34 @@ def assemble(context: RunContext, parts: TrainingParts) -> tuple[Trainer, Positi
     return trainer, position
 
 
+def _new_length(recipe: Recipe, run_dir: Path, parts: TrainingParts, position: Position) -> str:
+    """What a resume with another number of steps does to the schedule; empty where the number is as it was."""
+    file = run_dir / "recipe.yaml"  # still that of the previous start
+    if position.step == 0 or not file.exists():
+        return ""
+    try:
+        before = load_recipe(file).train.num_steps(parts.stream.steps_per_epoch)
+    except RecipeError:  # e.g. of an earlier revision
+        return ""
+    if before == parts.num_steps or position.step >= parts.num_steps:
+        return ""
+    last = recipe.lr * _schedule(recipe, before)(position.step - 1)
+    following = recipe.lr * _schedule(recipe, parts.num_steps)(position.step)
+    return (
+        f"this run had {before} steps, now it has {parts.num_steps}: the {recipe.optim.schedule} schedule spans all of "
+        f"them, so the learning rate goes from {last:.3g} in step {position.step} to {following:.3g} in step "
+        f"{position.step + 1}; to begin a schedule anew, start another run with model.init_from"
+    )
+
+
+def _schedule(recipe: Recipe, num_steps: int) -> Schedule:
+    o = recipe.optim
+    return SCHEDULES[o.schedule](num_steps, o.warmup, 1 / o.start_div, 1 / o.final_div)
+
+
 def _build_engine(recipe: Recipe, parts: TrainingParts, world: World) -> Engine:
     o = recipe.optim
-    schedule = SCHEDULES[o.schedule](parts.num_steps, o.warmup, 1 / o.start_div, 1 / o.final_div)
+    schedule = _schedule(recipe, parts.num_steps)
     network = parts.network.to(world.device)
     optimizer = build_optimizer(
         network, recipe.lr, o.betas, o.eps, o.weight_decay, parts.layer_decay, o.decay

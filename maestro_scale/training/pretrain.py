@@ -28,6 +28,7 @@ from maestro_scale.training.assembly import (
     RunContext,
     TrainingParts,
     assemble,
+    check_disk,
     check_feasible,
     run_directory,
     seed_everything,
@@ -192,19 +193,27 @@ def _parts(context: RunContext, evaluation: EvaluationHooks) -> TrainingParts:
     seed_everything(recipe.seed)
     configure_determinism(recipe.train.deterministic)
     datasets = open_datasets(recipe)
+    for dataset in datasets:
+        dataset.source.store.prepare()
     used = used_datasets(recipe, datasets)
     compare_manifests(world, used)
     checkpoints = Checkpoints(
         run_dir, world, _retention(recipe), _mirror(recipe, run_dir), manifest_digests(used)
     )
-    recipe = with_recorded_draws(recipe, checkpoints.recorded_identity(), world)
+    recorded = checkpoints.recorded_identity()
+    recipe = with_recorded_draws(recipe, recorded, world)
     config = build_model_config(recipe, [d.source.spec for d in datasets])
+    own = identity(recipe, config, datasets, world)
+    if recorded is not None:  # before anything is allocated; `resume` checks the checkpoint that it loads
+        checkpoints.check_identity(recorded, own)
     memory = MemoryEstimator(config, [d.source.spec for d in datasets])
     micro_batch = micro_batch_of(
         recipe, world, lambda changed: memory.step(changed, world.size, world.device.type)
     )
     stream, num_steps = train_loader(recipe, [d.source for d in datasets], world, micro_batch)
     check_feasible(recipe.with_micro_batch(micro_batch), memory.parameters, recipe.optim.ema > 0, world)
+    if world.is_main:
+        check_disk(run_dir, memory.parameters, recipe.optim.ema > 0)
     kernel = _attention_kernel(recipe, config, world)
     model = _initial_model(recipe, config, world, starts=checkpoints.latest()[0] is None)
     _compile(model, recipe.with_micro_batch(micro_batch), world)
@@ -234,7 +243,7 @@ def _parts(context: RunContext, evaluation: EvaluationHooks) -> TrainingParts:
         num_steps=num_steps,
         micro_batch=micro_batch,
         checkpoints=checkpoints,
-        identity=identity(recipe, config, datasets, world),
+        identity=own,
         build_hooks=build_hooks,
         ema_decay=recipe.optim.ema or None,
         ema_epochs=recipe.optim.ema_epochs,

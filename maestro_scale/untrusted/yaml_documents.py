@@ -31,7 +31,15 @@ def load_yaml(text: str, where: str = "", limits: Limits = RECIPE, loader: Any =
     except InputError as error:
         raise InputError(at(where, str(error))) from None
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        raise InputError(at(where, f"is not valid YAML: {' '.join(str(error).split())}")) from None
+        raise InputError(at(where, f"is not valid YAML: {_problem(error, text)}")) from None
+
+
+def _problem(error: Exception, text: str) -> str:
+    """What a parser says, in one line; with the usual cause where tabs are among the indentation."""
+    mark = getattr(error, "problem_mark", None)
+    line = text.splitlines()[mark.line : mark.line + 1] if mark is not None else []
+    hint = "; indent with spaces, not tabs" if line and "\t" in line[0] else ""
+    return " ".join(str(error).replace(' in "<unicode string>",', " in").split()) + hint
 
 
 _INTEGER = re.compile(r"[-+]?(0x[0-9a-fA-F_]+|0?[ob]?[0-9_:]+)")  # 1:30 is one in base 60

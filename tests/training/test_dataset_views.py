@@ -84,7 +84,7 @@ def test_the_reference_sensor_of_segmentation_cannot_be_left_out(capsys, recipe)
 
 def test_the_shards_must_hold_the_dataset(recipe):
     with pytest.raises(
-        RecipeError, match=r"^data\.mixture\[0\]\.dataset: 'pastis_hd', but .* holds 'treesatai_ts'$"
+        RecipeError, match=r"^data\.mixture\[0\]\.dataset: 'pastis_hd', but .* holds 'treesatai_ts': set data"
     ):
         open_datasets(load_recipe(recipe, [override("dataset=pastis_hd"), override("sensors={}")]))
 

@@ -5,7 +5,12 @@ from __future__ import annotations
 import dataclasses
 
 from maestro_scale.datasets.spec import DatasetSpec, Sensor
-from maestro_scale.datasets.spec_check import crop_problems, sharing_problems, source_problems
+from maestro_scale.datasets.spec_check import (
+    SHARING_ADVICE,
+    crop_problems,
+    sharing_problems,
+    source_problems,
+)
 from maestro_scale.errors import dotted
 from maestro_scale.evaluation.baselines.baseline import FrozenEncoder
 from maestro_scale.evaluation.results import EvaluationError
@@ -36,7 +41,13 @@ def adapt_encoder(model: Maestro, spec: DatasetSpec, trains: bool = False) -> tu
     in_use = view.sensors if trains else sensors
     view = dataclasses.replace(view, sensors=in_use)
     for path, reason in sharing_problems([(v.dataset, v.sensors) for v in (*config.views, view)]):
-        raise EvaluationError(f"the checkpoint does not fit: {dotted(path)}: {reason}")
+        name = path[2] if len(path) > 2 else view.dataset
+        raise EvaluationError(
+            f"the checkpoint does not fit {view.dataset}: {dotted(path)}: {reason.removesuffix(SHARING_ADVICE)}; "
+            "evaluate with a recipe that gives the sensor the checkpoint's patch and bands "
+            f"(data.mixture[0].sensors.{name}, as recipes/cross/ do), or leaves it out "
+            f"(data.mixture[0].sensors.{name}=null)"
+        )
     # vars(): the fields of a view are also fields of a model's configuration.
     adapted = Maestro(dataclasses.replace(config, **vars(view), others=(), heads=())).initialise(0)
     pretrained = model.state_dict()

@@ -28,13 +28,33 @@ def load_encoder(path: Path) -> tuple[Maestro, int | None]:
             exported = export_run(path, folder)
             return load_model(exported), trained_step(exported)
     if not (path / commit.MARKER).exists():
-        raise ExportError(f"{path} is neither a run directory, nor a checkpoint, nor an exported model")
+        raise ExportError(
+            f"{path} is neither a run directory, nor a checkpoint, nor an exported model{_hint(path)}"
+        )
     if problem := commit.problem(path, hashes=True):
         raise ExportError(f"{path}: {problem}; use another checkpoint")
     # Checkpoints are sharded by rank and ZeRO stage: the export is the one place that puts weights together.
     with temporary_folder() as folder:
         exported = export_model(path, folder)
         return load_model(exported), trained_step(exported)
+
+
+def _hint(path: Path) -> str:
+    """What is at a path that holds no model, and where one is."""
+    if not path.exists():
+        return f": it does not exist{'' if path.is_absolute() else f' in {Path.cwd()}'}"
+    if (path / "manifest.json").exists():
+        return ": it holds shards of a dataset"
+    if path.is_file():
+        return (
+            f": it is a file; give its folder, {path.parent}"
+            if (path.parent / CONFIG).exists()
+            else ": it is a file"
+        )
+    if path.name == "checkpoints":
+        return f"; give the run directory, {path.parent}"
+    inside = [p.name for p in sorted(path.iterdir()) if (p / CONFIG).exists() or (p / "checkpoints").is_dir()]
+    return f"; it contains {', '.join(inside[:10])}: give one of them" if inside else ""
 
 
 def export_run(run_dir: Path, out: Path, ema: bool = False) -> Path:

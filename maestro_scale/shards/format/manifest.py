@@ -187,6 +187,8 @@ def check_spec(spec: DatasetSpec, where: str = "spec") -> None:
 
 def _path_hint(where: str) -> str:
     """For a relative path: where it starts. Recipes use ./data where the variable of their data is not set."""
+    if where.endswith(f"/{MANIFEST}/{MANIFEST}"):
+        return f"; give the folder that holds {MANIFEST}"
     if "://" in where or os.path.isabs(where):
         return ""
     unset = "" if os.environ.get(_DATA_VARIABLE) else f"; {_DATA_VARIABLE} is not set"

@@ -58,6 +58,10 @@ class Store:
     def __reduce__(self) -> tuple[type[Store], tuple[str, Path, int, RetryPolicy]]:
         return Store, (self.url, self.cache_dir, self.cache_bytes, self.retry)
 
+    def prepare(self) -> None:
+        """Create the folders of the cache; StoreError if that fails. Reading does so too, but later."""
+        self._cache.prepare()
+
     @property
     def counters(self) -> StoreCounters:
         """Totals of this store in this process."""

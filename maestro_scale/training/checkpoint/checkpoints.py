@@ -218,6 +218,18 @@ class Checkpoints:
                 found = self._mirror.identity()
         return self._world.from_main(found)
 
+    def check_identity(
+        self, recorded: dict[str, Any], identity: dict[str, Any], path: Path | None = None
+    ) -> None:
+        """CheckpointError unless a checkpoint with the identity ``recorded`` (``path``, else the newest) continues a
+        run with this one."""
+        if difference := differences(recorded, identity):
+            where = path or self.latest()[0] or "the mirrored checkpoint"
+            raise CheckpointError(
+                f"{where} does not fit this run: {difference}. Resume with the values that it was written with, or "
+                "use another directory"
+            )
+
     def resume(self, state: TrainState, identity: dict[str, Any]) -> Resumed:
         """Load the newest intact checkpoint; a collective, on any number of ranks. The start of the run if nothing was
         ever saved.
@@ -240,11 +252,7 @@ class Checkpoints:
             record = read_record(path)
         except ValueError as error:
             raise CheckpointError(f"{path}: {error}; remove it to resume from the one before") from None
-        if difference := differences(record.identity, identity):
-            raise CheckpointError(
-                f"{path} does not fit this run: {difference}. Resume with the values that it was written with, or "
-                "use another directory"
-            )
+        self.check_identity(record.identity, identity, path)
         if self._world.is_main and (change := changed_arithmetic(record.identity, identity)):
             log.warning("%s: %s", path.name, change)
         with StateReader(path / STATE) as reader:
@@ -365,13 +373,26 @@ def newest(run_dir: Path) -> Path:
     path, problems = _newest(run_dir / "checkpoints", hashes=True)
     if path is None:
         raise CheckpointError(
-            f"{run_dir} contains no intact checkpoint{': ' + problems[0] if problems else ''}"
+            f"{run_dir} contains no intact checkpoint{': ' + problems[0] if problems else _hint(run_dir)}"
         )
     if problems and os.environ.get("RANK", "0") == "0":  # every rank of an evaluation gets here
         log.warning(
             "%s: %s is used, since newer ones are damaged: %s", run_dir, path.name, "; ".join(problems)
         )
     return path
+
+
+def _hint(run_dir: Path) -> str:
+    """Why a folder has no checkpoint, where that is easily seen."""
+    if not run_dir.exists():
+        return ": it does not exist"
+    if (run_dir / "config.json").exists():
+        return ": it is an exported model"
+    if _committed(run_dir):
+        return f": it is the folder of checkpoints; give the run directory, {run_dir.parent}"
+    if not (run_dir / "recipe.yaml").exists():
+        return ": it is not a run directory"
+    return ": the run has not saved one yet"
 
 
 def load_position(path: Path) -> Position:
