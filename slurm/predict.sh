@@ -20,6 +20,8 @@ export MAESTRO_HOME
 # shellcheck source=slurm/env.sh
 . "$MAESTRO_HOME/slurm/env.sh"
 
+[ "${MAESTRO_CHECK:-0}" = 0 ] || die 2 "MAESTRO_CHECK: this script has no check; see slurm/pretrain_multinode.sh"
+
 [ $# -ge 3 ] || die 2 "usage: sbatch slurm/predict.sh MODEL SRC OUT [options of \`maestro-scale predict\`]"
 need_slurm slurm/predict.sh
 OUT=$3

@@ -135,7 +135,7 @@ def test_the_other_scripts_submit_nothing_under_the_check(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "maestro-scale shard flair2" in done.stdout
     assert "--part 1/8" in done.stdout
-    for name in ("follow.sh", "study.sh"):
+    for name in ("follow.sh", "study.sh", "predict.sh"):
         assert script(name, tmp_path, "x").returncode == 2
 
 
