@@ -22,6 +22,11 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+_SETTINGS: dict[object, dict[str, bool]] = {
+    launch.train: launch.SETTINGS,
+    launch.evaluate: launch.SETTINGS,
+    predict.search: {"ignore_unknown_options": True},  # a place west of Greenwich begins with a hyphen
+}
 # In the order of `maestro-scale --help`.
 for _command in (
     runs.quickstart,
@@ -46,9 +51,7 @@ for _command in (
     study.study,
     runs.doctor,
 ):
-    app.command(context_settings=launch.SETTINGS if _command in (launch.train, launch.evaluate) else None)(
-        _command
-    )
+    app.command(context_settings=_SETTINGS.get(_command))(_command)
 
 
 def main() -> None:

@@ -236,12 +236,12 @@ def _record(
     model: Maestro, data: Data, source: Source, layout: Layout, options: Options, how: run.Run
 ) -> dict[str, object]:
     """What the folder contains; equal on all ranks, however many they are."""
-    keys = "\n".join(area.name for area in source.areas)
     return {
         "model": weights_digest(model),
-        "source": data.address,
+        "source": data.address if "://" in data.address else str(Path(data.address).resolve()),
         "spec": _digest(json.dumps(asdict(source.spec), default=str)),
-        "data": data.manifest.digest if data.manifest else _digest(keys),
+        "data": source.digest(),
+        "manifest": data.manifest and data.manifest.digest,
         "splits": list(data.splits),
         "stride_m": layout.stride_m,
         "resolution_m": layout.resolution_m,

@@ -5,6 +5,7 @@ What is connected is one map: scenes of two regions do not make one file that is
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -72,6 +73,17 @@ class SceneSource:
     def origin(self, area: int) -> GeoOrigin | None:
         """As of Source."""
         return self._origins[area]
+
+    def digest(self) -> str:
+        """As of Source."""
+        import shapely
+
+        sha = hashlib.sha256(repr((self._cells, self._origins)).encode())
+        for series in self._dataset.reader.series:
+            for shot in series.shots:
+                sha.update(repr((series.raster.name, shot.name, shot.date)).encode(errors="surrogatepass"))
+        sha.update(b"" if self._polygon is None else shapely.to_wkb(self._polygon))
+        return sha.hexdigest()
 
     def outside(self, area: int, box: tuple[int, int, int, int]) -> np.ndarray | None:
         """(height, width) bool of a part of a map, where it is outside of the area of interest; None: all is inside."""

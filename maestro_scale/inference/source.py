@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -58,6 +59,10 @@ class Source(Protocol):
         """Where pixel (0, 0) of an area lies."""
         ...
 
+    def digest(self) -> str:
+        """SHA-256 of what is read: places, windows and names of files, not of values."""
+        ...
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -109,6 +114,13 @@ class TileSource:
     def origin(self, area: int) -> GeoOrigin | None:
         """As of Source."""
         return self._sample(area).origin
+
+    def digest(self) -> str:
+        """As of Source."""
+        sha = hashlib.sha256(repr(self._crops).encode())
+        for area in self.areas:
+            sha.update(f"{area.name}\n".encode(errors="surrogatepass"))
+        return sha.hexdigest()
 
 
 def from_shards(

@@ -213,7 +213,10 @@ def test_where_nothing_is_measured_there_is_no_class(model, valley, tmp_path):
     expected = np.zeros(classes.shape, bool)
     expected[30:60, :20] = True
     assert ((classes == 255) == expected).all()
-    classes = scene_map(model, found, tmp_path / "cut", overrides=("grid.area=area.geojson",))
+    cut = ("grid.area=area.geojson",)
+    with pytest.raises(InferenceError, match="something else"):
+        scene_map(model, found, tmp_path / "out", overrides=cut)
+    classes = scene_map(model, found, tmp_path / "cut", overrides=cut)
     expected[:60, :60] |= False
     assert (classes[:60, :60] != 255).sum() == 3600 - 600
     assert classes.shape == (min(SIZE, classes.shape[0]), classes.shape[1])

@@ -86,3 +86,5 @@ def test_the_command_writes_geojson_and_pictures(valley, tmp_path):
     assert (first["properties"]["key"], first["properties"]["first_date"]) == ("a/b", "2020-06-01")
     assert len(first["geometry"]["coordinates"][0]) == 5
     assert (tmp_path / "sheet.png").stat().st_size > 5000
+    done = CliRunner().invoke(app, ["search", str(tmp_path / "out"), "-1.5,47.2"])
+    assert "no embedding of such a place" in str(done.exception)
