@@ -241,6 +241,9 @@ class RawDataset(Protocol):
     One with optional modalities should also have ``absent(key) -> tuple[str, ...]``: those that the tile lacks, in the
     order of the spec, without reading it. Tiles that lack the same modalities are stored together, so the writer has
     to know before it writes the first shard; without this method it reads every tile twice.
+
+    One whose tiles depend on more than spec and key should also have ``settings``, a text that differs if they do:
+    shards that were written with other settings are not continued.
     """
 
     spec: DatasetSpec

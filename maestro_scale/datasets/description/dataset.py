@@ -20,7 +20,7 @@ from maestro_scale.datasets.description.blocks import tiles_of_split
 from maestro_scale.datasets.description.config import Description, Raster
 from maestro_scale.datasets.description.config import Target as TargetKeys
 from maestro_scale.datasets.description.index import SectionImages, keys_of, list_sections
-from maestro_scale.datasets.description.spec import dataset_spec
+from maestro_scale.datasets.description.spec import dataset_spec, settings_of
 from maestro_scale.datasets.description.targets import TableLabels, TargetReader
 from maestro_scale.datasets.description.tile import MaskImages, RasterImages, make_tile, origin_of
 from maestro_scale.datasets.description.vector_targets import VectorLabels
@@ -107,6 +107,11 @@ class DescribedTiles:
     images: Mapping[str, SectionImages]
     targets: TargetReader
     left_out: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def settings(self) -> str:
+        """As of :class:`~maestro_scale.datasets.spec.RawDataset`."""
+        return settings_of(self.description)
 
     def keys(self) -> list[str]:
         """Sorted tile keys."""

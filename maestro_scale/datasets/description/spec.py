@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 
 from maestro_scale.datasets.description.config import (
@@ -89,6 +91,16 @@ def _modality(name: str, raster: Raster, tile_m: float, optional: bool) -> Modal
         quantity=_stored_quantity(raster),
         optional=optional,
     )
+
+
+def settings_of(description: Description) -> str:
+    """SHA-256 of what determines the tiles beside their keys: not of how models use them, nor of the splits."""
+    other = {"title", "sensors", "splits", "ref_sensor", "crop_m", "pos_grid", "synthetic"}
+    content = description.model_dump(mode="json", by_alias=True, exclude=other)
+    for raster in content["rasters"].values():
+        if raster is not None:
+            del raster["sensor"]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _pixels(extent_m: float, resolution_m: float) -> int:

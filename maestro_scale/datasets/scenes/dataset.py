@@ -18,7 +18,7 @@ from maestro_scale.datasets.description.blocks import draw_blocks, left_out
 from maestro_scale.datasets.description.config import Description, ImageFiles, MaskRule, Raster, SplitBlocks
 from maestro_scale.datasets.description.config import Target as TargetKeys
 from maestro_scale.datasets.description.index import SectionImages, list_sections, sections
-from maestro_scale.datasets.description.spec import dataset_spec
+from maestro_scale.datasets.description.spec import dataset_spec, settings_of
 from maestro_scale.datasets.description.splits import select
 from maestro_scale.datasets.description.targets import TableLabels, TargetReader, are_classes, label_image
 from maestro_scale.datasets.description.tile import MaskImages, RasterImages, make_tile
@@ -91,6 +91,11 @@ class SceneTiles:
     cells: tuple[Cell, ...]
     targets: TargetReader
     left_out: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def settings(self) -> str:
+        """As of :class:`~maestro_scale.datasets.spec.RawDataset`."""
+        return settings_of(self.description)
 
     def keys(self) -> list[str]:
         """Sorted tile keys: coordinate system and upper left corner of each cell."""

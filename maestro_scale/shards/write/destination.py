@@ -115,8 +115,10 @@ class Destination:
     ) -> None:
         self._stack.close()
 
-    def make_plan(self, order: Sequence[str], shards: Sequence[PlannedShard]) -> WritePlan:
-        """The plan that writes the samples ``order`` as ``shards``."""
+    def make_plan(
+        self, order: Sequence[str], shards: Sequence[PlannedShard], settings: str = ""
+    ) -> WritePlan:
+        """The plan that writes the samples ``order`` as ``shards``. ``settings``: see :class:`.spec.RawDataset`."""
         content = [
             FORMAT_VERSION,
             to_builtins(self._spec),
@@ -128,6 +130,8 @@ class Destination:
         ]
         if any(shard.absent for shard in shards):  # else the digest is that of earlier revisions
             content.append([shard.absent for shard in shards])
+        if settings:
+            content.append(settings)
         digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
         self._lock.declare(digest)
         return WritePlan(self._spec, self.split, tuple(shards), digest)

@@ -83,7 +83,8 @@ def write_shards(
             )
         groups = group_keys(survey(dataset, workers), seed)
         order = [key for group in groups for key in group.keys]
-        plan = destination.make_plan(order, _plan_shards(dataset, groups, split, codec, shard_mb, strict))
+        planned = _plan_shards(dataset, groups, split, codec, shard_mb, strict)
+        plan = destination.make_plan(order, planned, getattr(dataset, "settings", ""))
         finished = destination.finished_shards(plan, strict)
         sizes = {i: s.stop - s.start for i, s in enumerate(plan.shards) if part.includes(i)}
         missing = [i for i in sizes if i not in finished]

@@ -84,6 +84,13 @@ def test_parts_equal_one_call_and_a_changed_list_is_named(shard, src, tmp_path):
     assert (code, "already contains split 'train', with other tiles or settings" in error) == (2, True)
 
 
+@pytest.mark.parametrize("change", ["rasters.s2.offset=-500", "rasters.s2.nodata=[5]", "rasters.s2.scale=2"])
+def test_shards_of_another_description_are_not_taken_for_those_of_this_one(shard, tmp_path, change):
+    assert shard()[0] == 0
+    code, _, error = shard("--set", change)
+    assert (code, "already contains split 'train', with other tiles or settings" in error) == (2, True)
+
+
 def test_bad_tiles_are_counted_by_kind_with_the_first_example(shard, src, tmp_path):
     (src / "t03/20200101_B02.tif").write_bytes(b"damaged")
     (src / "t05/20200101_B02.tif").write_bytes(b"")
