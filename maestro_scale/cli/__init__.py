@@ -22,7 +22,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-_SETTINGS: dict[object, dict[str, bool]] = {
+_SETTINGS: dict[object, dict[str, object]] = {
     launch.train: launch.SETTINGS,
     launch.evaluate: launch.SETTINGS,
     predict.search: {"ignore_unknown_options": True},  # a place west of Greenwich begins with a hyphen
