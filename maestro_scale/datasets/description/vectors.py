@@ -110,8 +110,7 @@ class VectorFile:
             geometries, valid = geometries[near], np.flatnonzero(valid)[near]
         labels = None if self.column is None else np.asarray(table[self.column], object)[valid]
         if self._order is not None:
-            ranks = np.asarray(table[self._order])[valid]
-            order = np.argsort(ranks, kind="stable")
+            order = _in_order(np.asarray(table[self._order], object)[valid], f"{self.path}: {self._order}")
             geometries, labels = geometries[order], None if labels is None else labels[order]
         return Features(geometries, labels)
 
@@ -168,6 +167,17 @@ class VectorFile:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_loaded": None}
+
+
+def _in_order(ranks: np.ndarray, where: str) -> list[int]:
+    """Indices that sort features by a column, those without a value first, equal ones in their order."""
+    values: list[Any] = [None if rank is None or rank != rank else rank for rank in ranks.tolist()]
+    known = [i for i, value in enumerate(values) if value is not None]
+    try:
+        known.sort(key=values.__getitem__)
+    except TypeError as error:
+        raise DatasetError(f"{where}: has no order ({error}); use a column of numbers") from error
+    return [i for i, value in enumerate(values) if value is None] + known
 
 
 def burn(

@@ -52,6 +52,13 @@ def test_features_outside_of_the_system_do_not_take_the_labels_of_others(tmp_pat
     assert found.labels.tolist() == [3, 7]
 
 
+@pytest.mark.parametrize("ranks", [["b", None, "a"], [2.0, None, 1.0]])
+def test_features_without_a_rank_are_drawn_first(tmp_path, ranks):
+    frame = FRAME.assign(kind=[1, 2, 3], rank=ranks, geometry=SHAPES[:1] * 3)
+    found = VectorFile(write(tmp_path / "a.gpkg", frame), CRS, column="kind", order="rank").within(BOX)
+    assert found.labels.tolist() == [2, 3, 1]
+
+
 def test_a_large_geopackage_is_read_by_rectangles(tmp_path, monkeypatch):
     monkeypatch.setattr(vectors, "IN_MEMORY_BYTES", 0)
     file = VectorFile(write(tmp_path / "a.gpkg", FRAME.to_crs(4326)), CRS, column="name", order="rank")
