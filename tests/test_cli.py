@@ -14,6 +14,7 @@ from maestro_scale.cli import app
 COMMANDS = {
     "describe",
     *("quickstart", "synth", "shard", "verify", "inspect", "plan", "export", "convert-ign"),
+    *("models", "push"),
     *("embed", "sync", "dashboard", "report", "study", "doctor"),
     *("train", "evaluate", "recipes", "init"),
     *("predict", "search"),

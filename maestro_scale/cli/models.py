@@ -1,4 +1,4 @@
-"""Commands on models: export a checkpoint, convert the authors' checkpoints, compute embeddings."""
+"""Commands on models: list, export, convert and publish them, and compute embeddings."""
 
 from __future__ import annotations
 
@@ -84,12 +84,13 @@ def convert_ign(
     from rich.console import Console
 
     from maestro_scale.interop import convert as interop
+    from maestro_scale.interop.convert_back import convert_to_reference
     from maestro_scale.interop.export import ExportError
     from maestro_scale.interop.reference_model import ConversionHints
     from maestro_scale.interop.transfer import transfer_table
 
     if interop.is_exported_model(src):
-        notes = interop.convert_to_reference(src, out)
+        notes = convert_to_reference(src, out)
         print(f"{src} converted to the authors' format in {out}")
         for note in notes:
             print(printable(f"note: {note}"))
@@ -104,6 +105,77 @@ def convert_ign(
     options = interop.ConvertOptions("ema" if weights == "ema" else "raw", dataset, like, hints)
     parts = interop.convert(src, out, options)
     Console(width=110).print(transfer_table(parts, f"{src.name} to {out}"))
+
+
+def models(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Describe this model: a name of the list, hf://owner/name, a folder or a run."),
+    ] = None,
+) -> None:
+    """List the published models that ``load_model`` fetches by name, or describe one model."""
+    from rich.console import Console
+
+    from maestro_scale.interop.model_tables import published_table, sensor_table
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)
+    if model is None:
+        console.print(published_table())
+        command = python_command("from maestro_scale import load_model; load_model('NAME')")
+        print(f"next: {command}, or any command that takes a MODEL")
+        return
+    from maestro_scale.evaluation.features.load_encoder import load_encoder
+
+    found, step = load_encoder(Path(model))
+    console.print(sensor_table(found, model, step))
+
+
+def push(
+    run: Annotated[
+        Path,
+        typer.Argument(help="A run directory, that of a finetuning, a checkpoint, or an exported model."),
+    ],
+    address: Annotated[str, typer.Argument(help="hf://owner/name[@branch][/folder]; created if missing.")],
+    ema: Annotated[
+        bool, typer.Option(help="Publish the moving average of the weights (optim.ema) instead.")
+    ] = False,
+    license: Annotated[
+        str, typer.Option(help="Of the weights, as the hub names it: apache-2.0, cc-by-4.0, other, …")
+    ] = "",
+    results: Annotated[
+        list[Path] | None,
+        typer.Option(help="Folder with results.json for the card. Repeatable. [default: those in RUN]"),
+    ] = None,
+    private: Annotated[bool, typer.Option(help="Create the repository as private.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Write the folder that would be uploaded, and stop.")
+    ] = False,
+    folder: Annotated[
+        Path | None, typer.Option(help="Where --dry-run writes. [default: the model's name]")
+    ] = None,
+) -> None:
+    """Publish a model on the Hugging Face hub: weights, configuration, and a model card written from its run.
+
+    Logs in as the hub's own client: HF_TOKEN, or `hf auth login`."""
+    from maestro_scale.interop.hub import HubAddress
+    from maestro_scale.publishing.push import upload, write_folder
+    from maestro_scale.shards.temporary import temporary_folder
+
+    where = HubAddress.parse(address)
+    chosen = tuple(results or ())
+    if dry_run:
+        out = folder or Path(str(where).rpartition("/")[2].partition("@")[0])
+        names = write_folder(run, out, where, ema, license, chosen)
+        print(f"{', '.join(names)} in {out}; next: read README.md, then push without --dry-run")
+        return
+    with temporary_folder() as temporary:
+        out = temporary / "model"
+        write_folder(run, out, where, ema, license, chosen)
+        url = upload(out, where, private)
+    command = python_command(f"from maestro_scale import load_model; load_model({str(where)!r})")
+    print(f"published as {where} ({url}); next: {command}")
 
 
 def embed(

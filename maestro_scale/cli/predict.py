@@ -140,6 +140,10 @@ def search(
         str | None, typer.Option(help="Shards with the tiles, for the pictures of --png.")
     ] = None,
     png: Annotated[Path | None, typer.Option(help="Contact sheet of the neighbours, a PNG file.")] = None,
+    crs: Annotated[
+        str | None,
+        typer.Option(help="The query is a place X,Y in this system, such as EPSG:2154."),
+    ] = None,
 ) -> None:
     """Nearest neighbours of a tile or a place, by the cosine of embeddings, as GeoJSON and as a contact sheet."""
     import sys
@@ -153,6 +157,8 @@ def search(
         raise InferenceError("--png and --shards belong together: pictures are drawn of the tiles in shards")
     if png is not None:
         check_picture(png)
+    if crs is not None:
+        query = _lon_lat(query, crs)
     found = neighbours_of(embeddings, query, top)
     text = geojson(found)
     if out is None:
@@ -163,6 +169,23 @@ def search(
     if png is not None and shards is not None:
         _draw(png, shards, [(n.key, f"{n.similarity:.3f}") for n in found])
         print(f"pictures in {png}", file=sys.stderr)
+
+
+def _lon_lat(place: str, crs: str) -> str:
+    """``X,Y`` in ``crs`` as ``LONGITUDE,LATITUDE``. InferenceError if it is no place."""
+    from maestro_scale.inference.errors import InferenceError
+
+    try:
+        from pyproj import Transformer
+        from pyproj.exceptions import ProjError
+    except ImportError:
+        raise InferenceError("--crs needs pyproj: pip install 'maestro-scale[geo]'") from None
+    try:
+        x, y = (float(part) for part in place.split(","))
+        lon, lat = Transformer.from_crs(crs, "OGC:CRS84", always_xy=True).transform(x, y, errcheck=True)
+    except (ValueError, ProjError) as error:
+        raise InferenceError(f"{place!r} is not a place X,Y in {crs!r} ({error})") from None
+    return f"{lon:.9f},{lat:.9f}"
 
 
 def _draw(png: Path, shards: str, wanted: list[tuple[str, str]]) -> None:

@@ -13,6 +13,7 @@ from maestro_scale.evaluation.features.cache import weights_digest
 from maestro_scale.evaluation.features.load_encoder import load_encoder
 from maestro_scale.evaluation.finetune.predictor import TRAINABLE
 from maestro_scale.evaluation.results import ORACLE, EvaluationError
+from maestro_scale.interop.sources import is_local
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.recipe import Recipe, resolve_spec
 from maestro_scale.secrets_filter import scrub
@@ -88,7 +89,7 @@ class Encoder:
             )
         if isinstance(self._model, TrainableBaseline):
             self._model.check_trainable(trained_modes)
-        missing = [p for fold in folds if self.path and not (p := self._path(fold)).exists()]
+        missing = [p for fold in folds if self.path and is_local(p := self._path(fold)) and not p.exists()]
         if missing:
             raise EvaluationError(f"--checkpoint: there is no {' and no '.join(map(str, missing))}")
 

@@ -21,11 +21,16 @@ from maestro_scale.shards.format.manifest import check_spec
 def load_model(path: str | Path) -> Maestro:
     """Load a model written by ``maestro-scale export`` or ``convert-ign``, on the CPU, in evaluation mode.
 
-    The model contains the scaling of its inputs, and that of a finetuning its head (``predict``). ``path``: a folder, ``s3://bucket/prefix``,
-    ``hf://owner/name[@revision][/folder]``, or ``models:/name/version`` of an MLflow registry. Raises ExportError if
-    there is no such model or its weights do not fit its configuration.
+    The model contains the scaling of its inputs, and that of a finetuning its head (``predict``). ``path``: a folder,
+    ``s3://bucket/prefix``, ``hf://owner/name[@revision][/folder]``, the name of a published model
+    (``maestro-scale models``), or ``models:/name/version`` of an MLflow registry. Raises ExportError if there is no
+    such model or its weights do not fit its configuration.
     """
-    source = ModelSource(path)
+    return load_source(ModelSource(path))
+
+
+def load_source(source: ModelSource) -> Maestro:
+    """As :func:`load_model`."""
     config, state = read_model(source)
     finetuned = _finetuned(source)
     model = Maestro(config, decodes=finetuned is None)

@@ -2,30 +2,52 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from maestro_scale import untrusted
+from maestro_scale.errors import did_you_mean
+from maestro_scale.interop import hub
 from maestro_scale.interop.export import CONFIG, FORMAT_VERSION, WEIGHTS, ExportError
+from maestro_scale.interop.published import PUBLISHED
 from maestro_scale.shards.errors import StoreError
 from maestro_scale.shards.storage import LocalStorage, open_storage
 
 TRACKING_URI = "MLFLOW_TRACKING_URI"
 REGISTERED_FOLDER = "data/model"  # folder of the model's files within an MLflow pyfunc model
 
+# An address that went through ``Path``, which joins the slashes. The scheme of MLflow has one.
+_JOINED = re.compile(r"^(?!models:)([a-z0-9]{2,}):/(?!/)")
+
+
+def model_address(path: str | Path) -> str:
+    """The address of a model as :class:`ModelSource` reads it: names of published models become their addresses."""
+    text = _JOINED.sub(r"\1://", str(path).rstrip("/"))
+    if text in PUBLISHED and not Path(text).exists():
+        return PUBLISHED[text].address
+    return text
+
+
+def is_local(path: str | Path) -> bool:
+    """Whether it is a path on this machine: no URL, no name of a published model."""
+    text = model_address(path)
+    return "://" not in text and not text.startswith("models:/")
+
 
 class ModelSource:
     """One exported model: ``config.json`` and ``model.safetensors``.
 
     ``url``: a folder, ``s3://bucket/prefix`` (or another scheme of fsspec), ``hf://owner/name[@revision][/folder]``,
-    which needs the ``hub`` extra and is cached by it, or ``models:/name/version`` of the MLflow registry at
-    ``MLFLOW_TRACKING_URI``.
+    which needs the ``hub`` extra and is cached by it, the name of a published model (``published.PUBLISHED``), or
+    ``models:/name/version`` of the MLflow registry at ``MLFLOW_TRACKING_URI``. A checkpoint of the authors on the hub
+    is converted.
     """
 
     def __init__(self, url: str | Path) -> None:
-        self.url = str(url).rstrip("/")
+        self.url = model_address(url)
         fetch = next((f for scheme, f in _FETCH.items() if self.url.startswith(scheme)), str)
         self._storage = open_storage(fetch(self.url))
 
@@ -35,9 +57,11 @@ class ModelSource:
             record = untrusted.load_json(self._storage.read(CONFIG, untrusted.DOCUMENT.bytes))
         except (OSError, ValueError, StoreError) as error:
             what = "there is no config.json" if isinstance(error, FileNotFoundError) else error
+            name = did_you_mean(self.url, PUBLISHED)
+            name = name if name.startswith(" (did") else ""  # not the whole list
             raise ExportError(
-                f"{self.url} is not an exported model ({what}); create one with `maestro-scale export`, or with "
-                "`maestro-scale convert-ign` from an original checkpoint"
+                f"{self.url} is not an exported model ({what}){name}; create one with `maestro-scale export`, or with "
+                "`maestro-scale convert-ign` from an original checkpoint; `maestro-scale models` lists published ones"
             ) from None
         found = record.get("format_version") if isinstance(record, dict) else None
         if found != FORMAT_VERSION:
@@ -55,30 +79,6 @@ class ModelSource:
             return untrusted.load_tensors(self._storage.read(WEIGHTS))
         except (OSError, untrusted.InputError, StoreError) as error:
             raise ExportError(f"{self.url}/{WEIGHTS} cannot be read ({error}): fetch it again") from None
-
-
-def _from_hub(url: str) -> Path:
-    try:
-        from huggingface_hub import hf_hub_download
-    except ImportError:
-        raise ExportError(
-            f"{url}: models on the Hugging Face hub need its client: pip install 'maestro-scale[hub]'"
-        ) from None
-    parts = url.removeprefix("hf://").split("/")
-    if len(parts) < 2 or not all(parts[:2]):
-        raise ExportError(f"{url}: write hf://owner/name, hf://owner/name@revision or hf://owner/name/folder")
-    name, _, revision = parts[1].partition("@")
-    folder = "/".join(parts[2:])
-    try:
-        paths = [
-            hf_hub_download(
-                f"{parts[0]}/{name}", filename, subfolder=folder or None, revision=revision or None
-            )
-            for filename in (WEIGHTS, CONFIG)
-        ]
-    except (OSError, ValueError) as error:  # the base classes of the client's errors
-        raise ExportError(f"{url}: cannot be fetched ({str(error).strip().splitlines()[0]})") from None
-    return Path(paths[-1]).parent
 
 
 def _from_registry(url: str) -> Path:
@@ -103,4 +103,4 @@ def _from_registry(url: str) -> Path:
         ) from None
 
 
-_FETCH = {"hf://": _from_hub, "models:/": _from_registry}
+_FETCH = {hub.SCHEME: hub.fetch, "models:/": _from_registry}

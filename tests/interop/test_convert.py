@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import json
 import os
 import subprocess
@@ -14,12 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from testkit.authors import TheirModule
 from testkit.models import full_batch
 from testkit.parity import FIXTURES, batch_of, build, close, load
 
 from maestro_scale import datasets, load_model
 from maestro_scale.cli import main
-from maestro_scale.interop.convert import ConvertOptions, convert, convert_to_reference
+from maestro_scale.interop.convert import ConvertOptions, convert
+from maestro_scale.interop.convert_back import convert_to_reference
 from maestro_scale.interop.export import ExportError, write_model
 from maestro_scale.interop.reference_keys import to_reference
 from maestro_scale.interop.reference_model import ConversionHints
@@ -172,51 +173,6 @@ def test_the_moving_average_is_converted_on_request(tmp_path, mask_config):
         assert torch.equal(tensor, model.state_dict()[name] + 1)
 
 
-class TheirModule(torch.nn.Module):
-    """A stand-in for ``SSLModule`` of maestro/train/model.py (6a30075): the arguments of its constructor, what it reads
-    of them, and parameters of the shapes given by ``datasets`` in the place of their DatasetsConfig."""
-
-    SIZES = ("tiny", "small", "medium", "large")
-
-    def __init__(
-        self,
-        datasets,
-        mask,
-        interpolate,
-        fusion_mode,
-        inter_depth,
-        model,
-        model_size,
-        type_head="attentive",
-        loss="l2_norm",
-        use_date_enc=True,
-        use_ema=False,
-    ) -> None:
-        super().__init__()
-        assert (model, interpolate, type_head, use_date_enc) == ("mae", "nearest", "attentive", True)
-        assert model_size in self.SIZES
-        assert loss in ("l1", "l2", "l1_norm", "l2_norm")
-        assert not inter_depth or fusion_mode in ("mod", "group")
-        assert 1 - (1 - mask.mask_ratio) / 3**mask.mask_scale == 0.75
-        assert (mask.mask_mod, mask.mask_bands, mask.mask_dates, mask.mask_loc) == (0.25, None, 0.25, 0.25)
-        self.weights = {f"model.{name}": torch.empty(shape) for name, shape in datasets.items()}
-        if use_ema:
-            self.weights |= {f"ema_{name}": w.clone() for name, w in self.weights.items()}
-
-    @classmethod
-    def load_from_checkpoint(cls, path, strict, **given):
-        """As Lightning's: hyper-parameters that the constructor takes, then the state."""
-        content = torch.load(path, weights_only=False)
-        taken = inspect.signature(cls).parameters
-        module = cls(**{k: v for k, v in content["hyper_parameters"].items() if k in taken} | given)
-        assert not strict
-        assert content["state_dict"].keys() == module.weights.keys()
-        for name, weight in module.weights.items():
-            assert content["state_dict"][name].shape == weight.shape, name
-            weight.copy_(content["state_dict"][name])
-        return module
-
-
 @pytest.mark.parametrize("dataset", ["flair_hub", "treesatai_ts"])
 @pytest.mark.parametrize("inter_depth", [0, 3])
 def test_the_authors_loader_takes_a_model_and_gives_it_back(
@@ -267,9 +223,10 @@ def test_conversion_takes_little_more_memory_than_the_file(tmp_path):
         parameter.zero_()
     write_model(tmp_path / "ours", model.state_dict(), model.config, {})
     program = (
-        "import resource, sys\nfrom pathlib import Path\nfrom maestro_scale.interop import convert as c\n"
+        "import resource, sys\nfrom pathlib import Path\n"
+        "from maestro_scale.interop import convert as c, convert_back as b\n"
         "peak = lambda: 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\nfirst = peak()\n"
-        f"folder = Path({str(tmp_path)!r})\nc.convert_to_reference(folder / 'ours', folder / 'theirs.ckpt')\n"
+        f"folder = Path({str(tmp_path)!r})\nb.convert_to_reference(folder / 'ours', folder / 'theirs.ckpt')\n"
         "c.convert(folder / 'theirs.ckpt', folder / 'again')\nprint(peak() - first)\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)

@@ -12,7 +12,8 @@ from maestro_scale.interop.export import (
     is_finetuning,
     trained_step,
 )
-from maestro_scale.interop.pretrained import load_model
+from maestro_scale.interop.pretrained import load_model, load_source
+from maestro_scale.interop.sources import ModelSource, is_local
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.shards.temporary import temporary_folder
 from maestro_scale.training.checkpoint import commit
@@ -20,7 +21,13 @@ from maestro_scale.training.checkpoint.checkpoints import newest
 
 
 def load_encoder(path: Path) -> tuple[Maestro, int | None]:
-    """(model, optimizer steps it was trained for). ExportError or CheckpointError if ``path`` holds no model."""
+    """(model, optimizer steps it was trained for). ``path``: also an address or a name for ``load_model``. ExportError
+    or CheckpointError if it holds no model."""
+    if not is_local(path):
+        source = ModelSource(path)
+        trained = source.read_config().get("trained")
+        step = trained.get("step") if isinstance(trained, dict) else None
+        return load_source(source), step if type(step) is int else None
     if (path / CONFIG).exists():
         return load_model(path), trained_step(path)
     if (path / "checkpoints").is_dir():
