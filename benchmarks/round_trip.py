@@ -45,7 +45,8 @@ start = peak()
 if source.is_dir():
     convert_to_reference(source, out)
 else:
-    convert(source, out, ConvertOptions(weights))
+    # FLAIR-HUB and FLAIR#2 have the same sensors: a file without our configuration leaves the choice.
+    convert(source, out, ConvertOptions(weights, sys.argv[4] or None))
 print(start, peak())
 """
 
@@ -88,7 +89,7 @@ def measure(name: str, inter_depth: int, folder: Path) -> dict[str, Any]:
     assert _difference(ours, folder / "again") == 0
     for weights, expected in (("raw", 0), ("ema", 1)):
         out = folder / weights
-        conversions.append(_convert(f"saved by the authors' code, {weights}", saved, out, weights))
+        conversions.append(_convert(f"saved by the authors' code, {weights}", saved, out, weights, name))
         assert _difference(ours, out, expected) == 0
     return {
         "dataset": name,
@@ -99,8 +100,8 @@ def measure(name: str, inter_depth: int, folder: Path) -> dict[str, Any]:
     }
 
 
-def _convert(what: str, source: Path, out: Path, weights: str = "raw") -> dict[str, Any]:
-    start, peak = map(int, _run(_CONVERT, source, out, weights).split())
+def _convert(what: str, source: Path, out: Path, weights: str = "raw", dataset: str = "") -> dict[str, Any]:
+    start, peak = map(int, _run(_CONVERT, source, out, weights, dataset).split())
     size = (out if source.is_dir() else source).stat().st_size
     return {
         "what": what,

@@ -70,6 +70,24 @@ def test_a_place_is_the_tile_there(folder):
         search(path.parent, "tile-1")
 
 
+def test_a_place_may_be_in_any_system_and_west_of_greenwich(folder):
+    path, _ = folder
+
+    def first(*words: str) -> dict:
+        done = CliRunner().invoke(app, ["search", str(path), *words])
+        assert done.exit_code == 0, str(done.exception)
+        return json.loads(done.output)["features"][0]["properties"]
+
+    # The upper left corner of the fifteenth square is at 650000 + 200 * 14.
+    assert first("652850,6859950", "--crs", "EPSG:2154")["key"] == "tile-7"
+    for query, crs in (("1", "EPSG:2154"), ("1,2", "EPSG:0"), ("a,b", "EPSG:2154")):
+        done = CliRunner().invoke(app, ["search", str(path), query, "--crs", crs])
+        assert isinstance(done.exception, InferenceError)
+        assert "is not a place X,Y in" in str(done.exception)
+    done = CliRunner().invoke(app, ["search", str(path), "-1.5,47"])
+    assert isinstance(done.exception, InferenceError), "an argument, not an option"
+
+
 def test_the_command_writes_geojson_and_pictures(valley, tmp_path):
     manifest = Manifest.load(str(valley.shards))
     store = Store(str(valley.shards), tmp_path / "cache", 2**30)
