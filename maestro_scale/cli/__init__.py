@@ -6,7 +6,6 @@ A command's function imports what it needs when it runs: ``maestro-scale --help`
 from __future__ import annotations
 
 import sys
-from typing import Any
 
 import typer
 
