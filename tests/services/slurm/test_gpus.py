@@ -112,3 +112,15 @@ def test_the_node_check_sees_all_gpus_of_a_job_with_one_per_task(gpu_cluster, re
     (task,) = _starts(log, "maestro_scale.cluster.health")[:1]
     assert task["CUDA_VISIBLE_DEVICES"] == "0,1"
     assert task["MAESTRO_GPUS_PER_NODE"] == "2"
+
+
+@pytest.mark.root
+@pytest.mark.slow
+def test_the_check_of_a_job_shows_its_node_and_gpus(gpu_cluster, recipe):
+    """An exclusive job of this SLURM has all GPUs of its nodes, whether or not it asks for them."""
+    options = ("--nodes=1", "--nodelist=node1")
+    checked = gpu_cluster.submit(SCRIPT, recipe, options=options, MAESTRO_CHECK="1")
+    assert checked.end() == "COMPLETED", checked.text
+    assert "1: node1" in checked.text
+    assert "2 GPUs of a node" in checked.text
+    assert "nothing was started" in checked.text
