@@ -261,10 +261,10 @@ def _trainings(runs: list[Run]) -> list[Run]:
 
 
 def pages(client: MlflowClient, model: str) -> Iterator[Page]:
-    """The pages to show, of the newest training run with an evaluation."""
+    """The pages to show, of the pretraining of quickstart and its evaluations."""
     runs = _runs(client)
     parents = {r.data.tags.get("mlflow.parentRunId") for r in runs} - {None}
-    run = next(r for r in runs if r.info.run_id in parents)
+    run = next(r for r in runs if r.info.run_id in parents and r.info.run_name == RUN)
     evaluations = [r for r in runs if r.data.tags.get("mlflow.parentRunId") == run.info.run_id]
     nested = evaluations[0]
     experiment = run.info.experiment_id
@@ -276,8 +276,7 @@ def pages(client: MlflowClient, model: str) -> Iterator[Page]:
         return f"#/compare-runs?runs={quote(ids)}&experiments={quote(json.dumps([experiment]))}"
 
     views = {view.id: view.link("", experiment).lstrip("/") for view in write_views(client, experiment)}
-    table = (run.info.run_name, nested.info.run_name, "brief/loss", "device")
-    yield Page("runs", views["maestro-runs"], table, script=_expand(nested.info.run_name))
+    yield Page("runs", views["maestro-runs"], (run.info.run_name, "brief/loss", "device"), ".ag-row")
     yield Page("training", views["maestro-training"], ("brief/loss",), chart, height=1300)
     yield Page("evaluations", views["maestro-evaluations"], ("eval/wf1",), chart, height=1300)
     losses = _search("loss", shown="aerial", hidden="downloaded_bytes")
@@ -294,8 +293,8 @@ def pages(client: MlflowClient, model: str) -> Iterator[Page]:
     yield Page("labels", filtered, shown, script=script)
     yield Page("scatter", compare(probes), ("fraction", "eval/wf1"), ".js-plotly-plot canvas", _SCATTER)
     yield Page("system", f"{here}/{run.info.run_id}/system-metrics", ("system",), chart)
-    slider = _search("reconstruction", shown="reconstruction", hidden="samples_per_s")
-    yield Page("pictures", f"{here}/{run.info.run_id}/model-metrics", ("reconstruction",), "img[src]", slider)
+    slider = _search("reconstruction", shown="reconstruction", hidden="brief/loss")
+    yield Page("pictures", views["maestro-training"], ("reconstruction",), "img[src]", slider)
     classes = f"{here}/{nested.info.run_id}/artifacts/pictures/classes.png"
     yield Page("evaluation", classes, ("classes.png", "report.html"), "img[src]")
     yield Page("models", f"#/models/{model}", (model, "Version 1"))

@@ -29,13 +29,12 @@ from maestro_scale.tracking.run_file import (
 )
 from maestro_scale.tracking.run_times import STATUS, RunEnd
 from maestro_scale.tracking.store import ARTIFACTS, active_experiment, connect
-from maestro_scale.tracking.views import write_views
+from maestro_scale.tracking.views import PICTURE, write_views
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
     from mlflow.tracking import MlflowClient
 
-PICTURE = "reconstruction"  # key of the pictures of a run
 NOTE_TAG = "mlflow.note.content"  # the description of a run
 OWN_NOTE_TAG = "mlflow.maestro.note"  # the description as it was last written here
 

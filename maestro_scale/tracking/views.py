@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 
 TAG_PREFIX = "mlflow.sharedViewState."
 RUNS = "maestro-runs"  # the view that the dashboard opens
+PICTURE = "reconstruction"  # key of the pictures of a run
+_HAS_PICTURES = "mlflow.loggedImages"
 _MAX_RUNS = 200  # whose metrics are searched
 _MAX_CHARTS = 20  # of a kind
 _MIN_WIDTH = 120  # of a column: numbers of six digits
@@ -72,8 +74,8 @@ class View:
         return f"{address}/#/experiments/{experiment_id}/runs?{urlencode(query)}"
 
 
-def build_views(metrics: Iterable[str], params: Iterable[str]) -> list[View]:
-    """The views of an experiment whose runs have these metrics and parameters."""
+def build_views(metrics: Iterable[str], params: Iterable[str], pictures: Iterable[str] = ()) -> list[View]:
+    """The views of an experiment whose runs have these metrics, parameters and pictures by step."""
     names, known = sorted(set(metrics)), set(params)
 
     def like(*patterns: str) -> list[str]:
@@ -93,6 +95,10 @@ def build_views(metrics: Iterable[str], params: Iterable[str]) -> list[View]:
     training = {
         "loss": [_line(n) for n in losses],
         "scores of the encoder": [_line(n) for n in over_steps],
+        # Without the parameters, which the page of a run shows over its pictures.
+        "pictures": [
+            _chart("IMAGE") | {"imageKeys": [key], "step": 0, "showRunParams": False} for key in pictures
+        ],
         "loss by sensor": [_line(n) for n in like("loss/.*") if not n.endswith("total")],
         "explained variance by sensor": [_line(n) for n in like("explained/.*")],
         "learning rate and gradient norm": [_line(n) for n in like("optim/lr", "optim/grad_norm")],
@@ -137,6 +143,7 @@ def write_views(client: MlflowClient, experiment_id: str) -> list[View]:
     views = build_views(
         {name for run in runs for name in run.data.metrics},
         {name for run in runs for name in run.data.params},
+        [PICTURE] if any(_HAS_PICTURES in run.data.tags for run in runs) else [],
     )
     tags = client.get_experiment(experiment_id).tags
     for view in views:
