@@ -13,9 +13,9 @@ from maestro_scale.model.sizes import SIZES
 
 def published_table() -> Table:
     """Name, sensors, size, license and source of every published model."""
-    table = Table("name", "sensors", "size", "license of the weights", "source")
+    table = Table("name", "sensors (of the preset)", "size", "license of the weights", "source")
     for model in PUBLISHED.values():
-        sensors = ", ".join(s.name for s in datasets.full_spec(model.dataset).sensors)
+        sensors = ", ".join(s.name for s in datasets.spec(model.dataset).sensors)
         size = SIZES[model.size]
         table.add_row(
             model.name,
