@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import tarfile
+import threading
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,14 +19,16 @@ from maestro_scale.shards.errors import CodecError, ManifestError
 from maestro_scale.shards.format import codec
 from maestro_scale.shards.format.codec import Sample, encode, encode_fields
 from maestro_scale.shards.format.fields import tile_fields
+from maestro_scale.shards.format.index import ShardIndex
 from maestro_scale.shards.format.manifest import Manifest, ShardInfo
 from maestro_scale.shards.format.tar import TarWriter
 from maestro_scale.shards.read.preview import read_first_sample
+from maestro_scale.shards.read.summary import summarize
 from maestro_scale.shards.read.verify import verify
 from maestro_scale.shards.write.writer import write_shards
 from maestro_scale.stream.packing import arrays_in, num_bytes
 from maestro_scale.stream.transform import Transform
-from tests.shards.kit import SPEC, Toy, tile, toy_keys
+from tests.shards.kit import SPEC, TILE_BYTES, Toy, tile, toy_keys
 
 
 def publish(folder: Path, spec=SPEC, **splits: str) -> None:
@@ -184,6 +187,19 @@ def test_shards_that_are_missing_are_found_without_a_folder_for_each(tmp_path, m
     assert [p for p in problems if p.endswith(".tar: is missing")] == [
         f"{i}.tar: is missing" for i in range(50)
     ]
+
+
+def test_indices_are_asked_for_at_the_same_time(tmp_path, monkeypatch):
+    write_shards(Toy(12), str(tmp_path), "train", shard_mb=4 * TILE_BYTES / 1e6)
+    assert len(Manifest.load(str(tmp_path)).shards) >= 3
+    expected, together, read = summarize(str(tmp_path)), threading.Barrier(3), ShardIndex.read
+
+    def wait_for_others(storage, name):
+        together.wait(20)
+        return read(storage, name)
+
+    monkeypatch.setattr(ShardIndex, "read", wait_for_others)
+    assert summarize(str(tmp_path)) == expected
 
 
 def test_an_index_of_another_shard_and_a_manifest_without_shards(tmp_path):

@@ -3,21 +3,21 @@
 shards/<sha256>.tar      a verified shard; pinned by a shared lock while a process has it open
 shards/<sha256>.part     an incomplete download, allocated at full size from the start
 verified/<…>.json        record that a file in a certain state was verified, and its index; its mtime is the last use
-locks/                   one lock per shard, held while it is downloaded or verified, and one for the budget
+locks/                   one lock per shard, held while it is downloaded, verified or evicted
+index.sqlite             which of these files there are, see cache_index.py
 
 All processes of a node share the folder, and any of them may be killed at any time. Hence: files are named by content,
-so that two datasets never collide; a shard gets its final name only after verification; the disk space of a download
-is allocated before the first byte, so that concurrent downloads cannot exceed the budget together; and locks are
-kernel locks, which end with their process. Pinned shards are never evicted. On Linux an evicted file that is open would
-stay readable anyway, but its space would not be freed, so the budget would be exceeded unnoticed.
+so that two datasets never collide; a shard gets its final name only after verification; a download is counted in the
+index, and its disk space allocated, before the first byte, so that concurrent downloads cannot exceed the budget
+together; and locks are kernel locks, which end with their process. Pinned shards are never evicted. On Linux an evicted
+file that is open would stay readable anyway, but its space would not be freed, so the budget would be exceeded
+unnoticed.
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
-import re
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -27,10 +27,11 @@ from pathlib import Path
 from maestro_scale.shards.errors import ManifestError, StoreError
 from maestro_scale.shards.format.index import ShardIndex
 from maestro_scale.shards.locks import Locked, file_lock, remove_unless_shared
+from maestro_scale.shards.read.cache_index import CachedFile, CacheIndex, record_name
 from maestro_scale.shards.read.counters import CounterTotal, StoreCounters
 
 _SPACE_POLL_S = 0.1
-_FILE = re.compile(r"[0-9a-f]{64}\.(tar|part)")
+_EVICTION_BATCH = 16
 
 
 class CacheFullError(StoreError):
@@ -62,7 +63,7 @@ class Cache:
     @contextmanager
     def lock(self, name: str) -> Iterator[None]:
         """Exclusive lock of a shard (by SHA-256): only one process or thread at a time downloads or verifies it."""
-        path = self.folder / "locks" / f"{name}.lock"
+        path = self._lock_path(name)
         with ExitStack() as stack:
             try:
                 stack.enter_context(file_lock(path))
@@ -134,54 +135,100 @@ class Cache:
         try:
             yield path
         finally:
-            path.unlink(missing_ok=True)
+            self._release(path)
 
     def remove(self, sha256: str) -> None:
         """Delete a damaged shard. The caller must hold its lock."""
         self.path(sha256).unlink(missing_ok=True)
         self._record_path(self.path(sha256), sha256).unlink(missing_ok=True)
+        self._index.drop(self.path(sha256).name)
 
     def _try_reserve(self, part: Path, num_bytes: int) -> bool:
-        with self.lock("budget"):
-            part.unlink(missing_ok=True)  # left by a killed process, since this one holds the shard's lock
-            self._remove_stale_partials(part)
-            if not self._evict_until_free(num_bytes):
+        # Left by a killed process, since this one holds the shard's lock. Before the reservation replaces its row.
+        part.unlink(missing_ok=True)
+        while excess := self._index.reserve(part.name, num_bytes, self.budget_bytes):
+            if not (self._remove_stale_partials(part) or self._evict(excess)):
                 return False
+        try:
             _allocate(part, num_bytes)
+        except StoreError:
+            self._index.drop(part.name)
+            raise
         return True
 
-    def _remove_stale_partials(self, mine: Path) -> None:
-        """Delete downloads of killed processes: those whose shard lock is free."""
-        for part in (self.folder / "shards").glob("*.part"):
-            if part == mine or not _FILE.fullmatch(part.name):
+    def _release(self, part: Path) -> None:
+        """End a reservation: its file has become a shard, or is deleted."""
+        try:
+            part.unlink()
+        except FileNotFoundError:
+            self._settle(part)
+        else:
+            self._index.drop(part.name)
+
+    def _settle(self, part: Path) -> None:
+        """Correct the row of a download that is not there."""
+        path = part.with_suffix(".tar")
+        if path.exists():
+            self._index.complete(part.name, path.name, self._last_use(path))
+        else:
+            self._index.drop(part.name)
+
+    def _remove_stale_partials(self, mine: Path) -> bool:
+        """Delete downloads of killed processes, those whose shard lock is free; whether there were any."""
+        removed = False
+        for name in self._index.parts():
+            part = mine.with_name(name)
+            if part == mine:
                 continue
             try:
-                with file_lock(self.folder / "locks" / f"{part.stem}.lock", wait=False):
-                    part.unlink(missing_ok=True)
+                with file_lock(self._lock_path(part.stem), wait=False):
+                    self._release(part)
+                    removed = True
             except Locked:
                 continue
+        return removed
 
-    def _evict_until_free(self, num_bytes: int) -> bool:
-        """Evict unpinned shards, least recently used first, until ``num_bytes`` fit; returns whether they do."""
-        sizes = {}
-        for path in (self.folder / "shards").iterdir():
-            # Other files, such as the shards of a dataset in a folder of this name, are neither counted nor removed.
-            if not _FILE.fullmatch(path.name):
-                continue
-            try:
-                sizes[path] = path.stat().st_size
-            except FileNotFoundError:
-                continue
-        excess = sum(sizes.values()) + num_bytes - self.budget_bytes
-        tars = sorted((p for p in sizes if p.suffix == ".tar"), key=self._last_use)
-        for path in tars:
-            if excess <= 0:
-                break
-            if remove_unless_shared(path):
+    def _evict(self, num_bytes: int) -> bool:
+        """Evict unpinned shards, least recently used first, until ``num_bytes`` are freed; whether any was.
+
+        Without a lock that others wait for: deleting a large file takes milliseconds.
+        """
+        freed, last = 0, None
+        while freed < num_bytes and (found := self._index.oldest(last, _EVICTION_BATCH)):
+            for file in found:
+                last = file
+                # The index learns of uses here only, so that opening a shard writes nothing to it.
+                last_use = self._last_use(self.folder / "shards" / file.name)
+                if last_use > file.last_use:
+                    self._index.set_last_use(file.name, last_use)
+                    if last_use <= found[-1].last_use:  # it comes before others of these
+                        break
+                elif freed < num_bytes and self._try_evict(file):
+                    freed += file.bytes
+        return freed > 0
+
+    def _try_evict(self, file: CachedFile) -> bool:
+        """Evict a shard unless it is in use; whether it is gone."""
+        path = self.folder / "shards" / file.name
+        try:
+            # The lock of the shard, so that nobody downloads it again between its removal and that of its row.
+            with file_lock(self._lock_path(path.stem), wait=False):
+                if remove_unless_shared(path):
+                    self.total.add(StoreCounters(evictions=1))
+                elif path.exists():
+                    return False
                 self._record_path(path, path.stem).unlink(missing_ok=True)
-                self.total.add(StoreCounters(evictions=1))
-                excess -= sizes[path]
-        return excess <= 0
+                self._index.drop(file.name)
+        except Locked:
+            return False
+        return True
+
+    @property
+    def _index(self) -> CacheIndex:
+        return CacheIndex(self.folder)
+
+    def _lock_path(self, name: str) -> Path:
+        return self.folder / "locks" / f"{name}.lock"
 
     def _last_use(self, path: Path) -> int:
         try:
@@ -190,9 +237,7 @@ class Cache:
             return 0
 
     def _record_path(self, path: Path, sha256: str) -> Path:
-        # By path as well: the same shard may be read in place from a local folder and also be in the cache.
-        location = hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:16]
-        return self.folder / "verified" / f"{sha256}-{location}.json"
+        return self.folder / "verified" / record_name(path, sha256)
 
 
 def _touch(path: Path) -> None:

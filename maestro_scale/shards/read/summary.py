@@ -11,9 +11,12 @@ from maestro_scale.shards.errors import ManifestError
 from maestro_scale.shards.format.index import ShardIndex, index_path
 from maestro_scale.shards.format.manifest import Manifest, ShardInfo
 from maestro_scale.shards.format.statistics import count_sample, parse_counts
+from maestro_scale.shards.read.prefetch import ordered_map
 from maestro_scale.shards.read.store import Store
 from maestro_scale.shards.storage import Storage, open_storage
 from maestro_scale.shards.temporary import temporary_folder
+
+_REQUESTS = 16  # for indices, at a time
 
 
 @dataclass(frozen=True)
@@ -55,8 +58,11 @@ def summarize(url: str) -> Summary:
     for split in manifest.splits:
         shards = manifest.shards_of([split])
         counts: Counter[str] = Counter()
-        for info in shards:
-            counts.update(_shard_counts(storage, url, info, manifest.spec))
+        # Many at once: over a network each takes as long as its answer needs to arrive.
+        for info, tally in zip(
+            shards, ordered_map(lambda i: _tally(storage, url, i), shards, _REQUESTS), strict=True
+        ):
+            counts.update(_count(url, info, manifest.spec) if tally is None else tally)
         classes, months = parse_counts(counts, manifest.spec)
         num_samples, num_bytes = sum(s.samples for s in shards), sum(s.bytes for s in shards)
         absent: Counter[tuple[str, ...]] = Counter()
@@ -66,22 +72,24 @@ def summarize(url: str) -> Summary:
     return Summary(manifest, tuple(splits))
 
 
-def _shard_counts(storage: Storage, url: str, info: ShardInfo, spec: DatasetSpec) -> Mapping[str, int]:
+def _tally(storage: Storage, url: str, info: ShardInfo) -> Mapping[str, int] | None:
+    """The counts in the index of a shard; None if it has none."""
     name = index_path(info.path)
     try:
         index = ShardIndex.read(storage, name)
     except FileNotFoundError:
-        index = None
-    if index is not None and index.sha256 != info.sha256:
+        return None
+    if index.sha256 != info.sha256:
         raise ManifestError(
             f"{storage.address(name)}: is the index of another shard; run `maestro-scale verify {url}`"
         )
-    if index is not None and index.tally:
-        return index.tally
+    return index.tally or None
+
+
+def _count(url: str, info: ShardInfo, spec: DatasetSpec) -> Mapping[str, int]:
+    """The counts of a shard that has to be read."""
     counts: Counter[str] = Counter()
-    with temporary_folder() as cache:
-        shard = Store(url, cache, 2 * info.bytes).shard(info)
-        for i in range(len(shard)):
-            counts.update(count_sample(shard[i], spec))
-        shard.close()
+    with temporary_folder() as cache, Store(url, cache, 2 * info.bytes).shard(info) as shard:
+        for sample in shard:
+            counts.update(count_sample(sample, spec))
     return counts
