@@ -141,8 +141,9 @@ class Transform:
             name = target_field(target.name)
             _check(sample, name, target_layout(target, self.spec))
             if target.is_map:
-                values = crop.orientation.apply(self._map(sample, target, crop))
-            elif target.of is None:
+                crop.orientation.write(self._map(sample, target, crop), out[field][row])
+                continue
+            if target.of is None:
                 values = sample.array(name)
             else:
                 # Recounted per crop: the stored shares are those of the whole tile.
@@ -235,7 +236,7 @@ class _SensorTransform:
             chosen = dates.nearest_to_median(series, mask, num_dates, self.sensor.mask_threshold, nodata)
             pixels = series[chosen]
         pixels, imputed = dates.fill_nan(pixels, chosen, whole, nodata)
-        out[self.pixels][row] = crop.orientation.apply(pixels)
+        crop.orientation.write(pixels, out[self.pixels][row])
         out[self.dates][row] = sample.rows(dates_field(name), _of(usable, chosen))
         if self.nodata is not None:
             out[self.nodata][row] = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -226,6 +227,52 @@ def test_only_the_requested_part_of_a_large_sample_is_read(dataset, copy, tmp_pa
     open_files = len(os.listdir("/proc/self/fd"))
     del samples
     assert len(os.listdir("/proc/self/fd")) == open_files - 1
+
+
+def test_short_reads_of_many_images_are_completed(copy, tmp_path, monkeypatch):
+    """Some network file systems return less than was asked for."""
+    from maestro_scale.shards.format import codec
+    from maestro_scale.shards.read import shard as module
+
+    monkeypatch.setattr(module, "_WHOLE_BYTES", 1)
+    monkeypatch.setattr(codec, "_MAX_GAP_BYTES", 0)
+    pread = os.pread
+    info = Manifest.load(str(copy)).shards[0]
+    with Store(str(copy), tmp_path / "cache", 0).shard(info) as shard:
+        sample = shard[0]
+        monkeypatch.setattr(os, "pread", lambda file, size, start: pread(file, max(size * 2 // 3, 1), start))
+        s2 = sample.rows("s2", np.array([1, 0]), (slice(2, 5), slice(1, 4)))
+        assert np.array_equal(s2, tile(sample.key).arrays["s2"][[1, 0], :, 2:5, 1:4])
+        (copy / info.path).write_bytes(b"")
+        with pytest.raises(BadShard, match="changed while it was in use"):
+            sample.rows("s2", np.array([1, 0]), (slice(2, 5), slice(1, 4)))
+
+
+def test_a_crop_of_many_images_takes_as_many_calls_as_one_of_few(copy, tmp_path, monkeypatch):
+    from maestro_scale.shards.format import codec
+    from maestro_scale.shards.read import shard as module
+
+    monkeypatch.setattr(module, "_WHOLE_BYTES", 1)
+    monkeypatch.setattr(codec, "_MAX_GAP_BYTES", 0)
+    info = Manifest.load(str(copy)).shards[0]
+    with Store(str(copy), tmp_path / "cache", 0).shard(info) as shard:
+        sample = shard[0]
+
+        def num_calls(dates):
+            calls = 0
+
+            def count(frame, event, argument):
+                nonlocal calls
+                calls += event == "call"
+
+            sys.setprofile(count)
+            try:
+                sample.rows("s2", np.zeros(dates, int), (slice(2, 5), slice(1, 4)))
+            finally:
+                sys.setprofile(None)
+            return calls
+
+        assert num_calls(50) == num_calls(2) < 40
 
 
 def test_a_folder_without_locks_can_be_read_and_written(tmp_path, monkeypatch, caplog):

@@ -145,3 +145,17 @@ def test_the_default_crop_is_the_upper_left_one_and_upright():
         UPRIGHT.flip_rows = True
     with pytest.raises(ValueError, match="crop -1 of a tile with 64 crops"):
         CropGrid(replace(SPECS[0][0], crop_m=160.0)).tiling(-1)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((2, 512, 512), "uint8"), ((1, 256, 256), "float32"), ((3, 5, 5), "int16")]
+)
+def test_pixels_are_written_as_they_are_applied(shape: tuple[int, ...], dtype: str):
+    tile = np.arange(np.prod(shape)).reshape(shape).astype(dtype)
+    window = tile[..., : shape[-1] // 2, 1 : 1 + shape[-1] // 2]
+    for pixels in (tile, window):
+        for flags in itertools.product((False, True), repeat=3):
+            expected = Orientation(*flags).apply(pixels)
+            out = np.zeros(expected.shape, dtype)
+            Orientation(*flags).write(pixels, out)
+            assert np.array_equal(out, expected)

@@ -171,8 +171,8 @@ class CacheIndex:
                 continue
             try:
                 size = entry.stat().st_size
-                record = uses.get(record_name(Path(entry.path)))
-                last_use = record.stat().st_mtime_ns if record is not None else 0
+                verified = uses.get(record_name(Path(entry.path)))
+                last_use = verified.stat().st_mtime_ns if verified is not None else 0
             except FileNotFoundError:
                 continue
             yield entry.name, size, int(entry.name.endswith(".part")), last_use

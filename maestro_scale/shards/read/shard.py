@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from maestro_scale.shards.errors import BadShard, CodecError
 from maestro_scale.shards.format.codec import Sample
@@ -84,6 +84,17 @@ class _OpenFile:
             raise BadShard(self._path, "the file changed while it was in use: it is shorter now")
         return data
 
+    def read_many(self, starts: Sequence[int], size: int) -> bytes:
+        """``size`` bytes from each of ``starts``, one after the other; BadShard if that fails."""
+        pread, descriptor = os.pread, self._descriptor
+        try:
+            parts = [pread(descriptor, size, start) for start in starts]
+        except OSError as error:
+            raise BadShard(self._path, f"cannot be read ({error.strerror})") from error
+        data = b"".join(parts)
+        # Short reads are rare: then each part is read again, with their handling.
+        return data if len(data) == size * len(parts) else b"".join(self.read(s, size) for s in starts)
+
     def __del__(self) -> None:
         os.close(self._descriptor)
 
@@ -99,3 +110,7 @@ class _FileRange:
 
     def read(self, begin: int, end: int) -> memoryview:
         return memoryview(self._file.read(self._start + begin, end - begin))
+
+    def read_many(self, begins: Sequence[int], size: int) -> bytes:
+        """``size`` bytes from each of ``begins``, one after the other."""
+        return self._file.read_many([self._start + begin for begin in begins], size)
