@@ -95,6 +95,7 @@ class MockStream:
     ) -> None:
         self._batch = mock_batch(source, name, micro_batch, pin)
         self._num_micro_batches, self._name = num_micro_batches, name
+        self.sources = {name: source}
 
     def steps(self, samples: int, num_steps: int) -> Iterator[Step]:
         """Steps from the position ``samples`` to the end of the training."""

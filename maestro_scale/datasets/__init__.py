@@ -65,7 +65,7 @@ def synth(name: str, dst: Path, tiles: int, seed: int) -> None:
     getattr(_module(module), function)(Path(dst), tiles, seed)
 
 
-def scenes(name: str, tiles: int, seed: int, window_m: float) -> RawDataset:
+def synthetic_windows(name: str, tiles: int, seed: int, window_m: float) -> RawDataset:
     """The middle of ``tiles`` synthetic scenes, ``window_m`` metres wide, as tiles that are not on disk. KeyError for
     an unknown dataset, DatasetError for one without such tiles, or a width that does not fit its pixels."""
     module = _known(name)[1].partition(":")[0]

@@ -115,7 +115,7 @@ def _synthetic_tiles(data: Data, raw: Path) -> RawDataset:
     """All tiles: windows of scenes, or whole ones, which are written to ``raw``."""
     count = sum(data.tiles.values())
     if data.window_m is not None:
-        return datasets.scenes(data.dataset, count, data.seed, data.window_m)
+        return datasets.synthetic_windows(data.dataset, count, data.seed, data.window_m)
     datasets.synth(data.dataset, raw, count, data.seed)
     return _AllTiles(data.dataset, raw)
 

@@ -95,7 +95,7 @@ def test_an_evaluation_that_was_not_sent_is_sent_by_sync(run_dir, tmp_path, monk
     removed[1].unlink()
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     output = sync(run_dir)
-    assert f"an evaluation was not sent: {removed[1]} cannot be read" in output
+    assert f"an evaluation was not sent: {removed[1]} does not exist" in output
     assert "and 1 more evaluations" in output
     assert "evaluations" not in sync(run_dir)
 
