@@ -150,7 +150,7 @@ def _setup() -> tuple[Maestro, Batch, dict[str, Any]]:
     recipe = bench_recipe("treesatai_ts", True)
     config = config_of(recipe)
     # The mock batch needs the description of the dataset only.
-    source = cast(Source, SimpleNamespace(spec=specs_of(recipe)[0]))
+    source = cast(Source, SimpleNamespace(spec=specs_of(recipe)[0], absent=()))
     batch = mock_batch(source, config.dataset, 2)
     masks = draw_masks(config, build_masking(recipe), batch)
     return Maestro(config).initialise(0), batch, masks

@@ -23,6 +23,9 @@ RENAMED = {
     "maestro_scale.shards.writer": "maestro_scale.shards.write.writer",
     "quiet_mlflow": "configure_mlflow",
     "RunCard": "RunMetadata",
+    "int(time.time() * 1000), print); r.close(": "print); r.close(RunEnd(",
+    'RunEnd("done")': 'RunEnd("done", int(time.time() * 1000)))',
+    "import MlflowRun,": "import RunEnd, MlflowRun,",
 }
 
 pytestmark = [

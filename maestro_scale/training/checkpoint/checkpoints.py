@@ -29,7 +29,7 @@ from maestro_scale.shards.local_storage import fsync
 from maestro_scale.training.checkpoint import commit
 from maestro_scale.training.checkpoint.commit import MARKER
 from maestro_scale.training.checkpoint.identity import changed_arithmetic, differences
-from maestro_scale.training.checkpoint.mirror import Mirror, MirrorError, step_of
+from maestro_scale.training.checkpoint.mirror import Mirror, step_of
 from maestro_scale.training.checkpoint.retention import Retention
 from maestro_scale.training.checkpoint.state import TrainState
 from maestro_scale.training.distributed import World
@@ -209,13 +209,12 @@ class Checkpoints:
         return _newest(self.dir)
 
     def recorded_identity(self) -> dict[str, Any] | None:
-        """The identity in the newest checkpoint, here or in the mirror; None if there is none. A collective."""
+        """The identity in the newest checkpoint here; None if there is none. A collective. The mirror's is checked by
+        ``resume``."""
         found = None
-        with suppress(ValueError, MirrorError):  # ``resume`` reads the same files, and decides what to do
+        with suppress(ValueError):  # ``resume`` reads the same files, and decides what to do
             if self._world.is_main and (path := self.latest()[0]) is not None:
                 found = read_record(path).identity
-            elif self._world.is_main and self._mirror is not None:
-                found = self._mirror.identity()
         return self._world.from_main(found)
 
     def check_identity(
@@ -224,7 +223,7 @@ class Checkpoints:
         """CheckpointError unless a checkpoint with the identity ``recorded`` (``path``, else the newest) continues a
         run with this one."""
         if difference := differences(recorded, identity):
-            where = path or self.latest()[0] or "the mirrored checkpoint"
+            where = path or self.latest()[0]
             raise CheckpointError(
                 f"{where} does not fit this run: {difference}. Resume with the values that it was written with, or "
                 "use another directory"

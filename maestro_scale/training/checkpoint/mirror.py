@@ -115,10 +115,6 @@ class Mirror:
 
         self._read(copy)
 
-    def identity(self) -> dict[str, Any] | None:
-        """The identity in the newest intact checkpoint; None if there is none. MirrorError if it cannot be read."""
-        return next((identity for _, identity in self._identities()), None)
-
     def _identities(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """(name, identity) of the mirrored checkpoints whose markers are intact, newest first."""
         for name in self.names():
