@@ -132,7 +132,7 @@ WORLD = [
         {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"},
         "data.lanes: 2 cannot be shared evenly by 4 ranks: compat runs on 1, 2 ranks",
     ),
-    ("a rank that is no number", {"RANK": "0", "WORLD_SIZE": "two"}, "WORLD_SIZE='two' is not a number"),
+    ("a rank that is not a number", {"RANK": "0", "WORLD_SIZE": "two"}, "WORLD_SIZE='two' is not a number"),
 ]
 EVALUATION = [
     ("no encoder", "evaluate --recipe evaluate.yaml --out res", "--checkpoint --baseline is required"),

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal
 
 import typer
 
+from maestro_scale.cli.options import CACHE_DIR, CacheDir, Device, Precision, check_choice
 from maestro_scale.errors import shorten
 from maestro_scale.escaping import printable, python_command, shell_command
-
-Choice = TypeVar("Choice", bound=str)
 
 _EMBEDDINGS: tuple[Literal["vector", "tokens"], ...] = ("vector", "tokens")
 _PRECISIONS: tuple[Literal["auto", "bf16", "fp32"], ...] = ("auto", "bf16", "fp32")
@@ -195,15 +194,9 @@ def embed(
     ] = "parquet",
     batch: Annotated[int, typer.Option(min=1, help="Crops per forward pass.")] = 32,
     workers: Annotated[int, typer.Option(min=0, help="Loader processes.")] = 0,
-    cache_dir: Annotated[Path, typer.Option(help="Folder for downloaded shards.")] = Path(
-        "~/.cache/maestro-scale"
-    ),
-    device: Annotated[
-        str, typer.Option(help="auto: the GPU of this rank, or the CPU on a node without GPUs; cpu.")
-    ] = "auto",
-    precision: Annotated[
-        str, typer.Option(help="bf16 (autocast) or fp32; auto: bf16 on a GPU. A CPU always computes in fp32.")
-    ] = "auto",
+    cache_dir: CacheDir = CACHE_DIR,
+    device: Device = "auto",
+    precision: Precision = "auto",
 ) -> None:
     """Write an encoder's embeddings of a split. Under torchrun, deepspeed or srun the ranks share the work."""
     from maestro_scale.evaluation.embedding import EmbeddingWriter
@@ -216,10 +209,10 @@ def embed(
     from maestro_scale.training.device import bind_process, use_device
     from maestro_scale.training.manifests import UsedDataset, compare_manifests_of_launch
 
-    embeddings = _check_choice("--what", what, _EMBEDDINGS)
-    file_format = _check_choice("--format", format, _FORMATS)
-    arithmetic = _check_choice("--precision", precision, _PRECISIONS)
-    binding = bind_process(_check_choice("--device", device, _DEVICES))
+    embeddings = check_choice("--what", what, _EMBEDDINGS)
+    file_format = check_choice("--format", format, _FORMATS)
+    arithmetic = check_choice("--precision", precision, _PRECISIONS)
+    binding = bind_process(check_choice("--device", device, _DEVICES))
     rank, world = binding.launch.rank, binding.launch.size
     manifest = Manifest.load(shards)
     spec = manifest.spec
@@ -254,11 +247,3 @@ def _preview_command(out: Path, file_format: str) -> str:
         return python_command(f"import pyarrow.dataset as d; print(d.dataset({str(out)!r}).to_table())")
     find = shell_command("find", out, "-name", "*.tif")
     return f'rio info "$({find} | head -1)"'
-
-
-def _check_choice(option: str, value: str, choices: tuple[Choice, ...]) -> Choice:
-    """``value`` as one of ``choices``; BadParameter (exit code 2) if it is not."""
-    for choice in choices:
-        if choice == value:
-            return choice
-    raise typer.BadParameter(f"{value!r} is not one of {', '.join(choices)}", param_hint=option)

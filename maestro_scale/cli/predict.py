@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from maestro_scale.cli.options import CACHE_DIR, CacheDir, Device, Precision, check_choice
 from maestro_scale.escaping import printable, shell_command
 
 _FORMATS: tuple[Literal["cog", "parquet"], ...] = ("cog", "parquet")
@@ -76,20 +77,13 @@ def predict(
         ),
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Windows per forward pass.")] = 8,
-    cache_dir: Annotated[Path, typer.Option(help="Folder for downloaded shards.")] = Path(
-        "~/.cache/maestro-scale"
-    ),
-    device: Annotated[
-        str, typer.Option(help="auto: the GPU of this rank, or the CPU on a node without GPUs; cpu.")
-    ] = "auto",
-    precision: Annotated[
-        str, typer.Option(help="bf16 (autocast) or fp32; auto: bf16 on a GPU. A CPU always computes in fp32.")
-    ] = "auto",
+    cache_dir: CacheDir = CACHE_DIR,
+    device: Device = "auto",
+    precision: Precision = "auto",
 ) -> None:
     """Map an area: classes or numbers as GeoTIFF (COG), labels of tiles as GeoParquet.
 
     Under torchrun, deepspeed or srun the ranks share the work."""
-    from maestro_scale.cli.models import _check_choice as check
     from maestro_scale.evaluation.features.load_encoder import load_encoder
     from maestro_scale.inference import command
     from maestro_scale.inference.run import Run
@@ -103,13 +97,13 @@ def predict(
         target=target,
         overlap=overlap,
         probabilities=probabilities,
-        embeddings=None if embeddings is None else check("--embeddings", embeddings, _FORMATS),
+        embeddings=None if embeddings is None else check_choice("--embeddings", embeddings, _FORMATS),
         sensor=sensor,
         overrides=tuple(overrides or ()),
         cache_dir=cache_dir,
     )
-    arithmetic = check("--precision", precision, _PRECISIONS)
-    binding = bind_process(check("--device", device, _DEVICES))
+    arithmetic = check_choice("--precision", precision, _PRECISIONS)
+    binding = bind_process(check_choice("--device", device, _DEVICES))
     rank, world = binding.launch.rank, binding.launch.size
     used = use_device(binding)
     encoder = load_encoder(model)[0].to(used)

@@ -23,7 +23,7 @@ _MIN_UPDATES = 1_000
 def draft_recipe(url: str) -> str:
     """A recipe for the dataset at ``url``, as YAML with comments; it is valid for the dataset as it is.
 
-    ManifestError if there is no dataset, or no samples that could be trained on.
+    ManifestError if there is no dataset, or no samples for training.
     """
     manifest = Manifest.load(url)
     spec = manifest.spec

@@ -48,7 +48,7 @@ def list_source(src: str) -> Listing:
     elif Path(src).is_file():
         return Listing(str(Path(src).parent), (Path(src).name,), 1, True)
     elif not Path(src).is_dir():
-        raise DatasetError(f"{src}: is no folder or file; check the path")
+        raise DatasetError(f"{src}: is neither a folder nor a file; check the path")
     listing = _list(src)
     if listing.paths == ("",):  # the folder is a Zarr itself
         return Listing(folder or ".", (name,), 1, True)

@@ -167,7 +167,7 @@ def _numbers_of(features: Features, where: str) -> tuple[Features, np.ndarray]:
         values = np.array([math.nan if v is None else float(v) for v in labels], np.float32)
     except (TypeError, ValueError) as error:
         raise DatasetError(
-            f"{where}: has a label that is no number ({error}); choose another column", "not a number"
+            f"{where}: has a label that is not a number ({error}); choose another column", "not a number"
         ) from None
     keep = ~np.isnan(values)
     return features.selected(keep), values[keep]

@@ -122,7 +122,30 @@ def _ignore() -> None:
     """Retries of reading raw data are not counted."""
 
 
-class RemoteFile(io.RawIOBase):
+class _Positioned(io.RawIOBase):
+    """A readable file of ``size`` bytes with a position."""
+
+    def __init__(self, size: int) -> None:
+        self._size, self._position = size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        if start + offset < 0:
+            raise OSError("cannot seek before the start")
+        self._position = start + offset
+        return self._position
+
+
+class RemoteFile(_Positioned):
     """A remote file, read by range requests of at least 256 KiB, of which the latest 16 MiB are kept.
 
     Not seekable beyond what it says at first: a file that changes while it is read gives an OSError or damaged data,
@@ -144,25 +167,8 @@ class RemoteFile(io.RawIOBase):
             raise DatasetError(str(error)) from error
         if size is None:
             raise missing(address)
-        self._size = size
-        self._position = 0
+        super().__init__(size)
         self._blocks: OrderedDict[int, bytes] = OrderedDict()
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
-        if start + offset < 0:
-            raise OSError(f"{self.name}: cannot seek before the start")
-        self._position = start + offset
-        return self._position
 
     def readinto(self, buffer: Any) -> int:
         stop = min(self._position + len(buffer), self._size)
@@ -209,28 +215,12 @@ class RemoteFile(io.RawIOBase):
         return data
 
 
-class Part(io.RawIOBase):
+class Part(_Positioned):
     """Bytes [start, start + size) of an open file, as a file. Closing it leaves the file open."""
 
     def __init__(self, file: BinaryIO, start: int, size: int) -> None:
-        self._file, self._start, self._size = file, start, size
-        self._position = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
-        if start + offset < 0:
-            raise OSError("cannot seek before the start")
-        self._position = start + offset
-        return self._position
+        super().__init__(size)
+        self._file, self._start = file, start
 
     def readinto(self, buffer: Any) -> int:
         num_bytes = max(0, min(len(buffer), self._size - self._position))

@@ -113,7 +113,7 @@ def test_labels_of_whole_tiles_and_numbers(tmp_path):
         ),
         ({"column": "colour"}, "has no column 'colour'; there are: kind, name, rank"),
         ({"vector": {"layer": "b"}}, "has no layer 'b'; there are: a"),
-        ({"kind": "regression", "classes": ()}, "has a label that is no number"),
+        ({"kind": "regression", "classes": ()}, "has a label that is not a number"),
     ],
 )
 def test_labels_that_do_not_fit_are_refused(tmp_path, keys, message):
