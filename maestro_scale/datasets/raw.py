@@ -348,7 +348,7 @@ def read_bands(
 def origin_of(raster: Any) -> GeoOrigin | None:
     """Where an open raster lies; None if it does not say, or is not north up in metres."""
     t, crs = raster.transform, raster.crs
-    if not crs or not crs.is_projected or t.b or t.d or t.e >= 0:
+    if not crs or not crs.is_projected or crs.linear_units_factor[1] != 1 or t.b or t.d or t.e >= 0:
         return None
     return GeoOrigin(crs.to_string(), t.c, t.f)
 

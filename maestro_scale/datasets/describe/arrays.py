@@ -21,6 +21,7 @@ from maestro_scale.datasets.describe.rasters import (
     set_quantity,
     usual_resolution_m,
 )
+from maestro_scale.datasets.describe.units import METRES
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ def _draft(family: Family, array: Array, constant: tuple[str, ...], taken: Seque
     name = unique_name(sensor or (plain[-1].lower() if plain else "image"), taken)
     height, width, count = (array.size(axis) for axis in ("y", "x", "band"))
     header = Header(
-        width=width, height=height, count=count, dtype=array.dtype, crs=array.crs, is_metric=True,
+        width=width, height=height, count=count, dtype=array.dtype, crs=array.crs, unit=METRES,
         resolution=array.resolution_m or 1.0, bounds=None, nodata=array.nodata, has_mask=False, has_alpha=False,
         band_names=array.band_names, scale=array.scale, offset=array.offset, datetime="", blocks=(height, width),
         bytes=0,

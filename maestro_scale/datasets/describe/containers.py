@@ -18,6 +18,7 @@ import numpy as np
 from maestro_scale import untrusted
 from maestro_scale.datasets import raw
 from maestro_scale.datasets.describe.probe import Values, spread_of
+from maestro_scale.datasets.describe.units import METRES_PER_DEGREE, unit_of
 from maestro_scale.datasets.description.config import ImageFiles
 from maestro_scale.datasets.sources import remote
 from maestro_scale.datasets.sources.array_image import StoredArray
@@ -63,7 +64,6 @@ _MANY = 64  # along an unnamed first axis: more than that are tiles, fewer are d
 _SAMPLE_BYTES = 64 * 2**20
 _MAX_COORDINATE = 1_000_000
 _KEY_NAMES = ("key", "id", "name", "tile", "metadata")
-_METRES_PER_DEGREE = 111_320.0
 
 
 @dataclass(frozen=True)
@@ -243,7 +243,7 @@ def _spacing(x: np.ndarray, name: str) -> dict[str, Any]:
         return {}
     step = abs(float(x[-1]) - float(x[0])) / (len(x) - 1)
     degrees = name.lower().startswith("lon") or (np.abs(x).max() <= 360 and step < 0.1)
-    return {"resolution_m": float(f"{step * _METRES_PER_DEGREE:.2g}") if degrees else round(step, 6)}
+    return {"resolution_m": float(f"{step * METRES_PER_DEGREE:.2g}") if degrees else round(step, 6)}
 
 
 @contextmanager
@@ -313,7 +313,8 @@ def _image_sample(name: str, content: bytes) -> _Sample | None:
             array = raster.read()
             extra: dict[str, Any] = {"nodata": raster.nodata}
             if raster.crs and raster.crs.is_projected:
-                extra["resolution_m"] = round(abs(raster.transform.a), 6)
+                unit = unit_of(raster.crs.to_string(), raster.bounds)
+                extra["resolution_m"] = unit.metres(abs(raster.transform.a))
             names = tuple(d or "" for d in raster.descriptions)
             if all(names):
                 extra["band_names"] = names

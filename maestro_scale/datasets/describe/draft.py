@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -236,12 +235,6 @@ def counts_text(values: Mapping[str, int], most: int = 6) -> str:
     common = Counter(values).most_common(most)
     rest = len(values) - len(common)
     return ", ".join(f"{v} {n}" for v, n in common) + (f" and {rest} more" if rest else "")
-
-
-def utm_crs(west: float, south: float, east: float, north: float) -> str:
-    """The UTM zone of the middle of an extent in degrees."""
-    zone = min(60, max(1, math.floor(((west + east) / 2 + 180) / 6) + 1))
-    return f"EPSG:{32600 + zone if south + north >= 0 else 32700 + zone}"
 
 
 def _text(note: Note | None) -> str:

@@ -18,7 +18,6 @@ from maestro_scale.datasets.describe.draft import (
     counts_text,
     dataset_name,
     unique_name,
-    utm_crs,
 )
 from maestro_scale.datasets.describe.files import Listing, list_source, local_copy
 from maestro_scale.datasets.describe.names import Family, families
@@ -33,7 +32,9 @@ from maestro_scale.datasets.describe.rasters import (
 )
 from maestro_scale.datasets.describe.sizes import Input, Sizes, sizes_of_scenes, sizes_of_tiles
 from maestro_scale.datasets.describe.stac_items import draft_items
+from maestro_scale.datasets.describe.units import Unit, lon_lat, unit_of
 from maestro_scale.datasets.description.patterns import Pattern
+from maestro_scale.datasets.scenes.ground import utm_crs
 from maestro_scale.datasets.sources import remote
 from maestro_scale.datasets.spec import DatasetError
 
@@ -309,7 +310,7 @@ class Inspection:
 
     def _grid(self, draft: Draft) -> None:
         rasters = draft.rasters
-        metric = [r for r in rasters if r.crs and all(_is_metric(c) for c in r.crs)]
+        metric = [r for r in rasters if r.crs and all(u.is_metre for u in _units(r))]
         crs = Counter(c for r in metric for c in sorted(r.crs)).most_common(1)
         grid: dict[str, object] = {}
         bounds = rasters[0].bounds
@@ -323,14 +324,16 @@ class Inspection:
                 else Note("all files have it")
             )
         else:
-            grid["crs"] = utm_crs(*bounds)
+            grid["crs"] = utm_crs(*lon_lat(sorted(rasters[0].crs)[0], bounds))
+            names = " and ".join(sorted({u.name for u in _units(rasters[0])}))
             draft.grid_notes["crs"] = Note(
-                "the files are in degrees; UTM of their middle. Any system in metres", True
+                f"the files are in {names}; UTM of their middle. Any system in metres on the ground", True
             )
         grid["min_valid"] = 0.5
         draft.grid_notes["min_valid"] = Note("an image must cover half of a tile with valid pixels", True)
         draft.grid = grid
-        area = _area_m2(bounds, all(map(_is_metric, rasters[0].crs)))
+        (west, south, east, north), unit_m = bounds, max(u.ground_m for u in _units(rasters[0]))
+        area = (east - west) * (north - south) * unit_m**2
         draft.num_tiles = max(1, int(area / draft.sizes.tile_m**2))
         smallest = min((r.side * r.resolution_m for r in rasters), default=0)
         if smallest < draft.sizes.tile_m:
@@ -720,17 +723,10 @@ def _number(count: int, what: str) -> str:
     return f"{count} {what}{'' if count == 1 else 's'}"
 
 
-def _is_metric(crs: str) -> bool:
-    from pyproj import CRS
-
-    return bool(CRS.from_user_input(crs).is_projected)
-
-
-def _area_m2(bounds: tuple[float, float, float, float], metric: bool) -> float:
-    west, south, east, north = bounds
-    if metric:
-        return (east - west) * (north - south)
-    return (east - west) * (north - south) * 111_320.0**2 * math.cos(math.radians((south + north) / 2))
+def _units(raster: RasterDraft) -> list[Unit]:
+    """The units of the systems of a raster's files, where these lie."""
+    assert raster.bounds is not None
+    return [unit_of(crs, raster.bounds) for crs in sorted(raster.crs)]
 
 
 def _crs_text(crs: str | None) -> str:

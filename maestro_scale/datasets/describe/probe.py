@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,13 +11,13 @@ from typing import Any
 import numpy as np
 
 from maestro_scale.datasets import raw
+from maestro_scale.datasets.describe.units import METRES, Unit, unit_of
 from maestro_scale.datasets.sources import remote
 from maestro_scale.datasets.spec import DatasetError
 
 SUFFIXES = (".tif", ".tiff", ".jp2", ".png")
 _MAX_DISTINCT = 256
 _WINDOW = 256  # pixels per side of the windows that values are read from
-_METRES_PER_DEGREE = 111_320.0
 _LARGEST = 1e30  # larger numbers are fill values
 
 
@@ -31,7 +30,7 @@ class Header:
     count: int
     dtype: str
     crs: str | None
-    is_metric: bool
+    unit: Unit
     resolution: float
     bounds: tuple[float, float, float, float] | None  # west, south, east, north, in the CRS
     nodata: float | None
@@ -46,13 +45,8 @@ class Header:
 
     @property
     def resolution_m(self) -> float | None:
-        """Size of a pixel in metres; degrees are converted at the latitude of the file. None without coordinates."""
-        if self.bounds is None:
-            return None
-        if self.is_metric:
-            return round(self.resolution, 6)
-        middle = math.radians((self.bounds[1] + self.bounds[3]) / 2)
-        return float(f"{self.resolution * _METRES_PER_DEGREE * math.sqrt(max(math.cos(middle), 0.01)):.2g}")
+        """Size of a pixel on the ground in metres, at the middle of the file. None without coordinates."""
+        return None if self.bounds is None else self.unit.metres(self.resolution)
 
     def kind(self) -> Hashable:
         """What files of one raster have in common."""
@@ -211,7 +205,7 @@ def _header_of(raster: Any, num_bytes: int) -> Header:
         count=raster.count,
         dtype=raster.dtypes[0],
         crs=_crs_text(crs) if crs else None,
-        is_metric=bool(crs) and crs.is_projected,
+        unit=unit_of(_crs_text(crs), raster.bounds) if placed else METRES,
         resolution=abs(t.a),
         bounds=tuple(raster.bounds) if placed else None,
         nodata=raster.nodata,

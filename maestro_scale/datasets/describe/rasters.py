@@ -120,9 +120,10 @@ def draft_raster(family: Family, prober: Prober, name: str) -> RasterDraft | Non
     draft.extent_m = draft.side * draft.resolution_m
     if first.bounds is None:
         draft.assume("resolution_m", "the files have no coordinates; write the size of a pixel in metres")
-    elif not first.is_metric:
+    elif not first.unit.is_metre:
         draft.assume(
-            "resolution_m", f"the files are in degrees ({first.resolution:.6g} per pixel), this is nearest"
+            "resolution_m",
+            f"the files are in {first.unit.name} ({first.resolution:.6g} per pixel), this is nearest on the ground",
         )
     set_bands(draft, family, headers, sensor)
     nodata = {h.nodata for h in headers}
@@ -522,7 +523,7 @@ def _found_text(
     text += f"{'s' if first.count > 1 else ''} of {first.dtype}, {shape} pixels"
     crs = sorted({(h.crs or "")[:40] for h in headers if h.bounds})
     if crs and first.bounds:
-        text += f" of {first.resolution:.6g} {'m' if first.is_metric else 'degrees'} in {', '.join(crs)}"
+        text += f" of {first.resolution:.6g} {first.unit.name} in {', '.join(crs)}"
     if dates:
         text += f"; {dates[0]:%Y-%m-%d}" + (f" to {dates[-1]:%Y-%m-%d}" if len(dates) > 1 else "")
     tags = sorted(str(f"{n:g}") for n in nodata if n is not None)

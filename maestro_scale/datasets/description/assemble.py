@@ -17,6 +17,7 @@ from maestro_scale.datasets.description.index import SectionImages
 from maestro_scale.datasets.description.patterns import Date
 from maestro_scale.datasets.fill import Series, clean_series, percent
 from maestro_scale.datasets.quantity import QUANTITY_KINDS
+from maestro_scale.datasets.scenes.ground import ground_m, is_metric_at
 from maestro_scale.datasets.sources.protocol import Image, ImageRef, Pixels, Window
 from maestro_scale.datasets.spec import DatasetError, GeoOrigin, Modality
 
@@ -24,6 +25,7 @@ NOT_ALIGNED = 0.05
 """Distance in pixels between where images begin that is more than rounding."""
 
 _PIXEL_TOLERANCE = 0.02  # relative: 10.24 m may be called 10.2
+_MERCATOR_TOLERANCE = 0.25  # where the ground size of a pixel changes with the latitude: tiles of one country
 Names = tuple[tuple[str, str], ...]
 Identity = tuple[Date | None, Names, tuple[int | str, ...]]
 
@@ -40,8 +42,13 @@ class Place:
 
     @property
     def origin(self) -> GeoOrigin | None:
-        """The origin of the tile; None unless its coordinates are metres."""
-        return GeoOrigin(self.crs, self.west, self.north) if is_projected(self.crs) else None
+        """The origin of the tile; None unless its coordinates are metres on the ground."""
+        return GeoOrigin(self.crs, self.west, self.north) if self.is_metric else None
+
+    @property
+    def is_metric(self) -> bool:
+        """Whether its coordinates are metres on the ground."""
+        return is_metric_at(self.crs, self.west, self.north)
 
 
 @dataclass(frozen=True)
@@ -99,7 +106,7 @@ def read_stack(
     joined = [found[identity].joined(section, key) for identity in order]
     addresses = [found[identity].address for identity in order]
     dates = images.dates.of(key, addresses, len(order))
-    if (section.dates is None or section.dates.from_ == "name") and "{date" in (section.files or ""):
+    if section.is_dated_by_name:
         for (date, _, _), address in zip(order, addresses, strict=True):
             if date is None:
                 raise DatasetError(
@@ -252,14 +259,6 @@ def check_aligned(places: Sequence[tuple[str, Place]]) -> float:
 
 
 @lru_cache(maxsize=1000)
-def is_projected(crs: str) -> bool:
-    """Whether coordinates in ``crs`` are on a plane."""
-    from rasterio.crs import CRS
-
-    return bool(CRS.from_string(crs).is_projected)
-
-
-@lru_cache(maxsize=1000)
 def same_crs(one: str, other: str) -> bool:
     """Whether two texts are the same coordinate system."""
     from rasterio.crs import CRS
@@ -360,14 +359,34 @@ def _place(image: Image, address: str, section: ImageFiles, resolution_m: float 
     row, column = section.window or (0, 0)
     if e > 0:
         north += e * image.height
-    apart_m = 0.0 if resolution_m is None else max(abs(abs(p) - resolution_m) for p in (a, e))
-    if resolution_m is not None and apart_m > _PIXEL_TOLERANCE * resolution_m and is_projected(crs):
+    if resolution_m is not None:
+        _check_pixel(address, crs, (a, abs(e)), (west, north), resolution_m)
+    return Place(address, crs, west + a * column, north - abs(e) * row, a)
+
+
+def _check_pixel(
+    address: str, crs: str, pixel: tuple[float, float], corner: tuple[float, float], resolution_m: float
+) -> None:
+    """DatasetError if pixels have not the size that the description says; those in degrees may have any."""
+    from rasterio.crs import CRS
+
+    if max(abs(p - resolution_m) for p in pixel) <= _PIXEL_TOLERANCE * resolution_m and is_metric_at(
+        crs, *corner
+    ):
+        return
+    if not CRS.from_string(crs).is_projected:
+        return
+    tolerance, digits, ground = _PIXEL_TOLERANCE, 6, ""
+    if not is_metric_at(crs, *corner):
+        tolerance, digits = _MERCATOR_TOLERANCE, 3
+        pixel = tuple((np.array(pixel) * ground_m(crs, *corner)[0]).tolist())
+        ground = f" on the ground ({_crs_name(crs)} is not true to scale there)"
+    if max(abs(p - resolution_m) for p in pixel) > tolerance * resolution_m:
         raise DatasetError(
-            f"{address}: has pixels of {a:g} by {abs(e):g}, the description says {resolution_m:g} m; fix resolution_m, "
-            "or leave the tile out",
+            f"{address}: has pixels of {pixel[0]:.{digits}g} by {pixel[1]:.{digits}g}{ground}, the description says "
+            f"{resolution_m:g} m; fix resolution_m, or leave the tile out",
             "pixels of another size",
         )
-    return Place(address, crs, west + a * column, north - abs(e) * row, a)
 
 
 def _percent_of(marked: np.ndarray) -> np.ndarray:

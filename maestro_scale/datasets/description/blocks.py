@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from maestro_scale.datasets.description.assemble import is_projected
 from maestro_scale.datasets.description.config import Description, SplitBlocks
 from maestro_scale.datasets.description.index import SectionImages
+from maestro_scale.datasets.scenes.ground import is_metric_at
 from maestro_scale.datasets.sources.table import source_of
 from maestro_scale.datasets.spec import DatasetError
 from maestro_scale.errors import did_you_mean, shorten
@@ -124,8 +124,8 @@ def tiles_of_split(
     missing = [key for key, place in zip(keys, places, strict=True) if place is None]
     if missing:
         raise DatasetError(
-            f"splits.blocks: {len(missing)} of {len(keys)} tiles do not say where they lie in metres, the first: "
-            f"{shorten(missing[0])}; split them by lists or a column",
+            f"splits.blocks: {len(missing)} of {len(keys)} tiles do not say where they lie in metres on the "
+            f"ground, the first: {shorten(missing[0])}; split them by lists or a column",
             "no place on the ground",
         )
     known = [place for place in places if place is not None]
@@ -158,7 +158,7 @@ def _corner(key: str, rasters: Sequence[SectionImages]) -> tuple[str, float, flo
             with source_of(section).open_file(ref.address, section) as file:
                 image = file.image(file.images(ref)[0])
                 crs, transform = section.crs or image.crs, image.transform
-                if crs is None or transform is None or not is_projected(crs):
+                if crs is None or transform is None or not is_metric_at(crs, transform[2], transform[5]):
                     continue
                 a, _, west, _, e, north = transform
                 row, column = getattr(section, "window", None) or (0, 0)

@@ -235,6 +235,11 @@ class ImageFiles(Section):
         """For each band its number in the file from 1, or the text that stands for it."""
         return (1,)
 
+    @property
+    def is_dated_by_name(self) -> bool:
+        """Whether the dates are in the names of the files."""
+        return (self.dates is None or self.dates.from_ == "name") and "{date" in (self.files or "")
+
 
 class MaskRule(ImageFiles):
     """One mask band: which pixels are marked, in percent. Exactly one of classes, bits, above and percent."""

@@ -100,7 +100,7 @@ def origin_of(description: Description, places: Mapping[str, Place], notes: list
             if (origin := places[name].origin) is not None:
                 return origin
             notes.append(
-                f"coordinates are in {places[name].crs[:30]}, which is not in metres: stored without origin"
+                f"coordinates are in {places[name].crs[:30]}, not in metres on the ground: stored without origin"
             )
             return None
     return None

@@ -47,6 +47,12 @@ class VectorLabels:
                 "georeference them",
                 "no place on the ground",
             )
+        if not place.is_metric:
+            raise DatasetError(
+                f"{place.address}: its coordinates ({place.crs[:30]}) are not metres on the ground, so "
+                f"{self.target.name} cannot be rasterised; warp it to a UTM zone (gdalwarp), or cut tiles with grid",
+                "not in metres",
+            )
         box = Box(place.west, place.north - self.tile_m, place.west + self.tile_m, place.north)
         file = self._open(key, parse_crs(place.crs, place.address))
         found = file.within(box)

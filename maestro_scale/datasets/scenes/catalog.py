@@ -16,7 +16,8 @@ import numpy as np
 
 from maestro_scale.datasets.description.config import ImageFiles
 from maestro_scale.datasets.scenes.buffer import Opener
-from maestro_scale.datasets.scenes.grid import Box, check_metric, is_on_earth, parse_crs
+from maestro_scale.datasets.scenes.grid import Box, parse_crs
+from maestro_scale.datasets.scenes.ground import LON_LAT, check_metric, is_on_earth
 from maestro_scale.datasets.scenes.images import Scene, Shot
 from maestro_scale.datasets.scenes.problems import Problems
 from maestro_scale.datasets.scenes.warp import Placement, transformer
@@ -52,7 +53,7 @@ class SourceOpener:
 def locate(layer: Layer, src: str, opener: Opener, problems: Problems) -> list[Scene]:
     """The images of a layer with their places, in the order of their names, without their boxes.
 
-    Adds to ``problems`` files that cannot be read, or have no place on the ground.
+    Adds to ``problems`` files that cannot be read, have no place on the ground, or a date that is not in the calendar.
     """
     by_address: dict[str, list[ImageRef]] = {}
     for ref in layer.refs:
@@ -84,13 +85,13 @@ def _located(
         with opener(layer.name, address) as file:
             images = [(ref, file.image(ref)) for of in refs for ref in file.images(of)]
             return [_scene(layer, name, ref, image) for ref, image in images]
-    except _NoPlaceError as error:
+    except _UnusableError as error:
         return _Problem(error.kind, name, error.advice)
     except DatasetError as error:
         return _Problem(f"images of {layer.name} cannot be read", str(error), "")
 
 
-class _NoPlaceError(Exception):
+class _UnusableError(Exception):
     def __init__(self, kind: str, advice: str) -> None:
         super().__init__(kind)
         self.kind, self.advice = kind, advice
@@ -99,26 +100,30 @@ class _NoPlaceError(Exception):
 def _scene(layer: Layer, name: str, ref: ImageRef, image: Image) -> Scene:
     crs = image.crs or layer.section.crs
     if image.transform is None:
-        raise _NoPlaceError(
+        raise _UnusableError(
             f"images of {layer.name} do not say where they lie (no transform)",
             "georeference them, or leave out grid to take every image as a tile",
         )
     if not crs:
-        raise _NoPlaceError(
+        raise _UnusableError(
             f"images of {layer.name} have no coordinate system",
             f"set {layer.name}.crs, for example to EPSG:32631",
         )
     a, b, _, d, e, _ = image.transform
     if not all(map(math.isfinite, image.transform)) or a * e - b * d == 0:
-        raise _NoPlaceError(f"images of {layer.name} have an invalid transform", "georeference them again")
+        raise _UnusableError(f"images of {layer.name} have an invalid transform", "georeference them again")
     system = parse_crs(crs, name)
     if not is_on_earth(system):
-        raise _NoPlaceError(
+        raise _UnusableError(
             f"images of {layer.name} are in a local coordinate system",
             "which says nothing of where on Earth they lie: georeference them",
         )
     place = Placement(system, image.transform, image.width, image.height)
     date = image.date if ref.date is None else ref.date
+    if date is None and layer.section.is_dated_by_name:
+        raise _UnusableError(
+            f"images of {layer.name} have a date in their name that is not in the calendar", "fix the name"
+        )
     block = tuple(getattr(image, "block", None) or (1, 1))
     return Scene(
         layer.name,
@@ -140,7 +145,7 @@ def relative_name(address: str, src: str) -> str:
 def common_crs(given: str | None, scenes: Sequence[Scene]) -> str:
     """The CRS of the grid: the given one, else that of the scenes, which then must be the same for all.
 
-    DatasetError if they differ, or if it is not in metres.
+    DatasetError if they differ, or if it is not in metres on the ground.
     """
     if given is not None:
         crs = parse_crs(given, "grid.crs")
@@ -157,7 +162,7 @@ def common_crs(given: str | None, scenes: Sequence[Scene]) -> str:
                 "CRS differ",
             )
         crs = ordered[0]
-    check_metric(crs, _lon_lat(scenes[0]) if scenes else None)
+    check_metric(crs, _centres(scenes))
     return crs
 
 
@@ -279,10 +284,20 @@ class _MaskIndex:
         return ref.key if self._keyed else None, date, names_of, numbers
 
 
-def _lon_lat(scene: Scene) -> tuple[float, float]:
-    points = outline(scene.place, "EPSG:4326")
-    lon, lat = points.mean(axis=0).tolist()
-    return (lon, lat) if math.isfinite(lon) and math.isfinite(lat) else (3.0, 45.0)
+def _centres(scenes: Sequence[Scene]) -> np.ndarray:
+    """(N, 2) longitude and latitude of the centres of scenes; not finite where they cannot be transformed."""
+    found = np.empty((len(scenes), 2))
+    for crs in {s.place.crs for s in scenes}:
+        mine = [i for i, s in enumerate(scenes) if s.place.crs == crs]
+        points = np.array([_centre(scenes[i].place) for i in mine])
+        found[mine] = np.stack(transformer(crs, LON_LAT).transform(*points.T), axis=1)
+    return found
+
+
+def _centre(place: Placement) -> tuple[float, float]:
+    a, b, c, d, e, f = place.transform
+    col, row = place.width / 2, place.height / 2
+    return a * col + b * row + c, d * col + e * row + f
 
 
 def _short(crs: str) -> str:

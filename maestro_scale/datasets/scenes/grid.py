@@ -10,7 +10,6 @@ import hashlib
 import math
 import re
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -161,35 +160,3 @@ def parse_crs(text: Any, where: str) -> str:
     if code is not None and CRS.from_epsg(code).equals(crs, ignore_axis_order=True):
         return f"EPSG:{code}"
     return str(crs.to_wkt())
-
-
-@lru_cache(maxsize=64)
-def is_on_earth(crs: str) -> bool:
-    """Whether a CRS is related to the Earth: not the local system of a drawing or a camera."""
-    from pyproj import CRS
-
-    return CRS.from_user_input(crs).geodetic_crs is not None
-
-
-def check_metric(crs: str, example: tuple[float, float] | None = None) -> None:
-    """DatasetError unless a CRS is projected in metres. ``example``: longitude and latitude, to name a UTM zone."""
-    from pyproj import CRS
-
-    parsed = CRS.from_user_input(crs)
-    if parsed.is_projected and all(axis.unit_conversion_factor == 1.0 for axis in parsed.axis_info[:2]):
-        return
-    what = f"{parsed.name} is {'in ' + parsed.axis_info[0].unit_name if parsed.axis_info else 'not metric'}"
-    advice = "EPSG:32631 (a UTM zone)"
-    if example is not None:
-        advice = f"{utm_crs(*example)} (the UTM zone of the scenes)"
-    raise DatasetError(
-        f"grid.crs: {what}, and tiles are squares in metres; set grid.crs to a projected system in metres, for example "
-        f"{advice}",
-        "CRS is not metric",
-    )
-
-
-def utm_crs(lon: float, lat: float) -> str:
-    """The UTM zone of a place, without the exceptions of Norway and Svalbard."""
-    zone = int((lon + 180) // 6) % 60 + 1
-    return f"EPSG:{(32600 if lat >= 0 else 32700) + zone}"

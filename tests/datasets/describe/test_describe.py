@@ -257,6 +257,16 @@ def test_small_images_of_one_place(tmp_path, crs):
     assert tile.targets["labels"].ndim == 2
 
 
+def test_scenes_in_web_mercator_get_a_grid_and_pixels_of_the_ground(tmp_path):
+    """At 60° N, 20 m in Web Mercator are 10 m."""
+    place = {"crs": "EPSG:3857", "transform": rasterio.Affine(20, 0, 1e6, 0, -20, 8.4e6)}
+    write(tmp_path / "d" / "s2_20220603.tif", (4, 256, 256), **place)
+    description = drafted(tmp_path / "d", tmp_path)
+    assert description.grid.crs == "EPSG:32632"
+    assert description.rasters["s2"].resolution_m == pytest.approx(10, rel=0.02)
+    assert first_tile(description, tmp_path / "d").origin.crs == "EPSG:32632"
+
+
 def test_tiles_with_one_map_of_labels_are_scenes(tmp_path):
     for k in range(3):
         write(tmp_path / "d" / f"image_{k}.tif", (4, 64, 64), west=WEST + 640 * k)

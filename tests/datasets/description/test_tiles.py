@@ -437,6 +437,18 @@ def test_a_missing_coordinate_system_can_be_given(tmp_path):
     assert opened(tmp_path, rasters).read("a").origin == GeoOrigin("EPSG:32631", 0.0, 5_000_000.0)
 
 
+def test_pixels_of_web_mercator_have_their_size_on_the_ground(tmp_path):
+    """At 60° N, 20 m in Web Mercator are 10 m."""
+    place = {"crs": "EPSG:3857", "north": 8_400_000}
+    write_tif(tmp_path / "a.tif", pixels(1), pixel_m=20, **place)
+    tile = opened(tmp_path, {"s2": raster("{key}.tif", **ONE)}).read("a")
+    assert tile.origin is None
+    assert "coordinates are in EPSG:3857, not in metres on the ground: stored without origin" in tile.notes
+    write_tif(tmp_path / "a.tif", pixels(1), pixel_m=10, **place)
+    error = error_of(opened(tmp_path, {"s2": raster("{key}.tif", **ONE)}), "a")
+    assert "has pixels of 5.01 by 5 on the ground (EPSG:3857 is not true to scale" in str(error)
+
+
 def test_dates_that_cannot_be_read(tmp_path, caplog):
     for name in ("a_20200101", "a_20201301", "b_20200101", "b_2020-x"):
         write_tif(tmp_path / f"{name}.tif", pixels(1))

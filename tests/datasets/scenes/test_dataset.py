@@ -183,6 +183,19 @@ def test_images_in_two_systems_need_a_grid_in_one(src, tmp_path):
     assert len(opened(tmp_path, tmp_path, text, f"grid.crs={CRS}").keys()) >= 4
 
 
+def test_scenes_in_web_mercator_are_warped_to_a_system_that_is_true_to_scale(src, tmp_path):
+    """At 60° N, a pixel of 20 m in Web Mercator is 10 m on the ground."""
+    values = np.arange(2 * 64 * 64, dtype="uint16").reshape(2, 64, 64) + 1
+    write_scene(tmp_path / "S2_A_20200601.tif", values, 1_000_000, 8_400_000, 20.0, crs="EPSG:3857")
+    text = DESCRIPTION.replace("    masks: {cloud", "    # masks: {cloud")
+    text = text[: text.index("  dem:")].replace("tile_m: 320", "tile_m: 160")
+    with pytest.raises(DatasetError, match=r"Pseudo-Mercator is not true to scale .* EPSG:32632 "):
+        opened(tmp_path, tmp_path, text)
+    dataset = opened(tmp_path, tmp_path, text, "grid.crs=EPSG:32632")
+    assert 9 <= len(dataset.keys()) <= 25  # 640 m a side, somewhat rotated
+    assert dataset.read(dataset.keys()[4]).arrays["s2"].shape == (1, 2, 16, 16)
+
+
 def test_damaged_images_are_told_with_their_number(src, tmp_path):
     for i in range(3):
         path = write_scene(tmp_path / f"S2_{i}_20200601.tif", np.ones((2, 64, 64), "uint16"), WEST, NORTH)
@@ -205,6 +218,18 @@ def test_damaged_images_are_told_with_their_number(src, tmp_path):
     manifest = write_shards(dataset, str(tmp_path / "shards"), "train", strict=False)
     assert manifest.notes["left out: cannot be read"] == 8
     assert "S2_1_20200601.tif: cannot be read" in manifest.examples["left out: cannot be read"]
+
+
+@pytest.mark.parametrize("name", ["S2_A_20200631", "SCL_A_20200631"])
+def test_a_date_that_is_not_in_the_calendar_is_said_so(src, tmp_path, name):
+    for path in src.glob("*.tif"):
+        (tmp_path / path.name).symlink_to(path)
+    (tmp_path / f"{name}.tif").symlink_to(src / name.replace("0631", "0601.tif"))
+    layer = "s2" if name.startswith("S2") else "s2.masks.cloud"
+    message = rf"1 images of rasters\.{layer} have a date .* not in the calendar, the first: {name}\.tif; fix the name"
+    with pytest.raises(DatasetError, match=message) as error:
+        opened(tmp_path, tmp_path)
+    assert "\n" not in str(error.value)
 
 
 def test_an_area_keeps_the_tiles_whose_centre_it_contains(src, tmp_path):

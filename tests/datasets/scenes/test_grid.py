@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maestro_scale.datasets.scenes.catalog import pixel_phase
-from maestro_scale.datasets.scenes.grid import Box, Cell, Grid, check_metric, crs_name, parse_crs, utm_crs
+from maestro_scale.datasets.scenes.grid import Box, Cell, Grid, crs_name, parse_crs
 from maestro_scale.datasets.scenes.images import Scene
 from maestro_scale.datasets.scenes.warp import Placement
 from maestro_scale.datasets.sources.protocol import ImageRef
@@ -65,16 +65,6 @@ def test_a_crs_has_one_name_however_it_is_written():
     assert re.fullmatch("crs[0-9a-f]{8}", crs_name(local))
     with pytest.raises(DatasetError, match=r"a\.tif: 'nonsense' is not a coordinate reference system"):
         parse_crs("nonsense", "a.tif")
-
-
-@pytest.mark.parametrize(
-    ("crs", "message"),
-    [("EPSG:4326", "in degree"), ("EPSG:2263", "in US survey foot"), ("EPSG:4978", "in metre")],
-)
-def test_tiles_are_cut_in_metres(crs, message):
-    with pytest.raises(DatasetError, match=f"{message}.*EPSG:32755 \\(the UTM zone"):
-        check_metric(crs, (147.3, -42.9))
-    assert utm_crs(180.0, 1.0) == "EPSG:32601"
 
 
 def test_the_grid_begins_where_the_pixels_of_most_scenes_begin():
