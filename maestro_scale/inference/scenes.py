@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +15,7 @@ import numpy as np
 from maestro_scale.datasets.description.config import Description, Splits
 from maestro_scale.datasets.description.dataset import only
 from maestro_scale.datasets.description.splits import WHOLE
-from maestro_scale.datasets.description.vectors import read_area
-from maestro_scale.datasets.scenes.dataset import SceneTiles, open_scenes
+from maestro_scale.datasets.scenes.dataset import SceneTiles, area_of, open_scenes
 from maestro_scale.datasets.scenes.grid import Cell
 from maestro_scale.datasets.spec import DatasetSpec, GeoOrigin, LeftOut
 from maestro_scale.inference.errors import InferenceError
@@ -125,7 +123,7 @@ def open_scene_source(description: Description, src: str, spec: DatasetSpec, lay
     )
     dataset = open_scenes(windows, src, WHOLE)
     if grid.area is not None:
-        polygon = read_area(Path(src, grid.area.file), dataset.reader.grid.crs, grid.area.layer)
+        polygon = area_of(grid.area, src, dataset.reader.grid.crs)
     spec = replace(spec, tile_m=spec.crop_m, modalities=dataset.spec.modalities)
     return SceneSource(spec, dataset, description.name, layout, polygon)
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import posixpath
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from maestro_scale.datasets.sources import remote
 from maestro_scale.datasets.sources.listing import is_text
+from maestro_scale.datasets.sources.local_file import LocalFile
 from maestro_scale.datasets.spec import DatasetError
 
 MAX_FILES = 20_000
@@ -102,18 +99,6 @@ def _spread(items: list[str], most: int) -> list[str]:
     return [items[int(i * step)] for i in range(most)]
 
 
-@contextmanager
-def local_copy(src: str, path: str) -> Iterator[Path]:
-    """A file on this machine: itself, or for the block a copy of a remote one, of at most 256 MiB. DatasetError."""
-    address = remote.join(src, path)
-    if not remote.is_remote(address):
-        yield Path(remote.local_path(address))
-        return
-    with remote.open_binary(address) as file:
-        content = file.read(_MAX_COPY_BYTES + 1)
-    if len(content) > _MAX_COPY_BYTES:
-        raise DatasetError(f"{address}: is larger than 256 MiB; copy it to this machine")
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / ("copy" + posixpath.splitext(path)[1])
-        copy.write_bytes(content)
-        yield copy
+def local_copy(src: str, path: str) -> LocalFile:
+    """A file on this machine: itself, or a copy of a remote one, of at most 256 MiB. DatasetError."""
+    return LocalFile(remote.join(src, path), _MAX_COPY_BYTES)

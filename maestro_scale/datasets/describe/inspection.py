@@ -124,14 +124,12 @@ class Inspection:
     def _read(self, reader: Callable[..., _T | str], path: str, *more: object) -> _T | str:
         """What a reader of :mod:`labels` finds in a file, or why it cannot be read."""
         try:
-            with local_copy(self._src, path) as file:
-                return reader(file, path, *more)
+            return reader(local_copy(self._src, path), path, *more)
         except DatasetError as error:
             return str(error)
 
     def _list_keys(self, path: str) -> list[str]:
-        with local_copy(self._src, path) as file:
-            return labels.list_keys(file)
+        return labels.list_keys(local_copy(self._src, path))
 
     def _is_geoparquet(self, path: str) -> bool:
         with remote.open_binary(remote.join(self._src, path)) as file:
@@ -430,12 +428,11 @@ class Inspection:
             if isinstance(vector, str):
                 self._messages.append(f"{path}: cannot be read ({vector}); left out")
             elif vector.is_area and draft.grid is not None and "area" not in draft.grid:
-                area: dict[str, object] = {"file": path}
-                if vector.layer:
-                    area["layer"] = vector.layer
+                area: dict[str, object] = {"file": path, **_layer_and_crs(draft, vector)}
                 draft.grid["area"] = area
+                assumed = "" if vector.crs else "; crs is that of the images, since the file declares none"
                 draft.grid_notes["area"] = Note(
-                    f"{vector.num_features} polygons; remove it to keep all tiles", True
+                    f"{vector.num_features} polygons; remove it to keep all tiles{assumed}", True
                 )
             elif vector.label is None and _METADATA.search(Path(path).stem):
                 self._remarks.append(f"Not used: {path}, as it has no attribute with classes.")
@@ -452,9 +449,7 @@ class Inspection:
         column = vector.label
         stem = re.sub(r"[^A-Za-z0-9]+", "_", vector.layer or Path(vector.path).stem).strip("_").lower()
         name = unique_name(stem or "labels", [t.name for t in self._targets])
-        where: dict[str, object] = {"files": vector.path}
-        if vector.layer:
-            where["layer"] = vector.layer
+        where: dict[str, object] = {"files": vector.path, **_layer_and_crs(draft, vector)}
         fields: dict[str, object] = {
             "kind": "segmentation",
             "vector": where,
@@ -462,6 +457,8 @@ class Inspection:
         }
         target = TargetDraft(name, fields, "")
         target.notes["resolution_m"] = Note("metres, a pixel of the label maps", True)
+        if vector.crs is None:
+            target.notes["vector"] = Note("crs is that of the images, since the file declares none", True)
         if column is None:
             classes = ["background", name]
             target.fields |= {"classes": classes, "outside": "background"}
@@ -721,6 +718,14 @@ def _values_text(values: Values) -> str:
 
 def _number(count: int, what: str) -> str:
     return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def _layer_and_crs(draft: Draft, vector: labels.Vector) -> dict[str, object]:
+    """Keys of a vector file: the layer if it has several, and a coordinate system if it declares none."""
+    found: dict[str, object] = {"layer": vector.layer} if vector.layer else {}
+    if vector.crs is None:
+        found["crs"] = Counter(c for r in draft.rasters for c in sorted(r.crs)).most_common(1)[0][0]
+    return found
 
 
 def _units(raster: RasterDraft) -> list[Unit]:

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 from maestro_scale import untrusted
 from maestro_scale.datasets.describe import words
 from maestro_scale.datasets.description.vectors import driver_of
+from maestro_scale.datasets.sources.local_file import LocalFile
 
 VECTOR_SUFFIXES = (".gpkg", ".geojson", ".shp")
 TABLE_SUFFIXES = (".csv", ".parquet")
@@ -117,19 +118,21 @@ def _may_be_label(column: Column) -> bool:
     return column.kind == "number" or (column.kind == "classes" and len(column.values) > 1)
 
 
-def read_vector(file: Path, path: str) -> Vector | str:
+def read_vector(file: LocalFile, path: str) -> Vector | str:
     """What a vector file holds, which is ``path`` in the folder, or why it cannot be read."""
     if path.lower().endswith(".parquet"):
-        return _read_geoparquet(file, path)
+        return _read_geoparquet(file.path, path)
     import pyogrio
 
     try:
         driver_of(file)  # GDAL has drivers for files that name others, whatever their suffix
-        layers = [str(name) for name, geometry in pyogrio.list_layers(file) if geometry]
+        layers = [str(name) for name, geometry in pyogrio.list_layers(file.path) if geometry]
         if not layers:
             return "has no layer with a geometry"
-        infos = {name: pyogrio.read_info(file, layer=name) for name in layers}
-        layer = max(layers, key=lambda name: (infos[name]["features"] > 0, best_of(file, name) is not None))
+        infos = {name: pyogrio.read_info(file.path, layer=name) for name in layers}
+        layer = max(
+            layers, key=lambda name: (infos[name]["features"] > 0, best_of(file.path, name) is not None)
+        )
         info = infos[layer]
         return Vector(
             path=path,
@@ -138,7 +141,7 @@ def read_vector(file: Path, path: str) -> Vector | str:
             geometry=str(info["geometry_type"]),
             num_features=int(info["features"]),
             crs=info["crs"],
-            columns=_frame_columns(file, layer),
+            columns=_frame_columns(file.path, layer),
         )
     except Exception as error:  # noqa: BLE001 - GDAL's drivers raise errors of many kinds for damaged files
         return _one_line(error)
@@ -169,15 +172,16 @@ def _read_geoparquet(location: Path, path: str) -> Vector | str:
             rows += batch.to_pylist()
             if len(rows) >= _MAX_ROWS:
                 break
-        crs = main.get("crs")
-        identifier = crs.get("id") if isinstance(crs, dict) else None
+        crs = main.get("crs", {"name": "longitude and latitude"})  # null: unknown
+        identifier = (crs or {}).get("id")
+        name = f"{identifier['authority']}:{identifier['code']}" if identifier else (crs or {}).get("name")
         return Vector(
             path=path,
             layer=None,
             layers=(),
             geometry=" ".join(map(str, main.get("geometry_types", []))) or "Unknown",
             num_features=file.metadata.num_rows,
-            crs=f"{identifier['authority']}:{identifier['code']}" if identifier else None,
+            crs=None if crs is None else str(name),
             columns=tuple(_column(n, [r[n] for r in rows if r[n] is not None]) for n in names),
         )
     except Exception as error:  # noqa: BLE001 - metadata of any form
@@ -194,10 +198,10 @@ def is_geoparquet(file: BinaryIO) -> bool:
         return False
 
 
-def read_table(file: Path, path: str, keys: Iterable[str]) -> Table | str:
+def read_table(file: LocalFile, path: str, keys: Iterable[str]) -> Table | str:
     """A CSV or Parquet file and which of its columns has most of ``keys``, or why it cannot be read."""
     try:
-        names, rows = _read_rows(file)
+        names, rows = _read_rows(file.path)
     except Exception as error:  # noqa: BLE001 - as above
         return _one_line(error)
     if not names or not rows:
@@ -241,10 +245,10 @@ def _read_rows(path: Path) -> tuple[list[str], list[list[Any]]]:
     return names, [[c.strip() for c in row] for row in lines[1 : _MAX_ROWS + 1] if len(row) == len(names)]
 
 
-def list_keys(path: Path) -> list[str]:
+def list_keys(file: LocalFile) -> list[str]:
     """The lines of a text file, or the first column of a CSV."""
-    with path.open("rb") as file:
-        text = file.read(_MAX_BYTES).decode("utf-8-sig", "replace")
+    with file.path.open("rb") as opened:
+        text = opened.read(_MAX_BYTES).decode("utf-8-sig", "replace")
     return [re.split(r"[,;\t]", line)[0].strip() for line in text.splitlines() if line.strip()][:_MAX_ROWS]
 
 

@@ -380,6 +380,8 @@ class VectorTarget(Section):
     """Path or address below SRC; ``{key}`` where each tile has its own file."""
     layer: Text | None = None
     """Layer of a GeoPackage; null: its only one."""
+    crs: Text | None = None
+    """Coordinate system of a file that declares none, such as a Shapefile without its ``.prj``."""
     column: Text | None = None
     """Attribute with the label; null: the target has one class beside ``outside``, the features themselves."""
     all_touched: bool = False
@@ -511,9 +513,11 @@ class Area(Section):
     """Where tiles are wanted."""
 
     file: Text
-    """Vector file with polygons, below SRC."""
+    """Path or address below SRC of a vector file with polygons."""
     layer: Text | None = None
     """Layer of a GeoPackage; null: its only one."""
+    crs: Text | None = None
+    """Coordinate system of a file that declares none, such as a Shapefile without its ``.prj``."""
 
 
 class Grid(Section):

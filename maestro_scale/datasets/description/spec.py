@@ -100,6 +100,10 @@ def settings_of(description: Description) -> str:
     for raster in content["rasters"].values():
         if raster is not None:
             del raster["sensor"]
+    vectors = [target["vector"] for target in content["targets"].values() if target is not None]
+    for section in (*vectors, (content["grid"] or {}).get("area")):
+        if section is not None and section["crs"] is None:
+            del section["crs"]  # a later key: shards from before it keep their digest
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

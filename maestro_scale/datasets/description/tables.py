@@ -11,6 +11,7 @@ from typing import Any
 
 from maestro_scale.datasets import raw
 from maestro_scale.datasets.sources import remote
+from maestro_scale.datasets.sources.local_file import LocalFile
 from maestro_scale.datasets.spec import DatasetError
 from maestro_scale.errors import did_you_mean, shorten
 from maestro_scale.untrusted.limits import Limits
@@ -136,16 +137,12 @@ def _attributes(address: str) -> dict[str, list[str]]:
 
     from maestro_scale.datasets.description.vectors import driver_of
 
-    if remote.is_remote(address):
-        raise DatasetError(
-            f"{address}: a table in this format is read from a disk only; fetch it, or use CSV or Parquet"
-        )
-    path = Path(remote.local_path(address))
-    driver_of(path)  # of a format that names no other files
+    file = LocalFile(address)
+    driver_of(file)  # of a format that names no other files
     try:
-        meta, _, _, values = pyogrio.raw.read(path, read_geometry=False)
+        meta, _, _, values = pyogrio.raw.read(file.path, read_geometry=False)
     except (RuntimeError, ValueError, OSError) as error:  # pyogrio's errors are RuntimeErrors
-        raise raw.read_error(path, error) from error
+        raise raw.read_error(Path(address), error) from error
     return {
         str(name): [_text(v) for v in column.tolist()]
         for name, column in zip(meta["fields"], values, strict=True)

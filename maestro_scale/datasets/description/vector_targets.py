@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from maestro_scale.datasets.description.config import Target as TargetKeys
 from maestro_scale.datasets.description.targets import Labels
 from maestro_scale.datasets.description.vectors import Features, VectorFile, burn
 from maestro_scale.datasets.scenes.grid import Box, parse_crs
+from maestro_scale.datasets.sources import remote
 from maestro_scale.datasets.spec import MISSING_CLASS, DatasetError, Target
 
 _PIXELS = 100  # per side of a tile, on which shares and majorities are measured without a resolution_m
@@ -57,8 +57,8 @@ class VectorLabels:
         file = self._open(key, parse_crs(place.crs, place.address))
         found = file.within(box)
         if self.target.kind == "regression":
-            return self._numbers(found, box, str(file.path))
-        return self._classes(found, box, str(file.path), notes)
+            return self._numbers(found, box, file.address)
+        return self._classes(found, box, file.address, notes)
 
     def prepare(self, crs: str, box: Box) -> None:
         """Read the features of a box, whose parts are needed next."""
@@ -80,7 +80,12 @@ class VectorLabels:
                 self._files.clear()
             keys = self._vector
             self._files[name, crs] = VectorFile(
-                Path(self.src, name), crs, layer=keys.layer, column=keys.column, order=keys.order
+                remote.join(self.src, name),
+                crs,
+                layer=keys.layer,
+                column=keys.column,
+                order=keys.order,
+                file_crs=keys.crs,
             )
         return self._files[name, crs]
 

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from maestro_scale import untrusted
 from maestro_scale.datasets.scenes.grid import Box, parse_crs
+from maestro_scale.datasets.scenes.ground import is_on_earth
 from maestro_scale.datasets.scenes.warp import tile_transform, transformed_bounds, transformer
+from maestro_scale.datasets.sources.local_file import LocalFile
 from maestro_scale.datasets.spec import DatasetError
 
 _SQLITE = b"SQLite format 3\x00"
@@ -45,12 +46,13 @@ class Features:
 class VectorFile:
     """The features of one layer of a file, by rectangle, in the coordinate system ``crs``.
 
-    Picklable: what it has read stays in the process. DatasetError that names file and cause.
+    Picklable: what it has read stays in the process, as does the copy of a remote file. ``file_crs``: of a file that
+    declares none. DatasetError that names file and cause.
     """
 
     def __init__(
         self,
-        path: Path,
+        address: str,
         crs: str,
         *,
         layer: str | None = None,
@@ -58,12 +60,13 @@ class VectorFile:
         order: str | None = None,
         file_crs: str | None = None,
     ) -> None:
-        self.path, self.crs, self.column, self._order = path, crs, column, order
-        self._driver = driver_of(path)
-        self._layer = _layer(path, layer) if self._driver == "GPKG" else None
+        self.address, self.crs, self.column, self._order = address, crs, column, order
+        self._local: LocalFile | None = None
+        self._driver = driver_of(self._file)
+        self._layer = _layer(self._file, layer) if self._driver == "GPKG" else None
         self._columns = tuple(dict.fromkeys(c for c in (column, order) if c is not None))
         self.file_crs = self._check_header(file_crs)
-        self._whole = self._driver != "GPKG" or path.stat().st_size <= IN_MEMORY_BYTES
+        self._whole = self._driver != "GPKG" or self._file.path.stat().st_size <= IN_MEMORY_BYTES
         self._loaded: tuple[Box | None, Features, Any] | None = None
 
     def within(self, box: Box) -> Features:
@@ -105,12 +108,14 @@ class VectorFile:
                     geometries, lambda xy: np.stack(move.transform(xy[:, 0], xy[:, 1]), 1)
                 )
             except pyproj.exceptions.ProjError as error:
-                raise DatasetError(f"{self.path}: cannot be transformed to {self.crs} ({error})") from error
+                raise DatasetError(
+                    f"{self.address}: cannot be transformed to {self.crs} ({error})"
+                ) from error
             near = np.isfinite(shapely.bounds(geometries)).all(axis=1)
             geometries, valid = geometries[near], np.flatnonzero(valid)[near]
         labels = None if self.column is None else np.asarray(table[self.column], object)[valid]
         if self._order is not None:
-            order = _in_order(np.asarray(table[self._order], object)[valid], f"{self.path}: {self._order}")
+            order = _in_order(np.asarray(table[self._order], object)[valid], f"{self.address}: {self._order}")
             geometries, labels = geometries[order], None if labels is None else labels[order]
         return Features(geometries, labels)
 
@@ -124,49 +129,59 @@ class VectorFile:
             if self._driver == "Parquet":
                 import pyarrow.parquet as pq
 
-                name = _geometry_column(self.path)
-                table = pq.read_table(self.path, columns=[name, *self._columns])
+                name = _geometry_column(self._file)
+                table = pq.read_table(self._file.path, columns=[name, *self._columns])
                 columns = {c: table[c].to_pandas().to_numpy(object) for c in self._columns}
                 return {"geometry": shapely.from_wkb(table[name].to_numpy(zero_copy_only=False)), **columns}
             _, _, geometry, fields = pyogrio.raw.read(
-                self._source,
+                self._file.path,
                 layer=self._layer,
                 columns=list(self._columns),
                 bbox=bounds,
                 force_2d=True,
             )
-            found = pyogrio.read_info(self._source, layer=self._layer)["fields"].tolist()
+            found = pyogrio.read_info(self._file.path, layer=self._layer)["fields"].tolist()
             names = [n for n in found if n in self._columns]
             return {"geometry": shapely.from_wkb(geometry), **dict(zip(names, fields, strict=True))}
         except (pyarrow.ArrowException, OSError, ValueError, shapely.errors.ShapelyError) as error:
-            raise _unreadable(self.path, error) from error
+            raise _unreadable(self._file, error) from error
         except (pyogrio.errors.DataSourceError, pyogrio.errors.DataLayerError) as error:
-            raise _unreadable(self.path, error) from error
+            raise _unreadable(self._file, error) from error
 
     @property
-    def _source(self) -> str:
-        return str(self.path)
+    def _file(self) -> LocalFile:
+        if self._local is None:
+            self._local = LocalFile(self.address)
+        return self._local
 
     def _check_header(self, file_crs: str | None) -> str:
         """The coordinate system of the file; DatasetError if it has none, or lacks a column."""
         if self._driver == "Parquet":
-            columns, crs = _parquet_header(self.path)
+            columns, crs = _parquet_header(self._file)
         else:
-            columns, crs = _ogr_header(self.path, self._layer)
+            columns, crs = _ogr_header(self._file, self._layer)
         for column in self._columns:
             if column not in columns:
                 raise DatasetError(
-                    f"{self.path}: has no column {column!r}; there are: {', '.join(columns[:50]) or 'none'}",
+                    f"{self.address}: has no column {column!r}; there are: {', '.join(columns[:50]) or 'none'}",
                     "a column is missing",
                 )
         if crs is None and file_crs is None:
             raise DatasetError(
-                f"{self.path}: has no coordinate system; write one into the file", "CRS is missing"
+                f"{self.address}: has no coordinate system; give it by crs, beside the name of the file",
+                "CRS is missing",
             )
-        return parse_crs(crs or file_crs, str(self.path))
+        found = parse_crs(crs or file_crs, self.address)
+        if not is_on_earth(found):
+            raise DatasetError(
+                f"{self.address}: is in a local coordinate system, which says nothing of where on Earth it lies; "
+                "georeference it",
+                "no place on the ground",
+            )
+        return found
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_loaded": None}
+        return {**self.__dict__, "_loaded": None, "_local": None}
 
 
 def _in_order(ranks: np.ndarray, where: str) -> list[int]:
@@ -201,32 +216,32 @@ def burn(
     return target
 
 
-def read_area(path: Path, crs: str, layer: str | None = None) -> Any:
+def read_area(address: str, crs: str, layer: str | None = None, file_crs: str | None = None) -> Any:
     """The union of all polygons of a file, in ``crs``. DatasetError if it has none."""
     import shapely
 
-    features = VectorFile(path, crs, layer=layer)
+    features = VectorFile(address, crs, layer=layer, file_crs=file_crs)
     features.load(None)
     assert features._loaded is not None
     shapes = features._loaded[1].geometries
     polygons = shapes[np.isin(shapely.get_type_id(shapes), (3, 6))]
     if not len(polygons):
         raise DatasetError(
-            f"{path}: has no polygon among {len(shapes)} features; an area is made of polygons"
+            f"{address}: has no polygon among {len(shapes)} features; an area is made of polygons"
         )
     return shapely.union_all(shapely.make_valid(polygons))
 
 
-def driver_of(path: Path) -> str:
+def driver_of(file: LocalFile) -> str:
     """The driver for a vector file; DatasetError unless suffix and first bytes say the same format."""
     try:
-        with path.open("rb") as file:
-            start = file.read(len(_SQLITE))
+        with file.path.open("rb") as opened:
+            start = opened.read(len(_SQLITE))
     except OSError as error:
         raise DatasetError(
-            f"{path}: cannot be read ({error.strerror}); check the path", "a file is missing"
+            f"{file.address}: cannot be read ({error.strerror}); check the path", "a file is missing"
         ) from error
-    suffix = path.suffix.lower()
+    suffix = file.path.suffix.lower()
     driver = "Parquet" if start.startswith(_PARQUET) else _DRIVERS.get(suffix)
     right = {
         "Parquet": True,
@@ -235,51 +250,51 @@ def driver_of(path: Path) -> str:
         "ESRI Shapefile": start.startswith(b"\x00\x00\x27\x0a"),
     }
     if driver is None or not right[driver]:
-        raise DatasetError(f"{path}: is not a vector file of a known format; use {FORMATS}")
+        raise DatasetError(f"{file.address}: is not a vector file of a known format; use {FORMATS}")
     return driver
 
 
-def _layer(path: Path, wanted: str | None) -> str:
+def _layer(file: LocalFile, wanted: str | None) -> str:
     import pyogrio
 
     try:
-        layers = [str(name) for name in pyogrio.list_layers(path)[:, 0]]
+        layers = [str(name) for name in pyogrio.list_layers(file.path)[:, 0]]
     except (pyogrio.errors.DataSourceError, OSError, ValueError) as error:
-        raise _unreadable(path, error) from error
+        raise _unreadable(file, error) from error
     if wanted is None and len(layers) == 1:
         return layers[0]
     if wanted not in layers:
         what = f"has no layer {wanted!r}" if wanted else f"has {len(layers)} layers; set layer"
-        raise DatasetError(f"{path}: {what}; there are: {', '.join(layers[:50])}")
+        raise DatasetError(f"{file.address}: {what}; there are: {', '.join(layers[:50])}")
     return str(wanted)
 
 
-def _ogr_header(path: Path, layer: str | None) -> tuple[list[str], Any]:
+def _ogr_header(file: LocalFile, layer: str | None) -> tuple[list[str], Any]:
     import pyogrio
 
     try:
-        info = pyogrio.read_info(path, layer=layer)
+        info = pyogrio.read_info(file.path, layer=layer)
     except (pyogrio.errors.DataSourceError, pyogrio.errors.DataLayerError, OSError, ValueError) as error:
-        raise _unreadable(path, error) from error
+        raise _unreadable(file, error) from error
     return [str(f) for f in info["fields"]], info["crs"]
 
 
-def _parquet_header(path: Path) -> tuple[list[str], Any]:
+def _parquet_header(file: LocalFile) -> tuple[list[str], Any]:
     import pyarrow
     import pyarrow.parquet as pq
 
     try:
-        schema = pq.read_schema(path)
+        schema = pq.read_schema(file.path)
     except (pyarrow.ArrowException, OSError) as error:
-        raise _unreadable(path, error) from error
-    return schema.names, _geo_metadata(path)[1]
+        raise _unreadable(file, error) from error
+    return schema.names, _geo_metadata(file)[1]
 
 
-def _geometry_column(path: Path) -> str:
-    return _geo_metadata(path)[0]
+def _geometry_column(file: LocalFile) -> str:
+    return _geo_metadata(file)[0]
 
 
-def _geo_metadata(path: Path) -> tuple[str, Any]:
+def _geo_metadata(file: LocalFile) -> tuple[str, Any]:
     """Name and CRS of the geometry column: the ``geo`` metadata of GeoParquet (geoparquet.org/releases/v1.1.0).
 
     Without a ``crs``, it is longitude and latitude (OGC:CRS84); null means unknown.
@@ -288,13 +303,15 @@ def _geo_metadata(path: Path) -> tuple[str, Any]:
     from pyproj import CRS
     from pyproj.exceptions import CRSError
 
-    raw = (pq.read_schema(path).metadata or {}).get(b"geo")
+    raw = (pq.read_schema(file.path).metadata or {}).get(b"geo")
     if raw is None:
-        raise DatasetError(f"{path}: is a Parquet file without geometries (no `geo` metadata); use {FORMATS}")
+        raise DatasetError(
+            f"{file.address}: is a Parquet file without geometries (no `geo` metadata); use {FORMATS}"
+        )
     try:
-        content = untrusted.load_json(raw, str(path))
+        content = untrusted.load_json(raw, file.address)
     except untrusted.InputError as error:
-        raise DatasetError(f"{path}: has invalid `geo` metadata ({error})") from error
+        raise DatasetError(f"{file.address}: has invalid `geo` metadata ({error})") from error
     try:
         name = str(content["primary_column"])
         column = content["columns"][name]
@@ -304,15 +321,19 @@ def _geo_metadata(path: Path) -> tuple[str, Any]:
             crs = CRS.from_json_dict(crs).to_wkt()
     except (KeyError, TypeError, AttributeError, CRSError) as error:
         raise DatasetError(
-            f"{path}: has incomplete `geo` metadata ({error}); write the file again"
+            f"{file.address}: has incomplete `geo` metadata ({error}); write the file again"
         ) from error
     if encoding != "WKB":
-        raise DatasetError(f"{path}: has geometries encoded as {encoding}, not WKB; write the file again")
+        raise DatasetError(
+            f"{file.address}: has geometries encoded as {encoding}, not WKB; write the file again"
+        )
     return name, crs
 
 
-def _unreadable(path: Path, error: Exception) -> DatasetError:
-    return DatasetError(f"{path}: cannot be read ({' '.join(str(error).split())}); fetch the file again")
+def _unreadable(file: LocalFile, error: Exception) -> DatasetError:
+    return DatasetError(
+        f"{file.address}: cannot be read ({' '.join(str(error).split())}); fetch the file again"
+    )
 
 
 def _contains(outer: Box, inner: Box) -> bool:

@@ -8,14 +8,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from maestro_scale.datasets.description.assemble import Place, Stack, mask_band
 from maestro_scale.datasets.description.blocks import draw_blocks, left_out
-from maestro_scale.datasets.description.config import Description, ImageFiles, MaskRule, Raster, SplitBlocks
+from maestro_scale.datasets.description.config import (
+    Area,
+    Description,
+    ImageFiles,
+    MaskRule,
+    Raster,
+    SplitBlocks,
+)
 from maestro_scale.datasets.description.config import Target as TargetKeys
 from maestro_scale.datasets.description.index import SectionImages, list_sections, sections
 from maestro_scale.datasets.description.spec import dataset_spec, settings_of
@@ -41,6 +47,7 @@ from maestro_scale.datasets.scenes.problems import Problems
 from maestro_scale.datasets.scenes.reader import SceneReader
 from maestro_scale.datasets.scenes.series import FEW_VALID, SceneRaster, SceneSeries, Series
 from maestro_scale.datasets.scenes.warp import Pixels
+from maestro_scale.datasets.sources import remote
 from maestro_scale.datasets.spec import NODATA, DatasetError, DatasetSpec, LeftOut, Target, Tile
 from maestro_scale.datasets.values import extremes
 from maestro_scale.errors import did_you_mean
@@ -340,8 +347,7 @@ def _cells(
     assert keys is not None
     area = None
     if keys.area is not None:
-        file = Path(src, keys.area.file)
-        area = AreaOfInterest(read_area(file, grid.crs, keys.area.layer), str(file))
+        area = AreaOfInterest(area_of(keys.area, src, grid.crs), remote.join(src, keys.area.file))
     required = [m.name for m in spec.modalities if not m.optional]
     plan = plan_cells(grid, series, required, area)
     if description.splits.blocks is not None:
@@ -357,6 +363,11 @@ def _cells(
             f"{unknown[0]}; remove them"
         )
     return [cells[key] for key in chosen], plan.left_out
+
+
+def area_of(area: Area, src: str, crs: str) -> Any:
+    """The area of interest of a description, in ``crs``. DatasetError that names file and cause."""
+    return read_area(remote.join(src, area.file), crs, area.layer, area.crs)
 
 
 def _drawn(blocks: SplitBlocks, split: str, grid: Grid, plan: CellPlan) -> tuple[list[Cell], dict[str, int]]:

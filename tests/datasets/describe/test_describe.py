@@ -128,6 +128,20 @@ def test_a_photo_of_a_drone_with_trees_as_geojson(tmp_path):
     assert description.splits.blocks.fractions == {"train": 0.7, "val": 0.15, "test": 0.15}
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", ["fields.shp", "fields.parquet"])
+def test_labels_without_a_coordinate_system_get_that_of_the_images(tmp_path, name):
+    src = tmp_path / "d"
+    write(src / "orthomosaic.tif", (3, 600, 500), 20, 200, "uint8", m=0.5)
+    shapes = [box(WEST + 50 * i, NORTH - 290, WEST + 50 * i + 30, NORTH - 2) for i in range(4)]
+    fields = geopandas.GeoDataFrame({"crop": ["rye", "oats"] * 2}, geometry=shapes)
+    (fields.to_parquet if name.endswith("parquet") else fields.to_file)(src / name)
+    description = drafted(src, tmp_path)
+    assert description.targets["fields"].vector.crs == "EPSG:32632"
+    assert "assumed: crs is that of the images, since the file declares none" in describe(str(src)).to_yaml()
+    assert (first_tile(description, src).targets["fields"] < 2).any()
+
+
 def test_a_series_in_folders_of_dates_with_an_area(tmp_path):
     src = tmp_path / "planet"
     for day in ("2021-06-03", "2021-07-03"):

@@ -7,8 +7,10 @@ import os
 import pickle
 from pathlib import Path
 
+import geopandas
 import numpy as np
 import pytest
+from shapely.geometry import box
 from testkit.described import SIZE, describe, opened, pixels, raster, write_tif
 
 from maestro_scale.datasets.description.dataset import open_described
@@ -560,5 +562,12 @@ def test_files_and_tables_at_an_address(tmp_path):
     tile = dataset.read("a")
     np.testing.assert_array_equal(tile.arrays["s2"][0], pixels(1))
     assert (tile.dates["s2"].tolist(), tile.targets["x"].tolist()) == ([[2020, 2, 0]], [1.5])
+    frame = geopandas.GeoDataFrame(
+        {"tile": ["b"], "split": ["train"]}, geometry=[box(0, 0, 1, 1)], crs="EPSG:32632"
+    )
+    frame.to_file(tmp_path / "t.gpkg")
+    store.pipe("/tiles/t.gpkg", (tmp_path / "t.gpkg").read_bytes())
+    columns = {"splits": {"column": {"file": "t.gpkg"}}}
+    assert open_described(describe(rasters, **columns), "memory://tiles", "train").keys() == ["b"]
     with pytest.raises(DatasetError, match=r"memory://tiles/val\.txt: is missing"):
         open_described(describe(rasters, **options), "memory://tiles", "val")

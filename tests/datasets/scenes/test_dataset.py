@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from pathlib import Path
 
+import fsspec
 import geopandas
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from testkit.scene_files import write_scene
 
 from maestro_scale.datasets.description.dataset import open_described
 from maestro_scale.datasets.description.load import load_description
+from maestro_scale.datasets.description.spec import settings_of
 from maestro_scale.datasets.spec import DatasetError, LeftOut
 from maestro_scale.shards.read.verify import verify
 from maestro_scale.shards.write.writer import write_shards
@@ -235,6 +237,16 @@ def test_a_date_that_is_not_in_the_calendar_is_said_so(src, tmp_path, name):
 def test_an_area_keeps_the_tiles_whose_centre_it_contains(src, tmp_path):
     dataset = opened(src, tmp_path, DESCRIPTION, "grid.area=area.geojson")
     assert len(dataset.keys()) == 6
+    fsspec.filesystem("memory").put(str(src / "area.geojson"), "/areas/area.geojson")
+    there = opened(src, tmp_path, DESCRIPTION, "grid.area=memory://areas/area.geojson")
+    assert there.keys() == dataset.keys()
+
+
+def test_the_digest_of_settings_stays_that_of_shards_which_are_there(tmp_path):
+    description = described(tmp_path, DESCRIPTION + LABELS, "grid.area=a.geojson")
+    assert settings_of(description) == "53eb72a2b90ab4cf8b886663bad297b6d0f0a97aa10f9bfea53bc84cef9e0a74"
+    other = described(tmp_path, DESCRIPTION + LABELS, "grid.area={file: a.geojson, crs: 'EPSG:4326'}")
+    assert settings_of(other) != settings_of(description)
 
 
 def test_blocks_split_the_tiles_at_a_distance(src, tmp_path):

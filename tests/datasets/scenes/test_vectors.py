@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
+
+import fsspec
 import geopandas
 import numpy as np
 import pandas
@@ -33,7 +36,7 @@ def write(path, frame=FRAME):
         frame.to_parquet(path)
     else:
         frame.to_file(path)
-    return path
+    return str(path)
 
 
 @pytest.mark.parametrize("name", ["a.gpkg", "a.geojson", "a.parquet", "a.shp"])
@@ -132,11 +135,48 @@ def test_a_file_of_another_kind_is_not_opened(tmp_path):
     FRAME.drop(columns="geometry").to_parquet(tmp_path / "e.parquet")
     for name in ("a.gpkg", "b.geojson", "c.csv", "d.gpkg", "e.parquet", "f.gpkg"):
         with pytest.raises(DatasetError, match=name) as caught:
-            VectorFile(tmp_path / name, CRS)
+            VectorFile(str(tmp_path / name), CRS)
         assert "\n" not in str(caught.value)
-    write(tmp_path / "g.gpkg", FRAME.set_crs(None, allow_override=True))
-    with pytest.raises(DatasetError, match="has no coordinate system; write one"):
-        VectorFile(tmp_path / "g.gpkg", CRS)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", ["a.gpkg", "a.parquet", "a.shp"])  # GeoJSON is in longitude and latitude
+def test_a_missing_coordinate_system_can_be_given(tmp_path, name):
+    path = write(tmp_path / name, FRAME.set_crs(None, allow_override=True))
+    with pytest.raises(
+        DatasetError, match="has no coordinate system; give it by crs, beside the name of the file"
+    ):
+        VectorFile(path, CRS)
+    assert VectorFile(path, CRS, column="kind", file_crs=CRS).within(BOX).labels.tolist() == [3, 7]
+    assert read_area(path, CRS, file_crs=CRS).area == pytest.approx(shapely.union_all(SHAPES).area)
+    if name == "a.shp":
+        kept = labels(tmp_path, outside="none", vector={"files": "a.shp", "crs": CRS})
+        np.testing.assert_array_equal(kept, labels(tmp_path, outside="none"))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_drawing_has_no_place_on_the_ground(tmp_path):
+    local = 'ENGCRS["of a drawing",EDATUM["x"],CS[Cartesian,2],AXIS["x",east],AXIS["y",north],LENGTHUNIT["metre",1]]'
+    path = write(tmp_path / "a.gpkg", FRAME.set_crs(local, allow_override=True))
+    with pytest.raises(DatasetError, match="is in a local coordinate system"):
+        VectorFile(path, CRS)
+
+
+@pytest.mark.parametrize("name", ["a.gpkg", "a.geojson", "a.parquet", "a.shp"])
+def test_files_at_an_address_are_read_as_local_ones(tmp_path, name):
+    write(tmp_path / name)
+    fsspec.filesystem("memory").put(f"{tmp_path}/", "/vectors/", recursive=True)
+    file = VectorFile(f"memory://vectors/{name}", CRS, column="kind")
+    assert file.within(BOX).labels.tolist() == [3, 7]
+    copy = file._file.path
+    there = pickle.loads(pickle.dumps(file))  # of a process that writes, which copies the file for itself
+    assert there.within(BOX).labels.tolist() == [3, 7]
+    assert there._file.path != copy
+    assert copy.exists()
+    del file
+    assert not copy.parent.exists()
+    with pytest.raises(DatasetError, match=f"memory://vectors/x{name}: is missing"):
+        VectorFile(f"memory://vectors/x{name}", CRS)
 
 
 def test_an_area_is_the_union_of_its_polygons(tmp_path):
