@@ -1,8 +1,9 @@
 """Emulated object store for benchmarks: serves GET and HEAD of S3 from a folder, with delay and rate per connection.
 
 It runs in a separate process, so that it does not share the interpreter lock with the reader. Writes and listings are
-refused: datasets are written to the folder beforehand. ``GET /_first`` returns the time of the first request for a
-shard since the previous such call (time.monotonic, which is the same in all processes).
+refused: datasets are written to the folder beforehand. ``GET /_requests`` returns the requests since the previous such
+call: their number by method, and the time of the first one for a shard (time.monotonic, which is the same in all
+processes).
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ import json
 import multiprocessing
 import re
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -21,7 +24,7 @@ from urllib.parse import unquote, urlsplit
 from urllib.request import urlopen
 
 _PIECE_BYTES = 256 * 1024
-_SHARDS = (".tar", ".mds")
+_SHARDS = ".tar"
 
 
 @contextmanager
@@ -38,14 +41,29 @@ def serve(folder: Path, delay_s: float, bytes_per_s: float) -> Iterator[str]:
         process.join()
 
 
-def first_request_time(store: str) -> float | None:
-    """Time (time.monotonic) of the first request for a shard since the last call of this function; None: no request."""
-    with urlopen(f"{store}/_first") as answer:
-        return json.load(answer)
+@dataclass(frozen=True)
+class Requests:
+    """Requests since the last call of :func:`requests_since`. ``first``: time.monotonic of the first for a shard."""
+
+    get: int
+    head: int
+    first: float | None
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.get + self.head
+
+
+def requests_since(store: str) -> Requests:
+    """The requests since the last call of this function."""
+    with urlopen(f"{store}/_requests") as answer:
+        return Requests(**json.load(answer))
 
 
 def _serve(pipe: Connection, folder: Path, delay_s: float, bytes_per_s: float) -> None:
     first: list[float] = []
+    counts: Counter[str] = Counter()
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -62,10 +80,13 @@ def _serve(pipe: Connection, folder: Path, delay_s: float, bytes_per_s: float) -
             self._answer(with_body=True)
 
         def _answer(self, with_body: bool) -> None:
-            if self.path == "/_first":
-                self._send_json(json.dumps(first[0] if first else None).encode())
+            if self.path == "/_requests":
+                found = {"get": counts["GET"], "head": counts["HEAD"], "first": first[0] if first else None}
+                self._send_json(json.dumps(found).encode())
                 first.clear()
+                counts.clear()
                 return
+            counts[self.command] += 1
             if with_body and self.path.endswith(_SHARDS):
                 first.append(time.monotonic())
             time.sleep(delay_s)

@@ -40,7 +40,7 @@ def files_to_pack(wheels: Path | None = None) -> dict[str, Path]:
     if wheels is not None:
         found = sorted(wheels.glob("*.whl"))
         if not found:
-            raise PackError(f"{wheels} contains no wheel: see docs/performance.md for the command")
+            raise PackError(f"{wheels} contains no wheel: see docs/gpu.md for the command")
         files |= {f".whl/{p.name}": p for p in found}
     size = sum(p.stat().st_size for p in files.values())
     if size > LIMIT_BYTES:

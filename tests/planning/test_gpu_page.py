@@ -1,4 +1,4 @@
-"""The table of docs/performance.md is what plan computes."""
+"""The table of docs/gpu.md is what plan computes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from maestro_scale.planning import Cluster, plan_cluster
 from maestro_scale.recipe import load_recipe
 from maestro_scale.training.dry_run import specs_and_sizes
 
-PAGE = (REPO / "docs" / "performance.md").read_text()
+PAGE = (REPO / "docs" / "gpu.md").read_text()
 ROWS = [
     [cell.strip() for cell in line.strip("|").split("|")]
     for line in PAGE.splitlines()
