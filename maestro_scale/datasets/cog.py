@@ -48,18 +48,20 @@ def write_cog(
     parts: Iterable[Part],
     georeference: Mapping[str, Any],
     tags: Mapping[str, str],
+    partial: Path | None = None,
 ) -> None:
     """Write an image of ``shape`` (height, width) from its parts, one at a time; what no part covers is nodata.
 
     ``georeference``: ``crs`` and ``transform``, as rasterio takes them. The bytes depend on the arguments alone. The
-    file appears under its name once it is complete and has been read back. OSError: the disk is full.
+    file appears under its name once it is complete and has been read back. ``partial``: its path until then, ``*.tif``
+    on the same file system; default: a hidden name beside it. OSError: the disk is full.
     """
     import rasterio
     from rasterio.enums import ColorInterp
     from rasterio.shutil import copy
     from rasterio.windows import Window
 
-    partial = path.with_name(f".partial-{uuid.uuid4().hex}.tif")
+    partial = partial or path.with_name(f".partial-{uuid.uuid4().hex}.tif")
     done = partial.with_name(f"{partial.stem}-cog.tif")
     profile = {
         "driver": "GTiff",

@@ -1,13 +1,15 @@
 """The folder of predictions: what it contains, which parts are done, and what is put together of them.
 
 Ranks need no communication: each writes parts of its own, renamed into place when they are complete, and one rank puts
-the parts of a map together once all are there. The same command continues where a job was killed.
+the parts of a map together once all are there. The same command continues where a job was killed. Parts and files that
+are being written are in ``.parts``, which is removed when everything is complete.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +24,8 @@ from maestro_scale.inference.errors import InferenceError
 
 RECORD = "_predict.json"
 PARTS = ".parts"
+_PARTIAL = ".partial-"
+_ABANDONED_S = 24 * 3600.0  # age from which a file that is being written is of a killed job
 _BESIDE = ".aux.xml"
 _POLL_S = 0.5
 
@@ -34,6 +38,7 @@ class Folder:
 
     def __init__(self, path: Path, record: Mapping[str, object]) -> None:
         self.path = path
+        self._parts = path / PARTS
         path.mkdir(parents=True, exist_ok=True)
         recorded = self._read()
         if recorded is None:
@@ -51,6 +56,7 @@ class Folder:
                 f"{path} holds predictions of something else ({'; '.join(differences)}): use another folder"
             )
         self.ignore_case = ignores_case(path)
+        self._remove_abandoned()
 
     def file(self, folder: str, key: str, suffix: str) -> Path:
         """The path of a file by its key, which may be any text."""
@@ -60,12 +66,16 @@ class Folder:
 
     def part(self, area: int, number: int) -> Path:
         """The file of a part of a map."""
-        return self.path / PARTS / f"{area:06d}-{number:06d}.bin"
+        return self._parts / f"{area:06d}-{number:06d}.bin"
+
+    def new_file(self, suffix: str = "") -> Path:
+        """A path for a file until it is complete, on the same file system as the others."""
+        self._parts.mkdir(exist_ok=True)
+        return self._parts / f"{_PARTIAL}{uuid.uuid4().hex}{suffix}"
 
     def write_part(self, path: Path, arrays: Sequence[np.ndarray]) -> None:
         """Write a part, at once: the values of these arrays, one after the other."""
-        path.parent.mkdir(exist_ok=True)
-        partial = path.with_name(f".partial-{uuid.uuid4().hex}")
+        partial = self.new_file()
         try:
             with partial.open("wb") as file:
                 for array in arrays:
@@ -83,11 +93,19 @@ class Folder:
             missing = [p for p in missing if not p.exists()]
 
     def remove_parts(self, paths: Sequence[Path]) -> None:
-        """Remove parts that have been put together, and their folder once it is empty."""
+        """Remove parts that have been put together."""
         for path in paths:
             path.unlink(missing_ok=True)
-        with suppress(OSError):  # there are others
-            (self.path / PARTS).rmdir()
+
+    def finish(self) -> None:
+        """Everything is complete: remove what killed jobs have left."""
+        shutil.rmtree(self._parts, ignore_errors=True)
+
+    def _remove_abandoned(self) -> None:
+        for file in self._parts.glob(f"{_PARTIAL}*"):
+            with suppress(OSError):  # another rank removes it
+                if time.time() - file.stat().st_mtime > _ABANDONED_S:
+                    file.unlink()
 
     def _read(self) -> dict[str, object] | None:
         try:
@@ -97,7 +115,7 @@ class Folder:
 
     def _create(self, text: str) -> None:
         """Create the record, unless another rank has."""
-        partial = self.path / f".partial-{uuid.uuid4().hex}"
+        partial = self.new_file()
         partial.write_text(text)
         try:
             os.link(partial, self.path / RECORD)

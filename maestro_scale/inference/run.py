@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import sys
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,7 +98,7 @@ def predict_maps(
             else:
                 area = source.areas[chunk.area]
                 for image, path, values in zip(output.images, paths[chunk.area], arrays, strict=True):
-                    _write(path, area, image.bands, [(0, 0, values)], origin)
+                    _write(folder, path, area, image.bands, [(0, 0, values)], origin)
             num_done += len(chunk.windows)
             if progress:
                 progress(num_done, total, 0)
@@ -116,8 +115,10 @@ def predict_maps(
                     (c.box.top, c.box.left, unpacked(part, i, _shapes(output, c.box)))
                     for c, part in zip(chunks, parts, strict=True)
                 )
-                _write(path, area, image.bands, pieces, source.origin(index))
+                _write(folder, path, area, image.bands, pieces, source.origin(index))
         folder.remove_parts(parts)
+    if all(path.exists() for of_area in paths for path in of_area):
+        folder.finish()
     return num_done
 
 
@@ -131,6 +132,7 @@ def predict_points(
     parts = [folder.part(0, number) for number in range(len(units))]
     num_done = 0
     if path.exists():
+        folder.finish()
         return 0
     mine = [n for n in range(len(units))[run.rank :: run.world] if not parts[n].exists()]
     total = sum(len(windows) for n in mine for _, windows in units[n])
@@ -149,8 +151,9 @@ def predict_points(
         folder.write_part(parts[number], [np.frombuffer(sink.getvalue(), np.uint8)])
     if run.rank == 0:
         folder.wait_for(parts, _Waiting(name))
-        _write_table(path, parts)
-        folder.remove_parts(parts)
+        _write_table(folder, path, parts)
+    if path.exists():  # also where this rank was late, and wrote parts that the table has
+        folder.finish()
     return num_done
 
 
@@ -267,9 +270,9 @@ def _shapes(output: MapOutput, box: Box) -> list[tuple[tuple[int, ...], str]]:
     return [((len(i.bands.names), box.height, box.width), i.bands.dtype) for i in output.images]
 
 
-def _write(path: Path, area: Area, bands: Any, parts: Any, origin: GeoOrigin | None) -> None:
-    place = georeference(origin, area.resolution_m)
-    write_cog(path, bands, (area.height, area.width), parts, place, {"key": area.name})
+def _write(folder: Folder, path: Path, area: Area, bands: Any, parts: Any, origin: GeoOrigin | None) -> None:
+    place, size = georeference(origin, area.resolution_m), (area.height, area.width)
+    write_cog(path, bands, size, parts, place, {"key": area.name}, folder.new_file(".tif"))
 
 
 def _rows(source: Source, pieces: Pieces, columns: dict[str, tuple[pa.DataType, list[Any]]]) -> pa.Table:
@@ -296,14 +299,14 @@ def _rows(source: Source, pieces: Pieces, columns: dict[str, tuple[pa.DataType, 
     return pa.table({**fixed, **found})
 
 
-def _write_table(path: Path, parts: Sequence[Path]) -> None:
+def _write_table(folder: Folder, path: Path, parts: Sequence[Path]) -> None:
     tables = [t for t in (parquet.read_table(part) for part in parts) if t.num_rows]
     table = pa.concat_tables(tables) if tables else pa.table({"key": pa.array([], pa.string())})
     if table.num_rows and geoparquet.can_place():
         rows = zip(*(table[name].to_pylist() for name in ("crs", "x_m", "y_m")), strict=True)
         shapes = [None if crs is None else geoparquet.point(GeoOrigin(crs, x, y)) for crs, x, y in rows]
         table = geoparquet.with_geometry(table, shapes, "Point")
-    partial = path.with_name(f".partial-{uuid.uuid4().hex}")
+    partial = folder.new_file()
     try:
         parquet.write_table(table, partial)
         os.replace(partial, path)

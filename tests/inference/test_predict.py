@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import time
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
@@ -17,6 +19,7 @@ import torch
 from rio_cogeo.cogeo import cog_validate
 from testkit.hostile import NAMES
 from testkit.models import TINY
+from testkit.valley import CLASSES, CRS, DESCRIPTION, NORTH, SIZE, SPEC, WEST, landscape, tile
 from typer.testing import CliRunner
 
 from maestro_scale.cli import app
@@ -34,6 +37,7 @@ from maestro_scale.inference.command import (
     view_on,
 )
 from maestro_scale.inference.errors import InferenceError
+from maestro_scale.inference.folder import Folder
 from maestro_scale.inference.source import Layout
 from maestro_scale.interop.export import write_model
 from maestro_scale.interop.pretrained import load_model
@@ -41,7 +45,6 @@ from maestro_scale.model.config import ModelConfig
 from maestro_scale.model.finetuned import Finetuned
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.shards.write.writer import Writer
-from tests.inference.conftest import CLASSES, CRS, DESCRIPTION, NORTH, SIZE, SPEC, WEST, landscape, tile
 
 CPU = run.Run(torch.device("cpu"))
 
@@ -114,7 +117,6 @@ def test_ranks_and_kills_write_the_same_bytes(model, valley, tmp_path, small_chu
         run_rank(tmp_path / "killed", progress=kill)
     (tmp_path / "killed" / ".parts" / ".partial-1").write_bytes(b"half")
     assert 0 < run_rank(tmp_path / "killed") < total
-    (tmp_path / "killed" / ".parts" / ".partial-1").unlink(missing_ok=True)
     assert bytes_of(tmp_path / "killed") == expected
     assert run_rank(tmp_path / "killed") == 0
     # Chunks make no difference, but for what rounding may do where two classes are equally likely.
@@ -124,6 +126,18 @@ def test_ranks_and_kills_write_the_same_bytes(model, valley, tmp_path, small_chu
         rasterio.open(tmp_path / "alone" / "valley.tif") as other,
     ):
         assert (one.read() == other.read()).mean() > 0.999
+
+
+def test_files_of_killed_jobs_are_removed_a_day_later(tmp_path):
+    parts = Folder(tmp_path, {"model": "a"}).path / ".parts"
+    old, new, part = (parts / name for name in (".partial-old", ".partial-new", "000000-000001.bin"))
+    for file in (old, new, part):
+        file.write_bytes(b"half")
+        os.utime(file, (0, time.time() - (3600 if file is new else 90_000)))
+    folder = Folder(tmp_path, {"model": "a"})
+    assert [file.exists() for file in (old, new, part)] == [False, True, True]
+    folder.finish()
+    assert [p.name for p in tmp_path.iterdir()] == ["_predict.json"]
 
 
 def test_tiles_of_shards_are_maps_with_colours_and_names(model, valley, tmp_path):
