@@ -14,6 +14,7 @@ from maestro_scale.recipe import Recipe, build_model_config
 from maestro_scale.training.footprint import Traffic, traffic
 from maestro_scale.training.memory import USABLE_MEMORY, MemoryEstimator, StepMemory
 from maestro_scale.training.metrics.gpus import GPUS
+from maestro_scale.training.stored_data import StoredData, num_steps
 
 DEFAULT_MFU = 0.6  # large bf16 matrix products reach up to 72 % of an H100's peak, those of small widths less
 DEFAULT_LAUNCH_US = 5.0  # one operation of PyTorch in eager mode on a current server CPU
@@ -115,11 +116,11 @@ class ClusterPlan:
 
 
 def plan_cluster(
-    recipe: Recipe, specs: Sequence[DatasetSpec], stored: Sequence[tuple[int, int] | None], cluster: Cluster
+    recipe: Recipe, specs: Sequence[DatasetSpec], stored: Sequence[StoredData | None], cluster: Cluster
 ) -> ClusterPlan:
     """Plan a recipe on a cluster.
 
-    ``stored``: (number of samples, bytes) of the shards of each dataset of the mixture; None if they cannot be read.
+    ``stored``: what the shards of each dataset of the mixture hold; None if they cannot be read.
     The size of a sample is then computed from its spec, with the number of dates that the model uses.
 
     Raises PlanningError if the number of ranks does not divide the recipe's global batch and lanes.
@@ -153,11 +154,10 @@ def plan_cluster(
     layouts = layouts_of(recipe.model.compile)
     shown = _fastest(layouts)
     sizes = [
-        size[1] / size[0] if size else _sample_bytes(spec) for size, spec in zip(stored, specs, strict=True)
+        data.bytes / data.samples if data else _sample_bytes(spec)
+        for data, spec in zip(stored, specs, strict=True)
     ]
-    weights, step_s, steps = work.weights, shown.time.total_s, recipe.train.steps
-    if steps is None and all(stored):
-        steps = recipe.train.num_steps(sum(max(1, size[0] // batch) for size in stored if size))
+    weights, step_s, steps = work.weights, shown.time.total_s, num_steps(recipe, stored)
     return ClusterPlan(
         parameters=estimator.parameters,
         layouts=layouts,

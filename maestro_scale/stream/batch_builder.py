@@ -33,13 +33,14 @@ MAX_RANKS_PER_NODE = 8  # assumed where ranks share a node's cache; the node's r
 class SampleRef:
     """One sample: its number in the dataset (in training of the virtual copies), shard and index in the shard.
 
-    ``crop``: which crop of the tile, in evaluation.
+    ``crop``: which crop of the tile, in evaluation. ``source``: which source has it, if not that of the request.
     """
 
     number: int
     shard: int
     index: int
     crop: int = 0
+    source: int | None = None
 
 
 @dataclass(frozen=True)
@@ -108,12 +109,22 @@ class BatchBuilder:
             Transform(s.spec, self._seed(s), entry, settings.flips, settings.first_date, s.absent)
             for s, entry in zip(settings.sources, self._entries, strict=True)
         ]
+        self._lenders = [self._lenders_of(number) for number in range(len(settings.sources))]
         self._shards: list[OpenShards] = []
         self._pid = 0
         self._last_counters = StoreCounters()
 
     def __reduce__(self) -> tuple[type[BatchBuilder], tuple[BuilderSettings]]:
         return BatchBuilder, (self.settings,)
+
+    def _lenders_of(self, number: int) -> list[int]:
+        """The other sources of the same entry whose tiles have all sensors that source ``number`` reads."""
+        absent, entry = {*self.settings.sources[number].absent}, self._entries[number]
+        return [
+            i
+            for i, other in enumerate(self.settings.sources)
+            if i != number and self._entries[i] == entry and {*other.absent} <= absent
+        ]
 
     def _seed(self, source: Source) -> int:
         return seed_without(self.settings.seed, source.absent)
@@ -187,7 +198,8 @@ class BatchBuilder:
 
         Returns a BadShard if the recipe says to replace samples of bad shards, else raises it.
         """
-        transform, shards = self._transforms[request.dataset], self._shards[request.dataset]
+        transform = self._transforms[request.dataset]
+        shards = self._shards[request.dataset if stored.source is None else stored.source]
         try:
             sample = shards.sample(stored.shard, stored.index)
             if request.epoch is None:
@@ -205,23 +217,28 @@ class BatchBuilder:
 
     def _write_replacement(
         self, request: BatchRequest, ref: SampleRef, error: BadShard, arrays: Arrays, row: int
-    ) -> tuple[_Written, int]:
-        """Another sample in place of one in a bad shard, and its number.
+    ) -> tuple[_Written, str]:
+        """Another sample in place of one in a bad shard, and its number, with its source if it is another one.
 
         Which one depends on (seed, epoch, sample) alone, so that every rank and worker would choose the same, and a
-        resumed run repeats the choice. Crop, dates and masks stay those of ``ref``.
+        resumed run repeats the choice. Crop, dates and masks stay those of ``ref``. Tiles that lack sensors may all be
+        in one shard: then tiles of the same dataset that have more sensors take their place, without these.
         """
         assert request.epoch is not None  # nothing is replaced in evaluation
         shards = self._shards[request.dataset]
         seed = self._seed(shards.source)
         rng = CounterRNG(seed, Purpose.REPLACEMENT, self._entries[request.dataset])
         rng.seek(request.epoch, ref.number)
-        for _ in range(_MAX_REPLACEMENTS):
-            number = rng.below(shards.num_samples)
-            written = self._write_sample(request, ref, SampleRef(number, *shards.locate(number)), arrays, row)
-            if not isinstance(written, BadShard):
-                log.debug("%s: sample %d replaces %d", error, number, ref.number)
-                return written, number
+        for source in (None, *self._lenders[request.dataset]):
+            others = shards if source is None else self._shards[source]
+            for _ in range(_MAX_REPLACEMENTS):
+                number = rng.below(others.num_samples)
+                stored = SampleRef(number, *others.locate(number), source=source)
+                written = self._write_sample(request, ref, stored, arrays, row)
+                if not isinstance(written, BadShard):
+                    substitute = f"{number}" if source is None else f"{number}@{self.names[source]}"
+                    log.debug("%s: sample %s replaces %d", error, substitute, ref.number)
+                    return written, substitute
         raise BadShard(
             error.path, f"{error.cause}; {_MAX_REPLACEMENTS} samples drawn in its place are bad too"
         )

@@ -31,7 +31,7 @@ __all__ = ["LoaderError", "Source", "Step", "TrainLoader"]
 
 log = logging.getLogger(__name__)
 
-_KEY = re.compile(r"(?P<epoch>\d+)/(?P<name>.+)/(?P<number>\d+)(~(?P<substitute>\d+))?")
+_KEY = re.compile(r"(?P<epoch>\d+)/(?P<name>.+)/(?P<number>\d+)(~(?P<substitute>\d+)(@(?P<source>[^/@]+))?)?")
 _MAX_PREFETCH_SHARDS = 256  # shards named in one request
 
 
@@ -164,12 +164,14 @@ class TrainLoader:
         refs, origins = [], set()
         for key in keys:
             match = _KEY.fullmatch(key)
-            if match is None or match["name"] not in self._names:
-                raise ValueError(f"{key!r} is not a key of a sample of {', '.join(self._names)}")
-            dataset, number = self._names.index(match["name"]), int(match["number"])
+            dataset = self._index_of(match["name"] if match else "", key)
+            assert match is not None
+            number = int(match["number"])
             origins.add((dataset, int(match["epoch"])))
-            shard, index = self._orders[dataset].locate(int(match["substitute"] or number))
-            refs.append(SampleRef(number, int(shard), int(index)))
+            source = None if match["source"] is None else self._index_of(match["source"], key)
+            order = self._orders[dataset if source is None else source]
+            shard, index = order.locate(int(match["substitute"] or number))
+            refs.append(SampleRef(number, int(shard), int(index), source=source))
         if len(origins) != 1:
             raise ValueError("the keys of a batch must be of one dataset and one epoch")
         requests = [BatchRequest(*origins.pop(), tuple(refs))]
@@ -181,6 +183,11 @@ class TrainLoader:
             return dataclasses.replace(next(pipeline), keys=tuple(keys))
         finally:
             pipeline.close()
+
+    def _index_of(self, name: str, key: str) -> int:
+        if name not in self._names:
+            raise ValueError(f"{key!r} is not a key of a sample of {', '.join(self._names)}")
+        return self._names.index(name)
 
     def close(self) -> None:
         """End the loader processes, and with them the iterators in use."""

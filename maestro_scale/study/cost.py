@@ -7,7 +7,7 @@ pretraining are those of ``planning``; evaluations are added by their FLOPs at t
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from maestro_scale.datasets.spec import DatasetSpec, Target
@@ -22,6 +22,7 @@ from maestro_scale.study.cells import TRAINED_MODES, Cell, Evaluation
 from maestro_scale.study.config import SCRATCH, Data, Gpu
 from maestro_scale.study.worker import is_trained, seconds_spent
 from maestro_scale.training.dry_run import specs_and_sizes
+from maestro_scale.training.stored_data import StoredData, num_steps
 
 _CPU_FLOPS = 17e9
 """FLOP/s of one core in training: quickstart's step of 32 samples takes 0.2 s of one core."""
@@ -73,7 +74,7 @@ def _without_seed(recipe: Recipe) -> str:
 def cell_cost(cell: Cell, gpu: Gpu | None) -> CellCost:
     """The cost of a cell, from its recipe."""
     specs, sizes = specs_of(cell.recipe, cell.data)
-    steps = None if cell.encoder is not None else _num_steps(cell.recipe, sizes)
+    steps = None if cell.encoder is not None else num_steps(cell.recipe, sizes)
     config = build_model_config(cell.recipe, specs)
     batch = cell.recipe.train.global_batch
     sample = compute_cost(config.for_dataset(config.views[0].dataset), cell.recipe.masking.ratio)
@@ -101,28 +102,19 @@ def measured_rate(cells: Iterable[tuple[Cell, CellCost]]) -> float:
     return statistics.median(rates) if rates else _CPU_FLOPS
 
 
-def specs_of(recipe: Recipe, data: Data) -> tuple[list[DatasetSpec], list[tuple[int, int] | None]]:
+def specs_of(recipe: Recipe, data: Data) -> tuple[list[DatasetSpec], list[StoredData | None]]:
     """As ``specs_and_sizes``; size and number of tiles that cannot be read here are those of the study's file."""
     specs, sizes = specs_and_sizes(recipe)
     if data.window_m is not None:
         specs[0] = specs[0].windowed(data.window_m)
     if sizes[0] is None and data.tiles:
         count = sum(data.tiles.get(split, 0) for split in recipe.data.mixture[0].split)
-        sizes[0] = (count, count * _bytes_per_sample(specs[0])) if count else None
+        sizes[0] = StoredData(count, count * _bytes_per_sample(specs[0])) if count else None
     return specs, sizes
 
 
 def _bytes_per_sample(spec: DatasetSpec) -> int:
     return sum(s.num_dates * len(s.bands) * spec.modality(s.source).size ** 2 * 2 for s in spec.sensors)
-
-
-def _num_steps(recipe: Recipe, sizes: Sequence[tuple[int, int] | None]) -> int | None:
-    if recipe.train.steps is not None:
-        return recipe.train.steps
-    known = [size for size in sizes if size is not None]
-    if len(known) < len(sizes):
-        return None
-    return recipe.train.num_steps(sum(max(1, samples // recipe.train.global_batch) for samples, _ in known))
 
 
 def _evaluation_flops(cell: Cell) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
 
 from rich.console import Console
 from rich.table import Table
@@ -26,10 +25,10 @@ from maestro_scale.recipe import (
 from maestro_scale.shards.errors import ShardsError
 from maestro_scale.shards.format.manifest import Manifest
 from maestro_scale.shards.storage import local_folder
-from maestro_scale.stream.sensor_sets import absent_sensors, complete, divide
-from maestro_scale.stream.source import Source
+from maestro_scale.stream.sensor_sets import absent_sensors
 from maestro_scale.training.deepspeed_check import check_deepspeed
 from maestro_scale.training.memory import MemoryEstimator
+from maestro_scale.training.stored_data import StoredData, division_of, source_of, stored_data
 
 
 def dry_run(recipe: Recipe, world_size: int, console: Console | None = None) -> None:
@@ -65,21 +64,24 @@ def dry_run(recipe: Recipe, world_size: int, console: Console | None = None) -> 
     console.print(_steps(recipe, flops))
 
 
-def specs_and_sizes(recipe: Recipe) -> tuple[list[DatasetSpec], list[tuple[int, int] | None]]:
-    """Of each dataset the resolved spec, and (samples, bytes) of its splits; None where its shards cannot be read."""
+def specs_and_sizes(recipe: Recipe) -> tuple[list[DatasetSpec], list[StoredData | None]]:
+    """Of each dataset the resolved spec, and what its splits hold; None where its shards cannot be read.
+
+    SampleOrderError where a set of tiles is too small for a step.
+    """
     specs: list[DatasetSpec] = []
-    sizes: list[tuple[int, int] | None] = []
+    sizes: list[StoredData | None] = []
     for i, entry in enumerate(recipe.data.mixture):
-        size = None
         try:
             manifest = Manifest.load(entry.shards)
         except ShardsError:
-            stored = _stored_spec(entry)
-        else:
-            shards = manifest.shards_of(entry.split)
-            stored, size = manifest.spec, (sum(s.samples for s in shards), sum(s.bytes for s in shards))
-        specs.append(resolve_spec(stored, entry, i, recipe.model.spectral))
-        sizes.append(size)
+            manifest = None
+        stored = _stored_spec(entry) if manifest is None else manifest.spec
+        spec = resolve_spec(stored, entry, i, recipe.model.spectral)
+        specs.append(spec)
+        sizes.append(
+            None if manifest is None else stored_data(manifest, entry, spec, recipe.train.global_batch)
+        )
     return specs, sizes
 
 
@@ -128,15 +130,13 @@ def _sensor_sets(recipe: Recipe, specs: Sequence[DatasetSpec], names: Sequence[s
         if local_folder(entry.shards) is None and entry.dataset in datasets.known():
             continue
         try:
-            shards = Manifest.load(entry.shards).shards_of(entry.split)
+            manifest = Manifest.load(entry.shards)
         except ShardsError:
             continue
-        source = Source(spec, shards, cast(Any, None))  # no sample is read, so there is no store
-        if entry.incomplete == "leave_out":
-            source, _ = complete(source)
-        if not any(absent_sensors(spec, shard) for shard in source.shards):
+        shards = source_of(manifest, entry, spec).shards
+        if not any(absent_sensors(spec, shard) for shard in shards):
             continue
-        division = divide(source, recipe.train.global_batch)
+        division = division_of(manifest, entry, spec, recipe.train.global_batch)
         table = Table(title=f"Steps by sensors of the tiles, {name}", title_justify="left", min_width=70)
         table.add_column("tiles")
         for column in ("number", "steps per epoch"):

@@ -18,9 +18,11 @@ from maestro_scale.model.cost import compute_cost
 from maestro_scale.planning import GPUS, Cluster, PlanningError, plan_cluster
 from maestro_scale.recipe import build_model_config, load_recipe
 from maestro_scale.training.dry_run import dry_run
+from maestro_scale.training.stored_data import StoredData
 
 RECIPE = str(REPO / "recipes" / "vitb.yaml")
 SPEC = datasets.spec("treesatai_ts")
+STORED = StoredData(50_000, 50_000 * 400_000)
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +30,7 @@ def _data(monkeypatch):
     monkeypatch.setenv("MAESTRO_DATA", "/nowhere")
 
 
-def planned(*changes: str, gpus: int = 16, gpu: str = "h100", stored=(50_000, 50_000 * 400_000)):
+def planned(*changes: str, gpus: int = 16, gpu: str = "h100", stored=STORED):
     cluster = Cluster(gpu, gpus, 8, 0.5)
     return cluster, plan_cluster(load_recipe(RECIPE, list(changes)), [SPEC], [stored], cluster)
 
@@ -41,6 +43,8 @@ def test_time_and_data_rate_follow_from_speed():
     assert plan.samples_per_s == pytest.approx(96 / plan.best.time.total_s)
     _, epochs = planned("train.epochs=3")
     assert epochs.num_steps == 3 * (50_000 // 96)
+    apart = STORED._replace(parts=(49_900, 96, 4))  # 519, 1 and 1 steps
+    assert planned("train.epochs=3", stored=apart)[1].num_steps == 3 * 521
     assert planned("train.epochs=3", stored=None)[1].seconds is None
 
 

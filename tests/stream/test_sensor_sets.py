@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import collections
 import json
+import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -115,6 +117,34 @@ def test_a_batch_is_replayed_from_its_keys(mixed: Source):
         assert set(again.pixels) == set(step.batches[0].pixels)
         for name, pixels in step.batches[0].pixels.items():
             assert (again.pixels[name] == pixels).all()
+
+
+def test_tiles_with_more_sensors_replace_those_of_the_only_shard_of_a_set(mixed: Source, tmp_path: Path):
+    """Five tiles lack s1 and s2, in one shard; it is damaged."""
+    source = replace(
+        mixed, store=Store(str(shutil.copytree(mixed.store.url, tmp_path / "d")), tmp_path / "c", 2**30)
+    )
+    (bad,) = [s for s in source.shards if len(s.absent) == 2]
+    (tmp_path / "d" / bad.path).write_bytes(bytes(bad.bytes))
+    streams = [loader(source, on_bad_shard="replace", rank=r, world=2, micro_batch=1) for r in (0, 1)]
+    found = {}
+    for stream in (*streams, loader(source, on_bad_shard="replace")):
+        steps = [s for s in stream.steps(0, 14) if s.dataset == "toy~s2+s1"]
+        for batch in (b for s in steps for b in s.batches):
+            assert set(batch.pixels) == {"aerial"}
+            assert all(re.fullmatch(r"0/toy~s2\+s1/\d~\d+@toy", key) for key in batch.keys)
+            for i, key in enumerate(batch.keys):
+                pixels = batch.pixels["aerial"][i].tolist()
+                assert found.setdefault(key, pixels) == pixels  # on one rank as on two
+            again = stream.replay(batch.keys)
+            assert (again.pixels["aerial"] == batch.pixels["aerial"]).all()
+    assert len(found) == 4
+    # No other tiles have all sensors of the complete ones.
+    for shard in (s for s in source.shards if not s.absent):
+        (tmp_path / "d" / shard.path).write_bytes(bytes(shard.bytes))
+    stream = loader(source, on_bad_shard="replace")
+    with pytest.raises(BadShard, match="64 samples drawn in its place are bad too"):
+        list(stream.steps(0, 14))
 
 
 def test_complete_tiles_are_drawn_as_if_no_others_were_there(

@@ -17,8 +17,11 @@ from maestro_scale import datasets
 from maestro_scale.datasets.spec import Tile
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.model.masking import MaskingConfig, draw_masks
+from maestro_scale.recipe import load_recipe
 from maestro_scale.shards.write.writer import write_shards
+from maestro_scale.training.dry_run import specs_and_sizes
 from maestro_scale.training.objectives import hidden_counts
+from maestro_scale.training.stored_data import num_steps
 
 SETS = ((), ("s1_des",), ("s1_asc", "s1_des"))
 
@@ -69,6 +72,15 @@ def test_each_step_trains_on_the_sensors_of_its_tiles(uninterrupted):
         has = {name for name in ("s1_asc", "s1_des") if f"loss/{name}" in m}
         assert has == {"s1_asc", "s1_des"} - set(m["dataset"].partition("~")[2].split("+"))
         assert m["loss"] > 0
+
+
+def test_a_plan_counts_the_steps_of_each_set(uninterrupted):
+    recipe = load_recipe(uninterrupted[0] / "recipe.yaml")
+    (stored,) = specs_and_sizes(recipe)[1]
+    assert stored is not None
+    assert len(stored.parts) == 3
+    assert sum(stored.parts) == stored.samples
+    assert num_steps(recipe, [stored]) == len(uninterrupted[1]) == 6
 
 
 def test_two_ranks_and_stage_3_give_the_same_curve(trainer, uninterrupted, tmp_path):
