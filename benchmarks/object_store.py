@@ -332,7 +332,11 @@ def measure(folders: dict[str, Path], args: argparse.Namespace) -> dict[str, Any
     if args.ceph:
         paths = [folder / s.path for s in some_shards(folder)]
         with ceph(args.ceph, "shards", paths):
-            readers = {"bare": bare(signed("shards")), "s3fs": by_s3fs("s3://shards"), "botocore": by_botocore("s3://shards")}
+            readers = {
+                "bare": bare(signed("shards")),
+                "s3fs": by_s3fs("s3://shards"),
+                "botocore": by_botocore("s3://shards"),
+            }
             with suppress(ImportError):
                 readers["obstore"] = by_obstore("s3://shards")
             found["clients"].append(compare_clients("Ceph", readers, ranges, args.rounds))

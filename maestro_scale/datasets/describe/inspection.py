@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -32,6 +32,7 @@ from maestro_scale.datasets.describe.rasters import (
 )
 from maestro_scale.datasets.describe.sizes import Input, Sizes, sizes_of_scenes, sizes_of_tiles
 from maestro_scale.datasets.describe.stac_items import draft_items
+from maestro_scale.datasets.describe.tars import TarTexts, read_texts
 from maestro_scale.datasets.describe.units import Unit, lon_lat, unit_of
 from maestro_scale.datasets.description.patterns import Pattern
 from maestro_scale.datasets.scenes.ground import utm_crs
@@ -89,6 +90,7 @@ class Inspection:
                 self._give_key(r)
         self._exclude(rasters, listing)
         sizes = self._sizes(rasters, is_scenes)
+        tars = self._tar_dates(rasters)
         self._give_dates(rasters)
         draft = Draft(
             name=dataset_name(self._src),
@@ -102,6 +104,7 @@ class Inspection:
         self._label_rasters(draft)
         self._label_arrays(draft, arrays.labels)
         self._vectors(draft, listing)
+        self._tar_targets(tars)
         self._tables(draft, listing)
         self._class_folders(draft)
         self._propose_splits(draft)
@@ -486,6 +489,50 @@ class Inspection:
         )
         target.found += f"; numbers for kind: regression: {', '.join(numbers[:5])}" if numbers else ""
         self._targets.append(target)
+
+    def _tar_dates(self, rasters: Sequence[RasterDraft]) -> dict[str, TarTexts]:
+        """What the text members of tars say, by the pattern of the tars. Gives rasters the dates that are there."""
+        found: dict[str, TarTexts] = {}
+        for raster in rasters:
+            if raster.family is None or not raster.files.endswith(".tar"):
+                continue
+            if raster.files not in found:
+                files = raster.family.files
+                path = files[len(files) // 2].path
+                try:
+                    found[raster.files] = read_texts(self._src, path)
+                except DatasetError as error:
+                    self._messages.append(str(error).removeprefix(f"{self._src}/"))
+                    continue
+            if raster.dates is None and (dates := found[raster.files].dates) is not None:
+                raster.dates = {"from": "coordinate", "coordinate": dates}
+                raster.assume("dates", "text members of the tars that are dates")
+        return found
+
+    def _tar_targets(self, tars: Mapping[str, TarTexts]) -> None:
+        for pattern, texts in tars.items():
+            if texts.label is None:
+                continue
+            column = texts.label
+            name = unique_name(re.split(r"[./]", column.name)[-1], [t.name for t in self._targets])
+            values = dict(column.values)
+            if (
+                not column.is_text
+                and min(map(int, values)) >= 0
+                and max(map(int, values)) < 2 * len(values) + 8
+            ):
+                values = {str(i): values.get(str(i), 0) for i in range(max(map(int, values)) + 1)}
+            target = TargetDraft(
+                name,
+                {
+                    "kind": "classification",
+                    "table": {"file": pattern, "column": column.name},
+                    **class_fields(values, column.is_text),
+                },
+                f"{column.name} of {texts.num_tiles} tiles of a tar: {counts_text(column.values)}",
+            )
+            target.notes["classes"] = Note("those of one tar; write the names, and any others", True)
+            self._targets.append(target)
 
     def _label_m(self, draft: Draft) -> float:
         """Pixel size of rasterised labels: that of the finest raster, or part of its patch if that is too fine."""

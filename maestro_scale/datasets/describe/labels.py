@@ -112,6 +112,11 @@ def best_label(columns: Sequence[Column]) -> Column | None:
     return texts[0] if texts else None
 
 
+def is_called_a_label(column: Column) -> bool:
+    """Whether the last part of its name says so."""
+    return bool(_CLASS_NAMES.fullmatch(column.name.rpartition("/")[2]))
+
+
 def _may_be_label(column: Column) -> bool:
     if _NO_LABELS.fullmatch(column.name) or _IDS.fullmatch(column.name):
         return False
@@ -156,7 +161,7 @@ def _frame_columns(path: Path, layer: str) -> tuple[Column, ...]:
     import pyogrio
 
     frame = pyogrio.read_dataframe(path, layer=layer, read_geometry=False, max_features=_MAX_ROWS)
-    return tuple(_column(str(name), frame[name].dropna().tolist()) for name in frame.columns)
+    return tuple(column_of(str(name), frame[name].dropna().tolist()) for name in frame.columns)
 
 
 def _read_geoparquet(location: Path, path: str) -> Vector | str:
@@ -182,7 +187,7 @@ def _read_geoparquet(location: Path, path: str) -> Vector | str:
             geometry=" ".join(map(str, main.get("geometry_types", []))) or "Unknown",
             num_features=file.metadata.num_rows,
             crs=None if crs is None else str(name),
-            columns=tuple(_column(n, [r[n] for r in rows if r[n] is not None]) for n in names),
+            columns=tuple(column_of(n, [r[n] for r in rows if r[n] is not None]) for n in names),
         )
     except Exception as error:  # noqa: BLE001 - metadata of any form
         return _one_line(error)
@@ -211,7 +216,7 @@ def read_table(file: LocalFile, path: str, keys: Iterable[str]) -> Table | str:
     columns = []
     for i, name in enumerate(names):
         values = [row[i] for row in rows if row[i] not in (None, "")]
-        columns.append(_column(name, values))
+        columns.append(column_of(name, values))
         found = {stem for v in set(map(str, values)) for stem in (v, Path(v).stem) if stem in wanted}
         if len(found) > matched:
             best, matched = name, len(found)
@@ -252,7 +257,8 @@ def list_keys(file: LocalFile) -> list[str]:
     return [re.split(r"[,;\t]", line)[0].strip() for line in text.splitlines() if line.strip()][:_MAX_ROWS]
 
 
-def _column(name: str, values: Sequence[Any]) -> Column:
+def column_of(name: str, values: Sequence[Any]) -> Column:
+    """What the values of a column are, without those that are missing."""
     numbers = _numbers(values)
     texts = Counter(str(v) for v in values[:_MAX_ROWS])
     few = 0 < len(texts) <= _MAX_CLASSES and (len(texts) * 2 <= len(values) or len(texts) <= 3)

@@ -391,14 +391,15 @@ class VectorTarget(Section):
 
 
 class TableTarget(Section):
-    """A CSV or Parquet file with a row per tile."""
+    """A CSV or Parquet file with a row per tile, or tars in the layout of WebDataset with a member per tile."""
 
     file: Text
-    """Path or address below SRC."""
+    """Path or address below SRC; of tars a pattern or braces, as of a raster: ``"train-{000..099}.tar"``."""
     key: Text | None = None
-    """Column with the tile keys; null: the first column."""
+    """Column with the tile keys; null: the first column. Of tars null."""
     column: Text | None = None
-    """Column with the label or the number (of several classes: separated by commas, semicolons or spaces)."""
+    """Column with the label or the number (of several classes: separated by commas, semicolons or spaces). Of tars the
+    suffix of a member with text, with the path in a JSON document: ``cls``, ``json/properties/crop``."""
     columns: Annotated[tuple[Text, ...], BeforeValidator(listed)] | None = None
     """Columns with the area shares of a multilabel target, in the order of the classes; null: called as the classes."""
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from maestro_scale.datasets import raw
-from maestro_scale.datasets.sources import remote
+from maestro_scale.datasets.sources import remote, webdataset_tars
 from maestro_scale.datasets.sources.local_file import LocalFile
 from maestro_scale.datasets.spec import DatasetError
 from maestro_scale.errors import did_you_mean, shorten
@@ -40,6 +40,21 @@ class Table:
             columns = {name: [row[i].strip() for row in rows] for name, i in header.items()}
         table = cls(address, columns)
         for name in wanted or ():
+            table.column(name)
+        return table
+
+    @classmethod
+    def read_below(cls, src: str, file: str, key: str | None, columns: Sequence[str]) -> Table:
+        """As :meth:`read`, of these columns of a file below ``src``, and of its keys (None: the first column).
+
+        Also of tars in the layout of WebDataset: their samples are rows, with keys in the first column.
+        """
+        address = remote.join(src, file)
+        if file.endswith(".tar"):
+            others = [name for name in ([] if key is None else [key]) if name != webdataset_tars.KEY]
+            return cls(address, webdataset_tars.read_table(file, src, [*others, *columns]))
+        table = cls.read(address, None if key is None else [key, *columns])
+        for name in columns:
             table.column(name)
         return table
 

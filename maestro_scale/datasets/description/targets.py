@@ -15,7 +15,6 @@ from maestro_scale.datasets.description.config import TableTarget
 from maestro_scale.datasets.description.config import Target as TargetKeys
 from maestro_scale.datasets.description.index import SectionImages
 from maestro_scale.datasets.description.tables import KeyedRows, Table
-from maestro_scale.datasets.sources import remote
 from maestro_scale.datasets.spec import MISSING_CLASS, DatasetError, DatasetSpec, Target
 from maestro_scale.errors import did_you_mean, shorten
 
@@ -204,10 +203,7 @@ class TableLabels:
         section = keys.table
         assert section is not None
         columns = _columns(target, section)
-        names = None if section.key is None else [section.key, *columns]
-        table = Table.read(remote.join(src, section.file), names)
-        for name in columns:
-            table.column(name)
+        table = Table.read_below(src, section.file, section.key, columns)
         return cls(target, keys, table, KeyedRows(table, section.key, wanted), columns)
 
     def read(self, key: str) -> np.ndarray:

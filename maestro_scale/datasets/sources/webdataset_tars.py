@@ -35,7 +35,9 @@ Sample = Mapping[str, tuple[int, int]]
 
 _RASTERS = ("tif", "tiff", "png", "jp2")
 _ARRAYS = ("npy", "npz", "zarr.zip", "nc", "nc4", "h5", "hdf5")
-_TEXTS = ("json", "txt", "text")
+_TEXTS = ("json", "txt", "text", "cls")
+KEY = "__key__"
+"""What the library calls the name of a sample, and the first column of tars as a table."""
 _MAX_TEXT = untrusted.HEADER
 _PREFETCHED_BYTES = 16 * 1024 * 1024
 
@@ -69,6 +71,34 @@ def open_file(address: str, section: ImageFiles) -> Iterator[TarFile]:
             yield TarFile(file, address, section, parts)
         finally:
             parts.close()
+
+
+def read_table(files: str, src: str, columns: Sequence[str]) -> dict[str, list[str]]:
+    """The texts of the samples in tars: their keys, and for each of ``columns`` (``cls``, ``json/label``) a text.
+
+    A list is written with commas; a sample without such a member, or without a value there, has an empty text.
+    DatasetError if no sample has one, or a tar or member cannot be read.
+    """
+    table: dict[str, list[str]] = {KEY: [], **{name: [] for name in columns}}
+    for ref in _shards(ImageFiles(files=files), src):
+        with remote.open_binary(ref.address) as file:
+            for key, members in index(ref.address).items():
+                store = SampleStore(file, members, f"{ref.address}: {key}")
+                table[KEY].append(key)
+                for name in columns:
+                    array = store.find(name)
+                    items = [] if array is None else np.asarray(array.read((slice(None),))).tolist()
+                    table[name].append(",".join("" if item == "None" else str(item) for item in items))
+    if not table[KEY]:
+        raise DatasetError(
+            f"{remote.join(src, files)}: matches no tar with samples; fix the pattern", remote.MISSING
+        )
+    for name in columns:
+        if not any(table[name]):
+            raise DatasetError(
+                f"{remote.join(src, files)}: no sample has {name}; name another member", "no label"
+            )
+    return table
 
 
 def index(address: str) -> dict[str, Sample]:
@@ -253,7 +283,7 @@ class SampleStore:
             return None
         kind = _kind(suffix)
         if kind in _TEXTS:
-            return self._text(suffix, inner, is_json=kind == "json")
+            return self._text(suffix, inner)
         if kind not in _ARRAYS:
             raise DatasetError(
                 f"{self.where}: {suffix} is no image; images are {', '.join(_RASTERS + _ARRAYS)}", "variable"
@@ -293,18 +323,23 @@ class SampleStore:
         except OSError as error:
             raise DatasetError(f"{self.where}.{suffix}: cannot be read ({error})") from error
 
-    def _text(self, suffix: str, path: str, is_json: bool) -> StoredArray | None:
+    def text_of(self, suffix: str) -> Any:
+        """The document in a JSON member, or the words of another text; DatasetError if it is none of them."""
         where = f"{self.where}.{suffix}"
+        kind = _kind(suffix)
+        if kind not in _TEXTS:
+            raise DatasetError(f"{where}: is no text; texts are {', '.join(_TEXTS)}", "variable")
         try:
             untrusted.check_size(self.members[suffix][1], where, _MAX_TEXT)
             content = self._member(suffix).read()
-            value = (
-                untrusted.load_json(content, where, _MAX_TEXT)
-                if is_json
-                else content.decode("utf-8-sig").split()
-            )
+            if kind == "json":
+                return untrusted.load_json(content, where, _MAX_TEXT)
+            return content.decode("utf-8-sig").split()
         except (untrusted.InputError, ValueError, OSError) as error:
             raise DatasetError(f"{where}: cannot be read ({error})") from error
+
+    def _text(self, suffix: str, path: str) -> StoredArray | None:
+        value = self.text_of(suffix)
         for step in path.split("/") if path else ():
             if not isinstance(value, dict) or step not in value:
                 return None

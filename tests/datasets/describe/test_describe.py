@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import pyproj
 import pytest
 import rasterio
+import webdataset as wds
 import xarray
 from rasterio.enums import ColorInterp
 from rasterio.transform import from_origin
@@ -324,6 +326,32 @@ def test_the_baseline_of_a_product_says_whether_1000_was_added(tmp_path, baselin
             write(tmp_path / "d" / name / f"T32UQD_{day}T102021_{band}_10m.tif", (1, 64, 64), 1200)
     assert drafted(tmp_path / "d", tmp_path).rasters["s2"].offset == offset
     assert said in " ".join((tmp_path / "draft.yaml").read_text().replace("#", " ").split())
+
+
+def test_labels_and_dates_of_tars_are_proposed(tmp_path):
+    def npy(number: int) -> bytes:
+        file = io.BytesIO()
+        np.save(file, np.full((4, 32, 32), 500 + number, "uint16"))
+        return file.getvalue()
+
+    (tmp_path / "d").mkdir()
+    for shard in range(2):
+        with wds.TarWriter(str(tmp_path / "d" / f"train-{shard:03d}.tar"), encoder=False) as tar:
+            for i in range(8):
+                acquired = {
+                    "processed": "2022-01-01",
+                    "properties": {"datetime": f"2020-06-{i + 1:02d}T10:00:00Z"},
+                }
+                document = json.dumps({**acquired, "crop": ["rye", "oats"][i % 2]}).encode()
+                texts = {"cls": b"%d" % (i % 3), "json": document} if i else {"json": document}
+                tar.write({"__key__": f"t{shard}{i}", "s2.npy": npy(i), **texts})
+    description = drafted(tmp_path / "d", tmp_path)
+    target = description.targets["cls"]
+    assert (target.kind, target.classes) == ("classification", ("class_0", "class_1", "class_2"))
+    dataset = open_described(description, str(tmp_path / "d"), "train")
+    tile = dataset.read("t15")
+    assert (tile.targets["cls"].tolist(), tile.dates["s2"].tolist()) == ([2], [[2020, 158, 10]])
+    assert dataset.read("t10").targets["cls"].tolist() == [-1]  # no member
 
 
 def test_the_command_prints_yaml_alone_and_messages_elsewhere(tmp_path):

@@ -135,6 +135,18 @@ def test_the_index_is_what_the_library_reads(tars):
         assert found == {k: v for k, v in sample.items() if not k.startswith("__")}
 
 
+def test_texts_of_members_are_a_table(tars):
+    found = webdataset_tars.read_table("train-{000..002}.tar", str(tars), ["day.txt", "json/properties/all"])
+    assert found["__key__"] == ["site/t0", "site/t1", "site/t2"]
+    assert found["day.txt"] == list(DAYS)
+    assert found["json/properties/all"] == [",".join(DAYS)] * 3
+    for name, message in (("cls", "no sample has cls"), ("tif", r"t0: tif is no image|tif: is no text")):
+        with pytest.raises(DatasetError, match=message):
+            webdataset_tars.read_table("train-{000..002}.tar", str(tars), [name])
+    with pytest.raises(DatasetError, match="matches no tar with samples"):
+        webdataset_tars.read_table("x-{n}.tar", str(tars), ["cls"])
+
+
 def test_shards_over_http(tars):
     with serve(tars) as served:
         files = section("train-{000..002}.tar", **IMAGES["a tif per band"])
