@@ -2,7 +2,7 @@
 
     python -m benchmarks.coverage_run [--json F] [PYTEST ARGUMENTS]     # needs pip install -e '.[test]'
 
-Without arguments the whole suite runs in two processes as in .ci/run, which measures no coverage.
+Without arguments the whole suite runs, on all cores.
 `coverage` starts in every Python process through the settings in pyproject.toml (`[tool.coverage]`);
 what a process that is killed had covered is lost. Prints the files below 90 % and writes all to
 benchmarks/results/coverage.json, so a run of some folders overwrites the figures of the whole suite: give it --json.
@@ -22,7 +22,6 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "coverage.json"
 GOAL = 90.0
-WHOLE_SUITE = ["--numprocesses=2", "--dist=loadgroup", "--no-loadscope-reorder"]
 
 
 def measure(pytest_arguments: list[str]) -> tuple[int, dict[str, Any]]:
@@ -36,7 +35,7 @@ def measure(pytest_arguments: list[str]) -> tuple[int, dict[str, Any]]:
             "COVERAGE_RCFILE": str(ROOT / "pyproject.toml"),
         }
         coverage = [sys.executable, "-m", "coverage"]
-        command = [*coverage, "run", "-m", "pytest", *(pytest_arguments or WHOLE_SUITE)]
+        command = [*coverage, "run", "-m", "pytest", *pytest_arguments]
         code = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
         subprocess.run([*coverage, "combine", "--quiet"], cwd=ROOT, env=environment, check=True)
         report = Path(folder) / "report.json"

@@ -37,6 +37,7 @@ PINNED = (
     "ninja",
     "pytest",
     "pytest-timeout",
+    "pytest-xdist",
 )
 DEEPSPEED = "deepspeed==0.19.8"  # built from source, against the torch of the environment
 MODELS = (

@@ -61,6 +61,28 @@ activate() {
 
 FOLDERS=() # more folders that a container must see
 
+# see PATH…: a container must see these folders, and the folders of these files. Addresses are passed over, and so is /.
+see() {
+  local path
+  for path in "$@"; do
+    case "$path" in *://*) continue ;; esac
+    [ -d "$path" ] || path=$(dirname -- "$path")
+    [ ! -d "$path" ] || path=$(cd -- "$path" && pwd)
+    [ ! -d "$path" ] || [ "$path" = / ] || FOLDERS+=("$path")
+  done
+}
+
+# see_recipe RANKS RECIPE OVERRIDE…: a container must see what the recipe names; sets RUNS, the parent of its run directory.
+# After `prepare`, and `enter_image` must follow. Fails where the recipe cannot be used.
+see_recipe() {
+  local ranks=$1 listed folder
+  shift
+  listed=$(run_python -m maestro_scale.cluster.preflight folders "$ranks" --recipe "$@") || return 1
+  # shellcheck disable=SC2034 # for pretrain_multinode.sh
+  RUNS=${listed%%$'\n'*}
+  while IFS= read -r folder; do FOLDERS+=("$folder"); done <<<"$listed"
+}
+
 # Set CONTAINER (command prefix before python) and STEP (options of srun) for the container image.
 enter_image() {
   CONTAINER=() STEP=()
@@ -136,6 +158,17 @@ pretend_job() {
   CHECK_OUTSIDE=1
   SLURM_JOB_ID=0 SLURM_JOB_NUM_NODES=${SLURM_JOB_NUM_NODES:-$1}
   export SLURM_JOB_ID
+}
+
+# Set NODES to the names of the job's nodes. After `pretend_job`.
+list_nodes() {
+  local i
+  NODES=()
+  if [ "$CHECK_OUTSIDE" = 0 ]; then
+    mapfile -t NODES < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+  else
+    for ((i = 1; i <= SLURM_JOB_NUM_NODES; i++)); do NODES+=("NODE$i"); done
+  fi
 }
 
 # check_line NAME VALUE…: a line of the check

@@ -58,6 +58,9 @@ for recipe in "${LIST[@]}"; do
   done; done; done
 done
 
+[ "${MAESTRO_CHECK:-0}" = 1 ] || mkdir -p "$OUT" 2>/dev/null
+see "$OUT" "${ENCODER[1]}" "$(dirname -- "${ENCODER[1]%/checkpoints/*}")" # MLflow's store is beside the run
+
 if [ "$REPORT" = 1 ]; then
   prepare
   run_python -m maestro_scale.cli report "$OUT" --out "$OUT/report.html" || die 1 "the report failed: see the lines above"
@@ -65,10 +68,24 @@ if [ "$REPORT" = 1 ]; then
   exit 0
 fi
 
+# Activate the environment, with what $recipe names in the container.
+enter_recipe() {
+  see "$recipe"
+  prepare
+  [ -n "${MAESTRO_IMAGE:-}" ] || return 0
+  see_recipe 1 "$recipe" || die 2 "the recipe cannot be used; see the lines above"
+  enter_image
+}
+
 if [ "${MAESTRO_CHECK:-0}" = 1 ]; then
   for task in "${!TASKS[@]}"; do check_line "task $task" "${TASKS[$task]//$'\t'/, }"; done
   check_line encoder "${ENCODER[*]}"
   check_line results "$OUT, then $OUT/report.html"
+  pretend_job 1
+  IFS=$'\t' read -r recipe _ <<<"${TASKS[0]}"
+  enter_recipe
+  check_line mounts "${MOUNTS:-none: no MAESTRO_IMAGE} (of task 0)"
+  [ "$CACHE_IS_OURS" = 0 ] || rm -rf "$MAESTRO_CACHE"
   check_line sbatch "--array=0-$((${#TASKS[@]} - 1)) $*"
   say "nothing was submitted (MAESTRO_CHECK=1)"
   exit 0
@@ -89,7 +106,7 @@ if [ -z "${SLURM_ARRAY_TASK_ID:-}" ]; then
 fi
 
 IFS=$'\t' read -r recipe mode fraction seed <<<"${TASKS[$SLURM_ARRAY_TASK_ID]}"
-prepare
+enter_recipe
 PER_NODE=${SLURM_GPUS_ON_NODE:-${SLURM_NTASKS_PER_NODE:-1}}
 PER_NODE=${PER_NODE%%(*}
 CPUS=$((${SLURM_CPUS_ON_NODE:-1} / PER_NODE)) # srun gives a task one CPU unless told otherwise

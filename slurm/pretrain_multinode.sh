@@ -88,13 +88,10 @@ clean() {
     rm -rf "$MAESTRO_CACHE" 2>/dev/null
 }
 
-[ ! -f "$RECIPE" ] || FOLDERS+=("$(cd "$(dirname "$RECIPE")" && pwd)") # it may extend others there
+see "$RECIPE" # it may extend others in its folder
 prepare
-if [ "$CHECK_OUTSIDE" = 1 ]; then
-  NODES=()
-  for ((i = 1; i <= SLURM_JOB_NUM_NODES; i++)); do NODES+=("NODE$i"); done
-else
-  mapfile -t NODES < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+list_nodes
+if [ "$CHECK_OUTSIDE" = 0 ]; then
   # GPUs of the first node, whether or not the job has them: gpu:8(S:0-1)
   MAESTRO_NODE_GRES=$(scontrol show node "${NODES[0]}" 2>/dev/null | sed -n 's/^ *Gres=\(gpu[^ ]*\).*/\1/p')
   export MAESTRO_NODE_GRES
@@ -116,11 +113,8 @@ BIND=()
 # Check the recipe and its data before any task starts: an error in it is reported at once, and not by every rank.
 RANKS=$((NUM_NODES * PER_NODE))
 if [ -n "${MAESTRO_IMAGE:-}" ]; then # once more, with the folders that the recipe names
-  LISTED=$(run_python -m maestro_scale.cluster.preflight folders "$RANKS" --recipe "$RECIPE" "$@") || die 2 "the recipe cannot be used; see the lines above"
-  while IFS= read -r folder; do
-    [ "$folder" != "${LISTED%%$'\n'*}" ] || [ "$CHECK" = 1 ] || mkdir -p "$folder" 2>/dev/null # the first is the parent of the run directory
-    FOLDERS+=("$folder")
-  done <<<"$LISTED"
+  see_recipe "$RANKS" "$RECIPE" "$@" || die 2 "the recipe cannot be used; see the lines above"
+  [ "$CHECK" = 1 ] || mkdir -p "$RUNS" 2>/dev/null
   enter_image
 fi
 if [ "$CHECK" = 1 ]; then

@@ -34,8 +34,8 @@ PARTS=${MAESTRO_PARTS:-$SLURM_ARRAY_TASK_MAX}
 if [ -z "${MAESTRO_PARTS:-}" ] && { [ "$SLURM_ARRAY_TASK_MIN" != 1 ] || [ "$SLURM_ARRAY_TASK_COUNT" != "$PARTS" ]; }; then
   die 2 "an array other than 1-N repeats some parts: set their total number with MAESTRO_PARTS=N"
 fi
-[ ! -d "$2" ] || FOLDERS+=("$(cd "$2" && pwd)")
-case "$3" in *://*) ;; *) [ "${MAESTRO_CHECK:-0}" = 1 ] || mkdir -p "$(dirname "$3")" 2>/dev/null; FOLDERS+=("$(cd "$(dirname "$3")" 2>/dev/null && pwd)") ;; esac
+case "$3" in *://*) ;; *) [ "${MAESTRO_CHECK:-0}" = 1 ] || mkdir -p "$(dirname "$3")" 2>/dev/null ;; esac
+see "$1" "$2" "$3"
 prepare
 if [ "${MAESTRO_CHECK:-0}" = 1 ]; then
   check_line part "$SLURM_ARRAY_TASK_ID of $PARTS"

@@ -26,6 +26,7 @@ export MAESTRO_HOME
 [ "${MAESTRO_CHECK:-0}" = 0 ] || die 2 "MAESTRO_CHECK: use maestro-scale study FILE --dry-run"
 
 need_slurm slurm/study.sh
+see "$@" # FILE, ROOT, and others that are given as two words; MAESTRO_DATA is mounted anyway
 prepare
 CELL=()
 [ -z "${SLURM_ARRAY_TASK_ID:-}" ] || CELL=(--cell "$SLURM_ARRAY_TASK_ID")

@@ -2,13 +2,37 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from pathlib import Path
 
+import psutil
 import pytest
 
 # Only one SLURM cluster can run per machine: two files of its tests at a time would wait for each other.
 ONE_AT_A_TIME = {Path(__file__).parent / "services" / "slurm": "slurm"}
+
+
+GIB_PER_WORKER = 2.0
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Number of xdist's worker processes where none is given: as many as there are cores, and memory for.
+
+    None for a single file, whose tests are one group, and with ``-s``, which workers ignore: the tests then run in this
+    process, which starts faster and in which a debugger stops.
+    """
+    if config.option.capture == "no" or config.option.collectonly:
+        return 0
+    cores = len(os.sched_getaffinity(0))  # SLURM and containers restrict it
+    memory = int(psutil.virtual_memory().available / 2**30 / GIB_PER_WORKER)
+    files = {file for word in config.args for file in _test_files(Path(word.partition("::")[0]))}
+    num_workers = min(cores, max(memory, 1), len(files))
+    return num_workers if num_workers > 1 else 0
+
+
+def _test_files(place: Path) -> list[Path]:
+    return list(place.rglob("test_*.py")) if place.is_dir() else [place]
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups

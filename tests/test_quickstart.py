@@ -1,16 +1,10 @@
-"""The quickstart: its recipe and table, and a small run in which every stage runs and a second call repeats none."""
+"""The quickstart: its recipe and table. tests/test_wheel.py runs it."""
 
 from __future__ import annotations
 
 import io
 import json
-import sqlite3
-import subprocess
-import sys
-import time
-from pathlib import Path
 
-import pytest
 from rich.console import Console
 from testkit.runs import REPO
 
@@ -87,61 +81,3 @@ def test_the_table_has_a_row_per_encoder_and_mode_with_intervals():
         ["untrained", "linear probe", "35.0 (30.0-40.0)", "36.0"],
         ["oracle", "class signatures", "90.0 (85.0-95.0)", "91.0"],
     ]
-
-
-def quickstart(out: Path, *args: str) -> subprocess.CompletedProcess[str]:
-    program = Path(sys.executable).parent / "maestro-scale"
-    command = [str(program), "quickstart", f"--out={out}", "--tiles=60", "--steps=8", *args]
-    return subprocess.run(command, capture_output=True, text=True, timeout=400, cwd=out.parent)
-
-
-@pytest.mark.slow
-def test_quickstart(tmp_path):
-    out = tmp_path / "with a space" / "quick"
-    out.parent.mkdir()
-    first = quickstart(out)
-    assert first.returncode == 0, first.stdout + first.stderr[-4000:]
-    for words in (
-        "4/4",
-        "pretrained",
-        "scratch, equal cost",
-        "statistics",
-        "untrained",
-        "oracle",
-        "masked loss",
-        "reconstruction:",
-        "maestro-scale dashboard",
-    ):
-        assert words in first.stdout, first.stdout
-    result = EvalResult.load(out / "results" / "pretrained" / "probe" / "results.json")
-    assert (result.checkpoint_step, result.num_tiles, result.metric) == (8, 12, "wf1")
-    for encoder, mode in (("untrained", "knn"), ("statistics", "probe"), ("oracle", "oracle")):
-        found = EvalResult.load(out / "results" / encoder / mode / "results.json")
-        assert (found.checkpoint_step, found.num_tiles, found.metric) == (0, 12, "wf1")
-    scratch = EvalResult.load(out / "runs" / "scratch" / "results.json")
-    assert (scratch.mode, scratch.num_tiles, scratch.checkpoint_step) == ("scratch", 12, 0)
-    # 8 * 451 / 1000 steps have the same cost, and each is validated, which adds a line.
-    for run, expected in (("quickstart", [1, 8]), ("scratch", [1, 2, 3, 4])):
-        lines = (out / "runs" / run / "metrics.jsonl").read_text().splitlines()
-        assert [json.loads(line)["step"] for line in lines] == expected
-    runs = {"pretrained": "quickstart", "scratch": "quickstart scratch"}
-    with sqlite3.connect(out / "runs" / "mlflow.db") as store:
-        found = store.execute(
-            "select r.name, m.key from latest_metrics m join runs r using (run_uuid) where m.key like 'eval/treesatai%'"
-        ).fetchall()
-    assert sorted(found) == sorted(
-        (runs.get(encoder, encoder), f"eval/treesatai_ts/{mode}/wf1")
-        for encoder, modes in ENCODERS.items()
-        for mode in modes
-    )
-
-    started = time.monotonic()
-    again = quickstart(out)
-    assert again.returncode == 0, again.stderr[-4000:]
-    assert "already done" in again.stdout
-    assert time.monotonic() - started < 60, "a stage ran again"
-
-    other = quickstart(out, "--seed=1")
-    assert other.returncode == 2
-    assert "seed" in other.stderr
-    assert "Traceback" not in other.stderr

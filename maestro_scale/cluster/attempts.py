@@ -7,14 +7,15 @@ Imports no torch: it runs in the batch script after a failure, where seconds cou
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
 import re
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
 
 from maestro_scale import untrusted
 
@@ -119,26 +120,30 @@ def _read_attempts(file: Path) -> list[Attempt]:
     return attempts
 
 
-def main(argv: list[str]) -> int:
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    action: Annotated[Literal["decide"], typer.Argument()],
+    run_dir: Annotated[Path, typer.Option("--run_dir")],
+    logs: Annotated[Path, typer.Option()],
+    status: Annotated[int, typer.Option()],
+    asked: Annotated[int, typer.Option()],
+    max_failures: Annotated[int, typer.Option("--max_failures")],
+) -> None:
     """The command line, see the module docstring."""
-    parser = argparse.ArgumentParser(prog="attempts", allow_abbrev=False)
-    parser.add_argument("--run_dir", type=Path, required=True)
-    parser.add_argument("--logs", type=Path, required=True)
-    parser.add_argument("--status", type=int, required=True)
-    parser.add_argument("--asked", type=int, required=True)
-    parser.add_argument("--max_failures", type=int, required=True)
-    args = parser.parse_args(argv[1:])
     attempt = Attempt(
         job=os.environ.get("SLURM_JOB_ID", ""),
         start=int(os.environ.get("SLURM_RESTART_COUNT", 0)),
-        step=newest_step(args.run_dir),
-        status=args.status,
-        asked=bool(args.asked),
+        step=newest_step(run_dir),
+        status=status,
+        asked=bool(asked),
     )
-    code, message = decide(args.run_dir, args.logs, attempt, args.max_failures)
+    code, message = decide(run_dir, logs, attempt, max_failures)
     print(message, flush=True)
-    return code
+    raise typer.Exit(code)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    app()

@@ -8,6 +8,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
+
 GIB = 2**30
 
 
@@ -41,10 +43,9 @@ def gpu_problems(num_required: int, min_free: float = 0.8) -> list[str]:
     return problems
 
 
-def memory_problems(min_gib: float = 1.0, meminfo: Path = Path("/proc/meminfo")) -> list[str]:
+def memory_problems(min_gib: float = 1.0) -> list[str]:
     """Check that this much host memory is available."""
-    fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-    available = int(fields["MemAvailable"].split()[0]) / 2**20
+    available = psutil.virtual_memory().available / GIB
     if available < min_gib:
         return [f"{available:.1f} GiB of memory available, {min_gib:g} required: another process uses it"]
     return []

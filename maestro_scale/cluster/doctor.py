@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+import psutil
+
 from maestro_scale.cluster import checks
 from maestro_scale.training import nvml
 from maestro_scale.training.binding import gpu_sign
@@ -78,11 +80,11 @@ def run_checks(urls: Sequence[str] = (), folders: Sequence[Path] = ()) -> Iterat
 
 def _python() -> Iterator[Finding]:
     version = platform.python_version()
-    is_supported = (3, 10) <= sys.version_info[:2] <= (3, 12)
+    is_supported = (3, 10) <= sys.version_info[:2] <= (3, 13)
     yield Finding(
         "python",
         f"{version} on {platform.platform()}",
-        "" if is_supported else "use Python 3.10, 3.11 or 3.12",
+        "" if is_supported else "use Python 3.10 to 3.13",
     )
 
 
@@ -100,10 +102,8 @@ def _processors() -> Iterator[Finding]:
     usable = len(
         os.sched_getaffinity(0)
     )  # SLURM and containers restrict it; cpu_count() is the whole machine
-    available = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())[
-        "MemAvailable"
-    ]
-    result = f"{usable} of {os.cpu_count()} cores usable, {int(available.split()[0]) / 2**20:.0f} GiB of memory free"
+    available = psutil.virtual_memory().available / checks.GIB
+    result = f"{usable} of {os.cpu_count()} cores usable, {available:.0f} GiB of memory free"
     yield Finding("processor", result, "; ".join(checks.memory_problems(4.0)))
 
 
@@ -247,14 +247,11 @@ def _supports_locks(folder: Path) -> bool:
 
 def _file_system(folder: Path) -> str:
     """Type of the file system, from the longest mount point that contains ``folder``."""
-    best, kind = "", "unknown"
-    path = str(folder.resolve())
-    for line in Path("/proc/mounts").read_text().splitlines():
-        _, mount, type_name, *_ = line.split(" ")
-        is_inside = path == mount or path.startswith(mount.rstrip("/") + "/")
-        if is_inside and len(mount) >= len(best):
-            best, kind = mount, type_name
-    return kind
+    path = folder.resolve()
+    # All of them: psutil counts the file systems of a network as devices that are none.
+    mounts = [m for m in psutil.disk_partitions(all=True) if path.is_relative_to(m.mountpoint)]
+    # Of several at one point the last one hides the others.
+    return max(reversed(mounts), key=lambda m: len(m.mountpoint)).fstype if mounts else "unknown"
 
 
 def print_findings(findings: Iterator[Finding], write: Callable[[str], None] = print) -> int:

@@ -34,7 +34,7 @@ def test_sources_exist_and_the_user_is_not_root(file):
     (user,) = (line.split()[1] for line in lines if line.startswith("USER"))
     assert int(user) > 0
     ignored = (REPO / ".dockerignore").read_text().split()
-    assert not {"maestro_scale", "recipes", "slurm", "pyproject.toml", "README.md"} & set(ignored)
+    assert not {"maestro_scale", "recipes", "slurm", "pyproject.toml", "PACKAGE.md"} & set(ignored)
 
 
 @pytest.mark.parametrize("name", ["Dockerfile", "Dockerfile.cpu"])

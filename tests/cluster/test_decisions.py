@@ -8,10 +8,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from typer.testing import CliRunner
 
-from maestro_scale.cluster import checks, doctor
+from maestro_scale.cluster import attempts, checks, doctor
 from maestro_scale.cluster.attempts import FINISHED, GAVE_UP, REQUEUE, Attempt, decide, find_errors
 from maestro_scale.cluster.doctor import Finding, print_findings, run_checks
 from maestro_scale.cluster.health import NodeReport
@@ -103,14 +105,48 @@ def test_task_environment_from_slurm():
     assert task_environment({**env, "MAESTRO_IFNAME": "ib0"})["NCCL_SOCKET_IFNAME"] == "ib0"
 
 
-def test_disk_and_memory_checks(tmp_path):
+def test_disk_and_memory_checks(tmp_path, monkeypatch):
     assert checks.disk_problems(tmp_path, 0.0, "cache") == []
     assert "free some space" in checks.disk_problems(tmp_path, 1e9, "cache")[0]
     (tmp_path / "file").touch()
     assert checks.disk_problems(tmp_path / "file" / "below", 0.0, "cache")[0].startswith("cache ")
-    meminfo = tmp_path / "meminfo"
-    meminfo.write_text("MemTotal: 1000 kB\nMemAvailable: 1000 kB\n")
-    assert "of memory available" in checks.memory_problems(1.0, meminfo)[0]
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=2**29))
+    assert checks.memory_problems(0.4) == []
+    assert checks.memory_problems(1.0)[0].startswith("0.5 GiB of memory available, 1 required")
+
+
+def test_the_type_of_a_file_system_is_that_of_the_last_mount_at_the_longest_path(tmp_path, monkeypatch):
+    inner = tmp_path / "a disk"
+    (inner / "runs").mkdir(parents=True)
+    mounts = [
+        ("/", "rootfs"),
+        ("/", "overlay"),
+        (tmp_path, "ext4"),
+        (inner, "ext4"),
+        (inner, "lustre"),
+        (f"{inner}2", "nfs"),
+    ]
+    listed = [SimpleNamespace(mountpoint=str(point), fstype=kind) for point, kind in mounts]
+    monkeypatch.setattr("psutil.disk_partitions", lambda all: listed if all else [])
+    assert doctor._file_system(inner / "runs") == "lustre"
+    assert doctor._file_system(inner) == "lustre"
+    assert doctor._file_system(tmp_path) == "ext4"
+    assert doctor._file_system(Path("/")) == "overlay"
+
+
+@pytest.mark.parametrize(
+    ("reason", "words", "code"),
+    [
+        ({"reason": "done", "step": 7}, ["--status=0", "--asked=0"], FINISHED),
+        ({}, ["--status=1", "--asked=1"], REQUEUE),
+        ({}, ["--status=1", "--asked=0"], GAVE_UP),
+    ],
+)
+def test_the_exit_code_tells_the_batch_script_what_to_do(tmp_path, reason, words, code):
+    if reason:
+        (tmp_path / "outcome.json").write_text(json.dumps(reason))
+    places = [f"--run_dir={tmp_path}", f"--logs={tmp_path}", "--max_failures=1"]
+    assert CliRunner().invoke(attempts.app, ["decide", *places, *words]).exit_code == code
 
 
 def test_doctor(tmp_path, monkeypatch, synthetic_shards):

@@ -124,19 +124,78 @@ def test_the_check_fails_where_the_job_would(tmp_path):
     assert "this would end at once" in done.stderr
 
 
-def test_the_other_scripts_submit_nothing_under_the_check(tmp_path):
-    done = script("evaluate.sh", tmp_path, "--checkpoint", "run", "--out", "res", "--", "--gpus-per-node=8")
-    assert done.returncode == 0, done.stderr
-    assert "task 0 " in done.stdout
-    assert done.stdout.count("probe, 1, 0") == len(list((REPO / "recipes" / "eval").glob("*.yaml")))
-    assert not (tmp_path / "here" / "res").exists()
-    (tmp_path / "raw").mkdir()
-    done = script("shard_dataset.sh", tmp_path, "flair2", str(tmp_path / "raw"), "out", "--split", "train")
-    assert done.returncode == 0, done.stderr
+def mounts_of(done: subprocess.CompletedProcess[str]) -> set[str]:
+    """Folders that the check says a container would see."""
+    assert done.returncode == 0, done.stdout + done.stderr
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("mounts "))
+    pairs = [pair.split(":") for pair in line.split()[1].split(",")]
+    assert all(outside == inside for outside, inside in pairs)
+    return {outside for outside, _ in pairs}
+
+
+@pytest.fixture
+def places(tmp_path) -> dict[str, Path]:
+    """Folders of a user: a run with a checkpoint, raw data, scenes, results."""
+    found = {
+        name: tmp_path / name for name in ("runs/a/checkpoints/step_00000002", "raw", "scenes", "results")
+    }
+    for folder in found.values():
+        folder.mkdir(parents=True)
+    return {name.partition("/")[0]: folder for name, folder in found.items()}
+
+
+IMAGE = {"MAESTRO_IMAGE": "lab/maestro:1"}
+
+
+def test_an_evaluation_submits_nothing_under_the_check_and_shows_its_mounts(tmp_path, places):
+    recipe = tmp_path / "own.yaml"
+    recipe.write_text(RECIPE.read_text().replace("shards: shards", f"shards: {RECIPE.parent / 'shards'}"))
+    words = ["--checkpoint", str(places["runs"]), "--out", str(places["results"] / "new")]
+    done = script(
+        "evaluate.sh", tmp_path, *words, "--recipes", str(recipe), "--", "--gpus-per-node=8", **IMAGE
+    )
+    runs = tmp_path / "runs"  # with the store of MLflow
+    expected = {tmp_path, RECIPE.parent / "shards", places["runs"], runs, places["results"]}
+    assert {str(folder) for folder in expected} <= mounts_of(done)
+    assert "task 1    " in done.stdout
+    assert "--array=0-1 --gpus-per-node=8" in done.stdout
+    assert not (places["results"] / "new").exists()
+    assert not list((tmp_path / "local").iterdir())
+
+
+def test_sharding_and_prediction_do_nothing_under_the_check_and_show_their_mounts(tmp_path, places):
+    done = script(
+        "shard_dataset.sh", tmp_path, "flair2", str(places["raw"]), "out", "--split", "train", **IMAGE
+    )
+    assert str(places["raw"]) in mounts_of(done)
     assert "maestro-scale shard flair2" in done.stdout
     assert "--part 1/8" in done.stdout
-    for name in ("follow.sh", "study.sh", "predict.sh"):
-        assert script(name, tmp_path, "x").returncode == 2
+    (tmp_path / "area.yaml").touch()
+    words = [str(places["results"]), str(tmp_path / "area.yaml"), str(tmp_path / "maps"), "--files"]
+    done = script(
+        "predict.sh",
+        tmp_path,
+        *words,
+        str(places["scenes"]),
+        "--probabilities",
+        **IMAGE,
+        SLURM_JOB_NUM_NODES="3",
+    )
+    assert {str(places["results"]), str(tmp_path), str(places["scenes"])} <= mounts_of(done)
+    assert "nodes     3: NODE1 NODE2 NODE3, 1 tasks each" in done.stdout
+    assert not (tmp_path / "maps").exists()
+
+
+def test_no_container_gets_the_root_of_the_host(tmp_path):
+    done = script("predict.sh", tmp_path, "/", "/area.yaml", "s3://bucket/maps", **IMAGE)
+    assert "/" not in mounts_of(done)
+
+
+@pytest.mark.parametrize("name", ["follow.sh", "study.sh"])
+def test_a_script_without_check_says_so(tmp_path, name):
+    done = script(name, tmp_path, "x")
+    assert done.returncode == 2
+    assert "MAESTRO_CHECK: use " in done.stderr
 
 
 def test_the_script_asks_for_all_memory_of_its_nodes():

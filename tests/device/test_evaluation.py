@@ -11,6 +11,8 @@ import pytest
 from testkit.simulated.recorder import COPY, KERNEL, MIX, RACE, SYNC
 from testkit.simulated.steps import DECISION, FLAGS, STEP, is_constant, run_script, steps_of, violations
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).with_name("evaluation.py")
 DATASETS = ("fields", "treesatai_ts")
 RUNS = [f"{dataset} {name}" for dataset in DATASETS for name in ("knn", "attentive", "finetune", "embed")]

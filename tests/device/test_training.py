@@ -20,6 +20,8 @@ from testkit.simulated.steps import (
     violations,
 )
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).with_name("training.py")
 # Host synchronisations outside of steps: (phase, file, function).
 OTHERS = {

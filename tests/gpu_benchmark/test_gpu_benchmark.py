@@ -83,6 +83,7 @@ def section(name: str, limit_s: float = 60.0, **options) -> Section:
     return Section(name, name.title(), f"{HERE}:{name}", limit_s, **options)
 
 
+@pytest.mark.slow
 def test_a_section_that_fails_loses_no_other(monkeypatch, tmp_path):
     sections = (
         section("crashes"),

@@ -58,6 +58,7 @@ def eager(runs) -> list[dict]:
     return run(runs, "none", "fp32")[0]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("mode", ["blocks", "step"])
 def test_compiled_runs_follow_the_loss_curve_of_eager_mode(runs, eager, mode):

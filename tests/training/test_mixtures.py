@@ -27,6 +27,7 @@ def uninterrupted(trainer, tmp_path_factory):
     return run_dir, trainer.train(run_dir, 1, "--set", "deepspeed.zero_optimization.stage=0")
 
 
+@pytest.mark.slow
 def test_steps_are_distributed_by_weight_and_name_their_dataset(uninterrupted):
     _, lines = uninterrupted
     names = [m["dataset"] for m in lines]
@@ -37,6 +38,7 @@ def test_steps_are_distributed_by_weight_and_name_their_dataset(uninterrupted):
         assert m["loss"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
 def test_two_ranks_and_any_stage_give_the_same_curve(trainer, uninterrupted, tmp_path, stage):
     # Steps that leave weights unused (the aerial encoder, here) must move them alike in every stage.
@@ -51,6 +53,7 @@ def test_two_ranks_and_any_stage_give_the_same_curve(trainer, uninterrupted, tmp
 OFFLOADED = "offload_optimizer: {device: cpu}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stage", "micro_batch"), [(1, 4), (2, 8), (3, 4)])
 def test_offload_gives_the_same_curve(trainer, uninterrupted, tmp_path, stage, micro_batch):
     # Under offload, DeepSpeed keeps the gradients of weights that a step leaves unused.
@@ -62,12 +65,14 @@ def test_offload_gives_the_same_curve(trainer, uninterrupted, tmp_path, stage, m
     )
 
 
+@pytest.mark.slow
 def test_a_killed_mixture_resumes_exactly(trainer, uninterrupted, tmp_path):
     changes = ["--set", "deepspeed.zero_optimization.stage=0"]
     trainer.kill_at(tmp_path / "run", 1, 5, *changes)
     assert curve(trainer.train(tmp_path / "run", 1, *changes)) == curve(uninterrupted[1])
 
 
+@pytest.mark.slow
 def test_each_dataset_is_logged_at_its_own_interval(trainer, tmp_path):
     lines = trainer.train(tmp_path / "run", 1, "--set", "train.log_every=3", "data.workers=0")
     # The 1st and every 3rd of a dataset's own steps, and the last of the run.
@@ -75,6 +80,7 @@ def test_each_dataset_is_logged_at_its_own_interval(trainer, tmp_path):
     assert [m["dataset"] for m in lines].count("treesatai_ts#1") == 2
 
 
+@pytest.mark.slow
 def test_views_that_cannot_share_weights_are_refused(trainer):
     code, output = trainer.run(None, 1, "--dry-run", "--set", "data.mixture[1].sensors.s2.patch=4")
     assert code == 2
@@ -82,6 +88,7 @@ def test_views_that_cannot_share_weights_are_refused(trainer):
     assert "patch 4 of 10 bands differs from patch 2 of 10 bands" in output
 
 
+@pytest.mark.slow
 def test_dry_run_shows_every_dataset(trainer):
     code, output = trainer.run(None, 1, "--dry-run")
     assert code == 0, output

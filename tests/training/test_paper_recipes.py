@@ -65,6 +65,7 @@ def masks_of(config, batch) -> dict[str, Mask]:
     return masks
 
 
+@pytest.mark.slow
 def test_a_course_of_30_steps_follows_the_rules_of_the_reference(synthetic_shards, tmp_path):
     path = write_small(tmp_path, synthetic_shards)
     lines = Trainer(path).train(tmp_path / "run", 1)

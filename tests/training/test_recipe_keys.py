@@ -26,6 +26,7 @@ def recipe(synthetic_shards, tmp_path_factory) -> Path:
     return write_recipe(tmp_path_factory.mktemp("recipe"), synthetic_shards)
 
 
+@pytest.mark.slow
 def test_start_div_collect_every_and_every_minutes(recipe, tmp_path):
     run_dir, collected = tmp_path / "run", tmp_path / "collected"
     # A step takes 35 s by the run's clock.
@@ -46,6 +47,7 @@ def test_start_div_collect_every_and_every_minutes(recipe, tmp_path):
     assert while_training == [(3, "False"), (6, "False")]
 
 
+@pytest.mark.slow
 def test_max_skipped_steps_in_a_row_end_the_run(synthetic_raw, tmp_path):
     poisoned_shards(synthetic_raw, tmp_path / "shards", slice(None))
     trainer, run_dir = Trainer(write_recipe(tmp_path, tmp_path / "shards")), tmp_path / "run"
@@ -86,6 +88,7 @@ def trained_weights(run_dir: Path, out: Path) -> dict[str, torch.Tensor]:
 NO_CHANGE = ("--set", "optim.base_lr=1e-20", "data.workers=0")
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_an_equal_model_and_does_not_need_it_again(recipe, tmp_path):
     start = write_start(recipe, tmp_path / "start")
     trainer, run_dir = Trainer(recipe), tmp_path / "run"
@@ -107,6 +110,7 @@ def test_a_run_starts_from_an_equal_model_and_does_not_need_it_again(recipe, tmp
     assert [m["step"] for m in metrics(run_dir)] == [1, 2]
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_a_model_of_other_patches_and_depth(recipe, tmp_path):
     # The other model has aerial patches of 10 pixels instead of 20 and a block less in each encoder.
     start = write_start(recipe, tmp_path / "start", "data.mixture[0].sensors.aerial.patch=10")
@@ -138,6 +142,7 @@ def test_a_run_starts_from_a_model_of_other_patches_and_depth(recipe, tmp_path):
     assert all(statuses.values()), statuses
 
 
+@pytest.mark.slow
 def test_a_model_of_another_width_is_refused_in_one_line(recipe, tmp_path):
     write_start(recipe, tmp_path / "start", "model.width=64")
     code, output = Trainer(recipe).run(

@@ -72,6 +72,7 @@ def uninterrupted(trainer, tmp_path_factory):
     return run_dir, trainer.train(run_dir, 1, "--set", "train.micro_batch=8")
 
 
+@pytest.mark.slow
 def test_run_directory_is_complete(trainer, uninterrupted, tmp_path):
     run_dir, lines = uninterrupted
     assert [m["step"] for m in lines] == [1, 2, 3, 4, 5, 6]
@@ -131,6 +132,7 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(trainer, tmp_path,
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_left_unchanged(trainer, uninterrupted):
     run_dir, lines = uninterrupted
     code, output = trainer.run(run_dir, 1, "--set", "train.micro_batch=8")
@@ -151,6 +153,7 @@ def test_stop_file_ends_a_run_that_then_resumes(trainer, uninterrupted, tmp_path
     assert curve(trainer.train(run_dir, 1, "--set", "train.micro_batch=8")) == curve(uninterrupted[1])
 
 
+@pytest.mark.slow
 def test_a_signal_while_it_starts_stops_it_after_a_step(trainer, uninterrupted, tmp_path):
     job = trainer.start(tmp_path / "run", 1, "--set", "train.micro_batch=8")
     deadline = time.monotonic() + 60
@@ -170,6 +173,7 @@ def _catches_sigterm(pid: int) -> bool:
     return bool(int(caught, 16) >> (signal.SIGTERM - 1) & 1)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_with_changed_contents_is_skipped(trainer, uninterrupted, tmp_path):
     run_dir = tmp_path / "run"
     shutil.copytree(uninterrupted[0], run_dir)
@@ -188,6 +192,7 @@ OFFLOADED = ["model.width=16384", "model.heads=128", "model.depth=90"]
 OFFLOADED += ["deepspeed.zero_optimization={stage: 2, offload_optimizer: {device: cpu}}"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "changes", "words"),
     [
@@ -208,6 +213,7 @@ def test_mistakes_end_with_one_line(trainer, tmp_path, ranks, changes, words):
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_resuming_with_another_seed_is_refused(trainer, uninterrupted):
     run_dir, _ = uninterrupted
     code, output = trainer.run(run_dir, 1, "--set", "train.micro_batch=8", "seed=4")
@@ -229,6 +235,7 @@ def _with_another_divisor(shards: Path, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_manifest_that_differs_in_one_digit_is_refused(trainer, uninterrupted, synthetic_shards, tmp_path):
     changed = _with_another_divisor(synthetic_shards, tmp_path / "rank1")
     (tmp_path / "rank0").symlink_to(synthetic_shards)
@@ -248,6 +255,7 @@ def test_a_manifest_that_differs_in_one_digit_is_refused(trainer, uninterrupted,
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_fewer_steps_than_taken_are_refused(trainer, uninterrupted):
     code, output = trainer.run(uninterrupted[0], 1, "--set", "train.micro_batch=8", "train.steps=3")
     assert code != 0
@@ -265,6 +273,7 @@ def test_a_longer_schedule_is_followed_after_resuming(trainer, uninterrupted, tm
     assert (run_dir / "checkpoints" / "mine").exists(), "a folder that is not ours was removed"
 
 
+@pytest.mark.slow
 def test_a_run_directory_that_cannot_be_used_is_one_line(trainer, tmp_path):
     (tmp_path / "file").touch()
     code, output = trainer.run(tmp_path / "file")
@@ -273,12 +282,14 @@ def test_a_run_directory_that_cannot_be_used_is_one_line(trainer, tmp_path):
     assert "Traceback" not in output
 
 
+@pytest.mark.slow
 def test_fresh_refuses_a_directory_with_a_run(trainer, uninterrupted):
     code, output = trainer.run(uninterrupted[0], 1, "--fresh", "--set", "train.micro_batch=8")
     assert code != 0
     assert "--fresh" in output
 
 
+@pytest.mark.slow
 def test_dry_run_needs_no_data(tmp_path):
     code, output = Trainer(REPO / "recipes" / "vitl.yaml", "deepspeed").run(None, 1, "--dry-run")
     assert code == 0, output[-3000:]
