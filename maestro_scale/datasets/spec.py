@@ -21,7 +21,8 @@ TargetKind = Literal["multilabel", "segmentation", "classification", "regression
 
 NODATA = "nodata"
 """The mask band that marks invalid pixels, with 100 (others: 0). It is not a mask like the others: marked pixels count
-neither in the selection of dates nor in the loss, and are filled in from other dates where they are input."""
+neither in the selection of dates nor in the loss, and are filled in from other dates where they are input. Shards of
+earlier revisions may have a mask band of percentages of this name: less than 100 is a mask like the others."""
 
 MISSING_CLASS = -1
 """The stored value of a classification target where the label is missing."""

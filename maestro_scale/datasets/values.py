@@ -88,6 +88,17 @@ def numbers_problem(array: np.ndarray) -> str | None:
     )
 
 
+def is_nodata(marks: np.ndarray) -> np.ndarray:
+    """Which pixels a mask band ``nodata`` marks; see ``spec.NODATA`` for others than 0 and 100."""
+    found: np.ndarray = marks == 100
+    return found
+
+
+def has_percentages(marks: np.ndarray) -> bool:
+    """Whether a mask band called ``nodata`` has values that are neither 0 nor 100."""
+    return bool(((marks != 0) & (marks != 100)).any())
+
+
 def marks_problem(marks: np.ndarray, array: np.ndarray) -> str | None:
     """Why the mask band ``nodata`` (T, H, W) of a raster (T, C, H, W) is invalid."""
     bad = (marks != 0) & (marks != 100)

@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from maestro_scale.datasets.spec import NODATA, DatasetSpec, GeoOrigin, RawDataset
+from maestro_scale.datasets.values import is_nodata
 from maestro_scale.inference.errors import InferenceError
 from maestro_scale.inference.windows import Area, starts
 from maestro_scale.shards.errors import CodecError
@@ -188,7 +189,7 @@ def _invalid(sample: Sample, spec: DatasetSpec, crop: Crop) -> np.ndarray | None
         marks = sample.array(mask_field(modality.name), window)[:, modality.mask_bands.index(NODATA)]
     except CodecError as error:
         raise InferenceError(f"tile {sample.key}: {error}") from None
-    invalid: np.ndarray = np.asarray((marks > 0).all(axis=0))
+    invalid: np.ndarray = np.asarray(is_nodata(marks).all(axis=0))
     return invalid if invalid.any() else None
 
 

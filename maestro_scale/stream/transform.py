@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from maestro_scale.datasets.spec import DatasetError, DatasetSpec, Modality, Sensor, Target
 from maestro_scale.datasets.spec_check import source_problems
+from maestro_scale.datasets.values import is_nodata
 from maestro_scale.errors import dotted
 from maestro_scale.shards.errors import CodecError
 from maestro_scale.shards.format.compress import Window
@@ -252,7 +253,7 @@ class _SensorTransform:
         band = self.modality.nodata_band
         if band is None:
             return None
-        nodata = sample.array(mask_field(self.modality.name), window)[:, band] > 0
+        nodata = is_nodata(sample.array(mask_field(self.modality.name), window)[:, band])
         return nodata if nodata.any() else None
 
     def _mask(

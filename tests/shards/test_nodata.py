@@ -424,6 +424,20 @@ def test_verify_finds_what_a_writer_of_others_left(tmp_path, monkeypatch, change
     assert re.search(message, problem), problem
 
 
+def test_a_band_of_percentages_from_before_the_marks_verifies(tmp_path, monkeypatch):
+    """Shards of earlier revisions say no quantity, and may have a mask band of this name like any other."""
+    spec = spec_of("int16")
+    monkeypatch.setattr("maestro_scale.shards.write.writer.checked_tile", lambda tile, spec, strict: tile)
+    mask = np.array([0, 7, 60, 100], np.uint8).reshape(1, 1, 2, 2).repeat(2, 0)
+    for value in (100, 101):
+        mask[1, 0, 0, 0] = value
+        with Writer(str(tmp_path / str(value)), spec, "train") as writer:
+            writer.add(replace(checked_tile(tile_of(spec, values("int16")), spec), masks={"x": mask}))
+    assert verify(str(tmp_path / "100")) == []
+    (problem,) = verify(str(tmp_path / "101"))
+    assert "101" in problem
+
+
 _SPECIAL = [0, -0.0, 1, -1, -9999, -10_000, -32_768, 1e6, 1e20, -1e20, 3.4028235e38, np.inf, -np.inf, np.nan]
 
 

@@ -58,7 +58,7 @@ def prepare(spec: DatasetSpec, tile: Tile, number: int | None, flips: bool = Fal
         else transform.train(sample, 0, number, arrays, 0)
     )
     found = {f.part: a[0] for f, a in arrays.items()}
-    return found["pixels"], found["dates"][:, 1].tolist(), found["nodata"], count
+    return found["pixels"], found["dates"][:, 1].tolist(), found.get("nodata"), count
 
 
 def corner(num: int, *which: int) -> np.ndarray:
@@ -170,6 +170,20 @@ def test_a_raster_without_invalid_pixels_draws_what_one_without_the_band_draws()
         assert "nodata" not in found
         assert found["dates"][:, 1].tolist() == days
         np.testing.assert_array_equal(found["pixels"], pixels)
+
+
+@pytest.mark.parametrize("number", [None, 3])
+def test_percentages_below_100_are_a_mask_like_others(number):
+    """Of shards from before the marks: pixels that are measured in part are neither filled in nor left out."""
+    percentages = np.zeros((6, SIZE, SIZE), np.uint8)
+    percentages[::2, 1:, 2] = 99
+    old = tile(np.zeros(percentages.shape, bool))
+    old.masks["x"][:, 1] = percentages
+    found = prepare(spec("int16", 3), old, number)
+    other = prepare(spec("int16", 3, bands=("cloud", "haze")), old, number)
+    assert found[1] == other[1]  # dates
+    np.testing.assert_array_equal(found[0], other[0])
+    assert not found[2].any()
 
 
 def test_a_tile_that_is_embedded_has_no_nan():

@@ -20,6 +20,8 @@ from maestro_scale.datasets.values import (
     dates_note,
     dates_problem,
     finite_extremes,
+    has_percentages,
+    is_nodata,
     marks_problem,
     mask_problem,
     masked_problem,
@@ -41,8 +43,11 @@ from maestro_scale.shards.format.fields import (
 _KIND = "invalid values"  # of the error
 
 
-def value_problems(fields: Mapping[str, np.ndarray], spec: DatasetSpec) -> list[str]:
-    """Invalid values in the fields of a sample that fit ``spec`` (:func:`.fields.check_layouts`), a line per field."""
+def value_problems(fields: Mapping[str, np.ndarray], spec: DatasetSpec, is_stored: bool = False) -> list[str]:
+    """Invalid values in the fields of a sample that fit ``spec`` (:func:`.fields.check_layouts`), a line per field.
+
+    ``is_stored``: in shards, in which a band called ``nodata`` may hold percentages (``spec.NODATA``).
+    """
     found: dict[str, str | None] = {}
     for modality in spec.modalities:
         name, band = modality.name, modality.nodata_band
@@ -55,9 +60,10 @@ def value_problems(fields: Mapping[str, np.ndarray], spec: DatasetSpec) -> list[
         if mask is not None:
             found[mask_field(name)] = mask_problem(mask)
         if mask is not None and band is not None and not found[mask_field(name)]:
-            found[mask_field(name)] = marks_problem(mask[:, band], array)
+            earlier = is_stored and not modality.quantity and has_percentages(mask[:, band])
+            found[mask_field(name)] = None if earlier else marks_problem(mask[:, band], array)
         if found[name] is None:
-            marks = None if mask is None or band is None else mask[:, band] > 0
+            marks = None if mask is None or band is None else is_nodata(mask[:, band])
             found[name] = _limits_problem(array, modality, marks)
     for target in spec.targets:
         if target.kind == "multilabel":

@@ -176,7 +176,7 @@ def _sample_problems(shard: Shard, i: int, spec: DatasetSpec, absent: Sequence[s
         fields = _Fields(sample)
         for target in spec.targets:
             check_classes(sample.key, fields, target)
-        values = value_problems(fields, spec)
+        values = value_problems(fields, spec, is_stored=True)
     except BadShard as error:
         return [error.cause]
     except (CodecError, DatasetError) as error:
