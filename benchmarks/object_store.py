@@ -1,4 +1,4 @@
-"""Reading shards from object stores: s3fs beside obstore, the share of the link that is reached, requests, first batch.
+"""Reading shards from object stores: clients side by side, the share of the link, requests, first batch.
 
     python -m benchmarks.object_store --work /tmp/object_store [--rounds 3] [--datasets treesatai_ts] [--ceph PROGRAM]
 
@@ -6,8 +6,8 @@ The store is an emulated one (benchmarks/slow_store.py) with 30 ms of latency an
 that only the link counts and once so high that the processor does, since the store runs on the same cores. --ceph: a
 program whose `up` starts a real S3 server and prints `export AWS_…=…`, and whose `down` stops it. In each round:
 
-- clients: the same ranges of 8 MiB over eight connections by http.client (*bare*), by s3fs and by obstore; obstore need
-  not be installed.
+- clients: the same ranges of 8 MiB over eight connections by http.client (*bare*), by s3fs, by botocore as the loader
+  reads (*ours*), and by obstore, which need not be installed.
 - passes: all shards of a dataset through the Store of the loader, with an empty cache (download, SHA-256, write, read
   every field), beside the same ranges by bare connections.
 
@@ -112,23 +112,16 @@ def bare(address: Callable[[str], str]) -> Read:
 
 
 def by_s3fs(url: str) -> Read:
-    """Reads as the Store does."""
+    """Reads by s3fs, whose requests all run in one event loop."""
+    import s3fs
+
+    fs, path = s3fs.S3FileSystem(skip_instance_cache=True), url.removeprefix("s3://")
+    return lambda name, start, stop: fs.cat_file(f"{path}/{name}", start=start, end=stop)
+
+
+def by_ours(url: str) -> Read:
+    """Reads as the Store does: by botocore's client, in the thread of the caller."""
     return RemoteReader(url, RetryPolicy(), lambda: None).read_range
-
-
-def by_botocore(url: str) -> Read:
-    """Reads by botocore's own client, which s3fs wraps in an event loop; a connection per thread."""
-    from botocore.config import Config
-    from botocore.session import get_session
-
-    bucket, _, prefix = url.removeprefix("s3://").partition("/")
-    client = get_session().create_client("s3", config=Config(max_pool_connections=CONNECTIONS))
-
-    def read(name: str, start: int, stop: int) -> bytes:
-        key = f"{prefix}/{name}" if prefix else name
-        return client.get_object(Bucket=bucket, Key=key, Range=f"bytes={start}-{stop - 1}")["Body"].read()
-
-    return read
 
 
 def by_obstore(url: str) -> Read:
@@ -335,7 +328,7 @@ def measure(folders: dict[str, Path], args: argparse.Namespace) -> dict[str, Any
             readers = {
                 "bare": bare(signed("shards")),
                 "s3fs": by_s3fs("s3://shards"),
-                "botocore": by_botocore("s3://shards"),
+                "ours": by_ours("s3://shards"),
             }
             with suppress(ImportError):
                 readers["obstore"] = by_obstore("s3://shards")

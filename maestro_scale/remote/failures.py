@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ssl
 from collections.abc import Iterator
 from typing import Any
@@ -22,6 +23,13 @@ def network_errors(*others: type[BaseException]) -> tuple[type[BaseException], .
         except (ImportError, AttributeError):
             continue
     return (*classes, *others)
+
+
+def no_answer_errors() -> tuple[type[BaseException], ...]:
+    """What a client raises if no answer arrives in time. A function, as :func:`network_errors`."""
+    from botocore.exceptions import ReadTimeoutError
+
+    return (asyncio.TimeoutError, TimeoutError, ReadTimeoutError)
 
 
 def is_permanent(error: BaseException) -> bool:

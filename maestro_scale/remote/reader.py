@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from maestro_scale.remote.errors import ConditionFailed, StoreError, check_limit, one_line
-from maestro_scale.remote.failures import advice, http_status, is_permanent, network_errors
+from maestro_scale.remote.failures import advice, http_status, is_permanent, network_errors, no_answer_errors
 from maestro_scale.remote.retry import RetryPolicy, TransientError, call_with_retries
+from maestro_scale.remote.s3_client import S3Client
 from maestro_scale.secrets_filter import has_credentials, scrub
 
 _S3 = ("s3://", "s3a://")
@@ -31,6 +32,7 @@ class RemoteReader:
         self._on_retry = on_retry
         self._lock = threading.Lock()
         self._clients: dict[int, tuple[Any, str]] = {}
+        self._s3_clients: dict[int, S3Client] = {}
 
     def __reduce__(self) -> tuple[type[RemoteReader], tuple[str, RetryPolicy, Callable[[], None]]]:
         # Locks and clients do not pickle; the copy creates its own.
@@ -46,7 +48,7 @@ class RemoteReader:
         ``limit``: most bytes; StoreError for a larger object, of which no more than that is transferred.
         """
         if limit is None:
-            return self._call(name, "_cat_file", "cat_file", self._path(name))
+            return self._read(name, None, None, None)
         return check_limit(self.read_range(name, 0, limit + 1), limit, self.address(name))
 
     def read_range(self, name: str, start: int, stop: int, cancel: threading.Event | None = None) -> bytes:
@@ -54,7 +56,7 @@ class RemoteReader:
 
         Setting ``cancel`` ends retries early.
         """
-        return self._call(name, "_cat_file", "cat_file", self._path(name), cancel, start=start, end=stop)
+        return self._read(name, start, stop, cancel)
 
     def size(self, name: str) -> int | None:
         """Size in bytes; None if there is no such object."""
@@ -92,6 +94,20 @@ class RemoteReader:
     @property
     def _is_s3(self) -> bool:
         return self.url.startswith(_S3)
+
+    def _read(self, name: str, start: int | None, stop: int | None, cancel: threading.Event | None) -> bytes:
+        path = self._path(name)
+        if not self._is_s3:
+            return self._call(name, "_cat_file", "cat_file", path, cancel, start=start, end=stop)
+        timeout_s = self.retry.attempt_timeout_s
+        return self._attempts(name, lambda fs: self._s3_client(fs).read(path, start, stop, timeout_s), cancel)
+
+    def _s3_client(self, fs: Any) -> S3Client:
+        with self._lock:
+            pid = os.getpid()
+            if pid not in self._s3_clients:
+                self._s3_clients[pid] = S3Client(fs)
+            return self._s3_clients[pid]
 
     def _call(
         self,
@@ -131,7 +147,7 @@ class RemoteReader:
                 return action(fs)
             except FileNotFoundError as error:
                 raise FileNotFoundError(where) from error
-            except (asyncio.TimeoutError, TimeoutError) as error:
+            except no_answer_errors() as error:
                 raise TransientError(f"no answer within {self.retry.attempt_timeout_s:.3g} s") from error
             except network_errors() as error:
                 if conflicts and http_status(error) in _CONFLICT:

@@ -29,6 +29,7 @@ from maestro_scale.shards.read.cache import CacheFullError
 from maestro_scale.shards.read.store import Store, StoreCounters
 from maestro_scale.shards.read.summary import summarize
 from maestro_scale.shards.read.verify import verify
+from maestro_scale.shards.storage import open_storage
 from maestro_scale.shards.write.packing import shuffle_keys
 from maestro_scale.shards.write.part import WriterPart
 from maestro_scale.shards.write.writer import Writer, write_shards
@@ -221,6 +222,12 @@ def test_no_credentials(s3, dataset, tmp_path, monkeypatch):
         make_store(tmp_path).shard(dataset.shards[0])
     with pytest.raises(ManifestError, match="check credentials"):
         Manifest.load(URL)
+
+
+def test_a_whole_object_is_one_request(s3, dataset):
+    s3.requests.clear()
+    assert json.loads(open_storage(URL).read("manifest.json"))["shards"]
+    assert [method for method, _ in s3.requests] == ["GET"]
 
 
 def test_an_unresponsive_endpoint_fails_at_the_deadline(s3, dataset, tmp_path, monkeypatch):
