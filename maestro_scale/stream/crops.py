@@ -13,40 +13,7 @@ import numpy as np
 from maestro_scale.datasets.spec import DatasetSpec
 from maestro_scale.datasets.spec_check import EXTENT_TOLERANCE_M, crop_problems
 from maestro_scale.errors import dotted
-
-_CACHE_STRIDE = 512  # bytes
-
-
-@dataclass(frozen=True)
-class Orientation:
-    """One of the eight symmetries of the square: flips, then a transposition."""
-
-    flip_rows: bool = False
-    flip_columns: bool = False
-    transpose: bool = False
-
-    def apply(self, pixels: np.ndarray) -> np.ndarray:
-        """A view of (…, H, W), or of (…, W, H) if transposed."""
-        if self.flip_rows:
-            pixels = pixels[..., ::-1, :]
-        if self.flip_columns:
-            pixels = pixels[..., ::-1]
-        return pixels.swapaxes(-1, -2) if self.transpose else pixels
-
-    def write(self, pixels: np.ndarray, out: np.ndarray) -> None:
-        """Write :meth:`apply` of ``pixels`` into ``out``; the largest part of preparing a sample with large images."""
-        view = self.apply(pixels)
-        # Rows a multiple of this apart share few places in the cache, so that the pixels of a column evict each other:
-        # a few columns at a time stay in it.
-        if self.transpose and not pixels.strides[-2] % _CACHE_STRIDE:
-            width = max(16, min(64, 128 // out.itemsize))
-            for first in range(0, out.shape[-1], width):
-                out[..., first : first + width] = view[..., first : first + width]
-        else:
-            out[...] = view
-
-
-UPRIGHT = Orientation()
+from maestro_scale.stream.orientation import UPRIGHT, Orientation
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,8 @@ from maestro_scale.shards.format.fields import (
 )
 from maestro_scale.stream import dates
 from maestro_scale.stream.batch import num_noise
-from maestro_scale.stream.crops import Crop, CropGrid, Orientation
+from maestro_scale.stream.crops import Crop, CropGrid
+from maestro_scale.stream.orientation import Orientation
 from maestro_scale.stream.packing import Arrays, Field, check_dtype
 from maestro_scale.stream.rng import CounterRNG, Purpose, stream_id
 

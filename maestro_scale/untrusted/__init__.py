@@ -39,6 +39,7 @@ from maestro_scale.untrusted.tensors import (
     load_tensors,
     open_tensors,
     parse_safetensors_header,
+    split_safetensors_header,
 )
 from maestro_scale.untrusted.yaml_documents import load_yaml
 from maestro_scale.untrusted.zip import open_zip
@@ -81,4 +82,5 @@ __all__ = [
     "read_json_lines",
     "read_record",
     "size_text",
+    "split_safetensors_header",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -64,6 +65,23 @@ def parse_safetensors_header(text: bytes, data_bytes: int) -> tuple[dict[str, st
         )
         raise InputError(f"{what}: damaged or cut short")
     return metadata, entries
+
+
+_TEXT = rb'"[^"\\]*(?:\\.[^"\\]*)*"'
+_METADATA = re.compile(rb'\{"__metadata__":(\{(?:%b:%b,?)*\}),(?=")' % (_TEXT, _TEXT))
+
+
+def split_safetensors_header(text: bytes) -> tuple[dict[str, str], bytes]:
+    """The metadata of a header, and the header without them, for :func:`parse_safetensors_header`. InputError.
+
+    Only where they are its first entry and all of them are texts; otherwise the header as it is, and no metadata. The
+    rest, without padding, is the same in all files with the same tensors, so it needs to be parsed once.
+    """
+    found = _METADATA.match(text)
+    if found is None:
+        return {}, text
+    # Whether keys and texts are valid is left to the parser, which refuses what the expression is too simple for.
+    return load_json(found[1], limits=HEADER), b"{" + text[found.end() :].rstrip(b" ")
 
 
 _FIELDS = {"dtype", "shape", "data_offsets"}

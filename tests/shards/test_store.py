@@ -209,15 +209,26 @@ def test_only_the_requested_part_of_a_large_sample_is_read(dataset, copy, tmp_pa
 
     monkeypatch.setattr(module, "_WHOLE_BYTES", 1)
     taken = []
-    pread = os.pread
-    monkeypatch.setattr(os, "pread", lambda *args: taken.append(pread(*args)) or taken[-1])
+    pread, preadv = os.pread, os.preadv
+
+    def counted_pread(*args):
+        data = pread(*args)
+        taken.append(len(data))
+        return data
+
+    def counted_preadv(*args):
+        taken.append(preadv(*args))
+        return taken[-1]
+
+    monkeypatch.setattr(os, "pread", counted_pread)
+    monkeypatch.setattr(os, "preadv", counted_preadv)
     info = Manifest.load(str(copy)).shards[0]
     with Store(str(copy), tmp_path / "cache", 0).shard(info) as shard:
         samples = list(shard)
         taken.clear()
         s2 = samples[0].rows("s2", np.array([1, 0]))
         assert np.array_equal(s2, tile(samples[0].key).arrays["s2"][[1, 0]])
-        assert sum(map(len, taken)) == s2.nbytes
+        assert sum(taken) == s2.nbytes
     assert all(
         fields_equal(s, tile(s.key)) for s in samples
     )  # samples stay valid after their shard is closed
@@ -236,11 +247,14 @@ def test_short_reads_of_many_images_are_completed(copy, tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, "_WHOLE_BYTES", 1)
     monkeypatch.setattr(codec, "_MAX_GAP_BYTES", 0)
-    pread = os.pread
+    pread, preadv = os.pread, os.preadv
     info = Manifest.load(str(copy)).shards[0]
     with Store(str(copy), tmp_path / "cache", 0).shard(info) as shard:
         sample = shard[0]
         monkeypatch.setattr(os, "pread", lambda file, size, start: pread(file, max(size * 2 // 3, 1), start))
+        monkeypatch.setattr(
+            os, "preadv", lambda file, parts, start: preadv(file, [parts[0][: len(parts[0]) * 2 // 3]], start)
+        )
         s2 = sample.rows("s2", np.array([1, 0]), (slice(2, 5), slice(1, 4)))
         assert np.array_equal(s2, tile(sample.key).arrays["s2"][[1, 0], :, 2:5, 1:4])
         (copy / info.path).write_bytes(b"")

@@ -16,8 +16,9 @@ from maestro_scale.shards.read.store import Store
 from maestro_scale.shards.read.summary import summarize
 from maestro_scale.shards.write.from_arrays import make_tile
 from maestro_scale.shards.write.writer import Writer
-from maestro_scale.stream.crops import Crop, Orientation
+from maestro_scale.stream.crops import Crop
 from maestro_scale.stream.eval_loader import EvalLoader
+from maestro_scale.stream.orientation import Orientation
 from maestro_scale.stream.source import Source
 from maestro_scale.stream.transform import Transform
 from maestro_scale.tracking.tile_picture import panels

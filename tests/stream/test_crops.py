@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from maestro_scale.datasets.spec import DatasetSpec, Modality, Scale, Sensor
-from maestro_scale.stream.crops import UPRIGHT, Crop, CropGrid, Orientation
+from maestro_scale.stream.crops import Crop, CropGrid
+from maestro_scale.stream.orientation import UPRIGHT, Orientation
 
 
 def spec_of(tile_m: float, **resolution_m: float) -> DatasetSpec:

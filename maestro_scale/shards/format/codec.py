@@ -14,43 +14,29 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Protocol
 
 import numpy as np
 
 from maestro_scale import untrusted
 from maestro_scale.datasets.spec import GeoOrigin, Tile
-from maestro_scale.errors import shorten
 from maestro_scale.shards.errors import CodecError
 from maestro_scale.shards.format.compress import (
     CODECS,
-    FieldEncoding,
     Window,
     compress,
     decompress_all,
     decompress_rows,
-    window_shape,
 )
 from maestro_scale.shards.format.fields import tile_fields
-from maestro_scale.untrusted import TensorEntry
+from maestro_scale.shards.format.header import (
+    FROM_SAFETENSORS,
+    TO_SAFETENSORS,
+    ByteReader,
+    StoredField,
+    read_header,
+)
 
-_TO_SAFETENSORS = {
-    "bool": "BOOL",
-    "uint8": "U8",
-    "int8": "I8",
-    "uint16": "U16",
-    "int16": "I16",
-    "float16": "F16",
-    "uint32": "U32",
-    "int32": "I32",
-    "float32": "F32",
-    "uint64": "U64",
-    "int64": "I64",
-    "float64": "F64",
-}
-_FROM_SAFETENSORS = {code: np.dtype(name) for name, code in _TO_SAFETENSORS.items()}
 _MIN_COMPRESSED_BYTES = 4096  # smaller fields stay raw: compression would save nothing and cost a call
-_HEADER_BYTES = 16 * 1024  # read by the first call; few headers are longer
 # Gap between the windows of two images; a smaller one is read as well, since it takes no longer than a second call.
 _MAX_GAP_BYTES = 16 * 1024
 
@@ -75,13 +61,13 @@ def encode_fields(
     encoded: dict[str, dict] = {}
     stored: dict[str, tuple[str, list[int], bytes | np.ndarray]] = {}
     for name, array in fields.items():
-        if array.dtype.name not in _TO_SAFETENSORS:
+        if array.dtype.name not in TO_SAFETENSORS:
             raise CodecError(
-                f"field {name} has dtype {array.dtype}; supported are {', '.join(_TO_SAFETENSORS)}"
+                f"field {name} has dtype {array.dtype}; supported are {', '.join(TO_SAFETENSORS)}"
             )
         # safetensors is little-endian.
         array = np.asarray(array, array.dtype.newbyteorder("<"), order="C")
-        stored[name] = (_TO_SAFETENSORS[array.dtype.name], list(array.shape), array)
+        stored[name] = (TO_SAFETENSORS[array.dtype.name], list(array.shape), array)
         if codec != "raw" and array.nbytes >= _MIN_COMPRESSED_BYTES and array.ndim:
             encoding, data = compress(array, codec)
             # Noise does not compress: then the raw field is smaller and faster to read.
@@ -96,7 +82,7 @@ def encode_fields(
 def _pack(metadata: dict[str, str], stored: dict[str, tuple[str, list[int], bytes | np.ndarray]]) -> bytes:
     # Wide dtypes first, as the safetensors library does: then every tensor is aligned to its item size and can be used
     # as a view of the buffer.
-    order = sorted(stored, key=lambda name: (-_FROM_SAFETENSORS[stored[name][0]].itemsize, name))
+    order = sorted(stored, key=lambda name: (-FROM_SAFETENSORS[stored[name][0]].itemsize, name))
     header: dict[str, object] = {"__metadata__": metadata}
     parts: list[bytes | memoryview] = []
     end = 0
@@ -121,37 +107,25 @@ def parse_place(key: str, place: str | None) -> GeoOrigin | None:
         raise CodecError(f"sample {key}: its place cannot be read ({error})") from None
 
 
-class ByteReader(Protocol):
-    """Random access to bytes that are not in memory, such as a part of a file."""
-
-    def __len__(self) -> int: ...
-
-    def read(self, begin: int, end: int) -> memoryview:
-        """Bytes [begin, end)."""
-        ...
-
-
 class Sample:
     """One encoded tile. Fields are read and decoded on access.
 
-    ``buffer``: bytes, a memoryview of them, or a :class:`ByteReader`, of which only the requested fields, dates and
-    windows are read. CodecError if it is not a valid sample.
+    ``buffer``: bytes, a memoryview of them, or a :class:`.header.ByteReader`, of which only the requested fields, dates
+    and windows are read. ``place``: the location of the tile as it is stored, see ``parse_place``. ``layout``: shared
+    by samples with the same fields, dtypes and shapes. CodecError if it is not a valid sample.
     """
 
-    __slots__ = ("_encodings", "_entries", "_source", "_start", "key", "names", "place")
+    __slots__ = ("_fields", "_source", "_start", "key", "layout", "place")
 
     def __init__(self, buffer: bytes | memoryview | ByteReader) -> None:
         self._source = _MemoryReader(buffer) if isinstance(buffer, (bytes, bytearray, memoryview)) else buffer
-        metadata, self._entries, self._start = _read_header(self._source)
-        if not isinstance(metadata.get("key"), str):
-            raise CodecError("the safetensors metadata has no 'key'; save with metadata={'key': …}")
-        self.key: str = metadata["key"]
-        self.place: str | None = metadata.get("place")
-        """The location of the tile as it is stored: see ``parse_place``."""
-        self.names: tuple[str, ...] = tuple(self._entries)
-        self._encodings = (
-            _parse_encodings(metadata["encoded"], self._entries) if "encoded" in metadata else {}
-        )
+        self.key, self.place, self.layout, self._start = read_header(self._source)
+        self._fields = self.layout.fields
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the fields, as stored."""
+        return self.layout.names
 
     @property
     def origin(self) -> GeoOrigin | None:
@@ -160,30 +134,27 @@ class Sample:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a decoded field."""
-        if name in self._encodings:
-            return self._encodings[name].shape
-        return self._entry(name).shape
+        return self._field(name).shape
 
     def dtype(self, name: str) -> np.dtype:
         """Native dtype of a decoded field."""
-        if name in self._encodings:
-            return np.dtype(self._encodings[name].dtype)
-        return self._raw_dtype(name)
+        return self._dtype(name, self._field(name))
 
     def array(self, name: str, window: Window | None = None) -> np.ndarray:
         """A field in its native dtype, or a ``window`` of its last two axes.
 
         A raw field of a buffer in memory is a read-only view.
         """
-        if name in self._encodings:
+        field = self._field(name)
+        if field.encoding is not None:
             try:
-                return decompress_all(self._encodings[name], self._reader(name), window)
+                return decompress_all(field.encoding, self._reader(field), window)
             except CodecError as error:
                 raise CodecError(f"sample {self.key}, field {name}: {error}") from error
-        if window is None or self._in_memory or len(self.shape(name)) < 3:
-            array = self._raw(name)
+        if window is None or self._in_memory or len(field.shape) < 3:
+            array = self._raw(name, field)
             return array if window is None else array[..., window[0], window[1]]
-        return self._raw_rows(name, np.arange(self.shape(name)[0]), window)
+        return self._raw_rows(name, field, np.arange(field.shape[0]), window)
 
     def rows(self, name: str, indices: np.ndarray, window: Window | None = None) -> np.ndarray:
         """Entries ``indices`` (D,) of axis 0, shape (D, …), optionally a ``window`` of each, as a copy.
@@ -191,51 +162,47 @@ class Sample:
         Reads and decodes as little else as possible. Indices may repeat and be in any order. IndexError if one is
         negative or past the end.
         """
-        indices = np.asarray(indices)
-        num_rows = self.shape(name)[0]
+        indices, field = np.asarray(indices), self._field(name)
+        num_rows = field.shape[0]
         if len(indices) and not (indices.min() >= 0 and indices.max() < num_rows):
             raise IndexError(
                 f"sample {self.key}: {name} has {num_rows} entries, requested were {indices.tolist()}"
             )
-        if name not in self._encodings:
+        if field.encoding is None:
             if self._in_memory:
                 return self.array(name, window)[indices]
-            return self._raw_rows(name, indices, window)
+            return self._raw_rows(name, field, indices, window)
         try:
-            return decompress_rows(self._encodings[name], self._reader(name), indices, window)
+            return decompress_rows(field.encoding, self._reader(field), indices, window)
         except CodecError as error:
             raise CodecError(f"sample {self.key}, field {name}: {error}") from error
 
-    def _entry(self, name: str) -> TensorEntry:
+    def _field(self, name: str) -> StoredField:
         try:
-            return self._entries[name]
+            return self._fields[name]
         except KeyError:
             raise KeyError(
                 f"sample {self.key} has no field {name!r}; it has: {', '.join(self.names)}"
             ) from None
 
-    def _reader(self, name: str) -> Callable[[int, int], memoryview]:
+    def _dtype(self, name: str, field: StoredField) -> np.dtype:
+        if field.dtype is None:
+            raise CodecError(f"sample {self.key}, field {name}: dtype {field.code} is not supported")
+        return field.dtype
+
+    def _reader(self, field: StoredField) -> Callable[[int, int], memoryview]:
         """A function that reads bytes [begin, end) of a stored field."""
-        first = self._start + self._entry(name).begin
+        first = self._start + field.begin
         return lambda begin, end: self._source.read(first + begin, first + end)
 
-    def _bytes(self, name: str) -> memoryview:
-        entry = self._entry(name)
-        return self._source.read(self._start + entry.begin, self._start + entry.end)
-
-    def _raw_dtype(self, name: str) -> np.dtype:
-        code = self._entry(name).dtype
-        if code not in _FROM_SAFETENSORS:
-            raise CodecError(f"sample {self.key}, field {name}: dtype {code} is not supported")
-        return _FROM_SAFETENSORS[code]
-
-    def _raw(self, name: str) -> np.ndarray:
-        dtype, shape, data = self._raw_dtype(name), self._entry(name).shape, self._bytes(name)
+    def _raw(self, name: str, field: StoredField) -> np.ndarray:
+        data = self._source.read(self._start + field.begin, self._start + field.end)
+        dtype = self._dtype(name, field)
         try:
-            array = np.frombuffer(data, dtype).reshape(shape)
-        except ValueError as error:
+            array: np.ndarray = np.ndarray(field.shape, dtype, data)
+        except TypeError as error:
             raise CodecError(
-                f"sample {self.key}, field {name}: {len(data)} bytes for {dtype} {shape}"
+                f"sample {self.key}, field {name}: {len(data)} bytes for {dtype} {field.shape}"
             ) from error
         array.flags.writeable = False
         return array
@@ -244,39 +211,36 @@ class Sample:
     def _in_memory(self) -> bool:
         return isinstance(self._source, _MemoryReader)
 
-    def _raw_rows(self, name: str, indices: np.ndarray, window: Window | None) -> np.ndarray:
-        read, shape, dtype = self._reader(name), self._entry(name).shape, self._raw_dtype(name)
-        row_bytes = math.prod(shape[1:]) * dtype.itemsize
-        out = np.empty((len(indices), *window_shape(shape[1:], window)), dtype)
-        if not out.size:
-            return out
-        if window is None or (shape[-2] - out.shape[-2]) * shape[-1] * dtype.itemsize < _MAX_GAP_BYTES:
-            inside = (...,) if window is None else (..., *window)
-            for row, index in zip(out, indices.tolist(), strict=True):
-                data = read(index * row_bytes, (index + 1) * row_bytes)
-                row[...] = np.frombuffer(data, dtype).reshape(shape[1:])[inside]
-            return out
-        # One read per image, of the window's rows of pixels only, since the gaps between them are large.
-        first, stop, _ = window[0].indices(shape[-2])
-        line_bytes = shape[-1] * dtype.itemsize
-        images = out.reshape(-1, *out.shape[-2:])
-        per_row = len(images) // max(len(indices), 1)
-        starts = (indices[:, None] * row_bytes + np.arange(per_row) * shape[-2] * line_bytes).reshape(-1)
-        starts += self._start + self._entry(name).begin + first * line_bytes
-        lines = _read_many(self._source, starts.tolist(), (stop - first) * line_bytes)
-        images[...] = np.frombuffer(lines, dtype).reshape(len(images), -1, shape[-1])[..., window[1]]
-        return out
+    def _raw_rows(
+        self, name: str, field: StoredField, indices: np.ndarray, window: Window | None
+    ) -> np.ndarray:
+        """Entries of axis 0, or a window of each: a view of the bytes that were read."""
+        dtype, (height, width) = self._dtype(name, field), (1, 1, *field.shape)[-2:]
+        row_shape, first = field.shape[1:], self._start + field.begin
+        row_bytes, line_bytes = math.prod(row_shape) * dtype.itemsize, width * dtype.itemsize
+        if window is not None:
+            top, bottom, _ = window[0].indices(height)
+            if (height - bottom + top) * line_bytes >= _MAX_GAP_BYTES:
+                # One read per image, of the window's rows of pixels only, since the gaps between them are large.
+                images = np.arange(math.prod(row_shape[:-2])) * (height * line_bytes)
+                starts = (indices[:, None] * row_bytes + images + (first + top * line_bytes)).reshape(-1)
+                lines = _read_many(self._source, starts.tolist(), (bottom - top) * line_bytes)
+                shape = (len(indices), *row_shape[:-2], bottom - top, width)
+                return np.ndarray(shape, dtype, lines)[..., window[1]]
+        rows = _read_many(self._source, (indices * row_bytes + first).tolist(), row_bytes)
+        array: np.ndarray = np.ndarray((len(indices), *row_shape), dtype, rows)
+        return array if window is None else array[..., window[0], window[1]]
 
 
-def _read_many(source: ByteReader, begins: Sequence[int], size: int) -> bytes:
+def _read_many(source: ByteReader, begins: Sequence[int], size: int) -> np.ndarray | bytearray:
     """``size`` bytes from each place, one after the other; by one call if possible: a crop of a series has hundreds."""
     if (read := getattr(source, "read_many", None)) is not None:
         return read(begins, size)
-    return b"".join(source.read(begin, begin + size) for begin in begins)
+    return bytearray().join(source.read(begin, begin + size) for begin in begins)
 
 
 class _MemoryReader:
-    """A :class:`ByteReader` of bytes in memory."""
+    """A :class:`.header.ByteReader` of bytes in memory."""
 
     __slots__ = ("_view",)
 
@@ -288,40 +252,3 @@ class _MemoryReader:
 
     def read(self, begin: int, end: int) -> memoryview:
         return self._view[begin:end]
-
-
-def _read_header(reader: ByteReader) -> tuple[dict[str, str], dict[str, TensorEntry], int]:
-    """Metadata, tensor entries and data offset from a safetensors header, all bounds checked."""
-    length = len(reader)
-    first = reader.read(0, min(length, _HEADER_BYTES))
-    size = int.from_bytes(first[:8], "little") if length >= 8 else -1
-    if not 0 < size <= min(length - 8, untrusted.HEADER.bytes):
-        raise CodecError(f"{length} bytes that do not start with a safetensors header")
-    text = first[8 : 8 + size] if 8 + size <= len(first) else reader.read(8, 8 + size)
-    try:
-        metadata, entries = untrusted.parse_safetensors_header(bytes(text), length - 8 - size)
-    except untrusted.InputError as error:
-        raise CodecError(f"the safetensors header is not valid: {error}") from None
-    return metadata, entries, 8 + size
-
-
-def _parse_encodings(text: str, entries: Mapping[str, TensorEntry]) -> dict[str, FieldEncoding]:
-    try:
-        values = untrusted.load_json(text, limits=untrusted.HEADER)
-        if not isinstance(values, dict):
-            raise untrusted.InputError("is not an object")
-        encoded = {name: untrusted.from_builtins(FieldEncoding, e) for name, e in values.items()}
-    except untrusted.InputError as error:
-        raise CodecError(f"the metadata entry 'encoded' cannot be read ({error})") from None
-    for name, encoding in encoded.items():
-        stored = entries.get(name)
-        if stored is None or stored.dtype != "U8" or len(stored.shape) != 1:
-            raise CodecError(
-                f"the metadata entry 'encoded' has {shorten(name)}, which is not a tensor of bytes"
-            )
-        problem = encoding.problem()
-        if problem is None and encoding.ends[-1] != stored.shape[0]:
-            problem = f"its frames end at byte {encoding.ends[-1]} of {stored.shape[0]}"
-        if problem is not None:
-            raise CodecError(f"the metadata entry 'encoded' is inconsistent: {shorten(name)}: {problem}")
-    return encoded
