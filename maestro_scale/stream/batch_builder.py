@@ -176,6 +176,8 @@ class BatchBuilder:
             tiles.append(written.tile)
             places.append(written.place)
             num_repeated_dates += written.num_repeated_dates
+        if request.epoch is not None:
+            transform.finish_noise(arrays)
         return BatchMetadata(
             self.names[request.dataset],
             tuple(keys),
@@ -205,7 +207,7 @@ class BatchBuilder:
             if request.epoch is None:
                 num_repeated_dates = transform.evaluate(sample, ref.crop, arrays, row)
             else:
-                num_repeated_dates = transform.train(sample, request.epoch, ref.number, arrays, row)
+                num_repeated_dates = transform.write_train(sample, request.epoch, ref.number, arrays, row)
             return _Written(sample.key, num_repeated_dates, sample.place)
         except (BadShard, CodecError) as error:
             if isinstance(error, CodecError):

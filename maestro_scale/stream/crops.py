@@ -67,7 +67,8 @@ class CropGrid:
         if self._whole:
             return None
         side = self.side(resolution_m, size)
-        top, left = (min(round(m / resolution_m), size - side) for m in (crop.row_m, crop.column_m))
+        top = min(round(crop.row_m / resolution_m), size - side)
+        left = min(round(crop.column_m / resolution_m), size - side)
         return slice(top, top + side), slice(left, left + side)
 
     def cut(self, pixels: np.ndarray, crop: Crop, resolution_m: float) -> np.ndarray:

@@ -13,6 +13,7 @@ where the bins begin, evaluation begins at the first date.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -50,7 +51,7 @@ def rank(marked: np.ndarray | None, nodata: np.ndarray) -> np.ndarray:
 
 def is_marked(mask: np.ndarray, threshold: float) -> np.ndarray:
     """(T,) bool from a mask (T, M, H, W) in percent: whether any pixel of a date exceeds ``threshold``."""
-    return mask.reshape(len(mask), -1).max(axis=1) > threshold
+    return np.maximum.reduce(mask.reshape(len(mask), -1), axis=1) > threshold
 
 
 def draw(
@@ -74,21 +75,22 @@ def draw(
     rest = stored % num_dates
     where = int(words[-1])
     skip = where * (rest + 1) >> 64 if first_date == "any" else rest * (where >> 63)
-    bin_dates = bins(stored, num_dates, skip)
+    size = stored // num_dates
+    binned = slice(skip, skip + num_dates * size)  # consecutive dates, so that bins are views
     # The smallest of n random words is equally likely to be any of them. The highest bit is freed for the mark, so that
     # every unmarked date comes before every marked one.
-    priority = words[:-1][bin_dates] >> np.uint64(1)
-    if marked is not None and marked.dtype != bool:
-        priority = priority >> np.uint64(1) | marked[bin_dates].astype(np.uint64) << np.uint64(62)
-    elif marked is not None:
-        priority |= marked[bin_dates].astype(np.uint64) << np.uint64(63)
-    chosen = bin_dates[np.arange(num_dates), priority.argmin(axis=1)]
+    priority = words[binned].reshape(num_dates, size) >> np.uint64(1)
+    if marked is not None:
+        marks = marked[binned].reshape(num_dates, size).astype(np.uint64)
+        if marked.dtype == bool:
+            priority |= marks << np.uint64(63)
+        else:
+            priority = priority >> np.uint64(1) | marks << np.uint64(62)
+    chosen = priority.argmin(axis=1)
+    chosen += np.arange(skip, binned.stop, size)
     pixels = read(chosen)
-    if pixels.dtype.kind != "f":
-        return chosen, pixels
-    with_nan = _has_nan(pixels)
-    if with_nan.any():
-        pixels = np.array(pixels)
+    if _may_have_nan(pixels) and (with_nan := _has_nan(pixels)).any():
+        pixels, bin_dates = np.array(pixels), bins(stored, num_dates, skip)
         for i in np.flatnonzero(with_nan):
             chosen[i], pixels[i] = _without_nan(bin_dates[i][priority[i].argsort(kind="stable")], read)
     return chosen, pixels
@@ -143,6 +145,8 @@ def fill_nan(
     the mean of its band over the series; else 0. ``whole``: returns the series (T, C, H, W), called only if needed.
     ``nodata``: of the series, (T, H, W) bool or None: pixels that are treated as NaN, also in integers.
     """
+    if nodata is None and not _may_have_nan(pixels):
+        return pixels, 0
     missing = _missing(pixels, None if nodata is None else nodata[chosen])
     if missing is None:
         return pixels, 0
@@ -172,6 +176,11 @@ def _missing(pixels: np.ndarray, nodata: np.ndarray | None) -> np.ndarray | None
     if pixels.dtype.kind != "f":
         return None if nodata is None else np.broadcast_to(nodata[:, None], pixels.shape)
     return np.isnan(pixels) if nodata is None else np.isnan(pixels) | nodata[:, None]
+
+
+def _may_have_nan(pixels: np.ndarray) -> bool:
+    """Whether any value is NaN, in one pass over the pixels and without an array of flags; nearly always none is."""
+    return pixels.dtype.kind == "f" and math.isnan(np.minimum.reduce(pixels, axis=None))
 
 
 def _has_nan(pixels: np.ndarray) -> np.ndarray:

@@ -40,7 +40,9 @@ class Orientation:
             out[...] = self.apply(pixels)
 
 
-UPRIGHT = Orientation()
+ORIENTATIONS = tuple(Orientation(bool(i & 1), bool(i & 2), bool(i & 4)) for i in range(8))
+"""By a number of three bits: flips of rows and columns, transposition."""
+UPRIGHT = ORIENTATIONS[0]
 
 
 def _word(pixels: np.ndarray, out: np.ndarray) -> int:

@@ -21,9 +21,12 @@ from maestro_scale.stream.batch import Batch
 _ALIGN = 64  # bytes: a cache line, and more than any dtype needs
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Field:
-    """One tensor of a batch, without the batch axis: ``part`` of a Batch and, if that is a dict, ``name``."""
+    """One tensor of a batch, without the batch axis: ``part`` of a Batch and, if that is a dict, ``name``.
+
+    Compared by identity: it is looked up several times per sample.
+    """
 
     part: str
     name: str

@@ -37,6 +37,7 @@ class CounterRNG:
         self._key = np.array([seed % _WORD, (purpose << 32) + dataset], np.uint64)
         self._philox = np.random.Philox(key=self._key)
         self._start = self._philox.state  # of a new generator: an empty buffer
+        self._counter = self._start["state"]["counter"]
 
     def seek(self, first: int, second: int = 0, third: int = 0) -> CounterRNG:
         """Move to the start of the stream named by three numbers in [0, 2**64); returns self.
@@ -44,7 +45,8 @@ class CounterRNG:
         The lowest word of the counter starts at 0 and counts the blocks of four words within the stream, so streams do
         not overlap. Buffer and position are reset: words left from an earlier stream must not be used.
         """
-        self._start["state"]["counter"] = np.array([0, third, second, first], np.uint64)
+        counter = self._counter  # its lowest word stays 0
+        counter[1], counter[2], counter[3] = third, second, first
         self._philox.state = self._start
         return self
 
@@ -56,14 +58,22 @@ class CounterRNG:
         """An integer in [0, limit); the bias is below limit / 2**64, negligible for samples and offsets."""
         return int(self._philox.random_raw()) * limit // _WORD
 
+    def half_words(self, count: int) -> np.ndarray:
+        """(count,) uint32, uniform, for :func:`uniforms`: the low half of each word first."""
+        return self.words((count + 1) // 2).astype("<u8", copy=False).view("<u4")[:count]
+
     def uniforms(self, count: int) -> np.ndarray:
-        """(count,) float32 in [0, 1), multiples of 2**-24, so that every value is exact and none rounds to 1."""
-        words = self.words((count + 1) // 2).astype("<u8", copy=False).view("<u4")[:count]
-        return (words >> np.uint32(8)).astype(np.float32) * np.float32(2**-24)
+        """(count,) float32 as of :func:`uniforms`."""
+        return uniforms(self.half_words(count))
 
     def permutation(self, count: int) -> np.ndarray:
         """(count,) int64: 0 … count - 1 in random order; the stable sort makes it the same on every machine."""
         return np.argsort(self.words(count), kind="stable")
+
+
+def uniforms(half_words: np.ndarray) -> np.ndarray:
+    """float32 in [0, 1), multiples of 2**-24, so that every value is exact and none rounds to 1."""
+    return (half_words >> np.uint32(8)).astype(np.float32) * np.float32(2**-24)
 
 
 def seed_without(seed: int, absent: Sequence[str]) -> int:

@@ -21,7 +21,8 @@ from maestro_scale.shards.format.manifest import Manifest
 from maestro_scale.shards.read.store import Store
 from maestro_scale.shards.write.writer import Writer
 from maestro_scale.stream.packing import arrays_in, num_bytes
-from maestro_scale.stream.transform import StoredSample, Transform
+from maestro_scale.stream.stored_sample import StoredSample
+from maestro_scale.stream.transform import Transform
 
 
 def tile_of(arrays: dict[str, np.ndarray], labels: np.ndarray) -> Tile:

@@ -17,8 +17,9 @@ from maestro_scale.stream import dates
 from maestro_scale.stream.batch import digest
 from maestro_scale.stream.packing import BatchMetadata, arrays_in, num_bytes, unpack
 from maestro_scale.stream.rng import CounterRNG, Purpose
+from maestro_scale.stream.sensor_transform import nearest_pixels
 from maestro_scale.stream.tile import tile_batch
-from maestro_scale.stream.transform import Transform, nearest_pixels
+from maestro_scale.stream.transform import Transform
 
 SIZE = 6
 

@@ -163,10 +163,10 @@ class Sample:
         negative or past the end.
         """
         indices, field = np.asarray(indices), self._field(name)
-        num_rows = field.shape[0]
-        if len(indices) and not (indices.min() >= 0 and indices.max() < num_rows):
+        listed = indices.tolist()
+        if listed and not 0 <= min(listed) <= max(listed) < field.shape[0]:
             raise IndexError(
-                f"sample {self.key}: {name} has {num_rows} entries, requested were {indices.tolist()}"
+                f"sample {self.key}: {name} has {field.shape[0]} entries, requested were {listed}"
             )
         if field.encoding is None:
             if self._in_memory:
