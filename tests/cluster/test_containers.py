@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from maestro_scale.strict_yaml import shipped
+from tests.test_docs_commands import wrong_options
+
 REPO = Path(__file__).parents[2]
 DOCKER = REPO / "docker"
 DOCKERFILES = sorted(DOCKER.glob("Dockerfile*"))
@@ -46,6 +49,11 @@ def test_an_image_has_the_versions_that_ci_tests(name):
         assert pinned == metadata.version(package).split("+")[0], package
 
 
+def test_the_server_of_mlflow_has_the_version_of_its_clients():
+    text = (DOCKER / "Dockerfile.mlflow").read_text()
+    assert re.findall(r'"mlflow==([\d.]+)"', text) == [metadata.version("mlflow")]
+
+
 def _installed_packages(text: str) -> set[str]:
     """Debian packages that a Dockerfile installs."""
     (command,) = re.findall(r"apt-get install ((?:.*\\\n)*)", text)
@@ -69,9 +77,24 @@ def test_the_gpu_image():
     assert "gpu" in extras.split(",")  # NVML
 
 
+def docker_runs(text: str) -> list[str]:
+    """The `docker run` commands of a page, each in one line."""
+    found = re.findall(r"^    (docker run (?:.*\\\n)*.*)$", text, re.MULTILINE)
+    return [re.sub(r"\s*\\\n\s*", " ", command) for command in found]
+
+
+def test_the_documented_container_commands_exist():
+    text = (REPO / "docs" / "clusters.md").read_text()
+    commands = [re.search(r" maestro-scale(?::cpu)? (\S.*)$", line)[1].split() for line in docker_runs(text)]
+    assert [words[0] for words in commands] == ["quickstart", "shard", "dashboard", "train", "evaluate"]
+    assert [wrong_options("maestro-scale", words) for words in commands] == [[]] * len(commands)
+    recipes = [words[words.index("--recipe") + 1] for words in commands if "--recipe" in words]
+    assert [shipped.find("recipe", name) is None for name in recipes] == [False, False]
+
+
 def test_the_documented_container_commands_give_nccl_what_it_needs():
     text = (REPO / "docs" / "clusters.md").read_text()
-    (docker,) = re.findall(r"^    docker run --gpus (?:.*\\\n)*.*$", text, re.MULTILINE)
+    (docker,) = (line for line in docker_runs(text) if "maestro-scale train " in line)
     for option in (
         "--gpus all",
         "--shm-size",

@@ -253,6 +253,7 @@ def test_the_real_tile_is_within_the_recorded_ranges():
     assert found.values["movement_patch"] == pytest.approx(0.15, abs=0.005)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "tiles", "splits"),
     [

@@ -100,6 +100,7 @@ def test_gradients_of_the_mean_over_pixels_do_not_depend_on_the_chunks(fields, t
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_classes_are_found_from_the_one_informative_token():
     """Of twelve tokens one, anywhere, carries the label: attention finds it, a mean over tokens hardly would."""
     view = DatasetView.of_spec(SCENES)

@@ -123,6 +123,7 @@ def test_ranks_share_the_shards_and_a_missing_file_is_written_again(fields, shar
     assert maker.write(tmp_path / "alone", "test") == 0
 
 
+@pytest.mark.slow
 def test_token_grids_as_columns_and_as_images(fields, shards, tmp_path):
     embedder(fields, shards, tmp_path, what="tokens").write(tmp_path / "table", "test")
     table = parquet.read_table(sorted((tmp_path / "table").glob("*.parquet"))[0])
@@ -160,6 +161,7 @@ def test_incomplete_files_are_written_again_and_those_of_another_embedding_refus
     assert tables(out) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["parquet", "tiff"])
 def test_files_of_another_model_are_written_again(fields, shards, tmp_path, format):
     maker = embedder(fields, shards, tmp_path, what="tokens", format=format)
@@ -212,6 +214,7 @@ def test_embeddings_of_another_precision_are_refused_and_those_without_one_are_f
         maker.write(out, "test")
 
 
+@pytest.mark.slow
 def test_where_a_crop_lies_on_the_ground(fields, tmp_path):
     with Writer(str(tmp_path / "shards"), FIELDS, "test") as writer:
         writer.add(dataclasses.replace(field_tile(0), origin=GeoOrigin("EPSG:2154", 650_000.0, 6_700_000.0)))
@@ -275,6 +278,7 @@ def test_the_command(fields, shards, tmp_path):
     assert "vector, tokens" in wrong.stderr
 
 
+@pytest.mark.slow
 def test_keys_choose_no_path(fields, tmp_path):
     """Names of others: every image is in the folder, and says which tile it shows."""
     keys = [*NAMES[:12], str(tmp_path / "outside" / "tile"), "é" * 130]

@@ -247,6 +247,7 @@ def test_a_job_that_dies_over_features_leaves_no_trace_of_them(fields, benchmark
     assert list(benchmark.features_dir.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_other_data_crops_and_targets_have_separate_features(fields, encoder, benchmark, tmp_path):
     """Under one address, one after the other: the key of the features holds all that they depend on."""
     model, passes = encoder

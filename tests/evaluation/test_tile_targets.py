@@ -243,6 +243,7 @@ def test_heads_of_an_attentive_probe_keep_the_scale_of_their_labels(stands, tmp_
         assert (head.in_units(output) == 10.0).all()
 
 
+@pytest.mark.slow
 def test_an_attentive_probe_learns_numbers_and_classes(stands, tmp_path, monkeypatch):
     monkeypatch.setattr("maestro_scale.evaluation.probes.lr_grid.MIN_STEPS", 100)
     config = ModelConfig(

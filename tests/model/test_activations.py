@@ -47,6 +47,7 @@ def test_a_block_keeps_what_can_be_added_up_by_hand():
     assert one_block("bf16", checkpointing="blocks") == 4 * n * width == 768
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("preset", PRESETS)

@@ -55,6 +55,7 @@ def evaluate(model: Maestro, config: ModelConfig, dataset: str) -> None:
         model(batch, masks, counts)
 
 
+@pytest.mark.slow
 @torch._dynamo.config.patch(error_on_recompile=True)
 def test_the_step_is_compiled_once_per_dataset_and_by_nothing_else():
     config = dataclasses.replace(two_views(), checkpointing="every_2")

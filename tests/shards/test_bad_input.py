@@ -105,6 +105,7 @@ def test_a_shard_swapped_between_two_datasets(command, copy, synthetic_raw, tmp_
     assert line.startswith(f"{mine.path}: has SHA-256 {theirs.sha256[:12]}…, the manifest says")
 
 
+@pytest.mark.slow
 def test_training_stops_with_the_name_of_a_bad_shard(copy, tmp_path):
     bad = copy / Manifest.load(str(copy)).shards_of(["train"])[1].path
     content = bytearray(bad.read_bytes())

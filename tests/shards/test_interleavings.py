@@ -121,6 +121,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", range(3))
 def test_no_interleaving_damages_what_is_published(interleaver, group):
     assert len(CASES) >= 50

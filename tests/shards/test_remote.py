@@ -498,6 +498,7 @@ def test_parts_work_together_and_are_resumed(s3, dataset):
     assert verify(url) == []
 
 
+@pytest.mark.slow
 def test_leftovers_are_removed_after_the_publication_and_only_without_other_writers(s3):
     url = "s3://shards/left"
     late = shuffle_keys(toy_keys(20), seed=0)[-1]

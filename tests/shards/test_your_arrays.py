@@ -94,6 +94,7 @@ def test_the_page_inspects(written):
     assert imread(written / "orchard.png").std() > 0.1
 
 
+@pytest.mark.slow
 def test_the_page_trains_and_evaluates(written):
     train, evaluate = commands("train")
     run(train, written)

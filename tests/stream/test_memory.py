@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from maestro_scale.stream.loader import TrainLoader
 from maestro_scale.stream.source import Source
 
@@ -18,6 +20,7 @@ def own_mb(pid: int) -> float:
     return int(line.split()[1]) / 1e3
 
 
+@pytest.mark.slow
 def test_the_memory_of_a_loader_process_is_flat(write_toy: Callable[..., Source]):
     toy = write_toy(400, per_shard=40)
     loader = TrainLoader([toy], 0, lanes=1, global_batch=BATCH, micro_batch=BATCH, workers=1)

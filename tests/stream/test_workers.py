@@ -118,6 +118,7 @@ def test_workers_ignore_signals_of_a_scheduler_and_exit_with_their_parent(progra
     wait_until(lambda: not members(group), 10)
 
 
+@pytest.mark.slow
 def test_neither_a_hanging_nor_a_killed_worker_blocks_the_program(program: Program):
     program.ask("next")
     os.kill(program.workers()[1], signal.SIGSTOP)

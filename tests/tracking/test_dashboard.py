@@ -138,6 +138,7 @@ def test_a_guard_ends_no_process_of_its_parents_group(stop):
         other.wait()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ignored", [False, True])
 def test_it_ends_with_its_parent_unless_hangups_are_ignored(tmp_path, ignored):
     """A script that starts it in a session of its own; the second as under nohup."""

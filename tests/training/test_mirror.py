@@ -255,6 +255,7 @@ def test_a_slow_mirror_gets_every_permanent_checkpoint(tmp_path, monkeypatch):
     assert there(tmp_path) == [2, 5]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("url", ["foo:///x", "s3://nobody-has-this/x"])
 def test_an_unreadable_mirror_is_an_error_only_if_it_is_needed(url, monkeypatch, tmp_path, caplog):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")

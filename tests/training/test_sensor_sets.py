@@ -83,6 +83,7 @@ def test_a_plan_counts_the_steps_of_each_set(uninterrupted):
     assert num_steps(recipe, [stored]) == len(uninterrupted[1]) == 6
 
 
+@pytest.mark.slow
 def test_two_ranks_and_stage_3_give_the_same_curve(trainer, uninterrupted, tmp_path):
     lines = trainer.train(tmp_path / "run", 2, "--set", "deepspeed.zero_optimization.stage=3")
     assert curve(lines) == pytest.approx(curve(uninterrupted[1]), rel=1e-5)
