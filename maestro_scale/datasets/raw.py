@@ -8,7 +8,7 @@ import math
 import os
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -305,24 +305,30 @@ def has_extra_alpha(raster: Any, num_bands: int) -> bool:
 
 
 def _first_bands(raster: Any, num: int, num_classes: int = 0) -> tuple[np.ndarray, np.ndarray | None]:
-    return read_bands(raster, range(1, num + 1), alpha=num < raster.count, num_classes=num_classes)
+    return read_bands(raster, range(1, num + 1), alpha=num < raster.count, labels=range(num_classes))
 
 
 def read_bands(
-    raster: Any, bands: Sequence[int], *, alpha: bool = False, num_classes: int = 0, window: Any = None
+    raster: Any,
+    bands: Sequence[int],
+    *,
+    alpha: bool = False,
+    labels: Container[float] = (),
+    window: Any = None,
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Bands, by number from 1, and the pixels that a nodata value or mask band declares invalid.
 
-    ``alpha``: the last band of the file is an alpha channel that declares invalid pixels, too. ``window``: of rasterio;
-    None: the whole image. Not by GDAL's own mask flags alone: these take an alpha channel among the data for a mask,
-    and ignore the nodata value of a file that has a mask band too.
+    ``alpha``: the last band of the file is an alpha channel that declares invalid pixels, too. ``labels``: values that
+    are labels, even if they are the nodata value; what a mask band marks is invalid all the same. ``window``: of
+    rasterio; None: the whole image. Not by GDAL's own mask flags alone: these take an alpha channel among the data for
+    a mask, and ignore the nodata value of a file that has a mask band too.
     """
     from rasterio.enums import MaskFlags
 
     values = raster.read(list(bands), window=window)
     invalid = np.zeros(values.shape, bool)
     for i, nodata in enumerate(raster.nodatavals[band - 1] for band in bands):
-        if nodata is None or 0 <= nodata < num_classes:
+        if nodata is None or nodata in labels:
             continue
         with np.errstate(
             over="ignore"

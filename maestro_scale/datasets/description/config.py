@@ -96,16 +96,26 @@ One file with many tiles and dates (NetCDF, HDF5, Zarr, NumPy): ``variable`` and
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, WithJsonSchema, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    PlainValidator,
+    PrivateAttr,
+    WithJsonSchema,
+    model_validator,
+)
 
 from maestro_scale.datasets.spec import TargetKind
 from maestro_scale.errors import KeyPath, did_you_mean
 from maestro_scale.strict_yaml.errors import ConflictError
 from maestro_scale.strict_yaml.fields import Count, Section, listed, some
 
+_INTEGER = re.compile(r"[+-]?\d{1,18}")
 _WHOLE = 0.01  # pixels: a size of 0.333333 m is a third
 
 SourceKind = Literal["geotiff", "netcdf", "hdf5", "zarr", "numpy", "parquet", "webdataset", "stac"]
@@ -140,6 +150,11 @@ Window = Annotated[tuple[Index, Index], BeforeValidator(listed)]
 
 def _numbers(value: Any) -> Any:
     return (value,) if isinstance(value, (int, float)) and not isinstance(value, bool) else listed(value)
+
+
+def is_integer(text: str) -> bool:
+    """Whether a label is the value of a pixel."""
+    return bool(_INTEGER.fullmatch(text))
 
 
 class Dates(Section):
@@ -234,6 +249,11 @@ class ImageFiles(Section):
     def band_sources(self) -> tuple[int | str, ...]:
         """For each band its number in the file from 1, or the text that stands for it."""
         return (1,)
+
+    @property
+    def labels(self) -> frozenset[int]:
+        """Of a label image the values that are labels, even if a file declares one of them as its nodata value."""
+        return frozenset()
 
     @property
     def is_dated_by_name(self) -> bool:
@@ -367,10 +387,21 @@ class RasterTarget(ImageFiles):
     """As of a raster."""
     band: BandSource = 1
     """The band: number in its file from 1, or what stands for it."""
+    _labels: frozenset[int] = PrivateAttr(frozenset())
 
     @property
     def band_sources(self) -> tuple[int | str, ...]:
         return (self.band,)
+
+    @property
+    def labels(self) -> frozenset[int]:
+        return self._labels
+
+    def with_labels(self, labels: frozenset[int]) -> RasterTarget:
+        """The same section, with the values that are labels."""
+        section = self.model_copy()
+        section._labels = labels
+        return section
 
 
 class VectorTarget(Section):
@@ -438,6 +469,23 @@ class Target(Section):
     """Regression: units of the numbers."""
     scale: float = 1.0
     """Regression: stored number = scale · number in the source."""
+
+    @property
+    def labels(self) -> dict[str, int | None]:
+        """Label in the source, as text → index of its class; None for no label. By ``values``, else by index, and by
+        the name of a class."""
+        index = {name: i for i, name in enumerate(self.classes)}
+        if not self.values:
+            return {**{str(i): i for i in index.values()}, **index}
+        found = {label: None if name is None else index[name] for label, name in self.values.items()}
+        return found if all(map(is_integer, self.values)) else {**index, **found}
+
+    @property
+    def label_section(self) -> RasterTarget | None:
+        """The images of labels or numbers, if the target is made of these, with the values that are labels."""
+        if self.raster is None or self.kind == "regression":
+            return self.raster
+        return self.raster.with_labels(frozenset(int(label) for label in self.labels if is_integer(label)))
 
     @model_validator(mode="before")
     @classmethod

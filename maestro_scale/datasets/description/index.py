@@ -42,8 +42,8 @@ def sections(description: Description) -> dict[str, ImageFiles]:
         for mask, rule in raster.masks.items():
             found[f"rasters.{name}.masks.{mask}"] = mask_section(raster, rule)
     for name, target in description.targets.items():
-        if target is not None and target.raster is not None:
-            found[f"targets.{name}.raster"] = target.raster
+        if target is not None and (images := target.label_section) is not None:
+            found[f"targets.{name}.raster"] = images
     return found
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from maestro_scale.datasets.description.assemble import Place, Stack, read_stack
-from maestro_scale.datasets.description.config import TableTarget
+from maestro_scale.datasets.description.config import TableTarget, is_integer
 from maestro_scale.datasets.description.config import Target as TargetKeys
 from maestro_scale.datasets.description.index import SectionImages
 from maestro_scale.datasets.description.tables import KeyedRows, Table
@@ -34,14 +34,8 @@ class Labels:
     @classmethod
     def of(cls, target: Target, keys: TargetKeys) -> Labels:
         """The mapping that the keys of a target stand for: by ``values``, else by index, and by the name of a class."""
-        index = {name: i for i, name in enumerate(target.classes)}
-        if keys.values:
-            classes = {label: None if name is None else index[name] for label, name in keys.values.items()}
-            if not all(_is_integer(label) for label in keys.values):
-                classes = {**index, **classes}
-        else:
-            classes = {**{str(i): i for i in index.values()}, **index}
-        numbers = {int(label): i for label, i in classes.items() if _is_integer(label)}
+        classes = keys.labels
+        numbers = {int(label): i for label, i in classes.items() if is_integer(label)}
         return cls(target, classes, numbers)
 
     def class_of(self, text: str, where: str) -> int:
@@ -147,10 +141,7 @@ class TargetReader:
                 "pattern",
                 "several images of a target",
             )
-        if stack.invalid is None or target.kind == "regression":
-            return stack
-        known = are_classes(target, self.keys[target.name], stack.values)
-        return replace(stack, invalid=stack.invalid & ~known)
+        return stack
 
 
 def _is_missing(target: Target, found: np.ndarray) -> bool:
@@ -170,15 +161,6 @@ def label_image(target: Target, keys: TargetKeys, stack: Stack, notes: list[str]
             numbers[invalid] = np.nan
         return numbers
     return Labels.of(target, keys).map_of(values, invalid, stack.address, notes)
-
-
-def are_classes(target: Target, keys: TargetKeys, values: np.ndarray) -> np.ndarray:
-    """Which values of files with labels are classes, and count as such even if their file declares them as nodata.
-
-    A nodata tag of 0 in files in which 0 is a class is common; what the description declares has precedence.
-    """
-    nodata = () if keys.raster is None else keys.raster.nodata
-    return np.isin(values, list(Labels.of(target, keys).of_numbers)) & ~np.isin(values, nodata)
 
 
 def shares_of(target: Target, source: Target, labels: np.ndarray) -> np.ndarray:
@@ -271,10 +253,6 @@ def _number(text: str, where: str, name: str) -> float:
     if math.isinf(number):
         raise DatasetError(f"{where}: {name} is infinite; leave it empty, or fix the table", "not a number")
     return number
-
-
-def _is_integer(text: str) -> bool:
-    return bool(re.fullmatch(r"[+-]?\d{1,18}", text))
 
 
 def _known(labels: Mapping[int, Any]) -> str:

@@ -26,7 +26,7 @@ from maestro_scale.datasets.description.config import Target as TargetKeys
 from maestro_scale.datasets.description.index import SectionImages, list_sections, sections
 from maestro_scale.datasets.description.spec import dataset_spec, settings_of
 from maestro_scale.datasets.description.splits import select
-from maestro_scale.datasets.description.targets import TableLabels, TargetReader, are_classes, label_image
+from maestro_scale.datasets.description.targets import TableLabels, TargetReader, label_image
 from maestro_scale.datasets.description.tile import MaskImages, RasterImages, make_tile
 from maestro_scale.datasets.description.vector_targets import VectorLabels
 from maestro_scale.datasets.description.vectors import read_area
@@ -274,7 +274,6 @@ def _raster_series(
         tuple(raster.masks),
         "day" if raster.series else "all",
         NotMeasured(raster),
-        None,
         {NODATA: Marked(raster.masks[NODATA], f"{where}.masks.{NODATA}")} if NODATA in raster.masks else {},
     )
     return SceneSeries(settings, found, grid)
@@ -303,7 +302,6 @@ def _label_series(
         (),
         "all",
         Declared(keys.raster),
-        None if target.kind == "regression" else Classes(target, keys),
     )
     return SceneSeries(settings, found, grid)
 
@@ -320,18 +318,6 @@ class Declared:
         if values.dtype.kind == "f":
             bad |= np.isnan(values)
         return bad if bad.any() else None
-
-
-@dataclass(frozen=True)
-class Classes:
-    """Finds values of a label image that are classes, whatever nodata tag their file has."""
-
-    target: Target
-    keys: TargetKeys
-
-    def __call__(self, values: np.ndarray, bands: tuple[int, ...]) -> np.ndarray | None:
-        """As :data:`.series.Invalid`."""
-        return are_classes(self.target, self.keys, values)
 
 
 def _cells(

@@ -48,9 +48,8 @@ def not_finite(values: np.ndarray, bands: tuple[int, ...]) -> np.ndarray | None:
 class SceneRaster:
     """How scenes become one raster of the tiles.
 
-    ``invalid``: finds values that must not be mixed with their neighbours when an image is resampled. ``valid``: finds
-    those that count although their file declares them as nodata. ``marks``: of masks (1, n, n) that say where nothing
-    was measured, by name, (n, n) bool.
+    ``invalid``: finds values that must not be mixed with their neighbours when an image is resampled. ``marks``: of
+    masks (1, n, n) that say where nothing was measured, by name, (n, n) bool.
     """
 
     name: str
@@ -61,7 +60,6 @@ class SceneRaster:
     masks: tuple[str, ...] = ()
     mosaic: Mosaic = "day"
     invalid: Invalid = not_finite
-    valid: Invalid | None = None
     marks: Mapping[str, Callable[[Pixels], np.ndarray]] = field(default_factory=dict)
 
 
@@ -152,9 +150,7 @@ class SceneSeries:
         shape = (self.raster.num_bands, self.raster.size, self.raster.size)
         bands: Pixels | None = None
         for scene in shot.bands:
-            pixels = self._one(
-                scene, box, windows, self.raster.resampling, self.raster.invalid, self.raster.valid
-            )
+            pixels = self._one(scene, box, windows, self.raster.resampling, self.raster.invalid)
             if pixels is None:
                 continue
             if scene.ref.bands == tuple(range(self.raster.num_bands)):
@@ -184,7 +180,6 @@ class SceneSeries:
         windows: Windows,
         resampling: Resampling,
         invalid: Invalid,
-        valid: Invalid | None = None,
     ) -> Pixels | None:
         """The pixels of one image over a box; None if it does not cover any of it."""
         crs, shape = self._grid.crs, (self.raster.size, self.raster.size)
@@ -193,13 +188,11 @@ class SceneSeries:
             inner = clipped(window, scene.place)
             if inner is None:
                 return None
-            return padded(
-                _marked(windows.read(scene, inner, box, shape), invalid, valid, scene), inner, window
-            )
+            return padded(_marked(windows.read(scene, inner, box, shape), invalid, scene), inner, window)
         window = source_window(scene.place, crs, box, shape)
         if window is None:
             return None
-        pixels = _marked(windows.read(scene, window, box, shape), invalid, valid, scene)
+        pixels = _marked(windows.read(scene, window, box, shape), invalid, scene)
         return resample(pixels, scene.place, window, crs, box, shape[0], resampling)
 
     def _notes(self, num_left_out: int) -> tuple[str, ...]:
@@ -211,10 +204,7 @@ class SceneSeries:
         )
 
 
-def _marked(pixels: Pixels, invalid: Invalid, valid: Invalid | None, scene: Scene) -> Pixels:
-    if valid is not None and pixels.invalid is not None:
-        known = valid(pixels.values, scene.ref.bands)
-        pixels = pixels if known is None else Pixels(pixels.values, pixels.invalid & ~known)
+def _marked(pixels: Pixels, invalid: Invalid, scene: Scene) -> Pixels:
     more = invalid(pixels.values, scene.ref.bands)
     if more is None:
         return pixels

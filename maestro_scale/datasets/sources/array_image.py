@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -81,10 +81,13 @@ class ArrayImage:
         place: Georeference,
         date: Date | None,
         unpack: bool,
+        labels: Container[float] = (),
     ) -> None:
         self._store, self._arrays, self._fixed, self._place = store, arrays, fixed, place
         self.date = date
-        self._packings = [Packing.of(array.array.dtype, array.array.attribute, unpack) for array, _ in arrays]
+        self._packings = [
+            Packing.of(array.array.dtype, array.array.attribute, unpack, labels) for array, _ in arrays
+        ]
 
     @property
     def count(self) -> int:

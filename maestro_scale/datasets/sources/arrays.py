@@ -122,7 +122,8 @@ class ArrayFile:
             dates = self._dates(array, ref.part[:1] if "key" in array.axes else ())
             date = None if dates is None else dates[fixed.get("date", 0)]
             place = self._georeference(array, fixed.get("key"))
-            return ArrayImage(self._store, arrays, fixed, place, date, self._section.unpack)
+            section = self._section
+            return ArrayImage(self._store, arrays, fixed, place, date, section.unpack, section.labels)
 
     def georeference(self, name: str) -> Georeference:
         """Where an array lies that is of one place."""

@@ -194,4 +194,7 @@ class RasterImage:
         where = None
         if window is not None:
             where = RasterWindow(window.column, window.row, window.width, window.height)
-        return Pixels(*raw.read_bands(self._raster, self._bands, alpha=self._alpha, window=where))
+        labels = self._section.labels
+        return Pixels(
+            *raw.read_bands(self._raster, self._bands, alpha=self._alpha, labels=labels, window=where)
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,11 @@ class Packing:
     offset: float
 
     @classmethod
-    def of(cls, dtype: np.dtype, attribute: Callable[[str], Any], unpack: bool) -> Packing:
+    def of(
+        cls, dtype: np.dtype, attribute: Callable[[str], Any], unpack: bool, labels: Container[float] = ()
+    ) -> Packing:
+        """``labels``: numbers that are labels, even if they are the fill value."""
+
         def numbers(name: str) -> list[float]:
             value = attribute(name)
             found = np.asarray([] if value is None else value).reshape(-1)
@@ -37,7 +41,7 @@ class Packing:
         return cls(
             np.dtype(dtype),
             unsigned,
-            tuple(numbers("_FillValue") + numbers("missing_value")),
+            tuple(n for n in numbers("_FillValue") + numbers("missing_value") if n not in labels),
             low[0] if low else None,
             high[0] if high else None,
             (scale or [1.0])[0] if packed else None,

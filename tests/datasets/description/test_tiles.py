@@ -10,6 +10,8 @@ from pathlib import Path
 import geopandas
 import numpy as np
 import pytest
+import rasterio
+import xarray
 from shapely.geometry import box
 from testkit.described import SIZE, describe, opened, pixels, raster, write_tif
 
@@ -277,6 +279,39 @@ def test_label_images_that_do_not_fit(tmp_path):
     target["raster"]["nodata"] = 7
     error = error_of(opened(tmp_path, rasters, targets={"t": target}), "a")
     assert (error.kind, "1 pixels have no label" in str(error)) == ("pixels without a label", True)
+
+
+@pytest.mark.parametrize("tag", [None, 0, 7])
+@pytest.mark.parametrize("suffix", [".tif", ".nc"])
+def test_a_mask_band_leaves_labels_out_and_a_nodata_tag_that_is_a_class_does_not(tmp_path, tag, suffix):
+    values = np.zeros((1, SIZE, SIZE), "uint8")
+    values[0, :2], values[0, 2] = 1, 7
+    write_tif(tmp_path / "a.tif", pixels(1))
+    if suffix == ".nc":
+        array = xarray.DataArray(values[0], dims=("y", "x"), attrs={} if tag is None else {"_FillValue": tag})
+        array.to_dataset(name="map").to_netcdf(tmp_path / "labels_a.nc")
+    else:
+        with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True):
+            write_tif(tmp_path / "labels_a.tif", values, nodata=tag)
+            if tag != 7:  # a mask band of GDAL excludes a nodata value
+                with rasterio.open(tmp_path / "labels_a.tif", "r+") as file:
+                    file.write_mask(np.arange(SIZE)[None].repeat(SIZE, 0) != 3)
+    section = {"files": f"labels_{{key}}{suffix}", "nodata": [] if tag == 7 else 7}
+    if suffix == ".nc":
+        section["variable"] = "map"
+    target = {
+        "kind": "segmentation",
+        "raster": section,
+        "resolution_m": 10,
+        "classes": ["x", "y", "none"],
+        "ignored": ["none"],
+    }
+    wanted = np.zeros((SIZE, SIZE), int)
+    wanted[:2], wanted[2] = 1, 2
+    if suffix == ".tif" and tag != 7:
+        wanted[:, 3] = 2
+    tile = opened(tmp_path, {"s2": raster("{key}.tif", **ONE)}, targets={"t": target}).read("a")
+    np.testing.assert_array_equal(tile.targets["t"], wanted)
 
 
 def write_many(tmp_path: Path) -> dict:

@@ -9,6 +9,7 @@ import fsspec
 import geopandas
 import numpy as np
 import pytest
+import rasterio
 import shapely
 from testkit.scene_files import write_scene
 
@@ -158,6 +159,19 @@ def test_ground_that_no_label_image_shows_has_no_label(tmp_path, tag, shift):
     wanted = np.full((16, 16), 2)  # "none"
     wanted[:4, :8], wanted[4:12, :8] = 0, 1
     np.testing.assert_array_equal(found, wanted)
+
+
+def test_a_mask_band_leaves_labels_out_of_scenes(tmp_path):
+    write_scene(tmp_path / "S2_A_20200601.tif", np.ones((2, 32, 32), "uint16"), WEST, NORTH)
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True):
+        path = write_scene(tmp_path / "map.tif", np.zeros((1, 16, 16), "uint8"), WEST, NORTH, 20.0)
+        with rasterio.open(path, "r+") as file:
+            file.write_mask(np.arange(16)[None].repeat(16, 0) < 4)
+    text = DESCRIPTION[: DESCRIPTION.index("    masks: {cloud")] + "    sensor: {patch: 2}\n"
+    text += "targets:" + LABELS[LABELS.index("\n  map:") : LABELS.index("\n  height:")]
+    (found,) = opened(tmp_path, tmp_path, text).read(f"32631_E{WEST:07.0f}_N{NORTH:07.0f}").targets.values()
+    assert (found[:, :4] == 0).all()
+    assert (found[:, 4:] == 2).all()  # none
 
 
 def test_a_process_that_writes_reads_the_same(src, tmp_path):
