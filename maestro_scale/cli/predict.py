@@ -54,8 +54,8 @@ def predict(
         typer.Option(
             min=0.0,
             max=0.9,
-            help="Share of a window that the next one covers again; 0: no blending. [default: 0.5 for maps, 0 for "
-            "points]",
+            help="Share of a window that the next one covers again; 0: no blending. [default: for maps "
+            "evaluation.overlap of the finetuning's recipe, 0.5; for points 0]",
         ),
     ] = None,
     probabilities: Annotated[

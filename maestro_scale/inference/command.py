@@ -34,6 +34,7 @@ from maestro_scale.inference.outputs import (
 from maestro_scale.inference.scenes import open_scene_source
 from maestro_scale.inference.source import Layout, Source, from_raw, from_shards
 from maestro_scale.inference.windows import stride_m
+from maestro_scale.model.config import MAX_OVERLAP, OVERLAP
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.shards.format.checksum import MANIFEST
 from maestro_scale.shards.format.manifest import Manifest
@@ -42,14 +43,14 @@ from maestro_scale.shards.storage import open_storage
 
 EmbeddingFormat = Literal["cog", "parquet"]
 _YAML = (".yaml", ".yml")
-_OVERLAP = 0.5  # of the windows of maps
 
 
 @dataclass(frozen=True)
 class Options:
     """What to predict of what. ``files``: where the files of a description are, None: next to it; ``splits``: of shards
-    and datasets, None: all of shards, the test split of a dataset. ``overlap``: share of a window, None: a half for
-    maps, nothing for points. ``embeddings``: instead of the target. ``overrides``: of the description."""
+    and datasets, None: all of shards, the test split of a dataset. ``overlap``: share of a window, None: for maps that
+    of the finetuning's recipe, for points nothing. ``embeddings``: instead of the target. ``overrides``: of the
+    description."""
 
     splits: tuple[str, ...] | None = None
     files: str | None = None
@@ -86,9 +87,11 @@ def predict(
     output = _output(model, spec, options)
     points = output if isinstance(output, TargetPoints | EmbeddingPoints) else None
     maps = None if isinstance(output, TargetPoints | EmbeddingPoints) else output
-    overlap = options.overlap if options.overlap is not None else (_OVERLAP if maps else 0.0)
-    if not 0 <= overlap <= 0.9:
-        raise InferenceError(f"--overlap {overlap:g}: is a share of a window, from 0 to 0.9")
+    overlap = options.overlap
+    if overlap is None:
+        overlap = 0.0 if points else model.finetuned.overlap if model.finetuned else OVERLAP
+    if not 0 <= overlap <= MAX_OVERLAP:
+        raise InferenceError(f"--overlap {overlap:g}: is a share of a window, from 0 to {MAX_OVERLAP:g}")
     step_m = max(spec.modality(s.source).resolution_m for s in spec.sensors)
     pixel_m = maps.resolution_m if maps else step_m
     layout = Layout(pixel_m, stride_m(spec.crop_m, overlap, [step_m, pixel_m]))

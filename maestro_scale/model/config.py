@@ -30,6 +30,7 @@ AttentionChoice = Literal["auto", "flash", "cudnn", "efficient", "math", "flash_
 CompileMode = Literal["none", "blocks", "step"]
 DecoderName = Literal["attentive", "linear", "upernet"]
 CHECKPOINTING = r"none|blocks|every_([2-9]|[1-9]\d+)"
+OVERLAP, MAX_OVERLAP = 0.5, 0.9  # share of a window of a map that the next one covers again: default, maximum
 
 
 @dataclass(frozen=True)

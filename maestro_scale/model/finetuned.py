@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from maestro_scale.datasets.spec import DatasetSpec, Target, Tile
+from maestro_scale.model.config import MAX_OVERLAP, OVERLAP
 from maestro_scale.model.heads import Standardised
 from maestro_scale.stream.batch import Batch
 from maestro_scale.stream.crops import CropGrid
@@ -24,7 +25,8 @@ class Finetuned:
 
     ``spec``: the dataset as it was used: sensors with their scaling, crop, tiles and targets. ``target``: what is
     predicted; ``metric``: its score. ``mode``: finetune or scratch; ``step``: of the best weights, and ``validation``
-    their score. ``test``: the score of the test split. ``trained_on``: datasets of the pretraining.
+    their score. ``test``: the score of the test split. ``trained_on``: datasets of the pretraining. ``overlap``: of
+    windows of maps, from 0 to ``MAX_OVERLAP``.
     """
 
     spec: DatasetSpec
@@ -35,8 +37,11 @@ class Finetuned:
     validation: float
     test: float
     trained_on: tuple[str, ...] = ()
+    overlap: float = OVERLAP
 
     def __post_init__(self) -> None:
+        if not 0 <= self.overlap <= MAX_OVERLAP:
+            raise ValueError(f"overlap: {self.overlap:g} is not from 0 to {MAX_OVERLAP:g}")
         if self.target not in {t.name for t in self.spec.targets}:
             raise ValueError(f"target: {self.target!r} is not a target of {self.spec.name}")
 

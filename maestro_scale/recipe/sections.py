@@ -8,6 +8,8 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from maestro_scale.model.config import (
     CHECKPOINTING,
+    MAX_OVERLAP,
+    OVERLAP,
     AttentionChoice,
     CompileMode,
     DecoderName,
@@ -320,3 +322,6 @@ class Evaluation(Section):
     training labels), or a weight by class name, 1 for the others."""
     regression_loss: Literal["l2", "smooth_l1"] = "l2"
     """Loss of a regression target in attentive, finetune and scratch, on standardised values."""
+    overlap: Annotated[float, Field(ge=0, le=MAX_OVERLAP)] = OVERLAP
+    """Maps that ``predict`` makes with the finetuned model: share of a window that the next one covers again; 0: no
+    overlap. Recorded in the model; no score depends on it."""

@@ -45,6 +45,7 @@ COURSE = [
     "train.precision=fp32",
     "train.log_every=1",
     "train.steps=12",
+    "evaluation.overlap=0.25",
     "data.lanes=2",
     "optim.base_lr=2e-3",
     "optim.final_div=2",
@@ -189,6 +190,7 @@ def test_an_export_knows_what_it_predicts(alone, exported):
     known, result = model.finetuned, numbers(alone / "finetune_50pct")
     assert (known.target, known.metric, known.mode) == ("cover", "miou", "finetune")
     assert (known.test, known.trained_on) == (result["value"], result["trained_on"])
+    assert known.overlap == 0.25
     assert (known.step, known.validation) == (result["chosen"]["step"], result["chosen"]["validation"])
     assert known.spec.sensors == FIELDS.sensors
     assert known.spec.crop_m == FIELDS.crop_m

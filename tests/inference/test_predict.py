@@ -276,6 +276,22 @@ def test_numbers_have_units(valley, tmp_path):
         predict(model, str(valley.shards), tmp_path / "p", replace(options, probabilities=True), CPU)
 
 
+def test_the_overlap_is_that_of_the_finetuning(valley, tmp_path):
+    model = load_model(valley.model)
+    model.finetuned = replace(model.finetuned, overlap=0.25)
+    options = Options(cache_dir=tmp_path / "cache", splits=("test",))
+    strides = {}
+    for name, chosen in (("maps", {}), ("half", {"overlap": 0.5}), ("points", {"embeddings": "parquet"})):
+        predict(model, str(valley.shards), tmp_path / name, replace(options, **chosen), CPU)
+        strides[name] = json.loads((tmp_path / name / "_predict.json").read_text())["stride_m"]
+    # Of windows of 160 m, in whole pixels of 10 m.
+    assert strides == {"maps": 120, "half": 80, "points": 160}
+    with pytest.raises(InferenceError, match=r"--overlap 1: is a share of a window, from 0 to 0\.9"):
+        predict(model, str(valley.shards), tmp_path / "one", replace(options, overlap=1.0), CPU)
+    with pytest.raises(ValueError, match=r"overlap: 1 is not from 0 to 0\.9"):
+        replace(model.finetuned, overlap=1.0)
+
+
 @pytest.mark.parametrize("kind", ["classification", "multilabel", "regression"])
 def test_labels_of_tiles_are_points(valley, tmp_path, kind):
     classes = () if kind == "regression" else ("a", "b", "c")

@@ -174,6 +174,18 @@ def test_another_protocol_has_another_folder(tmp_path):
     ]
 
 
+def test_the_overlap_of_maps_changes_no_result(tmp_path):
+    evaluations = [{"name": "trees", "modes": ["finetune"]}]
+    path = write_study(tmp_path, factors={}, setup={"evaluations": evaluations}, questions=[])
+
+    def folders(change: str) -> set[str]:
+        cells = cells_of(path, f"scales.cpu.datasets.trees.evaluations[0].set={{{change}}}")
+        return {str(cell.evaluations[0].results) for cell in cells}
+
+    assert folders("evaluation.overlap: 0.25") == folders("")
+    assert not folders("evaluation.patience: 7") & folders("")
+
+
 def test_what_changes_a_result_on_frozen_features_has_another_folder(tmp_path):
     evaluations = [{"name": "trees", "modes": ["knn", "probe", "attentive"]}]
     baselines = ["random", "untrained", "statistics"]

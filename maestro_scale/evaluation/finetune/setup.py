@@ -142,6 +142,7 @@ class Finetuning:
             validation=self.validation.best.score,
             test=result.value,
             trained_on=result.trained_on,
+            overlap=self._recipe.evaluation.overlap,
         )
         trained = {
             "checkpoint": best.stem,
