@@ -40,6 +40,7 @@ PUBLISHED = {
             "flair_hub",
             "base",
             "MAESTRO_FLAIR-HUB_base/checkpoints/pretrain-epoch=99.ckpt",
+            "apache-2.0",  # https://huggingface.co/IGNF/MAESTRO_FLAIR-HUB_base/blob/main/README.md
         ),
         PublishedModel(
             "maestro-s2-naip-urban-base",

@@ -136,7 +136,7 @@ def test_bounds_and_errors(server, ours, monkeypatch, tmp_path):
 def test_models_are_listed_and_described(server, flair, tmp_path):
     listed = CliRunner().invoke(app, ["models"])
     assert listed.exit_code == 0, listed.output
-    for text in (KNOWN.name, KNOWN.address, "aerial", "s2", "base"):
+    for text in (KNOWN.name, KNOWN.address, "aerial", "s2", "base", "apache-2.0", "see its model card"):
         assert text in listed.output
     write_model(tmp_path / "ours", flair.state_dict(), flair.config, {"step": 5})
     server.add("me/ours", {n: (tmp_path / "ours" / n).read_bytes() for n in (CONFIG, WEIGHTS)})
