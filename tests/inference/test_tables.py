@@ -65,4 +65,4 @@ def test_duckdb_finds_the_neighbours_of_search(tables):
     found = duckdb.execute(statement).fetchall()
     expected = search(tables["crops"], "a/b", 11)
     assert [key for key, _ in found] == [n.key for n in expected]
-    assert [similar for _, similar in found] == pytest.approx([n.similarity for n in expected], abs=1e-5)
+    assert [cosine for _, cosine in found] == pytest.approx([n.similarity for n in expected], abs=1e-5)
