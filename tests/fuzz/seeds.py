@@ -5,13 +5,16 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import re
 import tarfile
+import textwrap
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
 
+from maestro_scale.datasets.description import config as description
 from maestro_scale.evaluation.counts import TileCounts
 from maestro_scale.shards.format.codec import encode_fields
 from tests.fuzz.targets import RUN_FILES, TARGETS
@@ -34,6 +37,10 @@ def documents() -> dict[str, list[bytes]]:
         "sample": [_sample(codec) for codec in ("raw", "delta-zstd")] + [shard_sample(shard)],
         "tar": [shard, *_tars()],
         "recipe": [*recipes, b"a: &a [1]\nb: *a\n<<: {c: 1}\n", b"train: {steps: 0x1f, lr: 1e-3}\n"],
+        "description": [
+            *(Path(f"descriptions/{n}.yaml").read_bytes() for n in ("eurosat_ms", "terramesh", "flair2_toy")),
+            *(e.encode() for e in examples()),
+        ],
         "override": [
             b"model.size=tiny",
             b"data.mixture[0].weight=2",
@@ -49,6 +56,12 @@ def documents() -> dict[str, list[bytes]]:
         "tensors": [_sample("raw")],
         "run": _run_files(),
     }
+
+
+def examples() -> list[str]:
+    """The descriptions in the documentation of their module."""
+    blocks = re.findall(r"\n\n((?:    .*\n|\n)+)", description.__doc__ or "")
+    return [textwrap.dedent(block) for block in blocks if "tile_m:" in block]
 
 
 def shard_sample(shard: bytes) -> bytes:

@@ -116,6 +116,27 @@ def recipe(data: bytes) -> None:
     load_recipe(str(place("recipe.yaml", data)), [])
 
 
+def description(data: bytes) -> None:
+    """A dataset in YAML, what follows from it, and its patterns on the names of files; no file is opened."""
+    from maestro_scale.datasets.description.dataset import only
+    from maestro_scale.datasets.description.index import list_sections, sections
+    from maestro_scale.datasets.description.load import load_description
+    from maestro_scale.datasets.description.spec import settings_of
+    from maestro_scale.datasets.sources.listing import pattern_of
+
+    read = load_description(place("description.yaml", data))
+    settings_of(only(read, [next(n for n, raster in read.rasters.items() if raster is not None)]))
+    for section in sections(read).values():
+        with expected_errors():
+            pattern = pattern_of(section)
+            for name in ("s2/a_20200101_B2.tif", "a" * 200, f"{'a_' * 50}/20201301T000000.tif"):
+                pattern.match(name)
+                pattern.nearly(name)
+    if b"://" not in data:  # a folder without files: whatever the description says, nothing is read
+        with expected_errors():
+            list_sections(read, str(folder() / "empty"), "train")
+
+
 def override(data: bytes) -> None:
     from maestro_scale.recipe import load_recipe
     from maestro_scale.secrets_filter import scrub_command
@@ -295,5 +316,17 @@ _spec: Any = None
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
     f.__name__: f
-    for f in (manifest, index, sample, tar, recipe, override, results, counts, commit, state_index)
+    for f in (
+        manifest,
+        index,
+        sample,
+        tar,
+        recipe,
+        description,
+        override,
+        results,
+        counts,
+        commit,
+        state_index,
+    )
 } | {f.__name__: f for f in (checkpoint, model, tensors, run)}

@@ -8,6 +8,6 @@ import pytest
 from tests.fuzz.kit import check
 
 
-@pytest.mark.parametrize("target", ["manifest", "index", "sample", "tar", "recipe"])
+@pytest.mark.parametrize("target", ["manifest", "index", "sample", "tar", "recipe", "description"])
 def test_only_expected_errors(target, tmp_path):
     check(target, tmp_path)

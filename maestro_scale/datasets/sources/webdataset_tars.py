@@ -10,6 +10,7 @@ and every reference says where its members are.
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -39,6 +40,9 @@ _TEXTS = ("json", "txt", "text", "cls")
 KEY = "__key__"
 """What the library calls the name of a sample, and the first column of tars as a table."""
 _MAX_TEXT = untrusted.HEADER
+_RANGE = re.compile(r"\{(-?\d{1,18})\.\.(-?\d{1,18})")
+_LIST = re.compile(r"\{([^{}]*,[^{}]*)\}")
+_MAX_SHARDS = 1_000_000
 _PREFETCHED_BYTES = 16 * 1024 * 1024
 
 
@@ -128,11 +132,9 @@ def index(address: str) -> dict[str, Sample]:
 
 def _shards(section: ImageFiles, src: str) -> Iterator[ImageRef]:
     """The tars; DatasetError if shards that are named by braces are missing."""
-    from webdataset.shardlists import expand_urls
-
     assert section.files is not None
     missing = []
-    names = expand_urls(section.files)
+    names = _expanded(section.files)
     for name in names:
         refs = list(list_files(section.model_copy(update={"files": name}), src))
         if not refs and len(names) > 1:
@@ -144,6 +146,23 @@ def _shards(section: ImageFiles, src: str) -> Iterator[ImageRef]:
             "fetch them, or correct the braces",
             remote.MISSING,
         )
+
+
+def _expanded(files: str) -> list[str]:
+    """The names that braces stand for, as the library expands them; DatasetError if these are wrong, or too many."""
+    from webdataset.shardlists import expand_urls
+
+    num = 1
+    for low, high in _RANGE.findall(files):
+        num *= abs(int(high) - int(low)) + 1
+    for names in _LIST.findall(files):
+        num *= names.count(",") + 1
+    if num > _MAX_SHARDS:
+        raise DatasetError(f"{files}: stands for more than {_MAX_SHARDS} tars; correct the braces")
+    try:
+        return list(expand_urls(files))
+    except ValueError as error:
+        raise DatasetError(f"{files}: has braces that do not match ({error}); correct them") from error
 
 
 def _suffixes(section: ImageFiles, ref: ImageRef, samples: Mapping[str, Sample]) -> list[str]:

@@ -159,6 +159,19 @@ def test_shards_over_http(tars):
             refs_of(section("train-*.tar", variable="tif"), served.url)
 
 
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ("{a,b}}.tar", "has braces that do not match"),
+        ("{0..99999999999}.tar", "stands for more than 1000000 tars"),
+        ("{a,b}{0..999}{0..999}.tar", "stands for more than 1000000 tars"),
+    ],
+)
+def test_wrong_braces_are_one_line(tars, files, message):
+    with pytest.raises(DatasetError, match=message):
+        list(webdataset_tars.list_images(section(files), str(tars)))
+
+
 def test_wrong_suffixes_and_shards_are_one_line(tars, tmp_path):
     def message(files="train-*.tar", src=tars, **options):
         with pytest.raises(DatasetError) as caught:
