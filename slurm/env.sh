@@ -171,6 +171,16 @@ list_nodes() {
   fi
 }
 
+# warn_short SIGNAL_S: warn where the job's time limit leaves hardly any time before the signal that is sent SIGNAL_S before.
+warn_short() {
+  local end left
+  end=$(scontrol show job "$SLURM_JOB_ID" 2>/dev/null | sed -n 's/.* EndTime=\([^ ]*\).*/\1/p' | head -n 1)
+  end=$(date -d "$end" +%s 2>/dev/null) || return 0 # no limit
+  left=$((end - $(date +%s)))
+  [ "$left" -ge $((2 * $1)) ] ||
+    say "warning: this job ends in $left s and is asked to save and stop $1 s before: it will train for a few steps per start at most; use a longer --time"
+}
+
 # check_line NAME VALUE…: a line of the check
 check_line() { printf '%-9s %s\n' "$1" "${*:2}"; }
 

@@ -30,6 +30,10 @@ shift
 [ -z "${SLURM_JOB_ID:-}" ] || unset "${!SLURM_@}" # the submitted jobs must not inherit the SLURM variables of this one
 prepare
 [ "$CACHE_IS_OURS" = 0 ] || export -n MAESTRO_CACHE # nor the cache of this one, which is removed at its end
+if [ ! -f "$RUN_DIR/recipe.yaml" ] && [ "$ONCE" = 0 ]; then # submitted with the training, which writes it at its start
+  say "waiting for the training to start in $RUN_DIR"
+  until [ -f "$RUN_DIR/recipe.yaml" ]; do sleep "${MAESTRO_FOLLOW_S:-60}"; done
+fi
 while :; do
   # Read the outcome before listing checkpoints: a run that is done by now has written all of them.
   OVER=0

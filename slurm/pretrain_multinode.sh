@@ -92,6 +92,7 @@ see "$RECIPE" # it may extend others in its folder
 prepare
 list_nodes
 if [ "$CHECK_OUTSIDE" = 0 ]; then
+  warn_short 180 # --signal, as above
   # GPUs of the first node, whether or not the job has them: gpu:8(S:0-1)
   MAESTRO_NODE_GRES=$(scontrol show node "${NODES[0]}" 2>/dev/null | sed -n 's/^ *Gres=\(gpu[^ ]*\).*/\1/p')
   export MAESTRO_NODE_GRES

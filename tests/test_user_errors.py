@@ -82,6 +82,7 @@ SET = [
 DATA = [
     ("no shards", f"{TRAIN} {SHARDS}=nowhere", "nowhere/manifest.json: not found", "`maestro-scale shard`"),
     ("MAESTRO_DATA not set", "train --recipe vitt --run-dir r", "MAESTRO_DATA is not set"),
+    ("MAESTRO_DATA not set in a path", f"{TRAIN} {SHARDS}=/treesatai_ts", "MAESTRO_DATA is not set"),
     ("the manifest for the folder", f"{TRAIN} {SHARDS}=shards/manifest.json", "give the folder that holds"),
     ("no such protocol", f"{TRAIN} {SHARDS}=s4://bucket/x", "cannot be opened", "s3://bucket/name"),
     ("no such split", f"{TRAIN} data.mixture[0].split=training", "no split 'training'", "train, val, test"),
@@ -160,6 +161,7 @@ EVALUATION = [
         "use a recipe of",
     ),
     ("a file for features", f"{EVALUATE} --features pretrain.yaml", "pretrain.yaml: File exists"),
+    ("no disk room for features", EVALUATE, "features need 0.0 GiB in ", "--features at a larger disk"),
     ("a file for results", f"{EVALUATE} --out pretrain.yaml", "cannot use pretrain.yaml/knn"),
     ("mode test of an encoder", f"{EVALUATE} --mode test", "OUT/finetune"),
     ("a misspelt baseline", f"{BASELINE} statistic", "did you mean 'statistics'?"),
@@ -194,6 +196,12 @@ OTHER = [
     ("shard: no split named", "shard treesatai_ts empty out", "Missing option '--split'"),
     ("shard: a part of nothing", "shard treesatai_ts empty out --split train --part 5/3", "for example 3/16"),
     (
+        "shard: MAESTRO_DATA not set",
+        "shard treesatai_ts empty /treesatai_ts --split train",
+        "/treesatai_ts would be a new folder at the root of the disk",
+        "export MAESTRO_DATA=FOLDER",
+    ),
+    (
         "shard: no modality",
         "shard treesatai_ts empty out --split train --modalities s3",
         "has no modality 's3'",
@@ -206,6 +214,19 @@ OTHER = [
     ("sync: no run", "sync empty", "empty is not a run directory: it has no recipe.yaml"),
     ("dashboard: no runs", "dashboard nope", "nope/mlflow.db does not exist"),
     ("study: no scale", "study targets --scale big --dry-run", "unknown scale 'big' (there are: cpu, gpu)"),
+    ("study: no such name", "study targes --dry-run", "nor the name of a study", "targets"),
+    ("describe: no such folder", "describe nope", "nope: is neither a folder nor a file"),
+    ("predict: no model", "predict nope shards out", NO_MODEL, "it does not exist"),
+    (
+        "predict: no head",
+        "predict model shards out",
+        "no head to predict with: finetune it",
+        "--mode finetune",
+    ),
+    ("predict: no description", "predict model nope.yaml out", "nope.yaml: cannot read the description"),
+    ("search: no embeddings", "search empty key", "no Parquet files: write them with `maestro-scale embed`"),
+    ("push: no address", "push model hf//me/x", "write hf://owner/name"),
+    ("push: no model", "push nope hf://me/x", NO_MODEL),
     ("init: a file in use", "init vitb pretrain.yaml", "pretrain.yaml: exists"),
     ("quickstart: a file", "quickstart --out pretrain.yaml", "is a file; give a folder"),
 ]
@@ -292,9 +313,9 @@ def run(prepared, monkeypatch, capsys):
     ("slip", "command", "texts"), [(s, c, t) for s, c, *t in TABLE], ids=[row[0] for row in TABLE]
 )
 def test_a_slip_is_answered_in_one_line(run, monkeypatch, slip, command, texts):
-    if slip == "no disk room":
-        free = shutil.disk_usage(".")._replace(free=1000)
-        monkeypatch.setattr("maestro_scale.training.assembly.shutil.disk_usage", lambda _: free)
+    if "no disk room" in slip:
+        free = shutil.disk_usage(".")._replace(free=0)
+        monkeypatch.setattr("shutil.disk_usage", lambda _: free)
     code, errors = run(command)
     assert code == 2, errors
     assert "Traceback" not in errors

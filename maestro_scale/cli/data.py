@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -133,6 +134,7 @@ def shard(
     from maestro_scale.tracking.terminal import progress
 
     writer_part = WriterPart.parse(part)
+    _check_destination(dst)
     selected = [name.strip() for name in modalities.split(",")] if modalities else None
     with _libraries():
         raw, synthetic = _open(dataset, src, split, selected, overrides or [])
@@ -163,6 +165,17 @@ def shard(
     for note, count in sorted(manifest.notes.items()):
         print(printable(f"  {count} tiles: {note} (first: {manifest.examples.get(note, 'unknown')})"))
     print(f"next: the other splits, then {shell_command('maestro-scale', 'verify', dst)}")
+
+
+def _check_destination(dst: str) -> None:
+    """Refuse ``$MAESTRO_DATA/NAME`` where the shell found the variable unset: a new folder at the root of the disk."""
+    path = Path(dst)
+    if not os.environ.get("MAESTRO_DATA") and path.parent == Path("/") and not path.exists():
+        raise typer.BadParameter(
+            f"{dst} would be a new folder at the root of the disk, and MAESTRO_DATA is not set: export "
+            f"MAESTRO_DATA=FOLDER, or create {dst} before",
+            param_hint="DST",
+        )
 
 
 def verify(

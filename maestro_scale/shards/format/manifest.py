@@ -186,13 +186,18 @@ def check_spec(spec: DatasetSpec, where: str = "spec") -> None:
 
 
 def _path_hint(where: str) -> str:
-    """For a relative path: where it starts. Recipes use ./data where the variable of their data is not set."""
+    """For the path of a missing manifest: where it starts, and whether the variable of the recipes' data is set.
+
+    Where it is not, recipes use ./data, and a shell turns ``$MAESTRO_DATA/NAME`` into ``/NAME``.
+    """
     if where.endswith(f"/{MANIFEST}/{MANIFEST}"):
         return f"; give the folder that holds {MANIFEST}"
-    if "://" in where or os.path.isabs(where):
+    if "://" in where:
         return ""
-    unset = "" if os.environ.get(_DATA_VARIABLE) else f"; {_DATA_VARIABLE} is not set"
-    return f" (relative to {os.getcwd()}{unset})"
+    unset = "" if os.environ.get(_DATA_VARIABLE) else f"{_DATA_VARIABLE} is not set"
+    if not os.path.isabs(where):
+        return f" (relative to {os.getcwd()}{unset and f'; {unset}'})"
+    return f" ({unset})" if unset and where.count("/") == 2 else ""  # /NAME/manifest.json
 
 
 def _check(manifest: Manifest) -> None:
