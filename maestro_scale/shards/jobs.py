@@ -15,6 +15,7 @@ from typing import Any, Protocol, TypeVar, cast
 
 from maestro_scale.datasets.spec import DatasetError
 from maestro_scale.launcher_death import exit_with_parent
+from maestro_scale.main_guard import check_main_guard
 from maestro_scale.shards.errors import ShardsError
 
 Job = TypeVar("Job")
@@ -48,6 +49,7 @@ def run_jobs(
         for index, job in enumerate(jobs):
             yield index, function(job, report)
         return
+    check_main_guard("workers=1")
     # spawn, not fork: a forked child would inherit store clients and locks, but not the threads that serve them.
     context = multiprocessing.get_context("spawn")
     pipes: dict[Connection, BaseProcess] = {}

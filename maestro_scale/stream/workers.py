@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from maestro_scale.errors import MaestroError
 from maestro_scale.launcher_death import exit_with_parent
+from maestro_scale.main_guard import check_main_guard
 from maestro_scale.shards.read.counters import StoreCounters
 from maestro_scale.shards.storage import client_module
 from maestro_scale.shards.temporary import use_for_multiprocessing
@@ -58,7 +59,9 @@ def start_fork_server(sources: Iterable[Source]) -> None:
 
     It imports the modules that all workers need once, which takes seconds, while the caller continues. The training
     process itself cannot be forked: locks held by its CUDA, gloo and S3 threads would never be released in the child.
+    LoaderError, or MainGuardError, if it cannot be started.
     """
+    check_main_guard("workers=0")
     clients = {module for s in sources if (module := client_module(s.store.url)) is not None}
     with _signals_blocked():
         multiprocessing.get_context("forkserver").set_forkserver_preload([__name__, *sorted(clients)])
