@@ -135,6 +135,7 @@ def test_a_stopped_pretraining_resumes(folder):
     assert json.loads((folder / "run" / "outcome.json").read_text())["reason"] == "done"
 
 
+@pytest.mark.slow
 def test_a_run_is_exported_with_the_same_weights(folder):
     cli(folder, "export", "run", "again")
     ours, theirs = (load_file(folder / name / "model.safetensors") for name in ("again", "model"))
@@ -194,6 +195,7 @@ def test_an_exported_model_loads_and_embeds():
     torch.testing.assert_close(vectors, torch.tensor(EXPECTED["vectors"]), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_an_exported_model_embeds_a_split(folder):
     cli(folder, "embed", "model", "shards", "embedded", "--split", "test", "--cache-dir", "cache")
     files = sorted((folder / "embedded").rglob("*.parquet"))
@@ -231,6 +233,7 @@ def test_a_probe_of_a_model_has_the_same_score(folder):
     agree(new, old)
 
 
+@pytest.mark.slow
 def test_results_are_reported(folder):
     shutil.rmtree(folder / "evaluation" / "finetune")
     printed = cli(folder, "report", "evaluation", "--out", "report.html")

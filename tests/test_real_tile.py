@@ -55,6 +55,7 @@ def test_shard_verify_train(tmp_path):
     assert (tmp_path / "run" / "pictures" / "step_00000002.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_a_damaged_shard_is_named(tmp_path):
     shards = tmp_path / "shards"
     assert command("shard", "treesatai_ts", str(TILE), str(shards), "--split", "train").returncode == 0

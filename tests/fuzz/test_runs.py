@@ -18,6 +18,7 @@ SHARES = {"results": 1, "counts": 1, "commit": 1, "checkpoint": 1, "model": 1, "
 SHARES |= {"override": 0.1, "state_index": 0.1, "tensors": 0.1}  # much of these is also read by the others
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", SHARES)
 def test_only_expected_errors(target, tmp_path):
     check(target, tmp_path, SHARES[target])

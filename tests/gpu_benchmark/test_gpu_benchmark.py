@@ -115,6 +115,7 @@ def test_only_a_required_section_fails_the_command(required, passes, monkeypatch
     assert passed is passes
 
 
+@pytest.mark.slow
 def test_a_background_section_ends_before_a_timed_one(monkeypatch, tmp_path):
     sections = (section("compiles", 600.0, background=True), section("beside"), section("wrong", timed=True))
     found, _ = run_sections(monkeypatch, tmp_path, *sections)
@@ -168,6 +169,7 @@ def test_sections_on_the_simulated_device():
     assert all(c["passed"] for c in found["parity"]["checks"])
 
 
+@pytest.mark.slow
 def test_sections_on_a_fake_gpu():
     """What only a GPU has: counted waits, peak memory, kernels; on CPU tensors, with answers for torch.cuda."""
     done = run_python(str(REPO / "tests/gpu_benchmark/on_fake_gpu.py"))

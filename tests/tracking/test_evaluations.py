@@ -67,6 +67,7 @@ def within(folder: Path):
         os.chdir(before)
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_was_not_sent_is_sent_by_sync(run_dir, tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     with within(tmp_path), caplog.at_level(logging.WARNING):  # no store has the run yet

@@ -52,6 +52,7 @@ def registered(run_dir: Path) -> dict[str, str]:
     return scores
 
 
+@pytest.mark.slow
 def test_the_printed_command_loads_the_model(tmp_path, no_store):
     run_dir = finished_run(tmp_path / "my runs" / "run")
     sync(run_dir)
