@@ -37,7 +37,7 @@ class Orientation:
             words = pixels.view(f"<u{size}")[..., ::-1]
             out.view(f">u{size}")[...] = words[..., ::-1, :] if self.flip_rows else words
         else:
-            out[...] = self.apply(pixels)
+            out[...] = self.apply(pixels) if self.flip_rows or self.flip_columns else pixels
 
 
 ORIENTATIONS = tuple(Orientation(bool(i & 1), bool(i & 2), bool(i & 4)) for i in range(8))

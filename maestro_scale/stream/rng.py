@@ -56,11 +56,11 @@ class CounterRNG:
 
     def below(self, limit: int) -> int:
         """An integer in [0, limit); the bias is below limit / 2**64, negligible for samples and offsets."""
-        return int(self._philox.random_raw()) * limit // _WORD
+        return scaled(int(self._philox.random_raw()), limit)
 
     def half_words(self, count: int) -> np.ndarray:
         """(count,) uint32, uniform, for :func:`uniforms`: the low half of each word first."""
-        return self.words((count + 1) // 2).astype("<u8", copy=False).view("<u4")[:count]
+        return self._philox.random_raw((count + 1) // 2).astype("<u8", copy=False).view("<u4")[:count]
 
     def uniforms(self, count: int) -> np.ndarray:
         """(count,) float32 as of :func:`uniforms`."""
@@ -69,6 +69,11 @@ class CounterRNG:
     def permutation(self, count: int) -> np.ndarray:
         """(count,) int64: 0 … count - 1 in random order; the stable sort makes it the same on every machine."""
         return np.argsort(self.words(count), kind="stable")
+
+
+def scaled(word: int, limit: int) -> int:
+    """An integer in [0, limit) from a word: what :meth:`CounterRNG.below` draws."""
+    return word * limit // _WORD
 
 
 def uniforms(half_words: np.ndarray) -> np.ndarray:

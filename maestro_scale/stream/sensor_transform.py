@@ -48,6 +48,7 @@ class SensorTransform:
         self.stream = stream_id(sensor.name)
         self._dates_name, self._mask_name = dates_field(self.modality.name), mask_field(self.modality.name)
         self._each = np.arange(sensor.num_dates)
+        self._nodata_band, self._has_nan = self.modality.nodata_band, "float" in self.modality.dtype
         self._bands = _band_index(sensor.bands, self.modality)
 
     @property
@@ -67,15 +68,17 @@ class SensorTransform:
         usable: np.ndarray | None = None  # dates with a valid pixel; None: all
 
         def read(indices: np.ndarray) -> np.ndarray:
-            return self._select_bands(sample.rows(name, _of(usable, indices), window))
+            stored_indices = indices if usable is None else usable[indices]
+            return self._select_bands(sample.rows(name, stored_indices, window))
 
         def whole() -> np.ndarray:
-            return self._select_bands(_of(sample.array(name, window), usable))
+            series = sample.array(name, window)
+            return self._select_bands(series if usable is None else series[usable])
 
-        nodata = self._nodata(sample, window)
+        nodata = None if self._nodata_band is None else self._nodata(sample, window, self._nodata_band)
         if nodata is not None:
             usable = dates.with_data(nodata)
-            nodata = _of(nodata, usable)
+            nodata = nodata if usable is None else nodata[usable]
             stored = len(nodata)
         if stored == num_dates:
             # Nothing to choose from: all dates are used, whatever the masks say, and repeated if they are too few.
@@ -93,9 +96,11 @@ class SensorTransform:
             mask = self._mask(sample, window, usable)
             chosen = dates.nearest_to_median(series, mask, num_dates, self.sensor.mask_threshold, nodata)
             pixels = series[chosen]
-        pixels, imputed = dates.fill_nan(pixels, chosen, whole, nodata)
+        imputed = 0
+        if self._has_nan or nodata is not None:
+            pixels, imputed = dates.fill_nan(pixels, chosen, whole, nodata)
         crop.orientation.write(pixels, out[self.pixels][row])
-        out[self.dates][row] = sample.rows(self._dates_name, _of(usable, chosen))
+        out[self.dates][row] = sample.rows(self._dates_name, chosen if usable is None else usable[chosen])
         if self.nodata is not None:
             out[self.nodata][row] = (
                 False if nodata is None else self._incomplete_patches(crop.orientation.apply(nodata[chosen]))
@@ -105,11 +110,8 @@ class SensorTransform:
     def _select_bands(self, pixels: np.ndarray) -> np.ndarray:
         return pixels if self._bands is None else pixels[:, self._bands]
 
-    def _nodata(self, sample: StoredSample, window: Window | None) -> np.ndarray | None:
+    def _nodata(self, sample: StoredSample, window: Window | None, band: int) -> np.ndarray | None:
         """(T, H, W) bool; None if no pixel is invalid."""
-        band = self.modality.nodata_band
-        if band is None:
-            return None
         nodata = is_nodata(sample.array(self._mask_name, window)[:, band])
         return nodata if nodata.any() else None
 
@@ -119,7 +121,8 @@ class SensorTransform:
         """(T, M, H, W) of the dates ``usable``; None without a mask. With the band of nodata, which weighs more."""
         if not self.modality.mask_bands:
             return None
-        return _of(sample.array(self._mask_name, window), usable)
+        mask = sample.array(self._mask_name, window)
+        return mask if usable is None else mask[usable]
 
     def _incomplete_patches(self, nodata: np.ndarray) -> np.ndarray:
         """(D, H, W) bool → (D, patches): which patches of the network's input have an invalid pixel."""
@@ -140,15 +143,6 @@ def nearest_pixels(old: int, new: int) -> np.ndarray:
         return np.arange(old)
     positions = torch.arange(old, dtype=torch.float32)
     return F.interpolate(positions[None, None], size=new)[0, 0].long().numpy()
-
-
-def _of(array: np.ndarray | None, indices: np.ndarray | None) -> np.ndarray:
-    """The entries at ``indices``; all of them without indices, the indices themselves without an array."""
-    if array is None or indices is None:
-        found = indices if array is None else array
-        assert found is not None
-        return found
-    return array[indices]
 
 
 def _band_index(bands: Sequence[int], modality: Modality) -> slice | list[int] | None:

@@ -18,7 +18,7 @@ from maestro_scale.stream import dates
 from maestro_scale.stream.crops import Crop, CropGrid
 from maestro_scale.stream.orientation import ORIENTATIONS
 from maestro_scale.stream.packing import Arrays, Field
-from maestro_scale.stream.rng import CounterRNG, Purpose, uniforms
+from maestro_scale.stream.rng import CounterRNG, Purpose, scaled, uniforms
 from maestro_scale.stream.sensor_transform import SensorTransform
 from maestro_scale.stream.stored_sample import StoredSample, check_field, check_modality
 
@@ -77,9 +77,10 @@ class Transform:
         stored = self._stored_dates(sample)
         # The position is (epoch, sample, stream): the same sample draws other numbers in every epoch and virtual copy.
         rng = self._rng.seek(epoch, number, _COMMON)
-        row_offset, column_offset = rng.below(self.grid.num_offsets), rng.below(self.grid.num_offsets)
-        flips = int(rng.words(1)[0]) >> 61 if self.flips else 0  # the three highest bits
-        crop = self.grid.at(row_offset, column_offset, ORIENTATIONS[flips])
+        first, second, third = rng.words(3).tolist()
+        limit = self.grid.num_offsets
+        flips = third >> 61 if self.flips else 0  # the three highest bits
+        crop = self.grid.at(scaled(first, limit), scaled(second, limit), ORIENTATIONS[flips])
         num_repeated_dates = 0
         for sensor, num_dates in zip(self._sensors, stored, strict=True):
             rng.seek(epoch, number, sensor.stream)

@@ -30,6 +30,27 @@ def test_the_layout_of_a_sample():
     assert sample.origin is None
 
 
+def test_samples_with_equal_fields_share_a_layout():
+    def sample(key: str, **fields: np.ndarray) -> Sample:
+        return Sample(encode_fields(key, fields))
+
+    one, two = sample("k", x=np.zeros(3, np.uint8)), sample("another", x=np.ones(3, np.uint8))
+    assert (one.key, two.key) == ("k", "another")
+    assert one.layout is two.layout
+    assert two.array("x").tolist() == [1, 1, 1]
+    for other in (np.zeros(4, np.uint8), np.zeros(3, np.int8), np.zeros((3, 1), np.uint8)):
+        assert sample("k", x=other).layout is not one.layout
+    assert sample("k", y=np.zeros(3, np.uint8)).layout is not one.layout
+
+
+def test_metadata_may_come_once():
+    entry = '"x":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}'
+    metadata = '"__metadata__":{"key":"k"}'
+    assert Sample(header(f"{{{entry},{metadata}}}", b"\x07")).array("x").tolist() == [7]
+    with pytest.raises(CodecError, match="contains the key '__metadata__' twice"):
+        Sample(header(f"{{{metadata},{entry},{metadata}}}", b"\x07"))
+
+
 @pytest.mark.parametrize(("size", "encoded"), [(4095, False), (4096, True)])
 def test_fields_from_4096_bytes_on_are_compressed(size: int, encoded: bool):
     buffer = encode_fields("k", {"x": np.zeros(size, np.uint8)}, "zstd")

@@ -149,7 +149,14 @@ def test_the_default_crop_is_the_upper_left_one_and_upright():
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype"), [((2, 512, 512), "uint8"), ((1, 256, 256), "float32"), ((3, 5, 5), "int16")]
+    ("shape", "dtype"),
+    [
+        ((2, 512, 512), "uint8"),
+        ((2, 24, 24), "uint8"),  # windows of rows of 12: words of four pixels
+        ((1, 256, 256), "float32"),
+        ((3, 5, 5), "int16"),
+        ((2, 8, 8), "bool"),
+    ],
 )
 def test_pixels_are_written_as_they_are_applied(shape: tuple[int, ...], dtype: str):
     tile = np.arange(np.prod(shape)).reshape(shape).astype(dtype)

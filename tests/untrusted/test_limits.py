@@ -390,6 +390,30 @@ class TestTensors:
         assert "__metadata__" in refusal(lambda: untrusted.parse_safetensors_header(header, 4))
 
     @pytest.mark.parametrize(
+        ("header", "metadata", "rest"),
+        [
+            (rb'{"__metadata__":{"key":"a\\\"}","b":""},"x":1}  ', {"key": 'a\\"}', "b": ""}, b'{"x":1}'),
+            # Not the first entry, not texts alone, with spaces, without tensors, not valid: left to the parser.
+            (b'{"x":1,"__metadata__":{"key":"k"}}', {}, None),
+            (b'{"__metadata__":{"key":1},"x":1}', {}, None),
+            (b'{"__metadata__": {"key":"k"},"x":1}', {}, None),
+            (b'{"__metadata__":{"key":"k"}}', {}, None),
+            (b'{"__metadata__":{"key":"k"},}', {}, None),
+            (b'{"__metadata__":{},"x":1}', {}, b'{"x":1}'),
+        ],
+    )
+    def test_metadata_are_split_from_a_header(self, header: bytes, metadata: dict, rest: bytes | None):
+        expected = metadata, header if rest is None else rest
+        assert untrusted.split_safetensors_header(header) == expected
+
+    @pytest.mark.parametrize(
+        "metadata", [b'{"key":"k",}', b'{"key":"k""b":"c"}', b'{"a":"b","a":"c"}', b'{"a":"\n"}']
+    )
+    def test_metadata_that_are_not_json_are_refused(self, metadata: bytes):
+        header = b'{"__metadata__":' + metadata + b',"x":1}'
+        refusal(lambda: untrusted.split_safetensors_header(header))
+
+    @pytest.mark.parametrize(
         "data", [b"", b"\x10", struct.pack("<Q", 2**60) + b"{}", struct.pack("<Q", 9) + b"[" * 9]
     )
     def test_damaged_files_are_refused(self, tmp_path, data):

@@ -14,6 +14,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from typing import NoReturn
 
 import numpy as np
 
@@ -115,10 +116,15 @@ class Sample:
     by samples with the same fields, dtypes and shapes. CodecError if it is not a valid sample.
     """
 
-    __slots__ = ("_fields", "_source", "_start", "key", "layout", "place")
+    __slots__ = ("_fields", "_memory", "_source", "_start", "key", "layout", "place")
 
     def __init__(self, buffer: bytes | memoryview | ByteReader) -> None:
-        self._source = _MemoryReader(buffer) if isinstance(buffer, (bytes, bytearray, memoryview)) else buffer
+        self._memory: memoryview | None = None
+        if isinstance(buffer, (bytes, bytearray, memoryview)):
+            self._memory = memoryview(buffer).toreadonly()
+            self._source: ByteReader = _MemoryReader(self._memory)
+        else:
+            self._source = buffer
         self.key, self.place, self.layout, self._start = read_header(self._source)
         self._fields = self.layout.fields
 
@@ -134,24 +140,24 @@ class Sample:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a decoded field."""
-        return self._field(name).shape
+        return (self._fields.get(name) or self._missing(name)).shape
 
     def dtype(self, name: str) -> np.dtype:
         """Native dtype of a decoded field."""
-        return self._dtype(name, self._field(name))
+        return self._dtype(name, self._fields.get(name) or self._missing(name))
 
     def array(self, name: str, window: Window | None = None) -> np.ndarray:
         """A field in its native dtype, or a ``window`` of its last two axes.
 
         A raw field of a buffer in memory is a read-only view.
         """
-        field = self._field(name)
+        field = self._fields.get(name) or self._missing(name)
         if field.encoding is not None:
             try:
                 return decompress_all(field.encoding, self._reader(field), window)
             except CodecError as error:
                 raise CodecError(f"sample {self.key}, field {name}: {error}") from error
-        if window is None or self._in_memory or len(field.shape) < 3:
+        if window is None or self._memory is not None or len(field.shape) < 3:
             array = self._raw(name, field)
             return array if window is None else array[..., window[0], window[1]]
         return self._raw_rows(name, field, np.arange(field.shape[0]), window)
@@ -162,28 +168,24 @@ class Sample:
         Reads and decodes as little else as possible. Indices may repeat and be in any order. IndexError if one is
         negative or past the end.
         """
-        indices, field = np.asarray(indices), self._field(name)
+        indices, field = np.asarray(indices), self._fields.get(name) or self._missing(name)
         listed = indices.tolist()
         if listed and not 0 <= min(listed) <= max(listed) < field.shape[0]:
             raise IndexError(
                 f"sample {self.key}: {name} has {field.shape[0]} entries, requested were {listed}"
             )
         if field.encoding is None:
-            if self._in_memory:
-                return self.array(name, window)[indices]
+            if self._memory is not None:
+                array = self._raw(name, field)
+                return (array if window is None else array[..., window[0], window[1]])[indices]
             return self._raw_rows(name, field, indices, window)
         try:
             return decompress_rows(field.encoding, self._reader(field), indices, window)
         except CodecError as error:
             raise CodecError(f"sample {self.key}, field {name}: {error}") from error
 
-    def _field(self, name: str) -> StoredField:
-        try:
-            return self._fields[name]
-        except KeyError:
-            raise KeyError(
-                f"sample {self.key} has no field {name!r}; it has: {', '.join(self.names)}"
-            ) from None
+    def _missing(self, name: str) -> NoReturn:
+        raise KeyError(f"sample {self.key} has no field {name!r}; it has: {', '.join(self.names)}")
 
     def _dtype(self, name: str, field: StoredField) -> np.dtype:
         if field.dtype is None:
@@ -196,8 +198,10 @@ class Sample:
         return lambda begin, end: self._source.read(first + begin, first + end)
 
     def _raw(self, name: str, field: StoredField) -> np.ndarray:
-        data = self._source.read(self._start + field.begin, self._start + field.end)
         dtype = self._dtype(name, field)
+        if self._memory is not None:  # whose size the header agrees with
+            return np.ndarray(field.shape, dtype, self._memory, self._start + field.begin)
+        data = self._source.read(self._start + field.begin, self._start + field.end)
         try:
             array: np.ndarray = np.ndarray(field.shape, dtype, data)
         except TypeError as error:
@@ -206,10 +210,6 @@ class Sample:
             ) from error
         array.flags.writeable = False
         return array
-
-    @property
-    def _in_memory(self) -> bool:
-        return isinstance(self._source, _MemoryReader)
 
     def _raw_rows(
         self, name: str, field: StoredField, indices: np.ndarray, window: Window | None
