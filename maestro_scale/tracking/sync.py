@@ -18,7 +18,7 @@ from maestro_scale.tracking.outbox import list_pending
 from maestro_scale.tracking.pictures import picture_step
 from maestro_scale.tracking.run_params import run_metadata
 from maestro_scale.tracking.run_times import read_end
-from maestro_scale.training.run_dir import JsonLines
+from maestro_scale.training.run_dir import JsonLines, RunDirError, check_files
 
 
 class SyncError(MaestroError):
@@ -47,10 +47,15 @@ def sync(run_dir: Path) -> SyncResult:
     """Bring the MLflow run of ``run_dir`` up to date with its files; only what the store lacks is sent.
 
     The MLflow run of a training that is still running stays open. Raises SyncError if ``run_dir`` is not a run
-    directory, if another process is sending it to this store, or if the store cannot be reached.
+    directory, or has other things than files in it, if another process is sending it to this store, or if the store
+    cannot be reached.
     """
     if not (run_dir / "recipe.yaml").exists():
         raise SyncError(f"{run_dir} is not a run directory: it has no recipe.yaml")
+    try:
+        check_files(run_dir)
+    except RunDirError as error:
+        raise SyncError(str(error)) from error
     configure_mlflow()
     failures: list[str] = []
     store = scrub(tracking_uri(run_dir))

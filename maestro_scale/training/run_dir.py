@@ -44,6 +44,7 @@ class JsonLines:
         """Drop every line past ``step``, and an incomplete one."""
         if not self.path.exists():
             return
+        untrusted.check_regular(self.path)
         lines = self.path.read_text().splitlines()
         kept = [line for line in lines if _step_of(line) <= step]
         if len(kept) == len(lines):
@@ -126,6 +127,18 @@ def write_run_files(run_dir: Path, recipe: Recipe, **more: Any) -> None:
 def manifest_path(run_dir: Path, number: int, dataset: str) -> Path:
     """Path of the copied manifest of the ``number``-th dataset of the mixture."""
     return run_dir / "manifests" / f"{number}-{dataset}.json"
+
+
+def check_files(run_dir: Path) -> None:
+    """RunDirError if something beside the checkpoints is neither a file nor a folder: a pipe would never end."""
+    for folder, folders, names in os.walk(run_dir):
+        if Path(folder) == run_dir and "checkpoints" in folders:
+            folders.remove("checkpoints")
+        for path in (Path(folder, name) for name in sorted(names)):
+            if path.exists() and not path.is_file():
+                raise RunDirError(
+                    f"{path}: is not a regular file; remove it, or copy the run directory again"
+                )
 
 
 def has_same_recipe(run_dir: Path, recipe: Recipe) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import pytest
@@ -14,6 +15,8 @@ from maestro_scale.tracking.outbox import PendingEvaluation, add_pending, list_p
 from maestro_scale.tracking.run_file import store_lock
 from maestro_scale.tracking.run_params import run_metadata
 from maestro_scale.tracking.sync import SyncError, sync
+from maestro_scale.training.run_dir import JsonLines
+from maestro_scale.untrusted import InputError
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +58,24 @@ def test_a_sync_that_fails_leaves_a_finished_run_finished(run_dir, monkeypatch):
     with pytest.raises(SyncError, match="gone again"):
         sync(run_dir)
     assert status(run_dir) == "FINISHED"
+
+
+@pytest.mark.parametrize(
+    "name", ["recipe.yaml", "metrics.jsonl", "environment.json", "pictures/step_2.png", "ended"]
+)
+def test_a_named_pipe_in_a_run_directory_is_an_error(tmp_path, name):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "recipe.yaml").write_text("name: x\n")
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(SyncError, match=f"{name}: is not a regular file; remove it"):
+        sync(tmp_path)
+
+
+def test_a_run_is_not_resumed_from_a_named_pipe(tmp_path):
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with pytest.raises(InputError, match=r"metrics\.jsonl: is not a regular file"):
+        JsonLines(tmp_path / "metrics.jsonl").rewind(3)
 
 
 def test_evaluations_stay_pending_while_another_process_sends_the_run(run_dir):
