@@ -31,7 +31,7 @@ def error_line(error: BaseException) -> str | None:
         return message_text(
             f"{error.filename}: {reason}; use another path, or fix its permissions and free space"
         )
-    if isinstance(error, OSError) and error.errno in _FULL:
+    if isinstance(error, OSError) and is_disk_full(error):
         return f"{error.strerror}: free space on the disks of the output, the cache and TMPDIR"
     if isinstance(error, OSError) and "No usable temporary directory" in str(error):
         return "no temporary folder can be written: set TMPDIR to one, or free space in /tmp"
@@ -42,6 +42,11 @@ def error_line(error: BaseException) -> str | None:
     ):
         return f"user {os.getuid()} has no home folder or name on this machine: export HOME=… and USER=…"
     return None
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether a disk, or the quota of a user on it, is full."""
+    return isinstance(error, OSError) and error.errno in _FULL
 
 
 def print_error(line: str, rank: int = 0) -> None:

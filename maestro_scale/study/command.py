@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from maestro_scale import untrusted
+from maestro_scale.entry import is_disk_full
 from maestro_scale.errors import shorten
 from maestro_scale.escaping import console_text, shell_command
 from maestro_scale.study import data as study_data
@@ -88,7 +89,12 @@ class StudyRun:
         if report_only:
             self._end_if_complete()
         if not outcome.is_stopped:
-            self.write_result()
+            try:
+                self.write_result()
+            except OSError as error:
+                # The disk that is full is the one of the failures, which are printed already.
+                if not outcome.failures or not is_disk_full(error):
+                    raise
         return outcome.exit_code
 
     def run_cell(self, wanted: str, names: Path | None = None) -> Outcome:

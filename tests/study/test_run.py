@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -344,3 +345,22 @@ def test_several_studies_are_planned_and_run_together(tmp_path, monkeypatch):
 def test_a_cell_number_that_does_not_exist_is_refused(tmp_path):
     done = CliRunner().invoke(app, ["study", str(write_study(tmp_path)), "--cell", "9"])
     assert "the study has the cells 0 to 1" in str(done.exception)
+
+
+def test_a_full_disk_is_reported_once(tmp_path, monkeypatch):
+    """By what failed on it: the result of the study cannot be written either."""
+
+    def refuse(path: Path, content: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    started = StudyRun(Request(write_study(tmp_path), "", tmp_path / "root"))
+    monkeypatch.setattr(command, "write_atomically", refuse)
+    for failures in (["data"], []):
+        monkeypatch.setattr(
+            started, "run", lambda failures=failures: Outcome(finished=0, failures=list(failures))
+        )
+        if failures:
+            assert started.finish() == 1
+        else:
+            with pytest.raises(OSError, match="No space left"):
+                started.finish()
