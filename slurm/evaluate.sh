@@ -59,7 +59,7 @@ for recipe in "${LIST[@]}"; do
 done
 
 [ "${MAESTRO_CHECK:-0}" = 1 ] || mkdir -p "$OUT" 2>/dev/null
-see "$OUT" "${ENCODER[1]}" "$(dirname -- "${ENCODER[1]%/checkpoints/*}")" # MLflow's store is beside the run
+see "$OUT" "${ENCODER[1]#*:}" "$(dirname -- "${ENCODER[1]%/checkpoints/*}")" # MLflow's store is beside the run
 
 if [ "$REPORT" = 1 ]; then
   prepare
