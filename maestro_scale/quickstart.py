@@ -310,7 +310,7 @@ class _Stages:
 
     def _export(self) -> int:
         from maestro_scale.interop.export import export_model
-        from maestro_scale.training.checkpoint.checkpoints import newest
+        from maestro_scale.training.checkpoint.folder import newest
 
         export_model(newest(self.paths.run), self.paths.out / "model")
         return 0

@@ -21,7 +21,7 @@ from maestro_scale import cli, evaluate, train
 from maestro_scale.entry import run_command
 from maestro_scale.recipe import load_recipe
 from maestro_scale.training.assembly import _new_length
-from maestro_scale.training.checkpoint.checkpoints import Position
+from maestro_scale.training.checkpoint.record import Position
 from maestro_scale.training.distributed import World
 from maestro_scale.training.stop import StopRequest
 

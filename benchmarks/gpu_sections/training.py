@@ -21,7 +21,8 @@ from maestro_scale.recipe import Recipe, build_masking, build_model_config, reso
 from maestro_scale.stream.loader import TrainLoader
 from maestro_scale.stream.source import Source
 from maestro_scale.training.assembly import RunContext, TrainingParts, assemble, seed_everything
-from maestro_scale.training.checkpoint.checkpoints import Checkpoints, newest
+from maestro_scale.training.checkpoint.checkpoints import Checkpoints
+from maestro_scale.training.checkpoint.folder import newest
 from maestro_scale.training.checkpoint.retention import Retention
 from maestro_scale.training.engine import Engine
 from maestro_scale.training.hooks.hook import FinishedStep, Hook

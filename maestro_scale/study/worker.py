@@ -19,7 +19,7 @@ from maestro_scale.shards.locks import Locked, file_lock
 from maestro_scale.study.cells import SCRATCH, TRAINED_MODES, Cell, Evaluation
 from maestro_scale.study.processes import STOPPED, StopFlag, device_kind, fork, run_entry, wait
 from maestro_scale.study.tracking import record_cell
-from maestro_scale.training.checkpoint.checkpoints import newest
+from maestro_scale.training.checkpoint.folder import newest
 from maestro_scale.training.run_dir import has_finished, write_atomically
 
 FAILED, LOCKED = 1, 75

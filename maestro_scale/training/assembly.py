@@ -19,7 +19,8 @@ from torch import nn
 from maestro_scale.model.config import CompileMode
 from maestro_scale.recipe import Recipe, RecipeError, check_world, load_recipe
 from maestro_scale.stream.loader import TrainLoader
-from maestro_scale.training.checkpoint.checkpoints import Checkpoints, Position
+from maestro_scale.training.checkpoint.checkpoints import Checkpoints
+from maestro_scale.training.checkpoint.record import Position
 from maestro_scale.training.checkpoint.state import TrainState
 from maestro_scale.training.deepspeed_check import check_deepspeed
 from maestro_scale.training.distributed import World

@@ -103,6 +103,8 @@ class World:
 
     def from_main(self, value: T) -> T:
         """Rank 0's value, on every rank; it must pickle."""
+        if self.size == 1:
+            return value
         values = [value]
         dist.broadcast_object_list(values, src=0, group=self.control)
         return values[0]

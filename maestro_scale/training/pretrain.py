@@ -44,7 +44,7 @@ from maestro_scale.training.ema import WeightEMA
 from maestro_scale.training.engine import Engine
 from maestro_scale.training.hooks.hook import Hook
 from maestro_scale.training.hooks.pictures import PicturesHook
-from maestro_scale.training.manifests import UsedDataset, compare_manifests, manifest_digests
+from maestro_scale.training.manifests import UsedDataset, compare_manifests, load_manifests, manifest_digests
 from maestro_scale.training.memory import MemoryEstimator
 from maestro_scale.training.micro_batch import micro_batch_of
 from maestro_scale.training.objectives import PretrainObjective
@@ -105,11 +105,13 @@ def pretrain(
         return trainer.run(position)
 
 
-def open_datasets(recipe: Recipe) -> list[Dataset]:
-    """Read every manifest of the mixture and resolve its spec. RecipeError where the recipe does not fit it."""
+def open_datasets(recipe: Recipe, world: World | None = None) -> list[Dataset]:
+    """Read every manifest of the mixture, once per node, and resolve its spec; a collective of ``world``. RecipeError
+    where the recipe does not fit it; ManifestError."""
+    mixture = recipe.data.mixture
+    manifests = load_manifests([entry.shards for entry in mixture], Path(recipe.data.cache_dir), world)
     datasets = []
-    for i, entry in enumerate(recipe.data.mixture):
-        manifest = Manifest.load(entry.shards)
+    for i, (entry, manifest) in enumerate(zip(mixture, manifests, strict=True)):
         store = Store(
             entry.shards,
             Path(recipe.data.cache_dir),
@@ -140,10 +142,7 @@ def identity(recipe: Recipe, config: ModelConfig, datasets: list[Dataset], world
             "flips": recipe.data.flips,
             "first_date": recipe.first_date,
         },
-        # Of the splits in use: adding another split to the dataset does not change this run.
-        "manifests": [
-            d.manifest.digest_of(e.split) for d, e in zip(datasets, recipe.data.mixture, strict=True)
-        ],
+        "manifests": _digests_in_use(recipe, datasets, world),
         "splits": [list(e.split) for e in recipe.data.mixture],
         "weights": [e.weight for e in recipe.data.mixture],
         "crops_m": [d.source.spec.crop_m for d in datasets],
@@ -163,6 +162,13 @@ def identity(recipe: Recipe, config: ModelConfig, datasets: list[Dataset], world
         "train": train_section,
         "engine": engine,
     }
+
+
+def _digests_in_use(recipe: Recipe, datasets: Sequence[Dataset], world: World) -> list[str]:
+    """Of the splits in use: adding another split to a dataset does not change a run. Computed by rank 0, as a manifest
+    of 100,000 shards takes seconds; all ranks have the same manifests (``compare_manifests``)."""
+    in_use = zip(datasets, recipe.data.mixture, strict=True)
+    return world.from_main([d.manifest.digest_of(e.split) for d, e in in_use] if world.is_main else [])
 
 
 def _refuse_unless_new(recipe: Recipe, run_dir: Path, world: World) -> None:
@@ -192,7 +198,7 @@ def _parts(context: RunContext, evaluation: EvaluationHooks) -> TrainingParts:
     recipe, run_dir, world = context.recipe, context.run_dir, context.world
     seed_everything(recipe.seed)
     configure_determinism(recipe.train.deterministic)
-    datasets = open_datasets(recipe)
+    datasets = open_datasets(recipe, world)
     for dataset in datasets:
         dataset.source.store.prepare()
     used = used_datasets(recipe, datasets)
@@ -215,7 +221,7 @@ def _parts(context: RunContext, evaluation: EvaluationHooks) -> TrainingParts:
     if world.is_main:
         check_disk(run_dir, memory.parameters, recipe.optim.ema > 0)
     kernel = _attention_kernel(recipe, config, world)
-    model = _initial_model(recipe, config, world, starts=checkpoints.latest()[0] is None)
+    model = _initial_model(recipe, config, world, starts=recorded is None)
     _compile(model, recipe.with_micro_batch(micro_batch), world)
     objective = PretrainObjective(
         configs={name: config.for_dataset(name) for name in stream.sources},

@@ -14,7 +14,8 @@ from typing import Any
 from torch import Tensor
 
 from maestro_scale.stream.loader import TrainLoader
-from maestro_scale.training.checkpoint.checkpoints import Checkpoints, Position
+from maestro_scale.training.checkpoint.checkpoints import Checkpoints
+from maestro_scale.training.checkpoint.record import Position
 from maestro_scale.training.checkpoint.state import TrainState
 from maestro_scale.training.distributed import World
 from maestro_scale.training.engine import Engine
@@ -109,7 +110,7 @@ class Trainer:
             stopping, overdue, writing = flags.tolist()
             self.watchdog.note(position.step, "writing")
             if checkpoints.pending and not writing:
-                checkpoints.commit()
+                checkpoints.advance()
             every = position.step % schedule.checkpoint_every == 0
             if step.is_last or stopping or overdue or every or any(due):
                 hook_states = {h.name: state for h in self.hooks if (state := h.state_dict())}

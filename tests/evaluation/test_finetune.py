@@ -32,7 +32,7 @@ from maestro_scale.interop.export import ExportError, write_model
 from maestro_scale.interop.pretrained import load_model
 from maestro_scale.stream.eval_loader import EvalLoader
 from maestro_scale.stream.loader import TrainLoader
-from maestro_scale.training.checkpoint.checkpoints import Position
+from maestro_scale.training.checkpoint.record import Position
 from maestro_scale.training.optimizer import build_optimizer, set_lr
 from tests.evaluation.conftest import FIELDS, SPLITS, field_tile
 from tests.evaluation.test_fraction import source_of

@@ -17,7 +17,7 @@ from maestro_scale.interop.export import full_state
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.recipe import build_model_config, load_recipe
 from maestro_scale.shards.write.writer import Writer
-from maestro_scale.training.checkpoint.checkpoints import newest
+from maestro_scale.training.checkpoint.folder import newest
 from maestro_scale.training.pretrain import open_datasets, used_datasets
 from tests.evaluation.conftest import FIELDS, SPLITS, field_tile
 

@@ -183,8 +183,8 @@ def commit(data: bytes) -> None:
 
 def _read_commit(data: bytes) -> None:
     from maestro_scale.training.checkpoint import commit as marker
-    from maestro_scale.training.checkpoint.checkpoints import Position, read_record
     from maestro_scale.training.checkpoint.identity import differences
+    from maestro_scale.training.checkpoint.record import Position, read_record
 
     path = place("step_00000004/COMMIT.json", data)
     marker.problem(path.parent, hashes=True)

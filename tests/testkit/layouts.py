@@ -53,7 +53,8 @@ def schedule(step: int) -> float:
 def run_task(task: dict, world) -> dict:
     from maestro_scale.model.maestro import Maestro
     from maestro_scale.recipe.engine_config import Derived, complete_config
-    from maestro_scale.training.checkpoint.checkpoints import Checkpoints, Position
+    from maestro_scale.training.checkpoint.checkpoints import Checkpoints
+    from maestro_scale.training.checkpoint.record import Position
     from maestro_scale.training.checkpoint.retention import Retention
     from maestro_scale.training.checkpoint.state import TrainState
     from maestro_scale.training.ema import WeightEMA

@@ -8,7 +8,8 @@ import json
 import pytest
 
 from maestro_scale.training.checkpoint import commit
-from maestro_scale.training.checkpoint.checkpoints import CheckpointError, newest
+from maestro_scale.training.checkpoint.folder import newest
+from maestro_scale.training.checkpoint.record import CheckpointError
 
 
 def test_a_checkpoint_of_a_later_format_is_refused_and_stays(tmp_path):
@@ -16,9 +17,9 @@ def test_a_checkpoint_of_a_later_format_is_refused_and_stays(tmp_path):
     (later / "state").mkdir(parents=True)
     (later / "state" / "weights").write_bytes(b"0123456789")
     files = {"state/weights": commit.entry(later / "state" / "weights")}
-    commit.commit(later, {"format_version": 2}, files)
+    commit.commit(later, {}, files, version=3)
     with pytest.raises(
-        commit.NewerFormatError, match=r"step_00000005: COMMIT.json has format version 2, .* up to 1"
+        commit.NewerFormatError, match=r"step_00000005: COMMIT.json has format version 3, .* up to 2"
     ):
         commit.problem(later)
     commit.commit(later, {}, files)
@@ -108,18 +109,19 @@ def test_a_folder_without_a_marker_or_a_file_is_a_problem(tmp_path):
     assert commit.problem(folder) == "state/weights is missing"
 
 
-def test_a_share_of_the_files_is_hashed_and_all_by_default(tmp_path):
+def test_of_the_given_files_the_contents_are_compared(tmp_path):
     entries = {}
     for name in "abc":
         (tmp_path / name).write_bytes(b"1")
         entries[name] = commit.entry(tmp_path / name)
     commit.commit(tmp_path, {}, entries)
-    for name, part in (("a", 0), ("b", 1), ("c", 0)):
+    for name in "abc":
         (tmp_path / name).write_bytes(b"2")
         damage = f"{name} has changed since it was written (sha256)"
         assert commit.problem(tmp_path, hashes=True) == damage
-        assert commit.problem(tmp_path, hashes=True, share=(part, 2)) == damage
-        assert commit.problem(tmp_path, hashes=True, share=(1 - part, 2)) is None
+        assert commit.damage(tmp_path, {name: entries[name]}, hashes=True) == damage
+        others = {other: entry for other, entry in entries.items() if other != name}
+        assert commit.damage(tmp_path, others, hashes=True) is None
         assert commit.problem(tmp_path) is None
         (tmp_path / name).write_bytes(b"1")
     assert commit.problem(tmp_path, hashes=True) is None
@@ -148,15 +150,6 @@ def test_the_state_of_the_loss_guard_may_be_nan(tmp_path):
 def test_an_entry_of_a_file_has_its_size_and_hash(tmp_path, listed):
     with pytest.raises(ValueError, match="COMMIT"):
         commit.read(write_marker(tmp_path / "a", {"files": {"x": listed}}))
-
-
-def test_shares_follow_the_order_of_names(tmp_path):
-    (tmp_path / "a").write_bytes(b"1")
-    (tmp_path / "b").write_bytes(b"1")
-    commit.commit(tmp_path, {}, {name: commit.entry(tmp_path / name) for name in "ba"})
-    (tmp_path / "a").write_bytes(b"2")
-    assert commit.problem(tmp_path, hashes=True, share=(1, 2)) is None
-    assert commit.problem(tmp_path, hashes=True, share=(0, 2)) is not None
 
 
 def test_an_older_checkpoint_is_not_taken_silently(tmp_path, caplog):

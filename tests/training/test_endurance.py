@@ -24,7 +24,7 @@ from maestro_scale.model.maestro import Maestro
 from maestro_scale.recipe import build_model_config, load_recipe
 from maestro_scale.shards.write.writer import Writer
 from maestro_scale.stream.loader import TrainLoader
-from maestro_scale.training.checkpoint.checkpoints import newest
+from maestro_scale.training.checkpoint.folder import newest
 from maestro_scale.training.checkpoint.retention import Retention
 from maestro_scale.training.guard import Guard
 from maestro_scale.training.pretrain import open_datasets

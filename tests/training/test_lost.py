@@ -9,7 +9,7 @@ import pytest
 from testkit.runs import Trainer, metrics, write_recipe
 
 from maestro_scale.training.checkpoint import commit
-from maestro_scale.training.checkpoint.checkpoints import newest
+from maestro_scale.training.checkpoint.folder import newest
 
 LIMITED = Path(__file__).parents[1] / "testkit" / "limited.py"
 SHORT = ("--set", "train.micro_batch=8")
@@ -59,7 +59,7 @@ def test_a_run_that_lost_its_checkpoints_does_not_start_over(trainer, done, tmp_
     assert evidence in line
     assert "refusing to start over" in line
     assert (run_dir / "metrics.jsonl").read_bytes() == before
-    assert len(list((run_dir / "checkpoints").glob("*/state/*.safetensors"))) == 2 * (lost == "markers")
+    assert len(list((run_dir / "checkpoints").glob("*/state/rank*.safetensors"))) == 2 * (lost == "markers")
 
 
 def test_damaged_checkpoints_do_not_count_towards_retention(trainer, done, tmp_path):
@@ -84,7 +84,7 @@ def test_the_newest_intact_checkpoint_of_the_mirror_replaces_damaged_ones(traine
     shutil.copytree(done, run_dir)
     shutil.copytree(mirror, second)
     for path in (*run_dir.glob("checkpoints/*"), second / "run" / "step_00000006"):
-        next(path.glob("state/*.safetensors")).write_bytes(b"")
+        next(path.glob("state/rank*.safetensors")).write_bytes(b"")
     code, output = trainer.run(run_dir, 1, *SHORT, f"checkpoint.mirror=file://{second}")
     assert code == 0, output[-3000:]
     assert "step_00000004 was restored from" in output

@@ -13,7 +13,7 @@ from shards.kit import SPEC
 
 from maestro_scale.shards.format.manifest import Manifest, ShardInfo
 from maestro_scale.training.binding import Launch
-from maestro_scale.training.checkpoint.checkpoints import Position
+from maestro_scale.training.checkpoint.record import Position
 from maestro_scale.training.distributed import exchange_texts, free_port
 from maestro_scale.training.hooks.manifests import ManifestHook
 from maestro_scale.training.job_store import RendezvousError

@@ -14,7 +14,7 @@ from maestro_scale.model.maestro import Maestro
 from maestro_scale.model.masking import Mask, MaskingConfig, draw_masks
 from maestro_scale.recipe import build_model_config, load_recipe
 from maestro_scale.stream.loader import TrainLoader
-from maestro_scale.training.checkpoint.checkpoints import newest
+from maestro_scale.training.checkpoint.folder import newest
 from maestro_scale.training.objectives import hidden_counts
 from maestro_scale.training.pretrain import open_datasets
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from maestro_scale.training.binding import Launch
-from maestro_scale.training.checkpoint.checkpoints import Position
+from maestro_scale.training.checkpoint.record import Position
 from maestro_scale.training.checkpoint.retention import Retention
 from maestro_scale.training.ema import WeightEMA
 from maestro_scale.training.fragments import Fragment

@@ -14,7 +14,7 @@ from maestro_scale.interop.export import export_model, write_model
 from maestro_scale.interop.pretrained import load_model
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.recipe import build_model_config, load_recipe, resolve_spec
-from maestro_scale.training.checkpoint.checkpoints import newest
+from maestro_scale.training.checkpoint.folder import newest
 from tests.training.test_endurance import poisoned_shards
 
 OBSERVED = Path(__file__).parents[1] / "testkit" / "observed.py"

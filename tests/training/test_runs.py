@@ -21,7 +21,7 @@ from maestro_scale.interop.pretrained import load_model
 from maestro_scale.model.cost import num_parameters
 from maestro_scale.recipe import build_model_config, load_recipe, resolve_spec
 from maestro_scale.training.checkpoint import commit
-from maestro_scale.training.checkpoint.checkpoints import newest
+from maestro_scale.training.checkpoint.folder import newest
 from maestro_scale.training.footprint import footprint
 
 FIELDS = {
@@ -177,7 +177,7 @@ def _catches_sigterm(pid: int) -> bool:
 def test_a_checkpoint_with_changed_contents_is_skipped(trainer, uninterrupted, tmp_path):
     run_dir = tmp_path / "run"
     shutil.copytree(uninterrupted[0], run_dir)
-    (file,) = (newest(run_dir) / "state").glob("*.safetensors")
+    (file,) = (newest(run_dir) / "state").glob("rank*.safetensors")
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)

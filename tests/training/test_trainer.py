@@ -8,7 +8,7 @@ import torch
 from testkit.streams import META, FakeDevice, steps_of
 
 from maestro_scale.stream.device_copy import DeviceCopier
-from maestro_scale.training.checkpoint.checkpoints import Position
+from maestro_scale.training.checkpoint.record import Position
 from maestro_scale.training.hooks.hook import Hook
 from maestro_scale.training.stop import StopRequest
 from maestro_scale.training.trainer import Trainer, TrainSchedule

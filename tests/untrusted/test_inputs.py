@@ -27,7 +27,7 @@ from maestro_scale.shards.format.codec import Sample, encode_fields
 from maestro_scale.shards.format.index import ShardIndex
 from maestro_scale.shards.format.manifest import Manifest, ShardInfo
 from maestro_scale.training.checkpoint import commit
-from maestro_scale.training.checkpoint.checkpoints import read_record
+from maestro_scale.training.checkpoint.record import read_record
 from tests.fuzz.seeds import documents
 
 MAX_SECONDS = 5.0

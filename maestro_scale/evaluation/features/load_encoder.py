@@ -17,7 +17,7 @@ from maestro_scale.interop.sources import ModelSource, is_local
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.shards.temporary import temporary_folder
 from maestro_scale.training.checkpoint import commit
-from maestro_scale.training.checkpoint.checkpoints import newest
+from maestro_scale.training.checkpoint.folder import newest
 
 
 def load_encoder(path: Path) -> tuple[Maestro, int | None]:

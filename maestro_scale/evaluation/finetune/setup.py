@@ -32,8 +32,9 @@ from maestro_scale.shards.read.store import Store
 from maestro_scale.stream.sensor_sets import complete
 from maestro_scale.stream.source import Source
 from maestro_scale.training.assembly import RunContext, TrainingParts, assemble, check_feasible
-from maestro_scale.training.checkpoint.checkpoints import Checkpoints, Position
+from maestro_scale.training.checkpoint.checkpoints import Checkpoints
 from maestro_scale.training.checkpoint.identity import precision_identity, with_recorded_draws
+from maestro_scale.training.checkpoint.record import Position
 from maestro_scale.training.checkpoint.retention import Retention
 from maestro_scale.training.data import train_loader
 from maestro_scale.training.determinism import configure_determinism

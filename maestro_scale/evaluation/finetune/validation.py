@@ -21,7 +21,7 @@ from maestro_scale.evaluation.results import EvaluationError
 from maestro_scale.interop.tensors import write_tensors_atomically
 from maestro_scale.shards.errors import one_line
 from maestro_scale.stream.source import Source
-from maestro_scale.training.checkpoint.checkpoints import Position
+from maestro_scale.training.checkpoint.record import Position
 from maestro_scale.training.distributed import World
 from maestro_scale.training.ema import WeightEMA
 from maestro_scale.training.hooks.hook import FinishedStep, Hook

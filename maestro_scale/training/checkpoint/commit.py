@@ -5,17 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from maestro_scale import untrusted
 from maestro_scale.errors import MaestroError, shorten
+from maestro_scale.interop.tensors import file_sha256
 from maestro_scale.shards.local_storage import fsync
 
 MARKER = "COMMIT.json"
-FORMAT_VERSION = 1
-"""Of the marker and of what it commits. Markers of earlier revisions have none, which is version 1."""
+FORMAT_VERSION = 2
+"""The newest version that is read, of the marker and of what it commits. Markers of early revisions have none, which is
+version 1. Version 2: checkpoints whose index has its slices in a file of its own."""
 
 _OWN = "sha256"  # key of the marker's own hash, of all its other content
 
@@ -27,12 +30,17 @@ class NewerFormatError(MaestroError):
 def entry(path: Path) -> dict[str, Any]:
     """The entry of a finished file in a marker. The file is flushed to disk first."""
     fsync(path)
-    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
 
-def commit(folder: Path, content: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write the marker of a folder: ``content``, and ``files`` as {path within the folder: ``entry``}."""
-    whole = {"format_version": FORMAT_VERSION, **content, "files": dict(files)}
+def commit(
+    folder: Path, content: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]], version: int = 1
+) -> None:
+    """Write the marker of a folder: ``content``, and ``files`` as {path within the folder: ``entry``}.
+
+    ``version``: the lowest one whose readers can read what it commits.
+    """
+    whole = {"format_version": version, **content, "files": dict(files)}
     marker = folder / MARKER
     marker.write_text(json.dumps({**whole, _OWN: _digest(whole)}, indent=1))
     fsync(marker)
@@ -84,21 +92,29 @@ def read(folder: Path) -> dict[str, Any]:
         raise ValueError(f"unreadable {MARKER} ({error.strerror})") from error
 
 
-def problem(folder: Path, hashes: bool = False, share: tuple[int, int] = (0, 1)) -> str | None:
-    """What is wrong with a committed folder, or None. Sizes are always checked; contents only with ``hashes``: with
-    ``share`` (i, n) those of every n-th file, starting with the i-th."""
+def problem(folder: Path, hashes: bool = False) -> str | None:
+    """What is wrong with a committed folder, or None. Sizes are always checked; contents only with ``hashes``."""
     try:
         files = read(folder)["files"]
     except ValueError as error:
         return str(error)
-    first, every = share
-    for number, (name, expected) in enumerate(sorted(files.items())):
+    return damage(folder, dict(sorted(files.items())), hashes)
+
+
+def damage(folder: Path, files: Mapping[str, Mapping[str, Any]], hashes: bool) -> str | None:
+    """The first of ``files``, entries of a marker, that is not what it was, and why; None if all are. One call of stat
+    for each file."""
+    for name, expected in files.items():
         file = folder / name
-        if not file.is_file():
+        try:
+            status = file.stat()
+        except OSError:
             return f"{name} is missing"
-        if file.stat().st_size != expected["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes instead of {expected['bytes']}"
-        if hashes and number % every == first and _sha256(file) != expected["sha256"]:
+        if not stat.S_ISREG(status.st_mode):
+            return f"{name} is missing"
+        if status.st_size != expected["bytes"]:
+            return f"{name} has {status.st_size} bytes instead of {expected['bytes']}"
+        if hashes and file_sha256(file) != expected["sha256"]:
             return f"{name} has changed since it was written (sha256)"
     return None
 
@@ -113,11 +129,3 @@ def publish(staging: Path, final: Path, aside: Path) -> None:
 
 def _digest(whole: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()

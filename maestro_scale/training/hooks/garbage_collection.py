@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 
-from maestro_scale.training.checkpoint.checkpoints import Position
+from maestro_scale.training.checkpoint.record import Position
 from maestro_scale.training.hooks.hook import FinishedStep, Hook
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from maestro_scale.stream.batch import Batch
 from maestro_scale.stream.loader import Step
-from maestro_scale.training.checkpoint.checkpoints import Position
+from maestro_scale.training.checkpoint.record import Position
 from maestro_scale.training.engine import StepResult
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from maestro_scale.recipe.sections import Train
-from maestro_scale.training.checkpoint.checkpoints import Position
+from maestro_scale.training.checkpoint.record import Position
 from maestro_scale.training.distributed import World
 from maestro_scale.training.hooks.hook import FinishedStep, Hook
 from maestro_scale.training.metrics.meter import Meter

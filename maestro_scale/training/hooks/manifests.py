@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from maestro_scale.training.checkpoint.checkpoints import Position
+from maestro_scale.training.checkpoint.record import Position
 from maestro_scale.training.distributed import World
 from maestro_scale.training.hooks.hook import Hook
 from maestro_scale.training.manifests import ManifestMonitor
