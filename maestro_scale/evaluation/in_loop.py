@@ -139,7 +139,7 @@ class _Samples:
             # Of tiles that have none of the sensors there is nothing to score, as there is nothing to train on.
             source, _ = readable(Source(spec, benchmark.manifest.shards_of((split,)), store))
             crops = EvalLoader(source, BATCH_SIZE, crops=self._task.num_crops).num_crops
-            num_tiles = min(-(-recipe.evaluation.num_crops // crops), sum(source.counts))
+            num_tiles = min(-(-recipe.evaluation.num_crops // crops), int(source.counts.sum()))
             self._loaders[split] = EvalLoader(
                 source.select_samples(proportional(source, num_tiles)),
                 BATCH_SIZE,

@@ -83,7 +83,7 @@ class EvalLoader:
         )
         available = BatchBuilder(self._settings).transform(0).grid.num_crops
         self.num_crops = available if crops is None else min(crops, available)
-        self.num_samples = sum(source.counts)
+        self.num_samples = int(source.counts.sum())
         batches = list(self._batches(of_runs))
         # Ranks split whole batches, not samples: the composition of a batch, and so every rounding in it, is the same
         # on any number of ranks. Rounded up, so that rank 0 has a batch whenever there is one.
@@ -94,7 +94,7 @@ class EvalLoader:
             batches[first].start if first < len(batches) else total,
             batches[stop].start if stop < len(batches) else total,
         )
-        self._starts = np.cumsum((0, *source.counts))
+        self._starts = np.concatenate([[0], np.cumsum(source.counts)])
         self.counters = StoreCounters()
 
     def _batches(self, of_runs: Iterable[tuple[tuple[str, ...], int]]) -> Iterator[_Batch]:

@@ -39,13 +39,19 @@ class SampleOrderError(MaestroError, ValueError):
 class SampleOrder:
     """The order of one dataset's samples.
 
-    ``counts``: samples per shard, in manifest order. ``dataset``: its index in the mixture. ``window``:
+    ``counts``: samples per shard, in manifest order; an array too. ``dataset``: its index in the mixture. ``window``:
     samples of a lane that are shuffled together. SampleOrderError unless lanes divide the global batch and there are
     samples.
     """
 
     def __init__(
-        self, counts: Sequence[int], seed: int, lanes: int, global_batch: int, window: int, dataset: int = 0
+        self,
+        counts: Sequence[int] | np.ndarray,
+        seed: int,
+        lanes: int,
+        global_batch: int,
+        window: int,
+        dataset: int = 0,
     ) -> None:
         if lanes < 1 or global_batch < 1 or global_batch % lanes:
             raise SampleOrderError(
@@ -53,7 +59,7 @@ class SampleOrder:
             )
         if window < 1:
             raise SampleOrderError(f"the shuffle window is {window} samples; at least 1 is needed")
-        self.num_samples = int(sum(counts))
+        self.num_samples = int(np.sum(counts))
         if self.num_samples < 1:
             raise SampleOrderError("the dataset holds no samples")
         self.lanes, self.global_batch, self.window = lanes, global_batch, window

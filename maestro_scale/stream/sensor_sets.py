@@ -43,14 +43,21 @@ def complete(source: Source) -> tuple[Source, int]:
 
 
 def _without_shards(source: Source, is_left_out: Callable[[Absent], bool]) -> tuple[Source, int]:
-    kept = [i for i, s in enumerate(source.shards) if not is_left_out(absent_sensors(source.spec, s))]
-    if len(kept) == len(source.shards):
+    sets, of_shard = _absent_by_shard(source)
+    left_out = np.array([is_left_out(absent) for absent in sets], bool)[of_shard]
+    if not left_out.any():
         return source, 0
-    counts = source.counts
-    indices = None if source.indices is None else tuple(source.indices[i] for i in kept)
-    shards = tuple(source.shards[i] for i in kept)
-    left_out = sum(counts) - sum(counts[i] for i in kept)
-    return replace(source, shards=shards, indices=indices), left_out
+    kept = np.flatnonzero(~left_out)
+    numbers = None if source.numbers is None else source.numbers.take(kept)
+    num_samples = int(source.counts[left_out].sum())
+    return replace(source, shards=source.table.take(kept), indices=numbers), num_samples
+
+
+def _absent_by_shard(source: Source) -> tuple[list[Absent], np.ndarray]:
+    """(sets of sensors of the source, (shards,) int64: the number of the set that the tiles of each shard lack)."""
+    table = source.table
+    sets = [tuple(s.name for s in source.spec.sensors if s.source in names) for names in table.absents]
+    return sets, table.absent_ids
 
 
 @dataclass(frozen=True)
@@ -70,11 +77,14 @@ def divide(source: Source, global_batch: int) -> Division:
     lines = []
     if left_out:
         lines.append(f"{left_out} tiles have none of the sensors in use and are left out")
-    sets: dict[Absent, list[_Part]] = {}
-    for number, (shard, count) in enumerate(zip(source.shards, source.counts, strict=True)):
-        sets.setdefault(absent_sensors(source.spec, shard), []).append(_Part(number, 0, count))
-    if set(sets) <= {()}:  # also of a source without shards, which SampleOrder refuses
+    absents, of_shard = _absent_by_shard(source)
+    if not any(
+        absents[i] for i in np.unique(of_shard)
+    ):  # also of a source without shards, which SampleOrder refuses
         return Division((source,), tuple(lines))
+    sets: dict[Absent, list[_Part]] = {}
+    for number, (absent, count) in enumerate(zip(of_shard.tolist(), source.counts.tolist(), strict=True)):
+        sets.setdefault(absents[absent], []).append(_Part(number, 0, count))
     groups = [_Group(absent, parts) for absent, parts in sorted(sets.items(), key=lambda item: item[0] != ())]
     lines += _complete(groups, [s.name for s in source.spec.sensors], global_batch)
     return Division(tuple(_source(source, group) for group in groups), tuple(lines))
@@ -84,8 +94,9 @@ def runs(source: Source) -> Iterator[tuple[Absent, int]]:
     """(sensors that the tiles lack, number of samples) of consecutive shards whose tiles have the same sensors."""
     absent: Absent = ()
     samples = 0
-    for shard, count in zip(source.shards, source.counts, strict=True):
-        lacking = absent_sensors(source.spec, shard)
+    sets, of_shard = _absent_by_shard(source)
+    for number, count in zip(of_shard.tolist(), source.counts.tolist(), strict=True):
+        lacking = sets[number]
         if lacking != absent and samples:
             yield absent, samples
             samples = 0
@@ -219,16 +230,16 @@ def _join_equal(groups: list[_Group], changed: _Group) -> None:
 
 def _source(source: Source, group: _Group) -> Source:
     """The tiles of a group. The store is a copy: its counters and its prefetching are of one source."""
-    counts, indices = source.counts, []
+    counts, indices = source.counts.tolist(), []
     for shard, start, stop in group.parts:
         known = range(counts[shard]) if source.indices is None else source.indices[shard]
         indices.append(known[start:stop])
-    shards = tuple(source.shards[part.shard] for part in group.parts)
-    whole = source.indices is None and all(len(i) == s.samples for i, s in zip(indices, shards, strict=True))
+    shards = source.table.take(np.array([part.shard for part in group.parts], np.int64))
+    whole = source.indices is None and [len(i) for i in indices] == shards.samples.tolist()
     return replace(
         source,
         shards=shards,
-        indices=None if whole else tuple(indices),
+        indices=None if whole else indices,
         absent=group.absent,
         store=copy.copy(source.store),
     )

@@ -142,7 +142,7 @@ def _sensor_sets(recipe: Recipe, specs: Sequence[DatasetSpec], names: Sequence[s
         for column in ("number", "steps per epoch"):
             table.add_column(column, justify="right")
         for part in division.sources:
-            count = sum(part.counts)
+            count = int(part.counts.sum())
             steps = max(count // recipe.train.global_batch, 1)
             table.add_row(console_text(without(name, part.absent)), f"{count:,}", f"{steps:,}")
         table.caption = "; ".join((*division.lines, "~: without"))

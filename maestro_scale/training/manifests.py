@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from maestro_scale import untrusted
 from maestro_scale.errors import MaestroError
@@ -18,6 +19,7 @@ from maestro_scale.remote.retry import RetryPolicy
 from maestro_scale.shards.errors import ManifestError, StoreError
 from maestro_scale.shards.format.checksum import MANIFEST, sha256_hex
 from maestro_scale.shards.format.manifest import Manifest
+from maestro_scale.shards.read.manifest_cache import load_manifest, mapped_manifest
 from maestro_scale.shards.storage import open_storage
 from maestro_scale.training.binding import Launch
 from maestro_scale.training.distributed import World, exchange_texts
@@ -43,6 +45,35 @@ class UsedDataset:
     url: str
     manifest: Manifest
     splits: tuple[str, ...]
+
+
+def load_manifests(urls: Sequence[str], cache_dir: Path, world: World | None) -> list[Manifest]:
+    """The manifests at ``urls``, read and parsed by one rank of each node and mapped by the others; a collective.
+
+    A rank that cannot map a manifest, because its ``cache_dir`` is not that of the other ranks of the node, reads it.
+    ManifestError, the same on all ranks, if one rank cannot read a manifest.
+    """
+    if world is None or world.size == 1:
+        return [load_manifest(url, cache_dir) for url in urls]
+    mine: list[Manifest] = []
+    answer = None
+    if world.local_rank == 0:
+        try:
+            mine = [load_manifest(url, cache_dir) for url in urls]
+            answer = json.dumps({"digests": [m.digest for m in mine]})
+        except ManifestError as error:
+            answer = json.dumps({"error": str(error)})
+    answers = [json.loads(text) if text else None for text in world.gather(answer)]
+    for found in answers:
+        if found is not None and "error" in found:
+            raise ManifestError(found["error"])
+    # Of the rank of this node that has read them, where the ranks of a node are consecutive. Elsewhere it may be one of
+    # another node: all of these have the same digests, as ``compare_manifests`` makes sure.
+    read = next(found for found in reversed(answers[: world.rank + 1]) if found is not None)
+    return mine or [
+        mapped_manifest(cache_dir, digest) or load_manifest(url, cache_dir)
+        for url, digest in zip(urls, read["digests"], strict=True)
+    ]
 
 
 def manifest_digests(datasets: Sequence[UsedDataset]) -> dict[str, str]:

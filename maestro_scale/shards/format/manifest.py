@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import PurePosixPath
 from typing import Any
@@ -25,6 +25,7 @@ from maestro_scale.shards.errors import ManifestError, StoreError
 from maestro_scale.shards.format.checksum import MANIFEST, read_manifest_bytes, sha256_hex
 from maestro_scale.shards.format.compress import CODECS
 from maestro_scale.shards.format.serialization import dump_json, from_builtins, to_builtins
+from maestro_scale.shards.format.shard_table import ShardInfo, ShardTable
 from maestro_scale.shards.storage import open_storage
 from maestro_scale.untrusted.limits import TAR_MEMBERS
 
@@ -42,24 +43,15 @@ _MAX_LISTED_SPLITS = 30  # in messages
 
 
 @dataclass(frozen=True)
-class ShardInfo:
-    """One tar file of a dataset."""
-
-    path: str  # relative to the dataset's root, with forward slashes
-    split: str
-    bytes: int
-    samples: int
-    sha256: str  # of the whole file, in lower-case hexadecimal
-    absent: tuple[str, ...] = field(default=(), metadata=OMIT_DEFAULT)  # modalities that all its tiles lack
-
-
-@dataclass(frozen=True)
 class Manifest:
-    """A dataset in shards: its spec and the files that contain it. The attributes are the JSON keys."""
+    """A dataset in shards: its spec and the files that contain it. The attributes are the JSON keys.
+
+    ``shards``: a table where the manifest was mapped (``read.manifest_cache``).
+    """
 
     format_version: int
     spec: DatasetSpec
-    shards: tuple[ShardInfo, ...]
+    shards: tuple[ShardInfo, ...] | ShardTable
     notes: Mapping[str, int] = field(
         default_factory=dict
     )  # what was assumed, corrected or left out → number of tiles
@@ -76,17 +68,7 @@ class Manifest:
 
         ManifestError if there is none, or it is not the one that ``manifest.sha256`` beside it names.
         """
-        storage = open_storage(url, CONNECT_RETRY)
-        where = storage.address(MANIFEST)
-        try:
-            data = read_manifest_bytes(storage)
-        except FileNotFoundError as error:
-            raise ManifestError(
-                f"{where}: not found; write the dataset with `maestro-scale shard`, or check the path"
-                f"{_path_hint(where)}"
-            ) from error
-        except StoreError as error:
-            raise ManifestError(str(error)) from error
+        data, where = read_manifest(url)
         return cls.loads(data, where)
 
     @classmethod
@@ -100,6 +82,12 @@ class Manifest:
             raise ManifestError(f"{where}: {error}") from error
         # Of the bytes that were read, which need not be those that dumps() would write.
         manifest.__dict__["digest"] = sha256_hex(text.encode() if isinstance(text, str) else text)
+        return manifest
+
+    def with_shards(self, shards: ShardTable, digest: str) -> Manifest:
+        """The manifest that has these shards; ``digest``: of the bytes that it was read from."""
+        manifest = replace(self, shards=shards)
+        manifest.__dict__["digest"] = digest
         return manifest
 
     def dumps(self) -> str:
@@ -124,7 +112,7 @@ class Manifest:
         """Like :attr:`content_digest`, of some splits only, so that adding another split does not change it."""
         return self._content_digest(self.shards_of(splits))
 
-    def _content_digest(self, shards: tuple[ShardInfo, ...]) -> str:
+    def _content_digest(self, shards: Sequence[ShardInfo]) -> str:
         content = {
             "format_version": self.format_version,
             "spec": to_builtins(self.spec),
@@ -135,23 +123,46 @@ class Manifest:
     @property
     def splits(self) -> tuple[str, ...]:
         """Names of the splits, in the order in which they were written."""
+        if isinstance(self.shards, ShardTable):
+            return self.shards.splits
         return tuple(dict.fromkeys(shard.split for shard in self.shards))
 
-    def shards_of(self, splits: Sequence[str]) -> tuple[ShardInfo, ...]:
+    def shards_of(self, splits: Sequence[str]) -> tuple[ShardInfo, ...] | ShardTable:
         """The shards of ``splits``, split by split. ManifestError if a split does not exist or none is given."""
-        by_split: dict[str, list[ShardInfo]] = {}
-        for shard in self.shards:
-            by_split.setdefault(shard.split, []).append(shard)
-        names = ", ".join([*by_split][:_MAX_LISTED_SPLITS]) or "none"
-        names += ", …" if len(by_split) > _MAX_LISTED_SPLITS else ""
+        known = dict.fromkeys(self.splits)
+        names = ", ".join([*known][:_MAX_LISTED_SPLITS]) or "none"
+        names += ", …" if len(known) > _MAX_LISTED_SPLITS else ""
         for split in splits:
-            if split not in by_split:
+            if split not in known:
                 raise ManifestError(
                     f"{self.spec.name} has no split {shorten(split)} in shards; there are: {names}"
                 )
         if not splits:
             raise ManifestError(f"no split of {self.spec.name} was given; there are: {names}")
-        return tuple(s for split in dict.fromkeys(splits) for s in by_split[split])
+        wanted = tuple(dict.fromkeys(splits))
+        if isinstance(self.shards, ShardTable):
+            return self.shards.of_splits(wanted)
+        by_split: dict[str, list[ShardInfo]] = {split: [] for split in wanted}
+        for shard in self.shards:
+            if shard.split in by_split:
+                by_split[shard.split].append(shard)
+        return tuple(s for split in wanted for s in by_split[split])
+
+
+def read_manifest(url: str) -> tuple[bytes, str]:
+    """(bytes of the manifest of the dataset at ``url``, its address). Raises as :meth:`Manifest.load`."""
+    storage = open_storage(url, CONNECT_RETRY)
+    where = storage.address(MANIFEST)
+    try:
+        data = read_manifest_bytes(storage)
+    except FileNotFoundError as error:
+        raise ManifestError(
+            f"{where}: not found; write the dataset with `maestro-scale shard`, or check the path"
+            f"{_path_hint(where)}"
+        ) from error
+    except StoreError as error:
+        raise ManifestError(str(error)) from error
+    return data, where
 
 
 def parse_versioned(text: str | bytes, where: str) -> dict[str, Any]:

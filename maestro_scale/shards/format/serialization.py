@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any, TypeVar
 
@@ -27,7 +27,7 @@ def to_builtins(value: Any) -> Any:
         }
     if isinstance(value, Mapping):
         return {key: to_builtins(item) for key, item in value.items()}
-    if isinstance(value, (tuple, list)):
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
         return [to_builtins(item) for item in value]
     return value
 
