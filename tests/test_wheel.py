@@ -31,6 +31,7 @@ import maestro_scale
 from maestro_scale.evaluation.results import EvalResult
 from maestro_scale.quickstart import ENCODERS
 from maestro_scale.training.distributed import free_port
+from tests.test_docs_commands import blocks, own_commands, wrong_options
 
 pytestmark = pytest.mark.slow
 SOURCES = ("pyproject.toml", "PACKAGE.md", "LICENSE", "maestro_scale", "recipes", "descriptions")
@@ -128,7 +129,11 @@ def test_the_metadata_is_complete(wheel):
     assert [c.rpartition(" ")[2] for c in classifiers if ":: 3." in c] == ["3.10", "3.11", "3.12", "3.13"]
     assert "License :: OSI Approved :: Apache Software License" in classifiers
     assert len(found.get_all("Project-URL")) >= 3
-    targets = re.findall(r"\]\(([^)]+)\)", found.get_payload())
+    text = found.get_payload()
+    commands = [command for block in blocks(text) for command in own_commands(block)]
+    assert {words[0] for _, words in commands} >= {"quickstart", "shard", "train", "evaluate", "report"}
+    assert [wrong_options(program, words) for program, words in commands] == [[]] * len(commands)
+    targets = re.findall(r"\]\(([^)]+)\)", text)
     assert len(targets) >= 3
     assert [target for target in targets if not target.startswith("https://")] == []
 
