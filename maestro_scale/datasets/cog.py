@@ -22,6 +22,10 @@ from maestro_scale.datasets.spec import DatasetError
 from maestro_scale.escaping import printable
 
 BLOCK = 512
+_LEAST_BLOCK = 64
+_BLOCK_BYTES = (
+    8 * 2**20
+)  # of all bands, which a block stores pixel by pixel: many blocks fit into GDAL's cache
 _CACHE_MB = 64
 
 Part = tuple[int, int, np.ndarray]
@@ -57,12 +61,14 @@ def write_cog(
     on the same file system; default: a hidden name beside it. OSError: the disk is full.
     """
     import rasterio
+    from rasterio._err import CPLE_BaseError  # of GDAL's errors, which some calls do not translate
     from rasterio.enums import ColorInterp
     from rasterio.shutil import copy
     from rasterio.windows import Window
 
     partial = partial or path.with_name(f".partial-{uuid.uuid4().hex}.tif")
     done = partial.with_name(f"{partial.stem}-cog.tif")
+    block = block_side(len(bands.names), bands.dtype)
     profile = {
         "driver": "GTiff",
         "height": shape[0],
@@ -71,8 +77,8 @@ def write_cog(
         "dtype": bands.dtype,
         "nodata": bands.nodata,
         "tiled": True,
-        "blockxsize": BLOCK,
-        "blockysize": BLOCK,
+        "blockxsize": block,
+        "blockysize": block,
         "compress": "zstd",
         "sparse_ok": True,
         "bigtiff": "yes",
@@ -101,7 +107,7 @@ def write_cog(
                 partial,
                 done,
                 driver="COG",
-                BLOCKSIZE=BLOCK,
+                BLOCKSIZE=block,
                 COMPRESS="DEFLATE",
                 BIGTIFF="IF_SAFER",
                 OVERVIEW_RESAMPLING="MODE" if bands.classes else "AVERAGE",
@@ -117,11 +123,19 @@ def write_cog(
             fresh.write_text(_category_xml(bands.classes))
             os.replace(fresh, side_file)
         os.replace(done, path)
-    except rasterio.errors.RasterioError as error:
+    except (rasterio.errors.RasterioError, CPLE_BaseError) as error:
         raise DatasetError(f"{path}: cannot be written ({error}); free space on the disk") from error
     finally:
         for file in (partial, done, done.with_name(f"{done.name}.aux.xml")):
             file.unlink(missing_ok=True)
+
+
+def block_side(num_bands: int, dtype: str) -> int:
+    """Pixels per side of the blocks of an image."""
+    side = BLOCK
+    while side > _LEAST_BLOCK and side**2 * num_bands * np.dtype(dtype).itemsize > _BLOCK_BYTES:
+        side //= 2
+    return side
 
 
 def colours(values: Sequence[int]) -> dict[int, tuple[int, int, int, int]]:

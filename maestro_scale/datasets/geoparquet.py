@@ -36,11 +36,16 @@ def point(place: GeoOrigin) -> bytes:
 
 
 def square(corner: GeoOrigin, side_m: float) -> bytes:
-    """A square with its upper left corner there, as a WKB polygon, counterclockwise."""
+    """A square with its upper left corner there, as a WKB polygon, counterclockwise.
+
+    One that the antimeridian crosses goes on beyond ±180° in the direction of its corner: its bounds stay small, and
+    its parts on both sides are one shape.
+    """
     west, north = corner.west_m, corner.north_m
     xs = [west, west, west + side_m, west + side_m, west]
     ys = [north, north - side_m, north - side_m, north, north]
     lon, lat = _lon_lat(corner.crs, xs, ys)
+    lon = [x + 360 * round((lon[0] - x) / 360) for x in lon]
     ring = [number for pair in zip(lon, lat, strict=True) for number in pair]
     return struct.pack(f"<BIII{len(ring)}d", 1, 3, 1, len(xs), *ring)
 

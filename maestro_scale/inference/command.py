@@ -11,7 +11,7 @@ from typing import Literal
 
 from maestro_scale import datasets
 from maestro_scale.datasets.description.config import Description, Splits
-from maestro_scale.datasets.description.dataset import open_described
+from maestro_scale.datasets.description.dataset import only, open_described
 from maestro_scale.datasets.description.load import find_description, load_description
 from maestro_scale.datasets.description.spec import dataset_spec
 from maestro_scale.datasets.description.splits import WHOLE
@@ -67,7 +67,8 @@ class Options:
 
 @dataclass(frozen=True)
 class Data:
-    """What SRC is: ``spec`` as it says itself; exactly one of ``manifest``, ``scenes`` and ``tiles``."""
+    """What SRC is: ``spec`` as it says itself; exactly one of ``manifest``, ``scenes`` and ``tiles``, of which the last
+    two may have a ``description``."""
 
     address: str
     spec: DatasetSpec
@@ -75,6 +76,7 @@ class Data:
     scenes: Description | None = None
     tiles: RawDataset | None = None
     splits: tuple[str, ...] = ()
+    description: Description | None = None
 
 
 def predict(
@@ -132,13 +134,13 @@ def _described(description: Description, src: str, options: Options) -> Data:
     if description.grid is not None:
         if options.splits:
             raise InferenceError("--split: scenes are mapped as a whole; leave it out, or use grid.area")
-        return Data(src, dataset_spec(description), scenes=description)
+        return Data(src, dataset_spec(description), scenes=description, description=description)
     changes: dict[str, object] = {"targets": {}}
     if not options.splits:
         changes["splits"] = Splits()
     split = ",".join(options.splits or (WHOLE,))
     tiles = open_described(description.model_copy(update=changes), src, split)
-    return Data(src, tiles.spec, tiles=tiles, splits=(split,))
+    return Data(src, tiles.spec, tiles=tiles, splits=(split,), description=description)
 
 
 def view_on(model: Maestro, stored: DatasetSpec, dataset: str | None = None) -> tuple[DatasetSpec, list[str]]:
@@ -242,7 +244,8 @@ def _record(
     return {
         "model": weights_digest(model),
         "source": data.address if "://" in data.address else str(Path(data.address).resolve()),
-        "spec": _digest(json.dumps(asdict(source.spec), default=str)),
+        "spec": _digest(json.dumps(asdict(replace(source.spec, title="")), default=str)),
+        "description": data.description and _description_digest(data.description, source.spec),
         "data": source.digest(),
         "manifest": data.manifest and data.manifest.digest,
         "splits": list(data.splits),
@@ -256,6 +259,13 @@ def _record(
         "sensor": options.sensor,
         "precision": eval_precision(how.device, how.precision),
     }
+
+
+def _description_digest(description: Description, spec: DatasetSpec) -> str:
+    """Of files, bands, dates, nodata and resampling of the rasters that the model reads. Grid, area of interest and
+    sizes are in the digests of source and spec."""
+    read = only(description, list(dict.fromkeys(s.source for s in spec.sensors)))
+    return _digest(read.model_dump_json(include={"rasters", "sensors", "ref_date", "origin"}))
 
 
 def _digest(text: str) -> str:

@@ -148,11 +148,12 @@ class TargetPoints:
 
     def columns(self, batch: Batch) -> dict[str, tuple[pa.DataType, list[Any]]]:
         """As of PointOutput: ``class`` and ``p_<class>``; of several classes ``classes``, a list; of a regression
-        ``value``."""
+        ``value`` and its ``units``."""
         found = self._model.predict(batch, self._target.name)
         values = found.values.cpu().tolist()
         if found.kind == "regression":
-            return {"value": (pa.float32(), values)}
+            units = {"units": (pa.string(), [found.units] * len(values))} if found.units else {}
+            return {"value": (pa.float32(), values), **units}
         assert found.probabilities is not None
         shares = found.probabilities.float().cpu().T.tolist()
         names = list(found.classes.values())

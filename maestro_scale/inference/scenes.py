@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -64,9 +65,10 @@ class SceneSource:
                         tile = self._dataset.read(key)
                     except LeftOut:
                         continue  # nothing is measured there
-                    yield read_piece(
-                        Sample(encode(tile)), self.spec, [by_key[key]], [Crop()], self._origins[area]
-                    )
+                    sample, origin = Sample(encode(tile)), self._origins[area]
+                    piece = read_piece(sample, self.spec, [by_key[key]], [Crop()], origin)
+                    if piece is not None:
+                        yield piece
 
     def origin(self, area: int) -> GeoOrigin | None:
         """As of Source."""
@@ -79,7 +81,9 @@ class SceneSource:
         sha = hashlib.sha256(repr((self._cells, self._origins)).encode())
         for series in self._dataset.reader.series:
             for shot in series.shots:
-                sha.update(repr((series.raster.name, shot.name, shot.date)).encode(errors="surrogatepass"))
+                sizes = [_local_bytes(scene.ref.address) for scene in shot.scenes]
+                found = (series.raster.name, shot.name, shot.date, sizes)
+                sha.update(repr(found).encode(errors="surrogatepass"))
         sha.update(b"" if self._polygon is None else shapely.to_wkb(self._polygon))
         return sha.hexdigest()
 
@@ -97,6 +101,15 @@ class SceneSource:
         )
         mask: np.ndarray = geometry_mask([self._polygon], (height, width), transform)
         return mask
+
+
+def _local_bytes(address: str) -> int | None:
+    """The size of a file on this machine; None of others. A file that was replaced has another size, mostly; its time
+    may differ between nodes that have copies."""
+    try:
+        return Path(address).stat().st_size
+    except (OSError, ValueError):
+        return None
 
 
 def open_scene_source(description: Description, src: str, spec: DatasetSpec, layout: Layout) -> SceneSource:

@@ -40,30 +40,40 @@ class Neighbour:
 def search(folder: Path, query: str, most: int = 12) -> list[Neighbour]:
     """The row that ``query`` names, and the ``most`` rows that are most similar to it, the most similar first.
 
-    ``query``: a tile's key, with ``#<crop>`` one of its crops, or a place, ``<longitude>,<latitude>``. InferenceError
-    if there are no embeddings, or none of the tile or place.
+    ``query``: a tile's key, with ``#<crop>`` one of its crops, or a place, ``<longitude>,<latitude>``; a key comes
+    first. InferenceError if there are no embeddings, none of the tile or place, or vectors of several lengths.
     """
     files = _tables(folder)
     place = _place(query)
-    wanted = _at_place(files, *place) if place else _of_key(files, query)
+    wanted = _of_key(files, query)
+    if wanted is None and place:
+        wanted = _at_place(files, *place)
     if wanted is None:
         what = "a place" if place else "a tile"
         raise InferenceError(
             f"{query!r}: {folder} has no embedding of such {what}; give a key, key#crop, or LON,LAT"
         )
-    vector = _unit(wanted)
-    # Of equal similarities the first: (similarity, -order).
-    best: list[tuple[float, int, dict[str, Any]]] = []
+    number, vector = wanted[0], _unit(wanted[1])
+    if not np.isfinite(vector).all() or not vector.any():
+        raise InferenceError(f"{query!r}: its embedding is zero or not a number, and resembles nothing")
+    # The row itself, then of equal similarities the first: (is the row, similarity, -order).
+    best: list[tuple[bool, float, int, dict[str, Any]]] = []
     order = 0
     for rows, vectors in _parts(files):
+        if vectors.shape[1] != len(vector):
+            raise InferenceError(
+                f"{folder} has vectors of {len(vector)} and of {vectors.shape[1]} numbers, which are of different "
+                "models or sensors: give one of its files"
+            )
         cosines = _unit(vectors) @ vector
-        least = best[0][0] if len(best) > most else -math.inf
-        for i in np.flatnonzero(cosines > least).tolist():
-            entry = (float(cosines[i]), -(order + i), rows.slice(i, 1).to_pylist()[0])
+        least = best[0][1] if len(best) > most else -math.inf
+        itself = np.arange(order, order + len(vectors)) == number
+        for i in np.flatnonzero((cosines > least) | itself).tolist():
+            entry = (bool(itself[i]), float(cosines[i]), -(order + i), rows.slice(i, 1).to_pylist()[0])
             heapq.heappush(best, entry) if len(best) <= most else heapq.heappushpop(best, entry)
         order += len(vectors)
-    found = sorted(best, key=lambda entry: (-entry[0], -entry[1]))
-    return [_neighbour(row, similarity) for similarity, _, row in found]
+    found = sorted(best, key=lambda entry: entry[:3], reverse=True)
+    return [_neighbour(row, similarity) for _, similarity, _, row in found]
 
 
 def geojson(neighbours: Sequence[Neighbour]) -> str:
@@ -123,34 +133,37 @@ def _place(query: str) -> tuple[float, float] | None:
     return (lon, lat) if -180 <= lon <= 180 and -90 <= lat <= 90 else None
 
 
-def _of_key(files: Sequence[Path], query: str) -> np.ndarray | None:
-    """The vector of a key; of its first crop, unless the query names another."""
+def _of_key(files: Sequence[Path], query: str) -> tuple[int, np.ndarray] | None:
+    """(number of the row, vector) of a key; of its first crop, unless the query names another."""
     name, mark, crop = query.rpartition("#")
+    order = 0
     for rows, vectors in _parts(files):
         keys = rows.column("key").to_pylist()
         crops = rows.column("crop").to_pylist() if "crop" in rows.schema.names else [None] * len(keys)
         for i, key in enumerate(keys):
             if key == query or (mark and key == name and str(crops[i]) == crop):
-                vector: np.ndarray = vectors[i]
-                return vector
+                return order + i, vectors[i]
+        order += len(keys)
     return None
 
 
-def _at_place(files: Sequence[Path], lon: float, lat: float) -> np.ndarray | None:
-    """The vector of the row whose middle is nearest to a place, if that is in its tile, or nearer than two tiles."""
+def _at_place(files: Sequence[Path], lon: float, lat: float) -> tuple[int, np.ndarray] | None:
+    """(number, vector) of the row whose middle is nearest to a place, if that is in its tile, or nearer than two
+    tiles."""
     best, nearest, reach = None, math.inf, 0.0
+    order = 0
     for rows, vectors in _parts(files):
-        if _GEOMETRY not in rows.schema.names:
-            continue
-        for i, shape in enumerate(rows.column(_GEOMETRY).to_pylist()):
+        shapes = rows.column(_GEOMETRY).to_pylist() if _GEOMETRY in rows.schema.names else []
+        for i, shape in enumerate(shapes):
             if shape is None:
                 continue
             ring = _ring(shape)
             middle = ring[:4].mean(axis=0)
             distance = _distance_m(lon, lat, *middle)
             if distance < nearest:
-                nearest, best = distance, vectors[i]
+                nearest, best = distance, (order + i, vectors[i])
                 reach = 2 * max(_distance_m(*middle, *corner) for corner in ring) if len(ring) > 1 else 5000.0
+        order += len(vectors)
     return best if nearest <= reach else None
 
 

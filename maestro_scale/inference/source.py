@@ -61,7 +61,7 @@ class Source(Protocol):
         ...
 
     def digest(self) -> str:
-        """SHA-256 of what is read: places, windows and names of files, not of values."""
+        """SHA-256 of what is read: places, windows, names and sizes of files, not of values."""
         ...
 
 
@@ -110,7 +110,9 @@ class TileSource:
         sample = self._sample(area)
         for first in range(0, len(numbers), batch_size):
             part = numbers[first : first + batch_size].tolist()
-            yield read_piece(sample, self.spec, part, [self._crops[n] for n in part], sample.origin)
+            piece = read_piece(sample, self.spec, part, [self._crops[n] for n in part], sample.origin)
+            if piece is not None:
+                yield piece
 
     def origin(self, area: int) -> GeoOrigin | None:
         """As of Source."""
@@ -151,13 +153,18 @@ def from_raw(spec: DatasetSpec, dataset: RawDataset, layout: Layout, offset: flo
 
 def read_piece(
     sample: Sample, spec: DatasetSpec, numbers: Sequence[int], crops: Sequence[Crop], origin: GeoOrigin | None
-) -> Piece:
-    """Crops of a stored tile, of the sensors that it has. InferenceError where it has none."""
+) -> Piece | None:
+    """Crops of a stored tile, of the sensors that it has, without those where nothing was measured; None: all are.
+    InferenceError where the tile has none of the sensors."""
     fitted = _fitted(sample, spec)
+    found = [(n, crop, _invalid(sample, fitted, crop)) for n, crop in zip(numbers, crops, strict=True)]
+    found = [(n, crop, invalid) for n, crop, invalid in found if invalid is None or not invalid.all()]
+    if not found:
+        return None
     return Piece(
-        tuple(numbers),
-        crops_batch(sample, fitted, crops),
-        tuple(_invalid(sample, fitted, crop) for crop in crops),
+        tuple(n for n, _, _ in found),
+        crops_batch(sample, fitted, [crop for _, crop, _ in found]),
+        tuple(invalid for _, _, invalid in found),
         origin,
         _days(sample, fitted),
     )

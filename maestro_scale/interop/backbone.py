@@ -11,7 +11,7 @@ from maestro_scale.model.backbone import Backbone, Merge, backbone_view, without
 
 def backbone(
     name_or_path: str | Path,
-    out_indices: Sequence[int] | None = None,
+    out_indices: Sequence[int] | int | None = None,
     *,
     sensors: Sequence[str] | None = None,
     num_dates: Mapping[str, int] | None = None,

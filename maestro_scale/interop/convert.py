@@ -20,7 +20,10 @@ from maestro_scale.interop.reference_model import ConversionHints, matching_spec
 from maestro_scale.interop.restricted import load_untrusted
 from maestro_scale.interop.transfer import TransferredPart, TransferStatus, summarize_transfer
 from maestro_scale.model.config import ModelConfig
+from maestro_scale.model.finetuned import Finetuned
 from maestro_scale.model.maestro import Maestro
+from maestro_scale.shards.errors import ManifestError
+from maestro_scale.shards.format.manifest import check_spec
 
 PREFIXES = {"raw": "model.", "ema": "ema_model."}
 OWN = "maestro_scale"
@@ -66,9 +69,10 @@ def convert(
         config = _own_config(checkpoint, own)
     else:
         config = _config(checkpoint, state, options, hyper if isinstance(hyper, Mapping) else {})
+    finetuned = _own_finetuned(checkpoint, own) if own is not None and options.like is None else None
     try:
         with torch.device("meta"):
-            like = Maestro(config).state_dict()
+            like = Maestro(config, decodes=finetuned is None).state_dict()
     except (RuntimeError, ValueError, ArithmeticError, LookupError) as error:
         raise _unfit(checkpoint, error) from None
     segmentation = frozenset(t.name for t in config.heads if t.kind == "segmentation")
@@ -92,7 +96,7 @@ def convert(
     trained: dict[str, Any] = {"source": checkpoint.name, "weights": options.weights}
     counts = {"step": content.get("global_step"), "epoch": content.get("epoch")}
     trained |= {name: count if type(count) is int else None for name, count in counts.items()}
-    write_model(out, converted, config, trained)
+    write_model(out, converted, config, trained, finetuned)
     statuses: list[tuple[str, TransferStatus, int, str]]
     statuses = [(k, "loaded", v.numel(), "") for k, v in converted.items()]
     statuses += [(k, "unused", state[k].numel(), "left out as requested") for k in unused]
@@ -157,6 +161,17 @@ def _own_config(checkpoint: Path, own: Any) -> ModelConfig:
             f"{checkpoint}: {OWN}.model is not a configuration that this version supports ({error}); describe the "
             "model with --like CONFIG.json or --dataset NAME"
         ) from None
+
+
+def _own_finetuned(checkpoint: Path, own: Any) -> Finetuned | None:
+    if not isinstance(own, dict) or "finetuned" not in own:
+        return None
+    try:
+        found = untrusted.from_builtins(Finetuned, own["finetuned"])
+        check_spec(found.spec)
+    except (ValueError, TypeError, ArithmeticError, ManifestError) as error:
+        raise ExportError(f"{checkpoint}: {OWN}.finetuned: {error}; update maestro_scale") from None
+    return found
 
 
 def _spec(state: dict[str, Tensor], dataset: str | None) -> DatasetSpec:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import os
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
+from maestro_scale.errors import shorten
 from maestro_scale.interop.convert import OWN, PREFIXES
-from maestro_scale.interop.export import FORMAT_VERSION
+from maestro_scale.interop.export import FORMAT_VERSION, ExportError
 from maestro_scale.interop.pretrained import read_model
 from maestro_scale.interop.reference_keys import to_reference
 from maestro_scale.interop.sources import ModelSource
@@ -31,7 +33,8 @@ def convert_to_reference(folder: Path, out: Path) -> list[str]:
     Returns lines for the user on what the authors' code cannot do with it.
     """
     source = ModelSource(folder)
-    trained = source.read_config().get("trained")
+    record = source.read_config()
+    trained = record.get("trained")
     counts = {k: v for k, v in trained.items() if type(v) is int} if isinstance(trained, dict) else {}
     config, weights = read_model(source)
     state = to_reference(weights, config)
@@ -62,21 +65,36 @@ def convert_to_reference(folder: Path, out: Path) -> list[str]:
             "use_date_enc": True,
             "use_ema": True,
         },
-        OWN: {"format_version": FORMAT_VERSION, "model": config.to_dict()},
+        OWN: {
+            "format_version": FORMAT_VERSION,
+            "model": config.to_dict(),
+            **({"finetuned": record["finetuned"]} if "finetuned" in record else {}),
+        },
     }
-    temporary = out.with_name(out.name + ".tmp")
+    temporary = out.with_name(f"{out.name}.{uuid.uuid4().hex}.tmp")
     out.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(content, temporary)
-    os.replace(temporary, out)
-    return list(_limits(config))
+    try:
+        torch.save(content, temporary)
+        os.replace(temporary, out)
+    except RuntimeError as error:  # how torch reports a full disk
+        raise ExportError(
+            f"{out}: cannot be written ({shorten(str(error))}); free space on the disk"
+        ) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    return list(_limits(config, "finetuned" in record))
 
 
-def _limits(config: ModelConfig) -> Iterator[str]:
+def _limits(config: ModelConfig, is_finetuned: bool) -> Iterator[str]:
     """What the authors' code cannot do with a model."""
     if _ours(config.size) not in _SIZE_NAMES:
         yield f"the authors' code has the sizes {', '.join(_SIZE_NAMES.values())} only: it cannot build this one"
     if config.norm != "group":
         yield f"the authors' code normalises patch embeddings over a date, this model per {config.norm}: tokens differ"
+    if is_finetuned:
+        yield "the model was finetuned and has no decoder of pixels: the authors' code begins with a random one"
+    if numbers := [t.name for t in config.heads if t.kind == "regression"]:
+        yield f"the authors' code has no regression: it ignores the head {', '.join(numbers)}"
     if config.decoder != "attentive":
         yield f"the authors' code has no {config.decoder} decoder: it ignores this head"
 

@@ -39,7 +39,8 @@ _IN_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)\.(weight|bias)")
 
 
 def reference_name(name: str, segmentation_heads: frozenset[str] = frozenset()) -> str:
-    """Reference name of a parameter. KeyError if no rule covers it."""
+    """Reference name of a parameter; that of a head which the reference does not have stays. KeyError if no rule covers
+    it."""
     for pattern, template in _RULES:
         if match := re.fullmatch(pattern, name):
             return match.expand(template)
@@ -52,6 +53,8 @@ def reference_name(name: str, segmentation_heads: frozenset[str] = frozenset()) 
         if inside := _IN_BLOCK.fullmatch(rest):
             return f"{prefix}.layers.{inside[1]}.{_BLOCK[inside[2]]}.{inside[3]}"
         return f"{prefix}.{rest}"
+    if name.startswith("heads."):  # of a decoder that the reference does not have
+        return name
     raise KeyError(f"no rule maps the parameter {name!r} to a name of the reference checkpoints")
 
 
@@ -93,7 +96,7 @@ def to_reference(model_state: Mapping[str, Tensor], config: ModelConfig) -> dict
         if kind == "patch_embed" and key.endswith("conv.weight"):
             patch = embeds[part].patch
             tensor = tensor.reshape(len(tensor), -1, patch, patch)
-        elif key.endswith("conv.weight"):
+        elif key.endswith("conv.weight") and tensor.dim() == 2:
             tensor = tensor[..., None, None]
         elif kind == "mask_token":
             tensor = tensor[None, :, None, None]

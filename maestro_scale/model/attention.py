@@ -6,6 +6,7 @@ Every backend computes softmax(q kᵀ / sqrt(d)) v; they differ in speed, memory
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -26,18 +27,7 @@ def attention_function(choice: str) -> Attend:
     """The attention function of an ``AttentionChoice``: q (B, M, heads, dim), k and v (B, N, heads, dim) -> as q."""
     if choice == "flash_attn":
         return _flash_attn
-    backend = BACKENDS.get(choice)
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        if backend is None:
-            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-        # Set around each call, not around the step: activation checkpointing recomputes blocks in the backward pass,
-        # and must use the same kernel there.
-        with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-
-    return attend
+    return partial(_attend, choice) if choice in BACKENDS else _attend_automatically
 
 
 def available_backends(device: torch.device, dtype: torch.dtype, dim_head: int) -> tuple[str, ...]:
@@ -75,6 +65,19 @@ def _runs(choice: str, device: torch.device, dtype: torch.dtype, dim_head: int) 
 
 def _example(device: torch.device, dtype: torch.dtype, dim_head: int) -> Tensor:
     return torch.zeros(1, 16, 2, dim_head, device=device, dtype=dtype)
+
+
+# Functions of the module, so that a model can be pickled.
+def _attend_automatically(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+def _attend(choice: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    # Set around each call, not around the step: activation checkpointing recomputes blocks in the backward pass, and
+    # must use the same kernel there.
+    with sdpa_kernel(BACKENDS[choice]):
+        return _attend_automatically(q, k, v)
 
 
 def _flash_attn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

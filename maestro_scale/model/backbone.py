@@ -39,7 +39,7 @@ class Backbone(nn.Module):
         self,
         model: Maestro,
         view: ModelConfig,
-        out_indices: Sequence[int] | None = None,
+        out_indices: Sequence[int] | int | None = None,
         merge: Merge = "concat",
         grid: int | None = None,
         scales: Sequence[float] | None = None,
@@ -122,11 +122,13 @@ class Backbone(nn.Module):
         return F.interpolate(x, size=(side, side), mode="bilinear")
 
 
-def _blocks(given: Sequence[int] | None, depth: int) -> tuple[int, ...]:
+def _blocks(given: Sequence[int] | int | None, depth: int) -> tuple[int, ...]:
     if given is None:
         return evenly_spread(depth, NUM_MAPS)
+    given = (given,) if isinstance(given, int) else given
     found = tuple(i + depth if i < 0 else i for i in given)
-    if not found or not all(0 <= i < depth for i in found) or list(found) != sorted(found):
+    is_block = all(isinstance(i, int) and 0 <= i < depth for i in found)
+    if not found or not is_block or list(found) != sorted(found):
         raise ValueError(
             f"out_indices {tuple(given)}: give ascending numbers of blocks from 0 to {depth - 1} (or negative ones)"
         )
@@ -149,6 +151,7 @@ def backbone_view(
     except KeyError as error:
         raise ValueError(error.args[0]) from None
     known = {s.name: s for s in view.sensors}
+    sensors = (sensors,) if isinstance(sensors, str) else sensors
     if unknown := [n for n in (*(sensors or ()), *(num_dates or {})) if n not in known]:
         raise ValueError(f"the model has no sensor {unknown[0]!r}; it has: {', '.join(known)}")
     used = [known[n] for n in known if sensors is None or n in sensors]

@@ -6,6 +6,7 @@ Addresses and folders of the machine that trained it are left out. Metadata as i
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from typing import Any
 import yaml
 
 from maestro_scale.escaping import markdown_text, printable, shell_command
+from maestro_scale.evaluation.finetune.tested import MODE as TEST_MODE
 from maestro_scale.evaluation.metric_kinds import METRIC_KINDS
 from maestro_scale.evaluation.report.groups import FROZEN_MODES, ResultFile
 from maestro_scale.evaluation.report.tables import score_text
@@ -120,10 +122,18 @@ class Card:
         return found
 
     def _is_own(self, result: EvalResult) -> bool:
-        """Whether a result is of these weights, and not of others of the run."""
-        if self.finetuned is not None:
-            return result.mode in (self.finetuned.mode, "test")
-        return result.mode in FROZEN_MODES and result.weights in (self.weights, "")
+        """Whether a result is of these weights, and not of others of the run or of another finetuning."""
+        known = self.finetuned
+        if known is None:
+            return result.mode in FROZEN_MODES and result.weights in (self.weights, "")
+        if result.mode == TEST_MODE:
+            return result.weights == self.weights
+        # The weights that a finetuning's result names are those that it began with: its score says which one it is.
+        return (result.mode, result.benchmark, result.metric) == (
+            known.mode,
+            known.spec.name,
+            known.metric,
+        ) and math.isclose(result.value, known.test, rel_tol=1e-9)
 
     def _summary(self) -> str:
         size = next((name for name, s in SIZES.items() if s == self.config.size), "custom")
@@ -198,7 +208,9 @@ class Card:
             assert self.finetuned is not None
             kind = METRIC_KINDS.get(self.finetuned.metric)
             shown = kind.number(self.finetuned.test) if kind else f"{self.finetuned.test:g}"
-            yield f"{kind.title if kind else self.finetuned.metric} on the test split: {shown}."
+            unit = kind.unit(self._target.units) if kind else ""
+            title = kind.title if kind else self.finetuned.metric
+            yield f"{title} on the test split: {shown}{' ' * bool(unit)}{markdown_text(unit)}."
             return
         rows = []
         for r in (f.result for f in self.results):
@@ -209,7 +221,8 @@ class Card:
             others = ", ".join(
                 f"{name.replace('_', ' ')} {score_text(name, v)}" for name, v in r.scores.items()
             )
-            of = "these" if self._is_own(r) else f"step {r.checkpoint_step or 0:,}"
+            other = "others" if self.finetuned else f"step {r.checkpoint_step or 0:,}"
+            of = "these" if self._is_own(r) else other
             data = markdown_text(r.benchmark) + (" (synthetic)" if r.synthetic else "")
             labels = f", {100 * r.fraction:g} % of the labels" if r.fraction < 1 else ""
             rows.append(
@@ -233,7 +246,7 @@ class Card:
         names = {"step": "optimizer steps", "samples": "samples", "seed": "seed"}
         facts = [f"- {names[k]}: {v:,}" for k, v in counts.items()]
         if self.trained.get("source"):
-            facts.append(f"- converted from `{printable(str(self.trained['source']))}`")
+            facts.append(f"- converted from {markdown_text(str(self.trained['source']))}")
         if self.training.setup:
             facts.append(f"- {markdown_text(self.training.setup)}")
         if facts:

@@ -55,14 +55,17 @@ def named_inputs(
                 f"sensor {name}: {tuple(x.shape)}; give (B, dates, bands, H, W), or (B, bands, H, W) of one date"
             )
         images[name] = x.unsqueeze(1) if x.dim() == 4 else x
+    first = next(iter(images.values()))
+    if any(x.shape[0] != first.shape[0] for x in images.values()):
+        sizes = ", ".join(f"{name} {x.shape[0]}" for name, x in images.items())
+        raise ValueError(f"sensors have different numbers of samples: {sizes}")
     when = {name: _tensor(f"dates of {name}", value) for name, value in (dates or {}).items()}
     for name, x in images.items():
-        if name in when and tuple(when[name].shape[1:]) != (x.shape[1], 3):
+        if name in when and tuple(when[name].shape) != (x.shape[0], x.shape[1], 3):
             raise ValueError(
                 f"sensor {name}: dates {tuple(when[name].shape)} for images {tuple(x.shape)}; give (B, dates, 3): "
                 "year, day of the year, hour"
             )
-    first = next(iter(images.values()))
     reference = _reference(ref_date, [when[n] for n in images if n in when], first)
     for name, x in images.items():
         if name not in when:

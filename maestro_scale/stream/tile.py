@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from maestro_scale.datasets.spec import DatasetError, DatasetSpec, Sensor, Tile
+from maestro_scale.datasets.spec_check import EXTENT_TOLERANCE_M
 from maestro_scale.shards.errors import CodecError
 from maestro_scale.shards.format.codec import Sample, encode
 from maestro_scale.stream.batch import Batch
@@ -57,9 +58,9 @@ def tile_batch(tile: Tile, sensors: Iterable[Sensor], dataset: str = "", centre:
 
 
 def fitted_spec(tile: Tile, spec: DatasetSpec) -> DatasetSpec:
-    """``spec`` without targets, for the extent of ``tile``, and the masks and optional modalities that it has.
+    """``spec`` without targets, for the extent and dtypes of ``tile``, and the masks and optional modalities it has.
 
-    DatasetError where the tile lacks what a sensor reads, and it is not optional.
+    DatasetError where the tile lacks what a sensor reads and is not optional, has other bands, or is too small.
     """
     optional = {m.name for m in spec.modalities if m.optional}
     sensors = tuple(s for s in spec.sensors if s.source in tile.arrays or s.source not in optional)
@@ -69,10 +70,19 @@ def fitted_spec(tile: Tile, spec: DatasetSpec) -> DatasetSpec:
         raise DatasetError(
             f"tile {tile.key}: has {', '.join(tile.arrays) or 'nothing'}, the model also reads {missing[0]}"
         )
+    for m in spec.modalities:
+        shape = tile.arrays[m.name].shape if m.name in sources else (0, len(m.bands), 1, 1)
+        if len(shape) != 4 or shape[1] != len(m.bands) or shape[2] != shape[3]:
+            raise DatasetError(
+                f"tile {tile.key}: {m.name} is {shape}; the model reads (dates, {len(m.bands)}, size, size): "
+                f"{', '.join(m.bands)}"
+            )
     modalities = tuple(
         replace(
             m,
             size=tile.arrays[m.name].shape[-1],
+            # Values are scaled as floats, so that a tile from a file of another dtype gives the same.
+            dtype=tile.arrays[m.name].dtype.name,
             mask_bands=m.mask_bands if m.name in tile.masks else (),
         )
         for m in spec.modalities
@@ -82,6 +92,11 @@ def fitted_spec(tile: Tile, spec: DatasetSpec) -> DatasetSpec:
     finest = min(modalities, key=lambda m: m.resolution_m)
     stored = spec.modality(finest.name).size
     tile_m = spec.tile_m if finest.size == stored else finest.size * finest.resolution_m
+    if tile_m < spec.crop_m - EXTENT_TOLERANCE_M:
+        raise DatasetError(
+            f"tile {tile.key}: {finest.name} covers {tile_m:g} m ({finest.size} pixels of {finest.resolution_m:g} m); "
+            f"the model reads {spec.crop_m:g} m"
+        )
     return replace(spec, modalities=modalities, sensors=sensors, targets=(), tile_m=tile_m)
 
 

@@ -22,10 +22,11 @@ from testkit.models import TINY
 from testkit.valley import CLASSES, CRS, DESCRIPTION, NORTH, SIZE, SPEC, WEST, landscape, tile
 from typer.testing import CliRunner
 
+import maestro_scale
 from maestro_scale.cli import app
-from maestro_scale.datasets.cog import Bands, write_cog
+from maestro_scale.datasets.cog import Bands, block_side, write_cog
 from maestro_scale.datasets.description.load import load_description
-from maestro_scale.datasets.spec import Target
+from maestro_scale.datasets.spec import DatasetError, Target
 from maestro_scale.escaping import file_name, printable
 from maestro_scale.inference import run, windows
 from maestro_scale.inference.command import (
@@ -295,7 +296,9 @@ def test_the_overlap_is_that_of_the_finetuning(valley, tmp_path):
 @pytest.mark.parametrize("kind", ["classification", "multilabel", "regression"])
 def test_labels_of_tiles_are_points(valley, tmp_path, kind):
     classes = () if kind == "regression" else ("a", "b", "c")
-    model = write_finetuned(tmp_path / "model", Target("label", kind, classes))
+    model = write_finetuned(
+        tmp_path / "model", Target("label", kind, classes, units="t" if kind == "regression" else "")
+    )
     options = Options(cache_dir=tmp_path / "cache")
     for rank in (1, 0):
         predict(model, str(valley.shards), tmp_path / "out", options, replace(CPU, rank=rank, world=2))
@@ -311,6 +314,7 @@ def test_labels_of_tiles_are_points(valley, tmp_path, kind):
     assert str(frame.first_date[0]) == "2020-06-01"
     values = {"classification": "class", "multilabel": "classes", "regression": "value"}
     assert values[kind] in frame.columns
+    assert kind != "regression" or set(frame.units) == {"t"}
     assert [c for c in frame.columns if c.startswith("p_")] == [f"p_{c}" for c in classes]
 
 
@@ -326,6 +330,59 @@ def test_embeddings_as_images_and_as_points(model, valley, tmp_path):
     frame = geopandas.read_parquet(tmp_path / "points" / "valley.parquet")
     assert len(frame.vector[0]) == 32
     assert parquet.read_schema(tmp_path / "points" / "valley.parquet").field("vector").type.list_size == 32
+
+
+def test_windows_in_which_nothing_is_measured_have_no_row(model, tmp_path):
+    pixels, truth = landscape(48, 0)
+    mask = np.zeros((1, 1, 48, 48), np.uint8)
+    mask[..., :20, :] = 100  # all of the first row of windows, a part of the second
+    with Writer(str(tmp_path / "shards"), SPEC, "test") as writer:
+        made = tile("half", pixels, truth, 0)
+        writer.add(replace(made, masks={"s2": mask}))
+    options = Options(cache_dir=tmp_path / "cache", embeddings="parquet")
+    predict(model, str(tmp_path / "shards"), tmp_path / "out", options, CPU)
+    frame = geopandas.read_parquet(tmp_path / "out" / "valley.parquet")
+    assert sorted(set(frame.y_m)) == [NORTH - 400, NORTH - 240]
+    assert len(frame) == 6
+
+
+def test_what_a_map_is_made_of_does_not_change_in_its_folder(model, valley, tmp_path):
+    text = DESCRIPTION.replace("480", "960")
+    scene = tmp_path / "s2_20200601.tif"
+    scene.write_bytes((valley.scene / "s2_20200601.tif").read_bytes())
+
+    def again(text: str) -> int:
+        (tmp_path / "valley.yaml").write_text(text)
+        return predict(model, str(tmp_path / "valley.yaml"), tmp_path / "out", Options(overlap=0.0), CPU)[0]
+
+    assert again(text) > 0
+    assert again(text.replace("name: valley", "name: valley\ntitle: The valley")) == 0
+    for other in (
+        text.replace("[B2, B3, B4]", "[{name: B2, from: 3}, {name: B3, from: 2}, {name: B4, from: 1}]"),
+        text.replace("quantity: any", "quantity: any\n    resampling: cubic"),
+        text.replace("quantity: any", "quantity: any\n    nodata: [700]"),
+    ):
+        with pytest.raises(InferenceError, match=r"something else \(description .* now "):
+            again(other)
+    scene.write_bytes(scene.read_bytes() + b"0")
+    with pytest.raises(InferenceError, match=r"something else \(data "):
+        again(text)
+
+
+def test_an_array_of_another_dtype_gives_the_same(model):
+    pixels, _ = landscape(16, 0)
+    day = "2020-06-01"
+    expected = model.predict(maestro_scale.tile({"s2": pixels}, day)).probabilities
+    for values in (pixels.astype(np.uint16), pixels.astype(np.float64), pixels.tolist()):
+        found = model.predict(maestro_scale.tile({"s2": values}, day)).probabilities
+        assert torch.equal(found, expected)
+    for wrong, message in (
+        (pixels[:2], r"s2 is \(1, 2, 16, 16\); the model reads \(dates, 3, size, size\): B2, B3, B4"),
+        (pixels[:, :8], r"s2 is \(1, 3, 8, 16\)"),
+        (pixels[:, :8, :8], r"s2 covers 80 m \(8 pixels of 10 m\); the model reads 160 m"),
+    ):
+        with pytest.raises(DatasetError, match=message):
+            model.predict(maestro_scale.tile({"s2": wrong}, day))
 
 
 def test_tiles_of_a_description_and_of_a_dataset(model, valley, tmp_path):
@@ -396,6 +453,34 @@ def test_an_image_is_written_in_parts_with_overviews(tmp_path):
     with rasterio.open(tmp_path / "c.tif") as image:
         assert (image.read()[:, 512:] == 255).all()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.tif", "b.tif", "c.tif"]
+
+
+def test_blocks_of_many_bands_are_small(tmp_path):
+    assert [block_side(n, "float32") for n in (1, 8, 32, 128, 768)] == [512, 512, 256, 128, 64]
+    values = np.random.default_rng(0).normal(size=(64, 300, 260)).astype(np.float32)
+    bands = Bands(tuple(f"s2_{i}" for i in range(64)), "float32", float("nan"))
+    place = {"crs": CRS, "transform": rasterio.Affine(20, 0, 0, 0, -20, 0)}
+    write_cog(tmp_path / "a.tif", bands, (300, 260), [(0, 0, values)], place, {})
+    assert cog_validate(tmp_path / "a.tif", strict=True, quiet=True)[:3] == (True, [], [])
+    with rasterio.open(tmp_path / "a.tif") as image:
+        assert image.block_shapes[0] == (128, 128)
+        assert (image.read() == values).all()
+
+
+def test_errors_of_gdal_are_one_line(tmp_path, monkeypatch):
+    from rasterio._err import CPLE_AppDefinedError
+
+    def fail(*args, **options):
+        raise CPLE_AppDefinedError(1, 1, "TIFFReadDirectory: failed")
+
+    monkeypatch.setattr("rasterio.shutil.copy", fail)
+    bands, place = (
+        Bands(("x",), "uint8", 255),
+        {"crs": CRS, "transform": rasterio.Affine(10, 0, 0, 0, -10, 0)},
+    )
+    with pytest.raises(DatasetError, match=r"a\.tif: cannot be written .* free space on the disk"):
+        write_cog(tmp_path / "a.tif", bands, (8, 8), [(0, 0, np.zeros((1, 8, 8), np.uint8))], place, {})
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_shipped_description_of_the_test_is_valid(tmp_path):

@@ -58,6 +58,35 @@ def test_neighbours_are_those_of_all_vectors(folder):
     assert search(path, "tile-3")[0].crop == 0
 
 
+def write(path, keys, vectors):
+    table = {"key": keys, "crop": list(range(len(keys)))}
+    table["vector"] = pa.array(vectors, pa.list_(pa.float32(), len(vectors[0])))
+    parquet.write_table(pa.table(table), path)
+
+
+def test_the_query_comes_first_and_a_key_may_look_like_a_place(tmp_path):
+    write(tmp_path / "a.parquet", ["a", "a", "1,2", "z"], [[1, 0], [2, 0], [0, 1], [0, 0]])
+    assert [(n.key, n.crop) for n in search(tmp_path, "a#1", 1)] == [("a", 1), ("a", 0)]
+    assert search(tmp_path, "1,2")[0].key == "1,2"
+    with pytest.raises(InferenceError, match="'z': its embedding is zero"):
+        search(tmp_path, "z")
+    write(tmp_path / "b.parquet", ["b"], [[1, 0, 0]])
+    with pytest.raises(InferenceError, match="vectors of 2 and of 3 numbers"):
+        search(tmp_path, "a")
+
+
+def test_a_tile_across_the_antimeridian_is_small(tmp_path):
+    # 180 degrees east is 667 km west of the centre of zone 1 at the equator.
+    corner = GeoOrigin("EPSG:32601", 165_500.0, 500.0)
+    shape = geoparquet.square(corner, 1000.0)
+    ring = module._ring(shape)
+    assert np.ptp(ring[:, 0]) == pytest.approx(0.009, abs=0.001)
+    assert ring[0, 0] < -180 < ring[2, 0] or ring[0, 0] < 180 < ring[2, 0]
+    table = pa.table({"key": ["a"], "vector": pa.array([[1.0]], pa.list_(pa.float32(), 1))})
+    parquet.write_table(geoparquet.with_geometry(table, [shape], "Polygon"), tmp_path / "a.parquet")
+    assert search(tmp_path, "-179.9999,0")[0].key == search(tmp_path, "179.9999,0")[0].key == "a"
+
+
 def test_a_place_is_the_tile_there(folder):
     path, _ = folder
     lon, lat = np.mean(search(path, "tile-7#1")[0].shape["coordinates"][0][:4], axis=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import pickle
 import sys
 import types
 
@@ -46,6 +47,21 @@ def test_a_backbone_of_one_dataset_of_several(exported):
         maestro_scale.backbone(exported, dataset="third")
     with pytest.raises(ExportError, match="is not an exported model"):
         maestro_scale.backbone(exported / "nowhere")
+
+
+@torch.no_grad()
+def test_a_backbone_is_pickled_and_takes_equal_samples_of_all(exported):
+    backbone = maestro_scale.backbone(exported, -1, sensors="s2")
+    assert (backbone.out_indices, backbone.sensors) == ((backbone.depth - 1,), ("s2",))
+    batch = full_batch(small_config(), 2)
+    dates = {"s2": batch.dates["s2"]}
+    copy = pickle.loads(pickle.dumps(backbone))
+    assert torch.equal(copy(batch.pixels["s2"], dates)[0], backbone(batch.pixels["s2"], dates)[0])
+    with pytest.raises(ValueError, match=r"s2: dates \(1, .* for images \(2, "):
+        backbone(batch.pixels["s2"], {"s2": dates["s2"][:1]})
+    both = {"s2": batch.pixels["s2"], "aerial": batch.pixels["aerial"][:1]}
+    with pytest.raises(ValueError, match="different numbers of samples: aerial 1, s2 2"):
+        maestro_scale.backbone(exported, sensors=["s2", "aerial"])(both)
 
 
 class Registry(dict):
@@ -120,6 +136,8 @@ def test_a_tile_from_arrays_embeds_like_tensors(exported):
         (({"s2": SERIES}, {"s3": DAYS}), "dates of 's3', but arrays of s2"),
         (({"s2": SERIES}, "June"), "s2 has the date 'June'"),
         (({"s2": SERIES[None]}, "2021-01-01"), r"s2 is int16 \(1, 3, 10, 6, 6\); give numbers"),
+        (({"s2": SERIES}, 2021), "s2 has the date 2021"),
+        (({"s2": np.where(SERIES, np.inf, 0.0)}, DAYS), "s2 has infinite values"),
         (({"s2": np.array([["a"]])}, "2021-01-01"), "give numbers"),
         (({"s2": np.ma.masked_equal(SERIES, SERIES[0, 0, 0, 0])}, "2021-01-01"), "mask"),
     ],

@@ -19,6 +19,7 @@ from testkit.parity import FIXTURES, batch_of, build, close, load
 
 from maestro_scale import datasets, load_model
 from maestro_scale.cli import main
+from maestro_scale.datasets.spec import Target
 from maestro_scale.interop.convert import ConvertOptions, convert
 from maestro_scale.interop.convert_back import convert_to_reference
 from maestro_scale.interop.export import ExportError, write_model
@@ -26,6 +27,7 @@ from maestro_scale.interop.reference_keys import to_reference
 from maestro_scale.interop.reference_model import ConversionHints
 from maestro_scale.interop.restricted import load_untrusted
 from maestro_scale.model.config import ModelConfig
+from maestro_scale.model.finetuned import Finetuned
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.model.sizes import SIZES, Size
 
@@ -247,6 +249,33 @@ def test_what_the_authors_code_lacks_is_said(tmp_path):
     with pytest.raises(ExportError, match=r"maestro_scale\.model is not a configuration .* with --like"):
         convert(tmp_path / "a.ckpt", tmp_path / "b")
     assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "decoder"), [("segmentation", "upernet"), ("regression", "linear"), ("multilabel", "attentive")]
+)
+def test_a_finetuned_model_survives_a_round_trip(tmp_path, kind, decoder):
+    classes = () if kind == "regression" else ("a", "b")
+    size = None if kind == "multilabel" else SPEC.crop_m / SPEC.sensors[0].grid
+    target = Target("cover", kind, classes, resolution_m=size, units="m" if kind == "regression" else "")
+    ref = SPEC.sensors[0].name
+    cfg = config(heads=(target,), decoder=decoder, ref_sensor=ref)
+    spec = dataclasses.replace(SPEC, targets=(target,), ref_sensor=ref)
+    model = Maestro(cfg, decodes=False).initialise(0)
+    write_model(
+        tmp_path / "ours",
+        model.state_dict(),
+        cfg,
+        {"step": 3},
+        Finetuned(spec, "cover", "miou", "finetune", 3, 0.5, 0.25),
+    )
+    notes = convert_to_reference(tmp_path / "ours", tmp_path / "a.ckpt")
+    assert any("was finetuned and has no decoder of pixels" in note for note in notes)
+    convert(tmp_path / "a.ckpt", tmp_path / "back")
+    back, ours = load_model(tmp_path / "back"), load_model(tmp_path / "ours")
+    assert (back.config, back.finetuned) == (ours.config, ours.finetuned)
+    assert all(torch.equal(v, back.state_dict()[k]) for k, v in ours.state_dict().items())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.ckpt", "back", "ours"]
 
 
 class Payload:

@@ -140,6 +140,15 @@ def test_a_finetuned_model_keeps_its_head(server, tmp_path):
     result = EvalResult("fields", "miou", "finetune", 0.25, {"wood": 0.5}, (0.2, 0.3), 11)
     (tmp_path / "results").mkdir()
     result.write(tmp_path / "results" / "results.json")
+    # Those of other finetunings are not scores of this model.
+    others = (
+        dataclasses.replace(result, benchmark="meadows"),
+        dataclasses.replace(result, value=0.29, fraction=0.1),
+        dataclasses.replace(result, mode="test", weights="0" * 64),
+    )
+    for number, other in enumerate(others):
+        (tmp_path / "results" / str(number)).mkdir()
+        other.write(tmp_path / "results" / str(number) / "results.json")
     done = call(
         *(
             model,
@@ -152,7 +161,11 @@ def test_a_finetuned_model_keeps_its_head(server, tmp_path):
         )
     )
     assert done.exit_code == 0, done.output
-    assert "| 25.0 | 20.0 to 30.0 | 11 | these |" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| 25.0 | 20.0 to 30.0 | 11 | these |" in card
+    assert (card.count("| these |"), card.count("| others |")) == (1, 3)
+    (entry,) = front(card)["model-index"][0]["results"]
+    assert entry["dataset"]["name"] == "fields"
 
 
 def test_names_of_others_are_no_markup(tmp_path):

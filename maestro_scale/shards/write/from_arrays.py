@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
 from typing import Any, Literal
@@ -226,6 +226,8 @@ def _stacked(key: str, name: str, array: np.ndarray) -> np.ndarray:
         raise DatasetError(
             f"tile {key}: {name} is {array.dtype} {array.shape}; give numbers (dates, bands, H, W) or (bands, H, W)"
         )
+    if array.dtype.kind == "f" and np.isinf(array).any():
+        raise DatasetError(f"tile {key}: {name} has infinite values; make them NaN, which means not measured")
     return array[(None,) * (4 - array.ndim)]
 
 
@@ -239,7 +241,7 @@ def _add_date_axis(array: np.ndarray) -> np.ndarray:
 
 def _dates(key: str, name: str, when: DateLike | Sequence[DateLike]) -> np.ndarray:
     """(T, 3) int16: year, day of year, hour."""
-    dates = [when] if isinstance(when, (str, date, np.datetime64)) else when
+    dates = when if isinstance(when, Iterable) and not isinstance(when, str) else [when]
     rows = []
     for value in dates:
         try:
