@@ -11,9 +11,10 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from multiprocessing import synchronize, util
+from multiprocessing import resource_tracker, synchronize, util
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,20 @@ log = logging.getLogger(__name__)
 
 _FOLDER = Path("/dev/shm")
 _prefix: tuple[int, str] | None = None  # of this process, with its process id: a fork inherits the variable
+
+
+def start_tracker() -> None:
+    """Start multiprocessing's resource tracker, which removes the semaphores of this process when it is killed.
+
+    Without its warning of "leaked" semaphores: after a kill there are some, it removes them, and its line would be the
+    last one in the log, where the cause is looked for.
+    """
+    option = "ignore:resource_tracker:UserWarning"
+    sys.warnoptions.append(option)  # the tracker is started with these
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        sys.warnoptions.remove(option)
 
 
 @contextmanager

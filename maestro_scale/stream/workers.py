@@ -18,7 +18,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from multiprocessing import forkserver, resource_tracker
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -34,7 +34,7 @@ from maestro_scale.shards.storage import client_module
 from maestro_scale.shards.temporary import use_for_multiprocessing
 from maestro_scale.stream.batch import Batch
 from maestro_scale.stream.batch_builder import BatchBuilder, BatchRequest, WorkerResult
-from maestro_scale.stream.semaphores import owned_semaphores
+from maestro_scale.stream.semaphores import owned_semaphores, start_tracker
 from maestro_scale.stream.source import Source
 
 # Schedulers and terminals signal the whole process group; only the training process reacts, and stops its workers.
@@ -218,7 +218,7 @@ def _signals_blocked() -> Iterator[None]:
     ``_init_worker`` ignores it. A signal to this process is delivered afterwards."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _IGNORED)
     try:
-        resource_tracker.ensure_running()  # starting it unblocks some signals, hence the second call
+        start_tracker()  # it unblocks some signals, hence the second call
         signal.pthread_sigmask(signal.SIG_BLOCK, _IGNORED)
         yield
     finally:

@@ -69,3 +69,21 @@ def test_names_of_other_semaphores_do_not_change():
     outside = multiprocessing.get_context("spawn").Lock()
     assert inside._semlock.name.startswith(f"/maestro-{os.getpid()}-")
     assert "maestro" not in outside._semlock.name
+
+
+def test_a_killed_process_leaves_neither_semaphores_nor_a_line_about_them():
+    """The resource tracker, which survives the process, removes them."""
+    script = """
+import multiprocessing, os, signal
+from maestro_scale.stream.semaphores import start_tracker
+start_tracker()
+lock = multiprocessing.get_context("spawn").Lock()
+print(lock._semlock.name, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    # The tracker ends after the process, and holds its standard error open until then.
+    ended = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (ended.returncode, ended.stderr) == (-signal.SIGKILL, "")
+    assert not Path(f"/dev/shm/sem.{ended.stdout.strip().removeprefix('/')}").exists()
