@@ -124,23 +124,40 @@ def numbered(*shape: int) -> np.ndarray:
     return np.arange(np.prod(shape), dtype=np.uint32).astype(np.uint16).reshape(shape)
 
 
-def test_a_field_outside_memory_is_read_at_once_and_its_entries_one_by_one():
+def test_a_field_outside_memory_is_read_at_once_and_so_are_small_entries_near_each_other():
     array = numbered(4, 3, 5, 2)  # 60 bytes per entry
     source, sample, start = opened(array)
     assert np.array_equal(sample.array("x"), array)
     assert source.new_reads(start) == [(0, 240)]
     assert np.array_equal(sample.rows("x", np.array([3, 0, 3])), array[[3, 0, 3]])
-    assert source.new_reads(start) == [(180, 240), (0, 60), (180, 240)]
+    assert source.new_reads(start) == [(0, 240)]
+    assert np.array_equal(sample.rows("x", np.array([2, 1])), array[[2, 1]])
+    assert source.new_reads(start) == [(60, 180)]
     assert sample.rows("x", np.array([], int)).shape == (0, 3, 5, 2)
     assert source.new_reads(start) == []
     # A window of small images: whole entries.
     window = (slice(1, 4), slice(0, 1))
     assert np.array_equal(sample.array("x", window), array[:, :, 1:4, :1])
-    assert source.new_reads(start) == [(0, 60), (60, 120), (120, 180), (180, 240)]
+    assert source.new_reads(start) == [(0, 240)]
     with pytest.raises(IndexError, match=r"x has 4 entries, requested were \[0, 4\]"):
         sample.rows("x", np.array([0, 4]))
     with pytest.raises(IndexError, match=r"requested were \[-1, 3\]"):
         sample.rows("x", np.array([-1, 3]))
+
+
+def test_entries_far_from_each_other_are_read_one_by_one():
+    array = numbered(8, 2048)  # 4,096 bytes per entry: between 0 and 5 lie 16,384, between 0 and 6 more
+    source, sample, start = opened(array)
+    assert np.array_equal(sample.rows("x", np.array([0, 5])), array[[0, 5]])
+    assert source.new_reads(start) == [(0, 24576)]
+    assert np.array_equal(sample.rows("x", np.array([6, 0, 6])), array[[6, 0, 6]])
+    assert source.new_reads(start) == [(0, 28672)]  # for two gaps: 16,384 bytes each
+    assert np.array_equal(sample.rows("x", np.array([0, 6])), array[[0, 6]])
+    assert source.new_reads(start) == [(0, 4096), (24576, 28672)]
+    # Entries of 16 KiB are large enough for a read of their own.
+    source, sample, start = opened(numbered(2, 8192))
+    assert np.array_equal(sample.rows("x", np.array([0, 1])), numbered(2, 8192))
+    assert source.new_reads(start) == [(0, 16384), (16384, 32768)]
 
 
 def test_a_single_image_outside_memory_is_read_at_once():

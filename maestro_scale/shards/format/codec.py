@@ -38,7 +38,8 @@ from maestro_scale.shards.format.header import (
 )
 
 _MIN_COMPRESSED_BYTES = 4096  # smaller fields stay raw: compression would save nothing and cost a call
-# Gap between the windows of two images; a smaller one is read as well, since it takes no longer than a second call.
+# Gap between the windows of two images, or between two entries; a smaller one is read as well, since that takes no
+# longer than a second call.
 _MAX_GAP_BYTES = 16 * 1024
 
 
@@ -214,7 +215,7 @@ class Sample:
     def _raw_rows(
         self, name: str, field: StoredField, indices: np.ndarray, window: Window | None
     ) -> np.ndarray:
-        """Entries of axis 0, or a window of each: a view of the bytes that were read."""
+        """Entries of axis 0, or a window of each, with as few reads as are worth their gaps."""
         dtype, (height, width) = self._dtype(name, field), (1, 1, *field.shape)[-2:]
         row_shape, first = field.shape[1:], self._start + field.begin
         row_bytes, line_bytes = math.prod(row_shape) * dtype.itemsize, width * dtype.itemsize
@@ -227,8 +228,16 @@ class Sample:
                 lines = _read_many(self._source, starts.tolist(), (bottom - top) * line_bytes)
                 shape = (len(indices), *row_shape[:-2], bottom - top, width)
                 return np.ndarray(shape, dtype, lines)[..., window[1]]
-        rows = _read_many(self._source, (indices * row_bytes + first).tolist(), row_bytes)
-        array: np.ndarray = np.ndarray((len(indices), *row_shape), dtype, rows)
+        listed = indices.tolist()
+        low, high = (min(listed), max(listed) + 1) if listed else (0, 0)
+        gaps = (high - low - len(listed)) * row_bytes
+        if row_bytes < _MAX_GAP_BYTES and gaps <= _MAX_GAP_BYTES * (len(listed) - 1):
+            # Small entries near each other, such as dates: one read of all between the first and the last.
+            data = self._source.read(first + low * row_bytes, first + high * row_bytes)
+            array = np.ndarray((high - low, *row_shape), dtype, data)[indices - low]
+        else:
+            rows = _read_many(self._source, [first + row * row_bytes for row in listed], row_bytes)
+            array = np.ndarray((len(listed), *row_shape), dtype, rows)
         return array if window is None else array[..., window[0], window[1]]
 
 
