@@ -8,7 +8,8 @@ missing; one that cannot be installed or fails is in the result with the reason.
 every round each loader reads batches for --seconds without worker processes, one after the other, from the page cache:
 compare only values of one round. Writes benchmarks/results/loader.json.
 
-The lower bound copies the bytes of a prepared sample and reads as many stored bytes as it needs, in one call.
+The lower bound copies the bytes of a prepared sample and reads the stored bytes that it needs: of a whole tile in one
+call, of a crop the rows of pixels that it crosses, in one call per image.
 """
 
 from __future__ import annotations

@@ -121,7 +121,8 @@ BENCHMARKS = (
         "synthetic tiles in the "
         "format of each loader, prepared to the same tensors. The lower bound copies the prepared bytes "
         "and reads as many "
-        "stored bytes as they need, in one call.",
+        "stored bytes that they need: of a whole tile in one call, of a crop one call per image, for the "
+        "rows that it crosses.",
         _loader_bottleneck,
         _loader_notes,
         minutes=5,

@@ -42,31 +42,54 @@ def files(folder: Path, dataset: str, prepare: Preparation) -> Iterator[Any]:
 
 
 class LowerBound:
-    """Copies of the bytes of prepared samples, and reads of the stored bytes that they need: nothing else."""
+    """Copies of the bytes of prepared samples, and reads of the stored bytes that they need: nothing else.
+
+    A whole sample is one read, a crop one read per image: the rows of pixels that it crosses.
+    """
 
     def __init__(self, folder: Path) -> None:
         layout = Layout.read(folder / "layout.json")
         self._prepared = Preparation(layout).num_bytes()
         self._batch = layout.batch
-        samples = sorted((folder / "samples").iterdir())
-        stored = min(path.stat().st_size for path in samples)
-        # A crop of a large tile needs about as many stored bytes as it has itself.
-        self._read = min(stored, self._prepared)
+        self._stored = min(path.stat().st_size for path in (folder / "samples").iterdir())
+        self._reads = list(_reads(layout, self._stored))
         shards = sorted(shards_of(folder, "raw").glob("*.tar"))
-        self._places = [(p, i) for p in shards for i in range(0, p.stat().st_size - self._read, stored)]
+        self._places = [
+            (p, i) for p in shards for i in range(0, p.stat().st_size - self._stored, self._stored)
+        ]
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes read for a sample."""
+        return sum(size for _, size in self._reads)
 
     def __call__(self) -> Iterator[Any]:
         """One pass over the shards, in batches."""
-        buffer = memoryview(bytearray(max(self._read, 1)))
+        buffer = memoryview(bytearray(max(size for _, size in self._reads)))
+        buffers = [(offset, [buffer[:size]]) for offset, size in self._reads]
         source = np.ones(self._prepared, np.uint8)
         descriptors = {path: os.open(path, os.O_RDONLY) for path, _ in self._places}
         try:
             for first in range(0, len(self._places) - self._batch + 1, self._batch):
                 block = np.empty((self._batch, self._prepared), np.uint8)
-                for row, (path, offset) in zip(block, self._places[first : first + self._batch], strict=True):
-                    os.preadv(descriptors[path], [buffer], offset)
+                for row, (path, begin) in zip(block, self._places[first : first + self._batch], strict=True):
+                    for offset, views in buffers:
+                        os.preadv(descriptors[path], views, begin + offset)
                     row[:] = source
                 yield block
         finally:
             for descriptor in descriptors.values():
                 os.close(descriptor)
+
+
+def _reads(layout: Layout, stored: int) -> Iterator[tuple[int, int]]:
+    """(place in the sample, bytes) of each read."""
+    if all(s.side == s.size for s in layout.sensors):
+        yield 0, min(stored, Preparation(layout).num_bytes())
+        return
+    place = 0
+    for s in layout.sensors:
+        line = s.size * np.dtype(s.dtype).itemsize
+        for _ in range(s.num_dates * s.num_bands):
+            yield place, s.side * line
+            place += s.size * line
