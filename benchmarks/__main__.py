@@ -4,6 +4,7 @@
     python -m benchmarks [NAME …] --check    # exit code 1 where an aim is missed, or a run failed
     python -m benchmarks --recorded --check  # the same for the results in benchmarks/results, without a run
     python -m benchmarks --page              # write docs/performance.md from benchmarks/results, without a run
+    python -m benchmarks NAME -- --rounds 5  # further options of one benchmark
     python -m benchmarks --list
 
 Each benchmark is a command of its own (benchmarks/catalogue), runs in a process of its own and writes its result to
@@ -34,20 +35,22 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "performance.md"
 
 
-def run(benchmark: Benchmark, work: Path, venv: Path, results: Path) -> bool:
+def run(benchmark: Benchmark, further: Sequence[str], work: Path, venv: Path, results: Path) -> bool:
     """Run one benchmark; whether it wrote a result. Its exit code is not asked: it may tell of a missed aim."""
     out = results / f"{benchmark.name}.json"
     before = out.stat().st_mtime_ns if out.exists() else None
     folder = work / (benchmark.folder or benchmark.name)
     folder.mkdir(parents=True, exist_ok=True)
-    words = benchmark.words(str(folder), str(out), str(venv))
+    words = [*benchmark.words(str(folder), str(out), str(venv)), *further]
     load, started = os.getloadavg()[0], time.monotonic()
     env = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", "")))}
     done = subprocess.run([sys.executable, *words], cwd=ROOT, env=env, check=False)
     if not out.exists() or out.stat().st_mtime_ns == before:
         print(f"{benchmark.name}: ended with {done.returncode} and without a result", file=sys.stderr)
         return False
-    write_run(results, benchmark.name, benchmark.shown(), time.monotonic() - started, load)
+    # Without the paths of this machine.
+    command = " ".join([benchmark.shown(), *(Path(w).name if Path(w).is_absolute() else w for w in further)])
+    write_run(results, benchmark.name, command, time.monotonic() - started, load)
     return True
 
 
@@ -92,7 +95,11 @@ def main(
     parser.add_argument("--page", action="store_true", help="write docs/performance.md, run nothing")
     parser.add_argument("--work", type=Path, help="folder for data, kept; default: a temporary one")
     parser.add_argument("--venv", type=Path, help="environment for other projects' loaders; default: in WORK")
-    args = parser.parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    own = given.index("--") if "--" in given else len(given)
+    args, further = parser.parse_args(given[:own]), given[own + 1 :]
+    if further and len(args.names) != 1:
+        parser.error("options after -- are of one benchmark: name it")
     if unknown := [name for name in args.names if name not in by_name]:
         parser.error(f"no benchmark is named {', '.join(unknown)}; there are: {', '.join(by_name)}")
     if args.list:
@@ -104,7 +111,7 @@ def main(
         with tempfile.TemporaryDirectory() as temporary:
             work = (args.work or Path(temporary)).resolve()
             venv = (args.venv or work / "venv-peers").resolve()
-            failed = [b.name for b in chosen if not run(b, work, venv, results)]
+            failed = [b.name for b in chosen if not run(b, further, work, venv, results)]
     if args.page:
         page.write_text(render(benchmarks, results, FURTHER))
         print(f"wrote {page}")

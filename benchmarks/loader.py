@@ -1,6 +1,6 @@
 """Processor time of a prepared sample: our loader, those of other projects, the authors' files, and the lower bound.
 
-    python -m benchmarks.loader --work /tmp/loader --venv /tmp/venv-peers [--rounds 3] [--seconds 1]
+    python -m benchmarks.loader --work /tmp/loader --venv /tmp/venv-peers [--rounds 3] [--seconds 0.5]
 
 The same synthetic tiles (TreeSatAI-TS, PASTIS-HD, FLAIR-HUB) are written in the format of each loader, once, to --work
 (4 GB). Other projects' loaders are installed into --venv, an environment of their own, which is created where it is
@@ -150,7 +150,7 @@ def main() -> int:
     parser.add_argument("--work", type=Path, required=True, help="folder for the data, kept; 4 GB")
     parser.add_argument("--venv", type=Path, help="environment of the other loaders; default: in WORK")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=1.0, help="of each measurement")
+    parser.add_argument("--seconds", type=float, default=0.5, help="of each measurement")
     parser.add_argument("--datasets", nargs="+", default=list(TILES), choices=list(TILES))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "loader.json")
     args = parser.parse_args()

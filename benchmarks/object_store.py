@@ -18,6 +18,7 @@ first batch, in a new process with an empty cache. Writes benchmarks/results/obj
 from __future__ import annotations
 
 import argparse
+import fcntl
 import http.client
 import importlib.metadata
 import json
@@ -26,6 +27,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence, Sized
@@ -53,6 +55,7 @@ CONNECTIONS = 8  # of the store: two prefetched shards, four ranges each
 RANGE_BYTES = 8 * 2**20
 PASS_BYTES = 128e6  # of a pass, at least one shard
 CACHE_BYTES = 100 * 2**30
+_CEPH_LOCK = Path(tempfile.gettempdir(), "s3.lock")
 
 Read = Callable[[str, int, int], Sized]
 Range = tuple[str, int, int]
@@ -256,28 +259,36 @@ def first_batches(dataset: str, folder: Path, cache: Path, rounds: int) -> list[
 @contextmanager
 def ceph(program: str, bucket: str, files: Sequence[Path]) -> Iterator[None]:
     """A real S3 server with the files, to which the environment points."""
-    done = subprocess.run([program, "up"], capture_output=True, text=True, timeout=300, check=True)
     before = dict(os.environ)
-    os.environ.update(re.findall(r"(AWS_\w+)=(\S+)", done.stdout))
-    try:
-        import s3fs
+    with _CEPH_LOCK.open(
+        "w"
+    ) as held:  # only one can run per machine; tests/services/conftest.py takes it, too
+        fcntl.flock(held, fcntl.LOCK_EX)
+        try:
+            done = subprocess.run([program, "up"], capture_output=True, text=True, timeout=300, check=True)
+            os.environ.update(re.findall(r"(AWS_\w+)=(\S+)", done.stdout))
+            _upload(bucket, files)
+            yield
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+            subprocess.run([program, "down"], capture_output=True, timeout=60, check=False)
 
-        fs = s3fs.S3FileSystem()
-        fs.mkdir(bucket)
-        for path in files:
-            fs.put_file(str(path), f"{bucket}/{path.name}")
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-        subprocess.run([program, "down"], capture_output=True, timeout=60, check=False)
+
+def _upload(bucket: str, files: Sequence[Path]) -> None:
+    import s3fs
+
+    fs = s3fs.S3FileSystem(skip_instance_cache=True)
+    fs.mkdir(bucket)
+    for path in files:
+        fs.put_file(str(path), f"{bucket}/{path.name}")
 
 
 def signed(bucket: str) -> Callable[[str], str]:
     """Signed URLs of the objects of a bucket."""
     import s3fs
 
-    fs, known = s3fs.S3FileSystem(), {}
+    fs, known = s3fs.S3FileSystem(skip_instance_cache=True), {}
 
     def address(name: str) -> str:
         if name not in known:

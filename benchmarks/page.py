@@ -90,7 +90,7 @@ def _distance(figure: Figure) -> float:
 def _section(benchmark: Benchmark, result: Any, run: Run | None) -> Iterator[str]:
     yield f"## {benchmark.title}\n"
     yield benchmark.method
-    yield f"<!-- not run: a benchmark -->\n\n    {benchmark.shown()}"
+    yield f"<!-- not run: a benchmark -->\n\n    {run.command if run else benchmark.shown()}"
     if result is None:
         yield "Not measured yet."
         return

@@ -71,6 +71,15 @@ def test_a_run_writes_its_result_and_how_it_was_recorded(tmp_path):
     assert run_of(tmp_path, "made_up") is None
 
 
+def test_further_options_are_of_one_benchmark(tmp_path, capsys):
+    benchmark = made_up("import sys; open(sys.argv[1], 'w').write('{\"times\": [%s]}' % sys.argv[2])")
+    assert runner.main(["made_up", "--check", "--", "1.5"], [benchmark], tmp_path) == 0
+    assert run_of(tmp_path, "made_up").command.endswith("OUT 1.5")
+    with pytest.raises(SystemExit):
+        runner.main(["--", "1.5"], [benchmark], tmp_path)
+    assert "name it" in capsys.readouterr().err
+
+
 def test_a_benchmark_that_fails_is_named_with_exit_code_2(tmp_path, capsys):
     assert runner.main([], [made_up("raise SystemExit(3)")], tmp_path) == 2
     assert "could not run: made_up" in capsys.readouterr().err

@@ -16,6 +16,7 @@ from maestro_scale.shards.format.fields import target_field, target_layout
 from maestro_scale.shards.format.manifest import Manifest
 from maestro_scale.shards.read.store import Store
 from maestro_scale.shards.write.writer import write_shards
+from maestro_scale.stream.crops import CropGrid
 from maestro_scale.stream.packing import Field
 from maestro_scale.stream.transform import Transform
 
@@ -79,11 +80,11 @@ def layout_of(spec: DatasetSpec, batch: int) -> Layout:
                 mask_threshold=s.mask_threshold,
             )
         )
-    targets = tuple(_target(spec, t, fields["targets", t.name]) for t in spec.targets)
+    targets = tuple(_target(spec, transform.grid, t, fields["targets", t.name]) for t in spec.targets)
     return Layout(tuple(sensors), targets, transform.grid.num_offsets, transform.grid.step_m, batch)
 
 
-def _target(spec: DatasetSpec, target: Target, field: Field) -> TargetLayout:
+def _target(spec: DatasetSpec, grid: CropGrid, target: Target, field: Field) -> TargetLayout:
     source = spec.target(target.of) if target.of else target
     is_map = source.is_map
     stored = target_layout(source, spec)[0]
@@ -93,7 +94,7 @@ def _target(spec: DatasetSpec, target: Target, field: Field) -> TargetLayout:
         dtype=field.dtype,
         resolution_m=source.resolution_m or 0.0,
         size=stored[0] if is_map else 0,
-        side=field.shape[0] if target.is_map else 0,
+        side=grid.side(source.resolution_m, stored[0]) if is_map and source.resolution_m else 0,
         shares_of=target_field(source.name) if target.of else "",
         classes=tuple(source.classes.index(c) for c in target.classes) if target.of else (),
     )

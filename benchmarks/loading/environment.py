@@ -26,10 +26,20 @@ def create(folder: Path) -> dict[str, str]:
     python = folder / "bin" / "python"
     if not python.exists():
         _create_empty(folder)
-    _install(python, _SHARED, check=True)
+    missing = _missing(python, ("torch", "numpy", *PACKAGES.values()))
+    if {"torch", "numpy"} & missing:
+        _install(python, _SHARED, check=True)
+    wanted = {peer: package for peer, package in PACKAGES.items() if package in missing}
     return {
-        peer: why for peer, package in PACKAGES.items() if (why := _install(python, (package,), check=False))
+        peer: why for peer, package in wanted.items() if (why := _install(python, (package,), check=False))
     }
+
+
+def _missing(python: Path, packages: tuple[str, ...]) -> set[str]:
+    """Those that are not installed."""
+    script = "import importlib.metadata as m; print(*(d.metadata['Name'] for d in m.distributions()))"
+    done = subprocess.run([str(python), "-c", script], capture_output=True, text=True, check=True)
+    return set(packages) - set(done.stdout.split())
 
 
 def _create_empty(folder: Path) -> None:

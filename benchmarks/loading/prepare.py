@@ -44,7 +44,8 @@ class SensorLayout:
 
 @dataclass(frozen=True)
 class TargetLayout:
-    """A target. ``side``: of the crop's map, 0 if it is no map; ``shares_of``: the map whose classes are counted."""
+    """A target. ``shape``: in a batch. ``shares_of``: the map whose classes are counted, else empty. ``size`` and
+    ``side``: pixels per side of the map, as stored and of the crop, 0 where there is no map."""
 
     field: str
     shape: tuple[int, ...]
@@ -108,7 +109,7 @@ class Preparation:
             out[f"{s.field}.dates"] = np.empty((size, s.num_dates, 3), np.int16)
             out[f"{s.field}.noise"] = self._rng.random((size, s.num_noise), np.float32)
         for t in layout.targets:
-            out[t.field] = np.empty((size, *((t.side, t.side) if t.side else t.shape)), t.dtype)
+            out[t.field] = np.empty((size, *t.shape), t.dtype)
         for row, fields in enumerate(samples):
             self._write(fields, out, row)
         return out
@@ -120,10 +121,7 @@ class Preparation:
             + 4 * s.num_noise
             for s in self.layout.sensors
         }
-        targets = sum(
-            (t.side**2 if t.side else math.prod(t.shape)) * np.dtype(t.dtype).itemsize
-            for t in self.layout.targets
-        )
+        targets = sum(math.prod(t.shape) * np.dtype(t.dtype).itemsize for t in self.layout.targets)
         return sum(one.values()) + targets + 6
 
     def _write(self, fields: Fields, out: dict[str, np.ndarray], row: int) -> None:
