@@ -28,13 +28,17 @@ SHARD_MB = 64
 def build(work: Path, dataset: str) -> Path:
     """Write a dataset in our formats; what exists is kept. Returns its folder."""
     folder = work / dataset
-    datasets.synth(dataset, folder / "raw", TILES[dataset], seed=0)
-    raw = datasets.open_raw(dataset, folder / "raw", "train")
-    for codec in CODECS:
-        write_shards(raw, str(shards_of(folder, codec)), "train", workers=2, codec=codec, shard_mb=SHARD_MB)
-    if not (folder / "samples").exists():
-        _write_samples(folder, folder / "samples")
-    layout_of(datasets.spec(dataset), BATCH[dataset]).write(folder / "layout.json")
+    layout = layout_of(datasets.spec(dataset), BATCH[dataset])
+    if not (folder / "layout.json").exists():  # written last
+        datasets.synth(dataset, folder / "raw", TILES[dataset], seed=0)
+        raw = datasets.open_raw(dataset, folder / "raw", "train")
+        for codec in CODECS:
+            write_shards(
+                raw, str(shards_of(folder, codec)), "train", workers=2, codec=codec, shard_mb=SHARD_MB
+            )
+        if not (folder / "samples").exists():
+            _write_samples(folder, folder / "samples")
+    layout.write(folder / "layout.json")
     return folder
 
 
