@@ -11,7 +11,7 @@ program whose `up` starts a real S3 server and prints `export AWS_…=…`, and 
 - passes: all shards of a dataset through the Store of the loader, with an empty cache (download, SHA-256, write, read
   every field), beside the same ranges by bare connections.
 
-Then the requests of a pass, by count, and the seconds from the creation of a loader with one worker process to its
+Then the seconds from the creation of a loader with one worker process to its
 first batch, in a new process with an empty cache. Writes benchmarks/results/object_store.json.
 """
 
@@ -38,7 +38,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from benchmarks.loading.data import BATCH, TILES, build, shards_of
-from benchmarks.slow_store import requests_since, serve
+from benchmarks.slow_store import Requests, requests_since, serve
 from maestro_scale import datasets
 from maestro_scale.remote.reader import RemoteReader
 from maestro_scale.remote.retry import RetryPolicy
@@ -161,20 +161,33 @@ def some_shards(folder: Path) -> list[ShardInfo]:
     return found
 
 
-def one_pass(url: str, shards: Sequence[ShardInfo], cache: Path) -> float:
-    """Seconds to download, verify and read every field of the shards, with an empty cache."""
+def one_pass(store: str, url: str, shards: Sequence[ShardInfo], cache: Path) -> tuple[float, Requests]:
+    """Seconds from the first request for a shard until every field of the shards has been read, and the requests.
+
+    The cache is empty: shards are downloaded, verified and written to it.
+    """
     shutil.rmtree(cache, ignore_errors=True)
-    store = Store(url, cache, CACHE_BYTES)
-    started = time.perf_counter()
-    store.prefetch(shards)
+    requests_since(store)
+    reader = Store(url, cache, CACHE_BYTES)
+    reader.prefetch(shards)
     for info in shards:
-        with store.shard(info) as shard:
+        with reader.shard(info) as shard:
             for sample in shard:
                 for name in sample.names:
                     sample.array(name)
-    elapsed_s = time.perf_counter() - started
-    store.close()
-    return elapsed_s
+    ended = time.monotonic()
+    reader.close()
+    seen = requests_since(store)
+    assert seen.first is not None
+    return ended - seen.first, seen
+
+
+def clients(url: str, address: Callable[[str], str]) -> dict[str, Read]:
+    """The clients by name. ``address``: of an object, for bare connections."""
+    found = {"bare": bare(address), "ours": by_ours(url), "s3fs": by_s3fs(url)}
+    with suppress(ImportError):
+        found["obstore"] = by_obstore(url)
+    return found
 
 
 def compare_clients(
@@ -197,37 +210,36 @@ def compare_clients(
 def compare_passes(
     dataset: str, codec: str, folder: Path, store: str, rate: float, rounds: int, cache: Path
 ) -> dict[str, Any]:
-    """The result of passes over a dataset beside the bare link."""
+    """The result of passes over a dataset beside the bare link.
+
+    The fewest requests possible: one per range of 8 MiB; today's also ask for the size of each shard.
+    """
     shards, url = some_shards(folder), f"s3://{dataset}/{folder.name}"
-    size = sum(s.bytes for s in shards)
+    size, samples = sum(s.bytes for s in shards), sum(s.samples for s in shards)
     read = bare(lambda name: f"{store}/{dataset}/{folder.name}/{name}")
     speeds, shares = [], []
     for _ in range(rounds):
         link = read_all(read, ranges_of(shards)).mb_per_s
-        speeds.append(round(size / one_pass(url, shards, cache) / 1e6, 1))
+        seconds, seen = one_pass(store, url, shards, cache)
+        speeds.append(round(size / seconds / 1e6, 1))
         shares.append(round(speeds[-1] / link, 3))
-    row = {"dataset": dataset, "codec": codec, "link_mb_per_s": CONNECTIONS * rate / 1e6}
-    row |= {"bytes": size, "mb_per_s": speeds, "share": shares}
-    print(row, file=sys.stderr, flush=True)
-    return row
-
-
-def count_requests(dataset: str, codec: str, folder: Path, store: str, cache: Path) -> dict[str, Any]:
-    """The requests of a pass. The fewest possible: one per range of 8 MiB; today's also ask for the size of a shard."""
-    shards = some_shards(folder)
-    requests_since(store)
-    one_pass(f"s3://{dataset}/{folder.name}", shards, cache)
-    seen, samples = requests_since(store), sum(s.samples for s in shards)
-    return {
+    row = {
         "dataset": dataset,
         "codec": codec,
+        "link_mb_per_s": CONNECTIONS * rate / 1e6,
+        "shards": len(shards),
+    }
+    row |= {
         "samples": samples,
-        "stored_bytes": sum(s.bytes for s in shards) // samples,
+        "bytes": size,
+        "mb_per_s": speeds,
+        "share": shares,
         "get": seen.get,
         "head": seen.head,
-        "per_sample": round(seen.total / samples, 4),
-        "fewest_per_sample": round(len(ranges_of(shards)) / samples, 4),
     }
+    row |= {"fewest_requests": len(ranges_of(shards))}
+    print(row, file=sys.stderr, flush=True)
+    return row
 
 
 def first_batch(url: str, dataset: str, cache: Path) -> float:
@@ -301,7 +313,7 @@ def signed(bucket: str) -> Callable[[str], str]:
 def measure(folders: dict[str, Path], args: argparse.Namespace) -> dict[str, Any]:
     """The part of the result that is measured."""
     cache = args.work / "cold"
-    found: dict[str, Any] = {"clients": [], "passes": [], "requests": [], "first_batch_s": {}}
+    found: dict[str, Any] = {"clients": [], "passes": [], "first_batch_s": {}}
     client, folder = next(iter(folders.items()))
     folder = shards_of(folder, "raw")
     ranges = ranges_of(some_shards(folder))
@@ -314,21 +326,14 @@ def measure(folders: dict[str, Path], args: argparse.Namespace) -> dict[str, Any
         with serve(args.work, DELAY_S, rate) as store:
             os.environ |= {"AWS_ENDPOINT_URL": store, "AWS_ALLOW_HTTP": "true"}
             url = f"s3://{client}/{folder.name}"
-            readers = {
-                "bare": bare(lambda n, at=store: f"{at}/{client}/{folder.name}/{n}"),
-                "s3fs": by_s3fs(url),
-            }
-            with suppress(ImportError):
-                readers["obstore"] = by_obstore(url)
+            readers = clients(url, lambda n, at=store: f"{at}/{client}/{folder.name}/{n}")
             place = f"emulated, {CONNECTIONS * rate / 1e6:.0f} MB/s"
             found["clients"].append(compare_clients(place, readers, ranges, args.rounds))
             for dataset, data in folders.items():
                 for codec in CODECS:
                     shards = shards_of(data, codec)
-                    common = (dataset, codec, shards, store)
-                    found["passes"].append(compare_passes(*common, rate, args.rounds, cache))
-                    if rate == RATES[-1]:
-                        found["requests"].append(count_requests(*common, cache))
+                    row = compare_passes(dataset, codec, shards, store, rate, args.rounds, cache)
+                    found["passes"].append(row)
             if rate == RATES[-1]:
                 for dataset, data in folders.items():
                     seconds = first_batches(dataset, shards_of(data, "raw"), cache, args.rounds)
@@ -336,13 +341,7 @@ def measure(folders: dict[str, Path], args: argparse.Namespace) -> dict[str, Any
     if args.ceph:
         paths = [folder / s.path for s in some_shards(folder)]
         with ceph(args.ceph, "shards", paths):
-            readers = {
-                "bare": bare(signed("shards")),
-                "s3fs": by_s3fs("s3://shards"),
-                "ours": by_ours("s3://shards"),
-            }
-            with suppress(ImportError):
-                readers["obstore"] = by_obstore("s3://shards")
+            readers = clients("s3://shards", signed("shards"))
             found["clients"].append(compare_clients("Ceph", readers, ranges, args.rounds))
     return found
 

@@ -22,7 +22,7 @@ from maestro_scale.stream.transform import Transform
 
 TILES = {"treesatai_ts": 200, "pastis_hd": 12, "flair_hub": 40}
 BATCH = {"treesatai_ts": 16, "pastis_hd": 4, "flair_hub": 4}
-SHARD_MB = 64
+SHARD_MB = 16  # several of each dataset, so that a loader reads more than one at a time
 
 
 def build(work: Path, dataset: str) -> Path:
