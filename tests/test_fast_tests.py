@@ -6,11 +6,20 @@ import ast
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def conftest() -> ModuleType:
+    """tests/conftest.py, which cannot be imported by its name."""
+    spec = importlib.util.spec_from_file_location("conftest_of_all_tests", ROOT / "tests" / "conftest.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def is_slow(node: ast.AST) -> bool:
@@ -78,12 +87,18 @@ def test_a_slow_test_is_recognised():
         (["tests"], 8, 64, {"capture": "no"}, 0),
     ],
 )
-def test_processes_are_started_where_they_help(monkeypatch, words, cores, gib, options, expected):
-    spec = importlib.util.spec_from_file_location("conftest_of_all_tests", ROOT / "tests" / "conftest.py")
-    conftest = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(conftest)
+def test_processes_are_started_where_they_help(monkeypatch, conftest, words, cores, gib, options, expected):
     monkeypatch.setattr(conftest.os, "sched_getaffinity", lambda _: range(cores))
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=gib * 2**30))
     option = SimpleNamespace(**{"capture": "fd", "collectonly": False, **options})
     config = SimpleNamespace(option=option, args=[str(ROOT / word) for word in words])
     assert conftest.pytest_xdist_auto_num_workers(config) == expected
+
+
+def test_a_file_runs_in_one_process_and_so_does_slurm(conftest):
+    scheduling = object.__new__(conftest.FileScheduling)
+    ids = ("stream/test_a.py::test_x[1]", "stream/test_a.py::test_y", "stream/test_b.py::test_x")
+    first, second, other = (scheduling._split_scope(f"tests/{nodeid}") for nodeid in ids)
+    assert first == second != other
+    slurm = {scheduling._split_scope(f"tests/services/slurm/test_{name}.py::test_x") for name in "ab"}
+    assert slurm == {"slurm"}
