@@ -112,6 +112,7 @@ def test_shards_are_verified_and_inspected(folder):
     assert (folder / "tile.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_a_modified_shard_is_detected(folder):
     path = folder / "shards" / "val-000000.tar"
     content = bytearray(path.read_bytes())

@@ -66,6 +66,7 @@ def test_a_damaged_shard_is_named(tmp_path):
     assert "train-000000.tar" in checked.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("args", "words"),
     [

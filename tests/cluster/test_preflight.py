@@ -147,6 +147,7 @@ def places(tmp_path) -> dict[str, Path]:
 IMAGE = {"MAESTRO_IMAGE": "lab/maestro:1"}
 
 
+@pytest.mark.slow
 def test_an_evaluation_submits_nothing_under_the_check_and_shows_its_mounts(tmp_path, places):
     recipe = tmp_path / "own.yaml"
     recipe.write_text(RECIPE.read_text().replace("shards: shards", f"shards: {RECIPE.parent / 'shards'}"))

@@ -49,6 +49,7 @@ def test_a_time_limit_that_leaves_nothing_before_the_signal_is_told(tmp_path, en
     assert ("and is asked to save and stop 180 s before" in done.stdout) == warns
 
 
+@pytest.mark.slow
 def test_a_training_that_starts_later_is_followed(tmp_path):
     run = tmp_path / "runs" / "a"
     run.mkdir(parents=True)

@@ -39,6 +39,7 @@ def raw(tmp_path_factory) -> Path:
     return dst
 
 
+@pytest.mark.slow
 def test_every_modality_and_target_of_every_split_reads(raw):
     labels = set()
     for split, count in (("train", 3), ("val", 1), ("test", 2)):

@@ -109,6 +109,7 @@ def test_a_section_that_fails_loses_no_other(monkeypatch, tmp_path):
         os.kill(int((tmp_path / "child").read_text()), 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("required", "passes"), [(True, False), (False, True)])
 def test_only_a_required_section_fails_the_command(required, passes, monkeypatch, tmp_path):
     _, passed = run_sections(monkeypatch, tmp_path, section("wrong", required=required), section("fine"))
@@ -153,6 +154,7 @@ def test_without_a_gpu_nothing_else_is_tried(monkeypatch, tmp_path):
     assert not passed
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
     reason="this torch cannot register a device from Python",

@@ -59,6 +59,7 @@ def test_estimates_are_within_ten_percent_of_counted_bytes(preset, size, checkpo
     )  # too low is worse than too high: the step would run out of memory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16_weights"])
 @pytest.mark.parametrize("checkpointing", ["none", "blocks"])
 def test_estimates_hold_in_other_precisions(precision, checkpointing):
@@ -66,12 +67,14 @@ def test_estimates_hold_in_other_precisions(precision, checkpointing):
     assert case.estimate == pytest.approx(case.peak, rel=memory.TOLERANCE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("micro_batch", [1, 64])
 def test_estimates_hold_for_small_and_large_micro_batches(micro_batch):
     case = memory.measure("treesatai_ts", "base", "blocks", "bf16", micro_batch)
     assert case.estimate == pytest.approx(case.peak, rel=memory.TOLERANCE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [

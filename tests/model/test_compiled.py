@@ -68,6 +68,7 @@ def test_the_step_is_compiled_once_per_dataset_and_by_nothing_else():
 
 
 # compile_training must raise the limit: beyond it, a step is an error. The name is that of torch 2.6.
+@pytest.mark.slow
 @torch._dynamo.config.patch(cache_size_limit=2)
 def test_blocks_are_compiled_once_per_shape_and_by_nothing_else():
     config = two_views()
@@ -83,6 +84,7 @@ def test_blocks_are_compiled_once_per_shape_and_by_nothing_else():
         assert backend.frame_count == (expected[dataset] if seed < 2 else 8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["blocks", "step"])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_losses_sums_and_gradients_are_those_of_eager_mode(mode, autocast):
@@ -124,6 +126,7 @@ def test_the_graph_holds_no_data_of_the_host_and_does_not_wait_for_the_device():
         assert "device" not in node.kwargs or node.target is not aten._to_copy.default, node.format_node()
 
 
+@pytest.mark.slow
 def test_a_copy_of_a_compiled_model_computes_with_its_own_weights():
     model = Maestro(two_views()).initialise(0).compile_training("step", backend="aot_eager")
     inputs = inputs_of(model.config, "two")

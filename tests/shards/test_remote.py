@@ -413,6 +413,7 @@ def held(url, name, process="", lifetime_s=60.0):
     s3fs.S3FileSystem().pipe(f"{url}/{name}", json.dumps(content).encode())
 
 
+@pytest.mark.slow
 def test_a_second_writer_is_refused_before_it_writes(s3):
     url = "s3://shards/second"
     with Writer(url, SPEC, "train") as writer:
@@ -476,6 +477,7 @@ def test_a_writer_that_lost_its_lease_publishes_nothing(s3):
     assert ".train.lease" in objects(url)  # of the other writer
 
 
+@pytest.mark.slow
 def test_parts_work_together_and_are_resumed(s3, dataset):
     url = "s3://shards/parts"
 
@@ -516,6 +518,7 @@ def test_leftovers_are_removed_after_the_publication_and_only_without_other_writ
     assert set(objects(url)) == {"manifest.json", "manifest.sha256", info.path, index_path(info.path)}
 
 
+@pytest.mark.slow
 def test_raw_data_that_changed_between_two_writers_is_reported(s3, dataset):
     """One shard, written twice by writers with equal settings, with different content."""
     url, other = "s3://shards/changed", "s3://shards/changed-too"
@@ -535,6 +538,7 @@ def test_raw_data_that_changed_between_two_writers_is_reported(s3, dataset):
     assert write_shards(Toy(12), url, "train", shard_mb=SMALL) == dataset
 
 
+@pytest.mark.slow
 def test_datasets_with_plain_names_are_read_and_extended(s3, tmp_path):
     """As earlier revisions have written them to object stores."""
     url = "s3://shards/plain"

@@ -86,6 +86,7 @@ def test_the_page_writes_its_arrays(written):
         np.testing.assert_allclose(means, 60 + 100 * trees, atol=5)
 
 
+@pytest.mark.slow
 def test_the_page_inspects(written):
     verified, inspected = (run(command, written) for command in commands("look"))
     assert "3 shards, 80 samples, all valid" in verified

@@ -82,6 +82,7 @@ def test_without_a_store_the_error_says_what_to_set(no_store):
     assert list(no_store.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_store_without_the_model_is_named(no_store, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{no_store}/other.db")
     with pytest.raises(ExportError, match=r"cannot be fetched from sqlite:///.*other\.db"):
