@@ -6,9 +6,10 @@ Nothing is downloaded: the manifest is real, its shards are not. What a rank com
 ranks are simulated one after the other, and only those of --nodes of the nodes; totals are scaled to all nodes.
 
 Start: one process for each role, --rounds times, from the bytes of the manifest to a loader that knows its order.
-``every rank``: parses the manifest and hashes its shards, as each rank did in earlier revisions. ``first``: the rank
-that reads for its node, and finds no parsed manifest. ``again``: the same at the next start. ``other``: the other ranks
-of the node, which map it. Processor seconds, and memory that the process does not share.
+``every rank``: parses the manifest and hashes its shards, as each rank did in earlier revisions. ``first``: rank 0,
+which reads for its node, finds no parsed manifest, and hashes the shards for all ranks. ``again``: the same at the next
+start. ``other``: the other ranks of a node, which map the manifest. Processor seconds, and memory that the process does
+not share.
 
 Loader process: bytes that are pickled for it, and its processor seconds to unpickle them.
 
@@ -123,10 +124,7 @@ class Clock:
 def private_bytes() -> int:
     """Memory of this process that it shares with no other and with no file."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return (
-        sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("Private_Dirty", "Anonymous")))
-        // 2
-    )
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Private_Dirty:"))
 
 
 def play(role: str, work: Path, digest: str) -> None:
@@ -142,6 +140,7 @@ def play(role: str, work: Path, digest: str) -> None:
     else:
         manifest = clock.measure("manifest", lambda: load_manifest(url, cache))
         assert manifest.digest == digest
+        clock.measure("digest of the splits", lambda: manifest.digest_of([SPLIT]))
     source = clock.measure("source", lambda: source_of(manifest, work))
     loader = clock.measure("order", lambda: loader_of(source, 5))
     gc.collect()
@@ -251,23 +250,23 @@ def measure_requests(source: Source, nodes: int, per_shard: dict[str, Any], step
     chosen = [all_nodes * i // nodes for i in range(nodes)]
     order = loader_of(source, 0)._orders[0]
     found: dict[str, Any] = {"lookahead": _Lookahead(order, 0, RANKS, JUMP, WORKERS)._reach}
-    for name, start in ("after the start", JUMP), ("epoch change", change - window):
-        # (nodes, steps, 2): new shards that a node asks for, and those of them that the step itself uses
-        asked = np.array([list(downloads_of_node(source, n, start, 2 * window)) for n in chosen])
-        # At a start all lanes ask for what they need next: the queue, apart from the rate after it.
-        first = asked[:, : window if name == "after the start" else 0]
-        rate = asked[:, first.shape[1] :, 0].mean() * all_nodes / step_s
+    for name, start, windows in ("after the start", JUMP, 1), ("epoch change", change - 2 * window, 2):
+        # (nodes, steps, 2): new shards that a node asks for, and those of them that the step itself uses. In the first
+        # window each lane asks for what it needs until the end of the next one: a queue, apart from the rate after it.
+        steps = (1 + windows) * window
+        asked = np.array([list(downloads_of_node(source, n, start, steps)) for n in chosen])
+        first, later = asked[:, :window], asked[:, window:, 0]
+        rate = later.mean() * all_nodes / step_s
         found[name] = {
             "shards_per_s": rate,
             "head_per_s": rate * per_shard["HEAD"],
             "range_get_per_s": rate * per_shard["range GET"],
             "gb_per_s": rate * SHARD_BYTES / 1e9,
             "gb_per_s_of_a_node": rate * SHARD_BYTES / 1e9 / all_nodes,
-            "most_shards_in_a_step_of_a_node": int(asked[:, 1:, 0].max()),
+            "most_shards_in_a_step_of_a_node": int(later.max()),
+            "first_step_of_a_node": float(first[:, 0, 1].mean()),
+            "first_window_of_a_node": float(first[:, :, 0].sum(1).mean()),
         }
-        if first.size:
-            found[name]["first_step_of_a_node"] = float(asked[:, 0, 1].mean())
-            found[name]["first_window_of_a_node"] = float(first[:, :, 0].sum(1).mean())
     # At every start: one rank of each node reads the manifest, and its checksum file.
     found["manifest_get"] = 2 * all_nodes
     found["least_shards_per_s"] = GLOBAL_BATCH / (SAMPLES / SHARDS) / step_s

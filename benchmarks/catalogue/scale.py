@@ -40,8 +40,8 @@ def _checkpoints(result: Any) -> Iterator[Figure]:
 
 def _scale(result: Any) -> Iterator[Figure]:
     names = {
-        "first": "start of the rank that parses the manifest, processor",
-        "again": "start of that rank with a parsed manifest in its cache, processor",
+        "first": "start of rank 0, which parses the manifest, processor",
+        "again": "start of rank 0 with a parsed manifest in the cache, processor",
         "other": "start of any other rank, processor",
     }
     before = result["start"]["every rank"]
@@ -69,6 +69,9 @@ def _scale(result: Any) -> Iterator[Figure]:
         yield Figure(f"HEAD requests, {name}", (r["head_per_s"],), "per s", counted=True)
         yield Figure(f"range requests, {name}", (r["range_get_per_s"],), "per s", counted=True)
         yield Figure(f"bytes, {name}", (r["gb_per_s"],), "GB/s", counted=True)
+        if name == "after the start":
+            first = r["first_step_of_a_node"]
+            yield Figure("shards that a node needs for the first step", (first,), counted=True)
         most = r["most_shards_in_a_step_of_a_node"]
         yield Figure(f"most shards that a node asks for in a step, {name}", (most,), counted=True)
     yield Figure("requests for the manifest at a start, all nodes", (requests["manifest_get"],), counted=True)

@@ -15,6 +15,7 @@ from shards.kit import SPEC
 from maestro_scale.shards.errors import ManifestError
 from maestro_scale.shards.format import manifest as manifest_module
 from maestro_scale.shards.format.manifest import Manifest
+from maestro_scale.shards.format.serialization import to_builtins
 from maestro_scale.shards.format.shard_table import ShardInfo, ShardTable
 from maestro_scale.shards.read.manifest_cache import load_manifest, mapped_manifest
 
@@ -52,6 +53,8 @@ def test_a_table_is_the_sequence_of_its_shards():
     with pytest.raises(IndexError):
         table[3]
     assert list(ShardTable.of(())) == []
+    assert table.as_dicts() == to_builtins((A, B, C))
+    assert table[1:].as_dicts() == to_builtins((B, C))
 
 
 @pytest.mark.parametrize("part", [slice(None), slice(1, 3), slice(0, 3, 2)])

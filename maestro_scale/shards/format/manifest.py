@@ -116,7 +116,7 @@ class Manifest:
         content = {
             "format_version": self.format_version,
             "spec": to_builtins(self.spec),
-            "shards": to_builtins(shards),
+            "shards": ShardTable.of(shards).as_dicts(),
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

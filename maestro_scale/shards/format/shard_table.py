@@ -116,6 +116,23 @@ class ShardTable(Sequence[ShardInfo]):
         column = self._rows["split"]
         return self.take(np.concatenate([np.flatnonzero(column == known[name]) for name in splits]))
 
+    def as_dicts(self) -> list[dict[str, Any]]:
+        """What ``to_builtins`` makes of the shards, without an object for each."""
+        text = self._text.tobytes()
+        dicts = []
+        for num_bytes, samples, path, path_bytes, split, absent, sha256 in self._rows.tolist():
+            shard = {
+                "path": text[path : path + path_bytes].decode(),
+                "split": self.splits[split],
+                "bytes": num_bytes,
+                "samples": samples,
+                "sha256": sha256.decode(),
+            }
+            if self.absents[absent]:
+                shard["absent"] = list(self.absents[absent])
+            dicts.append(shard)
+        return dicts
+
     def tensors(self) -> dict[str, np.ndarray]:
         """What :meth:`map` needs in a file, beside ``splits`` and ``absents``: arrays of bytes."""
         return {"rows": self._rows.view(np.uint8), "text": self._text}
