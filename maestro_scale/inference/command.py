@@ -98,6 +98,7 @@ def predict(
     pixel_m = maps.resolution_m if maps else step_m
     layout = Layout(pixel_m, stride_m(spec.crop_m, overlap, [step_m, pixel_m]))
     source = open_source(data, spec, layout, options)
+    notes = [*notes, *source.notes]
     folder = Folder(out, _record(model, data, source, layout, options, how))
     if points is not None:
         return run.predict_points(source, points, folder, spec.name, how, progress), notes

@@ -18,12 +18,15 @@ from maestro_scale.datasets.description.dataset import only
 from maestro_scale.datasets.description.splits import WHOLE
 from maestro_scale.datasets.scenes.dataset import SceneTiles, area_of, open_scenes
 from maestro_scale.datasets.scenes.grid import Cell
+from maestro_scale.datasets.scenes.plan import coverage
 from maestro_scale.datasets.spec import DatasetSpec, GeoOrigin, LeftOut
 from maestro_scale.inference.errors import InferenceError
 from maestro_scale.inference.source import Layout, Piece, read_piece
 from maestro_scale.inference.windows import Area
 from maestro_scale.shards.format.codec import Sample, encode
 from maestro_scale.stream.crops import Crop
+
+_WHOLE = 0.995  # of an area: outlines in other coordinate systems differ a little
 
 
 class SceneSource:
@@ -33,6 +36,7 @@ class SceneSource:
         self, spec: DatasetSpec, dataset: SceneTiles, name: str, layout: Layout, area: Any = None
     ) -> None:
         self.spec, self._dataset, self._polygon = spec, dataset, area
+        self.notes = _coverage_notes(dataset)
         grid = dataset.reader.grid
         cells = list(dataset.cells)
         if area is not None:
@@ -101,6 +105,26 @@ class SceneSource:
         )
         mask: np.ndarray = geometry_mask([self._polygon], (height, width), transform)
         return mask
+
+
+def _coverage_notes(dataset: SceneTiles) -> tuple[str, ...]:
+    """What is not mapped because a required raster does not cover it."""
+    import shapely
+
+    optional = {m.name for m in dataset.spec.modalities if m.optional}
+    covers = {
+        s.raster.name: coverage(s, dataset.reader.grid)
+        for s in dataset.reader.series
+        if s.shots and s.raster.name not in optional
+    }
+    whole = shapely.area(shapely.union_all(list(covers.values())))
+    shares = {name: shapely.area(cover) / whole for name, cover in covers.items() if whole}
+    return tuple(
+        f"{name} covers {share:.0%} of what all rasters cover; the rest is not mapped, unless rasters.{name}.required "
+        "is false"
+        for name, share in shares.items()
+        if share < _WHOLE
+    )
 
 
 def _local_bytes(address: str) -> int | None:

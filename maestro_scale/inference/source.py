@@ -44,9 +44,10 @@ class Piece:
 
 
 class Source(Protocol):
-    """The areas that are mapped, and their windows."""
+    """The areas that are mapped, and their windows. ``notes``: for the user, on what is not mapped."""
 
     spec: DatasetSpec
+    notes: tuple[str, ...]
 
     @property
     def areas(self) -> Sequence[Area]: ...
@@ -87,7 +88,7 @@ class TileSource:
         layout: Layout,
         offset: float = 0.0,
     ) -> None:
-        self.spec, self._sample = spec, read_sample
+        self.spec, self._sample, self.notes = spec, read_sample, ()
         self._grid = grid = CropGrid(spec)
         step_m, pixel_m = grid.step_m, layout.resolution_m
         stride = max(round(layout.stride_m / step_m), 1)

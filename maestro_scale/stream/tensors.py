@@ -54,6 +54,10 @@ def named_inputs(
             raise ValueError(
                 f"sensor {name}: {tuple(x.shape)}; give (B, dates, bands, H, W), or (B, bands, H, W) of one date"
             )
+        if x.shape[-1] != x.shape[-2]:
+            raise ValueError(
+                f"sensor {name}: images of {x.shape[-2]} by {x.shape[-1]} pixels; give square ones"
+            )
         images[name] = x.unsqueeze(1) if x.dim() == 4 else x
     first = next(iter(images.values()))
     if any(x.shape[0] != first.shape[0] for x in images.values()):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 from rio_cogeo.cogeo import cog_validate
 from testkit.hostile import NAMES
 from testkit.models import TINY
+from testkit.scene_files import write_scene
 from testkit.valley import CLASSES, CRS, DESCRIPTION, NORTH, SIZE, SPEC, WEST, landscape, tile
 from typer.testing import CliRunner
 
@@ -45,6 +47,7 @@ from maestro_scale.interop.pretrained import load_model
 from maestro_scale.model.config import ModelConfig
 from maestro_scale.model.finetuned import Finetuned
 from maestro_scale.model.maestro import Maestro
+from maestro_scale.shards.write.from_arrays import Raster, describe
 from maestro_scale.shards.write.writer import Writer
 
 CPU = run.Run(torch.device("cpu"))
@@ -412,6 +415,38 @@ def test_offsets_move_the_windows_of_tiles(model, valley, tmp_path):
     with pytest.raises(InferenceError, match="the model reads s2"):
         view_on(model, replace(data.spec, modalities=(replace(data.spec.modalities[0], name="aerial"),)))
     assert isinstance(data, Data)
+
+
+def test_what_a_raster_leaves_unmapped_is_said(valley, tmp_path):
+    rasters = [
+        Raster("s2", ("B2", "B3", "B4"), 10.0, "int16", patch=2),
+        Raster("dem", ("z",), 10.0, "float32", patch=2),
+    ]
+    config = ModelConfig(
+        describe("valley", 160.0, rasters).sensors, TINY, 16, inter_depth=1, crop_m=160.0, dataset="valley"
+    )
+    further = """  dem:
+    files: dem.tif
+    bands: [z]
+    resolution_m: 10
+    dtype: float32
+    quantity: any
+    dates: {from: reference}
+    required: REQUIRED
+    sensor: {patch: 2, scale: {divisor: 10.0}}
+"""
+    shutil.copy(valley.scene / "s2_20200601.tif", tmp_path)
+    write_scene(tmp_path / "dem.tif", np.ones((1, 96, 24), np.float32), WEST, NORTH, crs=CRS)
+    notes = {}
+    for required in ("true", "false"):
+        (tmp_path / "valley.yaml").write_text(DESCRIPTION + further.replace("REQUIRED", required))
+        model = Maestro(config)
+        data = open_data(model, str(tmp_path / "valley.yaml"), Options())
+        spec, _ = view_on(model, data.spec)
+        notes[required] = open_source(data, spec, Layout(10.0, 80.0), Options()).notes
+    (note,) = notes["true"]
+    assert note.startswith("dem covers 25% of what all rasters cover; the rest is not mapped")
+    assert notes["false"] == ()
 
 
 def test_the_command_and_its_refusals(valley, tmp_path):

@@ -59,6 +59,8 @@ def test_a_backbone_is_pickled_and_takes_equal_samples_of_all(exported):
     assert torch.equal(copy(batch.pixels["s2"], dates)[0], backbone(batch.pixels["s2"], dates)[0])
     with pytest.raises(ValueError, match=r"s2: dates \(1, .* for images \(2, "):
         backbone(batch.pixels["s2"], {"s2": dates["s2"][:1]})
+    with pytest.raises(ValueError, match="s2: images of 6 by 4 pixels; give square ones"):
+        backbone(batch.pixels["s2"][..., :4], dates)
     both = {"s2": batch.pixels["s2"], "aerial": batch.pixels["aerial"][:1]}
     with pytest.raises(ValueError, match="different numbers of samples: aerial 1, s2 2"):
         maestro_scale.backbone(exported, sensors=["s2", "aerial"])(both)
