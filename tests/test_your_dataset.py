@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import rasterio
 import yaml
 from matplotlib.image import imread
 from testkit.runs import REPO, curve, metrics
@@ -90,3 +91,10 @@ def test_the_page_leads_from_a_folder_to_a_score(tmp_path):
     results = json.loads((tmp_path / "results" / "probe" / "results.json").read_text())
     assert results["benchmark"] == "valley"
     assert results["value"] > 0.6  # a third without any knowledge
+
+    run("finetune", tmp_path, "train.steps=4", "evaluation.overlap=0")
+    run("map", tmp_path)
+    with rasterio.open(tmp_path / "maps" / "valley.tif") as image:
+        assert (image.crs.to_string(), image.bounds[0], image.bounds[3]) == ("EPSG:32632", 600_000, 5_400_000)
+        assert set(image.tags(1).values()) == {"barley", "beet", "maize"}
+        assert image.read(1).max() <= 2  # a class everywhere

@@ -180,6 +180,7 @@ def test_tiles_of_shards_are_maps_with_colours_and_names(model, valley, tmp_path
             shares = image.read()
             assert image.descriptions == ("field", "wood", "lake")
             assert image.scales == (0.004,) * 3
+            assert (image.nodata, image.crs.to_string()) == (255, CRS)
         assert np.abs(shares.sum(axis=0, dtype=int) - 250).max() <= 2
         assert (np.array([0, 2, 3])[shares.argmax(axis=0)] == classes).mean() > 0.99
     # Several ranks have batches of the same windows.
@@ -328,6 +329,8 @@ def test_embeddings_as_images_and_as_points(model, valley, tmp_path):
     assert cog_validate(path, strict=True, quiet=True)[0]
     with rasterio.open(path) as image:
         assert (image.count, image.res, image.descriptions[1]) == (32, (20.0, 20.0), "s2_1")
+        assert (image.crs.to_string(), set(image.dtypes)) == (CRS, {"float32"})
+        assert np.isnan(image.nodata)
     points = replace(options, embeddings="parquet")
     predict(model, str(valley.shards), tmp_path / "points", replace(points, files=None), CPU)
     frame = geopandas.read_parquet(tmp_path / "points" / "valley.parquet")

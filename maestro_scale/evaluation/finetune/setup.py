@@ -163,7 +163,8 @@ class Finetuning:
     def _micro_batch(self) -> int:
         if self._recipe.train.micro_batch == "auto":
             raise RecipeError(
-                "train.micro_batch: auto is estimated for pretraining only: give the number of samples of a finetuning"
+                "train.micro_batch: auto is estimated for pretraining only: set the samples per forward pass, for "
+                "example --set train.micro_batch=4"
             )
         return self._recipe.train.micro_batch
 
