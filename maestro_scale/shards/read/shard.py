@@ -89,7 +89,7 @@ class _OpenFile:
     def read_many(self, starts: Sequence[int], size: int) -> np.ndarray:
         """``size`` bytes from each of ``starts``, one after the other, uint8; BadShard if that fails."""
         data = np.empty(size * len(starts), np.uint8)
-        preadv, descriptor, parts = os.preadv, self._descriptor, memoryview(data)
+        preadv, descriptor, parts = os.preadv, self._descriptor, data.data
         at, done = 0, 0
         try:
             for start in starts:
