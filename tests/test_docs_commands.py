@@ -1,91 +1,44 @@
 """Every block of commands in README and docs is marked as run by a test, or says why not; all have valid options.
 
-A marker is the line before a block: ``<!-- test: NAME -->`` or ``<!-- not run: REASON -->``. Two NAMEs are
-run here: ``dry``, which needs no data, and ``fixture``, on the shards, run and model of tests/fixtures.
+A marker is the line before a block: ``<!-- test: NAME -->`` or ``<!-- not run: REASON -->``. NAME is ``dry`` (needs no
+data), a place of ``testkit/page_places.py``, which may have an argument, or a name that another test reads (``ELSEWHERE``).
+The blocks of a page with the same marker run one after the other in one folder.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import io
-import os
 import re
 import shlex
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
 import click
 import pytest
 import typer
+from testkit.page_blocks import PAGES, ROOT, Block, all_blocks, blocks
+from testkit.page_places import PLACES
+from testkit.page_shell import Shell
 from typer.testing import CliRunner
 
 from maestro_scale import cli, evaluate, train
-from maestro_scale.training.stop import StopRequest
 
-ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-PROGRAMS = (
-    *(
-        "maestro-scale",
-        "deepspeed",
-        "torchrun",
-        "python",
-        "python3",
-        "pip",
-        "sbatch",
-        "srun",
-        "bash",
-        "docker",
+ELSEWHERE = {
+    "your_arrays.md": ("tests/shards/test_your_arrays.py", {"look", "train"}),
+    "your_dataset.md": (
+        "tests/test_your_dataset.py",
+        {"make", "describe", "shard", "inspect", "recipe", "pretrain", "probe"},
     ),
-    *("apptainer", "git", "hf", "mlflow", "evaluate.py", "train.py"),
-)
-_COMMAND = re.compile(rf"^(?:[A-Z_]+=\S+ )*(?:{'|'.join(map(re.escape, PROGRAMS))}) ")
+}
+"""Page → the test that runs its blocks by name, and their names."""
 _OURS = re.compile(
     r"(?:^|[\s;('])(maestro-scale|maestro_scale\.cli|\S*evaluate\.py|\S*train\.py)\s+([^;|)#&>']+)"
 )
-_MARKER = re.compile(r"<!-- (test|not run): (.+) -->")
-
-
-@dataclass(frozen=True)
-class Block:
-    """``line``: number of its first line, from 0; ``marker``: (kind, name or reason), None where it has none."""
-
-    line: int
-    commands: tuple[str, ...]
-    marker: tuple[str, str] | None
-
-
-def blocks(text: str) -> Iterator[Block]:
-    """Indented and fenced blocks with at least one command of a program that the project documents."""
-    lines = text.splitlines()
-    number = 0
-    while number < len(lines):
-        start, body = number, []
-        if lines[number].lstrip().startswith("```"):
-            number += 1
-            while number < len(lines) and not lines[number].lstrip().startswith("```"):
-                body.append(lines[number])
-                number += 1
-            number += 1
-        elif lines[number].startswith("    ") and not (start and lines[start - 1].strip()):
-            while number < len(lines) and (lines[number].startswith("    ") or not lines[number].strip()):
-                body.append(lines[number])
-                number += 1
-        else:
-            number += 1
-            continue
-        joined = "\n".join(line.strip() for line in body).replace("\\\n", " ").splitlines()
-        if any(_COMMAND.match(line.removeprefix("env/bin/")) for line in joined):
-            yield Block(start, tuple(line for line in joined if line), _marker_before(lines, start))
-
-
-def _marker_before(lines: list[str], start: int) -> tuple[str, str] | None:
-    before = next((line for line in reversed(lines[:start]) if line.strip()), "")
-    found = _MARKER.fullmatch(before.strip())
-    return (found[1], found[2]) if found else None
 
 
 def own_commands(block: Block) -> Iterator[tuple[str, list[str]]]:
@@ -133,16 +86,16 @@ def _script_options(script: ModuleType) -> set[str]:
     return set(re.findall(r"--[\w-]+", text.getvalue()))
 
 
-def all_blocks() -> list[tuple[str, Block]]:
-    return [(page.name, block) for page in PAGES for block in blocks(page.read_text())]
-
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_block_says_whether_it_is_run(page):
-    silent = [
-        f"{page.name}:{b.line + 1}: {b.commands[0]}" for b in blocks(page.read_text()) if b.marker is None
-    ]
-    assert silent == [], "write <!-- test: NAME --> or <!-- not run: REASON --> before it"
+    found = [(f"{page.name}:{b.line + 1}: {b.commands[0]}", b.marker) for b in blocks(page.read_text())]
+    assert [place for place, marker in found if marker is None] == [], "write a marker before it"
+    run_here = {"dry", *PLACES}
+    names = {marker[1] for _, marker in found if marker[0] == "test"}
+    unknown = {name for name in names if name.split()[0] not in run_here}
+    test, known = ELSEWHERE.get(page.name, ("", set()))
+    assert unknown <= known
+    assert not test or page.name in (ROOT / test).read_text()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -156,7 +109,14 @@ def test_every_command_and_option_exists(page):
     assert wrong == {}
 
 
-DRY = [(f"{name}:{b.line + 1}", b) for name, b in all_blocks() if b.marker == ("test", "dry")]
+def marked(name: str) -> Iterator[tuple[Path, Block]]:
+    """The blocks whose marker begins with ``name``."""
+    return (
+        (page, b) for page, b in all_blocks() if b.marker and b.marker[0] == "test" and b.marker[1] == name
+    )
+
+
+DRY = [(f"{page.name}:{b.line + 1}", b) for page, b in marked("dry")]
 
 
 @pytest.mark.parametrize("block", [b for _, b in DRY], ids=[place for place, _ in DRY])
@@ -170,51 +130,53 @@ def test_a_block_that_needs_no_data_runs(block, monkeypatch, capsys):
             assert done.exit_code == 0, done.output
 
 
-FIXTURES = ROOT / "tests" / "fixtures"
-PLACES = {
-    "shards": ("SHARDS", "shards", "data/treesatai_ts"),
-    "run": ("RUN", "runs/vitb-treesatai-ts"),
-    "model": ("MODEL",),
-    "evaluation/probe": ("ours", "theirs", "other/results"),
-}
-"""Of tests/fixtures: the names that the pages use for such data."""
+HERE = sorted(
+    {
+        (page.name, b.marker[1])
+        for page, b in all_blocks()
+        if b.marker and b.marker[0] == "test" and b.marker[1].split()[0] in PLACES
+    }
+)
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch) -> Path:
-    """A folder with data of all names, which is the working directory."""
-    for source, names in PLACES.items():
-        for name in names:
-            shutil.copytree(FIXTURES / source, tmp_path / name)
-    # The sensors of the small model have other patches and groups than the benchmark's recipe.
-    own = f"extends: {FIXTURES / 'evaluate.yaml'}\ndata: {{cache_dir: {tmp_path / 'cache'}}}\n"
-    for name in ("eval/treesatai_ts", "recipes/eval/treesatai_ts.yaml"):
-        (tmp_path / name).parent.mkdir(parents=True)
-        (tmp_path / name).write_text(own)
-    monkeypatch.setenv("MAESTRO_DATA", "data")
-    monkeypatch.setenv("MAESTRO_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("maestro_scale.launcher_death.watch_launcher", lambda *_: None)
-    monkeypatch.setattr(StopRequest, "install", lambda self: self)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory) -> Callable[[str], Shell]:
+    """The shell of a marker, whose folder is prepared once."""
+
+    @functools.cache
+    def prepare(marker: str) -> Shell:
+        place, *argument = marker.split()
+        return PLACES[place](tmp_path_factory.mktemp("place"), *argument)
+
+    return prepare
 
 
-ON_FIXTURES = {name for name, b in all_blocks() if b.marker == ("test", "fixture")}
+@pytest.mark.slow
+@pytest.mark.parametrize(("page", "marker"), HERE, ids=[" ".join(pair) for pair in HERE])
+def test_the_blocks_of_a_page_run_in_order(page, marker, prepared, tmp_path):
+    shell = prepared(marker)
+    if shell.folder != ROOT:
+        shutil.copytree(shell.folder, tmp_path / "place", symlinks=True)
+        shell = dataclasses.replace(shell, folder=tmp_path / "place")
+    for path, block in marked(marker):
+        if path.name == page:
+            shell.run("\n".join(block.commands))
 
 
-@pytest.mark.parametrize("page", sorted(ON_FIXTURES))
-def test_the_blocks_of_a_page_run_in_order(page, folder, capsys):
-    text = next(p for p in PAGES if p.name == page).read_text()
-    for block in blocks(text):
-        if block.marker != ("test", "fixture"):
-            continue
-        for program, words in own_commands(block):
-            words = [os.path.expandvars(word) for word in words]
-            if "evaluate" in (words[0], Path(program).stem):
-                status = evaluate.main(words[words[0] == "evaluate" :])
-            else:
-                status = CliRunner().invoke(cli.app, words, catch_exceptions=False).exit_code
-            assert status == 0, (words, capsys.readouterr().err)
+def test_a_command_that_fails_is_noticed(tmp_path):
+    with pytest.raises(AssertionError, match="no_such_folder"):
+        Shell(tmp_path).run("maestro-scale verify no_such_folder > found.txt\ntrue")
+    with pytest.raises(AssertionError, match="NO_SUCH"):
+        Shell(tmp_path).run("echo $NO_SUCH")
+
+
+def test_a_command_has_the_folder_the_variables_and_the_outputs_of_its_line(tmp_path):
+    (tmp_path / "sub").mkdir()
+    Shell(tmp_path, {"MAESTRO_DATA": "here"}).run(
+        "cd sub && maestro-scale recipes > list.txt && deepspeed --num_gpus 8 maestro_scale/train.py --help > help.txt"
+    )
+    assert "vitl" in (tmp_path / "sub" / "list.txt").read_text()
+    assert "--recipe" in (tmp_path / "sub" / "help.txt").read_text()
 
 
 def test_blocks_are_found_and_what_is_wrong_with_them():

@@ -94,11 +94,19 @@ class Server:
             and all(env.get(name) == self.env.get(name) for name in names)
         )
 
-    def start(self, command: Sequence[str], env: Mapping[str, str], cwd: Path, output: int) -> ForkedProcess:
-        """Run ``command`` with both outputs to the file descriptor ``output``."""
+    def start(
+        self,
+        command: Sequence[str],
+        env: Mapping[str, str],
+        cwd: Path,
+        output: int,
+        errors: int | None = None,
+    ) -> ForkedProcess:
+        """Run ``command`` with its output to the file descriptor ``output``, its errors to ``errors``, by default the
+        same."""
         message = json.dumps({"args": command[1:], "env": dict(env), "cwd": str(cwd)}).encode()
         with self._lock:
-            socket.send_fds(self._socket, [message], [output])
+            socket.send_fds(self._socket, [message], [output, output if errors is None else errors])
             while "pid" not in (answer := self._receive()):
                 self._note(answer)
         return ForkedProcess(answer["pid"], self)
@@ -166,7 +174,7 @@ def _serve(fd: int) -> NoReturn:
                 woken.recv(4096)
                 _report_ended(client)
                 continue
-            message, fds, _, _ = socket.recv_fds(client, _MAX_MESSAGE, 1)
+            message, fds, _, _ = socket.recv_fds(client, _MAX_MESSAGE, 2)
             if not message:
                 os._exit(0)
             pid = os.fork()
@@ -174,8 +182,9 @@ def _serve(fd: int) -> NoReturn:
                 for end in (client, woken, wake):
                     end.close()
                 waiting.close()
-                _become(json.loads(message), fds[0])
-            os.close(fds[0])
+                _become(json.loads(message), fds)
+            for fd in fds:
+                os.close(fd)
             _send(client, {"pid": pid})
 
 
@@ -192,16 +201,17 @@ def _send(client: socket.socket, message: dict[str, int]) -> None:
         os._exit(0)  # the tests have ended
 
 
-def _become(request: dict[str, Any], output: int) -> NoReturn:
+def _become(request: dict[str, Any], outputs: Sequence[int]) -> NoReturn:
     """Run the requested script in this forked process."""
     os.setsid()
     signal.set_wakeup_fd(-1)
     for number in (signal.SIGCHLD, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL if number == signal.SIGCHLD else signal.default_int_handler)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    for fd in (1, 2):
+    for fd, output in zip((1, 2), outputs, strict=True):
         os.dup2(output, fd)
-    os.close(output)
+    for output in outputs:
+        os.close(output)
     os.environ.clear()
     os.environ.update(request["env"])
     os.chdir(request["cwd"])

@@ -43,6 +43,8 @@ from maestro_scale.training.ema import WeightEMA
 from maestro_scale.training.engine import Engine
 from maestro_scale.training.hooks.hook import FinishedStep, Hook
 from maestro_scale.training.manifests import UsedDataset, manifest_digests
+from maestro_scale.training.memory import MemoryEstimator, StepMemory
+from maestro_scale.training.micro_batch import micro_batch_of
 from maestro_scale.training.run_dir import JsonLines
 from maestro_scale.training.trainer import Trainer
 
@@ -79,13 +81,13 @@ class Finetuning:
         """The trainer and its position; ``report`` is called after every step."""
         recipe, world = self._recipe, self._world
         configure_determinism(recipe.train.deterministic)
-        micro_batch = self._micro_batch()
+        network, averaged = self._network(), self._network()
+        micro_batch = self._micro_batch(network.config)
         checkpoints = Checkpoints(
             context.run_dir, world, Retention(keep=1), datasets=manifest_digests(self._datasets)
         )
         recipe = self._recipe = with_recorded_draws(recipe, checkpoints.recorded_identity(), world)
         stream, num_steps = train_loader(recipe, [self.splits["train"]], world, micro_batch)
-        network, averaged = self._network(), self._network()
         num_parameters = sum(p.numel() for p in network.parameters())
         check_feasible(recipe.with_micro_batch(micro_batch), num_parameters, True, world)
         averaged.to(world.device).requires_grad_(False).eval()
@@ -160,13 +162,25 @@ class Finetuning:
         splits = tuple(dict.fromkeys(name for names in roles for name in names))
         return [UsedDataset(self.manifest.spec.name, self._benchmark.shards, self.manifest, splits)]
 
-    def _micro_batch(self) -> int:
-        if self._recipe.train.micro_batch == "auto":
+    def _micro_batch(self, config: object) -> int:
+        """``train.micro_batch``; for auto as for a pretraining that masks no token and has the average of weights, whose
+        decoder needs more memory than the heads of the paper."""
+        recipe = self._recipe
+        if recipe.train.micro_batch == "auto" and not isinstance(config, ModelConfig):
             raise RecipeError(
-                "train.micro_batch: auto is estimated for pretraining only: set the samples per forward pass, for "
-                "example --set train.micro_batch=4"
+                "train.micro_batch: auto is not known for this encoder: give a number of samples, for example "
+                "--set train.micro_batch=8"
             )
-        return self._recipe.train.micro_batch
+        masking = recipe.masking.model_copy(update={"ratio": 0.0})
+        optim = recipe.optim.model_copy(update={"ema": recipe.evaluation.ema})
+        unmasked = recipe.model_copy(update={"masking": masking, "optim": optim})
+
+        def estimate(with_number: Recipe) -> StepMemory:
+            assert isinstance(config, ModelConfig)
+            memory = MemoryEstimator(config, [self._spec])
+            return memory.step(with_number, self._world.size, self._world.device.type)
+
+        return micro_batch_of(unmasked, self._world, estimate)
 
     def _open_splits(self, target: Target) -> dict[str, Source]:
         benchmark = self._benchmark
