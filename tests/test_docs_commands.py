@@ -1,7 +1,7 @@
 """Every block of commands in README and docs is marked as run by a test, or says why not; all have valid options.
 
 A marker is the line before a block: ``<!-- test: NAME -->`` or ``<!-- not run: REASON -->``. NAME is ``dry`` (needs no
-data), a place of ``testkit/page_places.py``, which may have an argument, or a name that another test reads (``ELSEWHERE``).
+data), a place of ``testkit/page_places.py``, which may have an argument, or a name of another test (``ELSEWHERE``).
 The blocks of a page with the same marker run one after the other in one folder.
 """
 

@@ -1,7 +1,8 @@
-"""Hooks of mkdocs: pages of the repository's root and notebooks as pages of the site, and links to files that are not pages.
+"""Hooks of mkdocs: files of the repository's root and notebooks as pages of the site; links to files that are no pages.
 
-README.md is the home page. A notebook becomes a page of its texts and its code, and the file itself is part of the site. In the repository links are relative to the file. A link to a file that is
-not in the site becomes its name as code, since a built site has no repository next to it.
+README.md is the home page. A notebook becomes a page of its texts and its code; the file itself is part of the
+site. In the repository links are relative to the file. A link to a file that is not in the site becomes its name as
+code, since a built site has no repository next to it.
 """
 
 from __future__ import annotations

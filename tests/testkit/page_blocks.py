@@ -22,8 +22,8 @@ _MARKER = re.compile(r"<!-- (test|not run): (.+) -->")
 
 @dataclass(frozen=True)
 class Block:
-    """``line``: number of its first line, from 0; ``commands``: its lines, continued ones joined; ``marker``: (kind, name
-    or reason), None where it has none."""
+    """``line``: number of its first line, from 0; ``commands``: its lines, continued ones joined; ``marker``: (kind,
+    name or reason), None where it has none."""
 
     line: int
     commands: tuple[str, ...]

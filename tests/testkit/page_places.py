@@ -31,7 +31,7 @@ RECIPES = (
     "eval/treesatai_ts",
     *(f"recipes/{name}.yaml" for name in ("eval/treesatai_ts", "eval/pastis_hd", "vitb")),
 )
-"""Recipes of the pages that are replaced by that of the fixtures: a file in the folder comes before one of this name."""
+"""Recipes of the pages that are replaced by that of the fixtures: a file comes before a recipe of this name."""
 STEPS = "train: {steps: 2, global_batch: 4, micro_batch: 2, precision: fp32, log_every: 1}\n"
 _SMALL = ("model.width=32", "model.depth=2", "model.heads=2", "model.inter_depth=1", "model.decoder_width=32")
 
@@ -70,8 +70,8 @@ def raw(folder: Path, name: str) -> Shell:
     sensors = "{aerial: {image_size: 60, patch: 20}, s2: {num_dates: 4, patch: 3}}"
     _write(
         folder / name,
-        f'extends: {FIXTURES / "pretrain.yaml"}\ndata: {{mixture: [{{dataset: {name}, shards: "${{MAESTRO_DATA}}/{name}", '
-        f"split: train, sensors: {sensors}}}], cache_dir: cache}}\n{STEPS}",
+        f"extends: {FIXTURES / 'pretrain.yaml'}\ndata: {{cache_dir: cache, mixture: [{{dataset: {name}, split: train, "
+        f'shards: "${{MAESTRO_DATA}}/{name}", sensors: {sensors}}}]}}\n{STEPS}',
     )
     return Shell(folder, {"MAESTRO_DATA": "data", "MAESTRO_CACHE": "cache"})
 

@@ -1,9 +1,10 @@
 """The shell that runs the blocks of the pages: bash, with stand-ins for the programs of the project and a few others.
 
 A stand-in hands its arguments, folder, environment and outputs to the test, which runs the program in a forked process
-that has imported torch and DeepSpeed (``preloaded.py``), on one rank and with one worker whatever number the page gives:
-launchers and workers have tests of their own, and each start of Python would cost seconds. ``sbatch`` runs a script with MAESTRO_CHECK=1, ``hf
-download`` copies the files of a prepared repository, ``…`` among the arguments of evaluate.py stands for ``rest``.
+that has imported torch and DeepSpeed (``preloaded.py``), on one rank and with one worker, whatever the page says:
+launchers and workers have tests of their own, and each start of Python would cost seconds. ``sbatch`` runs a script
+with MAESTRO_CHECK=1, ``hf download`` copies the files of a prepared repository, ``…`` among the arguments of
+evaluate.py stands for ``rest``.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ _RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 @dataclass
 class Shell:
-    """``folder``: where the blocks run; ``env``: more variables; ``rest``: words that … stands for; ``hub``: {repository:
-    folder} for ``hf download``."""
+    """``folder``: where the blocks run; ``env``: more variables; ``rest``: words that … stands for; ``hub``:
+    {repository: folder} for ``hf download``."""
 
     folder: Path
     env: Mapping[str, str] = field(default_factory=dict)

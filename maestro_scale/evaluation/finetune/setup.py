@@ -163,8 +163,8 @@ class Finetuning:
         return [UsedDataset(self.manifest.spec.name, self._benchmark.shards, self.manifest, splits)]
 
     def _micro_batch(self, config: object) -> int:
-        """``train.micro_batch``; for auto as for a pretraining that masks no token and has the average of weights, whose
-        decoder needs more memory than the heads of the paper."""
+        """``train.micro_batch``. For auto, the estimate is that of a pretraining without masks, whose decoder needs
+        more memory than the head."""
         recipe = self._recipe
         if recipe.train.micro_batch == "auto" and not isinstance(config, ModelConfig):
             raise RecipeError(
