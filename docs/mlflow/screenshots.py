@@ -64,12 +64,13 @@ window.findByText = (selector, text) =>
 }"""
 
 
-def _expand(name: str) -> str:
-    """JavaScript that expands the first run with nested runs; true once the run ``name`` is visible."""
+def _expand(parent: str, name: str) -> str:
+    """JavaScript that shows the runs nested in ``parent``; true once the run ``name`` is visible."""
     return f"""(async () => {{
     const isVisible = () => document.body.innerText.includes({name!r});
     if (!isVisible()) {{
-        document.querySelector('.ag-row button[data-component-id*="runnamecellrenderer"]')?.click();
+        const row = [...document.querySelectorAll('.ag-row')].find((e) => e.innerText.includes({parent!r}));
+        row?.querySelector('button[data-component-id*="runnamecellrenderer"]')?.click();
         await pause(2000);
     }}
     return isVisible();
@@ -281,7 +282,7 @@ def pages(client: MlflowClient, model: str) -> Iterator[Page]:
     probes = [r for r in evaluations if r.data.tags["mode"] == "probe"]
     filtered = f"{here}?searchFilter={quote(PROBES)}"
     shown = ("fraction", "eval/wf1", *(r.data.params["fraction"] for r in probes))
-    script = f"(async () => await {_COLUMNS} && await {_expand(probes[0].info.run_name)})()"
+    script = f"(async () => await {_COLUMNS} && await {_expand(RUN, probes[0].info.run_name)})()"
     yield Page("labels", filtered, shown, script=script)
     yield Page("scatter", compare(probes), ("fraction", "eval/wf1"), ".js-plotly-plot canvas", _SCATTER)
     yield Page("system", f"{here}/{run.info.run_id}/system-metrics", ("system",), chart)

@@ -76,28 +76,6 @@ def raw(folder: Path, name: str) -> Shell:
     return Shell(folder, {"MAESTRO_DATA": "data", "MAESTRO_CACHE": "cache"})
 
 
-def folds(folder: Path) -> Shell:
-    """PASTIS-HD by folds, of one tile each, and a run for each fold."""
-    datasets.synth("pastis_hd", folder / "RAW", 5, 7)
-    sensors = "{spot: null, s1_asc: null, s1_des: null, s2: {num_dates: 2}}"
-    recipe = folder / "pastis_hd.yaml"
-    _write(
-        recipe,
-        f"extends: {FIXTURES / 'evaluate.yaml'}\ndata: {{mixture: [{{dataset: pastis_hd, shards: data, "
-        f"split: [fold_1], sensors: {sensors}}}], lanes: 1, cache_dir: cache}}\n"
-        "train: {steps: 1, global_batch: 1, micro_batch: 1}\n",
-    )
-    shell = Shell(folder, {}, ("--recipe", recipe.name, "--out", "results"))
-    shell.run(
-        "for fold in 1 2 3 4 5; do\n"
-        "maestro-scale shard pastis_hd RAW data --split fold_$fold --modalities s2 --workers 1\n"
-        "done\n"
-        f"maestro-scale train --recipe {recipe.name} --run-dir runs/pastis-1\n"
-        "for fold in 2 3 4 5; do cp -r runs/pastis-1 runs/pastis-$fold; done"
-    )
-    return shell
-
-
 def corpus(folder: Path, name: str) -> Shell:
     """A few tiles of a public corpus: a repository that `hf download` copies, and files as after other downloads."""
     hub = folder / "hub"
@@ -175,7 +153,6 @@ PLACES: dict[str, Callable[..., Shell]] = {
     "corpus": corpus,
     "finetuned": finetuned,
     "fixture": fixture,
-    "folds": folds,
     "raw": raw,
     "slurm": slurm,
     "tracked": tracked,
