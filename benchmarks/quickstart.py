@@ -4,7 +4,7 @@
 
 Prints a table and writes benchmarks/results/quickstart.json. Exit code 1 if for any seed the masked loss falls by less
 than 25 %. Whether the intervals of the probe (pretrained and untrained) are apart is in the table; for seed 0
-they are not (README.md).
+they are not (docs/quickstart.md).
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ ELSEWHERE = {
     "your_arrays.md": ("tests/shards/test_your_arrays.py", {"look", "train"}),
     "your_dataset.md": (
         "tests/test_your_dataset.py",
-        {"make", "describe", "shard", "inspect", "recipe", "pretrain", "probe"},
+        {"make", "describe", "shard", "inspect", "recipe", "pretrain", "probe", "finetune", "map"},
     ),
 }
 """Page → the test that runs its blocks by name, and their names."""
