@@ -119,6 +119,7 @@ def marked(name: str) -> Iterator[tuple[Path, Block]]:
 DRY = [(f"{page.name}:{b.line + 1}", b) for page, b in marked("dry")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", [b for _, b in DRY], ids=[place for place, _ in DRY])
 def test_a_block_that_needs_no_data_runs(block, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
@@ -163,6 +164,7 @@ def test_the_blocks_of_a_page_run_in_order(page, marker, prepared, tmp_path):
             shell.run("\n".join(block.commands))
 
 
+@pytest.mark.slow
 def test_a_command_that_fails_is_noticed(tmp_path):
     with pytest.raises(AssertionError, match="no_such_folder"):
         Shell(tmp_path).run("maestro-scale verify no_such_folder > found.txt\ntrue")
@@ -170,6 +172,7 @@ def test_a_command_that_fails_is_noticed(tmp_path):
         Shell(tmp_path).run("echo $NO_SUCH")
 
 
+@pytest.mark.slow
 def test_a_command_has_the_folder_the_variables_and_the_outputs_of_its_line(tmp_path):
     (tmp_path / "sub").mkdir()
     Shell(tmp_path, {"MAESTRO_DATA": "here"}).run(
