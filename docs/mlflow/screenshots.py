@@ -259,7 +259,6 @@ def pages(client: MlflowClient, model: str) -> Iterator[Page]:
     parents = {r.data.tags.get("mlflow.parentRunId") for r in runs} - {None}
     run = next(r for r in runs if r.info.run_id in parents and r.info.run_name == RUN)
     evaluations = [r for r in runs if r.data.tags.get("mlflow.parentRunId") == run.info.run_id]
-    nested = evaluations[0]
     experiment = run.info.experiment_id
     here = f"#/experiments/{experiment}/runs"
     chart = ".js-plotly-plot .trace"
@@ -276,10 +275,11 @@ def pages(client: MlflowClient, model: str) -> Iterator[Page]:
     yield Page("charts", f"{here}/{run.info.run_id}/model-metrics", ("brief", "aerial"), chart, losses, 1300)
     speed = _search("speed/", shown="samples_per_s", hidden="downloaded_bytes")
     shown = ("data_wait_s", "samples_per_s", "tokens_per_s", OTHER)
-    yield Page("throughput", f"{here}?compareRunsMode=CHART", shown, chart, speed, height=1480)
+    yield Page("throughput", f"{here}?compareRunsMode=CHART", shown, chart, speed, height=1030)
     trained = [next(r for r in runs if r.info.run_name == name) for name in (RUN, OTHER)]
     yield Page("compare", compare(trained), (OTHER_SETTING, RUN, OTHER), script=_DIFFERENCES)
     probes = [r for r in evaluations if r.data.tags["mode"] == "probe"]
+    nested = next(r for r in probes if float(r.data.params["fraction"]) == 1)
     filtered = f"{here}?searchFilter={quote(PROBES)}"
     shown = ("fraction", "eval/wf1", *(r.data.params["fraction"] for r in probes))
     script = f"(async () => await {_COLUMNS} && await {_expand(RUN, probes[0].info.run_name)})()"
