@@ -81,6 +81,7 @@ def write_cog(
         "blockysize": block,
         "compress": "zstd",
         "sparse_ok": True,
+        "interleave": "band",  # overviews are made band by band
         "bigtiff": "yes",
         **georeference,
     }

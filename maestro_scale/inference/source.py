@@ -80,6 +80,8 @@ class TileSource:
     ``read_sample``: a stored tile by its number. ``offset``: moves all windows but the outermost, in strides.
     """
 
+    notes: tuple[str, ...] = ()
+
     def __init__(
         self,
         spec: DatasetSpec,
@@ -88,7 +90,7 @@ class TileSource:
         layout: Layout,
         offset: float = 0.0,
     ) -> None:
-        self.spec, self._sample, self.notes = spec, read_sample, ()
+        self.spec, self._sample = spec, read_sample
         self._grid = grid = CropGrid(spec)
         step_m, pixel_m = grid.step_m, layout.resolution_m
         stride = max(round(layout.stride_m / step_m), 1)
