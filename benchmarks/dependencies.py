@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -96,7 +97,8 @@ def run_tests(venv: Path, arguments: list[str]) -> dict[str, object]:
 
 def main() -> None:
     """Install, test, and update the entry of this end in the JSON file; exit code of pytest."""
-    own, _, pytest_arguments = " ".join(sys.argv[1:]).partition(" -- ")
+    end_of_own = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    own, pytest_arguments = sys.argv[1:end_of_own], sys.argv[end_of_own + 1 :]
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -104,7 +106,7 @@ def main() -> None:
     parser.add_argument("--python", help="version or path of the interpreter")
     parser.add_argument("--venv", type=Path, help="keep the environment here, or reuse it")
     parser.add_argument("--json", type=Path, default=RESULT)
-    arguments = parser.parse_args(own.split())
+    arguments = parser.parse_args(own)
     with tempfile.TemporaryDirectory(prefix="dependencies-") as folder:
         venv = (arguments.venv or Path(folder) / "venv").absolute()
         if not (venv / "bin" / "python").exists():
@@ -113,9 +115,9 @@ def main() -> None:
             [str(venv / "bin" / "python"), "-c", _VERSIONS, *direct_dependencies()],
             check=True, capture_output=True, text=True,
         ).stdout  # fmt: skip
-        result = {"versions": json.loads(listed), **run_tests(venv, pytest_arguments.split())}
+        result = {"versions": json.loads(listed), **run_tests(venv, pytest_arguments)}
     recorded = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
-    recorded.setdefault(arguments.end, {})[pytest_arguments or "whole suite"] = result
+    recorded.setdefault(arguments.end, {})[shlex.join(pytest_arguments) or "whole suite"] = result
     arguments.json.write_text(json.dumps(recorded, indent=1) + "\n")
     print(f"{arguments.end}: {result['counts']} with {result['versions']}")
     raise SystemExit(result["returncode"])

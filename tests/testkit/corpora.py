@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -60,19 +61,18 @@ def elevation(tile: int, size: int) -> np.ndarray:
 def zarr_zip(variables: Mapping[str, Any], coords: Mapping[str, Any], chunks: tuple[int, ...]) -> bytes:
     """A zip of a consolidated Zarr 2 group as xarray writes it. ``chunks``: of ``bands``."""
     import xarray
-    from zarr.storage import MemoryStore
 
-    store: dict[str, Any] = {}
     dataset = xarray.Dataset(dict(variables), coords=dict(coords))
     encoding: dict[str, Any] = {"bands": {"chunks": chunks}}
     for name in ("time", "time_"):
         if name in dataset.variables and dataset[name].dtype.kind == "M":
             encoding[name] = {"units": "nanoseconds since 1970-01-01", "dtype": "int64"}
-    dataset.to_zarr(MemoryStore(store), zarr_format=2, consolidated=True, encoding=encoding)
     file = io.BytesIO()
-    with zipfile.ZipFile(file, "w") as archive:
-        for name, value in store.items():
-            archive.writestr(name, value.to_bytes())
+    with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(file, "w") as archive:
+        dataset.to_zarr(folder, zarr_format=2, consolidated=True, encoding=encoding)
+        for path in sorted(Path(folder).rglob("*")):
+            if path.is_file():
+                archive.write(path, path.relative_to(folder))
     return file.getvalue()
 
 

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import zarr
 
 from maestro_scale.datasets.description.config import ImageFiles, Raster
 from maestro_scale.datasets.sources.protocol import ImageRef, Pixels, Window
 from maestro_scale.datasets.sources.table import source_of
 
+ZARR_3 = int(zarr.__version__.split(".")[0]) >= 3  # needs Python 3.11; without it only format 2 is read
 DAYS = ("2021-03-01", "2021-04-10", "2021-12-31")
 DATES = [(2021, 60, 0), (2021, 100, 0), (2021, 365, 0)]
 STAMPS = np.array(DAYS, "datetime64[D]")

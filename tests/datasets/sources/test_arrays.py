@@ -17,6 +17,7 @@ from datasets.sources.kit import (
     DAYS,
     STAMPS,
     TRANSFORM,
+    ZARR_3,
     X,
     Y,
     cube,
@@ -91,10 +92,11 @@ WRITERS = {
     "netcdf 4": write_netcdf,
     "netcdf 3": write_netcdf3,
     "zarr 2": write_zarr,
-    "zarr 3": lambda folder: write_zarr(folder, 3),
     "zarr zip": write_zarr_zip,
     "hdf5": write_hdf5,
 }
+if ZARR_3:
+    WRITERS["zarr 3"] = lambda folder: write_zarr(folder, 3)
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -217,10 +219,21 @@ def test_south_up_and_degrees(tmp_path):
     np.testing.assert_array_equal(read(by_template, ref).values, values[0, :1, ::-1])
 
 
+@pytest.mark.skipif(ZARR_3, reason="zarr 3 reads format 3")
+def test_format_3_without_zarr_3_is_one_line(tmp_path):
+    folder = tmp_path / "k.zarr"
+    folder.mkdir()
+    (folder / "zarr.json").write_text('{"zarr_format": 3, "node_type": "group"}')
+    files = section("k.zarr", bands=["a"], variable="x", axes=["y", "x"])
+    with pytest.raises(DatasetError, match=r"is Zarr format 3, which needs zarr 3 \(Python 3\.11 or later\)"):
+        refs_of(files, tmp_path)
+
+
 def test_missing_values_of_zarr(tmp_path):
-    group = zarr.open_group(tmp_path / "k.zarr", mode="w", zarr_format=2)
-    group.create_array("plain", data=cube(1, 1)[0, 0].astype("uint16"))  # a fill value of 0, by default
-    group.create_array("filled", data=cube(1, 1)[0, 0], fill_value=-9999)
+    group = zarr.open_group(tmp_path / "k.zarr", mode="w", **({"zarr_format": 2} if ZARR_3 else {}))
+    create = group.create_array if ZARR_3 else group.create_dataset
+    create("plain", data=cube(1, 1)[0, 0].astype("uint16"))  # a fill value of 0, by default
+    create("filled", data=cube(1, 1)[0, 0], fill_value=-9999)
     for name, marked in (("plain", None), ("filled", 7)):
         files = section("k.zarr", bands=["a"], variable=name, axes=["y", "x"])
         if marked is not None:

@@ -210,7 +210,7 @@ def test_zarr_in_a_tar_is_that_of_xarray(tars):
     (tars / "x.zarr.zip").write_bytes(content)
     import zarr
 
-    opened = xarray.open_zarr(zarr.storage.ZipStore(tars / "x.zarr.zip"))
+    opened = xarray.open_zarr(zarr.storage.ZipStore(str(tars / "x.zarr.zip")))
     np.testing.assert_array_equal(opened.bands.values, cube() + 1)
     (tars / "x.zarr.zip").unlink()
 
