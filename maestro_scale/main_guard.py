@@ -33,9 +33,8 @@ def check_main_guard(option: str) -> None:
         tree = ast.parse(Path(str(file)).read_bytes())
     except (OSError, SyntaxError, ValueError):
         return
-    if not any(
-        _is_guard(node) and node.lineno <= line <= (node.end_lineno or line) for node in ast.walk(tree)
-    ):
+    guards = (node for node in ast.walk(tree) if isinstance(node, ast.If) and _names_main(node))
+    if not any(guard.lineno <= line <= (guard.end_lineno or line) for guard in guards):
         raise MainGuardError(
             f'{file}: line {line} starts processes, which import this script again: write `if __name__ == "__main__":` '
             f"before what it does, or set {option}"
@@ -52,7 +51,5 @@ def _top_level_line(of_main: dict[str, object]) -> int | None:
     return None
 
 
-def _is_guard(node: ast.AST) -> bool:
-    return isinstance(node, ast.If) and any(
-        isinstance(part, ast.Name) and part.id == "__name__" for part in ast.walk(node.test)
-    )
+def _names_main(node: ast.If) -> bool:
+    return any(isinstance(part, ast.Name) and part.id == "__name__" for part in ast.walk(node.test))

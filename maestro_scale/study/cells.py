@@ -310,8 +310,8 @@ def _protocol(recipe: Recipe, mode: str, data: Data, group: Evaluations) -> dict
         "splits": {role: list(names) for role, names in group.splits.items()},
     }
     if mode in TRAINED_MODES:
-        settings = recipe.evaluation.model_dump(mode="json", exclude={"overlap"})  # of maps, no score
-        return {**common, "recipe": {**whole, "evaluation": settings}}
+        evaluation = recipe.evaluation.model_dump(mode="json", exclude={"overlap"})  # of maps, no score
+        return {**common, "recipe": {**whole, "evaluation": evaluation}}
     train = {key: whole["train"][key] for key in ("precision", "device")}
     found = {**common, "seed": recipe.seed, "data": whole["data"]["mixture"][0], "train": train}
     if mode != "knn":  # it has no loss

@@ -230,7 +230,7 @@ def test_an_unguarded_script_fails_with_a_hint(tmp_path):
     command = [sys.executable, str(script), str(tmp_path / "shards")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
-    assert "under `if __name__ == '__main__':`" in done.stderr.splitlines()[-1]
+    assert 'write `if __name__ == "__main__":` before' in done.stderr.splitlines()[-1]
 
 
 KILLED = """
