@@ -18,6 +18,7 @@ import logging
 import random
 import re
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -199,7 +200,10 @@ class Destination:
         """
         filled = {i: shards[i] for i in range(plan.num_shards) if shards[i].index.keys}
         if not filled:
-            raise WriteError(f"split {self.split}: none of its tiles can be read, nothing is written")
+            # Else the next call would keep them, although files may have been added since.
+            for shard in shards.values():
+                self._remove_shard(shard.name)
+            raise _nothing_left(self.split, [shard.index for shard in shards.values()])
         every = [shards[i].index for i in sorted(shards)]
         added = split_manifest(plan, self._codec, self._seed, filled.values(), every, self._synthetic)
         try:
@@ -395,6 +399,17 @@ class Destination:
             return ShardIndex.read(self.storage, name)
         except (FileNotFoundError, ManifestError):
             return None
+
+
+def _nothing_left(split: str, indices: Iterable[ShardIndex]) -> WriteError:
+    """A line for each kind of tiles that are left out, with the first example."""
+    counts: Counter[str] = Counter()
+    examples: dict[str, str] = {}
+    for index in indices:
+        counts.update(index.notes)
+        examples = {**index.examples, **examples}
+    lines = (f"  {num} tiles: {note} (first: {examples[note]})" for note, num in counts.most_common())
+    return WriteError("\n".join((f"split {split}: every tile is left out, nothing is written", *lines)))
 
 
 @contextmanager

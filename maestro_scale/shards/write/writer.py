@@ -39,8 +39,9 @@ from maestro_scale.shards.write.packing import (
 from maestro_scale.shards.write.part import WHOLE_SPLIT, WriterPart
 from maestro_scale.shards.write.spool import WriteSpooled, rounds, spooled
 
-_PROBED_FAILURES = 200  # without one readable sample among them, the others are not tried
 _PROBED_SAMPLES = 8  # their mean size determines the number of samples per shard
+_PROBED_FAILURES = 200  # without one readable sample among them, the others are not tried
+_PROBED_LEFT_OUT = 1000  # by a rule: so few are left that one shard holds them
 
 
 def write_shards(
@@ -250,13 +251,14 @@ def _plan_shards(
 
     def mean_bytes(keys: Sequence[str]) -> float:
         nonlocal num_empty
-        tried = keys[:_PROBED_FAILURES]
-        num_before = len(failures)
-        mean = _mean_bytes(_encode_each(dataset, tried, codec, strict, absent[keys[0]]), failures)
-        if not mean and len(tried) < len(keys):
+        found: list[EncodedTile] = []
+        mean = _mean_bytes(_encode_each(dataset, keys, codec, strict, absent[keys[0]]), found)
+        num_failed = sum(not item.by_rule for item in found)
+        if not mean and num_failed == _PROBED_FAILURES and len(found) < len(keys):
             # They are a random sample: to read all others would take hours, and tell nothing new.
-            raise _nothing_readable(split, failures[num_before:], f"the first {len(tried)} of {len(keys)}")
-        num_empty += not mean
+            raise _nothing_readable(split, found, f"the first {len(found)} of {len(keys)}")
+        num_empty += not mean and len(found) == len(keys)
+        failures.extend(found)
         return mean
 
     shards = plan_shards(groups, mean_bytes, shard_mb * 1_000_000)
@@ -341,20 +343,29 @@ def _absent_notes(absent: Absent) -> Iterator[str]:
 
 
 def _mean_bytes(packed: Iterator[EncodedTile], failures: list[EncodedTile] | None = None) -> float:
-    """Mean size in a tar of the first few readable samples; 0 without any. Others are appended to ``failures``.
+    """Mean size in a tar of the first few samples; 0 without any. Tiles without one are appended to ``failures``.
 
-    An estimate from a few samples, so that shards have a fixed number of samples before any of them is written: then
-    they can be written in parallel, and an interrupted run gets the same bounds again.
+    A tile that a rule leaves out counts as 0 bytes: where most of a grid is empty, shards have more keys, not fewer
+    bytes. One that cannot be read does not count: that is rare, and must not change the bounds of shards.
+
+    An estimate from a few samples, so that shards have a fixed number of keys before any of them is written: then they
+    can be written in parallel, and an interrupted run gets the same bounds again.
     """
     sizes = []
+    num_by_rule = num_failed = 0
     for item in packed:
         if item.payload is not None:
             sizes.append(len(item.payload) + 1024)  # header, and padding to full blocks
-        elif failures is not None:
-            failures.append(item)
-        if len(sizes) == _PROBED_SAMPLES:
+        else:
+            num_by_rule += item.by_rule
+            num_failed += not item.by_rule
+            if failures is not None:
+                failures.append(item)
+        if len(sizes) == _PROBED_SAMPLES or num_by_rule == _PROBED_LEFT_OUT:
             break
-    return sum(sizes) / len(sizes) if sizes else 0.0
+        if len(sizes) + num_failed == _PROBED_FAILURES:
+            break
+    return sum(sizes) / (len(sizes) + num_by_rule) if sizes else 0.0
 
 
 def _nothing_readable(split: str, failures: Sequence[EncodedTile] = (), which: str = "") -> WriteError:
