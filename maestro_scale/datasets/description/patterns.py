@@ -2,6 +2,8 @@
 
 A name in braces matches text without ``/``; the same name again matches the same text. ``*`` matches any text without
 ``/``, and ``**/`` any folders. Dates are matched by their format, bands by the list of the raster's bands.
+Between two other names there must be text or a date: else it is not clear where the first one ends, and the time to
+find that a path does not match grows with a power of its length.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ _DIRECTIVES = {
 _ANY_DATE = r"\d{4}-?\d{2}-?\d{2}(?:[T_ ]?\d{2}:?\d{2}(?::?\d{2})?)?"  # of {date} without a format
 _OFFSET = re.compile(r"(?<=[T_ ])(?P<time>\d\d:?\d\d.*?)(?P<sign>[+-])(?P<hours>\d\d):?(?P<minutes>\d\d)?$")
 _DATE_GROUP = re.compile(r"date\d+")
-_FIELD = re.compile(r"\{(?P<name>[A-Za-z_]\w*)(?::(?P<format>[^{}]*))?\}|(?P<any>\*\*/|\*)|(?P<brace>[{}])")
+_FIELD = re.compile(r"\{(?P<name>[A-Za-z_]\w*)(?::(?P<format>[^{}]*))?\}|(?P<any>\*\*/|\*+)|(?P<brace>[{}])")
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Pattern:
         names of the pattern: ``{zone}_{row}``."""
         self.text, self._bands = text, tuple(bands)
         self._formats: list[str] = []
+        self._check_separators(text)
         self.regex = re.compile(self._regex(text, {}, self._formats))
         # The same, but with any text in the place of a date: to tell a file of another kind from a wrong date.
         self._lenient = re.compile(self._regex(text, {}, None)) if self._formats else None
@@ -162,8 +165,28 @@ class Pattern:
                 parts.append(re.compile(self._regex(part, {}, None)))
         return parts
 
+    def _check_separators(self, text: str) -> None:
+        """DatasetError if two names that may be any text follow each other."""
+        before, end = None, 0
+        seen = set()
+        for found in _FIELD.finditer(text):
+            if found.start() > end:
+                before = None
+            end = found.end()
+            name = found["name"]
+            if name is None:
+                continue
+            is_any = name not in seen and name != DATE and not (name == BAND and self._bands)
+            if is_any and before is not None:
+                raise DatasetError(
+                    f"{text}: {{{before}}} and {{{name}}} have no text between them, so where the first ends is not "
+                    "clear; write what is between them, or one name for both"
+                )
+            before = name if is_any else None
+            seen.add(name)
+
     def _regex(self, text: str, seen: dict[str, str], formats: list[str] | None) -> str:
-        """``formats``: receives the formats of dates; None: a date is any text."""
+        """``formats``: receives the formats of dates; None: a date is any text, unless it is next to a name."""
         out, start = "", 0
         for found in _FIELD.finditer(text):
             out += re.escape(text[start : found.start()])
@@ -184,9 +207,10 @@ class Pattern:
                 raise DatasetError(f"{text}: a pattern with several dates needs their formats: {{date:%Y}}")
             group = f"date{sum(not name.startswith('{') for name in seen)}"
             seen[format] = group
-            if formats is None:
+            if formats is None and not _is_next_to_field(text, found):
                 return f"(?P<{group}>[^/]+?)"
-            formats.append(format)
+            if formats is not None:
+                formats.append(format)
             return f"(?P<{group}>{_date_regex(text, format)})"
         if format:
             raise DatasetError(f"{text}: {{{name}}} takes no format, only {{date}} does")
@@ -280,6 +304,13 @@ def _triple(when: datetime) -> Date:
         raise ValueError(when)
     day = when.timetuple()
     return day.tm_year, day.tm_yday, day.tm_hour
+
+
+def _is_next_to_field(text: str, found: re.Match[str]) -> bool:
+    return text[found.start() - 1 : found.start()] in ("}", "*") or text[found.end() : found.end() + 1] in (
+        "{",
+        "*",
+    )
 
 
 def _date_regex(text: str, format: str) -> str:

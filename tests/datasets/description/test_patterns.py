@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from maestro_scale.datasets.description.patterns import Pattern, parse_date, parse_date_text, scan_local
@@ -79,6 +81,9 @@ def test_a_date_in_a_product_name():
         ("{a.tif", None, r"\{ is not a name in braces"),
         ("{key:x}.tif", None, r"\{key\} takes no format"),
         ("{date}_{date:%Y}.tif", None, "needs their formats"),
+        ("{a}{b}.tif", None, r"\{a\} and \{b\} have no text between them"),
+        ("{a}*{b}.tif", None, r"\{a\} and \{b\} have no text between them"),
+        ("{key}{band}.tif", None, r"\{key\} and \{band\} have no text between them"),
         ("{a}.tif", "{b}", r"has no \{b\}; it has a"),
         ("{a}.tif", "{a.__class__}", "names in braces only"),
     ],
@@ -86,6 +91,35 @@ def test_a_date_in_a_product_name():
 def test_wrong_patterns_are_refused(text, key, message):
     with pytest.raises(DatasetError, match=message):
         Pattern(text, key=key)
+
+
+@pytest.mark.parametrize(
+    ("text", "path"),
+    [
+        ("{key}{date:%Y%m%d}{band}.tif", "x20200229B8A.tif"),
+        ("{key}/{key}{orbit}.tif", "x/xR1.tif"),
+        ("{key}*.tif", "x1.tif"),
+    ],
+)
+def test_names_may_follow_dates_bands_and_text_that_occurs_before(text, path):
+    assert Pattern(text, ["B8", "B8A"]).match(path).key == "x"
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("{a}{date:%Y}{b}{date:%m}{c}{date:%d}{d}.tif", "1"),
+        ("{a}{date:%Y}{b}{date:%m}{c}{date:%d}{d}.tif", "x"),
+        ("******{a}.tif", "x"),
+    ],
+)
+def test_a_long_path_that_does_not_match_is_told_fast(text, letter):
+    """0.01 s; without separators it takes minutes."""
+    pattern = Pattern(text)
+    started = time.process_time()
+    assert pattern.match(letter * 60 + ".png") is None
+    assert not pattern.nearly(letter * 60 + ".png")
+    assert time.process_time() - started < 1
 
 
 def test_only_folders_that_can_match_are_listed(tmp_path):
