@@ -65,12 +65,12 @@ def install(end: str, python: str, venv: Path) -> None:
     resolution = ["--resolution", RESOLUTIONS[end]]
     subprocess.run([*command, *resolution, "--editable", f".[{extras}]"], cwd=ROOT, check=True)
     if not Path("/dev/nvidiactl").exists():
-        # A build of torch with CUDA brings triton, and DeepSpeed 0.19.3 cannot be imported with triton but without a
+        # A build of torch with CUDA brings triton, and DeepSpeed 0.19 cannot be imported with triton but without a
         # GPU. The CPU build, which such a machine would have, does not bring it.
         subprocess.run([uv, "pip", "uninstall", "--python", command[-1], "triton"], check=False)
 
 
-def run_tests(venv: Path, arguments: list[str]) -> dict[str, object]:
+def run_tests(end: str, venv: Path, arguments: list[str]) -> dict[str, object]:
     """Counts of pytest's last line, and the failed tests."""
     environment = {
         **os.environ,
@@ -78,6 +78,7 @@ def run_tests(venv: Path, arguments: list[str]) -> dict[str, object]:
         "VIRTUAL_ENV": str(venv),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
         "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MAESTRO_DEPENDENCIES": end,
     }
     environment.pop("PYTHONPATH", None)
     command = [str(venv / "bin" / "python"), "-m", "pytest", "-rfE", "-p", "no:cacheprovider", *arguments]
@@ -115,7 +116,7 @@ def main() -> None:
             [str(venv / "bin" / "python"), "-c", _VERSIONS, *direct_dependencies()],
             check=True, capture_output=True, text=True,
         ).stdout  # fmt: skip
-        result = {"versions": json.loads(listed), **run_tests(venv, pytest_arguments)}
+        result = {"versions": json.loads(listed), **run_tests(arguments.end, venv, pytest_arguments)}
     recorded = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
     recorded.setdefault(arguments.end, {})[shlex.join(pytest_arguments) or "whole suite"] = result
     arguments.json.write_text(json.dumps(recorded, indent=1) + "\n")

@@ -152,6 +152,9 @@ def test_an_exported_program_gives_the_same_maps_for_any_batch_size():
             assert torch.equal(ours, theirs)
 
 
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.6."), reason="its exporter writes functions, which it then refuses"
+)
 @torch.no_grad()
 def test_onnx_runtime_agrees(tmp_path):
     for module in ("onnx", "onnxscript", "onnxruntime"):

@@ -129,7 +129,7 @@ class HeadGrid:
         self, split: FeatureCache, rows: np.ndarray, evenly: bool = False
     ) -> Iterator[tuple[slice | np.ndarray, dict[str, Tensor]]]:
         """(which of ``rows``, their tokens) of a few crops at a time, those of tiles with the same sensors together."""
-        if split.absent is None or not (lacking := split.absent[rows]).any():
+        if split.absent is None or not ((lacking := split.absent[rows]) != "").any():
             firsts = np.arange(0, len(rows), self._max_crops)
             if evenly:
                 firsts = np.array([p[0] for p in np.array_split(np.arange(len(rows)), len(firsts))])
