@@ -215,7 +215,7 @@ def _output(
     model: Maestro, spec: DatasetSpec, options: Options
 ) -> MapOutput | TargetPoints | EmbeddingPoints:
     if options.embeddings == "parquet":
-        return EmbeddingPoints(model, len(spec.sensors))
+        return EmbeddingPoints(model, spec)
     if options.embeddings == "cog":
         return EmbeddingMap(model, spec, options.sensor)
     heads = {t.name: t for t in model.config.heads}

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from maestro_scale.datasets.cog import Bands
 from maestro_scale.datasets.spec import DatasetSpec, Target
+from maestro_scale.evaluation.features.missing import completed, token_order
 from maestro_scale.inference.errors import InferenceError
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.stream.batch import Batch
@@ -169,21 +170,23 @@ class TargetPoints:
 
 
 class EmbeddingPoints:
-    """A vector per window: the mean tokens of each sensor, concatenated."""
+    """A vector per window: the mean tokens of each sensor of ``spec``, concatenated in the model's order.
 
-    def __init__(self, model: Maestro, num_sensors: int) -> None:
+    A sensor that the tile lacks has the mean of the others, as in ``embed`` (``features.missing``).
+    """
+
+    def __init__(self, model: Maestro, spec: DatasetSpec) -> None:
         self._model = model
-        self._width = num_sensors * model.config.size.width
+        there = {s.name for s in spec.sensors}
+        names = [name for name in token_order(model, spec.name) if name in there]
+        self._widths = dict.fromkeys(names, model.config.size.width)
 
     def columns(self, batch: Batch) -> dict[str, tuple[pa.DataType, list[Any]]]:
         """As of PointOutput: ``vector``."""
-        vectors = self._model.embed(batch).vector.float().cpu()
-        if vectors.shape[1] != self._width:
-            raise InferenceError(
-                f"tile {batch.tiles[0]} lacks a sensor, so its vector has another length: use --embeddings cog, or "
-                "`maestro-scale embed` on shards"
-            )
-        return {"vector": (pa.list_(pa.float32(), self._width), vectors.tolist())}
+        tokens = self._model.embed(batch).tokens
+        means = {name: grids.mean(dim=(1, 2)) for name, grids in tokens.items()}
+        vectors = torch.cat(list(completed(means, self._widths).values()), dim=1).float().cpu()
+        return {"vector": (pa.list_(pa.float32(), vectors.shape[1]), vectors.tolist())}
 
 
 def resized(invalid: np.ndarray | None, side: int) -> np.ndarray | None:

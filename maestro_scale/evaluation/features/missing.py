@@ -15,6 +15,8 @@ from torch import Tensor
 from maestro_scale.datasets.sensor_sets import split_name
 from maestro_scale.evaluation.baselines.baseline import Baseline, FrozenEncoder, token_view
 from maestro_scale.evaluation.results import EvaluationError
+from maestro_scale.model.config import ModelConfig
+from maestro_scale.model.sequences import sequences
 from maestro_scale.stream.batch import Batch
 from maestro_scale.stream.sensor_sets import absent_sensors
 from maestro_scale.stream.source import Source
@@ -34,19 +36,32 @@ def filled(model: FrozenEncoder, batch: Batch, parts: Mapping[str, Tensor]) -> d
     dataset, absent = split_name(batch.dataset)
     if not absent:
         return dict(parts)
+    return completed(parts, {name: token_width(model, name) for name in token_order(model, dataset)})
+
+
+def token_order(model: FrozenEncoder, dataset: str) -> list[str]:
+    """The sensors in the order of the tokens that the model returns for complete tiles: those of a group follow each
+    other."""
+    view = token_view(model, dataset)
+    if isinstance(view, ModelConfig):
+        return [sensor.name for sequence in sequences(view) for sensor in sequence.sensors]
+    return [sensor.name for sensor in view.sensors]
+
+
+def completed(parts: Mapping[str, Tensor], widths: Mapping[str, int]) -> dict[str, Tensor]:
+    """``parts`` (…, E) of some sensors as those of all of ``widths``, {sensor: E}, in that order."""
     some = next(iter(parts.values()))
-    widths = {part.shape[-1] for part in parts.values()}
-    mean = torch.stack(list(parts.values())).mean(dim=0) if len(widths) == 1 else None
+    mean = None
+    if len({part.shape[-1] for part in parts.values()}) == 1:
+        mean = torch.stack(list(parts.values())).mean(dim=0)
     whole: dict[str, Tensor] = {}
-    for sensor in token_view(model, dataset).sensors:
-        if sensor.name in parts:
-            whole[sensor.name] = parts[sensor.name]
-            continue
-        width = token_width(model, sensor.name)
-        if mean is not None and mean.shape[-1] == width:
-            whole[sensor.name] = mean
+    for name, width in widths.items():
+        if name in parts:
+            whole[name] = parts[name]
+        elif mean is not None and mean.shape[-1] == width:
+            whole[name] = mean
         else:
-            whole[sensor.name] = some.new_zeros(*some.shape[:-1], width)
+            whole[name] = some.new_zeros(*some.shape[:-1], width)
     return whole
 
 
