@@ -59,13 +59,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Chunk:
-    """A part of the map of an area, and its windows. ``number`` of ``count`` of the area."""
+    """A part of the map of an area, which ``num_windows`` touch. ``number`` of ``count`` of the area."""
 
     area: int
     number: int
     count: int
     box: Box
-    windows: np.ndarray
+    num_windows: int
 
 
 @torch.no_grad()
@@ -90,7 +90,7 @@ def predict_maps(
         return all(path.exists() for chunk in unit for path in paths[chunk.area])
 
     todo = [unit for unit in units[run.rank :: run.world] if not is_done(unit)]
-    total = sum(len(chunk.windows) for unit in todo for chunk in unit)
+    total = sum(chunk.num_windows for unit in todo for chunk in unit)
     for unit in todo:
         for chunk, arrays, origin in _blended(source, output, unit, run):
             if chunk.count > 1:
@@ -99,7 +99,7 @@ def predict_maps(
                 area = source.areas[chunk.area]
                 for image, path, values in zip(output.images, paths[chunk.area], arrays, strict=True):
                     _write(folder, path, area, image.bands, [(0, 0, values)], origin)
-            num_done += len(chunk.windows)
+            num_done += chunk.num_windows
             if progress:
                 progress(num_done, total, 0)
     # Large maps: one rank puts the parts together, when the others have written theirs.
@@ -164,12 +164,12 @@ def _units(areas: Sequence[Area], num_channels: int, run: Run) -> Iterator[list[
     for index, area in enumerate(areas):
         side = chunk_side(num_channels, area.side, run.most_bytes)
         boxes = area.chunks(side)
-        chunks = [Chunk(index, n, len(boxes), box, area.windows_of(box)) for n, box in enumerate(boxes)]
+        chunks = [Chunk(index, n, len(boxes), box, area.count(box)) for n, box in enumerate(boxes)]
         if len(chunks) > 1:
             yield from ([c] for c in chunks)
             continue
         size = 4 * (num_channels + 1) * area.height * area.width
-        full = sum(len(c.windows) for c in group) >= run.batch_size
+        full = sum(c.num_windows for c in group) >= run.batch_size
         if group and (full or held + size > run.most_bytes):
             yield group
             group, held = [], 0
@@ -179,12 +179,12 @@ def _units(areas: Sequence[Area], num_channels: int, run: Run) -> Iterator[list[
         yield group
 
 
-def _point_units(areas: Sequence[Area]) -> Iterator[list[tuple[int, np.ndarray]]]:
+def _point_units(areas: Sequence[Area]) -> Iterator[list[tuple[int, range]]]:
     """Groups of (area, windows)."""
-    group: list[tuple[int, np.ndarray]] = []
+    group: list[tuple[int, range]] = []
     held = 0
     for index, area in enumerate(areas):
-        every = np.arange(len(area.rows))
+        every = range(len(area.windows))
         for first in range(0, len(every), _POINTS):
             part = every[first : first + _POINTS]
             if group and held + len(part) > _POINTS:
@@ -200,13 +200,13 @@ Pieces = list[tuple[int, Piece]]
 
 
 def _batches(
-    source: Source, wanted: Sequence[tuple[int, np.ndarray]], batch_size: int
+    source: Source, wanted: Sequence[tuple[int, np.ndarray | range]], batch_size: int
 ) -> Iterator[tuple[Pieces, Batch]]:
     """(areas and pieces, their batch) of windows; consecutive pieces of the same sensors are one batch."""
 
     held: Pieces = []
     for area, numbers in wanted:
-        for piece in source.read(area, numbers, batch_size):
+        for piece in source.read(area, np.asarray(numbers), batch_size):
             size = sum(len(p.numbers) for _, p in held)
             sensors = held[0][1].batch.pixels.keys() if held else piece.batch.pixels.keys()
             if held and (size + len(piece.numbers) > batch_size or sensors != piece.batch.pixels.keys()):
@@ -232,7 +232,7 @@ def _blended(
             )
         return blends[index]
 
-    wanted = [(chunk.area, chunk.windows) for chunk in unit]
+    wanted = [(chunk.area, source.areas[chunk.area].windows_of(chunk.box)) for chunk in unit]
     for pieces, batch in _batches(source, wanted, run.batch_size):
         with _autocast(run):
             values = output.values(batch.to(run.device))
@@ -245,7 +245,7 @@ def _blended(
                     window = values[first + k]
                     _check_size(window, area)
                     invalid = resized(piece.invalid[k], area.side)
-                    blend_of(index).add(window, int(area.rows[number]), int(area.columns[number]), invalid)
+                    blend_of(index).add(window, *area.corner(number), invalid)
             first += len(piece.numbers)
     outside = getattr(source, "outside", None)
     for chunk in unit:
@@ -282,9 +282,7 @@ def _rows(source: Source, pieces: Pieces, columns: dict[str, tuple[pa.DataType, 
         area = source.areas[index]
         for number in piece.numbers:
             keys.append(area.name)
-            middle_m = [
-                (int(p[number]) + area.side / 2) * area.resolution_m for p in (area.rows, area.columns)
-            ]
+            middle_m = [(pixel + area.side / 2) * area.resolution_m for pixel in area.corner(number)]
             places.append(piece.origin and piece.origin.shifted(middle_m[1], middle_m[0]))
             days.append(piece.days)
     fixed = {

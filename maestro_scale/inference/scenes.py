@@ -16,6 +16,7 @@ import numpy as np
 from maestro_scale.datasets.description.config import Description, Splits
 from maestro_scale.datasets.description.dataset import only
 from maestro_scale.datasets.description.splits import WHOLE
+from maestro_scale.datasets.scenes.cells import CellRuns, connected
 from maestro_scale.datasets.scenes.dataset import SceneTiles, area_of, open_scenes
 from maestro_scale.datasets.scenes.grid import Cell
 from maestro_scale.datasets.scenes.plan import coverage
@@ -38,30 +39,34 @@ class SceneSource:
         self.spec, self._dataset, self._polygon = spec, dataset, area
         self.notes = _coverage_notes(dataset)
         grid = dataset.reader.grid
-        cells = list(dataset.cells)
+        cells = dataset.cells if isinstance(dataset.cells, CellRuns) else CellRuns.of_cells(dataset.cells)
         if area is not None:
             cells = _touching(area, cells, dataset)
         pixel_m, side = layout.resolution_m, max(round(spec.crop_m / layout.resolution_m), 1)
         reach = max(int(grid.tile_m / grid.stride_m - 1e-9), 1)
         groups = connected(cells, reach)
         self.areas: list[Area] = []
-        self._cells: list[list[Cell]] = []
         self._origins: list[GeoOrigin] = []
         for group in groups:
-            boxes = [grid.box(cell) for cell in group]
-            west, north = min(b.west for b in boxes), max(b.north for b in boxes)
-            rows = np.array([round((north - b.north) / pixel_m) for b in boxes], np.int64)
-            columns = np.array([round((b.west - west) / pixel_m) for b in boxes], np.int64)
+            (row, col, _), (last_row, _, stop) = (
+                group.runs.min(axis=0).tolist(),
+                group.runs.max(axis=0).tolist(),
+            )
+            corner = grid.box(Cell(col, row))
+            norths = [grid.box(Cell(col, r)).north for r in range(row, last_row + 1)]
+            wests = [grid.box(Cell(c, row)).west for c in range(col, stop)]
+            tops = np.array([round((corner.north - north) / pixel_m) for north in norths], np.int64)
+            lefts = np.array([round((west - corner.west) / pixel_m) for west in wests], np.int64)
             label = name if len(groups) == 1 else f"{name}_{grid.key(group[0])}"
-            height, width = int(rows.max()) + side, int(columns.max()) + side
-            self.areas.append(Area(label, height, width, pixel_m, rows, columns, side))
-            self._cells.append(group)
-            self._origins.append(GeoOrigin(grid.crs, west, north))
+            height, width = int(tops[-1]) + side, int(lefts[-1]) + side
+            self.areas.append(Area(label, height, width, pixel_m, group, Cell(col, row), tops, lefts, side))
+            self._origins.append(GeoOrigin(grid.crs, corner.west, corner.north))
 
     def read(self, area: int, numbers: np.ndarray, batch_size: int) -> Iterator[Piece]:
         """As of Source."""
         grid = self._dataset.reader.grid
-        by_key = {grid.key(self._cells[area][n]): int(n) for n in numbers}
+        cells = map(Cell, *(part.tolist() for part in self.areas[area].windows.at(numbers)))
+        by_key = {grid.key(cell): n for cell, n in zip(cells, numbers.tolist(), strict=True)}
         for run in self._dataset.runs(list(by_key)):
             with self._dataset.run(run):
                 for key in run:
@@ -82,7 +87,9 @@ class SceneSource:
         """As of Source."""
         import shapely
 
-        sha = hashlib.sha256(repr((self._cells, self._origins)).encode())
+        sha = hashlib.sha256()
+        for part in _text([area.windows for area in self.areas], self._origins):
+            sha.update(part.encode())
         for series in self._dataset.reader.series:
             for shot in series.shots:
                 sizes = [_local_bytes(scene.ref.address) for scene in shot.scenes]
@@ -127,6 +134,19 @@ def _coverage_notes(dataset: SceneTiles) -> tuple[str, ...]:
     )
 
 
+def _text(groups: Sequence[CellRuns], origins: Sequence[GeoOrigin]) -> Iterator[str]:
+    """The text of a list of lists of cells, and of one of origins, in parts."""
+    yield "(["
+    for number, group in enumerate(groups):
+        separator = ", [" if number else "["
+        for cols, rows in group.blocks():
+            cells = zip(cols.tolist(), rows.tolist(), strict=True)
+            yield separator + ", ".join(f"Cell(col={col}, row={row})" for col, row in cells)
+            separator = ", "
+        yield "]"
+    yield f"], {list(origins)!r})"
+
+
 def _local_bytes(address: str) -> int | None:
     """The size of a file on this machine; None of others. A file that was replaced has another size, mostly; its time
     may differ between nodes that have copies."""
@@ -165,34 +185,17 @@ def open_scene_source(description: Description, src: str, spec: DatasetSpec, lay
     return SceneSource(spec, dataset, description.name, layout, polygon)
 
 
-def connected(cells: Sequence[Cell], reach: int) -> list[list[Cell]]:
-    """Groups of cells, each sorted, of which none is nearer than ``reach`` rows and columns to another; in order."""
-    left = set(cells)
-    groups = []
-    for start in sorted(left):
-        if start not in left:
-            continue
-        left.discard(start)
-        group, todo = [start], [start]
-        while todo:
-            col, row = todo.pop()
-            for dc in range(-reach, reach + 1):
-                for dr in range(-reach, reach + 1):
-                    cell = Cell(col + dc, row + dr)
-                    if cell in left:
-                        left.discard(cell)
-                        group.append(cell)
-                        todo.append(cell)
-        groups.append(sorted(group, key=lambda c: (c.row, c.col)))
-    return groups
-
-
-def _touching(area: Any, cells: Sequence[Cell], dataset: SceneTiles) -> list[Cell]:
+def _touching(area: Any, cells: CellRuns, dataset: SceneTiles) -> CellRuns:
     import shapely
 
-    cols, rows = np.array(cells, np.int64).T
     shapely.prepare(area)
-    hit = shapely.intersects(area, shapely.box(*dataset.reader.grid.bounds(cols, rows).T))
-    if not hit.any():
+
+    def touching() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for cols, rows in cells.blocks():
+            hit = shapely.intersects(area, shapely.box(*dataset.reader.grid.bounds(cols, rows).T))
+            yield cols[hit], rows[hit]
+
+    found = CellRuns.of(touching())
+    if not found:
         raise InferenceError("grid.area: lies outside of all scenes; check its coordinate system")
-    return [cell for cell, touches in zip(cells, hit.tolist(), strict=True) if touches]
+    return found

@@ -9,6 +9,8 @@ from typing import Protocol
 
 import numpy as np
 
+from maestro_scale.datasets.scenes.cells import CellRuns
+from maestro_scale.datasets.scenes.grid import Cell
 from maestro_scale.datasets.spec import NODATA, DatasetSpec, GeoOrigin, RawDataset
 from maestro_scale.datasets.values import is_nodata
 from maestro_scale.inference.errors import InferenceError
@@ -101,12 +103,14 @@ class TileSource:
             for s in starts(num_steps + whole, whole, stride, round(offset * stride))
             if s <= num_steps
         ]
-        places = [(row_m, column_m) for row_m in along for column_m in along]
-        self._crops = [Crop(*place) for place in places]
-        rows, columns = (np.array([round(p[axis] / pixel_m) for p in places], np.int64) for axis in (0, 1))
+        self._crops = [Crop(row_m, column_m) for row_m in along for column_m in along]
+        windows = CellRuns.rectangle(len(along), len(along))
+        pixels = np.array([round(m / pixel_m) for m in along], np.int64)
         extent_m = min(spec.tile_m, along[-1] + spec.crop_m)
         size, side = round(extent_m / pixel_m), max(round(spec.crop_m / pixel_m), 1)
-        self.areas = [Area(key, size, size, pixel_m, rows, columns, side) for key in keys]
+        self.areas = [
+            Area(key, size, size, pixel_m, windows, Cell(0, 0), pixels, pixels, side) for key in keys
+        ]
 
     def read(self, area: int, numbers: np.ndarray, batch_size: int) -> Iterator[Piece]:
         """As of Source."""

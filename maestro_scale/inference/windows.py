@@ -14,6 +14,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from maestro_scale.datasets.scenes.cells import CellRuns
+from maestro_scale.datasets.scenes.grid import Cell
+
 BLOCK = 128
 """Sides of chunks are multiples of it."""
 _WINDOWS = 8  # per side of a chunk, if they fit into memory
@@ -37,22 +40,38 @@ class Box(NamedTuple):
 class Area:
     """One map: ``height`` × ``width`` pixels of ``resolution_m``, named ``name``.
 
-    ``rows``, ``columns`` (N,): upper left pixels of the windows, ``side`` pixels per side. Windows may exceed the map.
+    ``windows``: cells of a lattice, ``side`` pixels per side, by which they may exceed the map. ``tops``, ``lefts``:
+    the first pixel of each row and column of the lattice, from ``first``, ascending. Memory is by the sides of the
+    map, not by the number of windows.
     """
 
     name: str
     height: int
     width: int
     resolution_m: float
-    rows: np.ndarray
-    columns: np.ndarray
+    windows: CellRuns
+    first: Cell
+    tops: np.ndarray
+    lefts: np.ndarray
     side: int
+
+    def corner(self, number: int) -> tuple[int, int]:
+        """Row and column of the upper left pixel of a window."""
+        cell = self.windows[number]
+        return int(self.tops[cell.row - self.first.row]), int(self.lefts[cell.col - self.first.col])
 
     def windows_of(self, box: Box) -> np.ndarray:
         """Numbers of the windows that touch a part of the map, ascending."""
-        hit = (self.rows < box.top + box.height) & (self.rows + self.side > box.top)
-        hit &= (self.columns < box.left + box.width) & (self.columns + self.side > box.left)
-        return np.flatnonzero(hit)
+        return self.windows.within(*self._lattice(box))
+
+    def count(self, box: Box) -> int:
+        """How many windows touch a part of the map."""
+        return self.windows.count(*self._lattice(box))
+
+    def _lattice(self, box: Box) -> tuple[range, range]:
+        """Rows and columns of the lattice that touch a part of the map."""
+        rows = _touching(self.tops, self.side, box.top, box.top + box.height, self.first.row)
+        return rows, _touching(self.lefts, self.side, box.left, box.left + box.width, self.first.col)
 
     def chunks(self, side: int) -> list[Box]:
         """The map in parts of at most ``side`` pixels per side, row by row."""
@@ -61,6 +80,12 @@ class Area:
             for top in range(0, self.height, side)
             for left in range(0, self.width, side)
         ]
+
+
+def _touching(starts: np.ndarray, side: int, begin: int, end: int, first: int) -> range:
+    """Numbers, from ``first``, of the windows of which a pixel is in ``begin`` to ``end``."""
+    low, high = np.searchsorted(starts, [begin - side + 1, end]).tolist()
+    return range(first + low, first + high)
 
 
 def starts(length: int, window: int, stride: int, offset: int = 0) -> list[int]:

@@ -37,7 +37,7 @@ def test_tiles_that_lack_a_sensor_have_the_vectors_of_embed(tmp_path):
     with Writer(shards, spec, "test") as writer:
         for key in ("abc", "ab", "c"):
             arrays = {name: pixels[name] for name in key}
-            writer.add(make_tile(spec, key, arrays, dict.fromkeys(arrays, ["2020-06-01"])))
+            writer.add(make_tile(spec, key, arrays, {name: ["2020-06-01"] for name in arrays}))
     EmbeddingWriter(model, Store(shards, tmp_path / "cache", 2**30), Manifest.load(shards)).write(
         tmp_path / "embed", "test"
     )

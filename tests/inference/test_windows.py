@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from maestro_scale.datasets.scenes.cells import CellRuns
 from maestro_scale.datasets.scenes.grid import Cell
 from maestro_scale.inference.blending import Blend, weights
 from maestro_scale.inference.outputs import resized
-from maestro_scale.inference.scenes import connected
 from maestro_scale.inference.windows import BLOCK, Area, Box, chunk_side, starts, stride_m
 
 
@@ -53,21 +53,24 @@ def test_weights_of_half_overlapping_windows_add_up_to_one():
 def test_parts_of_a_map_equal_the_whole(height, width, side, stride, seed):
     stride = min(stride, side)  # a larger one leaves pixels out
     rng = np.random.default_rng(seed)
-    places = [(r, c) for r in starts(height, side, stride) for c in starts(width, side, stride)]
-    rows, columns = np.array(places).T
-    area = Area("a", height, width, 1.0, rows, columns, side)
+    tops, lefts = (np.array(starts(length, side, stride)) for length in (height, width))
+    places = [(r, c) for r in tops.tolist() for c in lefts.tolist()]
+    windows = CellRuns.rectangle(len(tops), len(lefts))
+    area = Area("a", height, width, 1.0, windows, Cell(0, 0), tops, lefts, side)
+    assert [area.corner(n) for n in range(len(places))] == places
     values = [torch.from_numpy(rng.normal(size=(2, side, side)).astype(np.float32)) for _ in places]
 
     def blended(box):
         blend = Blend(box, 2, side, torch.device("cpu"))
         for n in area.windows_of(box).tolist():
-            blend.add(values[n], int(rows[n]), int(columns[n]))
+            blend.add(values[n], *area.corner(n))
         mean, covered = blend.finish()
         return mean.numpy(), covered.numpy()
 
     whole, covered = blended(Box(0, 0, height, width))
     assert covered.all()
     for box in area.chunks(5):
+        assert area.count(box) == len(area.windows_of(box))
         part, _ = blended(box)
         rows_of, cols_of = slice(box.top, box.top + box.height), slice(box.left, box.left + box.width)
         np.testing.assert_array_equal(part, whole[:, rows_of, cols_of])
@@ -92,9 +95,3 @@ def test_masks_at_the_pixels_of_a_map():
     assert resized(mask, 4).sum() == 4
     assert resized(resized(mask, 4), 2).tolist() == mask.tolist()
     assert resized(None, 4) is None
-
-
-def test_scenes_apart_are_maps_of_their_own():
-    near = [Cell(0, 0), Cell(1, 0), Cell(3, 1)]
-    far = [Cell(9, 9), Cell(9, 10)]
-    assert connected([*far, *near], 2) == [sorted(near, key=lambda c: (c.row, c.col)), far]

@@ -81,8 +81,8 @@ def open_scenes(description: Description, src: str, split: str) -> SceneTiles:
     problems.check(src)
     cells, num_left_out = _cells(description, spec, src, split, grid, series)
     reader = SceneReader(grid, [*series, *labels], opener)
-    targets = _target_reader(description, spec, src, reader, [grid.key(cell) for cell in cells])
-    return SceneTiles(description, spec, reader, tuple(cells), targets, num_left_out)
+    targets = _target_reader(description, spec, src, reader, cells)
+    return SceneTiles(description, spec, reader, cells, targets, num_left_out)
 
 
 @dataclass
@@ -95,7 +95,7 @@ class SceneTiles:
     description: Description
     spec: DatasetSpec
     reader: SceneReader
-    cells: tuple[Cell, ...]
+    cells: Sequence[Cell]
     targets: TargetReader
     left_out: Mapping[str, int] = field(default_factory=dict)
 
@@ -327,7 +327,7 @@ def _cells(
     split: str,
     grid: Grid,
     series: Sequence[SceneSeries],
-) -> tuple[list[Cell], dict[str, int]]:
+) -> tuple[Sequence[Cell], dict[str, int]]:
     """The cells of the split, and how many are in none, by reason."""
     keys = description.grid
     assert keys is not None
@@ -340,6 +340,9 @@ def _cells(
         return _drawn(description.splits.blocks, split, grid, plan)
     patterns = [section.files or "" for section in sections(description).values()]
     by_folder = any("{split}" in pattern for pattern in patterns)
+    if description.splits.lists is None and description.splits.column is None:
+        select(description.splits, src, split, [], by_folder)
+        return plan.cells, plan.left_out
     cells = {grid.key(cell): cell for cell in plan.cells}
     chosen, listing = select(description.splits, src, split, sorted(cells), by_folder)
     unknown = [key for key in chosen if key not in cells]
@@ -370,14 +373,12 @@ def _drawn(blocks: SplitBlocks, split: str, grid: Grid, plan: CellPlan) -> tuple
 
 
 def _target_reader(
-    description: Description, spec: DatasetSpec, src: str, reader: SceneReader, keys: Sequence[str]
+    description: Description, spec: DatasetSpec, src: str, reader: SceneReader, cells: Sequence[Cell]
 ) -> TargetReader:
     sections_of = {name: section for name, section in description.targets.items() if section is not None}
-    tables = {
-        t.name: TableLabels.load(t, sections_of[t.name], src, keys)
-        for t in spec.targets
-        if sections_of[t.name].table is not None
-    }
+    of_tables = [t for t in spec.targets if sections_of[t.name].table is not None]
+    keys = list(map(reader.grid.key, cells)) if of_tables else []
+    tables = {t.name: TableLabels.load(t, sections_of[t.name], src, keys) for t in of_tables}
     made: dict[str, SceneLabels | VectorLabels] = {}
     for target in spec.targets:
         section = sections_of[target.name]

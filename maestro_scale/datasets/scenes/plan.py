@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from maestro_scale.datasets.scenes.catalog import outline
-from maestro_scale.datasets.scenes.grid import Box, Cell, Grid
+from maestro_scale.datasets.scenes.cells import CellRuns
+from maestro_scale.datasets.scenes.grid import Box, Grid
 from maestro_scale.datasets.scenes.series import SceneSeries
 from maestro_scale.datasets.spec import DatasetError
 
@@ -24,7 +25,7 @@ MAX_CELLS = 50_000_000
 class CellPlan:
     """The cells that are tiles, by row and column, and how many were left out, by reason."""
 
-    cells: tuple[Cell, ...]
+    cells: CellRuns
     left_out: dict[str, int]
 
 
@@ -61,29 +62,33 @@ def plan_cells(
             )
         extent = _intersection(extent, Box(*bounds.tolist()).buffered(grid.tile_m))
         shapely.prepare(area.geometry)
-    cells: list[Cell] = []
     left_out: dict[str, int] = {}
     num_area = 0
-    for cols, rows in _blocks_of_cells(grid, extent):
-        bounds = grid.bounds(cols, rows)
-        if area is not None:
-            centres = (bounds[:, :2] + bounds[:, 2:]) / 2
-            inside = shapely.contains_xy(area.geometry, centres[:, 0], centres[:, 1])
-            cols, rows, bounds = cols[inside], rows[inside], bounds[inside]
-        num_area += len(cols)
-        keep = np.ones(len(cols), bool)
-        for name, (cover, min_valid) in covers.items():
-            share = covered_share(cover, bounds)
-            enough = (share >= min_valid - _ROUNDING) & (share > 0)
-            touched = keep & ~enough & (share > 0)
-            if touched.any():
-                reason = f"are covered by {name} to less than {min_valid:.0%}"
-                left_out[reason] = left_out.get(reason, 0) + int(touched.sum())
-            keep &= enough
-        cells += map(Cell, cols[keep].tolist(), rows[keep].tolist())
+
+    def kept() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        nonlocal num_area
+        for cols, rows in _blocks_of_cells(grid, extent):
+            bounds = grid.bounds(cols, rows)
+            if area is not None:
+                centres = (bounds[:, :2] + bounds[:, 2:]) / 2
+                inside = shapely.contains_xy(area.geometry, centres[:, 0], centres[:, 1])
+                cols, rows, bounds = cols[inside], rows[inside], bounds[inside]
+            num_area += len(cols)
+            keep = np.ones(len(cols), bool)
+            for name, (cover, min_valid) in covers.items():
+                share = covered_share(cover, bounds)
+                enough = (share >= min_valid - _ROUNDING) & (share > 0)
+                touched = keep & ~enough & (share > 0)
+                if touched.any():
+                    reason = f"are covered by {name} to less than {min_valid:.0%}"
+                    left_out[reason] = left_out.get(reason, 0) + int(touched.sum())
+                keep &= enough
+            yield cols[keep], rows[keep]
+
+    cells = CellRuns.of(kept())
     if not cells:
         _refuse_none(grid, area, num_area, left_out)
-    return CellPlan(tuple(cells), left_out)
+    return CellPlan(cells, left_out)
 
 
 def _covers(
