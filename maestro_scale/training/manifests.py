@@ -50,7 +50,8 @@ class UsedDataset:
 def load_manifests(urls: Sequence[str], cache_dir: Path, world: World | None) -> list[Manifest]:
     """The manifests at ``urls``, read and parsed by one rank of each node and mapped by the others; a collective.
 
-    A rank that cannot map a manifest, because its ``cache_dir`` is not that of the other ranks of the node, reads it.
+    A rank reads a manifest itself if its address is another one than that of the rank that reads, or if it cannot map
+    the manifest because its ``cache_dir`` is not that of the other ranks of the node.
     ManifestError, the same on all ranks, if one rank cannot read a manifest.
     """
     if world is None or world.size == 1:
@@ -60,7 +61,7 @@ def load_manifests(urls: Sequence[str], cache_dir: Path, world: World | None) ->
     if world.local_rank == 0:
         try:
             mine = [load_manifest(url, cache_dir) for url in urls]
-            answer = json.dumps({"digests": [m.digest for m in mine]})
+            answer = json.dumps({"read": [[url, m.digest] for url, m in zip(urls, mine, strict=True)]})
         except ManifestError as error:
             answer = json.dumps({"error": str(error)})
     answers = [json.loads(text) if text else None for text in world.gather(answer)]
@@ -70,9 +71,10 @@ def load_manifests(urls: Sequence[str], cache_dir: Path, world: World | None) ->
     # Of the rank of this node that has read them, where the ranks of a node are consecutive. Elsewhere it may be one of
     # another node: all of these have the same digests, as ``compare_manifests`` makes sure.
     read = next(found for found in reversed(answers[: world.rank + 1]) if found is not None)
+    digests = dict(read["read"])
+    mapped = [mapped_manifest(cache_dir, digests[url]) if url in digests else None for url in urls]
     return mine or [
-        mapped_manifest(cache_dir, digest) or load_manifest(url, cache_dir)
-        for url, digest in zip(urls, read["digests"], strict=True)
+        manifest or load_manifest(url, cache_dir) for url, manifest in zip(urls, mapped, strict=True)
     ]
 
 
