@@ -216,8 +216,10 @@ def _shared_blocks(count: int, size: int) -> Tensor:
 def _signals_blocked() -> Iterator[None]:
     """Block ``_IGNORED`` while processes are started: they inherit the mask, so no signal can end them before
     ``_init_worker`` ignores it. A signal to this process is delivered afterwards."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _IGNORED)
+    # Read before, not by the call that blocks: that one may end by the exception of a handler of an earlier signal.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     try:
+        signal.pthread_sigmask(signal.SIG_BLOCK, _IGNORED)
         start_tracker()  # it unblocks some signals, hence the second call
         signal.pthread_sigmask(signal.SIG_BLOCK, _IGNORED)
         yield

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from maestro_scale.stream.source import Source
-from maestro_scale.stream.workers import LoaderError, start_fork_server
+from maestro_scale.stream.workers import LoaderError, _signals_blocked, start_fork_server
 
 PROGRAM = """
 import logging, os, signal, sys
@@ -24,7 +24,8 @@ from maestro_scale.stream.loader import TrainLoader
 
 def main():
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda n, f: print("got", signal.Signals(n).name, flush=True))
+        # Not print: a handler may interrupt the writing of another line, and its stream is not reentrant.
+        signal.signal(number, lambda n, f: os.write(1, f"got {signal.Signals(n).name}\\n".encode()))
     shards, cache = Path(sys.argv[2]), Path(sys.argv[3])
     loader = TrainLoader([open_toy(shards, cache)], 0, 4, 16, 4, workers=2)
     steps = loader.steps(0, 10**9)
@@ -115,7 +116,7 @@ def test_workers_ignore_signals_of_a_scheduler_and_exit_with_their_parent(progra
         assert program.ask("next") == f"step {step}"
     assert program.workers() == workers
     program.process.kill()
-    wait_until(lambda: not members(group), 10)
+    wait_until(lambda: not members(group), 30)
 
 
 @pytest.mark.slow
@@ -136,7 +137,26 @@ def test_neither_a_hanging_nor_a_killed_worker_blocks_the_program(program: Progr
     assert "LoaderError" in last
     assert "a loader process died" in last
     assert program.process.returncode == 1
-    wait_until(lambda: not members(program.process.pid), 10)
+    wait_until(lambda: not members(program.process.pid), 30)
+
+
+def test_an_interrupt_at_the_start_of_processes_leaves_no_signal_blocked(monkeypatch):
+    real = signal.pthread_sigmask
+    before = real(signal.SIG_BLOCK, ())
+
+    def interrupted(how, mask):
+        real(how, mask)
+        if mask:
+            raise KeyboardInterrupt
+        return before
+
+    monkeypatch.setattr(signal, "pthread_sigmask", interrupted)
+    try:
+        with pytest.raises(KeyboardInterrupt), _signals_blocked():
+            pass
+        assert real(signal.SIG_BLOCK, ()) == before
+    finally:
+        real(signal.SIG_SETMASK, before)
 
 
 SERVER = """
