@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from maestro_scale.datasets.describe.draft import Draft
-from maestro_scale.datasets.describe.inspection import Inspection
+from maestro_scale.datasets.describe.inspection import inspect
 
 __all__ = ["Draft", "describe"]
 
@@ -21,7 +21,7 @@ def describe(src: str, blocks: bool = False, say: Callable[[str], None] = lambda
     ``blocks``: with splits by blocks of ground, instead of one split. ``say``: receives a line for each file that
     cannot be read. DatasetError (one line) if ``src`` holds nothing that can be described.
     """
-    draft = Inspection(src, blocks).draft()
+    draft = inspect(src, blocks)
     for message in draft.messages:
         say(message)
     return draft

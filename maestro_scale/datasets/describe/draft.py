@@ -237,6 +237,11 @@ def counts_text(values: Mapping[str, int], most: int = 6) -> str:
     return ", ".join(f"{v} {n}" for v, n in common) + (f" and {rest} more" if rest else "")
 
 
+def count_text(count: int, what: str) -> str:
+    """``3 files``, ``1 file``."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
 def _text(note: Note | None) -> str:
     if note is None:
         return ""
