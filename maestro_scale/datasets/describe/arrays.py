@@ -12,15 +12,11 @@ from maestro_scale.datasets.describe.containers import Array, read_arrays, suffi
 from maestro_scale.datasets.describe.draft import unique_name
 from maestro_scale.datasets.describe.names import Family, families
 from maestro_scale.datasets.describe.probe import Header
-from maestro_scale.datasets.describe.rasters import (
-    Note,
-    RasterDraft,
-    add_masks,
-    canonical_band,
-    set_bands,
-    set_quantity,
-    usual_resolution_m,
-)
+from maestro_scale.datasets.describe.raster_bands import canonical_band, set_bands
+from maestro_scale.datasets.describe.raster_draft import Note, RasterDraft
+from maestro_scale.datasets.describe.raster_masks import add_masks
+from maestro_scale.datasets.describe.raster_quantity import set_quantity
+from maestro_scale.datasets.describe.rasters import usual_resolution_m
 from maestro_scale.datasets.describe.units import METRES
 
 

@@ -10,7 +10,7 @@ from itertools import groupby
 from pathlib import Path
 
 from maestro_scale.datasets.bands import group_of, is_radar
-from maestro_scale.datasets.describe.rasters import Note, RasterDraft
+from maestro_scale.datasets.describe.raster_draft import Note, RasterDraft
 from maestro_scale.datasets.describe.sizes import Sizes
 from maestro_scale.datasets.describe.yaml_text import Document
 from maestro_scale.datasets.spec_limits import module_name_problem, name_problem

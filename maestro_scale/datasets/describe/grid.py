@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from maestro_scale.datasets.describe.draft import Draft
 from maestro_scale.datasets.describe.findings import Findings
 from maestro_scale.datasets.describe.names import Family
-from maestro_scale.datasets.describe.rasters import Note, RasterDraft
+from maestro_scale.datasets.describe.raster_draft import Note, RasterDraft
 from maestro_scale.datasets.describe.sizes import Input, Sizes, sizes_of_scenes, sizes_of_tiles
 from maestro_scale.datasets.describe.units import Unit, lon_lat, unit_of
 from maestro_scale.datasets.scenes.ground import utm_crs

@@ -13,8 +13,9 @@ from maestro_scale.datasets.describe.findings import Findings
 from maestro_scale.datasets.describe.grid import are_scenes, draft_grid, sizes_of_samples
 from maestro_scale.datasets.describe.label_maps import draft_label_arrays, draft_label_rasters
 from maestro_scale.datasets.describe.probe import Prober
+from maestro_scale.datasets.describe.raster_draft import Note, RasterDraft
 from maestro_scale.datasets.describe.raster_families import exclude_others, find_rasters
-from maestro_scale.datasets.describe.rasters import Note, RasterDraft, merge_resolutions
+from maestro_scale.datasets.describe.resolutions import merge_resolutions
 from maestro_scale.datasets.describe.split_drafts import propose_splits
 from maestro_scale.datasets.describe.stac_items import draft_items
 from maestro_scale.datasets.describe.table_labels import draft_tables

@@ -9,7 +9,7 @@ from maestro_scale.datasets.describe.arrays import LabelArray
 from maestro_scale.datasets.describe.draft import Draft, TargetDraft, class_fields, dataset_name, unique_name
 from maestro_scale.datasets.describe.findings import Findings
 from maestro_scale.datasets.describe.probe import Values
-from maestro_scale.datasets.describe.rasters import Note
+from maestro_scale.datasets.describe.raster_draft import Note
 
 _MAX_LABELS = 64
 _WORLDCOVER = {

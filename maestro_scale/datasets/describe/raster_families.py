@@ -10,7 +10,10 @@ from maestro_scale.datasets.describe.draft import unique_name
 from maestro_scale.datasets.describe.findings import Findings
 from maestro_scale.datasets.describe.names import Family, families
 from maestro_scale.datasets.describe.probe import SUFFIXES
-from maestro_scale.datasets.describe.rasters import RasterDraft, attach_mask, draft_raster, sensor_of
+from maestro_scale.datasets.describe.raster_bands import sensor_of
+from maestro_scale.datasets.describe.raster_draft import RasterDraft
+from maestro_scale.datasets.describe.raster_masks import attach_mask
+from maestro_scale.datasets.describe.rasters import draft_raster
 from maestro_scale.datasets.description.patterns import Pattern
 
 

@@ -11,7 +11,9 @@ from itertools import islice
 from maestro_scale.datasets.describe import words
 from maestro_scale.datasets.describe.names import Family, File
 from maestro_scale.datasets.describe.probe import Prober
-from maestro_scale.datasets.describe.rasters import RasterDraft, add_masks, draft_raster
+from maestro_scale.datasets.describe.raster_draft import RasterDraft
+from maestro_scale.datasets.describe.raster_masks import add_masks
+from maestro_scale.datasets.describe.rasters import draft_raster
 from maestro_scale.datasets.description.patterns import parse_date
 from maestro_scale.datasets.sources import remote
 from maestro_scale.datasets.sources.stac import Item, items_of

@@ -9,7 +9,7 @@ from pathlib import Path
 from maestro_scale.datasets.describe import labels, words
 from maestro_scale.datasets.describe.draft import Draft, TargetDraft, class_fields, counts_text, unique_name
 from maestro_scale.datasets.describe.findings import Findings
-from maestro_scale.datasets.describe.rasters import Note
+from maestro_scale.datasets.describe.raster_draft import Note
 from maestro_scale.datasets.describe.split_drafts import split_names
 
 

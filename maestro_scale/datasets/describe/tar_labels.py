@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from maestro_scale.datasets.describe.draft import TargetDraft, class_fields, counts_text, unique_name
 from maestro_scale.datasets.describe.findings import Findings
-from maestro_scale.datasets.describe.rasters import Note, RasterDraft
+from maestro_scale.datasets.describe.raster_draft import Note, RasterDraft
 from maestro_scale.datasets.describe.tars import TarTexts, read_texts
 from maestro_scale.datasets.spec import DatasetError
 

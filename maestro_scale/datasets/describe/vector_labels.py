@@ -16,7 +16,7 @@ from maestro_scale.datasets.describe.draft import (
     unique_name,
 )
 from maestro_scale.datasets.describe.findings import Findings
-from maestro_scale.datasets.describe.rasters import Note
+from maestro_scale.datasets.describe.raster_draft import Note
 
 _LABEL_PIXELS = 256  # of a label map, per side of a tile
 _METADATA = re.compile(r"mtd|meta|dates|index|tiles|grid|split", re.IGNORECASE)  # vector files without labels
