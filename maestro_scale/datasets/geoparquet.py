@@ -20,6 +20,8 @@ from maestro_scale.datasets.spec import GeoOrigin
 
 GEO_KEY = "geo"
 GEOMETRY = "geometry"
+WEIGHTS_KEY = "maestro_scale.weights_sha256"
+"""In the metadata of a table: digest of the weights of the model whose embeddings or predictions it has."""
 
 
 def can_place() -> bool:

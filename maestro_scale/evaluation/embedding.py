@@ -12,11 +12,11 @@ import hashlib
 import json
 import os
 import shutil
-import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,6 +47,7 @@ from maestro_scale.stream.crops import CropGrid
 from maestro_scale.stream.eval_loader import EvalLoader
 from maestro_scale.stream.source import Source
 from maestro_scale.training.run_dir import write_atomically
+from maestro_scale.unfinished import Unfinished
 
 METADATA_FILE = "_embedding.json"  # readers of Parquet folders skip names with an underscore
 INDEX_FILE = "index.jsonl"
@@ -122,21 +123,25 @@ class EmbeddingWriter:
         shards = self.manifest.shards_of([split])
         share = shards[rank::world]
         record = self._record()
+        unfinished = Unfinished(out, file_name(split))
+        unfinished.remove_abandoned()
         self._check_paths(out, shards)
         digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
         # Files of earlier revisions name no record: then the one of the folder says what they contain.
-        accepted = {digest, None} if _check_folder(out, record) else {digest}
+        accepted = {digest, None} if _check_folder(out, record, unfinished) else {digest}
         todo = [shard for shard in share if not self._is_written(self._path(out, shard), shard, accepted)]
-        if not todo:
-            return 0
-        source = self._source(todo)
-        grid = CropGrid(source.spec)
-        done, total = 0, sum(s.samples for s in todo) * grid.num_crops
-        for shard, rows in self._by_shard(source):
-            self._save(self._path(out, shard), shard, rows, grid, digest)
-            done += len(rows.keys)
-            if progress:
-                progress(done, total, sum(a.nbytes for a in rows.arrays.values()))
+        done = 0
+        if todo:
+            source = self._source(todo)
+            grid = CropGrid(source.spec)
+            total = sum(s.samples for s in todo) * grid.num_crops
+            for shard, rows in self._by_shard(source):
+                self._save(self._path(out, shard), unfinished.new(), shard, rows, grid, digest)
+                done += len(rows.keys)
+                if progress:
+                    progress(done, total, sum(a.nbytes for a in rows.arrays.values()))
+        if all(self._is_written(self._path(out, shard), shard, accepted) for shard in shards):
+            unfinished.remove()
         return done
 
     def _record(self) -> dict[str, str]:
@@ -145,7 +150,7 @@ class EmbeddingWriter:
             "dataset": self.manifest.spec.name,
             "what": self.what,
             "format": self.format,
-            "weights": weights_digest(self.model),
+            "weights": self._weights,
             "precision": eval_precision(self._device, self.precision),
             "spec": hashlib.sha256(repr(self.manifest.spec).encode()).hexdigest(),
         }
@@ -239,20 +244,24 @@ class EmbeddingWriter:
             # Copies, because they are kept until the shard is complete.
             yield {name: array.copy() for name, array in found.items()}
 
+    @cached_property
+    def _weights(self) -> str:
+        return weights_digest(self.model)
+
     @property
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def _save(self, path: Path, shard: ShardInfo, rows: EmbeddingRows, grid: CropGrid, record: str) -> None:
-        # A random name: with a prefix that of the shard could exceed the limit, and other nodes share the folder.
-        partial = path.with_name(f".partial-{uuid.uuid4().hex}")
+    def _save(
+        self, path: Path, partial: Path, shard: ShardInfo, rows: EmbeddingRows, grid: CropGrid, record: str
+    ) -> None:
         sources = {_SHARD_KEY: shard.sha256, _RECORD_KEY: record}
         try:
             if self.format == "parquet":
                 table = _table(rows, grid)
-                parquet.write_table(
-                    table.replace_schema_metadata({**(table.schema.metadata or {}), **sources}), partial
-                )
+                weights = {geoparquet.WEIGHTS_KEY: self._weights}
+                metadata = {**(table.schema.metadata or {}), **sources, **weights}
+                parquet.write_table(table.replace_schema_metadata(metadata), partial)
             else:
                 _write_images(partial, rows, grid)
                 for name, digest in sources.items():
@@ -266,7 +275,7 @@ class EmbeddingWriter:
             raise
 
 
-def _check_folder(out: Path, record: dict[str, str]) -> bool:
+def _check_folder(out: Path, record: dict[str, str], unfinished: Unfinished) -> bool:
     """Record what the folder contains; every rank writes the same. Returns whether it was recorded before.
 
     EvaluationError if it holds something else.
@@ -275,7 +284,7 @@ def _check_folder(out: Path, record: dict[str, str]) -> bool:
     recorded = _read_record(path)
     if recorded is None:
         path.unlink(missing_ok=True)  # damaged
-        if _create(path, json.dumps(record, indent=1)):
+        if _create(path, unfinished, json.dumps(record, indent=1)):
             return False
         recorded = _read_record(path) or {}  # another rank, or another job, was faster
     recorded.setdefault("precision", "fp32")  # of folders from before it was recorded
@@ -294,9 +303,9 @@ def _read_record(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def _create(path: Path, text: str) -> bool:
+def _create(path: Path, unfinished: Unfinished, text: str) -> bool:
     """Create a file with its content at once; False if it exists, so that two jobs cannot both create it."""
-    partial = path.with_name(f".partial-{uuid.uuid4().hex}")
+    partial = unfinished.new()
     write_atomically(partial, text)
     try:
         os.link(partial, path)

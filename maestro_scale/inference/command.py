@@ -98,12 +98,13 @@ def predict(
     pixel_m = maps.resolution_m if maps else step_m
     layout = Layout(pixel_m, stride_m(spec.crop_m, overlap, [step_m, pixel_m]))
     source = open_source(data, spec, layout, options)
-    notes = [*notes, *source.notes]
     folder = Folder(out, _record(model, data, source, layout, options, how))
     if points is not None:
-        return run.predict_points(source, points, folder, spec.name, how, progress), notes
-    assert maps is not None
-    return run.predict_maps(source, maps, folder, how, progress), notes
+        num_windows, found = run.predict_points(source, points, folder, spec.name, how, progress)
+    else:
+        assert maps is not None
+        num_windows, found = run.predict_maps(source, maps, folder, how, progress)
+    return num_windows, [*notes, *source.notes, *found]
 
 
 def open_data(model: Maestro, src: str, options: Options) -> Data:

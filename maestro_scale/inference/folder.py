@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
-import uuid
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +18,9 @@ import numpy as np
 from maestro_scale import untrusted
 from maestro_scale.escaping import file_name, ignores_case
 from maestro_scale.inference.errors import InferenceError
+from maestro_scale.unfinished import Unfinished
 
 RECORD = "_predict.json"
-PARTS = ".parts"
-_PARTIAL = ".partial-"
-_ABANDONED_S = 24 * 3600.0  # age from which a file that is being written is of a killed job
 _BESIDE = ".aux.xml"
 _POLL_S = 0.5
 
@@ -38,7 +33,8 @@ class Folder:
 
     def __init__(self, path: Path, record: Mapping[str, object]) -> None:
         self.path = path
-        self._parts = path / PARTS
+        self.record = record
+        self._unfinished = Unfinished(path)
         path.mkdir(parents=True, exist_ok=True)
         recorded = self._read()
         if recorded is None:
@@ -56,7 +52,7 @@ class Folder:
                 f"{path} holds predictions of something else ({'; '.join(differences)}): use another folder"
             )
         self.ignore_case = ignores_case(path)
-        self._remove_abandoned()
+        self._unfinished.remove_abandoned()
 
     def file(self, folder: str, key: str, suffix: str) -> Path:
         """The path of a file by its key, which may be any text."""
@@ -66,12 +62,11 @@ class Folder:
 
     def part(self, area: int, number: int) -> Path:
         """The file of a part of a map."""
-        return self._parts / f"{area:06d}-{number:06d}.bin"
+        return self._unfinished.path / f"{area:06d}-{number:06d}.bin"
 
     def new_file(self, suffix: str = "") -> Path:
         """A path for a file until it is complete, on the same file system as the others."""
-        self._parts.mkdir(exist_ok=True)
-        return self._parts / f"{_PARTIAL}{uuid.uuid4().hex}{suffix}"
+        return self._unfinished.new(suffix)
 
     def write_part(self, path: Path, arrays: Sequence[np.ndarray]) -> None:
         """Write a part, at once: the values of these arrays, one after the other."""
@@ -99,13 +94,7 @@ class Folder:
 
     def finish(self) -> None:
         """Everything is complete: remove what killed jobs have left."""
-        shutil.rmtree(self._parts, ignore_errors=True)
-
-    def _remove_abandoned(self) -> None:
-        for file in self._parts.glob(f"{_PARTIAL}*"):
-            with suppress(OSError):  # another rank removes it
-                if time.time() - file.stat().st_mtime > _ABANDONED_S:
-                    file.unlink()
+        self._unfinished.remove()
 
     def _read(self) -> dict[str, object] | None:
         try:

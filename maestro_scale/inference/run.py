@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from maestro_scale.datasets import geoparquet
-from maestro_scale.datasets.cog import write_cog
+from maestro_scale.datasets.cog import Bands, Part, write_cog
 from maestro_scale.datasets.spec import GeoOrigin
 from maestro_scale.escaping import printable
 from maestro_scale.evaluation.features.on_device import RecipePrecision, eval_precision
@@ -71,8 +71,10 @@ class Chunk:
 @torch.no_grad()
 def predict_maps(
     source: Source, output: MapOutput, folder: Folder, run: Run, progress: Progress | None = None
-) -> int:
-    """Write what is missing of the maps; returns the number of windows that this rank has computed."""
+) -> tuple[int, tuple[str, ...]]:
+    """Write what is missing of the maps; returns the number of windows that this rank has computed, and notes on the
+    maps that it has written."""
+    found = _Found("maps")
     paths = [[folder.file(i.folder, a.name, ".tif") for i in output.images] for a in source.areas]
     for image in output.images:
         (folder.path / image.folder).mkdir(exist_ok=True)
@@ -98,7 +100,11 @@ def predict_maps(
             else:
                 area = source.areas[chunk.area]
                 for image, path, values in zip(output.images, paths[chunk.area], arrays, strict=True):
-                    _write(folder, path, area, image.bands, [(0, 0, values)], origin)
+                    found.add(
+                        area.name,
+                        origin is None,
+                        _write(folder, path, area, image.bands, [(0, 0, values)], origin),
+                    )
             num_done += chunk.num_windows
             if progress:
                 progress(num_done, total, 0)
@@ -115,25 +121,27 @@ def predict_maps(
                     (c.box.top, c.box.left, unpacked(part, i, _shapes(output, c.box)))
                     for c, part in zip(chunks, parts, strict=True)
                 )
-                _write(folder, path, area, image.bands, pieces, source.origin(index))
+                origin = source.origin(index)
+                found.add(area.name, origin is None, _write(folder, path, area, image.bands, pieces, origin))
         folder.remove_parts(parts)
     if all(path.exists() for of_area in paths for path in of_area):
         folder.finish()
-    return num_done
+    return num_done, found.notes()
 
 
 @torch.no_grad()
 def predict_points(
     source: Source, output: PointOutput, folder: Folder, name: str, run: Run, progress: Progress | None = None
-) -> int:
+) -> tuple[int, tuple[str, ...]]:
     """Write ``<name>.parquet`` with a row per window: its tile, its place, its dates and what is predicted."""
     path = folder.file("", name, ".parquet")
     units = list(_point_units(source.areas))
     parts = [folder.part(0, number) for number in range(len(units))]
     num_done = 0
+    notes: tuple[str, ...] = ()
     if path.exists():
         folder.finish()
-        return 0
+        return 0, ()
     mine = [n for n in range(len(units))[run.rank :: run.world] if not parts[n].exists()]
     total = sum(len(windows) for n in mine for _, windows in units[n])
     for number in mine:
@@ -151,10 +159,10 @@ def predict_points(
         folder.write_part(parts[number], [np.frombuffer(sink.getvalue(), np.uint8)])
     if run.rank == 0:
         folder.wait_for(parts, _Waiting(name))
-        _write_table(folder, path, parts)
+        notes = _write_table(folder, path, parts)
     if path.exists():  # also where this rank was late, and wrote parts that the table has
         folder.finish()
-    return num_done
+    return num_done, notes
 
 
 def _units(areas: Sequence[Area], num_channels: int, run: Run) -> Iterator[list[Chunk]]:
@@ -270,9 +278,57 @@ def _shapes(output: MapOutput, box: Box) -> list[tuple[tuple[int, ...], str]]:
     return [((len(i.bands.names), box.height, box.width), i.bands.dtype) for i in output.images]
 
 
-def _write(folder: Folder, path: Path, area: Area, bands: Any, parts: Any, origin: GeoOrigin | None) -> None:
+def _write(
+    folder: Folder, path: Path, area: Area, bands: Bands, parts: Iterable[Part], origin: GeoOrigin | None
+) -> bool:
+    """Write a map; returns whether it has a valid pixel."""
+    is_valid = False
+
+    def watched() -> Iterator[Part]:
+        nonlocal is_valid
+        for row, column, values in parts:
+            nodata = np.isnan(values) if values.dtype.kind == "f" else values == bands.nodata
+            is_valid = is_valid or not nodata.all()
+            yield row, column, values
+
     place, size = georeference(origin, area.resolution_m), (area.height, area.width)
-    write_cog(path, bands, size, parts, place, {"key": area.name}, folder.new_file(".tif"))
+    write_cog(path, bands, size, watched(), place, {"key": area.name}, folder.new_file(".tif"))
+    return is_valid
+
+
+class _Found:
+    """Collects what the user should know about maps or rows of a table. ``what``: they are."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._unplaced: dict[str, None] = {}
+        self._empty: dict[str, None] = {}
+
+    def add(self, name: str, is_unplaced: bool, is_valid: bool) -> None:
+        """A map, or a row."""
+        if is_unplaced:
+            self._unplaced[name] = None
+        if not is_valid:
+            self._empty[name] = None
+
+    def notes(self) -> tuple[str, ...]:
+        """A line for each that was found, with its first example."""
+        texts = (
+            (
+                self._unplaced,
+                "have no place and no CRS, because their files have none in metres on the ground (degrees and Web "
+                "Mercator are not): reproject the files",
+            ),
+            (
+                self._empty,
+                "have no valid pixel: nothing is measured there; check nodata and masks of the files",
+            ),
+        )
+        return tuple(
+            f"{len(found)} {self._what} {text}; the first: {next(iter(found))}"
+            for found, text in texts
+            if found
+        )
 
 
 def _rows(source: Source, pieces: Pieces, columns: dict[str, tuple[pa.DataType, list[Any]]]) -> pa.Table:
@@ -297,19 +353,28 @@ def _rows(source: Source, pieces: Pieces, columns: dict[str, tuple[pa.DataType, 
     return pa.table({**fixed, **found})
 
 
-def _write_table(folder: Folder, path: Path, parts: Sequence[Path]) -> None:
+def _write_table(folder: Folder, path: Path, parts: Sequence[Path]) -> tuple[str, ...]:
+    """Put the parts together; returns notes on the rows."""
     tables = [t for t in (parquet.read_table(part) for part in parts) if t.num_rows]
     table = pa.concat_tables(tables) if tables else pa.table({"key": pa.array([], pa.string())})
     if table.num_rows and geoparquet.can_place():
         rows = zip(*(table[name].to_pylist() for name in ("crs", "x_m", "y_m")), strict=True)
         shapes = [None if crs is None else geoparquet.point(GeoOrigin(crs, x, y)) for crs, x, y in rows]
         table = geoparquet.with_geometry(table, shapes, "Point")
+    weights = {geoparquet.WEIGHTS_KEY: str(folder.record.get("model", ""))}
+    table = table.replace_schema_metadata({**(table.schema.metadata or {}), **weights})
     partial = folder.new_file()
     try:
         parquet.write_table(table, partial)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+    if not table.num_rows:
+        return ("no window has a valid pixel: the table is empty; check nodata and masks of the files",)
+    found = _Found("tiles of the table")
+    for key, crs in zip(table["key"].to_pylist(), table["crs"].to_pylist(), strict=True):
+        found.add(key, crs is None, True)
+    return found.notes()
 
 
 class _Waiting:

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 
+from maestro_scale.datasets.geoparquet import WEIGHTS_KEY
 from maestro_scale.inference.errors import InferenceError
 
 _ROWS = 8192
@@ -100,13 +101,23 @@ def _tables(folder: Path) -> list[Path]:
     files = [folder] if folder.is_file() else sorted(p for p in folder.glob("*.parquet"))
     if not files:
         raise InferenceError(f"{folder} has no Parquet files: write them with `maestro-scale embed`")
+    first_of: dict[bytes, Path] = {}  # by digest of the weights
     for file in files:
         try:
-            names = parquet.read_schema(file).names
+            schema = parquet.read_schema(file)
         except (pa.ArrowInvalid, OSError) as error:
             raise InferenceError(f"{file}: is no Parquet file ({error}); write it again") from None
-        if _VECTOR not in names or "key" not in names:
+        if _VECTOR not in schema.names or "key" not in schema.names:
             raise InferenceError(f"{file} has no vectors: write embeddings with --what vector")
+        weights = (schema.metadata or {}).get(WEIGHTS_KEY.encode())
+        if weights is not None:  # of earlier revisions: not known
+            first_of.setdefault(weights, file)
+    if len(first_of) > 1:
+        one, other, *_ = first_of.values()
+        raise InferenceError(
+            f"{folder} has embeddings of different models ({one.name}, {other.name}), whose vectors cannot be "
+            "compared: give one file, or a folder per model"
+        )
     return files
 
 

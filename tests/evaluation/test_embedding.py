@@ -182,15 +182,38 @@ def test_files_of_another_model_are_written_again(fields, shards, tmp_path, form
     assert maker.write(tmp_path / "other", "test") == 28
 
 
+def test_what_killed_jobs_leave_is_removed(fields, shards, tmp_path, monkeypatch):
+    maker, out = embedder(fields, shards, tmp_path), tmp_path / "out"
+    old, new = out / ".partial-old", out / ".partial-new"  # of an earlier revision
+    for folder in (old, new):
+        folder.mkdir(parents=True)
+    os.utime(old, (0, 0))
+
+    class Killed(BaseException):
+        pass
+
+    def kill(*_):
+        (out / ".parts" / "test" / ".partial-1").write_bytes(b"half")
+        raise Killed
+
+    with pytest.raises(Killed):
+        maker.write(out, "test", progress=kill)
+    assert [old.exists(), new.exists()] == [False, True]
+    assert len(list(out.glob("*.parquet"))) == 1
+    new.rmdir()
+    assert maker.write(out, "test") > 0
+    assert sorted(p.suffix for p in out.iterdir()) == [".json"] + 3 * [".parquet"]
+
+
 def test_two_jobs_with_different_models_cannot_share_a_folder(fields, shards, tmp_path, monkeypatch):
     first = embedder(fields, shards, tmp_path)
     second = dataclasses.replace(first, what="tokens")
     create = embedding._create
 
-    def create_late(path, text):
+    def create_late(path, unfinished, text):
         monkeypatch.setattr(embedding, "_create", create)
         first.write(tmp_path / "out", "test")
-        return create(path, text)
+        return create(path, unfinished, text)
 
     monkeypatch.setattr(embedding, "_create", create_late)
     with pytest.raises(EvaluationError, match="holds embeddings of something else"):

@@ -8,14 +8,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from maestro_scale.cli import app
 from maestro_scale.datasets import geoparquet
 from maestro_scale.datasets.spec import GeoOrigin
 from maestro_scale.evaluation.embedding import EmbeddingWriter
+from maestro_scale.evaluation.features.cache import weights_digest
 from maestro_scale.inference import search as module
+from maestro_scale.inference.command import Options, predict
 from maestro_scale.inference.errors import InferenceError
+from maestro_scale.inference.run import Run
 from maestro_scale.inference.search import search
 from maestro_scale.interop.pretrained import load_model
 from maestro_scale.shards.format.manifest import Manifest
@@ -75,6 +79,21 @@ def test_the_query_comes_first_and_a_key_may_look_like_a_place(tmp_path):
         search(tmp_path, "a")
 
 
+def test_vectors_of_different_models_are_not_compared(tmp_path):
+    write(tmp_path / "old.parquet", ["a"], [[1, 0]])
+    for name, weights in (("one", b"1"), ("same", b"1"), ("other", b"2")):
+        assert search(tmp_path, "a", 1)[0].key == "a"
+        write(tmp_path / f"{name}.parquet", [name], [[0, 1]])
+        path = tmp_path / f"{name}.parquet"
+        table = parquet.read_table(path).replace_schema_metadata({"maestro_scale.weights_sha256": weights})
+        parquet.write_table(table, path)
+    with pytest.raises(
+        InferenceError, match=r"different models \((one|other)\.parquet, (one|other)\.parquet\)"
+    ):
+        search(tmp_path, "a")
+    assert search(tmp_path / "other.parquet", "other")[0].key == "other"
+
+
 def test_a_tile_across_the_antimeridian_is_small(tmp_path):
     # 180 degrees east is 667 km west of the centre of zone 1 at the equator.
     corner = GeoOrigin("EPSG:32601", 165_500.0, 500.0)
@@ -122,6 +141,11 @@ def test_the_command_writes_geojson_and_pictures(valley, tmp_path):
     store = Store(str(valley.shards), tmp_path / "cache", 2**30)
     model = load_model(valley.model)
     EmbeddingWriter(model, store, manifest).write(tmp_path / "out", "test")
+    options = Options(embeddings="parquet", cache_dir=tmp_path / "cache")
+    predict(model, str(valley.shards), tmp_path / "windows", options, Run(torch.device("cpu")))
+    tables = [file for name in ("out", "windows") for file in (tmp_path / name).glob("*.parquet")]
+    digests = [parquet.read_metadata(file).metadata[b"maestro_scale.weights_sha256"] for file in tables]
+    assert digests == 2 * [weights_digest(model).encode()]
     words = ["--top", "3", "--out", str(tmp_path / "found.geojson"), "--png", str(tmp_path / "sheet.png")]
     done = CliRunner().invoke(
         app, ["search", str(tmp_path / "out"), "a/b", *words, "--shards", str(valley.shards)]

@@ -14,7 +14,8 @@ import shapely
 import torch
 from rasterio.features import geometry_mask
 from testkit.models import TINY
-from testkit.valley import CRS, DESCRIPTION, NORTH, WEST
+from testkit.scene_files import write_scene
+from testkit.valley import CRS, DESCRIPTION, NORTH, WEST, landscape
 
 from maestro_scale import datasets
 from maestro_scale.inference.command import Options, predict
@@ -92,3 +93,24 @@ def test_scenes_of_a_stac_catalog_within_an_area_of_interest(model, valley, tmp_
     assert inside.sum() == pytest.approx(80 * 64 / 2, rel=0.01)
     deep = inside & (np.add.outer(np.arange(cut.height) / 64, np.arange(cut.width) / 80) < 0.7)
     assert (found == expected)[deep].mean() > 0.99
+
+
+def test_maps_without_a_place_are_noted(model, tmp_path):
+    values = landscape(16, 0)[0]
+    write_scene(tmp_path / "a_20200601.tif", values, 2.99, 45.1, 1e-4, crs="EPSG:4326", nodata=0)
+    text = DESCRIPTION.replace("grid: {}\n", "").replace("s2_{date", "{key}_{date").replace("480", "160")
+    (tmp_path / "tiles.yaml").write_text(text)
+    for name, options in (("maps", Options()), ("tiles of the table", Options(embeddings="parquet"))):
+        _, (note,) = predict(model, str(tmp_path / "tiles.yaml"), tmp_path / name, options, CPU)
+        assert note.startswith(f"1 {name} have no place and no CRS, because")
+        assert note.endswith("; the first: a")
+
+
+def test_a_scene_without_a_valid_pixel_is_noted(model, tmp_path):
+    write_scene(tmp_path / "s2_20200601.tif", np.zeros((3, 16, 16), np.int16), WEST, NORTH, crs=CRS, nodata=0)
+    (tmp_path / "valley.yaml").write_text(DESCRIPTION)
+    _, (note,) = predict(model, str(tmp_path / "valley.yaml"), tmp_path / "maps", Options(), CPU)
+    assert note.startswith("1 maps have no valid pixel: nothing is measured there")
+    options = Options(embeddings="parquet")
+    _, (note,) = predict(model, str(tmp_path / "valley.yaml"), tmp_path / "table", options, CPU)
+    assert note.startswith("no window has a valid pixel")
