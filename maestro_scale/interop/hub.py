@@ -1,7 +1,8 @@
 """Models on the Hugging Face hub: our exported models, and checkpoints in the authors' format, converted once.
 
 Converted models are kept beside the client's own files, in ``HF_HOME/maestro-scale``, under the address and the hash of
-the checkpoint: a checkpoint that is replaced on the hub is converted again, and without a network the last one is used.
+the checkpoint: a checkpoint that is replaced on the hub is converted again. Where the hub gives none, for want of a
+network or of access, the last one is used, and a line says so.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from maestro_scale.errors import shorten
-from maestro_scale.escaping import file_name
+from maestro_scale.escaping import file_name, printable
 from maestro_scale.interop.export import CONFIG, WEIGHTS, ExportError
 from maestro_scale.interop.published import PublishedModel, published_in
 from maestro_scale.secrets_filter import scrub
@@ -68,8 +69,8 @@ def fetch(url: str) -> Path:
                 except EntryNotFoundError as error:
                     if _is_offline(error):
                         raise
-        except ExportError:
-            if (cached := _newest(_cache(address))) is not None:
+        except ExportError as error:
+            if (cached := _cached(address, error)) is not None:
                 return cached
             raise
     return _from_checkpoint(client, address, published)
@@ -129,8 +130,8 @@ def _from_checkpoint(client: Any, address: HubAddress, published: PublishedModel
     try:
         with hub_errors(str(address), "be fetched"):
             info = client.model_info(address.repository, revision=address.revision, files_metadata=True)
-    except ExportError:
-        if (cached := _newest(cache)) is not None:
+    except ExportError as error:
+        if (cached := _cached(address, error)) is not None:
             return cached
         raise
     chosen = _choose(address, list(info.siblings or ()), published)
@@ -202,6 +203,14 @@ def _cache(address: HubAddress) -> Path:
     from huggingface_hub import constants
 
     return Path(constants.HF_HOME) / "maestro-scale" / file_name(str(address).removeprefix(SCHEME))
+
+
+def _cached(address: HubAddress, error: ExportError) -> Path | None:
+    """The model that was converted last, with a line on why it is used."""
+    found = _newest(_cache(address))
+    if found is not None:
+        print(printable(f"{error}; using the copy in {found}"), file=sys.stderr, flush=True)
+    return found
 
 
 def _newest(cache: Path) -> Path | None:

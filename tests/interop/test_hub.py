@@ -74,7 +74,7 @@ def downloads(server) -> list[str]:
     return [r for r in server.requests if r.startswith("GET") and "/resolve/" in r]
 
 
-def test_a_published_model_is_fetched_and_converted_once(server, flair, theirs, tmp_path):
+def test_a_published_model_is_fetched_and_converted_once(server, flair, theirs, tmp_path, capfd):
     server.add(KNOWN.repository, {KNOWN.checkpoint: theirs, "README.md": b"card", "other/last.ckpt": b""})
     assert equal(load_model(KNOWN.name), flair)
     assert len(downloads(server)) == 1
@@ -84,8 +84,11 @@ def test_a_published_model_is_fetched_and_converted_once(server, flair, theirs, 
     assert len(downloads(server)) == 1
     (folder,) = (tmp_path / "home" / "maestro-scale").iterdir()
     assert sorted(p.name for p in next(folder.iterdir()).iterdir()) == [CONFIG, WEIGHTS]
-    server.repositories.clear()  # as without a network
+    assert "using the copy" not in capfd.readouterr().err
+    server.repositories.clear()  # not found
     assert equal(load_model(KNOWN.name), flair)
+    (line,) = [text for text in capfd.readouterr().err.splitlines() if "using the copy in" in text]
+    assert line.startswith(f"{KNOWN.address}: cannot be fetched (404")
 
 
 def test_a_replaced_checkpoint_is_converted_again(server, flair, theirs):
