@@ -104,6 +104,7 @@ def write_cog(
                     image.scales = (bands.scale,) * len(bands.names)
                 if bands.units:
                     image.units = (printable(bands.units),) * len(bands.names)
+            _add_overviews(partial, shape, block, "mode" if bands.classes else "average")
             copy(
                 partial,
                 done,
@@ -111,7 +112,7 @@ def write_cog(
                 BLOCKSIZE=block,
                 COMPRESS="DEFLATE",
                 BIGTIFF="IF_SAFER",
-                OVERVIEW_RESAMPLING="MODE" if bands.classes else "AVERAGE",
+                OVERVIEWS="FORCE_USE_EXISTING",
             )
             # GDAL ignores a full disk when it closes a file.
             with rasterio.open(done, driver="GTiff") as image:
@@ -129,6 +130,20 @@ def write_cog(
     finally:
         for file in (partial, done, done.with_name(f"{done.name}.aux.xml")):
             file.unlink(missing_ok=True)
+
+
+def _add_overviews(path: Path, shape: tuple[int, int], block: int, resampling: str) -> None:
+    """Images of half the size, down to a block, where the bands are apart: the driver of COGs makes them band by band
+    in blocks of all bands, which it writes again for each band where they exceed GDAL's cache."""
+    import rasterio
+    from rasterio.enums import Resampling
+
+    levels = []
+    while max(shape) > block * 2 ** len(levels):
+        levels.append(2 ** (len(levels) + 1))
+    if levels:
+        with rasterio.open(path, "r+") as image:
+            image.build_overviews(levels, Resampling[resampling])
 
 
 def block_side(num_bands: int, dtype: str) -> int:
