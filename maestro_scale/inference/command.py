@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Literal
 
 from maestro_scale import datasets
-from maestro_scale.datasets.description.config import Description, Splits
+from maestro_scale.datasets.description.config import Description
 from maestro_scale.datasets.description.dataset import only, open_described
 from maestro_scale.datasets.description.load import find_description, load_description
+from maestro_scale.datasets.description.sections.splits import Splits
 from maestro_scale.datasets.description.spec import dataset_spec
 from maestro_scale.datasets.description.splits import WHOLE
 from maestro_scale.datasets.spec import DatasetSpec, RawDataset

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from maestro_scale.datasets.description.config import Description, Splits
+from maestro_scale.datasets.description.config import Description
 from maestro_scale.datasets.description.dataset import only
+from maestro_scale.datasets.description.sections.splits import Splits
 from maestro_scale.datasets.description.splits import WHOLE
 from maestro_scale.datasets.scenes.cells import CellRuns, connected
 from maestro_scale.datasets.scenes.dataset import SceneTiles, area_of, open_scenes

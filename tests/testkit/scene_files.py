@@ -10,7 +10,7 @@ import numpy as np
 import rasterio
 from rasterio.transform import Affine
 
-from maestro_scale.datasets.description.config import ImageFiles
+from maestro_scale.datasets.description.sections.images import ImageFiles
 from maestro_scale.datasets.scenes.catalog import Layer, locate, placed, shots
 from maestro_scale.datasets.scenes.grid import Grid
 from maestro_scale.datasets.scenes.images import Scene, Shot

@@ -19,7 +19,7 @@ from maestro_scale import untrusted
 from maestro_scale.datasets import raw
 from maestro_scale.datasets.describe.probe import Values, spread_of
 from maestro_scale.datasets.describe.units import METRES_PER_DEGREE, unit_of
-from maestro_scale.datasets.description.config import ImageFiles
+from maestro_scale.datasets.description.sections.images import ImageFiles
 from maestro_scale.datasets.sources import remote
 from maestro_scale.datasets.sources.array_image import StoredArray
 from maestro_scale.datasets.sources.arrays import ArrayFile

@@ -12,9 +12,10 @@ from functools import lru_cache
 
 import numpy as np
 
-from maestro_scale.datasets.description.config import ImageFiles, MaskRule, Raster
 from maestro_scale.datasets.description.index import SectionImages
 from maestro_scale.datasets.description.patterns import Date
+from maestro_scale.datasets.description.sections.images import ImageFiles, MaskRule
+from maestro_scale.datasets.description.sections.rasters import Raster
 from maestro_scale.datasets.fill import Series, clean_series, percent
 from maestro_scale.datasets.quantity import QUANTITY_KINDS
 from maestro_scale.datasets.scenes.ground import ground_m, is_metric_at

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from maestro_scale.datasets.description.config import Description, SplitBlocks
+from maestro_scale.datasets.description.config import Description
 from maestro_scale.datasets.description.index import SectionImages
+from maestro_scale.datasets.description.sections.splits import SplitBlocks
 from maestro_scale.datasets.scenes.ground import is_metric_at
 from maestro_scale.datasets.sources.table import source_of
 from maestro_scale.datasets.spec import DatasetError

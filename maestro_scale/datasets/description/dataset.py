@@ -17,9 +17,10 @@ from maestro_scale.datasets.description.assemble import (
     stored,
 )
 from maestro_scale.datasets.description.blocks import tiles_of_split
-from maestro_scale.datasets.description.config import Description, Raster
-from maestro_scale.datasets.description.config import Target as TargetKeys
+from maestro_scale.datasets.description.config import Description
 from maestro_scale.datasets.description.index import SectionImages, keys_of, list_sections
+from maestro_scale.datasets.description.sections.rasters import Raster
+from maestro_scale.datasets.description.sections.targets import Target as TargetKeys
 from maestro_scale.datasets.description.spec import dataset_spec, settings_of
 from maestro_scale.datasets.description.targets import TableLabels, TargetReader
 from maestro_scale.datasets.description.tile import MaskImages, RasterImages, make_tile, origin_of

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from maestro_scale import untrusted
-from maestro_scale.datasets.description.config import Dates, ImageFiles
 from maestro_scale.datasets.description.patterns import Date, parse_date_text
+from maestro_scale.datasets.description.sections.images import Dates, ImageFiles
 from maestro_scale.datasets.description.tables import Table, read_lines, stem
 from maestro_scale.datasets.sources import remote
 from maestro_scale.datasets.spec import DatasetError

@@ -6,9 +6,12 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from maestro_scale.datasets.description.config import Description, ImageFiles, MaskRule, Raster, Splits
+from maestro_scale.datasets.description.config import Description
 from maestro_scale.datasets.description.dates import ListedDates
 from maestro_scale.datasets.description.patterns import Pattern
+from maestro_scale.datasets.description.sections.images import ImageFiles, MaskRule
+from maestro_scale.datasets.description.sections.rasters import Raster
+from maestro_scale.datasets.description.sections.splits import Splits
 from maestro_scale.datasets.sources.listing import pattern_of
 from maestro_scale.datasets.sources.opened import OpenFiles
 from maestro_scale.datasets.sources.protocol import ImageRef

@@ -12,23 +12,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from maestro_scale.datasets.description.config import (
-    Area,
-    Band,
-    Dates,
-    Description,
+from maestro_scale.datasets.description.config import Description
+from maestro_scale.datasets.description.sections.grid import Area, Grid
+from maestro_scale.datasets.description.sections.images import Band, Dates, ImageFiles, MaskRule
+from maestro_scale.datasets.description.sections.rasters import (
     FurtherSensor,
-    Grid,
-    ImageFiles,
-    MaskRule,
     Raster,
-    RasterTarget,
     SensorPreset,
     SensorScale,
-    SplitBlocks,
-    SplitColumn,
-    SplitLists,
-    Splits,
+)
+from maestro_scale.datasets.description.sections.splits import SplitBlocks, SplitColumn, SplitLists, Splits
+from maestro_scale.datasets.description.sections.targets import (
+    RasterTarget,
     TableTarget,
     Target,
     VectorTarget,

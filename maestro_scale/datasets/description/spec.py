@@ -6,13 +6,10 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 
-from maestro_scale.datasets.description.config import (
-    Description,
-    QuantityKind,
-    Raster,
-    SensorPreset,
-)
-from maestro_scale.datasets.description.config import Target as TargetKeys
+from maestro_scale.datasets.description.config import Description
+from maestro_scale.datasets.description.sections.fields import QuantityKind
+from maestro_scale.datasets.description.sections.rasters import Raster, SensorPreset
+from maestro_scale.datasets.description.sections.targets import Target as TargetKeys
 from maestro_scale.datasets.quantity import QUANTITY_KINDS
 from maestro_scale.datasets.spec import NODATA, DatasetSpec, Modality, Scale, Sensor, Target
 from maestro_scale.datasets.spec_check import default_pos_grid

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from maestro_scale.datasets.description.config import Splits
 from maestro_scale.datasets.description.index import names_of
+from maestro_scale.datasets.description.sections.splits import Splits
 from maestro_scale.datasets.description.tables import Table, is_there, read_lines, stem
 from maestro_scale.datasets.sources import remote
 from maestro_scale.datasets.spec import DatasetError

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from maestro_scale.datasets.description.assemble import Place, Stack, read_stack
-from maestro_scale.datasets.description.config import TableTarget, is_integer
-from maestro_scale.datasets.description.config import Target as TargetKeys
 from maestro_scale.datasets.description.index import SectionImages
+from maestro_scale.datasets.description.sections.fields import is_integer
+from maestro_scale.datasets.description.sections.targets import TableTarget
+from maestro_scale.datasets.description.sections.targets import Target as TargetKeys
 from maestro_scale.datasets.description.tables import KeyedRows, Table
 from maestro_scale.datasets.spec import MISSING_CLASS, DatasetError, DatasetSpec, Target
 from maestro_scale.errors import did_you_mean, shorten

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from maestro_scale.datasets.description.assemble import Place, Stack, mask_band, stored
-from maestro_scale.datasets.description.config import Description, Raster
+from maestro_scale.datasets.description.config import Description
 from maestro_scale.datasets.description.patterns import Date
+from maestro_scale.datasets.description.sections.rasters import Raster
 from maestro_scale.datasets.fill import NOTHING_VALID
 from maestro_scale.datasets.spec import NODATA, DatasetError, DatasetSpec, GeoOrigin, Tile
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from maestro_scale.datasets.description.assemble import Place
-from maestro_scale.datasets.description.config import Target as TargetKeys
+from maestro_scale.datasets.description.sections.targets import Target as TargetKeys
 from maestro_scale.datasets.description.targets import Labels
 from maestro_scale.datasets.description.vectors import Features, VectorFile, burn
 from maestro_scale.datasets.scenes.grid import Box, parse_crs

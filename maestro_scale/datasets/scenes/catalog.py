@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from maestro_scale.datasets.description.config import ImageFiles
+from maestro_scale.datasets.description.sections.images import ImageFiles
 from maestro_scale.datasets.scenes.buffer import Opener
 from maestro_scale.datasets.scenes.grid import Box, parse_crs
 from maestro_scale.datasets.scenes.ground import LON_LAT, check_metric, is_on_earth

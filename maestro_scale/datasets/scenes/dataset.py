@@ -14,16 +14,13 @@ import numpy as np
 
 from maestro_scale.datasets.description.assemble import Place, Stack, mask_band
 from maestro_scale.datasets.description.blocks import draw_blocks, left_out
-from maestro_scale.datasets.description.config import (
-    Area,
-    Description,
-    ImageFiles,
-    MaskRule,
-    Raster,
-    SplitBlocks,
-)
-from maestro_scale.datasets.description.config import Target as TargetKeys
+from maestro_scale.datasets.description.config import Description
 from maestro_scale.datasets.description.index import SectionImages, list_sections, sections
+from maestro_scale.datasets.description.sections.grid import Area
+from maestro_scale.datasets.description.sections.images import ImageFiles, MaskRule
+from maestro_scale.datasets.description.sections.rasters import Raster
+from maestro_scale.datasets.description.sections.splits import SplitBlocks
+from maestro_scale.datasets.description.sections.targets import Target as TargetKeys
 from maestro_scale.datasets.description.spec import dataset_spec, settings_of
 from maestro_scale.datasets.description.splits import select
 from maestro_scale.datasets.description.targets import TableLabels, TargetReader, label_image

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from maestro_scale.datasets.description.config import ImageFiles
+from maestro_scale.datasets.description.sections.images import ImageFiles
 from maestro_scale.datasets.sources.array_image import ArrayImage, ArrayStore, Placed, Reported, StoredArray
 from maestro_scale.datasets.sources.georeference import Georeference, crs_of_attributes, spaced
 from maestro_scale.datasets.sources.listing import list_files, some_names

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from maestro_scale.datasets import raw
-from maestro_scale.datasets.description.config import ImageFiles
 from maestro_scale.datasets.description.patterns import parse_date_text
+from maestro_scale.datasets.description.sections.images import ImageFiles
 from maestro_scale.datasets.sources import remote
 from maestro_scale.datasets.sources.listing import list_files
 from maestro_scale.datasets.sources.protocol import Date, ImageRef, Pixels, Window

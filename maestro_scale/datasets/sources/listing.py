@@ -9,8 +9,8 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 
-from maestro_scale.datasets.description.config import ImageFiles
 from maestro_scale.datasets.description.patterns import BAND, Pattern
+from maestro_scale.datasets.description.sections.images import ImageFiles
 from maestro_scale.datasets.sources import remote
 from maestro_scale.datasets.sources.protocol import ImageRef
 from maestro_scale.datasets.spec import DatasetError

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from maestro_scale.datasets.description.config import ImageFiles
+from maestro_scale.datasets.description.sections.images import ImageFiles
 from maestro_scale.datasets.sources import hdf5, remote
 from maestro_scale.datasets.sources.arrays import ArrayFile, list_arrays
 from maestro_scale.datasets.sources.protocol import ImageRef

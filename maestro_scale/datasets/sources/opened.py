@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-from maestro_scale.datasets.description.config import ImageFiles
+from maestro_scale.datasets.description.sections.images import ImageFiles
 from maestro_scale.datasets.sources.protocol import OpenFile
 from maestro_scale.datasets.sources.table import source_kind, source_of
 

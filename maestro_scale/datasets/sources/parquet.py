@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from maestro_scale.datasets import raw
-from maestro_scale.datasets.description.config import ImageFiles
+from maestro_scale.datasets.description.sections.images import ImageFiles
 from maestro_scale.datasets.sources import remote
 from maestro_scale.datasets.sources.listing import list_files, some_names
 from maestro_scale.datasets.sources.protocol import Date, ImageRef

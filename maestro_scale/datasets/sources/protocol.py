@@ -18,7 +18,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from maestro_scale.datasets.description.config import ImageFiles
+from maestro_scale.datasets.description.sections.images import ImageFiles
 
 Date = tuple[int, int, int]
 """Year, day of year from 1, hour: a row of ``Tile.dates``."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from maestro_scale.datasets.description.config import ImageFiles
+from maestro_scale.datasets.description.sections.images import ImageFiles
 from maestro_scale.datasets.sources.files import RasterFile, RasterImage
 from maestro_scale.datasets.sources.georeference import Affine
 from maestro_scale.datasets.sources.protocol import Date, ImageRef, Pixels, Window

@@ -24,7 +24,7 @@ import numpy as np
 
 from maestro_scale import untrusted
 from maestro_scale.datasets import raw
-from maestro_scale.datasets.description.config import ImageFiles
+from maestro_scale.datasets.description.sections.images import ImageFiles
 from maestro_scale.datasets.sources import remote
 from maestro_scale.datasets.sources.georeference import Affine
 from maestro_scale.datasets.sources.listing import list_files, some_names

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import cast
 
-from maestro_scale.datasets.description.config import ImageFiles, SourceKind
+from maestro_scale.datasets.description.sections.fields import SourceKind
+from maestro_scale.datasets.description.sections.images import ImageFiles
 from maestro_scale.datasets.sources.protocol import Source
 from maestro_scale.datasets.spec import DatasetError
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from maestro_scale import untrusted
 from maestro_scale.datasets import raw
-from maestro_scale.datasets.description.config import ImageFiles
+from maestro_scale.datasets.description.sections.images import ImageFiles
 from maestro_scale.datasets.sources import hdf5, numpy_files, remote, zarr
 from maestro_scale.datasets.sources.array_image import ArrayStore, StoredArray
 from maestro_scale.datasets.sources.arrays import ArrayFile

@@ -13,7 +13,7 @@ import shapely
 
 from maestro_scale.datasets.description import vectors
 from maestro_scale.datasets.description.assemble import Place
-from maestro_scale.datasets.description.config import Target as TargetKeys
+from maestro_scale.datasets.description.sections.targets import Target as TargetKeys
 from maestro_scale.datasets.description.vector_targets import VectorLabels
 from maestro_scale.datasets.description.vectors import VectorFile, read_area
 from maestro_scale.datasets.scenes.grid import Box

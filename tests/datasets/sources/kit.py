@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import zarr
 
-from maestro_scale.datasets.description.config import ImageFiles, Raster
+from maestro_scale.datasets.description.sections.images import ImageFiles
+from maestro_scale.datasets.description.sections.rasters import Raster
 from maestro_scale.datasets.sources.protocol import ImageRef, Pixels, Window
 from maestro_scale.datasets.sources.table import source_of
 
