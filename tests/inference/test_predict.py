@@ -501,6 +501,9 @@ def test_blocks_of_many_bands_are_small(tmp_path):
     with rasterio.open(tmp_path / "a.tif") as image:
         assert image.block_shapes[0] == (128, 128)
         assert (image.read() == values).all()
+    with rasterio.open(tmp_path / "a.tif", overview_level=0) as half:
+        means = values.reshape(64, 150, 2, 130, 2).mean(axis=(2, 4))
+        np.testing.assert_allclose(half.read(), means, atol=1e-6)
 
 
 def test_errors_of_gdal_are_one_line(tmp_path, monkeypatch):
