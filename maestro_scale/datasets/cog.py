@@ -138,7 +138,7 @@ def _add_overviews(path: Path, shape: tuple[int, int], block: int, resampling: s
     import rasterio
     from rasterio.enums import Resampling
 
-    levels = []
+    levels: list[int] = []
     while max(shape) > block * 2 ** len(levels):
         levels.append(2 ** (len(levels) + 1))
     if levels:

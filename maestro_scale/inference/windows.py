@@ -66,7 +66,7 @@ class Area:
 
     def count(self, box: Box) -> int:
         """How many windows touch a part of the map."""
-        return self.windows.count(*self._lattice(box))
+        return self.windows.count_within(*self._lattice(box))
 
     def _lattice(self, box: Box) -> tuple[range, range]:
         """Rows and columns of the lattice that touch a part of the map."""

@@ -88,7 +88,7 @@ class CellRuns(Sequence[Cell]):
         found: np.ndarray = np.arange(before[-1]) + np.repeat(starts - before[:-1], lengths)
         return found
 
-    def count(self, rows: range, cols: range) -> int:
+    def count_within(self, rows: range, cols: range) -> int:
         """How many cells are in a rectangle of the grid."""
         return int(self._overlaps(rows, cols)[1].sum())
 

@@ -27,7 +27,7 @@ def test_runs_hold_the_cells(cells, row, col, height, width):
     rows, cols = range(row, row + height), range(col, col + width)
     hit = [n for n, cell in enumerate(ordered) if cell.row in rows and cell.col in cols]
     assert runs.within(rows, cols).tolist() == hit
-    assert runs.count(rows, cols) == len(hit)
+    assert runs.count_within(rows, cols) == len(hit)
 
 
 @settings(max_examples=100, deadline=None)
