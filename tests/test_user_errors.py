@@ -124,7 +124,7 @@ RUN = [
         "its encoder has width 16, this model's has width 24",
     ),
     ("no disk room", f"{TRAIN} model.width=32", "a checkpoint takes", "--run-dir on a larger disk"),
-    ("no number of ranks", "train --nproc 0 --recipe pretrain.yaml", "greater than or equal to 1"),
+    ("no number of ranks", "train --nproc 0 --recipe pretrain.yaml", "Invalid value for '--nproc': "),
 ]
 WORLD = [
     ("RANK alone", {"RANK": "1"}, "RANK is set, but WORLD_SIZE is not: set both, or unset RANK"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import pathlib
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,6 +101,9 @@ def touched(monkeypatch):
     monkeypatch.setattr(os, "stat", counting_stat)
     monkeypatch.setattr(io, "open", counting_open)
     monkeypatch.setattr(commit, "file_sha256", counting_sha256)
+    if accessor := getattr(pathlib, "_NormalAccessor", None):  # Python 3.10 keeps both functions there
+        monkeypatch.setattr(accessor, "open", staticmethod(counting_open))
+        monkeypatch.setattr(accessor, "stat", staticmethod(counting_stat))
     return found
 
 
