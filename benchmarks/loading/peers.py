@@ -42,26 +42,25 @@ class Peer:
 
 
 def _write_npy_tars(samples: Samples, out: Path) -> None:
-    out.mkdir()
-    writer, size = None, _CHUNK_BYTES
-    for number, path in enumerate(samples):
-        if size >= _CHUNK_BYTES:
-            if writer:
-                writer.close()
-            writer, size = tarfile.open(out / f"{number:06d}.tar", "w"), 0  # noqa: SIM115
-        for name, array in views(path.read_bytes()).items():
-            file = io.BytesIO()
-            np.save(file, array)
-            # webdataset takes everything before the first dot as the key.
-            member = tarfile.TarInfo(f"{number:06d}.{name.replace('.', '+')}.npy")
-            member.size = file.tell()
-            size += member.size
-            file.seek(0)
-            writer.addfile(member, file)
-    writer.close()
+    _pack(samples, out, _arrays)
 
 
 def _write_tars(samples: Samples, out: Path) -> None:
+    _pack(samples, out, lambda path: {"safetensors": path.read_bytes()})
+
+
+def _arrays(path: Path) -> dict[str, bytes]:
+    """{suffix: .npy} of a sample. webdataset takes everything before the first dot as the key."""
+    members = {}
+    for name, array in views(path.read_bytes()).items():
+        file = io.BytesIO()
+        np.save(file, array)
+        members[f"{name.replace('.', '+')}.npy"] = file.getvalue()
+    return members
+
+
+def _pack(samples: Samples, out: Path, members: Callable[[Path], dict[str, bytes]]) -> None:
+    """Write the members of each sample, {suffix: content}, into tars of about ``_CHUNK_BYTES``."""
     out.mkdir()
     writer, size = None, _CHUNK_BYTES
     for number, path in enumerate(samples):
@@ -69,8 +68,11 @@ def _write_tars(samples: Samples, out: Path) -> None:
             if writer:
                 writer.close()
             writer, size = tarfile.open(out / f"{number:06d}.tar", "w"), 0  # noqa: SIM115
-        writer.add(path, f"{number:06d}.safetensors")
-        size += path.stat().st_size
+        for suffix, content in members(path).items():
+            member = tarfile.TarInfo(f"{number:06d}.{suffix}")
+            member.size = len(content)
+            size += member.size
+            writer.addfile(member, io.BytesIO(content))
     writer.close()
 
 
