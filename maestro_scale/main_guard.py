@@ -1,8 +1,8 @@
 """Scripts that start processes must do so under ``if __name__ == "__main__":``.
 
 New processes that are not forked import the script again, to find its functions. A script that starts processes at its
-top level would start them in each of these again; Python ends such processes with a long traceback, and who waits for
-their results waits for long.
+top level would start them in each of these again; Python ends such processes with a long traceback, and the
+process that waits for their results waits until its time limit.
 """
 
 from __future__ import annotations

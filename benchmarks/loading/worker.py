@@ -82,7 +82,7 @@ def main(kind: str) -> None:
     for line in sys.stdin:
         try:
             answer = {"value": measure(json.loads(line))}
-        except Exception as error:  # noqa: BLE001 - the caller records it and goes on
+        except Exception as error:  # noqa: BLE001 - the caller records it and continues
             traceback.print_exc()
             answer = {"error": f"{type(error).__name__}: {error}"[:300]}
         print("RESULT", json.dumps(answer), flush=True)

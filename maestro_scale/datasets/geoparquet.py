@@ -40,7 +40,7 @@ def point(place: GeoOrigin) -> bytes:
 def square(corner: GeoOrigin, side_m: float) -> bytes:
     """A square with its upper left corner there, as a WKB polygon, counterclockwise.
 
-    One that the antimeridian crosses goes on beyond ±180° in the direction of its corner: its bounds stay small, and
+    One that the antimeridian crosses extends beyond ±180° in the direction of its corner: its bounds stay small, and
     its parts on both sides are one shape.
     """
     west, north = corner.west_m, corner.north_m
