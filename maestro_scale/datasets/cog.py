@@ -62,7 +62,6 @@ def write_cog(
     """
     import rasterio
     from rasterio._err import CPLE_BaseError  # of GDAL's errors, which some calls do not translate
-    from rasterio.enums import ColorInterp
     from rasterio.shutil import copy
     from rasterio.windows import Window
 
@@ -93,17 +92,7 @@ def write_cog(
                     window = Window(column, row, values.shape[2], values.shape[1])
                     image.write(values, window=window)
                     written.append((window, _digest(values)))
-                image.update_tags(**{name: printable(text) for name, text in tags.items()})
-                for number, name in enumerate(bands.names, 1):
-                    image.set_band_description(number, printable(name))
-                if bands.classes:
-                    image.update_tags(1, **{f"class_{v}": printable(n) for v, n in bands.classes.items()})
-                    image.write_colormap(1, colours(tuple(bands.classes)))
-                    image.colorinterp = [ColorInterp.palette]
-                if bands.scale != 1.0:
-                    image.scales = (bands.scale,) * len(bands.names)
-                if bands.units:
-                    image.units = (printable(bands.units),) * len(bands.names)
+                _describe(image, bands, tags)
             _add_overviews(partial, shape, block, "mode" if bands.classes else "average")
             copy(
                 partial,
@@ -116,9 +105,8 @@ def write_cog(
             )
             # GDAL ignores a full disk when it closes a file.
             with rasterio.open(done, driver="GTiff") as image:
-                for window, digest in written:
-                    if _digest(image.read(window=window)) != digest:
-                        raise OSError(28, "No space left on device", str(path))
+                if any(_digest(image.read(window=window)) != digest for window, digest in written):
+                    raise OSError(28, "No space left on device", str(path))
         if bands.classes:
             side_file = path.with_name(f"{path.name}.aux.xml")
             fresh = done.with_name(f"{done.name}.aux.xml")
@@ -130,6 +118,23 @@ def write_cog(
     finally:
         for file in (partial, done, done.with_name(f"{done.name}.aux.xml")):
             file.unlink(missing_ok=True)
+
+
+def _describe(image: Any, bands: Bands, tags: Mapping[str, str]) -> None:
+    """Tags, and names, classes with colours, scale and units of bands, where QGIS and GDAL look for them."""
+    from rasterio.enums import ColorInterp
+
+    image.update_tags(**{name: printable(text) for name, text in tags.items()})
+    for number, name in enumerate(bands.names, 1):
+        image.set_band_description(number, printable(name))
+    if bands.classes:
+        image.update_tags(1, **{f"class_{v}": printable(n) for v, n in bands.classes.items()})
+        image.write_colormap(1, colours(tuple(bands.classes)))
+        image.colorinterp = [ColorInterp.palette]
+    if bands.scale != 1.0:
+        image.scales = (bands.scale,) * len(bands.names)
+    if bands.units:
+        image.units = (printable(bands.units),) * len(bands.names)
 
 
 def _add_overviews(path: Path, shape: tuple[int, int], block: int, resampling: str) -> None:
