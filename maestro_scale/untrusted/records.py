@@ -26,8 +26,8 @@ _INTEGERS = range(-(2**63), 2**63)  # numpy and torch have no larger ones
 def from_builtins(kind: type[T], data: Any) -> T:
     """An instance of the dataclass ``kind`` from the dicts, lists and scalars of a JSON document.
 
-    Fields may be scalars, dataclasses, tuples, lists, mappings, literals, optional or Any. Fields with a default may be
-    missing. InputError, with the path of the entry, for an unknown key, a missing required one or a value of the wrong
+    Fields may be scalars, dataclasses, tuples, lists, mappings, literals, optional or Any; of a union, the first type is
+    read. Fields with a default may be missing. InputError, with the path of the entry, for an unknown key, a missing required one or a value of the wrong
     type.
     """
     try:
@@ -60,7 +60,8 @@ def _converter(hint: Any) -> Convert:
     if origin is Literal:
         return _to_literal(args)
     if origin in (Union, types.UnionType):
-        return _to_optional(_converter(next(a for a in args if a is not type(None))))
+        convert = _converter(next(a for a in args if a is not type(None)))
+        return _to_optional(convert) if type(None) in args else convert
     return (lambda data: data) if hint is Any else _to_scalar(hint)
 
 

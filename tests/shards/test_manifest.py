@@ -101,6 +101,8 @@ def test_an_unknown_split_lists_the_existing_ones():
         (lambda m: m["shards"][0].update(path="a\0b.tar"), r"shards\[0\].path: 'a\\x00b.tar' is not a path"),
         (lambda m: m["shards"][0].update(path="a\nb.tar"), r"shards\[0\].path: 'a\\nb.tar' is not a path"),
         (lambda m: m["shards"][0].update(split="s" * 101), "is not a split name; use at most 100"),
+        (lambda m: m.update(shards=None), "shards: is None, expected a list"),
+        (lambda m: m.update(codec=None), "codec: is None, expected str"),
         (lambda m: m["notes"].update(odd=-3), "notes: 'odd' is counted -3 times"),
         (
             lambda m: m["spec"]["sensors"][0]["scale"].update(divisor=0),
