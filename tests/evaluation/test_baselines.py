@@ -49,7 +49,7 @@ def test_statistics_are_the_means_and_deviations_of_patches():
 
 
 def pixio():
-    module = pytest.importorskip("transformers.models.pixio", reason="transformers before 5 has no Pixio")
+    module = pytest.importorskip("transformers.models.pixio", reason="needs transformers")
     torch.manual_seed(0)
     return module.PixioModel(module.PixioConfig(**SMALL, patch_size=16, image_size=32)).eval()
 
