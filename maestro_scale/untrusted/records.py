@@ -26,9 +26,9 @@ _INTEGERS = range(-(2**63), 2**63)  # numpy and torch have no larger ones
 def from_builtins(kind: type[T], data: Any) -> T:
     """An instance of the dataclass ``kind`` from the dicts, lists and scalars of a JSON document.
 
-    Fields may be scalars, dataclasses, tuples, lists, mappings, literals, optional or Any; of a union, the first type is
-    read. Fields with a default may be missing. InputError, with the path of the entry, for an unknown key, a missing required one or a value of the wrong
-    type.
+    Fields may be scalars, dataclasses, tuples, lists, mappings, literals, optional or Any; of a union, the first type
+    is read. Fields with a default may be missing. InputError, with the path of the entry, for an unknown key, a missing
+    required one or a value of the wrong type.
     """
     try:
         return _converter(kind)(data)  # type: ignore[arg-type]  # mypy: a class of a TypeVar is not Hashable
