@@ -16,6 +16,7 @@ from maestro_scale.remote.s3_client import S3Client
 from maestro_scale.secrets_filter import has_credentials, scrub
 
 _S3 = ("s3://", "s3a://")
+_BEHIND_THE_END = 416  # the object ends before the range begins
 _CONFLICT = (409, 412)  # S3: a concurrent request to the same object; the condition does not hold
 
 
@@ -52,11 +53,16 @@ class RemoteReader:
         return check_limit(self.read_range(name, 0, limit + 1), limit, self.address(name))
 
     def read_range(self, name: str, start: int, stop: int, cancel: threading.Event | None = None) -> bytes:
-        """Bytes [start, stop); shorter if the object ends before ``stop``. Raises as :meth:`read`.
+        """Bytes [start, stop); fewer, or none, if the object ends before ``stop``. Raises as :meth:`read`.
 
         Setting ``cancel`` ends retries early.
         """
-        return self._read(name, start, stop, cancel)
+        try:
+            return self._read(name, start, stop, cancel)
+        except StoreError as error:
+            if http_status(error) == _BEHIND_THE_END:
+                return b""
+            raise
 
     def size(self, name: str) -> int | None:
         """Size in bytes; None if there is no such object."""

@@ -272,6 +272,31 @@ def test_a_truncated_object_is_reported(own, dataset, tmp_path):
         make_store(tmp_path, own).shard(info)
 
 
+def test_a_truncated_object_is_reported_where_a_range_begins_behind_its_end(
+    own, dataset, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(store_module, "_RANGE_BYTES", 4096)
+    info = dataset.shards[0]
+    fs = s3fs.S3FileSystem()
+    fs.pipe(f"{own}/{info.path}", fs.cat(f"{own}/{info.path}")[:4096])
+    with pytest.raises(BadShard, match=f"has 4096 bytes, the manifest says {info.bytes}"):
+        make_store(tmp_path, own).shard(info)
+    fs.rm(f"{own}/{info.path}")
+    with pytest.raises(BadShard, match="is missing"):
+        make_store(tmp_path, own).shard(info)
+
+
+def test_a_shard_costs_one_request_per_range(s3, dataset, tmp_path, monkeypatch):
+    info = dataset.shards[0]
+    s3.requests.clear()
+    make_store(tmp_path).shard(info).close()
+    assert [method for method, path in s3.requests if path.endswith(".tar")] == ["GET"]
+    monkeypatch.setattr(store_module, "_RANGE_BYTES", info.bytes // 3 + 1)
+    s3.requests.clear()
+    make_store(tmp_path / "other").shard(info).close()
+    assert [method for method, path in s3.requests if path.endswith(".tar")] == ["GET"] * 3
+
+
 def test_a_damaged_file_in_the_cache_is_downloaded_again(s3, dataset, tmp_path):
     info = dataset.shards[0]
     store = make_store(tmp_path)
@@ -309,7 +334,6 @@ def test_the_budget_is_kept_and_the_least_recently_used_is_evicted(s3, tmp_path)
 def test_pinned_shards_are_not_evicted(s3, dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(store_module, "_SPACE_WAIT_S", 0.2)
     store = Store(URL, tmp_path / "cache", max(s.bytes for s in dataset.shards) + 100, QUICK)
-    monkeypatch.setattr(store, "ensure", lambda info: Store.ensure(store, info, space_wait_s=0.2))
     shard = store.shard(dataset.shards[0])
     with pytest.raises(CacheFullError, match=r"shards in use fill the budget .* raise data.cache_gib"):
         store.shard(dataset.shards[1])

@@ -1,4 +1,4 @@
-"""Background reads on threads: an ordered parallel map, and a prefetcher.
+"""Background reads on threads: an ordered parallel map, connections that several downloads share, and a prefetcher.
 
 The threads are daemons: a read that hangs in the network must not keep the interpreter from exiting.
 ``ThreadPoolExecutor`` is not used because the interpreter waits for its threads on exit.
@@ -6,18 +6,23 @@ The threads are daemons: a read that hangs in the network must not keep the inte
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import os
 import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from typing import Generic, TypeVar
 
 from maestro_scale.shards.errors import ShardsError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+_ALWAYS = 2  # items that are fetched at a time, whatever they cost: while one is finished, the other is read
 
 
 def ordered_map(read: Callable[[Item], Result], items: Iterable[Item], num_threads: int) -> Iterator[Result]:
@@ -54,20 +59,54 @@ def ordered_map(read: Callable[[Item], Result], items: Iterable[Item], num_threa
             tasks.put(None)
 
 
+class Connections:
+    """At most ``count`` reads at a time; of those that wait, the one with the lowest ``priority`` is next.
+
+    ``pid``: the process that uses it; the locks of a forked child would be those of threads that it does not have.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.pid = os.getpid()
+        self._free = count
+        self._changed = threading.Condition()
+        self._waiting: list[tuple[int, int]] = []
+        self._arrivals = itertools.count()
+
+    @contextmanager
+    def use(self, priority: int) -> Iterator[None]:
+        """Wait for a connection, and keep it within the context."""
+        with self._changed:
+            own = (priority, next(self._arrivals))
+            heapq.heappush(self._waiting, own)
+            self._changed.wait_for(lambda: self._free > 0 and self._waiting[0] == own)
+            heapq.heappop(self._waiting)
+            self._free -= 1
+            self._changed.notify_all()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += 1
+                self._changed.notify_all()
+
+
 class Prefetcher(Generic[Item]):
     """Calls ``fetch(item, cancel)`` in the background for the queued items; ``cancel`` is set when it should stop.
 
+    Two items are fetched at a time, and further ones while the sum of ``cost(item)`` is at most ``budget``.
     ``pid``: the process whose threads these are; they do not exist in a forked child.
     """
 
-    def __init__(self, fetch: Callable[[Item, threading.Event], None], num_threads: int) -> None:
+    def __init__(
+        self, fetch: Callable[[Item, threading.Event], None], cost: Callable[[Item], int], budget: int
+    ) -> None:
         self.pid = os.getpid()
-        self._fetch = fetch
+        self._fetch, self._cost, self._budget = fetch, cost, budget
         self._changed = threading.Condition()
         self._queue: deque[Item] = deque()
-        self._running: set[threading.Event] = set()
+        self._running: dict[threading.Event, int] = {}  # the cost of the item
         self._stopped = False
-        for _ in range(num_threads):
+        for _ in range(max(budget, _ALWAYS)):
             threading.Thread(target=self._work, daemon=True, name="maestro-prefetch").start()
 
     def replace(self, items: Iterable[Item]) -> None:
@@ -84,15 +123,21 @@ class Prefetcher(Generic[Item]):
                 cancel.set()
             self._changed.notify_all()
 
+    def _may_start(self) -> bool:
+        if not self._queue:
+            return False
+        cost = sum(self._running.values()) + self._cost(self._queue[0])
+        return len(self._running) < _ALWAYS or cost <= self._budget
+
     def _work(self) -> None:
         while True:
             cancel = threading.Event()
             with self._changed:
-                self._changed.wait_for(lambda: self._queue or self._stopped)
+                self._changed.wait_for(lambda: self._may_start() or self._stopped)
                 if self._stopped:
                     return
                 item = self._queue.popleft()
-                self._running.add(cancel)
+                self._running[cancel] = self._cost(item)
             try:
                 self._fetch(item, cancel)
             except (ShardsError, OSError):
@@ -100,4 +145,5 @@ class Prefetcher(Generic[Item]):
                 pass
             finally:
                 with self._changed:
-                    self._running.discard(cancel)
+                    del self._running[cancel]
+                    self._changed.notify_all()

@@ -8,11 +8,13 @@ not single samples: an epoch uses every sample of a shard, and large requests ar
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from maestro_scale.remote.retry import RetryPolicy, TransientError, call_with_retries
@@ -22,19 +24,36 @@ from maestro_scale.shards.format.manifest import ShardInfo
 from maestro_scale.shards.locks import open_shared
 from maestro_scale.shards.read.cache import Cache
 from maestro_scale.shards.read.counters import CounterTotal, StoreCounters
-from maestro_scale.shards.read.prefetch import Prefetcher, ordered_map
+from maestro_scale.shards.read.prefetch import Connections, Prefetcher, ordered_map
 from maestro_scale.shards.read.shard import Shard
 from maestro_scale.shards.storage import LocalStorage, RemoteStorage, open_storage
 
 __all__ = ["BadShard", "Shard", "Store", "StoreCounters", "StoreError"]
 
 _RANGE_BYTES = 8 * 1024 * 1024
-_CONNECTIONS = 4  # parallel range requests per shard
+_CONNECTIONS = 8  # parallel range requests of a process
+_NEEDED_NOW = -1  # before all shards that are prefetched
 _HASH_BYTES = 1024 * 1024
-_PREFETCH_THREADS = 2
 _SPACE_WAIT_S = 30.0
 _OPEN_ATTEMPTS = 16
 _DOWNLOADS = 3  # of one shard, if its SHA-256 or size differs
+
+
+@dataclass(frozen=True)
+class _Download:
+    """How to download a shard. ``priority``: the download of this process with the lowest is read first."""
+
+    cancel: threading.Event
+    space_wait_s: float
+    priority: int
+
+
+class _WrongSize(Exception):
+    """An object has another size than its shard; None: it is missing."""
+
+    def __init__(self, size: int | None) -> None:
+        super().__init__(size)
+        self.size = size
 
 
 class Store:
@@ -54,6 +73,8 @@ class Store:
         self._storage = open_storage(self.url, self.retry, self._total.add_retry)
         self._cache = Cache(self.cache_dir, cache_bytes, self._total)
         self._prefetcher: Prefetcher[ShardInfo] | None = None
+        self._connections = Connections(_CONNECTIONS)
+        self._prefetched = itertools.count()
 
     def __reduce__(self) -> tuple[type[Store], tuple[str, Path, int, RetryPolicy]]:
         return Store, (self.url, self.cache_dir, self.cache_bytes, self.retry)
@@ -107,7 +128,7 @@ class Store:
         """
         # After a fork the threads of the parent's prefetcher do not exist in this process.
         if self._prefetcher is None or self._prefetcher.pid != os.getpid():
-            self._prefetcher = Prefetcher(self._prefetch_one, _PREFETCH_THREADS)
+            self._prefetcher = Prefetcher(self._prefetch_one, _num_ranges, _CONNECTIONS)
         self._prefetcher.replace(infos)
 
     def close(self) -> None:
@@ -116,10 +137,11 @@ class Store:
             self._prefetcher.stop()
         self._prefetcher = None
 
-    def ensure(
-        self, info: ShardInfo, cancel: threading.Event | None = None, space_wait_s: float = _SPACE_WAIT_S
-    ) -> tuple[Path, ShardIndex]:
+    def ensure(self, info: ShardInfo) -> tuple[Path, ShardIndex]:
         """Local path and index of a shard, which is downloaded and verified if necessary. Raises as :meth:`shard`."""
+        return self._ensure(info, _Download(threading.Event(), _SPACE_WAIT_S, _NEEDED_NOW))
+
+    def _ensure(self, info: ShardInfo, download: _Download) -> tuple[Path, ShardIndex]:
         self._cache.prepare()
         local = isinstance(self._storage, LocalStorage)
         path = self._path(info)
@@ -134,7 +156,7 @@ class Store:
             if index is None and (local or path.exists()):
                 index = self._check_file(info, path, required=local)
             if index is None:
-                index = self._fetch(info, path, cancel or threading.Event(), space_wait_s)
+                index = self._fetch(info, path, download)
         return path, self._check_count(info, index)
 
     def _path(self, info: ShardInfo) -> Path:
@@ -187,50 +209,65 @@ class Store:
 
     def _prefetch_one(self, info: ShardInfo, cancel: threading.Event) -> None:
         # Without waiting for free space: a prefetch must not compete with the shards that are in use now.
-        self.ensure(info, cancel, space_wait_s=0.0)
+        self._ensure(info, _Download(cancel, space_wait_s=0.0, priority=next(self._prefetched)))
 
-    def _fetch(self, info: ShardInfo, path: Path, cancel: threading.Event, space_wait_s: float) -> ShardIndex:
+    def _fetch(self, info: ShardInfo, path: Path, download: _Download) -> ShardIndex:
         cause = ""
-        with self._cache.reserve(info.sha256, info.bytes, space_wait_s) as part, _set_on_exit(cancel):
+        with (
+            self._cache.reserve(info.sha256, info.bytes, download.space_wait_s) as part,
+            _set_on_exit(download.cancel),
+        ):
             # A transfer may be damaged by chance, by an unreliable network more than once.
             for attempt in range(_DOWNLOADS):
                 if attempt:
                     self._total.add(StoreCounters(refetches=1))
-                size = self._remote.size(info.path)
-                if size != info.bytes:
-                    cause = _mismatch(info, size, "")
+                try:
+                    sha256 = self._download(info, part, download)
+                except _WrongSize as error:
+                    cause = _mismatch(info, error.size, "")
                     continue
-                sha256 = self._download(info, part, cancel)
                 if sha256 == info.sha256:
                     return self._accept(info, part, path)
-                cause = _mismatch(info, size, sha256)
+                # Asked only now: the right bytes have the right size, and every request costs the store and time.
+                cause = _mismatch(info, self._remote.size(info.path), sha256)
         raise BadShard(self._storage.address(info.path), f"{cause}; in each of {_DOWNLOADS} downloads")
 
-    def _download(self, info: ShardInfo, part: Path, cancel: threading.Event) -> str:
+    def _download(self, info: ShardInfo, part: Path, download: _Download) -> str:
         """Download into ``part`` by parallel range requests; returns the SHA-256 of the received bytes."""
         sha256 = hashlib.sha256()
 
         def read(start: int) -> bytes:
-            return self._read_range(info, start, min(start + _RANGE_BYTES, info.bytes), cancel)
+            with self._connections_of_process().use(download.priority):
+                return self._read_range(info, start, min(start + _RANGE_BYTES, info.bytes), download.cancel)
 
         try:
             # r+b: the file is already allocated at full size. Hashed while it arrives, to read it only once.
             with open(part, "r+b") as file:
-                for data in ordered_map(read, range(0, info.bytes, _RANGE_BYTES), _CONNECTIONS):
+                readers = min(_num_ranges(info), _CONNECTIONS)
+                for data in ordered_map(read, range(0, info.bytes, _RANGE_BYTES), readers):
                     sha256.update(data)
                     file.write(data)
                     self._total.add(StoreCounters(downloaded_bytes=len(data)))
-        except FileNotFoundError as error:
-            raise BadShard(self._storage.address(info.path), "disappeared while it was read") from error
         except OSError as error:
             raise StoreError(f"{part}: cannot be written ({error.strerror})") from error
         self._total.add(StoreCounters(downloads=1))
         return sha256.hexdigest()
 
+    def _connections_of_process(self) -> Connections:
+        if self._connections.pid != os.getpid():
+            self._connections = Connections(_CONNECTIONS)
+        return self._connections
+
     def _read_range(self, info: ShardInfo, start: int, stop: int, cancel: threading.Event) -> bytes:
         def attempt() -> bytes:
-            data = self._remote.read_range(info.path, start, stop, cancel)
+            try:
+                data = self._remote.read_range(info.path, start, stop, cancel)
+            except FileNotFoundError as error:
+                raise _WrongSize(None) from error
             if len(data) != stop - start:
+                size = self._remote.size(info.path)
+                if size != info.bytes:
+                    raise _WrongSize(size)
                 raise TransientError(f"the response ended after {len(data)} of {stop - start} bytes")
             return data
 
@@ -251,6 +288,10 @@ def _set_on_exit(event: threading.Event) -> Iterator[None]:
         yield
     finally:
         event.set()
+
+
+def _num_ranges(info: ShardInfo) -> int:
+    return -(-info.bytes // _RANGE_BYTES)
 
 
 def _mismatch(info: ShardInfo, size: int | None, sha256: str) -> str:
