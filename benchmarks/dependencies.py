@@ -89,7 +89,6 @@ def run_tests(end: str, venv: Path, arguments: list[str]) -> dict[str, object]:
         print(line, end="", flush=True)
         lines.append(line.rstrip())
     process.wait()
-    # With -q pytest prints the counts only if something did not pass; then "N passed in S s" is the last line as well.
     summary = next((line for line in reversed(lines) if re.search(r"\d+ (passed|failed|error)", line)), "")
     counts = {kind: int(number) for number, kind in re.findall(r"(\d+) ([a-z]+)(?=,| in )", summary)}
     failed = [line for line in lines if line.startswith(("FAILED ", "ERROR "))]
