@@ -51,7 +51,7 @@ from maestro_scale.training.run_dir import git_revision
 
 DELAY_S = 0.03
 RATES = (5e6, 40e6)  # bytes per second and connection
-CONNECTIONS = 8  # of the store: two prefetched shards, four ranges each
+CONNECTIONS = 8  # of the store
 RANGE_BYTES = 8 * 2**20
 PASS_BYTES = 128e6  # of a pass, at least one shard
 CACHE_BYTES = 100 * 2**30
@@ -212,7 +212,7 @@ def compare_passes(
 ) -> dict[str, Any]:
     """The result of passes over a dataset beside the bare link.
 
-    The fewest requests possible: one per range of 8 MiB; today's also ask for the size of each shard.
+    The fewest requests possible: one per range of 8 MiB.
     """
     shards, url = some_shards(folder), f"s3://{dataset}/{folder.name}"
     size, samples = sum(s.bytes for s in shards), sum(s.samples for s in shards)

@@ -143,10 +143,7 @@ BENCHMARKS = (
         "ranges with as many connections and discard the data. The clients read 8 MiB ranges: *ours* is "
         "botocore's client in "
         "the thread of the caller, *s3fs* the same client behind an event loop, *obstore* a client in Rust.",
-        "on the slow link the number of connections: two shards are fetched at a time, by four "
-        "connections each, and a "
-        "small shard has fewer ranges of 8 MiB than connections; on the fast one the processor, since the "
-        "store runs on the "
+        "on the slow link the link; on the fast one the processor, since the store runs on the "
         "same cores: receiving, SHA-256, and writing to the page cache. obstore takes less processor time "
         "than ours, by "
         "less than s3fs takes more, and is not used: it would read neither the profiles nor the "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 import re
@@ -120,6 +121,7 @@ class TrainLoader:
         if workers:
             start_fork_server(divided)
         self._pipelines: list[Pipeline] = []
+        self._first_shards: list[_FirstShards] = []
         self._store_counters, self._num_repeated_dates, self._num_replaced_samples = StoreCounters(), 0, 0
         for name, order in zip(self._names, self._orders, strict=True):
             if order.num_copies > 1 and rank == 0:
@@ -191,12 +193,19 @@ class TrainLoader:
 
     def close(self) -> None:
         """End the loader processes, and with them the iterators in use."""
+        self._end_first_shards()
         while self._pipelines:
             self._pipelines.pop().close()
+
+    def _end_first_shards(self) -> None:
+        while self._first_shards:
+            self._store_counters += self._first_shards.pop().end()
 
     def _steps(self, start: int, num_steps: int) -> Iterator[Step]:
         per_step = self.global_batch // self.world // self.micro_batch
         requests = self._requests(start, num_steps)
+        if self.workers and (first := next(self._requests(start, num_steps), None)):
+            self._first_shards.append(_FirstShards(self._settings.sources[first.dataset], first))
         pipeline = Pipeline(
             BatchBuilder(self._settings),
             requests,
@@ -212,6 +221,7 @@ class TrainLoader:
             for step in range(start, num_steps):
                 dataset, dataset_step = self._mixture.at(step)
                 batches = tuple(next(pipeline) for _ in range(per_step))
+                self._end_first_shards()
                 self._num_repeated_dates += sum(b.num_repeated_dates for b in batches)
                 self._count_replaced(sum(b.num_replaced_samples for b in batches), step + 1)
                 yield Step(
@@ -267,6 +277,20 @@ def _divided(source: Source, name: str, global_batch: int, rank: int) -> tuple[S
     for line in division.lines if rank == 0 else ():
         log.warning("%s: %s", name, line)
     return division.sources
+
+
+class _FirstShards:
+    """Fetches the shards of the first batch in this process while the loader processes start, which takes seconds."""
+
+    def __init__(self, source: Source, request: BatchRequest) -> None:
+        self._store = copy.copy(source.store)  # with counters and connections of its own
+        shards = dict.fromkeys(ref.shard for ref in request.refs)
+        self._store.prefetch([source.shards[s] for s in shards])
+
+    def end(self) -> StoreCounters:
+        """Stop, and what was read."""
+        self._store.close()
+        return self._store.counters
 
 
 class _Lookahead:

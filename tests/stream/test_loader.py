@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,9 +15,11 @@ import torch
 
 from maestro_scale.shards.read.store import BadShard, Store
 from maestro_scale.stream.batch import Batch, digest
+from maestro_scale.stream import loader as loader_module
 from maestro_scale.stream.eval_loader import EvalLoader
 from maestro_scale.stream.loader import Source, TrainLoader
 from maestro_scale.stream.plan import SampleOrderError
+from maestro_scale.stream.workers import Pipeline
 
 ORDER = {"seed": 3, "lanes": 4, "global_batch": 16, "window": 12}
 
@@ -46,6 +49,24 @@ def test_workers_change_nothing(toy: Source):
     alone = digests(loader_of(toy), 0, 8)
     assert alone == digests(loader_of(toy, workers=1), 0, 8)
     assert alone == digests(loader_of(toy, workers=2), 0, 8)
+
+
+def test_the_shards_of_the_first_batch_are_read_while_the_processes_start(toy: Source, monkeypatch):
+    expected = digests(loader_of(toy), 5, 6)
+    verified = toy.store.cache_dir / "verified"
+    shutil.rmtree(verified)
+    read: list[int] = []
+
+    def slow_start(*args, **options) -> Pipeline:
+        deadline = time.monotonic() + 10
+        while not any(verified.glob("*.json")) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        read.append(len(list(verified.glob("*.json"))))
+        return Pipeline(*args, **options)
+
+    monkeypatch.setattr(loader_module, "Pipeline", slow_start)
+    assert digests(loader_of(toy, workers=1), 5, 6) == expected
+    assert read[0] >= 1
 
 
 def test_a_run_resumes_at_its_position_without_replay(toy: Source):
