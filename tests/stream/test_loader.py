@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from maestro_scale.shards.read.store import BadShard, Store
-from maestro_scale.stream.batch import Batch, digest
 from maestro_scale.stream import loader as loader_module
+from maestro_scale.stream.batch import Batch, digest
 from maestro_scale.stream.eval_loader import EvalLoader
 from maestro_scale.stream.loader import Source, TrainLoader
 from maestro_scale.stream.plan import SampleOrderError
