@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator
 from typing import Any
 
@@ -84,6 +85,24 @@ def _round_trip(result: Any) -> Iterator[Figure]:
 
 _SMALL = ("--set", "train.global_batch=8", "train.micro_batch=8", "data.lanes=1")
 
+
+def _inference(result: Any) -> Iterator[Figure]:
+    for name, title in (("embed", "embedding"), ("encode", "encoding"), ("predict", "prediction of maps")):
+        rounds = result[name]["rounds"]
+        alone = f"forward pass: {statistics.median(r['forward_s'] for r in rounds):.1f} s"
+        clock = tuple(r["ratio"] for r in rounds)
+        yield Figure(f"time of {title}", clock, "× forward pass", at_most(1.3), alone)
+        yield Figure(f"processor time of {title}", tuple(r["processor_ratio"] for r in rounds), "×")
+    few, many = (result["peak_mib"][share] for share in ("4", "1"))
+    yield Figure(
+        "memory of a process that embeds 4 times as many tiles",
+        (many / few,),
+        "×",
+        at_most(1.1),
+        f"{many:.0f} MiB",
+    )
+
+
 BENCHMARKS = (
     Benchmark(
         "step",
@@ -124,9 +143,23 @@ BENCHMARKS = (
         _predict,
         "`maestro-scale predict` with an encoder with random weights and a head of 19 classes, windows of "
         "512 × 512 pixels.",
-        "the encoder: reading and blending take little beside it. A lower bound (the forward pass alone) "
-        "is not measured.",
+        "the encoder: reading and blending take little beside it "
+        "([the forward pass alone](#embedding-evaluation-and-prediction)).",
         minutes=4,
+    ),
+    Benchmark(
+        "inference",
+        "Embedding, evaluation and prediction",
+        ("-m", "benchmarks.inference", "--work={work}", "--out={out}"),
+        _inference,
+        "`maestro-scale embed`, the encoding of a split for kNN, probes and attentive heads, and "
+        "`maestro-scale predict` on synthetic shards, with the smallest network (the larger it is, the less "
+        "the rest counts), one thread and one loader process, beside the forward pass of the same batches "
+        "from memory.",
+        "the forward pass; beside it reading and cropping, which for embedding and encoding another process "
+        "does.",
+        minutes=6,
+        folder="loader",
     ),
     Benchmark(
         "overhead",

@@ -290,7 +290,8 @@ def pages(client: MlflowClient, model: str) -> Iterator[Page]:
     yield Page("pictures", views["maestro-training"], ("reconstruction",), "img[src]", slider)
     classes = f"{here}/{nested.info.run_id}/artifacts/pictures/classes.png"
     yield Page("evaluation", classes, ("classes.png", "report.html"), "img[src]")
-    yield Page("models", f"#/models/{model}", (model, "Version 1"))
+    version = f"#/models/{model}/versions/1"
+    yield Page("models", version, ("newest", "treesatai_ts/probe/wf1", "score"), height=1100)
 
 
 @contextmanager

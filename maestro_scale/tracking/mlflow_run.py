@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +28,7 @@ from maestro_scale.tracking.run_file import (
 )
 from maestro_scale.tracking.run_times import STATUS, RunEnd
 from maestro_scale.tracking.store import ARTIFACTS, active_experiment, connect
-from maestro_scale.tracking.views import PICTURE, write_views
+from maestro_scale.tracking.views import PICTURE, picture_steps, write_views
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -219,10 +218,7 @@ class MlflowRun:
     def stored_pictures(self) -> set[int]:
         """Steps that have a picture in the store."""
         if self._pictures is None:
-            # MLflow's names: KEY+step+STEP+timestamp+…, before its release 3.10 with % instead of +.
-            names = (Path(a.path).name for a in self._client.list_artifacts(self.id, "images"))
-            found = (re.match(rf"{PICTURE}[+%]step[+%](\d+)[+%].*\.png$", name) for name in names)
-            self._pictures = {int(match[1]) for match in found if match}
+            self._pictures = picture_steps(self._client, self.id)
         return self._pictures
 
     def close(self, end: RunEnd) -> None:

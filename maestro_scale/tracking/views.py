@@ -17,6 +17,7 @@ import time
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
@@ -74,8 +75,19 @@ class View:
         return f"{address}/#/experiments/{experiment_id}/runs?{urlencode(query)}"
 
 
-def build_views(metrics: Iterable[str], params: Iterable[str], pictures: Iterable[str] = ()) -> list[View]:
-    """The views of an experiment whose runs have these metrics, parameters and pictures by step."""
+def picture_steps(client: MlflowClient, run_id: str) -> set[int]:
+    """Steps of which a run has a picture for the slider. Raises any MLflow error."""
+    # MLflow's names: KEY+step+STEP+timestamp+…, before its release 3.10 with % instead of +.
+    names = (PurePosixPath(a.path).name for a in client.list_artifacts(run_id, "images"))
+    found = (re.match(rf"{PICTURE}[+%]step[+%](\d+)[+%].*\.png$", name) for name in names)
+    return {int(match[1]) for match in found if match}
+
+
+def build_views(metrics: Iterable[str], params: Iterable[str], picture_step: int | None = None) -> list[View]:
+    """The views of an experiment whose runs have these metrics and parameters.
+
+    ``picture_step``: step of the pictures that the slider shows first, which must have one; None: there are none.
+    """
     names, known = sorted(set(metrics)), set(params)
 
     def like(*patterns: str) -> list[str]:
@@ -97,7 +109,8 @@ def build_views(metrics: Iterable[str], params: Iterable[str], pictures: Iterabl
         "scores of the encoder": [_line(n) for n in over_steps],
         # Without the parameters, which the page of a run shows over its pictures.
         "pictures": [
-            _chart("IMAGE") | {"imageKeys": [key], "step": 0, "showRunParams": False} for key in pictures
+            _chart("IMAGE") | {"imageKeys": [PICTURE], "step": step, "showRunParams": False}
+            for step in ([] if picture_step is None else [picture_step])
         ],
         "loss by sensor": [_line(n) for n in like("loss/.*") if not n.endswith("total")],
         "explained variance by sensor": [_line(n) for n in like("explained/.*")],
@@ -139,11 +152,13 @@ def build_views(metrics: Iterable[str], params: Iterable[str], pictures: Iterabl
 def write_views(client: MlflowClient, experiment_id: str) -> list[View]:
     """Store the views of an experiment, for the metrics that its runs have; returns them. A view that a user has saved
     again stays as it is. Raises any MLflow error."""
-    runs = client.search_runs([experiment_id], max_results=_MAX_RUNS)
+    runs = client.search_runs([experiment_id], max_results=_MAX_RUNS)  # the newest first
+    with_pictures = (run.info.run_id for run in runs if _HAS_PICTURES in run.data.tags)
+    steps = picture_steps(client, newest) if (newest := next(with_pictures, None)) else set()
     views = build_views(
         {name for run in runs for name in run.data.metrics},
         {name for run in runs for name in run.data.params},
-        [PICTURE] if any(_HAS_PICTURES in run.data.tags for run in runs) else [],
+        max(steps, default=None),
     )
     tags = client.get_experiment(experiment_id).tags
     for view in views:

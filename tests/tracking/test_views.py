@@ -6,6 +6,7 @@ import base64
 import json
 import zlib
 
+import numpy as np
 from testkit.tracked import finished_run
 
 from maestro_scale.tracking.store import connect
@@ -96,3 +97,27 @@ def test_a_run_writes_the_views_and_keeps_one_that_a_user_has_saved(tmp_path, mo
     client.set_experiment_tag(experiment.experiment_id, name, json.dumps(changed))
     write_views(client, experiment.experiment_id)
     assert json.loads(client.get_experiment(experiment.experiment_id).tags[name]) == changed
+
+
+def test_the_view_opens_with_the_last_picture_of_the_newest_run(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    sync(finished_run(tmp_path / "runs" / "run"))
+    client = connect(f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("maestro").experiment_id
+
+    def slider_step() -> int:
+        write_views(client, experiment)
+        tag = client.get_experiment(experiment).tags[f"{TAG_PREFIX}maestro-training"]
+        (chart,) = (c for c in state(tag)["compareRunCharts"] if c["type"] == "IMAGE")
+        return chart["step"]
+
+    (first,) = client.search_runs([experiment])
+    image = np.zeros((4, 4, 3), np.uint8)
+    # MLflow moves the slider by itself only if there is one step: at step 0 it would show no picture.
+    for step in (500, 1000, 60):
+        client.log_image(first.info.run_id, image, key="reconstruction", step=step, synchronous=True)
+    client.log_image(first.info.run_id, image, key="other", step=2000, synchronous=True)
+    assert slider_step() == 1000
+    newer = client.create_run(experiment, start_time=first.info.start_time + 10**6)
+    client.log_image(newer.info.run_id, image, key="reconstruction", step=70, synchronous=True)
+    assert slider_step() == 70
