@@ -8,8 +8,8 @@ scaling, writing, hashing and waiting.
 
 - embed: ``maestro-scale embed --what vector`` of TreeSatAI-TS (from the store to the Parquet files);
 - encode: the features that kNN, the probes and the attentive head train on (to the published folder);
-- predict: ``maestro-scale predict`` of maps of PASTIS-HD, windows that overlap by a half (to the COGs); in one process,
-  since it has no loader.
+- predict: ``maestro-scale predict --overlap 0`` of maps of PASTIS-HD (to the COGs), in one process, since it has no
+  loader. What a window costs beside its forward pass is the same if windows overlap.
 
 Peak memory: of a process that embeds all shards, beside one that embeds a quarter of them. Writes
 benchmarks/results/inference.json.
@@ -54,7 +54,7 @@ from maestro_scale.stream.source import Source
 from maestro_scale.training.run_dir import git_revision
 
 BATCH = 16
-MAP_SHARDS = 1  # of one tile of PASTIS-HD, 225 windows
+MAP_SHARDS = 1  # of one tile of PASTIS-HD, 64 windows
 CACHE_BYTES = 100 * 2**30
 
 
@@ -142,7 +142,7 @@ def encode_all(model: Maestro, shards: Path, out: Path) -> None:
 
 def predict_all(model: Maestro, shards: Path, out: Path) -> None:
     """Maps of all tiles."""
-    options = command.Options(splits=("train",), cache_dir=out / "cache", overlap=0.5)
+    options = command.Options(splits=("train",), cache_dir=out / "cache", overlap=0.0)
     command.predict(model, str(shards), out / "maps", options, run.Run(torch.device("cpu")))
 
 

@@ -87,7 +87,8 @@ BENCHMARKS = (
         "loaded beside a plain read; files are evicted from the page cache before each. Checkpoints of simulated ranks "
         "of ZeRO stage 3 with 600 parameters: what rank 0 does in its training thread, what it does beside it, and "
         "what a rank does to resume.",
-        "the disk; SHA-256 where one core hashes more slowly than the disk writes.",
+        "saving: the disk. Loading: SHA-256, which one core computes more slowly than this disk reads; the ranks of a "
+        "node hash their pieces at the same time.",
         minutes=6,
     ),
     Benchmark(
