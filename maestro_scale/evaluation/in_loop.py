@@ -32,7 +32,7 @@ from maestro_scale.evaluation.tasks.protocol import Task
 from maestro_scale.evaluation.tasks.task import task_for
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.recipe import Recipe, RecipeError, resolve_spec
-from maestro_scale.shards.format.manifest import Manifest
+from maestro_scale.shards.read.manifest_cache import load_manifest
 from maestro_scale.shards.read.store import Store
 from maestro_scale.stream.batch import Batch
 from maestro_scale.stream.eval_loader import EvalLoader
@@ -198,7 +198,7 @@ def _benchmark(recipe: Recipe, datasets: Sequence[UsedDataset]) -> tuple[UsedDat
         if entry.shards == shards or (shards is None and spec.targets):
             return dataset, resolve_spec(spec, entry, i, recipe.model.spectral)
     if shards is not None:
-        manifest = Manifest.load(shards)
+        manifest = load_manifest(shards, Path(recipe.data.cache_dir))
         extra = UsedDataset(f"evaluation.shards ({manifest.spec.name})", shards, manifest, SPLITS)
         # Other shards of a dataset of the mixture: the encoder reads them as it was trained, with that entry's sensors.
         for i, entry in enumerate(recipe.data.mixture):

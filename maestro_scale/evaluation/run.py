@@ -30,6 +30,7 @@ from maestro_scale.evaluation.tasks.task import task_for
 from maestro_scale.recipe import Recipe, load_recipe
 from maestro_scale.secrets_filter import scrub_tree
 from maestro_scale.shards.format.manifest import Manifest
+from maestro_scale.shards.read.manifest_cache import load_manifest
 from maestro_scale.training.binding import Launch
 from maestro_scale.training.device import DeviceSetting
 from maestro_scale.training.distributed import World, destroy_process_group, init_distributed
@@ -161,7 +162,7 @@ def run_evaluation(
     modes = tuple(dict.fromkeys(options.modes or recipe.evaluation.modes))
     if options.baseline == ORACLE:
         modes = (ORACLE,)
-    manifest = Manifest.load(recipe.data.mixture[0].shards)
+    manifest = load_manifest(recipe.data.mixture[0].shards, Path(recipe.data.cache_dir))
     runs = plan_runs(options, recipe, manifest.splits)
     _check_splits(runs, options, modes, manifest)
     encoder = Encoder(recipe, options.checkpoint, options.baseline, runs[0].fold, manifest)
