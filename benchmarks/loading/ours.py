@@ -68,7 +68,7 @@ class LowerBound:
         buffer = memoryview(bytearray(max(size for _, size in self._reads)))
         buffers = [(offset, [buffer[:size]]) for offset, size in self._reads]
         source = np.ones(self._prepared, np.uint8)
-        descriptors = {path: os.open(path, os.O_RDONLY) for path, _ in self._places}
+        descriptors = {path: os.open(path, os.O_RDONLY) for path in {path for path, _ in self._places}}
         try:
             for first in range(0, len(self._places) - self._batch + 1, self._batch):
                 block = np.empty((self._batch, self._prepared), np.uint8)
