@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from maestro_scale.stream.loader import TrainLoader
 from maestro_scale.stream.source import Source
 
 _STEPS = 10**9
+_VARIANTS = 64  # of the places of reads
 
 
 def shards(url: str, dataset: str, batch: int, cache: Path) -> Iterator[Any]:
@@ -44,7 +46,8 @@ def files(folder: Path, dataset: str, prepare: Preparation) -> Iterator[Any]:
 class LowerBound:
     """Copies of the bytes of prepared samples, and reads of the stored bytes that they need: nothing else.
 
-    A whole sample is one read, a crop one read per image: the rows of pixels that it crosses.
+    A whole sample is one read, a crop one read per image: the rows of pixels that it crosses, at a random place, since
+    the same rows of each sample would be in the processor's cache.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -53,6 +56,14 @@ class LowerBound:
         self._batch = layout.batch
         self._stored = min(path.stat().st_size for path in (folder / "samples").iterdir())
         self._reads = list(_reads(layout, self._stored))
+        rng = np.random.default_rng(0)
+        self._variants = [
+            [
+                (int(rng.integers(self._stored - size + 1)) if len(self._reads) > 1 else 0, size)
+                for _, size in self._reads
+            ]
+            for _ in range(_VARIANTS)
+        ]
         shards = sorted(shards_of(folder, "raw").glob("*.tar"))
         self._places = [
             (p, i) for p in shards for i in range(0, p.stat().st_size - self._stored, self._stored)
@@ -66,14 +77,16 @@ class LowerBound:
     def __call__(self) -> Iterator[Any]:
         """One pass over the shards, in batches."""
         buffer = memoryview(bytearray(max(size for _, size in self._reads)))
-        buffers = [(offset, [buffer[:size]]) for offset, size in self._reads]
+        variants = itertools.cycle(
+            [(offset, [buffer[:size]]) for offset, size in reads] for reads in self._variants
+        )
         source = np.ones(self._prepared, np.uint8)
         descriptors = {path: os.open(path, os.O_RDONLY) for path in {path for path, _ in self._places}}
         try:
             for first in range(0, len(self._places) - self._batch + 1, self._batch):
                 block = np.empty((self._batch, self._prepared), np.uint8)
                 for row, (path, begin) in zip(block, self._places[first : first + self._batch], strict=True):
-                    for offset, views in buffers:
+                    for offset, views in next(variants):
                         os.preadv(descriptors[path], views, begin + offset)
                     row[:] = source
                 yield block
