@@ -51,6 +51,7 @@ from maestro_scale.training.run_dir import git_revision
 RESULTS = Path(__file__).parent / "results" / "predict.json"
 CLASSES = tuple(f"class {i}" for i in range(19))
 PIXEL_M, WINDOW = 0.2, 512
+LR = 5e-4  # with 3e-3 the networks of the seams do not learn
 CASES = (
     Case("pastis_hd", 10, 400, 16, "{spot: null, s2: {num_dates: 4}, s1_asc: null, s1_des: null}", 320.0),
     Case(
@@ -170,7 +171,7 @@ def learned(case: Case, work: Path) -> tuple[Maestro, DatasetSpec, Path]:
     )
     network = build_predictor(Maestro(config).initialise(0), spec.name, loss, 0, True, "attentive")
     assert isinstance(network, MaestroPredictor)
-    train(network, crops, case, 0, 3e-3)
+    train(network, crops, case, 0, LR)
     target = loss.task.target
     folder = work / f"{case.dataset}_model"
     record = Finetuned(spec, target.name, "miou", "finetune", case.steps, 0.5, 0.5)
