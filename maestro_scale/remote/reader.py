@@ -6,6 +6,7 @@ import asyncio
 import os
 import threading
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +53,21 @@ class RemoteReader:
             return self._read(name, None, None, None)
         return check_limit(self.read_range(name, 0, limit + 1), limit, self.address(name))
 
-    def read_range(self, name: str, start: int, stop: int, cancel: threading.Event | None = None) -> bytes:
+    def read_range(
+        self,
+        name: str,
+        start: int,
+        stop: int,
+        cancel: threading.Event | None = None,
+        connection: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> bytes:
         """Bytes [start, stop); fewer, or none, if the object ends before ``stop``. Raises as :meth:`read`.
 
-        Setting ``cancel`` ends retries early.
+        Setting ``cancel`` ends retries early. Each attempt, but not the wait between two, is made within
+        ``connection()``.
         """
         try:
-            return self._read(name, start, stop, cancel)
+            return self._read(name, start, stop, cancel, connection)
         except StoreError as error:
             if http_status(error) == _BEHIND_THE_END:
                 return b""
@@ -101,12 +110,24 @@ class RemoteReader:
     def _is_s3(self) -> bool:
         return self.url.startswith(_S3)
 
-    def _read(self, name: str, start: int | None, stop: int | None, cancel: threading.Event | None) -> bytes:
+    def _read(
+        self,
+        name: str,
+        start: int | None,
+        stop: int | None,
+        cancel: threading.Event | None,
+        connection: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> bytes:
         path = self._path(name)
-        if not self._is_s3:
-            return self._call(name, "_cat_file", "cat_file", path, cancel, start=start, end=stop)
         timeout_s = self.retry.attempt_timeout_s
-        return self._attempts(name, lambda fs: self._s3_client(fs).read(path, start, stop, timeout_s), cancel)
+
+        def attempt(fs: Any) -> bytes:
+            with connection():
+                if self._is_s3:
+                    return self._s3_client(fs).read(path, start, stop, timeout_s)
+                return self._request(fs, "_cat_file", "cat_file", path, start=start, end=stop)
+
+        return self._attempts(name, attempt, cancel)
 
     def _s3_client(self, fs: Any) -> S3Client:
         with self._lock:
@@ -115,22 +136,14 @@ class RemoteReader:
                 self._s3_clients[pid] = S3Client(fs)
             return self._s3_clients[pid]
 
-    def _call(
-        self,
-        name: str,
-        coroutine: str,
-        method: str,
-        path: str,
-        cancel: threading.Event | None = None,
-        **options: Any,
-    ) -> Any:
-        def attempt(fs: Any) -> Any:
-            # fsspec's synchronous methods have no timeout, so async file systems are called by their coroutine.
-            if not fs.async_impl:
-                return getattr(fs, method)(path, **options)
-            return self._run(fs, getattr(fs, coroutine)(path, **options))
+    def _call(self, name: str, coroutine: str, method: str, path: str, **options: Any) -> Any:
+        return self._attempts(name, lambda fs: self._request(fs, coroutine, method, path, **options))
 
-        return self._attempts(name, attempt, cancel)
+    def _request(self, fs: Any, coroutine: str, method: str, path: str, **options: Any) -> Any:
+        # fsspec's synchronous methods have no timeout, so async file systems are called by their coroutine.
+        if not fs.async_impl:
+            return getattr(fs, method)(path, **options)
+        return self._run(fs, getattr(fs, coroutine)(path, **options))
 
     def _run(self, fs: Any, coroutine: Awaitable[Any]) -> Any:
         limited = asyncio.wait_for(coroutine, self.retry.attempt_timeout_s)

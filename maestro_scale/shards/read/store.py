@@ -237,8 +237,7 @@ class Store:
         sha256 = hashlib.sha256()
 
         def read(start: int) -> bytes:
-            with self._connections_of_process().use(download.priority):
-                return self._read_range(info, start, min(start + _RANGE_BYTES, info.bytes), download.cancel)
+            return self._read_range(info, start, min(start + _RANGE_BYTES, info.bytes), download)
 
         try:
             # r+b: the file is already allocated at full size. Hashed while it arrives, to read it only once.
@@ -258,21 +257,30 @@ class Store:
             self._connections = Connections(_CONNECTIONS)
         return self._connections
 
-    def _read_range(self, info: ShardInfo, start: int, stop: int, cancel: threading.Event) -> bytes:
+    def _read_range(self, info: ShardInfo, start: int, stop: int, download: _Download) -> bytes:
+        connections = self._connections_of_process()
+
         def attempt() -> bytes:
             try:
-                data = self._remote.read_range(info.path, start, stop, cancel)
+                data = self._remote.read_range(
+                    info.path, start, stop, download.cancel, lambda: connections.use(download.priority)
+                )
             except FileNotFoundError as error:
                 raise _WrongSize(None) from error
             if len(data) != stop - start:
                 size = self._remote.size(info.path)
                 if size != info.bytes:
                     raise _WrongSize(size)
+                if len(data) > stop - start:
+                    raise StoreError(
+                        f"{self._storage.address(info.path)}: the server ignores range requests: copy the dataset to "
+                        "a local folder, or to a server that supports them"
+                    )
                 raise TransientError(f"the response ended after {len(data)} of {stop - start} bytes")
             return data
 
         return call_with_retries(
-            attempt, self.retry, self._storage.address(info.path), self._total.add_retry, cancel
+            attempt, self.retry, self._storage.address(info.path), self._total.add_retry, download.cancel
         )
 
     @property
