@@ -34,6 +34,8 @@ def file_lock(path: Path, wait: bool = True) -> Iterator[None]:
         if os.getpid() == owner:
             # Deleted while still locked: deleting it after release could delete the file of the next holder.
             path.unlink(missing_ok=True)
+            # Closing alone would leave it locked as long as such a child lives, which may itself wait for it.
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)
 
 
