@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 
@@ -58,3 +59,15 @@ def test_a_server_that_ignores_ranges_is_reported(shards, store, monkeypatch):
     with pytest.raises(StoreError, match=f"{shards[0].path}: the server ignores range requests"):
         store.shard(shards[0])
     assert store.counters.retries == 0
+
+
+def test_no_download_lists_a_folder(shards, store, monkeypatch):
+    store.shard(shards[0]).close()  # the first one of a cache does
+    listed = []
+    for name in ("scandir", "listdir"):
+        monkeypatch.setattr(os, name, lambda *args, _name=name: listed.append(_name) or iter(()))
+    for info in shards[1:]:
+        store.shard(info).close()
+    monkeypatch.undo()
+    assert listed == []
+    assert store.counters.downloads == len(shards)
