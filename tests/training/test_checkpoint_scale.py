@@ -208,6 +208,26 @@ def test_a_rank_that_could_not_write_prevents_the_checkpoint(tmp_path):
     assert list((tmp_path / "checkpoints").glob("step_*")) == []
 
 
+@pytest.mark.parametrize(
+    ("content", "cause"),
+    [
+        (b"", "rank00001.part: is not a valid safetensors file"),
+        (None, "block.0: its slices cover the elements"),
+    ],
+    ids=["empty", "of another rank"],
+)
+def test_a_record_that_is_damaged_prevents_the_checkpoint(tmp_path, content, cause):
+    checkpoints = save(tmp_path, 2)
+    state = tmp_path / "checkpoints/.staging_step_00000004/state"
+    checkpoints._pending.task.result()
+    (state / "rank00001.part").write_bytes(
+        (state / "rank00000.part").read_bytes() if content is None else content
+    )
+    with pytest.raises(CheckpointError, match=f"step_00000004 cannot be written: {cause}"):
+        checkpoints.finish()
+    assert list((tmp_path / "checkpoints").glob("step_*")) == []
+
+
 @pytest.mark.parametrize("at", ["write_index", "commit", "publish", "write_atomically", "prune"])
 def test_a_kill_at_any_point_of_the_publication_leaves_the_old_or_the_new_checkpoint(
     tmp_path, monkeypatch, at

@@ -129,14 +129,15 @@ def test_of_the_given_files_the_contents_are_compared(tmp_path):
 
 def test_publishing_moves_a_folder_of_that_name_aside(tmp_path):
     staging, final, aside = tmp_path / "staging", tmp_path / "final", tmp_path / "aside"
-    for content in ("1", "2"):
+    for content in ("1", "2", "3"):
         staging.mkdir()
         (staging / "x").write_text(content)
         commit.publish(staging, final, aside)
         assert (final / "x").read_text() == content
         assert not staging.exists()
-        assert aside.exists() == (content == "2")
-    assert (aside / "x").read_text() == "1"
+        assert aside.exists() == (content != "1")
+    # What the second one has moved aside is gone: a kill had left it.
+    assert (aside / "x").read_text() == "2"
 
 
 def test_the_state_of_the_loss_guard_may_be_nan(tmp_path):

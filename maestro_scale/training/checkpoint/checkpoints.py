@@ -131,7 +131,10 @@ class Checkpoints:
             return
         try:
             pending.task.result()
-        except OSError as error:
+        except (
+            OSError,
+            ValueError,
+        ) as error:  # ValueError: what the ranks have written does not fit together
             raise self._unwritable(pending.final, error) from error
         if pending.publishing:
             self.on_commit(pending.position)
@@ -139,9 +142,10 @@ class Checkpoints:
             publish = partial(self._publish, pending) if self._world.is_main else _nothing
             self._pending = replace(pending, task=self._writer.submit(publish), publishing=True)
 
-    def _unwritable(self, final: Path, error: OSError) -> CheckpointError:
+    def _unwritable(self, final: Path, error: OSError | ValueError) -> CheckpointError:
+        cause = getattr(error, "strerror", None) or error
         return CheckpointError(
-            f"{final} cannot be written: {error.strerror or error}; the last committed checkpoint is kept, and the "
+            f"{final} cannot be written: {cause}; the last committed checkpoint is kept, and the "
             "same command resumes from it"
         )
 

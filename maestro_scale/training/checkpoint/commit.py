@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import stat
 from collections.abc import Mapping
 from pathlib import Path
@@ -122,6 +123,7 @@ def damage(folder: Path, files: Mapping[str, Mapping[str, Any]], hashes: bool) -
 def publish(staging: Path, final: Path, aside: Path) -> None:
     """Rename a committed folder to ``final``, atomically. A folder of that name is moved to ``aside`` first."""
     if final.exists():
+        shutil.rmtree(aside, ignore_errors=True)  # left by a kill after such a publication
         os.replace(final, aside)
     os.replace(staging, final)
     fsync(final.parent)

@@ -41,13 +41,17 @@ def write_index(folder: Path, num_ranks: int, adam_step: int) -> Entries:
 
     Raises:
         OSError: the record of a rank is missing, or the index cannot be written.
-        ValueError: the pieces do not cover every element of the state exactly once.
+        ValueError: a record is damaged, or the pieces do not cover every element of the state exactly once.
     """
     pieces: list[FileSlices] = []
     entries: Entries = {}
     parsed: dict[bytes, tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]] = {}
     for rank in range(num_ranks):
-        record = untrusted.load_tensors(_record_path(folder, rank))
+        path = _record_path(folder, rank)
+        try:
+            record = untrusted.load_tensors(path)
+        except untrusted.InputError as error:
+            raise untrusted.InputError(f"{path.name}: {error}") from None
         head = untrusted.load_json(record["head"].numpy().tobytes())
         parameters = record["parameters"].numpy().tobytes()
         if parameters not in parsed:  # with ZeRO stage 3 all ranks have slices of the same parameters
