@@ -66,7 +66,8 @@ BENCHMARKS = (
         "with rasterio.",
         "GDAL's decompression of blocks of 512 × 512 pixels: both sides decode each block as often as "
         "their cache allows. The reading beside it "
-        "has several times the cache of the cutting (its memory is beside that figure), which helps it in the smaller scene.",
+        "has several times the cache of the cutting (its memory is beside that figure), which helps it in "
+        "the smaller scene.",
         minutes=25,
     ),
 )

@@ -1,7 +1,8 @@
 """Reading objects of S3 by botocore's own client, in the thread of the caller.
 
 s3fs uses the same client through one event loop per process, which all threads share; docs/performance.md compares
-both (``python -m benchmarks.object_store``). Settings and credentials are those of the s3fs client, so that both reach the same store; errors are translated as s3fs does.
+both (``python -m benchmarks.object_store``). Settings and credentials are those of the s3fs client, so that both reach
+the same store; errors are translated as s3fs does.
 """
 
 from __future__ import annotations

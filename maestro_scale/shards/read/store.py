@@ -31,7 +31,7 @@ from maestro_scale.shards.storage import LocalStorage, RemoteStorage, open_stora
 __all__ = ["BadShard", "Shard", "Store", "StoreCounters", "StoreError"]
 
 _RANGE_BYTES = 8 * 1024 * 1024
-_CONNECTIONS = 8  # parallel range requests of a process
+_CONNECTIONS = 8  # parallel range requests of a store in a process
 _NEEDED_NOW = -1  # before all shards that are prefetched
 _HASH_BYTES = 1024 * 1024
 _SPACE_WAIT_S = 30.0
