@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Literal
 
@@ -204,20 +205,23 @@ class TrainLoader:
     def _steps(self, start: int, num_steps: int) -> Iterator[Step]:
         per_step = self.global_batch // self.world // self.micro_batch
         requests = self._requests(start, num_steps)
-        if self.workers and (first := next(self._requests(start, num_steps), None)):
-            self._first_shards.append(_FirstShards(self._settings.sources[first.dataset], first))
-        pipeline = Pipeline(
-            BatchBuilder(self._settings),
-            requests,
-            batch_size=self.micro_batch,
-            workers=self.workers,
-            # The next step's batches are built while this step is computed, plus one per worker that is busy.
-            prefetch_batches=per_step + self.workers,
-            pin=self.pin,
-            on_counters=self._add_counters,
-        )
-        self._pipelines.append(pipeline)
-        try:
+        # Also when the consumer stops early, or the pipeline cannot start.
+        with ExitStack() as stack:
+            stack.callback(self._end_first_shards)
+            if self.workers and (first := next(self._requests(start, num_steps), None)):
+                self._first_shards.append(_FirstShards(self._settings.sources[first.dataset], first))
+            pipeline = Pipeline(
+                BatchBuilder(self._settings),
+                requests,
+                batch_size=self.micro_batch,
+                workers=self.workers,
+                # The next step's batches are built while this step is computed, plus one per worker that is busy.
+                prefetch_batches=per_step + self.workers,
+                pin=self.pin,
+                on_counters=self._add_counters,
+            )
+            self._pipelines.append(pipeline)
+            stack.callback(self._end_pipeline, pipeline)
             for step in range(start, num_steps):
                 dataset, dataset_step = self._mixture.at(step)
                 batches = tuple(next(pipeline) for _ in range(per_step))
@@ -233,11 +237,11 @@ class TrainLoader:
                     batches=batches,
                     counters=self.counters,
                 )
-        finally:
-            # Also when the consumer stops early; unless close() has ended the pipeline already.
-            if pipeline in self._pipelines:
-                self._pipelines.remove(pipeline)
-                pipeline.close()
+
+    def _end_pipeline(self, pipeline: Pipeline) -> None:
+        if pipeline in self._pipelines:  # otherwise close() has ended it already
+            self._pipelines.remove(pipeline)
+            pipeline.close()
 
     def _requests(self, start: int, num_steps: int) -> Iterator[BatchRequest]:
         lookaheads: dict[int, _Lookahead] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from maestro_scale.stream.batch import Batch, digest
 from maestro_scale.stream.eval_loader import EvalLoader
 from maestro_scale.stream.loader import Source, TrainLoader
 from maestro_scale.stream.plan import SampleOrderError
-from maestro_scale.stream.workers import Pipeline
+from maestro_scale.stream.workers import LoaderError, Pipeline
 
 ORDER = {"seed": 3, "lanes": 4, "global_batch": 16, "window": 12}
 
@@ -67,6 +68,20 @@ def test_the_shards_of_the_first_batch_are_read_while_the_processes_start(toy: S
     monkeypatch.setattr(loader_module, "Pipeline", slow_start)
     assert digests(loader_of(toy, workers=1), 5, 6) == expected
     assert read[0] >= 1
+
+
+def test_no_shard_is_read_any_more_after_a_pipeline_that_cannot_start(toy: Source, monkeypatch):
+    def fail(*args, **options) -> Pipeline:
+        raise LoaderError("too little shared memory")
+
+    monkeypatch.setattr(loader_module, "Pipeline", fail)
+    loader = loader_of(toy, workers=1)
+    with pytest.raises(LoaderError, match="too little shared memory"):
+        next(loader.steps(0, 4))
+    deadline = time.monotonic() + 10
+    while any(t.name == "maestro-prefetch" for t in threading.enumerate()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_a_run_resumes_at_its_position_without_replay(toy: Source):
