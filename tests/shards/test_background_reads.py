@@ -6,7 +6,9 @@ import threading
 import time
 from contextlib import suppress
 
-from maestro_scale.shards.read.prefetch import Connections, Prefetcher
+import pytest
+
+from maestro_scale.shards.read.prefetch import Connections, Prefetcher, ordered_map
 
 WAIT_S = 10.0
 
@@ -43,6 +45,23 @@ def test_a_failed_read_gives_its_connection_back():
             raise OSError
     with connections.use(0):
         pass
+
+
+def test_no_thread_is_left_where_the_system_starts_no_more(monkeypatch):
+    start, started = threading.Thread.start, []
+
+    def limited(thread: threading.Thread) -> None:
+        if len(started) == 2:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    with pytest.raises(RuntimeError, match="can't start"):
+        list(ordered_map(str, range(10), 4))
+    for thread in started:
+        thread.join(WAIT_S)
+        assert not thread.is_alive()
 
 
 def started(costs: list[int], budget: int) -> set[int]:

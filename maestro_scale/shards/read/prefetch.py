@@ -41,10 +41,10 @@ def ordered_map(read: Callable[[Item], Result], items: Iterable[Item], num_threa
             except Exception as error:  # noqa: BLE001 # raised by future.result() in the consumer
                 future.set_exception(error)
 
-    for _ in range(num_threads):
-        threading.Thread(target=work, daemon=True, name="maestro-range").start()
     pending: deque[Future[Result]] = deque()
     try:
+        for _ in range(num_threads):
+            threading.Thread(target=work, daemon=True, name="maestro-range").start()
         for item in items:
             pending.append(Future())
             tasks.put((item, pending[-1]))
