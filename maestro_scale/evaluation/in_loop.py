@@ -32,7 +32,6 @@ from maestro_scale.evaluation.tasks.protocol import Task
 from maestro_scale.evaluation.tasks.task import task_for
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.recipe import Recipe, RecipeError, resolve_spec
-from maestro_scale.shards.read.manifest_cache import load_manifest
 from maestro_scale.shards.read.store import Store
 from maestro_scale.stream.batch import Batch
 from maestro_scale.stream.eval_loader import EvalLoader
@@ -42,7 +41,7 @@ from maestro_scale.training.distributed import World
 from maestro_scale.training.engine import Engine
 from maestro_scale.training.hooks.hook import FinishedStep, Hook
 from maestro_scale.training.hooks.manifests import ManifestHook
-from maestro_scale.training.manifests import ManifestMonitor, UsedDataset, compare_manifests
+from maestro_scale.training.manifests import ManifestMonitor, UsedDataset, compare_manifests, load_manifests
 from maestro_scale.training.run_dir import finite
 from maestro_scale.training.watchdog import Watchdog
 
@@ -63,7 +62,7 @@ def evaluation_hooks(
     """
     if not recipe.evaluation.every_steps:
         return lambda engine: ()
-    benchmark, resolved = _benchmark(recipe, datasets)
+    benchmark, resolved = _benchmark(recipe, datasets, world)
     monitor = ManifestMonitor([] if benchmark in datasets else [benchmark])
     compare_manifests(world, monitor.datasets)
     samples = _Samples(recipe, model, world, benchmark, resolved)
@@ -190,15 +189,18 @@ class _Samples:
         return self._world.sum_on_host(whole).astype(dtype)
 
 
-def _benchmark(recipe: Recipe, datasets: Sequence[UsedDataset]) -> tuple[UsedDataset, DatasetSpec]:
-    """(dataset, resolved spec): ``evaluation.shards``, else the first dataset of the mixture with a target."""
+def _benchmark(
+    recipe: Recipe, datasets: Sequence[UsedDataset], world: World | None
+) -> tuple[UsedDataset, DatasetSpec]:
+    """(dataset, resolved spec): ``evaluation.shards``, else the first dataset of the mixture with a target; a
+    collective."""
     shards = recipe.evaluation.shards
     for i, (entry, dataset) in enumerate(zip(recipe.data.mixture, datasets, strict=True)):
         spec = dataset.manifest.spec
         if entry.shards == shards or (shards is None and spec.targets):
             return dataset, resolve_spec(spec, entry, i, recipe.model.spectral)
     if shards is not None:
-        manifest = load_manifest(shards, Path(recipe.data.cache_dir))
+        (manifest,) = load_manifests([shards], Path(recipe.data.cache_dir), world)
         extra = UsedDataset(f"evaluation.shards ({manifest.spec.name})", shards, manifest, SPLITS)
         # Other shards of a dataset of the mixture: the encoder reads them as it was trained, with that entry's sensors.
         for i, entry in enumerate(recipe.data.mixture):

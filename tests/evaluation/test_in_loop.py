@@ -252,6 +252,6 @@ def test_other_shards_of_a_dataset_of_the_mixture_are_read_with_its_sensors(
     recipe = load_recipe(mixture, [f"evaluation.shards={copy}"])
     opened = used_datasets(recipe, open_datasets(recipe))
     assert [d.name for d in opened] == ["treesatai_ts#0", "treesatai_ts#1"]
-    dataset, spec = _benchmark(recipe, opened)
+    dataset, spec = _benchmark(recipe, opened, None)
     assert (dataset.url, dataset.name) == (str(copy), "evaluation.shards (treesatai_ts)")
     assert (spec.sensor("s2").num_dates, spec.sensor("s2").patch) == (4, 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from maestro_scale.evaluation import in_loop
 from maestro_scale.recipe import load_recipe
 from maestro_scale.shards.errors import ManifestError
 from maestro_scale.shards.format import manifest as manifest_module
@@ -22,7 +24,7 @@ from maestro_scale.shards.read import manifest_cache
 from maestro_scale.stream.batch_builder import BatchBuilder, BuilderSettings
 from maestro_scale.stream.source import Source
 from maestro_scale.stream.workers import _WorkerDataset
-from maestro_scale.training.manifests import load_manifests
+from maestro_scale.training.manifests import UsedDataset, load_manifests
 from maestro_scale.training.pretrain import identity, open_datasets
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -84,10 +86,10 @@ def counts(monkeypatch):
     return found
 
 
-def recipe(tmp_path):
+def recipe(tmp_path, *settings):
     return load_recipe(
         FIXTURES / "pretrain.yaml",
-        [f"data.mixture[0].shards={SHARDS}", f"data.cache_dir={tmp_path / 'cache'}"],
+        [f"data.mixture[0].shards={SHARDS}", f"data.cache_dir={tmp_path / 'cache'}", *settings],
     )
 
 
@@ -103,6 +105,18 @@ def test_one_rank_of_each_node_reads_the_manifests_of_a_training(tmp_path, count
     opened = on_ranks(1, 4, lambda world: open_datasets(recipe(tmp_path), world))
     assert len(opened) == 4
     assert counts["read"] == 3
+
+
+def test_one_rank_of_each_node_reads_the_manifest_of_the_benchmark_of_a_training(tmp_path, counts):
+    shards = tmp_path / "benchmark"
+    shutil.copytree(SHARDS, shards)
+    loaded = recipe(tmp_path, f"evaluation.shards={shards}")
+    (dataset,) = open_datasets(loaded)
+    used = UsedDataset("mixture", SHARDS, dataset.manifest, ("train",))
+    counts.update(read=0)
+    found = on_ranks(2, 4, lambda world: in_loop._benchmark(loaded, [used], world))
+    assert {benchmark.manifest.digest for benchmark, _ in found} == {dataset.manifest.digest}
+    assert counts["read"] == 2
 
 
 def test_one_rank_alone_and_no_process_group_read_it_too(tmp_path, counts):
