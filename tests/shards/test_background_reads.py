@@ -89,6 +89,28 @@ def test_small_items_are_fetched_together_and_large_ones_by_twos():
     assert started([7, 1, 1, 1], budget=8) == {0, 1}
 
 
+def test_an_item_that_is_being_fetched_is_not_fetched_again():
+    fetched: list[int] = []
+    first, done = threading.Event(), threading.Event()
+
+    def fetch(item: int, cancel: threading.Event) -> None:
+        fetched.append(item)
+        if item == 0:
+            first.wait(WAIT_S)
+        if item == 2:
+            done.set()
+
+    prefetcher = Prefetcher(fetch, lambda item: 100, 8)
+    prefetcher.replace([0])
+    while not fetched:
+        time.sleep(0.01)
+    prefetcher.replace([0, 1, 2])
+    assert done.wait(WAIT_S)
+    first.set()
+    prefetcher.stop()
+    assert fetched == [0, 1, 2]
+
+
 def test_an_item_is_started_when_another_has_ended():
     ended: list[int] = []
     done = threading.Event()

@@ -104,15 +104,17 @@ class Prefetcher(Generic[Item]):
         self._fetch, self._cost, self._budget = fetch, cost, budget
         self._changed = threading.Condition()
         self._queue: deque[Item] = deque()
-        self._running: dict[threading.Event, int] = {}  # the cost of the item
+        self._running: dict[threading.Event, Item] = {}
         self._stopped = False
         for _ in range(max(budget, _ALWAYS)):
             threading.Thread(target=self._work, daemon=True, name="maestro-prefetch").start()
 
     def replace(self, items: Iterable[Item]) -> None:
-        """Replace the queue: drop items that have not been started, then fetch these, in order."""
+        """Replace the queue: drop items that have not been started, then fetch these, in order, except those that are
+        being fetched."""
         with self._changed:
-            self._queue = deque(items)
+            running = list(self._running.values())
+            self._queue = deque(item for item in items if item not in running)
             self._changed.notify_all()
 
     def stop(self) -> None:
@@ -126,7 +128,7 @@ class Prefetcher(Generic[Item]):
     def _may_start(self) -> bool:
         if not self._queue:
             return False
-        cost = sum(self._running.values()) + self._cost(self._queue[0])
+        cost = sum(map(self._cost, (*self._running.values(), self._queue[0])))
         return len(self._running) < _ALWAYS or cost <= self._budget
 
     def _work(self) -> None:
@@ -137,7 +139,7 @@ class Prefetcher(Generic[Item]):
                 if self._stopped:
                     return
                 item = self._queue.popleft()
-                self._running[cancel] = self._cost(item)
+                self._running[cancel] = item
             try:
                 self._fetch(item, cancel)
             except (ShardsError, OSError):
