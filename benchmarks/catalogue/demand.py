@@ -55,14 +55,15 @@ def node_demand(results: Mapping[str, Any]) -> str:
         "recipe",
         "samples",
         "needed, samples/s",
-        "needed, bytes",
+        "needed, as stored",
         "one core prepares",
         "cores needed",
         f"{CORES} cores prepare",
     )
     return (
-        f"### What a node of {GPUS} H100 needs\n\nThe speed is what `maestro-scale plan` predicts "
-        f"([gpu.md](gpu.md)). Rates of "
+        f"### What a node of {GPUS} H100 needs\n\nThe speed, and the bytes of a sample as stored, are what "
+        f"`maestro-scale plan` predicts ([gpu.md](gpu.md)); the samples that a core prepares are those of "
+        f"the table above, whose size differs a little. Rates of "
         f"a core are those of the machine of this page, with the codec raw; a DGX H100 has {CORES} cores. "
         f"Cores beyond those of one "
         "machine share memory bandwidth, which is not measured here.\n\n" + table(columns, rows)
