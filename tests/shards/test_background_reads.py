@@ -27,7 +27,7 @@ def test_the_lowest_priority_number_is_read_first():
     threads = [threading.Thread(target=read, args=(5,))]
     threads[0].start()
     assert first_reads.wait(WAIT_S)
-    for priority in (3, 1, 2, -1, 1):
+    for priority in (3, 1, 2, 0, 1):
         threads.append(threading.Thread(target=read, args=(priority,)))
         threads[-1].start()
     while len(connections._waiting) < 5:
@@ -35,7 +35,28 @@ def test_the_lowest_priority_number_is_read_first():
     may_end.set()
     for thread in threads:
         thread.join(WAIT_S)
-    assert order == [5, -1, 1, 1, 2, 3]
+    assert order == [5, 0, 1, 1, 2, 3]
+
+
+def test_a_read_that_is_waited_for_does_not_wait_for_reads_in_advance():
+    connections = Connections(2)
+    running: list[int] = []
+    may_end = threading.Event()
+
+    def read(priority: int) -> None:
+        with connections.use(priority):
+            running.append(priority)
+            may_end.wait(WAIT_S)
+
+    threads = [threading.Thread(target=read, args=(priority,)) for priority in (7, 8, -1, -1, 0, -1)]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.05)
+    assert running == [7, 8, -1, -1]  # of each kind as many as there are connections
+    may_end.set()
+    for thread in threads:
+        thread.join(WAIT_S)
+    assert running[4:] == [-1, 0]
 
 
 def test_a_failed_read_gives_its_connection_back():

@@ -62,12 +62,16 @@ def ordered_map(read: Callable[[Item], Result], items: Iterable[Item], num_threa
 class Connections:
     """At most ``count`` reads at a time; of those that wait, the one with the lowest ``priority`` is next.
 
+    A read with a negative priority, for which training waits, waits for others of these only: reads in advance may hang
+    for the timeout of a request. With these there are up to 2 * ``count`` reads.
+
     ``pid``: the process that uses it; the locks of a forked child would be those of threads that it does not have.
     """
 
     def __init__(self, count: int) -> None:
         self.pid = os.getpid()
-        self._free = count
+        self._count = count
+        self._used = self._urgent = 0
         self._changed = threading.Condition()
         self._waiting: list[tuple[int, int]] = []
         self._arrivals = itertools.count()
@@ -75,18 +79,23 @@ class Connections:
     @contextmanager
     def use(self, priority: int) -> Iterator[None]:
         """Wait for a connection, and keep it within the context."""
+        urgent = priority < 0
         with self._changed:
             own = (priority, next(self._arrivals))
             heapq.heappush(self._waiting, own)
-            self._changed.wait_for(lambda: self._free > 0 and self._waiting[0] == own)
+            self._changed.wait_for(
+                lambda: self._waiting[0] == own and (self._urgent if urgent else self._used) < self._count
+            )
             heapq.heappop(self._waiting)
-            self._free -= 1
+            self._used += 1
+            self._urgent += urgent
             self._changed.notify_all()
         try:
             yield
         finally:
             with self._changed:
-                self._free += 1
+                self._used -= 1
+                self._urgent -= urgent
                 self._changed.notify_all()
 
 

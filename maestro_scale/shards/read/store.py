@@ -32,7 +32,7 @@ __all__ = ["BadShard", "Shard", "Store", "StoreCounters", "StoreError"]
 
 _RANGE_BYTES = 8 * 1024 * 1024
 _CONNECTIONS = 8  # parallel range requests of a store in a process
-_NEEDED_NOW = -1  # before all shards that are prefetched
+_NEEDED_NOW = -1  # before all shards that are prefetched, see Connections
 _HASH_BYTES = 1024 * 1024
 _SPACE_WAIT_S = 30.0
 _OPEN_ATTEMPTS = 16
