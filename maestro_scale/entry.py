@@ -5,11 +5,12 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from maestro_scale.errors import MaestroError, message_text
+from maestro_scale.errors import MaestroError, message_text, shorten
 from maestro_scale.escaping import printable_lines
 
 USAGE = 2
@@ -42,6 +43,25 @@ def error_line(error: BaseException) -> str | None:
     ):
         return f"user {os.getuid()} has no home folder or name on this machine: export HOME=… and USER=…"
     return None
+
+
+def empty_argument(words: Sequence[str]) -> str | None:
+    """What is wrong if an argument of a command line is empty; None if none is.
+
+    No command has a meaning for an empty one: it is what the shell makes of ``"$OUT"`` where OUT is not set, and as a
+    path it would be the working directory.
+    """
+    for number, word in enumerate(words):
+        if word and not _EMPTY_OPTION.fullmatch(word):
+            continue
+        before = words[number - 1] if number else ""
+        place = f"the argument after {shorten(before)}" if before else "the first argument"
+        name = word.rstrip("=") or (before if before.startswith("--") else place)
+        return f"{name} is empty: give a value (is a variable of the command not set?)"
+    return None
+
+
+_EMPTY_OPTION = re.compile(r"--[\w-]+=")
 
 
 def is_disk_full(error: BaseException) -> bool:

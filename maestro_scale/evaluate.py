@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from maestro_scale.entry import empty_argument
+
 if TYPE_CHECKING:
     from maestro_scale.evaluation.results import EvalResult
     from maestro_scale.evaluation.run import EvalOptions
@@ -99,7 +101,10 @@ def parse(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> argpa
         help="override a key of the recipe",
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
-    return parser.parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    if problem := empty_argument(words):
+        parser.error(problem)
+    return parser.parse_args(words)
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> int:

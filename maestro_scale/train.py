@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from maestro_scale.entry import empty_argument
 from maestro_scale.launcher_death import watch_launcher
 from maestro_scale.training.stop import StopRequest
 
@@ -43,7 +44,10 @@ def parse(argv: Sequence[str] | None = None, prog: str = "train.py") -> argparse
         help="print parameters, tokens, FLOPs and memory, without data, and exit",
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
-    return parser.parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    if problem := empty_argument(words):
+        parser.error(problem)
+    return parser.parse_args(words)
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "train.py") -> int:

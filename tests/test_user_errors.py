@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
@@ -38,6 +39,7 @@ RECIPE = [
     ("no such name", "train --recipe vitbb", "nor the name of a recipe", "did you mean 'vitb'?"),
     ("a name like no other", "train --recipe qqqq", "`maestro-scale recipes` lists them"),
     ("a run directory as recipe", "train --recipe run", "is a folder", "run/recipe.yaml"),
+    ("an empty name", "train --recipe ''", "--recipe is empty", "is a variable of the command not set?"),
     ("no recipe", "train", "the following arguments are required: --recipe"),
     ("indented by a tab", "train --recipe tab.yaml", "line 3, column 1", "spaces, not tabs"),
     ("a brace is missing", "train --recipe brace.yaml", "is not valid YAML", "expected ',' or '}' in line 3"),
@@ -103,6 +105,9 @@ DATA = [
 ]
 RUN = [
     ("a file as run directory", "train --recipe pretrain.yaml --run-dir pretrain.yaml", "as run directory"),
+    ("an empty run directory", "train --recipe pretrain.yaml --run-dir=", "--run-dir is empty"),
+    ("shards as run directory", "train --recipe pretrain.yaml --run-dir shards", "shards contains shards of"),
+    ("a model as run directory", "train --recipe pretrain.yaml --run-dir model", "contains an exported model"),
     ("--fresh in a run", "train --recipe pretrain.yaml --run-dir run --fresh", "contains a run: use another"),
     ("another seed", "train --recipe pretrain.yaml --run-dir run --set seed=6", "seed: checkpoint 5, now 6"),
     (
@@ -169,6 +174,9 @@ EVALUATION = [
     ("weights that there are not", f"{BASELINE} presto:none.pt", "none.pt: does not exist"),
     ("a module that there is not", f"{BASELINE} python:nopkg:X", "is its folder on PYTHONPATH?"),
     ("like-named sensors", f"{EVALUATE} --set {SENSORS}.s2.patch=3", "patch 3 of 4 bands", "sensors.s2=null"),
+    ("empty results", "evaluate --recipe evaluate.yaml --checkpoint model --out ''", "--out is empty"),
+    ("embed: an empty folder name", "embed model shards ''", "the argument after 'shards' is empty"),
+    ("embed: over a model", "embed model shards model", "model contains an exported model: choose another"),
     ("embed: no model", "embed nope shards out", NO_MODEL),
     ("embed: no shards", "embed model nope out", "nope/manifest.json: not found"),
     ("embed: no test split", "embed model notest out", "no split 'test'; there are: train, val", "--split"),
@@ -181,7 +189,8 @@ EVALUATION = [
     ("export: a model", "export model out", "it is an exported model"),
     ("export: no run", "export nope out", "nope contains no intact checkpoint: it does not exist"),
     ("export: checkpoints", "export run/checkpoints out", "give the run directory, run"),
-    ("export: over shards", "export run shards", "contains shards of a dataset; export to another folder"),
+    ("export: over shards", "export run shards", "contains shards of a dataset: choose another folder"),
+    ("export: over a run", "export run run", "run contains a run: choose another folder"),
     ("export: no average", "export run out --ema", "(optim.ema)"),
     ("report: no results", "report shards", "no results.json in there"),
     ("report: no folder", "report nope", "nope does not exist"),
@@ -223,6 +232,7 @@ OTHER = [
         "no head to predict with: finetune it",
         "--mode finetune",
     ),
+    ("predict: over shards", "predict model shards shards --embeddings parquet", "contains shards of a dataset"),
     ("predict: no description", "predict model nope.yaml out", "nope.yaml: cannot read the description"),
     ("search: no embeddings", "search empty key", "no Parquet files: write them with `maestro-scale embed`"),
     ("push: no address", "push model hf//me/x", "write hf://owner/name"),
@@ -294,7 +304,7 @@ def run(prepared, monkeypatch, capsys):
     monkeypatch.setattr(StopRequest, "install", lambda self: self)
 
     def run(command: str) -> tuple[int, str]:
-        name, *words = command.split()
+        name, *words = shlex.split(command)
         script = {"train": train, "evaluate": evaluate}.get(name)
         try:
             if script is not None and "--nproc" not in words:

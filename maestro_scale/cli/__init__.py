@@ -6,15 +6,28 @@ A command's function imports what it needs when it runs: ``maestro-scale --help`
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
 from maestro_scale.cli import data, launch, models, predict, recipes, runs, study
-from maestro_scale.entry import launched_rank, run_command
+from maestro_scale.entry import empty_argument, launched_rank, run_command
 from maestro_scale.launcher_death import watch_launcher
 from maestro_scale.secrets_filter import hide_secrets
 
+
+class _Commands(TyperGroup):
+    """The commands, none of which accepts an empty argument."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if problem := empty_argument(args):
+            raise typer.BadParameter(problem)
+        return super().parse_args(ctx, args)
+
+
 app = typer.Typer(
+    cls=_Commands,
     name="maestro-scale",
     help="Pretrain MAESTRO on clusters: write and verify shards, plan and track runs, export and evaluate models.",
     no_args_is_help=True,

@@ -38,6 +38,7 @@ from maestro_scale.evaluation.features.on_device import RecipePrecision, eval_pr
 from maestro_scale.evaluation.results import EvaluationError
 from maestro_scale.evaluation.tasks.tile_maps import georeference
 from maestro_scale.model.maestro import Maestro
+from maestro_scale.output_folder import check_output
 from maestro_scale.shards.format.codec import Sample
 from maestro_scale.shards.format.fields import dates_field
 from maestro_scale.shards.format.manifest import Manifest, ShardInfo
@@ -160,6 +161,7 @@ class EmbeddingWriter:
         chosen by the manifest."""
         if _read_record(out / METADATA_FILE) is not None:
             return
+        check_output(out)
         for path in (self._path(out, shard) for shard in shards):
             if os.path.lexists(path) and not self._is_embedding(path):
                 raise EvaluationError(

@@ -18,6 +18,7 @@ import numpy as np
 from maestro_scale import untrusted
 from maestro_scale.escaping import file_name, ignores_case
 from maestro_scale.inference.errors import InferenceError
+from maestro_scale.output_folder import check_output
 from maestro_scale.unfinished import Unfinished
 
 RECORD = "_predict.json"
@@ -28,7 +29,7 @@ _POLL_S = 0.5
 class Folder:
     """An output folder that holds predictions of one model, source and options.
 
-    InferenceError if it holds those of others, or files that are none of predictions.
+    InferenceError or OutputError if it holds those of others, or files that are none of predictions.
     """
 
     def __init__(self, path: Path, record: Mapping[str, object]) -> None:
@@ -38,6 +39,7 @@ class Folder:
         path.mkdir(parents=True, exist_ok=True)
         recorded = self._read()
         if recorded is None:
+            check_output(path)
             strangers = [p.name for p in sorted(path.iterdir()) if p.suffix in (".tif", ".parquet")]
             if strangers and self._read() is None:
                 raise InferenceError(

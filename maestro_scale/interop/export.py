@@ -18,6 +18,7 @@ from maestro_scale.interop.sharded_state import INDEX, WEIGHT, StateReader
 from maestro_scale.interop.tensors import file_sha256, write_tensors
 from maestro_scale.model.config import ModelConfig
 from maestro_scale.model.finetuned import Finetuned
+from maestro_scale.output_folder import check_output
 from maestro_scale.shards.errors import ManifestError
 from maestro_scale.shards.format.manifest import check_spec
 from maestro_scale.shards.format.serialization import to_builtins
@@ -144,8 +145,7 @@ def write_model(
 
     ``finetuned``: of a finetuned model, which has no decoder of pixels.
     """
-    if (out / "manifest.json").exists():
-        raise ExportError(f"{out} contains shards of a dataset; export to another folder")
+    check_output(out, "an exported model")
     out.mkdir(parents=True, exist_ok=True)
     record = {"format_version": FORMAT_VERSION, "model": config.to_dict(), "trained": trained}
     if finetuned is not None:

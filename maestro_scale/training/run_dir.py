@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 
 from maestro_scale import untrusted
 from maestro_scale.errors import MaestroError
+from maestro_scale.output_folder import check_output
 from maestro_scale.recipe import Recipe
 from maestro_scale.secrets_filter import scrub_command, scrub_tree
 
@@ -83,7 +84,9 @@ def finite(number: float) -> float | None:
 
 
 def lock(run_dir: Path) -> FileLock:
-    """Lock a run directory for this process (rank 0). RunDirError where another run has locked it."""
+    """Lock a run directory for this process (rank 0). RunDirError where another run has locked it,
+    OutputError where it holds something else."""
+    check_output(run_dir, "a run")
     held = FileLock(run_dir / ".lock")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
