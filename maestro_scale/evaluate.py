@@ -157,6 +157,8 @@ def _parse_splits(texts: list[str]) -> dict[str, tuple[str, ...]]:
         role, _, names = text.partition("=")
         if role not in ("train", "val", "test") or not all(names.split(",")):
             raise MaestroError(f"--split {text}: expected train=NAME,NAME…, val=… or test=…")
+        if role in splits:
+            raise MaestroError(f"--split {text}: {role} is given twice; separate its splits by commas")
         splits[role] = tuple(names.split(","))
     return splits
 

@@ -43,6 +43,7 @@ RECIPE = [
     ("no recipe", "train", "the following arguments are required: --recipe"),
     ("indented by a tab", "train --recipe tab.yaml", "line 3, column 1", "spaces, not tabs"),
     ("a brace is missing", "train --recipe brace.yaml", "is not valid YAML", "expected ',' or '}' in line 3"),
+    ("not UTF-8", "train --recipe latin1.yaml", "byte 7 is not UTF-8: save the recipe as UTF-8 text"),
     ("a key twice", "train --recipe twice.yaml", "key 'train' is given twice", "line 3"),
     ("a section misspelt", "train --recipe section.yaml", "trian: unknown key (did you mean 'train'?)"),
     ("a key misspelt", "train --recipe key.yaml", "train.step: unknown key (did you mean 'steps'?)"),
@@ -107,7 +108,11 @@ RUN = [
     ("a file as run directory", "train --recipe pretrain.yaml --run-dir pretrain.yaml", "as run directory"),
     ("an empty run directory", "train --recipe pretrain.yaml --run-dir=", "--run-dir is empty"),
     ("shards as run directory", "train --recipe pretrain.yaml --run-dir shards", "shards contains shards of"),
-    ("a model as run directory", "train --recipe pretrain.yaml --run-dir model", "contains an exported model"),
+    (
+        "a model as run directory",
+        "train --recipe pretrain.yaml --run-dir model",
+        "contains an exported model",
+    ),
     ("--fresh in a run", "train --recipe pretrain.yaml --run-dir run --fresh", "contains a run: use another"),
     ("another seed", "train --recipe pretrain.yaml --run-dir run --set seed=6", "seed: checkpoint 5, now 6"),
     (
@@ -145,6 +150,17 @@ EVALUATION = [
     ("no checkpoint", f"{EVALUATE} --checkpoint nope", NO_MODEL, "does not exist"),
     ("shards as checkpoint", f"{EVALUATE} --checkpoint shards", NO_MODEL, "holds shards"),
     ("a file of a model", f"{EVALUATE} --checkpoint model/model.safetensors", "give its folder, model"),
+    ("a file of a run", f"{EVALUATE} --checkpoint run/recipe.yaml", "it is a file; give its folder, run"),
+    (
+        "a published model misspelt",
+        f"{EVALUATE} --checkpoint maestro-flair-hub-bas",
+        "did you mean 'maestro-flair-hub-base'?",
+    ),
+    (
+        "unknown class weights",
+        f"{EVALUATE} --set evaluation.class_weights=equal",
+        "evaluation.class_weights: must be none, balanced or a mapping of classes to weights, got 'equal'",
+    ),
     ("the folder above", f"{EVALUATE} --checkpoint evaluation", "it contains finetune: give one of them"),
     ("an unknown mode", f"{EVALUATE} --mode svm", "invalid choice: 'svm'"),
     ("an unknown target", f"{EVALUATE} --target crop", "has no target 'crop'; it has: species"),
@@ -153,6 +169,7 @@ EVALUATION = [
     ("letters as folds", f"{EVALUATE} --folds x", "is not a list of whole numbers such as 0,1,2, or all"),
     ("letters as seeds", f"{EVALUATE} --seeds a,b", "'a,b' is not a list of whole numbers such as 0,1,2"),
     ("a split without role", f"{EVALUATE} --split test", "expected train=NAME,NAME…, val=… or test=…"),
+    ("a role twice", f"{EVALUATE} --split test=val test=train", "--split test=train: test is given twice"),
     ("a split that there is not", f"{EVALUATE} --split test=tset", "no split 'tset'", "train, val, test"),
     (
         "no test split",
@@ -194,6 +211,7 @@ EVALUATION = [
     ("export: no average", "export run out --ema", "(optim.ema)"),
     ("report: no results", "report shards", "no results.json in there"),
     ("report: no folder", "report nope", "nope does not exist"),
+    ("convert: a folder as file", "convert-ign model shards", "shards is a folder: give a file name"),
     ("convert: no checkpoint", "convert-ign pretrain.yaml out", "cannot be read as a checkpoint"),
 ]
 OTHER = [
@@ -232,10 +250,28 @@ OTHER = [
         "no head to predict with: finetune it",
         "--mode finetune",
     ),
-    ("predict: over shards", "predict model shards shards --embeddings parquet", "contains shards of a dataset"),
+    (
+        "predict: over shards",
+        "predict model shards shards --embeddings parquet",
+        "contains shards of a dataset",
+    ),
     ("predict: no description", "predict model nope.yaml out", "nope.yaml: cannot read the description"),
+    (
+        "predict: files of shards",
+        "predict model shards out --files x",
+        "--files is where the files of a descr",
+    ),
+    (
+        "predict: a target and embeddings",
+        "predict model shards out --embeddings parquet --target species",
+        "--target and --embeddings: embeddings are written instead of a target",
+    ),
+    ("describe: shards", "describe shards", "holds shards of a dataset; --recipe prints a first recipe"),
+    ("describe: an address with one slash", "describe s3:/bucket/x", "or write s3://bucket/x"),
     ("search: no embeddings", "search empty key", "no Parquet files: write them with `maestro-scale embed`"),
     ("push: no address", "push model hf//me/x", "write hf://owner/name"),
+    ("push: no results", "push model hf://me/m --dry-run --results nope", "nope does not exist"),
+    ("push: no average", "push model hf://me/m --dry-run --ema", "--ema needs the run"),
     ("push: no model", "push nope hf://me/x", NO_MODEL),
     ("init: a file in use", "init vitb pretrain.yaml", "pretrain.yaml: exists"),
     ("quickstart: a file", "quickstart --out pretrain.yaml", "is a file; give a folder"),
@@ -277,6 +313,7 @@ def prepared(tmp_path_factory) -> Path:
     }
     for name, text in changes.items():
         (folder / f"{name}.yaml").write_text(f"extends: pretrain.yaml\n{text}")
+    (folder / "latin1.yaml").write_bytes("name: f\xfcr\n".encode("latin1"))
     (folder / "extends.yaml").write_text("extends: pretran.yaml\n")
     for name in ("notest", "other"):
         shutil.copytree(folder / "shards", folder / name)
@@ -354,6 +391,11 @@ def test_extending_a_run_says_what_the_schedule_does(prepared):
     assert "in step 5" in line
     parts.num_steps = 12
     assert _new_length(recipe, prepared / "run", parts, Position(samples=16, step=4)) == ""
+
+
+def test_nothing_is_written_by_a_refused_push(run, prepared):
+    assert run("push model hf://me/unwritten --dry-run --results nope")[0] == 2
+    assert not (prepared / "unwritten").exists()
 
 
 def test_nothing_is_left_of_a_refused_evaluation(run, prepared):

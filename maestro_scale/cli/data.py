@@ -242,7 +242,8 @@ def inspect(
         if not dataset.manifest.shards:
             raise ManifestError(f"{url}: its manifest lists no shards, so there is no tile to draw")
         tile_picture(png, read_first_sample(url, dataset.manifest.shards[0]), dataset.manifest.spec)
-        print(f"{png}: one tile; next: maestro-scale plan --recipe RECIPE --gpus 8")
+        command = shell_command("maestro-scale", "describe", url, "--recipe")
+        print(f"{png}: one tile; next: {command}, or train with a recipe of this dataset")
 
 
 def _open(

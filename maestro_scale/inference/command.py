@@ -115,6 +115,8 @@ def open_data(model: Maestro, src: str, options: Options) -> Data:
         return _described(description, options.files or str(Path(src).parent), options)
     if options.overrides:
         raise InferenceError("--set changes a description: give MY.yaml as SRC")
+    if options.files:
+        raise InferenceError("--files is where the files of a description are: give MY.yaml as SRC")
     if open_storage(src).size(MANIFEST) is not None:
         manifest = Manifest.load(src)
         splits = options.splits or manifest.splits
@@ -216,10 +218,21 @@ def open_source(
 def _output(
     model: Maestro, spec: DatasetSpec, options: Options
 ) -> MapOutput | TargetPoints | EmbeddingPoints:
+    if options.embeddings and (options.target or options.probabilities):
+        given = "--target" if options.target else "--probabilities"
+        raise InferenceError(
+            f"{given} and --embeddings: embeddings are written instead of a target; leave one out"
+        )
     if options.embeddings == "parquet":
+        if options.sensor:
+            raise InferenceError(
+                "--sensor: a vector is of all sensors; leave it out, or use --embeddings cog"
+            )
         return EmbeddingPoints(model, spec)
     if options.embeddings == "cog":
         return EmbeddingMap(model, spec, options.sensor)
+    if options.sensor:
+        raise InferenceError("--sensor chooses the tokens of --embeddings cog; leave it out")
     heads = {t.name: t for t in model.config.heads}
     if not heads or (options.target is None and len(heads) > 1) or options.target not in (None, *heads):
         raise InferenceError(

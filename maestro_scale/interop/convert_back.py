@@ -71,6 +71,8 @@ def convert_to_reference(folder: Path, out: Path) -> list[str]:
             **({"finetuned": record["finetuned"]} if "finetuned" in record else {}),
         },
     }
+    if out.is_dir():
+        raise ExportError(f"{out} is a folder: give a file name, such as {out / 'model.ckpt'}")
     temporary = out.with_name(f"{out.name}.{uuid.uuid4().hex}.tmp")
     out.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -56,6 +56,9 @@ def write_folder(
         )
     if folder.exists() and any(p.name not in _WRITTEN for p in folder.iterdir()):
         raise PublishError(f"{folder} holds other files, which would be published too: use an empty folder")
+    if ema and (run / CONFIG).exists():
+        raise ExportError(f"{run} is an exported model: --ema needs the run")
+    scores = _results(run, results)  # refused here: nothing is written yet
     folder.mkdir(parents=True, exist_ok=True)
     _write_model(run, folder, ema)
     model = load_model(folder)
@@ -75,7 +78,7 @@ def write_folder(
         sum(p.numel() for p in model.parameters()),
         weights_digest(model),
         training,
-        _results(run, results),
+        scores,
         license,
         picture is not None,
     )
@@ -112,8 +115,6 @@ def upload(folder: Path, address: HubAddress, private: bool = False) -> str:
 
 def _write_model(run: Path, folder: Path, ema: bool) -> None:
     if (run / CONFIG).exists():
-        if ema:
-            raise ExportError(f"{run} is an exported model: --ema needs the run")
         for name in (WEIGHTS, CONFIG):
             if not (run / name).is_file():
                 raise ExportError(f"{run} has no {name}: export the model again")

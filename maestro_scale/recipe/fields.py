@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, PlainValidator
+from pydantic import AfterValidator, Field, PlainValidator, WrapValidator
 
 from maestro_scale.shards.storage import credentials_in
 from maestro_scale.strict_yaml.fields import Count, Probability, Section, distinct, listed, some
 
 __all__ = [
     "AutoOrCount",
+    "ClassWeights",
     "Count",
     "Place",
     "Probability",
@@ -43,6 +44,23 @@ def _auto_or_count(value: Any) -> int | str:
 
 # A union would report one error per member.
 AutoOrCount = Annotated[int | Literal["auto"], PlainValidator(_auto_or_count)]
+
+
+def _class_weights(value: Any) -> str | dict[str, float]:
+    if value in ("none", "balanced"):
+        return value
+    if not isinstance(value, dict):
+        raise ValueError(f"must be none, balanced or a mapping of classes to weights, got {value!r}")
+    for name, weight in value.items():
+        if type(weight) not in (int, float) or not 0 < weight <= 1e6:
+            raise ValueError(f"the weight of {name} must be a number above 0 and at most 1e6, got {weight!r}")
+    return {str(name): float(weight) for name, weight in value.items()}
+
+
+ClassWeights = Annotated[
+    Literal["none", "balanced"] | dict[str, Annotated[float, Field(gt=0, le=1e6)]],
+    WrapValidator(lambda value, handler: handler(_class_weights(value))),
+]
 
 
 def nearest_divisors(wanted: int, number: int) -> str:

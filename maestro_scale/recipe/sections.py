@@ -24,6 +24,7 @@ from maestro_scale.model.sizes import SIZES, Size
 from maestro_scale.recipe.errors import ConflictError
 from maestro_scale.recipe.fields import (
     AutoOrCount,
+    ClassWeights,
     Count,
     Place,
     Probability,
@@ -317,7 +318,7 @@ class Evaluation(Section):
     """Number of validations in a finetuning, evenly spaced; its best weights are tested."""
     patience: Annotated[int, Field(ge=0)] = 5
     """Early stopping: number of validations of a finetuning without a better score; 0: never."""
-    class_weights: Literal["none", "balanced"] | dict[str, Annotated[float, Field(gt=0, le=1e6)]] = "none"
+    class_weights: ClassWeights = "none"
     """Weights of the classes in the loss of probe, attentive, finetune and scratch: balanced (inverse to the number of
     training labels), or a weight by class name, 1 for the others."""
     regression_loss: Literal["l2", "smooth_l1"] = "l2"

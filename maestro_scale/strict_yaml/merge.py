@@ -141,7 +141,9 @@ def _read_file(path: Path, kind: str) -> dict[str, Any]:
             hint = f"; the {kind} that comes with maestro-scale is called {path.stem}"
         raise DocumentError(f"{path}: cannot read the {kind}: {error.strerror}{hint}") from None
     except UnicodeDecodeError as error:
-        raise DocumentError(f"{path}: is not valid YAML: {error}") from None
+        raise DocumentError(
+            f"{path}: byte {error.start} is not UTF-8: save the {kind} as UTF-8 text"
+        ) from None
     except untrusted.InputError as error:
         raise DocumentError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
     if data is None:

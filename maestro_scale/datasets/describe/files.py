@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,9 @@ class Listing:
     complete: bool
 
 
+_ONE_SLASH = re.compile(r"(?<=^s3):/(?!/)|(?<=^gs):/(?!/)")  # as a path library joins an address
+
+
 def list_source(src: str) -> Listing:
     """The files of a folder, of an address such as ``s3://bucket/data``, or a single file or Zarr as one.
 
@@ -45,7 +49,10 @@ def list_source(src: str) -> Listing:
     elif Path(src).is_file():
         return Listing(str(Path(src).parent), (Path(src).name,), 1, True)
     elif not Path(src).is_dir():
-        raise DatasetError(f"{src}: is neither a folder nor a file; check the path")
+        raise DatasetError(
+            f"{src}: is neither a folder nor a file; check the path"
+            f"{f', or write {address}' if (address := _ONE_SLASH.sub('://', src)) != src else ''}"
+        )
     listing = _list(src)
     if listing.paths == ("",):  # the folder is a Zarr itself
         return Listing(folder or ".", (name,), 1, True)

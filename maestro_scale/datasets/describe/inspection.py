@@ -130,6 +130,8 @@ def _nothing(findings: Findings) -> str:
             f"{findings.src}: none of {len(findings.prober.unreadable)} images can be read, first {path} ({reason}); "
             "fetch them again"
         )
+    if "manifest.json" in findings.listing.paths:
+        return f"{findings.src}: holds shards of a dataset; --recipe prints a first recipe for them"
     return (
         f"{findings.src}: holds no images that could be described ({found or 'it is empty'}); give a folder with "
         "GeoTIFF, JPEG 2000, PNG, NetCDF, HDF5, Zarr, NumPy, Parquet or tar files, or a STAC file"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from maestro_scale.errors import did_you_mean
 from maestro_scale.interop.export import (
     CONFIG,
     ExportError,
@@ -13,6 +14,7 @@ from maestro_scale.interop.export import (
     trained_step,
 )
 from maestro_scale.interop.pretrained import load_model, load_source
+from maestro_scale.interop.published import PUBLISHED
 from maestro_scale.interop.sources import ModelSource, is_local
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.shards.temporary import temporary_folder
@@ -49,15 +51,13 @@ def load_encoder(path: Path) -> tuple[Maestro, int | None]:
 def _hint(path: Path) -> str:
     """What is at a path that holds no model, and where one is."""
     if not path.exists():
-        return f": it does not exist{'' if path.is_absolute() else f' in {Path.cwd()}'}"
+        name = did_you_mean(str(path), PUBLISHED).partition(" (there are")[0]
+        return f": it does not exist{'' if path.is_absolute() else f' in {Path.cwd()}'}{name}"
     if (path / "manifest.json").exists():
         return ": it holds shards of a dataset"
     if path.is_file():
-        return (
-            f": it is a file; give its folder, {path.parent}"
-            if (path.parent / CONFIG).exists()
-            else ": it is a file"
-        )
+        holds_model = (path.parent / CONFIG).exists() or (path.parent / "checkpoints").is_dir()
+        return f": it is a file{f'; give its folder, {path.parent}' if holds_model else ''}"
     if path.name == "checkpoints":
         return f"; give the run directory, {path.parent}"
     inside = [p.name for p in sorted(path.iterdir()) if (p / CONFIG).exists() or (p / "checkpoints").is_dir()]
