@@ -9,6 +9,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+import maestro_scale
 from maestro_scale.cli import app
 
 COMMANDS = {
@@ -48,6 +49,17 @@ def test_an_invalid_choice_is_a_usage_error(option, value):
     done = CliRunner().invoke(app, ["embed", "MODEL", "SHARDS", "OUT", option, value])
     assert done.exit_code == 2
     assert f"'{value}' is not one of" in done.output
+
+
+def test_it_prints_its_version():
+    done = CliRunner().invoke(app, ["--version"])
+    assert (done.exit_code, done.output) == (0, f"{maestro_scale.__version__}\n")
+
+
+def test_the_cache_of_a_job_is_used_by_predict_and_embed():
+    for name in ("predict", "embed"):
+        done = CliRunner().invoke(app, [name, "--help"])
+        assert "MAESTRO_CACHE" in done.output
 
 
 def test_it_runs_as_a_module():

@@ -27,6 +27,15 @@ def test_the_page_is_what_the_recorded_results_give():
     assert page == render(BENCHMARKS, runner.RESULTS, FURTHER), "run python -m benchmarks --page"
 
 
+def test_the_readme_has_the_recorded_ratios_of_the_loader():
+    row = next(line for line in (ROOT / "README.md").read_text().splitlines() if "benchmarks loader`" in line)
+    microseconds = json.loads((runner.RESULTS / "loader.json").read_text())["cpu_us_per_sample"]
+    for dataset, name in (("treesatai_ts", "TreeSatAI-TS"), ("flair_hub", "FLAIR-HUB")):
+        pairs = zip(microseconds[dataset]["authors' files"], microseconds[dataset]["ours, raw"], strict=True)
+        low, median, high = sorted(theirs / ours for theirs, ours in pairs)
+        assert f"{number(median)} × [{number(low)}–{number(high)}] on {name}" in row
+
+
 @pytest.mark.parametrize("benchmark", BENCHMARKS, ids=lambda b: b.name)
 def test_a_declared_command_exists(benchmark):
     first, *rest = benchmark.command

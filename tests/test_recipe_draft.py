@@ -23,7 +23,10 @@ def write(url, split: str, number: int, patch: int) -> None:
 @pytest.mark.parametrize(
     ("number", "patch", "batch", "target"), [(40, 2, 4, "patch_group"), (3, 1, 1, "none")]
 )
-def test_the_recipe_is_valid_and_its_batch_fits_the_samples(tmp_path, number, patch, batch, target):
+def test_the_recipe_is_valid_and_its_batch_fits_the_samples(
+    tmp_path, monkeypatch, number, patch, batch, target
+):
+    monkeypatch.setenv("MAESTRO_CACHE", "/local/cache")
     shards = tmp_path / "shards"
     write(shards, "train", number, patch)
     write(shards, "test", 1, patch)
@@ -33,6 +36,7 @@ def test_the_recipe_is_valid_and_its_batch_fits_the_samples(tmp_path, number, pa
     assert recipe.data.mixture[0].split == ("train",)
     assert recipe.train.global_batch == batch
     assert recipe.model.target == target
+    assert recipe.data.cache_dir == "/local/cache"
     assert recipe.train.epochs * (number // batch) >= 1000
 
 

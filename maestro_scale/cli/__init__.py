@@ -6,11 +6,12 @@ A command's function imports what it needs when it runs: ``maestro-scale --help`
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from maestro_scale import __version__
 from maestro_scale.cli import data, launch, models, predict, recipes, runs, study
 from maestro_scale.entry import empty_argument, launched_rank, run_command
 from maestro_scale.launcher_death import watch_launcher
@@ -34,6 +35,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version),
+    ] = False,
+) -> None:
+    """Options of the program itself."""
+
 
 _SETTINGS: dict[object, dict[str, object]] = {
     launch.train: launch.SETTINGS,

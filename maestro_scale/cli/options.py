@@ -9,7 +9,7 @@ import typer
 
 Choice = TypeVar("Choice", bound=str)
 
-CacheDir = Annotated[Path, typer.Option(help="Folder for downloaded shards.")]
+CacheDir = Annotated[Path, typer.Option(help="Folder for downloaded shards.", envvar="MAESTRO_CACHE")]
 CACHE_DIR = Path("~/.cache/maestro-scale")
 
 Device = Annotated[

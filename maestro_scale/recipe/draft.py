@@ -13,6 +13,8 @@ from maestro_scale.shards.errors import ManifestError
 from maestro_scale.shards.format.manifest import Manifest
 from maestro_scale.strict_yaml.merge import dump_yaml
 
+# As in the recipes of the package: jobs on a cluster set it to a disk of the node.
+_CACHE_DIR = "${MAESTRO_CACHE:-~/.cache/maestro-scale}"
 _BATCHES = (96, 64, 32, 16, 8, 4, 2, 1)
 _MIN_STEPS = 8  # of an epoch
 _SIZES = ((2_000, "tiny", 3.0e-4), (30_000, "small", 1.0e-4), (1 << 62, "base", 3.0e-5))
@@ -47,6 +49,7 @@ def draft_recipe(url: str) -> str:
         "name": f"{size}-{name}",
         "data": {
             "mixture": [{"dataset": spec.name, "shards": url, "split": split}],
+            "cache_dir": _CACHE_DIR,
             "lanes": min(32, batch),
             "workers": 2,
         },
