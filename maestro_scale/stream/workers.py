@@ -14,6 +14,7 @@ import signal
 import socket
 import tempfile
 import threading
+import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -159,7 +160,9 @@ class Pipeline:
 
     def _start(self, workers: int, per_worker: int) -> Any:
         start_fork_server(self._builder.settings.sources)
-        with _signals_blocked(), owned_semaphores():
+        with _signals_blocked(), owned_semaphores(), warnings.catch_warnings():
+            # Of more workers than cores: it does not name data.workers, which a recipe gives for any machine.
+            warnings.filterwarnings("ignore", message="This DataLoader will create")
             loader: DataLoader[WorkerResult] = DataLoader(
                 _WorkerDataset(self._builder, self._blocks),
                 sampler=self._numbered_requests(),
