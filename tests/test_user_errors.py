@@ -209,6 +209,12 @@ EVALUATION = [
     ("export: over shards", "export run shards", "contains shards of a dataset: choose another folder"),
     ("export: over a run", "export run run", "run contains a run: choose another folder"),
     ("export: no average", "export run out --ema", "(optim.ema)"),
+    (
+        "export: a run that is not tracked",
+        "export run out --register m",
+        "does not exist",
+        "`maestro-scale sync run`",
+    ),
     ("report: no results", "report shards", "no results.json in there"),
     ("report: no folder", "report nope", "nope does not exist"),
     ("convert: a folder as file", "convert-ign model shards", "shards is a folder: give a file name"),

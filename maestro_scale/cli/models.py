@@ -41,6 +41,8 @@ def export(
     from maestro_scale.evaluation.features.load_encoder import export_run
     from maestro_scale.tracking import registry
 
+    if register:
+        registry.check_tracked(run_dir)  # before anything is written
     model = export_run(run_dir, out, ema)
     command = shell_command("maestro-scale", "embed", model, "SHARDS", "OUT")
     print(f"exported to {model}; next: {command}, or load_model({str(model)!r})")

@@ -101,9 +101,17 @@ def hub_errors(url: str, what: str) -> Iterator[None]:
             401: "; log in with `hf auth login` or set HF_TOKEN",
             403: "; does your token allow it? See `hf auth whoami`",
         }
-        hint = hints.get(status, "") if isinstance(status, int) else ""
+        if isinstance(status, int):
+            hint = hints.get(status, "")
+        else:
+            hint = "; check the network and HF_ENDPOINT, or give a folder" if _is_unreachable(error) else ""
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ExportError(scrub(f"{url}: cannot {what} ({first}){hint}")) from None
+
+
+def _is_unreachable(error: BaseException) -> bool:
+    """Whether a connection was not made: the library of this version has a class of its own for it."""
+    return isinstance(error, ConnectionError) or type(error).__name__ == "ConnectError"
 
 
 def _exported(client: Any, address: HubAddress) -> Path:

@@ -62,6 +62,22 @@ class ModelVersion:
         return store + python_command(f"from maestro_scale import load_model; load_model({self.uri!r})")
 
 
+def check_tracked(run_dir: Path) -> None:
+    """RegistryError if the tracking store of ``run_dir`` is a file that does not exist; MLflow would create it."""
+    uri = tracking_uri(run_dir)
+    if uri.startswith(_FILE) and not Path(uri.removeprefix(_FILE)).exists():
+        raise RegistryError(
+            f"{scrub(uri)} does not exist, so {run_dir} is not tracked there: {_sync(run_dir)}"
+        )
+
+
+_FILE = "sqlite:///"
+
+
+def _sync(run_dir: Path) -> str:
+    return f"run `{shell_command('maestro-scale', 'sync', run_dir)}` first"
+
+
 def register(model: Path, name: str, run_dir: Path, aliases: Sequence[str] = ()) -> ModelVersion:
     """Register an exported model as a new version of ``name``, stored as an artifact of the MLflow run of ``run_dir``.
 
@@ -90,8 +106,7 @@ def register(model: Path, name: str, run_dir: Path, aliases: Sequence[str] = ())
         if run is None:
             check_run_experiment(client, run_dir, uri)
             raise RegistryError(
-                f"{scrub(uri)} has no run of {run_dir}, which was not tracked there: "
-                f"run `{shell_command('maestro-scale', 'sync', run_dir)}` first"
+                f"{scrub(uri)} has no run of {run_dir}, which was not tracked there: {_sync(run_dir)}"
             )
         run_id = run.info.run_id
         with temporary_folder() as folder:
