@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 
 from maestro_scale.datasets.geoparquet import WEIGHTS_KEY
+from maestro_scale.errors import shorten
 from maestro_scale.inference.errors import InferenceError
 
 _ROWS = 8192
@@ -52,7 +53,7 @@ def search(folder: Path, query: str, most: int = 12) -> list[Neighbour]:
     if wanted is None:
         what = "a place" if place else "a tile"
         raise InferenceError(
-            f"{query!r}: {folder} has no embedding of such {what}; give a key, key#crop, or LON,LAT"
+            f"{query!r}: {folder} has no embedding of such {what}; give a key{_examples(files)}, key#crop, or LON,LAT"
         )
     number, vector = wanted[0], _unit(wanted[1])
     if not np.isfinite(vector).all() or not vector.any():
@@ -156,6 +157,12 @@ def _of_key(files: Sequence[Path], query: str) -> tuple[int, np.ndarray] | None:
                 return order + i, vectors[i]
         order += len(keys)
     return None
+
+
+def _examples(files: Sequence[Path]) -> str:
+    """Some of the keys that there are, for messages."""
+    keys = next((rows.column("key").to_pylist() for rows, _ in _parts(files)), [])
+    return f" such as {' or '.join(map(shorten, list(dict.fromkeys(keys))[:3]))}" if keys else ""
 
 
 def _at_place(files: Sequence[Path], lon: float, lat: float) -> tuple[int, np.ndarray] | None:

@@ -40,8 +40,10 @@ def sensor_table(model: Maestro, name: str, step: int | None) -> Table:
         "dataset", "sensor", "bands", "dates", "pixels", "patch", "extent (m)", title=console_text(title)
     )
     for view in config.views:
+        # The configuration of a head for maps has no extent of its own.
+        crop_m = view.crop_m or (model.finetuned.spec.crop_m if model.finetuned else None)
+        extent = f"{crop_m:g}" if crop_m else ""
         for s in view.sensors:
-            extent = f"{view.crop_m:g}" if view.crop_m else ""
             numbers = map(str, (len(s.bands), s.num_dates, s.image_size, s.patch))
             table.add_row(console_text(view.dataset), console_text(s.name), *numbers, extent)
     return table

@@ -112,7 +112,7 @@ def test_a_place_is_the_tile_there(folder):
     assert (search(path, f"{lon},{lat}")[0].key, search(path, f"{lon},{lat}")[0].crop) == ("tile-7", 1)
     with pytest.raises(InferenceError, match="no embedding of such a place"):
         search(path, "10,10")
-    with pytest.raises(InferenceError, match="no embedding of such a tile"):
+    with pytest.raises(InferenceError, match="no embedding of such a tile; give a key such as 'tile-"):
         search(path, "tile-99")
     with pytest.raises(InferenceError, match="no Parquet files"):
         search(path.parent, "tile-1")
