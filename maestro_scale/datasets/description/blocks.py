@@ -172,7 +172,8 @@ def _check(bounds: np.ndarray, size_m: float, fractions: Mapping[str, float]) ->
     total = sum(fractions.values())
     if abs(total - 1) > 1e-6:
         raise DatasetError(f"splits.blocks.fractions: add up to {total:g}, not to 1; change them")
-    if len(bounds) and size_m < (largest := float((bounds[:, 2:] - bounds[:, :2]).max())):
+    # A tile of 294.4 m has 294.4000001 m between its corners, which are large numbers.
+    if len(bounds) and size_m * (1 + 1e-6) < (largest := float((bounds[:, 2:] - bounds[:, :2]).max())):
         raise DatasetError(
             f"splits.blocks.size_m: {size_m:g} m is less than a tile of {largest:g} m; use several tiles, for example "
             f"{4 * largest:g}"

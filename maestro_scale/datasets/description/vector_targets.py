@@ -60,6 +60,17 @@ class VectorLabels:
             return self._numbers(found, box, file.address)
         return self._classes(found, box, file.address, notes)
 
+    def check_overlap(self, crs: str, box: Box) -> None:
+        """DatasetError if no feature lies near ``box``, the extent of all tiles: no tile would have a label."""
+        if self._per_tile:
+            return
+        file = self._open("", crs)
+        if not file.reaches(box):
+            raise DatasetError(
+                f"{file.address}: no feature lies where the images are, so {self.target.name} would have no labels; "
+                f"check the file and its coordinate system ({file.file_crs[:30]}), or leave the target out"
+            )
+
     def prepare(self, crs: str, box: Box) -> None:
         """Read the features of a box, whose parts are needed next."""
         if not self._per_tile:

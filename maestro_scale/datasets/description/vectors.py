@@ -80,6 +80,21 @@ class VectorFile:
         found = np.sort(tree.query(shapely.box(*box)))
         return features.selected(found)
 
+    def reaches(self, box: Box) -> bool:
+        """Whether the extent of all features, by the file's header, has a common point with a box.
+
+        True where the header does not say, and where the box has no place in the file's coordinate system."""
+        import pyogrio
+
+        here = transformed_bounds(self.crs, self.file_crs, box)
+        if self._driver == "Parquet" or here is None:
+            return True
+        found = pyogrio.read_info(self._file.path, layer=self._layer, force_total_bounds=True)["total_bounds"]
+        if found is None or not np.isfinite(found).all():
+            return True
+        west, south, east, north = found
+        return bool(west <= here.east and east >= here.west and south <= here.north and north >= here.south)
+
     def load(self, box: Box | None) -> None:
         """Read all features, or those of a box, into memory; :meth:`within` then reads no file for boxes in it."""
         import shapely

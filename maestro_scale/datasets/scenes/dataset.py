@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,7 @@ from maestro_scale.datasets.scenes.catalog import (
     placed,
     shots,
 )
-from maestro_scale.datasets.scenes.grid import Cell, Grid
+from maestro_scale.datasets.scenes.grid import Box, Cell, Grid
 from maestro_scale.datasets.scenes.images import Scene
 from maestro_scale.datasets.scenes.plan import AreaOfInterest, CellPlan, plan_cells
 from maestro_scale.datasets.scenes.problems import Problems
@@ -79,6 +80,9 @@ def open_scenes(description: Description, src: str, split: str) -> SceneTiles:
     cells, num_left_out = _cells(description, spec, src, split, grid, series)
     reader = SceneReader(grid, [*series, *labels], opener)
     targets = _target_reader(description, spec, src, reader, cells)
+    for vectors in targets.vectors.values():
+        if isinstance(vectors, VectorLabels):
+            vectors.check_overlap(grid.crs, reduce(Box.union, (s.extent for s in series if s.shots)))
     return SceneTiles(description, spec, reader, cells, targets, num_left_out)
 
 

@@ -98,6 +98,11 @@ class SceneSeries:
         self._grid = grid
         self._bounds = np.array([s.box for s in self.shots], float).reshape(-1, 4)
 
+    @property
+    def extent(self) -> Box:
+        """The bounds of all shots, of which there are some."""
+        return Box(*self._bounds[:, :2].min(axis=0).tolist(), *self._bounds[:, 2:].max(axis=0).tolist())
+
     def touching(self, box: Box) -> list[Shot]:
         """The shots whose bounds have a common point with a box, sorted by name."""
         west, south, east, north = self._bounds.T

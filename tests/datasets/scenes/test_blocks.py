@@ -102,6 +102,13 @@ def test_tiles_of_different_systems_are_compared_on_the_ground():
     assert apart.min() > 150  # centres of tiles of 100 m that are 50 m apart
 
 
+def test_a_block_may_be_as_large_as_a_tile_whose_corners_are_rounded():
+    bounds = lattice(6, stride=294.4, tile=294.4, shift=500_000.0)
+    assert float((bounds[:, 2:] - bounds[:, :2]).max()) > 294.4  # of large numbers
+    drawn = draw_blocks(bounds, size_m=294.4, fractions=FRACTIONS, distance_m=0, seed=0)
+    assert set(drawn.splits) == {"train", "val", "test"}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

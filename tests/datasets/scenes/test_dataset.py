@@ -315,3 +315,14 @@ def test_what_does_not_fit_is_told_in_one_line(src, tmp_path, overrides, message
     with pytest.raises(DatasetError, match=message) as caught:
         opened(src, tmp_path, DESCRIPTION, *overrides)
     assert "\n" not in str(caught.value)
+
+
+def test_labels_that_lie_elsewhere_are_refused(src, tmp_path):
+    elsewhere = shapely.box(WEST + 100_000, NORTH - 100, WEST + 100_100, NORTH)
+    frame = geopandas.GeoDataFrame({"kind": ["forest"], "height": [1.0]}, geometry=[elsewhere], crs=CRS)
+    frame.to_file(src / "elsewhere.gpkg", driver="GPKG")
+    change = "targets.cover.vector.files=elsewhere.gpkg"
+    with pytest.raises(
+        DatasetError, match="elsewhere.gpkg: no feature lies where the images are, so cover would"
+    ):
+        opened(src, tmp_path, DESCRIPTION + LABELS, change)

@@ -48,6 +48,15 @@ def test_every_format_gives_the_same_features(tmp_path, name, stored):
     assert shapely.hausdorff_distance(found.geometries[1], SHAPES[1]) < 0.01
 
 
+@pytest.mark.parametrize("name", ["a.gpkg", "a.geojson", "a.shp"])
+@pytest.mark.parametrize("stored", [CRS, "EPSG:4326"])
+def test_the_extent_of_a_file_is_compared_with_a_box(tmp_path, name, stored):
+    file = VectorFile(write(tmp_path / name, FRAME.to_crs(stored)), CRS)  # from 500,000 to 600,100 east
+    assert file.reaches(BOX)
+    assert not file.reaches(Box(499_000, 5_000_000, 499_900, 5_000_100))
+    assert not file.reaches(Box(500_000, 5_100_000, 500_100, 5_100_100))
+
+
 def test_features_outside_of_the_system_do_not_take_the_labels_of_others(tmp_path):
     far = geopandas.GeoDataFrame({"kind": [9]}, geometry=[shapely.box(9, 95, 10, 96)], crs="EPSG:4326")
     frame = pandas.concat([far, FRAME.to_crs(4326)[["kind", "geometry"]]], ignore_index=True)
