@@ -501,6 +501,8 @@ def test_under_another_zero_stage_a_stated_micro_batch_does_not_contradict(minim
         ("zero_optimization.stage=4", "must be 0, 1, 2 or 3, got 4"),
         ("zero_optimization=true", "must be a mapping"),
         ("bf16=true", "must be a mapping"),
+        ("zero=3", "DeepSpeed would ignore this key (did you mean 'zero_optimization.stage'?)"),
+        ("zero.stage=3", "DeepSpeed would ignore this key (did you mean 'zero_optimization.stage'?)"),
         ("zero_optimisation.stage=2", "DeepSpeed would ignore this key (did you mean 'zero_optimization'?)"),
     ],
 )

@@ -278,7 +278,13 @@ OTHER = [
     ("push: no address", "push model hf//me/x", "write hf://owner/name"),
     ("push: no results", "push model hf://me/m --dry-run --results nope", "nope does not exist"),
     ("push: no average", "push model hf://me/m --dry-run --ema", "--ema needs the run"),
-    ("push: no model", "push nope hf://me/x", NO_MODEL),
+    ("push: no model", "push nope hf://me/unwritten --dry-run", NO_MODEL),
+    (
+        "init: a name with its suffix",
+        "init vitb.yaml",
+        "the recipe that comes with maestro-scale is called vitb",
+    ),
+    ("init: a study", "init study/targets", "study/targets is a study, not a recipe"),
     ("init: a file in use", "init vitb pretrain.yaml", "pretrain.yaml: exists"),
     ("quickstart: a file", "quickstart --out pretrain.yaml", "is a file; give a folder"),
 ]
@@ -400,8 +406,17 @@ def test_extending_a_run_says_what_the_schedule_does(prepared):
 
 
 def test_nothing_is_written_by_a_refused_push(run, prepared):
-    assert run("push model hf://me/unwritten --dry-run --results nope")[0] == 2
-    assert not (prepared / "unwritten").exists()
+    for command in (
+        "push model hf://me/unwritten --dry-run --results nope",
+        "push empty hf://me/unwritten --dry-run",
+    ):
+        assert run(command)[0] == 2
+        assert not (prepared / "unwritten").exists()
+
+
+def test_nothing_is_written_by_a_refused_init(run, prepared):
+    assert run("init vitb.yaml new/x.yaml")[0] == 2
+    assert not (prepared / "new").exists()
 
 
 def test_nothing_is_left_of_a_refused_evaluation(run, prepared):

@@ -50,9 +50,14 @@ def init(
     schema = file.with_name("recipe.schema.json")
     if file.exists():
         raise RecipeError(f"{file}: exists; choose another name, or remove it")
+    layers = read_layers(source, "recipe")
+    if "scales" in layers:
+        raise RecipeError(
+            f"{recipe} is a study, not a recipe: copy {source} to edit it, maestro-scale study runs it"
+        )
+    text = dump_yaml(layers)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(schema, json.dumps(Recipe.model_json_schema(), indent=1))
-    text = dump_yaml(read_layers(source, "recipe"))
     write_atomically(file, f"{_EDITOR}{schema.name}\n{_comment(source)}{text}")
     command = shell_command("maestro-scale", "train", "--recipe", file, "--dry-run")
     print(f"{file}: a copy of {recipe}, with its schema in {schema}; next: {command}")

@@ -58,6 +58,8 @@ def write_folder(
         raise PublishError(f"{folder} holds other files, which would be published too: use an empty folder")
     if ema and (run / CONFIG).exists():
         raise ExportError(f"{run} is an exported model: --ema needs the run")
+    if not any((run / name).exists() for name in (CONFIG, commit.MARKER, "checkpoints")):
+        raise ExportError(f"{run} is neither a run directory, nor a checkpoint, nor an exported model")
     scores = _results(run, results)  # refused here: nothing is written yet
     folder.mkdir(parents=True, exist_ok=True)
     _write_model(run, folder, ema)
@@ -124,8 +126,6 @@ def _write_model(run: Path, folder: Path, ema: bool) -> None:
             raise ExportError(f"{run}: {problem}; use another checkpoint")
         export_model(run, folder, ema)
     else:
-        if not (run / "checkpoints").is_dir():
-            raise ExportError(f"{run} is neither a run directory, nor a checkpoint, nor an exported model")
         export_run(run, folder, ema)
 
 

@@ -88,6 +88,7 @@ _KNOWN = (
     "zero_force_ds_cpu_optimizer",
     "zero_optimization",
 )
+_STAGE = ("zero", "stage", "zero_stage")  # what the stage is called elsewhere
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,8 @@ def problems(section: Mapping[str, Any], derived: Derived) -> Iterator[tuple[tup
         close = difflib.get_close_matches(str(key), _KNOWN, n=1, cutoff=0.85)
         if close and key not in _KNOWN and key not in _REFUSED:
             yield (key,), f"DeepSpeed would ignore this key (did you mean {close[0]!r}?)"
+        elif key in _STAGE:
+            yield (key,), "DeepSpeed would ignore this key (did you mean 'zero_optimization.stage'?)"
     stage = zero.get("stage", DEFAULT_STAGE)
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
         yield ("zero_optimization", "stage"), f"must be 0, 1, 2 or 3, got {stage!r}"

@@ -135,7 +135,12 @@ def find_results(paths: Iterable[Path]) -> list[ResultFile]:
     """Every ``results.json`` among the files and under the folders. EvaluationError if a path has none or a bad one."""
     found: list[Path] = []
     for path in paths:
-        below = sorted(path.rglob(RESULTS)) if path.is_dir() else [path]
+        # Not the copies that MLflow keeps beside the runs.
+        below = (
+            sorted(p for p in path.rglob(RESULTS) if "mlartifacts" not in p.relative_to(path).parts)
+            if path.is_dir()
+            else [path]
+        )
         if not below:
             raise EvaluationError(f"{path}: no {RESULTS} in there; make one with evaluate.py --out {path}")
         found += below

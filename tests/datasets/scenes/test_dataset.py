@@ -323,6 +323,6 @@ def test_labels_that_lie_elsewhere_are_refused(src, tmp_path):
     frame.to_file(src / "elsewhere.gpkg", driver="GPKG")
     change = "targets.cover.vector.files=elsewhere.gpkg"
     with pytest.raises(
-        DatasetError, match="elsewhere.gpkg: no feature lies where the images are, so cover would"
+        DatasetError, match=r"elsewhere\.gpkg: no feature lies where the images are, so cover would"
     ):
         opened(src, tmp_path, DESCRIPTION + LABELS, change)
