@@ -87,6 +87,12 @@ DATA = [
     ("MAESTRO_DATA not set", "train --recipe vitt --run-dir r", "MAESTRO_DATA is not set"),
     ("MAESTRO_DATA not set in a path", f"{TRAIN} {SHARDS}=/treesatai_ts", "MAESTRO_DATA is not set"),
     ("the manifest for the folder", f"{TRAIN} {SHARDS}=shards/manifest.json", "give the folder that holds"),
+    (
+        "the folder above",
+        f"{TRAIN} {SHARDS}=above",
+        "above/manifest.json: not found",
+        "above contains 'inner': give one",
+    ),
     ("no such protocol", f"{TRAIN} {SHARDS}=s4://bucket/x", "cannot be opened", "s3://bucket/name"),
     ("no such split", f"{TRAIN} data.mixture[0].split=training", "no split 'training'", "train, val, test"),
     ("another dataset", f"{TRAIN} data.mixture[0].dataset=pastis_hd", "or use a recipe of treesatai_ts"),
@@ -316,6 +322,7 @@ def prepared(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("slips")
     shutil.copytree(FIXTURES, folder, dirs_exist_ok=True)
     (folder / "empty").mkdir()
+    shutil.copytree(folder / "shards", folder / "above" / "inner")
     changes = {
         "tab": "train:\n\tsteps: 3\n",
         "brace": "train: {steps: 3\n",

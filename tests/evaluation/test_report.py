@@ -474,3 +474,10 @@ def test_a_regression_is_shown_in_its_units_lowest_first(tmp_path):
     assert "lower is better" in found
     assert score_text(one) == "RMSE 31.2 (29.0-33.0) %"
     assert "labels and predictions" in (tmp_path / "listed.html").read_text()
+
+
+def test_copies_that_mlflow_keeps_beside_the_runs_are_no_results(tmp_path):
+    LABELLED.write(tmp_path / "runs" / "a" / "knn" / "results.json")
+    LABELLED.write(tmp_path / "runs" / "mlartifacts" / "1" / "artifacts" / "results.json")
+    (found,) = find_results([tmp_path / "runs"])
+    assert found.path == tmp_path / "runs" / "a" / "knn" / "results.json"

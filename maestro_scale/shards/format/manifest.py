@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from maestro_scale import untrusted
@@ -205,6 +205,10 @@ def _path_hint(where: str) -> str:
         return f"; give the folder that holds {MANIFEST}"
     if "://" in where:
         return ""
+    above = Path(where).parent
+    inside = sorted(path.parent.name for path in above.glob(f"*/{MANIFEST}"))
+    if inside:
+        return f"; {above} contains {', '.join(map(shorten, inside[:10]))}: give one of them"
     unset = "" if os.environ.get(_DATA_VARIABLE) else f"{_DATA_VARIABLE} is not set"
     if not os.path.isabs(where):
         return f" (relative to {os.getcwd()}{unset and f'; {unset}'})"
