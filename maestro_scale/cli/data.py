@@ -162,6 +162,8 @@ def shard(
     shards = manifest.shards_of([split])
     total_mb = sum(s.bytes for s in shards) / 1e6
     print(f"{sum(s.samples for s in shards)} samples in {len(shards)} shards ({total_mb:.0f} MB) at {dst}")
+    if manifest.notes and len(manifest.splits) > 1:
+        print(f"noted in the splits {', '.join(manifest.splits)} together:")
     for note, count in sorted(manifest.notes.items()):
         print(printable(f"  {count} tiles: {note} (first: {manifest.examples.get(note, 'unknown')})"))
     print(f"next: the other splits, then {shell_command('maestro-scale', 'verify', dst)}")
