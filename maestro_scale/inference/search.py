@@ -161,7 +161,7 @@ def _of_key(files: Sequence[Path], query: str) -> tuple[int, np.ndarray] | None:
 
 def _examples(files: Sequence[Path]) -> str:
     """Some of the keys that there are, for messages."""
-    keys = next((rows.column("key").to_pylist() for rows, _ in _parts(files)), [])
+    keys: list[str] = next((rows.column("key").to_pylist() for rows, _ in _parts(files)), [])
     return f" such as {' or '.join(map(shorten, list(dict.fromkeys(keys))[:3]))}" if keys else ""
 
 
