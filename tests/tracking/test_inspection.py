@@ -47,7 +47,7 @@ def test_the_tables(shards, tmp_path):
     picture = tmp_path / "tile.png"
     result = CliRunner().invoke(app, ["inspect", str(shards), "--png", str(picture)])
     assert result.exit_code == 0, result.output
-    assert f"{picture}: one tile; next: maestro-scale plan" in result.output
+    assert f"{picture}: one tile; next: maestro-scale describe {shards} --recipe" in result.output
     tiles = [tile(key) for key in toy_keys(40)]
     manifest = Manifest.load(str(shards))
     of_train = manifest.shards_of(["train"])
