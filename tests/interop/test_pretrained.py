@@ -58,7 +58,9 @@ def test_an_export_over_another_model_never_mixes_both(exported, model, tmp_path
 
 def test_a_model_is_not_written_among_shards(model, tmp_path):
     (tmp_path / "manifest.json").write_text("{}")
-    with pytest.raises(OutputError, match="contains shards of a dataset: choose another folder for the output"):
+    with pytest.raises(
+        OutputError, match="contains shards of a dataset: choose another folder for the output"
+    ):
         write_model(tmp_path, model.state_dict(), model.config, {"step": 7})
     assert [p.name for p in tmp_path.iterdir()] == ["manifest.json"]
 
