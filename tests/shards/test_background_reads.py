@@ -106,6 +106,7 @@ def started(costs: list[int], budget: int) -> set[int]:
 def test_small_items_are_fetched_together_and_large_ones_by_twos():
     assert started([16, 16, 16], budget=8) == {0, 1}
     assert started([2, 2, 2, 2, 2], budget=8) == {0, 1, 2, 3}
+    assert started([3, 3, 3, 3], budget=8) == {0, 1, 2}  # two alone would leave connections unused
     assert started([1] * 10, budget=8) == set(range(8))
     assert started([7, 1, 1, 1], budget=8) == {0, 1}
 

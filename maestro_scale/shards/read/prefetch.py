@@ -102,7 +102,7 @@ class Connections:
 class Prefetcher(Generic[Item]):
     """Calls ``fetch(item, cancel)`` in the background for the queued items; ``cancel`` is set when it should stop.
 
-    Two items are fetched at a time, and further ones while the sum of ``cost(item)`` is at most ``budget``.
+    Two items are fetched at a time, and further ones until the sum of ``cost(item)`` reaches ``budget``.
     ``pid``: the process whose threads these are; they do not exist in a forked child.
     """
 
@@ -137,8 +137,7 @@ class Prefetcher(Generic[Item]):
     def _may_start(self) -> bool:
         if not self._queue:
             return False
-        cost = sum(map(self._cost, (*self._running.values(), self._queue[0])))
-        return len(self._running) < _ALWAYS or cost <= self._budget
+        return len(self._running) < _ALWAYS or sum(map(self._cost, self._running.values())) < self._budget
 
     def _work(self) -> None:
         while True:
