@@ -180,7 +180,8 @@ def test_a_refused_request_stops_the_run_at_once(s3, trainer, tmp_path):
     assert f"{URL}/train-" in line
     assert "check credentials" in line
     asked = Counter(p for _, p in s3.requests if p.endswith(".tar"))
-    assert max(asked.values()) <= 2  # once by the prefetch, and once when it was needed
+    # Once while the loader processes start, once by their prefetch, and once when it was needed.
+    assert max(asked.values()) <= 3
     assert not metrics(tmp_path / "run")
 
 
