@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import logging
 import os
@@ -62,6 +63,14 @@ def empty_argument(words: Sequence[str]) -> str | None:
 
 
 _EMPTY_OPTION = re.compile(r"--[\w-]+=")
+
+
+def parse_words(parser: argparse.ArgumentParser, words: Sequence[str] | None) -> argparse.Namespace:
+    """The parsed command line, which has no empty argument; ``words``: None for those of the process."""
+    words = sys.argv[1:] if words is None else words
+    if problem := empty_argument(words):
+        parser.error(problem)
+    return parser.parse_args(words)
 
 
 def is_disk_full(error: BaseException) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from maestro_scale.entry import empty_argument
+from maestro_scale.entry import parse_words
 
 if TYPE_CHECKING:
     from maestro_scale.evaluation.results import EvalResult
@@ -101,10 +101,7 @@ def parse(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> argpa
         help="override a key of the recipe",
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
-    words = sys.argv[1:] if argv is None else argv
-    if problem := empty_argument(words):
-        parser.error(problem)
-    return parser.parse_args(words)
+    return parse_words(parser, argv)
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> int:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from maestro_scale.entry import empty_argument
+from maestro_scale.entry import parse_words
 from maestro_scale.launcher_death import watch_launcher
 from maestro_scale.training.stop import StopRequest
 
@@ -44,10 +44,7 @@ def parse(argv: Sequence[str] | None = None, prog: str = "train.py") -> argparse
         help="print parameters, tokens, FLOPs and memory, without data, and exit",
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
-    words = sys.argv[1:] if argv is None else argv
-    if problem := empty_argument(words):
-        parser.error(problem)
-    return parser.parse_args(words)
+    return parse_words(parser, argv)
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "train.py") -> int:
