@@ -85,8 +85,8 @@ def test_no_thread_is_left_where_the_system_starts_no_more(monkeypatch):
         assert not thread.is_alive()
 
 
-def started(costs: list[int], budget: int) -> set[int]:
-    """The items, by their number, that are being fetched at the same time."""
+def started(costs: list[int], budget: int, expected: int) -> set[int]:
+    """The items, by their number, that are being fetched at the same time, once there are ``expected``."""
     running: set[int] = set()
     end = threading.Event()
 
@@ -96,7 +96,10 @@ def started(costs: list[int], budget: int) -> set[int]:
 
     prefetcher = Prefetcher(fetch, lambda item: costs[item], budget)
     prefetcher.replace(range(len(costs)))
-    time.sleep(0.3)
+    deadline = time.monotonic() + WAIT_S
+    while len(running) < expected and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.2)  # for those that must not start
     found = set(running)
     prefetcher.stop()
     end.set()
@@ -104,11 +107,15 @@ def started(costs: list[int], budget: int) -> set[int]:
 
 
 def test_small_items_are_fetched_together_and_large_ones_by_twos():
-    assert started([16, 16, 16], budget=8) == {0, 1}
-    assert started([2, 2, 2, 2, 2], budget=8) == {0, 1, 2, 3}
-    assert started([3, 3, 3, 3], budget=8) == {0, 1, 2}  # two alone would leave connections unused
-    assert started([1] * 10, budget=8) == set(range(8))
-    assert started([7, 1, 1, 1], budget=8) == {0, 1}
+    assert started([16, 16, 16], budget=8, expected=2) == {0, 1}
+    assert started([2, 2, 2, 2, 2], budget=8, expected=4) == {0, 1, 2, 3}
+    assert started([3, 3, 3, 3], budget=8, expected=3) == {
+        0,
+        1,
+        2,
+    }  # two alone would leave connections unused
+    assert started([1] * 10, budget=8, expected=8) == set(range(8))
+    assert started([7, 1, 1, 1], budget=8, expected=2) == {0, 1}
 
 
 def test_an_item_that_is_being_fetched_is_not_fetched_again():
