@@ -53,7 +53,8 @@ def test_from_synth_to_scores_on_two_ranks(dataset, names, more, classes, tmp_pa
     raw, shards, run = tmp_path / "raw", tmp_path / "shards", CliRunner().invoke
     assert run(app, ["synth", dataset, str(raw), "--tiles", "6", "--seed", "3"]).exit_code == 0
     for split, count in (("train", 3), ("val", 1), ("test", 2)):
-        options = ["--split", split, "--workers", "1", "--modalities", names, "--strict", "--shard-mb", "4"]
+        options = ["--split", split, "--workers", "1", "--strict", "--shard-mb", "4"]
+        options += ["--modalities", names] if names else []
         command = ["shard", dataset, str(raw), str(shards), *options]
         if split == "train":
             first = run(app, [*command, "--part", "2/2"])

@@ -94,7 +94,12 @@ def test_the_server_ends_with_the_command(tmp_path, ending, server):
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
     try:
-        wait_until(lambda: " shows " in (tmp_path / "log").read_text(), 120)
+        deadline = time.monotonic() + 240
+        while " shows " not in (tmp_path / "log").read_text():
+            running = process.poll() is None
+            assert running, (tmp_path / "log").read_text()
+            assert time.monotonic() < deadline, (tmp_path / "log").read_text()
+            time.sleep(0.05)
         assert listens(port)
         process.send_signal(ending)
         assert process.wait(120) == (-ending if ending == signal.SIGKILL else 0)

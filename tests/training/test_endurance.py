@@ -198,9 +198,11 @@ def test_a_lost_run_is_restored_from_its_mirror(trainer, tmp_path):
         "checkpoint.every_steps=2",
         f"checkpoint.mirror=file://{tmp_path}/mirror",
     )
-    whole = trainer.train(tmp_path / "run", 1, *mirrored)
-    there = sorted(p.name for p in (tmp_path / "mirror" / "run").iterdir())
-    assert there == ["step_00000004", "step_00000006"]
+    code, output = trainer.run(tmp_path / "run", 1, *mirrored)
+    assert code == 0, output[-4000:]
+    whole = metrics(tmp_path / "run")
+    there = sorted(p.name for p in tmp_path.glob("mirror/run/*"))
+    assert there == ["step_00000004", "step_00000006"], output[-4000:]
     shutil.rmtree(tmp_path / "mirror" / "run" / "step_00000006")
     shutil.rmtree(tmp_path / "run")
     again = trainer.train(tmp_path / "run", 1, *mirrored)
