@@ -211,8 +211,8 @@ class Train(Section):
     audit: bool = False
     """Write every step's sample keys and a digest of them, per rank."""
     spike: Annotated[float, Field(ge=0)] = 10.0
-    """Skip a step whose loss or gradient norm exceeds this many times its running mean (after 100 steps); 0: skip only
-    steps that are not finite."""
+    """Pretraining: skip a step whose loss or gradient norm exceeds this many times its running mean (after 100 steps);
+    0: skip only steps that are not finite."""
     max_skipped: Count = 3
     """Number of consecutive skipped steps that ends the run."""
     hang_timeout_s: Annotated[float, Field(ge=1)] = 600.0
@@ -318,6 +318,9 @@ class Evaluation(Section):
     """Number of validations in a finetuning, evenly spaced; its best weights are tested."""
     patience: Annotated[int, Field(ge=0)] = 5
     """Early stopping: number of validations of a finetuning without a better score; 0: never."""
+    spike: Annotated[float, Field(ge=0)] = 0.0
+    """As ``train.spike``, in finetune and scratch. 0 by default: once the labels are learned, the gradient of a single
+    wrong tile is many times the mean, and the network needs it."""
     class_weights: ClassWeights = "none"
     """Weights of the classes in the loss of probe, attentive, finetune and scratch: balanced (inverse to the number of
     training labels), or a weight by class name, 1 for the others."""

@@ -67,9 +67,9 @@ class TrainingParts:
 
     ``network``: on the host; ``forward`` as the objective needs it. ``ema_decay`` 0 with ``ema_warmup`` keeps the last
     weights as the average; None keeps no average. ``ema_epochs``: between its updates; 0: every step. ``build_hooks``:
-    from (engine, ema), called before checkpoints are read. ``compile_mode``: of the network, whose steps are then
-    compiled before the first. ``datasets``: with manifests that all ranks have compared. ``about``: more for
-    environment.json.
+    from (engine, ema), called before checkpoints are read. ``spike``: of the guard. ``compile_mode``: of the network,
+    whose steps are then compiled before the first. ``datasets``: with manifests that all ranks have compared.
+    ``about``: more for environment.json.
     """
 
     network: nn.Module
@@ -80,6 +80,7 @@ class TrainingParts:
     checkpoints: Checkpoints
     identity: dict[str, Any]
     build_hooks: Callable[[Engine, WeightEMA | None], Sequence[Hook]]
+    spike: float
     ema_decay: float | None = None
     ema_warmup: bool = False
     ema_epochs: int = 0
@@ -209,7 +210,7 @@ def _build_engine(recipe: Recipe, parts: TrainingParts, world: World) -> Engine:
     )
     deepspeed = recipe.deepspeed_config(world.size, world.device.type)
     uses_vary = len(parts.stream.sources) > 1
-    return Engine(network, optimizer, schedule, deepspeed, world, Guard(recipe.train.spike), uses_vary)
+    return Engine(network, optimizer, schedule, deepspeed, world, Guard(parts.spike), uses_vary)
 
 
 def _hooks(

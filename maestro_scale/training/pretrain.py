@@ -251,6 +251,7 @@ def _parts(context: RunContext, evaluation: EvaluationHooks) -> TrainingParts:
         checkpoints=checkpoints,
         identity=own,
         build_hooks=build_hooks,
+        spike=recipe.train.spike,
         ema_decay=recipe.optim.ema or None,
         ema_epochs=recipe.optim.ema_epochs,
         compile_mode=recipe.model.compile,

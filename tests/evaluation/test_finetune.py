@@ -321,6 +321,24 @@ def test_it_stops_on_request_and_ends_early_without_improvement(fields, tmp_path
     assert [p.stem for p in (folder / "best").iterdir()] == ["step_00000002"]
 
 
+@pytest.mark.slow
+def test_only_the_limit_of_evaluations_skips_steps(fields, tmp_path):
+    """From the 101st step on, where every step exceeds the limit."""
+    course = ["train.steps=104", "train.global_batch=2", "train.micro_batch=2", "evaluation.validations=1"]
+    args = [f"--checkpoint={fields.model}", "--mode=finetune"]
+    evaluated(fields, tmp_path, tmp_path / "default", *args, course=[*course, "train.spike=1e-6"])
+    folder = tmp_path / "default" / "finetune"
+    assert [m["step"] for m in metrics(folder)][-1] == 104
+    assert metrics(folder)[-1]["skipped_steps"] == 0
+
+    trainer = Trainer(fields.recipe(tmp_path), entry=EVALUATE)
+    limited = [*course, "evaluation.spike=1e-6", "train.spike=0"]
+    code, output = trainer.run(None, 1, *command(tmp_path / "limited", *args, course=limited))
+    assert code == 2, output[-4000:]
+    assert "3 steps in a row were skipped" in output
+    assert metrics(tmp_path / "limited" / "finetune")[-1]["step"] == 103
+
+
 def test_a_baseline_without_weights_is_not_finetuned(fields, tmp_path, capsys):
     recipe = f"--recipe={fields.recipe(tmp_path)}"
     assert evaluate([recipe, f"--out={tmp_path}", "--baseline=statistics", "--mode=finetune"]) == 2

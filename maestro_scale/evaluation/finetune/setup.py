@@ -123,6 +123,7 @@ class Finetuning:
             # An average of all steps would hold the initial weights for long; one of epochs follows the reference.
             ema_warmup=recipe.evaluation.ema_epochs == 0,
             ema_epochs=recipe.evaluation.ema_epochs,
+            spike=recipe.evaluation.spike,
             # Weights that were not pretrained have nothing to preserve.
             layer_decay=recipe.evaluation.layer_decay if self._mode == "finetune" else 1.0,
             datasets=self._datasets,
