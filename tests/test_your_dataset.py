@@ -63,6 +63,10 @@ def test_the_page_leads_from_a_folder_to_a_score(tmp_path):
     assert draft["rasters"]["s2"]["bands"] == ["B2", "B3", "B4", "B8"]
     assert draft["targets"]["fields"]["classes"] == ["barley", "beet", "maize", "unlabelled"]
 
+    run("patch", tmp_path)
+    draft["rasters"]["s2"]["sensor"]["patch"] = 4
+    assert yaml.safe_load((tmp_path / "valley.yaml").read_text()) == draft
+
     assert "samples, all valid" in run("shard", tmp_path)
     manifest = Manifest.load(str(tmp_path / "shards" / "valley"))
     samples = {
