@@ -1,21 +1,15 @@
-"""Maps of large scenes: memory and time of ``maestro-scale predict``, and how little a map depends on its windows.
+"""Maps of large scenes: memory and time of ``maestro-scale predict``.
 
-    python -m benchmarks.predict --work /tmp/predict --side 30000        # memory: one scene of 30,000 × 30,000 pixels
-    python -m benchmarks.predict --work /tmp/predict --seams             # agreement between offsets of the windows
+    python -m benchmarks.predict --work /tmp/predict --side 30000
 
-Memory: a scene of three bands, an encoder with random weights and a head of 19 classes, windows of 512 × 512 pixels
-that overlap by --overlap; a process of its own predicts, and its largest resident memory is what the kernel reports.
-
-Seams: a small encoder with a head learns on synthetic tiles of PASTIS-HD and FLAIR-HUB as in benchmarks/decoders.py;
-maps of the tiles of the test split are predicted with windows at two offsets, without blending (overlap 0) and with it.
-The table has the share of pixels that have the same class, and the accuracy of both. Results are in
-benchmarks/results/predict.json.
+A scene of three bands, an encoder with random weights and a head of 19 classes, windows of 512 × 512 pixels that
+overlap by --overlap; a process of its own predicts, and its largest resident memory is what the kernel reports.
+Results are in benchmarks/results/predict.json.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import platform
@@ -30,39 +24,21 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.decoders import SIZE, Case, read_crops, resolved, train, write_shards
 from maestro_scale.datasets.spec import DatasetSpec, Target
-from maestro_scale.evaluation.finetune.predictor import MaestroPredictor, build_predictor
-from maestro_scale.evaluation.tasks.losses import target_loss_for
-from maestro_scale.evaluation.tasks.task import task_for
 from maestro_scale.inference import command, run
-from maestro_scale.inference.folder import Folder
-from maestro_scale.inference.outputs import ClassMap
-from maestro_scale.inference.source import Layout
-from maestro_scale.inference.windows import stride_m
 from maestro_scale.interop.export import write_model
 from maestro_scale.interop.pretrained import load_model
 from maestro_scale.model.config import ModelConfig
 from maestro_scale.model.finetuned import Finetuned
 from maestro_scale.model.maestro import Maestro
+from maestro_scale.model.sizes import Size
 from maestro_scale.shards.write.from_arrays import Raster, describe
 from maestro_scale.training.run_dir import git_revision
 
 RESULTS = Path(__file__).parent / "results" / "predict.json"
 CLASSES = tuple(f"class {i}" for i in range(19))
 PIXEL_M, WINDOW = 0.2, 512
-LR = 5e-4  # with 3e-3 the networks of the seams do not learn
-CASES = (
-    Case("pastis_hd", 10, 400, 16, "{spot: null, s2: {num_dates: 4}, s1_asc: null, s1_des: null}", 320.0),
-    Case(
-        "flair_hub",
-        60,
-        400,
-        16,
-        "{aerial: {image_size: 128}, s2: null, dem: null, s1_asc: null, s1_des: null}",
-        25.6,
-    ),
-)
+SIZE = Size(64, 3, 2, 32, 2, 1, 32, 1, 32, 2)
 
 
 def write_scene(path: Path, side: int) -> None:
@@ -159,84 +135,6 @@ def measure_memory(work: Path, side: int, overlap: float) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def learned(case: Case, work: Path) -> tuple[Maestro, DatasetSpec, Path]:
-    """A model that has learned the segmentation of a case from all its tiles."""
-    shards = write_shards(case, work)
-    spec = resolved(case, shards, work)
-    crops = read_crops(case, shards, spec, work)
-    loss = target_loss_for(task_for(spec))
-    view = {"sensors": spec.sensors, "pos_grid": spec.pos_grid, "ref_sensor": spec.ref_sensor}
-    config = ModelConfig(
-        size=SIZE, inter_depth=1, norm="token", dataset=spec.name, crop_m=spec.crop_m, **view
-    )
-    network = build_predictor(Maestro(config).initialise(0), spec.name, loss, 0, True, "attentive")
-    assert isinstance(network, MaestroPredictor)
-    train(network, crops, case, 0, LR)
-    target = loss.task.target
-    folder = work / f"{case.dataset}_model"
-    record = Finetuned(spec, target.name, "miou", "finetune", case.steps, 0.5, 0.5)
-    state = {k: v for k, v in network.state_dict().items() if not k.startswith("target_loss")}
-    write_model(folder, state, network.config, {"step": case.steps}, record)
-    return load_model(folder), spec, shards
-
-
-def measure_seams(case: Case, work: Path) -> list[dict]:
-    """A row per overlap: agreement of two offsets, and accuracies."""
-    import rasterio
-
-    model, _, shards = learned(case, work)
-    options = command.Options(splits=("test",), cache_dir=work / "cache")
-    data = command.open_data(model, str(shards), options)
-    spec, _ = command.view_on(model, data.spec)
-    target = model.config.heads[0]
-    assert target.resolution_m is not None
-    step_m = max(spec.modality(s.source).resolution_m for s in spec.sensors)
-    rows = []
-    for overlap in (0.0, 0.5, 0.75):
-        layout = Layout(target.resolution_m, stride_m(spec.crop_m, overlap, [step_m, target.resolution_m]))
-        maps = []
-        started = time.perf_counter()
-        for offset in (0.0, 0.5):
-            source = command.open_source(data, spec, layout, options, offset)
-            out = work / f"maps-{case.dataset}-{overlap:g}-{offset:g}"
-            subprocess.run(["rm", "-rf", str(out)], check=True)
-            run.predict_maps(
-                source, ClassMap(model, target, False), Folder(out, {"x": 1}), run.Run(torch.device("cpu"))
-            )
-            read = []
-            for area in source.areas:
-                with rasterio.open(Folder(out, {"x": 1}).file("", area.name, ".tif")) as image:
-                    read.append(image.read(1))
-            maps.append(np.stack(read))
-        truth = np.stack([_labels(data, target.name, area.name) for area in source.areas])
-        counted = np.isin(truth, [i for i in range(len(target.classes)) if i not in target.ignored])
-        accuracies = [float((m == truth)[counted].mean()) for m in maps]
-        rows.append(
-            {
-                "dataset": case.dataset,
-                "overlap": overlap,
-                "stride_m": layout.stride_m,
-                "agreement": float((maps[0] == maps[1]).mean()),
-                "accuracy": accuracies,
-                "seconds": round(time.perf_counter() - started, 1),
-            }
-        )
-        print(rows[-1], flush=True)
-    return rows
-
-
-def _labels(data: command.Data, target: str, key: str) -> np.ndarray:
-    """The stored labels of a tile."""
-    from maestro_scale.shards.read.preview import read_samples
-
-    assert data.manifest is not None
-    for shard in data.manifest.shards_of(data.splits):
-        for sample in read_samples(data.address, shard, range(shard.samples)):
-            if sample.key == key:
-                return sample.array(f"target.{target}")
-    raise KeyError(key)
-
-
 def main() -> int:
     """Entry point."""
     parser = argparse.ArgumentParser(
@@ -244,10 +142,6 @@ def main() -> int:
     )
     parser.add_argument("--work", type=Path, required=True, help="folder for data, kept between runs")
     parser.add_argument("--side", type=int, nargs="*", default=[], help="pixels per side of scenes")
-    parser.add_argument(
-        "--seams", nargs="*", choices=[c.dataset for c in CASES], help="datasets, all by default"
-    )
-    parser.add_argument("--steps", type=int, help="of training, instead of those of each case")
     parser.add_argument(
         "--overlap",
         type=float,
@@ -261,16 +155,11 @@ def main() -> int:
         print(json.dumps(predict_scene(args.work, args.inner, args.overlap)))
         return 0
     args.work.mkdir(parents=True, exist_ok=True)
-    record = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"memory": [], "seams": []}
+    record = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"memory": []}
     for side in args.side:
         row = measure_memory(args.work, side, args.overlap)
         print(row, flush=True)
         record["memory"] = [r for r in record["memory"] if r["side"] != side] + [row]
-    for case in CASES if args.seams is not None else ():
-        if not args.seams or case.dataset in args.seams:
-            chosen = dataclasses.replace(case, steps=args.steps or case.steps)
-            rows = measure_seams(chosen, args.work)
-            record["seams"] = [r for r in record["seams"] if r["dataset"] != case.dataset] + rows
     record["memory"].sort(key=lambda r: r["side"])
     record["machine"] = {"processor": platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}
     record["revision"] = git_revision()
@@ -288,13 +177,6 @@ def main() -> int:
             f"{r['peak_gib']:.2f} GiB",
             f"{r['libraries_gib']:.2f} GiB",
         )
-    console.print(table)
-    table = Table(title="maps with windows at two offsets")
-    for column in ("dataset", "overlap", "same class", "accuracy"):
-        table.add_column(column)
-    for r in record["seams"]:
-        accuracy = " / ".join(f"{100 * a:.2f} %" for a in r["accuracy"])
-        table.add_row(r["dataset"], f"{r['overlap']:g}", f"{100 * r['agreement']:.2f} %", accuracy)
     console.print(table)
     return 1 if any(r["peak_gib"] >= 2 for r in record["memory"]) else 0
 

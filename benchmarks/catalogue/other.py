@@ -29,11 +29,11 @@ BENCHMARKS = (
         by_default=False,
     ),
     Benchmark(
-        "decoders",
-        "Decoders of a finetuning",
-        ("-m", "benchmarks.decoders", "--work={work}"),
-        page="evaluation.md",
-        minutes=30,
+        "seams",
+        "Maps with windows at two places",
+        ("-m", "benchmarks.seams", "--work={work}", "{work}/pastis_hd_model", "{work}/flair_hub_model"),
+        page="predict.md",
+        minutes=10,
         by_default=False,
     ),
     Benchmark(
