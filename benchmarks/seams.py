@@ -2,8 +2,8 @@
 
     python -m benchmarks.seams --work /tmp/seams RESULTS/scratch …
 
-Each model is the directory of a finetuning on synthetic PASTIS-HD or FLAIR-HUB, such as those of ``maestro-scale study
-decoders``. Tiles of other scenes are generated, and mapped with windows at two places, half a stride apart in both
+Each model is the directory of a finetuning on synthetic PASTIS-HD or FLAIR-HUB, such as those of benchmarks/decoders.
+Tiles of other scenes are generated, and mapped with windows at two places, half a stride apart in both
 directions, without blending (overlap 0) and with it. The table has the share of pixels with the same class in both
 maps, and the share of pixels that are right in each. Overlap 0 at the first place is the map by tiles. Results are in
 benchmarks/results/seams.json.

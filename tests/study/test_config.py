@@ -46,6 +46,15 @@ def test_shipped_studies_expand_at_both_scales(path, tmp_path, monkeypatch):
                 assert len(setup.seeds) >= 5
 
 
+def test_the_study_of_decoders_has_each_head_with_each_seed_on_both_datasets(tmp_path):
+    cells = expand(load_study(REPO / "benchmarks" / "decoders" / "decoders.yaml"), "cpu", tmp_path)
+    expected = [
+        (d, h, s) for d in ("flair_hub", "pastis_hd") for h in ("attentive", "upernet") for s in range(3)
+    ]
+    assert sorted((c.dataset, c.recipe.model.decoder, c.seed) for c in cells) == expected
+    assert {(c.encoder, e.mode) for c in cells for e in c.evaluations} == {("scratch", "scratch")}
+
+
 def test_no_other_recipe_changes_the_base_of_the_cpu_studies():
     for path in (STUDIES / "base").glob("*_cpu.yaml"):
         base = yaml.safe_load(path.read_text()).get("extends", "treesatai_ts_cpu.yaml")
