@@ -378,7 +378,7 @@ def run(prepared, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("slip", "command", "texts"), [(s, c, t) for s, c, *t in TABLE], ids=[row[0] for row in TABLE]
 )
-def test_a_slip_is_answered_in_one_line(run, monkeypatch, slip, command, texts):
+def test_a_slip_is_answered_in_one_line(run, prepared, monkeypatch, slip, command, texts):
     if "no disk room" in slip:
         free = shutil.disk_usage(".")._replace(free=0)
         monkeypatch.setattr("shutil.disk_usage", lambda _: free)
@@ -389,6 +389,7 @@ def test_a_slip_is_answered_in_one_line(run, monkeypatch, slip, command, texts):
     assert "rror: " in line
     for text in texts:
         assert text in line
+    assert not (prepared / "r").exists(), "the run directory of a refused training is left"
 
 
 @pytest.mark.parametrize(("slip", "variables", "text"), WORLD, ids=[row[0] for row in WORLD])

@@ -18,7 +18,7 @@ from maestro_scale.tracking.outbox import list_pending
 from maestro_scale.tracking.pictures import picture_step
 from maestro_scale.tracking.run_params import run_metadata
 from maestro_scale.tracking.run_times import read_end
-from maestro_scale.training.run_dir import JsonLines, RunDirError, check_files
+from maestro_scale.training.run_dir import LOCK, JsonLines, RunDirError, check_files
 
 
 class SyncError(MaestroError):
@@ -111,7 +111,7 @@ def sync(run_dir: Path) -> SyncResult:
 def _is_running(run_dir: Path) -> bool:
     """Whether a training holds the lock of the run directory."""
     try:
-        with FileLock(run_dir / ".lock", timeout=0):
+        with FileLock(run_dir / LOCK, timeout=0):
             return False
     except Timeout:
         return True

@@ -39,7 +39,14 @@ from maestro_scale.training.objectives import Objective
 from maestro_scale.training.observer import Observer
 from maestro_scale.training.offload_memory import check_offload_memory
 from maestro_scale.training.optimizer import SCHEDULES, Schedule, build_optimizer
-from maestro_scale.training.run_dir import JsonLines, RunDirError, has_same_recipe, lock, write_run_files
+from maestro_scale.training.run_dir import (
+    LOCK,
+    JsonLines,
+    RunDirError,
+    has_same_recipe,
+    lock,
+    write_run_files,
+)
 from maestro_scale.training.setup import describe_setup, first_start
 from maestro_scale.training.stop import StopRequest
 from maestro_scale.training.trainer import Trainer, TrainSchedule
@@ -92,13 +99,19 @@ class TrainingParts:
 
 @contextmanager
 def run_directory(recipe: Recipe, run_dir: Path, world: World) -> Iterator[None]:
-    """Check the world size and lock the run directory; RecipeError or RunDirError."""
+    """Check the world size and lock the run directory; RecipeError or RunDirError. A new one is removed if nothing
+    was written to it, since the run was refused."""
     check_world(recipe, world.size)
+    is_new = not run_dir.exists()
     held = lock(run_dir) if world.is_main else None
     try:
         yield
     finally:
         if held is not None:
+            if is_new and [p.name for p in run_dir.iterdir()] == [LOCK]:
+                # While it is locked: else this could be the lock of another run, which found the directory.
+                (run_dir / LOCK).unlink()
+                run_dir.rmdir()
             held.release()
 
 

@@ -29,6 +29,7 @@ PACKAGES = ("maestro-scale", "torch", "deepspeed", "numpy", "safetensors", "mlfl
 
 
 OUTCOME = "outcome.json"
+LOCK = ".lock"
 
 
 class RunDirError(MaestroError):
@@ -87,7 +88,7 @@ def lock(run_dir: Path) -> FileLock:
     """Lock a run directory for this process (rank 0). RunDirError where another run has locked it,
     OutputError where it holds something else."""
     check_output(run_dir, "a run")
-    held = FileLock(run_dir / ".lock")
+    held = FileLock(run_dir / LOCK)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         held.acquire(timeout=0)
