@@ -32,6 +32,8 @@ EVALUATE = "evaluate --recipe evaluate.yaml --checkpoint model --out res --mode 
 BASELINE = "evaluate --recipe evaluate.yaml --out res --mode knn --baseline"
 SHARDS = "data.mixture[0].shards"
 SENSORS = "data.mixture[0].sensors"
+DESCRIPTION = REPO / "descriptions" / "eurosat_ms.yaml"
+STUDY = REPO / "recipes" / "study" / "targets.yaml"
 NO_MODEL = "is neither a run directory, nor a checkpoint, nor an exported model"
 
 RECIPE = [
@@ -40,6 +42,12 @@ RECIPE = [
     ("a name like no other", "train --recipe qqqq", "`maestro-scale recipes` lists them"),
     ("a run directory as recipe", "train --recipe run", "is a folder", "run/recipe.yaml"),
     ("an empty name", "train --recipe ''", "--recipe is empty", "is a variable of the command not set?"),
+    (
+        "a description",
+        f"train --recipe {DESCRIPTION}",
+        "is a description, not a recipe: use it with `maestro-scale shard`",
+    ),
+    ("a study", f"train --recipe {STUDY}", "is a study, not a recipe: use it with `maestro-scale study`"),
     ("no recipe", "train", "the following arguments are required: --recipe"),
     ("indented by a tab", "train --recipe tab.yaml", "line 3, column 1", "spaces, not tabs"),
     ("a brace is missing", "train --recipe brace.yaml", "is not valid YAML", "expected ',' or '}' in line 3"),
@@ -244,6 +252,11 @@ OTHER = [
         "shard: no modality",
         "shard treesatai_ts empty out --split train --modalities s3",
         "has no modality 's3'",
+    ),
+    (
+        "shard: a recipe",
+        "shard pretrain.yaml empty out --split train",
+        "is a recipe, not a description: use it with `maestro-scale train --recipe`",
     ),
     ("shard: no description", "shard my.yaml empty out --split train", "cannot read the description"),
     ("describe: nothing there", "describe empty", "holds no images that could be described (it is empty)"),

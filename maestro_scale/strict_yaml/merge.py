@@ -21,6 +21,7 @@ from maestro_scale import untrusted
 from maestro_scale.errors import KeyPath, did_you_mean, dotted, shorten
 from maestro_scale.strict_yaml import environment, shipped
 from maestro_scale.strict_yaml.errors import DocumentError
+from maestro_scale.strict_yaml.kinds import mistaken
 
 _SET = "--set"
 _MAX_LEVELS, _MAX_KEY = 20, 200  # of a key in --set: parts, and characters of one
@@ -52,7 +53,10 @@ def read_tree(path: str | Path, overrides: Sequence[str], kind: str = "recipe") 
 
     ``path``: a file, or the name of a document that ships with the package (:mod:`.shipped`). ``kind``: of document.
     """
-    tree = _with_overrides(_read_chain(locate(path, kind), (), kind), overrides)
+    written = _read_chain(locate(path, kind), (), kind)
+    if mistake := mistaken(written.data, kind):
+        raise DocumentError(f"{path}: {mistake}")
+    tree = _with_overrides(written, overrides)
     texts: dict[KeyPath, str] = {}
 
     def resolved(loc: KeyPath, text: str) -> Any:
