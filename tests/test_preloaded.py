@@ -55,6 +55,17 @@ def run(server, tmp_path, end):
 
 
 @pytest.mark.slow
+def test_the_exit_code_is_not_that_of_an_earlier_process_with_the_same_number(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(server, "_exit_codes", dict.fromkeys(range(1, 4_194_304), 0))
+    script = tmp_path / "script.py"
+    script.write_text("import sys, time\ntime.sleep(1)\nsys.exit(3)\n")
+    with (tmp_path / "out.txt").open("wb") as sink:
+        process = server.start([sys.executable, str(script)], server.env, tmp_path, sink.fileno())
+    assert process.poll() is None
+    assert process.wait(timeout=60) == 3
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["", "sys.exit(3)", "sys.exit('message')", "os._exit(4)", "1 / 0"])
 def test_output_and_exit_code(server, tmp_path, end):
     own, forked = run(server, tmp_path, end)

@@ -109,6 +109,8 @@ class Server:
             socket.send_fds(self._socket, [message], [output, output if errors is None else errors])
             while "pid" not in (answer := self._receive()):
                 self._note(answer)
+            # Of an earlier process with this number: Linux begins anew after 32,768.
+            self._exit_codes.pop(answer["pid"], None)
         return ForkedProcess(answer["pid"], self)
 
     def exit_code(self, pid: int) -> int | None:
