@@ -104,10 +104,10 @@ def chunk_side(num_channels: int, window: int, most_bytes: int) -> int:
 
 def stride_m(window_m: float, overlap: float, lengths_m: Sequence[float]) -> float:
     """The largest distance of windows that overlap by at least the share ``overlap``, of which all ``lengths_m`` (the
-    pixels of sensors and map) are divisors, or if there is none up to a window, the first of them."""
+    pixels of sensors and map) are divisors, or if there is no such distance, the first of them."""
     units = [max(round(length * _MICRO), 1) for length in lengths_m]
-    window = round(window_m * _MICRO)
+    most = round(window_m * _MICRO * (1 - overlap))
     unit = math.lcm(*units)
-    if unit > window:
+    if unit > most:
         unit = units[0]
-    return max(int(window * (1 - overlap) / unit + 1e-9), 1) * unit / _MICRO
+    return max(most // unit, 1) * unit / _MICRO

@@ -29,6 +29,8 @@ def test_strides_are_whole_pixels_of_sensors_and_map():
     assert stride_m(160, 0.5, [10, 10]) == 80
     assert stride_m(102.4, 0.5, [10.24, 0.2]) == 51.2
     assert stride_m(102.4, 0.3, [0.2, 0.8]) == 71.2
+    assert stride_m(102.4, 0.75, [10.24, 0.2]) == 20.48  # 51.2 is their only common multiple in a window
+    assert stride_m(51.2, 0.5, [10.24, 0.2]) == 20.48
     assert stride_m(160, 0.9, [60, 10]) == 60  # not less than a pixel
     assert stride_m(100, 0.5, [10, 3.3]) == 50  # they have no common multiple in a window
 
