@@ -98,6 +98,12 @@ def predict(
     step_m = max(spec.modality(s.source).resolution_m for s in spec.sensors)
     pixel_m = maps.resolution_m if maps else step_m
     layout = Layout(pixel_m, stride_m(spec.crop_m, overlap, [step_m, pixel_m]))
+    reached = 1 - layout.stride_m / spec.crop_m
+    if reached < overlap - 1e-6:
+        notes.append(
+            f"windows overlap by {reached:.2g}, not {overlap:g}: they are {spec.crop_m:g} m wide, and begin at whole "
+            f"pixels of {step_m:g} m"
+        )
     source = open_source(data, spec, layout, options)
     folder = Folder(out, _record(model, data, source, layout, options, how))
     if points is not None:

@@ -291,6 +291,14 @@ def test_the_overlap_is_that_of_the_finetuning(valley, tmp_path):
         strides[name] = json.loads((tmp_path / name / "_predict.json").read_text())["stride_m"]
     # Of windows of 160 m, in whole pixels of 10 m.
     assert strides == {"maps": 120, "half": 80, "points": 160}
+    _, notes = predict(model, str(valley.shards), tmp_path / "most", replace(options, overlap=0.9), CPU)
+    assert notes == []  # of 16 pixels: windows that begin at every pixel overlap by 15/16
+    model.finetuned = replace(model.finetuned, spec=replace(model.finetuned.spec, crop_m=80.0))
+    vectors = replace(options, overlap=0.9, embeddings="parquet")
+    _, notes = predict(model, str(valley.shards), tmp_path / "less", vectors, CPU)
+    assert notes == [
+        "windows overlap by 0.88, not 0.9: they are 80 m wide, and begin at whole pixels of 10 m"
+    ]  # 7/8
     with pytest.raises(InferenceError, match=r"--overlap 1: is a share of a window, from 0 to 0\.9"):
         predict(model, str(valley.shards), tmp_path / "one", replace(options, overlap=1.0), CPU)
     with pytest.raises(ValueError, match=r"overlap: 1 is not from 0 to 0\.9"):
