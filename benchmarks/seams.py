@@ -38,7 +38,7 @@ from maestro_scale.shards.read.preview import read_samples
 from maestro_scale.training.run_dir import git_revision
 
 RESULTS = Path(__file__).parent / "results" / "seams.json"
-OVERLAPS = (0.0, 0.5, 0.75, 0.9)
+OVERLAPS = (0.0, 0.5, 0.75)
 SEED = 99  # no study has it
 
 
@@ -67,10 +67,12 @@ def measure(path: Path, work: Path, num_tiles: int) -> list[dict]:
     spec, _ = command.view_on(model, data.spec)
     assert target.resolution_m is not None
     step_m = max(spec.modality(s.source).resolution_m for s in spec.sensors)
+    tokens_m = [spec.crop_m / sensor.grid for sensor in spec.sensors]
     labels = _labels(data, target.name)
     rows = []
     for overlap in OVERLAPS:
-        layout = Layout(target.resolution_m, stride_m(spec.crop_m, overlap, [step_m, target.resolution_m]))
+        stride = stride_m(spec.crop_m, overlap, [step_m, target.resolution_m], tokens_m)
+        layout = Layout(target.resolution_m, stride)
         maps = []
         started = time.perf_counter()
         for offset in (0.0, 0.5):

@@ -97,7 +97,8 @@ def predict(
         raise InferenceError(f"--overlap {overlap:g}: is a share of a window, from 0 to {MAX_OVERLAP:g}")
     step_m = max(spec.modality(s.source).resolution_m for s in spec.sensors)
     pixel_m = maps.resolution_m if maps else step_m
-    layout = Layout(pixel_m, stride_m(spec.crop_m, overlap, [step_m, pixel_m]))
+    tokens_m = [spec.crop_m / sensor.grid for sensor in spec.sensors]
+    layout = Layout(pixel_m, stride_m(spec.crop_m, overlap, [step_m, pixel_m], tokens_m))
     reached = 1 - layout.stride_m / spec.crop_m
     if reached < overlap - 1e-6:
         notes.append(

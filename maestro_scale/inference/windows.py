@@ -7,6 +7,7 @@ two chunks are computed twice: with chunks of 8 windows per side, about a quarte
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -102,12 +103,36 @@ def chunk_side(num_channels: int, window: int, most_bytes: int) -> int:
     return max(min(fits, max(_WINDOWS * window, _LEAST)) // BLOCK * BLOCK, BLOCK)
 
 
-def stride_m(window_m: float, overlap: float, lengths_m: Sequence[float]) -> float:
-    """The largest distance of windows that overlap by at least the share ``overlap``, of which all ``lengths_m`` (the
-    pixels of sensors and map) are divisors, or if there is no such distance, the first of them."""
+def stride_m(
+    window_m: float, overlap: float, lengths_m: Sequence[float], tokens_m: Sequence[float] = ()
+) -> float:
+    """The distance of windows that overlap by at least the share ``overlap``: a multiple of all ``lengths_m`` (the
+    pixels of sensors and map), or if that is too large, of the first of them.
+
+    What a model sees at a place depends on where its tokens begin (``tokens_m``: sides of the tokens of each sensor),
+    so windows that overlap should begin at different parts of a token. Chosen is, of the distances up to a token below
+    the largest possible one, that whose windows leave the smallest gaps within a token; of equal ones the largest.
+    """
     units = [max(round(length * _MICRO), 1) for length in lengths_m]
-    most = round(window_m * _MICRO * (1 - overlap))
+    window = round(window_m * _MICRO)
+    most = round(window * (1 - overlap))
     unit = math.lcm(*units)
     if unit > most:
         unit = units[0]
-    return max(most // unit, 1) * unit / _MICRO
+    largest = max(most // unit, 1) * unit
+    if not overlap or not tokens_m:
+        return largest / _MICRO
+    tokens = [round(token * _MICRO) for token in tokens_m]
+    candidates = range(largest, max(largest - max(tokens), 0), -unit)
+    return min(candidates, key=lambda stride: _gap(stride, window, tokens)) / _MICRO
+
+
+def _gap(stride: int, window: int, tokens: Sequence[int]) -> float:
+    """The largest distance between neighbours among the places within a token at which overlapping windows begin, as a
+    share of the token: 1 if all begin at the same place, 1/n if n of them divide it evenly. Mean over ``tokens``."""
+    number = max(window // stride, 2)
+    gaps = []
+    for token in tokens:
+        begins = sorted({i * stride % token for i in range(number)})
+        gaps.append(max(b - a for a, b in itertools.pairwise([*begins, begins[0] + token])) / token)
+    return sum(gaps) / len(gaps)

@@ -147,7 +147,8 @@ def test_files_of_killed_jobs_are_removed_a_day_later(tmp_path):
 def test_tiles_of_shards_are_maps_with_colours_and_names(model, valley, tmp_path):
     options = Options(probabilities=True, cache_dir=tmp_path / "cache")
     whole = tmp_path / "out"
-    assert predict(model, str(valley.shards), whole, options, CPU)[0] == 3 * 25
+    # Three tiles of 48 pixels; windows of 16 pixels begin at 0, 7, 14, 21, 28 and 32.
+    assert predict(model, str(valley.shards), whole, options, CPU)[0] == 3 * 36
     names = {key: file_name(key, ".tif") for key in ("a/b", "../c", "d")}
     assert {p.name for p in whole.glob("*.tif")} == set(names.values())
     for number, (key, name) in enumerate(names.items()):
@@ -289,8 +290,8 @@ def test_the_overlap_is_that_of_the_finetuning(valley, tmp_path):
     for name, chosen in (("maps", {}), ("half", {"overlap": 0.5}), ("points", {"embeddings": "parquet"})):
         predict(model, str(valley.shards), tmp_path / name, replace(options, **chosen), CPU)
         strides[name] = json.loads((tmp_path / name / "_predict.json").read_text())["stride_m"]
-    # Of windows of 160 m, in whole pixels of 10 m.
-    assert strides == {"maps": 120, "half": 80, "points": 160}
+    # Of windows of 160 m, in whole pixels of 10 m, an odd number of them: a token is two pixels wide.
+    assert strides == {"maps": 110, "half": 70, "points": 160}
     _, notes = predict(model, str(valley.shards), tmp_path / "most", replace(options, overlap=0.9), CPU)
     assert notes == []  # of 16 pixels: windows that begin at every pixel overlap by 15/16
     model.finetuned = replace(model.finetuned, spec=replace(model.finetuned.spec, crop_m=80.0))
@@ -468,7 +469,7 @@ def test_the_command_and_its_refusals(valley, tmp_path):
     assert "27 windows predicted" in done.output
     again = invoke("--overlap", "0.5")
     assert isinstance(again.exception, InferenceError)
-    assert re.search("holds predictions of something else .*stride_m 160.0, now 80.0", str(again.exception))
+    assert re.search("holds predictions of something else .*stride_m 160.0, now 70.0", str(again.exception))
     wrong = invoke("--target", "height")
     assert "--target: the model predicts cover" in str(wrong.exception)
     assert invoke("--embeddings", "csv").exit_code == 2

@@ -35,6 +35,19 @@ def test_strides_are_whole_pixels_of_sensors_and_map():
     assert stride_m(100, 0.5, [10, 3.3]) == 50  # they have no common multiple in a window
 
 
+def test_overlapping_windows_begin_at_different_parts_of_a_token():
+    # Tokens of 40 m: windows 60 m apart begin at its start or its middle, 80 m apart always at its start, 70 m apart at
+    # 0 and 30, 30 m apart at 0, 10, 20 and 30.
+    assert stride_m(160, 0.5, [10, 10], [40]) == 60
+    assert stride_m(160, 0.75, [10, 10], [40]) == 30
+    assert stride_m(160, 0.5, [10, 10], [20]) == 70
+    assert stride_m(102.4, 0.5, [0.2, 0.2], [3.2]) == 49.6  # 15 1/2 tokens
+    assert stride_m(102.4, 0.75, [0.2, 0.2], [3.2]) == 24.8  # 7 3/4 tokens
+    assert stride_m(102.4, 0.5, [10.24, 0.2], [20.48, 3.2]) == 51.2  # no other multiple of both pixels
+    assert stride_m(160, 0, [10, 10], [40]) == 160
+    assert stride_m(160, 0.9, [10, 10], [40]) == 10
+
+
 def test_sums_of_a_chunk_fit_into_memory():
     side = chunk_side(19, 512, 256 * 2**20)
     assert side % BLOCK == 0
