@@ -7,6 +7,7 @@ from pathlib import Path
 
 from maestro_scale.interop.pretrained import load_model
 from maestro_scale.model.backbone import Backbone, Merge, backbone_view, without_decoder
+from maestro_scale.model.finetuned import sized
 
 
 def backbone(
@@ -34,5 +35,5 @@ def backbone(
     Raises ExportError where there is no such model, ValueError where it has no such sensor, dataset, block or extent.
     """
     model = load_model(name_or_path)
-    view = backbone_view(model.config, sensors, dataset, num_dates, crop_m)
+    view = backbone_view(sized(model.config, model.finetuned), sensors, dataset, num_dates, crop_m)
     return Backbone(without_decoder(model, view), view, out_indices, merge, grid, scales, frozen)

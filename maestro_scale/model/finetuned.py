@@ -6,13 +6,13 @@ Shapes: B samples, C classes that are predicted, H×W label pixels.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from maestro_scale.datasets.spec import DatasetSpec, Target, Tile
-from maestro_scale.model.config import MAX_OVERLAP, OVERLAP
+from maestro_scale.model.config import MAX_OVERLAP, OVERLAP, ModelConfig
 from maestro_scale.model.heads import Standardised
 from maestro_scale.stream.batch import Batch
 from maestro_scale.stream.crops import CropGrid
@@ -61,6 +61,16 @@ class Prediction:
     probabilities: Tensor | None
     classes: Mapping[int, str]
     units: str = ""
+
+
+def sized(config: ModelConfig, finetuned: Finetuned | None) -> ModelConfig:
+    """``config`` with the extent of its images, and where that is of ``finetuned``, without heads.
+
+    The configuration of a finetuned model has none, as its head predicts the pixels of the reference image.
+    """
+    if config.crop_m is not None or finetuned is None:
+        return config
+    return replace(config, crop_m=finetuned.spec.crop_m, heads=())
 
 
 def predict_target(target: Target, head: nn.Module, outputs: Tensor, factor: int = 1) -> Prediction:

@@ -40,6 +40,7 @@ from maestro_scale.model.finetuned import (
     crops_of,
     label_factor,
     predict_target,
+    sized,
 )
 from maestro_scale.model.initialise import initialise
 from maestro_scale.model.layout import Layout
@@ -446,13 +447,14 @@ class Maestro(nn.Module):
             DatasetError: the tile has no data for the model.
         """
         if isinstance(data, Tile):
-            view = self.view(self.config.dataset)
+            view = sized(self.view(self.config.dataset), self.finetuned)
             share = 1.0 if tile_m is None else (crop_m or view.crop_m or tile_m) / tile_m
             data = tile_batch(data, view.sensors, self.config.dataset, min(share, 1.0))
             data = data.to(self._device)
         else:
             data = self._batch_of(data, dates, ref_date)
-        view = self.view(data.dataset).adapted_to({k: tuple(v.shape) for k, v in data.pixels.items()}, crop_m)
+        view = sized(self.view(data.dataset), self.finetuned)
+        view = view.adapted_to({k: tuple(v.shape) for k, v in data.pixels.items()}, crop_m)
         layout = self.layout(view, None, data.ref_date)
         encoded = self._encode(layout, data.pixels, data.dates, data.ref_date, None)
         tokens = by_sensor(view, encoded.tokens)

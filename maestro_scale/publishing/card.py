@@ -23,7 +23,7 @@ from maestro_scale.evaluation.report.tables import score_text
 from maestro_scale.evaluation.results import EvalResult
 from maestro_scale.interop.hub import HubAddress
 from maestro_scale.model.config import ModelConfig
-from maestro_scale.model.finetuned import Finetuned
+from maestro_scale.model.finetuned import Finetuned, sized
 from maestro_scale.model.sizes import SIZES
 from maestro_scale.secrets_filter import scrub_tree
 from maestro_scale.shards.format.manifest import Manifest
@@ -195,9 +195,8 @@ class Card:
             for view in self.config.views
             for s in view.sensors
         ]
-        extents = ", ".join(
-            f"{v.crop_m:g} m ({markdown_text(v.dataset)})" for v in self.config.views if v.crop_m
-        )
+        views = sized(self.config, self.finetuned).views
+        extents = ", ".join(f"{v.crop_m:g} m ({markdown_text(v.dataset)})" for v in views if v.crop_m)
         return _table(head, rows) + (f"\n\nExtent of an input: {extents}." if extents else "")
 
     def _scores(self) -> Iterator[str]:

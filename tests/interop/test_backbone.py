@@ -10,12 +10,14 @@ import types
 import numpy as np
 import pytest
 import torch
-from testkit.models import full_batch, small_config
+from testkit.models import TINY, full_batch, small_config
+from testkit.valley import SPEC
 
 import maestro_scale
 from maestro_scale.datasets.spec import DatasetError, GeoOrigin
 from maestro_scale.interop.export import ExportError, write_model
-from maestro_scale.model.config import DatasetView
+from maestro_scale.model.config import DatasetView, ModelConfig
+from maestro_scale.model.finetuned import Finetuned
 from maestro_scale.model.maestro import Maestro
 
 
@@ -64,6 +66,34 @@ def test_a_backbone_is_pickled_and_takes_equal_samples_of_all(exported):
     both = {"s2": batch.pixels["s2"], "aerial": batch.pixels["aerial"][:1]}
     with pytest.raises(ValueError, match="different numbers of samples: aerial 1, s2 2"):
         maestro_scale.backbone(exported, sensors=["s2", "aerial"])(both)
+
+
+@torch.no_grad()
+def test_a_finetuned_model_knows_the_extent_of_its_images(tmp_path):
+    """``config.crop_m`` of a finetuning is None; the extent of its crops, 160 m, is in its record."""
+    config = ModelConfig(
+        SPEC.sensors,
+        TINY,
+        SPEC.pos_grid,
+        inter_depth=1,
+        ref_sensor="s2",
+        heads=SPEC.targets,
+        dataset="valley",
+    )
+    written = Maestro(config, decodes=False).initialise(0)
+    record = Finetuned(SPEC, "cover", "miou", "finetune", 1, 0.5, 0.5)
+    write_model(tmp_path / "model", written.state_dict(), config, {"step": 1}, record)
+    model = maestro_scale.load_model(tmp_path / "model")
+    pixels = np.random.default_rng(0).integers(1, 4000, (3, 48, 48), np.int16)  # 480 m of 10 m pixels
+    centre = model.embed(maestro_scale.tile({"s2": pixels[:, 16:32, 16:32]}, "2021-06-01")).vector
+    assert torch.equal(
+        model.embed(maestro_scale.tile({"s2": pixels}, "2021-06-01"), tile_m=480.0).vector, centre
+    )
+    # Twice the extent has 16 cells of two pixels per side, not 8.
+    double = maestro_scale.tile({"s2": pixels[:, :32, :32]}, "2021-06-01")
+    assert model.embed(double, crop_m=320.0).tokens["s2"].shape[2] == 16**2
+    assert maestro_scale.backbone(tmp_path / "model", -1, crop_m=320.0).grid == 16
+    assert maestro_scale.backbone(tmp_path / "model", -1).grid == 8
 
 
 class Registry(dict):

@@ -108,7 +108,6 @@ def finetuned(folder: Path, classes: tuple[str, ...], title: str) -> Path:
         12,
         inter_depth=1,
         ref_sensor="s2",
-        crop_m=40.0,
         dataset="fields",
         heads=(target,),
     )
@@ -132,6 +131,7 @@ def test_a_finetuned_model_keeps_its_head(server, tmp_path):
     assert front(card)["pipeline_tag"] == "image-segmentation"
     for text in (
         ".predict(batch_or_tile)",
+        "Extent of an input: 40 m (fields).",
         "Classes: 0 wood, 2 meadow, 3 lake",
         "mIoU on the test split: 25.0",
     ):
