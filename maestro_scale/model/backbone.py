@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from numbers import Integral
+from operator import index
 from typing import Literal
 
 import torch
@@ -55,6 +57,8 @@ class Backbone(nn.Module):
             )
         if merge not in ("concat", "mean"):
             raise ValueError(f"merge {merge!r}: use concat or mean")
+        if grid is not None and grid < 1:
+            raise ValueError(f"grid {grid}: give at least 1 cell per side")
         self.merge, self.view, self.depth = merge, view, depth
         self.sensors = tuple(s.name for s in view.sensors)
         self.num_dates = {s.name: s.num_dates for s in view.sensors}
@@ -125,12 +129,15 @@ class Backbone(nn.Module):
 def _blocks(given: Sequence[int] | int | None, depth: int) -> tuple[int, ...]:
     if given is None:
         return evenly_spread(depth, NUM_MAPS)
-    given = (given,) if isinstance(given, int) else given
-    found = tuple(i + depth if i < 0 else i for i in given)
-    is_block = all(isinstance(i, int) and 0 <= i < depth for i in found)
-    if not found or not is_block or list(found) != sorted(found):
+    many = [int(given)] if isinstance(given, int | Integral) else given
+    try:
+        numbers = [index(i) for i in many]  # of numpy and tensors too
+    except TypeError:
+        numbers = []
+    found = tuple(i + depth if i < 0 else i for i in numbers)
+    if not found or not all(0 <= i < depth for i in found) or list(found) != sorted(found):
         raise ValueError(
-            f"out_indices {tuple(given)}: give ascending numbers of blocks from 0 to {depth - 1} (or negative ones)"
+            f"out_indices {tuple(many)}: give ascending numbers of blocks from 0 to {depth - 1} (or negative ones)"
         )
     return found
 
@@ -146,10 +153,10 @@ def backbone_view(
 
     ValueError for a sensor or dataset that the model does not have, or an extent that does not fit its patches.
     """
-    try:
-        view = config.for_dataset(dataset or config.dataset)
-    except KeyError as error:
-        raise ValueError(error.args[0]) from None
+    names = [v.dataset for v in config.views]
+    if dataset and dataset not in (*names, *(name.partition("#")[0] for name in names)):
+        raise ValueError(f"the model has no dataset {dataset!r}; it has: {', '.join(names)}")
+    view = config.for_dataset(dataset or config.dataset)
     known = {s.name: s for s in view.sensors}
     sensors = (sensors,) if isinstance(sensors, str) else sensors
     if unknown := [n for n in (*(sensors or ()), *(num_dates or {})) if n not in known]:

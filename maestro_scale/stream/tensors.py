@@ -86,6 +86,8 @@ def tensors_batch(
 ) -> Batch:
     """As ``named_inputs``, as a batch of ``dataset``."""
     images, when, reference = named_inputs(sensors, pixels, dates, ref_date)
+    if not len(reference):
+        raise ValueError("the batch has no samples")
     keys = tuple(map(str, range(len(reference))))
     return Batch(dataset, images, when, reference, {}, {}, keys, keys)
 

@@ -163,6 +163,7 @@ def test_a_tile_from_arrays_embeds_like_tensors(exported):
     [
         (({},), "has no arrays"),
         (({"s2": SERIES},), r"has no dates; give dates=\{'s2': '2021-06-01'\}"),
+        (({"s2": SERIES[:0]}, []), "has no dates"),
         (({"s2": SERIES}, {"s2": DAYS[:2]}), "s2 has 3 images and 2 dates"),
         (({"s2": SERIES, "a": AERIAL}, {"a": "2021-01-01"}), "s2 has 3 images and 0 dates"),
         (({"s2": SERIES}, {"s3": DAYS}), "dates of 's3', but arrays of s2"),
@@ -185,6 +186,7 @@ def test_a_tile_that_is_none_is_refused_in_one_line(arguments, message):
     [
         (3, TypeError, "aerial, s2, s1_asc, s1_des"),
         ({"s2": "x"}, TypeError, "s2 is str: give a tensor or an array"),
+        ({"s2": torch.zeros(0, 3, 10, 6, 6)}, ValueError, "the batch has no samples"),
         (
             torch.zeros(1, 1, 4, 20, 20),
             ValueError,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -71,6 +72,9 @@ def test_options_choose_sensors_dates_depths_and_scales():
     view = backbone_view(model.config, sensors=["s2"], num_dates={"s2": 2})
     backbone = backbone_of(model, view, out_indices=(0, -1), scales=(2, 1 / 3), frozen=True)
     assert (backbone.grid, backbone.out_channels, backbone.out_indices) == (3, [32, 32], (0, 2))
+    for numbers in (np.array([0, 2]), torch.tensor([0, -1])):
+        assert backbone_of(model, view, out_indices=numbers).out_indices == (0, 2)
+    assert backbone_of(model, view, out_indices=np.int64(-1)).out_indices == (2,)
     assert not any(p.requires_grad for p in backbone.parameters())
     batch = full_batch(model.config, 2)
     pixels, dates = batch.pixels["s2"][:, :2], batch.dates["s2"][:, :2]
@@ -100,6 +104,9 @@ def test_gradients_reach_every_parameter_but_the_decoder_is_not_there():
         (lambda m, b: backbone_view(m.config, num_dates={"s2": 0}), "num_dates: s2 has 0"),
         (lambda m, b: backbone_of(m, out_indices=(3,)), r"out_indices \(3,\): give ascending .* 0 to 2"),
         (lambda m, b: backbone_of(m, out_indices=(1, 0)), "ascending"),
+        (lambda m, b: backbone_of(m, out_indices="01"), "give ascending"),
+        (lambda m, b: backbone_of(m, grid=0), "grid 0: give at least 1"),
+        (lambda m, b: backbone_view(m.config, dataset="other"), "has no dataset 'other'; it has: test"),
         (lambda m, b: backbone_of(m, scales=(1,)), "give 3 positive numbers"),
         (lambda m, b: backbone_of(m, merge="sum"), "use concat or mean"),
         (

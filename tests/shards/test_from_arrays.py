@@ -94,6 +94,7 @@ def test_an_inconsistent_description_is_refused(raster, says):
     [
         ({"dates": {**DAYS, "s1": "spring"}}, "tile a: s1 has the date 'spring'; give dates"),
         ({"dates": {**DAYS, "s2": [20200301, 1, 2]}}, "tile a: s2 has the date 20200301"),
+        ({"dates": {"s2": []}}, "tile a: s2 has no dates"),
         ({"dates": {"s1": "2020-01-01"}}, r"tile a: s2 has no dates; give dates\['s2'\]"),
         (
             {"dates": {**DAYS, "s2": "2020-01-01"}},

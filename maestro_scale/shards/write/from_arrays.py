@@ -151,7 +151,7 @@ def make_tile(
             refuse_masked(key, f"{name}{suffix}", given)
     stored = {name: _dates(key, name, when) for name, when in dates.items()}
     first = next((m.name for m in spec.modalities if not m.optional or m.name in stored), "any raster")
-    if ref_date is None and first not in stored:
+    if ref_date is None and not len(stored.get(first, ())):
         raise DatasetError(f"tile {key}: {first} has no dates; give dates[{first!r}], or ref_date")
     known = {t.name: t for t in spec.targets}
     notes: list[str] = []
@@ -198,13 +198,10 @@ def tile(
     if unknown := [name for name in by_name if name not in arrays]:
         raise DatasetError(f"tile {key}: dates of {unknown[0]!r}, but arrays of {', '.join(arrays)}")
     stored = {name: _dates(key, name, by_name[name]) for name in arrays if name in by_name}
-    if ref_date is None and not stored:
+    dated = [days for days in stored.values() if len(days)]
+    if ref_date is None and not dated:
         raise DatasetError(f"tile {key}: has no dates; give dates={{{next(iter(arrays))!r}: '2021-06-01'}}")
-    reference = (
-        min(next(iter(stored.values())), key=tuple)
-        if ref_date is None
-        else _dates(key, "ref_date", ref_date)[0]
-    )
+    reference = min(dated[0], key=tuple) if ref_date is None else _dates(key, "ref_date", ref_date)[0]
     for name, array in stacked.items():
         stored.setdefault(name, reference[None].repeat(1 if len(array) == 1 else 0, axis=0))
         if len(stored[name]) != len(array):
