@@ -224,15 +224,15 @@ def shots(
 ) -> list[Shot]:
     """The images of a raster that were taken together, with their masks.
 
-    Together are images with the same key, date and other names of the pattern. Adds to ``problems`` images that lack a
-    band or a mask.
+    Together are images with the same key, date and other names of the pattern, and where a band occurs again, as where
+    ``*`` stands for the tile, the same place. Adds to ``problems`` images that lack a band or a mask.
     """
     groups: dict[tuple, list[Scene]] = {}
     for scene in bands:
         groups.setdefault(_identity(scene.ref), []).append(scene)
     found = {name: _MaskIndex(scenes) for name, scenes in masks.items()}
     result = []
-    for group in groups.values():
+    for group in (part for of_names in groups.values() for part in _by_place(of_names)):
         first = group[0]
         missing = set(range(num_bands)) - {band for scene in group for band in scene.ref.bands}
         if missing:
@@ -242,7 +242,7 @@ def shots(
                 "add the files",
             )
             continue
-        of_masks = {name: index.find(first.ref) for name, index in found.items()}
+        of_masks = {name: index.find(first) for name, index in found.items()}
         lacking = [name for name, scene in of_masks.items() if scene is None]
         for name in lacking:
             problems.add(f"images of {first.layer} lack the mask {name}", first.name, "add the files")
@@ -256,25 +256,48 @@ def _identity(ref: ImageRef) -> tuple:
     return ref.key, ref.date, ref.names, ref.part
 
 
+def _by_place(scenes: Sequence[Scene]) -> list[list[Scene]]:
+    """Scenes of the same names as images, which have a band once: all of one, or else those of each place. Of several
+    of a place, the n-th scenes with each band are one."""
+    bands = [band for scene in scenes for band in scene.ref.bands]
+    if len(set(bands)) == len(bands):
+        return [list(scenes)]
+    seen: Counter[tuple] = Counter()
+    parts: dict[tuple, list[Scene]] = {}
+    for scene in scenes:
+        place = tuple(round(side_m) for side_m in scene.box)
+        parts.setdefault((place, seen[place, scene.ref.bands]), []).append(scene)
+        seen[place, scene.ref.bands] += 1
+    return list(parts.values())
+
+
+def _common_area(a: Box, b: Box) -> float:
+    width, height = min(a.east, b.east) - max(a.west, b.west), min(a.north, b.north) - max(a.south, b.south)
+    return max(width, 0.0) * max(height, 0.0)
+
+
 class _MaskIndex:
-    """Finds the mask of an image: by key, date, and those other names that both patterns have."""
+    """Finds the mask of an image: by key, date, and those other names that both patterns have; of several, the one that
+    covers most of it."""
 
     def __init__(self, scenes: Sequence[Scene]) -> None:
         self._scenes = scenes
         self._names = {name for scene in scenes[:1] for name, _ in scene.ref.names}
         self._dated = any(scene.ref.date is not None for scene in scenes)
         self._keyed = any(scene.ref.key is not None for scene in scenes)
-        self._tables: dict[frozenset[str], dict[tuple, Scene]] = {}
+        self._tables: dict[frozenset[str], dict[tuple, list[Scene]]] = {}
 
-    def find(self, ref: ImageRef) -> Scene | None:
+    def find(self, image: Scene) -> Scene | None:
         """The mask; None if there is none."""
+        ref = image.ref
         common = frozenset(name for name, _ in ref.names) & self._names
         if common not in self._tables:
-            table: dict[tuple, Scene] = {}
+            table: dict[tuple, list[Scene]] = {}
             for scene in self._scenes:
-                table.setdefault(self._key(scene.ref, common), scene)
+                table.setdefault(self._key(scene.ref, common), []).append(scene)
             self._tables[common] = table
-        return self._tables[common].get(self._key(ref, common))
+        masks = self._tables[common].get(self._key(ref, common), [])
+        return max(masks, key=lambda mask: _common_area(mask.box, image.box), default=None)
 
     def _key(self, ref: ImageRef, names: frozenset[str]) -> tuple:
         date: Date | None = ref.date if self._dated else None

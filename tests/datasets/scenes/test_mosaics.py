@@ -107,6 +107,24 @@ def test_bands_and_masks_of_their_own_files_belong_together(tmp_path):
         located_shots(refs, tmp_path, "EPSG:32631", 2, {"cloud": clouds[:1]})
 
 
+@pytest.mark.parametrize("apart", [False, True], ids=["bands together", "bands apart"])
+def test_files_of_other_places_are_other_images_even_where_no_name_differs(tmp_path, apart):
+    """As those of ``S2_{date}_*.tif``: the left and the right half of the cell, and a mask of each."""
+    refs, clouds = [], []
+    for name, value, west in (("a", 10, WEST), ("b", 20, WEST + 160)):
+        values = np.stack([np.full((SIZE, SIZE // 2), v, "uint16") for v in (value, value + 1, value + 2)])
+        for bands in ((0,), (1,)) if apart else ((0, 1),):
+            path = write_scene(tmp_path / f"{name}{bands}.tif", values[list(bands)], west, NORTH, nodata=0)
+            refs.append(scene_ref(path, DAY, bands))
+        mask = values[2:].astype("uint8")
+        clouds.append(scene_ref(write_scene(tmp_path / f"{name}m.tif", mask, west, NORTH), DAY))
+    shots = located_shots(refs, tmp_path, "EPSG:32631", 2, {"cloud": clouds})
+    series = read(shots, 2, masks=("cloud",))
+    assert series.invalid is None
+    np.testing.assert_array_equal(series.values[0, :, 0], [[10] * 16 + [20] * 16, [11] * 16 + [21] * 16])
+    np.testing.assert_array_equal(series.masks["cloud"].values[0, 0, 0], [12] * 16 + [22] * 16)
+
+
 PLACE = Placement("EPSG:32631", (10, 0, 500_000, 0, -10, 5_000_000), 64, 64)
 
 
