@@ -91,6 +91,19 @@ def convert_ign(
     from maestro_scale.interop.transfer import transfer_table
 
     if interop.is_exported_model(src):
+        given = {
+            "--weights": weights != "raw",
+            "--dataset": dataset,
+            "--like": like,
+            "--heads": heads,
+            "--decoder-heads": decoder_heads,
+            "--fusion": fusion,
+            "--leave-out": leave_out,
+        }
+        if unused := [option for option, value in given.items() if value]:
+            raise ExportError(
+                f"{unused[0]} is for checkpoints of the authors; {src} is converted to theirs: leave it out"
+            )
         notes = convert_to_reference(src, out)
         print(f"{src} converted to the authors' format in {out}")
         for note in notes:

@@ -238,6 +238,21 @@ def test_conversion_takes_little_more_memory_than_the_file(tmp_path):
     assert int(done.stdout) < 2.5 * size
 
 
+@pytest.mark.parametrize("option", [("--weights", "ema"), ("--dataset", "flair_hub"), ("--heads", "3")])
+def test_an_option_of_their_checkpoints_is_refused_where_ours_is_converted(
+    tmp_path, capsys, monkeypatch, option
+):
+    model = Maestro(config()).initialise(0)
+    write_model(tmp_path / "ours", model.state_dict(), model.config, {})
+    arguments = ["convert-ign", str(tmp_path / "ours"), str(tmp_path / "theirs.ckpt"), *option]
+    monkeypatch.setattr(sys, "argv", ["maestro-scale", *arguments])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert exit_.value.code == 2
+    assert f"{option[0]} is for checkpoints of the authors" in capsys.readouterr().err
+    assert not (tmp_path / "theirs.ckpt").exists()
+
+
 def test_what_the_authors_code_lacks_is_said(tmp_path):
     model = Maestro(config(norm="token")).initialise(0)
     write_model(tmp_path / "ours", model.state_dict(), model.config, {})
