@@ -321,7 +321,8 @@ class _Found:
             ),
             (
                 self._empty,
-                "have no valid pixel: nothing is measured there; check nodata and masks of the files",
+                "have no valid pixel: nothing is measured there (check nodata and masks of the files), or the "
+                "area has the middle of no pixel",
             ),
         )
         return tuple(

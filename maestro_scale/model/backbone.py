@@ -51,14 +51,14 @@ class Backbone(nn.Module):
         depth = model.config.size.depth
         self.out_indices = _blocks(out_indices, depth)
         self.scales = tuple(scales) if scales is not None else (1.0,) * len(self.out_indices)
-        if len(self.scales) != len(self.out_indices) or min(self.scales) <= 0:
+        if len(self.scales) != len(self.out_indices) or not all(0 < s < math.inf for s in self.scales):
             raise ValueError(
                 f"scales {self.scales}: give {len(self.out_indices)} positive numbers, one per map"
             )
         if merge not in ("concat", "mean"):
             raise ValueError(f"merge {merge!r}: use concat or mean")
-        if grid is not None and grid < 1:
-            raise ValueError(f"grid {grid}: give at least 1 cell per side")
+        if grid is not None and not _is_count(grid):
+            raise ValueError(f"grid {grid!r}: give a whole number of cells per side, at least 1")
         self.merge, self.view, self.depth = merge, view, depth
         self.sensors = tuple(s.name for s in view.sensors)
         self.num_dates = {s.name: s.num_dates for s in view.sensors}
@@ -126,6 +126,10 @@ class Backbone(nn.Module):
         return F.interpolate(x, size=(side, side), mode="bilinear")
 
 
+def _is_count(value: object) -> bool:
+    return isinstance(value, Integral) and int(value) >= 1
+
+
 def _blocks(given: Sequence[int] | int | None, depth: int) -> tuple[int, ...]:
     if given is None:
         return evenly_spread(depth, NUM_MAPS)
@@ -158,13 +162,17 @@ def backbone_view(
         raise ValueError(f"the model has no dataset {dataset!r}; it has: {', '.join(names)}")
     view = config.for_dataset(dataset or config.dataset)
     known = {s.name: s for s in view.sensors}
+    if num_dates is not None and not isinstance(num_dates, Mapping):
+        raise ValueError(
+            f"num_dates {num_dates!r}: give dates by sensor, for example {{{next(iter(known))!r}: 2}}"
+        )
     sensors = (sensors,) if isinstance(sensors, str) else sensors
     if unknown := [n for n in (*(sensors or ()), *(num_dates or {})) if n not in known]:
         raise ValueError(f"the model has no sensor {unknown[0]!r}; it has: {', '.join(known)}")
     used = [known[n] for n in known if sensors is None or n in sensors]
     dates = {s.name: (num_dates or {}).get(s.name, s.num_dates) for s in used}
-    if bad := [n for n, count in dates.items() if count < 1]:
-        raise ValueError(f"num_dates: {bad[0]} has {dates[bad[0]]}; give at least 1")
+    if bad := [n for n, count in dates.items() if not _is_count(count)]:
+        raise ValueError(f"num_dates: {bad[0]} has {dates[bad[0]]!r}; give a whole number, at least 1")
     shapes = {s.name: (1, dates[s.name], len(s.bands), s.image_size, s.image_size) for s in used}
     return view.adapted_to(shapes, crop_m)
 

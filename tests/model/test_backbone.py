@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import math
 
 import numpy as np
 import pytest
@@ -105,7 +106,14 @@ def test_gradients_reach_every_parameter_but_the_decoder_is_not_there():
         (lambda m, b: backbone_of(m, out_indices=(3,)), r"out_indices \(3,\): give ascending .* 0 to 2"),
         (lambda m, b: backbone_of(m, out_indices=(1, 0)), "ascending"),
         (lambda m, b: backbone_of(m, out_indices="01"), "give ascending"),
-        (lambda m, b: backbone_of(m, grid=0), "grid 0: give at least 1"),
+        (lambda m, b: backbone_of(m, grid=0), "grid 0: give a whole number of cells per side, at least 1"),
+        (lambda m, b: backbone_of(m, grid=3.5), "grid 3.5: give a whole number"),
+        (lambda m, b: backbone_of(m, scales=(1, 1, math.nan)), "give 3 positive numbers"),
+        (
+            lambda m, b: backbone_view(m.config, num_dates=3),
+            "num_dates 3: give dates by sensor, .* {'aerial': 2}",
+        ),
+        (lambda m, b: backbone_view(m.config, num_dates={"s2": 1.5}), "num_dates: s2 has 1.5; give a whole"),
         (lambda m, b: backbone_view(m.config, dataset="other"), "has no dataset 'other'; it has: test"),
         (lambda m, b: backbone_of(m, scales=(1,)), "give 3 positive numbers"),
         (lambda m, b: backbone_of(m, merge="sum"), "use concat or mean"),
