@@ -120,10 +120,12 @@ def stride_m(
     if unit > most:
         unit = units[0]
     largest = max(most // unit, 1) * unit
-    if not overlap or not tokens_m:
+    # A sensor with one or two tokens in a window sees the surroundings, not a place.
+    tokens = [token for token in (round(t * _MICRO) for t in tokens_m) if 2 * token < window]
+    if not overlap or not tokens:
         return largest / _MICRO
-    tokens = [round(token * _MICRO) for token in tokens_m]
-    candidates = range(largest, max(largest - max(tokens), 0), -unit)
+    # At most four times as many windows.
+    candidates = range(largest, max(largest - max(tokens), (largest - 1) // 2), -unit)
     return min(candidates, key=lambda stride: _gap(stride, window, tokens)) / _MICRO
 
 

@@ -44,6 +44,9 @@ def test_overlapping_windows_begin_at_different_parts_of_a_token():
     assert stride_m(102.4, 0.5, [0.2, 0.2], [3.2]) == 49.6  # 15 1/2 tokens
     assert stride_m(102.4, 0.75, [0.2, 0.2], [3.2]) == 24.8  # 7 3/4 tokens
     assert stride_m(102.4, 0.5, [10.24, 0.2], [20.48, 3.2]) == 51.2  # no other multiple of both pixels
+    assert stride_m(180, 0.5, [10, 10], [60]) == 90  # its start and its middle
+    assert stride_m(160, 0.5, [10, 10], [80]) == 80  # two tokens in a window
+    assert stride_m(160, 0.5, [10, 10], [160, 20]) == 70  # one, beside small ones
     assert stride_m(160, 0, [10, 10], [40]) == 160
     assert stride_m(160, 0.9, [10, 10], [40]) == 10
 
