@@ -5,18 +5,14 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from maestro_scale.cli.extras import geo_libraries
 from maestro_scale.errors import did_you_mean
 from maestro_scale.escaping import printable, shell_command
-
-_GEO = {"rasterio", "h5py", "pandas", "pyogrio", "xarray", "pystac", "zarr", "shapely", "pyproj"}
-"""Libraries of the extras ``datasets`` and ``geo``."""
 
 if TYPE_CHECKING:
     from maestro_scale.datasets.spec import RawDataset
@@ -77,7 +73,8 @@ def describe(
     def say(message: str) -> None:
         print(f"warning: {printable(message)}", file=sys.stderr)
 
-    draft = describe_folder(src, blocks, say)
+    with geo_libraries():
+        draft = describe_folder(src, blocks, say)
     print(draft.to_yaml(), end="")
     command = shell_command("maestro-scale", "shard", "MY.yaml", draft.source, "SHARDS", "--split", "train")
     print(
@@ -136,11 +133,11 @@ def shard(
     writer_part = WriterPart.parse(part)
     _check_destination(dst)
     selected = [name.strip() for name in modalities.split(",")] if modalities else None
-    with _libraries():
+    with geo_libraries():
         raw, synthetic = _open(dataset, src, split, selected, overrides or [])
     for reason, num in getattr(raw, "left_out", {}).items():
         print(printable(f"{num} tiles {reason}: left out"))
-    with _libraries(), progress(f"shard {dataset} {split}", "samples") as update:
+    with geo_libraries(), progress(f"shard {dataset} {split}", "samples") as update:
         manifest = write_shards(
             raw,
             dst,
@@ -275,21 +272,6 @@ def _open(
     if synthetic is None and "://" not in src:
         synthetic = datasets.is_synthetic(Path(src))
     return open_described(description, src, split, modalities), synthetic
-
-
-@contextmanager
-def _libraries() -> Iterator[None]:
-    """Within the block, a library of an extra that is not installed is an error that says how to install it."""
-    from maestro_scale.datasets.spec import DatasetError
-
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in _GEO:
-            raise
-        raise DatasetError(
-            f"reading these files needs {error.name}: pip install 'maestro-scale[geo]'"
-        ) from error
 
 
 def _check_dataset(dataset: str) -> None:

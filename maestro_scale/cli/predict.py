@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from maestro_scale.cli.extras import geo_libraries
 from maestro_scale.cli.options import CACHE_DIR, CacheDir, Device, Precision, check_choice
 from maestro_scale.escaping import printable, shell_command
 
@@ -109,7 +110,7 @@ def predict(
     encoder = load_encoder(model)[0].to(used)
     how = Run(used, rank, world, batch, arithmetic)
     share = f", rank 0's share of {world}" if world > 1 else ""
-    with progress(f"predict{share}", "windows", rank) as update:
+    with geo_libraries(), progress(f"predict{share}", "windows", rank) as update:
         num_windows, notes = command.predict(encoder, src, out, options, how, update)
     if rank == 0:
         for note in notes:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -457,6 +458,14 @@ def test_what_a_raster_leaves_unmapped_is_said(valley, tmp_path):
     (note,) = notes["true"]
     assert note.startswith("dem covers 25% of what all rasters cover; the rest is not mapped")
     assert notes["false"] == ()
+
+
+def test_a_missing_library_is_named(valley, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyproj", None)
+    words = ["predict", str(valley.model), str(valley.description), str(tmp_path / "out"), "--device", "cpu"]
+    done = CliRunner().invoke(app, [*words, "--files", str(valley.scene)])
+    assert str(done.exception) == "reading these files needs pyproj: pip install 'maestro-scale[geo]'"
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_command_and_its_refusals(valley, tmp_path):
