@@ -108,8 +108,7 @@ def make_valley(folder: Path, num_steps: int = 120, shape: tuple[int, int] = (SI
         SPEC.pos_grid,
         inter_depth=1,
         ref_sensor="s2",
-        heads=SPEC.targets,
-        crop_m=160.0,
+        heads=SPEC.targets,  # without crop_m, as a finetuning writes it: the extent is in the record
         dataset="valley",
     )
     model = Maestro(config, decodes=False).initialise(0)
