@@ -88,6 +88,7 @@ def run_on_mock_batch(bench: Bench, recipe: Recipe, name: str, hooks: Sequence[H
         checkpoints=Checkpoints(run_dir, world, Retention(1, 0)),
         identity={},
         build_hooks=lambda engine, ema: hooks,
+        spike=recipe.train.spike,
     )
     with monitored(world, _HANG_S, run_dir) as watchdog:
         context = RunContext(recipe, run_dir, world, (), watchdog, StopRequest())

@@ -29,13 +29,14 @@ class Scenario:
 
 @dataclass
 class Schedule:
-    """Lets one request through at a time: ``first`` of ``a``, then ``then`` of ``b``, then alternately as they come.
+    """Lets one request through at a time: ``first`` of ``a``, ``then`` of ``b``, ``back`` of ``a``, the rest of ``b``.
 
     A writer that has ended, or waits for the other, leaves its turn to the other one.
     """
 
     first: int
     then: int = 10**6
+    back: int = 10**6
     turn: str = "a"
     counts: dict[str, int] = field(default_factory=lambda: {"a": 0, "b": 0})
     ended: set[str] = field(default_factory=set)
@@ -80,7 +81,7 @@ class Schedule:
         elif self.counts["b"] < self.then:
             turn = "b"
         else:
-            turn = "a"
+            turn = "a" if self.counts["a"] < self.first + self.back else "b"
         other = "b" if turn == "a" else "a"
         if self._last.get(turn, ("", 0))[1] >= _REPEATED:
             # It waits, so the other one runs next.

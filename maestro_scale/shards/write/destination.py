@@ -54,6 +54,7 @@ from maestro_scale.shards.write.merge import (
     add_recorded,
     add_split,
     has_record,
+    only_split,
     split_manifest,
     without_split,
     write_record,
@@ -229,7 +230,13 @@ class Destination:
                 # the condition of the write, one of the two splits would be lost.
                 existing, snapshot = self._read_manifest()
                 known = add_recorded(self.storage, existing, added) if unordered else existing
-                manifest = add_split(known, added, self.storage.address())
+                try:
+                    manifest = add_split(known, added, self.storage.address())
+                except SplitDiffers:
+                    if unordered and existing is not None:
+                        # Its own record would say to the writer of the published split that it was replaced.
+                        write_record(self.storage, only_split(existing, self.split))
+                    raise
                 if manifest == existing:  # also after one's own write: then it has not been replaced
                     if unordered and changed and not has_record(self.storage, added):
                         self._restore_split(existing, added)
@@ -250,11 +257,17 @@ class Destination:
             "command again, finished shards are kept"
         )
 
-    def _restore_split(self, existing: Manifest, added: Manifest) -> NoReturn:
-        """Put the split of another writer back, which published it while the write of ``added`` was on its way."""
+    def _restore_split(self, existing: Manifest, added: Manifest) -> None:
+        """Put the split of another writer back, which published it while the write of ``added`` was on its way.
+
+        SplitDiffers then. If the other writer has given up, ``added`` remains.
+        """
         restored = add_recorded(self.storage, without_split(existing, self.split), added, also_same=True)
-        if restored is not None and self.split in restored.splits:
-            self.storage.write(MANIFEST, restored.dumps().encode())
+        recorded = restored is not None and self.split in restored.splits
+        if restored is None or not recorded or restored.shards_of([self.split]) == added.shards:
+            write_record(self.storage, added)
+            return
+        self.storage.write(MANIFEST, restored.dumps().encode())
         raise SplitDiffers(
             f"{self.storage.address()}: split {self.split!r} was published by another writer while this one did not "
             "respond; its shards are kept"

@@ -103,6 +103,11 @@ def has_record(storage: Storage, added: Manifest) -> bool:
         return False
 
 
+def only_split(existing: Manifest, split: str) -> Manifest:
+    """``existing`` with one of its splits alone."""
+    return replace(existing, shards=existing.shards_of([split]))
+
+
 def without_split(existing: Manifest, split: str) -> Manifest | None:
     """``existing`` without a split; None if it has no other."""
     shards = tuple(shard for shard in existing.shards if shard.split != split)
