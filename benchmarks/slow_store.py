@@ -82,9 +82,9 @@ def _serve(pipe: Connection, folder: Path, delay_s: float, bytes_per_s: float) -
         def _answer(self, with_body: bool) -> None:
             if self.path == "/_requests":
                 found = {"get": counts["GET"], "head": counts["HEAD"], "first": first[0] if first else None}
-                self._send_json(json.dumps(found).encode())
                 first.clear()
                 counts.clear()
+                self._send_json(json.dumps(found).encode())
                 return
             counts[self.command] += 1
             if with_body and self.path.endswith(_SHARDS):
