@@ -25,10 +25,11 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar, cast
 from unittest import mock
 
 import torch
@@ -42,39 +43,45 @@ from maestro_scale.training.checkpoint.folder import STATE, staging_of
 from maestro_scale.training.checkpoint.pieces import share_of, write_index, write_piece
 from maestro_scale.training.checkpoint.record import Position
 from maestro_scale.training.checkpoint.retention import Retention
+from maestro_scale.training.checkpoint.state import TrainState
+from maestro_scale.training.distributed import World
+from maestro_scale.training.fragments import ShardedState
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
 MIN_RATIO = 0.7
+CPU = torch.device("cpu")
+T = TypeVar("T")
 
 
-class Rank:
-    """One rank of several whose collectives cost nothing."""
+@dataclass(frozen=True)
+class Rank(World):
+    """One rank of several whose collectives cost nothing. ``told``: what rank 0 sends to another."""
 
-    def __init__(self, rank: int, size: int, told: Any = None) -> None:
-        self.rank, self.size, self.is_main = rank, size, rank == 0
-        self._told = told
+    local_rank: int = 0
+    device: torch.device = CPU
+    told: Any = None
 
     def barrier(self) -> None:
         """No other rank is waited for."""
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather(self, value: str | None) -> list[str | None]:
         return [value] * self.size
 
-    def from_main(self, value: Any) -> Any:
-        return value if self.is_main else self._told
+    def from_main(self, value: T) -> T:
+        return value if self.is_main else self.told
 
 
-class State:
-    """A rank's slices, in place of ``TrainState``: equal parts of ``parameters`` tensors of ``numel`` elements each."""
+class State(TrainState):
+    """A rank's slices of a state without a model: equal parts of ``parameters`` tensors of ``numel`` elements each."""
 
     def __init__(self, rank: int, size: int, parameters: int, numel: int) -> None:
+        super().__init__(cast(ShardedState, SimpleNamespace(adam_step=5)), None)  # nothing else of it is read
         first, stop = numel * rank // size, numel * (rank + 1) // size
         values = {kind: torch.full((stop - first,), float(rank)) for kind in KINDS}
         self._slices = [
             ParameterSlice(f"encoder.blocks.{i // 12}.parameter.{i % 12}", (numel,), first, values)
             for i in range(parameters)
         ]
-        self.sharded = SimpleNamespace(adam_step=5)
 
     def pieces(self) -> list[ParameterSlice]:
         return self._slices
@@ -115,7 +122,7 @@ def measure_disk(work: Path, megabytes: int, rounds: int) -> dict[str, Any]:
     numel = megabytes * 10**6 // 12 // 16
     tensors = {f"{kind}/{i}": torch.rand(numel) for kind in KINDS for i in range(16)}
     restored = {name: torch.empty_like(t) for name, t in tensors.items()}
-    blocks = [memoryview(t.numpy()).cast("B") for t in tensors.values()]
+    blocks = [t.numpy().data.cast("B") for t in tensors.values()]
     folder = work / "step_00000001"
     (folder / STATE).mkdir(parents=True)
     found: dict[str, list[float]] = {"save": [], "write": [], "load": [], "read": [], "hash": []}
@@ -189,7 +196,7 @@ def measure_ranks(work: Path, ranks: int, parameters: int, rounds: int) -> dict[
                 time.sleep(0.01)
         found["blocked_s"].append(blocked + seconds(checkpoints.advance))
         last = State(ranks - 1, ranks, parameters, numel)
-        resuming = Checkpoints(run_dir, Rank(ranks - 1, ranks, [folder.name]), Retention(1))
+        resuming = Checkpoints(run_dir, Rank(ranks - 1, ranks, told=[folder.name]), Retention(1))
         processor = time.process_time()
         found["resume_s"].append(seconds(partial(resuming.resume, last, {"seed": 0})))
         found["resume_processor_s"].append(time.process_time() - processor)

@@ -18,6 +18,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -69,21 +70,28 @@ def pretrain(out: Path, seed: int, steps: int) -> Path:
 
 
 def evaluate(
-    out: Path, name: str, target: str, seeds: Sequence[int], recipe: str, **encoder: str
+    out: Path,
+    name: str,
+    target: str,
+    seeds: Sequence[int],
+    recipe: str,
+    checkpoint: str | None = None,
+    baseline: str | None = None,
 ) -> dict[str, EvalResult]:
-    """{mode: result} of one encoder on one target; ``encoder``: checkpoint or baseline."""
+    """{mode: result} of one encoder, which is a checkpoint or a baseline, on one target."""
     folder = out / "results" / name / target
     if not all((folder / mode / RESULTS).exists() for mode in MODES):
         run_evaluation(
             EvalOptions(
                 str(ROOT / "recipes" / "eval" / recipe),
                 folder,
+                checkpoint=checkpoint,
+                baseline=baseline,
                 modes=MODES,
                 target=target,
                 seeds=seeds,
                 features=out / "features",
                 overrides=("tracking.enabled=false", f"seed={seeds[0]}", *_places(out)),
-                **encoder,
             )
         )
     return {mode: EvalResult.load(folder / mode / RESULTS) for mode in MODES}
@@ -97,7 +105,7 @@ def _places(out: Path) -> tuple[str, ...]:
     )
 
 
-def _row(name: str, target: str, mode: str, results: Sequence[EvalResult]) -> dict[str, object]:
+def _row(name: str, target: str, mode: str, results: Sequence[EvalResult]) -> dict[str, Any]:
     """One encoder, target and mode; ``results``: one per pretraining."""
     values = [r.value for r in results]
     return {
@@ -113,7 +121,7 @@ def _row(name: str, target: str, mode: str, results: Sequence[EvalResult]) -> di
     }
 
 
-def table(rows: Sequence[Mapping[str, object]]) -> str:
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Markdown: a row per encoder and mode, a column per target; the mean over pretrainings and of their intervals."""
     lines = [
         "| encoder | mode | land cover, wF1 % | moisture terciles, wF1 % | moisture, RMSE % | R² |",
@@ -128,7 +136,7 @@ def table(rows: Sequence[Mapping[str, object]]) -> str:
     return "\n".join(lines)
 
 
-def _cell(row: Mapping[str, object]) -> str:
+def _cell(row: Mapping[str, Any]) -> str:
     scale = 1 if row["metric"] == "rmse" else 100
     values, intervals = row["values"], row["intervals"]
     mean = scale * sum(values) / len(values)

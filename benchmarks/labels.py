@@ -18,6 +18,7 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -49,7 +50,7 @@ SCHEDULES = {
 
 def evaluate(
     args: argparse.Namespace, encoder: list[str], out: Path, modes: tuple[str, ...], more: tuple[str, ...]
-):
+) -> dict[str, EvalResult]:
     """{mode: result} of one evaluation command."""
     run = args.quickstart / "runs" / "quickstart"
     command = [sys.executable, str(EVALUATE), f"--recipe={run / 'recipe.yaml'}", *encoder, f"--out={out}"]
@@ -86,7 +87,7 @@ def main() -> int:
             for name, words in encoders.items()
         }
         for mode in modes:
-            row = {"course": schedule, "mode": mode}
+            row: dict[str, Any] = {"course": schedule, "mode": mode}
             row |= {name: [f[mode].value, *f[mode].interval] for name, f in found.items()}
             rows.append(row | {"apart": row["pretrained"][1] > row["untrained"][2]})
     best = evaluate(args, ["--baseline=oracle"], args.work / "oracle", (), ())["oracle"]

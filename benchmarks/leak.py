@@ -81,10 +81,9 @@ def main() -> None:
         entering = {}
         for s in config.sensors:
             visible = ~masks_by_sensor(config, masks)[s.name]
+            embed = next(model.patch_embed[s.embed].children())  # the only group of tokens
             before, after = (
-                model.patch_embed[s.embed][0](patchify(network_input(s, b.pixels[s.name]), s.patch)).flatten(
-                    1, 2
-                )[visible.flatten(1)]
+                embed(patchify(network_input(s, b.pixels[s.name]), s.patch)).flatten(1, 2)[visible.flatten(1)]
                 for b in (batch, other)
             )
             entering[s.name] = change(before, after)

@@ -33,6 +33,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -71,7 +72,8 @@ class Cost:
 
 def read_all(read: Read, ranges: Sequence[Range]) -> Cost:
     """Read every range over ``CONNECTIONS`` threads; the data is discarded."""
-    queue, lock, errors = iter(ranges), threading.Lock(), []
+    queue, lock = iter(ranges), threading.Lock()
+    errors: list[Exception] = []
 
     def work() -> None:
         while True:
@@ -152,7 +154,8 @@ def ranges_of(shards: Sequence[ShardInfo]) -> list[Range]:
 
 def some_shards(folder: Path) -> list[ShardInfo]:
     """The first shards of a dataset, up to ``PASS_BYTES``."""
-    found, size = [], 0
+    found: list[ShardInfo] = []
+    size = 0
     for info in Manifest.load(str(folder)).shards_of(["train"]):
         if found and size + info.bytes > PASS_BYTES:
             break
@@ -180,6 +183,11 @@ def one_pass(store: str, url: str, shards: Sequence[ShardInfo], cache: Path) -> 
     seen = requests_since(store)
     assert seen.first is not None
     return ended - seen.first, seen
+
+
+def object_url(folder: str, name: str) -> str:
+    """URL of an object of the emulated store."""
+    return f"{folder}/{name}"
 
 
 def clients(url: str, address: Callable[[str], str]) -> dict[str, Read]:
@@ -216,7 +224,7 @@ def compare_passes(
     """
     shards, url = some_shards(folder), f"s3://{dataset}/{folder.name}"
     size, samples = sum(s.bytes for s in shards), sum(s.samples for s in shards)
-    read = bare(lambda name: f"{store}/{dataset}/{folder.name}/{name}")
+    read = bare(partial(object_url, f"{store}/{dataset}/{folder.name}"))
     speeds, shares = [], []
     for _ in range(rounds):
         link = read_all(read, ranges_of(shards)).mb_per_s
@@ -326,7 +334,7 @@ def measure(folders: dict[str, Path], args: argparse.Namespace) -> dict[str, Any
         with serve(args.work, DELAY_S, rate) as store:
             os.environ |= {"AWS_ENDPOINT_URL": store, "AWS_ALLOW_HTTP": "true"}
             url = f"s3://{client}/{folder.name}"
-            readers = clients(url, lambda n, at=store: f"{at}/{client}/{folder.name}/{n}")
+            readers = clients(url, partial(object_url, f"{store}/{client}/{folder.name}"))
             place = f"emulated, {CONNECTIONS * rate / 1e6:.0f} MB/s"
             found["clients"].append(compare_clients(place, readers, ranges, args.rounds))
             for dataset, data in folders.items():
@@ -359,7 +367,8 @@ def main() -> int:
     parser.add_argument("--first-batch", nargs=2, metavar=("URL", "DATASET"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.first_batch:
-        print(first_batch(*args.first_batch, args.work))
+        url, dataset = args.first_batch
+        print(first_batch(url, dataset, args.work))
         return 0
     args.work.mkdir(parents=True, exist_ok=True)
     folders = {name: build(args.work, name) for name in args.datasets}

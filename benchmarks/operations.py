@@ -24,7 +24,7 @@ from collections import Counter
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -140,7 +140,7 @@ def micro_batch_operations(dataset: str, size: str, precision: str) -> Operation
     entry = recipe.data.mixture[0]
     spec = resolve_spec(datasets.spec(entry.dataset), entry, 0)
     config = build_model_config(recipe, [spec])
-    batch = mock_batch(Source(spec=spec, shards=(), store=None), config.dataset, MICRO_BATCH)
+    batch = mock_batch(Source(spec=spec, shards=(), store=cast(Any, None)), config.dataset, MICRO_BATCH)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake:
         if precision == "bf16_weights":

@@ -26,6 +26,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -36,7 +37,7 @@ from maestro_scale.recipe import Recipe, load_recipe
 from maestro_scale.stream.loader import Step, TrainLoader
 from maestro_scale.tracking.observers import observers_for
 from maestro_scale.training.distributed import World, destroy_process_group, init_distributed
-from maestro_scale.training.engine import Engine
+from maestro_scale.training.engine import Engine, StepResult
 from maestro_scale.training.pretrain import pretrain
 from maestro_scale.training.run_dir import git_revision
 from maestro_scale.training.stop import StopRequest
@@ -62,7 +63,7 @@ def step_times(recipe: Recipe, run_dir: Path, world: World, model: bool) -> list
     """Seconds of each step, without the first ``WARMUP_STEPS``; every second step writes a log line."""
     marks: list[float] = []
     steps, step = TrainLoader.steps, Engine.step
-    first = []
+    first: list[StepResult] = []
 
     def repeat_batch(self: TrainLoader, start_samples: int, num_steps: int) -> Iterator[Step]:
         data = next(steps(self, start_samples, num_steps))
@@ -70,7 +71,7 @@ def step_times(recipe: Recipe, run_dir: Path, world: World, model: bool) -> list
             marks.append(time.perf_counter())
             yield replace(data, dataset_step=turn)
 
-    def reuse_result(self: Engine, *args):
+    def reuse_result(self: Engine, *args: Any) -> StepResult:
         if not first:
             first.append(step(self, *args))
         return first[0]

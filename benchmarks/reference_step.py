@@ -13,10 +13,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
-from torch import Tensor
+from torch import Tensor, nn
 
 from maestro_scale.datasets.spec import Sensor
-from maestro_scale.model.embed import network_input
+from maestro_scale.model.embed import MaskTokens, PatchEmbed, network_input
 from maestro_scale.model.encodings import date_encoding
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.model.masking import MaskingConfig, num_masked
@@ -38,15 +38,16 @@ def reference_loss(
     tokens = {s.name: tokens[s.name] + _encoding(model, "enc", s, batch) for s in view.sensors}
     hidden = hidden if hidden is not None else host_masks(model, batch, masking)
     device = batch.ref_date.device
-    encoded, order = {}, {}
+    encoded: Grids = {}
+    order: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
     for q in sequences(view):
         mask = hidden[q.name].to(device)
-        order[q.name] = mask.float().argsort(dim=1, descending=True, stable=True)
+        hidden_first = mask.float().argsort(dim=1, descending=True, stable=True)
         num_masked = int(mask[0].sum())
-        visible, _ = order[q.name][:, num_masked:].sort(dim=1)
+        visible, _ = hidden_first[:, num_masked:].sort(dim=1)
         rows = torch.arange(len(mask), device=device)[:, None]
         encoded[q.name] = _run(model.encoders[q.encoder], pack(q, tokens)[rows, visible])
-        order[q.name] = order[q.name][:, :num_masked].sort(dim=1).values, visible, rows
+        order[q.name] = hidden_first[:, :num_masked].sort(dim=1).values, visible, rows
     if model.inter is not None:
         joined = _run(model.inter, torch.cat(list(encoded.values()), dim=1))
         encoded = dict(zip(encoded, joined.split([x.shape[1] for x in encoded.values()], dim=1), strict=True))
@@ -68,7 +69,7 @@ def reference_loss(
 def host_masks(model: Maestro, batch: Batch, masking: MaskingConfig) -> Grids:
     """Masks drawn on the host; {sequence: (rows, N) bool}."""
     view, size = model.view(batch.dataset), len(batch)
-    structure = {}
+    structure: Grids = {}
     redraw = True
     while redraw:
         drawn = {}
@@ -98,8 +99,9 @@ def host_masks(model: Maestro, batch: Batch, masking: MaskingConfig) -> Grids:
 
 def _embed(model: Maestro, sensor: Sensor, image: Tensor) -> Tensor:
     groups = model.config.token_groups(sensor)
+    embeds = [m for m in model.patch_embed[sensor.embed].children() if isinstance(m, PatchEmbed)]
     parts = []
-    for embed, bands in zip(model.patch_embed[sensor.embed], image.split(list(groups), dim=2), strict=True):
+    for embed, bands in zip(embeds, image.split(list(groups), dim=2), strict=True):
         x = rearrange(bands, "b d c h w -> (b d) c h w").to(embed.proj.weight.dtype)
         kernel = embed.proj.weight.view(-1, x.shape[1], sensor.patch, sensor.patch)
         x = F.conv2d(x, kernel, embed.proj.bias, stride=sensor.patch)
@@ -124,8 +126,10 @@ def _encoding(model: Maestro, role: str, sensor: Sensor, batch: Batch) -> Tensor
     return place + F.pad(when, (place.shape[-1] - when.shape[-1], 0))
 
 
-def _run(stack: Transformer, x: Tensor) -> Tensor:
+def _run(stack: nn.Module, x: Tensor) -> Tensor:
+    assert isinstance(stack, Transformer)
     for block in stack.blocks:
+        assert isinstance(block, Block)
         x = x + _attention(block, block.attn_norm(x))
         x = x + block.down(F.gelu(block.up(block.mlp_norm(x))))
     return stack.norm(x)
@@ -146,7 +150,9 @@ def _decode(
     masked, visible, rows = order
     blanks = {}
     for s in q.sensors:
-        vectors = model.mask_token[s.name].vectors.repeat_interleave(s.num_dates, dim=0)
+        token = model.mask_token[s.name]
+        assert isinstance(token, MaskTokens)
+        vectors = token.vectors.repeat_interleave(s.num_dates, dim=0)
         blanks[s.name] = vectors[None, :, None].expand(len(batch), -1, s.grid**2, -1)
     blank = pack(q, blanks)
     seen = model.to_decoder[q.encoder](encoded)
@@ -159,8 +165,9 @@ def _decode(
 
 def _pixels(model: Maestro, sensor: Sensor, grids: Tensor) -> Tensor:
     groups = model.config.token_groups(sensor)
+    linears = [m for m in model.to_pixels[sensor.embed].children() if isinstance(m, nn.Linear)]
     parts = []
-    for linear, tokens in zip(model.to_pixels[sensor.embed], grids.chunk(len(groups), dim=1), strict=True):
+    for linear, tokens in zip(linears, grids.chunk(len(groups), dim=1), strict=True):
         x = rearrange(tokens, "b d (h w) e -> (b d) e h w", h=sensor.grid)
         x = F.conv2d(x, linear.weight[:, :, None, None], linear.bias)
         x = rearrange(x, "n (p q c) h w -> n c (h p) (w q)", p=sensor.patch, q=sensor.patch)

@@ -68,13 +68,16 @@ torch.save({"state_dict": module.weights, "hyper_parameters": hyper, "epoch": 1,
 def measure(name: str, inter_depth: int, folder: Path) -> dict[str, Any]:
     """The round trip of one model. AssertionError where a weight differs."""
     spec = datasets.spec(name)
-    view = {
-        "pos_grid": spec.pos_grid,
-        "crop_m": spec.crop_m,
-        "ref_sensor": spec.ref_sensor,
-        "dataset": spec.name,
-    }
-    model = Maestro(ModelConfig(spec.sensors, SIZES["base"], inter_depth=inter_depth, **view))
+    config = ModelConfig(
+        dataset=spec.name,
+        sensors=spec.sensors,
+        pos_grid=spec.pos_grid,
+        ref_sensor=spec.ref_sensor,
+        crop_m=spec.crop_m,
+        size=SIZES["base"],
+        inter_depth=inter_depth,
+    )
+    model = Maestro(config)
     model.initialise(0).requires_grad_(False)
     parameters = sum(p.numel() for p in model.parameters())
     write_model(folder / "ours", model.state_dict(), model.config, {"step": 5, "epoch": 1})

@@ -231,7 +231,8 @@ def downloads_of_node(source: Source, node: int, start: int, steps: int) -> Iter
     streams = [loader._requests(start, start + steps) for loader in ranks]
     there: set[int] = set()
     for _ in range(steps):
-        asked, used = set(), set()
+        asked: set[int] = set()
+        used: set[int] = set()
         for stream in streams:
             request = next(stream)  # one micro-batch per step
             used.update(ref.shard for ref in request.refs)

@@ -188,7 +188,7 @@ def shard(description: Path, src: Path, dst: Path, workers: int) -> Cost:
     """Run `maestro-scale shard`, from start to manifest."""
     shutil.rmtree(dst, ignore_errors=True)
     program = Path(sys.executable).parent / "maestro-scale"
-    words = ["shard", description, src, dst, "--split=train", f"--workers={workers}"]
+    words = ["shard", str(description), str(src), str(dst), "--split=train", f"--workers={workers}"]
     started, before = time.perf_counter(), children_s()
     process = subprocess.Popen([program, *words], stdout=subprocess.DEVNULL)
     peak = 0

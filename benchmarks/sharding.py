@@ -26,8 +26,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -66,7 +67,7 @@ def write_raw(src: Path, tiles: int, scenes: int) -> list[str]:
             folder = f"{domain}_{product.name}"
             source = given.path(patches[i % scenes].key, product)
             name = f"{folder}/{zone}/{folder}_{zone}_{position}.tif"
-            target.write(name, lambda path, s=source: shutil.copyfile(s, path) and None)
+            target.write(name, partial(shutil.copyfile, source))
     keys = [patch.key for patch in patches]
     outlines = [flair_hub_synth.square(*patch.origin) for patch in patches]
     for sensor in dict.fromkeys(product.dates for product in PRODUCTS):
@@ -75,7 +76,7 @@ def write_raw(src: Path, tiles: int, scenes: int) -> list[str]:
         table = {"patch_id": np.array(keys, object), "acquisition_dates": np.array(texts, object)}
         target.write(
             f"{flair_hub.FOLDER}/GLOBAL_{sensor}_MTD_DATES.gpkg",
-            lambda path, t=table: flair_hub_synth.write_gpkg(path, t, outlines),
+            partial(flair_hub_synth.write_gpkg, columns=table, outlines=outlines),
         )
     return keys
 
@@ -139,7 +140,7 @@ def timed_read(paths: list[Path], workers: int) -> Cost:
         multiprocessing.connection.wait([p.sentinel for p in processes], timeout_s)
         return not any(p.is_alive() for p in processes)
 
-    cost = cost_of(lambda: [p.pid for p in processes], over, started)
+    cost = cost_of(lambda: [p.pid for p in processes if p.pid is not None], over, started)
     if any(p.exitcode for p in processes):
         raise SystemExit("a reading process failed")
     return cost
@@ -213,9 +214,7 @@ def write_metadata(src: Path, own_dates: bool) -> None:
 
     target = Destination(src, {"dataset": "metadata", "own_dates": str(own_dates)})
     for sensor, count in ({"AERIAL": 1} | NUM_DATES).items():
-        target.write(
-            f"{flair_hub.FOLDER}/GLOBAL_{sensor}_MTD_DATES.gpkg", lambda path, n=count: write(path, n)
-        )
+        target.write(f"{flair_hub.FOLDER}/GLOBAL_{sensor}_MTD_DATES.gpkg", partial(write, count=count))
     for product in PRODUCTS:
         for i in range(NUM_DOMAINS):
             (src / f"D{i:03d}-2019_{product.name}").mkdir(exist_ok=True)
@@ -266,7 +265,7 @@ def main() -> None:
         (raw / f"{name}.csv").write_text("\n".join(["patch_id", *keys]) + "\n")
     paths = preset_files(raw, every)
     os.sync()
-    rounds = []
+    rounds: list[dict[str, Any]] = []
     for _ in range(args.repeats):
         num_bytes = evict(paths)
         reading = timed_read(paths, args.workers)

@@ -18,7 +18,7 @@ import math
 import platform
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -121,7 +121,7 @@ def main() -> int:
     table = Table(title="true difference within the 95 % interval, % of draws (half width in points)")
     for column in ("large", "seeds", *INTERVALS):
         table.add_column(column, justify="right")
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, scenario in SCENARIOS.items():
         true, error = true_difference(scenario)
         for num_seeds in NUM_SEEDS:

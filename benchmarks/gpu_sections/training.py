@@ -112,7 +112,7 @@ def new_model(config: ModelConfig, seed: int) -> Maestro:
     """``Maestro(config).initialise(seed)``, without the 8 s in which torch initialises a large one before."""
     with torch.device("meta"):
         model = Maestro(config)
-    return cast(Maestro, model.to_empty(device="cpu")).initialise(seed)
+    return model.to_empty(device="cpu").initialise(seed)
 
 
 def losses(run_dir: Path) -> list[float]:

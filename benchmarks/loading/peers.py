@@ -62,10 +62,11 @@ def _arrays(path: Path) -> dict[str, bytes]:
 def _pack(samples: Samples, out: Path, members: Callable[[Path], dict[str, bytes]]) -> None:
     """Write the members of each sample, {suffix: content}, into tars of about ``_CHUNK_BYTES``."""
     out.mkdir()
-    writer, size = None, _CHUNK_BYTES
+    writer: tarfile.TarFile | None = None
+    size = 0
     for number, path in enumerate(samples):
-        if size >= _CHUNK_BYTES:
-            if writer:
+        if writer is None or size >= _CHUNK_BYTES:
+            if writer is not None:
                 writer.close()
             writer, size = tarfile.open(out / f"{number:06d}.tar", "w"), 0  # noqa: SIM115
         for suffix, content in members(path).items():
@@ -73,7 +74,8 @@ def _pack(samples: Samples, out: Path, members: Callable[[Path], dict[str, bytes
             member.size = len(content)
             size += member.size
             writer.addfile(member, io.BytesIO(content))
-    writer.close()
+    if writer is not None:
+        writer.close()
 
 
 def _webdataset(urls: list[str], arrays: Callable[[dict[str, Any]], Fields], decode: bool) -> Any:

@@ -131,8 +131,7 @@ class Preparation:
         for s in layout.sensors:
             window = _window(corner_m, s.resolution_m, s.size, s.side)
             chosen = self._dates(fields, s, window)
-            pixels = fields[s.field][(..., *window)] if window else fields[s.field]
-            pixels = pixels[chosen]
+            pixels = _cropped(fields[s.field], window)[chosen]
             if s.bands:
                 pixels = pixels[:, s.bands]
             if pixels.dtype.kind == "f":
@@ -143,11 +142,11 @@ class Preparation:
         for t in layout.targets:
             window = _window(corner_m, t.resolution_m, t.size, t.side) if t.size else ()
             if t.shares_of:
-                classes = fields[t.shares_of][(..., *window)]
+                classes = _cropped(fields[t.shares_of], window)
                 counts = np.bincount(classes.reshape(-1), minlength=256)[list(t.classes)]
                 out[t.field][row] = counts / np.float32(classes.size)
             elif t.side:
-                out[t.field][row] = _oriented(fields[t.field][(..., *window)], flips)
+                out[t.field][row] = _oriented(_cropped(fields[t.field], window), flips)
             else:
                 out[t.field][row] = fields[t.field]
 
@@ -158,7 +157,7 @@ class Preparation:
             return np.arange(s.num_dates) * stored // s.num_dates
         priority = rng.random(stored)
         if s.has_mask:
-            mask = fields[f"{s.field}.mask"][(..., *window)]
+            mask = _cropped(fields[f"{s.field}.mask"], window)
             priority += mask.reshape(stored, -1).max(axis=1) > s.mask_threshold
         size = stored // s.num_dates
         skip = int(rng.integers(stored % s.num_dates + 1))
@@ -171,6 +170,13 @@ def _window(corner_m: np.ndarray, resolution_m: float, size: int, side: int) -> 
         return ()
     top, left = (min(round(m / resolution_m), size - side) for m in corner_m)
     return slice(top, top + side), slice(left, left + side)
+
+
+def _cropped(pixels: np.ndarray, window: tuple[slice, ...]) -> np.ndarray:
+    if not window:
+        return pixels
+    rows, columns = window
+    return pixels[..., rows, columns]
 
 
 def _oriented(pixels: np.ndarray, flips: int) -> np.ndarray:

@@ -66,12 +66,12 @@ def _ours(request: dict[str, Any]) -> Any:
     layout = Layout.read(folder / "layout.json")
     kind, _, codec = request["variant"].partition(", ")
     bound = ours.LowerBound(folder)  # made once: only its passes are measured
-    passes = {
+    passes: dict[str, Callable[[], Iterator[Any]]] = {
         "lower bound": bound,
         "ours": lambda: ours.shards(str(shards_of(folder, codec)), dataset, layout.batch, folder / "cache"),
         "authors' files": lambda: ours.files(folder, dataset, Preparation(layout)),
-    }[kind]
-    return processor_time_us(passes, layout.batch, request["seconds"])
+    }
+    return processor_time_us(passes[kind], layout.batch, request["seconds"])
 
 
 def main(kind: str) -> None:
