@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from contextlib import closing
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ class S3Client:
         given = {name: value for name, value in own.items() if value is not None}
         self._fs = fs
         session = Session(**fs.kwargs)
+        session.register_component("data_loader", _loader(session.get_config_variable("data_path")))
         _check_certificates(session.get_config_variable("ca_bundle"))
         self._client = session.create_client("s3", config=Config(**config), **given)
 
@@ -65,6 +67,14 @@ class S3Client:
         except ClientError as error:
             raise translate_boto_error(error) from error
         return b"".join(pieces)
+
+
+@cache
+def _loader(data_path: str | None) -> Any:
+    """botocore's descriptions of S3 and its endpoints. Parsing them takes most of the time of a first client."""
+    from botocore.loaders import create_loader
+
+    return create_loader(data_path)
 
 
 def _check_certificates(bundle: str | None) -> None:

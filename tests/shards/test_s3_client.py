@@ -87,3 +87,16 @@ def test_errors_are_those_of_s3fs(code, kind):
     made._client = SimpleNamespace(get_object=refuse)
     with pytest.raises(kind):
         made.read("bucket/name", None, None, timeout_s=1)
+
+
+def test_a_second_client_parses_no_description_of_services_again(monkeypatch):
+    from botocore.loaders import JSONFileLoader
+
+    client()
+    parsed = []
+    load = JSONFileLoader.load_file
+    monkeypatch.setattr(
+        JSONFileLoader, "load_file", lambda self, path: parsed.append(path) or load(self, path)
+    )
+    client()
+    assert parsed == []
