@@ -93,7 +93,8 @@ def test_what_python_reads_at_its_start_needs_a_process_of_its_own():
     client.env = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "train.py"]
     assert client.suits(command, {**client.env, "ANYTHING": "1"})
-    assert not client.suits(command, {**client.env, "PYTHONPATH": "/elsewhere"})
+    assert client.suits(command, {**client.env, "PYTHONPATH": os.pathsep.join(sys.path)})
+    assert not client.suits(command, {**client.env, "PYTHONPATH": os.pathsep.join([*sys.path, "/elsewhere"])})
     assert not client.suits(command, {**client.env, "LD_PRELOAD": "libfaketime.so"})
     assert not client.suits(command, {k: v for k, v in client.env.items() if k != "OMP_NUM_THREADS"})
     assert not client.suits([sys.executable, "-c", "pass"], client.env)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import json
 import os
 import runpy
@@ -86,12 +87,14 @@ class Server:
 
     def suits(self, command: Sequence[str], env: Mapping[str, str]) -> bool:
         """Whether a command would run as in a process of its own."""
-        names = {n for n in (*env, *self.env) if n.startswith(_AT_IMPORT)}
+        names = {n for n in (*env, *self.env) if n.startswith(_AT_IMPORT)} - {"PYTHONPATH"}
         return (
             len(command) > 1
             and command[0] == sys.executable
             and not command[1].startswith("-")
             and all(env.get(name) == self.env.get(name) for name in names)
+            # Of other folders, it could name other modules than those that are imported.
+            and set(_folders(env)) <= {*sys.path, *_folders(self.env)}
         )
 
     def start(
@@ -130,6 +133,11 @@ class Server:
         return json.loads(message)
 
 
+def _folders(env: Mapping[str, str]) -> list[str]:
+    """Those of PYTHONPATH."""
+    return [folder for folder in env.get("PYTHONPATH", "").split(os.pathsep) if folder]
+
+
 _server: list[Server] = []
 
 
@@ -160,6 +168,7 @@ def _preload() -> None:
 def _serve(fd: int) -> NoReturn:
     client = socket.socket(fileno=fd)
     _preload()
+    gc.freeze()  # DeepSpeed collects garbage often, which would visit all that was imported
     woken, wake = socket.socketpair()
     woken.setblocking(False)
     wake.setblocking(False)
@@ -218,7 +227,7 @@ def _become(request: dict[str, Any], outputs: Sequence[int]) -> NoReturn:
     os.environ.update(request["env"])
     os.chdir(request["cwd"])
     sys.argv = request["args"]
-    sys.path[0] = str(Path(sys.argv[0]).parent)
+    sys.path[:1] = [str(Path(sys.argv[0]).parent), *_folders(os.environ)]
     code = _exit_code(lambda: runpy.run_path(sys.argv[0], run_name="__main__"))
     threading._shutdown()  # type: ignore[attr-defined]  # as the interpreter does at its end
     atexit._run_exitfuncs()
