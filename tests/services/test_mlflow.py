@@ -79,7 +79,9 @@ def server(ceph, tmp_path_factory):
 
 @pytest.fixture
 def trainer(server, synthetic_shards, tmp_path) -> Trainer:
-    return Trainer(write_recipe(tmp_path, synthetic_shards), env={"MLFLOW_TRACKING_URI": server.uri})
+    return Trainer(
+        write_recipe(tmp_path, synthetic_shards, workers=0), env={"MLFLOW_TRACKING_URI": server.uri}
+    )
 
 
 def client(server):

@@ -13,7 +13,7 @@ SETTINGS = ["--set", "tracking.enabled=true", "train.micro_batch=8", "data.worke
 def test_the_curve_of_a_finetuning_is_nested_in_its_pretraining(synthetic_shards, tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     recipe, run_dir, out = (
-        write_recipe(tmp_path, synthetic_shards),
+        write_recipe(tmp_path, synthetic_shards, workers=0),
         tmp_path / "runs" / "run",
         tmp_path / "out",
     )

@@ -14,7 +14,7 @@ from maestro_scale.training.determinism import configure_determinism
 
 @pytest.fixture
 def recipe(synthetic_shards, tmp_path):
-    return write_recipe(tmp_path, synthetic_shards)
+    return write_recipe(tmp_path, synthetic_shards, workers=0)
 
 
 HAS_SETTING = hasattr(torch._inductor.config, "deterministic")  # not before torch 2.9

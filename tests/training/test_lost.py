@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def trainer(synthetic_shards, tmp_path_factory) -> Trainer:
-    return Trainer(write_recipe(tmp_path_factory.mktemp("recipe"), synthetic_shards))
+    return Trainer(write_recipe(tmp_path_factory.mktemp("recipe"), synthetic_shards, workers=0))
 
 
 @pytest.fixture(scope="module")

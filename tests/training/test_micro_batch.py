@@ -86,7 +86,7 @@ def test_the_memory_of_a_gpu_is_that_of_its_driver(recipe, monkeypatch):
 
 @pytest.mark.slow
 def test_a_run_chooses_its_micro_batch_and_records_it(synthetic_shards, tmp_path):
-    trainer = Trainer(write_recipe(tmp_path, synthetic_shards))
+    trainer = Trainer(write_recipe(tmp_path, synthetic_shards, workers=0))
     fixed = trainer.train(tmp_path / "fixed", 2, "--set", "train.micro_batch=2")
     code, output = trainer.run(tmp_path / "auto", 2, "--set", "train.micro_batch=auto")
     assert code == 0, output

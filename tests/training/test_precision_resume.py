@@ -52,7 +52,7 @@ def test_fp32_is_stored_as_by_earlier_revisions():
 @pytest.mark.slow
 def test_a_run_of_an_earlier_revision_in_bf16_continues(synthetic_shards, tmp_path):
     """As it was written: bf16 weights, and an identity that says bf16."""
-    trainer = Trainer(write_recipe(tmp_path, synthetic_shards))
+    trainer = Trainer(write_recipe(tmp_path, synthetic_shards, workers=0))
     weights, autocast = (("--set", f"train.precision={mode}") for mode in ("bf16_weights", "bf16"))
     whole = trainer.train(tmp_path / "whole", 1, *weights)
     resumed = {}

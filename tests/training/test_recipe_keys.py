@@ -23,7 +23,7 @@ SEED = 3  # of the tiny recipe
 
 @pytest.fixture(scope="module")
 def recipe(synthetic_shards, tmp_path_factory) -> Path:
-    return write_recipe(tmp_path_factory.mktemp("recipe"), synthetic_shards)
+    return write_recipe(tmp_path_factory.mktemp("recipe"), synthetic_shards, workers=0)
 
 
 @pytest.mark.slow

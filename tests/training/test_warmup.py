@@ -15,7 +15,7 @@ from maestro_scale.training.pretrain import open_datasets
 
 @pytest.fixture(scope="module")
 def trainer(synthetic_shards, tmp_path_factory) -> Trainer:
-    return Trainer(write_recipe(tmp_path_factory.mktemp("recipe"), synthetic_shards))
+    return Trainer(write_recipe(tmp_path_factory.mktemp("recipe"), synthetic_shards, workers=0))
 
 
 @pytest.mark.slow
