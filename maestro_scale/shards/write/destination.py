@@ -263,10 +263,11 @@ class Destination:
         SplitDiffers then. If the other writer has given up, ``added`` remains.
         """
         restored = add_recorded(self.storage, without_split(existing, self.split), added, also_same=True)
-        recorded = restored is not None and self.split in restored.splits
-        if restored is None or not recorded or restored.shards_of([self.split]) == added.shards:
+        if restored is None or self.split not in restored.splits:
             write_record(self.storage, added)
             return
+        if restored.shards_of([self.split]) == added.shards:
+            return  # the other writer has recorded what is published
         self.storage.write(MANIFEST, restored.dumps().encode())
         raise SplitDiffers(
             f"{self.storage.address()}: split {self.split!r} was published by another writer while this one did not "
