@@ -1,4 +1,4 @@
-"""Destination of a split: existing content, finished shards that can be kept, and publication in the manifest.
+"""Destination of a split: existing content, finished shards that can be kept, and what publication leaves behind.
 
 Order of a write: lock, read what exists, write shards (each: index, then tar), publish the manifest, remove leftovers.
 The manifest is published last because readers trust it alone: until then they see the dataset without the new split,
@@ -14,59 +14,38 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
-import random
 import re
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
 
 from maestro_scale.datasets.spec import DatasetSpec
 from maestro_scale.errors import shorten
-from maestro_scale.shards.errors import ManifestError, ShardsError, WriteError, one_line
-from maestro_scale.shards.format.checksum import (
-    CHECKSUM,
-    read_manifest_bytes,
-    remove_checksum,
-    write_checksum,
-)
+from maestro_scale.shards.errors import ManifestError, WriteError
 from maestro_scale.shards.format.compress import CODECS
 from maestro_scale.shards.format.index import ShardIndex, index_path
 from maestro_scale.shards.format.manifest import (
     FORMAT_VERSION,
-    MANIFEST,
     Manifest,
     check_spec,
     check_split_name,
 )
 from maestro_scale.shards.format.serialization import to_builtins
-from maestro_scale.shards.local_storage import ConditionFailed, LocalStorage, Snapshot
+from maestro_scale.shards.local_storage import LocalStorage
 from maestro_scale.shards.storage import RemoteStorage, local_folder, open_storage
 from maestro_scale.shards.temporary import temporary_folder
 from maestro_scale.shards.write.exclusion import LostSplit, WriterLock
-from maestro_scale.shards.write.merge import (
-    SplitDiffers,
-    add_recorded,
-    add_split,
-    has_record,
-    only_split,
-    split_manifest,
-    without_split,
-    write_record,
-)
+from maestro_scale.shards.write.merge import SplitDiffers, split_manifest
 from maestro_scale.shards.write.packing import HASH_DIGITS, PlannedShard, WritePlan, WrittenShard
 from maestro_scale.shards.write.part import WHOLE_SPLIT, WriterPart
+from maestro_scale.shards.write.publication import PublishedManifest
 
-log = logging.getLogger(__name__)
 _FILE = re.compile(
     rf"(?P<split>[A-Za-z0-9_-]+)-(?P<number>\d{{6}})(-[0-9a-f]{{{HASH_DIGITS}}})?\.(tar|index\.json)"
 )
-_MAX_PUBLICATIONS = 20  # attempts while other writers change the manifest
 
 
 class Destination:
@@ -97,6 +76,7 @@ class Destination:
         self.split = split
         self._spec, self._codec, self._seed, self._part = spec.stored(), codec, seed, part
         self._synthetic = synthetic
+        self._manifest = PublishedManifest(self.storage, split, self._spec, codec, seed)
         self._stack = ExitStack()
 
     def __enter__(self) -> Destination:
@@ -107,7 +87,7 @@ class Destination:
                 self._remove_temporary_files(self.storage.folder)
             # The names first: a split that is published in between is then in the manifest, but not in the list.
             names = set(self.storage.list_names())
-            self._existing = self._read_existing()
+            self._existing = self._manifest.read_verified()
             self._check_existing_files(names)
             self._stack = stack.pop_all()
         return self
@@ -210,119 +190,13 @@ class Destination:
         try:
             with self._lock.publication():
                 self._lock.check()
-                manifest = self._write_manifest(added)
+                manifest = self._manifest.add(added, self._lock)
         except (SplitDiffers, LostSplit):
             self._discard(filled.values())
             raise
         if not self._lock.other_writers():
             self._remove_leftovers(plan, manifest)
         return manifest
-
-    def _write_manifest(self, added: Manifest) -> Manifest:
-        unordered = isinstance(self.storage, RemoteStorage) and not self.storage.conditional
-        changed = False
-        if unordered:
-            # Nothing but leases orders the writes of such a store, and they cannot stop a request on its way.
-            write_record(self.storage, added)
-        try:
-            for attempt in range(_MAX_PUBLICATIONS):
-                # Read again: another job may have published another split in the meantime. Without this, and without
-                # the condition of the write, one of the two splits would be lost.
-                existing, snapshot = self._read_manifest()
-                known = add_recorded(self.storage, existing, added) if unordered else existing
-                try:
-                    manifest = add_split(known, added, self.storage.address())
-                except SplitDiffers:
-                    if unordered and existing is not None:
-                        # Its own record would say to the writer of the published split that it was replaced.
-                        write_record(self.storage, only_split(existing, self.split))
-                    raise
-                if manifest == existing:  # also after one's own write: then it has not been replaced
-                    if unordered and changed and not has_record(self.storage, added):
-                        self._restore_split(existing, added)
-                    return manifest
-                remove_checksum(self.storage)
-                changed = True
-                if unordered:
-                    self._lock.check()  # as late as possible
-                try:
-                    self.storage.write_snapshot(MANIFEST, manifest.dumps().encode(), snapshot)
-                except ConditionFailed:
-                    time.sleep(random.uniform(0, min(0.05 * 2**attempt, 5)))
-        finally:
-            if changed:
-                self._write_checksum()
-        raise WriteError(
-            f"{self.storage.address(MANIFEST)}: other writers changed it {_MAX_PUBLICATIONS} times; run the same "
-            "command again, finished shards are kept"
-        )
-
-    def _restore_split(self, existing: Manifest, added: Manifest) -> None:
-        """Put the split of another writer back, which published it while the write of ``added`` was on its way.
-
-        SplitDiffers then. If the other writer has given up, ``added`` remains.
-        """
-        restored = add_recorded(self.storage, without_split(existing, self.split), added, also_same=True)
-        if restored is None or self.split not in restored.splits:
-            write_record(self.storage, added)
-            return
-        if restored.shards_of([self.split]) == added.shards:
-            return  # the other writer has recorded what is published
-        self.storage.write(MANIFEST, restored.dumps().encode())
-        raise SplitDiffers(
-            f"{self.storage.address()}: split {self.split!r} was published by another writer while this one did not "
-            "respond; its shards are kept"
-        )
-
-    def _write_checksum(self) -> None:
-        try:
-            write_checksum(self.storage)
-        except ShardsError as error:
-            # It is optional, and a failure must not hide why the manifest was not written.
-            log.warning("%s: is not written: %s", self.storage.address(CHECKSUM), one_line(error))
-
-    def _read_existing(self) -> Manifest | None:
-        """The manifest, compared with its checksum file; None if there is none."""
-        try:
-            data = read_manifest_bytes(self.storage)
-        except FileNotFoundError:
-            return None
-        except ManifestError as error:
-            raise WriteError(f"cannot add a split to the existing dataset: {error}") from error
-        return self._parse(data)
-
-    def _read_manifest(self) -> tuple[Manifest | None, Snapshot | None]:
-        """The manifest as it is now, and what a conditional write needs; (None, None) if there is none.
-
-        Without its checksum, which does not match while another writer publishes.
-        """
-        try:
-            snapshot = self.storage.read_snapshot(MANIFEST)
-        except FileNotFoundError:
-            return None, None
-        return self._parse(snapshot.data), snapshot
-
-    def _parse(self, data: bytes) -> Manifest:
-        """WriteError if it describes a dataset that this split cannot be added to."""
-        try:
-            existing = Manifest.loads(data, self.storage.address(MANIFEST))
-        except ManifestError as error:
-            raise WriteError(f"cannot add a split to the existing dataset: {error}") from error
-        mine = replace(existing, spec=self._spec, codec=self._codec, seed=self._seed)
-        if mine != existing:
-            what = next(n for n in ("spec", "codec", "seed") if getattr(mine, n) != getattr(existing, n))
-            found, wanted = getattr(existing, what), getattr(mine, what)
-            if what == "spec":
-                same_name = self._spec.name == existing.spec.name
-                found, wanted = (
-                    repr(existing.spec.name),
-                    "another one" if same_name else repr(self._spec.name),
-                )
-            raise WriteError(
-                f"{self.storage.address()}: contains a dataset with {what} {found}, not {wanted}; "
-                "choose another folder"
-            )
-        return existing
 
     def _check_existing_files(self, names: set[str]) -> None:
         """Refuse a folder with unknown files: they could be overwritten or be mistaken for shards."""
@@ -386,7 +260,7 @@ class Destination:
         Only in object stores: in a folder, the names of the other writer's shards are the same. If the split is not
         published, the other writer may use these shards.
         """
-        published = self._published(self._read_manifest()[0])
+        published = self._published(self._manifest.read()[0])
         if published and isinstance(self.storage, RemoteStorage):
             for shard in written:
                 if shard.name not in published:
