@@ -207,7 +207,7 @@ def test_permanent_failures_are_raised_at_once(s3, dataset, tmp_path, status, er
     with pytest.raises(error, match=cause) as raised:
         store.shard(dataset.shards[0])
     assert f"{URL}/{dataset.shards[0].path}" in str(raised.value)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30  # far below the deadline of retries
     assert store.counters.retries == 0
     assert list((tmp_path / "cache" / "shards").iterdir()) == []
 
