@@ -73,6 +73,17 @@ def study(
 
     if len(files) > 1 and cell:
         raise StudyError("--cell: give one study")
+    if cells is not None and not cell:
+        raise StudyError("--cells: give --cell with the number of a line in this file")
+    choices = {
+        "--dry-run": dry_run,
+        "--print": print_commands,
+        "--slurm": slurm,
+        "--cell": cell,
+        "--report": report,
+    }
+    if len(given := [name for name, value in choices.items() if value]) > 1:
+        raise StudyError(f"{' and '.join(given)}: give one of them")
 
     def load(file: Path) -> StudyRun:
         run = StudyRun(Request(file, scale, root, change or [], max(jobs, 1), threads, slim))
@@ -81,6 +92,11 @@ def study(
         return StudyRun(Request(file, scale, root, change or [], os.cpu_count() or 1, threads, slim))
 
     runs = [load(locate(file, "study")) for file in files]
+    names = [run.options.study for run in runs]
+    if twice := next((name for i, name in enumerate(names) if name in names[:i]), ""):
+        raise StudyError(
+            f"{twice}: two of the studies have this name, and would have the same results: rename one"
+        )
     if dry_run:
         plan(runs, Console(width=None if Console().is_terminal else 140))
     elif print_commands:

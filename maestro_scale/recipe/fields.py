@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, PlainValidator, WrapValidator
 
 from maestro_scale.shards.storage import credentials_in
-from maestro_scale.strict_yaml.fields import Count, Probability, Section, distinct, listed, some
+from maestro_scale.strict_yaml.fields import Count, Probability, Section, distinct, each_once, listed, some
 
 __all__ = [
     "AutoOrCount",
@@ -18,6 +18,7 @@ __all__ = [
     "Probability",
     "Section",
     "distinct",
+    "each_once",
     "listed",
     "nearest_divisors",
     "some",

@@ -26,7 +26,11 @@ def some(values: tuple) -> tuple:
 
 def distinct(values: tuple) -> tuple:
     """ValueError unless there is at least one value and none is given twice."""
-    some(values)
+    return each_once(some(values))
+
+
+def each_once(values: tuple) -> tuple:
+    """ValueError if a value is given twice."""
     twice = [str(v) for i, v in enumerate(values) if v in values[:i]]
     if twice:
         raise ValueError(f"{twice[0]} is given twice")

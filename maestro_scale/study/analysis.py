@@ -12,6 +12,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean, stdev
 
 from maestro_scale.evaluation.metric_kinds import METRIC_KINDS
@@ -150,14 +151,15 @@ class _Results:
 
 
 def _scores(cells: Sequence[CellRecord], store: _Results) -> Iterator[Score]:
-    groups: dict[tuple[object, ...], list[tuple[CellRecord, EvaluationRecord]]] = defaultdict(list)
+    # By path: trials of a search may have the same values, and are the same cell then.
+    groups: dict[tuple[object, ...], dict[Path, tuple[CellRecord, EvaluationRecord]]] = defaultdict(dict)
     for cell in cells:
         for record in cell.evaluations:
             place = (cell.dataset, record.benchmark, record.mode, record.fraction, cell.baseline)
             key = (*place, *sorted(cell.levels.items()))
-            groups[key].append((cell, record))
+            groups[key][record.path] = (cell, record)
     for members in groups.values():
-        yield _score(sorted(members, key=lambda m: m[0].seed), store)
+        yield _score(sorted(members.values(), key=lambda m: m[0].seed), store)
 
 
 def _score(members: Sequence[tuple[CellRecord, EvaluationRecord]], store: _Results) -> Score:
@@ -190,24 +192,50 @@ def _answers(
     study: Study, question: Question, cells: Sequence[CellRecord], store: _Results
 ) -> Iterator[Answer]:
     """One answer per dataset of the question."""
+    for dataset, benchmark, members in _places(question, cells):
+        yield _answer(question, dataset, benchmark, members, store)
+
+
+def _places(
+    question: Question, cells: Sequence[CellRecord]
+) -> Iterator[tuple[str, str, Sequence[CellRecord]]]:
+    """(dataset, benchmark, cells) on which a question is asked."""
     datasets = dict.fromkeys(cell.dataset for cell in cells)
     for dataset in question.datasets or datasets:
         members = [cell for cell in cells if cell.dataset == dataset and not cell.baseline]
         benchmarks = [record.benchmark for cell in members for record in cell.evaluations]
         if benchmark := question.benchmark or next(iter(benchmarks), ""):
-            yield _answer(question, dataset, benchmark, members, store)
+            yield dataset, benchmark, members
+
+
+def unanswered(study: Study, cells: Sequence[CellRecord]) -> list[tuple[str, str]]:
+    """(question, dataset) of the questions of which the study has no cell or evaluation on one of the sides."""
+    return [
+        (question.name, dataset)
+        for question in study.questions
+        for dataset, benchmark, members in _places(question, cells)
+        if not all(_sides(question, benchmark, members))
+    ]
+
+
+def _sides(question: Question, benchmark: str, cells: Sequence[CellRecord]) -> tuple[_Side, _Side]:
+    """The cells that a question compares, with their evaluations."""
+    # A level that only one side names holds for the other side too: all else is equal.
+    better = {**question.worse, **question.better}
+    worse = {**question.better, **question.worse}
+    return (
+        _side(cells, better, question.mode, benchmark, question.fraction),
+        _side(cells, worse, question.worse_mode or question.mode, benchmark, question.fraction),
+    )
 
 
 def _answer(
     question: Question, dataset: str, benchmark: str, cells: Sequence[CellRecord], store: _Results
 ) -> Answer:
-    # A level that only one side names holds for the other side too: all else is equal.
-    better = {**question.worse, **question.better}
-    worse = {**question.better, **question.worse}
-    first = _side(cells, better, question.mode, benchmark, question.fraction)
-    second = _side(cells, worse, question.worse_mode or question.mode, benchmark, question.fraction)
+    first, second = _sides(question, benchmark, cells)
     records = [*first.values(), *second.values()]
     num_missing = sum(store.result(record) is None for _, record in records)
+    is_evaluated = bool(first and second)
     first, second = _compared(*_complete(first, second, store))
     metric = next((r.metric for _, record in records if (r := store.result(record)) is not None), "")
     estimated = None
@@ -228,7 +256,7 @@ def _answer(
         _names(second),
         num_missing,
         estimated,
-        _verdict(question, first, second, estimated),
+        _verdict(question, first, second, estimated) if is_evaluated else Verdict("not evaluated"),
     )
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,8 +17,8 @@ from typing import Any
 
 from maestro_scale.errors import did_you_mean, shorten
 from maestro_scale.evaluation.baselines.content import content_digest, files_below, files_digest
-from maestro_scale.evaluation.baselines.registry import UNTRAINED
-from maestro_scale.evaluation.results import RESULTS, EvalResult, EvaluationError
+from maestro_scale.evaluation.baselines.registry import UNTRAINED, baseline_kind
+from maestro_scale.evaluation.results import ORACLE, RESULTS, EvalResult, EvaluationError
 from maestro_scale.evaluation.run import EvalOptions
 from maestro_scale.evaluation.tasks.protocol import LossSettings
 from maestro_scale.recipe import Recipe, RecipeError, load_recipe
@@ -34,6 +33,7 @@ from maestro_scale.study.config import (
     Scale,
     Setup,
     Study,
+    key_path,
 )
 
 RESULT_VERSION = 1
@@ -78,11 +78,14 @@ class Evaluation:
         return self.load() is not None
 
     def load(self) -> EvalResult | None:
-        """The result; None if it is missing or damaged."""
+        """The result; None if it, or the counts per tile that belong to it, are missing or damaged."""
         try:
-            return EvalResult.load(self.results)
+            result = EvalResult.load(self.results)
+            if result.counts_sha256:
+                result.load_counts(self.results)
         except EvaluationError:
             return None
+        return result
 
 
 @dataclass(frozen=True)
@@ -152,7 +155,8 @@ def combinations(study: Study, dataset: str) -> list[Levels]:
         grid = [dict(levels) for levels in itertools.product(*factors)]
     if study.sample is not None:
         return []
-    return [c for c in grid if not any(_matches({**c, DATASET: dataset}, e) for e in study.exclude)]
+    kept = [c for c in grid if not any(_matches({**c, DATASET: dataset}, e) for e in study.exclude)]
+    return [c for i, c in enumerate(kept) if c not in kept[:i]]  # a listed cell may be there twice
 
 
 def make_cell(
@@ -161,14 +165,10 @@ def make_cell(
     """A cell whose levels set ``keys`` of the recipe."""
     keys = dict(keys)
     encoder = keys.pop(ENCODER, None)
-    if not isinstance(encoder, str | None):
-        raise RecipeError(
-            f"{ENCODER} of a level is {shorten(encoder)}: give the name of a baseline, or {SCRATCH}"
-        )
-    shards = study_data.place(setup.data, root)
-    common = {**setup.set, "data.mixture[0].shards": shards, "seed": seed}
-    recipe = _load(setup.base, {**common, **keys}, setup.data)
-    shared = dict(inputs_and_network(keys))
+    if encoder is not None:
+        _check_encoder(encoder)
+    recipe = _load(setup.base, {**setup.set, **keys, **_fixed(setup.data, seed, root)}, setup.data, levels)
+    shared = {**setup.set, **dict(inputs_and_network(keys))}
     identity = _encoder_identity(encoder, recipe, setup.data)
     named = [_plain(recipe.data.mixture[0].dataset)]
     if encoder is None:
@@ -179,8 +179,13 @@ def make_cell(
     evaluations = tuple(
         evaluation
         for group in setup.evaluations
-        for evaluation in _evaluations(group, setup, encoder, recipe, {**common, **shared}, directory, root)
+        for evaluation in _evaluations(group, setup, encoder, recipe, shared, directory, root)
     )
+    if not evaluations:
+        kinds = "finetune" if encoder == SCRATCH else "knn, probe or attentive"
+        raise RecipeError(
+            f"{dataset}: no mode of its evaluations is for {ENCODER} {shorten(encoder)}: add {kinds}, or leave it out"
+        )
     return Cell(dataset, dict(levels), seed, encoder, directory, recipe, setup.data, evaluations, identity)
 
 
@@ -188,8 +193,7 @@ def inputs_and_network(keys: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Those keys of a level that an evaluation shares: what a sample of the benchmark is (sensors, crop) and the
     network. All others are of the pretraining alone, as the evaluation is one protocol for all cells."""
     for key, value in keys.items():
-        path = tuple(re.findall(r"[^.\[\]]+", key))  # as --set: mixture[0] and mixture.0 are the same
-        if _is_shared(path):
+        if _is_shared(key_path(key)):
             yield key, value
         elif isinstance(value, Mapping):  # a whole section
             yield from inputs_and_network({f"{key}.{name}": part for name, part in value.items()})
@@ -240,13 +244,8 @@ def _evaluations(
 ) -> Iterator[Evaluation]:
     """The evaluations of a benchmark, those on frozen features first: they take less time."""
     data = group.data or setup.data
-    if group.recipe is None:
-        recipe = _load(setup.base, {**keys, **group.set}, data)
-    else:
-        shards = study_data.place(data, root)
-        recipe = _load(
-            group.recipe, {**group.set, "data.mixture[0].shards": shards, "seed": keys["seed"]}, data
-        )
+    base, common = (setup.base, keys) if group.recipe is None else (group.recipe, {})
+    recipe = _load(base, {**common, **group.set, **_fixed(data, of_cell.seed, root)}, data)
     # Written by the study itself, below the MLflow run of the cell, also where there is no training run.
     recipe = recipe.model_copy(update={"tracking": recipe.tracking.model_copy(update={"enabled": False})})
     splits: dict[str, tuple[str, ...]] = {role: names for role, names in group.splits.items()}  # noqa: C416 - str keys
@@ -268,8 +267,34 @@ def _modes(modes: Sequence[str], encoder: str | None) -> list[str]:
     return [m for m in ordered if encoder is None or m not in TRAINED_MODES]
 
 
-def _load(base: str, keys: Mapping[str, Any], data: Data) -> Recipe:
-    recipe = load_recipe(base, [f"{key}={json.dumps(value)}" for key, value in keys.items()])
+def _check_encoder(encoder: Any) -> None:
+    """RecipeError unless it names a baseline of evaluate.py, or is SCRATCH."""
+    if not isinstance(encoder, str):
+        raise RecipeError(
+            f"{ENCODER} of a level is {shorten(encoder)}: give the name of a baseline, or {SCRATCH}"
+        )
+    if encoder == ORACLE:
+        raise RecipeError(f"{ORACLE} is no encoder: run evaluate.py --baseline {ORACLE} beside the study")
+    if encoder != SCRATCH:
+        try:
+            baseline_kind(encoder)
+        except EvaluationError as error:
+            raise RecipeError(str(error)) from error
+
+
+def _fixed(data: Data, seed: int, root: Path) -> dict[str, Any]:
+    """The keys that the study sets; after all others, which may replace the whole entry of the dataset."""
+    return {"data.mixture[0].shards": study_data.place(data, root), "seed": seed}
+
+
+def _load(base: str, keys: Mapping[str, Any], data: Data, levels: Mapping[str, str] | None = None) -> Recipe:
+    try:
+        recipe = load_recipe(base, [f"{key}={json.dumps(value)}" for key, value in keys.items()])
+    except RecipeError as error:
+        if not levels:
+            raise
+        named = ", ".join(f"{factor}={level}" for factor, level in levels.items())
+        raise RecipeError(f"{named}: {error}") from error
     if recipe.data.mixture[0].dataset != data.dataset:
         raise RecipeError(
             f"{base}: data.mixture[0].dataset is {recipe.data.mixture[0].dataset!r}, the data of the study is "

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -15,8 +17,11 @@ from maestro_scale import untrusted
 from maestro_scale.entry import is_disk_full
 from maestro_scale.errors import shorten
 from maestro_scale.escaping import console_text, shell_command
+from maestro_scale.recipe import RecipeError
 from maestro_scale.study import data as study_data
+from maestro_scale.study.analysis import analyse, unanswered
 from maestro_scale.study.cells import Cell, distinct, expand, scale_of
+from maestro_scale.study.checks import check_study
 from maestro_scale.study.config import Scale, Study, load_study
 from maestro_scale.study.processes import STOPPED
 from maestro_scale.study.records import CellRecord, EvaluationRecord
@@ -41,6 +46,7 @@ class Request:
     def words(self, scale: str) -> list[str]:
         """The arguments that name the study, for another process on any machine that sees the same disks."""
         changes = [word for change in self.overrides for word in ("--set", change)]
+        threads = ["--threads", str(self.threads)] if self.threads else []
         slim = ["--slim"] * self.slim
         return [
             str(self.file.resolve()),
@@ -49,6 +55,7 @@ class Request:
             "--root",
             str(self.root.resolve()),
             *changes,
+            *threads,
             *slim,
         ]
 
@@ -58,9 +65,11 @@ class StudyRun:
 
     def __init__(self, request: Request) -> None:
         self.request = request
-        self.study: Study = load_study(request.file, request.overrides)
-        self.scale_name = request.scale or _only_scale(self.study)
-        self.scale: Scale = scale_of(self.study, self.scale_name)
+        study = load_study(request.file, request.overrides)
+        self.scale_name = request.scale or _only_scale(study)
+        self.scale: Scale = scale_of(study, self.scale_name)
+        asked = [q.model_copy(update={"mode": q.mode or self.scale.mode}) for q in study.questions]
+        self.study: Study = study.model_copy(update={"questions": tuple(asked)})
         self.root = request.root.resolve()
         self.options = RunOptions(
             f"{self.study.name}-{self.scale_name}", self.root, request.jobs, request.threads, request.slim
@@ -69,19 +78,40 @@ class StudyRun:
         if self.study.sample is not None:
             self.cells += self._sampled()
         self.distinct: list[Cell] = distinct(self.cells)
+        if not self.cells and self.study.sample is None:
+            raise StudyError(f"{self.options.study}: no cell is left: exclude fewer, or keep a dataset")
+
+    def check(self) -> None:
+        """RecipeError or StudyError where running the cells would be in vain; says which questions have no answer."""
+        check_data(self.distinct)
+        check_study(self.study, self.distinct)
+        for question, dataset in unanswered(self.study, self.records()):
+            print(
+                f"warning: {self.options.study}: question {question} has no answer on {dataset}: no cell or evaluation "
+                "has its levels, mode, fraction and benchmark",
+                file=sys.stderr,
+            )
 
     def run(self) -> Outcome:
         """Run the missing cells on this machine."""
-        check_data(self.distinct)
+        self.check()
         run = partial(run_cells, scale=self.scale, options=self.options)
         if self.study.sample is None:
             return run(self.distinct)
         from maestro_scale.study.sampler import search
 
+        baselines = distinct(expand(self.study, self.scale_name, self.root))
+        first = run(baselines, is_whole=False) if baselines else Outcome()
+        if first.is_stopped:
+            return first
         outcome = search(self.study, self.scale_name, self.root, self.options.study_dir, run)
         self.cells = [*expand(self.study, self.scale_name, self.root), *self._sampled()]
         self.distinct = distinct(self.cells)
-        return outcome
+        return replace(
+            outcome,
+            finished=first.finished + outcome.finished,
+            failures=[*first.failures, *outcome.failures],
+        )
 
     def finish(self, report_only: bool = False) -> int:
         """Run the missing cells unless ``report_only``, then write the result; returns the exit code."""
@@ -101,6 +131,7 @@ class StudyRun:
         """Run one cell, by its name or its number in the dry run; with ``names`` by its line, from 0, in this file."""
         cell = self._find(_line(names, wanted) if names is not None else wanted)
         check_data(self.distinct)
+        check_study(self.study, [cell])
         outcome = run_cells([cell], self.scale, self.options, is_whole=False)
         self._end_if_complete()
         return outcome
@@ -141,7 +172,7 @@ class StudyRun:
         from maestro_scale.study.slurm import submit
 
         names = self.missing()
-        check_data(self.distinct)
+        self.check()
         if not names:
             return f"{self.options.study}: all {len(self.distinct)} cells are finished"
         for (
@@ -155,8 +186,11 @@ class StudyRun:
     def _sampled(self) -> list[Cell]:
         from maestro_scale.study.sampler import known_trials, trial_cells
 
-        trials = known_trials(self.study, self.scale_name, self.root, self.options.study_dir)
-        return [c for p in trials for c in trial_cells(self.study, self.scale_name, self.root, p)]
+        cells = []
+        for values in known_trials(self.study, self.scale_name, self.root, self.options.study_dir):
+            with suppress(RecipeError):  # of a trial that a kill interrupted before it was recorded as failed
+                cells += trial_cells(self.study, self.scale_name, self.root, values)
+        return cells
 
     def records(self) -> list[CellRecord]:
         """The cells for the analysis: those of the grid, also where several share a directory."""
@@ -165,7 +199,6 @@ class StudyRun:
 
     def write_result(self) -> None:
         """Write the pages of the study, and which cells it consists of, from the results that are there."""
-        from maestro_scale.study.analysis import analyse
         from maestro_scale.study.page import write_pages
 
         record = {
@@ -196,6 +229,8 @@ def plan(runs: Sequence[StudyRun], console: Console) -> None:
     """Print every cell of one or several studies with its cost, and the total; a cell that they share once."""
     from maestro_scale.study.cost import cell_costs, measured_rate
 
+    for run in runs:
+        run.check()
     cells = distinct([cell for run in runs for cell in run.distinct])
     gpus = {None if run.scale.gpu is None else run.scale.gpu.model_dump_json() for run in runs}
     if len(gpus) > 1:

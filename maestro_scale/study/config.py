@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,21 +12,56 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from maestro_scale.errors import KeyPath, did_you_mean, dotted, shorten
 from maestro_scale.recipe.errors import ConflictError, RecipeError
-from maestro_scale.recipe.fields import Count, Place, Section, distinct, listed, some
+from maestro_scale.recipe.fields import Count, Place, Section, distinct, each_once, listed, some
 from maestro_scale.recipe.loading import read_tree, validated
 from maestro_scale.strict_yaml.merge import Tree
+from maestro_scale.training.metrics.gpus import GPUS
 
 Mode = Literal["knn", "probe", "attentive", "finetune", "scratch"]
 Name = Annotated[str, Field(pattern=r"^\w[\w.\-]*$", max_length=60)]
 """Part of a file name: letters, digits, ``_``, ``-`` and ``.``."""
-Keys = dict[Annotated[str, Field(min_length=1, max_length=200)], Any]
-"""Recipe keys with their values, as in ``--set``: ``{"model.target": "patch"}``."""
+_FIXED = {
+    ("seed",): "list the seeds of the setup",
+    ("data", "mixture", "0", "shards"): "give the data of the setup or of the evaluation",
+}
+"""Keys of a recipe that the study sets itself, and where they are chosen."""
+
+
+def key_path(key: str) -> tuple[str, ...]:
+    """The parts of a key, as in ``--set``: ``mixture[0]`` and ``mixture.0`` are the same."""
+    return tuple(re.findall(r"[^.\[\]]+", key))
+
+
+def _without_fixed(keys: dict[str, Any]) -> dict[str, Any]:
+    for key, value in keys.items():
+        for path in _paths(value, key_path(key)):
+            if path in _FIXED:
+                raise ValueError(f"{'.'.join(path)} is set by the study: {_FIXED[path]} instead")
+    return keys
+
+
+def _paths(node: Any, path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    """The paths of a value and of all that it contains."""
+    yield path
+    items = node.items() if isinstance(node, Mapping) else enumerate(node) if isinstance(node, list) else ()
+    for key, value in items:
+        yield from _paths(value, (*path, *key_path(str(key))))
+
+
+Key = Annotated[str, Field(min_length=1, max_length=200)]
+"""A key of a recipe, as in ``--set``."""
+Keys = Annotated[dict[Key, Any], AfterValidator(_without_fixed)]
+"""Recipe keys with their values, as in ``--set``: ``{"model.target": "patch"}``. Neither the seed nor the shards of the
+first dataset, which the study sets."""
 Levels = dict[str, str]
 """A level for each of some factors."""
 Fraction = Annotated[float, Field(gt=0, le=1)]
 
 MAX_CELLS = 5_000
 """Of a scale. The grid grows exponentially with the number of factors."""
+
+MAX_SAMPLER_SEED = 2**31
+"""NumPy's random numbers, which the samplers use, take seeds below 2³²; trials add their number."""
 
 MAX_NUMBER = 1e15
 """Of the range of a search; whole numbers up to it are exact."""
@@ -114,7 +150,7 @@ class Setup(Section):
     """Every cell is run with each of these seeds."""
     evaluations: Annotated[tuple[Evaluations, ...], AfterValidator(some)]
     """The benchmarks on which the encoders are evaluated."""
-    baselines: tuple[str, ...] = ()
+    baselines: Annotated[tuple[str, ...], AfterValidator(each_once)] = ()
     """Encoders of evaluate.py --baseline that are evaluated beside the cells in the frozen modes, e.g. random."""
 
     @model_validator(mode="after")
@@ -125,10 +161,18 @@ class Setup(Section):
         return self
 
 
+def _known_gpu(kind: str) -> str:
+    if kind not in GPUS:
+        raise ValueError(
+            f"unknown GPU {shorten(kind)}{did_you_mean(kind, GPUS)}; use one of {', '.join(GPUS)}"
+        )
+    return kind
+
+
 class Gpu(Section):
     """The machine for which the plan of a scale is computed."""
 
-    kind: str = "h100"
+    kind: Annotated[str, AfterValidator(_known_gpu)] = "h100"
     """GPU model, as in ``maestro-scale plan --gpu``."""
     mfu: Annotated[float, Field(gt=0, le=1)] = 0.2
     """Fraction of the peak FLOP/s that matrix products reach."""
@@ -141,6 +185,8 @@ class Scale(Section):
     """The datasets by a name of choice; null: leave out one that an extended file has."""
     gpu: Gpu | None = None
     """Each cell runs on one GPU of this kind; null: on the CPU."""
+    mode: Mode = "probe"
+    """The way of evaluation that is compared by questions that name none."""
 
     @property
     def setups(self) -> dict[str, Setup]:
@@ -159,25 +205,31 @@ class Question(Section):
     """The levels that are claimed to be better."""
     worse: Annotated[Levels, Field(min_length=1)]
     """The levels that they are compared with."""
-    mode: Mode
-    """The way of evaluation that is compared. With a level ``encoder: scratch``, finetune means scratch."""
+    mode: Mode | Literal[""] = ""
+    """The way of evaluation that is compared; empty: that of the scale. With a level ``encoder: scratch``, finetune
+    means scratch."""
     worse_mode: Mode | None = None
     """The way of evaluation of ``worse``; null: that of ``better``."""
     at_least: float = 0.0
-    """The claim holds if the difference better - worse exceeds this (a fraction of 1; negative: not worse by more)."""
+    """The claim holds if the difference better - worse exceeds this: 0.02 is 2 percentage points, of RMSE in its units;
+    negative: not worse by more."""
     margin: Annotated[float, Field(gt=0)] | None = None
-    """The claim is that both are equivalent: the difference lies between -margin and margin. Excludes ``at_least``."""
+    """The claim is that both are equivalent: the difference lies between -margin and margin. Units as of ``at_least``,
+    which it excludes."""
     fraction: Fraction = 1.0
     """Fraction of the training labels."""
-    datasets: Annotated[tuple[Name, ...], BeforeValidator(listed)] = ()
+    datasets: Annotated[tuple[Name, ...], BeforeValidator(listed), AfterValidator(each_once)] = ()
     """Datasets of the scale for which the question is asked; empty: all."""
     benchmark: Name | None = None
     """Name of the evaluation; null: the first of the dataset."""
 
     @model_validator(mode="after")
     def _check_claim(self) -> Question:
-        if self.better == self.worse and self.worse_mode in (None, self.mode):
-            raise ConflictError((("worse",), "is equal to better: nothing to compare"))
+        # A level that only one side names holds for the other side too.
+        is_same = {**self.worse, **self.better} == {**self.better, **self.worse}
+        if is_same and self.worse_mode in (None, self.mode):
+            reason = "has the cells of better: name another level of the same factor"
+            raise ConflictError((("worse",), reason))
         if self.margin is not None and self.at_least:
             raise ConflictError((("margin",), "excludes at_least: keep one"))
         return self
@@ -221,13 +273,14 @@ class Sample(Section):
     """Tree-structured Parzen estimator, or uniform sampling."""
     trials: Count
     """Number of cells; each is run with all seeds of the setup."""
-    space: Annotated[dict[str, Range], Field(min_length=1)]
+    space: Annotated[dict[Key, Range], Field(min_length=1), AfterValidator(_without_fixed)]
     """The recipe keys that are searched."""
     mode: Mode = "probe"
-    """The way of evaluation whose score, the mean over the seeds, is maximised."""
+    """The way of evaluation whose score, the mean over the seeds, is maximised: of the first evaluation that has it,
+    with its first fraction of the labels."""
     dataset: Name | None = None
     """The dataset of the scale; null: its first."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, le=MAX_SAMPLER_SEED)] = 0
     """Seed of the sampler."""
 
 
@@ -266,7 +319,7 @@ class Study(Section):
             problems.append((("factors", DATASET), "is the name of the setups of a scale: rename the factor"))
         if self.sample is not None and (self.factors or self.cells):
             problems.append((("sample",), "searches keys of the recipe: leave out factors and cells"))
-        problems += self._large_scales()
+        problems += [*self._large_scales(), *self._search_without_score()]
         if problems:
             raise ConflictError(*problems)
         return self
@@ -279,6 +332,17 @@ class Study(Section):
                 yield (
                     ("scales", name),
                     f"has {count:,} cells, more than {MAX_CELLS:,}: use fewer factors, levels or seeds, or list cells",
+                )
+
+    def _search_without_score(self) -> Iterator[tuple[KeyPath, str]]:
+        if self.sample is None:
+            return
+        for name, scale in self.scales.items():
+            setup = scale.setups.get(self.sample.dataset or next(iter(scale.setups), ""))
+            if setup is not None and all(self.sample.mode not in e.modes for e in setup.evaluations):
+                yield (
+                    ("sample", "mode"),
+                    f"no evaluation of scale {name} has the mode {self.sample.mode}: add it there",
                 )
 
     def _unknown_levels(self) -> Iterator[tuple[KeyPath, str]]:

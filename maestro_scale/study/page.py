@@ -76,6 +76,8 @@ def verdict_text(verdict: Verdict, num_seeds: int = 2) -> str:
         return "differs by more than the margin"
     if verdict.word == "same cells":
         return "no difference: both sides are the same cells"
+    if verdict.word == "not evaluated":
+        return "not evaluated: the study has no cell or evaluation of this question"
     if verdict.word != "not resolved":
         return verdict.word
     if num_seeds < 2:

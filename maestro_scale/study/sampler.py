@@ -3,6 +3,7 @@
 The trials are stored in the folder of the study. A trial that a kill interrupted is completed first, and the sampler is
 built from the seed and the number of the trial, so an interrupted search continues as an uninterrupted one. A trial
 whose cell failed stays open too, as the reason may be a full disk: the next start runs it again, like a failed cell.
+Values that give no valid recipe end their trial as failed, without a score.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from maestro_scale import untrusted
 from maestro_scale.errors import shorten
+from maestro_scale.recipe import RecipeError
 from maestro_scale.study.cells import Cell, distinct, make_cell, scale_of
 from maestro_scale.study.config import Sample, Study
 from maestro_scale.study.run import Outcome, StudyError
@@ -42,7 +44,13 @@ def search(study: Study, scale: str, root: Path, study_dir: Path, run: RunCells)
     searched = _open(optuna, study_dir / STORE, _search_name(study, scale, root))
     total, failed = Outcome(), set[int]()
     while trial := _next_trial(optuna, searched, sample, failed):
-        cells = trial_cells(study, scale, root, trial.params)
+        try:
+            cells = trial_cells(study, scale, root, trial.params)
+        except RecipeError as error:
+            searched.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+            _write_trials(searched, study_dir)
+            print(f"trial {trial.number} has no valid recipe: {error}", file=sys.stderr, flush=True)
+            continue
         outcome = run(distinct(cells))
         total.finished += outcome.finished
         total.failures += outcome.failures
@@ -60,7 +68,10 @@ def search(study: Study, scale: str, root: Path, study_dir: Path, run: RunCells)
                 f"{len(failed)} trials failed: the search stops; the same command continues it"
             )
             print(total.failures[-1], file=sys.stderr, flush=True)
-            break
+            return total
+    if not failed and not any(t.state == optuna.trial.TrialState.COMPLETE for t in searched.trials):
+        total.failures.append("no trial has a score: change the space of the search")
+        print(total.failures[-1], file=sys.stderr, flush=True)
     return total
 
 
@@ -78,11 +89,15 @@ def trial_cells(study: Study, scale: str, root: Path, params: Mapping[str, Any])
 
 
 def known_trials(study: Study, scale: str, root: Path, study_dir: Path) -> list[dict[str, Any]]:
-    """The parameters of the trials of this search that were started; needs Optuna if there are any."""
+    """The parameters of the trials of this search that were started and have a valid recipe; needs Optuna if there are
+    any."""
     if not (study_dir / STORE).exists():
         return []
-    searched = _open(_optuna(), study_dir / STORE, _search_name(study, scale, root))
-    return [trial.params for trial in searched.trials if trial.params]
+    assert study.sample is not None  # the caller's choice
+    optuna = _optuna()
+    searched = _open(optuna, study_dir / STORE, _search_name(study, scale, root))
+    valid = [t for t in searched.trials if t.state != optuna.trial.TrialState.FAIL]
+    return [trial.params for trial in valid if set(trial.params) == set(study.sample.space)]
 
 
 def _open(optuna: Any, path: Path, name: str) -> optuna.Study:

@@ -11,9 +11,21 @@ from typing import Literal
 from maestro_scale.evaluation.paired import Component, Estimate, t_quantile, t_tail
 
 Word = Literal[
-    "holds", "opposite", "smaller", "matches", "differs", "not resolved", "same cells", "no result"
+    "holds",
+    "opposite",
+    "smaller",
+    "matches",
+    "differs",
+    "not resolved",
+    "same cells",
+    "no result",
+    "not evaluated",
 ]
-"""``same cells``: both sides are the same, as where their levels set what the recipe has anyway."""
+"""``same cells``: both sides are the same, as where their levels set what the recipe has anyway. ``no result``: not
+yet. ``not evaluated``: the study has no cell or evaluation of the question."""
+
+NO_COMPARISON = ("same cells", "not evaluated")
+"""Verdicts that do not change when more cells are finished."""
 
 POWER = 0.8
 """Probability that the stated number of seeds or tiles decides, if the observed difference is the true one."""
@@ -38,7 +50,7 @@ class Verdict:
     @property
     def is_resolved(self) -> bool:
         """Whether the interval lies on one side of the border."""
-        return self.word not in ("not resolved", "same cells", "no result")
+        return self.word not in ("not resolved", "no result", *NO_COMPARISON)
 
 
 def judge(difference: Estimate, at_least: float = 0.0, margin: float | None = None) -> Verdict:
@@ -76,12 +88,14 @@ def judge(difference: Estimate, at_least: float = 0.0, margin: float | None = No
 
 def adjust(verdicts: Sequence[Verdict]) -> list[Verdict]:
     """The verdicts with p values after Holm (1979): the i-th smallest of m is multiplied by m - i + 1, and none is
-    below that of a smaller one."""
+    below that of a smaller one. m counts the questions that have no p value yet too, so that no value grows when their
+    cells are finished, but not those without a comparison."""
     order = sorted((v.p_value, i) for i, v in enumerate(verdicts) if v.p_value is not None)
+    number = sum(v.word not in NO_COMPARISON for v in verdicts)
     adjusted = list(verdicts)
     highest = 0.0
     for rank, (p_value, i) in enumerate(order):
-        highest = max(highest, min(1.0, (len(order) - rank) * p_value))
+        highest = max(highest, min(1.0, (number - rank) * p_value))
         adjusted[i] = dataclasses.replace(verdicts[i], adjusted_p=highest)
     return adjusted
 

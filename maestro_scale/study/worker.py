@@ -179,6 +179,8 @@ def _drop_optimizer_state(cell: Cell) -> None:
     from maestro_scale.interop.export import export_model
 
     checkpoints, model = cell.directory / "checkpoints", cell.directory / _MODEL
+    removed = cell.directory / ".checkpoints.tmp"
+    shutil.rmtree(removed, ignore_errors=True)
     if not checkpoints.is_dir():
         return
     fresh = cell.directory / f".{_MODEL}.tmp"
@@ -186,4 +188,5 @@ def _drop_optimizer_state(cell: Cell) -> None:
     export_model(newest(cell.directory), fresh)
     shutil.rmtree(model, ignore_errors=True)
     fresh.rename(model)
-    shutil.rmtree(checkpoints)
+    checkpoints.rename(removed)  # at once: a kill must not leave a folder that looks like damaged checkpoints
+    shutil.rmtree(removed)

@@ -13,7 +13,7 @@ import pytest
 
 from maestro_scale.evaluation.counts import TileCounts
 from maestro_scale.evaluation.results import EvalResult, RunScore
-from maestro_scale.study.analysis import StudyResult, analyse
+from maestro_scale.study.analysis import StudyResult, analyse, unanswered
 from maestro_scale.study.config import Study
 from maestro_scale.study.page import verdict_text, write_pages
 from maestro_scale.study.records import CellRecord, EvaluationRecord
@@ -127,6 +127,27 @@ def test_scores_are_means_over_seeds_and_missing_ones_are_empty(cells):
     assert (third.baseline, third.fraction) == ("random", 0.1)
 
 
+def test_a_cell_that_is_listed_twice_counts_once(cells):
+    """As two trials of a search with the same values."""
+    cells.add("11110000", 0, target="group")
+    cells.records.append(cells.records[0])
+    cells.add("11000000", 1, target="group")
+    (score,) = analyse(study(), cells.records).scores
+    assert (score.seeds, score.num_planned) == ((0, 1), 2)
+    assert score.mean == pytest.approx(0.375)  # of 0.5 and 0.25
+
+
+def test_questions_without_an_evaluation_are_known_before_a_cell_is_run(cells):
+    cells.add(None, 0, target="group")
+    cells.add(None, 0, target="patch")
+    cells.add(None, 0, target="none", dataset="fields")
+    wrong = [{"mode": "knn"}, {"fraction": 0.1}, {"benchmark": "tres"}]
+    asked = study(GROUP_PATCH, *({**GROUP_PATCH, **change} for change in wrong))
+    found = unanswered(asked, cells.records)
+    assert [name for name, dataset in found if dataset == "trees"] == ["q1", "q2", "q3"]
+    assert [name for name, dataset in found if dataset == "fields"] == ["q0", "q1", "q2", "q3"]
+
+
 def test_the_verdicts_of_constructed_cases(cells):
     """24 tiles whose differences are equal in each seed: no variation but that of the tiles."""
     rows = {"group": "1" * 24, "patch": "1" * 12 + "0" * 12, "none": "1" * 13 + "0" * 11}
@@ -146,7 +167,7 @@ def test_the_verdicts_of_constructed_cases(cells):
     )
     answers = analyse(asked, cells.records).answers
     words = [answer.verdict.word for answer in answers]
-    assert words == ["holds", "opposite", "smaller", "not resolved", "matches", "differs", "no result"]
+    assert words == ["holds", "opposite", "smaller", "not resolved", "matches", "differs", "not evaluated"]
     # One tile of 24 differs: value 1/24, standard error of the mean also 1/24, so p = 0.33; six p values are adjusted.
     assert answers[3].difference.value == pytest.approx(1 / 24)
     assert answers[3].difference.error == pytest.approx(1 / 24)
@@ -404,6 +425,8 @@ def test_hostile_names_are_only_text(cells, tmp_path):
     ("verdict", "text"),
     [
         (Verdict("holds", 0.01), "holds"),
+        (Verdict("no result"), "no result"),
+        (Verdict("not evaluated"), "not evaluated: the study has no cell or evaluation of this question"),
         (Verdict("opposite", 0.01), "opposite"),
         (Verdict("smaller", 0.01), "smaller than claimed"),
         (Verdict("not resolved", 0.2, 12, 5200), "not resolved, would need 5,200 tiles or 12 seeds"),

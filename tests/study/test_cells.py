@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from testkit.studies import STUDY, write_results, write_study
 
 from maestro_scale.evaluation.baselines.content import content_digest
+from maestro_scale.evaluation.counts import TileCounts
 from maestro_scale.evaluation.results import EvalResult
 from maestro_scale.recipe import RecipeError
 from maestro_scale.study.cells import distinct, expand, inputs_and_network
@@ -57,7 +60,9 @@ def test_listed_and_excluded_cells(tmp_path):
         ("patch", "two"),
         ("none", "one"),
     ]
-    listed = cells_of(path, "cells=[{depth: two}, {target: none, dataset: trees}]")
+    listed = cells_of(
+        path, "cells=[{depth: two}, {target: none, dataset: trees}, {target: patch, depth: two}]"
+    )
     assert [tuple(c.levels.values()) for c in listed] == [("patch", "two"), ("none", "one")]
     assert cells_of(path, "exclude=[{dataset: trees}]") == []
 
@@ -297,9 +302,46 @@ def test_a_cell_is_finished_when_every_result_can_be_read(tmp_path):
     assert not cell.is_finished
 
 
+def test_a_cell_whose_counts_are_damaged_is_evaluated_again(tmp_path):
+    cell = cells_of(write_study(tmp_path))[0]
+    counts = TileCounts(("a", "b"), np.array([[[1], [0], [0]], [[0], [1], [1]]]))
+    path = cell.evaluations[0].results
+    EvalResult("treesatai_ts", "wf1", "knn", 0.5, {}, (0.5, 0.5), 2, counts=counts).write(path)
+    assert cell.is_finished
+    whole = (path.parent / "counts.npz").read_bytes()
+    (path.parent / "counts.npz").write_bytes(whole[:-20])
+    assert not cell.is_finished
+    (path.parent / "counts.npz").unlink()
+    assert not cell.is_finished
+
+
+def test_encoders_are_checked_before_a_cell_is_run(tmp_path):
+    path = write_study(tmp_path)
+    baselines = "scales.cpu.datasets.trees.baselines=[{}]"
+    with pytest.raises(RecipeError, match=r"no baseline is called 'randm' .did you mean 'random'"):
+        cells_of(path, baselines.format("randm"))
+    with pytest.raises(RecipeError, match="--baseline presto: write presto:WEIGHTS"):
+        cells_of(path, baselines.format("presto"))
+    with pytest.raises(RecipeError, match=r"oracle is no encoder: run evaluate\.py --baseline oracle"):
+        cells_of(path, baselines.format("oracle"))
+    with pytest.raises(
+        RecipeError, match="trees: no mode of its evaluations is for encoder 'scratch': add finetune"
+    ):
+        cells_of(path, "factors.target.none={encoder: scratch}")
+
+
+def test_a_whole_entry_of_a_level_keeps_the_shards_and_the_seed_of_the_study(tmp_path):
+    path = write_study(tmp_path, setup={"seeds": [3]})
+    entry = {"dataset": "treesatai_ts", "weight": 2.0}
+    plain, changed = cells_of(path, f"factors.target.none={json.dumps({'data.mixture': [entry]})}")
+    assert changed.recipe.data.mixture[0].weight == 2.0
+    assert changed.recipe.data.mixture[0].shards == plain.recipe.data.mixture[0].shards
+    assert changed.evaluations[0].recipe.seed == 3
+
+
 def test_mistakes_in_levels_and_data_name_the_place(tmp_path):
     path = write_study(tmp_path)
-    with pytest.raises(RecipeError, match=r"model\.target: must be"):
+    with pytest.raises(RecipeError, match=r"target=patch: .*model\.target: must be"):
         cells_of(path, 'factors.target.patch={"model.target": "pach"}')
     with pytest.raises(RecipeError, match="the data of the study is 'pastis_hd'"):
         cells_of(path, "scales.cpu.datasets.trees.data.dataset=pastis_hd")

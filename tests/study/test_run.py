@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from testkit.studies import write_results, write_study
+from testkit.studies import STUDY, write_results, write_study
 from typer.testing import CliRunner
 
 from maestro_scale.cli import app
@@ -340,6 +340,60 @@ def test_several_studies_are_planned_and_run_together(tmp_path, monkeypatch):
     codes["tiny-cpu"] = STOPPED
     assert CliRunner().invoke(app, words).exit_code == STOPPED
     assert order[2:] == ["tiny-cpu"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("scales.cpu.datasets.trees.evaluations[0].target=nope", "evaluation trees: target: no target of"),
+        (
+            "questions[0].margin=2",
+            "question patch-none: margin is 2, and scores of species are fractions of 1",
+        ),
+        ("questions[0].at_least=-1", "at_least is -1"),
+        ("exclude=[{dataset: trees}]", "tiny-cpu: no cell is left"),
+    ],
+)
+@pytest.mark.parametrize("words", [["--dry-run"], [], ["--cell", "0"]], ids=["dry", "all", "cell"])
+def test_what_would_fail_or_mislead_hours_later_is_refused_at_the_start(tmp_path, change, message, words):
+    path, root = write_study(tmp_path), tmp_path / "root"
+    done = CliRunner().invoke(app, ["study", str(path), "--root", str(root), "--set", change, *words])
+    assert message in str(done.exception)
+    assert not root.exists()
+
+
+def test_a_question_that_no_evaluation_answers_is_named_at_the_start(tmp_path):
+    words = ["study", str(write_study(tmp_path)), "--root", str(tmp_path / "root"), "--dry-run"]
+    assert "warning" not in CliRunner().invoke(app, words).stderr
+    done = CliRunner().invoke(app, [*words, "--set", "questions[0].mode=finetune"])
+    assert "question patch-none has no answer on trees" in done.stderr
+
+
+def test_options_that_exclude_each_other_are_refused(tmp_path):
+    path = str(write_study(tmp_path))
+    for words, message in (
+        (["--dry-run", "--report"], "--dry-run and --report: give one of them"),
+        (["--cells", path], "--cells: give --cell with the number of a line"),
+        ([path], "tiny-cpu: two of the studies have this name"),
+    ):
+        assert message in str(CliRunner().invoke(app, ["study", path, *words]).exception)
+
+
+def test_printed_commands_keep_the_threads(tmp_path):
+    words = ["study", str(write_study(tmp_path)), "--print", "--root", str(tmp_path), "--threads"]
+    assert "--threads 3" in CliRunner().invoke(app, [*words, "3"]).output
+    assert "--threads" not in CliRunner().invoke(app, [*words, "0"]).output
+
+
+def test_a_question_without_a_mode_compares_what_its_scale_compares(tmp_path):
+    cpu = STUDY["scales"]["cpu"]
+    question = {k: v for k, v in STUDY["questions"][0].items() if k != "mode"}
+    own = {**question, "name": "own", "mode": "knn"}
+    scales = {"cpu": cpu, "large": {**cpu, "mode": "finetune"}}
+    path = write_study(tmp_path, scales=scales, questions=[question, own])
+    for scale, mode in (("cpu", "probe"), ("large", "finetune")):
+        study = StudyRun(Request(path, scale, tmp_path)).study
+        assert [q.mode for q in study.questions] == [mode, "knn"]
 
 
 def test_a_cell_number_that_does_not_exist_is_refused(tmp_path):

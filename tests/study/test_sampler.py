@@ -8,7 +8,8 @@ import sys
 import pytest
 from testkit.studies import write_results, write_study
 
-from maestro_scale.study import sampler
+from maestro_scale.study import command, sampler
+from maestro_scale.study.command import Request, StudyRun
 from maestro_scale.study.config import load_study
 from maestro_scale.study.run import Outcome, StudyError
 
@@ -80,6 +81,52 @@ def test_a_trial_whose_cell_failed_is_run_again_at_the_next_start(study, tmp_pat
     assert search().exit_code == 0
     assert calls[4:] == [calls[1]]
     assert states() == ["COMPLETE"] * 4
+
+
+def test_values_without_a_valid_recipe_end_their_trial_alone(tmp_path, capsys):
+    """Three heads do not divide a width of 32; the search goes on, also at the next start."""
+    pytest.importorskip("optuna")
+    space = {"model.heads": {"choices": [2, 3]}}
+    sample = {"trials": 6, "mode": "knn", "method": "random", "space": space}
+    study = load_study(write_study(tmp_path, factors={}, questions=[], sample=sample))
+    heads = []
+
+    def run(cells) -> Outcome:
+        heads.extend(cell.recipe.model.heads for cell in cells)
+        for cell in cells:
+            write_results(cell)
+        return Outcome(finished=len(cells))
+
+    def search(asked) -> Outcome:
+        return sampler.search(asked, "cpu", tmp_path, tmp_path / "study", run)
+
+    assert search(study).exit_code == 0
+    trials = json.loads((tmp_path / "study" / "trials.json").read_text())
+    states = {(t["params"]["model.heads"], t["state"]) for t in trials}
+    assert states == {(2, "COMPLETE"), (3, "FAIL")}
+    assert set(heads) == {2}
+    assert "has no valid recipe: model.heads=3: " in capsys.readouterr().err
+    known = sampler.known_trials(study, "cpu", tmp_path, tmp_path / "study")
+    assert known == [{"model.heads": 2}] * len(heads)
+    invalid = {**sample, "space": {"model.heads": {"choices": [3, 5]}}}
+    path = write_study(tmp_path, factors={}, questions=[], sample=invalid)
+    assert search(load_study(path)).failures == ["no trial has a score: change the space of the search"]
+
+
+def test_the_baselines_of_a_search_are_run(tmp_path, monkeypatch):
+    pytest.importorskip("optuna")
+    path = write_study(tmp_path, factors={}, questions=[], sample=SAMPLE, setup={"baselines": ["statistics"]})
+    encoders = []
+
+    def run(cells, **_) -> Outcome:
+        encoders.extend(cell.encoder for cell in cells)
+        for cell in cells:
+            write_results(cell)
+        return Outcome(finished=len(cells))
+
+    monkeypatch.setattr(command, "run_cells", run)
+    assert StudyRun(Request(path, "", tmp_path / "root")).run().finished == 5
+    assert encoders == ["statistics", None, None, None, None]
 
 
 def test_a_search_in_which_every_trial_fails_stops(study, tmp_path, monkeypatch):

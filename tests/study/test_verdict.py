@@ -132,7 +132,7 @@ def test_no_variation_at_all():
 
 def test_p_values_are_adjusted_after_holm():
     verdicts = [Verdict("holds", p) for p in (0.04, 0.01, 0.03)]
-    verdicts.insert(1, Verdict("no result"))
+    verdicts.insert(1, Verdict("same cells"))
     # 3 · 0.01, 2 · 0.03, and 0.04, which is not below 0.06.
     assert [v.adjusted_p for v in adjust(verdicts)] == [
         pytest.approx(0.06),
@@ -140,4 +140,7 @@ def test_p_values_are_adjusted_after_holm():
         pytest.approx(0.03),
         pytest.approx(0.06),
     ]
+    # A question whose cells are not finished counts: 2 · 0.01. One that is not evaluated never has a p value.
+    open_ones = [Verdict("holds", 0.01), Verdict("no result"), Verdict("not evaluated")]
+    assert adjust(open_ones)[0].adjusted_p == pytest.approx(0.02)
     assert adjust([Verdict("not resolved", 0.6), Verdict("not resolved", 0.7)])[0].adjusted_p == 1

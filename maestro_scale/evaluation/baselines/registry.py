@@ -125,10 +125,10 @@ def short_name(encoder: str) -> str:
     return f"{head}:{last}" if head in BASELINES and head != "image" and "/" in argument else last
 
 
-def build_baseline(name: str, recipe: Recipe, spec: DatasetSpec) -> Maestro | Baseline:
-    """The encoder of ``--baseline NAME`` for a resolved spec.
+def baseline_kind(name: str) -> BaselineKind:
+    """The row of ``--baseline NAME``.
 
-    EvaluationError for an unknown name, an argument that is missing or superfluous, or an encoder that cannot be built.
+    EvaluationError for an unknown name, or an argument that is missing or superfluous.
     """
     head, _, argument = name.partition(":")
     kind = BASELINES.get(head)
@@ -139,6 +139,16 @@ def build_baseline(name: str, recipe: Recipe, spec: DatasetSpec) -> Maestro | Ba
     if bool(argument) != bool(kind.argument):
         expected = f"{head}:{kind.argument}" if kind.argument else head
         raise EvaluationError(f"--baseline {name}: write {expected}")
+    return kind
+
+
+def build_baseline(name: str, recipe: Recipe, spec: DatasetSpec) -> Maestro | Baseline:
+    """The encoder of ``--baseline NAME`` for a resolved spec.
+
+    EvaluationError as of ``baseline_kind``, or for an encoder that cannot be built.
+    """
+    kind = baseline_kind(name)
+    head, _, argument = name.partition(":")
     if not isinstance(kind.build, str):
         return kind.build(argument, recipe, spec)
     from maestro_scale.evaluation.baselines.protocol import parse_options
