@@ -11,6 +11,7 @@ from testkit.studies import STUDY, write_study
 
 from maestro_scale.recipe import RecipeError
 from maestro_scale.study.cells import expand
+from maestro_scale.study.command import Request, StudyRun
 from maestro_scale.study.config import load_study
 
 STUDIES = REPO / "recipes" / "study"
@@ -22,6 +23,22 @@ def refusal(path: Path, *overrides: str) -> str:
     with pytest.raises(RecipeError) as caught:
         load_study(path, overrides)
     return str(caught.value)
+
+
+@pytest.mark.parametrize("path", [*SHIPPED, *FURTHER], ids=lambda p: f"{p.parent.name}-{p.stem}")
+@pytest.mark.parametrize("scale", ["cpu", "gpu"])
+def test_every_question_of_a_shipped_study_has_an_answer(path, scale, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("MAESTRO_DATA", raising=False)
+    StudyRun(Request(path, scale, tmp_path)).check()
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+def test_at_the_scale_of_the_paper_finetuned_encoders_are_compared(path, tmp_path, monkeypatch):
+    """As in the paper; the studies against scratch compare frozen encoders too."""
+    monkeypatch.delenv("MAESTRO_DATA", raising=False)
+    modes = {q.mode for q in StudyRun(Request(path, "gpu", tmp_path)).study.questions}
+    assert modes == ({"finetune", "probe"} if path.stem in ("labels", "pretraining") else {"finetune"})
 
 
 @pytest.mark.parametrize("path", [*SHIPPED, *FURTHER], ids=lambda p: f"{p.parent.name}-{p.stem}")
@@ -102,13 +119,23 @@ def test_null_leaves_out_a_dataset_of_an_extended_file(tmp_path):
         ("scales.cpu.datasets.trees.seeds=[1,1]", "1 is given twice"),
         ("questions[0].better.target=pach", "unknown level 'pach' (did you mean 'patch'?)"),
         ("questions[0].better.taget=patch", "unknown factor (did you mean 'target'?)"),
-        ("questions[0].worse.target=patch", "equal to better"),
+        ("questions[0].worse.target=patch", "has the cells of better"),
         ("questions[0].datasets=tree", "unknown dataset 'tree' (did you mean 'trees'?)"),
         ("questions[0].mode=kn", "did you mean 'knn'?"),
         ("questions[0].margin=-1", "greater than 0"),
         ("scales.cpu.datasets.trees.evaluations[0].modes=[scratch]", "add a level {encoder: scratch}"),
         ("exclude=[{dataset: tree}]", "unknown level 'tree'"),
         ("factors.dataset.x={}", "rename the factor"),
+        ("factors.target.none={seed: 7}", "seed is set by the study: list the seeds of the setup instead"),
+        (
+            'factors.target.none={"data.mixture[0].shards": x}',
+            "data.mixture.0.shards is set by the study: give",
+        ),
+        ("scales.cpu.datasets.trees.set={data: {mixture: [{shards: x}]}}", "data.mixture.0.shards is set by"),
+        ("scales.cpu.datasets.trees.evaluations[0].set={seed: 1}", "seed is set by the study"),
+        ("scales.cpu.datasets.trees.baselines=[random,random]", "random is given twice"),
+        ("scales.cpu.gpu={kind: h10}", "unknown GPU 'h10' (did you mean 'h100'?)"),
+        ("questions[0].datasets=[trees,trees]", "trees is given twice"),
         ("sample={trials: 2, space: {optim.base_lr: {low: 1, high: 2}}}", "leave out factors and cells"),
     ],
 )
@@ -116,13 +143,30 @@ def test_mistakes_are_refused_with_a_hint(tmp_path, override, message):
     assert message in refusal(write_study(tmp_path), override)
 
 
+def test_the_sides_of_a_question_have_other_levels(tmp_path):
+    """A level that one side names holds for the other too."""
+    factors = {**STUDY["factors"], "depth": {"one": {}, "two": {"model.depth": 3}}}
+    question = {**STUDY["questions"][0], "better": {"target": "patch"}, "worse": {"depth": "one"}}
+    path = write_study(tmp_path, factors=factors, questions=[question])
+    assert "worse: has the cells of better: name another level" in refusal(path)
+
+
 def test_a_range_has_an_order(tmp_path):
     path = write_study(tmp_path, factors={}, questions=[])
-    space = "sample={{trials: 2, space: {{optim.base_lr: {}}}}}"
+    space = "sample={{trials: 2, mode: knn, space: {{optim.base_lr: {}}}}}"
     assert "not above low" in refusal(path, space.format("{low: 2, high: 1}"))
     assert "either low and high, or choices" in refusal(path, space.format("{low: 2}"))
     assert "above 0 with log" in refusal(path, space.format("{low: 0, high: 1, log: true}"))
     assert load_study(path, [space.format("{choices: [1, 2]}")]).sample is not None
+
+
+def test_a_search_is_for_a_score_that_is_computed_with_keys_that_the_study_does_not_set(tmp_path):
+    path = write_study(tmp_path, factors={}, questions=[])
+    sample = "sample={{trials: 2, mode: {}, space: {{{}: {{low: 1, high: 2}}}}}}"
+    assert load_study(path, [sample.format("knn", "optim.clip")]).sample is not None
+    reason = "sample.mode: no evaluation of scale cpu has the mode probe"
+    assert reason in refusal(path, sample.format("probe", "optim.clip"))
+    assert "seed is set by the study" in refusal(path, sample.format("knn", "seed"))
 
 
 def test_data_are_given_once(tmp_path):
