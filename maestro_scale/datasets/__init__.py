@@ -31,6 +31,11 @@ def known() -> tuple[str, ...]:
     return tuple(_DATASETS)
 
 
+def folder(name: str) -> Path:
+    """The folder of the code that reads a dataset and writes its synthetic tiles; KeyError as of ``spec``."""
+    return Path(__file__).parent / _known(name)[0].partition(".")[0]
+
+
 def spec(name: str) -> DatasetSpec:
     """The spec of dataset ``name``; KeyError with the nearest known name if there is none."""
     return _reader(name).SPEC

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import inspect
 import json
 import shutil
 from functools import cache
@@ -21,7 +22,7 @@ from maestro_scale.study.config import Data
 from maestro_scale.training.run_dir import write_atomically
 
 _PACKAGE = Path(datasets.__file__).parent
-_READING = ("fill.py", "raster_file.py", "raw.py")
+_READING = ("fill.py", "quantity.py", "raster_file.py", "raw.py", "values.py")
 _DONE = "complete.json"
 _SHARD_MB = 32
 _SPLITS = ("train", "val", "test")
@@ -43,15 +44,22 @@ def identity(data: Data) -> dict[str, Any]:
 
 @cache
 def generator_digest(dataset: str) -> str:
-    """Hash of the code that generates the scenes of a dataset and reads them, without comments and docstrings: tiles of
-    another revision of the code must not count as the same data."""
+    """Hash of the code that generates the scenes of a dataset, reads them, and draws their splits, without comments and
+    docstrings: tiles of another revision of the code must not count as the same data."""
+    sources = [(path.name, path.read_text()) for path in generator_files(dataset)]
+    sources.append((shuffle_keys.__name__, inspect.getsource(shuffle_keys)))
+    digest = hashlib.sha256()
+    for name, source in sources:
+        digest.update(f"{name}\0{_code(source)}\0".encode())
+    return digest.hexdigest()[:16]
+
+
+def generator_files(dataset: str) -> list[Path]:
+    """The modules that decide what is in the synthetic tiles of a dataset."""
     files = [*(_PACKAGE / "synthetic").glob("*.py"), *(_PACKAGE / name for name in _READING)]
     if dataset in datasets.known():
-        files += (_PACKAGE / dataset).glob("*.py")
-    digest = hashlib.sha256()
-    for path in sorted(files):
-        digest.update(f"{path.name}\0{_code(path.read_text())}\0".encode())
-    return digest.hexdigest()[:16]
+        files += datasets.folder(dataset).glob("*.py")
+    return sorted(files)
 
 
 def place(data: Data, root: Path) -> str:

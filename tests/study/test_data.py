@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from maestro_scale import datasets
 from maestro_scale.datasets.pastis_hd.synth import Windows
 from maestro_scale.datasets.spec import DatasetError
 from maestro_scale.datasets.synthetic.scene import Scene
@@ -90,6 +92,25 @@ def test_the_place_follows_the_content(tmp_path):
     existing = Data(dataset="treesatai_ts", shards="s3://bucket/shards")
     assert study_data.place(existing, tmp_path) == "s3://bucket/shards"
     assert study_data.is_complete(existing, tmp_path)
+
+
+@pytest.mark.parametrize("dataset", ["treesatai_ts", "pastis_hd", "flair_hub", "flair2"])
+def test_the_identity_of_the_data_covers_all_modules_that_decide_them(dataset):
+    """What these modules import from the package is among them too, but for the types of ``spec``, whose values are
+    in the modules of the dataset, and the checks of files from elsewhere."""
+    files = study_data.generator_files(dataset)
+    package = Path(datasets.__file__).parent
+    assert {"synth.py", "reader.py"} <= {path.name for path in files}
+    named = {
+        ".".join(["maestro_scale", "datasets", *p.relative_to(package).with_suffix("").parts]) for p in files
+    }
+    imported = set()
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("maestro_scale.datasets"):
+                names = {f"{node.module}.{alias.name}" for alias in node.names} & named
+                imported |= names or {node.module}
+    assert {m for m in imported - named if "__init__" not in m} <= {"maestro_scale.datasets.spec"}
 
 
 def test_comments_and_docstrings_of_the_generator_are_not_part_of_its_identity():
