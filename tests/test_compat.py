@@ -230,7 +230,7 @@ def test_a_probe_of_a_model_has_the_same_score(folder):
     assert list(new.pop("datasets").values()) == [hashlib.sha256(manifest).hexdigest()]
     assert re.fullmatch("[0-9a-f]{64}", new.pop("weights"))
     assert (new.pop("units"), new.pop("synthetic")) == ("", None)  # the manifest does not say
-    for name in ("counts_sha256", "adaptation", "by_sensors"):
+    for name in ("counts_sha256", "adaptation", "architecture", "by_sensors"):
         new.pop(name)
     agree(new, old)
 

@@ -13,7 +13,7 @@ from maestro_scale.datasets.spec import DatasetSpec
 from maestro_scale.evaluation.bootstrap import bootstrap_interval
 from maestro_scale.evaluation.counts import TileCounts
 from maestro_scale.evaluation.metrics import best_index
-from maestro_scale.evaluation.results import EvalResult
+from maestro_scale.evaluation.results import Architecture, EvalResult
 from maestro_scale.evaluation.tasks.protocol import DEFAULT_LOSS, LossSettings, Predictions, Task
 from maestro_scale.evaluation.tasks.subset import TRAIN, train_split
 from maestro_scale.shards.format.manifest import Manifest
@@ -27,8 +27,8 @@ BATCH_SIZE = 32
 class Provenance:
     """Where an encoder comes from; stored in every result. ``step``: 0 for an untrained one.
 
-    ``encoder``: its name; ``trained_on``: datasets it was pretrained on; ``weights`` and
-    ``adaptation``: as in ``EvalResult``.
+    ``encoder``: its name; ``trained_on``: datasets it was pretrained on; ``weights``, ``adaptation`` and
+    ``architecture``: as in ``EvalResult``.
     """
 
     step: int | None = None
@@ -38,6 +38,7 @@ class Provenance:
     trained_on: tuple[str, ...] = ()
     weights: str = ""
     adaptation: str = ""
+    architecture: Architecture | None = None
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,7 @@ def build_result(
         weights=provenance.weights,
         trained_on=provenance.trained_on,
         adaptation=provenance.adaptation,
+        architecture=provenance.architecture,
         checkpoint_step=provenance.step,
         recipe=provenance.recipe,
         chosen=predictions.chosen,

@@ -12,7 +12,7 @@ from maestro_scale.evaluation.features.adapt import adapt_encoder
 from maestro_scale.evaluation.features.cache import weights_digest
 from maestro_scale.evaluation.features.load_encoder import load_encoder
 from maestro_scale.evaluation.finetune.predictor import TRAINABLE
-from maestro_scale.evaluation.results import ORACLE, EvaluationError
+from maestro_scale.evaluation.results import ORACLE, Architecture, EvaluationError
 from maestro_scale.interop.sources import is_local
 from maestro_scale.model.maestro import Maestro
 from maestro_scale.recipe import Recipe, resolve_spec
@@ -27,8 +27,8 @@ class Encoder:
     """An encoder with what results record of it.
 
     ``name``: as in results; ``path``: of the checkpoint, None for a baseline; ``step``: optimizer steps it was trained
-    for; ``trained_on``: datasets; ``weights`` and ``adaptation``: as in ``EvalResult``; ``spec``: of the benchmark,
-    resolved, and ``manifest`` its manifest; ``per_fold``: another checkpoint for each fold.
+    for; ``trained_on``: datasets; ``weights``, ``adaptation`` and ``architecture``: as in ``EvalResult``; ``spec``: of
+    the benchmark, resolved, and ``manifest`` its manifest; ``per_fold``: another checkpoint for each fold.
     """
 
     def __init__(
@@ -100,6 +100,25 @@ class Encoder:
                 f"--mode test predicts with a finetuned model, which {self.name} is not: give the directory of a "
                 "finetuning (OUT/finetune) or its export"
             )
+
+    @property
+    def architecture(self) -> Architecture | None:
+        """Of a MAESTRO, pretrained or not; None of another encoder."""
+        if not isinstance(self._model, Maestro):
+            return None
+        config = self._model.config
+        size = config.size
+        return Architecture(
+            size.width,
+            size.depth,
+            size.heads,
+            size.dim_head,
+            size.mlp_ratio,
+            config.fusion,
+            config.inter_depth,
+            config.spectral,
+            config.norm,
+        )
 
     @property
     def finetuned(self) -> Maestro:

@@ -55,6 +55,22 @@ class SensorScore:
 
 
 @dataclass(frozen=True)
+class Architecture:
+    """Of the encoder of a MAESTRO: what decides which models it can be compared with. Fields as of ``Size`` and
+    ``ModelConfig``."""
+
+    width: int
+    depth: int
+    heads: int
+    dim_head: int
+    mlp_ratio: int
+    fusion: str
+    inter_depth: int
+    spectral: str = "joint"
+    norm: str = "group"
+
+
+@dataclass(frozen=True)
 class EvalResult:
     """A score of one encoder on one benchmark. Scores are fractions of 1, not percent; those of a regression are in
     ``units``."""
@@ -105,6 +121,9 @@ class EvalResult:
     adaptation: str = ""
     """How an external encoder adapts bands, resolution and dates of the benchmark; empty for others, and in files of
     earlier revisions."""
+    architecture: Architecture | None = None
+    """Of the MAESTRO that was evaluated, whatever the recipe says; None for other encoders, and in files of earlier
+    revisions."""
     trained_on: tuple[str, ...] = ()
     """Datasets the encoder was pretrained on; empty if it was not."""
     fraction: float = 1.0

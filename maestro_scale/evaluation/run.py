@@ -303,6 +303,7 @@ class _Evaluation:
                 encoder.trained_on,
                 encoder.weights,
                 encoder.adaptation,
+                encoder.architecture,
             ),
             run.subdir,
         )

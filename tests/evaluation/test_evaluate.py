@@ -14,7 +14,7 @@ import pytest
 
 from maestro_scale.evaluation import run
 from maestro_scale.evaluation.paired import load_runs
-from maestro_scale.evaluation.results import EvalResult
+from maestro_scale.evaluation.results import Architecture, EvalResult
 from maestro_scale.evaluation.run import EvalOptions
 from maestro_scale.shards.storage import LocalStorage as Storage
 from maestro_scale.shards.write.writer import Writer
@@ -115,6 +115,28 @@ def test_two_evaluations_of_a_mode_into_one_folder_are_refused(fields, tmp_path)
     assert not (tmp_path / "out" / "knn" / "results.json").exists()
     run.run_evaluation(options)
     assert EvalResult.load(tmp_path / "out" / "knn" / "results.json").mode == "knn"
+
+
+def test_a_result_records_the_model_that_was_evaluated_and_not_that_of_the_recipe(fields, tmp_path):
+    """The recipe leaves the model at its default, base with three blocks between groups."""
+    recipe = str(fields.recipe(tmp_path))
+    small = Architecture(
+        width=32,
+        depth=3,
+        heads=2,
+        dim_head=16,
+        mlp_ratio=2,
+        fusion="group",
+        inter_depth=1,
+        spectral="joint",
+        norm="group",
+    )
+    for name, encoder, expected in (
+        ("a", {"checkpoint": str(fields.model)}, small),
+        ("b", {"baseline": "statistics"}, None),
+    ):
+        run.run_evaluation(EvalOptions(recipe, tmp_path / name, modes=("knn",), **encoder))
+        assert EvalResult.load(tmp_path / name / "knn" / "results.json").architecture == expected
 
 
 def test_ranks_with_other_manifests_are_refused_and_results_record_theirs(
