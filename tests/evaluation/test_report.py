@@ -22,11 +22,13 @@ from maestro_scale.evaluation.report import charts
 from maestro_scale.evaluation.report.charts import class_bars
 from maestro_scale.evaluation.report.groups import find_results
 from maestro_scale.evaluation.report.report import write_report
-from maestro_scale.evaluation.results import EvalResult, EvaluationError
+from maestro_scale.evaluation.results import Architecture, EvalResult, EvaluationError
 from maestro_scale.evaluation.run import score_text
 from tests.testkit.hostile import NAMES
 
 CLASSES = ("meadow", "corn", "vines")
+PAPER = Architecture(768, 12, 12, 64, 4, "group", 3)  # base size, three blocks between groups
+TINY = Architecture(192, 12, 3, 64, 2, "monotemp", 0)
 SEGMENTED = EvalResult(
     benchmark="pastis_hd",
     metric="miou",
@@ -38,6 +40,7 @@ SEGMENTED = EvalResult(
     confusion=((80, 20, 0), (10, 90, 0), (0, 0, 0)),
     scores={"pixel_accuracy": 0.85},
     encoder="runs/<b>base</b>",
+    architecture=PAPER,
     trained_on=("pastis_hd",),
     checkpoint_step=1000,
     recipe={"name": "<script>alert(1)</script>"},
@@ -53,6 +56,7 @@ LABELLED = EvalResult(
     interval=(0.69, 0.71),
     num_tiles=500,
     encoder="runs/naip",
+    architecture=PAPER,
     trained_on=("s2_naip",),
     checkpoint_step=500,
 )
@@ -278,13 +282,46 @@ def test_a_copy_counts_once_and_seeds_are_one_line(tmp_path):
 
 def test_image_encoders_are_shown_next_to_the_published_ones(tmp_path):
     image = dataclasses.replace(
-        SEGMENTED, encoder="image:facebook/dinov2-base", trained_on=(), checkpoint_step=0
+        SEGMENTED, encoder="image:facebook/dinov2-base", architecture=None, trained_on=(), checkpoint_step=0
     )
     listed(image, dataclasses.replace(image, mode="scratch"), tmp_path=tmp_path)
     text = (tmp_path / "listed.md").read_text()
     intra, cross = text.split("## Real data, finetuned: pretrained elsewhere")
     assert "| **dinov2-base, finetune** | – | 65.6 (64.0-67.0) [+1.2] |" in cross
     assert "| **dinov2-base (not pretrained), scratch** |" in intra
+
+
+@pytest.mark.parametrize(
+    ("encoder", "difference"),
+    [
+        ("image:facebook/dinov2-base", "[+1.2]"),  # to 64.4
+        ("image:/weights/dinov2-base/", "[+1.2]"),
+        ("image:dinov2-base", "[+1.2]"),
+        ("image:facebook/dinov2-small", None),  # another size
+        ("image:/weights/dinov2-sat", None),  # other weights
+        ("image:/home/dinov2/vit-mae-base", None),
+        ("image:/home/dinov2-base/vit-mae-base", None),
+        ("presto:/data/dinov2/default_model.pt", None),
+        ("presto:/data/dinov2-base", None),
+    ],
+)
+def test_the_published_image_encoder_is_known_by_the_name_of_its_weights(tmp_path, encoder, difference):
+    image = dataclasses.replace(SEGMENTED, encoder=encoder, architecture=None, trained_on=())
+    listed(image, tmp_path=tmp_path)
+    text = (tmp_path / "listed.md").read_text()
+    assert re.findall(r"\[[+-][\d.]+\]", text) == ([difference] if difference else [])
+
+
+def test_folds_of_several_jobs_are_the_official_test_together(tmp_path):
+    folds = [
+        dataclasses.replace(SEGMENTED, folds=(k,), splits={"test": (f"fold_{(k + 3) % 5 + 1}",)}, maps=None)
+        for k in range(1, 6)
+    ]
+    (row,) = listed(*folds, tmp_path=tmp_path / "all")
+    assert "[-3.0]" in row
+    (row,) = listed(*folds[:4], tmp_path=tmp_path / "four")
+    assert "65.6" in row
+    assert "[" not in row
 
 
 def test_an_oracle_of_other_tiles_is_not_shown(tmp_path):
@@ -426,6 +463,23 @@ def test_synthetic_data_and_frozen_encoders_have_tables_of_their_own(tmp_path):
         ({"mode": "scratch", "trained_on": ()}, "[+1.1]"),  # to the supervised ViT, 64.5
         ({"trained_on": ("pastis_hd", "flair_hub")}, None),
         ({"trained_on": ("flair_hub",)}, "[-2.4]"),  # to 68.0
+        (
+            {"architecture": dataclasses.replace(PAPER, inter_depth=0)},
+            "[-3.2]",
+        ),  # no inter-group blocks: 68.8
+        ({"architecture": dataclasses.replace(PAPER, inter_depth=1)}, None),
+        ({"architecture": dataclasses.replace(PAPER, fusion="mod")}, None),
+        ({"architecture": dataclasses.replace(PAPER, width=384)}, None),
+        ({"architecture": None}, None),  # of an earlier revision
+        ({"architecture": TINY}, None),
+        ({"architecture": TINY, "trained_on": ("flair_hub",)}, None),
+        ({"architecture": TINY, "mode": "scratch", "trained_on": ()}, None),
+        ({"architecture": None, "mode": "scratch", "trained_on": (), "encoder": "image:dinov2-base"}, None),
+        ({"folds": (1,), "splits": {"test": ("fold_5",)}}, "[-3.0]"),
+        ({"folds": (3,), "splits": {"test": ("fold_2",)}}, None),
+        ({"folds": (3,)}, None),
+        ({"folds": (1, 2, 3, 4), "splits": {"test": ("fold_5", "fold_1", "fold_2", "fold_3")}}, None),
+        ({"folds": (5, 4, 3, 2, 1), "splits": {"test": tuple(f"fold_{k}" for k in range(1, 6))}}, "[-3.0]"),
     ],
 )
 def test_a_difference_is_to_the_same_data_split_mode_and_metric(tmp_path, change, difference):

@@ -103,12 +103,6 @@ def baseline_names() -> list[str]:
     return [*table, ORACLE]
 
 
-def is_external(encoder: str) -> bool:
-    """Whether an encoder, as named in results, is a baseline of another architecture."""
-    head, colon, _ = encoder.partition(":")
-    return bool(colon) and head in BASELINES
-
-
 def has_published_weights(encoder: str) -> bool:
     """Whether an encoder, as named in results, is a baseline whose weights were trained by others."""
     kind = BASELINES.get(encoder.partition(":")[0])

@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
-from maestro_scale.evaluation.results import EvalResult
+from maestro_scale.evaluation.results import Architecture, EvalResult
 
 
 @dataclass(frozen=True)
 class BenchmarkColumn:
-    """A column of the tables: a dataset, its target, metric and official test splits (by their names in shards)."""
+    """A column of the tables: a dataset, its target and metric, its official test split (by its names in shards), and
+    the folds of its cross-validation."""
 
     benchmark: str
     title: str
     metric: str
     target: str
     test_splits: tuple[str, ...] = ("test",)
+    folds: tuple[int, ...] = ()
 
     def is_of(self, result: EvalResult) -> bool:
         """Whether a result is a score of this benchmark."""
         key = result.benchmark, result.metric, result.target or self.target
         return key == (self.benchmark, self.metric.lower(), self.target)
+
+    def is_official(self, results: Iterable[EvalResult]) -> bool:
+        """Whether results that are reported as one score are of the official test split, or together of all folds.
+        Files of earlier revisions do not name their splits: without folds they count as official."""
+        results = tuple(results)
+        folds = {fold for r in results for fold in r.folds}
+        if folds and folds == set(self.folds):
+            return True
+        tests = [set(r.splits.get("test", () if folds else self.test_splits)) for r in results]
+        return all(test and test <= set(self.test_splits) for test in tests)
 
 
 @dataclass(frozen=True)
@@ -33,7 +46,9 @@ class PublishedRow:
 
 COLUMNS = (
     BenchmarkColumn("treesatai_ts", "TreeSatAI-TS", "wF1", "species"),
-    BenchmarkColumn("pastis_hd", "PASTIS-HD", "mIoU", "crop_type", ("test", "fold_5", "test_rotation_1")),
+    BenchmarkColumn(
+        "pastis_hd", "PASTIS-HD", "mIoU", "crop_type", ("test", "fold_5", "test_rotation_1"), (1, 2, 3, 4, 5)
+    ),
     BenchmarkColumn("flair2", "FLAIR#2", "mIoU", "cosia"),
     BenchmarkColumn("flair_hub", "FLAIR-HUB", "mIoU", "cosia"),
 )
@@ -59,11 +74,16 @@ CROSS = (
     PublishedRow("SatMAE", (76.9, 66.6, 42.5, 45.0)),
 )
 
+PAPER_MODEL = Architecture(768, 12, 12, 64, 4, "group", 3)
+"""Base size, three of the twelve blocks between groups: of all rows of MAESTRO and of the supervised ViT, but where a
+row says otherwise."""
+
 # The row that a result is compared with: the finetuned encoder of the paper's own method with the same pretraining.
-INTRA_REFERENCE = INTRA[0]
-SCRATCH_REFERENCE = INTRA[4]
-CROSS_REFERENCE = {"flair_hub": CROSS[0], "s2_naip": CROSS[1]}
-IMAGE_REFERENCE = {"dinov2": CROSS[2]}  # by a part of the image encoder's name
+INTRA_REFERENCE = {PAPER_MODEL: INTRA[0], replace(PAPER_MODEL, inter_depth=0): INTRA[2]}
+SCRATCH_REFERENCE = {PAPER_MODEL: INTRA[4]}
+CROSS_REFERENCE = {("flair_hub", PAPER_MODEL): CROSS[0], ("s2_naip", PAPER_MODEL): CROSS[1]}
+# By the name of the weights. The table does not give the size of DINOv2: taken to be base, as that of MAESTRO.
+IMAGE_REFERENCE = {"dinov2-base": CROSS[2]}
 
 PRETRAINING_DATA = ("the benchmark's own data", "flair_hub", "s2_naip")
 """Rows of the paper's cross-dataset comparison of MAESTRO, by the names of datasets here."""

@@ -1,7 +1,8 @@
 """The tables of a report: like is compared with like.
 
 Real and synthetic data, frozen and finetuned encoders have tables of their own. A difference from a published number is
-given only for the same data, test split, mode and metric. Cells of a benchmark that was not run are empty.
+given only for the same data, test split, mode, metric and architecture. Cells of a benchmark that was not run are
+empty.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from maestro_scale.evaluation.baselines.registry import is_external
 from maestro_scale.evaluation.metric_kinds import METRIC_KINDS, UNBOUNDED_SCORES, significant
 from maestro_scale.evaluation.report.groups import FROZEN_MODES, ResultGroup, data_key
 from maestro_scale.evaluation.report.published import (
@@ -168,9 +168,9 @@ def _paper_table(
     if published:
         note = (
             "Highlighted: evaluated here, with a 95 % bootstrap interval over tiles, or mean ± deviation over seeds "
-            "and folds, and the difference to the published row of the same pretraining and mode, if the test "
-            "split is the official one. The others are the published numbers of arXiv 2508.10894, on the real "
-            "test sets."
+            "and folds, and the difference to the published row of the same pretraining, architecture and mode, if "
+            "the test split is the official one. The others are the published numbers of arXiv 2508.10894, on the "
+            "real test sets."
         )
     unknown = sum(g.first.synthetic is None for g in groups)
     if published and unknown:
@@ -229,22 +229,23 @@ def _cell(
 def _reference(
     group: ResultGroup, column: BenchmarkColumn, every: Sequence[ResultGroup]
 ) -> PublishedRow | None:
-    """The published row that a result is compared with; None where none is of the same data, split, mode, metric and
-    pretraining."""
-    first = group.first
-    test = first.splits.get("test", column.test_splits)  # files of earlier revisions do not name their splits
-    official = set(test) <= set(column.test_splits) or bool(first.folds)
+    """The published row that a result is compared with; None where none is of the same data, split, mode, metric,
+    pretraining and architecture. Files of earlier revisions do not say which MAESTRO was evaluated: None."""
+    first, architecture = group.first, group.first.architecture
+    official = column.is_official(f.result for f in group.files)
     if is_synthetic(group, every) or not official or first.fraction != 1 or not column.is_of(first):
         return None
-    if first.mode == "scratch":
-        return None if is_external(first.encoder) else SCRATCH_REFERENCE
-    if first.mode != "finetune":
-        return None
     if group.is_published:
-        return next((row for name, row in IMAGE_REFERENCE.items() if name in first.encoder.lower()), None)
-    if group.kind == "cross":
-        return CROSS_REFERENCE.get(first.trained_on[0]) if len(first.trained_on) == 1 else None
-    return INTRA_REFERENCE if group.kind == "intra" else None
+        head, _, weights = first.encoder.partition(":")
+        name = weights.rstrip("/").rpartition("/")[2]
+        return IMAGE_REFERENCE.get(name) if (head, first.mode) == ("image", "finetune") else None
+    if architecture is None or first.mode not in ("finetune", "scratch"):
+        return None
+    if first.mode == "scratch":
+        return SCRATCH_REFERENCE.get(architecture)
+    if group.kind == "intra":
+        return INTRA_REFERENCE.get(architecture)
+    return CROSS_REFERENCE.get((first.trained_on[0], architecture)) if len(first.trained_on) == 1 else None
 
 
 def _published_row(row: PublishedRow) -> TableRow:
