@@ -65,6 +65,31 @@ class Wrong(Vector):
             "axes": {"aerial": torch.zeros(2, 4, 3)},
             "width": {"aerial": torch.zeros(2, 1, 4, 5)},
             "grid": {"aerial": torch.zeros(2, 1, 5, 3)},
+            "integers": {"aerial": torch.zeros(2, 1, 4, 3, dtype=torch.int32)},
+            "complex": torch.zeros(2, 3, dtype=torch.complex64),
+        }[self.returns]
+
+
+class Uneven(Vector):
+    """Tokens that keep the protocol for the constant pixels of the check, and something else for those of tiles;
+    ``returns`` says what."""
+
+    width = 8  # as attentive heads accept it
+
+    def __init__(self, sensors: Mapping[str, SensorInput], options: Mapping[str, str]) -> None:
+        super().__init__(sensors, options)
+        self.returns = options["returns"]
+
+    def tokens(self, images: Images) -> object:
+        """One token per date of Sentinel-2 in the check."""
+        tokens = images.pixels["s2"].mean(dim=(3, 4))[:, :, None, :1].expand(-1, -1, -1, self.width)
+        if images.pixels["s2"].std() == 0:
+            return {"s2": tokens}
+        return {
+            "cells": {"s2": tokens.repeat(1, 1, 4, 1)},
+            "rows": {"s2": tokens[:, :1]},
+            "sensors": {"s2": tokens, "aerial": tokens},
+            "integers": {"s2": tokens.int()},
         }[self.returns]
 
 

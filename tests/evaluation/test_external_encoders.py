@@ -16,6 +16,7 @@ from maestro_scale.datasets.pastis_hd.reader import SPEC as PASTIS
 from maestro_scale.datasets.treesatai_ts.reader import SPEC as TREESAT
 from maestro_scale.evaluate import parse
 from maestro_scale.evaluation.baselines import coordinates
+from maestro_scale.evaluation.baselines.content import content_digest
 from maestro_scale.evaluation.baselines.inputs import PhysicalUnits, sensor_inputs
 from maestro_scale.evaluation.baselines.protocol import Images, parse_options
 from maestro_scale.evaluation.baselines.registry import BASELINES, build_baseline, short_name
@@ -60,6 +61,8 @@ def test_errors_name_the_nearest_baseline_and_what_is_missing():
         f"{HERE}:Wrong,returns=axes": r"\(2, 4, 3\) for aerial, where \(B, R, L, E\) is expected",
         f"{HERE}:Wrong,returns=width": r"\(2, 1, 4, 5\) for aerial, where \(2, R, L, 3\) is expected",
         f"{HERE}:Wrong,returns=grid": "5 tokens for aerial, which are not a square grid",
+        f"{HERE}:Wrong,returns=integers": "Wrong: .* torch.int32 for aerial: convert it to real floating-point",
+        f"{HERE}:Wrong,returns=complex": "Wrong: .* torch.complex64 for vector: convert it to real floating-point",
     }.items():
         with pytest.raises(EvaluationError, match=message) as caught:
             build_baseline(name, None, FIELDS)
@@ -72,6 +75,50 @@ def test_errors_name_the_nearest_baseline_and_what_is_missing():
         EvaluationError, match=r"Vector: sensor aerial has no band 'R' \(there are: B, G, X\)"
     ):
         build_baseline(f"{HERE}:Vector", None, bandless)
+
+
+@pytest.mark.parametrize(
+    ("returns", "message"),
+    [
+        (
+            "cells",
+            r"s2 \(R = 2, L = 4\), where the check .* had s2 \(R = 2, L = 1\): return the same sensors",
+        ),
+        ("rows", r"s2 \(R = 1, L = 1\), where the check .* had s2 \(R = 2, L = 1\): return the same sensors"),
+        ("sensors", r"aerial \(R = 2, L = 1\), s2 \(R = 2, L = 1\), where the check .* had s2 \("),
+        ("integers", "torch.int32 for s2: convert it"),
+    ],
+)
+def test_tokens_of_the_data_are_like_those_of_the_check(fields, tmp_path, returns, message):
+    encoder = plugin("Uneven", f",returns={returns}")
+    benchmark = Benchmark(FIELDS, str(fields.shards), tmp_path / "cache", tmp_path / "features")
+    with pytest.raises(EvaluationError, match=rf"^{HERE}:Uneven: tokens\(\) returned {message}") as caught:
+        evaluate_frozen(encoder, benchmark, ["attentive"])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("raise RuntimeError('boom\\nbang')", "RuntimeError: boom"),
+        ("def (", r"SyntaxError: invalid syntax \(__init__.py, line 1\)"),
+        ("raise SystemError", "SystemError"),
+    ],
+)
+def test_a_package_that_cannot_be_imported_is_one_line(tmp_path, monkeypatch, source, reason):
+    package = tmp_path / "broken_package"
+    package.mkdir()
+    (package / "__init__.py").write_text(source)
+    (package / "encoder.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    name = "python:broken_package.encoder:Encoder"
+    assert content_digest(name) == ""  # a study asks before it builds anything
+    message = (
+        rf"^--baseline {name}: broken_package.encoder cannot be imported \({reason}\); correct the module"
+    )
+    with pytest.raises(EvaluationError, match=message) as caught:
+        build_baseline(name, None, FIELDS)
+    assert "\n" not in str(caught.value)
 
 
 def test_every_name_is_in_the_help_and_in_the_documentation(capsys, pytestconfig):

@@ -20,7 +20,8 @@ _CHUNK = 1 << 20
 def content_digest(encoder: str) -> str:
     """SHA-256 of the local files that ``NAME[:ARGUMENT[,option=value,…]]`` refers to; empty where there are none.
 
-    Of ``python:pkg.module:Class`` also the file of the module, but not what it imports.
+    Of ``python:pkg.module:Class`` also the file of the module, but not what it imports. OSError where a file cannot be
+    read; nothing is raised for a module that cannot be found or imported.
     """
     head, _, argument = encoder.partition(":")
     value, options = parse_options(argument)
@@ -45,10 +46,11 @@ def files_below(path: Path) -> list[Path]:
 
 
 def _module_file(value: str) -> Path | None:
-    """The source of ``pkg.module:Class``; None where it is not found, which building the baseline reports."""
+    """The source of ``pkg.module:Class``; None where it is not found, or where its package, which is imported to find
+    it, raises an error. Building the baseline reports either."""
     try:
         spec = importlib.util.find_spec(value.partition(":")[0])
-    except (ImportError, ValueError, AttributeError):
+    except Exception:  # noqa: BLE001 - of the user's package
         return None
     return Path(spec.origin) if spec is not None and spec.has_location and spec.origin else None
 

@@ -64,9 +64,9 @@ class PluginBaseline(TrainableBaseline):
         self.config = PluginConfig(
             name, self.config.view, options=tuple(sorted(options.items())), adaptation=self.adaptation
         )
+        self._grids: dict[str, _TokenGrid] = {}  # of the check; of every batch after it
         with torch.no_grad():
-            tokens = self.encode(_synthetic_batch(spec))
-        self._grids = {key: _TokenGrid(t.shape[1], round(t.shape[2] ** 0.5)) for key, t in tokens.items()}
+            self._grids = _token_grids(self.encode(_synthetic_batch(spec)))
 
     @property
     def _external(self) -> ExternalEncoder:
@@ -88,8 +88,8 @@ class PluginBaseline(TrainableBaseline):
         return dataclasses.replace(view, sensors=tuple(sensors))
 
     def encode(self, batch: Batch) -> dict[str, Tensor]:
-        """Token grids {sensor: (B, R, L, E)}, in the order of the sensors. EvaluationError where they have another
-        shape."""
+        """Token grids {sensor: (B, R, L, E)}, in the order of the sensors. EvaluationError where they are not real
+        floating-point numbers, or have another shape than the protocol says or the check found."""
         some = next(iter(batch.pixels.values()))
         found = self._external.tokens(
             self._units.convert(batch, latlon(batch, self._spec.tile_m, some.device))
@@ -103,7 +103,13 @@ class PluginBaseline(TrainableBaseline):
             if (problem := self._problem(key, grid, len(batch))) is not None:
                 raise EvaluationError(f"{self.config.kind}: tokens() returned {problem}")
         order = [*(s.name for s in self.config.view.sensors), JOINT, VECTOR]
-        return {key: tokens[key] for key in order if key in tokens}
+        tokens = {key: tokens[key] for key in order if key in tokens}
+        if self._grids and (grids := _token_grids(tokens)) != self._grids:
+            raise EvaluationError(
+                f"{self.config.kind}: tokens() returned {_listed(grids)}, where the check with a synthetic batch had "
+                f"{_listed(self._grids)}: return the same sensors, R and L for every batch"
+            )
+        return tokens
 
     def embed(self, batch: Batch) -> Embedding:
         """Token grids, and the concatenated means of each sensor's tokens."""
@@ -170,7 +176,19 @@ class PluginBaseline(TrainableBaseline):
             )
         if round(tokens.shape[2] ** 0.5) ** 2 != tokens.shape[2]:
             return f"{tokens.shape[2]} tokens for {key}, which are not a square grid"
+        if not tokens.is_floating_point():
+            return (
+                f"{tokens.dtype} for {key}: convert it to real floating-point numbers, such as torch.float32"
+            )
         return None
+
+
+def _token_grids(tokens: Mapping[str, Tensor]) -> dict[str, _TokenGrid]:
+    return {key: _TokenGrid(t.shape[1], round(t.shape[2] ** 0.5)) for key, t in tokens.items()}
+
+
+def _listed(grids: Mapping[str, _TokenGrid]) -> str:
+    return ", ".join(f"{key} (R = {g.rows}, L = {g.grid**2})" for key, g in grids.items())
 
 
 def _interface_problem(encoder: object) -> str | None:

@@ -37,7 +37,8 @@ class ExternalEncoder(Protocol):
     def tokens(self, images: Images) -> Mapping[str, Tensor] | Tensor:
         """{sensor: (B, R, L, E)}, any R and any square number L; or one vector per sample, (B, E).
 
-        A sensor that is not read is left out; tokens of several sensors together have the key ``JOINT``.
+        The numbers are real and floating-point; sensors, R and L are the same for every batch. A sensor that is not
+        read is left out; tokens of several sensors together have the key ``JOINT``.
         """
 
 

@@ -180,6 +180,11 @@ def _load_class(path: str) -> Any:
         raise EvaluationError(
             f"--baseline python:{path}: {module_name} cannot be imported ({error}); is its folder on PYTHONPATH?"
         ) from None
+    except Exception as error:  # of the user's code
+        reason = f"{type(error).__name__}: {error}".splitlines()[0].removesuffix(": ")
+        raise EvaluationError(
+            f"--baseline python:{path}: {module_name} cannot be imported ({reason}); correct the module or its package"
+        ) from error
     found = getattr(module, class_name, None)
     if found is None:
         classes = [n for n, v in vars(module).items() if isinstance(v, type)]
