@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,6 +32,7 @@ from maestro_scale.evaluation.tasks.losses import target_loss_for
 from maestro_scale.evaluation.tasks.task import task_for
 from maestro_scale.recipe import load_recipe
 from maestro_scale.stream.batch import Batch
+from tests.evaluation import external_encoders
 from tests.evaluation.conftest import FIELDS
 from tests.evaluation.test_baselines import batch as pixels_of
 from tests.evaluation.test_finetune import evaluated, losses
@@ -268,6 +271,27 @@ def test_results_record_the_content_of_an_encoder(fields, tmp_path, monkeypatch)
     (tmp_path / "w.pt").write_text("2")
     assert len({plain, with_file, recorded(f"{HERE}:PixelMeans,note=w.pt")}) == 3
     assert recorded("statistics") == ""
+
+
+def test_the_content_of_an_encoder_includes_folders_of_its_options(tmp_path):
+    folder = tmp_path / "weights"
+    (folder / "deep").mkdir(parents=True)
+    name = f"{HERE}:PixelMeans,note={folder}"
+    module = Path(external_encoders.__file__)
+    empty, found = content_digest(name), []
+    for file, content in (("a.bin", "1"), ("a.bin", "2"), ("deep/b.bin", "1")):
+        (folder / file).write_text(content)
+        found.append((content_digest(name), build_baseline(name, None, FIELDS).code))
+    assert len({empty, *(digest for digest, _ in found)}) == 4
+    assert all(digest == code for digest, code in found), "cached features depend on the folder too"
+    # By hand: a line per file with its name and digest.
+    lines = [
+        f"{path.name}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n"
+        for path in (module, folder / "a.bin", folder / "deep" / "b.bin")
+    ]
+    assert found[-1][0] == hashlib.sha256("".join(lines).encode()).hexdigest()
+    of_file = hashlib.sha256("".join(lines[:2]).encode()).hexdigest()
+    assert content_digest(f"{HERE}:PixelMeans,note={folder / 'a.bin'}") == of_file
 
 
 def test_a_vector_is_one_token():

@@ -18,7 +18,8 @@ _CHUNK = 1 << 20
 
 
 def content_digest(encoder: str) -> str:
-    """SHA-256 of the local files that ``NAME[:ARGUMENT[,option=value,…]]`` refers to; empty where there are none.
+    """SHA-256 of the local files that ``NAME[:ARGUMENT[,option=value,…]]`` refers to, those of folders included; empty
+    where there are none.
 
     Of ``python:pkg.module:Class`` also the file of the module, but not what it imports. OSError where a file cannot be
     read; nothing is raised for a module that cannot be found or imported.
@@ -28,9 +29,8 @@ def content_digest(encoder: str) -> str:
     found: list[Path] = []
     if head == _PYTHON and (code := _module_file(value)) is not None:
         found.append(code)
-    for name in filter(None, (value, value.rpartition("@")[2] if "@" in value else "")):
+    for name in filter(None, (value, value.rpartition("@")[2] if "@" in value else "", *options.values())):
         found += files_below(Path(name))
-    found += [path for path in map(Path, filter(None, options.values())) if path.is_file()]
     return files_digest(found)
 
 

@@ -61,7 +61,7 @@ def _python(argument: str, recipe: Recipe, spec: DatasetSpec) -> Baseline:
     path, options = parse_options(argument)
     name = f"python:{path}"
     encoder = _external(name, _load_class(path), spec, options)
-    encoder.code = content_digest(name)
+    encoder.code = content_digest(f"python:{argument}")
     return encoder
 
 
