@@ -155,8 +155,8 @@ def combinations(study: Study, dataset: str) -> list[Levels]:
         grid = [dict(levels) for levels in itertools.product(*factors)]
     if study.sample is not None:
         return []
-    kept = [c for c in grid if not any(_matches({**c, DATASET: dataset}, e) for e in study.exclude)]
-    return [c for i, c in enumerate(kept) if c not in kept[:i]]  # a listed cell may be there twice
+    kept = (c for c in grid if not any(_matches({**c, DATASET: dataset}, e) for e in study.exclude))
+    return list({tuple(c.items()): c for c in kept}.values())  # a listed cell may be there twice
 
 
 def make_cell(
