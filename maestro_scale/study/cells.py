@@ -33,8 +33,8 @@ from maestro_scale.study.config import (
     Scale,
     Setup,
     Study,
-    key_path,
 )
+from maestro_scale.study.keys import key_path
 
 RESULT_VERSION = 1
 """Part of every hash. Raise it when a change of the code changes the results of training or of an evaluation."""

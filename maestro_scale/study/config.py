@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,44 +14,12 @@ from maestro_scale.recipe.errors import ConflictError, RecipeError
 from maestro_scale.recipe.fields import Count, Place, Section, distinct, each_once, listed, some
 from maestro_scale.recipe.loading import read_tree, validated
 from maestro_scale.strict_yaml.merge import Tree
+from maestro_scale.study.keys import Key, Keys, without_fixed
 from maestro_scale.training.metrics.gpus import GPUS
 
 Mode = Literal["knn", "probe", "attentive", "finetune", "scratch"]
 Name = Annotated[str, Field(pattern=r"^\w[\w.\-]*$", max_length=60)]
 """Part of a file name: letters, digits, ``_``, ``-`` and ``.``."""
-_FIXED = {
-    ("seed",): "list the seeds of the setup",
-    ("data", "mixture", "0", "shards"): "give the data of the setup or of the evaluation",
-}
-"""Keys of a recipe that the study sets itself, and where they are chosen."""
-
-
-def key_path(key: str) -> tuple[str, ...]:
-    """The parts of a key, as in ``--set``: ``mixture[0]`` and ``mixture.0`` are the same."""
-    return tuple(re.findall(r"[^.\[\]]+", key))
-
-
-def _without_fixed(keys: dict[str, Any]) -> dict[str, Any]:
-    for key, value in keys.items():
-        for path in _paths(value, key_path(key)):
-            if path in _FIXED:
-                raise ValueError(f"{'.'.join(path)} is set by the study: {_FIXED[path]} instead")
-    return keys
-
-
-def _paths(node: Any, path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-    """The paths of a value and of all that it contains."""
-    yield path
-    items = node.items() if isinstance(node, Mapping) else enumerate(node) if isinstance(node, list) else ()
-    for key, value in items:
-        yield from _paths(value, (*path, *key_path(str(key))))
-
-
-Key = Annotated[str, Field(min_length=1, max_length=200)]
-"""A key of a recipe, as in ``--set``."""
-Keys = Annotated[dict[Key, Any], AfterValidator(_without_fixed)]
-"""Recipe keys with their values, as in ``--set``: ``{"model.target": "patch"}``. Neither the seed nor the shards of the
-first dataset, which the study sets."""
 Levels = dict[str, str]
 """A level for each of some factors."""
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -273,7 +240,7 @@ class Sample(Section):
     """Tree-structured Parzen estimator, or uniform sampling."""
     trials: Count
     """Number of cells; each is run with all seeds of the setup."""
-    space: Annotated[dict[Key, Range], Field(min_length=1), AfterValidator(_without_fixed)]
+    space: Annotated[dict[Key, Range], Field(min_length=1), AfterValidator(without_fixed)]
     """The recipe keys that are searched."""
     mode: Mode = "probe"
     """The way of evaluation whose score, the mean over the seeds, is maximised: of the first evaluation that has it,
