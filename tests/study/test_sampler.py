@@ -84,7 +84,7 @@ def test_a_trial_whose_cell_failed_is_run_again_at_the_next_start(study, tmp_pat
 
 
 def test_values_without_a_valid_recipe_end_their_trial_alone(tmp_path, capsys):
-    """Three heads do not divide a width of 32; the search goes on, also at the next start."""
+    """Three heads do not divide a width of 32; the other trials are run, and the next start accepts the store."""
     pytest.importorskip("optuna")
     space = {"model.heads": {"choices": [2, 3]}}
     sample = {"trials": 6, "mode": "knn", "method": "random", "space": space}
